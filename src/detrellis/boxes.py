@@ -1,0 +1,68 @@
+"""Box geometry: formats, IoU, generalised IoU, and the inverse sigmoid with its per-model epsilon."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """`(..., 4)` centre and size to corners."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """`(..., 4)` corners to centre and size."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
+    """Logit of `x`, clamped so that 0 and 1 give `-/+ ln(1/eps)`.
+
+    `eps` belongs to the model, not to numerics: DETR, Conditional and Deformable DETR use 1e-5, DAB, DN and DINO 1e-3.
+    It decides how far saturated anchors can be moved.
+    """
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _iou_and_hull(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """IoU, union and smallest enclosing area of broadcastable `xyxy` boxes."""
+    inside = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    inter = inside[..., 0] * inside[..., 1]
+    union = _areas(a) + _areas(b) - inter
+    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    return _ratio(inter, union), union, hull[..., 0] * hull[..., 1]
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """`numerator / denominator`, 0 with a finite gradient where two empty boxes leave nothing to divide by."""
+    empty = denominator <= 0
+    return (numerator / denominator.masked_fill(empty, 1)).masked_fill(empty, 0)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`."""
+    return _iou_and_hull(a, b)[0]
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`, in [-1, 1]."""
+    overlap, union, hull = _iou_and_hull(a, b)
+    return overlap - _ratio(hull - union, hull)
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of every pair: `(..., n, 4)` and `(..., m, 4)` -> `(..., n, m)`."""
+    return iou(a.unsqueeze(-2), b.unsqueeze(-3))
+
+
+def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU of every pair: `(..., n, 4)` and `(..., m, 4)` -> `(..., n, m)`."""
+    return giou(a.unsqueeze(-2), b.unsqueeze(-3))

@@ -1,0 +1,39 @@
+"""A data set's annotations in flat arrays.
+
+Loader workers are forked copies: a Python object that is merely looked at has its reference count written, and its
+memory page is copied. Flat arrays have no such counts, so N workers share one copy (see tests/data/test_loader.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detrellis.data.classes import ClassMap
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """`I` images and `T` boxes; image `i` owns the boxes `starts[i]:starts[i + 1]`."""
+
+    root: Path  # folder that `file_names` are relative to
+    classes: ClassMap
+    image_ids: NDArray[np.int64]  # (I,) the data set's own
+    file_names: NDArray[np.bytes_]  # (I,) fixed-width UTF-8
+    sizes: NDArray[np.int64]  # (I, 2) height, width
+    starts: NDArray[np.int64]  # (I + 1,)
+    boxes: NDArray[np.float64]  # (T, 4) x, y, width, height in pixels, as COCO stores them
+    labels: NDArray[np.int64]  # (T,) class index 0..C-1
+    crowd: NDArray[np.bool_]  # (T,) crowd regions: not trained on, ignored in evaluation
+    areas: NDArray[np.float64]  # (T,) COCO's `area`, or width * height
+    ids: NDArray[np.int64]  # (T,) annotation ids
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def path(self, index: int) -> Path:
+        """Image file of image `index`."""
+        return self.root / bytes(self.file_names[index]).decode()

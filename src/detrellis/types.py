@@ -1,0 +1,118 @@
+"""The typed records that flow through a detector.
+
+Sizes: `B` images, `N` queries, `L` decoder layers, `C` classes, `D` width, `S` memory tokens, `V` feature levels,
+`T` targets in the batch. Boxes inside the network are always normalised `(cx, cy, w, h)`, relative to the image
+without its padding; pixel `xyxy` exists only where data enters and detections leave. Padding masks are True on padding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ImageBatch(NamedTuple):
+    """Images padded at the bottom and right to one size."""
+
+    pixels: Tensor  # (B, 3, H, W) normalised by mean and std; zero on padding
+    padding: Tensor | None = None  # (B, H, W) bool, True on padding; None when no image is padded
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
+        """The same batch on `device`."""
+        padding = None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
+        return ImageBatch(self.pixels.to(device, non_blocking=non_blocking), padding)
+
+
+class Targets(NamedTuple):
+    """Ground truth packed over the batch: image `b` owns the next `sizes[b]` rows."""
+
+    labels: Tensor  # (T,) int64
+    boxes: Tensor  # (T, 4)
+    sizes: tuple[int, ...]  # targets per image, on the host; sums to T
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """The same targets on `device`."""
+        labels, boxes = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes))
+        return Targets(labels, boxes, self.sizes)
+
+    @property
+    def image(self) -> Tensor:
+        """(T,) index of the image that owns each target."""
+        sizes = torch.tensor(self.sizes, device=self.labels.device)
+        return torch.repeat_interleave(sizes, output_size=len(self.labels))
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First row of each image."""
+        starts, total = [], 0
+        for size in self.sizes:
+            starts.append(total)
+            total += size
+        return tuple(starts)
+
+
+class Memory(NamedTuple):
+    """Encoded image features, all levels flattened row by row, finest level first."""
+
+    tokens: Tensor  # (B, S, D)
+    position: Tensor  # (B or 1, S, D)
+    shapes: tuple[tuple[int, int], ...]  # (height, width) of each level
+    padding: Tensor | None = None  # (B, S) bool; None: no padding, no mask work
+    valid_ratios: Tensor | None = None  # (B, V, 2) valid share of (width, height); None where padding is None
+
+
+class Queries(NamedTuple):
+    """Decoder queries of one block."""
+
+    content: Tensor  # (B, N, D)
+    position: Tensor | None = None  # (B, N, D); None where the decoder derives it from the boxes
+    boxes: Tensor | None = None  # (B, N, 4) boxes or (B, N, 2) points in [0, 1]
+    padding: Tensor | None = None  # (B, N) bool; None: every slot is a real query
+
+
+class Segment(NamedTuple):
+    """One block of a concatenated query sequence, as self-attention sees it."""
+
+    name: str
+    size: int  # queries in all copies together
+    copies: int = 1  # equal parts that do not see each other
+    sees: tuple[str, ...] = ()  # other segments whose queries it may also read
+
+
+class DecoderOutput(NamedTuple):
+    """What the heads said after every decoder layer (training) or after the last one only (inference: L = 1)."""
+
+    logits: Tensor  # (L, B, N, C)
+    boxes: Tensor  # (L, B, N, 4)
+    states: Tensor  # (L, B, N, D) the heads' input
+
+
+class Proposals(NamedTuple):
+    """What a two-stage detector's encoder proposes.
+
+    `logits` and `boxes` are of all tokens; `index` ranks the best ones, highest score first.
+    """
+
+    logits: Tensor  # (B, S, C)
+    boxes: Tensor  # (B, S, 4) in [0, 1]; invalid tokens sit at 1
+    index: Tensor  # (B, N) token index of the selected proposals
+
+
+class Assignment(NamedTuple):
+    """Which query learns which target: one row per positive, any number per target and per layer."""
+
+    layer: Tensor  # (M,) int64 decoder layer
+    image: Tensor  # (M,) int64
+    query: Tensor  # (M,) int64
+    target: Tensor  # (M,) int64 row of the packed `Targets`
+    rank: Tensor  # (M,) int64 place inside its target's bag, 0 = best
+
+
+class Detections(NamedTuple):
+    """Final detections of one image, highest score first."""
+
+    scores: Tensor  # (K,)
+    labels: Tensor  # (K,) int64 class index, 0..C-1
+    boxes: Tensor  # (K, 4) pixel xyxy in the original image
