@@ -57,7 +57,9 @@ def own_classes() -> dict[str, list[str]]:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                bases[node.name] = [b.attr if isinstance(b, ast.Attribute) else getattr(b, "id", "") for b in node.bases]
+                bases[node.name] = [
+                    b.attr if isinstance(b, ast.Attribute) else getattr(b, "id", "") for b in node.bases
+                ]
     return bases
 
 

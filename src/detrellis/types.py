@@ -69,7 +69,6 @@ class Queries(NamedTuple):
     content: Tensor  # (B, N, D)
     position: Tensor | None = None  # (B, N, D); None where the decoder derives it from the boxes
     boxes: Tensor | None = None  # (B, N, 4) boxes or (B, N, 2) points in [0, 1]
-    padding: Tensor | None = None  # (B, N) bool; None: every slot is a real query
 
 
 class Segment(NamedTuple):
@@ -92,12 +91,12 @@ class DecoderOutput(NamedTuple):
 class Proposals(NamedTuple):
     """What a two-stage detector's encoder proposes.
 
-    `logits` and `boxes` are of all tokens; `index` ranks the best ones, highest score first.
+    `logits` and `boxes` are of all tokens; `best` ranks the selected ones, highest score first.
     """
 
     logits: Tensor  # (B, S, C)
     boxes: Tensor  # (B, S, 4) in [0, 1]; invalid tokens sit at 1
-    index: Tensor  # (B, N) token index of the selected proposals
+    best: Tensor  # (B, N) token index of the selected proposals
 
 
 class Assignment(NamedTuple):

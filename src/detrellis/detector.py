@@ -1,0 +1,101 @@
+"""The detector: what runs at inference, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
+
+
+class Detector(nn.Module):
+    """Backbone, neck, encoder, queries, decoder with its heads.
+
+    Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with more queries. Its
+    `state_dict` is therefore the same whatever the detector was trained with.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        encoder: nn.Module,
+        queries: nn.Module,
+        decoder: nn.Module,
+        *,
+        top_k: int,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.encoder = backbone, neck, encoder
+        self.queries, self.decoder = queries, decoder
+        self.top_k = top_k
+
+    def forward(self, images: ImageBatch) -> DecoderOutput:
+        """Outputs of the last decoder layer (L = 1)."""
+        memory = self.encode(images)
+        queries, _ = self.propose(memory)
+        segments = (Segment("main", queries.content.shape[1]),)
+        output: DecoderOutput = self.decoder(queries, memory, segments, every_layer=False)
+        return output
+
+    def encode(self, images: ImageBatch) -> Memory:
+        """Images to encoded memory."""
+        memory: Memory = self.encoder(self.neck(self.backbone(images.pixels), images.padding))
+        return memory
+
+    def propose(self, memory: Memory) -> tuple[Queries, Proposals | None]:
+        """The main queries, and the proposals they came from in a two-stage detector."""
+        queries: tuple[Queries, Proposals | None] = self.queries(memory)
+        return queries
+
+    def decode(self, memory: Memory, blocks: Mapping[Segment, Queries]) -> dict[str, DecoderOutput]:
+        """Several query blocks in one pass, every layer's outputs, by block name."""
+        segments, queries = tuple(blocks), list(blocks.values())
+        output = self.decoder(concatenate(queries), memory, segments, every_layer=True)
+        sizes = [s.size for s in segments]
+        parts = zip(*(t.split(sizes, dim=2) for t in output), strict=True)
+        return {s.name: DecoderOutput(*p) for s, p in zip(segments, parts, strict=True)}
+
+    @torch.no_grad()
+    def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:
+        """Final detections, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
+        output = self(images)
+        return select_top_k(output.logits[-1], output.boxes[-1], sizes, self.top_k)
+
+
+def concatenate(parts: list[Queries]) -> Queries:
+    """One sequence from several blocks."""
+
+    def joined(values: list[Tensor | None]) -> Tensor | None:
+        present = [v for v in values if v is not None]
+        assert len(present) in (0, len(values)), "every block must come with the same kind of queries"
+        return torch.cat(present, dim=1) if present else None
+
+    content = torch.cat([p.content for p in parts], dim=1)
+    return Queries(content, joined([p.position for p in parts]), joined([p.boxes for p in parts]))
+
+
+def select_top_k(logits: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[Detections]:
+    """The `k` best (query, class) pairs of each image by sigmoid score; a query may give several classes; no NMS.
+
+    `logits (B, N, C)`, `boxes (B, N, 4)`, `sizes (B, 2)` height and width in pixels.
+    """
+    classes = logits.shape[-1]
+    scores, index = logits.sigmoid().flatten(1).topk(min(k, logits[0].numel()), dim=1)
+    query, labels = index // classes, index % classes
+    scale = sizes.flip(-1).repeat(1, 2).to(boxes)
+    pixels = cxcywh_to_xyxy(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4))) * scale[:, None]
+    return [Detections(*row) for row in zip(scores, labels, pixels, strict=True)]
+
+
+def select_per_query(logits: Tensor, boxes: Tensor, sizes: Tensor) -> list[Detections]:
+    """DETR's rule for softmax scores: every query with its best class; the last logit is "no object" and no answer.
+
+    Shapes as `select_top_k`; `N` detections of each image, in the order of the queries.
+    """
+    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    scale = sizes.flip(-1).repeat(1, 2).to(boxes)
+    return [Detections(*row) for row in zip(scores, labels, cxcywh_to_xyxy(boxes) * scale[:, None], strict=True)]

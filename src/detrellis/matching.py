@@ -1,0 +1,140 @@
+"""Bipartite matching: the cost on the device, one copy to the host a step, Hungarian there, one copy back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
+from detrellis.types import Assignment, DecoderOutput, Targets
+
+WORST = 1e8  # stands for a cost that is not a number, which the solver would refuse
+
+
+# (logits (..., N, C), labels (..., T)) to the unweighted class term (..., N, T)
+ClassTerm = Callable[[Tensor, Tensor], Tensor]
+
+
+def _columns(values: Tensor, labels: Tensor) -> Tensor:
+    return values.gather(-1, labels.unsqueeze(-2).expand(*values.shape[:-1], labels.shape[-1]))
+
+
+def focal_term(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of the class being present minus that of its being absent, with the reference code's 1e-8.
+
+    The targets' class columns are gathered before the sigmoid, so the cost does not grow with the number of classes.
+    """
+    p = _columns(logits, labels).sigmoid()
+    present = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
+    absent = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    return present - absent
+
+
+def softmax_term(logits: Tensor, labels: Tensor) -> Tensor:
+    """DETR's class term: minus the softmax probability of the target's class."""
+    return -_columns(logits.softmax(-1), labels)
+
+
+@dataclass(frozen=True)
+class MatchingCost:
+    """DETR's matching cost: weighted class term, L1 and generalised IoU, over the targets only."""
+
+    classes: float = 2.0
+    l1: float = 5.0
+    giou: float = 2.0
+    class_term: ClassTerm = focal_term
+
+    def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`."""
+        overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
+        distance = torch.cdist(boxes, targets, p=1)
+        return self.classes * self.class_term(logits, labels) + self.l1 * distance - self.giou * overlap
+
+
+@dataclass(frozen=True)
+class Hungarian:
+    """Assign by optimal one-to-one matching on `cost`, at each layer and within each copy of a block."""
+
+    cost: MatchingCost = MatchingCost()
+
+
+@dataclass(frozen=True)
+class Known:
+    """An assignment that needs no matching: denoising queries know their target."""
+
+    assignment: Assignment
+
+
+Assign = Hungarian | Known
+
+
+@dataclass(frozen=True)
+class Match:
+    """One block's matching problem."""
+
+    output: DecoderOutput
+    targets: Targets
+    assign: Assign
+    copies: int = 1
+
+
+def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, padded to the largest count."""
+    labels = torch.nn.utils.rnn.pad_sequence(list(targets.labels.split(targets.sizes)), batch_first=True)
+    boxes = torch.nn.utils.rnn.pad_sequence(list(targets.boxes.split(targets.sizes)), batch_first=True)
+    return labels, boxes
+
+
+def _costs(match: Match, cost: MatchingCost) -> Tensor:
+    """Costs of all layers, images and copies: `(L, B, K, N / K, T)`, in float32 or better."""
+    layers, batch, queries, _ = match.output.logits.shape
+    labels, boxes = _pad(match.targets)
+    shape = (layers, batch, match.copies, queries // match.copies, -1)
+    logits, predicted = (t.detach().to(boxes.dtype).reshape(shape) for t in match.output[:2])
+    expand = (layers, batch, match.copies)
+    labels = labels[None, :, None].expand(*expand, -1)
+    return cost(logits, predicted, labels, boxes[None, :, None].expand(*expand, -1, -1))
+
+
+@torch.no_grad()
+def assign(matches: Sequence[Match]) -> list[Assignment]:
+    """Solve every block's matching with one copy to the host and one back."""
+    solvable = [(m, m.assign.cost) for m in matches if isinstance(m.assign, Hungarian) and len(m.targets.labels)]
+    with torch.autocast(matches[0].output.boxes.device.type, enabled=False):
+        costs = [_costs(m, c) for m, c in solvable]
+    if not costs:
+        return [m.assign.assignment if isinstance(m.assign, Known) else _nothing(m) for m in matches]
+    flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
+    arrays = np.split(flat, np.cumsum([c.numel() for c in costs])[:-1])
+    rows = [_solve(a.reshape(c.shape), m.targets) for a, c, (m, _) in zip(arrays, costs, solvable, strict=True)]
+    packed = torch.from_numpy(np.concatenate(rows, axis=1)).to(costs[0].device, non_blocking=True)
+    solved = iter(packed.split([r.shape[1] for r in rows], dim=1))
+    found = {id(m): Assignment(*next(solved)) for m, _ in solvable}
+    known = {id(m): m.assign.assignment for m in matches if isinstance(m.assign, Known)}
+    return [found.get(id(m)) or known.get(id(m)) or _nothing(m) for m in matches]
+
+
+def _nothing(match: Match) -> Assignment:
+    empty = torch.zeros(5, 0, dtype=torch.int64, device=match.output.boxes.device)
+    return Assignment(*empty)
+
+
+def _solve(costs: NDArray[np.floating], targets: Targets) -> NDArray[np.int64]:
+    """Rows layer, image, query, target, rank of the optimal matchings of `costs (L, B, K, N, T)`, in query order."""
+    layers, batch, copies, queries, _ = costs.shape
+    finite = np.nan_to_num(costs, nan=WORST, posinf=WORST, neginf=-WORST)
+    rows = []
+    for layer, image, copy in np.ndindex(layers, batch, copies):
+        size = targets.sizes[image]
+        query, target = linear_sum_assignment(finite[layer, image, copy, :, :size])
+        row = np.zeros((5, len(query)), dtype=np.int64)
+        row[0], row[1] = layer, image
+        row[2], row[3] = query + copy * queries, target + targets.offsets[image]
+        rows.append(row)
+    return np.concatenate(rows, axis=1)

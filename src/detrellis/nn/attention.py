@@ -1,0 +1,91 @@
+"""Self-attention over a sequence of query blocks that do not see each other.
+
+Group DETR, H-DETR, denoising and Co-DETR all send extra queries through the decoder together with the main ones. Each
+block attends within itself only; equal copies inside a block are folded into the batch, so cost and memory are linear
+in their number and no mask over all queries exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrellis.types import Segment
+
+
+def _fold(x: Tensor, copies: int) -> Tensor:
+    """`(B, M, K*n, d)` to `(B*K, M, n, d)`: each copy becomes a batch entry of its own."""
+    batch, heads, length, width = x.shape
+    x = x.view(batch, heads, copies, length // copies, width).transpose(1, 2)
+    return x.reshape(batch * copies, heads, length // copies, width)
+
+
+def _unfold(x: Tensor, copies: int) -> Tensor:
+    """The inverse of `_fold`."""
+    batch, heads, length, width = x.shape
+    x = x.view(batch // copies, copies, heads, length, width).transpose(1, 2)
+    return x.reshape(batch // copies, heads, copies * length, width)
+
+
+def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tensor:
+    """`(size, size + seen)` bool, True where a query may look: its own copy, and everything seen."""
+    copy = torch.arange(size, device=device) // (size // copies)
+    own = copy[:, None] == copy[None, :]
+    return torch.cat([own, own.new_ones(size, seen)], dim=1)
+
+
+def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0) -> Tensor:
+    """Attention of each segment over itself, copy by copy, and over the segments that it `sees`.
+
+    `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns `(B, M, N, e)`.
+    A segment that sees others has few queries (denoising): it takes one rectangular mask, which costs its own rows
+    only; every other segment takes none.
+    """
+    if len(segments) <= 1 and all(s.copies == 1 for s in segments):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    sizes = [s.size for s in segments]
+    split = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
+    parts = {s.name: p for s, p in zip(segments, split, strict=True)}
+    out = []
+    for s in segments:
+        q_own, k_own, v_own = parts[s.name]
+        if s.sees:
+            k_all = torch.cat([k_own, *(parts[name][1] for name in s.sees)], dim=2)
+            v_all = torch.cat([v_own, *(parts[name][2] for name in s.sees)], dim=2)
+            mask = _copy_mask(s.size, s.copies, k_all.shape[2] - s.size, q.device) if s.copies > 1 else None
+            out.append(F.scaled_dot_product_attention(q_own, k_all, v_all, attn_mask=mask, dropout_p=dropout))
+        else:
+            q_own, k_own, v_own = (_fold(t, s.copies) for t in (q_own, k_own, v_own))
+            attended = F.scaled_dot_product_attention(q_own, k_own, v_own, dropout_p=dropout)
+            out.append(_unfold(attended, s.copies))
+    return torch.cat(out, dim=2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with the position added to queries and keys, not to values.
+
+    The three projections are one matrix, rows q, k, v, initialised together as `nn.MultiheadAttention` does.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.projections = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        for layer in (self.projections, self.output):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """`x, position (B, N, D)` to `(B, N, D)`; no residual, no norm."""
+        width = x.shape[-1]
+        weight, bias = self.projections.weight, self.projections.bias
+        qk = F.linear(x + position, weight[: 2 * width], bias[: 2 * width])
+        values = F.linear(x, weight[2 * width :], bias[2 * width :])
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (*qk.chunk(2, dim=-1), values))
+        attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
+        out: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return out

@@ -1,0 +1,79 @@
+"""Backbones: torchvision ResNets as the papers use them, and any timm model with `features_only`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+Norm = Literal["frozen", "batch"]
+BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
+
+
+class ResNet(nn.Module):
+    """A torchvision ResNet that returns the maps of the wanted strides.
+
+    `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem and the first stage, as all
+    papers do with ImageNet weights. Without pretrained weights nothing may be frozen: `norm="batch"` trains all.
+    `dilation` (DC5) keeps the last stage at stride 16 and doubles its dilation instead.
+    """
+
+    def __init__(
+        self, name: str, strides: Sequence[int], *, pretrained: bool, norm: Norm, dilation: bool = False
+    ) -> None:
+        super().__init__()
+        layer = partial(FrozenBatchNorm2d, eps=1e-5) if norm == "frozen" else nn.BatchNorm2d
+        options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
+        weights = "IMAGENET1K_V1" if pretrained else None
+        model = torchvision.models.get_model(name, weights=weights, norm_layer=layer, **options)
+        wanted = [BLOCKS[s] for s in strides]
+        kept = list(BLOCKS.values())[: 1 + max(list(BLOCKS.values()).index(w) for w in wanted)]
+        self.stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+        self.stages = nn.ModuleDict({k: getattr(model, k) for k in kept})
+        self.wanted = wanted
+        self.channels = [_channels(self.stages[w]) for w in wanted]
+        if norm == "frozen":
+            for part in (self.stem, self.stages["layer1"]):
+                part.requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """`(B, 3, H, W)` to maps, finest first."""
+        x, maps = self.stem(pixels), []
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name in self.wanted:
+                maps.append(x)
+        return maps
+
+
+def _channels(stage: nn.Module) -> int:
+    convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+    return max(c.out_channels for c in convolutions)
+
+
+class TimmBackbone(nn.Module):
+    """Any timm model by name, reduced to the maps of the wanted strides."""
+
+    def __init__(self, name: str, strides: Sequence[int], *, pretrained: bool, norm: Norm) -> None:
+        super().__init__()
+        import timm  # only here: its import takes a second that no torchvision backbone needs
+        from timm.layers.norm_act import freeze_batch_norm_2d
+
+        info: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
+        reductions = info.reduction()
+        missing = [s for s in strides if s not in reductions]
+        if missing:
+            raise ValueError(f"backbone {name} has maps of stride {reductions}, none of stride {missing}")
+        indices = tuple(reductions.index(s) for s in strides)
+        model: Any = timm.create_model(name, features_only=True, pretrained=pretrained, out_indices=indices)
+        self.channels: list[int] = list(model.feature_info.channels())
+        self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """`(B, 3, H, W)` to maps, finest first."""
+        maps: list[Tensor] = self.model(pixels)
+        return maps

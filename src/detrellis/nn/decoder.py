@@ -1,0 +1,121 @@
+"""The transformer decoder: self-attention, cross-attention, feed-forward; boxes refined layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.boxes import inverse_sigmoid
+from detrellis.nn.attention import SelfAttention
+from detrellis.nn.heads import Heads
+from detrellis.nn.mlp import MLP, FeedForward
+from detrellis.nn.position import sine_embed
+from detrellis.types import DecoderOutput, Memory, Queries, Segment
+
+Refine = Literal["none", "detached", "look_forward_twice"]
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each with residual and post-norm.
+
+    `cross` is any module called with `(x, position, references, memory)`.
+    """
+
+    def __init__(
+        self, self_attention: SelfAttention, cross: nn.Module, width: int, hidden: int, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.self_attention, self.cross_attention = self_attention, cross
+        self.norm_self, self.norm_cross = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.feed_forward = FeedForward(width, hidden, dropout=dropout)
+
+    def forward(
+        self, x: Tensor, position: Tensor, references: Tensor, memory: Memory, segments: Sequence[Segment]
+    ) -> Tensor:
+        """`x, position (B, N, D)`, `references (B, N, 2 or 4)` to new `x`."""
+        x = self.norm_self(x + self.dropout(self.self_attention(x, position, segments)))
+        x = self.norm_cross(x + self.dropout(self.cross_attention(x, position, references, memory)))
+        out: Tensor = self.feed_forward(x)
+        return out
+
+
+class AnchorPosition(nn.Module):
+    """Query positions from the current boxes: an MLP on their sine embedding (DAB-DETR, DINO)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.mlp = MLP(2 * width, width, width, 2, xavier=True)
+
+    def forward(self, boxes: Tensor, memory: Memory) -> Tensor:
+        """`boxes (B, N, 4)`, taken relative to the padded image as the reference codes do, to `(B, N, D)`."""
+        if memory.valid_ratios is not None:
+            boxes = boxes * memory.valid_ratios[:, :1].repeat(1, 1, 2)
+        out: Tensor = self.mlp(sine_embed(boxes, self.width // 2))
+        return out
+
+
+class Decoder(nn.Module):
+    """The layers, and what happens to the boxes between them.
+
+    `refine`: `"none"` keeps the references; `"detached"` moves them at each layer and stops the gradient there;
+    `"look_forward_twice"` lets the loss of layer i reach the box head of layer i-1 too (DINO, section 3.4). Only
+    gradients differ between the last two. `final_norm` normalises the heads' input, never the stream.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        heads: Heads,
+        *,
+        refine: Refine,
+        position: AnchorPosition | None = None,
+        final_norm: bool = False,
+        width: int = 256,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.heads, self.position = heads, position
+        self.final_norm = nn.LayerNorm(width) if final_norm else None
+        self.refine, self.eps = refine, eps
+
+    def forward(
+        self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
+    ) -> DecoderOutput:
+        """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
+        assert queries.boxes is not None
+        x, boxes = queries.content, queries.boxes
+        reads = boxes  # what the layer sees; a detached copy from the second layer on
+        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self._position(queries, reads, memory), reads, memory, segments)
+            last = i == len(self.layers) - 1
+            if every_layer or last:
+                states = x if self.final_norm is None else self.final_norm(x)
+                outputs.append((self.heads.classify(i, states), self._moved(i, states, boxes), states))
+            if not last and self.refine != "none":
+                boxes = self._moved(i, x, reads)
+                if self.refine == "detached":
+                    boxes = boxes.detach()
+                reads = boxes.detach()
+        return DecoderOutput(*(torch.stack(part) for part in zip(*outputs, strict=True)))
+
+    def _position(self, queries: Queries, boxes: Tensor, memory: Memory) -> Tensor:
+        if self.position is not None:
+            out: Tensor = self.position(boxes, memory)
+            return out
+        assert queries.position is not None
+        return queries.position
+
+    def _moved(self, layer: int, states: Tensor, references: Tensor) -> Tensor:
+        """The references moved by the layer's box head; a point gives the centre alone."""
+        delta = self.heads.move(layer, states)
+        logits = inverse_sigmoid(references, self.eps)
+        if logits.shape[-1] == 2:
+            logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)
+        return (delta + logits).sigmoid()

@@ -1,0 +1,91 @@
+"""Multi-scale deformable attention (Deformable DETR, Eq. 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrellis.nn.mlp import xavier_linear
+from detrellis.types import Memory
+
+
+def ms_deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples, zero outside the map.
+
+    `value (B, S, M, d)`, `locations (B, N, M, V, P, 2)` as (x, y) in [0, 1] of each level, `weights (B, N, M, V, P)`.
+    Returns `(B, N, M * d)`. Sampled level by level, so that at most one level's samples exist at a time.
+    """
+    batch, _, heads, width = value.shape
+    queries = locations.shape[1]
+    # grid_sample puts -1 and 1 on the map's outer edges, as the pixel rule `location * size - 0.5` does.
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*M, N, V, P, 2)
+    shares = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*M, 1, N, V, P)
+    out = value.new_zeros(())
+    for level, tokens in enumerate(value.split([h * w for h, w in shapes], dim=1)):
+        image = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, *shapes[level])
+        samples = F.grid_sample(image, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
+        out = out + (samples * shares[..., level, :]).sum(-1)
+    return out.view(batch, heads * width, queries).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Attention to a few learned points around a reference, on every level of the memory."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.value_projection = xavier_linear(width, width)
+        self.output_projection = xavier_linear(width, width)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Offsets start as one direction a head, one step a point; weights start uniform."""
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.value_projection, self.output_projection):
+            nn.init.zeros_(layer.bias)
+        angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None] * steps[:, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+
+    def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: Memory) -> Tensor:
+        """`x, position (B, N, D)`; `references (B or 1, N, 2 or 4)` points or boxes, relative to the unpadded image."""
+        references = references.unsqueeze(2)
+        if memory.valid_ratios is not None:
+            scale = memory.valid_ratios.unsqueeze(1)
+            references = references * (scale if references.shape[-1] == 2 else scale.repeat(1, 1, 1, 2))
+        return self.attend(x + position, references, memory)
+
+    def attend(self, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
+        """As `forward`, with `query (B, N, D)` including its position and `references (B, N, V or 1, 2 or 4)`
+        relative to the padded map of each level."""
+        split = (self.heads, self.levels, self.points)
+        value = self.value_projection(memory.tokens)
+        if memory.padding is not None:
+            value = value.masked_fill(memory.padding.unsqueeze(-1), 0)
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
+        locations = self._locations(self.sampling_offsets(query).unflatten(-1, (*split, 2)), references, memory)
+        sampled = ms_deform_attn(
+            value.unflatten(-1, (self.heads, -1)), memory.shapes, locations, weights.unflatten(-1, split[1:])
+        )
+        out: Tensor = self.output_projection(sampled)
+        return out
+
+    def _locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
+        """Offsets count pixels of each level around a point, or shares of half the size around a box."""
+        references = references[:, :, None, :, None]  # (B, N, 1, V or 1, 1, 2 or 4)
+        if references.shape[-1] == 2:
+            sizes = torch.tensor([(w, h) for h, w in memory.shapes], dtype=references.dtype, device=offsets.device)
+            return references + offsets / sizes[:, None]
+        return references[..., :2] + offsets / self.points * references[..., 2:] * 0.5

@@ -1,0 +1,55 @@
+"""Classification and box heads, with the initialisation that focal training needs."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.nn.mlp import MLP
+
+
+def class_head(width: int, classes: int) -> nn.Linear:
+    """Linear classifier whose bias starts every class at probability 0.01 (the focal loss prior)."""
+    layer = nn.Linear(width, classes)
+    nn.init.constant_(layer.bias, -math.log(0.99 / 0.01))
+    return layer
+
+
+def box_head(width: int) -> MLP:
+    """Three-layer MLP that starts by moving nothing."""
+    head = MLP(width, width, 4, 3)
+    last = head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return head
+
+
+class Heads(nn.Module):
+    """Class and box heads of the decoder layers: one of each shared by all layers, or one of each a layer.
+
+    Heads of their own start as copies of each other. `size_bias` is the first box head's initial logit shift of width
+    and height: -2 makes small boxes where the references are points.
+    """
+
+    def __init__(self, width: int, classes: int, layers: int, *, shared: bool, size_bias: float = 0.0) -> None:
+        super().__init__()
+        classifier, mover = class_head(width, classes), box_head(width)
+        copies = range(1 if shared else layers)
+        self.classes = nn.ModuleList(copy.deepcopy(classifier) for _ in copies)
+        self.boxes = nn.ModuleList(copy.deepcopy(mover) for _ in copies)
+        with torch.no_grad():
+            self.boxes[0].get_parameter("layers.2.bias")[2:] = size_bias
+
+    def classify(self, layer: int, states: Tensor) -> Tensor:
+        """Logits `(B, N, C)` of decoder layer `layer`."""
+        out: Tensor = self.classes[min(layer, len(self.classes) - 1)](states)
+        return out
+
+    def move(self, layer: int, states: Tensor) -> Tensor:
+        """Box deltas `(B, N, 4)` in logit space of decoder layer `layer`."""
+        out: Tensor = self.boxes[min(layer, len(self.boxes) - 1)](states)
+        return out

@@ -1,0 +1,51 @@
+"""Linear layers with the transformer's initialisation, the MLP of all heads, and the feed-forward block."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer as DETR's transformer initialises it: Xavier-uniform weight, PyTorch's bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    return layer
+
+
+class MLP(nn.Module):
+    """`depth` linear layers with ReLU between: `inputs -> hidden -> ... -> outputs`.
+
+    `xavier` initialises the weights as part of the transformer; heads outside it keep PyTorch's initialisation.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, depth: int, *, xavier: bool = False) -> None:
+        super().__init__()
+        widths = [inputs, *[hidden] * (depth - 1), outputs]
+        make = xavier_linear if xavier else nn.Linear
+        self.layers = nn.ModuleList(make(a, b) for a, b in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., inputs)` to `(..., outputs)`."""
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        out: Tensor = self.layers[-1](x)
+        return out
+
+
+class FeedForward(nn.Module):
+    """Post-norm feed-forward block with its residual: `LN(x + W2 act(W1 x))`."""
+
+    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inner = xavier_linear(width, hidden)
+        self.outer = xavier_linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, D)` to the same."""
+        hidden = self.dropout(self.inner(x).relu())
+        out: Tensor = self.norm(x + self.dropout(self.outer(hidden)))
+        return out

@@ -1,0 +1,62 @@
+"""From backbone maps to one memory: project every map to the model's width, add coarser levels, flatten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrellis.nn.position import SineMap
+from detrellis.types import Memory
+
+
+def _projection(inputs: int, width: int, *, coarser: bool) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, width, 3, stride=2, padding=1) if coarser else nn.Conv2d(inputs, width, 1)
+    nn.init.xavier_uniform_(conv.weight)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.GroupNorm(32, width))
+
+
+class MultiScaleNeck(nn.Module):
+    """1x1 convolution and GroupNorm for each map; extra levels by stride-2 3x3 convolutions.
+
+    The first extra level reads the backbone's last map, later ones the level before them.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int, levels: int, position: SineMap) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(_projection(c, width, coarser=False) for c in channels)
+        extra = [channels[-1], *[width] * (levels - len(channels) - 1)][: levels - len(channels)]
+        self.extra = nn.ModuleList(_projection(c, width, coarser=True) for c in extra)
+        self.position = position
+        self.level_embed = nn.Parameter(torch.empty(levels, width).normal_())
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
+        """`maps` finest first, `padding (B, H, W)` of the images; see `Memory`."""
+        projected = [p(m) for p, m in zip(self.projections, maps, strict=True)]
+        last = maps[-1]
+        for layer in self.extra:
+            last = layer(last)
+            projected.append(last)
+        shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in projected)
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in projected], dim=1)
+        masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
+        valid = [torch.ones(1, *s, device=tokens.device) for s in shapes] if masks is None else [~m for m in masks]
+        embeds = [self.position(v) + e for v, e in zip(valid, self.level_embed, strict=True)]
+        position = torch.cat(embeds, dim=1)
+        if masks is None:
+            return Memory(tokens, position, shapes)
+        return Memory(tokens, position, shapes, torch.cat([m.flatten(1) for m in masks], 1), _valid_ratios(masks))
+
+
+def _resize_mask(padding: Tensor, shape: tuple[int, int]) -> Tensor:
+    return F.interpolate(padding[:, None].float(), size=shape, mode="nearest")[:, 0].bool()
+
+
+def _valid_ratios(masks: Sequence[Tensor]) -> Tensor:
+    """Valid share of the width and height of each level, read off its first row and column: `(B, V, 2)`."""
+    ratios = [torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], dim=-1) for m in masks]
+    return torch.stack(ratios, dim=1)

@@ -1,0 +1,54 @@
+"""Sine encodings of image positions, points and boxes.
+
+The image map's constants differ by model (see `SineMap`); queries always use temperature 10000, as the released codes
+of DAB, DN and DINO do although their papers name 20 for both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sine_features(values: Tensor, features: int, temperature: float = 10000.0) -> Tensor:
+    """Interleaved `sin(v/f_0), cos(v/f_0), sin(v/f_2), ...` with `f_i = temperature^(2 floor(i/2) / features)`.
+
+    `values (...)`, already times 2 pi, to `(..., features)`.
+    """
+    index = torch.arange(features // 2, device=values.device, dtype=values.dtype)
+    angles = values.unsqueeze(-1) / temperature ** (2 * index / features)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def sine_embed(coordinates: Tensor, width: int, *, order: str = "yxwh", temperature: float = 10000.0) -> Tensor:
+    """Encode points `(..., 2)` or boxes `(..., 4)` in [0, 1] with `width` features for each coordinate.
+
+    `order` arranges the coordinates of `(cx, cy, w, h)`: `"yxwh"` for decoder queries, `"xywh"` for the two-stage
+    proposals of Deformable DETR, which do not swap. Returns `(..., 2 * width)` or `(..., 4 * width)`.
+    """
+    columns = ["xywh".index(c) for c in order[: coordinates.shape[-1]]]
+    return sine_features(coordinates[..., columns] * (2 * math.pi), width, temperature).flatten(-2)
+
+
+class SineMap(nn.Module):
+    """The image position map: normalised row and column indices, sine-encoded, rows first.
+
+    DETR and Conditional DETR: temperature 10000, offset 0. DAB, DN and DINO: 20, 0. Deformable DETR: 10000, -0.5.
+    """
+
+    def __init__(self, width: int, *, temperature: float, offset: float) -> None:
+        super().__init__()
+        self.width, self.temperature, self.offset = width, temperature, offset
+
+    def forward(self, valid: Tensor) -> Tensor:
+        """`valid (B, H, W)` True on image pixels (any dtype of 0/1) to `(B, H * W, D)`, in `valid`'s float dtype."""
+        if not valid.is_floating_point():
+            valid = valid.to(torch.get_default_dtype())
+        axes = []
+        for dim in (1, 2):
+            count = valid.cumsum(dim)
+            last = count.narrow(dim, -1, 1)
+            axes.append((count + self.offset) / (last + 1e-6) * (2 * math.pi))
+        return torch.cat([sine_features(a, self.width // 2, self.temperature) for a in axes], dim=-1).flatten(1, 2)

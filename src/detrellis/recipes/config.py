@@ -1,0 +1,195 @@
+"""A recipe: everything that decides a run, as typed data that is stored with it.
+
+Every field can be set from the command line (`-o optim.lr=1e-4`) or from Python; an unknown name is refused with the
+nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from detrellis.errors import UserError
+
+
+class Config(BaseModel):
+    """Frozen, and closed to unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(Config):
+    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`) or any timm model with feature maps."""
+
+    name: str = "resnet50"
+    pretrained: bool = True
+    norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
+    dilation: bool = False  # DC5
+    strides: tuple[int, ...] = (8, 16, 32)
+
+
+class DetectorConfig(Config):
+    """The network parts; see docs/architecture.md."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    width: int = 256
+    heads: int = 8
+    levels: int = 4
+    points: int = 4
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    hidden: int = 1024  # of the feed-forward blocks
+    dropout: float = 0.1
+    queries: Literal["learned", "proposals", "mixed"] = "learned"  # mixed: proposed boxes, learned content
+    query_count: int = 300
+    query_position: Literal["queries", "boxes"] = "queries"  # boxes: derived from the current boxes at each layer
+    refine: Literal["none", "detached", "look_forward_twice"] = "none"
+    final_norm: bool = False
+    shared_heads: bool = False
+    eps: float = 1e-5  # of the inverse sigmoid
+    position_temperature: float = 10000.0
+    position_offset: float = -0.5
+    proposal_targets: Literal["objectness", "classes"] = "objectness"
+    top_k: int = 100
+
+
+class LossConfig(Config):
+    """Loss weights and matching costs. `class` is a Python keyword, hence `classes`."""
+
+    classes: float = 2.0
+    box: float = 5.0
+    giou: float = 2.0
+    cost_classes: float = 2.0
+    cost_box: float = 5.0
+    cost_giou: float = 2.0
+
+
+class CDNConfig(Config):
+    """Contrastive denoising (DINO)."""
+
+    number: int = 100
+    label_noise: float = 0.5
+    box_noise: float = 1.0
+
+
+class SchemesConfig(Config):
+    """Training schemes; None: off."""
+
+    cdn: CDNConfig | None = None
+
+
+class OptimConfig(Config):
+    """AdamW. `scaled`: factors on the learning rate of parameters whose name contains the key."""
+
+    lr: float = 2e-4
+    weight_decay: float = 1e-4
+    scaled: dict[str, float] = Field(default_factory=lambda: {"backbone": 0.1})
+    clip: float = 0.1  # norm of the gradient; 0: off
+    batch_size: int = 16  # images a step over all processes and accumulations
+    accumulate: int = 1  # passes a step
+    ema: float = 0.0  # decay of the averaged weights; 0: off
+    amp: bool = True  # bf16 on GPUs that have it
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the run, in fractions of its steps, so that it fits any data set."""
+
+    epochs: int = 50
+    warmup: float = 0.0
+    shape: Literal["step", "cosine"] = "step"
+    drops: tuple[float, ...] = (0.8,)  # step: where the rate is multiplied by 0.1
+    final: float = 0.0  # cosine: last rate relative to the first
+
+
+class DataConfig(Config):
+    """Image size and augmentation; `size`: short side, or (height, width)."""
+
+    size: int | tuple[int, int] = 800
+    max_size: int = 1333
+    augment: Literal["detr", "fixed", "none"] = "detr"
+    keep_aspect: bool = True
+    hflip: float = 0.5
+    vflip: float = 0.0
+    jitter: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    group_by_aspect: bool = False
+
+
+class Recipe(Config):
+    """A whole run: network, losses, schemes, optimizer, schedule, data."""
+
+    name: str
+    about: str = ""
+    detector: DetectorConfig = DetectorConfig()
+    loss: LossConfig = LossConfig()
+    schemes: SchemesConfig = SchemesConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    data: DataConfig = DataConfig()
+
+    def override(self, assignments: Sequence[str]) -> Recipe:
+        """A copy with `key.sub=value` assignments applied; values are read as YAML.
+
+        Raises `UserError` for an unknown key, naming the nearest one, and for a value of the wrong type.
+        """
+        data = self.model_dump()
+        for text in assignments:
+            key, separator, value = text.partition("=")
+            if not separator:
+                raise UserError(f"-o {text}: no value", "Write -o key.sub=value, for example -o optim.lr=1e-4.")
+            _set(data, type(self), key.strip().split("."), _value(value), text)
+        try:
+            return type(self).model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"])
+            raise UserError(f"{place}: {first['msg'].lower()}, not {first['input']!r}") from None
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def config_of(annotation: Any) -> type[Config] | None:
+    """The configuration class behind a field's annotation, also where it may be None."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    found = [o for o in options if isinstance(o, type) and issubclass(o, Config)]
+    return found[0] if found else None
+
+
+def _set(data: dict[str, Any], config: type[Config], path: list[str], value: Any, text: str) -> None:
+    """Set one value in nested plain data, checking each name against the class that holds it."""
+    name, rest = path[0], path[1:]
+    if name not in config.model_fields:
+        raise unknown_name(name, list(config.model_fields), f"-o {text}")
+    inner = config_of(config.model_fields[name].annotation)
+    if not rest:
+        data[name] = {} if inner is not None and value is True else value
+        return
+    if data[name] is None:
+        data[name] = {}
+    if inner is None and isinstance(data[name], dict):  # a mapping with free keys
+        data[name][".".join(rest)] = value
+        return
+    if inner is None:
+        raise UserError(f"-o {text}: {name} has no parts", f"Write -o {name}=value.")
+    _set(data[name], inner, rest, value, text)
+
+
+def unknown_name(name: str, known: Sequence[str], where: str) -> UserError:
+    """The error for a name that does not exist, with the nearest ones that do."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+    return UserError(f"{where}: there is no {name!r}", remedy)

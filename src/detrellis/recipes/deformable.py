@@ -1,0 +1,40 @@
+"""Deformable DETR (Zhu et al., 2021): one-stage, with iterative box refinement, and two-stage."""
+
+from __future__ import annotations
+
+from detrellis.recipes.config import DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+
+OPTIM = OptimConfig(lr=2e-4, scaled={"backbone": 0.1, "sampling_offsets": 0.1, "queries.reference": 0.1}, batch_size=16)
+
+
+def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:
+    return Recipe(
+        name=name,
+        about=about,
+        detector=detector,
+        loss=LossConfig(classes=2.0),
+        optim=OPTIM,
+        schedule=ScheduleConfig(epochs=50, drops=(0.8,)),
+    )
+
+
+def deformable_detr_r50() -> Recipe:
+    """One-stage: 300 learned queries with fixed reference points."""
+    return _recipe("deformable-detr-r50", "Deformable DETR, one-stage, ResNet-50, 4 scales", DetectorConfig())
+
+
+def deformable_detr_r50_refine() -> Recipe:
+    """With iterative box refinement."""
+    detector = DetectorConfig(refine="detached")
+    return _recipe("deformable-detr-r50-refine", "Deformable DETR with iterative box refinement", detector)
+
+
+def deformable_detr_r50_two_stage(*, plus: bool = False) -> Recipe:
+    """Two-stage with box refinement. `plus` adds the "++" tricks of H-DETR's base: no dropout, mixed query selection,
+    look forward twice."""
+    tricks = {"queries": "mixed", "refine": "look_forward_twice", "dropout": 0.0} if plus else {}
+    base = {"queries": "proposals", "refine": "detached", "hidden": 1024}
+    detector = DetectorConfig.model_validate({**base, **tricks})
+    name = "deformable-detr-r50-two-stage" + ("-plus" if plus else "")
+    about = "Deformable DETR, two-stage" + (", with dropout 0, mixed queries, look forward twice" if plus else "")
+    return _recipe(name, about, detector)

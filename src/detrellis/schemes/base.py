@@ -1,0 +1,73 @@
+"""What a training scheme is: extra query blocks, another supervision, extra losses; nothing of it at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.detector import Detector
+from detrellis.supervision import Supervision
+from detrellis.types import DecoderOutput, Memory, Proposals, Queries, Segment, Targets
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, as the schemes see it before the decoder runs."""
+
+    detector: Detector
+    memory: Memory
+    queries: Queries  # the main block's
+    proposals: Proposals | None
+    targets: Targets
+    supervision: Supervision  # the main block's, as the schemes left it
+    mean_boxes: Tensor  # scalar: boxes a process, averaged over all processes; may be below 1
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Extra queries sent through the shared decoder in the same pass, with their own supervision."""
+
+    name: str
+    queries: Queries
+    supervision: Supervision
+    copies: int = 1  # equal parts that do not see each other; matched each for itself
+    sees: tuple[str, ...] = ()  # blocks whose queries it may also read; main reads nobody
+    weight: float = 1.0
+    normaliser: Tensor | None = None  # None: copies x boxes, at least 1
+
+    @property
+    def segment(self) -> Segment:
+        """The block as self-attention sees it."""
+        return Segment(self.name, self.queries.content.shape[1], self.copies, self.sees)
+
+
+class TrainingScheme(nn.Module):
+    """Three optional seams. A scheme owns its parameters and its random generator, and leaves the detector alone."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()  # capabilities that the detector must have
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Draws are made on the host: the same on every device, and no device has to be waited for.
+        self.generator = torch.Generator()
+
+    def reseed(self, seed: int) -> None:
+        """Start the scheme's draws anew; called at each step, so that a resumed run draws the same."""
+        self.generator.manual_seed(seed)
+
+    def supervision(self, base: Supervision) -> Supervision:
+        """Another supervision for the existing blocks."""
+        return base
+
+    def blocks(self, step: Step) -> list[QueryBlock]:
+        """Extra query blocks for this step."""
+        return []
+
+    def losses(self, step: Step, outputs: Mapping[str, DecoderOutput]) -> dict[str, Tensor]:
+        """Extra loss terms, weighted."""
+        return {}

@@ -1,0 +1,108 @@
+"""The training step: a detector, its training schemes, and the losses of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from detrellis.detector import Detector
+from detrellis.nn.queries import select
+from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.supervision import Supervision, Task, supervise
+from detrellis.types import DecoderOutput, ImageBatch, Proposals, Targets
+
+ProposalTargets = Literal["objectness", "classes"]
+
+
+class StepOutput(NamedTuple):
+    """Weighted losses by name, to be summed, and metrics without gradient."""
+
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class TrainableDetector(nn.Module):
+    """What is trained. Only `detector` is ever evaluated, saved as weights or exported.
+
+    `proposal_targets`: `"objectness"` teaches every token of a two-stage detector whether it is an object
+    (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO).
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        schemes: Sequence[TrainingScheme] = (),
+        supervision: Supervision | None = None,
+        *,
+        proposal_targets: ProposalTargets = "classes",
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.schemes = nn.ModuleList(schemes)
+        self.supervision = supervision or Supervision()
+        for scheme in schemes:
+            self.supervision = scheme.supervision(self.supervision)
+        self.proposal_targets = proposal_targets
+
+    def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
+        """One pass of every query block, and all losses."""
+        schemes = [s for s in self.schemes if isinstance(s, TrainingScheme)]
+        memory = self.detector.encode(images)
+        queries, proposals = self.detector.propose(memory)
+        step = Step(self.detector, memory, queries, proposals, targets, self.supervision, mean_boxes(targets))
+
+        blocks = [QueryBlock("main", queries, self.supervision)]
+        for scheme in schemes:
+            blocks += scheme.blocks(step)
+        outputs = self.detector.decode(memory, {b.segment: b.queries for b in blocks})
+
+        tasks = [self._task(b, outputs[b.name], step) for b in blocks]
+        if proposals is not None:
+            tasks.append(self._proposal_task(proposals, step))
+        losses, metrics = supervise(tasks)
+        for scheme in schemes:
+            losses |= scheme.losses(step, outputs)
+        losses |= _idle(self.schemes)
+        return StepOutput(losses, metrics)
+
+    def reseed(self, seed: int) -> None:
+        """Start every scheme's draws anew."""
+        for scheme in self.schemes:
+            assert isinstance(scheme, TrainingScheme)
+            scheme.reseed(seed)
+
+    def _task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
+        normaliser = block.normaliser
+        if normaliser is None:
+            normaliser = (block.copies * step.mean_boxes).clamp(min=1)
+        return Task(block.name, output, step.targets, block.supervision, normaliser, block.copies, block.weight)
+
+    def _proposal_task(self, proposals: Proposals, step: Step) -> Task:
+        """The proposals as a decoder output of one layer."""
+        logits, boxes, targets = proposals.logits, proposals.boxes, step.targets
+        if self.proposal_targets == "classes":
+            logits, boxes = select(logits, proposals.best), select(boxes, proposals.best)
+        else:
+            targets = targets._replace(labels=torch.zeros_like(targets.labels))
+        output = DecoderOutput(logits[None], boxes[None], boxes[None])
+        return Task("proposals", output, targets, self.supervision, step.mean_boxes.clamp(min=1))
+
+
+def mean_boxes(targets: Targets) -> Tensor:
+    """Boxes of this step, averaged over all processes: `()`."""
+    count = torch.tensor(float(len(targets.labels)), device=targets.boxes.device, dtype=targets.boxes.dtype)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count
+
+
+def _idle(schemes: nn.ModuleList) -> dict[str, Tensor]:
+    """A zero loss on every parameter of the schemes: one that found nothing to do in this batch (no boxes) must still
+    give its parameters a gradient, or the processes that did have boxes wait for it for ever."""
+    zeros = [p.sum() * 0 for p in schemes.parameters()]
+    return {"schemes/idle": torch.stack(zeros).sum()} if zeros else {}

@@ -1,0 +1,195 @@
+"""Checks of the parts of base detectors: attention, encodings, boxes, losses, post-processing, denoising."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detrellis.boxes import cxcywh_to_xyxy, giou, pairwise_giou, pairwise_iou
+from detrellis.detector import select_per_query, select_top_k
+from detrellis.matching import Hungarian, Known, Match, MatchingCost, assign, focal_term, softmax_term
+from detrellis.nn.deformable import DeformableAttention, ms_deform_attn
+from detrellis.nn.position import SineMap, sine_embed
+from detrellis.schemes.denoising import ContrastiveDenoising, Noise, group_count, lay_out, positives
+from detrellis.supervision import Supervision, Task, focal_set_loss, softmax_set_loss, supervise
+from detrellis.types import DecoderOutput, Memory, Targets
+
+from .arrays import Arrays, close
+
+
+def check_deformable_attention(a: Arrays) -> None:
+    value, locations, weights = (a.variable(k) for k in ("value", "sampling_locations", "attention_weights"))
+    out = ms_deform_attn(value, a.shapes(), locations, weights)
+    close(out, a["output"], 1e-9)
+    out.backward(a["grad_output"])
+    for tensor, name in ((value, "value"), (locations, "sampling_locations"), (weights, "attention_weights")):
+        assert tensor.grad is not None
+        close(tensor.grad, a[f"grad_{name}"], 1e-9, name)
+
+
+def check_deformable_module(a: Arrays) -> None:
+    query, value, references = (a.variable(k) for k in ("query", "value", "reference_points"))
+    shapes = a.shapes()
+    names = {"value_proj": "value_projection", "output_proj": "output_projection"}
+
+    def ours(name: str) -> str:
+        layer, kind = name.split(".")
+        return f"{names.get(layer, layer)}.{kind}"
+
+    module = DeformableAttention(query.shape[-1], a.number("n_heads"), len(shapes), a.number("n_points")).double()
+    module.load_state_dict({ours(k): v for k, v in a.group("p/").items()})
+    memory = Memory(value, value, shapes, ~a["valid_mask"].bool())
+    out = module.attend(query + a["query_pos"], references, memory)
+    close(out, a["output"], 1e-9)
+    out.backward(a["grad_output"])
+    for tensor, name in ((query, "query"), (value, "value"), (references, "reference")):
+        assert tensor.grad is not None
+        close(tensor.grad, a[f"grad_{name}"], 1e-9, name)
+    gradients = {k: p.grad for k, p in module.named_parameters()}
+    for name, expected in a.group("grad/").items():
+        gradient = gradients[ours(name)]
+        assert gradient is not None
+        close(gradient, expected, 1e-9, name)
+
+
+def check_sine(a: Arrays) -> None:
+    features = a.number("num_pos_feats")
+    valid = a["valid_mask"].double()
+    for name, temperature, offset in (
+        ("detr_T10000", 10000.0, 0.0),
+        ("dab_T20", 20.0, 0.0),
+        ("deformable_T10000_half", 10000.0, -0.5),
+    ):
+        ours = SineMap(2 * features, temperature=temperature, offset=offset)(valid)
+        close(ours, a[name].flatten(2).transpose(1, 2), 1e-9, name)
+    for temperature in (20, 10000):
+        for count in (2, 4):
+            ours = sine_embed(a[f"pos{count}"], features, temperature=temperature)
+            close(ours, a[f"query{count}d_T{temperature}"], 1e-9, f"query {count} {temperature}")
+    close(sine_embed(a["proposal_unact"].sigmoid(), features, order="xywh"), a["proposal_embed"], 1e-9, "proposals")
+
+
+def check_giou(a: Arrays) -> None:
+    raw = a.variable("boxes1")
+    boxes1, boxes2 = cxcywh_to_xyxy(raw), cxcywh_to_xyxy(a["boxes2"])
+    close(pairwise_iou(boxes1, boxes2), a["iou"], 1e-9)
+    ours = pairwise_giou(boxes1, boxes2)
+    close(ours, a["giou"], 1e-9)
+    (ours * a["w"]).sum().backward()
+    assert raw.grad is not None
+    # Row 2 is an identical pair: its minimum and maximum are ties, whose gradient is a matter of convention.
+    rows = [i for i in range(len(boxes1)) if i != 2]
+    close(raw.grad[rows], a["grad_boxes1"][rows], 1e-9)
+    n = min(len(boxes1), len(boxes2))
+    close(giou(boxes1[:n], boxes2[:n]), a["giou"].diagonal()[:n], 1e-9)
+
+
+def check_set_loss(a: Arrays) -> None:
+    params, targets = a.json("params"), a.targets()
+    logits, boxes = a.variable("logits"), a.variable("boxes")
+    term, rule = (softmax_term, softmax_set_loss) if params["softmax"] else (focal_term, focal_set_loss)
+    cost = MatchingCost(params["cost_class"], params["cost_bbox"], params["cost_giou"], term)
+    batch = len(targets.sizes)
+    labels, gt = targets.labels.expand(batch, -1), targets.boxes.expand(batch, -1, -1)
+    close(term(logits, labels), a["cost_class"], 1e-9, "class cost")
+    close(cost(logits, boxes, labels, gt), a["cost_total"], 1e-9, "cost")
+
+    output = DecoderOutput(logits[None], boxes[None], boxes[None])
+    found = assign([Match(output, targets, Hungarian(cost))])[0]
+    for b in range(batch):
+        own = found.image == b
+        expected = a[f"match{b}"]
+        assert torch.equal(found.query[own], expected[0])
+        assert torch.equal(found.target[own] - targets.offsets[b], expected[1])
+
+    weights = dict(zip(("class", "box", "giou"), params["weights"].values(), strict=True))
+    supervision = Supervision(Hungarian(cost), rule, weights)
+    losses, _ = supervise([Task("main", output, targets, supervision, torch.tensor(float(a.number("num_boxes"))))])
+    for name, key in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
+        close(losses[f"main/{name}/0"] / weights[name], a[f"loss_{key}"], 1e-9, name)
+    _check_gradients(sum(losses.values()), a["loss_total"], logits, boxes, a)  # type: ignore[arg-type]
+
+
+def _check_gradients(total: Tensor, expected: Tensor, logits: Tensor, boxes: Tensor, a: Arrays) -> None:
+    close(total, expected, 1e-9, "total")
+    total.backward()
+    assert logits.grad is not None
+    close(logits.grad, a["grad_logits"], 1e-9, "gradient of the logits")
+    close(boxes.grad if boxes.grad is not None else torch.zeros_like(boxes), a["grad_boxes"], 1e-9, "of the boxes")
+
+
+def check_postprocess(a: Arrays) -> None:
+    sizes = a["target_sizes_hw"]
+    for b, found in enumerate(select_top_k(a["logits"], a["boxes"], sizes, a.number("k"))):
+        close(found.scores, a["scores"][b], 1e-9)
+        assert torch.equal(found.labels, a["labels"][b])
+        close(found.boxes, a["boxes_xyxy"][b], 1e-9)
+    for b, found in enumerate(select_per_query(a["logits"], a["boxes"], sizes)):
+        close(found.scores, a["softmax_scores"][b], 1e-9)
+        assert torch.equal(found.labels, a["softmax_labels"][b])
+
+
+def recorded_noise(a: Arrays, flip: float) -> Noise:
+    """The file's draws; it holds new labels for the flipped rows only."""
+    if "draw_label_p" not in a:
+        return Noise(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4))
+    p = a["draw_label_p"]
+    labels = torch.zeros(len(p), dtype=torch.int64)
+    labels[p < flip] = a["draw_new_label"]
+    return Noise(p, labels, a["draw_sign01"] * 2 - 1, a["draw_box_u"])
+
+
+def check_cdn(a: Arrays) -> None:
+    params, targets = a.json("params"), a.targets()
+    scheme = ContrastiveDenoising(
+        params["hidden"],
+        params["num_classes"],
+        params["inverse_sigmoid_eps"],
+        number=params["dn_number"],
+        label_noise=params["label_noise_ratio"],
+        box_noise=params["box_noise_scale"],
+    ).double()
+    scheme.label_embed.load_state_dict({"weight": a["label_embed"]})
+    layout = lay_out(targets, group_count(params["dn_number"], max(targets.sizes)))
+    assert (layout.slots, layout.groups) == (a.number("pad_size"), a.number("num_dn_group"))
+    queries = scheme.queries(targets, layout, recorded_noise(a, params["label_noise_ratio"] / 2))
+    assert queries.boxes is not None
+    assert torch.equal(queries.content, a["query_label"])
+    close(torch.logit(queries.boxes), a["query_bbox_unact"], 2e-4)
+
+    known = positives(layout, 1)
+    for b, offset in enumerate(targets.offsets):
+        own = known.image == b
+        assert torch.equal(known.query[own], a[f"pos_query_idx{b}"])
+        assert torch.equal(known.target[own] - offset, a[f"pos_gt_idx{b}"])
+        negatives = layout.slot[~layout.positive & (layout.image == b)]
+        assert torch.equal(negatives, a[f"neg_query_idx{b}"])
+    _check_mask(a, layout.slots, layout.groups)
+
+
+def _check_mask(a: Arrays, slots: int, groups: int) -> None:
+    """The file's mask says what our segments say: a group sees itself and the main queries, which see no group."""
+    blocked = a["attn_mask"]
+    group = torch.arange(slots) // max(slots // groups, 1)
+    expected = torch.zeros_like(blocked)
+    expected[:slots, :slots] = group[:, None] != group
+    expected[slots:, :slots] = True
+    assert torch.equal(blocked, expected)
+
+
+def check_cdn_loss(a: Arrays) -> None:
+    targets: Targets = a.targets()
+    logits, boxes = a.variable("logits"), a.variable("boxes")
+    layout = lay_out(targets, a.number("groups"))
+    known = positives(layout, 1)
+    for b, offset in enumerate(targets.offsets):
+        own = known.image == b
+        assert torch.equal(known.query[own], a[f"pos_query_idx{b}"])
+        assert torch.equal(known.target[own] - offset, a[f"pos_gt_idx{b}"])
+    output = DecoderOutput(logits[None], boxes[None], boxes[None])
+    normaliser = torch.tensor(float(a.number("normaliser")))
+    losses, _ = supervise([Task("cdn", output, targets, Supervision(Known(known)), normaliser)])
+    close(losses["cdn/class/0"], a["loss_ce"], 1e-9)
+    close(losses["cdn/box/0"] / 5, a["loss_bbox"], 1e-9)
+    close(losses["cdn/giou/0"] / 2, a["loss_giou"], 1e-9)
+    _check_gradients(sum(losses.values()), a["total_w1_5_2"], logits, boxes, a)  # type: ignore[arg-type]
