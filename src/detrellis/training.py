@@ -50,13 +50,12 @@ class TrainableDetector(nn.Module):
 
     def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
         """One pass of every query block, and all losses."""
-        schemes = [s for s in self.schemes if isinstance(s, TrainingScheme)]
         memory = self.detector.encode(images)
         queries, proposals = self.detector.propose(memory)
         step = Step(self.detector, memory, queries, proposals, targets, self.supervision, mean_boxes(targets))
 
         blocks = [QueryBlock("main", queries, self.supervision)]
-        for scheme in schemes:
+        for scheme in self.training_schemes:
             blocks += scheme.blocks(step)
         outputs = self.detector.decode(memory, {b.segment: b.queries for b in blocks})
 
@@ -64,16 +63,20 @@ class TrainableDetector(nn.Module):
         if proposals is not None:
             tasks.append(self._proposal_task(proposals, step))
         losses, metrics = supervise(tasks)
-        for scheme in schemes:
+        for scheme in self.training_schemes:
             losses |= scheme.losses(step, outputs)
         losses |= _idle(self.schemes)
         return StepOutput(losses, metrics)
 
     def reseed(self, seed: int) -> None:
         """Start every scheme's draws anew."""
-        for scheme in self.schemes:
-            assert isinstance(scheme, TrainingScheme)
+        for scheme in self.training_schemes:
             scheme.reseed(seed)
+
+    @property
+    def training_schemes(self) -> list[TrainingScheme]:
+        """The schemes, in the recipe's order."""
+        return [s for s in self.schemes if isinstance(s, TrainingScheme)]
 
     def _task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
         normaliser = block.normaliser

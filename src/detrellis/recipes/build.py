@@ -31,7 +31,7 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
     """The backbone, with pretrained weights where the recipe asks for them."""
-    norm: Norm = config.norm if config.norm != "auto" else "frozen" if config.pretrained else "batch"
+    norm: Norm = config.normalisation
     try:
         if config.name in RESNETS:
             return ResNet(

@@ -10,7 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,6 +32,11 @@ class BackboneConfig(Config):
     norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
     dilation: bool = False  # DC5
     strides: tuple[int, ...] = (8, 16, 32)
+
+    @property
+    def normalisation(self) -> Literal["frozen", "batch"]:
+        """`norm` with "auto" decided."""
+        return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
 
 
 class DetectorConfig(Config):
@@ -73,6 +78,7 @@ class LossConfig(Config):
 class CDNConfig(Config):
     """Contrastive denoising (DINO)."""
 
+    dial: ClassVar[str] = "number"  # what N sets in --scheme cdn=N
     number: int = 100
     label_noise: float = 0.5
     box_noise: float = 1.0
@@ -105,20 +111,26 @@ class ScheduleConfig(Config):
     shape: Literal["step", "cosine"] = "step"
     drops: tuple[float, ...] = (0.8,)  # step: where the rate is multiplied by 0.1
     final: float = 0.0  # cosine: last rate relative to the first
+    eval_every: int = 1  # epochs between two evaluations; the last epoch is always evaluated
 
 
 class DataConfig(Config):
     """Image size and augmentation; `size`: short side, or (height, width)."""
 
     size: int | tuple[int, int] = 800
-    max_size: int = 1333
+    max_side: int | None = None  # of the long side where size is the short one; None: size * 1333 / 800
     augment: Literal["detr", "fixed", "none"] = "detr"
     keep_aspect: bool = True
     hflip: float = 0.5
     vflip: float = 0.0
-    jitter: float = 0.0
-    zoom: tuple[float, float] = (1.0, 1.0)
-    group_by_aspect: bool = False
+    jitter: float | None = None  # strength of the colour jitter; None: the policy's own
+    zoom: tuple[float, float] | None = None  # lowest and highest magnification; None: the policy's own
+    group_by_aspect: bool = False  # batches of one orientation, which saves padding
+
+    def augmentation(self) -> dict[str, Any]:
+        """The arguments of `train_transform` besides policy and size."""
+        named = {k: getattr(self, k) for k in ("keep_aspect", "hflip", "vflip", "jitter", "zoom")}
+        return named | {"max_size": self.max_side}
 
 
 class Recipe(Config):
@@ -132,6 +144,12 @@ class Recipe(Config):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
+
+    def untrained(self) -> Recipe:
+        """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""
+        backbone = self.detector.backbone
+        light = backbone.model_copy(update={"pretrained": False, "norm": backbone.normalisation})
+        return self.model_copy(update={"detector": self.detector.model_copy(update={"backbone": light})})
 
     def override(self, assignments: Sequence[str]) -> Recipe:
         """A copy with `key.sub=value` assignments applied; values are read as YAML.
@@ -150,6 +168,26 @@ class Recipe(Config):
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"])
             raise UserError(f"{place}: {first['msg'].lower()}, not {first['input']!r}") from None
+
+    def with_schemes(self, names: Sequence[str]) -> Recipe:
+        """A copy with more training schemes: `["cdn=50"]`; `"none"` takes away those before it."""
+        known = list(SchemesConfig.model_fields)
+        chosen = self.schemes.model_dump()
+        for text in (part.strip() for name in names for part in name.split(",")):
+            name, separator, value = text.partition("=")
+            if name == "none":
+                chosen = dict.fromkeys(known)
+                continue
+            if name not in known:
+                raise unknown_name(name, [*known, "none"], f"--scheme {text}")
+            config = config_of(SchemesConfig.model_fields[name].annotation)
+            dial: str = getattr(config, "dial", "")
+            if separator and not value.isdecimal():
+                raise UserError(
+                    f"--scheme {text}: {value!r} is not a number", f"Write --scheme {name}=N; N sets {dial}."
+                )
+            chosen[name] = (chosen[name] or {}) | ({dial: int(value)} if separator else {})
+        return self.model_copy(update={"schemes": SchemesConfig.model_validate(chosen)})
 
 
 def _value(text: str) -> Any:

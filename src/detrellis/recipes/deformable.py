@@ -29,12 +29,13 @@ def deformable_detr_r50_refine() -> Recipe:
     return _recipe("deformable-detr-r50-refine", "Deformable DETR with iterative box refinement", detector)
 
 
-def deformable_detr_r50_two_stage(*, plus: bool = False) -> Recipe:
-    """Two-stage with box refinement. `plus` adds the "++" tricks of H-DETR's base: no dropout, mixed query selection,
-    look forward twice."""
-    tricks = {"queries": "mixed", "refine": "look_forward_twice", "dropout": 0.0} if plus else {}
-    base = {"queries": "proposals", "refine": "detached", "hidden": 1024}
-    detector = DetectorConfig.model_validate({**base, **tricks})
-    name = "deformable-detr-r50-two-stage" + ("-plus" if plus else "")
-    about = "Deformable DETR, two-stage" + (", with dropout 0, mixed queries, look forward twice" if plus else "")
-    return _recipe(name, about, detector)
+def deformable_detr_r50_two_stage() -> Recipe:
+    """Two-stage with iterative box refinement: queries from the encoder's best proposals."""
+    detector = DetectorConfig(queries="proposals", refine="detached")
+    return _recipe("deformable-detr-r50-two-stage", "Deformable DETR, two-stage with box refinement", detector)
+
+
+def deformable_detr_r50_two_stage_plus() -> Recipe:
+    """The "++" tricks, H-DETR's base: no dropout, mixed query selection, look forward twice, FFN 2048."""
+    detector = DetectorConfig(queries="mixed", refine="look_forward_twice", dropout=0.0, hidden=2048)
+    return _recipe("deformable-detr-r50-two-stage-plus", "Deformable DETR++, H-DETR's base", detector)

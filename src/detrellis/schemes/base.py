@@ -56,6 +56,11 @@ class TrainingScheme(nn.Module):
         # Draws are made on the host: the same on every device, and no device has to be waited for.
         self.generator = torch.Generator()
 
+    @property
+    def extra_queries(self) -> int:
+        """Most queries that it adds to an image while training."""
+        return 0
+
     def reseed(self, seed: int) -> None:
         """Start the scheme's draws anew; called at each step, so that a resumed run draws the same."""
         self.generator.manual_seed(seed)

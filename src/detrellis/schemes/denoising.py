@@ -114,6 +114,11 @@ class ContrastiveDenoising(TrainingScheme):
         # One row more than classes, as in the released code, whose last row stands for "unknown" and stays unused.
         self.label_embed = nn.Embedding(classes + 1, width)
 
+    @property
+    def extra_queries(self) -> int:
+        """Positives and negatives within the budget; a fuller image still gets one group."""
+        return 2 * self.number
+
     def blocks(self, step: Step) -> list[QueryBlock]:
         """The denoising block, or none where the batch has no boxes."""
         layout = lay_out(step.targets, group_count(self.number, max(step.targets.sizes)))

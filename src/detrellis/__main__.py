@@ -1,0 +1,5 @@
+"""`python -m detrellis`."""
+
+from detrellis.cli import main
+
+main()

@@ -1,0 +1,320 @@
+"""The Python interface: the same verbs and words as the command line, returning typed results."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from detrellis.data.annotations import Annotations
+from detrellis.data.check import prepare
+from detrellis.data.classes import ClassMap
+from detrellis.data.decode import read_image
+from detrellis.data.files import IMAGE_SUFFIXES
+from detrellis.data.layout import DataSource, resolve
+from detrellis.data.loader import stack_images
+from detrellis.data.records import to_annotations
+from detrellis.data.transforms import eval_transform
+from detrellis.detector import Detector
+from detrellis.engine.checkpoint import Card, load_state, load_weights
+from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.distributed import World, pick_device, world
+from detrellis.engine.evaluate import collect, eval_loader
+from detrellis.engine.measure import Info, measure
+from detrellis.engine.train import Job, TrainResult
+from detrellis.engine.train import train as run_job
+from detrellis.errors import UserError
+from detrellis.recipes import Recipe, find_recipe
+from detrellis.recipes.build import build
+from detrellis.types import Detections
+from detrellis.visualize import draw_detections
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import Console
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Detections of one picture, with names and the data set's own category ids; best first."""
+
+    path: Path
+    size: tuple[int, int]  # height, width
+    scores: list[float]
+    names: list[str]
+    labels: list[int]  # class index 0..C-1
+    category_ids: list[int]
+    boxes: list[tuple[float, float, float, float]]  # x1, y1, x2, y2 in pixels
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO results, which tools for it read, each with the file's and the class's name added."""
+        rows = zip(self.scores, self.names, self.category_ids, self.boxes, strict=True)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": category,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+                "category_name": name,
+                "file_name": str(self.path),
+            }
+            for score, name, category, (x1, y1, x2, y2) in rows
+        ]
+
+    def draw(self, class_names: Sequence[str]) -> Image:
+        """The picture with boxes, names and scores."""
+        from PIL import Image
+
+        picture = Image.fromarray(read_image(self.path).permute(1, 2, 0).numpy())
+        return draw_detections(picture, self.boxes, self.labels, self.scores, class_names)
+
+
+@dataclass
+class Model:
+    """A detector that knows its recipe and its classes."""
+
+    detector: Detector
+    recipe: Recipe
+    classes: ClassMap
+    device: torch.device
+    data: Mapping[str, Any] | None = None  # the `DataSource` it was trained on, as `to_dict` gives it
+
+    @torch.no_grad()
+    def predict(self, paths: Paths, *, threshold: float = 0.3) -> list[Prediction]:
+        """Detections scoring at least `threshold`, of images and of the images in folders, in order."""
+        return list(self.stream(paths, threshold=threshold))
+
+    def stream(self, paths: Paths, *, threshold: float = 0.3) -> Iterator[Prediction]:
+        """As `predict`, one picture at a time."""
+        data = self.recipe.data
+        transform = eval_transform(data.size, max_size=data.max_side, keep_aspect=data.keep_aspect)
+        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        for path in find_pictures(paths):
+            image = read_image(path)
+            size = (int(image.shape[1]), int(image.shape[2]))
+            batch = stack_images([transform(image, *nothing)[0]], transform.pad_to).to(self.device)
+            found = self.detector.detect(batch, torch.tensor([size], device=self.device))[0]
+            yield self._prediction(path, size, found, threshold)
+
+    def _prediction(self, path: Path, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
+        height, width = size
+        boxes = found.boxes.cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+        kept = found.scores.cpu() >= threshold
+        labels = found.labels.cpu()[kept].tolist()
+        return Prediction(
+            path,
+            size,
+            found.scores.cpu()[kept].tolist(),
+            [self.classes.names[i] for i in labels],
+            labels,
+            [self.classes.ids[i] for i in labels],
+            [tuple(b) for b in boxes[kept].tolist()],
+        )
+
+
+def find_pictures(paths: Paths) -> list[Path]:
+    """Image files among `paths`, and those directly in folders among them, sorted by name."""
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        path = Path(path)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UserError(f"{path}: no images in this folder", f"Known: {', '.join(sorted(IMAGE_SUFFIXES))}.")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder", "Give images or folders of images.")
+    return found
+
+
+def load(source: str | Path, *, classes: ClassMap | int | None = None, device: str | None = None) -> Model:
+    """A trained detector from a run's folder or weights file, or an untrained one from a recipe's name.
+
+    `classes` is for a recipe only: the class map, or a number of classes (default 80).
+    """
+    place, own = Path(source), pick_device(device)
+    if place.exists():
+        weights, card = load_weights(place)
+        detector = build(card.recipe.untrained(), len(card.classes)).detector
+        detector.load_state_dict(weights)
+        return Model(detector.to(own).eval(), card.recipe, card.classes, own, card.data)
+    if len(place.parts) > 1:
+        raise UserError(f"{place}: no such run", "Give a run's folder, its weights file, or a recipe's name.")
+    recipe = find_recipe(str(source))
+    if not isinstance(classes, ClassMap):
+        count = 80 if classes is None else classes
+        classes = ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
+    return Model(build(recipe, len(classes)).detector.to(own).eval(), recipe, classes, own)
+
+
+def train(
+    recipe: str | Recipe,
+    *,
+    data: str | Path | DataSource | None = None,
+    train: str | Path | None = None,
+    train_images: str | Path | None = None,
+    val: str | Path | None = None,
+    val_images: str | Path | None = None,
+    scheme: str | Sequence[str] = (),
+    override: Sequence[str] = (),
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    workers: int = 2,
+    skip_bad: bool = False,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`, `val`).
+
+    `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields (`"optim.lr=1e-4"`), `out` is the run's
+    folder (default: `runs/` with the recipe's name and the time). Raises `UserError` where the data set has errors,
+    unless `skip_bad` drops the bad records.
+    """
+    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    chosen = chosen.with_schemes([scheme] if isinstance(scheme, str) else scheme).override(override)
+    if epochs is not None:
+        chosen = chosen.override([f"schedule.epochs={epochs}"])
+    source = find_data(data, train, train_images, val, val_images)
+    folder = Path(out) if out is not None else Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "last.state.pt").exists():
+        raise UserError(
+            f"{folder}: there is a run in this folder", f"Go on with it: --resume {folder}. Or take another --out."
+        )
+    with world(device) as own:
+        training, validation, classes = _prepared(source, skip_bad, own, console)
+        card = Card(chosen, classes, source.to_dict(), seed)
+        return run_job(Job(card, training, validation, folder, workers), own, console=console)
+
+
+def resume(
+    run: str | Path, *, device: str | None = None, workers: int = 2, console: Console | None = None
+) -> TrainResult:
+    """Continue a run that was stopped, bit for bit; recipe, data and seed are the run's own."""
+    place = Path(run)
+    state = load_state(place)
+    _, card = load_weights(place / "last.safetensors")
+    with world(device) as own:
+        training, validation, classes = _prepared(DataSource.from_dict(card.data), True, own, console)
+        if classes != card.classes:
+            raise UserError(f"{place}: the data set's classes have changed since", "Start a new run on the new data.")
+        fresh = replace(card, epoch=0, stats=None)
+        return run_job(Job(fresh, training, validation, place, workers), own, state, console=console)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: str | Path | DataSource | None = None,
+    val: str | Path | None = None,
+    val_images: str | Path | None = None,
+    split: str = "val",
+    results: str | Path | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    workers: int = 2,
+) -> EvalResult:
+    """COCO box AP of a run on its own validation split, on another split, or on another data set with its classes.
+
+    `results` names a file for the detections in COCO's results format.
+    """
+    with world(device) as own:
+        model = load(run, device=str(own.device))
+        _, card = load_weights(Path(run))
+        if val is not None:
+            source, split = find_data(None, val, val_images), "train"
+        else:
+            source = DataSource.from_dict(card.data) if data is None else find_data(data)
+        annotations = to_annotations(source.load(split), model.classes)
+        loader = eval_loader(annotations, model.recipe.data, batch_size, workers, own)
+        evaluator = collect(model.detector, loader, annotations, own.device)
+        if results is not None and own.leads:
+            evaluator.results_json(results)
+        return evaluator.compute()
+
+
+def predict(
+    run: str | Path,
+    paths: Paths,
+    *,
+    threshold: float = 0.3,
+    out: str | Path | None = None,
+    device: str | None = None,
+) -> list[Prediction]:
+    """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
+    model = load(run, device=device)
+    found = model.stream(paths, threshold=threshold)
+    return list(found) if out is None else save_predictions(model, found, Path(out))
+
+
+def save_predictions(model: Model, found: Iterable[Prediction], out: Path) -> list[Prediction]:
+    """Write each prediction's picture as it comes, and all of them as COCO results; returns them as a list.
+
+    A picture that belongs to the data set the model was trained on keeps its image id there; others count on from the
+    highest one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    predictions: list[Prediction] = []
+    taken: set[str] = set()
+    for prediction in found:
+        predictions.append(prediction)
+        name = prediction.path.stem
+        while name in taken:  # the same name in another folder
+            name += "_"
+        taken.add(name)
+        prediction.draw(model.classes.names).save(out / f"{name}.jpg", quality=92)
+    rows = [row for p, i in zip(predictions, image_ids(predictions, model.data), strict=True) for row in p.to_coco(i)]
+    (out / "predictions.json").write_text(json.dumps(rows, indent=1))
+    return predictions
+
+
+def image_ids(predictions: Sequence[Prediction], data: Mapping[str, Any] | None) -> list[int]:
+    """The data set's own id of each picture, where the data set is still there and holds it."""
+    known: dict[Path, int] = {}
+    if data is not None:
+        with contextlib.suppress(UserError):  # moved or deleted since: then nothing is known
+            for raw in DataSource.from_dict(data).load_all().values():
+                known |= {raw.path(row).resolve(): int(i) for row, i in enumerate(raw.image_ids)}
+    fresh = itertools.count(max(known.values(), default=0) + 1)
+    return [known[p.path.resolve()] if p.path.resolve() in known else next(fresh) for p in predictions]
+
+
+def info(recipe: str | Recipe, *, classes: int = 80, scheme: Sequence[str] = (), override: Sequence[str] = ()) -> Info:
+    """Parameters, multiply-adds and training schemes of a recipe."""
+    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    return measure(chosen.with_schemes(scheme).override(override), classes)
+
+
+def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:
+    """The data set in a folder, or of COCO files: train, its images, val, its images."""
+    if isinstance(data, DataSource):
+        return data
+    paths = [None if f is None else Path(f) for f in files]
+    return resolve(None if data is None else Path(data), *paths, *[None] * (4 - len(paths)))
+
+
+def _prepared(
+    source: DataSource, skip_bad: bool, own: World, console: Console | None
+) -> tuple[Annotations, Annotations | None, ClassMap]:
+    """The data set after its fast check; the first process says what was found and what was left out."""
+    training, validation, classes, report = prepare(source, skip_bad=skip_bad)
+    if own.leads:
+        speak = print if console is None else console.print
+        for split, skipped in report.skipped.items():
+            speak(f"{split}: left out {', '.join(f'{n} {code}' for code, n in skipped.items())}")
+        if warnings := report.text("warning"):
+            speak(warnings)
+        if validation is None:
+            speak("No validation split: the run is not evaluated, and its last weights are the ones to use.")
+    return training, validation, classes

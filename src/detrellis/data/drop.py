@@ -1,0 +1,71 @@
+"""Leaving out in memory what the doctor found: for `train --skip-bad`, and for the clean copy that `fix` writes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detrellis.data.check_boxes import repeated, usable
+from detrellis.data.findings import RULES, Finding
+from detrellis.data.records import RawDataset
+
+WITH_IMAGE = "boxes of dropped images"  # the one key in the counts that is no finding's code
+Mask = NDArray[np.bool_]
+
+
+def drop_bad(raw: RawDataset, findings: Iterable[Finding]) -> tuple[RawDataset, dict[str, int]]:
+    """`raw` without the images and boxes that `findings` name, and how many were left out or changed, by code.
+
+    Repeated annotation ids are renumbered, and a file listed twice is listed once with the boxes of both. The findings
+    must be of this very data set: they name rows.
+    """
+    mine = [f for f in findings if f.split == raw.split]
+    counts = Counter[str]()
+    for f in mine:
+        if RULES[f.code].action != "none":
+            counts[f.code] += f.count
+    rows = {
+        action: np.array([f.row for f in mine if RULES[f.code].action == action and f.row is not None], dtype=np.int64)
+        for action in ("drop image", "drop box", "renumber")
+    }
+    raw = _merged(raw, [f for f in mine if f.code == "duplicate-file"])
+    raw = _renumbered(raw, rows["renumber"])
+    images, boxes = np.ones(len(raw), dtype=np.bool_), np.ones(len(raw.ids), dtype=np.bool_)
+    images[rows["drop image"]] = False
+    images[[f.row for f in mine if f.code == "duplicate-file" and f.row is not None]] = False
+    boxes[rows["drop box"]] = False
+    if counts["duplicate-file"]:
+        again = (repeated(raw) >= 0) & usable(raw) & boxes
+        boxes &= ~again
+        counts["duplicate-box"] += int(again.sum())
+    homeless = boxes & (raw.box_rows >= 0) & ~_of(images, raw.box_rows)
+    counts[WITH_IMAGE] += int(homeless.sum())
+    return raw.take(images, boxes & ~homeless), {code: count for code, count in counts.items() if count}
+
+
+def _of(images: Mask, rows: NDArray[np.int64]) -> Mask:
+    """`images[rows]`, True for the rows -1."""
+    return np.append(images, True)[rows]
+
+
+def _merged(raw: RawDataset, twice: list[Finding]) -> RawDataset:
+    """Boxes of a file's later records given to its first."""
+    if not twice:
+        return raw
+    first = np.arange(len(raw))
+    first[[f.row for f in twice if f.row is not None]] = [f.other for f in twice if f.other is not None]
+    known = raw.box_rows >= 0
+    owners = raw.box_image_ids.copy()
+    owners[known] = raw.image_ids[first[raw.box_rows[known]]]
+    return replace(raw, box_image_ids=owners)
+
+
+def _renumbered(raw: RawDataset, rows: NDArray[np.int64]) -> RawDataset:
+    """New annotation ids, above all others, for the rows."""
+    ids = raw.ids.copy()
+    ids[rows] = ids.max(initial=0) + 1 + np.arange(len(rows))
+    return replace(raw, ids=ids)

@@ -1,0 +1,113 @@
+"""Looking at many files at once.
+
+In threads, not processes: decoding, hashing and waiting for a disk all let the other threads go on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detrellis.data.decode import read_header, upright_size
+from detrellis.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm"})
+CHUNK = 32  # items a task: a future for each of 100,000 images would cost more than it brings
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None, progress: str = ""
+) -> list[Result]:
+    """`function` of every item, in order; `progress` is the bar's title, and none is shown without one."""
+    chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+    pool = ThreadPoolExecutor(max(1, workers or cpus()))
+    try:
+        done = pool.map(lambda chunk: [function(item) for item in chunk], chunks)
+        return [result for results in _shown(done, len(items), progress) for result in results]
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever presses Ctrl-C does not wait for the other 100,000
+
+
+def _shown(chunks: Iterable[list[Result]], total: int, title: str) -> Iterable[list[Result]]:
+    if not title:
+        yield from chunks
+        return
+    # Only who wants to see a bar pays for importing one.
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
+    times = (rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn())
+    with rich.Progress(*columns, *times, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        for chunk in chunks:
+            yield chunk
+            bar.advance(task, len(chunk))
+
+
+def read_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """(I, 2) height and width of the images as viewers show them; 0, 0 where a file is missing or no image."""
+    return np.array(map_threads(_size, paths), dtype=np.int64).reshape(-1, 2)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        return upright_size(read_header(path))
+    except UserError:
+        return 0, 0
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files below `folder`, sorted, links followed."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        found += [Path(parent, f) for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+def subfolders(root: Path, depth: int) -> list[Path]:
+    """Folders below `root`, nearest first, hidden ones left out; at most 200, for a home folder given by mistake."""
+    found: list[Path] = []
+    level = [root]
+    for _ in range(depth):
+        level = [folder for parent in level for folder in _folders(parent)][: 200 - len(found)]
+        found += level
+    return found
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        with os.scandir(parent) as entries:  # which knows what is a folder without asking for each file
+            return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+    except OSError:
+        return []
+
+
+def common_root(paths: Sequence[Path], default: Path) -> Path:
+    """The deepest folder that holds all of them."""
+    return Path(os.path.commonpath([p.parent for p in paths])) if paths else default
+
+
+def read_text(path: Path) -> str:
+    """A text file's content; `UserError` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error

@@ -1,0 +1,126 @@
+"""What the doctor can find: one rule per code, and `Finding`, one row of its report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Severity = Literal["error", "warning", "note"]
+Action = Literal["drop image", "drop box", "renumber", "merge", "none"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+class Rule(NamedTuple):
+    """How grave a code is, what the user can do, and what `drop_bad` and `fix` do to the record it names."""
+
+    severity: Severity
+    remedy: str
+    action: Action = "none"
+
+
+_RE_EXPORT = "Replace or re-export the file, or take the image out of the annotations."
+
+IMAGES: dict[str, Rule] = {
+    "missing-image": Rule("error", "Put the file there, or correct the image folder or `file_name`.", "drop image"),
+    "unreadable-image": Rule("error", _RE_EXPORT, "drop image"),
+    "wrong-size": Rule(
+        "error",
+        "Write the file's width and height, and make sure that the boxes are in that frame.",
+        "drop image",
+    ),
+    "duplicate-image-id": Rule("error", "Give every image its own id: boxes cannot tell them apart.", "drop image"),
+    "duplicate-file": Rule("error", "List the file once and give all its boxes that one image id.", "merge"),
+    "same-content": Rule("warning", "Keep one of them, with the boxes of both."),
+    "shared-image": Rule(
+        "warning", "Keep it in one split only: scores on images trained on say nothing.", "drop image"
+    ),
+    "unusual-mode": Rule("note", "Nothing to do: it is converted to 8-bit RGB."),
+    "dark-16-bit": Rule("warning", "Stretch the values to the full 16-bit range, or convert to 8 bits yourself."),
+    "exif-rotated": Rule("note", "Nothing to do: the orientation is handled."),
+    "exif-ambiguous": Rule("warning", "Look at the boxes with `viz-data`; save the image upright without EXIF."),
+    "size-missing": Rule("note", "Nothing to do: height and width are read from the files."),
+    "images-without-boxes": Rule("note", "Nothing to do: they are used as background."),
+}
+
+BOXES: dict[str, Rule] = {
+    "duplicate-annotation-id": Rule("error", "Give every annotation its own id.", "renumber"),
+    "unknown-image": Rule("error", "Correct its `image_id`, or remove the annotation.", "drop box"),
+    "unknown-category": Rule("error", "Add the category, or correct the annotation's category.", "drop box"),
+    "bad-box": Rule("error", "Write four finite numbers, or remove the annotation.", "drop box"),
+    "empty-box": Rule("error", "Width and height must be above 0: correct or remove it.", "drop box"),
+    "outside-box": Rule("error", "Correct it, or remove it: nothing of it is in the image.", "drop box"),
+    "malformed-label": Rule("error", "Correct or remove the line: `class cx cy w h`, or a polygon.", "drop box"),
+    "clipped-box": Rule("warning", "It is clipped to the image; correct it if that is not what you mean."),
+    "clipped-rounding": Rule("note", "Nothing to do: clipped to the image."),
+    "duplicate-box": Rule("warning", "Remove the copies: the detector would learn to predict it twice.", "drop box"),
+    "normalised-boxes": Rule("warning", "COCO boxes are pixels: multiply by the image's width and height."),
+    "pixel-boxes": Rule("warning", "YOLO boxes are shares of the image: divide by its width and height."),
+    "xyxy-boxes": Rule("warning", "COCO boxes are (x, y, width, height): subtract the first corner."),
+    "missing-area": Rule("note", "Nothing to do: width * height is used."),
+    "label-without-image": Rule("warning", "Add the image, or remove the label file."),
+    "difficult-objects": Rule("note", "Nothing to do: they are trained on and evaluated like the others."),
+}
+
+CLASSES: dict[str, Rule] = {
+    "class-mismatch": Rule("error", "Use one list of categories for all splits."),
+    "unknown-class": Rule("error", "Add the class to the training set's categories, or remove its boxes."),
+    "class-never-seen": Rule("warning", "Add examples, or remove the class: it cannot be learnt."),
+    "class-only-in-val": Rule("warning", "Add training examples: its AP will be 0."),
+    "duplicate-class-name": Rule("warning", "Merge the two categories, or name them differently."),
+}
+
+WHOLE: dict[str, Rule] = {
+    "no-images": Rule("error", "Check that this is the right annotation file."),
+    "no-annotations": Rule("error", "Check that this is the right annotation file: there is nothing to learn from."),
+    "layout": Rule("note", "Name the files yourself (`--train`, `--val`) if you mean something else."),
+}
+
+# In the order of the table.
+RULES: dict[str, Rule] = {**WHOLE, **IMAGES, **BOXES, **CLASSES}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, or worth knowing, and where it stands."""
+
+    severity: Severity
+    code: str  # a key of RULES
+    split: str  # "train", "val", "test"; "" for the data set as a whole
+    file: str  # the image, or the file that the record stands in
+    id: int | None  # of an image, annotation or category, see `noun`
+    what: str
+    remedy: str
+    line: int | None = None  # in a YOLO label file; number of the object in a VOC file
+    count: int = 1  # records that this finding stands for
+    row: int | None = None  # index of the image or box in the `RawDataset`; not part of the report
+    other: int | None = None  # index of the record that it repeats; not part of the report
+
+    @property
+    def noun(self) -> str:
+        """What `id` is the id of."""
+        return "image" if self.code in IMAGES else "annotation" if self.code in BOXES else "category"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        found = asdict(self) | {"id_of": self.noun if self.id is not None else None}
+        del found["row"], found["other"]
+        return found
+
+
+def finding(
+    code: str,
+    split: str,
+    file: Path | str,
+    what: str,
+    *,
+    id: int | None = None,
+    line: int | None = None,
+    count: int = 1,
+    row: int | None = None,
+    other: int | None = None,
+    remedy: str | None = None,
+) -> Finding:
+    """A finding with its rule's severity, and its remedy unless another one is given."""
+    rule = RULES[code]
+    return Finding(rule.severity, code, split, str(file), id, what, remedy or rule.remedy, line, count, row, other)

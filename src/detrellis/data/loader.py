@@ -1,0 +1,245 @@
+"""From annotations to batches on the device.
+
+Everything an image goes through is a function of (seed, epoch, image index) alone: the number of workers, the rank and
+an interruption change nothing, and a checkpoint has no random state of the loader to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from detrellis.boxes import xyxy_to_cxcywh
+from detrellis.data.annotations import Annotations
+from detrellis.data.decode import read_image
+from detrellis.data.sampler import BatchSampler, EvalSampler, Key
+from detrellis.data.transforms import Transform
+from detrellis.errors import UserError
+from detrellis.types import ImageBatch, Targets
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+_STD = torch.tensor(STD).view(3, 1, 1)
+_SCALE, _SHIFT = 1 / (255 * _STD), -torch.tensor(MEAN).view(3, 1, 1) / _STD
+
+
+class Sample(NamedTuple):
+    """One image as the transform leaves it."""
+
+    image: Tensor  # (3, H, W) uint8
+    boxes: Tensor  # (n, 4) float32 pixel xyxy in `image`
+    labels: Tensor  # (n,) int64 class index
+    image_id: int
+    size: tuple[int, int]  # height, width of the original
+
+
+class Batch(NamedTuple):
+    """What a step reads."""
+
+    images: ImageBatch
+    targets: Targets  # boxes normalised cxcywh, relative to the image without its padding
+    image_ids: tuple[int, ...]
+    sizes: Tensor  # (B, 2) int64 height, width of the original images
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on `device`."""
+        images = self.images.to(device, non_blocking=non_blocking)
+        targets = self.targets.to(device, non_blocking=non_blocking)
+        return Batch(images, targets, self.image_ids, self.sizes.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a copy to the GPU need not block."""
+        pixels, padding = self.images
+        images = ImageBatch(pixels.pin_memory(), None if padding is None else padding.pin_memory())
+        labels, boxes, sizes = self.targets
+        targets = Targets(labels.pin_memory(), boxes.pin_memory(), sizes)
+        return Batch(images, targets, self.image_ids, self.sizes.pin_memory())
+
+
+class Failure(NamedTuple):
+    """A `UserError` on its way out of a worker: torch would wrap the exception itself in a worker's traceback."""
+
+    message: str
+    remedy: str
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`)."""
+
+    def __init__(self, annotations: Annotations, transform: Transform, seed: int = 0) -> None:
+        kept = ~annotations.crowd
+        self.root, self.transform, self.seed = str(annotations.root), transform, seed
+        self.file_names, self.sizes, self.image_ids = annotations.file_names, annotations.sizes, annotations.image_ids
+        self.starts = np.concatenate([[0], np.cumsum(kept)])[annotations.starts]
+        x, y, width, height = annotations.boxes[kept].T
+        self.boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
+        self.labels = annotations.labels[kept]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The sample of `(epoch, image index)`. Raises `UserError` where the image cannot be read."""
+        epoch, index = key
+        height, width = self.sizes[index].tolist()
+        image = self._image(index, height, width)
+        own = slice(self.starts[index], self.starts[index + 1])
+        boxes, labels = torch.tensor(self.boxes[own]), torch.tensor(self.labels[own])
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
+            image, boxes, labels = self.transform(image, boxes, labels)
+        return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width))
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | Failure:
+        """A whole batch, as torch's loader fetches it."""
+        try:
+            return [self[key] for key in keys]
+        except UserError as error:
+            return Failure(error.message, error.remedy)
+
+    def _image(self, index: int, height: int, width: int) -> Tensor:
+        path = Path(self.root, bytes(self.file_names[index]).decode())
+        image = read_image(path, (height, width))
+        if image.shape[1:] != (height, width):
+            found = f"{image.shape[2]}x{image.shape[1]}"
+            raise UserError(
+                f"{path}: the file is {found} pixels (width x height), the annotations say {width}x{height}",
+                "Its boxes would be wrong. Run `detrellis check` to list all such files.",
+            )
+        return image
+
+
+def mixed_seed(seed: int, epoch: int, index: int) -> int:
+    """64 well-mixed bits: torch's generator reads the low 32 only, so sums or shifts would collide."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Samples to a `Batch`: normalise, pad at the bottom and right to `pad_to` or to the largest image."""
+
+    pad_to: tuple[int, int] | None = None
+
+    def __call__(self, samples: list[Sample] | Failure) -> Batch | Failure:
+        """The batch; a failure is passed on."""
+        if isinstance(samples, Failure):
+            return samples
+        counts = tuple(len(s.labels) for s in samples)
+        targets = Targets(torch.cat([s.labels for s in samples]), _normalised_boxes(samples), counts)
+        sizes = torch.tensor([s.size for s in samples], dtype=torch.int64)
+        images = stack_images([s.image for s in samples], self.pad_to)
+        return Batch(images, targets, tuple(s.image_id for s in samples), sizes)
+
+
+def _normalised_boxes(samples: list[Sample]) -> Tensor:
+    scaled = []
+    for sample in samples:
+        height, width = sample.image.shape[1:]
+        scaled.append(sample.boxes / sample.boxes.new_tensor([width, height, width, height]))
+    return xyxy_to_cxcywh(torch.cat(scaled)).float()
+
+
+def stack_images(images: Sequence[Tensor], pad_to: tuple[int, int] | None = None) -> ImageBatch:
+    """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`, or to the largest height and width."""
+    height, width = pad_to or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
+    pixels = torch.zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    for image, into, mask in zip(images, pixels, padding, strict=True):
+        h, w = image.shape[1:]
+        normalise(image, into[:, :h, :w])
+        mask[:h, :w] = False
+    return ImageBatch(pixels, padding if padding.any() else None)
+
+
+def normalise(image: Tensor, out: Tensor) -> None:
+    """`(image / 255 - MEAN) / STD` into `out`, which may be a view: `image * scale + shift`.
+
+    Not a fused multiply-add: that rounds differently at the ends of a thread's share.
+    """
+    out.copy_(image).mul_(_SCALE).add_(_SHIFT)
+
+
+class Loader:
+    """Iterates batches in the sampler's order and raises what the workers could not read as a `UserError`."""
+
+    def __init__(self, batches: DataLoader[Sample], sampler: BatchSampler | EvalSampler) -> None:
+        self.batches, self.sampler = batches, sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.batches)
+        try:
+            while (batch := _next(batches)) is not None:
+                yield batch
+        except (Exception, KeyboardInterrupt):
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the workers. Where nobody calls it they end when the loader is collected, but a loader that hangs on an
+        exception's traceback may be collected by one of its own threads, which then waits for itself."""
+        iterator, self.batches._iterator = self.batches._iterator, None
+        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+
+def _next(batches: Iterator[Batch | Failure]) -> Batch | None:
+    """The next batch, None after the last."""
+    try:
+        batch = next(batches, None)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            raise
+        raise UserError(
+            f"a loader worker died: {str(error).splitlines()[0]}",
+            "Mostly the memory ran out. Use fewer workers or smaller batches; in a container, give it more shared "
+            "memory (docker: --shm-size or --ipc=host).",
+        ) from error
+    if isinstance(batch, Failure):
+        raise UserError(batch.message, batch.remedy)
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach every process of the group; the main one saves and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def build_loader(
+    dataset: DetectionDataset,
+    sampler: BatchSampler | EvalSampler,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+) -> Loader:
+    """Loads the sampler's batches with `workers` processes, each of them `prefetch` batches ahead.
+
+    A worker computes with one thread, which torch sees to; with `workers=0` the caller's process does the work.
+    """
+    batches = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=Collate(dataset.transform.pad_to),
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        prefetch_factor=prefetch if workers > 0 else None,
+        # Its own generator: without one every epoch takes a number from the global one, whose state the model shares.
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
+    )
+    return Loader(batches, sampler)

@@ -1,0 +1,189 @@
+"""`RawDataset`: one split as its files have it, good or bad; and the way from there to `Annotations`.
+
+The readers (coco, yolo, voc) fill it, the doctor looks at it, `drop_bad` cleans it, `to_annotations` takes it over.
+Columns are numpy arrays, so that a check of 860,000 boxes is a few array operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detrellis.data.annotations import Annotations
+from detrellis.data.classes import ClassMap
+from detrellis.data.findings import Finding
+from detrellis.errors import UserError
+
+SEE_CHECK = "Run `detrellis check` for the full list; `train --skip-bad` leaves such records out."
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """`I` images and `T` boxes in the order of the files. Nothing is guaranteed but types and lengths."""
+
+    split: str  # "train", "val" or "test"
+    source: Path  # the annotation file, or the folder of label files
+    root: Path  # folder that `file_names` are relative to
+    categories: tuple[tuple[int, str], ...]  # (id, name) as listed
+    image_ids: NDArray[np.int64]  # (I,)
+    file_names: tuple[str, ...]  # (I,)
+    sizes: NDArray[np.int64]  # (I, 2) height, width; 0 where neither the annotations nor the file tell
+    ids: NDArray[np.int64]  # (T,) annotation ids
+    box_image_ids: NDArray[np.int64]  # (T,)
+    box_categories: NDArray[np.int64]  # (T,) category ids
+    boxes: NDArray[np.float64]  # (T, 4) x, y, width, height in pixels; NaN where there are no four numbers
+    areas: NDArray[np.float64]  # (T,) NaN where missing
+    crowd: NDArray[np.bool_]  # (T,)
+    label_files: tuple[str, ...] | None = None  # (I,) of YOLO and VOC; None: all stands in `source`
+    lines: NDArray[np.int64] | None = None  # (T,) line (YOLO) or number of the object (VOC), from 1
+    findings: tuple[Finding, ...] = ()  # what the reader met that the columns cannot hold
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @cached_property
+    def box_rows(self) -> NDArray[np.int64]:
+        """(T,) index of the image that owns each box: the first one with its id, or -1."""
+        if not len(self):
+            return np.full(len(self.ids), -1, dtype=np.int64)
+        known, first = np.unique(self.image_ids, return_index=True)
+        place = np.searchsorted(known, self.box_image_ids).clip(max=len(known) - 1)
+        return np.where(known[place] == self.box_image_ids, first[place], -1).astype(np.int64)
+
+    @cached_property
+    def classes(self) -> ClassMap:
+        """The map of the listed categories. Raises `UserError` where an id is listed twice."""
+        try:
+            return ClassMap.from_categories({"id": i, "name": n} for i, n in self.categories)
+        except UserError as error:
+            raise UserError(f"{self.source}: {error.message}", error.remedy) from error
+
+    def path(self, row: int) -> Path:
+        """Image file of image `row`."""
+        return self.root / self.file_names[row]
+
+    def place(self, box: int) -> tuple[str, int | None]:
+        """(file, line) where box `box` is written down."""
+        row = self.box_rows[box]
+        if self.label_files is None or row < 0:
+            return str(self.source), None
+        return self.label_files[row], None if self.lines is None else int(self.lines[box])
+
+    def image_id(self, row: int) -> int | None:
+        """The id of image `row` in the user's files; None where only we count them (YOLO, VOC)."""
+        return int(self.image_ids[row]) if self.label_files is None else None
+
+    def box_id(self, box: int) -> int | None:
+        """The id of annotation `box` in the user's files; None where they have none."""
+        return int(self.ids[box]) if self.label_files is None else None
+
+    def take(self, images: NDArray[np.bool_], boxes: NDArray[np.bool_]) -> RawDataset:
+        """Only the images and boxes that the masks name."""
+        kept = np.flatnonzero(images).tolist()
+        label_files = None if self.label_files is None else tuple(self.label_files[i] for i in kept)
+        return replace(
+            self,
+            image_ids=self.image_ids[images],
+            file_names=tuple(self.file_names[i] for i in kept),
+            sizes=self.sizes[images],
+            label_files=label_files,
+            lines=None if self.lines is None else self.lines[boxes],
+            **{name: getattr(self, name)[boxes] for name in BOX_COLUMNS},
+        )
+
+
+BOX_COLUMNS = ("ids", "box_image_ids", "box_categories", "boxes", "areas", "crowd")
+
+
+def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """`(T, 4)` xywh boxes cut to their frames `(T, 2)` (height, width). A box outside gets no width or no height."""
+    width, height = sizes[:, 1], sizes[:, 0]
+    left, right = (np.clip(edge, 0, width) for edge in (boxes[:, 0], boxes[:, 0] + boxes[:, 2]))
+    top, bottom = (np.clip(edge, 0, height) for edge in (boxes[:, 1], boxes[:, 1] + boxes[:, 3]))
+    clipped = np.stack([left, top, right - left, bottom - top], axis=1)
+    # A box inside keeps its numbers to the last bit: (x + w) - x need not be w.
+    cut = (left != boxes[:, 0]) | (top != boxes[:, 1]) | (right < boxes[:, 0] + boxes[:, 2])
+    cut |= bottom < boxes[:, 1] + boxes[:, 3]
+    return np.where(cut[:, None], clipped, boxes)
+
+
+def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotations:
+    """The flat arrays that training reads: boxes grouped by image, clipped to the frame, labels from `classes`.
+
+    `classes` is the training set's map (default: the one of `raw`). A record that cannot be used raises `UserError`
+    naming the first one: the doctor lists them all, and `drop_bad` leaves them out.
+    """
+    classes = raw.classes if classes is None else classes
+    labels = classes.indices(raw.box_categories)
+    _refuse_bad(raw, labels)
+    order = np.argsort(raw.box_rows, kind="stable")
+    counts = np.bincount(raw.box_rows, minlength=len(raw))
+    boxes = clip(raw.boxes, raw.sizes[raw.box_rows])[order]
+    areas = raw.areas[order]
+    names = [name.encode() for name in raw.file_names]
+    return Annotations(
+        root=raw.root,
+        classes=classes,
+        image_ids=raw.image_ids,
+        file_names=np.array(names, dtype=np.bytes_) if names else np.zeros(0, dtype="S1"),
+        sizes=raw.sizes,
+        starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes=boxes,
+        labels=labels[order],
+        crowd=raw.crowd[order],
+        areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
+        ids=raw.ids[order],
+    )
+
+
+def _refuse_bad(raw: RawDataset, labels: NDArray[np.int64]) -> None:
+    if len(np.unique(raw.image_ids)) != len(raw):
+        raise UserError(f"{raw.source}: an image id is used more than once", SEE_CHECK)
+    if (raw.sizes <= 0).any():
+        row = int(np.flatnonzero((raw.sizes <= 0).any(axis=1))[0])
+        raise UserError(f"{raw.path(row)}: height and width are unknown", SEE_CHECK)
+    frames = raw.sizes[raw.box_rows] if len(raw) else np.zeros((len(raw.ids), 2), dtype=np.int64)
+    reasons = (
+        ("belongs to no listed image", raw.box_rows < 0),
+        ("has a category that the training set does not list", labels < 0),
+        ("has no four finite numbers for a box", ~np.isfinite(raw.boxes).all(axis=1)),
+        ("has a box without width or height", (raw.boxes[:, 2:] <= 0).any(axis=1)),
+        ("has a box outside its image", (clip(np.nan_to_num(raw.boxes), frames)[:, 2:] <= 0).any(axis=1)),
+    )
+    for reason, bad in reasons:
+        if bad.any():
+            box = int(np.flatnonzero(bad)[0])
+            file, line = raw.place(box)
+            where = f"line {line}" if line is not None else f"annotation {raw.ids[box]}"
+            raise UserError(f"{file}: {where} {reason} ({int(bad.sum())} such)", SEE_CHECK)
+
+
+def from_columns(
+    head: Mapping[str, Any], images: Sequence[tuple[str, int, int]], rows: Iterable[tuple[int, int, int, Any]]
+) -> RawDataset:
+    """For sets of one label file per image: ids are given here, from 1, in the order of the files.
+
+    `head` holds the fields that are neither images nor boxes, `images` (file name, height, width), and `rows`
+    (image row, line, category id, xywh in pixels).
+    """
+    image_rows, lines, categories, boxes = [list(c) for c in zip(*rows, strict=True)] or [[], [], [], []]
+    count = len(boxes)
+    return RawDataset(
+        image_ids=np.arange(1, len(images) + 1, dtype=np.int64),
+        file_names=tuple(name for name, _, _ in images),
+        sizes=np.array([size for _, *size in images], dtype=np.int64).reshape(-1, 2),
+        ids=np.arange(1, count + 1, dtype=np.int64),
+        box_image_ids=np.array(image_rows, dtype=np.int64) + 1,
+        box_categories=np.array(categories, dtype=np.int64),
+        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        areas=np.full(count, np.nan),
+        crowd=np.zeros(count, dtype=np.bool_),
+        lines=np.array(lines, dtype=np.int64),
+        **head,
+    )

@@ -1,0 +1,36 @@
+"""Where the files of one split are: what a layout finds and a reader is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SPLITS: Mapping[str, tuple[str, ...]] = {  # our name, and what people call it
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The paths of one split, absolute."""
+
+    annotations: Path  # COCO: the JSON file; YOLO: data.yaml or classes.txt; VOC: the folder of XML files
+    images: tuple[Path, ...]  # COCO, VOC: one folder; YOLO: folders of images and text files that list images
+    listing: Path | None = None  # VOC: the file in ImageSets/Main that names the split's images
+    part: str | None = None  # VOC without such files: which share of the folder, "train" or "val"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        listing = None if self.listing is None else str(self.listing)
+        images = [str(folder) for folder in self.images]
+        return {"annotations": str(self.annotations), "images": images, "listing": listing, "part": self.part}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SplitFiles:
+        """The inverse of `to_dict`."""
+        listing = None if data.get("listing") is None else Path(data["listing"])
+        return cls(Path(data["annotations"]), tuple(Path(p) for p in data["images"]), listing, data.get("part"))

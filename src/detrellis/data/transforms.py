@@ -1,0 +1,323 @@
+"""Image transforms: `(image, boxes, labels) -> (image, boxes, labels)`.
+
+The image is uint8 `(3, H, W)` all the way: resizing uint8 is several times faster than resizing floats and gives the
+same pixels to one level. Boxes are pixel `xyxy`. Random numbers come from torch's global CPU generator, which the data
+set seeds anew for every image. Colours change after the resize, where the fewest pixels are left.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from detrellis.errors import UserError
+
+Size = int | tuple[int, int]  # short side, or (height, width) of the padded image
+Policy = Literal["detr", "fixed", "none"]
+
+MEAN_COLOUR = (124, 116, 104)  # of ImageNet, nearly 0 when normalised: what a zoomed-out image lies on
+VISIBLE = 0.1  # the mild crop of `fixed` drops a box of which less than this share of the area is left
+
+
+class Transform(Protocol):
+    """What the data set applies to each image; `pad_to` is what the loader pads the result to."""
+
+    @property
+    def pad_to(self) -> tuple[int, int] | None:
+        """`(height, width)` of every batch; None: the largest image of the batch decides."""
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image uint8 `(3, H, W)`, boxes `(n, 4)` pixel `xyxy`, labels `(n,)`; the same kinds come out."""
+
+
+def train_transform(
+    policy: Policy,
+    size: Size,
+    *,
+    max_size: int | None = None,
+    keep_aspect: bool = True,
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    jitter: float | None = None,
+    zoom: tuple[float, float] | None = None,
+) -> Transform:
+    """Training augmentation.
+
+    `detr`: DETR's scale and crop augmentation for the short side `size`; everything is in its proportion to the paper's
+    800 (short sides 480 to 800, long side at most 1333, crops of 384 to 600). `fixed`: every image is resized to fit
+    one `(height, width)`, after a random zoom: the objects' magnification is drawn from `zoom` (default 0.8 to 1.25;
+    above 1 a crop, below 1 a smaller image on a plain canvas). `none`: resize only, no randomness.
+
+    `hflip` and `vflip` are probabilities, `jitter` is the strength of the colour jitter in [0, 1] (default: 0.2 for
+    `fixed`, else 0). `keep_aspect` belongs to a `(height, width)`: False stretches the image instead of padding it.
+    """
+    _check_size(size, max_size)
+    _check_dials(policy, size, hflip=hflip, vflip=vflip, jitter=jitter, zoom=zoom)
+    if policy == "none":
+        return eval_transform(size, max_size=max_size, keep_aspect=keep_aspect)
+    if isinstance(size, int):
+        return _detr(size, max_size, Finish(hflip, vflip, jitter or 0.0))
+    finish = Finish(hflip, vflip, 0.2 if jitter is None else jitter)
+    return FixedAugment(Resize(size, keep_aspect=keep_aspect), zoom or (0.8, 1.25), finish)
+
+
+def eval_transform(size: Size, *, max_size: int | None = None, keep_aspect: bool = True) -> Resize:
+    """Resize only: short side `size` with the long side at most `max_size` (default: size * 1333 / 800, DETR's
+    proportion), or to fit a `(height, width)` (`keep_aspect=False`: stretched to it)."""
+    _check_size(size, max_size)
+    if isinstance(size, int) and max_size is None:
+        max_size = round(size * 1333 / 800)
+    return Resize(size, max_size, keep_aspect)
+
+
+def _check_size(size: Size, max_size: int | None) -> None:
+    sides = (size,) if isinstance(size, int) else size
+    if min(sides) < 1 or (max_size is not None and max_size < 1):
+        limit = "" if max_size is None else f", at most {max_size}"
+        raise UserError(f"image size {size}{limit}", "Give a positive short side, or (height, width).")
+
+
+def _check_dials(
+    policy: Policy, size: Size, *, hflip: float, vflip: float, jitter: float | None, zoom: tuple[float, float] | None
+) -> None:
+    if policy not in get_args(Policy):
+        raise UserError(f"augmentation `{policy}`", f"Choose one of {', '.join(get_args(Policy))}.")
+    if policy == "detr" and not isinstance(size, int):
+        raise UserError(f"augmentation `detr` with the fixed size {size}", "Give the short side, or use `fixed`.")
+    if policy == "fixed" and isinstance(size, int):
+        raise UserError(f"augmentation `fixed` with the short side {size}", "Give (height, width), or use `detr`.")
+    if policy != "fixed" and zoom is not None:
+        raise UserError(f"`zoom` with the augmentation `{policy}`", "Only `fixed` zooms; leave `zoom` out.")
+    if zoom is not None and not 0 < zoom[0] <= zoom[1]:
+        raise UserError(f"zoom {zoom}", "Give (lowest, highest) magnification, both positive, such as (0.8, 1.25).")
+    for name, value in (("hflip", hflip), ("vflip", vflip), ("jitter", jitter or 0.0)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} = {value}", "Give a number between 0 and 1.")
+
+
+def short_side_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """DETR's resize rule: short side `size` unless that makes the long side exceed `max_size`."""
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = round(max_size * short / long)
+    # A strip so thin that its short side vanishes keeps one row of pixels.
+    other = int(size * long / short) if size else max_size or long
+    size = max(size, 1)
+    return (size, other) if height <= width else (other, size)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """To one size; the whole of the evaluation transform."""
+
+    size: Size
+    max_size: int | None = None
+    keep_aspect: bool = True
+
+    @property
+    def pad_to(self) -> tuple[int, int] | None:
+        """A fixed size makes every batch that size."""
+        return None if isinstance(self.size, int) else self.size
+
+    def target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the resized image, before padding."""
+        if isinstance(self.size, int):
+            return short_side_size(height, width, self.size, self.max_size)
+        if not self.keep_aspect:
+            return self.size
+        fit = min(self.size[0] / height, self.size[1] / width)
+        # max: a strip of an image keeps one row of pixels.
+        return max(round(height * fit), 1), max(round(width * fit), 1)
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Transform`."""
+        image, boxes = _resize(image, boxes, self.target(*image.shape[1:]))
+        return _clip(image, boxes, labels)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What both augmentations end with: flips, then colours."""
+
+    hflip: float = 0.5
+    vflip: float = 0.0
+    jitter: float = 0.0
+
+    def __call__(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and boxes, flipped and recoloured."""
+        if _chance(self.hflip):
+            image, boxes = horizontal_flip(image, boxes)
+        if _chance(self.vflip):
+            image, boxes = vertical_flip(image, boxes)
+        return colour_jitter(image, self.jitter) if self.jitter else image, boxes
+
+
+@dataclass(frozen=True)
+class DetrAugment:
+    """DETR: one of several scales; half of the time a random crop of a rescaled image goes before it."""
+
+    sides: tuple[int, ...]  # short sides to draw from
+    max_size: int  # of the long side
+    crop_sides: tuple[int, ...]  # short sides before the crop
+    crop_range: tuple[int, int]  # of each side of the crop
+    finish: Finish
+    pad_to: None = None
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Transform`."""
+        if _chance(0.5):
+            height, width = image.shape[1:]
+            image, boxes = _resize(image, boxes, short_side_size(height, width, _choice(self.crop_sides), None))
+            low, high = self.crop_range
+            h, w = (_integer(min(low, side), min(high, side)) for side in image.shape[1:])
+            image, boxes, labels = _random_crop(image, boxes, labels, h, w)
+        to = short_side_size(image.shape[1], image.shape[2], _choice(self.sides), self.max_size)
+        image, boxes = _resize(image, boxes, to)
+        return _clip(*self.finish(image, boxes), labels)
+
+
+def _detr(size: int, max_size: int | None, finish: Finish) -> DetrAugment:
+    def scaled(*sides: int) -> tuple[int, ...]:
+        return tuple(max(round(side * size / 800), 1) for side in sides)
+
+    low, high, longest = scaled(384, 600, 1333)
+    return DetrAugment(scaled(*range(480, 801, 32)), max_size or longest, scaled(400, 500, 600), (low, high), finish)
+
+
+@dataclass(frozen=True)
+class FixedAugment:
+    """For small data at one size: a mild zoom in or out, flips, colour jitter."""
+
+    resize: Resize
+    zoom: tuple[float, float]
+    finish: Finish
+
+    @property
+    def pad_to(self) -> tuple[int, int] | None:
+        """The one size."""
+        return self.resize.pad_to
+
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Transform`."""
+        height, width = image.shape[1:]
+        frame = self.resize.target(height, width)
+        low, high = (math.log(z) for z in self.zoom)
+        zoom = math.exp(_uniform(low, high))
+        if zoom > 1:
+            h, w = (max(round(side / zoom), 1) for side in (height, width))
+            image, boxes, labels = _random_crop(image, boxes, labels, h, w, VISIBLE)
+        inner = (frame[0], frame[1]) if zoom >= 1 else (max(round(frame[0] * zoom), 1), max(round(frame[1] * zoom), 1))
+        image, boxes = _resize(image, boxes, inner)
+        if inner != frame:
+            image, boxes = _place(image, boxes, frame)
+        return _clip(*self.finish(image, boxes), labels)
+
+
+def horizontal_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Left becomes right."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    width = image.shape[-1]
+    return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+
+
+def vertical_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Top becomes bottom."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    height = image.shape[-2]
+    return image.flip(-2), torch.stack([x1, height - y2, x2, height - y1], dim=-1)
+
+
+def colour_jitter(image: Tensor, strength: float) -> Tensor:
+    """Brightness, contrast and saturation times `1 +/- strength` and a hue turn of at most `strength * 36` degrees.
+
+    All four are linear in RGB (the hue turn is a rotation around the grey axis), so they are one 3x3 matrix and one
+    offset, many times faster than the four in turn. Whole numbers, so that no thread count changes a rounding.
+    """
+    brightness, contrast, saturation = (_uniform(1 - strength, 1 + strength) for _ in range(3))
+    angle = _uniform(-strength, strength) * math.pi / 5
+    grey = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    eye, third = torch.eye(3, dtype=torch.float64), torch.full((3, 3), 1 / 3, dtype=torch.float64)
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)
+    turn = math.cos(angle) * eye + math.sin(angle) * cross + (1 - math.cos(angle)) * third
+    matrix = brightness * (saturation * eye + (1 - saturation) * grey.expand(3, 3)) @ turn
+    mean = image.flatten(1).sum(dim=1).double() / image[0].numel()
+    offset = (1 - contrast) * float(grey @ matrix @ mean)  # contrast pulls towards the mean grey
+    weights = (contrast * matrix * 2**16).round().long().tolist()
+    red, green, blue = image.int()
+    out = torch.empty_like(image)
+    for into, (r, g, b) in zip(out, weights, strict=True):
+        mixed = (red * r).add_(green, alpha=g).add_(blue, alpha=b).add_(round(offset * 2**16) + 2**15)
+        into.copy_((mixed >> 16).clamp_(0, 255))
+    return out
+
+
+def crop(
+    image: Tensor, boxes: Tensor, labels: Tensor, window: tuple[int, int, int, int], visible: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `(top, left, height, width)` window. Boxes are clamped to it; those of which at most the share `visible` of
+    the area is left are dropped (0: those that are outside)."""
+    top, left, height, width = window
+    image = image[:, top : top + height, left : left + width]
+    before = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+    boxes = boxes - boxes.new_tensor([left, top, left, top])
+    image, boxes, labels, kept = _clip_and_tell(image, boxes, labels)
+    enough = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > visible * before[kept]
+    return image, boxes[enough], labels[enough]
+
+
+def _random_crop(
+    image: Tensor, boxes: Tensor, labels: Tensor, height: int, width: int, visible: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    top, left = _integer(0, image.shape[1] - height), _integer(0, image.shape[2] - width)
+    return crop(image, boxes, labels, (top, left, height, width), visible)
+
+
+def _place(image: Tensor, boxes: Tensor, frame: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The image at a random place of a plain canvas of the size `frame`."""
+    height, width = image.shape[1:]
+    top, left = _integer(0, frame[0] - height), _integer(0, frame[1] - width)
+    canvas = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1).repeat(1, *frame)
+    canvas[:, top : top + height, left : left + width] = image
+    return canvas, boxes + boxes.new_tensor([left, top, left, top])
+
+
+def _resize(image: Tensor, boxes: Tensor, to: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    height, width = image.shape[1:]
+    if (height, width) == to:
+        return image, boxes
+    sx, sy = to[1] / width, to[0] / height
+    return F.resize(image, list(to), antialias=True), boxes * boxes.new_tensor([sx, sy, sx, sy])
+
+
+def _clip(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes clamped to the image, the empty ones dropped."""
+    return _clip_and_tell(image, boxes, labels)[:3]
+
+
+def _clip_and_tell(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    height, width = image.shape[1:]
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return image, boxes[kept], labels[kept], kept
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _chance(probability: float) -> bool:
+    return float(torch.rand(())) < probability
+
+
+def _integer(low: int, high: int) -> int:
+    """Uniform, both ends included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _choice(values: tuple[int, ...]) -> int:
+    return values[_integer(0, len(values) - 1)]

@@ -1,0 +1,74 @@
+"""One process or many: the same command under `torchrun`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from detrellis.errors import UserError
+
+T = TypeVar("T")
+
+
+class World(NamedTuple):
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True in the one process that speaks and writes."""
+        return self.rank == 0
+
+
+def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """The device asked for, else a GPU if there is one."""
+    if name is None:
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu.") from None
+    return device
+
+
+@contextmanager
+def world(device: str | None = None) -> Iterator[World]:
+    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), or be alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    own = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if size == 1 or dist.is_initialized():
+        yield World(rank, size, own)
+        return
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
+    try:
+        yield World(rank, size, own)
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over(values: Tensor) -> Tensor:
+    """Sum over all processes; the values themselves where there is one."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, in every process, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return [v for v in gathered if v is not None]

@@ -1,0 +1,167 @@
+"""Two watchmen of a run: one stops it when the loss is not finite, the other speaks up when nothing is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detrellis.errors import UserError
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or not a number."""
+
+
+def check_finite(
+    losses: Mapping[str, Tensor],
+    total: Tensor,
+    step: int,
+    image_ids: Sequence[int],
+    batch: object,
+    save_to: Path,
+) -> float:
+    """The value of `total`, read from its device: the one wait of the whole check.
+
+    Raises NonFiniteLoss where it is not finite; it names the loss terms, the step and the images, and says where
+    `batch` (tensors in any nest of named tuples, dicts, lists and tuples) was saved together with the losses, as a file
+    for `torch.load(..., weights_only=True)`.
+    """
+    value = float(total.detach())
+    if math.isfinite(value):
+        return value
+    values = {name: float(v.detach()) for name, v in losses.items()}
+    wrong = [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]
+    terms = _listed(wrong, 6) if wrong else f"every term is finite, but their sum is {value}: it overflowed"
+    images = [int(i) for i in image_ids]
+    record = {"step": step, "image_ids": images, "losses": values, "batch": _plain(batch)}
+    message = f"step {step}: the loss is not finite: {terms}\n  images of this step: {_listed(images, 32)}"
+    raise NonFiniteLoss(message, f"{_saved(record, Path(save_to))}\n  {_NON_FINITE_REMEDY}")
+
+
+_NON_FINITE_REMEDY = (
+    "Continue from the last checkpoint (`detrellis train --resume`) with a lower learning rate or stronger gradient "
+    "clipping,\n  or in float32 if this run used float16 or bfloat16. `detrellis check` finds boxes that no loss can "
+    "learn from.\n  If the same images come back, look at them; if others do, the weights had already diverged."
+)
+
+
+class FlatLossWatch:
+    """Warns once when, after `steps` steps, neither the loss has fallen nor the matched IoU has risen.
+
+    Compares medians of the first and of the last fifth of the steps. A change counts when it is larger than `tolerance`
+    (of the loss; for the IoU as it is) and stands out from the scatter within the windows. One judgement a run: a
+    plateau later on is what convergence looks like. A run that starts with a matched IoU of `good_iou` or more, from
+    trained weights, has little left to learn and is not judged by its loss.
+    """
+
+    MEMBERS = ("_start", "_done", "_first", "_recent")
+
+    def __init__(self, steps: int = 500, *, tolerance: float = 0.02, good_iou: float = 0.8, fewest: int = 5) -> None:
+        assert steps > 0
+        self.steps, self.tolerance, self.good_iou, self.fewest = steps, tolerance, good_iou, fewest
+        self._start: int | None = None
+        self._done = False
+        self._first: list[list[float]] = []  # [step, loss, IoU]
+        self._recent: list[list[float]] = []
+
+    def update(self, step: int, loss: float, matched_iou: float | None = None) -> str | None:
+        """Takes the values of a step (not every step need be shown); the warning, at most once.
+
+        `matched_iou` is None or not a number where no box was matched.
+        """
+        if self._done or not math.isfinite(loss):
+            return None
+        self._start = step if self._start is None else self._start
+        iou = math.nan if matched_iou is None else matched_iou
+        window, passed = self.steps / 5, step - self._start
+        if passed <= window or len(self._first) < self.fewest:
+            self._first.append([step, loss, iou])
+            return None
+        self._recent.append([step, loss, iou])
+        # Shown rarely, a window holds its fewest values even if they reach further back.
+        inside = sum(s > step - window for s, _, _ in self._recent)
+        self._recent = self._recent[-max(inside, self.fewest) :]
+        if passed < self.steps or len(self._recent) < self.fewest:
+            return None
+        self._done = True
+        return self._verdict(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for a checkpoint."""
+        return {name: _plain(getattr(self, name)) for name in self.MEMBERS}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        for name in self.MEMBERS:
+            setattr(self, name, _plain(state[name]))
+
+    def _verdict(self, step: int) -> str | None:
+        first_loss, first_iou = ([row[i] for row in self._first] for i in (1, 2))
+        last_loss, last_iou = ([row[i] for row in self._recent] for i in (1, 2))
+        first_iou, last_iou = ([v for v in values if not math.isnan(v)] for values in (first_iou, last_iou))
+        if _fell(first_loss, last_loss, self.tolerance * abs(median(first_loss))):
+            return None
+        overlap = ""
+        if first_iou and last_iou:
+            rose = _fell([-v for v in first_iou], [-v for v in last_iou], self.tolerance)
+            if rose or median(last_iou) >= self.good_iou:
+                return None
+            overlap = f", matched IoU {median(first_iou):.2f} to {median(last_iou):.2f}"
+        change = f"loss {median(first_loss):.4g} to {median(last_loss):.4g}{overlap}"
+        return f"nothing has been learned in {step - (self._start or 0)} steps: {change}.\n{_FLAT_REMEDY}"
+
+
+_FLAT_REMEDY = (
+    "  Try, in this order:\n"
+    "  - `detrellis check` and `detrellis viz-data` on the training set: do the boxes fit the images?\n"
+    "  - overfit a few images: a loss that does not fall there either is not a matter of the data's size\n"
+    "  - a learning rate ten times higher, or ten times lower\n"
+    "  - pretrained weights: a detector from scratch needs many more steps than this before it moves\n"
+    "  - more queries, if an image can hold more objects than there are queries"
+)
+
+
+def _fell(first: Sequence[float], last: Sequence[float], least: float) -> bool:
+    """Whether the median fell by more than `least` and by more than twice its standard error."""
+    error = math.hypot(_median_error(first), _median_error(last))
+    return median(first) - median(last) > max(least, 2 * error)
+
+
+def _median_error(values: Sequence[float]) -> float:
+    """Standard error of the median of normally distributed values, with a spread that outliers do not move."""
+    middle = median(values)
+    spread = 1.4826 * median(abs(v - middle) for v in values)
+    return 1.2533 * spread / math.sqrt(len(values))
+
+
+def _plain(value: object) -> object:
+    """A copy of the nest in plain containers and tensors on the host, the kinds that `weights_only` loading accepts."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()  # a clone: a view would be saved with all of what it looks at
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, int | float | str | bool | None) else repr(value)
+
+
+def _saved(record: Mapping[str, Any], path: Path) -> str:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(record), path)
+    except (OSError, RuntimeError) as error:  # the loss is the news; a full disk must not hide it
+        return f"The batch could not be saved to {path}: {error}"
+    return f"The batch is saved in {path}: torch.load({str(path)!r}, weights_only=True)"
+
+
+def _listed(items: Sequence[object], most: int) -> str:
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(str(i) for i in items[:most]) + more

@@ -1,0 +1,290 @@
+"""What a run tells: records in `metrics.jsonl` always, curves in TensorBoard where it is installed, and the console.
+
+Only process 0 speaks; a `RunLog` on any other process does nothing. Epochs and steps count from 1, so a record's `step`
+is the number of steps done when it was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from rich.console import Console
+
+from detrellis.engine.console import TrainingView
+from detrellis.engine.means import Means, Sums, Value
+
+Clock = Callable[[], float]
+Item = TypeVar("Item")
+
+
+class Timer:
+    """Seconds spent in named parts: `with timer.part("forward"): ...`.
+
+    A part inside another one is taken off the outer one, so the parts never add up to more than the whole. On a GPU the
+    work is queued, and its time shows in the part that waits for it; `sync=torch.cuda.synchronize` gives every part its
+    own time, and makes training slower.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter, sync: Callable[[], None] | None = None) -> None:
+        self._clock, self._sync = clock, sync
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Adds the time of the `with` block to `name`."""
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields `items`, and adds the time spent waiting for each to `name`."""
+        iterator, end = iter(items), object()
+        while True:
+            with self.part(name):
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+
+    def take(self) -> dict[str, float]:
+        """The seconds by part since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _charge(self) -> None:
+        """Gives the time since the last event to the innermost open part."""
+        if self._sync is not None:
+            self._sync()
+        now = self._clock()
+        if self._open:
+            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line torn by a crash is left out."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [record for line in file if (record := _parse(line)) is not None]
+
+
+class RunLog:
+    """Records and shows one training run.
+
+    `step`: steps done in the checkpoint that the run resumes from. Later records in the folder's `metrics.jsonl` belong
+    to steps that are about to be done again, and are removed; 0 is a new run and removes all.
+    `every`: steps between two records. Values are collected on their device and copied to the host once a record.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        step: int = 0,
+        every: int = 20,
+        rank: int = 0,
+        tensorboard: bool = True,
+        console: Console | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.speaks = rank == 0
+        self._epochs, self._steps, self._every, self._clock = epochs, steps_per_epoch, max(1, every), clock
+        self._epoch, self._step, self._lr = step // max(1, steps_per_epoch), step, 0.0
+        self._window, self._totals = Means(), Sums()
+        self._images = self._window_images = 0
+        self._epoch_start = self._window_start = self._last_step = clock()
+        if not self.speaks:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = _RecordFile(folder / "metrics.jsonl", step)
+        self._view = TrainingView(console or Console(), clock, epochs, steps_per_epoch, step)
+        self._curves = _tensorboard(folder / "tensorboard", step, self.say) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def say(self, text: str) -> None:
+        """A line for the user, above the progress bar."""
+        if self.speaks:
+            self._view.line(text)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begins epoch `epoch`, the first one being 1."""
+        self._epoch, self._images, self._window_images = epoch, 0, 0
+        self._totals = Sums()
+        self._epoch_start = self._window_start = self._last_step = self._clock()
+        if self.speaks:
+            self._view.start_epoch(epoch)
+
+    def step(
+        self,
+        step: int,
+        losses: Mapping[str, Value],
+        metrics: Mapping[str, Value] | None = None,
+        *,
+        total: Value,
+        lr: float,
+        images: int,
+    ) -> None:
+        """One optimizer step done: `losses` by name and their sum `total`.
+
+        `metrics`, such as the matched IoU, may be not a number where a batch has nothing to measure. `images` are those
+        of all processes in this step. Waits for the device only on every `every`-th step.
+        """
+        if not self.speaks:
+            return
+        self._step, self._lr, self._last_step = step, lr, self._clock()
+        self._window.add({"loss": total, **losses}, metrics or {})
+        self._images += images
+        self._window_images += images
+        self._view.advance(step)
+        if step == 1 or step % self._every == 0:
+            self._record_step()
+
+    def end_epoch(
+        self, seconds: Mapping[str, float] | None = None, stats: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Records the epoch and prints its row: `Timer.take()` and `EvalResult.stats`, where there are any."""
+        if not self.speaks:
+            return
+        now = self._clock()
+        self._totals.add(self._window.take())
+        losses, metrics = self._totals.means()
+        record = {
+            **self._head("epoch", losses, metrics),
+            "images_per_second": _rate(self._images, self._last_step - self._epoch_start),
+            "seconds": {"total": now - self._epoch_start, **(seconds or {})},
+            "eval": dict(stats) if stats is not None else None,
+        }
+        self._write(record)
+        self._view.end_epoch(record)
+
+    def track(self, items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
+        """Yields `items` with a progress bar of their own, on a terminal: the evaluation, for one."""
+        return self._view.track(items, name, total) if self.speaks else iter(items)
+
+    def close(self) -> None:
+        """Takes the progress bar away and closes the files; twice is as good as once."""
+        if not self.speaks:
+            return
+        self._view.close()
+        self._file.close()
+        if self._curves is not None:
+            self._curves.close()
+
+    def _record_step(self) -> None:
+        window = self._window.take()
+        self._totals.add(window)
+        losses, metrics = window.means()
+        now = self._clock()
+        rate = _rate(self._window_images, now - self._window_start)
+        self._window_images, self._window_start = 0, now
+        record = {**self._head("step", losses, metrics), "images_per_second": rate}
+        self._write(record)
+        self._view.show(record)
+
+    def _head(self, kind: str, losses: dict[str, float], metrics: dict[str, float]) -> dict[str, Any]:
+        total = losses.pop("loss", math.nan)
+        where = {"kind": kind, "epoch": self._epoch, "step": self._step, "time": round(time.time(), 3)}
+        return {**where, "loss": total, "lr": self._lr, "losses": losses, "metrics": metrics}
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(record)
+        if self._curves is None:
+            return
+        prefix = "" if record["kind"] == "step" else "epoch/"
+        for name, value in _flat({k: v for k, v in record.items() if k not in ("kind", "step", "time")}):
+            self._curves.add_scalar(prefix + name, value, record["step"])
+
+
+class _RecordFile:
+    """One JSON object a line. Opening it removes what the resumed run will write again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self._kept: set[tuple[str, int]] = set()
+        if path.exists():
+            self._keep(lambda record: int(record["step"]) <= step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends the record at once, whole, as strict JSON."""
+        key = _key(record)
+        if key in self._kept:  # an epoch whose evaluation is done again after the resume
+            self._file.close()
+            self._keep(lambda old: _key(old) != key)
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        records = [r for r in read_records(self._path) if wanted(r)]
+        self._kept = {_key(r) for r in records}
+        partial.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        partial.replace(self._path)
+
+
+def _key(record: Mapping[str, Any]) -> tuple[str, int]:
+    kind = str(record["kind"])
+    return kind, int(record["epoch" if kind == "epoch" else "step"])
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {name: _strict(v) for name, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """("losses/main/class/5", 0.3), ...: every number in nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif value is not None and math.isfinite(value):
+            yield prefix + name, float(value)
+
+
+def _rate(images: int, seconds: float) -> float | None:
+    return images / seconds if seconds > 0 and images else None
+
+
+def _tensorboard(folder: Path, step: int, say: Callable[[str], None]) -> Any:
+    """A writer that continues after `step`, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("TensorBoard is not installed: no curves beside metrics.jsonl (pip install 'detrellis[tensorboard]')")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -1,0 +1,91 @@
+"""Means of named values that live on a device: collecting them never waits for it, reading them does so once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Value = Tensor | float
+
+
+class Sums:
+    """Sums and counts of named values on the host."""
+
+    def __init__(self) -> None:
+        self._losses: dict[str, tuple[float, float]] = {}
+        self._metrics: dict[str, tuple[float, float]] = {}
+
+    def put(self, losses: Mapping[str, tuple[float, float]], metrics: Mapping[str, tuple[float, float]]) -> None:
+        """Adds (sum, count) pairs."""
+        for own, new in ((self._losses, losses), (self._metrics, metrics)):
+            for name, (value, count) in new.items():
+                old = own.get(name, (0.0, 0.0))
+                own[name] = (old[0] + value, old[1] + count)
+
+    def add(self, other: Sums) -> None:
+        """Adds all of `other`."""
+        self.put(other._losses, other._metrics)
+
+    def means(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Means of losses and metrics; not a number where nothing was counted."""
+        losses, metrics = (
+            {n: v / c if c else math.nan for n, (v, c) in x.items()} for x in (self._losses, self._metrics)
+        )
+        return losses, metrics
+
+
+class Means:
+    """Collects a step's values on their device; `take` is the one place that waits for it.
+
+    A loss that is not a number must show, and makes the mean one; a metric that is not a number means that there was
+    nothing to measure, and is not counted.
+    """
+
+    def __init__(self) -> None:
+        self._sums = Sums()
+        self._names: tuple[tuple[str, ...], int] = ((), 0)
+        self._values: Tensor | None = None  # (2, names) sum and count
+
+    @torch.no_grad()
+    def add(self, losses: Mapping[str, Value], metrics: Mapping[str, Value]) -> None:
+        """Adds one step."""
+        given = [*losses.items(), *metrics.items()]
+        device = next((v.device for _, v in given if isinstance(v, Tensor)), torch.device("cpu"))
+        names = (tuple(n for n, _ in given), len(losses))
+        if names != self._names:
+            self._flush()
+            self._names = names
+        # Filling a tensor on the device queues the number; torch.tensor(v, device=...) would wait for a copy.
+        row = torch.stack([_scalar(v, device) for _, v in given])
+        counted = torch.ones_like(row)
+        counted[len(losses) :] = (~row[len(losses) :].isnan()).to(row.dtype)
+        row[len(losses) :] = row[len(losses) :].nan_to_num(nan=0.0)
+        both = torch.stack([row, counted])
+        self._values = both if self._values is None else self._values + both
+
+    def take(self) -> Sums:
+        """What was added since the last call."""
+        self._flush()
+        sums, self._sums = self._sums, Sums()
+        return sums
+
+    def _flush(self) -> None:
+        if self._values is None:
+            return
+        names, losses = self._names
+        pairs: list[tuple[float, float]] = list(zip(*self._values.tolist(), strict=True))
+        self._sums.put(
+            dict(zip(names, pairs[:losses], strict=False)), dict(zip(names[losses:], pairs[losses:], strict=True))
+        )
+        self._values = None
+
+
+def _scalar(value: Value, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), device=device)
+    if value.dtype is torch.float32 and value.device == device and not value.dim():
+        return value  # the usual case, made cheap: there may be a hundred terms
+    return value.to(device, torch.float32).reshape(())

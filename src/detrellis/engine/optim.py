@@ -1,0 +1,42 @@
+"""AdamW over the recipe's parameter groups, and the learning rate along the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from detrellis.recipes.config import OptimConfig, ScheduleConfig
+
+
+def learning_rate_scale(name: str, scaled: Mapping[str, float]) -> float:
+    """Factor on the learning rate of parameter `name`; the first key that it contains decides."""
+    return next((factor for key, factor in scaled.items() if key in name), 1.0)
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """One group for each factor; `scale` stays in the group for `set_learning_rate`."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups.setdefault(learning_rate_scale(name, config.scaled), []).append(parameter)
+    rows = [{"params": p, "lr": config.lr * scale, "scale": scale} for scale, p in groups.items()]
+    return torch.optim.AdamW(rows, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def schedule_factor(progress: float, config: ScheduleConfig) -> float:
+    """Factor on every learning rate at `progress` in [0, 1) of the run."""
+    if progress < config.warmup:
+        return progress / config.warmup
+    if config.shape == "step":
+        return float(0.1 ** sum(progress >= drop for drop in config.drops))
+    along = (progress - config.warmup) / max(1 - config.warmup, 1e-9)
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * along))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set each group's rate to its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]

@@ -1,0 +1,436 @@
+"""Every layout is recognised and gives the same images and boxes; what is not recognised is explained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from detrellis.data.annotations import Annotations
+from detrellis.data.layout import DataSource, resolve
+from detrellis.data.records import to_annotations
+from detrellis.errors import UserError
+from tests.data.sets import (
+    BOXES,
+    COUNTS,
+    HEIGHT,
+    IDS,
+    NAMES,
+    WIDTH,
+    CocoSet,
+    image_name,
+    write_images,
+    write_voc,
+    write_yolo,
+)
+
+YAML = "names: [cat, dog, emu]\n"
+
+
+def load(source: DataSource) -> dict[str, Annotations]:
+    raws = source.load_all()
+    classes = raws["train"].classes
+    return {split: to_annotations(raw, classes) for split, raw in raws.items()}
+
+
+def content(annotations: Annotations) -> set[tuple[object, ...]]:
+    """(file name, class name, rounded box): what has to be the same in all layouts."""
+    rows: set[tuple[object, ...]] = set()
+    for image in range(len(annotations)):
+        assert annotations.path(image).is_file()
+        assert annotations.sizes[image].tolist() == [HEIGHT, WIDTH]
+        for box in range(annotations.starts[image], annotations.starts[image + 1]):
+            numbers = tuple(annotations.boxes[box].round(6).tolist())
+            name = annotations.classes.names[annotations.labels[box]]
+            rows.add((annotations.path(image).name, name, *numbers))
+    return rows
+
+
+def expected(split: str) -> set[tuple[object, ...]]:
+    return {(image_name(split, image), NAMES[label], *box) for image, label, *box in BOXES[split]}
+
+
+def coco(root: Path) -> dict[str, Path]:
+    return {"data": CocoSet(root).write()}
+
+
+def coco_2017(root: Path) -> dict[str, Path]:
+    made = CocoSet(root)
+    made.write()
+    for split in COUNTS:
+        made.file(split).rename(made.file(split).with_name(f"instances_{split}2017.json"))
+        shutil.move(root / "images" / split, root / f"{split}2017")
+    return {"data": root}
+
+
+def coco_one_image_folder(root: Path) -> dict[str, Path]:
+    made = CocoSet(root)
+    made.write()
+    for split in COUNTS:
+        for number in range(COUNTS[split]):
+            shutil.move(made.image(split, number), root / "images" / image_name(split, number))
+        (root / "images" / split).rmdir()
+        made.file(split).rename(root / f"{split}.json")
+    return {"data": root}
+
+
+def coco_deep_in_a_strange_place(root: Path) -> dict[str, Path]:
+    made = CocoSet(root)
+    made.write()
+    (root / "raw").mkdir()
+    shutil.move(root / "images", root / "raw" / "pictures")
+    # The same names elsewhere must not be taken for this split's.
+    return {"data": root}
+
+
+def coco_named_files(root: Path) -> dict[str, Path]:
+    made = CocoSet(root)
+    made.write()
+    for split in COUNTS:
+        shutil.move(root / "images" / split, root / f"{split}_pictures")
+        shutil.move(made.file(split), root / f"{split}-labels.json")
+    named = {"train_images": root / "train_pictures", "val_images": root / "val_pictures"}
+    return {"train": root / "train-labels.json", "val": root / "val-labels.json", **named}
+
+
+def coco_named_files_without_images(root: Path) -> dict[str, Path]:
+    made = CocoSet(root)
+    made.write()
+    return {"train": made.file("train"), "val": made.file("val")}
+
+
+def coco_named_files_of_one_image_folder(root: Path) -> dict[str, Path]:
+    coco_one_image_folder(root / "set")
+    shutil.move(root / "set" / "images", root / "pictures")
+    shutil.move(root / "set", root / "a" / "b" / "c" / "d")
+    made = root / "a" / "b" / "c" / "d"
+    return {"train": made / "train.json", "train_images": root / "pictures", "val": made / "val.json"}
+
+
+def roboflow(root: Path) -> dict[str, Path]:
+    made = CocoSet(root)
+    made.write()
+    for split, folder in (("train", "train"), ("val", "valid")):
+        shutil.move(root / "images" / split, root / folder)
+        shutil.move(made.file(split), root / folder / "_annotations.coco.json")
+    return {"data": root}
+
+
+def write_yolo_splits(root: Path, names: str = YAML, **places: str) -> dict[str, Path]:
+    for split in COUNTS:
+        write_yolo(root / "images" / split, root / "labels" / split, split)
+    lines = [f"{key}: {value}" for key, value in places.items()]
+    (root / "data.yaml").write_text(names + "\n".join(lines))
+    return {"data": root}
+
+
+def yolo(root: Path) -> dict[str, Path]:
+    return write_yolo_splits(root, train="images/train", val="images/val")
+
+
+def yolo_file(root: Path) -> dict[str, Path]:
+    write_yolo_splits(root, train="images/train", val="images/val")
+    return {"data": root / "data.yaml"}
+
+
+def yolo_names_as_mapping(root: Path) -> dict[str, Path]:
+    names = "names:\n  0: cat\n  1: dog\n  2: emu\n"
+    return write_yolo_splits(root, names, path=str(root), train="images/train", val="images/val")
+
+
+def yolo_of_another_machine(root: Path) -> dict[str, Path]:
+    return write_yolo_splits(root, train="/content/set/images/train", val="../images/val")
+
+
+def yolo_lists_of_folders(root: Path) -> dict[str, Path]:
+    return write_yolo_splits(root, train="[images/train]", val="[images/val]")
+
+
+def yolo_text_lists(root: Path) -> dict[str, Path]:
+    arguments = write_yolo_splits(root, train="train.txt", val="val.txt")
+    for split in COUNTS:
+        names = [f"./images/{split}/{image_name(split, n)}" for n in range(COUNTS[split])]
+        (root / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return arguments
+
+
+def yolo_roboflow(root: Path) -> dict[str, Path]:
+    for split, folder in (("train", "train"), ("val", "valid")):
+        write_yolo(root / folder / "images", root / folder / "labels", split)
+    (root / "data.yaml").write_text(YAML + "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n")
+    return {"data": root}
+
+
+def yolo_class_list(root: Path) -> dict[str, Path]:
+    for split in COUNTS:
+        write_yolo(root / "images" / split, root / "labels" / split, split)
+    (root / "classes.txt").write_text("cat\ndog\nemu\n")
+    return {"data": root}
+
+
+def voc(root: Path) -> dict[str, Path]:
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for split in COUNTS:
+        write_voc(root / "Annotations", root / "JPEGImages", split)
+        listed = "".join(f"{split}_{n}\n" for n in range(COUNTS[split]))
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(listed)
+    return {"data": root}
+
+
+def voc_devkit(root: Path) -> dict[str, Path]:
+    voc(root / "VOCdevkit" / "VOC2012")
+    return {"data": root}
+
+
+def voc_trainval_and_test(root: Path) -> dict[str, Path]:
+    voc(root)
+    lists = root / "ImageSets" / "Main"
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    (lists / "val.txt").rename(lists / "test.txt")
+    return {"data": root}
+
+
+def voc_folder_per_split(root: Path) -> dict[str, Path]:
+    for split, folder in (("train", "train"), ("val", "valid")):
+        write_voc(root / folder, root / folder, split)
+    return {"data": root}
+
+
+def voc_named_folders(root: Path) -> dict[str, Path]:
+    for split in COUNTS:
+        write_voc(root / f"{split}_xml", root / f"{split}_pictures", split)
+    named = {"train_images": root / "train_pictures", "val_images": root / "val_pictures"}
+    return {"train": root / "train_xml", "val": root / "val_xml", **named}
+
+
+def voc_counting_from_0(root: Path) -> dict[str, Path]:
+    for split, folder in (("train", "train"), ("val", "valid")):
+        write_voc(root / folder, root / folder, split, first=0)
+    return {"data": root}
+
+
+LAYOUTS = [
+    coco,
+    coco_2017,
+    coco_one_image_folder,
+    coco_deep_in_a_strange_place,
+    coco_named_files,
+    coco_named_files_without_images,
+    coco_named_files_of_one_image_folder,
+    roboflow,
+    yolo,
+    yolo_file,
+    yolo_names_as_mapping,
+    yolo_of_another_machine,
+    yolo_lists_of_folders,
+    yolo_text_lists,
+    yolo_roboflow,
+    yolo_class_list,
+    voc,
+    voc_devkit,
+    voc_trainval_and_test,
+    voc_folder_per_split,
+    voc_named_folders,
+    voc_counting_from_0,
+]
+
+
+@pytest.mark.parametrize("build", LAYOUTS, ids=lambda f: f.__name__)
+def test_every_layout_gives_the_same(tmp_path: Path, build: Callable[[Path], dict[str, Path]]) -> None:
+    source = resolve(**build(tmp_path))
+    assert source.kind == build.__name__.split("_")[0].replace("roboflow", "coco")
+    read = load(source)
+    assert set(read) == {"train", "val"}
+    for split, found in read.items():
+        assert len(found) == COUNTS[split]  # images without boxes are kept
+        assert content(found) == expected(split)
+    ids = {"coco": IDS, "yolo": (0, 1, 2), "voc": (1, 2, 3)}[source.kind]
+    assert read["train"].classes.ids == ids
+    assert read["train"].classes.names == NAMES
+    assert read["val"].classes is read["train"].classes
+
+
+@pytest.mark.parametrize("build", [coco, yolo_text_lists, voc, voc_folder_per_split], ids=lambda f: f.__name__)
+def test_a_source_survives_json_and_another_working_folder(
+    tmp_path: Path, build: Callable[[Path], dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = resolve(**build(Path("set")))
+    stored = json.dumps(source.to_dict())
+    monkeypatch.chdir("/")
+    assert DataSource.from_dict(json.loads(stored)) == source
+    assert content(load(source)["train"]) == expected("train")
+
+
+def test_train_only_has_no_val(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    assert set(resolve(data=tmp_path).splits) == {"train"}
+    assert set(resolve(train=made.file("train")).splits) == {"train"}
+    assert set(resolve(data=made.file("train")).splits) == {"train"}
+    with pytest.raises(UserError, match="no split `val`"):
+        resolve(data=tmp_path).load("val")
+
+
+def test_equal_names_in_two_folders_are_not_confused(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    for split in COUNTS:
+        for number in range(COUNTS[split]):
+            made.image(split, number).rename(made.root / "images" / split / f"{number}.jpg")
+            made.listed(number, split)["file_name"] = f"{number}.jpg"
+    made.write()
+    (tmp_path / "images").rename(tmp_path / "pictures")
+    found = {split: files.images[0].name for split, files in resolve(data=tmp_path).splits.items()}
+    assert found == {"train": "train", "val": "val"}
+
+
+def test_other_image_folders_can_be_given_for_a_folder(tmp_path: Path) -> None:
+    CocoSet(tmp_path / "set").write()
+    write_images(tmp_path / "other", "train")
+    source = resolve(data=tmp_path / "set", train_images=tmp_path / "other")
+    assert source.splits["train"].images == (tmp_path / "other",)
+
+
+def test_voc_without_lists_is_split_by_name(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", "train")
+    xml = tmp_path / "voc_annotations"
+    for split in COUNTS:
+        write_voc(xml, tmp_path / "images", split)
+    for data in (tmp_path, xml):
+        raws = resolve(data=data).load_all()
+        names = {split: set(raw.file_names) for split, raw in raws.items()}
+        assert len(names["train"] | names["val"]) == sum(COUNTS.values())
+        assert not names["train"] & names["val"]
+        assert names["val"] == {
+            "train_1.jpg",
+            "train_3.jpg",
+        }  # pinned: another version must not mix what a run kept apart
+        assert [f.code for f in raws["train"].findings] == ["layout"]
+    (xml / "train_0.xml").unlink()
+    left = resolve(data=tmp_path).load_all()
+    assert {s: set(r.file_names) for s, r in left.items()} == {s: n - {"train_0.jpg"} for s, n in names.items()}
+
+
+def test_voc_ids_do_not_depend_on_which_splits_are_read(tmp_path: Path) -> None:
+    voc(tmp_path)
+    source = resolve(data=tmp_path)
+    assert source.load("val").categories == source.load_all()["val"].categories
+    # A name that only val has comes last, and training does not list it.
+    file = tmp_path / "Annotations" / "val_0.xml"
+    file.write_text(file.read_text().replace("emu", "ant"))
+    raws = source.load_all()
+    assert [n for _, n in raws["train"].categories] == ["cat", "dog", "emu"]
+    assert raws["val"].categories[3:] == ((4, "ant"),)
+
+
+def test_voc_finds_images_by_name_when_filename_is_stale(tmp_path: Path) -> None:
+    write_voc(tmp_path / "train", tmp_path / "train", "train")
+    file = tmp_path / "train" / "train_1.xml"
+    file.write_text(file.read_text().replace("train_1.jpg", r"C:\labels\train_0.jpg"))
+    assert resolve(data=tmp_path).load("train").file_names[1] == "train_1.jpg"
+
+
+def test_yolo_polygon_becomes_its_bounding_box(tmp_path: Path) -> None:
+    arguments = yolo(tmp_path)
+    (tmp_path / "labels" / "train" / "train_0.txt").write_text("1 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75\n")
+    raw = resolve(**arguments).load("train")
+    assert np.allclose(raw.boxes[0], [0.25 * WIDTH, 0.25 * HEIGHT, 0.5 * WIDTH, 0.5 * HEIGHT])
+    assert raw.box_categories[0] == 1
+
+
+def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
+    arguments = yolo(tmp_path)
+    yaml = tmp_path / "data.yaml"
+    yaml.write_text(yaml.read_text() + "\nkpt_shape: [2, 3]\n")
+    (tmp_path / "labels" / "train" / "train_0.txt").write_text("1 0.5 0.5 0.5 0.25 0.1 0.1 2 0.9 0.9 2\n")
+    raw = resolve(**arguments).load("train")
+    assert np.allclose(raw.boxes[0], [0.25 * WIDTH, 0.375 * HEIGHT, 0.5 * WIDTH, 0.25 * HEIGHT])
+
+
+def test_nothing_recognised_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "labels.csv").write_text("a,b")
+    with pytest.raises(UserError) as error:
+        resolve(data=tmp_path)
+    for word in ("instances_train.json", "data.yaml", "Annotations", "photos/", "labels.csv"):
+        assert word in error.value.message
+    assert "--train" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "no data set is given"),
+        ({"data": Path("gone")}, "gone: no such file or folder"),
+        ({"train": Path("gone.json")}, r"gone\.json: no such file or folder"),
+        ({"data": Path("a"), "train": Path("b")}, "both"),
+        ({"data": Path("notes.txt")}, r"notes\.txt: neither a folder"),
+        ({"train": Path("notes.txt"), "val": Path("folder")}, "one is a file"),
+        ({"train": Path("folder")}, "no XML files"),
+        ({"train": Path("train.json")}, r"its images were not found; looked for 'a\.jpg'"),
+        ({"train": Path("train.json"), "train_images": Path("gone")}, "gone: no such folder of images"),
+    ],
+)
+def test_what_cannot_be_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Path], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("notes.txt").write_text("hello")
+    Path("train.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
+    with pytest.raises(UserError, match=message):
+        resolve(**arguments)
+
+
+def test_two_candidates_are_not_guessed_between(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    shutil.copy(made.file("train"), made.file("train").with_name("instances_train2017.json"))
+    with pytest.raises(UserError, match="more than one file for `train`"):
+        resolve(data=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("names: [cat\ntrain: x", "malformed yaml"),
+        ("- a\n- b", "not a yaml mapping"),
+        ("names: [cat, dog, emu]\nval: images/val", "no `train:`"),
+        ("train: images/train", "`names:` is missing"),
+        ("names: cat\ntrain: images/train", "`names:` is 'cat'"),
+        ("names: [cat]\ntrain: images/gone", "`train: images/gone` is not there"),
+    ],
+)
+def test_yaml_mistakes_are_named(tmp_path: Path, yaml: str, message: str) -> None:
+    write_yolo_splits(tmp_path)
+    (tmp_path / "data.yaml").write_text(yaml)
+    with pytest.raises(UserError, match=message) as error:
+        resolve(data=tmp_path / "data.yaml").load("train")
+    assert "data.yaml" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [("<annotation><object>", "malformed XML"), ("<annotation><object/></annotation>", "object 1 has no <name>")],
+)
+def test_xml_mistakes_are_named(tmp_path: Path, xml: str, message: str) -> None:
+    arguments = voc(tmp_path)
+    (tmp_path / "Annotations" / "train_1.xml").write_text(xml)
+    with pytest.raises(UserError, match=message) as error:
+        resolve(**arguments).load("train")
+    assert "train_1.xml" in error.value.message
+
+
+def test_xml_without_size_is_measured(tmp_path: Path) -> None:
+    arguments = voc(tmp_path)
+    file = tmp_path / "Annotations" / "train_1.xml"
+    file.write_text(file.read_text().replace("<width>48</width>", ""))
+    raw = resolve(**arguments).load("train")
+    assert raw.sizes[1].tolist() == [HEIGHT, WIDTH]
+    assert [f.code for f in raw.findings] == ["size-missing"]
