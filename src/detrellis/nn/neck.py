@@ -36,13 +36,21 @@ class MultiScaleNeck(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
         """`maps` finest first, `padding (B, H, W)` of the images; see `Memory`."""
-        projected = [p(m) for p, m in zip(self.projections, maps, strict=True)]
+        return self.flatten(self.project(maps), padding)
+
+    def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """One map `(B, D, H, W)` a level. GroupNorm runs over the padded map, as in the reference code."""
+        levels = [p(m) for p, m in zip(self.projections, maps, strict=True)]
         last = maps[-1]
         for layer in self.extra:
             last = layer(last)
-            projected.append(last)
-        shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in projected)
-        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in projected], dim=1)
+            levels.append(last)
+        return levels
+
+    def flatten(self, levels: Sequence[Tensor], padding: Tensor | None) -> Memory:
+        """The levels as one sequence of tokens with their positions."""
+        shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
         masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
         valid = [torch.ones(1, *s, device=tokens.device) for s in shapes] if masks is None else [~m for m in masks]
         embeds = [self.position(v) + e for v, e in zip(valid, self.level_embed, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -50,9 +51,13 @@ class ProposalHead(nn.Module):
         states = self.norm(self.projection(memory.tokens.masked_fill(~usable, 0)))
         logits = self.classify(states)
         boxes = (self.move(states) + anchors).sigmoid().masked_fill(~usable, 1)
-        return Proposals(logits, boxes, self.rank(logits, self.proposals))
+        return Proposals(logits, boxes, self.rank(logits.masked_fill(~usable, -math.inf), self.proposals))
 
     def rank(self, logits: Tensor, count: int) -> Tensor:
-        """Token indices `(B, count)` of the highest scores, best first; all tokens where there are fewer."""
+        """Token indices `(B, count)` of the highest scores, best first; all tokens where there are fewer.
+
+        Tokens that can propose nothing come last. The reference codes let them compete with the score of an empty
+        memory, which an untrained head may rank first; how much an image is padded would then decide its queries.
+        """
         scores = logits[..., 0] if self.rank_by == "first" else logits.amax(-1)
         return scores.topk(min(count, scores.shape[1]), dim=1).indices

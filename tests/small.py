@@ -1,0 +1,53 @@
+"""Recipes at a size that a test can run, and batches to feed them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from detrellis.recipes import RECIPES, Recipe
+from detrellis.types import ImageBatch, Targets
+
+CLASSES = 5
+SMALL = [
+    "detector.backbone.name=resnet18",
+    "detector.backbone.pretrained=false",
+    "detector.width=64",
+    "detector.heads=4",
+    "detector.encoder_layers=1",
+    "detector.decoder_layers=2",
+    "detector.hidden=64",
+    "detector.query_count=12",
+    "detector.top_k=20",
+    "optim.ema=0.9",
+]
+NAMES = [make.__name__ for make in RECIPES]
+
+
+def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
+    """The recipe of that function name, made small; its own schemes unless `schemes` says otherwise."""
+    recipe = next(make for make in RECIPES if make.__name__ == name)()
+    return recipe.with_schemes(schemes).override(SMALL)
+
+
+def images(sizes: Sequence[tuple[int, int]] = ((64, 96), (64, 96)), seed: int = 0) -> ImageBatch:
+    """Noise images of the given heights and widths, padded to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    pixels = torch.zeros(len(sizes), 3, height, width)
+    padding = torch.ones(len(sizes), height, width, dtype=torch.bool)
+    for i, (h, w) in enumerate(sizes):
+        pixels[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
+        padding[i, :h, :w] = False
+    return ImageBatch(pixels, padding if padding.any() else None)
+
+
+def targets(sizes: Sequence[int], side: float | None = None, seed: int = 0) -> Targets:
+    """Random boxes; `side` fixes their width and height."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(sizes)
+    boxes = torch.rand(total, 4, generator=generator) * 0.4 + 0.2
+    if side is not None:
+        boxes[:, 2:] = side
+    return Targets(torch.randint(CLASSES, (total,), generator=generator), boxes, tuple(sizes))

@@ -1,0 +1,252 @@
+"""The invariants of docs/architecture.md, over every recipe at a small size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from detrellis.nn.neck import MultiScaleNeck
+from detrellis.recipes.build import build
+from detrellis.schemes.base import QueryBlock, Step
+from detrellis.training import TrainableDetector, mean_boxes
+from detrellis.types import DecoderOutput, ImageBatch, Memory, Queries, Segment, Targets
+
+from .small import CLASSES, NAMES, images, small, targets
+
+# Every stack of schemes that a detector can carry: its recipe's own, and none.
+STACKS = {"own": (), "none": ("none",)}
+every_recipe = pytest.mark.parametrize("name", NAMES)
+every_stack = pytest.mark.parametrize("stack", STACKS)
+
+
+def make(name: str, stack: str = "own", seed: int = 0) -> TrainableDetector:
+    return build(small(name, STACKS[stack]), CLASSES, seed=seed)
+
+
+def flat(output: DecoderOutput) -> Tensor:
+    return torch.cat([output.logits.flatten(), output.boxes.flatten()])
+
+
+def train_step(model: TrainableDetector, batch: ImageBatch, truth: Targets) -> dict[str, Tensor]:
+    model.train()
+    model.zero_grad()
+    model.reseed(0)
+    torch.manual_seed(0)
+    losses = model(batch, truth).losses
+    torch.stack(list(losses.values())).sum().backward()
+    return losses
+
+
+# 1. Vanishes
+
+
+@every_recipe
+def test_no_scheme_is_in_the_detector(name: str) -> None:
+    model, plain = make(name), make(name, "none")
+    assert list(model.detector.state_dict()) == list(plain.detector.state_dict())
+    train_step(model, images(), targets((2, 3)))
+    plain.detector.load_state_dict(model.detector.state_dict())
+    model.eval()
+    plain.eval()
+    counts = []
+    with torch.no_grad():
+        for detector in (model.detector, plain.detector):
+            detector.requires_grad_(False)
+            with FlopCounterMode(display=False) as counter:
+                detector(images())
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1]
+        assert torch.equal(flat(model.detector(images())), flat(plain.detector(images())))
+
+
+# 2. Same seed
+
+
+@every_recipe
+def test_schemes_do_not_change_the_detector(name: str) -> None:
+    one, other, another_seed = make(name), make(name, "none"), make(name, seed=1)
+    for key, value in one.detector.state_dict().items():
+        assert torch.equal(value, other.detector.state_dict()[key]), key
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), another_seed.parameters(), strict=True))
+    with torch.no_grad():
+        assert torch.equal(flat(one.detector.eval()(images())), flat(other.detector.eval()(images())))
+
+
+@every_recipe
+def test_building_leaves_the_global_generator_alone(name: str) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    make(name)
+    assert torch.equal(torch.rand(1), expected)
+
+
+# 3. Isolation
+
+
+def decode_parts(name: str) -> tuple[TrainableDetector, Memory, Queries, Step]:
+    model = make(name).double()
+    model.eval()
+    memory = model.detector.encode(ImageBatch(images().pixels.double()))
+    queries, proposals = model.detector.propose(memory)
+    truth = targets((2, 3))
+    truth = truth._replace(boxes=truth.boxes.double())
+    return model, memory, queries, Step(
+        model.detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth)
+    )
+
+
+def compare(actual: DecoderOutput, expected: DecoderOutput) -> None:
+    torch.testing.assert_close(flat(actual), flat(expected), atol=1e-9, rtol=0)
+
+
+@every_recipe
+@torch.no_grad()
+def test_blocks_are_isolated(name: str) -> None:
+    model, memory, queries, step = decode_parts(name)
+    main = QueryBlock("main", queries, model.supervision)
+    blocks = [main, *(b for s in model.training_schemes for b in s.blocks(step))]
+    together = model.detector.decode(memory, {b.segment: b.queries for b in blocks})
+    compare(together["main"], model.detector.decode(memory, {main.segment: queries})["main"])
+    for block in blocks[1:]:
+        seen = {b.segment: b.queries for b in blocks if b.name == block.name or b.name in block.sees}
+        compare(together[block.name], model.detector.decode(memory, seen)[block.name])
+
+
+@every_recipe
+@torch.no_grad()
+def test_copies_are_isolated(name: str) -> None:
+    model, memory, queries, _ = decode_parts(name)
+    parts = [Queries(*(None if t is None else t.roll(k, 1) * 0.9 for t in queries)) for k in range(3)]
+    joined = Queries(*(None if t[0] is None else torch.cat(t, 1) for t in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    count = queries.content.shape[1]
+    together = model.detector.decode(memory, {Segment("copies", 3 * count, 3): joined})["copies"]
+    for k, part in enumerate(parts):
+        alone = model.detector.decode(memory, {Segment("alone", count): part})["alone"]
+        compare(DecoderOutput(*(t[:, :, k * count : (k + 1) * count] for t in together)), alone)
+
+
+# 4. Any batch
+
+BATCHES: dict[str, tuple[Any, Targets]] = {
+    "usual": (((64, 96), (64, 96)), targets((2, 3))),
+    "an image without boxes": (((64, 96), (64, 80)), targets((0, 3))),
+    "no boxes at all": (((64, 96), (64, 96)), targets((0, 0))),
+    "more targets than queries": (((64, 96), (48, 96)), targets((15, 1))),
+    "one-pixel boxes": (((64, 96), (64, 96)), targets((2, 2), side=1 / 96)),
+    "boxes of no size": (((64, 96), (64, 96)), targets((2, 2), side=0.0)),
+    "a batch of one": (((64, 64),), targets((2,))),
+}
+
+
+@every_recipe
+@every_stack
+def test_any_batch_is_finite_and_trains_the_same_parameters(name: str, stack: str) -> None:
+    model = make(name, stack)
+    expected = {k for k, p in model.named_parameters() if p.requires_grad}
+    for what, (sizes, truth) in BATCHES.items():
+        losses = train_step(model, images(sizes), truth)
+        bad = [k for k, v in losses.items() if not v.isfinite()]
+        assert not bad, (what, bad)
+        found = {k for k, p in model.named_parameters() if p.grad is not None}
+        assert found == expected, (what, expected ^ found)
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), what
+        # An all-zero gradient everywhere would satisfy the above.
+        assert sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None) > 0, what
+
+
+@every_recipe
+@every_stack
+def test_every_parameter_matters(name: str, stack: str) -> None:
+    """On a usual batch, after the heads have left their zero start, no parameter's gradient is zero throughout."""
+    model = make(name, stack)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    train_step(model, images(((64, 96), (64, 80))), targets((3, 4)))
+    idle = [k for k, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]  # type: ignore[union-attr]
+    assert not idle
+
+
+# 6. Padding
+
+
+@every_recipe
+@torch.no_grad()
+def test_what_stands_in_padding_is_never_read(name: str) -> None:
+    model = make(name).eval()
+    batch = images(((64, 96), (48, 64)))
+    memory = model.detector.neck(model.detector.backbone(batch.pixels), batch.padding)
+    assert memory.padding is not None
+    dirty = memory._replace(tokens=memory.tokens + 100 * memory.padding.unsqueeze(-1))
+    outputs = [predict(model, m) for m in (memory, dirty)]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=0)
+
+
+class WithoutRatios(nn.Module):
+    """DINO's query position reads boxes relative to the padded image, as its reference code does: the one place where
+    the amount of padding enters the transformer. Taken out here, so that the rest can be shown to be independent."""
+
+    def __init__(self, position: nn.Module) -> None:
+        super().__init__()
+        self.position = position
+
+    def forward(self, boxes: Tensor, memory: Memory) -> Tensor:
+        out: Tensor = self.position(boxes, memory._replace(valid_ratios=None))
+        return out
+
+
+@every_recipe
+@torch.no_grad()
+def test_padding_further_changes_no_prediction(name: str) -> None:
+    """From the projected maps on: convolutions and GroupNorm before them see padding, as in the reference codes."""
+    model = make(name).double().eval()
+    decoder = model.detector.decoder
+    if isinstance(decoder.position, nn.Module):
+        decoder.position = WithoutRatios(decoder.position)
+    neck = model.detector.neck
+    assert isinstance(neck, MultiScaleNeck)
+    batch = images(((128, 128), (128, 64)))
+    levels = neck.project(model.detector.backbone(batch.pixels.double()))
+    assert batch.padding is not None
+    plain = neck.flatten(levels, batch.padding)
+    grown = [nn.functional.pad(m, (0, m.shape[3], 0, m.shape[2]), value=7.0) for m in levels]
+    further = neck.flatten(grown, nn.functional.pad(batch.padding, (0, 128, 0, 128), value=True))
+    torch.testing.assert_close(predict(model, plain), predict(model, further), atol=1e-5, rtol=0)
+
+
+def predict(model: TrainableDetector, memory: Memory) -> Tensor:
+    detector = model.detector
+    memory = detector.encoder(memory)
+    queries, _ = detector.propose(memory)
+    return flat(detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"])
+
+
+@every_recipe
+@torch.no_grad()
+def test_inference_is_the_last_layer_of_training(name: str) -> None:
+    model = make(name).double().eval()
+    batch = ImageBatch(images().pixels.double())
+    last = model.detector(batch)
+    assert last.logits.shape[0] == 1
+    every = predict(model, model.detector.neck(model.detector.backbone(batch.pixels), None))
+    logits = every[: every.numel() * CLASSES // (CLASSES + 4)].view(2, -1)
+    torch.testing.assert_close(last.logits.flatten(), logits[1], atol=1e-9, rtol=0)
+
+
+@every_recipe
+@torch.no_grad()
+def test_detections_are_in_pixels_of_the_original(name: str) -> None:
+    model = make(name).eval()
+    sizes = torch.tensor([[640, 960], [320, 480]])
+    found = model.detector.detect(images(), sizes)
+    larger, smaller = (d.boxes for d in model.detector.detect(ImageBatch(images().pixels[:1].repeat(2, 1, 1, 1)), sizes))
+    torch.testing.assert_close(larger, smaller * 2, atol=1e-2, rtol=1e-4)
+    for d in found:
+        assert d.scores.shape == (20,)
+        assert (d.scores.diff() <= 0).all()
+        assert d.labels.max() < CLASSES
