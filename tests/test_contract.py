@@ -95,8 +95,11 @@ def decode_parts(name: str) -> tuple[TrainableDetector, Memory, Queries, Step]:
     queries, proposals = model.detector.propose(memory)
     truth = targets((2, 3))
     truth = truth._replace(boxes=truth.boxes.double())
-    return model, memory, queries, Step(
-        model.detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth)
+    return (
+        model,
+        memory,
+        queries,
+        Step(model.detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth)),
     )
 
 
@@ -244,7 +247,9 @@ def test_detections_are_in_pixels_of_the_original(name: str) -> None:
     model = make(name).eval()
     sizes = torch.tensor([[640, 960], [320, 480]])
     found = model.detector.detect(images(), sizes)
-    larger, smaller = (d.boxes for d in model.detector.detect(ImageBatch(images().pixels[:1].repeat(2, 1, 1, 1)), sizes))
+    larger, smaller = (
+        d.boxes for d in model.detector.detect(ImageBatch(images().pixels[:1].repeat(2, 1, 1, 1)), sizes)
+    )
     torch.testing.assert_close(larger, smaller * 2, atol=1e-2, rtol=1e-4)
     for d in found:
         assert d.scores.shape == (20,)

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import prepare
+from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
 from detrellis.data.decode import read_image
 from detrellis.data.files import IMAGE_SUFFIXES
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.loader import stack_images
-from detrellis.data.records import to_annotations
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector
 from detrellis.engine.checkpoint import Card, load_state, load_weights
@@ -222,12 +221,14 @@ def evaluate(
     split: str = "val",
     results: str | Path | None = None,
     batch_size: int = 4,
+    skip_bad: bool = False,
     device: str | None = None,
     workers: int = 2,
 ) -> EvalResult:
     """COCO box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
-    `results` names a file for the detections in COCO's results format.
+    `results` names a file for the detections in COCO's results format. Raises `UserError` where the data set has
+    errors, unless `skip_bad` drops the bad records.
     """
     with world(device) as own:
         model = load(run, device=str(own.device))
@@ -236,7 +237,7 @@ def evaluate(
             source, split = find_data(None, val, val_images), "train"
         else:
             source = DataSource.from_dict(card.data) if data is None else find_data(data)
-        annotations = to_annotations(source.load(split), model.classes)
+        annotations, _ = prepare_split(source, split, model.classes, skip_bad)
         loader = eval_loader(annotations, model.recipe.data, batch_size, workers, own)
         evaluator = collect(model.detector, loader, annotations, own.device)
         if results is not None and own.leads:

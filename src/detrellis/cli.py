@@ -28,6 +28,7 @@ TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to tr
 TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
 ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON to evaluate on.")]
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
+SkipBad = Annotated[bool, typer.Option(help="Drop bad images and boxes instead of refusing the data set.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(help="Processes that load images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -114,7 +115,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Length of the run; the schedule follows it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, order and augmentation.")] = 0,
-    skip_bad: Annotated[bool, typer.Option(help="Drop bad images and boxes instead of refusing to train.")] = False,
+    skip_bad: SkipBad = False,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, bit for bit.")] = None,
     device: Device = None,
     workers: Workers = 2,
@@ -185,7 +186,8 @@ def evaluate(
     val_images: ValImages = None,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the data set.")] = "val",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
-    batch_size: int = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
+    skip_bad: SkipBad = False,
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -204,6 +206,7 @@ def evaluate(
         split=split,
         results=results,
         batch_size=batch_size,
+        skip_bad=skip_bad,
         device=device,
         workers=workers,
     )

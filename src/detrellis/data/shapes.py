@@ -1,8 +1,8 @@
 """A small synthetic detection set, written as a real COCO folder: for the first run, the tests and the benchmarks.
 
-Five kinds of shapes of any colour and texture, turned, scaled, cut off by the border and hidden behind one another, on
-gradients and noise, among lines and blobs that are no objects. The colour says nothing about the class. The category
-ids have gaps, as in real data.
+Five kinds of shapes of any colour, tilted, scaled, cut off by the border and hidden behind one another, on gradients and
+noise, among lines and blobs that are no objects. The colour says nothing about the class; outline and marking do. The
+category ids have gaps, as in real data.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ CATEGORIES = {1: "disc", 3: "square", 4: "triangle", 7: "star", 9: "ring"}
 MARK = "detrellis shapes"  # in the annotation file's `info`: how we know a folder is ours
 SUPERSAMPLING = 3  # masks are drawn this much larger and averaged: smooth edges
 HIDDEN = 0.7  # an object of which more than this share is behind others or outside the frame is not annotated
-SMALLEST = 0.14  # radius of an object, as a share of the shorter side of the image
-LARGEST = 0.30
+SMALLEST = 0.17  # radius of an object, as a share of the shorter side of the image
+LARGEST = 0.32
+TILT = math.pi / 9  # most that a shape is turned either way
+MARKINGS = {"disc": "plain", "square": "stripes", "triangle": "dots", "star": "shade", "ring": "plain"}
 
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
 Canvas = NDArray[np.float32]  # (..., 3) colours, 0 to 255
@@ -41,7 +43,7 @@ class _Parameters:
     size: tuple[int, int]
     objects: tuple[int, int]
     seed: int
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _draw_object(canvas: Canvas, random: Random) -> _Object:
     y, x = slice(max(top, 0), top + len(patch)), slice(max(left, 0), left + len(patch))
     inside = mask[y, x]
     inside[:] = patch[y.start - top :, x.start - left :][: inside.shape[0], : inside.shape[1]]
-    paint = _paint(inside.shape, canvas[y, x][inside >= 0.5].mean(axis=0), random)
+    paint = _paint(MARKINGS[CATEGORIES[category]], inside.shape, canvas[y, x][inside >= 0.5].mean(axis=0), random)
     canvas[y, x] += inside[..., None] * (paint - canvas[y, x])
     return _Object(category, mask >= 0.5, int((patch >= 0.5).sum()))
 
@@ -175,7 +177,7 @@ def _shape_mask(name: str, radius: float, random: Random) -> Mask:
     side = 2 * math.ceil(radius) + 2
     image = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
     draw = ImageDraw.Draw(image)
-    angle, squeeze = random.uniform(0, 2 * math.pi), random.uniform(0.75, 1.0)
+    angle, squeeze = random.uniform(-TILT, TILT), random.uniform(0.75, 1.0)
 
     def polygon(points: NDArray[np.float64], fill: int) -> None:
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -196,27 +198,41 @@ def _coverage(image: Image.Image) -> Mask:
 def _outline(name: str) -> NDArray[np.float64]:
     """Corners inside the unit circle."""
     corners = {"disc": 60, "ring": 60, "square": 4, "triangle": 3, "star": 10}[name]
-    # Half a step on, a square's sides lie along the axes, so that squeezing it gives a rectangle and no rhombus.
-    angles = (np.arange(corners) + 0.5) * 2 * math.pi / corners
+    # Half a step on, a square's sides lie along the axes, so that squeezing it gives a rectangle and no rhombus; a
+    # triangle and a star stand on their base.
+    start = {"triangle": -math.pi / 2, "star": -math.pi / 2}.get(name, math.pi / corners)
+    angles = start + np.arange(corners) * 2 * math.pi / corners
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     if name == "star":
         points[1::2] *= 0.45
     return points
 
 
-def _paint(shape: tuple[int, ...], behind: Canvas, random: Random) -> Canvas:
-    """A plain, shaded or striped filling that stands out from the mean colour `behind` it."""
+def _paint(marking: str, shape: tuple[int, ...], behind: Canvas, random: Random) -> Canvas:
+    """A filling that stands out from the mean colour `behind` it."""
     colour = _colour(random)
     while np.abs(colour - behind).max() < 70:
         colour = _colour(random)
-    kind = random.integers(3)
-    if kind == 0:
-        return np.broadcast_to(colour, (*shape, 3)).astype(np.float32)
-    other = colour + random.uniform(20, 50) * random.choice([-1, 1])  # the same hue: the shape stays one thing
-    ramp = _ramp(shape[0], shape[1], random)
-    share = ramp if kind == 1 else (np.sin(ramp * random.uniform(12, 30)) > 0).astype(np.float32)
-    painted: Canvas = (colour + share[..., None] * (other - colour)).astype(np.float32)
+    other = colour + random.uniform(40, 80) * (-1 if colour.mean() > 127 else 1)  # the same hue: it stays one thing
+    painted: Canvas = (colour + _marks(marking, shape[0], shape[1], random)[..., None] * (other - colour)).astype(
+        np.float32
+    )
     return painted
+
+
+def _marks(marking: str, height: int, width: int, random: Random) -> Mask:
+    """Share of the second colour, `(height, width)`."""
+    if marking == "plain":
+        return np.zeros((height, width), dtype=np.float32)
+    if marking == "shade":
+        return _ramp(height, width, random)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    wave = 2 * math.pi / random.uniform(6, 9)  # pixels from one stripe or dot to the next
+    tilt = random.uniform(-TILT, TILT)
+    along, across = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
+    level = np.sin(wave * across) if marking == "stripes" else np.sin(wave * along) * np.sin(wave * across) - 0.2
+    marks: Mask = (level > 0).astype(np.float32)
+    return marks
 
 
 def _background(height: int, width: int, random: Random) -> Canvas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from typing import Any, Literal
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
+
+from detrellis.errors import UserError
 
 Norm = Literal["frozen", "batch"]
 BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
@@ -30,7 +33,7 @@ class ResNet(nn.Module):
         options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
         weights = "IMAGENET1K_V1" if pretrained else None
         model = torchvision.models.get_model(name, weights=weights, norm_layer=layer, **options)
-        wanted = [BLOCKS[s] for s in strides]
+        wanted = [BLOCKS[s] for s in _known(name, strides, list(BLOCKS))]
         kept = list(BLOCKS.values())[: 1 + max(list(BLOCKS.values()).index(w) for w in wanted)]
         self.stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         self.stages = nn.ModuleDict({k: getattr(model, k) for k in kept})
@@ -50,6 +53,16 @@ class ResNet(nn.Module):
         return maps
 
 
+def _known(name: str, strides: Sequence[int], available: Sequence[int]) -> Sequence[int]:
+    """`strides`, if the backbone has maps of all of them."""
+    if missing := [s for s in strides if s not in available]:
+        raise UserError(
+            f"backbone {name} has no map of stride {missing[0]}",
+            f"It has {', '.join(map(str, available))}: -o 'detector.backbone.strides={list(available)[-3:]}'.",
+        )
+    return strides
+
+
 def _channels(stage: nn.Module) -> int:
     convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
     return max(c.out_channels for c in convolutions)
@@ -63,12 +76,15 @@ class TimmBackbone(nn.Module):
         import timm  # only here: its import takes a second that no torchvision backbone needs
         from timm.layers.norm_act import freeze_batch_norm_2d
 
+        if not timm.is_model(name.split(".")[0]):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            raise UserError(
+                f"there is no backbone {name!r}",
+                f"Did you mean {', '.join(near)}?" if near else "See timm.list_models().",
+            )
         info: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
         reductions = info.reduction()
-        missing = [s for s in strides if s not in reductions]
-        if missing:
-            raise ValueError(f"backbone {name} has maps of stride {reductions}, none of stride {missing}")
-        indices = tuple(reductions.index(s) for s in strides)
+        indices = tuple(reductions.index(s) for s in _known(name, strides, reductions))
         model: Any = timm.create_model(name, features_only=True, pretrained=pretrained, out_indices=indices)
         self.channels: list[int] = list(model.feature_info.channels())
         self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model

@@ -161,7 +161,11 @@ class Recipe(Config):
             key, separator, value = text.partition("=")
             if not separator:
                 raise UserError(f"-o {text}: no value", "Write -o key.sub=value, for example -o optim.lr=1e-4.")
-            _set(data, type(self), key.strip().split("."), _value(value), text)
+            try:
+                parsed = _value(value)
+            except yaml.YAMLError:
+                raise UserError(f"-o {text}: {value!r} is not YAML", "Quote it: -o 'data.size=[192, 256]'.") from None
+            _set(data, type(self), key.strip().split("."), parsed, text)
         try:
             return type(self).model_validate(data)
         except ValidationError as error:

@@ -76,7 +76,8 @@ def tiny() -> Recipe:
         name="tiny",
         about="small DINO for CPUs and small data, from scratch",
         detector=detector,
-        loss=LossConfig(classes=1.0),
+        # From scratch the classes are what is learned last: twice DINO's weight, which is Deformable DETR's.
+        loss=LossConfig(classes=2.0),
         schemes=SchemesConfig(cdn=CDNConfig()),
         optim=OptimConfig(lr=4e-4, scaled={}, batch_size=8, clip=0.1, ema=0.999),
         schedule=ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),

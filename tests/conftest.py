@@ -1,0 +1,15 @@
+"""A small data set on disk, shared by the tests of the engine and the interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from detrellis.data.shapes import write_shapes
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 training and 5 validation pictures of 64x64 pixels: batches do not come out even."""
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "data", train=11, val=5, size=(64, 64))

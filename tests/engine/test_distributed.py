@@ -1,0 +1,112 @@
+"""Two processes on the CPU (gloo): nobody waits for ever, and all keep the same weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import detrellis
+from detrellis.engine.distributed import gather, sum_over, world
+from detrellis.recipes.build import build
+from detrellis.recipes.config import SchemesConfig
+from detrellis.training import mean_boxes
+
+from ..small import CLASSES, SMALL, images, small, targets
+
+# Every scheme for itself, and none. Each must survive a process whose whole batch has no boxes.
+STACKS: list[tuple[str, ...]] = [("none",), *(("none", name) for name in SchemesConfig.model_fields)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+
+
+def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
+    """In each process: two steps with every stack; rank 1 never has a box."""
+    os.environ |= environment(rank, size, port)
+    torch.set_num_threads(1)
+    with world("cpu") as own:
+        assert (own.rank, own.size, own.leads) == (rank, size, rank == 0)
+        truth = targets((0, 0) if rank else (2, 3))
+        assert mean_boxes(truth).item() == 2.5
+        assert gather(rank) == [0, 1]
+        assert sum_over(torch.tensor(1.0)).item() == 2
+        for stack in STACKS:
+            model = build(small(name, stack), CLASSES)
+            model.train()
+            parallel = DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            for step in range(2):
+                model.reseed(step)
+                optimizer.zero_grad()
+                losses = parallel(images(seed=rank), truth).losses
+                total = torch.stack(list(losses.values())).sum()
+                assert total.isfinite()
+                total.backward()
+                optimizer.step()
+            norms = torch.stack([p.detach().norm() for p in model.parameters()])
+            others = gather(norms)
+            assert torch.equal(others[0], others[1]), stack
+    Path(out, f"{rank}.done").touch()
+
+
+@pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage"])
+def test_a_process_without_boxes(name: str, tmp_path: Path) -> None:
+    mp.spawn(steps, (2, free_port(), name, str(tmp_path)), nprocs=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"0.done", "1.done"}
+
+
+def test_the_same_command_under_torchrun(shapes: Path, tmp_path: Path) -> None:
+    """Two processes share the recipe's batch and its evaluation, write one run, and can be resumed alone."""
+    out = tmp_path / "run"
+    options = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command += ["-m", "detrellis", "train", "tiny", "--data", str(shapes), "--out", str(out), "--epochs", "1"]
+    done = subprocess.run(
+        [*command, "--workers", "0", "--device", "cpu", *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Done in") == 1
+    state = torch.load(out / "last.state.pt", weights_only=True)
+    assert state["step"] == 3  # 11 images in batches of 2 x 2
+    assert state["result"]["images"] == 5
+    alone = detrellis.evaluate(out / "last.safetensors", workers=0)
+    assert alone.ap == pytest.approx(state["result"]["stats"]["AP"], abs=1e-9)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    from detrellis.engine.distributed import World
+    from detrellis.engine.train import loader_batch
+    from detrellis.errors import UserError
+
+    recipe = small("tiny").override(["optim.batch_size=16", "optim.accumulate=2"])
+    assert loader_batch(recipe, World(0, 4, torch.device("cpu"))) == 2
+    with pytest.raises(UserError, match="3 processes"):
+        loader_batch(recipe, World(0, 3, torch.device("cpu")))

@@ -1,0 +1,35 @@
+"""The sizes that `info` reports."""
+
+from __future__ import annotations
+
+import pytest
+
+from detrellis.engine.measure import measure
+from detrellis.recipes import find_recipe
+from detrellis.recipes.build import build
+
+from ..small import CLASSES, SMALL, small
+
+
+@pytest.mark.parametrize(("name", "millions"), [("dino-r50", 47), ("deformable-detr-r50", 40), ("tiny", 4.5)])
+def test_parameters_agree_with_the_papers(name: str, millions: float) -> None:
+    found = measure(find_recipe(name), 91)
+    assert found.parameters / 1e6 == pytest.approx(millions, abs=1)
+
+
+def test_multiply_adds_of_dino_agree_with_its_paper() -> None:
+    """279 G on COCO's average validation image, which is a little smaller than 1333 x 800."""
+    assert measure(find_recipe("dino-r50"), 91).gflops == pytest.approx(285, rel=0.05)
+
+
+def test_counts_are_those_of_the_built_model() -> None:
+    found = measure(small("tiny"), CLASSES)
+    model = build(small("tiny"), CLASSES)
+    assert found.parameters == sum(p.numel() for p in model.detector.parameters())
+    assert [(s.name, s.parameters, s.queries) for s in found.schemes] == [("cdn", (CLASSES + 1) * 64, 200)]
+
+
+def test_schemes_cost_nothing_at_inference() -> None:
+    recipe = find_recipe("tiny").override(SMALL)
+    plain, with_scheme = (measure(r, CLASSES) for r in (recipe.with_schemes(["none"]), recipe))
+    assert (plain.parameters, plain.gflops) == (with_scheme.parameters, with_scheme.gflops)

@@ -1,0 +1,84 @@
+"""Backbones: strides, frozen parts, the switch for training from scratch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from detrellis.errors import UserError
+from detrellis.recipes.build import build_backbone
+from detrellis.recipes.config import BackboneConfig
+
+
+def config(name: str = "resnet18", **options: object) -> BackboneConfig:
+    return BackboneConfig.model_validate({"name": name, "pretrained": False, **options})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("strides", [(8, 16, 32), (4, 8, 16, 32), (8, 16)])
+def test_maps_have_the_asked_strides(name: str, strides: tuple[int, ...]) -> None:
+    backbone = build_backbone(config(name, strides=strides)).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [m.shape[-2:] for m in maps] == [(64 // s, 96 // s) for s in strides]
+    assert [m.shape[1] for m in maps] == backbone.channels
+
+
+def test_dilation_keeps_the_last_stride() -> None:
+    backbone = build_backbone(config("resnet50", strides=(32,), dilation=True)).eval()
+    with torch.no_grad():
+        assert backbone(torch.randn(1, 3, 64, 96))[0].shape == (1, 2048, 4, 6)
+    with pytest.raises(UserError, match="resnet18"):
+        build_backbone(config(dilation=True))
+    with pytest.raises(UserError, match="resnet50"):
+        build_backbone(config("mobilenetv3_small_050", dilation=True))
+
+
+def test_frozen_as_in_the_papers() -> None:
+    backbone = build_backbone(config("resnet50", norm="frozen", strides=(4, 8, 16, 32)))
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    assert trained
+    assert not any(n.startswith(("stem", "stages.layer1")) for n in trained)
+    assert not any("bn" in n for n, _ in backbone.named_parameters())
+    backbone.train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone(torch.randn(1, 3, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def test_from_scratch_everything_trains() -> None:
+    backbone = build_backbone(config("resnet18"))
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+
+
+def test_frozen_norm_is_the_spec_formula() -> None:
+    backbone = build_backbone(config("resnet18", norm="frozen"))
+    norm = backbone.stem[1]  # type: ignore[index]
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    x = torch.randn(1, 64, 4, 4)
+    scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+    expected = x * scale.view(1, -1, 1, 1) + (norm.bias - norm.running_mean * scale).view(1, -1, 1, 1)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_unreachable_weights_say_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", unreachable)
+    with pytest.raises(UserError, match=r"pretrained=false"):
+        build_backbone(BackboneConfig(name="resnet18"))
+
+
+def test_unknown_names_are_user_errors() -> None:
+    with pytest.raises(UserError, match="no_such_model"):
+        build_backbone(config("no_such_model"))
+    with pytest.raises(UserError, match="stride"):
+        build_backbone(config("mobilenetv3_small_050", strides=(7,)))
+    with pytest.raises(UserError, match="stride"):
+        build_backbone(config("resnet18", strides=(7,)))

@@ -1,0 +1,80 @@
+"""Recipes: every name is found or suggested, every override is checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from detrellis.errors import UserError
+from detrellis.recipes import RECIPES, Recipe, find_recipe
+
+
+@pytest.mark.parametrize("make", RECIPES, ids=lambda f: f.__name__)
+def test_recipes_are_found_by_name_and_survive_json(make: object) -> None:
+    recipe = make()  # type: ignore[operator]
+    assert find_recipe(recipe.name) == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert recipe.about
+
+
+def test_a_misspelt_recipe_is_suggested() -> None:
+    with pytest.raises(UserError, match="Did you mean dino-r50"):
+        find_recipe("dino-r5")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("optim.lr=0.001", "optim.lr", 1e-3),
+        ("data.size=[192, 256]", "data.size", (192, 256)),
+        ("data.size=640", "data.size", 640),
+        ("schemes.cdn=null", "schemes.cdn", None),
+        ("schemes.cdn.number=50", "schemes.cdn.number", 50),
+        ("detector.backbone.name=resnet34", "detector.backbone.name", "resnet34"),
+        ("optim.scaled.backbone=0.5", "optim.scaled", {"backbone": 0.5}),
+        ("optim.scaled={neck: 2}", "optim.scaled", {"neck": 2.0}),
+        ("optim.amp=false", "optim.amp", False),
+    ],
+)
+def test_override(text: str, path: str, value: object) -> None:
+    found: object = find_recipe("dino-r50").override([text])
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lrr=1", "Did you mean lr?"),
+        ("optm.lr=1", "Did you mean optim?"),
+        ("optim.lr", "no value"),
+        ("optim.lr=fast", "optim.lr"),
+        ("optim.lr.x=1", "lr has no parts"),
+        ("data.augment=mosaic", "data.augment"),
+        ("zzz=1", "Known: name"),
+        ("optim.lr={", "not YAML"),
+    ],
+)
+def test_bad_overrides_name_the_remedy(text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        find_recipe("tiny").override([text])
+    assert message in str(error.value)
+
+
+def test_schemes() -> None:
+    plain = find_recipe("dino-r50").with_schemes(["none"])
+    assert plain.schemes.cdn is None
+    more = plain.with_schemes(["cdn=30"])
+    assert more.schemes.cdn is not None
+    assert more.schemes.cdn.number == 30
+    assert find_recipe("dino-r50").with_schemes(["none,cdn"]).schemes == find_recipe("dino-r50").schemes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("cnd", "Did you mean cdn?"), ("cdn=many", "not a number"), ("", "no ''")]
+)
+def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        find_recipe("dino-r50").with_schemes([text])
+    assert message in str(error.value)

@@ -1,0 +1,163 @@
+"""The command line as a user meets it: help, errors, JSON, exit codes, and the whole path on a small data set."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import detrellis
+from detrellis.cli import app, main
+from detrellis.errors import UserError
+
+from .small import SMALL
+
+OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
+VERBS = ["demo", "check", "train", "eval", "predict", "info", "recipes"]
+
+
+def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
+    """Run a command in this process; its standard output."""
+    before = sys.argv
+    sys.argv = ["detrellis", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    assert stopped.value.code == code, out + err
+    assert "Traceback" not in err
+    return out if code == 0 or not err else err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = call(verb, "--help", capsys=capsys)
+    assert f"Example: detrellis {verb}" in " ".join(text.split())
+
+
+def test_every_verb_is_tested() -> None:
+    assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("code", ["import detrellis", "import detrellis.cli", "import detrellis.recipes"])
+def test_starting_does_not_import_torch(code: str) -> None:
+    probe = f"{code}, sys; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [r["name"] for r in json.loads(call("recipes", "--json", capsys=capsys))]
+    expected = {
+        "tiny",
+        "deformable-detr-r50",
+        "deformable-detr-r50-refine",
+        "deformable-detr-r50-two-stage",
+        "dino-r50",
+    }
+    assert {*expected, "dino-r50-5scale"} <= set(names)
+    assert "tiny" in call("recipes", capsys=capsys)
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(call("info", "tiny", "--classes", 3, "--json", "--scheme", "none,cdn=7", capsys=capsys))
+    assert found["schemes"] == [{"name": "cdn", "parameters": 4 * 128, "queries": 14}]
+    assert {"parameters", "parameters_trainable", "gflops"} <= set(found)
+
+
+def test_the_whole_path(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert "0 errors" in call("check", "--data", shapes, capsys=capsys)
+    text = call("train", "tiny", "--data", shapes, "--out", run, "--epochs", 1, "--workers", 0, *OPTIONS, capsys=capsys)
+    assert f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
+    evaluated = json.loads(call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys))
+    assert evaluated["images"] == 5
+    assert {"AP", "AP50", "AR100"} <= set(evaluated["stats"])
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert {r["category_id"] for r in rows} <= {1, 3, 4, 7, 9}
+
+    pictures = tmp_path / "pictures"
+    folder = shapes / "images" / "val"
+    call("predict", run, folder, "--out", pictures, "--threshold", 0, capsys=capsys)
+    written = sorted(p.stem for p in pictures.glob("*.jpg"))
+    assert written == sorted(p.stem for p in folder.iterdir())
+    for picture in pictures.glob("*.jpg"):
+        Image.open(picture).verify()
+    results = json.loads((pictures / "predictions.json").read_text())
+    truth = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    ids = {i["file_name"].split("/")[-1]: i["id"] for i in truth["images"]}
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    for row in results:
+        assert row["image_id"] == ids[Path(row["file_name"]).name]
+        assert row["category_name"] == names[row["category_id"]]
+    assert len(results) == 5 * 20
+
+
+def test_train_json_is_json(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--data", shapes, "--out", tmp_path / "run", "--epochs", 1, "--workers", 0, "--json")
+    found = json.loads(call("train", "tiny", *arguments, *OPTIONS, capsys=capsys))
+    assert found["finished"] is True
+    assert found["steps"] == 3
+    assert found["result"]["stats"]["AP"] is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "which recipe"),
+        (["train", "tinny", "--data", "."], "Did you mean tiny"),
+        (["train", "tiny"], "--data"),
+        (["train", "tiny", "--data", "no_such_folder"], "no_such_folder"),
+        (["train", "tiny", "--data", ".", "-o", "optim.lrr=1"], "Did you mean lr"),
+        (["train", "tiny", "--resume", "somewhere"], "--resume takes"),
+        (["train", "--resume", "no_such_run"], "no_such_run"),
+        (["train", "tiny", "--data", ".", "--scheme", "cnd"], "Did you mean cdn"),
+        (["eval", "no_such_run"], "no_such_run"),
+        (["predict", "tiny", "no_such.jpg"], "no_such.jpg"),
+        (["info", "dino"], "Did you mean dino-r50"),
+        (["check"], "--data"),
+        (["check", "--data", "no_such_folder"], "no_such_folder"),
+    ],
+)
+def test_wrong_use_is_a_message_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in " ".join(call(*arguments, capsys=capsys, code=2).split())
+
+
+def test_training_on_a_bad_data_set_is_refused_or_survived(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One box loses its width: `train` refuses it by name, `--skip-bad` leaves it out, `check --fix` writes it away."""
+    source = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    source["annotations"][0]["bbox"][2] = 0
+    bad, images = tmp_path / "bad.json", shapes / "images" / "train"
+    bad.write_text(json.dumps(source))
+    data = ("--train", bad, "--train-images", images)
+    train = ("train", "tiny", *data, "--epochs", 1, "--workers", 0, *OPTIONS)
+    assert f"id {source['annotations'][0]['id']}" in call(*train, capsys=capsys, code=2).replace("annotation ", "id ")
+    assert "left out 1" in call(*train, "--skip-bad", "--out", tmp_path / "run", capsys=capsys)
+    call("check", *data, "--fix", tmp_path / "clean", capsys=capsys, code=1)
+    assert "0 errors" in call("check", "--data", tmp_path / "clean", capsys=capsys)
+
+
+def test_python_interface_speaks_the_same_words(shapes: Path, tmp_path: Path) -> None:
+    result = detrellis.train(
+        "tiny", data=shapes, out=tmp_path / "run", override=[*SMALL, "data.size=[64, 64]"], epochs=1, workers=0
+    )
+    model = detrellis.load(result.run, device="cpu")
+    picture = next((shapes / "images" / "val").iterdir())
+    found = model.predict(picture, threshold=0.0)[0]
+    assert len(found.scores) == 20
+    assert found.scores == sorted(found.scores, reverse=True)
+    assert all(0 <= x1 <= x2 <= 64 and 0 <= y1 <= y2 <= 64 for x1, y1, x2, y2 in found.boxes)
+    assert detrellis.evaluate(result.run, workers=0).ap == pytest.approx(result.best, abs=1e-9)
+    untrained = detrellis.load("tiny", classes=3)
+    assert len(untrained.classes) == 3
+    with pytest.raises(UserError, match="no such file"):
+        model.predict("nothing.jpg")

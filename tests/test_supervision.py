@@ -1,0 +1,102 @@
+"""The set loss over all layers at once, against one layer and one box at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.losses import sigmoid_focal_loss as ours
+from detrellis.matching import Hungarian, Known, Match, assign
+from detrellis.supervision import Supervision, Task, focal_set_loss, softmax_set_loss, sum_by_layer, supervise
+from detrellis.types import Assignment, DecoderOutput, Targets
+
+from .test_matching import problem
+
+
+def naive(output: DecoderOutput, targets: Targets, found: Assignment, layer: int, boxes: float) -> dict[str, Tensor]:
+    wanted = torch.zeros_like(output.logits[layer])
+    l1 = giou = torch.zeros(())
+    for where, image, query, target in zip(*(t.tolist() for t in found[:4]), strict=True):
+        if where != layer:
+            continue
+        wanted[image, query, targets.labels[target]] = 1
+        predicted, truth = output.boxes[layer, image, query], targets.boxes[target]
+        l1 = l1 + (predicted - truth).abs().sum()
+        giou = giou + generalized_box_iou_loss(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(truth))
+    focal = sigmoid_focal_loss(output.logits[layer], wanted, alpha=0.25, gamma=2, reduction="sum")
+    return {"class": focal / boxes, "box": l1 / boxes, "giou": giou / boxes}
+
+
+def test_every_layer_equals_the_naive_loss() -> None:
+    output, targets = problem(3, (4, 0, 2), 9)
+    found = assign([Match(output, targets, Hungarian())])[0]
+    terms = focal_set_loss(output, targets, found, torch.tensor(6.0))
+    for layer in range(3):
+        for name, value in naive(output, targets, found, layer, 6.0).items():
+            torch.testing.assert_close(terms[name][layer], value, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_names_and_metrics() -> None:
+    output, targets = problem(2, (4, 2), 9)
+    supervision = Supervision(weights={"class": 3.0, "box": 0.0, "giou": 1.0})
+    losses, metrics = supervise([Task("main", output, targets, supervision, torch.tensor(6.0), weight=0.5)])
+    assert set(losses) == {f"main/{t}/{i}" for t in ("class", "box", "giou") for i in range(2)}
+    found = assign([Match(output, targets, Hungarian())])[0]
+    plain = focal_set_loss(output, targets, found, torch.tensor(6.0))
+    torch.testing.assert_close(losses["main/class/1"], plain["class"][1] * 1.5)
+    assert losses["main/box/0"] == 0
+    assert 0 < metrics["main/iou"] < 1
+
+
+def test_softmax_loss_is_torch_cross_entropy() -> None:
+    output, targets = problem(2, (3, 1), 7)
+    targets = targets._replace(labels=targets.labels.clamp(max=4))  # the last class is "no object"
+    found = assign([Match(output, targets, Hungarian())])[0]
+    terms = softmax_set_loss(output, targets, found, torch.tensor(4.0))
+    weight = torch.tensor([1.0, 1, 1, 1, 1, 0.1])
+    for layer in range(2):
+        wanted = torch.full((2, 7), 5)
+        own = found.layer == layer
+        wanted[found.image[own], found.query[own]] = targets.labels[found.target[own]]
+        expected = F.cross_entropy(output.logits[layer].flatten(0, 1), wanted.flatten(), weight)
+        torch.testing.assert_close(terms["class"][layer], expected)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 120.0, -120.0])
+def test_focal_loss_is_finite_at_any_logit(size: float) -> None:
+    logits = torch.tensor([size, size], requires_grad=True)
+    loss = ours(logits, torch.tensor([0.0, 1.0]))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_sum_by_layer() -> None:
+    layer = torch.tensor([0, 2, 2, 0])
+    assert sum_by_layer(torch.tensor([1.0, 2, 3, 4]), layer, 4).tolist() == [5, 0, 5, 0]
+
+
+def test_losses_are_float32_under_autocast() -> None:
+    output, targets = problem(1, (3,), 5)
+    half = DecoderOutput(*(t.bfloat16() for t in output))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = supervise([Task("main", half, targets, Supervision(), torch.tensor(3.0))])
+    assert all(v.dtype == torch.float32 for v in losses.values())
+    exact = DecoderOutput(*(t.bfloat16().float() for t in output))
+    expected, _ = supervise([Task("main", exact, targets, Supervision(), torch.tensor(3.0))])
+    for name, value in expected.items():
+        assert torch.equal(losses[name], value), name
+
+
+def test_one_query_may_be_known_for_several_layers_only() -> None:
+    output, targets = problem(3, (2,), 4)
+    known = Known(Assignment(*(torch.tensor(v) for v in ([1], [0], [3], [1], [0]))))
+    losses, _ = supervise([Task("dn", output, targets, Supervision(known), torch.tensor(1.0))])
+    assert losses["dn/box/0"] == 0
+    assert losses["dn/box/1"] > 0
+    assert losses["dn/box/2"] == 0
