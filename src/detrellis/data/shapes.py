@@ -1,8 +1,8 @@
 """A small synthetic detection set, written as a real COCO folder: for the first run, the tests and the benchmarks.
 
-Five kinds of shapes of any colour, tilted, scaled, cut off by the border and hidden behind one another, on gradients and
-noise, among lines and blobs that are no objects. The colour says nothing about the class; outline and marking do. The
-category ids have gaps, as in real data.
+Five kinds of shapes of any colour, tilted, scaled, cut off by the border and hidden behind one another, on gradients
+and noise, among lines and blobs that are no objects. The colour says nothing about the class; outline and marking do.
+The category ids have gaps, as in real data.
 """
 
 from __future__ import annotations

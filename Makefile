@@ -1,0 +1,53 @@
+# Needs nothing but Python (3.11 or later) and make. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One test process a core, one thread each: torch would otherwise start a thread a core in every one of them.
+# A file's tests stay in one process, because they share runs that are expensive to make.
+TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check lint types arrows style clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## Make the environment .venv and install into it
+
+demo: $(STAMP)  ## Make a data set, train on it, and draw what the detector finds
+	$(BIN)/detrellis demo
+
+test: $(STAMP)  ## Run the tests (a part of them: make test TESTS=tests/golden)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) $(TESTS)
+
+check: lint types arrows style  ## Run ruff, mypy, and the import and style tests
+
+lint: $(STAMP)  ## Run ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Run mypy, strict, on the package
+	$(BIN)/mypy
+
+arrows: $(STAMP)  ## Test that imports point one way only
+	$(BIN)/python -m pytest tests/test_arrows.py
+
+style: $(STAMP)  ## Test the limits of length, nesting and arguments
+	$(BIN)/python -m pytest tests/test_style.py
+
+clean:  ## Remove the environment, caches and the demo (runs/ stays)
+	rm -rf $(VENV) demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Done once, and again when what is installed changes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " \
+		+ sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,tensorboard]'
+	@touch $(STAMP)
