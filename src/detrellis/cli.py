@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train DETR-family object detectors on your own data. Start with [bold]detrellis demo[/bold].",
 )
-console = Console()
+LEADS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
+console = Console(quiet=not LEADS)
 
 Data = Annotated[Path | None, typer.Option(help="Data set folder: COCO, Roboflow, YOLO or Pascal VOC layout.")]
 TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to train on, instead of --data.")]
@@ -52,7 +54,8 @@ def _root(
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    if LEADS:
+        print(json.dumps(value, indent=1))
 
 
 @app.command()
@@ -127,7 +130,7 @@ def train(
     """
     from detrellis import api
 
-    speaks = Console(stderr=True) if as_json else console  # stdout belongs to the JSON
+    speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
         _only_with_resume(recipe, data, train, val, scheme, override, epochs, out)
         result = api.resume(resume, device=device, workers=workers, console=speaks)

@@ -25,9 +25,9 @@ MARK = "detrellis shapes"  # in the annotation file's `info`: how we know a fold
 SUPERSAMPLING = 3  # masks are drawn this much larger and averaged: smooth edges
 HIDDEN = 0.7  # an object of which more than this share is behind others or outside the frame is not annotated
 SMALLEST = 0.17  # radius of an object, as a share of the shorter side of the image
-LARGEST = 0.32
+LARGEST = 0.28
 TILT = math.pi / 9  # most that a shape is turned either way
-MARKINGS = {"disc": "plain", "square": "stripes", "triangle": "dots", "star": "shade", "ring": "plain"}
+MARKINGS = {"disc": "plain", "square": "stripes", "triangle": "dots", "star": "bars", "ring": "plain"}
 
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
 Canvas = NDArray[np.float32]  # (..., 3) colours, 0 to 255
@@ -43,7 +43,7 @@ class _Parameters:
     size: tuple[int, int]
     objects: tuple[int, int]
     seed: int
-    version: int = 2
+    version: int = 3
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,12 @@ def _marks(marking: str, height: int, width: int, random: Random) -> Mask:
     """Share of the second colour, `(height, width)`."""
     if marking == "plain":
         return np.zeros((height, width), dtype=np.float32)
-    if marking == "shade":
-        return _ramp(height, width, random)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     wave = 2 * math.pi / random.uniform(6, 9)  # pixels from one stripe or dot to the next
     tilt = random.uniform(-TILT, TILT)
     along, across = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
-    level = np.sin(wave * across) if marking == "stripes" else np.sin(wave * along) * np.sin(wave * across) - 0.2
+    rows, columns = np.sin(wave * across), np.sin(wave * along)
+    level = {"stripes": rows, "bars": columns, "dots": rows * columns - 0.2}[marking]
     marks: Mask = (level > 0).astype(np.float32)
     return marks
 

@@ -122,8 +122,8 @@ class RunLog:
         self.close()
 
     def say(self, text: str) -> None:
-        """A line for the user, above the progress bar."""
-        if self.speaks:
+        """A line for the user, above the progress bar; nothing for an empty one."""
+        if self.speaks and text:
             self._view.line(text)
 
     def start_epoch(self, epoch: int) -> None:

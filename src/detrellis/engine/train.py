@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.data.annotations import Annotations
@@ -39,6 +39,7 @@ from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.training import StepOutput, TrainableDetector
 
+WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
 SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
 
 
@@ -173,9 +174,12 @@ class Run:
         seed = zlib.crc32(f"{self.job.card.seed}/{state.step}/{self.world.rank}".encode())
         torch.manual_seed(seed)
         state.model.reseed(seed)
+        outs, total = [], 0.0
         for i, batch in enumerate(batches):
             with self._quiet(i < len(batches) - 1):
                 out, value = self._pass(batch, share=1 / len(batches))
+            outs.append(out)
+            total += value / len(batches)
         with self.timer.part("optimizer"):
             if config.clip > 0:
                 nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
@@ -183,11 +187,11 @@ class Run:
             state.step += 1
             if state.ema is not None:
                 state.ema.update(state.model.detector, state.step)
-        losses = {name: loss.detach() for name, loss in out.losses.items()}
+        losses, metrics = _mean([o.losses for o in outs]), _mean([o.metrics for o in outs])
         images = sum(len(b.image_ids) for b in batches) * self.world.size
-        self.log.step(state.step, losses, out.metrics, total=value, lr=lr, images=images)
-        if warning := state.watch.update(state.step, value, float(out.metrics["main/iou"])):
-            self.log.say(warning)
+        self.log.step(state.step, losses, metrics, total=total, lr=lr, images=images)
+        if state.step % WATCH_EVERY == 0:
+            self.log.say(state.watch.update(state.step, total, float(metrics["main/iou"])) or "")
 
     def _pass(self, batch: Batch, share: float) -> tuple[StepOutput, float]:
         """Forward and backward of one batch; bf16 where the GPU has it."""
@@ -252,6 +256,12 @@ class Run:
     def _card(self) -> Card:
         stats = None if self.state.result is None else self.state.result.stats
         return replace(self.job.card, epoch=self.state.epoch, stats=stats)
+
+
+def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each entry over the passes of a step; a pass may lack some (no denoising without boxes)."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {n: torch.stack([p[n].detach() for p in parts if n in p]).mean() for n in names}
 
 
 def fresh_state(job: Job, world: World) -> State:
