@@ -193,7 +193,7 @@ def train(
         )
     with world(device) as own:
         training, validation, classes = _prepared(source, skip_bad, own, console)
-        card = Card(chosen, classes, source.to_dict(), seed)
+        card = Card(chosen, classes, source.to_dict(), seed, skip_bad)
         return run_job(Job(card, training, validation, folder, workers), own, console=console)
 
 
@@ -205,7 +205,7 @@ def resume(
     state = load_state(place)
     _, card = load_weights(place / "last.safetensors")
     with world(device) as own:
-        training, validation, classes = _prepared(DataSource.from_dict(card.data), True, own, console)
+        training, validation, classes = _prepared(DataSource.from_dict(card.data), card.skip_bad, own, console)
         if classes != card.classes:
             raise UserError(f"{place}: the data set's classes have changed since", "Start a new run on the new data.")
         fresh = replace(card, epoch=0, stats=None)

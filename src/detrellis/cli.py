@@ -30,7 +30,7 @@ TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to tr
 TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
 ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON to evaluate on.")]
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
-SkipBad = Annotated[bool, typer.Option(help="Drop bad images and boxes instead of refusing the data set.")]
+SkipBad = Annotated[bool, typer.Option(help="Drop bad images and boxes instead of refusing them (decodes all images).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(help="Processes that load images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -82,7 +82,7 @@ def check(
     val_images: ValImages = None,
     fast: Annotated[bool, typer.Option(help="Do not decode the images.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode (default: one a core).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode (default: one a core).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read a data set before anyone trains on it. Exit code: 0 clean, 1 errors found, 2 wrong use.
@@ -117,7 +117,7 @@ def train(
     override: Overrides = None,
     epochs: Annotated[int | None, typer.Option(help="Length of the run; the schedule follows it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")] = None,
-    seed: Annotated[int, typer.Option(help="Decides weights, order and augmentation.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Decides weights, order and augmentation (default: 0).")] = None,
     skip_bad: SkipBad = False,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, bit for bit.")] = None,
     device: Device = None,
@@ -132,7 +132,9 @@ def train(
 
     speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
-        _only_with_resume(recipe, data, train, val, scheme, override, epochs, out)
+        _only_with_resume(
+            recipe, data, train, train_images, val, val_images, scheme, override, epochs, out, seed, skip_bad
+        )
         result = api.resume(resume, device=device, workers=workers, console=speaks)
     elif recipe is None:
         raise UserError(
@@ -150,7 +152,7 @@ def train(
             override=override or (),
             epochs=epochs,
             out=out,
-            seed=seed,
+            seed=seed or 0,
             device=device,
             workers=workers,
             skip_bad=skip_bad,
@@ -163,7 +165,7 @@ def train(
 
 
 def _only_with_resume(*given: object) -> None:
-    if any(given):
+    if any(value not in (None, False) for value in given):
         raise UserError(
             "--resume takes recipe, data and settings from the run", "Leave out all but --device, --workers."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -71,7 +72,8 @@ class TrainableDetector(nn.Module):
     def reseed(self, seed: int) -> None:
         """Start every scheme's draws anew."""
         for scheme in self.training_schemes:
-            scheme.reseed(seed)
+            # Each from a number of its own: two schemes must not draw the same.
+            scheme.reseed(zlib.crc32(f"{seed}/{scheme.name}".encode()))
 
     @property
     def training_schemes(self) -> list[TrainingScheme]:

@@ -6,6 +6,7 @@ import pytest
 
 from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, Recipe, find_recipe
+from detrellis.recipes.build import build
 
 
 @pytest.mark.parametrize("make", RECIPES, ids=lambda f: f.__name__)
@@ -78,3 +79,19 @@ def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         find_recipe("dino-r50").with_schemes([text])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("deformable-detr-r50", "detector.query_position=boxes", "queries=mixed"),
+        ("tiny", "detector.queries=proposals", "queries=mixed"),
+        ("tiny", "detector.levels=1", "levels=2"),
+        ("tiny", "detector.heads=7", "heads=7"),
+        ("tiny", "detector.width=48", "32"),
+    ],
+)
+def test_undefined_networks_are_refused_when_built(name: str, override: str, message: str) -> None:
+    recipe = find_recipe(name).untrained().override([override])
+    with pytest.raises(UserError, match=message):
+        build(recipe, 3)

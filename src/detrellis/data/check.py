@@ -63,10 +63,13 @@ def prepare(source: DataSource, skip_bad: bool = False) -> tuple[Annotations, An
     """Training and validation set (None where there is none), the class map of both, and the fast check's report.
 
     Where the check finds errors, `skip_bad` leaves those records out (`report.skipped` says how many); without it a
-    `UserError` says what the check says.
+    `UserError` says what the check says. With it the check is the full one: an image that cannot be decoded is a bad
+    record too.
     """
     raws = source.load_all([split for split in ("train", "val") if split in source.splits])
-    report = examine(raws, fast=True)
+    if "train" not in raws:
+        raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
+    report = examine(raws, fast=not skip_bad)
     found, report = _taken_over(raws, report, raws["train"].classes, skip_bad)
     return found["train"], found.get("val"), found["train"].classes, report
 
@@ -76,7 +79,7 @@ def prepare_split(
 ) -> tuple[Annotations, Report]:
     """One split for a detector that is already trained: as `prepare`, with `classes` in place of a training set's."""
     raws = source.load_all([split])
-    report = examine(raws, fast=True)
+    report = examine(raws, fast=not skip_bad)
     differing = disagreements(raws[split], list(zip(classes.ids, classes.names, strict=True)))
     report = replace(report, findings=(*report.findings, *differing))
     found, report = _taken_over(raws, report, classes, skip_bad)

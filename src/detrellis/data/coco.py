@@ -222,7 +222,7 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> Path:
     listed = "".join(f"\n    {folder}" for folder in looked if folder.is_dir())
     raise UserError(
         f"{file}: its images were not found; looked for {names[0]!r} in{listed}",
-        "Name the folder that the `file_name`s are relative to with `--images` / `--val-images`.",
+        "Name the folder that the `file_name`s are relative to with `--train-images` or `--val-images`.",
     )
 
 

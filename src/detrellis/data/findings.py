@@ -38,7 +38,9 @@ IMAGES: dict[str, Rule] = {
     "unusual-mode": Rule("note", "Nothing to do: it is converted to 8-bit RGB."),
     "dark-16-bit": Rule("warning", "Stretch the values to the full 16-bit range, or convert to 8 bits yourself."),
     "exif-rotated": Rule("note", "Nothing to do: the orientation is handled."),
-    "exif-ambiguous": Rule("warning", "Look at the boxes with `viz-data`; save the image upright without EXIF."),
+    "exif-ambiguous": Rule(
+        "warning", "Save the image upright, without the EXIF tag, and make sure that its boxes fit."
+    ),
     "size-missing": Rule("note", "Nothing to do: height and width are read from the files."),
     "images-without-boxes": Rule("note", "Nothing to do: they are used as background."),
 }

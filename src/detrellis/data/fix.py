@@ -2,7 +2,7 @@
 
 `OUT/annotations/instances_<split>.json` in COCO's format, whatever the layout was. Images are neither copied nor
 touched: each `file_name` stays relative to its old image folder, which stands in `info.image_root`. So `--data OUT`
-finds the images where they are, other tools take the same files with that folder, and `--images` overrides it.
+finds the images where they are, other tools take the same files with that folder, and `--train-images` overrides it.
 """
 
 from __future__ import annotations

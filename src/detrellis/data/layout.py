@@ -24,7 +24,7 @@ LOOKED_FOR = """Looked for
     Roboflow COCO  train/_annotations.coco.json (and valid/)
     YOLO           data.yaml with names, train and val, or classes.txt with images/ and labels/
     Pascal VOC     Annotations/*.xml and JPEGImages/, or a folder of XML files beside the images"""
-REMEDY = "Arrange it like one of these, or name the files: --train ann.json --images folder --val ann.json."
+REMEDY = "Arrange it like one of these, or name the files: --train ann.json --train-images folder --val ann.json."
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def resolve(
     if data is not None and (train is not None or val is not None):
         raise UserError("both a data folder and annotation files are given", "Give --data, or --train and --val.")
     if data is None and train is None:
-        raise UserError("no data set is given", "Give --data folder, or --train ann.json --images folder.")
+        raise UserError("no data set is given", "Give --data folder, or --train ann.json --train-images folder.")
     if train is not None:
         return _explicit(train, train_images, val, val_images)
     assert data is not None

@@ -71,7 +71,7 @@ def voc_folders(data: Path, images: Path | None = None) -> tuple[Path, Path] | N
     found = images or next((p for p in [annotations, *places] if p.is_dir() and _has_images(p)), None)
     if found is None:
         listed = "".join(f"\n    {place}" for place in places)
-        raise UserError(f"{annotations}: XML files, but no images in{listed}", "Name the folder with `--images`.")
+        raise UserError(f"{annotations}: XML files, but no images in{listed}", "Name the folder with `--train-images`.")
     return annotations.resolve(), found.resolve()
 
 

@@ -41,6 +41,7 @@ class Card:
     classes: ClassMap
     data: Mapping[str, Any]  # the run's `DataSource`, as `to_dict` gives it
     seed: int = 0
+    skip_bad: bool = False  # whether bad records were left out of the data
     epoch: int = 0
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
     version: str = detrellis.__version__
@@ -52,6 +53,7 @@ class Card:
             "classes": self.classes.to_dict(),
             "data": dict(self.data),
             "seed": self.seed,
+            "skip_bad": self.skip_bad,
             "epoch": self.epoch,
             "stats": None if self.stats is None else dict(self.stats),
             "version": self.version,
@@ -64,7 +66,7 @@ class Card:
         if not metadata or "detrellis" not in metadata:
             raise UserError(f"{path}: weights without a Detrellis card", "Give a run's folder or a file from one.")
         if int(metadata.get("format", 0)) > FORMAT:
-            raise UserError(f"{path}: written by a newer Detrellis", "Update with pip install -U detrellis.")
+            raise UserError(f"{path}: written by a newer Detrellis", "Update Detrellis.")
         card = json.loads(metadata["detrellis"])
         recipe, classes = Recipe.model_validate(card.pop("recipe")), ClassMap.from_dict(card.pop("classes"))
         return cls(recipe, classes, **card)

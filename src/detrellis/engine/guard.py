@@ -119,7 +119,7 @@ class FlatLossWatch:
 
 _FLAT_REMEDY = (
     "  Try, in this order:\n"
-    "  - `detrellis check` and `detrellis viz-data` on the training set: do the boxes fit the images?\n"
+    "  - `detrellis check` on the training set: do the boxes fit the images?\n"
     "  - overfit a few images: a loss that does not fall there either is not a matter of the data's size\n"
     "  - a learning rate ten times higher, or ten times lower\n"
     "  - pretrained weights: a detector from scratch needs many more steps than this before it moves\n"

@@ -1,7 +1,8 @@
 """The training loop, read top to bottom.
 
 Nothing random has a state of its own: before each step every generator is seeded from (seed, step, process), and an
-image's augmentation from (seed, epoch, image). A resumed run therefore continues bit for bit.
+image's augmentation from (seed, epoch, image). A resumed run therefore continues bit for bit; on a GPU as far as its
+kernels are deterministic, which the backward pass of `grid_sample` is not.
 """
 
 from __future__ import annotations

@@ -63,8 +63,29 @@ def build_queries(config: DetectorConfig, classes: int) -> nn.Module:
     )
 
 
+def _refuse(config: DetectorConfig) -> None:
+    """Combinations of network parts that do not exist, each with what to use instead."""
+    maps, boxes = len(config.backbone.strides), config.query_position == "boxes"
+    problems = {
+        "queries=learned and query_position=boxes do not combine: learned queries are points. Take queries=mixed": (
+            boxes and config.queries == "learned"
+        ),
+        "queries=proposals and query_position=boxes do not combine: which gives the content? Take queries=mixed": (
+            boxes and config.queries == "proposals"
+        ),
+        f"{maps} backbone maps need levels={maps} or more": config.levels < maps,
+        f"width={config.width} is not a multiple of heads={config.heads} and of 32": (
+            config.width % config.heads or config.width % 32
+        ),
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise UserError(f"detector: {problem}", "Set the parts with -o detector.NAME=VALUE.")
+
+
 def build_detector(config: DetectorConfig, classes: int) -> Detector:
     """A detector for `classes` classes, initialised from the global random state."""
+    _refuse(config)
     width, dropout = config.width, config.dropout
 
     def attention() -> DeformableAttention:
