@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -124,22 +124,22 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _splits_table(summaries: Iterable[SplitSummary]) -> Table:
+def _splits_table(summaries: Sequence[SplitSummary]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("split")
-    for title in ("images", "no boxes", "boxes", "per image", "crowd", "small", "medium", "large"):
-        table.add_column(title, justify="right")
-    table.add_column("width x height", overflow="fold")
+    for title in ("images", "empty", "boxes", "mean", "most", "crowd", "small", "medium", "large"):
+        table.add_column(title, justify="right", no_wrap=True)
     for s in summaries:
         total = max(s.boxes, 1)
-        per_image = f"{s.boxes / max(s.images, 1):.1f} (max {s.most_boxes})"
         sizes = [f"{count / total:.0%}" for count in s.box_sizes]
-        frames = " .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in s.image_sizes))
         numbers = [f"{n:,}" for n in (s.images, s.images_without_boxes, s.boxes)]
-        table.add_row(s.split, *numbers, per_image, f"{s.crowd:,}", *sizes, frames)
+        table.add_row(s.split, *numbers, f"{s.boxes / max(s.images, 1):.1f}", str(s.most_boxes), f"{s.crowd:,}", *sizes)
+    frames = [" .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in s.image_sizes)) for s in summaries]
+    table.caption = "Width x height: " + "; ".join(f"{s.split} {f}" for s, f in zip(summaries, frames, strict=True))
+    table.caption_justify = "left"
     return table
 
 

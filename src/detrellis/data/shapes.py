@@ -27,7 +27,7 @@ HIDDEN = 0.7  # an object of which more than this share is behind others or outs
 SMALLEST = 0.17  # radius of an object, as a share of the shorter side of the image
 LARGEST = 0.28
 TILT = math.pi / 9  # most that a shape is turned either way
-MARKINGS = {"disc": "plain", "square": "stripes", "triangle": "dots", "star": "bars", "ring": "plain"}
+MARKINGS = {"disc": "circles", "square": "stripes", "triangle": "dots", "star": "bars", "ring": "plain"}
 
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
 Canvas = NDArray[np.float32]  # (..., 3) colours, 0 to 255
@@ -43,7 +43,7 @@ class _Parameters:
     size: tuple[int, int]
     objects: tuple[int, int]
     seed: int
-    version: int = 3
+    version: int = 4
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,8 @@ def _marks(marking: str, height: int, width: int, random: Random) -> Mask:
     tilt = random.uniform(-TILT, TILT)
     along, across = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
     rows, columns = np.sin(wave * across), np.sin(wave * along)
-    level = {"stripes": rows, "bars": columns, "dots": rows * columns - 0.2}[marking]
+    circles = np.sin(wave * np.hypot(x - width / 2, y - height / 2))
+    level = {"stripes": rows, "bars": columns, "dots": rows * columns - 0.2, "circles": circles}[marking]
     marks: Mask = (level > 0).astype(np.float32)
     return marks
 

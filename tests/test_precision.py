@@ -1,0 +1,34 @@
+"""bf16 autocast: the step runs, what must stay float32 does, and the losses stay near those of float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detrellis.recipes.build import build
+
+from .small import CLASSES, NAMES, images, small, targets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_under_autocast(name: str) -> None:
+    model = build(small(name).override(["detector.dropout=0.0"]), CLASSES)
+    model.train()
+    batch, truth = images(((64, 96), (64, 80))), targets((2, 3))
+    totals = []
+    for enabled in (False, True):
+        model.reseed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(batch, truth)
+        assert all(v.dtype == torch.float32 for v in out.losses.values())
+        totals.append(torch.stack(list(out.losses.values())).sum())
+    totals[1].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(totals[1], totals[0], rtol=0.05, atol=0)
+
+
+@torch.no_grad()
+def test_boxes_stay_float32() -> None:
+    model = build(small("tiny"), CLASSES).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.detector(images()).boxes.dtype == torch.float32
