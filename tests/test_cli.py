@@ -118,7 +118,7 @@ def test_train_json_is_json(shapes: Path, tmp_path: Path, capsys: pytest.Capture
         (["train", "--resume", "no_such_run"], "no_such_run"),
         (["train", "tiny", "--data", ".", "--scheme", "cnd"], "Did you mean cdn"),
         (["eval", "no_such_run"], "no_such_run"),
-        (["predict", "tiny", "no_such.jpg"], "no_such.jpg"),
+        (["predict", "tiny", "photo.jpg"], "tiny: no such"),
         (["info", "dino"], "Did you mean dino-r50"),
         (["check"], "--data"),
         (["check", "--data", "no_such_folder"], "no_such_folder"),

@@ -22,7 +22,7 @@ from detrellis.data.layout import DataSource, resolve
 from detrellis.data.loader import stack_images
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector
-from detrellis.engine.checkpoint import Card, load_state, load_weights
+from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.distributed import World, pick_device, world
 from detrellis.engine.evaluate import collect, eval_loader
@@ -254,7 +254,7 @@ def predict(
     device: str | None = None,
 ) -> list[Prediction]:
     """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
-    model = load(run, device=device)
+    model = load(find_weights(Path(run)), device=device)  # a recipe's name would predict with random weights
     found = model.stream(paths, threshold=threshold)
     return list(found) if out is None else save_predictions(model, found, Path(out))
 

@@ -99,7 +99,7 @@ def find_weights(place: Path) -> Path:
         if (place / name).is_file():
             return place / name
     what = "an empty run" if place.is_dir() else "no such folder or file"
-    raise UserError(f"{place}: {what}", "Give a recipe's name, a run's folder, or a .safetensors file from one.")
+    raise UserError(f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one.")
 
 
 def load_weights(place: Path) -> tuple[dict[str, Tensor], Card]:
