@@ -30,7 +30,9 @@ TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to tr
 TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
 ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON to evaluate on.")]
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
-SkipBad = Annotated[bool, typer.Option(help="Drop bad images and boxes instead of refusing them (decodes all images).")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(help="Processes that load images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -80,7 +82,7 @@ def check(
     train_images: TrainImages = None,
     val: ValFile = None,
     val_images: ValImages = None,
-    fast: Annotated[bool, typer.Option(help="Do not decode the images.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Do not decode the images.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that decode (default: one a core).")] = None,
     as_json: AsJson = False,

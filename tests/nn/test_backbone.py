@@ -25,6 +25,17 @@ def test_maps_have_the_asked_strides(name: str, strides: tuple[int, ...]) -> Non
     assert [m.shape[1] for m in maps] == backbone.channels
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto"])
+@pytest.mark.parametrize("size", [(64, 96), (62, 93)])
+def test_timm_models_take_any_image_size(name: str, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(config(name)).eval()
+        maps = backbone(torch.empty(1, 3, *size))
+    assert [m.shape[1:] for m in maps] == [
+        (c, -(-64 // s), -(-96 // s)) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)
+    ]
+
+
 def test_dilation_keeps_the_last_stride() -> None:
     backbone = build_backbone(config("resnet50", strides=(32,), dilation=True)).eval()
     with torch.no_grad():

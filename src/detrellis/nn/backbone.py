@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -14,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detrellis.errors import UserError
 
 Norm = Literal["frozen", "batch"]
+PATCH = 4
 BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
 
 
@@ -82,14 +85,26 @@ class TimmBackbone(nn.Module):
                 f"there is no backbone {name!r}",
                 f"Did you mean {', '.join(near)}?" if near else "See timm.list_models().",
             )
-        info: Any = timm.create_model(name, features_only=True, pretrained=False).feature_info
+        info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()
         indices = tuple(reductions.index(s) for s in _known(name, strides, reductions))
-        model: Any = timm.create_model(name, features_only=True, pretrained=pretrained, out_indices=indices)
+        model: Any = _create(name, pretrained=pretrained, out_indices=indices)
+        self.channels_last = str(getattr(model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC")
         self.channels: list[int] = list(model.feature_info.channels())
         self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to maps, finest first."""
-        maps: list[Tensor] = self.model(pixels)
-        return maps
+        # Models that cut the image into patches refuse a size that is no multiple of them.
+        height, width = pixels.shape[-2:]
+        maps: list[Tensor] = self.model(F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH)))
+        return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.channels_last else maps
+
+
+def _create(name: str, **options: Any) -> Any:
+    """The timm model; one with windows is otherwise built for a single image size."""
+    import timm
+
+    with contextlib.suppress(TypeError):  # most models know no such option
+        return timm.create_model(name, features_only=True, strict_img_size=False, **options)
+    return timm.create_model(name, features_only=True, **options)
