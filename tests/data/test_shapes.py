@@ -99,6 +99,8 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -
     """One object on a plain background: the pixels that differ from it are the box."""
     flat = np.full((96, 128, 3), 128, dtype=np.float32)
     monkeypatch.setattr(shapes, "_background", lambda *_: flat.copy())
+    # The second colour of a marking may be that of the background.
+    monkeypatch.setattr(shapes, "MARKINGS", dict.fromkeys(shapes.MARKINGS, "plain"))
     for name in ("_draw_clutter", "_draw_line"):
         monkeypatch.setattr(shapes, name, lambda *_: None)
     random = np.random.default_rng(0)

@@ -128,7 +128,8 @@ def check_dino(a: Arrays) -> None:
         targets = a.targets()
         layout = lay_out(targets, group_count(config["dn_number"], max(targets.sizes)))
         cdn = scheme.queries(targets, layout, recorded_noise(a, 0.25))
-        blocks = {Segment("cdn", layout.slots, layout.groups, ("main",)): cdn, **blocks}
+        if layout.slots:
+            blocks = {Segment("cdn", layout.slots, layout.groups, ("main",)): cdn, **blocks}
     output = decode(model.decoder, blocks, memory)
     interm = [select(t, proposals.best) for t in proposals[:2]]
     close(output.logits, a["all_logits"], 1e-5, "logits")
@@ -203,14 +204,30 @@ HF: Rename = [
 ]
 
 
-def hf_weights(a: Arrays, layers: int, levels: int) -> tuple[Rename, dict[str, Tensor]]:
+# What a file's `config_json` leaves out is the configuration class's default.
+HF_DEFAULTS = {
+    "num_labels": 2,
+    "d_model": 256,
+    "num_queries": 300,
+    "num_feature_levels": 4,
+    "two_stage": False,
+    "two_stage_num_proposals": 300,
+    "with_box_refine": False,
+    **{f"{part}_layers": 6 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 8 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 1024 for part in ("encoder", "decoder")},
+    **{f"{part}_n_points": 4 for part in ("encoder", "decoder")},
+}
+
+
+def hf_weights(a: Arrays, layers: int, maps: int) -> tuple[Rename, dict[str, Tensor]]:
     """Rename rules for these layer counts, and the weights that no renaming gives (packed or split tensors)."""
     raw = {rename(k, HF): v for k, v in a.group("p/").items()}
     rules = [
         *HF,
         (rf"^decoder\.heads\.classes\.{layers}\.", "queries.head.classify."),
         (rf"^decoder\.heads\.boxes\.{layers}\.", "queries.head.move."),
-        (rf"^neck\.projections\.{levels - 1}", "neck.extra.0"),
+        *((rf"^neck\.projections\.{maps + i}\.", f"neck.extra.{i}.") for i in range(4)),
     ]
     fixed = {}
     for i in range(layers):
@@ -225,9 +242,11 @@ def hf_weights(a: Arrays, layers: int, levels: int) -> tuple[Rename, dict[str, T
 
 
 def check_deformable(a: Arrays) -> None:
-    config = a.json("config_json")
-    two_stage, refine = config.get("two_stage", False), config.get("with_box_refine", False)
-    layers, levels = config["decoder_layers"], config.get("num_feature_levels", 4)
+    config = HF_DEFAULTS | a.json("config_json")
+    for part in ("attention_heads", "ffn_dim", "n_points"):
+        assert config[f"encoder_{part}"] == config[f"decoder_{part}"], f"ours has one {part} for both stacks"
+    two_stage, refine = config["two_stage"], config["with_box_refine"]
+    layers, levels = config["decoder_layers"], config["num_feature_levels"]
     ours = DetectorConfig(
         backbone=BackboneConfig(name="resnet18", pretrained=False),
         width=config["d_model"],
@@ -235,20 +254,21 @@ def check_deformable(a: Arrays) -> None:
         encoder_layers=config["encoder_layers"],
         decoder_layers=layers,
         levels=levels,
+        points=config["encoder_n_points"],
         hidden=config["encoder_ffn_dim"],
         dropout=0.0,
         queries="proposals" if two_stage else "learned",
         query_count=config["two_stage_num_proposals"] if two_stage else config["num_queries"],
         refine="detached" if refine else "none",
     )
-    maps = [a.variable(f"feat{i}") for i in range(3)]
+    maps = [a.variable(k) for k in sorted(k for k in a.data if re.fullmatch(r"feat\d", k))]
     model = build_detector(ours, config["num_labels"]).double()
     # The recorded backbone is another one: start from its maps.
     model.backbone = nn.Identity()
     position = SineMap(ours.width, temperature=10000.0, offset=-0.5)
     model.neck = MultiScaleNeck([m.shape[1] for m in maps], ours.width, levels, position).double()
     assert isinstance(model.queries, LearnedQueries | ProposalQueries)
-    rules, fixed = hf_weights(a, layers, levels)
+    rules, fixed = hf_weights(a, layers, len(maps))
     load(model, a.group("p/"), rules, fixed)
 
     memory = model.encoder(neck_memory(model.neck, maps, a))
