@@ -1,0 +1,119 @@
+"""The training step with schemes of every seam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detrellis.recipes.build import build
+from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.supervision import Supervision
+from detrellis.training import TrainableDetector, mean_boxes
+from detrellis.types import DecoderOutput, Queries
+
+from .small import CLASSES, images, small, targets
+
+
+class Copies(TrainingScheme):
+    """Three copies of the main queries, which must teach exactly what the main ones teach."""
+
+    name = "copies"
+
+    def blocks(self, step: Step) -> list[QueryBlock]:
+        queries = Queries(*(None if t is None else t.repeat(1, 3, 1) for t in step.queries))
+        return [QueryBlock("copies", queries, step.supervision, copies=3)]
+
+
+class Louder(TrainingScheme):
+    """Another supervision, and a loss with a parameter of its own."""
+
+    name = "louder"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def supervision(self, base: Supervision) -> Supervision:
+        return Supervision(base.assign, base.rule, {k: 10 * v for k, v in base.weights.items()})
+
+    def losses(self, step: Step, outputs: Mapping[str, DecoderOutput]) -> dict[str, Tensor]:
+        return {"louder/states": self.scale * outputs["main"].states.square().mean()}
+
+
+def losses_with(*schemes: TrainingScheme, name: str = "tiny", sizes: tuple[int, ...] = (2, 3)) -> dict[str, Tensor]:
+    plain = build(small(name, ["none"]), CLASSES)
+    mode = plain.proposal_targets
+    model = TrainableDetector(plain.detector, schemes, plain.supervision, proposal_targets=mode).eval()
+    out: dict[str, Tensor] = model(images(), targets(sizes)).losses
+    return out
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (0, 1), (0, 0)])
+@pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50", "deformable_detr_r50_two_stage"])
+def test_identical_copies_teach_what_one_does(name: str, sizes: tuple[int, ...]) -> None:
+    found = losses_with(Copies(), name=name, sizes=sizes)
+    boxes = max(sum(sizes), 1)
+    for key in [k for k in found if k.startswith("main/")]:
+        # The sum over three copies is divided by three times the boxes, but by no less than one.
+        expected = found[key] * 3 * boxes / max(3 * sum(sizes), 1)
+        torch.testing.assert_close(found[key.replace("main", "copies")], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scheme_may_change_supervision_and_add_losses() -> None:
+    plain, louder = losses_with(), losses_with(Louder())
+    for key in [k for k in plain if k.startswith("main/")]:
+        torch.testing.assert_close(louder[key], 10 * plain[key])
+    assert louder["louder/states"] > 0
+    assert "schemes/idle" in louder
+    assert "schemes/idle" not in plain
+
+
+def test_the_denoising_block() -> None:
+    model = build(small("tiny"), CLASSES)
+    memory = model.detector.encode(images())
+    queries, proposals = model.detector.propose(memory)
+    truth = targets((2, 4))
+    step = Step(model.detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth))
+    (block,) = model.training_schemes[0].blocks(step)
+    assert (block.name, block.copies, block.sees) == ("cdn", 25, ("main",))
+    assert block.segment.size == 25 * 2 * 4
+    assert block.normaliser == 25 * 6
+    assert block.supervision.rule is model.supervision.rule
+    outputs = [
+        model.detector.decode(
+            memory, {block.segment: block.queries, QueryBlock("main", q, model.supervision).segment: q}
+        )
+        for q in (queries, queries._replace(content=queries.content + 1))
+    ]
+    assert not torch.allclose(outputs[0]["cdn"].logits, outputs[1]["cdn"].logits)
+
+
+def test_objectness_teaches_every_token_and_classes_the_selected_ones() -> None:
+    for name, tokens in (("deformable_detr_r50_two_stage", True), ("tiny", False)):
+        model = build(small(name, ["none"]), CLASSES).eval()
+        seen = []
+
+        def spy(output: DecoderOutput, *rest: object, seen: list[object] = seen) -> dict[str, Tensor]:
+            seen.append((output.logits.shape[2], rest[0].labels.max().item()))  # type: ignore[attr-defined]
+            return {"class": output.logits.sum((1, 2, 3))}
+
+        model.supervision = Supervision(model.supervision.assign, spy, {"class": 1.0})
+        model(images(), targets((2, 3)))
+        count, label = seen[-1]  # type: ignore[misc]
+        assert (count > 12) == tokens
+        assert (label == 0) == tokens
+
+
+def test_two_schemes_draw_from_seeds_of_their_own() -> None:
+    class Other(Copies):
+        name = "other"
+
+    model = TrainableDetector(build(small("tiny", ["none"]), CLASSES).detector, [Copies(), Other()])
+    model.reseed(3)
+    first, second = (torch.rand(4, generator=s.generator) for s in model.training_schemes)
+    assert not torch.equal(first, second)
+    model.reseed(3)
+    assert torch.equal(first, torch.rand(4, generator=model.training_schemes[0].generator))
