@@ -17,6 +17,7 @@ from detrellis.errors import UserError
 from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
+README = Path(__file__).parents[1] / "README.md"
 VERBS = ["demo", "check", "train", "eval", "predict", "info", "recipes"]
 
 
@@ -121,6 +122,7 @@ def test_train_json_is_json(shapes: Path, tmp_path: Path, capsys: pytest.Capture
         (["predict", "tiny", "photo.jpg"], "tiny: no such"),
         (["info", "dino"], "Did you mean dino-r50"),
         (["check"], "--data"),
+        (["predict", str(README), "photo.jpg"], "README.md: not a whole checkpoint"),
         (["check", "--data", "no_such_folder"], "no_such_folder"),
     ],
 )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Paths = str | Path | Sequence[str | Path]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,7 @@ def evaluate(
     skip_bad: bool = False,
     device: str | None = None,
     workers: int = 2,
+    progress: bool = False,
 ) -> EvalResult:
     """COCO box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
@@ -231,16 +233,19 @@ def evaluate(
     errors, unless `skip_bad` drops the bad records.
     """
     with world(device) as own:
-        model = load(run, device=str(own.device))
-        _, card = load_weights(Path(run))
+        model = load(find_weights(Path(run)), device=str(own.device))
+        assert model.data is not None
         if val is not None:
             source, split = find_data(None, val, val_images), "train"
         else:
-            source = DataSource.from_dict(card.data) if data is None else find_data(data)
+            source = DataSource.from_dict(model.data) if data is None else find_data(data)
         annotations, _ = prepare_split(source, split, model.classes, skip_bad)
         loader = eval_loader(annotations, model.recipe.data, batch_size, workers, own)
-        evaluator = collect(model.detector, loader, annotations, own.device)
+        with contextlib.closing(loader):
+            batches = _track(loader, "evaluate", len(loader), progress and own.leads)
+            evaluator = collect(model.detector, batches, annotations, own.device)
         if results is not None and own.leads:
+            Path(results).parent.mkdir(parents=True, exist_ok=True)
             evaluator.results_json(results)
         return evaluator.compute()
 
@@ -252,10 +257,12 @@ def predict(
     threshold: float = 0.3,
     out: str | Path | None = None,
     device: str | None = None,
+    progress: bool = False,
 ) -> list[Prediction]:
     """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
     model = load(find_weights(Path(run)), device=device)  # a recipe's name would predict with random weights
-    found = model.stream(paths, threshold=threshold)
+    pictures = find_pictures(paths)
+    found = _track(model.stream(pictures, threshold=threshold), "predict", len(pictures), progress)
     return list(found) if out is None else save_predictions(model, found, Path(out))
 
 
@@ -303,6 +310,15 @@ def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -
         return data
     paths = [None if f is None else Path(f) for f in files]
     return resolve(None if data is None else Path(data), *paths, *[None] * (4 - len(paths)))
+
+
+def _track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[Item]:
+    """`items` with a progress bar on stderr, where there is a terminal to show it."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, what, total, console=console, transient=True) if show and console.is_terminal else items
 
 
 def _prepared(

@@ -216,6 +216,7 @@ def evaluate(
         skip_bad=skip_bad,
         device=device,
         workers=workers,
+        progress=True,
     )
     if as_json:
         _print_json(result.to_dict())
@@ -241,7 +242,7 @@ def predict(
     """
     from detrellis import api
 
-    predictions = api.predict(run, paths, threshold=threshold, out=out, device=device)
+    predictions = api.predict(run, paths, threshold=threshold, out=out, device=device, progress=True)
     if as_json:
         print((out / "predictions.json").read_text())
         return
@@ -310,6 +311,13 @@ def main() -> None:
         stderr.print(f"[bold red]error[/] {escape(error.message)}", highlight=False)
         if error.remedy:
             stderr.print(f"  {escape(error.remedy)}", highlight=False)
+        raise SystemExit(2) from None
+    except OSError as error:  # a full disk, a folder that may not be written
+        if error.filename is None:
+            raise
+        Console(stderr=True).print(
+            f"[bold red]error[/] {escape(f'{error.filename}: {error.strerror}')}", highlight=False
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
