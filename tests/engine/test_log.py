@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,10 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     run = Run(tmp_path, tensorboard=True)
     run.epoch(1, stats={"AP": 0.5, "AP75": None})
     run.log.close()
-    Run(tmp_path, tensorboard=True, step=5).epoch(1, stats={"AP": 0.75})
+    time.sleep(1.1)  # TensorBoard reads its files by name, and the name has the second in it
+    resumed = Run(tmp_path, tensorboard=True, step=5)
+    resumed.epoch(1, stats={"AP": 0.75})
+    resumed.log.close()
     events = loading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx({1: 99, 5: 96.5, 10: 92, 15: 87})
     assert [e.value for e in events.Scalars("epoch/eval/AP")] == pytest.approx([0.75])

@@ -147,7 +147,7 @@ class Run:
         self.model = _distributed(state.model, world)
         self.timer = Timer()
         self.stopped = False
-        self.clock = self.saved = time.monotonic()
+        self.saved = time.monotonic()
         batch = loader_batch(self.recipe, world)
         self.val = None if job.val is None else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
 
@@ -218,11 +218,8 @@ class Run:
     def look_around(self, caught: bool) -> None:
         """Between two steps: stop where a signal came to any process, all after the same step, or the others would
         wait for ever; save now and then, so that a long epoch is not lost."""
-        now = time.monotonic()
-        self.state.seconds += now - self.clock
-        self.clock = now
         self.stopped = self._agreed(caught)
-        if self._agreed(now - self.saved > SAVE_EVERY_SECONDS):
+        if self._agreed(time.monotonic() - self.saved > SAVE_EVERY_SECONDS):
             self.save()
 
     def _agreed(self, value: bool) -> bool:
@@ -249,7 +246,9 @@ class Run:
 
     def save(self) -> None:
         """Last weights, and the state to resume from."""
-        self.saved = time.monotonic()
+        now = time.monotonic()
+        self.state.seconds += now - self.saved
+        self.saved = now
         if self.world.leads:
             save_weights(self.job.out / "last.safetensors", self.state.detector.state_dict(), self._card())
             save_state(self.job.out / "last.state.pt", self.state.state_dict())
