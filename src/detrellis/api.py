@@ -88,7 +88,6 @@ class Model:
     device: torch.device
     data: Mapping[str, Any] | None = None  # the `DataSource` it was trained on, as `to_dict` gives it
 
-    @torch.no_grad()
     def predict(self, paths: Paths, *, threshold: float = 0.3) -> list[Prediction]:
         """Detections scoring at least `threshold`, of images and of the images in folders, in order."""
         return list(self.stream(paths, threshold=threshold))
@@ -167,7 +166,7 @@ def train(
     val: str | Path | None = None,
     val_images: str | Path | None = None,
     scheme: str | Sequence[str] = (),
-    override: Sequence[str] = (),
+    override: str | Sequence[str] = (),
     epochs: int | None = None,
     out: str | Path | None = None,
     seed: int = 0,
@@ -183,7 +182,7 @@ def train(
     unless `skip_bad` drops the bad records.
     """
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    chosen = chosen.with_schemes([scheme] if isinstance(scheme, str) else scheme).override(override)
+    chosen = chosen.with_schemes(scheme).override(override)
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
@@ -298,7 +297,13 @@ def image_ids(predictions: Sequence[Prediction], data: Mapping[str, Any] | None)
     return [known[p.path.resolve()] if p.path.resolve() in known else next(fresh) for p in predictions]
 
 
-def info(recipe: str | Recipe, *, classes: int = 80, scheme: Sequence[str] = (), override: Sequence[str] = ()) -> Info:
+def info(
+    recipe: str | Recipe,
+    *,
+    classes: int = 80,
+    scheme: str | Sequence[str] = (),
+    override: str | Sequence[str] = (),
+) -> Info:
     """Parameters, multiply-adds and training schemes of a recipe."""
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
     return measure(chosen.with_schemes(scheme).override(override), classes)

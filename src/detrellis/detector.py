@@ -86,8 +86,7 @@ def select_top_k(logits: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[D
     classes = logits.shape[-1]
     scores, index = logits.sigmoid().flatten(1).topk(min(k, logits[0].numel()), dim=1)
     query, labels = index // classes, index % classes
-    scale = sizes.flip(-1).repeat(1, 2).to(boxes)
-    pixels = cxcywh_to_xyxy(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4))) * scale[:, None]
+    pixels = _pixels(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)), sizes)
     return [Detections(*row) for row in zip(scores, labels, pixels, strict=True)]
 
 
@@ -97,5 +96,9 @@ def select_per_query(logits: Tensor, boxes: Tensor, sizes: Tensor) -> list[Detec
     Shapes as `select_top_k`; `N` detections of each image, in the order of the queries.
     """
     scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-    scale = sizes.flip(-1).repeat(1, 2).to(boxes)
-    return [Detections(*row) for row in zip(scores, labels, cxcywh_to_xyxy(boxes) * scale[:, None], strict=True)]
+    return [Detections(*row) for row in zip(scores, labels, _pixels(boxes, sizes), strict=True)]
+
+
+def _pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Normalised `(B, N, 4)` boxes as `xyxy` in pixels of images of `sizes (B, 2)`."""
+    return cxcywh_to_xyxy(boxes) * sizes.flip(-1).repeat(1, 2).to(boxes)[:, None]

@@ -55,6 +55,11 @@ def test_override(text: str, path: str, value: object) -> None:
         ("data.augment=mosaic", "data.augment"),
         ("zzz=1", "Known: name"),
         ("optim.lr={", "not YAML"),
+        ("optim.batch_size=0", "greater than 0"),
+        ("optim.lr=-1", "greater than 0"),
+        ("optim.ema=2", "less than or equal to 1"),
+        ("detector.query_count=0", "greater than 0"),
+        ("schedule.epochs=0", "greater than 0"),
     ],
 )
 def test_bad_overrides_name_the_remedy(text: str, message: str) -> None:
@@ -69,6 +74,8 @@ def test_schemes() -> None:
     more = plain.with_schemes(["cdn=30"])
     assert more.schemes.cdn is not None
     assert more.schemes.cdn.number == 30
+    assert plain.with_schemes("cdn=30") == more
+    assert plain.override("optim.lr=1") == plain.override(["optim.lr=1"])
     assert find_recipe("dino-r50").with_schemes(["none,cdn"]).schemes == find_recipe("dino-r50").schemes
 
 

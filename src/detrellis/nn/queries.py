@@ -46,17 +46,16 @@ class ProposalQueries(nn.Module):
         super().__init__()
         self.head = head
         self.content = nn.Parameter(torch.empty(head.proposals, width).normal_()) if learned_content else None
-        self.derive = nn.Sequential(xavier_linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
-        if not derive_position:
-            assert learned_content, "a content must come from somewhere"
-            self.derive = nn.Sequential()
+        assert learned_content or derive_position, "a content must come from somewhere"
+        both = (2 * width, 2 * width)
+        self.derive = nn.Sequential(xavier_linear(*both), nn.LayerNorm(2 * width)) if derive_position else None
         self.width = width
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The queries and the proposals they came from."""
         proposals = self.head(memory)
         boxes = select(proposals.boxes, proposals.best).detach()
-        if len(self.derive) == 0:
+        if self.derive is None:
             return Queries(self._learned(boxes), None, boxes), proposals
         # x, y, w, h in that order: the one place in the family where the sine embedding does not swap.
         position, content = self.derive(sine_embed(boxes, self.width // 2, order="xywh")).chunk(2, dim=-1)

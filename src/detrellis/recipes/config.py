@@ -10,18 +10,33 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from detrellis.errors import UserError
 
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
 
 class Config(BaseModel):
     """Frozen, and closed to unknown names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def checked(cls, data: dict[str, Any]) -> Self:
+        """From plain data; `UserError` for a value that does not fit, naming the field."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"])
+            raise UserError(f"{place}: {first['msg'].lower()}, not {first['input']!r}") from None
 
 
 class BackboneConfig(Config):
@@ -43,45 +58,45 @@ class DetectorConfig(Config):
     """The network parts; see docs/architecture.md."""
 
     backbone: BackboneConfig = BackboneConfig()
-    width: int = 256
-    heads: int = 8
-    levels: int = 4
-    points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    hidden: int = 1024  # of the feed-forward blocks
-    dropout: float = 0.1
+    width: Count = 256
+    heads: Count = 8
+    levels: Count = 4
+    points: Count = 4
+    encoder_layers: Count = 6
+    decoder_layers: Count = 6
+    hidden: Count = 1024  # of the feed-forward blocks
+    dropout: Share = 0.1
     queries: Literal["learned", "proposals", "mixed"] = "learned"  # mixed: proposed boxes, learned content
-    query_count: int = 300
+    query_count: Count = 300
     query_position: Literal["queries", "boxes"] = "queries"  # boxes: derived from the current boxes at each layer
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False
-    eps: float = 1e-5  # of the inverse sigmoid
-    position_temperature: float = 10000.0
+    eps: Positive = 1e-5  # of the inverse sigmoid
+    position_temperature: Positive = 10000.0
     position_offset: float = -0.5
     proposal_targets: Literal["objectness", "classes"] = "objectness"
-    top_k: int = 100
+    top_k: Count = 100
 
 
 class LossConfig(Config):
     """Loss weights and matching costs. `class` is a Python keyword, hence `classes`."""
 
-    classes: float = 2.0
-    box: float = 5.0
-    giou: float = 2.0
-    cost_classes: float = 2.0
-    cost_box: float = 5.0
-    cost_giou: float = 2.0
+    classes: Weight = 2.0
+    box: Weight = 5.0
+    giou: Weight = 2.0
+    cost_classes: Weight = 2.0
+    cost_box: Weight = 5.0
+    cost_giou: Weight = 2.0
 
 
 class CDNConfig(Config):
     """Contrastive denoising (DINO)."""
 
     dial: ClassVar[str] = "number"  # what N sets in --scheme cdn=N
-    number: int = 100
-    label_noise: float = 0.5
-    box_noise: float = 1.0
+    number: Count = 100
+    label_noise: Share = 0.5
+    box_noise: Weight = 1.0
 
 
 class SchemesConfig(Config):
@@ -93,25 +108,25 @@ class SchemesConfig(Config):
 class OptimConfig(Config):
     """AdamW. `scaled`: factors on the learning rate of parameters whose name contains the key."""
 
-    lr: float = 2e-4
-    weight_decay: float = 1e-4
+    lr: Positive = 2e-4
+    weight_decay: Weight = 1e-4
     scaled: dict[str, float] = Field(default_factory=lambda: {"backbone": 0.1})
-    clip: float = 0.1  # norm of the gradient; 0: off
-    batch_size: int = 16  # images a step over all processes and accumulations
-    accumulate: int = 1  # passes a step
-    ema: float = 0.0  # decay of the averaged weights; 0: off
+    clip: Weight = 0.1  # norm of the gradient; 0: off
+    batch_size: Count = 16  # images a step over all processes and accumulations
+    accumulate: Count = 1  # passes a step
+    ema: Share = 0.0  # decay of the averaged weights; 0: off
     amp: bool = True  # bf16 on GPUs that have it
 
 
 class ScheduleConfig(Config):
     """Learning rate over the run, in fractions of its steps, so that it fits any data set."""
 
-    epochs: int = 50
-    warmup: float = 0.0
+    epochs: Count = 50
+    warmup: Share = 0.0
     shape: Literal["step", "cosine"] = "step"
     drops: tuple[float, ...] = (0.8,)  # step: where the rate is multiplied by 0.1
-    final: float = 0.0  # cosine: last rate relative to the first
-    eval_every: int = 1  # epochs between two evaluations; the last epoch is always evaluated
+    final: Share = 0.0  # cosine: last rate relative to the first
+    eval_every: Count = 1  # epochs between two evaluations; the last epoch is always evaluated
 
 
 class DataConfig(Config):
@@ -121,8 +136,8 @@ class DataConfig(Config):
     max_side: int | None = None  # of the long side where size is the short one; None: size * 1333 / 800
     augment: Literal["detr", "fixed", "none"] = "detr"
     keep_aspect: bool = True
-    hflip: float = 0.5
-    vflip: float = 0.0
+    hflip: Share = 0.5
+    vflip: Share = 0.0
     jitter: float | None = None  # strength of the colour jitter; None: the policy's own
     zoom: tuple[float, float] | None = None  # lowest and highest magnification; None: the policy's own
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
@@ -151,13 +166,13 @@ class Recipe(Config):
         light = backbone.model_copy(update={"pretrained": False, "norm": backbone.normalisation})
         return self.model_copy(update={"detector": self.detector.model_copy(update={"backbone": light})})
 
-    def override(self, assignments: Sequence[str]) -> Recipe:
-        """A copy with `key.sub=value` assignments applied; values are read as YAML.
+    def override(self, assignments: str | Sequence[str]) -> Recipe:
+        """A copy with one or several `key.sub=value` assignments applied; values are read as YAML.
 
         Raises `UserError` for an unknown key, naming the nearest one, and for a value of the wrong type.
         """
         data = self.model_dump()
-        for text in assignments:
+        for text in [assignments] if isinstance(assignments, str) else assignments:
             key, separator, value = text.partition("=")
             if not separator:
                 raise UserError(f"-o {text}: no value", "Write -o key.sub=value, for example -o optim.lr=1e-4.")
@@ -166,18 +181,14 @@ class Recipe(Config):
             except yaml.YAMLError:
                 raise UserError(f"-o {text}: {value!r} is not YAML", "Quote it: -o 'data.size=[192, 256]'.") from None
             _set(data, type(self), key.strip().split("."), parsed, text)
-        try:
-            return type(self).model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
-            raise UserError(f"{place}: {first['msg'].lower()}, not {first['input']!r}") from None
+        return self.checked(data)
 
-    def with_schemes(self, names: Sequence[str]) -> Recipe:
-        """A copy with more training schemes: `["cdn=50"]`; `"none"` takes away those before it."""
+    def with_schemes(self, names: str | Sequence[str]) -> Recipe:
+        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those before it."""
         known = list(SchemesConfig.model_fields)
         chosen = self.schemes.model_dump()
-        for text in (part.strip() for name in names for part in name.split(",")):
+        given = [names] if isinstance(names, str) else names
+        for text in (part.strip() for name in given for part in name.split(",")):
             name, separator, value = text.partition("=")
             if name == "none":
                 chosen = dict.fromkeys(known)
@@ -191,7 +202,7 @@ class Recipe(Config):
                     f"--scheme {text}: {value!r} is not a number", f"Write --scheme {name}=N; N sets {dial}."
                 )
             chosen[name] = (chosen[name] or {}) | ({dial: int(value)} if separator else {})
-        return self.model_copy(update={"schemes": SchemesConfig.model_validate(chosen)})
+        return self.model_copy(update={"schemes": SchemesConfig.checked(chosen)})
 
 
 def _value(text: str) -> Any:

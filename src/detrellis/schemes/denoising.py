@@ -148,7 +148,9 @@ class ContrastiveDenoising(TrainingScheme):
 
 def positives(layout: Layout, layers: int) -> Assignment:
     """Every positive slot with its own target, at every layer."""
-    chosen = torch.stack([layout.image, layout.slot, layout.target])[:, layout.positive]
+    # By place, not by mask: counting a mask's entries would wait for the device.
+    rows = torch.stack([layout.image, layout.slot, layout.target]).view(3, layout.groups, 2, -1)
+    chosen = rows[:, :, 0].flatten(1)
     count = chosen.shape[1]
     layer = torch.arange(layers, device=chosen.device).repeat_interleave(count, output_size=layers * count)
     image, query, target = chosen.repeat(1, layers)
