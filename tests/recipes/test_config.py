@@ -80,7 +80,8 @@ def test_schemes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("cnd", "Did you mean cdn?"), ("cdn=many", "not a number"), ("", "no ''")]
+    ("text", "message"),
+    [("cnd", "Did you mean cdn?"), ("cdn=many", "not a number"), ("cdn=0", "greater than 0"), ("", "no ''")],
 )
 def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
