@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from detrellis.recipes import RECIPES, Recipe
+from detrellis.recipes.config import BackboneConfig
 from detrellis.types import ImageBatch, Targets
 
 CLASSES = 5
 SMALL = [
-    "detector.backbone.name=resnet18",
     "detector.backbone.pretrained=false",
     "detector.width=64",
     "detector.heads=4",
@@ -28,7 +28,18 @@ NAMES = [make.__name__ for make in RECIPES]
 def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
     """The recipe of that function name, made small; its own schemes unless `schemes` says otherwise."""
     recipe = next(make for make in RECIPES if make.__name__ == name)()
-    return recipe.with_schemes(schemes).override(SMALL)
+    recipe = recipe.with_schemes(schemes).override(SMALL)
+    backbone = make_backbone(recipe.detector.backbone)
+    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+
+
+def make_backbone(config: BackboneConfig) -> BackboneConfig:
+    """The smallest backbone that has what the recipe's needs: a dilated last stage, dropped branches."""
+    if config.dilation:
+        return config.model_copy(update={"name": "resnet50"})
+    if config.drop_path:
+        return config.model_copy(update={"name": "swin_tiny_patch4_window7_224", "drop_path": 0.1})
+    return config.model_copy(update={"name": "resnet18"})
 
 
 def images(sizes: Sequence[tuple[int, int]] = ((64, 96), (64, 96)), seed: int = 0) -> ImageBatch:

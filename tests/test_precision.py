@@ -12,7 +12,7 @@ from .small import CLASSES, NAMES, images, small, targets
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_under_autocast(name: str) -> None:
-    model = build(small(name).override(["detector.dropout=0.0"]), CLASSES)
+    model = build(small(name).override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]), CLASSES)
     model.train()
     batch, truth = images(((64, 96), (64, 80))), targets((2, 3))
     totals = []
@@ -24,7 +24,7 @@ def test_a_step_under_autocast(name: str) -> None:
         totals.append(torch.stack(list(out.losses.values())).sum())
     totals[1].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    torch.testing.assert_close(totals[1], totals[0], rtol=0.05, atol=0)
+    torch.testing.assert_close(totals[1], totals[0], rtol=0.1, atol=0)  # a rounding may rank or match differently
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -30,7 +30,7 @@ from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
 from detrellis.errors import UserError
-from detrellis.recipes import Recipe, find_recipe
+from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
 from detrellis.types import Detections
 from detrellis.visualize import draw_detections
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Paths = str | Path | Sequence[str | Path]
+Scale = Literal["tiny"]
 Item = TypeVar("Item")
 
 
@@ -165,6 +166,7 @@ def train(
     train_images: str | Path | None = None,
     val: str | Path | None = None,
     val_images: str | Path | None = None,
+    scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
     epochs: int | None = None,
@@ -177,12 +179,11 @@ def train(
 ) -> TrainResult:
     """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`, `val`).
 
-    `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields (`"optim.lr=1e-4"`), `out` is the run's
+    `scale="tiny"` takes the recipe at a size for CPUs and small data; `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields (`"optim.lr=1e-4"`), `out` is the run's
     folder (default: `runs/` with the recipe's name and the time). Raises `UserError` where the data set has errors,
     unless `skip_bad` drops the bad records.
     """
-    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    chosen = chosen.with_schemes(scheme).override(override)
+    chosen = _chosen(recipe, scale, scheme, override)
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
@@ -301,12 +302,21 @@ def info(
     recipe: str | Recipe,
     *,
     classes: int = 80,
+    scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
 ) -> Info:
     """Parameters, multiply-adds and training schemes of a recipe."""
+    return measure(_chosen(recipe, scale, scheme, override), classes)
+
+
+def _chosen(
+    recipe: str | Recipe, scale: Scale | None, scheme: str | Sequence[str], override: str | Sequence[str]
+) -> Recipe:
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    return measure(chosen.with_schemes(scheme).override(override), classes)
+    if scale is not None:
+        chosen = tiny_sized(chosen)
+    return chosen.with_schemes(scheme).override(override)
 
 
 def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:

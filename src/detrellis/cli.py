@@ -36,6 +36,7 @@ SkipBad = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(help="Processes that load images.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Scale = Annotated[Literal["tiny"] | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
 Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N], several with commas.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", help="Recipe field: key.sub=value. May be repeated.")]
 
@@ -115,6 +116,7 @@ def train(
     train_images: TrainImages = None,
     val: ValFile = None,
     val_images: ValImages = None,
+    scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
     epochs: Annotated[int | None, typer.Option(help="Length of the run; the schedule follows it.")] = None,
@@ -135,7 +137,7 @@ def train(
     speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
         _only_with_resume(
-            recipe, data, train, train_images, val, val_images, scheme, override, epochs, out, seed, skip_bad
+            recipe, data, train, train_images, val, val_images, scale, scheme, override, epochs, out, seed, skip_bad
         )
         result = api.resume(resume, device=device, workers=workers, console=speaks)
     elif recipe is None:
@@ -150,6 +152,7 @@ def train(
             train_images=train_images,
             val=val,
             val_images=val_images,
+            scale=scale,
             scheme=scheme or (),
             override=override or (),
             epochs=epochs,
@@ -258,6 +261,7 @@ def predict(
 def info(
     recipe: Annotated[str, typer.Argument(help="Recipe name.")],
     classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
+    scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
     as_json: AsJson = False,
@@ -268,7 +272,7 @@ def info(
     """
     from detrellis import api
 
-    found = api.info(recipe, classes=classes, scheme=scheme or (), override=override or ())
+    found = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
     if as_json:
         _print_json(found.to_dict())
         return

@@ -12,7 +12,7 @@ from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Propo
 
 
 class Detector(nn.Module):
-    """Backbone, neck, encoder, queries, decoder with its heads.
+    """Backbone, neck, encoder, queries, decoder with its heads. `softmax`: the classes exclude each other (DETR).
 
     Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with more queries. Its
     `state_dict` is therefore the same whatever the detector was trained with.
@@ -27,11 +27,12 @@ class Detector(nn.Module):
         decoder: nn.Module,
         *,
         top_k: int,
+        softmax: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.queries, self.decoder = queries, decoder
-        self.top_k = top_k
+        self.top_k, self.softmax = top_k, softmax
 
     def forward(self, images: ImageBatch) -> DecoderOutput:
         """Outputs of the last decoder layer (L = 1)."""
@@ -63,7 +64,8 @@ class Detector(nn.Module):
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:
         """Final detections, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
         output = self(images)
-        return select_top_k(output.logits[-1], output.boxes[-1], sizes, self.top_k)
+        select = select_per_query if self.softmax else select_top_k
+        return select(output.logits[-1], output.boxes[-1], sizes, self.top_k)
 
 
 def concatenate(parts: list[Queries]) -> Queries:
@@ -90,13 +92,15 @@ def select_top_k(logits: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[D
     return [Detections(*row) for row in zip(scores, labels, pixels, strict=True)]
 
 
-def select_per_query(logits: Tensor, boxes: Tensor, sizes: Tensor) -> list[Detections]:
-    """DETR's rule for softmax scores: every query with its best class; the last logit is "no object" and no answer.
+def select_per_query(logits: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[Detections]:
+    """DETR's rule for softmax scores: each query has one class; the last logit is "no object" and no answer.
 
-    Shapes as `select_top_k`; `N` detections of each image, in the order of the queries.
+    Shapes as `select_top_k`; the `k` best queries of each image.
     """
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-    return [Detections(*row) for row in zip(scores, labels, _pixels(boxes, sizes), strict=True)]
+    best, labels = logits.softmax(-1)[..., :-1].max(-1)
+    scores, query = best.topk(min(k, best.shape[1]), dim=1)
+    pixels = _pixels(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)), sizes)
+    return [Detections(*row) for row in zip(scores, labels.gather(1, query), pixels, strict=True)]
 
 
 def _pixels(boxes: Tensor, sizes: Tensor) -> Tensor:

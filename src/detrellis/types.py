@@ -68,7 +68,15 @@ class Queries(NamedTuple):
 
     content: Tensor  # (B, N, D)
     position: Tensor | None = None  # (B, N, D); None where the decoder derives it from the boxes
-    boxes: Tensor | None = None  # (B, N, 4) boxes or (B, N, 2) points in [0, 1]
+    boxes: Tensor | None = None  # (B, N, 4) boxes or (B, N, 2) points in [0, 1]; None: DETR's queries have no place
+
+
+class Spatial(NamedTuple):
+    """Where the queries of one attention layer are, beside what they contain."""
+
+    position: Tensor  # (B or 1, N, D) embedding that is added to the content, or projected beside it
+    references: Tensor | None = None  # (B or 1, N, 2 or 4) points or boxes in [0, 1]; None where nothing reads them
+    sine: Tensor | None = None  # (B, N, D) the conditional spatial query of cross-attention (Conditional DETR)
 
 
 class Segment(NamedTuple):

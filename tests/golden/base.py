@@ -10,7 +10,10 @@ from detrellis.detector import select_per_query, select_top_k
 from detrellis.matching import Hungarian, Known, Match, MatchingCost, assign, focal_term, softmax_term
 from detrellis.nn.deformable import DeformableAttention, ms_deform_attn
 from detrellis.nn.position import SineMap, sine_embed
-from detrellis.schemes.denoising import ContrastiveDenoising, Noise, group_count, lay_out, positives
+from detrellis.schemes.cdn import ContrastiveDenoising, Noise, group_count
+from detrellis.schemes.denoising import lay_out, positives
+from detrellis.schemes.dn import Denoising
+from detrellis.schemes.dn import Noise as PlainNoise
 from detrellis.supervision import Supervision, Task, focal_set_loss, softmax_set_loss, supervise
 from detrellis.types import DecoderOutput, Memory, Targets
 
@@ -124,9 +127,10 @@ def check_postprocess(a: Arrays) -> None:
         close(found.scores, a["scores"][b], 1e-9)
         assert torch.equal(found.labels, a["labels"][b])
         close(found.boxes, a["boxes_xyxy"][b], 1e-9)
-    for b, found in enumerate(select_per_query(a["logits"], a["boxes"], sizes)):
-        close(found.scores, a["softmax_scores"][b], 1e-9)
-        assert torch.equal(found.labels, a["softmax_labels"][b])
+    for b, found in enumerate(select_per_query(a["logits"], a["boxes"], sizes, a["logits"].shape[1])):
+        scores, order = a["softmax_scores"][b].sort(descending=True)  # the file's are in the queries' order
+        close(found.scores, scores, 1e-9)
+        assert torch.equal(found.labels, a["softmax_labels"][b][order])
 
 
 def recorded_noise(a: Arrays, flip: float) -> Noise:
@@ -150,7 +154,7 @@ def check_cdn(a: Arrays) -> None:
         box_noise=params["box_noise_scale"],
     ).double()
     scheme.label_embed.load_state_dict({"weight": a["label_embed"]})
-    layout = lay_out(targets, group_count(params["dn_number"], max(targets.sizes)))
+    layout = lay_out(targets, group_count(params["dn_number"], max(targets.sizes)), 2)
     assert (layout.slots, layout.groups) == (a.number("pad_size"), a.number("num_dn_group"))
     queries = scheme.queries(targets, layout, recorded_noise(a, params["label_noise_ratio"] / 2))
     assert queries.boxes is not None
@@ -167,6 +171,29 @@ def check_cdn(a: Arrays) -> None:
     _check_mask(a, layout.slots, layout.groups)
 
 
+def check_dn(a: Arrays) -> None:
+    params, targets = a.json("params"), a.targets()
+    # The file draws labels over one row more than classes: to us that is another class.
+    scheme = Denoising(
+        params["hidden"],
+        params["label_draw_high"],
+        params["inverse_sigmoid_eps"],
+        groups=params["groups"],
+        label_noise=params["label_noise_prob"],
+        box_noise=params["box_noise_scale"],
+    ).double()
+    scheme.label_embed.load_state_dict({"weight": a["label_embed"][: params["label_draw_high"]]})
+    layout = lay_out(targets, scheme.groups, 1)
+    assert (layout.slots, layout.groups) == (a.number("single_pad") * a.number("groups"), a.number("groups"))
+    labels = torch.zeros(len(layout.slot), dtype=torch.int64)
+    labels[a["draw_label_p"] < scheme.label_noise] = a["draw_new_label"]
+    queries = scheme.queries(targets, layout, PlainNoise(a["draw_label_p"], labels, 2 * a["draw_box_u"] - 1))
+    assert queries.boxes is not None
+    close(queries.content, a["query_label"], 1e-7)
+    close(torch.logit(queries.boxes), a["query_bbox_unact"], 2e-4)
+    _check_mask(a, layout.slots, layout.groups)
+
+
 def _check_mask(a: Arrays, slots: int, groups: int) -> None:
     """The file's mask says what our segments say: a group sees itself and the main queries, which see no group."""
     blocked = a["attn_mask"]
@@ -177,10 +204,11 @@ def _check_mask(a: Arrays, slots: int, groups: int) -> None:
     assert torch.equal(blocked, expected)
 
 
-def check_cdn_loss(a: Arrays) -> None:
+def check_denoising_loss(a: Arrays) -> None:
     targets: Targets = a.targets()
     logits, boxes = a.variable("logits"), a.variable("boxes")
-    layout = lay_out(targets, a.number("groups"))
+    contrastive = "contrastive" not in a or bool(a.data["contrastive"])
+    layout = lay_out(targets, a.number("groups"), 2 if contrastive else 1)
     known = positives(layout, 1)
     for b, offset in enumerate(targets.offsets):
         own = known.image == b

@@ -8,18 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from detrellis.nn.attention import SelfAttention
-from detrellis.nn.decoder import AnchorPosition, Decoder, DecoderLayer
-from detrellis.nn.deformable import DeformableAttention
-from detrellis.nn.encoder import DeformableEncoder, DeformableEncoderLayer
-from detrellis.nn.heads import Heads
+from detrellis.nn.decoder import Decoder
 from detrellis.nn.neck import MultiScaleNeck
 from detrellis.nn.position import SineMap
-from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.queries import LearnedQueries, ProposalQueries, select
-from detrellis.recipes.build import build_detector
 from detrellis.recipes.config import BackboneConfig, DetectorConfig
-from detrellis.schemes.denoising import ContrastiveDenoising, group_count, lay_out
+from detrellis.recipes.dino import dino_detector
+from detrellis.recipes.network import build_decoder, build_detector, build_encoder, build_queries
+from detrellis.schemes.cdn import ContrastiveDenoising, group_count
+from detrellis.schemes.denoising import lay_out
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
 from .arrays import Arrays, close
@@ -76,25 +73,21 @@ class Transformer(nn.Module):
 
     def __init__(self, c: dict[str, int], levels: int) -> None:
         super().__init__()
-        d, heads, hidden = c["d_model"], c["nheads"], c["ffn"]
-
-        def attention() -> DeformableAttention:
-            return DeformableAttention(d, heads, levels, c["n_points"])
-
-        self.encoder = DeformableEncoder(
-            [DeformableEncoderLayer(attention(), d, hidden) for _ in range(c["enc_layers"])]
+        config = dino_detector(levels=levels).model_copy(
+            update={
+                "width": c["d_model"],
+                "heads": c["nheads"],
+                "hidden": c["ffn"],
+                "points": c["n_points"],
+                "encoder_layers": c["enc_layers"],
+                "decoder_layers": c["dec_layers"],
+                "query_count": c["num_queries"],
+                "eps": c["inverse_sigmoid_eps"],
+            }
         )
-        layers = [DecoderLayer(SelfAttention(d, heads), attention(), d, hidden) for _ in range(c["dec_layers"])]
-        self.decoder = Decoder(
-            layers,
-            Heads(d, c["num_classes"], len(layers), shared=True),
-            refine="look_forward_twice",
-            position=AnchorPosition(d),
-            final_norm=True,
-            width=d,
-            eps=c["inverse_sigmoid_eps"],
-        )
-        self.queries = ProposalQueries(ProposalHead(d, c["num_classes"], c["num_queries"], rank_by="max"), d)
+        self.encoder = build_encoder(config)
+        self.decoder = build_decoder(config, c["num_classes"])
+        self.queries = build_queries(config, c["num_classes"])
 
 
 def dino_memory(a: Arrays, levels: int, embed: Tensor) -> Memory:
@@ -126,7 +119,7 @@ def check_dino(a: Arrays) -> None:
         ).double()
         scheme.label_embed.load_state_dict({"weight": a["p/label_enc.weight"]})
         targets = a.targets()
-        layout = lay_out(targets, group_count(config["dn_number"], max(targets.sizes)))
+        layout = lay_out(targets, group_count(config["dn_number"], max(targets.sizes)), 2)
         cdn = scheme.queries(targets, layout, recorded_noise(a, 0.25))
         if layout.slots:
             blocks = {Segment("cdn", layout.slots, layout.groups, ("main",)): cdn, **blocks}

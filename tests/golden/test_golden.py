@@ -28,14 +28,15 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "base/loss_": base.check_set_loss,
     "base/postprocess_": base.check_postprocess,
     "base/cdn_": base.check_cdn,
-    "base/cdn_loss": base.check_cdn_loss,
+    "base/cdn_loss": base.check_denoising_loss,
+    "base/dn_detr_": base.check_dn,
+    "base/dn_loss": base.check_denoising_loss,
     "base/dino_tiny_": models.check_dino,
     "base/hf_deformable_": models.check_deformable,
 }
 
 # Kinds whose part is not built yet, with the reason. Each piece of work shortens this list.
 PENDING: dict[str, str] = {
-    "base/dn_": "DN-DETR",
     "base/hf_detr_": "DETR",
     "base/hf_conditional_": "Conditional DETR",
     "base/hf_dab_": "DAB-DETR",

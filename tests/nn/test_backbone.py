@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from detrellis.errors import UserError
-from detrellis.recipes.build import build_backbone
 from detrellis.recipes.config import BackboneConfig
+from detrellis.recipes.network import build_backbone
 
 
 def config(name: str = "resnet18", **options: object) -> BackboneConfig:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detrellis.nn.deformable import DeformableAttention, ms_deform_attn
-from detrellis.types import Memory
+from detrellis.types import Memory, Spatial
 
 SHAPES = ((3, 4), (1, 1), (2, 5))
 
@@ -72,7 +72,7 @@ def test_points_and_boxes_without_size_differ_only_in_the_offsets() -> None:
     points = torch.rand(1, 4, 2)
     boxes = torch.cat([points, torch.zeros(1, 4, 2)], dim=-1)
     with torch.no_grad():
-        different = module(x, zero, points, memory)
+        different = module(x, Spatial(zero, points), memory)
         module.sampling_offsets.bias.zero_()
-        torch.testing.assert_close(module(x, zero, points, memory), module(x, zero, boxes, memory))
-        assert not torch.allclose(different, module(x, zero, points, memory))
+        torch.testing.assert_close(module(x, Spatial(zero, points), memory), module(x, Spatial(zero, boxes), memory))
+        assert not torch.allclose(different, module(x, Spatial(zero, points), memory))

@@ -92,7 +92,12 @@ def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("deformable-detr-r50", "detector.query_position=boxes", "queries=mixed"),
+        ("deformable-detr-r50", "detector.query_position=boxes", "queries=anchors"),
+        ("detr-r50", "detector.refine=detached", "refine=none"),
+        ("detr-r50", "detector.levels=4", "levels=1"),
+        ("detr-r50", "detector.queries=proposals", "softmax"),
+        ("dab-detr-r50", "detector.query_position=queries", "query_position=boxes"),
+        ("conditional-detr-r50", "detector.patterns=3", "queries=anchors"),
         ("tiny", "detector.queries=proposals", "queries=mixed"),
         ("tiny", "detector.levels=1", "levels=2"),
         ("tiny", "detector.heads=7", "heads=7"),

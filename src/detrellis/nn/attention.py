@@ -1,4 +1,4 @@
-"""Self-attention over a sequence of query blocks that do not see each other.
+"""Dense multi-head attention: of query blocks over themselves, and of anything over the memory.
 
 Group DETR, H-DETR, denoising and Co-DETR all send extra queries through the decoder together with the main ones. Each
 block attends within itself only; equal copies inside a block are folded into the batch, so cost and memory are linear
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrellis.types import Segment
+from detrellis.types import Memory, Segment, Spatial
 
 
 def _fold(x: Tensor, copies: int) -> Tensor:
@@ -64,20 +64,42 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
     return torch.cat(out, dim=2)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with the position added to queries and keys, not to values.
+def memory_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`, `v (B, M, S, e)`,
+    `padding (B, S)`, to `(B, M, N, e)`."""
+    mask = None if padding is None else ~padding[:, None, None]
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return out
 
-    The three projections are one matrix, rows q, k, v, initialised together as `nn.MultiheadAttention` does.
-    """
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, N, M * d)` to `(B, M, N, d)`."""
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """The inverse of `split_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _packed_projections(width: int) -> tuple[nn.Linear, nn.Linear]:
+    """Projections to queries, keys and values as one matrix, rows q, k, v, initialised together as
+    `nn.MultiheadAttention` does; and the output projection."""
+    projections, output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+    for layer in (projections, output):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return projections, output
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of query blocks, the position added to queries and keys, not to values."""
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.projections = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
-        for layer in (self.projections, self.output):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.projections, self.output = _packed_projections(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
         """`x, position (B, N, D)` to `(B, N, D)`; no residual, no norm."""
@@ -85,7 +107,28 @@ class SelfAttention(nn.Module):
         weight, bias = self.projections.weight, self.projections.bias
         qk = F.linear(x + position, weight[: 2 * width], bias[: 2 * width])
         values = F.linear(x, weight[2 * width :], bias[2 * width :])
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (*qk.chunk(2, dim=-1), values))
+        q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), values))
         attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
-        out: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.output(merge_heads(attended))
+        return out
+
+
+class DenseAttention(nn.Module):
+    """Multi-head attention to every token of the memory, with positions added to queries and keys (DETR).
+
+    In the encoder the queries are the memory's own tokens.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.projections, self.output = _packed_projections(width)
+
+    def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """`x (B, N, D)` to the same; no residual, no norm."""
+        inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
+        parts = zip(inputs, self.projections.weight.chunk(3), self.projections.bias.chunk(3), strict=True)
+        q, k, v = (split_heads(F.linear(*part), self.heads) for part in parts)
+        attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0)
+        out: Tensor = self.output(merge_heads(attended))
         return out

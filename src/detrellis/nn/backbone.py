@@ -72,9 +72,15 @@ def _channels(stage: nn.Module) -> int:
 
 
 class TimmBackbone(nn.Module):
-    """Any timm model by name, reduced to the maps of the wanted strides."""
+    """Any timm model by name, reduced to the maps of the wanted strides.
 
-    def __init__(self, name: str, strides: Sequence[int], *, pretrained: bool, norm: Norm) -> None:
+    `drop_path`: rate of dropped residual branches while training (stochastic depth). A Swin Transformer's maps get a
+    LayerNorm each, as all papers on them have it.
+    """
+
+    def __init__(
+        self, name: str, strides: Sequence[int], *, pretrained: bool, norm: Norm, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         import timm  # only here: its import takes a second that no torchvision backbone needs
         from timm.layers.norm_act import freeze_batch_norm_2d
@@ -88,16 +94,21 @@ class TimmBackbone(nn.Module):
         info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()
         indices = tuple(reductions.index(s) for s in _known(name, strides, reductions))
-        model: Any = _create(name, pretrained=pretrained, out_indices=indices)
+        options = {"drop_path_rate": drop_path} if drop_path else {}
+        model: Any = _create(name, pretrained=pretrained, out_indices=indices, **options)
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC")
         self.channels: list[int] = list(model.feature_info.channels())
         self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model
+        swin = self.channels_last and name.startswith("swin")
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if swin else None
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to maps, finest first."""
         # Models that cut the image into patches refuse a size that is no multiple of them.
         height, width = pixels.shape[-2:]
         maps: list[Tensor] = self.model(F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH)))
+        if self.norms is not None:
+            maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.channels_last else maps
 
 

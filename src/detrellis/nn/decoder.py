@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.boxes import inverse_sigmoid
-from detrellis.nn.attention import SelfAttention
 from detrellis.nn.heads import Heads
-from detrellis.nn.mlp import MLP, FeedForward
-from detrellis.nn.position import sine_embed
-from detrellis.types import DecoderOutput, Memory, Queries, Segment
+from detrellis.nn.mlp import FeedForward
+from detrellis.nn.spatial import FixedPosition
+from detrellis.types import DecoderOutput, Memory, Queries, Segment, Spatial
 
 Refine = Literal["none", "detached", "look_forward_twice"]
 
@@ -21,41 +20,29 @@ Refine = Literal["none", "detached", "look_forward_twice"]
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with residual and post-norm.
 
-    `cross` is any module called with `(x, position, references, memory)`.
+    `self_attention` is any module called with `(x, position, segments)`, `cross` one called with `(x, where, memory)`.
     """
 
     def __init__(
-        self, self_attention: SelfAttention, cross: nn.Module, width: int, hidden: int, *, dropout: float = 0.0
+        self,
+        self_attention: nn.Module,
+        cross: nn.Module,
+        feed_forward: FeedForward,
+        width: int,
+        *,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross
         self.norm_self, self.norm_cross = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
-        self.feed_forward = FeedForward(width, hidden, dropout=dropout)
+        self.feed_forward = feed_forward
 
-    def forward(
-        self, x: Tensor, position: Tensor, references: Tensor, memory: Memory, segments: Sequence[Segment]
-    ) -> Tensor:
-        """`x, position (B, N, D)`, `references (B, N, 2 or 4)` to new `x`."""
-        x = self.norm_self(x + self.dropout(self.self_attention(x, position, segments)))
-        x = self.norm_cross(x + self.dropout(self.cross_attention(x, position, references, memory)))
+    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> Tensor:
+        """`x (B, N, D)` to new `x`."""
+        x = self.norm_self(x + self.dropout(self.self_attention(x, where.position, segments)))
+        x = self.norm_cross(x + self.dropout(self.cross_attention(x, where, memory)))
         out: Tensor = self.feed_forward(x)
-        return out
-
-
-class AnchorPosition(nn.Module):
-    """Query positions from the current boxes: an MLP on their sine embedding (DAB-DETR, DINO)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.mlp = MLP(2 * width, width, width, 2, xavier=True)
-
-    def forward(self, boxes: Tensor, memory: Memory) -> Tensor:
-        """`boxes (B, N, 4)`, taken relative to the padded image as the reference codes do, to `(B, N, D)`."""
-        if memory.valid_ratios is not None:
-            boxes = boxes * memory.valid_ratios[:, :1].repeat(1, 1, 2)
-        out: Tensor = self.mlp(sine_embed(boxes, self.width // 2))
         return out
 
 
@@ -64,7 +51,8 @@ class Decoder(nn.Module):
 
     `refine`: `"none"` keeps the references; `"detached"` moves them at each layer and stops the gradient there;
     `"look_forward_twice"` lets the loss of layer i reach the box head of layer i-1 too (DINO, section 3.4). Only
-    gradients differ between the last two. `final_norm` normalises the heads' input, never the stream.
+    gradients differ between the last two. `final_norm` normalises the heads' input, never the stream. `position` says
+    where the queries look at each layer (`nn/spatial.py`).
     """
 
     def __init__(
@@ -73,14 +61,14 @@ class Decoder(nn.Module):
         heads: Heads,
         *,
         refine: Refine,
-        position: AnchorPosition | None = None,
+        position: nn.Module | None = None,
         final_norm: bool = False,
         width: int = 256,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.heads, self.position = heads, position
+        self.heads, self.position = heads, FixedPosition() if position is None else position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
 
@@ -88,12 +76,11 @@ class Decoder(nn.Module):
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
     ) -> DecoderOutput:
         """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
-        assert queries.boxes is not None
         x, boxes = queries.content, queries.boxes
         reads = boxes  # what the layer sees; a detached copy from the second layer on
         outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         for i, layer in enumerate(self.layers):
-            x = layer(x, self._position(queries, reads, memory), reads, memory, segments)
+            x = layer(x, self.position(i, x, queries, reads, memory), memory, segments)
             last = i == len(self.layers) - 1
             if every_layer or last:
                 states = x if self.final_norm is None else self.final_norm(x)
@@ -105,16 +92,11 @@ class Decoder(nn.Module):
                 reads = boxes.detach()
         return DecoderOutput(*(torch.stack(part) for part in zip(*outputs, strict=True)))
 
-    def _position(self, queries: Queries, boxes: Tensor, memory: Memory) -> Tensor:
-        if self.position is not None:
-            out: Tensor = self.position(boxes, memory)
-            return out
-        assert queries.position is not None
-        return queries.position
-
-    def _moved(self, layer: int, states: Tensor, references: Tensor) -> Tensor:
-        """The references moved by the layer's box head; a point gives the centre alone."""
+    def _moved(self, layer: int, states: Tensor, references: Tensor | None) -> Tensor:
+        """The references moved by the layer's box head; a point gives the centre alone, no reference nothing."""
         delta = self.heads.move(layer, states)
+        if references is None:
+            return delta.sigmoid()
         logits = inverse_sigmoid(references, self.eps)
         if logits.shape[-1] == 2:
             logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)

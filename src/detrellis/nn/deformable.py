@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.nn.mlp import xavier_linear
-from detrellis.types import Memory
+from detrellis.types import Memory, Spatial
 
 
 def ms_deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -59,13 +59,14 @@ class DeformableAttention(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
 
-    def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: Memory) -> Tensor:
-        """`x, position (B, N, D)`; `references (B or 1, N, 2 or 4)` points or boxes, relative to the unpadded image."""
-        references = references.unsqueeze(2)
+    def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """`x (B, N, D)` to the same; the references are relative to the unpadded image."""
+        assert where.references is not None, "deformable attention samples around references"
+        references = where.references.unsqueeze(2)
         if memory.valid_ratios is not None:
             scale = memory.valid_ratios.unsqueeze(1)
             references = references * (scale if references.shape[-1] == 2 else scale.repeat(1, 1, 1, 2))
-        return self.attend(x + position, references, memory)
+        return self.attend(x + where.position, references, memory)
 
     def attend(self, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """As `forward`, with `query (B, N, D)` including its position and `references (B, N, V or 1, 2 or 4)`

@@ -1,4 +1,4 @@
-"""The transformer encoder on multi-scale deformable attention, and the grid of points that it attends from."""
+"""The transformer encoder, dense or deformable, and the grid of points that deformable attention starts from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.mlp import FeedForward
-from detrellis.types import Memory
+from detrellis.types import Memory, Spatial
 
 
 def token_centres(memory: Memory) -> Tensor:
@@ -24,33 +23,46 @@ def token_centres(memory: Memory) -> Tensor:
     return torch.cat(centres, dim=1)
 
 
-class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then the feed-forward block; post-norm."""
+class EncoderLayer(nn.Module):
+    """Self-attention over all tokens, then the feed-forward block; post-norm.
 
-    def __init__(self, attention: DeformableAttention, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+    `attention` is any module called with `(x, where, memory)`.
+    """
+
+    def __init__(self, attention: nn.Module, feed_forward: FeedForward, width: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, hidden, dropout=dropout)
+        self.feed_forward = feed_forward
 
-    def forward(self, memory: Memory, references: Tensor) -> Memory:
+    def forward(self, memory: Memory, references: Tensor | None) -> Memory:
         """One layer: the memory with new tokens."""
-        attended = self.attention(memory.tokens, memory.position, references, memory)
+        attended = self.attention(memory.tokens, Spatial(memory.position, references), memory)
         tokens = self.norm(memory.tokens + self.dropout(attended))
         return memory._replace(tokens=self.feed_forward(tokens))
 
 
-class DeformableEncoder(nn.Module):
-    """A stack of layers, no final norm."""
+class Encoder(nn.Module):
+    """A stack of layers, no final norm.
 
-    def __init__(self, layers: Sequence[DeformableEncoderLayer]) -> None:
+    `references`: whether the attention samples around the tokens' centres. `position_scale`: an MLP of the tokens
+    whose output multiplies their positions, anew at each layer (DAB-DETR).
+    """
+
+    def __init__(
+        self, layers: Sequence[EncoderLayer], *, references: bool, position_scale: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.references, self.position_scale = references, position_scale
 
     def forward(self, memory: Memory) -> Memory:
         """The same memory with encoded tokens."""
-        references = token_centres(memory)
+        references = token_centres(memory) if self.references else None
+        position = memory.position
         for layer in self.layers:
+            if self.position_scale is not None:
+                memory = memory._replace(position=position * self.position_scale(memory.tokens))
             memory = layer(memory, references)
-        return memory
+        return memory._replace(position=position)

@@ -32,17 +32,23 @@ class Heads(nn.Module):
     """Class and box heads of the decoder layers: one of each shared by all layers, or one of each a layer.
 
     Heads of their own start as copies of each other. `size_bias` is the first box head's initial logit shift of width
-    and height: -2 makes small boxes where the references are points.
+    and height: -2 makes small boxes where the references are points. `softmax`: DETR's heads, with one logit more for
+    "no object", and PyTorch's initialisation: without references a box head has to start somewhere.
     """
 
-    def __init__(self, width: int, classes: int, layers: int, *, shared: bool, size_bias: float = 0.0) -> None:
+    def __init__(
+        self, width: int, classes: int, layers: int, *, shared: bool, size_bias: float = 0.0, softmax: bool = False
+    ) -> None:
         super().__init__()
-        classifier, mover = class_head(width, classes), box_head(width)
+        if softmax:
+            classifier, mover = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
+        else:
+            classifier, mover = class_head(width, classes), box_head(width)
         copies = range(1 if shared else layers)
         self.classes = nn.ModuleList(copy.deepcopy(classifier) for _ in copies)
         self.boxes = nn.ModuleList(copy.deepcopy(mover) for _ in copies)
         with torch.no_grad():
-            self.boxes[0].get_parameter("layers.2.bias")[2:] = size_bias
+            self.boxes[0].get_parameter("layers.2.bias")[2:] += size_bias
 
     def classify(self, layer: int, states: Tensor) -> Tensor:
         """Logits `(B, N, C)` of decoder layer `layer`."""

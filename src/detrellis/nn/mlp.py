@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
+
+Activation = Literal["relu", "prelu"]
 
 
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
@@ -35,17 +38,21 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Post-norm feed-forward block with its residual: `LN(x + W2 act(W1 x))`."""
+    """Post-norm feed-forward block with its residual: `LN(x + W2 act(W1 x))`.
 
-    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+    `activation`: `"relu"`, or `"prelu"` with one slope, as DAB-DETR has it.
+    """
+
+    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0, activation: Activation = "relu") -> None:
         super().__init__()
         self.inner = xavier_linear(width, hidden)
+        self.activation = nn.PReLU() if activation == "prelu" else nn.ReLU()
         self.outer = xavier_linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, N, D)` to the same."""
-        hidden = self.dropout(self.inner(x).relu())
+        hidden = self.dropout(self.activation(self.inner(x)))
         out: Tensor = self.norm(x + self.dropout(self.outer(hidden)))
         return out

@@ -1,4 +1,4 @@
-"""From backbone maps to one memory: project every map to the model's width, add coarser levels, flatten."""
+"""From backbone maps to one memory: project to the model's width, add coarser levels, flatten."""
 
 from __future__ import annotations
 
@@ -49,15 +49,43 @@ class MultiScaleNeck(nn.Module):
 
     def flatten(self, levels: Sequence[Tensor], padding: Tensor | None) -> Memory:
         """The levels as one sequence of tokens with their positions."""
-        shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
-        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
-        masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
-        valid = [torch.ones(1, *s, device=tokens.device) for s in shapes] if masks is None else [~m for m in masks]
-        embeds = [self.position(v) + e for v, e in zip(valid, self.level_embed, strict=True)]
-        position = torch.cat(embeds, dim=1)
-        if masks is None:
-            return Memory(tokens, position, shapes)
-        return Memory(tokens, position, shapes, torch.cat([m.flatten(1) for m in masks], 1), _valid_ratios(masks))
+        memory = flatten(levels, padding, self.position)
+        embeds = [e.expand(h * w, -1) for e, (h, w) in zip(self.level_embed, memory.shapes, strict=True)]
+        return memory._replace(position=memory.position + torch.cat(embeds))
+
+
+class SingleScaleNeck(nn.Module):
+    """A 1x1 convolution of the backbone's last map, without a norm (DETR)."""
+
+    def __init__(self, channels: int, width: int, position: SineMap) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(channels, width, 1)
+        self.position = position
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
+        """One map, `padding (B, H, W)` of the images; see `Memory`."""
+        return self.flatten(self.project(maps), padding)
+
+    def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The one level `(B, D, H, W)`."""
+        return [self.projection(maps[-1])]
+
+    def flatten(self, levels: Sequence[Tensor], padding: Tensor | None) -> Memory:
+        """The level as a sequence of tokens with their positions."""
+        return flatten(levels, padding, self.position)
+
+
+def flatten(levels: Sequence[Tensor], padding: Tensor | None, position: SineMap) -> Memory:
+    """Maps `(B, D, H, W)` as one memory, with `padding (B, H, W)` of the images and the levels' sine positions."""
+    shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
+    tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
+    masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
+    valid = [tokens.new_ones(1, *s) for s in shapes] if masks is None else [~m for m in masks]
+    dtype = torch.promote_types(tokens.dtype, torch.float32)  # a count of rows needs more than half precision has
+    places = torch.cat([position(v.to(dtype)) for v in valid], dim=1)
+    if masks is None:
+        return Memory(tokens, places, shapes)
+    return Memory(tokens, places, shapes, torch.cat([m.flatten(1) for m in masks], 1), _valid_ratios(masks))
 
 
 def _resize_mask(padding: Tensor, shape: tuple[int, int]) -> Tensor:

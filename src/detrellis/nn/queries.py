@@ -1,11 +1,12 @@
-"""Where the decoder's queries come from: learned, from proposals, or mixed (learned content, proposed boxes)."""
+"""Where the decoder's queries come from: learned positions, learned boxes, or the encoder's proposals."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrellis.nn.mlp import xavier_linear
+from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.proposals import ProposalHead
 from detrellis.types import Memory, Proposals, Queries
@@ -17,20 +18,78 @@ def select(values: Tensor, index: Tensor) -> Tensor:
 
 
 class LearnedQueries(nn.Module):
-    """One-stage Deformable DETR: a learned position and content; the reference point is read off the position."""
+    """Queries learned as positions.
 
-    def __init__(self, width: int, count: int) -> None:
+    `reference` reads a point off the position: a linear layer in one-stage Deformable DETR, an MLP in Conditional DETR;
+    DETR has none, and its queries no place. The content is learned too in Deformable DETR, else it starts at 0.
+    """
+
+    def __init__(self, width: int, count: int, *, learned_content: bool, reference: nn.Module | None) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.empty(count, width).normal_())
-        self.content = nn.Parameter(torch.empty(count, width).normal_())
-        self.reference = xavier_linear(width, 2)
-        nn.init.zeros_(self.reference.bias)
+        self.content = nn.Parameter(torch.empty(count, width).normal_()) if learned_content else None
+        self.reference = reference
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """The same queries for every image, and no proposals."""
         batch = (len(memory.tokens), -1, -1)
-        points = self.reference(self.position).sigmoid()
-        return Queries(self.content.expand(batch), self.position.expand(batch), points.expand(batch)), None
+        content = torch.zeros_like(self.position) if self.content is None else self.content
+        points = None if self.reference is None else self.reference(self.position).sigmoid().expand(batch)
+        return Queries(content.expand(batch), self.position.expand(batch), points), None
+
+
+def linear_reference(width: int) -> nn.Linear:
+    """Deformable DETR's reference point of a query."""
+    layer = xavier_linear(width, 2)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def point_reference(width: int) -> MLP:
+    """Conditional DETR's reference point of a query."""
+    return MLP(width, width, 2, 2, xavier=True)
+
+
+class AnchorQueries(nn.Module):
+    """Boxes learned as logits (DAB-DETR); the decoder derives positions from them.
+
+    `contents` is how many contents are learned: 0, they start at zero (DAB-DETR); 1 for all queries, DN-DETR's
+    "unknown label"; or one a query (DAB-Deformable-DETR). With `patterns` each anchor stands once for each of that many
+    learned contents, pattern by pattern. `indicator`: the last channel of a content is kept at 0, and tells denoising
+    queries, where it is 1, from these (DN-DETR). `fixed_centres` draws the centres uniformly and never trains them.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        count: int,
+        *,
+        contents: int = 0,
+        patterns: int = 0,
+        indicator: bool = False,
+        fixed_centres: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width, self.patterns = width, patterns
+        # Two tensors: weight decay would move fixed centres that are part of a trained one.
+        centres = torch.rand(count, 2).logit(eps=1e-3) if fixed_centres else torch.randn(count, 2)
+        self.centres = nn.Parameter(centres, requires_grad=not fixed_centres)
+        self.sizes = nn.Parameter(torch.randn(count, 2))
+        rows = patterns or contents
+        assert rows in (0, 1, patterns, count), "one content for all queries, for each, or for each pattern"
+        self.content = nn.Parameter(torch.randn(rows, width - indicator)) if rows else None
+
+    def forward(self, memory: Memory) -> tuple[Queries, None]:
+        """The same queries for every image, and no proposals."""
+        boxes = torch.cat([self.centres, self.sizes], dim=-1).sigmoid()
+        copies = max(self.patterns, 1)
+        content = boxes.new_zeros(1, self.width) if self.content is None else self.content
+        content = F.pad(content, (0, self.width - content.shape[-1]))
+        if self.patterns:
+            content = content.repeat_interleave(len(boxes), dim=0)
+        content = content.expand(copies * len(boxes), -1)
+        batch = (len(memory.tokens), -1, -1)
+        return Queries(content.expand(batch), boxes=boxes.repeat(copies, 1).expand(batch)), None
 
 
 class ProposalQueries(nn.Module):

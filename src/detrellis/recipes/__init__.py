@@ -4,25 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from detrellis.recipes.conditional import conditional_detr_r50, conditional_detr_r50_dc5
 from detrellis.recipes.config import Recipe, unknown_name
+from detrellis.recipes.dab import (
+    dab_deformable_detr_r50,
+    dab_detr_r50,
+    dab_detr_r50_dc5,
+    dn_deformable_detr_r50,
+    dn_detr_r50,
+    dn_detr_r50_dc5,
+)
 from detrellis.recipes.deformable import (
     deformable_detr_r50,
     deformable_detr_r50_refine,
     deformable_detr_r50_two_stage,
     deformable_detr_r50_two_stage_plus,
+    deformable_detr_swin_l,
 )
-from detrellis.recipes.dino import dino_r50, dino_r50_5scale, tiny
+from detrellis.recipes.detr import detr_r50, detr_r50_dc5
+from detrellis.recipes.dino import dino_r50, dino_r50_5scale, dino_swin_l, tiny
+from detrellis.recipes.scale import tiny_sized
 
-__all__ = ["RECIPES", "Recipe", "find_recipe"]
+__all__ = ["RECIPES", "Recipe", "find_recipe", "tiny_sized"]
 
 RECIPES: tuple[Callable[[], Recipe], ...] = (
     tiny,
+    detr_r50,
+    detr_r50_dc5,
+    conditional_detr_r50,
+    conditional_detr_r50_dc5,
+    dab_detr_r50,
+    dab_detr_r50_dc5,
+    dn_detr_r50,
+    dn_detr_r50_dc5,
     deformable_detr_r50,
     deformable_detr_r50_refine,
     deformable_detr_r50_two_stage,
     deformable_detr_r50_two_stage_plus,
+    deformable_detr_swin_l,
+    dab_deformable_detr_r50,
+    dn_deformable_detr_r50,
     dino_r50,
     dino_r50_5scale,
+    dino_swin_l,
 )
 
 

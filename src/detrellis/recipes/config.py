@@ -46,6 +46,7 @@ class BackboneConfig(Config):
     pretrained: bool = True
     norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
     dilation: bool = False  # DC5
+    drop_path: Share = 0.0  # rate of dropped residual branches, for timm models that have it
     strides: tuple[int, ...] = (8, 16, 32)
 
     @property
@@ -62,16 +63,26 @@ class DetectorConfig(Config):
     heads: Count = 8
     levels: Count = 4
     points: Count = 4
+    encoder: Literal["deformable", "dense"] = "deformable"  # dense: one level, projected without a norm (DETR)
+    cross_attention: Literal["deformable", "dense", "conditional"] = "deformable"
     encoder_layers: Count = 6
     decoder_layers: Count = 6
     hidden: Count = 1024  # of the feed-forward blocks
+    activation: Literal["relu", "prelu"] = "relu"  # of the feed-forward blocks
     dropout: Share = 0.1
-    queries: Literal["learned", "proposals", "mixed"] = "learned"  # mixed: proposed boxes, learned content
+    # learned: positions; anchors: boxes; proposals: boxes and contents from the encoder; mixed: boxes, learned contents
+    queries: Literal["learned", "anchors", "proposals", "mixed"] = "learned"
     query_count: Count = 300
+    content: Literal["zero", "shared", "learned"] = "learned"  # of learned and anchor queries; shared: one for all
+    patterns: Annotated[int, Field(ge=0)] = 0  # contents that each anchor stands with (DAB-DETR); 0: off
+    indicator: bool = False  # keep a content channel that tells denoising queries (DN-DETR)
+    fixed_centres: bool = False  # anchors' centres are drawn uniformly and not trained
     query_position: Literal["queries", "boxes"] = "queries"  # boxes: derived from the current boxes at each layer
+    position_scale: bool = False  # positions times an MLP of the content, in the encoder too (DAB-DETR)
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
     eps: Positive = 1e-5  # of the inverse sigmoid
     position_temperature: Positive = 10000.0
     position_offset: float = -0.5
@@ -88,6 +99,18 @@ class LossConfig(Config):
     cost_classes: Weight = 2.0
     cost_box: Weight = 5.0
     cost_giou: Weight = 2.0
+    no_object: Weight = 0.1  # weight of "no object" in a softmax's cross-entropy
+
+
+class DNConfig(Config):
+    """Denoising (DN-DETR)."""
+
+    dial: ClassVar[str] = "groups"
+    groups: Count = 5
+    total: Count | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
+    label_noise: Share = 0.2
+    box_noise: Weight = 0.4
+    padded_background: bool = False  # slots that an image does not fill learn "no object"
 
 
 class CDNConfig(Config):
@@ -102,6 +125,7 @@ class CDNConfig(Config):
 class SchemesConfig(Config):
     """Training schemes; None: off."""
 
+    dn: DNConfig | None = None
     cdn: CDNConfig | None = None
 
 

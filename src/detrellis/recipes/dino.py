@@ -5,7 +5,6 @@ from __future__ import annotations
 from detrellis.recipes.config import (
     BackboneConfig,
     CDNConfig,
-    DataConfig,
     DetectorConfig,
     LossConfig,
     OptimConfig,
@@ -13,6 +12,8 @@ from detrellis.recipes.config import (
     ScheduleConfig,
     SchemesConfig,
 )
+from detrellis.recipes.deformable import SWIN_L
+from detrellis.recipes.scale import tiny_sized
 
 
 def dino_detector(*, strides: tuple[int, ...] = (8, 16, 32), levels: int = 4) -> DetectorConfig:
@@ -59,27 +60,15 @@ def dino_r50_5scale() -> Recipe:
     return _recipe("dino-r50-5scale", "DINO, ResNet-50, 5 scales (slower, better on small objects)", detector)
 
 
+def dino_swin_l() -> Recipe:
+    """DINO with a Swin-L pretrained on ImageNet-22K, 4 scales, 36 epochs."""
+    backbone = BackboneConfig(name=SWIN_L, drop_path=0.2)
+    detector = dino_detector().model_copy(update={"backbone": backbone})
+    recipe = _recipe("dino-swin-l", "DINO, Swin-L, 4 scales", detector)
+    return recipe.model_copy(update={"schedule": ScheduleConfig(epochs=36, drops=(30 / 36,))})
+
+
 def tiny() -> Recipe:
     """A small DINO made for CPUs and small data sets, trained from scratch."""
-    detector = dino_detector(strides=(8, 16), levels=3).model_copy(
-        update={
-            "backbone": BackboneConfig(name="resnet18", pretrained=False, strides=(8, 16)),
-            "width": 128,
-            "encoder_layers": 2,
-            "decoder_layers": 3,
-            "hidden": 512,
-            "query_count": 100,
-            "top_k": 100,
-        }
-    )
-    return Recipe(
-        name="tiny",
-        about="small DINO for CPUs and small data, from scratch",
-        detector=detector,
-        # From scratch the classes are what is learned last: twice DINO's weight, which is Deformable DETR's.
-        loss=LossConfig(classes=2.0),
-        schemes=SchemesConfig(cdn=CDNConfig()),
-        optim=OptimConfig(lr=4e-4, scaled={}, batch_size=8, clip=0.1, ema=0.999),
-        schedule=ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
-        data=DataConfig(size=(192, 256), augment="fixed"),
-    )
+    about = "small DINO for CPUs and small data, from scratch"
+    return tiny_sized(dino_r50()).model_copy(update={"name": "tiny", "about": about})

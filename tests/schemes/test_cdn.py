@@ -8,7 +8,8 @@ import torch
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
-from detrellis.schemes.denoising import ContrastiveDenoising, disturb, draw_noise, group_count, lay_out, positives
+from detrellis.schemes.cdn import ContrastiveDenoising, disturb, draw_noise, group_count
+from detrellis.schemes.denoising import lay_out, positives
 
 from ..small import CLASSES, images, small, targets
 
@@ -24,7 +25,7 @@ def test_group_count(number: int, most: int, groups: int) -> None:
 def test_positives_stay_near_and_negatives_go_farther() -> None:
     truth = targets((300,), side=0.2)
     truth.boxes[:, :2] = 0.5
-    layout = lay_out(truth, 4)
+    layout = lay_out(truth, 4, 2)
     noise = draw_noise(len(layout.slot), CLASSES, torch.Generator().manual_seed(0))
     _, boxes = disturb(truth, layout, noise, flip=0.0, scale=1.0)
     moved = (cxcywh_to_xyxy(boxes) - cxcywh_to_xyxy(truth.boxes[layout.target])).abs() / 0.1
@@ -38,7 +39,7 @@ def test_positives_stay_near_and_negatives_go_farther() -> None:
 def test_a_quarter_of_the_labels_is_replaced_at_the_default() -> None:
     truth = targets((2000,))
     truth = truth._replace(labels=torch.zeros_like(truth.labels))
-    layout = lay_out(truth, 1)
+    layout = lay_out(truth, 1, 2)
     noise = draw_noise(len(layout.slot), 1000, torch.Generator().manual_seed(0))
     labels, _ = disturb(truth, layout, noise, flip=0.5 / 2, scale=0.0)
     assert (labels != 0).float().mean() == pytest.approx(0.25, abs=0.03)
@@ -46,7 +47,7 @@ def test_a_quarter_of_the_labels_is_replaced_at_the_default() -> None:
 
 def test_every_positive_knows_its_own_target_at_every_layer() -> None:
     truth = targets((2, 0, 3))
-    layout = lay_out(truth, 4)
+    layout = lay_out(truth, 4, 2)
     known = positives(layout, 3)
     assert layout.slots == 4 * 2 * 3
     assert len(known.query) == 3 * 4 * 5
@@ -57,7 +58,7 @@ def test_every_positive_knows_its_own_target_at_every_layer() -> None:
 def test_empty_slots_are_neutral() -> None:
     scheme = ContrastiveDenoising(8, CLASSES, 1e-3)
     truth = targets((1, 3))
-    layout = lay_out(truth, 2)
+    layout = lay_out(truth, 2, 2)
     queries = scheme.queries(truth, layout, draw_noise(len(layout.slot), CLASSES, torch.Generator()))
     used = torch.zeros(2, layout.slots, dtype=torch.bool)
     used[layout.image, layout.slot] = True
@@ -82,6 +83,6 @@ def test_the_seed_alone_decides() -> None:
 
 
 def test_detectors_without_box_queries_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"cdn cannot train deformable-detr-r50:.*box queries") as error:
+    with pytest.raises(UserError, match=r"cdn cannot train deformable-detr-r50:.*queries are not boxes") as error:
         build(small("deformable_detr_r50", ["cdn"]), CLASSES)
     assert "dino-r50" in error.value.remedy

@@ -1,0 +1,43 @@
+"""DETR (Carion et al., 2020)."""
+
+from __future__ import annotations
+
+from detrellis.recipes.config import BackboneConfig, DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+
+
+def single_scale_detector(*, dilation: bool = False) -> DetectorConfig:
+    """DETR's network with a ResNet-50: dense attention over one map of stride 32, or 16 with `dilation` (DC5)."""
+    return DetectorConfig(
+        backbone=BackboneConfig(strides=(32,), dilation=dilation),
+        levels=1,
+        encoder="dense",
+        cross_attention="dense",
+        hidden=2048,
+        query_count=100,
+        content="zero",
+        final_norm=True,
+        scores="softmax",
+        position_offset=0.0,
+        top_k=100,
+    )
+
+
+def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:
+    return Recipe(
+        name=name,
+        about=about,
+        detector=detector,
+        loss=LossConfig(classes=1.0, cost_classes=1.0),
+        optim=OptimConfig(lr=1e-4, batch_size=16),
+        schedule=ScheduleConfig(epochs=300, drops=(2 / 3,)),
+    )
+
+
+def detr_r50() -> Recipe:
+    """DETR, 300 epochs."""
+    return _recipe("detr-r50", "DETR, ResNet-50", single_scale_detector())
+
+
+def detr_r50_dc5() -> Recipe:
+    """DETR on the dilated last stage, 300 epochs."""
+    return _recipe("detr-r50-dc5", "DETR, ResNet-50 with a dilated last stage", single_scale_detector(dilation=True))

@@ -1,0 +1,214 @@
+"""From a `DetectorConfig` to the detector's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from detrellis.detector import Detector
+from detrellis.errors import UserError
+from detrellis.nn.attention import DenseAttention, SelfAttention
+from detrellis.nn.backbone import Norm, ResNet, TimmBackbone
+from detrellis.nn.conditional import ConditionalCrossAttention, ConditionalSelfAttention
+from detrellis.nn.decoder import Decoder, DecoderLayer
+from detrellis.nn.deformable import DeformableAttention
+from detrellis.nn.encoder import Encoder, EncoderLayer
+from detrellis.nn.heads import Heads
+from detrellis.nn.mlp import FeedForward
+from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
+from detrellis.nn.position import SineMap
+from detrellis.nn.proposals import ProposalHead
+from detrellis.nn.queries import AnchorQueries, LearnedQueries, ProposalQueries, linear_reference, point_reference
+from detrellis.nn.spatial import AnchorPosition, ConditionalPosition, FixedPosition, ModulatedPosition, position_scale
+from detrellis.recipes.config import BackboneConfig, DetectorConfig
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
+    """The backbone, with pretrained weights where the recipe asks for them."""
+    norm: Norm = config.normalisation
+    resnet = config.name in RESNETS
+    if config.dilation and not resnet:
+        raise UserError(f"backbone {config.name}: dilation (DC5) exists for {', '.join(RESNETS)} only")
+    if config.drop_path and resnet:
+        raise UserError(f"backbone {config.name}: it has no drop path", "Leave detector.backbone.drop_path at 0.")
+    try:
+        if resnet:
+            return ResNet(
+                config.name, config.strides, pretrained=config.pretrained, norm=norm, dilation=config.dilation
+            )
+        return TimmBackbone(
+            config.name, config.strides, pretrained=config.pretrained, norm=norm, drop_path=config.drop_path
+        )
+    except OSError as error:  # what torch.hub and the timm hub raise when they cannot reach their hosts
+        raise UserError(
+            f"the pretrained weights of {config.name} cannot be reached ({error})",
+            "Connect once so that they are cached, or train from scratch with -o detector.backbone.pretrained=false.",
+        ) from None
+    except TypeError:
+        if not config.drop_path:
+            raise
+        raise UserError(f"backbone {config.name} has no drop path", "Leave detector.backbone.drop_path at 0.") from None
+    except NotImplementedError:
+        raise UserError(f"backbone {config.name} cannot be dilated", "DC5 needs resnet50 or resnet101.") from None
+
+
+def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
+    """From the backbone's maps to a memory."""
+    position = SineMap(config.width, temperature=config.position_temperature, offset=config.position_offset)
+    if config.encoder == "dense":
+        return SingleScaleNeck(channels[-1], config.width, position)
+    return MultiScaleNeck(channels, config.width, config.levels, position)
+
+
+def build_attention(config: DetectorConfig, kind: str, *, first: bool = False) -> nn.Module:
+    """Attention to the memory; `first`: in the first decoder layer."""
+    width, heads, dropout = config.width, config.heads, config.dropout
+    if kind == "dense":
+        return DenseAttention(width, heads, dropout=dropout)
+    if kind == "conditional":
+        return ConditionalCrossAttention(width, heads, first=first, dropout=dropout)
+    return DeformableAttention(width, heads, config.levels, config.points)
+
+
+def build_encoder(config: DetectorConfig) -> Encoder:
+    """The encoder's layers."""
+    width, dropout = config.width, config.dropout
+    layers = [
+        EncoderLayer(build_attention(config, config.encoder), _feed_forward(config), width, dropout=dropout)
+        for _ in range(config.encoder_layers)
+    ]
+    dense = config.encoder == "dense"
+    scale = position_scale(width) if dense and config.position_scale else None
+    return Encoder(layers, references=not dense, position_scale=scale)
+
+
+def build_queries(config: DetectorConfig, classes: int) -> nn.Module:
+    """The module that yields the main queries."""
+    width, count = config.width, config.query_count
+    if config.queries == "learned":
+        references = {"deformable": lambda: linear_reference(width), "conditional": lambda: point_reference(width)}
+        reference = references.get(config.cross_attention, lambda: None)()
+        return LearnedQueries(width, count, learned_content=config.content == "learned", reference=reference)
+    if config.queries == "anchors":
+        return AnchorQueries(
+            width,
+            count,
+            contents={"zero": 0, "shared": 1, "learned": count}[config.content],
+            patterns=config.patterns,
+            indicator=config.indicator,
+            fixed_centres=config.fixed_centres,
+        )
+    rank_by = "first" if config.proposal_targets == "objectness" else "max"
+    head = ProposalHead(width, classes, count, rank_by=rank_by)  # type: ignore[arg-type]
+    return ProposalQueries(
+        head,
+        width,
+        learned_content=config.queries == "mixed",
+        derive_position=config.query_position == "queries",
+    )
+
+
+def build_position(config: DetectorConfig) -> nn.Module:
+    """Where the decoder's queries look at each layer."""
+    conditional = config.cross_attention == "conditional"
+    if config.query_position == "queries":
+        return ConditionalPosition(config.width) if conditional else FixedPosition()
+    return (
+        ModulatedPosition(config.width) if conditional else AnchorPosition(config.width, scaled=config.position_scale)
+    )
+
+
+def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
+    """The decoder's layers and its heads."""
+    width, dropout = config.width, config.dropout
+    own = ConditionalSelfAttention if config.cross_attention == "conditional" else SelfAttention
+    layers = [
+        DecoderLayer(
+            own(width, config.heads, dropout=dropout),
+            build_attention(config, config.cross_attention, first=i == 0),
+            _feed_forward(config),
+            width,
+            dropout=dropout,
+        )
+        for i in range(config.decoder_layers)
+    ]
+    # Points that are sampled around need small boxes; proposals bring their size, and dense attention needs none.
+    small = config.cross_attention == "deformable" and config.queries in ("learned", "anchors")
+    return Decoder(
+        layers,
+        Heads(
+            width,
+            classes,
+            len(layers),
+            shared=config.shared_heads or config.refine == "none",
+            size_bias=-2.0 if small else 0.0,
+            softmax=config.scores == "softmax",
+        ),
+        refine=config.refine,
+        position=build_position(config),
+        final_norm=config.final_norm,
+        width=width,
+        eps=config.eps,
+    )
+
+
+def _feed_forward(config: DetectorConfig) -> FeedForward:
+    return FeedForward(config.width, config.hidden, dropout=config.dropout, activation=config.activation)
+
+
+def _refuse(config: DetectorConfig) -> None:
+    """Combinations of network parts that do not exist, each with what to use instead."""
+    maps, boxes = len(config.backbone.strides), config.query_position == "boxes"
+    learned, anchors = config.queries == "learned", config.queries == "anchors"
+    placeless = learned and config.cross_attention == "dense"
+    problems = {
+        "queries=learned and query_position=boxes do not combine: learned queries are points. Take queries=anchors": (
+            boxes and learned
+        ),
+        "queries=proposals and query_position=boxes do not combine: which gives the content? Take queries=mixed": (
+            boxes and config.queries == "proposals"
+        ),
+        "queries=anchors have no position of their own. Take query_position=boxes": anchors and not boxes,
+        f"{maps} backbone maps need levels={maps} or more": config.levels < maps,
+        f"encoder=dense reads one map. Take levels=1 and backbone.strides=[{config.backbone.strides[-1]}]": (
+            config.encoder == "dense" and (config.levels > 1 or maps > 1)
+        ),
+        f"width={config.width} is not a multiple of heads={config.heads} and of 32": (
+            config.width % config.heads or config.width % 32
+        ),
+        f"refine={config.refine} needs boxes or points to move, and DETR's queries have none. Take refine=none": (
+            placeless and config.refine != "none"
+        ),
+        "content=shared, patterns, indicator and fixed_centres belong to queries=anchors": not anchors
+        and (config.content == "shared" or config.patterns or config.indicator or config.fixed_centres),
+        "scores=softmax and two-stage proposals do not combine: they are ranked by sigmoid scores": (
+            config.scores == "softmax" and not learned and not anchors
+        ),
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise UserError(f"detector: {problem}", "Set the parts with -o detector.NAME=VALUE.")
+
+
+def build_detector(config: DetectorConfig, classes: int) -> Detector:
+    """A detector for `classes` classes, initialised from the global random state."""
+    _refuse(config)
+    backbone = build_backbone(config.backbone)
+    neck, encoder = build_neck(config, backbone.channels), build_encoder(config)
+    decoder, queries = build_decoder(config, classes), build_queries(config, classes)
+    softmax = config.scores == "softmax"
+    return Detector(backbone, neck, encoder, queries, decoder, top_k=config.top_k, softmax=softmax)
+
+
+def capabilities(config: DetectorConfig) -> frozenset[str]:
+    """What schemes may ask of a detector."""
+    holds = {
+        "sigmoid_scores": config.scores == "sigmoid",
+        "several_levels": config.levels > 1,
+        "box_queries": config.query_position == "boxes",
+        "proposals": config.queries in ("proposals", "mixed"),
+    }
+    return frozenset(name for name, held in holds.items() if held)

@@ -1,0 +1,117 @@
+"""DN-DETR's denoising (Li et al., 2022, section 4).
+
+Ground-truth boxes and labels are disturbed and given to the decoder as extra queries, which must recover them. They
+need no matching, so the decoder learns to refine boxes from the first step on. The last channel of their content is 1,
+and 0 in the contents of the main queries where the detector keeps that channel free (`indicator`).
+
+| deviation from the released code | why |
+| --- | --- |
+| boxes are counted over all processes, and at least as one | as everywhere else |
+| `label_embed` has no row "unknown" | it is a part of the detector: the main queries keep it at inference |
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.denoising import Layout, denoising_block, lay_out, place
+from detrellis.supervision import LossRule
+from detrellis.types import Assignment, DecoderOutput, Queries, Targets
+
+ABSENT = -100.0  # a logit of no probability: its focal loss and the loss's gradient are 0
+
+
+class Noise(NamedTuple):
+    """The random draws for `R = G T` rows, group by group in target order."""
+
+    flip: Tensor  # (R,) in [0, 1): the label is replaced where this is below the flip probability
+    label: Tensor  # (R,) the label to replace it with
+    shift: Tensor  # (R, 4) in [-1, 1): of the centre in half sizes, of the size in sizes
+
+
+def draw_noise(rows: int, classes: int, generator: torch.Generator) -> Noise:
+    """Draw on the host from `generator`."""
+    return Noise(
+        torch.rand(rows, generator=generator),
+        torch.randint(classes, (rows,), generator=generator),
+        2 * torch.rand(rows, 4, generator=generator) - 1,
+    )
+
+
+def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Disturbed labels `(R,)` and boxes `(R, 4)`: the centre moves by up to half a size, the size by a size."""
+    labels = torch.where(noise.flip < flip, noise.label, targets.labels[layout.target])
+    boxes = targets.boxes[layout.target]
+    reach = torch.cat([boxes[:, 2:] / 2, boxes[:, 2:]], dim=1)
+    return labels, (boxes + noise.shift.to(boxes.dtype) * reach * scale).clamp(0, 1)
+
+
+class Denoising(TrainingScheme):
+    """DN-DETR's denoising queries: `groups` of them, or as many as keep `total` queries in the fullest image.
+
+    `padded_background`: slots that an image does not fill learn "no object"; without it they learn nothing.
+    """
+
+    name = "dn"
+    requires = frozenset({"box_queries", "sigmoid_scores"})
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        eps: float,
+        *,
+        groups: int = 5,
+        total: int | None = None,
+        label_noise: float = 0.2,
+        box_noise: float = 0.4,
+        padded_background: bool = False,
+    ) -> None:
+        super().__init__()
+        self.groups, self.total = groups, total
+        self.label_noise, self.box_noise = label_noise, box_noise
+        self.padded_background = padded_background
+        self.classes, self.eps = classes, eps
+        self.label_embed = nn.Embedding(classes, width - 1)
+
+    @property
+    def extra_queries(self) -> int:
+        """Within the total; where only groups are given, their number in an image with one box."""
+        return self.total or self.groups
+
+    def blocks(self, step: Step) -> list[QueryBlock]:
+        """The denoising block, or none where the batch has no boxes."""
+        most = max(step.targets.sizes)
+        if most == 0:
+            return []
+        groups = self.groups if self.total is None else max(1, self.total // most)
+        layout = lay_out(step.targets, groups, kinds=1)
+        noise = draw_noise(len(layout.slot), self.classes, self.generator)
+        noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
+        rule = None if self.padded_background else real_slots_only(step.supervision.rule, layout)
+        return [denoising_block("dn", self.queries(step.targets, layout, noise), layout, step, rule)]
+
+    def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
+        """Contents `[label, 1]` and disturbed boxes in their slots."""
+        labels, boxes = disturb(targets, layout, noise, flip=self.label_noise, scale=self.box_noise)
+        embedded = self.label_embed(labels)
+        contents = torch.cat([embedded, torch.ones_like(embedded[:, :1])], dim=1)
+        return place(layout, len(targets.sizes), contents, boxes, self.eps)
+
+
+def real_slots_only(rule: LossRule, layout: Layout) -> LossRule:
+    """`rule` without the slots that an image does not fill."""
+
+    def masked(
+        output: DecoderOutput, targets: Targets, assignment: Assignment, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        filled = torch.zeros(output.logits.shape[1:3], dtype=torch.bool, device=output.logits.device)
+        filled = filled.index_put((layout.image, layout.slot), filled.new_ones(()))
+        logits = output.logits.masked_fill(~filled.unsqueeze(-1), ABSENT)
+        return rule(output._replace(logits=logits), targets, assignment, normaliser)
+
+    return masked
