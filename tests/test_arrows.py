@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "visualize": {"types", "data", "errors"},
     "demo": {"api", "data", "visualize"},
     "engine": {"types", "boxes", "detector", "training", "data", "recipes", "errors", "__init__"},
-    "api": {"types", "detector", "training", "data", "recipes", "engine", "visualize", "errors", "__init__"},
+    "interop": {"types", "detector", "data", "recipes", "engine", "errors"},
+    "api": {"types", "detector", "training", "data", "recipes", "engine", "interop", "visualize", "errors", "__init__"},
     "cli": {"api", "demo", "data", "recipes", "engine", "visualize", "errors", "__init__"},
 }
 

@@ -18,7 +18,7 @@ from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ["demo", "check", "train", "eval", "predict", "info", "recipes"]
+VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "recipes"]
 
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
@@ -54,14 +54,11 @@ def test_starting_does_not_import_torch(code: str) -> None:
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     names = [r["name"] for r in json.loads(call("recipes", "--json", capsys=capsys))]
-    expected = {
-        "tiny",
-        "deformable-detr-r50",
-        "deformable-detr-r50-refine",
-        "deformable-detr-r50-two-stage",
-        "dino-r50",
-    }
-    assert {*expected, "dino-r50-5scale"} <= set(names)
+    bases = ("detr", "conditional-detr", "dab-detr", "dn-detr")
+    expected = {f"{base}-r50{dilated}" for base in bases for dilated in ("", "-dc5")}
+    expected |= {f"deformable-detr-r50{kind}" for kind in ("", "-refine", "-two-stage", "-two-stage-plus")}
+    expected |= {"dab-deformable-detr-r50", "dn-deformable-detr-r50", "deformable-detr-swin-l"}
+    assert {*expected, "tiny", "dino-r50", "dino-r50-5scale", "dino-swin-l"} <= set(names)
     assert "tiny" in call("recipes", capsys=capsys)
 
 
@@ -107,10 +104,29 @@ def test_train_json_is_json(shapes: Path, tmp_path: Path, capsys: pytest.Capture
     assert found["result"]["stats"]["AP"] is not None
 
 
+def test_training_goes_on_from_another_runs_weights(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ("--data", shapes, "--epochs", 1, "--workers", 0)
+    call("train", "tiny", *rest, "--out", tmp_path / "first", *OPTIONS, capsys=capsys)
+    text = call("train", "--weights", tmp_path / "first", *rest, "--out", tmp_path / "second", capsys=capsys)
+    assert text.count("class rows: the same 5 classes, all kept") == 1
+    settings = ("-o", "detector.query_count=15", "--scheme", "none", "--json", "--out", tmp_path / "third")
+    file = tmp_path / "second" / "last.safetensors"
+    found = json.loads(call("train", "--weights", file, *rest, *settings, capsys=capsys))
+    assert [e["place"] for e in found["transfer"]["exceptions"]] == ["queries.content"]
+    assert found["transfer"]["classes"]["same"] is True
+    text = call("train", "--weights", file, *rest, "--scale", "tiny", capsys=capsys, code=2)
+    assert "another network" in " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train"], "which recipe"),
+        (["train", "--data", "."], "--weights RUN"),
+        (["train", "--weights", "no_such_run", "--data", "."], "no_such_run"),
+        (["train", "--weights", "somewhere", "--resume", "somewhere"], "--resume takes"),
         (["train", "tinny", "--data", "."], "Did you mean tiny"),
         (["train", "tiny"], "--data"),
         (["train", "tiny", "--data", "no_such_folder"], "no_such_folder"),

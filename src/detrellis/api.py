@@ -29,7 +29,11 @@ from detrellis.engine.evaluate import collect, eval_loader
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
+from detrellis.engine.transfer import Source
 from detrellis.errors import UserError
+from detrellis.interop.convert import convert as convert
+from detrellis.interop.convert import load_any
+from detrellis.interop.load import is_foreign
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
 from detrellis.types import Detections
@@ -96,7 +100,7 @@ class Model:
     def stream(self, paths: Paths, *, threshold: float = 0.3) -> Iterator[Prediction]:
         """As `predict`, one picture at a time."""
         data = self.recipe.data
-        transform = eval_transform(data.size, max_size=data.max_side, keep_aspect=data.keep_aspect)
+        transform = eval_transform(data.size, **data.resizing())
         nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
         for path in find_pictures(paths):
             image = read_image(path)
@@ -139,18 +143,19 @@ def find_pictures(paths: Paths) -> list[Path]:
 
 
 def load(source: str | Path, *, classes: ClassMap | int | None = None, device: str | None = None) -> Model:
-    """A trained detector from a run's folder or weights file, or an untrained one from a recipe's name.
+    """A trained detector from a run's folder or weights file, from a Hugging Face folder, `hf:org/name` or a reference
+    repository's `.pth`; or an untrained one from a recipe's name.
 
     `classes` is for a recipe only: the class map, or a number of classes (default 80).
     """
     place, own = Path(source), pick_device(device)
-    if place.exists():
-        weights, card = load_weights(place)
+    if place.exists() or is_foreign(source):
+        weights, card = load_any(source)
         detector = build(card.recipe.untrained(), len(card.classes)).detector
         detector.load_state_dict(weights)
-        return Model(detector.to(own).eval(), card.recipe, card.classes, own, card.data)
+        return Model(detector.to(own).eval(), card.recipe, card.classes, own, card.data or None)
     if len(place.parts) > 1:
-        raise UserError(f"{place}: no such run", "Give a run's folder, its weights file, or a recipe's name.")
+        raise UserError(f"{place}: no such run", "Give a run, a weights file, hf:org/name, or a recipe's name.")
     recipe = find_recipe(str(source))
     if not isinstance(classes, ClassMap):
         count = 80 if classes is None else classes
@@ -159,8 +164,9 @@ def load(source: str | Path, *, classes: ClassMap | int | None = None, device: s
 
 
 def train(
-    recipe: str | Recipe,
+    recipe: str | Recipe | None = None,
     *,
+    weights: str | Path | None = None,
     data: str | Path | DataSource | None = None,
     train: str | Path | None = None,
     train_images: str | Path | None = None,
@@ -179,11 +185,14 @@ def train(
 ) -> TrainResult:
     """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`, `val`).
 
-    `scale="tiny"` takes the recipe at a size for CPUs and small data; `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields (`"optim.lr=1e-4"`), `out` is the run's
-    folder (default: `runs/` with the recipe's name and the time). Raises `UserError` where the data set has errors,
-    unless `skip_bad` drops the bad records.
+    `weights` are what it starts from: a run's folder or weights file, of any classes. What fits is taken over, rows of
+    the class heads by the classes' names; the result's `transfer` tells what did. Without `recipe`, theirs is trained.
+    `scale="tiny"` takes the recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`),
+    `override` sets recipe fields (`"optim.lr=1e-4"`), `out` is the run's folder (default: `runs/` with the recipe's
+    name and the time). Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records.
     """
-    chosen = _chosen(recipe, scale, scheme, override)
+    own_recipe, initial = _start(recipe, weights)
+    chosen = _chosen(own_recipe, scale, scheme, override)
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
@@ -194,8 +203,24 @@ def train(
         )
     with world(device) as own:
         training, validation, classes = _prepared(source, skip_bad, own, console)
-        card = Card(chosen, classes, source.to_dict(), seed, skip_bad)
-        return run_job(Job(card, training, validation, folder, workers), own, console=console)
+        origin = None if weights is None else str(weights) if is_foreign(weights) else str(Path(weights).absolute())
+        card = Card(chosen, classes, source.to_dict(), seed, skip_bad, weights=origin)
+        return run_job(Job(card, training, validation, folder, workers, initial), own, console=console)
+
+
+def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe, Source | None]:
+    """The recipe to train, by default that of the weights, and the weights to start from."""
+    if weights is None:
+        if recipe is None:
+            raise UserError(
+                "train: which recipe?",
+                "For example: detrellis train tiny --data my_data. See detrellis recipes. "
+                "Or start from a trained one with its own recipe: --weights RUN.",
+            )
+        return recipe, None
+    tensors, card = load_any(weights)
+    objectness = card.recipe.detector.proposal_targets == "objectness"
+    return card.recipe if recipe is None else recipe, Source(tensors, card.classes, objectness)
 
 
 def resume(
@@ -233,12 +258,13 @@ def evaluate(
     errors, unless `skip_bad` drops the bad records.
     """
     with world(device) as own:
-        model = load(find_weights(Path(run)), device=str(own.device))
-        assert model.data is not None
+        model = _trained(run, str(own.device))
         if val is not None:
             source, split = find_data(None, val, val_images), "train"
+        elif data is None and model.data is None:
+            raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
         else:
-            source = DataSource.from_dict(model.data) if data is None else find_data(data)
+            source = DataSource.from_dict(model.data or {}) if data is None else find_data(data)
         annotations, _ = prepare_split(source, split, model.classes, skip_bad)
         loader = eval_loader(annotations, model.recipe.data, batch_size, workers, own)
         with contextlib.closing(loader):
@@ -260,10 +286,15 @@ def predict(
     progress: bool = False,
 ) -> list[Prediction]:
     """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
-    model = load(find_weights(Path(run)), device=device)  # a recipe's name would predict with random weights
+    model = _trained(run, device)
     pictures = find_pictures(paths)
     found = _track(model.stream(pictures, threshold=threshold), "predict", len(pictures), progress)
     return list(found) if out is None else save_predictions(model, found, Path(out))
+
+
+def _trained(run: str | Path, device: str | None) -> Model:
+    """As `load`, but no recipe's name: it would predict with random weights."""
+    return load(run if is_foreign(run) else find_weights(Path(run)), device=device)
 
 
 def save_predictions(model: Model, found: Iterable[Prediction], out: Path) -> list[Prediction]:

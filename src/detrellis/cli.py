@@ -35,6 +35,12 @@ SkipBad = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(help="Processes that load images.")]
+RecipeName = Annotated[
+    str | None, typer.Argument(help="Recipe name; see `detrellis recipes` (default: that of --weights).")
+]
+Trained = Annotated[
+    Path, typer.Argument(help="A run, a weights file, hf:org/name, a Hugging Face folder, or a reference's .pth.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Scale = Annotated[Literal["tiny"] | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
 Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N], several with commas.")]
@@ -110,7 +116,10 @@ def check(
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="Recipe name; see `detrellis recipes`.")] = None,
+    recipe: RecipeName = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Start from these weights: a run, hf:org/name, a .pth, ...")
+    ] = None,
     data: Data = None,
     train: TrainFile = None,
     train_images: TrainImages = None,
@@ -137,16 +146,14 @@ def train(
     speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
         _only_with_resume(
-            recipe, data, train, train_images, val, val_images, scale, scheme, override, epochs, out, seed, skip_bad
+            *(recipe, weights, data, train, train_images, val, val_images),
+            *(scale, scheme, override, epochs, out, seed, skip_bad),
         )
         result = api.resume(resume, device=device, workers=workers, console=speaks)
-    elif recipe is None:
-        raise UserError(
-            "train: which recipe?", "For example: detrellis train tiny --data my_data. See detrellis recipes."
-        )
     else:
         result = api.train(
             recipe,
+            weights=weights,
             data=data,
             train=train,
             train_images=train_images,
@@ -190,7 +197,7 @@ def _print_train_result(result: Any) -> None:
 
 @app.command(name="eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder or weights file.")],
+    run: Trained,
     data: Data = None,
     val: ValFile = None,
     val_images: ValImages = None,
@@ -230,7 +237,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run's folder or weights file.")],
+    run: Trained,
     paths: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
     out: Annotated[Path, typer.Option(help="Folder for annotated pictures and predictions.json.")] = Path(
         "predictions"
@@ -255,6 +262,36 @@ def predict(
         table.add_row(escape(p.path.name), ", ".join(f"{n} {escape(name)}" for name, n in counts.items()) or "-")
     console.print(table)
     console.print(f"Pictures and predictions.json: {out}")
+
+
+@app.command()
+def convert(
+    source: Trained,
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[Literal["detrellis", "hf"] | None, typer.Option(help="Format (default: the other one).")] = None,
+    classes: Annotated[Path | None, typer.Option(help="COCO JSON that names the classes of a .pth file.")] = None,
+    dilation: Annotated[bool, typer.Option("--dilation", help="The .pth file is of a DC5 model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Checkpoints of transformers and of the reference repositories to ours, and ours to what transformers loads.
+
+    Example: detrellis convert hf:facebook/detr-resnet-50 detr && detrellis convert runs/first for_transformers
+    """
+    from detrellis import api
+
+    done = api.convert(source, out, to=to, classes=classes, dilation=dilation)
+    if as_json:
+        _print_json(done.to_dict())
+        return
+    console.print(f"{done.recipe}: {done.parameters:,} numbers, {done.classes} classes, to {out}")
+    if done.skipped:
+        console.print(f"Left out, a detector has no use for it: {', '.join(done.skipped)}")
+    for difference in done.differences:
+        console.print(f"Different there: {difference}.")
+    if done.format == "hf":
+        console.print(f'Next: AutoModelForObjectDetection.from_pretrained("{out}")')
+    else:
+        console.print(f"Next: detrellis predict {out} PICTURES, or: detrellis train --weights {out} --data my_data")
 
 
 @app.command()

@@ -10,8 +10,24 @@ from detrellis.recipes.build import build
 
 from ..small import CLASSES, SMALL, small
 
+PAPERS = {  # millions of parameters in their tables
+    "detr-r50": 41,
+    "detr-r50-dc5": 41,
+    "conditional-detr-r50": 44,
+    "conditional-detr-r50-dc5": 44,
+    "dab-detr-r50": 44,
+    "dab-detr-r50-dc5": 44,
+    "dn-detr-r50": 44,
+    "dn-detr-r50-dc5": 44,
+    "deformable-detr-r50": 40,
+    "dino-r50": 47,
+    "dino-swin-l": 218,
+    "deformable-detr-swin-l": 218,
+    "tiny": 4.5,
+}
 
-@pytest.mark.parametrize(("name", "millions"), [("dino-r50", 47), ("deformable-detr-r50", 40), ("tiny", 4.5)])
+
+@pytest.mark.parametrize(("name", "millions"), PAPERS.items())
 def test_parameters_agree_with_the_papers(name: str, millions: float) -> None:
     found = measure(find_recipe(name), 91)
     assert found.parameters / 1e6 == pytest.approx(millions, abs=1)

@@ -66,13 +66,16 @@ def train_transform(
     return FixedAugment(Resize(size, keep_aspect=keep_aspect), zoom or (0.8, 1.25), finish)
 
 
-def eval_transform(size: Size, *, max_size: int | None = None, keep_aspect: bool = True) -> Resize:
+def eval_transform(
+    size: Size, *, max_size: int | None = None, keep_aspect: bool = True, exact_long: bool = False
+) -> Resize:
     """Resize only: short side `size` with the long side at most `max_size` (default: size * 1333 / 800, DETR's
-    proportion), or to fit a `(height, width)` (`keep_aspect=False`: stretched to it)."""
+    proportion; `exact_long`: see `short_side_size`), or to fit a `(height, width)` (`keep_aspect=False`: stretched to
+    it)."""
     _check_size(size, max_size)
     if isinstance(size, int) and max_size is None:
         max_size = round(size * 1333 / 800)
-    return Resize(size, max_size, keep_aspect)
+    return Resize(size, max_size, keep_aspect, exact_long)
 
 
 def _check_size(size: Size, max_size: int | None) -> None:
@@ -100,13 +103,21 @@ def _check_dials(
             raise UserError(f"{name} = {value}", "Give a number between 0 and 1.")
 
 
-def short_side_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """DETR's resize rule: short side `size` unless that makes the long side exceed `max_size`."""
+def short_side_size(
+    height: int, width: int, size: int, max_size: int | None, *, exact_long: bool = False
+) -> tuple[int, int]:
+    """DETR's resize rule: short side `size` unless that makes the long side exceed `max_size`.
+
+    The short side is then rounded, and the long one follows it, up to a pixel or two from `max_size`; with `exact_long`
+    it follows the short side before rounding, as in transformers.
+    """
     short, long = min(height, width), max(height, width)
+    unrounded = float(size)
     if max_size is not None and long / short * size > max_size:
-        size = round(max_size * short / long)
+        unrounded = max_size * short / long
+        size = round(unrounded)
     # A strip so thin that its short side vanishes keeps one row of pixels.
-    other = int(size * long / short) if size else max_size or long
+    other = int((unrounded if exact_long else size) * long / short) if size else max_size or long
     size = max(size, 1)
     return (size, other) if height <= width else (other, size)
 
@@ -118,6 +129,7 @@ class Resize:
     size: Size
     max_size: int | None = None
     keep_aspect: bool = True
+    exact_long: bool = False
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
@@ -127,7 +139,7 @@ class Resize:
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image, before padding."""
         if isinstance(self.size, int):
-            return short_side_size(height, width, self.size, self.max_size)
+            return short_side_size(height, width, self.size, self.max_size, exact_long=self.exact_long)
         if not self.keep_aspect:
             return self.size
         fit = min(self.size[0] / height, self.size[1] / width)

@@ -44,6 +44,7 @@ class Card:
     skip_bad: bool = False  # whether bad records were left out of the data
     epoch: int = 0
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
+    weights: str | None = None  # where the run started from, if not from the recipe's own
     version: str = detrellis.__version__
 
     def to_metadata(self) -> dict[str, str]:
@@ -56,6 +57,7 @@ class Card:
             "skip_bad": self.skip_bad,
             "epoch": self.epoch,
             "stats": None if self.stats is None else dict(self.stats),
+            "weights": self.weights,
             "version": self.version,
         }
         return {"format": str(FORMAT), "detrellis": json.dumps(card)}

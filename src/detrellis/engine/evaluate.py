@@ -18,7 +18,7 @@ from detrellis.recipes.config import DataConfig
 
 def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, workers: int, world: World) -> Loader:
     """Every image once over all processes, resized as the recipe says."""
-    transform = eval_transform(config.size, max_size=config.max_side, keep_aspect=config.keep_aspect)
+    transform = eval_transform(config.size, **config.resizing())
     sampler = EvalSampler(len(annotations), batch_size, rank=world.rank, world_size=world.size)
     pin = world.device.type == "cuda"
     return build_loader(DetectionDataset(annotations, transform), sampler, workers=workers, pin_memory=pin)

@@ -35,6 +35,8 @@ from detrellis.engine.evaluate import eval_loader, evaluate
 from detrellis.engine.guard import FlatLossWatch, check_finite
 from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.optim import build_optimizer, schedule_factor, set_learning_rate
+from detrellis.engine.transfer import Source, transfer
+from detrellis.engine.transfer_report import Transfer
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
@@ -53,6 +55,7 @@ class Job:
     val: Annotations | None
     out: Path
     workers: int = 2
+    initial: Source | None = None  # weights to start from, instead of the recipe's own
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class TrainResult:
     best: float | None  # highest AP of any epoch
     result: EvalResult | None  # of the last evaluation
     finished: bool  # False: stopped by a signal; resume to go on
+    transfer: Transfer | None = None  # what was kept of the weights that it started from
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         result = None if self.result is None else self.result.to_dict()
-        return {**vars(self), "run": str(self.run), "result": result}
+        moved = None if self.transfer is None else self.transfer.to_dict()
+        return {**vars(self), "run": str(self.run), "result": result, "transfer": moved}
 
 
 @dataclass
@@ -86,6 +91,7 @@ class State:
     best: float | None = None
     seconds: float = 0.0
     result: EvalResult | None = field(default=None)
+    transfer: Transfer | None = None  # of the process that started the run; not saved
 
     @property
     def detector(self) -> Detector:
@@ -118,9 +124,11 @@ class State:
 def train(job: Job, world: World, resume: dict[str, Any] | None = None, console: Console | None = None) -> TrainResult:
     """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state` gave."""
     epochs = job.card.recipe.schedule.epochs
-    state = fresh_state(job, world)
+    state = fresh_state(job, world, filled=resume is not None)
     if resume is not None:
         state.load_state_dict(resume)
+    elif state.transfer is not None and world.leads:
+        (console or Console()).print(state.transfer.table(job.card.weights or ""))
     loader, steps_per_epoch = train_loader(job, world)
     log = RunLog(
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
@@ -135,7 +143,8 @@ def train(job: Job, world: World, resume: dict[str, Any] | None = None, console:
             if not run.stopped:
                 run.end_epoch()
             run.save()
-    return TrainResult(job.out, state.epoch, state.step, state.seconds, state.best, state.result, state.epoch >= epochs)
+    finished, position = state.epoch >= epochs, (state.epoch, state.step, state.seconds)
+    return TrainResult(job.out, *position, state.best, state.result, finished, state.transfer)
 
 
 class Run:
@@ -264,14 +273,23 @@ def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {n: torch.stack([p[n].detach() for p in parts if n in p]).mean() for n in names}
 
 
-def fresh_state(job: Job, world: World) -> State:
-    """Model, optimizer and average at the start of a run."""
-    recipe = job.card.recipe
-    model = build(recipe, len(job.card.classes), seed=job.card.seed)
+def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
+    """Model, optimizer and average at the start of a run.
+
+    `filled`: all weights are about to be replaced by those of a stopped run, so none have to be fetched or read.
+    """
+    recipe, classes = job.card.recipe, job.card.classes
+    initial = None if filled else job.initial
+    fetch = not filled and initial is None
+    model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed)
+    report = None
+    if initial is not None:
+        objectness = recipe.detector.proposal_targets == "objectness"
+        report = transfer(model.detector, classes, initial, objectness=objectness)
     model.to(world.device).train()
     optimizer = build_optimizer(model.named_parameters(), recipe.optim)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
-    return State(model, optimizer, ema, FlatLossWatch())
+    return State(model, optimizer, ema, FlatLossWatch(), transfer=report)
 
 
 def _distributed(model: TrainableDetector, world: World) -> nn.Module:

@@ -85,14 +85,14 @@ def flatten(levels: Sequence[Tensor], padding: Tensor | None, position: SineMap)
     places = torch.cat([position(v.to(dtype)) for v in valid], dim=1)
     if masks is None:
         return Memory(tokens, places, shapes)
-    return Memory(tokens, places, shapes, torch.cat([m.flatten(1) for m in masks], 1), _valid_ratios(masks))
+    return Memory(tokens, places, shapes, torch.cat([m.flatten(1) for m in masks], 1), _valid_ratios(masks, dtype))
 
 
 def _resize_mask(padding: Tensor, shape: tuple[int, int]) -> Tensor:
     return F.interpolate(padding[:, None].float(), size=shape, mode="nearest")[:, 0].bool()
 
 
-def _valid_ratios(masks: Sequence[Tensor]) -> Tensor:
+def _valid_ratios(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Valid share of the width and height of each level, read off its first row and column: `(B, V, 2)`."""
-    ratios = [torch.stack([(~m[:, 0]).float().mean(1), (~m[:, :, 0]).float().mean(1)], dim=-1) for m in masks]
+    ratios = [torch.stack([(~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)], dim=-1) for m in masks]
     return torch.stack(ratios, dim=1)

@@ -158,6 +158,7 @@ class DataConfig(Config):
 
     size: int | tuple[int, int] = 800
     max_side: int | None = None  # of the long side where size is the short one; None: size * 1333 / 800
+    exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
     augment: Literal["detr", "fixed", "none"] = "detr"
     keep_aspect: bool = True
     hflip: Share = 0.5
@@ -165,6 +166,10 @@ class DataConfig(Config):
     jitter: float | None = None  # strength of the colour jitter; None: the policy's own
     zoom: tuple[float, float] | None = None  # lowest and highest magnification; None: the policy's own
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
+
+    def resizing(self) -> dict[str, Any]:
+        """The arguments of `eval_transform` besides the size."""
+        return {"max_size": self.max_side, "keep_aspect": self.keep_aspect, "exact_long": self.exact_long}
 
     def augmentation(self) -> dict[str, Any]:
         """The arguments of `train_transform` besides policy and size."""

@@ -1,0 +1,103 @@
+"""Reading weights from wherever they are. Nothing is ever unpickled but plain tensors and containers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from detrellis.errors import UserError
+
+HUB = "hf:"
+PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+OTHER_COPY = "Take another copy of the file."
+
+
+def fetch(repository: str) -> Path:
+    """The folder of `org/name` from the Hugging Face Hub, or from its cache."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise UserError(f"{HUB}{repository}: huggingface_hub is missing", "pip install huggingface_hub") from None
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=PATTERNS))
+        if not any(folder.glob("*.safetensors")):  # old repositories hold a pickle only
+            folder = Path(snapshot_download(repository, allow_patterns=[*PATTERNS, "pytorch_model.bin"]))
+        return folder
+    except HFValidationError as error:
+        raise UserError(f"{HUB}{repository}: {error}", f"Write {HUB}organisation/name.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{HUB}{repository} cannot be fetched ({first})",
+            "Check the name and the connection, or give a local folder with config.json and model.safetensors.",
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", "Give a folder with config.json and model.safetensors.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error})", OTHER_COPY) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object", OTHER_COPY)
+    return found
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder, in one file or in shards."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted({str(n) for n in dict(read_json(index).get("weight_map", {})).values()})
+        return {k: v for name in names for k, v in read_safetensors(folder / name).items()}
+    if (folder / "model.safetensors").is_file():
+        return read_safetensors(folder / "model.safetensors")
+    if (folder / "pytorch_model.bin").is_file():
+        return read_pth(folder / "pytorch_model.bin")[0]
+    raise UserError(f"{folder}: no model.safetensors", "Give a folder with config.json and model.safetensors.")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, although its index names it", OTHER_COPY) from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})", OTHER_COPY) from None
+    return tensors
+
+
+def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in a `.pth` file, and the training arguments beside it where the file has them.
+
+    Reference repositories keep it under `model` (or `ema_model`, or `state_dict`), with an `argparse.Namespace`.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle make the reader fail in any way
+        first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as plain weights ({first})", OTHER_COPY) from None
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path}: not a state dict")
+    arguments = found.get("args")
+    for name in ("model", "state_dict", "model_state_dict"):
+        if isinstance(found.get(name), Mapping):
+            found = found[name]
+            break
+    weights = {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
+    if not weights:
+        raise UserError(f"{path}: holds no tensors", "Give a file with a state dict, alone or under the name `model`.")
+    return weights, dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}

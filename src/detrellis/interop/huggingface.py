@@ -1,0 +1,302 @@
+"""Hugging Face's configuration files, and what they say about a detector: DETR, Conditional DETR, DAB-DETR, Deformable
+DETR.
+
+| where their code and the reference differ | ours |
+| --- | --- |
+| `auxiliary_loss` feeds normed states to the next layer, which changes predictions | the reference: never |
+| DAB-DETR's inverse sigmoid clamps at 1e-5, the reference at 1e-3 | 1e-5 in what comes from them |
+| their processors keep 100 detections, DAB-DETR's reference 300 | 100 in what comes from them |
+| box refinement ties the class heads of all layers where a file holds one | a head a layer, all of them written |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from detrellis.errors import UserError
+from detrellis.recipes.conditional import conditional_detr_r50
+from detrellis.recipes.config import BackboneConfig, DetectorConfig, Recipe
+from detrellis.recipes.dab import dab_detr_r50
+from detrellis.recipes.deformable import deformable_detr_r50
+from detrellis.recipes.detr import detr_r50
+
+Config = Mapping[str, Any]
+
+# What a file leaves out is the configuration class's default.
+DEFAULTS: dict[str, Any] = {
+    "d_model": 256,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "dropout": 0.1,
+    "activation_function": "relu",
+    "position_embedding_type": "sine",
+}
+FAMILIES: dict[str, tuple[Callable[[], Recipe], dict[str, Any]]] = {
+    "detr": (detr_r50, {"num_queries": 100, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}),
+    "conditional_detr": (
+        conditional_detr_r50,
+        {"num_queries": 300, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048},
+    ),
+    "dab-detr": (
+        dab_detr_r50,
+        {
+            "num_queries": 300,
+            "encoder_ffn_dim": 2048,
+            "decoder_ffn_dim": 2048,
+            "activation_function": "prelu",
+            "hidden_size": 256,
+            "num_patterns": 0,
+            "temperature_height": 20,
+            "temperature_width": 20,
+        },
+    ),
+    "deformable_detr": (
+        deformable_detr_r50,
+        {
+            "num_queries": 300,
+            "encoder_ffn_dim": 1024,
+            "decoder_ffn_dim": 1024,
+            "num_feature_levels": 4,
+            "encoder_n_points": 4,
+            "decoder_n_points": 4,
+            "two_stage": False,
+            "two_stage_num_proposals": 300,
+            "with_box_refine": False,
+        },
+    ),
+}
+# Settings that change what is computed and that ours do not have, with the value that ours stand for.
+FIXED = {
+    "position_embedding_type": "sine",
+    "keep_query_pos": False,
+    "normalize_before": False,
+    "sine_position_embedding_scale": None,
+    "query_dim": 4,
+}
+ARCHITECTURES = {
+    "detr": "DetrForObjectDetection",
+    "conditional_detr": "ConditionalDetrForObjectDetection",
+    "dab-detr": "DabDetrForObjectDetection",
+    "deformable_detr": "DeformableDetrForObjectDetection",
+}
+PROCESSORS = {
+    "detr": "DetrImageProcessor",
+    "conditional_detr": "ConditionalDetrImageProcessor",
+    "dab-detr": "ConditionalDetrImageProcessor",
+    "deformable_detr": "DeformableDetrImageProcessor",
+}
+BLOCKS = {  # depths of their own ResNet: its name
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+}
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The recipe that a `config.json` describes: its family's, with the file's sizes."""
+    kind = str(config.get("model_type", "")).replace("dab_detr", "dab-detr")
+    if kind not in FAMILIES:
+        raise UserError(f"model_type {kind!r} is not one that Detrellis has", f"Known: {', '.join(FAMILIES)}.")
+    make, own = FAMILIES[kind]
+    recipe = make()
+    full = {**DEFAULTS, **own, **config}
+    detector = recipe.detector.model_copy(update=_sizes(kind, full))
+    return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector})
+
+
+def _sizes(kind: str, config: Config) -> dict[str, Any]:
+    """The detector's fields that the file decides."""
+    for name, value in FIXED.items():
+        if config.get(name, value) != value:
+            raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
+    activation = config["activation_function"]
+    if activation not in ("relu", "prelu"):
+        raise UserError(f"config.json: activation_function={activation!r} is not supported")
+    deformable = kind == "deformable_detr"
+    found = {
+        "backbone": _backbone(config, several=deformable and config["num_feature_levels"] > 1),
+        "width": config["hidden_size"] if kind == "dab-detr" else config["d_model"],
+        "heads": _both(config, "attention_heads"),
+        "hidden": _both(config, "ffn_dim"),
+        "encoder_layers": config["encoder_layers"],
+        "decoder_layers": config["decoder_layers"],
+        "dropout": config["dropout"],
+        "activation": activation,
+        "query_count": config["num_queries"],
+        "eps": 1e-5,
+        "top_k": config["num_queries"] if kind == "detr" else 100,
+    }
+    if kind == "dab-detr":
+        if config["temperature_height"] != config["temperature_width"]:
+            raise UserError("config.json: temperature_height and temperature_width differ")
+        found |= {"position_temperature": float(config["temperature_height"]), "patterns": config["num_patterns"]}
+        found["fixed_centres"] = bool(config.get("random_refpoints_xy", False))
+    if deformable:
+        two_stage = bool(config["two_stage"])
+        found |= {
+            "levels": config["num_feature_levels"],
+            "points": _both(config, "n_points"),
+            "queries": "proposals" if two_stage else "learned",
+            "query_count": config["two_stage_num_proposals"] if two_stage else config["num_queries"],
+            "refine": "detached" if config["with_box_refine"] else "none",
+        }
+    return found
+
+
+def _both(config: Config, name: str) -> int:
+    """A size that the encoder and the decoder have in common here."""
+    encoder, decoder = config[f"encoder_{name}"], config[f"decoder_{name}"]
+    if encoder != decoder:
+        raise UserError(f"config.json: encoder_{name}={encoder} and decoder_{name}={decoder} differ: not supported")
+    return int(encoder)
+
+
+def is_native(config: Config) -> bool:
+    """Whether the backbone is transformers' own ResNet instead of timm's."""
+    backbone = config.get("backbone_config") or {}
+    return backbone.get("model_type") == "resnet"
+
+
+def _strides(backbone: Config, several: bool) -> tuple[int, ...]:
+    """Of the maps that the detector reads: several, or the last one."""
+    stages = backbone.get("out_indices") or [int(str(n)[-1]) for n in backbone.get("out_features") or []]
+    strides = tuple(2 ** (int(i) + 1) for i in stages if i > 0) or (8, 16, 32)
+    if not several:
+        return strides[-1:]
+    return strides if len(strides) > 1 else (8, 16, 32)
+
+
+def _backbone(config: Config, *, several: bool) -> BackboneConfig:
+    """A ResNet with frozen norms; what is trained in it comes with the file."""
+    own = config.get("backbone_config") or {}
+    if is_native(config):
+        kind = (own.get("layer_type", "bottleneck"), tuple(own.get("depths", (3, 4, 6, 3))))
+        sizes = [64, 128, 256, 512] if kind[0] == "basic" else [256, 512, 1024, 2048]
+        usual = list(own.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes and own.get("embedding_size", 64) == 64
+        name = BLOCKS.get(kind, "") if usual else ""
+        if own.get("downsample_in_first_stage") or own.get("downsample_in_bottleneck"):
+            name = ""
+        described = f"{kind[0]} blocks {kind[1]}"
+    else:
+        name = str(own.get("backbone") or config.get("backbone") or "resnet50").split(".")[0]
+        described = name
+    if name not in BLOCKS.values():
+        raise UserError(
+            f"config.json: the backbone {described!r} is not supported", f"Known: {', '.join(BLOCKS.values())}."
+        )
+    dilation = bool(config.get("dilation")) or own.get("output_stride") == 16
+    return BackboneConfig(name=name, pretrained=False, norm="frozen", dilation=dilation, strides=_strides(own, several))
+
+
+def family_of(detector: DetectorConfig) -> str:
+    """Their model type for a detector. `UserError` with the reason where they have none."""
+    dense, learned = detector.encoder == "dense", detector.queries == "learned"
+    anchors = detector.queries == "anchors"
+    kind = {
+        ("dense", "dense", "learned"): "detr",
+        ("dense", "conditional", "learned"): "conditional_detr",
+        ("dense", "conditional", "anchors"): "dab-detr",
+        ("deformable", "deformable", "learned"): "deformable_detr",
+        ("deformable", "deformable", "proposals"): "deformable_detr",
+    }.get((detector.encoder, detector.cross_attention, detector.queries))
+    single = detector.cross_attention == "deformable" and detector.final_norm
+    unusual = (dense and learned and detector.content == "learned") or (anchors and detector.content == "learned")
+    if kind is None or single or unusual or not re.fullmatch(r"resnet\d+", detector.backbone.name):
+        raise UserError(
+            "this detector cannot be saved for transformers: it has no such model",
+            "It has DETR, Conditional DETR, DAB-DETR, DN-DETR (as DAB-DETR) and Deformable DETR with learned queries "
+            "or proposals, each with a ResNet.",
+        )
+    expected = FAMILIES[kind][0]().detector
+    for name in ("scores", "position_temperature", "position_offset", "final_norm", "activation"):
+        own, theirs = getattr(detector, name), getattr(expected, name)
+        if own != theirs and (kind, name) not in (("dab-detr", "position_temperature"), ("dab-detr", "activation")):
+            raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {theirs}")
+    return kind
+
+
+def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
+    """Their `config.json` for a recipe whose classes are called `names`."""
+    detector = recipe.detector
+    kind = family_of(detector)
+    deformable = kind == "deformable_detr"
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_size" if kind == "dab-detr" else "d_model": detector.width,
+        "num_queries": detector.query_count,
+        "dropout": detector.dropout,
+        "attention_dropout": 0.0 if deformable else detector.dropout,
+        "activation_function": detector.activation,
+        "auxiliary_loss": False,
+        "dilation": detector.backbone.dilation,
+        "id2label": {str(i): name for i, name in names.items()},
+        "label2id": {name: i for i, name in names.items()},
+        "dtype": "float32",
+        "backbone_config": {
+            "model_type": "timm_backbone",
+            "backbone": detector.backbone.name,
+            "num_channels": 3,
+            "features_only": True,
+            "use_pretrained_backbone": False,
+            "out_indices": [stride.bit_length() - 2 for stride in detector.backbone.strides],
+            "output_stride": 16 if detector.backbone.dilation else None,
+        },
+    }
+    for part, layers in (("encoder", detector.encoder_layers), ("decoder", detector.decoder_layers)):
+        config |= {f"{part}_layers": layers, f"{part}_ffn_dim": detector.hidden}
+        config[f"{part}_attention_heads"] = detector.heads
+        if deformable:
+            config[f"{part}_n_points"] = detector.points
+    if kind == "dab-detr":
+        temperature = int(detector.position_temperature)
+        # DN-DETR's one content for all queries is a pattern.
+        patterns = detector.patterns or (1 if detector.content == "shared" else 0)
+        config |= {"temperature_height": temperature, "temperature_width": temperature, "num_patterns": patterns}
+        config["random_refpoints_xy"] = detector.fixed_centres
+    if deformable:
+        two_stage = detector.queries == "proposals"
+        config |= {
+            "num_feature_levels": detector.levels,
+            "two_stage": two_stage,
+            "two_stage_num_proposals": detector.query_count,
+            "with_box_refine": detector.refine != "none",
+            # Tying would replace the class heads of all layers by the first one.
+            "tie_word_embeddings": False,
+        }
+    return config
+
+
+def modern(name: str, kind: str) -> str:
+    """A name on disk as transformers calls it in memory; one in memory stays as it is."""
+    if kind == "dab-detr":
+        return name
+    name = name.replace("backbone.conv_encoder.", "backbone.")
+    name = re.sub(r"layers\.(\d+)\.(fc[12])\.", r"layers.\1.mlp.\2.", name)
+    name = re.sub(r"(self_attn|encoder_attn)\.out_proj\.", r"\1.o_proj.", name)
+    for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
+        name = re.sub(rf"\.{short}_([qkv])(content|pos_sine|pos)?_proj\.", _projection(module), name)
+    return name
+
+
+def _projection(module: str) -> Callable[[re.Match[str]], str]:
+    return lambda m: f".{module}.{m[1]}{'_' + m[2] if m[2] else ''}_proj."
+
+
+def on_disk(name: str, kind: str) -> str:
+    """The inverse of `modern`: what every version of transformers reads."""
+    if kind == "dab-detr":
+        return name
+    name = name.replace("model.backbone.model.", "model.backbone.conv_encoder.model.")
+    name = re.sub(r"layers\.(\d+)\.mlp\.(fc[12])\.", r"layers.\1.\2.", name)
+    name = re.sub(r"(self_attn|encoder_attn)\.o_proj\.", r"\1.out_proj.", name)
+    if kind == "conditional_detr":
+        for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
+            pattern = rf"(decoder\.layers\.\d+)\.{module}\.([qkv])_?(content|pos_sine|pos)?_proj\."
+            name = re.sub(pattern, rf"\1.{short}_\2\3_proj.", name)
+    return name

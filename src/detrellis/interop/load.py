@@ -1,0 +1,151 @@
+"""From anybody's checkpoint to a detector of ours: weights, recipe and classes. Nothing is ever half-loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detrellis.data.classes import ClassMap
+from detrellis.errors import UserError
+from detrellis.interop import huggingface, reference
+from detrellis.interop.coco import COCO_IDS, COCO_NAMES
+from detrellis.interop.files import HUB, fetch, read_folder, read_json, read_pth, read_safetensors
+from detrellis.interop.links import Link, Row, link_up, missing, to_ours, unused
+from detrellis.interop.names import huggingface as huggingface_names
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.network import build_detector
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A checkpoint in our names."""
+
+    weights: Mapping[str, Tensor]
+    recipe: Recipe
+    classes: ClassMap
+    skipped: tuple[str, ...]  # their tensors that a detector has no use for
+
+
+def is_foreign(place: str | Path) -> bool:
+    """Whether `place` is somebody else's checkpoint: `hf:org/name`, a folder with `config.json` or the
+    `model.safetensors` in it, or a `.pth` file."""
+    text = str(place)
+    path = Path(text)
+    if text.startswith(HUB) or path.suffix in (".pth", ".pt", ".bin"):
+        return True
+    folder = path if path.is_dir() else path.parent
+    return (path.is_dir() or path.name == "model.safetensors") and (folder / "config.json").is_file()
+
+
+def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation: bool = False) -> Converted:
+    """Read a Hugging Face folder, `hf:org/name`, or a reference repository's `.pth`.
+
+    `classes` names the classes of a file that does not (default: COCO's where there are 91 or 80); `dilation` says that
+    a `.pth` file is of a DC5 model. Raises `UserError`, naming the file, for whatever does not fit.
+    """
+    text = str(place)
+    path = fetch(text.removeprefix(HUB)) if text.startswith(HUB) else Path(text)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder", f"Give {HUB}org/name, a folder with config.json, or a file.")
+    try:
+        if path.is_dir() or path.name == "model.safetensors":
+            return _from_huggingface(path if path.is_dir() else path.parent, classes)
+        return _from_reference(path, classes, dilation)
+    except UserError as error:
+        message = error.message if str(path) in error.message else f"{path}: {error.message}"
+        raise UserError(message, error.remedy) from None
+
+
+def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
+    config = read_json(folder / "config.json")
+    recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
+    kind = huggingface.family_of(recipe.detector)
+    weights = {huggingface.modern(name, kind): value for name, value in read_folder(folder).items()}
+    weights |= _tied_heads(weights, recipe.detector.decoder_layers)
+    labels = _labels(config)
+    named = labels if classes is None else _fitting(classes, len(labels))
+    rows = huggingface_names(recipe.detector, huggingface.is_native(config))
+    return _convert(weights, rows, recipe, named)
+
+
+def _tied_heads(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The class heads that a file leaves out because they are tied to the first one; ours are one a layer."""
+    first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
+    names = [(f"class_embed.{layer}.{kind}", value) for layer in range(layers) for kind, value in first.items()]
+    return {n: v for n, v in names if v is not None and n not in weights and f"model.decoder.{n}" not in weights}
+
+
+def _labels(config: Mapping[str, Any]) -> ClassMap:
+    """The file's `id2label`: their label index is our class index, and the id unless we saved the file."""
+    given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))}
+    labels = {int(i): str(name) for i, name in given.items()}
+    if sorted(labels) != list(range(len(labels))):
+        raise UserError("config.json: id2label does not count from 0")
+    ids = config.get("detrellis_category_ids", range(len(labels)))
+    return ClassMap(tuple(int(i) for i in ids), tuple(labels[i] for i in range(len(labels))))
+
+
+def with_processor(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the image size of a `preprocessor_config.json`; without one, DETR's 800 to 1333 pixels."""
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"exact_long": True})})
+    if not path.is_file():
+        return recipe
+    size = read_json(path).get("size", {})
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    if "shortest_edge" in size:
+        update = {"size": int(size["shortest_edge"]), "max_side": size.get("longest_edge")}
+    elif "max_height" in size:
+        update = {"size": (int(size["max_height"]), int(size["max_width"])), "augment": "fixed"}
+    elif "height" in size:
+        update = {"size": (int(size["height"]), int(size["width"])), "keep_aspect": False, "augment": "fixed"}
+    else:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+
+
+def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Converted:
+    weights, arguments = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_pth(path)
+    recipe = reference.recipe_of(weights, {"dilation": dilation} | arguments)
+    count = reference.class_count(weights, recipe.detector)
+    named = _numbered(count) if classes is None else _fitting(classes, count)
+    weights |= reference.unknown_label(weights, recipe.detector)
+    return _convert(weights, reference.table(recipe.detector, reference.is_detrex(weights)), recipe, named)
+
+
+def _fitting(classes: ClassMap, count: int) -> ClassMap:
+    """`classes` for `count` rows: one each, or the rows are the data set's own ids and some stand for nothing."""
+    if len(classes) == count:
+        return classes
+    if classes.ids and classes.ids[-1] < count and classes.ids[0] >= 0:
+        names = dict(zip(classes.ids, classes.names, strict=True))
+        return ClassMap(tuple(range(count)), tuple(names.get(i, f"N/A {i}") for i in range(count)))
+    raise UserError(f"{len(classes)} classes are named, the weights have {count}")
+
+
+def _numbered(count: int) -> ClassMap:
+    """Classes of a file that names none: COCO's where it has as many, else numbers."""
+    if count == 91:  # raw COCO ids
+        return _fitting(ClassMap(COCO_IDS, COCO_NAMES), 91)
+    if count == 80:
+        return ClassMap(COCO_IDS, COCO_NAMES)
+    return ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
+
+
+def _convert(weights: Mapping[str, Tensor], rows: list[Row], recipe: Recipe, classes: ClassMap) -> Converted:
+    with torch.device("meta"):
+        detector = build_detector(recipe.detector, len(classes))
+    state = detector.state_dict()
+    links: list[Link] = link_up(state, rows, recipe.detector.decoder_layers)
+    assert not (left := missing(state, links)), f"no table names {left[0]}"
+    converted = to_ours(weights, links, {name: value.shape for name, value in state.items()})
+    floats = {name: value.float() for name, value in converted.items()}
+    if bad := [name for name, value in floats.items() if not value.isfinite().all()]:
+        raise UserError(f"{bad[0]} holds values that are not finite", "Take another copy of the file.")
+    skipped = [n for n in unused(weights, links) if not reference.REPEATED.match(n)]
+    return Converted(floats, recipe, classes, tuple(skipped))

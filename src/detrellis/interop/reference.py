@@ -1,0 +1,307 @@
+"""The reference repositories' state dicts, and detrex's of DINO: which network they hold, and its names.
+
+A state dict says its sizes by its shapes. What no shape tells (heads, dilation) comes from the training arguments in
+the file, else from the papers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detrellis.errors import UserError
+from detrellis.interop.links import Row
+from detrellis.interop.names import deformable_neck, sampling, torchvision
+from detrellis.recipes.conditional import conditional_detr_r50
+from detrellis.recipes.config import BackboneConfig, DetectorConfig, Recipe
+from detrellis.recipes.dab import dab_deformable_detr_r50, dab_detr_r50, dn_deformable_detr_r50, dn_detr_r50
+from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage_plus
+from detrellis.recipes.detr import detr_r50
+from detrellis.recipes.dino import dino_r50
+
+Weights = Mapping[str, Tensor]
+# What only training needs: a scheme's, not the detector's.
+TRAINING_ONLY = re.compile(r"^(label_enc|criterion)\.")
+# The decoder's second names of the heads.
+REPEATED = re.compile(r"^transformer\.decoder\.(class|bbox)_embed\.")
+SEGMENTATION = re.compile(r"^(detr\.|bbox_attention\.|mask_head\.)")
+
+
+def recipe_of(weights: Weights, arguments: Mapping[str, Any]) -> Recipe:
+    """The recipe of the network that the state dict holds, with the dict's sizes."""
+    if any(SEGMENTATION.match(k) for k in weights):
+        raise UserError("a segmentation model: Detrellis has detectors only", "Give the weights of the detector.")
+    make = next((make for marker, make in FAMILIES.items() if all(part in weights for part in marker)), None)
+    if make is None:
+        raise UserError(
+            "these names belong to no model that Detrellis knows",
+            "It reads DETR, Conditional DETR, DAB-DETR, DN-DETR, Deformable DETR, DINO, and detrex's DINO.",
+        )
+    recipe = make()
+    detector = recipe.detector.model_copy(update=_sizes(weights, recipe.detector, arguments))
+    name = recipe.name.replace("-r50", "")
+    return recipe.model_copy(update={"name": name, "detector": detector})
+
+
+_DEFORMABLE = "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight"
+_CONDITIONAL = "transformer.decoder.layers.0.ca_qcontent_proj.weight"
+_DETREX = "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight"
+# The first of these whose tensors are all there.
+FAMILIES = {
+    (_DETREX, "transformer.tgt_embed.weight"): dino_r50,
+    (_DEFORMABLE, "transformer.tgt_embed.weight", "transformer.enc_output.weight"): dino_r50,
+    (_DEFORMABLE, "refpoint_embed.weight", "tgt_embed.weight", "label_enc.weight"): dn_deformable_detr_r50,
+    (_DEFORMABLE, "refpoint_embed.weight", "tgt_embed.weight"): dab_deformable_detr_r50,
+    (_DEFORMABLE, "transformer.pos_trans.weight", "query_embed.weight"): deformable_detr_r50_two_stage_plus,
+    (_DEFORMABLE,): deformable_detr_r50,
+    (_CONDITIONAL, "refpoint_embed.weight", "label_enc.weight"): dn_detr_r50,
+    (_CONDITIONAL, "refpoint_embed.weight"): dab_detr_r50,
+    (_CONDITIONAL,): conditional_detr_r50,
+    ("transformer.decoder.layers.0.multihead_attn.in_proj_weight",): detr_r50,
+}
+
+
+def is_detrex(weights: Weights) -> bool:
+    """Whether the names are detrex's."""
+    return _DETREX in weights
+
+
+def class_count(weights: Weights, detector: DetectorConfig) -> int:
+    """Classes that the weights distinguish, without "no object"."""
+    rows = next(weights[k].shape[0] for k in ("class_embed.weight", "class_embed.0.weight") if k in weights)
+    return rows - 1 if detector.scores == "softmax" else rows
+
+
+def _count(weights: Weights, prefix: str) -> int:
+    found = {int(m[1]) for k in weights if (m := re.match(re.escape(prefix) + r"\.(\d+)\.", k))}
+    return len(found)
+
+
+def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The detector's fields that shapes and arguments decide."""
+    detrex = is_detrex(weights)
+    layer = "transformer.encoder.layers.0"
+    inner = weights[f"{layer}.ffns.0.layers.0.0.weight" if detrex else f"{layer}.linear1.weight"]
+    found: dict[str, Any] = {
+        "width": inner.shape[1],
+        "hidden": inner.shape[0],
+        "heads": int(arguments.get("nheads", detector.heads)),
+        "encoder_layers": _count(weights, "transformer.encoder.layers"),
+        "decoder_layers": _count(weights, "transformer.decoder.layers"),
+        "backbone": _backbone(weights, detector, arguments),
+    }
+    if detector.encoder == "deformable":
+        found |= _deformable_sizes(weights, detector, found["heads"])
+    if detrex:
+        found |= {"position_temperature": 10000.0, "position_offset": -0.5}
+    queries = next(
+        weights[k]
+        for k in ("refpoint_embed.weight", "query_embed.weight", "transformer.tgt_embed.weight", "class_embed.0.weight")
+        if k in weights
+    )
+    found["query_count"] = queries.shape[0]
+    if found.get("queries") == "proposals":
+        found["query_count"] = int(arguments.get("num_queries", detector.query_count))
+    if "transformer.patterns.weight" in weights and not detector.indicator:
+        found["patterns"] = weights["transformer.patterns.weight"].shape[0]
+    if detector.scores == "softmax":
+        found["top_k"] = found["query_count"]
+    return found
+
+
+def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) -> dict[str, Any]:
+    detrex = is_detrex(weights)
+    levels = weights["transformer.level_embeds" if detrex else "transformer.level_embed"].shape[0]
+    weigh = "attentions.0" if detrex else "self_attn"
+    rows = weights[f"transformer.encoder.layers.0.{weigh}.attention_weights.weight"].shape[0]
+    found: dict[str, Any] = {"levels": levels, "points": rows // (heads * levels)}
+    first, second = (weights.get(f"class_embed.{i}.weight") for i in (0, 1))
+    shared = first is not None and second is not None and torch.equal(first, second)
+    if detector.query_position == "boxes" and detector.queries == "mixed":
+        found["shared_heads"] = shared
+    elif detector.queries == "learned":
+        found["refine"] = "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
+        if "transformer.pos_trans.weight" in weights:
+            found["queries"] = "proposals"
+    return found
+
+
+def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> BackboneConfig:
+    """Its ResNet by its number of blocks. DC5 has the same tensors: the arguments tell."""
+    if is_detrex(weights):
+        maps, prefix = _count(weights, "neck.convs"), "backbone.res{}"
+        depths = tuple(_count(weights, prefix.format(stage)) for stage in (2, 3, 4, 5))
+    else:
+        levels = weights["transformer.level_embed"].shape[0] if "transformer.level_embed" in weights else 1
+        extra = [k for k in weights if re.fullmatch(r"input_proj\.\d+\.0\.weight", k) and weights[k].shape[-1] == 3]
+        maps = levels - len(extra)
+        depths = tuple(_count(weights, f"backbone.0.body.layer{stage}") for stage in (1, 2, 3, 4))
+    bottleneck = any(re.search(r"layer1\.0\.conv3|res2\.0\.conv3", k) for k in weights)
+    known = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
+    basic = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+    name = (known if bottleneck else basic).get(depths)  # type: ignore[arg-type]
+    if name is None:
+        raise UserError(f"the backbone has {depths} blocks a stage: only ResNets are supported")
+    strides = {1: (32,), 3: (8, 16, 32), 4: (4, 8, 16, 32)}.get(maps)
+    if strides is None:
+        raise UserError(f"a detector on {maps} backbone maps is not supported")
+    dilation = bool(arguments.get("dilation", detector.backbone.dilation))
+    return BackboneConfig(name=name, pretrained=False, norm="frozen", dilation=dilation, strides=strides)
+
+
+def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
+    """DN-DETR's content of the main queries, the last row of its label embedding, under a name of its own."""
+    if detector.content != "shared" or "label_enc.weight" not in weights:
+        return {}
+    return {"unknown_label": weights["label_enc.weight"][-1:]}
+
+
+def table(detector: DetectorConfig, detrex: bool) -> list[Row]:
+    """The names of the family that `recipe_of` found."""
+    if detrex:
+        return _detrex(detector)
+    shared = [
+        *torchvision("backbone.0.body"),
+        *_packed("decoder.layers.*.self_attention.projections", "transformer.decoder.layers.*.self_attn"),
+        Row("encoder.layers.*.norm", "transformer.encoder.layers.*.norm1"),
+        Row("encoder.layers.*.feed_forward.norm", "transformer.encoder.layers.*.norm2"),
+        Row("decoder.layers.*.feed_forward.norm", "transformer.decoder.layers.*.norm3"),
+        *(
+            Row(f"{part}.layers.*.feed_forward.{ours}", f"transformer.{part}.layers.*.{theirs}")
+            for part in ("encoder", "decoder")
+            for ours, theirs in (("inner", "linear1"), ("outer", "linear2"), ("activation", "activation"))
+        ),
+        Row("decoder.layers.*.self_attention.output", "transformer.decoder.layers.*.self_attn.out_proj"),
+        Row("decoder.final_norm", "transformer.decoder.norm"),
+        Row("decoder.position.scale.@", "transformer.decoder.query_scale.@"),
+        Row("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
+        Row("queries.{centres,sizes}", "refpoint_embed.weight", 1),
+    ]
+    return [*(_deformable(detector) if detector.encoder == "deformable" else _dense(detector)), *shared]
+
+
+def _packed(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}.{kind}", f"{theirs}.in_proj_{kind}") for kind in ("weight", "bias")]
+
+
+def _dense(detector: DetectorConfig) -> list[Row]:
+    decoder = "transformer.decoder.layers.*"
+    anchors = detector.queries == "anchors"
+    content = "unknown_label" if detector.content == "shared" else "transformer.patterns.weight"
+    return [
+        Row("neck.projection", "input_proj"),
+        Row("queries.position", "query_embed.weight"),
+        Row("queries.content", content),
+        Row("queries.reference.@", "transformer.decoder.ref_point_head.@"),
+        *_packed("encoder.layers.*.attention.projections", "transformer.encoder.layers.*.self_attn"),
+        Row("encoder.layers.*.attention.output", "transformer.encoder.layers.*.self_attn.out_proj"),
+        Row("encoder.position_scale.@", "transformer.encoder.query_scale.@"),
+        Row("decoder.position.size.@", "transformer.decoder.ref_anchor_head.@"),
+        Row("decoder.layers.*.norm_self", f"{decoder}.norm1"),
+        Row("decoder.layers.*.norm_cross", f"{decoder}.norm2"),
+        *_packed("decoder.layers.*.cross_attention.projections", f"{decoder}.multihead_attn"),
+        Row("decoder.layers.*.self_attention.content", f"{decoder}.sa_{{qcontent,kcontent,v}}_proj"),
+        Row("decoder.layers.*.self_attention.position", f"{decoder}.sa_{{qpos,kpos}}_proj"),
+        Row("decoder.layers.*.cross_attention.query", f"{decoder}.ca_qcontent_proj"),
+        Row("decoder.layers.*.cross_attention.query_sine", f"{decoder}.ca_qpos_sine_proj"),
+        Row("decoder.layers.*.cross_attention.query_position", f"{decoder}.ca_qpos_proj"),
+        Row("decoder.layers.*.cross_attention.memory", f"{decoder}.ca_{{kcontent,v}}_proj"),
+        Row("decoder.layers.*.cross_attention.key_position", f"{decoder}.ca_kpos_proj"),
+        Row(
+            "decoder.layers.*.cross_attention.output",
+            f"{decoder}.{'multihead_attn' if detector.cross_attention == 'dense' else 'cross_attn'}.out_proj",
+        ),
+        Row("decoder.heads.classes.0", "class_embed"),
+        Row("decoder.heads.boxes.0.@", "bbox_embed.@" + ("|transformer.decoder.bbox_embed.@" if anchors else "")),
+    ]
+
+
+def _deformable(detector: DetectorConfig) -> list[Row]:
+    last = detector.decoder_layers
+    dino = detector.queries == "mixed" and detector.query_position == "boxes"
+    classify, move = (
+        ("transformer.enc_out_class_embed", "transformer.enc_out_bbox_embed.@")
+        if dino
+        else (f"class_embed.{last}", f"bbox_embed.{last}.@")
+    )
+    content = {"anchors": "tgt_embed.weight", "mixed": "transformer.tgt_embed.weight" if dino else "query_embed.weight"}
+    return [
+        *deformable_neck(len(detector.backbone.strides), "input_proj"),
+        Row("neck.level_embed", "transformer.level_embed"),
+        *sampling("encoder.layers.*.attention", "transformer.encoder.layers.*.self_attn"),
+        *sampling("decoder.layers.*.cross_attention", "transformer.decoder.layers.*.cross_attn"),
+        Row("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm1"),
+        Row("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm2"),
+        *(
+            [Row("queries.content", content[detector.queries])]
+            if detector.queries in content
+            else [Row("queries.{position,content}", "query_embed.weight", 1)]
+        ),
+        Row("queries.reference", "transformer.reference_points"),
+        Row("queries.head.projection", "transformer.enc_output"),
+        Row("queries.head.norm", "transformer.enc_output_norm"),
+        Row("queries.head.classify", classify),
+        Row("queries.head.move.@", move),
+        Row("queries.derive.0", "transformer.pos_trans"),
+        Row("queries.derive.1", "transformer.pos_trans_norm"),
+        *heads(detector),
+    ]
+
+
+def heads(detector: DetectorConfig) -> list[Row]:
+    """Class and box heads: one a layer in theirs, which share a tensor where ours is one."""
+    own = "0" if detector.shared_heads or detector.refine == "none" else "*"
+    return [
+        Row(f"decoder.heads.classes.{own}", "class_embed.*"),
+        *(Row(f"decoder.heads.boxes.{own}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
+    ]
+
+
+def _detrex(detector: DetectorConfig) -> list[Row]:
+    last = detector.decoder_layers
+    encoder, decoder = "transformer.encoder.layers.*", "transformer.decoder.layers.*"
+    backbone = [Row("backbone.stem.0", "backbone.stem.conv1"), Row("backbone.stem.1", "backbone.stem.conv1.norm")]
+    for stage in range(1, 5):
+        ours, theirs = f"backbone.stages.layer{stage}.*", f"backbone.res{stage + 1}.*"
+        for k in (1, 2, 3):
+            backbone += [Row(f"{ours}.conv{k}", f"{theirs}.conv{k}"), Row(f"{ours}.bn{k}", f"{theirs}.conv{k}.norm")]
+        backbone += [
+            Row(f"{ours}.downsample.0", f"{theirs}.shortcut"),
+            Row(f"{ours}.downsample.1", f"{theirs}.shortcut.norm"),
+        ]
+    neck = [
+        Row(f"neck.{ours}.*.{i}", f"neck.{theirs}.*.{part}")
+        for ours, theirs in (("projections", "convs"), ("extra", "extra_convs"))
+        for i, part in enumerate(("conv", "norm"))
+    ]
+    return [
+        *backbone,
+        *neck,
+        Row("neck.level_embed", "transformer.level_embeds"),
+        *sampling("encoder.layers.*.attention", f"{encoder}.attentions.0"),
+        Row("encoder.layers.*.norm", f"{encoder}.norms.0"),
+        Row("encoder.layers.*.feed_forward.norm", f"{encoder}.norms.1"),
+        *_packed("decoder.layers.*.self_attention.projections", f"{decoder}.attentions.0.attn"),
+        Row("decoder.layers.*.self_attention.output", f"{decoder}.attentions.0.attn.out_proj"),
+        *sampling("decoder.layers.*.cross_attention", f"{decoder}.attentions.1"),
+        Row("decoder.layers.*.norm_self", f"{decoder}.norms.0"),
+        Row("decoder.layers.*.norm_cross", f"{decoder}.norms.1"),
+        Row("decoder.layers.*.feed_forward.norm", f"{decoder}.norms.2"),
+        *(
+            Row(f"{ours}.layers.*.feed_forward.{part}", f"transformer.{ours}.layers.*.ffns.0.layers.{theirs}")
+            for ours in ("encoder", "decoder")
+            for part, theirs in (("inner", "0.0"), ("outer", "1"))
+        ),
+        Row("decoder.final_norm", "transformer.decoder.norm"),
+        Row("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
+        Row("queries.content", "transformer.tgt_embed.weight"),
+        Row("queries.head.projection", "transformer.enc_output"),
+        Row("queries.head.norm", "transformer.enc_output_norm"),
+        Row("queries.head.classify", f"class_embed.{last}"),
+        Row("queries.head.move.@", f"bbox_embed.{last}.@"),
+        *heads(detector),
+    ]
