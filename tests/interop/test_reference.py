@@ -68,6 +68,7 @@ def check(path: Path, detector: torch.nn.Module, recipe: Recipe) -> None:
     found = load_foreign(path)
     expected = recipe.detector.model_dump() | {"top_k": found.recipe.detector.top_k}
     expected["backbone"]["pretrained"] = False
+    expected["empty_compete"] = expected["queries"] in ("proposals", "mixed")
     assert found.recipe.detector.model_dump() == expected
     assert len(found.classes) == CLASSES
     rebuilt = build_detector(found.recipe.detector, CLASSES).eval()

@@ -144,6 +144,7 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
             "queries": "proposals" if two_stage else "learned",
             "query_count": config["two_stage_num_proposals"] if two_stage else config["num_queries"],
             "refine": "detached" if config["with_box_refine"] else "none",
+            "empty_compete": two_stage,
         }
     return found
 

@@ -96,6 +96,8 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
     }
     if detector.encoder == "deformable":
         found |= _deformable_sizes(weights, detector, found["heads"])
+    if "transformer.enc_output.weight" in weights:
+        found["empty_compete"] = True
     if detrex:
         found |= {"position_temperature": 10000.0, "position_offset": -0.5}
     queries = next(

@@ -33,12 +33,21 @@ class ProposalHead(nn.Module):
     """Scores and boxes of all tokens, and the ranking of the best.
 
     `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the highest class
-    logit, as DINO does.
+    logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
+    in the reference codes, instead of last.
     """
 
-    def __init__(self, width: int, classes: int, proposals: int, *, rank_by: Literal["first", "max"]) -> None:
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        proposals: int,
+        *,
+        rank_by: Literal["first", "max"],
+        empty_compete: bool = False,
+    ) -> None:
         super().__init__()
-        self.proposals, self.rank_by = proposals, rank_by
+        self.proposals, self.rank_by, self.empty_compete = proposals, rank_by, empty_compete
         self.projection = xavier_linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.classify = class_head(width, classes)
@@ -51,13 +60,14 @@ class ProposalHead(nn.Module):
         states = self.norm(self.projection(memory.tokens.masked_fill(~usable, 0)))
         logits = self.classify(states)
         boxes = (self.move(states) + anchors).sigmoid().masked_fill(~usable, 1)
-        return Proposals(logits, boxes, self.rank(logits.masked_fill(~usable, -math.inf), self.proposals))
+        ranked = logits if self.empty_compete else logits.masked_fill(~usable, -math.inf)
+        return Proposals(logits, boxes, self.rank(ranked, self.proposals))
 
     def rank(self, logits: Tensor, count: int) -> Tensor:
         """Token indices `(B, count)` of the highest scores, best first; all tokens where there are fewer.
 
-        Tokens that can propose nothing come last. The reference codes let them compete with the score of an empty
-        memory, which an untrained head may rank first; how much an image is padded would then decide its queries.
+        Tokens that can propose nothing come with -inf. An untrained head may rank an empty memory first; how much an
+        image is padded would then decide its queries. A trained one has learned that it is no object.
         """
         scores = logits[..., 0] if self.rank_by == "first" else logits.amax(-1)
         return scores.topk(min(count, scores.shape[1]), dim=1).indices

@@ -87,6 +87,7 @@ class DetectorConfig(Config):
     position_temperature: Positive = 10000.0
     position_offset: float = -0.5
     proposal_targets: Literal["objectness", "classes"] = "objectness"
+    empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
     top_k: Count = 100
 
 

@@ -102,7 +102,7 @@ def build_queries(config: DetectorConfig, classes: int) -> nn.Module:
             fixed_centres=config.fixed_centres,
         )
     rank_by = "first" if config.proposal_targets == "objectness" else "max"
-    head = ProposalHead(width, classes, count, rank_by=rank_by)  # type: ignore[arg-type]
+    head = ProposalHead(width, classes, count, rank_by=rank_by, empty_compete=config.empty_compete)  # type: ignore[arg-type]
     return ProposalQueries(
         head,
         width,
