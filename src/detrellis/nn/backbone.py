@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -45,10 +46,12 @@ class ResNet(nn.Module):
         if norm == "frozen":
             for part in (self.stem, self.stages["layer1"]):
                 part.requires_grad_(False)
+        # A pixel's channels side by side: convolutions are 10 to 30 % faster so, and the maps are tokens already.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to maps, finest first."""
-        x, maps = self.stem(pixels), []
+        x, maps = self.stem(pixels.contiguous(memory_format=torch.channels_last)), []
         for name, stage in self.stages.items():
             x = stage(x)
             if name in self.wanted:
