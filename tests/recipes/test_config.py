@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from detrellis.errors import UserError
-from detrellis.recipes import RECIPES, Recipe, find_recipe
+from detrellis.recipes import RECIPES, Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
 
 
@@ -108,3 +108,42 @@ def test_undefined_networks_are_refused_when_built(name: str, override: str, mes
     recipe = find_recipe(name).untrained().override([override])
     with pytest.raises(UserError, match=message):
         build(recipe, 3)
+
+
+# Class weight, class cost, queries, dropout, FFN, top-k, epochs, eps, temperature and offset of the positions.
+PUBLISHED = {
+    "detr-r50": (1, 1, 100, 0.1, 2048, 100, 300, 1e-5, 10000, 0),
+    "conditional-detr-r50": (2, 2, 300, 0.1, 2048, 100, 50, 1e-5, 10000, 0),
+    "dab-detr-r50": (1, 2, 300, 0.0, 2048, 300, 50, 1e-3, 20, 0),
+    "dn-detr-r50": (1, 2, 300, 0.0, 2048, 300, 50, 1e-3, 20, 0),
+    "deformable-detr-r50": (2, 2, 300, 0.1, 1024, 100, 50, 1e-5, 10000, -0.5),
+    "dab-deformable-detr-r50": (1, 2, 300, 0.0, 2048, 300, 50, 1e-3, 20, 0),
+    "dn-deformable-detr-r50": (1, 2, 300, 0.0, 2048, 300, 50, 1e-3, 20, 0),
+    "dino-r50": (1, 2, 900, 0.0, 2048, 300, 12, 1e-3, 20, 0),
+    "deformable-detr-swin-l": (2, 2, 300, 0.0, 2048, 100, 12, 1e-5, 10000, -0.5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_hold_the_published_settings(name: str) -> None:
+    r = find_recipe(name)
+    d = r.detector
+    found = (r.loss.classes, r.loss.cost_classes, d.query_count, d.dropout, d.hidden, d.top_k)
+    found += (r.schedule.epochs, d.eps, d.position_temperature, d.position_offset)
+    assert found == PUBLISHED[name]
+    assert (r.loss.box, r.loss.giou, r.optim.clip, r.optim.batch_size) == (5, 2, 0.1, 16)
+
+
+def test_dilated_recipes_differ_in_the_dilation_only() -> None:
+    for name in ("detr-r50", "conditional-detr-r50", "dab-detr-r50", "dn-detr-r50"):
+        plain, dilated = find_recipe(name), find_recipe(f"{name}-dc5")
+        again = dilated.override(["detector.backbone.dilation=false"])
+        assert again.model_copy(update={"name": plain.name, "about": plain.about}) == plain
+
+
+def test_any_recipe_can_be_made_tiny() -> None:
+    for make in RECIPES:
+        recipe = tiny_sized(make())
+        model = build(recipe, 3)
+        assert sum(p.numel() for p in model.detector.parameters()) < 6e6, recipe.name
+        assert recipe.schemes == make().schemes

@@ -135,7 +135,6 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
         if config["temperature_height"] != config["temperature_width"]:
             raise UserError("config.json: temperature_height and temperature_width differ")
         found |= {"position_temperature": float(config["temperature_height"]), "patterns": config["num_patterns"]}
-        found["fixed_centres"] = bool(config.get("random_refpoints_xy", False))
     if deformable:
         two_stage = bool(config["two_stage"])
         found |= {
