@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import detrellis
+from detrellis.data.loader import Batch
 from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import read_records
+from detrellis.engine.train import padded_share
 from detrellis.recipes import find_recipe
 
-from ..small import SMALL
+from ..small import SMALL, images, targets
 
 SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
 
@@ -83,3 +85,10 @@ def test_the_optimizer_steps_are_the_recipes_batches(shapes: Path, tmp_path: Pat
         for n in (1, 2)
     )
     assert plain.steps == halves.steps == 3
+
+
+def test_the_share_of_padding_is_recorded() -> None:
+    batch = Batch(images(((64, 96), (32, 48))), targets((1, 1)), (1, 2), torch.tensor([[64, 96], [32, 48]]))
+    assert float(padded_share(batch)) == pytest.approx(0.75 / 2)
+    even = batch._replace(images=images(((64, 96), (64, 96))))
+    assert float(padded_share(even)) == 0

@@ -74,7 +74,8 @@ class TrainingView:
             self.line("  ".join(name.rjust(width) for name, width in self._columns.items()), style="bold")
         self._rows += 1
         self.line("  ".join(cells.get(name, "-").rjust(width) for name, width in self._columns.items()))
-        self.line(time_line(record["seconds"]), style="dim")
+        padded = record["metrics"].get("data/padding", 0.0)
+        self.line(time_line(record["seconds"]) + (f"  padding {padded:.0%}" if padded >= 0.005 else ""), style="dim")
 
     def track(self, items: Iterable[Item], name: str, total: int | None) -> Iterator[Item]:
         """Yields `items` under a bar of their own; without a terminal, silently."""

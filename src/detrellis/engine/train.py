@@ -211,6 +211,7 @@ class Run:
             batch = batch.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 out: StepOutput = self.model(batch.images, batch.targets)
+            out = out._replace(metrics=out.metrics | {"data/padding": padded_share(batch)})
             total = torch.stack(list(out.losses.values())).sum()
             save_to = self.job.out / f"bad_batch-{self.world.rank}.pt"
             value = check_finite(out.losses, total, number, batch.image_ids, batch, save_to)
@@ -297,6 +298,12 @@ def _distributed(model: TrainableDetector, world: World) -> nn.Module:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices)
+
+
+def padded_share(batch: Batch) -> torch.Tensor:
+    """Share of a batch's pixels that are padding: work done for nothing, which `data.group_by_aspect` lowers."""
+    padding = batch.images.padding
+    return batch.images.pixels.new_zeros(()) if padding is None else padding.float().mean()
 
 
 def loader_batch(recipe: Recipe, world: World) -> int:
