@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 # A file's tests stay in one process, because they share runs that are expensive to make.
 TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
 TESTS ?=
+BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint types arrows style clean
+.PHONY: help venv demo test bench check lint types arrows style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +24,9 @@ demo: $(STAMP)  ## Make a data set, train on it, and draw what the detector find
 
 test: $(STAMP)  ## Run the tests (a part of them: make test TESTS=tests/golden)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) $(TESTS)
+
+bench: $(STAMP)  ## Measure what has a speed budget, and print a table (a part: make bench BENCH=step)
+	$(BIN)/python benchmarks/all.py $(BENCH)
 
 check: lint types arrows style  ## Run ruff, mypy, and the import and style tests
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 
@@ -22,6 +22,7 @@ from detrellis.data.layout import DataSource, resolve
 from detrellis.data.loader import stack_images
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector
+from detrellis.engine.bench import BenchResult, How, bench_recipe
 from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.distributed import World, pick_device, world
@@ -339,6 +340,19 @@ def info(
 ) -> Info:
     """Parameters, multiply-adds and training schemes of a recipe."""
     return measure(_chosen(recipe, scale, scheme, override), classes)
+
+
+def bench(
+    recipe: str | Recipe,
+    *,
+    classes: int = 80,
+    scale: Scale | None = None,
+    scheme: str | Sequence[str] = (),
+    override: str | Sequence[str] = (),
+    **how: Unpack[How],
+) -> BenchResult:
+    """Latency and throughput of a recipe with random weights: inference, or a training step. See `engine/bench.py`."""
+    return bench_recipe(_chosen(recipe, scale, scheme, override), classes, **how)
 
 
 def _chosen(

@@ -325,6 +325,39 @@ def info(
 
 
 @app.command()
+def bench(
+    recipe: Annotated[str, typer.Argument(help="Recipe name.")],
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, several with commas.")] = "1",
+    size: Annotated[str | None, typer.Option(help="Short side, or HEIGHTxWIDTH (default: the recipe's).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's).")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Timed passes, of which the median counts.")] = 10,
+    scale: Scale = None,
+    scheme: Schemes = None,
+    override: Overrides = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Latency and throughput of a recipe here: inference, or a training step, with random weights.
+
+    Example: detrellis bench dino-r50 --size 640x640 --batch-sizes 1,2 --threads 1
+    """
+    from detrellis import api
+    from detrellis.engine.bench import How
+
+    how: How = {"batch_sizes": batch_sizes, "size": size, "threads": threads, "compiled": compiled}
+    how |= {"train": train, "runs": runs, "device": device}
+    found = api.bench(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or (), **how)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    console.print(escape(found.about()), highlight=False)
+    console.print(found.table())
+
+
+@app.command()
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes.
 

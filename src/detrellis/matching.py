@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 WORST = 1e8  # stands for a cost that is not a number, which the solver would refuse
+CACHED = 2**18  # costs that a CPU computes at a time: the dozen arrays on the way to them stay in its cache
 
 
 # (logits (..., N, C), labels (..., T)) to the unweighted class term (..., N, T)
@@ -36,6 +38,11 @@ def focal_term(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return present - absent
 
 
+def _planes(boxes: Tensor) -> Tensor:
+    """The same `(..., 4)`, in memory one coordinate after the other: arithmetic on coordinates then strides by 1."""
+    return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 def softmax_term(logits: Tensor, labels: Tensor) -> Tensor:
     """DETR's class term: minus the softmax probability of the target's class."""
     return -_columns(logits.softmax(-1), labels)
@@ -52,7 +59,7 @@ class MatchingCost:
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`."""
-        overlap = pairwise_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
+        overlap = pairwise_giou(_planes(cxcywh_to_xyxy(boxes)), _planes(cxcywh_to_xyxy(targets)))
         distance = torch.cdist(boxes, targets, p=1)
         return self.classes * self.class_term(logits, labels) + self.l1 * distance - self.giou * overlap
 
@@ -91,15 +98,27 @@ def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
     return labels, boxes
 
 
-def _costs(match: Match, cost: MatchingCost) -> Tensor:
-    """Costs of all layers, images and copies: `(L, B, K, N / K, T)`, in float32 or better."""
+def _shape(match: Match) -> tuple[int, int, int, int]:
+    """Layers, images, copies, queries of a copy."""
     layers, batch, queries, _ = match.output.logits.shape
+    return layers, batch, match.copies, queries // match.copies
+
+
+def _costs(match: Match, cost: MatchingCost) -> list[Tensor]:
+    """Costs `(l, b, K, N / K, T)` of some layers and images at a time, in order; in float32 or better."""
+    layers, batch, copies, queries = _shape(match)
     labels, boxes = _pad(match.targets)
-    shape = (layers, batch, match.copies, queries // match.copies, -1)
-    logits, predicted = (t.detach().to(boxes.dtype).reshape(shape) for t in match.output[:2])
-    expand = (layers, batch, match.copies)
-    labels = labels[None, :, None].expand(*expand, -1)
-    return cost(logits, predicted, labels, boxes[None, :, None].expand(*expand, -1, -1))
+    logits, predicted = (
+        t.detach().to(boxes.dtype).reshape(layers, batch, copies, queries, -1) for t in match.output[:2]
+    )
+    labels = labels[None, :, None].expand(layers, batch, copies, -1)
+    boxes = boxes[None, :, None].expand(layers, batch, copies, -1, -1)
+    together = layers * batch
+    if boxes.device.type == "cpu":
+        together = max(CACHED // (copies * queries * labels.shape[-1]), 1)
+    rows, columns = max(together // batch, 1), min(together, batch)
+    parts = itertools.product(range(0, layers, rows), range(0, batch, columns))
+    return [cost(*(t[i : i + rows, j : j + columns] for t in (logits, predicted, labels, boxes))) for i, j in parts]
 
 
 @torch.no_grad()
@@ -110,10 +129,10 @@ def assign(matches: Sequence[Match]) -> list[Assignment]:
         costs = [_costs(m, c) for m, c in solvable]
     if not costs:
         return [m.assign.assignment if isinstance(m.assign, Known) else _nothing(m) for m in matches]
-    flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
-    arrays = np.split(flat, np.cumsum([c.numel() for c in costs])[:-1])
-    rows = [_solve(a.reshape(c.shape), m.targets) for a, c, (m, _) in zip(arrays, costs, solvable, strict=True)]
-    packed = torch.from_numpy(np.concatenate(rows, axis=1)).to(costs[0].device, non_blocking=True)
+    flat = torch.cat([part.flatten() for parts in costs for part in parts])
+    arrays = np.split(flat.cpu().numpy(), np.cumsum([sum(p.numel() for p in parts) for parts in costs])[:-1])
+    rows = [_solve(a.reshape(*_shape(m), -1), m.targets) for a, (m, _) in zip(arrays, solvable, strict=True)]
+    packed = torch.from_numpy(np.concatenate(rows, axis=1)).to(flat.device, non_blocking=True)
     solved = iter(packed.split([r.shape[1] for r in rows], dim=1))
     found = {id(m): Assignment(*next(solved)) for m, _ in solvable}
     known = {id(m): m.assign.assignment for m in matches if isinstance(m.assign, Known)}
@@ -126,9 +145,12 @@ def _nothing(match: Match) -> Assignment:
 
 
 def _solve(costs: NDArray[np.floating], targets: Targets) -> NDArray[np.int64]:
-    """Rows layer, image, query, target, rank of the optimal matchings of `costs (L, B, K, N, T)`, in query order."""
+    """Rows layer, image, query, target, rank of the optimal matchings of `costs (L, B, K, N, T)`, in query order.
+
+    Costs that are not finite are overwritten.
+    """
     layers, batch, copies, queries, _ = costs.shape
-    finite = np.nan_to_num(costs, nan=WORST, posinf=WORST, neginf=-WORST)
+    finite = np.nan_to_num(costs, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
     rows = []
     for layer, image, copy in np.ndindex(layers, batch, copies):
         size = targets.sizes[image]

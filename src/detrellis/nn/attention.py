@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.nn.linear import FastLinear, linear
 from detrellis.types import Memory, Segment, Spatial
 
 
@@ -86,7 +87,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def _packed_projections(width: int) -> tuple[nn.Linear, nn.Linear]:
     """Projections to queries, keys and values as one matrix, rows q, k, v, initialised together as
     `nn.MultiheadAttention` does; and the output projection."""
-    projections, output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+    projections, output = FastLinear(width, 3 * width), FastLinear(width, width)
     for layer in (projections, output):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -105,8 +106,8 @@ class SelfAttention(nn.Module):
         """`x, position (B, N, D)` to `(B, N, D)`; no residual, no norm."""
         width = x.shape[-1]
         weight, bias = self.projections.weight, self.projections.bias
-        qk = F.linear(x + position, weight[: 2 * width], bias[: 2 * width])
-        values = F.linear(x, weight[2 * width :], bias[2 * width :])
+        qk = linear(x + position, weight[: 2 * width], bias[: 2 * width])
+        values = linear(x, weight[2 * width :], bias[2 * width :])
         q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), values))
         attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))
@@ -128,7 +129,7 @@ class DenseAttention(nn.Module):
         """`x (B, N, D)` to the same; no residual, no norm."""
         inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
         parts = zip(inputs, self.projections.weight.chunk(3), self.projections.bias.chunk(3), strict=True)
-        q, k, v = (split_heads(F.linear(*part), self.heads) for part in parts)
+        q, k, v = (split_heads(linear(*part), self.heads) for part in parts)
         attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))
         return out

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.attention import memory_attention, merge_heads, segmented_attention, split_heads
+from detrellis.nn.linear import FastLinear
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Segment, Spatial
 
 
 def _projections(width: int, parts: int) -> nn.Linear:
     """`parts` projections in one matrix, each initialised as a layer of its own."""
-    packed = nn.Linear(width, parts * width)
+    packed = FastLinear(width, parts * width)
     for block in packed.weight.chunk(parts):
         nn.init.xavier_uniform_(block)
     return packed

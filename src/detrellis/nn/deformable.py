@@ -1,35 +1,18 @@
-"""Multi-scale deformable attention (Deformable DETR, Eq. 3)."""
+"""The deformable attention module; its core is `ms_deform_attn`, see `deformable_op`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.nn.deformable_op import ms_deform_attn
+from detrellis.nn.linear import FastLinear
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Spatial
 
-
-def ms_deform_attn(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples, zero outside the map.
-
-    `value (B, S, M, d)`, `locations (B, N, M, V, P, 2)` as (x, y) in [0, 1] of each level, `weights (B, N, M, V, P)`.
-    Returns `(B, N, M * d)`. Sampled level by level, so that at most one level's samples exist at a time.
-    """
-    batch, _, heads, width = value.shape
-    queries = locations.shape[1]
-    # grid_sample puts -1 and 1 on the map's outer edges, as the pixel rule `location * size - 0.5` does.
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*M, N, V, P, 2)
-    shares = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*M, 1, N, V, P)
-    out = value.new_zeros(())
-    for level, tokens in enumerate(value.split([h * w for h, w in shapes], dim=1)):
-        image = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, *shapes[level])
-        samples = F.grid_sample(image, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = out + (samples * shares[..., level, :]).sum(-1)
-    return out.view(batch, heads * width, queries).transpose(1, 2)
+__all__ = ["DeformableAttention", "ms_deform_attn"]
 
 
 class DeformableAttention(nn.Module):
@@ -38,8 +21,8 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.sampling_offsets = FastLinear(width, heads * levels * points * 2)
+        self.attention_weights = FastLinear(width, heads * levels * points)
         self.value_projection = xavier_linear(width, width)
         self.output_projection = xavier_linear(width, width)
         self._reset()

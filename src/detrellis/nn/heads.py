@@ -8,12 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.linear import FastLinear
 from detrellis.nn.mlp import MLP
 
 
-def class_head(width: int, classes: int) -> nn.Linear:
+def class_head(width: int, classes: int) -> FastLinear:
     """Linear classifier whose bias starts every class at probability 0.01 (the focal loss prior)."""
-    layer = nn.Linear(width, classes)
+    layer = FastLinear(width, classes)
     nn.init.constant_(layer.bias, -math.log(0.99 / 0.01))
     return layer
 
@@ -41,7 +42,7 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         if softmax:
-            classifier, mover = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
+            classifier, mover = FastLinear(width, classes + 1), MLP(width, width, 4, 3)
         else:
             classifier, mover = class_head(width, classes), box_head(width)
         copies = range(1 if shared else layers)

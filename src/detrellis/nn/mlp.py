@@ -7,12 +7,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from detrellis.nn.linear import FastLinear
+
 Activation = Literal["relu", "prelu"]
 
 
-def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
+def xavier_linear(inputs: int, outputs: int) -> FastLinear:
     """A linear layer as DETR's transformer initialises it: Xavier-uniform weight, PyTorch's bias."""
-    layer = nn.Linear(inputs, outputs)
+    layer = FastLinear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     return layer
 
@@ -26,7 +28,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, depth: int, *, xavier: bool = False) -> None:
         super().__init__()
         widths = [inputs, *[hidden] * (depth - 1), outputs]
-        make = xavier_linear if xavier else nn.Linear
+        make = xavier_linear if xavier else FastLinear
         self.layers = nn.ModuleList(make(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""What the benchmarks share: interleaved timing, saved activations, and rows that name a budget.
+
+CPU time of the process is measured with one thread, because benchmarks run on shared machines: another process slows
+the clock on the wall more than it slows this one. Variants take turns, so that what disturbs one disturbs all. Read the
+ratios, not the milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Seconds = list[float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement with its budget."""
+
+    what: str
+    measured: float
+    budget: float
+    unit: str  # "x", "ms", ...
+    at_least: bool = False  # whether the budget is the least or the most
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is met."""
+        return self.measured >= self.budget if self.at_least else self.measured <= self.budget
+
+    def text(self) -> str:
+        """One line."""
+        sign = ">=" if self.at_least else "<="
+        verdict = "ok" if self.ok else "MISSED"
+        return f"{self.what}: {self.measured:.3g} {self.unit} (budget {sign} {self.budget:g} {self.unit}) {verdict}"
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the rows with budgets here")
+    return parser
+
+
+def finish(rows: list[Row], to: Path | None) -> None:
+    """Print the rows with budgets, and write them where asked."""
+    for row in rows:
+        print(row.text())
+    if to is not None:
+        to.write_text(json.dumps([asdict(r) for r in rows]))
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Seconds]:
+    """CPU seconds of each call, variant after variant, round after round."""
+    seconds: dict[str, Seconds] = {name: [] for name in variants}
+    for i in range(warmup + rounds):
+        for name, run in variants.items():
+            start = time.process_time()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def best(seconds: Seconds) -> float:
+    """The fastest: what the work costs when nothing disturbs it."""
+    return min(seconds)
+
+
+def describe(name: str, seconds: Seconds, per: str = "pass") -> str:
+    """Fastest and median, in milliseconds."""
+    return f"{name:16} fastest {min(seconds) * 1e3:9.1f} ms, median {statistics.median(seconds) * 1e3:9.1f} ms a {per}"
+
+
+def saved_bytes(forward: Callable[[], Any], ignore: set[int]) -> int:
+    """Bytes of the distinct storages that a forward pass keeps for its backward pass.
+
+    `ignore` holds `data_ptr()` of storages that exist anyway: parameters, buffers and inputs.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignore:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    total = sum(storages.values())
+    del kept  # only now: a freed storage's address would be given to another
+    return total
+
+
+def storages_of(*tensors: torch.Tensor) -> set[int]:
+    """For `saved_bytes(ignore=...)`."""
+    return {t.untyped_storage().data_ptr() for t in tensors}

@@ -1,0 +1,263 @@
+"""How fast a recipe runs here: latency and throughput of inference, or of a training step, with random weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import nn
+
+from detrellis.engine.distributed import pick_device
+from detrellis.engine.measure import image_size
+from detrellis.engine.optim import build_optimizer
+from detrellis.errors import UserError
+from detrellis.recipes.build import build
+from detrellis.recipes.config import Recipe
+from detrellis.training import TrainableDetector
+from detrellis.types import ImageBatch, Targets
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BOXES = 7  # of each image in a training step: COCO's average
+PATH = "deformable attention: "  # what a log line about the path starts with
+LANDSCAPE = 1333 / 800  # width to height of an image that only its short side describes, as the papers count
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One batch size: wall-clock times of the whole pass, and what follows from their median."""
+
+    batch_size: int
+    median_ms: float
+    fastest_ms: float
+    images_per_second: float  # at the median
+    peak_mib: float | None  # GPU memory that tensors took at most; None on other devices
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was timed, on what, and the times."""
+
+    recipe: str
+    task: str  # "inference" or "training step"
+    image_size: tuple[int, int]  # height, width; no image is padded
+    classes: int
+    device: str
+    threads: int
+    compiled: bool
+    attention: str | None  # how deformable attention was computed; None where there is none
+    warmup: int
+    runs: int
+    timings: tuple[Timing, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    def about(self) -> str:
+        """What was timed, and how, as a line."""
+        height, width = self.image_size
+        parts = [f"{self.recipe}, {self.task}, {width}x{height} pixels, {self.device}, {self.threads} CPU threads"]
+        parts += ["compiled"] if self.compiled else []
+        parts.append(f"{self.runs} runs after {self.warmup} to warm up")
+        parts += [] if self.attention is None else [f"deformable attention: {self.attention}"]
+        return "; ".join(parts)
+
+    def table(self) -> Table:
+        """The times, for the terminal."""
+        from rich.table import Table
+
+        memory = any(t.peak_mib is not None for t in self.timings)
+        table = Table("batch", "median", "fastest", "images/s", *(["peak memory"] if memory else []))
+        for t in self.timings:
+            row = [str(t.batch_size), f"{t.median_ms:.1f} ms", f"{t.fastest_ms:.1f} ms", f"{t.images_per_second:.2f}"]
+            table.add_row(*row, *([f"{t.peak_mib:.0f} MiB"] if t.peak_mib is not None else []))
+        return table
+
+
+def parse_size(text: str | int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of `"640x480"` (height first), of a pair, or of a short side: the papers' landscape image."""
+    if not isinstance(text, tuple):
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip().lower())
+        if found is None:
+            raise UserError(f"image size {text!r}", "Write a short side, or HEIGHTxWIDTH: --size 640, --size 640x480.")
+        short = int(found[1])
+        text = (short, int(found[2]) if found[2] else round(short * LANDSCAPE))
+    if min(text) < 32:
+        raise UserError(f"image size {text[0]}x{text[1]}", "Take 32 pixels or more: that is one cell of the last map.")
+    return text
+
+
+def parse_batch_sizes(text: str | int | Sequence[int]) -> list[int]:
+    """Batch sizes from `"1,2"`, a number or numbers."""
+    given = text.split(",") if isinstance(text, str) else [text] if isinstance(text, int) else text
+    try:
+        sizes = [int(part) for part in given]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"batch sizes {text!r}", "Write positive numbers with commas: --batch-sizes 1,2.")
+    return sizes
+
+
+class How(TypedDict, total=False):
+    """What `bench_recipe` takes besides recipe and classes."""
+
+    batch_sizes: str | int | Sequence[int]  # "1,2,4"; default 1
+    size: str | int | tuple[int, int] | None  # see `parse_size`; default: the recipe's
+    threads: int | None  # of the CPU; default: torch's
+    compiled: bool
+    train: bool  # a training step instead of inference
+    runs: int
+    warmup: int
+    device: str | None
+
+
+def bench_recipe(
+    recipe: Recipe,
+    classes: int,
+    *,
+    batch_sizes: str | int | Sequence[int] = 1,
+    size: str | int | tuple[int, int] | None = None,
+    threads: int | None = None,
+    compiled: bool = False,
+    train: bool = False,
+    runs: int = 10,
+    warmup: int = 2,
+    device: str | None = None,
+) -> BenchResult:
+    """Time `runs` passes at each batch size after `warmup` untimed ones, which also pay for what is compiled.
+
+    Inference is `Detector.detect`: images to sorted boxes. A training step is forward, losses on random targets,
+    backward, clipping and the optimizer, with the recipe's schemes. Weights are random and nothing is downloaded: they
+    change no time.
+    """
+    if runs < 1 or warmup < 0:
+        raise UserError(f"{runs} runs after {warmup} to warm up", "Take 1 or more, after 0 or more.")
+    own, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
+    model = build(recipe.untrained(), classes).to(own).train(train)
+    if compiled:
+        _compile(model, train)
+    make = partial(_training, recipe, classes) if train else _inference
+    with _threads(threads), LISTENER.listening():
+        used, timings = torch.get_num_threads(), []
+        for batch in parse_batch_sizes(batch_sizes):
+            images = ImageBatch(torch.randn(batch, 3, *pixels, device=own))
+            timings.append(_time(make(model, images), batch, own, runs, warmup))
+    task = "training step" if train else "inference"
+    name = torch.cuda.get_device_name(own) if own.type == "cuda" else own.type
+    about = (recipe.name, task, pixels, classes, name, used, compiled, attention_path(recipe), warmup, runs)
+    return BenchResult(*about, tuple(timings))
+
+
+class _Listener(logging.Handler):
+    """Keeps what the network parts log about the path they take. They say it once in a process, so it stays."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.heard = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()).startswith(PATH):
+            self.heard = text.removeprefix(PATH)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """With the logger open to what is said in passing."""
+        logger = logging.getLogger("detrellis.nn")
+        level = logger.level
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+LISTENER = _Listener()
+
+
+def attention_path(recipe: Recipe) -> str | None:
+    """How the recipe's deformable attention was computed last, by its own word."""
+    used = "deformable" in (recipe.detector.encoder, recipe.detector.cross_attention)
+    return LISTENER.heard or None if used else None
+
+
+def _compile(model: TrainableDetector, train: bool) -> None:
+    """The whole detector where it runs whole; in training its parts, between which the schemes add their queries."""
+    detector = model.detector
+    parts = (detector.backbone, detector.neck, detector.encoder, detector.queries, detector.decoder)
+    for part in parts if train else (detector,):
+        part.compile()
+
+
+def _inference(model: TrainableDetector, images: ImageBatch) -> Callable[[], object]:
+    height, width = images.pixels.shape[-2:]
+    sizes = torch.tensor([[height, width]] * len(images.pixels), device=images.pixels.device)
+    return partial(model.detector.detect, images, sizes)
+
+
+def _training(recipe: Recipe, classes: int, model: TrainableDetector, images: ImageBatch) -> Callable[[], object]:
+    batch, device = len(images.pixels), images.pixels.device
+    boxes = torch.rand(batch * BOXES, 4, device=device) * 0.3 + 0.2
+    labels = torch.randint(classes, (batch * BOXES,), device=device)
+    targets = Targets(labels, boxes, (BOXES,) * batch)
+    optimizer = build_optimizer(model.named_parameters(), recipe.optim)
+    amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            losses, _ = model(images, targets)
+        torch.stack(list(losses.values())).sum().backward()
+        if recipe.optim.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip)
+        optimizer.step()
+
+    return step
+
+
+def _time(run: Callable[[], object], batch: int, device: torch.device, runs: int, warmup: int) -> Timing:
+    cuda = device.type == "cuda"
+    seconds = []
+    for i in range(warmup + runs):
+        if cuda and i == warmup:
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds.append(_seconds(run, device))
+    timed = [s * 1000 for s in seconds[warmup:]]
+    median = statistics.median(timed)
+    peak = round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if cuda else None
+    return Timing(batch, round(median, 3), round(min(timed), 3), round(batch / median * 1000, 3), peak)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """A GPU works on after the call has returned: it is waited for, before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with that many threads, and as before afterwards."""
+    if count is not None and count < 1:
+        raise UserError(f"{count} threads", "Take 1 or more.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,76 @@
+"""Linear layers that take oneDNN's matrix products on a CPU.
+
+torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN or less:
+98 against 217 GFLOP/s on the AMD EPYC of docs/performance.md, where such products are 60 % of a training step. torch
+ships oneDNN and reaches it from compiled code only, so this asks for the operation that compiled code asks for. It is
+private to torch: where it is missing or does not work, and wherever else it has nothing to offer, `F.linear` is used.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Multiplications below which the call costs more than it wins.
+WORTH = 2**22
+
+
+@cache
+def _available() -> bool:
+    """Whether oneDNN's product is there and right."""
+    try:
+        x, weight, bias = torch.rand(3, 4), torch.rand(5, 4), torch.rand(5)
+        return torch.backends.mkldnn.is_available() and torch.allclose(
+            _product(x, weight, bias), x @ weight.t() + bias, atol=1e-5
+        )
+    except Exception:  # another torch, which names it differently
+        return False
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x (..., i) @ weight (o, i)^T + bias`."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            _product(rows, weight.t()).view(x.shape) if for_x else None,
+            _product(rows.t(), inputs.t()) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `F.linear`: `x (..., i)`, `weight (o, i)`, `bias (o)` to `(..., o)`. No second derivative on a CPU."""
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    single = x.dtype is weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not single or x.numel() * len(weight) < WORTH or not _available():
+        return F.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x, weight, bias)
+    return out
+
+
+class FastLinear(nn.Linear):
+    """As `nn.Linear`, by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., i)` to `(..., o)`."""
+        return linear(x, self.weight, self.bias)

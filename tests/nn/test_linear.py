@@ -1,0 +1,83 @@
+"""Linear layers by oneDNN: the same numbers as torch's, and torch's own path wherever oneDNN has nothing to offer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detrellis.nn import linear as module
+from detrellis.nn.linear import FastLinear, linear
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often oneDNN was asked, with a threshold that lets small inputs in."""
+    if not module._available():
+        pytest.skip("this torch has no oneDNN product")
+    found: list[int] = []
+    product = module._product
+
+    def counted(*arguments: Tensor) -> Tensor:
+        found.append(1)
+        return product(*arguments)
+
+    monkeypatch.setattr(module, "_product", counted)
+    monkeypatch.setattr(module, "WORTH", 1)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (2, 3, 5, 12), (0, 12)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_equals_torch(shape: tuple[int, ...], biased: bool, calls: list[int]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(9, 12, requires_grad=True)
+    inputs = (x, weight, torch.randn(9, requires_grad=True)) if biased else (x, weight)
+    actual, expected = linear(*inputs), F.linear(*inputs)
+    assert bool(calls) == bool(x.numel())
+    torch.testing.assert_close(actual, expected)
+    gradient = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(actual, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_views_and_slices(calls: list[int]) -> None:
+    """Rows of a packed matrix, and an input that is not contiguous."""
+    x, weight = torch.randn(4, 12, 6).transpose(1, 2), torch.randn(30, 12)
+    torch.testing.assert_close(linear(x, weight[10:20]), F.linear(x, weight[10:20]))
+    assert calls
+
+
+def test_only_what_needs_a_gradient_gets_one(calls: list[int]) -> None:
+    layer = FastLinear(4, 3)
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(5, 4)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad is not None
+    assert len(calls) == 1  # neither the input's gradient nor the weight's was computed
+
+
+def test_other_precisions_take_torchs_path(calls: list[int]) -> None:
+    layer, x = FastLinear(4, 3), torch.randn(5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.double()(x.double())
+    assert not calls
+
+
+def test_missing_or_wrong_products_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for broken in (lambda *_: 1 / 0, lambda x, weight, bias: x @ weight.t()):
+        monkeypatch.setattr(module, "_product", broken)
+        module._available.cache_clear()
+        assert not module._available()
+    module._available.cache_clear()
+
+
+def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORTH", 1)
+    layer, x = FastLinear(4, 3), torch.randn(5, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
