@@ -34,10 +34,11 @@ def compare(rounds: int, side: int) -> list[Row]:
         "dino-r50": lambda: dino(ImageBatch(pixels)),
     }
     wanted, found = variants["transformers"](), variants["same network"]()
-    torch.testing.assert_close(found.logits[0], wanted.logits, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(found.boxes[0], wanted.pred_boxes, atol=1e-3, rtol=1e-3)
-    print(f"largest difference of the outputs: {(found.logits[0] - wanted.logits).abs().max():.1e} logits, ", end="")
-    print(f"{(found.boxes[0] - wanted.pred_boxes).abs().max():.1e} boxes")
+    # Proposals whose scores are equal to the last bits may be ranked either way: each query needs its counterpart.
+    rows = [torch.cat(pair, -1)[0] for pair in ((found.logits[0], found.boxes[0]), (wanted.logits, wanted.pred_boxes))]
+    apart = torch.cdist(*rows, p=torch.inf).amin(1)
+    assert apart.max() < 1e-3, f"{int((apart >= 1e-3).sum())} of {len(apart)} queries have no counterpart"
+    print(f"largest difference of a query's logits and box from its counterpart's: {apart.max():.1e}")
     seconds = interleaved(variants, rounds, warmup=1)
     for name, values in seconds.items():
         print(describe(name, values, "image"))
