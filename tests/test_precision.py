@@ -12,6 +12,7 @@ from .small import CLASSES, NAMES, images, small, targets
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
     model = build(small(name).override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]), CLASSES)
     model.train()
     batch, truth = images(((64, 96), (64, 80))), targets((2, 3))

@@ -93,3 +93,11 @@ def test_unknown_names_are_user_errors() -> None:
         build_backbone(config("mobilenetv3_small_050", strides=(7,)))
     with pytest.raises(UserError, match="stride"):
         build_backbone(config("resnet18", strides=(7,)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_branches_are_dropped_at_the_rate_asked_for(rate: float) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    model = build_backbone(BackboneConfig(name=name, pretrained=False, drop_path=rate))
+    rates = [m.drop_prob for m in model.modules() if hasattr(m, "drop_prob")]
+    assert max(rates, default=0.0) == pytest.approx(rate)

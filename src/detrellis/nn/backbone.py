@@ -97,8 +97,12 @@ class TimmBackbone(nn.Module):
         info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()
         indices = tuple(reductions.index(s) for s in _known(name, strides, reductions))
-        options = {"drop_path_rate": drop_path} if drop_path else {}
-        model: Any = _create(name, pretrained=pretrained, out_indices=indices, **options)
+        model: Any = _create(
+            name, pretrained=pretrained, out_indices=indices, **({"drop_path_rate": drop_path} if drop_path else {})
+        )
+        for part in model.modules():
+            if drop_path == 0 and hasattr(part, "drop_prob"):  # timm's Swin drops a tenth unless told otherwise
+                part.drop_prob = 0.0
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC")
         self.channels: list[int] = list(model.feature_info.channels())
         self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model
