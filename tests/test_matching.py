@@ -121,3 +121,14 @@ def test_cost_of_many_classes_is_not_computed() -> None:
 
     assign([Match(output, targets, Hungarian(MatchingCost(class_term=term)))])
     assert seen == [((1, 1, 1, 4, CLASSES), (1, 1, 1, 2))]
+
+
+@pytest.mark.parametrize("cached", [1, 200, 500])
+def test_costs_computed_in_pieces_are_the_same(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image by image, several images, and several layers at a time."""
+    output, targets = problem(layers=3, sizes=(4, 0, 7), queries=12)
+    match = [Match(output, targets, Hungarian(), copies=2)]
+    whole = assign(match)[0]
+    monkeypatch.setattr("detrellis.matching.CACHED", cached)
+    for one, other in zip(assign(match)[0], whole, strict=True):
+        assert torch.equal(one, other)

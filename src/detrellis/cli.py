@@ -73,7 +73,7 @@ def demo(
     epochs: Annotated[int | None, typer.Option(help="Fewer for a quick look.")] = None,
     seed: int = 0,
 ) -> None:
-    """Make a data set, check it, train on it, evaluate, and draw the result: about four minutes on two CPU cores.
+    """Make a data set, check it, train on it, evaluate, and draw the result: about three minutes on two CPU cores.
 
     Example: detrellis demo
     """

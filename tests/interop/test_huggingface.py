@@ -212,6 +212,10 @@ def broken(saved: Path, to: Path, **config: Any) -> Path:
         ({"d_model": 64}, "has the shape"),
         ({"encoder_ffn_dim": 64}, "differ: not supported"),
         ({"activation_function": "gelu"}, "gelu"),
+        ({"num_queries": "many"}, "query_count"),
+        ({"encoder_layers": None}, "encoder_layers"),
+        ({"id2label": ["a", "b"]}, "cannot be understood"),
+        ({"backbone_config": "resnet50"}, "cannot be understood"),
         ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}, "backbone"),
     ],
 )
@@ -265,3 +269,33 @@ def test_the_hub_is_asked_for_by_name(saved: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(UserError, match="hf:org/name cannot be fetched"):
         load_foreign("hf:org/name")
+
+
+def test_empty_proposals_compete_as_in_transformers(tmp_path: Path) -> None:
+    """Where the head ranks an empty memory first, theirs selects tokens that can propose nothing: so has ours to."""
+    theirs = make("deformable two-stage", "small", "native")
+    with torch.no_grad():
+        empty = theirs.model.enc_output_norm(theirs.model.enc_output.bias)
+        for heads in (theirs.class_embed, theirs.model.decoder.class_embed):
+            heads[-1].weight[0] = empty
+    theirs.save_pretrained(tmp_path)
+    expected = outputs(theirs, torch.float32)
+    actual = our_outputs(tmp_path, torch.float32)
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-4, rtol=1e-4)
+    found = load_foreign(tmp_path)
+    plain = found.recipe.detector.model_copy(update={"empty_compete": False})
+    detector = build_detector(plain, len(found.classes)).eval()
+    detector.load_state_dict(dict(found.weights))
+    with torch.no_grad():
+        assert not torch.allclose(detector(ImageBatch(*batch())).logits[0], expected[0], atol=1e-2)
+
+
+def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
+    """Without box refinement one head serves all layers; a file whose layers differ belongs to another model."""
+    theirs = make("deformable", "small", "native")
+    theirs.config.save_pretrained(tmp_path)
+    weights = {k: v.clone() for k, v in theirs.state_dict().items()}
+    weights["class_embed.1.weight"] = weights["class_embed.1.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"class_embed\.0\.weight and class_embed\.1\.weight differ"):
+        load_foreign(tmp_path)

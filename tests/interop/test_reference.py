@@ -152,6 +152,10 @@ def test_bad_files_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: these names belong to no model"):
         load_foreign(tmp_path / "other.pth")
+    for key in ("transformer.encoder.layers.0.linear1.weight", "class_embed.weight", "query_embed.weight"):
+        torch.save({k: v for k, v in theirs.items() if k != key}, tmp_path / "sizeless.pth")
+        with pytest.raises(UserError, match=rf"sizeless\.pth: {key} is missing"):
+            load_foreign(tmp_path / "sizeless.pth")
     del theirs["transformer.decoder.layers.1.linear2.bias"]
     torch.save(theirs, tmp_path / "incomplete.pth")
     with pytest.raises(UserError, match=r"incomplete\.pth: transformer\.decoder\.layers\.1\.linear2\.bias is missing"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from detrellis.data.classes import ClassMap
+from detrellis.data.coco import load_json
 from detrellis.engine.checkpoint import Card, find_weights, load_weights, save_weights
 from detrellis.errors import UserError
 from detrellis.interop.load import is_foreign, load_foreign
@@ -90,10 +90,8 @@ def _kinds(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def read_classes(path: Path) -> ClassMap:
     """The classes of a COCO file."""
+    content = load_json(path)
     try:
-        categories = json.loads(path.read_text())["categories"]
-        return ClassMap.from_categories(categories)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: no COCO file with categories ({error})", "Give an annotation file.") from None
+        return ClassMap.from_categories(content["categories"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: no COCO categories ({error})", "Give an annotation file.") from None

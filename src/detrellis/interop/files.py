@@ -82,7 +82,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict in a `.pth` file, and the training arguments beside it where the file has them.
 
-    Reference repositories keep it under `model` (or `ema_model`, or `state_dict`), with an `argparse.Namespace`.
+    Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -97,15 +97,21 @@ BLOCKS = {  # depths of their own ResNet: its name
 }
 
 
-def recipe_of(config: Config) -> Recipe:
-    """The recipe that a `config.json` describes: its family's, with the file's sizes."""
+def kind_of(config: Config) -> str:
+    """The model type of a `config.json`, one of those that ours can be."""
     kind = str(config.get("model_type", "")).replace("dab_detr", "dab-detr")
     if kind not in FAMILIES:
         raise UserError(f"model_type {kind!r} is not one that Detrellis has", f"Known: {', '.join(FAMILIES)}.")
+    return kind
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The recipe that a `config.json` describes: its family's, with the file's sizes."""
+    kind = kind_of(config)
     make, own = FAMILIES[kind]
     recipe = make()
     full = {**DEFAULTS, **own, **config}
-    detector = recipe.detector.model_copy(update=_sizes(kind, full))
+    detector = DetectorConfig.checked(recipe.detector.model_dump() | _sizes(kind, full))
     return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector})
 
 
@@ -119,7 +125,7 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
         raise UserError(f"config.json: activation_function={activation!r} is not supported")
     deformable = kind == "deformable_detr"
     found = {
-        "backbone": _backbone(config, several=deformable and config["num_feature_levels"] > 1),
+        "backbone": _backbone(config, several=deformable and config["num_feature_levels"] > 1).model_dump(),
         "width": config["hidden_size"] if kind == "dab-detr" else config["d_model"],
         "heads": _both(config, "attention_heads"),
         "hidden": _both(config, "ffn_dim"),

@@ -63,13 +63,18 @@ def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation
 
 def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
     config = read_json(folder / "config.json")
-    recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
-    kind = huggingface.family_of(recipe.detector)
+    try:
+        recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
+        labels, native = _labels(config), huggingface.is_native(config)
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"its configuration cannot be understood ({error})", "Take another copy of it.") from None
+    kind = huggingface.kind_of(config)
     weights = {huggingface.modern(name, kind): value for name, value in read_folder(folder).items()}
     weights |= _tied_heads(weights, recipe.detector.decoder_layers)
-    labels = _labels(config)
     named = labels if classes is None else _fitting(classes, len(labels))
-    rows = huggingface_names(recipe.detector, huggingface.is_native(config))
+    rows = huggingface_names(recipe.detector, native)
     return _convert(weights, rows, recipe, named)
 
 
@@ -111,8 +116,11 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
 
 def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Converted:
     weights, arguments = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_pth(path)
-    recipe = reference.recipe_of(weights, {"dilation": dilation} | arguments)
-    count = reference.class_count(weights, recipe.detector)
+    try:
+        recipe = reference.recipe_of(weights, {"dilation": dilation} | arguments)
+        count = reference.class_count(weights, recipe.detector)
+    except KeyError as error:  # a tensor whose shape tells a size
+        raise UserError(f"{error.args[0]} is missing", "The file is not complete, or of another model.") from None
     named = _numbered(count) if classes is None else _fitting(classes, count)
     weights |= reference.unknown_label(weights, recipe.detector)
     return _convert(weights, reference.table(recipe.detector, reference.is_detrex(weights)), recipe, named)

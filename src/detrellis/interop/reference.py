@@ -24,8 +24,6 @@ from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.dino import dino_r50
 
 Weights = Mapping[str, Tensor]
-# What only training needs: a scheme's, not the detector's.
-TRAINING_ONLY = re.compile(r"^(label_enc|criterion)\.")
 # The decoder's second names of the heads.
 REPEATED = re.compile(r"^transformer\.decoder\.(class|bbox)_embed\.")
 SEGMENTATION = re.compile(r"^(detr\.|bbox_attention\.|mask_head\.)")
@@ -42,7 +40,8 @@ def recipe_of(weights: Weights, arguments: Mapping[str, Any]) -> Recipe:
             "It reads DETR, Conditional DETR, DAB-DETR, DN-DETR, Deformable DETR, DINO, and detrex's DINO.",
         )
     recipe = make()
-    detector = recipe.detector.model_copy(update=_sizes(weights, recipe.detector, arguments))
+    sizes = _sizes(weights, recipe.detector, arguments)
+    detector = DetectorConfig.checked(recipe.detector.model_dump() | sizes)
     name = recipe.name.replace("-r50", "")
     return recipe.model_copy(update={"name": name, "detector": detector})
 
@@ -72,7 +71,7 @@ def is_detrex(weights: Weights) -> bool:
 
 def class_count(weights: Weights, detector: DetectorConfig) -> int:
     """Classes that the weights distinguish, without "no object"."""
-    rows = next(weights[k].shape[0] for k in ("class_embed.weight", "class_embed.0.weight") if k in weights)
+    rows = weights["class_embed.0.weight" if "class_embed.0.weight" in weights else "class_embed.weight"].shape[0]
     return rows - 1 if detector.scores == "softmax" else rows
 
 
@@ -92,7 +91,7 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
         "heads": int(arguments.get("nheads", detector.heads)),
         "encoder_layers": _count(weights, "transformer.encoder.layers"),
         "decoder_layers": _count(weights, "transformer.decoder.layers"),
-        "backbone": _backbone(weights, detector, arguments),
+        "backbone": _backbone(weights, detector, arguments).model_dump(),
     }
     if detector.encoder == "deformable":
         found |= _deformable_sizes(weights, detector, found["heads"])
@@ -100,14 +99,11 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
         found["empty_compete"] = True
     if detrex:
         found |= {"position_temperature": 10000.0, "position_offset": -0.5}
-    queries = next(
-        weights[k]
-        for k in ("refpoint_embed.weight", "query_embed.weight", "transformer.tgt_embed.weight", "class_embed.0.weight")
-        if k in weights
-    )
-    found["query_count"] = queries.shape[0]
     if found.get("queries") == "proposals":
         found["query_count"] = int(arguments.get("num_queries", detector.query_count))
+    else:
+        learned = ("refpoint_embed.weight", "transformer.tgt_embed.weight", "query_embed.weight")
+        found["query_count"] = weights[next((k for k in learned if k in weights), learned[-1])].shape[0]
     if "transformer.patterns.weight" in weights and not detector.indicator:
         found["patterns"] = weights["transformer.patterns.weight"].shape[0]
     if detector.scores == "softmax":

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.data.loader import MEAN, STD
-from detrellis.errors import UserError
 from detrellis.interop import huggingface
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.names import huggingface as huggingface_names
@@ -35,8 +34,6 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     if detector.indicator:  # theirs has no channel kept free: its zero becomes a part of the pattern
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
     theirs = {huggingface.on_disk(k, kind): v.detach().cpu().contiguous() for k, v in to_theirs(ready, links).items()}
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: this folder is not empty", "Take another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(theirs, folder / "model.safetensors", {"format": "pt"})
     _write(folder / "config.json", config)
@@ -81,6 +78,8 @@ def _processor(kind: str, recipe: Recipe) -> dict[str, Any]:
 
 def _differences(kind: str, recipe: Recipe) -> list[str]:
     found = []
+    if recipe.detector.queries == "proposals" and not recipe.detector.empty_compete:
+        found.append("tokens that can propose nothing compete with their score there, ours come last")
     if kind == "dab-detr" and recipe.detector.eps != 1e-5:
         found.append(
             f"boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at {recipe.detector.eps}"

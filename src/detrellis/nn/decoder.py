@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from detrellis.boxes import inverse_sigmoid
 from detrellis.nn.heads import Heads
 from detrellis.nn.mlp import FeedForward
-from detrellis.nn.spatial import FixedPosition
 from detrellis.types import DecoderOutput, Memory, Queries, Segment, Spatial
 
 Refine = Literal["none", "detached", "look_forward_twice"]
@@ -61,14 +60,14 @@ class Decoder(nn.Module):
         heads: Heads,
         *,
         refine: Refine,
-        position: nn.Module | None = None,
+        position: nn.Module,
         final_norm: bool = False,
         width: int = 256,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.heads, self.position = heads, FixedPosition() if position is None else position
+        self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
 

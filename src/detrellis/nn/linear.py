@@ -1,9 +1,10 @@
 """Linear layers that take oneDNN's matrix products on a CPU.
 
 torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN or less:
-98 against 217 GFLOP/s on the AMD EPYC of docs/performance.md, where such products are 60 % of a training step. torch
-ships oneDNN and reaches it from compiled code only, so this asks for the operation that compiled code asks for. It is
-private to torch: where it is missing or does not work, and wherever else it has nothing to offer, `F.linear` is used.
+104 against 211 GFLOP/s on the AMD EPYC of docs/performance.md (benchmarks/linear.py). Such products are most of a
+training step. torch ships oneDNN and reaches it from compiled code only, so this asks for the operation that compiled
+code asks for. It is private to torch: where it is missing or does not work, and wherever else it has nothing to offer,
+`F.linear` is used.
 """
 
 from __future__ import annotations
