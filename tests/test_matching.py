@@ -102,7 +102,7 @@ def test_bad_numbers_are_matched_last(bad: float) -> None:
 @settings(max_examples=30, deadline=None)
 def test_permuting_queries_permutes_the_assignment(seed: int, order: list[int]) -> None:
     output, targets = problem(1, (2, 3), 7, seed)
-    turned = DecoderOutput(*(t[:, :, order] for t in output))
+    turned = output.map(lambda t: t[:, :, order])
     plain = {
         (image, query, target) for _, image, query, target in rows(assign([Match(output, targets, Hungarian())])[0])
     }
@@ -115,7 +115,7 @@ def test_cost_of_many_classes_is_not_computed() -> None:
     output, targets = problem(1, (2,), 4)
     seen = []
 
-    def term(logits: Tensor, labels: Tensor) -> Tensor:
+    def term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
         seen.append((logits.shape, labels.shape))
         return logits.new_zeros(*logits.shape[:-1], labels.shape[-1])
 

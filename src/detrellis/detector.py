@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
 
+IouBranch = Literal["none", "product", "root"]
+
 
 class Detector(nn.Module):
     """Backbone, neck, encoder, queries, decoder with its heads. `softmax`: the classes exclude each other (DETR).
+    `iou_branch` says how the IoU that the heads predict enters the scores: as a factor, or under a root with them.
 
     Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with more queries. Its
     `state_dict` is therefore the same whatever the detector was trained with.
@@ -28,11 +33,12 @@ class Detector(nn.Module):
         *,
         top_k: int,
         softmax: bool = False,
+        iou_branch: IouBranch = "none",
     ) -> None:
         super().__init__()
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
         self.queries, self.decoder = queries, decoder
-        self.top_k, self.softmax = top_k, softmax
+        self.top_k, self.softmax, self.iou_branch = top_k, softmax, iou_branch
 
     def forward(self, images: ImageBatch) -> DecoderOutput:
         """Outputs of the last decoder layer (L = 1)."""
@@ -57,15 +63,30 @@ class Detector(nn.Module):
         segments, queries = tuple(blocks), list(blocks.values())
         output = self.decoder(concatenate(queries), memory, segments, every_layer=True)
         sizes = [s.size for s in segments]
-        parts = zip(*(t.split(sizes, dim=2) for t in output), strict=True)
-        return {s.name: DecoderOutput(*p) for s, p in zip(segments, parts, strict=True)}
+        ends = list(itertools.accumulate(sizes))
+        spans = (slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+        return {s.name: output.map(lambda t, span=span: t[:, :, span]) for s, span in zip(segments, spans, strict=True)}
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:
         """Final detections, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
         output = self(images)
         select = select_per_query if self.softmax else select_top_k
-        return select(output.logits[-1], output.boxes[-1], sizes, self.top_k)
+        return select(self.scores(output), output.boxes[-1], sizes, self.top_k)
+
+    def scores(self, output: DecoderOutput) -> Tensor:
+        """The last layer's score of each query and class, as detections are ranked by: `(B, N, C)` in [0, 1].
+
+        Sigmoid, times the IoU that an IoU branch predicts, or the root of that product; or softmax without its last
+        column, "no object".
+        """
+        if self.softmax:
+            return output.logits[-1].softmax(-1)[..., :-1]
+        scores = output.logits[-1].sigmoid()
+        if output.iou_logits is None:
+            return scores
+        product = scores * output.iou_logits[-1].sigmoid().unsqueeze(-1)
+        return product.sqrt() if self.iou_branch == "root" else product
 
 
 def concatenate(parts: list[Queries]) -> Queries:
@@ -80,27 +101,27 @@ def concatenate(parts: list[Queries]) -> Queries:
     return Queries(content, joined([p.position for p in parts]), joined([p.boxes for p in parts]))
 
 
-def select_top_k(logits: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[Detections]:
-    """The `k` best (query, class) pairs of each image by sigmoid score; a query may give several classes; no NMS.
+def select_top_k(scores: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[Detections]:
+    """The `k` best (query, class) pairs of each image; a query may give several classes; no NMS.
 
-    `logits (B, N, C)`, `boxes (B, N, 4)`, `sizes (B, 2)` height and width in pixels.
+    `scores (B, N, C)`, `boxes (B, N, 4)`, `sizes (B, 2)` height and width in pixels.
     """
-    classes = logits.shape[-1]
-    scores, index = logits.sigmoid().flatten(1).topk(min(k, logits[0].numel()), dim=1)
+    classes = scores.shape[-1]
+    best, index = scores.flatten(1).topk(min(k, scores[0].numel()), dim=1)
     query, labels = index // classes, index % classes
     pixels = _pixels(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)), sizes)
-    return [Detections(*row) for row in zip(scores, labels, pixels, strict=True)]
+    return [Detections(*row) for row in zip(best, labels, pixels, strict=True)]
 
 
-def select_per_query(logits: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[Detections]:
-    """DETR's rule for softmax scores: each query has one class; the last logit is "no object" and no answer.
+def select_per_query(scores: Tensor, boxes: Tensor, sizes: Tensor, k: int) -> list[Detections]:
+    """DETR's rule for softmax scores: each query has one class.
 
     Shapes as `select_top_k`; the `k` best queries of each image.
     """
-    best, labels = logits.softmax(-1)[..., :-1].max(-1)
-    scores, query = best.topk(min(k, best.shape[1]), dim=1)
+    highest, labels = scores.max(-1)
+    best, query = highest.topk(min(k, highest.shape[1]), dim=1)
     pixels = _pixels(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)), sizes)
-    return [Detections(*row) for row in zip(scores, labels.gather(1, query), pixels, strict=True)]
+    return [Detections(*row) for row in zip(best, labels.gather(1, query), pixels, strict=True)]
 
 
 def _pixels(boxes: Tensor, sizes: Tensor) -> Tensor:

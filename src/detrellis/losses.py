@@ -1,22 +1,49 @@
-"""Losses as pure functions. None averages over queries: the set losses divide by the number of boxes."""
+"""Losses as pure functions of each element. None averages over queries: the set losses divide by the number of boxes.
+
+Classification works on logits `x` with `p = sigmoid(x)`, in log-sigmoids: finite at any logit, gradients too. A
+`ClassLoss` takes logits and targets in [0, 1] of positives, `(M,)` each; what all others learn is `absence_loss`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, giou
 
+ClassLoss = Callable[[Tensor, Tensor], Tensor]
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Elementwise focal loss `alpha_t (1 - p_t)^gamma BCE` (RetinaNet, Eq. 5), finite at any logit.
 
-    `targets` in {0, 1}, of the logits' shape.
-    """
-    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p = logits.sigmoid()
-    miss = p + targets - 2 * p * targets  # 1 - p_t
-    return (alpha * targets + (1 - alpha) * (1 - targets)) * miss**gamma * bce
+def absence_loss(logits: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss of a class that is not there: `-p^gamma log(1 - p)`; `gamma` is 0, or 1 and more."""
+    return logits.sigmoid() ** gamma * F.softplus(logits)
+
+
+def presence_loss(logits: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss of a class that is there: `-(1 - p)^gamma log p`."""
+    return absence_loss(-logits, gamma)
+
+
+def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """RetinaNet's, Eq. 5: `-0.25 (1 - p)^2 log p`, whatever the target."""
+    return 0.25 * presence_loss(logits)
+
+
+def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """QFL (Generalized Focal Loss, Eq. 2): `|t - p|^2 BCE(p, t)`."""
+    return (targets - logits.sigmoid()) ** 2 * bce_loss(logits, targets)
+
+
+def varifocal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """VFL (VarifocalNet, Eq. 2): `t BCE(p, t)`."""
+    return targets * bce_loss(logits, targets)
+
+
+def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy with a soft target."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
 def l1_loss(boxes: Tensor, targets: Tensor) -> Tensor:
@@ -24,6 +51,6 @@ def l1_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     return (boxes - targets).abs().sum(-1)
 
 
-def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 0.0) -> Tensor:
     """`1 - GIoU` of aligned `(cx, cy, w, h)` boxes: `(M, 4)` each to `(M,)`."""
-    return 1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
+    return 1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets), eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,20 +19,25 @@ WORST = 1e8  # stands for a cost that is not a number, which the solver would re
 CACHED = 2**18  # costs that a CPU computes at a time: the dozen arrays on the way to them stay in its cache
 
 
-# (logits (..., N, C), labels (..., T)) to the unweighted class term (..., N, T)
-ClassTerm = Callable[[Tensor, Tensor], Tensor]
+# (logits (..., N, C), labels (..., T), GIoU (..., N, T)) to the unweighted class term (..., N, T)
+ClassTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _columns(values: Tensor, labels: Tensor) -> Tensor:
+def columns(values: Tensor, labels: Tensor) -> Tensor:
+    """The targets' classes of `values (..., N, C)`: `(..., N, T)`."""
     return values.gather(-1, labels.unsqueeze(-2).expand(*values.shape[:-1], labels.shape[-1]))
 
 
-def focal_term(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss of the class being present minus that of its being absent, with the reference code's 1e-8.
+def focal_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
+    """Focal loss of the class being present minus that of its being absent.
 
     The targets' class columns are gathered before the sigmoid, so the cost does not grow with the number of classes.
     """
-    p = _columns(logits, labels).sigmoid()
+    return focal_difference(columns(logits, labels).sigmoid())
+
+
+def focal_difference(p: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """The same of probabilities, with the reference code's 1e-8."""
     present = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     absent = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return present - absent
@@ -43,9 +48,9 @@ def _planes(boxes: Tensor) -> Tensor:
     return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
-def softmax_term(logits: Tensor, labels: Tensor) -> Tensor:
+def softmax_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
     """DETR's class term: minus the softmax probability of the target's class."""
-    return -_columns(logits.softmax(-1), labels)
+    return -columns(logits.softmax(-1), labels)
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,44 @@ class MatchingCost:
         """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`."""
         overlap = pairwise_giou(_planes(cxcywh_to_xyxy(boxes)), _planes(cxcywh_to_xyxy(targets)))
         distance = torch.cdist(boxes, targets, p=1)
-        return self.classes * self.class_term(logits, labels) + self.l1 * distance - self.giou * overlap
+        classes = self.class_term(logits, labels, overlap)
+        return self.classes * classes + self.l1 * distance - self.giou * overlap
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """How many queries each target gets at each stage: Align-DETR's k.
+
+    `share` caps it in crowded images, each for itself: at most that part of the queries become positives, but every
+    target gets one. None: no cap; if the queries do not suffice, the targets get unequal numbers.
+    """
+
+    encoder: int = 1
+    intermediate: int = 1
+    last: int = 1
+    share: float | None = 0.5
+
+    def of(self, layer: int, layers: int, *, queries: int, targets: int) -> int:
+        """The number at decoder layer `layer` of `layers`, in an image of so many targets."""
+        k = self.last if layer == layers - 1 else self.intermediate
+        if self.share is None:
+            return k
+        return max(1, min(k, int(self.share * queries) // max(targets, 1)))
 
 
 @dataclass(frozen=True)
 class Hungarian:
-    """Assign by optimal one-to-one matching on `cost`, at each layer and within each copy of a block."""
+    """Assign by optimal matching on `cost`, at each layer and within each copy of a block.
+
+    One-to-one, or each target to several queries: then every target stands that often in the cost.
+    """
 
     cost: MatchingCost = MatchingCost()
+    candidates: Candidates = Candidates()
+
+    def for_proposals(self) -> Hungarian:
+        """The same for the encoder's proposals."""
+        return replace(self, candidates=replace(self.candidates, last=self.candidates.encoder))
 
 
 @dataclass(frozen=True)
@@ -92,10 +127,18 @@ class Match:
 
 
 def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, padded to the largest count."""
-    labels = torch.nn.utils.rnn.pad_sequence(list(targets.labels.split(targets.sizes)), batch_first=True)
-    boxes = torch.nn.utils.rnn.pad_sequence(list(targets.boxes.split(targets.sizes)), batch_first=True)
-    return labels, boxes
+    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, filled up to the largest count with its last target.
+
+    Not with zeros: a class term may look for the best overlap of an image.
+    """
+    most, total = max(targets.sizes), len(targets.labels)
+    rows = [min(o + min(j, max(n - 1, 0)), total - 1) for o, n in _spans(targets) for j in range(most)]
+    index = torch.tensor(rows, device=targets.labels.device).view(-1, most)
+    return targets.labels[index], targets.boxes[index]
+
+
+def _spans(targets: Targets) -> zip[tuple[int, int]]:
+    return zip(targets.offsets, targets.sizes, strict=True)
 
 
 def _shape(match: Match) -> tuple[int, int, int, int]:
@@ -131,7 +174,7 @@ def assign(matches: Sequence[Match]) -> list[Assignment]:
         return [m.assign.assignment if isinstance(m.assign, Known) else _nothing(m) for m in matches]
     flat = torch.cat([part.flatten() for parts in costs for part in parts])
     arrays = np.split(flat.cpu().numpy(), np.cumsum([sum(p.numel() for p in parts) for parts in costs])[:-1])
-    rows = [_solve(a.reshape(*_shape(m), -1), m.targets) for a, (m, _) in zip(arrays, solvable, strict=True)]
+    rows = [_solve(a.reshape(*_shape(m), -1), m) for a, (m, _) in zip(arrays, solvable, strict=True)]
     packed = torch.from_numpy(np.concatenate(rows, axis=1)).to(flat.device, non_blocking=True)
     solved = iter(packed.split([r.shape[1] for r in rows], dim=1))
     found = {id(m): Assignment(*next(solved)) for m, _ in solvable}
@@ -144,19 +187,24 @@ def _nothing(match: Match) -> Assignment:
     return Assignment(*empty)
 
 
-def _solve(costs: NDArray[np.floating], targets: Targets) -> NDArray[np.int64]:
-    """Rows layer, image, query, target, rank of the optimal matchings of `costs (L, B, K, N, T)`, in query order.
+def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
+    """Rows layer, image, query, target, bag of the optimal matchings of `costs (L, B, K, N, T)`, in query order.
 
     Costs that are not finite are overwritten.
     """
+    assert isinstance(match.assign, Hungarian)
+    targets, candidates = match.targets, match.assign.candidates
     layers, batch, copies, queries, _ = costs.shape
     finite = np.nan_to_num(costs, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
     rows = []
-    for layer, image, copy in np.ndindex(layers, batch, copies):
+    for place, (layer, image, copy) in enumerate(np.ndindex(layers, batch, copies)):
         size = targets.sizes[image]
-        query, target = linear_sum_assignment(finite[layer, image, copy, :, :size])
-        row = np.zeros((5, len(query)), dtype=np.int64)
+        k = candidates.of(layer, layers, queries=queries, targets=size)
+        query, column = linear_sum_assignment(np.tile(finite[layer, image, copy, :, :size], k))
+        target = column % size + targets.offsets[image]
+        row = np.empty((5, len(query)), dtype=np.int64)
         row[0], row[1] = layer, image
-        row[2], row[3] = query + copy * queries, target + targets.offsets[image]
+        row[2], row[3] = query + copy * queries, target
+        row[4] = target + place * len(targets.labels)
         rows.append(row)
     return np.concatenate(rows, axis=1)

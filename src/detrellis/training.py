@@ -94,7 +94,7 @@ class TrainableDetector(nn.Module):
         else:
             targets = targets._replace(labels=torch.zeros_like(targets.labels))
         output = DecoderOutput(logits[None], boxes[None], boxes[None])
-        return Task("proposals", output, targets, self.supervision, step.mean_boxes.clamp(min=1))
+        return Task("proposals", output, targets, self.supervision.proposals(), step.mean_boxes.clamp(min=1))
 
 
 def mean_boxes(targets: Targets) -> Tensor:

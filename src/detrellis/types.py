@@ -7,6 +7,7 @@ without its padding; pixel `xyxy` exists only where data enters and detections l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -94,27 +95,40 @@ class DecoderOutput(NamedTuple):
     logits: Tensor  # (L, B, N, C)
     boxes: Tensor  # (L, B, N, 4)
     states: Tensor  # (L, B, N, D) the heads' input
+    iou_logits: Tensor | None = None  # (L, B, N) what the IoU branch predicts; None: there is no such head
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
+        """The same with each tensor changed."""
+        return DecoderOutput(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
 
 
 class Proposals(NamedTuple):
     """What a two-stage detector's encoder proposes.
 
-    `logits` and `boxes` are of all tokens; `best` ranks the selected ones, highest score first.
+    All but `best` are of all tokens; `best` are those selected, highest score first.
     """
 
     logits: Tensor  # (B, S, C)
     boxes: Tensor  # (B, S, 4) in [0, 1]; invalid tokens sit at 1
+    scores: Tensor  # (B, S) what they are ranked by; -inf: last
     best: Tensor  # (B, N) token index of the selected proposals
+
+    def ranked(self, first: int, last: int) -> Tensor:
+        """Token indices `(B, last - first)` of these ranks by score; fewer where there are not so many tokens."""
+        return self.scores.topk(min(last, self.scores.shape[1]), dim=1).indices[:, first:]
 
 
 class Assignment(NamedTuple):
-    """Which query learns which target: one row per positive, any number per target and per layer."""
+    """Which query learns which target: one row per positive, any number per target and per layer.
+
+    Within a bag the rows are in the order of their queries.
+    """
 
     layer: Tensor  # (M,) int64 decoder layer
     image: Tensor  # (M,) int64
     query: Tensor  # (M,) int64
     target: Tensor  # (M,) int64 row of the packed `Targets`
-    rank: Tensor  # (M,) int64 place inside its target's bag, 0 = best
+    bag: Tensor  # (M,) int64; positives of one number are candidates for one target, to be ranked among each other
 
 
 class Detections(NamedTuple):

@@ -18,7 +18,7 @@ from ..small import CLASSES, small
 def test_groups_hold_every_trained_parameter_once_with_its_rate() -> None:
     recipe = small("deformable_detr_r50").override(["optim.lr=2e-4", "detector.backbone.norm=frozen"])
     model = build(recipe, CLASSES)
-    optimizer = build_optimizer(model.named_parameters(), recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim)
     rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(rate)
     assert set(rate) == {id(p) for p in model.parameters() if p.requires_grad}

@@ -14,7 +14,7 @@ from detrellis.schemes.cdn import ContrastiveDenoising, Noise, group_count
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.dn import Noise as PlainNoise
-from detrellis.supervision import Supervision, Task, focal_set_loss, softmax_set_loss, supervise
+from detrellis.supervision import SetLoss, Supervision, Task, softmax_set_loss, supervise
 from detrellis.types import DecoderOutput, Memory, Targets
 
 from .arrays import Arrays, close
@@ -90,11 +90,11 @@ def check_giou(a: Arrays) -> None:
 def check_set_loss(a: Arrays) -> None:
     params, targets = a.json("params"), a.targets()
     logits, boxes = a.variable("logits"), a.variable("boxes")
-    term, rule = (softmax_term, softmax_set_loss) if params["softmax"] else (focal_term, focal_set_loss)
+    term, rule = (softmax_term, softmax_set_loss) if params["softmax"] else (focal_term, SetLoss())
     cost = MatchingCost(params["cost_class"], params["cost_bbox"], params["cost_giou"], term)
     batch = len(targets.sizes)
     labels, gt = targets.labels.expand(batch, -1), targets.boxes.expand(batch, -1, -1)
-    close(term(logits, labels), a["cost_class"], 1e-9, "class cost")
+    close(term(logits, labels, logits), a["cost_class"], 1e-9, "class cost")
     close(cost(logits, boxes, labels, gt), a["cost_total"], 1e-9, "cost")
 
     output = DecoderOutput(logits[None], boxes[None], boxes[None])
@@ -123,11 +123,12 @@ def _check_gradients(total: Tensor, expected: Tensor, logits: Tensor, boxes: Ten
 
 def check_postprocess(a: Arrays) -> None:
     sizes = a["target_sizes_hw"]
-    for b, found in enumerate(select_top_k(a["logits"], a["boxes"], sizes, a.number("k"))):
+    for b, found in enumerate(select_top_k(a["logits"].sigmoid(), a["boxes"], sizes, a.number("k"))):
         close(found.scores, a["scores"][b], 1e-9)
         assert torch.equal(found.labels, a["labels"][b])
         close(found.boxes, a["boxes_xyxy"][b], 1e-9)
-    for b, found in enumerate(select_per_query(a["logits"], a["boxes"], sizes, a["logits"].shape[1])):
+    probabilities = a["logits"].softmax(-1)[..., :-1]
+    for b, found in enumerate(select_per_query(probabilities, a["boxes"], sizes, probabilities.shape[1])):
         scores, order = a["softmax_scores"][b].sort(descending=True)  # the file's are in the queries' order
         close(found.scores, scores, 1e-9)
         assert torch.equal(found.labels, a["softmax_labels"][b][order])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from detrellis.detector import Detector
+from detrellis.detector import Detector, concatenate
 from detrellis.interop.huggingface import recipe_of
 from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, unused
 from detrellis.interop.names import huggingface
@@ -16,10 +16,14 @@ from detrellis.interop.reference import table
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.queries import select
 from detrellis.recipes.config import BackboneConfig, DetectorConfig
+from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_detector
 from detrellis.recipes.network import build_decoder, build_detector, build_encoder, build_neck, build_queries
+from detrellis.schemes.base import Step
 from detrellis.schemes.cdn import ContrastiveDenoising, group_count
 from detrellis.schemes.denoising import lay_out
+from detrellis.schemes.hybrid import Hybrid
+from detrellis.supervision import Supervision, Task, supervise
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
 from .arrays import Arrays, close
@@ -117,9 +121,11 @@ def decode(decoder: Decoder, blocks: dict[Segment, Queries], memory: Memory) -> 
     return output
 
 
-def check_gradients(a: Arrays, scalar: Tensor, gradients: Callable[[], dict[str, Tensor]]) -> None:
+def check_gradients(
+    a: Arrays, scalar: Tensor, gradients: Callable[[], dict[str, Tensor]], scalar_name: str = "scalar"
+) -> None:
     """Every recorded gradient norm and gradient, to 1e-4 relative to its largest entry."""
-    close(scalar, a["scalar"], 1e-4, "scalar")
+    close(scalar, a[scalar_name], 1e-4, scalar_name)
     scalar.backward()
     ours = gradients()
     recorded = {str(n): norm for n, norm in zip(a.data["grad_norm_names"], a["grad_norms"], strict=True)}
@@ -195,3 +201,90 @@ def neck_memory(neck: nn.Module, maps: list[Tensor], a: Arrays) -> Memory:
         assert torch.equal(~own, a[name].flatten(1).bool())
         start += height * width
     return memory
+
+
+def check_hdetr(a: Arrays) -> None:
+    """The transformer with both branches, their matching and losses, and all gradients."""
+    cfg, levels, targets = a.json("cfg"), len(a.shapes()), a.targets()
+    base = deformable_detr_r50_two_stage_plus().detector
+    network = base.model_copy(
+        update={
+            "width": cfg["d_model"],
+            "heads": cfg["nheads"],
+            "hidden": cfg["ffn"],
+            "points": cfg["n_points"],
+            "levels": levels,
+            "encoder_layers": cfg["enc_layers"],
+            "decoder_layers": cfg["dec_layers"],
+            "query_count": cfg["num_queries_one2one"],
+            "queries": "mixed" if cfg["mixed_selection"] else "proposals",
+            "refine": "look_forward_twice" if cfg["look_forward_twice"] else "detached",
+            "empty_compete": True,
+            "eps": cfg["inverse_sigmoid_eps"],
+        }
+    )
+    model = Transformer(network, cfg["num_classes"]).double()
+    hybrid = Hybrid(
+        model.queries, k=cfg["k_one2many"], queries=cfg["num_queries_one2many"], weight=cfg["lambda_one2many"]
+    ).double()
+    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder_layers)
+    weights = a.group("p/")
+    own, further = weights["query_embed.weight"].split([network.query_count, hybrid.queries])
+    weights["query_embed.weight"] = own
+    model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
+    if cfg["mixed_selection"]:
+        hybrid.table.load_state_dict({"content": further})
+
+    embed = a.variable("p/transformer.level_embed")
+    memory = model.encoder(dino_memory(a, levels, embed))
+    queries, proposals = model.queries(memory)
+    count = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
+    supervision = Supervision(weights={"class": 2.0, "box": 5.0, "giou": 2.0})
+    step = Step(model, memory, queries, proposals, targets, supervision, count)  # type: ignore[arg-type]
+    (block,) = hybrid.blocks(step)
+    first = torch.cat([q.boxes for q in (queries, block.queries) if q.boxes is not None], 1)
+    close(first, a["init_reference"], 1e-5, "first references")
+    segments = (Segment("main", network.query_count), block.segment)
+    output = model.decoder(concatenate([queries, block.queries]), memory, segments, every_layer=True)
+    close(output.logits, a["all_logits"], 1e-5, "logits")
+    close(output.boxes, a["all_boxes"], 1e-5, "boxes")
+    close(proposals.logits, a["enc_logits"], 1e-5, "proposal logits")
+
+    objectness = targets._replace(labels=torch.zeros_like(targets.labels))
+    every = DecoderOutput(proposals.logits[None], proposals.boxes[None], proposals.boxes[None])
+    size = network.query_count
+    tasks = [
+        Task("o2o", output.map(lambda t: t[:, :, :size]), targets, supervision, count),
+        Task(
+            "o2m",
+            output.map(lambda t: t[:, :, size:]),
+            targets,
+            block.supervision,
+            block.normaliser,  # type: ignore[arg-type]
+            weight=block.weight,
+        ),
+        Task("enc", every, objectness, supervision.proposals(), count),
+    ]
+    losses, _ = supervise(tasks)
+    for key, value in losses.items():
+        task, term, layer = key.split("/")
+        name = {"class": "ce", "box": "bbox", "giou": "giou"}[term]
+        recorded = f"loss/enc_loss_{name}" if task == "enc" else f"loss/{task}_loss_{name}_l{layer}"
+        close(value / supervision.weights[term], a[recorded], 1e-5, key)
+    check_gradients(
+        a,
+        torch.stack(list(losses.values())).sum(),
+        lambda: _hdetr_gradients(model, hybrid, links, embed),
+        scalar_name="loss_total",
+    )
+
+
+def _hdetr_gradients(model: nn.Module, hybrid: Hybrid, links: list[Link], embed: Tensor) -> dict[str, Tensor]:
+    found = to_theirs(own_gradients(model), links)
+    found |= {f"transformer.decoder.{k}": v for k, v in found.items() if "_embed." in k}  # the decoder's second names
+    assert embed.grad is not None
+    found["transformer.level_embed"] = embed.grad
+    content = hybrid.table.get("content")
+    if content is not None:
+        found["query_embed.weight"] = torch.cat([found["query_embed.weight"], content.grad])
+    return found

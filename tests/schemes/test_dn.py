@@ -10,7 +10,7 @@ from detrellis.recipes.build import build
 from detrellis.schemes.base import Step
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.dn import Denoising, disturb, draw_noise, real_slots_only
-from detrellis.supervision import focal_set_loss
+from detrellis.supervision import SetLoss
 from detrellis.training import mean_boxes
 from detrellis.types import DecoderOutput, Targets
 
@@ -86,10 +86,10 @@ def test_slots_that_an_image_does_not_fill_learn_nothing() -> None:
         (found,) = torch.autograd.grad(terms["class"].sum(), logits)
         return found
 
-    assert (gradients(focal_set_loss)[:, ~filled] != 0).all()
-    silent = gradients(real_slots_only(focal_set_loss, layout))
+    assert (gradients(SetLoss())[:, ~filled] != 0).all()
+    silent = gradients(real_slots_only(SetLoss(), layout))
     assert (silent[:, ~filled] == 0).all()
-    torch.testing.assert_close(silent[:, filled], gradients(focal_set_loss)[:, filled])
+    torch.testing.assert_close(silent[:, filled], gradients(SetLoss())[:, filled])
 
 
 def test_padded_background_is_an_option() -> None:

@@ -211,7 +211,7 @@ def _training(recipe: Recipe, classes: int, model: TrainableDetector, images: Im
     boxes = torch.rand(batch * BOXES, 4, device=device) * 0.3 + 0.2
     labels = torch.randint(classes, (batch * BOXES,), device=device)
     targets = Targets(labels, boxes, (BOXES,) * batch)
-    optimizer = build_optimizer(model.named_parameters(), recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim)
     amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def step() -> None:

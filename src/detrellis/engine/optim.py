@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from detrellis.recipes.config import OptimConfig, ScheduleConfig
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 
 
 def learning_rate_scale(name: str, scaled: Mapping[str, float]) -> float:
@@ -16,13 +18,18 @@ def learning_rate_scale(name: str, scaled: Mapping[str, float]) -> float:
     return next((factor for key, factor in scaled.items() if key in name), 1.0)
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """One group for each factor; `scale` stays in the group for `set_learning_rate`."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in named:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """One group for each factor and weight decay; `scale` stays in the group for `set_learning_rate`."""
+    norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(learning_rate_scale(name, config.scaled), []).append(parameter)
-    rows = [{"params": p, "lr": config.lr * scale, "scale": scale} for scale, p in groups.items()]
+            decay = config.weight_decay if config.decay_norms or parameter not in norms else 0.0
+            groups.setdefault((learning_rate_scale(name, config.scaled), decay), []).append(parameter)
+    rows = [
+        {"params": p, "lr": config.lr * scale, "scale": scale, "weight_decay": decay}
+        for (scale, decay), p in groups.items()
+    ]
     # Fused: one pass over each tensor instead of a dozen, four times as fast on a CPU.
     return torch.optim.AdamW(rows, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 

@@ -288,7 +288,7 @@ def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
         objectness = recipe.detector.proposal_targets == "objectness"
         report = transfer(model.detector, classes, initial, objectness=objectness)
     model.to(world.device).train()
-    optimizer = build_optimizer(model.named_parameters(), recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
     return State(model, optimizer, ema, FlatLossWatch(), transfer=report)
 

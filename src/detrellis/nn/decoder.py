@@ -77,19 +77,21 @@ class Decoder(nn.Module):
         """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
         x, boxes = queries.content, queries.boxes
         reads = boxes  # what the layer sees; a detached copy from the second layer on
-        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        outputs: list[DecoderOutput] = []
         for i, layer in enumerate(self.layers):
             x = layer(x, self.position(i, x, queries, reads, memory), memory, segments)
             last = i == len(self.layers) - 1
             if every_layer or last:
                 states = x if self.final_norm is None else self.final_norm(x)
-                outputs.append((self.heads.classify(i, states), self._moved(i, states, boxes), states))
+                logits, judged = self.heads.classify(i, states), self.heads.judge(i, states)
+                outputs.append(DecoderOutput(logits, self._moved(i, states, boxes), states, judged))
             if not last and self.refine != "none":
                 boxes = self._moved(i, x, reads)
                 if self.refine == "detached":
                     boxes = boxes.detach()
                 reads = boxes.detach()
-        return DecoderOutput(*(torch.stack(part) for part in zip(*outputs, strict=True)))
+        layers = (None if part[0] is None else torch.stack(part) for part in zip(*outputs, strict=True))
+        return DecoderOutput(*layers)  # type: ignore[arg-type]
 
     def _moved(self, layer: int, states: Tensor, references: Tensor | None) -> Tensor:
         """The references moved by the layer's box head; a point gives the centre alone, no reference nothing."""

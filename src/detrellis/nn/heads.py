@@ -34,11 +34,20 @@ class Heads(nn.Module):
 
     Heads of their own start as copies of each other. `size_bias` is the first box head's initial logit shift of width
     and height: -2 makes small boxes where the references are points. `softmax`: DETR's heads, with one logit more for
-    "no object", and PyTorch's initialisation: without references a box head has to start somewhere.
+    "no object", and PyTorch's initialisation: without references a box head has to start somewhere. `iou_branch`: one
+    logit more, which learns the IoU of the box with its target (IoU-Net).
     """
 
     def __init__(
-        self, width: int, classes: int, layers: int, *, shared: bool, size_bias: float = 0.0, softmax: bool = False
+        self,
+        width: int,
+        classes: int,
+        layers: int,
+        *,
+        shared: bool,
+        size_bias: float = 0.0,
+        softmax: bool = False,
+        iou_branch: bool = False,
     ) -> None:
         super().__init__()
         if softmax:
@@ -48,6 +57,8 @@ class Heads(nn.Module):
         copies = range(1 if shared else layers)
         self.classes = nn.ModuleList(copy.deepcopy(classifier) for _ in copies)
         self.boxes = nn.ModuleList(copy.deepcopy(mover) for _ in copies)
+        judge = FastLinear(width, 1) if iou_branch else None
+        self.ious = None if judge is None else nn.ModuleList(copy.deepcopy(judge) for _ in copies)
         with torch.no_grad():
             self.boxes[0].get_parameter("layers.2.bias")[2:] += size_bias
 
@@ -60,3 +71,7 @@ class Heads(nn.Module):
         """Box deltas `(B, N, 4)` in logit space of decoder layer `layer`."""
         out: Tensor = self.boxes[min(layer, len(self.boxes) - 1)](states)
         return out
+
+    def judge(self, layer: int, states: Tensor) -> Tensor | None:
+        """Logits `(B, N)` of the IoU of each box with what it detects, where there is an IoU branch."""
+        return None if self.ious is None else self.ious[min(layer, len(self.ious) - 1)](states).squeeze(-1)

@@ -60,14 +60,10 @@ class ProposalHead(nn.Module):
         states = self.norm(self.projection(memory.tokens.masked_fill(~usable, 0)))
         logits = self.classify(states)
         boxes = (self.move(states) + anchors).sigmoid().masked_fill(~usable, 1)
-        ranked = logits if self.empty_compete else logits.masked_fill(~usable, -math.inf)
-        return Proposals(logits, boxes, self.rank(ranked, self.proposals))
-
-    def rank(self, logits: Tensor, count: int) -> Tensor:
-        """Token indices `(B, count)` of the highest scores, best first; all tokens where there are fewer.
-
-        Tokens that can propose nothing come with -inf. An untrained head may rank an empty memory first; how much an
-        image is padded would then decide its queries. A trained one has learned that it is no object.
-        """
         scores = logits[..., 0] if self.rank_by == "first" else logits.amax(-1)
-        return scores.topk(min(count, scores.shape[1]), dim=1).indices
+        if not self.empty_compete:
+            # An untrained head may rank an empty memory first; how much an image is padded would then decide its
+            # queries. A trained one has learned that it is no object.
+            scores = scores.masked_fill(~usable.squeeze(-1), -math.inf)
+        proposals = Proposals(logits, boxes, scores.detach(), scores.new_empty(0))
+        return proposals._replace(best=proposals.ranked(0, self.proposals))

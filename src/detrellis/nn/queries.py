@@ -17,6 +17,16 @@ def select(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
+def normal(*shape: int) -> nn.Parameter:
+    """A parameter from the standard normal distribution."""
+    return nn.Parameter(torch.empty(shape).normal_())
+
+
+# Each kind of queries below has two methods for the schemes that train with more of them: `fresh(count)` makes the
+# parameters of so many more, and `extra` their queries, sharing with the detector whatever is not learned for each
+# query. The parameters belong to the scheme: a detector never holds them.
+
+
 class LearnedQueries(nn.Module):
     """Queries learned as positions.
 
@@ -26,16 +36,29 @@ class LearnedQueries(nn.Module):
 
     def __init__(self, width: int, count: int, *, learned_content: bool, reference: nn.Module | None) -> None:
         super().__init__()
-        self.position = nn.Parameter(torch.empty(count, width).normal_())
-        self.content = nn.Parameter(torch.empty(count, width).normal_()) if learned_content else None
+        self.position = normal(count, width)
+        self.content = normal(count, width) if learned_content else None
         self.reference = reference
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """The same queries for every image, and no proposals."""
+        return self._queries(self.position, self.content, memory), None
+
+    def fresh(self, count: int) -> nn.ParameterDict:
+        """Parameters of `count` more queries."""
+        width = self.position.shape[1]
+        table = {"position": normal(count, width)}
+        return nn.ParameterDict(table if self.content is None else table | {"content": normal(count, width)})
+
+    def extra(self, table: nn.ParameterDict, memory: Memory, proposals: Proposals | None) -> Queries:
+        """The queries of `fresh` parameters."""
+        return self._queries(table["position"], table.get("content"), memory)
+
+    def _queries(self, position: Tensor, content: Tensor | None, memory: Memory) -> Queries:
         batch = (len(memory.tokens), -1, -1)
-        content = torch.zeros_like(self.position) if self.content is None else self.content
-        points = None if self.reference is None else self.reference(self.position).sigmoid().expand(batch)
-        return Queries(content.expand(batch), self.position.expand(batch), points), None
+        content = torch.zeros_like(position) if content is None else content
+        points = None if self.reference is None else self.reference(position).sigmoid().expand(batch)
+        return Queries(content.expand(batch), position.expand(batch), points)
 
 
 def linear_reference(width: int) -> nn.Linear:
@@ -70,26 +93,44 @@ class AnchorQueries(nn.Module):
         fixed_centres: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.patterns = width, patterns
-        # Two tensors: weight decay would move fixed centres that are part of a trained one.
-        centres = torch.rand(count, 2).logit(eps=1e-3) if fixed_centres else torch.randn(count, 2)
-        self.centres = nn.Parameter(centres, requires_grad=not fixed_centres)
-        self.sizes = nn.Parameter(torch.randn(count, 2))
+        self.width, self.patterns, self.fixed_centres = width, patterns, fixed_centres
+        self.centres, self.sizes = self._anchors(count)
         rows = patterns or contents
         assert rows in (0, 1, patterns, count), "one content for all queries, for each, or for each pattern"
+        self.each = rows == count and not patterns  # each anchor has a content of its own
         self.content = nn.Parameter(torch.randn(rows, width - indicator)) if rows else None
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """The same queries for every image, and no proposals."""
-        boxes = torch.cat([self.centres, self.sizes], dim=-1).sigmoid()
+        return self._queries(self.centres, self.sizes, self.content, memory), None
+
+    def fresh(self, count: int) -> nn.ParameterDict:
+        """Parameters of `count` more anchors; contents that all anchors share are the detector's."""
+        centres, sizes = self._anchors(count)
+        table = {"centres": centres, "sizes": sizes}
+        if self.each and self.content is not None:
+            table["content"] = normal(count, self.content.shape[1])
+        return nn.ParameterDict(table)
+
+    def extra(self, table: nn.ParameterDict, memory: Memory, proposals: Proposals | None) -> Queries:
+        """The queries of `fresh` parameters, with patterns that many times more."""
+        return self._queries(table["centres"], table["sizes"], table.get("content", self.content), memory)
+
+    def _anchors(self, count: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Two tensors: weight decay would move fixed centres that are part of a trained one."""
+        centres = torch.rand(count, 2).logit(eps=1e-3) if self.fixed_centres else torch.randn(count, 2)
+        return nn.Parameter(centres, requires_grad=not self.fixed_centres), nn.Parameter(torch.randn(count, 2))
+
+    def _queries(self, centres: Tensor, sizes: Tensor, content: Tensor | None, memory: Memory) -> Queries:
+        boxes = torch.cat([centres, sizes], dim=-1).sigmoid()
         copies = max(self.patterns, 1)
-        content = boxes.new_zeros(1, self.width) if self.content is None else self.content
+        content = boxes.new_zeros(1, self.width) if content is None else content
         content = F.pad(content, (0, self.width - content.shape[-1]))
         if self.patterns:
             content = content.repeat_interleave(len(boxes), dim=0)
         content = content.expand(copies * len(boxes), -1)
         batch = (len(memory.tokens), -1, -1)
-        return Queries(content.expand(batch), boxes=boxes.repeat(copies, 1).expand(batch)), None
+        return Queries(content.expand(batch), boxes=boxes.repeat(copies, 1).expand(batch))
 
 
 class ProposalQueries(nn.Module):
@@ -104,7 +145,7 @@ class ProposalQueries(nn.Module):
     ) -> None:
         super().__init__()
         self.head = head
-        self.content = nn.Parameter(torch.empty(head.proposals, width).normal_()) if learned_content else None
+        self.content = normal(head.proposals, width) if learned_content else None
         assert learned_content or derive_position, "a content must come from somewhere"
         both = (2 * width, 2 * width)
         self.derive = nn.Sequential(xavier_linear(*both), nn.LayerNorm(2 * width)) if derive_position else None
@@ -113,13 +154,23 @@ class ProposalQueries(nn.Module):
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The queries and the proposals they came from."""
         proposals = self.head(memory)
-        boxes = select(proposals.boxes, proposals.best).detach()
-        if self.derive is None:
-            return Queries(self._learned(boxes), None, boxes), proposals
-        # x, y, w, h in that order: the one place in the family where the sine embedding does not swap.
-        position, content = self.derive(sine_embed(boxes, self.width // 2, order="xywh")).chunk(2, dim=-1)
-        return Queries(content if self.content is None else self._learned(boxes), position, boxes), proposals
+        return self._queries(proposals, proposals.best, self.content), proposals
 
-    def _learned(self, boxes: Tensor) -> Tensor:
-        assert self.content is not None
-        return self.content[: boxes.shape[1]].expand(len(boxes), -1, -1)
+    def fresh(self, count: int) -> nn.ParameterDict:
+        """Contents of `count` more queries, where they are learned."""
+        return nn.ParameterDict({} if self.content is None else {"content": normal(count, self.width)})
+
+    def extra(self, table: nn.ParameterDict, memory: Memory, proposals: Proposals | None) -> Queries:
+        """The queries of the proposals in `best`, which the caller has chosen."""
+        assert proposals is not None
+        return self._queries(proposals, proposals.best, table.get("content"))
+
+    def _queries(self, proposals: Proposals, index: Tensor, content: Tensor | None) -> Queries:
+        boxes = select(proposals.boxes, index).detach()
+        learned = None if content is None else content[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        if self.derive is None:
+            assert learned is not None
+            return Queries(learned, None, boxes)
+        # x, y, w, h in that order: the one place in the family where the sine embedding does not swap.
+        position, derived = self.derive(sine_embed(boxes, self.width // 2, order="xywh")).chunk(2, dim=-1)
+        return Queries(derived if learned is None else learned, position, boxes)

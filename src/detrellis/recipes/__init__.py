@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from detrellis.recipes.align import (
+    align_dab_detr_r50,
+    align_dab_detr_r50_dc5,
+    align_dab_detr_r101_dc5,
+    align_dino_r50,
+    align_dino_r50_24e,
+    align_dino_r50_ia_bce,
+    align_h_deformable_detr_r50,
+    h_deformable_detr_r50,
+    stable_dino_r50,
+)
 from detrellis.recipes.conditional import conditional_detr_r50, conditional_detr_r50_dc5
 from detrellis.recipes.config import Recipe, unknown_name
 from detrellis.recipes.dab import (
@@ -47,6 +58,15 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     dino_r50,
     dino_r50_5scale,
     dino_swin_l,
+    align_dino_r50,
+    align_dino_r50_24e,
+    align_dino_r50_ia_bce,
+    align_dab_detr_r50,
+    align_dab_detr_r50_dc5,
+    align_dab_detr_r101_dc5,
+    h_deformable_detr_r50,
+    align_h_deformable_detr_r50,
+    stable_dino_r50,
 )
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from detrellis.detector import Detector
 from detrellis.errors import UserError
 from detrellis.matching import Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector, capabilities
+from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.cdn import ContrastiveDenoising
 from detrellis.schemes.dn import Denoising
-from detrellis.supervision import Supervision, focal_set_loss, softmax_set_loss
+from detrellis.schemes.hybrid import Hybrid
+from detrellis.schemes.stable import Stable
+from detrellis.supervision import CLASSIFICATION, Supervision, softmax_set_loss
 from detrellis.training import TrainableDetector
 
 # What a detector without the capability lacks, and what to use instead.
@@ -30,18 +35,24 @@ MISSING = {
 }
 
 
-def build_schemes(recipe: Recipe, classes: int, seed: int) -> list[TrainingScheme]:
+def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -> list[TrainingScheme]:
     """The recipe's training schemes, each initialised from a seed of its own."""
-    config, schemes = recipe.detector, recipe.schemes
+    _refuse(recipe)
+    network = (recipe.detector.width, classes, recipe.detector.eps)
+    makers: dict[str, Callable[..., TrainingScheme]] = {
+        "dn": partial(Denoising, *network),
+        "cdn": partial(ContrastiveDenoising, *network),
+        "hybrid": partial(Hybrid, detector.queries),
+        "align": Align,
+        "stable": Stable,
+    }
+    chosen = {name: config for name, config in recipe.schemes if config is not None}
     built: list[TrainingScheme] = []
     with torch.random.fork_rng(devices=[]):
-        if schemes.dn is not None:
-            torch.manual_seed(_seed(seed, "dn"))
-            built.append(Denoising(config.width, classes, config.eps, **schemes.dn.model_dump()))
-        if schemes.cdn is not None:
-            torch.manual_seed(_seed(seed, "cdn"))
-            built.append(ContrastiveDenoising(config.width, classes, config.eps, **schemes.cdn.model_dump()))
-    able = capabilities(config)
+        for name, config in chosen.items():
+            torch.manual_seed(_seed(seed, name))
+            built.append(makers[name](**config.model_dump()))
+    able = capabilities(recipe.detector)
     for scheme in built:
         for missing in sorted(scheme.requires - able):
             reason, remedy = MISSING[missing]
@@ -49,14 +60,39 @@ def build_schemes(recipe: Recipe, classes: int, seed: int) -> list[TrainingSchem
     return built
 
 
+def _refuse(recipe: Recipe) -> None:
+    """Two parts of a recipe that both say what a positive's class should learn."""
+    align, stable, loss = recipe.schemes.align, recipe.schemes.stable, recipe.loss.classification
+    aims = align is not None and align.classification != "base"
+    supervised = stable is not None and stable.supervised
+    if aims and supervised:
+        raise UserError(
+            "schemes align and stable both set the classification target",
+            "Keep one: -o schemes.align.classification=base, or -o schemes.stable.supervised=false.",
+        )
+    if loss != "focal" and (aims or supervised):
+        one, remedy = (
+            ("align", "-o schemes.align.classification=base")
+            if aims
+            else ("stable", "-o schemes.stable.supervised=false")
+        )
+        raise UserError(
+            f"loss.classification={loss} and scheme {one} both set the classification target",
+            f"Leave one out, or {remedy}.",
+        )
+    if loss != "focal" and recipe.detector.scores == "softmax":
+        reason, remedy = MISSING["sigmoid_scores"]
+        raise UserError(f"loss.classification={loss} cannot train {recipe.name}: {reason}", f"Or {remedy}.")
+
+
 def build_supervision(recipe: Recipe) -> Supervision:
     """One-to-one matching with the set loss, weighted as the recipe says."""
     config, softmax = recipe.loss, recipe.detector.scores == "softmax"
     term = softmax_term if softmax else focal_term
     cost = MatchingCost(config.cost_classes, config.cost_box, config.cost_giou, term)
-    weights = {"class": config.classes, "box": config.box, "giou": config.giou}
-    rule = partial(softmax_set_loss, no_object=config.no_object) if softmax else focal_set_loss
-    return Supervision(Hungarian(cost), rule, weights)
+    weights = {"class": config.classes, "box": config.box, "giou": config.giou, "iou_branch": config.iou_branch}
+    softly = partial(softmax_set_loss, no_object=config.no_object)
+    return Supervision(Hungarian(cost), softly if softmax else CLASSIFICATION[config.classification], weights)
 
 
 def build(recipe: Recipe, classes: int, *, seed: int = 0) -> TrainableDetector:
@@ -66,7 +102,7 @@ def build(recipe: Recipe, classes: int, *, seed: int = 0) -> TrainableDetector:
         detector = build_detector(recipe.detector, classes)
     return TrainableDetector(
         detector,
-        build_schemes(recipe, classes, seed),
+        build_schemes(recipe, detector, classes, seed),
         build_supervision(recipe),
         proposal_targets=recipe.detector.proposal_targets,
     )

@@ -83,6 +83,7 @@ class DetectorConfig(Config):
     final_norm: bool = False
     shared_heads: bool = False
     scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
+    iou_branch: Literal["none", "product", "root"] = "none"  # a head that learns the IoU, and how scores use it
     eps: Positive = 1e-5  # of the inverse sigmoid
     position_temperature: Positive = 10000.0
     position_offset: float = -0.5
@@ -94,9 +95,12 @@ class DetectorConfig(Config):
 class LossConfig(Config):
     """Loss weights and matching costs. `class` is a Python keyword, hence `classes`."""
 
+    # of positives in sigmoid scores: focal; quality focal, varifocal, position-supervised (Stable-DINO), IA-BCE
+    classification: Literal["focal", "qfl", "vfl", "psl", "ia_bce"] = "focal"
     classes: Weight = 2.0
     box: Weight = 5.0
     giou: Weight = 2.0
+    iou_branch: Weight = 1.0
     cost_classes: Weight = 2.0
     cost_box: Weight = 5.0
     cost_giou: Weight = 2.0
@@ -123,11 +127,49 @@ class CDNConfig(Config):
     box_noise: Weight = 1.0
 
 
+class HybridConfig(Config):
+    """Hybrid matching (H-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Count = 6  # queries for each target in the extra block
+    queries: Count = 1500  # of the extra block
+    weight: Weight = 1.0  # lambda
+    divisor: Literal["copies", "boxes"] = "copies"
+
+
+class AlignConfig(Config):
+    """Many-to-one matching and the Align Loss (Align-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Count = 4  # candidates for each target
+    k_encoder: Count | None = None  # among the encoder's proposals; None: k
+    k_last: Count = 1  # in the last decoder layer
+    alpha: Share = 0.25  # confidence against IoU in the quality
+    tau: Positive = 1.5  # how slowly lower ranks fade
+    gamma: Annotated[float, Field(ge=1)] = 2.0
+    floor: Share = 0.01  # lowest quality that a target is computed from
+    classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
+    rank_boxes: bool = True
+    iou_eps: Weight = 0.0  # 1e-6: as in the released code
+
+
+class StableConfig(Config):
+    """Position-supervised loss and position-modulated matching (Stable-DINO)."""
+
+    supervised: bool = True
+    modulated: bool = True
+    classes: Weight = 6.0  # weight of the supervised loss; denoising keeps 1
+    beta: Weight = 0.5  # how much the position counts in the matching
+
+
 class SchemesConfig(Config):
     """Training schemes; None: off."""
 
     dn: DNConfig | None = None
     cdn: CDNConfig | None = None
+    hybrid: HybridConfig | None = None
+    align: AlignConfig | None = None
+    stable: StableConfig | None = None
 
 
 class OptimConfig(Config):
@@ -136,6 +178,7 @@ class OptimConfig(Config):
     lr: Positive = 2e-4
     weight_decay: Weight = 1e-4
     scaled: dict[str, float] = Field(default_factory=lambda: {"backbone": 0.1})
+    decay_norms: bool = True  # whether weight decay covers normalisation layers
     clip: Weight = 0.1  # norm of the gradient; 0: off
     batch_size: Count = 16  # images a step over all processes and accumulations
     accumulate: Count = 1  # passes a step
@@ -227,6 +270,8 @@ class Recipe(Config):
                 raise unknown_name(name, [*known, "none"], f"--scheme {text}")
             config = config_of(SchemesConfig.model_fields[name].annotation)
             dial: str = getattr(config, "dial", "")
+            if separator and not dial:
+                raise UserError(f"--scheme {text}: {name} takes no number", f"Write --scheme {name}.")
             if separator and not value.isdecimal():
                 raise UserError(
                     f"--scheme {text}: {value!r} is not a number", f"Write --scheme {name}=N; N sets {dial}."

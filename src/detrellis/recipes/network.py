@@ -146,6 +146,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
             shared=config.shared_heads or config.refine == "none",
             size_bias=-2.0 if small else 0.0,
             softmax=config.scores == "softmax",
+            iou_branch=config.iou_branch != "none",
         ),
         refine=config.refine,
         position=build_position(config),
@@ -184,6 +185,9 @@ def _refuse(config: DetectorConfig) -> None:
         ),
         "content=shared, patterns, indicator and fixed_centres belong to queries=anchors": not anchors
         and (config.content == "shared" or config.patterns or config.indicator or config.fixed_centres),
+        "scores=softmax and an IoU branch do not combine: the branch scales sigmoid scores": (
+            config.scores == "softmax" and config.iou_branch != "none"
+        ),
         "scores=softmax and two-stage proposals do not combine: they are ranked by sigmoid scores": (
             config.scores == "softmax" and not learned and not anchors
         ),
@@ -199,8 +203,9 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
     backbone = build_backbone(config.backbone)
     neck, encoder = build_neck(config, backbone.channels), build_encoder(config)
     decoder, queries = build_decoder(config, classes), build_queries(config, classes)
+    parts = (backbone, neck, encoder, queries, decoder)
     softmax = config.scores == "softmax"
-    return Detector(backbone, neck, encoder, queries, decoder, top_k=config.top_k, softmax=softmax)
+    return Detector(*parts, top_k=config.top_k, softmax=softmax, iou_branch=config.iou_branch)
 
 
 def capabilities(config: DetectorConfig) -> frozenset[str]:

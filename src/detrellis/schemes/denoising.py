@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import inverse_sigmoid
-from detrellis.matching import Known
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.supervision import LossRule
 from detrellis.types import Assignment, Queries, Targets
@@ -54,21 +53,22 @@ def place(layout: Layout, batch: int, contents: Tensor, boxes: Tensor, eps: floa
 
 
 def positives(layout: Layout, layers: int) -> Assignment:
-    """Every positive slot with its own target, at every layer."""
+    """Every positive slot with its own target, at every layer; each is a bag of its own."""
     # By place, not by mask: counting a mask's entries would wait for the device.
     rows = torch.stack([layout.image, layout.slot, layout.target]).view(3, layout.groups, layout.kinds, -1)
     chosen = rows[:, :, 0].flatten(1)
     count = chosen.shape[1]
     layer = torch.arange(layers, device=chosen.device).repeat_interleave(count, output_size=layers * count)
     image, query, target = chosen.repeat(1, layers)
-    return Assignment(layer, image, query, target, torch.zeros_like(layer))
+    return Assignment(layer, image, query, target, torch.arange(len(layer), device=layer.device))
 
 
 def denoising_block(
     name: str, queries: Queries, layout: Layout, step: Step, rule: LossRule | None = None
 ) -> QueryBlock:
     """The queries as a block whose groups see the main queries but not each other; `rule`: the main one by default."""
-    known = Known(positives(layout, len(step.detector.decoder.layers)))  # type: ignore[arg-type]
-    supervision = replace(step.supervision, assign=known, rule=rule or step.supervision.rule)
+    supervision = step.supervision.known(positives(layout, len(step.detector.decoder.layers)))  # type: ignore[arg-type]
+    if rule is not None:
+        supervision = replace(supervision, rule=rule)
     normaliser = step.mean_boxes.clamp(min=1) * layout.groups
     return QueryBlock(name, queries, supervision, layout.groups, sees=("main",), normaliser=normaliser)

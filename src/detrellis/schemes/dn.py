@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.schemes.denoising import Layout, denoising_block, lay_out, place
-from detrellis.supervision import LossRule
+from detrellis.supervision import ABSENT, LossRule
 from detrellis.types import Assignment, DecoderOutput, Queries, Targets
-
-ABSENT = -100.0  # a logit of no probability: its focal loss and the loss's gradient are 0
 
 
 class Noise(NamedTuple):

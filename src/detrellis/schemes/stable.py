@@ -1,0 +1,57 @@
+"""Stable-DINO's loss and matching (Liu et al., ICCV 2023): both look at positions, so that layers match alike.
+
+Position-supervised loss: a positive aims at its squared IoU, the best of an image at 1. Position-modulated cost: in the
+matching a query's score counts the less the worse its box. Its memory fusion, a network part, is not built.
+
+| deviation from the released code | why |
+| --- | --- |
+| each query and target has its modulation | the code keeps it by class over the batch: targets overwrite others |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from detrellis.matching import Hungarian, columns, focal_difference
+from detrellis.schemes.base import TrainingScheme
+from detrellis.supervision import CLASSIFICATION, Supervision
+
+
+def modulation(overlap: Tensor) -> Tensor:
+    """`(GIoU + 1) / 2` of each query and target `(..., N, T)`, scaled up so that an image's best is 1."""
+    value = ((overlap + 1) / 2).nan_to_num(0)
+    best = value.amax((-2, -1), keepdim=True)
+    return value * (1 / best.clamp(min=1e-8)).clamp(min=1)
+
+
+def modulated_term(logits: Tensor, labels: Tensor, overlap: Tensor, beta: float = 0.5) -> Tensor:
+    """The focal class term of `p v^beta`, v the modulation."""
+    return focal_difference(columns(logits, labels).sigmoid() * modulation(overlap) ** beta)
+
+
+class Stable(TrainingScheme):
+    """Stable-DINO's supervision: `supervised` loss of weight `classes` (1 in denoising) and `modulated` matching."""
+
+    name = "stable"
+    requires = frozenset({"sigmoid_scores"})
+
+    def __init__(
+        self, *, supervised: bool = True, modulated: bool = True, classes: float = 6.0, beta: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.supervised, self.modulated, self.classes, self.beta = supervised, modulated, classes, beta
+
+    def supervision(self, base: Supervision) -> Supervision:
+        """The base's with one or both replaced."""
+        assert isinstance(base.assign, Hungarian)
+        if self.modulated:
+            cost = replace(base.assign.cost, class_term=partial(modulated_term, beta=self.beta))
+            base = replace(base, assign=replace(base.assign, cost=cost))
+        if self.supervised:
+            weights = {**base.weights, "class": self.classes}
+            known = {**base.weights, "class": 1.0}
+            base = replace(base, rule=CLASSIFICATION["psl"], weights=weights, known_weights=known)
+        return base
