@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 import detrellis
@@ -18,7 +19,7 @@ from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench", "recipes"]
+VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench", "recipes", "analyze misalignment"]
 
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
@@ -38,12 +39,19 @@ def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = call(verb, "--help", capsys=capsys)
+    text = call(*verb.split(), "--help", capsys=capsys)
     assert f"Example: detrellis {verb}" in " ".join(text.split())
 
 
+def verbs(group: typer.Typer, before: str = "") -> list[str]:
+    """Every verb of an app, those of its groups as "group verb"."""
+    own = [f"{before}{c.name or c.callback.__name__}" for c in group.registered_commands]  # type: ignore[union-attr]
+    groups = [(g.typer_instance, f"{before}{g.name} ") for g in group.registered_groups]
+    return [*own, *(verb for inner, name in groups if inner is not None for verb in verbs(inner, name))]
+
+
 def test_every_verb_is_tested() -> None:
-    assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)  # type: ignore[union-attr]
+    assert sorted(VERBS) == sorted(verbs(app))
 
 
 @pytest.mark.parametrize("code", ["import detrellis", "import detrellis.cli", "import detrellis.recipes"])
@@ -120,6 +128,23 @@ def test_training_goes_on_from_another_runs_weights(
     assert "another network" in " ".join(text.split())
 
 
+def test_two_runs_are_analyzed_side_by_side(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "figures"
+    call("train", "tiny", "--data", shapes, "--out", run, "--epochs", 1, "--workers", 0, *OPTIONS, capsys=capsys)
+    rest = ("--out", out, "--workers", 0, "--split", "train", "--batch-size", 2)
+    runs = (run / "best.safetensors", run / "last.safetensors")
+    text = call("analyze", "misalignment", *runs, *rest, "--top", "5, 30", "--names", "best,last", capsys=capsys)
+    assert [word for word in ("best", "last", "top 5", "top 30", f"{out}/misalignment.png") if word not in text] == []
+    with Image.open(out / "misalignment.png") as picture:
+        assert picture.width > picture.height
+    written = json.loads((out / "misalignment.json").read_text())
+    assert [r["name"] for r in written["runs"]] == ["best", "last"]
+    assert [r["images"] for r in written["runs"]] == [11, 11]
+    found = json.loads(call("analyze", "misalignment", run, *rest, "--threshold", 0.1, "--json", capsys=capsys))
+    assert found["settings"]["threshold"] == 0.1
+    assert list(found["runs"][0]["br_recall"]) == ["10", "50", "100"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +165,10 @@ def test_training_goes_on_from_another_runs_weights(
         (["check"], "--data"),
         (["predict", str(README), "photo.jpg"], "README.md: not a whole checkpoint"),
         (["check", "--data", "no_such_folder"], "no_such_folder"),
+        (["analyze", "misalignment", "no_such_run"], "no_such_run"),
+        (["analyze", "misalignment", "run", "--top", "10,few"], "--top 10,few: not whole numbers"),
+        (["analyze", "misalignment", "run", "--names", "a,b"], "names a, b Give one a run (1)"),
+        (["analyze", "misalignment", "run", "--out", str(README)], "README.md: a file, not a folder"),
     ],
 )
 def test_wrong_use_is_a_message_and_exit_code_2(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import torch
 
@@ -18,15 +18,16 @@ from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
 from detrellis.data.decode import read_image
 from detrellis.data.files import IMAGE_SUFFIXES
-from detrellis.data.layout import DataSource, resolve
-from detrellis.data.loader import stack_images
+from detrellis.data.layout import DataSource, find_data
+from detrellis.data.loader import Loader, stack_images
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector
 from detrellis.engine.bench import BenchResult, How, bench_recipe
 from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.console import track
 from detrellis.engine.distributed import World, pick_device, world
-from detrellis.engine.evaluate import collect, eval_loader
+from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 Paths = str | Path | Sequence[str | Path]
 Scale = Literal["tiny"]
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -242,39 +242,45 @@ def resume(
 def evaluate(
     run: str | Path,
     *,
-    data: str | Path | DataSource | None = None,
-    val: str | Path | None = None,
-    val_images: str | Path | None = None,
-    split: str = "val",
     results: str | Path | None = None,
-    batch_size: int = 4,
-    skip_bad: bool = False,
     device: str | None = None,
-    workers: int = 2,
     progress: bool = False,
+    **on: Unpack[On],
 ) -> EvalResult:
     """COCO box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
-    `results` names a file for the detections in COCO's results format. Raises `UserError` where the data set has
-    errors, unless `skip_bad` drops the bad records.
+    `on` is what `On` in `engine/evaluate.py` lists: `data`, `val`, `split`, `skip_bad`, `workers` and so on. `results`
+    names a file for the detections in COCO's results format. Raises `UserError` where the data set has errors, unless
+    `skip_bad` drops the bad records.
     """
-    with world(device) as own:
-        model = _trained(run, str(own.device))
-        if val is not None:
-            source, split = find_data(None, val, val_images), "train"
-        elif data is None and model.data is None:
-            raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
-        else:
-            source = DataSource.from_dict(model.data or {}) if data is None else find_data(data)
-        annotations, _ = prepare_split(source, split, model.classes, skip_bad)
-        loader = eval_loader(annotations, model.recipe.data, batch_size, workers, own)
-        with contextlib.closing(loader):
-            batches = _track(loader, "evaluate", len(loader), progress and own.leads)
-            evaluator = collect(model.detector, batches, annotations, own.device)
+    with world(device) as own, open_split(run, own, **on) as opened:
+        batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.leads)
+        evaluator = collect(opened.model.detector, batches, opened.annotations, own.device)
         if results is not None and own.leads:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
             evaluator.results_json(results)
         return evaluator.compute()
+
+
+class Opened(NamedTuple):
+    """A trained detector, and this process's share of the images that it is measured on."""
+
+    run: str
+    model: Model
+    annotations: Annotations
+    loader: Loader
+    files: str  # where the annotations come from
+
+
+@contextlib.contextmanager
+def open_split(run: str | Path, own: World, **on: Unpack[On]) -> Iterator[Opened]:
+    """Load a run and what it is measured on; the loader's workers end with the context."""
+    model = _trained(run, str(own.device))
+    source, split = measured_on(run, model.data, on)
+    annotations, _ = prepare_split(source, split, model.classes, on.get("skip_bad", False))
+    loader = eval_loader(annotations, model.recipe.data, on.get("batch_size", 4), on.get("workers", 2), own)
+    with contextlib.closing(loader):
+        yield Opened(str(run), model, annotations, loader, str(source.splits[split].annotations))
 
 
 def predict(
@@ -289,7 +295,7 @@ def predict(
     """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
     model = _trained(run, device)
     pictures = find_pictures(paths)
-    found = _track(model.stream(pictures, threshold=threshold), "predict", len(pictures), progress)
+    found = track(model.stream(pictures, threshold=threshold), "predict", len(pictures), progress)
     return list(found) if out is None else save_predictions(model, found, Path(out))
 
 
@@ -362,23 +368,6 @@ def _chosen(
     if scale is not None:
         chosen = tiny_sized(chosen)
     return chosen.with_schemes(scheme).override(override)
-
-
-def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:
-    """The data set in a folder, or of COCO files: train, its images, val, its images."""
-    if isinstance(data, DataSource):
-        return data
-    paths = [None if f is None else Path(f) for f in files]
-    return resolve(None if data is None else Path(data), *paths, *[None] * (4 - len(paths)))
-
-
-def _track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[Item]:
-    """`items` with a progress bar on stderr, where there is a terminal to show it."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, what, total, console=console, transient=True) if show and console.is_terminal else items
 
 
 def _prepared(

@@ -86,6 +86,14 @@ def resolve(
     return _folder(data)
 
 
+def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:
+    """The data set in a folder, or of COCO files: train, its images, val, its images."""
+    if isinstance(data, DataSource):
+        return data
+    paths = [None if f is None else Path(f) for f in files]
+    return resolve(None if data is None else Path(data), *paths, *[None] * (4 - len(paths)))
+
+
 def _explicit(train: Path, train_images: Path | None, val: Path | None, val_images: Path | None) -> DataSource:
     given = {"train": (train, train_images)}
     if val is not None:

@@ -1,4 +1,4 @@
-"""How training looks on the console: a bar on a terminal, a line now and then elsewhere, a row for every epoch."""
+"""How work looks on the console; training: a bar on a terminal, a line now and then elsewhere, a row every epoch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import track as rich_track
 
 Item = TypeVar("Item")
 
 LINE_SECONDS = 10.0  # without a terminal, at most one progress line in this time
 HEADER_ROWS = 20  # the header is printed again after this many epochs
+
+
+def track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[Item]:
+    """`items` with a progress bar on stderr, where there is a terminal to show it."""
+    console = Console(stderr=True)
+    return rich_track(items, what, total, console=console, transient=True) if show and console.is_terminal else items
 
 
 class TrainingView:

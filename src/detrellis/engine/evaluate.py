@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.distributed import World, gather
+from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
+
+
+class On(TypedDict, total=False):
+    """What a trained detector is measured on; by default the validation split of its own run."""
+
+    data: str | Path | DataSource | None
+    val: str | Path | None  # a COCO file, instead of `data` and `split`
+    val_images: str | Path | None
+    split: str  # train, val or test
+    batch_size: int  # images at a time; by default 4
+    skip_bad: bool  # drop bad records instead of refusing the data set
+    workers: int  # processes that load images; by default 2
+
+
+def measured_on(run: str | Path, own_data: Mapping[str, Any] | None, on: On) -> tuple[DataSource, str]:
+    """The data set and the split that `on` means for a run that was trained on `own_data`."""
+    data, val = on.get("data"), on.get("val")
+    if val is not None:
+        return find_data(None, val, on.get("val_images")), "train"
+    if data is None and own_data is None:
+        raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
+    source = DataSource.from_dict(own_data or {}) if data is None else find_data(data)
+    return source, on.get("split", "val")
 
 
 def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, workers: int, world: World) -> Loader:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,29 @@ from rich.markup import escape
 from rich.table import Table
 
 import detrellis
+from detrellis.cli.analyze import analyze
+from detrellis.cli.options import (
+    LEADS,
+    AsJson,
+    BatchSize,
+    Data,
+    Device,
+    Overrides,
+    RecipeName,
+    Scale,
+    Schemes,
+    SkipBad,
+    Split,
+    Trained,
+    TrainFile,
+    TrainImages,
+    ValFile,
+    ValImages,
+    Workers,
+    console,
+    print_json,
+)
+from detrellis.cli.recipes import bench, info, recipes
 from detrellis.errors import UserError
 
 app = typer.Typer(
@@ -22,29 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train DETR-family object detectors on your own data. Start with [bold]detrellis demo[/bold].",
 )
-LEADS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
-console = Console(quiet=not LEADS)
-
-Data = Annotated[Path | None, typer.Option(help="Data set folder: COCO, Roboflow, YOLO or Pascal VOC layout.")]
-TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to train on, instead of --data.")]
-TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
-ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON to evaluate on.")]
-ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
-Workers = Annotated[int, typer.Option(help="Processes that load images.")]
-RecipeName = Annotated[
-    str | None, typer.Argument(help="Recipe name; see `detrellis recipes` (default: that of --weights).")
-]
-Trained = Annotated[
-    Path, typer.Argument(help="A run, a weights file, hf:org/name, a Hugging Face folder, or a reference's .pth.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Scale = Annotated[Literal["tiny"] | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
-Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N], several with commas.")]
-Overrides = Annotated[list[str] | None, typer.Option("-o", help="Recipe field: key.sub=value. May be repeated.")]
 
 
 def _version(value: bool) -> None:
@@ -60,11 +58,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _print_json(value: Any) -> None:
-    if LEADS:
-        print(json.dumps(value, indent=1))
 
 
 @app.command()
@@ -106,7 +99,7 @@ def check(
     report = check_source(source, fast=fast, progress=not as_json, workers=workers)
     fixed = None if fix is None else fix_source(source, report, fix)
     if as_json:
-        _print_json(report.to_dict() | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes}))
+        print_json(report.to_dict() | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes}))
     else:
         console.print(report.table())
         if fixed is not None:
@@ -171,7 +164,7 @@ def train(
             console=speaks,
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         _print_train_result(result)
 
@@ -201,9 +194,9 @@ def evaluate(
     data: Data = None,
     val: ValFile = None,
     val_images: ValImages = None,
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the data set.")] = "val",
+    split: Split = "val",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 4,
+    batch_size: BatchSize = 4,
     skip_bad: SkipBad = False,
     device: Device = None,
     workers: Workers = 2,
@@ -229,7 +222,7 @@ def evaluate(
         progress=True,
     )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
     console.print(result.table())
     console.print(result.class_table())
@@ -281,7 +274,7 @@ def convert(
 
     done = api.convert(source, out, to=to, classes=classes, dilation=dilation)
     if as_json:
-        _print_json(done.to_dict())
+        print_json(done.to_dict())
         return
     console.print(f"{done.recipe}: {done.parameters:,} numbers, {done.classes} classes, to {out}")
     if done.skipped:
@@ -294,86 +287,9 @@ def convert(
         console.print(f"Next: detrellis predict {out} PICTURES, or: detrellis train --weights {out} --data my_data")
 
 
-@app.command()
-def info(
-    recipe: Annotated[str, typer.Argument(help="Recipe name.")],
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
-    scale: Scale = None,
-    scheme: Schemes = None,
-    override: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Parameters, multiply-adds and training schemes of a recipe.
-
-    Example: detrellis info dino-r50 --classes 91
-    """
-    from detrellis import api
-
-    found = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
-    if as_json:
-        _print_json(found.to_dict())
-        return
-    height, width = found.image_size
-    table = Table("", found.recipe, title=escape(found.about), title_justify="left")
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("of these trained", f"{found.parameters_trainable:,}")
-    table.add_row(f"multiply-adds at {width}x{height}", f"{found.gflops} GFLOPs")
-    table.add_row("queries", str(found.queries))
-    for s in found.schemes:
-        table.add_row(f"scheme {s.name}, training only", f"+{s.parameters:,} parameters, up to +{s.queries} queries")
-    console.print(table)
-
-
-@app.command()
-def bench(
-    recipe: Annotated[str, typer.Argument(help="Recipe name.")],
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
-    batch_sizes: Annotated[str, typer.Option(help="Images at a time, several with commas.")] = "1",
-    size: Annotated[str | None, typer.Option(help="Short side, or HEIGHTxWIDTH (default: the recipe's).")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's).")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
-    runs: Annotated[int, typer.Option(min=1, help="Timed passes, of which the median counts.")] = 10,
-    scale: Scale = None,
-    scheme: Schemes = None,
-    override: Overrides = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Latency and throughput of a recipe here: inference, or a training step, with random weights.
-
-    Example: detrellis bench dino-r50 --size 640x640 --batch-sizes 1,2 --threads 1
-    """
-    from detrellis import api
-    from detrellis.engine.bench import How
-
-    how: How = {"batch_sizes": batch_sizes, "size": size, "threads": threads, "compiled": compiled}
-    how |= {"train": train, "runs": runs, "device": device}
-    found = api.bench(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or (), **how)
-    if as_json:
-        _print_json(found.to_dict())
-        return
-    console.print(escape(found.about()), highlight=False)
-    console.print(found.table())
-
-
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """List the recipes.
-
-    Example: detrellis recipes
-    """
-    from detrellis.recipes import RECIPES
-
-    found = [make() for make in RECIPES]
-    if as_json:
-        _print_json([{"name": r.name, "about": r.about} for r in found])
-        return
-    table = Table("recipe", "what it is", "epochs", "schemes")
-    for r in found:
-        schemes = [name for name, value in r.schemes if value is not None]
-        table.add_row(r.name, escape(r.about), str(r.schedule.epochs), ", ".join(schemes) or "-")
-    console.print(table)
+for verb in (info, bench, recipes):
+    app.command()(verb)
+app.add_typer(analyze, name="analyze")
 
 
 def main() -> None:

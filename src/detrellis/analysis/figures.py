@@ -1,0 +1,98 @@
+"""How all figures look, and where they are written. matplotlib is only needed, and only imported, for drawing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from detrellis.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+# Okabe and Ito's colours: told apart by colour-blind readers, and in grey.
+BLUE, ORANGE = "#0072B2", "#D55E00"
+INK, FAINT = "#222222", "#888888"
+DPI = 150
+
+
+class Result(Protocol):
+    """What every measurement returns."""
+
+    def table(self) -> Table:
+        """One row a run, for a rich console."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and numbers, as JSON holds them."""
+
+    def figure(self) -> Figure:
+        """The paper's figure."""
+
+
+class Files(NamedTuple):
+    """What `save` wrote."""
+
+    figure: Path
+    numbers: Path
+
+
+def need_matplotlib() -> None:
+    """Raises `UserError` where it is missing."""
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise UserError(f"figures need matplotlib ({error})", 'pip install "detrellis[viz]"') from None
+
+
+def ready(out: Path) -> None:
+    """Raises `UserError` where a figure could not be drawn or not be written: to ask before minutes of measuring."""
+    need_matplotlib()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file, not a folder", "Take another --out.")
+
+
+def save(result: Result, out: str | Path, name: str) -> Files:
+    """Write `OUT/NAME.png` and `OUT/NAME.json`."""
+    folder = Path(out)
+    ready(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = Files(folder / f"{name}.png", folder / f"{name}.json")
+    result.figure().savefig(files.figure, dpi=DPI)
+    files.numbers.write_text(json.dumps(result.to_dict(), indent=1))
+    return files
+
+
+def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel a run, at most `columns` side by side, all with the same axes.
+
+    The figure is drawn by Agg, without a display and without pyplot's list of open figures.
+    """
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(4.2 * columns, 5.6), 3.5 * rows + 0.5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12, color=INK)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[:count]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9, labelbottom=True, color=FAINT)
+        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, grid[:count]
+
+
+def headline(axes: Axes, name: str, numbers: str) -> None:
+    """A panel's title: the run's name, whatever is in it, and below it the numbers that the panel is about."""
+    short = name if len(name) <= 44 else f"...{name[-41:]}"
+    axes.set_title(f"{short}\n{numbers}", fontsize=10, color=INK, loc="left", parse_math=False)

@@ -1,0 +1,83 @@
+"""What measurements begin with: runs with short names, and what each says about the images of a split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detrellis.api import Opened
+from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.data.annotations import Annotations
+from detrellis.engine.console import track
+from detrellis.errors import UserError
+
+
+class Seen(NamedTuple):
+    """One image as a detector's last layer sees it, and what is there; on the host, boxes in float64.
+
+    Boxes are pixel `xyxy` in the original image, as the evaluator compares them: the truth is the annotations' own, not
+    what resizing and clipping leave of it.
+    """
+
+    image_id: int
+    scores: Tensor  # (N, C) of all queries, as detections are ranked by
+    boxes: Tensor  # (N, 4)
+    labels: Tensor  # (n,) int64 class index of each ground-truth box; no crowd regions
+    truth: Tensor  # (n, 4)
+
+
+def seen(opened: Opened, show: bool = False) -> Iterator[Seen]:
+    """Every image of this process's share, in the loader's order; `show` puts a progress bar on a terminal.
+
+    Raises `UserError` where an output is not finite.
+    """
+    detector, device = opened.model.detector, opened.model.device
+    rows = {int(image_id): row for row, image_id in enumerate(opened.annotations.image_ids)}
+    for batch in track(opened.loader, "analyze", len(opened.loader), show):
+        with torch.no_grad():
+            output = detector(batch.images.to(device, non_blocking=True))
+            scores, boxes = detector.scores(output).cpu(), output.boxes[-1].cpu().double()
+        if not (scores.isfinite().all() and boxes.isfinite().all()):
+            raise UserError(f"{opened.run}: its outputs are not finite", "Its training went wrong: take other weights.")
+        pixels = cxcywh_to_xyxy(boxes) * batch.sizes.flip(-1).repeat(1, 2)[:, None]
+        for image_id, own_scores, own_boxes in zip(batch.image_ids, scores, pixels, strict=True):
+            yield Seen(image_id, own_scores, own_boxes, *truth(opened.annotations, rows[image_id]))
+
+
+def truth(annotations: Annotations, row: int) -> tuple[Tensor, Tensor]:
+    """Labels `(n,)` and pixel `xyxy` boxes `(n, 4)` of an image, without its crowd regions."""
+    own = slice(annotations.starts[row], annotations.starts[row + 1])
+    kept = ~annotations.crowd[own]
+    boxes = torch.from_numpy(annotations.boxes[own][kept])
+    return torch.from_numpy(annotations.labels[own][kept]), torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+
+
+def listed(runs: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """One run or several, as a list; `UserError` where there is none."""
+    found = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not found:
+        raise UserError("no run to measure", "Name at least one.")
+    return found
+
+
+def run_names(runs: Sequence[str | Path], names: Sequence[str] | None = None) -> list[str]:
+    """What figures and tables call the runs: `names`, or as much of the end of each path as tells them apart.
+
+    The same run twice gets a number. Raises `UserError` unless `names` are different and one a run.
+    """
+    if names is not None:
+        if len(names) != len(runs) or len(set(names)) != len(names) or not all(names):
+            raise UserError(f"names {', '.join(names)}", f"Give one a run ({len(runs)}), all different.")
+        return list(names)
+    parts = [Path(os.path.abspath(run)).parts for run in runs]
+    different = len(set(parts))
+    depth = 1
+    while len({p[-depth:] for p in parts}) < different:
+        depth += 1
+    found = ["/".join(p[-depth:]) for p in parts]
+    return [f"{name}-{found[: i + 1].count(name)}" if name in found[:i] else name for i, name in enumerate(found)]

@@ -1,0 +1,90 @@
+"""The verbs about recipes: which there are, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from detrellis.cli.options import AsJson, Device, Overrides, Scale, Schemes, console, print_json
+
+
+def info(
+    recipe: Annotated[str, typer.Argument(help="Recipe name.")],
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
+    scale: Scale = None,
+    scheme: Schemes = None,
+    override: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, multiply-adds and training schemes of a recipe.
+
+    Example: detrellis info dino-r50 --classes 91
+    """
+    from detrellis import api
+
+    found = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
+    if as_json:
+        print_json(found.to_dict())
+        return
+    height, width = found.image_size
+    table = Table("", found.recipe, title=escape(found.about), title_justify="left")
+    table.add_row("parameters", f"{found.parameters:,}")
+    table.add_row("of these trained", f"{found.parameters_trainable:,}")
+    table.add_row(f"multiply-adds at {width}x{height}", f"{found.gflops} GFLOPs")
+    table.add_row("queries", str(found.queries))
+    for s in found.schemes:
+        table.add_row(f"scheme {s.name}, training only", f"+{s.parameters:,} parameters, up to +{s.queries} queries")
+    console.print(table)
+
+
+def bench(
+    recipe: Annotated[str, typer.Argument(help="Recipe name.")],
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, several with commas.")] = "1",
+    size: Annotated[str | None, typer.Option(help="Short side, or HEIGHTxWIDTH (default: the recipe's).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's).")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Timed passes, of which the median counts.")] = 10,
+    scale: Scale = None,
+    scheme: Schemes = None,
+    override: Overrides = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Latency and throughput of a recipe here: inference, or a training step, with random weights.
+
+    Example: detrellis bench dino-r50 --size 640x640 --batch-sizes 1,2 --threads 1
+    """
+    from detrellis import api
+    from detrellis.engine.bench import How
+
+    how: How = {"batch_sizes": batch_sizes, "size": size, "threads": threads, "compiled": compiled}
+    how |= {"train": train, "runs": runs, "device": device}
+    found = api.bench(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or (), **how)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    console.print(escape(found.about()), highlight=False)
+    console.print(found.table())
+
+
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes.
+
+    Example: detrellis recipes
+    """
+    from detrellis.recipes import RECIPES
+
+    found = [make() for make in RECIPES]
+    if as_json:
+        print_json([{"name": r.name, "about": r.about} for r in found])
+        return
+    table = Table("recipe", "what it is", "epochs", "schemes")
+    for r in found:
+        schemes = [name for name, value in r.schemes if value is not None]
+        table.add_row(r.name, escape(r.about), str(r.schedule.epochs), ", ".join(schemes) or "-")
+    console.print(table)
