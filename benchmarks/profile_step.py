@@ -65,7 +65,7 @@ class Parts:
 
 def stepper(model: TrainableDetector, images: ImageBatch, targets: Targets, optim: OptimConfig) -> Callable[[], Tensor]:
     """One training step, with the seconds of its four stages."""
-    optimizer = build_optimizer(model.named_parameters(), optim)
+    optimizer = build_optimizer(model, optim)
 
     def step() -> Tensor:
         marks = [time.process_time()]

@@ -77,7 +77,7 @@ class Stepper:
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         self.model, self.loss = model, loss
-        self.optimizer = build_optimizer(model.named_parameters(), OPTIM)
+        self.optimizer = build_optimizer(model, OPTIM)
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
 
     def __call__(self, *, timed: bool) -> None:

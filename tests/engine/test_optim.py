@@ -30,6 +30,18 @@ def test_groups_hold_every_trained_parameter_once_with_its_rate() -> None:
     assert {round(g["lr"], 12) for g in optimizer.param_groups} == {1e-3, 1e-4}
 
 
+def test_norms_may_go_without_weight_decay() -> None:
+    recipe = small("align_dino_r50")
+    model = build(recipe, CLASSES)
+    decays = {id(p): g["weight_decay"] for g in build_optimizer(model, recipe.optim).param_groups for p in g["params"]}
+    names = {n for n, p in model.named_parameters() if decays.get(id(p)) == 0}
+    assert "detector.decoder.layers.0.norm_self.weight" in names
+    assert "detector.neck.projections.0.1.weight" in names
+    assert not any("attention" in n or "heads" in n or "schemes" in n for n in names)
+    usual = build_optimizer(model, recipe.optim.model_copy(update={"decay_norms": True}))
+    assert all(g["weight_decay"] == 1e-4 for g in usual.param_groups)
+
+
 def test_step_schedule() -> None:
     config = ScheduleConfig(shape="step", drops=(0.5, 0.8))
     assert [round(schedule_factor(p, config), 9) for p in (0, 0.49, 0.5, 0.79, 0.8, 0.99)] == [

