@@ -29,6 +29,8 @@ def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
     """The recipe of that function name, made small; its own schemes unless `schemes` says otherwise."""
     recipe = next(make for make in RECIPES if make.__name__ == name)()
     recipe = recipe.with_schemes(schemes).override(SMALL)
+    if recipe.schemes.group is not None:
+        recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
     if recipe.schemes.hybrid is not None:
         recipe = recipe.override("schemes.hybrid.queries=15")
     backbone = make_backbone(recipe.detector.backbone)

@@ -19,6 +19,8 @@ from detrellis.types import DecoderOutput, ImageBatch, Memory, Queries, Segment,
 
 from .small import CLASSES, NAMES, images, small, targets
 
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+
 # Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it can.
 STACKS: dict[str, tuple[str, ...]] = {
     "own": (),
@@ -26,7 +28,8 @@ STACKS: dict[str, tuple[str, ...]] = {
     "align": ("align=2",),
     "hybrid": ("hybrid=2",),
     "stable": ("stable",),
-    "align, hybrid": ("align=3", "hybrid=2"),
+    "group": ("group=3",),
+    "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
 }
 NETWORKS = (
     "tiny",
@@ -49,7 +52,7 @@ every_stack = pytest.mark.parametrize(
         (name, stack)
         for name in NETWORKS
         for stack in STACKS
-        if stack not in ("own", "none") and (name not in SOFTMAX or stack == "hybrid")
+        if stack not in ("own", "none") and (name not in SOFTMAX or stack in ("hybrid", "group"))
     ],
 )
 

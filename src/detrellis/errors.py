@@ -1,4 +1,4 @@
-"""The one exception that speaks to users: a message that names the place, what is wrong and the remedy."""
+"""What speaks to users: an error that names the place, what is wrong and the remedy; and advice."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class UserError(ValueError):
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(f"{message}\n  {remedy}" if remedy else message)
         self.message, self.remedy = message, remedy
+
+
+class Advice(UserWarning):
+    """Something that works and that the user probably does not want; shown as one line."""

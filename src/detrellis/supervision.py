@@ -198,12 +198,19 @@ class Task:
     weight: float = 1.0
 
 
-def supervise(tasks: Sequence[Task]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weighted losses `"block/term/layer"` of all tasks, and metrics; all are matched with one host copy.
+def match(tasks: Sequence[Task]) -> list[Assignment]:
+    """The assignments of all tasks, with one copy to the host."""
+    return assign([Match(t.output, t.targets, t.supervision.assign, t.copies) for t in tasks])
+
+
+def supervise(
+    tasks: Sequence[Task], assignments: Sequence[Assignment] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weighted losses `"block/term/layer"` of all tasks, and metrics; matched first where they are not.
 
     Losses and boxes are computed in float32 or better whatever autocast says.
     """
-    assignments = assign([Match(t.output, t.targets, t.supervision.assign, t.copies) for t in tasks])
+    assignments = match(tasks) if assignments is None else assignments
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     for task, positives in zip(tasks, assignments, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from detrellis.detector import Detector
 from detrellis.nn.queries import select
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
-from detrellis.supervision import Supervision, Task, supervise
+from detrellis.supervision import Supervision, Task, match, supervise
 from detrellis.types import DecoderOutput, ImageBatch, Proposals, Targets
 
 ProposalTargets = Literal["objectness", "classes"]
@@ -55,17 +56,19 @@ class TrainableDetector(nn.Module):
         queries, proposals = self.detector.propose(memory)
         step = Step(self.detector, memory, queries, proposals, targets, self.supervision, mean_boxes(targets))
 
-        blocks = [QueryBlock("main", queries, self.supervision)]
+        share = math.prod(s.share for s in self.training_schemes)
+        blocks = [QueryBlock("main", queries, self.supervision, weight=share, proposals=proposals)]
         for scheme in self.training_schemes:
             blocks += scheme.blocks(step)
         outputs = self.detector.decode(memory, {b.segment: b.queries for b in blocks})
 
         tasks = [self._task(b, outputs[b.name], step) for b in blocks]
-        if proposals is not None:
-            tasks.append(self._proposal_task(proposals, step))
-        losses, metrics = supervise(tasks)
+        tasks += [self._proposal_task(b, b.proposals, step) for b in blocks if b.proposals is not None]
+        found = match(tasks)
+        losses, metrics = supervise(tasks, found)
         for scheme in self.training_schemes:
             losses |= scheme.losses(step, outputs)
+            metrics |= scheme.metrics(step, outputs, {t.name: a for t, a in zip(tasks, found, strict=True)})
         losses |= _idle(self.schemes)
         return StepOutput(losses, metrics)
 
@@ -81,20 +84,23 @@ class TrainableDetector(nn.Module):
         return [s for s in self.schemes if isinstance(s, TrainingScheme)]
 
     def _task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
-        normaliser = block.normaliser
-        if normaliser is None:
-            normaliser = (block.copies * step.mean_boxes).clamp(min=1)
+        normaliser = self._normaliser(block, step)
         return Task(block.name, output, step.targets, block.supervision, normaliser, block.copies, block.weight)
 
-    def _proposal_task(self, proposals: Proposals, step: Step) -> Task:
-        """The proposals as a decoder output of one layer."""
+    def _normaliser(self, block: QueryBlock, step: Step) -> Tensor:
+        return (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
+
+    def _proposal_task(self, block: QueryBlock, proposals: Proposals, step: Step) -> Task:
+        """A block's proposals as a decoder output of one layer, matched copy by copy as the block is."""
         logits, boxes, targets = proposals.logits, proposals.boxes, step.targets
         if self.proposal_targets == "classes":
             logits, boxes = select(logits, proposals.best), select(boxes, proposals.best)
         else:
             targets = targets._replace(labels=torch.zeros_like(targets.labels))
         output = DecoderOutput(logits[None], boxes[None], boxes[None])
-        return Task("proposals", output, targets, self.supervision.proposals(), step.mean_boxes.clamp(min=1))
+        name = "proposals" if block.name == "main" else f"{block.name}_proposals"
+        supervision, normaliser = block.supervision.proposals(), self._normaliser(block, step)
+        return Task(name, output, targets, supervision, normaliser, block.copies, block.weight)
 
 
 def mean_boxes(targets: Targets) -> Tensor:

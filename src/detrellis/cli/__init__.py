@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +37,7 @@ from detrellis.cli.options import (
     print_json,
 )
 from detrellis.cli.recipes import bench, info, recipes
-from detrellis.errors import UserError
+from detrellis.errors import Advice, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -292,8 +295,16 @@ for verb in (info, bench, recipes):
 app.add_typer(analyze, name="analyze")
 
 
+def _show_warning(usual: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
+    if isinstance(message, Advice):
+        Console(stderr=True, quiet=not LEADS).print(f"[bold yellow]note[/] {escape(str(message))}", highlight=False)
+    else:
+        usual(message, *where, **more)
+
+
 def main() -> None:
     """Entry point: an error that the user can put right is a message and exit code 2, never a traceback."""
+    warnings.showwarning = partial(_show_warning, warnings.showwarning)
     try:
         app()
     except UserError as error:

@@ -287,6 +287,8 @@ def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
     if initial is not None:
         objectness = recipe.detector.proposal_targets == "objectness"
         report = transfer(model.detector, classes, initial, objectness=objectness)
+        for scheme in model.training_schemes:
+            scheme.start_from(model.detector)
     model.to(world.device).train()
     optimizer = build_optimizer(model, recipe.optim)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None

@@ -41,7 +41,8 @@ def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tenso
 def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0) -> Tensor:
     """Attention of each segment over itself, copy by copy, and over the segments that it `sees`.
 
-    `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns `(B, M, N, e)`.
+    `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns `(B, M, N, e)`. A
+    name in `sees` that is no segment's is passed over.
     A segment that sees others has few queries (denoising): it takes one rectangular mask, which costs its own rows
     only; every other segment takes none.
     """
@@ -53,9 +54,10 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
     out = []
     for s in segments:
         q_own, k_own, v_own = parts[s.name]
-        if s.sees:
-            k_all = torch.cat([k_own, *(parts[name][1] for name in s.sees)], dim=2)
-            v_all = torch.cat([v_own, *(parts[name][2] for name in s.sees)], dim=2)
+        seen = [parts[name] for name in s.sees if name in parts]
+        if seen:
+            k_all = torch.cat([k_own, *(k for _, k, _ in seen)], dim=2)
+            v_all = torch.cat([v_own, *(v for _, _, v in seen)], dim=2)
             mask = _copy_mask(s.size, s.copies, k_all.shape[2] - s.size, q.device) if s.copies > 1 else None
             out.append(F.scaled_dot_product_attention(q_own, k_all, v_all, attn_mask=mask, dropout_p=dropout))
         else:

@@ -34,6 +34,16 @@ from detrellis.recipes.deformable import (
 )
 from detrellis.recipes.detr import detr_r50, detr_r50_dc5
 from detrellis.recipes.dino import dino_r50, dino_r50_5scale, dino_swin_l, tiny
+from detrellis.recipes.group import (
+    group_conditional_detr_r50,
+    group_conditional_detr_r50_dc5,
+    group_dab_deformable_detr_r50,
+    group_dab_detr_r50,
+    group_dab_detr_r50_dc5,
+    group_dino_r50,
+    group_dn_detr_r50,
+    group_dn_detr_r50_dc5,
+)
 from detrellis.recipes.scale import tiny_sized
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "tiny_sized"]
@@ -67,6 +77,14 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     h_deformable_detr_r50,
     align_h_deformable_detr_r50,
     stable_dino_r50,
+    group_conditional_detr_r50,
+    group_conditional_detr_r50_dc5,
+    group_dab_detr_r50,
+    group_dab_detr_r50_dc5,
+    group_dn_detr_r50,
+    group_dn_detr_r50_dc5,
+    group_dab_deformable_detr_r50,
+    group_dino_r50,
 )
 
 

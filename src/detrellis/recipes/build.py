@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from detrellis.detector import Detector
-from detrellis.errors import UserError
-from detrellis.matching import Hungarian, MatchingCost, focal_term, softmax_term
-from detrellis.recipes.config import Recipe
+from detrellis.errors import Advice, UserError
+from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
+from detrellis.recipes.config import DetectorConfig, Recipe
 from detrellis.recipes.network import build_detector, capabilities
 from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.cdn import ContrastiveDenoising
 from detrellis.schemes.dn import Denoising
+from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.stable import Stable
 from detrellis.supervision import CLASSIFICATION, Supervision, softmax_set_loss
@@ -45,6 +48,7 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
         "hybrid": partial(Hybrid, detector.queries),
         "align": Align,
         "stable": Stable,
+        "group": partial(_group, recipe.detector, detector),
     }
     chosen = {name: config for name, config in recipe.schemes if config is not None}
     built: list[TrainingScheme] = []
@@ -60,6 +64,14 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
     return built
 
 
+def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **dials: Any) -> Group:
+    """The paper has 11 groups, and 3 of DINO's larger ones."""
+    if config.patterns:
+        raise UserError("scheme group and patterns do not combine", "Take -o detector.patterns=0.")
+    two_stage = config.queries in ("proposals", "mixed")
+    return Group(detector.queries, config.query_count, k=k or (3 if two_stage else 11), **dials)
+
+
 def _refuse(recipe: Recipe) -> None:
     """Two parts of a recipe that both say what a positive's class should learn."""
     align, stable, loss = recipe.schemes.align, recipe.schemes.stable, recipe.loss.classification
@@ -70,7 +82,9 @@ def _refuse(recipe: Recipe) -> None:
             "schemes align and stable both set the classification target",
             "Keep one: -o schemes.align.classification=base, or -o schemes.stable.supervised=false.",
         )
-    if loss != "focal" and (aims or supervised):
+    if recipe.schemes.group is not None and recipe.schemes.hybrid is not None:
+        warnings.warn(Advice("schemes group and hybrid do the same work twice: one of them will do"), stacklevel=2)
+    if (aims and loss != "focal") or (supervised and loss not in ("focal", "psl")):
         one, remedy = (
             ("align", "-o schemes.align.classification=base")
             if aims
@@ -91,8 +105,11 @@ def build_supervision(recipe: Recipe) -> Supervision:
     term = softmax_term if softmax else focal_term
     cost = MatchingCost(config.cost_classes, config.cost_box, config.cost_giou, term)
     weights = {"class": config.classes, "box": config.box, "giou": config.giou, "iou_branch": config.iou_branch}
+    k = config.one_to_many
+    weights = {name: weight / k for name, weight in weights.items()}  # as if copies were targets
+    several = Candidates(k, k, k, share=None)
     softly = partial(softmax_set_loss, no_object=config.no_object)
-    return Supervision(Hungarian(cost), softly if softmax else CLASSIFICATION[config.classification], weights)
+    return Supervision(Hungarian(cost, several), softly if softmax else CLASSIFICATION[config.classification], weights)
 
 
 def build(recipe: Recipe, classes: int, *, seed: int = 0) -> TrainableDetector:

@@ -104,6 +104,7 @@ class LossConfig(Config):
     cost_classes: Weight = 2.0
     cost_box: Weight = 5.0
     cost_giou: Weight = 2.0
+    one_to_many: Count = 1  # queries each target is matched to in every layer, all alike: leaves duplicates
     no_object: Weight = 0.1  # weight of "no object" in a softmax's cross-entropy
 
 
@@ -116,6 +117,7 @@ class DNConfig(Config):
     label_noise: Share = 0.2
     box_noise: Weight = 0.4
     padded_background: bool = False  # slots that an image does not fill learn "no object"
+    sees: Literal["main", "all"] = "main"  # with groups: whether it reads the first group only
 
 
 class CDNConfig(Config):
@@ -125,6 +127,7 @@ class CDNConfig(Config):
     number: Count = 100
     label_noise: Share = 0.5
     box_noise: Weight = 1.0
+    sees: Literal["main", "all"] = "main"
 
 
 class HybridConfig(Config):
@@ -162,6 +165,16 @@ class StableConfig(Config):
     beta: Weight = 0.5  # how much the position counts in the matching
 
 
+class GroupConfig(Config):
+    """Groups of queries (Group DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Count | None = None  # groups; None: 11, or 3 in two-stage detectors
+    reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
+    proposals: Literal["heads", "shared", "split"] = "heads"  # of two-stage detectors
+    distances: bool = False  # log how far apart the groups' queries are
+
+
 class SchemesConfig(Config):
     """Training schemes; None: off."""
 
@@ -170,6 +183,7 @@ class SchemesConfig(Config):
     hybrid: HybridConfig | None = None
     align: AlignConfig | None = None
     stable: StableConfig | None = None
+    group: GroupConfig | None = None
 
 
 class OptimConfig(Config):

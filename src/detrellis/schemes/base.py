@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detrellis.detector import Detector
 from detrellis.supervision import Supervision
-from detrellis.types import DecoderOutput, Memory, Proposals, Queries, Segment, Targets
+from detrellis.types import Assignment, DecoderOutput, Memory, Proposals, Queries, Segment, Targets
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class QueryBlock:
     sees: tuple[str, ...] = ()  # blocks whose queries it may also read; main reads nobody
     weight: float = 1.0
     normaliser: Tensor | None = None  # None: copies x boxes, at least 1
+    proposals: Proposals | None = None  # what its boxes come from, where that learns with it
 
     @property
     def segment(self) -> Segment:
@@ -61,6 +62,14 @@ class TrainingScheme(nn.Module):
         """Most queries that it adds to an image while training."""
         return 0
 
+    @property
+    def share(self) -> float:
+        """What the main block's loss is multiplied by, where the scheme's blocks stand beside it as its equals."""
+        return 1.0
+
+    def start_from(self, detector: Detector) -> None:
+        """Called once a detector has been filled with trained weights, for a scheme that begins as a copy of parts."""
+
     def reseed(self, seed: int) -> None:
         """Start the scheme's draws anew; called at each step, so that a resumed run draws the same."""
         self.generator.manual_seed(seed)
@@ -75,4 +84,10 @@ class TrainingScheme(nn.Module):
 
     def losses(self, step: Step, outputs: Mapping[str, DecoderOutput]) -> dict[str, Tensor]:
         """Extra loss terms, weighted."""
+        return {}
+
+    def metrics(
+        self, step: Step, outputs: Mapping[str, DecoderOutput], found: Mapping[str, Assignment]
+    ) -> dict[str, Tensor]:
+        """Numbers to log, without gradient; `found` are the assignments of all blocks."""
         return {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
-from detrellis.schemes.denoising import Layout, denoising_block, lay_out, place
+from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place
 from detrellis.types import Queries, Targets
 
 
@@ -83,8 +83,10 @@ class ContrastiveDenoising(TrainingScheme):
         number: int = 100,
         label_noise: float = 0.5,
         box_noise: float = 1.0,
+        sees: Sees = "main",
     ) -> None:
         super().__init__()
+        self.sees = sees
         self.number, self.label_noise, self.box_noise = number, label_noise, box_noise
         self.classes, self.eps = classes, eps
         # One row more than classes, as in the released code, whose last row stands for "unknown" and stays unused.
@@ -103,7 +105,7 @@ class ContrastiveDenoising(TrainingScheme):
         layout = lay_out(step.targets, group_count(self.number, most), kinds=2)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
-        return [denoising_block("cdn", self.queries(step.targets, layout, noise), layout, step)]
+        return [denoising_block("cdn", self.queries(step.targets, layout, noise), layout, step, self.sees)]
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Disturbed labels and boxes in their slots."""

@@ -7,7 +7,7 @@ batch have the same slots; one that an image does not fill has content 0 and the
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,12 +63,17 @@ def positives(layout: Layout, layers: int) -> Assignment:
     return Assignment(layer, image, query, target, torch.arange(len(layer), device=layer.device))
 
 
+# Which of Group DETR's groups denoising queries read besides themselves: the first, as without groups, or all.
+Sees = Literal["main", "all"]
+
+
 def denoising_block(
-    name: str, queries: Queries, layout: Layout, step: Step, rule: LossRule | None = None
+    name: str, queries: Queries, layout: Layout, step: Step, sees: Sees, rule: LossRule | None = None
 ) -> QueryBlock:
     """The queries as a block whose groups see the main queries but not each other; `rule`: the main one by default."""
     supervision = step.supervision.known(positives(layout, len(step.detector.decoder.layers)))  # type: ignore[arg-type]
     if rule is not None:
         supervision = replace(supervision, rule=rule)
     normaliser = step.mean_boxes.clamp(min=1) * layout.groups
-    return QueryBlock(name, queries, supervision, layout.groups, sees=("main",), normaliser=normaliser)
+    read = ("main",) if sees == "main" else ("main", "group")
+    return QueryBlock(name, queries, supervision, layout.groups, sees=read, normaliser=normaliser)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
-from detrellis.schemes.denoising import Layout, denoising_block, lay_out, place
+from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place
 from detrellis.supervision import ABSENT, LossRule
 from detrellis.types import Assignment, DecoderOutput, Queries, Targets
 
@@ -68,8 +68,10 @@ class Denoising(TrainingScheme):
         label_noise: float = 0.2,
         box_noise: float = 0.4,
         padded_background: bool = False,
+        sees: Sees = "main",
     ) -> None:
         super().__init__()
+        self.sees = sees
         self.groups, self.total = groups, total
         self.label_noise, self.box_noise = label_noise, box_noise
         self.padded_background = padded_background
@@ -91,7 +93,7 @@ class Denoising(TrainingScheme):
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
         rule = None if self.padded_background else real_slots_only(step.supervision.rule, layout)
-        return [denoising_block("dn", self.queries(step.targets, layout, noise), layout, step, rule)]
+        return [denoising_block("dn", self.queries(step.targets, layout, noise), layout, step, self.sees, rule)]
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Contents `[label, 1]` and disturbed boxes in their slots."""

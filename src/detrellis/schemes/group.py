@@ -1,0 +1,131 @@
+"""Group DETR (Chen et al., ICCV 2023): K groups of queries in training, each matched one-to-one.
+
+Every target is learned by one query of each group: one-to-many over all queries, without the duplicates, because the
+groups do not see each other in self-attention and each is matched for itself. All but the queries is shared. The
+detector's own queries are the first group; the others are this scheme's, and gone at inference.
+
+| deviation from the released code | why |
+| --- | --- |
+| the first group is the main block, the others are one block of K - 1 copies | same output and loss; no square mask |
+| DINO and two-stage Deformable DETR: proposals by heads of each group | unspecified in the paper; as in LW-DETR |
+| `split_topk`: the first group keeps the best proposals, the others share those ranked next | the detector's own |
+| a batch without boxes counts as one box in each group, not in all | the groups' loss stays a mean over groups |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.detector import Detector
+from detrellis.nn.proposals import ProposalHead
+from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
+from detrellis.types import Assignment, DecoderOutput, Memory, Proposals
+
+
+class Group(TrainingScheme):
+    """`k` groups of queries, the detector's own among them.
+
+    `reduction`: the loss is the mean over the groups, or their sum. `proposals`, of two-stage detectors: `"heads"`, one
+    proposal head for each group; `"shared"`, every group gets the detector's own proposals; `"split"`, the groups take
+    turns with those ranked after them. `distances`: log how far apart the groups' queries are (PD and MD, Eq. 6 and 7).
+    """
+
+    name = "group"
+
+    def __init__(
+        self,
+        source: nn.Module,
+        count: int,
+        *,
+        k: int = 11,
+        reduction: Literal["mean", "sum"] = "mean",
+        proposals: Literal["heads", "shared", "split"] = "heads",
+        distances: bool = False,
+    ) -> None:
+        super().__init__()
+        self.distances = distances
+        self.k, self.count, self.reduction, self.proposals = k, count, reduction, proposals
+        self.table: nn.ParameterDict = source.fresh((k - 1) * count)  # type: ignore[operator]
+        head = getattr(source, "head", None)
+        own = isinstance(head, ProposalHead) and proposals == "heads"
+        self.heads = nn.ModuleList(sibling(head) for _ in range(k - 1) if own)  # type: ignore[arg-type]
+
+    @property
+    def extra_queries(self) -> int:
+        """All groups but the first."""
+        return (self.k - 1) * self.count
+
+    @property
+    def share(self) -> float:
+        """The first group's part of the loss."""
+        return 1 / self.k if self.reduction == "mean" else 1.0
+
+    def start_from(self, detector: Detector) -> None:
+        """The further proposal heads begin as the detector's, which has been filled with trained weights."""
+        for head in self.heads:
+            head.load_state_dict(detector.get_submodule("queries.head").state_dict())
+
+    def blocks(self, step: Step) -> list[QueryBlock]:
+        """The further groups, as equal copies."""
+        if self.k == 1:
+            return []
+        proposals = None if step.proposals is None else self._proposals(step.memory, step.proposals)
+        queries = step.detector.queries.extra(self.table, step.memory, proposals)  # type: ignore[operator]
+        further = self.k - 1
+        return [
+            QueryBlock(
+                "group",
+                queries,
+                step.supervision,
+                copies=further,
+                weight=further * self.share,
+                normaliser=further * step.mean_boxes.clamp(min=1),
+                proposals=proposals if self.heads else None,
+            )
+        ]
+
+    def metrics(
+        self, step: Step, outputs: Mapping[str, DecoderOutput], found: Mapping[str, Assignment]
+    ) -> dict[str, Tensor]:
+        """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
+        if not self.distances or "group" not in found or step.queries.boxes is None:
+            return {}
+        proposals = None if step.proposals is None else self._proposals(step.memory, step.proposals)
+        further = step.detector.queries.extra(self.table, step.memory, proposals)  # type: ignore[operator]
+        centres = torch.cat([step.queries.boxes, further.boxes], dim=1)[..., :2].detach()
+        positions = centres.unflatten(1, (self.k, -1))
+        matched = matched_positions(positions, [found["main"], found["group"]], len(step.targets.labels))
+        return {"group/pd": position_distance(positions).mean(), "group/md": matched_distance(matched).nanmean()}
+
+    def _proposals(self, memory: Memory, own: Proposals) -> Proposals:
+        """Of all further groups, one after the other: `best (B, (k - 1) N)`."""
+        further, count = self.k - 1, own.best.shape[1]
+        if self.proposals == "shared":
+            return own._replace(best=own.best.repeat(1, further))
+        if self.proposals == "split":
+            ranks = own.ranked(count, self.k * count)
+            ranks = ranks if ranks.shape[1] else own.best  # a memory of few tokens: they are shared
+            turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
+            return own._replace(best=ranks[:, turns % ranks.shape[1]])
+        return joined([head(memory) for head in self.heads])
+
+
+def sibling(head: ProposalHead) -> ProposalHead:
+    """A head for another group: classes and boxes start equal, the projection before them afresh."""
+    other = copy.deepcopy(head)
+    nn.init.xavier_uniform_(other.projection.weight)
+    return other
+
+
+def joined(parts: list[Proposals]) -> Proposals:
+    """Proposals of several heads as if their tokens were those of one memory after the other."""
+    logits, boxes, scores = (torch.cat([p[i] for p in parts], dim=1) for i in range(3))
+    tokens = parts[0].logits.shape[1]
+    best = torch.cat([p.best + i * tokens for i, p in enumerate(parts)], dim=1)
+    return Proposals(logits, boxes, scores, best)
