@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
-from detrellis.nn.queries import select
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision, Task, match, supervise
-from detrellis.types import DecoderOutput, ImageBatch, Proposals, Targets
+from detrellis.types import DecoderOutput, ImageBatch, Targets
 
 ProposalTargets = Literal["objectness", "classes"]
 
@@ -57,7 +56,8 @@ class TrainableDetector(nn.Module):
         step = Step(self.detector, memory, queries, proposals, targets, self.supervision, mean_boxes(targets))
 
         share = math.prod(s.share for s in self.training_schemes)
-        blocks = [QueryBlock("main", queries, self.supervision, weight=share, proposals=proposals)]
+        taught = None if proposals is None else self.detector.queries.head.taught(proposals)  # type: ignore[operator, union-attr]
+        blocks = [QueryBlock("main", queries, self.supervision, weight=share, proposals=taught)]
         for scheme in self.training_schemes:
             blocks += scheme.blocks(step)
         outputs = self.detector.decode(memory, {b.segment: b.queries for b in blocks})
@@ -90,17 +90,14 @@ class TrainableDetector(nn.Module):
     def _normaliser(self, block: QueryBlock, step: Step) -> Tensor:
         return (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
 
-    def _proposal_task(self, block: QueryBlock, proposals: Proposals, step: Step) -> Task:
-        """A block's proposals as a decoder output of one layer, matched copy by copy as the block is."""
-        logits, boxes, targets = proposals.logits, proposals.boxes, step.targets
-        if self.proposal_targets == "classes":
-            logits, boxes = select(logits, proposals.best), select(boxes, proposals.best)
-        else:
+    def _proposal_task(self, block: QueryBlock, taught: DecoderOutput, step: Step) -> Task:
+        """A block's proposals, matched copy by copy as the block is."""
+        targets = step.targets
+        if self.proposal_targets == "objectness":
             targets = targets._replace(labels=torch.zeros_like(targets.labels))
-        output = DecoderOutput(logits[None], boxes[None], boxes[None])
         name = "proposals" if block.name == "main" else f"{block.name}_proposals"
         supervision, normaliser = block.supervision.proposals(), self._normaliser(block, step)
-        return Task(name, output, targets, supervision, normaliser, block.copies, block.weight)
+        return Task(name, taught, targets, supervision, normaliser, block.copies, block.weight)
 
 
 def mean_boxes(targets: Targets) -> Tensor:

@@ -103,15 +103,14 @@ class DecoderOutput(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What a two-stage detector's encoder proposes.
+    """What a two-stage detector's encoder proposes: of all `S` tokens, and of the `N` selected, highest score first."""
 
-    All but `best` are of all tokens; `best` are those selected, highest score first.
-    """
-
+    states: Tensor  # (B, S, D) the heads' input
+    anchors: Tensor  # (B, S, 4) logits of the box that each token moves; +inf where it can propose none
     logits: Tensor  # (B, S, C)
-    boxes: Tensor  # (B, S, 4) in [0, 1]; invalid tokens sit at 1
-    scores: Tensor  # (B, S) what they are ranked by; -inf: last
-    best: Tensor  # (B, N) token index of the selected proposals
+    scores: Tensor  # (B, S) what tokens are ranked by; -inf: last
+    best: Tensor  # (B, N) token index of the selected
+    boxes: Tensor  # (B, N, 4) the selected boxes in [0, 1]; a token that can propose none gives 1
 
     def ranked(self, first: int, last: int) -> Tensor:
         """Token indices `(B, last - first)` of these ranks by score; fewer where there are not so many tokens."""

@@ -11,13 +11,12 @@ from detrellis.interop.links import Row, link_up, to_ours, to_theirs
 from detrellis.interop.reference import table
 from detrellis.nn.attention import SelfAttention
 from detrellis.nn.proposals import ProposalHead
-from detrellis.nn.queries import select
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.dino import dino_detector
 from detrellis.recipes.network import build_decoder
 from detrellis.schemes.base import Step
 from detrellis.schemes.distances import matched_distance, position_distance
-from detrellis.schemes.group import Group, joined
+from detrellis.schemes.group import Group
 from detrellis.supervision import Supervision, Task, match, supervise
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
@@ -187,9 +186,8 @@ def check_two_stage(a: Arrays) -> None:
     ratios = torch.stack([(~a["mask0"][:, 0]).double().mean(1), (~a["mask0"][:, :, 0]).double().mean(1)], -1)[:, None]
     tokens = a["src0"].flatten(2).transpose(1, 2)
     memory = Memory(tokens, torch.zeros_like(tokens), shapes, padding, ratios)
-    own = heads[0](memory)
-    further = joined([head(memory) for head in heads[1:]])
-    chosen = [torch.cat([select(p[i], p.best) for p in (own, further)], dim=1) for i in (0, 1)]
+    taught = [head.taught(head(memory)) for head in heads]
+    chosen = [torch.cat([t[i][0] for t in taught], dim=1) for i in (0, 1)]
     close(chosen[0], a["enc_logits"], 1e-5, "proposals' logits")
     close(chosen[1], a["enc_boxes"], 1e-5, "proposals")
     boxes = (inverse_sigmoid(chosen[1], 1e-12) + weights["refpoint_embed.weight"]).sigmoid()

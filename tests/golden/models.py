@@ -14,7 +14,7 @@ from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, 
 from detrellis.interop.names import huggingface
 from detrellis.interop.reference import table
 from detrellis.nn.decoder import Decoder
-from detrellis.nn.queries import select
+from detrellis.nn.proposals import select
 from detrellis.recipes.config import BackboneConfig, DetectorConfig
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_detector
@@ -94,7 +94,7 @@ def check_dino(a: Arrays) -> None:
         if layout.slots:
             blocks = {Segment("cdn", layout.slots, layout.groups, ("main",)): cdn, **blocks}
     output = decode(model.decoder, blocks, memory)
-    interm = [select(t, proposals.best) for t in proposals[:2]]
+    interm = [select(proposals.logits, proposals.best), proposals.boxes]
     close(output.logits, a["all_logits"], 1e-5, "logits")
     close(output.boxes, a["all_boxes"], 1e-5, "boxes")
     close(interm[0], a["interm_logits"], 1e-5, "proposal logits")
@@ -184,8 +184,9 @@ def _check_outputs(a: Arrays, model: Detector, maps: list[Tensor], links: list[L
     scalar = (output.logits * a["w_logits"]).sum() + (output.boxes * a["w_boxes"]).sum()
     if proposals is not None:
         close(proposals.logits, a["enc_outputs_class"], 1e-5, "proposal logits")
-        close(proposals.boxes, a["enc_outputs_coord_logits"].sigmoid(), 1e-5, "proposal boxes")
-        scalar = scalar + (proposals.logits * a["w_enc_logits"]).sum() + (proposals.boxes * a["w_enc_boxes"]).sum()
+        boxes = model.get_submodule("queries.head").boxes(proposals)  # type: ignore[operator]
+        close(boxes, a["enc_outputs_coord_logits"].sigmoid(), 1e-5, "proposal boxes")
+        scalar = scalar + (proposals.logits * a["w_enc_logits"]).sum() + (boxes * a["w_enc_boxes"]).sum()
 
     check_gradients(a, scalar, lambda: to_theirs(own_gradients(model), links))
 
@@ -251,7 +252,7 @@ def check_hdetr(a: Arrays) -> None:
     close(proposals.logits, a["enc_logits"], 1e-5, "proposal logits")
 
     objectness = targets._replace(labels=torch.zeros_like(targets.labels))
-    every = DecoderOutput(proposals.logits[None], proposals.boxes[None], proposals.boxes[None])
+    every = model.queries.head.taught(proposals)
     size = network.query_count
     tasks = [
         Task("o2o", output.map(lambda t: t[:, :, :size]), targets, supervision, count),

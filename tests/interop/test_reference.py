@@ -108,6 +108,20 @@ def test_of_h_detr_only_the_one_to_one_queries_are_kept(tmp_path: Path) -> None:
     check(tmp_path / "hdetr.pth", detector, recipe)
 
 
+@pytest.mark.parametrize(
+    "name", ["conditional_detr_r50", "dab_detr_r50", "dab_deformable_detr_r50", "deformable_detr_r50"]
+)
+def test_of_groups_only_the_first_is_kept(name: str, tmp_path: Path) -> None:
+    recipe = frozen(small(name))
+    detector, weights = published(recipe)
+    for key in ("query_embed.weight", "refpoint_embed.weight", "tgt_embed.weight"):
+        if key in weights:
+            further = torch.randn(24, *weights[key].shape[1:])
+            weights[key] = torch.cat([weights[key], further])
+    torch.save({"model": weights, "args": argparse.Namespace(group_detr=3, **HEADS)}, tmp_path / "group.pth")
+    check(tmp_path / "group.pth", detector, recipe)
+
+
 def test_dilation_is_said_or_stands_in_the_arguments(tmp_path: Path) -> None:
     recipe = frozen(small("detr_r50_dc5"))
     _, theirs = published(recipe)

@@ -122,7 +122,7 @@ def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Con
     except KeyError as error:  # a tensor whose shape tells a size
         raise UserError(f"{error.args[0]} is missing", "The file is not complete, or of another model.") from None
     named = _numbered(count) if classes is None else _fitting(classes, count)
-    weights |= reference.unknown_label(weights, recipe.detector) | reference.one_to_one(weights, recipe.detector)
+    weights |= reference.unknown_label(weights, recipe.detector) | reference.own_queries(weights, recipe.detector)
     return _convert(weights, reference.table(recipe.detector, reference.is_detrex(weights)), recipe, named)
 
 

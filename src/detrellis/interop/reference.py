@@ -24,6 +24,8 @@ from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.dino import dino_r50
 
 Weights = Mapping[str, Tensor]
+# Learned for each query, one of them in each family.
+LEARNED = ("refpoint_embed.weight", "tgt_embed.weight", "transformer.tgt_embed.weight", "query_embed.weight")
 # The decoder's second names of the heads.
 REPEATED = re.compile(r"^transformer\.decoder\.(class|bbox)_embed\.")
 SEGMENTATION = re.compile(r"^(detr\.|bbox_attention\.|mask_head\.)")
@@ -102,9 +104,9 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
     if found.get("queries") == "proposals":
         found["query_count"] = int(arguments.get("num_queries", detector.query_count))
     else:
-        learned = ("refpoint_embed.weight", "transformer.tgt_embed.weight", "query_embed.weight")
-        rows = weights[next((k for k in learned if k in weights), learned[-1])].shape[0]
-        found["query_count"] = min(rows, int(arguments.get("num_queries_one2one", rows)))
+        rows = weights[next((k for k in LEARNED if k in weights), LEARNED[-1])].shape[0]
+        rows = min(rows, int(arguments.get("num_queries_one2one", rows)))  # H-DETR
+        found["query_count"] = rows // max(int(arguments.get("group_detr", 1)), 1)
     if "transformer.patterns.weight" in weights and not detector.indicator:
         found["patterns"] = weights["transformer.patterns.weight"].shape[0]
     if detector.scores == "softmax":
@@ -159,11 +161,10 @@ def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tenso
     return {"unknown_label": weights["label_enc.weight"][-1:]}
 
 
-def one_to_one(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
-    """H-DETR keeps the contents of both branches in one tensor; its second branch is for training."""
-    content = weights.get("query_embed.weight")
-    both = detector.queries == "mixed" and content is not None and len(content) > detector.query_count
-    return {"query_embed.weight": content[: detector.query_count]} if both and content is not None else {}
+def own_queries(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
+    """The first queries, where the tensor also holds those of training: H-DETR's second branch, Group DETR's groups."""
+    present = {name: weights[name] for name in LEARNED if name in weights}
+    return {k: v[: detector.query_count] for k, v in present.items() if len(v) > detector.query_count}
 
 
 def table(detector: DetectorConfig, detrex: bool) -> list[Row]:

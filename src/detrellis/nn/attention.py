@@ -50,7 +50,8 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     sizes = [s.size for s in segments]
     split = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
-    parts = {s.name: p for s, p in zip(segments, split, strict=True)}
+    # Copies: what the backward pass keeps of one segment must not keep the projections of all.
+    parts = {s.name: tuple(t.contiguous() for t in p) for s, p in zip(segments, split, strict=True)}
     out = []
     for s in segments:
         q_own, k_own, v_own = parts[s.name]

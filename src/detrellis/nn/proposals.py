@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from detrellis.nn.encoder import token_centres
 from detrellis.nn.heads import box_head, class_head
 from detrellis.nn.mlp import xavier_linear
-from detrellis.types import Memory, Proposals
+from detrellis.types import DecoderOutput, Memory, Proposals
 
 BASE_SIZE = 0.05  # side of a proposal on the finest level; it doubles with each level
 BORDER = 0.01  # a proposal whose centre or size comes closer than this to 0 or 1 is invalid
 
 
-def anchor_logits(memory: Memory) -> tuple[Tensor, Tensor]:
-    """Logits of one square proposal a token `(B or 1, S, 4)`, and which are usable `(B or 1, S)`."""
+def select(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index (B, N)` of `values (B, S, d)`: `(B, N, d)`."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def anchor_logits(memory: Memory) -> Tensor:
+    """Logits of one square proposal a token `(B or 1, S, 4)`, +inf where it is not usable."""
     centres = token_centres(memory)
     sides = [centres.new_full((h * w, 2), BASE_SIZE * 2.0**level) for level, (h, w) in enumerate(memory.shapes)]
     boxes = torch.cat([centres, torch.cat(sides).expand_as(centres)], dim=-1)
@@ -26,11 +31,11 @@ def anchor_logits(memory: Memory) -> tuple[Tensor, Tensor]:
     if memory.padding is not None:
         usable = usable & ~memory.padding
     safe = torch.where(usable.unsqueeze(-1), boxes, 0.5)
-    return torch.log(safe / (1 - safe)), usable
+    return torch.log(safe / (1 - safe)).masked_fill(~usable.unsqueeze(-1), math.inf)
 
 
 class ProposalHead(nn.Module):
-    """Scores and boxes of all tokens, and the ranking of the best.
+    """Scores of all tokens, the ranking of the best, and the boxes of those.
 
     `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the highest class
     logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
@@ -54,16 +59,33 @@ class ProposalHead(nn.Module):
         self.move = box_head(width)
 
     def forward(self, memory: Memory) -> Proposals:
-        """All tokens' logits and boxes, invalid tokens with memory 0 and box 1, and the ranked best."""
-        anchors, usable = anchor_logits(memory)
-        usable = usable.unsqueeze(-1)
-        states = self.norm(self.projection(memory.tokens.masked_fill(~usable, 0)))
+        """The proposals; a token that can propose nothing has memory 0."""
+        anchors = anchor_logits(memory).expand(len(memory.tokens), -1, -1)
+        empty = anchors[..., :1].isinf()
+        states = self.norm(self.projection(memory.tokens.masked_fill(empty, 0)))
         logits = self.classify(states)
-        boxes = (self.move(states) + anchors).sigmoid().masked_fill(~usable, 1)
-        scores = logits[..., 0] if self.rank_by == "first" else logits.amax(-1)
+        scores = (logits[..., 0] if self.rank_by == "first" else logits.amax(-1)).detach()
         if not self.empty_compete:
             # An untrained head may rank an empty memory first; how much an image is padded would then decide its
             # queries. A trained one has learned that it is no object.
-            scores = scores.masked_fill(~usable.squeeze(-1), -math.inf)
-        proposals = Proposals(logits, boxes, scores.detach(), scores.new_empty(0))
-        return proposals._replace(best=proposals.ranked(0, self.proposals))
+            scores = scores.masked_fill(empty.squeeze(-1), -math.inf)
+        nothing = scores.new_empty(0)
+        found = Proposals(states, anchors, logits, scores, nothing, nothing)
+        best = found.ranked(0, self.proposals)
+        return found._replace(best=best, boxes=self.boxes(found, best))
+
+    def boxes(self, found: Proposals, index: Tensor | None = None) -> Tensor:
+        """Boxes of the tokens `index (B, N)`: `(B, N, 4)`; of all tokens without it. Few are ever needed."""
+        states, anchors = found.states, found.anchors
+        if index is not None:
+            states, anchors = select(states, index), select(anchors, index)
+        moved: Tensor = self.move(states)
+        return (moved + anchors).sigmoid()
+
+    def taught(self, found: Proposals) -> DecoderOutput:
+        """What learns, as an output of one layer: objectness of every token, or the classes of the selected."""
+        if self.rank_by == "first":
+            logits, boxes = found.logits, self.boxes(found)
+        else:
+            logits, boxes = select(found.logits, found.best), found.boxes
+        return DecoderOutput(logits[None], boxes[None], boxes[None])

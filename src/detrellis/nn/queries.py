@@ -12,11 +12,6 @@ from detrellis.nn.proposals import ProposalHead
 from detrellis.types import Memory, Proposals, Queries
 
 
-def select(values: Tensor, index: Tensor) -> Tensor:
-    """Rows `index (B, N)` of `values (B, S, d)`: `(B, N, d)`."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
 def normal(*shape: int) -> nn.Parameter:
     """A parameter from the standard normal distribution."""
     return nn.Parameter(torch.empty(shape).normal_())
@@ -24,7 +19,7 @@ def normal(*shape: int) -> nn.Parameter:
 
 # Each kind of queries below has two methods for the schemes that train with more of them: `fresh(count)` makes the
 # parameters of so many more, and `extra` their queries, sharing with the detector whatever is not learned for each
-# query. The parameters belong to the scheme: a detector never holds them.
+# query; two-stage detectors need the boxes too. The parameters belong to the scheme: a detector never holds them.
 
 
 class LearnedQueries(nn.Module):
@@ -50,7 +45,7 @@ class LearnedQueries(nn.Module):
         table = {"position": normal(count, width)}
         return nn.ParameterDict(table if self.content is None else table | {"content": normal(count, width)})
 
-    def extra(self, table: nn.ParameterDict, memory: Memory, proposals: Proposals | None) -> Queries:
+    def extra(self, table: nn.ParameterDict, memory: Memory, boxes: Tensor | None) -> Queries:
         """The queries of `fresh` parameters."""
         return self._queries(table["position"], table.get("content"), memory)
 
@@ -112,7 +107,7 @@ class AnchorQueries(nn.Module):
             table["content"] = normal(count, self.content.shape[1])
         return nn.ParameterDict(table)
 
-    def extra(self, table: nn.ParameterDict, memory: Memory, proposals: Proposals | None) -> Queries:
+    def extra(self, table: nn.ParameterDict, memory: Memory, boxes: Tensor | None) -> Queries:
         """The queries of `fresh` parameters, with patterns that many times more."""
         return self._queries(table["centres"], table["sizes"], table.get("content", self.content), memory)
 
@@ -154,19 +149,19 @@ class ProposalQueries(nn.Module):
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The queries and the proposals they came from."""
         proposals = self.head(memory)
-        return self._queries(proposals, proposals.best, self.content), proposals
+        return self._queries(proposals.boxes, self.content), proposals
 
     def fresh(self, count: int) -> nn.ParameterDict:
         """Contents of `count` more queries, where they are learned."""
         return nn.ParameterDict({} if self.content is None else {"content": normal(count, self.width)})
 
-    def extra(self, table: nn.ParameterDict, memory: Memory, proposals: Proposals | None) -> Queries:
-        """The queries of the proposals in `best`, which the caller has chosen."""
-        assert proposals is not None
-        return self._queries(proposals, proposals.best, table.get("content"))
+    def extra(self, table: nn.ParameterDict, memory: Memory, boxes: Tensor | None) -> Queries:
+        """The queries of the `boxes` of other proposals."""
+        assert boxes is not None
+        return self._queries(boxes, table.get("content"))
 
-    def _queries(self, proposals: Proposals, index: Tensor, content: Tensor | None) -> Queries:
-        boxes = select(proposals.boxes, index).detach()
+    def _queries(self, boxes: Tensor, content: Tensor | None) -> Queries:
+        boxes = boxes.detach()
         learned = None if content is None else content[: boxes.shape[1]].expand(len(boxes), -1, -1)
         if self.derive is None:
             assert learned is not None

@@ -38,7 +38,7 @@ class QueryBlock:
     sees: tuple[str, ...] = ()  # blocks whose queries it may also read; main reads nobody
     weight: float = 1.0
     normaliser: Tensor | None = None  # None: copies x boxes, at least 1
-    proposals: Proposals | None = None  # what its boxes come from, where that learns with it
+    proposals: DecoderOutput | None = None  # what its boxes come from, where that learns too: one layer
 
     @property
     def segment(self) -> Segment:

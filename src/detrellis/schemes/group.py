@@ -25,7 +25,7 @@ from detrellis.detector import Detector
 from detrellis.nn.proposals import ProposalHead
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
-from detrellis.types import Assignment, DecoderOutput, Memory, Proposals
+from detrellis.types import Assignment, DecoderOutput, Proposals
 
 
 class Group(TrainingScheme):
@@ -75,20 +75,35 @@ class Group(TrainingScheme):
         """The further groups, as equal copies."""
         if self.k == 1:
             return []
-        proposals = None if step.proposals is None else self._proposals(step.memory, step.proposals)
-        queries = step.detector.queries.extra(self.table, step.memory, proposals)  # type: ignore[operator]
+        boxes, taught = (None, None) if step.proposals is None else self._proposals(step, step.proposals)
         further = self.k - 1
         return [
             QueryBlock(
                 "group",
-                queries,
+                step.detector.queries.extra(self.table, step.memory, boxes),  # type: ignore[operator]
                 step.supervision,
                 copies=further,
                 weight=further * self.share,
                 normaliser=further * step.mean_boxes.clamp(min=1),
-                proposals=proposals if self.heads else None,
+                proposals=taught,
             )
         ]
+
+    def _proposals(self, step: Step, own: Proposals) -> tuple[Tensor, DecoderOutput | None]:
+        """Boxes of all further groups, one after the other, and what teaches the heads that proposed them."""
+        further, count = self.k - 1, own.best.shape[1]
+        if self.proposals == "shared":
+            return own.boxes.repeat(1, further, 1), None
+        if self.proposals == "split":
+            ranks = own.ranked(count, self.k * count)
+            ranks = ranks if ranks.shape[1] else own.best  # a memory of few tokens: they are shared
+            turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
+            head = step.detector.get_submodule("queries.head")
+            return head.boxes(own, ranks[:, turns % ranks.shape[1]]), None  # type: ignore[operator]
+        found: list[Proposals] = [head(step.memory) for head in self.heads]
+        taught = [head.taught(f) for head, f in zip(self.heads, found, strict=True)]  # type: ignore[operator]
+        logits, boxes = (torch.cat([t[i] for t in taught], dim=2) for i in (0, 1))
+        return torch.cat([f.boxes for f in found], dim=1), DecoderOutput(logits, boxes, boxes)
 
     def metrics(
         self, step: Step, outputs: Mapping[str, DecoderOutput], found: Mapping[str, Assignment]
@@ -96,24 +111,12 @@ class Group(TrainingScheme):
         """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
         if not self.distances or "group" not in found or step.queries.boxes is None:
             return {}
-        proposals = None if step.proposals is None else self._proposals(step.memory, step.proposals)
-        further = step.detector.queries.extra(self.table, step.memory, proposals)  # type: ignore[operator]
+        boxes = None if step.proposals is None else self._proposals(step, step.proposals)[0]
+        further = step.detector.queries.extra(self.table, step.memory, boxes)  # type: ignore[operator]
         centres = torch.cat([step.queries.boxes, further.boxes], dim=1)[..., :2].detach()
         positions = centres.unflatten(1, (self.k, -1))
         matched = matched_positions(positions, [found["main"], found["group"]], len(step.targets.labels))
         return {"group/pd": position_distance(positions).mean(), "group/md": matched_distance(matched).nanmean()}
-
-    def _proposals(self, memory: Memory, own: Proposals) -> Proposals:
-        """Of all further groups, one after the other: `best (B, (k - 1) N)`."""
-        further, count = self.k - 1, own.best.shape[1]
-        if self.proposals == "shared":
-            return own._replace(best=own.best.repeat(1, further))
-        if self.proposals == "split":
-            ranks = own.ranked(count, self.k * count)
-            ranks = ranks if ranks.shape[1] else own.best  # a memory of few tokens: they are shared
-            turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
-            return own._replace(best=ranks[:, turns % ranks.shape[1]])
-        return joined([head(memory) for head in self.heads])
 
 
 def sibling(head: ProposalHead) -> ProposalHead:
@@ -121,11 +124,3 @@ def sibling(head: ProposalHead) -> ProposalHead:
     other = copy.deepcopy(head)
     nn.init.xavier_uniform_(other.projection.weight)
     return other
-
-
-def joined(parts: list[Proposals]) -> Proposals:
-    """Proposals of several heads as if their tokens were those of one memory after the other."""
-    logits, boxes, scores = (torch.cat([p[i] for p in parts], dim=1) for i in range(3))
-    tokens = parts[0].logits.shape[1]
-    best = torch.cat([p.best + i * tokens for i, p in enumerate(parts)], dim=1)
-    return Proposals(logits, boxes, scores, best)

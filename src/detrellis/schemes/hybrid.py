@@ -51,13 +51,14 @@ class Hybrid(TrainingScheme):
 
     def blocks(self, step: Step) -> list[QueryBlock]:
         """The second block, or none where the proposals do not suffice for one."""
-        proposals = step.proposals
-        if proposals is not None:
-            own = proposals.best.shape[1]
-            proposals = proposals._replace(best=proposals.ranked(own, own + self.queries))
-            if proposals.best.shape[1] == 0:
+        boxes = None
+        if step.proposals is not None:
+            own = step.proposals.best.shape[1]
+            next_best = step.proposals.ranked(own, own + self.queries)
+            if next_best.shape[1] == 0:
                 return []
-        queries = step.detector.queries.extra(self.table, step.memory, proposals)  # type: ignore[operator]
+            boxes = step.detector.queries.head.boxes(step.proposals, next_best)  # type: ignore[operator, union-attr]
+        queries = step.detector.queries.extra(self.table, step.memory, boxes)  # type: ignore[operator]
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
         return [QueryBlock("hybrid", queries, supervision, weight=self.weight, normaliser=normaliser)]
 
