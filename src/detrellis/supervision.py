@@ -85,7 +85,7 @@ def best_overlapping(pairs: Pairs) -> Aim:
     owner = pairs.positives.layer * pairs.images + pairs.positives.image
     member = owner == torch.arange(pairs.layers * pairs.images, device=owner.device).unsqueeze(1)
     best = (member * target).amax(1) if len(target) else target.new_ones(len(member))
-    return Aim(target * (1 / best.clamp(min=1e-8)).clamp(min=1)[owner])
+    return Aim(target / best.clamp(min=1e-8)[owner])
 
 
 def confident_overlapping(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> Aim:

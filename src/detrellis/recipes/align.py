@@ -19,11 +19,19 @@ def _with(base: Recipe, name: str, about: str, *, epochs: int = 0, drop: int = 0
     return base.model_copy(update=changes)
 
 
-def _aligned_dino(name: str, about: str, align: AlignConfig, *, epochs: int = 12, drop: int = 11) -> Recipe:
-    """As the paper trains it: without weight decay on normalisation layers."""
+def _detrex_dino() -> Recipe:
+    """DINO as in the toolbox that Align-DETR and Stable-DINO are built on: heads for each layer, which matters where
+    the last layer is matched otherwise than the others, and no weight decay on normalisation layers."""
     base = dino_r50()
-    base = base.model_copy(update={"optim": base.optim.model_copy(update={"decay_norms": False})})
-    return _with(base, name, about, epochs=epochs, drop=drop, align=align)
+    changes = {
+        "detector": base.detector.model_copy(update={"shared_heads": False}),
+        "optim": base.optim.model_copy(update={"decay_norms": False}),
+    }
+    return base.model_copy(update=changes)
+
+
+def _aligned_dino(name: str, about: str, align: AlignConfig, *, epochs: int = 12, drop: int = 11) -> Recipe:
+    return _with(_detrex_dino(), name, about, epochs=epochs, drop=drop, align=align)
 
 
 def align_dino_r50() -> Recipe:
@@ -81,4 +89,4 @@ def align_h_deformable_detr_r50() -> Recipe:
 
 def stable_dino_r50() -> Recipe:
     """DINO with Stable-DINO's loss and matching, without its memory fusion; 12 epochs."""
-    return _with(dino_r50(), "stable-dino-r50", "Stable-DINO's loss and matching on DINO", stable=StableConfig())
+    return _with(_detrex_dino(), "stable-dino-r50", "Stable-DINO's loss and matching on DINO", stable=StableConfig())

@@ -23,8 +23,7 @@ from detrellis.supervision import CLASSIFICATION, Supervision
 def modulation(overlap: Tensor) -> Tensor:
     """`(GIoU + 1) / 2` of each query and target `(..., N, T)`, scaled up so that an image's best is 1."""
     value = ((overlap + 1) / 2).nan_to_num(0)
-    best = value.amax((-2, -1), keepdim=True)
-    return value * (1 / best.clamp(min=1e-8)).clamp(min=1)
+    return value / value.amax((-2, -1), keepdim=True).clamp(min=1e-8)
 
 
 def modulated_term(logits: Tensor, labels: Tensor, overlap: Tensor, beta: float = 0.5) -> Tensor:
