@@ -9,6 +9,8 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.matching import Hungarian, Known, Match, assign
+from detrellis.recipes import find_recipe
+from detrellis.recipes.build import build_supervision
 from detrellis.supervision import SetLoss, Supervision, Task, softmax_set_loss, sum_by_layer, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
@@ -62,6 +64,20 @@ def test_softmax_loss_is_torch_cross_entropy() -> None:
         wanted[found.image[own], found.query[own]] = targets.labels[found.target[own]]
         expected = F.cross_entropy(output.logits[layer].flatten(0, 1), wanted.flatten(), weight)
         torch.testing.assert_close(terms["class"][layer], expected)
+
+
+def test_one_to_many_counts_copies_as_targets() -> None:
+    """The repeated targets' loss over as many boxes: the loss of one-to-many without groups (Group DETR, Fig. 1)."""
+    output, targets = problem(2, (2, 1), 9)
+    boxes = torch.tensor(3.0)
+    several = build_supervision(find_recipe("deformable-detr-r50").override("loss.one_to_many=3"))
+    losses, _ = supervise([Task("main", output, targets, several, boxes)])
+    labels, truth = (t.split(targets.sizes) for t in targets[:2])
+    repeated = Targets(torch.cat([t.repeat(3) for t in labels]), torch.cat([t.repeat(3, 1) for t in truth]), (6, 3))
+    plain = build_supervision(find_recipe("deformable-detr-r50"))
+    expected, _ = supervise([Task("main", output, repeated, plain, 3 * boxes)])
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
 
 
 def test_sum_by_layer() -> None:

@@ -329,6 +329,35 @@ def test_a_recipe_and_its_settings_apply_beside_the_weights(first: Path, shapes:
         detrellis.train(data=shapes)
 
 
+def test_one_group_starts_many_and_many_leave_one(
+    first: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Group DETR, 1 -> K -> 1: further proposal heads begin as the trained one, and no weights file holds them."""
+    heads: list[dict[str, Tensor]] = []
+    train_step = Run.train_step
+
+    def step(self: Run, batches: list) -> None:  # type: ignore[type-arg]
+        group = self.state.model.training_schemes[-1]
+        if not heads:
+            heads.extend(weights(h) for h in group.heads)  # type: ignore[arg-type, union-attr]
+        train_step(self, batches)
+
+    monkeypatch.setattr(Run, "train_step", step)
+    many = tmp_path / "many"
+    detrellis.train(weights=first, data=shapes, out=many, scheme="group=3", epochs=1, workers=0)
+    one, _ = load_weights(first)
+    assert len(heads) == 2
+    for head in heads:
+        assert head.keys() == {n.removeprefix("queries.head.") for n in one if n.startswith("queries.head.")}
+        assert all(torch.equal(t, one[f"queries.head.{n}"]) for n, t in head.items())
+    again, _ = load_weights(many)
+    assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in one.items()}
+    monkeypatch.undo()
+    back = detrellis.train(weights=many, data=shapes, out=tmp_path / "one", scheme="none", epochs=1, workers=0)
+    assert back.transfer is not None
+    assert back.transfer.exceptions() == []
+
+
 def test_a_tuned_run_that_was_stopped_continues_bit_for_bit_without_its_source(
     first: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

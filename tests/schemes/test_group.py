@@ -265,7 +265,7 @@ def test_matched_positions_by_hand() -> None:
         layer, image, query, target = (torch.tensor(t) for t in zip(*found, strict=True))
         return Assignment(layer, image, query, target, torch.arange(len(layer)))
 
-    main = rows((0, 0, 0, 0), (1, 0, 1, 0), (1, 1, 0, 1))
+    main = rows((1, 0, 1, 0), (1, 1, 0, 1), (0, 0, 0, 0))  # only the last layer counts
     further = rows((1, 0, 3, 0), (1, 1, 0, 1))  # group 2's second query; group 1's first
     matched = matched_positions(positions, [main, further], 2)
     assert torch.equal(matched[0], torch.stack([positions[0, 0, 1], positions[1, 0, 0]]))
