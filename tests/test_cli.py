@@ -19,7 +19,8 @@ from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench", "recipes", "analyze misalignment"]
+VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench", "recipes"]
+VERBS += ["analyze misalignment", "analyze groups", "analyze one-to-many"]
 
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
@@ -145,6 +146,23 @@ def test_two_runs_are_analyzed_side_by_side(shapes: Path, tmp_path: Path, capsys
     assert list(found["runs"][0]["br_recall"]) == ["10", "50", "100"]
 
 
+def test_groups_are_analyzed(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "figures"
+    rest = ("--workers", 0, "--out", out)
+    train = ("train", "tiny", "--data", shapes, "--scheme", "group=2", "--epochs", 1, "--workers", 0)
+    call(*train, "--out", run, *OPTIONS, capsys=capsys)
+    text = call("analyze", "groups", run, *rest, "--names", "two", capsys=capsys)
+    assert [word for word in ("two", "all 2", f"{out}/groups.png") if word not in text] == []
+    found = json.loads(call("analyze", "groups", run, *rest, "--grid", 3, "--json", capsys=capsys))
+    assert found["settings"]["grid"] == 3
+    assert found["runs"][0]["log"] == []  # not asked for
+    assert found == json.loads((out / "groups.json").read_text())
+    text = call("analyze", "one-to-many", run, *rest, capsys=capsys)
+    assert [word for word in ("group-wise", " 24 ", f"{out}/one_to_many.png") if word not in text] == []
+    found = json.loads(call("analyze", "one-to-many", run, *rest, "--nms", "0.4", "--json", capsys=capsys))
+    assert (found["settings"]["nms"], found["runs"][0]["queries"]) == ([0.4], 24)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,6 +185,9 @@ def test_two_runs_are_analyzed_side_by_side(shapes: Path, tmp_path: Path, capsys
         (["check", "--data", "no_such_folder"], "no_such_folder"),
         (["analyze", "misalignment", "no_such_run"], "no_such_run"),
         (["analyze", "misalignment", "run", "--top", "10,few"], "--top 10,few: not whole numbers"),
+        (["analyze", "groups", "no_such_run"], "no_such_run"),
+        (["analyze", "one-to-many", "run", "--nms", "0.5,x"], "--nms 0.5,x: not numbers"),
+        (["analyze", "one-to-many", "run", "--nms", "0.5,7"], "nms 0.5, 7 Give IoUs between 0 and 1"),
         (["analyze", "misalignment", "run", "--names", "a,b"], "names a, b Give one a run (1)"),
         (["analyze", "misalignment", "run", "--out", str(README)], "README.md: a file, not a folder"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from detrellis.analysis.instability import changed, instability
 from detrellis.analysis.misalignment import EDGES, Misalignment, Pairs, pairs
 from detrellis.boxes import cxcywh_to_xyxy
 
@@ -30,3 +31,11 @@ def check_misalignment(a: Arrays) -> None:
     assert whole.gap == pytest.approx(float(a["paper_mean_gap"]), abs=1e-9)
     assert whole.hit_rate == pytest.approx(float(a["paper_hit_rate"]), abs=1e-9)
     assert [whole.br_recall[m] for m in top] == pytest.approx(a["paper_br_recall"].tolist(), abs=1e-9)
+
+
+def check_instability(a: Arrays) -> None:
+    images = [a[f"V{i}"] for i in range(len(a.data)) if f"V{i}" in a]
+    for i, v in enumerate(images):
+        assert torch.equal(changed(v), a[f"is_layer{i}"]), i
+    assert images
+    close(instability(images), a["is_mean_per_layer"], 1e-12, "mean over images")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE = "#0072B2", "#D55E00"
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 INK, FAINT = "#222222", "#888888"
 DPI = 150
 
@@ -67,32 +68,59 @@ def save(result: Result, out: str | Path, name: str) -> Files:
     return files
 
 
-def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel a run, at most `columns` side by side, all with the same axes.
-
-    The figure is drawn by Agg, without a display and without pyplot's list of open figures.
-    """
+def canvas(width: float, height: float, title: str) -> Figure:
+    """An empty figure, in inches. It is drawn by Agg, without a display and without pyplot's list of open figures."""
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(count, columns)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(4.2 * columns, 5.6), 3.5 * rows + 0.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def tidy(axes: Axes) -> None:
+    """How all panels with numbers look."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=9, labelbottom=True, color=FAINT)
+    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def colours(count: int) -> list[str]:
+    """That many colours, told apart by everybody as long as there are no more than in `COLOURS`."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
+
+
+def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel a run, at most `columns` side by side, all with the same axes."""
+    columns = min(count, columns)
+    rows = math.ceil(count / columns)
+    figure = canvas(max(4.2 * columns, 5.6), 3.5 * rows + 0.5, title)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
     for axes in grid[count:]:
         axes.remove()
     for axes in grid[:count]:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=9, labelbottom=True, color=FAINT)
-        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
+        tidy(axes)
     return figure, grid[:count]
 
 
 def headline(axes: Axes, name: str, numbers: str) -> None:
     """A panel's title: the run's name, whatever is in it, and below it the numbers that the panel is about."""
-    short = name if len(name) <= 44 else f"...{name[-41:]}"
-    axes.set_title(f"{short}\n{numbers}", fontsize=10, color=INK, loc="left", parse_math=False)
+    axes.set_title(f"{shortened(name)}\n{numbers}", fontsize=10, color=INK, loc="left", parse_math=False)
+
+
+def shortened(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= 44 else f"...{name[-41:]}"
+
+
+def number(value: float | None) -> str:
+    """As tables show it."""
+    return "-" if value is None else f"{value:.3f}"

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detrellis.analysis.figures import BLUE, FAINT, ORANGE, Files, headline, panels, save
-from detrellis.analysis.outputs import listed, run_names, seen
+from detrellis.analysis.figures import BLUE, FAINT, ORANGE, Files, headline, number, panels, save
+from detrellis.analysis.outputs import listed, run_names, seen, split_name
 from detrellis.api import open_split
 from detrellis.boxes import pairwise_iou
 from detrellis.engine.distributed import World, gather, world
@@ -160,7 +160,7 @@ class Comparison:
             table.add_column(column, justify="right", no_wrap=True)
         for run in self.runs:  # Text: a run may be called "[bold]"
             found = run.found
-            numbers = [_text(x) for x in (found.br_iou, found.hc_iou, found.gap)]
+            numbers = [number(x) for x in (found.br_iou, found.hc_iou, found.gap)]
             shares = [_percent(x) for x in (found.hit_rate, *found.br_recall.values())]
             table.add_row(Text(run.name), str(found.boxes), str(found.with_hc), *numbers, *shares)
         return table
@@ -177,10 +177,6 @@ class Comparison:
         return save(self, out, NAME)
 
 
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
@@ -195,10 +191,10 @@ def _draw(axes: Axes, run: Measured, threshold: float) -> None:
     ):
         shares = 100 * np.array(counts) / max(found.boxes, 1)
         axes.stairs(shares, EDGES, fill=True, color=colour, alpha=0.3)
-        axes.stairs(shares, EDGES, color=colour, linewidth=1.4, label=f"{name}: mean {_text(mean)}")
+        axes.stairs(shares, EDGES, color=colour, linewidth=1.4, label=f"{name}: mean {number(mean)}")
         if mean is not None:
             axes.axvline(mean, color=colour, linewidth=1.2, linestyle="--")
-    headline(axes, run.name, f"gap {_text(found.gap)}, hit rate {_percent(found.hit_rate)}, {found.boxes:,} boxes")
+    headline(axes, run.name, f"gap {number(found.gap)}, hit rate {_percent(found.hit_rate)}, {found.boxes:,} boxes")
     axes.set(xlim=(0, 1), xlabel="IoU with the ground-truth box", ylabel="% of boxes")
     axes.margins(y=0.4)  # room for the legend; not set_ylim, which would fix the axis that all panels share
     axes.legend(fontsize=8, loc="upper left", facecolor="white", edgecolor="none", framealpha=0.9)
@@ -229,8 +225,7 @@ def analyze(
     with world(device) as own:
         show = progress and own.leads
         measured = [_measure(p, n, threshold, ordered, own, show, on) for p, n in zip(places, called, strict=True)]
-    split = on.get("split", "val") if on.get("val") is None else "val"
-    return Comparison(threshold, ordered, split, tuple(measured))
+    return Comparison(threshold, ordered, split_name(on), tuple(measured))
 
 
 def _measure(

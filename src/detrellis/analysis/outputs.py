@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,15 @@ from torch import Tensor
 from detrellis.api import Opened
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
+from detrellis.detector import Detector, select_per_query, select_top_k
+from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import track
+from detrellis.engine.distributed import gather
+from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
+from detrellis.matching import Candidates, Hungarian, Match, assign
+from detrellis.supervision import Supervision
+from detrellis.types import Assignment, DecoderOutput, Detections, Targets
 
 
 class Seen(NamedTuple):
@@ -42,11 +50,39 @@ def seen(opened: Opened, show: bool = False) -> Iterator[Seen]:
         with torch.no_grad():
             output = detector(batch.images.to(device, non_blocking=True))
             scores, boxes = detector.scores(output).cpu(), output.boxes[-1].cpu().double()
-        if not (scores.isfinite().all() and boxes.isfinite().all()):
-            raise UserError(f"{opened.run}: its outputs are not finite", "Its training went wrong: take other weights.")
+        check_finite(opened, scores, boxes)
         pixels = cxcywh_to_xyxy(boxes) * batch.sizes.flip(-1).repeat(1, 2)[:, None]
         for image_id, own_scores, own_boxes in zip(batch.image_ids, scores, pixels, strict=True):
             yield Seen(image_id, own_scores, own_boxes, *truth(opened.annotations, rows[image_id]))
+
+
+def check_finite(opened: Opened, *values: Tensor) -> None:
+    """Raises `UserError` where something is not a number: it could not be ranked."""
+    if not all(v.isfinite().all() for v in values):
+        raise UserError(f"{opened.run}: its outputs are not finite", "Its training went wrong: take other weights.")
+
+
+def detections(detector: Detector, output: DecoderOutput, sizes: Tensor, k: int | None = None) -> list[Detections]:
+    """The detector's own selection from an output of any of its queries; `k`: how many, instead of its `top_k`."""
+    select = select_per_query if detector.softmax else select_top_k
+    return select(detector.scores(output), output.boxes[-1], sizes, detector.top_k if k is None else k)
+
+
+def evaluated(evaluator: CocoEvaluator) -> EvalResult:
+    """The statistics of the detections that all processes have collected; each must call it."""
+    others = gather(evaluator.arrays())
+    if len(others) > 1:
+        evaluator.merge(*others)
+    return evaluator.compute()
+
+
+def one_to_one(supervision: Supervision, output: DecoderOutput, targets: Targets, copies: int = 1) -> Assignment:
+    """Hungarian matching by the recipe's cost, at each layer and in each copy; one query a target, however the run
+    was trained, so that runs can be compared."""
+    hungarian = supervision.assign
+    assert isinstance(hungarian, Hungarian)
+    (found,) = assign([Match(output, targets, replace(hungarian, candidates=Candidates()), copies)])
+    return found
 
 
 def truth(annotations: Annotations, row: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +99,11 @@ def listed(runs: str | Path | Sequence[str | Path]) -> list[str | Path]:
     if not found:
         raise UserError("no run to measure", "Name at least one.")
     return found
+
+
+def split_name(on: On) -> str:
+    """What a report calls the images that `on` means."""
+    return on.get("split", "val") if on.get("val") is None else "val"
 
 
 def run_names(runs: Sequence[str | Path], names: Sequence[str] | None = None) -> list[str]:

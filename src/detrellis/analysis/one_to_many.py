@@ -1,0 +1,230 @@
+"""Group DETR, Fig. 1: AP over the number of training queries, by how queries are assigned to objects.
+
+| assignment | a run is of this kind if its recipe has | training queries |
+| --- | --- | --- |
+| group-wise | scheme `group` | all K groups' |
+| one-to-many | `loss.one_to_many` above 1: each target is matched to so many queries in every layer | the detector's |
+| one-to-one | neither | the detector's |
+
+One-to-many leaves duplicates. Such a run is evaluated as it is and with NMS (within each class), by several thresholds
+of IoU. NMS takes all (query, class) pairs and the best `top_k` are kept after it: duplicates would otherwise fill the
+places that the objects found less surely need, and NMS be blamed for what the cut has lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+
+import torch
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Files, canvas, number, save, tidy
+from detrellis.analysis.outputs import check_finite, detections, evaluated, listed, run_names, split_name
+from detrellis.api import Opened, open_split
+from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.console import track
+from detrellis.engine.distributed import World, world
+from detrellis.engine.evaluate import On
+from detrellis.errors import UserError
+from detrellis.recipes.build import build_schemes
+from detrellis.recipes.config import Recipe
+from detrellis.types import Detections
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+NAME = "one_to_many"
+NMS = (0.5, 0.6, 0.7, 0.8)  # IoU from which a box is a duplicate of a better one
+DRAWN = 0.7  # the paper does not say; this one, or the nearest, is in the figure
+
+Kind = Literal["one-to-one", "one-to-many", "group-wise"]
+
+
+def kind_of(recipe: Recipe) -> Kind:
+    """How its training assigns queries to objects."""
+    if recipe.schemes.group is not None:
+        return "group-wise"
+    return "one-to-many" if recipe.loss.one_to_many > 1 else "one-to-one"
+
+
+def suppress(found: Detections, threshold: float, k: int) -> Detections:
+    """The `k` best after NMS within each class; `found` are best first.
+
+    NMS is greedy, so what it keeps of the best m is what it keeps of all down to there: few are looked at mostly.
+    """
+    m, total = 8 * k, len(found.scores)
+    while True:
+        kept: Tensor = batched_nms(found.boxes[:m], found.scores[:m], found.labels[:m], threshold)
+        if len(kept) >= k or m >= total:
+            return Detections(*(t[kept[:k]] for t in found))
+        m *= 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    name: str
+    run: str
+    data: str  # the annotations it was measured on
+    kind: Kind
+    queries: int  # that are matched in training, in all groups
+    per_target: int  # of them, that each target is matched to in a decoder layer
+    result: EvalResult  # as the detector is
+    nms: dict[float, EvalResult]  # by threshold; empty unless one-to-many
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        stats = {"stats": dict(self.result.stats), "nms": {f"{t:g}": dict(r.stats) for t, r in self.nms.items()}}
+        named = {k: getattr(self, k) for k in ("name", "run", "data", "kind", "queries", "per_target")}
+        return named | {"images": self.result.images, "boxes": self.result.ground_truth} | stats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs, measured in the same way."""
+
+    nms: tuple[float, ...]
+    split: str
+    runs: tuple[Measured, ...]
+
+    @property
+    def drawn(self) -> float:
+        """The threshold that the figure shows."""
+        return min(self.nms, key=lambda t: abs(t - DRAWN))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        settings = {"nms": list(self.nms), "drawn": self.drawn, "split": self.split}
+        return {"measurement": NAME, "settings": settings, "runs": [run.to_dict() for run in self.runs]}
+
+    def table(self) -> Table:
+        """One row a run, for a rich console."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        title = "AP by assignment (Group DETR, Fig. 1)"
+        caption = "Queries: all that are matched in training. The right columns are AP after NMS within each class."
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+        table.padding = (0, 1, 0, 0)  # so that all columns fit into 80 letters
+        table.add_column("run", overflow="fold")
+        table.add_column("assignment", no_wrap=True)
+        for column in ("queries", "per\nbox", "AP", *(f"NMS\n{t:g}" for t in self.nms)):
+            table.add_column(column, justify="right", no_wrap=True)
+        for run in sorted(self.runs, key=lambda r: (get_args(Kind).index(r.kind), r.queries)):
+            after = [number(run.nms[t].ap) if t in run.nms else "" for t in self.nms]
+            row = (run.kind, str(run.queries), str(run.per_target), number(run.result.ap), *after)
+            table.add_row(Text(run.name), *row)  # Text: a run may be called "[bold]"
+        return table
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """(queries, AP) of all runs by what the figure calls them; runs without an AP are left out."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        nms = f"one-to-many, NMS {self.drawn:g}"
+        for name in ("group-wise", "one-to-one", nms, "one-to-many"):
+            results = [
+                (r.queries, r.nms[self.drawn] if name == nms else r.result)
+                for r in self.runs
+                if r.kind == name.partition(",")[0]
+            ]
+            if points := sorted((n, result.ap) for n, result in results if result.ap is not None):
+                found[name] = points
+        return found
+
+    def figure(self) -> Figure:
+        """Fig. 1. Raises `UserError` where matplotlib is missing."""
+        figure = canvas(6.4, 4.6, "AP by assignment")
+        axes = figure.subplots()
+        tidy(axes)
+        looks = {"group-wise": ("o", BLUE), "one-to-one": ("s", COLOURS[2]), "one-to-many": ("v", ORANGE)}
+        for name, points in self.curves().items():
+            marker, colour = looks.get(name, ("^", COLOURS[3]))
+            at = sorted({n for n, _ in points})
+            means = [_mean(ap for n, ap in points if n == x) for x in at]
+            axes.plot(at, means, color=colour, linewidth=1.6)
+            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=name, clip_on=False)
+        axes.set(xlabel="queries in training", ylabel="AP")
+        axes.margins(x=0.08)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(sorted({run.queries for run in self.runs}))
+        if axes.lines:
+            axes.legend(fontsize=9, loc="best", frameon=False)
+        return figure
+
+    def save(self, out: str | Path) -> Files:
+        """Write `one_to_many.png` and `one_to_many.json` into the folder `out`."""
+        return save(self, out, NAME)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def analyze(
+    runs: str | Path | Sequence[str | Path],
+    *,
+    nms: Sequence[float] = NMS,
+    names: Sequence[str] | None = None,
+    device: str | None = None,
+    progress: bool = False,
+    **on: Unpack[On],
+) -> Comparison:
+    """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
+
+    `nms` are IoU thresholds, `names` what the runs are called (default: their folders). Raises `UserError` where the
+    data set has errors.
+    """
+    places = listed(runs)
+    called = run_names(places, names)
+    if not nms or not all(0 < t < 1 for t in nms):
+        raise UserError(f"nms {', '.join(f'{t:g}' for t in nms) or 'nothing'}", "Give IoUs between 0 and 1: 0.5,0.7.")
+    ordered = tuple(sorted(set(nms)))
+    with world(device) as own:
+        show = progress and own.leads
+        measured = [_measure(p, n, ordered, own, show, on) for p, n in zip(places, called, strict=True)]
+    return Comparison(ordered, split_name(on), tuple(measured))
+
+
+def _measure(run: str | Path, name: str, nms: Sequence[float], own: World, show: bool, on: On) -> Measured:
+    with open_split(run, own, **on) as opened:
+        recipe = opened.model.recipe
+        kind = kind_of(recipe)
+        result, after = _evaluate(opened, nms if kind == "one-to-many" else (), show)
+        queries, groups = _queries(opened)
+    return Measured(name, str(run), opened.files, kind, queries, groups * recipe.loss.one_to_many, result, after)
+
+
+def _queries(opened: Opened) -> tuple[int, int]:
+    """Those that are matched in training, and in how many groups; denoising's are not matched."""
+    config, detector = opened.model.recipe.detector, opened.model.detector
+    count = config.query_count * max(config.patterns, 1)
+    if opened.model.recipe.schemes.group is None:
+        return count, 1
+    schemes = build_schemes(opened.model.recipe, detector, len(opened.model.classes), seed=0)
+    further = sum(s.extra_queries for s in schemes if s.name == "group")
+    return count + further, 1 + further // count
+
+
+@torch.no_grad()
+def _evaluate(opened: Opened, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
+    """As the detector detects, and after NMS by each threshold."""
+    detector, device = opened.model.detector, opened.model.device
+    plain, *after = (CocoEvaluator(opened.annotations, top_k=detector.top_k) for _ in (None, *nms))
+    for batch in track(opened.loader, "analyze", len(opened.loader), show):
+        batch = batch.to(device, non_blocking=True)
+        output = detector(batch.images)
+        check_finite(opened, output.logits, output.boxes)
+        plain.update(batch.image_ids, detections(detector, output, batch.sizes))
+        if not nms:
+            continue
+        everything = detections(detector, output, batch.sizes, output.logits[-1, 0].numel())
+        for threshold, evaluator in zip(nms, after, strict=True):
+            evaluator.update(batch.image_ids, [suppress(d, threshold, detector.top_k) for d in everything])
+    return evaluated(plain), {t: evaluated(e) for t, e in zip(nms, after, strict=True)}

@@ -1,0 +1,30 @@
+"""Runs that nobody has trained: random weights, with all that a measurement reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from detrellis.data.check import prepare
+from detrellis.data.layout import find_data
+from detrellis.engine.checkpoint import Card, save_state, save_weights
+from detrellis.recipes import Recipe, find_recipe, tiny_sized
+from detrellis.recipes.build import build
+
+from ..small import SMALL
+
+SETTINGS = [*SMALL, "data.size=[64, 96]", "optim.batch_size=4"]  # wider than the pictures: all are padded
+
+
+def small_recipe(name: str, *settings: str) -> Recipe:
+    recipe = find_recipe(name)
+    return (recipe if name == "tiny" else tiny_sized(recipe)).override([*SETTINGS, *settings])
+
+
+def untrained(place: Path, data: Path, recipe: Recipe) -> Path:
+    """The folder of a run of this recipe that has done no step."""
+    source = find_data(data)
+    _, _, classes, _ = prepare(source)
+    model = build(recipe, len(classes))
+    save_weights(place / "last.safetensors", model.detector.state_dict(), Card(recipe, classes, source.to_dict()))
+    save_state(place / "last.state.pt", {"model": model.state_dict()})
+    return place
