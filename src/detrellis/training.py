@@ -68,7 +68,7 @@ class TrainableDetector(nn.Module):
         losses, metrics = supervise(tasks, found)
         for scheme in self.training_schemes:
             losses |= scheme.losses(step, outputs)
-            metrics |= scheme.metrics(step, outputs, {t.name: a for t, a in zip(tasks, found, strict=True)})
+            metrics |= scheme.metrics(step, blocks, {t.name: a for t, a in zip(tasks, found, strict=True)})
         losses |= _idle(self.schemes)
         return StepOutput(losses, metrics)
 

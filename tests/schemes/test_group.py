@@ -164,6 +164,15 @@ def test_few_tokens(kind: str) -> None:
     model = build(small("tiny", ["group=3"]).override(settings), CLASSES)
     losses = model(images(((64, 96), (32, 32))), targets((2, 1))).losses
     assert all(v.isfinite() for v in losses.values())
+    # 128 tokens suffice for 100; 40 do not, and each group keeps its first contents.
+    model = build(small("tiny", ["none", "group=3"]).override(settings), CLASSES)
+    torch.stack(list(model(images(((32, 48),)), targets((2,))).losses.values())).sum().backward()
+    learned = model.training_schemes[0].get_parameter("table.content").grad
+    assert learned is not None
+    tokens = int((learned[:100].abs().sum(1) > 0).sum())
+    assert 0 < tokens < 100
+    for part in learned.view(2, 100, -1):
+        assert ((part.abs().sum(1) > 0) == (torch.arange(100) < tokens)).all()
 
 
 @pytest.mark.parametrize("sees", ["main", "all"])

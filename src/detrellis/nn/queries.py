@@ -17,6 +17,9 @@ def normal(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_())
 
 
+# What is learned for each query of one more kind: position, content, centres, sizes.
+Table = nn.ParameterDict | dict[str, Tensor]
+
 # Each kind of queries below has two methods for the schemes that train with more of them: `fresh(count)` makes the
 # parameters of so many more, and `extra` their queries, sharing with the detector whatever is not learned for each
 # query; two-stage detectors need the boxes too. The parameters belong to the scheme: a detector never holds them.
@@ -45,7 +48,7 @@ class LearnedQueries(nn.Module):
         table = {"position": normal(count, width)}
         return nn.ParameterDict(table if self.content is None else table | {"content": normal(count, width)})
 
-    def extra(self, table: nn.ParameterDict, memory: Memory, boxes: Tensor | None) -> Queries:
+    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
         """The queries of `fresh` parameters."""
         return self._queries(table["position"], table.get("content"), memory)
 
@@ -107,7 +110,7 @@ class AnchorQueries(nn.Module):
             table["content"] = normal(count, self.content.shape[1])
         return nn.ParameterDict(table)
 
-    def extra(self, table: nn.ParameterDict, memory: Memory, boxes: Tensor | None) -> Queries:
+    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
         """The queries of `fresh` parameters, with patterns that many times more."""
         return self._queries(table["centres"], table["sizes"], table.get("content", self.content), memory)
 
@@ -155,7 +158,7 @@ class ProposalQueries(nn.Module):
         """Contents of `count` more queries, where they are learned."""
         return nn.ParameterDict({} if self.content is None else {"content": normal(count, self.width)})
 
-    def extra(self, table: nn.ParameterDict, memory: Memory, boxes: Tensor | None) -> Queries:
+    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
         """The queries of the `boxes` of other proposals."""
         assert boxes is not None
         return self._queries(boxes, table.get("content"))

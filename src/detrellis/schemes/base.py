@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -86,8 +86,6 @@ class TrainingScheme(nn.Module):
         """Extra loss terms, weighted."""
         return {}
 
-    def metrics(
-        self, step: Step, outputs: Mapping[str, DecoderOutput], found: Mapping[str, Assignment]
-    ) -> dict[str, Tensor]:
-        """Numbers to log, without gradient; `found` are the assignments of all blocks."""
+    def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
+        """Numbers to log, without gradient; `blocks` are all of the step, `found` their assignments by name."""
         return {}

@@ -15,7 +15,7 @@ detector's own queries are the first group; the others are this scheme's, and go
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from detrellis.detector import Detector
 from detrellis.nn.proposals import ProposalHead
+from detrellis.nn.queries import Table
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.types import Assignment, DecoderOutput, Proposals
@@ -77,10 +78,15 @@ class Group(TrainingScheme):
             return []
         boxes, taught = (None, None) if step.proposals is None else self._proposals(step, step.proposals)
         further = self.k - 1
+        table: Table = self.table
+        if boxes is not None and boxes.shape[1] < self.extra_queries and "content" in table:
+            # A memory of few tokens: each group's first contents, as the detector takes its first ones.
+            contents = table["content"].unflatten(0, (further, -1))[:, : boxes.shape[1] // further]
+            table = {"content": contents.flatten(0, 1)}
         return [
             QueryBlock(
                 "group",
-                step.detector.queries.extra(self.table, step.memory, boxes),  # type: ignore[operator]
+                step.detector.queries.extra(table, step.memory, boxes),  # type: ignore[operator]
                 step.supervision,
                 copies=further,
                 weight=further * self.share,
@@ -105,15 +111,12 @@ class Group(TrainingScheme):
         logits, boxes = (torch.cat([t[i] for t in taught], dim=2) for i in (0, 1))
         return torch.cat([f.boxes for f in found], dim=1), DecoderOutput(logits, boxes, boxes)
 
-    def metrics(
-        self, step: Step, outputs: Mapping[str, DecoderOutput], found: Mapping[str, Assignment]
-    ) -> dict[str, Tensor]:
+    def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
         """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
-        if not self.distances or "group" not in found or step.queries.boxes is None:
+        places = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
+        if not self.distances or len(places) < 2 or places[0] is None:
             return {}
-        boxes = None if step.proposals is None else self._proposals(step, step.proposals)[0]
-        further = step.detector.queries.extra(self.table, step.memory, boxes)  # type: ignore[operator]
-        centres = torch.cat([step.queries.boxes, further.boxes], dim=1)[..., :2].detach()
+        centres = torch.cat(places, dim=1)[..., :2].detach()  # type: ignore[arg-type]
         positions = centres.unflatten(1, (self.k, -1))
         matched = matched_positions(positions, [found["main"], found["group"]], len(step.targets.labels))
         return {"group/pd": position_distance(positions).mean(), "group/md": matched_distance(matched).nanmean()}
