@@ -30,7 +30,6 @@ from .test_resume import assert_same_run, stop_at
 OLD = ("disc", "square", "triangle", "star", "ring")
 NEW = (" Star", "circle", "DISC", "hexagon")  # two of the old ones at other places
 RESNET18 = "detector.backbone.name=resnet18"
-ONE_HEAD = ("detector.shared_heads=true",)  # fewer rows to spell out
 CLASS_HEADS = ("decoder.heads.classes.0.weight", "decoder.heads.classes.0.bias")
 PROPOSAL_HEADS = ("queries.head.classify.weight", "queries.head.classify.bias")
 
@@ -40,8 +39,7 @@ def classes(*names: str) -> ClassMap:
 
 
 def detector(recipe: str = "tiny", names: Sequence[str] = OLD, *settings: str, seed: int = 0) -> Detector:
-    one_head = ONE_HEAD if recipe == "tiny" else ()
-    small = find_recipe(recipe).untrained().override([*SMALL, RESNET18, *one_head, *settings])
+    small = find_recipe(recipe).untrained().override([*SMALL, RESNET18, *settings])
     return build(small, len(names), seed=seed).detector
 
 
@@ -234,7 +232,7 @@ def test_the_report_fits_a_narrow_console_and_takes_names_literally() -> None:
 
 # Runs ----------------------------------------------------------------------------------------------------------------
 
-SETTINGS = [*SMALL, *ONE_HEAD, "data.size=[64, 64]", "optim.batch_size=4", "detector.dropout=0.1"]
+SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "detector.dropout=0.1"]
 
 
 @pytest.fixture(scope="module")
