@@ -52,8 +52,6 @@ class Stepper:
         chosen = find_recipe(recipe).untrained()
         if variant is not None:
             chosen = chosen.with_schemes(variant.scheme).override(variant.override)
-        if chosen.schemes.hybrid is not None and recipe == "tiny":
-            chosen = chosen.override("schemes.hybrid.queries=300")
         self.model = build(chosen, CLASSES).train()
         self.optimizer, self.clip = build_optimizer(self.model, chosen.optim), chosen.optim.clip
         generator = torch.Generator().manual_seed(0)

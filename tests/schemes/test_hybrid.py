@@ -68,6 +68,13 @@ def test_divisor_weight_and_k() -> None:
     assert empty.normaliser == 1
 
 
+def test_the_default_size_follows_the_detector() -> None:
+    for own, extra in ((12, 60), (900, 1500)):
+        settings = ["schemes.hybrid.queries=null", f"detector.query_count={own}"]
+        model = build(small("tiny", ["none", "hybrid"]).override(settings), CLASSES)
+        assert model.training_schemes[0].extra_queries == extra
+
+
 def test_patterns_multiply_the_second_block_too() -> None:
     _, step, block = second("dab_detr_r50", "detector.patterns=3")
     assert step.queries.content.shape[1] == 36

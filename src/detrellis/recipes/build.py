@@ -45,7 +45,7 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
     makers: dict[str, Callable[..., TrainingScheme]] = {
         "dn": partial(Denoising, *network),
         "cdn": partial(ContrastiveDenoising, *network),
-        "hybrid": partial(Hybrid, detector.queries),
+        "hybrid": partial(_hybrid, recipe.detector, detector),
         "align": Align,
         "stable": Stable,
         "group": partial(_group, recipe.detector, detector),
@@ -62,6 +62,11 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
             reason, remedy = MISSING[missing]
             raise UserError(f"scheme {scheme.name} cannot train {recipe.name}: {reason}", f"Leave it out, or {remedy}.")
     return built
+
+
+def _hybrid(config: DetectorConfig, detector: Detector, queries: int | None = None, **dials: Any) -> Hybrid:
+    """The paper has 1500 beside 300."""
+    return Hybrid(detector.queries, queries=queries or min(5 * config.query_count, 1500), **dials)
 
 
 def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **dials: Any) -> Group:

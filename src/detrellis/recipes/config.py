@@ -135,7 +135,7 @@ class HybridConfig(Config):
 
     dial: ClassVar[str] = "k"
     k: Count = 6  # queries for each target in the extra block
-    queries: Count = 1500  # of the extra block
+    queries: Count | None = None  # of the extra block; None: five for each of the detector's, at most 1500
     weight: Weight = 1.0  # lambda
     divisor: Literal["copies", "boxes"] = "copies"
 

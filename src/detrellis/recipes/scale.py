@@ -22,16 +22,11 @@ def tiny_sized(recipe: Recipe) -> Recipe:
     }
     # From scratch the classes are what is learned last: at least Deformable DETR's weight, where the loss is focal.
     classes = max(recipe.loss.classes, 2.0) if detector.scores == "sigmoid" else recipe.loss.classes
-    schemes, hybrid = recipe.schemes, recipe.schemes.hybrid
-    if hybrid is not None:
-        fewer = hybrid.model_copy(update={"queries": min(hybrid.queries, 300)})
-        schemes = schemes.model_copy(update={"hybrid": fewer})
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-tiny",
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
             "detector": detector.model_copy(update=small),
-            "schemes": schemes,
             "loss": recipe.loss.model_copy(update={"classes": classes}),
             "optim": OptimConfig(lr=4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
