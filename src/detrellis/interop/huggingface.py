@@ -219,7 +219,7 @@ def family_of(detector: DetectorConfig) -> str:
             "or proposals, each with a ResNet.",
         )
     expected = FAMILIES[kind][0]().detector
-    for name in ("scores", "position_temperature", "position_offset", "final_norm", "activation"):
+    for name in ("scores", "position_temperature", "position_offset", "final_norm", "activation", "iou_branch"):
         own, theirs = getattr(detector, name), getattr(expected, name)
         if own != theirs and (kind, name) not in (("dab-detr", "position_temperature"), ("dab-detr", "activation")):
             raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {theirs}")

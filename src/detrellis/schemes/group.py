@@ -8,7 +8,7 @@ detector's own queries are the first group; the others are this scheme's, and go
 | --- | --- |
 | the first group is the main block, the others are one block of K - 1 copies | same output and loss; no square mask |
 | DINO and two-stage Deformable DETR: proposals by heads of each group | unspecified in the paper; as in LW-DETR |
-| `split_topk`: the first group keeps the best proposals, the others share those ranked next | the detector's own |
+| `proposals="split"`: the first group keeps the best, the others share those ranked next | the detector is unchanged |
 | a batch without boxes counts as one box in each group, not in all | the groups' loss stays a mean over groups |
 """
 

@@ -1,0 +1,52 @@
+"""The IoU branch: learned where there are positives, part of the score at inference, in every base with sigmoids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detrellis.detector import select_top_k
+from detrellis.errors import UserError
+from detrellis.interop.huggingface import family_of
+from detrellis.recipes.build import build
+
+from ..small import CLASSES, images, small, targets
+
+NAMES = ("tiny", "conditional_detr_r50", "dab_detr_r50", "dn_detr_r50", "h_deformable_detr_r50", "align_dino_r50")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_with_every_block(name: str) -> None:
+    model = build(small(name).override("detector.iou_branch=root"), CLASSES)
+    losses = model(images(), targets((2, 3))).losses
+    blocks = {k.split("/")[0] for k in losses} - {"proposals", "schemes"}
+    assert {k for k in losses if "iou_branch" in k} == {f"{b}/iou_branch/{layer}" for b in blocks for layer in (0, 1)}
+    torch.stack([v for k, v in losses.items() if "iou_branch" in k]).sum().backward()
+    branch = [p for n, p in model.named_parameters() if ".ious." in n]
+    assert branch
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in branch)
+    model.zero_grad()
+    nothing = model(images(), targets((0, 0))).losses
+    torch.stack(list(nothing.values())).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in branch)
+
+
+@torch.no_grad()
+def test_scores_hold_it() -> None:
+    found, sizes = {}, torch.tensor([[64, 96]] * 2)
+    for kind in ("none", "product", "root"):
+        detector = build(small("tiny").override(f"detector.iou_branch={kind}"), CLASSES).detector.eval()
+        output = detector(images())
+        found[kind] = detector.scores(output)
+        expected = select_top_k(found[kind], output.boxes[-1], sizes, 20)
+        for one, other in zip(detector.detect(images(), sizes), expected, strict=True):
+            assert torch.equal(one.scores, other.scores)
+            assert torch.equal(one.boxes, other.boxes)
+    # A head more draws from the same generator, so the weights of the three differ; those of the last two do not.
+    torch.testing.assert_close(found["root"] ** 2, found["product"])
+    assert not torch.allclose(found["none"], found["product"])
+
+
+def test_transformers_has_none() -> None:
+    with pytest.raises(UserError, match="iou_branch"):
+        family_of(small("conditional_detr_r50").override("detector.iou_branch=product").detector)
