@@ -13,7 +13,9 @@ from PIL import Image
 
 import detrellis
 from detrellis.cli import app, main
+from detrellis.detector import Detector
 from detrellis.errors import UserError
+from detrellis.types import Detections
 
 from .small import SMALL
 
@@ -77,13 +79,21 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"parameters", "parameters_trainable", "gflops"} <= set(found)
 
 
-def test_the_whole_path(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_path(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     assert "0 errors" in call("check", "--data", shapes, capsys=capsys)
     text = call("train", "tiny", "--data", shapes, "--out", run, "--epochs", 1, "--workers", 0, *OPTIONS, capsys=capsys)
     assert f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
     evaluated = json.loads(call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys))
     assert evaluated["images"] == 5
+    with monkeypatch.context() as patch:  # every detection twice
+        detect = Detector.detect
+        twice = lambda *a: [Detections(*(t.repeat_interleave(2, 0) for t in d)) for d in detect(*a)]  # noqa: E731
+        patch.setattr(Detector, "detect", twice)
+        once = json.loads(call("eval", run, "--json", "--workers", 0, "--nms", 0.99, capsys=capsys))
+    assert once["stats"] == evaluated["stats"]
     assert {"AP", "AP50", "AR100"} <= set(evaluated["stats"])
     rows = json.loads((tmp_path / "r.json").read_text())
     assert {r["category_id"] for r in rows} <= {1, 3, 4, 7, 9}

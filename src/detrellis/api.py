@@ -243,6 +243,7 @@ def evaluate(
     run: str | Path,
     *,
     results: str | Path | None = None,
+    nms: float | None = None,
     device: str | None = None,
     progress: bool = False,
     **on: Unpack[On],
@@ -250,12 +251,13 @@ def evaluate(
     """COCO box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
     `on` is what `On` in `engine/evaluate.py` lists: `data`, `val`, `split`, `skip_bad`, `workers` and so on. `results`
-    names a file for the detections in COCO's results format. Raises `UserError` where the data set has errors, unless
-    `skip_bad` drops the bad records.
+    names a file for the detections in COCO's results format. `nms` applies non-maximum suppression at that IoU first:
+    how much AP that gains says how many duplicates the detector leaves. Raises `UserError` where the data set has
+    errors, unless `skip_bad` drops the bad records.
     """
     with world(device) as own, open_split(run, own, **on) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.leads)
-        evaluator = collect(opened.model.detector, batches, opened.annotations, own.device)
+        evaluator = collect(opened.model.detector, batches, opened.annotations, own.device, nms)
         if results is not None and own.leads:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
             evaluator.results_json(results)

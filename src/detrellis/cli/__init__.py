@@ -199,6 +199,9 @@ def evaluate(
     val_images: ValImages = None,
     split: Split = "val",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
+    nms: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: are there duplicates?")
+    ] = None,
     batch_size: BatchSize = 4,
     skip_bad: SkipBad = False,
     device: Device = None,
@@ -218,6 +221,7 @@ def evaluate(
         val_images=val_images,
         split=split,
         results=results,
+        nms=nms,
         batch_size=batch_size,
         skip_bad=skip_bad,
         device=device,

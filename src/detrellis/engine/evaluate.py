@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torchvision.ops import batched_nms
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.layout import DataSource, find_data
@@ -18,6 +19,7 @@ from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.distributed import World, gather
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
+from detrellis.types import Detections
 
 
 class On(TypedDict, total=False):
@@ -53,20 +55,34 @@ def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, w
 
 @torch.no_grad()
 def collect(
-    detector: Detector, batches: Iterable[Batch], annotations: Annotations, device: torch.device
+    detector: Detector,
+    batches: Iterable[Batch],
+    annotations: Annotations,
+    device: torch.device,
+    nms: float | None = None,
 ) -> CocoEvaluator:
-    """Run the detector over the batches; in every process the evaluator holds the detections of all."""
+    """Run the detector over the batches; in every process the evaluator holds the detections of all.
+
+    `nms`: first drop detections whose IoU with a better one of their class is above it.
+    """
     was_training = detector.training
     detector.eval()
     evaluator = CocoEvaluator(annotations, top_k=detector.top_k)
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
-        evaluator.update(batch.image_ids, detector.detect(batch.images, batch.sizes))
+        found = detector.detect(batch.images, batch.sizes)
+        evaluator.update(batch.image_ids, found if nms is None else [suppressed(d, nms) for d in found])
     detector.train(was_training)
     others = gather(evaluator.arrays())
     if len(others) > 1:
         evaluator.merge(*others)
     return evaluator
+
+
+def suppressed(found: Detections, threshold: float) -> Detections:
+    """What class-wise NMS leaves: a DETR needs none, unless it has not learned yet to keep its queries apart."""
+    kept = batched_nms(found.boxes, found.scores, found.labels, threshold)
+    return Detections(*(t[kept] for t in found))
 
 
 def evaluate(
