@@ -230,6 +230,18 @@ def test_weights_of_one_group_start_many() -> None:
     assert len({p.data_ptr() for h in scheme.heads for p in h.parameters()}) == 2 * len(own)
 
 
+def test_contents_begin_fresh_or_as_the_first_groups() -> None:
+    for contents in ("fresh", "copied"):
+        model, _, _ = grouped("tiny", f"schemes.group.contents={contents}")
+        own, table = model.detector.get_parameter("queries.content"), model.schemes.get_parameter("0.table.content")
+        assert all(torch.equal(part, own) == (contents == "copied") for part in table.chunk(2))
+        with torch.no_grad():
+            own += 1
+        model.training_schemes[0].start_from(model.detector)
+        assert all(torch.equal(part, own) == (contents == "copied") for part in table.chunk(2))
+        assert own.data_ptr() != table.data_ptr()
+
+
 def test_the_default_number_of_groups() -> None:
     numbers = {n: small(n, ["group"]).override("schemes.group.k=null") for n in ("tiny", "conditional_detr_r50")}
     found = {n: build(r, CLASSES).training_schemes[-1] for n, r in numbers.items()}

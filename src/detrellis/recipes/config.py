@@ -172,6 +172,7 @@ class GroupConfig(Config):
     k: Count | None = None  # groups; None: 11, or 3 in two-stage detectors
     reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
     proposals: Literal["heads", "shared", "split"] = "heads"  # of two-stage detectors
+    contents: Literal["fresh", "copied"] = "fresh"  # what the further groups' learned contents begin as
     distances: bool = False  # log how far apart the groups' queries are
 
 

@@ -34,7 +34,9 @@ class Group(TrainingScheme):
 
     `reduction`: the loss is the mean over the groups, or their sum. `proposals`, of two-stage detectors: `"heads"`, one
     proposal head for each group; `"shared"`, every group gets the detector's own proposals; `"split"`, the groups take
-    turns with those ranked after them. `distances`: log how far apart the groups' queries are (PD and MD, Eq. 6 and 7).
+    turns with those ranked after them. `contents`, where each query learns one: the further groups' are drawn
+    independently (`"fresh"`, as in the paper), or begin as the first's (`"copied"`). `distances`: log how far apart the
+    groups' queries are (PD and MD, Eq. 6 and 7).
     """
 
     name = "group"
@@ -47,12 +49,14 @@ class Group(TrainingScheme):
         k: int = 11,
         reduction: Literal["mean", "sum"] = "mean",
         proposals: Literal["heads", "shared", "split"] = "heads",
+        contents: Literal["fresh", "copied"] = "fresh",
         distances: bool = False,
     ) -> None:
         super().__init__()
-        self.distances = distances
+        self.contents, self.distances = contents, distances
         self.k, self.count, self.reduction, self.proposals = k, count, reduction, proposals
         self.table: nn.ParameterDict = source.fresh((k - 1) * count)  # type: ignore[operator]
+        self._copy_contents(source)
         head = getattr(source, "head", None)
         own = isinstance(head, ProposalHead) and proposals == "heads"
         self.heads = nn.ModuleList(sibling(head) for _ in range(k - 1) if own)  # type: ignore[arg-type]
@@ -69,8 +73,14 @@ class Group(TrainingScheme):
 
     def start_from(self, detector: Detector) -> None:
         """The further proposal heads begin as the detector's, which has been filled with trained weights."""
+        self._copy_contents(detector.queries)
         for head in self.heads:
             head.load_state_dict(detector.get_submodule("queries.head").state_dict())
+
+    @torch.no_grad()
+    def _copy_contents(self, source: nn.Module) -> None:
+        if self.contents == "copied" and "content" in self.table:
+            self.table["content"].copy_(source.get_parameter("content").repeat(self.k - 1, 1))
 
     def blocks(self, step: Step) -> list[QueryBlock]:
         """The further groups, as equal copies."""
