@@ -15,7 +15,6 @@ import detrellis
 from detrellis.cli import app, main
 from detrellis.detector import Detector
 from detrellis.errors import UserError
-from detrellis.types import Detections
 
 from .small import SMALL
 
@@ -88,10 +87,9 @@ def test_the_whole_path(
     assert f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
     evaluated = json.loads(call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys))
     assert evaluated["images"] == 5
-    with monkeypatch.context() as patch:  # every detection twice
-        detect = Detector.detect
-        twice = lambda *a: [Detections(*(t.repeat_interleave(2, 0) for t in d)) for d in detect(*a)]  # noqa: E731
-        patch.setattr(Detector, "detect", twice)
+    with monkeypatch.context() as patch:  # every query twice
+        forward = Detector.forward
+        patch.setattr(Detector, "forward", lambda *a: forward(*a).map(lambda t: t.repeat_interleave(2, 2)))
         once = json.loads(call("eval", run, "--json", "--workers", 0, "--nms", 0.99, capsys=capsys))
     assert once["stats"] == evaluated["stats"]
     assert {"AP", "AP50", "AR100"} <= set(evaluated["stats"])

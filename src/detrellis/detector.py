@@ -70,9 +70,12 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:
         """Final detections, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
-        output = self(images)
+        return self.select(self(images), sizes)
+
+    def select(self, output: DecoderOutput, sizes: Tensor, k: int | None = None) -> list[Detections]:
+        """The best detections of an output of any of its queries, in each image; `k`: so many instead of `top_k`."""
         select = select_per_query if self.softmax else select_top_k
-        return select(self.scores(output), output.boxes[-1], sizes, self.top_k)
+        return select(self.scores(output), output.boxes[-1], sizes, self.top_k if k is None else k)
 
     def scores(self, output: DecoderOutput) -> Tensor:
         """The last layer's score of each query and class, as detections are ranked by: `(B, N, C)` in [0, 1].

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.one_to_many import NMS, Comparison, Measured, analyze, kind_of, suppress
+from detrellis.analysis.one_to_many import NMS, Comparison, Measured, analyze, kind_of
 from detrellis.api import evaluate
 from detrellis.boxes import pairwise_iou
 from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.evaluate import suppress
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 from detrellis.types import Detections

@@ -22,7 +22,6 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.engine import coco_eval
 from detrellis.engine.coco_eval import STATISTICS, CocoEvaluator, EvalResult
-from detrellis.engine.evaluate import suppressed
 from detrellis.errors import UserError
 from detrellis.types import Detections
 
@@ -365,10 +364,3 @@ def test_computing_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     a = make(rng)
     check(a, {i: detect(rng, a, i) for i in range(len(a))}, list(range(len(a))))
     assert capfd.readouterr() == ("", "")
-
-
-def test_suppression_is_by_class_and_keeps_the_best_first() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30]])
-    found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 1, 2, 1]), boxes)
-    assert suppressed(found, 0.85).scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
-    assert suppressed(found, 0.95).scores.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6])

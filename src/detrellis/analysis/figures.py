@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from detrellis.errors import UserError
 
@@ -20,19 +22,6 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 INK, FAINT = "#222222", "#888888"
 DPI = 150
-
-
-class Result(Protocol):
-    """What every measurement returns."""
-
-    def table(self) -> Table:
-        """One row a run, for a rich console."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings and numbers, as JSON holds them."""
-
-    def figure(self) -> Figure:
-        """The paper's figure."""
 
 
 class Files(NamedTuple):
@@ -57,15 +46,48 @@ def ready(out: Path) -> None:
         raise UserError(f"{out}: a file, not a folder", "Take another --out.")
 
 
-def save(result: Result, out: str | Path, name: str) -> Files:
-    """Write `OUT/NAME.png` and `OUT/NAME.json`."""
-    folder = Path(out)
-    ready(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = Files(folder / f"{name}.png", folder / f"{name}.json")
-    result.figure().savefig(files.figure, dpi=DPI)
-    files.numbers.write_text(json.dumps(result.to_dict(), indent=1))
-    return files
+class Result(ABC):
+    """What every measurement returns: several runs, measured in the same way."""
+
+    name: ClassVar[str]
+    runs: Sequence[Any]  # of each, what was found, with `to_dict`
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What it was measured with."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """One row a run, for a rich console."""
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """The paper's figure. Raises `UserError` where matplotlib is missing."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings and numbers, as JSON holds them."""
+        return {"measurement": self.name, "settings": self.settings(), "runs": [run.to_dict() for run in self.runs]}
+
+    def save(self, out: str | Path) -> Files:
+        """Write `OUT/NAME.png` and `OUT/NAME.json`."""
+        folder = Path(out)
+        ready(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = Files(folder / f"{self.name}.png", folder / f"{self.name}.json")
+        self.figure().savefig(files.figure, dpi=DPI)
+        files.numbers.write_text(json.dumps(self.to_dict(), indent=1))
+        return files
+
+
+def sheet(title: str, caption: str) -> Table:
+    """A table whose first column names the run; narrow enough for 80 letters."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    table.add_column("run", overflow="fold")
+    return table
 
 
 def canvas(width: float, height: float, title: str) -> Figure:

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from detrellis.analysis.all_groups import AllGroups, all_groups, check_grouped, load_groups
-from detrellis.analysis.figures import Files, number, save
+from detrellis.analysis.figures import Result, number, sheet
 from detrellis.analysis.instability import instability, matched_boxes
 from detrellis.analysis.outputs import (
     check_finite,
-    detections,
-    evaluated,
     listed,
     one_to_one,
     run_names,
@@ -36,7 +34,7 @@ from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.distributed import World, gather, world
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import On, completed
 from detrellis.engine.log import read_records
 from detrellis.errors import UserError
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-NAME = "groups"
 GRID = 8  # cells of a histogram on each side
 SHUFFLES = 10  # random groups that the histogram distance is compared with
 
@@ -149,22 +146,21 @@ def _listed(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Several runs, measured in the same way."""
+
+    name = "groups"
 
     grid: int
     split: str
     runs: tuple[Measured, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        settings = {"grid": self.grid, "split": self.split, "shuffles": SHUFFLES}
-        return {"measurement": NAME, "settings": settings, "runs": [run.to_dict() for run in self.runs]}
+    def settings(self) -> dict[str, Any]:
+        """What it was measured with."""
+        return {"grid": self.grid, "split": self.split, "shuffles": SHUFFLES}
 
     def table(self) -> Table:
         """For each run, a row for all groups and one for each, for a rich console."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
         caption = (
@@ -173,9 +169,7 @@ class Comparison:
             "of group 1 in an image that are matched anew, by decoder layer. AP of raw, not averaged, weights."
         )
         title = "Groups of queries (Group DETR)"
-        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-        table.padding = (0, 1, 0, 0)  # so that all columns fit into 80 letters
-        table.add_column("run", overflow="fold")
+        table = sheet(title, caption)
         for column in ("group", "AP", "AP50", "PD", "MD", "TV", "IS"):
             table.add_column(column, justify="right", no_wrap=column != "IS")
         for run in self.runs:  # Text: a run may be called "[bold]"
@@ -192,10 +186,6 @@ class Comparison:
         from detrellis.analysis.groups_figure import draw
 
         return draw(self)
-
-    def save(self, out: str | Path) -> Files:
-        """Write `groups.png` and `groups.json` into the folder `out`."""
-        return save(self, out, NAME)
 
 
 def analyze(
@@ -239,7 +229,7 @@ def _measure(run: str | Path, name: str, grid: int, own: World, show: bool, on: 
             parts.append(_found(model, seen, batch, grid if wanted else None))
             _collect(evaluators, model, seen, batch)
     everywhere = [p for part in gather(parts) for p in part]
-    scores = tuple(evaluated(e) for e in evaluators)
+    scores = tuple(completed(e).compute() for e in evaluators)
     found = [p.places for p in everywhere if p.places is not None]
     return Measured(
         name=name,
@@ -272,7 +262,7 @@ def _found(model: TrainableDetector, seen: AllGroups, batch: Batch, grid: int | 
 
 def _collect(evaluators: Sequence[CocoEvaluator], model: TrainableDetector, seen: AllGroups, batch: Batch) -> None:
     for k, evaluator in enumerate(evaluators):
-        evaluator.update(batch.image_ids, detections(model.detector, seen.of(k), batch.sizes))
+        evaluator.update(batch.image_ids, model.detector.select(seen.of(k), batch.sizes))
 
 
 def _distances(found: Sequence[Places], matched: Sequence[Tensor]) -> dict[str, Any]:

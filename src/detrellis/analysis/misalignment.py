@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detrellis.analysis.figures import BLUE, FAINT, ORANGE, Files, headline, number, panels, save
+from detrellis.analysis.figures import BLUE, FAINT, ORANGE, Result, headline, number, panels, sheet
 from detrellis.analysis.outputs import listed, run_names, seen, split_name
 from detrellis.api import open_split
 from detrellis.boxes import pairwise_iou
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 BINS = 20  # of the histograms of IoU; the last one holds 1 too
 EDGES = tuple(i / BINS for i in range(BINS + 1))
 TOP = (10, 50, 100)  # 100 is what COCO evaluates
-NAME = "misalignment"
 
 
 class Pairs(NamedTuple):
@@ -129,23 +128,22 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Several runs, measured in the same way."""
+
+    name = "misalignment"
 
     threshold: float
     top: tuple[int, ...]
     split: str
     runs: tuple[Measured, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        settings = {"threshold": self.threshold, "top": list(self.top), "split": self.split, "edges": list(EDGES)}
-        return {"measurement": NAME, "settings": settings, "runs": [run.to_dict() for run in self.runs]}
+    def settings(self) -> dict[str, Any]:
+        """What it was measured with."""
+        return {"threshold": self.threshold, "top": list(self.top), "split": self.split, "edges": list(EDGES)}
 
     def table(self) -> Table:
         """One row a run, for a rich console."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
         caption = (
@@ -153,9 +151,7 @@ class Comparison:
             f"those with IoU >= {self.threshold:g}. HC and gap are means over the boxes with an HC, the rest over all."
         )
         title = "IoU of best-regressed (BR) and high-confidence (HC) queries"
-        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-        table.padding = (0, 1, 0, 0)  # so that all columns fit into 80 letters
-        table.add_column("run", overflow="fold")
+        table = sheet(title, caption)
         for column in ("boxes", "with\nHC", "BR", "HC", "gap", "hit\nrate", *(f"BR in\ntop {m}" for m in self.top)):
             table.add_column(column, justify="right", no_wrap=True)
         for run in self.runs:  # Text: a run may be called "[bold]"
@@ -171,10 +167,6 @@ class Comparison:
         for run, own in zip(self.runs, axes, strict=True):
             _draw(own, run, self.threshold)
         return figure
-
-    def save(self, out: str | Path) -> Files:
-        """Write `misalignment.png` and `misalignment.json` into the folder `out`."""
-        return save(self, out, NAME)
 
 
 def _percent(value: float | None) -> str:

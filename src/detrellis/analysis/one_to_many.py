@@ -19,26 +19,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
-from torch import Tensor
-from torchvision.ops import batched_nms
 
-from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Files, canvas, number, save, tidy
-from detrellis.analysis.outputs import check_finite, detections, evaluated, listed, run_names, split_name
+from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Result, canvas, number, sheet, tidy
+from detrellis.analysis.outputs import check_finite, listed, run_names, split_name
 from detrellis.api import Opened, open_split
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.distributed import World, world
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import On, completed, suppress
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
-from detrellis.types import Detections
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-NAME = "one_to_many"
 NMS = (0.5, 0.6, 0.7, 0.8)  # IoU from which a box is a duplicate of a better one
 DRAWN = 0.7  # the paper does not say; this one, or the nearest, is in the figure
 
@@ -50,19 +46,6 @@ def kind_of(recipe: Recipe) -> Kind:
     if recipe.schemes.group is not None:
         return "group-wise"
     return "one-to-many" if recipe.loss.one_to_many > 1 else "one-to-one"
-
-
-def suppress(found: Detections, threshold: float, k: int) -> Detections:
-    """The `k` best after NMS within each class; `found` are best first.
-
-    NMS is greedy, so what it keeps of the best m is what it keeps of all down to there: few are looked at mostly.
-    """
-    m, total = 8 * k, len(found.scores)
-    while True:
-        kept: Tensor = batched_nms(found.boxes[:m], found.scores[:m], found.labels[:m], threshold)
-        if len(kept) >= k or m >= total:
-            return Detections(*(t[kept[:k]] for t in found))
-        m *= 4
 
 
 @dataclass(frozen=True)
@@ -86,8 +69,10 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Several runs, measured in the same way."""
+
+    name = "one_to_many"
 
     nms: tuple[float, ...]
     split: str
@@ -98,22 +83,17 @@ class Comparison:
         """The threshold that the figure shows."""
         return min(self.nms, key=lambda t: abs(t - DRAWN))
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        settings = {"nms": list(self.nms), "drawn": self.drawn, "split": self.split}
-        return {"measurement": NAME, "settings": settings, "runs": [run.to_dict() for run in self.runs]}
+    def settings(self) -> dict[str, Any]:
+        """What it was measured with."""
+        return {"nms": list(self.nms), "drawn": self.drawn, "split": self.split}
 
     def table(self) -> Table:
         """One row a run, for a rich console."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
         title = "AP by assignment (Group DETR, Fig. 1)"
         caption = "Queries: all that are matched in training. The right columns are AP after NMS within each class."
-        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-        table.padding = (0, 1, 0, 0)  # so that all columns fit into 80 letters
-        table.add_column("run", overflow="fold")
+        table = sheet(title, caption)
         table.add_column("assignment", no_wrap=True)
         for column in ("queries", "per\nbox", "AP", *(f"NMS\n{t:g}" for t in self.nms)):
             table.add_column(column, justify="right", no_wrap=True)
@@ -156,10 +136,6 @@ class Comparison:
         if axes.lines:
             axes.legend(fontsize=9, loc="best", frameon=False)
         return figure
-
-    def save(self, out: str | Path) -> Files:
-        """Write `one_to_many.png` and `one_to_many.json` into the folder `out`."""
-        return save(self, out, NAME)
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -221,10 +197,10 @@ def _evaluate(opened: Opened, nms: Sequence[float], show: bool) -> tuple[EvalRes
         batch = batch.to(device, non_blocking=True)
         output = detector(batch.images)
         check_finite(opened, output.logits, output.boxes)
-        plain.update(batch.image_ids, detections(detector, output, batch.sizes))
+        plain.update(batch.image_ids, detector.select(output, batch.sizes))
         if not nms:
             continue
-        everything = detections(detector, output, batch.sizes, output.logits[-1, 0].numel())
+        everything = detector.select(output, batch.sizes, output.logits[-1, 0].numel())
         for threshold, evaluator in zip(nms, after, strict=True):
             evaluator.update(batch.image_ids, [suppress(d, threshold, detector.top_k) for d in everything])
-    return evaluated(plain), {t: evaluated(e) for t, e in zip(nms, after, strict=True)}
+    return completed(plain).compute(), {t: completed(e).compute() for t, e in zip(nms, after, strict=True)}

@@ -14,15 +14,12 @@ from torch import Tensor
 from detrellis.api import Opened
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
-from detrellis.detector import Detector, select_per_query, select_top_k
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import track
-from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.supervision import Supervision
-from detrellis.types import Assignment, DecoderOutput, Detections, Targets
+from detrellis.types import Assignment, DecoderOutput, Targets
 
 
 class Seen(NamedTuple):
@@ -60,20 +57,6 @@ def check_finite(opened: Opened, *values: Tensor) -> None:
     """Raises `UserError` where something is not a number: it could not be ranked."""
     if not all(v.isfinite().all() for v in values):
         raise UserError(f"{opened.run}: its outputs are not finite", "Its training went wrong: take other weights.")
-
-
-def detections(detector: Detector, output: DecoderOutput, sizes: Tensor, k: int | None = None) -> list[Detections]:
-    """The detector's own selection from an output of any of its queries; `k`: how many, instead of its `top_k`."""
-    select = select_per_query if detector.softmax else select_top_k
-    return select(detector.scores(output), output.boxes[-1], sizes, detector.top_k if k is None else k)
-
-
-def evaluated(evaluator: CocoEvaluator) -> EvalResult:
-    """The statistics of the detections that all processes have collected; each must call it."""
-    others = gather(evaluator.arrays())
-    if len(others) > 1:
-        evaluator.merge(*others)
-    return evaluator.compute()
 
 
 def one_to_one(supervision: Supervision, output: DecoderOutput, targets: Targets, copies: int = 1) -> Assignment:

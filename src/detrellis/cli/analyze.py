@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -26,6 +27,7 @@ from detrellis.errors import UserError
 
 if TYPE_CHECKING:
     from detrellis.analysis.figures import Result
+    from detrellis.engine.evaluate import On
 
 analyze = typer.Typer(
     no_args_is_help=True,
@@ -60,27 +62,9 @@ def misalignment(
     Example: detrellis analyze misalignment runs/baseline runs/align --names baseline,Align
     """
     wanted = _numbers("--top", top, int, "whole numbers", "10,100")
-    from detrellis.analysis.figures import ready
-    from detrellis.analysis.misalignment import NAME
-    from detrellis.analysis.misalignment import analyze as measure
-
-    ready(out)
-    found = measure(
-        runs,
-        threshold=threshold,
-        top=wanted,
-        names=_listed(names),
-        data=data,
-        val=val,
-        val_images=val_images,
-        split=split,
-        batch_size=batch_size,
-        skip_bad=skip_bad,
-        device=device,
-        workers=workers,
-        progress=True,
-    )
-    _report(found, out, NAME, as_json)
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("misalignment", runs, out, names, device, as_json, on, threshold=threshold, top=wanted)
 
 
 @analyze.command()
@@ -106,26 +90,9 @@ def groups(
 
     Example: detrellis analyze groups runs/group --names "3 groups"
     """
-    from detrellis.analysis.figures import ready
-    from detrellis.analysis.groups import NAME
-    from detrellis.analysis.groups import analyze as measure
-
-    ready(out)
-    found = measure(
-        runs,
-        grid=grid,
-        names=_listed(names),
-        data=data,
-        val=val,
-        val_images=val_images,
-        split=split,
-        batch_size=batch_size,
-        skip_bad=skip_bad,
-        device=device,
-        workers=workers,
-        progress=True,
-    )
-    _report(found, out, NAME, as_json)
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("groups", runs, out, names, device, as_json, on, grid=grid)
 
 
 @analyze.command(name="one-to-many")
@@ -151,44 +118,29 @@ def one_to_many(
     Example: detrellis analyze one-to-many runs/one runs/many3 runs/group3
     """
     wanted = _numbers("--nms", nms, float, "numbers", "0.5,0.7")
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("one_to_many", runs, out, names, device, as_json, on, nms=wanted)
+
+
+def _measure(
+    what: str, runs: list[Path], out: Path, names: str | None, device: str | None, as_json: bool, on: On, **dials: Any
+) -> None:
+    """Measure with `analysis/WHAT.py`, write figure and numbers, and print either the table or the numbers."""
     from detrellis.analysis.figures import ready
-    from detrellis.analysis.one_to_many import NAME
-    from detrellis.analysis.one_to_many import analyze as measure
 
     ready(out)
-    found = measure(
-        runs,
-        nms=wanted,
-        names=_listed(names),
-        data=data,
-        val=val,
-        val_images=val_images,
-        split=split,
-        batch_size=batch_size,
-        skip_bad=skip_bad,
-        device=device,
-        workers=workers,
-        progress=True,
-    )
-    _report(found, out, NAME, as_json)
-
-
-def _report(found: Result, out: Path, name: str, as_json: bool) -> None:
-    """Write figure and numbers, and print either the table or the numbers."""
-    from detrellis.analysis.figures import save
-
+    listed = None if names is None else [part.strip() for part in names.split(",")]
+    analyze_runs = importlib.import_module(f"detrellis.analysis.{what}").analyze
+    found: Result = analyze_runs(runs, names=listed, device=device, progress=True, **dials, **on)
     if not LEADS:
         return
-    files = save(found, out, name)
+    files = found.save(out)
     if as_json:
         print_json(found.to_dict())
         return
     console.print(found.table())
     console.print(f"Figure: {files.figure}\nNumbers: {files.numbers}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _listed(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",")]
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number], what: str, example: str) -> list[Number]:

@@ -63,26 +63,44 @@ def collect(
 ) -> CocoEvaluator:
     """Run the detector over the batches; in every process the evaluator holds the detections of all.
 
-    `nms`: first drop detections whose IoU with a better one of their class is above it.
+    `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it.
     """
     was_training = detector.training
     detector.eval()
     evaluator = CocoEvaluator(annotations, top_k=detector.top_k)
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
-        found = detector.detect(batch.images, batch.sizes)
-        evaluator.update(batch.image_ids, found if nms is None else [suppressed(d, nms) for d in found])
+        if nms is None:
+            found = detector.detect(batch.images, batch.sizes)
+        else:
+            output = detector(batch.images)
+            every = detector.select(output, batch.sizes, output.logits[-1, 0].numel())
+            found = [suppress(d, nms, detector.top_k) for d in every]
+        evaluator.update(batch.image_ids, found)
     detector.train(was_training)
+    return completed(evaluator)
+
+
+def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
+    """The evaluator with the detections of all processes; each must call it."""
     others = gather(evaluator.arrays())
     if len(others) > 1:
         evaluator.merge(*others)
     return evaluator
 
 
-def suppressed(found: Detections, threshold: float) -> Detections:
-    """What class-wise NMS leaves: a DETR needs none, unless it has not learned yet to keep its queries apart."""
-    kept = batched_nms(found.boxes, found.scores, found.labels, threshold)
-    return Detections(*(t[kept] for t in found))
+def suppress(found: Detections, threshold: float, k: int) -> Detections:
+    """The `k` best after NMS within each class; `found` are best first.
+
+    A DETR needs none, unless it has not learned yet to keep its queries apart. NMS is greedy, so what it keeps of the
+    best m is what it keeps of all down to there: few are looked at mostly.
+    """
+    m, total = 8 * k, len(found.scores)
+    while True:
+        kept = batched_nms(found.boxes[:m], found.scores[:m], found.labels[:m], threshold)
+        if len(kept) >= k or m >= total:
+            return Detections(*(t[kept[:k]] for t in found))
+        m *= 4
 
 
 def evaluate(
