@@ -13,8 +13,8 @@ from PIL import Image
 
 import detrellis
 from detrellis.cli import app, main
-from detrellis.detector import Detector
 from detrellis.errors import UserError
+from detrellis.types import Detections
 
 from .small import SMALL
 
@@ -87,11 +87,17 @@ def test_the_whole_path(
     assert f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
     evaluated = json.loads(call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys))
     assert evaluated["images"] == 5
-    with monkeypatch.context() as patch:  # every query twice
-        forward = Detector.forward
-        patch.setattr(Detector, "forward", lambda *a: forward(*a).map(lambda t: t.repeat_interleave(2, 2)))
-        once = json.loads(call("eval", run, "--json", "--workers", 0, "--nms", 0.99, capsys=capsys))
-    assert once["stats"] == evaluated["stats"]
+    with monkeypatch.context() as patch:  # tests/analysis checks what NMS leaves; here, that it is asked, and of all
+        asked = []
+
+        def first_two(found: Detections, threshold: float, k: int) -> Detections:
+            asked.append((len(found.scores), threshold, k))
+            return Detections(*(t[:2] for t in found))
+
+        patch.setattr("detrellis.engine.evaluate.suppress", first_two)
+        call("eval", run, "--json", "--workers", 0, "--nms", 0.6, "--results", tmp_path / "two.json", capsys=capsys)
+    assert asked == [(12 * 5, 0.6, 20)] * 5
+    assert len(json.loads((tmp_path / "two.json").read_text())) == 5 * 2
     assert {"AP", "AP50", "AR100"} <= set(evaluated["stats"])
     rows = json.loads((tmp_path / "r.json").read_text())
     assert {r["category_id"] for r in rows} <= {1, 3, 4, 7, 9}
