@@ -3,7 +3,9 @@
     python benchmarks/schemes.py [--rounds N] [--recipe tiny]
 
 Forward pass, losses, backward pass, clipping and AdamW; all variants see the same pictures and boxes. `tiny` has two
-images of 256x192 pixels; `dino-r50` two of 320x320, with random weights. 80 classes, ten boxes an image.
+images of 256x192 pixels; `dino-r50` and Deformable DETR++ two of 320x320, with random weights. 80 classes, ten boxes an
+image. Memory is what a step holds when its backward pass begins: weights, gradients, AdamW's two averages, and all that
+the forward pass saved.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from common import Row, arguments, best, describe, finish
+from common import Row, arguments, best, describe, finish, saved_bytes, storages_of
 from torch import nn
 
 from detrellis.engine.optim import build_optimizer
@@ -21,17 +23,20 @@ from detrellis.recipes.build import build
 from detrellis.types import ImageBatch, Targets
 
 CLASSES, BATCH, BOXES = 80, 2, 10
-SIZES = {"tiny": (192, 256), "dino-r50": (320, 320)}
+PLUS = "deformable-detr-r50-two-stage-plus"
+SIZES = {"tiny": (192, 256), "dino-r50": (320, 320), PLUS: (320, 320)}
+MEMORY_SIZES = SIZES | {PLUS: (640, 800)}  # in smaller images the weights outweigh what steps keep
 SHARED = "schemes.group.proposals=shared"
 
 
 class Variant(NamedTuple):
-    """Schemes beside the recipe's own, and the most that a step may cost against it without them."""
+    """Schemes beside the recipe's own, and the most that a step may cost against it without them: time, memory."""
 
     scheme: str
     override: tuple[str, ...] = ()
     budget: float | None = None
     recipes: tuple[str, ...] = ("tiny", "dino-r50")
+    memory: float | None = None
 
 
 VARIANTS = {
@@ -42,6 +47,8 @@ VARIANTS = {
     "group=3": Variant("group=3"),
     "group=11": Variant("group=11", recipes=("tiny",)),  # the arithmetic of eleven proposal heads alone is 1.6x
     "group=11, shared proposals": Variant("group=11", (SHARED,), 1.6, ("tiny",)),
+    "co=atss": Variant("co=atss", budget=1.25, recipes=("tiny", PLUS), memory=1.10),
+    "co=rcnn+atss": Variant("co=rcnn+atss", budget=1.6, recipes=("tiny", PLUS), memory=1.15),
 }
 
 
@@ -71,6 +78,14 @@ class Stepper:
         self.optimizer.step()
         self.seconds.append(time.process_time() - start)
 
+    def memory(self) -> int:
+        """Bytes that a step holds when its backward pass begins."""
+        self.model.reseed(0)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        own = storages_of(*self.model.parameters(), *self.model.buffers(), self.images.pixels, self.targets.boxes)
+        saved = saved_bytes(lambda: list(self.model(self.images, self.targets).losses.values()), own)
+        return saved + 4 * sum(p.numel() * p.element_size() for p in parameters)
+
 
 def compare(recipe: str, rounds: int) -> list[Row]:
     """Times all variants in turns and prints what they take."""
@@ -85,11 +100,15 @@ def compare(recipe: str, rounds: int) -> list[Row]:
         fastest[name] = best(timed)
         ratio = fastest[name] / fastest["without"]
         print(f"{describe(f'{recipe} {name}', timed, 'step')}: {ratio:.3f}x")
-    return [
-        Row(f"{recipe} with {name} against without", fastest[name] / fastest["without"], variant.budget, "x")
-        for name, variant in chosen.items()
-        if variant.budget is not None
-    ]
+    rows = []
+    for name, variant in chosen.items():
+        what = f"{recipe} with {name} against without"
+        if variant.budget is not None:
+            rows.append(Row(what, fastest[name] / fastest["without"], variant.budget, "x"))
+        if variant.memory is not None:
+            held = [Stepper(recipe, v, MEMORY_SIZES[recipe]).memory() for v in (variant, None)]
+            rows.append(Row(f"{what}, memory", held[0] / held[1], variant.memory, "x"))
+    return rows
 
 
 def main() -> None:

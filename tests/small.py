@@ -28,7 +28,12 @@ NAMES = [make.__name__ for make in RECIPES]
 def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
     """The recipe of that function name, made small; its own schemes unless `schemes` says otherwise."""
     recipe = next(make for make in RECIPES if make.__name__ == name)()
-    recipe = recipe.with_schemes(schemes).override(SMALL)
+    return shrink(recipe.with_schemes(schemes))
+
+
+def shrink(recipe: Recipe) -> Recipe:
+    """The same network parts and schemes at the size of the tests."""
+    recipe = recipe.override(SMALL)
     if recipe.schemes.group is not None:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
     if recipe.schemes.hybrid is not None:

@@ -26,10 +26,14 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"types", "boxes", "errors"},
     "recipes": {"types", "boxes", "nn", "detector", "matching", "supervision", "schemes", "training", "errors"},
     "visualize": {"types", "data", "errors"},
+    "predictions": {"data", "visualize", "errors"},
     "demo": {"api", "data", "visualize"},
     "engine": {"types", "boxes", "detector", "training", "data", "recipes", "errors", "__init__"},
     "interop": {"types", "detector", "data", "recipes", "engine", "errors"},
-    "api": {"types", "detector", "training", "data", "recipes", "engine", "interop", "visualize", "errors", "__init__"},
+    "api": {
+        *("types", "detector", "training", "data", "recipes", "engine", "interop"),
+        *("predictions", "errors", "__init__"),
+    },
     "analysis": {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
         *("data", "recipes", "engine", "api", "errors", "visualize"),

@@ -22,6 +22,9 @@ OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a
 README = Path(__file__).parents[1] / "README.md"
 VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench", "recipes"]
 VERBS += ["analyze misalignment", "analyze groups", "analyze one-to-many"]
+VERBS += ["analyze discriminability", "analyze instability"]
+VERBS += ["analyze branches", "analyze conflicts", "analyze query-distance"]
+VERBS += ["analyze attention"]
 
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from detrellis.recipes.build import build
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision
-from detrellis.training import TrainableDetector, mean_boxes
+from detrellis.training import TrainableDetector
 from detrellis.types import DecoderOutput, Queries
 
 from .small import CLASSES, images, small, targets
@@ -22,9 +20,9 @@ class Copies(TrainingScheme):
 
     name = "copies"
 
-    def blocks(self, step: Step) -> list[QueryBlock]:
+    def extend(self, step: Step) -> Extension:
         queries = Queries(*(None if t is None else t.repeat(1, 3, 1) for t in step.queries))
-        return [QueryBlock("copies", queries, step.supervision, copies=3)]
+        return Extension([QueryBlock("copies", queries, step.supervision, copies=3)])
 
 
 class Louder(TrainingScheme):
@@ -39,8 +37,8 @@ class Louder(TrainingScheme):
     def supervision(self, base: Supervision) -> Supervision:
         return Supervision(base.assign, base.rule, {k: 10 * v for k, v in base.weights.items()})
 
-    def losses(self, step: Step, outputs: Mapping[str, DecoderOutput]) -> dict[str, Tensor]:
-        return {"louder/states": self.scale * outputs["main"].states.square().mean()}
+    def extend(self, step: Step) -> Extension:
+        return Extension([], {"louder/states": self.scale * step.memory.tokens.square().mean()})
 
 
 def losses_with(*schemes: TrainingScheme, name: str = "tiny", sizes: tuple[int, ...] = (2, 3)) -> dict[str, Tensor]:
@@ -73,20 +71,17 @@ def test_a_scheme_may_change_supervision_and_add_losses() -> None:
 
 def test_the_denoising_block() -> None:
     model = build(small("tiny"), CLASSES)
-    memory = model.detector.encode(images())
-    queries, proposals = model.detector.propose(memory)
-    truth = targets((2, 4))
-    step = Step(model.detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth))
-    (block,) = model.training_schemes[0].blocks(step)
+    step = model.begin(images(), targets((2, 4)))
+    (block,) = model.training_schemes[0].extend(step).blocks
     assert (block.name, block.copies, block.sees) == ("cdn", 25, ("main",))
     assert block.segment.size == 25 * 2 * 4
     assert block.normaliser == 25 * 6
     assert block.supervision.rule is model.supervision.rule
     outputs = [
         model.detector.decode(
-            memory, {block.segment: block.queries, QueryBlock("main", q, model.supervision).segment: q}
+            step.memory, {block.segment: block.queries, QueryBlock("main", q, model.supervision).segment: q}
         )
-        for q in (queries, queries._replace(content=queries.content + 1))
+        for q in (step.queries, step.queries._replace(content=step.queries.content + 1))
     ]
     assert not torch.allclose(outputs[0]["cdn"].logits, outputs[1]["cdn"].logits)
 

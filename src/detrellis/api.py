@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 
@@ -17,7 +15,6 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
 from detrellis.data.decode import read_image
-from detrellis.data.files import IMAGE_SUFFIXES
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Loader, stack_images
 from detrellis.data.transforms import eval_transform
@@ -32,56 +29,21 @@ from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import Source
+from detrellis.engine.voc_eval import Metric, VocResult, evaluate_voc
 from detrellis.errors import UserError
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
+from detrellis.predictions import Paths, find_pictures, save_predictions
+from detrellis.predictions import Prediction as Prediction
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
 from detrellis.types import Detections
-from detrellis.visualize import draw_detections
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.console import Console
 
-Paths = str | Path | Sequence[str | Path]
 Scale = Literal["tiny"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Detections of one picture, with names and the data set's own category ids; best first."""
-
-    path: Path
-    size: tuple[int, int]  # height, width
-    scores: list[float]
-    names: list[str]
-    labels: list[int]  # class index 0..C-1
-    category_ids: list[int]
-    boxes: list[tuple[float, float, float, float]]  # x1, y1, x2, y2 in pixels
-
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO results, which tools for it read, each with the file's and the class's name added."""
-        rows = zip(self.scores, self.names, self.category_ids, self.boxes, strict=True)
-        return [
-            {
-                "image_id": image_id,
-                "category_id": category,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": score,
-                "category_name": name,
-                "file_name": str(self.path),
-            }
-            for score, name, category, (x1, y1, x2, y2) in rows
-        ]
-
-    def draw(self, class_names: Sequence[str]) -> Image:
-        """The picture with boxes, names and scores."""
-        from PIL import Image
-
-        picture = Image.fromarray(read_image(self.path).permute(1, 2, 0).numpy())
-        return draw_detections(picture, self.boxes, self.labels, self.scores, class_names)
 
 
 @dataclass
@@ -126,23 +88,6 @@ class Model:
         )
 
 
-def find_pictures(paths: Paths) -> list[Path]:
-    """Image files among `paths`, and those directly in folders among them, sorted by name."""
-    found: list[Path] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(path)
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: no images in this folder", f"Known: {', '.join(sorted(IMAGE_SUFFIXES))}.")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder", "Give images or folders of images.")
-    return found
-
-
 def load(source: str | Path, *, classes: ClassMap | int | None = None, device: str | None = None) -> Model:
     """A trained detector from a run's folder or weights file, from a Hugging Face folder, `hf:org/name` or a reference
     repository's `.pth`; or an untrained one from a recipe's name.
@@ -168,6 +113,7 @@ def train(
     recipe: str | Recipe | None = None,
     *,
     weights: str | Path | None = None,
+    boxes: str | Path | None = None,
     data: str | Path | DataSource | None = None,
     train: str | Path | None = None,
     train_images: str | Path | None = None,
@@ -188,11 +134,13 @@ def train(
 
     `weights` are what it starts from: a run's folder or weights file, of any classes. What fits is taken over, rows of
     the class heads by the classes' names; the result's `transfer` tells what did. Without `recipe`, theirs is trained.
-    `scale="tiny"` takes the recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`),
-    `override` sets recipe fields (`"optim.lr=1e-4"`), `out` is the run's folder (default: `runs/` with the recipe's
-    name and the time). Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records.
+    `boxes` names weights too, of which the reference boxes (anchors) alone are taken over. `scale="tiny"` takes the
+    recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
+    (`"optim.lr=1e-4"`), `out` is the run's folder (default: `runs/` with the recipe's name and the time). Raises
+    `UserError` where the data set has errors, unless `skip_bad` drops the bad records.
     """
     own_recipe, initial = _start(recipe, weights)
+    own_boxes = None if boxes is None else load_any(boxes)[0]
     chosen = _chosen(own_recipe, scale, scheme, override)
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
@@ -204,9 +152,10 @@ def train(
         )
     with world(device) as own:
         training, validation, classes = _prepared(source, skip_bad, own, console)
-        origin = None if weights is None else str(weights) if is_foreign(weights) else str(Path(weights).absolute())
-        card = Card(chosen, classes, source.to_dict(), seed, skip_bad, weights=origin)
-        return run_job(Job(card, training, validation, folder, workers, initial), own, console=console)
+        card = Card(chosen, classes, source.to_dict(), seed, skip_bad)
+        card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
+        job = Job(card, training, validation, folder, workers, initial, own_boxes)
+        return run_job(job, own, console=console)
 
 
 def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe, Source | None]:
@@ -224,6 +173,11 @@ def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str
     return card.recipe if recipe is None else recipe, Source(tensors, card.classes, objectness)
 
 
+def _origin(place: str | Path | None) -> str | None:
+    """How a card names a checkpoint."""
+    return place if place is None else str(place) if is_foreign(place) else str(Path(place).absolute())
+
+
 def resume(
     run: str | Path, *, device: str | None = None, workers: int = 2, console: Console | None = None
 ) -> TrainResult:
@@ -239,21 +193,47 @@ def resume(
         return run_job(Job(fresh, training, validation, place, workers), own, state, console=console)
 
 
+class Measured(On, total=False):
+    """What `evaluate` takes beside the metric."""
+
+    results: str | Path | None
+    nms: float | None
+    device: str | None
+    progress: bool
+
+
+@overload
+def evaluate(run: str | Path, *, metric: Literal["coco"] = "coco", **how: Unpack[Measured]) -> EvalResult:
+    """COCO's."""
+
+
+@overload
+def evaluate(run: str | Path, *, metric: Literal["voc"], **how: Unpack[Measured]) -> VocResult:
+    """Pascal VOC's."""
+
+
+@overload
+def evaluate(run: str | Path, *, metric: Metric, **how: Unpack[Measured]) -> EvalResult | VocResult:
+    """Either."""
+
+
 def evaluate(
     run: str | Path,
     *,
+    metric: Metric = "coco",
     results: str | Path | None = None,
     nms: float | None = None,
     device: str | None = None,
     progress: bool = False,
     **on: Unpack[On],
-) -> EvalResult:
-    """COCO box AP of a run on its own validation split, on another split, or on another data set with its classes.
+) -> EvalResult | VocResult:
+    """Box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
-    `on` is what `On` in `engine/evaluate.py` lists: `data`, `val`, `split`, `skip_bad`, `workers` and so on. `results`
-    names a file for the detections in COCO's results format. `nms` applies non-maximum suppression at that IoU first:
-    how much AP that gains says how many duplicates the detector leaves. Raises `UserError` where the data set has
-    errors, unless `skip_bad` drops the bad records.
+    `metric`: COCO's AP over the IoUs 0.5 to 0.95, or Pascal VOC's at 0.5 (`engine/voc_eval.py`). `on` is what `On` in
+    `engine/evaluate.py` lists: `data`, `val`, `split`, `skip_bad`, `workers` and so on. `results` names a file for the
+    detections in COCO's results format. `nms` applies non-maximum suppression at that IoU first: how much AP that gains
+    says how many duplicates the detector leaves. Raises `UserError` where the data set has errors, unless `skip_bad`
+    drops the bad records.
     """
     with world(device) as own, open_split(run, own, **on) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.leads)
@@ -261,6 +241,8 @@ def evaluate(
         if results is not None and own.leads:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
             evaluator.results_json(results)
+        if metric == "voc":
+            return evaluate_voc(opened.annotations, evaluator.arrays())
         return evaluator.compute()
 
 
@@ -277,7 +259,7 @@ class Opened(NamedTuple):
 @contextlib.contextmanager
 def open_split(run: str | Path, own: World, **on: Unpack[On]) -> Iterator[Opened]:
     """Load a run and what it is measured on; the loader's workers end with the context."""
-    model = _trained(run, str(own.device))
+    model = trained(run, str(own.device))
     source, split = measured_on(run, model.data, on)
     annotations, _ = prepare_split(source, split, model.classes, on.get("skip_bad", False))
     loader = eval_loader(annotations, model.recipe.data, on.get("batch_size", 4), on.get("workers", 2), own)
@@ -295,47 +277,15 @@ def predict(
     progress: bool = False,
 ) -> list[Prediction]:
     """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
-    model = _trained(run, device)
+    model = trained(run, device)
     pictures = find_pictures(paths)
     found = track(model.stream(pictures, threshold=threshold), "predict", len(pictures), progress)
-    return list(found) if out is None else save_predictions(model, found, Path(out))
+    return list(found) if out is None else save_predictions(found, Path(out), model.classes.names, model.data)
 
 
-def _trained(run: str | Path, device: str | None) -> Model:
+def trained(run: str | Path, device: str | None) -> Model:
     """As `load`, but no recipe's name: it would predict with random weights."""
     return load(run if is_foreign(run) else find_weights(Path(run)), device=device)
-
-
-def save_predictions(model: Model, found: Iterable[Prediction], out: Path) -> list[Prediction]:
-    """Write each prediction's picture as it comes, and all of them as COCO results; returns them as a list.
-
-    A picture that belongs to the data set the model was trained on keeps its image id there; others count on from the
-    highest one.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    predictions: list[Prediction] = []
-    taken: set[str] = set()
-    for prediction in found:
-        predictions.append(prediction)
-        name = prediction.path.stem
-        while name in taken:  # the same name in another folder
-            name += "_"
-        taken.add(name)
-        prediction.draw(model.classes.names).save(out / f"{name}.jpg", quality=92)
-    rows = [row for p, i in zip(predictions, image_ids(predictions, model.data), strict=True) for row in p.to_coco(i)]
-    (out / "predictions.json").write_text(json.dumps(rows, indent=1))
-    return predictions
-
-
-def image_ids(predictions: Sequence[Prediction], data: Mapping[str, Any] | None) -> list[int]:
-    """The data set's own id of each picture, where the data set is still there and holds it."""
-    known: dict[Path, int] = {}
-    if data is not None:
-        with contextlib.suppress(UserError):  # moved or deleted since: then nothing is known
-            for raw in DataSource.from_dict(data).load_all().values():
-                known |= {raw.path(row).resolve(): int(i) for row, i in enumerate(raw.image_ids)}
-    fresh = itertools.count(max(known.values(), default=0) + 1)
-    return [known[p.path.resolve()] if p.path.resolve() in known else next(fresh) for p in predictions]
 
 
 def info(

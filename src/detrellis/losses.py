@@ -46,6 +46,17 @@ def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
+def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
+    """DFL (Generalized Focal Loss, Eq. 6): cross-entropy with the two bins beside a distance, each as near as it is.
+
+    `logits (M, bins)` of the distances 0, 1, ...; `distance (M,)` in [0, bins - 1); to `(M,)`.
+    """
+    low = distance.long()
+    share = distance - low
+    below, above = (F.cross_entropy(logits, bin, reduction="none") for bin in (low, low + 1))
+    return (1 - share) * below + share * above
+
+
 def l1_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Sum over the four coordinates of `|b - g|`: `(M, 4)` each to `(M,)`."""
     return (boxes - targets).abs().sum(-1)

@@ -185,6 +185,18 @@ class Supervision:
         return replace(self, assign=self.assign.for_proposals())
 
 
+def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
+    """`rule` without the queries of slots that hold nothing, `unused (B, N)`: they learn nothing, not even absence."""
+
+    def masked(
+        output: DecoderOutput, targets: Targets, assignment: Assignment, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        logits = output.logits.masked_fill(unused.unsqueeze(-1), ABSENT)
+        return rule(output._replace(logits=logits), targets, assignment, normaliser)
+
+    return masked
+
+
 @dataclass(frozen=True)
 class Task:
     """One block's output with all that its loss needs."""

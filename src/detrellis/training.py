@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.base import QueryBlock, Step, TrainingScheme, rank_mean
 from detrellis.supervision import Supervision, Task, match, supervise
 from detrellis.types import DecoderOutput, ImageBatch, Targets
 
@@ -51,26 +50,36 @@ class TrainableDetector(nn.Module):
 
     def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
         """One pass of every query block, and all losses."""
-        memory = self.detector.encode(images)
-        queries, proposals = self.detector.propose(memory)
-        step = Step(self.detector, memory, queries, proposals, targets, self.supervision, mean_boxes(targets))
-
-        share = math.prod(s.share for s in self.training_schemes)
-        taught = None if proposals is None else self.detector.queries.head.taught(proposals)  # type: ignore[operator, union-attr]
-        blocks = [QueryBlock("main", queries, self.supervision, weight=share, proposals=taught)]
+        step = self.begin(images, targets)
+        blocks = [self.main(step)]
+        losses: dict[str, Tensor] = {}
         for scheme in self.training_schemes:
-            blocks += scheme.blocks(step)
-        outputs = self.detector.decode(memory, {b.segment: b.queries for b in blocks})
+            extension = scheme.extend(step)
+            blocks += extension.blocks
+            losses |= extension.losses
+        outputs = self.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
 
         tasks = [self._task(b, outputs[b.name], step) for b in blocks]
         tasks += [self._proposal_task(b, b.proposals, step) for b in blocks if b.proposals is not None]
         found = match(tasks)
-        losses, metrics = supervise(tasks, found)
+        taught, metrics = supervise(tasks, found)
         for scheme in self.training_schemes:
-            losses |= scheme.losses(step, outputs)
             metrics |= scheme.metrics(step, blocks, {t.name: a for t, a in zip(tasks, found, strict=True)})
-        losses |= _idle(self.schemes)
-        return StepOutput(losses, metrics)
+        return StepOutput(taught | losses | _idle(self.schemes), metrics)
+
+    def begin(self, images: ImageBatch, targets: Targets) -> Step:
+        """The step before the decoder runs."""
+        memory = self.detector.encode(images)
+        queries, proposals = self.detector.propose(memory)
+        count, sizes = mean_boxes(targets), image_sizes(images)
+        return Step(self.detector, memory, queries, proposals, targets, self.supervision, count, sizes)
+
+    def main(self, step: Step) -> QueryBlock:
+        """The detector's own queries."""
+        head = self.detector.queries.head if step.proposals is not None else None
+        taught = None if head is None else head.taught(step.proposals)  # type: ignore[operator, union-attr]
+        share = math.prod(s.share for s in self.training_schemes)
+        return QueryBlock("main", step.queries, self.supervision, weight=share, proposals=taught)
 
     def reseed(self, seed: int) -> None:
         """Start every scheme's draws anew."""
@@ -102,11 +111,15 @@ class TrainableDetector(nn.Module):
 
 def mean_boxes(targets: Targets) -> Tensor:
     """Boxes of this step, averaged over all processes: `()`."""
-    count = torch.tensor(float(len(targets.labels)), device=targets.boxes.device, dtype=targets.boxes.dtype)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count
+    return rank_mean(targets.boxes.new_tensor(float(len(targets.labels))))
+
+
+def image_sizes(images: ImageBatch) -> Tensor:
+    """Height and width of each image without padding, `(B, 2)` in pixels."""
+    if images.padding is None:
+        return torch.tensor(images.pixels.shape[-2:], device=images.pixels.device).expand(len(images.pixels), 2)
+    inside = ~images.padding
+    return torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)
 
 
 def _idle(schemes: nn.ModuleList) -> dict[str, Tensor]:

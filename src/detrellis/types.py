@@ -32,11 +32,13 @@ class Targets(NamedTuple):
     labels: Tensor  # (T,) int64
     boxes: Tensor  # (T, 4)
     sizes: tuple[int, ...]  # targets per image, on the host; sums to T
+    masks: Tensor | None = None  # (T, M, M) bool, each seen within its box; M = 112. None unless a scheme needs them
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """The same targets on `device`."""
         labels, boxes = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes))
-        return Targets(labels, boxes, self.sizes)
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=non_blocking)
+        return Targets(labels, boxes, self.sizes, masks)
 
     @property
     def image(self) -> Tensor:
@@ -72,12 +74,25 @@ class Queries(NamedTuple):
     boxes: Tensor | None = None  # (B, N, 4) boxes or (B, N, 2) points in [0, 1]; None: DETR's queries have no place
 
 
+class Prior(NamedTuple):
+    """Where each head of each query looks (SMCA): `-[(s_x (x - c_x))^2 + (s_y (y - c_y))^2] / 8` is added to logits.
+
+    In cells of the map. A larger scale looks at less; 0 looks everywhere.
+    """
+
+    centre: Tensor  # (B, N, M, 2) x, y
+    scale: Tensor  # (B, N, M, 2)
+    first: float = 0.0  # coordinate of the first cell: 0, or 0.5 where cells are counted at their centres
+
+
 class Spatial(NamedTuple):
     """Where the queries of one attention layer are, beside what they contain."""
 
     position: Tensor  # (B or 1, N, D) embedding that is added to the content, or projected beside it
     references: Tensor | None = None  # (B or 1, N, 2 or 4) points or boxes in [0, 1]; None where nothing reads them
     sine: Tensor | None = None  # (B, N, D) the conditional spatial query of cross-attention (Conditional DETR)
+    priors: tuple[Prior, ...] | None = None  # of each level (SMCA)
+    shares: Tensor | None = None  # (B, N, V) what a query takes from each level; None: there is one
 
 
 class Segment(NamedTuple):
@@ -87,6 +102,7 @@ class Segment(NamedTuple):
     size: int  # queries in all copies together
     copies: int = 1  # equal parts that do not see each other
     sees: tuple[str, ...] = ()  # other segments whose queries it may also read
+    unused: Tensor | None = None  # (B, size) bool: queries that nobody but themselves reads; of one copy that sees none
 
 
 class DecoderOutput(NamedTuple):

@@ -18,13 +18,14 @@ import detrellis
 from detrellis.engine.distributed import gather, sum_over, world
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
-from detrellis.recipes.config import SchemesConfig
+from detrellis.recipes.schemes import SchemesConfig
 from detrellis.training import mean_boxes
 
 from ..small import CLASSES, SMALL, images, small, targets
 
 # Every scheme for itself, and none. Each must survive a process whose whole batch has no boxes.
 STACKS: list[tuple[str, ...]] = [("none",), *(("none", name) for name in SchemesConfig.model_fields)]
+STACKS.append(("none", "co=rcnn+atss+retinanet+fcos+paa+gfl"))
 
 
 def stacks(name: str) -> list[tuple[str, ...]]:

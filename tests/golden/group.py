@@ -54,7 +54,8 @@ def check_conditional(a: Arrays) -> None:
     queries, _ = model.queries(memory)
     boxes = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
     supervision = Supervision(weights={"class": 2.0, "box": 5.0, "giou": 2.0})
-    (block,) = group.blocks(Step(model, memory, queries, None, targets, supervision, boxes))  # type: ignore[arg-type]
+    step = Step(model, memory, queries, None, targets, supervision, boxes, boxes)  # type: ignore[arg-type]
+    (block,) = group.extend(step).blocks
     every = concatenate([queries, block.queries])
     assert every.boxes is not None
     close(every.boxes, a["reference_points"], 1e-5, "reference points")

@@ -241,8 +241,8 @@ def check_hdetr(a: Arrays) -> None:
     queries, proposals = model.queries(memory)
     count = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
     supervision = Supervision(weights={"class": 2.0, "box": 5.0, "giou": 2.0})
-    step = Step(model, memory, queries, proposals, targets, supervision, count)  # type: ignore[arg-type]
-    (block,) = hybrid.blocks(step)
+    step = Step(model, memory, queries, proposals, targets, supervision, count, count)  # type: ignore[arg-type]
+    (block,) = hybrid.extend(step).blocks
     first = torch.cat([q.boxes for q in (queries, block.queries) if q.boxes is not None], 1)
     close(first, a["init_reference"], 1e-5, "first references")
     segments = (Segment("main", network.query_count), block.segment)

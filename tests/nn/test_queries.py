@@ -41,3 +41,16 @@ def test_fixed_centres_are_spread_evenly_and_never_move() -> None:
     after = model.detector.queries.state_dict()
     assert torch.equal(before["centres"], after["centres"])
     assert not torch.equal(before["sizes"], after["sizes"])
+
+
+def test_frozen_anchors_are_drawn_as_learned_ones() -> None:
+    for fixed_centres in (False, True):
+        drawn = []
+        for frozen in (False, True):
+            torch.manual_seed(0)
+            drawn.append(AnchorQueries(8, 5, contents=1, fixed_centres=fixed_centres, frozen=frozen))
+        learned, frozen_ones = drawn
+        for name, tensor in learned.state_dict().items():
+            assert torch.equal(tensor, frozen_ones.state_dict()[name])
+        assert [n for n, p in frozen_ones.named_parameters() if p.requires_grad] == ["content"]
+        assert not any(p.requires_grad for p in frozen_ones.fresh(3).values())

@@ -7,6 +7,7 @@ import pytest
 from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
+from detrellis.recipes.schemes import CoConfig
 
 
 @pytest.mark.parametrize("make", RECIPES, ids=lambda f: f.__name__)
@@ -145,5 +146,25 @@ def test_any_recipe_can_be_made_tiny() -> None:
     for make in RECIPES:
         recipe = tiny_sized(make())
         model = build(recipe, 3)
-        assert sum(p.numel() for p in model.detector.parameters()) < 6e6, recipe.name
+        assert sum(p.numel() for p in model.detector.parameters()) < 8e6, recipe.name
         assert recipe.schemes == make().schemes
+
+
+def test_a_scheme_of_names_takes_several() -> None:
+    base = find_recipe("tiny")
+    assert base.with_schemes("co").schemes.co is not None
+    chosen = base.with_schemes("none,co=atss+atss + rcnn").schemes.co
+    assert chosen is not None
+    assert chosen.branches == ("atss", "atss", "rcnn")
+    assert base.override("schemes.co.branches=[paa]").schemes.co == CoConfig(branches=("paa",))
+    assert base.with_schemes("co=mask").needs_masks
+    assert not base.with_schemes("co").needs_masks
+    for text, named in (
+        ("co=fastrcnn", r"co\.branches\.0.*'fastrcnn'"),
+        ("co=", r"co\.branches\.0"),
+        ("align=many", "N sets k"),
+    ):
+        with pytest.raises(UserError, match=named):
+            base.with_schemes(text)
+    with pytest.raises(UserError, match=r"co\.branches"):
+        base.override("schemes.co.branches=[]")

@@ -8,10 +8,9 @@ import torch
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.schemes.base import Step
-from detrellis.schemes.denoising import lay_out, positives
-from detrellis.schemes.dn import Denoising, disturb, draw_noise, real_slots_only
-from detrellis.supervision import SetLoss
-from detrellis.training import mean_boxes
+from detrellis.schemes.denoising import lay_out, positives, unused
+from detrellis.schemes.dn import Denoising, disturb, draw_noise
+from detrellis.supervision import SetLoss, leaving_out
 from detrellis.types import DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets
@@ -40,18 +39,16 @@ def test_a_fifth_of_the_labels_is_redrawn() -> None:
 
 def step_of(name: str, truth: Targets) -> tuple[Denoising, Step]:
     model = build(small(name), CLASSES)
-    memory = model.detector.encode(images(tuple((64, 96) for _ in truth.sizes)))
-    queries, proposals = model.detector.propose(memory)
     scheme = model.training_schemes[0]
     assert isinstance(scheme, Denoising)
-    return scheme, Step(model.detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth))
+    return scheme, model.begin(images(tuple((64, 96) for _ in truth.sizes)), truth)
 
 
 @pytest.mark.parametrize(("total", "groups"), [(None, 5), (100, 33), (3, 1), (1, 1)])
 def test_groups_are_fixed_or_follow_a_total(total: int | None, groups: int) -> None:
     scheme, step = step_of("dn_detr_r50", targets((2, 3)))
     scheme.total = total
-    (block,) = scheme.blocks(step)
+    (block,) = scheme.extend(step).blocks
     assert block.copies == groups
     assert block.queries.content.shape[1] == groups * 3
     assert block.normaliser is not None
@@ -62,7 +59,7 @@ def test_groups_are_fixed_or_follow_a_total(total: int | None, groups: int) -> N
 def test_the_indicator_tells_denoising_queries_from_the_others(name: str) -> None:
     truth = targets((1, 3))
     scheme, step = step_of(name, truth)
-    (block,) = scheme.blocks(step)
+    (block,) = scheme.extend(step).blocks
     assert (step.queries.content[..., -1] == 0).all()
     filled = torch.zeros(2, block.queries.content.shape[1], dtype=torch.bool)
     layout = lay_out(truth, 5, 1)
@@ -87,7 +84,7 @@ def test_slots_that_an_image_does_not_fill_learn_nothing() -> None:
         return found
 
     assert (gradients(SetLoss())[:, ~filled] != 0).all()
-    silent = gradients(real_slots_only(SetLoss(), layout))
+    silent = gradients(leaving_out(SetLoss(), unused(layout, 2)))
     assert (silent[:, ~filled] == 0).all()
     torch.testing.assert_close(silent[:, filled], gradients(SetLoss())[:, filled])
 

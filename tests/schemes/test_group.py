@@ -27,13 +27,10 @@ def grouped(
 ) -> tuple[TrainableDetector, Step, QueryBlock]:
     model = build(small(name, ["none", f"group={k}"]).override(list(overrides)), CLASSES).double().eval()
     batch = images()
-    memory = model.detector.encode(batch._replace(pixels=batch.pixels.double()))
-    queries, proposals = model.detector.propose(memory)
     truth = targets((2, 3)) if truth is None else truth
     truth = truth._replace(boxes=truth.boxes.double())
-    boxes = torch.tensor(float(len(truth.labels)), dtype=torch.float64)
-    step = Step(model.detector, memory, queries, proposals, truth, model.supervision, boxes)
-    (block,) = model.training_schemes[0].blocks(step)
+    step = model.begin(batch._replace(pixels=batch.pixels.double()), truth)
+    (block,) = model.training_schemes[0].extend(step).blocks
     return model, step, block
 
 
@@ -184,7 +181,7 @@ def test_denoising_beside_the_first_group_is_the_base(sees: str) -> None:
         step = step_of(model, targets((2, 3)))
         model.reseed(0)
         blocks = [QueryBlock("main", step.queries, step.supervision)]
-        blocks += [b for s in model.training_schemes for b in s.blocks(step)]
+        blocks += [b for s in model.training_schemes for b in s.extend(step).blocks]
         outputs.append(model.detector.decode(step.memory, {b.segment: b.queries for b in blocks}))
     torch.testing.assert_close(outputs[0]["main"].logits, outputs[1]["main"].logits, atol=1e-5, rtol=0)
     apart = (outputs[0]["cdn"].logits - outputs[1]["cdn"].logits).abs().max()

@@ -9,7 +9,7 @@ from detrellis.errors import UserError
 from detrellis.matching import Hungarian
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
-from detrellis.training import TrainableDetector, mean_boxes
+from detrellis.training import TrainableDetector
 from detrellis.types import Targets
 
 from ..small import CLASSES, images, small, targets
@@ -17,16 +17,13 @@ from ..test_contract import NETWORKS
 
 
 def step_of(model: TrainableDetector, truth: Targets) -> Step:
-    detector = model.detector
-    memory = detector.encode(images())
-    queries, proposals = detector.propose(memory)
-    return Step(detector, memory, queries, proposals, truth, model.supervision, mean_boxes(truth))
+    return model.begin(images(), truth)
 
 
 def second(name: str, *overrides: str, truth: Targets | None = None) -> tuple[TrainableDetector, Step, QueryBlock]:
     model = build(small(name, ["none", "hybrid=2"]).override(list(overrides)), CLASSES).eval()
     step = step_of(model, targets((2, 3)) if truth is None else truth)
-    (block,) = model.training_schemes[0].blocks(step)
+    (block,) = model.training_schemes[0].extend(step).blocks
     return model, step, block
 
 
@@ -54,7 +51,7 @@ def test_proposals_are_those_ranked_after_the_main_ones() -> None:
 
 def test_too_few_tokens_for_a_second_block() -> None:
     model = build(small("tiny", ["none", "hybrid"]).override("detector.query_count=500"), CLASSES).eval()
-    assert model.training_schemes[0].blocks(step_of(model, targets((2, 3)))) == []
+    assert model.training_schemes[0].extend(step_of(model, targets((2, 3)))).blocks == []
 
 
 def test_divisor_weight_and_k() -> None:

@@ -1,8 +1,5 @@
-"""All groups of a run that was trained with scheme `group`, in eval mode. Its weights files hold the first one only.
-
-The others are in `last.state.pt`, with the detector's raw weights: the average covers the detector alone, and queries
-of groups that are not averaged would not fit it.
-"""
+"""All groups of a run that was trained with scheme `group`, in eval mode. Its weights files hold the first one only;
+the others are in `last.state.pt` (see `schemes`)."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detrellis.analysis.schemes import begin, check_state, load_trained
 from detrellis.api import Opened
 from detrellis.data.loader import Batch
-from detrellis.engine.checkpoint import load_state, load_weights
+from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
-from detrellis.recipes.build import build
-from detrellis.schemes.base import QueryBlock, Step
+from detrellis.schemes.base import QueryBlock
 from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector
 from detrellis.types import DecoderOutput
@@ -47,38 +44,23 @@ def check_grouped(run: str | Path) -> None:
     _, card = load_weights(Path(run))
     if card.recipe.schemes.group is None or card.recipe.schemes.group.k == 1:
         raise UserError(f"{run}: trained with one group", "Train with several: detrellis train tiny --scheme group=3.")
-    if not (Path(run) / "last.state.pt").is_file():
-        raise UserError(
-            f"{run}: no last.state.pt, which alone holds the groups after the first",
-            "Give the folder of a run as training left it.",
-        )
+    check_state(run, "the groups after the first")
 
 
 def load_groups(opened: Opened) -> tuple[TrainableDetector, Group]:
     """A run's detector with its schemes, as at the last checkpoint, ready to evaluate; and its groups."""
     check_grouped(opened.run)
-    model = build(opened.model.recipe.untrained(), len(opened.model.classes))
-    try:
-        model.load_state_dict(load_state(Path(opened.run))["model"])
-    except RuntimeError as error:
-        raise UserError(
-            f"{opened.run}: last.state.pt does not fit the run's recipe ({str(error).splitlines()[0]})",
-            "It is from another version: train anew.",
-        ) from None
-    (group,) = (s for s in model.training_schemes if isinstance(s, Group))
-    return model.to(opened.model.device).eval(), group
+    return load_trained(opened, Group)
 
 
 @torch.no_grad()
 def all_groups(model: TrainableDetector, group: Group, batch: Batch) -> AllGroups:
     """One pass of all groups over a batch, on the model's device: as in training, without the other schemes."""
-    detector, targets = model.detector, batch.targets
+    detector = model.detector
     memory = detector.encode(batch.images)
-    queries, proposals = detector.propose(memory)
-    # Not averaged over the processes, as in training: it only weighs losses, and shares of a split may be unequal.
-    boxes = targets.boxes.new_tensor(float(len(targets.labels)))
-    step = Step(detector, memory, queries, proposals, targets, model.supervision, boxes)
-    parts = [QueryBlock("main", queries, model.supervision), *group.blocks(step)]
+    step = begin(model, batch, memory)
+    queries = step.queries
+    parts = [QueryBlock("main", queries, model.supervision), *group.extend(step).blocks]
     outputs = detector.decode(memory, {b.segment: b.queries for b in parts})
     pairs = zip(*(outputs[b.name] for b in parts), strict=True)
     output = DecoderOutput(*(None if p[0] is None else torch.cat(p, dim=2) for p in pairs))  # type: ignore[arg-type]
@@ -86,4 +68,4 @@ def all_groups(model: TrainableDetector, group: Group, batch: Batch) -> AllGroup
     if queries.boxes is not None:
         centres = torch.cat([b.queries.boxes for b in parts if b.queries.boxes is not None], dim=1)[..., :2]
         positions = centres.unflatten(1, (group.k, -1))
-    return AllGroups(group.k, output, positions, fixed=proposals is None)
+    return AllGroups(group.k, output, positions, fixed=step.proposals is None)

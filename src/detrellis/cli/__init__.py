@@ -19,8 +19,10 @@ from detrellis.cli.options import (
     LEADS,
     AsJson,
     BatchSize,
+    Boxes,
     Data,
     Device,
+    Metric,
     Overrides,
     RecipeName,
     Scale,
@@ -32,6 +34,7 @@ from detrellis.cli.options import (
     TrainImages,
     ValFile,
     ValImages,
+    Weights,
     Workers,
     console,
     print_json,
@@ -113,9 +116,8 @@ def check(
 @app.command()
 def train(
     recipe: RecipeName = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Start from these weights: a run, hf:org/name, a .pth, ...")
-    ] = None,
+    weights: Weights = None,
+    boxes: Boxes = None,
     data: Data = None,
     train: TrainFile = None,
     train_images: TrainImages = None,
@@ -142,7 +144,7 @@ def train(
     speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
         _only_with_resume(
-            *(recipe, weights, data, train, train_images, val, val_images),
+            *(recipe, weights, boxes, data, train, train_images, val, val_images),
             *(scale, scheme, override, epochs, out, seed, skip_bad),
         )
         result = api.resume(resume, device=device, workers=workers, console=speaks)
@@ -150,6 +152,7 @@ def train(
         result = api.train(
             recipe,
             weights=weights,
+            boxes=boxes,
             data=data,
             train=train,
             train_images=train_images,
@@ -198,6 +201,7 @@ def evaluate(
     val: ValFile = None,
     val_images: ValImages = None,
     split: Split = "val",
+    metric: Metric = "coco",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
     nms: Annotated[
         float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: are there duplicates?")
@@ -208,7 +212,7 @@ def evaluate(
     workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
-    """COCO box AP of a run, on its own validation split or on other data.
+    """Box AP of a run, as COCO or Pascal VOC counts it, on its own validation split or on other data.
 
     Example: detrellis eval runs/tiny-20260101-120000 --split test
     """
@@ -220,6 +224,7 @@ def evaluate(
         val=val,
         val_images=val_images,
         split=split,
+        metric=metric,
         results=results,
         nms=nms,
         batch_size=batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -121,6 +121,173 @@ def one_to_many(
     on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
     on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
     _measure("one_to_many", runs, out, names, device, as_json, on, nms=wanted)
+
+
+@analyze.command()
+def discriminability(
+    runs: Runs,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the figure and the numbers (default: analysis/discriminability-OF)."),
+    ] = None,
+    of: Annotated[
+        Literal["encoder", "attention"],
+        typer.Option(help="Maps of the encoder's features, or of what queries attend to."),
+    ] = "encoder",
+    images: Annotated[int, typer.Option(min=0, help="Images that are drawn with their maps.")] = 4,
+    names: Names = None,
+    data: Data = None,
+    val: ValFile = None,
+    val_images: ValImages = None,
+    split: Split = "val",
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Do the encoder's features, or the decoder's attention, tell objects from background? Co-DETR, Fig. 2 and 3.
+
+    The curves of IoF over IoB of all runs, the area under each, and some images with each run's map.
+
+    Example: detrellis analyze discriminability runs/baseline runs/co --of attention
+    """
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    place = out or Path(f"analysis/discriminability-{of}")
+    _measure("discriminability", runs, place, names, device, as_json, on, of=of, images=images)
+
+
+@analyze.command()
+def instability(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/instability"),
+    names: Names = None,
+    data: Data = None,
+    val: ValFile = None,
+    val_images: ValImages = None,
+    split: Split = "val",
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """How many queries are matched to another object than in the epoch before? Co-DETR, Fig. 5, after DN-DETR.
+
+    For runs that kept the weights of their epochs: trained with -o schedule.keep_every=1.
+
+    Example: detrellis analyze instability runs/baseline runs/co
+    """
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("instability", runs, out, names, device, as_json, on)
+
+
+@analyze.command()
+def branches(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/branches"),
+    names: Names = None,
+    data: Data = None,
+    val: ValFile = None,
+    val_images: ValImages = None,
+    split: Split = "val",
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """How well does each auxiliary head detect by itself, beside the decoder? Co-DETR, Table 11.
+
+    For runs trained with scheme co. Branches' detections are after NMS.
+
+    Example: detrellis analyze branches runs/co-atss runs/co-atss-rcnn
+    """
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("branches", runs, out, names, device, as_json, on)
+
+
+@analyze.command()
+def conflicts(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/conflicts"),
+    cam: Annotated[
+        Literal["gradcam", "hirescam"],
+        typer.Option(help="Maps weighted by the mean gradient of a level, or by the gradient at each place."),
+    ] = "gradcam",
+    eps: Annotated[float, typer.Option(help="Added to each pixel of a map whose maximum is 1.")] = 1e-3,
+    names: Names = None,
+    data: Data = None,
+    val: ValFile = None,
+    val_images: ValImages = None,
+    split: Split = "val",
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Do the heads that share an encoder look at the same places? Co-DETR, Fig. 6, 8 and 9 (Eq. 9 to 12).
+
+    For runs trained with scheme co. KL divergences between the heads' class activation maps.
+
+    Example: detrellis analyze conflicts runs/co-atss runs/co-atss-rcnn
+    """
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("conflicts", runs, out, names, device, as_json, on, cam=cam, eps=eps)
+
+
+@analyze.command(name="query-distance")
+def query_distance(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/query_distance"),
+    names: Names = None,
+    data: Data = None,
+    val: ValFile = None,
+    val_images: ValImages = None,
+    split: Split = "val",
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Do the branches' positive queries lie where the detector's own queries do? Co-DETR, Fig. 7.
+
+    For runs trained with scheme co, of detectors whose queries have a place.
+
+    Example: detrellis analyze query-distance runs/co
+    """
+    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
+    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    _measure("query_distance", runs, out, names, device, as_json, on)
+
+
+@analyze.command()
+def attention(
+    runs: Runs,
+    image: Annotated[
+        Path | None, typer.Option(help="The picture (default: the first of the first run's validation split).")
+    ] = None,
+    query: Annotated[
+        int | None, typer.Option(min=0, help="Which query, from 0 (default: each run's with the highest score).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/attention"),
+    names: Names = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where does a query look, layer by layer and head by head? SAM-DETR++, Fig. 3 and 5.
+
+    Its reference boxes, sampling points and cross-attention, of any of the detectors, in the same picture.
+
+    Example: detrellis analyze attention runs/detr runs/sam --image picture.jpg
+    """
+    _measure("attention", runs, out, names, device, as_json, {}, image=image, query=query)
 
 
 def _measure(

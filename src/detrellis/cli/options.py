@@ -26,6 +26,8 @@ Workers = Annotated[int, typer.Option(help="Processes that load images.")]
 RecipeName = Annotated[
     str | None, typer.Argument(help="Recipe name; see `detrellis recipes` (default: that of --weights).")
 ]
+Weights = Annotated[str | None, typer.Option(help="Start from these weights: a run, hf:org/name, a .pth, ...")]
+Boxes = Annotated[str | None, typer.Option(help="Take the reference boxes (anchors) alone from these weights.")]
 Trained = Annotated[
     Path, typer.Argument(help="A run, a weights file, hf:org/name, a Hugging Face folder, or a reference's .pth.")
 ]
@@ -34,6 +36,7 @@ Scale = Annotated[Literal["tiny"] | None, typer.Option(help="The recipe at a siz
 Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N], several with commas.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", help="Recipe field: key.sub=value. May be repeated.")]
 Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the data set.")]
+Metric = Annotated[Literal["coco", "voc"], typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 
 

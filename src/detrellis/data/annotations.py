@@ -30,6 +30,9 @@ class Annotations:
     crowd: NDArray[np.bool_]  # (T,) crowd regions: not trained on, ignored in evaluation
     areas: NDArray[np.float64]  # (T,) COCO's `area`, or width * height
     ids: NDArray[np.int64]  # (T,) annotation ids
+    source: Path | None = None  # the file that lists them, where there is one
+    lines: NDArray[np.int64] | None = None  # (T,) COCO: place in `source`, where masks are looked up; else None
+    difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise, which its own metric forgives; else None
 
     def __len__(self) -> int:
         return len(self.image_ids)

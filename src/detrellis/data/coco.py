@@ -55,6 +55,7 @@ def _columns(content: Mapping[str, Any], file: Path, images: Path, split: str) -
         boxes=_boxes(box_rows),
         areas=_areas(box_rows),
         crowd=np.array([row.get("iscrowd") in (1, "1") for row in box_rows], dtype=np.bool_),
+        lines=np.arange(len(box_rows)),
     )
 
 

@@ -61,7 +61,7 @@ BOXES: dict[str, Rule] = {
     "xyxy-boxes": Rule("warning", "COCO boxes are (x, y, width, height): subtract the first corner."),
     "missing-area": Rule("note", "Nothing to do: width * height is used."),
     "label-without-image": Rule("warning", "Add the image, or remove the label file."),
-    "difficult-objects": Rule("note", "Nothing to do: they are trained on and evaluated like the others."),
+    "difficult-objects": Rule("note", "Nothing to do: trained on like the others, forgiven by `eval --metric voc`."),
 }
 
 CLASSES: dict[str, Rule] = {

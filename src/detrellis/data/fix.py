@@ -86,8 +86,6 @@ def _refuse_to_overwrite(source: DataSource, out: Path, targets: Mapping[str, Pa
 
 
 def _clean(raw: RawDataset, findings: list[Finding]) -> tuple[RawDataset, dict[str, int]]:
-    # Numbers of the boxes in the file, which stay with them: `_content` finds the fields there that we do not know.
-    raw = replace(raw, lines=np.arange(len(raw.ids))) if raw.label_files is None else raw
     raw, turned = _turned(raw, [f for f in findings if f.code == "wrong-size"])
     if turned:
         # In the right frame other boxes are outside.
@@ -145,12 +143,11 @@ def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:
         old_images.get(own, {}) | {"id": own, "file_name": name, "height": height, "width": width}
         for own, name, (height, width) in zip(raw.image_ids.tolist(), raw.file_names, raw.sizes.tolist(), strict=True)
     ]
-    lines = raw.lines.tolist() if raw.lines is not None else []
-    columns = (raw.ids, raw.box_image_ids, raw.box_categories, raw.boxes, raw.areas, raw.crowd.astype(int))
+    columns = (raw.lines, raw.ids, raw.box_image_ids, raw.box_categories, raw.boxes, raw.areas, raw.crowd.astype(int))
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     annotations = [
         (old_boxes[line] if old_boxes else {}) | dict(zip(keys, row, strict=True))
-        for line, *row in zip(lines, *(column.tolist() for column in columns), strict=True)
+        for line, *row in zip(*(column.tolist() for column in columns), strict=True)
     ]
     old_categories = {row["id"]: row for row in rest.get("categories", [])}
     info = {"description": f"Clean copy of {raw.source}", ROOT_KEY: str(raw.root)}

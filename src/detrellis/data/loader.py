@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from detrellis.boxes import xyxy_to_cxcywh
 from detrellis.data.annotations import Annotations
 from detrellis.data.decode import read_image
+from detrellis.data.masks import read_outlines, transform_with_masks
 from detrellis.data.sampler import BatchSampler, EvalSampler, Key
 from detrellis.data.transforms import Transform
 from detrellis.errors import UserError
@@ -40,6 +41,7 @@ class Sample(NamedTuple):
     labels: Tensor  # (n,) int64 class index
     image_id: int
     size: tuple[int, int]  # height, width of the original
+    masks: Tensor | None = None  # (n, M, M) bool, each seen within its box; None where nobody asked
 
 
 class Batch(NamedTuple):
@@ -60,8 +62,9 @@ class Batch(NamedTuple):
         """The same batch in page-locked memory, from which a copy to the GPU need not block."""
         pixels, padding = self.images
         images = ImageBatch(pixels.pin_memory(), None if padding is None else padding.pin_memory())
-        labels, boxes, sizes = self.targets
-        targets = Targets(labels.pin_memory(), boxes.pin_memory(), sizes)
+        labels, boxes, sizes, masks = self.targets
+        masks = None if masks is None else masks.pin_memory()
+        targets = Targets(labels.pin_memory(), boxes.pin_memory(), sizes, masks)
         return Batch(images, targets, self.image_ids, self.sizes.pin_memory())
 
 
@@ -73,9 +76,12 @@ class Failure(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`)."""
+    """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`).
 
-    def __init__(self, annotations: Annotations, transform: Transform, seed: int = 0) -> None:
+    With `masks` they are read from the annotation file; `UserError` where there are none.
+    """
+
+    def __init__(self, annotations: Annotations, transform: Transform, seed: int = 0, masks: bool = False) -> None:
         kept = ~annotations.crowd
         self.root, self.transform, self.seed = str(annotations.root), transform, seed
         self.file_names, self.sizes, self.image_ids = annotations.file_names, annotations.sizes, annotations.image_ids
@@ -83,6 +89,7 @@ class DetectionDataset(Dataset[Sample]):
         x, y, width, height = annotations.boxes[kept].T
         self.boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
         self.labels = annotations.labels[kept]
+        self.outlines = read_outlines(annotations) if masks else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -97,8 +104,13 @@ class DetectionDataset(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
-            image, boxes, labels = self.transform(image, boxes, labels)
-        return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width))
+            if self.outlines is None:
+                image, boxes, labels = self.transform(image, boxes, labels)
+                masks = None
+            else:
+                outlines = [self.outlines[row] for row in range(own.start, own.stop)]
+                image, boxes, labels, masks = transform_with_masks(self.transform, image, boxes, labels, outlines)
+        return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width), masks)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | Failure:
         """A whole batch, as torch's loader fetches it."""
@@ -135,7 +147,9 @@ class Collate:
         if isinstance(samples, Failure):
             return samples
         counts = tuple(len(s.labels) for s in samples)
-        targets = Targets(torch.cat([s.labels for s in samples]), _normalised_boxes(samples), counts)
+        drawn = [s.masks for s in samples if s.masks is not None]
+        masks = torch.cat(drawn) if drawn else None
+        targets = Targets(torch.cat([s.labels for s in samples]), _normalised_boxes(samples), counts, masks)
         sizes = torch.tensor([s.size for s in samples], dtype=torch.int64)
         images = stack_images([s.image for s in samples], self.pad_to)
         return Batch(images, targets, tuple(s.image_id for s in samples), sizes)

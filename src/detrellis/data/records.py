@@ -40,9 +40,10 @@ class RawDataset:
     boxes: NDArray[np.float64]  # (T, 4) x, y, width, height in pixels; NaN where there are no four numbers
     areas: NDArray[np.float64]  # (T,) NaN where missing
     crowd: NDArray[np.bool_]  # (T,)
+    lines: NDArray[np.int64]  # (T,) line (YOLO) or number of the object (VOC), from 1; COCO: place in `annotations`
     label_files: tuple[str, ...] | None = None  # (I,) of YOLO and VOC; None: all stands in `source`
-    lines: NDArray[np.int64] | None = None  # (T,) line (YOLO) or number of the object (VOC), from 1
     findings: tuple[Finding, ...] = ()  # what the reader met that the columns cannot hold
+    difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise; None: the format does not tell
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -73,7 +74,7 @@ class RawDataset:
         row = self.box_rows[box]
         if self.label_files is None or row < 0:
             return str(self.source), None
-        return self.label_files[row], None if self.lines is None else int(self.lines[box])
+        return self.label_files[row], int(self.lines[box])
 
     def image_id(self, row: int) -> int | None:
         """The id of image `row` in the user's files; None where only we count them (YOLO, VOC)."""
@@ -93,12 +94,12 @@ class RawDataset:
             file_names=tuple(self.file_names[i] for i in kept),
             sizes=self.sizes[images],
             label_files=label_files,
-            lines=None if self.lines is None else self.lines[boxes],
+            difficult=None if self.difficult is None else self.difficult[boxes],
             **{name: getattr(self, name)[boxes] for name in BOX_COLUMNS},
         )
 
 
-BOX_COLUMNS = ("ids", "box_image_ids", "box_categories", "boxes", "areas", "crowd")
+BOX_COLUMNS = ("ids", "box_image_ids", "box_categories", "boxes", "areas", "crowd", "lines")
 
 
 def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -139,6 +140,9 @@ def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotati
         crowd=raw.crowd[order],
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         ids=raw.ids[order],
+        source=raw.source,
+        lines=raw.lines[order] if raw.label_files is None else None,
+        difficult=None if raw.difficult is None else raw.difficult[order],
     )
 
 
@@ -169,8 +173,8 @@ def from_columns(
 ) -> RawDataset:
     """For sets of one label file per image: ids are given here, from 1, in the order of the files.
 
-    `head` holds the fields that are neither images nor boxes, `images` (file name, height, width), and `rows`
-    (image row, line, category id, xywh in pixels).
+    `images` holds (file name, height, width), `rows` (image row, line, category id, xywh in pixels), and `head` the
+    fields that these do not make.
     """
     image_rows, lines, categories, boxes = [list(c) for c in zip(*rows, strict=True)] or [[], [], [], []]
     count = len(boxes)

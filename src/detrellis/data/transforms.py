@@ -3,6 +3,9 @@
 The image is uint8 `(3, H, W)` all the way: resizing uint8 is several times faster than resizing floats and gives the
 same pixels to one level. Boxes are pixel `xyxy`. Random numbers come from torch's global CPU generator, which the data
 set seeds anew for every image. Colours change after the resize, where the fewest pixels are left.
+
+A box labelled `CORNER` is no object but a point (x, y, x, y) of the picture: it is moved like the boxes and neither
+clipped nor dropped. Two of them tell where the picture went, which is all that masks need to know (`masks.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ Size = int | tuple[int, int]  # short side, or (height, width) of the padded ima
 Policy = Literal["detr", "fixed", "none"]
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, nearly 0 when normalised: what a zoomed-out image lies on
+CORNER = -1  # the label of a point that follows the picture
 VISIBLE = 0.1  # the mild crop of `fixed` drops a box of which less than this share of the area is left
 
 
@@ -279,6 +283,7 @@ def crop(
     boxes = boxes - boxes.new_tensor([left, top, left, top])
     image, boxes, labels, kept = _clip_and_tell(image, boxes, labels)
     enough = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > visible * before[kept]
+    enough |= labels == CORNER
     return image, boxes[enough], labels[enough]
 
 
@@ -313,8 +318,10 @@ def _clip(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor,
 
 def _clip_and_tell(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     height, width = image.shape[1:]
-    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    clipped = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    corner = labels == CORNER
+    boxes = boxes.where(corner.unsqueeze(1), clipped)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) | corner
     return image, boxes[kept], labels[kept], kept
 
 

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     image: str  # `filename`
     size: tuple[int, int]  # height, width; 0 where missing
     objects: list[tuple[str, Corners]]  # (class name, xmin, ymin, xmax, ymax)
-    difficult: int  # how many objects are marked so
+    difficult: list[bool]  # of each object
 
 
 # Finding
@@ -146,13 +146,13 @@ def _parse(file: Path) -> Record:
         raise UserError(f"{file}: no such file, but its split lists it", "Add it, or remove it there.") from error
     except (ElementTree.ParseError, OSError) as error:
         raise UserError(f"{file}: malformed XML ({error})", "Export the file again, or remove it.") from error
-    objects, difficult = [], 0
+    objects, difficult = [], []
     for number, item in enumerate(root.findall("object"), start=1):
         name = (item.findtext("name") or "").strip()
         if not name:
             raise UserError(f"{file}: object {number} has no <name>", "Name its class, or remove the object.")
         objects.append((name, _corners(item)))
-        difficult += (item.findtext("difficult") or "0").strip() == "1"
+        difficult.append((item.findtext("difficult") or "0").strip() == "1")
     size = (_whole(root.findtext("size/height")), _whole(root.findtext("size/width")))
     return Record(file, (root.findtext("filename") or "").strip(), size, objects, difficult)
 
@@ -186,6 +186,7 @@ def _dataset(split: str, files: SplitFiles, records: Sequence[Record], names: Se
         "categories": tuple((i, name) for name, i in ids.items()),
         "label_files": tuple(str(r.file) for r in records),
         "findings": _notes(split, files, records),
+        "difficult": np.array([mark for r in records for mark in r.difficult], dtype=np.bool_),
     }
     sizes = [(image, *r.size) for image, r in zip(images, records, strict=True)]
     raw = from_columns(head, sizes, _rows(records, ids, first))
@@ -228,7 +229,7 @@ def _notes(split: str, files: SplitFiles, records: Sequence[Record]) -> tuple[Fi
     if files.part is not None and split == "train":
         what = f"no ImageSets/Main: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
         found.append(finding("layout", split, files.annotations, what))
-    if difficult := sum(r.difficult for r in records):
+    if difficult := sum(sum(r.difficult) for r in records):
         what = f"{difficult} objects are marked difficult"
         found.append(finding("difficult-objects", split, files.annotations, what, count=difficult))
     return tuple(found)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import nn
 
+from detrellis.data.masks import SIDE
 from detrellis.engine.distributed import pick_device
 from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
@@ -210,7 +211,8 @@ def _training(recipe: Recipe, classes: int, model: TrainableDetector, images: Im
     batch, device = len(images.pixels), images.pixels.device
     boxes = torch.rand(batch * BOXES, 4, device=device) * 0.3 + 0.2
     labels = torch.randint(classes, (batch * BOXES,), device=device)
-    targets = Targets(labels, boxes, (BOXES,) * batch)
+    masks = torch.ones(len(boxes), SIDE, SIDE, dtype=torch.bool, device=device) if recipe.needs_masks else None
+    targets = Targets(labels, boxes, (BOXES,) * batch, masks)
     optimizer = build_optimizer(model, recipe.optim)
     amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 

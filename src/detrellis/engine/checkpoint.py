@@ -45,6 +45,7 @@ class Card:
     epoch: int = 0
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
     weights: str | None = None  # where the run started from, if not from the recipe's own
+    boxes: str | None = None  # where its reference boxes started from, if they came alone
     version: str = detrellis.__version__
 
     def to_metadata(self) -> dict[str, str]:
@@ -58,6 +59,7 @@ class Card:
             "epoch": self.epoch,
             "stats": None if self.stats is None else dict(self.stats),
             "weights": self.weights,
+            "boxes": self.boxes,
             "version": self.version,
         }
         return {"format": str(FORMAT), "detrellis": json.dumps(card)}

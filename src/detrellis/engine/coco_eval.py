@@ -2,7 +2,8 @@
 
 Detections are kept as one flat matrix per batch (56 bytes each), never as logits or dicts, and go to the evaluator as
 arrays. The evaluator is hotcoco (Rust): about 1 s where pycocotools needs minutes, with the same twelve numbers. Where
-hotcoco cannot be imported pycocotools takes its place. This file is the only one that knows either of them.
+hotcoco cannot be imported pycocotools takes its place. No other file knows either of them, but `data/masks.py`, which
+draws with hotcoco.
 
 Images, classes and boxes are renumbered 1..n for the evaluator, in the order of the data set's own ids: negative ids,
 ids above 2^53 and the annotation id 0 (a ground truth that pycocotools never counts as found) then make no difference.

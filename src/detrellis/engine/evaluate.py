@@ -63,7 +63,8 @@ def collect(
 ) -> CocoEvaluator:
     """Run the detector over the batches; in every process the evaluator holds the detections of all.
 
-    `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it.
+    `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it. It takes
+    the place of soft-NMS, where the detector has that.
     """
     was_training = detector.training
     detector.eval()

@@ -12,7 +12,7 @@ import itertools
 import signal
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from detrellis.engine.evaluate import eval_loader, evaluate
 from detrellis.engine.guard import FlatLossWatch, check_finite
 from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.optim import build_optimizer, schedule_factor, set_learning_rate
-from detrellis.engine.transfer import Source, transfer
+from detrellis.engine.transfer import Source, take_boxes, transfer
 from detrellis.engine.transfer_report import Transfer
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
@@ -56,6 +56,7 @@ class Job:
     out: Path
     workers: int = 2
     initial: Source | None = None  # weights to start from, instead of the recipe's own
+    boxes: Mapping[str, Tensor] | None = None  # weights whose reference boxes are taken over
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def train(job: Job, world: World, resume: dict[str, Any] | None = None, console:
         state.load_state_dict(resume)
     elif state.transfer is not None and world.leads:
         (console or Console()).print(state.transfer.table(job.card.weights or ""))
+    if job.boxes is not None and world.leads:
+        (console or Console()).print(f"Reference boxes from {job.card.boxes}", markup=False, highlight=False)
     loader, steps_per_epoch = train_loader(job, world)
     log = RunLog(
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
@@ -238,7 +241,7 @@ class Run:
         return bool(sum_over(torch.tensor(float(value), device=self.world.device)).item())
 
     def end_epoch(self) -> None:
-        """Evaluate, keep the best weights, write the epoch's row."""
+        """Evaluate, keep the best weights and the epoch's own, write its row."""
         state, schedule, val = self.state, self.recipe.schedule, self.job.val
         state.epoch += 1
         due = state.epoch % schedule.eval_every == 0 or state.epoch == schedule.epochs
@@ -252,6 +255,9 @@ class Run:
                 state.best = state.result.ap
                 if self.world.leads:
                     save_weights(self.job.out / "best.safetensors", state.detector.state_dict(), self._card())
+        if self.world.leads and schedule.keep_every and state.epoch % schedule.keep_every == 0:
+            kept = self.job.out / "epochs" / f"{state.epoch:04}.safetensors"
+            save_weights(kept, state.detector.state_dict(), self._card())
         self.log.end_epoch(self.timer.take(), stats)
 
     def save(self) -> None:
@@ -289,6 +295,8 @@ def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
         report = transfer(model.detector, classes, initial, objectness=objectness)
         for scheme in model.training_schemes:
             scheme.start_from(model.detector)
+    if job.boxes is not None:
+        take_boxes(model.detector, job.boxes)
     model.to(world.device).train()
     optimizer = build_optimizer(model, recipe.optim)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
@@ -332,7 +340,7 @@ def train_loader(job: Job, world: World) -> tuple[Loader, int]:
         world_size=world.size,
         group_by_aspect=job.train.sizes if data.group_by_aspect else None,
     )
-    dataset = DetectionDataset(job.train, transform, job.card.seed)
+    dataset = DetectionDataset(job.train, transform, job.card.seed, masks=recipe.needs_masks)
     loader = build_loader(dataset, sampler, workers=job.workers, pin_memory=world.device.type == "cuda")
     return loader, -(-len(sampler) // recipe.optim.accumulate)
 

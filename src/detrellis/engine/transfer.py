@@ -19,7 +19,8 @@ from detrellis.errors import UserError
 
 CLASS_HEAD = re.compile(r"(decoder\.heads\.classes\.\d+|queries\.head\.classify)\.(weight|bias)")
 PROPOSALS = "queries.head.classify."
-PER_QUERY = ("queries.content", "queries.position", "queries.centres", "queries.sizes")
+REFERENCE_BOXES = ("queries.centres", "queries.sizes")
+PER_QUERY = ("queries.content", "queries.position", *REFERENCE_BOXES)
 COUNTER = ".num_batches_tracked"  # nothing that BatchNorm computes here depends on it
 
 # Made up from a number, or standing for an id that is not used: such a name does not say what the class is.
@@ -79,6 +80,29 @@ def transfer(detector: Detector, classes: ClassMap, source: Source, *, objectnes
             for ours, theirs in plan.rows:
                 own[name][ours].copy_(weights[name][theirs])
     return report
+
+
+def take_boxes(detector: Detector, weights: Mapping[str, Tensor]) -> None:
+    """Copy the learned reference boxes of `weights` into `detector`, and nothing else (SAM-DETR, Table 5).
+
+    Raises `UserError` where either has none, or another number of them.
+    """
+    own = detector.state_dict()
+    for where, tensors in (("this detector learns", own), ("these weights hold", weights)):
+        if not all(name in tensors for name in REFERENCE_BOXES):
+            raise UserError(
+                f"--boxes: {where} no reference boxes",
+                "They belong to detectors with queries=anchors, such as sam-detr-r50 or dab-detr-r50.",
+            )
+    here, there = (len(tensors[REFERENCE_BOXES[0]]) for tensors in (own, weights))
+    if here != there:
+        raise UserError(
+            f"--boxes: {there} reference boxes in the weights, {here} in this detector",
+            f"Take as many: -o detector.query_count={there}.",
+        )
+    with torch.no_grad():
+        for name in REFERENCE_BOXES:
+            own[name].copy_(weights[name])
 
 
 def _in_class_head(fate: Fate) -> bool:

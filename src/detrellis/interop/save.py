@@ -86,4 +86,6 @@ def _differences(kind: str, recipe: Recipe) -> list[str]:
         )
     if recipe.detector.top_k != 100 and kind != "detr":
         found.append(f"post-processing keeps 100 detections unless told top_k={recipe.detector.top_k}")
+    if recipe.detector.soft_nms is not None:
+        found.append("post-processing has no soft-NMS")
     return found

@@ -46,7 +46,7 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
     A segment that sees others has few queries (denoising): it takes one rectangular mask, which costs its own rows
     only; every other segment takes none.
     """
-    if len(segments) <= 1 and all(s.copies == 1 for s in segments):
+    if len(segments) <= 1 and all(s.copies == 1 and s.unused is None for s in segments):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     sizes = [s.size for s in segments]
     split = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
@@ -61,6 +61,10 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
             v_all = torch.cat([v_own, *(v for _, _, v in seen)], dim=2)
             mask = _copy_mask(s.size, s.copies, k_all.shape[2] - s.size, q.device) if s.copies > 1 else None
             out.append(F.scaled_dot_product_attention(q_own, k_all, v_all, attn_mask=mask, dropout_p=dropout))
+        elif s.unused is not None:
+            itself = torch.eye(s.size, dtype=torch.bool, device=q.device)
+            mask = ~s.unused[:, None, None] | itself
+            out.append(F.scaled_dot_product_attention(q_own, k_own, v_own, attn_mask=mask, dropout_p=dropout))
         else:
             q_own, k_own, v_own = (_fold(t, s.copies) for t in (q_own, k_own, v_own))
             attended = F.scaled_dot_product_attention(q_own, k_own, v_own, dropout_p=dropout)

@@ -59,14 +59,14 @@ class DeformableAttention(nn.Module):
         if memory.padding is not None:
             value = value.masked_fill(memory.padding.unsqueeze(-1), 0)
         weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
-        locations = self._locations(self.sampling_offsets(query).unflatten(-1, (*split, 2)), references, memory)
+        locations = self.locations(self.sampling_offsets(query).unflatten(-1, (*split, 2)), references, memory)
         sampled = ms_deform_attn(
             value.unflatten(-1, (self.heads, -1)), memory.shapes, locations, weights.unflatten(-1, split[1:])
         )
         out: Tensor = self.output_projection(sampled)
         return out
 
-    def _locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
+    def locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
         """Offsets count pixels of each level around a point, or shares of half the size around a box."""
         references = references[:, :, None, :, None]  # (B, N, 1, V or 1, 1, 2 or 4)
         if references.shape[-1] == 2:

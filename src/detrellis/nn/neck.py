@@ -55,11 +55,12 @@ class MultiScaleNeck(nn.Module):
 
 
 class SingleScaleNeck(nn.Module):
-    """A 1x1 convolution of the backbone's last map, without a norm (DETR)."""
+    """A 1x1 convolution of the backbone's last map; without a norm in DETR."""
 
-    def __init__(self, channels: int, width: int, position: SineMap) -> None:
+    def __init__(self, channels: int, width: int, position: SineMap, *, norm: bool = False) -> None:
         super().__init__()
         self.projection = nn.Conv2d(channels, width, 1)
+        self.norm = nn.GroupNorm(32, width) if norm else nn.Identity()
         self.position = position
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
@@ -68,7 +69,7 @@ class SingleScaleNeck(nn.Module):
 
     def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The one level `(B, D, H, W)`."""
-        return [self.projection(maps[-1])]
+        return [self.norm(self.projection(maps[-1]))]
 
     def flatten(self, levels: Sequence[Tensor], padding: Tensor | None) -> Memory:
         """The level as a sequence of tokens with their positions."""

@@ -36,11 +36,12 @@ class SineMap(nn.Module):
     """The image position map: normalised row and column indices, sine-encoded, rows first.
 
     DETR and Conditional DETR: temperature 10000, offset 0. DAB, DN and DINO: 20, 0. Deformable DETR: 10000, -0.5.
+    `blank`: 0 on padding, where the division leaves noise; SAM-DETR reads regions that reach there.
     """
 
-    def __init__(self, width: int, *, temperature: float, offset: float) -> None:
+    def __init__(self, width: int, *, temperature: float, offset: float, blank: bool = False) -> None:
         super().__init__()
-        self.width, self.temperature, self.offset = width, temperature, offset
+        self.width, self.temperature, self.offset, self.blank = width, temperature, offset, blank
 
     def forward(self, valid: Tensor) -> Tensor:
         """`valid (B, H, W)` True on image pixels (any dtype of 0/1) to `(B, H * W, D)`, in `valid`'s float dtype."""
@@ -51,4 +52,5 @@ class SineMap(nn.Module):
             count = valid.cumsum(dim)
             last = count.narrow(dim, -1, 1)
             axes.append((count + self.offset) / (last + 1e-6) * (2 * math.pi))
-        return torch.cat([sine_features(a, self.width // 2, self.temperature) for a in axes], dim=-1).flatten(1, 2)
+        found = torch.cat([sine_features(a, self.width // 2, self.temperature) for a in axes], dim=-1)
+        return (found * valid.unsqueeze(-1) if self.blank else found).flatten(1, 2)

@@ -77,7 +77,8 @@ class AnchorQueries(nn.Module):
     `contents` is how many contents are learned: 0, they start at zero (DAB-DETR); 1 for all queries, DN-DETR's
     "unknown label"; or one a query (DAB-Deformable-DETR). With `patterns` each anchor stands once for each of that many
     learned contents, pattern by pattern. `indicator`: the last channel of a content is kept at 0, and tells denoising
-    queries, where it is 1, from these (DN-DETR). `fixed_centres` draws the centres uniformly and never trains them.
+    queries, where it is 1, from these (DN-DETR). `fixed_centres` draws the centres uniformly and never trains them;
+    `frozen` trains neither centres nor sizes, schemes' further anchors included (SAM-DETR, Table 5).
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class AnchorQueries(nn.Module):
         patterns: int = 0,
         indicator: bool = False,
         fixed_centres: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.width, self.patterns, self.fixed_centres = width, patterns, fixed_centres
+        self.width, self.patterns, self.fixed_centres, self.frozen = width, patterns, fixed_centres, frozen
         self.centres, self.sizes = self._anchors(count)
         rows = patterns or contents
         assert rows in (0, 1, patterns, count), "one content for all queries, for each, or for each pattern"
@@ -117,7 +119,10 @@ class AnchorQueries(nn.Module):
     def _anchors(self, count: int) -> tuple[nn.Parameter, nn.Parameter]:
         """Two tensors: weight decay would move fixed centres that are part of a trained one."""
         centres = torch.rand(count, 2).logit(eps=1e-3) if self.fixed_centres else torch.randn(count, 2)
-        return nn.Parameter(centres, requires_grad=not self.fixed_centres), nn.Parameter(torch.randn(count, 2))
+        return (
+            nn.Parameter(centres, requires_grad=not (self.fixed_centres or self.frozen)),
+            nn.Parameter(torch.randn(count, 2), requires_grad=not self.frozen),
+        )
 
     def _queries(self, centres: Tensor, sizes: Tensor, content: Tensor | None, memory: Memory) -> Queries:
         boxes = torch.cat([centres, sizes], dim=-1).sigmoid()

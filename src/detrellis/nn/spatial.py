@@ -46,6 +46,19 @@ class ConditionalPosition(nn.Module):
         return Spatial(queries.position, boxes, sine if layer == 0 else sine * self.scale(x))
 
 
+class PointPosition(nn.Module):
+    """Positions from the centres of the current boxes: their sine embedding, without gradient (SAM-DETR)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+        """See the module's docstring."""
+        assert boxes is not None
+        return Spatial(sine_embed(boxes[..., :2].detach(), self.width // 2), boxes)
+
+
 class AnchorPosition(nn.Module):
     """Positions from the current boxes: an MLP on their sine embedding (DINO).
 

@@ -15,6 +15,15 @@ from detrellis.recipes.align import (
     h_deformable_detr_r50,
     stable_dino_r50,
 )
+from detrellis.recipes.co import (
+    co_conditional_detr_r50,
+    co_dab_detr_r50,
+    co_deformable_detr_r50,
+    co_deformable_detr_r50_k1,
+    co_dino_r50,
+    co_dino_r50_9enc,
+    co_dino_swin_l,
+)
 from detrellis.recipes.conditional import conditional_detr_r50, conditional_detr_r50_dc5
 from detrellis.recipes.config import Recipe, unknown_name
 from detrellis.recipes.dab import (
@@ -43,6 +52,22 @@ from detrellis.recipes.group import (
     group_dino_r50,
     group_dn_detr_r50,
     group_dn_detr_r50_dc5,
+)
+from detrellis.recipes.sam import (
+    sam_detr_plus_r50,
+    sam_detr_plus_r50_dn,
+    sam_detr_plus_r50_smca,
+    sam_detr_plus_r50_smca_dn,
+    sam_detr_r50,
+    sam_detr_r50_dc5,
+    sam_detr_r50_dc5_dn,
+    sam_detr_r50_dc5_smca,
+    sam_detr_r50_dc5_smca_dn,
+    sam_detr_r50_dn,
+    sam_detr_r50_smca,
+    sam_detr_r50_smca_dn,
+    smca_detr_ms_r50,
+    smca_detr_r50,
 )
 from detrellis.recipes.scale import tiny_sized
 
@@ -85,6 +110,27 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     group_dn_detr_r50_dc5,
     group_dab_deformable_detr_r50,
     group_dino_r50,
+    co_deformable_detr_r50,
+    co_deformable_detr_r50_k1,
+    co_dino_r50,
+    co_dino_r50_9enc,
+    co_dino_swin_l,
+    co_conditional_detr_r50,
+    co_dab_detr_r50,
+    sam_detr_r50,
+    sam_detr_r50_smca,
+    sam_detr_r50_dn,
+    sam_detr_r50_smca_dn,
+    sam_detr_r50_dc5,
+    sam_detr_r50_dc5_smca,
+    sam_detr_r50_dc5_dn,
+    sam_detr_r50_dc5_smca_dn,
+    sam_detr_plus_r50,
+    sam_detr_plus_r50_smca,
+    sam_detr_plus_r50_dn,
+    sam_detr_plus_r50_smca_dn,
+    smca_detr_r50,
+    smca_detr_ms_r50,
 )
 
 

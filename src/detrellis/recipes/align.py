@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from detrellis.recipes.config import AlignConfig, HybridConfig, Recipe, ScheduleConfig, SchemesConfig, StableConfig
+from detrellis.recipes.config import Recipe, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50, dab_detr_r50_dc5
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_r50
+from detrellis.recipes.schemes import AlignConfig, HybridConfig, SchemesConfig, StableConfig
 
 
 def _with(base: Recipe, name: str, about: str, *, epochs: int = 0, drop: int = 0, **schemes: Any) -> Recipe:

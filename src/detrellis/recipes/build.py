@@ -13,11 +13,13 @@ import torch
 from detrellis.detector import Detector
 from detrellis.errors import Advice, UserError
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
+from detrellis.recipes.branches import build_branches
 from detrellis.recipes.config import DetectorConfig, Recipe
 from detrellis.recipes.network import build_detector, capabilities
 from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.cdn import ContrastiveDenoising
+from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
@@ -46,6 +48,7 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
         "dn": partial(Denoising, *network),
         "cdn": partial(ContrastiveDenoising, *network),
         "hybrid": partial(_hybrid, recipe.detector, detector),
+        "co": partial(_co, recipe, classes),
         "align": Align,
         "stable": Stable,
         "group": partial(_group, recipe.detector, detector),
@@ -75,6 +78,16 @@ def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **d
         raise UserError("scheme group and patterns do not combine", "Take -o detector.patterns=0.")
     two_stage = config.queries in ("proposals", "mixed")
     return Group(detector.queries, config.query_count, k=k or (3 if two_stage else 11), **dials)
+
+
+def _co(recipe: Recipe, classes: int, **dials: Any) -> Collaborative:
+    """Branches in proportion to the detector's width; queries of the detector's kind."""
+    config = recipe.detector
+    positioned = config.query_position == "queries"
+    features = positioned if dials["features"] is None else dials["features"]
+    chosen = {"features": features, "positioned": positioned, "layers": config.decoder_layers}
+    adapter, branches = build_branches(config, classes, dials.pop("branches"), dials.pop("convolutions"))
+    return Collaborative(config.width, adapter, branches, **dials | chosen)
 
 
 def _refuse(recipe: Recipe) -> None:

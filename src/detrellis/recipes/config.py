@@ -10,33 +10,14 @@ import difflib
 import types
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from detrellis.errors import UserError
-
-Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class Config(BaseModel):
-    """Frozen, and closed to unknown names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @classmethod
-    def checked(cls, data: dict[str, Any]) -> Self:
-        """From plain data; `UserError` for a value that does not fit, naming the field."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
-            raise UserError(f"{place}: {first['msg'].lower()}, not {first['input']!r}") from None
+from detrellis.recipes.fields import Config, Count, Positive, Share, Weight
+from detrellis.recipes.schemes import SchemesConfig
 
 
 class BackboneConfig(Config):
@@ -55,6 +36,16 @@ class BackboneConfig(Config):
         return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
 
 
+class AlignerConfig(Config):
+    """How semantic attention samples a query anew (SAM-DETR); all but the defaults are ablations."""
+
+    resample: Literal["points", "avg", "max"] = "points"  # salient points, or the pooled region
+    keypoints: Count | None = None  # points of a query; fewer than heads are shared, more add heads; None: one a head
+    reweight: bool = True  # gates that the old query gives
+    search: Literal["box", "image"] = "box"  # where the points may lie
+    zero_init: bool = False  # points start in the centres of the boxes
+
+
 class DetectorConfig(Config):
     """The network parts; see docs/architecture.md."""
 
@@ -63,11 +54,16 @@ class DetectorConfig(Config):
     heads: Count = 8
     levels: Count = 4
     points: Count = 4
-    encoder: Literal["deformable", "dense"] = "deformable"  # dense: one level, projected without a norm (DETR)
-    cross_attention: Literal["deformable", "dense", "conditional"] = "deformable"
+    encoder: Literal["deformable", "dense", "intra_scale"] = "deformable"  # intra_scale: SMCA's, on several levels
+    neck_norm: bool | None = None  # GroupNorm after the projection; None: with several levels
+    # dense, conditional and semantic read one level; of several, each layer reads one, coarse to fine
+    cross_attention: Literal["deformable", "dense", "conditional", "semantic"] = "deformable"
+    aligner: AlignerConfig = AlignerConfig()  # of semantic attention
+    smca: bool = False  # a Gaussian prior on dense or semantic attention
     encoder_layers: Count = 6
     decoder_layers: Count = 6
     hidden: Count = 1024  # of the feed-forward blocks
+    encoder_hidden: Count | None = None  # of the encoder's; None: the same
     activation: Literal["relu", "prelu"] = "relu"  # of the feed-forward blocks
     dropout: Share = 0.1
     # learned: positions; anchors: boxes; proposals: boxes and contents from the encoder; mixed: boxes, learned contents
@@ -77,6 +73,7 @@ class DetectorConfig(Config):
     patterns: Annotated[int, Field(ge=0)] = 0  # contents that each anchor stands with (DAB-DETR); 0: off
     indicator: bool = False  # keep a content channel that tells denoising queries (DN-DETR)
     fixed_centres: bool = False  # anchors' centres are drawn uniformly and not trained
+    frozen_boxes: bool = False  # anchors, centres and sizes, are not trained (SAM-DETR, Table 5)
     query_position: Literal["queries", "boxes"] = "queries"  # boxes: derived from the current boxes at each layer
     position_scale: bool = False  # positions times an MLP of the content, in the encoder too (DAB-DETR)
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
@@ -90,6 +87,7 @@ class DetectorConfig(Config):
     proposal_targets: Literal["objectness", "classes"] = "objectness"
     empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
     top_k: Count = 100
+    soft_nms: Share | None = None  # detections that overlap a better one of their class by this lose score; None: off
 
 
 class LossConfig(Config):
@@ -106,85 +104,6 @@ class LossConfig(Config):
     cost_giou: Weight = 2.0
     one_to_many: Count = 1  # queries each target is matched to in every layer, all alike: leaves duplicates
     no_object: Weight = 0.1  # weight of "no object" in a softmax's cross-entropy
-
-
-class DNConfig(Config):
-    """Denoising (DN-DETR)."""
-
-    dial: ClassVar[str] = "groups"
-    groups: Count = 5
-    total: Count | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
-    label_noise: Share = 0.2
-    box_noise: Weight = 0.4
-    padded_background: bool = False  # slots that an image does not fill learn "no object"
-    sees: Literal["main", "all"] = "main"  # with groups: whether it reads the first group only
-
-
-class CDNConfig(Config):
-    """Contrastive denoising (DINO)."""
-
-    dial: ClassVar[str] = "number"  # what N sets in --scheme cdn=N
-    number: Count = 100
-    label_noise: Share = 0.5
-    box_noise: Weight = 1.0
-    sees: Literal["main", "all"] = "main"
-
-
-class HybridConfig(Config):
-    """Hybrid matching (H-DETR)."""
-
-    dial: ClassVar[str] = "k"
-    k: Count = 6  # queries for each target in the extra block
-    queries: Count | None = None  # of the extra block; None: five for each of the detector's, at most 1500
-    weight: Weight = 1.0  # lambda
-    divisor: Literal["copies", "boxes"] = "copies"
-
-
-class AlignConfig(Config):
-    """Many-to-one matching and the Align Loss (Align-DETR)."""
-
-    dial: ClassVar[str] = "k"
-    k: Count = 4  # candidates for each target
-    k_encoder: Count | None = None  # among the encoder's proposals; None: k
-    k_last: Count = 1  # in the last decoder layer
-    alpha: Share = 0.25  # confidence against IoU in the quality
-    tau: Positive = 1.5  # how slowly lower ranks fade
-    gamma: Annotated[float, Field(ge=1)] = 2.0
-    floor: Share = 0.01  # lowest quality that a target is computed from
-    classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
-    rank_boxes: bool = True
-    iou_eps: Weight = 0.0  # 1e-6: as in the released code
-
-
-class StableConfig(Config):
-    """Position-supervised loss and position-modulated matching (Stable-DINO)."""
-
-    supervised: bool = True
-    modulated: bool = True
-    classes: Weight = 6.0  # weight of the supervised loss; denoising keeps 1
-    beta: Weight = 0.5  # how much the position counts in the matching
-
-
-class GroupConfig(Config):
-    """Groups of queries (Group DETR)."""
-
-    dial: ClassVar[str] = "k"
-    k: Count | None = None  # groups; None: 11, or 3 in two-stage detectors
-    reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
-    proposals: Literal["heads", "shared", "split"] = "heads"  # of two-stage detectors
-    contents: Literal["fresh", "copied"] = "fresh"  # what the further groups' learned contents begin as
-    distances: bool = False  # log how far apart the groups' queries are
-
-
-class SchemesConfig(Config):
-    """Training schemes; None: off."""
-
-    dn: DNConfig | None = None
-    cdn: CDNConfig | None = None
-    hybrid: HybridConfig | None = None
-    align: AlignConfig | None = None
-    stable: StableConfig | None = None
-    group: GroupConfig | None = None
 
 
 class OptimConfig(Config):
@@ -210,6 +129,7 @@ class ScheduleConfig(Config):
     drops: tuple[float, ...] = (0.8,)  # step: where the rate is multiplied by 0.1
     final: Share = 0.0  # cosine: last rate relative to the first
     eval_every: Count = 1  # epochs between two evaluations; the last epoch is always evaluated
+    keep_every: Annotated[int, Field(ge=0)] = 0  # epochs between two weights files kept as epochs/NNNN; 0: none
 
 
 class DataConfig(Config):
@@ -247,6 +167,11 @@ class Recipe(Config):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     data: DataConfig = DataConfig()
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether training reads the objects' masks."""
+        return self.schemes.co is not None and "mask" in self.schemes.co.branches
 
     def untrained(self) -> Recipe:
         """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""
@@ -287,12 +212,19 @@ class Recipe(Config):
             dial: str = getattr(config, "dial", "")
             if separator and not dial:
                 raise UserError(f"--scheme {text}: {name} takes no number", f"Write --scheme {name}.")
-            if separator and not value.isdecimal():
-                raise UserError(
-                    f"--scheme {text}: {value!r} is not a number", f"Write --scheme {name}=N; N sets {dial}."
-                )
-            chosen[name] = (chosen[name] or {}) | ({dial: int(value)} if separator else {})
+            set_to = {dial: _dialled(config, value, text)} if separator and config is not None else {}
+            chosen[name] = (chosen[name] or {}) | set_to
         return self.model_copy(update={"schemes": SchemesConfig.checked(chosen)})
+
+
+def _dialled(config: type[Config], value: str, text: str) -> int | tuple[str, ...]:
+    """What N in `--scheme NAME=N` sets: a number, or names with + between."""
+    name, dial = text.partition("=")[0], getattr(config, "dial", "")
+    if typing.get_origin(config.model_fields[dial].annotation) is tuple:
+        return tuple(part.strip() for part in value.split("+"))
+    if not value.isdecimal():
+        raise UserError(f"--scheme {text}: {value!r} is not a number", f"Write --scheme {name}=N; N sets {dial}.")
+    return int(value)
 
 
 def _value(text: str) -> Any:

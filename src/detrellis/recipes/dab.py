@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from detrellis.recipes.conditional import conditional_detector
-from detrellis.recipes.config import (
-    DetectorConfig,
-    DNConfig,
-    LossConfig,
-    OptimConfig,
-    Recipe,
-    ScheduleConfig,
-    SchemesConfig,
-)
+from detrellis.recipes.config import DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.schemes import DNConfig, SchemesConfig
 
 ANCHORS = {
     "queries": "anchors",

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import (
-    BackboneConfig,
-    CDNConfig,
-    DetectorConfig,
-    LossConfig,
-    OptimConfig,
-    Recipe,
-    ScheduleConfig,
-    SchemesConfig,
-)
+from detrellis.recipes.config import BackboneConfig, DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
 from detrellis.recipes.deformable import SWIN_L
 from detrellis.recipes.scale import tiny_sized
+from detrellis.recipes.schemes import CDNConfig, SchemesConfig
 
 
 def dino_detector(*, strides: tuple[int, ...] = (8, 16, 32), levels: int = 4) -> DetectorConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detrellis.recipes.conditional import conditional_detr_r50, conditional_detr_r50_dc5
-from detrellis.recipes.config import DNConfig, GroupConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import Recipe, ScheduleConfig
 from detrellis.recipes.dab import (
     dab_deformable_detr_r50,
     dab_detr_r50,
@@ -12,6 +12,7 @@ from detrellis.recipes.dab import (
     dn_detr_r50_dc5,
 )
 from detrellis.recipes.dino import dino_r50
+from detrellis.recipes.schemes import DNConfig, GroupConfig
 
 
 def _grouped(base: Recipe, *, k: int = 11) -> Recipe:

@@ -17,6 +17,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
         "encoder_layers": 2,
         "decoder_layers": 3,
         "hidden": 512,
+        "encoder_hidden": None,
         "query_count": 100,
         "top_k": 100,
     }

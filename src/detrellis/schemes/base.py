@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
@@ -25,6 +26,7 @@ class Step:
     targets: Targets
     supervision: Supervision  # the main block's, as the schemes left it
     mean_boxes: Tensor  # scalar: boxes a process, averaged over all processes; may be below 1
+    sizes: Tensor  # (B, 2) height and width of the images without padding, in pixels
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,23 @@ class QueryBlock:
     weight: float = 1.0
     normaliser: Tensor | None = None  # None: copies x boxes, at least 1
     proposals: DecoderOutput | None = None  # what its boxes come from, where that learns too: one layer
+    unused: Tensor | None = None  # (B, N) bool: queries that nobody but themselves reads; None: all are read
 
     @property
     def segment(self) -> Segment:
         """The block as self-attention sees it."""
-        return Segment(self.name, self.queries.content.shape[1], self.copies, self.sees)
+        return Segment(self.name, self.queries.content.shape[1], self.copies, self.sees, self.unused)
+
+
+class Extension(NamedTuple):
+    """What a scheme adds to a step."""
+
+    blocks: list[QueryBlock]
+    losses: Mapping[str, Tensor] = {}  # weighted
 
 
 class TrainingScheme(nn.Module):
-    """Three optional seams. A scheme owns its parameters and its random generator, and leaves the detector alone."""
+    """Two optional seams. A scheme owns its parameters and its random generator, and leaves the detector alone."""
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()  # capabilities that the detector must have
@@ -78,14 +88,19 @@ class TrainingScheme(nn.Module):
         """Another supervision for the existing blocks."""
         return base
 
-    def blocks(self, step: Step) -> list[QueryBlock]:
-        """Extra query blocks for this step."""
-        return []
-
-    def losses(self, step: Step, outputs: Mapping[str, DecoderOutput]) -> dict[str, Tensor]:
-        """Extra loss terms, weighted."""
-        return {}
+    def extend(self, step: Step) -> Extension:
+        """Extra query blocks for this step, and extra losses."""
+        return Extension([])
 
     def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
         """Numbers to log, without gradient; `blocks` are all of the step, `found` their assignments by name."""
         return {}
+
+
+def rank_mean(value: Tensor) -> Tensor:
+    """The mean of a number over all processes; each must call it."""
+    if dist.is_available() and dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.base import Extension, Step, TrainingScheme
 from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place
 from detrellis.types import Queries, Targets
 
@@ -97,15 +97,15 @@ class ContrastiveDenoising(TrainingScheme):
         """Positives and negatives within the budget; a fuller image still gets one group."""
         return 2 * self.number
 
-    def blocks(self, step: Step) -> list[QueryBlock]:
+    def extend(self, step: Step) -> Extension:
         """The denoising block, or none where the batch has no boxes."""
         most = max(step.targets.sizes)
         if most == 0:
-            return []
+            return Extension([])
         layout = lay_out(step.targets, group_count(self.number, most), kinds=2)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
-        return [denoising_block("cdn", self.queries(step.targets, layout, noise), layout, step, self.sees)]
+        return Extension([denoising_block("cdn", self.queries(step.targets, layout, noise), layout, step, self.sees)])
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Disturbed labels and boxes in their slots."""

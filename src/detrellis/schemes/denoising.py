@@ -52,6 +52,12 @@ def place(layout: Layout, batch: int, contents: Tensor, boxes: Tensor, eps: floa
     )
 
 
+def unused(layout: Layout, batch: int) -> Tensor:
+    """The slots that an image does not fill: `(B, slots)` bool."""
+    empty = torch.ones(batch, layout.slots, dtype=torch.bool, device=layout.slot.device)
+    return empty.index_put((layout.image, layout.slot), empty.new_zeros(()))
+
+
 def positives(layout: Layout, layers: int) -> Assignment:
     """Every positive slot with its own target, at every layer; each is a bag of its own."""
     # By place, not by mask: counting a mask's entries would wait for the device.

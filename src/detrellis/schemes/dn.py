@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
-from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place
-from detrellis.supervision import ABSENT, LossRule
-from detrellis.types import Assignment, DecoderOutput, Queries, Targets
+from detrellis.schemes.base import Extension, Step, TrainingScheme
+from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place, unused
+from detrellis.supervision import leaving_out
+from detrellis.types import Queries, Targets
 
 
 class Noise(NamedTuple):
@@ -83,17 +83,20 @@ class Denoising(TrainingScheme):
         """Within the total; where only groups are given, their number in an image with one box."""
         return self.total or self.groups
 
-    def blocks(self, step: Step) -> list[QueryBlock]:
+    def extend(self, step: Step) -> Extension:
         """The denoising block, or none where the batch has no boxes."""
         most = max(step.targets.sizes)
         if most == 0:
-            return []
+            return Extension([])
         groups = self.groups if self.total is None else max(1, self.total // most)
         layout = lay_out(step.targets, groups, kinds=1)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
-        rule = None if self.padded_background else real_slots_only(step.supervision.rule, layout)
-        return [denoising_block("dn", self.queries(step.targets, layout, noise), layout, step, self.sees, rule)]
+        rule = step.supervision.rule
+        if not self.padded_background:
+            rule = leaving_out(rule, unused(layout, len(step.targets.sizes)))
+        queries = self.queries(step.targets, layout, noise)
+        return Extension([denoising_block("dn", queries, layout, step, self.sees, rule)])
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Contents `[label, 1]` and disturbed boxes in their slots."""
@@ -101,17 +104,3 @@ class Denoising(TrainingScheme):
         embedded = self.label_embed(labels)
         contents = torch.cat([embedded, torch.ones_like(embedded[:, :1])], dim=1)
         return place(layout, len(targets.sizes), contents, boxes, self.eps)
-
-
-def real_slots_only(rule: LossRule, layout: Layout) -> LossRule:
-    """`rule` without the slots that an image does not fill."""
-
-    def masked(
-        output: DecoderOutput, targets: Targets, assignment: Assignment, normaliser: Tensor
-    ) -> dict[str, Tensor]:
-        filled = torch.zeros(output.logits.shape[1:3], dtype=torch.bool, device=output.logits.device)
-        filled = filled.index_put((layout.image, layout.slot), filled.new_ones(()))
-        logits = output.logits.masked_fill(~filled.unsqueeze(-1), ABSENT)
-        return rule(output._replace(logits=logits), targets, assignment, normaliser)
-
-    return masked

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from detrellis.detector import Detector
 from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.queries import Table
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.types import Assignment, DecoderOutput, Proposals
 
@@ -82,10 +82,10 @@ class Group(TrainingScheme):
         if self.contents == "copied" and "content" in self.table:
             self.table["content"].copy_(source.get_parameter("content").repeat(self.k - 1, 1))
 
-    def blocks(self, step: Step) -> list[QueryBlock]:
+    def extend(self, step: Step) -> Extension:
         """The further groups, as equal copies."""
         if self.k == 1:
-            return []
+            return Extension([])
         boxes, taught = (None, None) if step.proposals is None else self._proposals(step, step.proposals)
         further = self.k - 1
         table: Table = self.table
@@ -93,17 +93,16 @@ class Group(TrainingScheme):
             # A memory of few tokens: each group's first contents, as the detector takes its first ones.
             contents = table["content"].unflatten(0, (further, -1))[:, : boxes.shape[1] // further]
             table = {"content": contents.flatten(0, 1)}
-        return [
-            QueryBlock(
-                "group",
-                step.detector.queries.extra(table, step.memory, boxes),  # type: ignore[operator]
-                step.supervision,
-                copies=further,
-                weight=further * self.share,
-                normaliser=further * step.mean_boxes.clamp(min=1),
-                proposals=taught,
-            )
-        ]
+        block = QueryBlock(
+            "group",
+            step.detector.queries.extra(table, step.memory, boxes),  # type: ignore[operator]
+            step.supervision,
+            copies=further,
+            weight=further * self.share,
+            normaliser=further * step.mean_boxes.clamp(min=1),
+            proposals=taught,
+        )
+        return Extension([block])
 
     def _proposals(self, step: Step, own: Proposals) -> tuple[Tensor, DecoderOutput | None]:
         """Boxes of all further groups, one after the other, and what teaches the heads that proposed them."""

@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from detrellis.matching import Candidates, Hungarian
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
+from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision
 
 
@@ -49,18 +49,19 @@ class Hybrid(TrainingScheme):
         """The second block."""
         return self.queries
 
-    def blocks(self, step: Step) -> list[QueryBlock]:
+    def extend(self, step: Step) -> Extension:
         """The second block, or none where the proposals do not suffice for one."""
         boxes = None
         if step.proposals is not None:
             own = step.proposals.best.shape[1]
             next_best = step.proposals.ranked(own, own + self.queries)
             if next_best.shape[1] == 0:
-                return []
+                return Extension([])
             boxes = step.detector.queries.head.boxes(step.proposals, next_best)  # type: ignore[operator, union-attr]
         queries = step.detector.queries.extra(self.table, step.memory, boxes)  # type: ignore[operator]
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
-        return [QueryBlock("hybrid", queries, supervision, weight=self.weight, normaliser=normaliser)]
+        block = QueryBlock("hybrid", queries, supervision, weight=self.weight, normaliser=normaliser)
+        return Extension([block])
 
     def supervision_of(self, main: Supervision) -> Supervision:
         """The main block's with `k` queries for each target in every layer."""

@@ -1,0 +1,174 @@
+"""What a detector's queries attend to, whatever kind of cross-attention it has.
+
+Nothing in the network is changed or slowed for it: the inputs of the cross-attentions are kept while the decoder runs,
+and weights and points are read off a second run of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from detrellis.detector import Detector
+from detrellis.errors import UserError
+from detrellis.types import DecoderOutput, Memory, Segment
+
+Call = tuple[Any, ...]  # the arguments that a cross-attention was called with: queries, a `Spatial`, a `Memory`
+
+
+@contextlib.contextmanager
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
+    """The arguments of these modules' calls, in the order of the calls, while the context is open."""
+    calls: list[Call] = []
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Layer(NamedTuple):
+    """A decoder layer's cross-attention, and what it was called with."""
+
+    attention: nn.Module
+    call: Call
+
+
+def decoded(detector: Detector, memory: Memory) -> tuple[DecoderOutput, list[Layer]]:
+    """Every layer's outputs of the main queries, and every layer's cross-attention."""
+    queries, _ = detector.propose(memory)
+    attentions = [layer.cross_attention for layer in detector.decoder.layers]  # type: ignore[union-attr]
+    with recorded(attentions) as calls:
+        output = detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"]
+    return output, [Layer(*pair) for pair in zip(attentions, calls, strict=True)]
+
+
+def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
+    """The attention weight of every token, summed over the `chosen (B, N)` queries (0 or 1): `(B, S)`.
+
+    Mean over heads: the sum over tokens is the number of chosen queries, less what deformable attention samples outside
+    the image. Raises `UserError` for an attention that none of the rules here knows.
+    """
+    found = head_weights(attention, call, chosen)
+    if found is None:
+        raise UserError(
+            f"what {type(attention).__name__} attends to cannot be read off it", "Compare the encoders: --of encoder."
+        )
+    return found.mean(1)
+
+
+def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | None:
+    """As `token_weights`, for each head: `(B, M, S)`. What reads one level gives the tokens of others 0."""
+    own, (x, where, memory) = _own_level(attention, call)
+    if hasattr(own, "sampling_offsets"):
+        return _sampled_weights(own, (x, where, memory), chosen)
+    with torch.no_grad():
+        if hasattr(own, "aligner"):
+            _, weights = own.attend(own.aligner(x, where.references, memory), memory)
+        elif where.priors is not None:
+            weights = torch.cat(own.attend(x, where, memory)[1], dim=-1)
+        else:
+            weights = _softmax_weights(own, (x, where, memory))
+    if weights is None:
+        return None
+    found = torch.einsum("bmns,bn->bms", weights, chosen.to(weights))
+    sizes = [height * width for height, width in call[2].shapes]
+    before = sum(sizes[: getattr(attention, "level", 0)])
+    return F.pad(found, (before, sum(sizes) - before - found.shape[-1]))
+
+
+def head_points(attention: nn.Module, call: Call) -> Tensor | None:
+    """Where each head of each query samples the image: `(B, N, M, P, 2)` as shares of the unpadded image.
+
+    One point for heads of aligned queries, one for each level and sample of deformable attention; None for attention
+    that reads everything.
+    """
+    own, (x, where, memory) = _own_level(attention, call)
+    with torch.no_grad():
+        if hasattr(own, "aligner"):
+            points: Tensor = own.aligner(x, where.references, memory).points
+            return points.unsqueeze(3)
+        return _sampled_points(own, (x, where, memory)) if hasattr(own, "sampling_offsets") else None
+
+
+def _own_level(attention: Any, call: Call) -> tuple[Any, Call]:
+    """The attention within one that reads one level of several, and its call with that level alone."""
+    if not hasattr(attention, "level"):
+        return attention, call
+    with torch.no_grad(), recorded([attention.attention]) as calls:
+        attention(*call)
+    return attention.attention, calls[0]
+
+
+def _sampled_points(attention: Any, call: Call) -> Tensor:
+    x, where, memory = call
+    offsets = attention.sampling_offsets(x + where.position)
+    offsets = offsets.unflatten(-1, (attention.heads, attention.levels, attention.points, 2))
+    ratios = x.new_ones(1, 1, 2) if memory.valid_ratios is None else memory.valid_ratios
+    references = where.references[:, :, None]
+    padded = references * ratios[:, None].repeat(1, 1, 1, references.shape[-1] // 2)
+    points: Tensor = attention.locations(offsets, padded, memory) / ratios[:, None, None, :, None]
+    return points.flatten(3, 4)
+
+
+def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
+    """Deformable: the result is linear in the tokens' values, so a token's weight is the derivative with respect to
+    its value. That is the transpose of bilinear sampling: each point's weight, shared by the four tokens around it."""
+    kept: list[Tensor] = []
+
+    def keep_values(_: nn.Module, inputs: Any, values: Tensor) -> Tensor:
+        kept.append(values.detach().requires_grad_())
+        return kept[0]
+
+    hooks = [
+        attention.value_projection.register_forward_hook(keep_values),
+        attention.output_projection.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])),
+    ]
+    try:
+        with torch.enable_grad():
+            attention(*call)
+            values, sampled = kept
+            channel = sampled.unflatten(-1, (attention.heads, -1))[..., 0]  # (B, N, M): all have the same weights
+            (weights,) = torch.autograd.grad((channel * chosen[..., None]).sum(), values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: Tensor = weights.unflatten(-1, (attention.heads, -1))[..., 0]
+    return found.transpose(1, 2)
+
+
+def _softmax_weights(attention: nn.Module, call: Call) -> Tensor | None:
+    """Of dense attention to every token, `(B, M, N, S)`; None where the module computes no such attention."""
+    with _Softmaxes() as softmaxes:
+        attention(*call)
+    for q, k, mask in softmaxes.found:
+        if k.shape[2] == call[2].tokens.shape[1]:
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            weights: Tensor = scores.softmax(-1)
+            return weights
+    return None
+
+
+class _Softmaxes(TorchFunctionMode):
+    """Keeps queries `(B, M, N, d)`, keys `(B, M, S, d)` and mask of every scaled dot product attention within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.found.append((args[0], args[1], kwargs.get("attn_mask")))
+        return func(*args, **kwargs)

@@ -1,0 +1,56 @@
+"""What the measurements of Co-DETR share: a run's heads, the decoder's and those that are gone at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from detrellis.analysis.schemes import check_state
+from detrellis.engine.checkpoint import load_weights
+from detrellis.engine.distributed import World
+from detrellis.errors import UserError
+from detrellis.schemes.base import Step
+from detrellis.schemes.collaborative.scene import Found, Scene
+from detrellis.schemes.collaborative.scheme import Collaborative
+from detrellis.types import DecoderOutput, Segment
+
+DECODER = "decoder"  # what reports call the detector's own head, beside the names of the branches
+
+
+def check_collaborative(runs: Sequence[str | Path]) -> None:
+    """Raises `UserError` where one of the runs has no branches to look at."""
+    for run in runs:
+        _, card = load_weights(Path(run))
+        if card.recipe.schemes.co is None:
+            raise UserError(
+                f"{run}: trained without scheme co, so the decoder is its only head",
+                "Train with a branch: detrellis train tiny --scheme co=atss.",
+            )
+        check_state(run, "the branches")
+
+
+def check_alone(own: World) -> None:
+    """Raises `UserError` under torchrun: what branches assign comes with losses, which are averaged over processes,
+    and these may have unequal numbers of batches."""
+    if own.size > 1:
+        raise UserError("this measurement runs in one process", "Start it without torchrun.")
+
+
+def decoded(step: Step) -> DecoderOutput:
+    """What the main queries say, by layer."""
+    main = Segment("main", step.queries.content.shape[1])
+    return step.detector.decode(step.memory, {main: step.queries})[main.name]
+
+
+def assigned(co: Collaborative, step: Step) -> tuple[Scene, dict[str, list[Found]]]:
+    """What each branch assigns in each image. Where a training step draws some at random, it is the first ones."""
+    scene = co.scene(step)
+    if scene.masks is None:  # no branch assigns by them: empty ones do
+        scene = scene._replace(masks=tuple(boxes.new_zeros(len(boxes), 1, 1) for boxes in scene.boxes))
+    return scene, {name: branch(scene, _first)[1] for name, branch in zip(co.names, co.branches, strict=True)}
+
+
+def _first(indices: Tensor, k: int) -> Tensor:
+    return indices[:k]

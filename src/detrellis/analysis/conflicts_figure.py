@@ -1,0 +1,87 @@
+"""The figure of `conflicts.py`: a row of panels a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, shortened, tidy
+from detrellis.analysis.pictures import outline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from detrellis.analysis.conflicts import Comparison, Example, Measured
+
+NUMBERS, CELL, HEIGHT = 7.6, 2.1, 3.9  # inches: width of the matrix and the bars, of a picture; height of a run
+
+
+def draw(found: Comparison) -> Figure:
+    """All runs below each other, their colours and bars on one scale; on the right some images with each head's map."""
+    columns = max(1 + len(run.heads) for run in found.runs)
+    figure = canvas(NUMBERS + CELL * columns, HEIGHT * len(found.runs) + 0.5, "Conflicts between heads")
+    highest = max(value for run in found.runs for row in run.matrix for value in row)
+    tallest = max(value for run in found.runs for value in run.conflicts)
+    parts = figure.subfigures(len(found.runs), 1, squeeze=False).flatten().tolist()
+    for run, part in zip(found.runs, parts, strict=True):
+        title = f"{shortened(run.name)}: distance {run.distance:.2f} (mean of {run.images:,} images)"
+        part.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
+        numbers, pictures = part.subfigures(1, 2, width_ratios=[NUMBERS, CELL * columns])
+        left, right = numbers.subplots(1, 2, width_ratios=[1.15, 1])
+        _matrix(left, run, highest)
+        _bars(right, run, tallest)
+        _examples(pictures, run, columns)
+    return figure
+
+
+def _matrix(axes: Axes, run: Measured, highest: float) -> None:
+    """Fig. 8 and 9."""
+    axes.imshow(run.matrix, cmap="Blues", vmin=0, vmax=highest)
+    places = range(len(run.heads))
+    axes.set_xticks(places, run.heads, rotation=45 if len(run.heads) > 3 else 0, fontsize=9)
+    axes.set_yticks(places, run.heads, fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for i, j in np.ndindex(len(run.heads), len(run.heads)):
+        value = run.matrix[i][j]
+        colour = "white" if value > 0.6 * highest else INK
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    _head(axes, "KL of the row's map from the column's")
+
+
+def _bars(axes: Axes, run: Measured, tallest: float) -> None:
+    """Eq. 12."""
+    tidy(axes)
+    colours = [ORANGE, *[BLUE] * (len(run.heads) - 1)]
+    bars = axes.bar(run.heads, run.conflicts, color=colours, width=0.65)
+    axes.bar_label(bars, [f"{v:.2f}" for v in run.conflicts], fontsize=8, padding=2)
+    axes.set_xticks(range(len(run.heads)), run.heads, rotation=45 if len(run.heads) > 3 else 0, fontsize=9)
+    axes.set_ylim(0, 1.1 * tallest)
+    _head(axes, "conflict S of each head with the others")
+
+
+def _head(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+
+
+def _examples(part: Any, run: Measured, columns: int) -> None:
+    """A row an image: itself, and each head's map."""
+    grid = part.subplots(len(run.examples), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, example in zip(grid, run.examples, strict=True):
+        _example(line, example)
+    for axes, title in zip(grid[0], ("image", *run.heads), strict=False):
+        axes.set_title(title, fontsize=9, color=FAINT)
+
+
+def _example(line: Any, example: Example) -> None:
+    height, width = example.picture.pixels.shape[:2]
+    line[0].imshow(example.picture.pixels)
+    outline(line[0], example.picture)
+    for axes, own in zip(line[1:], example.maps, strict=False):
+        # In pixels of the image, whose boxes are drawn over it.
+        axes.imshow(own, cmap="magma", vmin=0, vmax=1, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        outline(axes, example.picture)

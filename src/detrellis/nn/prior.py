@@ -1,0 +1,78 @@
+"""Attention to a map under a Gaussian prior (SMCA: Gao et al., ICCV 2021), and to one level of several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.types import Memory, Prior, Spatial
+
+
+def log_prior(prior: Prior, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The prior's summands: over rows `(B, M, N, H, 1)` and over columns `(B, M, N, 1, W)`, in float32 or better.
+
+    Never two numbers for each cell of each head and query: at stride 8 that is most of what a layer would keep.
+    """
+    centre, scale = (t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2) for t in prior[:2])
+    summands = []
+    for axis, length in ((1, shape[0]), (0, shape[1])):
+        cells = torch.arange(length, device=centre.device, dtype=centre.dtype) + prior.first
+        reach = scale[..., axis, None] * (cells - centre[..., axis, None])
+        summands.append(reach.square() / -8)
+    return summands[0].unsqueeze(-1), summands[1].unsqueeze(-2)
+
+
+def map_attention(
+    q: Tensor, k: Tensor, v: Tensor, memory: Memory, prior: Prior | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Attention to the one map of a memory: `q (B, M, N, e)`, `k (B, M or 1, S, e)`, `v (B, M, S, d)`.
+
+    Returns `(B, M, N, d)` and the weights `(B, M, N, S)`. Keys that all heads share are never expanded. Logits are
+    float32 or better.
+    """
+    batch, heads, queries, width = q.shape
+    scaled = q * width**-0.5
+    if k.shape[1] == 1:
+        logits = (scaled.flatten(1, 2) @ k.squeeze(1).transpose(1, 2)).view(batch, heads, queries, -1)
+    else:
+        logits = scaled @ k.transpose(2, 3)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if memory.padding is not None:
+        logits = logits.masked_fill_(memory.padding[:, None, None], -torch.inf)
+    if prior is not None:
+        rows, columns = log_prior(prior, memory.shapes[0])
+        logits.unflatten(3, memory.shapes[0]).add_(rows).add_(columns)
+    weights = logits.softmax(-1)
+    dropped = nn.functional.dropout(weights, dropout) if dropout else weights
+    return dropped.to(v.dtype) @ v, weights
+
+
+def at_level(memory: Memory, level: int) -> Memory:
+    """One level of a memory as a memory of its own."""
+    sizes = [h * w for h, w in memory.shapes]
+    own = slice(sum(sizes[:level]), sum(sizes[: level + 1]))
+    return Memory(
+        memory.tokens[:, own],
+        memory.position[:, own],
+        memory.shapes[level : level + 1],
+        None if memory.padding is None else memory.padding[:, own],
+        None if memory.valid_ratios is None else memory.valid_ratios[:, level : level + 1],
+    )
+
+
+class AtLevel(nn.Module):
+    """Cross-attention that reads one level of several (SAM-DETR++: coarse levels first)."""
+
+    def __init__(self, attention: nn.Module, level: int) -> None:
+        super().__init__()
+        self.attention, self.level = attention, level
+
+    def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """See the attention's."""
+        out: Tensor = self.attention(x, where, at_level(memory, self.level))
+        return out
+
+
+def level_of(layer: int, layers: int, levels: int) -> int:
+    """Which level a decoder layer reads: coarse to fine, equally many layers each where that is possible."""
+    return levels - 1 - layer * levels // layers

@@ -1,0 +1,124 @@
+"""Spatially modulated co-attention by itself (Gao et al., ICCV 2021): DETR whose cross-attention has a Gaussian prior.
+
+Each query has a point, read off its learned position before the first layer; each layer says anew, head by head, how
+far from the point to look and how widely. With several levels each has a prior of its own, and the query decides how
+much it takes from which.
+
+| deviation from the released code | why |
+| --- | --- |
+| the point is read with a norm of its own, not the first layer's | no layer lends its parts; equal when fresh |
+| centres lie in shares of the whole cells that hold image | there of the image's pixels, a part of a cell less |
+| each image weighs its own levels | there all take those of the batch's first image, by a slip |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detrellis.nn.attention import DenseAttention, merge_heads, split_heads
+from detrellis.nn.linear import FastLinear, linear
+from detrellis.nn.mlp import MLP
+from detrellis.nn.prior import at_level, map_attention
+from detrellis.types import Memory, Prior, Queries, Spatial
+
+UNIT = 32  # stride of the cells in which a prior is as wide as its scale says; squared distances grow with the stride
+
+
+def read_point(width: int) -> nn.Sequential:
+    """What reads a query's point, as a logit, off its position."""
+    return nn.Sequential(nn.LayerNorm(width), MLP(width, width, 2, 3))
+
+
+class ModulatedPriors(nn.Module):
+    """The queries' own positions, and each layer's priors over each of the memory's levels of these `strides`."""
+
+    def __init__(self, width: int, heads: int, layers: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.heads, self.strides = heads, tuple(strides)
+        numbers = len(strides) * heads * 2
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.offsets = nn.ModuleList(_constant(width, numbers) for _ in range(layers))
+        self.scales = nn.ModuleList(_constant(width, numbers) for _ in range(layers))
+        several = len(strides) if len(strides) > 1 else 0
+        self.levels = nn.ModuleList(FastLinear(width, several) for _ in range(layers) if several)
+
+    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+        """See `nn/spatial.py`."""
+        assert queries.position is not None
+        assert boxes is not None
+        state = self.norms[layer](x + queries.position)
+        shape = (len(self.strides), self.heads, 2)
+        offsets, scales = (parts[layer](state).unflatten(-1, shape).unbind(2) for parts in (self.offsets, self.scales))
+        priors = []
+        for level, ((height, width), stride) in enumerate(zip(memory.shapes, self.strides, strict=True)):
+            cells = boxes.new_tensor([width, height])
+            if memory.valid_ratios is not None:
+                cells = cells * memory.valid_ratios[:, level, None]
+            centre = (boxes * cells).unsqueeze(2) + offsets[level]
+            priors.append(Prior(centre, scales[level] * (stride / UNIT) ** 0.5))
+        shares = self.levels[layer](state).softmax(-1) if len(self.levels) else None
+        return Spatial(queries.position, boxes, priors=tuple(priors), shares=shares)
+
+
+def _constant(width: int, outputs: int) -> FastLinear:
+    """A layer that says 1 before it has learned."""
+    layer = FastLinear(width, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.ones_(layer.bias)
+    return layer
+
+
+class ModulatedAttention(nn.Module):
+    """Dense cross-attention under priors: a softmax over each level, summed by the queries' shares."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        plain = DenseAttention(width, heads)
+        self.projections, self.output = plain.projections, plain.output
+
+    def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """`x (B, N, D)` to the same; no residual, no norm."""
+        read = [found * share for found, _, share in self._levels(x, where, memory)]
+        out: Tensor = self.output(merge_heads(sum(read[1:], read[0])))
+        return out
+
+    def attend(self, x: Tensor, where: Spatial, memory: Memory) -> tuple[list[Tensor], list[Tensor]]:
+        """What each head reads from each level `(B, M, N, d)`, and its weights `(B, M, N, S)`, both times the share."""
+        levels = [(found * share, weights * share) for found, weights, share in self._levels(x, where, memory)]
+        read, weights = zip(*levels, strict=True)
+        return list(read), list(weights)
+
+    def _levels(self, x: Tensor, where: Spatial, memory: Memory) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+        """Level by level: what each head reads, its weights, and the share; weights go when the next comes."""
+        assert where.priors is not None
+        inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
+        parts = zip(inputs, self.projections.weight.chunk(3), self.projections.bias.chunk(3), strict=True)
+        q, k, v = (split_heads(linear(*part), self.heads) for part in parts)
+        sizes = [h * w for h, w in memory.shapes]
+        dropout = self.dropout if self.training else 0.0
+        pairs = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), where.priors, strict=True)
+        for level, (keys, values, prior) in enumerate(pairs):
+            share = 1.0 if where.shares is None else where.shares[:, None, :, level, None]
+            yield *map_attention(q, keys, values, at_level(memory, level), prior, dropout), share
+
+
+class IntraScaleAttention(nn.Module):
+    """Dense self-attention within each level, with the same weights for all (SMCA's multi-scale encoder)."""
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = DenseAttention(width, heads, dropout=dropout)
+
+    def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """`x (B, S, D)` to the same; no residual, no norm."""
+        sizes = [h * w for h, w in memory.shapes]
+        tokens, places = x.split(sizes, dim=1), where.position.split(sizes, dim=1)
+        parts = [
+            self.attention(part, Spatial(place), at_level(memory, level))
+            for level, (part, place) in enumerate(zip(tokens, places, strict=True))
+        ]
+        return torch.cat(parts, dim=1)

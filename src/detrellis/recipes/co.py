@@ -1,0 +1,80 @@
+"""Co-DETR: auxiliary heads on Deformable DETR++, DINO, Conditional DETR and DAB-DETR."""
+
+from __future__ import annotations
+
+from detrellis.recipes.conditional import conditional_detr_r50
+from detrellis.recipes.config import BackboneConfig, LossConfig, Recipe, ScheduleConfig
+from detrellis.recipes.dab import dab_detr_r50
+from detrellis.recipes.deformable import SWIN_L, deformable_detr_r50_two_stage_plus
+from detrellis.recipes.dino import dino_detector, dino_r50
+from detrellis.recipes.schemes import Branch, CoConfig
+
+
+def _collaborative(base: Recipe, name: str, about: str, branches: tuple[Branch, ...], epochs: int) -> Recipe:
+    """The base with these branches; the learning rate falls before the last twelfth or sixth, as released."""
+    drops = (11 / 12,) if epochs == 12 else (30 / 36,)
+    return base.model_copy(
+        update={
+            "name": name,
+            "about": f"{about}, branches {' and '.join(branches)}",
+            "schemes": base.schemes.model_copy(update={"co": CoConfig(branches=branches)}),
+            "schedule": ScheduleConfig(epochs=epochs, drops=drops),
+        }
+    )
+
+
+def co_deformable_detr_r50() -> Recipe:
+    """On Deformable DETR++, K=2, 12 epochs; free of NMS."""
+    base = deformable_detr_r50_two_stage_plus()
+    return _collaborative(base, "co-deformable-detr-r50", "Co-Deformable-DETR, ResNet-50", ("rcnn", "atss"), 12)
+
+
+def co_deformable_detr_r50_k1() -> Recipe:
+    """On Deformable DETR++, K=1: ATSS alone."""
+    base = deformable_detr_r50_two_stage_plus()
+    return _collaborative(base, "co-deformable-detr-r50-k1", "Co-Deformable-DETR, ResNet-50", ("atss",), 12)
+
+
+def _co_dino(name: str, about: str) -> Recipe:
+    """DINO with 5 scales, quality focal loss and soft-NMS, as released."""
+    base = dino_r50()
+    detector = dino_detector(strides=(4, 8, 16, 32), levels=5)
+    # The released code has heads for each layer, in contrast to DINO's.
+    detector = detector.model_copy(update={"shared_heads": False, "soft_nms": 0.8})
+    base = base.model_copy(
+        update={
+            "detector": detector,
+            "loss": LossConfig(classification="qfl", classes=1.0),
+            "optim": base.optim.model_copy(update={"lr": 2e-4}),
+        }
+    )
+    return _collaborative(base, name, about, ("rcnn", "atss"), 12)
+
+
+def co_dino_r50() -> Recipe:
+    """On DINO with 5 scales, K=2, 12 epochs."""
+    return _co_dino("co-dino-r50", "Co-DINO, ResNet-50, 5 scales")
+
+
+def co_dino_r50_9enc() -> Recipe:
+    """With 9 encoder layers."""
+    recipe = _co_dino("co-dino-r50-9enc", "Co-DINO, ResNet-50, 5 scales, 9 encoder layers")
+    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"encoder_layers": 9})})
+
+
+def co_dino_swin_l() -> Recipe:
+    """With a Swin-L pretrained on ImageNet-22K."""
+    recipe = _co_dino("co-dino-swin-l", "Co-DINO, Swin-L, 5 scales")
+    backbone = BackboneConfig(name=SWIN_L, drop_path=0.3, strides=(4, 8, 16, 32))
+    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+
+
+def co_conditional_detr_r50() -> Recipe:
+    """On Conditional DETR, whose one level a pyramid spreads to five, 36 epochs."""
+    base = conditional_detr_r50()
+    return _collaborative(base, "co-conditional-detr-r50", "Co-DETR on Conditional DETR", ("rcnn", "atss"), 36)
+
+
+def co_dab_detr_r50() -> Recipe:
+    """On DAB-DETR, 36 epochs."""
+    return _collaborative(dab_detr_r50(), "co-dab-detr-r50", "Co-DETR on DAB-DETR", ("rcnn", "atss"), 36)

@@ -1,0 +1,149 @@
+"""SAM-DETR and SAM-DETR++, each also with SMCA, denoising, or both, 12 epochs; and SMCA-DETR by itself, 50 epochs.
+
+`-o schedule.epochs=50 -o schedule.drops=[0.8]` is the longer schedule of SAM-DETR's table 2.
+"""
+
+from __future__ import annotations
+
+from detrellis.recipes.config import DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.dab import with_indicator
+from detrellis.recipes.detr import single_scale_detector
+from detrellis.recipes.schemes import DNConfig, SchemesConfig
+
+
+def sam_detector(*, dilation: bool = False) -> DetectorConfig:
+    """Semantic attention on one map, with 300 learned boxes and no dropout."""
+    changes = {
+        "cross_attention": "semantic",
+        "dropout": 0.0,
+        "queries": "anchors",
+        "query_count": 300,
+        "query_position": "boxes",
+        "refine": "detached",
+        "final_norm": False,
+        "scores": "sigmoid",
+        "position_offset": -0.5,
+    }
+    return single_scale_detector(dilation=dilation).model_copy(update=changes)
+
+
+def sam_plus_detector() -> DetectorConfig:
+    """The same on three levels, coarse to fine, behind a deformable encoder."""
+    detector = sam_detector()
+    backbone = detector.backbone.model_copy(update={"strides": (8, 16, 32)})
+    changes = {"backbone": backbone, "levels": 3, "encoder": "deformable", "encoder_hidden": 1024}
+    return detector.model_copy(update=changes)
+
+
+def _recipe(
+    name: str, about: str, detector: DetectorConfig, *, smca: bool = False, dn: bool = False, batch: int = 16
+) -> Recipe:
+    if dn:
+        detector = with_indicator(detector, "shared")
+    additions = [word for word, added in (("SMCA", smca), ("denoising", dn)) if added]
+    return Recipe(
+        name="-".join([name, *(["smca"] if smca else []), *(["dn"] if dn else [])]),
+        about=" with ".join([about, *([" and ".join(additions)] if additions else [])]),
+        detector=detector.model_copy(update={"smca": smca}),
+        loss=LossConfig(classes=2.0),
+        schemes=SchemesConfig(dn=DNConfig() if dn else None),
+        optim=OptimConfig(lr=1e-4, batch_size=batch),
+        schedule=ScheduleConfig(epochs=12, drops=(10 / 12,)),
+    )
+
+
+def _sam(*, smca: bool = False, dn: bool = False) -> Recipe:
+    return _recipe("sam-detr-r50", "SAM-DETR, ResNet-50", sam_detector(), smca=smca, dn=dn)
+
+
+def _sam_dc5(*, smca: bool = False, dn: bool = False) -> Recipe:
+    about = "SAM-DETR, ResNet-50 with a dilated last stage"
+    return _recipe("sam-detr-r50-dc5", about, sam_detector(dilation=True), smca=smca, dn=dn, batch=8)
+
+
+def _sam_plus(*, smca: bool = False, dn: bool = False) -> Recipe:
+    return _recipe("sam-detr-plus-r50", "SAM-DETR++, ResNet-50, 3 scales", sam_plus_detector(), smca=smca, dn=dn)
+
+
+def sam_detr_r50() -> Recipe:
+    """SAM-DETR."""
+    return _sam()
+
+
+def sam_detr_r50_smca() -> Recipe:
+    """With Gaussian priors around the salient points."""
+    return _sam(smca=True)
+
+
+def sam_detr_r50_dn() -> Recipe:
+    """With denoising."""
+    return _sam(dn=True)
+
+
+def sam_detr_r50_smca_dn() -> Recipe:
+    """With both."""
+    return _sam(smca=True, dn=True)
+
+
+def sam_detr_r50_dc5() -> Recipe:
+    """On the dilated last stage."""
+    return _sam_dc5()
+
+
+def sam_detr_r50_dc5_smca() -> Recipe:
+    """With Gaussian priors."""
+    return _sam_dc5(smca=True)
+
+
+def sam_detr_r50_dc5_dn() -> Recipe:
+    """With denoising."""
+    return _sam_dc5(dn=True)
+
+
+def sam_detr_r50_dc5_smca_dn() -> Recipe:
+    """With both."""
+    return _sam_dc5(smca=True, dn=True)
+
+
+def sam_detr_plus_r50() -> Recipe:
+    """SAM-DETR++."""
+    return _sam_plus()
+
+
+def sam_detr_plus_r50_smca() -> Recipe:
+    """With Gaussian priors."""
+    return _sam_plus(smca=True)
+
+
+def sam_detr_plus_r50_dn() -> Recipe:
+    """With denoising."""
+    return _sam_plus(dn=True)
+
+
+def sam_detr_plus_r50_smca_dn() -> Recipe:
+    """With both: the paper's best."""
+    return _sam_plus(smca=True, dn=True)
+
+
+def _smca(name: str, about: str, changes: dict[str, object]) -> Recipe:
+    common = {"query_count": 300, "scores": "sigmoid", "smca": True}
+    return Recipe(
+        name=name,
+        about=about,
+        detector=single_scale_detector().model_copy(update=common | changes),
+        loss=LossConfig(classes=2.0),
+        optim=OptimConfig(lr=1e-4, batch_size=16),
+        schedule=ScheduleConfig(epochs=50, drops=(0.8,)),
+    )
+
+
+def smca_detr_r50() -> Recipe:
+    """SMCA-DETR on one map."""
+    return _smca("smca-detr-r50", "SMCA-DETR, ResNet-50", {})
+
+
+def smca_detr_ms_r50() -> Recipe:
+    """SMCA-DETR on strides 16 to 64: of five encoder layers the middle one alone reads all levels together."""
+    backbone = single_scale_detector().backbone.model_copy(update={"strides": (16, 32)})
+    changes = {"backbone": backbone, "levels": 3, "encoder": "intra_scale", "encoder_layers": 5, "hidden": 1024}
+    return _smca("smca-detr-ms-r50", "SMCA-DETR, ResNet-50, 3 scales", changes)

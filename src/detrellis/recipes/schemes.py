@@ -1,0 +1,108 @@
+"""The training schemes' dials. `dial` is what N in `--scheme NAME=N` sets."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from detrellis.recipes.fields import Config, Count, Positive, Share, Weight
+
+
+class DNConfig(Config):
+    """Denoising (DN-DETR)."""
+
+    dial: ClassVar[str] = "groups"
+    groups: Count = 5
+    total: Count | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
+    label_noise: Share = 0.2
+    box_noise: Weight = 0.4
+    padded_background: bool = False  # slots that an image does not fill learn "no object"
+    sees: Literal["main", "all"] = "main"  # with groups: whether it reads the first group only
+
+
+class CDNConfig(Config):
+    """Contrastive denoising (DINO)."""
+
+    dial: ClassVar[str] = "number"
+    number: Count = 100
+    label_noise: Share = 0.5
+    box_noise: Weight = 1.0
+    sees: Literal["main", "all"] = "main"
+
+
+class HybridConfig(Config):
+    """Hybrid matching (H-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Count = 6  # queries for each target in the extra block
+    queries: Count | None = None  # of the extra block; None: five for each of the detector's, at most 1500
+    weight: Weight = 1.0  # lambda
+    divisor: Literal["copies", "boxes"] = "copies"
+
+
+# Heads on the encoder's memory; `rcnn` is Faster R-CNN, `mask` Mask R-CNN.
+Branch = Literal["atss", "rcnn", "mask", "retinanet", "fcos", "paa", "gfl"]
+
+
+class CoConfig(Config):
+    """Auxiliary heads with one-to-many assignment, their positives as queries (Co-DETR)."""
+
+    dial: ClassVar[str] = "branches"
+    branches: Annotated[tuple[Branch, ...], Field(min_length=1)] = ("atss", "rcnn")  # any number and order, also twice
+    heads: Weight = 2.0  # lambda 2, of the heads' losses, times the decoder layers; 0: off
+    queries: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
+    convolutions: Annotated[int, Field(ge=0)] = 1  # stacked in each tower
+    most: Count = 300  # queries of a branch
+    pad: Literal["background", "mask"] = "background"  # what an image with fewer positives is filled up with
+    features: bool | None = None  # contents hold the memory at the positives; None: unless derived from boxes
+    vector: bool = False  # tell the branches' queries by a vector each, instead of one number
+    aligned: bool = False  # with align: its target and weights for the branches' queries too
+
+
+class AlignConfig(Config):
+    """Many-to-one matching and the Align Loss (Align-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Count = 4  # candidates for each target
+    k_encoder: Count | None = None  # among the encoder's proposals; None: k
+    k_last: Count = 1  # in the last decoder layer
+    alpha: Share = 0.25  # confidence against IoU in the quality
+    tau: Positive = 1.5  # how slowly lower ranks fade
+    gamma: Annotated[float, Field(ge=1)] = 2.0
+    floor: Share = 0.01  # lowest quality that a target is computed from
+    classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
+    rank_boxes: bool = True
+    iou_eps: Weight = 0.0  # 1e-6: as in the released code
+
+
+class StableConfig(Config):
+    """Position-supervised loss and position-modulated matching (Stable-DINO)."""
+
+    supervised: bool = True
+    modulated: bool = True
+    classes: Weight = 6.0  # weight of the supervised loss; denoising keeps 1
+    beta: Weight = 0.5  # how much the position counts in the matching
+
+
+class GroupConfig(Config):
+    """Groups of queries (Group DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Count | None = None  # groups; None: 11, or 3 in two-stage detectors
+    reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
+    proposals: Literal["heads", "shared", "split"] = "heads"  # of two-stage detectors
+    contents: Literal["fresh", "copied"] = "fresh"  # what the further groups' learned contents begin as
+    distances: bool = False  # log how far apart the groups' queries are
+
+
+class SchemesConfig(Config):
+    """Training schemes; None: off."""
+
+    dn: DNConfig | None = None
+    cdn: CDNConfig | None = None
+    hybrid: HybridConfig | None = None
+    co: CoConfig | None = None  # before those that set what positives aim at: its labels stay
+    align: AlignConfig | None = None
+    stable: StableConfig | None = None
+    group: GroupConfig | None = None

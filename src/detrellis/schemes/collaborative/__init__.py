@@ -1,0 +1,1 @@
+"""Co-DETR: auxiliary heads on the encoder's memory, and their positives as queries; see `scheme`."""

@@ -1,0 +1,51 @@
+"""Boxes and points on a grid of cells, in pixels of the network's input: what dense heads assign targets to.
+
+All are in the order level, row, column, anchor of the cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Shapes = Sequence[tuple[int, int]]  # (height, width) of each level, in cells
+
+
+def grid_points(shapes: Shapes, strides: Sequence[int], like: Tensor, *, offset: float = 0.0) -> Tensor:
+    """`(x, y)` of every cell, `(S, 2)`: its upper left corner, or its centre with an `offset` of 0.5."""
+    points = []
+    for (height, width), stride in zip(shapes, strides, strict=True):
+        y, x = ((torch.arange(n, device=like.device, dtype=like.dtype) + offset) * stride for n in (height, width))
+        points.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1))
+    return torch.cat(points)
+
+
+def grid_anchors(
+    shapes: Shapes,
+    strides: Sequence[int],
+    like: Tensor,
+    ratios: Sequence[float] = (1.0,),
+    scales: Sequence[float] = (8.0,),
+) -> Tensor:
+    """Anchors `(S * ratios * scales, 4)` xyxy around the cells' corners; a ratio is height over width, a scale the side
+    in strides."""
+    sides = [(scale / math.sqrt(r), scale * math.sqrt(r)) for r in ratios for scale in scales]
+    half = torch.tensor(sides, device=like.device, dtype=torch.float64) / 2
+    cells = [h * w for h, w in shapes]
+    each = torch.cat([(half * stride).expand(n, -1, -1) for n, stride in zip(cells, strides, strict=True)]).to(like)
+    centres = grid_points(shapes, strides, like).unsqueeze(1)
+    return torch.cat([centres - each, centres + each], dim=-1).flatten(0, 1)
+
+
+def usable_cells(shapes: Shapes, strides: Sequence[int], sizes: Tensor) -> Tensor:
+    """Whether a cell lies on the image and not on its padding: `sizes (B, 2)` height and width to `(B, S)`."""
+    corners = grid_points(shapes, strides, sizes)
+    return (corners < sizes.flip(-1).unsqueeze(1)).all(-1)
+
+
+def spread(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor:
+    """The number of its level for each of `counts` cells, level by level: `(sum of counts,)`."""
+    return torch.cat([like.new_full((n,), value) for value, n in zip(values, counts, strict=True)])

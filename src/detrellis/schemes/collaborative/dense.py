@@ -1,0 +1,174 @@
+"""What all dense heads share: towers over the levels, anchors, and sums of losses over what each anchor learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from detrellis.losses import absence_loss, presence_loss
+from detrellis.schemes.base import rank_mean
+from detrellis.schemes.collaborative.anchors import usable_cells
+from detrellis.schemes.collaborative.assigners import IGNORED
+from detrellis.schemes.collaborative.coder import clip
+from detrellis.schemes.collaborative.scene import Found, Predictions, Scene
+from detrellis.supervision import ABSENT
+
+
+class DenseOutput(NamedTuple):
+    """What a dense head says about every anchor, in float32 or better."""
+
+    logits: Tensor  # (B, A, C)
+    regression: Tensor  # (B, A, 4), or more numbers for a box
+    quality: Tensor | None  # (B, A) logits of the third output, where there is one
+
+
+class Positives(NamedTuple):
+    """The positive anchors of a batch; `P` of them."""
+
+    image: Tensor  # (P,)
+    anchor: Tensor  # (P,)
+    target: Tensor  # (P,) row of the batch's targets
+    label: Tensor  # (P,)
+    box: Tensor  # (P, 4) the targets' boxes, xyxy
+    images: int
+
+    def per_image(self) -> Tensor:
+        """How many each image has, `(B,)` floats."""
+        return torch.bincount(self.image, minlength=self.images).to(self.box)
+
+
+def conv(inputs: int, outputs: int, *, bias: float = 0.0) -> nn.Conv2d:
+    """A 3x3 convolution, initialised as dense heads are."""
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+    nn.init.normal_(layer.weight, std=0.01)
+    assert layer.bias is not None
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def tower(width: int, convolutions: int) -> nn.Sequential:
+    """Stacked 3x3 convolutions with GroupNorm."""
+    parts = [(conv(width, width), nn.GroupNorm(32, width), nn.ReLU()) for _ in range(convolutions)]
+    return nn.Sequential(*(layer for part in parts for layer in part))
+
+
+class DenseHead(nn.Module):
+    """A tower for classes and one for boxes, shared by all levels; boxes times a learned number for each level.
+
+    `anchors` of each cell, each with `numbers` for its box; `quality`: one logit more for each (centerness, or IoU).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        levels: int,
+        *,
+        anchors: int = 1,
+        numbers: int = 4,
+        quality: bool = False,
+        convolutions: int = 1,
+    ) -> None:
+        super().__init__()
+        self.anchors = anchors
+        self.class_tower, self.box_tower = tower(width, convolutions), tower(width, convolutions)
+        self.classify = conv(width, anchors * classes, bias=-math.log(99))
+        self.regress = conv(width, anchors * numbers)
+        self.judge = conv(width, anchors) if quality else None
+        self.scale = nn.Parameter(torch.ones(levels))
+
+    def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
+        """Maps `(B, D, H, W)` of the levels to numbers for all anchors."""
+        logits, boxes, quality = [], [], []
+        for level, x in enumerate(maps):
+            reads = self.box_tower(x)
+            logits.append(self.classify(self.class_tower(x)))
+            boxes.append(self.regress(reads) * self.scale[level])
+            if self.judge is not None:
+                quality.append(self.judge(reads))
+        return DenseOutput(
+            by_anchor(logits, self.anchors),
+            by_anchor(boxes, self.anchors),
+            by_anchor(quality, self.anchors).squeeze(-1) if quality else None,
+        )
+
+
+def by_anchor(maps: Sequence[Tensor], anchors: int) -> Tensor:
+    """Outputs `(B, anchors * n, H, W)` of the levels as `(B, A, n)`, in the anchors' order."""
+    rows = [m.flatten(2).transpose(1, 2).unflatten(2, (anchors, -1)).flatten(1, 2) for m in maps]
+    joined = torch.cat(rows, dim=1)
+    return joined.to(torch.promote_types(joined.dtype, torch.float32))
+
+
+def assign_usable(scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Sequence[int], Tensor], Tensor]) -> Tensor:
+    """Owners `(B, A)` by `assign(anchors, anchors of each level, targets' boxes)` in each image.
+
+    An anchor whose cell lies on padding takes no part and is ignored. `anchors (A, 4)`, or points `(A, 2)`.
+    """
+    cells = [h * w for h, w in scene.shapes]
+    each = len(anchors) // sum(cells)
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes)
+    per_level = torch.stack([u.sum(1) for u in usable.split(cells, dim=1)], dim=1).tolist()
+    usable = usable.repeat_interleave(each, dim=1)
+    owners = torch.full(usable.shape, IGNORED, device=usable.device)
+    for owner, own, counts, boxes in zip(owners, usable, per_level, scene.boxes, strict=True):
+        owner[own] = assign(anchors[own], [n * each for n in counts], boxes)
+    return owners
+
+
+def positives(scene: Scene, owners: Tensor) -> Positives:
+    """The anchors that own a target, with what they should learn; `owners (B, A)`."""
+    image, anchor = (owners >= 0).nonzero(as_tuple=True)
+    counts = [len(b) for b in scene.boxes]
+    first = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=owners.device)
+    row = first[image] + owners[image, anchor]
+    return Positives(image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(counts))
+
+
+def focal_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
+    """Focal loss (RetinaNet: 0.25, 2) of all classes, summed over the anchors that are not ignored."""
+    present = presence_loss(logits[found.image, found.anchor, found.label]).sum()
+    return 0.25 * present + 0.75 * absence_sum(logits, owners, found)
+
+
+def absence_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
+    """Focal loss without its 0.75 of the classes that are not there, over the anchors that are not ignored."""
+    others = logits.index_put((found.image, found.anchor, found.label), logits.new_tensor(ABSENT))
+    return (absence_loss(others).sum(-1) * (owners != IGNORED)).sum()
+
+
+def mean_positives(found: Positives) -> Tensor:
+    """What sums over anchors are divided by: positives, at least one an image, as a mean over processes."""
+    return rank_mean(found.per_image().clamp(min=1).sum()).clamp(min=1)
+
+
+def report(scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput) -> list[Found]:
+    """A dense head's assignment, with the memory's features at its cells."""
+    features = torch.cat([m.flatten(2) for m in scene.maps], dim=2).transpose(1, 2)
+    return [Found(anchors, *parts) for parts in zip(owners, features, output.logits, strict=True)]
+
+
+def select_dense(
+    scene: Scene, scores: Tensor, boxes: Tensor, *, nms: float, before: int = 1000, most: int = 100
+) -> list[Predictions]:
+    """A dense head's detections, NMS within each class, cut to the image; padding has none.
+
+    Scores `(B, A, C)`, boxes `(B, A, 4)` xyxy.
+    """
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes)
+    usable = usable.repeat_interleave(scores.shape[1] // usable.shape[1], dim=1)
+    scores = scores * usable.unsqueeze(-1)
+    found = []
+    for own, places, size in zip(scores, boxes, scene.sizes, strict=True):
+        best, index = own.flatten().topk(min(before, own.numel()))
+        anchor, label = index // own.shape[1], index % own.shape[1]
+        cut = clip(places[anchor], size)
+        kept = batched_nms(cut, best, label, nms)[:most]
+        kept = kept[best[kept] > 0]
+        found.append(Predictions(best[kept], label[kept], cut[kept]))
+    return found

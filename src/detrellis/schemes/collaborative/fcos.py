@@ -1,0 +1,79 @@
+"""FCOS as an auxiliary head: no anchors; points near a target's centre learn the distances to its sides, in strides."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detrellis.boxes import giou
+from detrellis.losses import bce_loss
+from detrellis.schemes.base import rank_mean
+from detrellis.schemes.collaborative import assigners
+from detrellis.schemes.collaborative.anchors import grid_points, spread
+from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.coder import centerness, from_sides, sides
+from detrellis.schemes.collaborative.dense import (
+    DenseHead,
+    DenseOutput,
+    assign_usable,
+    focal_sum,
+    positives,
+    report,
+    select_dense,
+)
+from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+
+
+class FCOS(Branch):
+    """Losses: focal `class`; `giou`, weighted by the centerness that the point has; `centerness`."""
+
+    name = "fcos"
+
+    def __init__(self, width: int, classes: int, levels: int, *, convolutions: int = 1) -> None:
+        super().__init__()
+        self.head = DenseHead(width, classes, levels, quality=True, convolutions=convolutions)
+
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+        """See `Branch`."""
+        output = self.read(scene)
+        losses, anchors, owners = self.teach(output, scene)
+        return losses, report(scene, anchors, owners, output)
+
+    def read(self, scene: Scene) -> DenseOutput:
+        """The head's output, with distances that are not negative."""
+        output: DenseOutput = self.head(scene.maps)
+        return output._replace(regression=F.relu(output.regression))
+
+    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses, boxes of eight strides around the points `(A, 4)`, and owners `(B, A)`."""
+        points, strides = self.points(scene)
+        owners = assign_usable(scene, points, partial(assigners.fcos, strides=scene.strides))
+        found = positives(scene, owners)
+        where, own = (found.image, found.anchor), points[found.anchor]
+        wanted = centerness(sides(own, found.box))
+        boxes = from_sides(own, output.regression[where] * strides[found.anchor])
+        count = rank_mean(found.per_image().sum()).clamp(min=1)
+        assert output.quality is not None
+        losses = {
+            "class": focal_sum(output.logits, owners, found) / count,
+            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / rank_mean(wanted.sum()).clamp(min=1),
+            "centerness": bce_loss(output.quality[where], wanted).sum() / count,
+        }
+        return losses, torch.cat([points - 4 * strides, points + 4 * strides], dim=-1), owners
+
+    def points(self, scene: Scene) -> tuple[Tensor, Tensor]:
+        """The cells' centres `(A, 2)` and strides `(A, 1)`."""
+        points = grid_points(scene.shapes, scene.strides, scene.sizes, offset=0.5)
+        return points, spread(scene.strides, [h * w for h, w in scene.shapes], points).unsqueeze(-1)
+
+    @torch.no_grad()
+    def predict(self, scene: Scene) -> list[Predictions]:
+        """See `Branch`."""
+        output = self.read(scene)
+        points, strides = self.points(scene)
+        assert output.quality is not None
+        scores = output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)
+        return select_dense(scene, scores, from_sides(points, output.regression * strides), nms=0.5)

@@ -1,0 +1,86 @@
+"""Mask R-CNN (He et al., 2017) as an auxiliary head: Faster R-CNN's, whose positive regions also learn a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrellis.losses import bce_loss
+from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.rcnn import RCNN, known
+from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+
+CELLS = 14  # of a region's features, along each side; its mask has twice as many
+
+
+class MaskHead(nn.Module):
+    """Four convolutions, one that doubles the resolution, and a mask for each class."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(4)]
+        self.read = nn.Sequential(*(layer for c in convolutions for layer in (c, nn.ReLU())))
+        self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.classify = nn.Conv2d(width, classes, 1)
+        for layer in (*convolutions, self.upsample):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.classify.weight, std=0.001)
+        nn.init.zeros_(self.classify.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Features `(P, 14, 14, D)` to logits `(P, 28, 28)` of the mask of each region's label `(P,)`."""
+        x = self.upsample(self.read(features.permute(0, 3, 1, 2))).relu()
+        # Only the label's mask learns: no other class is computed.
+        weight, bias = self.classify.weight[labels], self.classify.bias[labels]  # type: ignore[index]
+        masks: Tensor = weight.flatten(1).unsqueeze(1) @ x.flatten(2) + bias[:, None, None]
+        return masks.view(len(x), *x.shape[2:])
+
+
+class MaskRCNN(Branch):
+    """Losses: those of `RCNN`, and the cross-entropy `mask`. Arguments and all else as there."""
+
+    name = "mask"
+    softmax = True
+
+    def __init__(
+        self, width: int, classes: int, strides: Sequence[int], *, appended: int, samples: int, hidden: int
+    ) -> None:
+        super().__init__()
+        self.boxes = RCNN(width, classes, strides, appended=appended, samples=samples, hidden=hidden)
+        self.masks = MaskHead(width, classes)
+
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+        """See `Branch`. The scene must have masks."""
+        assert scene.masks is not None, "branch 'mask' needs targets with masks"
+        losses, found = self.boxes(scene, draw)
+        regions = [f.boxes[f.owner >= 0] for f in found]
+        owners = [f.owner[f.owner >= 0] for f in found]
+        _, labels, _ = known(scene, owners)
+        logits = self.masks(self.boxes.read(scene, regions, CELLS), labels)
+        parts = zip(scene.masks, scene.boxes, regions, owners, strict=True)
+        wanted = torch.cat([seen(*p, cells=2 * CELLS) for p in parts])
+        losses["mask"] = bce_loss(logits, wanted.to(logits)).sum() / max(wanted.numel(), 1)
+        return losses, found
+
+    def predict(self, scene: Scene) -> list[Predictions]:
+        """See `Branch`."""
+        return self.boxes.predict(scene)
+
+
+def seen(masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int) -> Tensor:
+    """What regions `(P, 4)` see of their owners' masks: `(P, cells, cells)` bool, at the cells' centres.
+
+    `masks (n, M, M)` lie within `boxes (n, 4)`; there is nothing outside.
+    """
+    low, size = boxes[owner, :2], boxes[owner, 2:] - boxes[owner, :2]
+    steps = ((torch.arange(cells, device=boxes.device) + 0.5) / cells).to(boxes)
+    corner, extent = regions[:, :2] - low, regions[:, 2:] - regions[:, :2]
+    # (P, cells, 2) places of the cells along x and y, from -1 to 1 across the box
+    places = 2 * (corner.unsqueeze(1) + steps[:, None] * extent.unsqueeze(1)) / size.unsqueeze(1) - 1
+    x, y = places[..., 0], places[..., 1]
+    grid = torch.stack([x.unsqueeze(1).expand(-1, cells, -1), y.unsqueeze(2).expand(-1, -1, cells)], dim=-1)
+    return F.grid_sample(masks[owner].unsqueeze(1).to(grid), grid, align_corners=False).squeeze(1) >= 0.5

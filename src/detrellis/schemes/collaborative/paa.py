@@ -1,0 +1,183 @@
+"""PAA as an auxiliary head: a target's positives are its anchors of low loss, by a mixture of two Gaussians.
+
+Of the anchors that overlap a target, those with the lowest losses on each level are candidates; the mixture is fitted
+to their losses, and what belongs to the lower component is positive, up to where it is densest (Kim and Lee, 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detrellis.boxes import giou, iou
+from detrellis.losses import absence_loss, bce_loss, presence_loss
+from detrellis.schemes.base import rank_mean
+from detrellis.schemes.collaborative import assigners
+from detrellis.schemes.collaborative.anchors import grid_anchors, spread
+from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.coder import Deltas
+from detrellis.schemes.collaborative.dense import (
+    DenseHead,
+    DenseOutput,
+    Positives,
+    assign_usable,
+    focal_sum,
+    positives,
+    report,
+    select_dense,
+)
+from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.supervision import ABSENT
+
+CODER = Deltas(0.1, 0.2)
+GIOU = 1.3  # weight of the GIoU, in the loss and in the candidates' order
+PER_LEVEL = 9  # most candidates of a target on a level
+
+
+class PAA(Branch):
+    """Losses: focal `class`; `giou`, weighted by the IoU that the decoded box has; `iou`, which predicts that."""
+
+    name = "paa"
+
+    def __init__(self, width: int, classes: int, levels: int, *, convolutions: int = 1) -> None:
+        super().__init__()
+        self.head = DenseHead(width, classes, levels, quality=True, convolutions=convolutions)
+
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+        """See `Branch`."""
+        output = self.head(scene.maps)
+        losses, anchors, owners = self.teach(output, scene)
+        return losses, report(scene, anchors, owners, output)
+
+    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses, anchors `(A, 4)` and owners `(B, A)`."""
+        anchors = self.anchors(scene)
+        owners = keep_likely(output, scene, anchors, assign_usable(scene, anchors, overlapping))
+        found = positives(scene, owners)
+        where = (found.image, found.anchor)
+        boxes = CODER.decode(anchors[found.anchor], output.regression[where])
+        overlap = iou(boxes.detach(), found.box)
+        count, total = rank_mean(found.per_image().sum()), rank_mean(overlap.sum())
+        assert output.quality is not None
+        losses = {
+            "class": focal_sum(output.logits, owners, found) / count.clamp(min=found.images),
+            "giou": GIOU * (overlap * (1 - giou(boxes, found.box))).sum() / total.clamp(min=1e-6),
+            "iou": 0.5 * bce_loss(output.quality[where], overlap).sum() / count.clamp(min=1),
+        }
+        return losses, anchors, owners
+
+    def anchors(self, scene: Scene) -> Tensor:
+        """One square of eight strides a cell: `(A, 4)`."""
+        return grid_anchors(scene.shapes, scene.strides, scene.sizes)
+
+    @torch.no_grad()
+    def predict(self, scene: Scene) -> list[Predictions]:
+        """See `Branch`."""
+        output = self.head(scene.maps)
+        assert output.quality is not None
+        scores = (output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)).sqrt()
+        return select_dense(scene, scores, CODER.decode(self.anchors(scene), output.regression), nms=0.6)
+
+
+def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
+    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU: owners `(A,)`."""
+    return assigners.max_iou(anchors, boxes, positive=0.1, negative=0.1, minimum=0.0, low_quality=True)
+
+
+@torch.no_grad()
+def keep_likely(output: DenseOutput, scene: Scene, anchors: Tensor, owners: Tensor) -> Tensor:
+    """The owners `(B, A)` with only the likely ones of the overlapping anchors; the others become background."""
+    found = positives(scene, owners)
+    loss = candidate_loss(output, anchors, found)
+    levels = len(scene.maps)
+    level = spread(range(levels), [h * w for h, w in scene.shapes], found.anchor)[found.anchor]
+    chosen = places(found.target * levels + level, loss) < PER_LEVEL
+    image, anchor, target, loss = (t[chosen] for t in (found.image, found.anchor, found.target, loss))
+    place = places(target, loss)
+    rows = loss.new_full((sum(map(len, scene.boxes)), levels * PER_LEVEL), float("nan"))
+    rows[target, place] = loss
+    # On the host: many steps of few operations on few numbers.
+    likely = likely_positives(rows.cpu().double()).to(rows.device)[target, place]
+    kept = owners.clamp(max=assigners.BACKGROUND)
+    kept[image[likely], anchor[likely]] = owners[image[likely], anchor[likely]]
+    return kept
+
+
+def candidate_loss(output: DenseOutput, anchors: Tensor, found: Positives) -> Tensor:
+    """Focal loss over all classes and GIoU loss of each anchor with its target: `(P,)`."""
+    where = (found.image, found.anchor)
+    logits = output.logits[where]
+    present = presence_loss(logits.gather(1, found.label.unsqueeze(1))).squeeze(1)
+    absent = absence_loss(logits.scatter(1, found.label.unsqueeze(1), ABSENT)).sum(1)
+    boxes = CODER.decode(anchors[found.anchor], output.regression[where])
+    return 0.25 * present + 0.75 * absent + GIOU * (1 - giou(boxes, found.box))
+
+
+def places(group: Tensor, values: Tensor) -> Tensor:
+    """The place of each of `values (P,)` among those of its `group (P,)`, in ascending order: `(P,)`."""
+    order = values.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    in_order = group[order]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(in_order, in_order)
+    return place
+
+
+class Mixture(NamedTuple):
+    """Two Gaussians for each of `R` rows, `(R, 2)` each; the first begins at the lowest value."""
+
+    share: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """Of either component with its share, at `x (R, K)`: `(R, K, 2)`."""
+        share, mean, variance = (t.unsqueeze(1) for t in self)
+        return share.log() - ((x.unsqueeze(-1) - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
+
+
+def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
+    """Expectation maximisation on the values `x (R, K)` that are `member (R, K)`, at least one in each row.
+
+    From the least and the greatest value, equal shares and variances of 1, until a row's mean log-likelihood changes by
+    less than 1e-3, at most 100 times; 1e-6 is added to variances.
+    """
+    ends = torch.where(member, x, float("inf")).amin(1), torch.where(member, x, float("-inf")).amax(1)
+    mean = torch.stack(ends, dim=1)
+    mixture = Mixture(torch.full_like(mean, 0.5), mean, torch.ones_like(mean))
+    likelihood = mean.new_full((len(mean),), float("-inf"))
+    moving = torch.ones_like(likelihood, dtype=torch.bool)
+    for _ in range(100):
+        if not moving.any():
+            break
+        log = mixture.log_density(x)
+        density = log.logsumexp(-1)
+        part = (log - density.unsqueeze(-1)).exp() * member.unsqueeze(-1)
+        count = part.sum(1) + 10 * torch.finfo(x.dtype).eps
+        mean = (part * x.unsqueeze(-1)).sum(1) / count
+        variance = (part * (x.unsqueeze(-1) - mean.unsqueeze(1)) ** 2).sum(1) / count + 1e-6
+        new = Mixture(count / count.sum(1, keepdim=True), mean, variance)
+        mixture = Mixture(*(torch.where(moving.unsqueeze(1), n, o) for n, o in zip(new, mixture, strict=True)))
+        before, likelihood = likelihood, torch.where(member, density, 0.0).sum(1) / member.sum(1)
+        moving &= (likelihood - before).abs() >= 1e-3
+    return mixture
+
+
+def likely_positives(losses: Tensor) -> Tensor:
+    """Which of each row's `losses (R, K)`, ascending and NaN behind, are positive; none where there is only one."""
+    member = losses.isfinite()
+    member &= member.sum(1, keepdim=True) > 1
+    rows = member.any(1)
+    x, member = torch.where(member, losses, losses[:, :1])[rows], member[rows]
+    log = fit_mixture(x, member).log_density(x)
+    lower = member & (log[..., 0] >= log[..., 1])
+    density = torch.where(lower, log.logsumexp(-1), float("-inf"))
+    # A component of two members is as dense at one as at the other: the first, whatever the rounding.
+    densest = (density >= density.amax(1, keepdim=True) - 1e-6).int().argmax(1, keepdim=True)
+    likely = torch.zeros_like(losses, dtype=torch.bool)
+    likely[rows] = lower & (torch.arange(x.shape[1], device=x.device) <= densest)
+    return likely

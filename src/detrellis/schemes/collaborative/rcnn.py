@@ -1,0 +1,154 @@
+"""Faster R-CNN (Ren et al., 2015) as an auxiliary head: proposals, and what their features say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrellis.boxes import giou
+from detrellis.nn.linear import FastLinear
+from detrellis.schemes.collaborative.assigners import max_iou
+from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.coder import Deltas, clip
+from detrellis.schemes.collaborative.roi import region_features
+from detrellis.schemes.collaborative.rpn import RPN, best_apart, proposals, rpn_anchors, rpn_losses, sample
+from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+
+CODER = Deltas(0.1, 0.2)
+CELLS = 7  # of a region, along each side
+BEFORE = 5000  # pairs of region and class that take part in the final NMS; it rarely needs more to find 100
+
+
+class BoxHead(nn.Module):
+    """Two layers shared by classes, of which the last is "no object", and by a box for each other class."""
+
+    def __init__(self, width: int, classes: int, hidden: int) -> None:
+        super().__init__()
+        self.first, self.second = FastLinear(CELLS * CELLS * width, hidden), FastLinear(hidden, hidden)
+        self.classify, self.regress = FastLinear(hidden, classes + 1), FastLinear(hidden, 4 * classes)
+        for layer in (self.first, self.second):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer, std in ((self.classify, 0.01), (self.regress, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features `(R, 7, 7, D)` of regions to what both outputs read, `(R, hidden)`."""
+        states: Tensor = self.second(self.first(features.flatten(1)).relu()).relu()
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`(R, C + 1)`, in float32 or better."""
+        return precise(self.classify(states))
+
+    def deltas(self, states: Tensor) -> Tensor:
+        """`(R, C, 4)`, in float32 or better."""
+        deltas: Tensor = precise(self.regress(states)).unflatten(1, (-1, 4))
+        return deltas
+
+
+class RCNN(Branch):
+    """Losses: the proposals' `rpn_class` and `rpn_box`; softmax cross-entropy `class`; `giou` of the decoded boxes.
+
+    `samples` regions of an image learn, up to a quarter of them positive; targets are regions too. Regions are read
+    from all levels but the last `appended`.
+    """
+
+    name = "rcnn"
+    softmax = True
+
+    def __init__(
+        self, width: int, classes: int, strides: Sequence[int], *, appended: int, samples: int, hidden: int
+    ) -> None:
+        super().__init__()
+        self.classes, self.samples = classes, samples
+        self.levels = len(strides) - appended
+        self.rpn = RPN(width)
+        self.head = BoxHead(width, classes, hidden)
+
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+        """See `Branch`; regions are sampled positives, then sampled background."""
+        output, anchors = self.rpn(scene.maps), rpn_anchors(scene)
+        losses = rpn_losses(output, anchors, scene, draw)
+        proposed = proposals(output, anchors, scene, before=8 * self.samples, most=2 * self.samples)
+        pairs = zip(proposed, scene.boxes, strict=True)
+        regions, owners = zip(*(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True)
+        features = self.read(scene, regions, CELLS)
+        states = self.head(features)
+        logits = self.head.logits(states)
+
+        positive, label, target = known(scene, owners)
+        deltas = self.head.deltas(states[positive])[torch.arange(len(positive), device=label.device), label]
+        labels = torch.full_like(logits[:, 0], self.classes, dtype=torch.int64).index_copy(0, positive, label)
+        boxes = CODER.decode(torch.cat(regions)[positive], deltas)
+        losses |= region_losses(logits, labels, boxes, target)
+
+        counts = [len(r) for r in regions]
+        parts = zip(regions, owners, features.mean((1, 2)).split(counts), logits.split(counts), strict=True)
+        return losses, [Found(*p) for p in parts]
+
+    def read(self, scene: Scene, regions: Sequence[Tensor], cells: int) -> Tensor:
+        """Features `(R, cells, cells, D)` of the images' regions `(n, 4)`."""
+        return region_features(scene.maps[: self.levels], scene.strides[: self.levels], regions, cells)
+
+    @torch.no_grad()
+    def predict(self, scene: Scene) -> list[Predictions]:
+        """See `Branch`."""
+        regions = proposals(self.rpn(scene.maps), rpn_anchors(scene), scene, before=1000, most=1000)
+        states = self.head(self.read(scene, regions, CELLS))
+        counts = [len(r) for r in regions]
+        scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
+        deltas = self.head.deltas(states).split(counts)
+        return [select(*parts) for parts in zip(scores, deltas, regions, scene.sizes, strict=True)]
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sample_regions(proposed: Tensor, boxes: Tensor, samples: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """What an image learns from: regions `(n, 4)`, at most `samples`, and their owners `(n,)`.
+
+    Targets' `boxes (T, 4)` come before the proposals `(P, 4)`.
+    """
+    candidates = torch.cat([boxes, proposed])
+    owner = max_iou(candidates, boxes, positive=0.5, negative=0.5, minimum=0.5, low_quality=False)
+    chosen = torch.cat(sample(owner, draw, samples, samples // 4))
+    return candidates[chosen], owner[chosen]
+
+
+def known(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of all images' regions are positive, `(P,)`, with their targets' labels `(P,)` and boxes `(P, 4)`."""
+    first, rows = 0, []
+    for owner, boxes in zip(owners, scene.boxes, strict=True):
+        rows.append(torch.where(owner >= 0, owner + first, owner))
+        first += len(boxes)
+    row = torch.cat(rows)
+    positive = (row >= 0).nonzero().squeeze(1)
+    return positive, torch.cat(scene.labels)[row[positive]], torch.cat(scene.boxes)[row[positive]]
+
+
+def region_losses(logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Of all regions' logits `(R, C + 1)` and labels `(R,)`; of the positives' boxes and targets, `(P, 4)` each.
+
+    Both are divided by the number of regions, positive or not.
+    """
+    count = max(len(labels), 1)
+    return {
+        "class": F.cross_entropy(logits, labels, reduction="sum") / count,
+        "giou": 10 * (1 - giou(boxes, targets)).sum() / count,
+    }
+
+
+def select(scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, most: int = 100) -> Predictions:
+    """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS within each class."""
+    best, index = scores.flatten().topk(min(BEFORE, scores.numel()))
+    region, label = index // scores.shape[1], index % scores.shape[1]
+    boxes = clip(CODER.decode(regions[region], deltas[region, label]), size)
+    kept = best_apart(boxes, best, label, 0.5, most)
+    return Predictions(best[kept], label[kept], boxes[kept])

@@ -1,0 +1,113 @@
+"""The region proposal network of Faster R-CNN (Ren et al., 2015): which anchors hold an object of any class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from detrellis.losses import bce_loss, l1_loss
+from detrellis.schemes.collaborative.anchors import grid_anchors, usable_cells
+from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
+from detrellis.schemes.collaborative.coder import Deltas, clip
+from detrellis.schemes.collaborative.dense import DenseOutput, assign_usable, by_anchor, conv, positives
+from detrellis.schemes.collaborative.scene import Draw, Scene
+
+RATIOS = (0.5, 1.0, 2.0)
+SCALES = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))
+EACH = len(RATIOS) * len(SCALES)  # anchors of a cell
+CODER = Deltas()
+SAMPLES = 256  # anchors of an image that learn, up to half of them positive
+
+
+class RPN(nn.Module):
+    """A convolution, then one class and one box for each of nine anchors a cell; shared by all levels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.read = conv(width, width)
+        self.classify, self.regress = nn.Conv2d(width, EACH, 1), nn.Conv2d(width, 4 * EACH, 1)
+        for layer in (self.classify, self.regress):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
+        """Maps `(B, D, H, W)` of the levels to one logit and the deltas of all anchors."""
+        read = [self.read(m).relu_() for m in maps]
+        logits, deltas = ([layer(r) for r in read] for layer in (self.classify, self.regress))
+        return DenseOutput(by_anchor(logits, EACH), by_anchor(deltas, EACH), None)
+
+
+def rpn_anchors(scene: Scene) -> Tensor:
+    """`(A, 4)`: three shapes times three sizes a cell."""
+    return grid_anchors(scene.shapes, scene.strides, scene.sizes, RATIOS, SCALES)
+
+
+def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -> dict[str, Tensor]:
+    """Cross-entropy and L1 of the deltas over a sample of the anchors, divided by its size."""
+    owners = assign_usable(scene, anchors, _assign)
+    for owner in owners:
+        unused = torch.ones_like(owner, dtype=torch.bool)
+        unused[torch.cat(sample(owner, draw, SAMPLES, SAMPLES // 2))] = False
+        owner[unused] = IGNORED
+    found, learns = positives(scene, owners), owners != IGNORED
+    count = found.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
+    logits, wanted = output.logits.squeeze(-1)[learns], owners[learns] >= 0
+    deltas = CODER.encode(anchors[found.anchor], found.box)
+    return {
+        "rpn_class": bce_loss(logits, wanted.to(logits)).sum() / count,
+        "rpn_box": l1_loss(output.regression[found.image, found.anchor], deltas).sum() / count,
+    }
+
+
+def _assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
+    return max_iou(anchors, boxes, positive=0.7, negative=0.3, minimum=0.3, low_quality=True)
+
+
+def sample(owner: Tensor, draw: Draw, count: int, most: int) -> tuple[Tensor, Tensor]:
+    """Indices of `most` positives of `owner (A,)` or fewer, and of background that fills them up to `count`."""
+    positive = draw((owner >= 0).nonzero().squeeze(1), most)
+    return positive, draw((owner == BACKGROUND).nonzero().squeeze(1), count - len(positive))
+
+
+@torch.no_grad()
+def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int, most: int) -> list[Tensor]:
+    """The `most` best boxes `(n, 4)` of each image, cut to it; may be fewer, or none.
+
+    The `before` best of each level take part in the NMS, which is level by level.
+    """
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(EACH, dim=1)
+    ranked = output.logits.squeeze(-1).masked_fill(~usable, -torch.inf)
+    chosen, levels, first = [], [], 0
+    for level, part in enumerate(ranked.split([EACH * h * w for h, w in scene.shapes], dim=1)):
+        best = part.topk(min(before, part.shape[1]), dim=1).indices
+        chosen.append(best + first)
+        levels.append(torch.full_like(best[0], level))
+        first += part.shape[1]
+    index, group = torch.cat(chosen, dim=1), torch.cat(levels)
+    deltas = output.regression.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+    boxes, scores = CODER.decode(anchors[index], deltas), ranked.gather(1, index)
+    found = []
+    for own, score, size in zip(boxes, scores, scene.sizes, strict=True):
+        cut = clip(own, size)
+        real = (cut[:, 2:] > cut[:, :2]).all(1) & score.isfinite()
+        cut, score = cut[real], score[real]
+        found.append(cut[best_apart(cut, score, group[real], 0.7, most)])
+    return found
+
+
+def best_apart(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float, most: int) -> Tensor:
+    """Indices `(n,)` of the best boxes that NMS within each group leaves, at most `most`, best first.
+
+    Whether a box stays depends on better ones alone, so some of the best are tried before all: a network that has
+    learned nothing yet leaves most boxes apart, and NMS takes long over them.
+    """
+    order, tried = scores.argsort(descending=True), 3 * most
+    while True:
+        best = order[:tried]
+        kept = best[batched_nms(boxes[best], scores[best].to(boxes), group[best], threshold)]
+        if len(kept) >= most or tried >= len(order):
+            return kept[:most]
+        tried *= 4

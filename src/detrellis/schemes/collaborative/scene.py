@@ -1,0 +1,73 @@
+"""What branches see of a step, and what they report: in pixels of the network's input, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.types import Targets
+
+
+class Scene(NamedTuple):
+    """One step as branches see it."""
+
+    maps: tuple[Tensor, ...]  # (B, D, H, W) of each level, finest first
+    strides: tuple[int, ...]
+    sizes: Tensor  # (B, 2) height and width of the images without padding; floats, as precise as the boxes
+    labels: tuple[Tensor, ...]  # of each image, (n,)
+    boxes: tuple[Tensor, ...]  # of each image, (n, 4) xyxy
+    masks: tuple[Tensor, ...] | None = None  # of each image, (n, M, M) within the boxes
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each level."""
+        return tuple((int(m.shape[-2]), int(m.shape[-1])) for m in self.maps)
+
+
+class Found(NamedTuple):
+    """What a branch assigned in one image: where positive queries come from.
+
+    `A` anchors or regions, in order of their cells; several may share a cell's features.
+    """
+
+    boxes: Tensor  # (A, 4) xyxy, constant
+    owner: Tensor  # (A,) row of the image's targets, or BACKGROUND, or IGNORED
+    features: Tensor  # (F, D), A a multiple of F
+    logits: Tensor  # (A, C) of the classes; softmax has one more, "no object"
+
+
+class Predictions(NamedTuple):
+    """A branch's own detections in one image, best first."""
+
+    scores: Tensor  # (K,)
+    labels: Tensor  # (K,)
+    boxes: Tensor  # (K, 4) xyxy in pixels of the network's input
+
+
+# (indices (n,), k) to at most k of them, in order.
+Draw = Callable[[Tensor, int], Tensor]
+
+
+def random_draw(generator: torch.Generator) -> Draw:
+    """Draws without repetition, on the host: the same on every device."""
+
+    def draw(indices: Tensor, k: int) -> Tensor:
+        if len(indices) <= k:
+            return indices
+        chosen = torch.randperm(len(indices), generator=generator)[:k].sort().values
+        return indices[chosen.to(indices.device, non_blocking=True)]
+
+    return draw
+
+
+def look_at(maps: tuple[Tensor, ...], strides: tuple[int, ...], sizes: Tensor, targets: Targets) -> Scene:
+    """The scene of normalised targets. Precision is theirs, whatever the maps have."""
+    sizes = sizes.to(targets.boxes)
+    pixels = cxcywh_to_xyxy(targets.boxes) * sizes.flip(-1).repeat(1, 2)[targets.image]
+    counts = list(targets.sizes)
+    masks = None if targets.masks is None else targets.masks.split(counts)
+    return Scene(maps, strides, sizes, targets.labels.split(counts), pixels.split(counts), masks)

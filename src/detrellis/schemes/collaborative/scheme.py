@@ -1,0 +1,127 @@
+"""Co-DETR (Zong et al., ICCV 2023): collaborative hybrid assignments.
+
+One-to-one matching gives the encoder few positives to learn from. Auxiliary heads with one-to-many assignment read the
+encoder's memory, and send their gradient into it; and their positives become further queries of the decoder, which
+then sees many more positives, without matching. Heads and queries are gone at inference.
+
+| deviation from the released code | why |
+| --- | --- |
+| one decoder pass for all branches beside the main queries | equal to a pass for each: blocks do not see each other |
+| slots that even background cannot fill learn nothing | there, images with few cells stop the run |
+| an unused query reads itself | there its attention has nothing to read, and is not a number |
+| a target that meets no anchor gets none | there it takes every anchor that meets no target (RetinaNet, PAA) |
+| ignored anchors are not taken for background | they overlap a target |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme, rank_mean
+from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
+from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose, marks
+from detrellis.schemes.collaborative.scene import Scene, look_at, random_draw
+from detrellis.supervision import Supervision, leaving_out
+from detrellis.types import Assignment
+
+
+class Collaborative(TrainingScheme):
+    """Branches on the memory, in any number and order.
+
+    `heads` and `queries` are the paper's lambda 2 and lambda 1: weights of the heads' losses, which count once for each
+    of the decoder's `layers`, and of the decoder's losses for the positive queries; 0 leaves that part out. `most`
+    queries a branch; `pad`: an image with fewer positives than others is filled up with `"background"`, or with queries
+    that are not read (`"mask"`). `positioned`: queries have positions of their own. `features`: contents hold the
+    memory's features. `vector`: positions are told apart by a vector for each branch instead of a number. `aligned`:
+    the queries learn what the main block's learn, as Align and others left it; otherwise what was there before.
+    """
+
+    name = "co"
+    requires = frozenset({"sigmoid_scores"})
+
+    def __init__(
+        self,
+        width: int,
+        adapter: Coarser | Pyramid,
+        branches: Sequence[Branch],
+        *,
+        layers: int,
+        positioned: bool,
+        heads: float = 2.0,
+        queries: float = 1.0,
+        most: int = 300,
+        pad: Literal["background", "mask"] = "background",
+        features: bool = True,
+        vector: bool = False,
+        aligned: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter, self.branches = adapter, nn.ModuleList(branches)
+        self.layers, self.heads, self.queries = layers, heads, queries
+        self.most, self.pad, self.aligned = most, pad, aligned
+        embeds = [PositiveQueries(width, positioned=positioned, features=features) for _ in branches if queries]
+        self.embeds = nn.ModuleList(embeds)
+        self.marks = marks(len(branches), width if vector else 1) if positioned and queries else None
+
+    @property
+    def names(self) -> list[str]:
+        """What logs call the branches; the second of a kind gets a number."""
+        kinds = [b.name for b in self.branches]
+        return [k if k not in kinds[:i] else f"{k}{kinds[: i + 1].count(k)}" for i, k in enumerate(kinds)]  # type: ignore[misc]
+
+    @property
+    def extra_queries(self) -> int:
+        """All branches' together."""
+        return self.most * len(self.embeds)
+
+    def supervision(self, base: Supervision) -> Supervision:
+        """Remembered as it is here; the same."""
+        self.base = base
+        return base
+
+    def scene(self, step: Step) -> Scene:
+        """The step as branches see it."""
+        return look_at(self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets)
+
+    def extend(self, step: Step) -> Extension:
+        """The branches' losses, and a block of queries for each."""
+        scene, draw = self.scene(step), random_draw(self.generator)
+        losses: dict[str, Tensor] = {}
+        blocks = []
+        for i, (name, branch) in enumerate(zip(self.names, self.branches, strict=True)):
+            terms, found = branch(scene, draw)
+            if self.heads:
+                losses |= {f"co_{name}_head/{term}": self.heads * self.layers * v for term, v in terms.items()}
+            if self.queries:
+                fill = self.pad == "background"
+                chosen = choose(found, scene.sizes, step.targets.sizes, draw, most=self.most, fill=fill)
+                blocks.append(self.block(i, chosen, step))
+        return Extension(blocks, losses)
+
+    def block(self, branch: int, chosen: Chosen, step: Step) -> QueryBlock:
+        """A branch's positives as queries with known targets."""
+        mark = None if self.marks is None else self.marks[branch]
+        places = None if step.queries.boxes is None else step.queries.boxes.shape[-1]
+        learned = step.supervision if self.aligned else self.base
+        learned = learned.known(chosen.assignment(self.layers))
+        if chosen.unused is not None:
+            learned = replace(learned, rule=leaving_out(learned.rule, chosen.unused))
+        return QueryBlock(
+            f"co_{self.names[branch]}",
+            self.embeds[branch](chosen, mark, places),
+            learned,
+            weight=self.queries,
+            normaliser=rank_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
+            unused=chosen.unused,
+        )
+
+    def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
+        """Positive queries for each target of the batch, by branch; not a number where there is no target."""
+        own = [b for b in blocks if b.name.startswith("co_")]
+        pairs = {b.name: step.mean_boxes.new_tensor(len(found[b.name].layer) / self.layers) for b in own}
+        return {f"{name}/positives": count / len(step.targets.labels) for name, count in pairs.items()}
