@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
         *("data", "recipes", "engine", "api", "errors", "visualize"),
     },
-    "cli": {"api", "demo", "data", "recipes", "engine", "visualize", "analysis", "errors", "__init__"},
+    "study": {"api", "data", "recipes", "engine", "analysis", "errors", "__init__"},
+    "cli": {"api", "demo", "data", "recipes", "engine", "visualize", "analysis", "study", "errors", "__init__"},
 }
 
 

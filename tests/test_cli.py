@@ -24,7 +24,7 @@ VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench"
 VERBS += ["analyze misalignment", "analyze groups", "analyze one-to-many"]
 VERBS += ["analyze discriminability", "analyze instability"]
 VERBS += ["analyze branches", "analyze conflicts", "analyze query-distance"]
-VERBS += ["analyze attention"]
+VERBS += ["analyze attention", "compare", "reproduce"]
 
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:

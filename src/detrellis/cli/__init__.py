@@ -40,6 +40,7 @@ from detrellis.cli.options import (
     print_json,
 )
 from detrellis.cli.recipes import bench, info, recipes
+from detrellis.cli.study import compare, reproduce
 from detrellis.errors import Advice, UserError
 
 app = typer.Typer(
@@ -299,7 +300,7 @@ def convert(
         console.print(f"Next: detrellis predict {out} PICTURES, or: detrellis train --weights {out} --data my_data")
 
 
-for verb in (info, bench, recipes):
+for verb in (info, bench, recipes, compare, reproduce):
     app.command()(verb)
 app.add_typer(analyze, name="analyze")
 

@@ -1,0 +1,73 @@
+"""What `detrellis reproduce` lists: papers, their tables, and rows with the published figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from detrellis.cli.options import console, print_json
+
+if TYPE_CHECKING:
+    from detrellis.recipes import tables
+
+
+def show_published(paper: str | None, table: str | None, as_json: bool) -> None:
+    """All papers, the tables of one, or the rows of a table."""
+    from detrellis.recipes.tables import load_paper, papers
+
+    if paper is None:
+        found = [load_paper(name) for name in papers()]
+        listed = _sheet("paper", "title", "tables")
+        for each in found:
+            listed.add_row(each.name, escape(each.title), ", ".join(t.id for t in each.tables))
+        _show([{"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in found], listed, as_json)
+    elif table is None:
+        one = load_paper(paper)
+        listed = _sheet("table", "title", "rows", "can be run", title=one.title)
+        for each_table in one.tables:
+            able = sum(not row.missing for row in each_table.rows)
+            listed.add_row(each_table.id, escape(each_table.title), str(len(each_table.rows)), str(able))
+        _show(one.model_dump(mode="json"), listed, as_json)
+    else:
+        rows = load_paper(paper).table(table)
+        _show(rows.model_dump(mode="json"), _rows(rows), as_json)
+
+
+def _rows(of: tables.Table) -> Table:
+    """Published figures of each row, and whether it can be run."""
+    listed = _sheet("", "row", "epochs", "AP", "gain", "AP50", "recipe", "note", title=f"{of.title} ({of.data})")
+    for column in listed.columns:
+        column.overflow = "fold"
+        column.justify = "right" if column.header in ("epochs", "AP", "gain", "AP50") else "left"
+    part = ""
+    for number, row in enumerate(of.rows, 1):
+        if row.part != part:
+            part = row.part
+            listed.add_row("", f"[bold]{escape(part)}[/]")
+        base, ap = of.baseline(row), row.published.get("AP")
+        before = None if base is None else base.published.get("AP")
+        gain = "" if ap is None or before is None else f"{ap - before:+.1f}"
+        recipe = " + ".join([row.recipe or "-", *row.schemes])
+        note = f"needs {row.missing}" if row.missing else "baseline" if row.baseline else ""
+        scores = (_figure(ap), gain, _figure(row.published.get("AP50")))
+        listed.add_row(str(number), escape(row.name), str(row.epochs or "-"), *scores, escape(recipe), escape(note))
+    return listed
+
+
+def _sheet(*columns: str, title: str | None = None) -> Table:
+    from rich.box import SIMPLE_HEAD
+
+    return Table(*columns, title=title and escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _show(as_data: object, listed: Table, as_json: bool) -> None:
+    if as_json:
+        print_json(as_data)
+    else:
+        console.print(listed)

@@ -1,0 +1,79 @@
+"""One run of a study, in a process of its own: `python -m detrellis.study.child FOLDER`.
+
+`FOLDER/trial.json` holds the recipe whole, so that nothing is lost on a command line. A run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detrellis import api
+from detrellis.data.layout import DataSource
+from detrellis.engine.distributed import pick_device
+from detrellis.errors import UserError
+from detrellis.recipes import Recipe
+from detrellis.study.plan import DONE, ORDER
+
+
+def main(folder: Path) -> int:
+    """Train what `FOLDER/trial.json` says, and write `FOLDER/done.json` after the last epoch; the exit code."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
+    device, workers = order["device"], order["workers"]
+    try:
+        if (folder / "last.state.pt").exists():
+            result = api.resume(folder, device=device, workers=workers)
+        else:
+            result = api.train(
+                Recipe.checked(order["recipe"]),
+                data=DataSource.from_dict(order["data"]),
+                out=folder,
+                seed=order["seed"],
+                skip_bad=order["skip_bad"],
+                device=device,
+                workers=workers,
+            )
+    except UserError as error:
+        print(f"error {error}", flush=True)
+        return 2
+    if result.finished:
+        (folder / DONE).write_text(json.dumps(_machine(device) | {"jobs": order["jobs"]}, indent=1), encoding="utf-8")
+    return 0
+
+
+def _stop_with_parent() -> None:
+    """Nobody writes to the standard input: it ends when the parent does, however that ended. Then save and stop."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _machine(device: str | None) -> dict[str, Any]:
+    """What the run's time and memory depend on."""
+    own = pick_device(device)
+    cuda = own.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(own) if cuda else _resident()
+    name = torch.cuda.get_device_name(own) if cuda else own.type
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "peak_memory": memory}
+
+
+def _resident() -> int | None:
+    """Most memory that this process has had, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

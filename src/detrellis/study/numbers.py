@@ -1,0 +1,103 @@
+"""A trial's numbers from its log, and what several seeds say together. AP is in percent, as the papers print it."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detrellis.engine.log import read_records
+from detrellis.study.plan import DONE
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds. `spread`: their standard deviation; `interval`: half of the 95 % t-interval of the mean.
+
+    Both are None with one seed.
+    """
+
+    mean: float
+    spread: float | None
+    interval: float | None
+    seeds: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is above or below 0, else 0; also with one seed, which cannot tell."""
+        if self.interval is None or abs(self.mean) <= self.interval:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of at least one value."""
+    from scipy.special import stdtrit
+
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
+        return Estimate(mean, None, None, 1)
+    spread = statistics.stdev(values)
+    quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
+    return Estimate(mean, spread, quantile * spread / math.sqrt(count), count)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished trial."""
+
+    seed: int
+    epochs: tuple[int, ...]  # that were evaluated
+    ap: tuple[float, ...]  # of each of them
+    ap50: float  # of the last
+    ap75: float
+    step_seconds: float | None  # of training, without evaluation
+    epoch_seconds: float | None
+    machine: Mapping[str, Any]  # what `done.json` says: device, threads, torch, jobs, peak_memory
+
+    @property
+    def final(self) -> float:
+        """AP after the last epoch."""
+        return self.ap[-1]
+
+    @property
+    def best(self) -> float:
+        """Highest AP after any epoch."""
+        return max(self.ap)
+
+
+def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
+    """A finished trial's numbers, or None where no epoch has an AP.
+
+    A step's time is that of the epoch in the middle, so that neither a first epoch that compiles nor a slow neighbour
+    counts. It is taken from the rate of images, which a run that was stopped within an epoch has right too.
+    """
+    records = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "epoch"]
+    evaluated = [r for r in records if r["eval"] and r["eval"]["AP"] is not None]
+    if not evaluated:
+        return None
+    rates = [r["images_per_second"] for r in records if r["images_per_second"]]
+    step = batch_size / statistics.median(rates) if rates else None
+    steps = records[-1]["step"] / records[-1]["epoch"]
+    last = evaluated[-1]["eval"]
+    return Measured(
+        seed,
+        tuple(r["epoch"] for r in evaluated),
+        tuple(100 * r["eval"]["AP"] for r in evaluated),
+        100 * last["AP50"],
+        100 * last["AP75"],
+        step,
+        None if step is None else step * steps,
+        json.loads((folder / DONE).read_text(encoding="utf-8")),
+    )
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None

@@ -1,0 +1,160 @@
+"""What a study trains, as a file beside its runs: a second call goes on with it, and one with other settings is
+refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from detrellis.errors import UserError
+from detrellis.recipes import Recipe
+
+# In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
+ORDER, DONE, LOG = "trial.json", "done.json", "console.log"
+SHOWN = 4  # differences that an error names
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the study's table."""
+
+    name: str
+    recipe: Recipe
+    against: str | None = None  # the row that it is compared with, its baseline; None: it is one, or has none
+    published: float | None = None  # the paper's AP, in percent
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**vars(self), "recipe": self.recipe.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a row with a seed."""
+
+    row: str
+    seed: int
+    recipe: Recipe
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        """Where it is trained: `OUT/ROW/seed-S`. Names that differ have folders that differ."""
+        return out / quote(self.row, safe=" +=,()") / f"seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows, seeds and data. Raises `UserError` where there is no row, and for a name that stands twice."""
+
+    title: str
+    rows: tuple[Row, ...]
+    data: Mapping[str, Any]  # the `DataSource`, as `to_dict` gives it
+    seeds: tuple[int, ...] = (0,)
+    skip_bad: bool = False
+    command: str = ""  # that began the study
+    skipped: Mapping[str, str] = field(default_factory=dict)  # rows that cannot be trained, and why
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if not names:
+            raise UserError(f"{self.title}: no row to train", "Name at least one.")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{self.title}: row {name} stands twice", "Name each once.")
+        assert all(row.against is None or row.against in names for row in self.rows)
+
+    @property
+    def baseline(self) -> str | None:
+        """The row that all others are compared with; None where there are several such rows, or none."""
+        return next(iter(self.baselines)) if len(self.baselines) == 1 else None
+
+    @property
+    def baselines(self) -> frozenset[str]:
+        """All rows that others are compared with."""
+        return frozenset(row.against for row in self.rows if row.against is not None)
+
+    def row(self, name: str) -> Row:
+        """The row of that name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def trials(self) -> list[Trial]:
+        """All runs, the first seed of every row first: a study that is stopped early can still be compared."""
+        return [Trial(row.name, seed, row.recipe) for seed in self.seeds for row in self.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        lists = {"rows": [row.to_dict() for row in self.rows], "seeds": list(self.seeds)}
+        return {**vars(self), "data": dict(self.data), "skipped": dict(self.skipped), **lists}
+
+    def begin(self, out: Path) -> None:
+        """Write `OUT/plan.json`, or see that the one there is the same study; it may get more rows and seeds.
+
+        Raises `UserError` that names what differs otherwise.
+        """
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: a file, not a folder", "Take another --out.")
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "plan.json"
+        if path.exists() and (found := differences(_read(path), self.to_dict())):
+            more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            raise UserError(
+                f"{out}: there is another study in this folder: {'; '.join(found[:SHOWN])}{more}",
+                "Repeat its settings to go on with it, or take another --out.",
+            )
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        partial.replace(path)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps plan `new` from going on with plan `old`, both as `to_dict` gives them."""
+    found = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
+    found += changes("data", old["data"], new["data"])
+    if gone := [seed for seed in old["seeds"] if seed not in new["seeds"]]:
+        found.append(f"seed {_listed(gone)} is left out now")
+    rows = {row["name"]: row for row in new["rows"]}
+    for row in old["rows"]:
+        name = row["name"]
+        if name not in rows:
+            found.append(f"row {name} is left out now")
+        else:
+            found += changes(f"row {name}:", row["recipe"], rows[name]["recipe"])
+    return found
+
+
+def changes(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Values that differ between two nested dictionaries: "WHERE optim.lr 0.0001, now 0.0002"."""
+    one, other = flat(old), flat(new)
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [f"{where} {key} {one.get(key)}, now {other.get(key)}" for key in keys]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 1e-4, ...}: the leaves of a nested dictionary."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not a whole plan ({error})", "Take another --out.") from None
+    return plan
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))

@@ -1,0 +1,187 @@
+"""What a study found: a line for each row, compared with its baseline seed by seed. docs/compare.md defines it all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detrellis.study.numbers import Estimate, Measured, estimate, mean, measured
+from detrellis.study.plan import Plan, Row
+from detrellis.study.run import Outcome
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row over its finished seeds, of which there is at least one."""
+
+    row: Row
+    runs: tuple[Measured, ...]
+    gain: Estimate | None = None  # final AP minus the baseline's of the same seed; None: no baseline, or no seed shared
+    published_gain: float | None = None
+    cost: float | None = None  # step time relative to the baseline's
+    epochs_to_baseline: int | None = None  # first epoch whose mean AP is what the baseline ends with; None: none
+    budget: float | None = None  # seconds of training when the fastest of this row, its baseline and its peers ends
+    timely: tuple[int, float] | None = None  # epoch and mean AP of the last evaluation within the budget
+
+    @property
+    def name(self) -> str:
+        """The row's."""
+        return self.row.name
+
+    @property
+    def final(self) -> Estimate:
+        """AP after the last epoch."""
+        return estimate([run.final for run in self.runs])
+
+    @property
+    def best(self) -> Estimate:
+        """Highest AP after any epoch."""
+        return estimate([run.best for run in self.runs])
+
+    @property
+    def ap50(self) -> Estimate:
+        """After the last epoch."""
+        return estimate([run.ap50 for run in self.runs])
+
+    @property
+    def ap75(self) -> Estimate:
+        """After the last epoch."""
+        return estimate([run.ap75 for run in self.runs])
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """Epochs and the mean AP after each."""
+        return mean_curve(self.runs)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Mean over the seeds."""
+        return mean(run.step_seconds for run in self.runs)
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """Mean over the seeds."""
+        return mean(run.epoch_seconds for run in self.runs)
+
+    @property
+    def memory(self) -> int | None:
+        """Highest of any seed, in bytes: allocated on the GPU, or without one all that the process had."""
+        return max((run.machine["peak_memory"] for run in self.runs if run.machine.get("peak_memory")), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        estimates = {name: getattr(self, name)._asdict() for name in ("final", "best", "ap50", "ap75")}
+        plain = ("step_seconds", "epoch_seconds", "memory", "cost", "epochs_to_baseline", "budget", "published_gain")
+        return {
+            **{name: getattr(self.row, name) for name in ("name", "against", "note", "published")},
+            **estimates,
+            "gain": None if self.gain is None else self.gain._asdict(),
+            **{name: getattr(self, name) for name in plain},
+            "timely": None if self.timely is None else dict(zip(("epoch", "ap"), self.timely, strict=True)),
+            "curve": [list(point) for point in self.curve],
+            "runs": [{**vars(run), "machine": dict(run.machine)} for run in self.runs],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows that have a finished seed, in the plan's order."""
+
+    plan: Plan
+    lines: tuple[Line, ...]
+    unfinished: tuple[Outcome, ...]
+
+    def line(self, name: str | None) -> Line | None:
+        """The line of that row, if any of its seeds is finished."""
+        return next((line for line in self.lines if line.name == name), None)
+
+    @property
+    def others(self) -> list[Line]:
+        """Those that are compared with a baseline."""
+        return [line for line in self.lines if line.gain is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; recipes stand in `plan.json`."""
+        from detrellis.study.words import caveats, recommend
+
+        plan = {name: getattr(self.plan, name) for name in ("title", "command", "skip_bad")}
+        plan |= {"seeds": list(self.plan.seeds), "data": dict(self.plan.data), "skipped": dict(self.plan.skipped)}
+        unfinished = [{"trial": str(o.trial), "state": o.state, "log": o.log} for o in self.unfinished]
+        words = {"recommendation": recommend(self), "caveats": caveats(self)}
+        return {"study": plan, **words, "rows": [line.to_dict() for line in self.lines], "unfinished": unfinished}
+
+    def save(self, out: Path) -> None:
+        """Write `OUT/report.json`, `OUT/report.html` and the figures."""
+        from detrellis.analysis.figures import DPI
+        from detrellis.study.figures import figures
+        from detrellis.study.page import page
+
+        (out / "report.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        drawn = figures(self)
+        for name, (figure, _) in drawn.items():
+            figure.savefig(out / f"{name}.png", dpi=DPI)
+        (out / "report.html").write_text(page(self, drawn), encoding="utf-8")
+
+
+def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
+    """Read the finished trials."""
+    found: dict[str, tuple[Measured, ...]] = {}
+    for row in plan.rows:
+        done = [o for o in outcomes if o.trial.row == row.name and o.state == "finished"]
+        runs = [measured(o.folder, o.trial.seed, row.recipe.optim.batch_size) for o in done]
+        if any(runs):
+            found[row.name] = tuple(run for run in runs if run is not None)
+    lines = tuple(_line(row, plan, found) for row in plan.rows if row.name in found)
+    return Report(plan, lines, tuple(o for o in outcomes if o.state != "finished"))
+
+
+def _line(row: Row, plan: Plan, found: Mapping[str, tuple[Measured, ...]]) -> Line:
+    runs, base = found[row.name], row.against or row.name
+    alike = [found[r.name] for r in plan.rows if base in (r.name, r.against) and r.name in found]
+    budget = min((s for some in alike if (s := _seconds(some)) is not None), default=None)
+    timely = _timely(runs, budget)
+    if base not in found:
+        return Line(row, runs, budget=budget, timely=timely)
+    base_runs = found[base]
+    finals = {run.seed: run.final for run in base_runs}
+    deltas = [run.final - finals[run.seed] for run in runs if run.seed in finals]
+    step, base_step = (mean(run.step_seconds for run in some) for some in (runs, base_runs))
+    here, there = row.published, plan.row(base).published
+    return Line(
+        row,
+        runs,
+        estimate(deltas) if deltas and row.against else None,
+        None if here is None or there is None or not row.against else here - there,
+        None if step is None or not base_step else step / base_step,
+        _reached(mean_curve(runs), mean_curve(base_runs)[-1][1]),
+        budget,
+        timely,
+    )
+
+
+def mean_curve(runs: Sequence[Measured]) -> list[tuple[int, float]]:
+    """Epochs that all seeds evaluated, and the mean AP after each."""
+    curves = [dict(zip(run.epochs, run.ap, strict=True)) for run in runs]
+    common = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
+    return [(epoch, sum(curve[epoch] for curve in curves) / len(curves)) for epoch in common]
+
+
+def _reached(curve: Sequence[tuple[int, float]], target: float) -> int | None:
+    return next((epoch for epoch, ap in curve if ap >= target), None)
+
+
+def _seconds(runs: Sequence[Measured]) -> float | None:
+    """Of training to the last epoch, without evaluations."""
+    epoch = mean(run.epoch_seconds for run in runs)
+    return None if epoch is None else epoch * runs[0].epochs[-1]
+
+
+def _timely(runs: Sequence[Measured], budget: float | None) -> tuple[int, float] | None:
+    epoch_seconds = mean(run.epoch_seconds for run in runs)
+    if budget is None or epoch_seconds is None:
+        return None
+    within = [point for point in mean_curve(runs) if point[0] * epoch_seconds <= budget * (1 + 1e-9)]
+    return within[-1] if within else None

@@ -1,0 +1,143 @@
+"""Which rows a study has: one recipe with different training schemes, or those of a paper's table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+
+from detrellis.data.check import prepare
+from detrellis.data.layout import DataSource
+from detrellis.errors import UserError
+from detrellis.recipes import Recipe, find_recipe, tiny_sized
+from detrellis.recipes.build import build
+from detrellis.recipes.schemes import SchemesConfig
+from detrellis.recipes.tables import Paper, Table
+from detrellis.recipes.tables import Row as TableRow
+from detrellis.study.plan import Plan, Row
+
+KNOWN = (*SchemesConfig.model_fields, "none")
+VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
+LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
+
+
+def parse_rows(text: str) -> list[list[str]]:
+    """The schemes of each row: `"none,align+group=3"` gives `[[], ["align", "group=3"]]`.
+
+    A row ends at a comma, a scheme at a + unless what follows belongs to a list: `co=atss+rcnn+align` is two schemes.
+    """
+    return [_schemes(row.strip()) for row in text.split(",") if row.strip()]
+
+
+def _schemes(row: str) -> list[str]:
+    found: list[str] = []
+    for part in (p.strip() for p in row.split("+")):
+        in_list = bool(found) and found[-1].partition("=")[0] in LISTS and "=" in found[-1]
+        if in_list and part not in KNOWN and "=" not in part:
+            found[-1] += f"+{part}"
+        else:
+            found.append(part)
+    return [scheme for scheme in found if scheme != "none"]
+
+
+def with_exactly(recipe: Recipe, schemes: Sequence[str]) -> Recipe:
+    """The recipe with these training schemes and no other; those that it had keep its dials."""
+    named = {scheme.partition("=")[0] for scheme in schemes}
+    chosen = recipe.with_schemes(schemes)
+    off = dict.fromkeys(name for name in SchemesConfig.model_fields if name not in named)
+    return chosen.model_copy(update={"schemes": chosen.schemes.model_copy(update=off)})
+
+
+def plan_schemes(
+    recipe: str,
+    schemes: str,
+    source: DataSource,
+    *,
+    seeds: Sequence[int],
+    epochs: int | None = None,
+    scale: Literal["tiny"] | None = None,
+    override: Sequence[str] = (),
+    skip_bad: bool = False,
+    command: str = "",
+) -> Plan:
+    """A row for each set of schemes in `schemes` (see `parse_rows`); the first is the baseline.
+
+    `override` sets fields of all rows; a dial such as `schemes.group.reduction=sum` only where a row has the scheme.
+    Raises `UserError` for a row that the recipe cannot be trained with, and for data without a validation split.
+    """
+    base = find_recipe(recipe)
+    base = (tiny_sized(base) if scale is not None else base).override(override)
+    if epochs is not None:
+        base = base.override(f"schedule.epochs={epochs}")
+    named = [("+".join(row) or "none", with_exactly(base, row)) for row in parse_rows(schemes)]
+    if not named:
+        raise UserError(f"--schemes {schemes}: no row", "For example: --schemes none,align,group=3,align+group=3.")
+    first = named[0][0]
+    rows = tuple(Row(name, own, None if name == first else first) for name, own in named)
+    plan = Plan(f"{base.name} with training schemes", rows, source.to_dict(), tuple(seeds), skip_bad, command)
+    classes = count_classes(source, skip_bad)
+    for row in rows:
+        check_row(row.recipe, classes)
+    return plan
+
+
+def count_classes(source: DataSource, skip_bad: bool) -> int:
+    """Of a data set that can be trained and evaluated on; `UserError` otherwise, before any run begins."""
+    _, validation, classes, _ = prepare(source, skip_bad=skip_bad)
+    if validation is None:
+        raise UserError("the data set has no validation split, and nothing could be compared", "Name it with --val.")
+    return len(classes)
+
+
+def check_row(recipe: Recipe, classes: int) -> None:
+    """Raises `UserError` for a recipe that cannot be built. Nothing is allocated."""
+    with torch.device("meta"):
+        build(recipe.untrained(), classes)
+
+
+def plan_table(
+    paper: Paper,
+    table: Table,
+    source: DataSource,
+    *,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    epochs: int | None = None,
+    scale: Literal["tiny"] | None = None,
+    skip_bad: bool = False,
+    command: str = "",
+) -> Plan:
+    """The rows of a paper's table, each with its baseline there; `only`: some of them (names or numbers).
+
+    Rows that cannot be trained are left out with the reason, unless `only` names them: then it is raised.
+    """
+    named = [table.row(which) for which in only]
+    wanted = [row for which in named for row in (which, table.baseline(which)) if row is not None] or table.rows
+    classes = count_classes(source, skip_bad)
+    recipes: dict[str, Recipe] = {}
+    skipped: dict[str, str] = {}
+    for row in (row for row in table.rows if row in wanted):
+        try:
+            recipes[row.name] = row.build(epochs, scale)
+            check_row(recipes[row.name], classes)
+        except UserError as error:
+            if row in named:
+                raise
+            recipes.pop(row.name, None)
+            skipped[row.name] = f"needs {row.missing}" if row.missing else error.message
+    rows = tuple(_published(table, table.row(name), recipe, recipes) for name, recipe in recipes.items())
+    title = f"{paper.title}, {place(table)}: {table.title}"
+    return Plan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped)
+
+
+def _published(table: Table, row: TableRow, recipe: Recipe, recipes: Collection[str]) -> Row:
+    base = table.baseline(row)
+    against = None if base is None or base.name not in recipes else base.name
+    note = ". ".join(text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text)
+    return Row(row.name, recipe, against, row.published.get("AP"), note)
+
+
+def place(table: Table) -> str:
+    """`Table 3`, `Fig. 1`, or the name of what is in none."""
+    return f"Table {table.id}" if table.id.isdecimal() else table.id.replace("fig", "Fig. ")

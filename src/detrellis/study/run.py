@@ -1,0 +1,160 @@
+"""Trains a plan: each trial in a process of its own, several at a time, until all are done or somebody stops them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from detrellis.study.board import Board
+from detrellis.study.plan import DONE, LOG, ORDER, Plan, Trial
+
+CHILD = ("-m", "detrellis.study.child")
+POLL_SECONDS = 0.3
+TAIL_LINES = 12  # of a failed trial's log
+
+State = Literal["waiting", "running", "stopped", "failed", "finished"]
+
+
+@dataclass(frozen=True)
+class How:
+    """What decides how fast the trials run; nothing here changes what is trained, but for rounding."""
+
+    jobs: int = 1  # trials at a time
+    threads: int | None = None  # CPU threads of all together; None: OMP_NUM_THREADS for each, or all there are
+    workers: int = 1  # processes that load images, of each trial
+    device: str | None = None  # several with commas: trials are dealt out to them
+
+    def devices(self) -> list[str | None]:
+        """One for each job that runs at the same time."""
+        given = [None] if self.device is None else [d.strip() for d in self.device.split(",")]
+        return [given[i % len(given)] for i in range(self.jobs)]
+
+    def threads_each(self) -> int | None:
+        """CPU threads of a trial; None: as the environment says."""
+        if self.threads is None and "OMP_NUM_THREADS" in os.environ:
+            return None
+        return max(1, (self.threads or os.cpu_count() or 1) // self.jobs)
+
+
+@dataclass
+class Outcome:
+    """What became of a trial."""
+
+    trial: Trial
+    folder: Path
+    state: State = "waiting"
+    log: str = ""  # the end of a failed trial's
+
+
+@dataclass
+class _Child:
+    outcome: Outcome
+    process: subprocess.Popen[bytes]
+    device: str | None
+
+
+def run(plan: Plan, out: Path, how: How, console: Console) -> list[Outcome]:
+    """Train what is not trained yet. Ctrl-C and SIGTERM stop the trials, which save; a second one stops them at once.
+
+    A trial that fails does not stop the others.
+    """
+    outcomes = [Outcome(trial, trial.folder(out)) for trial in plan.trials()]
+    for outcome in outcomes:
+        if (outcome.folder / DONE).exists():
+            outcome.state = "finished"
+    running: list[_Child] = []
+    with _sigterm_interrupts(), Board(outcomes, console) as board:
+        try:
+            _keep_busy(outcomes, running, plan, how, board)
+        except KeyboardInterrupt:
+            board.say("Stopping: the trials that run save first. Once more stops at once.")
+            _stop(running)
+        finally:
+            for child in running:
+                child.process.kill()
+    return outcomes
+
+
+def _keep_busy(outcomes: list[Outcome], running: list[_Child], plan: Plan, how: How, board: Board) -> None:
+    waiting = deque(outcome for outcome in outcomes if outcome.state == "waiting")
+    free = how.devices()
+    while waiting or running:
+        while waiting and free:
+            running.append(_start(waiting.popleft(), plan, how, free.pop(0)))
+            board.started(running[-1].outcome)
+        for child in [c for c in running if c.process.poll() is not None]:
+            running.remove(child)
+            free.append(child.device)
+            _settle(child)
+            board.ended(child.outcome)
+        board.refresh()
+        time.sleep(POLL_SECONDS)
+
+
+def _start(outcome: Outcome, plan: Plan, how: How, device: str | None) -> _Child:
+    """Its own session: a Ctrl-C in the terminal reaches this process alone, which tells the children once."""
+    trial, folder = outcome.trial, outcome.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(plan.data), "seed": trial.seed}
+    order |= {"skip_bad": plan.skip_bad, "device": device, "workers": how.workers, "jobs": how.jobs}
+    (folder / ORDER).write_text(json.dumps(order, indent=1), encoding="utf-8")
+    threads = how.threads_each()
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    with (folder / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, *CHILD, str(folder)],
+            stdin=subprocess.PIPE,  # its end tells the child that this process is gone
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    outcome.state = "running"
+    return _Child(outcome, process, device)
+
+
+def _settle(child: _Child) -> None:
+    """What became of a child that has ended."""
+    outcome, code = child.outcome, child.process.returncode
+    if (outcome.folder / DONE).exists():
+        outcome.state = "finished"
+    elif code in (0, -signal.SIGTERM):  # the latter before its first step
+        outcome.state = "stopped"
+    else:
+        outcome.state = "failed"
+        lines = (outcome.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        outcome.log = "\n".join([*lines[-TAIL_LINES:], f"exit code {code}"])
+
+
+def _stop(running: list[_Child]) -> None:
+    for child in running:
+        child.process.terminate()
+    for child in running:
+        child.process.wait()
+        _settle(child)
+    running.clear()
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does."""
+    previous = None
+    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)

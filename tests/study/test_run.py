@@ -1,0 +1,174 @@
+"""Trials in processes of their own: several at a time, failing, stopped, resumed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import detrellis
+from detrellis.data.layout import resolve
+from detrellis.engine.log import read_records
+from detrellis.errors import UserError
+from detrellis.study import child, run
+from detrellis.study.conduct import conduct
+from detrellis.study.plan import DONE, ORDER
+from detrellis.study.rows import plan_schemes
+from detrellis.study.run import How
+
+from ..small import SMALL
+from .trials import finish, make_plan
+
+# Stands in for a training: says what it was given, then does what its seed says.
+STUB = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+order = json.loads((folder / "trial.json").read_text())
+print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+if order["seed"] == 1:
+    sys.exit("boom")
+if order["seed"] == 2:
+    (folder / "started").touch()
+    time.sleep(60)
+(folder / "done.json").write_text(json.dumps({"device": order["device"]}))
+"""
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CHILD", ("-c", STUB))
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.02)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_failure_does_not_stop_the_others_and_shows_its_log(tmp_path: Path) -> None:
+    plan = make_plan({"none": None, "align": None}, seeds=(0, 1))
+    speaks = quiet()
+    found = run.run(plan, tmp_path, How(jobs=2, threads=6, device="cpu, cuda:1"), speaks)
+    assert [o.state for o in found] == ["finished", "finished", "failed", "failed"]
+    assert "boom" in found[2].log
+    assert "exit code 1" in found[2].log
+    assert "none, seed 1: failed" in speaks.file.getvalue()  # type: ignore[attr-defined]
+    devices = {json.loads((o.folder / DONE).read_text())["device"] for o in found[:2]}
+    assert devices == {"cpu", "cuda:1"}
+    assert "threads 3" in (found[0].folder / "console.log").read_text()
+
+
+@pytest.mark.usefixtures("stub")
+def test_what_is_finished_is_not_run_again_and_what_failed_is(tmp_path: Path) -> None:
+    plan = make_plan({"none": None}, seeds=(0, 1))
+    finish(plan.trials()[0].folder(tmp_path), [10.0, 20.0])
+    found = run.run(plan, tmp_path, How(), quiet())
+    assert [o.state for o in found] == ["finished", "failed"]
+    assert not (found[0].folder / ORDER).exists()
+    assert (found[1].folder / "console.log").read_text().count("boom") == 1
+    run.run(plan, tmp_path, How(), quiet())
+    assert (found[1].folder / "console.log").read_text().count("boom") == 2
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_children(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan({"none": None, "align": None}, seeds=(2,))
+    folder = plan.trials()[0].folder(tmp_path)
+    sleep = run.time.sleep
+
+    def watch(seconds: float) -> None:
+        if (folder / "started").exists():
+            os.kill(os.getpid(), number)
+        sleep(seconds)
+
+    monkeypatch.setattr(run.time, "sleep", watch)
+    before = signal.getsignal(signal.SIGTERM)
+    found = run.run(plan, tmp_path, How(jobs=1), quiet())
+    assert [o.state for o in found] == ["stopped", "waiting"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert How(jobs=3, threads=8).threads_each() == 2
+    assert How(jobs=3, threads=1).threads_each() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert How(jobs=2).threads_each() is None  # it stays
+    assert How(jobs=2, threads=4).threads_each() == 2
+
+
+def test_a_child_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(child.os, "read", lambda *_: b"")
+    monkeypatch.setattr(child.os, "kill", lambda *what: asked.append(what))
+    child._stop_with_parent()
+    assert asked == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_child_tells_what_its_user_can_put_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = {"recipe": {"name": "x", "optim": {"lr": -1}}, "data": {"kind": "coco", "splits": {}}, "seed": 0}
+    (tmp_path / ORDER).write_text(json.dumps(order | {"device": "cpu", "workers": 0, "jobs": 1, "skip_bad": False}))
+    monkeypatch.setattr(child, "_stop_with_parent", lambda: None)
+    assert child.main(tmp_path) == 2
+    assert "optim.lr" in capsys.readouterr().out
+    assert not (tmp_path / DONE).exists()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the children have: sums are rounded in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real runs: the first row is stopped after its first steps; the AP is that of runs that nobody stopped."""
+    settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=1", "optim.lr=1e-3"]
+    plan = plan_schemes("tiny", "none,align", resolve(shapes), seeds=(0,), epochs=1, override=settings)
+    how, out = How(threads=1, workers=0, device="cpu"), tmp_path / "out"
+    log, sleep = plan.trials()[0].folder(out) / "metrics.jsonl", run.time.sleep
+
+    def interrupt(seconds: float) -> None:
+        if log.exists() and read_records(log):
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.time, "sleep", interrupt)
+        first = conduct(plan, out, how, quiet())
+    assert [o.trial.row for o in first.unfinished][-1] == "align"
+    assert "Not in the figures" in (out / "report.html").read_text()
+
+    found = conduct(plan, out, how, quiet())
+    assert [line.name for line in found.lines] == ["none", "align"]
+    assert not found.unfinished
+    for line in found.lines:
+        whole = detrellis.train(line.row.recipe, data=shapes, out=tmp_path / line.name, workers=0, device="cpu")
+        assert whole.result is not None
+        assert whole.result.ap is not None
+        assert line.final.mean == pytest.approx(100 * whole.result.ap, abs=1e-6)
+        one, other = (load_file(place / "last.safetensors") for place in (whole.run, out / line.name / "seed-0"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert line.memory is not None
+        assert line.step_seconds is not None
+    again = conduct(plan, out, how, quiet())  # nothing is left to do
+    assert again.to_dict() == found.to_dict()
+    with pytest.raises(UserError, match="another study"):
+        conduct(make_plan({"none": None}), out, how, quiet())
