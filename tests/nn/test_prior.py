@@ -102,7 +102,8 @@ def test_a_large_scale_looks_at_one_cell() -> None:
 def test_priors_stay_float32_under_autocast() -> None:
     """In bf16 the cells of a wide map have no numbers of their own: 200 and 201 are the same."""
     shape = (1, 300)
-    half = Prior(torch.tensor([[[[200.5, 0.5]]]]), torch.full((1, 1, 1, 2), 4.0, dtype=torch.bfloat16), 0.5)
+    centre, scale = torch.tensor([[200.0, 0.0], [4.0, 4.0]], dtype=torch.bfloat16)
+    half = Prior(centre.expand(1, 1, 1, 2), scale.expand(1, 1, 1, 2))
     q = torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16)
     k, v = torch.zeros(2, 1, 1, 300, 4, dtype=torch.bfloat16)
     where = Memory(torch.zeros(1, 300, 4), torch.zeros(1, 300, 4), (shape,))

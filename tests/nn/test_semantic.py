@@ -295,18 +295,27 @@ def test_the_position_map_is_0_on_padding() -> None:
 # Precision
 
 
-def test_places_stay_float32_under_autocast() -> None:
-    """In bf16 a map of 301 columns would be one of 300 or 302, and a point one of 256 places."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"prior": True, "reweight": False}
-    shape, x, boxes = (3, 301), torch.randn(1, 4, WIDTH), INSIDE[None]
-    tokens = torch.randn(1, 903, WIDTH)
-    tokens[..., 0] = ((torch.arange(301) + 0.5) / 301).repeat(3)
-    where = Memory(tokens, torch.zeros(1, 903, WIDTH), (shape,))
+def test_a_wide_map_keeps_its_columns_under_autocast() -> None:
+    """In bf16, 301 of them would be 300 or 302."""
+    tokens = ((torch.arange(301) + 0.5) / 301).repeat(3)[None, :, None].expand(-1, -1, WIDTH)
+    where = Memory(tokens, torch.zeros(1, 903, WIDTH), ((3, 301),))
+    x, boxes = torch.randn(1, 4, WIDTH), INSIDE[None]
     with torch.autocast("cpu", torch.bfloat16):
-        pooled = SemanticAligner(WIDTH, HEADS, resample="avg", **options)(x.bfloat16(), boxes, where)
-        found = SemanticAligner(WIDTH, HEADS, search="image", **options)(x.bfloat16(), boxes, where)
-    torch.testing.assert_close(pooled.content[..., 0], boxes[..., None, 0].expand(-1, -1, HEADS), atol=1e-6, rtol=0)
+        content = SemanticAligner(WIDTH, HEADS, resample="avg", reweight=False)(x.bfloat16(), boxes, where).content
+    torch.testing.assert_close(content, boxes[..., None, :1].expand_as(content), atol=1e-6, rtol=0)
+
+
+def test_points_stay_float32_under_autocast() -> None:
+    """In bf16 a point would be one of 256 places. What is read there, from a map in bf16, says where it was read."""
+    torch.manual_seed(0)
+    tokens = torch.arange(251.0).repeat(3)[None, :, None].expand(-1, -1, WIDTH)
+    where = Memory(tokens.bfloat16(), torch.zeros(1, 753, WIDTH), ((3, 251),))
+    x, boxes = torch.randn(1, 4, WIDTH), INSIDE[None]
+    aligner = SemanticAligner(WIDTH, HEADS, prior=True, reweight=False, search="image")
+    widen(aligner, 1e-3)  # a map of such numbers saturates the points
+    with torch.autocast("cpu", torch.bfloat16):
+        found = aligner(x.bfloat16(), boxes, where)
     assert found.scale is not None
     assert found.points.dtype == found.scale.dtype == torch.float32
-    torch.testing.assert_close(found.content[..., 0], found.points[..., 0], atol=1e-6, rtol=0)
+    assert (found.points - 0.5).abs().amax() < 0.49
+    torch.testing.assert_close(found.content[..., 0] + 0.5, found.points[..., 0] * 251, atol=1e-3, rtol=0)

@@ -87,6 +87,13 @@ def test_each_layer_and_each_image_has_its_own() -> None:
     first, second = (priors(i, q.content, q, q.boxes, where_to) for i in range(2))
     assert not torch.allclose(first.priors[0].centre, second.priors[0].centre)
     assert not torch.allclose(first.shares, second.shares)
+    used = torch.autograd.grad(
+        second.priors[0].centre.sum() + second.priors[0].scale.sum() + second.shares.square().sum(),
+        list(priors.parameters()),
+        allow_unused=True,
+    )
+    names = [k for k, _ in priors.named_parameters()]
+    assert all((slope is not None) == (".1." in k) for k, slope in zip(names, used, strict=True))
     alone = priors(0, q.content[1:], Queries(*(t[1:] for t in q)), q.boxes[1:], one(where_to))
     torch.testing.assert_close(alone.shares, first.shares[1:])
     torch.testing.assert_close(alone.priors[2].centre, first.priors[2].centre[1:])

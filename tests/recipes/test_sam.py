@@ -1,0 +1,195 @@
+"""SAM-DETR's recipes: sizes as published, what each adds, what combines, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from detrellis.errors import UserError
+from detrellis.nn.prior import AtLevel
+from detrellis.nn.semantic import SemanticCrossAttention
+from detrellis.recipes import RECIPES, find_recipe
+from detrellis.recipes.build import build
+from detrellis.recipes.config import DetectorConfig
+from detrellis.recipes.network import build_cross_attention, build_detector, capabilities
+from detrellis.recipes.sam import sam_detector
+
+from ..small import CLASSES, images, small, targets
+
+NAMES = [make().name for make in RECIPES if make.__name__.startswith("sam_")]
+COCO = 91  # logits: the released code takes COCO's ids for classes
+
+
+def trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def without_weights(config: DetectorConfig) -> nn.Module:
+    """The detector on no device: shapes alone."""
+    with torch.device("meta"):
+        return build_detector(config, COCO)
+
+
+@pytest.mark.parametrize(
+    ("name", "normed", "expected"),
+    [
+        ("sam-detr-r50", True, 58_074_058),
+        ("sam-detr-r50", None, 58_073_546),
+        ("sam-detr-r50-smca", None, 58_073_546 + 49_248),
+        ("sam-detr-r50-dc5", None, 58_073_546),
+        ("sam-detr-plus-r50", None, 54_972_298),
+        ("sam-detr-plus-r50-smca", None, 55_021_546),
+    ],
+)
+def test_as_many_parameters_are_trained_as_the_released_code_says(name: str, normed: bool, expected: int) -> None:
+    config = find_recipe(name).untrained().detector.model_copy(update={"neck_norm": normed})
+    detector = without_weights(config)
+    assert trainable(detector) == expected
+    assert trainable(detector.backbone) == 23_232_512
+    layer = 4_248_144 + (49_248 // 6 if config.smca else 0)
+    assert [trainable(part) for part in detector.decoder.layers] == [layer] * 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_say_what_is_added(name: str) -> None:
+    recipe = find_recipe(name)
+    detector, words = recipe.detector, name.split("-")
+    assert detector.smca == ("smca" in words)
+    assert (recipe.schemes.dn is not None) == ("dn" in words)
+    assert (detector.content, detector.indicator) == (("shared", True) if "dn" in words else ("zero", False))
+    assert detector.backbone.dilation == ("dc5" in words)
+    assert detector.levels == (3 if "plus" in words else 1)
+    assert recipe.optim.batch_size == (8 if "dc5" in words else 16)
+    assert {k: v for k, v in recipe.schemes if v is not None and k != "dn"} == {}
+    plain = {"smca": False, "content": "zero", "indicator": False}
+    base = find_recipe("-".join(w for w in words if w not in ("smca", "dn")))
+    assert detector.model_copy(update=plain) == base.detector
+
+
+def test_published_settings() -> None:
+    for name in NAMES:
+        recipe = find_recipe(name)
+        loss, d = recipe.loss, recipe.detector
+        assert (loss.classes, loss.box, loss.giou) == (loss.cost_classes, loss.cost_box, loss.cost_giou) == (2, 5, 2)
+        assert (d.query_count, d.dropout, d.hidden, d.top_k, d.eps, d.position_offset) == (
+            300,
+            0,
+            2048,
+            100,
+            1e-5,
+            -0.5,
+        )
+        assert (recipe.schedule.epochs, recipe.schedule.drops) == (12, (10 / 12,))
+        assert (recipe.optim.lr, recipe.optim.scaled) == (1e-4, {"backbone": 0.1})
+        assert capabilities(d) >= {"sigmoid_scores", "box_queries"}
+
+
+# Network parts
+
+
+def test_layers_of_several_levels_read_them_from_coarse_to_fine() -> None:
+    decoder = without_weights(find_recipe("sam-detr-plus-r50").untrained().detector).decoder
+    assert all(isinstance(layer.cross_attention, AtLevel) for layer in decoder.layers)
+    assert [layer.cross_attention.level for layer in decoder.layers] == [2, 2, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("keypoints", "heads"), [(None, 8), (1, 8), (2, 8), (4, 8), (8, 8), (16, 16)])
+def test_keypoints_are_shared_or_add_heads(keypoints: int | None, heads: int) -> None:
+    aligner = sam_detector().aligner.model_copy(update={"keypoints": keypoints})
+    config = sam_detector().model_copy(update={"width": 64, "aligner": aligner, "smca": True})
+    attention = build_cross_attention(config, 0)
+    assert isinstance(attention, SemanticCrossAttention)
+    assert attention.heads == attention.aligner.heads == heads
+    assert attention.aligner.keypoints == (keypoints or 8)
+    assert attention.aligner.find is not None
+    last = attention.aligner.find[-1]
+    assert isinstance(last, nn.Linear)
+    assert last.out_features == 4 * (keypoints or 8)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        ["detector.aligner.keypoints=1", "detector.aligner.reweight=false"],
+        ["detector.aligner.keypoints=8"],  # of 4 heads
+        ["detector.aligner.resample=avg"],
+        ["detector.aligner.resample=max", "detector.smca=true"],
+        ["detector.aligner.search=image"],
+        ["detector.aligner.zero_init=true"],
+        ["detector.cross_attention=dense"],  # no aligner: the first row of the ablation
+    ],
+)
+@pytest.mark.parametrize("name", ["sam_detr_r50", "sam_detr_plus_r50"])
+def test_ablations_train(name: str, override: list[str]) -> None:
+    losses = step(build(small(name).override(override), CLASSES))
+    assert torch.stack(losses).isfinite().all()
+
+
+def step(model: nn.Module) -> list[torch.Tensor]:
+    """Losses of a padded batch, with every gradient finite."""
+    found: dict[str, torch.Tensor] = model(images(((64, 96), (64, 80))), targets((2, 3))).losses
+    torch.stack(list(found.values())).sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+    return list(found.values())
+
+
+# Schemes
+
+
+@pytest.mark.parametrize("name", ["sam_detr_r50", "sam_detr_plus_r50", "sam_detr_plus_r50_smca_dn"])
+def test_all_schemes_together(name: str) -> None:
+    model = build(small(name, ["align=2", "group=2", "dn", "co=atss"]), CLASSES)
+    assert {s.name for s in model.training_schemes} == {"align", "group", "dn", "co"}
+    model.train()
+    assert torch.stack(step(model)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["smca_detr_r50", "smca_detr_ms_r50"])
+def test_smca_by_itself_takes_what_needs_no_boxes(name: str) -> None:
+    model = build(small(name, ["align=2", "group=2", "co=atss"]), CLASSES)
+    assert torch.stack(step(model)).isfinite().all()
+    with pytest.raises(UserError, match=r"scheme dn cannot train.*its queries are not boxes"):
+        build(small(name, ["dn"]), CLASSES)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "parts"),
+    [
+        ("deformable-detr-r50", ["smca=true"], ["cross_attention=deformable", "smca", "cross_attention=semantic"]),
+        ("conditional-detr-r50", ["smca=true"], ["cross_attention=conditional", "smca", "cross_attention=semantic"]),
+        (
+            "conditional-detr-r50",
+            ["cross_attention=semantic"],
+            ["cross_attention=semantic", "queries=anchors", "query_position=boxes"],
+        ),
+        ("dino-r50", ["cross_attention=semantic"], ["cross_attention=semantic", "queries=anchors"]),
+        (
+            "smca-detr-r50",
+            ["queries=anchors", "query_position=boxes"],
+            ["smca", "cross_attention=dense", "queries=learned", "refine=none"],
+        ),
+        ("smca-detr-r50", ["refine=detached"], ["smca", "cross_attention=dense", "refine=none"]),
+        ("sam-detr-r50", ["aligner.keypoints=3"], ["aligner.keypoints=3", "heads=8"]),
+        ("sam-detr-r50", ["aligner.keypoints=12"], ["aligner.keypoints=12", "width=256"]),
+        ("sam-detr-r50", ["encoder=dense", "levels=2"], ["encoder=dense", "levels=1"]),
+    ],
+)
+def test_undefined_combinations_are_refused(name: str, overrides: list[str], parts: list[str]) -> None:
+    config = find_recipe(name).untrained().override([f"detector.{text}" for text in overrides]).detector
+    with pytest.raises(UserError) as error:
+        without_weights(config)
+    assert all(part in str(error.value) for part in [*parts, "-o detector.NAME=VALUE"])
+
+
+def test_unknown_choices_of_the_aligner_name_the_known() -> None:
+    with pytest.raises(UserError, match=r"points.*avg.*max"):
+        find_recipe("sam-detr-r50").override("detector.aligner.resample=mean")
+    with pytest.raises(UserError, match="Did you mean keypoints"):
+        find_recipe("sam-detr-r50").override("detector.aligner.keypoint=2")
