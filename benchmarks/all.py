@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-NAMES = ("step", "deformable", "matching", "evaluation", "loader", "inference", "schemes", "groups")
+NAMES = ("step", "deformable", "matching", "evaluation", "loader", "inference", "schemes", "groups", "semantic")
 
 
 def rows_of(name: str, folder: Path) -> list[Row] | None:

@@ -1,9 +1,9 @@
-"""Semantic attention (SAM-DETR) under Gaussian priors (SMCA): what a decoder layer keeps, and what it saves; one thread.
+"""Semantic attention (SAM-DETR) under Gaussian priors (SMCA): what a decoder layer keeps and saves; on one thread.
 
     python benchmarks/semantic.py
 
 One image of 800x1333 pixels, 300 queries, 256 channels, 8 heads. The plain forms that it is compared with stand below:
-priors as two numbers for each cell of each head and query, keys expanded to the heads, RoIAlign twice, as released.
+priors as two numbers for each cell of each head and query, keys expanded to the heads, and RoIAlign twice.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from torchvision.ops import batched_nms
 
 from detrellis.boxes import pairwise_iou
 from detrellis.losses import bce_loss
-from detrellis.schemes.collaborative import roi, roi_cpu
+from detrellis.nn import roi_cpu
+from detrellis.nn.roi import by_torchvision
+from detrellis.schemes.collaborative import roi
 from detrellis.schemes.collaborative.assigners import BACKGROUND
 from detrellis.schemes.collaborative.mask import MaskHead, MaskRCNN, seen
 from detrellis.schemes.collaborative.rcnn import CELLS, RCNN, sample_regions
@@ -258,7 +260,7 @@ def test_the_fast_path_equals_torchvision(cells: int) -> None:
     boxes = torch.cat([low, low + size], dim=1)
     image, level = (torch.randint(n, (60,), generator=generator) for n in (2, 3))
     results = []
-    for path in (roi.align, roi_cpu.align):
+    for path in (by_torchvision, roi_cpu.align):
         leaves = [m.clone().requires_grad_() for m in maps]
         features = path(leaves, (8, 16, 32), boxes, image, level, cells)
         weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

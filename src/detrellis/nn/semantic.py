@@ -18,13 +18,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.nn.attention import merge_heads, split_heads
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.prior import map_attention
+from detrellis.nn.roi import roi_align
 from detrellis.types import Memory, Prior, Spatial
 
 CELLS = 7  # of a region, along each side
@@ -134,11 +134,11 @@ def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
     `ratio (B or 1, 1, 2)`: the share of the map that is image. Boxes get no gradient.
     """
     height, width = features.shape[-2:]
-    precise = torch.promote_types(features.dtype, torch.float32)
     scale = (ratio * ratio.new_tensor([width, height])).repeat(1, 1, 2)
-    corners = (cxcywh_to_xyxy(boxes.detach()) * scale).to(precise)
-    out: Tensor = roi_align(features.to(precise), list(corners), CELLS, aligned=True)
-    return out
+    batch, queries = boxes.shape[:2]
+    corners = (cxcywh_to_xyxy(boxes) * scale).flatten(0, 1)
+    image = torch.arange(batch, device=boxes.device).repeat_interleave(queries)
+    return roi_align([features], [1], corners, image, torch.zeros_like(image), CELLS).permute(0, 3, 1, 2)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from detrellis.nn.spatial import (
     PointPosition,
     position_scale,
 )
-from detrellis.recipes.config import BackboneConfig, DetectorConfig
+from detrellis.recipes.config import AlignerConfig, BackboneConfig, DetectorConfig
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -230,6 +230,12 @@ def _refuse(config: DetectorConfig) -> None:
         " cross_attention=semantic or dense": config.smca and config.cross_attention == "conditional",
         "cross_attention=semantic samples in boxes that queries learn. Take queries=anchors and query_position=boxes": (
             config.cross_attention == "semantic" and not (anchors and boxes)
+        ),
+        "aligner.* belongs to cross_attention=semantic": (
+            config.cross_attention != "semantic" and config.aligner != AlignerConfig()
+        ),
+        "neck_norm=false does not exist with several levels: their projections have a norm": (
+            config.neck_norm is False and config.levels > 1
         ),
         "smca with cross_attention=dense reads points off learned positions. Take queries=learned and refine=none": (
             modulated(config) and (not learned or config.refine != "none")
