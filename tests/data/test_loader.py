@@ -354,4 +354,4 @@ def test_workers_share_the_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = EvalSampler(len(dataset), 100)
     seen = list(DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=report_private))
     assert len(seen) == 40
-    assert max(seen) - seen[0] < 0.25 * shared
+    assert max(seen) - seen[0] < 0.4 * shared

@@ -70,7 +70,7 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     semantic = config.cross_attention == "semantic"  # its regions reach into padding
     constants = {"temperature": config.position_temperature, "offset": config.position_offset}
     position = SineMap(config.width, **constants, blank=semantic)
-    if config.levels == 1:
+    if config.encoder == "dense":
         return SingleScaleNeck(channels[-1], config.width, position, norm=bool(config.neck_norm))
     return MultiScaleNeck(channels, config.width, config.levels, position)
 
