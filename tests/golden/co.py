@@ -52,8 +52,8 @@ def check_positive_queries(a: Arrays) -> None:
             classes.append(own[positive])
         most = 300 if regions else a.number(f"{case}__max_pos_coords")
         fill = case != "onestage_zeropad"
-        counts, sizes = [len(t) for t in targets], a["image_hw_valid"].double()
-        check_chosen(a, case, choose(found, sizes, counts, first, most=most, fill=fill), targets, torch.cat(classes))
+        offsets, sizes = (0, len(targets[0])), a["image_hw_valid"].double()
+        check_chosen(a, case, choose(found, sizes, offsets, first, most=most, fill=fill), targets, torch.cat(classes))
 
 
 def check_chosen(a: Arrays, case: str, chosen: Chosen, targets: list[Tensor], classes: Tensor) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 from detrellis.boxes import giou, iou
 from detrellis.losses import absence_loss, distribution_focal_loss, l1_loss, presence_loss, quality_focal_loss
 from detrellis.schemes.collaborative import assigners
-from detrellis.schemes.collaborative.anchors import grid_anchors, grid_points, usable_cells
+from detrellis.schemes.collaborative.anchors import (
+    RATIOS,
+    SCALES,
+    grid_anchors,
+    grid_points,
+    nine_anchors,
+    square_anchors,
+    usable_cells,
+)
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.atss import ATSS
 from detrellis.schemes.collaborative.coder import Deltas, centerness, clip, from_sides, sides
@@ -28,7 +36,7 @@ from detrellis.schemes.collaborative.dense import (
 from detrellis.schemes.collaborative.fcos import FCOS
 from detrellis.schemes.collaborative.gfl import FARTHEST, GFL
 from detrellis.schemes.collaborative.paa import PAA, candidate_loss, keep_likely, overlapping
-from detrellis.schemes.collaborative.retinanet import RATIOS, SCALES, RetinaNet, assign
+from detrellis.schemes.collaborative.retinanet import RetinaNet, assign
 from detrellis.schemes.collaborative.scene import Scene
 
 from .arrays import Arrays
@@ -120,7 +128,7 @@ def check_atss(a: Arrays) -> None:
     """The head, and what each anchor should learn."""
     check_head(a, ATSS, "ctr")
     _, scene = next(scenes(a))
-    owners = assign_usable(scene, ATSS(32, 5, 5).anchors(scene), assigners.atss)
+    owners = assign_usable(scene, square_anchors(scene), assigners.atss)
     found = positives(scene, owners)
     labels = torch.full_like(owners, a.number("num_classes"))
     labels[found.image, found.anchor] = found.label
@@ -137,7 +145,7 @@ def check_retina_l1(a: Arrays) -> None:
     coder = Deltas()
     for case, scene in scenes(a):
         maps, output = read(a, None, 9)
-        anchors = RetinaNet(32, 5, 5).anchors(scene)
+        anchors = nine_anchors(scene)
         owners = assign_usable(scene, anchors, assign)
         found = positives(scene, owners)
         wrong = l1_loss(output.regression[found.image, found.anchor], coder.encode(anchors[found.anchor], found.box))
@@ -156,7 +164,7 @@ def check_paa(a: Arrays) -> None:
     check_head(a, PAA, "iou")
     _, scene = next(scenes(a))
     _, output = read(a, "iou")
-    anchors = PAA(32, 5, 5).anchors(scene)
+    anchors = square_anchors(scene)
     before = assign_usable(scene, anchors, overlapping)
     after = keep_likely(output, scene, anchors, before)
     found = positives(scene, before)

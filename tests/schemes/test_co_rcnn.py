@@ -14,10 +14,11 @@ from detrellis.losses import bce_loss
 from detrellis.nn import roi_cpu
 from detrellis.nn.roi import by_torchvision
 from detrellis.schemes.collaborative import roi
+from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import BACKGROUND
 from detrellis.schemes.collaborative.mask import MaskHead, MaskRCNN, seen
 from detrellis.schemes.collaborative.rcnn import CELLS, RCNN, sample_regions
-from detrellis.schemes.collaborative.rpn import best_apart, proposals, rpn_anchors, sample
+from detrellis.schemes.collaborative.rpn import best_apart, proposals, sample
 from detrellis.schemes.collaborative.scene import Found, Scene, random_draw
 
 Boxes = Sequence[Sequence[Sequence[float]]]  # of each image, xyxy
@@ -222,7 +223,7 @@ def test_proposals_stay_in_their_image() -> None:
             for own, (h, w) in zip(level.detach(), sizes, strict=True):
                 own[:, -(-h // stride) :] = 0
                 own[:, :, -(-w // stride) :] = 0
-        found.append(proposals(model.rpn(given.maps), rpn_anchors(given), given, before=500, most=40))
+        found.append(proposals(model.rpn(given.maps), nine_anchors(given), given, before=500, most=40))
     for here, there, (height, width) in zip(*found, sizes, strict=True):
         torch.testing.assert_close(here, there)
         assert len(here) == 40

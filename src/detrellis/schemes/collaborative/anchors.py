@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from detrellis.schemes.collaborative.scene import Scene
+
+RATIOS = (0.5, 1.0, 2.0)
+SCALES = tuple(4 * 2 ** (k / 3) for k in range(3))
+NINE = len(RATIOS) * len(SCALES)
 Shapes = Sequence[tuple[int, int]]  # (height, width) of each level, in cells
 
 
@@ -49,3 +54,18 @@ def usable_cells(shapes: Shapes, strides: Sequence[int], sizes: Tensor) -> Tenso
 def spread(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor:
     """The number of its level for each of `counts` cells, level by level: `(sum of counts,)`."""
     return torch.cat([like.new_full((n,), value) for value, n in zip(values, counts, strict=True)])
+
+
+def square_anchors(scene: Scene) -> Tensor:
+    """One square of eight strides a cell: `(A, 4)` (ATSS)."""
+    return grid_anchors(scene.shapes, scene.strides, scene.sizes)
+
+
+def nine_anchors(scene: Scene) -> Tensor:
+    """Three shapes of three sizes a cell: `(A, 4)` (RetinaNet)."""
+    return grid_anchors(scene.shapes, scene.strides, scene.sizes, RATIOS, SCALES)
+
+
+def cell_strides(scene: Scene) -> Tensor:
+    """The stride of each cell, `(S, 1)`."""
+    return spread(scene.strides, [h * w for h, w in scene.shapes], scene.sizes).unsqueeze(-1)

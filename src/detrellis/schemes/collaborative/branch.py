@@ -1,25 +1,22 @@
-"""What an auxiliary head is to the scheme."""
+"""What an auxiliary head is to the scheme: a module with one-to-many assignment on the encoder's memory."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
 
 
-class Branch(nn.Module, ABC):
-    """A head with one-to-many assignment on the encoder's memory."""
+class Branch(Protocol):
+    """Dense heads are `DenseBranch`es."""
 
     name: ClassVar[str]
-    softmax: ClassVar[bool] = False  # its classes exclude each other, and a last one is "no object"
+    softmax: ClassVar[bool]  # whether its classes exclude each other, and a last one is "no object"
 
-    @abstractmethod
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+    def __call__(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
         """Losses by name, weighted against each other, and what is assigned in each image."""
 
-    @abstractmethod
     def predict(self, scene: Scene) -> list[Predictions]:
         """The branch's own detections in each image."""

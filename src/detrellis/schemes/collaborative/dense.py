@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.coder import clip
-from detrellis.schemes.collaborative.scene import Found, Predictions, Scene
+from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
 from detrellis.supervision import ABSENT
 
 
@@ -98,6 +99,53 @@ class DenseHead(nn.Module):
         )
 
 
+class DenseBranch(nn.Module, ABC):
+    """A dense head as a branch (see `Branch`): what it assigns and how it learns, and what it detects, is its own."""
+
+    name: ClassVar[str]
+    softmax: ClassVar[bool] = False
+    each: ClassVar[int] = 1  # anchors of a cell
+    numbers: ClassVar[int] = 4  # for the box of an anchor
+    quality: ClassVar[bool] = False  # whether a third output judges the box
+    nms: ClassVar[float] = 0.6  # IoU, of its own detections
+
+    def __init__(self, width: int, classes: int, levels: int, *, convolutions: int = 1) -> None:
+        super().__init__()
+        self.head = DenseHead(
+            width,
+            classes,
+            levels,
+            anchors=self.each,
+            numbers=self.numbers,
+            quality=self.quality,
+            convolutions=convolutions,
+        )
+
+    @abstractmethod
+    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses by name, boxes that queries come from `(A, 4)` xyxy, and owners `(B, A)`."""
+
+    @abstractmethod
+    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+        """Scores `(B, A, C)` and boxes `(B, A, 4)` xyxy."""
+
+    def read(self, scene: Scene) -> DenseOutput:
+        """What the head says."""
+        output: DenseOutput = self.head(scene.maps)
+        return output
+
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+        """See `Branch`."""
+        output = self.read(scene)
+        losses, boxes, owners = self.teach(output, scene)
+        return losses, report(scene, boxes, owners, output)
+
+    @torch.no_grad()
+    def predict(self, scene: Scene) -> list[Predictions]:
+        """See `Branch`."""
+        return select_dense(scene, *self.detect(self.read(scene), scene), nms=self.nms)
+
+
 def by_anchor(maps: Sequence[Tensor], anchors: int) -> Tensor:
     """Outputs `(B, anchors * n, H, W)` of the levels as `(B, A, n)`, in the anchors' order."""
     rows = [m.flatten(2).transpose(1, 2).unflatten(2, (anchors, -1)).flatten(1, 2) for m in maps]
@@ -124,10 +172,8 @@ def assign_usable(scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Seque
 def positives(scene: Scene, owners: Tensor) -> Positives:
     """The anchors that own a target, with what they should learn; `owners (B, A)`."""
     image, anchor = (owners >= 0).nonzero(as_tuple=True)
-    counts = [len(b) for b in scene.boxes]
-    first = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=owners.device)
-    row = first[image] + owners[image, anchor]
-    return Positives(image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(counts))
+    row = torch.tensor(scene.offsets, device=owners.device)[image] + owners[image, anchor]
+    return Positives(image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(owners))
 
 
 def focal_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:

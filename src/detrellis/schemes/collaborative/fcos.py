@@ -12,43 +12,32 @@ from detrellis.boxes import giou
 from detrellis.losses import bce_loss
 from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
-from detrellis.schemes.collaborative.anchors import grid_points, spread
-from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.anchors import cell_strides, grid_points
 from detrellis.schemes.collaborative.coder import centerness, from_sides, sides
 from detrellis.schemes.collaborative.dense import (
-    DenseHead,
+    DenseBranch,
     DenseOutput,
     assign_usable,
     focal_sum,
     positives,
-    report,
-    select_dense,
 )
-from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.schemes.collaborative.scene import Scene
 
 
-class FCOS(Branch):
+class FCOS(DenseBranch):
     """Losses: focal `class`; `giou`, weighted by the centerness that the point has; `centerness`."""
 
     name = "fcos"
-
-    def __init__(self, width: int, classes: int, levels: int, *, convolutions: int = 1) -> None:
-        super().__init__()
-        self.head = DenseHead(width, classes, levels, quality=True, convolutions=convolutions)
-
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
-        """See `Branch`."""
-        output = self.read(scene)
-        losses, anchors, owners = self.teach(output, scene)
-        return losses, report(scene, anchors, owners, output)
+    quality = True
+    nms = 0.5
 
     def read(self, scene: Scene) -> DenseOutput:
         """The head's output, with distances that are not negative."""
-        output: DenseOutput = self.head(scene.maps)
+        output = super().read(scene)
         return output._replace(regression=F.relu(output.regression))
 
     def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Losses, boxes of eight strides around the points `(A, 4)`, and owners `(B, A)`."""
+        """See `DenseBranch`; boxes of eight strides around the points."""
         points, strides = self.points(scene)
         owners = assign_usable(scene, points, partial(assigners.fcos, strides=scene.strides))
         found = positives(scene, owners)
@@ -67,13 +56,11 @@ class FCOS(Branch):
     def points(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """The cells' centres `(A, 2)` and strides `(A, 1)`."""
         points = grid_points(scene.shapes, scene.strides, scene.sizes, offset=0.5)
-        return points, spread(scene.strides, [h * w for h, w in scene.shapes], points).unsqueeze(-1)
+        return points, cell_strides(scene)
 
-    @torch.no_grad()
-    def predict(self, scene: Scene) -> list[Predictions]:
-        """See `Branch`."""
-        output = self.read(scene)
+    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+        """See `DenseBranch`."""
         points, strides = self.points(scene)
         assert output.quality is not None
         scores = output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)
-        return select_dense(scene, scores, from_sides(points, output.regression * strides), nms=0.5)
+        return scores, from_sides(points, output.regression * strides)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.losses import bce_loss
-from detrellis.schemes.collaborative.branch import Branch
 from detrellis.schemes.collaborative.rcnn import RCNN, known
 from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
 
@@ -40,7 +39,7 @@ class MaskHead(nn.Module):
         return masks.view(len(x), *x.shape[2:])
 
 
-class MaskRCNN(Branch):
+class MaskRCNN(nn.Module):
     """Losses: those of `RCNN`, and the cross-entropy `mask`. Arguments and all else as there."""
 
     name = "mask"

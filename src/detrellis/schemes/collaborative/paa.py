@@ -17,20 +17,17 @@ from detrellis.boxes import giou, iou
 from detrellis.losses import absence_loss, bce_loss, presence_loss
 from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
-from detrellis.schemes.collaborative.anchors import grid_anchors, spread
-from detrellis.schemes.collaborative.branch import Branch
+from detrellis.schemes.collaborative.anchors import spread, square_anchors
 from detrellis.schemes.collaborative.coder import Deltas
 from detrellis.schemes.collaborative.dense import (
-    DenseHead,
+    DenseBranch,
     DenseOutput,
     Positives,
     assign_usable,
     focal_sum,
     positives,
-    report,
-    select_dense,
 )
-from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.schemes.collaborative.scene import Scene
 from detrellis.supervision import ABSENT
 
 CODER = Deltas(0.1, 0.2)
@@ -38,24 +35,15 @@ GIOU = 1.3  # weight of the GIoU, in the loss and in the candidates' order
 PER_LEVEL = 9  # most candidates of a target on a level
 
 
-class PAA(Branch):
+class PAA(DenseBranch):
     """Losses: focal `class`; `giou`, weighted by the IoU that the decoded box has; `iou`, which predicts that."""
 
     name = "paa"
-
-    def __init__(self, width: int, classes: int, levels: int, *, convolutions: int = 1) -> None:
-        super().__init__()
-        self.head = DenseHead(width, classes, levels, quality=True, convolutions=convolutions)
-
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
-        """See `Branch`."""
-        output = self.head(scene.maps)
-        losses, anchors, owners = self.teach(output, scene)
-        return losses, report(scene, anchors, owners, output)
+    quality = True
 
     def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Losses, anchors `(A, 4)` and owners `(B, A)`."""
-        anchors = self.anchors(scene)
+        """See `DenseBranch`."""
+        anchors = square_anchors(scene)
         owners = keep_likely(output, scene, anchors, assign_usable(scene, anchors, overlapping))
         found = positives(scene, owners)
         where = (found.image, found.anchor)
@@ -70,17 +58,11 @@ class PAA(Branch):
         }
         return losses, anchors, owners
 
-    def anchors(self, scene: Scene) -> Tensor:
-        """One square of eight strides a cell: `(A, 4)`."""
-        return grid_anchors(scene.shapes, scene.strides, scene.sizes)
-
-    @torch.no_grad()
-    def predict(self, scene: Scene) -> list[Predictions]:
-        """See `Branch`."""
-        output = self.head(scene.maps)
+    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+        """See `DenseBranch`."""
         assert output.quality is not None
         scores = (output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)).sqrt()
-        return select_dense(scene, scores, CODER.decode(self.anchors(scene), output.regression), nms=0.6)
+        return scores, CODER.decode(square_anchors(scene), output.regression)
 
 
 def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:

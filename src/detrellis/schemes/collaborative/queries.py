@@ -43,16 +43,17 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    found: Sequence[Found], sizes: Tensor, targets: Sequence[int], draw: Draw, *, most: int = 300, fill: bool = True
+    found: Sequence[Found], sizes: Tensor, offsets: Sequence[int], draw: Draw, *, most: int = 300, fill: bool = True
 ) -> Chosen:
     """Queries from what a branch assigned: all positives, or `most` of them, and background up to the same number.
 
-    `sizes (B, 2)` height and width of the images, `targets` how many each has; without `fill` no background.
+    `sizes (B, 2)` height and width of the images, `offsets` the first row of each among the batch's targets; without
+    `fill` no background.
     """
     positive = [(f.owner >= 0).nonzero().flatten() for f in found]
     slots = max(LEAST, min(most, max(len(p) for p in positive)))
-    boxes, features, rows, counts, filled, first = [], [], [], [], [], 0
-    for f, candidates, size, count in zip(found, positive, sizes, targets, strict=True):
+    boxes, features, rows, counts, filled = [], [], [], [], []
+    for f, candidates, size, first in zip(found, positive, sizes, offsets, strict=True):
         own = draw(candidates, slots)
         others = (f.owner == BACKGROUND).nonzero().flatten() if fill else own[:0]
         taken = torch.cat([own, draw(others, slots - len(own))])
@@ -63,7 +64,6 @@ def choose(
         rows.append(f.owner[own] + first)
         counts.append(len(own))
         filled.append(len(taken))
-        first += count
     device = sizes.device
     place = torch.arange(slots, device=device)
     image = torch.arange(len(found), device=device).repeat_interleave(torch.tensor(counts, device=device))

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from detrellis.boxes import giou
 from detrellis.nn.linear import FastLinear
+from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import max_iou
-from detrellis.schemes.collaborative.branch import Branch
 from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.roi import region_features
-from detrellis.schemes.collaborative.rpn import RPN, best_apart, proposals, rpn_anchors, rpn_losses, sample
+from detrellis.schemes.collaborative.rpn import RPN, best_apart, proposals, rpn_losses, sample
 from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
 
 CODER = Deltas(0.1, 0.2)
@@ -51,7 +51,7 @@ class BoxHead(nn.Module):
         return deltas
 
 
-class RCNN(Branch):
+class RCNN(nn.Module):
     """Losses: the proposals' `rpn_class` and `rpn_box`; softmax cross-entropy `class`; `giou` of the decoded boxes.
 
     `samples` regions of an image learn, up to a quarter of them positive; targets are regions too. Regions are read
@@ -72,7 +72,7 @@ class RCNN(Branch):
 
     def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
         """See `Branch`; regions are sampled positives, then sampled background."""
-        output, anchors = self.rpn(scene.maps), rpn_anchors(scene)
+        output, anchors = self.rpn(scene.maps), nine_anchors(scene)
         losses = rpn_losses(output, anchors, scene, draw)
         proposed = proposals(output, anchors, scene, before=8 * self.samples, most=2 * self.samples)
         pairs = zip(proposed, scene.boxes, strict=True)
@@ -98,7 +98,7 @@ class RCNN(Branch):
     @torch.no_grad()
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
-        regions = proposals(self.rpn(scene.maps), rpn_anchors(scene), scene, before=1000, most=1000)
+        regions = proposals(self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, most=1000)
         states = self.head(self.read(scene, regions, CELLS))
         counts = [len(r) for r in regions]
         scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
@@ -124,11 +124,8 @@ def sample_regions(proposed: Tensor, boxes: Tensor, samples: int, draw: Draw) ->
 
 def known(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Which of all images' regions are positive, `(P,)`, with their targets' labels `(P,)` and boxes `(P, 4)`."""
-    first, rows = 0, []
-    for owner, boxes in zip(owners, scene.boxes, strict=True):
-        rows.append(torch.where(owner >= 0, owner + first, owner))
-        first += len(boxes)
-    row = torch.cat(rows)
+    pairs = zip(owners, scene.offsets, strict=True)
+    row = torch.cat([torch.where(owner >= 0, owner + first, owner) for owner, first in pairs])
     positive = (row >= 0).nonzero().squeeze(1)
     return positive, torch.cat(scene.labels)[row[positive]], torch.cat(scene.boxes)[row[positive]]
 

@@ -9,15 +9,12 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from detrellis.losses import bce_loss, l1_loss
-from detrellis.schemes.collaborative.anchors import grid_anchors, usable_cells
+from detrellis.schemes.collaborative.anchors import NINE, usable_cells
 from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.dense import DenseOutput, assign_usable, by_anchor, conv, positives
 from detrellis.schemes.collaborative.scene import Draw, Scene
 
-RATIOS = (0.5, 1.0, 2.0)
-SCALES = (4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))
-EACH = len(RATIOS) * len(SCALES)  # anchors of a cell
 CODER = Deltas()
 SAMPLES = 256  # anchors of an image that learn, up to half of them positive
 
@@ -28,7 +25,7 @@ class RPN(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.read = conv(width, width)
-        self.classify, self.regress = nn.Conv2d(width, EACH, 1), nn.Conv2d(width, 4 * EACH, 1)
+        self.classify, self.regress = nn.Conv2d(width, NINE, 1), nn.Conv2d(width, 4 * NINE, 1)
         for layer in (self.classify, self.regress):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -37,12 +34,7 @@ class RPN(nn.Module):
         """Maps `(B, D, H, W)` of the levels to one logit and the deltas of all anchors."""
         read = [self.read(m).relu_() for m in maps]
         logits, deltas = ([layer(r) for r in read] for layer in (self.classify, self.regress))
-        return DenseOutput(by_anchor(logits, EACH), by_anchor(deltas, EACH), None)
-
-
-def rpn_anchors(scene: Scene) -> Tensor:
-    """`(A, 4)`: three shapes times three sizes a cell."""
-    return grid_anchors(scene.shapes, scene.strides, scene.sizes, RATIOS, SCALES)
+        return DenseOutput(by_anchor(logits, NINE), by_anchor(deltas, NINE), None)
 
 
 def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -> dict[str, Tensor]:
@@ -78,10 +70,10 @@ def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int
 
     The `before` best of each level take part in the NMS, which is level by level.
     """
-    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(EACH, dim=1)
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(NINE, dim=1)
     ranked = output.logits.squeeze(-1).masked_fill(~usable, -torch.inf)
     chosen, levels, first = [], [], 0
-    for level, part in enumerate(ranked.split([EACH * h * w for h, w in scene.shapes], dim=1)):
+    for level, part in enumerate(ranked.split([NINE * h * w for h, w in scene.shapes], dim=1)):
         best = part.topk(min(before, part.shape[1]), dim=1).indices
         chosen.append(best + first)
         levels.append(torch.full_like(best[0], level))

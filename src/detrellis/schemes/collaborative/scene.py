@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ class Scene(NamedTuple):
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each level."""
         return tuple((int(m.shape[-2]), int(m.shape[-1])) for m in self.maps)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First row of each image among the batch's targets."""
+        return tuple(itertools.accumulate((len(b) for b in self.boxes[:-1]), initial=0))
 
 
 class Found(NamedTuple):

@@ -22,7 +22,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme, rank_mean
-from detrellis.schemes.collaborative.branch import Branch
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose, marks
 from detrellis.schemes.collaborative.scene import Scene, look_at, random_draw
@@ -31,7 +30,7 @@ from detrellis.types import Assignment
 
 
 class Collaborative(TrainingScheme):
-    """Branches on the memory, in any number and order.
+    """Branches on the memory, in any number and order; modules that are a `Branch`.
 
     `heads` and `queries` are the paper's lambda 2 and lambda 1: weights of the heads' losses, which count once for each
     of the decoder's `layers`, and of the decoder's losses for the positive queries; 0 leaves that part out. `most`
@@ -48,7 +47,7 @@ class Collaborative(TrainingScheme):
         self,
         width: int,
         adapter: Coarser | Pyramid,
-        branches: Sequence[Branch],
+        branches: Sequence[nn.Module],
         *,
         layers: int,
         positioned: bool,
@@ -99,7 +98,7 @@ class Collaborative(TrainingScheme):
                 losses |= {f"co_{name}_head/{term}": self.heads * self.layers * v for term, v in terms.items()}
             if self.queries:
                 fill = self.pad == "background"
-                chosen = choose(found, scene.sizes, step.targets.sizes, draw, most=self.most, fill=fill)
+                chosen = choose(found, scene.sizes, scene.offsets, draw, most=self.most, fill=fill)
                 blocks.append(self.block(i, chosen, step))
         return Extension(blocks, losses)
 
