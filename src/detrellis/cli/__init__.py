@@ -18,25 +18,21 @@ from detrellis.cli.analyze import analyze
 from detrellis.cli.options import (
     LEADS,
     AsJson,
-    BatchSize,
     Boxes,
-    Data,
     Device,
+    Files,
+    MeasuredOn,
     Metric,
     Overrides,
     RecipeName,
     Scale,
     Schemes,
     SkipBad,
-    Split,
     Trained,
-    TrainFile,
-    TrainImages,
-    ValFile,
-    ValImages,
     Weights,
     Workers,
     console,
+    grouped,
     print_json,
 )
 from detrellis.cli.recipes import bench, info, recipes
@@ -83,12 +79,10 @@ def demo(
 
 
 @app.command()
+@grouped
 def check(
-    data: Data = None,
-    train: TrainFile = None,
-    train_images: TrainImages = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
+    *,
+    files: Files,
     fast: Annotated[bool, typer.Option("--fast", help="Do not decode the images.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that decode (default: one a core).")] = None,
@@ -100,9 +94,8 @@ def check(
     """
     from detrellis.data.check import check as check_source
     from detrellis.data.fix import fix as fix_source
-    from detrellis.data.layout import resolve
 
-    source = resolve(data, train, train_images, val, val_images)
+    source = files.source()
     report = check_source(source, fast=fast, progress=not as_json, workers=workers)
     fixed = None if fix is None else fix_source(source, report, fix)
     if as_json:
@@ -115,15 +108,13 @@ def check(
 
 
 @app.command()
+@grouped
 def train(
+    *,
     recipe: RecipeName = None,
     weights: Weights = None,
     boxes: Boxes = None,
-    data: Data = None,
-    train: TrainFile = None,
-    train_images: TrainImages = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
+    files: Files,
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
@@ -145,8 +136,7 @@ def train(
     speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
         _only_with_resume(
-            *(recipe, weights, boxes, data, train, train_images, val, val_images),
-            *(scale, scheme, override, epochs, out, seed, skip_bad),
+            *(recipe, weights, boxes, *vars(files).values(), scale, scheme, override, epochs, out, seed, skip_bad)
         )
         result = api.resume(resume, device=device, workers=workers, console=speaks)
     else:
@@ -154,11 +144,7 @@ def train(
             recipe,
             weights=weights,
             boxes=boxes,
-            data=data,
-            train=train,
-            train_images=train_images,
-            val=val,
-            val_images=val_images,
+            **vars(files),
             scale=scale,
             scheme=scheme or (),
             override=override or (),
@@ -196,21 +182,17 @@ def _print_train_result(result: Any) -> None:
 
 
 @app.command(name="eval")
+@grouped
 def evaluate(
     run: Trained,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
+    *,
+    on: MeasuredOn,
     metric: Metric = "coco",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
     nms: Annotated[
         float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: are there duplicates?")
     ] = None,
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
     device: Device = None,
-    workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
     """Box AP of a run, as COCO or Pascal VOC counts it, on its own validation split or on other data.
@@ -219,21 +201,7 @@ def evaluate(
     """
     from detrellis import api
 
-    result = api.evaluate(
-        run,
-        data=data,
-        val=val,
-        val_images=val_images,
-        split=split,
-        metric=metric,
-        results=results,
-        nms=nms,
-        batch_size=batch_size,
-        skip_bad=skip_bad,
-        device=device,
-        workers=workers,
-        progress=True,
-    )
+    result = api.evaluate(run, metric=metric, results=results, nms=nms, device=device, progress=True, **on.on())
     if as_json:
         print_json(result.to_dict())
         return

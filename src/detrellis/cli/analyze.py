@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from detrellis.cli.options import (
-    LEADS,
-    AsJson,
-    BatchSize,
-    Data,
-    Device,
-    SkipBad,
-    Split,
-    ValFile,
-    ValImages,
-    Workers,
-    console,
-    print_json,
-)
+from detrellis.cli.options import LEADS, AsJson, Device, MeasuredOn, console, grouped, print_json
 from detrellis.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,51 +25,65 @@ analyze = typer.Typer(
 
 Number = TypeVar("Number", int, float)
 Runs = Annotated[list[Path], typer.Argument(help="Runs to compare; also weights files and others' checkpoints.")]
+Out = Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")]
 Names = Annotated[str | None, typer.Option(help="What to call the runs, with commas between (default: their folders).")]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """How runs are measured and shown."""
+
+    names: Names = None
+    device: Device = None
+    as_json: AsJson = False
+
+    def measure(self, what: str, runs: list[Path], out: Path, on: On, **dials: Any) -> None:
+        """Measure with `analysis/WHAT.py`, write figure and numbers, and print either the table or the numbers."""
+        from detrellis.analysis.figures import ready
+
+        ready(out)
+        listed = None if self.names is None else [part.strip() for part in self.names.split(",")]
+        analyze_runs = importlib.import_module(f"detrellis.analysis.{what}").analyze
+        found: Result = analyze_runs(runs, names=listed, device=self.device, progress=True, **dials, **on)
+        if not LEADS:
+            return
+        files = found.save(out)
+        if self.as_json:
+            print_json(found.to_dict())
+            return
+        console.print(found.table())
+        text = f"Figure: {files.figure}\nNumbers: {files.numbers}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @analyze.command()
+@grouped
 def misalignment(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/misalignment"),
+    out: Out = Path("analysis/misalignment"),
     threshold: Annotated[float, typer.Option(min=0, max=1, help="IoU that a high-confidence query needs.")] = 0.5,
     top: Annotated[str, typer.Option(help="For BR-recall: the m highest scores, several with commas.")] = "10,50,100",
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """Does the query that localises an object best also score highest? Align-DETR, Fig. 1 (left).
 
     Example: detrellis analyze misalignment runs/baseline runs/align --names baseline,Align
     """
     wanted = _numbers("--top", top, int, "whole numbers", "10,100")
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("misalignment", runs, out, names, device, as_json, on, threshold=threshold, top=wanted)
+    shown.measure("misalignment", runs, out, on.on(), threshold=threshold, top=wanted)
 
 
 @analyze.command()
+@grouped
 def groups(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/groups"),
+    out: Out = Path("analysis/groups"),
     grid: Annotated[int, typer.Option(min=1, help="Cells on each side of a histogram of positions.")] = 8,
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """Where are the groups' queries, how far apart, and does each group do as well? Group DETR, Fig. 3 and 4.
 
@@ -90,26 +92,18 @@ def groups(
 
     Example: detrellis analyze groups runs/group --names "3 groups"
     """
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("groups", runs, out, names, device, as_json, on, grid=grid)
+    shown.measure("groups", runs, out, on.on(), grid=grid)
 
 
 @analyze.command(name="one-to-many")
+@grouped
 def one_to_many(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/one_to_many"),
+    out: Out = Path("analysis/one_to_many"),
     nms: Annotated[str, typer.Option(help="IoU thresholds of NMS, several with commas.")] = "0.5,0.6,0.7,0.8",
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """AP over the number of training queries: one-to-one, one-to-many, group-wise. Group DETR, Fig. 1.
 
@@ -118,12 +112,11 @@ def one_to_many(
     Example: detrellis analyze one-to-many runs/one runs/many3 runs/group3
     """
     wanted = _numbers("--nms", nms, float, "numbers", "0.5,0.7")
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("one_to_many", runs, out, names, device, as_json, on, nms=wanted)
+    shown.measure("one_to_many", runs, out, on.on(), nms=wanted)
 
 
 @analyze.command()
+@grouped
 def discriminability(
     runs: Runs,
     out: Annotated[
@@ -135,16 +128,9 @@ def discriminability(
         typer.Option(help="Maps of the encoder's features, or of what queries attend to."),
     ] = "encoder",
     images: Annotated[int, typer.Option(min=0, help="Images that are drawn with their maps.")] = 4,
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """Do the encoder's features, or the decoder's attention, tell objects from background? Co-DETR, Fig. 2 and 3.
 
@@ -152,26 +138,18 @@ def discriminability(
 
     Example: detrellis analyze discriminability runs/baseline runs/co --of attention
     """
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
     place = out or Path(f"analysis/discriminability-{of}")
-    _measure("discriminability", runs, place, names, device, as_json, on, of=of, images=images)
+    shown.measure("discriminability", runs, place, on.on(), of=of, images=images)
 
 
 @analyze.command()
+@grouped
 def instability(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/instability"),
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    out: Out = Path("analysis/instability"),
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """How many queries are matched to another object than in the epoch before? Co-DETR, Fig. 5, after DN-DETR.
 
@@ -179,25 +157,17 @@ def instability(
 
     Example: detrellis analyze instability runs/baseline runs/co
     """
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("instability", runs, out, names, device, as_json, on)
+    shown.measure("instability", runs, out, on.on())
 
 
 @analyze.command()
+@grouped
 def branches(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/branches"),
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    out: Out = Path("analysis/branches"),
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """How well does each auxiliary head detect by itself, beside the decoder? Co-DETR, Table 11.
 
@@ -205,30 +175,22 @@ def branches(
 
     Example: detrellis analyze branches runs/co-atss runs/co-atss-rcnn
     """
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("branches", runs, out, names, device, as_json, on)
+    shown.measure("branches", runs, out, on.on())
 
 
 @analyze.command()
+@grouped
 def conflicts(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/conflicts"),
+    out: Out = Path("analysis/conflicts"),
     cam: Annotated[
         Literal["gradcam", "hirescam"],
         typer.Option(help="Maps weighted by the mean gradient of a level, or by the gradient at each place."),
     ] = "gradcam",
     eps: Annotated[float, typer.Option(help="Added to each pixel of a map whose maximum is 1.")] = 1e-3,
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """Do the heads that share an encoder look at the same places? Co-DETR, Fig. 6, 8 and 9 (Eq. 9 to 12).
 
@@ -236,25 +198,17 @@ def conflicts(
 
     Example: detrellis analyze conflicts runs/co-atss runs/co-atss-rcnn
     """
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("conflicts", runs, out, names, device, as_json, on, cam=cam, eps=eps)
+    shown.measure("conflicts", runs, out, on.on(), cam=cam, eps=eps)
 
 
 @analyze.command(name="query-distance")
+@grouped
 def query_distance(
     runs: Runs,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/query_distance"),
-    names: Names = None,
-    data: Data = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    split: Split = "val",
-    batch_size: BatchSize = 4,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    workers: Workers = 2,
-    as_json: AsJson = False,
+    out: Out = Path("analysis/query_distance"),
+    *,
+    on: MeasuredOn,
+    shown: Shown,
 ) -> None:
     """Do the branches' positive queries lie where the detector's own queries do? Co-DETR, Fig. 7.
 
@@ -262,12 +216,11 @@ def query_distance(
 
     Example: detrellis analyze query-distance runs/co
     """
-    on: On = {"data": data, "val": val, "val_images": val_images, "split": split}
-    on |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    _measure("query_distance", runs, out, names, device, as_json, on)
+    shown.measure("query_distance", runs, out, on.on())
 
 
 @analyze.command()
+@grouped
 def attention(
     runs: Runs,
     image: Annotated[
@@ -276,10 +229,9 @@ def attention(
     query: Annotated[
         int | None, typer.Option(min=0, help="Which query, from 0 (default: each run's with the highest score).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("analysis/attention"),
-    names: Names = None,
-    device: Device = None,
-    as_json: AsJson = False,
+    out: Out = Path("analysis/attention"),
+    *,
+    shown: Shown,
 ) -> None:
     """Where does a query look, layer by layer and head by head? SAM-DETR++, Fig. 3 and 5.
 
@@ -287,27 +239,7 @@ def attention(
 
     Example: detrellis analyze attention runs/detr runs/sam --image picture.jpg
     """
-    _measure("attention", runs, out, names, device, as_json, {}, image=image, query=query)
-
-
-def _measure(
-    what: str, runs: list[Path], out: Path, names: str | None, device: str | None, as_json: bool, on: On, **dials: Any
-) -> None:
-    """Measure with `analysis/WHAT.py`, write figure and numbers, and print either the table or the numbers."""
-    from detrellis.analysis.figures import ready
-
-    ready(out)
-    listed = None if names is None else [part.strip() for part in names.split(",")]
-    analyze_runs = importlib.import_module(f"detrellis.analysis.{what}").analyze
-    found: Result = analyze_runs(runs, names=listed, device=device, progress=True, **dials, **on)
-    if not LEADS:
-        return
-    files = found.save(out)
-    if as_json:
-        print_json(found.to_dict())
-        return
-    console.print(found.table())
-    console.print(f"Figure: {files.figure}\nNumbers: {files.numbers}", markup=False, highlight=False, soft_wrap=True)
+    shown.measure("attention", runs, out, {}, image=image, query=query)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number], what: str, example: str) -> list[Number]:

@@ -1,14 +1,28 @@
-"""What the verbs share: the options that several of them have, the console, and JSON on standard output."""
+"""What the verbs share: the options that several of them have, alone and in groups, the console, and JSON on standard
+output.
+
+A group is a dataclass of options. A verb under `grouped` takes it as one keyword argument, and has its fields as
+options in that place.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from detrellis.data.layout import DataSource
+    from detrellis.engine.evaluate import On
 
 LEADS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
 console = Console(quiet=not LEADS)
@@ -38,6 +52,69 @@ Overrides = Annotated[list[str] | None, typer.Option("-o", help="Recipe field: k
 Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the data set.")]
 Metric = Annotated[Literal["coco", "voc"], typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A data set to train on."""
+
+    data: Data = None
+    train: TrainFile = None
+    train_images: TrainImages = None
+    val: ValFile = None
+    val_images: ValImages = None
+
+    def source(self) -> DataSource:
+        """The data set; `UserError` where none is named."""
+        from detrellis.data.layout import resolve
+
+        return resolve(**vars(self))
+
+
+@dataclass(frozen=True)
+class MeasuredOn:
+    """What a trained detector is measured on."""
+
+    data: Data = None
+    val: ValFile = None
+    val_images: ValImages = None
+    split: Split = "val"
+    batch_size: BatchSize = 4
+    skip_bad: SkipBad = False
+    workers: Workers = 2
+
+    def on(self) -> On:
+        """As the API takes it."""
+        return {**vars(self)}  # type: ignore[typeddict-item]
+
+
+def grouped(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with the options of its groups; see the top of the file."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    options = [o for p in inspect.signature(verb).parameters.values() for o in _options(p, hints)]
+
+    @functools.wraps(verb)
+    def run(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{f.name: values.pop(f.name) for f in dataclasses.fields(kind)})
+        verb(**values)
+
+    # What typer reads; both, because it reads both.
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {o.name: o.annotation for o in options}
+    return run
+
+
+def _options(parameter: inspect.Parameter, hints: dict[str, Any]) -> list[inspect.Parameter]:
+    """Itself, or the fields of a group, for keywords only: options without a default may then follow others."""
+    kind = hints[parameter.name]
+    only = inspect.Parameter.KEYWORD_ONLY
+    if not dataclasses.is_dataclass(kind):
+        return [parameter.replace(annotation=kind, kind=only)]
+    own = get_type_hints(kind, include_extras=True)
+    fields = dataclasses.fields(kind)
+    return [inspect.Parameter(f.name, only, default=f.default, annotation=own[f.name]) for f in fields]
 
 
 def print_json(value: Any) -> None:

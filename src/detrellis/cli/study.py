@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,22 +14,20 @@ from rich.console import Console
 from detrellis.cli.options import (
     LEADS,
     AsJson,
-    Data,
     Device,
+    Files,
     Overrides,
     Scale,
     SkipBad,
-    TrainFile,
-    TrainImages,
-    ValFile,
-    ValImages,
     console,
+    grouped,
     print_json,
 )
 from detrellis.cli.published import show_published
 
 if TYPE_CHECKING:
     from detrellis.study.plan import Plan
+    from detrellis.study.report import Report
 
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each row, with the seeds 0, 1, ...")]
 Epochs = Annotated[int | None, typer.Option(help="Length of every run (default: the recipe's).")]
@@ -37,27 +36,51 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of all run
 Loading = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images, of each run.")]
 
 
+@dataclass(frozen=True)
+class Trials:
+    """The runs of a study: how long, how large, and how they are carried out."""
+
+    scale: Scale = None
+    epochs: Epochs = None
+    jobs: Jobs = 1
+    threads: Threads = None
+    workers: Loading = 1
+    skip_bad: SkipBad = False
+    device: Device = None
+    as_json: AsJson = False
+
+    def settings(self, seeds: int) -> dict[str, Any]:
+        """What a plan takes of them."""
+        command = shlex.join(["detrellis", *sys.argv[1:]])
+        own = {name: getattr(self, name) for name in ("scale", "epochs", "skip_bad")}
+        return own | {"seeds": range(seeds), "command": command}
+
+    def conduct(self, plan: Plan, out: Path) -> None:
+        """Train what is missing, and show what was found; exits with 1 where a run did not finish."""
+        from detrellis.study.conduct import conduct
+        from detrellis.study.run import How
+
+        speaks = Console(stderr=True, quiet=not LEADS) if self.as_json else console  # stdout belongs to the JSON
+        found = conduct(plan, out, How(self.jobs, self.threads, self.workers, self.device), speaks)
+        if self.as_json:
+            print_json(found.to_dict())
+        else:
+            _show(found, out)
+        raise typer.Exit(1 if found.unfinished else 0)
+
+
+@grouped
 def compare(
+    *,
     recipe: Annotated[str, typer.Argument(help="Recipe that all rows share; see `detrellis recipes`.")] = "tiny",
     schemes: Annotated[
         str, typer.Option(help="Rows, with commas between; the schemes of a row with +. The first is the baseline.")
     ] = "none,cdn,align,group=3,co=atss",
-    data: Data = None,
-    train: TrainFile = None,
-    train_images: TrainImages = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    scale: Scale = None,
+    files: Files,
     override: Overrides = None,
-    epochs: Epochs = None,
     seeds: Seeds = 3,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("compare"),
-    jobs: Jobs = 1,
-    threads: Threads = None,
-    workers: Loading = 1,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    as_json: AsJson = False,
+    trials: Trials,
 ) -> None:
     """Which training schemes help on your data? Trains a recipe with each set of them, and reports gains and costs.
 
@@ -66,43 +89,23 @@ def compare(
 
     Example: detrellis compare tiny --data my_data --schemes none,align,co=atss,align+group=3 --epochs 12
     """
-    from detrellis.data.layout import resolve
     from detrellis.study.rows import plan_schemes
 
-    plan = plan_schemes(
-        recipe,
-        schemes,
-        resolve(data, train, train_images, val, val_images),
-        seeds=range(seeds),
-        epochs=epochs,
-        scale=scale,
-        override=override or (),
-        skip_bad=skip_bad,
-        command=_command(),
-    )
-    _conduct(plan, out, jobs, threads, workers, device, as_json)
+    plan = plan_schemes(recipe, schemes, files.source(), override=override or (), **trials.settings(seeds))
+    trials.conduct(plan, out)
 
 
+@grouped
 def reproduce(
+    *,
     paper: Annotated[str | None, typer.Argument(help="Name of a paper (default: list them).")] = None,
     table: Annotated[str | None, typer.Argument(help="Of its tables and figures (default: list them).")] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only this row, by name or number. May be repeated.")] = None,
     listing: Annotated[bool, typer.Option("--list", help="Only list rows and published figures.")] = False,
-    data: Data = None,
-    train: TrainFile = None,
-    train_images: TrainImages = None,
-    val: ValFile = None,
-    val_images: ValImages = None,
-    scale: Scale = None,
-    epochs: Epochs = None,
+    files: Files,
     seeds: Seeds = 1,
     out: Annotated[Path | None, typer.Option(help="Folder (default: reproduce/PAPER-TABLE).")] = None,
-    jobs: Jobs = 1,
-    threads: Threads = None,
-    workers: Loading = 1,
-    skip_bad: SkipBad = False,
-    device: Device = None,
-    as_json: AsJson = False,
+    trials: Trials,
 ) -> None:
     """A paper's table: its rows with the published figures, or trained here beside them when data are given.
 
@@ -110,54 +113,28 @@ def reproduce(
 
     Example: detrellis reproduce align 3 --data my_data --scale tiny --epochs 12 --seeds 3
     """
-    from detrellis.data.layout import resolve
     from detrellis.recipes.tables import load_paper
     from detrellis.study.rows import plan_table
 
-    if paper is None or table is None or listing or (data is None and train is None):
-        show_published(paper, table, as_json)
+    if paper is None or table is None or listing or (files.data is None and files.train is None):
+        show_published(paper, table, trials.as_json)
         return
-    source = resolve(data, train, train_images, val, val_images)
     found = load_paper(paper)
-    plan = plan_table(
-        found,
-        found.table(table),
-        source,
-        seeds=range(seeds),
-        only=row or (),
-        epochs=epochs,
-        scale=scale,
-        skip_bad=skip_bad,
-        command=_command(),
-    )
-    _conduct(plan, out or Path("reproduce", f"{paper}-{table}"), jobs, threads, workers, device, as_json)
+    plan = plan_table(found, found.table(table), files.source(), only=row or (), **trials.settings(seeds))
+    trials.conduct(plan, out or Path("reproduce", f"{paper}-{table}"))
 
 
-def _command() -> str:
-    return shlex.join(["detrellis", *sys.argv[1:]])
-
-
-def _conduct(
-    plan: Plan, out: Path, jobs: int, threads: int | None, workers: int, device: str | None, as_json: bool
-) -> None:
-    from detrellis.study.conduct import conduct
-    from detrellis.study.run import How
+def _show(found: Report, out: Path) -> None:
     from detrellis.study.tables import rich_table, sheets
     from detrellis.study.words import caveats, recommend
 
-    speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
-    found = conduct(plan, out, How(jobs, threads, workers, device), speaks)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        for sheet in sheets(found):
-            console.print(rich_table(sheet))
-        for text in (recommend(found), *(f"- {text}" for text in caveats(found))):
-            console.print(text, markup=False, highlight=False)
-        for outcome in found.unfinished:
-            if outcome.log:
-                console.print(f"\n{outcome.trial} failed:\n{outcome.log}", markup=False, highlight=False)
-        for name, why in plan.skipped.items():
-            console.print(f"Left out: {name}: {why}", markup=False, highlight=False)
-        console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)
-    raise typer.Exit(1 if found.unfinished else 0)
+    for sheet in sheets(found):
+        console.print(rich_table(sheet))
+    for text in (recommend(found), *(f"- {text}" for text in caveats(found))):
+        console.print(text, markup=False, highlight=False)
+    for outcome in found.unfinished:
+        if outcome.log:
+            console.print(f"\n{outcome.trial} failed:\n{outcome.log}", markup=False, highlight=False)
+    for name, why in found.plan.skipped.items():
+        console.print(f"Left out: {name}: {why}", markup=False, highlight=False)
+    console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)
