@@ -75,7 +75,14 @@ def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
 
 
 def test_heads_without_an_ap_are_drawn() -> None:
-    nothing = EvalResult({"AP": None, "AP50": None, "AP75": None}, (), 1, 1, 0, 0)
+    nothing = EvalResult(
+        stats={"AP": None, "AP50": None, "AP75": None},
+        per_class=(),
+        images=1,
+        images_in_set=1,
+        ground_truth=0,
+        detections=0,
+    )
     run = Measured("x", "x", "x", {"decoder": nothing, "fcos": nothing})
     Comparison("val", (run,) * 9).figure().draw_without_rendering()
 

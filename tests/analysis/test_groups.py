@@ -173,7 +173,14 @@ def test_runs_without_proposals_and_without_places(name: str, places: bool, shap
 
 
 def test_any_number_of_groups_can_be_drawn() -> None:
-    score = EvalResult({"AP": None, "AP50": None, "AR100": None}, (), 1, 1, 0, 0)
+    score = EvalResult(
+        stats={"AP": None, "AP50": None, "AR100": None},
+        per_class=(),
+        images=1,
+        images_in_set=1,
+        ground_truth=0,
+        detections=0,
+    )
     for groups in (2, 11):
         points = tuple(((0.1, 0.2), (0.3, 0.4)) for _ in range(groups))
         shares = tuple((0.25,) * 4 for _ in range(groups))

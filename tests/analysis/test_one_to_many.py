@@ -95,7 +95,8 @@ def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
 
 
 def measured(kind: str, queries: int, ap: float | None, nms: float | None = None) -> Measured:
-    results = [EvalResult({"AP": x, "AP50": x}, (), 1, 1, 1, 1) for x in (ap, nms)]
+    counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
+    results = [EvalResult(stats={"AP": x, "AP50": x}, per_class=(), **counts) for x in (ap, nms)]
     after = {} if nms is None else {0.5: results[0], 0.6: results[1]}
     return Measured(f"{kind} {queries}", "run", "data", kind, queries, 1, results[0], after)  # type: ignore[arg-type]
 

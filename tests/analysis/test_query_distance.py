@@ -147,12 +147,16 @@ def test_runs_without_anything_to_measure_are_drawn() -> None:
     assert result.table().row_count == 1
 
 
-def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_said(
+    run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
     with pytest.raises(UserError, match="trained without scheme co"):
         analyze([run, plain])
     nowhere = small_recipe("detr-r50").override(["detector.scores=sigmoid"]).with_schemes("co=atss")
     with pytest.raises(UserError, match="its queries have no place"):
         analyze(untrained(tmp_path / "detr", shapes, nowhere), workers=0, device="cpu")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="Start it without torchrun"):
-        check_alone(HERE._replace(size=2))
+        check_alone()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detrellis.analysis.attention_maps import Layer, decoded, head_points, head_weights
 from detrellis.analysis.discriminability import Size, attention_score, levels
-from detrellis.analysis.figures import Result, number, sheet
+from detrellis.analysis.figures import Result, sheet
 from detrellis.analysis.outputs import listed, run_names
 from detrellis.api import Model, trained
 from detrellis.data.check import prepare_split
@@ -28,7 +28,7 @@ from detrellis.data.decode import read_image
 from detrellis.data.layout import DataSource
 from detrellis.data.loader import stack_images
 from detrellis.data.transforms import eval_transform
-from detrellis.engine.console import track
+from detrellis.engine.console import number, track
 from detrellis.errors import UserError
 from detrellis.types import ImageBatch, Memory
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from detrellis.analysis.collaborative import DECODER, check_collaborative, decoded
-from detrellis.analysis.figures import Result, canvas, colours, number, sheet, shortened, tidy
-from detrellis.analysis.outputs import check_finite, listed, run_names, split_name
+from detrellis.analysis.figures import OfRun, Result, canvas, colours, sheet, shortened, tidy
+from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.analysis.schemes import begin, load_trained
-from detrellis.api import open_split
+from detrellis.api import Opened
 from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, world
+from detrellis.engine.console import number
 from detrellis.engine.evaluate import On, completed
 from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
@@ -37,12 +36,9 @@ SHOWN = ("AP", "AP50", "AP75")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     heads: dict[str, EvalResult]  # the decoder's, then the branches' in the recipe's order
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,26 +118,19 @@ def analyze(
     `names` are what the runs are called (default: their folders). Raises `UserError` for a run without branches or
     without its `last.state.pt`.
     """
-    places = listed(runs)
-    called = run_names(places, names)
-    check_collaborative(places)  # all, before minutes are spent on the first
-    with world(device) as own:
-        show = progress and own.leads
-        measured = [_measure(p, n, own, show, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(split_name(on), tuple(measured))
+    measured = each_run(runs, names, device, progress, on, _measure, check_collaborative)
+    return Comparison(split_name(on), measured)
 
 
-def _measure(run: str | Path, name: str, own: World, show: bool, on: On) -> Measured:
-    with open_split(run, own, **on) as opened:
-        model, co = load_trained(opened, Collaborative)
-        most = max(model.detector.top_k, 100)
-        evaluators = {head: CocoEvaluator(opened.annotations, top_k=most) for head in (DECODER, *co.names)}
-        for batch in track(opened.loader, "analyze", len(opened.loader), show):
-            batch = batch.to(opened.model.device, non_blocking=True)
-            for head, found in detections(model, co, batch).items():
-                check_finite(opened, *(d.boxes for d in found), *(d.scores for d in found))
-                evaluators[head].update(batch.image_ids, found)
-    return Measured(name, str(run), opened.files, {head: completed(e).compute() for head, e in evaluators.items()})
+def _measure(opened: Opened, name: str, show: bool) -> Measured:
+    model, co = load_trained(opened, Collaborative)
+    most = max(model.detector.top_k, 100)
+    evaluators = {head: CocoEvaluator(opened.annotations, top_k=most) for head in (DECODER, *co.names)}
+    for batch in batches(opened, show):
+        for head, found in detections(model, co, batch).items():
+            check_finite(opened, *(d.boxes for d in found), *(d.scores for d in found))
+            evaluators[head].update(batch.image_ids, found)
+    return Measured(name, opened.run, opened.files, {head: completed(e).compute() for head, e in evaluators.items()})
 
 
 @torch.no_grad()

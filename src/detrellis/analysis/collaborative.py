@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 
 from detrellis.analysis.schemes import check_state
 from detrellis.engine.checkpoint import load_weights
-from detrellis.engine.distributed import World
 from detrellis.errors import UserError
 from detrellis.schemes.base import Step
 from detrellis.schemes.collaborative.scene import Found, Scene
@@ -19,22 +18,21 @@ from detrellis.types import DecoderOutput, Segment
 DECODER = "decoder"  # what reports call the detector's own head, beside the names of the branches
 
 
-def check_collaborative(runs: Sequence[str | Path]) -> None:
-    """Raises `UserError` where one of the runs has no branches to look at."""
-    for run in runs:
-        _, card = load_weights(Path(run))
-        if card.recipe.schemes.co is None:
-            raise UserError(
-                f"{run}: trained without scheme co, so the decoder is its only head",
-                "Train with a branch: detrellis train tiny --scheme co=atss.",
-            )
-        check_state(run, "the branches")
+def check_collaborative(run: str | Path) -> None:
+    """Raises `UserError` where a run has no branches to look at."""
+    _, card = load_weights(Path(run))
+    if card.recipe.schemes.co is None:
+        raise UserError(
+            f"{run}: trained without scheme co, so the decoder is its only head",
+            "Train with a branch: detrellis train tiny --scheme co=atss.",
+        )
+    check_state(run, "the branches")
 
 
-def check_alone(own: World) -> None:
+def check_alone() -> None:
     """Raises `UserError` under torchrun: what branches assign comes with losses, which are averaged over processes,
     and these may have unequal numbers of batches."""
-    if own.size > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         raise UserError("this measurement runs in one process", "Start it without torchrun.")
 
 

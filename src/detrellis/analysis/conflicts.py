@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, get_args
 
@@ -18,14 +19,13 @@ from torch import Tensor
 
 from detrellis.analysis.activation_maps import Cam, activation_map, activations
 from detrellis.analysis.collaborative import DECODER, check_alone, check_collaborative
-from detrellis.analysis.figures import Result, number, sheet
-from detrellis.analysis.outputs import check_finite, listed, run_names, split_name
+from detrellis.analysis.figures import OfRun, Result, sheet
+from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.analysis.schemes import load_trained
-from detrellis.api import Opened, open_split
+from detrellis.api import Opened
 from detrellis.data.loader import Batch
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, world
+from detrellis.engine.console import number
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.schemes.collaborative.scheme import Collaborative
@@ -68,12 +68,9 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run. `H` heads: the decoder, then the branches in the recipe's order."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     heads: tuple[str, ...]
     images: int  # that count
     empty: int  # images left out, because there is no object
@@ -161,38 +158,33 @@ def analyze(
     `names` are what the runs are called (default: their folders). Raises `UserError` for a run without branches or
     without its `last.state.pt`, under torchrun, and where no image has an object that every head finds.
     """
-    places = listed(runs)
-    called = run_names(places, names)
     if cam not in get_args(Cam):
         raise UserError(f"cam {cam!r}", f"Choose one of {', '.join(get_args(Cam))}.")
     if not 0 < eps < 1:
         raise UserError(f"eps {eps:g}", "Give a number above 0 and below 1.")
-    check_collaborative(places)  # all, before minutes are spent on the first
-    with world(device) as own:
-        check_alone(own)
-        measured = [_measure(p, n, cam, eps, own, progress, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(cam, eps, split_name(on), tuple(measured))
+    measured = each_run(runs, names, device, progress, on, partial(_measure, cam, eps), check_collaborative)
+    return Comparison(cam, eps, split_name(on), measured)
 
 
-def _measure(run: str | Path, name: str, cam: Cam, eps: float, own: World, show: bool, on: On) -> Measured:
+def _measure(cam: Cam, eps: float, opened: Opened, name: str, show: bool) -> Measured:
+    check_alone()
     matrices: list[Tensor] = []
     examples: list[Example] = []
     flat = 0
-    with open_split(run, own, **on) as opened:
-        model, co = load_trained(opened, Collaborative)
-        for batch, image, maps in _maps(opened, model.requires_grad_(False), co, cam, show):
-            if not maps.flatten(1).any(1).all():
-                flat += 1
-                continue
-            matrices.append(conflict_matrix(maps.unsqueeze(1), eps).cpu())
-            if len(examples) < IMAGES:
-                examples.append(Example(picture(batch, image), maps.float().cpu().numpy()))
+    model, co = load_trained(opened, Collaborative)
+    for batch, image, maps in _maps(opened, model.requires_grad_(False), co, cam, show):
+        if not maps.flatten(1).any(1).all():
+            flat += 1
+            continue
+        matrices.append(conflict_matrix(maps.unsqueeze(1), eps).cpu())
+        if len(examples) < IMAGES:
+            examples.append(Example(picture(batch, image), maps.float().cpu().numpy()))
     if not matrices:
         where = f"{opened.files}: no image with an object that every head finds"
         raise UserError(where, "Take another --split or --data, or train longer.")
     return Measured(
         name=name,
-        run=str(run),
+        run=opened.run,
         data=opened.files,
         heads=(DECODER, *co.names),
         images=len(matrices),
@@ -207,10 +199,9 @@ def _maps(
     opened: Opened, model: TrainableDetector, co: Collaborative, cam: Cam, show: bool
 ) -> Iterator[tuple[Batch, int, Tensor]]:
     """The maps `(H, h, w)` of each image with an object, by its batch and its place there."""
-    for batch in track(opened.loader, "analyze", len(opened.loader), show):
+    for batch in batches(opened, show):
         if not len(batch.targets.labels):
             continue
-        batch = batch.to(opened.model.device, non_blocking=True)
         memory, cams = activations(model, co, batch, cam)
         check_finite(opened, *cams.values())
         for i in (i for i, count in enumerate(batch.targets.sizes) if count):

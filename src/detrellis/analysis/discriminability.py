@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, get_args
 
@@ -22,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detrellis.analysis.attention_maps import decoded, token_weights
-from detrellis.analysis.figures import Result, number, sheet
-from detrellis.analysis.outputs import check_finite, listed, one_to_one, run_names, split_name
+from detrellis.analysis.figures import OfRun, Result, sheet
+from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
 from detrellis.analysis.pictures import Picture, picture
-from detrellis.api import Opened, open_split
+from detrellis.api import Opened
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import Batch
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, gather, world
+from detrellis.engine.console import number
+from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_supervision
@@ -115,12 +116,9 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run. The curve's shares are means over the images that have both foreground and background."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     images: int
     skipped: int  # images without foreground or without background
     curve: Curve
@@ -183,28 +181,23 @@ def analyze(
     `of` is what the maps are of, `images` how many the figure shows, `names` what the runs are called (default: their
     folders). Raises `UserError` where no image has both foreground and background.
     """
-    places = listed(runs)
-    called = run_names(places, names)
     if of not in get_args(Of):
         raise UserError(f"discriminability of {of!r}", f"Choose one of {', '.join(get_args(Of))}.")
     if images < 0:
         raise UserError(f"images {images}", "Give the number of images to draw, or 0.")
-    with world(device) as own:
-        show = progress and own.leads
-        measured = [_measure(p, n, of, images, own, show, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(of, split_name(on), tuple(measured))
+    measured = each_run(runs, names, device, progress, on, partial(_measure, of, images))
+    return Comparison(of, split_name(on), measured)
 
 
-def _measure(run: str | Path, name: str, of: Of, images: int, own: World, show: bool, on: On) -> Measured:
+def _measure(of: Of, images: int, opened: Opened, name: str, show: bool) -> Measured:
     thresholds = torch.arange(STEPS + 1) / STEPS
     total, count = torch.zeros(2, STEPS + 1, dtype=torch.float64), 0  # IoF and IoB, summed over images
     examples: list[Example] = []
-    with open_split(run, own, **on) as opened:
-        for example, inside in _scored(opened, of, show):
-            total += torch.stack([shares_above(example.score, part, thresholds) for part in (inside, ~inside)]).cpu()
-            count += 1
-            if len(examples) < images:
-                examples.append(example._replace(score=example.score.cpu()))
+    for example, inside in _scored(opened, of, show):
+        total += torch.stack([shares_above(example.score, part, thresholds) for part in (inside, ~inside)]).cpu()
+        count += 1
+        if len(examples) < images:
+            examples.append(example._replace(score=example.score.cpu()))
     totals, counts, drawn = zip(*gather((total, count, examples)), strict=True)
     measured = sum(counts)
     if not measured:
@@ -214,14 +207,13 @@ def _measure(run: str | Path, name: str, of: Of, images: int, own: World, show: 
     curve = Curve.of(thresholds, torch.stack(totals).sum(0) / measured)
     first = sorted((e for part in drawn for e in part), key=lambda e: e.row)[:images]
     skipped = len(opened.annotations) - measured
-    return Measured(name, str(run), opened.files, measured, skipped, curve, tuple(first))
+    return Measured(name, opened.run, opened.files, measured, skipped, curve, tuple(first))
 
 
 def _scored(opened: Opened, of: Of, show: bool) -> Iterator[tuple[Example, Tensor]]:
     """Every image of this process's share that has both foreground `(H, W)`, given beside it, and background."""
     rows = {int(image_id): row for row, image_id in enumerate(opened.annotations.image_ids)}
-    for batch in track(opened.loader, "analyze", len(opened.loader), show):
-        batch = batch.to(opened.model.device, non_blocking=True)
+    for batch in batches(opened, show):
         for i, score in enumerate(MAPS[of](opened, batch)):
             inside = foreground(_boxes(batch, i), _size(batch, i))
             if inside.any() and not inside.all():

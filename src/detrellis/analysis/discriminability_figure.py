@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from detrellis.analysis.figures import FAINT, INK, canvas, colours, number, shortened, tidy
+from detrellis.analysis.figures import FAINT, INK, canvas, colours, shortened, tidy
 from detrellis.analysis.pictures import outline
+from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -44,6 +45,15 @@ def ready(out: Path) -> None:
     need_matplotlib()
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file, not a folder", "Take another --out.")
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """What every measurement says of one run."""
+
+    name: str  # what figures and tables call it
+    run: str
+    data: str  # the annotations it was measured on
 
 
 class Result(ABC):
@@ -141,8 +151,3 @@ def headline(axes: Axes, name: str, numbers: str) -> None:
 def shortened(name: str) -> str:
     """The end of a long name."""
     return name if len(name) <= 44 else f"...{name[-41:]}"
-
-
-def number(value: float | None) -> str:
-    """As tables show it."""
-    return "-" if value is None else f"{value:.3f}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -20,20 +21,20 @@ import torch
 from torch import Tensor
 
 from detrellis.analysis.all_groups import AllGroups, all_groups, check_grouped, load_groups
-from detrellis.analysis.figures import Result, number, sheet
+from detrellis.analysis.figures import OfRun, Result, sheet
 from detrellis.analysis.instability import instability, matched_boxes
 from detrellis.analysis.outputs import (
+    batches,
     check_finite,
-    listed,
+    each_run,
     one_to_one,
-    run_names,
     split_name,
 )
-from detrellis.api import Opened, open_split
+from detrellis.api import Opened
 from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, gather, world
+from detrellis.engine.console import number
+from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On, completed
 from detrellis.engine.log import read_records
 from detrellis.errors import UserError
@@ -112,12 +113,9 @@ class Logged:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run. What needs places is None where the queries have none, and `md` where there is no box."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     images: int
     boxes: int
     groups: int
@@ -202,38 +200,30 @@ def analyze(
     `grid` is the number of cells on each side of a histogram, `names` what the runs are called (default: their
     folders). Raises `UserError` for a run without groups or without its `last.state.pt`.
     """
-    places = listed(runs)
-    called = run_names(places, names)
     if grid < 1:
         raise UserError(f"grid {grid}", "Give the cells on each side of a histogram, such as 8.")
-    for place in places:  # all, before minutes are spent on the first
-        check_grouped(place)
-    with world(device) as own:
-        show = progress and own.leads
-        measured = [_measure(p, n, grid, own, show, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(grid, split_name(on), tuple(measured))
+    measured = each_run(runs, names, device, progress, on, partial(_measure, grid), check_grouped)
+    return Comparison(grid, split_name(on), measured)
 
 
-def _measure(run: str | Path, name: str, grid: int, own: World, show: bool, on: On) -> Measured:
-    with open_split(run, own, **on) as opened:
-        model, group = load_groups(opened)
-        evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.top_k) for _ in range(group.k)]
-        parts: list[Found] = []
-        fixed = True
-        for batch in track(opened.loader, "analyze", len(opened.loader), show):
-            batch = batch.to(opened.model.device, non_blocking=True)
-            seen = all_groups(model, group, batch)
-            check_finite(opened, seen.output.logits[-1], seen.output.boxes[-1])
-            fixed = seen.fixed
-            wanted = not fixed or not parts  # places that never change are looked at once
-            parts.append(_found(model, seen, batch, grid if wanted else None))
-            _collect(evaluators, model, seen, batch)
+def _measure(grid: int, opened: Opened, name: str, show: bool) -> Measured:
+    model, group = load_groups(opened)
+    evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.top_k) for _ in range(group.k)]
+    parts: list[Found] = []
+    fixed = True
+    for batch in batches(opened, show):
+        seen = all_groups(model, group, batch)
+        check_finite(opened, seen.output.logits[-1], seen.output.boxes[-1])
+        fixed = seen.fixed
+        wanted = not fixed or not parts  # places that never change are looked at once
+        parts.append(_found(model, seen, batch, grid if wanted else None))
+        _collect(evaluators, model, seen, batch)
     everywhere = [p for part in gather(parts) for p in part]
     scores = tuple(completed(e).compute() for e in evaluators)
     found = [p.places for p in everywhere if p.places is not None]
     return Measured(
         name=name,
-        run=str(run),
+        run=opened.run,
         data=opened.files,
         images=scores[0].images,
         boxes=scores[0].ground_truth,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, colours, number, shortened, tidy
+from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, colours, shortened, tidy
+from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

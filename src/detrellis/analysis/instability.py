@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor
 
-from detrellis.analysis.figures import Result, canvas, colours, number, sheet, shortened, tidy
-from detrellis.analysis.outputs import check_finite, listed, one_to_one, run_names, split_name
-from detrellis.api import Opened, open_split
+from detrellis.analysis.figures import OfRun, Result, canvas, colours, sheet, shortened, tidy
+from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
+from detrellis.api import Opened
 from detrellis.data.loader import Batch
 from detrellis.engine.checkpoint import find_weights, load_weights
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, gather, world
+from detrellis.engine.console import number
+from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_supervision
@@ -65,12 +65,9 @@ def kept_epochs(run: str | Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     images: int
     boxes: int
     epochs: tuple[int, ...]  # whose weights were kept
@@ -156,42 +153,34 @@ def analyze(
     `names` are what the runs are called (default: their folders). Raises `UserError` for a run that did not keep the
     weights of its epochs, and where there is no box to be matched.
     """
-    places = listed(runs)
-    called = run_names(places, names)
-    files = [kept_epochs(place) for place in places]  # all, before minutes are spent on the first
-    with world(device) as own:
-        show = progress and own.leads
-        measured = [_measure(p, n, f, own, show, on) for p, n, f in zip(places, called, files, strict=True)]
-    return Comparison(split_name(on), tuple(measured))
+    return Comparison(split_name(on), each_run(runs, names, device, progress, on, _measure, kept_epochs))
 
 
-def _measure(run: str | Path, name: str, files: Sequence[Path], own: World, show: bool, on: On) -> Measured:
+def _measure(opened: Opened, name: str, show: bool) -> Measured:
     epochs: list[int] = []
     changes: list[list[int]] = []  # by epoch but the first, and image
     before: list[Tensor] = []
-    with open_split(files[0], own, **on) as opened:
-        boxes = int((~opened.annotations.crowd).sum())
-        if not boxes:
-            raise UserError(f"{opened.files}: no box to match, only crowd regions", "Take another --split or --data.")
-        supervision = build_supervision(opened.model.recipe)
-        for file in files:
-            weights, card = load_weights(file)
-            opened.model.detector.load_state_dict(weights)
-            batches = track(opened.loader, f"epoch {card.epoch}", len(opened.loader), show)
-            now = [v for batch in batches for v in _matched(opened, supervision, batch)]
-            if epochs:
-                changes.append([int(changed(torch.stack(pair))) for pair in zip(before, now, strict=True)])
-            epochs.append(card.epoch)
-            before = now
+    boxes = int((~opened.annotations.crowd).sum())
+    if not boxes:
+        raise UserError(f"{opened.files}: no box to match, only crowd regions", "Take another --split or --data.")
+    supervision = build_supervision(opened.model.recipe)
+    for file in kept_epochs(opened.run):
+        weights, card = load_weights(file)
+        opened.model.detector.load_state_dict(weights)
+        every = batches(opened, show, f"epoch {card.epoch}")
+        now = [v for batch in every for v in _matched(opened, supervision, batch)]
+        if epochs:
+            changes.append([int(changed(torch.stack(pair))) for pair in zip(before, now, strict=True)])
+        epochs.append(card.epoch)
+        before = now
     everywhere = torch.cat(gather(torch.tensor(changes)), dim=1)
     found = everywhere.double().mean(1).tolist()
-    return Measured(name, str(run), opened.files, everywhere.shape[1], boxes, tuple(epochs), tuple(found))
+    return Measured(name, opened.run, opened.files, everywhere.shape[1], boxes, tuple(epochs), tuple(found))
 
 
 @torch.no_grad()
 def _matched(opened: Opened, supervision: Supervision, batch: Batch) -> Tensor:
     """V of the last layer in each image, `(B, N)`."""
-    batch = batch.to(opened.model.device, non_blocking=True)
     output = opened.model.detector(batch.images)
     check_finite(opened, output.logits, output.boxes)
     found = one_to_one(supervision, output, batch.targets)

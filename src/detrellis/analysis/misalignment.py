@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detrellis.analysis.figures import BLUE, FAINT, ORANGE, Result, headline, number, panels, sheet
-from detrellis.analysis.outputs import listed, run_names, seen, split_name
-from detrellis.api import open_split
+from detrellis.analysis.figures import BLUE, FAINT, ORANGE, OfRun, Result, headline, panels, sheet
+from detrellis.analysis.outputs import each_run, seen, split_name
+from detrellis.api import Opened
 from detrellis.boxes import pairwise_iou
-from detrellis.engine.distributed import World, gather, world
+from detrellis.engine.console import number
+from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 
@@ -110,12 +112,9 @@ def _histogram(values: Tensor) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     images: int
     found: Misalignment
 
@@ -207,26 +206,18 @@ def analyze(
     `threshold` is the IoU that an HC needs, `top` the values of m for BR-recall@m, `names` what the runs are called
     (default: their folders). Raises `UserError` where the data set has errors or nothing to measure.
     """
-    places = listed(runs)
-    called = run_names(places, names)
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold}", "An IoU is between 0 and 1.")
     if not top or min(top) < 1:
         raise UserError(f"top {', '.join(map(str, top)) or 'nothing'}", "Give numbers of detections, such as 10,100.")
     ordered = tuple(sorted(set(top)))
-    with world(device) as own:
-        show = progress and own.leads
-        measured = [_measure(p, n, threshold, ordered, own, show, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(threshold, ordered, split_name(on), tuple(measured))
+    measured = each_run(runs, names, device, progress, on, partial(_measure, threshold, ordered))
+    return Comparison(threshold, ordered, split_name(on), measured)
 
 
-def _measure(
-    run: str | Path, name: str, threshold: float, top: Sequence[int], own: World, show: bool, on: On
-) -> Measured:
-    with open_split(run, own, **on) as opened:
-        found = [pairs(s.scores, s.boxes, s.labels, s.truth, threshold) for s in seen(opened, show)]
-        images, files = len(opened.annotations), opened.files
+def _measure(threshold: float, top: Sequence[int], opened: Opened, name: str, show: bool) -> Measured:
+    found = [pairs(s.scores, s.boxes, s.labels, s.truth, threshold) for s in seen(opened, show)]
     everywhere = Pairs.joined(p for part in gather(found) for p in part)
     if not len(everywhere.br_query):
-        raise UserError(f"{files}: no box to measure, only crowd regions", "Take another --split or --data.")
-    return Measured(name, str(run), files, images, Misalignment.of(everywhere, top))
+        raise UserError(f"{opened.files}: no box to measure, only crowd regions", "Take another --split or --data.")
+    return Measured(name, opened.run, opened.files, len(opened.annotations), Misalignment.of(everywhere, top))

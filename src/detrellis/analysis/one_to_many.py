@@ -15,17 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
 
-from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Result, canvas, number, sheet, tidy
-from detrellis.analysis.outputs import check_finite, listed, run_names, split_name
-from detrellis.api import Opened, open_split
+from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, OfRun, Result, canvas, sheet, tidy
+from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
+from detrellis.api import Opened
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, world
+from detrellis.engine.console import number
 from detrellis.engine.evaluate import On, completed, suppress
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_schemes
@@ -49,12 +49,9 @@ def kind_of(recipe: Recipe) -> Kind:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     kind: Kind
     queries: int  # that are matched in training, in all groups
     per_target: int  # of them, that each target is matched to in a decoder layer
@@ -157,24 +154,18 @@ def analyze(
     `nms` are IoU thresholds, `names` what the runs are called (default: their folders). Raises `UserError` where the
     data set has errors.
     """
-    places = listed(runs)
-    called = run_names(places, names)
     if not nms or not all(0 < t < 1 for t in nms):
         raise UserError(f"nms {', '.join(f'{t:g}' for t in nms) or 'nothing'}", "Give IoUs between 0 and 1: 0.5,0.7.")
     ordered = tuple(sorted(set(nms)))
-    with world(device) as own:
-        show = progress and own.leads
-        measured = [_measure(p, n, ordered, own, show, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(ordered, split_name(on), tuple(measured))
+    return Comparison(ordered, split_name(on), each_run(runs, names, device, progress, on, partial(_measure, ordered)))
 
 
-def _measure(run: str | Path, name: str, nms: Sequence[float], own: World, show: bool, on: On) -> Measured:
-    with open_split(run, own, **on) as opened:
-        recipe = opened.model.recipe
-        kind = kind_of(recipe)
-        result, after = _evaluate(opened, nms if kind == "one-to-many" else (), show)
-        queries, groups = _queries(opened)
-    return Measured(name, str(run), opened.files, kind, queries, groups * recipe.loss.one_to_many, result, after)
+def _measure(nms: Sequence[float], opened: Opened, name: str, show: bool) -> Measured:
+    recipe = opened.model.recipe
+    kind = kind_of(recipe)
+    result, after = _evaluate(opened, nms if kind == "one-to-many" else (), show)
+    queries, groups = _queries(opened)
+    return Measured(name, opened.run, opened.files, kind, queries, groups * recipe.loss.one_to_many, result, after)
 
 
 def _queries(opened: Opened) -> tuple[int, int]:
@@ -191,10 +182,9 @@ def _queries(opened: Opened) -> tuple[int, int]:
 @torch.no_grad()
 def _evaluate(opened: Opened, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
     """As the detector detects, and after NMS by each threshold."""
-    detector, device = opened.model.detector, opened.model.device
+    detector = opened.model.detector
     plain, *after = (CocoEvaluator(opened.annotations, top_k=detector.top_k) for _ in (None, *nms))
-    for batch in track(opened.loader, "analyze", len(opened.loader), show):
-        batch = batch.to(device, non_blocking=True)
+    for batch in batches(opened, show):
         output = detector(batch.images)
         check_finite(opened, output.logits, output.boxes)
         plain.update(batch.image_ids, detector.select(output, batch.sizes))

@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from detrellis.api import Opened
+from detrellis.api import Opened, open_split
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
+from detrellis.data.loader import Batch
 from detrellis.engine.console import track
+from detrellis.engine.distributed import world
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput, Targets
+
+Found = TypeVar("Found")
+
+
+def each_run(
+    runs: str | Path | Sequence[str | Path],
+    names: Sequence[str] | None,
+    device: str | None,
+    progress: bool,
+    on: On,
+    measure: Callable[[Opened, str, bool], Found],
+    check: Callable[[str | Path], object] = Path,
+) -> tuple[Found, ...]:
+    """What `measure(opened, name, show)` finds of one run or several; `show` says whether to draw progress.
+
+    `check` is called with all runs before minutes are spent on the first. Raises `UserError` as `run_names` does, and
+    where there is no run.
+    """
+    places = listed(runs)
+    called = run_names(places, names)
+    for place in places:
+        check(place)
+    found = []
+    with world(device) as own:
+        for place, name in zip(places, called, strict=True):
+            with open_split(place, own, **on) as opened:
+                found.append(measure(opened, name, progress and own.leads))
+    return tuple(found)
+
+
+def batches(opened: Opened, show: bool, what: str = "analyze") -> Iterator[Batch]:
+    """This process's share, on the model's device; `show` puts a progress bar on a terminal."""
+    for batch in track(opened.loader, what, len(opened.loader), show):
+        yield batch.to(opened.model.device, non_blocking=True)
 
 
 class Seen(NamedTuple):
@@ -41,14 +77,14 @@ def seen(opened: Opened, show: bool = False) -> Iterator[Seen]:
 
     Raises `UserError` where an output is not finite.
     """
-    detector, device = opened.model.detector, opened.model.device
+    detector = opened.model.detector
     rows = {int(image_id): row for row, image_id in enumerate(opened.annotations.image_ids)}
-    for batch in track(opened.loader, "analyze", len(opened.loader), show):
+    for batch in batches(opened, show):
         with torch.no_grad():
-            output = detector(batch.images.to(device, non_blocking=True))
+            output = detector(batch.images)
             scores, boxes = detector.scores(output).cpu(), output.boxes[-1].cpu().double()
         check_finite(opened, scores, boxes)
-        pixels = cxcywh_to_xyxy(boxes) * batch.sizes.flip(-1).repeat(1, 2)[:, None]
+        pixels = cxcywh_to_xyxy(boxes) * batch.sizes.cpu().flip(-1).repeat(1, 2)[:, None]
         for image_id, own_scores, own_boxes in zip(batch.image_ids, scores, pixels, strict=True):
             yield Seen(image_id, own_scores, own_boxes, *truth(opened.annotations, rows[image_id]))
 

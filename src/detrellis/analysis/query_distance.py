@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from detrellis.analysis.collaborative import assigned, check_alone, check_collaborative, decoded
-from detrellis.analysis.figures import Result, number, sheet
-from detrellis.analysis.outputs import check_finite, listed, one_to_one, run_names, split_name
+from detrellis.analysis.figures import OfRun, Result, sheet
+from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.analysis.schemes import begin, load_trained
-from detrellis.api import Opened, open_split
+from detrellis.api import Opened
 from detrellis.data.loader import Batch
-from detrellis.engine.console import track
-from detrellis.engine.distributed import World, world
+from detrellis.engine.console import number
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.schemes.collaborative.coder import centres
@@ -101,12 +100,9 @@ def averaged(images: Iterable[Apart]) -> Distances:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(OfRun):
     """One run."""
 
-    name: str
-    run: str
-    data: str  # the annotations it was measured on
     images: int
     boxes: int
     branches: dict[str, Distances]  # and `ALL`, where there are several
@@ -172,29 +168,23 @@ def analyze(
     `names` are what the runs are called (default: their folders). Raises `UserError` for a run without branches or
     without its `last.state.pt`, for queries without a place, and under torchrun.
     """
-    places = listed(runs)
-    called = run_names(places, names)
-    check_collaborative(places)  # all, before minutes are spent on the first
-    with world(device) as own:
-        check_alone(own)
-        measured = [_measure(p, n, own, progress, on) for p, n in zip(places, called, strict=True)]
-    return Comparison(split_name(on), tuple(measured))
+    measured = each_run(runs, names, device, progress, on, _measure, check_collaborative)
+    return Comparison(split_name(on), measured)
 
 
-def _measure(run: str | Path, name: str, own: World, show: bool, on: On) -> Measured:
+def _measure(opened: Opened, name: str, show: bool) -> Measured:
+    check_alone()
     found: list[dict[str, Apart]] = []
     example = None
-    with open_split(run, own, **on) as opened:
-        model, co = load_trained(opened, Collaborative)
-        for batch in track(opened.loader, "analyze", len(opened.loader), show):
-            batch = batch.to(opened.model.device, non_blocking=True)
-            for i, places in enumerate(query_places(opened, model, co, batch)):
-                found.append({branch: distances(places, *own) for branch, own in places.branches.items()})
-                drawable = example is None and all(a.matched.isfinite().any() for a in found[-1].values())
-                example = Example(picture(batch, i), places) if drawable else example
+    model, co = load_trained(opened, Collaborative)
+    for batch in batches(opened, show):
+        for i, places in enumerate(query_places(opened, model, co, batch)):
+            found.append({branch: distances(places, *own) for branch, own in places.branches.items()})
+            drawable = example is None and all(a.matched.isfinite().any() for a in found[-1].values())
+            example = Example(picture(batch, i), places) if drawable else example
     branches = {branch: averaged(image[branch] for image in found) for branch in found[0]}
     boxes = sum(len(next(iter(image.values())).positives) for image in found)
-    return Measured(name, str(run), opened.files, len(found), boxes, branches, example)
+    return Measured(name, opened.run, opened.files, len(found), boxes, branches, example)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, headline, number, tidy
+from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, headline, tidy
 from detrellis.analysis.pictures import outline
+from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

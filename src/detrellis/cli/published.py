@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from detrellis.cli.options import console, print_json
+from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from detrellis.recipes import tables
@@ -42,7 +43,7 @@ def _rows(of: tables.Table) -> Table:
         column.overflow = "fold"
         column.justify = "right" if column.header in ("epochs", "AP", "gain", "AP50") else "left"
     part = ""
-    for number, row in enumerate(of.rows, 1):
+    for place, row in enumerate(of.rows, 1):
         if row.part != part:
             part = row.part
             listed.add_row("", f"[bold]{escape(part)}[/]")
@@ -51,8 +52,8 @@ def _rows(of: tables.Table) -> Table:
         gain = "" if ap is None or before is None else f"{ap - before:+.1f}"
         recipe = " + ".join([row.recipe or "-", *row.schemes])
         note = f"needs {row.missing}" if row.missing else "baseline" if row.baseline else ""
-        scores = (_figure(ap), gain, _figure(row.published.get("AP50")))
-        listed.add_row(str(number), escape(row.name), str(row.epochs or "-"), *scores, escape(recipe), escape(note))
+        scores = (number(ap, ".1f"), gain, number(row.published.get("AP50"), ".1f"))
+        listed.add_row(str(place), escape(row.name), str(row.epochs or "-"), *scores, escape(recipe), escape(note))
     return listed
 
 
@@ -60,10 +61,6 @@ def _sheet(*columns: str, title: str | None = None) -> Table:
     from rich.box import SIMPLE_HEAD
 
     return Table(*columns, title=title and escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _show(as_data: object, listed: Table, as_json: bool) -> None:

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from detrellis.data.annotations import Annotations
+from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.types import Detections
 
@@ -61,32 +62,47 @@ class ClassResult:
     detections: int
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """The twelve COCO statistics and each class's AP, all in 0..1; None where COCO leaves a number undefined (-1)."""
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What every metric says of a set, all in 0..1; None where a number is undefined."""
 
-    stats: Mapping[str, float | None]  # by the names in `STATISTICS`
-    per_class: tuple[ClassResult, ...]  # in the order of class indices
+    stats: Mapping[str, float | None]  # by name
     images: int  # that were evaluated
     images_in_set: int
-    ground_truth: int  # boxes in the evaluated images, without crowd regions
+    ground_truth: int  # boxes in the evaluated images that count
     detections: int
     dropped: int = 0  # detections with a number that was not finite
 
     @property
     def ap(self) -> float | None:
-        """AP over IoU 0.50:0.95."""
+        """The metric's main number."""
         return self.stats["AP"]
-
-    @property
-    def ap50(self) -> float | None:
-        """AP at IoU 0.50."""
-        return self.stats["AP50"]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         data = asdict(self)
         return data | {"stats": dict(self.stats), "per_class": list(data["per_class"])}
+
+    def caption(self, boxes: str) -> str:
+        """What a table was made from; `boxes` says how many."""
+        part = "" if self.images == self.images_in_set else f" of {self.images_in_set:,}"
+        text = f"{self.images:,}{part} images, {boxes}, {self.detections:,} detections"
+        return text + (f"; {self.dropped:,} detections were not finite and left out" if self.dropped else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult(Scores):
+    """The twelve COCO statistics, by the names in `STATISTICS`, and each class's AP; crowd regions do not count.
+
+    `ap` is over IoU 0.50:0.95. None where COCO has -1.
+    """
+
+    per_class: tuple[ClassResult, ...]  # in the order of class indices
+
+    @property
+    def ap50(self) -> float | None:
+        """AP at IoU 0.50."""
+        return self.stats["AP50"]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
@@ -97,10 +113,11 @@ class EvalResult:
         """The twelve statistics for a rich console."""
         from rich.table import Table
 
-        table = Table(title="COCO box AP and AR", caption=self._caption(), caption_justify="left", title_justify="left")
+        caption = self.caption(f"{self.ground_truth:,} boxes")
+        table = Table(title="COCO box AP and AR", caption=caption, caption_justify="left", title_justify="left")
         for name in STATISTICS[:6]:
             table.add_column(name, justify="right")
-        values = [_text(self.stats[name]) for name in STATISTICS]
+        values = [number(self.stats[name]) for name in STATISTICS]
         table.add_row(*values[:6], end_section=True)
         table.add_row(*(f"[bold]{name}[/bold]" for name in STATISTICS[6:]))
         table.add_row(*values[6:])
@@ -115,13 +132,8 @@ class EvalResult:
         for name in ("AP", "AP50", "boxes", "detections"):
             table.add_column(name, justify="right")
         for c in self.per_class:  # Text: a class may be called "[bold]"
-            table.add_row(Text(c.name), _text(c.ap), _text(c.ap50), str(c.ground_truth), str(c.detections))
+            table.add_row(Text(c.name), number(c.ap), number(c.ap50), str(c.ground_truth), str(c.detections))
         return table
-
-    def _caption(self) -> str:
-        part = "" if self.images == self.images_in_set else f" of {self.images_in_set:,}"
-        text = f"{self.images:,}{part} images, {self.ground_truth:,} boxes, {self.detections:,} detections"
-        return text + (f"; {self.dropped:,} detections were not finite and left out" if self.dropped else "")
 
 
 class CocoEvaluator:
@@ -300,10 +312,6 @@ def _to_host(detections: Sequence[Detections]) -> Float:
 
 def _defined(value: float) -> float | None:
     return None if value < 0 else float(value)
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 @functools.cache

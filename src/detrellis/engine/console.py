@@ -17,6 +17,11 @@ LINE_SECONDS = 10.0  # without a terminal, at most one progress line in this tim
 HEADER_ROWS = 20  # the header is printed again after this many epochs
 
 
+def number(value: float | None, form: str = ".3f") -> str:
+    """As tables show it; a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
 def track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[Item]:
     """`items` with a progress bar on stderr, where there is a terminal to show it."""
     console = Console(stderr=True)

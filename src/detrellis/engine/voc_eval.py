@@ -22,8 +22,7 @@ boxes a pixel larger.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,7 +31,8 @@ from numpy.typing import NDArray
 
 from detrellis.boxes import iou
 from detrellis.data.annotations import Annotations
-from detrellis.engine.coco_eval import ResultArrays
+from detrellis.engine.coco_eval import ResultArrays, Scores
+from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,43 +60,31 @@ class VocClassResult:
     detections: int  # difficult ones' among them
 
 
-@dataclass(frozen=True)
-class VocResult:
-    """Mean AP at IoU 0.5 over the classes, in both of VOC's versions, and each class's, all in 0..1."""
+@dataclass(frozen=True, kw_only=True)
+class VocResult(Scores):
+    """Mean AP at IoU 0.5 over the classes, in both of VOC's versions (`STATISTICS`), and each class's.
 
-    stats: Mapping[str, float | None]  # by the names in `STATISTICS`; None where no class has a box
+    `ap` is the mean of the areas.
+    """
+
     per_class: tuple[VocClassResult, ...]  # in the order of class indices
-    images: int  # that were evaluated
-    images_in_set: int
-    ground_truth: int
     difficult: int
-    detections: int
-    dropped: int = 0  # detections with a number that was not finite
-
-    @property
-    def ap(self) -> float | None:
-        """Mean of the areas."""
-        return self.stats["AP"]
 
     @property
     def ap11(self) -> float | None:
         """Mean of the 11-point averages."""
         return self.stats["AP11"]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        data = asdict(self)
-        return data | {"stats": dict(self.stats), "per_class": list(data["per_class"])}
-
     def table(self) -> Table:
         """Both means for a rich console."""
         from rich.table import Table
 
         look: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(title="VOC mean AP at IoU 0.5", caption=self._caption(), **look)
+        caption = self.caption(f"{self.ground_truth:,} boxes and {self.difficult:,} difficult ones")
+        table = Table(title="VOC mean AP at IoU 0.5", caption=caption, **look)
         for title in STATISTICS.values():
             table.add_column(title, justify="right")
-        table.add_row(*(_text(self.stats[name]) for name in STATISTICS))
+        table.add_row(*(number(self.stats[name]) for name in STATISTICS))
         return table
 
     def class_table(self) -> Table:
@@ -109,14 +97,8 @@ class VocResult:
             table.add_column(title, justify="right")
         for c in self.per_class:  # Text: a class may be called "[bold]"
             counts = map(str, (c.ground_truth, c.difficult, c.detections))
-            table.add_row(Text(c.name), _text(c.ap), _text(c.ap11), *counts)
+            table.add_row(Text(c.name), number(c.ap), number(c.ap11), *counts)
         return table
-
-    def _caption(self) -> str:
-        part = "" if self.images == self.images_in_set else f" of {self.images_in_set:,}"
-        boxes = f"{self.ground_truth:,} boxes and {self.difficult:,} difficult ones"
-        text = f"{self.images:,}{part} images, {boxes}, {self.detections:,} detections"
-        return text + (f"; {self.dropped:,} detections were not finite and left out" if self.dropped else "")
 
 
 def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult:
@@ -195,7 +177,3 @@ def average_precision(hits: Bool, total: int) -> tuple[float | None, float | Non
 def _mean(values: list[float | None]) -> float | None:
     defined = [v for v in values if v is not None]
     return sum(defined) / len(defined) if defined else None
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from detrellis.engine.console import number
 from detrellis.study.numbers import Estimate
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def sheets(found: Report) -> list[Sheet]:
     if found.plan.baseline is None and found.others:
         ap["baseline"] = lambda line: line.row.against or NONE
     if any(line.row.published is not None for line in found.lines):
-        ap["published AP"] = lambda line: number(line.row.published)
+        ap["published AP"] = lambda line: number(line.row.published, ".1f")
         ap["published gain"] = lambda line: number(line.published_gain, "+.1f")
     if any(len(line.runs) != len(found.plan.seeds) for line in found.lines):
         ap["seeds"] = lambda line: str(len(line.runs))
@@ -82,11 +83,6 @@ def gain(of: Estimate | None) -> str:
     if of.interval is None:
         return f"{of.mean:+.1f}"
     return f"{of.mean:+.1f} [{of.mean - of.interval:+.1f}, {of.mean + of.interval:+.1f}]"
-
-
-def number(value: float | None, form: str = ".1f") -> str:
-    """A number, or a dash."""
-    return NONE if value is None else f"{value:{form}}"
 
 
 def seconds(value: float | None) -> str:
