@@ -11,13 +11,12 @@ import torch
 from detrellis.analysis.branches import Comparison, Measured, analyze, detections, scaled
 from detrellis.analysis.schemes import begin, load_trained
 from detrellis.api import open_split
-from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.distributed import World
 from detrellis.errors import UserError
 from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
 
-from .runs import small_recipe, untrained
+from .runs import small_recipe, untrained, without_boxes
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -75,14 +74,7 @@ def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
 
 
 def test_heads_without_an_ap_are_drawn() -> None:
-    nothing = EvalResult(
-        stats={"AP": None, "AP50": None, "AP75": None},
-        per_class=(),
-        images=1,
-        images_in_set=1,
-        ground_truth=0,
-        detections=0,
-    )
+    nothing = without_boxes("AP", "AP50", "AP75")
     run = Measured("x", "x", "x", {"decoder": nothing, "fcos": nothing})
     Comparison("val", (run,) * 9).figure().draw_without_rendering()
 

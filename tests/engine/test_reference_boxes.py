@@ -14,7 +14,6 @@ from torch import Tensor
 
 import detrellis
 from detrellis.engine.checkpoint import Card, load_weights, save_weights
-from detrellis.engine.train import Run
 from detrellis.engine.transfer import REFERENCE_BOXES, take_boxes
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
@@ -48,22 +47,6 @@ def first(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("first") / "run"
     train(shapes, out, "optim.lr=0.01", seed=5)
     return out
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The weights right before the first step: the detector's, and the average's."""
-    found: list[dict[str, Tensor]] = []
-    train_step = Run.train_step
-
-    def step(self: Run, batches: list) -> None:  # type: ignore[type-arg]
-        if not found:
-            detectors = (self.state.model.detector, self.state.detector)
-            found.extend({n: t.clone() for n, t in d.state_dict().items()} for d in detectors)
-        train_step(self, batches)
-
-    monkeypatch.setattr(Run, "train_step", step)
-    return found
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:

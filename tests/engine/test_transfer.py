@@ -261,21 +261,6 @@ def other(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The weights right before the first step: the detector's, and the average's."""
-    found: list[dict[str, Tensor]] = []
-    train_step = Run.train_step
-
-    def step(self: Run, batches: list) -> None:  # type: ignore[type-arg]
-        if not found:
-            found.extend(weights(d) for d in (self.state.model.detector, self.state.detector))
-        train_step(self, batches)
-
-    monkeypatch.setattr(Run, "train_step", step)
-    return found
-
-
 def tune(start: Path, data: Path, out: Path, epochs: int = 1, console: Console | None = None) -> TrainResult:
     return detrellis.train(weights=start, data=data, out=out, epochs=epochs, workers=0, console=console)
 
