@@ -300,8 +300,6 @@ def capabilities(config: DetectorConfig) -> frozenset[str]:
     """What schemes may ask of a detector."""
     holds = {
         "sigmoid_scores": config.scores == "sigmoid",
-        "several_levels": config.levels > 1,
         "box_queries": config.query_position == "boxes",
-        "proposals": config.queries in ("proposals", "mixed"),
     }
     return frozenset(name for name, held in holds.items() if held)
