@@ -53,30 +53,40 @@ VARIANTS = {
 
 
 class Stepper:
-    """One training step at a time, with its CPU seconds."""
+    """One training step at a time, with its CPU seconds; on a GPU in bf16, with those of the clock."""
 
-    def __init__(self, recipe: str, variant: Variant | None, size: tuple[int, int]) -> None:
+    def __init__(self, recipe: str, variant: Variant | None, size: tuple[int, int], device: str = "cpu") -> None:
         chosen = find_recipe(recipe).untrained()
         if variant is not None:
             chosen = chosen.with_schemes(variant.scheme).override(variant.override)
-        self.model = build(chosen, CLASSES).train()
+        self.device = device
+        self.model = build(chosen, CLASSES).to(device).train()
         self.optimizer, self.clip = build_optimizer(self.model, chosen.optim), chosen.optim.clip
         generator = torch.Generator().manual_seed(0)
         boxes = torch.rand(BATCH * BOXES, 4, generator=generator) * 0.3 + 0.2
         labels = torch.randint(CLASSES, (BATCH * BOXES,), generator=generator)
-        self.images = ImageBatch(torch.randn(BATCH, 3, *size, generator=generator))
-        self.targets = Targets(labels, boxes, (BOXES,) * BATCH)
+        self.images = ImageBatch(torch.randn(BATCH, 3, *size, generator=generator).to(device))
+        self.targets = Targets(labels.to(device), boxes.to(device), (BOXES,) * BATCH)
         self.seconds: list[float] = []
 
     def __call__(self, step: int) -> None:
         """One step."""
         self.model.reseed(step)
-        start = time.process_time()
+        start = self.now()
         self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(self.model(self.images, self.targets).losses.values())).sum().backward()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            losses = self.model(self.images, self.targets).losses
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
-        self.seconds.append(time.process_time() - start)
+        self.seconds.append(self.now() - start)
+
+    def now(self) -> float:
+        """Seconds of whatever is measured."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def memory(self) -> int:
         """Bytes that a step holds when its backward pass begins."""

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import detrellis
-from detrellis.engine.distributed import gather, sum_over, world
+from detrellis.engine.distributed import gather, pick_device, sum_over, world
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.schemes import SchemesConfig
@@ -123,3 +123,10 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     assert loader_batch(recipe, World(0, 4, torch.device("cpu"))) == 2
     with pytest.raises(UserError, match="3 processes"):
         loader_batch(recipe, World(0, 3, torch.device("cpu")))
+
+
+def test_cuda_without_a_number_is_the_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device refuses a device without a number."""
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    assert pick_device("cuda", 2) == torch.device("cuda:2")
+    assert pick_device("cuda:1", 2) == torch.device("cuda:1")

@@ -32,7 +32,9 @@ class World(NamedTuple):
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     """The device asked for, else a GPU if there is one."""
     if name is None:
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # of several, this process's own
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -12,9 +12,22 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from detrellis.nn.linear import FastLinear, linear
 from detrellis.types import Memory, Segment, Spatial
+
+# What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper: for some lengths and masks its
+# backward pass gives gradients that are not numbers, or reads where it may not (pytorch issue 196678).
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention, to where `mask` is True if there is one."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    with sdpa_kernel(BACKENDS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def _fold(x: Tensor, copies: int) -> Tensor:
@@ -47,7 +60,7 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
     only; every other segment takes none.
     """
     if len(segments) <= 1 and all(s.copies == 1 and s.unused is None for s in segments):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return _attend(q, k, v, None, dropout)
     sizes = [s.size for s in segments]
     split = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
     # Copies: what the backward pass keeps of one segment must not keep the projections of all.
@@ -60,14 +73,14 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
             k_all = torch.cat([k_own, *(k for _, k, _ in seen)], dim=2)
             v_all = torch.cat([v_own, *(v for _, _, v in seen)], dim=2)
             mask = _copy_mask(s.size, s.copies, k_all.shape[2] - s.size, q.device) if s.copies > 1 else None
-            out.append(F.scaled_dot_product_attention(q_own, k_all, v_all, attn_mask=mask, dropout_p=dropout))
+            out.append(_attend(q_own, k_all, v_all, mask, dropout))
         elif s.unused is not None:
             itself = torch.eye(s.size, dtype=torch.bool, device=q.device)
             mask = ~s.unused[:, None, None] | itself
-            out.append(F.scaled_dot_product_attention(q_own, k_own, v_own, attn_mask=mask, dropout_p=dropout))
+            out.append(_attend(q_own, k_own, v_own, mask, dropout))
         else:
             q_own, k_own, v_own = (_fold(t, s.copies) for t in (q_own, k_own, v_own))
-            attended = F.scaled_dot_product_attention(q_own, k_own, v_own, dropout_p=dropout)
+            attended = _attend(q_own, k_own, v_own, None, dropout)
             out.append(_unfold(attended, s.copies))
     return torch.cat(out, dim=2)
 
@@ -76,8 +89,7 @@ def memory_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dr
     """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`, `v (B, M, S, e)`,
     `padding (B, S)`, to `(B, M, N, e)`."""
     mask = None if padding is None else ~padding[:, None, None]
-    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return out
+    return _attend(q, k, v, mask, dropout)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

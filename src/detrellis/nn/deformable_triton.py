@@ -6,8 +6,8 @@ float64), whatever the type of the rows. In the backward pass the gradients of l
 channels, reduced inside the program and written once. Gradients of rows meet in memory: as atomic additions, or,
 under `torch.use_deterministic_algorithms`, sorted by row and summed in a fixed order by a second kernel.
 
-Tested without a GPU: results in Triton's interpreter (`TRITON_INTERPRET=1`), and that all kernels compile. The speed
-on a GPU is not measured, nor are the block sizes tuned.
+Tested without a GPU: results in Triton's interpreter (`TRITON_INTERPRET=1`), and that all kernels compile; with one,
+both on it. docs/performance.md says how fast they are on an H200; the block sizes are not tuned.
 """
 
 # Triton has no types, and what is inside a kernel is not Python.
@@ -68,13 +68,15 @@ def _row(base, token, inside, SIZES: tl.constexpr):
 def _forward_kernel(value, locations, weights, levels, out, tokens, queries, SIZES: tl.constexpr):
     HEADS: tl.constexpr = SIZES[0]
     WIDTH: tl.constexpr = SIZES[2]
+    LANES: tl.constexpr = SIZES[3]  # by name: a shape of a tuple's items does not compile in Triton 3.6
+    QUERIES: tl.constexpr = SIZES[4]
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
-    query = tl.program_id(0) * SIZES[4] + tl.arange(0, SIZES[4])
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     known = query < queries
     base = value + (image * tokens * HEADS + head) * WIDTH
     bag = (image * queries + query) * HEADS + head
-    total = tl.zeros((SIZES[4], SIZES[3]), dtype=SIZES[5])
+    total = tl.zeros((QUERIES, LANES), dtype=SIZES[5])
     for k in range(SIZES[1]):
         token, x, y, weight, _, width, _ = _sample(locations, weights, levels, bag, k, known, SIZES[1])
         _, left, right, x0, x1 = x
@@ -84,7 +86,7 @@ def _forward_kernel(value, locations, weights, levels, out, tokens, queries, SIZ
         lower = left[:, None] * _row(base, token + width, x0 & y1, SIZES)
         lower += right[:, None] * _row(base, token + width + 1, x1 & y1, SIZES)
         total += (top * weight)[:, None] * upper + (bottom * weight)[:, None] * lower
-    channels = tl.arange(0, SIZES[3])
+    channels = tl.arange(0, LANES)
     at = out + bag[:, None] * WIDTH + channels[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=known[:, None] & (channels < WIDTH)[None, :])
 
@@ -140,12 +142,15 @@ def _backward_kernel(
 def _sum_kernel(gradient, order, shares, starts, out, SIZES: tl.constexpr):
     """The gradient of one row: its entries, `starts[row]` to `starts[row + 1]`, in order."""
     row = tl.program_id(0).to(tl.int64)
-    channels = tl.arange(0, SIZES[3])
-    total = tl.zeros((SIZES[3],), dtype=SIZES[5])
-    for i in range(tl.load(starts + row), tl.load(starts + row + 1)):
+    LANES: tl.constexpr = SIZES[3]
+    channels = tl.arange(0, LANES)
+    total = tl.zeros((LANES,), dtype=SIZES[5])
+    i, end = tl.load(starts + row), tl.load(starts + row + 1)
+    while i < end:  # not `for`, whose bounds must be numbers to Triton 3.6's interpreter
         entry = tl.load(order + i)
         at = gradient + (entry // (4 * SIZES[1])) * SIZES[2] + channels
         total += tl.load(shares + entry) * tl.load(at, mask=channels < SIZES[2], other=0.0).to(SIZES[5])
+        i += 1
     tl.store(out + row * SIZES[2] + channels, total, mask=channels < SIZES[2])
 
 
