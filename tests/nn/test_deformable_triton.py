@@ -43,6 +43,21 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         check(dtype, width, queries, "cuda")
 
 
+def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The other path is several times slower: nobody should find that out by waiting."""
+    from detrellis.nn import deformable_op, deformable_triton
+
+    def broken() -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(deformable_triton, "probe", broken)
+    deformable_op._triton_works.cache_clear()
+    with caplog.at_level("WARNING"):
+        assert not deformable_op._triton_works()
+    deformable_op._triton_works.cache_clear()
+    assert "several times slower; Triton does not work: RuntimeError: no compiler" in caplog.text
+
+
 def inputs(dtype: torch.dtype, width: int, queries: int, device: str = "cpu") -> tuple[Tensor, ...]:
     """Upstream gradient, value, locations (some outside, some on borders of cells) and weights."""
     generator = torch.Generator().manual_seed(0)

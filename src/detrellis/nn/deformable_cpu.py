@@ -40,9 +40,9 @@ def forced() -> str:
 
 
 @cache
-def say(message: str) -> None:
+def say(message: str, level: int = logging.INFO) -> None:
     """Log once in a process."""
-    logger.info("deformable attention: %s", message)
+    logger.log(level, "deformable attention: %s", message)
 
 
 class Pieces:

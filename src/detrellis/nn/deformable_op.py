@@ -9,13 +9,14 @@
 
 All have closed-form gradients, equal to those of the reference, and save their inputs only. The environment variable
 `DETRELLIS_MSDA` forces `reference`, `eager` or `compiled` (also for inference and small inputs). Which path is taken
-is logged once (logger `detrellis.nn`, level INFO).
+is logged once (logger `detrellis.nn`, level INFO; WARNING where a GPU has to do without Triton).
 
 To `torch.compile` all paths but the reference are one opaque operation: a detector compiles without graph breaks.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -73,7 +74,8 @@ def _triton_works() -> bool:
 
         deformable_triton.probe()
     except Exception as error:  # no C compiler for its launcher, a GPU it does not know, ...
-        say(f"grid_sample, on device cuda; Triton does not work: {type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
+        say(f"grid_sample, on device cuda, several times slower; Triton does not work: {why}", logging.WARNING)
         return False
     say("Triton kernels, on device cuda")
     return True
