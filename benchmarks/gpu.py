@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from deformable import HEADS, WIDTH
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detrellis.nn.deformable_op import ms_deform_attn
 from schemes import PLUS, SHARED, Stepper, Variant
@@ -101,11 +102,27 @@ def report(what: str, seconds: dict[str, list[float]], memory: dict[str, float] 
         print(f"  {name:42} {median * 1e3:9.2f} ms {median / first:6.3f}x{held}", flush=True)
 
 
+class Counted(TorchDispatchMode):
+    """Counts the operations that are dispatched within it: what a host has to launch, whatever their size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
 def steps(recipe: str, size: tuple[int, int], rounds: int, device: str) -> None:
     """Whole training steps of a recipe, without and with schemes."""
     named = {" ".join((v.scheme, *v.override)): v for v in STEPS[recipe]}
     variants = {name: Stepper(recipe, v, size, device) for name, v in [("without", None), *named.items()]}
     memory = {name: peak(stepper, device) for name, stepper in variants.items()}
+    for name, stepper in variants.items():
+        with Counted() as counted:
+            stepper(0)
+        print(f"{recipe} {name}: {counted.operations} operations a step")
     seconds = measure({name: (lambda s=s: s(0)) for name, s in variants.items()}, rounds, device)
     report(f"{recipe}, {size[1]}x{size[0]}, training step", seconds, memory if device == "cuda" else None)
 

@@ -43,7 +43,11 @@ def _curves(axes: Axes, found: Comparison) -> None:
         axes.plot([1, *curve.iob, 0], [1, *curve.iof, 0], color=colour, linewidth=1.6, label=label)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", anchor="N", xlabel="IoB, share of the background above S")
     axes.set_ylabel("IoF, share of the foreground above S")
-    legend = axes.legend(fontsize=9, frameon=False, loc="lower right", title="area under the curve", title_fontsize=9)
+    below = (0.0, -0.14)  # of the axes, within which the curves of weak encoders would cross it
+    title = "area under the curve"
+    legend = axes.legend(
+        fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=below, title=title, title_fontsize=9
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
 
