@@ -112,6 +112,14 @@ def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert How(jobs=2, threads=4).threads_each() == 2
 
 
+def test_what_a_failed_log_tells() -> None:
+    above, frames = [f"line {i}" for i in range(30)], [f"frame #{i}: Error" for i in range(30)]
+    told = run.telling([*above, "torch.AcceleratorError: CUDA error", "Search for it", "", *frames])
+    assert told == [*above[-9:], "torch.AcceleratorError: CUDA error", "Search for it", ""]
+    assert run.telling(above) == above[-12:]
+    assert run.telling([*above, "ValueError: no"]) == [*above[-11:], "ValueError: no"]
+
+
 def test_a_child_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(child.os, "read", lambda *_: b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from detrellis.study.plan import DONE, LOG, ORDER, Plan, Trial
 
 CHILD = ("-m", "detrellis.study.child")
 POLL_SECONDS = 0.3
-TAIL_LINES = 12  # of a failed trial's log
+TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
+EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
 
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
 
@@ -135,7 +137,15 @@ def _settle(child: _Child) -> None:
     else:
         outcome.state = "failed"
         lines = (outcome.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        outcome.log = "\n".join([*lines[-TAIL_LINES:], f"exit code {code}"])
+        outcome.log = "\n".join([*telling(lines), f"exit code {code}"])
+
+
+def telling(lines: list[str]) -> list[str]:
+    """The part of a failed trial's log that says why: it ends a little below the last exception, or at the end. Below
+    an exception of CUDA there are pages of the interpreter's own frames."""
+    named = [i for i, line in enumerate(lines) if EXCEPTION.match(line)]
+    end = named[-1] + 1 + BELOW if named else len(lines)
+    return lines[:end][-TAIL_LINES:]
 
 
 def _stop(running: list[_Child]) -> None:
