@@ -183,12 +183,20 @@ def test_caveats_say_what_the_figures_do_not_show(tmp_path: Path) -> None:
     assert "lower bound" not in text
 
 
-def test_trials_in_different_company_are_told(tmp_path: Path) -> None:
-    plan = make_plan({"none": None, "align": None}, seeds=(0,), epochs=1)
-    one, other = (trial.folder(tmp_path) for trial in plan.trials())
-    finish(one, [10.0], jobs=1)
-    finish(other, [10.0], jobs=2)
-    assert any("times are not comparable" in text for text in caveats(report(plan, outcomes(plan, tmp_path))))
+def test_times_are_of_one_setting(tmp_path: Path) -> None:
+    plan = make_plan({"none": None, "align": None}, seeds=(0, 1), epochs=1)
+    for trial in plan.trials():
+        elsewhere = (trial.row, trial.seed) == ("align", 1)
+        rate = 1.0 if elsewhere else {"none": 16, "align": 8}[trial.row]
+        finish(trial.folder(tmp_path), [10.0], rate=rate, jobs=2 if elsewhere else 1)
+    found = report(plan, outcomes(plan, tmp_path))
+    align = found.line("align")
+    assert align is not None
+    assert align.cost == pytest.approx(2.0)
+    assert [run.final for run in align.runs] == [10.0, 10.0]
+    told = " ".join(caveats(found))
+    assert "Times and memory are of the 3 runs on cpu, CPU threads 1; the other 1 had another machine" in told
+    assert "at a time slowed" not in told
 
 
 class Page(HTMLParser):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,11 @@ class Measured:
     machine: Mapping[str, Any]  # what `done.json` says: device, threads, torch, jobs, peak_memory
 
     @property
+    def setting(self) -> tuple[Any, ...]:
+        """What times depend on: those of runs with another one do not compare."""
+        return tuple(self.machine.get(name) for name in ("device", "threads", "jobs"))
+
+    @property
     def final(self) -> float:
         """AP after the last epoch."""
         return self.ap[-1]
@@ -95,6 +101,20 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
         None if step is None else step * steps,
         json.loads((folder / DONE).read_text(encoding="utf-8")),
     )
+
+
+def timed_alike(found: Mapping[str, Sequence[Measured]]) -> dict[str, tuple[Measured, ...]]:
+    """Each row's runs, with times and memory of those only that share the setting of most runs: the rest of the
+    study may have been trained elsewhere."""
+    settings = Counter(run.setting for runs in found.values() for run in runs)
+    usual = max(settings, key=settings.__getitem__, default=None)
+    return {name: tuple(run if run.setting == usual else untimed(run) for run in runs) for name, runs in found.items()}
+
+
+def untimed(run: Measured) -> Measured:
+    """Without what depends on the machine."""
+    machine = dict(run.machine) | {"peak_memory": None}
+    return replace(run, step_seconds=None, epoch_seconds=None, machine=machine)
 
 
 def mean(values: Iterable[float | None]) -> float | None:

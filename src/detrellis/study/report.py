@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detrellis.study.numbers import Estimate, Measured, estimate, mean, measured
+from detrellis.study.numbers import Estimate, Measured, estimate, mean, measured, timed_alike
 from detrellis.study.plan import Plan, Row
 from detrellis.study.run import Outcome
 
@@ -134,6 +134,7 @@ def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
         runs = [measured(o.folder, o.trial.seed, row.recipe.optim.batch_size) for o in done]
         if any(runs):
             found[row.name] = tuple(run for run in runs if run is not None)
+    found = timed_alike(found)
     lines = tuple(_line(row, plan, found) for row in plan.rows if row.name in found)
     return Report(plan, lines, tuple(o for o in outcomes if o.state != "finished"))
 

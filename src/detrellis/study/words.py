@@ -147,11 +147,16 @@ def _of_setting(found: Report) -> list[str]:
             "The published figures are of the paper's network, data (COCO unless it says otherwise) and schedule. "
             "Where ours are smaller or shorter, compare signs and order of the gains, not their sizes."
         )
-    machines = [run.machine for line in found.lines for run in line.runs]
-    if len({(m.get("device"), m.get("threads"), m.get("jobs")) for m in machines}) > 1:
-        told.append("The runs had different machines, threads or numbers of runs at a time: times are not comparable.")
-    elif any((m.get("jobs") or 1) > 1 for m in machines):
-        told.append(f"{machines[0]['jobs']} runs at a time slowed each other down: read times as ratios.")
+    runs = [run for line in found.lines for run in line.runs]
+    timed = [run for run in runs if run.step_seconds is not None]
+    if len({run.setting for run in runs}) > 1 and timed:
+        device, threads, _ = timed[0].setting
+        told.append(
+            f"Times and memory are of the {len(timed)} runs on {device}, CPU threads {threads}; the other "
+            f"{len(runs) - len(timed)} had another machine, or other numbers of threads or of runs at a time."
+        )
+    if timed and (timed[0].machine.get("jobs") or 1) > 1:
+        told.append(f"{timed[0].machine['jobs']} runs at a time slowed each other down: read times as ratios.")
     told.append('AP is after the last epoch. "Best" picks an epoch on the split it is measured on, and flatters.')
     return told
 
