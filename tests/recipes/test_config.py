@@ -148,6 +148,7 @@ def test_any_recipe_can_be_made_tiny() -> None:
         model = build(recipe, 3)
         assert sum(p.numel() for p in model.detector.parameters()) < 8e6, recipe.name
         assert recipe.schemes == make().schemes
+        assert recipe.optim.lr == (1e-4 if recipe.detector.encoder == "dense" else 4e-4)
 
 
 def test_a_scheme_of_names_takes_several() -> None:
