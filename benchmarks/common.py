@@ -58,15 +58,30 @@ def finish(rows: list[Row], to: Path | None) -> None:
         to.write_text(json.dumps([asdict(r) for r in rows]))
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, Seconds]:
-    """CPU seconds of each call, variant after variant, round after round."""
+def clock(device: str) -> Callable[[], float]:
+    """The process's CPU seconds; on a GPU those of the wall, once the device has done what it was given."""
+    if device == "cpu":
+        return time.process_time
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, Seconds]:
+    """Seconds of each call by the device's `clock`, variant after variant, round after round."""
     seconds: dict[str, Seconds] = {name: [] for name in variants}
+    now = clock(device)
     for i in range(warmup + rounds):
         for name, run in variants.items():
-            start = time.process_time()
+            start = now()
             run()
             if i >= warmup:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(now() - start)
     return seconds
 
 

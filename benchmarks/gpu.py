@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from common import interleaved
 from deformable import HEADS, WIDTH
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from detrellis.nn.deformable_op import ms_deform_attn
 from schemes import PLUS, SHARED, Stepper, Variant
 
-STRIDES, POINTS = (8, 16, 32, 64), 4
+STRIDES, POINTS, WARMUP = (8, 16, 32, 64), 4, 3
 PATHS = {"grid_sample": "reference", "Triton": ""}
 STEPS = {
     "dino-r50": [Variant("align=4"), Variant("stable"), Variant("hybrid"), Variant("group=3")],
@@ -67,28 +68,8 @@ def attention(name: str, dtype: torch.dtype, size: tuple[int, int], rounds: int,
         for ours, theirs in zip(*(call() for call in found.values()), strict=True):
             error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
             print(f"{name} {dtype} {run.__name__}: relative difference {error:.1e}")
-        report(f"{name} layer, {dtype}, {run.__name__}", measure(found, rounds, device))
+        report(f"{name} layer, {dtype}, {run.__name__}", interleaved(found, rounds, WARMUP, device))
     os.environ["DETRELLIS_MSDA"] = ""
-
-
-def measure(variants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(rounds + 3):
-        for name, run in variants.items():
-            wait(device)
-            start = time.perf_counter()
-            run()
-            wait(device)
-            if i >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def report(what: str, seconds: dict[str, list[float]], memory: dict[str, float] | None = None) -> None:
@@ -123,7 +104,8 @@ def steps(recipe: str, size: tuple[int, int], rounds: int, device: str) -> None:
         with Counted() as counted:
             stepper(0)
         print(f"{recipe} {name}: {counted.operations} operations a step")
-    seconds = measure({name: (lambda s=s: s(0)) for name, s in variants.items()}, rounds, device)
+    calls = {name: partial(stepper, 0) for name, stepper in variants.items()}
+    seconds = interleaved(calls, rounds, WARMUP, device)
     report(f"{recipe}, {size[1]}x{size[0]}, training step", seconds, memory if device == "cuda" else None)
 
 

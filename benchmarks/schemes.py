@@ -10,11 +10,10 @@ the forward pass saved.
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import torch
-from common import Row, arguments, best, describe, finish, saved_bytes, storages_of
+from common import Row, arguments, best, clock, describe, finish, saved_bytes, storages_of
 from torch import nn
 
 from detrellis.engine.optim import build_optimizer
@@ -59,7 +58,7 @@ class Stepper:
         chosen = find_recipe(recipe).untrained()
         if variant is not None:
             chosen = chosen.with_schemes(variant.scheme).override(variant.override)
-        self.device = device
+        self.device, self.now = device, clock(device)
         self.model = build(chosen, CLASSES).to(device).train()
         self.optimizer, self.clip = build_optimizer(self.model, chosen.optim), chosen.optim.clip
         generator = torch.Generator().manual_seed(0)
@@ -80,13 +79,6 @@ class Stepper:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.seconds.append(self.now() - start)
-
-    def now(self) -> float:
-        """Seconds of whatever is measured."""
-        if self.device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
 
     def memory(self) -> int:
         """Bytes that a step holds when its backward pass begins."""

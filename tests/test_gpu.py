@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from detrellis.data.masks import SIDE
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
-from detrellis.types import ImageBatch, Targets
 
 from .small import CLASSES, NAMES, images, small, targets
 
@@ -39,12 +39,11 @@ def step(recipe: Recipe, device: str, amp: bool = False) -> tuple[dict[str, floa
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
     model.to(device).reseed(0)
-    batch, truth = images(((64, 96), (64, 80))), targets((2, 3))
-    masks = torch.ones(5, 28, 28, dtype=torch.bool, device=device) if recipe.needs_masks else None
-    padding = None if batch.padding is None else batch.padding.to(device)
-    there = Targets(truth.labels.to(device), truth.boxes.to(device), truth.sizes, masks)
+    truth = targets((2, 3))
+    if recipe.needs_masks:
+        truth = truth._replace(masks=torch.ones(5, SIDE, SIDE, dtype=torch.bool))
     with torch.autocast(device, torch.bfloat16, enabled=amp):
-        losses = model(ImageBatch(batch.pixels.to(device), padding), there).losses
+        losses = model(images(((64, 96), (64, 80))).to(device), truth.to(device)).losses
     torch.stack(list(losses.values())).sum().backward()
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     return {name: loss.item() for name, loss in losses.items()}, norms
