@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from detrellis.nn.linear import FastLinear, linear
 from detrellis.types import Memory, Segment, Spatial
 
-# What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper: for some lengths and masks its
-# backward pass gives gradients that are not numbers, or reads where it may not (pytorch issue 196678).
+# What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper, whose backward pass gives
+# gradients that are not numbers for some lengths (pytorch issue 196678).
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
