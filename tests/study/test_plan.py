@@ -104,6 +104,8 @@ def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
         elsewhere.begin(tmp_path)
     with pytest.raises(UserError, match="skip_bad False, now True"):
         replace(plan, skip_bad=True).begin(tmp_path)
+    with pytest.raises(UserError, match="equal epochs, now equal time"):
+        replace(plan, pace={"align": 1.2}).begin(tmp_path)
     many = replace(plan, rows=tuple(replace(r, recipe=find_recipe("dino-r50")) for r in plan.rows))
     with pytest.raises(UserError, match=r", and \d+ more"):
         many.begin(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from detrellis.study.numbers import estimate, measured
+from detrellis.study.page import page
 from detrellis.study.report import Report, report
 from detrellis.study.tables import sheets
 from detrellis.study.words import caveats, recommend
@@ -104,6 +105,19 @@ def test_epochs_to_the_baseline_and_ap_in_the_same_time(tmp_path: Path) -> None:
     assert slow.timely is None
     cost = {row[0]: row[1:] for row in sheets(found)[1].rows}
     assert cost["slow"] == ("4 s", "8.00", "1.0 GiB", "> 5", "-")
+
+
+def test_rows_of_equal_time_have_no_ap_in_the_same_time(tmp_path: Path) -> None:
+    found = study(tmp_path, {"none": [[1, 10]], "slow": [[1, 2]]}, {"none": 16, "slow": 2})
+    alike = report(replace(found.plan, pace={"slow": 8.0}), outcomes(found.plan, tmp_path))
+    assert [line.timely for line in alike.lines] == [None, None]
+    columns = sheets(alike)[1].columns
+    assert "epochs" in columns
+    assert "AP in the same time" not in columns
+    assert "AP in the same time" in sheets(found)[1].columns
+    assert any("for the same time" in text and "none 2, slow 2 epochs" in text for text in caveats(alike))
+    assert not any("for the same time" in text for text in caveats(found))
+    assert "by the paces in plan.json" in page(alike, {})
 
 
 def test_rows_with_baselines_of_their_own(tmp_path: Path) -> None:

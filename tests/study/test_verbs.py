@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from detrellis.cli import main
-from detrellis.study import run
+from detrellis.study import pace, run
 
 # In place of a training: AP 10 for one without schemes, 12 with; a recipe of 7 epochs fails.
 STUB = """
@@ -60,6 +60,21 @@ def test_compare(
     ]
     text = call(*longer, "--seeds", 2, capsys=capsys, monkeypatch=monkeypatch, code=2)
     assert "another study in this folder: row none: schedule.epochs 2, now 3" in text
+
+
+def test_compare_at_equal_time(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "training_step", lambda recipe, *_: 1.0 if recipe.schemes.align is None else 2.0)
+    monkeypatch.setattr(pace, "seconds_of", lambda step, device: step)
+    arguments = ("compare", "--data", shapes, "--schemes", "none,align", "--epochs", 4, "--seeds", 1, "--device", "cpu")
+    text = call(*arguments, "--equal", "time", "--out", tmp_path / "out", capsys=capsys, monkeypatch=monkeypatch)
+    assert "Timing steps of align, to give" in text
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["pace"] == {"align": 2.0}
+    assert [row["recipe"]["schedule"]["epochs"] for row in plan["rows"]] == [4, 2]
+    text = call(*arguments, "--out", tmp_path / "out", capsys=capsys, monkeypatch=monkeypatch, code=2)
+    assert "equal time, now equal epochs" in text
 
 
 def test_failed_runs_are_told_with_their_log(

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from detrellis.study.report import Report
 
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each row, with the seeds 0, 1, ...")]
-Epochs = Annotated[int | None, typer.Option(help="Length of every run (default: the recipe's).")]
+Epochs = Annotated[
+    int | None, typer.Option(help="Length of every run, with --equal time the baseline's (default: the recipe's).")
+]
+Equal = Annotated[
+    Literal["epochs", "time"],
+    typer.Option(help="What all rows get: epochs, or time: slower ones get fewer epochs, after timing a few steps."),
+]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of all runs together (default: all there are).")]
 Loading = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images, of each run.")]
@@ -42,6 +48,7 @@ class Trials:
 
     scale: Scale = None
     epochs: Epochs = None
+    equal: Equal = "epochs"
     jobs: Jobs = 1
     threads: Threads = None
     workers: Loading = 1
@@ -52,7 +59,7 @@ class Trials:
     def settings(self, seeds: int) -> dict[str, Any]:
         """What a plan takes of them."""
         command = shlex.join(["detrellis", *sys.argv[1:]])
-        own = {name: getattr(self, name) for name in ("scale", "epochs", "skip_bad")}
+        own = {name: getattr(self, name) for name in ("scale", "epochs", "equal", "skip_bad")}
         return own | {"seeds": range(seeds), "command": command}
 
     def conduct(self, plan: Plan, out: Path) -> None:

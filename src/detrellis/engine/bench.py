@@ -149,7 +149,7 @@ def bench_recipe(
     if compiled:
         _compile(model, train)
     make = partial(_training, recipe, classes) if train else _inference
-    with _threads(threads), LISTENER.listening():
+    with threads_of(threads), LISTENER.listening():
         used, timings = torch.get_num_threads(), []
         for batch in parse_batch_sizes(batch_sizes):
             images = ImageBatch(torch.randn(batch, 3, *pixels, device=own))
@@ -207,12 +207,21 @@ def _inference(model: TrainableDetector, images: ImageBatch) -> Callable[[], obj
     return partial(model.detector.detect, images, sizes)
 
 
-def _training(recipe: Recipe, classes: int, model: TrainableDetector, images: ImageBatch) -> Callable[[], object]:
+def training_step(recipe: Recipe, classes: int, device: torch.device, boxes: int = BOXES) -> Callable[[], object]:
+    """A step of the recipe on one random batch of its own size and number of images, with `boxes` of each; call it to
+    train a step with random weights."""
+    images = ImageBatch(torch.randn(recipe.optim.batch_size, 3, *image_size(recipe), device=device))
+    return _training(recipe, classes, build(recipe.untrained(), classes).to(device).train(), images, boxes)
+
+
+def _training(
+    recipe: Recipe, classes: int, model: TrainableDetector, images: ImageBatch, count: int = BOXES
+) -> Callable[[], object]:
     batch, device = len(images.pixels), images.pixels.device
-    boxes = torch.rand(batch * BOXES, 4, device=device) * 0.3 + 0.2
-    labels = torch.randint(classes, (batch * BOXES,), device=device)
+    boxes = torch.rand(batch * count, 4, device=device) * 0.3 + 0.2
+    labels = torch.randint(classes, (batch * count,), device=device)
     masks = torch.ones(len(boxes), SIDE, SIDE, dtype=torch.bool, device=device) if recipe.needs_masks else None
-    targets = Targets(labels, boxes, (BOXES,) * batch, masks)
+    targets = Targets(labels, boxes, (count,) * batch, masks)
     optimizer = build_optimizer(model, recipe.optim)
     amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
@@ -234,15 +243,15 @@ def _time(run: Callable[[], object], batch: int, device: torch.device, runs: int
     for i in range(warmup + runs):
         if cuda and i == warmup:
             torch.cuda.reset_peak_memory_stats(device)
-        seconds.append(_seconds(run, device))
+        seconds.append(seconds_of(run, device))
     timed = [s * 1000 for s in seconds[warmup:]]
     median = statistics.median(timed)
     peak = round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if cuda else None
     return Timing(batch, round(median, 3), round(min(timed), 3), round(batch / median * 1000, 3), peak)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """A GPU works on after the call has returned: it is waited for, before and after."""
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of a call. A GPU works on after the call has returned: it is waited for, before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -253,7 +262,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_of(count: int | None) -> Iterator[None]:
     """Compute with that many threads, and as before afterwards."""
     if count is not None and count < 1:
         raise UserError(f"{count} threads", "Take 1 or more.")

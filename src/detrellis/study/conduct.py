@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from detrellis.analysis.figures import need_matplotlib
+from detrellis.study.pace import paced
 from detrellis.study.plan import Plan
 from detrellis.study.report import Report, report
 from detrellis.study.run import How, run
@@ -18,8 +19,11 @@ def conduct(plan: Plan, out: str | Path, how: How | None = None, console: Consol
     Raises `UserError` before anything is trained where another study is in the folder, or matplotlib is missing.
     """
     folder = Path(out)
+    how, console = how or How(), console or Console()
     need_matplotlib()
+    if plan.pace is not None:
+        plan = paced(plan, folder, how, console.print)
     plan.begin(folder)
-    found = report(plan, run(plan, folder, how or How(), console or Console()))
+    found = report(plan, run(plan, folder, how, console))
     found.save(folder)
     return found

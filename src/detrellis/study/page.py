@@ -166,13 +166,16 @@ def _definitions(found: Report) -> list[str]:
         "Step: time of a training step in the epoch in the middle, without evaluation; mean over seeds.",
         "Memory: most that the process has had, or on a GPU most that was allocated there; the highest of the seeds.",
         f"Epochs to the AP of {base}: the first epoch after which the mean AP is what {base} ends with.",
-        f"AP in the same time: mean AP of the last epoch within the time of the fastest row{_budget(found)}.",
+        _same_time(found),
     ]
 
 
-def _budget(found: Report) -> str:
+def _same_time(found: Report) -> str:
+    if found.plan.pace is not None:
+        return "Epochs: of each row as many as take the time of its baseline, by the paces in plan.json."
     budgets = {line.budget for line in found.lines}
-    return f", {minutes(budgets.pop())} of training" if len(budgets) == 1 else ", of those with one baseline"
+    whose = f", {minutes(budgets.pop())} of training" if len(budgets) == 1 else ", of those with one baseline"
+    return f"AP in the same time: mean AP of the last epoch within the time of the fastest row{whose}."
 
 
 def _list(items: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from detrellis.recipes import Recipe
 
 # In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
 ORDER, DONE, LOG = "trial.json", "done.json", "console.log"
+PLAN = "plan.json"  # in the study's
 SHOWN = 4  # differences that an error names
 
 
@@ -61,6 +62,8 @@ class Plan:
     skip_bad: bool = False
     command: str = ""  # that began the study
     skipped: Mapping[str, str] = field(default_factory=dict)  # rows that cannot be trained, and why
+    pace: Mapping[str, float] | None = None  # equal time: an epoch's, in multiples of the baseline's (see `paced`);
+    # None: equal epochs
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -92,7 +95,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         lists = {"rows": [row.to_dict() for row in self.rows], "seeds": list(self.seeds)}
-        return {**vars(self), "data": dict(self.data), "skipped": dict(self.skipped), **lists}
+        pace = None if self.pace is None else dict(self.pace)
+        return {**vars(self), "data": dict(self.data), "skipped": dict(self.skipped), "pace": pace, **lists}
 
     def begin(self, out: Path) -> None:
         """Write `OUT/plan.json`, or see that the one there is the same study; it may get more rows and seeds.
@@ -102,8 +106,8 @@ class Plan:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: a file, not a folder", "Take another --out.")
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "plan.json"
-        if path.exists() and (found := differences(_read(path), self.to_dict())):
+        path, old = out / PLAN, read_plan(out)
+        if old is not None and (found := differences(old, self.to_dict())):
             more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise UserError(
                 f"{out}: there is another study in this folder: {'; '.join(found[:SHOWN])}{more}",
@@ -117,6 +121,8 @@ class Plan:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps plan `new` from going on with plan `old`, both as `to_dict` gives them."""
     found = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
+    was, now = ("epochs" if plan.get("pace") is None else "time" for plan in (old, new))
+    found += [] if was == now else [f"equal {was}, now equal {now}"]
     found += changes("data", old["data"], new["data"])
     if gone := [seed for seed in old["seeds"] if seed not in new["seeds"]]:
         found.append(f"seed {_listed(gone)} is left out now")
@@ -148,7 +154,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_plan(out: Path) -> dict[str, Any] | None:
+    """`OUT/plan.json`; None where there is none. Raises `UserError` for one that is cut off."""
+    path = out / PLAN
+    if not path.exists():
+        return None
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -23,7 +23,8 @@ class Line:
     published_gain: float | None = None
     cost: float | None = None  # step time relative to the baseline's
     epochs_to_baseline: int | None = None  # first epoch whose mean AP is what the baseline ends with; None: none
-    budget: float | None = None  # seconds of training when the fastest of this row, its baseline and its peers ends
+    # Seconds of training when the fastest of this row, its baseline and its peers ends; None: all end together.
+    budget: float | None = None
     timely: tuple[int, float] | None = None  # epoch and mean AP of the last evaluation within the budget
 
     @property
@@ -142,7 +143,8 @@ def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
 def _line(row: Row, plan: Plan, found: Mapping[str, tuple[Measured, ...]]) -> Line:
     runs, base = found[row.name], row.against or row.name
     alike = [found[r.name] for r in plan.rows if base in (r.name, r.against) and r.name in found]
-    budget = min((s for some in alike if (s := _seconds(some)) is not None), default=None)
+    times = [] if plan.pace is not None else [s for some in alike if (s := _seconds(some)) is not None]
+    budget = min(times, default=None)
     timely = _timely(runs, budget)
     if base not in found:
         return Line(row, runs, budget=budget, timely=timely)

@@ -19,6 +19,7 @@ from detrellis.study.plan import Plan, Row
 
 KNOWN = (*SchemesConfig.model_fields, "none")
 VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
+Equal = Literal["epochs", "time"]  # what all rows of a study have in common
 LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
 
 
@@ -58,13 +59,15 @@ def plan_schemes(
     epochs: int | None = None,
     scale: Literal["tiny"] | None = None,
     override: Sequence[str] = (),
+    equal: Equal = "epochs",
     skip_bad: bool = False,
     command: str = "",
 ) -> Plan:
     """A row for each set of schemes in `schemes` (see `parse_rows`); the first is the baseline.
 
     `override` sets fields of all rows; a dial such as `schemes.group.reduction=sum` only where a row has the scheme.
-    Raises `UserError` for a row that the recipe cannot be trained with, and for data without a validation split.
+    With `equal="time"` rows that are slower than the baseline get fewer epochs, found when the study begins. Raises
+    `UserError` for a row that the recipe cannot be trained with, and for data without a validation split.
     """
     base = find_recipe(recipe)
     base = (tiny_sized(base) if scale is not None else base).override(override)
@@ -75,11 +78,17 @@ def plan_schemes(
         raise UserError(f"--schemes {schemes}: no row", "For example: --schemes none,align,group=3,align+group=3.")
     first = named[0][0]
     rows = tuple(Row(name, own, None if name == first else first) for name, own in named)
-    plan = Plan(f"{base.name} with training schemes", rows, source.to_dict(), tuple(seeds), skip_bad, command)
+    title = f"{base.name} with training schemes"
+    plan = Plan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, pace=_pace(equal))
     classes = count_classes(source, skip_bad)
     for row in rows:
         check_row(row.recipe, classes)
     return plan
+
+
+def _pace(equal: Equal) -> dict[str, float] | None:
+    """A plan's, before it is measured."""
+    return {} if equal == "time" else None
 
 
 def count_classes(source: DataSource, skip_bad: bool) -> int:
@@ -105,6 +114,7 @@ def plan_table(
     only: Sequence[str] = (),
     epochs: int | None = None,
     scale: Literal["tiny"] | None = None,
+    equal: Equal = "epochs",
     skip_bad: bool = False,
     command: str = "",
 ) -> Plan:
@@ -128,7 +138,7 @@ def plan_table(
             skipped[row.name] = f"needs {row.missing}" if row.missing else error.message
     rows = tuple(_published(table, table.row(name), recipe, recipes) for name, recipe in recipes.items())
     title = f"{paper.title}, {place(table)}: {table.title}"
-    return Plan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped)
+    return Plan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal))
 
 
 def _published(table: Table, row: TableRow, recipe: Recipe, recipes: Collection[str]) -> Row:

@@ -49,8 +49,11 @@ def sheets(found: Report) -> list[Sheet]:
         f"times {base}": lambda line: number(line.cost, ".2f"),
         "memory": lambda line: NONE if line.memory is None else f"{line.memory / 2**30:.1f} GiB",
         f"epochs to {base}'s AP": _epochs,
-        "AP in the same time": lambda line: NONE if line.timely is None else f"{line.timely[1]:.1f}",
     }
+    if found.plan.pace is None:
+        cost["AP in the same time"] = lambda line: NONE if line.timely is None else f"{line.timely[1]:.1f}"
+    else:
+        cost = {"epochs": lambda line: str(line.row.recipe.schedule.epochs)} | cost
     return [_sheet(f"AP after the last epoch{seeds}", ap, found), _sheet("Cost of training", cost, found)]
 
 

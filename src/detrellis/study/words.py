@@ -125,6 +125,11 @@ def _of_budget(found: Report) -> list[str]:
                 f"{base.name} still gains {rise:.1f} AP in the last fifth of its epochs: who learns faster is ahead "
                 "here, and need not be after a longer run."
             )
+    if found.plan.pace is not None:
+        told.append(
+            "All rows train for the same time, as far as whole epochs allow, by the step times measured before the "
+            f"study: {', '.join(f'{row.name} {row.recipe.schedule.epochs}' for row in found.plan.rows)} epochs."
+        )
     if any(line.timely is not None and line.timely[0] < line.curve[-1][0] for line in found.lines):
         told.append(
             "AP after the same training time reads slower rows before their learning rate has come down, which costs "

@@ -1,0 +1,69 @@
+"""Equal training time in place of equal epochs: how long an epoch of each row takes here, and how many it then gets."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from detrellis.data.check import prepare
+from detrellis.data.layout import DataSource
+from detrellis.engine.bench import seconds_of, threads_of, training_step
+from detrellis.engine.distributed import pick_device
+from detrellis.errors import UserError
+from detrellis.study.plan import Plan, Row, read_plan
+from detrellis.study.run import How
+
+WARMUP, STEPS = 2, 7  # of each of the two rows that are compared; the first ones compile
+
+
+def paced(plan: Plan, out: Path, how: How, say: Callable[[str], None]) -> Plan:
+    """The plan with as many epochs for each row as take the time of its baseline's, on this machine.
+
+    Where the study in `out` goes on, each row keeps its pace of there; of the others some steps are timed, of the row
+    and its baseline in turn. Rows without a baseline keep their epochs. Raises `UserError` where a step does not fit
+    into memory.
+    """
+    known = (read_plan(out) or {}).get("pace") or {}
+    against = {row.name: plan.row(row.against) for row in plan.rows if row.against is not None}
+    missing = [name for name in against if name not in known]
+    if missing:
+        train, _, classes, _ = prepare(DataSource.from_dict(plan.data), skip_bad=plan.skip_bad)
+        timer = _Timer(len(classes), max(1, round(len(train.labels) / len(train))), pick_device(how.devices()[0]))
+        say(f"Timing steps of {', '.join(missing)}, to give all rows the same time")
+        with threads_of(how.threads_each()):
+            known = {**known, **{name: timer.ratio(plan.row(name), against[name]) for name in missing}}
+    pace = {name: known[name] for name in against}
+    return replace(plan, pace=pace, rows=tuple(_lasting(row, against, pace) for row in plan.rows))
+
+
+def _lasting(row: Row, against: dict[str, Row], pace: dict[str, float]) -> Row:
+    if row.name not in against:
+        return row
+    epochs = max(1, round(against[row.name].recipe.schedule.epochs / pace[row.name]))
+    return replace(row, recipe=row.recipe.override(f"schedule.epochs={epochs}"))
+
+
+class _Timer:
+    """Steps on random images at each recipe's own size and batch, with the data set's mean number of boxes."""
+
+    def __init__(self, classes: int, boxes: int, device: torch.device) -> None:
+        self._classes, self._boxes, self._device = classes, boxes, device
+
+    def ratio(self, row: Row, base: Row) -> float:
+        """Time of an image in `row`, in multiples of that in `base`: medians of steps that alternate, so that whatever
+        else the machine does slows both."""
+        try:
+            steps = [training_step(r.recipe, self._classes, self._device, self._boxes) for r in (row, base)]
+            times = [[seconds_of(step, self._device) for step in steps] for _ in range(WARMUP + STEPS)]
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{row.name} and {base.name}: a step of each does not fit into the memory of {self._device}",
+                "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
+            ) from None
+        own, its = (statistics.median(column) for column in zip(*times[WARMUP:], strict=True))
+        images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
+        return float(round(own / its * images, 3))
