@@ -99,7 +99,10 @@ def test_the_whole_path(
 
         patch.setattr("detrellis.engine.evaluate.suppress", first_two)
         call("eval", run, "--json", "--workers", 0, "--nms", 0.6, "--results", tmp_path / "two.json", capsys=capsys)
-    assert asked == [(12 * 5, 0.6, 20)] * 5
+        shown = ("--out", tmp_path / "two", "--threshold", 0, "--nms", 0.5)
+        told = json.loads(call("predict", run, shapes / "images" / "val", *shown, "--json", capsys=capsys))
+    assert asked == [(12 * 5, 0.6, 20)] * 5 + [(12 * 5, 0.5, 20)] * 5
+    assert len(told) == 5 * 2
     assert len(json.loads((tmp_path / "two.json").read_text())) == 5 * 2
     assert {"AP", "AP50", "AR100"} <= set(evaluated["stats"])
     rows = json.loads((tmp_path / "r.json").read_text())

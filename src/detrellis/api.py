@@ -24,7 +24,7 @@ from detrellis.engine.checkpoint import Card, find_weights, load_state, load_wei
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.distributed import World, pick_device, world
-from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
+from detrellis.engine.evaluate import On, collect, detect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
@@ -56,11 +56,15 @@ class Model:
     device: torch.device
     data: Mapping[str, Any] | None = None  # the `DataSource` it was trained on, as `to_dict` gives it
 
-    def predict(self, paths: Paths, *, threshold: float = 0.3) -> list[Prediction]:
-        """Detections scoring at least `threshold`, of images and of the images in folders, in order."""
-        return list(self.stream(paths, threshold=threshold))
+    def predict(self, paths: Paths, *, threshold: float = 0.3, nms: float | None = None) -> list[Prediction]:
+        """Detections scoring at least `threshold`, of images and of the images in folders, in order.
 
-    def stream(self, paths: Paths, *, threshold: float = 0.3) -> Iterator[Prediction]:
+        `nms` drops what overlaps a better detection of its class by more than that IoU: for a detector that was trained
+        too shortly to keep one query for each object.
+        """
+        return list(self.stream(paths, threshold=threshold, nms=nms))
+
+    def stream(self, paths: Paths, *, threshold: float = 0.3, nms: float | None = None) -> Iterator[Prediction]:
         """As `predict`, one picture at a time."""
         data = self.recipe.data
         transform = eval_transform(data.size, **data.resizing())
@@ -69,7 +73,7 @@ class Model:
             image = read_image(path)
             size = (int(image.shape[1]), int(image.shape[2]))
             batch = stack_images([transform(image, *nothing)[0]], transform.pad_to).to(self.device)
-            found = self.detector.detect(batch, torch.tensor([size], device=self.device))[0]
+            found = detect(self.detector, batch, torch.tensor([size], device=self.device), nms)[0]
             yield self._prediction(path, size, found, threshold)
 
     def _prediction(self, path: Path, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
@@ -272,14 +276,18 @@ def predict(
     paths: Paths,
     *,
     threshold: float = 0.3,
+    nms: float | None = None,
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool = False,
 ) -> list[Prediction]:
-    """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there."""
+    """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there.
+
+    `threshold` and `nms`: see `Model.predict`.
+    """
     model = trained(run, device)
     pictures = find_pictures(paths)
-    found = track(model.stream(pictures, threshold=threshold), "predict", len(pictures), progress)
+    found = track(model.stream(pictures, threshold=threshold, nms=nms), "predict", len(pictures), progress)
     return list(found) if out is None else save_predictions(found, Path(out), model.classes.names, model.data)
 
 

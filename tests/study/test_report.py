@@ -197,6 +197,31 @@ def test_caveats_say_what_the_figures_do_not_show(tmp_path: Path) -> None:
     assert "lower bound" not in text
 
 
+def test_what_duplicates_cost(tmp_path: Path) -> None:
+    plan = make_plan({"none": None, "align": None, "old": None}, seeds=(0, 1), epochs=1)
+    after = {("none", 0): 30.0, ("none", 1): 34.0, ("align", 0): 35.0, ("align", 1): 37.0}
+    for trial in plan.trials():
+        ap = after.get((trial.row, trial.seed))
+        told = {} if ap is None else {"after_nms": {"AP": ap / 100, "AP50": 0.6, "AP75": 0.2}}
+        finish(trial.folder(tmp_path), [28.0 if trial.row == "none" else 36.0], **told)
+    found = report(plan, outcomes(plan, tmp_path))
+    none, align, old = found.lines
+    assert none.after_nms is not None
+    assert [e.mean for e in none.after_nms] == pytest.approx([32, 60, 20])
+    assert (none.duplicates, align.duplicates, old.duplicates) == (pytest.approx(4), pytest.approx(0), None)
+    assert align.gain_after_nms is not None
+    assert align.gain_after_nms.mean == pytest.approx(4)  # +5 and +3
+    assert (none.gain_after_nms, old.gain_after_nms, old.after_nms) == (None, None, None)
+    sheet = sheets(found)[1]
+    assert sheet.columns == ("row", "AP", "gain over none", "AP50", "AP75", "NMS adds")
+    assert [row[-1] for row in sheet.rows] == ["+4.0", "+0.0", "-"]
+    assert any("more than once: NMS at IoU 0.7 adds AP (none +4.0)." in text for text in caveats(found))
+    told = json.loads(json.dumps(found.to_dict()))["rows"]
+    assert told[1]["gain_after_nms"]["mean"] == pytest.approx(4)
+    assert told[0]["after_nms"][1]["mean"] == pytest.approx(60)
+    assert told[2]["after_nms"] is None
+
+
 def test_times_are_of_one_setting(tmp_path: Path) -> None:
     plan = make_plan({"none": None, "align": None}, seeds=(0, 1), epochs=1)
     for trial in plan.trials():

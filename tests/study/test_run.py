@@ -178,6 +178,9 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
         assert line.final.mean == pytest.approx(100 * whole.result.ap, abs=1e-6)
         one, other = (load_file(place / "last.safetensors") for place in (whole.run, out / line.name / "seed-0"))
         assert all(torch.equal(one[key], other[key]) for key in one)
+        assert line.after_nms is not None
+        apart = detrellis.evaluate(out / line.name / "seed-0" / "last.safetensors", nms=0.7, workers=0, device="cpu")
+        assert [e.mean for e in line.after_nms] == [100 * (apart.stats[n] or 0) for n in ("AP", "AP50", "AP75")]
         assert line.memory is not None
         assert line.step_seconds is not None
     again = conduct(plan, out, how, quiet())  # nothing is left to do

@@ -217,6 +217,9 @@ def predict(
         "predictions"
     ),
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score to show.")] = 0.3,
+    nms: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: where objects are found twice.")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -226,7 +229,7 @@ def predict(
     """
     from detrellis import api
 
-    predictions = api.predict(run, paths, threshold=threshold, out=out, device=device, progress=True)
+    predictions = api.predict(run, paths, threshold=threshold, nms=nms, out=out, device=device, progress=True)
     if as_json:
         print((out / "predictions.json").read_text())
         return

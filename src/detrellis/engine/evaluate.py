@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
 from torchvision.ops import batched_nms
 
 from detrellis.data.annotations import Annotations
@@ -19,7 +20,7 @@ from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.distributed import World, gather
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
-from detrellis.types import Detections
+from detrellis.types import Detections, ImageBatch
 
 
 class On(TypedDict, total=False):
@@ -63,21 +64,14 @@ def collect(
 ) -> CocoEvaluator:
     """Run the detector over the batches; in every process the evaluator holds the detections of all.
 
-    `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it. It takes
-    the place of soft-NMS, where the detector has that.
+    `nms`: see `detect`.
     """
     was_training = detector.training
     detector.eval()
     evaluator = CocoEvaluator(annotations, top_k=detector.top_k)
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
-        if nms is None:
-            found = detector.detect(batch.images, batch.sizes)
-        else:
-            output = detector(batch.images)
-            every = detector.select(output, batch.sizes, output.logits[-1, 0].numel())
-            found = [suppress(d, nms, detector.top_k) for d in every]
-        evaluator.update(batch.image_ids, found)
+        evaluator.update(batch.image_ids, detect(detector, batch.images, batch.sizes, nms))
     detector.train(was_training)
     return completed(evaluator)
 
@@ -88,6 +82,20 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     if len(others) > 1:
         evaluator.merge(*others)
     return evaluator
+
+
+@torch.no_grad()
+def detect(detector: Detector, images: ImageBatch, sizes: Tensor, nms: float | None = None) -> list[Detections]:
+    """As `Detector.detect`.
+
+    `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it. It takes
+    the place of soft-NMS, where the detector has that.
+    """
+    if nms is None:
+        return detector.detect(images, sizes)
+    output = detector(images)
+    every = detector.select(output, sizes, output.logits[-1, 0].numel())
+    return [suppress(found, nms, detector.top_k) for found in every]
 
 
 def suppress(found: Detections, threshold: float, k: int) -> Detections:

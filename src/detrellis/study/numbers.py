@@ -60,6 +60,7 @@ class Measured:
     step_seconds: float | None  # of training, without evaluation
     epoch_seconds: float | None
     machine: Mapping[str, Any]  # what `done.json` says: device, threads, torch, jobs, peak_memory
+    after_nms: tuple[float, float, float] | None = None  # AP, AP50, AP75 of the last, without duplicates
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -90,7 +91,8 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
     rates = [r["images_per_second"] for r in records if r["images_per_second"]]
     step = batch_size / statistics.median(rates) if rates else None
     steps = records[-1]["step"] / records[-1]["epoch"]
-    last = evaluated[-1]["eval"]
+    last, machine = evaluated[-1]["eval"], json.loads((folder / DONE).read_text(encoding="utf-8"))
+    apart = machine.pop("after_nms", None)
     return Measured(
         seed,
         tuple(r["epoch"] for r in evaluated),
@@ -99,7 +101,8 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
         100 * last["AP75"],
         step,
         None if step is None else step * steps,
-        json.loads((folder / DONE).read_text(encoding="utf-8")),
+        machine,
+        None if apart is None else (100 * apart["AP"], 100 * apart["AP50"], 100 * apart["AP75"]),
     )
 
 

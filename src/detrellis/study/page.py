@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import detrellis
 from detrellis.analysis.figures import INK
-from detrellis.study.plan import changes
+from detrellis.study.plan import NMS, changes
 from detrellis.study.tables import Sheet, sheets
 from detrellis.study.words import caveats, minutes, recommend
 
@@ -163,6 +163,8 @@ def _definitions(found: Report) -> list[str]:
         "With the same seed the order of the images and their augmentation are the same, and so are the first weights "
         "of the same network.",
         "In brackets: the 95 % t-interval of that mean over seeds. A gain is called one where the interval is above 0.",
+        f"Without duplicates: of all queries and classes of the last weights, those are dropped first whose IoU with a "
+        f"better one of the class is above {NMS}.",
         "Step: time of a training step in the epoch in the middle, without evaluation; mean over seeds.",
         "Memory: most that the process has had, or on a GPU most that was allocated there; the highest of the seeds.",
         f"Epochs to the AP of {base}: the first epoch after which the mean AP is what {base} ends with.",

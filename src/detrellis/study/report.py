@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Line:
     # Seconds of training when the fastest of this row, its baseline and its peers ends; None: all end together.
     budget: float | None = None
     timely: tuple[int, float] | None = None  # epoch and mean AP of the last evaluation within the budget
+    gain_after_nms: Estimate | None = None  # as `gain`, of AP after NMS
 
     @property
     def name(self) -> str:
@@ -51,6 +52,21 @@ class Line:
     def ap75(self) -> Estimate:
         """After the last epoch."""
         return estimate([run.ap75 for run in self.runs])
+
+    @property
+    def after_nms(self) -> tuple[Estimate, Estimate, Estimate] | None:
+        """AP, AP50 and AP75 after the last epoch where duplicates are dropped; None where no seed has them."""
+        known = [run.after_nms for run in self.runs if run.after_nms is not None]
+        if not known:
+            return None
+        ap, ap50, ap75 = (estimate(values) for values in zip(*known, strict=True))
+        return ap, ap50, ap75
+
+    @property
+    def duplicates(self) -> float | None:
+        """AP that they cost: what NMS adds."""
+        costs = [run.after_nms[0] - run.final for run in self.runs if run.after_nms is not None]
+        return mean(costs)
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -79,7 +95,10 @@ class Line:
         return {
             **{name: getattr(self.row, name) for name in ("name", "against", "note", "published")},
             **estimates,
-            "gain": None if self.gain is None else self.gain._asdict(),
+            **{
+                name: None if (e := getattr(self, name)) is None else e._asdict() for name in ("gain", "gain_after_nms")
+            },
+            "after_nms": None if self.after_nms is None else [e._asdict() for e in self.after_nms],
             **{name: getattr(self, name) for name in plain},
             "timely": None if self.timely is None else dict(zip(("epoch", "ap"), self.timely, strict=True)),
             "curve": [list(point) for point in self.curve],
@@ -149,20 +168,31 @@ def _line(row: Row, plan: Plan, found: Mapping[str, tuple[Measured, ...]]) -> Li
     if base not in found:
         return Line(row, runs, budget=budget, timely=timely)
     base_runs = found[base]
-    finals = {run.seed: run.final for run in base_runs}
-    deltas = [run.final - finals[run.seed] for run in runs if run.seed in finals]
+    gain = _gain(runs, base_runs, lambda run: run.final) if row.against else None
+    gain_after_nms = _gain(runs, base_runs, lambda run: run.after_nms and run.after_nms[0]) if row.against else None
     step, base_step = (mean(run.step_seconds for run in some) for some in (runs, base_runs))
     here, there = row.published, plan.row(base).published
     return Line(
         row,
         runs,
-        estimate(deltas) if deltas and row.against else None,
+        gain,
         None if here is None or there is None or not row.against else here - there,
         None if step is None or not base_step else step / base_step,
         _reached(mean_curve(runs), mean_curve(base_runs)[-1][1]),
         budget,
         timely,
+        gain_after_nms,
     )
+
+
+def _gain(
+    runs: Sequence[Measured], base_runs: Sequence[Measured], value: Callable[[Measured], float | None]
+) -> Estimate | None:
+    """Over the seeds that both have: the row's value minus the baseline's; None where there is no such seed."""
+    base = {run.seed: value(run) for run in base_runs}
+    pairs = [(value(run), base.get(run.seed)) for run in runs]
+    deltas = [own - its for own, its in pairs if own is not None and its is not None]
+    return estimate(deltas) if deltas else None
 
 
 def mean_curve(runs: Sequence[Measured]) -> list[tuple[int, float]]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from detrellis.engine.console import number
 from detrellis.study.numbers import Estimate
+from detrellis.study.plan import NMS
 
 if TYPE_CHECKING:
     from detrellis.study.report import Line, Report
@@ -54,7 +55,17 @@ def sheets(found: Report) -> list[Sheet]:
         cost["AP in the same time"] = lambda line: NONE if line.timely is None else f"{line.timely[1]:.1f}"
     else:
         cost = {"epochs": lambda line: str(line.row.recipe.schedule.epochs)} | cost
-    return [_sheet(f"AP after the last epoch{seeds}", ap, found), _sheet("Cost of training", cost, found)]
+    told = [_sheet(f"AP after the last epoch{seeds}", ap, found), _sheet("Cost of training", cost, found)]
+    if any(line.after_nms is not None for line in found.lines):
+        apart: dict[str, Callable[[Line], str]] = {
+            "AP": lambda line: NONE if line.after_nms is None else spread(line.after_nms[0]),
+            f"gain over {base}": lambda line: gain(line.gain_after_nms),
+            "AP50": lambda line: NONE if line.after_nms is None else f"{line.after_nms[1].mean:.1f}",
+            "AP75": lambda line: NONE if line.after_nms is None else f"{line.after_nms[2].mean:.1f}",
+            "NMS adds": lambda line: number(line.duplicates, "+.1f"),
+        }
+        told.insert(1, _sheet(f"The same without duplicates: after NMS at IoU {NMS}", apart, found))
+    return told
 
 
 def _sheet(title: str, columns: dict[str, Callable[[Line], str]], found: Report) -> Sheet:

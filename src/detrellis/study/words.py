@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from detrellis.study.numbers import Estimate
+from detrellis.study.plan import NMS
 
 if TYPE_CHECKING:
     from detrellis.study.report import Line, Report
 
 HARDLY = 5.0  # AP in percent below which a detector has hardly learned anything
+DOUBLED = 1.0  # AP that NMS adds where objects are found twice
 RISING = 1.0  # AP gained in the last fifth of a run that is not over yet
 
 
@@ -129,6 +131,13 @@ def _of_budget(found: Report) -> list[str]:
         told.append(
             "All rows train for the same time, as far as whole epochs allow, by the step times measured before the "
             f"study: {', '.join(f'{row.name} {row.recipe.schedule.epochs}' for row in found.plan.rows)} epochs."
+        )
+    doubled = [line for line in found.lines if line.duplicates is not None and line.duplicates > DOUBLED]
+    if doubled:
+        named = ", ".join(f"{line.name} {line.duplicates:+.1f}" for line in doubled)
+        told.append(
+            f"Objects are found more than once: NMS at IoU {NMS} adds AP ({named}). One query for each object is what "
+            "DETRs learn last. Train longer, or predict with --nms; and read gains after NMS beside those without."
         )
     if any(line.timely is not None and line.timely[0] < line.curve[-1][0] for line in found.lines):
         told.append(
