@@ -24,7 +24,7 @@ from detrellis.engine.checkpoint import Card, find_weights, load_state, load_wei
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.distributed import World, pick_device, world
-from detrellis.engine.evaluate import On, collect, detect, eval_loader, measured_on
+from detrellis.engine.evaluate import On, choose, collect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
@@ -38,7 +38,7 @@ from detrellis.predictions import Paths, find_pictures, save_predictions
 from detrellis.predictions import Prediction as Prediction
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
-from detrellis.types import Detections
+from detrellis.types import Detections, ImageBatch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,8 +73,11 @@ class Model:
             image = read_image(path)
             size = (int(image.shape[1]), int(image.shape[2]))
             batch = stack_images([transform(image, *nothing)[0]], transform.pad_to).to(self.device)
-            found = detect(self.detector, batch, torch.tensor([size], device=self.device), nms)[0]
-            yield self._prediction(path, size, found, threshold)
+            yield self._prediction(path, size, self._detect(batch, size, nms), threshold)
+
+    @torch.no_grad()
+    def _detect(self, batch: ImageBatch, size: tuple[int, int], nms: float | None) -> Detections:
+        return choose(self.detector, self.detector(batch), torch.tensor([size], device=self.device), nms)[0]
 
     def _prediction(self, path: Path, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
         height, width = size
@@ -241,7 +244,7 @@ def evaluate(
     """
     with world(device) as own, open_split(run, own, **on) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.leads)
-        evaluator = collect(opened.model.detector, batches, opened.annotations, own.device, nms)
+        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, own.device, (nms,))
         if results is not None and own.leads:
             Path(results).parent.mkdir(parents=True, exist_ok=True)
             evaluator.results_json(results)

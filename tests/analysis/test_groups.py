@@ -25,7 +25,7 @@ from detrellis.api import open_split
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.distributed import World
-from detrellis.engine.evaluate import evaluate
+from detrellis.engine.evaluate import collect
 from detrellis.errors import UserError
 from detrellis.matching import Match, assign
 from detrellis.schemes.distances import position_distance
@@ -93,7 +93,8 @@ def raw_score(run: Path, shapes: Path) -> EvalResult:
         state = load_state(run)["model"]
         own = {k.removeprefix("detector."): v for k, v in state.items() if k.startswith("detector.")}
         opened.model.detector.load_state_dict(own)
-        return evaluate(opened.model.detector, opened.loader, opened.annotations, HERE.device)
+        (found,) = collect(opened.model.detector, opened.loader, opened.annotations, HERE.device)
+        return found.compute()
 
 
 def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:

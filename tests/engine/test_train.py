@@ -9,10 +9,13 @@ import torch
 
 import detrellis
 from detrellis.data.loader import Batch
+from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.evaluate import duplicates_line
 from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import read_records
 from detrellis.engine.train import padded_share
 from detrellis.recipes import find_recipe
+from detrellis.types import Detections
 
 from ..small import SMALL, images, targets
 
@@ -45,6 +48,40 @@ def test_every_epoch_is_recorded_with_the_time_of_its_parts(shapes: Path, tmp_pa
         assert record["loss"] == pytest.approx(sum(record["losses"].values()), rel=1e-4)
     assert result.finished
     assert result.best == max(r["eval"]["AP"] for r in epochs[1:])
+
+
+def test_the_last_epoch_is_measured_without_duplicates_too(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, told = [], []
+
+    def first(found: Detections, threshold: float, k: int) -> Detections:
+        asked.append((len(found.scores), threshold, k))
+        return Detections(*(t[:1] for t in found))
+
+    def line(result: EvalResult, apart: EvalResult) -> str:
+        told.append((result.detections, apart.detections))
+        return "found twice"
+
+    monkeypatch.setattr("detrellis.engine.evaluate.suppress", first)
+    monkeypatch.setattr("detrellis.engine.train.duplicates_line", line)
+    result = detrellis.train("tiny", data=shapes, out=tmp_path, override=SETTINGS, epochs=2, workers=0)
+    assert asked == [(12 * 5, 0.7, 20)] * 5  # all pairs of the five images, once
+    assert told == [(5 * 20, 5)]
+    assert capsys.readouterr().out.count("found twice") == 1
+    before, last = (r for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "epoch")
+    assert before["after_nms"] is None
+    assert set(last["after_nms"]) == set(last["eval"])
+    assert result.result is not None
+    assert result.result.detections == 5 * 20
+
+
+@pytest.mark.parametrize(("plain", "apart", "tells"), [(0.357, 0.46, True), (0.45, 0.455, False), (None, None, False)])
+def test_what_duplicates_cost_is_told(plain: float | None, apart: float | None, tells: bool) -> None:
+    counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
+    line = duplicates_line(*(EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (plain, apart)))
+    assert (line is not None) == tells
+    assert line is None or "from 0.357 to 0.460" in line
 
 
 def test_training_without_a_validation_split(shapes: Path, tmp_path: Path) -> None:

@@ -202,8 +202,8 @@ def test_what_duplicates_cost(tmp_path: Path) -> None:
     after = {("none", 0): 30.0, ("none", 1): 34.0, ("align", 0): 35.0, ("align", 1): 37.0}
     for trial in plan.trials():
         ap = after.get((trial.row, trial.seed))
-        told = {} if ap is None else {"after_nms": {"AP": ap / 100, "AP50": 0.6, "AP75": 0.2}}
-        finish(trial.folder(tmp_path), [28.0 if trial.row == "none" else 36.0], **told)
+        apart = None if ap is None else {"AP": ap / 100, "AP50": 0.6, "AP75": 0.2}
+        finish(trial.folder(tmp_path), [28.0 if trial.row == "none" else 36.0], after_nms=apart)
     found = report(plan, outcomes(plan, tmp_path))
     none, align, old = found.lines
     assert none.after_nms is not None

@@ -26,7 +26,7 @@ from detrellis.analysis.outputs import batches, check_finite, each_run, split_na
 from detrellis.api import Opened
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On, completed, suppress
+from detrellis.engine.evaluate import On, choose, completed
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
@@ -187,10 +187,6 @@ def _evaluate(opened: Opened, nms: Sequence[float], show: bool) -> tuple[EvalRes
     for batch in batches(opened, show):
         output = detector(batch.images)
         check_finite(opened, output.logits, output.boxes)
-        plain.update(batch.image_ids, detector.select(output, batch.sizes))
-        if not nms:
-            continue
-        everything = detector.select(output, batch.sizes, output.logits[-1, 0].numel())
-        for threshold, evaluator in zip(nms, after, strict=True):
-            evaluator.update(batch.image_ids, [suppress(d, threshold, detector.top_k) for d in everything])
+        for threshold, evaluator in zip((None, *nms), (plain, *after), strict=True):
+            evaluator.update(batch.image_ids, choose(detector, output, batch.sizes, threshold))
     return completed(plain).compute(), {t: completed(e).compute() for t, e in zip(nms, after, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,7 +20,10 @@ from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.distributed import World, gather
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
-from detrellis.types import Detections, ImageBatch
+from detrellis.types import DecoderOutput, Detections
+
+NMS = 0.7  # IoU above which the weaker one of two detections of a class counts as a duplicate
+DOUBLED = 0.01  # AP that NMS adds where objects are found more than once
 
 
 class On(TypedDict, total=False):
@@ -60,20 +63,20 @@ def collect(
     batches: Iterable[Batch],
     annotations: Annotations,
     device: torch.device,
-    nms: float | None = None,
-) -> CocoEvaluator:
-    """Run the detector over the batches; in every process the evaluator holds the detections of all.
-
-    `nms`: see `detect`.
-    """
+    nms: Sequence[float | None] = (None,),
+) -> list[CocoEvaluator]:
+    """Run the detector over the batches; in every process the evaluators hold the detections of all, one for each
+    threshold of `nms` (see `choose`)."""
     was_training = detector.training
     detector.eval()
-    evaluator = CocoEvaluator(annotations, top_k=detector.top_k)
+    evaluators = [CocoEvaluator(annotations, top_k=detector.top_k) for _ in nms]
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
-        evaluator.update(batch.image_ids, detect(detector, batch.images, batch.sizes, nms))
+        output = detector(batch.images)
+        for threshold, evaluator in zip(nms, evaluators, strict=True):
+            evaluator.update(batch.image_ids, choose(detector, output, batch.sizes, threshold))
     detector.train(was_training)
-    return completed(evaluator)
+    return [completed(evaluator) for evaluator in evaluators]
 
 
 def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
@@ -84,16 +87,14 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     return evaluator
 
 
-@torch.no_grad()
-def detect(detector: Detector, images: ImageBatch, sizes: Tensor, nms: float | None = None) -> list[Detections]:
-    """As `Detector.detect`.
+def choose(detector: Detector, output: DecoderOutput, sizes: Tensor, nms: float | None) -> list[Detections]:
+    """The detections of an output, as `Detector.select`.
 
     `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it. It takes
     the place of soft-NMS, where the detector has that.
     """
     if nms is None:
-        return detector.detect(images, sizes)
-    output = detector(images)
+        return detector.select(output, sizes)
     every = detector.select(output, sizes, output.logits[-1, 0].numel())
     return [suppress(found, nms, detector.top_k) for found in every]
 
@@ -112,8 +113,11 @@ def suppress(found: Detections, threshold: float, k: int) -> Detections:
         m *= 4
 
 
-def evaluate(
-    detector: Detector, batches: Iterable[Batch], annotations: Annotations, device: torch.device
-) -> EvalResult:
-    """The twelve COCO statistics and each class's AP."""
-    return collect(detector, batches, annotations, device).compute()
+def duplicates_line(result: EvalResult, apart: EvalResult) -> str | None:
+    """What to know about a detector whose AP is that much higher after NMS; None where it is not."""
+    if result.ap is None or apart.ap is None or apart.ap - result.ap < DOUBLED:
+        return None
+    return (
+        f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to {apart.ap:.3f}. One "
+        f"query for each object is what DETRs learn last. Train longer, or predict with --nms {NMS}."
+    )

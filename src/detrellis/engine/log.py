@@ -160,9 +160,13 @@ class RunLog:
             self._record_step()
 
     def end_epoch(
-        self, seconds: Mapping[str, float] | None = None, stats: Mapping[str, float | None] | None = None
+        self,
+        seconds: Mapping[str, float] | None = None,
+        stats: Mapping[str, float | None] | None = None,
+        after_nms: Mapping[str, float | None] | None = None,
     ) -> None:
-        """Records the epoch and prints its row: `Timer.take()` and `EvalResult.stats`, where there are any."""
+        """Records the epoch and prints its row: `Timer.take()`, and `EvalResult.stats` where there are any, also of the
+        same detections after NMS."""
         if not self.speaks:
             return
         now = self._clock()
@@ -173,6 +177,7 @@ class RunLog:
             "images_per_second": _rate(self._images, self._last_step - self._epoch_start),
             "seconds": {"total": now - self._epoch_start, **(seconds or {})},
             "eval": dict(stats) if stats is not None else None,
+            "after_nms": dict(after_nms) if after_nms is not None else None,
         }
         self._write(record)
         self._view.end_epoch(record)

@@ -31,7 +31,7 @@ from detrellis.engine.checkpoint import Card, save_state, save_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.distributed import World, sum_over
 from detrellis.engine.ema import EMA
-from detrellis.engine.evaluate import eval_loader, evaluate
+from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
 from detrellis.engine.guard import FlatLossWatch, check_finite
 from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.optim import build_optimizer, schedule_factor, set_learning_rate
@@ -244,12 +244,15 @@ class Run:
         """Evaluate, keep the best weights and the epoch's own, write its row."""
         state, schedule, val = self.state, self.recipe.schedule, self.job.val
         state.epoch += 1
-        due = state.epoch % schedule.eval_every == 0 or state.epoch == schedule.epochs
-        stats = None
+        last = state.epoch == schedule.epochs
+        due, stats, apart = last or state.epoch % schedule.eval_every == 0, None, None
         if val is not None and self.val is not None and due:
             with self.timer.part("eval"):
                 batches = self.log.track(self.val, "evaluate", len(self.val))
-                state.result = evaluate(state.detector, batches, val, self.world.device)
+                thresholds = (None, NMS) if last else (None,)
+                found = collect(state.detector, batches, val, self.world.device, thresholds)
+                state.result, *after = (evaluator.compute() for evaluator in found)
+                apart = after[0] if last else None
             stats = state.result.stats
             if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
                 state.best = state.result.ap
@@ -258,7 +261,9 @@ class Run:
         if self.world.leads and schedule.keep_every and state.epoch % schedule.keep_every == 0:
             kept = self.job.out / "epochs" / f"{state.epoch:04}.safetensors"
             save_weights(kept, state.detector.state_dict(), self._card())
-        self.log.end_epoch(self.timer.take(), stats)
+        self.log.end_epoch(self.timer.take(), stats, None if apart is None else apart.stats)
+        if apart is not None and state.result is not None:
+            self.log.say(duplicates_line(state.result, apart) or "")
 
     def save(self) -> None:
         """Last weights, and the state to resume from."""

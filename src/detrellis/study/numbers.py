@@ -91,8 +91,7 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
     rates = [r["images_per_second"] for r in records if r["images_per_second"]]
     step = batch_size / statistics.median(rates) if rates else None
     steps = records[-1]["step"] / records[-1]["epoch"]
-    last, machine = evaluated[-1]["eval"], json.loads((folder / DONE).read_text(encoding="utf-8"))
-    apart = machine.pop("after_nms", None)
+    last, apart = evaluated[-1]["eval"], evaluated[-1].get("after_nms")
     return Measured(
         seed,
         tuple(r["epoch"] for r in evaluated),
@@ -101,7 +100,7 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
         100 * last["AP75"],
         step,
         None if step is None else step * steps,
-        machine,
+        json.loads((folder / DONE).read_text(encoding="utf-8")),
         None if apart is None else (100 * apart["AP"], 100 * apart["AP50"], 100 * apart["AP75"]),
     )
 

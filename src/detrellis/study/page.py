@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import detrellis
 from detrellis.analysis.figures import INK
-from detrellis.study.plan import NMS, changes
+from detrellis.engine.evaluate import NMS
+from detrellis.study.plan import changes
 from detrellis.study.tables import Sheet, sheets
 from detrellis.study.words import caveats, minutes, recommend
 

@@ -17,7 +17,6 @@ from detrellis.recipes import Recipe
 # In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
 ORDER, DONE, LOG = "trial.json", "done.json", "console.log"
 PLAN = "plan.json"  # in the study's
-NMS = 0.7  # IoU above which a detection counts as a duplicate
 SHOWN = 4  # differences that an error names
 
 

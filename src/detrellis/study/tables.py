@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from detrellis.engine.console import number
+from detrellis.engine.evaluate import NMS
 from detrellis.study.numbers import Estimate
-from detrellis.study.plan import NMS
 
 if TYPE_CHECKING:
     from detrellis.study.report import Line, Report

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from detrellis.engine.evaluate import DOUBLED, NMS
 from detrellis.study.numbers import Estimate
-from detrellis.study.plan import NMS
 
 if TYPE_CHECKING:
     from detrellis.study.report import Line, Report
 
 HARDLY = 5.0  # AP in percent below which a detector has hardly learned anything
-DOUBLED = 1.0  # AP that NMS adds where objects are found twice
 RISING = 1.0  # AP gained in the last fifth of a run that is not over yet
 
 
@@ -132,7 +131,7 @@ def _of_budget(found: Report) -> list[str]:
             "All rows train for the same time, as far as whole epochs allow, by the step times measured before the "
             f"study: {', '.join(f'{row.name} {row.recipe.schedule.epochs}' for row in found.plan.rows)} epochs."
         )
-    doubled = [line for line in found.lines if line.duplicates is not None and line.duplicates > DOUBLED]
+    doubled = [line for line in found.lines if line.duplicates is not None and line.duplicates > 100 * DOUBLED]
     if doubled:
         named = ", ".join(f"{line.name} {line.duplicates:+.1f}" for line in doubled)
         told.append(
