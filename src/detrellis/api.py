@@ -77,7 +77,9 @@ class Model:
 
     @torch.no_grad()
     def _detect(self, batch: ImageBatch, size: tuple[int, int], nms: float | None) -> Detections:
-        return choose(self.detector, self.detector(batch), torch.tensor([size], device=self.device), nms)[0]
+        output, sizes = self.detector(batch), torch.tensor([size], device=self.device)
+        ((found,),) = choose(self.detector, output, sizes, (nms,))
+        return found
 
     def _prediction(self, path: Path, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
         height, width = size

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from detrellis.data.check import prepare
 from detrellis.data.layout import find_data
-from detrellis.engine.checkpoint import Card, save_state, save_weights
+from detrellis.engine.checkpoint import Card, load_weights, save_state, save_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
@@ -29,6 +31,14 @@ def untrained(place: Path, data: Path, recipe: Recipe) -> Path:
     save_weights(place / "last.safetensors", model.detector.state_dict(), Card(recipe, classes, source.to_dict()))
     save_state(place / "last.state.pt", {"model": model.state_dict()})
     return place
+
+
+def broken(run: Path) -> Path:
+    """Weights beside those of the run, none of them a number."""
+    weights, card = load_weights(run / "last.safetensors")
+    nan = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in weights.items()}
+    save_weights(run / "broken.safetensors", nan, card)
+    return run / "broken.safetensors"
 
 
 def without_boxes(*stats: str) -> EvalResult:

@@ -17,7 +17,7 @@ from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 from detrellis.types import Detections
 
-from .runs import small_recipe, untrained
+from .runs import broken, small_recipe, untrained
 
 
 def detections(count: int, seed: int = 0, spread: float = 100.0) -> Detections:
@@ -84,6 +84,9 @@ def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
     for run in runs:
         plain = evaluate(run, workers=0, device="cpu", batch_size=2)
         assert found[run.name].result.ap == pytest.approx(plain.ap, abs=1e-6)
+
+    with pytest.raises(UserError, match=r"broken.safetensors: its outputs are not finite"):
+        analyze(broken(runs[0]), workers=0, device="cpu")
 
     files = result.save(tmp_path / "new" / "folder")
     written = json.loads(files.numbers.read_text())

@@ -82,6 +82,15 @@ def test_a_study_that_goes_on_keeps_its_paces(shapes: Path, tmp_path: Path, time
     wider.begin(tmp_path)  # the same study, one row larger
 
 
+def test_another_study_is_refused_before_anything_is_timed(
+    shapes: Path, tmp_path: Path, timed: list[str | None]
+) -> None:
+    replace(made_up(shapes, "none,align"), pace=None).begin(tmp_path)
+    with pytest.raises(UserError, match="another study in this folder: equal epochs, now equal time"):
+        paced(made_up(shapes, "none,align"), tmp_path, How(device="cpu"), print)
+    assert not timed
+
+
 def test_real_steps_are_timed(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "STEPS", 1)
     monkeypatch.setattr(pace, "WARMUP", 0)

@@ -218,7 +218,7 @@ def test_what_duplicates_cost(tmp_path: Path) -> None:
     assert any("more than once: NMS at IoU 0.7 adds AP (none +4.0)." in text for text in caveats(found))
     told = json.loads(json.dumps(found.to_dict()))["rows"]
     assert told[1]["gain_after_nms"]["mean"] == pytest.approx(4)
-    assert told[0]["after_nms"][1]["mean"] == pytest.approx(60)
+    assert told[0]["after_nms"]["AP50"]["mean"] == pytest.approx(60)
     assert told[2]["after_nms"] is None
 
 

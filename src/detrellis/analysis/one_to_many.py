@@ -19,17 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
-import torch
-
 from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, OfRun, Result, canvas, sheet, tidy
 from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.api import Opened
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On, choose, completed
+from detrellis.engine.evaluate import On, collect
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
+from detrellis.types import DecoderOutput
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,14 +178,13 @@ def _queries(opened: Opened) -> tuple[int, int]:
     return count + further, 1 + further // count
 
 
-@torch.no_grad()
 def _evaluate(opened: Opened, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
     """As the detector detects, and after NMS by each threshold."""
-    detector = opened.model.detector
-    plain, *after = (CocoEvaluator(opened.annotations, top_k=detector.top_k) for _ in (None, *nms))
-    for batch in batches(opened, show):
-        output = detector(batch.images)
+
+    def check(output: DecoderOutput) -> None:
         check_finite(opened, output.logits, output.boxes)
-        for threshold, evaluator in zip((None, *nms), (plain, *after), strict=True):
-            evaluator.update(batch.image_ids, choose(detector, output, batch.sizes, threshold))
-    return completed(plain).compute(), {t: completed(e).compute() for t, e in zip(nms, after, strict=True)}
+
+    model, thresholds = opened.model, (None, *nms)
+    found = collect(model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check)
+    plain, *after = (evaluator.compute() for evaluator in found)
+    return plain, dict(zip(nms, after, strict=True))

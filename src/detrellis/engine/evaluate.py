@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -64,17 +64,20 @@ def collect(
     annotations: Annotations,
     device: torch.device,
     nms: Sequence[float | None] = (None,),
+    check: Callable[[DecoderOutput], None] | None = None,
 ) -> list[CocoEvaluator]:
     """Run the detector over the batches; in every process the evaluators hold the detections of all, one for each
-    threshold of `nms` (see `choose`)."""
+    threshold of `nms` (see `choose`). `check` sees each output first."""
     was_training = detector.training
     detector.eval()
     evaluators = [CocoEvaluator(annotations, top_k=detector.top_k) for _ in nms]
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         output = detector(batch.images)
-        for threshold, evaluator in zip(nms, evaluators, strict=True):
-            evaluator.update(batch.image_ids, choose(detector, output, batch.sizes, threshold))
+        if check is not None:
+            check(output)
+        for evaluator, found in zip(evaluators, choose(detector, output, batch.sizes, nms), strict=True):
+            evaluator.update(batch.image_ids, found)
     detector.train(was_training)
     return [completed(evaluator) for evaluator in evaluators]
 
@@ -87,16 +90,20 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     return evaluator
 
 
-def choose(detector: Detector, output: DecoderOutput, sizes: Tensor, nms: float | None) -> list[Detections]:
-    """The detections of an output, as `Detector.select`.
+def choose(
+    detector: Detector, output: DecoderOutput, sizes: Tensor, nms: Sequence[float | None]
+) -> list[list[Detections]]:
+    """The images' detections in an output for each threshold: where it is None, as `Detector.select`.
 
-    `nms`: of all queries and classes, first drop those whose IoU with a better one of the class is above it. It takes
-    the place of soft-NMS, where the detector has that.
+    With a threshold, of all queries and classes those are dropped first whose IoU with a better one of the class is
+    above it. That takes the place of soft-NMS, where the detector has it.
     """
-    if nms is None:
-        return detector.select(output, sizes)
-    every = detector.select(output, sizes, output.logits[-1, 0].numel())
-    return [suppress(found, nms, detector.top_k) for found in every]
+    asked = any(threshold is not None for threshold in nms)
+    every = detector.select(output, sizes, output.logits[-1, 0].numel()) if asked else []
+    return [
+        detector.select(output, sizes) if t is None else [suppress(found, t, detector.top_k) for found in every]
+        for t in nms
+    ]
 
 
 def suppress(found: Detections, threshold: float, k: int) -> Detections:

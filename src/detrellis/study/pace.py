@@ -24,27 +24,32 @@ def paced(plan: Plan, out: Path, how: How, say: Callable[[str], None]) -> Plan:
     """The plan with as many epochs for each row as take the time of its baseline's, on this machine.
 
     Where the study in `out` goes on, each row keeps its pace of there; of the others some steps are timed, of the row
-    and its baseline in turn. Rows without a baseline keep their epochs. Raises `UserError` where a step does not fit
-    into memory.
+    and its baseline in turn. Rows without a baseline keep their epochs. Raises `UserError` where another study is in
+    `out`, before anything is timed, and where a step does not fit into memory.
     """
-    known = (read_plan(out) or {}).get("pace") or {}
     against = {row.name: plan.row(row.against) for row in plan.rows if row.against is not None}
-    missing = [name for name in against if name not in known]
-    if missing:
+    old = (read_plan(out) or {}).get("pace") or {}
+    known = {name: old[name] for name in against if name in old}
+    _lasting(plan, known).check(out)
+    if missing := [name for name in against if name not in known]:
         train, _, classes, _ = prepare(DataSource.from_dict(plan.data), skip_bad=plan.skip_bad)
         timer = _Timer(len(classes), max(1, round(len(train.labels) / len(train))), pick_device(how.devices()[0]))
         say(f"Timing steps of {', '.join(missing)}, to give all rows the same time")
         with threads_of(how.threads_each()):
-            known = {**known, **{name: timer.ratio(plan.row(name), against[name]) for name in missing}}
-    pace = {name: known[name] for name in against}
-    return replace(plan, pace=pace, rows=tuple(_lasting(row, against, pace) for row in plan.rows))
+            known |= {name: timer.ratio(plan.row(name), against[name]) for name in missing}
+    return _lasting(plan, known)
 
 
-def _lasting(row: Row, against: dict[str, Row], pace: dict[str, float]) -> Row:
-    if row.name not in against:
-        return row
-    epochs = max(1, round(against[row.name].recipe.schedule.epochs / pace[row.name]))
-    return replace(row, recipe=row.recipe.override(f"schedule.epochs={epochs}"))
+def _lasting(plan: Plan, pace: dict[str, float]) -> Plan:
+    """The plan with the epochs that follow from the paces; a row that has none keeps its own."""
+
+    def paced_row(row: Row) -> Row:
+        if row.against is None or row.name not in pace:
+            return row
+        epochs = max(1, round(plan.row(row.against).recipe.schedule.epochs / pace[row.name]))
+        return replace(row, recipe=row.recipe.override(f"schedule.epochs={epochs}"))
+
+    return replace(plan, pace=pace, rows=tuple(map(paced_row, plan.rows)))
 
 
 class _Timer:

@@ -32,7 +32,7 @@ body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; color: var(-
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .answer { background: var(--box); border-left: .3rem solid var(--accent); padding: .8rem 1rem; font-size: 1.05rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 caption { text-align: left; color: var(--soft); padding: 0 0 .3rem; }
 th, td { padding: .35rem .7rem .35rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }

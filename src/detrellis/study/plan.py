@@ -62,8 +62,8 @@ class Plan:
     skip_bad: bool = False
     command: str = ""  # that began the study
     skipped: Mapping[str, str] = field(default_factory=dict)  # rows that cannot be trained, and why
-    pace: Mapping[str, float] | None = None  # equal time: an epoch's, in multiples of the baseline's (see `paced`);
-    # None: equal epochs
+    # For equal time: of each row's epoch, in multiples of the baseline's (see `paced`); None: equal epochs.
+    pace: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -98,21 +98,26 @@ class Plan:
         pace = None if self.pace is None else dict(self.pace)
         return {**vars(self), "data": dict(self.data), "skipped": dict(self.skipped), "pace": pace, **lists}
 
-    def begin(self, out: Path) -> None:
-        """Write `OUT/plan.json`, or see that the one there is the same study; it may get more rows and seeds.
+    def check(self, out: Path) -> None:
+        """See that `OUT/plan.json`, if there is one, is the same study; it may get more rows and seeds.
 
         Raises `UserError` that names what differs otherwise.
         """
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: a file, not a folder", "Take another --out.")
-        out.mkdir(parents=True, exist_ok=True)
-        path, old = out / PLAN, read_plan(out)
+        old = read_plan(out)
         if old is not None and (found := differences(old, self.to_dict())):
             more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise UserError(
                 f"{out}: there is another study in this folder: {'; '.join(found[:SHOWN])}{more}",
                 "Repeat its settings to go on with it, or take another --out.",
             )
+
+    def begin(self, out: Path) -> None:
+        """Write `OUT/plan.json`, once it has been checked."""
+        self.check(out)
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / PLAN
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         partial.replace(path)

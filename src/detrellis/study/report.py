@@ -90,15 +90,14 @@ class Line:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        estimates = {name: getattr(self, name)._asdict() for name in ("final", "best", "ap50", "ap75")}
+        named = ("final", "best", "ap50", "ap75", "gain", "gain_after_nms")
+        estimates = {name: None if (e := getattr(self, name)) is None else e._asdict() for name in named}
+        apart = self.after_nms and dict(zip(("AP", "AP50", "AP75"), self.after_nms, strict=True))
         plain = ("step_seconds", "epoch_seconds", "memory", "cost", "epochs_to_baseline", "budget", "published_gain")
         return {
             **{name: getattr(self.row, name) for name in ("name", "against", "note", "published")},
             **estimates,
-            **{
-                name: None if (e := getattr(self, name)) is None else e._asdict() for name in ("gain", "gain_after_nms")
-            },
-            "after_nms": None if self.after_nms is None else [e._asdict() for e in self.after_nms],
+            "after_nms": apart and {name: e._asdict() for name, e in apart.items()},
             **{name: getattr(self, name) for name in plain},
             "timely": None if self.timely is None else dict(zip(("epoch", "ap"), self.timely, strict=True)),
             "curve": [list(point) for point in self.curve],

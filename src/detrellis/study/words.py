@@ -93,7 +93,7 @@ def _found_again(others: Sequence[Line]) -> str:
 
 def caveats(found: Report) -> list[str]:
     """What a reader has to know before believing a number."""
-    return [*_of_seeds(found), *_of_budget(found), *_of_setting(found)]
+    return [*_of_seeds(found), *_of_budget(found), *_of_duplicates(found), *_of_setting(found)]
 
 
 def _of_seeds(found: Report) -> list[str]:
@@ -131,19 +131,23 @@ def _of_budget(found: Report) -> list[str]:
             "All rows train for the same time, as far as whole epochs allow, by the step times measured before the "
             f"study: {', '.join(f'{row.name} {row.recipe.schedule.epochs}' for row in found.plan.rows)} epochs."
         )
-    doubled = [line for line in found.lines if line.duplicates is not None and line.duplicates > 100 * DOUBLED]
-    if doubled:
-        named = ", ".join(f"{line.name} {line.duplicates:+.1f}" for line in doubled)
-        told.append(
-            f"Objects are found more than once: NMS at IoU {NMS} adds AP ({named}). One query for each object is what "
-            "DETRs learn last. Train longer, or predict with --nms; and read gains after NMS beside those without."
-        )
     if any(line.timely is not None and line.timely[0] < line.curve[-1][0] for line in found.lines):
         told.append(
             "AP after the same training time reads slower rows before their learning rate has come down, which costs "
             "them some: it is a lower bound."
         )
     return told
+
+
+def _of_duplicates(found: Report) -> list[str]:
+    costs = {line.name: line.duplicates for line in found.lines if line.duplicates is not None}
+    named = ", ".join(f"{name} {cost:+.1f}" for name, cost in costs.items() if cost > 100 * DOUBLED)
+    if not named:
+        return []
+    return [
+        f"Objects are found more than once: NMS at IoU {NMS} adds AP ({named}). One query for each object is what "
+        "DETRs learn last. Train longer, or predict with --nms; and read gains after NMS beside those without."
+    ]
 
 
 def _late_rise(line: Line) -> float | None:
