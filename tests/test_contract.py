@@ -46,7 +46,7 @@ NETWORKS = (
     "dab_deformable_detr_r50",
     "dn_deformable_detr_r50",
     "sam_detr_r50_smca",
-    "sam_detr_plus_r50",
+    "sam_detr_plus_r50_smca_dn",
     "smca_detr_r50",
 )
 SOFTMAX = {"detr_r50"}  # carries no scheme that sets the classes' targets
