@@ -45,7 +45,7 @@ NETWORKS = (
     "deformable_detr_r50_two_stage_plus",
     "dab_deformable_detr_r50",
     "dn_deformable_detr_r50",
-    "sam_detr_r50_smca",
+    "sam_detr_r50",
     "sam_detr_plus_r50_smca_dn",
     "smca_detr_r50",
 )
