@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from detrellis.engine.measure import measure
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
 
-from ..small import CLASSES, SMALL, small
+from ..small import CLASSES, SMALL, images, small
 
 PAPERS = {  # millions of parameters in their tables
     "detr-r50": 41,
@@ -49,3 +51,15 @@ def test_schemes_cost_nothing_at_inference() -> None:
     recipe = find_recipe("tiny").override(SMALL)
     plain, with_scheme = (measure(r, CLASSES) for r in (recipe.with_schemes(["none"]), recipe))
     assert (plain.parameters, plain.gflops) == (with_scheme.parameters, with_scheme.gflops)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "detr_r50", "sam_detr_r50_smca", "sam_detr_plus_r50_smca_dn", "smca_detr_ms_r50"]
+)
+def test_multiply_adds_are_those_of_a_real_pass(name: str) -> None:
+    """On the meta device nothing is computed: each operation has to say there what it would cost and return."""
+    recipe = small(name).override(["data.size=[64, 96]", "data.augment=fixed"])
+    detector = build(recipe, CLASSES).detector.eval().requires_grad_(False).double()  # oneDNN's products go uncounted
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        detector(images(((64, 96),))._replace(pixels=torch.zeros(1, 3, 64, 96, dtype=torch.float64)))
+    assert measure(recipe, CLASSES).gflops == round(counter.get_total_flops() / 2 / 1e9, 2)
