@@ -34,6 +34,7 @@ from detrellis.errors import UserError
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
+from detrellis.outputs import Outputs
 from detrellis.predictions import Paths, find_pictures, save_predictions
 from detrellis.predictions import Prediction as Prediction
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Scale = Literal["tiny"]
+LOGS = ("metrics.jsonl", "tensorboard", "epochs", "bad_batch-0.pt")  # what a run writes beside its weights
+WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
 @dataclass
@@ -155,16 +158,28 @@ def train(
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
     folder = Path(out) if out is not None else Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "last.state.pt").exists():
-        raise UserError(
-            f"{folder}: there is a run in this folder", f"Go on with it: --resume {folder}. Or take another --out."
-        )
+    outputs = _run_folder(folder)
     with world(device) as own:
+        if own.leads:
+            outputs.take(LOGS)
         training, validation, classes = _prepared(source, skip_bad, own, console)
         card = Card(chosen, classes, source.to_dict(), seed, skip_bad)
         card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
         job = Job(card, training, validation, folder, workers, initial, own_boxes)
         return run_job(job, own, console=console)
+
+
+def _run_folder(folder: Path) -> Outputs:
+    """Where a new run may go: `UserError` where it would write over a run, or over what is no log of one."""
+    if (folder / "last.state.pt").exists():
+        raise UserError(
+            f"{folder}: there is a run in this folder", f"Go on with it: --resume {folder}. Or take another --out."
+        )
+    if weights := [name for name in WEIGHTS if (folder / name).exists()]:
+        raise UserError(f"{folder / weights[0]}: there are weights in this folder", "Take another --out.")
+    outputs = Outputs(folder)
+    outputs.ready(LOGS)
+    return outputs
 
 
 def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe, Source | None]:
@@ -244,12 +259,14 @@ def evaluate(
     says how many duplicates the detector leaves. Raises `UserError` where the data set has errors, unless `skip_bad`
     drops the bad records.
     """
+    outputs = None if results is None else Outputs(Path(results).parent, "--results")
+    if outputs is not None:
+        outputs.ready([Path(results or "").name], inputs=[run])
     with world(device) as own, open_split(run, own, **on) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.leads)
         (evaluator,) = collect(opened.model.detector, batches, opened.annotations, own.device, (nms,))
-        if results is not None and own.leads:
-            Path(results).parent.mkdir(parents=True, exist_ok=True)
-            evaluator.results_json(results)
+        if outputs is not None and own.leads:
+            outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
         return evaluator.compute()

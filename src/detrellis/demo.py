@@ -13,7 +13,8 @@ from detrellis.data.check import check
 from detrellis.data.layout import resolve
 from detrellis.data.records import to_annotations
 from detrellis.data.shapes import write_shapes
-from detrellis.visualize import contact_sheet, draw_detections
+from detrellis.outputs import Outputs
+from detrellis.visualize import contact_sheet, draw_detections, jpeg
 
 SIDE = 112  # pixels: small enough for minutes on two cores
 SETTINGS = (
@@ -25,10 +26,13 @@ SETTINGS = (
     "schedule.eval_every=2",
 )
 EPOCHS = 7
+PICTURE = "predictions.jpg"
 
 
 def run_demo(out: Path, *, epochs: int | None, seed: int, console: Console) -> Path:
     """Make data, check, train, evaluate, draw; returns the picture's path."""
+    outputs = Outputs(out)
+    outputs.ready([PICTURE])
     data = write_shapes(out / "data", train=500, val=100, size=(SIDE, SIDE), objects=(1, 4))
     console.rule("detrellis check")
     console.print(f"detrellis check --data {data}")
@@ -47,9 +51,8 @@ def run_demo(out: Path, *, epochs: int | None, seed: int, console: Console) -> P
         console.print(result.result.table())
         console.print(result.result.class_table())
 
-    picture = out / "predictions.jpg"
     val = to_annotations(source.load("val"))
-    _sheet(api.load(result.run), val).save(picture, quality=92)
+    picture = outputs.write(PICTURE, jpeg(_sheet(api.load(result.run), val)))
     console.rule("done")
     console.print(f"Open [bold]{picture}[/]: ground truth above, predictions below.")
     console.print("Next, on your own data: [bold]detrellis train tiny --data YOUR_FOLDER[/]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 import unicodedata
 from collections import Counter
@@ -28,6 +29,7 @@ PALETTE = [
 ]  # fmt: skip
 SHADES = ((0, 0.0), (255, 0.4), (0, 0.25), (255, 0.65))  # later classes: mixed with black (0) or white by a share
 LONGEST = 28  # letters of a name in a tag; the legend has it whole
+LARGEST = 65500  # pixels of a JPEG's side
 BACKGROUND, BAR, INK = (24, 24, 28), (44, 44, 52), (240, 240, 240)
 
 # Pillow's own font has no letters beyond ASCII; where a name needs them, the first of these that has them all.
@@ -118,6 +120,14 @@ def side_by_side(
 ) -> Image.Image:
     """Ground truth on the left, prediction on the right."""
     return contact_sheet([truth, prediction], 2, titles, cell=cell)
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """The picture as the content of a JPEG file; one that is too large for the format is made smaller."""
+    content = io.BytesIO()
+    image.thumbnail((LARGEST, LARGEST))
+    image.save(content, format="JPEG", quality=92)
+    return content.getvalue()
 
 
 @dataclass(frozen=True)

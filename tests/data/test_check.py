@@ -500,11 +500,18 @@ def test_the_copy_keeps_what_we_do_not_read(tmp_path: Path) -> None:
 def test_the_copy_overwrites_nothing(tmp_path: Path) -> None:
     source = resolve(data=CocoSet(tmp_path / "set").write())
     report = check(source, fast=True)
-    for out, force in ((tmp_path / "set", True), (tmp_path, False)):
-        with pytest.raises(UserError, match=r"originals are here|something in this folder"):
-            fix(source, report, out, force)
-    fix(source, report, tmp_path / "fixed")
-    fix(source, report, tmp_path / "fixed", force=True)
+    for out in (tmp_path / "set", tmp_path):
+        with pytest.raises(UserError, match=r"is there already|an input"):
+            fix(source, report, out)
+    fixed = fix(source, report, tmp_path / "fixed")
+    again = fix(source, report, tmp_path / "fixed")  # over its own copy
+    assert again.files == fixed.files
+    copy = resolve(data=tmp_path / "fixed")
+    with pytest.raises(UserError, match="an input"):
+        fix(copy, check(copy, fast=True), tmp_path / "fixed")
+    fixed.files["train"].write_text("{}")  # the user's now
+    with pytest.raises(UserError, match="has been changed since"):
+        fix(source, report, tmp_path / "fixed")
 
 
 def test_train_as_its_own_val_stays(tmp_path: Path) -> None:

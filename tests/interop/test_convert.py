@@ -104,7 +104,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     make("detr", "small", "native").save_pretrained(tmp_path / "theirs")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="something is there already"):
+    with pytest.raises(UserError, match=r"notes\.txt: is there already"):
         detrellis.convert(tmp_path / "theirs", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
 

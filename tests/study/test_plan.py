@@ -120,6 +120,12 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match="not a whole plan"):
         plan.begin(tmp_path)
+    (tmp_path / "plan.json").write_text('{"tasks": []}')  # somebody else's
+    with pytest.raises(UserError, match="no data, rows, seeds, skip_bad"):
+        plan.begin(tmp_path)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(UserError, match="file: is there already"):
+        plan.begin(tmp_path)
 
 
 def test_folders_of_rows_differ_whatever_they_are_called(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from detrellis.errors import UserError
+from detrellis.outputs import Outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +42,11 @@ def need_matplotlib() -> None:
         raise UserError(f"figures need matplotlib ({error})", 'pip install "detrellis[viz]"') from None
 
 
-def ready(out: Path) -> None:
-    """Raises `UserError` where a figure could not be drawn or not be written: to ask before minutes of measuring."""
+def ready(out: Path, name: str, inputs: Iterable[Path] = ()) -> None:
+    """Raises `UserError` where the figure of measurement `name` could not be drawn, or not be written without losing
+    something: to ask before minutes of measuring."""
     need_matplotlib()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: a file, not a folder", "Take another --out.")
+    Outputs(out).ready((f"{name}.png", f"{name}.json"), inputs)
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,12 @@ class Result(ABC):
         return {"measurement": self.name, "settings": self.settings(), "runs": [run.to_dict() for run in self.runs]}
 
     def save(self, out: str | Path) -> Files:
-        """Write `OUT/NAME.png` and `OUT/NAME.json`."""
-        folder = Path(out)
-        ready(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = Files(folder / f"{self.name}.png", folder / f"{self.name}.json")
-        self.figure().savefig(files.figure, dpi=DPI)
-        files.numbers.write_text(json.dumps(self.to_dict(), indent=1))
-        return files
+        """Write `OUT/NAME.png` and `OUT/NAME.json`, over those of an earlier measurement only."""
+        ready(Path(out), self.name)
+        outputs, picture = Outputs(out), io.BytesIO()
+        self.figure().savefig(picture, format="png", dpi=DPI)
+        numbers = json.dumps(self.to_dict(), indent=1)
+        return Files(outputs.write(f"{self.name}.png", picture.getvalue()), outputs.write(f"{self.name}.json", numbers))
 
 
 def sheet(title: str, caption: str) -> Table:

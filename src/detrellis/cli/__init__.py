@@ -93,9 +93,12 @@ def check(
     Example: detrellis check --data my_data --fix my_data_clean
     """
     from detrellis.data.check import check as check_source
+    from detrellis.data.fix import clean_folder
     from detrellis.data.fix import fix as fix_source
 
     source = files.source()
+    if fix is not None:
+        clean_folder(source, fix)
     report = check_source(source, fast=fast, progress=not as_json, workers=workers)
     fixed = None if fix is None else fix_source(source, report, fix)
     if as_json:

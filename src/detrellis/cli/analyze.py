@@ -41,7 +41,7 @@ class Shown:
         """Measure with `analysis/WHAT.py`, write figure and numbers, and print either the table or the numbers."""
         from detrellis.analysis.figures import ready
 
-        ready(out)
+        ready(out, what, [dials["image"]] if dials.get("image") else [])
         listed = None if self.names is None else [part.strip() for part in self.names.split(",")]
         analyze_runs = importlib.import_module(f"detrellis.analysis.{what}").analyze
         found: Result = analyze_runs(runs, names=listed, device=self.device, progress=True, **dials, **on)

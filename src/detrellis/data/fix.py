@@ -25,6 +25,7 @@ from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset, clip
 from detrellis.data.report import Report
 from detrellis.errors import UserError
+from detrellis.outputs import Outputs
 
 SWAPPED = "width and height exchanged"  # beside the findings' codes in the counts
 AREA = "area computed"
@@ -48,7 +49,7 @@ class Fixed:
         return "\n".join([*lines, f"Train with --data {self.out}; the images stay where they are."])
 
 
-def fix(source: DataSource, report: Report, out: Path, force: bool = False) -> Fixed:
+def fix(source: DataSource, report: Report, out: Path) -> Fixed:
     """Writes a copy of the annotations without what `report` found, and returns what was changed.
 
     Images with errors and boxes with errors are left out, boxes that leave their frame are clipped, exact copies are
@@ -56,11 +57,11 @@ def fix(source: DataSource, report: Report, out: Path, force: bool = False) -> F
     that another split has too is left out of the one that comes first (train), unless that is more than half of it.
     `report` must be a check of `source` as it is now; after a fast one, images that cannot be decoded are in the copy.
 
-    Raises `UserError` where `out` is not empty (unless `force`) or is where the originals are.
+    Raises `UserError` where `out` holds anything but the copy that an earlier call made.
     """
     raws = source.load_all([summary.split for summary in report.summaries])
     targets = {split: out / "annotations" / f"instances_{split}.json" for split in raws}
-    _refuse_to_overwrite(source, out, targets, force)
+    outputs = clean_folder(source, out)
     cleaned: dict[str, RawDataset] = {}
     changes: dict[str, dict[str, int]] = {}
     for split, raw in raws.items():
@@ -70,19 +71,18 @@ def fix(source: DataSource, report: Report, out: Path, force: bool = False) -> F
             changes[split] |= aligned
         if not len(cleaned[split].ids) and len(raw.ids):
             raise UserError(f"{raw.source}: nothing is left of {split}\n{report.text()}", "Put this right by hand.")
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    for split, raw in cleaned.items():
-        content = _content(raw, _extras(source, split))
-        targets[split].write_text(json.dumps(content), encoding="utf-8")
+    contents = {split: json.dumps(_content(raw, _extras(source, split))) for split, raw in cleaned.items()}
+    outputs.clear()
+    for split, content in contents.items():
+        outputs.write(targets[split].relative_to(out).as_posix(), content)
     return Fixed(out, targets, changes)
 
 
-def _refuse_to_overwrite(source: DataSource, out: Path, targets: Mapping[str, Path], force: bool) -> None:
-    originals = {files.annotations.resolve() for files in source.splits.values()}
-    if any(target.resolve() in originals for target in targets.values()):
-        raise UserError(f"{out}: the originals are here", "Give another folder for the clean copy.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise UserError(f"{out}: there is something in this folder already", "Give a new folder for the clean copy.")
+def clean_folder(source: DataSource, out: Path) -> Outputs:
+    """Where the clean copy goes; `UserError` where anything is there but an earlier copy: to ask before any work."""
+    outputs = Outputs(out, "--fix")
+    outputs.alone(files.annotations for files in source.splits.values())
+    return outputs
 
 
 def _clean(raw: RawDataset, findings: list[Finding]) -> tuple[RawDataset, dict[str, int]]:

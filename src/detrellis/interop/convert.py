@@ -13,8 +13,10 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.coco import load_json
 from detrellis.engine.checkpoint import Card, find_weights, load_weights, save_weights
 from detrellis.errors import UserError
+from detrellis.interop.files import HUB
 from detrellis.interop.load import is_foreign, load_foreign
 from detrellis.interop.save import save_huggingface
+from detrellis.outputs import Outputs
 
 Format = Literal["detrellis", "hf"]
 WEIGHTS = "best.safetensors"
@@ -62,8 +64,8 @@ def convert(
     """
     foreign, folder = is_foreign(source), Path(out)
     target: Format = to or ("detrellis" if foreign else "hf")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: something is there already", "Name a new folder.")
+    outputs = Outputs(folder, "folder")
+    outputs.alone([] if str(source).startswith(HUB) else [source])
     named = None if classes is None else classes if isinstance(classes, ClassMap) else read_classes(Path(classes))
     if named is not None and not foreign:
         raise UserError(f"{source}: its classes are known", "Leave --classes out.")
@@ -74,11 +76,13 @@ def convert(
         skipped = _kinds(found.skipped)
     else:
         weights, card = load_any(source)
+    outputs.clear()
     differences: list[str] = []
     if target == "hf":
         differences = save_huggingface(folder, weights, card.recipe, card.classes)
     else:
         save_weights(folder / WEIGHTS, weights, card)
+    outputs.note()
     parameters = sum(w.numel() for w in weights.values())
     return Conversion(folder, target, card.recipe.name, parameters, len(card.classes), skipped, tuple(differences))
 

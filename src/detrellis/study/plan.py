@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from detrellis.errors import UserError
+from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
 
 # In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
@@ -103,9 +104,9 @@ class Plan:
 
         Raises `UserError` that names what differs otherwise.
         """
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: a file, not a folder", "Take another --out.")
         old = read_plan(out)
+        if old is None:
+            Outputs(out).alone()
         if old is not None and (found := differences(old, self.to_dict())):
             more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise UserError(
@@ -166,8 +167,10 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         return None
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not a whole plan ({error})", "Take another --out.") from None
+        if missing := {"rows", "seeds", "data", "skip_bad"} - set(plan):
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a whole plan of a study ({error})", "Take another --out.") from None
     return plan
 
 

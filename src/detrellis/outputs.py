@@ -1,0 +1,165 @@
+"""What a verb leaves on disk, and the promise that it writes over nothing that it did not make.
+
+A folder that is written to holds `.detrellis.jsonl`, a line for each file that a verb made there: its name, and the
+SHA-256 of its content. The line is written before the file, so a crash leaves no file that nobody knows. A file may be
+replaced while its content is one that its lines tell; anything else, a picture of the user's or a result that was
+edited since, is refused before any work. So is every input, also one that an earlier call made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from detrellis.errors import UserError
+
+MADE = ".detrellis.jsonl"
+ANY = "any"  # in place of a hash: the file grows, and is ours whatever is in it
+
+
+class Outputs:
+    """The files that a call makes below `folder`; `option` is what messages call the flag that names it."""
+
+    def __init__(self, folder: str | Path, option: str = "--out") -> None:
+        self.folder, self.option = Path(folder), option
+        self._made: dict[str, set[str]] | None = None
+
+    def ready(self, names: Iterable[str], inputs: Iterable[str | Path] = ()) -> None:
+        """See that each of `names` may be written: to ask before any work. `inputs` are files, and folders of which
+        everything is one. Nothing is made yet.
+
+        Raises `UserError` naming the first that is an input, or is there and not as Detrellis left it; and where the
+        folder cannot be written.
+        """
+        read = {Path(os.path.realpath(path)) for path in inputs}
+        for path in (self.folder / name for name in names):
+            real = Path(os.path.realpath(path))
+            if read.intersection((real, *real.parents)):
+                raise self._refusal(path, "an input, which would be overwritten")
+            if os.path.lexists(path) and not self._replaceable(path):
+                raise self._refusal(path, self._why_not(path))
+        self._may_be_made()
+
+    def alone(self, inputs: Iterable[str | Path] = ()) -> None:
+        """See that nothing is in the folder but files as Detrellis left them, and no input.
+
+        For what is read as a whole: any other file would be taken for a part of it. Raises `UserError` as `ready`.
+        """
+        names = [path.relative_to(self.folder).as_posix() for path in self._files()]
+        self.ready(names, inputs)
+
+    def clear(self) -> None:
+        """Remove what `alone` found: a file that an earlier call made and this one does not would mix with it."""
+        for path in self._files():
+            path.unlink()
+
+    def take(self, names: Iterable[str]) -> None:
+        """Call files, or folders, ours from now on whatever is in them: a log that grows."""
+        for name in names:
+            self._note(name, ANY)
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        """Write `folder/name` whole: readers see the old file or the new one, never a part. A file of somebody else's
+        that came since `ready` is refused too."""
+        data = content.encode() if isinstance(content, str) else content
+        return self.write_with(name, lambda partial: partial.write_bytes(data))
+
+    def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
+        """As `write`, of what `write` puts into the file that it is given."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            write(partial)
+            replaceable = os.path.lexists(path) and self._replaceable(path)
+            self._note(name, digest(partial))
+            if replaceable:
+                partial.replace(path)
+            else:
+                _put(partial, path)
+        except FileExistsError:
+            raise self._refusal(path, "is there already, and Detrellis did not write it") from None
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def note(self) -> None:
+        """Call all that is in the folder ours, as it is now: for files that a library has written there."""
+        for path in self._files():
+            self._note(path.relative_to(self.folder).as_posix(), digest(path))
+
+    def _files(self) -> list[Path]:
+        """All files below the folder."""
+        return sorted(Path(parent, f) for parent, _, files in os.walk(self.folder) for f in files if f != MADE)
+
+    def _replaceable(self, path: Path) -> bool:
+        """Whether nothing is lost with it: it is as a call left it."""
+        known = self._known().get(path.relative_to(self.folder).as_posix(), set())
+        if ANY in known:
+            return True
+        return bool(known) and not path.is_symlink() and path.is_file() and digest(path) in known
+
+    def _why_not(self, path: Path) -> str:
+        if path.relative_to(self.folder).as_posix() in self._known():
+            return "has been changed since Detrellis wrote it, and would be overwritten"
+        return "is there already, and Detrellis did not write it"
+
+    def _known(self) -> dict[str, set[str]]:
+        """Hashes by name."""
+        if self._made is None:
+            self._made = {}
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                for line in (self.folder / MADE).read_text(encoding="utf-8", errors="replace").splitlines():
+                    for name, content in _entry(line).items():
+                        self._made.setdefault(name, set()).add(content)
+        return self._made
+
+    def _note(self, name: str, content: str) -> None:
+        known = self._known().setdefault(name, set())
+        if content in known:
+            return
+        known.add(content)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / MADE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"file": name, "sha256": content}) + "\n")
+
+    def _may_be_made(self) -> None:
+        """`UserError` where the folder, or the nearest one above it that exists, is none or cannot be written."""
+        there = next(folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise UserError(f"{there}: a file, not a folder", f"Take another {self.option}.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{there}: this folder cannot be written", f"Take another {self.option}.")
+
+    def _refusal(self, path: Path, why: str) -> UserError:
+        return UserError(f"{path}: {why}", f"Take another {self.option}, or move the file.")
+
+
+def _put(partial: Path, path: Path) -> None:
+    """Give the file the name `path`; `FileExistsError` where something has it, which a rename would replace."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with path.open("xb") as file:
+            file.write(partial.read_bytes())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entry(line: str) -> dict[str, str]:
+    """{name: hash} of a line; nothing for one that a crash has cut off."""
+    try:
+        found = json.loads(line)
+        return {str(found["file"]): str(found["sha256"])}
+    except (ValueError, KeyError, TypeError):
+        return {}
