@@ -111,11 +111,7 @@ class Outputs:
     def _known(self) -> dict[str, set[str]]:
         """Hashes by name."""
         if self._made is None:
-            self._made = {}
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                for line in (self.folder / MADE).read_text(encoding="utf-8", errors="replace").splitlines():
-                    for name, content in _entry(line).items():
-                        self._made.setdefault(name, set()).add(content)
+            self._made = _read(self.folder / MADE)
         return self._made
 
     def _note(self, name: str, content: str) -> None:
@@ -154,6 +150,17 @@ def digest(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, set[str]]:
+    """The hashes of a file of notes, by name; none where there is no such file."""
+    lines: list[str] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found: dict[str, set[str]] = {}
+    for name, content in (item for line in lines for item in _entry(line).items()):
+        found.setdefault(name, set()).add(content)
+    return found
 
 
 def _entry(line: str) -> dict[str, str]:
