@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detrellis.data.decode import read_image
-from detrellis.data.files import IMAGE_SUFFIXES
+from detrellis.data.files import image_suffixes, is_image
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.visualize import draw_detections
@@ -63,9 +63,9 @@ def find_pictures(paths: Paths) -> list[Path]:
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if is_image(p))
             if not inside:
-                raise UserError(f"{path}: no images in this folder", f"Known: {', '.join(sorted(IMAGE_SUFFIXES))}.")
+                raise UserError(f"{path}: no images in this folder", f"Known: {', '.join(sorted(image_suffixes()))}.")
             found += inside
         elif path.is_file():
             found.append(path)

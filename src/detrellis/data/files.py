@@ -6,8 +6,9 @@ In threads, not processes: decoding, hashing and waiting for a disk all let the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from detrellis.data.decode import read_header, upright_size
 from detrellis.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".ppm", ".pgm"})
+NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})  # Pillow knows them, but decodes none
+HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # what file systems and archives leave behind
 CHUNK = 32  # items a task: a future for each of 100,000 images would cost more than it brings
 
 Item = TypeVar("Item")
@@ -71,13 +73,52 @@ def _size(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of what Pillow decodes; a plugin that registers itself with Pillow adds its own."""
+    from PIL import Image  # only now: asking it imports the plugins of all formats
+
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in known if name in Image.OPEN and name not in NO_PICTURES)
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is never part of a data set: `._x.jpg`, `.DS_Store`, `__MACOSX`."""
+    return name.startswith(".") or name in HIDDEN
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether it is called like an image that can be read, and is not hidden."""
+    name = os.path.basename(path)
+    return os.path.splitext(name)[1].lower() in image_suffixes() and not hidden(name)
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for `root` and all below it, hidden ones left out, links followed once."""
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        here = os.stat(parent)
+        if here.st_ino and (here.st_dev, here.st_ino) in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        yield parent, [name for name in files if not hidden(name)]
+
+
+def files_in(folder: Path, *suffixes: str) -> list[Path]:
+    """The files in `folder` itself with one of the suffixes, in any case, sorted; hidden ones are left out."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    found = (name for name in names if os.path.splitext(name)[1].lower() in suffixes and not hidden(name))
+    return [file for name in found if (file := folder / name).is_file()]
+
+
 def list_images(folder: Path) -> list[Path]:
     """All image files below `folder`, sorted, links followed."""
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        found += [Path(parent, f) for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    return sorted(Path(parent, name) for parent, files in walk(folder) for name in files if is_image(name))
 
 
 def subfolders(root: Path, depth: int) -> list[Path]:
@@ -93,7 +134,7 @@ def subfolders(root: Path, depth: int) -> list[Path]:
 def _folders(parent: Path) -> list[Path]:
     try:
         with os.scandir(parent) as entries:  # which knows what is a folder without asking for each file
-            return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
+            return sorted(Path(e.path) for e in entries if e.is_dir() and not hidden(e.name))
     except OSError:
         return []
 

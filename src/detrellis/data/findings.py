@@ -23,6 +23,8 @@ _RE_EXPORT = "Replace or re-export the file, or take the image out of the annota
 
 IMAGES: dict[str, Rule] = {
     "missing-image": Rule("error", "Put the file there, or correct the image folder or `file_name`.", "drop image"),
+    "renamed-file": Rule("note", "Nothing to do; a clean copy (`--fix`) has the real names."),
+    "unclear-file": Rule("warning", "Write the names as they are on disk, relative to the image folder."),
     "unreadable-image": Rule("error", _RE_EXPORT, "drop image"),
     "wrong-size": Rule(
         "error",

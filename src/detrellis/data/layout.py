@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from detrellis.data.coco import find_images, read_coco
-from detrellis.data.files import IMAGE_SUFFIXES, subfolders
+from detrellis.data.files import is_image, subfolders
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.data.voc import find_voc, read_voc, voc_folders
@@ -188,8 +188,8 @@ def _what_is_there(data: Path) -> str:
     folders = [str(p.relative_to(data)) + "/" for p in subfolders(data, depth=2)]
     if not files and not folders:
         return "Found nothing: the folder is empty."
-    images = sum(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in files)
-    others = [name for name in files if not name.lower().endswith(tuple(IMAGE_SUFFIXES))]
+    images = sum(is_image(name) for name in files)
+    others = [name for name in files if not is_image(name)]
     shown = [*([f"{images} images"] if images else []), *folders[:12], *others[:12]]
     more = len(folders[12:]) + len(others[12:])
     return f"Found {', '.join(shown)}{f' and {more} more' if more else ''}."

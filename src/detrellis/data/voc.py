@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.files import IMAGE_SUFFIXES, list_images, map_threads, read_sizes, read_text
+from detrellis.data.files import is_image, list_images, map_threads, read_sizes, read_text
 from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import SPLITS, SplitFiles
@@ -82,7 +82,7 @@ def _first_xml(folder: Path) -> bool:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(f.suffix.lower() in IMAGE_SUFFIXES for f in folder.iterdir())
+    return any(is_image(f) for f in folder.iterdir())
 
 
 def _by_folder(data: Path) -> dict[str, SplitFiles] | None:

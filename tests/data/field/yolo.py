@@ -33,7 +33,7 @@ def backslashes(root: Path) -> Arguments:
 
 CASES = [
     Case("yolo", plain, Reads()),
-    Case("yolo_ipynb", notebook_copies, Reads(), pending="hidden folders are read"),
-    Case("yolo_jfif", jfif, Reads(), pending="a suffix that is not in the list"),
+    Case("yolo_ipynb", notebook_copies, Reads()),
+    Case("yolo_jfif", jfif, Reads()),
     Case("yolo_yaml_backslash", backslashes, Reads(), pending="paths are taken as written"),
 ]
