@@ -258,7 +258,7 @@ def test_pinned_batches(annotations: Annotations) -> None:
     [
         (lambda path: path.unlink(), "no such image"),
         (lambda path: path.write_bytes(b"text"), "not an image"),
-        (lambda path: path.write_bytes(path.read_bytes()[:90]), "cannot be decoded"),
+        (lambda path: path.write_bytes(path.read_bytes()[:90]), "cannot be read"),
         (lambda path: Image.new("RGB", (30, 20)).save(path), "30x20 pixels .* say 50x40"),
     ],
 )

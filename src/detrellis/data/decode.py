@@ -2,17 +2,25 @@
 
 | in the file | what becomes of it |
 | --- | --- |
-| 8-bit RGB JPEG or PNG | decoded by torchvision, straight into a tensor |
+| 8-bit RGB | as it is |
 | grey, bilevel, palette, CMYK, YCbCr, Lab | converted to RGB by Pillow |
 | transparency | laid over white, as viewers and labelling tools show it |
 | 16 bits a channel | the upper 8 bits are kept |
 | 32-bit integers that fit 16 bits | as 16 bits; others, and floats, are refused: their range is anyone's guess |
 | EXIF orientation | applied so that the pixels agree with the annotations' frame, see `turn` |
+| several pictures (animations, pages) | the first one |
+
+All of it goes through Pillow, because no file may end the process: a decoder that trusts what it reads does, at a PNG
+with one changed byte. Whatever Pillow says about a broken file becomes a `UserError`.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +28,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
+from detrellis.data import jpeg
 from detrellis.errors import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -36,6 +46,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+BACK = UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # what undoes that
+JPEGS = ("JPEG", "MPO")  # as Pillow calls them; MPO holds several
 REMEDY = "Replace or re-export the file, or leave the image out (`check --fix` and `train --skip-bad` do)."
 
 
@@ -46,6 +58,7 @@ class Header(NamedTuple):
     mode: str  # Pillow's: "RGB", "L", "P", "CMYK", "I;16", ...
     format: str  # "JPEG", "PNG", ...
     orientation: int  # EXIF: 1 is upright
+    several: bool = False  # whether other pictures follow in the file: an animation, or pages
 
 
 def turn(header: Header, size: tuple[int, int] | None) -> int:
@@ -71,7 +84,7 @@ def upright_size(header: Header, size: tuple[int, int] | None = None) -> tuple[i
 
 def read_header(path: Path) -> Header:
     """Size, mode and orientation without decoding. `UserError` where the file is missing or no image."""
-    with _open(path) as image:
+    with _opened(path) as image:
         return _header(image)
 
 
@@ -82,60 +95,77 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     orientation (see `turn`) and never resizes. In memory the channels stand last, as decoders write and resizing
     likes them.
     """
-    with _open(path) as image:
-        header = _header(image)
-        orientation = turn(header, size)
-        if orientation == 1 and header.mode == "RGB" and header.format in ("JPEG", "PNG"):
-            fast = _read_fast(path)
-            if fast is not None:
-                return fast
-        try:
-            image.load()
-            pixels = _to_rgb(image)
-            upright = pixels.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else pixels
-        except UserError as error:
-            raise UserError(f"{path}: {error.message}", error.remedy) from error
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-            raise UserError(f"{path}: the image cannot be decoded ({_first_line(error)})", REMEDY) from error
-    return torch.from_numpy(np.array(upright, dtype=np.uint8)).permute(2, 0, 1)
+    with _opened(path) as image:
+        pixels = np.array(_upright(image, path, size), dtype=np.uint8)
+        if image.format in JPEGS and jpeg.grey(pixels) and jpeg.starved(path.read_bytes()):
+            raise UserError("damaged: the picture data end too soon, and the rest of the picture is grey", REMEDY)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file as Pillow opens it. Whatever is raised inside becomes a `UserError` that names the file."""
     try:
         with warnings.catch_warnings():
-            # A large picture is the user's own: Pillow refuses the absurd ones with an error, which is caught below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image file", "Put it there, or correct the name or the folder.") from error
+            # A large picture is the user's own (Pillow refuses the absurd ones), and odd metadata are no odd pixels.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            _must_be_file(path)
+            with Image.open(path) as image:
+                yield image
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", error.remedy) from error
     except UnidentifiedImageError as error:
         why = "the file is empty (0 bytes)" if path.stat().st_size == 0 else "not an image, or of an unknown format"
         raise UserError(f"{path}: {why}", REMEDY) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: the image cannot be opened ({_first_line(error)})", REMEDY) from error
+    except Exception as error:  # Pillow's readers meet what their authors never thought of, and say so in many ways
+        raise UserError(f"{path}: the image cannot be read ({_first_line(error)})", REMEDY) from error
+
+
+def _must_be_file(path: Path) -> None:
+    """Before it is opened: a pipe would keep the process waiting for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise UserError(absent(path), "Put it there, or correct the name or the folder.") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file", REMEDY)
+
+
+def absent(path: Path) -> str:
+    """Why there is no file: `no such image file`, or where a broken link leads."""
+    return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "no such image file"
+
+
+def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None) -> Image.Image:
+    """RGB, in the frame of the annotations."""
+    header = _header(image)
+    if header.format == "EPS":
+        raise UserError("PostScript, which is a program and no image", REMEDY)
+    if header.format in JPEGS and image.width * image.height > jpeg.MOST_PIXELS * path.stat().st_size:
+        raise UserError(f"damaged: no JPEG of its length holds {image.width}x{image.height} pixels", REMEDY)
+    wanted = turn(header, size)
+    image.load()
+    if header.format == "TIFF" and header.orientation in UPRIGHT:  # these alone Pillow turns by itself
+        turned = None if wanted == header.orientation else BACK[header.orientation]
+    else:
+        turned = UPRIGHT.get(wanted)
+    pixels = _to_rgb(image)
+    return pixels if turned is None else pixels.transpose(turned)
 
 
 def _header(image: Image.Image) -> Header:
-    orientation = 1
+    orientation, height, width = 1, image.height, image.width
     # Pillow would look for EXIF everywhere; only these hold an orientation, and most files have none of them.
     if any(key in image.info for key in ("exif", "Raw profile type exif", "xmp")) or image.format in ("TIFF", "MPO"):
         try:
             orientation = int(image.getexif().get(ORIENTATION, 1))
         except Exception:  # a broken EXIF block says nothing about the pixels
             orientation = 1
-    return Header((image.height, image.width), image.mode, image.format or "", orientation)
-
-
-def _read_fast(path: Path) -> Tensor | None:
-    """torchvision's decoder; None where it will not do, for Pillow to try or to say why."""
-    from torchvision.io import ImageReadMode, read_file
-    from torchvision.io import decode_image as decode
-
-    try:
-        pixels: Tensor = decode(read_file(str(path)), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError):
-        return None
-    return pixels if pixels.dtype == torch.uint8 else None
+    if isinstance(image, TiffImageFile):  # whose size is the upright one in some versions of Pillow
+        width, height = int(image.tag_v2[IMAGEWIDTH]), int(image.tag_v2[IMAGELENGTH])
+    # A phone's second picture is a map of depth or brightness.
+    several = image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    return Header((height, width), image.mode, image.format or "", orientation, several)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -160,4 +190,6 @@ def _to_8_bits(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]
