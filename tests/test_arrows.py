@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"types", "boxes", "outputs", "errors"},
     "recipes": {"types", "boxes", "nn", "detector", "matching", "supervision", "schemes", "training", "errors"},
     "visualize": {"types", "data", "errors"},
-    "predictions": {"data", "visualize", "outputs", "errors"},
+    "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "outputs", "errors"},
     "demo": {"api", "data", "outputs", "visualize"},
     "engine": {"types", "boxes", "detector", "training", "data", "recipes", "errors", "__init__"},
     "interop": {"types", "detector", "data", "recipes", "engine", "outputs", "errors"},
@@ -40,7 +40,19 @@ ALLOWED: dict[str, set[str]] = {
         *("data", "recipes", "engine", "api", "outputs", "errors", "visualize"),
     },
     "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "errors", "__init__"},
-    "cli": {"api", "demo", "data", "recipes", "engine", "visualize", "analysis", "study", "errors", "__init__"},
+    "cli": {
+        "api",
+        "demo",
+        "predictions",
+        "data",
+        "recipes",
+        "engine",
+        "visualize",
+        "analysis",
+        "study",
+        "errors",
+        "__init__",
+    },
 }
 
 

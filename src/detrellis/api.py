@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
-
-import torch
+from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
-from detrellis.data.decode import read_image
 from detrellis.data.layout import DataSource, find_data
-from detrellis.data.loader import Loader, stack_images
-from detrellis.data.transforms import eval_transform
-from detrellis.detector import Detector
+from detrellis.data.loader import Loader
 from detrellis.engine.bench import BenchResult, How, bench_recipe
 from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.distributed import World, pick_device, world
-from detrellis.engine.evaluate import On, choose, collect, eval_loader, measured_on
+from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
@@ -35,11 +30,13 @@ from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.outputs import Outputs
-from detrellis.predictions import Paths, find_pictures, save_predictions
-from detrellis.predictions import Prediction as Prediction
+from detrellis.predictions.inputs import Pictures, find_pictures, once
+from detrellis.predictions.model import Model as Model
+from detrellis.predictions.record import OnError, Predictions, collected
+from detrellis.predictions.record import Prediction as Prediction
+from detrellis.predictions.save import Folder
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
-from detrellis.types import Detections, ImageBatch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,57 +44,6 @@ if TYPE_CHECKING:
 Scale = Literal["tiny"]
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "bad_batch-0.pt")  # what a run writes beside its weights
 WEIGHTS = ("best.safetensors", "last.safetensors")
-
-
-@dataclass
-class Model:
-    """A detector that knows its recipe and its classes."""
-
-    detector: Detector
-    recipe: Recipe
-    classes: ClassMap
-    device: torch.device
-    data: Mapping[str, Any] | None = None  # the `DataSource` it was trained on, as `to_dict` gives it
-
-    def predict(self, paths: Paths, *, threshold: float = 0.3, nms: float | None = None) -> list[Prediction]:
-        """Detections scoring at least `threshold`, of images and of the images in folders, in order.
-
-        `nms` drops what overlaps a better detection of its class by more than that IoU: for a detector that was trained
-        too shortly to keep one query for each object.
-        """
-        return list(self.stream(paths, threshold=threshold, nms=nms))
-
-    def stream(self, paths: Paths, *, threshold: float = 0.3, nms: float | None = None) -> Iterator[Prediction]:
-        """As `predict`, one picture at a time."""
-        data = self.recipe.data
-        transform = eval_transform(data.size, **data.resizing())
-        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-        for path in find_pictures(paths):
-            image = read_image(path)
-            size = (int(image.shape[1]), int(image.shape[2]))
-            batch = stack_images([transform(image, *nothing)[0]], transform.pad_to).to(self.device)
-            yield self._prediction(path, size, self._detect(batch, size, nms), threshold)
-
-    @torch.no_grad()
-    def _detect(self, batch: ImageBatch, size: tuple[int, int], nms: float | None) -> Detections:
-        output, sizes = self.detector(batch), torch.tensor([size], device=self.device)
-        ((found,),) = choose(self.detector, output, sizes, (nms,))
-        return found
-
-    def _prediction(self, path: Path, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
-        height, width = size
-        boxes = found.boxes.cpu().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        kept = found.scores.cpu() >= threshold
-        labels = found.labels.cpu()[kept].tolist()
-        return Prediction(
-            path,
-            size,
-            found.scores.cpu()[kept].tolist(),
-            [self.classes.names[i] for i in labels],
-            labels,
-            [self.classes.ids[i] for i in labels],
-            [tuple(b) for b in boxes[kept].tolist()],
-        )
 
 
 def load(source: str | Path, *, classes: ClassMap | int | None = None, device: str | None = None) -> Model:
@@ -295,22 +241,33 @@ def open_split(run: str | Path, own: World, **on: Unpack[On]) -> Iterator[Opened
 
 def predict(
     run: str | Path,
-    paths: Paths,
+    pictures: Pictures,
     *,
     threshold: float = 0.3,
     nms: float | None = None,
+    batch_size: int = 1,
+    recursive: bool = False,
     out: str | Path | None = None,
+    text: bool = False,
     device: str | None = None,
+    on_error: OnError = "raise",
     progress: bool = False,
-) -> list[Prediction]:
-    """Detections of a run on images and folders; with `out`, annotated pictures and `predictions.json` go there.
+) -> Predictions:
+    """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also for the dials.
 
-    `threshold` and `nms`: see `Model.predict`.
+    With `out`, annotated pictures and `predictions.json` go there, and with `text` YOLO text (`labels/NAME.txt`: class,
+    cx, cy, w, h, score) and `classes.txt`. A file that is found in several ways is looked at once. Raises `UserError`
+    before any work where an input, or what no earlier call made, would be overwritten.
     """
-    model = trained(run, device)
-    pictures = find_pictures(paths)
-    found = track(model.stream(pictures, threshold=threshold, nms=nms), "predict", len(pictures), progress)
-    return list(found) if out is None else save_predictions(found, Path(out), model.classes.names, model.data)
+    place = run if is_foreign(run) else find_weights(Path(run))
+    given = once(find_pictures(pictures, recursive))
+    folder = None if out is None else Folder(Path(out), given, text)
+    model = load(place, device=device)
+    found = model.look(given, threshold, nms, batch_size)
+    if folder is not None:
+        found = folder.save(found, model.classes.names, model.data)
+    with contextlib.closing(found):  # Ctrl-C may come anywhere; what was found is written then too
+        return collected(track(found, "predict", len(given), progress), on_error)
 
 
 def trained(run: str | Path, device: str | None) -> Model:

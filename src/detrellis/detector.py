@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -101,6 +102,19 @@ class Detector(nn.Module):
             return scores
         product = scores * output.iou_logits[-1].sigmoid().unsqueeze(-1)
         return product.sqrt() if self.iou_branch == "root" else product
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients; each part is then in the mode that it was in before."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def concatenate(parts: list[Queries]) -> Queries:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import detrellis
 from detrellis.cli.analyze import analyze
@@ -35,6 +34,7 @@ from detrellis.cli.options import (
     grouped,
     print_json,
 )
+from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.study import compare, reproduce
 from detrellis.errors import Advice, UserError
@@ -213,38 +213,6 @@ def evaluate(
 
 
 @app.command()
-def predict(
-    run: Trained,
-    paths: Annotated[list[Path], typer.Argument(help="Pictures and folders of pictures.")],
-    out: Annotated[Path, typer.Option(help="Folder for annotated pictures and predictions.json.")] = Path(
-        "predictions"
-    ),
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score to show.")] = 0.3,
-    nms: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: where objects are found twice.")
-    ] = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Detect objects in pictures: annotated copies, and COCO-results JSON with the data set's own ids and names.
-
-    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --out pictures
-    """
-    from detrellis import api
-
-    predictions = api.predict(run, paths, threshold=threshold, nms=nms, out=out, device=device, progress=True)
-    if as_json:
-        print((out / "predictions.json").read_text())
-        return
-    table = Table("picture", "detections")
-    for p in predictions:
-        counts = {name: p.names.count(name) for name in dict.fromkeys(p.names)}
-        table.add_row(escape(p.path.name), ", ".join(f"{n} {escape(name)}" for name, n in counts.items()) or "-")
-    console.print(table)
-    console.print(f"Pictures and predictions.json: {out}")
-
-
-@app.command()
 def convert(
     source: Trained,
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
@@ -274,7 +242,7 @@ def convert(
         console.print(f"Next: detrellis predict {out} PICTURES, or: detrellis train --weights {out} --data my_data")
 
 
-for verb in (info, bench, recipes, compare, reproduce):
+for verb in (predict, info, bench, recipes, compare, reproduce):
     app.command()(verb)
 app.add_typer(analyze, name="analyze")
 

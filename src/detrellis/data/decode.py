@@ -149,7 +149,7 @@ def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None) -> Im
         turned = None if wanted == header.orientation else BACK[header.orientation]
     else:
         turned = UPRIGHT.get(wanted)
-    pixels = _to_rgb(image)
+    pixels = to_rgb(image)
     return pixels if turned is None else pixels.transpose(turned)
 
 
@@ -168,7 +168,8 @@ def _header(image: Image.Image) -> Header:
     return Header((height, width), image.mode, image.format or "", orientation, several)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, as the table at the top says; `UserError` for values whose range nobody knows."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":

@@ -15,7 +15,7 @@ from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import eval_transform
-from detrellis.detector import Detector
+from detrellis.detector import Detector, evaluating
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.distributed import World, gather
 from detrellis.errors import UserError
@@ -57,7 +57,6 @@ def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, w
     return build_loader(DetectionDataset(annotations, transform), sampler, workers=workers, pin_memory=pin)
 
 
-@torch.no_grad()
 def collect(
     detector: Detector,
     batches: Iterable[Batch],
@@ -68,17 +67,16 @@ def collect(
 ) -> list[CocoEvaluator]:
     """Run the detector over the batches; in every process the evaluators hold the detections of all, one for each
     threshold of `nms` (see `choose`). `check` sees each output first."""
-    was_training = detector.training
-    detector.eval()
     evaluators = [CocoEvaluator(annotations, top_k=detector.top_k) for _ in nms]
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
-        output = detector(batch.images)
-        if check is not None:
-            check(output)
-        for evaluator, found in zip(evaluators, choose(detector, output, batch.sizes, nms), strict=True):
+        with evaluating(detector):
+            output = detector(batch.images)
+            if check is not None:
+                check(output)
+            chosen = choose(detector, output, batch.sizes, nms)
+        for evaluator, found in zip(evaluators, chosen, strict=True):
             evaluator.update(batch.image_ids, found)
-    detector.train(was_training)
     return [completed(evaluator) for evaluator in evaluators]
 
 

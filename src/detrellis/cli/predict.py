@@ -1,0 +1,82 @@
+"""`detrellis predict`: what a detector finds in pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from detrellis.cli.options import LEADS, AsJson, Device, Trained, console
+
+if TYPE_CHECKING:
+    from detrellis.predictions.record import Failure, Predictions
+
+
+def predict(
+    run: Trained,
+    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders of pictures, and patterns ('pics/*.jpg').")],
+    out: Annotated[Path, typer.Option(help="Folder for annotated pictures and predictions.json.")] = Path(
+        "predictions"
+    ),
+    recursive: Annotated[bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")] = False,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score to show.")] = 0.3,
+    nms: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: where objects are found twice.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, of those of one size.")] = 1,
+    txt: Annotated[
+        bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
+    ] = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Detect objects in pictures: annotated copies, and COCO-results JSON with the data set's own ids and names.
+
+    A picture that cannot be read is named, and does not stop the others. Nothing is written over but what an earlier
+    predict left. Exit code: 0 all pictures were read, 1 some were not, 2 wrong use.
+
+    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --out pictures
+    """
+    from detrellis import api
+
+    stderr = Console(stderr=True, quiet=not LEADS)
+
+    def say(failure: Failure) -> None:
+        stderr.print(f"[bold red]error[/] {escape(failure.why)}", highlight=False, soft_wrap=True)
+
+    found = api.predict(
+        run,
+        pictures,
+        threshold=threshold,
+        nms=nms,
+        batch_size=batch,
+        recursive=recursive,
+        out=out,
+        text=txt,
+        device=device,
+        on_error=say,
+        progress=True,
+    )
+    if as_json:
+        print((out / "predictions.json").read_text(encoding="utf-8"))
+    else:
+        _show(found, out)
+    if failures := found.failures:
+        remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
+        count = f"{len(failures)} of {len(found) + len(failures)} pictures could not be read. {remedies}"
+        stderr.print(escape(count), highlight=False)
+        raise typer.Exit(1)
+
+
+def _show(found: Predictions, out: Path) -> None:
+    table = Table("picture", "detections")
+    for p in found:
+        counts = {name: p.names.count(name) for name in dict.fromkeys(p.names)}
+        listed = ", ".join(f"{n} {escape(name)}" for name, n in counts.items()) or "-"
+        table.add_row(escape("" if p.path is None else p.path.name), listed)
+    console.print(table)
+    console.print(f"Pictures and predictions.json: {out}", markup=False, highlight=False)

@@ -1,0 +1,1 @@
+"""What `predict` reads, finds and leaves on disk."""

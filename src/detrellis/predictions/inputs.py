@@ -1,0 +1,173 @@
+"""Which pictures `predict` looks at: files, folders, patterns; arrays, images and tensors.
+
+| given | taken |
+| --- | --- |
+| a file | itself, whatever its name |
+| a folder | the images directly in it, sorted; with `recursive` also those in its folders; hidden ones are left out |
+| a pattern such as `pics/*.jpg` or `pics/**/*.png` | the images that it fits, sorted, unless a file or folder is called so |
+| a NumPy array | uint8, `(H, W, 3)` RGB (OpenCV's is BGR: `array[..., ::-1]`), `(H, W)` grey, or `(H, W, 4)` RGBA |
+| a `PIL.Image` | its pixels as they are: an EXIF orientation is not applied, so that boxes fit what was given |
+| a tensor | `(3, H, W)` RGB or `(1, H, W)` grey, uint8 or floating point from 0 to 1, on any device |
+| a list of these | each in turn; an iterator's one by one, as they are needed |
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from detrellis.data.decode import read_header, read_image, to_rgb
+from detrellis.data.files import is_image, list_images
+from detrellis.errors import UserError
+
+Picture = str | Path | Image.Image | NDArray[Any] | Tensor
+Pictures = Picture | Iterable[Picture]
+
+VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".3gp"})
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/
+ARRAYS = "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3, H, W), or a file's name."
+
+
+@dataclass(frozen=True)
+class Given:
+    """One picture to look at: a file, or pixels."""
+
+    path: Path | None
+    below: PurePath = PurePath()  # the file's place in the folder that was given, or its name
+    pixels: Tensor | None = None  # (3, H, W) uint8 RGB
+
+    def read(self) -> Tensor:
+        """Uint8 RGB `(3, H, W)`; `UserError` where the file is broken."""
+        if self.pixels is not None:
+            return self.pixels
+        assert self.path is not None
+        header = read_header(self.path)
+        if header.several and header.format != "TIFF":  # whose first page is the picture
+            raise UserError(f"{self.path}: an animation, not a picture", frames_of(str(self.path)))
+        return read_image(self.path)
+
+
+def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[Given]:
+    """The pictures that `pictures` means, see the top of the file, one by one.
+
+    Raises `UserError` for what is none: no such file, an empty folder, a URL, a video, another type, shape or range.
+    """
+    if isinstance(pictures, str | Path | Image.Image | np.ndarray | Tensor):
+        yield from _found(pictures, recursive)
+        return
+    if not isinstance(pictures, Iterable) or isinstance(pictures, bytes | bytearray | dict):
+        raise UserError(f"{type(pictures).__name__}: not a picture", ARRAYS)
+    for position, picture in enumerate(pictures):
+        try:
+            yield from _found(picture, recursive)
+        except UserError as error:
+            if isinstance(picture, str | Path):
+                raise
+            raise UserError(f"picture {position}: {error.message}", error.remedy) from None
+
+
+def once(given: Iterable[Given]) -> list[Given]:
+    """Each file once: it may be named itself, lie in a folder, and fit a pattern."""
+    seen: set[str] = set()
+    kept = []
+    for one in given:
+        place = None if one.path is None else os.path.realpath(one.path)
+        if place is None or place not in seen:
+            kept.append(one)
+        if place is not None:
+            seen.add(place)
+    return kept
+
+
+def _found(picture: object, recursive: bool) -> Iterator[Given]:
+    if isinstance(picture, str | Path):
+        yield from _named(str(picture), recursive)
+    elif isinstance(picture, Image.Image):
+        yield Given(None, pixels=_of_array(np.asarray(to_rgb(picture))))
+    elif isinstance(picture, np.ndarray):
+        yield Given(None, pixels=_of_array(picture))
+    elif isinstance(picture, Tensor):
+        yield Given(None, pixels=_of_tensor(picture))
+    else:
+        raise UserError(f"{type(picture).__name__}: not a picture", ARRAYS)
+
+
+def _named(name: str, recursive: bool) -> list[Given]:
+    """The files that a name on the command line means."""
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return _in_folder(path, recursive)
+    if path.exists():
+        if path.suffix.lower() in VIDEOS:
+            raise UserError(f"{name}: a video, not a picture", frames_of(name))
+        return [Given(path, PurePath(path.name))]
+    if URL.match(name):
+        raise UserError(f"{name}: a URL, not a file", "Download it first, then give the file.")
+    if name == "-":
+        raise UserError("-: pictures are not read from standard input", "Write it to a file, then give the file.")
+    if glob.has_magic(name):
+        fitting = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
+        found = [Given(p, PurePath(p.name)) for p in fitting if p.is_file() and is_image(p)]
+        if not found:
+            raise UserError(f"{name}: no image fits this pattern", f"The current folder is {Path.cwd()}.")
+        return found
+    raise UserError(f"{name}: no such file or folder", f"Give images or folders; the current folder is {Path.cwd()}.")
+
+
+def _in_folder(folder: Path, recursive: bool) -> list[Given]:
+    paths = list_images(folder) if recursive else sorted(p for p in folder.iterdir() if p.is_file() and is_image(p))
+    if paths:
+        return [Given(p, p.relative_to(folder)) for p in paths]
+    deeper = 0 if recursive else len(list_images(folder))
+    if deeper:
+        remedy = f"{deeper} are in its folders: add --recursive."
+    else:
+        others = Counter(p.suffix.lower() or "without suffix" for p in folder.iterdir() if p.is_file())
+        remedy = f"It holds: {', '.join(f'{n} {suffix}' for suffix, n in others.most_common(8)) or 'no file'}."
+    raise UserError(f"{folder}: no images in this folder", remedy)
+
+
+def frames_of(name: str) -> str:
+    """The way from a video to pictures, as a remedy."""
+    command = f"mkdir frames && ffmpeg -i {shlex.quote(name)} -vf fps=5 frames/%06d.jpg"
+    return f"Extract frames, and give their folder: {command}"
+
+
+def _of_array(array: NDArray[Any]) -> Tensor:
+    about = f"a NumPy array of {array.dtype}, shape {array.shape}"
+    if array.dtype != np.uint8:
+        raise UserError(about, "Give uint8, 0 to 255. From floats in 0 to 1: (array * 255).round().astype('uint8').")
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
+        raise UserError(about, "Give (height, width, 3) in RGB, (height, width) in grey, or a list of such arrays.")
+    pixels = np.ascontiguousarray(array)
+    if pixels.ndim == 2 or pixels.shape[2] == 4:
+        pixels = np.asarray(to_rgb(Image.fromarray(pixels)))
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def _of_tensor(tensor: Tensor) -> Tensor:
+    about = f"a tensor of {str(tensor.dtype).removeprefix('torch.')}, shape {tuple(tensor.shape)}"
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or not tensor.numel():
+        raise UserError(about, "Give (3, height, width) in RGB or (1, height, width); of a batch, list(batch).")
+    values = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # also where one is not a number
+            raise UserError(f"{about}, with values from {low:g} to {high:g}", "Give values from 0 to 1, or uint8.")
+        values = (values.float() * 255).round().to(torch.uint8)
+    elif tensor.dtype != torch.uint8:
+        raise UserError(about, "Give uint8, or floating point from 0 to 1.")
+    return values.expand(3, -1, -1)
