@@ -154,7 +154,7 @@ DARK = Image.fromarray(np.full((HEIGHT, WIDTH), 3000, dtype=np.uint16))
 
 CASES = {
     "missing image": Case("missing-image", lambda s: s.image("train", 1).unlink(), "train_1.jpg", 20, "no such file"),
-    "other case": Case("missing-image", set_image(1, file_name="train_1.JPG"), "train_1.JPG", 20, "is train_1.jpg"),
+    "other suffix": Case("missing-image", set_image(1, file_name="train_1.png"), "train_1.png", 20, "is train_1.jpg"),
     "image is folder": Case("missing-image", set_image(1, file_name="../train"), "train", 20),
     "empty file": Case("unreadable-image", file_content(lambda data: b""), "train_1.jpg", 20, "0 bytes"),
     "truncated": Case(
@@ -183,9 +183,9 @@ CASES = {
     "unknown category": Case("unknown-category", set_box(1, category_id=4), TRAIN_JSON, 2, "category 4"),
     "nan box": Case("bad-box", set_box(1, bbox=[1, float("nan"), 2, 3]), TRAIN_JSON, 2, "nan"),
     "infinite box": Case("bad-box", set_box(1, bbox=[1, 2, float("inf"), 3]), TRAIN_JSON, 2, "inf"),
-    "null box": Case("bad-box", set_box(1, bbox=None), TRAIN_JSON, 2),
+    "null box": Case("bad-box", set_box(1, bbox=None, segmentation=[]), TRAIN_JSON, 2, "but null"),
     "short box": Case("bad-box", set_box(1, bbox=[1, 2, 3]), TRAIN_JSON, 2),
-    "text box": Case("bad-box", set_box(1, bbox=[1, 2, 3, "4"]), TRAIN_JSON, 2),
+    "text box": Case("bad-box", set_box(1, bbox=[1, 2, 3, "x"]), TRAIN_JSON, 2, '[1, 2, 3, "x"]'),
     "zero width": Case("empty-box", set_box(1, bbox=[1, 2, 0, 3]), TRAIN_JSON, 2, "[1, 2, 0, 3] in train_0.jpg"),
     "negative height": Case("empty-box", set_box(1, bbox=[9, 9, 3, -3]), TRAIN_JSON, 2, "[9, 9, 3, -3]"),
     "outside": Case("outside-box", set_box(1, bbox=[48, 2, 5, 5]), TRAIN_JSON, 2, "48x32"),
@@ -704,5 +704,5 @@ def test_no_content_makes_a_traceback(tmp_path: Path) -> None:
             assert check(resolve(data=tmp_path / f"fixed_{round}")).exit_code == 0
         except UserError as error:
             refusals.append(error.remedy)
-    assert 10 < len(refusals) < 55
+    assert not refusals  # a row of no form blocks no set
     assert all(refusals)

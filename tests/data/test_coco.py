@@ -1,4 +1,4 @@
-"""COCO files: ids of every kind, and mistakes of form that are named, never a bare traceback."""
+"""COCO files: ids of every kind, and rows of no form that are named and never stop the others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hotcoco import mask as coco_mask
 
+from detrellis.data.check import check, prepare
+from detrellis.data.check_boxes import check_boxes
 from detrellis.data.classes import ClassMap
 from detrellis.data.coco import read_coco
+from detrellis.data.fix import fix
 from detrellis.data.layout import resolve
 from detrellis.data.records import RawDataset, to_annotations
 from detrellis.errors import UserError
-from tests.data.sets import BOXES, COUNTS, CocoSet, coco_content
+from tests.data.sets import BOXES, COUNTS, CocoSet, coco_content, image_name
 
 
 def read(tmp_path: Path, content: Any) -> RawDataset:
@@ -110,7 +114,13 @@ def test_boxes_of_no_form_become_nan(tmp_path: Path) -> None:
     for row, value in enumerate([None, [], [1, 2, 3], ["a", 2, 3, 4]]):
         content["annotations"][row]["bbox"] = value
     del content["annotations"][4]["bbox"]
-    assert np.isnan(read(tmp_path, content).boxes).all()
+    for row in content["annotations"]:
+        del row["segmentation"]
+    raw = read(tmp_path, content)
+    assert np.isnan(raw.boxes).all()
+    assert list(raw.written.values()) == ["null", "[]", "[1, 2, 3]", '["a", 2, 3, 4]', "no `bbox`"]
+    whats = [f.what for f in check_boxes(raw) if f.code == "bad-box"]
+    assert whats[3] == 'no four finite numbers for a box, but ["a", 2, 3, 4]'
 
 
 def edit(table: str, row: int, key: str, value: Any = ...) -> Callable[[dict[str, Any]], None]:
@@ -124,27 +134,147 @@ def edit(table: str, row: int, key: str, value: Any = ...) -> Callable[[dict[str
 
 
 @pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (edit("images", 2, "id"), "malformed-image", ["images[2] has no `id`"]),
+        (edit("images", 2, "file_name"), "malformed-image", ["images[2] (id 30) has no `file_name`"]),
+        (edit("images", 2, "file_name", 7), "malformed-image", ["images[2] (id 30) has 7 for `file_name`"]),
+        (edit("images", 2, "file_name", ""), "malformed-image", ['images[2] (id 30) has "" for `file_name`']),
+        (edit("images", 2, "id", [1]), "malformed-image", ["images[2] (id [1]) has [1] for `id`"]),
+        (lambda c: c["images"].insert(0, None), "malformed-image", ["images[0] is null, not an object"]),
+        (edit("annotations", 1, "image_id"), "malformed-annotation", ["annotations[1] (id 2) has no `image_id`"]),
+        (edit("annotations", 1, "category_id"), "malformed-annotation", ["annotations[1] (id 2) has no `category_id`"]),
+        (edit("annotations", 1, "category_id", 1.5), "malformed-annotation", ["has 1.5 for `category_id`"]),
+        (edit("annotations", 1, "category_id", "cat"), "malformed-annotation", ['has "cat" for `category_id`']),
+        (edit("annotations", 1, "category_id", None), "malformed-annotation", ["has null for `category_id`"]),
+        (edit("annotations", 1, "image_id", float("nan")), "malformed-annotation", ["has nan for `image_id`"]),
+        (lambda c: c["annotations"].insert(0, 5), "malformed-annotation", ["annotations[0] is a number"]),
+        (lambda c: c["categories"].append({"name": "eel"}), "malformed-category", ["categories[3] has no `id`"]),
+        (lambda c: c["categories"].append(None), "malformed-category", ["categories[3] is null"]),
+    ],
+)
+def test_a_row_of_no_form_is_named_and_the_others_are_read(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], code: str, words: list[str]
+) -> None:
+    made = CocoSet(tmp_path)
+    change(made.content["train"])
+    source = resolve(data=made.write())
+    report = check(source, fast=True)
+    (found,) = (f for f in report.findings if f.code == code)
+    for word in words:
+        assert word in found.what
+    if found.severity == "error":
+        with pytest.raises(UserError, match=code):
+            prepare(source)
+    train, _, _, _ = prepare(source, skip_bad=True)
+    assert 2 <= len(train.ids) <= 5
+    fix(source, check(source), tmp_path / "clean")
+    assert not check(resolve(data=tmp_path / "clean")).errors
+
+
+def test_what_follows_from_a_row_of_no_form_is_not_said_again(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    del made.listed(4)["file_name"]
+    del made.box(1)["category_id"]
+    found = check(resolve(data=made.write()), fast=True).errors
+    assert [f.code for f in found] == ["malformed-image", "malformed-annotation"]
+
+
+def test_texts_are_read_as_the_numbers_that_they_are(tmp_path: Path) -> None:
+    content, plain = coco_content("train"), read(tmp_path, coco_content("train"))
+    for row in content["images"]:
+        row |= {"id": str(row["id"]), "height": str(row["height"]), "width": f"{row['width']}.0"}
+    for row in content["annotations"]:
+        row |= {"image_id": str(row["image_id"]), "category_id": f" {row['category_id']} ", "area": str(row["area"])}
+        row["bbox"] = [str(v) for v in row["bbox"]]
+    for row in content["categories"]:
+        row["id"] = str(row["id"])
+    raw = read(tmp_path, content)
+    for name in ("image_ids", "sizes", "box_image_ids", "box_categories", "boxes", "areas"):
+        assert np.array_equal(getattr(raw, name), getattr(plain, name)), name
+    assert raw.categories == plain.categories
+    assert {f.code for f in raw.findings} == {"text-numbers"}
+    assert 'numbers are written as texts, the first: images[0] (id "10"): "10" for `id`' in raw.findings[0].what
+
+
+def test_ids_that_are_no_numbers_are_numbered(tmp_path: Path) -> None:
+    content = coco_content("train")
+    for row in content["images"]:
+        row["id"] = row["file_name"]
+    for row in content["annotations"]:
+        row["image_id"] = image_name("train", row["image_id"] // 10 - 1)
+        row["category_id"] = {3: "c", 17: "d", 90: "e"}[row["category_id"]]
+        row["id"] = f"uuid-{row['id']}"
+    for row in content["categories"]:
+        row["id"] = {3: "c", 17: "d", 90: "e"}[row["id"]]
+    raw = read(tmp_path, content)
+    assert raw.image_ids.tolist() == [1, 2, 3, 4, 5]
+    assert raw.categories == ((1, "cat"), (2, "dog"), (3, "emu"))
+    assert raw.box_rows.tolist() == [image for image, *_ in BOXES["train"]]
+    assert raw.box_categories.tolist() == [label + 1 for _, label, *_ in BOXES["train"]]
+    assert raw.ids.tolist() == [1, 2, 3, 4, 5]
+    assert [f.code for f in raw.findings] == ["text-ids", "ids-missing", "text-ids"]
+
+
+def test_annotations_without_ids_are_numbered_after_the_others(tmp_path: Path) -> None:
+    content = coco_content("train")
+    del content["annotations"][1]["id"]
+    content["annotations"][2]["id"] = 2**70
+    raw = read(tmp_path, content)
+    assert raw.ids.tolist() == [1, 6, 7, 4, 5]
+    (note,) = raw.findings
+    assert (note.code, note.severity, note.count) == ("ids-missing", "note", 2)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "box"),
+    [
+        ([[4, 6, 14, 6, 14, 14]], [4, 6, 10, 8]),
+        ([[4, 6, 8, 6, 8, 10], [10, 10, 14.5, 10, 14.5, 14]], [4, 6, 10.5, 8]),
+        ([4, 6, 14, 6, 14, 14], [4, 6, 10, 8]),  # not in a list
+        ({"size": [32, 48], "counts": [32 * 4 + 6, 8, 24, 8, 32 * 43 - 14]}, [4, 6, 2, 8]),
+        ([], None),
+        ([[1, 2, 3]], None),
+        ([["a", 2, 3, 4]], None),
+        ({"size": [32, 48], "counts": [32 * 48]}, None),
+        ({"counts": [1, 2]}, None),
+        ("rle", None),
+        (None, None),
+    ],
+)
+def test_a_segmentation_gives_the_box_where_there_is_none(tmp_path: Path, segmentation: Any, box: Any) -> None:
+    content = coco_content("train")
+    row = content["annotations"][0]
+    del row["bbox"]
+    row["segmentation"] = segmentation
+    raw = read(tmp_path, content)
+    if box is None:
+        assert raw.written == {0: "no `bbox`"}
+        assert not raw.findings
+        return
+    assert raw.boxes[0].tolist() == box
+    assert [(f.code, f.count) for f in raw.findings] == [("outlined-boxes", 1)]
+
+
+def test_compressed_run_lengths_give_their_box(tmp_path: Path) -> None:
+    content = coco_content("train")
+    mask = np.zeros((32, 48), dtype=np.uint8, order="F")
+    mask[5:20, 7:31] = 1
+    counts = coco_mask.encode(mask)["counts"]
+    row = content["annotations"][0]
+    row["bbox"], row["segmentation"] = [], {"size": [32, 48], "counts": counts.decode()}
+    assert read(tmp_path, content).boxes[0].tolist() == [7, 5, 24, 15]
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
-        (edit("images", 2, "id"), ["images[2]", "no `id`"]),
-        (edit("images", 2, "file_name"), ["images[2]", "(id 30)", "no `file_name`"]),
-        (edit("images", 2, "file_name", 7), ["images[2] (id 30)", "`file_name` is 7"]),
-        (edit("images", 2, "id", "x"), ["images[2]", "`id` is the text 'x'"]),
-        (edit("images", 2, "height", "32"), ["images[2] (id 30)", "`height` is the text '32'"]),
-        (edit("annotations", 1, "image_id"), ["annotations[1] (id 2)", "no `image_id`"]),
-        (edit("annotations", 1, "category_id"), ["annotations[1] (id 2)", "no `category_id`"]),
-        (edit("annotations", 1, "category_id", 1.5), ["annotations[1] (id 2)", "`category_id` is 1.5"]),
-        (edit("annotations", 1, "category_id", None), ["annotations[1] (id 2)", "`category_id` is None"]),
-        (edit("annotations", 1, "image_id", float("nan")), ["annotations[1] (id 2)", "`image_id` is nan"]),
-        (edit("annotations", 1, "id", 2**70), ["annotations[1]", "`id` is"]),
-        (edit("categories", 0, "id", "cat"), ["categories[0]", "`id` is the text 'cat'"]),
         (lambda c: c.pop("annotations"), ["no key `annotations`", "images"]),
         (lambda c: c.pop("categories"), ["no key `categories`"]),
         (lambda c: c.update(images={}), ["`images` is an object, not a list"]),
-        (lambda c: c["annotations"].insert(0, 5), ["annotations[0] is a number"]),
     ],
 )
-def test_mistakes_of_form_are_named(
+def test_a_file_that_is_not_cocos_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], words: list[str]
 ) -> None:
     content = coco_content("train")
@@ -156,6 +286,18 @@ def test_mistakes_of_form_are_named(
     assert error.value.remedy
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_json_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    made = CocoSet(tmp_path)
+    made.content["train"]["categories"][0]["name"] = "Kätzchen"
+    made.write()
+    text = json.dumps(made.content["train"], ensure_ascii=False)
+    made.file("train").write_bytes(text.encode(encoding))
+    raw = resolve(data=tmp_path).load("train")
+    assert raw.categories[0] == (3, "Kätzchen")
+    assert raw.path(0).is_file()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -164,6 +306,7 @@ def test_mistakes_of_form_are_named(
         ('{"images": [', "line 1"),
         ("[1, 2]", "the top level is a list"),
         ("\x00\xff", "malformed JSON"),
+        ('{"a": 1}\n{"a": 2}\n', "several JSON values, the second in line 2, column 1 .JSON Lines"),
     ],
 )
 def test_no_json_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -172,11 +315,26 @@ def test_no_json_is_named(tmp_path: Path, text: str, words: str) -> None:
     assert "ann.json" in error.value.message
 
 
-def test_a_repeated_category_id_is_named(tmp_path: Path) -> None:
+def test_a_repeated_category_id_is_an_error_of_check_and_train(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.content["train"]["categories"][1]["id"] = 3
+    for row in made.content["train"]["annotations"]:
+        row["category_id"] = 3 if row["category_id"] == 17 else row["category_id"]
+    source = resolve(data=made.write())
+    found = [f for f in check(source, fast=True).errors if f.code == "duplicate-category-id"]
+    assert [f.id for f in found] == [3] * 4
+    assert found[0].what == "category id 3 is defined more than once: 'cat', 'dog'; which is annotation 1?"
+    with pytest.raises(UserError, match="duplicate-category-id"):
+        prepare(source)
+    assert prepare(source, skip_bad=True)[0].ids.tolist() == [3]  # nobody knows what the others are
+
+
+def test_a_category_listed_again_is_taken_once(tmp_path: Path) -> None:
     content = coco_content("train")
-    content["categories"][1]["id"] = 3
-    with pytest.raises(UserError, match=r"ann\.json: category id 3 is defined more than once"):
-        to_annotations(read(tmp_path, content))
+    content["categories"].append({"id": 3, "name": " cat"})
+    raw = read(tmp_path, content)
+    assert raw.categories == ((3, "cat"), (17, "dog"), (90, "emu"))
+    assert [(f.code, f.severity) for f in raw.findings] == [("repeated-category", "note")]
 
 
 @pytest.mark.parametrize(

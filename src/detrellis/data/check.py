@@ -11,7 +11,7 @@ from detrellis.data.check_classes import align_classes, check_classes, disagreem
 from detrellis.data.check_images import check_images, gather, shared_images
 from detrellis.data.classes import ClassMap
 from detrellis.data.drop import drop_bad
-from detrellis.data.findings import Finding, finding
+from detrellis.data.findings import MALFORMED, Finding, finding
 from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset, to_annotations
 from detrellis.data.report import Report
@@ -46,7 +46,13 @@ def examine(
         found += [*raw.findings, *_nothing(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
     found += shared_images(raws, facts)
     found += check_classes(raws)
-    return Report(tuple(found), summarise(raws), fast)
+    return Report(tuple(_without_consequences(found)), summarise(raws), fast)
+
+
+def _without_consequences(found: Sequence[Finding]) -> list[Finding]:
+    """A record of which the reader said what is wrong is not named again for what follows from that."""
+    told = {(f.split, f.noun, f.row) for f in found if f.code in MALFORMED and f.row is not None}
+    return [f for f in found if f.code in MALFORMED or (f.split, f.noun, f.row) not in told]
 
 
 def _nothing(raw: RawDataset) -> list[Finding]:

@@ -76,7 +76,9 @@ def _geometry(raw: RawDataset) -> Iterator[Finding]:
     finite = _all(np.isfinite(raw.boxes))
     fine = usable(raw)
     for box in _rows(~finite):
-        yield _at(raw, "bad-box", box, f"the box {_named(raw, box)} is missing or not four finite numbers")
+        stands = raw.written.get(box)
+        what = f"the box {_named(raw, box)} is missing or not four finite numbers"
+        yield _at(raw, "bad-box", box, what if stands is None else f"no four finite numbers for a box, but {stands}")
     for box in _rows(finite & ~fine):
         yield _at(raw, "empty-box", box, f"the box {_named(raw, box)} has no width or no height")
     sizes, known = frames(raw)

@@ -5,6 +5,7 @@ In threads, not processes: decoding, hashing and waiting for a disk all let the 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,9 +146,10 @@ def common_root(paths: Sequence[Path], default: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A text file's content; `UserError` where it cannot be read."""
+    """A text file's content, in UTF-8, UTF-16 or UTF-32; `UserError` where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        return data.decode(json.detect_encoding(data[:4])).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:

@@ -22,6 +22,7 @@ class Rule(NamedTuple):
 _RE_EXPORT = "Replace or re-export the file, or take the image out of the annotations."
 
 IMAGES: dict[str, Rule] = {
+    "malformed-image": Rule("error", "Give it a `file_name` and an `id`, or take it out of the list.", "drop image"),
     "missing-image": Rule("error", "Put the file there, or correct the image folder or `file_name`.", "drop image"),
     "renamed-file": Rule("note", "Nothing to do; a clean copy (`--fix`) has the real names."),
     "unclear-file": Rule("warning", "Write the names as they are on disk, relative to the image folder."),
@@ -49,6 +50,11 @@ IMAGES: dict[str, Rule] = {
 
 BOXES: dict[str, Rule] = {
     "duplicate-annotation-id": Rule("error", "Give every annotation its own id.", "renumber"),
+    "malformed-annotation": Rule("error", "Correct or remove the annotation.", "drop box"),
+    "text-numbers": Rule("note", "Nothing to do: they are read as numbers."),
+    "text-ids": Rule("note", "Nothing to do; results carry the numbers given here."),
+    "ids-missing": Rule("note", "Nothing to do; results carry the numbers given here.", "renumber"),
+    "outlined-boxes": Rule("note", "Nothing to do: the box around the segmentation is used."),
     "unknown-image": Rule("error", "Correct its `image_id`, or remove the annotation.", "drop box"),
     "unknown-category": Rule("error", "Add the category, or correct the annotation's category.", "drop box"),
     "bad-box": Rule("error", "Write four finite numbers, or remove the annotation.", "drop box"),
@@ -67,6 +73,10 @@ BOXES: dict[str, Rule] = {
 }
 
 CLASSES: dict[str, Rule] = {
+    "duplicate-category-id": Rule("error", "Give every category its own id, in its annotations too.", "drop box"),
+    "repeated-category": Rule("note", "Nothing to do: it is taken once."),
+    "malformed-category": Rule("warning", "Give it an `id` and a `name`, or remove it: it is left out."),
+    "similar-class-names": Rule("warning", "Give both the same name and id where they mean the same."),
     "class-mismatch": Rule("error", "Use one list of categories for all splits."),
     "unknown-class": Rule("error", "Add the class to the training set's categories, or remove its boxes."),
     "class-never-seen": Rule("warning", "Add examples, or remove the class: it cannot be learnt."),
@@ -79,6 +89,8 @@ WHOLE: dict[str, Rule] = {
     "no-annotations": Rule("error", "Check that this is the right annotation file: there is nothing to learn from."),
     "layout": Rule("note", "Name the files yourself (`--train`, `--val`) if you mean something else."),
 }
+
+MALFORMED = ("malformed-image", "malformed-annotation")  # what a reader says of a record of no form
 
 # In the order of the table.
 RULES: dict[str, Rule] = {**WHOLE, **IMAGES, **BOXES, **CLASSES}

@@ -18,6 +18,7 @@ import numpy as np
 from detrellis.data.check_boxes import check_boxes
 from detrellis.data.check_classes import align_classes
 from detrellis.data.coco import ROOT_KEY, load_json
+from detrellis.data.coco_rows import objects, rows_by_id
 from detrellis.data.decode import read_header, upright_size
 from detrellis.data.drop import drop_bad
 from detrellis.data.findings import RULES, Finding
@@ -130,11 +131,8 @@ def _extras(source: DataSource, split: str) -> Extras:
     if source.kind != "coco":
         return {}, {}, []
     content = load_json(source.splits[split].annotations)
-    images: dict[int, dict[str, Any]] = {}
-    for row in content["images"]:
-        images.setdefault(int(row["id"]), row)
     rest = {key: value for key, value in content.items() if key not in ("info", "images", "annotations")}
-    return rest, images, content["annotations"]
+    return rest, rows_by_id(content, "images"), objects("annotations", content["annotations"]).rows
 
 
 def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:
         (old_boxes[line] if old_boxes else {}) | dict(zip(keys, row, strict=True))
         for line, *row in zip(*(column.tolist() for column in columns), strict=True)
     ]
-    old_categories = {row["id"]: row for row in rest.get("categories", [])}
+    old_categories = rows_by_id(rest, "categories")
     info = {"description": f"Clean copy of {raw.source}", ROOT_KEY: str(raw.root)}
     return {
         "info": info,

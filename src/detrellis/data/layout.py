@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from detrellis.data.coco import find_images, read_coco
-from detrellis.data.files import is_image, subfolders
+from detrellis.data.coco import read_coco
+from detrellis.data.coco_find import coco_among, find_coco_files
+from detrellis.data.coco_images import Chosen, find_images
+from detrellis.data.files import files_in, hidden, is_image, subfolders
+from detrellis.data.findings import finding
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.data.voc import find_voc, read_voc, voc_folders
@@ -20,11 +21,18 @@ from detrellis.errors import UserError
 Kind = Literal["coco", "yolo", "voc"]
 
 LOOKED_FOR = """Looked for
-    COCO           annotations/instances_train.json (and _val), or train.json, and the images anywhere near
+    COCO           annotations/instances_train.json (and _val), or train.json, or one COCO file of any name, and the
+                   images anywhere near
     Roboflow COCO  train/_annotations.coco.json (and valid/)
     YOLO           data.yaml with names, train and val, or classes.txt with images/ and labels/
     Pascal VOC     Annotations/*.xml and JPEGImages/, or a folder of XML files beside the images"""
-REMEDY = "Arrange it like one of these, or name the files: --train ann.json --train-images folder --val ann.json."
+NAME_THEM = (
+    "name what there is: `--train FILE.json` (COCO) or `--train FOLDER` (of Pascal VOC's XML), with `--train-images "
+    "FOLDER` where the images are not near, and the same with `--val` and `--val-images`."
+)
+REMEDY = f"Arrange it like one of these, or {NAME_THEM}"
+MOST = 16  # folders that the message names
+Given = Mapping[str, Path | None]  # split -> the image folder that the user named
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,22 @@ class DataSource:
         for split in wanted:
             if split not in self.splits:
                 raise UserError(f"the data set has no split `{split}`", f"It has: {', '.join(self.splits)}.")
+        return {split: self._noted(raw) for split, raw in self._read(wanted).items()}
+
+    def _read(self, wanted: Sequence[str]) -> dict[str, RawDataset]:
         if self.kind == "voc":
             return read_voc(self.splits, wanted)
         files = {split: self.splits[split] for split in wanted}
         if self.kind == "yolo":
             return {split: read_yolo(f, split) for split, f in files.items()}
         return {split: read_coco(f.annotations, f.images[0], split) for split, f in files.items()}
+
+    def _noted(self, raw: RawDataset) -> RawDataset:
+        """With what had to be decided to find its files."""
+        files = self.splits[raw.split]
+        if not files.note:
+            return raw
+        return replace(raw, findings=(finding("layout", raw.split, files.annotations, files.note), *raw.findings))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -74,16 +92,23 @@ def resolve(
     `data` may also be a YOLO yaml, or one COCO file. `train` and `val` are COCO files or folders of VOC's XML; their
     image folders are looked for where they are not given. Raises `UserError` where nothing is recognised.
     """
+    given = {"train": train_images, "val": val_images}
+    for folder in given.values():
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images", "Correct the path.")
     if data is not None and (train is not None or val is not None):
         raise UserError("both a data folder and annotation files are given", "Give --data, or --train and --val.")
-    if data is None and train is None:
-        raise UserError("no data set is given", "Give --data folder, or --train ann.json --train-images folder.")
     if train is not None:
-        return _explicit(train, train_images, val, val_images)
-    assert data is not None
-    if train_images is not None or val_images is not None:
-        return _with_images(_folder(data), train_images, val_images)
-    return _folder(data)
+        return _explicit({"train": train, "val": val}, given)
+    if data is not None:
+        return _folder(data, given)
+    if val is not None:
+        raise UserError(
+            f"only {val} is given, as --val", "Give --train too; or this file as --train, to look at it alone."
+        )
+    named = [f"--{split}-images" for split, folder in given.items() if folder is not None]
+    what = f"only {' and '.join(named)} given, but no annotations" if named else "no data set is given"
+    raise UserError(what, "Give --data FOLDER, or --train FILE.json (or a FOLDER of XML) and --train-images FOLDER.")
 
 
 def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:
@@ -94,29 +119,41 @@ def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -
     return resolve(None if data is None else Path(data), *paths, *[None] * (4 - len(paths)))
 
 
-def _explicit(train: Path, train_images: Path | None, val: Path | None, val_images: Path | None) -> DataSource:
-    given = {"train": (train, train_images)}
-    if val is not None:
-        given["val"] = (val, val_images)
-    folders = [path.is_dir() for path, _ in given.values()]
+def _explicit(files: Given, given: Given) -> DataSource:
+    """The set whose annotation files, or folders of XML, are named."""
+    named = {split: path for split, path in files.items() if path is not None}
+    for path in named.values():
+        _must_exist(path)
+    folders = [path.is_dir() for path in named.values()]
     if any(folders) and not all(folders):
-        raise UserError(f"{train} and {val}: one is a file, the other a folder", "Give two COCO files, or two of XML.")
-    nearby = [train_images] if train_images is not None else []  # many sets have one folder of images for both
-    splits = {split: _named(path, images, nearby) for split, (path, images) in given.items()}
-    return DataSource("voc" if folders[0] else "coco", splits)
+        listed = " and ".join(str(path) for path in named.values())
+        raise UserError(f"{listed}: one is a file, the other a folder", "Give two COCO files, or two folders of XML.")
+    if all(folders):
+        return DataSource("voc", {split: _xml(path, split, given) for split, path in named.items()})
+    return _coco(named, given)
 
 
-def _named(annotations: Path, images: Path | None, nearby: Sequence[Path] = ()) -> SplitFiles:
-    _must_exist(annotations)
-    if images is not None and not images.is_dir():
-        raise UserError(f"{images}: no such folder of images", "Correct the path.")
-    if not annotations.is_dir():
-        file = annotations.resolve()
-        return SplitFiles(file, ((images or find_images(file, nearby)).resolve(),))
-    folders = voc_folders(annotations, images or next(iter(nearby), None))
+def _xml(folder: Path, split: str, given: Given) -> SplitFiles:
+    folders = voc_folders(folder, given.get(split) or given.get("train"))
     if folders is None:
-        raise UserError(f"{annotations}: no XML files of Pascal VOC in this folder", REMEDY)
+        coco = coco_among(files_in(folder, ".json"))
+        there = f", but {coco[0].name} is COCO's: name the file" if coco else ""
+        raise UserError(
+            f"{folder}: no XML files of Pascal VOC in this folder{there}", f"{_counted(folder)} Or {NAME_THEM}"
+        )
     return SplitFiles(folders[0], (folders[1],))
+
+
+def _coco(files: Mapping[str, Path], given: Given, why: str = "") -> DataSource:
+    """COCO files; many sets have one folder of images for both, so that of `train` is looked at for the others too."""
+    nearby = [folder for folder in (given.get("train"),) if folder is not None]
+    splits = {}
+    for split, file in files.items():
+        own = given.get(split)
+        chosen = find_images(file.resolve(), nearby) if own is None else Chosen(own)
+        note = "; ".join(filter(None, (why if split == "train" else "", chosen.why))) or None
+        splits[split] = SplitFiles(file.resolve(), (chosen.folder.resolve(),), note=note)
+    return DataSource("coco", splits)
 
 
 def _must_exist(path: Path) -> None:
@@ -124,72 +161,76 @@ def _must_exist(path: Path) -> None:
         raise UserError(f"{path}: no such file or folder", f"Correct the path; the current folder is {Path.cwd()}.")
 
 
-def _folder(data: Path) -> DataSource:
+def _folder(data: Path, given: Given) -> DataSource:
     _must_exist(data)
     data = data.resolve()
-    if data.is_file():
-        return _single_file(data)
-    if splits := _find_coco(data):
-        return DataSource("coco", splits)
+    source = _single_file(data, given) if data.is_file() else _recognised(data, given) or _nested(data, given)
+    if source is None:
+        what = f"{data}: no data set was recognised in this folder.\n{LOOKED_FOR}\n{_what_is_there(data)}"
+        raise UserError(what, REMEDY)
+    if source.kind == "yolo" and any(given.values()):
+        raise UserError("image folders are given for a YOLO data set", "Its yaml says where they are: correct that.")
+    return source
+
+
+def _recognised(data: Path, given: Given) -> DataSource | None:
+    """The data set in this very folder; None where there is none."""
+    if found := find_coco_files(data):
+        return _coco(found.files, given, found.why)
     if splits := find_yolo(data):
         return DataSource("yolo", splits)
     if splits := find_voc(data):
         return DataSource("voc", splits)
-    raise UserError(f"{data}: no data set was recognised in this folder.\n{LOOKED_FOR}\n{_what_is_there(data)}", REMEDY)
+    return None
 
 
-def _single_file(file: Path) -> DataSource:
+def _nested(data: Path, given: Given) -> DataSource | None:
+    """The one data set in a folder of this folder, as archives are unpacked; `UserError` where there are several."""
+    found: dict[Path, DataSource] = {}
+    errors: list[UserError] = []
+    for folder in subfolders(data, depth=1):
+        try:
+            if (source := _recognised(folder, given)) is not None:
+                found[folder] = source
+        except UserError as error:
+            errors.append(error)
+    if len(found) > 1:
+        listed = ", ".join(folder.name for folder in found)
+        raise UserError(f"{data}: more than one data set: {listed}", "Give one of these folders.")
+    if not found and len(errors) == 1:
+        raise errors[0]
+    return next(iter(found.values()), None)
+
+
+def _single_file(file: Path, given: Given) -> DataSource:
     if file.suffix.lower() == ".json":
-        return DataSource("coco", {"train": _named(file, None)})
+        return _coco({"train": file}, given)
     splits = find_yolo(file) if file.suffix.lower() in (".yaml", ".yml") else None
     if splits is None:
         raise UserError(f"{file}: neither a folder, nor a COCO .json, nor a YOLO .yaml", REMEDY)
     return DataSource("yolo", splits)
 
 
-def _with_images(source: DataSource, train: Path | None, val: Path | None) -> DataSource:
-    """The same with other image folders."""
-    if source.kind == "yolo":
-        raise UserError("image folders are given for a YOLO data set", "Its yaml says where they are: correct that.")
-    splits = dict(source.splits)
-    for split, images in (("train", train), ("val", val)):
-        if images is not None and split in splits:
-            _must_exist(images)
-            old = splits[split]
-            splits[split] = SplitFiles(old.annotations, (images.resolve(),), old.listing, old.part)
-    return DataSource(source.kind, splits)
-
-
-def _find_coco(data: Path) -> dict[str, SplitFiles] | None:
-    files = {split: _coco_file(data, names) for split, names in SPLITS.items()}
-    found = {split: file for split, file in files.items() if file is not None}
-    if "train" not in found:
-        return None
-    return {split: SplitFiles(file, (find_images(file).resolve(),)) for split, file in found.items()}
-
-
-def _coco_file(data: Path, names: Sequence[str]) -> Path | None:
-    """The split's annotation file; `UserError` where there are several of one kind, such as 2014 and 2017."""
-    for folder, prefix in itertools.product((data / "annotations", data), ("instances_", "")):
-        # Not any train*.json: training logs and settings are called so too.
-        name = rf"{prefix}({'|'.join(names)})\d*([_.-]?(annotations?|coco|labels|instances))*\.json"
-        found = sorted(f for f in folder.glob("*.json") if re.fullmatch(name, f.name, re.IGNORECASE))
-        if len(found) > 1:
-            listed = ", ".join(f.name for f in found)
-            raise UserError(f"{folder}: more than one file for `{names[0]}`: {listed}", REMEDY)
-        if found:
-            return found[0]
-    exported = (data / name / file for name in names for file in ("_annotations.coco.json", "annotations.json"))
-    return next((file for file in exported if file.is_file()), None)
-
-
 def _what_is_there(data: Path) -> str:
-    files = sorted(p.name for p in data.iterdir() if p.is_file())
-    folders = [str(p.relative_to(data)) + "/" for p in subfolders(data, depth=2)]
-    if not files and not folders:
+    """The files by folder and kind, annotation files by name where they are few."""
+    lines = [_counted(folder, data) for folder in [data, *subfolders(data, depth=2)]]
+    told = [line for line in lines if line]
+    if not told:
         return "Found nothing: the folder is empty."
-    images = sum(is_image(name) for name in files)
-    others = [name for name in files if not is_image(name)]
-    shown = [*([f"{images} images"] if images else []), *folders[:12], *others[:12]]
-    more = len(folders[12:]) + len(others[12:])
-    return f"Found {', '.join(shown)}{f' and {more} more' if more else ''}."
+    more = f"\n    and {len(told) - MOST} more folders" if len(told) > MOST else ""
+    return "Found\n    " + "\n    ".join(told[:MOST]) + more
+
+
+def _counted(folder: Path, data: Path | None = None) -> str:
+    """`labels/: 12 .xml, 1 .csv (all.csv), 3 images`; "" of an empty folder."""
+    names = sorted(entry.name for entry in folder.iterdir() if not hidden(entry.name) and entry.is_file())
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        suffix = Path(name).suffix.lower()
+        kinds.setdefault("images" if is_image(name) else suffix or "without a suffix", []).append(name)
+    told = []
+    for suffix, those in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        few = suffix != "images" and len(those) <= 3
+        told.append(f"{len(those)} {suffix}{f' ({chr(44).join(those)})' if few else ''}")
+    where = "here" if folder == data else f"{folder.relative_to(data)}/" if data else str(folder)
+    return f"{where}: {', '.join(told)}" if told else "" if folder == data else f"{where}: no files"

@@ -11,6 +11,7 @@ understood, one after the other: backslashes, `./` and `..`, drive letters; URLs
 Studio's `images/1/x.jpg`, `?d=folder/x.jpg`, and the eight digits that it puts before an uploaded `x.jpg`; another
 Unicode form; another case; the absolute path of another machine, of which the longest tail that exists decides.
 
+Files below `root` are found by their name alone, those below `nearby` only where a folder of the name agrees too.
 Two candidates are no answer: nothing is guessed, and `Names.unclear` lists them. Neither is a file that is listed by
 its own name already, nor one of another split's folder (`train/7.jpg` is not `val/7.jpg`).
 
@@ -110,7 +111,7 @@ def find_place(text: str, bases: Sequence[Path]) -> Path | None:
     if exact is not None:
         return exact
     tails = [parts[start:] for parts in readings(text) for start in range(max(1, len(parts) - 1))]
-    places = (_below(base, tail) for tail in tails for base in bases)
+    places = (child(base, tail) for tail in tails for base in bases)
     return next((place for place in places if place is not None), None)
 
 
@@ -190,16 +191,18 @@ def _match(ways: Sequence[Parts], index: Mapping[str, Sequence[File]]) -> Match:
     """The files of the first way to read a name that has any."""
     for parts in ways:
         files = [file for file in index.get(fold(parts[-1]), ()) if not _contradict(parts, file.parts)]
-        if files:
-            return _best(parts, files)
+        tails = [_tail(parts, file.path) for file in files]
+        # Beside the root a name alone says nothing: 7.jpg is another picture in another folder.
+        told = [(file, tail) for file, tail in zip(files, tails, strict=True) if tail > 1 or not file.near]
+        if told:
+            return _best(parts, told)
     return Match([], False)
 
 
-def _best(parts: Parts, files: Sequence[File]) -> Match:
+def _best(parts: Parts, told: Sequence[tuple[File, int]]) -> Match:
     """The longest common tail decides, then being below the root, then the very letters."""
-    tails = [_tail(parts, file.path) for file in files]
-    longest = max(tails)
-    best = [file for file, tail in zip(files, tails, strict=True) if tail == longest]
+    longest = max(tail for _, tail in told)
+    best = [file for file, tail in told if tail == longest]
     best = [file for file in best if not file.near] or best
     if len(best) > 1:
         tail = "/".join(_composed(parts[-longest:]))
@@ -230,7 +233,7 @@ def _split_of(parts: Parts) -> str | None:
     return next((split for split in words if split is not None), None)
 
 
-def _below(base: Path, parts: Parts) -> Path | None:
+def child(base: Path, parts: Parts) -> Path | None:
     """`base/part/part/...`, in any case and Unicode form where only one entry fits."""
     for part in parts:
         if not (base / part).exists():

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.coco import load_json, not_collecting
+from detrellis.data.segmentation import packed
 from detrellis.data.transforms import CORNER, Transform
 from detrellis.errors import UserError
 
@@ -61,7 +61,7 @@ def read_outlines(annotations: Annotations) -> Outlines:
     rows = load_json(file)["annotations"]
     with not_collecting():
         values = [rows[line].get("segmentation") for line in lines[kept].tolist()]
-        objects = [_packed(value, size) for value, size in zip(values, frames, strict=True)]
+        objects = [packed(value, size) for value, size in zip(values, frames, strict=True)]
     if missing := [row for row, parts in enumerate(objects) if not parts]:
         first = f"annotation {annotations.ids[kept][missing[0]]}"
         raise UserError(f"{file}: {first} has no mask, or none that can be read ({len(missing)} such)", REMEDY)
@@ -72,32 +72,6 @@ def read_outlines(annotations: Annotations) -> Outlines:
 
 def _starts(pieces: Sequence[Sized]) -> NDArray[np.int64]:
     return np.cumsum([0, *map(len, pieces)])
-
-
-def _packed(value: Any, size: list[int]) -> list[bytes]:
-    """The parts of a `segmentation` in an image of `size` (height, width); none where it is damaged."""
-    try:
-        return [_run_lengths(value, size)] if isinstance(value, dict) else _polygons(value)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        return []
-
-
-def _polygons(value: Any) -> list[bytes]:
-    """As float32; those of less than three points outline nothing and are left out."""
-    parts = [np.array(part, dtype=np.float32) for part in value]
-    if not all(part.ndim == 1 and part.size % 2 == 0 and np.isfinite(part).all() for part in parts):
-        raise ValueError("no list of points")
-    return [part.tobytes() for part in parts if part.size >= 6]
-
-
-def _run_lengths(value: dict[str, Any], size: list[int]) -> bytes:
-    """Compressed, whether they were or not. hotcoco raises where they are damaged."""
-    from hotcoco import mask
-
-    if value["size"] != size:
-        raise ValueError("of another image")
-    counts: bytes = mask.frPyObjects(value, *size)["counts"]
-    return counts
 
 
 def transform_with_masks(

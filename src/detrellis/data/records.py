@@ -7,7 +7,7 @@ Columns are numpy arrays, so that a check of 860,000 boxes is a few array operat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class RawDataset:
     label_files: tuple[str, ...] | None = None  # (I,) of YOLO and VOC; None: all stands in `source`
     findings: tuple[Finding, ...] = ()  # what the reader met that the columns cannot hold
     difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise; None: the format does not tell
+    written: Mapping[int, str] = field(default_factory=dict)  # box -> what stands where its four numbers should
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -95,6 +96,7 @@ class RawDataset:
             sizes=self.sizes[images],
             label_files=label_files,
             difficult=None if self.difficult is None else self.difficult[boxes],
+            written={},
             **{name: getattr(self, name)[boxes] for name in BOX_COLUMNS},
         )
 

@@ -22,15 +22,23 @@ class SplitFiles:
     images: tuple[Path, ...]  # COCO, VOC: one folder; YOLO: folders of images and text files that list images
     listing: Path | None = None  # VOC: the file in ImageSets/Main that names the split's images
     part: str | None = None  # VOC without such files: which share of the folder, "train" or "val"
+    note: str | None = None  # what had to be decided to find them, for the doctor to say
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         listing = None if self.listing is None else str(self.listing)
         images = [str(folder) for folder in self.images]
-        return {"annotations": str(self.annotations), "images": images, "listing": listing, "part": self.part}
+        return {
+            "annotations": str(self.annotations),
+            "images": images,
+            "listing": listing,
+            "part": self.part,
+            "note": self.note,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SplitFiles:
         """The inverse of `to_dict`."""
         listing = None if data.get("listing") is None else Path(data["listing"])
-        return cls(Path(data["annotations"]), tuple(Path(p) for p in data["images"]), listing, data.get("part"))
+        images = tuple(Path(p) for p in data["images"])
+        return cls(Path(data["annotations"]), images, listing, data.get("part"), data.get("note"))

@@ -44,7 +44,7 @@ def spaces_in_a_list(root: Path) -> Arguments:
 
 CASES = [
     Case("voc", plain, Reads()),
-    Case("voc_annots", annots, Reads(), pending="not a known name of a folder"),
+    Case("voc_annots", annots, Reads()),
     Case("voc_appledouble", appledouble, Reads(), pending="hidden files are read"),
     Case("voc_list_spaces", spaces_in_a_list, Reads(), pending="the list is split at spaces"),
 ]

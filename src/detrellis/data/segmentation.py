@@ -1,0 +1,63 @@
+"""COCO's `segmentation` of one object: polygons of its parts, or run lengths, compressed or not.
+
+hotcoco reads the run lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def packed(value: Any, size: list[int]) -> list[bytes]:
+    """The parts of a `segmentation` in an image of `size` (height, width); none where it is damaged.
+
+    Polygons are float32 (x1, y1, x2, ...); those of less than three points outline nothing and are left out. Run
+    lengths are one part, compressed.
+    """
+    try:
+        if isinstance(value, dict):
+            return [_run_lengths(value, size)]
+        return [part.tobytes() for part in _polygons(value, np.float32) if part.size >= 6]
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return []
+
+
+def box_of(value: Any) -> list[float] | None:
+    """(x, y, width, height) around a `segmentation`; None where it outlines nothing or is damaged."""
+    try:
+        if isinstance(value, dict):
+            box = _box_of_run_lengths(value)
+        else:
+            flat = isinstance(value, list) and value and not isinstance(value[0], list)  # one polygon, not in a list
+            points = np.concatenate([part.reshape(-1, 2) for part in _polygons([value] if flat else value, np.float64)])
+            box = [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+    return box if min(box[2:]) > 0 else None
+
+
+def _polygons(value: Any, dtype: type[np.floating[Any]]) -> list[Any]:
+    parts = [np.array(part, dtype=dtype) for part in value]
+    if not all(part.ndim == 1 and part.size % 2 == 0 and np.isfinite(part).all() for part in parts):
+        raise ValueError("no list of points")
+    return parts
+
+
+def _run_lengths(value: dict[str, Any], size: list[int]) -> bytes:
+    """Compressed, whether they were or not. hotcoco raises where they are damaged."""
+    from hotcoco import mask
+
+    if value["size"] != size:
+        raise ValueError("of another image")
+    counts: bytes = mask.frPyObjects(value, *size)["counts"]
+    return counts
+
+
+def _box_of_run_lengths(value: dict[str, Any]) -> list[float]:
+    from hotcoco import mask
+
+    height, width = value["size"]
+    found: list[float] = np.asarray(mask.toBbox(mask.frPyObjects(value, height, width))).tolist()
+    return found
