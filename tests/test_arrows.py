@@ -41,17 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "errors", "__init__"},
     "cli": {
-        "api",
-        "demo",
-        "predictions",
-        "data",
-        "recipes",
-        "engine",
-        "visualize",
-        "analysis",
-        "study",
-        "errors",
-        "__init__",
+        *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
+        *("errors", "__init__"),
     },
 }
 

@@ -159,7 +159,7 @@ def test_output_names_are_different_and_do_not_depend_on_the_order() -> None:
     assert output_names(given("/a/x.jpg", "/b/x.jpg")) == ["a/x", "b/x"]
     assert output_names(given("/a/X.jpg", "/b/x.jpg")) == ["a/X", "b/x"]  # "X" is "x" on some file systems
     assert output_names(given("/a/c/x.jpg", "/b/c/x.jpg")) == ["a/c/x", "b/c/x"]
-    assert output_names([Given(None), Given(None)]) == ["picture-1", "picture-2"]
+    assert output_names([Given(None, Path()), Given(None, Path())]) == ["picture-1", "picture-2"]
     many = given("/a/x.jpg", "/a/x.png", "/b/x.jpg", "/b/x.png", "/a/x.jpg.jpg", "/a/picture-9.jpg")
     want = dict(zip(many, output_names(many), strict=True))
     assert len({name.casefold() for name in want.values()}) == len(many)

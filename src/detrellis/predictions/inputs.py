@@ -3,8 +3,8 @@
 | given | taken |
 | --- | --- |
 | a file | itself, whatever its name |
-| a folder | the images directly in it, sorted; with `recursive` also those in its folders; hidden ones are left out |
-| a pattern such as `pics/*.jpg` or `pics/**/*.png` | the images that it fits, sorted, unless a file or folder is called so |
+| a folder | the images directly in it, sorted, without hidden ones; with `recursive` also those in its folders |
+| a pattern: `pics/*.jpg`, `pics/**/*.png` | the images that it fits, sorted, unless a file or folder is called so |
 | a NumPy array | uint8, `(H, W, 3)` RGB (OpenCV's is BGR: `array[..., ::-1]`), `(H, W)` grey, or `(H, W, 4)` RGBA |
 | a `PIL.Image` | its pixels as they are: an EXIF orientation is not applied, so that boxes fit what was given |
 | a tensor | `(3, H, W)` RGB or `(1, H, W)` grey, uint8 or floating point from 0 to 1, on any device |
@@ -38,6 +38,7 @@ Pictures = Picture | Iterable[Picture]
 
 VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".3gp"})
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/
+NOWHERE = PurePath()
 ARRAYS = "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3, H, W), or a file's name."
 
 
@@ -46,7 +47,7 @@ class Given:
     """One picture to look at: a file, or pixels."""
 
     path: Path | None
-    below: PurePath = PurePath()  # the file's place in the folder that was given, or its name
+    below: PurePath  # the file's place in the folder that was given, or its name
     pixels: Tensor | None = None  # (3, H, W) uint8 RGB
 
     def read(self) -> Tensor:
@@ -96,11 +97,11 @@ def _found(picture: object, recursive: bool) -> Iterator[Given]:
     if isinstance(picture, str | Path):
         yield from _named(str(picture), recursive)
     elif isinstance(picture, Image.Image):
-        yield Given(None, pixels=_of_array(np.asarray(to_rgb(picture))))
+        yield Given(None, NOWHERE, _of_array(np.asarray(to_rgb(picture))))
     elif isinstance(picture, np.ndarray):
-        yield Given(None, pixels=_of_array(picture))
+        yield Given(None, NOWHERE, _of_array(picture))
     elif isinstance(picture, Tensor):
-        yield Given(None, pixels=_of_tensor(picture))
+        yield Given(None, NOWHERE, _of_tensor(picture))
     else:
         raise UserError(f"{type(picture).__name__}: not a picture", ARRAYS)
 

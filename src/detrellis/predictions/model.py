@@ -44,7 +44,7 @@ class Model:
         recursive: bool = False,
         on_error: OnError = "raise",
     ) -> Predictions:
-        """Detections scoring at least `threshold`, of files, folders, patterns, arrays, PIL images and tensors, in order.
+        """Detections scoring at least `threshold`, in order: of files, folders, patterns, arrays, images and tensors.
 
         `predictions/inputs.py` says what is taken; `recursive` looks into the folders of folders. `nms` drops what
         overlaps a better detection of its class by more than that IoU: for a detector that was trained too shortly to
