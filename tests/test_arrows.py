@@ -14,6 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"api", "errors"},
     "__main__": {"cli"},
     "errors": set(),
+    "arguments": {"errors"},
     "outputs": {"errors"},
     "types": set(),
     "boxes": set(),
@@ -27,22 +28,22 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"types", "boxes", "outputs", "errors"},
     "recipes": {"types", "boxes", "nn", "detector", "matching", "supervision", "schemes", "training", "errors"},
     "visualize": {"types", "data", "errors"},
-    "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "outputs", "errors"},
+    "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "arguments", "outputs", "errors"},
     "demo": {"api", "data", "outputs", "visualize"},
-    "engine": {"types", "boxes", "detector", "training", "data", "recipes", "errors", "__init__"},
-    "interop": {"types", "detector", "data", "recipes", "engine", "outputs", "errors"},
+    "engine": {"types", "boxes", "detector", "training", "data", "recipes", "arguments", "errors", "__init__"},
+    "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "errors"},
     "api": {
         *("types", "detector", "training", "data", "recipes", "engine", "interop"),
-        *("predictions", "outputs", "errors", "__init__"),
+        *("predictions", "arguments", "outputs", "errors", "__init__"),
     },
     "analysis": {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
-        *("data", "recipes", "engine", "api", "outputs", "errors", "visualize"),
+        *("data", "recipes", "engine", "api", "arguments", "outputs", "errors", "visualize"),
     },
     "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "errors", "__init__"},
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
-        *("errors", "__init__"),
+        *("arguments", "errors", "__init__"),
     },
 }
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
 
+from detrellis.arguments import BatchSize, Classes, Epochs, Iou, Metric, Scale, Score, Seed, Workers, checked
 from detrellis.data.annotations import Annotations
 from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
@@ -24,7 +25,7 @@ from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import Source
-from detrellis.engine.voc_eval import Metric, VocResult, evaluate_voc
+from detrellis.engine.voc_eval import VocResult, evaluate_voc
 from detrellis.errors import UserError
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
@@ -41,12 +42,12 @@ from detrellis.recipes.build import build
 if TYPE_CHECKING:
     from rich.console import Console
 
-Scale = Literal["tiny"]
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "bad_batch-0.pt")  # what a run writes beside its weights
 WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
-def load(source: str | Path, *, classes: ClassMap | int | None = None, device: str | None = None) -> Model:
+@checked
+def load(source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None) -> Model:
     """A trained detector from a run's folder or weights file, from a Hugging Face folder, `hf:org/name` or a reference
     repository's `.pth`; or an untrained one from a recipe's name.
 
@@ -67,6 +68,7 @@ def load(source: str | Path, *, classes: ClassMap | int | None = None, device: s
     return Model(build(recipe, len(classes)).detector.to(own).eval(), recipe, classes, own)
 
 
+@checked
 def train(
     recipe: str | Recipe | None = None,
     *,
@@ -80,11 +82,11 @@ def train(
     scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
-    epochs: int | None = None,
+    epochs: Epochs | None = None,
     out: str | Path | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | None = None,
-    workers: int = 2,
+    workers: Workers = 2,
     skip_bad: bool = False,
     console: Console | None = None,
 ) -> TrainResult:
@@ -109,7 +111,7 @@ def train(
         if own.leads:
             outputs.take(LOGS)
         training, validation, classes = _prepared(source, skip_bad, own, console)
-        card = Card(chosen, classes, source.to_dict(), seed, skip_bad)
+        card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
         job = Job(card, training, validation, folder, workers, initial, own_boxes)
         return run_job(job, own, console=console)
@@ -148,8 +150,9 @@ def _origin(place: str | Path | None) -> str | None:
     return place if place is None else str(place) if is_foreign(place) else str(Path(place).absolute())
 
 
+@checked
 def resume(
-    run: str | Path, *, device: str | None = None, workers: int = 2, console: Console | None = None
+    run: str | Path, *, device: str | None = None, workers: Workers = 2, console: Console | None = None
 ) -> TrainResult:
     """Continue a run that was stopped, bit for bit; recipe, data and seed are the run's own."""
     place = Path(run)
@@ -167,7 +170,7 @@ class Measured(On, total=False):
     """What `evaluate` takes beside the metric."""
 
     results: str | Path | None
-    nms: float | None
+    nms: Iou | None
     device: str | None
     progress: bool
 
@@ -187,12 +190,13 @@ def evaluate(run: str | Path, *, metric: Metric, **how: Unpack[Measured]) -> Eva
     """Either."""
 
 
+@checked
 def evaluate(
     run: str | Path,
     *,
     metric: Metric = "coco",
     results: str | Path | None = None,
-    nms: float | None = None,
+    nms: Iou | None = None,
     device: str | None = None,
     progress: bool = False,
     **on: Unpack[On],
@@ -228,6 +232,7 @@ class Opened(NamedTuple):
     files: str  # where the annotations come from
 
 
+@checked
 @contextlib.contextmanager
 def open_split(run: str | Path, own: World, **on: Unpack[On]) -> Iterator[Opened]:
     """Load a run and what it is measured on; the loader's workers end with the context."""
@@ -239,13 +244,14 @@ def open_split(run: str | Path, own: World, **on: Unpack[On]) -> Iterator[Opened
         yield Opened(str(run), model, annotations, loader, str(source.splits[split].annotations))
 
 
+@checked
 def predict(
     run: str | Path,
     pictures: Pictures,
     *,
-    threshold: float = 0.3,
-    nms: float | None = None,
-    batch_size: int = 1,
+    threshold: Score = 0.3,
+    nms: Iou | None = None,
+    batch_size: BatchSize = 1,
     recursive: bool = False,
     out: str | Path | None = None,
     text: bool = False,
@@ -275,10 +281,11 @@ def trained(run: str | Path, device: str | None) -> Model:
     return load(run if is_foreign(run) else find_weights(Path(run)), device=device)
 
 
+@checked
 def info(
     recipe: str | Recipe,
     *,
-    classes: int = 80,
+    classes: Classes = 80,
     scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
@@ -287,10 +294,11 @@ def info(
     return measure(_chosen(recipe, scale, scheme, override), classes)
 
 
+@checked
 def bench(
     recipe: str | Recipe,
     *,
-    classes: int = 80,
+    classes: Classes = 80,
     scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),

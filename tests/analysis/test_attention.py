@@ -246,7 +246,7 @@ def test_the_query_is_the_one_that_predicts_best(kind: str, runs: dict[str, Path
 def test_what_cannot_be_drawn_is_said(
     runs: dict[str, Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"query -1\s+Queries count from 0"):
+    with pytest.raises(UserError, match=r"query=-1\s+Give a whole number, 0 or more"):
         analyze(runs["dense"], query=-1)
     with pytest.raises(UserError, match=r"dense: no query 12\s+It has 12: take 0 to 11"):
         analyze(runs["dense"], query=12, device="cpu")

@@ -195,7 +195,7 @@ def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path
         with pytest.raises(UserError) as error:
             analyze([run, wrong], workers=0, device="cpu")
         assert message in " ".join(str(error.value).split())
-    with pytest.raises(UserError, match="grid 0"):
+    with pytest.raises(UserError, match="grid=0"):
         analyze(run, grid=0)
     single = untrained(tmp_path / "single", shapes, small_recipe("tiny").with_schemes("group=1"))
     with pytest.raises(UserError, match="trained with one group"):

@@ -69,7 +69,7 @@ def test_wrong_batch_sizes(text: str | list[int]) -> None:
         parse_batch_sizes(text)
 
 
-@pytest.mark.parametrize(("how", "message"), [({"runs": 0}, "0 runs"), ({"threads": 0}, "0 threads")])
+@pytest.mark.parametrize(("how", "message"), [({"runs": 0}, "runs=0"), ({"threads": 0}, "threads=0")])
 def test_wrong_counts(how: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench_recipe(small("tiny"), CLASSES, size=64, **how)  # type: ignore[arg-type]

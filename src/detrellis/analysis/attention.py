@@ -23,6 +23,7 @@ from detrellis.analysis.discriminability import Size, attention_score, levels
 from detrellis.analysis.figures import Result, sheet
 from detrellis.analysis.outputs import listed, run_names
 from detrellis.api import Model, trained
+from detrellis.arguments import Index, checked
 from detrellis.data.check import prepare_split
 from detrellis.data.decode import read_image
 from detrellis.data.layout import DataSource
@@ -108,11 +109,12 @@ class Comparison(Result):
         return draw(self)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,
     image: str | Path | None = None,
-    query: int | None = None,
+    query: Index | None = None,
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
@@ -124,8 +126,6 @@ def analyze(
     """
     places = listed(runs)
     called = run_names(places, names)
-    if query is not None and query < 0:
-        raise UserError(f"query {query}", "Queries count from 0.")
     path = _first_image(places[0], device) if image is None else Path(image)
     if not path.is_file():
         raise UserError(f"{path}: no such file", "Name a picture: --image FILE.")

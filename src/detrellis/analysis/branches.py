@@ -19,6 +19,7 @@ from detrellis.analysis.figures import OfRun, Result, canvas, colours, sheet, sh
 from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.analysis.schemes import begin, load_trained
 from detrellis.api import Opened
+from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import number
@@ -105,6 +106,7 @@ class Comparison(Result):
         return figure
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,

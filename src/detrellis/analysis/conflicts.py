@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from detrellis.analysis.outputs import batches, check_finite, each_run, split_na
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.analysis.schemes import load_trained
 from detrellis.api import Opened
+from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number
 from detrellis.engine.evaluate import On
@@ -142,6 +143,7 @@ class Comparison(Result):
         return draw(self)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,
@@ -158,8 +160,6 @@ def analyze(
     `names` are what the runs are called (default: their folders). Raises `UserError` for a run without branches or
     without its `last.state.pt`, under torchrun, and where no image has an object that every head finds.
     """
-    if cam not in get_args(Cam):
-        raise UserError(f"cam {cam!r}", f"Choose one of {', '.join(get_args(Cam))}.")
     if not 0 < eps < 1:
         raise UserError(f"eps {eps:g}", "Give a number above 0 and below 1.")
     measured = each_run(runs, names, device, progress, on, partial(_measure, cam, eps), check_collaborative)

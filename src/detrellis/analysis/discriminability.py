@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from detrellis.analysis.figures import OfRun, Result, sheet
 from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.api import Opened
+from detrellis.arguments import Images, checked
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number
@@ -166,11 +167,12 @@ class Comparison(Result):
         return draw(self)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,
     of: Of = "encoder",
-    images: int = IMAGES,
+    images: Images = IMAGES,
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
@@ -181,10 +183,6 @@ def analyze(
     `of` is what the maps are of, `images` how many the figure shows, `names` what the runs are called (default: their
     folders). Raises `UserError` where no image has both foreground and background.
     """
-    if of not in get_args(Of):
-        raise UserError(f"discriminability of {of!r}", f"Choose one of {', '.join(get_args(Of))}.")
-    if images < 0:
-        raise UserError(f"images {images}", "Give the number of images to draw, or 0.")
     measured = each_run(runs, names, device, progress, on, partial(_measure, of, images))
     return Comparison(of, split_name(on), measured)
 

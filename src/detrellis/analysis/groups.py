@@ -31,13 +31,13 @@ from detrellis.analysis.outputs import (
     split_name,
 )
 from detrellis.api import Opened
+from detrellis.arguments import Cells, checked
 from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import number
 from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On, completed
 from detrellis.engine.log import read_records
-from detrellis.errors import UserError
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.training import TrainableDetector
 
@@ -186,10 +186,11 @@ class Comparison(Result):
         return draw(self)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,
-    grid: int = GRID,
+    grid: Cells = GRID,
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
@@ -200,8 +201,6 @@ def analyze(
     `grid` is the number of cells on each side of a histogram, `names` what the runs are called (default: their
     folders). Raises `UserError` for a run without groups or without its `last.state.pt`.
     """
-    if grid < 1:
-        raise UserError(f"grid {grid}", "Give the cells on each side of a histogram, such as 8.")
     measured = each_run(runs, names, device, progress, on, partial(_measure, grid), check_grouped)
     return Comparison(grid, split_name(on), measured)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from detrellis.analysis.figures import OfRun, Result, canvas, colours, sheet, shortened, tidy
 from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
 from detrellis.api import Opened
+from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.checkpoint import find_weights, load_weights
 from detrellis.engine.console import number
@@ -140,6 +141,7 @@ def _span(epochs: Sequence[int]) -> str:
     return f"{epochs[0]} to {epochs[-1]}" + (f" by {step}" if step > 1 else "")
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,

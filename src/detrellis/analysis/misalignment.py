@@ -25,6 +25,7 @@ from torch import Tensor
 from detrellis.analysis.figures import BLUE, FAINT, ORANGE, OfRun, Result, headline, panels, sheet
 from detrellis.analysis.outputs import each_run, seen, split_name
 from detrellis.api import Opened
+from detrellis.arguments import Iou, checked
 from detrellis.boxes import pairwise_iou
 from detrellis.engine.console import number
 from detrellis.engine.distributed import gather
@@ -191,10 +192,11 @@ def _draw(axes: Axes, run: Measured, threshold: float) -> None:
     axes.legend(fontsize=8, loc="upper left", facecolor="white", edgecolor="none", framealpha=0.9)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,
-    threshold: float = 0.5,
+    threshold: Iou = 0.5,
     top: Sequence[int] = TOP,
     names: Sequence[str] | None = None,
     device: str | None = None,
@@ -206,8 +208,6 @@ def analyze(
     `threshold` is the IoU that an HC needs, `top` the values of m for BR-recall@m, `names` what the runs are called
     (default: their folders). Raises `UserError` where the data set has errors or nothing to measure.
     """
-    if not 0 <= threshold <= 1:
-        raise UserError(f"threshold {threshold}", "An IoU is between 0 and 1.")
     if not top or min(top) < 1:
         raise UserError(f"top {', '.join(map(str, top)) or 'nothing'}", "Give numbers of detections, such as 10,100.")
     ordered = tuple(sorted(set(top)))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, OfRun, Result, canvas, sheet, tidy
 from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.api import Opened
+from detrellis.arguments import checked
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import number
 from detrellis.engine.evaluate import On, collect
@@ -139,6 +140,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,

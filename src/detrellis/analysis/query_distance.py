@@ -21,6 +21,7 @@ from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_o
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.analysis.schemes import begin, load_trained
 from detrellis.api import Opened
+from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number
 from detrellis.engine.evaluate import On
@@ -155,6 +156,7 @@ class Comparison(Result):
         return draw(self)
 
 
+@checked
 def analyze(
     runs: str | Path | Sequence[str | Path],
     *,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import detrellis
+from detrellis.arguments import Epochs, Iou, Seed, Threads, limits
 from detrellis.cli.analyze import analyze
 from detrellis.cli.options import (
     LEADS,
@@ -66,8 +67,8 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(help="Fewer for a quick look.")] = None,
-    seed: int = 0,
+    epochs: Annotated[int | None, typer.Option(**limits(Epochs), help="Fewer for a quick look.")] = None,
+    seed: Annotated[int, typer.Option(**limits(Seed), help="Decides the data, the weights and their order.")] = 0,
 ) -> None:
     """Make a data set, check it, train on it, evaluate, and draw the result: about three minutes on two CPU cores.
 
@@ -85,7 +86,9 @@ def check(
     files: Files,
     fast: Annotated[bool, typer.Option("--fast", help="Do not decode the images.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that decode (default: one a core).")] = None,
+    workers: Annotated[
+        int | None, typer.Option(**limits(Threads), help="Threads that decode (default: one a core).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read a data set before anyone trains on it. Exit code: 0 clean, 1 errors found, 2 wrong use.
@@ -121,9 +124,13 @@ def train(
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
-    epochs: Annotated[int | None, typer.Option(help="Length of the run; the schedule follows it.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(**limits(Epochs), help="Length of the run; the schedule follows it.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides weights, order and augmentation (default: 0).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0).")
+    ] = None,
     skip_bad: SkipBad = False,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, bit for bit.")] = None,
     device: Device = None,
@@ -193,7 +200,7 @@ def evaluate(
     metric: Metric = "coco",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
     nms: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: are there duplicates?")
+        float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: are there duplicates?")
     ] = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from detrellis.arguments import Cells, Images, Index, Iou, limits
 from detrellis.cli.options import LEADS, AsJson, Device, MeasuredOn, console, grouped, print_json
 from detrellis.errors import UserError
 
@@ -61,7 +62,7 @@ class Shown:
 def misalignment(
     runs: Runs,
     out: Out = Path("analysis/misalignment"),
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="IoU that a high-confidence query needs.")] = 0.5,
+    threshold: Annotated[float, typer.Option(**limits(Iou), help="IoU that a high-confidence query needs.")] = 0.5,
     top: Annotated[str, typer.Option(help="For BR-recall: the m highest scores, several with commas.")] = "10,50,100",
     *,
     on: MeasuredOn,
@@ -80,7 +81,7 @@ def misalignment(
 def groups(
     runs: Runs,
     out: Out = Path("analysis/groups"),
-    grid: Annotated[int, typer.Option(min=1, help="Cells on each side of a histogram of positions.")] = 8,
+    grid: Annotated[int, typer.Option(**limits(Cells), help="Cells on each side of a histogram of positions.")] = 8,
     *,
     on: MeasuredOn,
     shown: Shown,
@@ -127,7 +128,7 @@ def discriminability(
         Literal["encoder", "attention"],
         typer.Option(help="Maps of the encoder's features, or of what queries attend to."),
     ] = "encoder",
-    images: Annotated[int, typer.Option(min=0, help="Images that are drawn with their maps.")] = 4,
+    images: Annotated[int, typer.Option(**limits(Images), help="Images that are drawn with their maps.")] = 4,
     *,
     on: MeasuredOn,
     shown: Shown,
@@ -227,7 +228,8 @@ def attention(
         Path | None, typer.Option(help="The picture (default: the first of the first run's validation split).")
     ] = None,
     query: Annotated[
-        int | None, typer.Option(min=0, help="Which query, from 0 (default: each run's with the highest score).")
+        int | None,
+        typer.Option(**limits(Index), help="Which query, from 0 (default: each run's with the highest score)."),
     ] = None,
     out: Out = Path("analysis/attention"),
     *,

@@ -15,10 +15,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+
+from detrellis import arguments
+from detrellis.arguments import limits
 
 if TYPE_CHECKING:
     from detrellis.data.layout import DataSource
@@ -36,7 +39,7 @@ SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
-Workers = Annotated[int, typer.Option(help="Processes that load images.")]
+Workers = Annotated[int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")]
 RecipeName = Annotated[
     str | None, typer.Argument(help="Recipe name; see `detrellis recipes` (default: that of --weights).")
 ]
@@ -46,12 +49,12 @@ Trained = Annotated[
     Path, typer.Argument(help="A run, a weights file, hf:org/name, a Hugging Face folder, or a reference's .pth.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Scale = Annotated[Literal["tiny"] | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
+Scale = Annotated[arguments.Scale | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
 Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N], several with commas.")]
 Overrides = Annotated[list[str] | None, typer.Option("-o", help="Recipe field: key.sub=value. May be repeated.")]
-Split = Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the data set.")]
-Metric = Annotated[Literal["coco", "voc"], typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Split = Annotated[arguments.Split, typer.Option(help="Split of the data set.")]
+Metric = Annotated[arguments.Metric, typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
+BatchSize = Annotated[int, typer.Option(**limits(arguments.BatchSize), help="Images at a time.")]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from detrellis.arguments import BatchSize, Iou, Score, limits
 from detrellis.cli.options import LEADS, AsJson, Device, Trained, console
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ def predict(
         "predictions"
     ),
     recursive: Annotated[bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")] = False,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score to show.")] = 0.3,
+    threshold: Annotated[float, typer.Option(**limits(Score), help="Lowest score to show.")] = 0.3,
     nms: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Apply NMS at this IoU: where objects are found twice.")
+        float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: where objects are found twice.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time, of those of one size.")] = 1,
+    batch: Annotated[int, typer.Option(**limits(BatchSize), help="Pictures at a time, of those of one size.")] = 1,
     txt: Annotated[
         bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
     ] = False,

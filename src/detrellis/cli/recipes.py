@@ -8,12 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from detrellis.arguments import Classes, Runs, Threads, limits
 from detrellis.cli.options import AsJson, Device, Overrides, Scale, Schemes, console, print_json
 
 
 def info(
     recipe: Annotated[str, typer.Argument(help="Recipe name.")],
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
+    classes: Annotated[int, typer.Option(**limits(Classes), help="Number of classes.")] = 80,
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
@@ -42,13 +43,13 @@ def info(
 
 def bench(
     recipe: Annotated[str, typer.Argument(help="Recipe name.")],
-    classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 80,
+    classes: Annotated[int, typer.Option(**limits(Classes), help="Number of classes.")] = 80,
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, several with commas.")] = "1",
     size: Annotated[str | None, typer.Option(help="Short side, or HEIGHTxWIDTH (default: the recipe's).")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's).")] = None,
+    threads: Annotated[int | None, typer.Option(**limits(Threads), help="CPU threads (default: torch's).")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
-    runs: Annotated[int, typer.Option(min=1, help="Timed passes, of which the median counts.")] = 10,
+    runs: Annotated[int, typer.Option(**limits(Runs), help="Timed passes, of which the median counts.")] = 10,
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,

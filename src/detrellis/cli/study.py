@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from detrellis import arguments
+from detrellis.arguments import limits
 from detrellis.cli.options import (
     LEADS,
     AsJson,
@@ -31,15 +33,24 @@ if TYPE_CHECKING:
 
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each row, with the seeds 0, 1, ...")]
 Epochs = Annotated[
-    int | None, typer.Option(help="Length of every run, with --equal time the baseline's (default: the recipe's).")
+    int | None,
+    typer.Option(
+        **limits(arguments.Epochs),
+        help="Length of every run, with --equal time the baseline's (default: the recipe's).",
+    ),
 ]
 Equal = Annotated[
     Literal["epochs", "time"],
     typer.Option(help="What all rows get: epochs, or time: slower ones get fewer epochs, after timing a few steps."),
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of all runs together (default: all there are).")]
-Loading = Annotated[int, typer.Option("--workers", min=0, help="Processes that load images, of each run.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(**limits(arguments.Threads), help="CPU threads of all runs together (default: all there are)."),
+]
+Loading = Annotated[
+    int, typer.Option("--workers", **limits(arguments.Workers), help="Processes that load images, of each run.")
+]
 
 
 @dataclass(frozen=True)

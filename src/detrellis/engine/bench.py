@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import nn
 
+from detrellis.arguments import Classes, Runs, Threads, Warmup, checked
 from detrellis.data.masks import SIDE
 from detrellis.engine.distributed import pick_device
 from detrellis.engine.measure import image_size
@@ -115,25 +116,26 @@ class How(TypedDict, total=False):
 
     batch_sizes: str | int | Sequence[int]  # "1,2,4"; default 1
     size: str | int | tuple[int, int] | None  # see `parse_size`; default: the recipe's
-    threads: int | None  # of the CPU; default: torch's
+    threads: Threads | None  # of the CPU; default: torch's
     compiled: bool
     train: bool  # a training step instead of inference
-    runs: int
-    warmup: int
+    runs: Runs
+    warmup: Warmup
     device: str | None
 
 
+@checked
 def bench_recipe(
     recipe: Recipe,
-    classes: int,
+    classes: Classes,
     *,
     batch_sizes: str | int | Sequence[int] = 1,
     size: str | int | tuple[int, int] | None = None,
-    threads: int | None = None,
+    threads: Threads | None = None,
     compiled: bool = False,
     train: bool = False,
-    runs: int = 10,
-    warmup: int = 2,
+    runs: Runs = 10,
+    warmup: Warmup = 2,
     device: str | None = None,
 ) -> BenchResult:
     """Time `runs` passes at each batch size after `warmup` untimed ones, which also pay for what is compiled.
@@ -142,8 +144,6 @@ def bench_recipe(
     backward, clipping and the optimizer, with the recipe's schemes. Weights are random and nothing is downloaded: they
     change no time.
     """
-    if runs < 1 or warmup < 0:
-        raise UserError(f"{runs} runs after {warmup} to warm up", "Take 1 or more, after 0 or more.")
     own, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
     model = build(recipe.untrained(), classes).to(own).train(train)
     if compiled:

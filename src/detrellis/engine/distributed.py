@@ -39,7 +39,8 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu.") from None
+        remedy = "Did you mean cuda?" if name.startswith("gpu") else "Try --device cpu."
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", remedy) from None
     return device
 
 

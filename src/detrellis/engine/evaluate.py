@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
@@ -32,10 +33,10 @@ class On(TypedDict, total=False):
     data: str | Path | DataSource | None
     val: str | Path | None  # a COCO file, instead of `data` and `split`
     val_images: str | Path | None
-    split: str  # train, val or test
-    batch_size: int  # images at a time; by default 4
+    split: Split
+    batch_size: BatchSize  # images at a time; by default 4
     skip_bad: bool  # drop bad records instead of refusing the data set
-    workers: int  # processes that load images; by default 2
+    workers: Workers  # processes that load images; by default 2
 
 
 def measured_on(run: str | Path, own_data: Mapping[str, Any] | None, on: On) -> tuple[DataSource, str]:

@@ -23,7 +23,7 @@ boxes a pixel larger.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Metric = Literal["coco", "voc"]
 
 THRESHOLD = 0.5  # of the IoU
 STATISTICS = {"AP": "AP, area", "AP11": "AP, 11 points"}  # and what tables call them

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from detrellis.arguments import checked
 from detrellis.data.classes import ClassMap
 from detrellis.data.coco import load_json
 from detrellis.engine.checkpoint import Card, find_weights, load_weights, save_weights
@@ -49,6 +50,7 @@ def load_any(
     return dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(place))
 
 
+@checked
 def convert(
     source: str | Path,
     out: str | Path,

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from detrellis.data.files import is_image, list_images
 from detrellis.errors import UserError
 
 Picture = str | Path | Image.Image | NDArray[Any] | Tensor
-Pictures = Picture | Iterable[Picture]
+Pictures = Annotated[Picture | Iterable[Picture], "checked by find_pictures"]
 
 VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".3gp"})
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detrellis.arguments import BatchSize, Iou, Score, checked
 from detrellis.data.classes import ClassMap
 from detrellis.data.loader import stack_images
 from detrellis.data.transforms import Transform, eval_transform
@@ -34,13 +35,14 @@ class Model:
     device: torch.device
     data: Mapping[str, Any] | None = None  # the `DataSource` it was trained on, as `to_dict` gives it
 
+    @checked
     def predict(
         self,
         pictures: Pictures,
         *,
-        threshold: float = 0.3,
-        nms: float | None = None,
-        batch_size: int = 1,
+        threshold: Score = 0.3,
+        nms: Iou | None = None,
+        batch_size: BatchSize = 1,
         recursive: bool = False,
         on_error: OnError = "raise",
     ) -> Predictions:
@@ -57,7 +59,8 @@ class Model:
         """
         return collected(self.look(find_pictures(pictures, recursive), threshold, nms, batch_size), on_error)
 
-    def stream(self, pictures: Pictures, *, threshold: float = 0.3, nms: float | None = None) -> Iterator[Prediction]:
+    @checked
+    def stream(self, pictures: Pictures, *, threshold: Score = 0.3, nms: Iou | None = None) -> Iterator[Prediction]:
         """As `predict`, one picture at a time, also of an iterator that has no end. Raises at a broken picture."""
         for one in self.look(find_pictures(pictures), threshold, nms, batch_size=1):
             if isinstance(one, Failure):
