@@ -37,7 +37,7 @@ from detrellis.predictions.record import OnError, Predictions, collected
 from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import Folder
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
-from detrellis.recipes.build import build
+from detrellis.recipes.build import build, build_untrained
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ def load(source: str | Path, *, classes: ClassMap | Classes | None = None, devic
     place, own = Path(source), pick_device(device)
     if place.exists() or is_foreign(source):
         weights, card = load_any(source)
-        detector = build(card.recipe.untrained(), len(card.classes)).detector
+        detector = build_untrained(card.recipe, len(card.classes))
         detector.load_state_dict(weights)
         return Model(detector.to(own).eval(), card.recipe, card.classes, own, card.data or None)
     if len(place.parts) > 1:

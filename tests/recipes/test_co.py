@@ -6,7 +6,7 @@ import pytest
 
 from detrellis.recipes import RECIPES, find_recipe
 from detrellis.recipes.branches import build_branches
-from detrellis.recipes.network import level_strides
+from detrellis.recipes.refuse import level_strides
 from detrellis.recipes.schemes import CoConfig
 from detrellis.schemes.collaborative.rcnn import RCNN
 

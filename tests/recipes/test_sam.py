@@ -12,7 +12,8 @@ from detrellis.nn.semantic import SemanticCrossAttention
 from detrellis.recipes import RECIPES, find_recipe
 from detrellis.recipes.build import build
 from detrellis.recipes.config import DetectorConfig
-from detrellis.recipes.network import build_cross_attention, build_detector, capabilities
+from detrellis.recipes.network import build_cross_attention, build_detector
+from detrellis.recipes.refuse import capabilities
 from detrellis.recipes.sam import sam_detector
 
 from ..small import CLASSES, images, small, targets

@@ -14,7 +14,7 @@ from detrellis.errors import UserError
 from detrellis.nn.neck import flatten
 from detrellis.nn.position import SineMap
 from detrellis.recipes.build import build
-from detrellis.recipes.network import level_strides
+from detrellis.recipes.refuse import level_strides
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
 from detrellis.schemes.collaborative.queries import LEAST, choose

@@ -95,7 +95,7 @@ def test_aligned_branches_rank_in_the_second_only() -> None:
         ("detr_r50", ["align"], [], "softmax"),
         ("detr_r50", ["stable"], [], "softmax"),
         ("detr_r50", [], ["loss.classification=psl"], "softmax"),
-        ("detr_r50", [], ["detector.iou_branch=root"], "IoU branch"),
+        ("detr_r50", [], ["detector.iou_branch=root"], "iou_branch=root"),
     ],
 )
 def test_contradictions_are_refused(name: str, schemes: list[str], overrides: list[str], words: str) -> None:

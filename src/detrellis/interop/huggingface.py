@@ -6,6 +6,7 @@ DETR.
 | `auxiliary_loss` feeds normed states to the next layer, which changes predictions | the reference: never |
 | DAB-DETR's inverse sigmoid clamps at 1e-5, the reference at 1e-3 | 1e-5 in what comes from them |
 | their processors keep 100 detections, DAB-DETR's reference 300 | 100 in what comes from them |
+| dropouts of attention and activations, and layer drop, have rates of their own | one rate for all |
 | box refinement ties the class heads of all layers where a file holds one | a head a layer, all of them written |
 """
 
@@ -19,7 +20,7 @@ from detrellis.errors import UserError
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import BackboneConfig, DetectorConfig, Recipe
 from detrellis.recipes.dab import dab_detr_r50
-from detrellis.recipes.deformable import deformable_detr_r50
+from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage
 from detrellis.recipes.detr import detr_r50
 
 Config = Mapping[str, Any]
@@ -71,12 +72,19 @@ FAMILIES: dict[str, tuple[Callable[[], Recipe], dict[str, Any]]] = {
 }
 # Settings that change what is computed and that ours do not have, with the value that ours stand for.
 FIXED = {
+    "num_channels": 3,
     "position_embedding_type": "sine",
     "keep_query_pos": False,
     "normalize_before": False,
     "sine_position_embedding_scale": None,
     "query_dim": 4,
 }
+ALIASES = {  # what all but DAB-DETR's files may call the same
+    "hidden_size": "d_model",
+    "num_attention_heads": "encoder_attention_heads",
+    "num_hidden_layers": "encoder_layers",
+}
+ACTIVATIONS = {"relu": "relu", "prelu": "prelu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
 ARCHITECTURES = {
     "detr": "DetrForObjectDetection",
     "conditional_detr": "ConditionalDetrForObjectDetection",
@@ -109,8 +117,9 @@ def recipe_of(config: Config) -> Recipe:
     """The recipe that a `config.json` describes: its family's, with the file's sizes."""
     kind = kind_of(config)
     make, own = FAMILIES[kind]
-    recipe = make()
-    full = {**DEFAULTS, **own, **config}
+    aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
+    full = {**DEFAULTS, **own, **aliases, **config}
+    recipe = deformable_detr_r50_two_stage() if kind == "deformable_detr" and full["two_stage"] else make()
     detector = DetectorConfig.checked(recipe.detector.model_dump() | _sizes(kind, full))
     return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector})
 
@@ -121,82 +130,96 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
         if config.get(name, value) != value:
             raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
     activation = config["activation_function"]
-    if activation not in ("relu", "prelu"):
-        raise UserError(f"config.json: activation_function={activation!r} is not supported")
+    if activation not in ACTIVATIONS:
+        known = f"Detrellis has {', '.join(ACTIVATIONS)}."
+        raise UserError(f"config.json: activation_function={activation!r} is not supported", known)
     deformable = kind == "deformable_detr"
     found = {
         "backbone": _backbone(config, several=deformable and config["num_feature_levels"] > 1).model_dump(),
         "width": config["hidden_size"] if kind == "dab-detr" else config["d_model"],
-        "heads": _both(config, "attention_heads"),
-        "hidden": _both(config, "ffn_dim"),
+        **_parts(config, "attention_heads", "heads"),
+        **_parts(config, "ffn_dim", "hidden"),
         "encoder_layers": config["encoder_layers"],
         "decoder_layers": config["decoder_layers"],
         "dropout": config["dropout"],
-        "activation": activation,
+        "activation": ACTIVATIONS[activation],
         "query_count": config["num_queries"],
         "eps": 1e-5,
         "top_k": config["num_queries"] if kind == "detr" else 100,
     }
     if kind == "dab-detr":
         if config["temperature_height"] != config["temperature_width"]:
-            raise UserError("config.json: temperature_height and temperature_width differ")
+            raise UserError("config.json: temperature_height and temperature_width differ: not supported")
         found |= {"position_temperature": float(config["temperature_height"]), "patterns": config["num_patterns"]}
-    if deformable:
-        two_stage = bool(config["two_stage"])
-        found |= {
-            "levels": config["num_feature_levels"],
-            "points": _both(config, "n_points"),
-            "queries": "proposals" if two_stage else "learned",
-            "query_count": config["two_stage_num_proposals"] if two_stage else config["num_queries"],
-            "refine": "detached" if config["with_box_refine"] else "none",
-            "empty_compete": two_stage,
-        }
-    return found
+    return found | (_deformable_sizes(config) if deformable else {})
 
 
-def _both(config: Config, name: str) -> int:
-    """A size that the encoder and the decoder have in common here."""
-    encoder, decoder = config[f"encoder_{name}"], config[f"decoder_{name}"]
-    if encoder != decoder:
-        raise UserError(f"config.json: encoder_{name}={encoder} and decoder_{name}={decoder} differ: not supported")
-    return int(encoder)
+def _deformable_sizes(config: Config) -> dict[str, Any]:
+    two_stage = bool(config["two_stage"])
+    if two_stage and not config["with_box_refine"]:
+        raise UserError("config.json: two_stage needs with_box_refine", "transformers refuses it too.")
+    return {
+        "levels": config["num_feature_levels"],
+        **_parts(config, "n_points", "points"),
+        "queries": "proposals" if two_stage else "learned",
+        "query_count": config["two_stage_num_proposals"] if two_stage else config["num_queries"],
+        "refine": "detached" if config["with_box_refine"] else "none",
+        "empty_compete": two_stage,
+    }
+
+
+def _parts(config: Config, theirs: str, ours: str) -> dict[str, Any]:
+    """A size of the decoder, and of the encoder where that has its own."""
+    encoder, decoder = config[f"encoder_{theirs}"], config[f"decoder_{theirs}"]
+    return {ours: decoder, f"encoder_{ours}": None if encoder == decoder else encoder}
 
 
 def is_native(config: Config) -> bool:
     """Whether the backbone is transformers' own ResNet instead of timm's."""
-    backbone = config.get("backbone_config") or {}
-    return backbone.get("model_type") == "resnet"
+    backbone = config.get("backbone_config")
+    if not backbone:
+        return config.get("use_timm_backbone") is False
+    return bool(backbone.get("model_type") == "resnet")
 
 
-def _strides(backbone: Config, several: bool) -> tuple[int, ...]:
-    """Of the maps that the detector reads: several, or the last one."""
-    stages = backbone.get("out_indices") or [int(str(n)[-1]) for n in backbone.get("out_features") or []]
-    strides = tuple(2 ** (int(i) + 1) for i in stages if i > 0) or (8, 16, 32)
-    if not several:
-        return strides[-1:]
-    return strides if len(strides) > 1 else (8, 16, 32)
+def _strides(backbone: Config, usual: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the maps that the backbone gives; `usual` where it does not say."""
+    indices = backbone.get("out_indices") or [int(str(n)[-1]) for n in backbone.get("out_features") or []]
+    stages = [int(i) % 5 for i in indices]  # of the stem and four stages; also counted from the end
+    return tuple(2 ** (stage + 1) for stage in stages if stage > 0) or usual
+
+
+def _native_resnet(own: Config) -> str:
+    """The name of transformers' own ResNet of these depths, empty where it has none."""
+    kind = (own.get("layer_type", "bottleneck"), tuple(own.get("depths", (3, 4, 6, 3))))
+    sizes = [64, 128, 256, 512] if kind[0] == "basic" else [256, 512, 1024, 2048]
+    usual = list(own.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes and own.get("embedding_size", 64) == 64
+    changed = own.get("downsample_in_first_stage") or own.get("downsample_in_bottleneck")
+    return BLOCKS.get(kind, "") if usual and not changed and own.get("hidden_act", "relu") == "relu" else ""
 
 
 def _backbone(config: Config, *, several: bool) -> BackboneConfig:
     """A ResNet with frozen norms; what is trained in it comes with the file."""
-    own = config.get("backbone_config") or {}
-    if is_native(config):
-        kind = (own.get("layer_type", "bottleneck"), tuple(own.get("depths", (3, 4, 6, 3))))
-        sizes = [64, 128, 256, 512] if kind[0] == "basic" else [256, 512, 1024, 2048]
-        usual = list(own.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes and own.get("embedding_size", 64) == 64
-        name = BLOCKS.get(kind, "") if usual else ""
-        if own.get("downsample_in_first_stage") or own.get("downsample_in_bottleneck"):
-            name = ""
-        described = f"{kind[0]} blocks {kind[1]}"
+    own = config.get("backbone_config") or config.get("backbone_kwargs") or {}
+    native = is_native(config)
+    if native:
+        name, described = _native_resnet(own), f"of {own.get('layer_type', 'bottleneck')} blocks {own.get('depths')}"
     else:
-        name = str(own.get("backbone") or config.get("backbone") or "resnet50").split(".")[0]
-        described = name
+        described = own.get("backbone") or config.get("backbone") or "resnet50"
+        kind = own.get("model_type", "timm_backbone")
+        name, described = (str(described).split(".")[0], described) if kind == "timm_backbone" else ("", kind)
     if name not in BLOCKS.values():
+        known = f"Detrellis reads {', '.join(BLOCKS.values())}, transformers' own and timm's."
+        raise UserError(f"config.json: the backbone_config {described!r} is not supported", known)
+    strides = _strides(own, (8, 16, 32) if several and not native else (32,))
+    dilated = own.get("output_stride") or (16 if config.get("dilation") and not config.get("backbone_config") else 32)
+    if dilated not in (16, 32):
         raise UserError(
-            f"config.json: the backbone {described!r} is not supported", f"Known: {', '.join(BLOCKS.values())}."
+            f"config.json: backbone_config.output_stride={dilated} is not supported", "It is 16 or 32 here."
         )
-    dilation = bool(config.get("dilation")) or own.get("output_stride") == 16
-    return BackboneConfig(name=name, pretrained=False, norm="frozen", dilation=dilation, strides=_strides(own, several))
+    strides = strides if several else strides[-1:]
+    dilation = dilated == 16 and not native  # which transformers' own does not know
+    return BackboneConfig(name=name, pretrained=False, norm="frozen", dilation=dilation, strides=strides)
 
 
 def family_of(detector: DetectorConfig) -> str:
@@ -219,9 +242,9 @@ def family_of(detector: DetectorConfig) -> str:
             "or proposals, each with a ResNet.",
         )
     expected = FAMILIES[kind][0]().detector
-    for name in ("scores", "position_temperature", "position_offset", "final_norm", "activation", "iou_branch"):
+    for name in ("scores", "position_temperature", "position_offset", "final_norm", "iou_branch"):
         own, theirs = getattr(detector, name), getattr(expected, name)
-        if own != theirs and (kind, name) not in (("dab-detr", "position_temperature"), ("dab-detr", "activation")):
+        if own != theirs and (kind, name) != ("dab-detr", "position_temperature"):
             raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {theirs}")
     return kind
 
@@ -254,11 +277,12 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
             "output_stride": 16 if detector.backbone.dilation else None,
         },
     }
-    for part, layers in (("encoder", detector.encoder_layers), ("decoder", detector.decoder_layers)):
-        config |= {f"{part}_layers": layers, f"{part}_ffn_dim": detector.hidden}
-        config[f"{part}_attention_heads"] = detector.heads
-        if deformable:
-            config[f"{part}_n_points"] = detector.points
+    sizes = {"layers": "layers", "ffn_dim": "hidden", "attention_heads": "heads"} | (
+        {"n_points": "points"} if deformable else {}
+    )
+    for theirs, ours in sizes.items():
+        decoder = getattr(detector, "decoder_layers" if ours == "layers" else ours)
+        config |= {f"encoder_{theirs}": getattr(detector, f"encoder_{ours}") or decoder, f"decoder_{theirs}": decoder}
     if kind == "dab-detr":
         temperature = int(detector.position_temperature)
         # DN-DETR's one content for all queries is a pattern.
@@ -283,7 +307,7 @@ def modern(name: str, kind: str) -> str:
     if kind == "dab-detr":
         return name
     name = name.replace("backbone.conv_encoder.", "backbone.")
-    name = re.sub(r"layers\.(\d+)\.(fc[12])\.", r"layers.\1.mlp.\2.", name)
+    name = re.sub(r"layers\.(\d+)\.(fc[12]|activation_fn)\.", r"layers.\1.mlp.\2.", name)
     name = re.sub(r"(self_attn|encoder_attn)\.out_proj\.", r"\1.o_proj.", name)
     for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
         name = re.sub(rf"\.{short}_([qkv])(content|pos_sine|pos)?_proj\.", _projection(module), name)

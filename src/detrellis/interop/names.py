@@ -64,7 +64,12 @@ HF_SHARED = [
     Row("decoder.layers.*.feed_forward.outer", "model.decoder.layers.*.mlp.fc2"),
     Row("decoder.final_norm", "model.decoder.layernorm"),
 ]
+HF_SLOPES = [  # of a PReLU
+    Row(f"{part}.layers.*.feed_forward.activation", f"model.{part}.layers.*.mlp.activation_fn")
+    for part in ("encoder", "decoder")
+]
 HF_DETR = [
+    *HF_SLOPES,
     Row("queries.position", "model.query_position_embeddings.weight"),
     Row("encoder.layers.*.attention.projections", f"model.encoder.layers.*.self_attn.{QKV}"),
     Row("encoder.layers.*.attention.output", "model.encoder.layers.*.self_attn.o_proj"),
@@ -131,6 +136,7 @@ def _hf_deformable(config: DetectorConfig) -> list[Row]:
     head = "*" if refine else "0"
     proposals = f"class_embed.{layers}|model.decoder.class_embed.{layers}"
     return [
+        *HF_SLOPES,
         Row("queries.{position,content}", "model.query_position_embeddings.weight", 1),
         Row("queries.reference", "model.reference_points"),
         *deformable_neck(maps, "model.input_proj"),

@@ -19,7 +19,11 @@ from detrellis.interop.names import deformable_neck, sampling, torchvision
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import BackboneConfig, DetectorConfig, Recipe
 from detrellis.recipes.dab import dab_deformable_detr_r50, dab_detr_r50, dn_deformable_detr_r50, dn_detr_r50
-from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage_plus
+from detrellis.recipes.deformable import (
+    deformable_detr_r50,
+    deformable_detr_r50_two_stage,
+    deformable_detr_r50_two_stage_plus,
+)
 from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.dino import dino_r50
 
@@ -58,6 +62,7 @@ FAMILIES = {
     (_DEFORMABLE, "refpoint_embed.weight", "tgt_embed.weight", "label_enc.weight"): dn_deformable_detr_r50,
     (_DEFORMABLE, "refpoint_embed.weight", "tgt_embed.weight"): dab_deformable_detr_r50,
     (_DEFORMABLE, "transformer.pos_trans.weight", "query_embed.weight"): deformable_detr_r50_two_stage_plus,
+    (_DEFORMABLE, "transformer.pos_trans.weight"): deformable_detr_r50_two_stage,
     (_DEFORMABLE,): deformable_detr_r50,
     (_CONDITIONAL, "refpoint_embed.weight", "label_enc.weight"): dn_detr_r50,
     (_CONDITIONAL, "refpoint_embed.weight"): dab_detr_r50,
@@ -85,11 +90,12 @@ def _count(weights: Weights, prefix: str) -> int:
 def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The detector's fields that shapes and arguments decide."""
     detrex = is_detrex(weights)
-    layer = "transformer.encoder.layers.0"
-    inner = weights[f"{layer}.ffns.0.layers.0.0.weight" if detrex else f"{layer}.linear1.weight"]
+    name = "ffns.0.layers.0.0.weight" if detrex else "linear1.weight"
+    encoder, decoder = (weights[f"transformer.{part}.layers.0.{name}"] for part in ("encoder", "decoder"))
     found: dict[str, Any] = {
-        "width": inner.shape[1],
-        "hidden": inner.shape[0],
+        "width": encoder.shape[1],
+        "hidden": decoder.shape[0],
+        "encoder_hidden": None if encoder.shape == decoder.shape else encoder.shape[0],
         "heads": int(arguments.get("nheads", detector.heads)),
         "encoder_layers": _count(weights, "transformer.encoder.layers"),
         "decoder_layers": _count(weights, "transformer.decoder.layers"),
@@ -101,7 +107,7 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
         found["empty_compete"] = True
     if detrex:
         found |= {"position_temperature": 10000.0, "position_offset": -0.5}
-    if found.get("queries") == "proposals":
+    if detector.queries == "proposals":
         found["query_count"] = int(arguments.get("num_queries", detector.query_count))
     else:
         rows = weights[next((k for k in LEARNED if k in weights), LEARNED[-1])].shape[0]
@@ -117,17 +123,19 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
 def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) -> dict[str, Any]:
     detrex = is_detrex(weights)
     levels = weights["transformer.level_embeds" if detrex else "transformer.level_embed"].shape[0]
-    weigh = "attentions.0" if detrex else "self_attn"
-    rows = weights[f"transformer.encoder.layers.0.{weigh}.attention_weights.weight"].shape[0]
-    found: dict[str, Any] = {"levels": levels, "points": rows // (heads * levels)}
+    of_encoder, of_decoder = ("attentions.0", "attentions.1") if detrex else ("self_attn", "cross_attn")
+    encoder, decoder = (
+        weights[f"transformer.{part}.layers.0.{name}.attention_weights.weight"].shape[0] // (heads * levels)
+        for part, name in (("encoder", of_encoder), ("decoder", of_decoder))
+    )
+    own = None if encoder == decoder else encoder
+    found: dict[str, Any] = {"levels": levels, "points": decoder, "encoder_points": own}
     first, second = (weights.get(f"class_embed.{i}.weight") for i in (0, 1))
     shared = first is not None and second is not None and torch.equal(first, second)
     if detector.query_position == "boxes" and detector.queries == "mixed":
         found["shared_heads"] = shared
-    elif detector.queries == "learned":
+    elif detector.queries in ("learned", "proposals"):
         found["refine"] = "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
-        if "transformer.pos_trans.weight" in weights:
-            found["queries"] = "proposals"
     return found
 
 

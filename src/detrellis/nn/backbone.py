@@ -91,8 +91,8 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name.split(".")[0]):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             raise UserError(
-                f"there is no backbone {name!r}",
-                f"Did you mean {', '.join(near)}?" if near else "See timm.list_models().",
+                f"detector.backbone.name={name}: there is no such backbone",
+                f"Did you mean {', '.join(near)}?" if near else "It is a ResNet, resnet50, or in timm.list_models().",
             )
         info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()

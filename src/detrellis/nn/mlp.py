@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from detrellis.nn.linear import FastLinear
 
-Activation = Literal["relu", "prelu"]
+Activation = Literal["relu", "prelu", "gelu", "silu"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "prelu": nn.PReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+}
 
 
 def xavier_linear(inputs: int, outputs: int) -> FastLinear:
@@ -42,13 +48,13 @@ class MLP(nn.Module):
 class FeedForward(nn.Module):
     """Post-norm feed-forward block with its residual: `LN(x + W2 act(W1 x))`.
 
-    `activation`: `"relu"`, or `"prelu"` with one slope, as DAB-DETR has it.
+    `activation`: `"relu"` in most papers; `"prelu"` with one slope in DAB-DETR; the others in nobody's but users' own.
     """
 
     def __init__(self, width: int, hidden: int, *, dropout: float = 0.0, activation: Activation = "relu") -> None:
         super().__init__()
         self.inner = xavier_linear(width, hidden)
-        self.activation = nn.PReLU() if activation == "prelu" else nn.ReLU()
+        self.activation = ACTIVATIONS[activation]()
         self.outer = xavier_linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)

@@ -17,8 +17,8 @@ def roi_align(
     """`(R, cells, cells, D)`, in float32 or better, of regions `boxes (R, 4)` xyxy, not clipped.
 
     Each is read from its `level (R,)` of the `maps (B, D, H, W)` and its `image (R,)`. Boxes get no gradient. What is
-    not a number counts as 0: the run then stops at its loss, with a message, and not here. On torch's meta device, where
-    boxes have no numbers to sort by, only the shape comes out.
+    not a number counts as 0: the run then stops at its loss, with a message, and not here. On torch's meta device,
+    where boxes have no numbers to sort by, only the shape comes out.
     """
     precise = torch.promote_types(maps[0].dtype, torch.float32)
     maps, boxes = [m.to(precise) for m in maps], boxes.detach().to(precise).nan_to_num()

@@ -25,7 +25,7 @@ from detrellis.recipes.co import (
     co_dino_swin_l,
 )
 from detrellis.recipes.conditional import conditional_detr_r50, conditional_detr_r50_dc5
-from detrellis.recipes.config import Recipe, unknown_name
+from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import (
     dab_deformable_detr_r50,
     dab_detr_r50,
@@ -43,6 +43,7 @@ from detrellis.recipes.deformable import (
 )
 from detrellis.recipes.detr import detr_r50, detr_r50_dc5
 from detrellis.recipes.dino import dino_r50, dino_r50_5scale, dino_swin_l, tiny
+from detrellis.recipes.fields import unknown_name
 from detrellis.recipes.group import (
     group_conditional_detr_r50,
     group_conditional_detr_r50_dc5,

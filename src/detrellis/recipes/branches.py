@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from detrellis.recipes.config import DetectorConfig
-from detrellis.recipes.network import level_strides
+from detrellis.recipes.refuse import level_strides
 from detrellis.schemes.collaborative.atss import ATSS
 from detrellis.schemes.collaborative.dense import DenseBranch
 from detrellis.schemes.collaborative.fcos import FCOS

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
+import difflib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from detrellis.detector import Detector
-from detrellis.errors import Advice, UserError
+from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.recipes.branches import build_branches
 from detrellis.recipes.config import DetectorConfig, Recipe
-from detrellis.recipes.network import build_detector, capabilities
+from detrellis.recipes.network import build_detector
+from detrellis.recipes.refuse import MISSING, capabilities, refuse
 from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.cdn import ContrastiveDenoising
@@ -27,22 +28,9 @@ from detrellis.schemes.stable import Stable
 from detrellis.supervision import CLASSIFICATION, Supervision, softmax_set_loss
 from detrellis.training import TrainableDetector
 
-# What a detector without the capability lacks, and what to use instead.
-MISSING = {
-    "box_queries": (
-        "its queries are not boxes, and a disturbed box cannot be one of them",
-        "take a detector whose queries are, such as tiny, dab-detr-r50 or dino-r50",
-    ),
-    "sigmoid_scores": (
-        "its classes exclude each other (softmax)",
-        "take a detector with sigmoid scores, such as conditional-detr-r50",
-    ),
-}
-
 
 def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -> list[TrainingScheme]:
     """The recipe's training schemes, each initialised from a seed of its own."""
-    _refuse(recipe)
     network = (recipe.detector.width, classes, recipe.detector.eps)
     makers: dict[str, Callable[..., TrainingScheme]] = {
         "dn": partial(Denoising, *network),
@@ -74,8 +62,6 @@ def _hybrid(config: DetectorConfig, detector: Detector, queries: int | None = No
 
 def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **dials: Any) -> Group:
     """The paper has 11 groups, and 3 of DINO's larger ones."""
-    if config.patterns:
-        raise UserError("scheme group and patterns do not combine", "Take -o detector.patterns=0.")
     two_stage = config.queries in ("proposals", "mixed")
     return Group(detector.queries, config.query_count, k=k or (3 if two_stage else 11), **dials)
 
@@ -88,33 +74,6 @@ def _co(recipe: Recipe, classes: int, **dials: Any) -> Collaborative:
     chosen = {"features": features, "positioned": positioned, "layers": config.decoder_layers}
     adapter, branches = build_branches(config, classes, dials.pop("branches"), dials.pop("convolutions"))
     return Collaborative(config.width, adapter, branches, **dials | chosen)
-
-
-def _refuse(recipe: Recipe) -> None:
-    """Two parts of a recipe that both say what a positive's class should learn."""
-    align, stable, loss = recipe.schemes.align, recipe.schemes.stable, recipe.loss.classification
-    aims = align is not None and align.classification != "base"
-    supervised = stable is not None and stable.supervised
-    if aims and supervised:
-        raise UserError(
-            "schemes align and stable both set the classification target",
-            "Keep one: -o schemes.align.classification=base, or -o schemes.stable.supervised=false.",
-        )
-    if recipe.schemes.group is not None and recipe.schemes.hybrid is not None:
-        warnings.warn(Advice("schemes group and hybrid do the same work twice: one of them will do"), stacklevel=2)
-    if (aims and loss != "focal") or (supervised and loss not in ("focal", "psl")):
-        one, remedy = (
-            ("align", "-o schemes.align.classification=base")
-            if aims
-            else ("stable", "-o schemes.stable.supervised=false")
-        )
-        raise UserError(
-            f"loss.classification={loss} and scheme {one} both set the classification target",
-            f"Leave one out, or {remedy}.",
-        )
-    if loss != "focal" and recipe.detector.scores == "softmax":
-        reason, remedy = MISSING["sigmoid_scores"]
-        raise UserError(f"loss.classification={loss} cannot train {recipe.name}: {reason}", f"Or {remedy}.")
 
 
 def build_supervision(recipe: Recipe) -> Supervision:
@@ -131,16 +90,45 @@ def build_supervision(recipe: Recipe) -> Supervision:
 
 
 def build(recipe: Recipe, classes: int, *, seed: int = 0) -> TrainableDetector:
-    """Detector and schemes for training; the detector's weights depend on the recipe's network part and seed only."""
+    """Detector and schemes for training; the detector's weights depend on the recipe's network part and seed only.
+
+    Raises `UserError` for a recipe whose parts contradict each other or name what is not there.
+    """
+    refuse(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(seed, "detector"))
         detector = build_detector(recipe.detector, classes)
-    return TrainableDetector(
+    model = TrainableDetector(
         detector,
         build_schemes(recipe, detector, classes, seed),
         build_supervision(recipe),
         proposal_targets=recipe.detector.proposal_targets,
     )
+    _refuse_idle_factors(recipe.optim.scaled, [name for name, _ in model.named_parameters()])
+    return model
+
+
+def build_untrained(recipe: Recipe, classes: int) -> Detector:
+    """The detector alone, to be filled with trained weights; no generator of random numbers moves."""
+    with torch.random.fork_rng(devices=[]):
+        return build_detector(recipe.untrained().detector, classes)
+
+
+def _refuse_idle_factors(scaled: Mapping[str, float], names: Sequence[str]) -> None:
+    """`UserError` for a factor on learning rates that belongs to no parameter."""
+    for key in scaled:
+        if not any(key in name for name in names):
+            parts = sorted({part for name in names for part in name.split(".")[1:-1] if not part.isdecimal()})
+            near = difflib.get_close_matches(key, parts, n=3, cutoff=0.5) or ["backbone", "encoder", "decoder"]
+            raise UserError(
+                f"optim.scaled.{key}={scaled[key]:g}: no parameter's name contains {key!r}",
+                f"Names contain, for example: {', '.join(near)}. Without it: -o 'optim.scaled={_flow(scaled, key)}'.",
+            )
+
+
+def _flow(scaled: Mapping[str, float], left_out: str) -> str:
+    """The other factors as YAML."""
+    return "{" + ", ".join(f"{key}: {factor:g}" for key, factor in scaled.items() if key != left_out) + "}"
 
 
 def _seed(seed: int, name: str) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from detrellis.recipes.config import BackboneConfig, DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
 
 SWIN_L = "swin_large_patch4_window12_384.ms_in22k"
-OPTIM = OptimConfig(lr=2e-4, scaled={"backbone": 0.1, "sampling_offsets": 0.1, "queries.reference": 0.1}, batch_size=16)
+OPTIM = OptimConfig(lr=2e-4, scaled={"backbone": 0.1, "sampling_offsets": 0.1}, batch_size=16)
+# Where queries are learned, what reads their reference points is as careful as the offsets.
+POINTS = OPTIM.model_copy(update={"scaled": {**OPTIM.scaled, "queries.reference": 0.1}})
 
 
 def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:
@@ -14,7 +16,7 @@ def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:
         about=about,
         detector=detector,
         loss=LossConfig(classes=2.0),
-        optim=OPTIM,
+        optim=POINTS if detector.queries == "learned" else OPTIM,
         schedule=ScheduleConfig(epochs=50, drops=(0.8,)),
     )
 

@@ -1,30 +1,128 @@
-"""What every part of a recipe is: typed, frozen, closed to unknown names; and the ranges of its numbers."""
+"""What every part of a recipe is: typed, frozen, closed to unknown names; and the ranges of its numbers.
+
+Types are strict: a yes or no is no number, and text is neither. Every number has a range, so that no value that is
+infinite, not a number or absurd gets as far as a network.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from detrellis.errors import UserError
 
-Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+
+def within(low: float, high: float, *, above: bool = False, below: bool = False) -> WrapValidator:
+    """The range of a number, for `Annotated`: `above` and `below` leave its ends out."""
+    lower, upper = "above" if above else "at least", "below" if below else "at most"
+    span = f"{lower} {low:,g} and {upper} {high:,g}".replace(",", " ")
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            number = handler(value)
+        except ValidationError as error:
+            whole = error.errors()[0]["type"].startswith("int")
+            raise PydanticCustomError("range", f"has to be a {'whole ' if whole else ''}number {span}") from None
+        if (number > low if above else number >= low) and (number < high if below else number <= high):
+            return number
+        raise PydanticCustomError("range", f"has to be {span}")
+
+    return WrapValidator(check)
+
+
+def _ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if any(one >= other for one, other in pairwise(values)):
+        raise PydanticCustomError("order", "has to ascend, each number once")
+    return values
+
+
+def _some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise PydanticCustomError("empty", "has to name at least one")
+    return values
+
+
+Ascending = AfterValidator(_ascending)
+Some = AfterValidator(_some)
+
+Count = Annotated[int, within(1, 1_000_000)]
+CountOrNone = Annotated[int, within(0, 1_000_000)]  # 0: off
+Few = Annotated[int, within(1, 100)]  # layers, heads, levels, points, groups: each costs as much as the one before
+Positive = Annotated[float, within(0, 1e6, above=True)]
+Share = Annotated[float, within(0, 1)]
+Portion = Annotated[float, within(0, 1, below=True)]  # of something that must not be lost altogether
+Weight = Annotated[float, within(0, 1e6)]
+Key = Annotated[str, StringConstraints(min_length=1)]
+
+# What pydantic calls what does not fit, in the words of who wrote it.
+WORDS = {
+    "bool_type": "has to be true or false",
+    "string_type": "has to be text",
+    "string_too_short": "has to be text, and not empty",
+    "tuple_type": "has to be a list, such as [1, 2]",
+    "dict_type": "has to be a mapping, such as {name: value}",
+    "model_type": "has to be a mapping of its parts, such as {name: value}",
+    "missing": "is missing",
+}
 
 
 class Config(BaseModel):
-    """Frozen, and closed to unknown names."""
+    """Frozen, strict, and closed to unknown names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, data: Any) -> Any:
+        """JSON and YAML have lists where a recipe has tuples."""
+        if not isinstance(data, dict):
+            return data
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
     @classmethod
     def checked(cls, data: dict[str, Any]) -> Self:
-        """From plain data; `UserError` for a value that does not fit, naming the field."""
+        """From plain data; `UserError` for a value that does not fit, naming the field, the value and what fits."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
-            raise UserError(f"{place}: {first['msg'].lower()}, not {first['input']!r}") from None
+            raise UserError(_said(error.errors()[0])) from None
+
+
+def _said(error: ErrorDetails) -> str:
+    place, value = ".".join(str(part) for part in error["loc"]), error["input"]
+    if error["type"] == "missing":
+        return f"{place} {WORDS['missing']}"
+    if error["type"] == "extra_forbidden":
+        return f"there is no field {place}"
+    wanted = WORDS.get(error["type"], error["msg"].lower().replace("input should be", "has to be"))
+    if error["type"] == "literal_error":
+        known = error.get("ctx", {})["expected"].replace("'", "")
+        wanted = f"has to be one of {known}" + nearest(str(value), known.replace(" or ", ", ").split(", "))
+    return f"{place}={value!r} {wanted}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` (did you mean X?)` where a known name is close, else nothing."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def unknown_name(name: str, known: Sequence[str], where: str) -> UserError:
+    """The error for a name that does not exist, with the nearest ones that do."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+    return UserError(f"{where}: there is no {name!r}", remedy)

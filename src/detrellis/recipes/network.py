@@ -31,7 +31,8 @@ from detrellis.nn.spatial import (
     PointPosition,
     position_scale,
 )
-from detrellis.recipes.config import AlignerConfig, BackboneConfig, DetectorConfig
+from detrellis.recipes.config import BackboneConfig, DetectorConfig
+from detrellis.recipes.refuse import level_strides, modulated, refuse_network
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -77,9 +78,9 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
 
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels together (SMCA)."""
-    width, heads, dropout = config.width, config.heads, config.dropout
+    width, heads, dropout = config.width, config.encoder_heads or config.heads, config.dropout
     if config.encoder == "deformable":
-        return DeformableAttention(width, heads, config.levels, config.points)
+        return DeformableAttention(width, heads, config.levels, config.encoder_points or config.points)
     apart = config.encoder == "intra_scale" and layer != config.encoder_layers // 2
     return (IntraScaleAttention if apart else DenseAttention)(width, heads, dropout=dropout)
 
@@ -102,11 +103,6 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
         attention = DenseAttention(width, heads, dropout=dropout)
     several = config.levels > 1
     return AtLevel(attention, level_of(layer, config.decoder_layers, config.levels)) if several else attention
-
-
-def modulated(config: DetectorConfig) -> bool:
-    """Whether it is SMCA-DETR's decoder, whose queries carry the prior."""
-    return config.smca and config.cross_attention == "dense"
 
 
 def build_encoder(config: DetectorConfig) -> Encoder:
@@ -207,82 +203,9 @@ def _feed_forward(config: DetectorConfig, hidden: int) -> FeedForward:
     return FeedForward(config.width, hidden, dropout=config.dropout, activation=config.activation)
 
 
-def _refuse(config: DetectorConfig) -> None:
-    """Combinations of network parts that do not exist, each with what to use instead."""
-    maps, boxes = len(config.backbone.strides), config.query_position == "boxes"
-    learned, anchors = config.queries == "learned", config.queries == "anchors"
-    placeless = learned and config.cross_attention == "dense" and not config.smca
-    problems = {
-        "queries=learned and query_position=boxes do not combine: learned queries are points. Take queries=anchors": (
-            boxes and learned
-        ),
-        "queries=proposals and query_position=boxes do not combine: which gives the content? Take queries=mixed": (
-            boxes and config.queries == "proposals"
-        ),
-        "queries=anchors have no position of their own. Take query_position=boxes": anchors and not boxes,
-        f"{maps} backbone maps need levels={maps} or more": config.levels < maps,
-        f"encoder=dense reads one map. Take levels=1 and backbone.strides=[{config.backbone.strides[-1]}]": (
-            config.encoder == "dense" and (config.levels > 1 or maps > 1)
-        ),
-        "cross_attention=deformable and smca do not combine: it has no dense map that a prior could weigh. Take"
-        " cross_attention=semantic or dense": config.smca and config.cross_attention == "deformable",
-        "cross_attention=conditional and smca do not combine: it learns where to look by itself. Take"
-        " cross_attention=semantic or dense": config.smca and config.cross_attention == "conditional",
-        "cross_attention=semantic samples in boxes that queries learn. Take queries=anchors and query_position=boxes": (
-            config.cross_attention == "semantic" and not (anchors and boxes)
-        ),
-        "aligner.* belongs to cross_attention=semantic": (
-            config.cross_attention != "semantic" and config.aligner != AlignerConfig()
-        ),
-        "neck_norm=false does not exist with several levels: their projections have a norm": (
-            config.neck_norm is False and config.levels > 1
-        ),
-        "smca with cross_attention=dense reads points off learned positions. Take queries=learned and refine=none": (
-            modulated(config) and (not learned or config.refine != "none")
-        ),
-        f"aligner.keypoints={config.aligner.keypoints} neither divides heads={config.heads} nor makes heads that divide"
-        f" width={config.width}": bool(config.aligner.keypoints) and not _fits(config),
-        f"width={config.width} is not a multiple of heads={config.heads} and of 32": (
-            config.width % config.heads or config.width % 32
-        ),
-        f"refine={config.refine} needs boxes or points to move, and DETR's queries have none. Take refine=none": (
-            placeless and config.refine != "none"
-        ),
-        "content=shared, patterns, indicator, fixed_centres and frozen_boxes belong to queries=anchors": not anchors
-        and (
-            config.content == "shared"
-            or any((config.patterns, config.indicator, config.fixed_centres, config.frozen_boxes))
-        ),
-        "scores=softmax and an IoU branch do not combine: the branch scales sigmoid scores": (
-            config.scores == "softmax" and config.iou_branch != "none"
-        ),
-        "scores=softmax and two-stage proposals do not combine: they are ranked by sigmoid scores": (
-            config.scores == "softmax" and not learned and not anchors
-        ),
-    }
-    for problem, holds in problems.items():
-        if holds:
-            raise UserError(f"detector: {problem}", "Set the parts with -o detector.NAME=VALUE.")
-
-
-def _fits(config: DetectorConfig) -> bool:
-    """Whether heads can share the aligner's keypoints, or each have one."""
-    keypoints = config.aligner.keypoints or config.heads
-    if keypoints > config.heads:
-        return config.width % keypoints == 0
-    return config.heads % keypoints == 0
-
-
-def level_strides(config: DetectorConfig) -> tuple[int, ...]:
-    """Pixels that a cell of each level covers."""
-    *finer, last = config.backbone.strides
-    last //= 2 if config.backbone.dilation else 1
-    return (*finer, *(last * 2**i for i in range(config.levels - len(finer))))
-
-
 def build_detector(config: DetectorConfig, classes: int) -> Detector:
     """A detector for `classes` classes, initialised from the global random state."""
-    _refuse(config)
+    refuse_network(config)
     backbone = build_backbone(config.backbone)
     neck, encoder = build_neck(config, backbone.channels), build_encoder(config)
     decoder, queries = build_decoder(config, classes), build_queries(config, classes)
@@ -294,12 +217,3 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
         iou_branch=config.iou_branch,
         soft_nms=config.soft_nms,
     )
-
-
-def capabilities(config: DetectorConfig) -> frozenset[str]:
-    """What schemes may ask of a detector."""
-    holds = {
-        "sigmoid_scores": config.scores == "sigmoid",
-        "box_queries": config.query_position == "boxes",
-    }
-    return frozenset(name for name, held in holds.items() if held)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from detrellis.recipes.fields import Config, Few, Positive, Share, Some, Weight, within
 
-from detrellis.recipes.fields import Config, Count, Positive, Share, Weight
+Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
+Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size
 
 
 class DNConfig(Config):
     """Denoising (DN-DETR)."""
 
     dial: ClassVar[str] = "groups"
-    groups: Count = 5
-    total: Count | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
+    groups: Few = 5
+    total: Queries | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
     label_noise: Share = 0.2
-    box_noise: Weight = 0.4
+    box_noise: Noise = 0.4
     padded_background: bool = False  # slots that an image does not fill learn "no object"
     sees: Literal["main", "all"] = "main"  # with groups: whether it reads the first group only
 
@@ -25,9 +26,9 @@ class CDNConfig(Config):
     """Contrastive denoising (DINO)."""
 
     dial: ClassVar[str] = "number"
-    number: Count = 100
+    number: Queries = 100
     label_noise: Share = 0.5
-    box_noise: Weight = 1.0
+    box_noise: Noise = 1.0
     sees: Literal["main", "all"] = "main"
 
 
@@ -35,8 +36,8 @@ class HybridConfig(Config):
     """Hybrid matching (H-DETR)."""
 
     dial: ClassVar[str] = "k"
-    k: Count = 6  # queries for each target in the extra block
-    queries: Count | None = None  # of the extra block; None: five for each of the detector's, at most 1500
+    k: Few = 6  # queries for each target in the extra block
+    queries: Queries | None = None  # of the extra block; None: five for each of the detector's, at most 1500
     weight: Weight = 1.0  # lambda
     divisor: Literal["copies", "boxes"] = "copies"
 
@@ -49,11 +50,11 @@ class CoConfig(Config):
     """Auxiliary heads with one-to-many assignment, their positives as queries (Co-DETR)."""
 
     dial: ClassVar[str] = "branches"
-    branches: Annotated[tuple[Branch, ...], Field(min_length=1)] = ("atss", "rcnn")  # any number and order, also twice
+    branches: Annotated[tuple[Branch, ...], Some] = ("atss", "rcnn")  # any number and order, also twice
     heads: Weight = 2.0  # lambda 2, of the heads' losses, times the decoder layers; 0: off
     queries: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
-    convolutions: Annotated[int, Field(ge=0)] = 1  # stacked in each tower
-    most: Count = 300  # queries of a branch
+    convolutions: Annotated[int, within(0, 16)] = 1  # stacked in each tower
+    most: Queries = 300  # queries of a branch
     pad: Literal["background", "mask"] = "background"  # what an image with fewer positives is filled up with
     features: bool | None = None  # contents hold the memory at the positives; None: unless derived from boxes
     vector: bool = False  # tell the branches' queries by a vector each, instead of one number
@@ -64,16 +65,16 @@ class AlignConfig(Config):
     """Many-to-one matching and the Align Loss (Align-DETR)."""
 
     dial: ClassVar[str] = "k"
-    k: Count = 4  # candidates for each target
-    k_encoder: Count | None = None  # among the encoder's proposals; None: k
-    k_last: Count = 1  # in the last decoder layer
+    k: Few = 4  # candidates for each target
+    k_encoder: Few | None = None  # among the encoder's proposals; None: k
+    k_last: Few = 1  # in the last decoder layer
     alpha: Share = 0.25  # confidence against IoU in the quality
     tau: Positive = 1.5  # how slowly lower ranks fade
-    gamma: Annotated[float, Field(ge=1)] = 2.0
+    gamma: Annotated[float, within(1, 100)] = 2.0
     floor: Share = 0.01  # lowest quality that a target is computed from
     classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
     rank_boxes: bool = True
-    iou_eps: Weight = 0.0  # 1e-6: as in the released code
+    iou_eps: Annotated[float, within(0, 1e-3)] = 0.0  # 1e-6: as in the released code
 
 
 class StableConfig(Config):
@@ -89,7 +90,9 @@ class GroupConfig(Config):
     """Groups of queries (Group DETR)."""
 
     dial: ClassVar[str] = "k"
-    k: Count | None = None  # groups; None: 11, or 3 in two-stage detectors
+    k: Annotated[int, within(2, 100)] | None = (
+        None  # groups, the detector's own among them; None: 11, or 3 in two-stage detectors
+    )
     reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
     proposals: Literal["heads", "shared", "split"] = "heads"  # of two-stage detectors
     contents: Literal["fresh", "copied"] = "fresh"  # what the further groups' learned contents begin as

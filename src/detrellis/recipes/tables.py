@@ -16,8 +16,8 @@ from pydantic import Field
 
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe, tiny_sized
-from detrellis.recipes.config import Recipe, unknown_name
-from detrellis.recipes.fields import Config, Count
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.fields import Config, Count, unknown_name
 
 Named = TypeVar("Named")
 

@@ -1,0 +1,81 @@
+"""Every field of a recipe with every kind of nonsense: it builds, or there is one clear error that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from detrellis.errors import UserError
+from detrellis.recipes import network
+from detrellis.recipes.build import build
+from detrellis.recipes.config import Recipe, config_of
+from detrellis.recipes.fields import Config
+from detrellis.recipes.refuse import refuse
+
+from ..small import CLASSES, small
+
+NO_NUMBERS = (float("inf"), float("nan"), 1e30, 10**40)  # nothing takes them
+NONSENSE: tuple[Any, ...] = (
+    *(*NO_NUMBERS, -1, 0, 1, 0.5, 1.5),
+    *("", "nonsense", True, None, {}, {"nonsense": 1}),
+    *([], [1], [8, 16, 32, 64, 128], [0.5, 0.2], ["text"]),
+)
+
+
+def fields(config: type[Config], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all fields."""
+    for name, field in config.model_fields.items():
+        inner = config_of(field.annotation)
+        yield prefix + name
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.")
+
+
+def with_value(recipe: Recipe, place: str, value: Any) -> Recipe:
+    data = recipe.model_dump()
+    *parents, name = place.split(".")
+    inside = data
+    for parent in parents:
+        inside[parent] = inside[parent] or {}
+        inside = inside[parent]
+    inside[name] = value
+    return Recipe.checked(data)
+
+
+BASE = small("tiny").override(["data.size=[64, 64]"])
+
+
+def refusal(place: str, value: Any) -> str | None:
+    """What is said against the value; None where the recipe builds with it."""
+    try:
+        recipe = with_value(BASE, place, value)
+        assert not any(value is odd for odd in NO_NUMBERS)
+        if recipe.model_copy(update={"data": BASE.data, "schedule": BASE.schedule}) == BASE:
+            refuse(recipe)  # the network is the same
+        else:
+            with torch.device("meta"):
+                build(recipe.untrained(), CLASSES)
+    except UserError as error:
+        return f"{error.message} {error.remedy}"
+    return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_backbone() -> Iterator[None]:
+    """Most of a build is its backbone, which few fields change."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "build_backbone", cache(network.build_backbone))
+        yield
+
+
+@pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
+@pytest.mark.parametrize("place", fields(Recipe))
+def test_a_value_fits_or_is_refused_by_name(place: str) -> None:
+    name, *parents = reversed(place.split("."))
+    for value in NONSENSE:
+        said = refusal(place, value)
+        assert said is None or name in said or parents[0] in said, (value, said)
