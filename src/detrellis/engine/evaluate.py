@@ -47,7 +47,12 @@ def measured_on(run: str | Path, own_data: Mapping[str, Any] | None, on: On) -> 
     if data is None and own_data is None:
         raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
     source = DataSource.from_dict(own_data or {}) if data is None else find_data(data)
-    return source, on.get("split", "val")
+    split = on.get("split", "val")
+    if split not in source.splits:
+        others = " or ".join(f"--split {name}" for name in source.splits)
+        where = f"{run}: the data set that it was trained on" if data is None else f"{data}: this data set"
+        raise UserError(f"{where} has no split `{split}`", f"Take {others}, or name annotations: --val FILE.")
+    return source, split
 
 
 def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, workers: int, world: World) -> Loader:
