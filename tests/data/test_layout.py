@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.drop import drop_bad
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
+from detrellis.data.voc_xml import parse_xml
 from detrellis.errors import UserError
 from tests.data.sets import (
     BOXES,
@@ -23,6 +25,7 @@ from tests.data.sets import (
     WIDTH,
     CocoSet,
     image_name,
+    voc_xml,
     write_images,
     write_voc,
     write_yolo,
@@ -417,14 +420,74 @@ def test_yaml_mistakes_are_named(tmp_path: Path, yaml: str, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("xml", "message"),
-    [("<annotation><object>", "malformed XML"), ("<annotation><object/></annotation>", "object 1 has no <name>")],
+    [
+        (b"<annotation><object>", "malformed XML"),
+        (b"<annotation><object/></annotation>", "object 1 has no <name>"),
+        (b"<html></html>", "XML of another kind"),
+        (b"", "the file is empty"),
+        (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "'klingon'"),
+        (b'<?xml version="1.0" encoding="gb2312"?><annotation>\xff\xff</annotation>', "'gb2312'"),
+        (b"<annotation>\xff</annotation>", "malformed XML"),
+        (None, "no such file"),
+    ],
 )
-def test_xml_mistakes_are_named(tmp_path: Path, xml: str, message: str) -> None:
+def test_a_bad_xml_file_costs_its_picture_alone(tmp_path: Path, xml: bytes | None, message: str) -> None:
     arguments = voc(tmp_path)
-    (tmp_path / "Annotations" / "train_1.xml").write_text(xml)
-    with pytest.raises(UserError, match=message) as error:
-        resolve(**arguments).load("train")
-    assert "train_1.xml" in error.value.message
+    file = tmp_path / "Annotations" / "train_1.xml"
+    file.unlink() if xml is None else file.write_bytes(xml)
+    raw = resolve(**arguments).load("train")
+    assert [(f.code, f.file, f.row) for f in raw.findings] == [("unreadable-labels", str(file), 1)]
+    assert message in raw.findings[0].what
+    kept, counts = drop_bad(raw, raw.findings)
+    assert counts == {"unreadable-labels": 1}
+    assert "train_1.jpg" not in kept.file_names
+    assert len(kept) == COUNTS["train"] - 1
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared"),
+    [
+        ("gb18030", "gb2312"),
+        ("gbk", "GBK"),
+        ("cp932", "Shift_JIS"),
+        ("utf-16", "utf-16"),
+        ("utf-8", "utf-16"),  # as .NET's StringWriter leaves it
+        ("utf-8-sig", "utf-8"),
+        ("cp1252", "windows-1252"),
+        ("latin-1", "ISO-8859-1"),
+    ],
+)
+def test_xml_is_read_in_its_encoding(tmp_path: Path, encoding: str, declared: str) -> None:
+    name = "café" if encoding in ("cp1252", "latin-1") else "狗"
+    xml = f'<?xml version="1.0" encoding="{declared}"?>{voc_xml("a.jpg", BOXES["train"][:2])}'.replace("cat", name)
+    (tmp_path / "a.xml").write_bytes(xml.encode(encoding))
+    parsed = parse_xml(tmp_path / "a.xml")
+    assert parsed.problem == ""
+    assert [item.name for item in parsed.items] == [name, "dog"]
+
+
+@pytest.mark.parametrize(
+    ("body", "corners"),
+    [
+        ("<robndbox><cx>20</cx><cy>10</cy><w>8</w><h>4</h><angle>1.5707963</angle></robndbox>", (18, 6, 22, 14)),
+        (
+            "<polygon><pt><x>3</x><y>9</y></pt><pt><x>7</x><y>2</y></pt></polygon>",
+            (3, 2, 7, 9),
+        ),
+        ("<polygon><x1>3</x1><y1>9</y1><x2>7</x2><y2>2</y2></polygon>", (3, 2, 7, 9)),
+        ("<robndbox><cx>20</cx><cy>10</cy></robndbox>", None),
+        ("<point/>", None),
+    ],
+)
+def test_the_box_around_other_shapes_of_xml(tmp_path: Path, body: str, corners: tuple[int, ...] | None) -> None:
+    xml = f"<annotation><object><name>cat</name>{body}</object></annotation>"
+    (tmp_path / "a.xml").write_text(xml)
+    (item,) = parse_xml(tmp_path / "a.xml").items
+    if corners is None:
+        assert not np.isfinite(item.corners).any()  # bad-box
+    else:
+        assert item.edges
+        assert np.allclose(item.corners, corners, atol=1e-5)
 
 
 def test_xml_without_size_is_measured(tmp_path: Path) -> None:

@@ -26,6 +26,14 @@ IMAGES: dict[str, Rule] = {
     "missing-image": Rule("error", "Put the file there, or correct the image folder or `file_name`.", "drop image"),
     "renamed-file": Rule("note", "Nothing to do; a clean copy (`--fix`) has the real names."),
     "unclear-file": Rule("warning", "Write the names as they are on disk, relative to the image folder."),
+    "unreadable-labels": Rule(
+        "error", "Export the file again or remove it: what its image shows is unknown.", "drop image"
+    ),
+    "shared-labels": Rule("error", "Give each image its own name and labels, or remove one of them.", "drop image"),
+    "unclear-labels": Rule(
+        "error", "Write `kpt_shape: [KEYPOINTS, 2 or 3]` into the yaml, or `kpt_shape: []` for polygons.", "drop image"
+    ),
+    "unlabelled-images": Rule("warning", "Annotate them; background needs an annotation file without objects."),
     "unreadable-image": Rule("error", _RE_EXPORT, "drop image"),
     "wrong-size": Rule(
         "error",
@@ -68,6 +76,8 @@ BOXES: dict[str, Rule] = {
     "pixel-boxes": Rule("warning", "YOLO boxes are shares of the image: divide by its width and height."),
     "xyxy-boxes": Rule("warning", "COCO boxes are (x, y, width, height): subtract the first corner."),
     "missing-area": Rule("note", "Nothing to do: width * height is used."),
+    "keypoints": Rule("note", "Write `kpt_shape` into the yaml; `kpt_shape: []` if these are polygons."),
+    "skipped-shapes": Rule("warning", "Draw boxes, polygons or circles where such a shape stands for an object."),
     "label-without-image": Rule("warning", "Add the image, or remove the label file."),
     "difficult-objects": Rule("note", "Nothing to do: trained on like the others, forgiven by `eval --metric voc`."),
 }
@@ -77,6 +87,7 @@ CLASSES: dict[str, Rule] = {
     "repeated-category": Rule("note", "Nothing to do: it is taken once."),
     "malformed-category": Rule("warning", "Give it an `id` and a `name`, or remove it: it is left out."),
     "similar-class-names": Rule("warning", "Give both the same name and id where they mean the same."),
+    "class-count": Rule("warning", "Correct `nc`, or the list of `names`: the names count."),
     "class-mismatch": Rule("error", "Use one list of categories for all splits."),
     "unknown-class": Rule("error", "Add the class to the training set's categories, or remove its boxes."),
     "class-never-seen": Rule("warning", "Add examples, or remove the class: it cannot be learnt."),

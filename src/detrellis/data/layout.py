@@ -179,7 +179,7 @@ def _recognised(data: Path, given: Given) -> DataSource | None:
         return _coco(found.files, given, found.why)
     if splits := find_yolo(data):
         return DataSource("yolo", splits)
-    if splits := find_voc(data):
+    if splits := find_voc(data, given):
         return DataSource("voc", splits)
     return None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,20 @@ SPLITS: Mapping[str, tuple[str, ...]] = {  # our name, and what people call it
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+HELD_OUT = 5  # one image in so many is held out for validation where nothing says which
+
+
+def held_out(stems: Iterable[str]) -> set[str]:
+    """The fixed share of the images, by name without suffix, that validates; at least one.
+
+    A hash of the name decides, so that an image stays in its split when others are added.
+    """
+    ordered = sorted(set(stems), key=lambda stem: (_hash(stem), stem))
+    return {stem for stem in ordered if _hash(stem) % HELD_OUT == 0} or set(ordered[:1])
+
+
+def _hash(stem: str) -> int:
+    return int.from_bytes(hashlib.blake2b(stem.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)

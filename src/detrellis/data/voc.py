@@ -1,107 +1,137 @@
 """Pascal VOC's layout: an XML file for each image, and lists in `ImageSets/Main` that say which split it is in.
 
 VOC counts pixels from 1 and both corners belong to the box: `x = xmin - 1`, `w = xmax - xmin + 1`. A set of which any
-corner is below 1 was written by a tool that counts from 0: there the corners are taken as edges, `w = xmax - xmin`.
-
-Class names in alphabetical order get the ids 1, 2, ...; names that only other splits have follow those of training.
+corner is below 1 was written by a tool that counts from 0, and corners with decimals by one that means edges: there
+`x = xmin`, `w = xmax - xmin`. VOC itself has a few decimals, so that more than one object in a hundred must have them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
-
-from detrellis.data.files import is_image, list_images, map_threads, read_sizes, read_text
+from detrellis.data.beside import Wanted, image_folder, pictures_of, spread
+from detrellis.data.files import files_in, is_image, list_images, map_threads, read_text, subfolders, walk
 from detrellis.data.findings import Finding, finding
-from detrellis.data.records import RawDataset, from_columns
-from detrellis.data.splits import SPLITS, SplitFiles
+from detrellis.data.lookup import fold, renaming_notes
+from detrellis.data.named import Box, Record, Thing, class_names, dataset
+from detrellis.data.records import RawDataset
+from detrellis.data.splits import HELD_OUT, SPLITS, SplitFiles, held_out
+from detrellis.data.voc_xml import Item, Parsed, is_voc, parse_xml
 from detrellis.errors import UserError
 
-XML_FOLDERS = ("Annotations", "annotations", "voc_annotations", "xml", "xmls", "labels", ".")
-IMAGE_FOLDERS = ("JPEGImages", "images", "Images", ".")
-HELD_OUT = 5  # one image in so many is held out for validation where no list says which
-
-Corners = tuple[float, float, float, float]
-
-
-class Record(NamedTuple):
-    """One XML file."""
-
-    file: Path
-    image: str  # `filename`
-    size: tuple[int, int]  # height, width; 0 where missing
-    objects: list[tuple[str, Corners]]  # (class name, xmin, ymin, xmax, ymax)
-    difficult: list[bool]  # of each object
+# Folders that are called like XML files, in the order in which they are preferred.
+XML_FOLDERS = ("annotations", "annotation", "annots", "voc_annotations", "xml", "xmls", "labels", "label")
+DECIMALS = 0.01  # of VOC's own objects fewer have decimals
 
 
 # Finding
 
 
-def find_voc(data: Path) -> dict[str, SplitFiles] | None:
-    """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML; None where there are none."""
+def find_voc(data: Path, images: Mapping[str, Path | None] | None = None) -> dict[str, SplitFiles] | None:
+    """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML; None where there are none.
+
+    `images` has the image folder of each split for which it is known.
+    """
+    given = {split: folder for split, folder in (images or {}).items() if folder is not None}
     devkit = data / "VOCdevkit" if (data / "VOCdevkit").is_dir() else data
     years = sorted(p for p in devkit.glob("VOC20*") if (p / "Annotations").is_dir())
     if len(years) > 1:
         raise UserError(f"{data}: more than one year: {', '.join(p.name for p in years)}", "Give one of them.")
     data = years[0] if years else data
-    if by_folder := _by_folder(data):
+    if by_folder := _by_folder(data, [data / name for names in SPLITS.values() for name in names], given):
         return by_folder
-    folders = voc_folders(data)
-    if folders is None:
-        return None
-    annotations, images = folders
-    return _by_lists(data, annotations, images) or {
-        part: SplitFiles(annotations, (images,), part=part) for part in ("train", "val")
-    }
-
-
-def voc_folders(data: Path, images: Path | None = None) -> tuple[Path, Path] | None:
-    """(folder of XML, folder of images) below `data`, or with `data` as the folder of XML itself."""
-    annotations = next((data / name for name in XML_FOLDERS if _first_xml(data / name)), None)
+    annotations = _xml_folder(data)
     if annotations is None:
         return None
-    parents = dict.fromkeys((data, annotations.parent))
-    places = [parent / name for parent in parents for name in IMAGE_FOLDERS]
-    found = images or next((p for p in [annotations, *places] if p.is_dir() and _has_images(p)), None)
+    inside = [annotations / name for names in SPLITS.values() for name in names]
+    if by_folder := _by_folder(data, inside, given):
+        return by_folder
+    folder = given.get("train") or _images_of(annotations, data)
+    found = _by_lists([data, annotations.parent], annotations, folder) or {
+        part: SplitFiles(annotations, (folder,), part=part) for part in ("train", "val")
+    }
+    return {split: _with_images(files, given.get(split)) for split, files in found.items()}
+
+
+def _with_images(files: SplitFiles, images: Path | None) -> SplitFiles:
+    folders = files.images if images is None else (images.resolve(),)
+    return SplitFiles(files.annotations, folders, files.listing, files.part)
+
+
+def voc_folders(data: Path, images: Path | None = None, around: Path | None = None) -> tuple[Path, Path] | None:
+    """(folder of XML, folder of images) in `data`, or with `data` as the folder of XML itself.
+
+    Images are looked for in `data`, then in `around`, then in the folders above the XML.
+    """
+    annotations = _xml_folder(data)
+    if annotations is None:
+        return None
+    return annotations, images.resolve() if images is not None else _images_of(annotations, data, around)
+
+
+def _xml_folder(data: Path) -> Path | None:
+    """The folder below which all XML of VOC's form lies: one of a usual name, `data`, or the only one there is."""
+    below = subfolders(data, 1)
+    named = sorted((f for f in below if fold(f.name) in XML_FOLDERS), key=lambda f: XML_FOLDERS.index(fold(f.name)))
+    found = next((folder for folder in named if _holds_xml(_xml_below(folder))), None)
+    if found is None and _holds_xml(files_in(data, ".xml")):
+        found = data
     if found is None:
-        listed = "".join(f"\n    {place}" for place in places)
-        raise UserError(f"{annotations}: XML files, but no images in{listed}", "Name the folder with `--train-images`.")
-    return annotations.resolve(), found.resolve()
+        others = [folder for folder in below if _holds_xml(_xml_below(folder))]
+        found = data if len(others) > 1 else next(iter(others), None)
+    if found is None:
+        return None
+    # "annotations/xmls", or a whole set one folder deeper.
+    deeper = None if found == data else _xml_folder(found)
+    if deeper is not None and all(deeper in file.resolve().parents for file in _xml_below(found)):
+        found = deeper
+    return found.resolve()
 
 
-def _first_xml(folder: Path) -> bool:
-    """Whether it is a folder of VOC's files: other tools write XML too."""
-    first = next(iter(sorted(folder.glob("*.xml"))), None) if folder.is_dir() else None
-    return first is not None and "<annotation" in first.read_text(errors="replace")[:500]
+def _xml_below(folder: Path) -> list[Path]:
+    return sorted(Path(parent, name) for parent, names in walk(folder) for name in names if fold(name).endswith(".xml"))
 
 
-def _has_images(folder: Path) -> bool:
-    return any(is_image(f) for f in folder.iterdir())
+def _holds_xml(files: Sequence[Path]) -> bool:
+    return any(is_voc(file) for file in spread(files))
 
 
-def _by_folder(data: Path) -> dict[str, SplitFiles] | None:
-    """`train/`, `valid/`, each with its XML and images."""
+def _images_of(annotations: Path, data: Path, around: Path | None = None) -> Path:
+    files = _xml_below(annotations)
+    sample = spread(files)
+    wanted = [Wanted(_stem(file, annotations), parse_xml(file).image) for file in sample]
+    above = [p for p in (data, around, annotations, annotations.parent, annotations.parent.parent) if p is not None]
+    return image_folder(annotations, [place.resolve() for place in above], wanted).resolve()
+
+
+def _stem(file: Path, annotations: Path) -> str:
+    return file.relative_to(annotations).with_suffix("").as_posix()
+
+
+def _by_folder(data: Path, places: Sequence[Path], given: Mapping[str, Path]) -> dict[str, SplitFiles] | None:
+    """`train/`, `valid/`, each with its XML; the images are there too, or in a folder called the same."""
+    by_name = {fold(place.name): place for place in places if place.is_dir()}
     found = {}
     for split, names in SPLITS.items():
-        folders = next((f for name in names if (f := voc_folders(data / name)) is not None), None)
+        own = [by_name[name] for name in names if name in by_name]
+        folders = next((f for place in own if (f := voc_folders(place, given.get(split), data)) is not None), None)
         if folders is not None:
             found[split] = SplitFiles(folders[0], (folders[1],))
     return found if "train" in found else None
 
 
-def _by_lists(data: Path, annotations: Path, images: Path) -> dict[str, SplitFiles] | None:
-    lists = {f.stem: f.resolve() for f in sorted((data / "ImageSets" / "Main").glob("*.txt"))}
+def _by_lists(places: Sequence[Path], annotations: Path, images: Path) -> dict[str, SplitFiles] | None:
+    folders = [place / name for place in places for name in ("ImageSets/Main", "ImageSets")]
+    files = next((found for folder in folders if (found := files_in(folder, ".txt"))), [])
+    lists = {fold(f.stem): f.resolve() for f in files}
     # trainval trains where there is no train, and then test is what is left to validate on.
     train = lists.get("train", lists.get("trainval"))
-    held_out = lists.get("val") if "train" in lists else lists.get("test")
-    found = {"train": train, "val": held_out, "test": lists.get("test") if held_out != lists.get("test") else None}
-    splits = {name: SplitFiles(annotations, (images,), listing=f) for name, f in found.items() if f is not None}
+    held = lists.get("val") if "train" in lists else lists.get("test")
+    meant = {"train": train, "val": held, "test": lists.get("test") if held != lists.get("test") else None}
+    splits = {name: SplitFiles(annotations, (images,), listing=f) for name, f in meant.items() if f is not None}
     return splits if "train" in splits else None
 
 
@@ -110,126 +140,122 @@ def _by_lists(data: Path, annotations: Path, images: Path) -> dict[str, SplitFil
 
 def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits. Training is always read: it says which name has which id, and where pixels count from."""
-    records = {split: _records(splits[split]) for split in dict.fromkeys(["train", *wanted]) if split in splits}
-    names = {split: sorted({name for r in rows for name, _ in r.objects}) for split, rows in records.items()}
-    known = {split: list(dict.fromkeys([*names.get("train", ()), *names[split]])) for split in wanted}
-    train = records.get("train") or [r for rows in records.values() for r in rows]
-    first = 0 if any(min(corners[:2]) < 1 for r in train for _, corners in r.objects) else 1
-    return {split: _dataset(split, splits[split], records[split], known[split], first) for split in wanted}
-
-
-def _records(files: SplitFiles) -> list[Record]:
-    return map_threads(_parse, _xml_files(files))
+    files = {split: _xml_files(splits[split]) for split in dict.fromkeys(["train", *wanted]) if split in splits}
+    parsed = {split: map_threads(parse_xml, own) for split, own in files.items()}
+    train = parsed.get("train") or [p for rows in parsed.values() for p in rows]
+    first = 0 if _means_edges([item for p in train for item in p.items]) else 1
+    read = {split: _matched(split, splits[split], files[split], parsed[split], first) for split in files}
+    names = class_names({split: records for split, (records, _) in read.items()}, wanted)
+    told = set[Path]()
+    found = {}
+    for split in wanted:
+        records, notes = read[split]
+        own = splits[split]
+        if own.images[0] not in told:
+            told.add(own.images[0])
+            of_folder = [s for s in splits if splits[s].images == own.images]
+            used = {r.image for s in of_folder if s in read for r in read[s][0]}
+            notes = [*notes, *_unlabelled(split, own, {splits[s].annotations for s in of_folder}, used)]
+        found[split] = dataset(split, own.annotations, own.images[0], records, names[split], notes, difficult=True)
+    return found
 
 
 def _xml_files(files: SplitFiles) -> list[Path]:
-    everything = sorted(files.annotations.glob("*.xml"))
+    everything = _xml_below(files.annotations)
     if files.listing is not None:
-        # "2008_000001", in some sets with a 1 or -1 behind it.
-        names = [line.split()[0] for line in read_text(files.listing).splitlines() if line.strip()]
-        return [files.annotations / f"{name}.xml" for name in names]
+        return _listed(files.listing, everything, files.annotations)
     if files.part is None:
         return everything
-    held_out = {f for f in everything if _hash(f) % HELD_OUT == 0} or set(sorted(everything, key=_hash)[:1])
-    return [f for f in everything if (f in held_out) == (files.part == "val")]
+    out = held_out(file.stem for file in everything)
+    return [file for file in everything if (file.stem in out) == (files.part == "val")]
 
 
-def _hash(file: Path) -> int:
-    """Of the name, so that an image stays in its split when others are added."""
-    return int.from_bytes(hashlib.blake2b(file.stem.encode(), digest_size=8).digest(), "little")
+def _listed(listing: Path, everything: Sequence[Path], annotations: Path) -> list[Path]:
+    """The XML file that each line names; one that is not there where none does."""
+    known = {fold(file.stem): file for file in reversed(everything)}
+    known |= {fold(_stem(file, annotations)): file for file in everything}
+    found = []
+    for line in read_text(listing).splitlines():
+        readings = _readings(line)
+        if readings:
+            there = (known[fold(name)] for name in readings if fold(name) in known)
+            found.append(next(there, annotations / f"{readings[-1]}.xml"))
+    return list(dict.fromkeys(found))
 
 
-def _parse(file: Path) -> Record:
-    try:
-        root = ElementTree.parse(file).getroot()
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file, but its split lists it", "Add it, or remove it there.") from error
-    except (ElementTree.ParseError, OSError) as error:
-        raise UserError(f"{file}: malformed XML ({error})", "Export the file again, or remove it.") from error
-    objects, difficult = [], []
-    for number, item in enumerate(root.findall("object"), start=1):
-        name = (item.findtext("name") or "").strip()
-        if not name:
-            raise UserError(f"{file}: object {number} has no <name>", "Name its class, or remove the object.")
-        objects.append((name, _corners(item)))
-        difficult.append((item.findtext("difficult") or "0").strip() == "1")
-    size = (_whole(root.findtext("size/height")), _whole(root.findtext("size/width")))
-    return Record(file, (root.findtext("filename") or "").strip(), size, objects, difficult)
+def _readings(line: str) -> list[str]:
+    """What a line may name: "my photo 1", in some sets with a 1, 0 or -1 behind it, a suffix, or folders before it."""
+    whole = line.strip().replace("\\", "/")
+    ways = []
+    for text in (whole, re.sub(r"\s+(-1|0|1)$", "", whole)):
+        bare = Path(text).with_suffix("").as_posix() if is_image(text) or fold(text).endswith(".xml") else text
+        ways += [text, bare, bare.rpartition("/")[2]]
+    return list(dict.fromkeys(way for way in ways if way))
 
 
-def _corners(item: ElementTree.Element) -> Corners:
-    """NaN where a number is missing, which the doctor will name."""
-    xmin, ymin, xmax, ymax = (_number(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-    return xmin, ymin, xmax, ymax
+def _means_edges(items: Sequence[Item]) -> bool:
+    written = [item.corners for item in items if not item.edges]
+    decimals = sum(any(value % 1 for value in corners if math.isfinite(value)) for corners in written)
+    return decimals > DECIMALS * len(written) or any(min(corners[:2]) < 1 for corners in written)
 
 
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return float("nan")
-
-
-def _whole(text: str | None) -> int:
-    value = _number(text)
-    return int(value) if np.isfinite(value) else 0
-
-
-def _dataset(split: str, files: SplitFiles, records: Sequence[Record], names: Sequence[str], first: int) -> RawDataset:
+def _matched(
+    split: str, files: SplitFiles, own: Sequence[Path], parsed: Sequence[Parsed], first: int
+) -> tuple[list[Record], list[Finding]]:
+    """A record for each XML file whose picture is known, and findings."""
     folder = files.images[0]
-    images = _image_names(records, folder)
-    ids = {name: i for i, name in enumerate(names, start=1)}
-    head = {
-        "split": split,
-        "source": files.annotations,
-        "root": folder,
-        "categories": tuple((i, name) for name, i in ids.items()),
-        "label_files": tuple(str(r.file) for r in records),
-        "findings": _notes(split, files, records),
-        "difficult": np.array([mark for r in records for mark in r.difficult], dtype=np.bool_),
-    }
-    sizes = [(image, *r.size) for image, r in zip(images, records, strict=True)]
-    raw = from_columns(head, sizes, _rows(records, ids, first))
-    missing = np.flatnonzero((raw.sizes <= 0).any(axis=1))
-    raw.sizes[missing] = read_sizes([raw.path(row) for row in missing.tolist()])
-    if len(missing):
-        what = f"{len(missing)} of {len(raw)} XML files lack <size>"
-        note = finding("size-missing", split, files.annotations, what, count=len(missing))
-        raw = replace(raw, findings=(*raw.findings, note))
-    return raw
+    wanted = [Wanted(_stem(file, files.annotations), p.image) for file, p in zip(own, parsed, strict=True)]
+    pictures = pictures_of(wanted, folder)
+    records, notes = [], list(_notes(split, files, parsed))
+    for file, name, (_, size, items, problem) in zip(own, pictures.names, parsed, strict=True):
+        things = [Thing(i.name, _box(i, first), n, i.difficult) for n, i in enumerate(items, start=1)]
+        if problem and not (folder / name).is_file():
+            notes.append(finding("unreadable-labels", split, file, problem))
+        else:
+            records.append(Record(file, name, size, things, problem))
+    return records, [*notes, *renaming_notes(split, files.annotations, pictures)]
 
 
-def _rows(
-    records: Sequence[Record], ids: Mapping[str, int], first: int
-) -> Iterator[tuple[int, int, int, tuple[float, ...]]]:
-    for row, record in enumerate(records):
-        for number, (name, (left, top, right, bottom)) in enumerate(record.objects, start=1):
-            x, y = left - first, top - first
-            yield row, number, ids[name], (x, y, right - x, bottom - y)
+def _box(item: Item, first: int) -> Box:
+    left, top, right, bottom = item.corners
+    if item.edges:
+        return left, top, right - left, bottom - top
+    x, y = left - first, top - first
+    return x, y, right - x, bottom - y
 
 
-def _image_names(records: Sequence[Record], folder: Path) -> list[str]:
-    """Image files relative to `folder`: the one named like the XML file, else what `filename` says.
+def _unlabelled(split: str, files: SplitFiles, annotations: set[Path], used: set[str]) -> list[Finding]:
+    """The pictures of the folder that have no XML file: what they show is unknown, so that they are left out."""
+    folder = files.images[0]
+    xml = {file: fold(file.stem) for place in annotations for file in _xml_below(place)}
+    pictures = [p.relative_to(folder).as_posix() for p in list_images(folder)]
+    taken = {fold(Path(name).with_suffix("").as_posix()) for name in used}
+    # Two that differ in their suffix have one file, and one of them was taken; others may be of splits not read now.
+    told = set(xml.values()) - {fold(Path(name).stem) for name in used}
+    bare = [
+        name
+        for name in pictures
+        if name not in used
+        and (fold(Path(name).with_suffix("").as_posix()) in taken or fold(Path(name).stem) not in told)
+    ]
+    if bare:
+        # Files that are called otherwise may name them.
+        stems = {fold(Path(name).stem) for name in pictures}
+        strangers = [file for file, stem in xml.items() if stem not in stems]
+        named = {fold(Path(p.image.replace("\\", "/")).name) for p in map_threads(parse_xml, strangers)}
+        bare = [name for name in bare if fold(Path(name).name) not in named]
+    if not bare:
+        return []
+    what = f"{len(bare)} of {len(pictures)} pictures have no XML file and are left out; the first: {bare[0]}"
+    return [finding("unlabelled-images", split, folder, what, count=len(bare))]
 
-    In this order, because `filename` is what goes stale when files are renamed.
-    """
-    paths = [p.relative_to(folder) for p in list_images(folder)]
-    there = {p.as_posix() for p in paths}
-    by_stem = {p.stem: p.as_posix() for p in sorted(paths, key=lambda p: -len(p.parts))}  # the least deep one wins
-    names = []
-    for record in records:
-        written = PureWindowsPath(record.image).name  # some tools write the whole path of the machine they ran on
-        own = by_stem.get(record.file.stem, by_stem.get(Path(written).stem) if written not in there else written)
-        names.append(own or written or f"{record.file.stem}.jpg")
-    return names
 
-
-def _notes(split: str, files: SplitFiles, records: Sequence[Record]) -> tuple[Finding, ...]:
+def _notes(split: str, files: SplitFiles, parsed: Sequence[Parsed]) -> list[Finding]:
     found = []
     if files.part is not None and split == "train":
         what = f"no ImageSets/Main: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
         found.append(finding("layout", split, files.annotations, what))
-    if difficult := sum(sum(r.difficult) for r in records):
+    if difficult := sum(item.difficult for p in parsed for item in p.items):
         what = f"{difficult} objects are marked difficult"
         found.append(finding("difficult-objects", split, files.annotations, what, count=difficult))
-    return tuple(found)
+    return found

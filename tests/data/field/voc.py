@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.data.field.cases import Arguments, Case, Reads
-from tests.data.field.pictures import PICTURES, name_of, save_all, write_voc
+from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
+from tests.data.field.pictures import OBJECTS, PICTURES, TRUTH, name_of, picture, save, save_all, voc_xml, write_voc
+
+ONE_LESS = (PICTURES - 1, OBJECTS - len(TRUTH[0]))  # without the first picture
 
 
 def plain(root: Path) -> Arguments:
@@ -14,9 +18,79 @@ def plain(root: Path) -> Arguments:
     return {"data": root}
 
 
-def annots(root: Path) -> Arguments:
-    save_all(root / "images")
-    write_voc(root / "annots")
+def folders(xml: str, images: str) -> Callable[[Path], Arguments]:
+    def build(root: Path) -> Arguments:
+        save_all(root / images)
+        write_voc(root / xml)
+        return {"data": root}
+
+    return build
+
+
+def fiftyone(root: Path) -> Arguments:
+    return folders("labels", "data")(root)
+
+
+def given_images(root: Path) -> Arguments:
+    folders("a/b/c/set/xml", "elsewhere/x")(root)
+    images = root / "elsewhere" / "x"
+    return {"data": root / "a" / "b" / "c" / "set", "train_images": images, "val_images": images}
+
+
+def folder_of_xml(root: Path) -> Arguments:
+    folders("somewhere", "elsewhere/x")(root)
+    return {"train": root / "somewhere", "train_images": root / "elsewhere" / "x"}
+
+
+def subfolders(root: Path) -> Arguments:
+    for place, numbers in (("seq1", range(3)), ("seq2", range(3, PICTURES))):
+        for number in numbers:
+            name = f"{number % 3:04d}"  # the same names in both
+            save(number, root / "JPEGImages" / place / f"{name}.jpg")
+            (root / "Annotations" / place).mkdir(parents=True, exist_ok=True)
+            (root / "Annotations" / place / f"{name}.xml").write_text(voc_xml(number, f"{name}.jpg"))
+    return {"data": root}
+
+
+def subfolders_of_splits(root: Path) -> Arguments:
+    subfolders(root)
+    for old, new in (("seq1", "train"), ("seq2", "val")):
+        for folder in ("Annotations", "JPEGImages"):
+            (root / folder / old).rename(root / folder / new)
+    return {"data": root}
+
+
+def upper_case(root: Path) -> Arguments:
+    arguments = plain(root)
+    for number in range(3):
+        file = root / "Annotations" / name_of(number, ".xml")
+        file.rename(file.with_suffix(".XML"))
+    return arguments
+
+
+def flat(root: Path) -> Arguments:
+    save_all(root)
+    write_voc(root)
+    return {"data": root}
+
+
+def stray_picture(root: Path) -> Arguments:
+    arguments = plain(root)
+    save(0, root / "Annotations" / "preview.png")
+    return arguments
+
+
+def drawn_beside(root: Path) -> Arguments:
+    folders("Annotations", "pics")(root)
+    for number in range(PICTURES):
+        (root / "Annotated").mkdir(exist_ok=True)
+        picture((), number).save(root / "Annotated" / name_of(number, ".png"))
+    return {"data": root}
+
+
+def drawn_beside_alike(root: Path) -> Arguments:
+    folders("Annotations", "pics")(root)
+    shutil.copytree(root / "pics", root / "Annotated")
     return {"data": root}
 
 
@@ -27,24 +101,145 @@ def appledouble(root: Path) -> Arguments:
     return arguments
 
 
-def spaces_in_a_list(root: Path) -> Arguments:
+def odd_first(content: bytes) -> Callable[[Path], Arguments]:
+    def build(root: Path) -> Arguments:
+        arguments = plain(root)
+        (root / "Annotations" / name_of(0, ".xml")).write_bytes(content)
+        return arguments
+
+    return build
+
+
+def unlabelled(root: Path) -> Arguments:
     arguments = plain(root)
-    lists = root / "ImageSets" / "Main"
-    lists.mkdir(parents=True)
-    for split, numbers in (("train", range(4)), ("val", range(4, PICTURES))):
-        for number in numbers:
-            old, new = name_of(number, ""), f"IMG (copy) {number}"
-            xml = root / "Annotations" / f"{old}.xml"
-            xml.write_text(xml.read_text().replace(f"{old}.jpg", f"{new}.jpg"))
-            xml.rename(xml.with_name(f"{new}.xml"))
-            (root / "JPEGImages" / f"{old}.jpg").rename(root / "JPEGImages" / f"{new}.jpg")
-        (lists / f"{split}.txt").write_text("".join(f"IMG (copy) {n}\n" for n in numbers))
+    (root / "Annotations" / name_of(0, ".xml")).unlink()
     return arguments
 
 
+def no_picture(root: Path) -> Arguments:
+    arguments = plain(root)
+    (root / "JPEGImages" / name_of(0)).unlink()
+    return arguments
+
+
+def same_stem(root: Path) -> Arguments:
+    arguments = plain(root)
+    picture((), 9).save(root / "JPEGImages" / name_of(0, ".png"))
+    return arguments
+
+
+def same_stem_stale(root: Path) -> Arguments:
+    arguments = same_stem(root)
+    (root / "Annotations" / name_of(0, ".xml")).write_text(voc_xml(0, "IMG_1.jpg"))
+    return arguments
+
+
+def renamed(root: Path) -> Arguments:
+    """`filename` says what the pictures were called once; the XML files were renamed with them."""
+    arguments = plain(root)
+    for number in range(PICTURES):
+        old = name_of((number + 1) % PICTURES)
+        (root / "Annotations" / name_of(number, ".xml")).write_text(voc_xml(number, f"C:\\pics\\{old}"))
+    return arguments
+
+
+def by_file_name(root: Path) -> Arguments:
+    """The XML files are called otherwise, and `filename` counts, in another case too."""
+    save_all(root / "images")
+    for number in range(PICTURES):
+        (root / "xml").mkdir(exist_ok=True)
+        (root / "xml" / f"anno_{number}.xml").write_text(voc_xml(number, name_of(number, ".JPG" if number else ".png")))
+    return {"data": root}
+
+
+def decimals(root: Path) -> Arguments:
+    """As CVAT writes them: corners are edges."""
+    save_all(root / "JPEGImages")
+    (root / "Annotations").mkdir()
+    for number, boxes in enumerate(TRUTH):
+        objects = "".join(
+            f"<object><name>{b.name}</name><bndbox><xmin>{b.x + 0.25}</xmin><ymin>{b.y + 0.25}</ymin>"
+            f"<xmax>{b.x + b.w}.0</xmax><ymax>{b.y + b.h}.0</ymax></bndbox></object>"
+            for b in boxes
+        )
+        xml = f"<annotation><filename>{name_of(number)}</filename>{objects}</annotation>"
+        (root / "Annotations" / name_of(number, ".xml")).write_text(xml)
+    return {"data": root}
+
+
+def encoded(root: Path) -> Arguments:
+    save_all(root / "JPEGImages")
+    for number in range(PICTURES):
+        encoding, declared = (("gb18030", "gb2312"), ("utf-16", "utf-16"), ("utf-8", "utf-16"))[number % 3]
+        xml = f'<?xml version="1.0" encoding="{declared}"?>' + voc_xml(number).replace("<size>", "<x>狗</x><size>")
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / name_of(number, ".xml")).write_bytes(xml.encode(encoding))
+    return {"data": root}
+
+
+def listed(old: str, train: str, val: str = "") -> Callable[[Path], Arguments]:
+    """Names and the lines of the lists by pattern, "{}" for the number."""
+
+    def build(root: Path) -> Arguments:
+        arguments = plain(root)
+        lists = root / "ImageSets" / "Main"
+        lists.mkdir(parents=True)
+        for split, numbers, line in (("train", range(4), train), ("val", range(4, PICTURES), val or train)):
+            for number in numbers:
+                stem, new = name_of(number, ""), old.format(number)
+                xml = root / "Annotations" / f"{stem}.xml"
+                xml.write_text(xml.read_text().replace(f"{stem}.jpg", f"{new}.jpg"))
+                xml.rename(xml.with_name(f"{new}.xml"))
+                (root / "JPEGImages" / f"{stem}.jpg").rename(root / "JPEGImages" / f"{new}.jpg")
+            text = "".join(f"{line.format(n)}\r\n" for n in numbers)
+            (lists / f"{split}.txt").write_bytes(text.encode("utf-8-sig"))
+        return arguments
+
+    return build
+
+
+def listed_but_missing(root: Path) -> Arguments:
+    arguments = listed("p{}", "p{}")(root)
+    (root / "Annotations" / name_of(0, ".xml")).unlink()
+    return arguments
+
+
+UNKNOWN = Finds(frozenset({"unreadable-labels"}), *ONE_LESS)
+NAMELESS = b"<annotation><filename>p0.jpg</filename><object><name/></object></annotation>"
+
 CASES = [
     Case("voc", plain, Reads()),
-    Case("voc_annots", annots, Reads()),
-    Case("voc_appledouble", appledouble, Reads(), pending="hidden files are read"),
-    Case("voc_list_spaces", spaces_in_a_list, Reads(), pending="the list is split at spaces"),
+    Case("voc_annots", folders("annots", "images"), Reads()),
+    Case("voc_xmls", folders("annotations/xmls", "images"), Reads()),
+    Case("voc_own_names", folders("my_boxes", "my_pics"), Reads()),
+    Case("voc_deeper", folders("set/Annotations", "set/JPEGImages"), Reads()),
+    Case("voc_fiftyone", fiftyone, Reads()),
+    Case("voc_given_images", given_images, Reads()),
+    Case("voc_folder_of_xml", folder_of_xml, Reads()),
+    Case("voc_subfolders", subfolders, Reads()),
+    Case("voc_subfolders_of_splits", subfolders_of_splits, Reads()),
+    Case("voc_upper_case", upper_case, Reads()),
+    Case("voc_flat", flat, Reads()),
+    Case("voc_stray_picture", stray_picture, Reads()),
+    Case("voc_drawn_beside", drawn_beside, Reads()),
+    Case("voc_drawn_beside_alike", drawn_beside_alike, Refused(("Annotated", "pics", "--train-images"))),
+    Case("voc_appledouble", appledouble, Reads()),
+    Case("voc_malformed", odd_first(b"<annotation><object>"), UNKNOWN),
+    Case("voc_other_xml", odd_first(b"<project/>"), UNKNOWN),
+    Case("voc_nameless", odd_first(NAMELESS), UNKNOWN),
+    Case("voc_empty_file", odd_first(b""), UNKNOWN),
+    Case("voc_unknown_encoding", odd_first(b'<?xml version="1.0" encoding="x"?><annotation/>'), UNKNOWN),
+    Case("voc_listed_but_missing", listed_but_missing, UNKNOWN),
+    Case("voc_unlabelled", unlabelled, Finds(frozenset({"unlabelled-images"}), *ONE_LESS)),
+    Case("voc_no_picture", no_picture, Finds(frozenset({"missing-image"}), *ONE_LESS)),
+    Case("voc_same_stem", same_stem, Reads(finds=frozenset({"unlabelled-images"}))),
+    Case("voc_same_stem_stale", same_stem_stale, Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS)),
+    Case("voc_renamed", renamed, Reads()),
+    Case("voc_by_file_name", by_file_name, Reads(finds=frozenset({"renamed-file"}))),
+    Case("voc_decimals", decimals, Reads()),
+    Case("voc_encoded", encoded, Reads()),
+    Case("voc_list_spaces", listed("IMG (copy) {}", "IMG (copy) {}"), Reads()),
+    Case("voc_list_flags", listed("my photo {}", "my photo {}  1", "my photo {} -1"), Reads()),
+    Case("voc_list_suffix", listed("a.b {}", "a.b {}.jpg"), Reads()),
+    Case("voc_list_paths", listed("p{}", "/home/me/JPEGImages/p{}.jpg", "JPEGImages\\p{}.jpg"), Reads()),
 ]

@@ -1,0 +1,163 @@
+"""One XML file of Pascal VOC, in whatever encoding and dialect tools write it.
+
+Nothing in a file raises: `Parsed.problem` says why what it shows is unknown, and the doctor reports that.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
+ROOT = re.compile(rb"<annotation[\s/>]")
+# Files say the smaller set and hold letters of the larger one.
+WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
+HEAD = 4096  # bytes that are looked at to recognise a file
+
+Corners = tuple[float, float, float, float]  # left, top, right, bottom as written
+
+
+class Item(NamedTuple):
+    """One object."""
+
+    name: str
+    corners: Corners  # NaN where a number is missing, which the doctor will name
+    edges: bool  # they are edges for certain: of a turned box or a polygon
+    difficult: bool
+
+
+class Parsed(NamedTuple):
+    """One XML file."""
+
+    image: str  # `filename`
+    size: tuple[int, int]  # height, width; 0 where missing
+    items: list[Item]
+    problem: str = ""  # why nothing can be said about its picture
+
+
+def is_voc(file: Path) -> bool:
+    """Whether it begins like a file of VOC's: other tools write XML too."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(HEAD)
+    except OSError:
+        return False
+    return ROOT.search(head.replace(b"\0", b"")) is not None  # UTF-16 has a zero in each letter
+
+
+def parse_xml(file: Path) -> Parsed:
+    """What the file says, or why it says nothing."""
+    try:
+        root = _root(file.read_bytes())
+        return Parsed((root.findtext("filename") or "").strip(), _size(root), _items(root))
+    except FileNotFoundError:
+        return _unknown("no such file")
+    except OSError as error:
+        return _unknown(f"cannot be read ({error.strerror})")
+    except ElementTree.ParseError as error:
+        return _unknown(f"malformed XML ({error})")
+    except ValueError as error:
+        return _unknown(str(error))
+
+
+def _unknown(problem: str) -> Parsed:
+    return Parsed("", (0, 0), [], problem)
+
+
+def _root(data: bytes) -> ElementTree.Element:
+    """The `annotation` element. Raises `ParseError`, or `ValueError` in words."""
+    if not data.strip(b"\0 \r\n\t"):
+        raise ValueError("the file is empty")
+    try:
+        root = ElementTree.fromstring(data)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        # Expat reads few encodings; what is given to it as text it reads whatever the file declares.
+        if (text := _decoded(data)) is None:
+            raise error if isinstance(error, ElementTree.ParseError) else ValueError(_no_encoding(data)) from error
+        root = ElementTree.fromstring(text)
+    if root.tag != "annotation":
+        raise ValueError(f"XML of another kind: its top level is <{root.tag}>, not <annotation>")
+    return root
+
+
+def _decoded(data: bytes) -> str | None:
+    """The text by the encoding that the file declares; None where that does not help."""
+    declared = _declared(data)
+    try:
+        name = codecs.lookup(declared).name
+        if name.startswith(("utf-16", "utf-32")):
+            name = "utf-8"  # it could not be read as such: tools copy the declaration into files in UTF-8
+        return data.decode(WIDER.get(name, name))
+    except (LookupError, UnicodeDecodeError):
+        return None
+
+
+def _declared(data: bytes) -> str:
+    found = DECLARED.match(data.removeprefix(codecs.BOM_UTF8))
+    return found.group(1).decode("ascii") if found else ""
+
+
+def _no_encoding(data: bytes) -> str:
+    return f"its text cannot be read in the encoding that it declares, {_declared(data)!r}"
+
+
+def _size(root: ElementTree.Element) -> tuple[int, int]:
+    return _whole(root.findtext("size/height")), _whole(root.findtext("size/width"))
+
+
+def _items(root: ElementTree.Element) -> list[Item]:
+    items = []
+    for number, element in enumerate(root.findall("object"), start=1):
+        if _text(element, "deleted") == "1":  # the LabelMe of old keeps what was removed
+            continue
+        name = _text(element, "name")
+        if not name:
+            raise ValueError(f"object {number} has no <name>")
+        corners, edges = _corners(element)
+        items.append(Item(name, corners, edges, _text(element, "difficult").lower() in ("1", "true")))
+    return items
+
+
+def _corners(element: ElementTree.Element) -> tuple[Corners, bool]:
+    """The corners, and whether they are edges: a turned box and a polygon give the box around them."""
+    box = element.find("bndbox")
+    if box is not None:
+        xmin, ymin, xmax, ymax = (_number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+        return (xmin, ymin, xmax, ymax), False
+    turned, polygon = element.find("robndbox"), element.find("polygon")
+    if turned is not None:
+        return _around(*(_number(turned.findtext(key)) for key in ("cx", "cy", "w", "h", "angle"))), True
+    if polygon is not None:
+        xs, ys = ([_number(e.text) for e in polygon.iter() if re.fullmatch(rf"{axis}\d*", e.tag)] for axis in "xy")
+        if len(xs) > 1 and len(ys) > 1:
+            return (min(xs), min(ys), max(xs), max(ys)), True
+    return (math.nan,) * 4, False
+
+
+def _around(cx: float, cy: float, w: float, h: float, angle: float) -> Corners:
+    """The upright box around one that is turned by `angle` radians."""
+    if not math.isfinite(angle):
+        return (math.nan,) * 4
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    x, y = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
+    return cx - x, cy - y, cx + x, cy + y
+
+
+def _text(element: ElementTree.Element, key: str) -> str:
+    return (element.findtext(key) or "").strip()
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def _whole(text: str | None) -> int:
+    value = _number(text)
+    return int(value) if math.isfinite(value) else 0
