@@ -13,6 +13,7 @@ from detrellis.arguments import BatchSize, Classes, Epochs, Iou, Metric, Scale, 
 from detrellis.data.annotations import Annotations
 from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Loader
 from detrellis.engine.bench import BenchResult, How, bench_recipe
@@ -87,7 +88,7 @@ def train(
     seed: Seed = 0,
     device: str | None = None,
     workers: Workers = 2,
-    skip_bad: bool = False,
+    skip_bad: SkipBad = False,
     console: Console | None = None,
 ) -> TrainResult:
     """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`, `val`).
@@ -97,7 +98,8 @@ def train(
     `boxes` names weights too, of which the reference boxes (anchors) alone are taken over. `scale="tiny"` takes the
     recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
     (`"optim.lr=1e-4"`), `out` is the run's folder (default: `runs/` with the recipe's name and the time). Raises
-    `UserError` where the data set has errors, unless `skip_bad` drops the bad records.
+    `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the
+    images that lose an object by that (`"boxes"`: these stay).
     """
     own_recipe, initial = _start(recipe, weights)
     own_boxes = None if boxes is None else load_any(boxes)[0]
@@ -318,7 +320,7 @@ def _chosen(
 
 
 def _prepared(
-    source: DataSource, skip_bad: bool, own: World, console: Console | None
+    source: DataSource, skip_bad: SkipBad, own: World, console: Console | None
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
     """The data set after its fast check; the first process says what was found and what was left out."""
     training, validation, classes, report = prepare(source, skip_bad=skip_bad)

@@ -19,6 +19,7 @@ from rich.console import Console
 from detrellis.data.annotations import Annotations
 from detrellis.data.check import check, prepare, prepare_split
 from detrellis.data.decode import ORIENTATION, read_image
+from detrellis.data.drop import PARTIAL, WITH_IMAGE
 from detrellis.data.findings import RULES, Finding
 from detrellis.data.fix import AREA, SWAPPED, fix
 from detrellis.data.layout import DataSource, resolve
@@ -421,7 +422,9 @@ def kept(tmp_path: Path, name: str) -> DataSource:
         ("missing image", [1, 2, 4, 5]),
         ("truncated", [1, 2, 4, 5]),
         ("unknown image", [1, 3, 4, 5]),
-        ("nan box", [1, 3, 4, 5]),
+        ("nan box", [3, 4, 5]),  # 1 was in the same image
+        ("outside", [3, 4, 5]),
+        ("unknown category", [3, 4, 5]),
         ("partly outside", [1, 2, 3, 4, 5]),
         ("annotation id twice", [1, 2, 3, 6, 5]),
         ("image id twice", [1, 2, 4, 5]),  # nobody knows whose the box of image 20 is
@@ -435,6 +438,27 @@ def kept(tmp_path: Path, name: str) -> DataSource:
 )
 def test_nothing_else_is_dropped(tmp_path: Path, name: str, ids: list[int]) -> None:
     assert ids_of(kept(tmp_path, name)) == ids
+
+
+def test_a_picture_that_lost_an_object_goes_unless_asked_for(tmp_path: Path) -> None:
+    """Else it teaches that the object is not there."""
+    source = spoiled(CASES["nan box"], tmp_path / "set")
+    train, _, _, report = prepare(source, skip_bad=True)
+    assert train.image_ids.tolist() == [20, 30, 40, 50]
+    assert report.skipped == {"train": {"bad-box": 1, PARTIAL: 1, WITH_IMAGE: 1}}
+    train, _, _, report = prepare(source, skip_bad="boxes")
+    assert train.image_ids.tolist() == [10, 20, 30, 40, 50]
+    assert train.ids.tolist() == [1, 3, 4, 5]
+    assert report.skipped == {"train": {"bad-box": 1}}
+    fixed = fix(source, check(source), tmp_path / "fixed", keep_partial=True)
+    assert ids_of(resolve(data=fixed.out)) == [1, 3, 4, 5]
+
+
+def test_a_crowd_region_is_no_lost_object(tmp_path: Path) -> None:
+    spoil = set_box(1, bbox=[0, 0, -1, 5], iscrowd=1)
+    train, _, _, report = prepare(spoiled(Case("empty-box", spoil, TRAIN_JSON, 2), tmp_path), skip_bad=True)
+    assert train.ids.tolist() == [1, 3, 4, 5]
+    assert report.skipped == {"train": {"empty-box": 1}}
 
 
 def test_a_file_listed_twice_keeps_the_boxes_of_both(tmp_path: Path) -> None:
@@ -490,9 +514,9 @@ def test_the_copy_keeps_what_we_do_not_read(tmp_path: Path) -> None:
     source = spoiled(CASES["nan box"], tmp_path / "set")
     fixed = fix(source, check(source), tmp_path / "fixed")
     content = json.loads(fixed.files["train"].read_text())
-    assert [row["segmentation"][0][0] for row in content["annotations"]] == [4, 0, 8, 2]
+    assert [row["segmentation"][0][0] for row in content["annotations"]] == [0, 8, 2]
     assert content["categories"][0]["supercategory"] == "animal"
-    assert content["images"][0]["file_name"] == "train_0.jpg"
+    assert content["images"][0]["file_name"] == "train_1.jpg"
     assert content["info"]["image_root"] == str(tmp_path / "set" / "images" / "train")
     assert "bad-box: 1" in fixed.text()
 
@@ -618,7 +642,10 @@ def test_yolo_lines_are_named_fixed_and_survived(tmp_path: Path, line: str, code
     fixed = fix(source, report, tmp_path / "fixed")
     assert fixed.changes["train"][code] == 1
     assert check(resolve(data=tmp_path / "fixed")).exit_code == 0
-    assert_trainable(prepare(source, skip_bad=True)[0])
+    train = prepare(source, skip_bad=True)[0]
+    assert_trainable(train)
+    assert (b"train_0.jpg" in train.file_names) == (code in ("clipped-box", "duplicate-box"))
+    assert_trainable(prepare(source, skip_bad="boxes")[0])
 
 
 def test_yolo_in_pixels(tmp_path: Path) -> None:

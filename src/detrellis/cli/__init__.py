@@ -21,6 +21,7 @@ from detrellis.cli.options import (
     Boxes,
     Device,
     Files,
+    KeepPartial,
     MeasuredOn,
     Metric,
     Overrides,
@@ -34,6 +35,7 @@ from detrellis.cli.options import (
     console,
     grouped,
     print_json,
+    skips,
 )
 from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
@@ -86,6 +88,9 @@ def check(
     files: Files,
     fast: Annotated[bool, typer.Option("--fast", help="Do not decode the images.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")] = None,
+    keep_partial: Annotated[
+        bool, typer.Option("--keep-partial", help="With --fix: keep images that lose an object.")
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(**limits(Threads), help="Threads that decode (default: one a core).")
     ] = None,
@@ -99,11 +104,13 @@ def check(
     from detrellis.data.fix import clean_folder
     from detrellis.data.fix import fix as fix_source
 
+    if keep_partial and fix is None:
+        raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")
     source = files.source()
     if fix is not None:
         clean_folder(source, fix)
     report = check_source(source, fast=fast, progress=not as_json, workers=workers)
-    fixed = None if fix is None else fix_source(source, report, fix)
+    fixed = None if fix is None else fix_source(source, report, fix, keep_partial)
     if as_json:
         print_json(report.to_dict() | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes}))
     else:
@@ -132,6 +139,7 @@ def train(
         int | None, typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0).")
     ] = None,
     skip_bad: SkipBad = False,
+    keep_partial: KeepPartial = False,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, bit for bit.")] = None,
     device: Device = None,
     workers: Workers = 2,
@@ -146,7 +154,8 @@ def train(
     speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
     if resume is not None:
         _only_with_resume(
-            *(recipe, weights, boxes, *vars(files).values(), scale, scheme, override, epochs, out, seed, skip_bad)
+            *(recipe, weights, boxes, *vars(files).values(), scale, scheme, override, epochs, out, seed),
+            *(skip_bad, keep_partial),
         )
         result = api.resume(resume, device=device, workers=workers, console=speaks)
     else:
@@ -163,7 +172,7 @@ def train(
             seed=seed or 0,
             device=device,
             workers=workers,
-            skip_bad=skip_bad,
+            skip_bad=skips(skip_bad, keep_partial),
             console=speaks,
         )
     if as_json:

@@ -22,8 +22,10 @@ from rich.console import Console
 
 from detrellis import arguments
 from detrellis.arguments import limits
+from detrellis.errors import UserError
 
 if TYPE_CHECKING:
+    from detrellis.data.findings import SkipBad as Skips
     from detrellis.data.layout import DataSource
     from detrellis.engine.evaluate import On
 
@@ -37,6 +39,9 @@ ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON to evalua
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
+]
+KeepPartial = Annotated[
+    bool, typer.Option("--keep-partial", help="With it, keep images that lose an object (they teach it is not there).")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")]
@@ -84,11 +89,21 @@ class MeasuredOn:
     split: Split = "val"
     batch_size: BatchSize = 4
     skip_bad: SkipBad = False
+    keep_partial: KeepPartial = False
     workers: Workers = 2
 
     def on(self) -> On:
         """As the API takes it."""
-        return {**vars(self)}  # type: ignore[typeddict-item]
+        own = {**vars(self), "skip_bad": skips(self.skip_bad, self.keep_partial)}
+        del own["keep_partial"]
+        return own  # type: ignore[return-value]
+
+
+def skips(skip_bad: bool, keep_partial: bool) -> Skips:
+    """`--skip-bad` and `--keep-partial` as the API takes them."""
+    if keep_partial and not skip_bad:
+        raise UserError("--keep-partial without --skip-bad", "Add --skip-bad: only then anything is left out.")
+    return "boxes" if keep_partial else skip_bad
 
 
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:

@@ -18,12 +18,14 @@ from detrellis.cli.options import (
     AsJson,
     Device,
     Files,
+    KeepPartial,
     Overrides,
     Scale,
     SkipBad,
     console,
     grouped,
     print_json,
+    skips,
 )
 from detrellis.cli.published import show_published
 
@@ -64,13 +66,15 @@ class Trials:
     threads: Threads = None
     workers: Loading = 1
     skip_bad: SkipBad = False
+    keep_partial: KeepPartial = False
     device: Device = None
     as_json: AsJson = False
 
     def settings(self, seeds: int) -> dict[str, Any]:
         """What a plan takes of them."""
         command = shlex.join(["detrellis", *sys.argv[1:]])
-        own = {name: getattr(self, name) for name in ("scale", "epochs", "equal", "skip_bad")}
+        own = {name: getattr(self, name) for name in ("scale", "epochs", "equal")}
+        own["skip_bad"] = skips(self.skip_bad, self.keep_partial)
         return own | {"seeds": range(seeds), "command": command}
 
     def conduct(self, plan: Plan, out: Path) -> None:

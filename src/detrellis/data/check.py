@@ -11,7 +11,7 @@ from detrellis.data.check_classes import align_classes, check_classes, disagreem
 from detrellis.data.check_images import check_images, gather, shared_images
 from detrellis.data.classes import ClassMap
 from detrellis.data.drop import drop_bad
-from detrellis.data.findings import MALFORMED, Finding, finding
+from detrellis.data.findings import MALFORMED, Finding, SkipBad, finding
 from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset, to_annotations
 from detrellis.data.report import Report
@@ -65,12 +65,12 @@ def _nothing(raw: RawDataset) -> list[Finding]:
     return [finding("no-annotations", raw.split, raw.source, f"{len(raw)} images and not one box{looked}")]
 
 
-def prepare(source: DataSource, skip_bad: bool = False) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
+def prepare(source: DataSource, skip_bad: SkipBad = False) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
     """Training and validation set (None where there is none), the class map of both, and the fast check's report.
 
-    Where the check finds errors, `skip_bad` leaves those records out (`report.skipped` says how many); without it a
-    `UserError` says what the check says. With it the check is the full one: an image that cannot be decoded is a bad
-    record too.
+    Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an object by that
+    (`"boxes"`: these stay); `report.skipped` says how many. Without it a `UserError` says what the check says. With it
+    the check is the full one: an image that cannot be decoded is a bad record too.
     """
     raws = source.load_all([split for split in ("train", "val") if split in source.splits])
     if "train" not in raws:
@@ -81,7 +81,7 @@ def prepare(source: DataSource, skip_bad: bool = False) -> tuple[Annotations, An
 
 
 def prepare_split(
-    source: DataSource, split: str, classes: ClassMap, skip_bad: bool = False
+    source: DataSource, split: str, classes: ClassMap, skip_bad: SkipBad = False
 ) -> tuple[Annotations, Report]:
     """One split for a detector that is already trained: as `prepare`, with `classes` in place of a training set's."""
     raws = source.load_all([split])
@@ -93,7 +93,7 @@ def prepare_split(
 
 
 def _taken_over(
-    raws: Mapping[str, RawDataset], report: Report, classes: ClassMap, skip_bad: bool
+    raws: Mapping[str, RawDataset], report: Report, classes: ClassMap, skip_bad: SkipBad
 ) -> tuple[dict[str, Annotations], Report]:
     if report.errors and not skip_bad:
         raise UserError(
@@ -103,7 +103,7 @@ def _taken_over(
         )
     found, skipped = {}, {}
     for split, raw in raws.items():
-        kept, counts = drop_bad(raw, report.errors)
+        kept, counts = drop_bad(raw, report.errors, keep_partial=skip_bad == "boxes")
         aligned, changed = align_classes(kept, list(zip(classes.ids, classes.names, strict=True)))
         if not len(aligned.ids):
             raise UserError(

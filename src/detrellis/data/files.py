@@ -36,6 +36,8 @@ def map_threads(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None, progress: str = ""
 ) -> list[Result]:
     """`function` of every item, in order; `progress` is the bar's title, and none is shown without one."""
+    if workers is not None and workers < 1:
+        raise UserError(f"workers = {workers}", "Give a number of threads, 1 or more.")
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     pool = ThreadPoolExecutor(max(1, workers or cpus()))
     try:

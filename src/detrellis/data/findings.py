@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 Severity = Literal["error", "warning", "note"]
 Action = Literal["drop image", "drop box", "renumber", "merge", "none"]
+SkipBad = bool | Literal["boxes"]  # leave out bad records, and images that lose an object ("boxes": these stay)
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 

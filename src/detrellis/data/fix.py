@@ -50,12 +50,13 @@ class Fixed:
         return "\n".join([*lines, f"Train with --data {self.out}; the images stay where they are."])
 
 
-def fix(source: DataSource, report: Report, out: Path) -> Fixed:
+def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = False) -> Fixed:
     """Writes a copy of the annotations without what `report` found, and returns what was changed.
 
-    Images with errors and boxes with errors are left out, boxes that leave their frame are clipped, exact copies are
-    removed, repeated annotation ids renumbered, missing areas computed, classes brought to training's ids; an image
-    that another split has too is left out of the one that comes first (train), unless that is more than half of it.
+    Images with errors and boxes with errors are left out, and images that lose an object by that (`keep_partial`: these
+    stay, and teach that it is not there). Boxes that leave their frame are clipped, exact copies removed, repeated
+    annotation ids renumbered, missing areas computed, classes brought to training's ids; an image that another split
+    has too is left out of the one that comes first (train), unless that is more than half of it.
     `report` must be a check of `source` as it is now; after a fast one, images that cannot be decoded are in the copy.
 
     Raises `UserError` where `out` holds anything but the copy that an earlier call made.
@@ -66,7 +67,8 @@ def fix(source: DataSource, report: Report, out: Path) -> Fixed:
     cleaned: dict[str, RawDataset] = {}
     changes: dict[str, dict[str, int]] = {}
     for split, raw in raws.items():
-        cleaned[split], changes[split] = _clean(raw, [f for f in report.findings if f.split == split])
+        found = [f for f in report.findings if f.split == split]
+        cleaned[split], changes[split] = _clean(raw, found, keep_partial)
         if "train" in cleaned:
             cleaned[split], aligned = align_classes(cleaned[split], cleaned["train"].categories)
             changes[split] |= aligned
@@ -86,7 +88,7 @@ def clean_folder(source: DataSource, out: Path) -> Outputs:
     return outputs
 
 
-def _clean(raw: RawDataset, findings: list[Finding]) -> tuple[RawDataset, dict[str, int]]:
+def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tuple[RawDataset, dict[str, int]]:
     raw, turned = _turned(raw, [f for f in findings if f.code == "wrong-size"])
     if turned:
         # In the right frame other boxes are outside.
@@ -95,7 +97,7 @@ def _clean(raw: RawDataset, findings: list[Finding]) -> tuple[RawDataset, dict[s
     if 2 * sum(f.code == "shared-image" for f in findings) > len(raw):
         # Train and val are meant to be the same, as in a trial run.
         findings = [f for f in findings if f.code != "shared-image"]
-    raw, counts = drop_bad(raw, findings)
+    raw, counts = drop_bad(raw, findings, keep_partial)
     boxes = clip(raw.boxes, raw.sizes[raw.box_rows]) if len(raw) else raw.boxes
     cut = (boxes != raw.boxes).any(axis=1)
     areas = boxes[:, 2] * boxes[:, 3]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import detrellis
 from detrellis.data.classes import ClassMap
+from detrellis.data.findings import SkipBad
 from detrellis.errors import UserError
 from detrellis.recipes.config import Recipe
 
@@ -41,7 +42,7 @@ class Card:
     classes: ClassMap
     data: Mapping[str, Any]  # the run's `DataSource`, as `to_dict` gives it
     seed: int = 0
-    skip_bad: bool = False  # whether bad records were left out of the data
+    skip_bad: SkipBad = False  # whether bad records were left out of the data
     epoch: int = 0
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
     weights: str | None = None  # where the run started from, if not from the recipe's own

@@ -12,6 +12,7 @@ from torchvision.ops import batched_nms
 
 from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import EvalSampler
@@ -35,7 +36,7 @@ class On(TypedDict, total=False):
     val_images: str | Path | None
     split: Split
     batch_size: BatchSize  # images at a time; by default 4
-    skip_bad: bool  # drop bad records instead of refusing the data set
+    skip_bad: SkipBad  # drop bad records instead of refusing the data set
     workers: Workers  # processes that load images; by default 2
 
 

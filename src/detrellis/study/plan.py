@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from detrellis.data.findings import SkipBad
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
@@ -60,7 +61,7 @@ class Plan:
     rows: tuple[Row, ...]
     data: Mapping[str, Any]  # the `DataSource`, as `to_dict` gives it
     seeds: tuple[int, ...] = (0,)
-    skip_bad: bool = False
+    skip_bad: SkipBad = False
     command: str = ""  # that began the study
     skipped: Mapping[str, str] = field(default_factory=dict)  # rows that cannot be trained, and why
     # For equal time: of each row's epoch, in multiples of the baseline's (see `paced`); None: equal epochs.

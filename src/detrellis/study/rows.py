@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from detrellis.data.check import prepare
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
@@ -60,7 +61,7 @@ def plan_schemes(
     scale: Literal["tiny"] | None = None,
     override: Sequence[str] = (),
     equal: Equal = "epochs",
-    skip_bad: bool = False,
+    skip_bad: SkipBad = False,
     command: str = "",
 ) -> Plan:
     """A row for each set of schemes in `schemes` (see `parse_rows`); the first is the baseline.
@@ -91,7 +92,7 @@ def _pace(equal: Equal) -> dict[str, float] | None:
     return {} if equal == "time" else None
 
 
-def count_classes(source: DataSource, skip_bad: bool) -> int:
+def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
     """Of a data set that can be trained and evaluated on; `UserError` otherwise, before any run begins."""
     _, validation, classes, _ = prepare(source, skip_bad=skip_bad)
     if validation is None:
@@ -115,7 +116,7 @@ def plan_table(
     epochs: int | None = None,
     scale: Literal["tiny"] | None = None,
     equal: Equal = "epochs",
-    skip_bad: bool = False,
+    skip_bad: SkipBad = False,
     command: str = "",
 ) -> Plan:
     """The rows of a paper's table, each with its baseline there; `only`: some of them (names or numbers).

@@ -68,6 +68,6 @@ CASES = [
     Case("coco_backslash_mixed", some_backslashes, Reads()),
     Case("coco_case", other_case, Reads()),
     Case("coco_two_folders", drawn_beside, Reads()),
-    Case("coco_dup_cat_id", category_twice, Finds(frozenset({"duplicate-category-id"}), 6, 6)),
+    Case("coco_dup_cat_id", category_twice, Finds(frozenset({"duplicate-category-id"}), 2, 2)),
     Case("coco_seg_some", some_only_outlined, Reads()),
 ]
