@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image, ImageFont
 
 from detrellis import visualize
 from detrellis.errors import UserError
+from detrellis.outputs import jpeg
 from detrellis.visualize import (
     BACKGROUND,
     BAR,
@@ -221,6 +223,19 @@ def test_a_crowd_has_thinner_lines_and_shorter_tags() -> None:
     assert texts == {".50", "dog 0.75"}  # a large box has room for its name
 
 
+@pytest.mark.parametrize(("size", "want"), [((3, 900), (160, 900)), ((900, 3), (900, 160)), ((1, 1), (640, 640))])
+def test_a_strip_has_room_for_its_tags(size: tuple[int, int], want: tuple[int, int]) -> None:
+    picture = draw_detections(plain(*size), [[0, 0, *size]], [1], [0.9], NAMES, legend=False)
+    assert picture.size == want
+    assert (np.asarray(picture) == colour_of(1)).all(2).sum() > 300  # the tag, and not the frame alone
+    assert draw_detections(plain(*size), [], [], [], NAMES, min_side=1).size == size
+
+
+def test_a_picture_that_no_jpeg_can_hold_is_made_smaller() -> None:
+    with Image.open(io.BytesIO(jpeg(Image.new("RGB", (70_000, 20))))) as picture:
+        assert picture.size == (65_500, 19)
+
+
 def test_tags_and_lines_grow_with_the_picture() -> None:
     looks = [
         visualize._look(visualize._marks([[0, 0, 9, 9]], [0], [0.5], NAMES), size, None)
@@ -260,6 +275,7 @@ def test_letters_that_no_font_has_are_not_drawn_as_boxes(monkeypatch: pytest.Mon
     assert visualize._writable("Éléphant", None) == "Elephant"
     assert visualize._writable("血小板", None, "class 2") == "class 2"
     assert visualize._writable("a\n b", None) == "a b"
+    assert visualize._writable("赤血球 cell", None, "class 0") == "class 0 cell"  # not what 白血球 cell is called too
     assert visualize._font_name(frozenset("é")) is None
     visualize._font_name.cache_clear()
 

@@ -13,8 +13,8 @@ from detrellis.data.check import check
 from detrellis.data.layout import resolve
 from detrellis.data.records import to_annotations
 from detrellis.data.shapes import write_shapes
-from detrellis.outputs import Outputs
-from detrellis.visualize import contact_sheet, draw_detections, jpeg
+from detrellis.outputs import Outputs, jpeg
+from detrellis.visualize import contact_sheet, draw_detections
 
 SIDE = 112  # pixels: small enough for minutes on two cores
 SETTINGS = (

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detrellis.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 MADE = ".detrellis.jsonl"
+LARGEST = 65500  # pixels of a JPEG's side
 ANY = "any"  # in place of a hash: the file grows, and is ours whatever is in it
 
 
@@ -133,6 +139,14 @@ class Outputs:
 
     def _refusal(self, path: Path, why: str) -> UserError:
         return UserError(f"{path}: {why}", f"Take another {self.option}, or move the file.")
+
+
+def jpeg(image: Image) -> bytes:
+    """The picture as the content of a JPEG file; one that is too large for the format is made smaller."""
+    content = io.BytesIO()
+    image.thumbnail((LARGEST, LARGEST))
+    image.save(content, format="JPEG", quality=92)
+    return content.getvalue()
 
 
 def _put(partial: Path, path: Path) -> None:

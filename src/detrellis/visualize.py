@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import unicodedata
 from collections import Counter
@@ -29,7 +28,7 @@ PALETTE = [
 ]  # fmt: skip
 SHADES = ((0, 0.0), (255, 0.4), (0, 0.25), (255, 0.65))  # later classes: mixed with black (0) or white by a share
 LONGEST = 28  # letters of a name in a tag; the legend has it whole
-LARGEST = 65500  # pixels of a JPEG's side
+NARROWEST = 160  # pixels of a drawn picture with boxes: a tag's width
 BACKGROUND, BAR, INK = (24, 24, 28), (44, 44, 52), (240, 240, 240)
 
 # Pillow's own font has no letters beyond ASCII; where a name needs them, the first of these that has them all.
@@ -66,9 +65,9 @@ def draw_detections(
 
     `boxes (N, 4)` in pixel xyxy, `labels (N,)` class indices, `scores (N,)` or None for ground truth, `names` by class
     index: tensors, arrays or lists. An image whose long side is below `min_side` is enlarged to it, so that tags can be
-    read. In a crowd, lines and tags shrink, then small boxes' tags show the score only, and a tag that would hide
-    others is left out; the best scores are placed first. `font`: a font file, for names that no font found here can
-    write.
+    read, and a strip gets an empty margin for them. In a crowd, lines and tags shrink, then small boxes' tags show the
+    score only, and a tag that would hide others is left out; the best scores are placed first. `font`: a font file, for
+    names that no font found here can write.
     """
     marks = _marks(boxes, labels, scores, names)
     canvas, scale = _enlarged(image.convert("RGB"), min_side)  # convert always copies
@@ -76,6 +75,8 @@ def draw_detections(
     font = _font_name(frozenset("".join(m.name for m in marks)), font)
     marks = [replace(m, name=_writable(m.name, font, f"class {m.label}")) for m in marks]
     look = _look(marks, canvas.size, font)
+    if marks:
+        canvas = _wide_enough(canvas)
     draw = ImageDraw.Draw(canvas, "RGBA")
     for mark in sorted(marks, key=lambda m: -_area(m.box)):  # small boxes stay on top of large ones
         _draw_box(draw, mark, look.line)
@@ -120,14 +121,6 @@ def side_by_side(
 ) -> Image.Image:
     """Ground truth on the left, prediction on the right."""
     return contact_sheet([truth, prediction], 2, titles, cell=cell)
-
-
-def jpeg(image: Image.Image) -> bytes:
-    """The picture as the content of a JPEG file; one that is too large for the format is made smaller."""
-    content = io.BytesIO()
-    image.thumbnail((LARGEST, LARGEST))
-    image.save(content, format="JPEG", quality=92)
-    return content.getvalue()
 
 
 @dataclass(frozen=True)
@@ -179,6 +172,16 @@ def _enlarged(image: Image.Image, min_side: int) -> tuple[Image.Image, float]:
     if scale == 1:
         return image, scale
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC), scale
+
+
+def _wide_enough(canvas: Image.Image) -> Image.Image:
+    """With room for tags at the right of a strip, and below a flat one."""
+    size = (max(canvas.width, NARROWEST), max(canvas.height, NARROWEST))
+    if size == canvas.size:
+        return canvas
+    roomy = Image.new("RGB", size, BACKGROUND)
+    roomy.paste(canvas)
+    return roomy
 
 
 def _on_canvas(mark: _Mark, scale: float, size: tuple[int, int]) -> _Mark | None:
@@ -381,8 +384,11 @@ def _missing(name: str | None, letters: frozenset[str]) -> frozenset[str]:
 
 
 def _writable(text: str, font: str | None, otherwise: str = "?") -> str:
-    """On one line, and in ASCII if the font lacks a letter of it; `otherwise` where nothing is left."""
+    """On one line, and in ASCII if the font lacks a letter of it. `otherwise` stands for what ASCII cannot say, or two
+    classes could be called the same."""
     text = " ".join(text.split())
-    if _missing(font, frozenset(text)):
-        text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
-    return text or otherwise
+    if not _missing(font, frozenset(text)):
+        return text or otherwise
+    parts = [c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)]  # letters, without accents
+    plain = " ".join("".join(c for c in parts if c.isascii()).split())
+    return plain if all(c.isascii() for c in parts) else f"{otherwise} {plain}".strip()

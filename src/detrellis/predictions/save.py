@@ -13,10 +13,9 @@ from typing import Any
 
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
-from detrellis.outputs import Outputs
+from detrellis.outputs import Outputs, jpeg
 from detrellis.predictions.inputs import Given
 from detrellis.predictions.record import Failure, Prediction
-from detrellis.visualize import jpeg
 
 RESULTS, CLASSES = "predictions.json", "classes.txt"
 
