@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -49,6 +49,24 @@ def make_backbone(config: BackboneConfig) -> BackboneConfig:
     if config.drop_path:
         return config.model_copy(update={"name": "swin_tiny_patch4_window7_224", "drop_path": 0.1})
     return config.model_copy(update={"name": "resnet18"})
+
+
+def light(recipe: Recipe) -> Recipe:
+    """The same recipe on timm's smallest ResNet: maps of the same strides, at an eighth of a ResNet-18's time.
+
+    For tests of what stands behind the backbone. A last stage is not dilated, which its network could not tell.
+    """
+    backbone = recipe.detector.backbone.model_copy(update={"name": "test_resnet", "dilation": False})
+    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+
+
+def distinct(recipes: Mapping[str, Recipe], parts: Sequence[str] = ("detector", "schemes", "loss")) -> list[str]:
+    """One name of each kind, the first: recipes are of one kind if these parts of them are the same. All that a test
+    builds of network, schemes and losses, from the first weights on, is then the same too."""
+    kinds: dict[str, str] = {}
+    for name, recipe in recipes.items():
+        kinds.setdefault(recipe.model_dump_json(include=set(parts)), name)
+    return list(kinds.values())
 
 
 def images(sizes: Sequence[tuple[int, int]] = ((64, 96), (64, 96)), seed: int = 0) -> ImageBatch:
