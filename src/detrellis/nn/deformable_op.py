@@ -41,11 +41,14 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
 
     `value (B, S, M, d)`, `locations (B, N, M, V, P, 2)` as (x, y) in [0, 1] of each level, `weights (B, N, M, V, P)`.
     Returns `(B, N, M * d)` in the value's type. Locations and weights are used in float32 or better, and so are sums.
+    On torch's meta device only the shape comes out: samples and their sums are no multiply-adds that anybody counts.
     """
+    if value.is_meta:
+        return value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
     precise = torch.promote_types(torch.promote_types(locations.dtype, weights.dtype), torch.float32)
     precise = torch.promote_types(precise, value.dtype)
     places, shares = locations.to(precise), weights.to(precise)
-    exports = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting() or value.is_meta
+    exports = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
     if exports or not _has_kernels(value.device.type):
         return ms_deform_attn_reference(value.to(precise), shapes, places, shares).to(value.dtype)
     # On CUDA, rows are converted as they are read; nothing on the CPU is faster in half precision.
