@@ -1,7 +1,9 @@
 # Needs nothing but Python (3.11 or later) and make. `make` alone lists the targets.
 
 PYTHON ?= python3
-VENV := .venv
+# A Python that is named has an environment of its own: make test PYTHON=python3.13 uses .venv-python3.13.
+VENV := .venv$(patsubst %,-%,$(filter-out python3 python,$(notdir $(PYTHON))))
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -10,9 +12,11 @@ STAMP := $(VENV)/.installed
 TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
 TESTS ?=
 BENCH ?=
+# What meets the libraries: help, pictures, a training run, its evaluation, predictions, analyses, files of weights.
+QUICK := tests/test_cli.py tests/data/test_decode.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench check lint types arrows style clean
+.PHONY: help venv demo test quick oldest bench check lint types arrows style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +28,12 @@ demo: $(STAMP)  ## Make a data set, train on it, and draw what the detector find
 
 test: $(STAMP)  ## Run the tests (a part of them: make test TESTS=tests/golden)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) $(TESTS)
+
+quick:  ## Run the tests that meet the libraries: try another Python with make quick PYTHON=python3.13
+	$(MAKE) test TESTS="$(QUICK)"
+
+oldest: $(OLDEST)/.installed  ## The same tests with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(TEST_FLAGS) $(QUICK)
 
 bench: $(STAMP)  ## Measure what has a speed budget, and print a table (a part: make bench BENCH=step)
 	$(BIN)/python benchmarks/all.py $(BENCH)
@@ -44,14 +54,30 @@ style: $(STAMP)  ## Test the limits of length, nesting and arguments
 	$(BIN)/python -m pytest tests/test_style.py
 
 clean:  ## Remove the environment, caches and the demo (runs/ stays)
-	rm -rf $(VENV) demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Done once, and again when what is installed changes.
+# Done once, and again when what is installed changes. uv needs half of pip's time; where it cannot install, pip does.
 $(STAMP): pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
+	@$(BIN)/python -m uv --no-progress pip install -q --python $(BIN)/python -c constraints.txt -e '$(EVERYTHING)' \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e '$(EVERYTHING)'
+	@touch $@
+
+# Bounds in pyproject.toml, each at its lowest, found by uv; without transformers, which brings another typer.
+$(OLDEST)/.installed: pyproject.toml
+	$(call environment,$(OLDEST))
+	@echo "Installing the oldest versions allowed into $(OLDEST)."
+	@$(OLDEST)/bin/python -m uv --no-progress pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct \
+		-e '.[test,tensorboard]'
+	@touch $@
+
+EVERYTHING := .[dev,tensorboard]
+
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " \
 		+ sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,tensorboard]'
-	@touch $(STAMP)
+	@$(1)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install -q -c constraints.txt uv || true
+endef

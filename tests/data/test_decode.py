@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -42,7 +43,10 @@ def test_jpeg_agrees_with_pillow(tmp_path: Path) -> None:
     assert torch.equal(read_image(path), pixels(Image.open(path)))
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
+NEW_PILLOW = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="it writes YCbCr, and cannot read it")
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", pytest.param("YCbCr", marks=NEW_PILLOW)])
 def test_other_modes_are_converted(tmp_path: Path, mode: str) -> None:
     image = picture(1).convert(mode)
     path = tmp_path / ("a.png" if mode in ("L", "1", "P") else "a.tiff")

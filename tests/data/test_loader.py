@@ -237,7 +237,7 @@ def test_pinning_keeps_the_types(annotations: Annotations, monkeypatch: pytest.M
     dataset = DetectionDataset(annotations, AUGMENTATIONS["detr"]())
     (batch,) = build_loader(dataset, EvalSampler(len(dataset), 99))
     pinned = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self)
     assert_same(pin_memory(batch), batch)
     assert len(pinned) == 5  # pixels, padding, labels, boxes, sizes
 
