@@ -14,6 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"api", "errors"},
     "__main__": {"cli"},
     "errors": set(),
+    "terminal": set(),
     "arguments": {"errors"},
     "outputs": {"errors"},
     "types": set(),
@@ -29,8 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"types", "boxes", "nn", "detector", "matching", "supervision", "schemes", "training", "errors"},
     "visualize": {"types", "data", "errors"},
     "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "arguments", "outputs", "errors"},
-    "demo": {"api", "data", "outputs", "visualize"},
-    "engine": {"types", "boxes", "detector", "training", "data", "recipes", "arguments", "errors", "__init__"},
+    "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
+    "engine": {
+        *("types", "boxes", "detector", "training", "data", "recipes", "arguments", "errors", "terminal", "__init__"),
+    },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "errors"},
     "api": {
         *("types", "detector", "training", "data", "recipes", "engine", "interop"),
@@ -40,10 +43,10 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
         *("data", "recipes", "engine", "api", "arguments", "outputs", "errors", "visualize"),
     },
-    "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "errors", "__init__"},
+    "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "errors", "terminal", "__init__"},
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
-        *("arguments", "errors", "__init__"),
+        *("arguments", "errors", "terminal", "__init__"),
     },
 }
 

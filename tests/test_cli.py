@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from PIL import Image
 
 import detrellis
 from detrellis.cli import app, main
-from detrellis.errors import UserError
+from detrellis.cli.entry import start
+from detrellis.errors import UserError, command
 from detrellis.types import Detections
 
 from .small import SMALL
@@ -59,10 +63,33 @@ def test_every_verb_is_tested() -> None:
     assert sorted(VERBS) == sorted(verbs(app))
 
 
-@pytest.mark.parametrize("code", ["import detrellis", "import detrellis.cli", "import detrellis.recipes"])
-def test_starting_does_not_import_torch(code: str) -> None:
-    probe = f"{code}, sys; assert 'torch' not in sys.modules, 'torch was imported'"
-    subprocess.run([sys.executable, "-c", probe], check=True)
+LIGHT = [
+    ["--version"],
+    ["recipes"],
+    ["reproduce"],
+    ["reproduce", "align"],
+    ["reproduce", "align", "3"],
+    ["compare", "x"],
+]
+LIGHT += [["train"], ["train", "tinny"], ["train", "tiny", "-o", "optim.lrr=1"], ["info", "dino"], ["bench", "x"]]
+LIGHT += [[*verb.split(), "--help"] for verb in VERBS]
+PROBE = """
+import sys
+import detrellis, detrellis.recipes
+from detrellis.cli import main
+for words in eval(sys.argv[1]):
+    sys.argv = ["detrellis", *words]
+    try:
+        main()
+    except SystemExit:
+        pass
+    assert "torch" not in sys.modules, words
+"""
+
+
+def test_what_needs_no_torch_does_not_import_it() -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, repr(LIGHT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +244,109 @@ def test_wrong_use_is_a_message_and_exit_code_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in " ".join(call(*arguments, capsys=capsys, code=2).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["analyze", "groupz", "run"], "Did you mean"),
+        (["--data", ".", "check"], "Options stand after the verb"),
+        (["eval"], "Missing argument"),
+        (["eval"], "For example: detrellis eval runs/"),
+        (["train", "tiny", "--epochs", "few"], "For example: detrellis train tiny --data my_data"),
+        (["recipes", "--jsn"], "See detrellis recipes --help"),
+    ],
+)
+def test_a_wrong_word_is_told_with_an_example(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in " ".join(call(*arguments, capsys=capsys, code=2).split())
+
+
+@pytest.mark.parametrize("words", [["train", "tinny"], ["eval"], ["check", "--data", "no_such_folder"]])
+def test_with_json_a_refusal_is_json_too(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["detrellis", *words, "--json"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert f"error {error['message']}" in err
+    assert error["remedy"].splitlines()[0] in err
+
+
+def begin(verb: Callable[[], None], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line of that verb alone."""
+    own = typer.Typer()
+    own.command()(verb)
+    monkeypatch.setattr(sys, "argv", ["detrellis"])
+    with pytest.raises(SystemExit, match=str(code)):
+        start(own)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, ["Stopped."]),
+        (MemoryError(), 1, ["error out of memory", "optim.batch_size"]),
+        (OSError(28, "No space left on device"), 2, ["error No space left on device", "Make room"]),
+        (PermissionError(13, "Permission denied", "a [red] file"), 2, ["error a [red] file: Permission denied"]),
+        (BrokenPipeError(32, "Broken pipe"), 1, []),
+        (KeyError("shape"), 1, ["Traceback", "error KeyError: 'shape'", "report it", detrellis.__version__]),
+    ],
+)
+def test_whatever_is_raised_ends_in_words(
+    raised: BaseException,
+    code: int,
+    told: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr("detrellis.cli.entry._close_quietly", lambda: None)
+    begin(fail, code, monkeypatch)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [text for text in told if text not in err] == []
+    assert ("Traceback" in err) == ("Traceback" in told)
+    assert bool(err) == bool(told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("becomes", [None, ImportError("a half-imported library")])
+def test_a_signal_is_a_line_and_its_exit_code(
+    number: signal.Signals,
+    becomes: Exception | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted() -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if becomes is not None:
+                raise becomes from None
+            raise
+
+    before = signal.getsignal(number)
+    begin(interrupted, 128 + number, monkeypatch)
+    assert capsys.readouterr().err == "Stopped.\n"
+    assert signal.getsignal(number) == before
+
+
+def test_commands_can_be_pasted() -> None:
+    words = ["train", "--resume", Path("-my runs/[1] it's"), "data.size=[64, 64]"]
+    assert shlex.split(command(*words)) == [
+        "detrellis",
+        "train",
+        "--resume",
+        "./-my runs/[1] it's",
+        "data.size=[64, 64]",
+    ]
 
 
 def test_training_on_a_bad_data_set_is_refused_or_survived(

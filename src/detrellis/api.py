@@ -37,7 +37,7 @@ from detrellis.predictions.model import Model as Model
 from detrellis.predictions.record import OnError, Predictions, collected
 from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import Folder
-from detrellis.recipes import Recipe, find_recipe, tiny_sized
+from detrellis.recipes import Recipe, choose_recipe, find_recipe
 from detrellis.recipes.build import build, build_untrained
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def train(
     """
     own_recipe, initial = _start(recipe, weights)
     own_boxes = None if boxes is None else load_any(boxes)[0]
-    chosen = _chosen(own_recipe, scale, scheme, override)
+    chosen = choose_recipe(own_recipe, scale, scheme, override)
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
@@ -132,15 +132,9 @@ def _run_folder(folder: Path) -> Outputs:
     return outputs
 
 
-def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe, Source | None]:
+def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe | None, Source | None]:
     """The recipe to train, by default that of the weights, and the weights to start from."""
     if weights is None:
-        if recipe is None:
-            raise UserError(
-                "train: which recipe?",
-                "For example: detrellis train tiny --data my_data. See detrellis recipes. "
-                "Or start from a trained one with its own recipe: --weights RUN.",
-            )
         return recipe, None
     tensors, card = load_any(weights)
     objectness = card.recipe.detector.proposal_targets == "objectness"
@@ -293,7 +287,7 @@ def info(
     override: str | Sequence[str] = (),
 ) -> Info:
     """Parameters, multiply-adds and training schemes of a recipe."""
-    return measure(_chosen(recipe, scale, scheme, override), classes)
+    return measure(choose_recipe(recipe, scale, scheme, override), classes)
 
 
 @checked
@@ -307,16 +301,7 @@ def bench(
     **how: Unpack[How],
 ) -> BenchResult:
     """Latency and throughput of a recipe with random weights: inference, or a training step. See `engine/bench.py`."""
-    return bench_recipe(_chosen(recipe, scale, scheme, override), classes, **how)
-
-
-def _chosen(
-    recipe: str | Recipe, scale: Scale | None, scheme: str | Sequence[str], override: str | Sequence[str]
-) -> Recipe:
-    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
-    if scale is not None:
-        chosen = tiny_sized(chosen)
-    return chosen.with_schemes(scheme).override(override)
+    return bench_recipe(choose_recipe(recipe, scale, scheme, override), classes, **how)
 
 
 def _prepared(

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
 
 from detrellis import api
 from detrellis.data.annotations import Annotations
 from detrellis.data.check import check
-from detrellis.data.layout import resolve
+from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
 from detrellis.data.shapes import write_shapes
+from detrellis.engine.checkpoint import load_weights
+from detrellis.engine.train import TrainResult
+from detrellis.errors import UserError, command
 from detrellis.outputs import Outputs, jpeg
+from detrellis.recipes import Recipe, find_recipe
+from detrellis.terminal import Terminal
 from detrellis.visualize import contact_sheet, draw_detections
 
 SIDE = 112  # pixels: small enough for minutes on two cores
@@ -29,34 +33,57 @@ EPOCHS = 7
 PICTURE = "predictions.jpg"
 
 
-def run_demo(out: Path, *, epochs: int | None, seed: int, console: Console) -> Path:
-    """Make data, check, train, evaluate, draw; returns the picture's path."""
+def run_demo(out: Path, *, epochs: int | None, seed: int, console: Terminal) -> TrainResult:
+    """Make data, check, train, evaluate, draw. A demo that was stopped goes on with its run, to the same picture."""
     outputs = Outputs(out)
     outputs.ready([PICTURE])
     data = write_shapes(out / "data", train=500, val=100, size=(SIDE, SIDE), objects=(1, 4))
-    console.rule("detrellis check")
-    console.print(f"detrellis check --data {data}")
+    console.heading("detrellis check")
+    console.say(command("check", "--data", data))
     source = resolve(data, None, None, None, None)
     console.print(check(source, fast=False, progress=True, workers=None).table())
 
-    folder, epochs = _free(out / "run"), epochs or EPOCHS
-    console.rule("detrellis train")
-    options = " ".join(f"-o {s!r}" for s in SETTINGS)
-    console.print(f"detrellis train tiny --data {data} --out {folder} --epochs {epochs} --seed {seed} {options}")
-    result = api.train("tiny", data=source, override=SETTINGS, epochs=epochs, out=folder, seed=seed, console=console)
+    console.heading("detrellis train")
+    result = _train(source, out, epochs or EPOCHS, seed, console)
     if not result.finished:
-        console.print(f"Stopped. Go on with: detrellis train --resume {result.run}")
-        return result.run
+        asked = [*([] if epochs is None else ["--epochs", epochs]), *(["--seed", seed] if seed else [])]
+        console.say("Stopped. Go on, to the picture: ", command("demo", "--out", out, *asked))
+        return result
     if result.result is not None:
         console.print(result.result.table())
         console.print(result.result.class_table())
 
     val = to_annotations(source.load("val"))
     picture = outputs.write(PICTURE, jpeg(_sheet(api.load(result.run), val)))
-    console.rule("done")
-    console.print(f"Open [bold]{picture}[/]: ground truth above, predictions below.")
-    console.print("Next, on your own data: [bold]detrellis train tiny --data YOUR_FOLDER[/]")
-    return picture
+    console.heading("done")
+    console.say("Open ", (str(picture), "bold"), ": ground truth above, predictions below.")
+    console.say("Next, on your own data: ", (command("train", "tiny", "--data", "YOUR_FOLDER"), "bold"))
+    return result
+
+
+def _train(source: DataSource, out: Path, epochs: int, seed: int, console: Terminal) -> TrainResult:
+    """Go on with this demo's run where one was stopped; otherwise a new one."""
+    recipe = find_recipe("tiny").override([*SETTINGS, f"schedule.epochs={epochs}"])
+    runs = sorted(out.glob("run*/"))
+    if stopped := next((run for run in runs if _is_stopped(run, recipe, seed)), None):
+        console.say(command("train", "--resume", stopped))
+        return api.resume(stopped, console=console)
+    folder = _free(out / "run")
+    options = [word for setting in SETTINGS for word in ("-o", setting)]
+    length = ("--epochs", epochs, "--seed", seed)
+    console.say(command("train", "tiny", "--data", out / "data", "--out", folder, *length, *options))
+    return api.train(recipe, data=source, out=folder, seed=seed, console=console)
+
+
+def _is_stopped(run: Path, recipe: Recipe, seed: int) -> bool:
+    """Whether the run is of that recipe and seed, and can be resumed."""
+    if not (run / "last.state.pt").exists() or not (run / "last.safetensors").exists():
+        return False
+    try:
+        card = load_weights(run / "last.safetensors")[1]
+    except UserError:
+        return False
+    return (card.recipe, card.seed) == (recipe, seed) and card.epoch < recipe.schedule.epochs
 
 
 def _free(folder: Path) -> Path:

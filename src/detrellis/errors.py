@@ -1,6 +1,12 @@
-"""What speaks to users: an error that names the place, what is wrong and the remedy; and advice."""
+"""What speaks to users: an error that names the place, what is wrong and the remedy; advice; and commands to paste."""
 
 from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -16,3 +22,14 @@ class UserError(ValueError):
 
 class Advice(UserWarning):
     """Something that works and that the user probably does not want; shown as one line."""
+
+
+def command(*words: object) -> str:
+    """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the paths are called."""
+    said = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shell_line(["detrellis", *said])
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """The words as the system's shell reads them back."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

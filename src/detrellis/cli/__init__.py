@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import detrellis
 from detrellis.arguments import Epochs, Iou, Seed, Threads, limits
 from detrellis.cli.analyze import analyze
+from detrellis.cli.entry import start
 from detrellis.cli.options import (
-    LEADS,
     AsJson,
     Boxes,
     Device,
@@ -36,17 +31,20 @@ from detrellis.cli.options import (
     grouped,
     print_json,
     skips,
+    speaker,
 )
 from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.study import compare, reproduce
-from detrellis.errors import Advice, UserError
+from detrellis.errors import UserError, command
+from detrellis.recipes import choose_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Train DETR-family object detectors on your own data. Start with [bold]detrellis demo[/bold].",
 )
 
@@ -149,9 +147,11 @@ def train(
 
     Example: detrellis train tiny --data my_data --epochs 40 -o optim.lr=2e-4
     """
+    if resume is None and (recipe is not None or weights is None):
+        choose_recipe(recipe, scale, scheme or (), override or ())  # a misspelt word is told before torch is imported
     from detrellis import api
 
-    speaks = Console(stderr=True, quiet=not LEADS) if as_json else console  # stdout belongs to the JSON
+    speaks = speaker(as_json)
     if resume is not None:
         _only_with_resume(
             *(recipe, weights, boxes, *vars(files).values(), scale, scheme, override, epochs, out, seed),
@@ -195,9 +195,9 @@ def _print_train_result(result: Any) -> None:
     if result.finished:
         best = "" if result.best is None else f", best AP {result.best:.3f}"
         console.print(f"Done in {result.seconds / 60:.1f} min: {result.run}{best}")
-        console.print(f"Next: detrellis predict {result.run} PICTURES --out pictures")
+        console.say("Next: ", command("predict", result.run, "PICTURES", "--out", "pictures"))
     else:
-        console.print(f"Stopped after step {result.steps}. Go on with: detrellis train --resume {result.run}")
+        console.say(f"Stopped after step {result.steps}. Go on with: ", command("train", "--resume", result.run))
 
 
 @app.command(name="eval")
@@ -253,9 +253,10 @@ def convert(
     for difference in done.differences:
         console.print(f"Different there: {difference}.")
     if done.format == "hf":
-        console.print(f'Next: AutoModelForObjectDetection.from_pretrained("{out}")')
+        console.say(f"Next, in Python: AutoModelForObjectDetection.from_pretrained({str(out)!r})")
     else:
-        console.print(f"Next: detrellis predict {out} PICTURES, or: detrellis train --weights {out} --data my_data")
+        console.say("Next: ", command("predict", out, "PICTURES"))
+        console.say("  or: ", command("train", "--weights", out, "--data", "my_data"))
 
 
 for verb in (predict, info, bench, recipes, compare, reproduce):
@@ -263,30 +264,6 @@ for verb in (predict, info, bench, recipes, compare, reproduce):
 app.add_typer(analyze, name="analyze")
 
 
-def _show_warning(usual: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
-    if isinstance(message, Advice):
-        Console(stderr=True, quiet=not LEADS).print(f"[bold yellow]note[/] {escape(str(message))}", highlight=False)
-    else:
-        usual(message, *where, **more)
-
-
-def main() -> None:
-    """Entry point: an error that the user can put right is a message and exit code 2, never a traceback."""
-    warnings.showwarning = partial(_show_warning, warnings.showwarning)
-    try:
-        app()
-    except UserError as error:
-        stderr = Console(stderr=True)
-        stderr.print(f"[bold red]error[/] {escape(error.message)}", highlight=False)
-        if error.remedy:
-            stderr.print(f"  {escape(error.remedy)}", highlight=False)
-        raise SystemExit(2) from None
-    except OSError as error:  # a full disk, a folder that may not be written
-        if error.filename is None:
-            raise
-        Console(stderr=True).print(
-            f"[bold red]error[/] {escape(f'{error.filename}: {error.strerror}')}", highlight=False
-        )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+def main() -> NoReturn:
+    """Run the command line; `__main__.py` is what the shell calls."""
+    start(app)

@@ -53,8 +53,8 @@ class Shown:
             print_json(found.to_dict())
             return
         console.print(found.table())
-        text = f"Figure: {files.figure}\nNumbers: {files.numbers}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.say(f"Figure: {files.figure}")
+        console.say(f"Numbers: {files.numbers}")
 
 
 @analyze.command()

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 
 from detrellis import arguments
 from detrellis.arguments import limits
 from detrellis.errors import UserError
+from detrellis.terminal import Terminal
 
 if TYPE_CHECKING:
     from detrellis.data.findings import SkipBad as Skips
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from detrellis.engine.evaluate import On
 
 LEADS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
-console = Console(quiet=not LEADS)
+console = Terminal(quiet=not LEADS)
+errors = Terminal(stderr=True)
 
 Data = Annotated[Path | None, typer.Option(help="Data set folder: COCO, Roboflow, YOLO or Pascal VOC layout.")]
 TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to train on, instead of --data.")]
@@ -133,6 +134,11 @@ def _options(parameter: inspect.Parameter, hints: dict[str, Any]) -> list[inspec
     own = get_type_hints(kind, include_extras=True)
     fields = dataclasses.fields(kind)
     return [inspect.Parameter(f.name, only, default=f.default, annotation=own[f.name]) for f in fields]
+
+
+def speaker(as_json: bool) -> Terminal:
+    """Where a verb tells how it goes: with `--json` the standard output belongs to the JSON."""
+    return Terminal(stderr=True, quiet=not LEADS) if as_json else console
 
 
 def print_json(value: Any) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from detrellis.arguments import BatchSize, Iou, Score, limits
-from detrellis.cli.options import LEADS, AsJson, Device, Trained, console
+from detrellis.cli.options import LEADS, AsJson, Device, Trained, console, errors
 
 if TYPE_CHECKING:
     from detrellis.predictions.record import Failure, Predictions
@@ -44,10 +43,9 @@ def predict(
     """
     from detrellis import api
 
-    stderr = Console(stderr=True, quiet=not LEADS)
-
     def say(failure: Failure) -> None:
-        stderr.print(f"[bold red]error[/] {escape(failure.why)}", highlight=False, soft_wrap=True)
+        if LEADS:
+            errors.say(("error", "bold red"), f" {failure.why}")
 
     found = api.predict(
         run,
@@ -69,7 +67,8 @@ def predict(
     if failures := found.failures:
         remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
         count = f"{len(failures)} of {len(found) + len(failures)} pictures could not be read. {remedies}"
-        stderr.print(escape(count), highlight=False)
+        if LEADS:
+            errors.say(count)
         raise typer.Exit(1)
 
 
@@ -77,7 +76,7 @@ def _show(found: Predictions, out: Path) -> None:
     table = Table("picture", "detections")
     for p in found:
         counts = {name: p.names.count(name) for name in dict.fromkeys(p.names)}
-        listed = ", ".join(f"{n} {escape(name)}" for name, n in counts.items()) or "-"
-        table.add_row(escape("" if p.path is None else p.path.name), listed)
+        listed = ", ".join(f"{n} {name}" for name, n in counts.items()) or "-"
+        table.add_row(Text("" if p.path is None else p.path.name), Text(listed))
     console.print(table)
-    console.print(f"Pictures and predictions.json: {out}", markup=False, highlight=False)
+    console.say(f"Pictures and predictions.json: {out}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from detrellis.cli.options import console, print_json
 from detrellis.engine.console import number
@@ -22,14 +22,14 @@ def show_published(paper: str | None, table: str | None, as_json: bool) -> None:
         found = [load_paper(name) for name in papers()]
         listed = _sheet("paper", "title", "tables")
         for each in found:
-            listed.add_row(each.name, escape(each.title), ", ".join(t.id for t in each.tables))
+            listed.add_row(each.name, Text(each.title), ", ".join(t.id for t in each.tables))
         _show([{"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in found], listed, as_json)
     elif table is None:
         one = load_paper(paper)
         listed = _sheet("table", "title", "rows", "can be run", title=one.title)
         for each_table in one.tables:
             able = sum(not row.missing for row in each_table.rows)
-            listed.add_row(each_table.id, escape(each_table.title), str(len(each_table.rows)), str(able))
+            listed.add_row(each_table.id, Text(each_table.title), str(len(each_table.rows)), str(able))
         _show(one.model_dump(mode="json"), listed, as_json)
     else:
         rows = load_paper(paper).table(table)
@@ -46,21 +46,21 @@ def _rows(of: tables.Table) -> Table:
     for place, row in enumerate(of.rows, 1):
         if row.part != part:
             part = row.part
-            listed.add_row("", f"[bold]{escape(part)}[/]")
+            listed.add_row("", Text(part, "bold"))
         base, ap = of.baseline(row), row.published.get("AP")
         before = None if base is None else base.published.get("AP")
         gain = "" if ap is None or before is None else f"{ap - before:+.1f}"
         recipe = " + ".join([row.recipe or "-", *row.schemes])
         note = f"needs {row.missing}" if row.missing else "baseline" if row.baseline else ""
         scores = (number(ap, ".1f"), gain, number(row.published.get("AP50"), ".1f"))
-        listed.add_row(str(place), escape(row.name), str(row.epochs or "-"), *scores, escape(recipe), escape(note))
+        listed.add_row(str(place), Text(row.name), str(row.epochs or "-"), *scores, Text(recipe), Text(note))
     return listed
 
 
 def _sheet(*columns: str, title: str | None = None) -> Table:
     from rich.box import SIMPLE_HEAD
 
-    return Table(*columns, title=title and escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(*columns, title=title and Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _show(as_data: object, listed: Table, as_json: bool) -> None:

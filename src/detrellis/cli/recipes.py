@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from detrellis.arguments import Classes, Runs, Threads, limits
 from detrellis.cli.options import AsJson, Device, Overrides, Scale, Schemes, console, print_json
+from detrellis.recipes import RECIPES, choose_recipe
 
 
 def info(
@@ -24,6 +25,7 @@ def info(
 
     Example: detrellis info dino-r50 --classes 91
     """
+    choose_recipe(recipe, scale, scheme or (), override or ())
     from detrellis import api
 
     found = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
@@ -31,7 +33,7 @@ def info(
         print_json(found.to_dict())
         return
     height, width = found.image_size
-    table = Table("", found.recipe, title=escape(found.about), title_justify="left")
+    table = Table("", found.recipe, title=Text(found.about), title_justify="left")
     table.add_row("parameters", f"{found.parameters:,}")
     table.add_row("of these trained", f"{found.parameters_trainable:,}")
     table.add_row(f"multiply-adds at {width}x{height}", f"{found.gflops} GFLOPs")
@@ -60,6 +62,7 @@ def bench(
 
     Example: detrellis bench dino-r50 --size 640x640 --batch-sizes 1,2 --threads 1
     """
+    choose_recipe(recipe, scale, scheme or (), override or ())
     from detrellis import api
     from detrellis.engine.bench import How
 
@@ -69,7 +72,7 @@ def bench(
     if as_json:
         print_json(found.to_dict())
         return
-    console.print(escape(found.about()), highlight=False)
+    console.print(found.about())
     console.print(found.table())
 
 
@@ -78,8 +81,6 @@ def recipes(as_json: AsJson = False) -> None:
 
     Example: detrellis recipes
     """
-    from detrellis.recipes import RECIPES
-
     found = [make() for make in RECIPES]
     if as_json:
         print_json([{"name": r.name, "about": r.about} for r in found])
@@ -87,5 +88,5 @@ def recipes(as_json: AsJson = False) -> None:
     table = Table("recipe", "what it is", "epochs", "schemes")
     for r in found:
         schemes = [name for name, value in r.schemes if value is not None]
-        table.add_row(r.name, escape(r.about), str(r.schedule.epochs), ", ".join(schemes) or "-")
+        table.add_row(r.name, Text(r.about), str(r.schedule.epochs), ", ".join(schemes) or "-")
     console.print(table)

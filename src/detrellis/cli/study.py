@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from detrellis import arguments
 from detrellis.arguments import limits
 from detrellis.cli.options import (
-    LEADS,
     AsJson,
     Device,
     Files,
@@ -26,8 +23,11 @@ from detrellis.cli.options import (
     grouped,
     print_json,
     skips,
+    speaker,
 )
 from detrellis.cli.published import show_published
+from detrellis.errors import command
+from detrellis.recipes import choose_recipe
 
 if TYPE_CHECKING:
     from detrellis.study.plan import Plan
@@ -72,18 +72,16 @@ class Trials:
 
     def settings(self, seeds: int) -> dict[str, Any]:
         """What a plan takes of them."""
-        command = shlex.join(["detrellis", *sys.argv[1:]])
         own = {name: getattr(self, name) for name in ("scale", "epochs", "equal")}
         own["skip_bad"] = skips(self.skip_bad, self.keep_partial)
-        return own | {"seeds": range(seeds), "command": command}
+        return own | {"seeds": range(seeds), "command": command(*sys.argv[1:])}
 
     def conduct(self, plan: Plan, out: Path) -> None:
         """Train what is missing, and show what was found; exits with 1 where a run did not finish."""
         from detrellis.study.conduct import conduct
         from detrellis.study.run import How
 
-        speaks = Console(stderr=True, quiet=not LEADS) if self.as_json else console  # stdout belongs to the JSON
-        found = conduct(plan, out, How(self.jobs, self.threads, self.workers, self.device), speaks)
+        found = conduct(plan, out, How(self.jobs, self.threads, self.workers, self.device), speaker(self.as_json))
         if self.as_json:
             print_json(found.to_dict())
         else:
@@ -111,6 +109,7 @@ def compare(
 
     Example: detrellis compare tiny --data my_data --schemes none,align,co=atss,align+group=3 --epochs 12
     """
+    choose_recipe(recipe, trials.scale, (), override or ())
     from detrellis.study.rows import plan_schemes
 
     plan = plan_schemes(recipe, schemes, files.source(), override=override or (), **trials.settings(seeds))
@@ -136,13 +135,15 @@ def reproduce(
     Example: detrellis reproduce align 3 --data my_data --scale tiny --epochs 12 --seeds 3
     """
     from detrellis.recipes.tables import load_paper
-    from detrellis.study.rows import plan_table
 
     if paper is None or table is None or listing or (files.data is None and files.train is None):
         show_published(paper, table, trials.as_json)
         return
     found = load_paper(paper)
-    plan = plan_table(found, found.table(table), files.source(), only=row or (), **trials.settings(seeds))
+    rows = found.table(table)
+    from detrellis.study.rows import plan_table  # torch takes seconds, and is not needed for what stands above
+
+    plan = plan_table(found, rows, files.source(), only=row or (), **trials.settings(seeds))
     trials.conduct(plan, out or Path("reproduce", f"{paper}-{table}"))
 
 
@@ -153,10 +154,10 @@ def _show(found: Report, out: Path) -> None:
     for sheet in sheets(found):
         console.print(rich_table(sheet))
     for text in (recommend(found), *(f"- {text}" for text in caveats(found))):
-        console.print(text, markup=False, highlight=False)
+        console.print(text)
     for outcome in found.unfinished:
         if outcome.log:
-            console.print(f"\n{outcome.trial} failed:\n{outcome.log}", markup=False, highlight=False)
+            console.print(f"\n{outcome.trial} failed:\n{outcome.log}")
     for name, why in found.plan.skipped.items():
-        console.print(f"Left out: {name}: {why}", markup=False, highlight=False)
-    console.print(f"Report: {out / 'report.html'}", markup=False, highlight=False)
+        console.print(f"Left out: {name}: {why}")
+    console.print(f"Report: {out / 'report.html'}")

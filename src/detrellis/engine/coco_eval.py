@@ -112,6 +112,7 @@ class EvalResult(Scores):
     def table(self) -> Table:
         """The twelve statistics for a rich console."""
         from rich.table import Table
+        from rich.text import Text
 
         caption = self.caption(f"{self.ground_truth:,} boxes")
         table = Table(title="COCO box AP and AR", caption=caption, caption_justify="left", title_justify="left")
@@ -119,7 +120,7 @@ class EvalResult(Scores):
             table.add_column(name, justify="right")
         values = [number(self.stats[name]) for name in STATISTICS]
         table.add_row(*values[:6], end_section=True)
-        table.add_row(*(f"[bold]{name}[/bold]" for name in STATISTICS[6:]))
+        table.add_row(*(Text(name, "bold") for name in STATISTICS[6:]))
         table.add_row(*values[6:])
         return table
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import track as rich_track
 
+from detrellis.terminal import Terminal
+
 Item = TypeVar("Item")
 
 LINE_SECONDS = 10.0  # without a terminal, at most one progress line in this time
@@ -24,7 +26,7 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 def track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[Item]:
     """`items` with a progress bar on stderr, where there is a terminal to show it."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     return rich_track(items, what, total, console=console, transient=True) if show and console.is_terminal else items
 
 

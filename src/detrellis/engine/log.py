@@ -19,6 +19,7 @@ from rich.console import Console
 
 from detrellis.engine.console import TrainingView
 from detrellis.engine.means import Means, Sums, Value
+from detrellis.terminal import Terminal
 
 Clock = Callable[[], float]
 Item = TypeVar("Item")
@@ -112,7 +113,7 @@ class RunLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _RecordFile(folder / "metrics.jsonl", step)
-        self._view = TrainingView(console or Console(), clock, epochs, steps_per_epoch, step)
+        self._view = TrainingView(console or Terminal(), clock, epochs, steps_per_epoch, step)
         self._curves = _tensorboard(folder / "tensorboard", step, self.say) if tensorboard else None
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +41,7 @@ from detrellis.engine.transfer_report import Transfer
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
+from detrellis.terminal import Terminal
 from detrellis.training import StepOutput, TrainableDetector
 
 WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
@@ -129,9 +131,9 @@ def train(job: Job, world: World, resume: dict[str, Any] | None = None, console:
     if resume is not None:
         state.load_state_dict(resume)
     elif state.transfer is not None and world.leads:
-        (console or Console()).print(state.transfer.table(job.card.weights or ""))
+        (console or Terminal()).print(state.transfer.table(job.card.weights or ""))
     if job.boxes is not None and world.leads:
-        (console or Console()).print(f"Reference boxes from {job.card.boxes}", markup=False, highlight=False)
+        (console or Terminal()).print(Text(f"Reference boxes from {job.card.boxes}"))
     loader, steps_per_epoch = train_loader(job, world)
     log = RunLog(
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console

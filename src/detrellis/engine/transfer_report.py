@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from detrellis.data.classes import ClassMap
+from detrellis.terminal import Terminal
 
 Outcome = Literal["loaded", "in part", "re-initialised", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("loaded", "in part", "re-initialised", "skipped")
@@ -145,12 +146,12 @@ class Transfer:
         for outcome in OUTCOMES[1:]:
             if found := [e for e in exceptions if e.outcome == outcome]:
                 parts += [_exceptions_table(outcome, found), Text()]
-        return Group(*parts, Text(self.classes.text(), overflow="fold"))
+        return Group(*parts, Text(self.classes.text()))
 
     def text(self) -> str:
-        """The table as plain text of 100 columns, for a log."""
+        """The table as plain lines, for a log."""
         file = io.StringIO()
-        Console(file=file, width=100, color_system=None).print(self.table())
+        Terminal(file=file, force_terminal=False).print(self.table())
         return file.getvalue()
 
     def _parts_table(self) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+from detrellis.errors import UserError
 from detrellis.recipes.align import (
     align_dab_detr_r50,
     align_dab_detr_r50_dc5,
@@ -133,6 +135,26 @@ RECIPES: tuple[Callable[[], Recipe], ...] = (
     smca_detr_r50,
     smca_detr_ms_r50,
 )
+
+
+def choose_recipe(
+    recipe: str | Recipe | None,
+    scale: Literal["tiny"] | None = None,
+    scheme: str | Sequence[str] = (),
+    override: str | Sequence[str] = (),
+) -> Recipe:
+    """A recipe, or that of a name, with what is wanted otherwise: see `detrellis.train`. `UserError` where there is no
+    such recipe, scheme or field."""
+    if recipe is None:
+        raise UserError(
+            "train: which recipe?",
+            "For example: detrellis train tiny --data my_data. See detrellis recipes. "
+            "Or start from a trained one with its own recipe: --weights RUN.",
+        )
+    chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe
+    if scale is not None:
+        chosen = tiny_sized(chosen)
+    return chosen.with_schemes(scheme).override(override)
 
 
 def find_recipe(name: str) -> Recipe:

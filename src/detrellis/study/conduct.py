@@ -11,6 +11,7 @@ from detrellis.study.pace import paced
 from detrellis.study.plan import Plan
 from detrellis.study.report import Report, report
 from detrellis.study.run import How, run
+from detrellis.terminal import Terminal
 
 
 def conduct(plan: Plan, out: str | Path, how: How | None = None, console: Console | None = None) -> Report:
@@ -19,7 +20,7 @@ def conduct(plan: Plan, out: str | Path, how: How | None = None, console: Consol
     Raises `UserError` before anything is trained where another study is in the folder, or matplotlib is missing.
     """
     folder = Path(out)
-    how, console = how or How(), console or Console()
+    how, console = how or How(), console or Terminal()
     need_matplotlib()
     if plan.pace is not None:
         plan = paced(plan, folder, how, console.print)

@@ -1,0 +1,153 @@
+"""From the first moment of a command to its exit code: refusals, interruptions, closed pipes, and our own mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import typer
+
+import detrellis
+from detrellis.cli.options import LEADS, errors, print_json
+from detrellis.errors import Advice, UserError
+from detrellis.terminal import never_fail_to_print
+
+WRONG_USE, FAILED = 2, 1
+INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+ROOM = "Take a smaller -o optim.batch_size, -o data.size or --batch-size, fewer --workers, or end other programs."
+
+
+class Refusal(NamedTuple):
+    """What an exception says to the user."""
+
+    message: str
+    remedy: str = ""
+    code: int = WRONG_USE
+
+
+def start(app: typer.Typer) -> NoReturn:
+    """Run `app` on the command line's words and leave with its exit code.
+
+    What the user can put right is a message and exit code 2, never a traceback; with `--json` it is JSON on standard
+    output as well. Ctrl-C is exit code 130 and SIGTERM 143, whatever the verb made of them.
+    """
+    never_fail_to_print()
+    with warnings.catch_warnings(), _signals() as caught:
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        code = _run(app, caught)
+    if caught:
+        code = 128 + caught[0]
+    if code in INTERRUPTED:
+        errors.say("Stopped.")
+    raise SystemExit(code)
+
+
+def _run(app: typer.Typer, caught: list[int]) -> int:
+    try:
+        code = app(prog_name="detrellis", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED[0]
+    except SystemExit as stopped:  # a closed pipe, told by whoever wrote to it
+        return stopped.code if isinstance(stopped.code, int) else FAILED
+    except BrokenPipeError:
+        _close_quietly()
+        return FAILED
+    except Exception as error:
+        if caught:  # the interruption, in the clothes that a half-imported library gave it
+            return INTERRUPTED[0]
+        return _refuse(refusal(error))
+    return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM raise `KeyboardInterrupt`, so that files are closed and half-written ones removed; the
+    numbers of those that came are collected. Training handles them itself while it runs."""
+    caught: list[int] = []
+
+    def note(number: int, frame: object) -> NoReturn:
+        caught.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refusal(error: Exception) -> Refusal:
+    """What went wrong and what to do about it. For a mistake of ours, prints the traceback and says so."""
+    if isinstance(error, UserError):
+        return Refusal(error.message, error.remedy)
+    if hasattr(error, "format_message"):  # of typer, whose classes have other homes in other versions
+        return _wrong_words(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Refusal("out of memory", ROOM, FAILED)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _from_system(error)
+    traceback.print_exception(error)
+    told = f"{type(error).__name__}: {error}"
+    versions = f"Detrellis {detrellis.__version__}, Python {sys.version.split()[0]}, {sys.platform}"
+    return Refusal(told, f"This is a mistake in Detrellis: please report it with the lines above ({versions}).", FAILED)
+
+
+def _wrong_words(error: Any) -> Refusal:
+    """A verb or an option that does not exist, or one that is missing; with the example from the verb's help."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message().strip().rstrip(".")
+    if context is None or not message:  # the latter: no words at all, and the help has been printed
+        return Refusal(message)
+    verb = context.command_path
+    if context.parent is None and message.startswith("No such option"):
+        return Refusal(
+            message, "Options stand after the verb: detrellis check --data my_data. Verbs: detrellis --help."
+        )
+    example = next((line for line in (context.command.help or "").splitlines() if "Example:" in line), "")
+    told = [example.strip().replace("Example", "For example")] if example else []
+    return Refusal(message, "\n".join([*told, f"See {verb} --help."]))
+
+
+def _from_system(error: OSError) -> Refusal:
+    """A full disk, a folder that may not be written, too many open files."""
+    where = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))
+    ]
+    message = ": ".join([*where, error.strerror or str(error)])
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Refusal(message, "Make room, or name another disk with --out." if full else "")
+
+
+def _refuse(refused: Refusal) -> int:
+    if refused.message:
+        errors.say(("error", "bold red"), f" {refused.message}")
+    for line in refused.remedy.splitlines():
+        errors.say(f"  {line}")
+    if "--json" in sys.argv:
+        print_json({"error": {"message": refused.message, "remedy": refused.remedy}})
+    return refused.code
+
+
+def _close_quietly() -> None:
+    """Nobody reads on: what is left in the buffer goes nowhere, and the interpreter need not say so."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
+    if not isinstance(message, Advice):
+        usual(message, *where, **more)
+    elif LEADS:
+        errors.say(("note", "bold yellow"), f" {message}")

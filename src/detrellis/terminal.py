@@ -1,0 +1,141 @@
+"""What is printed: tables that fit the terminal with every name whole, and plain lines where there is no terminal.
+
+Nothing that is printed is read as markup, so a path or a class may be called `[red]` or `:dog:`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from copy import copy
+from itertools import zip_longest
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+UNBOUNDED = 100_000  # columns: more than any table has
+GAP = "  "  # between the columns of a plain table
+
+
+class Terminal(Console):
+    """A rich console whose strings are literal. Where it is no terminal, nothing is wrapped, cut, drawn or coloured."""
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, **more: Any) -> None:
+        super().__init__(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, **more)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        """As rich prints, but for tables (see the top of the file); where it is no terminal, a line stays a line."""
+        if any(isinstance(each, (Table, Group)) for each in objects):
+            for each in objects:
+                self._print_whole(each)
+        else:
+            super().print(*objects, **({} if self.is_terminal else {"soft_wrap": True}) | how)
+
+    def say(self, *parts: str | tuple[str, str], style: str = "") -> None:
+        """One line, of texts and of texts with a style; never wrapped, so that what is copied from it is whole."""
+        super().print(Text.assemble(*parts, style=style), soft_wrap=True)
+
+    def heading(self, text: str) -> None:
+        """A line that begins a part."""
+        if self.is_terminal:
+            self.rule(text)
+        else:
+            self.say(f"== {text}")
+
+    def _print_whole(self, thing: Any) -> None:
+        if isinstance(thing, Group):
+            for each in thing.renderables:
+                self._print_whole(each)
+        elif isinstance(thing, Table):
+            self._print_table(thing)
+        else:
+            self.print(thing)
+
+    def _print_table(self, table: Table) -> None:
+        """The title and the caption are lines of their own: rich would break them at the table's width."""
+        fitting = fitted(table, self) if self.is_terminal else None
+        if table.title is not None:
+            self.say((_text(table.title).plain, "italic"))
+        if fitting is None:
+            for text in plain_lines(table):
+                self.say(text)
+        else:
+            super().print(fitting)
+        if table.caption is not None:
+            super().print(Text(_text(table.caption).plain, "dim italic"), soft_wrap=not self.is_terminal)
+
+
+def fitted(table: Table, console: Console) -> Table | None:
+    """The table, without title and caption, in columns that fit the console and break no word; None where none do."""
+    texts = [[text.plain for text in _column(table, i)] for i in range(len(table.columns))]
+    most = [max((cell_len(line) for text in own for line in text.splitlines()), default=0) for own in texts]
+    least = [max((cell_len(word) for text in own for word in text.split()), default=0) for own in texts]
+    for i, column in enumerate(table.columns):
+        least[i] = most[i] if column.no_wrap else least[i]
+    shown = copy(table)
+    shown.title = shown.caption = None
+    frame = Measurement.get(console, console.options.update(width=UNBOUNDED), shown).maximum - sum(most)
+    room = console.width - frame
+    if room < sum(least):
+        return None
+    shown.columns = [copy(column) for column in table.columns]
+    for column, width in zip(shown.columns, shared(room, least, most), strict=True):
+        column.width = width
+    return shown
+
+
+def shared(room: int, least: list[int], most: list[int]) -> list[int]:
+    """Widths between `least` and `most` whose sum is at most `room`: the narrow columns get all that they want first.
+
+    `room` is at least the sum of `least`.
+    """
+    widths, left = list(least), room - sum(least)
+    order = sorted(range(len(least)), key=lambda i: most[i] - least[i])
+    for done, i in enumerate(order):
+        more = min(most[i] - least[i], left // (len(order) - done))
+        widths[i] += more
+        left -= more
+    return widths
+
+
+def plain_lines(table: Table) -> list[str]:
+    """The table as lines of text, each row a line unless a cell has several; columns are two spaces apart."""
+    columns = [_column(table, i) for i in range(len(table.columns))]
+    widths = [max((cell_len(line) for text in own for line in text.plain.splitlines()), default=0) for own in columns]
+    right = [column.justify == "right" for column in table.columns]
+    lines = []
+    for row in zip(*columns, strict=True):
+        for parts in zip_longest(*(text.plain.splitlines() for text in row), fillvalue=""):
+            cells = [_padded(*cell) for cell in zip(parts, widths, right, strict=True)]
+            lines.append(GAP.join(cells).rstrip())
+    return lines
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
+
+
+def _column(table: Table, index: int) -> list[Text]:
+    """Header and cells of a column, as text."""
+    column = table.columns[index]
+    header = [column.header] if table.show_header else []
+    return [_text(cell) for cell in (*header, *column.cells)]
+
+
+def _text(of: Any) -> Text:
+    assert isinstance(of, (str, Text)), f"a cell that is no text: {of!r}"
+    return Text(of) if isinstance(of, str) else of
+
+
+def never_fail_to_print() -> None:
+    """Show what the console's encoding cannot say as `\\u732b`, instead of failing with `UnicodeEncodeError`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors="backslashreplace")
