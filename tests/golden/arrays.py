@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,10 @@ class Arrays:
         """All arrays under `prefix`, without it."""
         return {k.removeprefix(prefix): self[k] for k in self.data if k.startswith(prefix)}
 
+    def count(self, pattern: str) -> int:
+        """How many arrays are called so, such as `mask` and a number."""
+        return sum(re.fullmatch(pattern, k) is not None for k in self.data)
+
     def shapes(self, key: str = "spatial_shapes") -> tuple[tuple[int, int], ...]:
         return tuple((int(h), int(w)) for h, w in self.data[key])
 
@@ -52,6 +57,7 @@ class Arrays:
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """Equal up to `tolerance`, and to what is left of float64 in sums over many large numbers."""
     torch.testing.assert_close(
-        actual.detach(), expected.to(actual.dtype), atol=tolerance, rtol=0, msg=lambda m: f"{what}: {m}"
+        actual.detach(), expected.to(actual.dtype), atol=tolerance, rtol=1e-9, msg=lambda m: f"{what}: {m}"
     )

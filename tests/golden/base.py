@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,8 @@ from detrellis.supervision import SetLoss, Supervision, Task, softmax_set_loss, 
 from detrellis.types import DecoderOutput, Memory, Targets
 
 from .arrays import Arrays, close
+
+TERMS = {"class": "ce", "box": "bbox", "giou": "giou"}  # their names of the losses
 
 
 def check_deformable_attention(a: Arrays) -> None:
@@ -58,17 +63,12 @@ def check_deformable_module(a: Arrays) -> None:
 def check_sine(a: Arrays) -> None:
     features = a.number("num_pos_feats")
     valid = a["valid_mask"].double()
-    for name, temperature, offset in (
-        ("detr_T10000", 10000.0, 0.0),
-        ("dab_T20", 20.0, 0.0),
-        ("deformable_T10000_half", 10000.0, -0.5),
-    ):
-        ours = SineMap(2 * features, temperature=temperature, offset=offset)(valid)
-        close(ours, a[name].flatten(2).transpose(1, 2), 1e-9, name)
-    for temperature in (20, 10000):
-        for count in (2, 4):
-            ours = sine_embed(a[f"pos{count}"], features, temperature=temperature)
-            close(ours, a[f"query{count}d_T{temperature}"], 1e-9, f"query {count} {temperature}")
+    for name in a.data:
+        if found := re.fullmatch(r"(?:detr|dab|deformable)_T(\d+)(_half)?", name):
+            ours = SineMap(2 * features, temperature=float(found[1]), offset=-0.5 if found[2] else 0.0)(valid)
+            close(ours, a[name].flatten(2).transpose(1, 2), 1e-9, name)
+        elif found := re.fullmatch(r"query(\d)d_T(\d+)", name):
+            close(sine_embed(a[f"pos{found[1]}"], features, temperature=float(found[2])), a[name], 1e-9, name)
     close(sine_embed(a["proposal_unact"].sigmoid(), features, order="xywh"), a["proposal_embed"], 1e-9, "proposals")
 
 
@@ -80,8 +80,8 @@ def check_giou(a: Arrays) -> None:
     close(ours, a["giou"], 1e-9)
     (ours * a["w"]).sum().backward()
     assert raw.grad is not None
-    # Row 2 is an identical pair: its minimum and maximum are ties, whose gradient is a matter of convention.
-    rows = [i for i in range(len(boxes1)) if i != 2]
+    # In an identical pair minimum and maximum are ties, whose gradient is a matter of convention.
+    rows = a["iou"].amax(1) < 1
     close(raw.grad[rows], a["grad_boxes1"][rows], 1e-9)
     n = min(len(boxes1), len(boxes2))
     close(giou(boxes1[:n], boxes2[:n]), a["giou"].diagonal()[:n], 1e-9)
@@ -90,7 +90,8 @@ def check_giou(a: Arrays) -> None:
 def check_set_loss(a: Arrays) -> None:
     params, targets = a.json("params"), a.targets()
     logits, boxes = a.variable("logits"), a.variable("boxes")
-    term, rule = (softmax_term, softmax_set_loss) if params["softmax"] else (focal_term, SetLoss())
+    softly = partial(softmax_set_loss, no_object=params["eos_coef"])
+    term, rule = (softmax_term, softly) if params["softmax"] else (focal_term, SetLoss())
     cost = MatchingCost(params["cost_class"], params["cost_bbox"], params["cost_giou"], term)
     batch = len(targets.sizes)
     labels, gt = targets.labels.expand(batch, -1), targets.boxes.expand(batch, -1, -1)
@@ -105,10 +106,10 @@ def check_set_loss(a: Arrays) -> None:
         assert torch.equal(found.query[own], expected[0])
         assert torch.equal(found.target[own] - targets.offsets[b], expected[1])
 
-    weights = dict(zip(("class", "box", "giou"), params["weights"].values(), strict=True))
+    weights = {ours: params["weights"][f"loss_{key}"] for ours, key in TERMS.items()}
     supervision = Supervision(Hungarian(cost), rule, weights)
     losses, _ = supervise([Task("main", output, targets, supervision, torch.tensor(float(a.number("num_boxes"))))])
-    for name, key in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
+    for name, key in TERMS.items():
         close(losses[f"main/{name}/0"] / weights[name], a[f"loss_{key}"], 1e-9, name)
     _check_gradients(sum(losses.values()), a["loss_total"], logits, boxes, a)  # type: ignore[arg-type]
 

@@ -32,7 +32,7 @@ def normalised(boxes: Tensor, size: Tensor) -> Tensor:
 
 
 def check_positive_queries(a: Arrays) -> None:
-    features = torch.cat([a[f"feat_lvl{i}"].flatten(2) for i in range(5)], 2).transpose(1, 2)
+    features = torch.cat([a[f"feat_lvl{i}"].flatten(2) for i in range(a.count(r"feat_lvl\d+"))], 2).transpose(1, 2)
     background = a.number("num_classes")
     for case in cases(a, "__labels"):
         labels, regions = a[f"{case}__labels"].long(), f"{case}__roi_feats" in a
@@ -50,7 +50,8 @@ def check_positive_queries(a: Arrays) -> None:
             found.append(Found(boxes, owner, reads, boxes))
             targets.append(targeted)
             classes.append(own[positive])
-        most = 300 if regions else a.number(f"{case}__max_pos_coords")
+        limit = f"{case}__max_pos_coords"
+        most = a.number(limit) if limit in a else 300  # the paper's
         fill = case != "onestage_zeropad"
         offsets, sizes = (0, len(targets[0])), a["image_hw_valid"].double()
         check_chosen(a, case, choose(found, sizes, offsets, first, most=most, fill=fill), targets, torch.cat(classes))
@@ -103,7 +104,7 @@ def check_auxiliary_loss(a: Arrays) -> None:
         image, slot = (labels < a.number("num_classes")).nonzero(as_tuple=True)
         row = torch.arange(len(image))
         known = Assignment(torch.zeros_like(row), image, slot, row, row)
-        counts = tuple(torch.bincount(image, minlength=2).tolist())
+        counts = tuple(torch.bincount(image, minlength=len(labels)).tolist())
         targets = Targets(labels[image, slot], a[f"{case}__targets"][image, slot], counts)
         output = DecoderOutput(*(a[f"{case}__{k}"][None] for k in ("cls", "pred", "pred")))
         weights = a[f"{case}__label_weights"]
@@ -123,8 +124,8 @@ def _qfl() -> dict[str, object]:
 def check_denoising(a: Arrays) -> None:
     sizes = a["image_hw_valid"].double()
     for case in cases(a, "__gt0"):
-        boxes = [normalised(a[f"{case}__gt{i}"], sizes[i]) for i in range(2)]
-        labels = [a[f"{case}__lab{i}"].long().view(-1) for i in range(2)]
+        boxes = [normalised(a[f"{case}__gt{i}"], size) for i, size in enumerate(sizes)]
+        labels = [a[f"{case}__lab{i}"].long().view(-1) for i in range(len(sizes))]
         targets = Targets(torch.cat(labels), torch.cat(boxes), tuple(len(x) for x in labels))
         number, table = a.number(f"{case}__num_dn_queries"), a[f"{case}__label_embedding"]
         scale = float(a[f"{case}__box_noise_scale"])

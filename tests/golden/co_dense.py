@@ -5,6 +5,7 @@ In float32 as the references ran: exact ties between IoUs decide assignments.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,8 +42,7 @@ from detrellis.schemes.collaborative.scene import Scene
 
 from .arrays import Arrays
 
-STRIDES = (8, 16, 32, 64, 128)
-CASES = {"two": (0, 1), "one_empty": (0,), "all_empty": ()}  # which images have targets
+CASES = {"two": None, "one_empty": 1, "all_empty": 0}  # how many images have targets; None: all
 NAMES = {"class": "cls", "giou": "bbox"}  # of losses, where they differ
 Maps = dict[str, list[Tensor]]
 
@@ -65,24 +65,40 @@ def near_gradient(losses: dict[str, Tensor] | Tensor, maps: dict[str, list[Tenso
         near(found, a[f"{case}__gradabs_{name}"], f"{case}, gradient of {name}", rtol=1e-3, atol=1e-4)
 
 
+def levels_of(a: Arrays) -> tuple[int, ...]:
+    """The strides of the file's levels."""
+    return tuple(int(stride) for stride in a["strides"])
+
+
+def strides_at(points: Tensor, counts: Sequence[int]) -> tuple[int, ...]:
+    """The strides of levels with so many points, the first of which lies half a stride from the corner."""
+    return tuple(int(2 * own[0, 0]) for own in points.split(list(counts)))
+
+
 def scenes(a: Arrays, *, whole: bool = False) -> Iterator[tuple[str, Scene]]:
     """Each case as branches see it; `whole`: as if nothing were padding."""
-    shapes = a.shapes("featsizes")
+    shapes, strides = a.shapes("featsizes"), levels_of(a)
     sizes = a["pad_shapes_hw"].float()
     if whole:
-        sizes = (torch.tensor(shapes[0]) * STRIDES[0]).expand_as(sizes).to(sizes)
-    maps = tuple(torch.zeros(2, 1, *shape) for shape in shapes)
-    for case, images in CASES.items():
-        counts = [len(a[f"lab{i}"]) if i in images else 0 for i in range(2)]
+        sizes = (torch.tensor(shapes[0]) * strides[0]).expand_as(sizes).to(sizes)
+    maps = tuple(torch.zeros(len(sizes), 1, *shape) for shape in shapes)
+    for case, labels, boxes in truths(a):
+        yield case, Scene(maps, strides, sizes, labels, boxes)
+
+
+def truths(a: Arrays) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Each case with the labels and boxes of its images."""
+    images = range(len(a["pad_shapes_hw"]))
+    for case, some in CASES.items():
+        counts = [len(a[f"lab{i}"]) if some is None or i < some else 0 for i in images]
         labels = tuple(a[f"lab{i}"][:n] for i, n in enumerate(counts))
-        boxes = tuple(a[f"gt{i}"][:n].float() for i, n in enumerate(counts))
-        yield case, Scene(maps, STRIDES, sizes, labels, boxes)
+        yield case, labels, tuple(a[f"gt{i}"][:n].float().view(-1, 4) for i, n in enumerate(counts))
 
 
 def read(a: Arrays, quality: str | None, anchors: int = 1) -> tuple[Maps, DenseOutput]:
     """A head's output by name and level, and as its losses read it."""
     names = ["cls", "reg"] + ([quality] if quality else [])
-    maps = {name: [a[f"{name}_lvl{i}"].float().requires_grad_() for i in range(len(STRIDES))] for name in names}
+    maps = {name: [a[f"{name}_lvl{i}"].float().requires_grad_() for i in range(len(levels_of(a)))] for name in names}
     third = by_anchor(maps[quality], anchors).squeeze(-1) if quality else None
     return maps, DenseOutput(by_anchor(maps["cls"], anchors), by_anchor(maps["reg"], anchors), third)
 
@@ -113,7 +129,7 @@ def near_class_levels(output: DenseOutput, scene: Scene, owners: Tensor, a: Arra
 
 def check_head(a: Arrays, branch: type[ATSS | RetinaNet | FCOS | GFL | PAA], quality: str | None = None) -> None:
     """Losses and gradients. The reference's FCOS learns from padding too, ours not: here nothing is padding."""
-    head = branch(32, a.number("num_classes"), len(STRIDES))
+    head = branch(32, a.number("num_classes"), len(levels_of(a)))
     for case, scene in scenes(a, whole=branch is FCOS):
         maps, output = read(a, quality, head.head.anchors)
         losses, _, owners = head.teach(output, scene)
@@ -175,7 +191,8 @@ def check_paa(a: Arrays) -> None:
         assert torch.equal(found.target[own] - first, a[f"{key}cand_gt"])
         near(loss[own], a[f"{key}cand_losses"], f"{key}candidates")
         first += len(labels)
-        with_others = torch.cat([labels, torch.tensor([5, 5])])  # ignored and background are the last rows
+        others = labels.new_full((2,), a.number("num_classes"))  # ignored and background are the last rows
+        with_others = torch.cat([labels, others])
         assert torch.equal(with_others[before[i]], a[f"{key}labels_before"].long())
         assert torch.equal(with_others[after[i]], a[f"{key}labels_after"].long())
         assert torch.equal((after[i] != IGNORED).double(), a[f"{key}label_weights_after"])
@@ -184,7 +201,7 @@ def check_paa(a: Arrays) -> None:
 
 def check_atss_assigner(a: Arrays) -> None:
     """Without regions to ignore (`ignore`), which no data set of ours has."""
-    for key in [k for k in a.data if k.endswith(("__s8__gt_inds", "__s4__gt_inds"))]:
+    for key in [k for k in a.data if re.search(r"__s\d+__gt_inds$", k)]:
         scene, stride = key.split("__")[0], key.split("__")[1][1:]
         anchors, boxes = a[f"anchors_{stride}"].float(), a[f"{scene}__gt_bboxes"].float()
         owners = assigners.atss(anchors, a[f"num_level_{stride}"].tolist(), boxes, a.number("topk"))
@@ -192,8 +209,11 @@ def check_atss_assigner(a: Arrays) -> None:
         chosen, own = owners >= 0, owners[owners >= 0]
         assert torch.equal(a[f"{scene}__gt_labels"][own], a[f"{scene}__s{stride}__labels"][chosen].long())
         near(iou(anchors[chosen], boxes[own]), a[f"{scene}__s{stride}__max_overlaps"][chosen], key)
-    per_level, crowd = a["num_level_8"].tolist(), a["crowd__gt_bboxes"].float()
-    _same_owners(assigners.atss(a["anchors_8"].float(), per_level, crowd, k=4), a["crowd_topk4__gt_inds"], "k=4")
+    per_level = a["num_level_8"].tolist()
+    for key in a.data:
+        if found := re.fullmatch(r"(\w+?)_topk(\d+)__gt_inds", key):
+            boxes = a[f"{found[1]}__gt_bboxes"].float()
+            _same_owners(assigners.atss(a["anchors_8"].float(), per_level, boxes, k=int(found[2])), a[key], key)
     alone = assigners.atss(a["single__anchors"].float(), [1], a["single__gt_bboxes"].float())
     _same_owners(alone, a["single__gt_inds"], "single")
 
@@ -206,11 +226,13 @@ def _same_owners(owners: Tensor, numbers: Tensor, what: str) -> None:
 def check_fcos_targets(a: Arrays) -> None:
     """Labels, distances and centerness. Without sampling of centres: an infinite radius."""
     points, labels_of_none = a["points"].float(), torch.tensor([a.number("num_classes")])
+    per_level = a["num_per_level"].tolist()
+    strides = strides_at(points, per_level)
     for key in [k for k in a.data if k.endswith("center__labels")]:
         scene, mode, _ = key.split("__")
         boxes = a[f"{scene}__gt_bboxes"].float()
         radius = 1.5 if mode == "center" else float("inf")
-        owners = assigners.fcos(points, a["num_per_level"].tolist(), boxes, strides=STRIDES, radius=radius)
+        owners = assigners.fcos(points, per_level, boxes, strides=strides, radius=radius)
         labels = torch.cat([a[f"{scene}__gt_labels"], labels_of_none])
         assert torch.equal(labels[owners], a[key].long()), key
         distances = sides(points[owners >= 0], boxes[owners[owners >= 0]])
@@ -240,20 +262,21 @@ def check_anchors(a: Arrays) -> None:
         usable = usable_cells(shapes, strides, a[f"{kind}__pad_shape_hw"].float().unsqueeze(0))[0]
         each = len(anchors) // len(usable)
         assert torch.equal(usable.repeat_interleave(each), a[f"{kind}__valid_flags"]), kind
-    points = grid_points(a.shapes("points8__featsizes"), STRIDES, like, offset=0.5)
-    near(points, a["points8__points"], "points")
+    shapes = a.shapes("points8__featsizes")
+    strides = strides_at(a["points8__points"], [h * w for h, w in shapes])
+    near(grid_points(shapes, strides, like, offset=0.5), a["points8__points"], "points")
 
 
 def check_coders(a: Arrays) -> None:
     """Deltas with three sets of deviations, classes apart too, and distances to sides."""
     priors, boxes, deltas = (a[k].float() for k in ("priors", "gts", "deltas"))
-    for name in ("std1", "std0102", "std00501"):
+    for name in [k.removesuffix("__stds") for k in a.data if k.endswith("__stds")]:
         coder = Deltas(*a[f"{name}__stds"][1:3].tolist())
         near(coder.encode(priors, boxes), a[f"{name}__encode"], f"{name}, encode")
         decoded = coder.decode(priors, deltas)
         near(decoded, a[f"{name}__decode"], f"{name}, decode")
         near(clip(decoded, a["max_shape_hw"]), a[f"{name}__decode_clipped"], f"{name}, clipped")
-        classes = coder.decode(priors.unsqueeze(1), a[f"{name}__deltas_3cls"].float().view(-1, 3, 4))
+        classes = coder.decode(priors.unsqueeze(1), a[f"{name}__deltas_3cls"].float().unflatten(1, (-1, 4)))
         near(classes.flatten(1), a[f"{name}__decode_3cls"], f"{name}, classes")
     points, boxes = a["dist__points"].float(), a["dist__gts"].float()
     distances = sides(points, boxes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,23 @@ from detrellis.types import Detections
 
 from .arrays import Arrays
 
-SOFT = {"soft_linear_08": 0.8, "soft_linear_05": 0.5}
-HARD = {"hard_07": 0.7, "hard_06": 0.6}
+KIND = re.compile(r"(\w+?)__(soft_linear|hard)_0(\d+)(_noclass)?__keep")
 
 
 def check_nms(a: Arrays) -> None:
     """Without the Gaussian cases: the decay that Co-DETR uses is linear, and we have no other."""
-    for case in sorted({k.split("__")[0] for k in a.data}):
-        boxes, scores, labels = (a[f"{case}__{k}"] for k in ("boxes", "scores", "labels"))
-        for name, threshold in SOFT.items():
-            _check_soft(a, f"{case}__{name}", soft_nms(boxes, scores, labels, threshold))
-        _check_soft(a, f"{case}__soft_linear_08_noclass", soft_nms(boxes, scores, torch.zeros_like(labels), 0.8))
+    for key, found in [(k, m) for k in a.data if (m := KIND.fullmatch(k))]:
+        case, kind, threshold = found[1], found[2], float(f"0.{found[3]}")
+        boxes, scores, own = (a[f"{case}__{k}"] for k in ("boxes", "scores", "labels"))
+        labels = torch.zeros_like(own) if found[4] else own
+        name = key.removesuffix("__keep")
+        if kind == "soft_linear":
+            _check_soft(a, name, soft_nms(boxes, scores, labels, threshold))
+            continue
         best, order = scores.sort(descending=True)
-        for name, threshold in HARD.items():
-            kept = suppress(Detections(best, labels[order], boxes[order]), threshold, len(best))
-            _check_kept(a, f"{case}__{name}", kept.boxes, kept.scores)
-            assert torch.equal(kept.labels, labels[a[f"{case}__{name}__keep"]])
+        kept = suppress(Detections(best, labels[order], boxes[order]), threshold, len(best))
+        _check_kept(a, name, kept.boxes, kept.scores)
+        assert torch.equal(kept.labels, labels[a[key]])
 
 
 def _check_soft(a: Arrays, name: str, lowered: Tensor) -> None:

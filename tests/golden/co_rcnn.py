@@ -14,6 +14,7 @@ from detrellis.schemes.collaborative.rpn import rpn_losses
 from detrellis.schemes.collaborative.scene import Scene
 
 from .arrays import Arrays, close
+from .co_dense import levels_of, truths
 
 # positive, negative, minimum, low quality
 RULES = {
@@ -22,6 +23,7 @@ RULES = {
     "rpn": (0.7, 0.3, 0.3, True),
     "paa": (0.1, 0.1, 0.0, True),
 }
+REGION_LEVELS = 4  # of Faster R-CNN's pyramid; the map appended to it is the proposals' alone
 NOT_OFFERED = ("ignore__", "duplicate__retina_not_assign_all__")  # regions to ignore; one anchor for each best IoU
 
 
@@ -52,12 +54,10 @@ def own_best(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 def check_rpn(a: Arrays) -> None:
     """Where the reference draws at random, this takes the first. In float32: overlaps are exactly equal there."""
-    levels = len(a["strides"])
-    for case, images in {"two": (0, 1), "one_empty": (0,), "all_empty": ()}.items():
+    strides = levels_of(a)
+    levels = len(strides)
+    for case, labels, boxes in truths(a):
         logits, deltas = ([a.variable(f"{n}_lvl{k}") for k in range(levels)] for n in ("cls", "reg"))
-        labels = tuple(a[f"lab{i}"] if i in images else torch.zeros(0, dtype=torch.int64) for i in range(2))
-        boxes = tuple(a[f"gt{i}"].float() if i in images else torch.zeros(0, 4) for i in range(2))
-        strides = tuple(a["strides"].tolist())
         scene = Scene(tuple(logits), strides, a["pad_shapes_hw"].float(), labels, boxes)
         output = DenseOutput(by_anchor(logits, NINE), by_anchor(deltas, NINE), None)
         losses = rpn_losses(output, nine_anchors(scene), scene, lambda indices, k: indices[:k])
@@ -85,16 +85,16 @@ def check_region_losses(a: Arrays) -> None:
 
 
 def check_regions(a: Arrays) -> None:
-    for case, finest in (("codino", 56), ("codeform", 112)):
-        strides = a[f"{case}__strides"].tolist()[:4]  # the appended map is not used
-        assert a.number(f"{case}__finest_scale") == finest == 14 * strides[0]
+    for case in [k.removesuffix("__finest_scale") for k in a.data if k.endswith("__finest_scale")]:
+        strides = a[f"{case}__strides"].tolist()[:REGION_LEVELS]
+        assert a.number(f"{case}__finest_scale") == 14 * strides[0]
         levels = region_levels(a[f"{case}__rois"][:, 1:].float(), strides)
         assert torch.equal(levels, a[f"{case}__levels"]), case
     maps, stride, rois = a["align__feat"].float(), a.number("align__stride"), a["align__rois"].float()
     image = rois[:, 0].long()
     order = image.argsort(stable=True)
     boxes = [rois[image == i, 1:] for i in range(len(maps))]
-    for cells in (7, 14):
+    for cells in [int(k.removeprefix("align__out")) for k in a.data if k.startswith("align__out")]:
         features = region_features([maps], [stride], boxes, cells).permute(0, 3, 1, 2)
         close(features, a[f"align__out{cells}"][order], 1e-5, f"{cells} cells")
     close(region_features([maps], [stride], boxes, 7).mean((1, 2)), a["align__pooled_mean7"][order], 1e-5, "mean")

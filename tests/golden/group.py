@@ -131,7 +131,7 @@ def check_denoising_mask(a: Arrays) -> None:
         if slots:
             segments.insert(0, Segment("cdn", slots, denoising, sees))
         x = a[f"{case}_x"]
-        attention = SelfAttention(x.shape[-1], 2).double().eval()
+        attention = SelfAttention(x.shape[-1], params.get("nheads", 2)).double().eval()
         weights = a.group(f"{case}_p/")
         attention.projections.weight.data, attention.projections.bias.data = (
             weights["in_proj_weight"],
@@ -183,10 +183,11 @@ def check_two_stage(a: Arrays) -> None:
     links = link_up(model.state_dict(), rows, network.decoder_layers)
     model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
 
-    padding = a["mask0"].flatten(1)
-    ratios = torch.stack([(~a["mask0"][:, 0]).double().mean(1), (~a["mask0"][:, :, 0]).double().mean(1)], -1)[:, None]
-    tokens = a["src0"].flatten(2).transpose(1, 2)
-    memory = Memory(tokens, torch.zeros_like(tokens), shapes, padding, ratios)
+    masks = [a[f"mask{i}"].bool() for i in range(len(shapes))]
+    ratios = [torch.stack([(~m[:, 0]).double().mean(1), (~m[:, :, 0]).double().mean(1)], -1) for m in masks]
+    tokens = torch.cat([a[f"src{i}"].flatten(2).transpose(1, 2) for i in range(len(shapes))], 1)
+    padding = torch.cat([m.flatten(1) for m in masks], 1)
+    memory = Memory(tokens, torch.zeros_like(tokens), shapes, padding, torch.stack(ratios, 1))
     taught = [head.taught(head(memory)) for head in heads]
     chosen = [torch.cat([t[i][0] for t in taught], dim=1) for i in (0, 1)]
     close(chosen[0], a["enc_logits"], 1e-5, "proposals' logits")

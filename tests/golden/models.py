@@ -90,7 +90,7 @@ def check_dino(a: Arrays) -> None:
         scheme.label_embed.load_state_dict({"weight": a["p/label_enc.weight"]})
         targets = a.targets()
         layout = lay_out(targets, group_count(config["dn_number"], max(targets.sizes)), 2)
-        cdn = scheme.queries(targets, layout, recorded_noise(a, 0.25))
+        cdn = scheme.queries(targets, layout, recorded_noise(a, config.get("label_noise_ratio", 0.5) / 2))
         if layout.slots:
             blocks = {Segment("cdn", layout.slots, layout.groups, ("main",)): cdn, **blocks}
     output = decode(model.decoder, blocks, memory)
@@ -151,10 +151,10 @@ def check_hf(a: Arrays, kind: str) -> None:
     config = recipe_of({"model_type": kind, **raw}).detector
     # The recorded backbone is another one: start from its maps.
     recorded = sorted(k for k in a.data if re.fullmatch(r"feat\d", k))
-    maps = [a.variable(k) for k in (recorded if config.encoder == "deformable" else recorded[-1:])]
-    strides = (8, 16, 32)[-len(maps) :]
+    strides = config.backbone.strides
+    maps = [a.variable(k) for k in recorded[-len(strides) :]]
     config = config.model_copy(update={"backbone": BackboneConfig(pretrained=False, strides=strides)})
-    model = build_detector(config, raw["num_labels"])
+    model = build_detector(config, a["logits"].shape[-1] - (config.scores == "softmax"))
     model.backbone = nn.Identity()
     model.neck = build_neck(config, [m.shape[1] for m in maps])
     model = model.double()

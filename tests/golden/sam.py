@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -218,7 +220,7 @@ def check_detector(a: Arrays) -> None:
             "neck_norm": bool(sizes["groupnorm"]),
         }
     )
-    features = [a.variable(f"feat.{i}") for i in range(3 if several else 1)]
+    features = [a.variable(f"feat.{i}") for i in range(a.count(r"feat\.\d+"))]
     model = Model(config, [f.shape[1] for f in features], sizes["classes"]).double()
     weights = a.group("w.")
     names, packed = heads(config.decoder_layers), {}
@@ -361,9 +363,11 @@ def check_smca(a: Arrays) -> None:
 
 
 def check_scale_selection(a: Arrays) -> None:
-    sizes, strides = meta(a), (16, 16, 32, 64)
-    width = sizes["d"]
-    position = ModulatedPriors(width, sizes["heads"], 2, strides).double()
+    sizes, stated = meta(a), re.search(r"strides ([\d,]+)", str(a.data["meta"]))
+    assert stated is not None
+    strides = tuple(int(stride) for stride in stated[1].strip(",").split(","))
+    width, depth = sizes["d"], a.count(r"out\d+")
+    position = ModulatedPriors(width, sizes["heads"], depth, strides).double()
     layers = [
         DecoderLayer(
             SelfAttention(width, sizes["heads"]),
@@ -371,7 +375,7 @@ def check_scale_selection(a: Arrays) -> None:
             FeedForward(width, sizes["ffn"]),
             width,
         ).double()
-        for _ in range(2)
+        for _ in range(depth)
     ]
     weights = a.group("w.")
     for i, layer in enumerate(layers):
@@ -398,4 +402,4 @@ def check_scale_selection(a: Arrays) -> None:
         same(torch.cat(found, dim=-1), a[f"cross_attn.{i}"], "attention")
         x = layer(x, where, memory, (Segment("main", x.shape[1]),))
         same(x, a[f"out{i}"], f"layer {i}")
-    torch.testing.assert_close((x * a["G_out1"]).sum(), a["scalar"].view(()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close((x * a[f"G_out{depth - 1}"]).sum(), a["scalar"].view(()), rtol=1e-4, atol=1e-6)
