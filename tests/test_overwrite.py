@@ -96,6 +96,16 @@ def test_a_run_that_stopped_before_its_first_weights_may_start_again(
     assert "metrics.jsonl" in LOGS
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("detrellis.api.time.strftime", lambda _: "20260101-120000")
+    monkeypatch.setattr("detrellis.api.run_job", lambda job, *_, **__: job.out)
+    folders = [detrellis.train("tiny", data=data, workers=0) for _ in range(3)]
+    assert list(map(str, folders)) == [f"runs/tiny-20260101-120000{end}" for end in ("", "-2", "-3")]
+
+
 def test_figures(run: Path, tmp_path: Path) -> None:
     from detrellis.analysis.figures import ready
     from detrellis.analysis.misalignment import analyze

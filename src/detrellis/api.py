@@ -20,7 +20,7 @@ from detrellis.engine.bench import BenchResult, How, bench_recipe
 from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
-from detrellis.engine.distributed import World, pick_device, world
+from detrellis.engine.distributed import World, gather, pick_device, world
 from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.train import Job, TrainResult
@@ -107,29 +107,42 @@ def train(
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
-    folder = Path(out) if out is not None else Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    outputs = _run_folder(folder)
+    if out is not None:
+        _check_free(Path(out))
     with world(device) as own:
-        if own.leads:
-            outputs.take(LOGS)
         training, validation, classes = _prepared(source, skip_bad, own, console)
+        folder = Path(out) if out is not None else _new_folder(chosen.name, own)
+        if own.leads:
+            Outputs(folder).take(LOGS)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
         job = Job(card, training, validation, folder, workers, initial, own_boxes)
         return run_job(job, own, console=console)
 
 
-def _run_folder(folder: Path) -> Outputs:
-    """Where a new run may go: `UserError` where it would write over a run, or over what is no log of one."""
+def _new_folder(name: str, own: World) -> Path:
+    """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the same second."""
+    stem = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder, number = stem, 1
+    while own.leads:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            folder = Path(f"{stem}-{number}")
+    return gather(folder)[0]
+
+
+def _check_free(folder: Path) -> None:
+    """Raises `UserError` where a new run would write over a run, or over what is no log of one."""
     if (folder / "last.state.pt").exists():
         raise UserError(
             f"{folder}: there is a run in this folder", f"Go on with it: --resume {folder}. Or take another --out."
         )
     if weights := [name for name in WEIGHTS if (folder / name).exists()]:
         raise UserError(f"{folder / weights[0]}: there are weights in this folder", "Take another --out.")
-    outputs = Outputs(folder)
-    outputs.ready(LOGS)
-    return outputs
+    Outputs(folder).ready(LOGS)
 
 
 def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe | None, Source | None]:
@@ -250,20 +263,21 @@ def predict(
     batch_size: BatchSize = 1,
     recursive: bool = False,
     out: str | Path | None = None,
-    text: bool = False,
+    txt: bool = False,
     device: str | None = None,
     on_error: OnError = "raise",
     progress: bool = False,
 ) -> Predictions:
     """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also for the dials.
 
-    With `out`, annotated pictures and `predictions.json` go there, and with `text` YOLO text (`labels/NAME.txt`: class,
+    With `out`, annotated pictures and `predictions.json` go there, and with `txt` YOLO text (`labels/NAME.txt`: class,
     cx, cy, w, h, score) and `classes.txt`. A file that is found in several ways is looked at once. Raises `UserError`
     before any work where an input, or what no earlier call made, would be overwritten.
     """
     place = run if is_foreign(run) else find_weights(Path(run))
     given = once(find_pictures(pictures, recursive))
-    folder = None if out is None else Folder(Path(out), given, text)
+    folder = None if out is None else Folder(Path(out), given, txt)
+    given = given if folder is None else folder.given
     model = load(place, device=device)
     found = model.look(given, threshold, nms, batch_size)
     if folder is not None:

@@ -98,6 +98,11 @@ class Outputs:
         for path in self._files():
             self._note(path.relative_to(self.folder).as_posix(), digest(path))
 
+    def made(self, path: Path) -> bool:
+        """Whether an earlier call left this file, as it is, in the folder."""
+        real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(self.folder))
+        return real.is_relative_to(folder) and self._replaceable(self.folder / real.relative_to(folder))
+
     def _files(self) -> list[Path]:
         """All files below the folder."""
         return sorted(Path(parent, f) for parent, _, files in os.walk(self.folder) for f in files if f != MADE)

@@ -166,12 +166,26 @@ def test_no_picture_of_the_users_is_drawn_over(run: Path, tmp_path: Path, monkey
     (tmp_path / "out" / "labels").mkdir(parents=True)
     (tmp_path / "out" / "labels" / "x.txt").write_text("")
     with pytest.raises(UserError, match=r"labels/x\.txt: is there already"):
-        detrellis.predict(run, "x.png", out="out", text=True)
+        detrellis.predict(run, "x.png", out="out", txt=True)
     assert photo.read_bytes() == before
     for _ in range(2):  # its own may be replaced
         detrellis.predict(run, ["photo.jpg", "other.jpg"], out="drawn")
     with pytest.raises(UserError, match="an input"):
         detrellis.predict(run, "drawn/photo.jpg", out="drawn")
+
+
+def test_what_was_drawn_into_the_same_folder_is_no_input_of_the_next_call(run: Path, tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    save(tmp_path / "sub" / "b.png")
+    for out in (tmp_path, tmp_path / "drawn"):
+        for _ in range(2):
+            found = detrellis.predict(run, tmp_path, out=out, recursive=True)
+            assert [p.path.name for p in found if p.path] == ["a.png", "b.png"]
+        for path in (out / "a.jpg", out / "sub" / "b.jpg"):
+            path.unlink()
+    detrellis.predict(run, tmp_path / "a.png", out=tmp_path)
+    with pytest.raises(UserError, match="an input"):
+        detrellis.predict(run, tmp_path / "a.jpg", out=tmp_path)
 
 
 def test_supervision_reads_what_was_found(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

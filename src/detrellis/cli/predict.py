@@ -27,7 +27,10 @@ def predict(
     nms: Annotated[
         float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: where objects are found twice.")
     ] = None,
-    batch: Annotated[int, typer.Option(**limits(BatchSize), help="Pictures at a time, of those of one size.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option("--batch", "--batch-size", **limits(BatchSize), help="Pictures at a time, of those of one size."),
+    ] = 1,
     txt: Annotated[
         bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
     ] = False,
@@ -55,7 +58,7 @@ def predict(
         batch_size=batch,
         recursive=recursive,
         out=out,
-        text=txt,
+        txt=txt,
         device=device,
         on_error=say,
         progress=True,

@@ -49,6 +49,7 @@ class Given:
     path: Path | None
     below: PurePath  # the file's place in the folder that was given, or its name
     pixels: Tensor | None = None  # (3, H, W) uint8 RGB
+    listed: bool = False  # it was found in a folder or by a pattern, and not named itself
 
     def read(self) -> Tensor:
         """Uint8 RGB `(3, H, W)`; `UserError` where the file is broken."""
@@ -121,7 +122,7 @@ def _named(name: str, recursive: bool) -> list[Given]:
         raise UserError("-: pictures are not read from standard input", "Write it to a file, then give the file.")
     if glob.has_magic(name):
         fitting = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
-        found = [Given(p, PurePath(p.name)) for p in fitting if p.is_file() and is_image(p)]
+        found = [Given(p, PurePath(p.name), listed=True) for p in fitting if p.is_file() and is_image(p)]
         if not found:
             raise UserError(f"{name}: no image fits this pattern", f"The current folder is {Path.cwd()}.")
         return found
@@ -131,7 +132,7 @@ def _named(name: str, recursive: bool) -> list[Given]:
 def _in_folder(folder: Path, recursive: bool) -> list[Given]:
     paths = list_images(folder) if recursive else sorted(p for p in folder.iterdir() if p.is_file() and is_image(p))
     if paths:
-        return [Given(p, p.relative_to(folder)) for p in paths]
+        return [Given(p, p.relative_to(folder), listed=True) for p in paths]
     deeper = 0 if recursive else len(list_images(folder))
     if deeper:
         remedy = f"{deeper} are in its folders: add --recursive."

@@ -21,18 +21,22 @@ RESULTS, CLASSES = "predictions.json", "classes.txt"
 
 
 class Folder:
-    """Where the predictions of `given` go: `NAME.jpg` for each picture, and with `text` `labels/NAME.txt`.
+    """Where the predictions of `given` go: `NAME.jpg` for each picture, and with `txt` `labels/NAME.txt`.
 
-    Raises `UserError` where something would be lost, before any work; see `outputs.py`.
+    What an earlier call drew is left out of `given`, unless it was named itself. Raises `UserError` where something
+    would be lost, before any work; see `outputs.py`.
     """
 
-    def __init__(self, out: Path, given: Sequence[Given], text: bool = False) -> None:
-        self.outputs, self.given, self.text = Outputs(out), given, text
-        self.names = output_names(given)
+    def __init__(self, out: Path, given: Sequence[Given], txt: bool = False) -> None:
+        self.outputs, self.txt = Outputs(out), txt
+        self.given = [g for g in given if not (g.listed and g.path is not None and self.outputs.made(g.path))]
+        if given and not self.given:
+            raise UserError(f"{out}: all pictures are what an earlier call drew", "Name other pictures.")
+        self.names = output_names(self.given)
         files = [RESULTS, *(f"{name}.jpg" for name in self.names)]
-        if text:
+        if txt:
             files += [CLASSES, *(f"labels/{name}.txt" for name in self.names)]
-        self.outputs.ready(files, inputs=[g.path for g in given if g.path is not None])
+        self.outputs.ready(files, inputs=[g.path for g in self.given if g.path is not None])
 
     def save(
         self, found: Iterable[Prediction | Failure], class_names: Sequence[str], data: Mapping[str, Any] | None
@@ -45,7 +49,7 @@ class Folder:
         """
         ids = image_ids(self.given, data)
         rows: list[dict[str, Any]] = []
-        if self.text:
+        if self.txt:
             self.outputs.write(CLASSES, "".join(f"{' '.join(name.split())}\n" for name in class_names))
         try:
             for name, image_id, one in zip(self.names, ids, found, strict=True):
@@ -58,7 +62,7 @@ class Folder:
 
     def _write(self, name: str, one: Prediction, class_names: Sequence[str]) -> None:
         self.outputs.write(f"{name}.jpg", jpeg(one.draw(class_names)))
-        if self.text:
+        if self.txt:
             self.outputs.write(f"labels/{name}.txt", one.to_yolo())
 
 
