@@ -564,6 +564,36 @@ def test_ten_thousand_findings_are_one_row_of_the_table(tmp_path: Path) -> None:
     assert len(str(error.value)) < 1000
 
 
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    places = [made.image("train", n) for n in range(3)]
+    for place in places:
+        place.unlink()
+    places[0].symlink_to("gone/away.jpg")
+    places[1].mkdir()
+    os.mkfifo(places[2])
+    report = check(resolve(data=made.write()))
+    said = [f.what for f in with_code(report, "missing-image")]
+    assert said == ["a broken link to gone/away.jpg", "a folder, not a file", "a pipe or a device, not a file"]
+
+
+def test_an_animation_and_a_doubtful_jpeg_are_told(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    pages = [picture(n).convert("P") for n in range(2)]
+    pages[0].save(made.image("train", 0), "GIF", save_all=True, append_images=pages[1:])
+    data = made.image("train", 1).read_bytes()
+    made.image("train", 1).write_bytes(data[:-2] + bytes(range(1, 200)) + data[-2:])
+    report = check(resolve(data=made.write()))
+    assert with_code(report, "several-pictures")[0].id == 10
+    assert with_code(report, "doubtful-jpeg")[0].id == 20
+    assert report.exit_code == 0
+
+
+def test_no_threads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="workers = 0"):
+        check(resolve(data=CocoSet(tmp_path).write()), workers=0)
+
+
 def test_all_images_missing_points_at_the_folder(tmp_path: Path) -> None:
     made = CocoSet(tmp_path)
     made.write()

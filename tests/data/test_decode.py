@@ -157,7 +157,7 @@ def test_no_file_blocks_or_misleads(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.jpg: no such image file"):
+    with pytest.raises(UserError, match=r"gone\.jpg: no such file"):
         read_image(tmp_path / "gone.jpg")
     with pytest.raises(UserError, match="a folder, not a file"):
         read_image(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -256,7 +257,7 @@ def test_pinned_batches(annotations: Annotations) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda path: path.unlink(), "no such image"),
+        (lambda path: path.unlink(), "no such file"),
         (lambda path: path.write_bytes(b"text"), "not an image"),
         (lambda path: path.write_bytes(path.read_bytes()[:90]), "cannot be read"),
         (lambda path: Image.new("RGB", (30, 20)).save(path), "30x20 pixels .* say 50x40"),
@@ -276,11 +277,23 @@ def test_bad_images_speak_to_the_user(tmp_path: Path, workers: int, spoil: Calla
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_worker_that_dies_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda: os._exit(1), "An image may have ended it"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "An image may have ended it"),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), "The shared memory ran out"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "mostly because the memory ran out"),
+    ],
+)
+def test_a_worker_that_dies_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], words: str
+) -> None:
     dataset = DetectionDataset(annotate(tmp_path, [(40, 50)], [[]]), train_transform("none", 40))
-    monkeypatch.setattr(loader_module, "read_image", lambda *_: os._exit(1))
-    with pytest.raises(UserError, match="fewer workers"):
+    monkeypatch.setattr(loader_module, "read_image", lambda *_: end())
+    with pytest.raises(UserError, match="fewer workers") as caught:
         list(build_loader(dataset, EvalSampler(1, 1), workers=1))
+    assert words in (caught.value.remedy or "")
 
 
 def test_our_own_mistakes_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

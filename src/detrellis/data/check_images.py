@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.decode import UPRIGHT, Header, read_header, read_image, turn, upright_size
+from detrellis.data import jpeg
+from detrellis.data.decode import JPEGS, UPRIGHT, Header, absence, read_header, read_image, turn, upright_size
 from detrellis.data.files import map_threads
 from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
@@ -38,8 +39,9 @@ TREATMENT = {
 class Stat(NamedTuple):
     """What the file system says."""
 
-    bytes: int  # -1: no such file
+    bytes: int  # -1: no file
     key: tuple[int, int] | None  # the same for two names of one file
+    absence: str = ""  # why there is no file
 
     @property
     def there(self) -> bool:
@@ -54,6 +56,7 @@ class Look(NamedTuple):
     header: Header | None
     error: str  # why it cannot be decoded; "" where it can
     brightest: int  # largest value of a 16-bit picture after conversion, 255 for others
+    doubt: str = ""  # what is odd about a JPEG's data
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,9 @@ def gather(raw: RawDataset, *, fast: bool, progress: bool, workers: int | None) 
 
 
 def _stat(path: Path) -> Stat:
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return Stat(-1, None)
-    if not path.is_file():
-        return Stat(-1, None)
+    if why := absence(path):
+        return Stat(-1, None, why)
+    found = path.stat()
     return Stat(found.st_size, (found.st_dev, found.st_ino) if found.st_ino else None)
 
 
@@ -94,14 +94,16 @@ def _look(job: tuple[Path, tuple[int, int]]) -> Look:
     path, size = job
     digest, header = b"", None
     try:
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        data = path.read_bytes()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
         header = read_header(path)
         pixels = read_image(path, size)
     except UserError as error:
         return Look(digest, header, error.message.removeprefix(f"{path}: "), 255)
     except OSError as error:
         return Look(digest, header, f"cannot be read ({error.strerror})", 255)
-    return Look(digest, header, "", int(pixels.max()) if header.mode.startswith("I") else 255)
+    brightest = int(pixels.max()) if header.mode.startswith("I") else 255
+    return Look(digest, header, "", brightest, jpeg.doubt(data) if header.format in JPEGS else "")
 
 
 def check_images(raw: RawDataset, facts: Facts) -> list[Finding]:
@@ -133,7 +135,7 @@ def _absent(raw: RawDataset, stats: Sequence[Stat]) -> Iterator[Finding]:
     for row in missing:
         path = raw.path(row)
         similar = nearly.get((path.parent, path.stem.lower()))
-        what = "no such file" + (f"; there is {similar}" if similar else "")
+        what = stats[row].absence + (f"; there is {similar}" if similar not in (None, path.name) else "")
         yield _at(raw, "missing-image", row, what, remedy=remedy)
     for row, stat in enumerate(stats):
         if stat.bytes == 0:
@@ -218,6 +220,10 @@ def _seen(raw: RawDataset, row: int, look: Look) -> Iterator[Finding]:
     if header.mode not in PLAIN:
         how = TREATMENT.get(header.mode, "converted to RGB")
         yield _at(raw, "unusual-mode", row, f"a {header.format} of mode {header.mode}: {how}")
+    if header.several:
+        yield _at(raw, "several-pictures", row, f"a {header.format} of several pictures: the first is used")
+    if look.doubt:
+        yield _at(raw, "doubtful-jpeg", row, look.doubt)
     if look.brightest < DARK:
         yield _at(raw, "dark-16-bit", row, f"its 16-bit values become 0 to {look.brightest} of 255: nearly black")
 

@@ -123,17 +123,21 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def _must_be_file(path: Path) -> None:
     """Before it is opened: a pipe would keep the process waiting for ever."""
+    if why := absence(path):
+        raise UserError(why, REMEDY if path.exists() else "Put it there, or correct the name or the folder.")
+
+
+def absence(path: Path) -> str:
+    """Why there is no file to read, `no such file` for example; nothing where there is one."""
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise UserError(absent(path), "Put it there, or correct the name or the folder.") from error
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file", REMEDY)
-
-
-def absent(path: Path) -> str:
-    """Why there is no file: `no such image file`, or where a broken link leads."""
-    return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "no such image file"
+    except FileNotFoundError:
+        return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "no such file"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({_first_line(error)})"
+    if stat.S_ISREG(mode):
+        return ""
+    return "a folder, not a file" if stat.S_ISDIR(mode) else "a pipe or a device, not a file"
 
 
 def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None) -> Image.Image:

@@ -49,6 +49,8 @@ IMAGES: dict[str, Rule] = {
     ),
     "unusual-mode": Rule("note", "Nothing to do: it is converted to 8-bit RGB."),
     "dark-16-bit": Rule("warning", "Stretch the values to the full 16-bit range, or convert to 8 bits yourself."),
+    "doubtful-jpeg": Rule("warning", "Look at the picture; replace it if a part is shifted or has other colours."),
+    "several-pictures": Rule("note", "Nothing to do, unless the boxes are of another one: save that as its own file."),
     "exif-rotated": Rule("note", "Nothing to do: the orientation is handled."),
     "exif-ambiguous": Rule(
         "warning", "Save the image upright, without the EXIF tag, and make sure that its boxes fit."

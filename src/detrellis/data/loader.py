@@ -216,14 +216,23 @@ def _next(batches: Iterator[Batch | Failure]) -> Batch | None:
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
-        raise UserError(
-            f"a loader worker died: {str(error).splitlines()[0]}",
-            "Mostly the memory ran out. Use fewer workers or smaller batches; in a container, give it more shared "
-            "memory (docker: --shm-size or --ipc=host).",
-        ) from error
+        raise _died(error) from error
     if isinstance(batch, Failure):
         raise UserError(batch.message, batch.remedy)
     return batch
+
+
+def _died(error: RuntimeError) -> UserError:
+    """What to do about a dead worker, by what torch says of it."""
+    said = f"{error} {error.__cause__ or ''}".lower()
+    fewer = "use fewer workers (--workers 0: none) or smaller batches"
+    if "bus error" in said:
+        remedy = f"The shared memory ran out: {fewer}; in a container, give it more (docker: --shm-size or --ipc=host)."
+    elif "killed by signal: killed" in said:
+        remedy = f"It was killed from outside, mostly because the memory ran out: {fewer}."
+    else:
+        remedy = f"An image may have ended it: `detrellis check` decodes them all. Or memory was short: {fewer}."
+    return UserError(f"a loader worker died: {str(error).splitlines()[0]}", remedy)
 
 
 def _ignore_signals(worker: int) -> None:
