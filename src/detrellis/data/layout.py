@@ -57,9 +57,9 @@ class DataSource:
     def _read(self, wanted: Sequence[str]) -> dict[str, RawDataset]:
         if self.kind == "voc":
             return read_voc(self.splits, wanted)
-        files = {split: self.splits[split] for split in wanted}
         if self.kind == "yolo":
-            return {split: read_yolo(f, split) for split, f in files.items()}
+            return read_yolo(self.splits, wanted)
+        files = {split: self.splits[split] for split in wanted}
         return {split: read_coco(f.annotations, f.images[0], split) for split, f in files.items()}
 
     def _noted(self, raw: RawDataset) -> RawDataset:

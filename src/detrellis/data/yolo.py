@@ -1,48 +1,43 @@
 """YOLO's layout: `data.yaml` (or `classes.txt`), images, and a text file of labels for each image.
 
-A label line is `class cx cy w h` in shares of the image; a longer one with an odd number of fields is a polygon
-(`class x1 y1 x2 y2 ...`), of which the bounding box is taken, unless `kpt_shape` in the yaml says that keypoints follow
-the box. An image without a label file has no boxes. Class numbers are the category ids: 0, 1, ...
+An image without a label file has no boxes. Class numbers are the category ids: 0, 1, ... What the lines of a label file
+are is in `yolo_labels.py`, how the yaml is read in `yolo_yaml.py`.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import yaml
 
-from detrellis.data.decode import read_header, upright_size
-from detrellis.data.files import common_root, list_images, map_threads, read_text
+from detrellis.data.files import common_root, files_in, list_images, map_threads, read_sizes, read_text
 from detrellis.data.findings import Finding, finding
+from detrellis.data.lookup import fold, real_names, renaming_notes
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import SPLITS, SplitFiles
+from detrellis.data.yolo_labels import Labels, Meaning, meaning, read_labels, wrong_length
+from detrellis.data.yolo_yaml import (
+    SHAPE,
+    SUFFIXES,
+    Keypoints,
+    class_count,
+    class_names,
+    given,
+    keypoints,
+    load_yaml,
+    locate,
+)
 from detrellis.errors import UserError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
-SHAPE = "data.yaml needs `names:` (a list, or numbers to names) and `train:`, and should have `val:`."
+IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that have one of labels beside them
+LABELS = ("labels", "label", "annotations")
 IN_PIXELS = 1.5  # shares above this are no drawing errors at the border
-
-
-class Label(NamedTuple):
-    """One line of a label file."""
-
-    line: int
-    category: int
-    box: tuple[float, float, float, float]  # x, y, width, height in shares of the image
-
-
-class Labels(NamedTuple):
-    """One label file with the size of its image."""
-
-    size: tuple[int, int]  # height, width; 0, 0 where the image cannot be opened
-    labels: list[Label]
-    malformed: list[tuple[int, str]]  # (line, what is wrong)
 
 
 # Finding
@@ -50,7 +45,7 @@ class Labels(NamedTuple):
 
 def find_yolo(data: Path) -> dict[str, SplitFiles] | None:
     """The splits of a yaml file, or of a folder with one; None where there is neither."""
-    file = data if data.suffix.lower() in (".yaml", ".yml") else _yaml_in(data)
+    file = data if data.suffix.lower() in SUFFIXES else _yaml_in(data)
     if file is not None:
         return _from_yaml(file)
     lists = [data / name for name in CLASS_LISTS if (data / name).is_file()]
@@ -59,7 +54,7 @@ def find_yolo(data: Path) -> dict[str, SplitFiles] | None:
 
 def _yaml_in(folder: Path) -> Path | None:
     named = [folder / name for name in YAML_NAMES if (folder / name).is_file()]
-    others = [f for f in sorted(folder.glob("*.y*ml")) if "names:" in read_text(f) and "train:" in read_text(f)]
+    others = [f for f in files_in(folder, *SUFFIXES) if "names:" in (text := read_text(f)) and "train:" in text]
     if not named and len(others) > 1:
         raise UserError(f"{folder}: more than one YOLO yaml: {', '.join(f.name for f in others)}", "Name the one.")
     return next(iter(named + others), None)
@@ -67,32 +62,20 @@ def _yaml_in(folder: Path) -> Path | None:
 
 def _from_yaml(file: Path) -> dict[str, SplitFiles]:
     content = load_yaml(file)
-    if not content.get("train"):
+    if not given(content, SPLITS["train"]):
         raise UserError(f"{file}: no `train:` (found: {', '.join(map(str, content))})", SHAPE)
     found = {}
     for split, names in SPLITS.items():
-        entries = next((content[name] for name in names if content.get(name)), None)
-        if entries is None:
+        texts = given(content, names)
+        if not texts:
             continue
-        texts = entries if isinstance(entries, list) else [entries]
-        paths = [_locate(str(text), file, content) for text in texts]
+        paths = [locate(text, file, content) for text in texts]
         missing = [text for text, path in zip(texts, paths, strict=True) if path is None]
         if not missing:
             found[split] = SplitFiles(file, tuple(p for p in paths if p is not None))
         elif split != "test":  # which many yaml files name without having it
             raise UserError(f"{file}: `{split}: {missing[0]}` is not there", f"Correct the path, or `path:`. {SHAPE}")
     return found
-
-
-def _locate(text: str, file: Path, content: Mapping[str, Any]) -> Path | None:
-    """The folder or list that the yaml means, also when it was written for another machine or working folder."""
-    given = Path(text)
-    roots = [file.parent / str(content["path"])] if content.get("path") else []
-    places = [root / given for root in [*roots, file.parent]]
-    # Exporters write "../train/images" beside the train folder, or "/content/set/train/images" from a notebook.
-    parts = [p for p in given.parts if p not in ("..", ".", given.anchor)]
-    places += [file.parent.joinpath(*parts[i:]) for i in range(max(1, len(parts) - 1))]
-    return next((place.resolve() for place in places if place.exists()), None)
 
 
 def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
@@ -107,133 +90,200 @@ def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
     return found if "train" in found else None
 
 
-def load_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a yaml file. Raises `UserError` with the line where it is malformed."""
-    try:
-        content = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: malformed yaml ({' '.join(str(error).split())})", SHAPE) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a yaml mapping", SHAPE)
-    return content
-
-
-def class_names(file: Path) -> tuple[tuple[int, str], ...]:
-    """(id, name) from `names:` of a yaml file, or from the lines of a class list."""
-    if file.suffix.lower() not in (".yaml", ".yml"):
-        lines = [line.strip() for line in read_text(file).splitlines()]
-        return tuple(enumerate(line for line in lines if line))
-    names = load_yaml(file).get("names")
-    if isinstance(names, list) and names:
-        return tuple((i, str(name)) for i, name in enumerate(names))
-    if isinstance(names, dict) and names and all(str(key).isdigit() for key in names):
-        return tuple(sorted((int(key), str(name)) for key, name in names.items()))
-    raise UserError(f"{file}: `names:` is {'missing' if names is None else repr(names)[:80]}", SHAPE)
-
-
 # Reading
 
 
-def read_yolo(files: SplitFiles, split: str) -> RawDataset:
-    """The split's images with the boxes of their label files."""
-    source = files.annotations
-    keypoints = source.suffix.lower() in (".yaml", ".yml") and "kpt_shape" in load_yaml(source)
-    images = list(dict.fromkeys(image for place in files.images for image in _listed(place, source)))
-    label_files = _label_files(images)
-    pairs = list(zip(images, label_files, strict=True))
-    read = map_threads(partial(_read_labels, keypoints=keypoints), pairs)
-    root = common_root(images, source.parent)
-    findings = [
-        finding("malformed-label", split, file, what, line=line)
-        for file, labels in zip(label_files, read, strict=True)
-        for line, what in labels.malformed
-    ]
-    findings += _in_pixels(read, source, split)
-    findings += _orphans(images, label_files, files, split)
-    head = {
-        "split": split,
-        "source": source,
-        "root": root,
-        "categories": class_names(source),
-        "label_files": tuple(str(file) for file in label_files),
-        "findings": tuple(findings),
-    }
-    sizes = [(image.relative_to(root).as_posix(), *labels.size) for image, labels in zip(images, read, strict=True)]
-    return from_columns(head, sizes, _rows(read))
+class Split(NamedTuple):
+    """The files of one split, and what is in them."""
+
+    images: list[Path]
+    files: list[Path | None]  # the label file of each image, where there is one
+    folders: list[Path]  # where it was looked for
+    read: list[Labels]
+    notes: list[Finding]
 
 
-def _listed(place: Path, source: Path) -> Iterator[Path]:
-    """The images of a folder, or those that a text file names."""
+def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
+    """The wanted splits: images with the boxes of their label files.
+
+    What lines of more than five fields are is decided once for all of them, training being asked too.
+    """
+    read = {split: _read(splits[split], split) for split in wanted}
+    asked = list(read.values())
+    if (
+        "train" not in read
+        and "train" in splits
+        and any(label.around for s in asked for r in s.read for label in r.labels)
+    ):
+        asked.append(_read(splits["train"], "train"))
+    source = next(iter(splits.values())).annotations
+    said = keypoints(source)
+    way = meaning([r for s in asked for r in s.read], [f for s in asked for f in s.files], said)
+    return {split: _dataset(split, splits[split], read[split], way, said) for split in wanted}
+
+
+def _read(files: SplitFiles, split: str) -> Split:
+    notes: list[Finding] = []
+    listed = [image for place in files.images for image in _listed(place, files.annotations, split, notes)]
+    images = list(dict.fromkeys(listed))
+    folders, label_files = _label_files(images)
+    return Split(images, label_files, folders, map_threads(read_labels, label_files), notes)
+
+
+def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iterator[Path]:
+    """The images of a folder, or those that a text file names, on this machine or another one."""
     if place.is_dir():
         yield from list_images(place)
         return
     names = [line.strip() for line in read_text(place).splitlines() if line.strip()]
     roots = [place.parent, source.parent, place.parent.parent]
     root = next((r for r in roots if any((r / name).exists() for name in names[:8])), place.parent)
-    yield from (Path(os.path.normpath(root / name)) for name in names)
+    found = real_names(names, root, nearby=[source.parent])
+    notes += renaming_notes(split, place, found)
+    yield from (Path(os.path.normpath(root / name)) for name in found.names)
 
 
-def _label_files(images: Sequence[Path]) -> list[Path]:
-    """For each image the file in `labels/` in place of the last `images/`, or beside it where that folder is not."""
-    folders = {parent: _label_folder(parent) for parent in {image.parent for image in images}}
-    return [folders[image.parent] / f"{image.stem}.txt" for image in images]
+def _label_files(images: Sequence[Path]) -> tuple[list[Path], list[Path | None]]:
+    """For each image the folder of its label file, and the file: the image's name, in any case, with `.txt`."""
+    stems: dict[Path, set[str]] = defaultdict(set)
+    for image in images:
+        stems[image.parent].add(fold(image.stem))
+    chosen = {parent: _label_folder(parent, own) for parent, own in stems.items()}
+    there = {folder: _by_stem(folder) for folder in set(chosen.values())}
+    folders = [chosen[image.parent] for image in images]
+    return folders, [_pick(there[f].get(fold(i.stem), []), i.stem) for f, i in zip(folders, images, strict=True)]
 
 
-def _label_folder(images: Path) -> Path:
-    parts = list(images.parts)
-    if "images" not in parts:
-        return images
-    last = len(parts) - 1 - parts[::-1].index("images")
-    labels = Path(*parts[:last], "labels", *parts[last + 1 :])
-    return labels if labels.is_dir() else images
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in files_in(folder, ".txt"):
+        found[fold(file.stem)].append(file)
+    return found
 
 
-def _read_labels(pair: tuple[Path, Path], keypoints: bool) -> Labels:
-    image, file = pair
+def _pick(files: Sequence[Path], stem: str) -> Path | None:
+    """The file that has the very letters, else the only one."""
+    exact = [file for file in files if file.stem == stem]
+    return exact[0] if exact else files[0] if len(files) == 1 else None
+
+
+def _label_folder(images: Path, stems: set[str]) -> Path:
+    """`labels/` in place of the last `images/`, or in the folder of images, or this itself: where the files are."""
+    parts = images.parts
+    places = []
+    for last in (i for i in reversed(range(len(parts))) if fold(parts[i]) in IMAGES):
+        places += [p for f in _called_labels(Path(*parts[:last])) if (p := f.joinpath(*parts[last + 1 :])).is_dir()]
+        break
+    places += [*_called_labels(images), images]
+    return next((place for place in places if stems & _by_stem(place).keys()), places[0])
+
+
+def _called_labels(folder: Path) -> list[Path]:
     try:
-        # Shares are of the picture that was labelled, and it was labelled as viewers show it.
-        size = upright_size(read_header(image))
-    except UserError:
-        size = (0, 0)  # the doctor opens it again and says why
-    labels, malformed = [], []
-    for number, line in enumerate(read_text(file).splitlines() if file.is_file() else (), start=1):
-        if not line.strip():
+        found = [entry for entry in folder.iterdir() if fold(entry.name) in LABELS]
+    except OSError:
+        return []
+    return sorted(found, key=lambda f: (LABELS.index(fold(f.name)), f.name))
+
+
+def _dataset(split: str, files: SplitFiles, own: Split, way: Meaning, said: Keypoints | None) -> RawDataset:
+    source = files.annotations
+    root = common_root(own.images, source.parent)
+    names = class_names(source)
+    label_files = [f or d / f"{i.stem}.txt" for i, d, f in zip(own.images, own.folders, own.files, strict=True)]
+    findings = [*own.notes, *_class_count(source, names, split)]
+    findings += _of_lines(own, label_files, split, way, said)
+    findings += _shared(own, split)
+    findings += _long_lines(own, label_files, source, split, way, said)
+    findings += _in_pixels(own.read, source, split, way)
+    findings += _orphans(own, files, split)
+    head = {
+        "split": split,
+        "source": source,
+        "root": root,
+        "categories": names,
+        "label_files": tuple(str(file) for file in label_files),
+        "findings": tuple(findings),
+    }
+    # Shares are of the picture that was labelled, and it was labelled as viewers show it. The doctor says which fail.
+    sizes = read_sizes(own.images)
+    images = [(i.relative_to(root).as_posix(), *size) for i, size in zip(own.images, sizes.tolist(), strict=True)]
+    return from_columns(head, images, _rows(own.read, sizes.tolist(), way, said))
+
+
+def _class_count(source: Path, names: Sequence[tuple[int, str]], split: str) -> Iterator[Finding]:
+    count = class_count(source)
+    if count is not None and count != len(names):
+        yield finding("class-count", split, source, f"`nc: {count}`, but `names` has {len(names)}")
+
+
+def _of_lines(
+    own: Split, label_files: Sequence[Path], split: str, way: Meaning, said: Keypoints | None
+) -> Iterator[Finding]:
+    """Files that cannot be read, and lines that are no labels."""
+    for row, (file, read) in enumerate(zip(label_files, own.read, strict=True)):
+        if read.problem:
+            yield finding("unreadable-labels", split, file, read.problem, row=row)
+        odd = ((label.line, wrong_length(label, way, said)) for label in read.labels)
+        for line, what in sorted([*read.malformed, *((n, f"line {n}: {why}") for n, why in odd if why)]):
+            yield finding("malformed-label", split, file, what, line=line)
+
+
+def _shared(own: Split, split: str) -> Iterator[Finding]:
+    """Pictures that differ in their suffix and have one label file: unless they are copies, whose it is is unknown."""
+    owners: dict[Path, list[int]] = defaultdict(list)
+    for row, file in enumerate(own.files):
+        if file is not None:
+            owners[file].append(row)
+    for file, rows in owners.items():
+        images = [own.images[row] for row in rows]
+        if len(rows) < 2 or len({_content(image) for image in images}) == 1:
             continue
-        try:
-            category, box = parse_line(line, keypoints)
-            labels.append(Label(number, category, box))
-        except ValueError as error:
-            malformed.append((number, f"line {number}: {error}: {line.strip()[:60]!r}"))
-    return Labels(size, labels, malformed)
+        for row in rows:
+            what = f"{file.name} could belong to {' or '.join(i.name for i in images)}"
+            yield finding("shared-labels", split, own.images[row], what, row=row)
 
 
-def parse_line(line: str, keypoints: bool = False) -> tuple[int, tuple[float, float, float, float]]:
-    """(class, xywh in shares of the image) of a label line. Raises `ValueError` saying what is wrong with it."""
-    fields = line.split()
+def _content(image: Path) -> bytes:
     try:
-        category, *numbers = (float(field) for field in fields)
-    except ValueError:
-        raise ValueError("not all fields are numbers") from None
-    if category != int(category) if np.isfinite(category) else True:
-        raise ValueError("the class is no whole number")
-    if len(fields) == 5 or (keypoints and len(fields) > 5):
-        x, y, width, height = numbers[:4]
-        return int(category), (x - width / 2, y - height / 2, width, height)
-    if len(fields) < 7 or len(fields) % 2 == 0:
-        raise ValueError(f"{len(fields)} fields, neither a box (5) nor a polygon (odd, at least 7)")
-    xs, ys = numbers[::2], numbers[1::2]
-    return int(category), (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+        return image.read_bytes()
+    except OSError:
+        return b""
 
 
-def _rows(read: Sequence[Labels]) -> Iterator[tuple[int, int, int, tuple[float, ...]]]:
-    for row, (size, labels, _) in enumerate(read):
+def _long_lines(
+    own: Split, label_files: Sequence[Path], source: Path, split: str, way: Meaning, said: Keypoints | None
+) -> Iterator[Finding]:
+    """What was assumed of long lines where the yaml does not say it."""
+    rows = [row for row, read in enumerate(own.read) if any(label.around for label in read.labels)]
+    if not rows or said is not None or way == "polygons":
+        return
+    fields = Counter(label.fields for row in rows for label in own.read[row].labels if label.around)
+    listed = ", ".join(str(count) for count, _ in fields.most_common(4))
+    if way == "keypoints":
+        what = f"lines of {listed} fields are read as a box with keypoints behind it, which are passed over"
+        yield finding("keypoints", split, source, what, count=fields.total())
+        return
+    for row in rows:
+        what = f"lines of {listed} fields could be polygons, or boxes with keypoints behind them"
+        yield finding("unclear-labels", split, label_files[row], what, row=row)
+
+
+def _rows(
+    read: Sequence[Labels], sizes: Sequence[Sequence[int]], way: Meaning, said: Keypoints | None
+) -> Iterator[tuple[int, int, int, tuple[float, ...]]]:
+    for row, (labels, size) in enumerate(zip(read, sizes, strict=True)):
         height, width = (max(side, 1) for side in size)
-        for line, category, (x, y, w, h) in labels:
-            yield row, line, category, (x * width, y * height, w * width, h * height)
+        for label in labels.labels:
+            if label.around is not None and (way == "unclear" or wrong_length(label, way, said)):
+                continue
+            x, y, w, h = label.around if label.around is not None and way == "polygons" else label.box
+            yield row, label.line, label.category, (x * width, y * height, w * width, h * height)
 
 
-def _in_pixels(read: Sequence[Labels], source: Path, split: str) -> list[Finding]:
-    boxes = np.array([label.box for labels in read for label in labels.labels]).reshape(-1, 4)
+def _in_pixels(read: Sequence[Labels], source: Path, split: str, way: Meaning) -> list[Finding]:
+    rows = [label.around if label.around and way == "polygons" else label.box for own in read for label in own.labels]
+    boxes = np.array(rows).reshape(-1, 4)
     far = (np.abs(boxes) > IN_PIXELS).any(axis=1)
     if not len(boxes) or far.mean() < 0.5:
         return []
@@ -241,12 +291,12 @@ def _in_pixels(read: Sequence[Labels], source: Path, split: str) -> list[Finding
     return [finding("pixel-boxes", split, source, what, count=int(far.sum()))]
 
 
-def _orphans(images: Sequence[Path], labels: Sequence[Path], files: SplitFiles, split: str) -> list[Finding]:
+def _orphans(own: Split, files: SplitFiles, split: str) -> list[Finding]:
     """Label files without an image. Where text files list the images, the others belong to other splits."""
     if not all(place.is_dir() for place in files.images):
         return []
-    known = set(labels)
-    folders = {file.parent for file in labels} - {image.parent for image in images}  # else README.txt would be one
-    found = [f for folder in sorted(folders) for f in sorted(folder.glob("*.txt")) if f not in known]
+    known = set(own.files)
+    folders = set(own.folders) - {image.parent for image in own.images}  # else README.txt would be one
+    found = [f for folder in sorted(folders) for f in files_in(folder, ".txt") if f not in known]
     what = "a label file without an image of this name"
     return [finding("label-without-image", split, f, what) for f in found if f.name != "classes.txt"]
