@@ -21,9 +21,25 @@ def test_recipes_are_found_by_name_and_survive_json(make: object) -> None:
     assert recipe.about
 
 
-def test_a_misspelt_recipe_is_suggested() -> None:
-    with pytest.raises(UserError, match="Did you mean dino-r50"):
-        find_recipe("dino-r5")
+@pytest.mark.parametrize("name", ["DINO-R50", "dino_r50", " Dino-r50"])
+def test_a_recipe_is_found_as_people_write_it(name: str) -> None:
+    assert find_recipe(name).name == "dino-r50"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dino-r5", "Did you mean dino-r50 or dino-r50-5scale"),
+        ("dino", "Did you mean dino-r50 or dino-r50-5scale or dino-swin-l"),
+        ("sam_detr", "Did you mean sam-detr-r50 or"),
+        ("dion-r50", "Did you mean dino-r50"),
+        ("yolov8", "detrellis recipes lists them"),
+        ("", "detrellis recipes lists them"),
+    ],
+)
+def test_another_recipe_is_answered_with_those_of_its_kind(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_recipe(name)
 
 
 @pytest.mark.parametrize(

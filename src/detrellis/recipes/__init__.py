@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -158,8 +159,16 @@ def choose_recipe(
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name; `UserError` with the nearest one otherwise."""
-    found = {r.__name__.replace("_", "-"): r for r in RECIPES}
-    if name not in found:
-        raise unknown_name(name, list(found), "recipe")
-    return found[name]()
+    """The recipe of that name, with `_` for `-` and capitals too; `UserError` with those of its kind otherwise."""
+    found = {make.__name__.replace("_", "-"): make for make in RECIPES}
+    plain = name.strip().lower().replace("_", "-")
+    if plain in found:
+        return found[plain]()
+    alike = [known for known in found if plain and known.startswith(plain)]
+    if alike:
+        raise UserError(f"recipe: there is no {name!r}", f"Did you mean {' or '.join(alike[:4])}?")
+    if difflib.get_close_matches(plain, found, n=1, cutoff=0.5):
+        raise unknown_name(plain, list(found), "recipe")
+    raise UserError(
+        f"recipe: there is no {name!r}", "detrellis recipes lists them; tiny is one for small data and CPUs."
+    )

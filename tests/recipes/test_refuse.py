@@ -1,0 +1,48 @@
+"""Every kind of network with every scheme and class loss: it builds, or the refusal names both sides and what helps."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+
+from detrellis.errors import UserError
+from detrellis.recipes import network
+from detrellis.recipes.build import build
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.schemes import SchemesConfig
+
+from ..small import CLASSES, small
+
+NETWORKS = ("tiny", "detr_r50", "conditional_detr_r50", "deformable_detr_r50_two_stage", "sam_detr_r50")
+POINTS, SOFTMAX = ("conditional_detr_r50", "deformable_detr_r50_two_stage", "detr_r50"), ("detr_r50",)
+BOXES_ONLY, SIGMOID_ONLY = ("dn", "cdn"), ("co", "align", "stable")
+SETTERS = ("align", "stable")  # of what a positive's class should learn
+
+
+def refused(recipe: Recipe) -> str | None:
+    try:
+        with torch.device("meta"):
+            build(recipe, CLASSES)
+    except UserError as error:
+        return f"{error.message} {error.remedy}"
+    return None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_schemes_and_losses_that_cannot_be_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "build_backbone", cache(network.build_backbone))
+    plain = small(name, ["none"])
+    for scheme, loss in product(("none", *SchemesConfig.model_fields), ("focal", "qfl")):
+        said = refused(plain.with_schemes(scheme).override(f"loss.classification={loss}"))
+        unfit = (scheme in BOXES_ONLY and name in POINTS) or (scheme in SIGMOID_ONLY and name in SOFTMAX)
+        lossy = loss != "focal" and (name in SOFTMAX or scheme in SETTERS)
+        assert (said is not None) == (unfit or lossy), (scheme, loss, said)
+        assert said is None or re.search(r"-o |Leave ", said)
+        assert said is None or (f"scheme {scheme}" if unfit and not lossy else f"loss.classification={loss}") in said
+    said = refused(plain.override("detector.iou_branch=root"))
+    assert (said is not None) == (name in SOFTMAX)
+    assert said is None or "scores=softmax and iou_branch=root" in said
