@@ -12,6 +12,9 @@ STAMP := $(VENV)/.installed
 TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
 TESTS ?=
 BENCH ?=
+# An index with the CPU build of torch, as PyTorch's installation page shows it: the other has 6 GB of CUDA libraries.
+TORCH_INDEX ?=
+TORCH = $(shell grep -E '^torch(vision)?==' constraints.txt)
 # What meets the libraries: help, pictures, a training run, its evaluation, predictions, analyses, files of weights.
 QUICK := tests/test_cli.py tests/data/test_decode.py
 
@@ -61,6 +64,7 @@ clean:  ## Remove the environment, caches and the demo (runs/ stays)
 $(STAMP): pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH))
 	@$(BIN)/python -m uv --no-progress pip install -q --python $(BIN)/python -c constraints.txt -e '$(EVERYTHING)' \
 		|| $(BIN)/python -m pip install -q -c constraints.txt -e '$(EVERYTHING)'
 	@touch $@

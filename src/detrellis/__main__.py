@@ -7,12 +7,18 @@ import signal
 import sys
 from typing import NoReturn
 
+# Threads that wait for each other sleep. By default they spin, and where other programs use the cores they spin at each
+# other: docs/performance.md, "Threads". OpenMP reads this when torch is imported; what the user has set stays.
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+
 
 def main() -> None:
     """Run the command line; Ctrl-C and SIGTERM end it with a line from the first moment to the last."""
     signals = [signal.SIGINT, signal.SIGTERM]
     for number in signals:
         signal.signal(number, _leave)
+    for name, value in PASSIVE.items():
+        os.environ.setdefault(name, value)
     from detrellis.cli import main as run
 
     try:

@@ -62,6 +62,8 @@ def test_plan_of_schemes(shapes: Path) -> None:
     ("schemes", "message"),
     [
         (",", "no row"),
+        ("align", "one row, and no other to compare it with\n  Add one: --schemes none,align."),
+        ("none", "Add one: --schemes none,align."),
         ("none,aling", "Did you mean align"),
         ("align,align", "stands twice"),
         ("align,none+align", "stands twice"),

@@ -239,7 +239,7 @@ def convert(
 ) -> None:
     """Checkpoints of transformers and of the reference repositories to ours, and ours to what transformers loads.
 
-    Example: detrellis convert hf:facebook/detr-resnet-50 detr && detrellis convert runs/first for_transformers
+    Example: detrellis convert hf:facebook/detr-resnet-50 detr && detrellis convert detr for_transformers
     """
     from detrellis import api
 

@@ -82,6 +82,7 @@ class Pieces:
         try:
             if sys.platform != "win32" and shutil.which(compiler) is None:
                 raise FileNotFoundError(f"there is no C++ compiler {compiler}")
+            _import_compiler()
             self.compiled = {piece: torch.compile(piece, fullgraph=True) for piece in (bag.bags, bag.point_gradients)}
             say("bags with compiled pieces on the CPU, for training on large inputs")
         except Exception as error:  # no compiler, a cache directory that cannot be made, ...
@@ -91,6 +92,17 @@ class Pieces:
         self.failed = True
         reason = (str(error).strip().splitlines() or [""])[0]
         say(f"eager bags on the CPU (cannot compile: {type(error).__name__}: {reason})")
+
+
+def _import_compiler() -> None:
+    """What compiling imports, without its line that there is CUDA and no GPU: nobody asked for one here."""
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    level = extensions.level
+    extensions.setLevel(logging.ERROR)
+    try:
+        pass
+    finally:
+        extensions.setLevel(level)
 
 
 pieces = Pieces()

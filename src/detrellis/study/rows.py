@@ -77,6 +77,9 @@ def plan_schemes(
     named = [("+".join(row) or "none", with_exactly(base, row)) for row in parse_rows(schemes)]
     if not named:
         raise UserError(f"--schemes {schemes}: no row", "For example: --schemes none,align,group=3,align+group=3.")
+    if len(named) == 1:
+        more = "none,align" if named[0][0] == "none" else f"none,{schemes}"
+        raise UserError(f"--schemes {schemes}: one row, and no other to compare it with", f"Add one: --schemes {more}.")
     first = named[0][0]
     rows = tuple(Row(name, own, None if name == first else first) for name, own in named)
     title = f"{base.name} with training schemes"
