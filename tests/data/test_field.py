@@ -13,11 +13,11 @@ from detrellis.data.check import check, prepare
 from detrellis.data.fix import fix
 from detrellis.data.layout import DataSource, resolve
 from detrellis.errors import UserError
-from tests.data.field import coco, images, voc, yolo
+from tests.data.field import coco, images, others, voc, yolo
 from tests.data.field.cases import Case, Finds, Reads, Refused
 from tests.data.field.pictures import wrong
 
-CASES: list[Case] = [*coco.CASES, *voc.CASES, *yolo.CASES, *images.CASES]
+CASES: list[Case] = [*coco.CASES, *voc.CASES, *yolo.CASES, *images.CASES, *others.CASES]
 
 
 def parameters() -> list[object]:

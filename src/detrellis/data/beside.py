@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from detrellis.data.files import is_image, list_images, subfolders
 from detrellis.data.lookup import Names, fold, readings, real_names
+from detrellis.data.splits import SplitFiles
 from detrellis.errors import UserError
 
 # Folders that are called like pictures, in the order in which they are preferred.
@@ -83,6 +85,22 @@ def _none_found(annotations: Path, places: Sequence[Path], wanted: Sequence[Want
         names = f"{names} or {wanted[0].written!r}"
     listed = "".join(f"\n    {place}" for place in dict.fromkeys(places))
     return f"{annotations}: its pictures were not found; looked for {names} in these and {DEPTH} levels below{listed}"
+
+
+def files_of_splits(
+    files: Mapping[str, Path], given: Mapping[str, Path | None], images_of: Callable[[Path], Path], parts: bool
+) -> dict[str, SplitFiles]:
+    """Annotation files with the image folders that are given, or that `images_of` finds.
+
+    `parts`: the one file is train and val together.
+    """
+    found = {}
+    for split, file in ((split, file.resolve()) for split, file in files.items()):
+        images = given.get(split) or given.get("train") or images_of(file)
+        found[split] = SplitFiles(file, (images.resolve(),))
+    if not parts:
+        return found
+    return {part: replace(found["train"], part=part) for part in ("train", "val")}
 
 
 # The pictures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,22 +10,26 @@ from typing import Any, Literal, cast
 from detrellis.data.coco import read_coco
 from detrellis.data.coco_find import coco_among, find_coco_files
 from detrellis.data.coco_images import Chosen, find_images
+from detrellis.data.csv_boxes import csv_splits, find_csv, read_csv
 from detrellis.data.files import files_in, hidden, is_image, subfolders
 from detrellis.data.findings import finding
+from detrellis.data.labelme import find_labelme, is_labelme, labelme_files, read_labelme
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
+from detrellis.data.via import find_via, is_via, read_via, via_splits
 from detrellis.data.voc import find_voc, read_voc, voc_folders
 from detrellis.data.yolo import find_yolo, read_yolo
 from detrellis.errors import UserError
 
-Kind = Literal["coco", "yolo", "voc"]
+Kind = Literal["coco", "yolo", "voc", "labelme", "via", "csv"]
 
 LOOKED_FOR = """Looked for
     COCO           annotations/instances_train.json (and _val), or train.json, or one COCO file of any name, and the
                    images anywhere near
     Roboflow COCO  train/_annotations.coco.json (and valid/)
     YOLO           data.yaml with names, train and val, or classes.txt with images/ and labels/
-    Pascal VOC     Annotations/*.xml and JPEGImages/, or a folder of XML files beside the images"""
+    Pascal VOC     Annotations/*.xml and JPEGImages/, or a folder of XML files beside the images
+    labelme        a JSON file for each image; VIA: one JSON file; CSV: filename,xmin,ymin,xmax,ymax,class"""
 NAME_THEM = (
     "name what there is: `--train FILE.json` (COCO) or `--train FOLDER` (of Pascal VOC's XML), with `--train-images "
     "FOLDER` where the images are not near, and the same with `--val` and `--val-images`."
@@ -33,6 +37,15 @@ NAME_THEM = (
 REMEDY = f"Arrange it like one of these, or {NAME_THEM}"
 MOST = 16  # folders that the message names
 Given = Mapping[str, Path | None]  # split -> the image folder that the user named
+
+
+READERS: Mapping[str, Callable[[Mapping[str, SplitFiles], Sequence[str]], dict[str, RawDataset]]] = {
+    "yolo": read_yolo,
+    "voc": read_voc,
+    "labelme": read_labelme,
+    "via": read_via,
+    "csv": read_csv,
+}
 
 
 @dataclass(frozen=True)
@@ -55,10 +68,8 @@ class DataSource:
         return {split: self._noted(raw) for split, raw in self._read(wanted).items()}
 
     def _read(self, wanted: Sequence[str]) -> dict[str, RawDataset]:
-        if self.kind == "voc":
-            return read_voc(self.splits, wanted)
-        if self.kind == "yolo":
-            return read_yolo(self.splits, wanted)
+        if self.kind in READERS:
+            return READERS[self.kind](self.splits, wanted)
         files = {split: self.splits[split] for split in wanted}
         return {split: read_coco(f.annotations, f.images[0], split) for split, f in files.items()}
 
@@ -127,10 +138,20 @@ def _explicit(files: Given, given: Given) -> DataSource:
     folders = [path.is_dir() for path in named.values()]
     if any(folders) and not all(folders):
         listed = " and ".join(str(path) for path in named.values())
-        raise UserError(f"{listed}: one is a file, the other a folder", "Give two COCO files, or two folders of XML.")
+        raise UserError(f"{listed}: one is a file, the other a folder", "Give two files, or two folders of XML.")
+    if all(folders) and all(_is_labelme(path) for path in named.values()):
+        return DataSource("labelme", {split: labelme_files(path, split, given) for split, path in named.items()})
+    if all(path.suffix.lower() == ".csv" for path in named.values()):
+        return DataSource("csv", csv_splits(named, given))
+    if not any(folders) and all(is_via(path) for path in named.values()):
+        return DataSource("via", via_splits(named, given))
     if all(folders):
         return DataSource("voc", {split: _xml(path, split, given) for split, path in named.items()})
     return _coco(named, given)
+
+
+def _is_labelme(folder: Path) -> bool:
+    return any(is_labelme(file) for file in files_in(folder, ".json")[:8])
 
 
 def _xml(folder: Path, split: str, given: Given) -> SplitFiles:
@@ -175,12 +196,18 @@ def _folder(data: Path, given: Given) -> DataSource:
 
 def _recognised(data: Path, given: Given) -> DataSource | None:
     """The data set in this very folder; None where there is none."""
+    if splits := find_via(data, given):  # before COCO, whose files may have the same names
+        return DataSource("via", splits)
     if found := find_coco_files(data):
         return _coco(found.files, given, found.why)
     if splits := find_yolo(data):
         return DataSource("yolo", splits)
     if splits := find_voc(data, given):
         return DataSource("voc", splits)
+    if splits := find_labelme(data, given):
+        return DataSource("labelme", splits)
+    if splits := find_csv(data, given):
+        return DataSource("csv", splits)
     return None
 
 
@@ -203,11 +230,15 @@ def _nested(data: Path, given: Given) -> DataSource | None:
 
 
 def _single_file(file: Path, given: Given) -> DataSource:
+    if file.suffix.lower() == ".csv":
+        return DataSource("csv", csv_splits({"train": file}, given, parts=True))
+    if is_via(file):
+        return DataSource("via", via_splits({"train": file}, given, parts=True))
     if file.suffix.lower() == ".json":
         return _coco({"train": file}, given)
     splits = find_yolo(file) if file.suffix.lower() in (".yaml", ".yml") else None
     if splits is None:
-        raise UserError(f"{file}: neither a folder, nor a COCO .json, nor a YOLO .yaml", REMEDY)
+        raise UserError(f"{file}: neither a folder, nor a COCO .json, a YOLO .yaml or a .csv", REMEDY)
     return DataSource("yolo", splits)
 
 

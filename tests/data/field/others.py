@@ -1,0 +1,213 @@
+"""labelme, VIA and CSV: what their tools write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
+from tests.data.field.pictures import (
+    HEIGHT,
+    OBJECTS,
+    PICTURES,
+    SPLITS,
+    TRUTH,
+    WIDTH,
+    Box,
+    name_of,
+    picture,
+    save_all,
+    write_json,
+)
+
+ONE_LESS = (PICTURES - 1, OBJECTS - len(TRUTH[0]))  # without the first picture
+
+
+# labelme
+
+
+def outline(box: Box) -> list[list[float]]:
+    return [[box.x, box.y], [box.x + box.w, box.y], [box.x + box.w, box.y + box.h], [box.x, box.y + box.h]]
+
+
+def shape(box: Box, kind: str) -> dict[str, Any]:
+    points = outline(box)[2::-2] if kind == "rectangle" else outline(box)  # from the lower right to the upper left
+    return {"label": box.name, "points": points, "shape_type": kind, "group_id": None, "flags": {}}
+
+
+def labelme_file(file: Path, number: int, image: str = "") -> None:
+    shapes = [shape(box, ("rectangle", "polygon")[number % 2]) for box in TRUTH[number]]
+    size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
+    write_json(file, {"version": "5.4", "shapes": shapes, "imagePath": image or name_of(number), **size})
+
+
+def labelme(root: Path) -> Arguments:
+    save_all(root)
+    for number in range(PICTURES):
+        labelme_file(root / name_of(number, ".json"), number)
+    return {"data": root}
+
+
+def labelme_splits(root: Path) -> Arguments:
+    for split, numbers in SPLITS.items():
+        save_all(root / split / "images", numbers)
+        for number in numbers:
+            labelme_file(root / split / "json" / name_of(number, ".json"), number, f"..\\images\\{name_of(number)}")
+    return {"data": root}
+
+
+def labelme_folders(root: Path) -> Arguments:
+    labelme_splits(root)
+    return {split: root / split / "json" for split in SPLITS}
+
+
+def labelme_skipped(root: Path) -> Arguments:
+    arguments = labelme(root)
+    points = [{"label": "cat", "points": [[1, 1]], "shape_type": "point"}]
+    write_json(
+        root / name_of(0, ".json"), {"shapes": [shape(b, "polygon") for b in TRUTH[0]] + points, "imagePath": ""}
+    )
+    return arguments
+
+
+def labelme_broken(root: Path) -> Arguments:
+    arguments = labelme(root)
+    (root / name_of(0, ".json")).write_text('{"shapes": [')
+    return arguments
+
+
+# VIA
+
+
+def via_content(numbers: Iterable[int], attributes: Callable[[Box], dict[str, Any]]) -> dict[str, Any]:
+    def region(box: Box, number: int) -> dict[str, Any]:
+        rect = {"name": "rect", "x": box.x, "y": box.y, "width": box.w, "height": box.h}
+        xs, ys = zip(*outline(box), strict=True)
+        polygon = {"name": "polygon", "all_points_x": xs, "all_points_y": ys}
+        return {"shape_attributes": (rect, polygon)[number % 2], "region_attributes": attributes(box)}
+
+    return {
+        f"{name_of(n)}1234": {"filename": name_of(n), "size": 1234, "regions": [region(b, n) for b in TRUTH[n]]}
+        for n in numbers
+    }
+
+
+def via(attributes: Callable[[Box], dict[str, Any]], name: str = "via_project.json") -> Callable[[Path], Arguments]:
+    def build(root: Path) -> Arguments:
+        save_all(root / "images")
+        content = via_content(range(PICTURES), attributes)
+        write_json(root / name, {"_via_settings": {}, "_via_img_metadata": content, "_via_attributes": {}})
+        return {"data": root}
+
+    return build
+
+
+def via_splits(root: Path) -> Arguments:
+    """VIA 1: regions by number, a file beside the pictures of each split."""
+    for split, numbers in SPLITS.items():
+        save_all(root / split, numbers)
+        content = via_content(numbers, lambda box: {"name": box.name})
+        for row in content.values():
+            row["regions"] = {str(i): region for i, region in enumerate(row["regions"])}
+        write_json(root / split / "via_region_data.json", content)
+    return {"data": root}
+
+
+def via_files(root: Path) -> Arguments:
+    via_splits(root)
+    return {split: root / split / "via_region_data.json" for split in SPLITS}
+
+
+def via_unnamed(root: Path) -> Arguments:
+    return via(lambda box: {} if box == TRUTH[0][0] else {"class": box.name})(root)
+
+
+# CSV
+
+
+def csv(
+    pattern: str, head: str = "", images: str = "images", name: str = "labels.csv", extra: str = ""
+) -> Callable[[Path], Arguments]:
+    def build(root: Path) -> Arguments:
+        save_all(root / images)
+        rows = [
+            pattern.format(n=name_of(n), s=name_of(n, ""), b=b, x2=b.x + b.w, y2=b.y + b.h, W=WIDTH, H=HEIGHT)
+            for n in range(PICTURES)
+            for b in TRUTH[n]
+        ]
+        (root / name).write_text("\n".join([*([head] if head else []), *rows, extra]))
+        return {"data": root}
+
+    return build
+
+
+def csv_shares(root: Path) -> Arguments:
+    save_all(root / "pics")
+    rows = [
+        f"{name_of(n, '')},xclick,{b.name},1,{b.x / WIDTH},{(b.x + b.w) / WIDTH},{b.y / HEIGHT},{(b.y + b.h) / HEIGHT}"
+        for n in range(PICTURES)
+        for b in TRUTH[n]
+    ]
+    (root / "train.csv").write_text("\n".join(["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax", *rows]))
+    return {"data": root}
+
+
+def csv_splits(root: Path) -> Arguments:
+    csv("{n};{b.x};{b.y};{x2};{y2};{b.name}", "filename;xmin;ymin;xmax;ymax;class")(root)
+    head, *rows = (root / "labels.csv").read_text().split()
+    for split, numbers in SPLITS.items():
+        own = [row for row in rows if int(row[1]) in numbers]
+        (root / f"{split}_labels.csv").write_text("\n".join([head, *own]))
+    (root / "labels.csv").unlink()
+    return {"data": root}
+
+
+def csv_files(root: Path) -> Arguments:
+    csv_splits(root)
+    return {split: root / f"{split}_labels.csv" for split in SPLITS}
+
+
+def csv_two(root: Path) -> Arguments:
+    arguments = csv(TUTORIAL, HEAD)(root)
+    (root / "more.csv").write_text((root / "labels.csv").read_text())
+    return arguments
+
+
+def csv_background(root: Path) -> Arguments:
+    arguments = csv(RETINANET, extra="nothing.jpg,,,,,")(root)
+    picture(()).save(root / "images" / "nothing.jpg")
+    return arguments
+
+
+HEAD = "filename,width,height,class,xmin,ymin,xmax,ymax"
+TUTORIAL = "{n},{W},{H},{b.name},{b.x},{b.y},{x2},{y2}"
+RETINANET = "/home/me/images/{n},{b.x},{b.y},{x2},{y2},{b.name}"
+SIMPLE = "filename,xmin,ymin,xmax,ymax,class"
+UNKNOWN = Finds(frozenset({"unreadable-labels"}), *ONE_LESS)
+
+CASES = [
+    Case("labelme", labelme, Reads()),
+    Case("labelme_splits", labelme_splits, Reads()),
+    Case("labelme_folders", labelme_folders, Reads()),
+    Case("labelme_skipped", labelme_skipped, Reads(finds=frozenset({"skipped-shapes"}))),
+    Case("labelme_broken", labelme_broken, UNKNOWN),
+    Case("via", via(lambda box: {"type": box.name}), Reads()),
+    Case("via_train_json", via(lambda box: {"type": box.name}, "train.json"), Reads()),
+    Case("via_boxes_ticked", via(lambda box: {"kind": {box.name: True}}), Reads()),
+    Case("via_two_attributes", via(lambda b: {"a": b.name, "b": "x"}), Refused(("a: ", "b: x", "class"))),
+    Case("via_class_of_two", via(lambda box: {"Class": box.name, "b": "x"}), Reads()),
+    Case("via_splits", via_splits, Reads()),
+    Case("via_files", via_files, Reads()),
+    Case("via_unnamed", via_unnamed, UNKNOWN),
+    Case("csv", csv("{n},{b.x},{b.y},{x2},{y2},{b.name}", SIMPLE), Reads()),
+    Case("csv_tutorial", csv(TUTORIAL, HEAD), Reads()),
+    Case("csv_retinanet", csv(RETINANET), Reads()),
+    Case("csv_background", csv_background, Reads(images=PICTURES + 1)),
+    Case("csv_open_images", csv_shares, Reads()),
+    Case("csv_splits", csv_splits, Reads()),
+    Case("csv_files", csv_files, Reads()),
+    Case("csv_two", csv_two, Refused(("labels.csv", "more.csv", "--train"))),
+    Case("csv_bad_number", csv(TUTORIAL, HEAD, extra="p0.jpg,96,64,cat,1,2,x,4"), UNKNOWN),
+    Case("csv_bad_name", csv(TUTORIAL, HEAD, extra="p0.jpg,96,64,,1,2,3,4"), UNKNOWN),
+]
