@@ -134,11 +134,10 @@ def _own(files: SplitFiles) -> list[Entry]:
 def _attribute(source: Path, entries: Iterable[Entry]) -> str | None:
     """The attribute that holds the class; None where there is none. Raises `UserError` where it could be several."""
     values: dict[str, Counter[str]] = {}
-    for entry in entries:
-        for region in entry.regions:
-            for key in _attributes(region):
-                if name := _value(region, key):
-                    values.setdefault(key, Counter())[name] += 1
+    for region in (region for entry in entries for region in entry.regions):
+        for key in _attributes(region):
+            if name := _value(region, key):
+                values.setdefault(key, Counter())[name] += 1
     if len(values) < 2:
         return next(iter(values), None)
     known = [key for key in values if fold(key) in CLASS]
