@@ -17,6 +17,7 @@ from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Loader
 from detrellis.engine.bench import BenchResult, How, bench_recipe
+from detrellis.engine.capacity import capacity
 from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
@@ -110,7 +111,7 @@ def train(
     if out is not None:
         _check_free(Path(out))
     with world(device) as own:
-        training, validation, classes = _prepared(source, skip_bad, own, console)
+        training, validation, classes = _prepared(source, chosen, skip_bad, own, console)
         folder = Path(out) if out is not None else _new_folder(chosen.name, own)
         if own.leads:
             Outputs(folder).take(LOGS)
@@ -168,7 +169,9 @@ def resume(
     state = load_state(place)
     _, card = load_weights(place / "last.safetensors")
     with world(device) as own:
-        training, validation, classes = _prepared(DataSource.from_dict(card.data), card.skip_bad, own, console)
+        training, validation, classes = _prepared(
+            DataSource.from_dict(card.data), card.recipe, card.skip_bad, own, console
+        )
         if classes != card.classes:
             raise UserError(f"{place}: the data set's classes have changed since", "Start a new run on the new data.")
         fresh = replace(card, epoch=0, stats=None)
@@ -319,10 +322,10 @@ def bench(
 
 
 def _prepared(
-    source: DataSource, skip_bad: SkipBad, own: World, console: Console | None
+    source: DataSource, recipe: Recipe, skip_bad: SkipBad, own: World, console: Console | None
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
     """The data set after its fast check; the first process says what was found and what was left out."""
-    training, validation, classes, report = prepare(source, skip_bad=skip_bad)
+    training, validation, classes, report = prepare(source, skip_bad, capacity(recipe))
     if own.leads:
         speak = print if console is None else console.print
         for split, skipped in report.skipped.items():

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.check import check, prepare, prepare_split
+from detrellis.data.check_queries import Capacity
 from detrellis.data.decode import ORIENTATION, read_image
 from detrellis.data.drop import PARTIAL, WITH_IMAGE
 from detrellis.data.findings import RULES, Finding
@@ -587,6 +588,31 @@ def test_an_animation_and_a_doubtful_jpeg_are_told(tmp_path: Path) -> None:
     assert with_code(report, "several-pictures")[0].id == 10
     assert with_code(report, "doubtful-jpeg")[0].id == 20
     assert report.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("capacity", "words", "helps"),
+    [
+        (
+            Capacity(queries=1, detections=9),
+            "2 objects, but the detector has 1 queries",
+            "-o detector.query_count=100 ",
+        ),
+        (Capacity(1, 1), "has 1 queries", "-o detector.query_count=100 -o detector.top_k=100 "),
+        (Capacity(7, 9, each=4), "7 queries, and training gives 4 to each object", "query_count=100 "),
+        (Capacity(9, 1), "the detector returns 1 of an image", "; -o detector.top_k=100 "),
+        (Capacity(8, 2, each=4), None, ""),
+    ],
+)
+def test_more_objects_than_queries(tmp_path: Path, capacity: Capacity, words: str | None, helps: str) -> None:
+    source = resolve(data=CocoSet(tmp_path).write())
+    found = [f for f in check(source, fast=True, capacity=capacity).findings if f.code == "too-many-objects"]
+    assert len(found) == (2 if words else 0)  # in train and val
+    if words:
+        assert found[0].id == 10
+        assert words in found[0].what
+        assert helps in found[0].what
+        assert prepare(source, capacity=capacity)[3].text("warning").count(words) == 2
 
 
 def test_no_threads_are_refused(tmp_path: Path) -> None:

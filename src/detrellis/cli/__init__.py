@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -38,6 +38,9 @@ from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.study import compare, reproduce
 from detrellis.errors import UserError, command
 from detrellis.recipes import choose_recipe
+
+if TYPE_CHECKING:
+    from detrellis.data.check_queries import Capacity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,6 +92,10 @@ def check(
     keep_partial: Annotated[
         bool, typer.Option("--keep-partial", help="With --fix: keep images that lose an object.")
     ] = False,
+    recipe: Annotated[str | None, typer.Option(help="Recipe to train: has it queries enough for each image?")] = None,
+    scale: Scale = None,
+    scheme: Schemes = None,
+    override: Overrides = None,
     workers: Annotated[
         int | None, typer.Option(**limits(Threads), help="Threads that decode (default: one a core).")
     ] = None,
@@ -104,10 +111,11 @@ def check(
 
     if keep_partial and fix is None:
         raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")
+    room = _room(recipe, scale, scheme, override)
     source = files.source()
     if fix is not None:
         clean_folder(source, fix)
-    report = check_source(source, fast=fast, progress=not as_json, workers=workers)
+    report = check_source(source, fast=fast, progress=not as_json, workers=workers, capacity=room)
     fixed = None if fix is None else fix_source(source, report, fix, keep_partial)
     if as_json:
         print_json(report.to_dict() | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes}))
@@ -116,6 +124,19 @@ def check(
         if fixed is not None:
             console.print(fixed.text())
     raise typer.Exit(report.exit_code)
+
+
+def _room(
+    recipe: str | None, scale: str | None, scheme: list[str] | None, override: list[str] | None
+) -> Capacity | None:
+    """What `check` measures the fullest image by; None without a recipe."""
+    if recipe is None:
+        if scale or scheme or override:
+            raise UserError("--scale, --scheme and -o without --recipe", "Add --recipe NAME, the one to train.")
+        return None
+    from detrellis.engine.capacity import capacity
+
+    return capacity(choose_recipe(recipe, "tiny" if scale else None, scheme or (), override or ()))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.check_boxes import check_boxes
 from detrellis.data.check_classes import align_classes, check_classes, disagreements
 from detrellis.data.check_images import check_images, gather, shared_images
+from detrellis.data.check_queries import Capacity, check_queries
 from detrellis.data.classes import ClassMap
 from detrellis.data.drop import drop_bad
 from detrellis.data.findings import MALFORMED, Finding, SkipBad, finding
@@ -26,18 +27,26 @@ def check(
     progress: bool = False,
     workers: int | None = None,
     splits: Sequence[str] | None = None,
+    capacity: Capacity | None = None,
 ) -> Report:
     """Looks at the whole data set (or the named splits); `fast` leaves the images undecoded.
 
     The fast part reads the annotations and asks for every file; the full one also decodes every image, with `workers`
-    threads (default: one a core) and, with `progress`, a bar on stderr. Raises `UserError` where a file cannot be read
+    threads (default: one a core) and, with `progress`, a bar on stderr. `capacity` is that of the detector which is to
+    learn from it. Raises `UserError` where a file cannot be read
     as what it should be.
     """
-    return examine(source.load_all(splits), fast=fast, progress=progress, workers=workers)
+    raws = source.load_all(splits)
+    return examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
 
 
 def examine(
-    raws: Mapping[str, RawDataset], *, fast: bool = False, progress: bool = False, workers: int | None = None
+    raws: Mapping[str, RawDataset],
+    *,
+    fast: bool = False,
+    progress: bool = False,
+    workers: int | None = None,
+    capacity: Capacity | None = None,
 ) -> Report:
     """`check` of splits that are already read."""
     facts = {split: gather(raw, fast=fast, progress=progress, workers=workers) for split, raw in raws.items()}
@@ -46,6 +55,8 @@ def examine(
         found += [*raw.findings, *_nothing(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
     found += shared_images(raws, facts)
     found += check_classes(raws)
+    if capacity is not None:
+        found += check_queries(raws, capacity)
     return Report(tuple(_without_consequences(found)), summarise(raws), fast)
 
 
@@ -65,7 +76,9 @@ def _nothing(raw: RawDataset) -> list[Finding]:
     return [finding("no-annotations", raw.split, raw.source, f"{len(raw)} images and not one box{looked}")]
 
 
-def prepare(source: DataSource, skip_bad: SkipBad = False) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
+def prepare(
+    source: DataSource, skip_bad: SkipBad = False, capacity: Capacity | None = None
+) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
     """Training and validation set (None where there is none), the class map of both, and the fast check's report.
 
     Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an object by that
@@ -75,7 +88,7 @@ def prepare(source: DataSource, skip_bad: SkipBad = False) -> tuple[Annotations,
     raws = source.load_all([split for split in ("train", "val") if split in source.splits])
     if "train" not in raws:
         raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
-    report = examine(raws, fast=not skip_bad)
+    report = examine(raws, fast=not skip_bad, capacity=capacity)
     found, report = _taken_over(raws, report, raws["train"].classes, skip_bad)
     return found["train"], found.get("val"), found["train"].classes, report
 

@@ -56,6 +56,7 @@ IMAGES: dict[str, Rule] = {
         "warning", "Save the image upright, without the EXIF tag, and make sure that its boxes fit."
     ),
     "size-missing": Rule("note", "Nothing to do: height and width are read from the files."),
+    "too-many-objects": Rule("warning", "Train with that `-o`, or cut the images into smaller ones."),
     "images-without-boxes": Rule("note", "Nothing to do: they are used as background."),
 }
 

@@ -1,0 +1,14 @@
+"""How many objects of an image a recipe's detector can learn and find."""
+
+from __future__ import annotations
+
+from detrellis.data.check_queries import Capacity
+from detrellis.recipes.config import Recipe
+
+
+def capacity(recipe: Recipe) -> Capacity:
+    """What the doctor compares the fullest image with."""
+    detector, align = recipe.detector, recipe.schemes.align
+    patterns = max(detector.patterns, 1)
+    each = 1 if align is None else align.k
+    return Capacity(detector.query_count * patterns, detector.top_k, each, patterns)
