@@ -93,7 +93,7 @@ def test_override(text: str, path: str, value: object) -> None:
         ("schedule.epochs=" + "9" * 5000, "has to be a whole number"),
         ("schedule.drops=[2.0]", "schedule.drops.0=2.0 has to be above 0 and below 1"),
         ("schedule.drops=[0.9, 0.8]", "has to ascend"),
-        ("data.size=[64]", "the short side, such as 640, or [height, width]"),
+        ("data.size=[64]", "data.size=[64] has to be the short side, such as 640, or [height, width]"),
         ("data.size=[1, 2, 3]", "the short side, such as 640, or [height, width]"),
         ("data.zoom=[0, 0]", "data.zoom.0=0 has to be above 0"),
         ("data.zoom=[1.25, 0.8]", "[lowest, highest]"),
@@ -234,7 +234,7 @@ def test_a_scheme_of_names_takes_several() -> None:
     assert not base.with_schemes("co").needs_masks
     for text, named in (
         ("co=fastrcnn", r"co\.branches\.0='fastrcnn'"),
-        ("co=", r"co\.branches=\(\)"),
+        ("co=", r"co\.branches=\[\]"),
         ("align=many", r"N sets schemes\.align\.k"),
     ):
         with pytest.raises(UserError, match=named):

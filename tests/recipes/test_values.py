@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from detrellis.data.classes import ClassMap
+from detrellis.engine.checkpoint import Card
 from detrellis.errors import UserError
 from detrellis.recipes import network
 from detrellis.recipes.build import build
@@ -79,3 +82,12 @@ def test_a_value_fits_or_is_refused_by_name(place: str) -> None:
     for value in NONSENSE:
         said = refusal(place, value)
         assert said is None or name in said or parents[0] in said, (value, said)
+
+
+def test_a_stored_recipe_that_no_longer_fits_is_one_clear_error(tmp_path: Path) -> None:
+    metadata = Card(BASE, ClassMap((1,), ("cat",)), {}, 0, False).to_metadata()
+    assert Card.from_metadata(metadata, tmp_path).recipe == BASE
+    metadata["detrellis"] = metadata["detrellis"].replace('"points": 4', '"points": 0')
+    with pytest.raises(UserError, match=r"detector\.points=0 has to be at least 1") as error:
+        Card.from_metadata(metadata, tmp_path)
+    assert str(tmp_path) in str(error.value)

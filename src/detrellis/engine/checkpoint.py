@@ -73,8 +73,11 @@ class Card:
         if int(metadata.get("format", 0)) > FORMAT:
             raise UserError(f"{path}: written by a newer Detrellis", "Update Detrellis.")
         card = json.loads(metadata["detrellis"])
-        recipe, classes = Recipe.model_validate(card.pop("recipe")), ClassMap.from_dict(card.pop("classes"))
-        return cls(recipe, classes, **card)
+        try:
+            recipe = Recipe.checked(card.pop("recipe"))
+        except UserError as error:  # of a version whose fields or ranges were others
+            raise UserError(f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy) from None
+        return cls(recipe, ClassMap.from_dict(card.pop("classes")), **card)
 
 
 def _atomically(path: Path, write: Callable[[Path], None]) -> None:

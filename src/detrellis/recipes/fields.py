@@ -103,7 +103,8 @@ class Config(BaseModel):
 
 
 def _said(error: ErrorDetails) -> str:
-    place, value = ".".join(str(part) for part in error["loc"]), error["input"]
+    place, given = ".".join(str(part) for part in error["loc"]), error["input"]
+    value = list(given) if isinstance(given, tuple) else given  # as it was written
     if error["type"] == "missing":
         return f"{place} {WORDS['missing']}"
     if error["type"] == "extra_forbidden":
