@@ -28,7 +28,7 @@ from detrellis.engine.train import Job, TrainResult
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import Source
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
-from detrellis.errors import UserError
+from detrellis.errors import UserError, command
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
@@ -138,9 +138,8 @@ def _new_folder(name: str, own: World) -> Path:
 def _check_free(folder: Path) -> None:
     """Raises `UserError` where a new run would write over a run, or over what is no log of one."""
     if (folder / "last.state.pt").exists():
-        raise UserError(
-            f"{folder}: there is a run in this folder", f"Go on with it: --resume {folder}. Or take another --out."
-        )
+        go_on = command("train", "--resume", folder)
+        raise UserError(f"{folder}: there is a run in this folder", f"Take another --out, or go on with it: {go_on}")
     if weights := [name for name in WEIGHTS if (folder / name).exists()]:
         raise UserError(f"{folder / weights[0]}: there are weights in this folder", "Take another --out.")
     Outputs(folder).ready(LOGS)
