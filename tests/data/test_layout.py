@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.check import check
 from detrellis.data.drop import drop_bad
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
@@ -488,6 +489,26 @@ def test_the_box_around_other_shapes_of_xml(tmp_path: Path, body: str, corners: 
     else:
         assert item.edges
         assert np.allclose(item.corners, corners, atol=1e-5)
+
+
+@pytest.mark.parametrize(("plain", "edges"), [(0, True), (98, True), (99, False)])
+def test_corners_with_decimals_are_edges_unless_they_are_rare(tmp_path: Path, plain: int, edges: bool) -> None:
+    """VOC's own files have a few decimals among thousands of whole numbers."""
+    write_images(tmp_path, "train")
+    decimal = voc_xml("train_0.jpg", BOXES["train"][:1]).replace("<xmin>5<", "<xmin>5.5<")
+    (tmp_path / "train_0.xml").write_text(decimal)
+    (tmp_path / "train_1.xml").write_text(voc_xml("train_1.jpg", BOXES["train"][:1] * plain))
+    raw = resolve(train=tmp_path).load("train")
+    assert raw.boxes[0].tolist() == ([5.5, 7, 8.5, 7] if edges else [4.5, 6, 9.5, 8])
+
+
+def test_a_set_can_name_its_images(tmp_path: Path) -> None:
+    """Where the pictures are not near, `--train-images` helps beside `--data`, as the message says."""
+    write_voc(tmp_path / "a" / "b" / "c" / "set" / "xml", tmp_path / "far" / "away", "train")
+    with pytest.raises(UserError, match="train_0"):
+        resolve(data=tmp_path / "a" / "b" / "c" / "set")
+    source = resolve(data=tmp_path / "a" / "b" / "c" / "set", train_images=tmp_path / "far" / "away")
+    assert "missing-image" not in {f.code for f in check(source, fast=True).errors}
 
 
 def test_xml_without_size_is_measured(tmp_path: Path) -> None:

@@ -87,14 +87,14 @@ def csv_splits(
     files: Mapping[str, Path], given: Mapping[str, Path | None], data: Path | None = None, parts: bool = False
 ) -> dict[str, SplitFiles]:
     """The files with their image folders; `parts`: one file is train and val together."""
-    return files_of_splits(files, given, lambda file: _images_of(file, data or file.parent), parts)
+    return files_of_splits(files, given, lambda file: _images_of(file, data), parts)
 
 
-def _images_of(file: Path, data: Path) -> Path:
+def _images_of(file: Path, data: Path | None) -> Path:
     names = list(dict.fromkeys(row.image for row in _rows(file) if row.image))
     wanted = [Wanted(str(path), str(path)) for path in spread([Path(name.replace("\\", "/")) for name in names])]
     wanted = [Wanted(w.stem.rpartition(".")[0] or w.stem, w.written) for w in wanted]
-    return image_folder(file, (file.parent, data, file.parent.parent), wanted)
+    return image_folder(file, (file.parent, data or file.parent.parent), wanted)
 
 
 # Reading

@@ -74,13 +74,13 @@ def via_splits(
     files: Mapping[str, Path], given: Mapping[str, Path | None], data: Path | None = None, parts: bool = False
 ) -> dict[str, SplitFiles]:
     """The files with their image folders; `parts`: one file is train and val together."""
-    return files_of_splits(files, given, lambda file: _images_of(file, data or file.parent), parts)
+    return files_of_splits(files, given, lambda file: _images_of(file, data), parts)
 
 
-def _images_of(file: Path, data: Path) -> Path:
+def _images_of(file: Path, data: Path | None) -> Path:
     names = [Path(entry.image.replace("\\", "/")) for entry in _read(file) if entry.image]
     wanted = [Wanted(str(name.with_suffix("")), str(name)) for name in spread(names)]
-    return image_folder(file, (file.parent, data, file.parent.parent), wanted)
+    return image_folder(file, (file.parent, data or file.parent.parent), wanted)
 
 
 # Reading

@@ -103,7 +103,7 @@ def _images_of(annotations: Path, data: Path, around: Path | None = None) -> Pat
     files = _xml_below(annotations)
     sample = spread(files)
     wanted = [Wanted(_stem(file, annotations), parse_xml(file).image) for file in sample]
-    above = [p for p in (data, around, annotations, annotations.parent, annotations.parent.parent) if p is not None]
+    above = [p for p in (data, around, annotations, annotations.parent) if p is not None]
     return image_folder(annotations, [place.resolve() for place in above], wanted).resolve()
 
 
