@@ -79,7 +79,8 @@ def demo(
     """
     from detrellis.demo import run_demo
 
-    run_demo(out, epochs=epochs, seed=seed, console=console)
+    if not run_demo(out, epochs=epochs, seed=seed, console=console).finished:
+        raise typer.Exit(130)  # an unfinished run is no success
 
 
 @app.command()
