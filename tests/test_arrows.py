@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "terminal": set(),
     "arguments": {"errors"},
-    "outputs": {"errors"},
+    "atomic": set(),
+    "outputs": {"atomic", "errors"},
     "types": set(),
     "boxes": set(),
     "nn": {"types", "boxes", "errors"},
@@ -32,9 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "arguments", "outputs", "errors"},
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
-        *("types", "boxes", "detector", "training", "data", "recipes", "arguments", "errors", "terminal", "__init__"),
+        *("types", "boxes", "detector", "training", "data", "recipes"),
+        *("arguments", "atomic", "errors", "terminal", "__init__"),
     },
-    "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "errors"},
+    "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
     "api": {
         *("types", "detector", "training", "data", "recipes", "engine", "interop"),
         *("predictions", "arguments", "outputs", "errors", "__init__"),
@@ -43,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
         *("data", "recipes", "engine", "api", "arguments", "outputs", "errors", "visualize"),
     },
-    "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "errors", "terminal", "__init__"},
+    "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "atomic", "errors", "terminal", "__init__"},
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
         *("arguments", "errors", "terminal", "__init__"),

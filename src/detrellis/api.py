@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
 
@@ -18,13 +19,15 @@ from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Loader
 from detrellis.engine.bench import BenchResult, How, bench_recipe
 from detrellis.engine.capacity import capacity
-from detrellis.engine.checkpoint import Card, find_weights, load_state, load_weights
+from detrellis.engine.checkpoint import Card, fill, find_weights, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.distributed import World, gather, pick_device, world
 from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
-from detrellis.engine.train import Job, TrainResult
+from detrellis.engine.resume import go_on
+from detrellis.engine.state import Job
+from detrellis.engine.train import TrainResult
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import Source
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
@@ -57,9 +60,9 @@ def load(source: str | Path, *, classes: ClassMap | Classes | None = None, devic
     """
     place, own = Path(source), pick_device(device)
     if place.exists() or is_foreign(source):
-        weights, card = load_any(source)
-        detector = build_untrained(card.recipe, len(card.classes))
-        detector.load_state_dict(weights)
+        file = place if is_foreign(source) else find_weights(place)
+        weights, card = load_any(source) if is_foreign(source) else load_weights(file)
+        detector = fill(build_untrained(card.recipe, len(card.classes)), weights, file)
         return Model(detector.to(own).eval(), card.recipe, card.classes, own, card.data or None)
     if len(place.parts) > 1:
         raise UserError(f"{place}: no such run", "Give a run, a weights file, hf:org/name, or a recipe's name.")
@@ -161,20 +164,35 @@ def _origin(place: str | Path | None) -> str | None:
 
 @checked
 def resume(
-    run: str | Path, *, device: str | None = None, workers: Workers = 2, console: Console | None = None
+    run: str | Path,
+    *,
+    data: str | Path | DataSource | None = None,
+    train: str | Path | None = None,
+    train_images: str | Path | None = None,
+    val: str | Path | None = None,
+    val_images: str | Path | None = None,
+    override: str | Sequence[str] = (),
+    epochs: Epochs | None = None,
+    device: str | None = None,
+    workers: Workers = 2,
+    console: Console | None = None,
 ) -> TrainResult:
-    """Continue a run that was stopped, bit for bit; recipe, data and seed are the run's own."""
-    place = Path(run)
-    state = load_state(place)
-    _, card = load_weights(place / "last.safetensors")
+    """Continue a run that was stopped, bit for bit; recipe, data and seed are the run's own.
+
+    `data`, or `train` and `val`, say where the same data set is now, if it has moved. `epochs` is another length of the
+    whole run, also of a finished one, and `override` sets what the saved state does not depend on (`"optim.lr=1e-5"`):
+    see `engine/resume.py`. Raises `UserError` where the run cannot go on, or the data are not those of the run.
+    """
+    files = (train, train_images, val, val_images)
+    moved = None if data is None and not any(files) else find_data(data, *files)
+    going = go_on(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
     with world(device) as own:
-        training, validation, classes = _prepared(
-            DataSource.from_dict(card.data), card.recipe, card.skip_bad, own, console
-        )
-        if classes != card.classes:
-            raise UserError(f"{place}: the data set's classes have changed since", "Start a new run on the new data.")
-        fresh = replace(card, epoch=0, stats=None)
-        return run_job(Job(fresh, training, validation, place, workers), own, state, console=console)
+        if own.leads:
+            speak = print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            speak(going.outlook)
+        training, validation, classes = _prepared(going.source, going.card.recipe, going.card.skip_bad, own, console)
+        going.check(training, validation, classes)
+        return run_job(Job(going.card, training, validation, Path(run), workers), own, going.state, console=console)
 
 
 class Measured(On, total=False):

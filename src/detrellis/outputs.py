@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detrellis.atomic import write_beside
 from detrellis.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ class Outputs:
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
         """As `write`, of what `write` puts into the file that it is given."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = write_beside(path, write)
         try:
-            write(partial)
             replaceable = os.path.lexists(path) and self._replaceable(path)
             self._note(name, digest(partial))
             if replaceable:

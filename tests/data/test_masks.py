@@ -26,7 +26,8 @@ from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Transform, crop, train_transform
 from detrellis.engine.checkpoint import Card
 from detrellis.engine.distributed import World
-from detrellis.engine.train import Job, train_loader
+from detrellis.engine.state import Job
+from detrellis.engine.train import train_loader
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 

@@ -22,7 +22,7 @@ def batch() -> dict[str, object]:
 def check(losses: dict[str, float], folder: Path, total: float | None = None) -> float:
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in losses.items()}
     whole = sum(tensors.values(), torch.zeros(())) if total is None else torch.tensor(total)
-    return check_finite(tensors, whole, 17, [101, 7], batch(), folder / "deep" / "batch.pt")
+    return check_finite(tensors, whole, 17, [101, 7], batch(), folder / "deep" / "batch.pt", "go on so")
 
 
 def test_a_finite_loss_passes_and_is_returned(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_error_names_term_step_and_images(tmp_path: Path, bad: float) -> Non
     assert "main/class/5" not in text
     assert "101, 7" in text
     assert str(tmp_path / "deep" / "batch.pt") in text
-    assert "--resume" in caught.value.remedy
+    assert caught.value.remedy.endswith("\n  go on so")
 
 
 def test_the_batch_is_saved_for_weights_only_loading(tmp_path: Path) -> None:

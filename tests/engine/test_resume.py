@@ -62,8 +62,10 @@ def same(one: Any, other: Any) -> bool:
 
 def assert_same_run(one: Path, other: Path) -> None:
     first, second = (torch.load(run / "last.state.pt", weights_only=True) for run in (one, other))
+    cards = [json.loads(state["card"]["detrellis"]) for state in (first, second)]
+    assert cards[0] | {"data": 0} == cards[1] | {"data": 0, "changes": []}
     for name in first:
-        if name != "seconds":
+        if name not in ("seconds", "card"):
             assert same(first[name], second[name]), name
     for name in ("last", "best"):
         assert same(*(load_file(run / f"{name}.safetensors") for run in (one, other))), name
@@ -139,7 +141,7 @@ def test_truncated_state_is_one_clear_error(whole: Path, tmp_path: Path) -> None
     broken.mkdir()
     for name in ("last.state.pt", "last.safetensors"):
         (broken / name).write_bytes((whole / name).read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"last\.state\.pt: not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"last\.state\.pt: not a whole file"):
         detrellis.resume(broken)
     with pytest.raises(UserError, match=r"last\.safetensors: not a whole checkpoint"):
         detrellis.load(broken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,18 @@ import torch
 
 import detrellis
 from detrellis.data.loader import Batch
+from detrellis.engine import train
+from detrellis.engine.checkpoint import load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.evaluate import duplicates_line
 from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import read_records
+from detrellis.engine.optim import set_learning_rate
+from detrellis.engine.state import advise_on_frozen
 from detrellis.engine.train import padded_share
+from detrellis.errors import Advice
 from detrellis.recipes import find_recipe
+from detrellis.recipes.build import build
 from detrellis.types import Detections
 
 from ..small import SMALL, images, targets
@@ -22,8 +29,11 @@ from ..small import SMALL, images, targets
 SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
 
 
-def test_a_loss_that_is_not_finite_names_term_step_and_images(shapes: Path, tmp_path: Path) -> None:
-    wild = [*SETTINGS, "optim.lr=1e30", "optim.clip=0", "optim.ema=0", "schedule.warmup=0"]
+def test_a_loss_that_is_not_finite_names_term_step_and_images(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, _: set_learning_rate(optimizer, 1e30))
+    wild = [*SETTINGS, "optim.clip=0", "optim.ema=0"]
     with pytest.raises(NonFiniteLoss) as error:
         detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=wild, epochs=2, workers=0)
     message = str(error.value)
@@ -97,6 +107,33 @@ def test_training_without_a_validation_split(shapes: Path, tmp_path: Path) -> No
     assert result.result is None
     assert not (tmp_path / "best.safetensors").exists()
     assert len(detrellis.load(tmp_path).classes) == 5
+
+
+def test_a_frozen_backbone_is_left_as_it_was(shapes: Path, tmp_path: Path) -> None:
+    """Its weights, its statistics and its average, and the optimizer keeps nothing of it; the rest learns."""
+    settings = [*SETTINGS, "detector.backbone.frozen=all", "detector.backbone.name=test_resnet"]
+    with pytest.warns(Advice, match="what is random stays random"):
+        detrellis.train("tiny", data=shapes, out=tmp_path, override=settings, epochs=1, workers=0)
+    weights, card = load_weights(tmp_path / "last.safetensors")
+    before = build(card.recipe, 5).detector.state_dict()
+    state = load_state(tmp_path)
+    trained = {name.removeprefix("detector."): value for name, value in state["model"].items()}
+    for found in (weights, trained):
+        moved = {name for name, value in before.items() if not torch.equal(found[name], value)}
+        assert moved
+        assert not any(name.startswith("backbone.") for name in moved)
+    parameters = [p for n, p in build(card.recipe, 5).named_parameters() if not n.startswith("detector.backbone.")]
+    assert len(state["optimizer"]["state"]) == len(parameters)
+
+
+def test_a_factor_of_nothing_is_pointed_to_freezing() -> None:
+    recipe = find_recipe("tiny")
+    with pytest.warns(Advice, match=r"detector\.backbone\.frozen=all"):
+        advise_on_frozen(recipe.override("optim.scaled={backbone: 0}"), random=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        advise_on_frozen(recipe, random=True)
+        advise_on_frozen(recipe.override("detector.backbone.frozen=2"), random=False)
 
 
 def test_a_few_images_can_be_learnt_by_heart(shapes: Path, tmp_path: Path) -> None:

@@ -101,3 +101,47 @@ def test_branches_are_dropped_at_the_rate_asked_for(rate: float) -> None:
     model = build_backbone(BackboneConfig(name=name, pretrained=False, drop_path=rate))
     rates = [m.drop_prob for m in model.modules() if hasattr(m, "drop_prob")]
     assert max(rates, default=0.0) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "still"),
+    [
+        ("resnet18", "all", ("stem", "stages")),
+        ("resnet18", 2, ("stem", "stages.layer1.", "stages.layer2.")),
+        ("test_resnet", "all", ("model",)),
+        ("test_resnet", 1, ("model.conv1", "model.bn1", "model.layer1.")),
+        ("swin_tiny_patch4_window7_224", 1, ("model.patch_embed", "model.layers_0.")),
+        ("mobilenetv3_small_050", "all", ("model",)),
+    ],
+)
+def test_what_is_frozen_stays(name: str, frozen: int | str, still: tuple[str, ...]) -> None:
+    """No gradients and no statistics, also after `train`; and the network that infers is the same."""
+    torch.manual_seed(0)
+    backbone = build_backbone(config(name, frozen=frozen))
+    torch.manual_seed(0)
+    free = build_backbone(config(name))
+    assert all(
+        torch.equal(a, b) for a, b in zip(free.state_dict().values(), backbone.state_dict().values(), strict=True)
+    )
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(free.eval()(pixels), backbone.eval()(pixels), strict=True))
+    backbone.train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    out = torch.stack([m.sum() for m in backbone(pixels)]).sum()
+    if out.requires_grad:
+        out.backward()
+    assert out.requires_grad == (frozen != "all")
+    moved = {key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
+    assert not any(key.startswith(still) for key in moved)
+    learnt = {key for key, value in backbone.named_parameters() if value.grad is not None}
+    assert learnt == {key for key, _ in backbone.named_parameters() if not key.startswith(still)}
+    if frozen != "all" and name != "swin_tiny_patch4_window7_224":
+        assert any("running_mean" in key for key in moved)  # what is not frozen moves as ever
+
+
+def test_stages_that_do_not_exist_cannot_be_frozen() -> None:
+    with pytest.raises(UserError, match=r"frozen=5: backbone resnet18 has 4 stages"):
+        build_backbone(config(frozen=5))
+    with pytest.raises(UserError, match="the stages of backbone mobilenetv3_small_050"):
+        build_backbone(config("mobilenetv3_small_050", frozen=1))

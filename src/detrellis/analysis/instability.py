@@ -20,7 +20,7 @@ from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_o
 from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
-from detrellis.engine.checkpoint import find_weights, load_weights
+from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.console import number
 from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
@@ -168,7 +168,7 @@ def _measure(opened: Opened, name: str, show: bool) -> Measured:
     supervision = build_supervision(opened.model.recipe)
     for file in kept_epochs(opened.run):
         weights, card = load_weights(file)
-        opened.model.detector.load_state_dict(weights)
+        fill(opened.model.detector, weights, file)
         every = batches(opened, show, f"epoch {card.epoch}")
         now = [v for batch in every for v in _matched(opened, supervision, batch)]
         if epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -174,39 +175,38 @@ def train(
     from detrellis import api
 
     speaks = speaker(as_json)
+    shared: dict[str, Any] = {**vars(files), "override": override or (), "epochs": epochs, "console": speaks}
     if resume is not None:
-        _only_with_resume(
-            *(recipe, weights, boxes, *vars(files).values(), scale, scheme, override, epochs, out, seed),
-            *(skip_bad, keep_partial),
-        )
-        result = api.resume(resume, device=device, workers=workers, console=speaks)
+        _only_with_resume(*(recipe, weights, boxes, scale, scheme, out, seed, skip_bad, keep_partial))
+        result = api.resume(resume, device=device, workers=workers, **shared)
     else:
         result = api.train(
             recipe,
             weights=weights,
             boxes=boxes,
-            **vars(files),
             scale=scale,
             scheme=scheme or (),
-            override=override or (),
-            epochs=epochs,
             out=out,
             seed=seed or 0,
+            skip_bad=skips(skip_bad, keep_partial),
             device=device,
             workers=workers,
-            skip_bad=skips(skip_bad, keep_partial),
-            console=speaks,
+            **shared,
         )
     if as_json:
         print_json(result.to_dict())
     else:
         _print_train_result(result)
+    if result.signal is not None:  # an unfinished run is no success; what a shell says of a signal
+        raise typer.Exit(128 + result.signal)
 
 
 def _only_with_resume(*given: object) -> None:
-    if any(value not in (None, False) for value in given):
+    if any(value not in (None, False, []) for value in given):
         raise UserError(
-            "--resume takes recipe, data and settings from the run", "Leave out all but --device, --workers."
+            "--resume takes recipe, schemes, seed and folder from the run",
+            "Free are --data (and --train, --val) where the data have moved, --epochs, -o optim.lr and a few others, "
+            "--device and --workers.",
         )
 
 
@@ -219,7 +219,9 @@ def _print_train_result(result: Any) -> None:
         console.print(f"Done in {result.seconds / 60:.1f} min: {result.run}{best}")
         console.say("Next: ", command("predict", result.run, "PICTURES", "--out", "pictures"))
     else:
-        console.say(f"Stopped after step {result.steps}. Go on with: ", command("train", "--resume", result.run))
+        name = signal.Signals(result.signal).name
+        told = f"Stopped by {name} after step {result.steps}, and saved. Go on with: "
+        console.say(told, command("train", "--resume", result.run))
 
 
 @app.command(name="eval")

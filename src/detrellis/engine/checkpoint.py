@@ -6,16 +6,18 @@
 | `last.state.pt` | everything that continuing needs: the trained modules, the optimizer, the average, the position |
 | `metrics.jsonl` | the log |
 
-Every file is written beside its place and moved there, so a crash leaves the old one whole. Nothing is ever unpickled
-but plain tensors and containers (`weights_only`).
+Every file is written beside its place and moved there, so a crash leaves the old one whole. State and last weights are
+moved one after the other once both are whole, and the state alone decides where a run goes on. Nothing is ever
+unpickled but plain tensors and containers (`weights_only`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
-from collections.abc import Callable, Mapping
+import re
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import detrellis
+from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.findings import SkipBad
+from detrellis.detector import Detector
 from detrellis.errors import UserError
 from detrellis.recipes.config import Recipe
+from detrellis.recipes.network import build_detector
 
 FORMAT = 1
+STATE, LAST, BEST = "last.state.pt", "last.safetensors", "best.safetensors"
+OTHER_COPY = "Take another copy of the file."
+CARD = "card"  # in a state: its card, as safetensors' metadata hold it
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,11 @@ class Card:
     seed: int = 0
     skip_bad: SkipBad = False  # whether bad records were left out of the data
     epoch: int = 0
+    step: int = 0  # optimizer steps done
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
     weights: str | None = None  # where the run started from, if not from the recipe's own
     boxes: str | None = None  # where its reference boxes started from, if they came alone
+    changes: Sequence[Mapping[str, Any]] = ()  # what was set when the run was resumed: epoch, step, and what
     version: str = detrellis.__version__
 
     def to_metadata(self) -> dict[str, str]:
@@ -58,55 +68,107 @@ class Card:
             "seed": self.seed,
             "skip_bad": self.skip_bad,
             "epoch": self.epoch,
+            "step": self.step,
             "stats": None if self.stats is None else dict(self.stats),
             "weights": self.weights,
             "boxes": self.boxes,
+            "changes": [dict(change) for change in self.changes],
             "version": self.version,
         }
         return {"format": str(FORMAT), "detrellis": json.dumps(card)}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, path: Path) -> Card:
-        """The inverse; `UserError` where the file is not one of ours."""
+        """The inverse; `UserError` where the file is not one of ours, or of a newer version."""
         if not metadata or "detrellis" not in metadata:
-            raise UserError(f"{path}: weights without a Detrellis card", "Give a run's folder or a file from one.")
-        if int(metadata.get("format", 0)) > FORMAT:
-            raise UserError(f"{path}: written by a newer Detrellis", "Update Detrellis.")
-        card = json.loads(metadata["detrellis"])
+            raise UserError(
+                f"{path}: weights without a Detrellis card",
+                "Give a run's folder or a file from one, a Hugging Face folder, or a reference's .pth.",
+            )
+        text, version = metadata["detrellis"], ""
         try:
-            recipe = Recipe.checked(card.pop("recipe"))
-        except UserError as error:  # of a version whose fields or ranges were others
-            raise UserError(f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy) from None
-        return cls(recipe, ClassMap.from_dict(card.pop("classes")), **card)
+            newer = int(metadata.get("format", 0)) > FORMAT
+            card = json.loads(text)
+            version = str(card.get("version", ""))
+            if not newer:
+                recipe, classes = Recipe.checked(card.pop("recipe")), ClassMap.from_dict(card.pop("classes"))
+                return cls(recipe, classes, **card)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            newer = _numbers(version) > _numbers(detrellis.__version__)
+            if not newer and isinstance(error, UserError):  # of a version whose fields or ranges were others
+                raise UserError(
+                    f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy or OTHER_COPY
+                ) from None
+            if not newer:
+                raise UserError(f"{path}: its card cannot be read ({first_line(error)})", OTHER_COPY) from None
+        by = f" ({version})" if version else ""
+        raise UserError(
+            f"{path}: written by a newer Detrellis{by}; this is {detrellis.__version__}", "Update Detrellis to read it."
+        )
 
 
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write through a file beside `path`; readers see the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _numbers(version: str) -> list[int]:
+    """Of "0.2.0": what versions are ordered by."""
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """A detector's weights with their card."""
+    replace_files((path, _weights(weights, card)))
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Everything that resuming needs."""
+    replace_files((path, lambda file: torch.save(dict(state), file)))
+
+
+def save_run(run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card) -> None:
+    """State and last weights of a run (None: nothing is trained yet), both whole before either takes its place.
+
+    The state holds the card too, so it alone decides where a run goes on: it comes first, and weights that were not
+    moved after it are written again when the run is resumed. Raises `OSError` where they cannot be written.
+    """
+    whole = {**state, CARD: card.to_metadata()}
+    files: list[tuple[Path, Write]] = [(run / STATE, lambda file: torch.save(whole, file))]
+    if weights is not None:
+        files.append((run / LAST, _weights(weights, card)))
+    try:
+        replace_files(*files)
+    except (RuntimeError, SafetensorError) as error:  # what their writers say of a full disk
+        raise OSError(first_line(error)) from error
+
+
+def _weights(weights: Mapping[str, Tensor], card: Card) -> Write:
     plain = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    _atomically(path, lambda file: save_file(plain, file, card.to_metadata()))
+    return lambda file: save_file(plain, file, card.to_metadata())
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's says first."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def metadata_of(path: Path) -> dict[str, str] | None:
+    """What the header of a weights file says; None where there is no whole one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return None
 
 
 def find_weights(place: Path) -> Path:
     """The weights of a run: the best ones, else the last; or the file itself."""
     if place.is_file():
         return place
-    for name in ("best.safetensors", "last.safetensors"):
+    for name in (BEST, LAST):
         if (place / name).is_file():
             return place / name
-    what = "an empty run" if place.is_dir() else "no such folder or file"
+    if (place / STATE).is_file():
+        raise UserError(
+            f"{place}: a run that has not trained yet", f"Go on with it: detrellis train --resume {quoted(place)}."
+        )
+    what = "no run: there are no weights in this folder" if place.is_dir() else "no such folder or file"
     raise UserError(f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one.")
 
 
@@ -117,29 +179,94 @@ def load_weights(place: Path) -> tuple[dict[str, Tensor], Card]:
         with safe_open(path, framework="pt") as file:
             card = Card.from_metadata(file.metadata(), path)
             return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path}: not a whole checkpoint ({error})", "Take another copy, or the run's other file."
-        ) from None
+    except (SafetensorError, OSError) as error:
+        empty = "an empty file (0 bytes)" if path.stat().st_size == 0 else f"not a whole checkpoint ({error})"
+        raise UserError(f"{path}: {empty}", _other_copy(path)) from None
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Everything that resuming needs."""
-    _atomically(path, lambda file: torch.save(dict(state), file))
+def _other_copy(path: Path) -> str:
+    others = [name for name in (BEST, LAST) if name != path.name and path.with_name(name).is_file()]
+    return f"Take another copy, or the run's other file: {path.with_name(others[0])}." if others else OTHER_COPY
+
+
+def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detector:
+    """The detector with these weights, all of them; `UserError` that names file and tensor, and nothing is loaded."""
+    own = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f"{name} is missing" for name in own if name not in given]
+    wrong += [f"{name} has the shape {s}, not {own[name]}" for name, s in given.items() if own.get(name, s) != s]
+    wrong += [f"{name} is no part of it" for name in given if name not in own]
+    if wrong:
+        more = f", and {len(wrong) - 1} more such" if wrong[1:] else ""
+        raise UserError(f"{path}: not the weights of the recipe in its card: {wrong[0]}{more}", _other_copy(path))
+    detector.load_state_dict(dict(weights))
+    return detector
+
+
+def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
+    """As `load_weights`, and the weights are what the card's recipe needs, for who does not build the detector."""
+    path = find_weights(place)
+    weights, card = load_weights(path)
+    with torch.device("meta"):
+        detector = build_detector(card.recipe.untrained().detector, len(card.classes))
+    fill(detector, weights, path)
+    return weights, card
+
+
+def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """What `torch.save` wrote: tensors, numbers and containers, and objects of `allowed` types, on the host.
+
+    Nothing else is unpickled: it could run any code. `UserError` says in our words what is wrong with a file.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickles that are none of torch's
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle make the reader fail in any way
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: an empty file (0 bytes)", OTHER_COPY) from None
+        if found := re.search(r"(?:GLOBAL|class) `?([\w.]+)`? was not an allowed global", str(error)):
+            raise UserError(
+                f"{path}: holds Python objects besides tensors ({found[1]}). They could run code, and are not read",
+                "Save its state dict alone: torch.save(model.state_dict(), FILE).",
+            ) from None
+        raise UserError(f"{path}: not a whole file of torch.save: cut off, or something else", OTHER_COPY) from None
 
 
 def load_state(run: Path) -> dict[str, Any]:
     """The state to resume `run` from, on the host."""
-    path = run / "last.state.pt"
+    path = run / STATE
     if not path.is_file():
-        raise UserError(f"{run}: nothing to resume: {path.name} is missing", "Give the folder of a started run.")
+        raise _nothing_to_resume(run)
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: not a whole checkpoint ({first})", "Its weights may still be whole: see eval."
-        ) from None
+        state = load_plain(path)
+    except UserError as error:
+        raise UserError(error.message, _weights_alone(run) or error.remedy) from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path}: not the state of a run", _weights_alone(run) or OTHER_COPY)
     return state
+
+
+def _nothing_to_resume(run: Path) -> UserError:
+    if run.is_file():
+        return UserError(f"{run}: a file, and a run is a folder", f"Give the folder: --resume {quoted(run.parent)}.")
+    if not run.is_dir():
+        return UserError(f"{run}: no such run", "Give the folder of a started run.")
+    return UserError(
+        f"{run}: nothing to resume: {STATE} is missing", _weights_alone(run) or "Give the folder of a started run."
+    )
+
+
+def _weights_alone(run: Path) -> str:
+    """What to do with a run whose weights alone are there; nothing where they are not."""
+    if not any((run / name).is_file() for name in (BEST, LAST)):
+        return ""
+    return (
+        "It cannot be resumed. Its weights are there: start a new run from them with "
+        f"detrellis train --weights {quoted(run)} --data FOLDER."
+    )
+
+
+def quoted(path: Path) -> str:
+    """A path for the shell."""
+    return shlex.quote(str(path))

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import io
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from detrellis.atomic import replace_files
 from detrellis.data.annotations import Annotations
 from detrellis.engine.console import number
 from detrellis.errors import UserError
@@ -221,16 +221,14 @@ class CocoEvaluator:
 
         Every digit is written, so evaluating the file gives the statistics of `compute`.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+
+        def write(partial: Path) -> None:
             with partial.open("w", encoding="utf-8") as file:
                 file.write("[")
                 self._write_rows(file)
                 file.write("]\n")
-            partial.replace(path)  # readers see the old file or the whole new one
-        finally:
-            partial.unlink(missing_ok=True)
+
+        replace_files((Path(path), write))
 
     def _write_rows(self, file: TextIO) -> None:
         image_ids, category_ids = self.annotations.image_ids.tolist(), self.annotations.classes.ids

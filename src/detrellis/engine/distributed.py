@@ -68,6 +68,15 @@ def sum_over(values: Tensor) -> Tensor:
     return values
 
 
+def max_over(value: int, device: torch.device) -> int:
+    """The largest of all processes' values; the value itself where there is one."""
+    if not dist.is_initialized():
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values.item())
+
+
 def gather(value: T) -> list[T]:
     """Every process's value, in every process, by rank."""
     if not dist.is_initialized():

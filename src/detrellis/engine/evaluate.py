@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.distributed import World, gather
+from detrellis.engine.resume import must_be_there
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
 from detrellis.types import DecoderOutput, Detections
@@ -47,12 +49,14 @@ def measured_on(run: str | Path, own_data: Mapping[str, Any] | None, on: On) -> 
         return find_data(None, val, on.get("val_images")), "train"
     if data is None and own_data is None:
         raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
-    source = DataSource.from_dict(own_data or {}) if data is None else find_data(data)
     split = on.get("split", "val")
+    source = DataSource.from_dict(own_data or {}) if data is None else find_data(data)
     if split not in source.splits:
         others = " or ".join(f"--split {name}" for name in source.splits)
         where = f"{run}: the data set that it was trained on" if data is None else f"{data}: this data set"
         raise UserError(f"{where} has no split `{split}`", f"Take {others}, or name annotations: --val FILE.")
+    if data is None:
+        must_be_there(Path(run), source, (split,), f"detrellis eval {shlex.quote(str(run))}")
     return source, split
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,12 +26,13 @@ def check_finite(
     image_ids: Sequence[int],
     batch: object,
     save_to: Path,
+    go_on: str = "",
 ) -> float:
     """The value of `total`, read from its device: the one wait of the whole check.
 
     Raises NonFiniteLoss where it is not finite; it names the loss terms, the step and the images, and says where
     `batch` (tensors in any nest of named tuples, dicts, lists and tuples) was saved together with the losses, as a file
-    for `torch.load(..., weights_only=True)`.
+    for `torch.load(..., weights_only=True)`. `go_on` is the remedy: see `lower_rate`.
     """
     value = float(total.detach())
     if math.isfinite(value):
@@ -41,14 +43,25 @@ def check_finite(
     images = [int(i) for i in image_ids]
     record = {"step": step, "image_ids": images, "losses": values, "batch": _plain(batch)}
     message = f"step {step}: the loss is not finite: {terms}\n  images of this step: {_listed(images, 32)}"
-    raise NonFiniteLoss(message, f"{_saved(record, Path(save_to))}\n  {_NON_FINITE_REMEDY}")
+    raise NonFiniteLoss(message, "\n  ".join(part for part in (_saved(record, Path(save_to)), go_on) if part))
 
 
-_NON_FINITE_REMEDY = (
-    "Continue from the last checkpoint (`detrellis train --resume`) with a lower learning rate or stronger gradient "
-    "clipping,\n  or in float32 if this run used float16 or bfloat16. `detrellis check` finds boxes that no loss can "
-    "learn from.\n  If the same images come back, look at them; if others do, the weights had already diverged."
-)
+def check_weights(tensors: Iterable[Tensor], step: int, go_on: str) -> None:
+    """Raises NonFiniteLoss where trained weights are not finite, so that they never take a good checkpoint's place."""
+    if not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
+        raise NonFiniteLoss(f"step {step}: the weights are not finite any more, and are not saved", go_on)
+
+
+def lower_rate(run: Path, lr: float, clip: float, safe: int) -> str:
+    """What to do about it: the command that goes on from the last checkpoint, of step `safe`, with a tenth of the
+    learning rate; and what else may help."""
+    return (
+        f"Go on from the last checkpoint, of step {safe}, with a lower learning rate:\n"
+        f"    detrellis train --resume {shlex.quote(str(run))} -o optim.lr={lr / 10:g}\n"
+        f"  or with stronger clipping (-o optim.clip={(clip or 1.0) / 10:g}), or in float32 if this run used bfloat16\n"
+        "  (-o optim.amp=false). `detrellis check` finds boxes that no loss can learn from. If the same images come\n"
+        "  back, look at them; if others do, the weights had already diverged."
+    )
 
 
 class FlatLossWatch:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from rich.console import Console
 
+from detrellis.atomic import replace_text
 from detrellis.engine.console import TrainingView
 from detrellis.engine.means import Means, Sums, Value
 from detrellis.terminal import Terminal
@@ -108,6 +108,7 @@ class RunLog:
         self._window, self._totals = Means(), Sums()
         self._images = self._window_images = 0
         self._epoch_start = self._window_start = self._last_step = clock()
+        self._said: set[str] = set()
         if not self.speaks:
             return
         folder = Path(folder)
@@ -192,9 +193,11 @@ class RunLog:
         if not self.speaks:
             return
         self._view.close()
-        self._file.close()
-        if self._curves is not None:
-            self._curves.close()
+        with contextlib.suppress(OSError):  # said when it was first met
+            self._file.close()
+        with contextlib.suppress(OSError):
+            if self._curves is not None:
+                self._curves.close()
 
     def _record_step(self) -> None:
         window = self._window.take()
@@ -213,12 +216,24 @@ class RunLog:
         return {**where, "loss": total, "lr": self._lr, "losses": losses, "metrics": metrics}
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(record)
+        try:
+            self._file.write(record)
+        except OSError as error:  # what was not written stays in the buffer, and comes with the next record
+            self._say_once(f"metrics.jsonl cannot be written now ({error.strerror}). The run goes on.")
         if self._curves is None:
             return
         prefix = "" if record["kind"] == "step" else "epoch/"
-        for name, value in _flat({k: v for k, v in record.items() if k not in ("kind", "step", "time")}):
-            self._curves.add_scalar(prefix + name, value, record["step"])
+        try:
+            for name, value in _flat({k: v for k, v in record.items() if k not in ("kind", "step", "time")}):
+                self._curves.add_scalar(prefix + name, value, record["step"])
+        except OSError as error:
+            self._curves = None
+            self._say_once(f"TensorBoard's curves end here ({error.strerror}). The run goes on.")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
 
 class _RecordFile:
@@ -246,11 +261,9 @@ class _RecordFile:
         self._file.close()
 
     def _keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         records = [r for r in read_records(self._path) if wanted(r)]
         self._kept = {_key(r) for r in records}
-        partial.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        partial.replace(self._path)
+        replace_text(self._path, "".join(json.dumps(r) + "\n" for r in records))
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shlex
 import signal
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +24,27 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detrellis.data.annotations import Annotations
+from detrellis.atomic import sweep
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.transforms import train_transform
-from detrellis.detector import Detector
-from detrellis.engine.checkpoint import Card, save_state, save_weights
+from detrellis.engine.checkpoint import BEST, CARD, LAST, Card, metadata_of, save_run, save_weights
 from detrellis.engine.coco_eval import EvalResult
-from detrellis.engine.distributed import World, sum_over
-from detrellis.engine.ema import EMA
+from detrellis.engine.distributed import World, max_over
 from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
-from detrellis.engine.guard import FlatLossWatch, check_finite
+from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, lower_rate
 from detrellis.engine.log import RunLog, Timer
-from detrellis.engine.optim import build_optimizer, schedule_factor, set_learning_rate
-from detrellis.engine.transfer import Source, take_boxes, transfer
+from detrellis.engine.optim import schedule_factor, set_learning_rate
+from detrellis.engine.resume import IMAGES, names_of
+from detrellis.engine.state import Job, State, fresh_state
 from detrellis.engine.transfer_report import Transfer
 from detrellis.errors import UserError
-from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput, TrainableDetector
 
 WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
 SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that decides a run."""
-
-    card: Card  # recipe, classes, data source, seed
-    train: Annotations
-    val: Annotations | None
-    out: Path
-    workers: int = 2
-    initial: Source | None = None  # weights to start from, instead of the recipe's own
-    boxes: Mapping[str, Tensor] | None = None  # weights whose reference boxes are taken over
 
 
 @dataclass(frozen=True)
@@ -72,6 +58,7 @@ class TrainResult:
     best: float | None  # highest AP of any epoch
     result: EvalResult | None  # of the last evaluation
     finished: bool  # False: stopped by a signal; resume to go on
+    signal: int | None = None  # its number: the command line exits with 128 more
     transfer: Transfer | None = None  # what was kept of the weights that it started from
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,55 +68,19 @@ class TrainResult:
         return {**vars(self), "run": str(self.run), "result": result, "transfer": moved}
 
 
-@dataclass
-class State:
-    """Everything that changes during a run."""
-
-    model: TrainableDetector
-    optimizer: torch.optim.Optimizer
-    ema: EMA | None
-    watch: FlatLossWatch
-    step: int = 0  # optimizer steps done
-    epoch: int = 0  # epochs done
-    best: float | None = None
-    seconds: float = 0.0
-    result: EvalResult | None = field(default=None)
-    transfer: Transfer | None = None  # of the process that started the run; not saved
-
-    @property
-    def detector(self) -> Detector:
-        """The one to evaluate and to save."""
-        return self.model.detector if self.ema is None else self.ema.detector
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.detector.state_dict(),
-            "watch": self.watch.state_dict(),
-            "result": None if self.result is None else self.result.to_dict(),
-            **{name: getattr(self, name) for name in ("step", "epoch", "best", "seconds")},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.detector.load_state_dict(state["ema"])
-        self.watch.load_state_dict(state["watch"])
-        self.result = None if state["result"] is None else EvalResult.from_dict(state["result"])
-        for name in ("step", "epoch", "best", "seconds"):
-            setattr(self, name, state[name])
-
-
 def train(job: Job, world: World, resume: dict[str, Any] | None = None, console: Console | None = None) -> TrainResult:
-    """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state` gave."""
+    """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state` gave.
+
+    The state is saved before the first step, before each evaluation, after each epoch and now and then between, so that
+    whatever ends the process leaves a run that can go on.
+    """
     epochs = job.card.recipe.schedule.epochs
+    if world.leads:
+        sweep(job.out)
+        sweep(job.out / "epochs")
     state = fresh_state(job, world, filled=resume is not None)
     if resume is not None:
-        state.load_state_dict(resume)
+        state.load_state_dict(resume, job.out)
     elif state.transfer is not None and world.leads:
         (console or Terminal()).print(state.transfer.table(job.card.weights or ""))
     if job.boxes is not None and world.leads:
@@ -139,17 +90,24 @@ def train(job: Job, world: World, resume: dict[str, Any] | None = None, console:
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
     )
     run = Run(job, world, state, loader, steps_per_epoch, log)
-    with log, _signals() as caught, contextlib.closing(loader):
+    with log, _signals() as caught, contextlib.closing(loader), run.kept():
+        run.begin(resume)
         while state.epoch < epochs and not run.stopped:
             log.start_epoch(state.epoch + 1)
             for batches in itertools.takewhile(lambda _: not run.stopped, run.steps()):
                 run.train_step(batches)
-                run.look_around(bool(caught))
+                run.look_around(caught)
             if not run.stopped:
                 run.end_epoch()
+                run.stopped = run.signalled(caught)
             run.save()
     finished, position = state.epoch >= epochs, (state.epoch, state.step, state.seconds)
-    return TrainResult(job.out, *position, state.best, state.result, finished, state.transfer)
+    number = None if finished else run.stopped
+    return TrainResult(job.out, *position, state.best, state.result, finished, number, state.transfer)
+
+
+class SaveError(UserError):
+    """The run could not be saved."""
 
 
 class Run:
@@ -160,8 +118,11 @@ class Run:
         self.recipe, self.steps_per_epoch = job.card.recipe, steps_per_epoch
         self.model = _distributed(state.model, world)
         self.timer = Timer()
-        self.stopped = False
+        self.stopped = 0  # number of the signal that did
+        self.whole = True  # between two steps, when the state is one that a run may go on from
+        self.safe: tuple[int, int] | None = None  # epochs and steps done in what is saved
         self.saved = time.monotonic()
+        self.images = {split: names_of(a) for split, a in (("train", job.train), ("val", job.val)) if a is not None}
         batch = loader_batch(self.recipe, world)
         self.val = None if job.val is None else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
 
@@ -183,6 +144,7 @@ class Run:
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over one batch, or over several with accumulation."""
         config, schedule, state = self.recipe.optim, self.recipe.schedule, self.state
+        self.whole = False
         lr = config.lr * schedule_factor(state.step / (self.steps_per_epoch * schedule.epochs), schedule)
         set_learning_rate(state.optimizer, lr)
         state.optimizer.zero_grad(set_to_none=True)
@@ -204,9 +166,11 @@ class Run:
                 state.ema.update(state.model.detector, state.step)
         losses, metrics = _mean([o.losses for o in outs]), _mean([o.metrics for o in outs])
         images = sum(len(b.image_ids) for b in batches) * self.world.size
+        due = state.step % WATCH_EVERY == 0
+        warning = state.watch.update(state.step, total, float(metrics["main/iou"])) if due else None
+        self.whole = True
         self.log.step(state.step, losses, metrics, total=total, lr=lr, images=images)
-        if state.step % WATCH_EVERY == 0:
-            self.log.say(state.watch.update(state.step, total, float(metrics["main/iou"])) or "")
+        self.log.say(warning or "")
 
     def _pass(self, batch: Batch, share: float) -> tuple[StepOutput, float]:
         """Forward and backward of one batch; bf16 where the GPU has it."""
@@ -219,7 +183,7 @@ class Run:
             out = out._replace(metrics=out.metrics | {"data/padding": padded_share(batch)})
             total = torch.stack(list(out.losses.values())).sum()
             save_to = self.job.out / f"bad_batch-{self.world.rank}.pt"
-            value = check_finite(out.losses, total, number, batch.image_ids, batch, save_to)
+            value = check_finite(out.losses, total, number, batch.image_ids, batch, save_to, self._lower_rate())
         with self.timer.part("backward"):
             (total * share).backward()
         return out, value
@@ -230,84 +194,125 @@ class Run:
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def look_around(self, caught: bool) -> None:
+    def look_around(self, caught: list[int]) -> None:
         """Between two steps: stop where a signal came to any process, all after the same step, or the others would
         wait for ever; save now and then, so that a long epoch is not lost."""
-        self.stopped = self._agreed(caught)
-        if self._agreed(time.monotonic() - self.saved > SAVE_EVERY_SECONDS):
+        self.stopped = self.signalled(caught)
+        if max_over(int(time.monotonic() - self.saved > SAVE_EVERY_SECONDS), self.world.device):
             self.save()
 
-    def _agreed(self, value: bool) -> bool:
-        if self.world.size == 1:
-            return value
-        return bool(sum_over(torch.tensor(float(value), device=self.world.device)).item())
+    def signalled(self, caught: list[int]) -> int:
+        """The number of a signal that came to any process, else 0."""
+        return max_over(caught[0] if caught else 0, self.world.device)
 
     def end_epoch(self) -> None:
         """Evaluate, keep the best weights and the epoch's own, write its row."""
-        state, schedule, val = self.state, self.recipe.schedule, self.job.val
-        state.epoch += 1
-        last = state.epoch == schedule.epochs
-        due, stats, apart = last or state.epoch % schedule.eval_every == 0, None, None
-        if val is not None and self.val is not None and due:
-            with self.timer.part("eval"):
-                batches = self.log.track(self.val, "evaluate", len(self.val))
-                thresholds = (None, NMS) if last else (None,)
-                found = collect(state.detector, batches, val, self.world.device, thresholds)
-                state.result, *after = (evaluator.compute() for evaluator in found)
-                apart = after[0] if last else None
-            stats = state.result.stats
-            if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
-                state.best = state.result.ap
-                if self.world.leads:
-                    save_weights(self.job.out / "best.safetensors", state.detector.state_dict(), self._card())
-        if self.world.leads and schedule.keep_every and state.epoch % schedule.keep_every == 0:
-            kept = self.job.out / "epochs" / f"{state.epoch:04}.safetensors"
-            save_weights(kept, state.detector.state_dict(), self._card())
+        state, schedule, epoch = self.state, self.recipe.schedule, self.state.epoch + 1
+        last = epoch == schedule.epochs
+        stats, apart = None, None
+        if self.val is not None and (last or epoch % schedule.eval_every == 0):
+            self.save()  # an evaluation that fails, or is not waited for, costs nothing that was trained
+            apart = self.evaluate(last)
+            stats = None if state.result is None else state.result.stats
+        if self.world.leads and schedule.keep_every and epoch % schedule.keep_every == 0:
+            kept = self.job.out / "epochs" / f"{epoch:04}.safetensors"
+            save_weights(kept, state.detector.state_dict(), self._card(epoch))
+        state.epoch = epoch
         self.log.end_epoch(self.timer.take(), stats, None if apart is None else apart.stats)
         if apart is not None and state.result is not None:
             self.log.say(duplicates_line(state.result, apart) or "")
 
+    def evaluate(self, last: bool) -> EvalResult | None:
+        """Measure the epoch, and keep its weights if they are the best; the last one's result without duplicates."""
+        state, loader, val = self.state, self.val, self.job.val
+        assert loader is not None
+        assert val is not None
+        with self.timer.part("eval"):
+            batches = self.log.track(loader, "evaluate", len(loader))
+            found = collect(state.detector, batches, val, self.world.device, (None, NMS) if last else (None,))
+            state.result, *after = (evaluator.compute() for evaluator in found)
+        if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
+            if self.world.leads:
+                card = self._card(state.epoch + 1)
+                save_weights(self.job.out / BEST, state.detector.state_dict(), card)
+            state.best = state.result.ap
+        return after[0] if last else None
+
+    def begin(self, resume: Mapping[str, Any] | None) -> None:
+        """Save before the first step: a full disk shows now, and whatever comes, there is a state to go on from. Of a
+        resumed run what a crash or a change of settings has left different on the disk is written again."""
+        if resume is not None:
+            self.safe = (self.state.epoch, self.state.step)
+        mine = self._card(self.state.epoch).to_metadata()
+        weights = mine if self.state.step == 0 else metadata_of(self.job.out / LAST)
+        if resume is None or resume[CARD] != mine or weights != mine:
+            self.save()
+
     def save(self) -> None:
-        """Last weights, and the state to resume from."""
+        """The state to resume from, and the last weights once there has been a step."""
         now = time.monotonic()
         self.state.seconds += now - self.saved
         self.saved = now
-        if self.world.leads:
-            save_weights(self.job.out / "last.safetensors", self.state.detector.state_dict(), self._card())
-            save_state(self.job.out / "last.state.pt", self.state.state_dict())
+        if not self.world.leads:
+            return
+        check_weights(self.state.model.state_dict().values(), self.state.step, self._lower_rate())
+        weights = self.state.detector.state_dict() if self.state.step else None
+        try:
+            save_run(
+                self.job.out, {**self.state.state_dict(), IMAGES: self.images}, weights, self._card(self.state.epoch)
+            )
+        except OSError as error:
+            raise SaveError(
+                f"{self.job.out}: the run cannot be saved ({error.strerror or error})", self._go_on()
+            ) from error
+        self.safe = (self.state.epoch, self.state.step)
 
-    def _card(self) -> Card:
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Save what is trained before an error ends the run; the error then says how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.log.say(f"Stopped at once. {self._go_on()}")
+            raise
+        except (SaveError, NonFiniteLoss):
+            raise
+        except Exception as error:
+            if self.whole and self.safe not in (None, (self.state.epoch, self.state.step)):
+                with contextlib.suppress(UserError):  # the last checkpoint has to do
+                    self.save()
+            told = self._go_on()
+            if isinstance(error, UserError):
+                raise UserError(error.message, f"{error.remedy}\n  {told}" if error.remedy else told) from error
+            if isinstance(error, OSError):
+                place = "" if error.filename is None else f"{error.filename}: "
+                raise UserError(f"{place}{error.strerror or error}", told) from error
+            error.add_note(told)
+            raise
+
+    def _go_on(self) -> str:
+        """How to go on from what is saved."""
+        if self.safe is None:
+            return "Nothing has been trained yet: make room, or take another --out."
+        all_of = "Nothing that was trained is lost: the" if self.safe[1] == self.state.step else "The"
+        return (
+            f"{all_of} run is saved up to step {self.safe[1]}. Once that is put right, go on with: "
+            f"detrellis train --resume {shlex.quote(str(self.job.out))}"
+        )
+
+    def _lower_rate(self) -> str:
+        config, safe = self.recipe.optim, 0 if self.safe is None else self.safe[1]
+        return lower_rate(self.job.out, config.lr, config.clip, safe)
+
+    def _card(self, epoch: int) -> Card:
         stats = None if self.state.result is None else self.state.result.stats
-        return replace(self.job.card, epoch=self.state.epoch, stats=stats)
+        return replace(self.job.card, epoch=epoch, step=self.state.step, stats=stats)
 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of each entry over the passes of a step; a pass may lack some (no denoising without boxes)."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {n: torch.stack([p[n].detach() for p in parts if n in p]).mean() for n in names}
-
-
-def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
-    """Model, optimizer and average at the start of a run.
-
-    `filled`: all weights are about to be replaced by those of a stopped run, so none have to be fetched or read.
-    """
-    recipe, classes = job.card.recipe, job.card.classes
-    initial = None if filled else job.initial
-    fetch = not filled and initial is None
-    model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed)
-    report = None
-    if initial is not None:
-        objectness = recipe.detector.proposal_targets == "objectness"
-        report = transfer(model.detector, classes, initial, objectness=objectness)
-        for scheme in model.training_schemes:
-            scheme.start_from(model.detector)
-    if job.boxes is not None:
-        take_boxes(model.detector, job.boxes)
-    model.to(world.device).train()
-    optimizer = build_optimizer(model, recipe.optim)
-    ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
-    return State(model, optimizer, ema, FlatLossWatch(), transfer=report)
 
 
 def _distributed(model: TrainableDetector, world: World) -> nn.Module:

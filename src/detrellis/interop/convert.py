@@ -12,7 +12,7 @@ from torch import Tensor
 from detrellis.arguments import checked
 from detrellis.data.classes import ClassMap
 from detrellis.data.coco import load_json
-from detrellis.engine.checkpoint import Card, find_weights, load_weights, save_weights
+from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
 from detrellis.interop.files import HUB
 from detrellis.interop.load import is_foreign, load_foreign
@@ -43,9 +43,9 @@ class Conversion:
 def load_any(
     place: str | Path, *, classes: ClassMap | None = None, dilation: bool = False
 ) -> tuple[dict[str, Tensor], Card]:
-    """Weights and card of a run, of a weights file, or of anybody else's checkpoint."""
+    """Weights and card of a run, of a weights file, or of anybody else's checkpoint: all that its recipe needs."""
     if not is_foreign(place):
-        return load_weights(find_weights(Path(place)))
+        return load_whole(Path(place))
     found = load_foreign(place, classes=classes, dilation=dilation)
     return dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(place))
 

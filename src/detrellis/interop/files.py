@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from detrellis.engine.checkpoint import CARD, OTHER_COPY, load_plain
 from detrellis.errors import UserError
 
 HUB = "hf:"
 PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-OTHER_COPY = "Take another copy of the file."
 
 
 def fetch(repository: str) -> Path:
@@ -84,12 +83,9 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle make the reader fail in any way
-        first = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as plain weights ({first})", OTHER_COPY) from None
+    found = load_plain(path, [argparse.Namespace])
+    if isinstance(found, Mapping) and {CARD, "optimizer"} <= found.keys():
+        raise UserError(f"{path}: the state of a run, not its weights", f"Give the run's folder: {path.parent}.")
     if not isinstance(found, Mapping):
         raise UserError(f"{path}: not a state dict")
     arguments = found.get("args")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.loader import MEAN, STD
 from detrellis.interop import huggingface
@@ -34,15 +35,17 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     if detector.indicator:  # theirs has no channel kept free: its zero becomes a part of the pattern
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
     theirs = {huggingface.on_disk(k, kind): v.detach().cpu().contiguous() for k, v in to_theirs(ready, links).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
-    _write(folder / "config.json", config)
-    _write(folder / "preprocessor_config.json", _processor(kind, recipe))
+    replace_files(
+        (folder / "model.safetensors", lambda path: save_file(theirs, path, {"format": "pt"})),
+        (folder / "config.json", _json(config)),
+        (folder / "preprocessor_config.json", _json(_processor(kind, recipe))),
+    )
     return _differences(kind, recipe)
 
 
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def _json(value: Mapping[str, Any]) -> Write:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def _distinct(names: tuple[str, ...]) -> list[str]:

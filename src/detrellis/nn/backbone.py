@@ -6,7 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +17,51 @@ from torchvision.ops import FrozenBatchNorm2d
 from detrellis.errors import UserError
 
 Norm = Literal["frozen", "batch"]
+Frozen = int | Literal["all"]  # how many stages, with the stem, training leaves as they are
 PATCH = 4
 BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
 
 
-class ResNet(nn.Module):
+class _Backbone(nn.Module):
+    """What backbones share: parts that training leaves as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._still: tuple[nn.Module, ...] = ()
+
+    def _freeze(self, parts: Sequence[nn.Module]) -> None:
+        """No gradients for these parts, and eval mode for ever: BatchNorm's statistics do not move either."""
+        for part in parts:
+            part.requires_grad_(False)
+        self._still = tuple(parts)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for the parts that are frozen."""
+        super().train(mode)
+        for part in (inner for still in self._still for inner in still.modules()):
+            part.training = False
+        return self
+
+
+class ResNet(_Backbone):
     """A torchvision ResNet that returns the maps of the wanted strides.
 
     `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem and the first stage, as all
     papers do with ImageNet weights. Without pretrained weights nothing may be frozen: `norm="batch"` trains all.
-    `dilation` (DC5) keeps the last stage at stride 16 and doubles its dilation instead.
+    `dilation` (DC5) keeps the last stage at stride 16 and doubles its dilation instead. `frozen` stages and the stem
+    are not trained, with whatever norm.
     """
 
     def __init__(
-        self, name: str, strides: Sequence[int], *, pretrained: bool, norm: Norm, dilation: bool = False
+        self,
+        name: str,
+        strides: Sequence[int],
+        *,
+        pretrained: bool,
+        norm: Norm,
+        dilation: bool = False,
+        frozen: Frozen = 0,
     ) -> None:
         super().__init__()
         layer = partial(FrozenBatchNorm2d, eps=1e-5) if norm == "frozen" else nn.BatchNorm2d
@@ -46,6 +77,8 @@ class ResNet(nn.Module):
         if norm == "frozen":
             for part in (self.stem, self.stages["layer1"]):
                 part.requires_grad_(False)
+        if frozen:
+            self._freeze([self.stem, *_first(list(self.stages.values()), frozen, name)])
         # A pixel's channels side by side: a ResNet-50 is a tenth faster so, and its maps are tokens already.
         self.to(memory_format=torch.channels_last)
 
@@ -74,15 +107,32 @@ def _channels(stage: nn.Module) -> int:
     return max(c.out_channels for c in convolutions)
 
 
-class TimmBackbone(nn.Module):
+def _first(stages: Sequence[nn.Module], count: Frozen, name: str) -> Sequence[nn.Module]:
+    """The first `count` stages; `UserError` where there are fewer."""
+    if count != "all" and count > len(stages):
+        raise UserError(
+            f"detector.backbone.frozen={count}: backbone {name} has {len(stages)} stages here",
+            "Freeze fewer, or -o detector.backbone.frozen=all.",
+        )
+    return stages if count == "all" else stages[:count]
+
+
+class TimmBackbone(_Backbone):
     """Any timm model by name, reduced to the maps of the wanted strides.
 
     `drop_path`: rate of dropped residual branches while training (stochastic depth). A Swin Transformer's maps get a
-    LayerNorm each, as all papers on them have it.
+    LayerNorm each, as all papers on them have it. `frozen`: stages are what ends with a map of stride 4 or more.
     """
 
     def __init__(
-        self, name: str, strides: Sequence[int], *, pretrained: bool, norm: Norm, drop_path: float = 0.0
+        self,
+        name: str,
+        strides: Sequence[int],
+        *,
+        pretrained: bool,
+        norm: Norm,
+        drop_path: float = 0.0,
+        frozen: Frozen = 0,
     ) -> None:
         super().__init__()
         import timm  # only here: its import takes a second that no torchvision backbone needs
@@ -107,6 +157,10 @@ class TimmBackbone(nn.Module):
         self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model
         swin = self.channels_last and name.startswith("swin")
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if swin else None
+        if frozen == "all":
+            self._freeze([self])
+        elif frozen:
+            self._freeze(_until(self.model, [i["module"] for i in info.info if i["reduction"] >= 4], frozen, name))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """`(B, 3, H, W)` to maps, finest first."""
@@ -116,6 +170,20 @@ class TimmBackbone(nn.Module):
         if self.norms is not None:
             maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.channels_last else maps
+
+
+def _until(model: nn.Module, ends: Sequence[str], count: int, name: str) -> list[nn.Module]:
+    """The parts of a timm model up to the end of its stage `count`; `ends` names the last part of each stage."""
+    parts = dict(model.named_children())
+    ends = [end.replace(".", "_") for end in ends if end.replace(".", "_") in parts]
+    if not isinstance(model, nn.ModuleDict) or not ends:
+        raise UserError(
+            f"detrellis does not know the stages of backbone {name}",
+            "Freeze it whole: -o detector.backbone.frozen=all.",
+        )
+    _first([parts[end] for end in ends], count, name)
+    names = list(parts)
+    return [parts[part] for part in names[: names.index(ends[count - 1]) + 1]]
 
 
 def _create(name: str, **options: Any) -> Any:

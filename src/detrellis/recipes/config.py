@@ -70,6 +70,8 @@ class BackboneConfig(Config):
     dilation: bool = False  # DC5
     drop_path: Portion = 0.0  # rate of dropped residual branches, for timm models that have it
     strides: Strides = (8, 16, 32)
+    # stages, with the stem, that training leaves as they are, BatchNorm's statistics too; 0: what `norm` freezes
+    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
 
     @property
     def normalisation(self) -> Literal["frozen", "batch"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -45,14 +46,11 @@ def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
         raise UserError(f"backbone {config.name}: dilation (DC5) exists for {', '.join(RESNETS)} only")
     if config.drop_path and resnet:
         raise UserError(f"backbone {config.name}: it has no drop path", "Leave detector.backbone.drop_path at 0.")
+    shared: dict[str, Any] = {"pretrained": config.pretrained, "norm": norm, "frozen": config.frozen}
     try:
         if resnet:
-            return ResNet(
-                config.name, config.strides, pretrained=config.pretrained, norm=norm, dilation=config.dilation
-            )
-        return TimmBackbone(
-            config.name, config.strides, pretrained=config.pretrained, norm=norm, drop_path=config.drop_path
-        )
+            return ResNet(config.name, config.strides, dilation=config.dilation, **shared)
+        return TimmBackbone(config.name, config.strides, drop_path=config.drop_path, **shared)
     except OSError as error:  # what torch.hub and the timm hub raise when they cannot reach their hosts
         raise UserError(
             f"the pretrained weights of {config.name} cannot be reached ({error})",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from detrellis import api
+from detrellis.atomic import replace_text
 from detrellis.data.layout import DataSource
 from detrellis.engine.distributed import pick_device
 from detrellis.errors import UserError
@@ -45,7 +46,7 @@ def main(folder: Path) -> int:
         print(f"error {error}", flush=True)
         return 2
     if result.finished:
-        (folder / DONE).write_text(json.dumps(_machine(device) | {"jobs": order["jobs"]}, indent=1), encoding="utf-8")
+        replace_text(folder / DONE, json.dumps(_machine(device) | {"jobs": order["jobs"]}, indent=1))
     return 0
 
 

@@ -4,13 +4,13 @@ refused."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from detrellis.atomic import replace_text
 from detrellis.data.findings import SkipBad
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs
@@ -119,10 +119,7 @@ class Plan:
         """Write `OUT/plan.json`, once it has been checked."""
         self.check(out)
         out.mkdir(parents=True, exist_ok=True)
-        path = out / PLAN
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        partial.replace(path)
+        replace_text(out / PLAN, json.dumps(self.to_dict(), indent=1))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from detrellis.atomic import replace_text
 from detrellis.study.board import Board
 from detrellis.study.plan import DONE, LOG, ORDER, Plan, Trial
 
@@ -111,7 +112,7 @@ def _start(outcome: Outcome, plan: Plan, how: How, device: str | None) -> _Child
     folder.mkdir(parents=True, exist_ok=True)
     order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(plan.data), "seed": trial.seed}
     order |= {"skip_bad": plan.skip_bad, "device": device, "workers": how.workers, "jobs": how.jobs}
-    (folder / ORDER).write_text(json.dumps(order, indent=1), encoding="utf-8")
+    replace_text(folder / ORDER, json.dumps(order, indent=1))
     threads = how.threads_each()
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with (folder / LOG).open("ab") as log:

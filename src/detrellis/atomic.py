@@ -1,0 +1,61 @@
+"""Writing files so that readers see the old one or the new one, never a part, whatever ends the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+Write = Callable[[Path], object]
+
+PARTIAL = re.compile(r"\..+\.\d+\.partial")
+
+
+def write_beside(path: Path, write: Write) -> Path:
+    """What `write` puts into a file beside `path`, whole and on the disk; its folder is made where it is missing.
+
+    The file has the permissions of any new file there: some libraries write through temporary ones that only their
+    owner may read. Nothing is left where `write` fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # the umask's doing, and the folder's
+        write(partial)
+        partial.chmod(mode)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
+
+
+def replace_files(*files: tuple[Path, Write]) -> None:
+    """Write each file beside its place, and move them there, in this order, once all of them are whole."""
+    partials: list[tuple[Path, Path]] = []
+    try:
+        for path, write in files:
+            partials.append((write_beside(path, write), path))
+        for partial, path in partials:
+            os.replace(partial, path)
+    finally:
+        for partial, _ in partials:
+            partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """One file of text in UTF-8."""
+    replace_files((path, lambda partial: partial.write_text(text, encoding="utf-8")))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed while writing has left in `folder`; nobody else may be writing there."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if PARTIAL.fullmatch(path.name):
+                path.unlink(missing_ok=True)

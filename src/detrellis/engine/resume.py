@@ -1,0 +1,200 @@
+"""What a stopped run goes on with: its own state and data, wherever the data are now, and a few settings that may
+change.
+
+| of `train --resume RUN` | what happens |
+| --- | --- |
+| nothing else | it goes on bit for bit |
+| `--data`, or `--train` and `--val` | the data are there now; classes and lists of images have to be the same |
+| `--epochs N` | another length of the whole run, also of a finished one: see below |
+| `-o optim.lr=...`, `optim.clip`, `optim.amp`, `schedule.*` | set from here on; nothing else may change |
+
+With N epochs the learning rate is from here on what the recipe's schedule over N epochs has at this place, which may be
+higher than it was. Each change is noted in the run's card, with the epoch and the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detrellis.data.annotations import Annotations
+from detrellis.data.classes import ClassMap
+from detrellis.data.layout import DataSource
+from detrellis.engine.checkpoint import CARD, LAST, STATE, Card, load_state, metadata_of, quoted
+from detrellis.engine.optim import schedule_factor
+from detrellis.errors import UserError
+from detrellis.recipes.config import Recipe
+
+IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
+FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the network nor the state depends on
+SHOWN = 3
+
+
+def names_of(annotations: Annotations) -> Tensor:
+    """The images' file names as a state holds them, (I, W) bytes, zeros at the end."""
+    names = np.ascontiguousarray(annotations.file_names)
+    return torch.from_numpy(names.view(np.uint8).reshape(len(names), -1).copy())
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """A run that is about to go on."""
+
+    run: Path
+    state: dict[str, Any]
+    card: Card  # as it is from here on
+    source: DataSource
+    outlook: str  # what that means, for the user
+
+    def check(self, train: Annotations, val: Annotations | None, classes: ClassMap) -> None:
+        """`UserError` that says what differs where the data are not those that the run was trained on."""
+        if classes != self.card.classes:
+            raise UserError(f"{self.run}: {class_changes(self.card.classes, classes)}", _other_data(self.run))
+        same_images(self.state, train, val, self.run)
+
+
+def go_on(run: Path, source: DataSource | None, settings: Sequence[str], epochs: int | None) -> GoingOn:
+    """What a run goes on with: `source` is where its data are now, None where they were. See the top of the file."""
+    state, old = load_run(run)
+    card = changed(old, state, settings, epochs)
+    if source is None:
+        source = DataSource.from_dict(card.data)
+        must_be_there(run, source, ("train", "val"), f"detrellis train --resume {quoted(run)}")
+    else:
+        card = moved(card, state, source.to_dict())
+    return GoingOn(run, state, card, source, outlook(old, card, state, run))
+
+
+def load_run(run: Path) -> tuple[dict[str, Any], Card]:
+    """State and card of a run to go on with; `UserError` where it is none, or two runs' files are mixed up."""
+    state = load_state(run)
+    for key in (CARD, IMAGES, "epoch", "step"):
+        if key not in state:
+            raise UserError(
+                f"{run / STATE}: {key!r} is missing: not the whole state of a run",
+                f"Start a new run from its weights: detrellis train --weights {quoted(run)} --data FOLDER.",
+            )
+    card = Card.from_metadata(state[CARD], run / STATE)
+    beside = metadata_of(run / LAST)
+    if beside is not None:
+        other = Card.from_metadata(beside, run / LAST)
+        if (other.recipe.detector, other.classes, other.seed) != (card.recipe.detector, card.classes, card.seed):
+            raise UserError(
+                f"{run}: {STATE} and {LAST} belong to different runs",
+                f"Put the state of this run back; or start a new run: detrellis train --weights {quoted(run / LAST)}.",
+            )
+    return state, card
+
+
+def changed(card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None) -> Card:
+    """The card with other settings from here on, and a note of them; `UserError` for one that a state depends on."""
+    for text in settings:
+        name = text.partition("=")[0].strip()
+        if not name.startswith(FREE) or name == "schedule.epochs":
+            raise UserError(
+                f"-o {text}: a run that goes on keeps its network, its losses, its data and its batches",
+                f"Free are {', '.join(FREE)}*, and --epochs. For all else start a new run from its weights: --weights.",
+            )
+    if epochs is not None and epochs <= state["epoch"]:
+        raise UserError(
+            f"--epochs {epochs}: the run has done {state['epoch']} epochs",
+            f"Give the length of the whole run, as with a new one: --epochs {state['epoch'] + max(1, epochs)}.",
+        )
+    chosen = [*settings, *([] if epochs is None else [f"schedule.epochs={epochs}"])]
+    recipe: Recipe = card.recipe.override(chosen)
+    if recipe == card.recipe:
+        return card
+    note = {"epoch": state["epoch"], "step": state["step"], "set": chosen}
+    return replace(card, recipe=recipe, changes=(*card.changes, note))
+
+
+def moved(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> Card:
+    """The card of a run whose data set is elsewhere now, and a note of where it was."""
+    if dict(data) == dict(card.data):
+        return card
+    note = {"epoch": state["epoch"], "step": state["step"], "data_was": dict(card.data)}
+    return replace(card, data=data, changes=(*card.changes, note))
+
+
+def outlook(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
+    """What going on means, in words: how much is left, and what the learning rate does if its schedule is another."""
+    done, epochs = state["epoch"], card.recipe.schedule.epochs
+    if done >= epochs:
+        return (
+            f"{run} has finished its {epochs} epochs: nothing is left to do.\n"
+            f"  More of them: detrellis train --resume {quoted(run)} --epochs {epochs + max(1, epochs // 2)}\n"
+            f"  A new run from its weights: detrellis train --weights {quoted(run)} --data FOLDER"
+        )
+    line = f"{run} goes on after epoch {done} of {epochs}, step {state['step']}."
+    if old.recipe == card.recipe or not state["step"]:
+        return line
+    was, now = (_rate(c.recipe, done / c.recipe.schedule.epochs) for c in (old, card))
+    return (
+        f"{line} The learning rate follows the schedule over {epochs} epochs: {now:.3g} here, where it was {was:.3g}."
+    )
+
+
+def _rate(recipe: Recipe, progress: float) -> float:
+    return recipe.optim.lr * schedule_factor(min(progress, 1.0), recipe.schedule)
+
+
+def must_be_there(run: Path, source: DataSource, splits: Sequence[str], command: str) -> None:
+    """`UserError` that names `command --data` where the data set that a run was trained on is not where it was."""
+    for split, files in source.splits.items():
+        paths = [files.annotations, *files.images, *([] if files.listing is None else [files.listing])]
+        if split in splits and (gone := [path for path in paths if not path.exists()]):
+            raise UserError(
+                f"{run}: its data set is not where it was: {gone[0]} is missing",
+                f"Say where it is now: {command} --data FOLDER, or name the files as `detrellis train` does.",
+            )
+
+
+def class_changes(was: ClassMap, now: ClassMap) -> str:
+    """What became of the classes, in words."""
+    then, found = ({*zip(classes.ids, classes.names, strict=True)} for classes in (was, now))
+    gone, new = sorted(then - found), sorted(found - then)
+    parts = [
+        f"{what} {', '.join(f'{name} (id {i})' for i, name in rows[:SHOWN])}{' and more' if rows[SHOWN:] else ''}"
+        for what, rows in (("missing", gone), ("new", new))
+        if rows
+    ]
+    return f"the data set's classes are not those of the run: {'; '.join(parts)}"
+
+
+def same_images(state: Mapping[str, Any], train: Annotations, val: Annotations | None, run: Path) -> None:
+    """`UserError` that says what differs where a split does not list the images that the run was trained on."""
+    for split, now in (("train", train), ("val", val)):
+        old = state[IMAGES].get(split)
+        was, found = _listed(old), [] if now is None else [bytes(name) for name in now.file_names]
+        if was != found:
+            raise UserError(
+                f"{run}: the images of {split} are not those of the run: {_difference(was, found)}",
+                _other_data(run),
+            )
+
+
+def _other_data(run: Path) -> str:
+    return (
+        "Name the place of the same data set: --data FOLDER. On other data start a new run from its weights: "
+        f"detrellis train --weights {quoted(run)} --data FOLDER."
+    )
+
+
+def _listed(names: Tensor | None) -> list[bytes]:
+    return [] if names is None else [bytes(row).rstrip(b"\0") for row in names.numpy()]
+
+
+def _difference(was: list[bytes], now: list[bytes]) -> str:
+    """In words: how many then and now, and the first names that only one of them has."""
+    parts = [f"{len(was)} then, {len(now)} now"]
+    for what, names in (("missing", sorted({*was} - {*now})), ("new", sorted({*now} - {*was}))):
+        if names:
+            shown = ", ".join(name.decode(errors="replace") for name in names[:SHOWN])
+            parts.append(f"{what} {shown}{f' and {len(names) - SHOWN} more' if names[SHOWN:] else ''}")
+    return "; ".join(parts if parts[1:] else [*parts, "in another order"])

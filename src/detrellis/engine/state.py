@@ -1,0 +1,152 @@
+"""A run's order, and everything that changes while it trains."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detrellis.data.annotations import Annotations
+from detrellis.detector import Detector
+from detrellis.engine.checkpoint import STATE, Card
+from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.distributed import World
+from detrellis.engine.ema import EMA
+from detrellis.engine.guard import FlatLossWatch
+from detrellis.engine.optim import build_optimizer
+from detrellis.engine.transfer import Source, take_boxes, transfer
+from detrellis.engine.transfer_report import Transfer
+from detrellis.errors import Advice, UserError
+from detrellis.recipes.build import build
+from detrellis.recipes.config import Recipe
+from detrellis.training import TrainableDetector
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides a run."""
+
+    card: Card  # recipe, classes, data source, seed
+    train: Annotations
+    val: Annotations | None
+    out: Path
+    workers: int = 2
+    initial: Source | None = None  # weights to start from, instead of the recipe's own
+    boxes: Mapping[str, Tensor] | None = None  # weights whose reference boxes are taken over
+
+
+@dataclass
+class State:
+    """Everything that changes during a run."""
+
+    model: TrainableDetector
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    watch: FlatLossWatch
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    best: float | None = None
+    seconds: float = 0.0
+    result: EvalResult | None = field(default=None)
+    transfer: Transfer | None = None  # of the process that started the run; not saved
+
+    @property
+    def detector(self) -> Detector:
+        """The one to evaluate and to save."""
+        return self.model.detector if self.ema is None else self.ema.detector
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.detector.state_dict(),
+            "watch": self.watch.state_dict(),
+            "result": None if self.result is None else self.result.to_dict(),
+            **{name: getattr(self, name) for name in ("step", "epoch", "best", "seconds")},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], run: Path) -> None:
+        """The inverse of `state_dict`; `UserError` where it does not fit what the run's recipe builds."""
+        try:
+            self._fill(state)
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{run / STATE}: does not fit its run: {_misfit(error)}",
+                "Take another copy of it. Its weights may still be whole: start a new run from them with "
+                f"detrellis train --weights {shlex.quote(str(run))}.",
+            ) from error
+
+    def _fill(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimizer's moments have other shapes than the parameters")
+        if self.ema is not None:
+            self.ema.detector.load_state_dict(state["ema"])
+        self.watch.load_state_dict(state["watch"])
+        self.result = None if state["result"] is None else EvalResult.from_dict(state["result"])
+        for name in ("step", "epoch", "best", "seconds"):
+            setattr(self, name, state[name])
+
+
+def advise_on_frozen(recipe: Recipe, random: bool) -> None:
+    """Advice on a backbone that is frozen to no use, or only by half."""
+    if recipe.detector.backbone.frozen and random:
+        warnings.warn(
+            Advice(
+                "detector.backbone.frozen without pretrained weights: what is random stays random. Leave it out, or "
+                "start from trained weights (--weights)."
+            ),
+            stacklevel=2,
+        )
+    zero = [key for key, factor in recipe.optim.scaled.items() if factor == 0 and "backbone" in key]
+    if zero and recipe.detector.backbone.frozen != "all":
+        warnings.warn(
+            Advice(
+                f"optim.scaled.{zero[0]}=0 stops the optimizer, but BatchNorm's statistics go on moving. To freeze the "
+                "backbone: -o detector.backbone.frozen=all, or a number of stages."
+            ),
+            stacklevel=2,
+        )
+
+
+def _misfit(error: Exception) -> str:
+    """What an exception of loading says, on one line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]!r} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch's first only names the class
+    return shorten((lines[1:] or lines or [type(error).__name__])[0], 200)
+
+
+def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
+    """Model, optimizer and average at the start of a run.
+
+    `filled`: all weights are about to be replaced by those of a stopped run, so none have to be fetched or read.
+    """
+    recipe, classes = job.card.recipe, job.card.classes
+    initial = None if filled else job.initial
+    fetch = not filled and initial is None
+    if not filled:
+        advise_on_frozen(recipe, random=initial is None and not recipe.detector.backbone.pretrained)
+    model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed)
+    report = None
+    if initial is not None:
+        objectness = recipe.detector.proposal_targets == "objectness"
+        report = transfer(model.detector, classes, initial, objectness=objectness)
+        for scheme in model.training_schemes:
+            scheme.start_from(model.detector)
+    if job.boxes is not None:
+        take_boxes(model.detector, job.boxes)
+    model.to(world.device).train()
+    optimizer = build_optimizer(model, recipe.optim)
+    ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
+    return State(model, optimizer, ema, FlatLossWatch(), transfer=report)

@@ -1,0 +1,43 @@
+"""Files are written whole or not at all, with the permissions of any new file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from detrellis.atomic import replace_files, replace_text, sweep
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_is_honoured_whoever_writes(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors writes through a temporary file that only its owner may read."""
+    old = os.umask(umask)
+    try:
+        replace_files((tmp_path / "a.safetensors", lambda p: save_file({"a": torch.zeros(1)}, p)))
+        replace_text(tmp_path / "b.json", "{}")
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.safetensors", "b.json")] == [mode, mode]
+
+
+def test_all_or_nothing(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match="No space"):
+        replace_files((tmp_path / "a", lambda p: p.write_text("new")), (tmp_path / "b", fail))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old"}
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    for name in (".last.state.pt.123.partial", ".keep.partial", "mine.123.partial", ".x.y"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".keep.partial", ".x.y", "mine.123.partial"]
+    sweep(tmp_path / "nowhere")
