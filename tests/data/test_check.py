@@ -232,7 +232,9 @@ CASES = {
     ),
     "class of val": Case("unknown-class", val_only_class, "instances_val.json", 5, "'fox'", split="val"),
     "unused class": Case("class-never-seen", unused_class, TRAIN_JSON, 5, "'fox'", fixable=False),
-    "class only in val": Case("class-only-in-val", without("emu"), TRAIN_JSON, 90, "but 1 in val", fixable=False),
+    "class only in val": Case(
+        "class-only-in-val", without("emu"), TRAIN_JSON, 90, "'emu' (id 90; val has 1)", fixable=False
+    ),
     "one name twice": Case(
         "duplicate-class-name",
         categories("train", "val", dog="cat"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import check
+from detrellis.data.check import check, prepare
 from detrellis.data.drop import drop_bad
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
@@ -26,6 +26,7 @@ from tests.data.sets import (
     WIDTH,
     CocoSet,
     image_name,
+    picture,
     voc_xml,
     write_images,
     write_voc,
@@ -518,3 +519,258 @@ def test_xml_without_size_is_measured(tmp_path: Path) -> None:
     raw = resolve(**arguments).load("train")
     assert raw.sizes[1].tolist() == [HEIGHT, WIDTH]
     assert [f.code for f in raw.findings] == ["size-missing"]
+
+
+# Folders as people have them
+
+
+def moved(made: CocoSet, split: str, to: str) -> Path:
+    target = made.root / to
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made.file(split).rename(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "annotations/instances_default.json",
+        "result.json",
+        "labels.json",
+        "_annotations.json",
+        "coco.json",
+        "Annotations/all.json",
+        "labels/export.json",
+    ],
+)
+def test_one_coco_file_of_any_name_is_for_training(tmp_path: Path, name: str) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    (tmp_path / "package.json").write_text('{"images": 3}')
+    (tmp_path / "a.json").write_text("[]")
+    moved(made, "train", name)
+    source = resolve(data=tmp_path)
+    assert content(load(source)["train"]) == expected("train")
+    if "default" in name:
+        (note,) = source.load("train").findings
+        assert note.code == "layout"
+        assert f"{name} is the only COCO file, so it is for training" in note.what
+
+
+def test_names_tell_the_splits_of_several_coco_files(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    moved(made, "train", "annotations/my-train-v2.json")
+    moved(made, "val", "annotations/coco_VALID_final.json")
+    read = load(resolve(data=tmp_path))
+    assert {split: content(found) for split, found in read.items()} == {s: expected(s) for s in ("train", "val")}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("a.json", "b.json"), ["several COCO files", "a.json", "b.json"]),
+        (("my_train_1.json", "my_train_2.json"), ["several COCO files", "my_train_1.json", "my_train_2.json"]),
+        (("my_val.json", "my_test.json"), ["no COCO file for training, only", "my_val.json", "my_test.json"]),
+    ],
+)
+def test_several_coco_files_that_cannot_be_told_apart_are_listed(
+    tmp_path: Path, names: tuple[str, str], words: list[str]
+) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    for split, name in zip(COUNTS, names, strict=True):
+        moved(made, split, name)
+    with pytest.raises(UserError) as error:
+        resolve(data=tmp_path)
+    for word in words:
+        assert word in error.value.message
+    assert content(load(resolve(train=tmp_path / names[0]))["train"]) == expected("train")  # the remedy
+
+
+def test_a_json_file_of_any_name_in_a_folder_per_split(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    for split, folder in (("train", "Train"), ("val", "valid")):
+        shutil.move(tmp_path / "images" / split, tmp_path / folder / "data")
+        moved(made, split, f"{folder}/labels.json")
+    read = load(resolve(data=tmp_path))
+    assert {split: content(found) for split, found in read.items()} == {s: expected(s) for s in ("train", "val")}
+
+
+def test_a_data_set_one_folder_deeper_is_found_if_it_is_the_only_one(tmp_path: Path) -> None:
+    roboflow(tmp_path / "Project-1")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "README.txt").write_text("hello")
+    source = resolve(data=tmp_path)
+    assert content(load(source)["train"]) == expected("train")
+    assert source.folder == tmp_path
+    yolo(tmp_path / "Project-2")
+    with pytest.raises(UserError, match="more than one data set: Project-1, Project-2"):
+        resolve(data=tmp_path)
+
+
+def copied(made: CocoSet, folders: dict[str, bool]) -> None:
+    """Every image in several folders, in those that say False with other pixels."""
+    old = made.root / "images" / "train"
+    for folder, same in folders.items():
+        (made.root / folder).mkdir(parents=True)
+        for number, file in enumerate(sorted(old.iterdir())):
+            if same:
+                shutil.copy(file, made.root / folder / file.name)
+            else:
+                picture(500 + number + 7 * sum(folder.encode())).save(made.root / folder / file.name)
+    shutil.rmtree(made.root / "images")
+
+
+@pytest.mark.parametrize(
+    ("folders", "taken", "why"),
+    [
+        (("Annotated", "Pictures"), "Pictures", "drawn"),
+        (("depth", "photos"), "photos", "drawn"),
+        (("a/masks", "a/rgb"), "a/rgb", "drawn"),
+        (("somewhere", "my images"), "my images", "its name says pictures"),
+        (("x/training", "x/testing"), "x/training", "its name says the split"),
+    ],
+)
+def test_names_decide_between_folders_that_all_have_the_images(
+    tmp_path: Path, folders: tuple[str, ...], taken: str, why: str
+) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    copied(made, dict.fromkeys(folders, False))
+    source = resolve(data=tmp_path)
+    assert source.splits["train"].images == (tmp_path / taken,)
+    (note,) = source.load("train").findings
+    other = next(f for f in folders if f != taken)
+    assert f"images of the same names are in {other} too; {taken} is read" in note.what
+    assert why in note.what
+
+
+def test_folders_between_which_nothing_decides_are_refused(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    copied(made, {"one": False, "two": False})
+    with pytest.raises(UserError) as error:
+        resolve(data=tmp_path)
+    for word in ("more than one folder", str(tmp_path / "one"), str(tmp_path / "two")):
+        assert word in error.value.message
+    assert "--train-images" in error.value.remedy
+    source = resolve(data=tmp_path, train_images=tmp_path / "two")  # the remedy
+    assert source.splits["train"].images == (tmp_path / "two",)
+
+
+def test_copies_of_the_same_images_are_no_choice(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    copied(made, {"one": True, "two": True})
+    source = resolve(data=tmp_path)
+    assert content(load(source)["train"]) == expected("train")
+    assert "the same files" in source.load("train").findings[0].what
+
+
+def test_a_usual_name_counts_in_any_case(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    made.file("val").unlink()
+    copied(made, {"Annotated": False, "Images": True})
+    assert resolve(data=tmp_path).splits["train"].images == (tmp_path / "Images",)
+
+
+def test_an_image_folder_can_be_named_where_none_is_found(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path / "set")
+    made.write()
+    shutil.move(tmp_path / "set" / "images", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"its images were not found; looked for 'train_0\.jpg'"):
+        resolve(data=tmp_path / "set")
+    folders = {f"{split}_images": tmp_path / "elsewhere" / split for split in COUNTS}
+    read = load(resolve(data=tmp_path / "set", **folders))
+    assert {split: content(found) for split, found in read.items()} == {s: expected(s) for s in ("train", "val")}
+
+
+def test_images_of_a_suffix_that_is_not_read_are_told(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    for file in (tmp_path / "images" / "train").iterdir():
+        file.rename(file.with_suffix(".heic"))
+    with pytest.raises(UserError) as error:
+        resolve(data=tmp_path)
+    assert "train_0.heic, but images of this suffix are not read" in error.value.message
+
+
+def test_nothing_recognised_counts_the_files_of_each_folder(tmp_path: Path) -> None:
+    for name in ("notes/a.xml", "notes/b.xml", "notes/c.csv", "notes/.d.xml", "pics/p.jpg", "pics/q.jfif", "all.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as error:
+        resolve(data=tmp_path)
+    for line in ("here: 1 .csv (all.csv)", "notes/: 2 .xml (a.xml,b.xml), 1 .csv (c.csv)", "pics/: 2 images"):
+        assert line in error.value.message
+    for word in ("--train FILE.json", "--train FOLDER", "--train-images"):
+        assert word in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "remedy"),
+    [
+        ({"val": Path("v.json")}, "only v.json is given, as --val", "Give --train too; or this file as --train"),
+        ({"train_images": Path(".")}, "only --train-images given, but no annotations", "--data FOLDER"),
+    ],
+)
+def test_half_a_data_set_says_what_to_give(arguments: dict[str, Path], message: str, remedy: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve(**arguments)
+    assert message in error.value.message
+    assert remedy in error.value.remedy
+
+
+def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
+    made = CocoSet(tmp_path)
+    made.write()
+    for name in ("more/x.jpg", "more/y.JPG", "more/.z.jpg", "raw.zip", "annotations/captions.json", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    source = resolve(data=tmp_path)
+    (found,) = (f for f in check(source, fast=True).findings if f.code == "unused-files")
+    assert (found.severity, found.count, found.split) == ("note", 5, "")
+    assert found.what.startswith("5 files in this folder are not used: 2 .jpg (more/x.jpg, ...), ")
+    for told in ("1 .zip (raw.zip)", "1 .json (annotations/captions.json)", "1 without a suffix (LICENSE)"):
+        assert told in found.what
+    assert "unused-files" not in {f.code for f in prepare(source)[3].findings}
+    assert "unused-files" not in {f.code for f in check(source, fast=True, splits=["train"]).findings}
+
+
+def test_linked_folders_are_used(tmp_path: Path) -> None:
+    CocoSet(tmp_path / "real").write()
+    (tmp_path / "set").mkdir()
+    for name in ("images", "annotations"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "real" / name, target_is_directory=True)
+    assert "unused-files" not in {f.code for f in check(resolve(data=tmp_path / "set"), fast=True).findings}
+
+
+def test_more_labels_left_out_than_read_is_a_warning_of_training_too(tmp_path: Path) -> None:
+    arguments = yolo(tmp_path)
+    source = resolve(**arguments)
+    assert "unused-annotations" not in {f.code for f in prepare(source)[3].findings}
+    (tmp_path / "labels" / "more").mkdir()
+    for number in range(8):
+        (tmp_path / "labels" / "more" / f"{number}.TXT").touch()
+    (found,) = (f for f in prepare(source)[3].findings if f.code == "unused-annotations")
+    assert found.severity == "warning"
+    assert found.what == "8 of 14 annotation files are not used: labels/more/0.TXT, ..."
+
+
+@pytest.mark.parametrize("build", [coco, yolo, voc], ids=lambda f: f.__name__)
+def test_names_that_differ_in_case_are_one_slip(tmp_path: Path, build: Callable[[Path], dict[str, Path]]) -> None:
+    arguments = build(tmp_path)
+    for file in tmp_path.rglob("*"):
+        if file.suffix in (".json", ".xml", ".yaml"):
+            file.write_text(file.read_text().replace("emu", "Cat"))
+    (found, *_) = (f for f in check(resolve(**arguments), fast=True).findings if f.code == "similar-class-names")
+    assert found.severity == "warning"
+    for name in ("'cat' (id ", "'Cat' (id ", "2 boxes", "1 boxes"):
+        assert name in found.what

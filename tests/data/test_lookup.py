@@ -119,7 +119,7 @@ def test_the_note_says_how_many_and_the_first(tmp_path: Path) -> None:
     touch(tmp_path, "a/p.jpg", "a/q.jpg")
     (note,) = renaming_notes("train", tmp_path, real_names(["a\\p.jpg", "a\\q.jpg"], tmp_path))
     assert (note.code, note.severity, note.count) == ("renamed-file", "note", 2)
-    assert note.what == "2 images are listed under other names, the first: 'a\\\\p.jpg' is a/p.jpg"
+    assert note.what == "2 images are listed under other names, the first: 'a\\p.jpg' is a/p.jpg"
 
 
 def test_places(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset, to_annotations
 from detrellis.data.report import Report
 from detrellis.data.summary import summarise
+from detrellis.data.unused import unused_annotations, unused_files
 from detrellis.errors import UserError
 
 
@@ -37,7 +38,13 @@ def check(
     as what it should be.
     """
     raws = source.load_all(splits)
-    return examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
+    report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
+    left = [] if source.folder is None or splits is not None else unused_files(source.folder, source.splits, raws)
+    return replace(report, findings=(*report.findings, *_left_out(source, raws), *left))
+
+
+def _left_out(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
+    return [] if source.folder is None else unused_annotations(source.folder, source.splits, raws)
 
 
 def examine(
@@ -89,6 +96,7 @@ def prepare(
     if "train" not in raws:
         raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
     report = examine(raws, fast=not skip_bad, capacity=capacity)
+    report = replace(report, findings=(*report.findings, *_left_out(source, raws)))
     found, report = _taken_over(raws, report, raws["train"].classes, skip_bad)
     return found["train"], found.get("val"), found["train"].classes, report
 

@@ -11,12 +11,13 @@ import numpy as np
 from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
 
+NAMED = 12  # classes that a finding names
 Categories = Sequence[tuple[int, str]]  # (id, name)
 
 
 def check_classes(raws: Mapping[str, RawDataset]) -> list[Finding]:
     """Everything about categories; `raws` by split, training among them or not."""
-    found = [f for raw in raws.values() for f in _same_names(raw)]
+    found = [f for raw in raws.values() for f in (*_same_names(raw), *_similar_names(raw))]
     train = raws.get("train")
     if train is None:
         return found
@@ -41,17 +42,33 @@ def _same_names(raw: RawDataset) -> Iterator[Finding]:
         yield finding("duplicate-class-name", raw.split, raw.source, what, id=ids[0])
 
 
+def _similar_names(raw: RawDataset) -> Iterator[Finding]:
+    """Names that are the same but for case and spaces: a slip in labelling, and two classes for the detector."""
+    used = _used(raw)
+    alike: dict[str, list[tuple[int, str]]] = {}
+    for own, name in raw.categories:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append((own, name))
+    for those in alike.values():
+        if len({name for _, name in those}) > 1:
+            listed = " and ".join(f"{name!r} (id {own}, {used.get(own, 0)} boxes)" for own, name in those)
+            what = f"classes that differ only in case or spaces: {listed}"
+            yield finding("similar-class-names", raw.split, raw.source, what, id=those[0][0])
+
+
 def _never_seen(train: RawDataset, others: list[RawDataset]) -> Iterator[Finding]:
+    """All classes of one kind are one finding, which names them."""
     used = _used(train)
-    for own, name in train.categories:
-        if own in used:
-            continue
-        elsewhere = {raw.split: count for raw in others if (count := _used(raw).get(own))}
-        if "val" in elsewhere:
-            what = f"class {name!r} has no box in train, but {elsewhere['val']} in val"
-            yield finding("class-only-in-val", "train", train.source, what, id=own)
-        else:
-            yield finding("class-never-seen", "train", train.source, f"class {name!r} has no box in train", id=own)
+    unseen = [(own, name) for own, name in train.categories if own not in used]
+    in_val = next((_used(raw) for raw in others if raw.split == "val"), {})
+    only = {own: f"{name!r} (id {own}; val has {in_val[own]})" for own, name in unseen if own in in_val}
+    never = {own: f"{name!r} (id {own})" for own, name in unseen if own not in in_val}
+    for code, classes in (("class-only-in-val", only), ("class-never-seen", never)):
+        if classes:
+            noun = "class has" if len(classes) == 1 else "classes have"
+            more = f" and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
+            what = f"{len(classes)} {noun} no box in train: {', '.join(list(classes.values())[:NAMED])}{more}"
+            one = next(iter(classes)) if len(classes) == 1 else None
+            yield finding(code, "train", train.source, what, id=one, count=len(classes))
 
 
 def disagreements(raw: RawDataset, train: Categories) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from detrellis.data import jpeg
 from detrellis.data.decode import JPEGS, UPRIGHT, Header, absence, read_header, read_image, turn, upright_size
-from detrellis.data.files import map_threads
+from detrellis.data.files import is_image, map_threads, unread_twin
 from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
 from detrellis.errors import UserError
@@ -135,7 +135,9 @@ def _absent(raw: RawDataset, stats: Sequence[Stat]) -> Iterator[Finding]:
     for row in missing:
         path = raw.path(row)
         similar = nearly.get((path.parent, path.stem.lower()))
-        what = stats[row].absence + (f"; there is {similar}" if similar not in (None, path.name) else "")
+        unread = unread_twin(path) if similar is None else None
+        hint = f"; there is {unread}, whose suffix is not read" if unread else ""
+        what = stats[row].absence + (f"; there is {similar}" if similar not in (None, path.name) else hint)
         yield _at(raw, "missing-image", row, what, remedy=remedy)
     for row, stat in enumerate(stats):
         if stat.bytes == 0:
@@ -164,6 +166,7 @@ def _by_lower_name(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
         for folder in folders
         if folder.is_dir()
         for name in sorted(os.listdir(folder))
+        if is_image(name)
     }
 
 

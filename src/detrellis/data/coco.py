@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from detrellis.data.records import RawDataset
 from detrellis.errors import UserError
 
 SHAPE = 'A COCO detection file is {"images": [...], "annotations": [...], "categories": [...]}.'
+HOLDS_FILES = re.compile(r".*annotation.*|annots?|anns?|labels?|coco|jsons?", re.IGNORECASE)  # folders of such files
 ROOT_KEY = "image_root"  # in `info`: where `fix` writes down the folder of the images
 
 
@@ -155,8 +157,8 @@ def _table(content: Mapping[str, Any], key: str, file: Path) -> Odd:
 
 
 def base_of(file: Path) -> Path:
-    """The data set's folder, of an annotation file in it or in its `annotations/`."""
-    return file.parent.parent if "annotation" in file.parent.name.lower() else file.parent
+    """The data set's folder, of an annotation file in it or in its folder for such files."""
+    return file.parent.parent if HOLDS_FILES.fullmatch(file.parent.name) else file.parent
 
 
 def _with_sizes(raw: RawDataset) -> RawDataset:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from detrellis.data.coco import HOLDS_FILES
 from detrellis.data.files import files_in, subfolders
 from detrellis.data.lookup import SPLIT_WORDS, child
 from detrellis.data.splits import SPLITS
 from detrellis.errors import UserError
 
 EXPORTED = ("_annotations.coco.json", "annotations.json")
-HOLDS_FILES = re.compile("ann|label|coco|json", re.IGNORECASE)  # what a folder of annotation files is called
 NAME_THEM = "Name the files: --train ann.json --train-images folder --val ann.json."
 
 
@@ -64,7 +64,7 @@ def _only(folder: Path, split: str) -> Path | None:
 
 def _by_content(data: Path) -> Files | None:
     """COCO files of any name, at the top or in a folder for such."""
-    folders = [data, *(folder for folder in subfolders(data, 1) if HOLDS_FILES.search(folder.name))]
+    folders = [data, *(folder for folder in subfolders(data, 1) if HOLDS_FILES.fullmatch(folder.name))]
     found = [f for folder in folders for f in files_in(folder, ".json") if looks_like_coco(f)]
     if not found:
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detrellis.data.coco import ROOT_KEY, base_of, load_json
-from detrellis.data.files import is_image, subfolders
+from detrellis.data.files import subfolders, unread_twin
 from detrellis.data.lookup import SPLIT_WORDS, child, fold, readings, real_names
 from detrellis.errors import UserError
 
@@ -63,7 +63,13 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> Chosen:
         if most := max(hits):
             chosen = _prefer([p for p, count in zip(places, hits, strict=True) if count == most], names, file)
             return _higher(chosen, names, base_of(file)) if most < len(names) else chosen
-    raise UserError(f"{file}: its images were not found; looked for {names[0]!r} in{_listed(places)}", REMEDY)
+    looked = f"looked for '{names[0]}' in{_listed(places)}"
+    raise UserError(f"{file}: its images were not found; {looked}{_unread(places, names[0])}", REMEDY)
+
+
+def _unread(places: Sequence[Path], name: str) -> str:
+    twins = (place / twin for place in places if (twin := unread_twin(place / name)))
+    return "".join(f"\nThere is {twin}, but images of this suffix are not read." for twin in list(twins)[:1])
 
 
 def _alike(folder: Path, names: Sequence[str]) -> int:
@@ -171,18 +177,9 @@ def _texts(matches: Iterable[re.Match[bytes]]) -> Iterator[str]:
 
 def _usual(file: Path) -> Iterator[Path]:
     """Where images usually are, in any case."""
-    base, word = base_of(file), file.stem.split("_")[-1]  # instances_train2017.json -> train2017
-    for parts in (("images", word), (word,), (word, "images"), ("images",)):
-        if (place := child(base, parts)) is not None:
-            yield place
-    yield from (file.parent, base)
-
-
-def unread_twin(place: Path) -> str:
-    """ " (there is p0.heic, whose suffix is not read)" where an image `place` is missing and such a file is there."""
-    try:
-        names = sorted(os.listdir(place.parent))
-    except OSError:
-        return ""
-    alike = [n for n in names if fold(os.path.splitext(n)[0]) == fold(place.stem) and not is_image(n)]
-    return f" (there is {alike[0]}, whose suffix is not read)" if alike else ""
+    word = file.stem.split("_")[-1]  # instances_train2017.json -> train2017
+    bases = dict.fromkeys((base_of(file), file.parent))
+    below = (("images", word), (word,), (word, "images"), ("images",))
+    places = (child(base, parts) for base, parts in itertools.product(bases, below))
+    yield from (place for place in places if place is not None)
+    yield from (file.parent, base_of(file))

@@ -21,6 +21,7 @@ from detrellis.errors import UserError
 
 NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})  # Pillow knows them, but decodes none
 HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # what file systems and archives leave behind
+NOTES = frozenset({"", ".csv", ".json", ".npy", ".txt", ".xml", ".yaml", ".yml"})  # suffixes beside images, no images
 CHUNK = 32  # items a task: a future for each of 100,000 images would cost more than it brings
 
 Item = TypeVar("Item")
@@ -94,6 +95,19 @@ def is_image(path: str | Path) -> bool:
     """Whether it is called like an image that can be read, and is not hidden."""
     name = os.path.basename(path)
     return os.path.splitext(name)[1].lower() in image_suffixes() and not hidden(name)
+
+
+def unread_twin(image: Path) -> str | None:
+    """A file called like `image`, which is missing, with a suffix that is not read: p0.heic for p0.jpg.
+
+    Files of annotations are called so too, and are none.
+    """
+    try:
+        names = sorted(os.listdir(image.parent))
+    except (OSError, ValueError):
+        return None
+    twins = (n for n in names if os.path.splitext(n)[0].lower() == image.stem.lower() and not hidden(n))
+    return next((n for n in twins if not is_image(n) and Path(n).suffix.lower() not in NOTES), None)
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:

@@ -102,6 +102,10 @@ CLASSES: dict[str, Rule] = {
 WHOLE: dict[str, Rule] = {
     "no-images": Rule("error", "Check that this is the right annotation file."),
     "no-annotations": Rule("error", "Check that this is the right annotation file: there is nothing to learn from."),
+    "unused-files": Rule("note", "Nothing to do if you know them; else name or move them so that they are found."),
+    "unused-annotations": Rule(
+        "warning", "Check that this is the right folder and that the lists, suffixes and sub-folders fit."
+    ),
     "layout": Rule("note", "Name the files yourself (`--train`, `--val`) if you mean something else."),
 }
 

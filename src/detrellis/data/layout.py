@@ -54,6 +54,7 @@ class DataSource:
 
     kind: Kind
     splits: Mapping[str, SplitFiles]  # "train", and "val" and "test" where there are such
+    folder: Path | None = None  # that holds all of it, where a folder was given
 
     def load(self, split: str) -> RawDataset:
         """One split as its files have it."""
@@ -82,13 +83,14 @@ class DataSource:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"kind": self.kind, "splits": {name: files.to_dict() for name, files in self.splits.items()}}
+        splits = {name: files.to_dict() for name, files in self.splits.items()}
+        return {"kind": self.kind, "splits": splits, "folder": None if self.folder is None else str(self.folder)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DataSource:
         """The inverse of `to_dict`."""
         splits = {name: SplitFiles.from_dict(files) for name, files in data["splits"].items()}
-        return cls(cast(Kind, data["kind"]), splits)
+        return cls(cast(Kind, data["kind"]), splits, Path(data["folder"]) if data.get("folder") else None)
 
 
 def resolve(
@@ -191,7 +193,7 @@ def _folder(data: Path, given: Given) -> DataSource:
         raise UserError(what, REMEDY)
     if source.kind == "yolo" and any(given.values()):
         raise UserError("image folders are given for a YOLO data set", "Its yaml says where they are: correct that.")
-    return source
+    return replace(source, folder=data) if data.is_dir() else source
 
 
 def _recognised(data: Path, given: Given) -> DataSource | None:

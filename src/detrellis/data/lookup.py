@@ -91,13 +91,13 @@ def renaming_notes(split: str, source: Path, found: Names) -> tuple[Finding, ...
     if found.renamed:
         place, written = next(iter(found.renamed.items()))
         count = _images(len(found.renamed))
-        what = f"{count} listed under other names, the first: {written!r} is {found.names[place]}"
+        what = f"{count} listed under other names, the first: '{written}' is {found.names[place]}"
         notes.append(finding("renamed-file", split, source, what, count=len(found.renamed)))
     if found.unclear:
         place, files = next(iter(found.unclear.items()))
         listed = " or ".join(files[:4]) + (f" (or {len(files) - 4} more)" if len(files) > 4 else "")
         taken = "" if len(files) > 1 else ", which another name means too"
-        what = f"{_images(len(found.unclear))} not found for certain, the first: {found.names[place]!r} could be "
+        what = f"{_images(len(found.unclear))} not found for certain, the first: '{found.names[place]}' could be "
         notes.append(finding("unclear-file", split, source, f"{what}{listed}{taken}", count=len(found.unclear)))
     return tuple(notes)
 

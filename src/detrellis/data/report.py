@@ -69,9 +69,7 @@ class Report:
     def text(self, severity: str = "error", most: int = 6) -> str:
         """The findings of one severity in a few lines, for an error message."""
         groups = [group for group in self.groups() if group[0].severity == severity]
-        lines = [
-            f"{_count(group)} {group[0].code} in {group[0].split}: {describe(group[0])}" for group in groups[:most]
-        ]
+        lines = [f"{_count(group)} {group[0].code}{_of(group[0])}: {describe(group[0])}" for group in groups[:most]]
         return "\n".join(
             f"  {line}" for line in lines + ([f"and {len(groups) - most} more kinds"] if len(groups) > most else [])
         )
@@ -95,6 +93,10 @@ class Report:
 def describe(f: Finding) -> str:
     """`cats/7.jpg, image id 7: no such file`."""
     return f"{_where(f)}: {f.what}"
+
+
+def _of(f: Finding) -> str:
+    return f" in {f.split}" if f.split else ""
 
 
 def _where(f: Finding, in_file: str = "") -> str:
@@ -176,7 +178,7 @@ def _findings_table(groups: Iterable[tuple[Finding, ...]]) -> Table:
     table.add_column("where and what", overflow="fold", ratio=1)
     for group in groups:
         first = group[0]
-        name = Text.assemble((first.code, COLOURS[first.severity]), f"\n{first.severity} in {first.split}")
+        name = Text.assemble((first.code, COLOURS[first.severity]), f"\n{first.severity}{_of(first)}")
         table.add_row(name, f"{_count(group):,}", _examples(group))
     return table
 
