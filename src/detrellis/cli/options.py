@@ -34,9 +34,11 @@ console = Terminal(quiet=not LEADS)
 errors = Terminal(stderr=True)
 
 Data = Annotated[Path | None, typer.Option(help="Data set folder: COCO, Roboflow, YOLO or Pascal VOC layout.")]
-TrainFile = Annotated[Path | None, typer.Option("--train", help="COCO JSON to train on, instead of --data.")]
+TrainFile = Annotated[
+    Path | None, typer.Option("--train", help="COCO JSON, or folder of VOC XML, to train on, instead of --data.")
+]
 TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
-ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON to evaluate on.")]
+ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON, or folder of VOC XML, to evaluate on.")]
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
