@@ -429,7 +429,7 @@ def test_yaml_mistakes_are_named(tmp_path: Path, yaml: str, message: str) -> Non
         (b"", "the file is empty"),
         (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "'klingon'"),
         (b'<?xml version="1.0" encoding="gb2312"?><annotation>\xff\xff</annotation>', "'gb2312'"),
-        (b"<annotation>\xff</annotation>", "malformed XML"),
+        (b"<annotation><object><name>c\xfft</name></object></annotation>", "object 1 is not in UTF-8"),
         (None, "no such file"),
     ],
 )
@@ -710,7 +710,7 @@ def test_nothing_recognised_counts_the_files_of_each_folder(tmp_path: Path) -> N
         resolve(data=tmp_path)
     for line in ("here: 1 .csv (all.csv)", "notes/: 2 .xml (a.xml,b.xml), 1 .csv (c.csv)", "pics/: 2 images"):
         assert line in error.value.message
-    for word in ("--train FILE.json", "--train FOLDER", "--train-images"):
+    for word in ("--train FILE", "--train FOLDER", "--train-images"):
         assert word in error.value.remedy
 
 

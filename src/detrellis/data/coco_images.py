@@ -125,9 +125,11 @@ def _reason(merits: dict[Path, Merit], best: Path) -> str:
 
 
 def _copies(one: Path, other: Path, names: Sequence[str]) -> bool:
-    files = [name for name in names if (one / name).is_file()]
+    """Whether what the names mean in the two folders has the same bytes."""
+    pairs = zip(real_names(names, one).names, real_names(names, other).names, strict=True)
+    files = [(one / a, other / b) for a, b in pairs if (one / a).is_file()]
     try:
-        return all(filecmp.cmp(one / name, other / name, shallow=False) for name in files)
+        return bool(files) and all(filecmp.cmp(a, b, shallow=False) for a, b in files)
     except OSError:
         return False
 

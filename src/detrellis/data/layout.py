@@ -18,7 +18,7 @@ from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.data.via import find_via, is_via, read_via, via_splits
 from detrellis.data.voc import find_voc, read_voc, voc_folders
-from detrellis.data.yolo import find_yolo, read_yolo
+from detrellis.data.yolo import find_yolo, labels_without_names, read_yolo
 from detrellis.errors import UserError
 
 Kind = Literal["coco", "yolo", "voc", "labelme", "via", "csv"]
@@ -27,12 +27,12 @@ LOOKED_FOR = """Looked for
     COCO           annotations/instances_train.json (and _val), or train.json, or one COCO file of any name, and the
                    images anywhere near
     Roboflow COCO  train/_annotations.coco.json (and valid/)
-    YOLO           data.yaml with names, train and val, or classes.txt with images/ and labels/
+    YOLO           data.yaml with names, train and val, or classes.txt with images/ and labels/ (or both in one folder)
     Pascal VOC     Annotations/*.xml and JPEGImages/, or a folder of XML files beside the images
     labelme        a JSON file for each image; VIA: one JSON file; CSV: filename,xmin,ymin,xmax,ymax,class"""
 NAME_THEM = (
-    "name what there is: `--train FILE.json` (COCO) or `--train FOLDER` (of Pascal VOC's XML), with `--train-images "
-    "FOLDER` where the images are not near, and the same with `--val` and `--val-images`."
+    "name what there is: `--train FILE` (.json of COCO or VIA, .csv) or `--train FOLDER` (XML of Pascal VOC, JSON of "
+    "labelme), with `--train-images FOLDER` where the images are not near; the same with `--val` and `--val-images`."
 )
 REMEDY = f"Arrange it like one of these, or {NAME_THEM}"
 MOST = 16  # folders that the message names
@@ -188,6 +188,11 @@ def _folder(data: Path, given: Given) -> DataSource:
     _must_exist(data)
     data = data.resolve()
     source = _single_file(data, given) if data.is_file() else _recognised(data, given) or _nested(data, given)
+    if source is None and (labels := labels_without_names(data)) is not None:
+        what = (
+            f"{data}: label files as YOLO has them, such as {labels.relative_to(data)}, but nothing names the classes"
+        )
+        raise UserError(what, f"Write {data / 'classes.txt'}, one name a line in the order of their numbers from 0.")
     if source is None:
         what = f"{data}: no data set was recognised in this folder.\n{LOOKED_FOR}\n{_what_is_there(data)}"
         raise UserError(what, REMEDY)

@@ -25,7 +25,8 @@ def unused_files(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[s
     told = [f"{len(files)} {suffix or 'without a suffix'} ({_first(files)})" for suffix, files in kinds[:SHOWN]]
     more = f" and {len(kinds) - SHOWN} more suffixes" if len(kinds) > SHOWN else ""
     count = sum(len(files) for files in found.values())
-    what = f"{count} {'file' if count == 1 else 'files'} in this folder are not used: {', '.join(told)}{more}"
+    counted = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
+    what = f"{counted} not used: {', '.join(told)}{more}"
     return [finding("unused-files", "", folder, what, count=count)]
 
 

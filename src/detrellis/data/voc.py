@@ -229,6 +229,7 @@ def _unlabelled(split: str, files: SplitFiles, annotations: set[Path], used: set
     folder = files.images[0]
     xml = {file: fold(file.stem) for place in annotations for file in _xml_below(place)}
     pictures = [p.relative_to(folder).as_posix() for p in list_images(folder)]
+    used = used.intersection(pictures)  # others are names without a picture
     taken = {fold(Path(name).with_suffix("").as_posix()) for name in used}
     # Two that differ in their suffix have one file, and one of them was taken; others may be of splits not read now.
     told = set(xml.values()) - {fold(Path(name).stem) for name in used}

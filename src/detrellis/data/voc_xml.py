@@ -16,6 +16,7 @@ DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
 ROOT = re.compile(rb"<annotation[\s/>]")
 # Files say the smaller set and hold letters of the larger one.
 WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
+LOST = "\ufffd"  # what stands for bytes that are no letters
 HEAD = 4096  # bytes that are looked at to recognise a file
 
 Corners = tuple[float, float, float, float]  # left, top, right, bottom as written
@@ -53,7 +54,8 @@ def parse_xml(file: Path) -> Parsed:
     """What the file says, or why it says nothing."""
     try:
         root = _root(file.read_bytes())
-        return Parsed((root.findtext("filename") or "").strip(), _size(root), _items(root))
+        name = (root.findtext("filename") or "").strip()
+        return Parsed("" if LOST in name else name, _size(root), _items(root))
     except FileNotFoundError:
         return _unknown("no such file")
     except OSError as error:
@@ -86,14 +88,17 @@ def _root(data: bytes) -> ElementTree.Element:
 
 def _decoded(data: bytes) -> str | None:
     """The text by the encoding that the file declares; None where that does not help."""
-    declared = _declared(data)
     try:
-        name = codecs.lookup(declared).name
-        if name.startswith(("utf-16", "utf-32")):
-            name = "utf-8"  # it could not be read as such: tools copy the declaration into files in UTF-8
-        return data.decode(WIDER.get(name, name))
-    except (LookupError, UnicodeDecodeError):
+        name = codecs.lookup(_declared(data) or "utf-8").name
+    except LookupError:
         return None
+    if name.startswith(("utf-16", "utf-32")):
+        name = "utf-8"  # it could not be read as such: tools copy the declaration into files in UTF-8
+    try:
+        return data.decode(WIDER.get(name, name))
+    except UnicodeDecodeError:
+        # Mostly the path of the machine that wrote it, in its own encoding: that does no harm, a class name would.
+        return data.decode("utf-8", errors="replace") if name in ("utf-8", "ascii") else None
 
 
 def _declared(data: bytes) -> str:
@@ -117,6 +122,8 @@ def _items(root: ElementTree.Element) -> list[Item]:
         name = _text(element, "name")
         if not name:
             raise ValueError(f"object {number} has no <name>")
+        if LOST in name:
+            raise ValueError(f"the <name> of object {number} is not in UTF-8, and no other encoding is declared")
         corners, edges = _corners(element)
         items.append(Item(name, corners, edges, _text(element, "difficult").lower() in ("1", "true")))
     return items

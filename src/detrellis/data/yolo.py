@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.files import common_root, files_in, list_images, map_threads, read_sizes, read_text
+from detrellis.data.files import (
+    common_root,
+    files_in,
+    image_suffixes,
+    list_images,
+    map_threads,
+    read_sizes,
+    read_text,
+    subfolders,
+)
 from detrellis.data.findings import Finding, finding
 from detrellis.data.lookup import fold, real_names, renaming_notes
 from detrellis.data.records import RawDataset, from_columns
@@ -37,6 +46,7 @@ YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that have one of labels beside them
 LABELS = ("labels", "label", "annotations")
+SNIFFED = 8  # files of a folder that are opened to see what they are
 IN_PIXELS = 1.5  # shares above this are no drawing errors at the border
 
 
@@ -87,7 +97,24 @@ def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
             found[split] = SplitFiles(file, (images,))
     if not found and (data / "images").is_dir():
         found["train"] = SplitFiles(file, (data / "images",))
+    elif not found and _labelled(data):
+        found["train"] = SplitFiles(file, (data,))
     return found if "train" in found else None
+
+
+def _labelled(folder: Path) -> bool:
+    """Whether images and label files lie side by side in it, as LabelImg leaves them."""
+    return any(fold(image.stem) in _by_stem(folder) for image in files_in(folder, *image_suffixes()))
+
+
+def labels_without_names(data: Path) -> Path | None:
+    """A label file of a folder in which nothing names the classes; None where there is none."""
+    texts = (file for folder in [data, *subfolders(data, depth=2)] for file in files_in(folder, ".txt")[:SNIFFED])
+    for file in texts:
+        labels = read_labels(file)
+        if labels.labels and not labels.malformed and all(max(label.box) <= 1 for label in labels.labels):
+            return file
+    return None
 
 
 # Reading

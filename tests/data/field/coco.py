@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.data.field.cases import Arguments, Case, Finds, Reads
-from tests.data.field.pictures import PICTURES, coco, name_of, picture, save, save_all, write_json
+from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
+from tests.data.field.pictures import OBJECTS, PICTURES, TRUTH, coco, name_of, picture, save, save_all, write_json
 
 
 def plain(root: Path) -> Arguments:
@@ -44,6 +44,40 @@ def drawn_beside(root: Path) -> Arguments:
     return {"data": root}
 
 
+def names_for_two_folders(root: Path) -> Arguments:
+    """Paths of another machine, whose file names are in two folders, as different pictures."""
+    save_all(root / "a" / "x")
+    for number in range(PICTURES):
+        save(PICTURES - 1 - number, root / "b" / "x" / name_of(number))
+    write_json(root / "train.json", coco(names=[f"/elsewhere/{name_of(n)}" for n in range(PICTURES)]))
+    return {"data": root}
+
+
+def names_of_the_web(root: Path) -> Arguments:
+    for number in range(PICTURES):
+        save(number, root / "images" / f"é {number}.jpg")
+    names = [f"https://example.org/bucket/e%CC%81%20{n}.jpg?alt=media" for n in range(PICTURES)]
+    write_json(root / "train.json", coco(names=names))
+    return {"data": root}
+
+
+def any_name(root: Path) -> Arguments:
+    save_all(root / "images" / "1")
+    write_json(root / "result.json", coco(names=[f"/data/upload/1/{name_of(n)}" for n in range(PICTURES)]))
+    write_json(root / "settings.json", {"images": "1"})
+    return {"data": root}
+
+
+def odd_rows(root: Path) -> Arguments:
+    arguments = plain(root)
+    content = coco()
+    content["images"] += [None, {"id": 99}]
+    content["annotations"][0]["bbox"] = [1, 2, "wide", None]
+    content["annotations"].append("a note")
+    write_json(root / "train.json", content)
+    return arguments
+
+
 def category_twice(root: Path) -> Arguments:
     arguments = plain(root)
     content = coco()
@@ -62,12 +96,18 @@ def some_only_outlined(root: Path) -> Arguments:
     return arguments
 
 
+ODD = frozenset({"malformed-image", "malformed-annotation", "bad-box"})
+
 CASES = [
     Case("coco", plain, Reads()),
     Case("coco_backslash", backslashes, Reads()),
     Case("coco_backslash_mixed", some_backslashes, Reads()),
     Case("coco_case", other_case, Reads()),
     Case("coco_two_folders", drawn_beside, Reads()),
+    Case("coco_two_places", names_for_two_folders, Refused(("a/x", "b/x", "--train-images"))),
+    Case("coco_url", names_of_the_web, Reads(finds=frozenset({"renamed-file"}))),
+    Case("coco_any_name", any_name, Reads(finds=frozenset({"renamed-file", "layout"}))),
+    Case("coco_odd_rows", odd_rows, Finds(ODD, PICTURES - 1, OBJECTS - len(TRUTH[0]))),
     Case("coco_dup_cat_id", category_twice, Finds(frozenset({"duplicate-category-id"}), 2, 2)),
     Case("coco_seg_some", some_only_outlined, Reads()),
 ]

@@ -101,6 +101,30 @@ def appledouble(root: Path) -> Arguments:
     return arguments
 
 
+def paths_in_gbk(root: Path) -> Arguments:
+    """As tools on Windows write them: the path of their machine in its own encoding, which nothing declares."""
+    arguments = plain(root)
+    for number in range(PICTURES):
+        text = voc_xml(number).replace("<size>", "<path>C:\\数据\\猫.jpg</path><size>", 1)
+        (root / "Annotations" / name_of(number, ".xml")).write_bytes(text.encode("gb18030"))
+    return arguments
+
+
+def names_in_gbk(root: Path) -> Arguments:
+    arguments = plain(root)
+    text = voc_xml(0).replace("<name>cat", "<name>狗")
+    (root / "Annotations" / name_of(0, ".xml")).write_bytes(text.encode("gb18030"))
+    return arguments
+
+
+def suffix_left_out(root: Path) -> Arguments:
+    """`<filename>p0</filename>`, which p0.jpg and p0.png both may be."""
+    arguments = plain(root)
+    picture((), 0).save(root / "JPEGImages" / name_of(0, ".png"))
+    (root / "Annotations" / name_of(0, ".xml")).write_text(voc_xml(0, "p0"))
+    return arguments
+
+
 def odd_first(content: bytes) -> Callable[[Path], Arguments]:
     def build(root: Path) -> Arguments:
         arguments = plain(root)
@@ -234,6 +258,9 @@ CASES = [
     Case("voc_no_picture", no_picture, Finds(frozenset({"missing-image"}), *ONE_LESS)),
     Case("voc_same_stem", same_stem, Reads(finds=frozenset({"unlabelled-images"}))),
     Case("voc_same_stem_stale", same_stem_stale, Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS)),
+    Case("voc_undeclared_path", paths_in_gbk, Reads()),
+    Case("voc_undeclared_name", names_in_gbk, UNKNOWN),
+    Case("voc_suffix_left_out", suffix_left_out, Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS)),
     Case("voc_renamed", renamed, Reads()),
     Case("voc_by_file_name", by_file_name, Reads(finds=frozenset({"renamed-file"}))),
     Case("voc_decimals", decimals, Reads()),

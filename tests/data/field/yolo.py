@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.data.field.cases import Arguments, Case, Finds, Reads
+from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
 from tests.data.field.pictures import (
     CLASSES,
     HEIGHT,
@@ -19,6 +19,8 @@ from tests.data.field.pictures import (
     name_of,
     picture,
     save,
+    save_all,
+    write_labels,
     yolo_lines,
     yolo_set,
 )
@@ -28,6 +30,20 @@ ONE_LESS = (PICTURES - 1, OBJECTS - len(TRUTH[0]))  # without the first picture
 
 def plain(root: Path) -> Arguments:
     return {"data": yolo_set(root)}
+
+
+def flat(root: Path) -> Arguments:
+    """As LabelImg leaves it: all in one folder."""
+    save_all(root)
+    write_labels(root)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    return {"data": root}
+
+
+def nameless(root: Path) -> Arguments:
+    yolo_set(root)
+    (root / "data.yaml").unlink()
+    return {"data": root}
 
 
 def notebook_copies(root: Path) -> Arguments:
@@ -158,6 +174,8 @@ POSE = Reads(finds=frozenset({"keypoints"}))
 GOOD = yolo_lines(0).encode()
 
 CASES = [
+    Case("yolo_flat", flat, Reads()),
+    Case("yolo_nameless", nameless, Refused(("labels/train/p0.txt", "classes.txt"))),
     Case("yolo", plain, Reads()),
     Case("yolo_ipynb", notebook_copies, Reads()),
     Case("yolo_jfif", jfif, Reads()),
