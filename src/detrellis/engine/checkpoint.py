@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.findings import SkipBad
 from detrellis.detector import Detector
-from detrellis.errors import UserError
+from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
@@ -166,7 +165,7 @@ def find_weights(place: Path) -> Path:
             return place / name
     if (place / STATE).is_file():
         raise UserError(
-            f"{place}: a run that has not trained yet", f"Go on with it: detrellis train --resume {quoted(place)}."
+            f"{place}: a run that has not trained yet", f"Go on with it: {command('train', '--resume', place)}"
         )
     what = "no run: there are no weights in this folder" if place.is_dir() else "no such folder or file"
     raise UserError(f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one.")
@@ -249,7 +248,9 @@ def load_state(run: Path) -> dict[str, Any]:
 
 def _nothing_to_resume(run: Path) -> UserError:
     if run.is_file():
-        return UserError(f"{run}: a file, and a run is a folder", f"Give the folder: --resume {quoted(run.parent)}.")
+        return UserError(
+            f"{run}: a file, and a run is a folder", f"Give the folder: {command('train', '--resume', run.parent)}"
+        )
     if not run.is_dir():
         return UserError(f"{run}: no such run", "Give the folder of a started run.")
     return UserError(
@@ -261,12 +262,9 @@ def _weights_alone(run: Path) -> str:
     """What to do with a run whose weights alone are there; nothing where they are not."""
     if not any((run / name).is_file() for name in (BEST, LAST)):
         return ""
-    return (
-        "It cannot be resumed. Its weights are there: start a new run from them with "
-        f"detrellis train --weights {quoted(run)} --data FOLDER."
-    )
+    return f"It cannot be resumed. Its weights are there: start a new run from them with {new_run(run)}"
 
 
-def quoted(path: Path) -> str:
-    """A path for the shell."""
-    return shlex.quote(str(path))
+def new_run(weights: Path) -> str:
+    """The command for a new run from these weights, or from those of a run."""
+    return command("train", "--weights", weights, "--data", "FOLDER")

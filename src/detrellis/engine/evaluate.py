@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -56,7 +55,7 @@ def measured_on(run: str | Path, own_data: Mapping[str, Any] | None, on: On) -> 
         where = f"{run}: the data set that it was trained on" if data is None else f"{data}: this data set"
         raise UserError(f"{where} has no split `{split}`", f"Take {others}, or name annotations: --val FILE.")
     if data is None:
-        must_be_there(Path(run), source, (split,), f"detrellis eval {shlex.quote(str(run))}")
+        must_be_there(Path(run), source, (split,), ("eval", Path(run)))
     return source, split
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detrellis.errors import UserError
+from detrellis.errors import UserError, command
 
 
 class NonFiniteLoss(UserError):
@@ -57,7 +56,7 @@ def lower_rate(run: Path, lr: float, clip: float, safe: int) -> str:
     learning rate; and what else may help."""
     return (
         f"Go on from the last checkpoint, of step {safe}, with a lower learning rate:\n"
-        f"    detrellis train --resume {shlex.quote(str(run))} -o optim.lr={lr / 10:g}\n"
+        f"    {command('train', '--resume', run, '-o', f'optim.lr={lr / 10:g}')}\n"
         f"  or with stronger clipping (-o optim.clip={(clip or 1.0) / 10:g}), or in float32 if this run used bfloat16\n"
         "  (-o optim.amp=false). `detrellis check` finds boxes that no loss can learn from. If the same images come\n"
         "  back, look at them; if others do, the weights had already diverged."

@@ -26,9 +26,9 @@ from torch import Tensor
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
-from detrellis.engine.checkpoint import CARD, LAST, STATE, Card, load_state, metadata_of, quoted
+from detrellis.engine.checkpoint import CARD, LAST, STATE, Card, load_state, metadata_of, new_run
 from detrellis.engine.optim import schedule_factor
-from detrellis.errors import UserError
+from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
@@ -65,7 +65,7 @@ def go_on(run: Path, source: DataSource | None, settings: Sequence[str], epochs:
     card = changed(old, state, settings, epochs)
     if source is None:
         source = DataSource.from_dict(card.data)
-        must_be_there(run, source, ("train", "val"), f"detrellis train --resume {quoted(run)}")
+        must_be_there(run, source, ("train", "val"), ("train", "--resume", run))
     else:
         card = moved(card, state, source.to_dict())
     return GoingOn(run, state, card, source, outlook(old, card, state, run))
@@ -78,7 +78,7 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
         if key not in state:
             raise UserError(
                 f"{run / STATE}: {key!r} is missing: not the whole state of a run",
-                f"Start a new run from its weights: detrellis train --weights {quoted(run)} --data FOLDER.",
+                f"Start a new run from its weights: {new_run(run)}",
             )
     card = Card.from_metadata(state[CARD], run / STATE)
     beside = metadata_of(run / LAST)
@@ -87,7 +87,7 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
         if (other.recipe.detector, other.classes, other.seed) != (card.recipe.detector, card.classes, card.seed):
             raise UserError(
                 f"{run}: {STATE} and {LAST} belong to different runs",
-                f"Put the state of this run back; or start a new run: detrellis train --weights {quoted(run / LAST)}.",
+                f"Put the state of this run back; or start a new run: {new_run(run / LAST)}",
             )
     return state, card
 
@@ -128,8 +128,8 @@ def outlook(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
     if done >= epochs:
         return (
             f"{run} has finished its {epochs} epochs: nothing is left to do.\n"
-            f"  More of them: detrellis train --resume {quoted(run)} --epochs {epochs + max(1, epochs // 2)}\n"
-            f"  A new run from its weights: detrellis train --weights {quoted(run)} --data FOLDER"
+            f"  More of them: {command('train', '--resume', run, '--epochs', epochs + max(1, epochs // 2))}\n"
+            f"  A new run from its weights: {new_run(run)}"
         )
     line = f"{run} goes on after epoch {done} of {epochs}, step {state['step']}."
     if old.recipe == card.recipe or not state["step"]:
@@ -144,14 +144,15 @@ def _rate(recipe: Recipe, progress: float) -> float:
     return recipe.optim.lr * schedule_factor(min(progress, 1.0), recipe.schedule)
 
 
-def must_be_there(run: Path, source: DataSource, splits: Sequence[str], command: str) -> None:
-    """`UserError` that names `command --data` where the data set that a run was trained on is not where it was."""
+def must_be_there(run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]) -> None:
+    """`UserError` that names the command of `words`, with `--data`, where a run's data are not where they were."""
     for split, files in source.splits.items():
         paths = [files.annotations, *files.images, *([] if files.listing is None else [files.listing])]
         if split in splits and (gone := [path for path in paths if not path.exists()]):
             raise UserError(
                 f"{run}: its data set is not where it was: {gone[0]} is missing",
-                f"Say where it is now: {command} --data FOLDER, or name the files as `detrellis train` does.",
+                "Say where it is now, with --data or as `detrellis train` takes files: "
+                f"{command(*words, '--data', 'FOLDER')}",
             )
 
 
@@ -182,7 +183,7 @@ def same_images(state: Mapping[str, Any], train: Annotations, val: Annotations |
 def _other_data(run: Path) -> str:
     return (
         "Name the place of the same data set: --data FOLDER. On other data start a new run from its weights: "
-        f"detrellis train --weights {quoted(run)} --data FOLDER."
+        f"{new_run(run)}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from detrellis.data.annotations import Annotations
 from detrellis.detector import Detector
-from detrellis.engine.checkpoint import STATE, Card
+from detrellis.engine.checkpoint import STATE, Card, new_run
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.distributed import World
 from detrellis.engine.ema import EMA
@@ -81,7 +80,7 @@ class State:
             raise UserError(
                 f"{run / STATE}: does not fit its run: {_misfit(error)}",
                 "Take another copy of it. Its weights may still be whole: start a new run from them with "
-                f"detrellis train --weights {shlex.quote(str(run))}.",
+                f"{new_run(run)}",
             ) from error
 
     def _fill(self, state: Mapping[str, Any]) -> None:

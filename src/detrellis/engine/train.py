@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shlex
 import signal
 import time
 import zlib
@@ -38,7 +37,7 @@ from detrellis.engine.optim import schedule_factor, set_learning_rate
 from detrellis.engine.resume import IMAGES, names_of
 from detrellis.engine.state import Job, State, fresh_state
 from detrellis.engine.transfer_report import Transfer
-from detrellis.errors import UserError
+from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput, TrainableDetector
@@ -297,7 +296,7 @@ class Run:
         all_of = "Nothing that was trained is lost: the" if self.safe[1] == self.state.step else "The"
         return (
             f"{all_of} run is saved up to step {self.safe[1]}. Once that is put right, go on with: "
-            f"detrellis train --resume {shlex.quote(str(self.job.out))}"
+            f"{command('train', '--resume', self.job.out)}"
         )
 
     def _lower_rate(self) -> str:

@@ -10,6 +10,8 @@ eager one.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import shutil
@@ -96,11 +98,13 @@ class Pieces:
 
 def _import_compiler() -> None:
     """What compiling imports, without its line that there is CUDA and no GPU: nobody asked for one here."""
-    extensions = logging.getLogger("torch.utils.cpp_extension")
+    name = "torch.utils.cpp_extension"
+    extensions = logging.getLogger(name)
     level = extensions.level
     extensions.setLevel(logging.ERROR)
     try:
-        pass
+        with contextlib.suppress(ImportError):  # then the compiler says whether it needs it
+            importlib.import_module(name)
     finally:
         extensions.setLevel(level)
 

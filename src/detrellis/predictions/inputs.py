@@ -16,7 +16,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from detrellis.data.decode import read_header, read_image, to_rgb
 from detrellis.data.files import is_image, list_images
-from detrellis.errors import UserError
+from detrellis.errors import UserError, shell_line
 
 Picture = str | Path | Image.Image | NDArray[Any] | Tensor
 Pictures = Annotated[Picture | Iterable[Picture], "checked by find_pictures"]
@@ -144,7 +143,7 @@ def _in_folder(folder: Path, recursive: bool) -> list[Given]:
 
 def frames_of(name: str) -> str:
     """The way from a video to pictures, as a remedy."""
-    command = f"mkdir frames && ffmpeg -i {shlex.quote(name)} -vf fps=5 frames/%06d.jpg"
+    command = f"mkdir frames && {shell_line(['ffmpeg', '-i', name, '-vf', 'fps=5', 'frames/%06d.jpg'])}"
     return f"Extract frames, and give their folder: {command}"
 
 
