@@ -151,8 +151,7 @@ def must_be_there(run: Path, source: DataSource, splits: Sequence[str], words: S
         if split in splits and (gone := [path for path in paths if not path.exists()]):
             raise UserError(
                 f"{run}: its data set is not where it was: {gone[0]} is missing",
-                "Say where it is now, with --data or as `detrellis train` takes files: "
-                f"{command(*words, '--data', 'FOLDER')}",
+                f"Say where it is now: {command(*words, '--data', 'FOLDER')}",
             )
 
 
