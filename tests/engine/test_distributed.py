@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 import detrellis
@@ -22,6 +25,7 @@ from detrellis.recipes.schemes import SchemesConfig
 from detrellis.training import mean_boxes
 
 from ..small import CLASSES, SMALL, images, small, targets
+from .test_resume import stop_at
 
 # Every scheme for itself, and none. Each must survive a process whose whole batch has no boxes.
 STACKS: list[tuple[str, ...]] = [("none",), *(("none", name) for name in SchemesConfig.model_fields)]
@@ -60,8 +64,11 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
         assert mean_boxes(truth).item() == 2.5
         assert gather(rank) == [0, 1]
         assert sum_over(torch.tensor(1.0)).item() == 2
-        for stack in stacks(name):
-            model = build(small(name, stack), CLASSES)
+        recipes = [small(name, stack) for stack in stacks(name)]
+        if name == "tiny":  # parameters without gradients are none that a process waits for
+            recipes += [recipes[0].override(f"detector.backbone.frozen={stages}") for stages in ("1", "all")]
+        for recipe in recipes:
+            model = build(recipe, CLASSES)
             model.train()
             parallel = DistributedDataParallel(model)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -75,7 +82,7 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
                 optimizer.step()
             norms = torch.stack([p.detach().norm() for p in model.parameters()])
             others = gather(norms)
-            assert torch.equal(others[0], others[1]), stack
+            assert torch.equal(others[0], others[1]), recipe
     Path(out, f"{rank}.done").touch()
 
 
@@ -113,6 +120,37 @@ def test_the_same_command_under_torchrun(shapes: Path, tmp_path: Path) -> None:
     assert state["result"]["images"] == 5
     alone = detrellis.evaluate(out / "last.safetensors", workers=0)
     assert alone.ap == pytest.approx(state["result"]["stats"]["AP"], abs=1e-9)
+
+
+def stopped(rank: int, size: int, port: int, data: str, out: str) -> None:
+    """In each process: a run of which rank 1 alone is told to stop, after step 2 of 3."""
+    os.environ |= environment(rank, size, port)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            stop_at(patch, 2)
+        settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "detector.backbone.name=test_resnet"]
+        settings += ["detector.backbone.frozen=1"]
+        result = detrellis.train(
+            "tiny", data=data, out=out, override=settings, epochs=1, workers=0, device="cpu", console=quiet()
+        )
+    assert not result.finished
+    Path(f"{out}.{rank}").write_text(f"{result.steps} {result.signal}")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp_path: Path) -> None:
+    """One of them saves, nobody waits for ever, and one process alone can go on."""
+    out = tmp_path / "run"
+    mp.spawn(stopped, (2, free_port(), str(shapes), str(out)), nprocs=2)
+    told = [Path(f"{out}.{rank}").read_text() for rank in (0, 1)]
+    assert told == [f"2 {signal.SIGTERM.value}"] * 2
+    assert torch.load(out / "last.state.pt", weights_only=True)["step"] == 2
+    result = detrellis.resume(out, workers=0, device="cpu")
+    assert (result.finished, result.steps) == (True, 3)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

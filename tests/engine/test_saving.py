@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -84,11 +85,82 @@ def test_a_run_that_is_killed_while_saving_can_go_on(told: tuple[Path, list[Path
     assert seen[0] == 0
     assert seen == sorted(seen)
     assert len(torn) >= 2
-    for moment in (moments[1], torn[0], torn[-1]):
+    unsaved = next(m for m in moments if has_row(m, 1))  # its result is in the log, and in no state yet
+    assert load_run(unsaved)[0]["epoch"] == 0
+    for moment in (moments[1], torn[0], unsaved, torn[-1]):
         shutil.copytree(moment, tmp_path / moment.name)
         assert detrellis.resume(tmp_path / moment.name, workers=0).finished
         assert not list((tmp_path / moment.name).glob(".*.partial"))
         assert_same_run(whole, tmp_path / moment.name)
+
+
+def has_row(run: Path, epoch: int) -> bool:
+    log = run / "metrics.jsonl"
+    return log.exists() and any(r["kind"] == "epoch" and r["epoch"] == epoch for r in read_records(log))
+
+
+def test_each_epoch_writes_its_state_once(told: tuple[Path, list[Path]]) -> None:
+    """And once before the first step and after the last result: a large state takes seconds. A card has the figures
+    of its own weights or none."""
+    files = {(m / "last.state.pt").stat().st_ino: m for m in told[1] if (m / "last.state.pt").exists()}
+    saved = [load_run(moment)[0] for moment in files.values()]
+    assert [(s["epoch"], s["step"]) for s in saved] == [(0, 0), (0, STEPS), (1, 2 * STEPS), (2, 2 * STEPS)]
+    cards = [json.loads(state["card"]["detrellis"]) for state in saved]
+    assert {(card["epoch"], card["stats"] is not None) for card in cards} == {(0, False), (1, False), (2, True)}
+
+
+def test_a_run_of_before_states_held_their_card(told: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """It takes that of the last weights, if they are of its own step. The second epoch's state is moved before them."""
+    late = [m for m in told[1] if has_row(m, 1) and not has_row(m, 2)]
+    for moment, name in ((late[-2], "torn"), (late[-1], "whole")):
+        shutil.copytree(moment, tmp_path / name)
+        state = torch.load(moment / "last.state.pt", weights_only=True)
+        del state["card"], state["images"]
+        (tmp_path / name / "last.state.pt").unlink()  # a link
+        torch.save(state, tmp_path / name / "last.state.pt")
+    with pytest.raises(UserError, match="'card' is missing") as error:
+        detrellis.resume(tmp_path / "torn")
+    assert f"--weights {tmp_path / 'torn'}" in error.value.remedy
+    assert detrellis.resume(tmp_path / "whole", workers=0).finished
+    assert_same_run(told[0], tmp_path / "whole")
+
+
+def test_a_stored_factor_of_no_parameter_does_not_stop_a_run(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run with one is refused; one that was stored before goes on."""
+    idle = [*SETTINGS, "optim.scaled={queries.nothing: 0.1}"]
+    with pytest.raises(UserError, match=r"no parameter's name contains 'queries\.nothing'"):
+        detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=idle, workers=0)
+    from detrellis.recipes import build
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_refuse_idle_factors", lambda *_: None)
+        stop_at(patch, 1)
+        detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=idle, epochs=1, workers=0)
+    assert detrellis.resume(tmp_path / "run", workers=0).finished
+
+
+def test_a_worker_that_is_killed_costs_nothing(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_step = RunLog.step
+
+    def step(self: RunLog, number: int, *args: Any, **kwargs: Any) -> None:
+        log_step(self, number, *args, **kwargs)
+        if number == 2:
+            for worker in torch.multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGKILL)
+                worker.join()
+
+    settings = [*SETTINGS, "optim.batch_size=2", "optim.accumulate=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", step)
+        with pytest.raises(UserError, match="a loader worker died") as error:
+            detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=settings, epochs=2, workers=1)
+    assert "--workers 0" in error.value.remedy
+    step_saved = load_run(tmp_path / "run")[0]["step"]
+    assert step_saved >= 2
+    assert f"Nothing that was trained is lost: the run is saved up to step {step_saved}" in error.value.remedy
+    assert "Done in" in follow(error.value.remedy)
 
 
 def test_a_picture_that_cannot_be_evaluated_costs_nothing(
@@ -225,10 +297,10 @@ def test_a_loss_that_is_not_finite_is_gone_on_from_as_the_message_says(
     rates.clear()
     output = follow(error.value.remedy)
     assert "Done in" in output
-    assert "goes on after epoch 1 of 2" in output
+    assert f"goes on after epoch 0 of 2, step {STEPS}" in output  # it evaluates again
     assert 0 < max(rates) <= 1e-4
     card = load_run(tmp_path / "run")[1]
-    assert card.changes == [{"epoch": 1, "step": STEPS, "set": ["optim.lr=0.0001"]}]
+    assert card.changes == [{"epoch": 0, "step": STEPS, "set": ["optim.lr=0.0001"]}]
     assert card.recipe.optim.lr == 1e-4
 
 

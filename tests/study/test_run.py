@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import detrellis
 from detrellis.data.layout import resolve
 from detrellis.engine.log import read_records
+from detrellis.engine.train import TrainResult
 from detrellis.errors import UserError
 from detrellis.study import child, run
 from detrellis.study.conduct import conduct
@@ -34,7 +35,7 @@ import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 order = json.loads((folder / "trial.json").read_text())
 print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 if order["seed"] == 1:
     sys.exit("boom")
 if order["seed"] == 2:
@@ -137,6 +138,19 @@ def test_a_child_tells_what_its_user_can_put_right(
     assert child.main(tmp_path) == 2
     assert "optim.lr" in capsys.readouterr().out
     assert not (tmp_path / DONE).exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(None, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_child_that_was_stopped_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, code: int
+) -> None:
+    (tmp_path / ORDER).write_text(json.dumps({"device": "cpu", "workers": 0, "jobs": 1}))
+    (tmp_path / "last.state.pt").touch()
+    result = TrainResult(tmp_path, 1, 3, 1.0, None, None, number is None, number)
+    monkeypatch.setattr(child.api, "resume", lambda *_, **__: result)
+    monkeypatch.setattr(child, "_stop_with_parent", lambda: None)
+    assert child.main(tmp_path) == code
+    assert (tmp_path / DONE).exists() == (number is None)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def load_trained(opened: Opened, kind: type[Scheme]) -> tuple[TrainableDetector,
 
     Raises `UserError` where the state is not of this recipe.
     """
-    model = build(opened.model.recipe.untrained(), len(opened.model.classes))
+    model = build(opened.model.recipe.untrained(), len(opened.model.classes), stored=True)
     try:
         model.load_state_dict(load_state(Path(opened.run))["model"])
     except RuntimeError as error:

@@ -74,6 +74,9 @@ def go_on(run: Path, source: DataSource | None, settings: Sequence[str], epochs:
 def load_run(run: Path) -> tuple[dict[str, Any], Card]:
     """State and card of a run to go on with; `UserError` where it is none, or two runs' files are mixed up."""
     state = load_state(run)
+    beside = metadata_of(run / LAST)
+    if CARD not in state and beside is not None:
+        state = _of_before(state, Card.from_metadata(beside, run / LAST))
     for key in (CARD, IMAGES, "epoch", "step"):
         if key not in state:
             raise UserError(
@@ -81,7 +84,6 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
                 f"Start a new run from its weights: {new_run(run)}",
             )
     card = Card.from_metadata(state[CARD], run / STATE)
-    beside = metadata_of(run / LAST)
     if beside is not None:
         other = Card.from_metadata(beside, run / LAST)
         if (other.recipe.detector, other.classes, other.seed) != (card.recipe.detector, card.classes, card.seed):
@@ -90,6 +92,14 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
                 f"Put the state of this run back; or start a new run: {new_run(run / LAST)}",
             )
     return state, card
+
+
+def _of_before(state: dict[str, Any], card: Card) -> dict[str, Any]:
+    """A state written by Detrellis when it held no card: that of the last weights is its own if both are of one step.
+    The names of its images are not known."""
+    if (card.epoch, card.step) != (state.get("epoch"), state.get("step")):
+        return state
+    return {IMAGES: {}, **state, CARD: card.to_metadata()}
 
 
 def changed(card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None) -> Card:
@@ -169,7 +179,7 @@ def class_changes(was: ClassMap, now: ClassMap) -> str:
 
 def same_images(state: Mapping[str, Any], train: Annotations, val: Annotations | None, run: Path) -> None:
     """`UserError` that says what differs where a split does not list the images that the run was trained on."""
-    for split, now in (("train", train), ("val", val)):
+    for split, now in (("train", train), ("val", val)) if state[IMAGES] else ():
         old = state[IMAGES].get(split)
         was, found = _listed(old), [] if now is None else [bytes(name) for name in now.file_names]
         if was != found:

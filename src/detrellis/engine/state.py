@@ -136,7 +136,7 @@ def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
     fetch = not filled and initial is None
     if not filled:
         advise_on_frozen(recipe, random=initial is None and not recipe.detector.backbone.pretrained)
-    model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed)
+    model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed, stored=filled)
     report = None
     if initial is not None:
         objectness = recipe.detector.proposal_targets == "objectness"

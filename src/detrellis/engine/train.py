@@ -70,8 +70,9 @@ class TrainResult:
 def train(job: Job, world: World, resume: dict[str, Any] | None = None, console: Console | None = None) -> TrainResult:
     """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state` gave.
 
-    The state is saved before the first step, before each evaluation, after each epoch and now and then between, so that
-    whatever ends the process leaves a run that can go on.
+    The state is saved before the first step, after the steps of each epoch and now and then between, so that whatever
+    ends the process leaves a run that can go on. An evaluation adds a few numbers, which the next state holds: a run
+    that is killed before it is saved evaluates again, with the same result.
     """
     epochs = job.card.recipe.schedule.epochs
     if world.leads:
@@ -99,7 +100,8 @@ def train(job: Job, world: World, resume: dict[str, Any] | None = None, console:
             if not run.stopped:
                 run.end_epoch()
                 run.stopped = run.signalled(caught)
-            run.save()
+            if run.stopped or state.epoch == epochs or run.trained():
+                run.save()
     finished, position = state.epoch >= epochs, (state.epoch, state.step, state.seconds)
     number = None if finished else run.stopped
     return TrainResult(job.out, *position, state.best, state.result, finished, number, state.transfer)
@@ -120,6 +122,7 @@ class Run:
         self.stopped = 0  # number of the signal that did
         self.whole = True  # between two steps, when the state is one that a run may go on from
         self.safe: tuple[int, int] | None = None  # epochs and steps done in what is saved
+        self.measured = None if job.card.stats is None else state.step  # step of the weights that the result is of
         self.saved = time.monotonic()
         self.images = {split: names_of(a) for split, a in (("train", job.train), ("val", job.val)) if a is not None}
         batch = loader_batch(self.recipe, world)
@@ -230,6 +233,7 @@ class Run:
             batches = self.log.track(loader, "evaluate", len(loader))
             found = collect(state.detector, batches, val, self.world.device, (None, NMS) if last else (None,))
             state.result, *after = (evaluator.compute() for evaluator in found)
+            self.measured = state.step
         if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
             if self.world.leads:
                 card = self._card(state.epoch + 1)
@@ -266,6 +270,10 @@ class Run:
             ) from error
         self.safe = (self.state.epoch, self.state.step)
 
+    def trained(self) -> bool:
+        """Whether there were steps since what is saved."""
+        return self.safe is None or self.safe[1] != self.state.step
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Save what is trained before an error ends the run; the error then says how to go on."""
@@ -293,19 +301,19 @@ class Run:
         """How to go on from what is saved."""
         if self.safe is None:
             return "Nothing has been trained yet: make room, or take another --out."
+        resume = command("train", "--resume", self.job.out)
+        if self.state.step == 0:
+            return f"Nothing has been trained yet. Go on with: {resume}; with other settings take another --out."
         all_of = "Nothing that was trained is lost: the" if self.safe[1] == self.state.step else "The"
-        return (
-            f"{all_of} run is saved up to step {self.safe[1]}. Once that is put right, go on with: "
-            f"{command('train', '--resume', self.job.out)}"
-        )
+        return f"{all_of} run is saved up to step {self.safe[1]}. Once that is put right, go on with: {resume}"
 
     def _lower_rate(self) -> str:
         config, safe = self.recipe.optim, 0 if self.safe is None else self.safe[1]
         return lower_rate(self.job.out, config.lr, config.clip, safe)
 
     def _card(self, epoch: int) -> Card:
-        stats = None if self.state.result is None else self.state.result.stats
-        return replace(self.job.card, epoch=epoch, step=self.state.step, stats=stats)
+        result = self.state.result if self.measured == self.state.step else None
+        return replace(self.job.card, epoch=epoch, step=self.state.step, stats=None if result is None else result.stats)
 
 
 def _mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,8 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.errors import UserError
 from detrellis.nn.position import SineMap
 from detrellis.types import Memory
+
+
+class MapNorm(nn.GroupNorm):
+    """GroupNorm of maps `(B, D, H, W)`; `UserError` where each group is a single number, which leaves nothing of it."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """As `nn.GroupNorm`."""
+        if maps.numel() == self.num_groups:
+            raise UserError(
+                f"a feature map of one image is 1x1 pixels, with {self.num_channels} channels in {self.num_groups} "
+                "groups: GroupNorm has nothing to compare",
+                "Take larger images (-o 'data.size=[HEIGHT, WIDTH]'), or more channels "
+                f"(-o detector.width={2 * self.num_groups}).",
+            )
+        return super().forward(maps)
 
 
 def _projection(inputs: int, width: int, *, coarser: bool) -> nn.Sequential:
@@ -17,7 +33,7 @@ def _projection(inputs: int, width: int, *, coarser: bool) -> nn.Sequential:
     nn.init.xavier_uniform_(conv.weight)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
-    return nn.Sequential(conv, nn.GroupNorm(32, width))
+    return nn.Sequential(conv, MapNorm(32, width))
 
 
 class MultiScaleNeck(nn.Module):
@@ -60,7 +76,7 @@ class SingleScaleNeck(nn.Module):
     def __init__(self, channels: int, width: int, position: SineMap, *, norm: bool = False) -> None:
         super().__init__()
         self.projection = nn.Conv2d(channels, width, 1)
-        self.norm = nn.GroupNorm(32, width) if norm else nn.Identity()
+        self.norm = MapNorm(32, width) if norm else nn.Identity()
         self.position = position
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:

@@ -89,10 +89,11 @@ def build_supervision(recipe: Recipe) -> Supervision:
     return Supervision(Hungarian(cost, several), softly if softmax else CLASSIFICATION[config.classification], weights)
 
 
-def build(recipe: Recipe, classes: int, *, seed: int = 0) -> TrainableDetector:
+def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) -> TrainableDetector:
     """Detector and schemes for training; the detector's weights depend on the recipe's network part and seed only.
 
-    Raises `UserError` for a recipe whose parts contradict each other or name what is not there.
+    Raises `UserError` for a recipe whose parts contradict each other or name what is not there. `stored`: of a run that
+    exists, which goes on although it has a factor on learning rates that belongs to no parameter.
     """
     refuse(recipe)
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +105,8 @@ def build(recipe: Recipe, classes: int, *, seed: int = 0) -> TrainableDetector:
         build_supervision(recipe),
         proposal_targets=recipe.detector.proposal_targets,
     )
-    _refuse_idle_factors(recipe.optim.scaled, [name for name, _ in model.named_parameters()])
+    if not stored:
+        _refuse_idle_factors(recipe.optim.scaled, [name for name, _ in model.named_parameters()])
     return model
 
 

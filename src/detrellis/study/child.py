@@ -47,7 +47,7 @@ def main(folder: Path) -> int:
         return 2
     if result.finished:
         replace_text(folder / DONE, json.dumps(_machine(device) | {"jobs": order["jobs"]}, indent=1))
-    return 0
+    return 0 if result.signal is None else 128 + result.signal  # as the command line: stopped is not finished
 
 
 def _stop_with_parent() -> None:

@@ -25,6 +25,7 @@ from detrellis.study.plan import DONE, LOG, ORDER, Plan, Trial
 CHILD = ("-m", "detrellis.study.child")
 POLL_SECONDS = 0.3
 TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # the last before its first step
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
 
 State = Literal["waiting", "running", "stopped", "failed", "finished"]
@@ -133,7 +134,7 @@ def _settle(child: _Child) -> None:
     outcome, code = child.outcome, child.process.returncode
     if (outcome.folder / DONE).exists():
         outcome.state = "finished"
-    elif code in (0, -signal.SIGTERM):  # the latter before its first step
+    elif code in STOPPED:
         outcome.state = "stopped"
     else:
         outcome.state = "failed"

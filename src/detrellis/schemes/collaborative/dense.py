@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from detrellis.losses import absence_loss, presence_loss
+from detrellis.nn.neck import MapNorm
 from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
@@ -54,7 +55,7 @@ def conv(inputs: int, outputs: int, *, bias: float = 0.0) -> nn.Conv2d:
 
 def tower(width: int, convolutions: int) -> nn.Sequential:
     """Stacked 3x3 convolutions with GroupNorm."""
-    parts = [(conv(width, width), nn.GroupNorm(32, width), nn.ReLU()) for _ in range(convolutions)]
+    parts = [(conv(width, width), MapNorm(32, width), nn.ReLU()) for _ in range(convolutions)]
     return nn.Sequential(*(layer for part in parts for layer in part))
 
 

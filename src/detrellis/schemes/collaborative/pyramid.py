@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.nn.neck import MapNorm
 from detrellis.types import Memory
 
 FINEST, COARSEST = 8, 128  # strides of the levels made from a single one
@@ -23,7 +24,7 @@ def _step(width: int, *, coarser: bool) -> nn.Sequential:
     nn.init.xavier_uniform_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
-    return nn.Sequential(layer, nn.GroupNorm(32, width))
+    return nn.Sequential(layer, MapNorm(32, width))
 
 
 class Coarser(nn.Module):
