@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,11 +48,11 @@ def _similar_names(raw: RawDataset) -> Iterator[Finding]:
     used = _used(raw)
     alike: dict[str, list[tuple[int, str]]] = {}
     for own, name in raw.categories:
-        alike.setdefault(" ".join(name.split()).casefold(), []).append((own, name))
+        alike.setdefault(_plain(name), []).append((own, name))
     for those in alike.values():
         if len({name for _, name in those}) > 1:
             listed = " and ".join(f"{name!r} (id {own}, {used.get(own, 0)} boxes)" for own, name in those)
-            what = f"classes that differ only in case or spaces: {listed}"
+            what = f"classes that differ only in case, spaces or letters that are not seen: {listed}"
             yield finding("similar-class-names", raw.split, raw.source, what, id=those[0][0])
 
 
@@ -114,4 +115,6 @@ def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[
 
 
 def _plain(name: str) -> str:
-    return name.strip().casefold()
+    """The same for names that look the same but for case and spaces: some letters are not seen at all."""
+    seen = "".join(letter for letter in unicodedata.normalize("NFKC", name) if unicodedata.category(letter) != "Cf")
+    return " ".join(seen.split()).casefold()

@@ -132,7 +132,10 @@ def _malformed(file: Path, text: str, error: json.JSONDecodeError) -> tuple[str,
     if error.msg == "Extra data" and text[error.pos :].lstrip()[:1] in ("{", "["):
         return f"{file}: several JSON values, the second in {where} (JSON Lines?)", f"Export one. {SHAPE}"
     what = f"{file}: malformed JSON ({error.msg}, {where})"
-    return what, "Export the annotations again; a copy may have been cut off."
+    if not text[error.pos :].strip():
+        return what, "Export the annotations again; a copy may have been cut off."
+    rules = "no comments, no comma behind the last entry, and \\\\ for a backslash"
+    return what, f"Put this line right (JSON has {rules}), or export the annotations again."
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def _only(folder: Path, split: str) -> Path | None:
 def _by_content(data: Path) -> Files | None:
     """COCO files of any name, at the top or in a folder for such."""
     folders = [data, *(folder for folder in subfolders(data, 1) if HOLDS_FILES.fullmatch(folder.name))]
-    found = [f for folder in folders for f in files_in(folder, ".json") if looks_like_coco(f)]
+    alike = [f for folder in folders for f in files_in(folder, ".json") if looks_like_coco(f)]
+    found = [f for f in alike if _has_boxes(f)] or alike
     if not found:
         return None
     listed = "".join(f"\n    {f.relative_to(data)}" for f in found)
@@ -99,6 +100,14 @@ def looks_like_coco(file: Path) -> bool:
         return _has_lists(data)
     except (OSError, ValueError):  # unreadable, or empty
         return False
+
+
+def _has_boxes(file: Path) -> bool:
+    """Whether it has objects with classes, which COCO's files of captions and of segments have not."""
+    with file.open("rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    text = data[:].replace(b"\0", b"") if b"\0" in data[:4] else data
+    return re.search(rb'"categories"\s*:', text) is not None and re.search(rb'"segments_info"\s*:', text) is None
 
 
 def _has_lists(data: bytes | mmap.mmap) -> bool:

@@ -59,7 +59,8 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> Chosen:
     if complete is not None:
         return Chosen(complete)
     places = list(dict.fromkeys([*sure, *subfolders(base_of(file), depth=3)]))
-    for hits in ([sum((p / n).is_file() for n in names) for p in places], [_alike(p, names) for p in places]):
+    for held in (_exactly, _in_slashes, _alike):
+        hits = [held(place, names) for place in places]
         if most := max(hits):
             chosen = _prefer([p for p, count in zip(places, hits, strict=True) if count == most], names, file)
             return _higher(chosen, names, base_of(file)) if most < len(names) else chosen
@@ -70,6 +71,16 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> Chosen:
 def _unread(places: Sequence[Path], name: str) -> str:
     twins = (place / twin for place in places if (twin := unread_twin(place / name)))
     return "".join(f"\nThere is {twin}, but images of this suffix are not read." for twin in list(twins)[:1])
+
+
+def _exactly(folder: Path, names: Sequence[str]) -> int:
+    """How many of the names the folder holds."""
+    return sum((folder / name).is_file() for name in names)
+
+
+def _in_slashes(folder: Path, names: Sequence[str]) -> int:
+    """How many of them with backslashes and the like read: two folders may have files of the same names."""
+    return sum(folder.joinpath(*parts).is_file() for name in names for parts in readings(name)[:1])
 
 
 def _alike(folder: Path, names: Sequence[str]) -> int:

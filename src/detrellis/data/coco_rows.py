@@ -47,7 +47,9 @@ class Odd:
     def missing(self, place: int, key: str) -> str:
         """What is wrong with the value of `key`."""
         row = self.rows[place]
-        return f"has no `{key}`" if key not in row else f"has {shown(row[key])} for `{key}`"
+        if key in row:
+            return f"has {shown(row[key])} for `{key}`"
+        return f"has no `{key}` (found: {', '.join(map(str, row))})"
 
 
 def objects(table: str, rows: Sequence[Any]) -> Odd:

@@ -54,9 +54,10 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
     """Writes a copy of the annotations without what `report` found, and returns what was changed.
 
     Images with errors and boxes with errors are left out, and images that lose an object by that (`keep_partial`: these
-    stay, and teach that it is not there). Boxes that leave their frame are clipped, exact copies removed, repeated
-    annotation ids renumbered, missing areas computed, classes brought to training's ids; an image that another split
-    has too is left out of the one that comes first (train), unless that is more than half of it.
+    stay, and teach that it is not there). Boxes that leave their frame are clipped, but not where they may
+    be corners; exact copies are removed, repeated annotation ids renumbered, missing areas computed, classes brought to
+    training's ids; an image that another split has too is left out of the one that comes first (train), unless
+    that is more than half of it.
     `report` must be a check of `source` as it is now; after a fast one, images that cannot be decoded are in the copy.
 
     Raises `UserError` where `out` holds anything but the copy that an earlier call made.
@@ -72,7 +73,7 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
         if "train" in cleaned:
             cleaned[split], aligned = align_classes(cleaned[split], cleaned["train"].categories)
             changes[split] |= aligned
-        if not len(cleaned[split].ids) and len(raw.ids):
+        if not len(cleaned[split].ids) and (len(raw.ids) or split != "test"):
             raise UserError(f"{raw.source}: nothing is left of {split}\n{report.text()}", "Put this right by hand.")
     contents = {split: json.dumps(_content(raw, _extras(source, split))) for split, raw in cleaned.items()}
     outputs.clear()
@@ -98,7 +99,9 @@ def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tupl
         # Train and val are meant to be the same, as in a trial run.
         findings = [f for f in findings if f.code != "shared-image"]
     raw, counts = drop_bad(raw, findings, keep_partial)
-    boxes = clip(raw.boxes, raw.sizes[raw.box_rows]) if len(raw) else raw.boxes
+    # What may be corners, taken for a size, would look right when clipped.
+    doubtful = any(f.code == "xyxy-boxes" for f in findings)
+    boxes = clip(raw.boxes, raw.sizes[raw.box_rows]) if len(raw) and not doubtful else raw.boxes
     cut = (boxes != raw.boxes).any(axis=1)
     areas = boxes[:, 2] * boxes[:, 3]
     missing = np.isnan(raw.areas)

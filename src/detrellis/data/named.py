@@ -26,6 +26,7 @@ class Thing(NamedTuple):
     box: Box
     line: int  # its number in the file, or its line, from 1
     difficult: bool = False
+    written: str = ""  # what stands where there are no four numbers
 
 
 class Record(NamedTuple):
@@ -82,6 +83,8 @@ def dataset(
         "findings": tuple(said),
         "difficult": np.array([t.difficult for r in records for t in r.things], dtype=np.bool_) if difficult else None,
     }
+    things = (t for r in records for t in r.things)
+    head["written"] = {box: t.written for box, t in enumerate(things) if t.written}
     images = [(r.image, *size) for r, size in zip(records, sizes, strict=True)]
     return from_columns(head, images, _rows(records, ids))
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detrellis.data.beside import Wanted, image_folder, pictures_of, spread
 from detrellis.data.files import files_in, is_image, list_images, map_threads, read_text, subfolders, walk
 from detrellis.data.findings import Finding, finding
-from detrellis.data.lookup import fold, renaming_notes
+from detrellis.data.lookup import SPLIT_WORDS, child, fold, renaming_notes
 from detrellis.data.named import Box, Record, Thing, class_names, dataset
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import HELD_OUT, SPLITS, SplitFiles, held_out
@@ -124,15 +125,34 @@ def _by_folder(data: Path, places: Sequence[Path], given: Mapping[str, Path]) ->
 
 
 def _by_lists(places: Sequence[Path], annotations: Path, images: Path) -> dict[str, SplitFiles] | None:
-    folders = [place / name for place in places for name in ("ImageSets/Main", "ImageSets")]
-    files = next((found for folder in folders if (found := files_in(folder, ".txt"))), [])
-    lists = {fold(f.stem): f.resolve() for f in files}
+    folders = [child(place, parts) for place in places for parts in (("imagesets", "main"), ("imagesets",), ())]
+    lists = next((found for folder in folders if folder is not None and (found := _lists(folder))), {})
     # trainval trains where there is no train, and then test is what is left to validate on.
     train = lists.get("train", lists.get("trainval"))
     held = lists.get("val") if "train" in lists else lists.get("test")
     meant = {"train": train, "val": held, "test": lists.get("test") if held != lists.get("test") else None}
     splits = {name: SplitFiles(annotations, (images,), listing=f) for name, f in meant.items() if f is not None}
     return splits if "train" in splits else None
+
+
+def _lists(folder: Path) -> dict[str, Path]:
+    """Lists of images by name; {} where none is for training."""
+    files = files_in(folder.resolve(), ".txt")
+    lists = {SPLIT_WORDS.get(fold(f.stem), fold(f.stem)): f for f in files}
+    for split in (s for s in (*SPLITS, "trainval") if s not in lists):
+        if (of_class := _of_classes(files, split)) is not None:
+            lists[split] = of_class
+    return lists if "train" in lists or "trainval" in lists else {}
+
+
+def _of_classes(files: Sequence[Path], split: str) -> Path | None:
+    """One of `cat_train.txt`, `dog_train.txt`, which all list the split's images in VOC; None where there are none."""
+    own = [f for f in files if fold(f.stem).endswith(f"_{split}")]
+    named = {frozenset(_readings(line)[-1] for line in read_text(f).splitlines() if line.strip()) for f in own}
+    if len(named) > 1:
+        what = f"{own[0].parent}: lists of single classes ({own[0].name}, ...) that do not name the same images"
+        raise UserError(what, f"Write {own[0].with_name(split)}.txt, one image a line.")
+    return next(iter(own), None)
 
 
 # Reading
@@ -171,8 +191,9 @@ def _xml_files(files: SplitFiles) -> list[Path]:
 
 
 def _listed(listing: Path, everything: Sequence[Path], annotations: Path) -> list[Path]:
-    """The XML file that each line names; one that is not there where none does."""
-    known = {fold(file.stem): file for file in reversed(everything)}
+    """The XML file that each line names; one that is not there where none does, or several."""
+    count = Counter(fold(file.stem) for file in everything)
+    known = {fold(file.stem): file for file in everything if count[fold(file.stem)] == 1}
     known |= {fold(_stem(file, annotations)): file for file in everything}
     found = []
     for line in read_text(listing).splitlines():
@@ -207,10 +228,13 @@ def _matched(
     wanted = [Wanted(_stem(file, files.annotations), p.image) for file, p in zip(own, parsed, strict=True)]
     pictures = pictures_of(wanted, folder)
     records, notes = [], list(_notes(split, files, parsed))
+    everything = _xml_below(files.annotations) if files.listing is not None else []
     for file, name, (_, size, items, problem) in zip(own, pictures.names, parsed, strict=True):
-        things = [Thing(i.name, _box(i, first), n, i.difficult) for n, i in enumerate(items, start=1)]
+        things = [Thing(i.name, _box(i, first), n, i.difficult, i.written) for n, i in enumerate(items, start=1)]
         if problem and not (folder / name).is_file():
-            notes.append(finding("unreadable-labels", split, file, problem))
+            alike = [_stem(f, files.annotations) for f in everything if fold(f.stem) == fold(file.stem) and f != file]
+            what = f"{problem}; its name could mean {' or '.join(alike)}" if alike else problem
+            notes.append(finding("unreadable-labels", split, file, what))
         else:
             records.append(Record(file, name, size, things, problem))
     return records, [*notes, *renaming_notes(split, files.annotations, pictures)]
@@ -254,7 +278,7 @@ def _unlabelled(split: str, files: SplitFiles, annotations: set[Path], used: set
 def _notes(split: str, files: SplitFiles, parsed: Sequence[Parsed]) -> list[Finding]:
     found = []
     if files.part is not None and split == "train":
-        what = f"no ImageSets/Main: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
+        what = f"no lists of train and val: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
         found.append(finding("layout", split, files.annotations, what))
     if difficult := sum(item.difficult for p in parsed for item in p.items):
         what = f"{difficult} objects are marked difficult"

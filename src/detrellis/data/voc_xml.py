@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
-ROOT = re.compile(rb"<annotation[\s/>]")
+ROOT = re.compile(rb"<(\w+:)?annotation[\s/>]", re.IGNORECASE)
 # Files say the smaller set and hold letters of the larger one.
 WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
 LOST = "\ufffd"  # what stands for bytes that are no letters
+SHOWN = 80  # letters of what stands there that a message quotes
 HEAD = 4096  # bytes that are looked at to recognise a file
 
 Corners = tuple[float, float, float, float]  # left, top, right, bottom as written
@@ -29,12 +30,13 @@ class Item(NamedTuple):
     corners: Corners  # NaN where a number is missing, which the doctor will name
     edges: bool  # they are edges for certain: of a turned box or a polygon
     difficult: bool
+    written: str = ""  # what stands where there are no four numbers
 
 
 class Parsed(NamedTuple):
     """One XML file."""
 
-    image: str  # `filename`
+    image: str  # `filename`, else `path`
     size: tuple[int, int]  # height, width; 0 where missing
     items: list[Item]
     problem: str = ""  # why nothing can be said about its picture
@@ -54,7 +56,7 @@ def parse_xml(file: Path) -> Parsed:
     """What the file says, or why it says nothing."""
     try:
         root = _root(file.read_bytes())
-        name = (root.findtext("filename") or "").strip()
+        name = _text(root, "filename") or _text(root, "path")
         return Parsed("" if LOST in name else name, _size(root), _items(root))
     except FileNotFoundError:
         return _unknown("no such file")
@@ -81,6 +83,8 @@ def _root(data: bytes) -> ElementTree.Element:
         if (text := _decoded(data)) is None:
             raise error if isinstance(error, ElementTree.ParseError) else ValueError(_no_encoding(data)) from error
         root = ElementTree.fromstring(text)
+    for element in root.iter():  # some tools write a namespace, or <Object> and <Name>
+        element.tag = element.tag.rpartition("}")[2].lower()
     if root.tag != "annotation":
         raise ValueError(f"XML of another kind: its top level is <{root.tag}>, not <annotation>")
     return root
@@ -125,7 +129,8 @@ def _items(root: ElementTree.Element) -> list[Item]:
         if LOST in name:
             raise ValueError(f"the <name> of object {number} is not in UTF-8, and no other encoding is declared")
         corners, edges = _corners(element)
-        items.append(Item(name, corners, edges, _text(element, "difficult").lower() in ("1", "true")))
+        written = "" if all(map(math.isfinite, corners)) else _written(element)
+        items.append(Item(name, corners, edges, _text(element, "difficult").lower() in ("1", "true"), written))
     return items
 
 
@@ -143,6 +148,13 @@ def _corners(element: ElementTree.Element) -> tuple[Corners, bool]:
         if len(xs) > 1 and len(ys) > 1:
             return (min(xs), min(ys), max(xs), max(ys)), True
     return (math.nan,) * 4, False
+
+
+def _written(element: ElementTree.Element) -> str:
+    """The numbers as they stand there: `xmin 7,0, ymin 8`."""
+    box = element.find("bndbox")
+    told = [] if box is None else [f"{e.tag} {(e.text or '').strip() or 'nothing'}" for e in box]
+    return ", ".join(told)[:SHOWN] or "no <bndbox> with anything in it"
 
 
 def _around(cx: float, cy: float, w: float, h: float, angle: float) -> Corners:

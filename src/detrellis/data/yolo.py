@@ -25,7 +25,7 @@ from detrellis.data.files import (
     subfolders,
 )
 from detrellis.data.findings import Finding, finding
-from detrellis.data.lookup import fold, real_names, renaming_notes
+from detrellis.data.lookup import child, fold, real_names, renaming_notes
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.data.yolo_labels import Labels, Meaning, meaning, read_labels, wrong_length
@@ -43,7 +43,7 @@ from detrellis.data.yolo_yaml import (
 from detrellis.errors import UserError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")  # at the top, or in a split's folder
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that have one of labels beside them
 LABELS = ("labels", "label", "annotations")
 SNIFFED = 8  # files of a folder that are opened to see what they are
@@ -58,8 +58,17 @@ def find_yolo(data: Path) -> dict[str, SplitFiles] | None:
     file = data if data.suffix.lower() in SUFFIXES else _yaml_in(data)
     if file is not None:
         return _from_yaml(file)
-    lists = [data / name for name in CLASS_LISTS if (data / name).is_file()]
+    lists = [folder / name for folder in _folders_of_splits(data) for name in CLASS_LISTS if (folder / name).is_file()]
+    if len({class_names(file) for file in lists}) > 1:
+        listed = ", ".join(file.relative_to(data).as_posix() for file in lists)
+        raise UserError(f"{data}: lists of classes that differ: {listed}", "Make them the same, or leave one.")
     return _from_class_list(data, lists[0]) if lists else None
+
+
+def _folders_of_splits(data: Path) -> list[Path]:
+    """The folder itself, then those called like splits."""
+    below = (child(data, (name,)) for names in SPLITS.values() for name in names)
+    return [data, *(folder for folder in below if folder is not None and folder.is_dir())]
 
 
 def _yaml_in(folder: Path) -> Path | None:
@@ -84,7 +93,9 @@ def _from_yaml(file: Path) -> dict[str, SplitFiles]:
         if not missing:
             found[split] = SplitFiles(file, tuple(p for p in paths if p is not None))
         elif split != "test":  # which many yaml files name without having it
-            raise UserError(f"{file}: `{split}: {missing[0]}` is not there", f"Correct the path, or `path:`. {SHAPE}")
+            raise UserError(
+                f"{file}: `{split}: {missing[0]}` is not there", "Correct the path, or `path:`, or take the line out."
+            )
     return found
 
 
@@ -103,8 +114,9 @@ def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
 
 
 def _labelled(folder: Path) -> bool:
-    """Whether images and label files lie side by side in it, as LabelImg leaves them."""
-    return any(fold(image.stem) in _by_stem(folder) for image in files_in(folder, *image_suffixes()))
+    """Whether images lie in it that have label files beside them, as LabelImg leaves them, or in its `labels/`."""
+    images = files_in(folder, *image_suffixes())
+    return any(file is not None for file in _label_files(images)[1])
 
 
 def labels_without_names(data: Path) -> Path | None:
@@ -146,7 +158,8 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
     source = next(iter(splits.values())).annotations
     said = keypoints(source)
     way = meaning([r for s in asked for r in s.read], [f for s in asked for f in s.files], said)
-    return {split: _dataset(split, splits[split], read[split], way, said) for split in wanted}
+    used = {f for s in asked for f in s.files if f is not None}
+    return {split: _dataset(split, splits[split], read[split], way, said, used) for split in wanted}
 
 
 def _read(files: SplitFiles, split: str) -> Split:
@@ -199,7 +212,9 @@ def _label_folder(images: Path, stems: set[str]) -> Path:
     parts = images.parts
     places = []
     for last in (i for i in reversed(range(len(parts))) if fold(parts[i]) in IMAGES):
-        places += [p for f in _called_labels(Path(*parts[:last])) if (p := f.joinpath(*parts[last + 1 :])).is_dir()]
+        tails = [parts[last + 1 : end] for end in range(len(parts), last, -1)]  # then all labels in one folder
+        found = _called_labels(Path(*parts[:last]))
+        places += [p for tail in tails for f in found if (p := f.joinpath(*tail)).is_dir()]
         break
     places += [*_called_labels(images), images]
     return next((place for place in places if stems & _by_stem(place).keys()), places[0])
@@ -213,7 +228,9 @@ def _called_labels(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: (LABELS.index(fold(f.name)), f.name))
 
 
-def _dataset(split: str, files: SplitFiles, own: Split, way: Meaning, said: Keypoints | None) -> RawDataset:
+def _dataset(
+    split: str, files: SplitFiles, own: Split, way: Meaning, said: Keypoints | None, used: set[Path]
+) -> RawDataset:
     source = files.annotations
     root = common_root(own.images, source.parent)
     names = class_names(source)
@@ -223,7 +240,7 @@ def _dataset(split: str, files: SplitFiles, own: Split, way: Meaning, said: Keyp
     findings += _shared(own, split)
     findings += _long_lines(own, label_files, source, split, way, said)
     findings += _in_pixels(own.read, source, split, way)
-    findings += _orphans(own, files, split)
+    findings += _orphans(own, files, split, used)
     head = {
         "split": split,
         "source": source,
@@ -318,12 +335,11 @@ def _in_pixels(read: Sequence[Labels], source: Path, split: str, way: Meaning) -
     return [finding("pixel-boxes", split, source, what, count=int(far.sum()))]
 
 
-def _orphans(own: Split, files: SplitFiles, split: str) -> list[Finding]:
-    """Label files without an image. Where text files list the images, the others belong to other splits."""
+def _orphans(own: Split, files: SplitFiles, split: str, used: set[Path]) -> list[Finding]:
+    """Label files that are not `used` by any split. Where text files list the images, the others belong elsewhere."""
     if not all(place.is_dir() for place in files.images):
         return []
-    known = set(own.files)
     folders = set(own.folders) - {image.parent for image in own.images}  # else README.txt would be one
-    found = [f for folder in sorted(folders) for f in files_in(folder, ".txt") if f not in known]
+    found = [f for folder in sorted(folders) for f in files_in(folder, ".txt") if f not in used]
     what = "a label file without an image of this name"
     return [finding("label-without-image", split, f, what) for f in found if f.name != "classes.txt"]

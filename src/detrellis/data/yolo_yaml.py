@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from detrellis.data.files import read_text
+from detrellis.data.files import read_text, subfolders
 from detrellis.data.lookup import find_place
 from detrellis.errors import UserError
 
@@ -30,12 +30,32 @@ class Keypoints(NamedTuple):
 def load_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a yaml file, all scalars as text. Raises `UserError` with the line where it is malformed."""
     try:
-        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)
+        text = read_text(file)
+        loader = yaml.BaseLoader(text)
+        node = loader.get_single_node()
+        content = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise UserError(f"{file}: malformed yaml ({' '.join(str(error).split())})", SHAPE) from error
+        tab = "Write spaces where there are tabs. " if "'\\t'" in str(error) else ""
+        raise UserError(f"{file}: malformed yaml ({' '.join(str(error).split())})", f"{tab}{SHAPE}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: not a yaml mapping", SHAPE)
+        raise UserError(f"{file}: {'not a yaml mapping' if text.strip() else 'the file is empty'}", SHAPE)
+    if twice := _twice(node):
+        raise UserError(f"{file}: {twice}", "Remove one of them.")
     return content
+
+
+def _twice(node: yaml.Node | None) -> str:
+    """`names:` is there twice (lines 3 and 7): PyYAML takes the last one without a word."""
+    if not isinstance(node, yaml.MappingNode):
+        return ""
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if first.setdefault(str(key.value), line) != line:
+            return f"`{key.value}:` is there twice (lines {first[str(key.value)]} and {line})"
+        if inside := _twice(value):
+            return inside
+    return ""
 
 
 def given(content: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -52,8 +72,10 @@ def given(content: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 def locate(text: str, file: Path, content: Mapping[str, Any]) -> Path | None:
     """The folder or list that the yaml means, also when it was written for another machine or working folder."""
     base = content.get("path")
-    root = find_place(base, [file.parent]) if isinstance(base, str) and base.strip() else None
-    place = find_place(text, [*([root] if root is not None else []), file.parent])
+    # A folder for settings has no data in it: there the paths are relative to the one above.
+    places = [file.parent] if subfolders(file.parent, depth=1) else [file.parent, file.parent.parent]
+    root = find_place(base, places) if isinstance(base, str) and base.strip() else None
+    place = find_place(text, [*([root] if root is not None else []), *places])
     return None if place is None else place.resolve()
 
 

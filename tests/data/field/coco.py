@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
@@ -96,6 +97,35 @@ def some_only_outlined(root: Path) -> Arguments:
     return arguments
 
 
+def backslashes_in_folders(root: Path) -> Arguments:
+    """The same file names in two folders."""
+    names = [f"{'ab'[n % 2]}\\{n // 2}.jpg" for n in range(PICTURES)]
+    for number, name in enumerate(names):
+        save(number, root / "images" / name.replace("\\", "/"))
+    write_json(root / "train.json", coco(names=names))
+    return {"data": root}
+
+
+def beside_captions(root: Path) -> Arguments:
+    """COCO's other kinds of files: keypoints have boxes, captions and segments of the whole picture have not."""
+    save_all(root / "images")
+    kinds = {"person_keypoints": coco(), "captions": {"images": [], "annotations": []}}
+    kinds["panoptic"] = coco() | {"annotations": [{"image_id": 1, "segments_info": []}]}
+    for kind, content in kinds.items():
+        write_json(root / "annotations" / f"{kind}_train2017.json", content)
+    return {"data": root}
+
+
+def malformed(old: str, new: str) -> Callable[[Path], Arguments]:
+    def build(root: Path) -> Arguments:
+        file = plain(root)["data"] / "train.json"
+        file.write_text(file.read_text().replace(old, new, 1))
+        return {"data": root}
+
+    return build
+
+
+BY_HAND = Refused(("malformed JSON", "line 1", "no comments, no comma behind the last entry"))
 ODD = frozenset({"malformed-image", "malformed-annotation", "bad-box"})
 
 CASES = [
@@ -109,5 +139,9 @@ CASES = [
     Case("coco_any_name", any_name, Reads(finds=frozenset({"renamed-file", "layout"}))),
     Case("coco_odd_rows", odd_rows, Finds(ODD, PICTURES - 1, OBJECTS - len(TRUTH[0]))),
     Case("coco_dup_cat_id", category_twice, Finds(frozenset({"duplicate-category-id"}), 2, 2)),
+    Case("coco_backslash_folders", backslashes_in_folders, Reads()),
+    Case("coco_beside_captions", beside_captions, Reads(finds=frozenset({"layout", "unused-files"}))),
+    Case("coco_comment", malformed("{", "// mine\n{"), BY_HAND),
+    Case("coco_raw_backslash", malformed("p0", "sub\\p0"), BY_HAND),
     Case("coco_seg_some", some_only_outlined, Reads()),
 ]

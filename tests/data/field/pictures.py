@@ -189,12 +189,12 @@ def wrong(data: RawDataset | Annotations) -> list[str]:
 
 
 def coloured(pixels: NDArray[np.uint8], name: str, box: Sequence[float]) -> float:
-    """The share of `box` that has the colour of the class `name` (in any case and spelling of its spaces)."""
+    """The share of `box` that has the colour of the class `name` (in any case, whatever spaces are around it)."""
     x, y, w, h = box
     left, top, right, bottom = (round(v) for v in (x, y, x + w, y + h))
     patch = pixels[max(top, 0) : bottom, max(left, 0) : right].astype(int)
     area = (bottom - top) * (right - left)
     if area <= 0:
         return 0.0
-    distance = np.abs(patch - np.array(COLOURS[name.strip().lower()])).max(axis=2)
+    distance = np.abs(patch - np.array(COLOURS[name.strip(" \u200b").lower()])).max(axis=2)
     return float((distance < 60).sum() / area)

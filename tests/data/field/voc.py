@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
@@ -228,7 +228,68 @@ def listed_but_missing(root: Path) -> Arguments:
     return arguments
 
 
+def listed_by_name_alone(root: Path) -> Arguments:
+    """0000 of a list could be in either sub-folder."""
+    subfolders(root)
+    lists = root / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("0000\nseq1/0001\nseq2/0001\n")
+    return {"data": root}
+
+
+def lists_at(name: str, line: str = "p{}") -> Callable[[Path], Arguments]:
+    """Lists in other places: `name` has the split, "{}"."""
+
+    def build(root: Path) -> Arguments:
+        arguments = plain(root)
+        for split, numbers in (("train", range(4)), ("val", range(4, PICTURES))):
+            file = root / name.format(split)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(f"{line.format(n)}\n" for n in numbers))
+        return arguments
+
+    return build
+
+
+def lists_of_classes(root: Path) -> Arguments:
+    lists_at("ImageSets/Main/cat_{}.txt", "p{}  1")(root)
+    return lists_at("ImageSets/Main/dog_{}.txt", "p{} -1")(root)
+
+
+def lists_of_classes_that_differ(root: Path) -> Arguments:
+    lists_of_classes(root)
+    (root / "ImageSets" / "Main" / "dog_train.txt").write_text("p0 1\n")
+    return {"data": root}
+
+
+def dialect(old: str, new: str, numbers: Iterable[int] = range(PICTURES)) -> Callable[[Path], Arguments]:
+    """Something in the XML is written in another way."""
+
+    def build(root: Path) -> Arguments:
+        arguments = plain(root)
+        for number in numbers:
+            file = root / "Annotations" / name_of(number, ".xml")
+            text = file.read_text()
+            assert old in text
+            file.write_text(text.replace(old, new))
+        return arguments
+
+    return build
+
+
+def by_path(root: Path) -> Arguments:
+    """The XML has names of its own, and `path` in place of `filename`."""
+    dialect("filename>", "path>")(root)
+    for number in range(PICTURES):
+        file = root / "Annotations" / name_of(number, ".xml")
+        file.rename(file.with_name(f"ann_{number}.xml"))
+    return {"data": root}
+
+
+SPLITS = frozenset({"unused-files"})  # the lists of other classes, and not "layout"
 UNKNOWN = Finds(frozenset({"unreadable-labels"}), *ONE_LESS)
+SIMILAR = frozenset({"similar-class-names"})
+LISTED = len(TRUTH[1]) + len(TRUTH[4])
 NAMELESS = b"<annotation><filename>p0.jpg</filename><object><name/></object></annotation>"
 
 CASES = [
@@ -267,6 +328,16 @@ CASES = [
     Case("voc_encoded", encoded, Reads()),
     Case("voc_list_spaces", listed("IMG (copy) {}", "IMG (copy) {}"), Reads()),
     Case("voc_list_flags", listed("my photo {}", "my photo {}  1", "my photo {} -1"), Reads()),
+    Case("voc_list_unclear", listed_by_name_alone, Finds(frozenset({"unreadable-labels"}), 2, LISTED)),
+    Case("voc_lists_upper_case", lists_at("IMAGESETS/MAIN/{}.TXT"), Reads()),
+    Case("voc_lists_at_the_top", lists_at("{}.txt", "JPEGImages/p{0}.jpg Annotations/p{0}.xml"), Reads()),
+    Case("voc_lists_of_classes", lists_of_classes, Reads(finds=SPLITS)),
+    Case("voc_lists_differ", lists_of_classes_that_differ, Refused(("cat_train.txt", "train.txt, one image a line"))),
+    Case("voc_namespace", dialect("<annotation>", '<annotation xmlns="http://a.b/c">'), Reads()),
+    Case("voc_capitals", dialect("name>", "Name>"), Reads()),
+    Case("voc_by_path", by_path, Reads()),
+    Case("voc_comma", dialect("</xmin>", ",0</xmin>", (0,)), Finds(frozenset({"bad-box"}), *ONE_LESS)),
+    Case("voc_letters_not_seen", dialect("<name>cat<", "<name>cat\u200b<", (0,)), Finds(SIMILAR)),
     Case("voc_list_suffix", listed("a.b {}", "a.b {}.jpg"), Reads()),
     Case("voc_list_paths", listed("p{}", "/home/me/JPEGImages/p{}.jpg", "JPEGImages\\p{}.jpg"), Reads()),
 ]

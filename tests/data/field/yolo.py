@@ -103,6 +103,31 @@ def labels_in(new: str) -> Callable[[Path], Arguments]:
     return build
 
 
+def flat_with_labels(root: Path) -> Arguments:
+    """Pictures at the top, their labels in a folder."""
+    save_all(root)
+    write_labels(root / "labels")
+    (root / "classes.txt").write_text("cat\r\ndog\r\n")
+    return {"data": root}
+
+
+def flat_splits(root: Path, second: str = "cat\ndog\n") -> Arguments:
+    """`train/` and `val/` as LabelImg leaves a folder."""
+    for (split, numbers), names in zip(SPLITS.items(), ("cat\ndog\n", second), strict=True):
+        save_all(root / split, numbers)
+        write_labels(root / split, numbers)
+        (root / split / "classes.txt").write_text(names)
+    return {"data": root}
+
+
+def yaml_apart(root: Path) -> Arguments:
+    """The yaml in a folder of its own, its paths relative to the one above."""
+    yolo_set(root)
+    (root / "cfg").mkdir()
+    (root / "data.yaml").rename(root / "cfg" / "data.yaml")
+    return {"data": root}
+
+
 def same_stem(root: Path) -> Arguments:
     yolo_set(root)
     picture((), 9).save(root / "images" / "train" / name_of(0, ".png"))
@@ -175,6 +200,12 @@ GOOD = yolo_lines(0).encode()
 
 CASES = [
     Case("yolo_flat", flat, Reads()),
+    Case("yolo_flat_labels", flat_with_labels, Reads()),
+    Case("yolo_flat_splits", flat_splits, Reads()),
+    Case("yolo_classes_differ", lambda root: flat_splits(root, "dog\ncat\n"), Refused(("val/classes.txt", "differ"))),
+    Case("yolo_yaml_apart", yaml_apart, Reads()),
+    Case("yolo_yaml_twice", with_yaml(f"{YAML}names: [dog]\n"), Refused(("`names:` is there twice", "1 and 4"))),
+    Case("yolo_label_flat", labels_in("labels"), Reads()),
     Case("yolo_nameless", nameless, Refused(("labels/train/p0.txt", "classes.txt"))),
     Case("yolo", plain, Reads()),
     Case("yolo_ipynb", notebook_copies, Reads()),
