@@ -12,7 +12,9 @@ STAMP := $(VENV)/.installed
 TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
 TESTS ?=
 BENCH ?=
-# An index with the CPU build of torch, as PyTorch's installation page shows it: the other has 6 GB of CUDA libraries.
+# CPU=1 takes PyTorch's CPU build: the other brings 6 GB of CUDA libraries. uv knows the index that has it; where that
+# cannot be reached, one that pip is configured for may have it, or TORCH_INDEX names one.
+CPU ?=
 TORCH_INDEX ?=
 TORCH = $(shell grep -E '^torch(vision)?==' constraints.txt)
 # What meets the libraries: help, pictures, a training run, its evaluation, predictions, analyses, files of weights.
@@ -64,7 +66,7 @@ clean:  ## Remove the environment, caches and the demo (runs/ stays)
 $(STAMP): pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH))
+	@$(if $(CPU)$(TORCH_INDEX),$(CPU_BUILD))
 	@$(BIN)/python -m uv --no-progress pip install -q --python $(BIN)/python -c constraints.txt -e '$(EVERYTHING)' \
 		|| $(BIN)/python -m pip install -q -c constraints.txt -e '$(EVERYTHING)'
 	@touch $@
@@ -78,6 +80,15 @@ $(OLDEST)/.installed: pyproject.toml
 	@touch $@
 
 EVERYTHING := .[dev,tensorboard]
+
+define CPU_BUILD
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH),\
+		$(BIN)/python -m uv --no-progress pip install -q --python $(BIN)/python -c constraints.txt \
+			--torch-backend cpu $(TORCH) \
+		|| $(BIN)/python -m pip install -q -c constraints.txt $(addsuffix +cpu,$(TORCH)) 2> /dev/null) \
+		|| { echo "The CPU build of PyTorch cannot be reached. Name an index that has it: make $(or $(MAKECMDGOALS),demo) \
+TORCH_INDEX=URL, with the URL that PyTorch's installation page shows for Pip and CPU."; exit 1; }
+endef
 
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " \

@@ -47,7 +47,7 @@ def run_demo(out: Path, *, epochs: int | None, seed: int, console: Terminal) -> 
     result = _train(source, out, epochs or EPOCHS, seed, console)
     if not result.finished:
         asked = [*([] if epochs is None else ["--epochs", epochs]), *(["--seed", seed] if seed else [])]
-        console.say("Stopped. Go on, to the picture: ", command("demo", "--out", out, *asked))
+        console.say(f"{result.stopped()} Go on, to the picture: ", command("demo", "--out", out, *asked))
         return result
     if result.result is not None:
         console.print(result.result.table())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -42,6 +41,7 @@ from detrellis.recipes import choose_recipe
 
 if TYPE_CHECKING:
     from detrellis.data.check_queries import Capacity
+    from detrellis.engine.train import TrainResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,8 +80,7 @@ def demo(
     """
     from detrellis.demo import run_demo
 
-    if not run_demo(out, epochs=epochs, seed=seed, console=console).finished:
-        raise typer.Exit(130)  # an unfinished run is no success
+    _leave(run_demo(out, epochs=epochs, seed=seed, console=console))
 
 
 @app.command()
@@ -197,7 +196,12 @@ def train(
         print_json(result.to_dict())
     else:
         _print_train_result(result)
-    if result.signal is not None:  # an unfinished run is no success; what a shell says of a signal
+    _leave(result)
+
+
+def _leave(result: TrainResult) -> None:
+    """An unfinished run is no success: the exit code is what a shell says of the signal."""
+    if result.signal is not None:
         raise typer.Exit(128 + result.signal)
 
 
@@ -219,9 +223,7 @@ def _print_train_result(result: Any) -> None:
         console.print(f"Done in {result.seconds / 60:.1f} min: {result.run}{best}")
         console.say("Next: ", command("predict", result.run, "PICTURES", "--out", "pictures"))
     else:
-        name = signal.Signals(result.signal).name
-        told = f"Stopped by {name} after step {result.steps}, and saved. Go on with: "
-        console.say(told, command("train", "--resume", result.run))
+        console.say(f"{result.stopped()} Go on with: ", command("train", "--resume", result.run))
 
 
 @app.command(name="eval")

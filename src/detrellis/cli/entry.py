@@ -20,8 +20,7 @@ from detrellis.cli.options import LEADS, errors, print_json
 from detrellis.errors import Advice, UserError
 from detrellis.terminal import never_fail_to_print
 
-WRONG_USE, FAILED = 2, 1
-INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+WRONG_USE, FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 ROOM = "Take a smaller -o optim.batch_size, -o data.size or --batch-size, fewer --workers, or end other programs."
 
 
@@ -37,16 +36,16 @@ def start(app: typer.Typer) -> NoReturn:
     """Run `app` on the command line's words and leave with its exit code.
 
     What the user can put right is a message and exit code 2, never a traceback; with `--json` it is JSON on standard
-    output as well. Ctrl-C is exit code 130 and SIGTERM 143, whatever the verb made of them.
+    output as well. Ctrl-C is exit code 130 and SIGTERM 143, whatever the verb made of them. Training handles them
+    itself, says so, and leaves with that code.
     """
     never_fail_to_print()
     with warnings.catch_warnings(), _signals() as caught:
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         code = _run(app, caught)
     if caught:
-        code = 128 + caught[0]
-    if code in INTERRUPTED:
         errors.say("Stopped.")
+        code = 128 + caught[0]
     raise SystemExit(code)
 
 
@@ -55,7 +54,7 @@ def _run(app: typer.Typer, caught: list[int]) -> int:
         code = app(prog_name="detrellis", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED[0]
+        return INTERRUPTED
     except SystemExit as stopped:  # a closed pipe, told by whoever wrote to it
         return stopped.code if isinstance(stopped.code, int) else FAILED
     except BrokenPipeError:
@@ -63,7 +62,7 @@ def _run(app: typer.Typer, caught: list[int]) -> int:
         return FAILED
     except Exception as error:
         if caught:  # the interruption, in the clothes that a half-imported library gave it
-            return INTERRUPTED[0]
+            return INTERRUPTED
         return _refuse(refusal(error))
     return code if isinstance(code, int) else 0
 

@@ -21,6 +21,7 @@ from detrellis.engine.distributed import pick_device
 from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
 from detrellis.errors import UserError
+from detrellis.nn.compiler import import_compiler
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.training import TrainableDetector
@@ -195,6 +196,7 @@ def attention_path(recipe: Recipe) -> str | None:
 
 def _compile(model: TrainableDetector, train: bool) -> None:
     """The whole detector where it runs whole; in training its parts, between which the schemes add their queries."""
+    import_compiler()
     detector = model.detector
     parts = (detector.backbone, detector.neck, detector.encoder, detector.queries, detector.decoder)
     for part in parts if train else (detector,):

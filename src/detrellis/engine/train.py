@@ -60,6 +60,11 @@ class TrainResult:
     signal: int | None = None  # its number: the command line exits with 128 more
     transfer: Transfer | None = None  # what was kept of the weights that it started from
 
+    def stopped(self) -> str:
+        """Of an unfinished run: what stopped it, and where."""
+        assert self.signal is not None
+        return f"Stopped by {signal.Signals(self.signal).name} after step {self.steps}, and saved."
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         result = None if self.result is None else self.result.to_dict()

@@ -10,8 +10,6 @@ eager one.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
 import os
 import shutil
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detrellis.nn import deformable_bag as bag
+from detrellis.nn.compiler import import_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Pieces:
         try:
             if sys.platform != "win32" and shutil.which(compiler) is None:
                 raise FileNotFoundError(f"there is no C++ compiler {compiler}")
-            _import_compiler()
+            import_compiler()
             self.compiled = {piece: torch.compile(piece, fullgraph=True) for piece in (bag.bags, bag.point_gradients)}
             say("bags with compiled pieces on the CPU, for training on large inputs")
         except Exception as error:  # no compiler, a cache directory that cannot be made, ...
@@ -94,19 +93,6 @@ class Pieces:
         self.failed = True
         reason = (str(error).strip().splitlines() or [""])[0]
         say(f"eager bags on the CPU (cannot compile: {type(error).__name__}: {reason})")
-
-
-def _import_compiler() -> None:
-    """What compiling imports, without its line that there is CUDA and no GPU: nobody asked for one here."""
-    name = "torch.utils.cpp_extension"
-    extensions = logging.getLogger(name)
-    level = extensions.level
-    extensions.setLevel(logging.ERROR)
-    try:
-        with contextlib.suppress(ImportError):  # then the compiler says whether it needs it
-            importlib.import_module(name)
-    finally:
-        extensions.setLevel(level)
 
 
 pieces = Pieces()
