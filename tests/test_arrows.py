@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "arguments", "outputs", "errors"},
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
-        *("types", "boxes", "detector", "training", "data", "recipes"),
+        *("types", "boxes", "nn", "detector", "training", "data", "recipes"),
         *("arguments", "atomic", "errors", "terminal", "__init__"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
