@@ -104,6 +104,23 @@ def test_a_signal_stops_the_children(tmp_path: Path, number: int, monkeypatch: p
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_handler_of_the_caller_stays() -> None:
+    """The command line's remembers the signal, for the exit code."""
+    heard: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        with pytest.raises(KeyboardInterrupt), run._sigterm_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
 def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert How(jobs=3, threads=8).threads_each() == 2

@@ -33,12 +33,18 @@ LEADS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process sp
 console = Terminal(quiet=not LEADS)
 errors = Terminal(stderr=True)
 
-Data = Annotated[Path | None, typer.Option(help="Data set folder: COCO, Roboflow, YOLO or Pascal VOC layout.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Data set: a folder in COCO, Roboflow, YOLO, VOC, labelme, VIA or CSV layout.")
+]
 TrainFile = Annotated[
-    Path | None, typer.Option("--train", help="COCO JSON, or folder of VOC XML, to train on, instead of --data.")
+    Path | None,
+    typer.Option("--train", help="COCO or VIA JSON, CSV, or folder of VOC XML or labelme JSON, to train on."),
 ]
 TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
-ValFile = Annotated[Path | None, typer.Option("--val", help="COCO JSON, or folder of VOC XML, to evaluate on.")]
+ValFile = Annotated[
+    Path | None,
+    typer.Option("--val", help="COCO or VIA JSON, CSV, or folder of VOC XML or labelme JSON, to evaluate on."),
+]
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
@@ -58,8 +64,12 @@ Trained = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Scale = Annotated[arguments.Scale | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
-Schemes = Annotated[list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N], several with commas.")]
-Overrides = Annotated[list[str] | None, typer.Option("-o", help="Recipe field: key.sub=value. May be repeated.")]
+Schemes = Annotated[
+    list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N]: align, group=3; several with commas.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("-o", help="Recipe field: -o optim.lr=2e-4 -o 'data.size=[256, 320]'.")
+]
 Split = Annotated[arguments.Split, typer.Option(help="Split of the data set.")]
 Metric = Annotated[arguments.Metric, typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
 BatchSize = Annotated[int, typer.Option(**limits(arguments.BatchSize), help="Images at a time.")]

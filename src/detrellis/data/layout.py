@@ -121,7 +121,7 @@ def resolve(
         )
     named = [f"--{split}-images" for split, folder in given.items() if folder is not None]
     what = f"only {' and '.join(named)} given, but no annotations" if named else "no data set is given"
-    raise UserError(what, "Give --data FOLDER, or --train FILE.json (or a FOLDER of XML) and --train-images FOLDER.")
+    raise UserError(what, "Give --data FOLDER, or --train FILE (or a FOLDER of XML or JSON) and --train-images FOLDER.")
 
 
 def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:

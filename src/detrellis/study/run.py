@@ -161,10 +161,11 @@ def _stop(running: list[_Child]) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
+    """SIGTERM does what Ctrl-C does. A handler of the caller stays: the command line's tells the exit code."""
     previous = None
-    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+            previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
