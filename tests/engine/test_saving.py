@@ -110,8 +110,9 @@ def test_each_epoch_writes_its_state_once(told: tuple[Path, list[Path]]) -> None
 
 
 def test_a_run_of_before_states_held_their_card(told: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """It takes that of the last weights, if they are of its own step. The second epoch's state is moved before them."""
+    """It takes that of the last weights, if they are of its own epoch; a state is moved before them."""
     late = [m for m in told[1] if has_row(m, 1) and not has_row(m, 2)]
+    assert load_run(late[-2])[0]["step"] == 2 * STEPS
     for moment, name in ((late[-2], "torn"), (late[-1], "whole")):
         shutil.copytree(moment, tmp_path / name)
         state = torch.load(moment / "last.state.pt", weights_only=True)

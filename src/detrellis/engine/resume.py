@@ -95,11 +95,11 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
 
 
 def _of_before(state: dict[str, Any], card: Card) -> dict[str, Any]:
-    """A state written by Detrellis when it held no card: that of the last weights is its own if both are of one step.
-    The names of its images are not known."""
-    if (card.epoch, card.step) != (state.get("epoch"), state.get("step")):
+    """A state written by Detrellis when it held no card: that of the last weights is its own if both are of one epoch;
+    it did not name the step. The names of the state's images are not known."""
+    if card.epoch != state.get("epoch") or "step" not in state:
         return state
-    return {IMAGES: {}, **state, CARD: card.to_metadata()}
+    return {IMAGES: {}, **state, CARD: replace(card, step=state["step"]).to_metadata()}
 
 
 def changed(card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None) -> Card:
