@@ -54,9 +54,14 @@ def edited(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Break:
     return edit
 
 
+def floats(tensors: dict[str, Any]) -> str:
+    return next(name for name in sorted(tensors) if tensors[name].is_floating_point())
+
+
 BROKEN: dict[str, tuple[Break, str]] = {
     "no tensor": (edited(lambda t, c: t.pop(next(iter(sorted(t))))), "is missing"),
     "shape": (edited(lambda t, c: t.update({min(t): torch.zeros(7, 7)})), r"has the shape \(7, 7\), not"),
+    "not finite": (edited(lambda t, c: t.update({(k := floats(t)): t[k] * torch.nan})), "are not finite"),
     "extra": (edited(lambda t, c: t.update(extra=torch.zeros(1))), "extra is no part of it"),
     "no card": (edited(lambda t, c: c.clear()), "without a Detrellis card"),
     "broken card": (edited(lambda t, c: c.pop("classes")), r"its card cannot be read"),

@@ -195,11 +195,16 @@ def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detec
     wrong = [f"{name} is missing" for name in own if name not in given]
     wrong += [f"{name} has the shape {s}, not {own[name]}" for name, s in given.items() if own.get(name, s) != s]
     wrong += [f"{name} is no part of it" for name in given if name not in own]
+    wrong = wrong or [f"{name} holds numbers that are not finite" for name, t in weights.items() if not _finite(t)]
     if wrong:
         more = f", and {len(wrong) - 1} more such" if wrong[1:] else ""
-        raise UserError(f"{path}: not the weights of the recipe in its card: {wrong[0]}{more}", _other_copy(path))
+        raise UserError(f"{path}: no weights for the recipe in its card: {wrong[0]}{more}", _other_copy(path))
     detector.load_state_dict(dict(weights))
     return detector
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
