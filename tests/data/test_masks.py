@@ -271,7 +271,7 @@ def test_masks_stay_with_boxes_that_the_doctor_renumbers(tmp_path: Path) -> None
     data = outlined(tmp_path, [STAIRS])
     data.content["train"]["annotations"].insert(0, copy.deepcopy(data.box(0)) | {"bbox": [5, 5, 0, 0]})
     data.box(2)["id"] = data.box(1)["id"]  # used again, after a box that is dropped
-    annotations, _, _, report = prepare(resolve(data.write()), skip_bad=True)
+    annotations, _, _, report = prepare(resolve(data.write()), skip_bad="boxes")
     assert report.skipped["train"] == {"duplicate-annotation-id": 2, "empty-box": 1}
     masks = DetectionDataset(annotations, PLAIN, masks=True)[0, 0].masks
     assert masks is not None

@@ -133,7 +133,7 @@ STATES: dict[str, tuple[Break, str]] = {
     "objects": (state(lambda s: {"model": Anything()}), r"holds Python objects besides tensors \([\w.]*Anything\)"),
     "a list": (state(lambda s: [1, 2]), "not the state of a run"),
     "no key": (state(lambda s: s.pop("step") and None), "'step' is missing"),
-    "no card": (state(lambda s: s.pop("card") and None), "'card' is missing"),
+    "no card": (state(lambda s: s.pop("card") and s.update(epoch=7)), "'card' is missing"),
     "another run's": (
         state(lambda s: s["card"].update(detrellis=s["card"]["detrellis"].replace('"cat"', '"cow"'))),
         "belong to different runs",

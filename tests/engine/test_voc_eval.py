@@ -299,7 +299,7 @@ def test_marks_stay_with_their_boxes(voc: Path) -> None:
     assert val.boxes[val.difficult].tolist() == [[10, 4, 8, 8]]
     file = voc / "train" / "train_0.xml"
     file.write_text(file.read_text().replace("<xmax>14</xmax>", "<xmax>2</xmax>"))
-    cleaned = prepare(find_data(voc), skip_bad=True)[0]
+    cleaned = prepare(find_data(voc), skip_bad="boxes")[0]
     assert len(cleaned.boxes) == len(train.boxes) - 1
     assert cleaned.difficult is not None
     assert cleaned.boxes[cleaned.difficult].tolist() == [[20, 2, 12, 16]]

@@ -190,6 +190,13 @@ def _other_copy(path: Path) -> str:
 
 def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detector:
     """The detector with these weights, all of them; `UserError` that names file and tensor, and nothing is loaded."""
+    check_fit(detector, weights, path)
+    detector.load_state_dict(dict(weights))
+    return detector
+
+
+def check_fit(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises `UserError` that names file and tensor where the weights are not the detector's, or not finite."""
     own = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f"{name} is missing" for name in own if name not in given]
@@ -199,8 +206,6 @@ def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detec
     if wrong:
         more = f", and {len(wrong) - 1} more such" if wrong[1:] else ""
         raise UserError(f"{path}: no weights for the recipe in its card: {wrong[0]}{more}", _other_copy(path))
-    detector.load_state_dict(dict(weights))
-    return detector
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -213,7 +218,7 @@ def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
     weights, card = load_weights(path)
     with torch.device("meta"):
         detector = build_detector(card.recipe.untrained().detector, len(card.classes))
-    fill(detector, weights, path)
+    check_fit(detector, weights, path)
     return weights, card
 
 
