@@ -164,10 +164,10 @@ def test_bad_files_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFix
     cases = {"truncated": good.read_bytes()[:5000], "empty": b"", "text": b"<html>Not found</html>"}
     for name, content in cases.items():
         (tmp_path / f"{name}.pth").write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}\.pth: cannot be read"):
+        with pytest.raises(UserError, match=rf"{name}\.pth: (not a whole file|an empty file)"):
             load_foreign(tmp_path / f"{name}.pth")
     torch.save({"model": theirs, "hook": Malicious()}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match=r"code\.pth: cannot be read"):
+    with pytest.raises(UserError, match=r"code\.pth: holds Python objects"):
         load_foreign(tmp_path / "code.pth")
     assert "executed" not in capsys.readouterr().out
     torch.save({"a": 1}, tmp_path / "nothing.pth")
