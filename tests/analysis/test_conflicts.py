@@ -119,7 +119,7 @@ def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path
     for settings, message in (
         ({"runs": [run, plain]}, "trained without scheme co, so the decoder is its only head"),
         ({"runs": run, "eps": 0.0}, "eps 0 Give a number above 0"),
-        ({"runs": run, "cam": "scorecam"}, "Choose one of gradcam, hirescam"),
+        ({"runs": run, "cam": "scorecam"}, "Known: gradcam, hirescam"),
     ):
         with pytest.raises(UserError) as error:
             analyze(**settings, workers=0, device="cpu")  # type: ignore[arg-type]

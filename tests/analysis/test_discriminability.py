@@ -285,7 +285,7 @@ def test_any_number_of_pictures_can_be_drawn() -> None:
 
 def test_what_cannot_be_measured_is_said() -> None:
     for wrong, message in (
-        ({"of": "decoder"}, "discriminability of 'decoder'\\s+Choose one of encoder, attention"),
+        ({"of": "decoder"}, "of='decoder'\\s+Did you mean 'encoder'"),
         ({"images": -1}, "images -1"),
         ({"names": ["a", "b"]}, "Give one a run"),
     ):

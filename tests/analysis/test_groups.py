@@ -197,9 +197,6 @@ def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path
         assert message in " ".join(str(error.value).split())
     with pytest.raises(UserError, match="grid=0"):
         analyze(run, grid=0)
-    single = untrained(tmp_path / "single", shapes, small_recipe("tiny").with_schemes("group=1"))
-    with pytest.raises(UserError, match="trained with one group"):
-        analyze(single)
 
     grouped = untrained(tmp_path / "grouped", shapes, small_recipe("tiny").with_schemes("group=2"))
     other = untrained(tmp_path / "other", shapes, small_recipe("tiny").with_schemes("group=3"))

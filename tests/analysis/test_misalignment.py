@@ -208,7 +208,7 @@ def test_what_cannot_be_measured_is_said(
     run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for wrong, message in (
-        ({"threshold": 1.5}, "between 0 and 1"),
+        ({"threshold": 1.5}, "from 0 to 1"),
         ({"top": ()}, "top nothing"),
         ({"top": (0, 10)}, "top 0, 10"),
         ({"split": "test"}, "no split `test`"),
