@@ -286,7 +286,7 @@ def test_any_number_of_pictures_can_be_drawn() -> None:
 def test_what_cannot_be_measured_is_said() -> None:
     for wrong, message in (
         ({"of": "decoder"}, "of='decoder'\\s+Did you mean 'encoder'"),
-        ({"images": -1}, "images -1"),
+        ({"images": -1}, "images=-1"),
         ({"names": ["a", "b"]}, "Give one a run"),
     ):
         with pytest.raises(UserError, match=message):

@@ -225,7 +225,7 @@ def test_what_cannot_be_measured_is_said(
     with pytest.raises(UserError, match=r"is not in train|is 'other"):
         analyze(run, val=file, val_images=shapes / "images" / "val", workers=0, device="cpu")
 
-    with pytest.raises(UserError, match=r"broken.safetensors: its outputs are not finite"):
+    with pytest.raises(UserError, match=r"broken.safetensors: .* not finite"):
         analyze(broken(run), workers=0, device="cpu")
 
     result = analyze(run, workers=0, device="cpu")
