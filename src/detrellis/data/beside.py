@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detrellis.data.files import is_image, list_images, subfolders
-from detrellis.data.lookup import Names, fold, readings, real_names
+from detrellis.data.lookup import Names, fold, readings, real_names, split_named
 from detrellis.data.splits import SplitFiles
 from detrellis.errors import UserError
 
@@ -85,6 +85,33 @@ def _none_found(annotations: Path, places: Sequence[Path], wanted: Sequence[Want
         names = f"{names} or {wanted[0].written!r}"
     listed = "".join(f"\n    {place}" for place in dict.fromkeys(places))
     return f"{annotations}: its pictures were not found; looked for {names} in these and {DEPTH} levels below{listed}"
+
+
+class ByName(NamedTuple):
+    """The file of each split."""
+
+    files: dict[str, Path]
+    parts: bool  # the one file is train and val together
+
+
+def splits_by_name(data: Path, files: Sequence[Path], what: str) -> ByName | None:
+    """Which of a folder's files is which split's, by their names or their folders'; None where there are no files.
+
+    `what` they are called in the `UserError` where the names do not tell.
+    """
+    if not files:
+        return None
+    splits = {split: f for f in files if (split := split_named(f.stem, f.parent.name)) is not None}
+    if len(files) == 1 and splits.keys() <= {"train"}:
+        return ByName({"train": files[0]}, parts=not splits)
+    if len(splits) < len(files) or "train" not in splits:
+        listed = "".join(f"\n    {f.relative_to(data)}" for f in files)
+        name = f"FILE{files[0].suffix.lower()}"
+        raise UserError(
+            f"{data}: {what} whose names do not say which split each is:{listed}",
+            f"Name them: --train {name} --val {name}.",
+        )
+    return ByName(splits, parts=False)
 
 
 def files_of_splits(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from detrellis.data.coco import HOLDS_FILES
 from detrellis.data.files import files_in, subfolders
-from detrellis.data.lookup import SPLIT_WORDS, child
+from detrellis.data.lookup import child, split_named
 from detrellis.data.splits import SPLITS
 from detrellis.errors import UserError
 
@@ -70,7 +70,7 @@ def _by_content(data: Path) -> Files | None:
     if not found:
         return None
     listed = "".join(f"\n    {f.relative_to(data)}" for f in found)
-    splits = [_split_of(f) for f in found]
+    splits = [split_named(f.stem) for f in found]
     if len(found) == 1 and splits[0] in (None, "train"):
         return Files({"train": found[0]}, f"{found[0].relative_to(data)} is the only COCO file, so it is for training")
     assigned = {split: f for split, f in zip(splits, found, strict=True) if split is not None}
@@ -81,13 +81,6 @@ def _by_content(data: Path) -> Files | None:
             f"{data}: several COCO files, and their names do not say which split each is:{listed}", NAME_THEM
         )
     return Files(assigned)
-
-
-def _split_of(file: Path) -> str | None:
-    """The one split that the name speaks of: `my_train.json`, `coco-val-v2.json`."""
-    words = re.findall("[a-z]+", file.stem.lower())
-    found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return next(iter(found)) if len(found) == 1 else None
 
 
 def looks_like_coco(file: Path) -> bool:

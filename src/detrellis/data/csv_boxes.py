@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from detrellis.data.beside import Wanted, files_of_splits, image_folder, pictures_of, spread
+from detrellis.data.beside import Wanted, files_of_splits, image_folder, pictures_of, splits_by_name, spread
 from detrellis.data.files import files_in, read_sizes, read_text, subfolders
 from detrellis.data.findings import Finding, finding
-from detrellis.data.lookup import SPLIT_WORDS, fold, renaming_notes
+from detrellis.data.lookup import fold, renaming_notes
 from detrellis.data.named import Box, Record, Thing, class_names, dataset
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import HELD_OUT, SplitFiles, held_out
@@ -60,27 +60,8 @@ def is_boxes(file: Path) -> bool:
 def find_csv(data: Path, given: Mapping[str, Path | None]) -> dict[str, SplitFiles] | None:
     """The CSV files of a folder; None where there are none. Raises `UserError` where names do not tell the splits."""
     files = [f for folder in [data, *subfolders(data, 1)] for f in files_in(folder, ".csv") if is_boxes(f)]
-    if not files:
-        return None
-    if len(files) == 1 and _split_of(files[0]) in (None, "train"):
-        return csv_splits({"train": files[0]}, given, data, parts=_split_of(files[0]) is None)
-    splits = {split: f for f in files if (split := _split_of(f)) is not None}
-    if len(splits) < len(files) or "train" not in splits:
-        listed = "".join(f"\n    {f.relative_to(data)}" for f in files)
-        raise UserError(
-            f"{data}: CSV files whose names do not say which split each is:{listed}",
-            "Name them: --train FILE.csv --val FILE.csv.",
-        )
-    return csv_splits(splits, given, data)
-
-
-def _split_of(file: Path) -> str | None:
-    """The one split that the file's name speaks of, or its folder's: `train_labels.csv`, `valid/_annotations.csv`."""
-    for text in (file.stem, file.parent.name):
-        found = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", text.lower()) if word in SPLIT_WORDS}
-        if len(found) == 1:
-            return found.pop()
-    return None
+    found = splits_by_name(data, files, "CSV files")
+    return None if found is None else csv_splits(found.files, given, data, parts=found.parts)
 
 
 def csv_splits(

@@ -39,6 +39,15 @@ SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words}
 Parts = tuple[str, ...]
 
 
+def split_named(*texts: str) -> str | None:
+    """The split that the first of the texts speaks of that speaks of one alone: `train_labels`, `coco-val-v2`."""
+    for text in texts:
+        found = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", text.lower()) if word in SPLIT_WORDS}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
 @dataclass(frozen=True)
 class Names:
     """What became of a list of names."""

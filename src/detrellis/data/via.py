@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detrellis.data.beside import Wanted, files_of_splits, image_folder, pictures_of, spread
+from detrellis.data.beside import Wanted, files_of_splits, image_folder, pictures_of, splits_by_name, spread
 from detrellis.data.files import files_in, read_text, subfolders
 from detrellis.data.findings import Finding, finding
 from detrellis.data.labelme import skipped_shapes
-from detrellis.data.lookup import SPLIT_WORDS, fold, renaming_notes
+from detrellis.data.lookup import fold, renaming_notes
 from detrellis.data.named import Box, Record, Thing, class_names, dataset
 from detrellis.data.outlines import around, around_ellipse
 from detrellis.data.records import RawDataset
@@ -51,23 +51,8 @@ def is_via(file: Path) -> bool:
 def find_via(data: Path, given: Mapping[str, Path | None]) -> dict[str, SplitFiles] | None:
     """VIA's files in a folder; None where there are none. Raises `UserError` where names do not tell the splits."""
     files = [f for folder in [data, *subfolders(data, 1)] for f in files_in(folder, ".json")[:200] if is_via(f)]
-    if not files:
-        return None
-    splits = {split: f for f in files if (split := _split_of(f)) is not None}
-    if len(files) == 1 and splits.keys() <= {"train"}:
-        return via_splits({"train": files[0]}, given, data, parts=not splits)
-    if len(splits) < len(files) or "train" not in splits:
-        listed = "".join(f"\n    {f.relative_to(data)}" for f in files)
-        raise UserError(
-            f"{data}: files of VIA whose names do not say which split each is:{listed}",
-            "Name them: --train FILE.json --val FILE.json.",
-        )
-    return via_splits(splits, given, data)
-
-
-def _split_of(file: Path) -> str | None:
-    words = (word for text in (file.stem, file.parent.name) for word in fold(text).replace("-", "_").split("_"))
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+    found = splits_by_name(data, files, "files of VIA")
+    return None if found is None else via_splits(found.files, given, data, parts=found.parts)
 
 
 def via_splits(
