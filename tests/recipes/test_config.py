@@ -133,7 +133,7 @@ def test_schemes() -> None:
         ("cdn=1.5", "Write --scheme cdn=N; N sets schemes.cdn.number"),
         ("cdn=0", "--scheme cdn=0: schemes.cdn.number=0 has to be at least 1"),
         ("align=-1", "schemes.align.k=-1 has to be at least 1"),
-        ("group=1", "schemes.group.k=1 has to be at least 2"),
+        ("group=0", "schemes.group.k=0 has to be at least 1"),
         ("dn=99999", "schemes.dn.groups=99999 has to be at least 1 and at most 100"),
         ("dn=" + "9" * 5000, "is not a whole number"),
         ("co=", "has to name at least one"),

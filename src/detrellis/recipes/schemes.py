@@ -90,9 +90,8 @@ class GroupConfig(Config):
     """Groups of queries (Group DETR)."""
 
     dial: ClassVar[str] = "k"
-    k: Annotated[int, within(2, 100)] | None = (
-        None  # groups, the detector's own among them; None: 11, or 3 in two-stage detectors
-    )
+    # Groups, the detector's queries among them, so that 1 is the base alone. None: 11, or 3 in two-stage detectors.
+    k: Few | None = None
     reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
     proposals: Literal["heads", "shared", "split"] = "heads"  # of two-stage detectors
     contents: Literal["fresh", "copied"] = "fresh"  # what the further groups' learned contents begin as
