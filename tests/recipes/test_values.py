@@ -13,10 +13,10 @@ import torch
 from detrellis.data.classes import ClassMap
 from detrellis.engine.checkpoint import Card
 from detrellis.errors import UserError
+from detrellis.fields import Config
 from detrellis.recipes import network
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe, config_of
-from detrellis.recipes.fields import Config
 from detrellis.recipes.refuse import refuse
 
 from ..small import CLASSES, small

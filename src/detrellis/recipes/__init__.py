@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from detrellis.errors import UserError
+from detrellis.fields import unknown_name
 from detrellis.recipes.align import (
     align_dab_detr_r50,
     align_dab_detr_r50_dc5,
@@ -46,7 +47,6 @@ from detrellis.recipes.deformable import (
 )
 from detrellis.recipes.detr import detr_r50, detr_r50_dc5
 from detrellis.recipes.dino import dino_r50, dino_r50_5scale, dino_swin_l, tiny
-from detrellis.recipes.fields import unknown_name
 from detrellis.recipes.group import (
     group_conditional_detr_r50,
     group_conditional_detr_r50_dc5,

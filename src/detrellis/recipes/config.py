@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from detrellis.errors import UserError
-from detrellis.recipes.fields import (
+from detrellis.fields import (
     Ascending,
     Config,
     Count,

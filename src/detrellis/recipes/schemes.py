@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from detrellis.recipes.fields import Config, Few, Positive, Share, Some, Weight, within
+from detrellis.fields import Config, Few, Positive, Share, Some, Weight, within
 
 Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
 Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size

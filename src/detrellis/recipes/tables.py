@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field
 
 from detrellis.errors import UserError
+from detrellis.fields import Config, Count, unknown_name
 from detrellis.recipes import find_recipe, tiny_sized
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.fields import Config, Count, unknown_name
 
 Named = TypeVar("Named")
 

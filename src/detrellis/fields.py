@@ -1,4 +1,4 @@
-"""What every part of a recipe is: typed, frozen, closed to unknown names; and the ranges of its numbers.
+"""What every config is: typed, frozen, closed to unknown names; and the ranges of its numbers.
 
 Types are strict: a yes or no is no number, and text is neither. Every number has a range, so that no value that is
 infinite, not a number or absurd gets as far as a network.
