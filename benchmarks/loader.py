@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import prepare
+from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import resolve
 from detrellis.data.loader import DetectionDataset
 from detrellis.data.sampler import BatchSampler

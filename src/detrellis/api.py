@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
 
 from detrellis.arguments import BatchSize, Classes, Epochs, Iou, Metric, Scale, Score, Seed, Workers, checked
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import prepare, prepare_split
 from detrellis.data.classes import ClassMap
-from detrellis.data.findings import SkipBad
+from detrellis.data.doctor.check import prepare, prepare_split
+from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Loader
 from detrellis.engine.bench import BenchResult, How, bench_recipe

@@ -8,7 +8,7 @@ from PIL import Image
 
 from detrellis import api
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import check
+from detrellis.data.doctor.check import check
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
 from detrellis.data.shapes import write_shapes

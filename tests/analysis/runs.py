@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from detrellis.data.check import prepare
+from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import find_data
 from detrellis.engine.checkpoint import Card, load_weights, save_state, save_weights
 from detrellis.engine.coco_eval import EvalResult

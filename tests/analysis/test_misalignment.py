@@ -18,7 +18,7 @@ from detrellis.analysis.misalignment import BINS, EDGES, Comparison, Misalignmen
 from detrellis.analysis.outputs import run_names, seen, truth
 from detrellis.api import open_split
 from detrellis.boxes import pairwise_iou
-from detrellis.data.coco import read_coco
+from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
 from detrellis.engine.distributed import World
 from detrellis.errors import UserError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from detrellis.data.check import check, prepare
-from detrellis.data.fix import fix
+from detrellis.data.doctor.check import check, prepare
+from detrellis.data.doctor.fix import fix
 from detrellis.data.layout import DataSource, resolve
 from detrellis.errors import UserError
 from tests.data.field import coco, images, others, voc, yolo

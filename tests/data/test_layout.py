@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import check, prepare
-from detrellis.data.drop import drop_bad
+from detrellis.data.doctor.check import check, prepare
+from detrellis.data.doctor.drop import drop_bad
+from detrellis.data.formats.voc_xml import parse_xml
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
-from detrellis.data.voc_xml import parse_xml
 from detrellis.errors import UserError
 from tests.data.sets import (
     BOXES,

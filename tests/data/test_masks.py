@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import prepare
+from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import resolve
 from detrellis.data.loader import Batch, Collate, DetectionDataset, build_loader
 from detrellis.data.masks import SIDE, draw

@@ -19,8 +19,8 @@ from rich.console import Console
 
 import detrellis
 from detrellis.data.annotations import Annotations
-from detrellis.data.check import prepare
 from detrellis.data.classes import ClassMap
+from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import find_data
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.voc_eval import VocResult, average_precision, evaluate_voc

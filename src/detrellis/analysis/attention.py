@@ -24,8 +24,8 @@ from detrellis.analysis.figures import Result, sheet
 from detrellis.analysis.outputs import listed, run_names
 from detrellis.api import Model, trained
 from detrellis.arguments import Index, checked
-from detrellis.data.check import prepare_split
 from detrellis.data.decode import read_image
+from detrellis.data.doctor.check import prepare_split
 from detrellis.data.layout import DataSource
 from detrellis.data.loader import stack_images
 from detrellis.data.transforms import eval_transform

@@ -40,7 +40,7 @@ from detrellis.errors import UserError, command
 from detrellis.recipes import choose_recipe
 
 if TYPE_CHECKING:
-    from detrellis.data.check_queries import Capacity
+    from detrellis.data.doctor.queries import Capacity
     from detrellis.engine.train import TrainResult
 
 app = typer.Typer(
@@ -106,9 +106,9 @@ def check(
 
     Example: detrellis check --data my_data --fix my_data_clean
     """
-    from detrellis.data.check import check as check_source
-    from detrellis.data.fix import clean_folder
-    from detrellis.data.fix import fix as fix_source
+    from detrellis.data.doctor.check import check as check_source
+    from detrellis.data.doctor.fix import clean_folder
+    from detrellis.data.doctor.fix import fix as fix_source
 
     if keep_partial and fix is None:
         raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")

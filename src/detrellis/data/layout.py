@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from detrellis.data.coco import read_coco
-from detrellis.data.coco_find import coco_among, find_coco_files
-from detrellis.data.coco_images import Chosen, find_images
-from detrellis.data.csv_boxes import csv_splits, find_csv, read_csv
+from detrellis.data.doctor.findings import finding
 from detrellis.data.files import files_in, hidden, is_image, subfolders
-from detrellis.data.findings import finding
-from detrellis.data.labelme import find_labelme, is_labelme, labelme_files, read_labelme
+from detrellis.data.formats.coco import read_coco
+from detrellis.data.formats.coco_files import coco_among, find_coco_files
+from detrellis.data.formats.coco_images import Chosen, find_images
+from detrellis.data.formats.csv_boxes import csv_splits, find_csv, read_csv
+from detrellis.data.formats.labelme import find_labelme, is_labelme, labelme_files, read_labelme
+from detrellis.data.formats.via import find_via, is_via, read_via, via_splits
+from detrellis.data.formats.voc import find_voc, read_voc, voc_folders
+from detrellis.data.formats.yolo import find_yolo, labels_without_names, read_yolo
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
-from detrellis.data.via import find_via, is_via, read_via, via_splits
-from detrellis.data.voc import find_voc, read_voc, voc_folders
-from detrellis.data.yolo import find_yolo, labels_without_names, read_yolo
 from detrellis.errors import UserError
 
 Kind = Literal["coco", "yolo", "voc", "labelme", "via", "csv"]

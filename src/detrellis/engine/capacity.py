@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.data.check_queries import Capacity
+from detrellis.data.doctor.queries import Capacity
 from detrellis.recipes.config import Recipe
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 import detrellis
 from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
-from detrellis.data.findings import SkipBad
+from detrellis.data.doctor.findings import SkipBad
 from detrellis.detector import Detector
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe

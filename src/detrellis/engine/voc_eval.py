@@ -15,9 +15,9 @@ at the recalls 0, 0.1, ..., 1 (VOC 2007).
 | a class without a box has no AP, and no part in the mean | the kit divides by 0 |
 | crowd regions (COCO) count as difficult | VOC has none |
 
-VOC's files are read as edges, `xmin - 1 .. xmax` (data/voc.py), so a box has the kit's size. If detections are written
-for the kit as `x1 + 1 .. x2`, its IoU is ours. In sets of other formats, and in those counted from 0, it would see all
-boxes a pixel larger.
+VOC's files are read as edges, `xmin - 1 .. xmax` (data/formats/voc.py), so a box has the kit's size. If detections are
+written for the kit as `x1 + 1 .. x2`, its IoU is ours. In sets of other formats, and in those counted from 0, it would
+see all boxes a pixel larger.
 """
 
 from __future__ import annotations

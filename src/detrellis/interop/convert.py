@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detrellis.arguments import checked
 from detrellis.data.classes import ClassMap
-from detrellis.data.coco import load_json
+from detrellis.data.formats.coco import load_json
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
 from detrellis.interop.files import HUB

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from detrellis.data.check import prepare
+from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import DataSource
 from detrellis.engine.bench import seconds_of, threads_of, training_step
 from detrellis.engine.distributed import pick_device

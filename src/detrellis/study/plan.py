@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from detrellis.atomic import replace_text
-from detrellis.data.findings import SkipBad
+from detrellis.data.doctor.findings import SkipBad
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from detrellis.data.check import prepare
-from detrellis.data.findings import SkipBad
+from detrellis.data.doctor.check import prepare
+from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe, find_recipe, tiny_sized

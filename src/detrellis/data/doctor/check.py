@@ -1,0 +1,134 @@
+"""The data-set doctor: `check` looks, `prepare` looks quickly and hands over what training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from detrellis.data.annotations import Annotations
+from detrellis.data.classes import ClassMap
+from detrellis.data.doctor.boxes import check_boxes
+from detrellis.data.doctor.classes import align_classes, check_classes, disagreements
+from detrellis.data.doctor.drop import drop_bad
+from detrellis.data.doctor.findings import MALFORMED, Finding, SkipBad, finding
+from detrellis.data.doctor.images import check_images, gather, shared_images
+from detrellis.data.doctor.queries import Capacity, check_queries
+from detrellis.data.doctor.report import Report
+from detrellis.data.doctor.summary import summarise
+from detrellis.data.doctor.unused import unused_annotations, unused_files
+from detrellis.data.layout import DataSource
+from detrellis.data.records import RawDataset, to_annotations
+from detrellis.errors import UserError
+
+
+def check(
+    source: DataSource,
+    *,
+    fast: bool = False,
+    progress: bool = False,
+    workers: int | None = None,
+    splits: Sequence[str] | None = None,
+    capacity: Capacity | None = None,
+) -> Report:
+    """Looks at the whole data set (or the named splits); `fast` leaves the images undecoded.
+
+    The fast part reads the annotations and asks for every file; the full one also decodes every image, with `workers`
+    threads (default: one a core) and, with `progress`, a bar on stderr. `capacity` is that of the detector which is to
+    learn from it. Raises `UserError` where a file cannot be read
+    as what it should be.
+    """
+    raws = source.load_all(splits)
+    report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
+    left = [] if source.folder is None or splits is not None else unused_files(source.folder, source.splits, raws)
+    return replace(report, findings=(*report.findings, *_left_out(source, raws), *left))
+
+
+def _left_out(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
+    return [] if source.folder is None else unused_annotations(source.folder, source.splits, raws)
+
+
+def examine(
+    raws: Mapping[str, RawDataset],
+    *,
+    fast: bool = False,
+    progress: bool = False,
+    workers: int | None = None,
+    capacity: Capacity | None = None,
+) -> Report:
+    """`check` of splits that are already read."""
+    facts = {split: gather(raw, fast=fast, progress=progress, workers=workers) for split, raw in raws.items()}
+    found: list[Finding] = []
+    for split, raw in raws.items():
+        found += [*raw.findings, *_nothing(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
+    found += shared_images(raws, facts)
+    found += check_classes(raws)
+    if capacity is not None:
+        found += check_queries(raws, capacity)
+    return Report(tuple(_without_consequences(found)), summarise(raws), fast)
+
+
+def _without_consequences(found: Sequence[Finding]) -> list[Finding]:
+    """A record of which the reader said what is wrong is not named again for what follows from that."""
+    told = {(f.split, f.noun, f.row) for f in found if f.code in MALFORMED and f.row is not None}
+    return [f for f in found if f.code in MALFORMED or (f.split, f.noun, f.row) not in told]
+
+
+def _nothing(raw: RawDataset) -> list[Finding]:
+    """No images, or no boxes. A test split without boxes is only not evaluated, as with COCO's."""
+    if not len(raw):
+        return [finding("no-images", raw.split, raw.source, "no images are listed")]
+    if len(raw.ids) or raw.split == "test":
+        return []
+    looked = f"; looked for files like {raw.label_files[0]}" if raw.label_files else ""
+    return [finding("no-annotations", raw.split, raw.source, f"{len(raw)} images and not one box{looked}")]
+
+
+def prepare(
+    source: DataSource, skip_bad: SkipBad = False, capacity: Capacity | None = None
+) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
+    """Training and validation set (None where there is none), the class map of both, and the fast check's report.
+
+    Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an object by that
+    (`"boxes"`: these stay); `report.skipped` says how many. Without it a `UserError` says what the check says. With it
+    the check is the full one: an image that cannot be decoded is a bad record too.
+    """
+    raws = source.load_all([split for split in ("train", "val") if split in source.splits])
+    if "train" not in raws:
+        raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
+    report = examine(raws, fast=not skip_bad, capacity=capacity)
+    report = replace(report, findings=(*report.findings, *_left_out(source, raws)))
+    found, report = _taken_over(raws, report, raws["train"].classes, skip_bad)
+    return found["train"], found.get("val"), found["train"].classes, report
+
+
+def prepare_split(
+    source: DataSource, split: str, classes: ClassMap, skip_bad: SkipBad = False
+) -> tuple[Annotations, Report]:
+    """One split for a detector that is already trained: as `prepare`, with `classes` in place of a training set's."""
+    raws = source.load_all([split])
+    report = examine(raws, fast=not skip_bad)
+    differing = disagreements(raws[split], list(zip(classes.ids, classes.names, strict=True)))
+    report = replace(report, findings=(*report.findings, *differing))
+    found, report = _taken_over(raws, report, classes, skip_bad)
+    return found[split], report
+
+
+def _taken_over(
+    raws: Mapping[str, RawDataset], report: Report, classes: ClassMap, skip_bad: SkipBad
+) -> tuple[dict[str, Annotations], Report]:
+    if report.errors and not skip_bad:
+        raise UserError(
+            f"the data set has errors\n{report.text()}",
+            "`detrellis check` lists them all, `detrellis check --fix OUT` writes a clean copy, `--skip-bad` leaves "
+            "them out.",
+        )
+    found, skipped = {}, {}
+    for split, raw in raws.items():
+        kept, counts = drop_bad(raw, report.errors, keep_partial=skip_bad == "boxes")
+        aligned, changed = align_classes(kept, list(zip(classes.ids, classes.names, strict=True)))
+        if not len(aligned.ids):
+            raise UserError(
+                f"{raw.source}: no box of {split} is left\n{report.text()}", "Put the data set right first."
+            )
+        found[split], skipped[split] = to_annotations(aligned, classes), counts | changed
+    return found, replace(report, skipped={split: counts for split, counts in skipped.items() if counts})

@@ -1,0 +1,198 @@
+"""`Report`: all findings with a summary, as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from detrellis.data.doctor.findings import RULES, SEVERITIES, Finding
+from detrellis.data.doctor.summary import SplitSummary
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+EXAMPLES = 3  # of each kind in the table; JSON has them all
+CLASSES = 12  # rows of the table of classes
+COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the doctor found."""
+
+    findings: tuple[Finding, ...]
+    summaries: tuple[SplitSummary, ...]
+    fast: bool  # whether the images were left undecoded
+    # By split and code, what `prepare` left out or changed before training.
+    skipped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that training does not start with."""
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def exit_code(self) -> int:
+        """1 where there are errors; warnings and notes are no failure."""
+        return 1 if self.errors else 0
+
+    def counts(self) -> dict[str, int]:
+        """Records by severity: a finding may stand for many."""
+        counts = Counter[str]()
+        for f in self.findings:
+            counts[f.severity] += f.count
+        return {severity: counts[severity] for severity in SEVERITIES}
+
+    def groups(self) -> list[tuple[Finding, ...]]:
+        """Findings of one code in one split together, the gravest first."""
+        codes = list(RULES)
+        ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
+        return [tuple(group) for _, group in groupby(ordered, key=lambda f: (f.severity, f.code, f.split))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it: every finding, none grouped away."""
+        return {
+            "ok": self.exit_code == 0,
+            "fast": self.fast,
+            "counts": self.counts(),
+            "splits": [summary.to_dict() for summary in self.summaries],
+            "findings": [f.to_dict() for f in self.findings],
+            "skipped": {split: dict(counts) for split, counts in self.skipped.items()},
+        }
+
+    def text(self, severity: str = "error", most: int = 6) -> str:
+        """The findings of one severity in a few lines, for an error message."""
+        groups = [group for group in self.groups() if group[0].severity == severity]
+        lines = [f"{_count(group)} {group[0].code}{_of(group[0])}: {describe(group[0])}" for group in groups[:most]]
+        return "\n".join(
+            f"  {line}" for line in lines + ([f"and {len(groups) - most} more kinds"] if len(groups) > most else [])
+        )
+
+    def table(self) -> Group:
+        """Splits, classes and findings for a console of 100 columns or more."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Table | Text] = [_splits_table(self.summaries), _classes_table(self.summaries)]
+        if self.findings:
+            parts.append(_findings_table(self.groups()))
+        counts = self.counts()
+        verdict = ", ".join(f"{_plural(counts[severity], severity)}" for severity in SEVERITIES)
+        depth = "The images were not decoded (fast check)." if self.fast else "Every image was decoded."
+        colour = "red" if self.errors else "green"
+        parts.append(Text.assemble((verdict, colour), f". {depth}"))
+        return Group(*parts)
+
+
+def describe(f: Finding) -> str:
+    """`cats/7.jpg, image id 7: no such file`."""
+    return f"{_where(f)}: {f.what}"
+
+
+def _of(f: Finding) -> str:
+    return f" in {f.split}" if f.split else ""
+
+
+def _where(f: Finding, in_file: str = "") -> str:
+    """File, id and line; without the file where it is `in_file`, which the reader has just read."""
+    place = [shorten(f.file)] if f.file != in_file else []
+    if f.id is not None:
+        place.append(f"{f.noun} id {f.id}")
+    if f.line is not None:
+        place.append(f"line {f.line}" if f.file.endswith(".txt") else f"object {f.line}")
+    return ", ".join(place)
+
+
+def shorten(path: str) -> str:
+    """Relative to the current folder where the file is below it."""
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:  # another drive
+        return path
+    return path if relative.startswith("..") else relative
+
+
+def _count(group: Iterable[Finding]) -> int:
+    return sum(f.count for f in group)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _splits_table(summaries: Sequence[SplitSummary]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("split")
+    for title in ("images", "empty", "boxes", "mean", "most", "crowd", "small", "medium", "large"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for s in summaries:
+        total = max(s.boxes, 1)
+        sizes = [f"{count / total:.0%}" for count in s.box_sizes]
+        numbers = [f"{n:,}" for n in (s.images, s.images_without_boxes, s.boxes)]
+        table.add_row(s.split, *numbers, f"{s.boxes / max(s.images, 1):.1f}", str(s.most_boxes), f"{s.crowd:,}", *sizes)
+    frames = [" .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in s.image_sizes)) for s in summaries]
+    table.caption = "Width x height: " + "; ".join(f"{s.split} {f}" for s, f in zip(summaries, frames, strict=True))
+    table.caption_justify = "left"
+    return table
+
+
+def _classes_table(summaries: tuple[SplitSummary, ...]) -> Table:
+    """The classes of the first split, most frequent first, with their counts in all."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class", overflow="fold")
+    table.add_column("id", justify="right")
+    for s in summaries:
+        table.add_column(f"{s.split} boxes (images)", justify="right")
+    rows = sorted(summaries[0].classes, key=lambda c: -c.boxes) if summaries else []
+    counts = [{c.name: c for c in s.classes} for s in summaries]
+    for row in rows[:CLASSES]:
+        found = (names.get(row.name) for names in counts)
+        cells = ["-" if c is None else f"{c.boxes:,} ({c.images:,})" for c in found]
+        table.add_row(Text(row.name), str(row.id), *cells)
+    if len(rows) > CLASSES:
+        table.add_row(f"and {len(rows) - CLASSES} more", "", *("" for _ in summaries))
+    return table
+
+
+def _findings_table(groups: Iterable[tuple[Finding, ...]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=False)
+    table.add_column("finding", no_wrap=True)
+    table.add_column("count", justify="right")
+    table.add_column("where and what", overflow="fold", ratio=1)
+    for group in groups:
+        first = group[0]
+        name = Text.assemble((first.code, COLOURS[first.severity]), f"\n{first.severity}{_of(first)}")
+        table.add_row(name, f"{_count(group):,}", _examples(group))
+    return table
+
+
+def _examples(group: tuple[Finding, ...]) -> Text:
+    from rich.text import Text
+
+    cell, file = Text(), ""
+    for f in group[:EXAMPLES]:
+        where = _where(f, file) or "also"
+        cell.append(where, style="bold").append(f": {f.what}\n")
+        file = f.file
+    if len(group) > EXAMPLES:
+        cell.append(f"and {len(group) - EXAMPLES:,} more like these\n", style="dim")
+    for remedy in dict.fromkeys(f.remedy for f in group[:EXAMPLES]):
+        cell.append(f"-> {remedy}\n", style="italic")
+    return cell

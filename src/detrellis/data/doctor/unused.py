@@ -1,0 +1,79 @@
+"""What lies in the data set's folder and is not read: told once, by suffix, so that nothing is left out unnoticed."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+from detrellis.data.doctor.findings import Finding, finding
+from detrellis.data.files import walk
+from detrellis.data.records import RawDataset
+from detrellis.data.splits import SplitFiles
+
+SHOWN = 8  # suffixes that the note names
+
+
+def unused_files(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> list[Finding]:
+    """The note `unused-files` about everything below `folder` that no split reads."""
+    found = _unused(folder, splits, raws)
+    if not found:
+        return []
+    kinds = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    told = [f"{len(files)} {suffix or 'without a suffix'} ({_first(files)})" for suffix, files in kinds[:SHOWN]]
+    more = f" and {len(kinds) - SHOWN} more suffixes" if len(kinds) > SHOWN else ""
+    count = sum(len(files) for files in found.values())
+    counted = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
+    what = f"{counted} not used: {', '.join(told)}{more}"
+    return [finding("unused-files", "", folder, what, count=count)]
+
+
+def unused_annotations(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> list[Finding]:
+    """The warning `unused-annotations` where more annotation files are left out than read.
+
+    Only where each image has a file of its own (YOLO, Pascal VOC, ...), and all splits are in `raws`.
+    """
+    labels = [file for raw in raws.values() for file in raw.label_files or () if os.path.isfile(file)]
+    if not labels or set(raws) != set(splits):
+        return []
+    suffixes = {_suffix(file) for file in labels}
+    left = [file for suffix, files in _unused(folder, splits, raws).items() if suffix in suffixes for file in files]
+    if len(left) <= len(set(labels)):
+        return []
+    what = f"{len(left)} of {len(left) + len(set(labels))} annotation files are not used: {_first(left)}"
+    return [finding("unused-annotations", "", folder, what, count=len(left))]
+
+
+def _unused(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> dict[str, list[str]]:
+    """Files that are not read, relative to `folder`, by suffix in lower case."""
+    real = cache(os.path.realpath)
+    used: dict[str, set[str]] = defaultdict(set)
+    for parent, name in map(os.path.split, _read(splits, raws)):
+        used[real(parent)].add(name)
+    found: dict[str, list[str]] = defaultdict(list)
+    for parent, names in walk(folder):
+        there = used.get(real(parent), set())
+        for name in sorted(names):
+            if name not in there:
+                found[_suffix(name)].append(Path(os.path.relpath(os.path.join(parent, name), folder)).as_posix())
+    return found
+
+
+def _read(splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> Iterable[str]:
+    """Every path that is read."""
+    for files in splits.values():
+        yield from (str(path) for path in (files.annotations, files.listing, *files.images) if path is not None)
+    for raw in raws.values():
+        root = str(raw.root)
+        yield from (os.path.join(root, name) for name in raw.file_names)
+        yield from raw.label_files or ()
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _first(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]}, ..."

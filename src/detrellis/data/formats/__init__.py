@@ -1,0 +1,1 @@
+"""The readers: annotation files of each format, found in a folder and read into a `RawDataset`."""
