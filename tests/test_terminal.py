@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.terminal import Terminal, never_fail_to_print, plain_lines, shared
+from detrellis.terminal import Terminal, column_widths, encodable, never_fail_to_print, plain_lines
 
 LONG = "align-h-deformable-detr-r50"
 
@@ -25,7 +25,7 @@ def table(title: str | None = None) -> Table:
 def printed(*objects: object, width: int | None = None, encoding: str = "utf-8") -> str:
     """Into a pipe, or on a terminal of that width."""
     bytes_ = io.BytesIO()
-    file = io.TextIOWrapper(bytes_, encoding=encoding)
+    file = io.TextIOWrapper(bytes_, encoding=encoding, errors="backslashreplace")
     console = Terminal(file=file, force_terminal=width is not None, width=width, height=50, color_system=None)
     console.print(*objects)
     file.flush()
@@ -65,9 +65,9 @@ def test_what_is_printed_is_no_markup_and_no_line_is_cut() -> None:
 
 
 def test_narrow_columns_get_what_they_want_first() -> None:
-    assert shared(30, [5, 5, 5], [6, 5, 100]) == [6, 5, 19]
-    assert shared(15, [5, 5, 5], [6, 5, 100]) == [5, 5, 5]
-    assert shared(200, [5, 5, 5], [6, 5, 100]) == [6, 5, 100]
+    assert column_widths(30, [5, 5, 5], [6, 5, 100]) == [6, 5, 19]
+    assert column_widths(15, [5, 5, 5], [6, 5, 100]) == [5, 5, 5]
+    assert column_widths(200, [5, 5, 5], [6, 5, 100]) == [6, 5, 100]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -78,3 +78,28 @@ def test_any_name_can_be_printed(encoding: str, monkeypatch: pytest.MonkeyPatch)
     Terminal().print(table(), "\u732b \udcff")
     sys.stdout.flush()
     assert b"\\u732b \\udcff" in out.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_table_with_names_that_the_console_lacks_keeps_its_frame(encoding: str) -> None:
+    made = Table("\u7a2e", "boxes")
+    made.add_row(Text("\u732b\u732b \u72ac", "bold"), "7")
+    made.add_row("cat", "12")
+    text = printed(made, width=60, encoding=encoding)
+    assert "\\u732b\\u732b \\u72ac" in text
+    assert "\\u7a2e" in text
+    assert len(set(map(len, text.splitlines()))) == 1
+    lines = printed(made, encoding=encoding).splitlines()
+    assert [line.rindex(end) for line, end in zip(lines, ("boxes", "7", "12"), strict=True)] == [21, 21, 21]
+
+
+def test_escaping_keeps_the_styles_at_their_characters() -> None:
+    made = Table()
+    made.add_column("name", no_wrap=True)
+    made.add_row(Text.assemble("a\u732b", ("bc", "red"), "\u72ac"))
+    (column,) = encodable(made, "ascii").columns
+    (cell,) = column.cells
+    assert isinstance(cell, Text)
+    assert cell.plain == "a\\u732bbc\\u72ac"
+    assert [(cell.plain[span.start : span.end], span.style) for span in cell.spans] == [("bc", "red")]
+    assert column.no_wrap

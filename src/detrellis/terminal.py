@@ -9,17 +9,19 @@ import contextlib
 import io
 import sys
 from copy import copy
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
+from rich.text import Span, Text
 
 UNBOUNDED = 100_000  # columns: more than any table has
 GAP = "  "  # between the columns of a plain table
+ESCAPES = "backslashreplace"  # how characters are printed that the console's encoding lacks
 
 
 class Terminal(Console):
@@ -58,6 +60,7 @@ class Terminal(Console):
 
     def _print_table(self, table: Table) -> None:
         """The title and the caption are lines of their own: rich would break them at the table's width."""
+        table = encodable(table, self.encoding)
         fitting = fitted(table, self) if self.is_terminal else None
         if table.title is not None:
             self.say((_text(table.title).plain, "italic"))
@@ -70,34 +73,60 @@ class Terminal(Console):
             super().print(Text(_text(table.caption).plain, "dim italic"), soft_wrap=not self.is_terminal)
 
 
+def encodable(table: Table, encoding: str) -> Table:
+    """The table with what `encoding` cannot say as `\\u732b`, so that what is measured is what is printed."""
+    printed = copy(table)
+    printed.columns = [
+        replace(
+            column,
+            header=_escaped(_text(column.header), encoding),
+            _cells=[_escaped(_text(cell), encoding) for cell in column.cells],
+        )
+        for column in table.columns
+    ]
+    return printed
+
+
+def _escaped(text: Text, encoding: str) -> Text:
+    """The text with characters that `encoding` lacks escaped, its styles at the same characters."""
+    pieces = [letter.encode(encoding, ESCAPES).decode(encoding) for letter in text.plain]
+    escaped = "".join(pieces)
+    if escaped == text.plain:
+        return text
+    starts = list(accumulate(map(len, pieces), initial=0))
+    result = text.blank_copy(escaped)
+    result.spans = [Span(starts[span.start], starts[span.end], span.style) for span in text.spans]
+    return result
+
+
 def fitted(table: Table, console: Console) -> Table | None:
     """The table, without title and caption, in columns that fit the console and break no word; None where none do."""
     texts = [[text.plain for text in _column(table, i)] for i in range(len(table.columns))]
-    most = [max((cell_len(line) for text in own for line in text.splitlines()), default=0) for own in texts]
-    least = [max((cell_len(word) for text in own for word in text.split()), default=0) for own in texts]
+    widest = [max((cell_len(line) for text in cells for line in text.splitlines()), default=0) for cells in texts]
+    narrowest = [max((cell_len(word) for text in cells for word in text.split()), default=0) for cells in texts]
     for i, column in enumerate(table.columns):
-        least[i] = most[i] if column.no_wrap else least[i]
+        narrowest[i] = widest[i] if column.no_wrap else narrowest[i]
     shown = copy(table)
     shown.title = shown.caption = None
-    frame = Measurement.get(console, console.options.update(width=UNBOUNDED), shown).maximum - sum(most)
+    frame = Measurement.get(console, console.options.update(width=UNBOUNDED), shown).maximum - sum(widest)
     room = console.width - frame
-    if room < sum(least):
+    if room < sum(narrowest):
         return None
     shown.columns = [copy(column) for column in table.columns]
-    for column, width in zip(shown.columns, shared(room, least, most), strict=True):
+    for column, width in zip(shown.columns, column_widths(room, narrowest, widest), strict=True):
         column.width = width
     return shown
 
 
-def shared(room: int, least: list[int], most: list[int]) -> list[int]:
-    """Widths between `least` and `most` whose sum is at most `room`: the narrow columns get all that they want first.
+def column_widths(room: int, narrowest: list[int], widest: list[int]) -> list[int]:
+    """A width for each column between its narrowest and its widest, in sum at most `room`.
 
-    `room` is at least the sum of `least`.
+    Columns that want little more get all of it first. `room` is at least the sum of `narrowest`.
     """
-    widths, left = list(least), room - sum(least)
-    order = sorted(range(len(least)), key=lambda i: most[i] - least[i])
+    widths, left = list(narrowest), room - sum(narrowest)
+    order = sorted(range(len(widths)), key=lambda i: widest[i] - narrowest[i])
     for done, i in enumerate(order):
-        more = min(most[i] - least[i], left // (len(order) - done))
+        more = min(widest[i] - narrowest[i], left // (len(order) - done))
         widths[i] += more
         left -= more
     return widths
@@ -138,4 +167,4 @@ def never_fail_to_print() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):
-                stream.reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors=ESCAPES)
