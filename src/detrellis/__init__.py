@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from detrellis.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from detrellis.api import Model, Prediction, bench, convert, evaluate, info, load, predict, resume, train
     from detrellis.errors import UserError
 
-__version__ = "0.1.0"
 __all__ = ["Model", "Prediction", "UserError"]
 __all__ += ["bench", "convert", "evaluate", "info", "load", "predict", "resume", "train"]
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-import detrellis
 from detrellis.arguments import Epochs, Iou, Seed, Threads, limits
 from detrellis.cli.analyze import analyze
 from detrellis.cli.entry import start
@@ -38,6 +37,7 @@ from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.study import compare, reproduce
 from detrellis.errors import UserError, command
 from detrellis.recipes import choose_recipe
+from detrellis.version import __version__
 
 if TYPE_CHECKING:
     from detrellis.data.doctor.queries import Capacity
@@ -55,7 +55,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        print(detrellis.__version__)
+        print(__version__)
         raise typer.Exit
 
 

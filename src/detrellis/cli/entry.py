@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import typer
 
-import detrellis
 from detrellis.cli.options import LEADS, errors, print_json
 from detrellis.errors import Advice, UserError
 from detrellis.terminal import never_fail_to_print
+from detrellis.version import __version__
 
 WRONG_USE, FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 ROOM = "Take a smaller -o optim.batch_size, -o data.size or --batch-size, fewer --workers, or end other programs."
@@ -99,7 +99,7 @@ def refusal(error: Exception) -> Refusal:
         return _from_system(error)
     traceback.print_exception(error)
     told = f"{type(error).__name__}: {error}"
-    versions = f"Detrellis {detrellis.__version__}, Python {sys.version.split()[0]}, {sys.platform}"
+    versions = f"Detrellis {__version__}, Python {sys.version.split()[0]}, {sys.platform}"
     return Refusal(told, f"This is a mistake in Detrellis: please report it with the lines above ({versions}).", FAILED)
 
 

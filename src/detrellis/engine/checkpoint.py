@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import detrellis
 from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.findings import SkipBad
@@ -34,6 +33,7 @@ from detrellis.detector import Detector
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
+from detrellis.version import __version__
 
 FORMAT = 1
 STATE, LAST, BEST = "last.state.pt", "last.safetensors", "best.safetensors"
@@ -56,7 +56,7 @@ class Card:
     weights: str | None = None  # where the run started from, if not from the recipe's own
     boxes: str | None = None  # where its reference boxes started from, if they came alone
     changes: Sequence[Mapping[str, Any]] = ()  # what was set when the run was resumed: epoch, step, and what
-    version: str = detrellis.__version__
+    version: str = __version__
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors stores it: strings only."""
@@ -93,7 +93,7 @@ class Card:
                 recipe, classes = Recipe.checked(card.pop("recipe")), ClassMap.from_dict(card.pop("classes"))
                 return cls(recipe, classes, **card)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            newer = _numbers(version) > _numbers(detrellis.__version__)
+            newer = _numbers(version) > _numbers(__version__)
             if not newer and isinstance(error, UserError):  # of a version whose fields or ranges were others
                 raise UserError(
                     f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy or OTHER_COPY
@@ -102,7 +102,7 @@ class Card:
                 raise UserError(f"{path}: its card cannot be read ({first_line(error)})", OTHER_COPY) from None
         by = f" ({version})" if version else ""
         raise UserError(
-            f"{path}: written by a newer Detrellis{by}; this is {detrellis.__version__}", "Update Detrellis to read it."
+            f"{path}: written by a newer Detrellis{by}; this is {__version__}", "Update Detrellis to read it."
         )
 
 

@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import detrellis
 from detrellis.analysis.figures import INK
 from detrellis.engine.evaluate import NMS
 from detrellis.study.plan import changes
 from detrellis.study.tables import Sheet, sheets
 from detrellis.study.words import caveats, minutes, recommend
+from detrellis.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ def page(found: Report, drawn: Mapping[str, tuple[Figure, str]]) -> str:
         _rows(found),
         *_missing(found),
         f"<h2>How the numbers are computed</h2>\n{_list(map(escape, _definitions(found)))}",
-        f'<p class="soft">Written by Detrellis {escape(detrellis.__version__)}. As JSON: report.json.</p>',
+        f'<p class="soft">Written by Detrellis {escape(__version__)}. As JSON: report.json.</p>',
     ]
     head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"\n<title>{title}</title>\n<style>{STYLE}</style>"
