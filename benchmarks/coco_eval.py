@@ -83,7 +83,7 @@ def pycocotools(a: Annotations, found: list[Detections]) -> tuple[dict[str, floa
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    owner = a.image_ids[np.repeat(np.arange(len(a)), np.diff(a.starts))]
+    owner = a.image_ids[a.box_rows]
     columns = (a.ids, owner, a.labels + 1, a.boxes, a.areas, a.crowd.astype(int))
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     truth = [dict(zip(keys, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]

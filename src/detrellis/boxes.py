@@ -117,9 +117,14 @@ def _candidates(boxes: Floats, classes: Ints, threshold: float) -> tuple[Ints, I
     order = left.argsort()
     left, reach = left[order], (left + (1.001 - threshold) * width)[order]  # 0.001: more than any rounding
     counts = left.searchsorted(reach, side="right") - np.arange(1, len(left) + 1)
-    first = np.repeat(np.arange(len(left)), counts)
-    rank = np.arange(len(first)) - np.repeat(counts.cumsum() - counts, counts)
+    first, rank = ragged(counts)
     return order[first], order[first + 1 + rank]
+
+
+def ragged(counts: Ints) -> tuple[Ints, Ints]:
+    """For rows of `counts (N,)` entries, packed one row after the other: each entry's row, and its place in the row."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    return row, np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
 
 
 def _in_turn(left: Floats, factors: Floats, floor: float) -> Floats:

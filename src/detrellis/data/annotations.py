@@ -37,6 +37,11 @@ class Annotations:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def box_rows(self) -> NDArray[np.int64]:
+        """`(T,)` index of the image that owns each box."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
     def path(self, index: int) -> Path:
         """Image file of image `index`."""
         return self.root / bytes(self.file_names[index]).decode()

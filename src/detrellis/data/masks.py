@@ -57,7 +57,7 @@ def read_outlines(annotations: Annotations) -> Outlines:
     if file is None or lines is None:
         raise UserError(f"{file or annotations.root}: this data set has boxes without masks", REMEDY)
     kept = ~annotations.crowd
-    frames = annotations.sizes.repeat(np.diff(annotations.starts), axis=0)[kept].tolist()
+    frames = annotations.sizes[annotations.box_rows[kept]].tolist()
     rows = load_json(file)["annotations"]
     with not_collecting():
         values = [rows[line].get("segmentation") for line in lines[kept].tolist()]

@@ -190,7 +190,7 @@ class CocoEvaluator:
         a, (_, found, dropped) = self.annotations, self.arrays()
         rank = np.empty(len(a), dtype=np.int64)
         rank[self._order] = np.arange(1, len(a) + 1)
-        owner = np.repeat(np.arange(len(a)), np.diff(a.starts))
+        owner = a.box_rows
         shown = self._seen[owner]
         owner, labels, crowd = owner[shown], a.labels[shown], a.crowd[shown]
         found_labels = found[:, 6].astype(np.int64)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from detrellis.boxes import iou
+from detrellis.boxes import iou, ragged
 from detrellis.data.annotations import Annotations
 from detrellis.engine.coco_eval import ResultArrays, Scores
 from detrellis.engine.console import number
@@ -102,7 +102,7 @@ class VocResult(Scores):
 def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult:
     """VOC's metric over the images that were shown, with the detections of all processes."""
     a, count = annotations, len(annotations.classes)
-    owner = np.repeat(np.arange(len(a)), np.diff(a.starts))
+    owner = a.box_rows
     shown = np.isin(owner, collected.images)
     owner, labels, boxes = owner[shown], a.labels[shown], a.boxes[shown]
     difficult = (a.crowd if a.difficult is None else a.crowd | a.difficult)[shown]
@@ -140,9 +140,7 @@ def belongs(found_keys: Int, found: Float, keys: Int, boxes: Float) -> Int:
     """
     order = np.argsort(keys, kind="stable")
     first, last = (np.searchsorted(keys[order], found_keys, side) for side in ("left", "right"))
-    counts = last - first
-    detection = np.repeat(np.arange(len(found)), counts)  # each with every box in question
-    rank = np.arange(len(detection)) - np.repeat(counts.cumsum() - counts, counts)
+    detection, rank = ragged(last - first)  # each detection with every box in question
     box = order[first[detection] + rank]
     overlap = iou(_corners(found[detection]), _corners(boxes[box])).numpy()
     best_first = np.lexsort((-overlap, detection))
