@@ -342,7 +342,7 @@ def assert_trainable(annotations: Annotations) -> None:
     assert annotations.starts[-1] == len(annotations.boxes)
     assert np.isfinite(annotations.boxes).all()
     assert (annotations.boxes[:, 2:] > 0).all()
-    frames = annotations.sizes[annotations.box_rows]
+    frames = annotations.sizes[np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))]
     assert (annotations.boxes[:, :2] >= 0).all()
     assert (annotations.boxes[:, :2] + annotations.boxes[:, 2:] <= frames[:, ::-1]).all()
     assert (annotations.labels >= 0).all()
