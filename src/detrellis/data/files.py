@@ -1,17 +1,21 @@
-"""Looking at many files at once.
+"""Folders and files: listing them, looking at many at once, and reading text and JSON.
 
-In threads, not processes: decoding, hashing and waiting for a disk all let the other threads go on.
+Many files are looked at in threads, not processes: decoding, hashing and waiting for a disk all let the other threads
+go on.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +26,7 @@ from detrellis.errors import UserError
 NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})  # Pillow knows them, but decodes none
 HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # what file systems and archives leave behind
 NOTES = frozenset({"", ".csv", ".json", ".npy", ".txt", ".xml", ".yaml", ".yml"})  # suffixes beside images, no images
+MAX_FOLDERS = 200  # below a folder: a home folder may be given by mistake
 CHUNK = 32  # items a task: a future for each of 100,000 images would cost more than it brings
 
 Item = TypeVar("Item")
@@ -36,19 +41,24 @@ def cpus() -> int:
 def map_threads(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None, progress: str = ""
 ) -> list[Result]:
-    """`function` of every item, in order; `progress` is the bar's title, and none is shown without one."""
+    """`function` of every item, in order, by `workers` threads (default: one a core).
+
+    `progress` is the title of a progress bar on stderr; without one no bar is shown. Raises `UserError` where `workers`
+    is below 1.
+    """
     if workers is not None and workers < 1:
         raise UserError(f"workers = {workers}", "Give a number of threads, 1 or more.")
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     pool = ThreadPoolExecutor(max(1, workers or cpus()))
     try:
         done = pool.map(lambda chunk: [function(item) for item in chunk], chunks)
-        return [result for results in _shown(done, len(items), progress) for result in results]
+        return list(chain.from_iterable(_with_progress(done, len(items), progress)))
     finally:
         pool.shutdown(cancel_futures=True)  # whoever presses Ctrl-C does not wait for the other 100,000
 
 
-def _shown(chunks: Iterable[list[Result]], total: int, title: str) -> Iterable[list[Result]]:
+def _with_progress(chunks: Iterable[list[Result]], total: int, title: str) -> Iterator[list[Result]]:
+    """The chunks, counted by a progress bar of that title."""
     if not title:
         yield from chunks
         return
@@ -66,7 +76,7 @@ def _shown(chunks: Iterable[list[Result]], total: int, title: str) -> Iterable[l
 
 
 def read_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """(I, 2) height and width of the images as viewers show them; 0, 0 where a file is missing or no image."""
+    """`(I, 2)` height and width of the images as viewers show them; 0, 0 where a file is missing or no image."""
     return np.array(map_threads(_size, paths), dtype=np.int64).reshape(-1, 2)
 
 
@@ -129,8 +139,20 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError:
         return []
-    found = (name for name in names if os.path.splitext(name)[1].lower() in suffixes and not hidden(name))
-    return [file for name in found if (file := folder / name).is_file()]
+    fitting = (name for name in names if os.path.splitext(name)[1].lower() in suffixes and not hidden(name))
+    return [file for name in fitting if (file := folder / name).is_file()]
+
+
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """All files below `folder` whose name ends with `suffix`, in any case, sorted, links followed."""
+    return sorted(
+        Path(parent, name) for parent, names in walk(folder) for name in names if name.lower().endswith(suffix)
+    )
+
+
+def stem_below(folder: Path, file: Path) -> str:
+    """The file's path from `folder` on, without its suffix and with "/" between folders: "seq1/0001"."""
+    return file.relative_to(folder).with_suffix("").as_posix()
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -139,13 +161,13 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def subfolders(root: Path, depth: int) -> list[Path]:
-    """Folders below `root`, nearest first, hidden ones left out; at most 200, for a home folder given by mistake."""
-    found: list[Path] = []
+    """Folders below `root`, nearest first, hidden ones left out; at most `MAX_FOLDERS`."""
+    folders: list[Path] = []
     level = [root]
     for _ in range(depth):
-        level = [folder for parent in level for folder in _folders(parent)][: 200 - len(found)]
-        found += level
-    return found
+        level = [folder for parent in level for folder in _folders(parent)][: MAX_FOLDERS - len(folders)]
+        folders += level
+    return folders
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -170,3 +192,47 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
+
+
+def read_json(file: Path, shape: str = "") -> Any:
+    """The value in a JSON file, in UTF-8, UTF-16 or UTF-32.
+
+    Raises `UserError` with line and column where it is malformed; `shape` is what the remedy says of a right file.
+    """
+    text = read_text(file)
+    try:
+        with not_collecting():
+            return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _malformed_json(file, text, error, shape) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a JSON file that can be read ({error})", shape) from error
+
+
+def _malformed_json(file: Path, text: str, error: json.JSONDecodeError, shape: str) -> UserError:
+    cut_off = "Export the annotations again; a copy may have been cut off."
+    if not text.strip():
+        return UserError(f"{file}: the file is empty", cut_off)
+    where = f"line {error.lineno}, column {error.colno}"
+    rest = text[error.pos :].lstrip()
+    if error.msg == "Extra data" and rest[:1] in ("{", "["):
+        return UserError(
+            f"{file}: several JSON values, the second in {where} (JSON Lines?)", f"Export one. {shape}".rstrip()
+        )
+    what = f"{file}: malformed JSON ({error.msg}, {where})"
+    if not rest:
+        return UserError(what, cut_off)
+    rules = "no comments, no comma behind the last entry, and \\\\ for a backslash"
+    return UserError(what, f"Put this line right (JSON has {rules}), or export the annotations again.")
+
+
+@contextmanager
+def not_collecting() -> Iterator[None]:
+    """No garbage collection: it would look at millions of small objects again and again, none of them garbage."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -11,10 +11,11 @@ from detrellis.data.doctor.findings import finding
 from detrellis.data.files import files_in, hidden, is_image, subfolders
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.formats.coco_files import coco_among, find_coco_files
-from detrellis.data.formats.coco_images import Chosen, find_images
-from detrellis.data.formats.csv_boxes import csv_splits, find_csv, read_csv
+from detrellis.data.formats.coco_images import ImageFolder, find_images
+from detrellis.data.formats.csv_boxes import CSV, read_csv
 from detrellis.data.formats.labelme import find_labelme, is_labelme, labelme_files, read_labelme
-from detrellis.data.formats.via import find_via, is_via, read_via, via_splits
+from detrellis.data.formats.pictures import GivenImages, find_one_file, listed, one_file_splits
+from detrellis.data.formats.via import VIA, is_via, read_via
 from detrellis.data.formats.voc import find_voc, read_voc, voc_folders
 from detrellis.data.formats.yolo import find_yolo, labels_without_names, read_yolo
 from detrellis.data.records import RawDataset
@@ -35,9 +36,7 @@ NAME_THEM = (
     "labelme), with `--train-images FOLDER` where the images are not near; the same with `--val` and `--val-images`."
 )
 REMEDY = f"Arrange it like one of these, or {NAME_THEM}"
-MOST = 16  # folders that the message names
-Given = Mapping[str, Path | None]  # split -> the image folder that the user named
-
+MAX_SHOWN = 16  # folders that the message names
 
 READERS: Mapping[str, Callable[[Mapping[str, SplitFiles], Sequence[str]], dict[str, RawDataset]]] = {
     "yolo": read_yolo,
@@ -57,16 +56,16 @@ class DataSource:
     folder: Path | None = None  # that holds all of it, where a folder was given
 
     def load(self, split: str) -> RawDataset:
-        """One split as its files have it."""
+        """One split as its files have it, good or bad."""
         return self.load_all([split])[split]
 
     def load_all(self, splits: Sequence[str] | None = None) -> dict[str, RawDataset]:
-        """Several splits (default: all), read in one go."""
+        """Several splits (default: all), read in one go. Raises `UserError` for one that the data set has not."""
         wanted = [s for s in SPLITS if s in self.splits] if splits is None else list(splits)
         for split in wanted:
             if split not in self.splits:
                 raise UserError(f"the data set has no split `{split}`", f"It has: {', '.join(self.splits)}.")
-        return {split: self._noted(raw) for split, raw in self._read(wanted).items()}
+        return {split: self._with_note(raw) for split, raw in self._read(wanted).items()}
 
     def _read(self, wanted: Sequence[str]) -> dict[str, RawDataset]:
         if self.kind in READERS:
@@ -74,21 +73,21 @@ class DataSource:
         files = {split: self.splits[split] for split in wanted}
         return {split: read_coco(f.annotations, f.images[0], split) for split, f in files.items()}
 
-    def _noted(self, raw: RawDataset) -> RawDataset:
-        """With what had to be decided to find its files."""
+    def _with_note(self, raw: RawDataset) -> RawDataset:
+        """With the finding of what had to be decided to find its files."""
         files = self.splits[raw.split]
         if not files.note:
             return raw
         return replace(raw, findings=(finding("layout", raw.split, files.annotations, files.note), *raw.findings))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Kind and paths as JSON holds them."""
         splits = {name: files.to_dict() for name, files in self.splits.items()}
         return {"kind": self.kind, "splits": splits, "folder": None if self.folder is None else str(self.folder)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DataSource:
-        """The inverse of `to_dict`."""
+        """The data set of which `to_dict` gave kind and paths."""
         splits = {name: SplitFiles.from_dict(files) for name, files in data["splits"].items()}
         return cls(cast(Kind, data["kind"]), splits, Path(data["folder"]) if data.get("folder") else None)
 
@@ -125,57 +124,63 @@ def resolve(
 
 
 def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:
-    """The data set in a folder, or of COCO files: train, its images, val, its images."""
+    """The data set in a folder, or of named files: train, its images, val, its images. Raises as `resolve`."""
     if isinstance(data, DataSource):
         return data
     paths = [None if f is None else Path(f) for f in files]
     return resolve(None if data is None else Path(data), *paths, *[None] * (4 - len(paths)))
 
 
-def _explicit(files: Given, given: Given) -> DataSource:
-    """The set whose annotation files, or folders of XML, are named."""
+def _explicit(files: Mapping[str, Path | None], given: GivenImages) -> DataSource:
+    """The set whose annotation files, or folders of XML or JSON, are named."""
     named = {split: path for split, path in files.items() if path is not None}
     for path in named.values():
         _must_exist(path)
-    folders = [path.is_dir() for path in named.values()]
-    if any(folders) and not all(folders):
-        listed = " and ".join(str(path) for path in named.values())
-        raise UserError(f"{listed}: one is a file, the other a folder", "Give two files, or two folders of XML.")
-    if all(folders) and all(_is_labelme(path) for path in named.values()):
-        return DataSource("labelme", {split: labelme_files(path, split, given) for split, path in named.items()})
+    are_folders = [path.is_dir() for path in named.values()]
+    if all(are_folders):
+        return _explicit_folders(named, given)
+    if any(are_folders):
+        both = " and ".join(str(path) for path in named.values())
+        raise UserError(f"{both}: one is a file, the other a folder", "Give two files, or two folders of XML.")
     if all(path.suffix.lower() == ".csv" for path in named.values()):
-        return DataSource("csv", csv_splits(named, given))
-    if not any(folders) and all(is_via(path) for path in named.values()):
-        return DataSource("via", via_splits(named, given))
-    if all(folders):
-        return DataSource("voc", {split: _xml(path, split, given) for split, path in named.items()})
+        return DataSource("csv", one_file_splits(CSV, named, given))
+    if all(is_via(path) for path in named.values()):
+        return DataSource("via", one_file_splits(VIA, named, given))
     return _coco(named, given)
 
 
-def _is_labelme(folder: Path) -> bool:
+def _explicit_folders(folders: Mapping[str, Path], given: GivenImages) -> DataSource:
+    if all(_is_labelme_folder(folder) for folder in folders.values()):
+        return DataSource("labelme", {split: labelme_files(f, split, given) for split, f in folders.items()})
+    return DataSource("voc", {split: _xml(folder, split, given) for split, folder in folders.items()})
+
+
+def _is_labelme_folder(folder: Path) -> bool:
     return any(is_labelme(file) for file in files_in(folder, ".json")[:8])
 
 
-def _xml(folder: Path, split: str, given: Given) -> SplitFiles:
+def _xml(folder: Path, split: str, given: GivenImages) -> SplitFiles:
     folders = voc_folders(folder, given.get(split) or given.get("train"))
     if folders is None:
         coco = coco_among(files_in(folder, ".json"))
-        there = f", but {coco[0].name} is COCO's: name the file" if coco else ""
+        hint = f", but {coco[0].name} is COCO's: name the file" if coco else ""
         raise UserError(
-            f"{folder}: no XML files of Pascal VOC in this folder{there}", f"{_counted(folder)} Or {NAME_THEM}"
+            f"{folder}: no XML files of Pascal VOC in this folder{hint}",
+            f"{_counted(folder)} Or {NAME_THEM}",
         )
-    return SplitFiles(folders[0], (folders[1],))
+    annotations, images = folders
+    return SplitFiles(annotations, (images,))
 
 
-def _coco(files: Mapping[str, Path], given: Given, why: str = "") -> DataSource:
+def _coco(files: Mapping[str, Path], given: GivenImages, why: str = "") -> DataSource:
     """COCO files; many sets have one folder of images for both, so that of `train` is looked at for the others too."""
     nearby = [folder for folder in (given.get("train"),) if folder is not None]
     splits = {}
-    for split, file in files.items():
-        own = given.get(split)
-        chosen = find_images(file.resolve(), nearby) if own is None else Chosen(own)
+    for split, path in files.items():
+        file, images = path.resolve(), given.get(split)
+        chosen = find_images(file, nearby) if images is None else ImageFolder(images)
         note = "; ".join(filter(None, (why if split == "train" else "", chosen.why))) or None
-        splits[split] = SplitFiles(file.resolve(), (chosen.folder.resolve(),), note=note)
+        splits[split] = SplitFiles(file, (chosen.folder.resolve(),), note=note)
     return DataSource("coco", splits)
 
 
@@ -184,26 +189,31 @@ def _must_exist(path: Path) -> None:
         raise UserError(f"{path}: no such file or folder", f"Correct the path; the current folder is {Path.cwd()}.")
 
 
-def _folder(data: Path, given: Given) -> DataSource:
+def _folder(data: Path, given: GivenImages) -> DataSource:
     _must_exist(data)
     data = data.resolve()
     source = _single_file(data, given) if data.is_file() else _recognised(data, given) or _nested(data, given)
-    if source is None and (labels := labels_without_names(data)) is not None:
-        what = (
-            f"{data}: label files as YOLO has them, such as {labels.relative_to(data)}, but nothing names the classes"
-        )
-        raise UserError(what, f"Write {data / 'classes.txt'}, one name a line in the order of their numbers from 0.")
     if source is None:
-        what = f"{data}: no data set was recognised in this folder.\n{LOOKED_FOR}\n{_what_is_there(data)}"
-        raise UserError(what, REMEDY)
+        raise _nothing_recognised(data)
     if source.kind == "yolo" and any(given.values()):
         raise UserError("image folders are given for a YOLO data set", "Its yaml says where they are: correct that.")
     return replace(source, folder=data) if data.is_dir() else source
 
 
-def _recognised(data: Path, given: Given) -> DataSource | None:
+def _nothing_recognised(data: Path) -> UserError:
+    if (labels := labels_without_names(data)) is not None:
+        file = labels.relative_to(data)
+        return UserError(
+            f"{data}: label files as YOLO has them, such as {file}, but nothing names the classes",
+            f"Write {data / 'classes.txt'}, one name a line in the order of their numbers from 0.",
+        )
+    what = f"{data}: no data set was recognised in this folder.\n{LOOKED_FOR}\n{_folder_contents(data)}"
+    return UserError(what, REMEDY)
+
+
+def _recognised(data: Path, given: GivenImages) -> DataSource | None:
     """The data set in this very folder; None where there is none."""
-    if splits := find_via(data, given):  # before COCO, whose files may have the same names
+    if splits := find_one_file(VIA, data, given):  # before COCO, whose files may have the same names
         return DataSource("via", splits)
     if found := find_coco_files(data):
         return _coco(found.files, given, found.why)
@@ -213,34 +223,34 @@ def _recognised(data: Path, given: Given) -> DataSource | None:
         return DataSource("voc", splits)
     if splits := find_labelme(data, given):
         return DataSource("labelme", splits)
-    if splits := find_csv(data, given):
+    if splits := find_one_file(CSV, data, given):
         return DataSource("csv", splits)
     return None
 
 
-def _nested(data: Path, given: Given) -> DataSource | None:
+def _nested(data: Path, given: GivenImages) -> DataSource | None:
     """The one data set in a folder of this folder, as archives are unpacked; `UserError` where there are several."""
-    found: dict[Path, DataSource] = {}
+    sources: dict[Path, DataSource] = {}
     errors: list[UserError] = []
     for folder in subfolders(data, depth=1):
         try:
             if (source := _recognised(folder, given)) is not None:
-                found[folder] = source
+                sources[folder] = source
         except UserError as error:
             errors.append(error)
-    if len(found) > 1:
-        listed = ", ".join(folder.name for folder in found)
-        raise UserError(f"{data}: more than one data set: {listed}", "Give one of these folders.")
-    if not found and len(errors) == 1:
+    if len(sources) > 1:
+        names = ", ".join(folder.name for folder in sources)
+        raise UserError(f"{data}: more than one data set: {names}", "Give one of these folders.")
+    if not sources and len(errors) == 1:
         raise errors[0]
-    return next(iter(found.values()), None)
+    return next(iter(sources.values()), None)
 
 
-def _single_file(file: Path, given: Given) -> DataSource:
+def _single_file(file: Path, given: GivenImages) -> DataSource:
     if file.suffix.lower() == ".csv":
-        return DataSource("csv", csv_splits({"train": file}, given, parts=True))
+        return DataSource("csv", one_file_splits(CSV, {"train": file}, given, parts=True))
     if is_via(file):
-        return DataSource("via", via_splits({"train": file}, given, parts=True))
+        return DataSource("via", one_file_splits(VIA, {"train": file}, given, parts=True))
     if file.suffix.lower() == ".json":
         return _coco({"train": file}, given)
     splits = find_yolo(file) if file.suffix.lower() in (".yaml", ".yml") else None
@@ -249,14 +259,13 @@ def _single_file(file: Path, given: Given) -> DataSource:
     return DataSource("yolo", splits)
 
 
-def _what_is_there(data: Path) -> str:
+def _folder_contents(data: Path) -> str:
     """The files by folder and kind, annotation files by name where they are few."""
-    lines = [_counted(folder, data) for folder in [data, *subfolders(data, depth=2)]]
-    told = [line for line in lines if line]
-    if not told:
+    lines = [line for folder in [data, *subfolders(data, depth=2)] if (line := _counted(folder, data))]
+    if not lines:
         return "Found nothing: the folder is empty."
-    more = f"\n    and {len(told) - MOST} more folders" if len(told) > MOST else ""
-    return "Found\n    " + "\n    ".join(told[:MOST]) + more
+    more = f"\n    and {len(lines) - MAX_SHOWN} more folders" if len(lines) > MAX_SHOWN else ""
+    return f"Found{listed(lines[:MAX_SHOWN])}{more}"
 
 
 def _counted(folder: Path, data: Path | None = None) -> str:
@@ -266,9 +275,11 @@ def _counted(folder: Path, data: Path | None = None) -> str:
     for name in names:
         suffix = Path(name).suffix.lower()
         kinds.setdefault("images" if is_image(name) else suffix or "without a suffix", []).append(name)
-    told = []
-    for suffix, those in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        few = suffix != "images" and len(those) <= 3
-        told.append(f"{len(those)} {suffix}{f' ({chr(44).join(those)})' if few else ''}")
+    counts = []
+    for kind, files in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        few = kind != "images" and len(files) <= 3
+        counts.append(f"{len(files)} {kind}{f' ({chr(44).join(files)})' if few else ''}")
     where = "here" if folder == data else f"{folder.relative_to(data)}/" if data else str(folder)
-    return f"{where}: {', '.join(told)}" if told else "" if folder == data else f"{where}: no files"
+    if counts:
+        return f"{where}: {', '.join(counts)}"
+    return "" if folder == data else f"{where}: no files"

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.formats.coco import load_json, not_collecting
+from detrellis.data.files import not_collecting
+from detrellis.data.formats.coco import load_json
 from detrellis.data.formats.segmentation import packed
 from detrellis.data.transforms import CORNER, Transform
 from detrellis.errors import UserError

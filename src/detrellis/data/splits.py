@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 SPLITS: Mapping[str, tuple[str, ...]] = {  # our name, and what people call it
     "train": ("train", "training"),
@@ -17,12 +19,23 @@ HELD_OUT = 5  # one image in so many is held out for validation where nothing sa
 
 
 def held_out(stems: Iterable[str]) -> set[str]:
-    """The fixed share of the images, by name without suffix, that validates; at least one.
+    """The images, by name without suffix, that validate where nothing says which do; at least one.
 
     A hash of the name decides, so that an image stays in its split when others are added.
     """
     ordered = sorted(set(stems), key=lambda stem: (_hash(stem), stem))
     return {stem for stem in ordered if _hash(stem) % HELD_OUT == 0} or set(ordered[:1])
+
+
+def select_part(items: Sequence[Item], stem: Callable[[Item], str], part: str | None) -> list[Item]:
+    """The items whose image trains or validates, by `part`; all of them where it is None.
+
+    `stem` gives the name of an item's image, without suffix.
+    """
+    if part is None:
+        return list(items)
+    validating = held_out(map(stem, items))
+    return [item for item in items if (stem(item) in validating) == (part == "val")]
 
 
 def _hash(stem: str) -> int:
@@ -36,24 +49,22 @@ class SplitFiles:
     annotations: Path  # COCO: the JSON file; YOLO: data.yaml or classes.txt; VOC: the folder of XML files
     images: tuple[Path, ...]  # COCO, VOC: one folder; YOLO: folders of images and text files that list images
     listing: Path | None = None  # VOC: the file in ImageSets/Main that names the split's images
-    part: str | None = None  # VOC without such files: which share of the folder, "train" or "val"
-    note: str | None = None  # what had to be decided to find them, for the doctor to say
+    part: str | None = None  # where train and val are in the same files: "train" or "val"; see `select_part`
+    note: str | None = None  # what had to be decided to find them, which the doctor reports
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        listing = None if self.listing is None else str(self.listing)
-        images = [str(folder) for folder in self.images]
+        """The paths as JSON holds them."""
         return {
             "annotations": str(self.annotations),
-            "images": images,
-            "listing": listing,
+            "images": [str(folder) for folder in self.images],
+            "listing": None if self.listing is None else str(self.listing),
             "part": self.part,
             "note": self.note,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SplitFiles:
-        """The inverse of `to_dict`."""
+        """The paths that `to_dict` gave."""
         listing = None if data.get("listing") is None else Path(data["listing"])
         images = tuple(Path(p) for p in data["images"])
         return cls(Path(data["annotations"]), images, listing, data.get("part"), data.get("note"))

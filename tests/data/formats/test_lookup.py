@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from detrellis.data.formats.lookup import Names, find_place, readings, real_names, renaming_notes
+from detrellis.data.formats.lookup import ResolvedNames, find_place, readings, real_names, renaming_notes
 
 
 def touch(root: Path, *names: str) -> None:
@@ -56,7 +56,7 @@ def test_a_name_finds_its_file(tmp_path: Path, written: str, real: str) -> None:
 @pytest.mark.parametrize("written", ["q.jpg", "", "/", "a", "http://", "http://[x/p", "?d=", "\0", "a/.p.jpg"])
 def test_what_is_not_there_stays_as_written(tmp_path: Path, written: str) -> None:
     touch(tmp_path, "a/p.jpg", "b/.q.jpg", "__MACOSX/q.jpg")
-    assert real_names([written], tmp_path) == Names((written,), {}, {})
+    assert real_names([written], tmp_path) == ResolvedNames((written,), {}, {})
 
 
 def test_two_candidates_are_listed_and_none_is_taken(tmp_path: Path) -> None:
@@ -147,5 +147,5 @@ def test_exact_names_cost_one_listing_a_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("all is listed"))
     found = real_names(names, tmp_path)
     monkeypatch.undo()
-    assert found == Names(tuple(names), {}, {})
+    assert found == ResolvedNames(tuple(names), {}, {})
     assert sorted(listed) == [tmp_path / "a", tmp_path / "b"]

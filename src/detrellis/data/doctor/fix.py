@@ -22,7 +22,7 @@ from detrellis.data.doctor.drop import drop_bad
 from detrellis.data.doctor.findings import RULES, Finding
 from detrellis.data.doctor.report import Report
 from detrellis.data.formats.coco import ROOT_KEY, load_json
-from detrellis.data.formats.coco_rows import objects, rows_by_id
+from detrellis.data.formats.coco_rows import rows_by_id, table_of
 from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset, clip
 from detrellis.errors import UserError
@@ -137,7 +137,7 @@ def _extras(source: DataSource, split: str) -> Extras:
         return {}, {}, []
     content = load_json(source.splits[split].annotations)
     rest = {key: value for key, value in content.items() if key not in ("info", "images", "annotations")}
-    return rest, rows_by_id(content, "images"), objects("annotations", content["annotations"]).rows
+    return rest, rows_by_id(content, "images"), table_of("annotations", content["annotations"]).rows
 
 
 def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from detrellis.data.files import files_in, subfolders
 from detrellis.data.formats.coco import HOLDS_FILES
 from detrellis.data.formats.lookup import child, split_named
+from detrellis.data.formats.pictures import listed
 from detrellis.data.splits import SPLITS
 from detrellis.errors import UserError
 
@@ -19,21 +20,21 @@ EXPORTED = ("_annotations.coco.json", "annotations.json")
 NAME_THEM = "Name the files: --train ann.json --train-images folder --val ann.json."
 
 
-class Files(NamedTuple):
-    """The annotation file of each split, and what the choice was made by; "" where the names left none."""
+class CocoFiles(NamedTuple):
+    """The annotation file of each split, and why it was chosen; "" where its name says it."""
 
     files: dict[str, Path]
     why: str = ""
 
 
-def find_coco_files(data: Path) -> Files | None:
+def find_coco_files(data: Path) -> CocoFiles | None:
     """The COCO files of a folder; None where there are none.
 
     Raises `UserError` where several could be the same split's, or where none is for training.
     """
     named = {split: _conventional(data, names) for split, names in SPLITS.items()}
-    found = {split: file for split, file in named.items() if file is not None}
-    return Files(found) if "train" in found else _by_content(data)
+    files = {split: file for split, file in named.items() if file is not None}
+    return CocoFiles(files) if "train" in files else _by_content(data)
 
 
 def _conventional(data: Path, names: Sequence[str]) -> Path | None:
@@ -42,71 +43,71 @@ def _conventional(data: Path, names: Sequence[str]) -> Path | None:
     for place, prefix in itertools.product(folders, ("instances_", "")):
         # Not any train*.json: training logs and settings are called so too.
         name = rf"{prefix}({'|'.join(names)})\d*([_.-]?(annotations?|coco|labels|instances))*\.json"
-        found = [f for f in files_in(place, ".json") if re.fullmatch(name, f.name, re.IGNORECASE)]
-        if len(found) > 1:
-            listed = ", ".join(f.name for f in found)
-            raise UserError(f"{place}: more than one file for `{names[0]}`: {listed}", NAME_THEM)
-        if found:
-            return found[0]
-    folders_of_split = [folder for name in names if (folder := child(data, (name,))) is not None]
-    exported = (folder / file for folder in folders_of_split for file in EXPORTED)
-    own = next((file for file in exported if file.is_file()), None)
-    return own or next((file for folder in folders_of_split if (file := _only(folder, names[0])) is not None), None)
+        files = [f for f in files_in(place, ".json") if re.fullmatch(name, f.name, re.IGNORECASE)]
+        if files:
+            return _the_only(files, f"{place}: more than one file for `{names[0]}`")
+    # In the split's own folder: as Roboflow exports it, else the only COCO file.
+    own_folders = [folder for name in names if (folder := child(data, (name,))) is not None]
+    for file in (folder / name for folder in own_folders for name in EXPORTED):
+        if file.is_file():
+            return file
+    for folder in own_folders:
+        if files := coco_among(files_in(folder, ".json")):
+            return _the_only(files, f"{folder}: more than one COCO file for `{names[0]}`")
+    return None
 
 
-def _only(folder: Path, split: str) -> Path | None:
-    found = [f for f in files_in(folder, ".json") if looks_like_coco(f)]
-    if len(found) > 1:
-        listed = ", ".join(f.name for f in found)
-        raise UserError(f"{folder}: more than one COCO file for `{split}`: {listed}", NAME_THEM)
-    return found[0] if found else None
+def _the_only(files: Sequence[Path], otherwise: str) -> Path:
+    """The one file; `UserError` where there are several."""
+    if len(files) > 1:
+        raise UserError(f"{otherwise}: {', '.join(file.name for file in files)}", NAME_THEM)
+    return files[0]
 
 
-def _by_content(data: Path) -> Files | None:
+def _by_content(data: Path) -> CocoFiles | None:
     """COCO files of any name, at the top or in a folder for such."""
     folders = [data, *(folder for folder in subfolders(data, 1) if HOLDS_FILES.fullmatch(folder.name))]
-    alike = [f for folder in folders for f in files_in(folder, ".json") if looks_like_coco(f)]
-    found = [f for f in alike if _has_boxes(f)] or alike
-    if not found:
+    all_files = [file for folder in folders for file in coco_among(files_in(folder, ".json"))]
+    files = [file for file in all_files if _has_boxes(file)] or all_files
+    if not files:
         return None
-    listed = "".join(f"\n    {f.relative_to(data)}" for f in found)
-    splits = [split_named(f.stem) for f in found]
-    if len(found) == 1 and splits[0] in (None, "train"):
-        return Files({"train": found[0]}, f"{found[0].relative_to(data)} is the only COCO file, so it is for training")
-    assigned = {split: f for split, f in zip(splits, found, strict=True) if split is not None}
-    if "train" not in assigned and None not in splits:
-        raise UserError(f"{data}: no COCO file for training, only{listed}", NAME_THEM)
-    if len(assigned) < len(found):
-        raise UserError(
-            f"{data}: several COCO files, and their names do not say which split each is:{listed}", NAME_THEM
-        )
-    return Files(assigned)
+    splits = [split_named(file.stem) for file in files]
+    if len(files) == 1 and splits[0] in (None, "train"):
+        why = f"{files[0].relative_to(data)} is the only COCO file, so it is for training"
+        return CocoFiles({"train": files[0]}, why)
+    by_split = {split: file for split, file in zip(splits, files, strict=True) if split is not None}
+    names = listed(file.relative_to(data) for file in files)
+    if "train" not in by_split and None not in splits:
+        raise UserError(f"{data}: no COCO file for training, only{names}", NAME_THEM)
+    if len(by_split) < len(files):
+        what = f"{data}: several COCO files, and their names do not say which split each is:{names}"
+        raise UserError(what, NAME_THEM)
+    return CocoFiles(by_split)
 
 
 def looks_like_coco(file: Path) -> bool:
     """Whether the file has COCO's lists of images and annotations; it is searched, not parsed."""
     try:
-        with file.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        if b"\0" in data[:4]:
-            return _has_lists(data[:].replace(b"\0", b""))  # UTF-16: what we look for is ASCII
-        return _has_lists(data)
+        content = _searchable(file)
     except (OSError, ValueError):  # unreadable, or empty
         return False
+    return all(re.search(rb'"%s"\s*:\s*\[' % key, content) for key in (b"images", b"annotations"))
 
 
 def _has_boxes(file: Path) -> bool:
     """Whether it has objects with classes, which COCO's files of captions and of segments have not."""
+    content = _searchable(file)
+    has_classes = re.search(rb'"categories"\s*:', content) is not None
+    return has_classes and re.search(rb'"segments_info"\s*:', content) is None
+
+
+def _searchable(file: Path) -> bytes | mmap.mmap:
+    """The file's bytes; of UTF-16 without the zeros, because what we look for is ASCII."""
     with file.open("rb") as stream:
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    text = data[:].replace(b"\0", b"") if b"\0" in data[:4] else data
-    return re.search(rb'"categories"\s*:', text) is not None and re.search(rb'"segments_info"\s*:', text) is None
-
-
-def _has_lists(data: bytes | mmap.mmap) -> bool:
-    return all(re.search(rb'"%s"\s*:\s*\[' % key, data) for key in (b"images", b"annotations"))
+        content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    return content[:].replace(b"\0", b"") if b"\0" in content[:4] else content
 
 
 def coco_among(files: Iterable[Path]) -> list[Path]:
-    """Those that look like COCO files."""
+    """The JSON files among `files` that look like COCO's."""
     return [file for file in files if file.suffix.lower() == ".json" and looks_like_coco(file)]

@@ -20,9 +20,11 @@ from typing import NamedTuple
 from detrellis.data.files import subfolders, unread_twin
 from detrellis.data.formats.coco import ROOT_KEY, base_of, load_json
 from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, readings, real_names
+from detrellis.data.formats.pictures import listed
 from detrellis.errors import UserError
 
 SAMPLE = 24  # file names that decide
+MAX_SHOWN = 20  # folders that a message names
 PICTURES = re.compile(r"images?|imgs?|jpegimages|jpe?gs?|png|pictures?|pics|photos?|rgb|colou?r|frames|originals?|data")
 DRAWN = re.compile(
     r"annotat\w*|drawn|depth|masks?|label\w*|seg\w*|semantic|instances?|vis|visual\w*|previews?|thumb\w*|overlays?|"
@@ -31,108 +33,115 @@ DRAWN = re.compile(
 REMEDY = "Name the folder that the `file_name`s are relative to with `--train-images` or `--val-images`."
 
 
-class Chosen(NamedTuple):
+class ImageFolder(NamedTuple):
     """A folder, and why it was taken where others would have done; "" where there was no choice."""
 
     folder: Path
     why: str = ""
 
 
-class Merit(NamedTuple):
-    """What a folder's name says: the larger, the better."""
+class FolderRank(NamedTuple):
+    """What a folder's name says for it; the larger, the better."""
 
     plain: bool  # nothing of drawn, depth or mask
-    split: int  # the file's own split 1, none 0, another one -1
+    split: int  # the annotation file's split 1, none 0, another one -1
     pictures: bool
 
 
-def find_images(file: Path, folders: Sequence[Path] = ()) -> Chosen:
+def find_images(file: Path, folders: Sequence[Path] = ()) -> ImageFolder:
     """The folder of the images that `file` lists; `folders` are looked at before the usual places near it.
 
     Raises `UserError` with all that were looked at, or with those between which nothing decides.
     """
     names, written_down = sample_names(file)
     if not names:
-        return Chosen(file.parent)  # no images, or no COCO file: reading it will say which
-    sure = list(dict.fromkeys([*written_down, *folders, *_usual(file)]))
-    complete = next((place for place in sure if all((place / name).is_file() for name in names)), None)
-    if complete is not None:
-        return Chosen(complete)
-    places = list(dict.fromkeys([*sure, *subfolders(base_of(file), depth=3)]))
-    for held in (_exactly, _in_slashes, _alike):
-        hits = [held(place, names) for place in places]
-        if most := max(hits):
-            chosen = _prefer([p for p, count in zip(places, hits, strict=True) if count == most], names, file)
-            return _higher(chosen, names, base_of(file)) if most < len(names) else chosen
-    looked = f"looked for '{names[0]}' in{_listed(places)}"
+        return ImageFolder(file.parent)  # no images, or no COCO file: reading it will say which
+    # A place that is named or usual, and has all of them.
+    expected = list(dict.fromkeys([*written_down, *folders, *_usual(file)]))
+    for place in expected:
+        if all((place / name).is_file() for name in names):
+            return ImageFolder(place)
+    # Any place, by the strictest way to read the names that has any of them anywhere.
+    places = list(dict.fromkeys([*expected, *subfolders(base_of(file), depth=3)]))
+    for count_in in (_count_exact, _count_without_backslashes, _count_alike):
+        counts = {place: count_in(place, names) for place in places}
+        if best := max(counts.values()):
+            chosen = _prefer([place for place in places if counts[place] == best], names, file)
+            return _higher(chosen, names, base_of(file)) if best < len(names) else chosen
+    looked = f"looked for '{names[0]}' in{_some(places)}"
     raise UserError(f"{file}: its images were not found; {looked}{_unread(places, names[0])}", REMEDY)
 
 
 def _unread(places: Sequence[Path], name: str) -> str:
-    twins = (place / twin for place in places if (twin := unread_twin(place / name)))
-    return "".join(f"\nThere is {twin}, but images of this suffix are not read." for twin in list(twins)[:1])
+    for place in places:
+        if twin := unread_twin(place / name):
+            return f"\nThere is {place / twin}, but images of this suffix are not read."
+    return ""
 
 
-def _exactly(folder: Path, names: Sequence[str]) -> int:
-    """How many of the names the folder holds."""
+def _count_exact(folder: Path, names: Sequence[str]) -> int:
+    """How many of the names the folder holds as written."""
     return sum((folder / name).is_file() for name in names)
 
 
-def _in_slashes(folder: Path, names: Sequence[str]) -> int:
-    """How many of them with backslashes and the like read: two folders may have files of the same names."""
+def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
+    """How many of the names it holds, backslashes and the like read as folders: two may have files of one name."""
     return sum(folder.joinpath(*parts).is_file() for name in names for parts in readings(name)[:1])
 
 
-def _alike(folder: Path, names: Sequence[str]) -> int:
+def _count_alike(folder: Path, names: Sequence[str]) -> int:
     """How many of the names the folder holds in other letters, or behind the path of another machine."""
     try:
-        there = {fold(entry) for entry in os.listdir(folder)}
+        entries = {fold(entry) for entry in os.listdir(folder)}
     except OSError:
         return 0
-    return sum(any(fold(parts[-1]) in there for parts in readings(name)) for name in names)
+    return sum(any(fold(parts[-1]) in entries for parts in readings(name)) for name in names)
 
 
-def _higher(chosen: Chosen, names: Sequence[str], base: Path) -> Chosen:
+def _higher(chosen: ImageFolder, names: Sequence[str], base: Path) -> ImageFolder:
     """The folder above, where that holds the images that this one lacks."""
     for folder in (chosen.folder, *chosen.folder.parents):
-        found = real_names(names, folder)
-        if all((folder / name).is_file() for name in found.names):
-            return Chosen(folder, chosen.why if folder == chosen.folder else "")
+        resolved = real_names(names, folder)
+        if all((folder / name).is_file() for name in resolved.names):
+            return ImageFolder(folder, chosen.why if folder == chosen.folder else "")
         if folder == base:
             break
     return chosen
 
 
-def _prefer(places: list[Path], names: Sequence[str], file: Path) -> Chosen:
-    """The one whose name is best, or the first of several copies."""
-    merits = {place: _merit(place, file) for place in places}
-    best = [place for place in places if merits[place] == max(merits.values())]
-    others = ", ".join(_shown(p, file) for p in places if p != best[0])
-    if len(best) > 1 and not all(_copies(best[0], other, names) for other in best[1:]):
-        raise UserError(f"{file}: its images are in more than one folder:{_listed(best)}", REMEDY)
+def _prefer(places: list[Path], names: Sequence[str], file: Path) -> ImageFolder:
+    """The place whose name ranks best, or the first of several copies."""
+    ranks = {place: _rank(place, file) for place in places}
+    best = [place for place in places if ranks[place] == max(ranks.values())]
+    chosen = best[0]
+    if len(best) > 1 and not all(_copies(chosen, other, names) for other in best[1:]):
+        raise UserError(f"{file}: its images are in more than one folder:{_some(best)}", REMEDY)
     if len(places) == 1:
-        return Chosen(best[0])
-    why = "it holds the same files" if len(best) == len(places) else _reason(merits, best[0])
-    return Chosen(best[0], f"images of the same names are in {others} too; {_shown(best[0], file)} is read: {why}")
+        return ImageFolder(chosen)
+    why = "it holds the same files" if len(best) == len(places) else _reason(ranks, chosen)
+    others = ", ".join(_shown(place, file) for place in places if place != chosen)
+    shown = _shown(chosen, file)
+    return ImageFolder(chosen, f"images of the same names are in {others} too; {shown} is read: {why}")
 
 
-def _merit(place: Path, file: Path) -> Merit:
+def _rank(place: Path, file: Path) -> FolderRank:
     words = re.findall("[a-z]+", _shown(place, file).lower())
-    own = _split_of(re.findall("[a-z]+", f"{file.parent.name} {file.stem}".lower()))
     split = _split_of(words)
-    agrees = 0 if split is None or own is None else 1 if split == own else -1
-    return Merit(not any(map(DRAWN.fullmatch, words)), agrees, any(map(PICTURES.fullmatch, words)))
+    wanted = _split_of(re.findall("[a-z]+", f"{file.parent.name} {file.stem}".lower()))
+    agrees = 0 if split is None or wanted is None else 1 if split == wanted else -1
+    return FolderRank(not any(map(DRAWN.fullmatch, words)), agrees, any(map(PICTURES.fullmatch, words)))
 
 
 def _split_of(words: Sequence[str]) -> str | None:
     return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), None)
 
 
-def _reason(merits: dict[Path, Merit], best: Path) -> str:
-    own, next_best = merits[best], max(merit for merit in merits.values() if merit != merits[best])
-    if own.plain != next_best.plain:
+def _reason(ranks: dict[Path, FolderRank], chosen: Path) -> str:
+    best = ranks[chosen]
+    next_best = max(rank for rank in ranks.values() if rank != best)
+    if best.plain != next_best.plain:
         return "the other's name says that it is drawn, depth, masks or the like"
-    return "its name says the split" if own.split != next_best.split else "its name says pictures"
+    return "its name says the split" if best.split != next_best.split else "its name says pictures"
 
 
 def _copies(one: Path, other: Path, names: Sequence[str]) -> bool:
@@ -150,10 +159,11 @@ def _shown(place: Path, file: Path) -> str:
     return place.relative_to(base).as_posix() if place.is_relative_to(base) else str(place)
 
 
-def _listed(places: Iterable[Path]) -> str:
-    there = [place for place in places if place.is_dir()]
-    more = f"\n    and {len(there) - 20} more folders" if len(there) > 20 else ""
-    return "".join(f"\n    {place}" for place in there[:20]) + more
+def _some(places: Iterable[Path]) -> str:
+    """The existing folders among the places as lines of a message, the first `MAX_SHOWN` of them."""
+    folders = [place for place in places if place.is_dir()]
+    more = f"\n    and {len(folders) - MAX_SHOWN} more folders" if len(folders) > MAX_SHOWN else ""
+    return listed(folders[:MAX_SHOWN]) + more
 
 
 def sample_names(file: Path) -> tuple[list[str], list[Path]]:
@@ -193,6 +203,7 @@ def _usual(file: Path) -> Iterator[Path]:
     word = file.stem.split("_")[-1]  # instances_train2017.json -> train2017
     bases = dict.fromkeys((base_of(file), file.parent))
     below = (("images", word), (word,), (word, "images"), ("images",))
-    places = (child(base, parts) for base, parts in itertools.product(bases, below))
-    yield from (place for place in places if place is not None)
+    for base, parts in itertools.product(bases, below):
+        if (place := child(base, parts)) is not None:
+            yield place
     yield from (file.parent, base_of(file))

@@ -23,142 +23,144 @@ SHOWN = 60  # letters of a value that a message quotes
 
 
 @dataclass
-class Odd:
-    """What is odd in the rows of one table."""
+class CocoTable:
+    """The rows of one table of a COCO file, and what is wrong or unusual in them."""
 
-    table: str  # "images", "annotations" or "categories"
+    name: str  # "images", "annotations" or "categories"
     rows: list[Row]
     wrong: dict[int, list[str]] = field(default_factory=dict)  # place -> what is wrong, of rows that cannot be used
-    as_text: list[str] = field(default_factory=list)  # numbers that are written as texts, with their places
-    named: list[str] = field(default_factory=list)  # ids that are texts and no numbers
-    numbered: list[str] = field(default_factory=list)  # rows without an id that they could keep
-    boxes: dict[int, str] = field(default_factory=dict)  # place -> what stands where a box should be
+    numbers_as_text: list[str] = field(default_factory=list)  # numbers that are written as texts, with their places
+    text_ids: list[str] = field(default_factory=list)  # ids that are texts and no numbers
+    without_id: list[str] = field(default_factory=list)  # rows without an id that they could keep
+    no_boxes: dict[int, str] = field(default_factory=dict)  # place -> what stands where a box should be
     outlined: list[int] = field(default_factory=list)  # places whose box is their segmentation's
 
     def at(self, place: int) -> str:
-        """`annotations[4] (id 17)`."""
-        own = self.rows[place].get("id")
-        return f"{self.table}[{place}]{'' if own is None else f' (id {shown(own)})'}"
+        """The row as messages name it: `annotations[4] (id 17)`."""
+        row_id = self.rows[place].get("id")
+        return f"{self.name}[{place}]{'' if row_id is None else f' (id {shown(row_id)})'}"
 
-    def add(self, place: int, what: str) -> None:
+    def add_problem(self, place: int, what: str) -> None:
         """Writes down what is wrong with a row."""
         self.wrong.setdefault(place, []).append(what)
 
-    def missing(self, place: int, key: str) -> str:
-        """What is wrong with the value of `key`."""
+    def problem_with(self, place: int, key: str) -> str:
+        """What is wrong with the value of `key` in a row."""
         row = self.rows[place]
         if key in row:
             return f"has {shown(row[key])} for `{key}`"
         return f"has no `{key}` (found: {', '.join(map(str, row))})"
 
 
-def objects(table: str, rows: Sequence[Any]) -> Odd:
-    """The rows of a table; those that are no objects count as empty, and as wrong."""
-    odd = Odd(table, [row if isinstance(row, dict) else {} for row in rows])
+def table_of(name: str, rows: Sequence[Any]) -> CocoTable:
+    """The table of these rows; those that are no objects count as empty, and as wrong."""
+    table = CocoTable(name, [row if isinstance(row, dict) else {} for row in rows])
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
-            odd.add(place, f"is {kind(row)}, not an object")
-    return odd
+            table.add_problem(place, f"is {kind(row)}, not an object")
+    return table
 
 
-def own_ids(odd: Odd, *, needed: bool) -> tuple[Integers, dict[str, int]]:
-    """The `id`s, and what the texts among them became.
+def row_ids(table: CocoTable, *, needed: bool) -> tuple[Integers, dict[str, int]]:
+    """The `id`s of all rows, and the numbers that were given to those that are texts.
 
     A row without one gets a number of its own, and is wrong where its id is `needed`: nothing can refer to it.
     """
-    if (fast := _fast(odd.rows, "id")) is not None:
+    if (fast := _fast(table.rows, "id")) is not None:
         return fast, {}
-    values = [_whole(odd, place, "id") for place in range(len(odd.rows))]
-    after = max((v for v in values if v is not None), default=0)
+    ids = [_whole(table, place, "id") for place in range(len(table.rows))]
+    highest = max((number for number in ids if number is not None), default=0)
     texts: dict[str, int] = {}
-    for place, value in enumerate(values):
-        if value is not None:
+    for place, number in enumerate(ids):
+        if number is not None:
             continue
-        text = odd.rows[place].get("id")
+        text = table.rows[place].get("id")
         if needed and isinstance(text, str) and text:
             if text not in texts:
-                after += 1
-            values[place] = texts.setdefault(text, after)
-            odd.named.append(text)
+                highest += 1
+            ids[place] = texts.setdefault(text, highest)
+            table.text_ids.append(text)
             continue
-        after += 1
-        values[place] = after
+        highest += 1
+        ids[place] = highest
         if not needed:
-            odd.numbered.append(f"{odd.table}[{place}] {odd.missing(place, 'id')}")
-        elif odd.rows[place] or place not in odd.wrong:
-            odd.add(place, odd.missing(place, "id"))
-    return np.array(values, dtype=np.int64), texts
+            table.without_id.append(f"{table.name}[{place}] {table.problem_with(place, 'id')}")
+        elif table.rows[place] or place not in table.wrong:
+            table.add_problem(place, table.problem_with(place, "id"))
+    return np.array(ids, dtype=np.int64), texts
 
 
-def rows_by_id(content: Mapping[str, Any], table: str) -> dict[int, Row]:
-    """The rows of a table by the ids that `own_ids` gives them, the first of each."""
-    odd = objects(table, content.get(table, []))
-    ids, _ = own_ids(odd, needed=True)
-    pairs = zip(reversed(ids.tolist()), reversed(odd.rows), strict=True)
-    return dict(pairs)
+def rows_by_id(content: Mapping[str, Any], name: str) -> dict[int, Row]:
+    """The rows of a table by the ids that `row_ids` gives them, the first of each."""
+    table = table_of(name, content.get(name, []))
+    ids, _ = row_ids(table, needed=True)
+    return dict(zip(reversed(ids.tolist()), reversed(table.rows), strict=True))
 
 
-def references(odd: Odd, key: str, texts: Mapping[str, int]) -> Integers:
-    """Ids of another table, whose texts became `texts`; -1 in rows that are wrong."""
-    if (fast := _fast(odd.rows, key)) is not None:
+def references(table: CocoTable, key: str, texts: Mapping[str, int]) -> Integers:
+    """The ids of rows of another table that stand under `key`, whose texts became `texts`; -1 in wrong rows."""
+    if (fast := _fast(table.rows, key)) is not None:
         return fast
-    found = []
-    for place, row in enumerate(odd.rows):
-        value = texts.get(row[key]) if isinstance(row.get(key), str) else None
-        value = _whole(odd, place, key) if value is None else value
-        if value is None and row:
-            odd.add(place, odd.missing(place, key))
-        found.append(-1 if value is None else value)
-    return np.array(found, dtype=np.int64)
+    ids = []
+    for place, row in enumerate(table.rows):
+        number = texts.get(row[key]) if isinstance(row.get(key), str) else None
+        if number is None:
+            number = _whole(table, place, key)
+        if number is None and row:
+            table.add_problem(place, table.problem_with(place, key))
+        ids.append(-1 if number is None else number)
+    return np.array(ids, dtype=np.int64)
 
 
-def names(odd: Odd) -> tuple[str, ...]:
-    """The `file_name`s; "" in rows that are wrong."""
-    found = []
-    for place, row in enumerate(odd.rows):
+def names(table: CocoTable) -> tuple[str, ...]:
+    """The `file_name`s of the images; "" in wrong rows."""
+    file_names = []
+    for place, row in enumerate(table.rows):
         value = row.get("file_name")
         good = isinstance(value, str) and value.strip() != ""
-        found.append(str(value) if good else "")
+        file_names.append(str(value) if good else "")
         if not good and row:
-            odd.add(place, odd.missing(place, "file_name"))
-    return tuple(found)
+            table.add_problem(place, table.problem_with(place, "file_name"))
+    return tuple(file_names)
 
 
-def sizes(odd: Odd) -> Integers:
-    """(I, 2) height and width; 0 where they are missing or no whole numbers above 0."""
+def sizes(table: CocoTable) -> Integers:
+    """`(I, 2)` height and width; 0 where they are missing or no whole numbers above 0."""
     columns = []
     for key in ("height", "width"):
-        fast = _fast(odd.rows, key)
-        values = [_whole(odd, place, key) or 0 for place in range(len(odd.rows))] if fast is None else fast
-        columns.append(np.maximum(np.array(values, dtype=np.int64), 0))
+        column = _fast(table.rows, key)
+        if column is None:
+            values = [_whole(table, place, key) or 0 for place in range(len(table.rows))]
+            column = np.array(values, dtype=np.int64)
+        columns.append(np.maximum(column, 0))
     return np.stack(columns, axis=1).reshape(-1, 2)
 
 
-def boxes(odd: Odd) -> NDArray[np.float64]:
-    """(T, 4) the `bbox`es, those of the segmentations where there are none; NaN where there is neither."""
+def boxes(table: CocoTable) -> NDArray[np.float64]:
+    """`(T, 4)` the `bbox`es, those of the segmentations where there are none; NaN where there is neither."""
     try:
-        values = np.array([row["bbox"] for row in odd.rows])
-        if values.dtype.kind in "if" and values.shape == (len(odd.rows), 4):
+        values = np.array([row["bbox"] for row in table.rows])
+        if values.dtype.kind in "if" and values.shape == (len(table.rows), 4):
             return values.astype(np.float64)
     except (KeyError, ValueError):
         pass
-    found = [_box(odd, place) for place in range(len(odd.rows))]
-    return np.array(found, dtype=np.float64).reshape(-1, 4)
+    rows = [_box(table, place) for place in range(len(table.rows))]
+    return np.array(rows, dtype=np.float64).reshape(-1, 4)
 
 
-def _box(odd: Odd, place: int) -> list[float]:
-    row = odd.rows[place]
+def _box(table: CocoTable, place: int) -> list[float]:
+    row = table.rows[place]
     value = row.get("bbox")
     if not value and (outlined := box_of(row.get("segmentation"))) is not None:
-        odd.outlined.append(place)
+        table.outlined.append(place)
         return outlined
     four = value if isinstance(value, list) and len(value) == 4 else []
     numbers = [number for v in four if (number := _number(v)) is not None]
     if len(numbers) == 4:
         if any(isinstance(v, str) for v in four):
-            odd.as_text.append(f"{odd.at(place)}: {shown(value)}")
+            table.numbers_as_text.append(f"{table.at(place)}: {shown(value)}")
         return numbers
-    odd.boxes[place] = "no `bbox`" if "bbox" not in row else shown(value)
+    table.no_boxes[place] = "no `bbox`" if "bbox" not in row else shown(value)
     return [np.nan] * 4
 
 
@@ -172,14 +174,14 @@ def _number(value: Any) -> float | None:
     return number if abs(number) < HUGE else None
 
 
-def areas(odd: Odd) -> NDArray[np.float64]:
-    """(T,) NaN where `area` is missing or no positive number."""
-    values = [row.get("area") for row in odd.rows]
+def areas(table: CocoTable) -> NDArray[np.float64]:
+    """`(T,)` the `area`s in square pixels; NaN where one is missing or no positive number."""
+    values = [row.get("area") for row in table.rows]
     try:
-        found = np.array(values, dtype=np.float64)  # None becomes NaN
+        column = np.array(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
-        found = np.array([_number(value) or np.nan for value in values], dtype=np.float64)
-    return np.where(np.isfinite(found) & (found > 0), found, np.nan)
+        column = np.array([_number(value) or np.nan for value in values], dtype=np.float64)
+    return np.where(np.isfinite(column) & (column > 0), column, np.nan)
 
 
 def _fast(rows: list[Row], key: str) -> Integers | None:
@@ -191,11 +193,11 @@ def _fast(rows: list[Row], key: str) -> Integers | None:
     return values.astype(np.int64) if values.dtype.kind == "i" and values.ndim == 1 else None
 
 
-def _whole(odd: Odd, place: int, key: str) -> int | None:
-    """A whole number: 3, 3.0 or "3", which is written down."""
-    value = odd.rows[place].get(key)
+def _whole(table: CocoTable, place: int, key: str) -> int | None:
+    """The whole number under `key`: 3, 3.0 or "3", which is written down; None where there is none."""
+    value = table.rows[place].get(key)
     if isinstance(value, str) and WHOLE.fullmatch(value):
-        odd.as_text.append(f"{odd.at(place)}: {shown(value)} for `{key}`")
+        table.numbers_as_text.append(f"{table.at(place)}: {shown(value)} for `{key}`")
         return int(float(value)) if "." in value else int(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -207,16 +209,16 @@ def keep_first(
 ) -> tuple[list[tuple[int, str]], list[tuple[int, str]], dict[int, list[str]]]:
     """(id, name) rows, each id once; those that are there again; and the names of ids that have several."""
     first: dict[int, str] = {}
-    again: list[tuple[int, str]] = []
-    several: dict[int, list[str]] = {}
-    for own, name in rows:
-        if own not in first:
-            first[own] = name
-        elif first[own].strip() == name.strip():
-            again.append((own, name))
+    repeated: list[tuple[int, str]] = []
+    contradictions: dict[int, list[str]] = {}
+    for row_id, name in rows:
+        if row_id not in first:
+            first[row_id] = name
+        elif first[row_id].strip() == name.strip():
+            repeated.append((row_id, name))
         else:
-            several.setdefault(own, [first[own]]).append(name)
-    return list(first.items()), again, several
+            contradictions.setdefault(row_id, [first[row_id]]).append(name)
+    return list(first.items()), repeated, contradictions
 
 
 def shown(value: Any) -> str:

@@ -2,9 +2,9 @@
 
 `real_names(names, root, nearby)` is what a reader calls once for a whole split:
 
-    found = real_names(names, root, nearby=[data])
-    found.names                              # relative to `root`, with "/"; what was not found stays as written
-    renaming_notes(split, source, found)     # findings that say what was found under another name
+    resolved = real_names(names, root, nearby=[data])
+    resolved.names                             # relative to `root`, with "/"; what was not found stays as written
+    renaming_notes(split, source, resolved)    # findings that say what was found under another name
 
 A name that exists as written is taken without another look, at the cost of listing its folder. Otherwise these are
 understood, one after the other: backslashes, `./` and `..`, drive letters; URLs with their query and `%20`; Label
@@ -12,8 +12,8 @@ Studio's `images/1/x.jpg`, `?d=folder/x.jpg`, and the eight digits that it puts 
 Unicode form; another case; the absolute path of another machine, of which the longest tail that exists decides.
 
 Files below `root` are found by their name alone, those below `nearby` only where a folder of the name agrees too.
-Two candidates are no answer: nothing is guessed, and `Names.unclear` lists them. Neither is a file that is listed by
-its own name already, nor one of another split's folder (`train/7.jpg` is not `val/7.jpg`).
+Two candidates are no answer: nothing is guessed, and `ResolvedNames.unclear` lists them. Neither is a file that is
+listed by its own name already, nor one of another split's folder (`train/7.jpg` is not `val/7.jpg`).
 
 `find_place(text, bases)` does the same for one folder or list, as YOLO's yaml names them.
 """
@@ -42,22 +42,23 @@ Parts = tuple[str, ...]
 def split_named(*texts: str) -> str | None:
     """The split that the first of the texts speaks of that speaks of one alone: `train_labels`, `coco-val-v2`."""
     for text in texts:
-        found = {SPLIT_WORDS[word] for word in re.findall("[a-z]+", text.lower()) if word in SPLIT_WORDS}
-        if len(found) == 1:
-            return found.pop()
+        words = re.findall("[a-z]+", text.lower())
+        splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+        if len(splits) == 1:
+            return splits.pop()
     return None
 
 
 @dataclass(frozen=True)
-class Names:
-    """What became of a list of names."""
+class ResolvedNames:
+    """The files that a list of names means."""
 
     names: tuple[str, ...]  # relative to the root, "/" between folders; as written where nothing was found
     renamed: Mapping[int, str]  # place in the list -> the name as written, of those found under another one
     unclear: Mapping[int, tuple[str, ...]]  # place -> the files that it could mean, of those not found
 
 
-class File(NamedTuple):
+class Candidate(NamedTuple):
     """A file that a name could mean."""
 
     path: str  # absolute
@@ -65,49 +66,54 @@ class File(NamedTuple):
     near: bool  # found beside the root, not below it
 
 
-class Match(NamedTuple):
-    """What a name means."""
+class NameMatch(NamedTuple):
+    """The files that fit a name best."""
 
-    files: list[File]  # one: found; several: unclear
+    files: list[Candidate]  # one: found; several: unclear
     whole: bool  # no folder of the name was passed over
 
 
-def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) -> Names:
+def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) -> ResolvedNames:
     """The files below `root`, else below the folders `nearby`, that the names mean; see the head of this module."""
     absent = _absent(names, root)
     if not absent:
-        return Names(tuple(names), {}, {})
-    meant = {place: readings(names[place]) for place in absent}
-    index = _index(root, nearby, {fold(parts[-1]) for ways in meant.values() for parts in ways})
-    matches = {place: match for place, ways in meant.items() if (match := _match(ways, index)).files}
-    taken = Counter(os.path.normpath(root / name) for place, name in enumerate(names) if place not in meant)
-    taken.update(m.files[0].path for m in matches.values() if m.whole and len(m.files) == 1)
-    parted = Counter(m.files[0].path for m in matches.values() if not m.whole and len(m.files) == 1)
-    found, renamed, unclear = list(names), {}, {}
+        return ResolvedNames(tuple(names), {}, {})
+    # Everything that the absent names could mean, looked up in one index.
+    meanings = {place: readings(names[place]) for place in absent}
+    index = _index(root, nearby, {fold(parts[-1]) for ways in meanings.values() for parts in ways})
+    matches = {place: _match(ways, index) for place, ways in meanings.items()}
+    # Files that a name means as a whole; those of which folders were passed over must not be among them.
+    taken = {os.path.normpath(root / name) for place, name in enumerate(names) if place not in meanings}
+    taken |= {match.files[0].path for match in matches.values() if match.whole and len(match.files) == 1}
+    in_part = Counter(m.files[0].path for m in matches.values() if not m.whole and len(m.files) == 1)
+    resolved, renamed, unclear = list(names), dict[int, str](), dict[int, tuple[str, ...]]()
     for place, (files, whole) in matches.items():
+        if not files:
+            continue
         path = files[0].path
         shown = tuple(_relative(file.path, root) for file in files)
-        if len(files) > 1 or (not whole and (path in taken or parted[path] > 1)):
+        if len(files) > 1 or (not whole and (path in taken or in_part[path] > 1)):
             unclear[place] = shown
         else:
-            found[place], renamed[place] = shown[0], names[place]
-    return Names(tuple(found), renamed, unclear)
+            resolved[place], renamed[place] = shown[0], names[place]
+    return ResolvedNames(tuple(resolved), renamed, unclear)
 
 
-def renaming_notes(split: str, source: Path, found: Names) -> tuple[Finding, ...]:
+def renaming_notes(split: str, source: Path, resolved: ResolvedNames) -> tuple[Finding, ...]:
     """The findings `renamed-file` and `unclear-file`, each with how many there are and the first."""
     notes = []
-    if found.renamed:
-        place, written = next(iter(found.renamed.items()))
-        count = _images(len(found.renamed))
-        what = f"{count} listed under other names, the first: '{written}' is {found.names[place]}"
-        notes.append(finding("renamed-file", split, source, what, count=len(found.renamed)))
-    if found.unclear:
-        place, files = next(iter(found.unclear.items()))
-        listed = " or ".join(files[:4]) + (f" (or {len(files) - 4} more)" if len(files) > 4 else "")
+    if resolved.renamed:
+        place, written = next(iter(resolved.renamed.items()))
+        count = _images(len(resolved.renamed))
+        what = f"{count} listed under other names, the first: '{written}' is {resolved.names[place]}"
+        notes.append(finding("renamed-file", split, source, what, count=len(resolved.renamed)))
+    if resolved.unclear:
+        place, files = next(iter(resolved.unclear.items()))
+        options = " or ".join(files[:4]) + (f" (or {len(files) - 4} more)" if len(files) > 4 else "")
         taken = "" if len(files) > 1 else ", which another name means too"
-        what = f"{_images(len(found.unclear))} not found for certain, the first: '{found.names[place]}' could be "
-        notes.append(finding("unclear-file", split, source, f"{what}{listed}{taken}", count=len(found.unclear)))
+        count = _images(len(resolved.unclear))
+        what = f"{count} not found for certain, the first: '{resolved.names[place]}' could be {options}{taken}"
+        notes.append(finding("unclear-file", split, source, what, count=len(resolved.unclear)))
     return tuple(notes)
 
 
@@ -132,9 +138,9 @@ def readings(name: str) -> list[Parts]:
     elif "?" in name:
         texts += _of_url(name)
     texts += [unquote(text) for text in texts if "%" in text]
-    found = list(dict.fromkeys(parts for text in texts if (parts := _parts(text))))
-    uploads = [(*parts[:-1], m.group(1)) for parts in found if (m := UPLOADED.fullmatch(parts[-1]))]
-    return found + uploads
+    ways = list(dict.fromkeys(parts for text in texts if (parts := _parts(text))))
+    uploads = [(*parts[:-1], match.group(1)) for parts in ways if (match := UPLOADED.fullmatch(parts[-1]))]
+    return ways + uploads
 
 
 def fold(text: str) -> str:
@@ -169,19 +175,19 @@ def _absent(names: Sequence[str], root: Path) -> list[int]:
         folder, _, base = name.rpartition("/")
         by_folder[folder or name[: name.startswith("/")]].append(place)
         bases.append(base)
-    found: list[int] = []
+    absent: list[int] = []
     for folder, places in by_folder.items():
         try:
-            there = set(os.listdir(root / folder))
+            existing = set(os.listdir(root / folder))
         except (OSError, ValueError):
-            there = set()
-        found += [place for place in places if bases[place] not in there]
-    return sorted(found)
+            existing = set()
+        absent += [place for place in places if bases[place] not in existing]
+    return sorted(absent)
 
 
-def _index(root: Path, nearby: Iterable[Path], wanted: set[str]) -> dict[str, list[File]]:
+def _index(root: Path, nearby: Iterable[Path], wanted: set[str]) -> dict[str, list[Candidate]]:
     """Files by folded name, each once, those below `root` first."""
-    index: dict[str, list[File]] = defaultdict(list)
+    index: dict[str, list[Candidate]] = defaultdict(list)
     seen: set[str] = set()
     for folder in dict.fromkeys([root, *nearby]):
         for parent, files in walk(folder):
@@ -192,32 +198,32 @@ def _index(root: Path, nearby: Iterable[Path], wanted: set[str]) -> dict[str, li
             seen.add(real)
             parts = (folder.name, *Path(parent).relative_to(folder).parts)
             for name in sorted(fitting):
-                index[fold(name)].append(File(os.path.join(real, name), (*parts, name), folder != root))
+                index[fold(name)].append(Candidate(os.path.join(real, name), (*parts, name), folder != root))
     return index
 
 
-def _match(ways: Sequence[Parts], index: Mapping[str, Sequence[File]]) -> Match:
-    """The files of the first way to read a name that has any."""
+def _match(ways: Sequence[Parts], index: Mapping[str, Sequence[Candidate]]) -> NameMatch:
+    """The files of the first way to read a name that has any; without files where none has."""
     for parts in ways:
         files = [file for file in index.get(fold(parts[-1]), ()) if not _contradict(parts, file.parts)]
         tails = [_tail(parts, file.path) for file in files]
         # Beside the root a name alone says nothing: 7.jpg is another picture in another folder.
-        told = [(file, tail) for file, tail in zip(files, tails, strict=True) if tail > 1 or not file.near]
-        if told:
-            return _best(parts, told)
-    return Match([], False)
+        certain = [(file, tail) for file, tail in zip(files, tails, strict=True) if tail > 1 or not file.near]
+        if certain:
+            return _best(parts, certain)
+    return NameMatch([], False)
 
 
-def _best(parts: Parts, told: Sequence[tuple[File, int]]) -> Match:
+def _best(parts: Parts, options: Sequence[tuple[Candidate, int]]) -> NameMatch:
     """The longest common tail decides, then being below the root, then the very letters."""
-    longest = max(tail for _, tail in told)
-    best = [file for file, tail in told if tail == longest]
+    longest = max(tail for _, tail in options)
+    best = [file for file, tail in options if tail == longest]
     best = [file for file in best if not file.near] or best
     if len(best) > 1:
         tail = "/".join(_composed(parts[-longest:]))
         exact = [f for f in best if "/".join(_composed(Path(f.path).parts[-longest:])) == tail]
         best = exact if len(exact) == 1 else best
-    return Match(best, longest == len(parts))
+    return NameMatch(best, longest == len(parts))
 
 
 def _composed(parts: Parts) -> Iterator[str]:
@@ -225,10 +231,14 @@ def _composed(parts: Parts) -> Iterator[str]:
 
 
 def _tail(parts: Parts, path: str) -> int:
-    """How many last parts agree."""
-    there = Path(path).parts
-    pairs = zip(reversed(parts), reversed(there), strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if fold(a) != fold(b)), min(len(parts), len(there)))
+    """How many of the last parts agree with the path's."""
+    path_parts = Path(path).parts
+    count = 0
+    for ours, theirs in zip(reversed(parts), reversed(path_parts), strict=False):
+        if fold(ours) != fold(theirs):
+            break
+        count += 1
+    return count
 
 
 def _contradict(name: Parts, file: Parts) -> bool:

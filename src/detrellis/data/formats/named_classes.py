@@ -1,7 +1,7 @@
 """Sets that give their classes by name, a list of objects a picture: Pascal VOC, labelme, VIA and CSV.
 
-The readers make `Record`s, and `dataset` makes columns of them. Class names in alphabetical order get the ids 1, 2,
-...; names that only other splits have follow those of training.
+The readers make an `AnnotatedImage` of each picture, and `datasets` makes columns of them. Class names in alphabetical
+order get the ids 1, 2, ...; names that only other splits have follow those of training.
 """
 
 from __future__ import annotations
@@ -15,81 +15,115 @@ import numpy as np
 from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import read_sizes
 from detrellis.data.records import RawDataset, from_columns
+from detrellis.data.splits import HELD_OUT, SplitFiles
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels; NaN where a number is missing
 
 
-class Thing(NamedTuple):
-    """One object."""
+class AnnotatedObject(NamedTuple):
+    """One object of a picture."""
 
-    name: str
+    name: str  # of its class
     box: Box
     line: int  # its number in the file, or its line, from 1
     difficult: bool = False
     written: str = ""  # what stands where there are no four numbers
 
 
-class Record(NamedTuple):
-    """One picture."""
+class AnnotatedImage(NamedTuple):
+    """One picture with its objects."""
 
-    file: Path  # that tells what it shows
-    image: str  # relative to the root
+    file: Path  # that lists the objects
+    image: str  # the picture's file, relative to the root
     size: tuple[int, int]  # height, width; 0 where the annotations do not say
-    things: Sequence[Thing]
-    problem: str = ""  # why it is unknown what the picture shows; then there are no things
+    objects: Sequence[AnnotatedObject]
+    problem: str = ""  # why it is unknown what the picture shows; then there are no objects
     line: int | None = None  # where the problem is
 
 
-def class_names(records: Mapping[str, Sequence[Record]], wanted: Iterable[str]) -> dict[str, list[str]]:
-    """The names of each wanted split in the order of their ids; `records` has training, where there is one."""
-    names = {split: sorted({t.name for r in rows for t in r.things}) for split, rows in records.items()}
-    return {split: list(dict.fromkeys([*names.get("train", ()), *names[split]])) for split in wanted}
+class SplitAnnotations(NamedTuple):
+    """What a reader makes of the files of one split."""
+
+    images: list[AnnotatedImage]
+    findings: list[Finding]  # what the images cannot hold
 
 
-def dataset(
-    split: str,
-    source: Path,
-    root: Path,
-    records: Sequence[Record],
-    names: Sequence[str],
-    findings: Sequence[Finding] = (),
+def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> list[str]:
+    """The splits to read for the wanted ones: training always, for it says which name has which id."""
+    return [split for split in dict.fromkeys(["train", *wanted]) if split in splits]
+
+
+def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding]:
+    """The note that train and val are fixed parts of the same files, for a `reason`; one of the two splits has it."""
+    if split != "train" or files.part is None:
+        return []
+    what = f"{reason}: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
+    return [finding("layout", split, files.annotations, what)]
+
+
+def datasets(
+    splits: Mapping[str, SplitFiles],
+    wanted: Sequence[str],
+    annotations: Mapping[str, SplitAnnotations],
     difficult: bool = False,
+) -> dict[str, RawDataset]:
+    """The columns of the wanted splits; `annotations` has training's, too, where there is training.
+
+    `difficult`: whether the format marks objects as such. Missing image sizes are read from the files.
+    """
+    names = {split: {o.name for image in read.images for o in image.objects} for split, read in annotations.items()}
+    raws = {}
+    for split in wanted:
+        ordered = dict.fromkeys([*sorted(names.get("train", ())), *sorted(names[split])])
+        ids = {name: number for number, name in enumerate(ordered, start=1)}
+        raws[split] = _dataset(split, splits[split], annotations[split], ids, difficult)
+    return raws
+
+
+def _dataset(
+    split: str, files: SplitFiles, annotations: SplitAnnotations, ids: Mapping[str, int], difficult: bool
 ) -> RawDataset:
-    """The split's columns. Missing sizes are read from the files; `difficult`: whether the format has such marks."""
-    sizes = [r.size for r in records]
-    absent = [row for row, size in enumerate(sizes) if min(size) <= 0]
-    measured = read_sizes([root / records[row].image for row in absent]).tolist()
-    for row, (height, width) in zip(absent, measured, strict=True):
-        sizes[row] = height, width
-    unsaid = sum(not records[row].problem for row in absent)
-    said = list(findings)
-    if unsaid:
-        what = f"{unsaid} of {len(records)} pictures are annotated without height and width"
-        said.append(finding("size-missing", split, source, what, count=unsaid))
-    said += (
-        finding(
-            "unreadable-labels", split, r.file, f"{r.problem}: what {r.image} shows is unknown", line=r.line, row=row
-        )
-        for row, r in enumerate(records)
-        if r.problem
-    )
-    ids = {name: i for i, name in enumerate(names, start=1)}
+    images, root = annotations.images, files.images[0]
+    sizes = _image_sizes(images, root)
+    unknown = sum(min(image.size) <= 0 and not image.problem for image in images)
+    notes = list(annotations.findings)
+    if unknown:
+        what = f"{unknown} of {len(images)} pictures are annotated without height and width"
+        notes.append(finding("size-missing", split, files.annotations, what, count=unknown))
+    notes += _unreadable(split, images)
+    objects = [o for image in images for o in image.objects]
     head = {
         "split": split,
-        "source": source,
+        "source": files.annotations,
         "root": root,
-        "categories": tuple((i, name) for name, i in ids.items()),
-        "label_files": tuple(str(r.file) for r in records),
-        "findings": tuple(said),
-        "difficult": np.array([t.difficult for r in records for t in r.things], dtype=np.bool_) if difficult else None,
+        "categories": tuple((number, name) for name, number in ids.items()),
+        "label_files": tuple(str(image.file) for image in images),
+        "findings": tuple(notes),
+        "difficult": np.array([o.difficult for o in objects], dtype=np.bool_) if difficult else None,
+        "written": {box: o.written for box, o in enumerate(objects) if o.written},
     }
-    things = (t for r in records for t in r.things)
-    head["written"] = {box: t.written for box, t in enumerate(things) if t.written}
-    images = [(r.image, *size) for r, size in zip(records, sizes, strict=True)]
-    return from_columns(head, images, _rows(records, ids))
+    columns = [(image.image, *size) for image, size in zip(images, sizes, strict=True)]
+    return from_columns(head, columns, _box_rows(images, ids))
 
 
-def _rows(records: Sequence[Record], ids: Mapping[str, int]) -> Iterator[tuple[int, int, int, Box]]:
-    for row, record in enumerate(records):
-        for thing in record.things:
-            yield row, thing.line, ids[thing.name], thing.box
+def _image_sizes(images: Sequence[AnnotatedImage], root: Path) -> list[tuple[int, int]]:
+    """Height and width of each image, read from its file where the annotations do not say."""
+    sizes = [image.size for image in images]
+    absent = [row for row, size in enumerate(sizes) if min(size) <= 0]
+    measured = read_sizes([root / images[row].image for row in absent]).tolist()
+    for row, (height, width) in zip(absent, measured, strict=True):
+        sizes[row] = height, width
+    return sizes
+
+
+def _unreadable(split: str, images: Sequence[AnnotatedImage]) -> Iterator[Finding]:
+    for row, image in enumerate(images):
+        if image.problem:
+            what = f"{image.problem}: what {image.image} shows is unknown"
+            yield finding("unreadable-labels", split, image.file, what, line=image.line, row=row)
+
+
+def _box_rows(images: Iterable[AnnotatedImage], ids: Mapping[str, int]) -> Iterator[tuple[int, int, int, Box]]:
+    for row, image in enumerate(images):
+        for each in image.objects:
+            yield row, each.line, ids[each.name], each.box

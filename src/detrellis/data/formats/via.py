@@ -6,21 +6,26 @@ class is the regions' attribute; of several the one called class, label, categor
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detrellis.data.doctor.findings import Finding, finding
-from detrellis.data.files import files_in, read_text, subfolders
-from detrellis.data.formats.labelme import skipped_shapes
+from detrellis.data.files import read_json
 from detrellis.data.formats.lookup import fold, renaming_notes
-from detrellis.data.formats.named_classes import Box, Record, Thing, class_names, dataset
-from detrellis.data.formats.outlines import around, around_ellipse
-from detrellis.data.formats.pictures import Wanted, files_of_splits, image_folder, pictures_of, splits_by_name, spread
+from detrellis.data.formats.named_classes import (
+    AnnotatedImage,
+    AnnotatedObject,
+    Box,
+    SplitAnnotations,
+    datasets,
+    fixed_parts_note,
+    with_training,
+)
+from detrellis.data.formats.outlines import around, around_ellipse, skipped_shapes
+from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import HELD_OUT, SplitFiles, held_out
+from detrellis.data.splits import SplitFiles, select_part
 from detrellis.errors import UserError
 
 CLASS = ("class", "label", "category", "name", "type")  # attributes that are taken where there are several
@@ -28,10 +33,10 @@ HEAD = 65536  # bytes that are looked at to recognise a file
 ONE_CLASS = "object"  # where regions have no attribute at all
 
 
-class Entry(NamedTuple):
-    """One picture."""
+class ViaImage(NamedTuple):
+    """One picture of a VIA file."""
 
-    image: str
+    image: str  # its name as the file has it
     regions: list[Any]
 
 
@@ -43,83 +48,59 @@ def is_via(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             head = stream.read(HEAD).replace(b"\0", b"")  # UTF-16 has a zero in each letter
-        return (b'"_via_' in head or b'"filename"' in head) and _entries(read_text(file)) is not None
+        return (b'"_via_' in head or b'"filename"' in head) and _entries(read_json(file)) is not None
     except (UserError, OSError):
         return False
 
 
-def find_via(data: Path, given: Mapping[str, Path | None]) -> dict[str, SplitFiles] | None:
-    """VIA's files in a folder; None where there are none. Raises `UserError` where names do not tell the splits."""
-    files = [f for folder in [data, *subfolders(data, 1)] for f in files_in(folder, ".json")[:200] if is_via(f)]
-    found = splits_by_name(data, files, "files of VIA")
-    return None if found is None else via_splits(found.files, given, data, parts=found.parts)
+def _image_names(file: Path) -> list[str]:
+    return [image.image for image in _read(file) if image.image]
 
 
-def via_splits(
-    files: Mapping[str, Path], given: Mapping[str, Path | None], data: Path | None = None, parts: bool = False
-) -> dict[str, SplitFiles]:
-    """The files with their image folders; `parts`: one file is train and val together."""
-    return files_of_splits(files, given, lambda file: _images_of(file, data), parts)
-
-
-def _images_of(file: Path, data: Path | None) -> Path:
-    names = [Path(entry.image.replace("\\", "/")) for entry in _read(file) if entry.image]
-    wanted = [Wanted(str(name.with_suffix("")), str(name)) for name in spread(names)]
-    return image_folder(file, (file.parent, data or file.parent.parent), wanted)
+VIA = OneFileFormat(".json", "files of VIA", is_via, _image_names)
 
 
 # Reading
 
 
 def read_via(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
-    """The wanted splits; training is always read, for it says which name has which id."""
-    entries = {split: _own(splits[split]) for split in dict.fromkeys(["train", *wanted]) if split in splits}
+    """The wanted splits. Training is always read: it says which name has which id."""
+    images = {}
+    for split in with_training(splits, wanted):
+        files = splits[split]
+        images[split] = select_part(_read(files.annotations), lambda image: Path(image.image).stem, files.part)
     source = next(iter(splits.values())).annotations
-    attribute = _attribute(source, [entry for own in entries.values() for entry in own])
-    read = {split: _records(split, splits[split], own, attribute) for split, own in entries.items()}
-    names = class_names({split: records for split, (records, _) in read.items()}, wanted)
-    found = {}
-    for split in wanted:
-        records, notes = read[split]
-        found[split] = dataset(split, splits[split].annotations, splits[split].images[0], records, names[split], notes)
-    return found
+    attribute = _class_attribute(source, [image for read in images.values() for image in read])
+    annotations = {split: _of_split(split, splits[split], read, attribute) for split, read in images.items()}
+    return datasets(splits, wanted, annotations)
 
 
-def _entries(text: str) -> list[Any] | None:
-    """The records of the pictures; None where the text is none of VIA's."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+def _entries(content: Any) -> list[dict[str, Any]] | None:
+    """The records of the pictures in a file's content; None where it is none of VIA's."""
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)
-    found = list(content.values()) if isinstance(content, dict) else None
-    return found if found and all(isinstance(e, dict) and {"filename", "regions"} <= e.keys() for e in found) else None
+    entries = list(content.values()) if isinstance(content, dict) else []
+    fitting = all(isinstance(entry, dict) and {"filename", "regions"} <= entry.keys() for entry in entries)
+    return entries if entries and fitting else None
 
 
-def _read(file: Path) -> list[Entry]:
-    found = _entries(read_text(file))
-    if found is None:
+def _read(file: Path) -> list[ViaImage]:
+    entries = _entries(read_json(file))
+    if entries is None:
         raise UserError(f"{file}: not a project or annotations of VIA", "Export the annotations as JSON again.")
-    entries = []
-    for row in found:
-        regions = row["regions"]
-        entries.append(Entry(str(row["filename"]), list(regions.values() if isinstance(regions, dict) else regions)))
-    return entries
+    images = []
+    for entry in entries:
+        regions = entry["regions"]
+        images.append(
+            ViaImage(str(entry["filename"]), list(regions.values() if isinstance(regions, dict) else regions))
+        )
+    return images
 
 
-def _own(files: SplitFiles) -> list[Entry]:
-    entries = _read(files.annotations)
-    if files.part is None:
-        return entries
-    out = held_out(Path(entry.image).stem for entry in entries)
-    return [entry for entry in entries if (Path(entry.image).stem in out) == (files.part == "val")]
-
-
-def _attribute(source: Path, entries: Iterable[Entry]) -> str | None:
+def _class_attribute(source: Path, images: Iterable[ViaImage]) -> str | None:
     """The attribute that holds the class; None where there is none. Raises `UserError` where it could be several."""
     values: dict[str, Counter[str]] = {}
-    for region in (region for entry in entries for region in entry.regions):
+    for region in (region for image in images for region in image.regions):
         for key in _attributes(region):
             if name := _value(region, key):
                 values.setdefault(key, Counter())[name] += 1
@@ -128,16 +109,16 @@ def _attribute(source: Path, entries: Iterable[Entry]) -> str | None:
     known = [key for key in values if fold(key) in CLASS]
     if len(known) == 1:
         return known[0]
-    listed = "".join(f"\n    {key}: {', '.join(list(names)[:6])}" for key, names in values.items())
+    several = "".join(f"\n    {key}: {', '.join(list(names)[:6])}" for key, names in values.items())
     raise UserError(
-        f"{source}: regions have several attributes, and any could be the class:{listed}",
+        f"{source}: regions have several attributes, and any could be the class:{several}",
         "Call the one that holds the class `class`, or delete the others.",
     )
 
 
 def _attributes(region: Any) -> dict[str, Any]:
-    found = region.get("region_attributes") if isinstance(region, dict) else None
-    return found if isinstance(found, dict) else {}
+    attributes = region.get("region_attributes") if isinstance(region, dict) else None
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _value(region: Any, key: str) -> str:
@@ -149,33 +130,33 @@ def _value(region: Any, key: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _records(
-    split: str, files: SplitFiles, entries: Sequence[Entry], attribute: str | None
-) -> tuple[list[Record], list[Finding]]:
-    folder = files.images[0]
-    pictures = pictures_of([Wanted("", entry.image) for entry in entries], folder)
+def _of_split(split: str, files: SplitFiles, images: Sequence[ViaImage], attribute: str | None) -> SplitAnnotations:
+    pictures = pictures_of([PictureName("", image.image) for image in images], files.images[0])
     skipped = Counter[str]()
-    records = []
-    for name, entry in zip(pictures.names, entries, strict=True):
+    annotated = []
+    for name, image in zip(pictures.names, images, strict=True):
+        objects, problem = list[AnnotatedObject](), ""
         try:
-            records.append(Record(files.annotations, name, (0, 0), _things(entry, attribute, skipped)))
+            objects = _objects(image, attribute, skipped)
         except ValueError as error:
-            records.append(Record(files.annotations, name, (0, 0), [], str(error)))
-    notes = [*renaming_notes(split, files.annotations, pictures), *skipped_shapes(split, files.annotations, skipped)]
-    if split == "train" and files.part is not None:
-        what = f"one file of VIA: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
-        notes.append(finding("layout", split, files.annotations, what))
-    return records, notes
+            problem = str(error)
+        annotated.append(AnnotatedImage(files.annotations, name, (0, 0), objects, problem))
+    notes = [
+        *renaming_notes(split, files.annotations, pictures),
+        *skipped_shapes(split, files.annotations, skipped),
+        *fixed_parts_note(split, files, "one file of VIA"),
+    ]
+    return SplitAnnotations(annotated, notes)
 
 
-def _things(entry: Entry, attribute: str | None, skipped: Counter[str]) -> list[Thing]:
-    """The objects of a picture. Raises `ValueError` in words."""
-    things = []
-    for number, region in enumerate(entry.regions, start=1):
+def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> list[AnnotatedObject]:
+    """The objects of a picture; shapes without a box are counted in `skipped`. Raises `ValueError` in words."""
+    objects = []
+    for number, region in enumerate(image.regions, start=1):
         name = ONE_CLASS if attribute is None else _value(region, attribute)
-        shape = region.get("shape_attributes") if isinstance(region, dict) else None
+        shape: Any = region.get("shape_attributes") if isinstance(region, dict) else None
         try:
-            kind = str(shape["name"])  # type: ignore[index]
+            kind = str(shape["name"])
             box = _box(kind, shape)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"region {number} has no shape") from None
@@ -184,8 +165,8 @@ def _things(entry: Entry, attribute: str | None, skipped: Counter[str]) -> list[
         elif not name:
             raise ValueError(f"region {number} has no `{attribute}`, or several")
         else:
-            things.append(Thing(name, box, number))
-    return things
+            objects.append(AnnotatedObject(name, box, number))
+    return objects
 
 
 def _box(kind: str, shape: Any) -> Box | None:

@@ -14,13 +14,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detrellis.data.doctor.findings import Finding, finding
-from detrellis.data.files import files_in, is_image, list_images, map_threads, read_text, subfolders, walk
+from detrellis.data.files import (
+    files_below,
+    files_in,
+    is_image,
+    list_images,
+    map_threads,
+    read_text,
+    stem_below,
+    subfolders,
+)
 from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, renaming_notes
-from detrellis.data.formats.named_classes import Box, Record, Thing, class_names, dataset
-from detrellis.data.formats.pictures import Wanted, image_folder, pictures_of, spread
-from detrellis.data.formats.voc_xml import Item, Parsed, is_voc, parse_xml
+from detrellis.data.formats.named_classes import (
+    AnnotatedImage,
+    AnnotatedObject,
+    Box,
+    SplitAnnotations,
+    datasets,
+    fixed_parts_note,
+    with_training,
+)
+from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, pictures_of, spread
+from detrellis.data.formats.voc_xml import VocFile, VocObject, is_voc, parse_xml
 from detrellis.data.records import RawDataset
-from detrellis.data.splits import HELD_OUT, SPLITS, SplitFiles, held_out
+from detrellis.data.splits import SPLITS, SplitFiles, select_part
 from detrellis.errors import UserError
 
 # Folders that are called like XML files, in the order in which they are preferred.
@@ -31,30 +48,36 @@ DECIMALS = 0.01  # of VOC's own objects fewer have decimals
 # Finding
 
 
-def find_voc(data: Path, images: Mapping[str, Path | None] | None = None) -> dict[str, SplitFiles] | None:
+def find_voc(data: Path, images: GivenImages | None = None) -> dict[str, SplitFiles] | None:
     """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML; None where there are none.
 
     `images` has the image folder of each split for which it is known.
     """
     given = {split: folder for split, folder in (images or {}).items() if folder is not None}
+    data = _year_folder(data)
+    folders_of_splits = [data / name for names in SPLITS.values() for name in names]
+    if splits := _by_folder(data, folders_of_splits, given):
+        return splits
+    annotations = _xml_folder(data)
+    if annotations is None:
+        return None
+    folders_of_splits = [annotations / name for names in SPLITS.values() for name in names]
+    if splits := _by_folder(data, folders_of_splits, given):
+        return splits
+    folder = given.get("train") or _images_of(annotations, data)
+    splits = _by_lists([data, annotations.parent], annotations, folder)
+    if splits is None:
+        splits = {part: SplitFiles(annotations, (folder,), part=part) for part in ("train", "val")}
+    return {split: _with_images(files, given.get(split)) for split, files in splits.items()}
+
+
+def _year_folder(data: Path) -> Path:
+    """The one year in VOCdevkit, or in the folder itself; the folder where there is no year."""
     devkit = data / "VOCdevkit" if (data / "VOCdevkit").is_dir() else data
     years = sorted(p for p in devkit.glob("VOC20*") if (p / "Annotations").is_dir())
     if len(years) > 1:
         raise UserError(f"{data}: more than one year: {', '.join(p.name for p in years)}", "Give one of them.")
-    data = years[0] if years else data
-    if by_folder := _by_folder(data, [data / name for names in SPLITS.values() for name in names], given):
-        return by_folder
-    annotations = _xml_folder(data)
-    if annotations is None:
-        return None
-    inside = [annotations / name for names in SPLITS.values() for name in names]
-    if by_folder := _by_folder(data, inside, given):
-        return by_folder
-    folder = given.get("train") or _images_of(annotations, data)
-    found = _by_lists([data, annotations.parent], annotations, folder) or {
-        part: SplitFiles(annotations, (folder,), part=part) for part in ("train", "val")
-    }
-    return {split: _with_images(files, given.get(split)) for split, files in found.items()}
+    return years[0] if years else data
 
 
 def _with_images(files: SplitFiles, images: Path | None) -> SplitFiles:
@@ -77,23 +100,23 @@ def _xml_folder(data: Path) -> Path | None:
     """The folder below which all XML of VOC's form lies: one of a usual name, `data`, or the only one there is."""
     below = subfolders(data, 1)
     named = sorted((f for f in below if fold(f.name) in XML_FOLDERS), key=lambda f: XML_FOLDERS.index(fold(f.name)))
-    found = next((folder for folder in named if _holds_xml(_xml_below(folder))), None)
-    if found is None and _holds_xml(files_in(data, ".xml")):
-        found = data
-    if found is None:
+    annotations = next((folder for folder in named if _holds_xml(_xml_below(folder))), None)
+    if annotations is None and _holds_xml(files_in(data, ".xml")):
+        annotations = data
+    if annotations is None:
         others = [folder for folder in below if _holds_xml(_xml_below(folder))]
-        found = data if len(others) > 1 else next(iter(others), None)
-    if found is None:
+        annotations = data if len(others) > 1 else next(iter(others), None)
+    if annotations is None:
         return None
     # "annotations/xmls", or a whole set one folder deeper.
-    deeper = None if found == data else _xml_folder(found)
-    if deeper is not None and all(deeper in file.resolve().parents for file in _xml_below(found)):
-        found = deeper
-    return found.resolve()
+    deeper = None if annotations == data else _xml_folder(annotations)
+    if deeper is not None and all(deeper in file.resolve().parents for file in _xml_below(annotations)):
+        annotations = deeper
+    return annotations.resolve()
 
 
 def _xml_below(folder: Path) -> list[Path]:
-    return sorted(Path(parent, name) for parent, names in walk(folder) for name in names if fold(name).endswith(".xml"))
+    return files_below(folder, ".xml")
 
 
 def _holds_xml(files: Sequence[Path]) -> bool:
@@ -101,58 +124,63 @@ def _holds_xml(files: Sequence[Path]) -> bool:
 
 
 def _images_of(annotations: Path, data: Path, around: Path | None = None) -> Path:
-    files = _xml_below(annotations)
-    sample = spread(files)
-    wanted = [Wanted(_stem(file, annotations), parse_xml(file).image) for file in sample]
-    above = [p for p in (data, around, annotations, annotations.parent) if p is not None]
-    return image_folder(annotations, [place.resolve() for place in above], wanted).resolve()
-
-
-def _stem(file: Path, annotations: Path) -> str:
-    return file.relative_to(annotations).with_suffix("").as_posix()
+    sample = spread(_xml_below(annotations))
+    pictures = [PictureName(stem_below(annotations, file), parse_xml(file).image) for file in sample]
+    places = [place for place in (data, around, annotations, annotations.parent) if place is not None]
+    return image_folder(annotations, [place.resolve() for place in places], pictures).resolve()
 
 
 def _by_folder(data: Path, places: Sequence[Path], given: Mapping[str, Path]) -> dict[str, SplitFiles] | None:
     """`train/`, `valid/`, each with its XML; the images are there too, or in a folder called the same."""
     by_name = {fold(place.name): place for place in places if place.is_dir()}
-    found = {}
+    splits = {}
     for split, names in SPLITS.items():
-        own = [by_name[name] for name in names if name in by_name]
-        folders = next((f for place in own if (f := voc_folders(place, given.get(split), data)) is not None), None)
-        if folders is not None:
-            found[split] = SplitFiles(folders[0], (folders[1],))
-    return found if "train" in found else None
+        for place in (by_name[name] for name in names if name in by_name):
+            folders = voc_folders(place, given.get(split), data)
+            if folders is not None:
+                annotations, images = folders
+                splits[split] = SplitFiles(annotations, (images,))
+                break
+    return splits if "train" in splits else None
 
 
 def _by_lists(places: Sequence[Path], annotations: Path, images: Path) -> dict[str, SplitFiles] | None:
+    """The splits that lists of images tell, in the usual folder for them; None where no list is for training."""
     folders = [child(place, parts) for place in places for parts in (("imagesets", "main"), ("imagesets",), ())]
-    lists = next((found for folder in folders if folder is not None and (found := _lists(folder))), {})
+    found = (_lists(folder) for folder in folders if folder is not None)
+    lists = next((lists for lists in found if lists), {})
     # trainval trains where there is no train, and then test is what is left to validate on.
     train = lists.get("train", lists.get("trainval"))
-    held = lists.get("val") if "train" in lists else lists.get("test")
-    meant = {"train": train, "val": held, "test": lists.get("test") if held != lists.get("test") else None}
-    splits = {name: SplitFiles(annotations, (images,), listing=f) for name, f in meant.items() if f is not None}
+    val = lists.get("val") if "train" in lists else lists.get("test")
+    test = lists.get("test") if val != lists.get("test") else None
+    by_split = {"train": train, "val": val, "test": test}
+    splits = {
+        split: SplitFiles(annotations, (images,), listing=file) for split, file in by_split.items() if file is not None
+    }
     return splits if "train" in splits else None
 
 
 def _lists(folder: Path) -> dict[str, Path]:
     """Lists of images by name; {} where none is for training."""
     files = files_in(folder.resolve(), ".txt")
-    lists = {SPLIT_WORDS.get(fold(f.stem), fold(f.stem)): f for f in files}
-    for split in (s for s in (*SPLITS, "trainval") if s not in lists):
-        if (of_class := _of_classes(files, split)) is not None:
+    lists = {SPLIT_WORDS.get(fold(file.stem), fold(file.stem)): file for file in files}
+    for split in (*SPLITS, "trainval"):
+        if split not in lists and (of_class := _list_of_a_class(files, split)) is not None:
             lists[split] = of_class
     return lists if "train" in lists or "trainval" in lists else {}
 
 
-def _of_classes(files: Sequence[Path], split: str) -> Path | None:
+def _list_of_a_class(files: Sequence[Path], split: str) -> Path | None:
     """One of `cat_train.txt`, `dog_train.txt`, which all list the split's images in VOC; None where there are none."""
-    own = [f for f in files if fold(f.stem).endswith(f"_{split}")]
-    named = {frozenset(_readings(line)[-1] for line in read_text(f).splitlines() if line.strip()) for f in own}
-    if len(named) > 1:
-        what = f"{own[0].parent}: lists of single classes ({own[0].name}, ...) that do not name the same images"
-        raise UserError(what, f"Write {own[0].with_name(split)}.txt, one image a line.")
-    return next(iter(own), None)
+    lists = [file for file in files if fold(file.stem).endswith(f"_{split}")]
+    contents = set()
+    for file in lists:
+        lines = read_text(file).splitlines()
+        contents.add(frozenset(_readings(line)[-1] for line in lines if line.strip()))
+    if len(contents) > 1:
+        what = f"{lists[0].parent}: lists of single classes ({lists[0].name}, ...) that do not name the same images"
+        raise UserError(what, f"Write {lists[0].with_name(split)}.txt, one image a line.")
+    return next(iter(lists), None)
 
 
 # Reading
@@ -160,48 +188,43 @@ def _of_classes(files: Sequence[Path], split: str) -> Path | None:
 
 def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits. Training is always read: it says which name has which id, and where pixels count from."""
-    files = {split: _xml_files(splits[split]) for split in dict.fromkeys(["train", *wanted]) if split in splits}
-    parsed = {split: map_threads(parse_xml, own) for split, own in files.items()}
-    train = parsed.get("train") or [p for rows in parsed.values() for p in rows]
-    first = 0 if _means_edges([item for p in train for item in p.items]) else 1
-    read = {split: _matched(split, splits[split], files[split], parsed[split], first) for split in files}
-    names = class_names({split: records for split, (records, _) in read.items()}, wanted)
-    told = set[Path]()
-    found = {}
+    files = {split: _xml_files(splits[split]) for split in with_training(splits, wanted)}
+    parsed = {split: map_threads(parse_xml, xml) for split, xml in files.items()}
+    deciding = parsed.get("train") or [content for contents in parsed.values() for content in contents]
+    first_pixel = 0 if _corners_are_edges([o for content in deciding for o in content.objects]) else 1
+    annotations = {split: _of_split(split, splits[split], files[split], parsed[split], first_pixel) for split in files}
+    # Once for each folder of pictures: those that no XML file is about.
+    looked_at = set[Path]()
     for split in wanted:
-        records, notes = read[split]
-        own = splits[split]
-        if own.images[0] not in told:
-            told.add(own.images[0])
-            of_folder = [s for s in splits if splits[s].images == own.images]
-            used = {r.image for s in of_folder if s in read for r in read[s][0]}
-            notes = [*notes, *_unlabelled(split, own, {splits[s].annotations for s in of_folder}, used)]
-        found[split] = dataset(split, own.annotations, own.images[0], records, names[split], notes, difficult=True)
-    return found
+        folder = splits[split].images[0]
+        if folder not in looked_at:
+            looked_at.add(folder)
+            of_folder = [name for name in splits if splits[name].images == splits[split].images]
+            used = {image.image for name in of_folder if name in annotations for image in annotations[name].images}
+            xml_folders = {splits[name].annotations for name in of_folder}
+            annotations[split].findings.extend(_unlabelled(split, folder, xml_folders, used))
+    return datasets(splits, wanted, annotations, difficult=True)
 
 
 def _xml_files(files: SplitFiles) -> list[Path]:
     everything = _xml_below(files.annotations)
     if files.listing is not None:
         return _listed(files.listing, everything, files.annotations)
-    if files.part is None:
-        return everything
-    out = held_out(file.stem for file in everything)
-    return [file for file in everything if (file.stem in out) == (files.part == "val")]
+    return select_part(everything, lambda file: file.stem, files.part)
 
 
 def _listed(listing: Path, everything: Sequence[Path], annotations: Path) -> list[Path]:
     """The XML file that each line names; one that is not there where none does, or several."""
     count = Counter(fold(file.stem) for file in everything)
     known = {fold(file.stem): file for file in everything if count[fold(file.stem)] == 1}
-    known |= {fold(_stem(file, annotations)): file for file in everything}
-    found = []
+    known |= {fold(stem_below(annotations, file)): file for file in everything}
+    files = []
     for line in read_text(listing).splitlines():
-        readings = _readings(line)
-        if readings:
-            there = (known[fold(name)] for name in readings if fold(name) in known)
-            found.append(next(there, annotations / f"{readings[-1]}.xml"))
-    return list(dict.fromkeys(found))
+        names = _readings(line)
+        if names:
+            existing = (known[fold(name)] for name in names if fold(name) in known)
+            files.append(next(existing, annotations / f"{names[-1]}.xml"))
+    return list(dict.fromkeys(files))
 
 
 def _readings(line: str) -> list[str]:
@@ -214,73 +237,85 @@ def _readings(line: str) -> list[str]:
     return list(dict.fromkeys(way for way in ways if way))
 
 
-def _means_edges(items: Sequence[Item]) -> bool:
-    written = [item.corners for item in items if not item.edges]
-    decimals = sum(any(value % 1 for value in corners if math.isfinite(value)) for corners in written)
-    return decimals > DECIMALS * len(written) or any(min(corners[:2]) < 1 for corners in written)
+def _corners_are_edges(objects: Sequence[VocObject]) -> bool:
+    """Whether corners are edges, counted from 0; else they are inclusive pixels, counted from 1 (see the top)."""
+    written = [o.corners for o in objects if not o.edges]
+    with_decimals = sum(any(value % 1 for value in corners if math.isfinite(value)) for corners in written)
+    return with_decimals > DECIMALS * len(written) or any(min(corners[:2]) < 1 for corners in written)
 
 
-def _matched(
-    split: str, files: SplitFiles, own: Sequence[Path], parsed: Sequence[Parsed], first: int
-) -> tuple[list[Record], list[Finding]]:
-    """A record for each XML file whose picture is known, and findings."""
-    folder = files.images[0]
-    wanted = [Wanted(_stem(file, files.annotations), p.image) for file, p in zip(own, parsed, strict=True)]
-    pictures = pictures_of(wanted, folder)
-    records, notes = [], list(_notes(split, files, parsed))
+def _of_split(
+    split: str, files: SplitFiles, xml_files: Sequence[Path], parsed: Sequence[VocFile], first_pixel: int
+) -> SplitAnnotations:
+    """An image for each XML file whose picture is known, and findings."""
+    names = [
+        PictureName(stem_below(files.annotations, file), content.image)
+        for file, content in zip(xml_files, parsed, strict=True)
+    ]
+    pictures = pictures_of(names, files.images[0])
     everything = _xml_below(files.annotations) if files.listing is not None else []
-    for file, name, (_, size, items, problem) in zip(own, pictures.names, parsed, strict=True):
-        things = [Thing(i.name, _box(i, first), n, i.difficult, i.written) for n, i in enumerate(items, start=1)]
-        if problem and not (folder / name).is_file():
-            alike = [_stem(f, files.annotations) for f in everything if fold(f.stem) == fold(file.stem) and f != file]
-            what = f"{problem}; its name could mean {' or '.join(alike)}" if alike else problem
-            notes.append(finding("unreadable-labels", split, file, what))
-        else:
-            records.append(Record(file, name, size, things, problem))
-    return records, [*notes, *renaming_notes(split, files.annotations, pictures)]
+    images, notes = [], [*fixed_parts_note(split, files, "no lists of train and val")]
+    notes += _difficult(split, files, parsed)
+    for file, name, content in zip(xml_files, pictures.names, parsed, strict=True):
+        if content.problem and not (files.images[0] / name).is_file():
+            notes.append(_no_xml(split, files, file, content.problem, everything))
+            continue
+        objects = [
+            AnnotatedObject(o.name, _box(o, first_pixel), number, o.difficult, o.written)
+            for number, o in enumerate(content.objects, start=1)
+        ]
+        images.append(AnnotatedImage(file, name, content.size, objects, content.problem))
+    notes += renaming_notes(split, files.annotations, pictures)
+    return SplitAnnotations(images, notes)
 
 
-def _box(item: Item, first: int) -> Box:
-    left, top, right, bottom = item.corners
-    if item.edges:
+def _no_xml(split: str, files: SplitFiles, file: Path, problem: str, everything: Sequence[Path]) -> Finding:
+    """A listed image of which there is no XML file, and no picture."""
+    same_name = [other for other in everything if fold(other.stem) == fold(file.stem) and other != file]
+    if same_name:
+        meant = " or ".join(stem_below(files.annotations, other) for other in same_name)
+        problem = f"{problem}; its name could mean {meant}"
+    return finding("unreadable-labels", split, file, problem)
+
+
+def _box(each: VocObject, first_pixel: int) -> Box:
+    left, top, right, bottom = each.corners
+    if each.edges:
         return left, top, right - left, bottom - top
-    x, y = left - first, top - first
+    x, y = left - first_pixel, top - first_pixel
     return x, y, right - x, bottom - y
 
 
-def _unlabelled(split: str, files: SplitFiles, annotations: set[Path], used: set[str]) -> list[Finding]:
+def _unlabelled(split: str, folder: Path, xml_folders: set[Path], used: set[str]) -> list[Finding]:
     """The pictures of the folder that have no XML file: what they show is unknown, so that they are left out."""
-    folder = files.images[0]
-    xml = {file: fold(file.stem) for place in annotations for file in _xml_below(place)}
+    stems = {file: fold(file.stem) for place in xml_folders for file in _xml_below(place)}
     pictures = [p.relative_to(folder).as_posix() for p in list_images(folder)]
     used = used.intersection(pictures)  # others are names without a picture
     taken = {fold(Path(name).with_suffix("").as_posix()) for name in used}
-    # Two that differ in their suffix have one file, and one of them was taken; others may be of splits not read now.
-    told = set(xml.values()) - {fold(Path(name).stem) for name in used}
-    bare = [
-        name
-        for name in pictures
-        if name not in used
-        and (fold(Path(name).with_suffix("").as_posix()) in taken or fold(Path(name).stem) not in told)
-    ]
+    # XML files that may be about other pictures, of splits that are not read now.
+    free = set(stems.values()) - {fold(Path(name).stem) for name in used}
+    bare = []
+    for path in (Path(name) for name in pictures if name not in used):
+        # Two pictures that differ in their suffix have one XML file, and one of them was taken.
+        twin_was_taken = fold(path.with_suffix("").as_posix()) in taken
+        if twin_was_taken or fold(path.stem) not in free:
+            bare.append(path.as_posix())
     if bare:
-        # Files that are called otherwise may name them.
-        stems = {fold(Path(name).stem) for name in pictures}
-        strangers = [file for file, stem in xml.items() if stem not in stems]
-        named = {fold(Path(p.image.replace("\\", "/")).name) for p in map_threads(parse_xml, strangers)}
-        bare = [name for name in bare if fold(Path(name).name) not in named]
+        # XML files that are called otherwise may name them.
+        picture_stems = {fold(Path(name).stem) for name in pictures}
+        strangers = [file for file, stem in stems.items() if stem not in picture_stems]
+        parsed = map_threads(parse_xml, strangers)
+        written = {fold(Path(content.image.replace("\\", "/")).name) for content in parsed}
+        bare = [name for name in bare if fold(Path(name).name) not in written]
     if not bare:
         return []
     what = f"{len(bare)} of {len(pictures)} pictures have no XML file and are left out; the first: {bare[0]}"
     return [finding("unlabelled-images", split, folder, what, count=len(bare))]
 
 
-def _notes(split: str, files: SplitFiles, parsed: Sequence[Parsed]) -> list[Finding]:
-    found = []
-    if files.part is not None and split == "train":
-        what = f"no lists of train and val: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
-        found.append(finding("layout", split, files.annotations, what))
-    if difficult := sum(item.difficult for p in parsed for item in p.items):
-        what = f"{difficult} objects are marked difficult"
-        found.append(finding("difficult-objects", split, files.annotations, what, count=difficult))
-    return found
+def _difficult(split: str, files: SplitFiles, parsed: Sequence[VocFile]) -> list[Finding]:
+    count = sum(o.difficult for content in parsed for o in content.objects)
+    if not count:
+        return []
+    what = f"{count} objects are marked difficult"
+    return [finding("difficult-objects", split, files.annotations, what, count=count)]

@@ -1,6 +1,6 @@
 """One XML file of Pascal VOC, in whatever encoding and dialect tools write it.
 
-Nothing in a file raises: `Parsed.problem` says why what it shows is unknown, and the doctor reports that.
+No content of a file raises: `VocFile.problem` says why what it shows is unknown, and the doctor reports that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HEAD = 4096  # bytes that are looked at to recognise a file
 Corners = tuple[float, float, float, float]  # left, top, right, bottom as written
 
 
-class Item(NamedTuple):
-    """One object."""
+class VocObject(NamedTuple):
+    """One object of an XML file."""
 
     name: str
     corners: Corners  # NaN where a number is missing, which the doctor will name
@@ -33,12 +33,12 @@ class Item(NamedTuple):
     written: str = ""  # what stands where there are no four numbers
 
 
-class Parsed(NamedTuple):
-    """One XML file."""
+class VocFile(NamedTuple):
+    """The content of one XML file."""
 
     image: str  # `filename`, else `path`
     size: tuple[int, int]  # height, width; 0 where missing
-    items: list[Item]
+    objects: list[VocObject]
     problem: str = ""  # why nothing can be said about its picture
 
 
@@ -52,12 +52,12 @@ def is_voc(file: Path) -> bool:
     return ROOT.search(head.replace(b"\0", b"")) is not None  # UTF-16 has a zero in each letter
 
 
-def parse_xml(file: Path) -> Parsed:
+def parse_xml(file: Path) -> VocFile:
     """What the file says, or why it says nothing."""
     try:
         root = _root(file.read_bytes())
         name = _text(root, "filename") or _text(root, "path")
-        return Parsed("" if LOST in name else name, _size(root), _items(root))
+        return VocFile("" if LOST in name else name, _size(root), _objects(root))
     except FileNotFoundError:
         return _unknown("no such file")
     except OSError as error:
@@ -68,8 +68,8 @@ def parse_xml(file: Path) -> Parsed:
         return _unknown(str(error))
 
 
-def _unknown(problem: str) -> Parsed:
-    return Parsed("", (0, 0), [], problem)
+def _unknown(problem: str) -> VocFile:
+    return VocFile("", (0, 0), [], problem)
 
 
 def _root(data: bytes) -> ElementTree.Element:
@@ -106,8 +106,8 @@ def _decoded(data: bytes) -> str | None:
 
 
 def _declared(data: bytes) -> str:
-    found = DECLARED.match(data.removeprefix(codecs.BOM_UTF8))
-    return found.group(1).decode("ascii") if found else ""
+    match = DECLARED.match(data.removeprefix(codecs.BOM_UTF8))
+    return match.group(1).decode("ascii") if match else ""
 
 
 def _no_encoding(data: bytes) -> str:
@@ -118,8 +118,8 @@ def _size(root: ElementTree.Element) -> tuple[int, int]:
     return _whole(root.findtext("size/height")), _whole(root.findtext("size/width"))
 
 
-def _items(root: ElementTree.Element) -> list[Item]:
-    items = []
+def _objects(root: ElementTree.Element) -> list[VocObject]:
+    objects = []
     for number, element in enumerate(root.findall("object"), start=1):
         if _text(element, "deleted") == "1":  # the LabelMe of old keeps what was removed
             continue
@@ -130,8 +130,9 @@ def _items(root: ElementTree.Element) -> list[Item]:
             raise ValueError(f"the <name> of object {number} is not in UTF-8, and no other encoding is declared")
         corners, edges = _corners(element)
         written = "" if all(map(math.isfinite, corners)) else _written(element)
-        items.append(Item(name, corners, edges, _text(element, "difficult").lower() in ("1", "true"), written))
-    return items
+        difficult = _text(element, "difficult").lower() in ("1", "true")
+        objects.append(VocObject(name, corners, edges, difficult, written))
+    return objects
 
 
 def _corners(element: ElementTree.Element) -> tuple[Corners, bool]:
@@ -153,8 +154,8 @@ def _corners(element: ElementTree.Element) -> tuple[Corners, bool]:
 def _written(element: ElementTree.Element) -> str:
     """The numbers as they stand there: `xmin 7,0, ymin 8`."""
     box = element.find("bndbox")
-    told = [] if box is None else [f"{e.tag} {(e.text or '').strip() or 'nothing'}" for e in box]
-    return ", ".join(told)[:SHOWN] or "no <bndbox> with anything in it"
+    numbers = [] if box is None else [f"{e.tag} {(e.text or '').strip() or 'nothing'}" for e in box]
+    return ", ".join(numbers)[:SHOWN] or "no <bndbox> with anything in it"
 
 
 def _around(cx: float, cy: float, w: float, h: float, angle: float) -> Corners:
