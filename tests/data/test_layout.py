@@ -465,7 +465,7 @@ def test_xml_is_read_in_its_encoding(tmp_path: Path, encoding: str, declared: st
     (tmp_path / "a.xml").write_bytes(xml.encode(encoding))
     parsed = parse_xml(tmp_path / "a.xml")
     assert parsed.problem == ""
-    assert [item.name for item in parsed.items] == [name, "dog"]
+    assert [item.name for item in parsed.objects] == [name, "dog"]
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_xml_is_read_in_its_encoding(tmp_path: Path, encoding: str, declared: st
 def test_the_box_around_other_shapes_of_xml(tmp_path: Path, body: str, corners: tuple[int, ...] | None) -> None:
     xml = f"<annotation><object><name>cat</name>{body}</object></annotation>"
     (tmp_path / "a.xml").write_text(xml)
-    (item,) = parse_xml(tmp_path / "a.xml").items
+    (item,) = parse_xml(tmp_path / "a.xml").objects
     if corners is None:
         assert not np.isfinite(item.corners).any()  # bad-box
     else:
