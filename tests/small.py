@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -10,6 +11,7 @@ from detrellis.recipes import RECIPES, Recipe
 from detrellis.recipes.config import BackboneConfig
 from detrellis.types import ImageBatch, Targets
 
+Key = TypeVar("Key")
 CLASSES = 5
 SMALL = [
     "detector.backbone.pretrained=false",
@@ -23,6 +25,22 @@ SMALL = [
     "optim.ema=0.9",
 ]
 NAMES = [make.__name__ for make in RECIPES]
+# One recipe of each kind of network: what any scheme may be stacked on.
+NETWORKS = (
+    "tiny",
+    "detr_r50",
+    "conditional_detr_r50",
+    "dab_detr_r50",
+    "dn_detr_r50",
+    "deformable_detr_r50",
+    "deformable_detr_r50_two_stage",
+    "deformable_detr_r50_two_stage_plus",
+    "dab_deformable_detr_r50",
+    "dn_deformable_detr_r50",
+    "sam_detr_r50",
+    "sam_detr_plus_r50_smca_dn",
+    "smca_detr_r50",
+)
 
 
 def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
@@ -60,10 +78,10 @@ def light(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
 
 
-def distinct(recipes: Mapping[str, Recipe], parts: Sequence[str] = ("detector", "schemes", "loss")) -> list[str]:
+def distinct(recipes: Mapping[Key, Recipe], parts: Sequence[str] = ("detector", "schemes", "loss")) -> list[Key]:
     """One name of each kind, the first: recipes are of one kind if these parts of them are the same. All that a test
     builds of network, schemes and losses, from the first weights on, is then the same too."""
-    kinds: dict[str, str] = {}
+    kinds: dict[str, Key] = {}
     for name, recipe in recipes.items():
         kinds.setdefault(recipe.model_dump_json(include=set(parts)), name)
     return list(kinds.values())

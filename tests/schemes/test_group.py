@@ -15,8 +15,7 @@ from detrellis.supervision import Task, match, supervise
 from detrellis.training import TrainableDetector
 from detrellis.types import Assignment, DecoderOutput, Queries, Segment, Targets
 
-from ..small import CLASSES, images, small, targets
-from ..test_contract import NETWORKS
+from ..small import CLASSES, NETWORKS, images, small, targets
 from .test_hybrid import step_of
 
 TWO_STAGE = ("tiny", "deformable_detr_r50_two_stage", "deformable_detr_r50_two_stage_plus")

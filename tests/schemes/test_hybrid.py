@@ -12,8 +12,7 @@ from detrellis.schemes.base import QueryBlock, Step
 from detrellis.training import TrainableDetector
 from detrellis.types import Targets
 
-from ..small import CLASSES, images, small, targets
-from ..test_contract import NETWORKS
+from ..small import CLASSES, NETWORKS, images, small, targets
 
 
 def step_of(model: TrainableDetector, truth: Targets) -> Step:

@@ -1,0 +1,83 @@
+"""What the invariants of docs/architecture.md are tested on: every recipe at a small size, and stacks of schemes.
+
+One recipe of each kind of backbone keeps its own, at its smallest; the others read the maps of a lighter one. Recipes
+that come to the same then (DC5 and longer training change nothing of what is tested here) are tested once: for what
+the detector does alone, those with the same detector.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from detrellis.recipes.build import build
+from detrellis.recipes.config import Recipe
+from detrellis.training import TrainableDetector
+from detrellis.types import DecoderOutput, ImageBatch, Memory, Segment, Targets
+
+from ..small import CLASSES, NAMES, NETWORKS, distinct, light, small
+
+# Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it can.
+STACKS: dict[str, tuple[str, ...]] = {
+    "own": (),
+    "none": ("none",),
+    "align": ("align=2",),
+    "hybrid": ("hybrid=2",),
+    "stable": ("stable",),
+    "group": ("group=3",),
+    "co": ("co=atss+rcnn",),
+    "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
+    "align, group, co": ("align=2", "group=2", "co=atss+atss"),
+}
+SOFTMAX = {"detr_r50"}  # carries no scheme that sets the classes' targets
+OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")  # torchvision's, dilated, and a Swin
+
+
+def recipe_of(name: str, stack: str) -> Recipe:
+    """The small recipe; with its own backbone only where it is one of the three that have to show it."""
+    recipe = small(name, STACKS[stack])
+    return recipe if name in OWN_BACKBONE and stack in ("own", "none") else light(recipe)
+
+
+def can_carry(name: str, stack: str) -> bool:
+    if stack in ("own", "none"):
+        return True
+    return name in NETWORKS and (name not in SOFTMAX or stack in ("hybrid", "group"))
+
+
+CASES = {(name, stack): recipe_of(name, stack) for name in NAMES for stack in STACKS if can_carry(name, stack)}
+OWN = {name: recipe for (name, stack), recipe in CASES.items() if stack == "own"}
+every_stack = pytest.mark.parametrize(("name", "stack"), distinct(CASES))
+every_recipe = pytest.mark.parametrize("name", distinct(OWN))
+every_detector = pytest.mark.parametrize("name", distinct(OWN, ["detector"]))
+
+
+def make(name: str, stack: str = "own", seed: int = 0) -> TrainableDetector:
+    return build(recipe_of(name, stack), CLASSES, seed=seed)
+
+
+def make_plain(name: str, stack: str) -> TrainableDetector:
+    """The same detector without schemes."""
+    return build(recipe_of(name, stack).with_schemes(["none"]), CLASSES)
+
+
+def flat(output: DecoderOutput) -> Tensor:
+    return torch.cat([output.logits.flatten(), output.boxes.flatten()])
+
+
+def train_step(model: TrainableDetector, batch: ImageBatch, truth: Targets) -> dict[str, Tensor]:
+    model.train()
+    model.zero_grad()
+    model.reseed(0)
+    torch.manual_seed(0)
+    losses = model(batch, truth).losses
+    torch.stack(list(losses.values())).sum().backward()
+    return losses
+
+
+def predict(model: TrainableDetector, memory: Memory) -> Tensor:
+    detector = model.detector
+    memory = detector.encoder(memory)
+    queries, _ = detector.propose(memory)
+    return flat(detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"])

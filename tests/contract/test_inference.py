@@ -1,0 +1,44 @@
+"""What a detector gives at inference, besides the invariants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detrellis.types import ImageBatch
+
+from ..small import CLASSES, images
+from .models import every_detector, make, predict
+
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+
+
+@every_detector
+@torch.no_grad()
+def test_inference_is_the_last_layer_of_training(name: str) -> None:
+    model = make(name).double().eval()
+    batch = ImageBatch(images().pixels.double())
+    last = model.detector(batch)
+    assert last.logits.shape[0] == 1
+    every = predict(model, model.detector.neck(model.detector.backbone(batch.pixels), None))
+    classes = last.logits.shape[-1]
+    logits = every[: every.numel() * classes // (classes + 4)].view(2, -1)
+    torch.testing.assert_close(last.logits.flatten(), logits[1], atol=1e-9, rtol=0)
+
+
+@every_detector
+@torch.no_grad()
+def test_detections_are_in_pixels_of_the_original(name: str) -> None:
+    model = make(name).eval()
+    sizes = torch.tensor([[640, 960], [320, 480]])
+    found = model.detector.detect(images(), sizes)
+    larger, smaller = (
+        d.boxes for d in model.detector.detect(ImageBatch(images().pixels[:1].repeat(2, 1, 1, 1)), sizes)
+    )
+    torch.testing.assert_close(larger, smaller * 2, atol=1e-2, rtol=1e-4)
+    for d in found:
+        # One class a query, or several; soft-NMS looks at as many pairs as there are queries.
+        few = model.detector.softmax or model.detector.soft_nms is not None
+        assert d.scores.shape == (12 if few else 20,)
+        assert (d.scores.diff() <= 0).all()
+        assert d.labels.max() < CLASSES

@@ -1,0 +1,86 @@
+"""Invariant 6 of docs/architecture.md: padding is never read, and more of it changes no prediction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
+from detrellis.nn.spatial import AnchorPosition
+from detrellis.training import TrainableDetector
+from detrellis.types import Memory, Queries, Spatial
+
+from ..small import images, small
+from .models import every_detector, make, predict
+
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+
+
+class KeptInside(nn.Module):
+    """Semantic attention reads whole regions, and what RoIAlign finds there beyond the image's edge, padding or nothing
+    at all, as its reference code does. Here they end at the centres of the outermost cells, so that the rest can be
+    shown to be independent."""
+
+    def __init__(self, position: nn.Module) -> None:
+        super().__init__()
+        self.position = position
+
+    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor, memory: Memory) -> Spatial:
+        where: Spatial = self.position(layer, x, queries, boxes, memory)
+        assert where.references is not None
+        inside = cxcywh_to_xyxy(where.references).clamp(0.25, 0.75)  # the smallest map below has two cells of image
+        return where._replace(references=xyxy_to_cxcywh(inside))
+
+
+def keep_inside(model: TrainableDetector, name: str) -> None:
+    decoder = model.detector.decoder
+    if small(name).detector.cross_attention == "semantic":
+        decoder.position = KeptInside(decoder.position)
+
+
+@every_detector
+@torch.no_grad()
+def test_what_stands_in_padding_is_never_read(name: str) -> None:
+    model = make(name).eval()
+    keep_inside(model, name)
+    batch = images(((64, 96), (48, 64)))
+    memory = model.detector.neck(model.detector.backbone(batch.pixels), batch.padding)
+    assert memory.padding is not None
+    dirty = memory._replace(tokens=memory.tokens + 100 * memory.padding.unsqueeze(-1))
+    outputs = [predict(model, m) for m in (memory, dirty)]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=0)
+
+
+class WithoutRatios(nn.Module):
+    """DINO's query position reads boxes relative to the padded image, as its reference code does: the one place where
+    the amount of padding enters the transformer. Taken out here, so that the rest can be shown to be independent."""
+
+    def __init__(self, position: nn.Module) -> None:
+        super().__init__()
+        self.position = position
+
+    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor, memory: Memory) -> Spatial:
+        out: Spatial = self.position(layer, x, queries, boxes, memory._replace(valid_ratios=None))
+        return out
+
+
+@every_detector
+@torch.no_grad()
+def test_padding_further_changes_no_prediction(name: str) -> None:
+    """From the projected maps on: convolutions and GroupNorm before them see padding, as in the reference codes."""
+    model = make(name).double().eval()
+    decoder = model.detector.decoder
+    if isinstance(decoder.position, AnchorPosition):
+        decoder.position = WithoutRatios(decoder.position)
+    keep_inside(model, name)
+    neck = model.detector.neck
+    assert isinstance(neck, MultiScaleNeck | SingleScaleNeck)
+    batch = images(((128, 128), (128, 64)))
+    levels = neck.project(model.detector.backbone(batch.pixels.double()))
+    assert batch.padding is not None
+    plain = neck.flatten(levels, batch.padding)
+    grown = [nn.functional.pad(m, (0, m.shape[3], 0, m.shape[2]), value=7.0) for m in levels]
+    further = neck.flatten(grown, nn.functional.pad(batch.padding, (0, 128, 0, 128), value=True))
+    torch.testing.assert_close(predict(model, plain), predict(model, further), atol=1e-5, rtol=0)
