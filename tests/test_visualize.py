@@ -24,7 +24,6 @@ from detrellis.visualize import (
     contact_sheet,
     draw_detections,
     ink_on,
-    side_by_side,
 )
 
 GREY = (128, 128, 128)
@@ -330,7 +329,7 @@ def test_a_sheet_of_nothing_and_of_one() -> None:
 
 def test_titles_stand_above_their_pictures() -> None:
     truth, prediction = (Image.new("RGB", (200, 100), colour_of(i)) for i in (0, 1))
-    sheet = side_by_side(truth, prediction, cell=200)
+    sheet = contact_sheet([truth, prediction], 2, ("ground truth", "predicted"), cell=200)
     pixels = np.asarray(sheet)
     places = [np.argwhere((pixels == colour_of(i)).all(2)) for i in (0, 1)]
     assert places[0][:, 1].max() < places[1][:, 1].min()  # truth is on the left

@@ -112,17 +112,6 @@ def contact_sheet(
     return sheet
 
 
-def side_by_side(
-    truth: Image.Image,
-    prediction: Image.Image,
-    titles: tuple[str, str] = ("ground truth", "predicted"),
-    *,
-    cell: int = 640,
-) -> Image.Image:
-    """Ground truth on the left, prediction on the right."""
-    return contact_sheet([truth, prediction], 2, titles, cell=cell)
-
-
 @dataclass(frozen=True)
 class _Mark:
     """One box to draw."""

@@ -247,9 +247,8 @@ def build_loader(
     *,
     workers: int = 0,
     pin_memory: bool = False,
-    prefetch: int = 2,
 ) -> Loader:
-    """Loads the sampler's batches with `workers` processes, each of them `prefetch` batches ahead.
+    """Loads the sampler's batches with `workers` processes, each of them two batches ahead.
 
     A worker computes with one thread, which torch sees to; with `workers=0` the caller's process does the work.
     """
@@ -260,7 +259,6 @@ def build_loader(
         collate_fn=Collate(dataset.transform.pad_to),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        prefetch_factor=prefetch if workers > 0 else None,
         # Its own generator: without one every epoch takes a number from the global one, whose state the model shares.
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,

@@ -22,9 +22,9 @@ class BatchSampler(Sampler[list[Key]]):
     """Training batches of one rank.
 
     Every rank gets `len()` batches of `batch_size` per epoch. What does not divide evenly is filled by starting over
-    with the epoch's first images, or with `drop_last` left out; a data set smaller than one global batch is repeated.
-    `group_by_aspect` takes the images' `(I, 2)` heights and widths and puts portrait and landscape images into separate
-    batches (but for a few mixed ones), which saves padding.
+    with the epoch's first images; a data set smaller than one global batch is repeated. `group_by_aspect` takes the
+    images' `(I, 2)` heights and widths and puts portrait and landscape images into separate batches (but for a few
+    mixed ones), which saves padding.
 
     The position is set, never advanced: call `set_position` before iterating an epoch.
     """
@@ -37,8 +37,6 @@ class BatchSampler(Sampler[list[Key]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
-        drop_last: bool = False,
         group_by_aspect: NDArray[np.int64] | None = None,
     ) -> None:
         if num_images == 0:
@@ -46,10 +44,9 @@ class BatchSampler(Sampler[list[Key]]):
         assert batch_size > 0
         assert 0 <= rank < world_size
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
+        self.rank, self.world_size = rank, world_size
         self.landscape = None if group_by_aspect is None else group_by_aspect[:, 1] >= group_by_aspect[:, 0]
-        whole, rest = divmod(num_images, batch_size * world_size)
-        self.batches = max(whole if drop_last else whole + bool(rest), 1)
+        self.batches = math.ceil(num_images / (batch_size * world_size))
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -69,14 +66,14 @@ class BatchSampler(Sampler[list[Key]]):
     def _rows(self, epoch: int) -> NDArray[np.int64]:
         """(batches, batch_size) image indices of this rank."""
         # [seed, epoch] is hashed into the state, so that neighbouring seeds and epochs are unrelated.
-        random = np.random.Generator(np.random.PCG64([self.seed, epoch])) if self.shuffle else None
-        order = random.permutation(self.num_images) if random else np.arange(self.num_images)
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        order = random.permutation(self.num_images)
         order = np.resize(order, self.batches * self.world_size * self.batch_size)  # repeats from the start
         if self.landscape is not None:
             order = self._grouped(order, random)
         return order.reshape(self.batches, self.world_size, self.batch_size)[:, self.rank]
 
-    def _grouped(self, order: NDArray[np.int64], random: np.random.Generator | None) -> NDArray[np.int64]:
+    def _grouped(self, order: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
         """The same images; as many batches as possible hold one orientation only."""
         assert self.landscape is not None
         sides = self.landscape[order]
@@ -85,7 +82,7 @@ class BatchSampler(Sampler[list[Key]]):
         full = [group[:n] for group, n in zip(groups, whole, strict=True)]
         rest = [group[n:] for group, n in zip(groups, whole, strict=True)]
         rows = np.concatenate(full + rest).reshape(-1, self.batch_size)
-        return random.permutation(rows, axis=0) if random else rows
+        return random.permutation(rows, axis=0)
 
 
 class EvalSampler(Sampler[list[Key]]):

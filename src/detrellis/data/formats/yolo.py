@@ -26,11 +26,10 @@ from detrellis.data.files import (
     subfolders,
 )
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
-from detrellis.data.formats.yolo_labels import Labels, Meaning, meaning, read_labels, wrong_length
+from detrellis.data.formats.yolo_labels import LongLines, YoloFile, long_lines, read_labels
 from detrellis.data.formats.yolo_yaml import (
     SHAPE,
     SUFFIXES,
-    Keypoints,
     class_count,
     class_names,
     given,
@@ -45,9 +44,10 @@ from detrellis.errors import UserError
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")  # at the top, or in a split's folder
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that have one of labels beside them
+PLACES = ("images/{}", "{}/images", "{}.txt", "{}")  # of a split's images, where no yaml says it
 LABELS = ("labels", "label", "annotations")
 SNIFFED = 8  # files of a folder that are opened to see what they are
-IN_PIXELS = 1.5  # shares above this are no drawing errors at the border
+IN_PIXELS = 1.5  # relative coordinates above this are no drawing errors at the border
 
 
 # Finding
@@ -83,34 +83,31 @@ def _from_yaml(file: Path) -> dict[str, SplitFiles]:
     content = load_yaml(file)
     if not given(content, SPLITS["train"]):
         raise UserError(f"{file}: no `train:` (found: {', '.join(map(str, content))})", SHAPE)
-    found = {}
+    splits = {}
     for split, names in SPLITS.items():
         texts = given(content, names)
-        if not texts:
-            continue
         paths = [locate(text, file, content) for text in texts]
         missing = [text for text, path in zip(texts, paths, strict=True) if path is None]
-        if not missing:
-            found[split] = SplitFiles(file, tuple(p for p in paths if p is not None))
-        elif split != "test":  # which many yaml files name without having it
-            raise UserError(
-                f"{file}: `{split}: {missing[0]}` is not there", "Correct the path, or `path:`, or take the line out."
-            )
-    return found
+        if texts and not missing:
+            splits[split] = SplitFiles(file, tuple(path for path in paths if path is not None))
+        elif missing and split != "test":  # which many yaml files name without having it
+            what = f"{file}: `{split}: {missing[0]}` is not there"
+            raise UserError(what, "Correct the path, or `path:`, or take the line out.")
+    return splits
 
 
 def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
-    found = {}
+    splits = {}
     for split, names in SPLITS.items():
-        places = [data / pattern.format(n) for n in names for pattern in ("images/{}", "{}/images", "{}.txt", "{}")]
-        images = next((p for p in places if p.exists()), None)
+        places = (data / pattern.format(name) for name in names for pattern in PLACES)
+        images = next((place for place in places if place.exists()), None)
         if images is not None:
-            found[split] = SplitFiles(file, (images,))
-    if not found and (data / "images").is_dir():
-        found["train"] = SplitFiles(file, (data / "images",))
-    elif not found and _labelled(data):
-        found["train"] = SplitFiles(file, (data,))
-    return found if "train" in found else None
+            splits[split] = SplitFiles(file, (images,))
+    if not splits and (data / "images").is_dir():
+        splits["train"] = SplitFiles(file, (data / "images",))
+    elif not splits and _labelled(data):
+        splits["train"] = SplitFiles(file, (data,))
+    return splits if "train" in splits else None
 
 
 def _labelled(folder: Path) -> bool:
@@ -121,10 +118,10 @@ def _labelled(folder: Path) -> bool:
 
 def labels_without_names(data: Path) -> Path | None:
     """A label file of a folder in which nothing names the classes; None where there is none."""
-    texts = (file for folder in [data, *subfolders(data, depth=2)] for file in files_in(folder, ".txt")[:SNIFFED])
-    for file in texts:
-        labels = read_labels(file)
-        if labels.labels and not labels.malformed and all(max(label.box) <= 1 for label in labels.labels):
+    folders = [data, *subfolders(data, depth=2)]
+    for file in (file for folder in folders for file in files_in(folder, ".txt")[:SNIFFED]):
+        labels, malformed, _ = read_labels(file)
+        if labels and not malformed and all(max(label.box) <= 1 for label in labels):
             return file
     return None
 
@@ -132,14 +129,26 @@ def labels_without_names(data: Path) -> Path | None:
 # Reading
 
 
-class Split(NamedTuple):
-    """The files of one split, and what is in them."""
+class YoloSplit(NamedTuple):
+    """The images of one split with their label files."""
 
+    name: str  # "train", "val" or "test"
+    files: SplitFiles
     images: list[Path]
-    files: list[Path | None]  # the label file of each image, where there is one
-    folders: list[Path]  # where it was looked for
-    read: list[Labels]
+    label_folders: list[Path]  # where the label file of each image was looked for
+    label_files: list[Path | None]  # the label file of each image, where there is one
+    contents: list[YoloFile]
     notes: list[Finding]
+
+    @property
+    def source(self) -> Path:
+        """data.yaml or classes.txt."""
+        return self.files.annotations
+
+    def label_paths(self) -> list[Path]:
+        """The label file of each image, or the one that it would have."""
+        places = zip(self.images, self.label_folders, self.label_files, strict=True)
+        return [file or folder / f"{image.stem}.txt" for image, folder, file in places]
 
 
 def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
@@ -147,27 +156,29 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
 
     What lines of more than five fields are is decided once for all of them, training being asked too.
     """
-    read = {split: _read(splits[split], split) for split in wanted}
-    asked = list(read.values())
-    if (
-        "train" not in read
-        and "train" in splits
-        and any(label.around for s in asked for r in s.read for label in r.labels)
-    ):
-        asked.append(_read(splits["train"], "train"))
-    source = next(iter(splits.values())).annotations
-    said = keypoints(source)
-    way = meaning([r for s in asked for r in s.read], [f for s in asked for f in s.files], said)
-    used = {f for s in asked for f in s.files if f is not None}
-    return {split: _dataset(split, splits[split], read[split], way, said, used) for split in wanted}
+    read = {split: _read(split, splits[split]) for split in wanted}
+    deciding = list(read.values())
+    if "train" in splits and "train" not in read and any(_has_long_lines(split) for split in deciding):
+        deciding.append(_read("train", splits["train"]))
+    label_files = [file for split in deciding for file in split.label_files]
+    contents = [content for split in deciding for content in split.contents]
+    declared = keypoints(next(iter(splits.values())).annotations)
+    lines = long_lines(contents, label_files, declared)
+    used = {file for file in label_files if file is not None}
+    return {name: _dataset(split, lines, used) for name, split in read.items()}
 
 
-def _read(files: SplitFiles, split: str) -> Split:
+def _read(name: str, files: SplitFiles) -> YoloSplit:
     notes: list[Finding] = []
-    listed = [image for place in files.images for image in _listed(place, files.annotations, split, notes)]
+    listed = [image for place in files.images for image in _listed(place, files.annotations, name, notes)]
     images = list(dict.fromkeys(listed))
-    folders, label_files = _label_files(images)
-    return Split(images, label_files, folders, map_threads(read_labels, label_files), notes)
+    label_folders, label_files = _label_files(images)
+    contents = map_threads(read_labels, label_files)
+    return YoloSplit(name, files, images, label_folders, label_files, contents, notes)
+
+
+def _has_long_lines(split: YoloSplit) -> bool:
+    return any(label.around for content in split.contents for label in content.labels)
 
 
 def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iterator[Path]:
@@ -178,9 +189,9 @@ def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iter
     names = [line.strip() for line in read_text(place).splitlines() if line.strip()]
     roots = [place.parent, source.parent, place.parent.parent]
     root = next((r for r in roots if any((r / name).exists() for name in names[:8])), place.parent)
-    found = real_names(names, root, nearby=[source.parent])
-    notes += renaming_notes(split, place, found)
-    yield from (Path(os.path.normpath(root / name)) for name in found.names)
+    resolved = real_names(names, root, nearby=[source.parent])
+    notes += renaming_notes(split, place, resolved)
+    yield from (Path(os.path.normpath(root / name)) for name in resolved.names)
 
 
 def _label_files(images: Sequence[Path]) -> tuple[list[Path], list[Path | None]]:
@@ -188,104 +199,111 @@ def _label_files(images: Sequence[Path]) -> tuple[list[Path], list[Path | None]]
     stems: dict[Path, set[str]] = defaultdict(set)
     for image in images:
         stems[image.parent].add(fold(image.stem))
-    chosen = {parent: _label_folder(parent, own) for parent, own in stems.items()}
-    there = {folder: _by_stem(folder) for folder in set(chosen.values())}
-    folders = [chosen[image.parent] for image in images]
-    return folders, [_pick(there[f].get(fold(i.stem), []), i.stem) for f, i in zip(folders, images, strict=True)]
+    label_folders = {parent: _label_folder(parent, names) for parent, names in stems.items()}
+    by_stem = {folder: _by_stem(folder) for folder in set(label_folders.values())}
+    folders = [label_folders[image.parent] for image in images]
+    files = []
+    for folder, image in zip(folders, images, strict=True):
+        files.append(_pick(by_stem[folder].get(fold(image.stem), []), image.stem))
+    return folders, files
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = defaultdict(list)
+    """The text files of a folder by their folded names without suffix."""
+    files: dict[str, list[Path]] = defaultdict(list)
     for file in files_in(folder, ".txt"):
-        found[fold(file.stem)].append(file)
-    return found
+        files[fold(file.stem)].append(file)
+    return files
 
 
 def _pick(files: Sequence[Path], stem: str) -> Path | None:
-    """The file that has the very letters, else the only one."""
+    """The file that is called exactly so, else the only one."""
     exact = [file for file in files if file.stem == stem]
-    return exact[0] if exact else files[0] if len(files) == 1 else None
+    if exact:
+        return exact[0]
+    return files[0] if len(files) == 1 else None
 
 
 def _label_folder(images: Path, stems: set[str]) -> Path:
     """`labels/` in place of the last `images/`, or in the folder of images, or this itself: where the files are."""
     parts = images.parts
     places = []
-    for last in (i for i in reversed(range(len(parts))) if fold(parts[i]) in IMAGES):
+    last = max((i for i, part in enumerate(parts) if fold(part) in IMAGES), default=None)
+    if last is not None:
         tails = [parts[last + 1 : end] for end in range(len(parts), last, -1)]  # then all labels in one folder
-        found = _called_labels(Path(*parts[:last]))
-        places += [p for tail in tails for f in found if (p := f.joinpath(*tail)).is_dir()]
-        break
-    places += [*_called_labels(images), images]
+        label_folders = _called_labels(Path(*parts[:last]))
+        places = [folder.joinpath(*tail) for tail in tails for folder in label_folders]
+    places = [*(place for place in places if place.is_dir()), *_called_labels(images), images]
     return next((place for place in places if stems & _by_stem(place).keys()), places[0])
 
 
 def _called_labels(folder: Path) -> list[Path]:
     try:
-        found = [entry for entry in folder.iterdir() if fold(entry.name) in LABELS]
+        folders = [entry for entry in folder.iterdir() if fold(entry.name) in LABELS]
     except OSError:
         return []
-    return sorted(found, key=lambda f: (LABELS.index(fold(f.name)), f.name))
+    return sorted(folders, key=lambda f: (LABELS.index(fold(f.name)), f.name))
 
 
-def _dataset(
-    split: str, files: SplitFiles, own: Split, way: Meaning, said: Keypoints | None, used: set[Path]
-) -> RawDataset:
-    source = files.annotations
-    root = common_root(own.images, source.parent)
-    names = class_names(source)
-    label_files = [f or d / f"{i.stem}.txt" for i, d, f in zip(own.images, own.folders, own.files, strict=True)]
-    findings = [*own.notes, *_class_count(source, names, split)]
-    findings += _of_lines(own, label_files, split, way, said)
-    findings += _shared(own, split)
-    findings += _long_lines(own, label_files, source, split, way, said)
-    findings += _in_pixels(own.read, source, split, way)
-    findings += _orphans(own, files, split, used)
+def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
+    """The split's columns; `used` are the label files of all splits."""
+    root = common_root(split.images, split.source.parent)
+    names = class_names(split.source)
+    findings = [
+        *split.notes,
+        *_class_count(split, names),
+        *_malformed(split, lines),
+        *_shared_labels(split),
+        *_assumed(split, lines),
+        *_in_pixels(split, lines),
+        *_orphans(split, used),
+    ]
     head = {
-        "split": split,
-        "source": source,
+        "split": split.name,
+        "source": split.source,
         "root": root,
         "categories": names,
-        "label_files": tuple(str(file) for file in label_files),
+        "label_files": tuple(str(file) for file in split.label_paths()),
         "findings": tuple(findings),
     }
-    # Shares are of the picture that was labelled, and it was labelled as viewers show it. The doctor says which fail.
-    sizes = read_sizes(own.images)
-    images = [(i.relative_to(root).as_posix(), *size) for i, size in zip(own.images, sizes.tolist(), strict=True)]
-    return from_columns(head, images, _rows(own.read, sizes.tolist(), way, said))
+    # Boxes are relative to the picture that was labelled, and it was labelled as viewers show it.
+    sizes = read_sizes(split.images).tolist()
+    images = [(path.relative_to(root).as_posix(), *size) for path, size in zip(split.images, sizes, strict=True)]
+    return from_columns(head, images, _box_rows(split, sizes, lines))
 
 
-def _class_count(source: Path, names: Sequence[tuple[int, str]], split: str) -> Iterator[Finding]:
-    count = class_count(source)
+def _class_count(split: YoloSplit, names: Sequence[tuple[int, str]]) -> Iterator[Finding]:
+    count = class_count(split.source)
     if count is not None and count != len(names):
-        yield finding("class-count", split, source, f"`nc: {count}`, but `names` has {len(names)}")
+        yield finding("class-count", split.name, split.source, f"`nc: {count}`, but `names` has {len(names)}")
 
 
-def _of_lines(
-    own: Split, label_files: Sequence[Path], split: str, way: Meaning, said: Keypoints | None
-) -> Iterator[Finding]:
+def _malformed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
     """Files that cannot be read, and lines that are no labels."""
-    for row, (file, read) in enumerate(zip(label_files, own.read, strict=True)):
-        if read.problem:
-            yield finding("unreadable-labels", split, file, read.problem, row=row)
-        odd = ((label.line, wrong_length(label, way, said)) for label in read.labels)
-        for line, what in sorted([*read.malformed, *((n, f"line {n}: {why}") for n, why in odd if why)]):
-            yield finding("malformed-label", split, file, what, line=line)
+    for row, (file, content) in enumerate(zip(split.label_paths(), split.contents, strict=True)):
+        if content.problem:
+            yield finding("unreadable-labels", split.name, file, content.problem, row=row)
+        problems = list(content.malformed)
+        for label in content.labels:
+            if why := lines.wrong_length(label):
+                problems.append((label.line, f"line {label.line}: {why}"))
+        for line, what in sorted(problems):
+            yield finding("malformed-label", split.name, file, what, line=line)
 
 
-def _shared(own: Split, split: str) -> Iterator[Finding]:
+def _shared_labels(split: YoloSplit) -> Iterator[Finding]:
     """Pictures that differ in their suffix and have one label file: unless they are copies, whose it is is unknown."""
     owners: dict[Path, list[int]] = defaultdict(list)
-    for row, file in enumerate(own.files):
+    for row, file in enumerate(split.label_files):
         if file is not None:
             owners[file].append(row)
     for file, rows in owners.items():
-        images = [own.images[row] for row in rows]
+        images = [split.images[row] for row in rows]
         if len(rows) < 2 or len({_content(image) for image in images}) == 1:
             continue
+        what = f"{file.name} could belong to {' or '.join(image.name for image in images)}"
         for row in rows:
-            what = f"{file.name} could belong to {' or '.join(i.name for i in images)}"
-            yield finding("shared-labels", split, own.images[row], what, row=row)
+            yield finding("shared-labels", split.name, split.images[row], what, row=row)
 
 
 def _content(image: Path) -> bytes:
@@ -295,51 +313,49 @@ def _content(image: Path) -> bytes:
         return b""
 
 
-def _long_lines(
-    own: Split, label_files: Sequence[Path], source: Path, split: str, way: Meaning, said: Keypoints | None
-) -> Iterator[Finding]:
+def _assumed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
     """What was assumed of long lines where the yaml does not say it."""
-    rows = [row for row, read in enumerate(own.read) if any(label.around for label in read.labels)]
-    if not rows or said is not None or way == "polygons":
+    rows = [row for row, content in enumerate(split.contents) if any(label.around for label in content.labels)]
+    if not rows or lines.declared is not None or lines.kind == "polygons":
         return
-    fields = Counter(label.fields for row in rows for label in own.read[row].labels if label.around)
-    listed = ", ".join(str(count) for count, _ in fields.most_common(4))
-    if way == "keypoints":
-        what = f"lines of {listed} fields are read as a box with keypoints behind it, which are passed over"
-        yield finding("keypoints", split, source, what, count=fields.total())
+    fields = Counter(label.fields for row in rows for label in split.contents[row].labels if label.around)
+    lengths = ", ".join(str(count) for count, _ in fields.most_common(4))
+    if lines.kind == "keypoints":
+        what = f"lines of {lengths} fields are read as a box with keypoints behind it, which are passed over"
+        yield finding("keypoints", split.name, split.source, what, count=fields.total())
         return
+    what = f"lines of {lengths} fields could be polygons, or boxes with keypoints behind them"
+    label_paths = split.label_paths()
     for row in rows:
-        what = f"lines of {listed} fields could be polygons, or boxes with keypoints behind them"
-        yield finding("unclear-labels", split, label_files[row], what, row=row)
+        yield finding("unclear-labels", split.name, label_paths[row], what, row=row)
 
 
-def _rows(
-    read: Sequence[Labels], sizes: Sequence[Sequence[int]], way: Meaning, said: Keypoints | None
+def _box_rows(
+    split: YoloSplit, sizes: Sequence[Sequence[int]], lines: LongLines
 ) -> Iterator[tuple[int, int, int, tuple[float, ...]]]:
-    for row, (labels, size) in enumerate(zip(read, sizes, strict=True)):
+    for row, (content, size) in enumerate(zip(split.contents, sizes, strict=True)):
         height, width = (max(side, 1) for side in size)
-        for label in labels.labels:
-            if label.around is not None and (way == "unclear" or wrong_length(label, way, said)):
-                continue
-            x, y, w, h = label.around if label.around is not None and way == "polygons" else label.box
-            yield row, label.line, label.category, (x * width, y * height, w * width, h * height)
+        for label in content.labels:
+            if lines.has_box(label):
+                x, y, w, h = lines.box(label)
+                yield row, label.line, label.category, (x * width, y * height, w * width, h * height)
 
 
-def _in_pixels(read: Sequence[Labels], source: Path, split: str, way: Meaning) -> list[Finding]:
-    rows = [label.around if label.around and way == "polygons" else label.box for own in read for label in own.labels]
-    boxes = np.array(rows).reshape(-1, 4)
+def _in_pixels(split: YoloSplit, lines: LongLines) -> list[Finding]:
+    labels = [label for content in split.contents for label in content.labels]
+    boxes = np.array([lines.box(label) for label in labels]).reshape(-1, 4)
     far = (np.abs(boxes) > IN_PIXELS).any(axis=1)
     if not len(boxes) or far.mean() < 0.5:
         return []
     what = f"{far.sum()} of {len(boxes)} boxes have coordinates far above 1: they look like pixels"
-    return [finding("pixel-boxes", split, source, what, count=int(far.sum()))]
+    return [finding("pixel-boxes", split.name, split.source, what, count=int(far.sum()))]
 
 
-def _orphans(own: Split, files: SplitFiles, split: str, used: set[Path]) -> list[Finding]:
+def _orphans(split: YoloSplit, used: set[Path]) -> list[Finding]:
     """Label files that are not `used` by any split. Where text files list the images, the others belong elsewhere."""
-    if not all(place.is_dir() for place in files.images):
+    if not all(place.is_dir() for place in split.files.images):
         return []
-    folders = set(own.folders) - {image.parent for image in own.images}  # else README.txt would be one
-    found = [f for folder in sorted(folders) for f in files_in(folder, ".txt") if f not in used]
+    folders = set(split.label_folders) - {image.parent for image in split.images}  # else README.txt would be one
+    orphans = [f for folder in sorted(folders) for f in files_in(folder, ".txt") if f not in used]
     what = "a label file without an image of this name"
-    return [finding("label-without-image", split, f, what) for f in found if f.name != "classes.txt"]
+    return [finding("label-without-image", split.name, f, what) for f in orphans if f.name != "classes.txt"]

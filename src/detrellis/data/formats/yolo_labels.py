@@ -1,15 +1,16 @@
 """YOLO's label files: lines, and what the longer ones are.
 
-`class cx cy w h` is a box in shares of the image. A longer line is a polygon, or a box with keypoints behind it, and
-nothing in it says which: `meaning` decides for the set as a whole, or not at all.
+`class cx cy w h` is a box, relative to the image's width and height. A longer line is a polygon, or a box with
+keypoints behind it, and nothing in it says which: `long_lines` decides for the set as a whole, or not at all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,42 +19,43 @@ from detrellis.data.files import read_text
 from detrellis.data.formats.yolo_yaml import Keypoints
 from detrellis.errors import UserError
 
-Shares = tuple[float, float, float, float]  # x, y, width, height in shares of the image
-Meaning = Literal["polygons", "keypoints", "unclear"]
+Item = TypeVar("Item")
+RelativeBox = tuple[float, float, float, float]  # x, y, width, height, relative to the image's
+LineKind = Literal["polygons", "keypoints", "unclear"]
 SAMPLE = 200  # long lines that decide what they are
 SLACK = 0.01  # of the image, by which rounding and sloppy points may miss
-FITTING = 0.95  # share of lines of which boxes must hold their points, to be keypoints
+FITTING = 0.95  # fraction of lines whose boxes must hold their points, to be keypoints
 MISFIT = 0.5
-SIMPLE = 0.75  # share of lines that must not cross themselves, to be polygons
+SIMPLE = 0.75  # fraction of lines that must not cross themselves, to be polygons
 
 
-class Label(NamedTuple):
+class YoloLabel(NamedTuple):
     """One line of a label file."""
 
     line: int
     category: int
-    box: Shares  # of its first four numbers
-    around: Shares | None  # around all its points; None where it has but a box
+    box: RelativeBox  # of its first four numbers
+    around: RelativeBox | None  # around all its points, of a line of more than five fields; else None
     fields: int
 
 
-class Labels(NamedTuple):
-    """One label file."""
+class YoloFile(NamedTuple):
+    """The content of one label file."""
 
-    labels: list[Label]
+    labels: list[YoloLabel]
     malformed: list[tuple[int, str]]  # (line, what is wrong)
     problem: str = ""  # why the file cannot be read
 
 
-def read_labels(file: Path | None) -> Labels:
+def read_labels(file: Path | None) -> YoloFile:
     """All lines of a label file; none of None."""
     labels, malformed = [], []
     try:
         text = "" if file is None else read_text(file)
     except UserError as error:
-        return Labels([], [], error.message.removeprefix(f"{file}: "))
+        return YoloFile([], [], error.message.removeprefix(f"{file}: "))
     if "\0" in text:
-        return Labels([], [], "not a text file")
+        return YoloFile([], [], "not a text file")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -61,10 +63,10 @@ def read_labels(file: Path | None) -> Labels:
             labels.append(parse_line(line, number))
         except ValueError as error:
             malformed.append((number, f"line {number}: {error}: {line.strip()[:60]!r}"))
-    return Labels(labels, malformed)
+    return YoloFile(labels, malformed)
 
 
-def parse_line(line: str, number: int = 0) -> Label:
+def parse_line(line: str, number: int = 0) -> YoloLabel:
     """A label line. Raises `ValueError` saying what is wrong with it."""
     fields = line.split()
     try:
@@ -84,35 +86,71 @@ def parse_line(line: str, number: int = 0) -> Label:
     if len(numbers) > 4:
         xs, ys = numbers[::2], numbers[1::2]
         around = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
-    return Label(number, int(category), box, around, len(fields))
+    return YoloLabel(number, int(category), box, around, len(fields))
 
 
 # What long lines are
 
 
-def meaning(labels: Sequence[Labels], files: Sequence[Path | None], said: Keypoints | None) -> Meaning:
+class LongLines(NamedTuple):
+    """What the lines of more than five fields are, in a set as a whole."""
+
+    kind: LineKind
+    declared: Keypoints | None  # what the yaml says; None where the numbers decided
+
+    def box(self, label: YoloLabel) -> RelativeBox:
+        """The box that a line means: around its polygon, or of its first four numbers."""
+        return label.around if label.around is not None and self.kind == "polygons" else label.box
+
+    def has_box(self, label: YoloLabel) -> bool:
+        """Whether it is known what box the line means."""
+        return label.around is None or (self.kind != "unclear" and not self.wrong_length(label))
+
+    def wrong_length(self, label: YoloLabel) -> str:
+        """Why a line of this length is none of the set's; "" where it is one."""
+        if label.around is None:
+            return ""
+        if self.kind == "polygons":
+            fits = label.fields % 2 == 1 and label.fields >= 7
+            return "" if fits else f"{label.fields} fields, neither a box (5) nor a polygon (odd, at least 7)"
+        if self.kind == "unclear" or self.declared is None:
+            return ""
+        expected = 5 + self.declared.points * self.declared.values
+        if label.fields == expected:
+            return ""
+        return f"{label.fields} fields, and a box with the keypoints of `kpt_shape` has {expected}"
+
+
+def long_lines(contents: Sequence[YoloFile], files: Sequence[Path | None], declared: Keypoints | None) -> LongLines:
     """What the lines of more than five fields in all these files are, by the yaml or by their numbers."""
-    if said is not None:
-        return "keypoints" if said.points else "polygons"
-    long = [file for file, own in zip(files, labels, strict=True) if any(label.around for label in own.labels)]
-    step = max(1, -(-len(long) // SAMPLE))
-    lines = [numbers for file in long[::step] if file is not None for numbers in _long_lines(file)]
-    return decide(lines[:: max(1, -(-len(lines) // SAMPLE))]) if lines else "polygons"
+    if declared is not None:
+        return LongLines("keypoints" if declared.points else "polygons", declared)
+    with_long = [
+        file
+        for file, content in zip(files, contents, strict=True)
+        if file is not None and any(label.around for label in content.labels)
+    ]
+    lines = [numbers for file in _sample(with_long) for numbers in _long_lines(file)]
+    return LongLines(decide(_sample(lines)) if lines else "polygons", None)
+
+
+def _sample(items: list[Item]) -> list[Item]:
+    """At most `SAMPLE` items, evenly spaced over the list."""
+    return items[:: max(1, -(-len(items) // SAMPLE))]
 
 
 def _long_lines(file: Path) -> list[NDArray[np.float64]]:
-    rows = (line.split()[1:] for line in read_text(file).splitlines())
-    found = []
-    for row in rows:
-        try:
-            found += [np.array(row, dtype=np.float64)] if len(row) > 5 else []
-        except ValueError:
-            continue  # malformed
-    return found
+    """The numbers behind the class of each long line."""
+    lines = []
+    for line in read_text(file).splitlines():
+        numbers = line.split()[1:]
+        with suppress(ValueError):  # a malformed line
+            lines += [np.array(numbers, dtype=np.float64)] if len(numbers) > 5 else []
+    return lines
 
 
-def decide(lines: Sequence[NDArray[np.float64]]) -> Meaning:
-    """Of the numbers behind the class in each line.
+def decide(lines: Sequence[NDArray[np.float64]]) -> LineKind:
+    """What long lines are, by the numbers behind the class in each of them.
 
     Keypoints lie in their box, are (0, 0) where they are missing, and may carry 0, 1 or 2 for "visible". Read as a
     polygon such a line crosses itself, because its second point is a size. Polygons seldom do, and half of them fit as
@@ -125,7 +163,8 @@ def decide(lines: Sequence[NDArray[np.float64]]) -> Meaning:
         return "keypoints"
     if all(_is_parallelogram(line) for line in lines):
         return "polygons"
-    simple = sum(not _crosses_itself(line) for line in sorted(lines, key=len)[:50]) / min(len(lines), 50)
+    shortest = sorted(lines, key=len)[:50]
+    simple = sum(not _crosses_itself(line) for line in shortest) / len(shortest)
     if inside >= FITTING and simple <= MISFIT:
         return "keypoints"
     # A triangle cannot cross itself, so that it must fit badly.
@@ -144,14 +183,15 @@ def _fits(line: NDArray[np.float64], values: int) -> bool:
         return False
     points = line[4:].reshape(-1, values)
     points = points[(points[:, :2] != 0).any(axis=1)]
-    low, high = line[:2] - line[2:4] / 2, line[:2] + line[2:4] / 2
-    room = SLACK + 0.05 * line[2:4]
-    whole = (line[2:4] > 0).all() and (low >= -SLACK).all() and (high <= 1 + SLACK).all()
-    return bool(whole and (points[:, :2] >= low - room).all() and (points[:, :2] <= high + room).all())
+    centre, size = line[:2], line[2:4]
+    low, high = centre - size / 2, centre + size / 2
+    in_image = (size > 0).all() and (low >= -SLACK).all() and (high <= 1 + SLACK).all()
+    room = SLACK + 0.05 * size
+    return bool(in_image and (points[:, :2] >= low - room).all() and (points[:, :2] <= high + room).all())
 
 
 def _is_parallelogram(line: NDArray[np.float64]) -> bool:
-    """Whether four points, whose diagonals halve each other."""
+    """Whether the line is four points whose diagonals halve each other."""
     if len(line) != 8:
         return False
     a, b, c, d = line.reshape(4, 2)
@@ -171,17 +211,5 @@ def _crosses_itself(line: NDArray[np.float64]) -> bool:
 
 
 def _cross(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
-    return found
-
-
-def wrong_length(label: Label, way: Meaning, said: Keypoints | None) -> str:
-    """Why a line of this length is none of the set's; "" where it is one."""
-    if label.around is None:
-        return ""
-    if way == "polygons":
-        fits = label.fields % 2 == 1 and label.fields >= 7
-        return "" if fits else f"{label.fields} fields, neither a box (5) nor a polygon (odd, at least 7)"
-    if way == "keypoints" and said is not None and label.fields != 5 + said.points * said.values:
-        return f"{label.fields} fields, and a box with the keypoints of `kpt_shape` has {5 + said.points * said.values}"
-    return ""
+    product: NDArray[np.float64] = u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0]
+    return product

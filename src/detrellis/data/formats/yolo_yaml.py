@@ -39,13 +39,13 @@ def load_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: malformed yaml ({' '.join(str(error).split())})", f"{tab}{SHAPE}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: {'not a yaml mapping' if text.strip() else 'the file is empty'}", SHAPE)
-    if twice := _twice(node):
+    if twice := _repeated_key(node):
         raise UserError(f"{file}: {twice}", "Remove one of them.")
     return content
 
 
-def _twice(node: yaml.Node | None) -> str:
-    """`names:` is there twice (lines 3 and 7): PyYAML takes the last one without a word."""
+def _repeated_key(node: yaml.Node | None) -> str:
+    """`names:` is there twice (lines 3 and 7), "" where no key is: PyYAML takes the last one without a word."""
     if not isinstance(node, yaml.MappingNode):
         return ""
     first: dict[str, int] = {}
@@ -53,7 +53,7 @@ def _twice(node: yaml.Node | None) -> str:
         line = key.start_mark.line + 1
         if first.setdefault(str(key.value), line) != line:
             return f"`{key.value}:` is there twice (lines {first[str(key.value)]} and {line})"
-        if inside := _twice(value):
+        if inside := _repeated_key(value):
             return inside
     return ""
 
@@ -63,9 +63,9 @@ def given(content: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     for name in names:
         entries = content.get(name)
         texts = entries if isinstance(entries, list) else [entries]
-        found = [text for text in texts if isinstance(text, str) and text.strip().lower() not in NOTHING]
-        if found:
-            return found
+        paths = [text for text in texts if isinstance(text, str) and text.strip().lower() not in NOTHING]
+        if paths:
+            return paths
     return []
 
 
