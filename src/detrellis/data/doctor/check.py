@@ -30,20 +30,21 @@ def check(
     splits: Sequence[str] | None = None,
     capacity: Capacity | None = None,
 ) -> Report:
-    """Looks at the whole data set (or the named splits); `fast` leaves the images undecoded.
+    """The report of the whole data set, or of the named splits.
 
-    The fast part reads the annotations and asks for every file; the full one also decodes every image, with `workers`
+    A `fast` check reads the annotations and asks for every file; the full one also decodes every image, with `workers`
     threads (default: one a core) and, with `progress`, a bar on stderr. `capacity` is that of the detector which is to
-    learn from it. Raises `UserError` where a file cannot be read
-    as what it should be.
+    learn from the data set. Raises `UserError` where a file cannot be read as what it should be.
     """
     raws = source.load_all(splits)
     report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
-    left = [] if source.folder is None or splits is not None else unused_files(source.folder, source.splits, raws)
-    return replace(report, findings=(*report.findings, *_left_out(source, raws), *left))
+    report = report.with_findings(_unused_annotations(source, raws))
+    if source.folder is None or splits is not None:
+        return report
+    return report.with_findings(unused_files(source.folder, source.splits, raws))
 
 
-def _left_out(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
+def _unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
     return [] if source.folder is None else unused_annotations(source.folder, source.splits, raws)
 
 
@@ -57,24 +58,24 @@ def examine(
 ) -> Report:
     """`check` of splits that are already read."""
     facts = {split: gather(raw, fast=fast, progress=progress, workers=workers) for split, raw in raws.items()}
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for split, raw in raws.items():
-        found += [*raw.findings, *_nothing(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
-    found += shared_images(raws, facts)
-    found += check_classes(raws)
+        findings += [*raw.findings, *_empty(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
+    findings += shared_images(raws, facts)
+    findings += check_classes(raws)
     if capacity is not None:
-        found += check_queries(raws, capacity)
-    return Report(tuple(_without_consequences(found)), summarise(raws), fast)
+        findings += check_queries(raws, capacity)
+    return Report(tuple(_without_consequences(findings)), summarise(raws), fast)
 
 
-def _without_consequences(found: Sequence[Finding]) -> list[Finding]:
+def _without_consequences(findings: Sequence[Finding]) -> list[Finding]:
     """A record of which the reader said what is wrong is not named again for what follows from that."""
-    told = {(f.split, f.noun, f.row) for f in found if f.code in MALFORMED and f.row is not None}
-    return [f for f in found if f.code in MALFORMED or (f.split, f.noun, f.row) not in told]
+    malformed = {(f.split, f.noun, f.row) for f in findings if f.code in MALFORMED and f.row is not None}
+    return [f for f in findings if f.code in MALFORMED or (f.split, f.noun, f.row) not in malformed]
 
 
-def _nothing(raw: RawDataset) -> list[Finding]:
-    """No images, or no boxes. A test split without boxes is only not evaluated, as with COCO's."""
+def _empty(raw: RawDataset) -> list[Finding]:
+    """The findings of a split without images or without boxes; a test split without boxes, as COCO's, is all right."""
     if not len(raw):
         return [finding("no-images", raw.split, raw.source, "no images are listed")]
     if len(raw.ids) or raw.split == "test":
@@ -96,39 +97,39 @@ def prepare(
     if "train" not in raws:
         raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
     report = examine(raws, fast=not skip_bad, capacity=capacity)
-    report = replace(report, findings=(*report.findings, *_left_out(source, raws)))
-    found, report = _taken_over(raws, report, raws["train"].classes, skip_bad)
-    return found["train"], found.get("val"), found["train"].classes, report
+    report = report.with_findings(_unused_annotations(source, raws))
+    annotations, report = _annotations(raws, report, raws["train"].classes, skip_bad)
+    return annotations["train"], annotations.get("val"), annotations["train"].classes, report
 
 
 def prepare_split(
     source: DataSource, split: str, classes: ClassMap, skip_bad: SkipBad = False
 ) -> tuple[Annotations, Report]:
-    """One split for a detector that is already trained: as `prepare`, with `classes` in place of a training set's."""
+    """One split for a detector that is already trained, and the report: as `prepare`, with the detector's `classes`."""
     raws = source.load_all([split])
     report = examine(raws, fast=not skip_bad)
-    differing = disagreements(raws[split], list(zip(classes.ids, classes.names, strict=True)))
-    report = replace(report, findings=(*report.findings, *differing))
-    found, report = _taken_over(raws, report, classes, skip_bad)
-    return found[split], report
+    report = report.with_findings(disagreements(raws[split], list(zip(classes.ids, classes.names, strict=True))))
+    annotations, report = _annotations(raws, report, classes, skip_bad)
+    return annotations[split], report
 
 
-def _taken_over(
+def _annotations(
     raws: Mapping[str, RawDataset], report: Report, classes: ClassMap, skip_bad: SkipBad
 ) -> tuple[dict[str, Annotations], Report]:
+    """What training reads of each split, bad records left out; and the report, which counts them."""
     if report.errors and not skip_bad:
         raise UserError(
             f"the data set has errors\n{report.text()}",
             "`detrellis check` lists them all, `detrellis check --fix OUT` writes a clean copy, `--skip-bad` leaves "
             "them out.",
         )
-    found, skipped = {}, {}
+    annotations, skipped = {}, {}
     for split, raw in raws.items():
         kept, counts = drop_bad(raw, report.errors, keep_partial=skip_bad == "boxes")
         aligned, changed = align_classes(kept, list(zip(classes.ids, classes.names, strict=True)))
         if not len(aligned.ids):
-            raise UserError(
-                f"{raw.source}: no box of {split} is left\n{report.text()}", "Put the data set right first."
-            )
-        found[split], skipped[split] = to_annotations(aligned, classes), counts | changed
-    return found, replace(report, skipped={split: counts for split, counts in skipped.items() if counts})
+            what = f"{raw.source}: no box of {split} is left\n{report.text()}"
+            raise UserError(what, "Put the data set right first.")
+        annotations[split] = to_annotations(aligned, classes)
+        skipped[split] = counts | changed
+    return annotations, replace(report, skipped={split: counts for split, counts in skipped.items() if counts})

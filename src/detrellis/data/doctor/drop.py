@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detrellis.data.doctor.boxes import repeated, usable
-from detrellis.data.doctor.findings import RULES, Finding
+from detrellis.data.doctor.findings import RULES, Action, Finding
 from detrellis.data.records import RawDataset
 
 # The two keys in the counts that are no finding's code.
@@ -33,38 +33,44 @@ def drop_bad(
     Repeated annotation ids are renumbered, and a file listed twice is listed once with the boxes of both. The findings
     must be of this very data set: they name rows.
     """
-    mine = [f for f in findings if f.split == raw.split]
+    of_split = [f for f in findings if f.split == raw.split]
     counts = Counter[str]()
-    for f in mine:
+    for f in of_split:
         if RULES[f.code].action != "none":
             counts[f.code] += f.count
-    rows = {
-        action: np.array([f.row for f in mine if RULES[f.code].action == action and f.row is not None], dtype=np.int64)
-        for action in ("drop image", "drop box", "renumber")
-    }
-    raw = _merged(raw, [f for f in mine if f.code == "duplicate-file"])
-    raw = _renumbered(raw, rows["renumber"])
+    # Changes: a file's records merged, ids made unique.
+    raw = _merged(raw, [f for f in of_split if f.code == "duplicate-file"])
+    raw = _renumbered(raw, _rows(of_split, "renumber"))
+    # Records that are named.
     images, boxes = np.ones(len(raw), dtype=np.bool_), np.ones(len(raw.ids), dtype=np.bool_)
-    images[rows["drop image"]] = False
-    images[[f.row for f in mine if f.code == "duplicate-file" and f.row is not None]] = False
-    boxes[rows["drop box"]] = False
+    images[_rows(of_split, "drop image")] = False
+    images[_rows(of_split, "merge")] = False
+    boxes[_rows(of_split, "drop box")] = False
+    # Images that lost an object, and copies of boxes that came with merging.
     if not keep_partial:
-        partial = images & _lost(raw, mine)
+        partial = images & _lost(raw, of_split)
         images &= ~partial
         counts[PARTIAL] += int(partial.sum())
     if counts["duplicate-file"]:
-        again = (repeated(raw) >= 0) & usable(raw) & boxes
-        boxes &= ~again
-        counts["duplicate-box"] += int(again.sum())
-    homeless = boxes & (raw.box_rows >= 0) & ~_of(images, raw.box_rows)
-    counts[WITH_IMAGE] += int(homeless.sum())
-    return raw.take(images, boxes & ~homeless), {code: count for code, count in counts.items() if count}
+        copies = (repeated(raw) >= 0) & usable(raw) & boxes
+        boxes &= ~copies
+        counts["duplicate-box"] += int(copies.sum())
+    # Boxes of images that are left out.
+    of_dropped = boxes & (raw.box_rows >= 0) & ~_of(images, raw.box_rows)
+    counts[WITH_IMAGE] += int(of_dropped.sum())
+    return raw.take(images, boxes & ~of_dropped), {code: count for code, count in counts.items() if count}
+
+
+def _rows(findings: Iterable[Finding], action: Action) -> NDArray[np.int64]:
+    """The records that findings of an action name."""
+    rows = [f.row for f in findings if RULES[f.code].action == action and f.row is not None]
+    return np.array(rows, dtype=np.int64)
 
 
 def _lost(raw: RawDataset, findings: Iterable[Finding]) -> Mask:
     """(I,) images of which an object is left out."""
     about = [f for f in findings if RULES[f.code].action == "drop box" and f.code != "duplicate-box"]
-    boxes = np.array([f.row for f in about if f.row is not None], dtype=np.int64)
+    boxes = _rows(about, "drop box")
     owners = raw.box_rows[boxes[~raw.crowd[boxes]]]
     lost = np.zeros(len(raw), dtype=np.bool_)
     lost[owners[owners >= 0]] = True
@@ -78,12 +84,12 @@ def _of(images: Mask, rows: NDArray[np.int64]) -> Mask:
     return np.append(images, True)[rows]
 
 
-def _merged(raw: RawDataset, twice: list[Finding]) -> RawDataset:
-    """Boxes of a file's later records given to its first."""
-    if not twice:
+def _merged(raw: RawDataset, repeated_files: list[Finding]) -> RawDataset:
+    """The split with the boxes of a file's later records given to its first."""
+    if not repeated_files:
         return raw
     first = np.arange(len(raw))
-    first[[f.row for f in twice if f.row is not None]] = [f.other for f in twice if f.other is not None]
+    first[_rows(repeated_files, "merge")] = [f.other for f in repeated_files if f.other is not None]
     known = raw.box_rows >= 0
     owners = raw.box_image_ids.copy()
     owners[known] = raw.image_ids[first[raw.box_rows[known]]]
@@ -91,7 +97,7 @@ def _merged(raw: RawDataset, twice: list[Finding]) -> RawDataset:
 
 
 def _renumbered(raw: RawDataset, rows: NDArray[np.int64]) -> RawDataset:
-    """New annotation ids, above all others, for the rows."""
+    """The split with new annotation ids, above all others, in these rows."""
     ids = raw.ids.copy()
     ids[rows] = ids.max(initial=0) + 1 + np.arange(len(rows))
     return replace(raw, ids=ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 @dataclass(frozen=True)
 class Report:
-    """What the doctor found."""
+    """All findings of a check, with a summary of each split."""
 
     findings: tuple[Finding, ...]
     summaries: tuple[SplitSummary, ...]
@@ -41,6 +41,10 @@ class Report:
     def exit_code(self) -> int:
         """1 where there are errors; warnings and notes are no failure."""
         return 1 if self.errors else 0
+
+    def with_findings(self, findings: Iterable[Finding]) -> Report:
+        """The same report with further findings."""
+        return replace(self, findings=(*self.findings, *findings))
 
     def counts(self) -> dict[str, int]:
         """Records by severity: a finding may stand for many."""
@@ -66,13 +70,13 @@ class Report:
             "skipped": {split: dict(counts) for split, counts in self.skipped.items()},
         }
 
-    def text(self, severity: str = "error", most: int = 6) -> str:
-        """The findings of one severity in a few lines, for an error message."""
+    def text(self, severity: str = "error", limit: int = 6) -> str:
+        """The findings of one severity in a few lines, at most `limit` kinds of them, for an error message."""
         groups = [group for group in self.groups() if group[0].severity == severity]
-        lines = [f"{_count(group)} {group[0].code}{_of(group[0])}: {describe(group[0])}" for group in groups[:most]]
-        return "\n".join(
-            f"  {line}" for line in lines + ([f"and {len(groups) - most} more kinds"] if len(groups) > most else [])
-        )
+        lines = [f"{_count(group)} {group[0].code}{_of(group[0])}: {describe(group[0])}" for group in groups[:limit]]
+        if len(groups) > limit:
+            lines.append(f"and {len(groups) - limit} more kinds")
+        return "\n".join(f"  {line}" for line in lines)
 
     def table(self) -> Group:
         """Splits, classes and findings for a console of 100 columns or more."""
@@ -83,15 +87,15 @@ class Report:
         if self.findings:
             parts.append(_findings_table(self.groups()))
         counts = self.counts()
-        verdict = ", ".join(f"{_plural(counts[severity], severity)}" for severity in SEVERITIES)
+        totals = ", ".join(_plural(counts[severity], severity) for severity in SEVERITIES)
         depth = "The images were not decoded (fast check)." if self.fast else "Every image was decoded."
         colour = "red" if self.errors else "green"
-        parts.append(Text.assemble((verdict, colour), f". {depth}"))
+        parts.append(Text.assemble((totals, colour), f". {depth}"))
         return Group(*parts)
 
 
 def describe(f: Finding) -> str:
-    """`cats/7.jpg, image id 7: no such file`."""
+    """Where a finding is, and what it is: `cats/7.jpg, image id 7: no such file`."""
     return f"{_where(f)}: {f.what}"
 
 
@@ -137,8 +141,8 @@ def _splits_table(summaries: Sequence[SplitSummary]) -> Table:
     for s in summaries:
         total = max(s.boxes, 1)
         sizes = [f"{count / total:.0%}" for count in s.box_sizes]
-        numbers = [f"{n:,}" for n in (s.images, s.images_without_boxes, s.boxes)]
-        table.add_row(s.split, *numbers, f"{s.boxes / max(s.images, 1):.1f}", str(s.most_boxes), f"{s.crowd:,}", *sizes)
+        counts = [f"{n:,}" for n in (s.images, s.images_without_boxes, s.boxes)]
+        table.add_row(s.split, *counts, f"{s.boxes / max(s.images, 1):.1f}", str(s.most_boxes), f"{s.crowd:,}", *sizes)
     frames = [" .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in s.image_sizes)) for s in summaries]
     table.caption = "Width x height: " + "; ".join(f"{s.split} {f}" for s, f in zip(summaries, frames, strict=True))
     table.caption_justify = "left"
@@ -157,10 +161,10 @@ def _classes_table(summaries: tuple[SplitSummary, ...]) -> Table:
     for s in summaries:
         table.add_column(f"{s.split} boxes (images)", justify="right")
     rows = sorted(summaries[0].classes, key=lambda c: -c.boxes) if summaries else []
-    counts = [{c.name: c for c in s.classes} for s in summaries]
+    by_name = [{c.name: c for c in s.classes} for s in summaries]
     for row in rows[:CLASSES]:
-        found = (names.get(row.name) for names in counts)
-        cells = ["-" if c is None else f"{c.boxes:,} ({c.images:,})" for c in found]
+        counts = (classes.get(row.name) for classes in by_name)
+        cells = ["-" if c is None else f"{c.boxes:,} ({c.images:,})" for c in counts]
         table.add_row(Text(row.name), str(row.id), *cells)
     if len(rows) > CLASSES:
         table.add_row(f"and {len(rows) - CLASSES} more", "", *("" for _ in summaries))
