@@ -24,6 +24,15 @@ def test_the_umask_is_honoured_whoever_writes(tmp_path: Path, umask: int, mode: 
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.safetensors", "b.json")] == [mode, mode]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        own = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, own=own: (done.append(name), own(*args)))
+    replace_files((tmp_path / "a", lambda p: p.write_text("a")), (tmp_path / "b", lambda p: p.write_text("b")))
+    assert done == ["fsync", "fsync", "replace", "replace"]
+
+
 def test_all_or_nothing(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         path.write_text("half")

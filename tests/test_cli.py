@@ -70,6 +70,9 @@ LIGHT = [
     ["reproduce", "align"],
     ["reproduce", "align", "3"],
     ["compare", "x"],
+    ["compare", "--data", "nowhere"],
+    ["train", "tiny", "--data", "nowhere"],
+    ["check", "--data", "nowhere"],
 ]
 LIGHT += [["train"], ["train", "tinny"], ["train", "tiny", "-o", "optim.lrr=1"], ["info", "dino"], ["bench", "x"]]
 LIGHT += [[*verb.split(), "--help"] for verb in VERBS]
@@ -87,8 +90,15 @@ for words in eval(sys.argv[1]):
 """
 
 
-def test_what_needs_no_torch_does_not_import_it() -> None:
-    done = subprocess.run([sys.executable, "-c", PROBE, repr(LIGHT)], capture_output=True, text=True)
+def test_what_needs_no_torch_does_not_import_it(shapes: Path) -> None:
+    data = ["--data", str(shapes)]
+    words = [
+        *LIGHT,
+        ["check", *data],
+        ["compare", "--schemes", "none,alignn", *data],
+        ["compare", "--schemes", "align", *data],
+    ]
+    done = subprocess.run([sys.executable, "-c", PROBE, repr(words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -292,7 +302,11 @@ def begin(verb: Callable[[], None], code: int, monkeypatch: pytest.MonkeyPatch) 
         (KeyboardInterrupt(), 130, []),  # of training, which has said where it is
         (MemoryError(), 1, ["error out of memory", "optim.batch_size"]),
         (OSError(28, "No space left on device"), 2, ["error No space left on device", "Make room"]),
-        (PermissionError(13, "Permission denied", "a [red] file"), 2, ["error a [red] file: Permission denied"]),
+        (
+            PermissionError(13, "Permission denied", "a [red] file"),
+            2,
+            ["error a [red] file: Permission denied", "permissions"],
+        ),
         (BrokenPipeError(32, "Broken pipe"), 1, []),
         (KeyError("shape"), 1, ["Traceback", "error KeyError: 'shape'", "report it", detrellis.__version__]),
     ],
@@ -318,9 +332,11 @@ def test_whatever_is_raised_ends_in_words(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("becomes", [None, ImportError("a half-imported library")])
+@pytest.mark.parametrize("leads", [True, False])
 def test_a_signal_is_a_line_and_its_exit_code(
     number: signal.Signals,
     becomes: Exception | None,
+    leads: bool,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -332,9 +348,10 @@ def test_a_signal_is_a_line_and_its_exit_code(
                 raise becomes from None
             raise
 
+    monkeypatch.setattr("detrellis.cli.entry.LEADS", leads)  # under torchrun, of one process alone
     before = signal.getsignal(number)
     begin(interrupted, 128 + number, monkeypatch)
-    assert capsys.readouterr().err == "Stopped.\n"
+    assert capsys.readouterr().err == ("Stopped.\n" if leads else "")
     assert signal.getsignal(number) == before
 
 

@@ -29,8 +29,9 @@ def main() -> None:
 
 
 def _leave(number: int, frame: object) -> NoReturn:
-    """Nothing has begun yet, and a module may be half imported: leave at once."""
-    print("Stopped.", file=sys.stderr, flush=True)
+    """Nothing has begun yet, and a module may be half imported: leave at once. Under torchrun one process says so."""
+    if os.environ.get("RANK", "0") == "0":
+        print("Stopped.", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 

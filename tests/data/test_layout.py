@@ -718,14 +718,23 @@ def test_nothing_recognised_counts_the_files_of_each_folder(tmp_path: Path) -> N
     ("arguments", "message", "remedy"),
     [
         ({"val": Path("v.json")}, "only v.json is given, as --val", "Give --train too; or this file as --train"),
+        ({"data": Path("https://example.org/set.zip")}, "a URL, not a file or folder", "Download it first"),
+        ({"train": Path("s3://bucket/train.json")}, "a URL, not a file or folder", "Download it first"),
         ({"train_images": Path(".")}, "only --train-images given, but no annotations", "--data FOLDER"),
     ],
 )
-def test_half_a_data_set_says_what_to_give(arguments: dict[str, Path], message: str, remedy: str) -> None:
+def test_what_is_no_data_set_says_what_to_give(arguments: dict[str, Path], message: str, remedy: str) -> None:
     with pytest.raises(UserError) as error:
         resolve(**arguments)
     assert message in error.value.message
     assert remedy in error.value.remedy
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "set.tar.gz").touch()
+    with pytest.raises(UserError, match="an archive") as error:
+        resolve(data=tmp_path / "set.tar.gz")
+    assert "Unpack it" in error.value.remedy
 
 
 def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
@@ -744,11 +753,11 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
     assert "unused-files" not in {f.code for f in check(source, fast=True, splits=["train"]).findings}
 
 
-def test_linked_folders_are_used(tmp_path: Path) -> None:
+def test_linked_folders_and_files_are_used(tmp_path: Path) -> None:
     CocoSet(tmp_path / "real").write()
-    (tmp_path / "set").mkdir()
-    for name in ("images", "annotations"):
-        (tmp_path / "set" / name).symlink_to(tmp_path / "real" / name, target_is_directory=True)
+    (tmp_path / "set" / "annotations").mkdir(parents=True)
+    for name in ("images", *(f"annotations/{f.name}" for f in (tmp_path / "real" / "annotations").iterdir())):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "real" / name)
     assert "unused-files" not in {f.code for f in check(resolve(data=tmp_path / "set"), fast=True).findings}
 
 

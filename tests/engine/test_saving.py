@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -272,6 +273,34 @@ def test_an_unfinished_run_is_no_success(
     else:
         assert f"Stopped by {signal.Signals(number).name} after step 1, and saved." in done.output
         assert "Done in" in follow(done.output)
+
+
+def test_a_long_epoch_is_saved_now_and_then(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr("detrellis.engine.train.SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(RunLog, "step", lambda *_, **__: saved.append(load_run(tmp_path / "run")[0]["step"]))
+    detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0)
+    assert saved == list(range(STEPS))
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a second SIGTERM does not: a machine that shuts down repeats it while the run is saved."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = tmp_path / signal.Signals(number).name
+        stopping = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
+        with monkeypatch.context() as patch, stopping:
+            stop_at(patch, 1, number)
+            stop_at(patch, 1, number)
+            run(shapes, out)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert load_run(tmp_path / "SIGINT")[0]["step"] == 0
+    assert load_run(tmp_path / "SIGTERM")[0]["step"] == 1
+    said = capsys.readouterr().out
+    assert "Stopped at once. The run is saved up to step 0. Go on with: detrellis train --resume" in said
+    assert "Done in" in follow(said)
 
 
 def test_a_loss_that_is_not_finite_is_gone_on_from_as_the_message_says(

@@ -169,18 +169,22 @@ def train(
 
     Example: detrellis train tiny --data my_data --epochs 40 -o optim.lr=2e-4
     """
-    if resume is None and (recipe is not None or weights is None):
-        choose_recipe(recipe, scale, scheme or (), override or ())  # a misspelt word is told before torch is imported
+    # A misspelt word, or data that are not there, are told before torch is imported.
+    if resume is not None:
+        _only_with_resume(*(recipe, weights, boxes, scale, scheme, out, seed, skip_bad, keep_partial))
+    elif recipe is not None or weights is None:
+        choose_recipe(recipe, scale, scheme or (), override or ())
+    source = None if resume is not None else files.source()
     from detrellis import api
 
     speaks = speaker(as_json)
-    shared: dict[str, Any] = {**vars(files), "override": override or (), "epochs": epochs, "console": speaks}
+    shared: dict[str, Any] = {"override": override or (), "epochs": epochs, "console": speaks}
     if resume is not None:
-        _only_with_resume(*(recipe, weights, boxes, scale, scheme, out, seed, skip_bad, keep_partial))
-        result = api.resume(resume, device=device, workers=workers, **shared)
+        result = api.resume(resume, device=device, workers=workers, **vars(files), **shared)
     else:
         result = api.train(
             recipe,
+            data=source,
             weights=weights,
             boxes=boxes,
             scale=scale,

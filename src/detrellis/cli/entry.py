@@ -21,6 +21,10 @@ from detrellis.terminal import never_fail_to_print
 from detrellis.version import __version__
 
 WRONG_USE, FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, or name another disk with --out."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Check the permissions of this file and of the folders above it."),
+}
 ROOM = "Take a smaller -o optim.batch_size, -o data.size or --batch-size, fewer --workers, or end other programs."
 
 
@@ -44,7 +48,8 @@ def start(app: typer.Typer) -> NoReturn:
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         code = _run(app, caught)
     if caught:
-        errors.say("Stopped.")
+        if LEADS:
+            errors.say("Stopped.")
         code = 128 + caught[0]
     raise SystemExit(code)
 
@@ -125,8 +130,7 @@ def _from_system(error: OSError) -> Refusal:
         os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))
     ]
     message = ": ".join([*where, error.strerror or str(error)])
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return Refusal(message, "Make room, or name another disk with --out." if full else "")
+    return Refusal(message, REMEDIES.get(error.errno or 0, ""))
 
 
 def _refuse(refused: Refusal) -> int:

@@ -22,17 +22,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
-from torch import Tensor
 
 from detrellis.data import jpeg
 from detrellis.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -89,17 +90,24 @@ def read_header(path: Path) -> Header:
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """The image as uint8 RGB `(3, H, W)`; `UserError` naming the file where it cannot be read to its end.
+    """As `read_pixels`, a tensor `(3, H, W)`. In memory the channels stand last, as decoders write and resizing likes
+    them."""
+    import torch  # only now: the doctor does without
+
+    return torch.from_numpy(read_pixels(path, size)).permute(2, 0, 1)
+
+
+def read_pixels(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """The image as uint8 RGB `(H, W, 3)`; `UserError` naming the file where it cannot be read to its end.
 
     `size` is the (height, width) that the annotations give for the image: it decides only what is done about an EXIF
-    orientation (see `turn`) and never resizes. In memory the channels stand last, as decoders write and resizing
-    likes them.
+    orientation (see `turn`) and never resizes.
     """
     with _opened(path) as image:
         pixels = np.array(_upright(image, path, size), dtype=np.uint8)
         if image.format in JPEGS and jpeg.grey(pixels) and jpeg.starved(path.read_bytes()):
             raise UserError("damaged: the picture data end too soon, and the rest of the picture is grey", REMEDY)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return pixels
 
 
 @contextmanager

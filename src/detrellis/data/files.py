@@ -93,7 +93,8 @@ def image_suffixes() -> frozenset[str]:
     from PIL import Image  # only now: asking it imports the plugins of all formats
 
     known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in known if name in Image.OPEN and name not in NO_PICTURES)
+    read = {*Image.OPEN, "MPO"} - {*NO_PICTURES}  # an MPO is opened as the JPEG that it begins with
+    return frozenset(suffix for suffix, name in known if name in read)
 
 
 def hidden(name: str) -> bool:
@@ -183,13 +184,24 @@ def common_root(paths: Sequence[Path], default: Path) -> Path:
     return Path(os.path.commonpath([p.parent for p in paths])) if paths else default
 
 
+def read_head(path: Path, size: int = 65536) -> str:
+    """How a text file begins, odd letters replaced by a mark. `UserError` where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
+    return data.decode(json.detect_encoding(data[:4]), errors="replace").removeprefix("\ufeff")
+
+
 def read_text(path: Path) -> str:
     """A text file's content, in UTF-8, UTF-16 or UTF-32; `UserError` where it cannot be read."""
     try:
         data = path.read_bytes()
         return data.decode(json.detect_encoding(data[:4])).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+        what = f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})"
+        raise UserError(what, "If it is text, save it in UTF-8.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +36,8 @@ NAME_THEM = (
     "name what there is: `--train FILE` (.json of COCO or VIA, .csv) or `--train FOLDER` (XML of Pascal VOC, JSON of "
     "labelme), with `--train-images FOLDER` where the images are not near; the same with `--val` and `--val-images`."
 )
-REMEDY = f"Arrange it like one of these, or {NAME_THEM}"
+REMEDY = f"Export it as one of these from the tool that wrote it, or {NAME_THEM}"
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 MAX_SHOWN = 16  # folders that the message names
 
 READERS: Mapping[str, Callable[[Mapping[str, SplitFiles], Sequence[str]], dict[str, RawDataset]]] = {
@@ -142,10 +144,10 @@ def _explicit(files: Mapping[str, Path | None], given: GivenImages) -> DataSourc
     if any(are_folders):
         both = " and ".join(str(path) for path in named.values())
         raise UserError(f"{both}: one is a file, the other a folder", "Give two files, or two folders of XML.")
-    if all(path.suffix.lower() == ".csv" for path in named.values()):
-        return DataSource("csv", one_file_splits(CSV, named, given))
     if all(is_via(path) for path in named.values()):
         return DataSource("via", one_file_splits(VIA, named, given))
+    if all(path.suffix.lower() == ".csv" for path in named.values()):
+        return DataSource("csv", one_file_splits(CSV, named, given))
     return _coco(named, given)
 
 
@@ -185,6 +187,10 @@ def _coco(files: Mapping[str, Path], given: GivenImages, why: str = "") -> DataS
 
 
 def _must_exist(path: Path) -> None:
+    if re.match(r"[a-z0-9+.-]{2,}:/", str(path), re.IGNORECASE):  # not C:/
+        raise UserError(f"{path}: a URL, not a file or folder", "Download it first, unpack it, and give the folder.")
+    if path.suffix.lower() in ARCHIVES and path.is_file():
+        raise UserError(f"{path}: an archive", "Unpack it, and give the folder.")
     if not path.exists():
         raise UserError(f"{path}: no such file or folder", f"Correct the path; the current folder is {Path.cwd()}.")
 
@@ -247,10 +253,10 @@ def _nested(data: Path, given: GivenImages) -> DataSource | None:
 
 
 def _single_file(file: Path, given: GivenImages) -> DataSource:
-    if file.suffix.lower() == ".csv":
-        return DataSource("csv", one_file_splits(CSV, {"train": file}, given, parts=True))
     if is_via(file):
         return DataSource("via", one_file_splits(VIA, {"train": file}, given, parts=True))
+    if file.suffix.lower() == ".csv":
+        return DataSource("csv", one_file_splits(CSV, {"train": file}, given, parts=True))
     if file.suffix.lower() == ".json":
         return _coco({"train": file}, given)
     splits = find_yolo(file) if file.suffix.lower() in (".yaml", ".yml") else None

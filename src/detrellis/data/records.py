@@ -101,7 +101,14 @@ class RawDataset:
         )
 
 
+HUGE = 1e15  # no pixel of any picture: sums and products of such numbers would overflow
+
 BOX_COLUMNS = ("ids", "box_image_ids", "box_categories", "boxes", "areas", "crowd", "lines")
+
+
+def believed(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`(T, 4)` boxes with NaN for numbers that no picture can have."""
+    return np.where(np.abs(boxes) < HUGE, boxes, np.nan)
 
 
 def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -187,7 +194,7 @@ def from_columns(
         ids=np.arange(1, count + 1, dtype=np.int64),
         box_image_ids=np.array(image_rows, dtype=np.int64) + 1,
         box_categories=np.array(categories, dtype=np.int64),
-        boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        boxes=believed(np.array(boxes, dtype=np.float64).reshape(-1, 4)),
         areas=np.full(count, np.nan),
         crowd=np.zeros(count, dtype=np.bool_),
         lines=np.array(lines, dtype=np.int64),

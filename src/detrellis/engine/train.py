@@ -310,7 +310,7 @@ class Run:
         if self.state.step == 0:
             return f"Nothing has been trained yet. Go on with: {resume}; with other settings take another --out."
         all_of = "Nothing that was trained is lost: the" if self.safe[1] == self.state.step else "The"
-        return f"{all_of} run is saved up to step {self.safe[1]}. Once that is put right, go on with: {resume}"
+        return f"{all_of} run is saved up to step {self.safe[1]}. Go on with: {resume}"
 
     def _lower_rate(self) -> str:
         config, safe = self.recipe.optim, 0 if self.safe is None else self.safe[1]

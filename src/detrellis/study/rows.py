@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-import torch
-
 from detrellis.data.doctor.check import prepare
 from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
-from detrellis.recipes.build import build
 from detrellis.recipes.schemes import SchemesConfig
 from detrellis.recipes.tables import Paper, Table
 from detrellis.recipes.tables import Row as TableRow
@@ -105,6 +102,10 @@ def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
 
 def check_row(recipe: Recipe, classes: int) -> None:
     """Raises `UserError` for a recipe that cannot be built. Nothing is allocated."""
+    import torch  # only now: it takes seconds, and what can be refused without it has been
+
+    from detrellis.recipes.build import build
+
     with torch.device("meta"):
         build(recipe.untrained(), classes)
 

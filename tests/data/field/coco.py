@@ -28,6 +28,12 @@ def some_backslashes(root: Path) -> Arguments:
     return {"data": root}
 
 
+def no_suffix(root: Path) -> Arguments:
+    save_all(root / "images")
+    write_json(root / "train.json", coco(names=[name_of(n, "") for n in range(PICTURES)]))
+    return {"data": root}
+
+
 def other_case(root: Path) -> Arguments:
     for number in range(PICTURES):
         name = name_of(number)
@@ -74,6 +80,7 @@ def odd_rows(root: Path) -> Arguments:
     content = coco()
     content["images"] += [None, {"id": 99}]
     content["annotations"][0]["bbox"] = [1, 2, "wide", None]
+    content["annotations"][1]["bbox"] = [1, 2, 1e308, 1e308]
     content["annotations"].append("a note")
     write_json(root / "train.json", content)
     return arguments
@@ -133,6 +140,7 @@ CASES = [
     Case("coco_backslash", backslashes, Reads()),
     Case("coco_backslash_mixed", some_backslashes, Reads()),
     Case("coco_case", other_case, Reads()),
+    Case("coco_no_suffix", no_suffix, Reads(finds=frozenset({"renamed-file"}))),
     Case("coco_two_folders", drawn_beside, Reads()),
     Case("coco_two_places", names_for_two_folders, Refused(("a/x", "b/x", "--train-images"))),
     Case("coco_url", names_of_the_web, Reads(finds=frozenset({"renamed-file"}))),

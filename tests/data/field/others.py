@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Iterable
+from csv import writer
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,16 @@ def labelme_skipped(root: Path) -> Arguments:
     return arguments
 
 
+def labelme_embedded(root: Path) -> Arguments:
+    labelme(root)
+    for number in range(PICTURES):
+        file = root / name_of(number, ".json")
+        content = json.loads(file.read_text())
+        write_json(file, content | {"imageData": base64.b64encode((root / name_of(number)).read_bytes()).decode()})
+        (root / name_of(number)).unlink()
+    return {"data": root}
+
+
 def labelme_broken(root: Path) -> Arguments:
     arguments = labelme(root)
     (root / name_of(0, ".json")).write_text('{"shapes": [')
@@ -103,6 +116,33 @@ def via(attributes: Callable[[Box], dict[str, Any]], name: str = "via_project.js
     return build
 
 
+def via_csv(root: Path) -> Arguments:
+    """A line a region, with JSON in its cells; of the last picture a line without any."""
+    save_all(root)
+    picture(()).save(root / "nothing.jpg")
+    head = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes"
+    with (root / "via_export.csv").open("w", newline="") as stream:
+        stream.write(f"{head}\n")
+        table = writer(stream)
+        for row in via_content(range(PICTURES), lambda box: {"class": box.name}).values():
+            for number, region in enumerate(row["regions"]):
+                cells = [json.dumps(cell) for cell in region.values()]
+                table.writerow([row["filename"], 1234, "{}", len(row["regions"]), number, *cells])
+        table.writerow(["nothing.jpg", 1234, "{}", 0, 0, "{}", "{}"])
+    return {"data": root}
+
+
+def via_csv_file(root: Path) -> Arguments:
+    via_csv(root)
+    return {"train": root / "via_export.csv"}
+
+
+def via_csv_broken(root: Path) -> Arguments:
+    file = via_csv(root)["data"] / "via_export.csv"
+    file.write_text(file.read_text().replace('""rect""', "rect", 1))
+    return {"data": root}
+
+
 def via_splits(root: Path) -> Arguments:
     """VIA 1: regions by number, a file beside the pictures of each split."""
     for split, numbers in SPLITS.items():
@@ -117,6 +157,14 @@ def via_splits(root: Path) -> Arguments:
 def via_files(root: Path) -> Arguments:
     via_splits(root)
     return {split: root / split / "via_region_data.json" for split in SPLITS}
+
+
+def via_without_regions(root: Path) -> Arguments:
+    file = via_splits(root)["data"] / "train" / "via_region_data.json"
+    content = json.loads(file.read_text())
+    content[f"{name_of(0)}1234"]["regions"] = None
+    write_json(file, content)
+    return {"data": root}
 
 
 def via_unnamed(root: Path) -> Arguments:
@@ -174,6 +222,12 @@ def csv_two(root: Path) -> Arguments:
     return arguments
 
 
+def csv_of_a_spreadsheet(root: Path) -> Arguments:
+    file = csv(TUTORIAL, HEAD)(root)["data"] / "labels.csv"
+    file.write_bytes(file.read_text().replace("cat", "ca\xf1").encode("cp1252"))
+    return {"data": root}
+
+
 def csv_background(root: Path) -> Arguments:
     arguments = csv(RETINANET, extra="nothing.jpg,,,,,")(root)
     picture(()).save(root / "images" / "nothing.jpg")
@@ -183,7 +237,10 @@ def csv_background(root: Path) -> Arguments:
 HEAD = "filename,width,height,class,xmin,ymin,xmax,ymax"
 TUTORIAL = "{n},{W},{H},{b.name},{b.x},{b.y},{x2},{y2}"
 RETINANET = "/home/me/images/{n},{b.x},{b.y},{x2},{y2},{b.name}"
+MAKE_SENSE_HEAD = "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height"
+MAKE_SENSE = "{b.name},{b.x},{b.y},{b.w},{b.h},{n},{W},{H}"
 SIMPLE = "filename,xmin,ymin,xmax,ymax,class"
+BAD = frozenset({"bad-box"})
 UNKNOWN = Finds(frozenset({"unreadable-labels"}), *ONE_LESS)
 
 CASES = [
@@ -191,20 +248,30 @@ CASES = [
     Case("labelme_splits", labelme_splits, Reads()),
     Case("labelme_folders", labelme_folders, Reads()),
     Case("labelme_skipped", labelme_skipped, Reads(finds=frozenset({"skipped-shapes"}))),
+    Case("labelme_embedded", labelme_embedded, Refused(("imageData", "Write each picture beside"))),
     Case("labelme_broken", labelme_broken, UNKNOWN),
     Case("via", via(lambda box: {"type": box.name}), Reads()),
     Case("via_train_json", via(lambda box: {"type": box.name}, "train.json"), Reads()),
     Case("via_boxes_ticked", via(lambda box: {"kind": {box.name: True}}), Reads()),
     Case("via_two_attributes", via(lambda b: {"a": b.name, "b": "x"}), Refused(("a: ", "b: x", "class"))),
     Case("via_class_of_two", via(lambda box: {"Class": box.name, "b": "x"}), Reads()),
+    Case("via_csv", via_csv, Reads(images=PICTURES + 1)),
+    Case("via_csv_file", via_csv_file, Reads(images=PICTURES + 1)),
+    Case("via_csv_broken", via_csv_broken, Finds(frozenset({"unreadable-labels"}), PICTURES, ONE_LESS[1])),
     Case("via_splits", via_splits, Reads()),
     Case("via_files", via_files, Reads()),
+    Case("via_without_regions", via_without_regions, UNKNOWN),
     Case("via_unnamed", via_unnamed, UNKNOWN),
     Case("csv", csv("{n},{b.x},{b.y},{x2},{y2},{b.name}", SIMPLE), Reads()),
+    Case("csv_sizes", csv("{n},{b.x},{b.y},{b.w},{b.h},{b.name}", "filename,x,y,width,height,class"), Reads()),
+    Case("csv_sizes_of_both", csv(MAKE_SENSE, MAKE_SENSE_HEAD), Reads()),
     Case("csv_tutorial", csv(TUTORIAL, HEAD), Reads()),
     Case("csv_retinanet", csv(RETINANET), Reads()),
     Case("csv_background", csv_background, Reads(images=PICTURES + 1)),
     Case("csv_open_images", csv_shares, Reads()),
+    Case("csv_of_a_spreadsheet", csv_of_a_spreadsheet, Refused(("labels.csv: not a text file in UTF-8", "save it"))),
+    Case("csv_of_nothing", csv("", HEAD), Refused(("labels.csv: lists no pictures",))),
+    Case("csv_huge", csv(TUTORIAL, HEAD, extra="p0.jpg,96,64,cat,1,2,1e308,4"), Finds(BAD, *ONE_LESS)),
     Case("csv_splits", csv_splits, Reads()),
     Case("csv_files", csv_files, Reads()),
     Case("csv_two", csv_two, Refused(("labels.csv", "more.csv", "--train"))),

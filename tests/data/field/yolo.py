@@ -58,6 +58,16 @@ def jfif(root: Path) -> Arguments:
     for number in SPLITS["train"][:2]:
         file = root / "images" / "train" / name_of(number)
         file.rename(file.with_suffix(".jfif"))
+    stereo = root / "images" / "train" / name_of(2, ".mpo")
+    save(2, stereo, save_all=True, append_images=[picture(())])
+    stereo.with_suffix(".jpg").unlink()
+    return {"data": root}
+
+
+def same_name(root: Path) -> Arguments:
+    """In two folders, with the label file of one beside them."""
+    yolo_set(root)
+    save(3, root / "images" / "train" / "more" / name_of(0))
     return {"data": root}
 
 
@@ -229,6 +239,7 @@ CASES = [
     Case("yolo_negative", first_label(b"-1 0.5 0.5 0.1 0.1"), Finds(frozenset({"unknown-category"}), *ONE_LESS)),
     Case("yolo_beyond_names", first_label(b"2 0.5 0.5 0.1 0.1"), Finds(frozenset({"unknown-category"}), *ONE_LESS)),
     Case("yolo_nan", first_label(b"0 nan 0.5 0.1 0.1"), Finds(frozenset({"bad-box"}), *ONE_LESS)),
+    Case("yolo_same_name", same_name, Finds(frozenset({"shared-labels"}), *ONE_LESS)),
     Case("yolo_same_stem", same_stem, Finds(frozenset({"shared-labels"}), *ONE_LESS)),
     Case("yolo_list_abs", listed("/content/drive/set/images/{}/{}"), RENAMED),
     Case("yolo_list_backslash", listed("images\\{}\\{}"), RENAMED),

@@ -44,10 +44,12 @@ def test_any_category_ids(tmp_path: Path, ids: tuple[int, ...]) -> None:
     assert annotations.labels.max() < 4
 
 
-def test_the_arrays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("crowd", [1, True, "1", "true"])
+def test_the_arrays(tmp_path: Path, crowd: int | str) -> None:
     content = coco_content("train")
     content["annotations"].reverse()  # boxes of one image need not stand together, nor in its order
-    content["annotations"][1]["iscrowd"] = 1
+    content["annotations"][1]["iscrowd"] = crowd
+    content["annotations"][2]["iscrowd"] = "false"
     content["annotations"][1]["segmentation"] = {"counts": "abc", "size": [32, 48]}
     annotations = to_annotations(read(tmp_path, content))
     assert len(annotations) == COUNTS["train"]

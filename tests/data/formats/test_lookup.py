@@ -28,6 +28,8 @@ def touch(root: Path, *names: str) -> None:
         ("..\\label\\p.jpg", "a/p.jpg"),
         ("../label/p.jpg", "a/p.jpg"),
         ("A/P.JPG", "a/p.jpg"),
+        ("p", "a/p.jpg"),
+        ("set/a/P", "a/p.jpg"),
         ("C:\\Users\\me\\set\\a\\p.jpg", "a/p.jpg"),
         ("/home/me/set/a/p.jpg", "a/p.jpg"),
         ("http://host:8080/images/1/p.jpg?token=x&y=1", "a/p.jpg"),
@@ -60,14 +62,15 @@ def test_what_is_not_there_stays_as_written(tmp_path: Path, written: str) -> Non
 
 
 def test_two_candidates_are_listed_and_none_is_taken(tmp_path: Path) -> None:
-    touch(tmp_path, "a/p.jpg", "b/p.jpg", "P0.jpg", "p0.JPG")
-    found = real_names(["p.jpg", "c/p.jpg", "p0.jpg"], tmp_path)
-    assert found.names == ("p.jpg", "c/p.jpg", "p0.jpg")
+    touch(tmp_path, "a/p.jpg", "b/p.jpg", "P0.jpg", "p0.JPG", "q.jpg", "q.png", "q.txt")
+    found = real_names(["p.jpg", "c/p.jpg", "p0.jpg", "q"], tmp_path)
+    assert found.names == ("p.jpg", "c/p.jpg", "p0.jpg", "q")
     assert not found.renamed
-    assert found.unclear == {0: ("a/p.jpg", "b/p.jpg"), 1: ("a/p.jpg", "b/p.jpg"), 2: ("P0.jpg", "p0.JPG")}
+    pair = ("a/p.jpg", "b/p.jpg")
+    assert found.unclear == {0: pair, 1: pair, 2: ("P0.jpg", "p0.JPG"), 3: ("q.jpg", "q.png")}
     (note,) = renaming_notes("train", tmp_path, found)
     assert note.code == "unclear-file"
-    assert note.what == "3 images are not found for certain, the first: 'p.jpg' could be a/p.jpg or b/p.jpg"
+    assert note.what == "4 images are not found for certain, the first: 'p.jpg' could be a/p.jpg or b/p.jpg"
 
 
 def test_the_longest_tail_decides(tmp_path: Path) -> None:

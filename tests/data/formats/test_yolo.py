@@ -14,7 +14,7 @@ from detrellis.data.layout import resolve
 from detrellis.errors import UserError
 from tests.data.field.pictures import YAML, wrong, yolo_set
 from tests.data.field.yolo import lines as lines_of
-from tests.data.field.yolo import one_keypoint
+from tests.data.field.yolo import one_keypoint, same_name
 
 
 def ring(rng: np.random.Generator, points: int) -> np.ndarray:
@@ -62,6 +62,13 @@ def test_what_nothing_tells_is_not_guessed(tmp_path: Path) -> None:
         (tmp_path / "data.yaml").write_text(f"{YAML}kpt_shape: {shape}\n")
         raws = resolve(data=tmp_path).load_all()
         assert (not any(wrong(raw) for raw in raws.values())) == right
+
+
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    found = check(resolve(**same_name(tmp_path)), fast=True).findings
+    assert {f.what for f in found if f.code == "shared-labels"} == {
+        "p0.txt could belong to more/p0.jpg or train/p0.jpg"
+    }
 
 
 def test_validation_means_what_training_means(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from detrellis.data import jpeg
-from detrellis.data.decode import JPEGS, UPRIGHT, Header, absence, read_header, read_image, turn, upright_size
+from detrellis.data.decode import JPEGS, UPRIGHT, Header, absence, read_header, read_pixels, turn, upright_size
 from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import is_image, map_threads, unread_twin
 from detrellis.data.records import RawDataset
@@ -97,7 +97,7 @@ def _look(job: tuple[Path, tuple[int, int]]) -> Look:
         data = path.read_bytes()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         header = read_header(path)
-        pixels = read_image(path, size)
+        pixels = read_pixels(path, size)
     except UserError as error:
         return Look(digest, header, error.message.removeprefix(f"{path}: "), 255)
     except OSError as error:

@@ -56,9 +56,17 @@ def _unused(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, R
     for parent, names in walk(folder):
         there = used.get(real(parent), set())
         for name in sorted(names):
-            if name not in there:
+            if name not in there and not _links_to(os.path.join(parent, name), used):
                 found[_suffix(name)].append(Path(os.path.relpath(os.path.join(parent, name), folder)).as_posix())
     return found
+
+
+def _links_to(path: str, used: Mapping[str, set[str]]) -> bool:
+    """Whether it is a link to a file that is read by its own name."""
+    if not os.path.islink(path):
+        return False
+    parent, name = os.path.split(os.path.realpath(path))
+    return name in used.get(parent, ())
 
 
 def _read(splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> Iterable[str]:

@@ -24,6 +24,7 @@ from detrellis.errors import UserError
 
 SHAPE = 'A COCO detection file is {"images": [...], "annotations": [...], "categories": [...]}.'
 HOLDS_FILES = re.compile(r".*annotation.*|annots?|anns?|labels?|coco|jsons?", re.IGNORECASE)  # folders of such files
+CROWD = (1, "1", "true", "True")  # values of `iscrowd` that say so; True and 1.0 are 1
 ROOT_KEY = "image_root"  # in `info`: where `fix` writes down the folder of the images
 
 
@@ -66,7 +67,7 @@ def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> 
         box_categories=coco_rows.references(boxes, "category_id", category_texts),
         boxes=coco_rows.boxes(boxes),
         areas=coco_rows.areas(boxes),
-        crowd=np.array([row.get("iscrowd") in (1, "1") for row in boxes.rows], dtype=np.bool_),
+        crowd=np.array([row.get("iscrowd") in CROWD for row in boxes.rows], dtype=np.bool_),
         lines=np.arange(len(boxes.rows)),
         written=boxes.no_boxes,
     )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from detrellis.data.files import subfolders, unread_twin
 from detrellis.data.formats.coco import ROOT_KEY, base_of, load_json
-from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, readings, real_names
+from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, lookup_keys, readings, real_names
 from detrellis.data.formats.pictures import listed
 from detrellis.errors import UserError
 
@@ -92,7 +92,7 @@ def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
 def _count_alike(folder: Path, names: Sequence[str]) -> int:
     """How many of the names the folder holds in other letters, or behind the path of another machine."""
     try:
-        entries = {fold(entry) for entry in os.listdir(folder)}
+        entries = {key for entry in os.listdir(folder) for key in lookup_keys(entry)}
     except OSError:
         return 0
     return sum(any(fold(parts[-1]) in entries for parts in readings(name)) for name in names)

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detrellis.data.formats.segmentation import box_of
+from detrellis.data.records import HUGE
 
 Row = dict[str, Any]
 Integers = NDArray[np.int64]
 WHOLE = re.compile(r"\s*[+-]?\d{1,18}(\.0*)?\s*")
-HUGE = 1e300
 SHOWN = 60  # letters of a value that a message quotes
 
 
@@ -140,7 +140,7 @@ def boxes(table: CocoTable) -> NDArray[np.float64]:
     """`(T, 4)` the `bbox`es, those of the segmentations where there are none; NaN where there is neither."""
     try:
         values = np.array([row["bbox"] for row in table.rows])
-        if values.dtype.kind in "if" and values.shape == (len(table.rows), 4):
+        if values.dtype.kind in "if" and values.shape == (len(table.rows), 4) and (np.abs(values) < HUGE).all():
             return values.astype(np.float64)
     except (KeyError, ValueError):
         pass

@@ -1,8 +1,9 @@
 """CSV files with a line an object: `filename,xmin,ymin,xmax,ymax,class` and what is called otherwise.
 
 Columns are known by their names, in any order; without a line of names they are picture, two corners, class. Corners
-are edges: `x = xmin`, `w = xmax - xmin`; in a set without a number above 1 they are relative to the picture's size. A
-line with empty corners says that its picture shows nothing.
+are edges: `x = xmin`, `w = xmax - xmin`; in a set without a number above 1 they are relative to the picture's size.
+Where no column holds the lower right corner, width and height are the box's. A line without numbers says that its
+picture shows nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from detrellis.data.files import read_sizes, read_text
+from detrellis.data.files import read_head, read_sizes, read_text
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.named_classes import (
     AnnotatedImage,
@@ -32,14 +33,17 @@ from detrellis.errors import UserError
 
 COLUMNS = {  # what people call them, in lower case without anything but letters and digits
     "image": ("filename", "image", "imagepath", "imagename", "imageid", "imgpath", "imgname", "img", "path", "file"),
-    "xmin": ("xmin", "x1", "left", "bboxxmin", "bboxx1"),
-    "ymin": ("ymin", "y1", "top", "bboxymin", "bboxy1"),
+    "xmin": ("xmin", "x1", "left", "bboxxmin", "bboxx1", "bboxx", "x"),
+    "ymin": ("ymin", "y1", "top", "bboxymin", "bboxy1", "bboxy", "y"),
     "xmax": ("xmax", "x2", "right", "bboxxmax", "bboxx2"),
     "ymax": ("ymax", "y2", "bottom", "bboxymax", "bboxy2"),
+    "width": ("bboxwidth", "bboxw", "boxwidth", "width", "w"),
+    "height": ("bboxheight", "bboxh", "boxheight", "height", "h"),
     "class": ("class", "label", "labelname", "classname", "category", "categoryname", "name", "object"),
 }
 BARE = ("image", "xmin", "ymin", "xmax", "ymax", "class")  # the columns where no line names them
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+SIZED = ("xmin", "ymin", "width", "height")
 
 
 class CsvObject(NamedTuple):
@@ -56,9 +60,9 @@ class CsvObject(NamedTuple):
 
 
 def is_boxes(file: Path) -> bool:
-    """Whether the first line names the columns, or is an object by itself."""
+    """Whether the first line names the columns, or is an object by itself; whatever is behind it."""
     try:
-        lines = _lines(read_text(file))
+        lines = _lines(read_head(file).partition("\n")[0])
     except (UserError, csv.Error):
         return False
     return bool(lines) and _columns(lines[0]) is not None
@@ -68,7 +72,7 @@ def _image_names(file: Path) -> list[str]:
     return list(dict.fromkeys(row.image for row in _read(file) if row.image))
 
 
-CSV = OneFileFormat(".csv", "CSV files", is_boxes, _image_names)
+CSV = OneFileFormat((".csv",), "CSV files", is_boxes, _image_names)
 
 
 # Reading
@@ -143,8 +147,10 @@ def _columns(line: Sequence[str]) -> dict[str, int] | None:
     places = {
         key: next((names.index(name) for name in spellings if name in names), -1) for key, spellings in COLUMNS.items()
     }
-    if min(places.values()) >= 0:
-        return places
+    for numbers in (CORNERS, SIZED):  # beside both corners, width and height are the picture's
+        chosen = {key: places[key] for key in ("image", *numbers, "class")}
+        if min(chosen.values()) >= 0:
+            return chosen
     return {key: place for place, key in enumerate(BARE)} if _is_object(line) else None
 
 
@@ -173,16 +179,19 @@ def _read(file: Path) -> list[CsvObject]:
 
 def _object(number: int, line: Sequence[str], columns: Mapping[str, int]) -> CsvObject:
     cells = {key: line[place].strip() if place < len(line) else "" for key, place in columns.items()}
-    image, corners = cells["image"], [cells[key] for key in CORNERS]
-    if not any(corners):
+    sized = "xmax" not in columns
+    image, numbers = cells["image"], [cells[key] for key in (SIZED if sized else CORNERS)]
+    if not any(numbers):
         return CsvObject(number, image, None, "")
-    values = [_number(text) for text in corners]
-    bad = next((text for text, value in zip(corners, values, strict=True) if value is None), None)
+    values = [_number(text) for text in numbers]
+    bad = next((text for text, value in zip(numbers, values, strict=True) if value is None), None)
     if bad is not None:
         return CsvObject(number, image, None, "", f"{bad!r} is no number")
     if not cells["class"]:
         return CsvObject(number, image, None, "", "no class")
     left, top, right, bottom = (value for value in values if value is not None)
+    if sized:
+        right, bottom = left + right, top + bottom
     return CsvObject(number, image, (left, top, right, bottom), cells["class"])
 
 

@@ -33,6 +33,12 @@ from detrellis.errors import UserError
 FEWEST_POINTS = {"rectangle": 2, "mask": 2, "polygon": 3, "oriented_rectangle": 3}  # of shapes that have a box
 
 
+EXTRACT = (
+    "Write each picture beside its JSON file, as a file of the name that `imagePath` says, with the bytes that "
+    "base64.b64decode makes of `imageData`."
+)
+
+
 class LabelmeFile(NamedTuple):
     """One JSON file of labelme."""
 
@@ -41,6 +47,7 @@ class LabelmeFile(NamedTuple):
     objects: list[AnnotatedObject]
     skipped: Counter[str]  # shapes without a box, by kind
     problem: str = ""  # why it is unknown what the picture shows
+    embedded: bool = False  # whether the picture itself is in the file
 
 
 # Finding
@@ -80,8 +87,17 @@ def labelme_files(folder: Path, split: str, given: GivenImages) -> SplitFiles:
 
 def _images_of(annotations: Path, data: Path) -> Path:
     sample = spread(files_below(annotations, ".json"))
-    pictures = [PictureName(stem_below(annotations, file), _parse(file).image) for file in sample]
-    return image_folder(annotations, (annotations, data, annotations.parent), pictures)
+    parsed = [_parse(file) for file in sample]
+    pictures = [
+        PictureName(stem_below(annotations, file), content.image) for file, content in zip(sample, parsed, strict=True)
+    ]
+    try:
+        return image_folder(annotations, (annotations, data, annotations.parent), pictures)
+    except UserError as error:
+        if not any(content.embedded for content in parsed):
+            raise
+        what = f"{error.message}\nThey are in the JSON files (`imageData`), and not read there."
+        raise UserError(what, EXTRACT) from None
 
 
 # Reading
@@ -142,7 +158,8 @@ def _parse(file: Path) -> LabelmeFile:
             else:
                 objects.append(AnnotatedObject(str(shape["label"]).strip(), box, number))
         size = (_pixels(content.get("imageHeight")), _pixels(content.get("imageWidth")))
-        return LabelmeFile(str(content.get("imagePath") or ""), size, objects, skipped)
+        embedded = bool(content.get("imageData"))
+        return LabelmeFile(str(content.get("imagePath") or ""), size, objects, skipped, embedded=embedded)
     except UserError as error:
         return LabelmeFile("", (0, 0), [], Counter(), error.message.removeprefix(f"{file}: "))
     except ValueError as error:

@@ -9,7 +9,8 @@
 A name that exists as written is taken without another look, at the cost of listing its folder. Otherwise these are
 understood, one after the other: backslashes, `./` and `..`, drive letters; URLs with their query and `%20`; Label
 Studio's `images/1/x.jpg`, `?d=folder/x.jpg`, and the eight digits that it puts before an uploaded `x.jpg`; another
-Unicode form; another case; the absolute path of another machine, of which the longest tail that exists decides.
+Unicode form; another case; no suffix; the absolute path of another machine, of which the longest tail that exists
+decides.
 
 Files below `root` are found by their name alone, those below `nearby` only where a folder of the name agrees too.
 Two candidates are no answer: nothing is guessed, and `ResolvedNames.unclear` lists them. Neither is a file that is
@@ -31,7 +32,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from detrellis.data.doctor.findings import Finding, finding
-from detrellis.data.files import hidden, walk
+from detrellis.data.files import hidden, is_image, walk
 from detrellis.data.splits import SPLITS
 
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of the name of an uploaded file
@@ -62,6 +63,7 @@ class Candidate(NamedTuple):
     """A file that a name could mean."""
 
     path: str  # absolute
+    called: str  # the same as names have it: without a suffix where they have none
     parts: Parts  # from the folder that was searched on, the folder's own name first
     near: bool  # found beside the root, not below it
 
@@ -150,6 +152,12 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
+def lookup_keys(name: str) -> tuple[str, ...]:
+    """What a file is found by, folded: its name, and of an image also the name without its suffix."""
+    stem = os.path.splitext(name)[0]
+    return (fold(name), fold(stem)) if is_image(name) and not is_image(stem) else (fold(name),)
+
+
 def _of_url(text: str) -> Iterator[str]:
     """The path that a URL names, decoded and as it stands."""
     try:
@@ -191,14 +199,16 @@ def _index(root: Path, nearby: Iterable[Path], wanted: set[str]) -> dict[str, li
     seen: set[str] = set()
     for folder in dict.fromkeys([root, *nearby]):
         for parent, files in walk(folder):
-            fitting = [name for name in files if fold(name) in wanted]
+            fitting = [(name, key) for name in files for key in lookup_keys(name) if key in wanted]
             real = os.path.normpath(parent)
             if not fitting or real in seen:
                 continue
             seen.add(real)
             parts = (folder.name, *Path(parent).relative_to(folder).parts)
-            for name in sorted(fitting):
-                index[fold(name)].append(Candidate(os.path.join(real, name), (*parts, name), folder != root))
+            for name, key in sorted(fitting):
+                called = name if key == fold(name) else os.path.splitext(name)[0]
+                paths = os.path.join(real, name), os.path.join(real, called)
+                index[key].append(Candidate(*paths, (*parts, name), folder != root))
     return index
 
 
@@ -206,7 +216,7 @@ def _match(ways: Sequence[Parts], index: Mapping[str, Sequence[Candidate]]) -> N
     """The files of the first way to read a name that has any; without files where none has."""
     for parts in ways:
         files = [file for file in index.get(fold(parts[-1]), ()) if not _contradict(parts, file.parts)]
-        tails = [_tail(parts, file.path) for file in files]
+        tails = [_tail(parts, file.called) for file in files]
         # Beside the root a name alone says nothing: 7.jpg is another picture in another folder.
         certain = [(file, tail) for file, tail in zip(files, tails, strict=True) if tail > 1 or not file.near]
         if certain:
@@ -221,7 +231,7 @@ def _best(parts: Parts, options: Sequence[tuple[Candidate, int]]) -> NameMatch:
     best = [file for file in best if not file.near] or best
     if len(best) > 1:
         tail = "/".join(_composed(parts[-longest:]))
-        exact = [f for f in best if "/".join(_composed(Path(f.path).parts[-longest:])) == tail]
+        exact = [f for f in best if "/".join(_composed(Path(f.called).parts[-longest:])) == tail]
         best = exact if len(exact) == 1 else best
     return NameMatch(best, longest == len(parts))
 

@@ -59,8 +59,10 @@ def image_folder(annotations: Path, places: Sequence[Path], pictures: Sequence[P
 
     Preferred is a folder that is called like `annotations`, then one of a usual name, if it holds at least half as many
     of them as the best folder; then the one with most pictures of written names. Raises `UserError` where no folder has
-    any, or two have as many.
+    any, or two have as many, and where `pictures` is empty.
     """
+    if not pictures:
+        raise UserError(f"{annotations}: lists no pictures", "Is it the right file? Is it whole?")
     for place in dict.fromkeys(places):
         counts = _count_pictures(place, pictures)
         best = max(counts.values())
@@ -108,8 +110,8 @@ def _count_pictures(place: Path, pictures: Sequence[PictureName]) -> dict[Path, 
 
 
 def _not_found(annotations: Path, places: Sequence[Path], pictures: Sequence[PictureName]) -> str:
-    names = f"{Path(pictures[0].stem).name}.*" if pictures else "pictures"
-    if pictures and pictures[0].written:
+    names = f"{Path(pictures[0].stem).name}.*"
+    if pictures[0].written:
         names = f"{names} or {pictures[0].written!r}"
     searched = f"these and {DEPTH} levels below{listed(dict.fromkeys(places))}"
     return f"{annotations}: its pictures were not found; looked for {names} in {searched}"
@@ -121,7 +123,7 @@ def _not_found(annotations: Path, places: Sequence[Path], pictures: Sequence[Pic
 class OneFileFormat(NamedTuple):
     """A format whose splits are one annotation file each."""
 
-    suffix: str
+    suffixes: tuple[str, ...]  # files of a later one count only where there are none of an earlier one
     called: str  # what messages call several such files
     recognises: Callable[[Path], bool]
     image_names: Callable[[Path], Sequence[str]]  # of a file
@@ -133,8 +135,10 @@ def find_one_file(layout: OneFileFormat, data: Path, images: GivenImages) -> dic
     Raises `UserError` where the files' names, or their folders', do not tell the splits.
     """
     folders = [data, *subfolders(data, 1)]
-    candidates = [f for folder in folders for f in files_in(folder, layout.suffix)[:MAX_FILES]]
-    files = [file for file in candidates if layout.recognises(file)]
+    files: list[Path] = []
+    for suffix in layout.suffixes:
+        candidates = [f for folder in folders for f in files_in(folder, suffix)[:MAX_FILES]]
+        files = files or [file for file in candidates if layout.recognises(file)]
     if not files:
         return None
     splits = {split: f for f in files if (split := split_named(f.stem, f.parent.name)) is not None}

@@ -1,4 +1,5 @@
-"""VGG Image Annotator (1 and 2): one JSON file, a project or exported annotations, with the regions of each picture.
+"""VGG Image Annotator (1 and 2): one JSON file, a project or exported annotations, with the regions of each picture;
+or the same exported as CSV, a line a region.
 
 Rectangles, polygons, circles and ellipses give the box around them; points and lines have none and are counted. The
 class is the regions' attribute; of several the one called class, label, category, name or type.
@@ -6,12 +7,15 @@ class is the regions' attribute; of several the one called class, label, categor
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detrellis.data.files import read_json
+from detrellis.data.files import read_json, read_text
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.named_classes import (
     AnnotatedImage,
@@ -29,6 +33,8 @@ from detrellis.data.splits import SplitFiles, select_part
 from detrellis.errors import UserError
 
 CLASS = ("class", "label", "category", "name", "type")  # attributes that are taken where there are several
+SHAPE, CLASSES = "region_shape_attributes", "region_attributes"  # columns of the CSV, each cell an object of JSON
+MARKS = (b'"_via_', b'"filename"', SHAPE.encode())  # one of which stands in each such file
 HEAD = 65536  # bytes that are looked at to recognise a file
 ONE_CLASS = "object"  # where regions have no attribute at all
 
@@ -48,7 +54,7 @@ def is_via(file: Path) -> bool:
     try:
         with file.open("rb") as stream:
             head = stream.read(HEAD).replace(b"\0", b"")  # UTF-16 has a zero in each letter
-        return (b'"_via_' in head or b'"filename"' in head) and _entries(read_json(file)) is not None
+        return any(mark in head for mark in MARKS) and _entries(file) is not None
     except (UserError, OSError):
         return False
 
@@ -57,7 +63,7 @@ def _image_names(file: Path) -> list[str]:
     return [image.image for image in _read(file) if image.image]
 
 
-VIA = OneFileFormat(".json", "files of VIA", is_via, _image_names)
+VIA = OneFileFormat((".json", ".csv"), "files of VIA", is_via, _image_names)
 
 
 # Reading
@@ -75,8 +81,12 @@ def read_via(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
     return datasets(splits, wanted, annotations)
 
 
-def _entries(content: Any) -> list[dict[str, Any]] | None:
-    """The records of the pictures in a file's content; None where it is none of VIA's."""
+def _entries(file: Path) -> list[dict[str, Any]] | None:
+    """The records of the pictures in a file; None where it is none of VIA's. Raises `UserError` where it cannot be
+    read."""
+    if file.suffix.lower() == ".csv":
+        return _csv_entries(file)
+    content = read_json(file)
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)
     entries = list(content.values()) if isinstance(content, dict) else []
@@ -84,16 +94,41 @@ def _entries(content: Any) -> list[dict[str, Any]] | None:
     return entries if entries and fitting else None
 
 
+def _csv_entries(file: Path) -> list[dict[str, Any]] | None:
+    """The same of a CSV file, where each line is a region, or a picture without any."""
+    lines = csv.DictReader(io.StringIO(read_text(file), newline=""))
+    regions: dict[str, list[Any]] = {}
+    try:
+        columns = lines.fieldnames or ()
+        image = next((name for name in columns if name.lstrip("#") == "filename"), None)
+        if image is None or not {SHAPE, CLASSES} <= set(columns):
+            return None
+        for line in lines:
+            own = regions.setdefault(line[image], [])
+            if line[SHAPE] not in ("", "{}", None):
+                own.append({"shape_attributes": _cell(line[SHAPE]), "region_attributes": _cell(line[CLASSES])})
+    except csv.Error:
+        return None
+    return [{"filename": name, "regions": own} for name, own in regions.items()] or None
+
+
+def _cell(text: str | None) -> Any:
+    """The JSON in a cell; None where it is none."""
+    try:
+        return json.loads(text or "")
+    except (ValueError, RecursionError):
+        return None
+
+
 def _read(file: Path) -> list[ViaImage]:
-    entries = _entries(read_json(file))
+    entries = _entries(file)
     if entries is None:
-        raise UserError(f"{file}: not a project or annotations of VIA", "Export the annotations as JSON again.")
+        raise UserError(f"{file}: not a project or annotations of VIA", "Export the annotations again.")
     images = []
     for entry in entries:
         regions = entry["regions"]
-        images.append(
-            ViaImage(str(entry["filename"]), list(regions.values() if isinstance(regions, dict) else regions))
-        )
+        regions = list(regions.values()) if isinstance(regions, dict) else regions
+        images.append(ViaImage(str(entry["filename"]), regions if isinstance(regions, list) else [regions]))
     return images
 
 

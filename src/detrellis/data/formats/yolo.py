@@ -301,9 +301,15 @@ def _shared_labels(split: YoloSplit) -> Iterator[Finding]:
         images = [split.images[row] for row in rows]
         if len(rows) < 2 or len({_content(image) for image in images}) == 1:
             continue
-        what = f"{file.name} could belong to {' or '.join(image.name for image in images)}"
+        what = f"{file.name} could belong to {' or '.join(_told_apart(images))}"
         for row in rows:
             yield finding("shared-labels", split.name, split.images[row], what, row=row)
+
+
+def _told_apart(images: Sequence[Path]) -> list[str]:
+    """Their names, with the folder where names alone are the same."""
+    names = [image.name for image in images]
+    return names if len(set(names)) == len(names) else [f"{image.parent.name}/{image.name}" for image in images]
 
 
 def _content(image: Path) -> bytes:
