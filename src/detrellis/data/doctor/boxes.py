@@ -1,4 +1,4 @@
-"""The doctor looks at the annotations of one split. Array operations throughout; Python sees only what is wrong."""
+"""The doctor checks the boxes of one split: in array operations, so that Python sees only what is wrong."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def _references(raw: RawDataset) -> Iterator[Finding]:
         yield _at(raw, "unknown-category", box, what)
     _, first, counts = np.unique(raw.ids, return_index=True, return_counts=True)
     if len(first) < len(raw.ids):
-        used = dict(zip(raw.ids[first].tolist(), counts.tolist(), strict=True))
-        again = np.ones(len(raw.ids), dtype=np.bool_)
-        again[first] = False
-        for box in _rows(again):
-            own = int(raw.ids[box])
-            yield _at(raw, "duplicate-annotation-id", box, f"annotation id {own} is used {used[own]} times")
+        times = dict(zip(raw.ids[first].tolist(), counts.tolist(), strict=True))
+        repeated_id = np.ones(len(raw.ids), dtype=np.bool_)
+        repeated_id[first] = False
+        for box in _rows(repeated_id):
+            box_id = int(raw.ids[box])
+            yield _at(raw, "duplicate-annotation-id", box, f"annotation id {box_id} is used {times[box_id]} times")
 
 
 def frames(raw: RawDataset) -> tuple[NDArray[np.int64], Mask]:
-    """(T, 2) height and width of each box's image, and (T,) whether they are known."""
+    """`(T, 2)` height and width of each box's image in pixels, and `(T,)` whether they are known."""
     if not len(raw):
         return np.zeros((len(raw.ids), 2), dtype=np.int64), np.zeros(len(raw.ids), dtype=np.bool_)
     sizes = raw.sizes[raw.box_rows]
@@ -63,7 +63,7 @@ def frames(raw: RawDataset) -> tuple[NDArray[np.int64], Mask]:
 
 
 def usable(raw: RawDataset) -> Mask:
-    """(T,) boxes of four finite numbers with some width and height."""
+    """`(T,)` whether a box has four finite numbers, and some width and height."""
     return _all(np.isfinite(raw.boxes)) & _all(np.nan_to_num(raw.boxes[:, 2:]) > 0)
 
 
@@ -73,14 +73,17 @@ def _all(table: Mask) -> Mask:
 
 
 def _geometry(raw: RawDataset) -> Iterator[Finding]:
+    # Boxes that are none.
     finite = _all(np.isfinite(raw.boxes))
     fine = usable(raw)
     for box in _rows(~finite):
-        stands = raw.written.get(box)
         what = f"the box {_named(raw, box)} is missing or not four finite numbers"
-        yield _at(raw, "bad-box", box, what if stands is None else f"no four finite numbers for a box, but {stands}")
+        if box in raw.written:
+            what = f"no four finite numbers for a box, but {raw.written[box]}"
+        yield _at(raw, "bad-box", box, what)
     for box in _rows(finite & ~fine):
         yield _at(raw, "empty-box", box, f"the box {_named(raw, box)} has no width or no height")
+    # Boxes that leave their image: altogether, by more than rounding, by rounding.
     sizes, known = frames(raw)
     boxes = np.where(fine[:, None], raw.boxes, 0)
     outside = fine & known & (clip(boxes, sizes)[:, 2:] <= 0).any(axis=1)
@@ -98,14 +101,14 @@ def _geometry(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _beyond(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(T,) pixels by which a box leaves its frame on the side where it does so most; 0 inside."""
+    """`(T,)` pixels by which a box leaves its frame, on the side where that is farthest; 0 inside."""
     far = boxes[:, :2] + boxes[:, 2:] - sizes[:, ::-1]
     worst: NDArray[np.float64] = np.maximum(far, -boxes[:, :2]).max(axis=1)
     return np.maximum(worst, 0)
 
 
 def _fits_as_corners(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> Mask:
-    """(T,) whether the four numbers, taken for two corners, are a box inside the image."""
+    """`(T,)` whether the four numbers, taken for two corners, are a box inside the image."""
     ordered = _all(boxes[:, 2:] > boxes[:, :2])
     inside = _all(boxes[:, 2:] <= sizes[:, ::-1] + ROUNDING) & _all(boxes[:, :2] >= -ROUNDING)
     return ordered & inside
@@ -128,10 +131,10 @@ def _conventions(raw: RawDataset) -> Iterator[Finding]:
         return
     places = np.flatnonzero(fine)
     # A box within the first pixel of a larger image is no object.
-    shares = _all(boxes >= 0) & _all(boxes[:, :2] + boxes[:, 2:] <= 1.001) & (sizes.min(axis=1) > 8)
-    if shares.any():
-        what = f"{shares.sum()} of {len(raw.ids)} boxes lie between 0 and 1: they look like shares of the image"
-        yield _together(raw, "normalised-boxes", places[shares], what)
+    relative = _all(boxes >= 0) & _all(boxes[:, :2] + boxes[:, 2:] <= 1.001) & (sizes.min(axis=1) > 8)
+    if relative.any():
+        what = f"{relative.sum()} of {len(raw.ids)} boxes lie between 0 and 1: they look like shares of the image"
+        yield _together(raw, "normalised-boxes", places[relative], what)
     # Real (x, y, w, h) boxes end inside the frame; of corners taken for such, those right of the middle do not.
     leaving = _beyond(boxes, sizes) > ROUNDING
     corners = _fits_as_corners(boxes, sizes)
@@ -148,29 +151,30 @@ def _together(raw: RawDataset, code: str, boxes: NDArray[np.int64], what: str) -
 
 
 def repeated(raw: RawDataset) -> NDArray[np.int64]:
-    """(T,) for each box the index of an earlier one with the same image, category and numbers, or -1."""
+    """`(T,)` for each box the index of the first one with the same image, category and numbers, or -1."""
     columns = np.column_stack(
         [raw.box_image_ids, raw.box_categories, raw.crowd, raw.boxes.view(np.int64)]  # bits: NaN equals itself
     )
-    # A random sum sorts ten times faster than seven columns; whoever shares one is looked at closely.
+    # A random sum sorts ten times faster than seven columns; boxes of the same sum are compared in full.
     weights = np.random.default_rng(0).integers(1, 2**62, size=columns.shape[1], dtype=np.int64)
     with np.errstate(over="ignore"):
         keys = (columns * weights).sum(axis=1)
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    alike = np.concatenate([[False], ordered[1:] == ordered[:-1]])
-    earlier = np.full(len(keys), -1, dtype=np.int64)
-    start = np.maximum.accumulate(np.where(alike, 0, np.arange(len(keys))))
-    candidates, originals = order[alike], order[start[alike]]
+    # Of each run of equal sums, the first is the original of the others.
+    follows = np.concatenate([[False], ordered[1:] == ordered[:-1]])
+    run_start = np.maximum.accumulate(np.where(follows, 0, np.arange(len(keys))))
+    candidates, originals = order[follows], order[run_start[follows]]
     same = (columns[candidates] == columns[originals]).all(axis=1)
-    earlier[candidates[same]] = originals[same]
-    return earlier
+    first = np.full(len(keys), -1, dtype=np.int64)
+    first[candidates[same]] = originals[same]
+    return first
 
 
 def _copies(raw: RawDataset) -> Iterator[Finding]:
-    earlier = repeated(raw)
-    for box in _rows((earlier >= 0) & usable(raw)):
-        original = int(earlier[box])
+    first = repeated(raw)
+    for box in _rows((first >= 0) & usable(raw)):
+        original = int(first[box])
         _, line = raw.place(original)
         where = f"annotation {raw.ids[original]}" if line is None else f"number {line}"
         yield _at(raw, "duplicate-box", box, f"the box {_named(raw, box)} is the same as {where}")

@@ -1,4 +1,4 @@
-"""The doctor looks at the classes: within a split, and whether the other splits mean the same as training."""
+"""The doctor checks the classes: within a split, and whether the other splits mean the same as training."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Categories = Sequence[tuple[int, str]]  # (id, name)
 
 def check_classes(raws: Mapping[str, RawDataset]) -> list[Finding]:
     """Everything about categories; `raws` by split, training among them or not."""
-    found = [f for raw in raws.values() for f in (*_same_names(raw), *_similar_names(raw))]
+    findings = [f for raw in raws.values() for f in (*_same_names(raw), *_similar_names(raw))]
     train = raws.get("train")
     if train is None:
-        return found
+        return findings
     others = [raw for split, raw in raws.items() if split != "train"]
-    found += _never_seen(train, others)
+    findings += _never_seen(train, others)
     for raw in others:
-        found += disagreements(raw, train.categories)
-    return found
+        findings += disagreements(raw, train.categories)
+    return findings
 
 
-def _used(raw: RawDataset) -> dict[int, int]:
-    """Boxes per category id, crowd regions left out: they teach nothing."""
+def _box_counts(raw: RawDataset) -> dict[int, int]:
+    """Boxes by category id, without crowd regions, on which nothing is trained."""
     ids, counts = np.unique(raw.box_categories[~raw.crowd], return_counts=True)
     return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
@@ -45,25 +45,28 @@ def _same_names(raw: RawDataset) -> Iterator[Finding]:
 
 def _similar_names(raw: RawDataset) -> Iterator[Finding]:
     """Names that are the same but for case and spaces: a slip in labelling, and two classes for the detector."""
-    used = _used(raw)
-    alike: dict[str, list[tuple[int, str]]] = {}
-    for own, name in raw.categories:
-        alike.setdefault(_plain(name), []).append((own, name))
-    for those in alike.values():
-        if len({name for _, name in those}) > 1:
-            listed = " and ".join(f"{name!r} (id {own}, {used.get(own, 0)} boxes)" for own, name in those)
+    counts = _box_counts(raw)
+    by_plain_name: dict[str, list[tuple[int, str]]] = {}
+    for category, name in raw.categories:
+        by_plain_name.setdefault(_plain(name), []).append((category, name))
+    for similar in by_plain_name.values():
+        if len({name for _, name in similar}) > 1:
+            listed = " and ".join(f"{name!r} (id {i}, {counts.get(i, 0)} boxes)" for i, name in similar)
             what = f"classes that differ only in case, spaces or letters that are not seen: {listed}"
-            yield finding("similar-class-names", raw.split, raw.source, what, id=those[0][0])
+            yield finding("similar-class-names", raw.split, raw.source, what, id=similar[0][0])
 
 
 def _never_seen(train: RawDataset, others: list[RawDataset]) -> Iterator[Finding]:
-    """All classes of one kind are one finding, which names them."""
-    used = _used(train)
-    unseen = [(own, name) for own, name in train.categories if own not in used]
-    in_val = next((_used(raw) for raw in others if raw.split == "val"), {})
-    only = {own: f"{name!r} (id {own}; val has {in_val[own]})" for own, name in unseen if own in in_val}
-    never = {own: f"{name!r} (id {own})" for own, name in unseen if own not in in_val}
-    for code, classes in (("class-only-in-val", only), ("class-never-seen", never)):
+    """Classes without a box in training: those that val has are one finding, which names them, the others another."""
+    in_train = _box_counts(train)
+    in_val = next((_box_counts(raw) for raw in others if raw.split == "val"), {})
+    only_val, never = dict[int, str](), dict[int, str]()
+    for category, name in train.categories:
+        if category not in in_train and category in in_val:
+            only_val[category] = f"{name!r} (id {category}; val has {in_val[category]})"
+        elif category not in in_train:
+            never[category] = f"{name!r} (id {category})"
+    for code, classes in (("class-only-in-val", only_val), ("class-never-seen", never)):
         if classes:
             noun = "class has" if len(classes) == 1 else "classes have"
             more = f" and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
@@ -74,43 +77,50 @@ def _never_seen(train: RawDataset, others: list[RawDataset]) -> Iterator[Finding
 
 def disagreements(raw: RawDataset, train: Categories) -> Iterator[Finding]:
     """Categories of `raw` that mean something else in training, or nothing."""
-    names, used = dict(train), _used(raw)
-    ids = {name: i for i, name in reversed(train)}
-    for own, name in raw.categories:
-        boxes = used.get(own, 0)
-        if names.get(own) == name or (own not in names and not boxes):
+    train_names, counts = dict(train), _box_counts(raw)
+    train_ids = {name: i for i, name in reversed(train)}
+    for category, name in raw.categories:
+        boxes = counts.get(category, 0)
+        if train_names.get(category) == name or (category not in train_names and not boxes):
             continue
-        meant = f"; there {name!r} is {ids[name]}" if name in ids else ""
-        if own in names or meant:
-            is_there = f"is {names[own]!r} in train" if own in names else "is not in train"
-            what = f"category {own} is {name!r} here and {is_there}{meant} ({boxes} boxes)"
-            yield finding("class-mismatch", raw.split, raw.source, what, id=own, count=max(boxes, 1))
-        else:
-            what = f"class {name!r} (category {own}, {boxes} boxes) is not in train"
-            yield finding("unknown-class", raw.split, raw.source, what, id=own, count=boxes)
+        if category not in train_names and name not in train_ids:
+            what = f"class {name!r} (category {category}, {boxes} boxes) is not in train"
+            yield finding("unknown-class", raw.split, raw.source, what, id=category, count=boxes)
+            continue
+        in_train = f"is {train_names[category]!r} in train" if category in train_names else "is not in train"
+        train_id = f"; there {name!r} is {train_ids[name]}" if name in train_ids else ""
+        what = f"category {category} is {name!r} here and {in_train}{train_id} ({boxes} boxes)"
+        yield finding("class-mismatch", raw.split, raw.source, what, id=category, count=max(boxes, 1))
 
 
 def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[str, int]]:
-    """`raw` with training's categories, and how many boxes changed.
+    """`raw` with training's categories, and how many boxes changed, by code.
 
     A category that training lists under the same id and name stays; otherwise the name decides, and the boxes of a
     name that training does not list are left out.
     """
     if dict(raw.categories) == dict(train):
         return raw, {}
-    ids = {_plain(name): i for i, name in reversed(train)}
-    meant = {own: ids.get(_plain(name)) for own, name in raw.categories}
-    listed = dict(train)
-    meant |= {own: own for own, name in raw.categories if own in listed and _plain(listed[own]) == _plain(name)}
-    known = {own: to for own, to in meant.items() if to is not None}
-    kept = np.isin(raw.box_categories, list(known))
+    # Which of training's ids each category means.
+    train_names = dict(train)
+    ids_by_name = {_plain(name): i for i, name in reversed(train)}
+    train_id = {}
+    for category, name in raw.categories:
+        if category in train_names and _plain(train_names[category]) == _plain(name):
+            train_id[category] = category
+        elif _plain(name) in ids_by_name:
+            train_id[category] = ids_by_name[_plain(name)]
+    # The boxes of these, with training's ids.
+    kept = np.isin(raw.box_categories, list(train_id))
     aligned = raw.take(np.ones(len(raw), dtype=np.bool_), kept)
-    olds = aligned.box_categories
-    news = np.array([known[old] for old in olds.tolist()], dtype=np.int64)
-    lost = raw.box_categories[~kept]
-    renamed = int(np.isin(lost, list(listed)).sum())
-    counts = {"class-mismatch": renamed + int((news != olds).sum()), "unknown-class": len(lost) - renamed}
-    aligned = replace(aligned, box_categories=news, categories=tuple(train))
+    categories = np.array([train_id[old] for old in aligned.box_categories.tolist()], dtype=np.int64)
+    dropped = raw.box_categories[~kept]
+    mismatched = int(np.isin(dropped, list(train_names)).sum())
+    counts = {
+        "class-mismatch": mismatched + int((categories != aligned.box_categories).sum()),
+        "unknown-class": len(dropped) - mismatched,
+    }
+    aligned = replace(aligned, box_categories=categories, categories=tuple(train))
     return aligned, {code: count for code, count in counts.items() if count}
 
 

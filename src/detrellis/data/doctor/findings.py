@@ -1,4 +1,4 @@
-"""What the doctor can find: one rule per code, and `Finding`, one row of its report."""
+"""Everything that a check can find, one rule a code; and `Finding`, one row of its report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Rule(NamedTuple):
-    """How grave a code is, what the user can do, and what `drop_bad` and `fix` do to the record it names."""
+    """How severe a finding is, what the user can do, and what `drop_bad` and `fix` do to the record it names."""
 
     severity: Severity
     remedy: str
@@ -109,7 +109,7 @@ WHOLE: dict[str, Rule] = {
     "layout": Rule("note", "Name the files yourself (`--train`, `--val`) if you mean something else."),
 }
 
-MALFORMED = ("malformed-image", "malformed-annotation")  # what a reader says of a record of no form
+MALFORMED = ("malformed-image", "malformed-annotation")  # codes of records that a reader cannot make sense of
 
 # In the order of the table.
 RULES: dict[str, Rule] = {**WHOLE, **IMAGES, **BOXES, **CLASSES}
@@ -137,10 +137,10 @@ class Finding:
         return "image" if self.code in IMAGES else "annotation" if self.code in BOXES else "category"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        found = asdict(self) | {"id_of": self.noun if self.id is not None else None}
-        del found["row"], found["other"]
-        return found
+        """The finding as the JSON report holds it."""
+        fields = asdict(self) | {"id_of": self.noun if self.id is not None else None}
+        del fields["row"], fields["other"]
+        return fields
 
 
 def finding(

@@ -34,8 +34,8 @@ Extras = tuple[dict[str, Any], dict[int, dict[str, Any]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """What `fix` wrote, and what it changed."""
+class FixResult:
+    """The files that `fix` wrote, and what it changed."""
 
     out: Path
     files: Mapping[str, Path]  # by split
@@ -50,15 +50,15 @@ class Fixed:
         return "\n".join([*lines, f"Train with --data {self.out}; the images stay where they are."])
 
 
-def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = False) -> Fixed:
+def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = False) -> FixResult:
     """Writes a copy of the annotations without what `report` found, and returns what was changed.
 
     Images with errors and boxes with errors are left out, and images that lose an object by that (`keep_partial`: these
-    stay, and teach that it is not there). Boxes that leave their frame are clipped, but not where they may
-    be corners; exact copies are removed, repeated annotation ids renumbered, missing areas computed, classes brought to
-    training's ids; an image that another split has too is left out of the one that comes first (train), unless
-    that is more than half of it.
-    `report` must be a check of `source` as it is now; after a fast one, images that cannot be decoded are in the copy.
+    stay, and teach that it is not there). Boxes that leave their frame are clipped, but not where they may be corners;
+    exact copies are removed, repeated annotation ids renumbered, missing areas computed, classes brought to training's
+    ids. An image that another split has too is left out of the one that comes first (train), unless that is more than
+    half of it. `report` must be a check of `source` as it is now; after a fast one, images that cannot be decoded are
+    in the copy.
 
     Raises `UserError` where `out` holds anything but the copy that an earlier call made.
     """
@@ -68,8 +68,8 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
     cleaned: dict[str, RawDataset] = {}
     changes: dict[str, dict[str, int]] = {}
     for split, raw in raws.items():
-        found = [f for f in report.findings if f.split == split]
-        cleaned[split], changes[split] = _clean(raw, found, keep_partial)
+        findings = [f for f in report.findings if f.split == split]
+        cleaned[split], changes[split] = _clean(raw, findings, keep_partial)
         if "train" in cleaned:
             cleaned[split], aligned = align_classes(cleaned[split], cleaned["train"].categories)
             changes[split] |= aligned
@@ -79,7 +79,7 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
     outputs.clear()
     for split, content in contents.items():
         outputs.write(targets[split].relative_to(out).as_posix(), content)
-    return Fixed(out, targets, changes)
+    return FixResult(out, targets, changes)
 
 
 def clean_folder(source: DataSource, out: Path) -> Outputs:
@@ -90,6 +90,7 @@ def clean_folder(source: DataSource, out: Path) -> Outputs:
 
 
 def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tuple[RawDataset, dict[str, int]]:
+    """The split without what the findings name and with what can be put right, and how many were changed, by code."""
     raw, turned = _turned(raw, [f for f in findings if f.code == "wrong-size"])
     if turned:
         # In the right frame other boxes are outside.
@@ -112,13 +113,13 @@ def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tupl
     return replace(raw, boxes=boxes, areas=areas), counts | {key: count for key, count in changed.items() if count}
 
 
-def _turned(raw: RawDataset, wrong: list[Finding]) -> tuple[RawDataset, set[int]]:
-    """Width and height put the right way round where the boxes fit that, and the rows of these images.
+def _turned(raw: RawDataset, wrong_sizes: list[Finding]) -> tuple[RawDataset, set[int]]:
+    """The split with width and height exchanged where the boxes fit that, and the rows of these images.
 
     Other wrong sizes leave the boxes in doubt.
     """
     sizes, turned = raw.sizes.copy(), set[int]()
-    for f in wrong:
+    for f in wrong_sizes:
         assert f.row is not None
         listed = (int(sizes[f.row, 0]), int(sizes[f.row, 1]))
         height, width = upright_size(read_header(raw.path(f.row)), listed)
@@ -143,8 +144,8 @@ def _extras(source: DataSource, split: str) -> Extras:
 def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:
     rest, old_images, old_boxes = extras
     images = [
-        old_images.get(own, {}) | {"id": own, "file_name": name, "height": height, "width": width}
-        for own, name, (height, width) in zip(raw.image_ids.tolist(), raw.file_names, raw.sizes.tolist(), strict=True)
+        old_images.get(i, {}) | {"id": i, "file_name": name, "height": height, "width": width}
+        for i, name, (height, width) in zip(raw.image_ids.tolist(), raw.file_names, raw.sizes.tolist(), strict=True)
     ]
     columns = (raw.lines, raw.ids, raw.box_image_ids, raw.box_categories, raw.boxes, raw.areas, raw.crowd.astype(int))
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")

@@ -1,6 +1,6 @@
-"""The doctor looks at the image files: whether they are there, and in the full check at every pixel.
+"""The doctor checks the image files: whether they are there, and in the full check every pixel.
 
-The fast part asks the file system only. `Facts` keep what comparing splits needs, so that nothing is read twice.
+The fast part asks the file system only. `ImageFacts` keep what comparing splits needs, so that nothing is read twice.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,21 +37,21 @@ TREATMENT = {
 }
 
 
-class Stat(NamedTuple):
-    """What the file system says."""
+class FileStat(NamedTuple):
+    """What the file system says of an image file."""
 
     bytes: int  # -1: no file
     key: tuple[int, int] | None  # the same for two names of one file
     absence: str = ""  # why there is no file
 
     @property
-    def there(self) -> bool:
+    def exists(self) -> bool:
         """Whether there is something to decode."""
         return self.bytes > 0
 
 
-class Look(NamedTuple):
-    """What decoding says."""
+class Decoded(NamedTuple):
+    """What decoding says of an image file."""
 
     digest: bytes  # of the file's bytes
     header: Header | None
@@ -60,37 +61,36 @@ class Look(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Facts:
-    """All images of one split; `looks` only after a full check, None for those that are not there."""
+class ImageFacts:
+    """What is known of the files of all `I` images of one split."""
 
-    stats: list[Stat]
-    looks: list[Look | None] | None
+    stats: list[FileStat]
+    decoded: list[Decoded | None] | None  # None after a fast check, and for files that are not there
 
 
-def gather(raw: RawDataset, *, fast: bool, progress: bool, workers: int | None) -> Facts:
-    """Asks the file system about every image and, unless `fast`, decodes it."""
+def gather(raw: RawDataset, *, fast: bool, progress: bool, workers: int | None) -> ImageFacts:
+    """Asks the file system about every image and, unless `fast`, decodes it with `workers` threads."""
     stats = map_threads(_stat, [raw.path(row) for row in range(len(raw))], WAITING)
     if fast:
-        return Facts(stats, None)
-    there = [row for row, stat in enumerate(stats) if stat.there]
+        return ImageFacts(stats, None)
+    existing = [row for row, stat in enumerate(stats) if stat.exists]
     sizes = raw.sizes.tolist()
-    jobs = [(raw.path(row), (sizes[row][0], sizes[row][1])) for row in there]
-    looks: list[Look | None] = [None] * len(raw)
-    for row, look in zip(
-        there, map_threads(_look, jobs, workers, f"{raw.split} images" if progress else ""), strict=True
-    ):
-        looks[row] = look
-    return Facts(stats, looks)
+    jobs = [(raw.path(row), (sizes[row][0], sizes[row][1])) for row in existing]
+    results = map_threads(_decode, jobs, workers, f"{raw.split} images" if progress else "")
+    decoded: list[Decoded | None] = [None] * len(raw)
+    for row, result in zip(existing, results, strict=True):
+        decoded[row] = result
+    return ImageFacts(stats, decoded)
 
 
-def _stat(path: Path) -> Stat:
+def _stat(path: Path) -> FileStat:
     if why := absence(path):
-        return Stat(-1, None, why)
-    found = path.stat()
-    return Stat(found.st_size, (found.st_dev, found.st_ino) if found.st_ino else None)
+        return FileStat(-1, None, why)
+    stat = path.stat()
+    return FileStat(stat.st_size, (stat.st_dev, stat.st_ino) if stat.st_ino else None)
 
 
-def _look(job: tuple[Path, tuple[int, int]]) -> Look:
+def _decode(job: tuple[Path, tuple[int, int]]) -> Decoded:
     path, size = job
     digest, header = b"", None
     try:
@@ -99,64 +99,58 @@ def _look(job: tuple[Path, tuple[int, int]]) -> Look:
         header = read_header(path)
         pixels = read_pixels(path, size)
     except UserError as error:
-        return Look(digest, header, error.message.removeprefix(f"{path}: "), 255)
+        return Decoded(digest, header, error.message.removeprefix(f"{path}: "), 255)
     except OSError as error:
-        return Look(digest, header, f"cannot be read ({error.strerror})", 255)
+        return Decoded(digest, header, f"cannot be read ({error.strerror})", 255)
     brightest = int(pixels.max()) if header.mode.startswith("I") else 255
-    return Look(digest, header, "", brightest, jpeg.doubt(data) if header.format in JPEGS else "")
+    return Decoded(digest, header, "", brightest, jpeg.doubt(data) if header.format in JPEGS else "")
 
 
-def check_images(raw: RawDataset, facts: Facts) -> list[Finding]:
+def check_images(raw: RawDataset, facts: ImageFacts) -> list[Finding]:
     """Everything about the image list and the files of one split."""
-    found = [*_absent(raw, facts.stats), *_listed_twice(raw, facts.stats), *_without_boxes(raw)]
-    for row, look in enumerate(facts.looks or ()):
-        if look is not None:
-            found += _seen(raw, row, look)
-    if facts.looks is not None:
-        found += _same_content(raw, facts)
-    else:
-        found += _unopened(raw, facts.stats)
-    return found
+    findings = [*_absent(raw, facts.stats), *_listed_twice(raw, facts.stats), *_without_boxes(raw)]
+    if facts.decoded is None:
+        return [*findings, *_without_size(raw, facts.stats)]
+    for row, decoded in enumerate(facts.decoded):
+        if decoded is not None:
+            findings += _of_image(raw, row, decoded)
+    return [*findings, *_same_content(raw, facts)]
 
 
 def _at(
     raw: RawDataset, code: str, row: int, what: str, *, other: int | None = None, remedy: str | None = None
 ) -> Finding:
-    own = raw.image_id(row)
-    return finding(code, raw.split, raw.path(row), what, id=own, row=row, other=other, remedy=remedy)
+    return finding(code, raw.split, raw.path(row), what, id=raw.image_id(row), row=row, other=other, remedy=remedy)
 
 
-def _absent(raw: RawDataset, stats: Sequence[Stat]) -> Iterator[Finding]:
+def _absent(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Finding]:
     missing = [row for row, stat in enumerate(stats) if stat.bytes < 0]
     remedy = None
     if missing and len(missing) == len(raw):
         remedy = f"None of the {len(raw)} images is below {raw.root}: correct the image folder."
-    nearly = _by_lower_name({raw.path(row).parent for row in missing})
+    by_lower_name = _by_lower_name({raw.path(row).parent for row in missing})
     for row in missing:
-        path = raw.path(row)
-        similar = nearly.get((path.parent, path.stem.lower()))
-        unread = unread_twin(path) if similar is None else None
-        hint = f"; there is {unread}, whose suffix is not read" if unread else ""
-        what = stats[row].absence + (f"; there is {similar}" if similar not in (None, path.name) else hint)
-        yield _at(raw, "missing-image", row, what, remedy=remedy)
+        path, hint = raw.path(row), ""
+        similar = by_lower_name.get((path.parent, path.stem.lower()))
+        if similar is None and (unread := unread_twin(path)):
+            hint = f"; there is {unread}, whose suffix is not read"
+        elif similar not in (None, path.name):
+            hint = f"; there is {similar}"
+        yield _at(raw, "missing-image", row, stats[row].absence + hint, remedy=remedy)
     for row, stat in enumerate(stats):
         if stat.bytes == 0:
             yield _at(raw, "unreadable-image", row, "the file is empty (0 bytes)")
 
 
-def _unopened(raw: RawDataset, stats: Sequence[Stat]) -> Iterator[Finding]:
+def _without_size(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Finding]:
     """Images of which the reader already failed to learn the size."""
     for row in np.flatnonzero((raw.sizes <= 0).any(axis=1)).tolist():
-        if stats[row].there:
-            yield from _seen(raw, row, Look(b"", None, _opening(raw.path(row)), 255))
-
-
-def _opening(path: Path) -> str:
-    try:
-        read_header(path)
-    except UserError as error:
-        return error.message.removeprefix(f"{path}: ")
-    return ""
+        path = raw.path(row)
+        try:
+            if stats[row].exists:
+                read_header(path)
+        except UserError as error:
+            yield _at(raw, "unreadable-image", row, error.message.removeprefix(f"{path}: "))
 
 
 def _by_lower_name(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
@@ -170,25 +164,24 @@ def _by_lower_name(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
     }
 
 
-def _listed_twice(raw: RawDataset, stats: Sequence[Stat]) -> Iterator[Finding]:
-    told: set[int] = set()
-    for own, rows in _groups(raw.image_ids.tolist()).items():
+def _listed_twice(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Finding]:
+    reported: set[int] = set()
+    for image_id, rows in _groups(raw.image_ids.tolist()).items():
         names = {raw.file_names[row] for row in rows}
+        what = f"image id {image_id} is used {len(rows)} times, for {', '.join(sorted(names)[:3])}"
         # Of one file the first record is as good as the last; of two files nobody knows whose boxes they are.
         for row in rows[1:] if len(names) == 1 else rows:
-            told.add(row)
-            what = f"image id {own} is used {len(rows)} times, for {', '.join(sorted(names)[:3])}"
+            reported.add(row)
             yield _at(raw, "duplicate-image-id", row, what)
     for first, *others in _groups([stat.key for stat in stats]).values():
-        for row in others:
-            if row not in told:
-                what = f"the file is listed again: image {_who(raw, first)} and image {_who(raw, row)}"
-                yield _at(raw, "duplicate-file", row, what, other=first)
+        for row in (row for row in others if row not in reported):
+            what = f"the file is listed again: image {_id_or_name(raw, first)} and image {_id_or_name(raw, row)}"
+            yield _at(raw, "duplicate-file", row, what, other=first)
 
 
-def _who(raw: RawDataset, row: int) -> str:
-    own = raw.image_id(row)
-    return raw.file_names[row] if own is None else str(own)
+def _id_or_name(raw: RawDataset, row: int) -> str:
+    image_id = raw.image_id(row)
+    return raw.file_names[row] if image_id is None else str(image_id)
 
 
 def _groups(keys: Sequence[object]) -> dict[object, list[int]]:
@@ -197,7 +190,7 @@ def _groups(keys: Sequence[object]) -> dict[object, list[int]]:
     for row, key in enumerate(keys):
         if key is not None:
             rows[key].append(row)
-    return {key: found for key, found in rows.items() if len(found) > 1}
+    return {key: group for key, group in rows.items() if len(group) > 1}
 
 
 def _without_boxes(raw: RawDataset) -> Iterator[Finding]:
@@ -208,15 +201,15 @@ def _without_boxes(raw: RawDataset) -> Iterator[Finding]:
         yield finding("images-without-boxes", raw.split, raw.source, what, count=len(empty))
 
 
-def _seen(raw: RawDataset, row: int, look: Look) -> Iterator[Finding]:
-    if look.error:
-        yield _at(raw, "unreadable-image", row, look.error)
-    if look.error or look.header is None:
+def _of_image(raw: RawDataset, row: int, decoded: Decoded) -> Iterator[Finding]:
+    """Everything about one image that was decoded, or could not be."""
+    if decoded.error or decoded.header is None:
+        yield _at(raw, "unreadable-image", row, decoded.error)
         return
-    header, listed = look.header, (int(raw.sizes[row, 0]), int(raw.sizes[row, 1]))
-    found = upright_size(header, listed)
-    if min(listed) > 0 and found != listed:
-        what = f"the file is {found[1]}x{found[0]} (width x height), the annotations say {listed[1]}x{listed[0]}"
+    header, listed = decoded.header, (int(raw.sizes[row, 0]), int(raw.sizes[row, 1]))
+    size = upright_size(header, listed)
+    if min(listed) > 0 and size != listed:
+        what = f"the file is {size[1]}x{size[0]} (width x height), the annotations say {listed[1]}x{listed[0]}"
         yield _at(raw, "wrong-size", row, what)
     if header.orientation in UPRIGHT:
         yield _orientation(raw, row, header, listed)
@@ -225,10 +218,10 @@ def _seen(raw: RawDataset, row: int, look: Look) -> Iterator[Finding]:
         yield _at(raw, "unusual-mode", row, f"a {header.format} of mode {header.mode}: {how}")
     if header.several:
         yield _at(raw, "several-pictures", row, f"a {header.format} of several pictures: the first is used")
-    if look.doubt:
-        yield _at(raw, "doubtful-jpeg", row, look.doubt)
-    if look.brightest < DARK:
-        yield _at(raw, "dark-16-bit", row, f"its 16-bit values become 0 to {look.brightest} of 255: nearly black")
+    if decoded.doubt:
+        yield _at(raw, "doubtful-jpeg", row, decoded.doubt)
+    if decoded.brightest < DARK:
+        yield _at(raw, "dark-16-bit", row, f"its 16-bit values become 0 to {decoded.brightest} of 255: nearly black")
 
 
 def _orientation(raw: RawDataset, row: int, header: Header, listed: tuple[int, int]) -> Finding:
@@ -241,49 +234,47 @@ def _orientation(raw: RawDataset, row: int, header: Header, listed: tuple[int, i
     return _at(raw, "exif-rotated", row, f"EXIF orientation {header.orientation}: the annotations are in the {frame}")
 
 
-def _same_content(raw: RawDataset, facts: Facts) -> Iterator[Finding]:
-    digests = [look.digest or None if look else None for look in facts.looks or ()]
+def _same_content(raw: RawDataset, facts: ImageFacts) -> Iterator[Finding]:
+    digests = [(decoded.digest or None) if decoded else None for decoded in facts.decoded or ()]
     for first, *others in _groups(digests).values():
         for row in others:
             if facts.stats[row].key != facts.stats[first].key:
                 yield _at(raw, "same-content", row, f"the same bytes as {raw.file_names[first]}", other=first)
 
 
-def shared_images(raws: Mapping[str, RawDataset], facts: Mapping[str, Facts]) -> list[Finding]:
+def shared_images(raws: Mapping[str, RawDataset], facts: Mapping[str, ImageFacts]) -> list[Finding]:
     """Images that stand in two splits: the same file, or one with the same content.
 
     Without a full check contents are compared only where name and length agree.
     """
-    found: list[Finding] = []
-    names = list(raws)
-    for place, earlier in enumerate(names):
-        for later in names[place + 1 :]:
-            found += _shared(raws[earlier], raws[later], facts[earlier], facts[later])
-    return found
+    findings: list[Finding] = []
+    for earlier, later in combinations(raws, 2):
+        findings += _in_both(raws[earlier], raws[later], facts[earlier], facts[later])
+    return findings
 
 
-def _shared(a: RawDataset, b: RawDataset, a_facts: Facts, b_facts: Facts) -> Iterator[Finding]:
+def _in_both(a: RawDataset, b: RawDataset, a_facts: ImageFacts, b_facts: ImageFacts) -> Iterator[Finding]:
     a_keys, b_keys = _identities(a, a_facts), _identities(b, b_facts)
-    there = {key: row for row, keys in enumerate(b_keys) for key in keys}
+    b_rows = {key: row for row, keys in enumerate(b_keys) for key in keys}
     for row, keys in enumerate(a_keys):
-        twins = (there[key] for key in keys if key in there)
-        twin = next((t for t in twins if _alike(a, row, a_facts, b, t, b_facts)), None)
+        candidates = (b_rows[key] for key in keys if key in b_rows)
+        twin = next((each for each in candidates if _same_image(a, row, a_facts, b, each, b_facts)), None)
         if twin is not None:
             yield _at(a, "shared-image", row, f"the same image is in {b.split}: {b.path(twin)}")
 
 
-def _identities(raw: RawDataset, facts: Facts) -> list[list[object]]:
+def _identities(raw: RawDataset, facts: ImageFacts) -> list[list[object]]:
     """What two records of one image have in common: the file, its content, or name and length."""
-    found: list[list[object]] = []
+    identities: list[list[object]] = []
     for row, stat in enumerate(facts.stats):
-        look = facts.looks[row] if facts.looks is not None else None
-        content = look.digest if look is not None else (Path(raw.file_names[row]).name, stat.bytes)
-        found.append([key for key in (stat.key, content) if key] if stat.there else [])
-    return found
+        decoded = facts.decoded[row] if facts.decoded is not None else None
+        content = decoded.digest if decoded is not None else (Path(raw.file_names[row]).name, stat.bytes)
+        identities.append([key for key in (stat.key, content) if key] if stat.exists else [])
+    return identities
 
 
-def _alike(a: RawDataset, row: int, a_facts: Facts, b: RawDataset, twin: int, b_facts: Facts) -> bool:
-    if a_facts.looks is not None or a_facts.stats[row].key == b_facts.stats[twin].key:
+def _same_image(a: RawDataset, row: int, a_facts: ImageFacts, b: RawDataset, twin: int, b_facts: ImageFacts) -> bool:
+    if a_facts.decoded is not None or a_facts.stats[row].key == b_facts.stats[twin].key:
         return True
     try:
         return a.path(row).read_bytes() == b.path(twin).read_bytes()

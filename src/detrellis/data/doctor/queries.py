@@ -1,4 +1,4 @@
-"""The doctor asks whether a detector has queries enough for the fullest image."""
+"""The doctor checks whether a detector has queries enough for the image with most objects."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ def check_queries(raws: Mapping[str, RawDataset], capacity: Capacity) -> list[Fi
 
 def _too_full(raw: RawDataset, capacity: Capacity) -> Iterator[Finding]:
     objects = np.bincount(raw.box_rows[(raw.box_rows >= 0) & ~raw.crowd], minlength=len(raw))
-    most, row = int(objects.max()), int(objects.argmax())
-    enough = f"-o detector.top_k={_rounded(most)}"
-    if most * capacity.each > capacity.queries:
-        needed = -(-most * capacity.each // capacity.patterns)
-        enough = f"-o detector.query_count={_rounded(needed)}" + (f" {enough}" if most > capacity.detections else "")
+    largest, row = int(objects.max()), int(objects.argmax())
+    options = [f"-o detector.top_k={_rounded(largest)}"] if largest > capacity.detections else []
+    if largest * capacity.each > capacity.queries:
+        needed = -(-largest * capacity.each // capacity.patterns)
+        options.insert(0, f"-o detector.query_count={_rounded(needed)}")
         each = f", and training gives {capacity.each} to each object" if capacity.each > 1 else ""
-        what = f"{most:,} objects, but the detector has {capacity.queries:,} queries{each}"
-        full = int((objects * capacity.each > capacity.queries).sum())
-    elif most > capacity.detections:
-        what = f"{most:,} objects, but the detector returns {capacity.detections:,} of an image (`detector.top_k`)"
-        full = int((objects > capacity.detections).sum())
+        what = f"{largest:,} objects, but the detector has {capacity.queries:,} queries{each}"
+        images = int((objects * capacity.each > capacity.queries).sum())
+    elif options:
+        what = f"{largest:,} objects, but the detector returns {capacity.detections:,} of an image (`detector.top_k`)"
+        images = int((objects > capacity.detections).sum())
     else:
         return
-    what = f"{what}: the others cannot be found; {enough} would do"  # here, because `train` prints no remedies
-    yield finding("too-many-objects", raw.split, raw.path(row), what, id=raw.image_id(row), count=full)
+    # The remedy stands here, because `train` prints no remedies.
+    what = f"{what}: the others cannot be found; {' '.join(options)} would do"
+    yield finding("too-many-objects", raw.split, raw.path(row), what, id=raw.image_id(row), count=images)
 
 
 def _rounded(number: int) -> int:
-    """Up to a full hundred."""
+    """The number, rounded up to a full hundred."""
     return -(-number // 100) * 100

@@ -1,7 +1,8 @@
-"""What is in a split, in numbers: the head of the doctor's report."""
+"""How many images, boxes and classes a split has: the head of the doctor's report."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class ClassCount:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One split."""
+    """Counts of the images, boxes and classes of one split."""
 
     split: str
     source: str
@@ -39,18 +40,17 @@ class SplitSummary:
     classes: tuple[ClassCount, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The counts as JSON holds them."""
         return asdict(self)
 
 
 def summarise(raws: Mapping[str, RawDataset]) -> tuple[SplitSummary, ...]:
-    """The numbers of each split."""
+    """The summary of each split, in the order of `raws`."""
     return tuple(_summary(raw) for raw in raws.values())
 
 
 def _summary(raw: RawDataset) -> SplitSummary:
-    owned = raw.box_rows[raw.box_rows >= 0]
-    per_image = np.bincount(owned, minlength=len(raw))
+    per_image = np.bincount(raw.box_rows[raw.box_rows >= 0], minlength=len(raw))
     areas = np.nan_to_num(raw.boxes[:, 2] * raw.boxes[:, 3])
     small, medium = int((areas < SMALL).sum()), int(((areas >= SMALL) & (areas < MEDIUM)).sum())
     return SplitSummary(
@@ -77,7 +77,7 @@ def _image_sizes(raw: RawDataset) -> tuple[tuple[int, int], ...]:
 
 
 def _classes(raw: RawDataset) -> tuple[ClassCount, ...]:
-    boxes = dict(zip(*(a.tolist() for a in np.unique(raw.box_categories, return_counts=True)), strict=True))
-    pairs = np.unique(np.stack([raw.box_categories, raw.box_image_ids], axis=1), axis=0)[:, 0]
-    images = dict(zip(*(a.tolist() for a in np.unique(pairs, return_counts=True)), strict=True))
-    return tuple(ClassCount(i, name, boxes.get(i, 0), images.get(i, 0)) for i, name in raw.categories)
+    boxes = Counter(raw.box_categories.tolist())
+    pairs = np.unique(np.stack([raw.box_categories, raw.box_image_ids], axis=1), axis=0)
+    images = Counter(pairs[:, 0].tolist())  # each image once for each of its categories
+    return tuple(ClassCount(i, name, boxes[i], images[i]) for i, name in raw.categories)

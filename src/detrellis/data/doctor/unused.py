@@ -1,4 +1,4 @@
-"""What lies in the data set's folder and is not read: told once, by suffix, so that nothing is left out unnoticed."""
+"""Files in the data set's folder that are not read: one finding, by suffix, so that nothing is left out unnoticed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SHOWN = 8  # suffixes that the note names
 
 def unused_files(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> list[Finding]:
     """The note `unused-files` about everything below `folder` that no split reads."""
-    found = _unused(folder, splits, raws)
-    if not found:
+    unused = _unused(folder, splits, raws)
+    if not unused:
         return []
-    kinds = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
-    told = [f"{len(files)} {suffix or 'without a suffix'} ({_first(files)})" for suffix, files in kinds[:SHOWN]]
+    kinds = sorted(unused.items(), key=lambda item: (-len(item[1]), item[0]))
+    counts = [f"{len(files)} {suffix or 'without a suffix'} ({_first(files)})" for suffix, files in kinds[:SHOWN]]
     more = f" and {len(kinds) - SHOWN} more suffixes" if len(kinds) > SHOWN else ""
-    count = sum(len(files) for files in found.values())
-    counted = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
-    what = f"{counted} not used: {', '.join(told)}{more}"
+    count = sum(len(files) for files in unused.values())
+    subject = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
+    what = f"{subject} not used: {', '.join(counts)}{more}"
     return [finding("unused-files", "", folder, what, count=count)]
 
 
@@ -52,13 +52,13 @@ def _unused(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, R
     used: dict[str, set[str]] = defaultdict(set)
     for parent, name in map(os.path.split, _read(splits, raws)):
         used[real(parent)].add(name)
-    found: dict[str, list[str]] = defaultdict(list)
+    unused: dict[str, list[str]] = defaultdict(list)
     for parent, names in walk(folder):
-        there = used.get(real(parent), set())
-        for name in sorted(names):
-            if name not in there and not _links_to(os.path.join(parent, name), used):
-                found[_suffix(name)].append(Path(os.path.relpath(os.path.join(parent, name), folder)).as_posix())
-    return found
+        below = Path(os.path.relpath(parent, folder))
+        for name in sorted(set(names) - used.get(real(parent), set())):
+            if not _links_to(os.path.join(parent, name), used):
+                unused[_suffix(name)].append((below / name).as_posix())
+    return unused
 
 
 def _links_to(path: str, used: Mapping[str, set[str]]) -> bool:
