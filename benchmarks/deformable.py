@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detrellis.nn.deformable_op import Shapes, ms_deform_attn
+from detrellis.nn.kernels.deformable import Shapes, ms_deform_attn
 
 LEVELS, HEADS, WIDTH, POINTS = ((64, 64), (32, 32), (16, 16), (8, 8)), 8, 32, 4
 BUDGETS = {("compiled", "enc"): 0.15, ("compiled", "dec"): 0.35, ("eager", "enc"): 0.6, ("eager", "dec"): 0.95}

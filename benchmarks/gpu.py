@@ -22,7 +22,7 @@ from deformable import HEADS, WIDTH
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detrellis.nn.deformable_op import ms_deform_attn
+from detrellis.nn.kernels.deformable import ms_deform_attn
 from schemes import PLUS, SHARED, Stepper, Variant
 
 STRIDES, POINTS, WARMUP = (8, 16, 32, 64), 4, 3

@@ -1,5 +1,5 @@
-"""Matrix products of a linear layer in float32: torch's own against oneDNN's (`nn/linear.py`), and a ResNet-50 with
-channels last or first. One thread, taking turns.
+"""Matrix products of a linear layer in float32, torch's own against oneDNN's (`nn/kernels/linear.py`), and a ResNet-50
+with channels last or first. One thread, taking turns.
 
     python benchmarks/linear.py
 """
@@ -14,7 +14,7 @@ from common import arguments, interleaved
 from torch import Tensor
 
 from detrellis.nn.backbone import ResNet
-from detrellis.nn.linear import linear
+from detrellis.nn.kernels.linear import linear
 
 ROWS, INPUTS, OUTPUTS = 4250, 256, 1024  # two images of 320x320 through a feed-forward block
 

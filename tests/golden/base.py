@@ -11,7 +11,8 @@ from torch import Tensor
 from detrellis.boxes import cxcywh_to_xyxy, giou, pairwise_giou, pairwise_iou
 from detrellis.detector import select_per_query, select_top_k
 from detrellis.matching import Hungarian, Known, Match, MatchingCost, assign, focal_term, softmax_term
-from detrellis.nn.deformable import DeformableAttention, ms_deform_attn
+from detrellis.nn.deformable import DeformableAttention
+from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.position import SineMap, sine_embed
 from detrellis.schemes.cdn import ContrastiveDenoising, Noise, group_count
 from detrellis.schemes.denoising import lay_out, positives

@@ -15,7 +15,7 @@ from torch import nn
 
 from detrellis.engine import bench
 from detrellis.nn.compiler import EXTENSIONS
-from detrellis.nn.deformable_cpu import Pieces
+from detrellis.nn.kernels.deformable_cpu import Pieces
 
 
 def by_itself() -> None:

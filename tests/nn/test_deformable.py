@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from detrellis.nn.deformable import DeformableAttention, ms_deform_attn
+from detrellis.nn.deformable import DeformableAttention
+from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.types import Memory, Spatial
 
 SHAPES = ((3, 4), (1, 1), (2, 5))

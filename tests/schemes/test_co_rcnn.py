@@ -11,8 +11,8 @@ from torchvision.ops import batched_nms
 
 from detrellis.boxes import pairwise_iou
 from detrellis.losses import bce_loss
-from detrellis.nn import roi_cpu
-from detrellis.nn.roi import by_torchvision
+from detrellis.nn.kernels import roi_cpu
+from detrellis.nn.kernels.roi import by_torchvision
 from detrellis.schemes.collaborative import roi
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import BACKGROUND

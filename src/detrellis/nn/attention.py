@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from detrellis.nn.linear import FastLinear, linear
+from detrellis.nn.kernels.linear import FastLinear, linear
 from detrellis.types import Memory, Segment, Spatial
 
 # What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper, whose backward pass gives

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.attention import memory_attention, merge_heads, segmented_attention, split_heads
-from detrellis.nn.linear import FastLinear
+from detrellis.nn.kernels.linear import FastLinear
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Segment, Spatial
 

@@ -1,4 +1,4 @@
-"""The deformable attention module; its core is `ms_deform_attn`, see `deformable_op`."""
+"""Deformable attention as a module (Deformable DETR, Eq. 2 and 3); its core is `kernels.deformable.ms_deform_attn`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detrellis.nn.deformable_op import ms_deform_attn
-from detrellis.nn.linear import FastLinear
+from detrellis.nn.kernels.deformable import ms_deform_attn
+from detrellis.nn.kernels.linear import FastLinear
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Spatial
-
-__all__ = ["DeformableAttention", "ms_deform_attn"]
 
 
 class DeformableAttention(nn.Module):

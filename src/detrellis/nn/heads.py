@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detrellis.nn.linear import FastLinear
+from detrellis.nn.kernels.linear import FastLinear
 from detrellis.nn.mlp import MLP
 
 

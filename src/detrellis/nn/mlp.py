@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from detrellis.nn.linear import FastLinear
+from detrellis.nn.kernels.linear import FastLinear
 
 Activation = Literal["relu", "prelu", "gelu", "silu"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.nn.attention import merge_heads, split_heads
+from detrellis.nn.kernels.roi import roi_align
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.prior import map_attention
-from detrellis.nn.roi import roi_align
 from detrellis.types import Memory, Prior, Spatial
 
 CELLS = 7  # of a region, along each side

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.attention import DenseAttention, merge_heads, split_heads
-from detrellis.nn.linear import FastLinear, linear
+from detrellis.nn.kernels.linear import FastLinear, linear
 from detrellis.nn.mlp import MLP
 from detrellis.nn.prior import at_level, map_attention
 from detrellis.types import Memory, Prior, Queries, Spatial

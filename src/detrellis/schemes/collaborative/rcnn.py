@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import giou
-from detrellis.nn.linear import FastLinear
+from detrellis.nn.kernels.linear import FastLinear
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from detrellis.nn.roi import roi_align
+from detrellis.nn.kernels.roi import roi_align
 
 FINEST = 14  # a region of twice as many of the finest level's strides, or more, is read from the next level
 

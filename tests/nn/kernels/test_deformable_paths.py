@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from detrellis.nn import deformable_bag, deformable_cpu
-from detrellis.nn.deformable_cpu import COMPILE_FROM, Pieces
-from detrellis.nn.deformable_op import ms_deform_attn
-from detrellis.nn.deformable_reference import ms_deform_attn_reference
+from detrellis.nn.kernels import deformable_bag, deformable_cpu
+from detrellis.nn.kernels.deformable import ms_deform_attn
+from detrellis.nn.kernels.deformable_cpu import COMPILE_FROM, Pieces
+from detrellis.nn.kernels.deformable_reference import ms_deform_attn_reference
 from detrellis.recipes.build import build
 from detrellis.types import Memory, Spatial
 
-from ..small import CLASSES, images, small
+from ...small import CLASSES, images, small
 
 SHAPES = ((3, 4), (1, 1), (2, 5))
 HEADS, POINTS, WIDTH = 2, 2, 4
@@ -306,7 +306,7 @@ def test_import_without_the_compiler(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     program = """
 import logging, sys, torch
-from detrellis.nn.deformable_op import ms_deform_attn
+from detrellis.nn.kernels.deformable import ms_deform_attn
 assert "torch._dynamo" not in sys.modules
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 for _ in range(2):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detrellis.nn import linear as module
-from detrellis.nn.linear import FastLinear, linear
+from detrellis.nn.kernels import linear as module
+from detrellis.nn.kernels.linear import FastLinear, linear
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detrellis.nn import deformable_bag as bag
 from detrellis.nn.compiler import import_compiler
+from detrellis.nn.kernels import deformable_bag as bag
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detrellis.nn import deformable_cpu
-from detrellis.nn.deformable_cpu import forced, say
-from detrellis.nn.deformable_reference import ms_deform_attn_reference
+from detrellis.nn.kernels import deformable_cpu
+from detrellis.nn.kernels.deformable_cpu import forced, say
+from detrellis.nn.kernels.deformable_reference import ms_deform_attn_reference
 
 Shapes = Sequence[tuple[int, int]]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -73,7 +73,7 @@ def _has_kernels(device: str) -> bool:
 @cache
 def _triton_works() -> bool:
     try:
-        from detrellis.nn import deformable_triton
+        from detrellis.nn.kernels import deformable_triton
 
         deformable_triton.probe()
     except Exception as error:  # no C compiler for its launcher, a GPU it does not know, ...
@@ -88,7 +88,7 @@ def _kernels(tensor: Tensor) -> ModuleType:
     """The module whose `forward` and `backward` are for a tensor's device."""
     if not tensor.is_cuda:
         return deformable_cpu
-    from detrellis.nn import deformable_triton
+    from detrellis.nn.kernels import deformable_triton
 
     return deformable_triton
 

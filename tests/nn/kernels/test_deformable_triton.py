@@ -36,7 +36,7 @@ def test_without_a_gpu(what: str, variables: dict[str, str]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    from detrellis.nn.deformable_op import _triton_works
+    from detrellis.nn.kernels.deformable import _triton_works
 
     assert _triton_works()
     for width, queries in ((3, 37), (32, 70)):
@@ -45,16 +45,16 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 
 def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The other path is several times slower: nobody should find that out by waiting."""
-    from detrellis.nn import deformable_op, deformable_triton
+    from detrellis.nn.kernels import deformable, deformable_triton
 
     def broken() -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(deformable_triton, "probe", broken)
-    deformable_op._triton_works.cache_clear()
+    deformable._triton_works.cache_clear()
     with caplog.at_level("WARNING"):
-        assert not deformable_op._triton_works()
-    deformable_op._triton_works.cache_clear()
+        assert not deformable._triton_works()
+    deformable._triton_works.cache_clear()
     assert "several times slower; Triton does not work: RuntimeError: no compiler" in caplog.text
 
 
@@ -75,8 +75,8 @@ def inputs(dtype: torch.dtype, width: int, queries: int, device: str = "cpu") ->
 
 def check(dtype: torch.dtype, width: int, queries: int, device: str = "cpu") -> None:
     """Against the reference in float64, with both ways to sum the gradients of rows."""
-    from detrellis.nn import deformable_triton
-    from detrellis.nn.deformable_reference import ms_deform_attn_reference
+    from detrellis.nn.kernels import deformable_triton
+    from detrellis.nn.kernels.deformable_reference import ms_deform_attn_reference
 
     upstream, *tensors = inputs(dtype, width, queries, device)
     exact = [t.double().requires_grad_() for t in tensors]
@@ -101,7 +101,7 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 
 def interpret() -> None:
     """Program: all types, channels that are no power of two, queries that do not fill a program; nothing at all."""
-    from detrellis.nn import deformable_triton
+    from detrellis.nn.kernels import deformable_triton
 
     check(torch.float64, 3, 37)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -136,7 +136,7 @@ def compile_only() -> None:
         assembly.append(run(self, *arguments, grid=grid, warmup=True, **constants).asm["ptx"])
 
     JITFunction.run = warm_up
-    from detrellis.nn import deformable_triton
+    from detrellis.nn.kernels import deformable_triton
 
     for dtype in TOLERANCE:
         upstream, *tensors = inputs(dtype, 32, 37)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from detrellis.nn import roi_cpu
+from detrellis.nn.kernels import roi_cpu
 
 
 def roi_align(
