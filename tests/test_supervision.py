@@ -11,7 +11,7 @@ from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.matching import Hungarian, Known, Match, assign
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build_supervision
-from detrellis.supervision import SetLoss, Supervision, Task, softmax_set_loss, sum_by_layer, supervise
+from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, sum_by_layer, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from .test_matching import problem
@@ -43,7 +43,7 @@ def test_every_layer_equals_the_naive_loss() -> None:
 def test_weights_names_and_metrics() -> None:
     output, targets = problem(2, (4, 2), 9)
     supervision = Supervision(weights={"class": 3.0, "box": 0.0, "giou": 1.0})
-    losses, metrics = supervise([Task("main", output, targets, supervision, torch.tensor(6.0), weight=0.5)])
+    losses, metrics = supervise([supervision.task("main", output, targets, torch.tensor(6.0), weight=0.5)])
     assert set(losses) == {f"main/{t}/{i}" for t in ("class", "box", "giou") for i in range(2)}
     found = assign([Match(output, targets, Hungarian())])[0]
     plain = SetLoss()(output, targets, found, torch.tensor(6.0))
@@ -71,11 +71,11 @@ def test_one_to_many_counts_copies_as_targets() -> None:
     output, targets = problem(2, (2, 1), 9)
     boxes = torch.tensor(3.0)
     several = build_supervision(find_recipe("deformable-detr-r50").override("loss.one_to_many=3"))
-    losses, _ = supervise([Task("main", output, targets, several, boxes)])
+    losses, _ = supervise([several.task("main", output, targets, boxes)])
     labels, truth = (t.split(targets.sizes) for t in targets[:2])
     repeated = Targets(torch.cat([t.repeat(3) for t in labels]), torch.cat([t.repeat(3, 1) for t in truth]), (6, 3))
     plain = build_supervision(find_recipe("deformable-detr-r50"))
-    expected, _ = supervise([Task("main", output, repeated, plain, 3 * boxes)])
+    expected, _ = supervise([plain.task("main", output, repeated, 3 * boxes)])
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value)
 
@@ -89,10 +89,10 @@ def test_losses_are_float32_under_autocast() -> None:
     output, targets = problem(1, (3,), 5)
     half = output.map(Tensor.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = supervise([Task("main", half, targets, Supervision(), torch.tensor(3.0))])
+        losses, _ = supervise([Supervision().task("main", half, targets, torch.tensor(3.0))])
     assert all(v.dtype == torch.float32 for v in losses.values())
     exact = half.map(Tensor.float)
-    expected, _ = supervise([Task("main", exact, targets, Supervision(), torch.tensor(3.0))])
+    expected, _ = supervise([Supervision().task("main", exact, targets, torch.tensor(3.0))])
     for name, value in expected.items():
         assert torch.equal(losses[name], value), name
 
@@ -100,7 +100,7 @@ def test_losses_are_float32_under_autocast() -> None:
 def test_one_query_may_be_known_for_several_layers_only() -> None:
     output, targets = problem(3, (2,), 4)
     known = Known(Assignment(*(torch.tensor(v) for v in ([1], [0], [3], [1], [0]))))
-    losses, _ = supervise([Task("dn", output, targets, Supervision(known), torch.tensor(1.0))])
+    losses, _ = supervise([Supervision(known).task("dn", output, targets, torch.tensor(1.0))])
     assert losses["dn/box/0"] == 0
     assert losses["dn/box/1"] > 0
     assert losses["dn/box/2"] == 0

@@ -1,7 +1,8 @@
 """Losses as pure functions of each element. None averages over queries: the set losses divide by the number of boxes.
 
 Classification works on logits `x` with `p = sigmoid(x)`, in log-sigmoids: finite at any logit, gradients too. A
-`ClassLoss` takes logits and targets in [0, 1] of positives, `(M,)` each; what all others learn is `absence_loss`.
+`ClassLoss` takes logits and targets in [0, 1] of positives, `(M,)` each, and returns `(M,)`; what all other entries
+learn is `focal_negative`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from detrellis.boxes import cxcywh_to_xyxy, giou
 ClassLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-def absence_loss(logits: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_negative(logits: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss of a class that is not there: `-p^gamma log(1 - p)`; `gamma` is 0, or 1 and more."""
     return logits.sigmoid() ** gamma * F.softplus(logits)
 
 
-def presence_loss(logits: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_positive(logits: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss of a class that is there: `-(1 - p)^gamma log p`."""
-    return absence_loss(-logits, gamma)
+    return focal_negative(-logits, gamma)
 
 
 def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """RetinaNet's, Eq. 5: `-0.25 (1 - p)^2 log p`, whatever the target."""
-    return 0.25 * presence_loss(logits)
+    """Focal loss (RetinaNet, Eq. 5) of positives: `-0.25 (1 - p)^2 log p`, whatever the target."""
+    return 0.25 * focal_positive(logits)
 
 
 def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -52,9 +53,9 @@ def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
     `logits (M, bins)` of the distances 0, 1, ...; `distance (M,)` in [0, bins - 1); to `(M,)`.
     """
     low = distance.long()
-    share = distance - low
+    fraction = distance - low
     below, above = (F.cross_entropy(logits, bin, reduction="none") for bin in (low, low + 1))
-    return (1 - share) * below + share * above
+    return (1 - fraction) * below + fraction * above
 
 
 def l1_loss(boxes: Tensor, targets: Tensor) -> Tensor:

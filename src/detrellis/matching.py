@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
 from detrellis.types import Assignment, DecoderOutput, Targets
 
-WORST = 1e8  # stands for a cost that is not a number, which the solver would refuse
+WORST = 1e8  # stands for a cost that is NaN or infinite, which the solver would refuse
 CACHED = 2**18  # costs that a CPU computes at a time: the dozen arrays on the way to them stay in its cache
 
-
-# (logits (..., N, C), labels (..., T), GIoU (..., N, T)) to the unweighted class term (..., N, T)
+# (logits (..., N, C), labels (..., T), GIoU (..., N, T)) to the unweighted class term (..., N, T).
 ClassTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -37,15 +35,10 @@ def focal_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
 
 
 def focal_difference(p: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """The same of probabilities, with the reference code's 1e-8."""
+    """As `focal_term`, of the probabilities `p` of the targets' classes; the 1e-8 is the reference code's."""
     present = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     absent = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return present - absent
-
-
-def _planes(boxes: Tensor) -> Tensor:
-    """The same `(..., 4)`, in memory one coordinate after the other: arithmetic on coordinates then strides by 1."""
-    return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def softmax_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
@@ -55,7 +48,7 @@ def softmax_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MatchingCost:
-    """DETR's matching cost: weighted class term, L1 and generalised IoU, over the targets only."""
+    """DETR's matching cost: the weighted sum of class term, L1 distance and minus generalised IoU."""
 
     classes: float = 2.0
     l1: float = 5.0
@@ -70,25 +63,30 @@ class MatchingCost:
         return self.classes * classes + self.l1 * distance - self.giou * overlap
 
 
+def _planes(boxes: Tensor) -> Tensor:
+    """Equal boxes `(..., 4)`, in memory one coordinate after the other: arithmetic on coordinates then strides by 1."""
+    return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """How many queries each target gets at each stage: Align-DETR's k.
 
-    `share` caps it in crowded images, each for itself: at most that part of the queries become positives, but every
-    target gets one. None: no cap; if the queries do not suffice, the targets get unequal numbers.
+    `positive_fraction` caps it in crowded images, each for itself: at most that part of the queries become positives,
+    but every target gets one. None: no cap; if the queries do not suffice, the targets get unequal numbers.
     """
 
     encoder: int = 1
     intermediate: int = 1
     last: int = 1
-    share: float | None = 0.5
+    positive_fraction: float | None = 0.5
 
     def of(self, layer: int, layers: int, *, queries: int, targets: int) -> int:
         """The number at decoder layer `layer` of `layers`, in an image of so many targets."""
         k = self.last if layer == layers - 1 else self.intermediate
-        if self.share is None:
+        if self.positive_fraction is None:
             return k
-        return max(1, min(k, int(self.share * queries) // max(targets, 1)))
+        return max(1, min(k, int(self.positive_fraction * queries) // max(targets, 1)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Hungarian:
     candidates: Candidates = Candidates()
 
     def for_proposals(self) -> Hungarian:
-        """The same for the encoder's proposals."""
+        """This rule for the encoder's proposals, which are one layer: with the encoder's number of candidates."""
         return replace(self, candidates=replace(self.candidates, last=self.candidates.encoder))
 
 
@@ -118,93 +116,98 @@ Assign = Hungarian | Known
 
 @dataclass(frozen=True)
 class Match:
-    """One block's matching problem."""
+    """One block's matching problem: its outputs, and the targets that they are matched to."""
 
     output: DecoderOutput
     targets: Targets
     assign: Assign
-    copies: int = 1
+    copies: int = 1  # equal parts of the block, each matched for itself
 
-
-def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, filled up to the largest count with its last target.
-
-    Not with zeros: a class term may look for the best overlap of an image.
-    """
-    most, total = max(targets.sizes), len(targets.labels)
-    rows = [min(o + min(j, max(n - 1, 0)), total - 1) for o, n in _spans(targets) for j in range(most)]
-    index = torch.tensor(rows, device=targets.labels.device).view(-1, most)
-    return targets.labels[index], targets.boxes[index]
-
-
-def _spans(targets: Targets) -> zip[tuple[int, int]]:
-    return zip(targets.offsets, targets.sizes, strict=True)
-
-
-def _shape(match: Match) -> tuple[int, int, int, int]:
-    """Layers, images, copies, queries of a copy."""
-    layers, batch, queries, _ = match.output.logits.shape
-    return layers, batch, match.copies, queries // match.copies
-
-
-def _costs(match: Match, cost: MatchingCost) -> list[Tensor]:
-    """Costs `(l, b, K, N / K, T)` of some layers and images at a time, in order; in float32 or better."""
-    layers, batch, copies, queries = _shape(match)
-    labels, boxes = _pad(match.targets)
-    logits, predicted = (
-        t.detach().to(boxes.dtype).reshape(layers, batch, copies, queries, -1) for t in match.output[:2]
-    )
-    labels = labels[None, :, None].expand(layers, batch, copies, -1)
-    boxes = boxes[None, :, None].expand(layers, batch, copies, -1, -1)
-    together = layers * batch
-    if boxes.device.type == "cpu":
-        together = max(CACHED // (copies * queries * labels.shape[-1]), 1)
-    rows, columns = max(together // batch, 1), min(together, batch)
-    parts = itertools.product(range(0, layers, rows), range(0, batch, columns))
-    return [cost(*(t[i : i + rows, j : j + columns] for t in (logits, predicted, labels, boxes))) for i, j in parts]
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Layers, images, copies, queries of a copy."""
+        layers, batch, queries, _ = self.output.logits.shape
+        return layers, batch, self.copies, queries // self.copies
 
 
 @torch.no_grad()
 def assign(matches: Sequence[Match]) -> list[Assignment]:
     """Solve every block's matching with one copy to the host and one back."""
-    solvable = [(m, m.assign.cost) for m in matches if isinstance(m.assign, Hungarian) and len(m.targets.labels)]
+    # The costs of all blocks, in one copy to the host.
     with torch.autocast(matches[0].output.boxes.device.type, enabled=False):
-        costs = [_costs(m, c) for m, c in solvable]
-    if not costs:
-        return [m.assign.assignment if isinstance(m.assign, Known) else _nothing(m) for m in matches]
+        costs = [_costs(match) for match in matches]
     flat = torch.cat([part.flatten() for parts in costs for part in parts])
-    arrays = np.split(flat.cpu().numpy(), np.cumsum([sum(p.numel() for p in parts) for parts in costs])[:-1])
-    rows = [_solve(a.reshape(*_shape(m), -1), m) for a, (m, _) in zip(arrays, solvable, strict=True)]
-    packed = torch.from_numpy(np.concatenate(rows, axis=1)).to(flat.device, non_blocking=True)
-    solved = iter(packed.split([r.shape[1] for r in rows], dim=1))
-    found = {id(m): Assignment(*next(solved)) for m, _ in solvable}
-    known = {id(m): m.assign.assignment for m in matches if isinstance(m.assign, Known)}
-    return [found.get(id(m)) or known.get(id(m)) or _nothing(m) for m in matches]
+    ends = np.cumsum([sum(part.numel() for part in parts) for parts in costs])
+    arrays = np.split(flat.cpu().numpy(), ends[:-1])
+    # Each block solved there; the rows of all blocks, in one copy back.
+    solved = [_solve(array, match) for array, match in zip(arrays, matches, strict=True)]
+    packed = torch.from_numpy(np.concatenate(solved, axis=1)).to(flat.device, non_blocking=True)
+    parts = packed.split([rows.shape[1] for rows in solved], dim=1)
+    return [
+        match.assign.assignment if isinstance(match.assign, Known) else Assignment(*rows)
+        for match, rows in zip(matches, parts, strict=True)
+    ]
 
 
-def _nothing(match: Match) -> Assignment:
-    empty = torch.zeros(5, 0, dtype=torch.int64, device=match.output.boxes.device)
-    return Assignment(*empty)
+def _costs(match: Match) -> list[Tensor]:
+    """Costs `(l, b, K, N / K, T)` of some layers and images at a time, in order, in float32 or better.
+
+    One empty tensor where there is nothing to solve.
+    """
+    if isinstance(match.assign, Known) or not len(match.targets.labels):
+        return [match.targets.boxes.new_zeros(0)]
+    layers, batch, copies, queries = match.shape
+    # Outputs and targets of every layer, image and copy, in the targets' precision.
+    labels, boxes = _pad(match.targets)
+    labels = labels[None, :, None].expand(layers, batch, copies, -1)
+    boxes = boxes[None, :, None].expand(layers, batch, copies, -1, -1)
+    logits, predicted = (
+        t.detach().to(boxes.dtype).reshape(layers, batch, copies, queries, -1) for t in match.output[:2]
+    )
+    # As many layers, or else images, at a time as a CPU's cache holds.
+    together = layers * batch
+    if boxes.device.type == "cpu":
+        together = max(CACHED // (copies * queries * labels.shape[-1]), 1)
+    rows, columns = max(together // batch, 1), min(together, batch)
+    return [
+        match.assign.cost(*(t[i : i + rows, j : j + columns] for t in (logits, predicted, labels, boxes)))
+        for i in range(0, layers, rows)
+        for j in range(0, batch, columns)
+    ]
+
+
+def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, filled up to the largest count with its last target.
+
+    Not with zeros: a class term may look for the best overlap of an image. An image without targets gets any.
+    """
+    sizes, offsets = torch.tensor(targets.sizes), torch.tensor(targets.offsets)
+    place = torch.arange(max(targets.sizes)).minimum((sizes - 1).clamp(min=0).unsqueeze(1))
+    rows = (offsets.unsqueeze(1) + place).clamp(max=len(targets.labels) - 1).to(targets.labels.device)
+    return targets.labels[rows], targets.boxes[rows]
 
 
 def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
-    """Rows layer, image, query, target, bag of the optimal matchings of `costs (L, B, K, N, T)`, in query order.
+    """The rows of an `Assignment`, `(5, M)` in query order, by optimal matchings of costs as `_costs` makes them.
 
     Costs that are not finite are overwritten.
     """
-    assert isinstance(match.assign, Hungarian)
-    targets, candidates = match.targets, match.assign.candidates
-    layers, batch, copies, queries, _ = costs.shape
+    found = [np.empty((5, 0), dtype=np.int64)]
+    if isinstance(match.assign, Known) or not costs.size:
+        return found[0]
+    layers, batch, copies, queries = match.shape
     finite = np.nan_to_num(costs, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
-    rows = []
+    finite = finite.reshape(layers, batch, copies, queries, -1)
+    targets, candidates = match.targets, match.assign.candidates
     for place, (layer, image, copy) in enumerate(np.ndindex(layers, batch, copies)):
         size = targets.sizes[image]
         k = candidates.of(layer, layers, queries=queries, targets=size)
+        # Each target stands k times in the cost.
         query, column = linear_sum_assignment(np.tile(finite[layer, image, copy, :, :size], k))
         target = column % size + targets.offsets[image]
-        row = np.empty((5, len(query)), dtype=np.int64)
-        row[0], row[1] = layer, image
-        row[2], row[3] = query + copy * queries, target
-        row[4] = target + place * len(targets.labels)
-        rows.append(row)
-    return np.concatenate(rows, axis=1)
+        rows = np.empty((5, len(query)), dtype=np.int64)
+        rows[0], rows[1] = layer, image
+        rows[2], rows[3] = query + copy * queries, target
+        rows[4] = target + place * len(targets.labels)  # the candidate set
+        found.append(rows)
+    return np.concatenate(found, axis=1)

@@ -1,4 +1,4 @@
-"""How a block of queries is taught: which query learns which target, and by what loss."""
+"""Supervision of a block of queries: which query learns which target, and by what loss."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from detrellis.boxes import cxcywh_to_xyxy, iou
 from detrellis.losses import (
     ClassLoss,
-    absence_loss,
     bce_loss,
     focal_loss,
+    focal_negative,
     giou_loss,
     l1_loss,
     quality_focal_loss,
@@ -27,7 +27,7 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 
 # (output, targets, assignment, normaliser) to unweighted terms, each (L,): one value a decoder layer.
 LossRule = Callable[[DecoderOutput, Targets, Assignment, Tensor], dict[str, Tensor]]
-ABSENT = -1e4  # a logit of no probability: its absence costs nothing and has no gradient
+ABSENT = -1e4  # a logit of probability 0: as a negative it costs nothing and has no gradient
 
 
 def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
@@ -37,60 +37,60 @@ def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """Positives with their targets, as a loss rule sees them; everything but `logits` and `boxes` is constant."""
+    """Positives with their targets, as a loss rule sees them; gradients flow through `logits` and `boxes` only."""
 
     logits: Tensor  # (M,) of the target's class
     boxes: Tensor  # (M, 4)
-    wanted: Tensor  # (M, 4) the targets' boxes
-    iou: Tensor  # (M,) of the two
+    target_boxes: Tensor  # (M, 4)
+    iou: Tensor  # (M,) of predicted and target boxes
     positives: Assignment
     layers: int
     images: int
 
 
 def pair_up(output: DecoderOutput, targets: Targets, positives: Assignment, iou_eps: float = 0.0) -> Pairs:
-    """Gather what the positives predicted, and what they should have."""
+    """Gather what the positives predicted, and their targets; `iou_eps` is added to unions (`boxes.iou`)."""
     where = (positives.layer, positives.image, positives.query)
-    boxes, wanted = output.boxes[where], targets.boxes[positives.target]
-    overlap = iou(cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(wanted), iou_eps)
+    boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
+    overlap = iou(cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(target_boxes), iou_eps)
     logits = output.logits[(*where, targets.labels[positives.target])]
     layers, images = output.logits.shape[:2]
-    return Pairs(logits, boxes, wanted, overlap, positives, layers, images)
+    return Pairs(logits, boxes, target_boxes, overlap, positives, layers, images)
 
 
-class Aim(NamedTuple):
-    """What each positive is taught."""
+class SoftTarget(NamedTuple):
+    """What each positive should learn."""
 
     target: Tensor  # (M,) in [0, 1]: of the logit of the target's class
-    weight: Tensor | None = None  # (M,) of its box losses; None: 1
+    box_weight: Tensor | None = None  # (M,) of its box losses; None: 1
 
 
-# What to aim at, for pairs whose targets and boxes are known. No gradient flows through it.
-AimRule = Callable[[Pairs], Aim]
+# What positives should learn, by their outputs and targets. No gradient flows through it.
+TargetRule = Callable[[Pairs], SoftTarget]
 
 
-def certain(pairs: Pairs) -> Aim:
-    """The class is there: 1."""
-    return Aim(torch.ones_like(pairs.iou))
+def hard_target(pairs: Pairs) -> SoftTarget:
+    """1: the class is there (focal loss)."""
+    return SoftTarget(torch.ones_like(pairs.iou))
 
 
-def overlapping(pairs: Pairs) -> Aim:
-    """The IoU with the target (QFL, VFL)."""
-    return Aim(pairs.iou)
+def iou_target(pairs: Pairs) -> SoftTarget:
+    """The IoU of the predicted box with its target (QFL, VFL)."""
+    return SoftTarget(pairs.iou)
 
 
-def best_overlapping(pairs: Pairs) -> Aim:
-    """The squared IoU, in each image and layer scaled up so that the best positive aims at 1 (Stable-DINO, PSL)."""
+def scaled_iou_target(pairs: Pairs) -> SoftTarget:
+    """The squared IoU, scaled up so that the best positive of each image and layer learns 1 (Stable-DINO, PSL)."""
     target = pairs.iou**2
     owner = pairs.positives.layer * pairs.images + pairs.positives.image
     member = owner == torch.arange(pairs.layers * pairs.images, device=owner.device).unsqueeze(1)
     best = (member * target).amax(1) if len(target) else target.new_ones(len(member))
-    return Aim(target / best.clamp(min=1e-8)[owner])
+    return SoftTarget(target / best.clamp(min=1e-8)[owner])
 
 
-def confident_overlapping(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> Aim:
+def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
     """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time DETRs train with)."""
-    return Aim(quality(pairs, alpha).clamp(min=floor))
+    return SoftTarget(quality(pairs, alpha).clamp(min=floor))
 
 
 def quality(pairs: Pairs, alpha: float) -> Tensor:
@@ -100,7 +100,7 @@ def quality(pairs: Pairs, alpha: float) -> Tensor:
 
 def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> dict[str, Tensor]:
     """L1 and GIoU of the positives, summed over each layer and divided by the number of boxes."""
-    terms = {"box": l1_loss(pairs.boxes, pairs.wanted), "giou": giou_loss(pairs.boxes, pairs.wanted, eps)}
+    terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": giou_loss(pairs.boxes, pairs.target_boxes, eps)}
     if weight is not None:
         terms = {name: weight * t for name, t in terms.items()}
     return {name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser for name, t in terms.items()}
@@ -108,16 +108,17 @@ def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None, ep
 
 @dataclass(frozen=True)
 class SetLoss:
-    """DETR's set loss with sigmoid classification: positives aim at something, all other entries learn "not there".
+    """DETR's set loss with sigmoid classification.
 
-    `positive` is the class loss of the positives; the other classes of a positive are no positives. `iou_eps` is for
-    comparing with reference codes (`boxes.iou`).
+    `positive` is the class loss of the positives' logits of their targets' classes, which learn what `target` says. All
+    other entries, the other classes of a positive too, are negatives. `iou_eps` is for comparing with reference codes
+    (`boxes.iou`).
     """
 
-    aim: AimRule = certain
+    target: TargetRule = hard_target
     positive: ClassLoss = focal_loss
-    absence: float = 0.75  # weight of the entries that are no positives
-    gamma: float = 2.0  # their focal exponent
+    negative_weight: float = 0.75  # of the negatives' focal loss
+    gamma: float = 2.0  # its exponent
     iou_eps: float = 0.0
 
     def __call__(
@@ -125,12 +126,15 @@ class SetLoss:
     ) -> dict[str, Tensor]:
         """`class`, `box` and `giou`, each `(L,)`, and `iou_branch` where the detector has one."""
         pairs = pair_up(output, targets, positives, self.iou_eps)
-        aim = self.aim(pairs)
+        learned = self.target(pairs)
+        # All entries as negatives, but for the positives'.
         where = (positives.layer, positives.image, positives.query, targets.labels[positives.target])
         others = output.logits.index_put(where, output.logits.new_tensor(ABSENT))
-        absent = self.absence * absence_loss(others, self.gamma).sum((1, 2, 3))
-        present = sum_by_layer(self.positive(pairs.logits, aim.target), positives.layer, pairs.layers)
-        terms = {"class": (absent + present) / normaliser, **box_terms(pairs, normaliser, aim.weight, self.iou_eps)}
+        negative = self.negative_weight * focal_negative(others, self.gamma).sum((1, 2, 3))
+        # The positives.
+        positive = sum_by_layer(self.positive(pairs.logits, learned.target), positives.layer, pairs.layers)
+        terms = {"class": (negative + positive) / normaliser}
+        terms |= box_terms(pairs, normaliser, learned.box_weight, self.iou_eps)
         if output.iou_logits is not None:
             predicted = output.iou_logits[positives.layer, positives.image, positives.query]
             errors = bce_loss(predicted, pairs.iou)
@@ -141,10 +145,10 @@ class SetLoss:
 # Classification by name. Each is trained with one-to-one matching where it comes from; see also `schemes/align.py`.
 CLASSIFICATION = {
     "focal": SetLoss(),
-    "qfl": SetLoss(overlapping, quality_focal_loss, absence=1.0),
-    "vfl": SetLoss(overlapping, varifocal_loss),
-    "psl": SetLoss(best_overlapping, lambda x, t: 0.25 * quality_focal_loss(x, t)),
-    "ia_bce": SetLoss(confident_overlapping, bce_loss, absence=1.0),
+    "qfl": SetLoss(iou_target, quality_focal_loss, negative_weight=1.0),
+    "vfl": SetLoss(iou_target, varifocal_loss),
+    "psl": SetLoss(scaled_iou_target, lambda x, t: 0.25 * quality_focal_loss(x, t)),
+    "ia_bce": SetLoss(quality_target, bce_loss, negative_weight=1.0),
 }
 
 
@@ -156,10 +160,10 @@ def softmax_set_loss(
     The cross-entropy is a weighted mean over the queries; `normaliser` divides the box terms only.
     """
     classes = output.logits.shape[-1]
-    wanted = torch.full(output.logits.shape[:-1], classes - 1, device=output.logits.device)
-    wanted[positives.layer, positives.image, positives.query] = targets.labels[positives.target]
-    weight = torch.where(wanted == classes - 1, no_object, 1.0).to(output.logits)
-    entropy = F.cross_entropy(output.logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weight)
+    labels = torch.full(output.logits.shape[:-1], classes - 1, device=output.logits.device)
+    labels[positives.layer, positives.image, positives.query] = targets.labels[positives.target]
+    weight = torch.where(labels == classes - 1, no_object, 1.0).to(output.logits)
+    entropy = F.cross_entropy(output.logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(weight)
     mean = (weight * entropy).sum((1, 2)) / weight.sum((1, 2))
     return {"class": mean, **box_terms(pair_up(output, targets, positives), normaliser)}
 
@@ -176,17 +180,31 @@ class Supervision:
     known_weights: Mapping[str, float] | None = None  # of pairs that are not matched; None: the same
 
     def known(self, assignment: Assignment) -> Supervision:
-        """The same for pairs known beforehand: denoising."""
+        """This supervision with an assignment that is known beforehand, as denoising's."""
         return replace(self, assign=Known(assignment), weights=self.known_weights or self.weights)
 
     def proposals(self) -> Supervision:
-        """The same for the encoder's proposals, which are one layer."""
+        """This supervision for the encoder's proposals, which are one layer."""
         assert isinstance(self.assign, Hungarian)
         return replace(self, assign=self.assign.for_proposals())
 
+    def task(
+        self,
+        name: str,
+        output: DecoderOutput,
+        targets: Targets,
+        normaliser: Tensor,
+        *,
+        copies: int = 1,
+        weight: float = 1.0,
+    ) -> Task:
+        """This supervision of a block's `output`, matched in each of its `copies`, its losses times `weight`."""
+        weights = {term: of_term * weight for term, of_term in self.weights.items()}
+        return Task(name, Match(output, targets, self.assign, copies), self.rule, weights, normaliser)
+
 
 def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
-    """`rule` without the queries of slots that hold nothing, `unused (B, N)`: they learn nothing, not even absence."""
+    """`rule` without the queries `unused (B, N)`, of slots that hold nothing: they do not even count as negatives."""
 
     def masked(
         output: DecoderOutput, targets: Targets, assignment: Assignment, normaliser: Tensor
@@ -199,20 +217,18 @@ def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
 
 @dataclass(frozen=True)
 class Task:
-    """One block's output with all that its loss needs."""
+    """One block's matching problem, and what its loss needs beside the assignment."""
 
     name: str
-    output: DecoderOutput
-    targets: Targets
-    supervision: Supervision
+    match: Match
+    rule: LossRule
+    weights: Mapping[str, float]  # of the rule's terms
     normaliser: Tensor  # scalar: the number of boxes that the sums are divided by
-    copies: int = 1
-    weight: float = 1.0
 
 
 def match(tasks: Sequence[Task]) -> list[Assignment]:
     """The assignments of all tasks, with one copy to the host."""
-    return assign([Match(t.output, t.targets, t.supervision.assign, t.copies) for t in tasks])
+    return assign([task.match for task in tasks])
 
 
 def supervise(
@@ -226,19 +242,20 @@ def supervise(
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     for task, positives in zip(tasks, assignments, strict=True):
-        with torch.autocast(task.output.boxes.device.type, enabled=False):
-            output = task.output.map(partial(Tensor.to, dtype=task.targets.boxes.dtype))
-            terms = task.supervision.rule(output, task.targets, positives, task.normaliser)
+        output, targets = task.match.output, task.match.targets
+        with torch.autocast(output.boxes.device.type, enabled=False):
+            output = output.map(partial(Tensor.to, dtype=targets.boxes.dtype))
+            terms = task.rule(output, targets, positives, task.normaliser)
         for name, values in terms.items():
-            weighted = values * (task.supervision.weights[name] * task.weight)
+            weighted = values * task.weights[name]
             losses |= {f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())}
-        metrics[f"{task.name}/iou"] = matched_iou(output, task.targets, positives)
+        metrics[f"{task.name}/iou"] = matched_iou(output, targets, positives)
     return losses, metrics
 
 
 @torch.no_grad()
 def matched_iou(output: DecoderOutput, targets: Targets, positives: Assignment) -> Tensor:
-    """Mean IoU of the last layer's positives with their targets; not a number where there is none."""
+    """Mean IoU of the last layer's positives with their targets; NaN where there is none."""
     last = len(output.boxes) - 1
     predicted = output.boxes[positives.layer, positives.image, positives.query]
     overlap = iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(targets.boxes[positives.target]))

@@ -94,7 +94,9 @@ class TrainableDetector(nn.Module):
 
     def _task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
         normaliser = self._normaliser(block, step)
-        return Task(block.name, output, step.targets, block.supervision, normaliser, block.copies, block.weight)
+        return block.supervision.task(
+            block.name, output, step.targets, normaliser, copies=block.copies, weight=block.weight
+        )
 
     def _normaliser(self, block: QueryBlock, step: Step) -> Tensor:
         return (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
@@ -106,7 +108,7 @@ class TrainableDetector(nn.Module):
             targets = targets._replace(labels=torch.zeros_like(targets.labels))
         name = "proposals" if block.name == "main" else f"{block.name}_proposals"
         supervision, normaliser = block.supervision.proposals(), self._normaliser(block, step)
-        return Task(name, taught, targets, supervision, normaliser, block.copies, block.weight)
+        return supervision.task(name, taught, targets, normaliser, copies=block.copies, weight=block.weight)
 
 
 def mean_boxes(targets: Targets) -> Tensor:

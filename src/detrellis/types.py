@@ -136,14 +136,15 @@ class Proposals(NamedTuple):
 class Assignment(NamedTuple):
     """Which query learns which target: one row per positive, any number per target and per layer.
 
-    Within a bag the rows are in the order of their queries.
+    Rows of one candidate set are candidates for one target, to be ranked among each other, in the order of their
+    queries.
     """
 
     layer: Tensor  # (M,) int64 decoder layer
     image: Tensor  # (M,) int64
     query: Tensor  # (M,) int64
     target: Tensor  # (M,) int64 row of the packed `Targets`
-    bag: Tensor  # (M,) int64; positives of one number are candidates for one target, to be ranked among each other
+    candidate_set: Tensor  # (M,) int64; one number for each target, layer and copy of a block
 
 
 class Detections(NamedTuple):

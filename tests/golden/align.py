@@ -14,24 +14,23 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
-from detrellis.detector import Detector
 from detrellis.losses import bce_loss, varifocal_loss
 from detrellis.matching import Hungarian, Match, MatchingCost, assign, columns
 from detrellis.nn.queries import LearnedQueries
+from detrellis.postprocess import Postprocess
 from detrellis.schemes.align import Align, align_loss, rank, rank_weight
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.stable import Stable, modulated_term, modulation
 from detrellis.supervision import (
     CLASSIFICATION,
-    Aim,
     SetLoss,
+    SoftTarget,
     Supervision,
-    Task,
-    best_overlapping,
-    overlapping,
+    iou_target,
     pair_up,
     quality,
+    scaled_iou_target,
     supervise,
 )
 from detrellis.types import Assignment, DecoderOutput, Targets
@@ -135,12 +134,12 @@ def _check_variant(
     value = partial(near, rtol=tolerance["loss"], atol=max(tolerance["atol"], 1e-12))
 
     q = quality(pairs, align.alpha)
-    ranks = rank(q, found.bag)[order]
+    ranks = rank(q, found.candidate_set)[order]
     expected = {
         "p": pairs.logits.sigmoid()[order],
         "iou": pairs.iou[order],
         "quality": (q.clamp(min=align.floor) if variant == "off" else q)[order],  # the others' files hold it unfloored
-        "target": align.aim(pairs).target[order],
+        "target": align.soft_target(pairs).target[order],
         "rank_weight": rank_weight(ranks.double(), align.tau),
     }
     tied = bool((q <= 0.01).any())  # floored alike, the released code ranks them in any order
@@ -152,7 +151,7 @@ def _check_variant(
 
     terms = rule(output, targets, found, a[boxes])
     if f"{variant}_pos_loss_class" in a:
-        per_pair = rule.positive(pairs.logits, align.aim(pairs).target)[order] / a[boxes]
+        per_pair = rule.positive(pairs.logits, align.soft_target(pairs).target)[order] / a[boxes]
         value(per_pair, a[f"{variant}_pos_loss_class"], "positives' loss")
     if variant == "off" and tied:
         return
@@ -184,9 +183,9 @@ def check_full_criterion(a: Arrays) -> None:
         supervision = scheme(a, variant, k=middle, k_last=last, k_encoder=encoder).supervision(Supervision())
         known = supervision.known(positives(layout, len(a["logits"])))
         tasks = [
-            Task("main", DecoderOutput(inputs[0], inputs[1], inputs[1]), targets, supervision, count),
-            Task("proposals", one_layer(inputs[2], inputs[3]), targets, supervision.proposals(), count),
-            Task("dn", DecoderOutput(inputs[4], inputs[5], inputs[5]), targets, known, count * layout.groups),
+            supervision.task("main", DecoderOutput(inputs[0], inputs[1], inputs[1]), targets, count),
+            supervision.proposals().task("proposals", one_layer(inputs[2], inputs[3]), targets, count),
+            known.task("dn", DecoderOutput(inputs[4], inputs[5], inputs[5]), targets, count * layout.groups),
         ]
         losses, _ = supervise(tasks)
         names = {"main": "", "proposals": "_enc", "dn": "_dn"}
@@ -261,8 +260,8 @@ def check_hybrid(a: Arrays) -> None:
         )
         several = hybrid.supervision_of(base)
         tasks = [
-            Task("main", main, targets, base, count),
-            Task("hybrid", second, targets, several, hybrid.normaliser(count), weight=hybrid.weight),
+            base.task("main", main, targets, count),
+            several.task("hybrid", second, targets, hybrid.normaliser(count), weight=hybrid.weight),
         ]
         losses, _ = supervise(tasks)
         for key, value in losses.items():
@@ -273,7 +272,7 @@ def check_hybrid(a: Arrays) -> None:
             weighted = a[f"{variant}_loss_{name}{suffix}"] * base.weights[term]
             near(value, weighted, f"{variant} {key}", rtol=rtol, atol=atol)
             if variant == "rec":
-                _check_ranks(a, tasks[task == "hybrid"], int(layer), suffix)
+                _check_ranks(a, tasks[task == "hybrid"].match, int(layer), suffix)
         total = torch.stack(list(losses.values())).sum()
         if f"{variant}_total" in a:
             near(total, a[f"{variant}_total"], "total", rtol=rtol, atol=atol)
@@ -284,11 +283,11 @@ def check_hybrid(a: Arrays) -> None:
                 near(tensor.grad, a[f"{variant}_grad_{name}"], f"{variant} {name}", rtol=1e-3, atol=2e-6)
 
 
-def _check_ranks(a: Arrays, task: Task, layer: int, suffix: str) -> None:
-    found = assign([Match(task.output, task.targets, task.supervision.assign)])[0]
+def _check_ranks(a: Arrays, match: Match, layer: int, suffix: str) -> None:
+    found = assign([match])[0]
     found = Assignment(*(t[found.layer == layer] for t in found))
-    ranks = rank(quality(pair_up(task.output, task.targets, found), float(a["alpha"])), found.bag)
-    image, query, own, order = in_target_order(found, task.targets)
+    ranks = rank(quality(pair_up(match.output, match.targets, found), float(a["alpha"])), found.candidate_set)
+    image, query, own, order = in_target_order(found, match.targets)
     for ours, name in ((image, "match_img"), (query, "match_src"), (own, "match_tgt"), (ranks[order], "rank")):
         assert torch.equal(ours, a[f"rec_{name}{suffix}"]), name
 
@@ -301,16 +300,16 @@ def check_compare(a: Arrays) -> None:
         zero, a["match_img"], a["match_src"], offsets[a["match_img"]] + a["match_tgt"], torch.arange(len(zero))
     )
     align = Align(k=1)
-    scaled = SetLoss(lambda pairs: _best_is_one(overlapping(pairs), found.image), CLASSIFICATION["psl"].positive)
+    scaled = SetLoss(lambda pairs: _best_is_one(iou_target(pairs), found.image), CLASSIFICATION["psl"].positive)
     aligned = align.supervision(Supervision()).rule
     assert isinstance(aligned, SetLoss)
     rules = {
         "off_focal": CLASSIFICATION["focal"],
         "paper_focal": CLASSIFICATION["focal"],
-        "paper_focal_noalpha": SetLoss(positive=lambda x, t: align_loss(x, torch.ones_like(t)), absence=1.0),
+        "paper_focal_noalpha": SetLoss(positive=lambda x, t: align_loss(x, torch.ones_like(t)), negative_weight=1.0),
         "paper_qfl": CLASSIFICATION["qfl"],
         "paper_vfl": CLASSIFICATION["vfl"],
-        "off_lwdetr_vfl": SetLoss(overlapping, varifocal_loss),
+        "off_lwdetr_vfl": SetLoss(iou_target, varifocal_loss),
         "paper_psl": CLASSIFICATION["psl"],
         "off_psl": CLASSIFICATION["psl"],
         "off_lwdetr_psl": scaled,
@@ -331,15 +330,15 @@ def check_compare(a: Arrays) -> None:
         near(logits.grad, a[f"{name}_grad"], name, rtol=1e-6 if exact else 1e-3, atol=1e-9 if exact else 2e-6)
     pairs = pair_up(one_layer(a["logits"], a["boxes"]), targets, found)
     near(pairs.iou, a["iou"], "IoU", rtol=1e-6, atol=1e-9)
-    near(best_overlapping(pairs).target, a["paper_psl_target"], "PSL target", rtol=1e-6, atol=1e-9)
-    near(align.aim(pairs).target, a["paper_align_target"], "Align target", rtol=1e-6, atol=1e-9)
+    near(scaled_iou_target(pairs).target, a["paper_psl_target"], "PSL target", rtol=1e-6, atol=1e-9)
+    near(align.soft_target(pairs).target, a["paper_align_target"], "Align target", rtol=1e-6, atol=1e-9)
     _check_iou_branch(a, targets, found)
 
 
-def _best_is_one(aim: Aim, image: Tensor) -> Aim:
+def _best_is_one(soft: SoftTarget, image: Tensor) -> SoftTarget:
     """LW-DETR's form of PSL: the IoU itself, scaled both up and down."""
-    best = torch.stack([aim.target[image == i].max() for i in image])
-    return Aim(aim.target / best)
+    best = torch.stack([soft.target[image == i].max() for i in image])
+    return SoftTarget(soft.target / best)
 
 
 def _check_iou_branch(a: Arrays, targets: Targets, found: Assignment) -> None:
@@ -350,7 +349,6 @@ def _check_iou_branch(a: Arrays, targets: Targets, found: Assignment) -> None:
     assert judged.grad is not None
     near(loss, a["paper_iou_branch_loss"], "IoU branch", rtol=1e-6, atol=1e-9)
     near(judged.grad, a["paper_iou_branch_grad"], "IoU branch", rtol=1e-6, atol=1e-9)
-    nothing = [torch.nn.Identity()] * 5
     for kind, key in (("root", "score"), ("product", "score_product")):
-        scores = Detector(*nothing, top_k=1, iou_branch=kind).scores(output)  # type: ignore[arg-type]
+        scores = Postprocess(1, iou_branch=kind).scores(output)  # type: ignore[arg-type]
         near(scores, a[f"paper_iou_branch_{key}"], kind, rtol=1e-6, atol=1e-9)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import giou, iou
-from detrellis.losses import absence_loss, distribution_focal_loss, l1_loss, presence_loss, quality_focal_loss
+from detrellis.losses import distribution_focal_loss, focal_negative, focal_positive, l1_loss, quality_focal_loss
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import (
     RATIOS,
@@ -291,8 +291,8 @@ def check_losses(a: Arrays) -> None:
     logits = a["logits"].float().requires_grad_()
     row = (labels < a.number("num_classes")).nonzero().squeeze(1)
     there = (row, labels[row])
-    quality = absence_loss(logits).index_put(there, quality_focal_loss(logits[there], scores[row]))
-    focal = (0.75 * absence_loss(logits)).index_put(there, 0.25 * presence_loss(logits[there]))
+    quality = focal_negative(logits).index_put(there, quality_focal_loss(logits[there], scores[row]))
+    focal = (0.75 * focal_negative(logits)).index_put(there, 0.25 * focal_positive(logits[there]))
     near(quality.sum(1), a["qfl_none"], "quality focal loss")
     near(focal, a["focal_none"], "focal loss")
     mean = (quality.sum(1) * weights).sum() / average

@@ -17,7 +17,7 @@ from detrellis.recipes.network import build_decoder
 from detrellis.schemes.base import Step
 from detrellis.schemes.distances import matched_distance, position_distance
 from detrellis.schemes.group import Group
-from detrellis.supervision import Supervision, Task, match, supervise
+from detrellis.supervision import Supervision, match, supervise
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
 from .arrays import Arrays, close
@@ -72,9 +72,10 @@ def check_conditional(a: Arrays) -> None:
         close(alone.boxes, a[f"alone{k}_boxes"], 1e-5, f"group {k} alone")
 
     parts = [output.map(lambda t: t[:, :, :count]), output.map(lambda t: t[:, :, count:])]
+    assert block.normaliser is not None
     tasks = [
-        Task("main", parts[0], targets, supervision, boxes.clamp(min=1), weight=group.share),
-        Task("group", parts[1], targets, supervision, block.normaliser, block.copies, block.weight),  # type: ignore[arg-type]
+        supervision.task("main", parts[0], targets, boxes.clamp(min=1), weight=group.share),
+        supervision.task("group", parts[1], targets, block.normaliser, copies=block.copies, weight=block.weight),
     ]
     found = match(tasks)
     for layer in range(network.decoder_layers):
@@ -90,7 +91,7 @@ def check_conditional(a: Arrays) -> None:
             together = losses[f"main/{term}/{layer}"] + losses[f"group/{term}/{layer}"]
             close(together / supervision.weights[term], a[f"loss/loss_{name}{suffix}"], 1e-5, f"{name} {layer}")
     last = len(output.logits) - 1
-    alone, _ = supervise([Task("eval", parts[0], targets, supervision, boxes.clamp(min=1))])
+    alone, _ = supervise([supervision.task("eval", parts[0], targets, boxes.clamp(min=1))])
     for term, name in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
         close(alone[f"eval/{term}/{last}"] / supervision.weights[term], a[f"evalloss/loss_{name}"], 1e-5, name)
 

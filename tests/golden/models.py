@@ -23,7 +23,7 @@ from detrellis.schemes.base import Step
 from detrellis.schemes.cdn import ContrastiveDenoising, group_count
 from detrellis.schemes.denoising import lay_out
 from detrellis.schemes.hybrid import Hybrid
-from detrellis.supervision import Supervision, Task, supervise
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
 from .arrays import Arrays, close
@@ -254,17 +254,13 @@ def check_hdetr(a: Arrays) -> None:
     objectness = targets._replace(labels=torch.zeros_like(targets.labels))
     every = model.queries.head.taught(proposals)
     size = network.query_count
+    assert block.normaliser is not None
     tasks = [
-        Task("o2o", output.map(lambda t: t[:, :, :size]), targets, supervision, count),
-        Task(
-            "o2m",
-            output.map(lambda t: t[:, :, size:]),
-            targets,
-            block.supervision,
-            block.normaliser,  # type: ignore[arg-type]
-            weight=block.weight,
+        supervision.task("o2o", output.map(lambda t: t[:, :, :size]), targets, count),
+        block.supervision.task(
+            "o2m", output.map(lambda t: t[:, :, size:]), targets, block.normaliser, weight=block.weight
         ),
-        Task("enc", every, objectness, supervision.proposals(), count),
+        supervision.proposals().task("enc", every, objectness, count),
     ]
     losses, _ = supervise(tasks)
     for key, value in losses.items():

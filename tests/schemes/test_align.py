@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from detrellis.losses import presence_loss
+from detrellis.losses import focal_positive
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.recipes.build import build
 from detrellis.schemes.align import Align, align_loss, rank, rank_weight
 from detrellis.schemes.denoising import lay_out, positives
-from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, Task, pair_up, quality, supervise
+from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, pair_up, quality, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets
@@ -63,11 +63,11 @@ def test_each_target_owns_exactly_its_k_distinct_queries(
                     assert counts == [allowed] * size
                 else:
                     assert sorted(counts, reverse=True) == [1] * queries + [0] * (size - queries)
-    # A bag is one target's candidates in one layer and copy.
-    bags = {}
-    for layer, query, target, bag in zip(*(t.tolist() for t in (found.layer, *found[2:])), strict=True):
-        assert bags.setdefault(bag, (layer, query // queries, target)) == (layer, query // queries, target)
-    assert len(set(bags.values())) == len(bags)
+    # A candidate set is of one target in one layer and copy.
+    sets = {}
+    for layer, query, target, own in zip(*(t.tolist() for t in (found.layer, *found[2:])), strict=True):
+        assert sets.setdefault(own, (layer, query // queries, target)) == (layer, query // queries, target)
+    assert len(set(sets.values())) == len(sets)
 
 
 @given(st.integers(0, 50), st.permutations(range(4)), st.integers(1, 4))
@@ -96,14 +96,14 @@ def test_the_order_of_queries_changes_neither_losses_nor_ranks(seed: int, order:
     truth = truth._replace(boxes=overlapping * truth.boxes + torch.tensor([0.4, 0.4, 0.2, 0.2]))
     supervision = Align(k=k).supervision(Supervision())
     turned = output.map(lambda t: t[:, :, order])
-    losses, _ = supervise([Task("main", output, truth, supervision, ONE)])
-    others, _ = supervise([Task("main", turned, truth, supervision, ONE)])
+    losses, _ = supervise([supervision.task("main", output, truth, ONE)])
+    others, _ = supervise([supervision.task("main", turned, truth, ONE)])
     for name, value in losses.items():
         torch.testing.assert_close(others[name], value, atol=1e-5, rtol=1e-5)
 
     def ranked(o: DecoderOutput, names: list[int]) -> set[tuple[int, ...]]:
         found = assign([Match(o, truth, supervision.assign)])[0]
-        ranks = rank(quality(pair_up(o, truth, found), 0.25), found.bag)
+        ranks = rank(quality(pair_up(o, truth, found), 0.25), found.candidate_set)
         queries = [names[q] for q in found.query]
         return set(zip(found.layer.tolist(), queries, found.target.tolist(), ranks.tolist(), strict=True))
 
@@ -118,7 +118,7 @@ def test_stages_have_their_own_numbers() -> None:
     proposals = supervision.proposals()
     assert len(assign([Match(output.map(lambda t: t[:1]), truth, proposals.assign)])[0].query) == 10
     last = found.layer == 2
-    assert rank(torch.rand(len(last)), found.bag)[last].tolist() == [0, 0]
+    assert rank(torch.rand(len(last)), found.candidate_set)[last].tolist() == [0, 0]
 
 
 # Ranks
@@ -155,9 +155,9 @@ def perfect(k: int, alpha: float) -> tuple[DecoderOutput, Targets, Align]:
 def test_of_perfect_boxes_it_is_the_focal_loss_without_alpha() -> None:
     output, truth, align = perfect(1, 0.0)
     supervision = align.supervision(Supervision())
-    losses, _ = supervise([Task("main", output, truth, supervision, ONE)])
-    plain = SetLoss(positive=lambda x, t: presence_loss(x), absence=1.0)
-    expected, _ = supervise([Task("main", output, truth, replace(Supervision(), rule=plain), ONE)])
+    losses, _ = supervise([supervision.task("main", output, truth, ONE)])
+    plain = SetLoss(positive=lambda x, t: focal_positive(x), negative_weight=1.0)
+    expected, _ = supervise([replace(Supervision(), rule=plain).task("main", output, truth, ONE)])
     torch.testing.assert_close(losses["main/class/0"], expected["main/class/0"])
 
 
@@ -168,7 +168,7 @@ def test_the_target_has_no_gradient_and_classes_do_not_move_boxes() -> None:
     align = Align()
     supervision = align.supervision(Supervision())
     found = assign([Match(output, truth, supervision.assign)])[0]
-    assert not align.aim(pair_up(output, truth, found)).target.requires_grad
+    assert not align.soft_target(pair_up(output, truth, found)).target.requires_grad
     terms = supervision.rule(output, truth, found, ONE)
     (gradient,) = torch.autograd.grad(terms["class"].sum(), [leaves[1]], allow_unused=True, retain_graph=True)
     assert gradient is None or not gradient.any()
@@ -176,7 +176,7 @@ def test_the_target_has_no_gradient_and_classes_do_not_move_boxes() -> None:
     (gradient,) = torch.autograd.grad(terms["class"].sum(), [leaves[0]])
     where = (found.layer[0], found.image[0], found.query[0], truth.labels[found.target[0]])
     x = leaves[0][where].detach().clone().requires_grad_()
-    align_loss(x, align.aim(pair_up(output, truth, found)).target[0]).backward()
+    align_loss(x, align.soft_target(pair_up(output, truth, found)).target[0]).backward()
     torch.testing.assert_close(gradient[where], x.grad)
 
 
@@ -190,7 +190,7 @@ def test_finite_at_any_logit(loss: str, dtype: torch.dtype) -> None:
     if loss in ("align", "ia_bce"):
         base = Align(k_last=2, classification=loss).supervision(base)  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = supervise([Task("main", output._replace(logits=logits), truth, base, ONE)])
+        losses, _ = supervise([base.task("main", output._replace(logits=logits), truth, ONE)])
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     assert logits.grad is not None
@@ -212,9 +212,9 @@ def test_boxes_are_weighed_by_rank_and_divided_by_uncopied_targets() -> None:
         supervision = align.supervision(Supervision())
         found = assign([Match(output, truth, supervision.assign)])[0]
         pairs = pair_up(output, truth, found)
-        weight = rank_weight(rank(quality(pairs, 0.25), found.bag).float(), 1.5) if ranked else torch.ones(6)
-        losses, _ = supervise([Task("main", output, truth, supervision, torch.tensor(2.0))])
-        expected = (weight * (pairs.boxes - pairs.wanted).abs().sum(-1)).sum() / 2
+        weight = rank_weight(rank(quality(pairs, 0.25), found.candidate_set).float(), 1.5) if ranked else torch.ones(6)
+        losses, _ = supervise([supervision.task("main", output, truth, torch.tensor(2.0))])
+        expected = (weight * (pairs.boxes - pairs.target_boxes).abs().sum(-1)).sum() / 2
         torch.testing.assert_close(losses["main/box/0"] / 5, expected)
 
 
@@ -222,8 +222,8 @@ def test_known_pairs_have_rank_0_though_a_target_has_many() -> None:
     truth = targets((2, 1))
     layout = lay_out(truth, groups=3, kinds=2)
     found = positives(layout, layers=2)
-    assert rank(torch.rand(len(found.bag)), found.bag).tolist() == [0] * 18
-    assert len(found.bag) == 18
+    assert rank(torch.rand(len(found.candidate_set)), found.candidate_set).tolist() == [0] * 18
+    assert len(found.candidate_set) == 18
 
 
 @pytest.mark.parametrize("classification", ["align", "ia_bce", "base"])
@@ -234,11 +234,11 @@ def test_what_the_base_says_is_kept_only_on_request(classification: str) -> None
     assert (rule.positive is CLASSIFICATION["qfl"].positive) == (classification == "base")
     output, truth = problem(1, (3,), 20)
     found = assign([Match(output, truth, candidates(2))])[0]
-    aim = rule.aim(pair_up(output, truth, found))
+    learned = rule.target(pair_up(output, truth, found))
     if classification == "base":
-        assert torch.equal(aim.target, pair_up(output, truth, found).iou)
-    assert aim.weight is not None
-    assert aim.weight.lt(1).sum() == 3
+        assert torch.equal(learned.target, pair_up(output, truth, found).iou)
+    assert learned.box_weight is not None
+    assert learned.box_weight.lt(1).sum() == 3
 
 
 def total(model: torch.nn.Module, truth: Targets) -> Tensor:

@@ -11,7 +11,7 @@ from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.schemes.group import Group, sibling
-from detrellis.supervision import Task, match, supervise
+from detrellis.supervision import match, supervise
 from detrellis.training import TrainableDetector
 from detrellis.types import Assignment, DecoderOutput, Queries, Segment, Targets
 
@@ -76,15 +76,15 @@ def test_the_loss_is_the_mean_over_groups(name: str, sizes: tuple[int, ...]) -> 
         outputs["main"],
         *(outputs["group"].map(lambda t, k=k: t[:, :, k * count : (k + 1) * count]) for k in (0, 1)),
     ]
-    alone = [supervise([Task("g", p, step.targets, step.supervision, step.mean_boxes)])[0] for p in parts]
+    alone = [supervise([step.supervision.task("g", p, step.targets, step.mean_boxes)])[0] for p in parts]
     share = model.training_schemes[0].share
     assert share == pytest.approx(1 / 3)
     assert block.normaliser is not None
     both, _ = supervise(
         [
-            Task("main", outputs["main"], step.targets, step.supervision, step.mean_boxes, weight=share),
-            Task(
-                "group", outputs["group"], step.targets, block.supervision, block.normaliser, block.copies, block.weight
+            step.supervision.task("main", outputs["main"], step.targets, step.mean_boxes, weight=share),
+            block.supervision.task(
+                "group", outputs["group"], step.targets, block.normaliser, copies=block.copies, weight=block.weight
             ),
         ]
     )
@@ -202,14 +202,14 @@ def test_denoising_keeps_its_own_loss(reduction: str) -> None:
 
 
 def test_ranks_are_those_of_a_group() -> None:
-    """Align on groups: every group's bag of a target is ranked for itself."""
+    """Align on groups: every group's candidates for a target are ranked for themselves."""
     model, step, block = grouped("deformable_detr_r50")
     aligned = build(small("deformable_detr_r50", ["align=2"]), CLASSES).supervision
     outputs = decode(model, step, [QueryBlock("main", step.queries, step.supervision), block])
-    (found,) = match([Task("group", outputs["group"], step.targets, aligned, step.mean_boxes, block.copies)])
+    (found,) = match([aligned.task("group", outputs["group"], step.targets, step.mean_boxes, copies=block.copies)])
     first = found.layer == 0
-    assert found.bag[first].unique(return_counts=True)[1].tolist() == [2] * 10  # 5 targets in 2 groups
-    assert (found.bag[first].unique().numel()) == 10
+    assert found.candidate_set[first].unique(return_counts=True)[1].tolist() == [2] * 10  # 5 targets in 2 groups
+    assert (found.candidate_set[first].unique().numel()) == 10
 
 
 def test_weights_of_one_group_start_many() -> None:

@@ -9,7 +9,7 @@ from detrellis.boxes import cxcywh_to_xyxy, iou
 from detrellis.matching import Hungarian, Match, assign
 from detrellis.recipes.build import build
 from detrellis.schemes.stable import Stable, modulation
-from detrellis.supervision import Supervision, best_overlapping, pair_up
+from detrellis.supervision import Supervision, pair_up, scaled_iou_target
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets
@@ -22,7 +22,7 @@ def test_in_each_layer_and_image_the_best_positive_aims_at_1() -> None:
     output = output._replace(boxes=near * output.boxes + 0.3)
     truth = truth._replace(boxes=near * truth.boxes + 0.3)
     found = assign([Match(output, truth, Hungarian())])[0]
-    target = best_overlapping(pair_up(output, truth, found)).target
+    target = scaled_iou_target(pair_up(output, truth, found)).target
     predicted = output.boxes[found.layer, found.image, found.query]
     square = iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(truth.boxes[found.target])) ** 2
     for layer in range(3):
@@ -37,9 +37,9 @@ def test_without_overlap_or_positives() -> None:
     )
     truth = Targets(torch.tensor([1]), torch.tensor([[0.9, 0.9, 0.1, 0.1]]), (1,))
     found = assign([Match(apart, truth, Hungarian())])[0]
-    assert best_overlapping(pair_up(apart, truth, found)).target.tolist() == [0]
+    assert scaled_iou_target(pair_up(apart, truth, found)).target.tolist() == [0]
     nothing = Assignment(*torch.zeros(5, 0, dtype=torch.int64))
-    assert best_overlapping(pair_up(apart, truth, nothing)).target.shape == (0,)
+    assert scaled_iou_target(pair_up(apart, truth, nothing)).target.shape == (0,)
 
 
 def test_the_best_modulation_of_an_image_is_1() -> None:

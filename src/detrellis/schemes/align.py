@@ -25,10 +25,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detrellis.losses import absence_loss, bce_loss, presence_loss
+from detrellis.losses import bce_loss, focal_negative, focal_positive
 from detrellis.matching import Candidates, Hungarian
 from detrellis.schemes.base import TrainingScheme
-from detrellis.supervision import Aim, AimRule, Pairs, SetLoss, Supervision, quality
+from detrellis.supervision import Pairs, SetLoss, SoftTarget, Supervision, TargetRule, quality
 
 
 def rank(score: Tensor, bag: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def rank_weight(ranks: Tensor, tau: float) -> Tensor:
 
 def align_loss(logits: Tensor, targets: Tensor, gamma: float = 2.0) -> Tensor:
     """The Align Loss (Eq. 3): focal loss whose hard label has become a soft target in [0, 1]; elementwise."""
-    return targets * presence_loss(logits, gamma) + (1 - targets) * absence_loss(logits, gamma)
+    return targets * focal_positive(logits, gamma) + (1 - targets) * focal_negative(logits, gamma)
 
 
 class Align(TrainingScheme):
@@ -89,19 +89,19 @@ class Align(TrainingScheme):
         assert isinstance(base.assign, Hungarian)
         assert isinstance(base.rule, SetLoss)
         if self.classification == "base":
-            rule = replace(base.rule, aim=partial(self.weigh, base.rule.aim))
+            rule = replace(base.rule, target=partial(self.weigh, base.rule.target))
         else:
             positive = bce_loss if self.classification == "ia_bce" else partial(align_loss, gamma=self.gamma)
-            rule = SetLoss(self.aim, positive, absence=1.0, gamma=self.gamma, iou_eps=self.iou_eps)
+            rule = SetLoss(self.soft_target, positive, negative_weight=1.0, gamma=self.gamma, iou_eps=self.iou_eps)
         return replace(base, assign=replace(base.assign, candidates=self.candidates), rule=rule)
 
     @torch.no_grad()
-    def aim(self, pairs: Pairs) -> Aim:
+    def soft_target(self, pairs: Pairs) -> SoftTarget:
         """The target `exp(-r / tau) q` (Eq. 4) and the weight of the box losses (Eq. 6)."""
         q = quality(pairs, self.alpha)
-        weight = rank_weight(rank(q, pairs.positives.bag).to(q), self.tau)
-        return Aim(weight * q.clamp(min=self.floor), weight if self.rank_boxes else None)
+        weight = rank_weight(rank(q, pairs.positives.candidate_set).to(q), self.tau)
+        return SoftTarget(weight * q.clamp(min=self.floor), weight if self.rank_boxes else None)
 
-    def weigh(self, base: AimRule, pairs: Pairs) -> Aim:
+    def weigh(self, base: TargetRule, pairs: Pairs) -> SoftTarget:
         """The base's target, and the weight of the box losses."""
-        return base(pairs)._replace(weight=self.aim(pairs).weight)
+        return base(pairs)._replace(box_weight=self.soft_target(pairs).box_weight)

@@ -7,7 +7,7 @@ duplicates. Two-stage detectors take the second block's boxes from the proposals
 | deviation from the released code | why |
 | --- | --- |
 | a batch without boxes counts as one box, as everywhere else | the same |
-| with the Align Loss (Align-DETR, table 2) candidates are ranked in their bags | unpublished; see `Align` |
+| with the Align Loss (Align-DETR, table 2) each target's candidates are ranked | unpublished; see `Align` |
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Hybrid(TrainingScheme):
     def supervision_of(self, main: Supervision) -> Supervision:
         """The main block's with `k` queries for each target in every layer."""
         assert isinstance(main.assign, Hungarian)
-        several = replace(main.assign, candidates=Candidates(self.k, self.k, self.k, share=None))
+        several = replace(main.assign, candidates=Candidates(self.k, self.k, self.k, positive_fraction=None))
         return replace(main, assign=several)
 
     def normaliser(self, mean_boxes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import giou, iou
-from detrellis.losses import absence_loss, bce_loss, presence_loss
+from detrellis.losses import bce_loss, focal_negative, focal_positive
 from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import spread, square_anchors
@@ -93,8 +93,8 @@ def candidate_loss(output: DenseOutput, anchors: Tensor, found: Positives) -> Te
     """Focal loss over all classes and GIoU loss of each anchor with its target: `(P,)`."""
     where = (found.image, found.anchor)
     logits = output.logits[where]
-    present = presence_loss(logits.gather(1, found.label.unsqueeze(1))).squeeze(1)
-    absent = absence_loss(logits.scatter(1, found.label.unsqueeze(1), ABSENT)).sum(1)
+    present = focal_positive(logits.gather(1, found.label.unsqueeze(1))).squeeze(1)
+    absent = focal_negative(logits.scatter(1, found.label.unsqueeze(1), ABSENT)).sum(1)
     boxes = CODER.decode(anchors[found.anchor], output.regression[where])
     return 0.25 * present + 0.75 * absent + GIOU * (1 - giou(boxes, found.box))
 
