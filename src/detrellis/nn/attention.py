@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from detrellis.nn.kernels.linear import FastLinear, linear
 from detrellis.types import Memory, Segment, Spatial
 
 # What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper, whose backward pass gives
@@ -103,14 +102,34 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def _packed_projections(width: int) -> tuple[nn.Linear, nn.Linear]:
-    """Projections to queries, keys and values as one matrix, rows q, k, v, initialised together as
-    `nn.MultiheadAttention` does; and the output projection."""
-    projections, output = FastLinear(width, 3 * width), FastLinear(width, width)
+class PackedLinear(nn.Linear):
+    """Several projections `(D, D)` as one matrix, one below the other, as `nn.MultiheadAttention` keeps q, k and v."""
+
+    product = staticmethod(F.linear)
+
+    def part(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Of `x (..., D)` the projections `first` to before `last`, side by side: `(..., (last - first) * D)`."""
+        rows = slice(first * self.in_features, last * self.in_features)
+        return self.product(x, self.weight[rows], self.bias[rows])
+
+
+def _packed_projections(width: int) -> tuple[PackedLinear, nn.Linear]:
+    """Projections to queries, keys and values, in this order and initialised together, and of the output."""
+    projections, output = PackedLinear(width, 3 * width), nn.Linear(width, width)
     for layer in (projections, output):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
     return projections, output
+
+
+def project(
+    projections: PackedLinear, x: Tensor, where: Spatial, memory: Memory, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `(B, M, N, d)` from `x (B, N, D)`, keys and values `(B, M, S, d)` from the memory; positions are added to
+    what becomes queries and keys."""
+    inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
+    q, k, v = (split_heads(projections.part(t, i, i + 1), heads) for i, t in enumerate(inputs))
+    return q, k, v
 
 
 class SelfAttention(nn.Module):
@@ -123,11 +142,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
         """`x, position (B, N, D)` to `(B, N, D)`; no residual, no norm."""
-        width = x.shape[-1]
-        weight, bias = self.projections.weight, self.projections.bias
-        qk = linear(x + position, weight[: 2 * width], bias[: 2 * width])
-        values = linear(x, weight[2 * width :], bias[2 * width :])
-        q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), values))
+        q, k = self.projections.part(x + position, 0, 2).chunk(2, dim=-1)
+        v = self.projections.part(x, 2, 3)
+        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
         attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))
         return out
@@ -146,9 +163,7 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """`x (B, N, D)` to the same; no residual, no norm."""
-        inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
-        parts = zip(inputs, self.projections.weight.chunk(3), self.projections.bias.chunk(3), strict=True)
-        q, k, v = (split_heads(linear(*part), self.heads) for part in parts)
+        q, k, v = project(self.projections, x, where, memory, self.heads)
         attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))
         return out

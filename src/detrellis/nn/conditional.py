@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.attention import memory_attention, merge_heads, segmented_attention, split_heads
-from detrellis.nn.kernels.linear import FastLinear
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Segment, Spatial
 
 
 def _projections(width: int, parts: int) -> nn.Linear:
     """`parts` projections in one matrix, each initialised as a layer of its own."""
-    packed = FastLinear(width, parts * width)
+    packed = nn.Linear(width, parts * width)
     for block in packed.weight.chunk(parts):
         nn.init.xavier_uniform_(block)
     return packed

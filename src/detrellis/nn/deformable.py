@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.kernels.deformable import ms_deform_attn
-from detrellis.nn.kernels.linear import FastLinear
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Spatial
 
@@ -19,8 +18,8 @@ class DeformableAttention(nn.Module):
     def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = FastLinear(width, heads * levels * points * 2)
-        self.attention_weights = FastLinear(width, heads * levels * points)
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, heads * levels * points)
         self.value_projection = xavier_linear(width, width)
         self.output_projection = xavier_linear(width, width)
         self._reset()

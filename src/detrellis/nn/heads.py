@@ -8,13 +8,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from detrellis.nn.kernels.linear import FastLinear
 from detrellis.nn.mlp import MLP
 
 
-def class_head(width: int, classes: int) -> FastLinear:
+def class_head(width: int, classes: int) -> nn.Linear:
     """Linear classifier whose bias starts every class at probability 0.01 (the focal loss prior)."""
-    layer = FastLinear(width, classes)
+    layer = nn.Linear(width, classes)
     nn.init.constant_(layer.bias, -math.log(0.99 / 0.01))
     return layer
 
@@ -51,13 +50,13 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         if softmax:
-            classifier, mover = FastLinear(width, classes + 1), MLP(width, width, 4, 3)
+            classifier, mover = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
         else:
             classifier, mover = class_head(width, classes), box_head(width)
         copies = range(1 if shared else layers)
         self.classes = nn.ModuleList(copy.deepcopy(classifier) for _ in copies)
         self.boxes = nn.ModuleList(copy.deepcopy(mover) for _ in copies)
-        judge = FastLinear(width, 1) if iou_branch else None
+        judge = nn.Linear(width, 1) if iou_branch else None
         self.ious = None if judge is None else nn.ModuleList(copy.deepcopy(judge) for _ in copies)
         with torch.no_grad():
             self.boxes[0].get_parameter("layers.2.bias")[2:] += size_bias

@@ -7,8 +7,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from detrellis.nn.kernels.linear import FastLinear
-
 Activation = Literal["relu", "prelu", "gelu", "silu"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -18,9 +16,9 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 }
 
 
-def xavier_linear(inputs: int, outputs: int) -> FastLinear:
+def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer as DETR's transformer initialises it: Xavier-uniform weight, PyTorch's bias."""
-    layer = FastLinear(inputs, outputs)
+    layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     return layer
 
@@ -34,7 +32,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, depth: int, *, xavier: bool = False) -> None:
         super().__init__()
         widths = [inputs, *[hidden] * (depth - 1), outputs]
-        make = xavier_linear if xavier else FastLinear
+        make = xavier_linear if xavier else nn.Linear
         self.layers = nn.ModuleList(make(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from detrellis.nn.attention import DenseAttention, merge_heads, split_heads
-from detrellis.nn.kernels.linear import FastLinear, linear
+from detrellis.nn.attention import DenseAttention, merge_heads, project
 from detrellis.nn.mlp import MLP
 from detrellis.nn.prior import at_level, map_attention
 from detrellis.types import Memory, Prior, Queries, Spatial
@@ -43,7 +42,7 @@ class ModulatedPriors(nn.Module):
         self.offsets = nn.ModuleList(_constant(width, numbers) for _ in range(layers))
         self.scales = nn.ModuleList(_constant(width, numbers) for _ in range(layers))
         several = len(strides) if len(strides) > 1 else 0
-        self.levels = nn.ModuleList(FastLinear(width, several) for _ in range(layers) if several)
+        self.levels = nn.ModuleList(nn.Linear(width, several) for _ in range(layers) if several)
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
         """See `nn/spatial.py`."""
@@ -63,9 +62,9 @@ class ModulatedPriors(nn.Module):
         return Spatial(queries.position, boxes, priors=tuple(priors), shares=shares)
 
 
-def _constant(width: int, outputs: int) -> FastLinear:
+def _constant(width: int, outputs: int) -> nn.Linear:
     """A layer that says 1 before it has learned."""
-    layer = FastLinear(width, outputs)
+    layer = nn.Linear(width, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.ones_(layer.bias)
     return layer
@@ -95,9 +94,7 @@ class ModulatedAttention(nn.Module):
     def _levels(self, x: Tensor, where: Spatial, memory: Memory) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
         """Level by level: what each head reads, its weights, and the share; weights go when the next comes."""
         assert where.priors is not None
-        inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
-        parts = zip(inputs, self.projections.weight.chunk(3), self.projections.bias.chunk(3), strict=True)
-        q, k, v = (split_heads(linear(*part), self.heads) for part in parts)
+        q, k, v = project(self.projections, x, where, memory, self.heads)
         sizes = [h * w for h, w in memory.shapes]
         dropout = self.dropout if self.training else 0.0
         pairs = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), where.priors, strict=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from detrellis.nn.accelerate import accelerate
+from detrellis.nn.attention import DenseAttention, SelfAttention
 from detrellis.nn.kernels import linear as module
-from detrellis.nn.kernels.linear import FastLinear, linear
+from detrellis.nn.kernels.linear import linear
+from detrellis.types import Memory, Segment, Spatial
 
 
 @pytest.fixture
@@ -51,8 +56,40 @@ def test_views_and_slices(calls: list[int]) -> None:
     assert calls
 
 
+def fast_linear() -> nn.Linear:
+    layer = nn.Linear(4, 3)
+    accelerate(layer)
+    return layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [SelfAttention, DenseAttention])
+def test_accelerated_modules(kind: type[SelfAttention | DenseAttention], calls: list[int]) -> None:
+    """All of their products are oneDNN's, in copies too, and their state dicts are those of plain ones."""
+    plain, x, memory = kind(8, 2), torch.randn(2, 5, 8), Memory(torch.randn(2, 6, 8), torch.randn(1, 6, 8), ((2, 3),))
+    fast = copy.deepcopy(plain)
+    accelerate(fast)
+    again = copy.deepcopy(fast)
+    inputs = (x, x, [Segment("main", 5)]) if kind is SelfAttention else (x, Spatial(x), memory)
+    expected = plain(*inputs)
+    assert not calls
+    for one in (fast, again):
+        torch.testing.assert_close(one(*inputs), expected)
+        assert one.load_state_dict(plain.state_dict()).missing_keys == []
+    assert len(calls) == 2 * (3 if kind is SelfAttention else 4)
+
+
+def test_layers_of_other_classes_stay() -> None:
+    class Doubled(nn.Linear):
+        pass
+
+    layer = Doubled(4, 3)
+    accelerate(layer)
+    assert type(layer) is Doubled
+
+
 def test_only_what_needs_a_gradient_gets_one(calls: list[int]) -> None:
-    layer = FastLinear(4, 3)
+    layer = fast_linear()
     layer.weight.requires_grad_(False)
     layer(torch.randn(5, 4)).sum().backward()
     assert layer.weight.grad is None
@@ -61,7 +98,7 @@ def test_only_what_needs_a_gradient_gets_one(calls: list[int]) -> None:
 
 
 def test_other_precisions_take_torchs_path(calls: list[int]) -> None:
-    layer, x = FastLinear(4, 3), torch.randn(5, 4)
+    layer, x = fast_linear(), torch.randn(5, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     layer.double()(x.double())
@@ -78,6 +115,6 @@ def test_missing_or_wrong_products_are_not_used(monkeypatch: pytest.MonkeyPatch)
 
 def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WORTH", 1)
-    layer, x = FastLinear(4, 3), torch.randn(5, 4)
+    layer, x = fast_linear(), torch.randn(5, 4)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x))

@@ -1,4 +1,4 @@
-"""Linear layers that take oneDNN's matrix products on a CPU.
+"""Matrix products of linear layers, by oneDNN on a CPU; `nn/accelerate.py` puts them into a model.
 
 torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN or less:
 104 against 211 GFLOP/s on the AMD EPYC of docs/performance.md (benchmarks/linear.py). Such products are most of a
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Multiplications below which the call costs more than it wins.
@@ -67,11 +67,3 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias)
     return out
-
-
-class FastLinear(nn.Linear):
-    """As `nn.Linear`, by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., i)` to `(..., o)`."""
-        return linear(x, self.weight, self.bias)
