@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from detrellis.api import evaluate, predict
-from detrellis.boxes import iou, soft_nms
-from detrellis.detector import Detector, select_per_query, select_top_k, soften
+from detrellis.boxes import iou
+from detrellis.postprocess import FLOOR, Postprocess, soft_nms, soften
 from detrellis.recipes.build import build
 from detrellis.types import DecoderOutput, Detections
 
 from .analysis.runs import small_recipe, untrained
 from .small import CLASSES, small
 
-FLOOR = 1e-3
 SIZES = torch.tensor([[64, 96]])
 
 
@@ -98,10 +98,6 @@ def test_boxes_are_clipped_first() -> None:
     assert found.boxes.tolist() == [[10, 10, 20, 20]]
 
 
-def detector_with(**options: object) -> Detector:
-    return Detector(*[torch.nn.Identity()] * 5, **options).eval()  # type: ignore[arg-type]
-
-
 def output_of(queries: int = 9, classes: int = 4, seed: int = 0) -> DecoderOutput:
     """Boxes that nearly coincide."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,36 +109,35 @@ def output_of(queries: int = 9, classes: int = 4, seed: int = 0) -> DecoderOutpu
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("top_k", [3, 9])
 def test_it_stands_between_the_best_pairs_and_the_best_of_them(softmax: bool, top_k: int) -> None:
-    """As many pairs as queries go in. Asked for a number of its own, the detector selects without it."""
+    """As many pairs as queries go in."""
     output = output_of()
-    detector = detector_with(top_k=top_k, softmax=softmax, soft_nms=0.6)
-    rule = select_per_query if softmax else select_top_k
-    every = rule(detector.scores(output), output.boxes[-1], SIZES, 9)[0]
+    plain = Postprocess(9, softmax)
+    every = plain(output, SIZES)[0]
     lowered = plain_soft_nms(every.boxes, every.scores, every.labels, 0.6)
     order = sorted((i for i in range(9) if lowered[i] > 0), key=lambda i: -float(lowered[i]))[:top_k]
-    found = detector.select(output, SIZES)[0]
+    found = replace(plain, top_k=top_k, soft_nms=0.6)(output, SIZES)[0]
     torch.testing.assert_close(found.scores, lowered[order])
     assert torch.equal(found.labels, every.labels[order])
     torch.testing.assert_close(found.boxes, every.boxes[order])
     assert not torch.equal(found.scores, every.scores[:top_k])
-    raw = detector.select(output, SIZES, 7)[0]
+    raw = Postprocess(7, softmax)(output, SIZES)[0]
     assert all(torch.equal(x, y[:7]) for x, y in zip(raw, every, strict=True))
 
 
 def test_of_half_precision_and_of_nothing() -> None:
     output = output_of()
-    detector = detector_with(top_k=5, soft_nms=0.6)
-    half = detector.select(output.map(torch.Tensor.bfloat16), SIZES)[0]
+    postprocess = Postprocess(5, soft_nms=0.6)
+    half = postprocess(output.map(torch.Tensor.bfloat16), SIZES)[0]
     assert half.scores.dtype == half.boxes.dtype == torch.bfloat16
-    nothing = detector.select(output._replace(logits=output.logits - 20), SIZES)[0]
+    nothing = postprocess(output._replace(logits=output.logits - 20), SIZES)[0]
     assert [tuple(t.shape) for t in nothing] == [(0,), (0,), (0, 4)]
     assert nothing.labels.dtype == torch.int64
 
 
 def test_the_recipe_asks_for_it() -> None:
     recipe = small("tiny")
-    assert build(recipe, CLASSES).detector.soft_nms is None
-    assert build(recipe.override("detector.soft_nms=0.8"), CLASSES).detector.soft_nms == 0.8
+    assert build(recipe, CLASSES).detector.postprocess.soft_nms is None
+    assert build(recipe.override("detector.soft_nms=0.8"), CLASSES).detector.postprocess.soft_nms == 0.8
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +168,7 @@ def test_hard_nms_takes_its_place(runs: tuple[Path, Path], tmp_path: Path) -> No
 def test_images_without_any_detection(
     runs: tuple[Path, Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Detector, "scores", lambda _, output: output.logits[-1] * 0)
+    monkeypatch.setattr(Postprocess, "scores", lambda _, output: output.logits[-1] * 0)
     result = evaluate(runs[1], results=tmp_path / "none.json", workers=0, device="cpu")
     assert (result.images, result.detections, result.ap) == (5, 0, 0)
     assert json.loads((tmp_path / "none.json").read_text()) == []

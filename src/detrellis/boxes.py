@@ -1,4 +1,4 @@
-"""Box geometry: formats, IoU, generalised IoU, the inverse sigmoid with its per-model epsilon, and soft-NMS."""
+"""Box geometry: formats, IoU, generalised IoU, and the inverse sigmoid with its per-model epsilon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
@@ -83,57 +82,7 @@ def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
     return giou(a.unsqueeze(-2), b.unsqueeze(-3))
 
 
-def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, floor: float = 1e-3) -> Tensor:
-    """Scores `(N,)` after linear soft-NMS within each class (Bodla et al. 2017); 0 where they fall below `floor`.
-
-    From the best down, each box multiplies by 1 - IoU the score of every box of its class that is still to come and
-    whose IoU with it is `threshold` or more. `boxes (N, 4)` xyxy, `scores (N,)`, `labels (N,)`, in any order. Computed
-    on the host.
-    """
-    places, classes = boxes.cpu().double(), labels.cpu().numpy()
-    first, second = _candidates(places.numpy(), classes, threshold)
-    overlap = iou(places[first], places[second]).numpy()
-    near = (overlap >= threshold) & (classes[first] == classes[second])
-    first, second, factor = first[near], second[near], 1 - overlap[near]
-    crowded = np.zeros(len(boxes), dtype=np.bool_)
-    crowded[first] = crowded[second] = True  # the others keep their score: those that must take turns are few mostly
-    count, place = crowded.sum(), crowded.cumsum() - 1
-    factors = np.ones((count, count))
-    factors[place[first], place[second]] = factors[place[second], place[first]] = factor
-    before = scores.cpu().double().numpy()
-    lowered = np.where(before < floor, 0, before)
-    lowered[crowded] = _in_turn(before[crowded], factors, floor)
-    return torch.from_numpy(lowered).to(scores)
-
-
-def _candidates(boxes: Floats, classes: Ints, threshold: float) -> tuple[Ints, Ints]:
-    """Rows of two boxes each, among them all pairs of one class whose IoU reaches the threshold.
-
-    They lie less than 1 - `threshold` of a width apart. Sorted by their left sides, with the classes one beside the
-    other, the candidates for a box follow it; all `N * N` pairs would take most of the time.
-    """
-    left, width = boxes[:, 0], boxes[:, 2] - boxes[:, 0]
-    left = left + classes * (2 * np.ptp(boxes) + 1 if len(boxes) else 1)
-    order = left.argsort()
-    left, reach = left[order], (left + (1.001 - threshold) * width)[order]  # 0.001: more than any rounding
-    counts = left.searchsorted(reach, side="right") - np.arange(1, len(left) + 1)
-    first, rank = ragged(counts)
-    return order[first], order[first + 1 + rank]
-
-
 def ragged(counts: Ints) -> tuple[Ints, Ints]:
     """For rows of `counts (N,)` entries, packed one row after the other: each entry's row, and its place in the row."""
     row = np.repeat(np.arange(len(counts)), counts)
     return row, np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
-
-
-def _in_turn(left: Floats, factors: Floats, floor: float) -> Floats:
-    """The scores `left (K,)` when the best of those left, over and over, is taken and multiplies the others."""
-    taken = np.zeros_like(left)
-    for _ in range(len(left)):
-        best = left.argmax()
-        if left[best] < floor:
-            break
-        taken[best], left[best] = left[best], 0
-        left *= factors[best]
-    return taken

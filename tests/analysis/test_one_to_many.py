@@ -12,8 +12,8 @@ from detrellis.analysis.one_to_many import NMS, Comparison, Measured, analyze, k
 from detrellis.api import evaluate
 from detrellis.boxes import pairwise_iou
 from detrellis.engine.coco_eval import EvalResult
-from detrellis.engine.evaluate import suppress
 from detrellis.errors import UserError
+from detrellis.postprocess import hard_nms
 from detrellis.recipes import find_recipe
 from detrellis.types import Detections
 
@@ -39,7 +39,7 @@ def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float
     for i in range(len(found.scores)):
         if not any(found.labels[i] == found.labels[j] and overlap[i, j] > threshold for j in kept):
             kept.append(i)
-    ours = suppress(found, threshold, k)
+    ours = hard_nms(found, threshold, k)
     for one, other in zip(ours, found, strict=True):
         assert torch.equal(one, other[kept[:k]])
 
@@ -47,9 +47,9 @@ def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float
 def test_duplicates_do_not_fill_the_places_of_others() -> None:
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 5 + [[50.0, 50.0, 60.0, 60.0]])
     found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), torch.zeros(6, dtype=torch.int64), boxes)
-    assert [round(s, 1) for s in suppress(found, 0.7, 2).scores.tolist()] == [0.9, 0.1]
+    assert [round(s, 1) for s in hard_nms(found, 0.7, 2).scores.tolist()] == [0.9, 0.1]
     nothing = Detections(*(t[:0] for t in found))
-    assert len(suppress(nothing, 0.7, 2).scores) == 0
+    assert len(hard_nms(nothing, 0.7, 2).scores) == 0
 
 
 def test_a_run_is_what_its_recipe_says() -> None:

@@ -38,7 +38,8 @@ def test_detections_are_in_pixels_of_the_original(name: str) -> None:
     torch.testing.assert_close(larger, smaller * 2, atol=1e-2, rtol=1e-4)
     for d in found:
         # One class a query, or several; soft-NMS looks at as many pairs as there are queries.
-        few = model.detector.softmax or model.detector.soft_nms is not None
+        rule = model.detector.postprocess
+        few = rule.softmax or rule.soft_nms is not None
         assert d.scores.shape == (12 if few else 20,)
         assert (d.scores.diff() <= 0).all()
         assert d.labels.max() < CLASSES

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, giou, pairwise_giou, pairwise_iou
-from detrellis.detector import select_per_query, select_top_k
 from detrellis.matching import Hungarian, Known, Match, MatchingCost, assign, focal_term, softmax_term
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.position import SineMap, sine_embed
+from detrellis.postprocess import Postprocess
 from detrellis.schemes.cdn import ContrastiveDenoising, Noise, group_count
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.dn import Noise as PlainNoise
-from detrellis.supervision import SetLoss, Supervision, Task, softmax_set_loss, supervise
+from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, supervise
 from detrellis.types import DecoderOutput, Memory, Targets
 
 from .arrays import Arrays, close
@@ -109,7 +109,7 @@ def check_set_loss(a: Arrays) -> None:
 
     weights = {ours: params["weights"][f"loss_{key}"] for ours, key in TERMS.items()}
     supervision = Supervision(Hungarian(cost), rule, weights)
-    losses, _ = supervise([Task("main", output, targets, supervision, torch.tensor(float(a.number("num_boxes"))))])
+    losses, _ = supervise([supervision.task("main", output, targets, torch.tensor(float(a.number("num_boxes"))))])
     for name, key in TERMS.items():
         close(losses[f"main/{name}/0"] / weights[name], a[f"loss_{key}"], 1e-9, name)
     _check_gradients(sum(losses.values()), a["loss_total"], logits, boxes, a)  # type: ignore[arg-type]
@@ -125,12 +125,13 @@ def _check_gradients(total: Tensor, expected: Tensor, logits: Tensor, boxes: Ten
 
 def check_postprocess(a: Arrays) -> None:
     sizes = a["target_sizes_hw"]
-    for b, found in enumerate(select_top_k(a["logits"].sigmoid(), a["boxes"], sizes, a.number("k"))):
+    logits, boxes = a["logits"][None], a["boxes"][None]
+    output = DecoderOutput(logits, boxes, boxes)
+    for b, found in enumerate(Postprocess(a.number("k"))(output, sizes)):
         close(found.scores, a["scores"][b], 1e-9)
         assert torch.equal(found.labels, a["labels"][b])
         close(found.boxes, a["boxes_xyxy"][b], 1e-9)
-    probabilities = a["logits"].softmax(-1)[..., :-1]
-    for b, found in enumerate(select_per_query(probabilities, a["boxes"], sizes, probabilities.shape[1])):
+    for b, found in enumerate(Postprocess(output.logits.shape[2], softmax=True)(output, sizes)):
         scores, order = a["softmax_scores"][b].sort(descending=True)  # the file's are in the queries' order
         close(found.scores, scores, 1e-9)
         assert torch.equal(found.labels, a["softmax_labels"][b][order])
@@ -219,7 +220,7 @@ def check_denoising_loss(a: Arrays) -> None:
         assert torch.equal(known.target[own] - offset, a[f"pos_gt_idx{b}"])
     output = DecoderOutput(logits[None], boxes[None], boxes[None])
     normaliser = torch.tensor(float(a.number("normaliser")))
-    losses, _ = supervise([Task("cdn", output, targets, Supervision(Known(known)), normaliser)])
+    losses, _ = supervise([Supervision(Known(known)).task("cdn", output, targets, normaliser)])
     close(losses["cdn/class/0"], a["loss_ce"], 1e-9)
     close(losses["cdn/box/0"] / 5, a["loss_bbox"], 1e-9)
     close(losses["cdn/giou/0"] / 2, a["loss_giou"], 1e-9)

@@ -7,8 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from detrellis.boxes import soft_nms
-from detrellis.engine.evaluate import suppress
+from detrellis.postprocess import hard_nms, soft_nms
 from detrellis.types import Detections
 
 from .arrays import Arrays
@@ -27,7 +26,7 @@ def check_nms(a: Arrays) -> None:
             _check_soft(a, name, soft_nms(boxes, scores, labels, threshold))
             continue
         best, order = scores.sort(descending=True)
-        kept = suppress(Detections(best, labels[order], boxes[order]), threshold, len(best))
+        kept = hard_nms(Detections(best, labels[order], boxes[order]), threshold, len(best))
         _check_kept(a, name, kept.boxes, kept.scores)
         assert torch.equal(kept.labels, labels[a[key]])
 

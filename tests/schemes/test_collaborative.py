@@ -231,7 +231,7 @@ def test_beside_align_its_labels_stay_unless_asked_for() -> None:
     assert plain["co_atss/class/0"] == pytest.approx(beside["co_atss/class/0"])
     assert plain["main/class/0"] != pytest.approx(beside["main/class/0"])
     assert aligned["co_atss/class/0"] != pytest.approx(plain["co_atss/class/0"])
-    assert aligned["co_atss/box/0"] == pytest.approx(plain["co_atss/box/0"])  # bags of one: rank 0
+    assert aligned["co_atss/box/0"] == pytest.approx(plain["co_atss/box/0"])  # one candidate a target: rank 0
 
 
 def test_groups_do_not_multiply_its_queries() -> None:

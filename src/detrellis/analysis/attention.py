@@ -158,7 +158,7 @@ def _measure(run: str, name: str, model: Model, pixels: Tensor, query: int | Non
     detector = model.detector
     memory = detector.encode(_batch(model, pixels))
     output, layers = decoded(detector, memory)
-    scores, boxes = detector.scores(output)[0], output.boxes[-1, 0]
+    scores, boxes = detector.postprocess.scores(output)[0], output.boxes[-1, 0]
     if not (scores.isfinite().all() and boxes.isfinite().all()):
         raise UserError(f"{run}: its outputs are not finite", "Its training went wrong: take other weights.")
     if query is None:

@@ -126,7 +126,7 @@ def analyze(
 
 def _measure(opened: Opened, name: str, show: bool) -> Measured:
     model, co = load_trained(opened, Collaborative)
-    most = max(model.detector.top_k, 100)
+    most = max(model.detector.postprocess.top_k, 100)
     evaluators = {head: CocoEvaluator(opened.annotations, top_k=most) for head in (DECODER, *co.names)}
     for batch in batches(opened, show):
         for head, found in detections(model, co, batch).items():
@@ -141,7 +141,7 @@ def detections(model: TrainableDetector, co: Collaborative, batch: Batch) -> dic
     step = begin(model, batch, model.detector.encode(batch.images))
     scene = co.scene(step)
     scale = (batch.sizes / step.sizes).flip(-1).repeat(1, 2)  # from the network's input to the original image
-    found = {DECODER: model.detector.select(decoded(step), batch.sizes)}
+    found = {DECODER: model.detector.postprocess(decoded(step), batch.sizes)}
     for head, branch in zip(co.names, co.branches, strict=True):
         predicted = branch.predict(scene)  # type: ignore[operator]
         found[head] = [scaled(p, s) for p, s in zip(predicted, scale, strict=True)]

@@ -207,7 +207,7 @@ def analyze(
 
 def _measure(grid: int, opened: Opened, name: str, show: bool) -> Measured:
     model, group = load_groups(opened)
-    evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.top_k) for _ in range(group.k)]
+    evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.postprocess.top_k) for _ in range(group.k)]
     parts: list[Found] = []
     fixed = True
     for batch in batches(opened, show):
@@ -251,7 +251,7 @@ def _found(model: TrainableDetector, seen: AllGroups, batch: Batch, grid: int | 
 
 def _collect(evaluators: Sequence[CocoEvaluator], model: TrainableDetector, seen: AllGroups, batch: Batch) -> None:
     for k, evaluator in enumerate(evaluators):
-        evaluator.update(batch.image_ids, model.detector.select(seen.of(k), batch.sizes))
+        evaluator.update(batch.image_ids, model.detector.postprocess(seen.of(k), batch.sizes))
 
 
 def _distances(found: Sequence[Places], matched: Sequence[Tensor]) -> dict[str, Any]:

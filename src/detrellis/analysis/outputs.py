@@ -82,7 +82,7 @@ def seen(opened: Opened, show: bool = False) -> Iterator[Seen]:
     for batch in batches(opened, show):
         with torch.no_grad():
             output = detector(batch.images)
-            scores, boxes = detector.scores(output).cpu(), output.boxes[-1].cpu().double()
+            scores, boxes = detector.postprocess.scores(output).cpu(), output.boxes[-1].cpu().double()
         check_finite(opened, scores, boxes)
         pixels = cxcywh_to_xyxy(boxes) * batch.sizes.cpu().flip(-1).repeat(1, 2)[:, None]
         for image_id, own_scores, own_boxes in zip(batch.image_ids, scores, pixels, strict=True):

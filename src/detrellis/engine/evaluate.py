@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
-from torchvision.ops import batched_nms
 
 from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
@@ -23,7 +22,7 @@ from detrellis.engine.distributed import World, gather
 from detrellis.engine.resume import must_be_there
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
-from detrellis.types import DecoderOutput, Detections
+from detrellis.types import DecoderOutput
 
 NMS = 0.7  # IoU above which the weaker one of two detections of a class counts as a duplicate
 DOUBLED = 0.01  # AP that NMS adds where objects are found more than once
@@ -75,17 +74,21 @@ def collect(
     nms: Sequence[float | None] = (None,),
     check: Callable[[DecoderOutput], None] | None = None,
 ) -> list[CocoEvaluator]:
-    """Run the detector over the batches; in every process the evaluators hold the detections of all, one for each
-    threshold of `nms` (see `choose`). `check` sees each output first."""
-    evaluators = [CocoEvaluator(annotations, top_k=detector.top_k) for _ in nms]
+    """Run the detector over the batches; in every process the evaluators hold the detections of all.
+
+    One for each threshold of `nms`: where it is None, of what the detector detects; otherwise after NMS at that IoU.
+    `check` sees each output first.
+    """
+    ways = [replace(detector.postprocess, nms=threshold) for threshold in nms]
+    evaluators = [CocoEvaluator(annotations, top_k=way.top_k) for way in ways]
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         with evaluating(detector):
             output = detector(batch.images)
             if check is not None:
                 check(output)
-            chosen = choose(detector, output, batch.sizes, nms)
-        for evaluator, found in zip(evaluators, chosen, strict=True):
+            detections = [way(output, batch.sizes) for way in ways]
+        for evaluator, found in zip(evaluators, detections, strict=True):
             evaluator.update(batch.image_ids, found)
     return [completed(evaluator) for evaluator in evaluators]
 
@@ -96,36 +99,6 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     if len(others) > 1:
         evaluator.merge(*others)
     return evaluator
-
-
-def choose(
-    detector: Detector, output: DecoderOutput, sizes: Tensor, nms: Sequence[float | None]
-) -> list[list[Detections]]:
-    """The images' detections in an output for each threshold: where it is None, as `Detector.select`.
-
-    With a threshold, of all queries and classes those are dropped first whose IoU with a better one of the class is
-    above it. That takes the place of soft-NMS, where the detector has it.
-    """
-    asked = any(threshold is not None for threshold in nms)
-    every = detector.select(output, sizes, output.logits[-1, 0].numel()) if asked else []
-    return [
-        detector.select(output, sizes) if t is None else [suppress(found, t, detector.top_k) for found in every]
-        for t in nms
-    ]
-
-
-def suppress(found: Detections, threshold: float, k: int) -> Detections:
-    """The `k` best after NMS within each class; `found` are best first.
-
-    A DETR needs none, unless it has not learned yet to keep its queries apart. NMS is greedy, so what it keeps of the
-    best m is what it keeps of all down to there: few are looked at mostly.
-    """
-    m, total = 8 * k, len(found.scores)
-    while True:
-        kept = batched_nms(found.boxes[:m], found.scores[:m], found.labels[:m], threshold)
-        if len(kept) >= k or m >= total:
-            return Detections(*(t[kept[:k]] for t in found))
-        m *= 4
 
 
 def duplicates_line(result: EvalResult, apart: EvalResult) -> str | None:

@@ -63,7 +63,7 @@ def transfer(detector: Detector, classes: ClassMap, source: Source, *, objectnes
     """
     own, weights = detector.state_dict(), source.weights
     by_name = rows_by_name(classes, source.classes)
-    heads = _ClassHeads(len(classes), source, by_name, detector.softmax, objectness)
+    heads = _ClassHeads(len(classes), source, by_name, detector.postprocess.softmax, objectness)
     plans = {name: _plan(name, tensor, weights.get(name), heads) for name, tensor in own.items()}
     fates = [_fate(name, own[name], weights.get(name), plan) for name, plan in plans.items()]
     unused = {name: tensor for name, tensor in weights.items() if name not in own}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.loader import stack_images
 from detrellis.data.transforms import Transform, eval_transform
 from detrellis.detector import Detector, evaluating
-from detrellis.engine.evaluate import choose
 from detrellis.errors import UserError
 from detrellis.predictions.inputs import Given, Pictures, find_pictures
 from detrellis.predictions.record import Failure, OnError, Prediction, Predictions, collected
@@ -92,8 +91,7 @@ class Model:
         if not half:
             images = images._replace(pixels=images.pixels.to(like.dtype))
         with evaluating(self.detector), torch.autocast(like.device.type, like.dtype if half else None, enabled=half):
-            (found,) = choose(self.detector, self.detector(images), sizes, (nms,))
-        return found
+            return replace(self.detector.postprocess, nms=nms)(self.detector(images), sizes)
 
     def _prediction(self, given: Given, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
         height, width = size

@@ -13,6 +13,7 @@ import torch
 from detrellis.detector import Detector
 from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
+from detrellis.nn.accelerate import accelerate
 from detrellis.recipes.branches import build_branches
 from detrellis.recipes.config import DetectorConfig, Recipe
 from detrellis.recipes.network import build_detector
@@ -47,6 +48,7 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
         for name, config in chosen.items():
             torch.manual_seed(_seed(seed, name))
             built.append(makers[name](**config.model_dump()))
+    accelerate(*built)
     able = capabilities(recipe.detector)
     for scheme in built:
         for missing in sorted(scheme.requires - able):
@@ -84,7 +86,7 @@ def build_supervision(recipe: Recipe) -> Supervision:
     weights = {"class": config.classes, "box": config.box, "giou": config.giou, "iou_branch": config.iou_branch}
     k = config.one_to_many
     weights = {name: weight / k for name, weight in weights.items()}  # as if copies were targets
-    several = Candidates(k, k, k, share=None)
+    several = Candidates(k, k, k, positive_fraction=None)
     softly = partial(softmax_set_loss, no_object=config.no_object)
     return Supervision(Hungarian(cost, several), softly if softmax else CLASSIFICATION[config.classification], weights)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from detrellis.detector import Detector
 from detrellis.errors import UserError
+from detrellis.nn.accelerate import accelerate
 from detrellis.nn.attention import DenseAttention, SelfAttention
 from detrellis.nn.backbone import Norm, ResNet, TimmBackbone
 from detrellis.nn.conditional import ConditionalCrossAttention, ConditionalSelfAttention
@@ -32,6 +33,7 @@ from detrellis.nn.spatial import (
     PointPosition,
     position_scale,
 )
+from detrellis.postprocess import Postprocess
 from detrellis.recipes.config import BackboneConfig, DetectorConfig
 from detrellis.recipes.refuse import level_strides, modulated, refuse_network
 
@@ -207,11 +209,9 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
     backbone = build_backbone(config.backbone)
     neck, encoder = build_neck(config, backbone.channels), build_encoder(config)
     decoder, queries = build_decoder(config, classes), build_queries(config, classes)
+    accelerate(neck, encoder, queries, decoder)
     parts = (backbone, neck, encoder, queries, decoder)
     return Detector(
         *parts,
-        top_k=config.top_k,
-        softmax=config.scores == "softmax",
-        iou_branch=config.iou_branch,
-        soft_nms=config.soft_nms,
+        postprocess=Postprocess(config.top_k, config.scores == "softmax", config.iou_branch, config.soft_nms),
     )

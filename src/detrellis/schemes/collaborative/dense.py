@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from detrellis.losses import absence_loss, presence_loss
+from detrellis.losses import focal_negative, focal_positive
 from detrellis.nn.neck import MapNorm
+from detrellis.postprocess import top_pairs
 from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
@@ -179,14 +180,14 @@ def positives(scene: Scene, owners: Tensor) -> Positives:
 
 def focal_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
     """Focal loss (RetinaNet: 0.25, 2) of all classes, summed over the anchors that are not ignored."""
-    present = presence_loss(logits[found.image, found.anchor, found.label]).sum()
+    present = focal_positive(logits[found.image, found.anchor, found.label]).sum()
     return 0.25 * present + 0.75 * absence_sum(logits, owners, found)
 
 
 def absence_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
     """Focal loss without its 0.75 of the classes that are not there, over the anchors that are not ignored."""
     others = logits.index_put((found.image, found.anchor, found.label), logits.new_tensor(ABSENT))
-    return (absence_loss(others).sum(-1) * (owners != IGNORED)).sum()
+    return (focal_negative(others).sum(-1) * (owners != IGNORED)).sum()
 
 
 def mean_positives(found: Positives) -> Tensor:
@@ -212,8 +213,7 @@ def select_dense(
     scores = scores * usable.unsqueeze(-1)
     found = []
     for own, places, size in zip(scores, boxes, scene.sizes, strict=True):
-        best, index = own.flatten().topk(min(before, own.numel()))
-        anchor, label = index // own.shape[1], index % own.shape[1]
+        best, anchor, label = top_pairs(own, before)
         cut = clip(places[anchor], size)
         kept = batched_nms(cut, best, label, nms)[:most]
         kept = kept[best[kept] > 0]

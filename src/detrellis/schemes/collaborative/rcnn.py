@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import giou
-from detrellis.nn.kernels.linear import FastLinear
+from detrellis.postprocess import nms, top_pairs
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.roi import region_features
-from detrellis.schemes.collaborative.rpn import RPN, best_apart, proposals, rpn_losses, sample
+from detrellis.schemes.collaborative.rpn import RPN, proposals, rpn_losses, sample
 from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
 
 CODER = Deltas(0.1, 0.2)
@@ -27,8 +27,8 @@ class BoxHead(nn.Module):
 
     def __init__(self, width: int, classes: int, hidden: int) -> None:
         super().__init__()
-        self.first, self.second = FastLinear(CELLS * CELLS * width, hidden), FastLinear(hidden, hidden)
-        self.classify, self.regress = FastLinear(hidden, classes + 1), FastLinear(hidden, 4 * classes)
+        self.first, self.second = nn.Linear(CELLS * CELLS * width, hidden), nn.Linear(hidden, hidden)
+        self.classify, self.regress = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4 * classes)
         for layer in (self.first, self.second):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -144,8 +144,7 @@ def region_losses(logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
 
 def select(scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, most: int = 100) -> Predictions:
     """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS within each class."""
-    best, index = scores.flatten().topk(min(BEFORE, scores.numel()))
-    region, label = index // scores.shape[1], index % scores.shape[1]
+    best, region, label = top_pairs(scores, BEFORE)
     boxes = clip(CODER.decode(regions[region], deltas[region, label]), size)
-    kept = best_apart(boxes, best, label, 0.5, most)
+    kept = nms(boxes, best, label, 0.5, most, first=3 * most)
     return Predictions(best[kept], label[kept], boxes[kept])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from detrellis.losses import bce_loss, l1_loss
+from detrellis.postprocess import nms
 from detrellis.schemes.collaborative.anchors import NINE, usable_cells
 from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
@@ -85,21 +85,8 @@ def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int
     for own, score, size in zip(boxes, scores, scene.sizes, strict=True):
         cut = clip(own, size)
         real = (cut[:, 2:] > cut[:, :2]).all(1) & score.isfinite()
-        cut, score = cut[real], score[real]
-        found.append(cut[best_apart(cut, score, group[real], 0.7, most)])
+        order = score[real].argsort(descending=True)
+        cut, score, own_level = (t[real][order] for t in (cut, score, group))
+        # A network that has learned nothing yet leaves most boxes apart.
+        found.append(cut[nms(cut, score, own_level, 0.7, most, first=3 * most)])
     return found
-
-
-def best_apart(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float, most: int) -> Tensor:
-    """Indices `(n,)` of the best boxes that NMS within each group leaves, at most `most`, best first.
-
-    Whether a box stays depends on better ones alone, so some of the best are tried before all: a network that has
-    learned nothing yet leaves most boxes apart, and NMS takes long over them.
-    """
-    order, tried = scores.argsort(descending=True), 3 * most
-    while True:
-        best = order[:tried]
-        kept = best[batched_nms(boxes[best], scores[best].to(boxes), group[best], threshold)]
-        if len(kept) >= most or tried >= len(order):
-            return kept[:most]
-        tried *= 4
