@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 class ImageBatch(NamedTuple):
-    """Images padded at the bottom and right to one size."""
+    """Images, padded at the bottom and on the right to one size."""
 
     pixels: Tensor  # (B, 3, H, W) normalised by mean and std; zero on padding
     padding: Tensor | None = None  # (B, H, W) bool, True on padding; None when no image is padded
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
-        """The same batch on `device`."""
+        """This batch on `device`."""
         padding = None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
         return ImageBatch(self.pixels.to(device, non_blocking=non_blocking), padding)
 
@@ -35,7 +35,7 @@ class Targets(NamedTuple):
     masks: Tensor | None = None  # (T, M, M) bool, each seen within its box; M = 112. None unless a scheme needs them
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        """The same targets on `device`."""
+        """These targets on `device`."""
         labels, boxes = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes))
         masks = None if self.masks is None else self.masks.to(device, non_blocking=non_blocking)
         return Targets(labels, boxes, self.sizes, masks)
@@ -63,7 +63,7 @@ class Memory(NamedTuple):
     position: Tensor  # (B or 1, S, D)
     shapes: tuple[tuple[int, int], ...]  # (height, width) of each level
     padding: Tensor | None = None  # (B, S) bool; None: no padding, no mask work
-    valid_ratios: Tensor | None = None  # (B, V, 2) valid share of (width, height); None where padding is None
+    valid_ratios: Tensor | None = None  # (B, V, 2) valid fraction of (width, height); None where padding is None
 
 
 class Queries(NamedTuple):
@@ -92,7 +92,7 @@ class Spatial(NamedTuple):
     references: Tensor | None = None  # (B or 1, N, 2 or 4) points or boxes in [0, 1]; None where nothing reads them
     sine: Tensor | None = None  # (B, N, D) the conditional spatial query of cross-attention (Conditional DETR)
     priors: tuple[Prior, ...] | None = None  # of each level (SMCA)
-    shares: Tensor | None = None  # (B, N, V) what a query takes from each level; None: there is one
+    level_weights: Tensor | None = None  # (B, N, V) of what a query reads from each level (SMCA); None: there is one
 
 
 class Segment(NamedTuple):
@@ -106,16 +106,17 @@ class Segment(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """What the heads said after every decoder layer (training) or after the last one only (inference: L = 1)."""
+    """The heads' outputs after every decoder layer (training) or after the last one only (inference: L = 1)."""
 
     logits: Tensor  # (L, B, N, C)
     boxes: Tensor  # (L, B, N, 4)
     states: Tensor  # (L, B, N, D) the heads' input
-    iou_logits: Tensor | None = None  # (L, B, N) what the IoU branch predicts; None: there is no such head
+    iou_logits: Tensor | None = None  # (L, B, N) of the IoU that the IoU branch predicts; None: there is no such head
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
-        """The same with each tensor changed."""
-        return DecoderOutput(*(None if t is None else change(t) for t in self))  # type: ignore[arg-type]
+        """Every tensor after `change`."""
+        iou_logits = None if self.iou_logits is None else change(self.iou_logits)
+        return DecoderOutput(change(self.logits), change(self.boxes), change(self.states), iou_logits)
 
 
 class Proposals(NamedTuple):

@@ -394,7 +394,7 @@ def check_scale_selection(a: Arrays) -> None:
     x = queries.content
     for i, layer in enumerate(layers):
         where = position(i, x, queries, points, memory)
-        same(where.shares, a[f"scale_weights.{i}"], "shares")
+        same(where.level_weights, a[f"scale_weights.{i}"], "shares")
         gaussians = [log_gaussian(p, s) for p, s in zip(where.priors, memory.shapes, strict=True)]
         same(torch.cat(gaussians, dim=-1), a[f"log_gauss.{i}"], "log Gaussian", 1e-4)
         before = layer.norm_self(x + layer.self_attention(x, where.position, (Segment("main", x.shape[1]),)))

@@ -42,7 +42,7 @@ def where(levels: int, scale: float = 1.0) -> Spatial:
     point = torch.rand(2, QUERIES, HEADS, 2, dtype=torch.float64)
     priors = tuple(Prior(point * torch.tensor([w, h]), torch.full_like(point, scale)) for h, w in SHAPES[:levels])
     shares = torch.full((2, QUERIES, levels), 1 / levels, dtype=torch.float64) if levels > 1 else None
-    return Spatial(torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), priors=priors, shares=shares)
+    return Spatial(torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), priors=priors, level_weights=shares)
 
 
 def attentions() -> tuple[ModulatedAttention, DenseAttention]:
@@ -69,14 +69,14 @@ def test_fresh_priors_are_one_cell_beyond_the_point_and_as_wide_as_their_stride_
         torch.testing.assert_close(found.priors[level].centre, centre)
         torch.testing.assert_close(found.priors[level].scale, torch.full_like(centre, scale))
         assert found.priors[level].first == 0
-    torch.testing.assert_close(found.shares.sum(-1), torch.ones(2, QUERIES, dtype=torch.float64))
+    torch.testing.assert_close(found.level_weights.sum(-1), torch.ones(2, QUERIES, dtype=torch.float64))
 
 
 def test_one_level_has_no_shares() -> None:
     priors, q = ModulatedPriors(WIDTH, HEADS, 2, (32,)).double(), queries()
     assert not priors.levels
     found = priors(0, q.content, q, q.boxes, memory(1))
-    assert found.shares is None
+    assert found.level_weights is None
     assert len(found.priors) == 1
 
 
@@ -86,16 +86,16 @@ def test_each_layer_and_each_image_has_its_own() -> None:
         nn.init.normal_(p)
     first, second = (priors(i, q.content, q, q.boxes, where_to) for i in range(2))
     assert not torch.allclose(first.priors[0].centre, second.priors[0].centre)
-    assert not torch.allclose(first.shares, second.shares)
+    assert not torch.allclose(first.level_weights, second.level_weights)
     used = torch.autograd.grad(
-        second.priors[0].centre.sum() + second.priors[0].scale.sum() + second.shares.square().sum(),
+        second.priors[0].centre.sum() + second.priors[0].scale.sum() + second.level_weights.square().sum(),
         list(priors.parameters()),
         allow_unused=True,
     )
     names = [k for k, _ in priors.named_parameters()]
     assert all((slope is not None) == (".1." in k) for k, slope in zip(names, used, strict=True))
     alone = priors(0, q.content[1:], Queries(*(t[1:] for t in q)), q.boxes[1:], one(where_to))
-    torch.testing.assert_close(alone.shares, first.shares[1:])
+    torch.testing.assert_close(alone.level_weights, first.level_weights[1:])
     torch.testing.assert_close(alone.priors[2].centre, first.priors[2].centre[1:])
 
 
@@ -124,7 +124,7 @@ def test_the_whole_share_of_a_level_is_dense_attention_to_it(level: int) -> None
     x, where_to = torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), memory()
     place = where(3, scale=0.0)
     shares = torch.eye(3, dtype=torch.float64)[level].expand(2, QUERIES, 3)
-    out = ours(x, place._replace(shares=shares), where_to)
+    out = ours(x, place._replace(level_weights=shares), where_to)
     torch.testing.assert_close(out, plain(x, place, at_level(where_to, level)))
 
 
@@ -133,10 +133,10 @@ def test_shares_sum_what_the_levels_say() -> None:
     x, where_to, place = torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), memory(), where(3)
     shares = torch.rand(2, QUERIES, 3, dtype=torch.float64).softmax(-1)
     alone = torch.eye(3, dtype=torch.float64)
-    parts = [ours(x, place._replace(shares=alone[i].expand(2, QUERIES, 3)), where_to) for i in range(3)]
+    parts = [ours(x, place._replace(level_weights=alone[i].expand(2, QUERIES, 3)), where_to) for i in range(3)]
     bias = ours.output.bias
     expected = sum(((p - bias) * shares[..., i, None] for i, p in enumerate(parts)), bias)
-    torch.testing.assert_close(ours(x, place._replace(shares=shares), where_to), expected)
+    torch.testing.assert_close(ours(x, place._replace(level_weights=shares), where_to), expected)
 
 
 @pytest.mark.parametrize("levels", [1, 3])

@@ -150,9 +150,10 @@ def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str
         maps = levels - len(extra)
         depths = tuple(_count(weights, f"backbone.0.body.layer{stage}") for stage in (1, 2, 3, 4))
     bottleneck = any(re.search(r"layer1\.0\.conv3|res2\.0\.conv3", k) for k in weights)
-    known = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
-    basic = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-    name = (known if bottleneck else basic).get(depths)  # type: ignore[arg-type]
+    known: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+    if bottleneck:
+        known = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
+    name = known.get(depths)
     if name is None:
         raise UserError(f"the backbone has {depths} blocks a stage: only ResNets are supported")
     strides = {1: (32,), 3: (8, 16, 32), 4: (4, 8, 16, 32)}.get(maps)

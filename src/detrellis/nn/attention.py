@@ -20,6 +20,8 @@ from detrellis.types import Memory, Segment, Spatial
 # gradients that are not numbers for some lengths (pytorch issue 196678).
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+Rows = tuple[Tensor, Tensor, Tensor]  # a segment's q, k, v, (B, M, N, d or e)
+
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Scaled dot-product attention, to where `mask` is True if there is one."""
@@ -46,8 +48,8 @@ def _unfold(x: Tensor, copies: int) -> Tensor:
 def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tensor:
     """`(size, size + seen)` bool, True where a query may look: its own copy, and everything seen."""
     copy = torch.arange(size, device=device) // (size // copies)
-    own = copy[:, None] == copy[None, :]
-    return torch.cat([own, own.new_ones(size, seen)], dim=1)
+    same = copy[:, None] == copy[None, :]
+    return torch.cat([same, same.new_ones(size, seen)], dim=1)
 
 
 def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0) -> Tensor:
@@ -55,33 +57,41 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
 
     `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns `(B, M, N, e)`. A
     name in `sees` that is no segment's is passed over.
-    A segment that sees others has few queries (denoising): it takes one rectangular mask, which costs its own rows
-    only; every other segment takes none.
     """
     if len(segments) <= 1 and all(s.copies == 1 and s.unused is None for s in segments):
         return _attend(q, k, v, None, dropout)
+    # The rows of each segment. Contiguous: the backward pass of one must not keep the projections of all.
     sizes = [s.size for s in segments]
-    split = zip(*(t.split(sizes, dim=2) for t in (q, k, v)), strict=True)
-    # Copies: what the backward pass keeps of one segment must not keep the projections of all.
-    parts = {s.name: tuple(t.contiguous() for t in p) for s, p in zip(segments, split, strict=True)}
-    out = []
+    split = (t.split(sizes, dim=2) for t in (q, k, v))
+    rows: dict[str, Rows] = {}
+    for s, q_rows, k_rows, v_rows in zip(segments, *split, strict=True):
+        rows[s.name] = q_rows.contiguous(), k_rows.contiguous(), v_rows.contiguous()
+    attended = []
     for s in segments:
-        q_own, k_own, v_own = parts[s.name]
-        seen = [parts[name] for name in s.sees if name in parts]
+        seen = [rows[name] for name in s.sees if name in rows]
         if seen:
-            k_all = torch.cat([k_own, *(k for _, k, _ in seen)], dim=2)
-            v_all = torch.cat([v_own, *(v for _, _, v in seen)], dim=2)
-            mask = _copy_mask(s.size, s.copies, k_all.shape[2] - s.size, q.device) if s.copies > 1 else None
-            out.append(_attend(q_own, k_all, v_all, mask, dropout))
+            attended.append(_attend_seen(s, rows[s.name], seen, dropout))
         elif s.unused is not None:
+            # Nobody looks at unused queries, but for themselves: a softmax over nothing is NaN.
             itself = torch.eye(s.size, dtype=torch.bool, device=q.device)
-            mask = ~s.unused[:, None, None] | itself
-            out.append(_attend(q_own, k_own, v_own, mask, dropout))
+            attended.append(_attend(*rows[s.name], ~s.unused[:, None, None] | itself, dropout))
         else:
-            q_own, k_own, v_own = (_fold(t, s.copies) for t in (q_own, k_own, v_own))
-            attended = _attend(q_own, k_own, v_own, None, dropout)
-            out.append(_unfold(attended, s.copies))
-    return torch.cat(out, dim=2)
+            folded = _attend(*(_fold(t, s.copies) for t in rows[s.name]), None, dropout)
+            attended.append(_unfold(folded, s.copies))
+    return torch.cat(attended, dim=2)
+
+
+def _attend_seen(segment: Segment, own: Rows, seen: Sequence[Rows], dropout: float) -> Tensor:
+    """Attention of a segment's copies over themselves and over what they see.
+
+    Such a segment has few queries (denoising): one rectangular mask costs its own rows only.
+    """
+    q, keys, values = own
+    keys = torch.cat([keys, *(k for _, k, _ in seen)], dim=2)
+    values = torch.cat([values, *(v for _, _, v in seen)], dim=2)
+    size, copies = segment.size, segment.copies
+    mask = _copy_mask(size, copies, keys.shape[2] - size, q.device) if copies > 1 else None
+    return _attend(q, keys, values, mask, dropout)
 
 
 def memory_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float = 0.0) -> Tensor:

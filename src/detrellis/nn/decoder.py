@@ -48,7 +48,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The layers, and what happens to the boxes between them.
 
-    `refine`: `"none"` keeps the references; `"detached"` moves them at each layer and stops the gradient there;
+    `refine`: `"none"` keeps the references; `"detached"` refines them at each layer and stops the gradient there;
     `"look_forward_twice"` lets the loss of layer i reach the box head of layer i-1 too (DINO, section 3.4). Only
     gradients differ between the last two. `final_norm` normalises the heads' input, never the stream. `position` says
     where the queries look at each layer (`nn/spatial.py`).
@@ -75,30 +75,47 @@ class Decoder(nn.Module):
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
     ) -> DecoderOutput:
         """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
-        x, boxes = queries.content, queries.boxes
-        reads = boxes  # what the layer sees; a detached copy from the second layer on
+        # `boxes` is what losses reach through the outputs, `references` what a layer reads: equal, without gradient
+        # from the second layer on.
+        x, boxes, references = queries.content, queries.boxes, queries.boxes
         outputs: list[DecoderOutput] = []
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.position(i, x, queries, reads, memory), memory, segments)
+            # The layer itself, at its place.
+            x = layer(x, self.position(i, x, queries, references, memory), memory, segments)
             last = i == len(self.layers) - 1
+            # What the heads say after it.
             if every_layer or last:
                 states = x if self.final_norm is None else self.final_norm(x)
-                logits, judged = self.heads.classify(i, states), self.heads.judge(i, states)
-                outputs.append(DecoderOutput(logits, self._moved(i, states, boxes), states, judged))
+                logits, iou_logits = self.heads.logits(i, states), self.heads.iou_logits(i, states)
+                outputs.append(DecoderOutput(logits, self._refined(i, states, boxes), states, iou_logits))
+            # The references of the next layer.
             if not last and self.refine != "none":
-                boxes = self._moved(i, x, reads)
+                boxes = self._refined(i, x, references)
                 if self.refine == "detached":
                     boxes = boxes.detach()
-                reads = boxes.detach()
-        layers = (None if part[0] is None else torch.stack(part) for part in zip(*outputs, strict=True))
-        return DecoderOutput(*layers)  # type: ignore[arg-type]
+                references = boxes.detach()
+        return stack(outputs)
 
-    def _moved(self, layer: int, states: Tensor, references: Tensor | None) -> Tensor:
-        """The references moved by the layer's box head; a point gives the centre alone, no reference nothing."""
-        delta = self.heads.move(layer, states)
+    def _refined(self, layer: int, states: Tensor, references: Tensor | None) -> Tensor:
+        """The references `(B, N, 4 or 2)` refined by the layer's box head: `(B, N, 4)`.
+
+        A point is the centre alone; without references the head gives the box itself.
+        """
+        delta = self.heads.deltas(layer, states)
         if references is None:
             return delta.sigmoid()
         logits = inverse_sigmoid(references, self.eps)
         if logits.shape[-1] == 2:
             logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)
         return (delta + logits).sigmoid()
+
+
+def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
+    """The outputs of all layers, each without the dimension `L`, as one."""
+    ious = [output.iou_logits for output in layers if output.iou_logits is not None]
+    return DecoderOutput(
+        torch.stack([output.logits for output in layers]),
+        torch.stack([output.boxes for output in layers]),
+        torch.stack([output.states for output in layers]),
+        torch.stack(ious) if ious else None,
+    )

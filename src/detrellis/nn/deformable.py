@@ -64,7 +64,10 @@ class DeformableAttention(nn.Module):
         return out
 
     def locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
-        """Offsets count pixels of each level around a point, or shares of half the size around a box."""
+        """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`, in [0, 1] of each level.
+
+        Offsets count pixels of the level around a point, or `1 / P` of half the size around a box.
+        """
         references = references[:, :, None, :, None]  # (B, N, 1, V or 1, 1, 2 or 4)
         if references.shape[-1] == 2:
             sizes = torch.tensor([(w, h) for h, w in memory.shapes], dtype=references.dtype, device=offsets.device)

@@ -19,7 +19,7 @@ def class_head(width: int, classes: int) -> nn.Linear:
 
 
 def box_head(width: int) -> MLP:
-    """Three-layer MLP that starts by moving nothing."""
+    """Three-layer MLP whose deltas start at 0."""
     head = MLP(width, width, 4, 3)
     last = head.layers[-1]
     assert isinstance(last, nn.Linear)
@@ -50,27 +50,27 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         if softmax:
-            classifier, mover = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
+            of_classes, of_boxes = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
         else:
-            classifier, mover = class_head(width, classes), box_head(width)
+            of_classes, of_boxes = class_head(width, classes), box_head(width)
+        of_ious = nn.Linear(width, 1) if iou_branch else None
         copies = range(1 if shared else layers)
-        self.classes = nn.ModuleList(copy.deepcopy(classifier) for _ in copies)
-        self.boxes = nn.ModuleList(copy.deepcopy(mover) for _ in copies)
-        judge = nn.Linear(width, 1) if iou_branch else None
-        self.ious = None if judge is None else nn.ModuleList(copy.deepcopy(judge) for _ in copies)
+        self.classes = nn.ModuleList(copy.deepcopy(of_classes) for _ in copies)
+        self.boxes = nn.ModuleList(copy.deepcopy(of_boxes) for _ in copies)
+        self.ious = None if of_ious is None else nn.ModuleList(copy.deepcopy(of_ious) for _ in copies)
         with torch.no_grad():
             self.boxes[0].get_parameter("layers.2.bias")[2:] += size_bias
 
-    def classify(self, layer: int, states: Tensor) -> Tensor:
-        """Logits `(B, N, C)` of decoder layer `layer`."""
+    def logits(self, layer: int, states: Tensor) -> Tensor:
+        """Class logits `(B, N, C)` of decoder layer `layer`."""
         out: Tensor = self.classes[min(layer, len(self.classes) - 1)](states)
         return out
 
-    def move(self, layer: int, states: Tensor) -> Tensor:
-        """Box deltas `(B, N, 4)` in logit space of decoder layer `layer`."""
+    def deltas(self, layer: int, states: Tensor) -> Tensor:
+        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space."""
         out: Tensor = self.boxes[min(layer, len(self.boxes) - 1)](states)
         return out
 
-    def judge(self, layer: int, states: Tensor) -> Tensor | None:
-        """Logits `(B, N)` of the IoU of each box with what it detects, where there is an IoU branch."""
+    def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
+        """Logits `(B, N)` of the IoU of each box with its target, where there is an IoU branch."""
         return None if self.ious is None else self.ious[min(layer, len(self.ious) - 1)](states).squeeze(-1)

@@ -110,6 +110,6 @@ def _resize_mask(padding: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _valid_ratios(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Valid share of the width and height of each level, read off its first row and column: `(B, V, 2)`."""
+    """Valid fraction of the width and height of each level, read off its first row and column: `(B, V, 2)`."""
     ratios = [torch.stack([(~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)], dim=-1) for m in masks]
     return torch.stack(ratios, dim=1)

@@ -52,5 +52,5 @@ class SineMap(nn.Module):
             count = valid.cumsum(dim)
             last = count.narrow(dim, -1, 1)
             axes.append((count + self.offset) / (last + 1e-6) * (2 * math.pi))
-        found = torch.cat([sine_features(a, self.width // 2, self.temperature) for a in axes], dim=-1)
-        return (found * valid.unsqueeze(-1) if self.blank else found).flatten(1, 2)
+        embedding = torch.cat([sine_features(a, self.width // 2, self.temperature) for a in axes], dim=-1)
+        return (embedding * valid.unsqueeze(-1) if self.blank else embedding).flatten(1, 2)

@@ -9,9 +9,9 @@ from detrellis.types import Memory, Prior, Spatial
 
 
 def log_prior(prior: Prior, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The prior's summands: over rows `(B, M, N, H, 1)` and over columns `(B, M, N, 1, W)`, in float32 or better.
+    """The prior's summands: of rows `(B, M, N, H, 1)` and of columns `(B, M, N, 1, W)`, in float32 or better.
 
-    Never two numbers for each cell of each head and query: at stride 8 that is most of what a layer would keep.
+    Kept apart: at stride 8 their sum, for each cell of each head and query, is most of what a layer would keep.
     """
     centre, scale = (t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2) for t in prior[:2])
     summands = []
@@ -31,6 +31,7 @@ def map_attention(
     float32 or better.
     """
     batch, heads, queries, width = q.shape
+    # Logits, with the padding left out and the prior added in place.
     scaled = q * width**-0.5
     if k.shape[1] == 1:
         logits = (scaled.flatten(1, 2) @ k.squeeze(1).transpose(1, 2)).view(batch, heads, queries, -1)
@@ -50,12 +51,12 @@ def map_attention(
 def at_level(memory: Memory, level: int) -> Memory:
     """One level of a memory as a memory of its own."""
     sizes = [h * w for h, w in memory.shapes]
-    own = slice(sum(sizes[:level]), sum(sizes[: level + 1]))
+    span = slice(sum(sizes[:level]), sum(sizes[: level + 1]))
     return Memory(
-        memory.tokens[:, own],
-        memory.position[:, own],
+        memory.tokens[:, span],
+        memory.position[:, span],
         memory.shapes[level : level + 1],
-        None if memory.padding is None else memory.padding[:, own],
+        None if memory.padding is None else memory.padding[:, span],
         None if memory.valid_ratios is None else memory.valid_ratios[:, level : level + 1],
     )
 
@@ -68,7 +69,7 @@ class AtLevel(nn.Module):
         self.attention, self.level = attention, level
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """See the attention's."""
+        """As the attention's `forward`, over its level of the memory."""
         out: Tensor = self.attention(x, where, at_level(memory, self.level))
         return out
 

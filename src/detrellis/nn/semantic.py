@@ -45,10 +45,10 @@ class Aligned(NamedTuple):
 class SemanticAligner(nn.Module):
     """Finds salient points in a query's region and samples its contents there.
 
-    `keypoints` for each query, shared by neighbouring heads where there are fewer than heads. `prior`: also predict how
-    far each head looks around its point (SMCA). For ablation: `resample` pools the region instead, `search="image"`
-    looks for points anywhere, `reweight` off leaves out the gates that the old query gives, `zero_init` starts with all
-    points in the boxes' centres.
+    There are `keypoints` for each query, shared by neighbouring heads where there are fewer than heads. `prior`: also
+    predict how far each head looks around its point (SMCA). For ablation: `resample` pools the region instead,
+    `search="image"` looks for points anywhere, `reweight` off leaves out the gates that the old query gives,
+    `zero_init` starts with all points in the boxes' centres.
     """
 
     def __init__(
@@ -77,13 +77,16 @@ class SemanticAligner(nn.Module):
 
     def forward(self, x: Tensor, boxes: Tensor, memory: Memory) -> Aligned:
         """Queries `x (B, N, D)` with reference boxes `(B, N, 4)`, over a memory of one map."""
+        # The features inside each box.
         height, width = memory.shapes[0]
         features = memory.tokens.transpose(1, 2).unflatten(2, (height, width))
         ratio = boxes.new_ones(1, 1, 2) if memory.valid_ratios is None else memory.valid_ratios
         regions = region_features(features, boxes, ratio)
+        # What an MLP of them predicts: points, then scales of the priors, (B, N, keypoints or twice as many, 2).
         raw = None
         if self.reduce is not None and self.find is not None:
             raw = self.find(self.reduce(regions).relu().flatten(1)).view(*x.shape[:2], -1, 2).to(boxes.dtype)
+        # Contents there and positions of the points, both gated by the old query.
         content, points = self._resampled(regions, features, boxes, ratio, raw)
         position = sine_embed(points.detach(), x.shape[-1] // 2)
         if self.content_gate is not None and self.position_gate is not None:
@@ -95,19 +98,19 @@ class SemanticAligner(nn.Module):
     def _resampled(
         self, regions: Tensor, features: Tensor, boxes: Tensor, ratio: Tensor, raw: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Contents `(B, N, M, D)` and points `(B, N, M, 2)`."""
+        """Contents `(B, N, M, D)` sampled at points `(B, N, M, 2)`, or pooled over the region."""
         batch, queries = boxes.shape[:2]
         centre, size = boxes[..., None, :2], boxes[..., None, 2:]
         if self.resample != "points" or raw is None:
             pooled = regions.mean((2, 3)) if self.resample == "avg" else regions.amax((2, 3))
             content = pooled.view(batch, queries, 1, -1).expand(-1, -1, self.heads, -1)
             return content, centre.expand(-1, -1, self.heads, -1)
-        found = raw[:, :, : self.points // 2]
+        predicted = raw[:, :, : self.points // 2]
         if self.search == "image":
-            points = found.sigmoid()
+            points = predicted.sigmoid()
             sampled = sample(features, 2 * points.flatten(1, 2) * ratio - 1).unflatten(1, (queries, -1))
         else:
-            inside = found.tanh()
+            inside = predicted.tanh()
             points = centre + inside * size / 2
             sampled = sample(regions, inside.flatten(0, 1)).unflatten(0, (batch, queries))
         return self._each_head(sampled), self._each_head(points)
@@ -131,7 +134,7 @@ def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
     """RoIAlign of `features (B, D, H, W)` in boxes `(B, N, 4)` of the unpadded image, not clipped: `(B N, D, 7, 7)`, in
     float32 or better.
 
-    `ratio (B or 1, 1, 2)`: the share of the map that is image. Boxes get no gradient.
+    `ratio (B or 1, 1, 2)`: the fraction of the map that is image. Boxes get no gradient.
     """
     height, width = features.shape[-2:]
     scale = (ratio * ratio.new_tensor([width, height])).repeat(1, 1, 2)
@@ -143,8 +146,8 @@ def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of `maps (B, D, H, W)` at `points (B, P, 2)` in [-1, 1], zero outside: `(B, P, D)`."""
-    found = F.grid_sample(maps.to(points.dtype), points.unsqueeze(2), align_corners=False)
-    return found.squeeze(3).transpose(1, 2)
+    samples = F.grid_sample(maps.to(points.dtype), points.unsqueeze(2), align_corners=False)
+    return samples.squeeze(3).transpose(1, 2)
 
 
 class SemanticCrossAttention(nn.Module):

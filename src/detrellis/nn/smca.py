@@ -7,7 +7,7 @@ much it takes from which.
 | deviation from the released code | why |
 | --- | --- |
 | the point is read with a norm of its own, not the first layer's | no layer lends its parts; equal when fresh |
-| centres lie in shares of the whole cells that hold image | there of the image's pixels, a part of a cell less |
+| centres are fractions of the whole cells that hold image | there of the image's pixels, a part of a cell less |
 | each image weighs its own levels | there all take those of the batch's first image, by a slip |
 """
 
@@ -32,20 +32,22 @@ def read_point(width: int) -> nn.Sequential:
 
 
 class ModulatedPriors(nn.Module):
-    """The queries' own positions, and each layer's priors over each of the memory's levels of these `strides`."""
+    """The queries' own positions, and each layer's priors over each of the memory's levels of these `strides`.
+
+    It takes the place of the modules of `nn/spatial.py`.
+    """
 
     def __init__(self, width: int, heads: int, layers: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.heads, self.strides = heads, tuple(strides)
-        numbers = len(strides) * heads * 2
+        outputs = len(strides) * heads * 2
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
-        self.offsets = nn.ModuleList(_constant(width, numbers) for _ in range(layers))
-        self.scales = nn.ModuleList(_constant(width, numbers) for _ in range(layers))
+        self.offsets = nn.ModuleList(_constant(width, outputs) for _ in range(layers))
+        self.scales = nn.ModuleList(_constant(width, outputs) for _ in range(layers))
         several = len(strides) if len(strides) > 1 else 0
         self.levels = nn.ModuleList(nn.Linear(width, several) for _ in range(layers) if several)
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
-        """See `nn/spatial.py`."""
         assert queries.position is not None
         assert boxes is not None
         state = self.norms[layer](x + queries.position)
@@ -58,12 +60,12 @@ class ModulatedPriors(nn.Module):
                 cells = cells * memory.valid_ratios[:, level, None]
             centre = (boxes * cells).unsqueeze(2) + offsets[level]
             priors.append(Prior(centre, scales[level] * (stride / UNIT) ** 0.5))
-        shares = self.levels[layer](state).softmax(-1) if len(self.levels) else None
-        return Spatial(queries.position, boxes, priors=tuple(priors), shares=shares)
+        level_weights = self.levels[layer](state).softmax(-1) if len(self.levels) else None
+        return Spatial(queries.position, boxes, priors=tuple(priors), level_weights=level_weights)
 
 
 def _constant(width: int, outputs: int) -> nn.Linear:
-    """A layer that says 1 before it has learned."""
+    """A linear layer whose outputs start at 1."""
     layer = nn.Linear(width, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.ones_(layer.bias)
@@ -71,7 +73,7 @@ def _constant(width: int, outputs: int) -> nn.Linear:
 
 
 class ModulatedAttention(nn.Module):
-    """Dense cross-attention under priors: a softmax over each level, summed by the queries' shares."""
+    """Dense cross-attention under priors: a softmax over each level, summed with the queries' level weights."""
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -81,26 +83,26 @@ class ModulatedAttention(nn.Module):
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """`x (B, N, D)` to the same; no residual, no norm."""
-        read = [found * share for found, _, share in self._levels(x, where, memory)]
+        read = [values * level_weight for values, _, level_weight in self._levels(x, where, memory)]
         out: Tensor = self.output(merge_heads(sum(read[1:], read[0])))
         return out
 
     def attend(self, x: Tensor, where: Spatial, memory: Memory) -> tuple[list[Tensor], list[Tensor]]:
-        """What each head reads from each level `(B, M, N, d)`, and its weights `(B, M, N, S)`, both times the share."""
-        levels = [(found * share, weights * share) for found, weights, share in self._levels(x, where, memory)]
-        read, weights = zip(*levels, strict=True)
-        return list(read), list(weights)
+        """What each head reads from each level `(B, M, N, d)`, and its attention weights `(B, M, N, S)`, both times the
+        level's weight."""
+        levels = list(self._levels(x, where, memory))
+        return [values * scale for values, _, scale in levels], [weights * scale for _, weights, scale in levels]
 
     def _levels(self, x: Tensor, where: Spatial, memory: Memory) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
-        """Level by level: what each head reads, its weights, and the share; weights go when the next comes."""
+        """Level by level: what each head reads, its attention weights, and the level's weight."""
         assert where.priors is not None
         q, k, v = project(self.projections, x, where, memory, self.heads)
         sizes = [h * w for h, w in memory.shapes]
         dropout = self.dropout if self.training else 0.0
         pairs = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), where.priors, strict=True)
         for level, (keys, values, prior) in enumerate(pairs):
-            share = 1.0 if where.shares is None else where.shares[:, None, :, level, None]
-            yield *map_attention(q, keys, values, at_level(memory, level), prior, dropout), share
+            level_weight = 1.0 if where.level_weights is None else where.level_weights[:, None, :, level, None]
+            yield *map_attention(q, keys, values, at_level(memory, level), prior, dropout), level_weight
 
 
 class IntraScaleAttention(nn.Module):

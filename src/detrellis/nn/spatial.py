@@ -1,7 +1,7 @@
 """Where the decoder's queries look: their positions at each layer, fixed or derived from the current boxes.
 
-Each module is called with `(layer, x, queries, boxes, memory)`: the layer's index, its input `(B, N, D)`, the decoder's
-queries, and the boxes or points that the layer reads.
+Each module's `forward` takes `(layer, x, queries, boxes, memory)`: the layer's index, its input `(B, N, D)`, the
+decoder's queries, and the boxes or points that the layer reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class FixedPosition(nn.Module):
     """The queries' own positions at every layer (DETR, Deformable DETR)."""
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
-        """See the module's docstring."""
         assert queries.position is not None
         return Spatial(queries.position, boxes)
 
@@ -39,7 +38,6 @@ class ConditionalPosition(nn.Module):
         self.scale = position_scale(width)
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
-        """See the module's docstring."""
         assert queries.position is not None
         assert boxes is not None
         sine = sine_embed(boxes[..., :2], self.width // 2)
@@ -54,7 +52,6 @@ class PointPosition(nn.Module):
         self.width = width
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
-        """See the module's docstring."""
         assert boxes is not None
         return Spatial(sine_embed(boxes[..., :2].detach(), self.width // 2), boxes)
 
@@ -98,7 +95,6 @@ class ModulatedPosition(nn.Module):
         self.size = MLP(width, width, 2, 2, xavier=True)
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
-        """See the module's docstring."""
         assert boxes is not None
         embedded = sine_embed(boxes, self.width // 2)
         sine = embedded[..., : self.width]

@@ -47,15 +47,15 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
         return value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
     precise = torch.promote_types(torch.promote_types(locations.dtype, weights.dtype), torch.float32)
     precise = torch.promote_types(precise, value.dtype)
-    places, shares = locations.to(precise), weights.to(precise)
+    locations, weights = locations.to(precise), weights.to(precise)
     exports = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
     if exports or not _has_kernels(value.device.type):
-        return ms_deform_attn_reference(value.to(precise), shapes, places, shares).to(value.dtype)
+        return ms_deform_attn_reference(value.to(precise), shapes, locations, weights).to(value.dtype)
     # On CUDA, rows are converted as they are read; nothing on the CPU is faster in half precision.
     rows = value if value.is_cuda and value.dtype.itemsize == 2 else value.to(precise)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (value, locations, weights))
     flat = [size for shape in shapes for size in shape]
-    out: Tensor = torch.ops.detrellis.ms_deform_attn(rows, places, shares, flat, gradients)
+    out: Tensor = torch.ops.detrellis.ms_deform_attn(rows, locations, weights, flat, gradients)
     return out.to(value.dtype)
 
 
@@ -119,16 +119,14 @@ def _forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int
 def _backward(
     gradient: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], needs: list[bool]
 ) -> Gradients:
-    found: Gradients = _kernels(value).backward(gradient, value, locations, weights, _pairs(shapes), needs)
-    return found
+    gradients: Gradients = _kernels(value).backward(gradient, value, locations, weights, _pairs(shapes), needs)
+    return gradients
 
 
-@torch.library.register_fake("detrellis::ms_deform_attn")  # type: ignore[untyped-decorator]
 def _shape(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], gradients: bool) -> Tensor:
     return value.new_empty(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
 
 
-@torch.library.register_fake("detrellis::ms_deform_attn_backward")  # type: ignore[untyped-decorator]
 def _shapes(
     gradient: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], needs: list[bool]
 ) -> Gradients:
@@ -145,8 +143,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     for_value, for_points = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     backward = torch.ops.detrellis.ms_deform_attn_backward
-    found = backward(gradient, *ctx.saved_tensors, ctx.shapes, [for_value, for_points])
-    return found[0] if for_value else None, *(t if for_points else None for t in found[1:]), None, None
+    of_value, *of_points = backward(gradient, *ctx.saved_tensors, ctx.shapes, [for_value, for_points])
+    return of_value if for_value else None, *(t if for_points else None for t in of_points), None, None
 
 
 torch.library.register_autograd("detrellis::ms_deform_attn", _differentiate, setup_context=_save)
+torch.library.register_fake("detrellis::ms_deform_attn", _shape)
+torch.library.register_fake("detrellis::ms_deform_attn_backward", _shapes)

@@ -27,7 +27,7 @@ INT32_MAX = 2**31 - 1
 
 class Axis(NamedTuple):
     """One axis of the cells around samples, each `(N, M, K)`: indices clamped to the map, which of them were inside,
-    and the share of the way from the low one to the high one."""
+    and how far the sample is on the way from the low one to the high one, in [0, 1)."""
 
     low: Tensor
     high: Tensor
@@ -35,8 +35,8 @@ class Axis(NamedTuple):
     high_inside: Tensor
     fraction: Tensor
 
-    def shares(self) -> tuple[Tensor, Tensor]:
-        """Linear weights of both neighbours, zero outside the map."""
+    def linear_weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of both neighbours in linear interpolation, zero outside the map."""
         return (1 - self.fraction) * self.low_inside, self.fraction * self.high_inside
 
 
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
 def axes(locations: Tensor, levels: Tensor) -> tuple[Axis, Axis]:
     """Cells around the samples `locations (N, M, K, 2)` in x and in y."""
-    found = []
+    both = []
     for i in (0, 1):
         size = levels[i]
         pixels = locations[..., i] * size - 0.5
@@ -59,29 +59,29 @@ def axes(locations: Tensor, levels: Tensor) -> tuple[Axis, Axis]:
         # Clamped as integers: whatever a NaN becomes, no index leaves the table. The NaN lives on in the fraction.
         low_clamped = torch.minimum(low.clamp(min=0), size - 1)
         high_clamped = torch.minimum((low + 1).clamp(min=0), size - 1)
-        found.append(Axis(low_clamped, high_clamped, low_clamped == low, high_clamped == low + 1, pixels - cell))
-    return found[0], found[1]
+        both.append(Axis(low_clamped, high_clamped, low_clamped == low, high_clamped == low + 1, pixels - cell))
+    return both[0], both[1]
 
 
 def entries(x: Axis, y: Axis, weights: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Rows and their weights of every bag, `(N * M, 4 * K)` each."""
     width, _, start = layout.levels
-    left, right = x.shares()
-    top, bottom = (share * weights for share in y.shares())
+    left, right = x.linear_weights()
+    top, bottom = (linear * weights for linear in y.linear_weights())
     upper, lower = y.low * width + start, y.high * width + start
     tokens = torch.stack([upper + x.low, upper + x.high, lower + x.low, lower + x.high], dim=2)
     rows = tokens * weights.shape[1] + layout.rows.unsqueeze(-1)
-    shares = torch.stack([top * left, top * right, bottom * left, bottom * right], dim=2)
-    return rows.flatten(0, 1).flatten(1), shares.flatten(0, 1).flatten(1)
+    row_weights = torch.stack([top * left, top * right, bottom * left, bottom * right], dim=2)
+    return rows.flatten(0, 1).flatten(1), row_weights.flatten(0, 1).flatten(1)
 
 
 def closed_form(x: Axis, y: Axis, weights: Tensor, levels: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of locations and weights from `products (N, M, 4, K)`, gradient times row at each corner."""
     top_left, top_right, bottom_left, bottom_right = products.unbind(2)
-    left, right = x.shares()
-    top, bottom = y.shares()
+    left, right = x.linear_weights()
+    top, bottom = y.linear_weights()
     for_weights = top * (left * top_left + right * top_right) + bottom * (left * bottom_left + right * bottom_right)
-    # The derivative of a share is -1 or +1 inside the map.
+    # The derivative of a linear weight is -1 or +1 inside the map.
     across = top * (top_right * x.high_inside - top_left * x.low_inside)
     across = across + bottom * (bottom_right * x.high_inside - bottom_left * x.low_inside)
     down = left * (bottom_left * y.high_inside - top_left * y.low_inside)
@@ -120,25 +120,26 @@ def eager_point_gradients(
     return closed_form(*axes(locations, levels), weights, levels, products.view(*weights.shape[:2], 4, -1))
 
 
-def scatter(gradient: Tensor, ids: Tensor, shares: Tensor, rows: int) -> Tensor:
-    """Sum of `share * gradient` per row, `(rows, d)`.
+def scatter(gradient: Tensor, ids: Tensor, row_weights: Tensor, rows: int) -> Tensor:
+    """Gradient of the table `(rows, d)`: of each row the sum over bags of its weight times the bag's gradient.
 
     Column by column, in order: 19 ms for an encoder's 2.8 M entries (see benchmarks/deformable.py), where a sort and
     a second `embedding_bag` take 90, an expanded `scatter_add` 119, and a compiled loop 17 as long as one thread runs.
     """
     count, length = ids.shape
     starts = np.arange(0, count * length + 1, length, dtype=np.int32 if ids.dtype == torch.int32 else np.int64)
-    matrix = csc_array((shares.numpy().ravel(), ids.numpy().ravel(), starts), shape=(rows, count))
+    matrix = csc_array((row_weights.numpy().ravel(), ids.numpy().ravel(), starts), shape=(rows, count))
     return torch.from_numpy(matrix @ gradient.numpy())
 
 
 @lru_cache(maxsize=256)
-def _levels(shapes: tuple[tuple[int, int], ...], points: int, dtype: torch.dtype) -> Tensor:
-    first, found = 0, []
+def sample_levels(shapes: tuple[tuple[int, int], ...], points: int, dtype: torch.dtype) -> Tensor:
+    """Width, height and first token of each sample's level, `(3, K)`."""
+    first, columns = 0, []
     for height, width in shapes:
-        found += [(width, height, first)] * points
+        columns += [(width, height, first)] * points
         first += height * width
-    return torch.tensor(found, dtype=dtype).t().contiguous()
+    return torch.tensor(columns, dtype=dtype).t().contiguous()
 
 
 def lay_out(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) -> Layout:
@@ -148,4 +149,4 @@ def lay_out(value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor) -
     dtype = torch.int64 if wide else torch.int32
     image = torch.arange(batch, dtype=dtype).repeat_interleave(weights.shape[1]) * (tokens * heads)
     rows = image[:, None, None] + torch.arange(heads, dtype=dtype)[:, None]
-    return Layout(_levels(tuple(shapes), weights.shape[-1], dtype), rows)
+    return Layout(sample_levels(tuple(shapes), weights.shape[-1], dtype), rows)

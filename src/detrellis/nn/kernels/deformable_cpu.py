@@ -119,8 +119,8 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes, g
     compiled = pieces.use_compiled(weights.numel(), gradients=gradients)
     if not compiled and not pieces.failed:
         say("eager bags on the CPU, until large inputs are trained on")
-    ids, shares = pieces.run(bag.bags, bag.bags, *layout, points, flat_weights, compiled=compiled)
-    return F.embedding_bag(ids, table, per_sample_weights=shares, mode="sum").view(batch, queries, -1)
+    ids, row_weights = pieces.run(bag.bags, bag.bags, *layout, points, flat_weights, compiled=compiled)
+    return F.embedding_bag(ids, table, per_sample_weights=row_weights, mode="sum").view(batch, queries, -1)
 
 
 def backward(
@@ -128,20 +128,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, locations and weights; the value's only if `needs[0]`, the others if `needs[1]`, else empty.
 
-    Rows and shares are computed anew: kept, they would take three times the memory of locations and weights.
+    Rows and their weights are computed anew: kept, they would take three times the memory of locations and weights.
     """
-    wanted = ((value, needs[0]), (locations, needs[1]), (weights, needs[1]))
+    inputs = ((value, needs[0]), (locations, needs[1]), (weights, needs[1]))
     empty = not weights.numel() or not value.numel()
-    for_value, for_locations, for_weights = (t.new_zeros(t.shape if empty and needed else 0) for t, needed in wanted)
+    for_value, for_locations, for_weights = (t.new_zeros(t.shape if empty and needed else 0) for t, needed in inputs)
     if empty:
         return for_value, for_locations, for_weights
     layout = bag.lay_out(value, shapes, weights)
     table, points, flat_weights = _flat(value, locations, weights)
     gradient = gradient.detach().contiguous().view(-1, value.shape[-1])
     compiled = pieces.use_compiled(weights.numel(), gradients=True)
-    ids, shares = pieces.run(bag.bags, bag.bags, *layout, points, flat_weights, compiled=compiled)
+    ids, row_weights = pieces.run(bag.bags, bag.bags, *layout, points, flat_weights, compiled=compiled)
     if needs[0]:
-        for_value = bag.scatter(gradient, ids, shares, len(table)).view(value.shape)
+        for_value = bag.scatter(gradient, ids, row_weights, len(table)).view(value.shape)
     if needs[1]:
         arguments = (layout.levels, ids, points, flat_weights, table, gradient)
         for_locations, for_weights = pieces.run(

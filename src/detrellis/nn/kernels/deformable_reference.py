@@ -17,10 +17,10 @@ def ms_deform_attn_reference(value: Tensor, shapes: Shapes, locations: Tensor, w
     queries = locations.shape[1]
     # grid_sample puts -1 and 1 on the map's outer edges, as the pixel rule `location * size - 0.5` does.
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*M, N, V, P, 2)
-    shares = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*M, 1, N, V, P)
+    of_heads = weights.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*M, 1, N, V, P)
     out = value.new_zeros(())
     for level, tokens in enumerate(value.split([h * w for h, w in shapes], dim=1)):
         image = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, *shapes[level])
         samples = F.grid_sample(image, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = out + (samples * shares[..., level, :]).sum(-1)
+        out = out + (samples * of_heads[..., level, :]).sum(-1)
     return out.view(batch, heads * width, queries).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Triton kernels of multi-scale deformable attention, for CUDA.
 
-One program samples a block of queries of one image and head. A sample's place and shares are computed once and used
-for all `d` channels, which lie side by side, so that a row is read in few wide loads. Sums are float32 (float64 for
-float64), whatever the type of the rows. In the backward pass the gradients of locations and weights are sums over
+One program samples a block of queries of one image and head. A sample's place and corner weights are computed once and
+used for all `d` channels, which lie side by side, so that a row is read in few wide loads. Sums are float32 (float64
+for float64), whatever the type of the rows. In the backward pass the gradients of locations and weights are sums over
 channels, reduced inside the program and written once. Gradients of rows meet in memory: as atomic additions, or,
 under `torch.use_deterministic_algorithms`, sorted by row and summed in a fixed order by a second kernel.
 
@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from detrellis.nn.kernels.deformable_bag import sample_levels
+
 Shapes = Sequence[tuple[int, int]]
 
 # 32 queries x 32 channels on 4 warps: a thread holds 8 channels of one query, 16 bytes in half precision.
@@ -34,7 +36,7 @@ KEEP, ADD, NOTE = 0, 1, 2  # what the backward kernel does with the gradients of
 
 @triton.jit
 def _cell(location, size):
-    """One axis of the cells around samples: low index, shares of both neighbours, and whether they are inside."""
+    """One axis of the cells around samples: low index, linear weights of both neighbours, which are inside."""
     pixels = location * size - 0.5
     floor = tl.floor(pixels)
     low = floor.to(tl.int32)
@@ -92,18 +94,18 @@ def _forward_kernel(value, locations, weights, levels, out, tokens, queries, SIZ
 
 
 @triton.jit
-def _corner(places, slot, gradient, token, row, inside, share, SIZES: tl.constexpr, SPREAD: tl.constexpr):
+def _corner(places, slot, gradient, token, row, inside, row_weight, SIZES: tl.constexpr, SPREAD: tl.constexpr):
     """Gradient times row at one corner. The row's own gradient is added in memory, or noted for a sort."""
-    value, for_value, ids, shares = places
+    value, for_value, ids, row_weights = places
     product = tl.sum(_row(value + row * SIZES[2], token, inside, SIZES) * gradient, axis=1)
     if SPREAD == 1:
         channels = tl.arange(0, SIZES[3])
         at = for_value + row * SIZES[2] + token[:, None] * (SIZES[0] * SIZES[2]) + channels[None, :]
         mask = inside[:, None] & (channels < SIZES[2])[None, :]
-        tl.atomic_add(at, share[:, None] * gradient, mask=mask, sem="relaxed")
+        tl.atomic_add(at, row_weight[:, None] * gradient, mask=mask, sem="relaxed")
     if SPREAD == 2:
         tl.store(ids + slot, row + token * SIZES[0], mask=inside)
-        tl.store(shares + slot, share, mask=inside)
+        tl.store(row_weights + slot, row_weight, mask=inside)
     return product
 
 
@@ -132,14 +134,14 @@ def _backward_kernel(
         d01 = _corner(places, 4 * at + 1, own, token + 1, row, x1 & y0, upper * right, SIZES, SPREAD)
         d10 = _corner(places, 4 * at + 2, own, below, row, x0 & y1, lower * left, SIZES, SPREAD)
         d11 = _corner(places, 4 * at + 3, own, below + 1, row, x1 & y1, lower * right, SIZES, SPREAD)
-        # Products outside the map are zero, so the derivative of a share is -1 or +1.
+        # Products outside the map are zero, so the derivative of a linear weight is -1 or +1.
         tl.store(for_locations + 2 * at, (top * (d01 - d00) + bottom * (d11 - d10)) * weight * width, mask=known)
         tl.store(for_locations + 2 * at + 1, (left * (d10 - d00) + right * (d11 - d01)) * weight * height, mask=known)
         tl.store(for_weights + at, top * (left * d00 + right * d01) + bottom * (left * d10 + right * d11), mask=known)
 
 
 @triton.jit
-def _sum_kernel(gradient, order, shares, starts, out, SIZES: tl.constexpr):
+def _sum_kernel(gradient, order, row_weights, starts, out, SIZES: tl.constexpr):
     """The gradient of one row: its entries, `starts[row]` to `starts[row + 1]`, in order."""
     row = tl.program_id(0).to(tl.int64)
     LANES: tl.constexpr = SIZES[3]
@@ -149,19 +151,15 @@ def _sum_kernel(gradient, order, shares, starts, out, SIZES: tl.constexpr):
     while i < end:  # not `for`, whose bounds must be numbers to Triton 3.6's interpreter
         entry = tl.load(order + i)
         at = gradient + (entry // (4 * SIZES[1])) * SIZES[2] + channels
-        total += tl.load(shares + entry) * tl.load(at, mask=channels < SIZES[2], other=0.0).to(SIZES[5])
+        total += tl.load(row_weights + entry) * tl.load(at, mask=channels < SIZES[2], other=0.0).to(SIZES[5])
         i += 1
     tl.store(out + row * SIZES[2] + channels, total, mask=channels < SIZES[2])
 
 
 @cache
 def _levels(shapes: tuple[tuple[int, int], ...], points: int, device: torch.device) -> Tensor:
-    """Width, height and first token of each sample's level, `(3, K)`; copied to the device once for each image size."""
-    first, found = 0, []
-    for height, width in shapes:
-        found += [(width, height, first)] * points
-        first += height * width
-    return torch.tensor(found, dtype=torch.int32).t().contiguous().to(device)
+    """As `sample_levels`; copied to the device once for each image size."""
+    return sample_levels(shapes, points, torch.int32).to(device)
 
 
 def _sizes(value: Tensor, weights: Tensor) -> tuple[object, ...]:
@@ -199,19 +197,19 @@ def backward(
     entries = 4 * weights.numel() if sorts else 0
     rows = value.shape[:3].numel()
     ids = torch.full((entries,), rows, device=value.device)  # beyond the last row: outside the map
-    shares = weights.new_zeros(entries)
+    row_weights = weights.new_zeros(entries)
     if weights.numel() and value.numel():
         levels, sizes = _levels(tuple(shapes), weights.shape[-1], value.device), _sizes(value, weights)
         grid = (triton.cdiv(queries, BLOCK), batch * heads)
         lengths = value.shape[1], queries
-        places = value, for_value, ids, shares
+        places = value, for_value, ids, row_weights
         _backward_kernel[grid](
             gradient, inputs, levels, places, outputs, *lengths, SIZES=sizes, SPREAD=spread, num_warps=WARPS
         )
         if sorts:
             ids, order = ids.sort(stable=True)
             starts = torch.searchsorted(ids, torch.arange(rows + 1, device=ids.device))
-            _sum_kernel[(rows,)](gradient, order, shares, starts, for_value, SIZES=sizes, num_warps=1)
+            _sum_kernel[(rows,)](gradient, order, row_weights, starts, for_value, SIZES=sizes, num_warps=1)
     if not needs[1]:
         return for_value.to(value.dtype), weights.new_empty(0), weights.new_empty(0)
     return for_value.to(value.dtype), *outputs

@@ -35,10 +35,10 @@ def align(
     rows_y = first[:, None, None] + y * width[:, None, None]
     # (R, cells, cells, places in y, places in x)
     rows = (rows_y[:, :, None, :, None] + x[:, None, :, None, :]).flatten(0, 2).flatten(1)
-    shares = (along_y[:, :, None, :, None] * along_x[:, None, :, None, :]).flatten(0, 2).flatten(1)
-    used = shares > 0
+    weights = (along_y[:, :, None, :, None] * along_x[:, None, :, None, :]).flatten(0, 2).flatten(1)
+    used = weights > 0
     starts = F.pad(used.sum(1).cumsum(0), (1, 0))
-    read: Tensor = _Bags.apply(table, rows[used], starts, shares[used])
+    read: Tensor = _Bags.apply(table, rows[used], starts, weights[used])
     return read.view(len(boxes), cells, cells, table.shape[1])
 
 
@@ -48,30 +48,33 @@ def spans(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, 
     From `low (R,)` to `high (R,)` in places; the map has `size (R,)` of them. Each cell is the mean over samples less
     than a place apart. A sample up to one place outside the map counts as on its border, one farther away as 0.
     """
+    # Where the samples are, (R, cells, samples); regions with fewer than the largest have unused ones.
     low, each, size = low[:, None, None], ((high - low) / cells)[:, None, None], size[:, None, None]
     samples = each.ceil()
-    most = max(int(samples.amax()), 1) if len(samples) else 1
-    sample, cell = (torch.arange(n).to(low) for n in (most, cells))
+    max_samples = max(int(samples.amax()), 1) if len(samples) else 1
+    sample, cell = (torch.arange(n).to(low) for n in (max_samples, cells))
     at = low + cell[:, None] * each + (sample + 0.5) * (each / samples.clamp(min=1))
     used = (sample < samples) & (at >= -1) & (at <= size)
     at = torch.minimum(at.clamp(min=0), size - 1)
-    place = at[..., :1].floor() + torch.arange(most + 1).to(low)
+    # The places beside them, and the mean of linear weights over the samples.
+    place = at[..., :1].floor() + torch.arange(max_samples + 1).to(low)
     near = (1 - (at.unsqueeze(-1) - place.unsqueeze(-2)).abs()).clamp(min=0) * used.unsqueeze(-1)
     return place.long(), near.sum(2) / samples.clamp(min=1)
 
 
 class _Bags(torch.autograd.Function):
-    """Sums `(bags, D)` of `table (N, D)` rows times shares; bag `i` has the entries `starts[i]` to `starts[i + 1]`."""
+    """Sums `(bags, D)` of rows of a table `(N, D)` times weights; bag `i` has the entries `starts[i]` to
+    `starts[i + 1]`."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor, starts: Tensor, shares: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, starts, shares)
+    def forward(ctx: Any, table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, starts, weights)
         ctx.places = len(table)
-        return F.embedding_bag(rows, table, starts[:-1], mode="sum", per_sample_weights=shares)
+        return F.embedding_bag(rows, table, starts[:-1], mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        rows, starts, shares = (t.numpy() for t in ctx.saved_tensors)
-        matrix = csc_array((shares, rows, starts), shape=(ctx.places, len(starts) - 1))
+        rows, starts, weights = (t.numpy() for t in ctx.saved_tensors)
+        matrix = csc_array((weights, rows, starts), shape=(ctx.places, len(starts) - 1))
         return torch.from_numpy(matrix @ gradient.numpy()), None, None, None
