@@ -99,7 +99,7 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, most: i
     """
     tried = first
     while True:
-        kept = batched_nms(boxes[:tried], scores[:tried].to(boxes), groups[:tried], threshold)
+        kept: Tensor = batched_nms(boxes[:tried], scores[:tried].to(boxes), groups[:tried], threshold)
         if len(kept) >= most or tried >= len(boxes):
             return kept[:most]
         tried *= 4

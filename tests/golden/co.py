@@ -118,7 +118,7 @@ def check_auxiliary_loss(a: Arrays) -> None:
 
 def _qfl() -> dict[str, object]:
     rule = CLASSIFICATION["qfl"]
-    return {"aim": rule.target, "positive": rule.positive, "absence": rule.negative_weight}
+    return {"target": rule.target, "positive": rule.positive, "negative_weight": rule.negative_weight}
 
 
 def check_denoising(a: Arrays) -> None:

@@ -7,7 +7,8 @@ in their number and no mask over all queries exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,8 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
             itself = torch.eye(s.size, dtype=torch.bool, device=q.device)
             attended.append(_attend(*rows[s.name], ~s.unused[:, None, None] | itself, dropout))
         else:
-            folded = _attend(*(_fold(t, s.copies) for t in rows[s.name]), None, dropout)
-            attended.append(_unfold(folded, s.copies))
+            q, k, v = (_fold(t, s.copies) for t in rows[s.name])
+            attended.append(_unfold(_attend(q, k, v, None, dropout), s.copies))
     return torch.cat(attended, dim=2)
 
 
@@ -115,7 +116,7 @@ def merge_heads(x: Tensor) -> Tensor:
 class PackedLinear(nn.Linear):
     """Several projections `(D, D)` as one matrix, one below the other, as `nn.MultiheadAttention` keeps q, k and v."""
 
-    product = staticmethod(F.linear)
+    product: ClassVar[Callable[..., Tensor]] = staticmethod(F.linear)
 
     def part(self, x: Tensor, first: int, last: int) -> Tensor:
         """Of `x (..., D)` the projections `first` to before `last`, side by side: `(..., (last - first) * D)`."""
