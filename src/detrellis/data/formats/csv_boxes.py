@@ -16,16 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detrellis.data.files import read_head, read_sizes, read_text
+from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
-from detrellis.data.formats.named_classes import (
-    AnnotatedImage,
-    AnnotatedObject,
-    Box,
-    SplitAnnotations,
-    datasets,
-    fixed_parts_note,
-    with_training,
-)
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles, select_part
@@ -81,13 +73,13 @@ CSV = OneFileFormat((".csv",), "CSV files", is_boxes, _image_names)
 def read_csv(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits. Training is always read: it says which name has which id, and whether numbers are relative."""
     rows = {}
-    for split in with_training(splits, wanted):
+    for split in named.with_training(splits, wanted):
         files = splits[split]
         rows[split] = select_part(_read(files.annotations), lambda row: Path(row.image).stem, files.part)
     deciding = rows.get("train") or [row for read in rows.values() for row in read]
     relative = _are_relative(deciding)
     annotations = {split: _of_split(split, splits[split], read, relative) for split, read in rows.items()}
-    return datasets(splits, wanted, annotations)
+    return named.datasets(splits, wanted, annotations)
 
 
 def _are_relative(rows: Iterable[CsvObject]) -> bool:
@@ -96,7 +88,7 @@ def _are_relative(rows: Iterable[CsvObject]) -> bool:
     return bool(numbers) and max(numbers) <= 1
 
 
-def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative: bool) -> SplitAnnotations:
+def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative: bool) -> named.SplitAnnotations:
     by_image: dict[str, list[CsvObject]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
@@ -111,9 +103,9 @@ def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative
     ]
     notes = [
         *renaming_notes(split, files.annotations, pictures),
-        *fixed_parts_note(split, files, "one CSV file"),
+        *named.fixed_parts_note(split, files, "one CSV file"),
     ]
-    return SplitAnnotations(images, notes)
+    return named.SplitAnnotations(images, notes)
 
 
 def _picture_name(name: str) -> PictureName:
@@ -121,16 +113,18 @@ def _picture_name(name: str) -> PictureName:
     return PictureName("", name) if Path(name).suffix else PictureName(name, "")
 
 
-def _image(file: Path, name: str, rows: Sequence[CsvObject], size: tuple[int, int], relative: bool) -> AnnotatedImage:
+def _image(
+    file: Path, name: str, rows: Sequence[CsvObject], size: tuple[int, int], relative: bool
+) -> named.AnnotatedImage:
     bad = next((row for row in rows if row.problem), None)
     if bad is not None:
-        return AnnotatedImage(file, name, size, [], f"line {bad.line}: {bad.problem}", bad.line)
+        return named.AnnotatedImage(file, name, size, [], f"line {bad.line}: {bad.problem}", bad.line)
     height, width = size if relative else (1, 1)
-    objects = [AnnotatedObject(r.name, _box(r.corners, (width, height)), r.line) for r in rows if r.corners]
-    return AnnotatedImage(file, name, size, objects)
+    objects = [named.AnnotatedObject(r.name, _box(r.corners, (width, height)), r.line) for r in rows if r.corners]
+    return named.AnnotatedImage(file, name, size, objects)
 
 
-def _box(corners: tuple[float, float, float, float], scale: tuple[float, float]) -> Box:
+def _box(corners: tuple[float, float, float, float], scale: tuple[float, float]) -> named.Box:
     left, top, right, bottom = corners
     width, height = scale
     return left * width, top * height, (right - left) * width, (bottom - top) * height

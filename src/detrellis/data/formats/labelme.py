@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 
 from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import files_below, list_images, map_threads, read_json, stem_below, subfolders
+from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import SPLIT_WORDS, fold, renaming_notes
-from detrellis.data.formats.named_classes import (
-    AnnotatedImage,
-    AnnotatedObject,
-    Box,
-    SplitAnnotations,
-    datasets,
-    fixed_parts_note,
-    with_training,
-)
 from detrellis.data.formats.outlines import around, around_ellipse, skipped_shapes
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, pictures_of, spread
 from detrellis.data.records import RawDataset
@@ -44,7 +36,7 @@ class LabelmeFile(NamedTuple):
 
     image: str  # `imagePath`
     size: tuple[int, int]  # height, width; 0 where the file does not say
-    objects: list[AnnotatedObject]
+    objects: list[named.AnnotatedObject]
     skipped: Counter[str]  # shapes without a box, by kind
     problem: str = ""  # why it is unknown what the picture shows
     embedded: bool = False  # whether the picture itself is in the file
@@ -67,8 +59,8 @@ def find_labelme(data: Path, given: GivenImages) -> dict[str, SplitFiles] | None
     files = files_below(data, ".json")
     if not any(is_labelme(file) for file in spread(files, 8)):
         return None
-    named = {SPLIT_WORDS[fold(f.name)]: f for f in subfolders(data, 2) if fold(f.name) in SPLIT_WORDS}
-    folders = {split: folder for split, folder in named.items() if files_below(folder, ".json")}
+    by_split = {SPLIT_WORDS[fold(f.name)]: f for f in subfolders(data, 2) if fold(f.name) in SPLIT_WORDS}
+    folders = {split: folder for split, folder in by_split.items() if files_below(folder, ".json")}
     if "train" in folders:
         return {
             split: SplitFiles(folder, (given.get(split) or _images_of(folder, data),))
@@ -105,11 +97,11 @@ def _images_of(annotations: Path, data: Path) -> Path:
 
 def read_labelme(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits. Training is always read: it says which name has which id."""
-    annotations = {split: _of_split(split, splits[split]) for split in with_training(splits, wanted)}
-    return datasets(splits, wanted, annotations)
+    annotations = {split: _of_split(split, splits[split]) for split in named.with_training(splits, wanted)}
+    return named.datasets(splits, wanted, annotations)
 
 
-def _of_split(split: str, files: SplitFiles) -> SplitAnnotations:
+def _of_split(split: str, files: SplitFiles) -> named.SplitAnnotations:
     everything = files_below(files.annotations, ".json")
     json_files = select_part(everything, lambda file: file.stem, files.part)
     parsed = map_threads(_parse, json_files)
@@ -123,12 +115,12 @@ def _of_split(split: str, files: SplitFiles) -> SplitAnnotations:
         if content.problem and not (files.images[0] / name).is_file():
             notes.append(finding("unreadable-labels", split, file, content.problem))
         else:
-            images.append(AnnotatedImage(file, name, content.size, content.objects, content.problem))
+            images.append(named.AnnotatedImage(file, name, content.size, content.objects, content.problem))
     notes += skipped_shapes(split, files.annotations, sum((content.skipped for content in parsed), Counter()))
-    notes += fixed_parts_note(split, files, "no folders of splits")
+    notes += named.fixed_parts_note(split, files, "no folders of splits")
     if split == "train" or files.part is None:
         notes += _unlabelled(split, files, parsed, everything)
-    return SplitAnnotations(images, notes)
+    return named.SplitAnnotations(images, notes)
 
 
 def _unlabelled(
@@ -156,7 +148,7 @@ def _parse(file: Path) -> LabelmeFile:
             if box is None:
                 skipped[kind] += 1
             else:
-                objects.append(AnnotatedObject(str(shape["label"]).strip(), box, number))
+                objects.append(named.AnnotatedObject(str(shape["label"]).strip(), box, number))
         size = (_pixels(content.get("imageHeight")), _pixels(content.get("imageWidth")))
         embedded = bool(content.get("imageData"))
         return LabelmeFile(str(content.get("imagePath") or ""), size, objects, skipped, embedded=embedded)
@@ -166,7 +158,7 @@ def _parse(file: Path) -> LabelmeFile:
         return LabelmeFile("", (0, 0), [], Counter(), f"not labelme's JSON ({error})")
 
 
-def _box(shape: Any, number: int) -> tuple[Box | None, str]:
+def _box(shape: Any, number: int) -> tuple[named.Box | None, str]:
     """The box around a shape, None where its kind has none, and the kind. Raises `ValueError` in words."""
     if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
         raise ValueError(f"shape {number} has no label")

@@ -16,16 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detrellis.data.files import read_json, read_text
+from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
-from detrellis.data.formats.named_classes import (
-    AnnotatedImage,
-    AnnotatedObject,
-    Box,
-    SplitAnnotations,
-    datasets,
-    fixed_parts_note,
-    with_training,
-)
 from detrellis.data.formats.outlines import around, around_ellipse, skipped_shapes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
@@ -72,13 +64,13 @@ VIA = OneFileFormat((".json", ".csv"), "files of VIA", is_via, _image_names)
 def read_via(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits. Training is always read: it says which name has which id."""
     images = {}
-    for split in with_training(splits, wanted):
+    for split in named.with_training(splits, wanted):
         files = splits[split]
         images[split] = select_part(_read(files.annotations), lambda image: Path(image.image).stem, files.part)
     source = next(iter(splits.values())).annotations
     attribute = _class_attribute(source, [image for read in images.values() for image in read])
     annotations = {split: _of_split(split, splits[split], read, attribute) for split, read in images.items()}
-    return datasets(splits, wanted, annotations)
+    return named.datasets(splits, wanted, annotations)
 
 
 def _entries(file: Path) -> list[dict[str, Any]] | None:
@@ -165,26 +157,28 @@ def _value(region: Any, key: str) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _of_split(split: str, files: SplitFiles, images: Sequence[ViaImage], attribute: str | None) -> SplitAnnotations:
+def _of_split(
+    split: str, files: SplitFiles, images: Sequence[ViaImage], attribute: str | None
+) -> named.SplitAnnotations:
     pictures = pictures_of([PictureName("", image.image) for image in images], files.images[0])
     skipped = Counter[str]()
     annotated = []
     for name, image in zip(pictures.names, images, strict=True):
-        objects, problem = list[AnnotatedObject](), ""
+        objects, problem = list[named.AnnotatedObject](), ""
         try:
             objects = _objects(image, attribute, skipped)
         except ValueError as error:
             problem = str(error)
-        annotated.append(AnnotatedImage(files.annotations, name, (0, 0), objects, problem))
+        annotated.append(named.AnnotatedImage(files.annotations, name, (0, 0), objects, problem))
     notes = [
         *renaming_notes(split, files.annotations, pictures),
         *skipped_shapes(split, files.annotations, skipped),
-        *fixed_parts_note(split, files, "one file of VIA"),
+        *named.fixed_parts_note(split, files, "one file of VIA"),
     ]
-    return SplitAnnotations(annotated, notes)
+    return named.SplitAnnotations(annotated, notes)
 
 
-def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> list[AnnotatedObject]:
+def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> list[named.AnnotatedObject]:
     """The objects of a picture; shapes without a box are counted in `skipped`. Raises `ValueError` in words."""
     objects = []
     for number, region in enumerate(image.regions, start=1):
@@ -200,11 +194,11 @@ def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> l
         elif not name:
             raise ValueError(f"region {number} has no `{attribute}`, or several")
         else:
-            objects.append(AnnotatedObject(name, box, number))
+            objects.append(named.AnnotatedObject(name, box, number))
     return objects
 
 
-def _box(kind: str, shape: Any) -> Box | None:
+def _box(kind: str, shape: Any) -> named.Box | None:
     """The box around a region; None where its kind has none."""
     if kind == "rect":
         x, y, width, height = (float(shape[key]) for key in ("x", "y", "width", "height"))

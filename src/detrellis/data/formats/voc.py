@@ -24,16 +24,8 @@ from detrellis.data.files import (
     stem_below,
     subfolders,
 )
+from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, renaming_notes
-from detrellis.data.formats.named_classes import (
-    AnnotatedImage,
-    AnnotatedObject,
-    Box,
-    SplitAnnotations,
-    datasets,
-    fixed_parts_note,
-    with_training,
-)
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, pictures_of, spread
 from detrellis.data.formats.voc_xml import VocFile, VocObject, is_voc, parse_xml
 from detrellis.data.records import RawDataset
@@ -99,8 +91,9 @@ def voc_folders(data: Path, images: Path | None = None, around: Path | None = No
 def _xml_folder(data: Path) -> Path | None:
     """The folder below which all XML of VOC's form lies: one of a usual name, `data`, or the only one there is."""
     below = subfolders(data, 1)
-    named = sorted((f for f in below if fold(f.name) in XML_FOLDERS), key=lambda f: XML_FOLDERS.index(fold(f.name)))
-    annotations = next((folder for folder in named if _holds_xml(_xml_below(folder))), None)
+    usual = [folder for folder in below if fold(folder.name) in XML_FOLDERS]
+    usual.sort(key=lambda folder: XML_FOLDERS.index(fold(folder.name)))
+    annotations = next((folder for folder in usual if _holds_xml(_xml_below(folder))), None)
     if annotations is None and _holds_xml(files_in(data, ".xml")):
         annotations = data
     if annotations is None:
@@ -188,7 +181,7 @@ def _list_of_a_class(files: Sequence[Path], split: str) -> Path | None:
 
 def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits. Training is always read: it says which name has which id, and where pixels count from."""
-    files = {split: _xml_files(splits[split]) for split in with_training(splits, wanted)}
+    files = {split: _xml_files(splits[split]) for split in named.with_training(splits, wanted)}
     parsed = {split: map_threads(parse_xml, xml) for split, xml in files.items()}
     deciding = parsed.get("train") or [content for contents in parsed.values() for content in contents]
     first_pixel = 0 if _corners_are_edges([o for content in deciding for o in content.objects]) else 1
@@ -203,7 +196,7 @@ def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
             used = {image.image for name in of_folder if name in annotations for image in annotations[name].images}
             xml_folders = {splits[name].annotations for name in of_folder}
             annotations[split].findings.extend(_unlabelled(split, folder, xml_folders, used))
-    return datasets(splits, wanted, annotations, difficult=True)
+    return named.datasets(splits, wanted, annotations, difficult=True)
 
 
 def _xml_files(files: SplitFiles) -> list[Path]:
@@ -246,7 +239,7 @@ def _corners_are_edges(objects: Sequence[VocObject]) -> bool:
 
 def _of_split(
     split: str, files: SplitFiles, xml_files: Sequence[Path], parsed: Sequence[VocFile], first_pixel: int
-) -> SplitAnnotations:
+) -> named.SplitAnnotations:
     """An image for each XML file whose picture is known, and findings."""
     names = [
         PictureName(stem_below(files.annotations, file), content.image)
@@ -254,19 +247,19 @@ def _of_split(
     ]
     pictures = pictures_of(names, files.images[0])
     everything = _xml_below(files.annotations) if files.listing is not None else []
-    images, notes = [], [*fixed_parts_note(split, files, "no lists of train and val")]
+    images, notes = [], [*named.fixed_parts_note(split, files, "no lists of train and val")]
     notes += _difficult(split, files, parsed)
     for file, name, content in zip(xml_files, pictures.names, parsed, strict=True):
         if content.problem and not (files.images[0] / name).is_file():
             notes.append(_no_xml(split, files, file, content.problem, everything))
             continue
         objects = [
-            AnnotatedObject(o.name, _box(o, first_pixel), number, o.difficult, o.written)
+            named.AnnotatedObject(o.name, _box(o, first_pixel), number, o.difficult, o.written)
             for number, o in enumerate(content.objects, start=1)
         ]
-        images.append(AnnotatedImage(file, name, content.size, objects, content.problem))
+        images.append(named.AnnotatedImage(file, name, content.size, objects, content.problem))
     notes += renaming_notes(split, files.annotations, pictures)
-    return SplitAnnotations(images, notes)
+    return named.SplitAnnotations(images, notes)
 
 
 def _no_xml(split: str, files: SplitFiles, file: Path, problem: str, everything: Sequence[Path]) -> Finding:
@@ -278,7 +271,7 @@ def _no_xml(split: str, files: SplitFiles, file: Path, problem: str, everything:
     return finding("unreadable-labels", split, file, problem)
 
 
-def _box(each: VocObject, first_pixel: int) -> Box:
+def _box(each: VocObject, first_pixel: int) -> named.Box:
     left, top, right, bottom = each.corners
     if each.edges:
         return left, top, right - left, bottom - top

@@ -25,18 +25,9 @@ from detrellis.data.files import (
     read_text,
     subfolders,
 )
+from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
 from detrellis.data.formats.yolo_labels import LongLines, YoloFile, long_lines, read_labels
-from detrellis.data.formats.yolo_yaml import (
-    SHAPE,
-    SUFFIXES,
-    class_count,
-    class_names,
-    given,
-    keypoints,
-    load_yaml,
-    locate,
-)
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.errors import UserError
@@ -55,11 +46,11 @@ IN_PIXELS = 1.5  # relative coordinates above this are no drawing errors at the 
 
 def find_yolo(data: Path) -> dict[str, SplitFiles] | None:
     """The splits of a yaml file, or of a folder with one; None where there is neither."""
-    file = data if data.suffix.lower() in SUFFIXES else _yaml_in(data)
+    file = data if data.suffix.lower() in yolo_yaml.SUFFIXES else _yaml_in(data)
     if file is not None:
         return _from_yaml(file)
     lists = [folder / name for folder in _folders_of_splits(data) for name in CLASS_LISTS if (folder / name).is_file()]
-    if len({class_names(file) for file in lists}) > 1:
+    if len({yolo_yaml.class_names(file) for file in lists}) > 1:
         listed = ", ".join(file.relative_to(data).as_posix() for file in lists)
         raise UserError(f"{data}: lists of classes that differ: {listed}", "Make them the same, or leave one.")
     return _from_class_list(data, lists[0]) if lists else None
@@ -73,20 +64,22 @@ def _folders_of_splits(data: Path) -> list[Path]:
 
 def _yaml_in(folder: Path) -> Path | None:
     named = [folder / name for name in YAML_NAMES if (folder / name).is_file()]
-    others = [f for f in files_in(folder, *SUFFIXES) if "names:" in (text := read_text(f)) and "train:" in text]
+    others = [
+        f for f in files_in(folder, *yolo_yaml.SUFFIXES) if "names:" in (text := read_text(f)) and "train:" in text
+    ]
     if not named and len(others) > 1:
         raise UserError(f"{folder}: more than one YOLO yaml: {', '.join(f.name for f in others)}", "Name the one.")
     return next(iter(named + others), None)
 
 
 def _from_yaml(file: Path) -> dict[str, SplitFiles]:
-    content = load_yaml(file)
-    if not given(content, SPLITS["train"]):
-        raise UserError(f"{file}: no `train:` (found: {', '.join(map(str, content))})", SHAPE)
+    content = yolo_yaml.load_yaml(file)
+    if not yolo_yaml.given(content, SPLITS["train"]):
+        raise UserError(f"{file}: no `train:` (found: {', '.join(map(str, content))})", yolo_yaml.SHAPE)
     splits = {}
     for split, names in SPLITS.items():
-        texts = given(content, names)
-        paths = [locate(text, file, content) for text in texts]
+        texts = yolo_yaml.given(content, names)
+        paths = [yolo_yaml.locate(text, file, content) for text in texts]
         missing = [text for text, path in zip(texts, paths, strict=True) if path is None]
         if texts and not missing:
             splits[split] = SplitFiles(file, tuple(path for path in paths if path is not None))
@@ -162,7 +155,7 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
         deciding.append(_read("train", splits["train"]))
     label_files = [file for split in deciding for file in split.label_files]
     contents = [content for split in deciding for content in split.contents]
-    declared = keypoints(next(iter(splits.values())).annotations)
+    declared = yolo_yaml.keypoints(next(iter(splits.values())).annotations)
     lines = long_lines(contents, label_files, declared)
     used = {file for file in label_files if file is not None}
     return {name: _dataset(split, lines, used) for name, split in read.items()}
@@ -248,7 +241,7 @@ def _called_labels(folder: Path) -> list[Path]:
 def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
     """The split's columns; `used` are the label files of all splits."""
     root = common_root(split.images, split.source.parent)
-    names = class_names(split.source)
+    names = yolo_yaml.class_names(split.source)
     findings = [
         *split.notes,
         *_class_count(split, names),
@@ -273,7 +266,7 @@ def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
 
 
 def _class_count(split: YoloSplit, names: Sequence[tuple[int, str]]) -> Iterator[Finding]:
-    count = class_count(split.source)
+    count = yolo_yaml.class_count(split.source)
     if count is not None and count != len(names):
         yield finding("class-count", split.name, split.source, f"`nc: {count}`, but `names` has {len(names)}")
 
@@ -327,10 +320,10 @@ def _assumed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
     fields = Counter(label.fields for row in rows for label in split.contents[row].labels if label.around)
     lengths = ", ".join(str(count) for count, _ in fields.most_common(4))
     if lines.kind == "keypoints":
-        what = f"lines of {lengths} fields are read as a box with keypoints behind it, which are passed over"
+        what = f"lines of {lengths} fields are read as a box with yolo_yaml.keypoints behind it, which are passed over"
         yield finding("keypoints", split.name, split.source, what, count=fields.total())
         return
-    what = f"lines of {lengths} fields could be polygons, or boxes with keypoints behind them"
+    what = f"lines of {lengths} fields could be polygons, or boxes with yolo_yaml.keypoints behind them"
     label_paths = split.label_paths()
     for row in rows:
         yield finding("unclear-labels", split.name, label_paths[row], what, row=row)
