@@ -8,7 +8,7 @@ import torch
 
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import find_data
-from detrellis.engine.checkpoint import Card, load_weights, save_state, save_weights
+from detrellis.engine.checkpoint import Card, load_weights, save_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
@@ -29,7 +29,7 @@ def untrained(place: Path, data: Path, recipe: Recipe) -> Path:
     _, _, classes, _ = prepare(source)
     model = build(recipe, len(classes))
     save_weights(place / "last.safetensors", model.detector.state_dict(), Card(recipe, classes, source.to_dict()))
-    save_state(place / "last.state.pt", {"model": model.state_dict()})
+    torch.save({"model": model.state_dict()}, place / "last.state.pt")
     return place
 
 

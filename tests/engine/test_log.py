@@ -5,7 +5,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,23 @@ import pytest
 import torch
 from rich.console import Console
 
+from detrellis.engine import log
 from detrellis.engine.console import TrainingView, _Eta, main_terms, time_line
 from detrellis.engine.log import RunLog, Timer, read_records
 from detrellis.engine.means import Means
+
+WRITER = log._tensorboard
+
+
+@pytest.fixture(autouse=True)
+def _frequent_records_and_no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "RECORD_EVERY", 5)
+    monkeypatch.setattr(log, "_tensorboard", lambda *_: None)
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_tensorboard", WRITER)
 
 
 class Clock:
@@ -34,7 +47,7 @@ class Run:
     def __init__(self, folder: Path, *, step: int = 0, terminal: bool = False, **options: Any) -> None:
         self.text, self.clock, self.done = io.StringIO(), Clock(), step
         console = Console(file=self.text, force_terminal=terminal, width=120)
-        options = {"epochs": 3, "steps_per_epoch": 10, "every": 5, "tensorboard": False} | options
+        options = {"epochs": 3, "steps_per_epoch": 10} | options
         self.log = RunLog(folder, step=step, console=console, clock=self.clock, **options)
 
     def steps(self, count: int, seconds: float = 1.0) -> None:
@@ -80,8 +93,11 @@ def test_step_records_hold_means_since_the_last_one(tmp_path: Path) -> None:
     assert all(r["lr"] == 1e-4 and r["epoch"] == 1 for r in steps)
 
 
-def test_epoch_records_hold_means_of_all_steps_and_the_evaluation(tmp_path: Path) -> None:
-    run = Run(tmp_path, every=4)  # the last record of the epoch comes before its end
+def test_epoch_records_hold_means_of_all_steps_and_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "RECORD_EVERY", 4)
+    run = Run(tmp_path)  # the last record of the epoch comes before its end
     run.log.start_epoch(1)
     run.steps(10)
     run.clock.now += 5  # the evaluation is not training time
@@ -173,8 +189,11 @@ def test_other_processes_do_nothing(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_without_a_terminal_lines_come_at_most_every_ten_seconds(tmp_path: Path) -> None:
-    run = Run(tmp_path, every=1, steps_per_epoch=100, epochs=2)
+def test_without_a_terminal_lines_come_at_most_every_ten_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "RECORD_EVERY", 1)
+    run = Run(tmp_path, steps_per_epoch=100, epochs=2)
     run.log.start_epoch(1)
     run.steps(100, seconds=0.5)
     lines = run.text.getvalue().splitlines()
@@ -214,8 +233,9 @@ class TestEta:
         self.go(clock, eta, 6, seconds=2)
         assert eta.left() == pytest.approx(9 * 2 + 40)
 
-    def test_a_resumed_run_counts_what_is_left(self, tmp_path: Path) -> None:
-        run = Run(tmp_path, step=20, every=1)
+    def test_a_resumed_run_counts_what_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(log, "RECORD_EVERY", 1)
+        run = Run(tmp_path, step=20)
         run.log.start_epoch(3)
         run.steps(6, seconds=10)
         assert run.text.getvalue().splitlines()[-1].endswith("eta 0:00:40")
@@ -280,13 +300,14 @@ def test_the_bar_goes_away_when_training_fails(tmp_path: Path) -> None:
     assert run.log._view._bar is None
 
 
+@pytest.mark.usefixtures("curves")
 def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = Run(tmp_path, tensorboard=True)
+    run = Run(tmp_path)
     run.epoch(1, stats={"AP": 0.5, "AP75": None})
     run.log.close()
     time.sleep(1.1)  # TensorBoard reads its files by name, and the name has the second in it
-    resumed = Run(tmp_path, tensorboard=True, step=5)
+    resumed = Run(tmp_path, step=5)
     resumed.epoch(1, stats={"AP": 0.75})
     resumed.log.close()
     events = loading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -296,9 +317,10 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     assert "losses/main/class/1" in events.Tags()["scalars"]
 
 
+@pytest.mark.usefixtures("curves")
 def test_without_tensorboard_it_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    run = Run(tmp_path, tensorboard=True)
+    run = Run(tmp_path)
     run.epoch(1)
     run.epoch(2)
     assert run.text.getvalue().count("TensorBoard is not installed") == 1
@@ -379,13 +401,6 @@ class TestTimer:
         with timer.part("b"):
             clock.now += 2
         assert timer.take() == {"a": 1.0, "b": 2.0}
-
-    def test_sync_is_asked_for(self) -> None:
-        calls: list[int] = []
-        sync: Callable[[], None] = lambda: calls.append(1)  # noqa: E731
-        with Timer(sync=sync).part("a"):
-            assert calls == [1]
-        assert calls == [1, 1]
 
 
 def test_time_line_of_an_epoch_without_parts() -> None:

@@ -116,11 +116,6 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     replace_files((path, _weights(weights, card)))
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Everything that resuming needs."""
-    replace_files((path, lambda file: torch.save(dict(state), file)))
-
-
 def save_run(run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card) -> None:
     """State and last weights of a run (None: nothing is trained yet), both whole before either takes its place.
 

@@ -63,20 +63,24 @@ def lower_rate(run: Path, lr: float, clip: float, safe: int) -> str:
     )
 
 
+TOLERANCE = 0.02  # the change that counts: relative for the loss, absolute for the matched IoU
+GOOD_IOU = 0.8  # matched IoU from which a run has little left to learn
+FEWEST = 5  # values that a window holds at least
+
+
 class FlatLossWatch:
     """Warns once when, after `steps` steps, neither the loss has fallen nor the matched IoU has risen.
 
-    Compares medians of the first and of the last fifth of the steps. A change counts when it is larger than `tolerance`
-    (of the loss; for the IoU as it is) and stands out from the scatter within the windows. One judgement a run: a
-    plateau later on is what convergence looks like. A run that starts with a matched IoU of `good_iou` or more, from
-    trained weights, has little left to learn and is not judged by its loss.
+    Compares medians of the first and of the last fifth of the steps. A change counts when it is larger than `TOLERANCE`
+    and stands out from the scatter within the windows. A run is checked once: a plateau later on is what convergence
+    looks like. A run that has a matched IoU of `GOOD_IOU` or more, from trained weights, is not checked by its loss.
     """
 
     MEMBERS = ("_start", "_done", "_first", "_recent")
 
-    def __init__(self, steps: int = 500, *, tolerance: float = 0.02, good_iou: float = 0.8, fewest: int = 5) -> None:
+    def __init__(self, steps: int = 500) -> None:
         assert steps > 0
-        self.steps, self.tolerance, self.good_iou, self.fewest = steps, tolerance, good_iou, fewest
+        self.steps = steps
         self._start: int | None = None
         self._done = False
         self._first: list[list[float]] = []  # [step, loss, IoU]
@@ -92,14 +96,14 @@ class FlatLossWatch:
         self._start = step if self._start is None else self._start
         iou = math.nan if matched_iou is None else matched_iou
         window, passed = self.steps / 5, step - self._start
-        if passed <= window or len(self._first) < self.fewest:
+        if passed <= window or len(self._first) < FEWEST:
             self._first.append([step, loss, iou])
             return None
         self._recent.append([step, loss, iou])
         # Shown rarely, a window holds its fewest values even if they reach further back.
         inside = sum(s > step - window for s, _, _ in self._recent)
-        self._recent = self._recent[-max(inside, self.fewest) :]
-        if passed < self.steps or len(self._recent) < self.fewest:
+        self._recent = self._recent[-max(inside, FEWEST) :]
+        if passed < self.steps or len(self._recent) < FEWEST:
             return None
         self._done = True
         return self._verdict(step)
@@ -117,12 +121,12 @@ class FlatLossWatch:
         first_loss, first_iou = ([row[i] for row in self._first] for i in (1, 2))
         last_loss, last_iou = ([row[i] for row in self._recent] for i in (1, 2))
         first_iou, last_iou = ([v for v in values if not math.isnan(v)] for values in (first_iou, last_iou))
-        if _fell(first_loss, last_loss, self.tolerance * abs(median(first_loss))):
+        if _fell(first_loss, last_loss, TOLERANCE * abs(median(first_loss))):
             return None
         overlap = ""
         if first_iou and last_iou:
-            rose = _fell([-v for v in first_iou], [-v for v in last_iou], self.tolerance)
-            if rose or median(last_iou) >= self.good_iou:
+            rose = _fell([-v for v in first_iou], [-v for v in last_iou], TOLERANCE)
+            if rose or median(last_iou) >= GOOD_IOU:
                 return None
             overlap = f", matched IoU {median(first_iou):.2f} to {median(last_iou):.2f}"
         change = f"loss {median(first_loss):.4g} to {median(last_loss):.4g}{overlap}"

@@ -21,6 +21,8 @@ from detrellis.engine.console import TrainingView
 from detrellis.engine.means import Means, Sums, Value
 from detrellis.terminal import Terminal
 
+RECORD_EVERY = 20  # steps between two records
+
 Clock = Callable[[], float]
 Item = TypeVar("Item")
 
@@ -29,12 +31,11 @@ class Timer:
     """Seconds spent in named parts: `with timer.part("forward"): ...`.
 
     A part inside another one is taken off the outer one, so the parts never add up to more than the whole. On a GPU the
-    work is queued, and its time shows in the part that waits for it; `sync=torch.cuda.synchronize` gives every part its
-    own time, and makes training slower.
+    work is queued, and its time shows in the part that waits for it.
     """
 
-    def __init__(self, clock: Clock = time.perf_counter, sync: Callable[[], None] | None = None) -> None:
-        self._clock, self._sync = clock, sync
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -67,8 +68,6 @@ class Timer:
 
     def _charge(self) -> None:
         """Gives the time since the last event to the innermost open part."""
-        if self._sync is not None:
-            self._sync()
         now = self._clock()
         if self._open:
             self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
@@ -86,7 +85,7 @@ class RunLog:
 
     `step`: steps done in the checkpoint that the run resumes from. Later records in the folder's `metrics.jsonl` belong
     to steps that are about to be done again, and are removed; 0 is a new run and removes all.
-    `every`: steps between two records. Values are collected on their device and copied to the host once a record.
+    Values are collected on their device, and copied to the host once in `RECORD_EVERY` steps, when a record is written.
     """
 
     def __init__(
@@ -96,14 +95,12 @@ class RunLog:
         epochs: int,
         steps_per_epoch: int,
         step: int = 0,
-        every: int = 20,
         rank: int = 0,
-        tensorboard: bool = True,
         console: Console | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.speaks = rank == 0
-        self._epochs, self._steps, self._every, self._clock = epochs, steps_per_epoch, max(1, every), clock
+        self._epochs, self._steps, self._clock = epochs, steps_per_epoch, clock
         self._epoch, self._step, self._lr = step // max(1, steps_per_epoch), step, 0.0
         self._window, self._totals = Means(), Sums()
         self._images = self._window_images = 0
@@ -115,7 +112,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _RecordFile(folder / "metrics.jsonl", step)
         self._view = TrainingView(console or Terminal(), clock, epochs, steps_per_epoch, step)
-        self._curves = _tensorboard(folder / "tensorboard", step, self.say) if tensorboard else None
+        self._curves = _tensorboard(folder / "tensorboard", step, self.say)
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +146,7 @@ class RunLog:
         """One optimizer step done: `losses` by name and their sum `total`.
 
         `metrics`, such as the matched IoU, may be not a number where a batch has nothing to measure. `images` are those
-        of all processes in this step. Waits for the device only on every `every`-th step.
+        of all processes in this step. Waits for the device only where it writes a record.
         """
         if not self.speaks:
             return
@@ -158,7 +155,7 @@ class RunLog:
         self._images += images
         self._window_images += images
         self._view.advance(step)
-        if step == 1 or step % self._every == 0:
+        if step == 1 or step % RECORD_EVERY == 0:
             self._record_step()
 
     def end_epoch(
