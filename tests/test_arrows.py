@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "version": set(),
     "errors": set(),
+    "distributed": {"errors"},
     "terminal": set(),
     "arguments": {"errors"},
     "fields": {"errors"},
@@ -34,9 +35,9 @@ ALLOWED: dict[str, set[str]] = {
     "supervision": {"types", "boxes", "matching", "losses"},
     "schemes": {
         *("types", "boxes", "nn", "postprocess", "detector", "matching", "losses", "supervision"),
-        *("fields", "errors"),
+        *("distributed", "fields", "errors"),
     },
-    "training": {"types", "boxes", "nn", "detector", "matching", "losses", "supervision", "schemes"},
+    "training": {"types", "boxes", "nn", "detector", "matching", "losses", "supervision", "schemes", "distributed"},
     "data": {"types", "boxes", "outputs", "errors"},
     "recipes": {
         *("types", "boxes", "nn", "postprocess", "detector", "matching", "supervision", "schemes", "training"),
@@ -47,18 +48,21 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
         *("types", "boxes", "nn", "detector", "training", "data", "recipes"),
-        *("arguments", "atomic", "errors", "terminal", "version"),
+        *("arguments", "atomic", "distributed", "errors", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
     "api": {
         *("types", "detector", "training", "data", "recipes", "engine", "interop"),
-        *("predictions", "arguments", "outputs", "errors"),
+        *("predictions", "arguments", "distributed", "outputs", "errors"),
     },
     "analysis": {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
-        *("data", "recipes", "engine", "api", "arguments", "outputs", "errors", "visualize"),
+        *("data", "recipes", "engine", "api", "arguments", "distributed", "outputs", "errors", "visualize"),
     },
-    "study": {"api", "data", "recipes", "engine", "analysis", "outputs", "atomic", "errors", "terminal", "version"},
+    "study": {
+        *("api", "data", "recipes", "engine", "analysis"),
+        *("distributed", "outputs", "atomic", "errors", "terminal", "version"),
+    },
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
         *("arguments", "errors", "terminal", "version"),

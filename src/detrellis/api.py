@@ -17,12 +17,12 @@ from detrellis.data.doctor.check import prepare, prepare_split
 from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Loader
+from detrellis.distributed import World, all_gather, pick_device, process_group
 from detrellis.engine.bench import BenchResult, How, bench_recipe
 from detrellis.engine.capacity import capacity
 from detrellis.engine.checkpoint import Card, fill, find_weights, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
-from detrellis.engine.distributed import World, gather, pick_device, world
 from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.resume import go_on
@@ -113,10 +113,10 @@ def train(
     source = find_data(data, train, train_images, val, val_images)
     if out is not None:
         _check_free(Path(out))
-    with world(device) as own:
+    with process_group(device) as own:
         training, validation, classes = _prepared(source, chosen, skip_bad, own, console)
         folder = Path(out) if out is not None else _new_folder(chosen.name, own)
-        if own.leads:
+        if own.is_main_process:
             Outputs(folder).take(LOGS)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
@@ -128,14 +128,14 @@ def _new_folder(name: str, own: World) -> Path:
     """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the same second."""
     stem = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder, number = stem, 1
-    while own.leads:
+    while own.is_main_process:
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
             number += 1
             folder = Path(f"{stem}-{number}")
-    return gather(folder)[0]
+    return all_gather(folder)[0]
 
 
 def _check_free(folder: Path) -> None:
@@ -186,8 +186,8 @@ def resume(
     files = (train, train_images, val, val_images)
     moved = None if data is None and not any(files) else find_data(data, *files)
     going = go_on(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
-    with world(device) as own:
-        if own.leads:
+    with process_group(device) as own:
+        if own.is_main_process:
             speak = print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
             speak(going.outlook)
         training, validation, classes = _prepared(going.source, going.card.recipe, going.card.skip_bad, own, console)
@@ -241,10 +241,10 @@ def evaluate(
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
         outputs.ready([Path(results or "").name], inputs=[run])
-    with world(device) as own, open_split(run, own, **on) as opened:
-        batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.leads)
+    with process_group(device) as own, open_split(run, own, **on) as opened:
+        batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.is_main_process)
         (evaluator,) = collect(opened.model.detector, batches, opened.annotations, own.device, (nms,))
-        if outputs is not None and own.leads:
+        if outputs is not None and own.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
@@ -343,7 +343,7 @@ def _prepared(
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
     """The data set after its fast check; the first process says what was found and what was left out."""
     training, validation, classes, report = prepare(source, skip_bad, capacity(recipe))
-    if own.leads:
+    if own.is_main_process:
         speak = print if console is None else console.print
         for split, skipped in report.skipped.items():
             speak(f"{split}: left out {', '.join(f'{n} {code}' for code, n in skipped.items())}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
-from detrellis.schemes.base import QueryBlock, Step, TrainingScheme, rank_mean
+from detrellis.distributed import reduce_mean
+from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision, Task, match, supervise
 from detrellis.types import DecoderOutput, ImageBatch, Targets
 
@@ -113,7 +114,7 @@ class TrainableDetector(nn.Module):
 
 def mean_boxes(targets: Targets) -> Tensor:
     """Boxes of this step, averaged over all processes: `()`."""
-    return rank_mean(targets.boxes.new_tensor(float(len(targets.labels))))
+    return reduce_mean(targets.boxes.new_tensor(float(len(targets.labels))))
 
 
 def image_sizes(images: ImageBatch) -> Tensor:

@@ -12,7 +12,7 @@ from detrellis.analysis.activation_maps import Cam, activation_map, activations,
 from detrellis.analysis.conflicts import Measured, analyze, conflict_matrix
 from detrellis.analysis.schemes import load_trained
 from detrellis.api import open_split
-from detrellis.engine.distributed import World
+from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.schemes.collaborative.scene import Found, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative

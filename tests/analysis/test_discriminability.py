@@ -25,7 +25,7 @@ from detrellis.analysis.discriminability import (
 )
 from detrellis.analysis.pictures import Picture
 from detrellis.api import open_split
-from detrellis.engine.distributed import World
+from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.nn.attention import DenseAttention
 from detrellis.nn.conditional import ConditionalCrossAttention

@@ -22,9 +22,9 @@ from detrellis.analysis.groups import (
     total_variation,
 )
 from detrellis.api import open_split
+from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult
-from detrellis.engine.distributed import World
 from detrellis.engine.evaluate import collect
 from detrellis.errors import UserError
 from detrellis.matching import Match, assign

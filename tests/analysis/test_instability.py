@@ -26,8 +26,8 @@ from detrellis.analysis.instability import (
 )
 from detrellis.analysis.outputs import one_to_one
 from detrellis.api import evaluate, open_split
+from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_weights
-from detrellis.engine.distributed import World
 from detrellis.engine.log import RunLog
 from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, Match, assign

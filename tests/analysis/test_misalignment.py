@@ -20,7 +20,7 @@ from detrellis.api import open_split
 from detrellis.boxes import pairwise_iou
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
-from detrellis.engine.distributed import World
+from detrellis.distributed import World
 from detrellis.errors import UserError
 
 from ..small import SMALL

@@ -23,7 +23,7 @@ from detrellis.analysis.query_distance import (
 )
 from detrellis.analysis.schemes import begin, load_trained
 from detrellis.api import open_split
-from detrellis.engine.distributed import World
+from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.matching import Hungarian, Match, assign
 from detrellis.schemes.collaborative.queries import choose

@@ -24,8 +24,8 @@ from detrellis.data.masks import SIDE, draw
 from detrellis.data.records import to_annotations
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Transform, crop, train_transform
+from detrellis.distributed import World
 from detrellis.engine.checkpoint import Card
-from detrellis.engine.distributed import World
 from detrellis.engine.state import Job
 from detrellis.engine.train import train_loader
 from detrellis.errors import UserError

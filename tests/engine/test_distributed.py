@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 import detrellis
-from detrellis.engine.distributed import gather, pick_device, sum_over, world
+from detrellis.distributed import all_gather, pick_device, process_group, reduce_max, reduce_mean
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.schemes import SchemesConfig
@@ -58,12 +58,13 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
     """In each process: two steps with every stack; rank 1 never has a box."""
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
-    with world("cpu") as own:
-        assert (own.rank, own.size, own.leads) == (rank, size, rank == 0)
+    with process_group("cpu") as own:
+        assert (own.rank, own.size, own.is_main_process) == (rank, size, rank == 0)
         truth = targets((0, 0) if rank else (2, 3))
         assert mean_boxes(truth).item() == 2.5
-        assert gather(rank) == [0, 1]
-        assert sum_over(torch.tensor(1.0)).item() == 2
+        assert all_gather(rank) == [0, 1]
+        assert reduce_mean(torch.tensor(float(rank))).item() == 0.5
+        assert reduce_max(rank, own.device) == 1
         recipes = [small(name, stack) for stack in stacks(name)]
         if name == "tiny":  # parameters without gradients are none that a process waits for
             recipes += [recipes[0].override(f"detector.backbone.frozen={stages}") for stages in ("1", "all")]
@@ -81,7 +82,7 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
                 total.backward()
                 optimizer.step()
             norms = torch.stack([p.detach().norm() for p in model.parameters()])
-            others = gather(norms)
+            others = all_gather(norms)
             assert torch.equal(others[0], others[1]), recipe
     Path(out, f"{rank}.done").touch()
 
@@ -154,7 +155,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    from detrellis.engine.distributed import World
+    from detrellis.distributed import World
     from detrellis.engine.train import loader_batch
 
     recipe = small("tiny").override(["optim.batch_size=16", "optim.accumulate=2"])

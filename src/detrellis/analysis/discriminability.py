@@ -30,8 +30,8 @@ from detrellis.api import Opened
 from detrellis.arguments import Images, checked
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import Batch
+from detrellis.distributed import all_gather
 from detrellis.engine.console import number
-from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_supervision
@@ -196,7 +196,7 @@ def _measure(of: Of, images: int, opened: Opened, name: str, show: bool) -> Meas
         count += 1
         if len(examples) < images:
             examples.append(example._replace(score=example.score.cpu()))
-    totals, counts, drawn = zip(*gather((total, count, examples)), strict=True)
+    totals, counts, drawn = zip(*all_gather((total, count, examples)), strict=True)
     measured = sum(counts)
     if not measured:
         raise UserError(

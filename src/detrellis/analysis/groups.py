@@ -33,9 +33,9 @@ from detrellis.analysis.outputs import (
 from detrellis.api import Opened
 from detrellis.arguments import Cells, checked
 from detrellis.data.loader import Batch
+from detrellis.distributed import all_gather
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On, completed
 from detrellis.engine.log import read_records
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
@@ -217,7 +217,7 @@ def _measure(grid: int, opened: Opened, name: str, show: bool) -> Measured:
         wanted = not fixed or not parts  # places that never change are looked at once
         parts.append(_found(model, seen, batch, grid if wanted else None))
         _collect(evaluators, model, seen, batch)
-    everywhere = [p for part in gather(parts) for p in part]
+    everywhere = [p for part in all_gather(parts) for p in part]
     scores = tuple(completed(e).compute() for e in evaluators)
     found = [p.places for p in everywhere if p.places is not None]
     return Measured(

@@ -20,9 +20,9 @@ from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_o
 from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
+from detrellis.distributed import all_gather
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.console import number
-from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.recipes.build import build_supervision
@@ -175,7 +175,7 @@ def _measure(opened: Opened, name: str, show: bool) -> Measured:
             changes.append([int(changed(torch.stack(pair))) for pair in zip(before, now, strict=True)])
         epochs.append(card.epoch)
         before = now
-    everywhere = torch.cat(gather(torch.tensor(changes)), dim=1)
+    everywhere = torch.cat(all_gather(torch.tensor(changes)), dim=1)
     found = everywhere.double().mean(1).tolist()
     return Measured(name, opened.run, opened.files, everywhere.shape[1], boxes, tuple(epochs), tuple(found))
 

@@ -27,8 +27,8 @@ from detrellis.analysis.outputs import each_run, seen, split_name
 from detrellis.api import Opened
 from detrellis.arguments import Iou, checked
 from detrellis.boxes import pairwise_iou
+from detrellis.distributed import all_gather
 from detrellis.engine.console import number
-from detrellis.engine.distributed import gather
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 
@@ -217,7 +217,7 @@ def analyze(
 
 def _measure(threshold: float, top: Sequence[int], opened: Opened, name: str, show: bool) -> Measured:
     found = [pairs(s.scores, s.boxes, s.labels, s.truth, threshold) for s in seen(opened, show)]
-    everywhere = Pairs.joined(p for part in gather(found) for p in part)
+    everywhere = Pairs.joined(p for part in all_gather(found) for p in part)
     if not len(everywhere.br_query):
         raise UserError(f"{opened.files}: no box to measure, only crowd regions", "Take another --split or --data.")
     return Measured(name, opened.run, opened.files, len(opened.annotations), Misalignment.of(everywhere, top))

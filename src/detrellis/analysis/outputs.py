@@ -15,8 +15,8 @@ from detrellis.api import Opened, open_split
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
 from detrellis.data.loader import Batch
+from detrellis.distributed import process_group
 from detrellis.engine.console import track
-from detrellis.engine.distributed import world
 from detrellis.engine.evaluate import On
 from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, Match, assign
@@ -45,10 +45,10 @@ def each_run(
     for place in places:
         check(place)
     found = []
-    with world(device) as own:
+    with process_group(device) as own:
         for place, name in zip(places, called, strict=True):
             with open_split(place, own, **on) as opened:
-                found.append(measure(opened, name, progress and own.leads))
+                found.append(measure(opened, name, progress and own.is_main_process))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from detrellis.arguments import Cells, Images, Index, Iou, limits
-from detrellis.cli.options import LEADS, AsJson, Device, MeasuredOn, console, grouped, print_json
+from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, MeasuredOn, console, grouped, print_json
 from detrellis.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Shown:
         listed = None if self.names is None else [part.strip() for part in self.names.split(",")]
         analyze_runs = importlib.import_module(f"detrellis.analysis.{what}").analyze
         found: Result = analyze_runs(runs, names=listed, device=self.device, progress=True, **dials, **on)
-        if not LEADS:
+        if not IS_MAIN_PROCESS:
             return
         files = found.save(out)
         if self.as_json:

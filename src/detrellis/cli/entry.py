@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import typer
 
-from detrellis.cli.options import LEADS, errors, print_json
+from detrellis.cli.options import IS_MAIN_PROCESS, errors, print_json
 from detrellis.errors import Advice, UserError
 from detrellis.terminal import never_fail_to_print
 from detrellis.version import __version__
@@ -152,5 +152,5 @@ def _close_quietly() -> None:
 def _show_warning(usual: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
     if not isinstance(message, Advice):
         usual(message, *where, **more)
-    elif LEADS:
+    elif IS_MAIN_PROCESS:
         errors.say(("note", "bold yellow"), f" {message}")

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from detrellis.data.layout import DataSource
     from detrellis.engine.evaluate import On
 
-LEADS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
-console = Terminal(quiet=not LEADS)
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
+console = Terminal(quiet=not IS_MAIN_PROCESS)
 errors = Terminal(stderr=True)
 
 Data = Annotated[
@@ -150,10 +150,10 @@ def _options(parameter: inspect.Parameter, hints: dict[str, Any]) -> list[inspec
 
 def speaker(as_json: bool) -> Terminal:
     """Where a verb tells how it goes: with `--json` the standard output belongs to the JSON."""
-    return Terminal(stderr=True, quiet=not LEADS) if as_json else console
+    return Terminal(stderr=True, quiet=not IS_MAIN_PROCESS) if as_json else console
 
 
 def print_json(value: Any) -> None:
     """The one thing that a verb with `--json` prints."""
-    if LEADS:
+    if IS_MAIN_PROCESS:
         print(json.dumps(value, indent=1))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detrellis.arguments import BatchSize, Iou, Score, limits
-from detrellis.cli.options import LEADS, AsJson, Device, Trained, console, errors
+from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, Trained, console, errors
 
 if TYPE_CHECKING:
     from detrellis.predictions.record import Failure, Predictions
@@ -47,7 +47,7 @@ def predict(
     from detrellis import api
 
     def say(failure: Failure) -> None:
-        if LEADS:
+        if IS_MAIN_PROCESS:
             errors.say(("error", "bold red"), f" {failure.why}")
 
     found = api.predict(
@@ -70,7 +70,7 @@ def predict(
     if failures := found.failures:
         remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
         count = f"{len(failures)} of {len(found) + len(failures)} pictures could not be read. {remedies}"
-        if LEADS:
+        if IS_MAIN_PROCESS:
             errors.say(count)
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from detrellis.arguments import Classes, Runs, Threads, Warmup, checked
 from detrellis.data.masks import SIDE
-from detrellis.engine.distributed import pick_device
+from detrellis.distributed import pick_device
 from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
 from detrellis.errors import UserError

@@ -17,8 +17,8 @@ from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
+from detrellis.distributed import World, all_gather
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
-from detrellis.engine.distributed import World, gather
 from detrellis.engine.resume import must_be_there
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
@@ -95,7 +95,7 @@ def collect(
 
 def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     """The evaluator with the detections of all processes; each must call it."""
-    others = gather(evaluator.arrays())
+    others = all_gather(evaluator.arrays())
     if len(others) > 1:
         evaluator.merge(*others)
     return evaluator

@@ -27,9 +27,9 @@ from detrellis.atomic import sweep
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.transforms import train_transform
+from detrellis.distributed import World, reduce_max
 from detrellis.engine.checkpoint import BEST, CARD, LAST, Card, metadata_of, save_run, save_weights
 from detrellis.engine.coco_eval import EvalResult
-from detrellis.engine.distributed import World, max_over
 from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
 from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, lower_rate
 from detrellis.engine.log import RunLog, Timer
@@ -80,15 +80,15 @@ def train(job: Job, world: World, resume: dict[str, Any] | None = None, console:
     that is killed before it is saved evaluates again, with the same result.
     """
     epochs = job.card.recipe.schedule.epochs
-    if world.leads:
+    if world.is_main_process:
         sweep(job.out)
         sweep(job.out / "epochs")
     state = fresh_state(job, world, filled=resume is not None)
     if resume is not None:
         state.load_state_dict(resume, job.out)
-    elif state.transfer is not None and world.leads:
+    elif state.transfer is not None and world.is_main_process:
         (console or Terminal()).print(state.transfer.table(job.card.weights or ""))
-    if job.boxes is not None and world.leads:
+    if job.boxes is not None and world.is_main_process:
         (console or Terminal()).print(Text(f"Reference boxes from {job.card.boxes}"))
     loader, steps_per_epoch = train_loader(job, world)
     log = RunLog(
@@ -205,12 +205,12 @@ class Run:
         """Between two steps: stop where a signal came to any process, all after the same step, or the others would
         wait for ever; save now and then, so that a long epoch is not lost."""
         self.stopped = self.signalled(caught)
-        if max_over(int(time.monotonic() - self.saved > SAVE_EVERY_SECONDS), self.world.device):
+        if reduce_max(int(time.monotonic() - self.saved > SAVE_EVERY_SECONDS), self.world.device):
             self.save()
 
     def signalled(self, caught: list[int]) -> int:
         """The number of a signal that came to any process, else 0."""
-        return max_over(caught[0] if caught else 0, self.world.device)
+        return reduce_max(caught[0] if caught else 0, self.world.device)
 
     def end_epoch(self) -> None:
         """Evaluate, keep the best weights and the epoch's own, write its row."""
@@ -221,7 +221,7 @@ class Run:
             self.save()  # an evaluation that fails, or is not waited for, costs nothing that was trained
             apart = self.evaluate(last)
             stats = None if state.result is None else state.result.stats
-        if self.world.leads and schedule.keep_every and epoch % schedule.keep_every == 0:
+        if self.world.is_main_process and schedule.keep_every and epoch % schedule.keep_every == 0:
             kept = self.job.out / "epochs" / f"{epoch:04}.safetensors"
             save_weights(kept, state.detector.state_dict(), self._card(epoch))
         state.epoch = epoch
@@ -240,7 +240,7 @@ class Run:
             state.result, *after = (evaluator.compute() for evaluator in found)
             self.measured = state.step
         if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
-            if self.world.leads:
+            if self.world.is_main_process:
                 card = self._card(state.epoch + 1)
                 save_weights(self.job.out / BEST, state.detector.state_dict(), card)
             state.best = state.result.ap
@@ -261,7 +261,7 @@ class Run:
         now = time.monotonic()
         self.state.seconds += now - self.saved
         self.saved = now
-        if not self.world.leads:
+        if not self.world.is_main_process:
             return
         check_weights(self.state.model.state_dict().values(), self.state.step, self._lower_rate())
         weights = self.state.detector.state_dict() if self.state.step else None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
@@ -95,12 +94,3 @@ class TrainingScheme(nn.Module):
     def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
         """Numbers to log, without gradient; `blocks` are all of the step, `found` their assignments by name."""
         return {}
-
-
-def rank_mean(value: Tensor) -> Tensor:
-    """The mean of a number over all processes; each must call it."""
-    if dist.is_available() and dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value

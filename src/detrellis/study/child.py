@@ -18,7 +18,7 @@ import torch
 from detrellis import api
 from detrellis.atomic import replace_text
 from detrellis.data.layout import DataSource
-from detrellis.engine.distributed import pick_device
+from detrellis.distributed import pick_device
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe
 from detrellis.study.plan import DONE, ORDER

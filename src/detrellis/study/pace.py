@@ -11,8 +11,8 @@ import torch
 
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import DataSource
+from detrellis.distributed import pick_device
 from detrellis.engine.bench import seconds_of, threads_of, training_step
-from detrellis.engine.distributed import pick_device
 from detrellis.errors import UserError
 from detrellis.study.plan import Plan, Row, read_plan
 from detrellis.study.run import How

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from detrellis.boxes import giou
+from detrellis.distributed import reduce_mean
 from detrellis.losses import bce_loss
-from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import square_anchors
 from detrellis.schemes.collaborative.coder import Deltas, centerness, centres, sides
@@ -41,7 +41,7 @@ class ATSS(DenseBranch):
         assert output.quality is not None
         losses = {
             "class": focal_sum(output.logits, owners, found) / count,
-            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / rank_mean(wanted.sum()).clamp(min=1),
+            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / reduce_mean(wanted.sum()).clamp(min=1),
             "centerness": bce_loss(output.quality[where], wanted).sum() / count,
         }
         return losses, anchors, owners

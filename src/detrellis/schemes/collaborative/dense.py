@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from detrellis.distributed import reduce_mean
 from detrellis.losses import focal_negative, focal_positive
 from detrellis.nn.neck import MapNorm
 from detrellis.postprocess import top_pairs
-from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.coder import clip
@@ -192,7 +192,7 @@ def absence_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
 
 def mean_positives(found: Positives) -> Tensor:
     """What sums over anchors are divided by: positives, at least one an image, as a mean over processes."""
-    return rank_mean(found.per_image().clamp(min=1).sum()).clamp(min=1)
+    return reduce_mean(found.per_image().clamp(min=1).sum()).clamp(min=1)
 
 
 def report(scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput) -> list[Found]:

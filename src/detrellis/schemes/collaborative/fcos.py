@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detrellis.boxes import giou
+from detrellis.distributed import reduce_mean
 from detrellis.losses import bce_loss
-from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import cell_strides, grid_points
 from detrellis.schemes.collaborative.coder import centerness, from_sides, sides
@@ -44,11 +44,11 @@ class FCOS(DenseBranch):
         where, own = (found.image, found.anchor), points[found.anchor]
         wanted = centerness(sides(own, found.box))
         boxes = from_sides(own, output.regression[where] * strides[found.anchor])
-        count = rank_mean(found.per_image().sum()).clamp(min=1)
+        count = reduce_mean(found.per_image().sum()).clamp(min=1)
         assert output.quality is not None
         losses = {
             "class": focal_sum(output.logits, owners, found) / count,
-            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / rank_mean(wanted.sum()).clamp(min=1),
+            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / reduce_mean(wanted.sum()).clamp(min=1),
             "centerness": bce_loss(output.quality[where], wanted).sum() / count,
         }
         return losses, torch.cat([points - 4 * strides, points + 4 * strides], dim=-1), owners

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import giou, iou
+from detrellis.distributed import reduce_mean
 from detrellis.losses import distribution_focal_loss, quality_focal_loss
-from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import cell_strides, square_anchors
 from detrellis.schemes.collaborative.coder import centres, from_sides, sides
@@ -49,7 +49,7 @@ class GFL(DenseBranch):
         wanted = (sides(points, found.box) / stride).clamp(0, FARTHEST)
         dfl = distribution_focal_loss(bins.view(-1, BINS), wanted.flatten()).view(-1, 4).mean(-1)
         score = output.logits[where].detach().sigmoid().amax(-1)
-        total = rank_mean(score.sum()).clamp(min=1)
+        total = reduce_mean(score.sum()).clamp(min=1)
         losses = {
             "class": (present + absence_sum(output.logits, owners, found)) / mean_positives(found),
             "giou": 2 * (score * (1 - giou(boxes, found.box))).sum() / total,

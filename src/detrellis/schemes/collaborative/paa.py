@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import giou, iou
+from detrellis.distributed import reduce_mean
 from detrellis.losses import bce_loss, focal_negative, focal_positive
-from detrellis.schemes.base import rank_mean
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import spread, square_anchors
 from detrellis.schemes.collaborative.coder import Deltas
@@ -49,7 +49,7 @@ class PAA(DenseBranch):
         where = (found.image, found.anchor)
         boxes = CODER.decode(anchors[found.anchor], output.regression[where])
         overlap = iou(boxes.detach(), found.box)
-        count, total = rank_mean(found.per_image().sum()), rank_mean(overlap.sum())
+        count, total = reduce_mean(found.per_image().sum()), reduce_mean(overlap.sum())
         assert output.quality is not None
         losses = {
             "class": focal_sum(output.logits, owners, found) / count.clamp(min=found.images),

@@ -21,7 +21,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme, rank_mean
+from detrellis.distributed import reduce_mean
+from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose, marks
 from detrellis.schemes.collaborative.scene import Scene, look_at, random_draw
@@ -115,7 +116,7 @@ class Collaborative(TrainingScheme):
             self.embeds[branch](chosen, mark, places),
             learned,
             weight=self.queries,
-            normaliser=rank_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
+            normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
             unused=chosen.unused,
         )
 

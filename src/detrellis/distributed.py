@@ -24,8 +24,8 @@ class World(NamedTuple):
     device: torch.device
 
     @property
-    def leads(self) -> bool:
-        """True in the one process that speaks and writes."""
+    def is_main_process(self) -> bool:
+        """True in the one process that prints and writes files."""
         return self.rank == 0
 
 
@@ -45,7 +45,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def world(device: str | None = None) -> Iterator[World]:
+def process_group(device: str | None = None) -> Iterator[World]:
     """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), or be alone."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     own = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -61,15 +61,17 @@ def world(device: str | None = None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def sum_over(values: Tensor) -> Tensor:
-    """Sum over all processes; the values themselves where there is one."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+def reduce_mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, each of which must call it; the tensor itself where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value
 
 
-def max_over(value: int, device: torch.device) -> int:
-    """The largest of all processes' values; the value itself where there is one."""
+def reduce_max(value: int, device: torch.device) -> int:
+    """The largest of all processes' values, each of which must call it; the value itself where there is one."""
     if not dist.is_initialized():
         return value
     values = torch.tensor(value, device=device)
@@ -77,7 +79,7 @@ def max_over(value: int, device: torch.device) -> int:
     return int(values.item())
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every process's value, in every process, by rank."""
     if not dist.is_initialized():
         return [value]
