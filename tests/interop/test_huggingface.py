@@ -319,7 +319,7 @@ def test_broken_files_are_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         load_foreign(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not JSON"):
+    with pytest.raises(UserError, match=r"config\.json: malformed JSON"):
         load_foreign(folder)
     with pytest.raises(UserError, match="no such file"):
         load_foreign(tmp_path / "nowhere")

@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a file, not a folder"):
         plan.begin(tmp_path / "file")
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="not a whole plan"):
+    with pytest.raises(UserError, match="malformed JSON"):
         plan.begin(tmp_path)
     (tmp_path / "plan.json").write_text('{"tasks": []}')  # somebody else's
     with pytest.raises(UserError, match="no data, rows, seeds, skip_bad"):

@@ -206,23 +206,41 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
 
 
-def read_json(file: Path, shape: str = "") -> Any:
+AGAIN = "Export the annotations again"
+
+
+def read_json(file: Path, shape: str = "", again: str = AGAIN) -> Any:
     """The value in a JSON file, in UTF-8, UTF-16 or UTF-32.
 
-    Raises `UserError` with line and column where it is malformed; `shape` is what the remedy says of a right file.
+    Raises `UserError` with line and column where it is malformed; `shape` is what the remedy says of a right file, and
+    `again` how to get another copy of it.
     """
     text = read_text(file)
     try:
         with not_collecting():
             return json.loads(text)
     except json.JSONDecodeError as error:
-        raise _malformed_json(file, text, error, shape) from error
+        raise _malformed_json(file, text, error, shape, again) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a JSON file that can be read ({error})", shape) from error
 
 
-def _malformed_json(file: Path, text: str, error: json.JSONDecodeError, shape: str) -> UserError:
-    cut_off = "Export the annotations again; a copy may have been cut off."
+def read_object(file: Path, shape: str = "", again: str = AGAIN) -> dict[str, Any]:
+    """The object in a JSON file; raises `UserError` as `read_json`, and where the value is another one."""
+    content = read_json(file, shape, again)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: the top level is {kind(content)}, not an object", shape or f"{again}.")
+    return content
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in a word."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+def _malformed_json(file: Path, text: str, error: json.JSONDecodeError, shape: str, again: str) -> UserError:
+    cut_off = f"{again}; a copy may have been cut off."
     if not text.strip():
         return UserError(f"{file}: the file is empty", cut_off)
     where = f"line {error.lineno}, column {error.colno}"
@@ -235,7 +253,7 @@ def _malformed_json(file: Path, text: str, error: json.JSONDecodeError, shape: s
     if not rest:
         return UserError(what, cut_off)
     rules = "no comments, no comma behind the last entry, and \\\\ for a backslash"
-    return UserError(what, f"Put this line right (JSON has {rules}), or export the annotations again.")
+    return UserError(what, f"Put this line right (JSON has {rules}), or {again[0].lower()}{again[1:]}.")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detrellis.atomic import replace_files
 from detrellis.errors import UserError, command
 
 
@@ -171,8 +172,7 @@ def _plain(value: object) -> object:
 
 def _saved(record: Mapping[str, Any], path: Path) -> str:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(record), path)
+        replace_files((path, lambda file: torch.save(dict(record), file)))
     except (OSError, RuntimeError) as error:  # the loss is the news; a full disk must not hide it
         return f"The batch could not be saved to {path}: {error}"
     return f"The batch is saved in {path}: torch.load({str(path)!r}, weights_only=True)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from detrellis.data.files import read_object
 from detrellis.engine.checkpoint import CARD, OTHER_COPY, load_plain
 from detrellis.errors import UserError
 
@@ -41,24 +41,18 @@ def fetch(repository: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing", "Give a folder with config.json and model.safetensors.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})", OTHER_COPY) from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object", OTHER_COPY)
-    return found
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in one of the JSON files of a Hugging Face folder."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing", "Give a folder with config.json and model.safetensors.")
+    return read_object(path, again=OTHER_COPY.rstrip("."))
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face folder, in one file or in shards."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted({str(n) for n in dict(read_json(index).get("weight_map", {})).values()})
+        names = sorted({str(n) for n in dict(read_config(index).get("weight_map", {})).values()})
         return {k: v for name in names for k, v in read_safetensors(folder / name).items()}
     if (folder / "model.safetensors").is_file():
         return read_safetensors(folder / "model.safetensors")

@@ -14,7 +14,7 @@ from detrellis.data.classes import ClassMap
 from detrellis.errors import UserError
 from detrellis.interop import huggingface, reference
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
-from detrellis.interop.files import HUB, fetch, read_folder, read_json, read_pth, read_safetensors
+from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pth, read_safetensors
 from detrellis.interop.links import Link, Row, link_up, missing, to_ours, unused
 from detrellis.interop.names import huggingface as huggingface_names
 from detrellis.recipes.config import Recipe
@@ -62,7 +62,7 @@ def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation
 
 
 def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     try:
         recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
         labels, native = _labels(config), huggingface.is_native(config)
@@ -100,7 +100,7 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"exact_long": True})})
     if not path.is_file():
         return recipe
-    size = read_json(path).get("size", {})
+    size = read_config(path).get("size", {})
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if "shortest_edge" in size:

@@ -17,6 +17,7 @@ import torch
 
 from detrellis import api
 from detrellis.atomic import replace_text
+from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
 from detrellis.distributed import pick_device
 from detrellis.errors import UserError
@@ -27,9 +28,9 @@ from detrellis.study.plan import DONE, ORDER
 def main(folder: Path) -> int:
     """Train what `FOLDER/trial.json` says, and write `FOLDER/done.json` after the last epoch; the exit code."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
-    device, workers = order["device"], order["workers"]
     try:
+        order = read_object(folder / ORDER, again="Start the study again: it writes this file")
+        device, workers = order["device"], order["workers"]
         if (folder / "last.state.pt").exists():
             result = api.resume(folder, device=device, workers=workers)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from detrellis.data.files import read_object
 from detrellis.engine.log import read_records
 from detrellis.study.plan import DONE
 
@@ -100,7 +100,7 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
         100 * last["AP75"],
         step,
         None if step is None else step * steps,
-        json.loads((folder / DONE).read_text(encoding="utf-8")),
+        read_object(folder / DONE, again="Remove it: the same command writes it again"),
         None if apart is None else (100 * apart["AP"], 100 * apart["AP50"], 100 * apart["AP75"]),
     )
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from detrellis.atomic import replace_text
 from detrellis.data.doctor.findings import SkipBad
+from detrellis.data.files import read_object
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
@@ -163,12 +164,10 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     path = out / PLAN
     if not path.exists():
         return None
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if missing := {"rows", "seeds", "data", "skip_bad"} - set(plan):
-            raise ValueError(f"no {', '.join(sorted(missing))}")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a whole plan of a study ({error})", "Take another --out.") from None
+    plan = read_object(path, again="Take another --out")
+    if missing := {"rows", "seeds", "data", "skip_bad"} - set(plan):
+        listed = ", ".join(sorted(missing))
+        raise UserError(f"{path}: not a whole plan of a study (no {listed})", "Take another --out.")
     return plan
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from detrellis.data.doctor.findings import Finding, finding
-from detrellis.data.files import not_collecting, read_json, read_sizes
+from detrellis.data.files import kind, not_collecting, read_object, read_sizes
 from detrellis.data.formats import coco_rows
-from detrellis.data.formats.coco_rows import CocoTable, kind
+from detrellis.data.formats.coco_rows import CocoTable
 from detrellis.data.formats.lookup import real_names, renaming_notes
 from detrellis.data.records import RawDataset
 from detrellis.errors import UserError
@@ -36,10 +36,7 @@ def read_coco(file: Path, images: Path, split: str) -> RawDataset:
 
 def load_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `UserError` with the line where it is malformed."""
-    content = read_json(file, SHAPE)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: the top level is {kind(content)}, not an object", SHAPE)
-    return content
+    return read_object(file, SHAPE)
 
 
 def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> RawDataset:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detrellis.data.files import kind
 from detrellis.data.formats.segmentation import box_of
 from detrellis.data.records import HUGE
 
@@ -231,9 +232,3 @@ def _spelt(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(shown(v) for v in value[:8])}{', ...' if len(value) > 8 else ''}]"
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in a word."""
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number"}
-    return "null" if value is None else kinds.get(type(value), "a number")
