@@ -100,7 +100,6 @@ IN_CIRCLES = {
     *("analysis.attention", "analysis.attention_figure", "analysis.conflicts", "analysis.conflicts_figure"),
     *("analysis.discriminability", "analysis.discriminability_figure", "analysis.groups", "analysis.groups_figure"),
     *("analysis.query_distance", "analysis.query_distance_figure"),
-    *("study.board", "study.run", "study.report", "study.words", "study.tables", "study.figures", "study.page"),
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from detrellis.study.conduct import save, to_dict
 from detrellis.study.numbers import estimate, measured
 from detrellis.study.page import page
 from detrellis.study.report import Report, report
@@ -216,7 +217,7 @@ def test_what_duplicates_cost(tmp_path: Path) -> None:
     assert sheet.columns == ("row", "AP", "gain over none", "AP50", "AP75", "NMS adds")
     assert [row[-1] for row in sheet.rows] == ["+4.0", "+0.0", "-"]
     assert any("more than once: NMS at IoU 0.7 adds AP (none +4.0)." in text for text in caveats(found))
-    told = json.loads(json.dumps(found.to_dict()))["rows"]
+    told = json.loads(json.dumps(to_dict(found)))["rows"]
     assert told[1]["gain_after_nms"]["mean"] == pytest.approx(4)
     assert told[0]["after_nms"]["AP50"]["mean"] == pytest.approx(60)
     assert told[2]["after_nms"] is None
@@ -267,7 +268,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     curves = {"none": [[10, 20], [12, 22]], "<b>align</b>": [[10, 25], [11, 26]]}
     found = study(tmp_path, curves, {"none": 16, "<b>align</b>": 8})
     failed = replace(found, plan=replace(found.plan, skipped={"x": "needs <y>"}))
-    failed.save(tmp_path)
+    save(failed, tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = Page()
     page.feed(text)
@@ -293,7 +294,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_what_is_saved(tmp_path: Path) -> None:
     found = study(tmp_path, {"none": [[10, 20]], "align": [[10, 25]]}, {"none": 16, "align": 8})
-    found.save(tmp_path)
+    save(found, tmp_path)
     told = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in told["rows"]] == ["none", "align"]
     assert told["rows"][1]["gain"] == {"mean": pytest.approx(5), "spread": None, "interval": None, "seeds": 1}
@@ -307,5 +308,5 @@ def test_what_is_saved(tmp_path: Path) -> None:
 def test_nothing_finished_is_a_report_too(tmp_path: Path) -> None:
     plan = make_plan({"none": None, "align": None})
     found = report(plan, outcomes(plan, tmp_path))
-    found.save(tmp_path)
+    save(found, tmp_path)
     assert "Nothing to compare yet" in (tmp_path / "report.html").read_text()

@@ -21,7 +21,7 @@ from detrellis.engine.log import read_records
 from detrellis.engine.train import TrainResult
 from detrellis.errors import UserError
 from detrellis.study import child, run
-from detrellis.study.conduct import conduct
+from detrellis.study.conduct import conduct, to_dict
 from detrellis.study.plan import DONE, ORDER
 from detrellis.study.rows import plan_schemes
 from detrellis.study.run import How
@@ -215,6 +215,6 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
         assert line.memory is not None
         assert line.step_seconds is not None
     again = conduct(plan, out, how, quiet())  # nothing is left to do
-    assert again.to_dict() == found.to_dict()
+    assert to_dict(again) == to_dict(found)
     with pytest.raises(UserError, match="another study"):
         conduct(make_plan({"none": None}), out, how, quiet())

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detrellis.recipes import find_recipe
-from detrellis.study.plan import DONE, Plan, Row
-from detrellis.study.run import Outcome
+from detrellis.study.plan import DONE, Outcome, Plan, Row
 
 STEPS, BATCH = 10, 8  # an epoch's; of the recipe `tiny`
 DATA = {

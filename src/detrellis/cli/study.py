@@ -78,12 +78,12 @@ class Trials:
 
     def conduct(self, plan: Plan, out: Path) -> None:
         """Train what is missing, and show what was found; exits with 1 where a run did not finish."""
-        from detrellis.study.conduct import conduct
+        from detrellis.study.conduct import conduct, to_dict
         from detrellis.study.run import How
 
         found = conduct(plan, out, How(self.jobs, self.threads, self.workers, self.device), speaker(self.as_json))
         if self.as_json:
-            print_json(found.to_dict())
+            print_json(to_dict(found))
         else:
             _show(found, out)
         raise typer.Exit(1 if found.unfinished else 0)

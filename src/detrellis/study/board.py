@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,9 +15,7 @@ from rich.text import Text
 
 from detrellis.engine.console import duration
 from detrellis.engine.log import read_records
-
-if TYPE_CHECKING:
-    from detrellis.study.run import Outcome
+from detrellis.study.plan import Outcome
 
 REFRESH_SECONDS = 5.0  # logs are read again
 STYLES = {"waiting": "dim", "running": "bold", "stopped": "yellow", "failed": "red", "finished": "green"}

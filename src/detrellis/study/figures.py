@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, colours, shortened, tidy
 from detrellis.study.numbers import Measured
+from detrellis.study.report import Line, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from detrellis.study.report import Line, Report
 
 
 def figures(found: Report) -> dict[str, tuple[Figure, str]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from detrellis.analysis.figures import INK
 from detrellis.engine.evaluate import NMS
 from detrellis.study.plan import changes
+from detrellis.study.report import Report
 from detrellis.study.tables import Sheet, sheets
 from detrellis.study.words import caveats, minutes, recommend
 from detrellis.version import __version__
@@ -19,7 +20,6 @@ from detrellis.version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from detrellis.study.report import Report
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1f21; --soft: #5c6268; --line: #d9dcdf; --paper: #fff; --box: #f3f6f8;

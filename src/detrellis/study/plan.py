@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from detrellis.atomic import replace_text
@@ -52,6 +52,19 @@ class Trial:
     def folder(self, out: Path) -> Path:
         """Where it is trained: `OUT/ROW/seed-S`. Names that differ have folders that differ."""
         return out / quote(self.row, safe=" +=,()") / f"seed-{self.seed}"
+
+
+State = Literal["waiting", "running", "stopped", "failed", "finished"]
+
+
+@dataclass
+class Outcome:
+    """What became of a trial."""
+
+    trial: Trial
+    folder: Path
+    state: State = "waiting"
+    log: str = ""  # the end of a failed trial's
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from detrellis.study.numbers import Estimate, Measured, estimate, mean, measured, timed_alike
-from detrellis.study.plan import Plan, Row
-from detrellis.study.run import Outcome
+from detrellis.study.plan import Outcome, Plan, Row
 
 
 @dataclass(frozen=True)
@@ -121,28 +118,6 @@ class Report:
     def others(self) -> list[Line]:
         """Those that are compared with a baseline."""
         return [line for line in self.lines if line.gain is not None]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; recipes stand in `plan.json`."""
-        from detrellis.study.words import caveats, recommend
-
-        plan = {name: getattr(self.plan, name) for name in ("title", "command", "skip_bad")}
-        plan |= {"seeds": list(self.plan.seeds), "data": dict(self.plan.data), "skipped": dict(self.plan.skipped)}
-        unfinished = [{"trial": str(o.trial), "state": o.state, "log": o.log} for o in self.unfinished]
-        words = {"recommendation": recommend(self), "caveats": caveats(self)}
-        return {"study": plan, **words, "rows": [line.to_dict() for line in self.lines], "unfinished": unfinished}
-
-    def save(self, out: Path) -> None:
-        """Write `OUT/report.json`, `OUT/report.html` and the figures."""
-        from detrellis.analysis.figures import DPI
-        from detrellis.study.figures import figures
-        from detrellis.study.page import page
-
-        (out / "report.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        drawn = figures(self)
-        for name, (figure, _) in drawn.items():
-            figure.savefig(out / f"{name}.png", dpi=DPI)
-        (out / "report.html").write_text(page(self, drawn), encoding="utf-8")
 
 
 def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:

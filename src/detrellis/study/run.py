@@ -14,21 +14,18 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from detrellis.atomic import replace_text
 from detrellis.study.board import Board
-from detrellis.study.plan import DONE, LOG, ORDER, Plan, Trial
+from detrellis.study.plan import DONE, LOG, ORDER, Outcome, Plan
 
 CHILD = ("-m", "detrellis.study.child")
 POLL_SECONDS = 0.3
 TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # the last before its first step
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
-
-State = Literal["waiting", "running", "stopped", "failed", "finished"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,6 @@ class How:
         if self.threads is None and "OMP_NUM_THREADS" in os.environ:
             return None
         return max(1, (self.threads or os.cpu_count() or 1) // self.jobs)
-
-
-@dataclass
-class Outcome:
-    """What became of a trial."""
-
-    trial: Trial
-    folder: Path
-    state: State = "waiting"
-    log: str = ""  # the end of a failed trial's
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -12,9 +12,7 @@ from rich.text import Text
 from detrellis.engine.console import number
 from detrellis.engine.evaluate import NMS
 from detrellis.study.numbers import Estimate
-
-if TYPE_CHECKING:
-    from detrellis.study.report import Line, Report
+from detrellis.study.report import Line, Report
 
 NONE = "-"
 

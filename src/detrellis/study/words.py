@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from detrellis.engine.evaluate import DOUBLED, NMS
 from detrellis.study.numbers import Estimate
-
-if TYPE_CHECKING:
-    from detrellis.study.report import Line, Report
+from detrellis.study.report import Line, Report
 
 HARDLY = 5.0  # AP in percent below which a detector has hardly learned anything
 RISING = 1.0  # AP gained in the last fifth of a run that is not over yet
