@@ -14,21 +14,21 @@ from detrellis.errors import UserError
 from detrellis.recipes import Recipe
 from detrellis.study import pace
 from detrellis.study.pace import paced
-from detrellis.study.plan import Plan
+from detrellis.study.plan import StudyPlan
 from detrellis.study.rows import plan_schemes
-from detrellis.study.run import How
+from detrellis.study.run import Resources
 
 from ..small import small
 
 SECONDS = {None: 1.0, "align": 1.25, "group": 4.0}  # of a made-up step, by the scheme that a recipe has
 
 
-def made_up(shapes: Path, schemes: str, *override: str) -> Plan:
+def made_up(shapes: Path, schemes: str, *override: str) -> StudyPlan:
     chosen = ("schedule.epochs=10", "data.size=[64, 64]", *override)
     return plan_schemes("tiny", schemes, find_data(shapes), seeds=(0,), equal="time", override=chosen)
 
 
-def epochs(plan: Plan) -> dict[str, int]:
+def epochs(plan: StudyPlan) -> dict[str, int]:
     return {row.name: row.recipe.schedule.epochs for row in plan.rows}
 
 
@@ -52,7 +52,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 @pytest.mark.usefixtures("timed")
 def test_slower_rows_get_fewer_epochs(shapes: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    plan = paced(made_up(shapes, "none,align,group=3"), tmp_path, How(device="cpu"), said.append)
+    plan = paced(made_up(shapes, "none,align,group=3"), tmp_path, Resources(device="cpu"), said.append)
     assert plan.pace == {"align": 1.25, "group=3": 4.0}
     assert epochs(plan) == {"none": 10, "align": 8, "group=3": 2}  # 2.5, to even
     assert said == ["Timing steps of align, group=3, to give all rows the same time"]
@@ -60,7 +60,7 @@ def test_slower_rows_get_fewer_epochs(shapes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("timed")
 def test_a_row_has_an_epoch_at_least(shapes: Path, tmp_path: Path) -> None:
-    plan = paced(made_up(shapes, "none,group=3", "schedule.epochs=1"), tmp_path, How(device="cpu"), print)
+    plan = paced(made_up(shapes, "none,group=3", "schedule.epochs=1"), tmp_path, Resources(device="cpu"), print)
     assert epochs(plan) == {"none": 1, "group=3": 1}
 
 
@@ -68,15 +68,15 @@ def test_a_row_has_an_epoch_at_least(shapes: Path, tmp_path: Path) -> None:
 def test_time_is_counted_by_image(shapes: Path, tmp_path: Path) -> None:
     plan = made_up(shapes, "none,align")
     rows = tuple(replace(r, recipe=r.recipe.override("optim.batch_size=16")) if r.against else r for r in plan.rows)
-    plan = paced(replace(plan, rows=rows), tmp_path, How(device="cpu"), print)
+    plan = paced(replace(plan, rows=rows), tmp_path, Resources(device="cpu"), print)
     assert plan.pace == {"align": 0.625}
     assert epochs(plan) == {"none": 10, "align": 16}
 
 
 def test_a_study_that_goes_on_keeps_its_paces(shapes: Path, tmp_path: Path, timed: list[str | None]) -> None:
-    paced(made_up(shapes, "none,align"), tmp_path, How(device="cpu"), print).begin(tmp_path)
+    paced(made_up(shapes, "none,align"), tmp_path, Resources(device="cpu"), print).begin(tmp_path)
     timed.clear()
-    wider = paced(made_up(shapes, "none,align,group=3"), tmp_path, How(device="cpu"), print)
+    wider = paced(made_up(shapes, "none,align,group=3"), tmp_path, Resources(device="cpu"), print)
     assert timed == ["group", None]
     assert epochs(wider) == {"none": 10, "align": 8, "group=3": 2}
     wider.begin(tmp_path)  # the same study, one row larger
@@ -87,7 +87,7 @@ def test_another_study_is_refused_before_anything_is_timed(
 ) -> None:
     replace(made_up(shapes, "none,align"), pace=None).begin(tmp_path)
     with pytest.raises(UserError, match="another study in this folder: equal epochs, now equal time"):
-        paced(made_up(shapes, "none,align"), tmp_path, How(device="cpu"), print)
+        paced(made_up(shapes, "none,align"), tmp_path, Resources(device="cpu"), print)
     assert not timed
 
 
@@ -98,7 +98,7 @@ def test_real_steps_are_timed(shapes: Path, tmp_path: Path, monkeypatch: pytest.
     recipe = small("tiny").override("optim.batch_size=2")
     plan = replace(plan, rows=tuple(replace(row, recipe=recipe) for row in plan.rows))
     threads = torch.get_num_threads()
-    found = paced(plan, tmp_path, How(device="cpu", threads=1), print)
+    found = paced(plan, tmp_path, Resources(device="cpu", threads=1), print)
     assert found.pace is not None
     assert found.pace["align"] > 0
     assert torch.get_num_threads() == threads
@@ -110,4 +110,4 @@ def test_a_step_too_large_for_the_memory(shapes: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(pace, "training_step", step)
     with pytest.raises(UserError, match=r"align and none: a step of each does not fit .*\n.*optim.batch_size=2"):
-        paced(made_up(shapes, "none,align"), tmp_path, How(device="cpu"), print)
+        paced(made_up(shapes, "none,align"), tmp_path, Resources(device="cpu"), print)

@@ -12,7 +12,7 @@ from detrellis.data.layout import resolve
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 from detrellis.recipes.tables import load_paper
-from detrellis.study.plan import Plan, Row
+from detrellis.study.plan import StudyPlan, StudyRow
 from detrellis.study.rows import parse_rows, plan_schemes, plan_table, with_exactly
 
 from .trials import make_plan
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
 def test_folders_of_rows_differ_whatever_they_are_called(tmp_path: Path) -> None:
     recipe = find_recipe("tiny")
     names = ["a/b", "a%2Fb", "a b", "co=atss+rcnn"]
-    plan = Plan("odd", tuple(Row(name, recipe) for name in names), {})
+    plan = StudyPlan("odd", tuple(StudyRow(name, recipe) for name in names), {})
     folders = [trial.folder(tmp_path) for trial in plan.trials()]
     assert len(set(folders)) == len(names)
     assert all(folder.resolve().parents[1] == tmp_path for folder in folders)

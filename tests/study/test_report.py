@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from detrellis.study.conduct import save, to_dict
-from detrellis.study.numbers import estimate, measured
 from detrellis.study.page import page
-from detrellis.study.report import Report, report
-from detrellis.study.tables import sheets
+from detrellis.study.report import StudyReport, read_report
+from detrellis.study.results import estimate, read_trial
+from detrellis.study.tables import report_tables
 from detrellis.study.words import caveats, recommend
 
 from .trials import STEPS, finish, make_plan, outcomes
@@ -24,7 +24,7 @@ from .trials import STEPS, finish, make_plan, outcomes
 
 def study(
     out: Path, curves: dict[str, list[list[float | None]]], rates: dict[str, float], **published: float
-) -> Report:
+) -> StudyReport:
     """Rows with a curve for each seed, and the images a second at which they trained."""
     epochs = len(next(iter(curves.values()))[0])
     seeds = range(max(len(of) for of in curves.values()))
@@ -32,7 +32,7 @@ def study(
     for trial in plan.trials():
         if trial.seed < len(curves[trial.row]):
             finish(trial.folder(out), curves[trial.row][trial.seed], rates[trial.row])
-    return report(plan, outcomes(plan, out))
+    return read_report(plan, outcomes(plan, out))
 
 
 def test_estimate() -> None:
@@ -49,13 +49,13 @@ def test_estimate() -> None:
 
 def test_a_trials_numbers(tmp_path: Path) -> None:
     finish(tmp_path / "run", [None, 10.0, 30.0, 20.0], rate=16.0)
-    found = measured(tmp_path / "run", 5, batch_size=8)
+    found = read_trial(tmp_path / "run", 5, batch_size=8)
     assert found is not None
     assert (found.seed, found.epochs, found.ap) == (5, (2, 3, 4), pytest.approx((10, 30, 20)))
     assert (found.final, found.best, found.ap50, found.ap75) == pytest.approx((20, 30, 40, 10))
     assert (found.step_seconds, found.epoch_seconds) == (0.5, 0.5 * STEPS)
     finish(tmp_path / "blind", [None, None])
-    assert measured(tmp_path / "blind", 0, batch_size=8) is None
+    assert read_trial(tmp_path / "blind", 0, batch_size=8) is None
 
 
 def test_one_slow_epoch_does_not_change_the_step_time(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_one_slow_epoch_does_not_change_the_step_time(tmp_path: Path) -> None:
     log = tmp_path / "run" / "metrics.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0], lines[1].replace("16.0", "0.1"), *lines[2:]]) + "\n")
-    found = measured(tmp_path / "run", 0, batch_size=8)
+    found = read_trial(tmp_path / "run", 0, batch_size=8)
     assert found is not None
     assert found.step_seconds == 0.5
 
@@ -72,7 +72,7 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
     """The seeds differ much, the gain hardly: pairing sees it."""
     curves = {"none": [[10, 20], [10, 30], [10, 40]], "align": [[10, 22.0], [30, 32.0], [10, 42.3]]}
     found = study(tmp_path, curves, {"none": 16, "align": 8})
-    base, line = found.lines
+    base, line = found.rows
     assert base.gain is None
     assert (base.final.mean, base.final.spread) == pytest.approx((30, 10))
     assert line.gain is not None
@@ -87,35 +87,35 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
 def test_a_seed_that_failed_is_left_out_of_the_pairs(tmp_path: Path) -> None:
     curves = {"none": [[20], [30], [90]], "align": [[21], [32]]}
     found = study(tmp_path, curves, {"none": 16, "align": 16})
-    gain = found.lines[1].gain
+    gain = found.rows[1].gain
     assert gain is not None
     assert (gain.mean, gain.seeds) == (pytest.approx(1.5), 2)
-    assert "seeds" in sheets(found)[0].columns
+    assert "seeds" in report_tables(found)[0].columns
     assert any("align, seed 2 (stopped)" in text for text in caveats(found))
 
 
 def test_epochs_to_the_baseline_and_ap_in_the_same_time(tmp_path: Path) -> None:
     curves = {"none": [[1, 10, 20, 25, 24]], "fast": [[10, 24, 25, 26, 30]], "slow": [[1, 2, 3, 4, 5]]}
     found = study(tmp_path, curves, {"none": 16, "fast": 12, "slow": 2})
-    base, fast, slow = found.lines
+    base, fast, slow = found.rows
     assert (base.epochs_to_baseline, fast.epochs_to_baseline, slow.epochs_to_baseline) == (4, 2, None)
     # None ends first, after 5 epochs of 5 s; by then `fast` has done 3 of 6.67 s, and `slow` none of 40 s.
-    assert {line.budget for line in found.lines} == {25.0}
+    assert {line.budget for line in found.rows} == {25.0}
     assert base.timely == (5, pytest.approx(24))
     assert fast.timely == (3, pytest.approx(25))
     assert slow.timely is None
-    cost = {row[0]: row[1:] for row in sheets(found)[1].rows}
+    cost = {row[0]: row[1:] for row in report_tables(found)[1].rows}
     assert cost["slow"] == ("4 s", "8.00", "1.0 GiB", "> 5", "-")
 
 
 def test_rows_of_equal_time_have_no_ap_in_the_same_time(tmp_path: Path) -> None:
     found = study(tmp_path, {"none": [[1, 10]], "slow": [[1, 2]]}, {"none": 16, "slow": 2})
-    alike = report(replace(found.plan, pace={"slow": 8.0}), outcomes(found.plan, tmp_path))
-    assert [line.timely for line in alike.lines] == [None, None]
-    columns = sheets(alike)[1].columns
+    alike = read_report(replace(found.plan, pace={"slow": 8.0}), outcomes(found.plan, tmp_path))
+    assert [line.timely for line in alike.rows] == [None, None]
+    columns = report_tables(alike)[1].columns
     assert "epochs" in columns
     assert "AP in the same time" not in columns
-    assert "AP in the same time" in sheets(found)[1].columns
+    assert "AP in the same time" in report_tables(found)[1].columns
     assert any("for the same time" in text and "none 2, slow 2 epochs" in text for text in caveats(alike))
     assert not any("for the same time" in text for text in caveats(found))
     assert "by the paces in plan.json" in page(alike, {})
@@ -127,14 +127,14 @@ def test_rows_with_baselines_of_their_own(tmp_path: Path) -> None:
     plan = replace(plan, rows=tuple(rows))
     for trial, ap, rate in zip(plan.trials(), (10.0, 12.0, 20.0, 15.0), (16, 8, 4, 4), strict=True):
         finish(trial.folder(tmp_path), [ap], rate)
-    found = report(plan, outcomes(plan, tmp_path))
+    found = read_report(plan, outcomes(plan, tmp_path))
     assert plan.baseline is None
-    assert [line.gain and line.gain.mean for line in found.lines] == [None, pytest.approx(2), None, pytest.approx(-5)]
-    assert [line.published_gain for line in found.lines] == [None, 3.0, None, None]
-    assert [line.cost for line in found.lines] == [1, 2, 1, 1]
-    assert [line.budget for line in found.lines] == [5, 5, 20, 20]
+    assert [line.gain and line.gain.mean for line in found.rows] == [None, pytest.approx(2), None, pytest.approx(-5)]
+    assert [line.published_gain for line in found.rows] == [None, 3.0, None, None]
+    assert [line.cost for line in found.rows] == [1, 2, 1, 1]
+    assert [line.budget for line in found.rows] == [5, 5, 20, 20]
     assert recommend(found).startswith("Of 1 published differences, 1 have the same sign here. One seed")
-    assert {"baseline", "published AP", "published gain"} <= set(sheets(found)[0].columns)
+    assert {"baseline", "published AP", "published gain"} <= set(report_tables(found)[0].columns)
     assert any("signs and order" in text for text in caveats(found))
 
 
@@ -181,7 +181,7 @@ def test_no_recommendation_without_evidence(tmp_path: Path, curves: dict[str, li
     for trial in plan.trials():
         if trial.seed < len(curves[trial.row]):
             finish(trial.folder(tmp_path), curves[trial.row][trial.seed])
-    assert message in recommend(report(plan, outcomes(plan, tmp_path)))
+    assert message in recommend(read_report(plan, outcomes(plan, tmp_path)))
 
 
 def test_caveats_say_what_the_figures_do_not_show(tmp_path: Path) -> None:
@@ -205,15 +205,15 @@ def test_what_duplicates_cost(tmp_path: Path) -> None:
         ap = after.get((trial.row, trial.seed))
         apart = None if ap is None else {"AP": ap / 100, "AP50": 0.6, "AP75": 0.2}
         finish(trial.folder(tmp_path), [28.0 if trial.row == "none" else 36.0], after_nms=apart)
-    found = report(plan, outcomes(plan, tmp_path))
-    none, align, old = found.lines
+    found = read_report(plan, outcomes(plan, tmp_path))
+    none, align, old = found.rows
     assert none.after_nms is not None
     assert [e.mean for e in none.after_nms] == pytest.approx([32, 60, 20])
     assert (none.duplicates, align.duplicates, old.duplicates) == (pytest.approx(4), pytest.approx(0), None)
     assert align.gain_after_nms is not None
     assert align.gain_after_nms.mean == pytest.approx(4)  # +5 and +3
     assert (none.gain_after_nms, old.gain_after_nms, old.after_nms) == (None, None, None)
-    sheet = sheets(found)[1]
+    sheet = report_tables(found)[1]
     assert sheet.columns == ("row", "AP", "gain over none", "AP50", "AP75", "NMS adds")
     assert [row[-1] for row in sheet.rows] == ["+4.0", "+0.0", "-"]
     assert any("more than once: NMS at IoU 0.7 adds AP (none +4.0)." in text for text in caveats(found))
@@ -229,8 +229,8 @@ def test_times_are_of_one_setting(tmp_path: Path) -> None:
         elsewhere = (trial.row, trial.seed) == ("align", 1)
         rate = 1.0 if elsewhere else {"none": 16, "align": 8}[trial.row]
         finish(trial.folder(tmp_path), [10.0], rate=rate, jobs=2 if elsewhere else 1)
-    found = report(plan, outcomes(plan, tmp_path))
-    align = found.line("align")
+    found = read_report(plan, outcomes(plan, tmp_path))
+    align = found.row("align")
     assert align is not None
     assert align.cost == pytest.approx(2.0)
     assert [run.final for run in align.runs] == [10.0, 10.0]
@@ -307,6 +307,6 @@ def test_what_is_saved(tmp_path: Path) -> None:
 
 def test_nothing_finished_is_a_report_too(tmp_path: Path) -> None:
     plan = make_plan({"none": None, "align": None})
-    found = report(plan, outcomes(plan, tmp_path))
+    found = read_report(plan, outcomes(plan, tmp_path))
     save(found, tmp_path)
     assert "Nothing to compare yet" in (tmp_path / "report.html").read_text()

@@ -24,7 +24,7 @@ from detrellis.study import child, run
 from detrellis.study.conduct import conduct, to_dict
 from detrellis.study.plan import DONE, ORDER
 from detrellis.study.rows import plan_schemes
-from detrellis.study.run import How
+from detrellis.study.run import Resources
 
 from ..small import SMALL
 from .trials import finish, make_plan
@@ -59,7 +59,7 @@ def quiet() -> Console:
 def test_a_failure_does_not_stop_the_others_and_shows_its_log(tmp_path: Path) -> None:
     plan = make_plan({"none": None, "align": None}, seeds=(0, 1))
     speaks = quiet()
-    found = run.run(plan, tmp_path, How(jobs=2, threads=6, device="cpu, cuda:1"), speaks)
+    found = run.run(plan, tmp_path, Resources(jobs=2, threads=6, device="cpu, cuda:1"), speaks)
     assert [o.state for o in found] == ["finished", "finished", "failed", "failed"]
     assert "boom" in found[2].log
     assert "exit code 1" in found[2].log
@@ -73,11 +73,11 @@ def test_a_failure_does_not_stop_the_others_and_shows_its_log(tmp_path: Path) ->
 def test_what_is_finished_is_not_run_again_and_what_failed_is(tmp_path: Path) -> None:
     plan = make_plan({"none": None}, seeds=(0, 1))
     finish(plan.trials()[0].folder(tmp_path), [10.0, 20.0])
-    found = run.run(plan, tmp_path, How(), quiet())
+    found = run.run(plan, tmp_path, Resources(), quiet())
     assert [o.state for o in found] == ["finished", "failed"]
     assert not (found[0].folder / ORDER).exists()
     assert (found[1].folder / "console.log").read_text().count("boom") == 1
-    run.run(plan, tmp_path, How(), quiet())
+    run.run(plan, tmp_path, Resources(), quiet())
     assert (found[1].folder / "console.log").read_text().count("boom") == 2
 
 
@@ -97,7 +97,7 @@ def test_a_signal_stops_the_children(tmp_path: Path, number: int, monkeypatch: p
     before = signal.getsignal(signal.SIGTERM)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
-        found = run.run(plan, tmp_path, How(jobs=1), quiet())
+        found = run.run(plan, tmp_path, Resources(jobs=1), quiet())
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert [o.state for o in found] == ["stopped", "waiting"]
@@ -123,11 +123,11 @@ def test_a_handler_of_the_caller_stays() -> None:
 
 def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert How(jobs=3, threads=8).threads_each() == 2
-    assert How(jobs=3, threads=1).threads_each() == 1
+    assert Resources(jobs=3, threads=8).threads_each() == 2
+    assert Resources(jobs=3, threads=1).threads_each() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert How(jobs=2).threads_each() is None  # it stays
-    assert How(jobs=2, threads=4).threads_each() == 2
+    assert Resources(jobs=2).threads_each() is None  # it stays
+    assert Resources(jobs=2, threads=4).threads_each() == 2
 
 
 def test_what_a_failed_log_tells() -> None:
@@ -184,7 +184,7 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
     """Real runs: the first row is stopped after its first steps; the AP is that of runs that nobody stopped."""
     settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=1", "optim.lr=1e-3"]
     plan = plan_schemes("tiny", "none,align", resolve(shapes), seeds=(0,), epochs=1, override=settings)
-    how, out = How(threads=1, workers=0, device="cpu"), tmp_path / "out"
+    how, out = {"threads": 1, "workers": 0, "device": "cpu"}, tmp_path / "out"
     log, sleep = plan.trials()[0].folder(out) / "metrics.jsonl", run.time.sleep
 
     def interrupt(seconds: float) -> None:
@@ -195,11 +195,11 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
     monkeypatch.setattr(run, "POLL_SECONDS", 0.05)
     with monkeypatch.context() as patch:
         patch.setattr(run.time, "sleep", interrupt)
-        first = conduct(plan, out, how, quiet())
+        first = conduct(plan, out, **how, console=quiet())
     assert [o.trial.row for o in first.unfinished][-1] == "align"
     assert "Not in the figures" in (out / "report.html").read_text()
 
-    found = conduct(plan, out, how, quiet())
+    found = conduct(plan, out, **how, console=quiet())
     assert [line.name for line in found.lines] == ["none", "align"]
     assert not found.unfinished
     for line in found.lines:
@@ -214,7 +214,7 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
         assert [e.mean for e in line.after_nms] == [100 * (apart.stats[n] or 0) for n in ("AP", "AP50", "AP75")]
         assert line.memory is not None
         assert line.step_seconds is not None
-    again = conduct(plan, out, how, quiet())  # nothing is left to do
+    again = conduct(plan, out, **how, console=quiet())  # nothing is left to do
     assert to_dict(again) == to_dict(found)
     with pytest.raises(UserError, match="another study"):
-        conduct(make_plan({"none": None}), out, how, quiet())
+        conduct(make_plan({"none": None}), out, **how, console=quiet())

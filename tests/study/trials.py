@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detrellis.recipes import find_recipe
-from detrellis.study.plan import DONE, Outcome, Plan, Row
+from detrellis.study.plan import DONE, StudyPlan, StudyRow, TrialOutcome
 
 STEPS, BATCH = 10, 8  # an epoch's; of the recipe `tiny`
 DATA = {
@@ -17,11 +17,11 @@ DATA = {
 }
 
 
-def make_plan(rows: Mapping[str, float | None], *, seeds: Sequence[int] = (0, 1, 2), epochs: int = 3) -> Plan:
+def make_plan(rows: Mapping[str, float | None], *, seeds: Sequence[int] = (0, 1, 2), epochs: int = 3) -> StudyPlan:
     """Rows of the recipe `tiny` with their published AP; the first is the baseline."""
     recipe, first = find_recipe("tiny").override(f"schedule.epochs={epochs}"), next(iter(rows))
-    made = [Row(name, recipe, None if name == first else first, ap) for name, ap in rows.items()]
-    return Plan("made up", tuple(made), DATA, tuple(seeds), command="detrellis compare")
+    made = [StudyRow(name, recipe, None if name == first else first, ap) for name, ap in rows.items()]
+    return StudyPlan("made up", tuple(made), DATA, tuple(seeds), command="detrellis compare")
 
 
 def epoch_record(epoch: int, ap: float | None, rate: float | None) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def finish(
     (folder / DONE).write_text(json.dumps(told | machine))
 
 
-def outcomes(plan: Plan, out: Path) -> list[Outcome]:
+def outcomes(plan: StudyPlan, out: Path) -> list[TrialOutcome]:
     """What `run` would return for the runs that are there."""
-    made = [Outcome(trial, trial.folder(out)) for trial in plan.trials()]
+    made = [TrialOutcome(trial, trial.folder(out)) for trial in plan.trials()]
     for outcome in made:
         outcome.state = "finished" if (outcome.folder / DONE).exists() else "stopped"
     return made

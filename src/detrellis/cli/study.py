@@ -30,8 +30,8 @@ from detrellis.errors import command
 from detrellis.recipes import choose_recipe
 
 if TYPE_CHECKING:
-    from detrellis.study.plan import Plan
-    from detrellis.study.report import Report
+    from detrellis.study.plan import StudyPlan
+    from detrellis.study.report import StudyReport
 
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each row, with the seeds 0, 1, ...")]
 Epochs = Annotated[
@@ -76,17 +76,24 @@ class Trials:
         own["skip_bad"] = skips(self.skip_bad, self.keep_partial)
         return own | {"seeds": range(seeds), "command": command(*sys.argv[1:])}
 
-    def conduct(self, plan: Plan, out: Path) -> None:
-        """Train what is missing, and show what was found; exits with 1 where a run did not finish."""
+    def conduct(self, plan: StudyPlan, out: Path) -> None:
+        """Train what is missing, and show the results; exits with 1 where a run did not finish."""
         from detrellis.study.conduct import conduct, to_dict
-        from detrellis.study.run import How
 
-        found = conduct(plan, out, How(self.jobs, self.threads, self.workers, self.device), speaker(self.as_json))
+        report = conduct(
+            plan,
+            out,
+            jobs=self.jobs,
+            threads=self.threads,
+            workers=self.workers,
+            device=self.device,
+            console=speaker(self.as_json),
+        )
         if self.as_json:
-            print_json(to_dict(found))
+            print_json(to_dict(report))
         else:
-            _show(found, out)
-        raise typer.Exit(1 if found.unfinished else 0)
+            _show(report, out)
+        raise typer.Exit(1 if report.unfinished else 0)
 
 
 @grouped
@@ -139,25 +146,25 @@ def reproduce(
     if paper is None or table is None or listing or (files.data is None and files.train is None):
         show_published(paper, table, trials.as_json)
         return
-    found = load_paper(paper)
-    rows = found.table(table)
+    published = load_paper(paper)
+    rows = published.table(table)
     from detrellis.study.rows import plan_table  # torch takes seconds, and is not needed for what stands above
 
-    plan = plan_table(found, rows, files.source(), only=row or (), **trials.settings(seeds))
+    plan = plan_table(published, rows, files.source(), only=row or (), **trials.settings(seeds))
     trials.conduct(plan, out or Path("reproduce", f"{paper}-{table}"))
 
 
-def _show(found: Report, out: Path) -> None:
-    from detrellis.study.tables import rich_table, sheets
+def _show(report: StudyReport, out: Path) -> None:
+    from detrellis.study.tables import report_tables, rich_table
     from detrellis.study.words import caveats, recommend
 
-    for sheet in sheets(found):
+    for sheet in report_tables(report):
         console.print(rich_table(sheet))
-    for text in (recommend(found), *(f"- {text}" for text in caveats(found))):
+    for text in (recommend(report), *(f"- {text}" for text in caveats(report))):
         console.print(text)
-    for outcome in found.unfinished:
+    for outcome in report.unfinished:
         if outcome.log:
             console.print(f"\n{outcome.trial} failed:\n{outcome.log}")
-    for name, why in found.plan.skipped.items():
+    for name, why in report.plan.skipped.items():
         console.print(f"Left out: {name}: {why}")
     console.print(f"Report: {out / 'report.html'}")

@@ -15,16 +15,16 @@ from rich.text import Text
 
 from detrellis.engine.console import duration
 from detrellis.engine.log import read_records
-from detrellis.study.plan import Outcome
+from detrellis.study.plan import TrialOutcome
 
 REFRESH_SECONDS = 5.0  # logs are read again
 STYLES = {"waiting": "dim", "running": "bold", "stopped": "yellow", "failed": "red", "finished": "green"}
 
 
 class Board:
-    """Shows the trials of a study."""
+    """Shows the trials of a study, and how far each one is."""
 
-    def __init__(self, outcomes: Sequence[Outcome], console: Console) -> None:
+    def __init__(self, outcomes: Sequence[TrialOutcome], console: Console) -> None:
         self._outcomes, self._console = outcomes, console
         self._since: dict[int, float] = {}  # of the trials that run
         self._read: dict[int, tuple[str, str]] = {}  # progress of those that do not
@@ -41,18 +41,18 @@ class Board:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line of its own."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def started(self, outcome: Outcome) -> None:
-        """A trial begins, or goes on."""
+    def started(self, outcome: TrialOutcome) -> None:
+        """Show that a trial begins, or goes on."""
         self._since[id(outcome)] = time.monotonic()
         if self._live is None:
             self.say(f"{self._counted(outcome)}  {outcome.trial}: started")
         self._shown = -REFRESH_SECONDS
 
-    def ended(self, outcome: Outcome) -> None:
-        """A trial has ended, whatever became of it."""
+    def ended(self, outcome: TrialOutcome) -> None:
+        """Show that a trial has ended, whatever became of it."""
         took = time.monotonic() - self._since.pop(id(outcome))
         self._read.pop(id(outcome), None)
         if self._live is None or outcome.state == "failed":
@@ -61,20 +61,20 @@ class Board:
         self._shown = -REFRESH_SECONDS
 
     def refresh(self) -> None:
-        """Draws the table again where it is due."""
+        """Draw the table again where it is due."""
         now = time.monotonic()
         if self._live is not None and now - self._shown >= REFRESH_SECONDS:
             self._shown = now
             self._live.update(self._table(now), refresh=True)
 
-    def _progress(self, outcome: Outcome) -> tuple[str, str]:
+    def _progress(self, outcome: TrialOutcome) -> tuple[str, str]:
         if outcome.state == "running":
             return progress(outcome.folder)
         if id(outcome) not in self._read:
             self._read[id(outcome)] = progress(outcome.folder)
         return self._read[id(outcome)]
 
-    def _counted(self, outcome: Outcome) -> str:
+    def _counted(self, outcome: TrialOutcome) -> str:
         return f"{self._outcomes.index(outcome) + 1}/{len(self._outcomes)}"
 
     def _table(self, now: float) -> Table:
@@ -93,5 +93,5 @@ def progress(folder: Path) -> tuple[str, str]:
     """Epochs done and the last AP in percent, from a run's log."""
     log = folder / "metrics.jsonl"
     records = [r for r in read_records(log) if r["kind"] == "epoch"] if log.exists() else []
-    found = [r["eval"]["AP"] for r in records if r["eval"] and r["eval"]["AP"] is not None]
-    return str(records[-1]["epoch"] if records else 0), f"{100 * found[-1]:.1f}" if found else "-"
+    aps = [r["eval"]["AP"] for r in records if r["eval"] and r["eval"]["AP"] is not None]
+    return str(records[-1]["epoch"] if records else 0), f"{100 * aps[-1]:.1f}" if aps else "-"

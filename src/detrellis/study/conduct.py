@@ -14,42 +14,52 @@ from detrellis.atomic import Write, replace_files
 from detrellis.study.figures import figures
 from detrellis.study.pace import paced
 from detrellis.study.page import page
-from detrellis.study.plan import Plan
-from detrellis.study.report import Report, report
-from detrellis.study.run import How, run
+from detrellis.study.plan import StudyPlan
+from detrellis.study.report import StudyReport, read_report
+from detrellis.study.run import Resources, run
 from detrellis.study.words import caveats, recommend
 from detrellis.terminal import Terminal
 
 
-def conduct(plan: Plan, out: str | Path, how: How | None = None, console: Console | None = None) -> Report:
+def conduct(
+    plan: StudyPlan,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    workers: int = 1,
+    device: str | None = None,
+    console: Console | None = None,
+) -> StudyReport:
     """Train what is missing below `out`, and write the report there: `report.html`, `.json`, figures.
 
-    Raises `UserError` before anything is trained where another study is in the folder, or matplotlib is missing.
+    `jobs` trials run at a time, on `threads` CPU threads together (default: `OMP_NUM_THREADS` each, or all cores), each
+    with `workers` processes that load images, and on the devices of `device`, which are separated by commas. Raises
+    `UserError` before anything is trained where another study is in the folder, or matplotlib is missing.
     """
-    folder = Path(out)
-    how, console = how or How(), console or Terminal()
+    folder, resources, console = Path(out), Resources(jobs, threads, workers, device), console or Terminal()
     need_matplotlib()
     if plan.pace is not None:
-        plan = paced(plan, folder, how, console.print)
+        plan = paced(plan, folder, resources, console.print)
     plan.begin(folder)
-    found = report(plan, run(plan, folder, how, console))
-    save(found, folder)
-    return found
+    report = read_report(plan, run(plan, folder, resources, console))
+    save(report, folder)
+    return report
 
 
-def to_dict(found: Report) -> dict[str, Any]:
+def to_dict(report: StudyReport) -> dict[str, Any]:
     """A report as JSON holds it; recipes stand in `plan.json`."""
-    plan = {name: getattr(found.plan, name) for name in ("title", "command", "skip_bad")}
-    plan |= {"seeds": list(found.plan.seeds), "data": dict(found.plan.data), "skipped": dict(found.plan.skipped)}
-    unfinished = [{"trial": str(o.trial), "state": o.state, "log": o.log} for o in found.unfinished]
-    words = {"recommendation": recommend(found), "caveats": caveats(found)}
-    return {"study": plan, **words, "rows": [line.to_dict() for line in found.lines], "unfinished": unfinished}
+    plan = {name: getattr(report.plan, name) for name in ("title", "command", "skip_bad")}
+    plan |= {"seeds": list(report.plan.seeds), "data": dict(report.plan.data), "skipped": dict(report.plan.skipped)}
+    unfinished = [{"trial": str(o.trial), "state": o.state, "log": o.log} for o in report.unfinished]
+    words = {"recommendation": recommend(report), "caveats": caveats(report)}
+    return {"study": plan, **words, "rows": [row.to_dict() for row in report.rows], "unfinished": unfinished}
 
 
-def save(found: Report, out: Path) -> None:
+def save(report: StudyReport, out: Path) -> None:
     """Write `OUT/report.json`, `OUT/report.html` and the figures."""
-    drawn = figures(found)
-    texts = {"report.json": json.dumps(to_dict(found), indent=1), "report.html": page(found, drawn)}
+    drawn = figures(report)
+    texts = {"report.json": json.dumps(to_dict(report), indent=1), "report.html": page(report, drawn)}
     files: list[tuple[Path, Write]] = []
     for name, text in texts.items():
         files.append((out / name, partial(Path.write_text, data=text, encoding="utf-8")))

@@ -14,13 +14,13 @@ from detrellis.data.layout import DataSource
 from detrellis.distributed import pick_device
 from detrellis.engine.bench import seconds_of, threads_of, training_step
 from detrellis.errors import UserError
-from detrellis.study.plan import Plan, Row, read_plan
-from detrellis.study.run import How
+from detrellis.study.plan import StudyPlan, StudyRow, read_plan
+from detrellis.study.run import Resources
 
 WARMUP, STEPS = 2, 7  # of each of the two rows that are compared; the first ones compile
 
 
-def paced(plan: Plan, out: Path, how: How, say: Callable[[str], None]) -> Plan:
+def paced(plan: StudyPlan, out: Path, resources: Resources, say: Callable[[str], None]) -> StudyPlan:
     """The plan with as many epochs for each row as take the time of its baseline's, on this machine.
 
     Where the study in `out` goes on, each row keeps its pace of there; of the others some steps are timed, of the row
@@ -33,17 +33,17 @@ def paced(plan: Plan, out: Path, how: How, say: Callable[[str], None]) -> Plan:
     _lasting(plan, known).check(out)
     if missing := [name for name in against if name not in known]:
         train, _, classes, _ = prepare(DataSource.from_dict(plan.data), skip_bad=plan.skip_bad)
-        timer = _Timer(len(classes), max(1, round(len(train.labels) / len(train))), pick_device(how.devices()[0]))
+        timer = _Timer(len(classes), max(1, round(len(train.labels) / len(train))), pick_device(resources.devices()[0]))
         say(f"Timing steps of {', '.join(missing)}, to give all rows the same time")
-        with threads_of(how.threads_each()):
+        with threads_of(resources.threads_each()):
             known |= {name: timer.ratio(plan.row(name), against[name]) for name in missing}
     return _lasting(plan, known)
 
 
-def _lasting(plan: Plan, pace: dict[str, float]) -> Plan:
+def _lasting(plan: StudyPlan, pace: dict[str, float]) -> StudyPlan:
     """The plan with the epochs that follow from the paces; a row that has none keeps its own."""
 
-    def paced_row(row: Row) -> Row:
+    def paced_row(row: StudyRow) -> StudyRow:
         if row.against is None or row.name not in pace:
             return row
         epochs = max(1, round(plan.row(row.against).recipe.schedule.epochs / pace[row.name]))
@@ -58,9 +58,9 @@ class _Timer:
     def __init__(self, classes: int, boxes: int, device: torch.device) -> None:
         self._classes, self._boxes, self._device = classes, boxes, device
 
-    def ratio(self, row: Row, base: Row) -> float:
-        """Time of an image in `row`, in multiples of that in `base`: medians of steps that alternate, so that whatever
-        else the machine does slows both."""
+    def ratio(self, row: StudyRow, base: StudyRow) -> float:
+        """The time of an image in `row`, in multiples of that in `base`: from medians of steps that alternate, so that
+        whatever else the machine does slows both."""
         try:
             steps = [training_step(r.recipe, self._classes, self._device, self._boxes) for r in (row, base)]
             times = [[seconds_of(step, self._device) for step in steps] for _ in range(WARMUP + STEPS)]
@@ -69,6 +69,6 @@ class _Timer:
                 f"{row.name} and {base.name}: a step of each does not fit into the memory of {self._device}",
                 "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
             ) from None
-        own, its = (statistics.median(column) for column in zip(*times[WARMUP:], strict=True))
+        own_time, base_time = (statistics.median(column) for column in zip(*times[WARMUP:], strict=True))
         images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
-        return float(round(own / its * images, 3))
+        return float(round(own_time / base_time * images, 3))

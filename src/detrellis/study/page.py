@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from detrellis.analysis.figures import INK
 from detrellis.engine.evaluate import NMS
 from detrellis.study.plan import changes
-from detrellis.study.report import Report
-from detrellis.study.tables import Sheet, sheets
+from detrellis.study.report import StudyReport
+from detrellis.study.tables import ReportTable, report_tables
 from detrellis.study.words import caveats, minutes, recommend
 from detrellis.version import __version__
 
@@ -52,19 +52,19 @@ li { margin: .3rem 0; }
 """
 
 
-def page(found: Report, drawn: Mapping[str, tuple[Figure, str]]) -> str:
+def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]]) -> str:
     """The whole page; `drawn` is what `figures` gave."""
-    title = escape(found.plan.title)
+    title = escape(report.plan.title)
     parts = [
         f"<h1>{title}</h1>",
-        f'<p class="answer">{escape(recommend(found))}</p>',
-        *(_table(sheet, found.plan.baselines) for sheet in sheets(found)),
+        f'<p class="answer">{escape(recommend(report))}</p>',
+        *(_table(sheet, report.plan.baselines) for sheet in report_tables(report)),
         *(_figure(name, figure, caption) for name, (figure, caption) in drawn.items()),
-        f"<h2>What to keep in mind</h2>\n{_list(map(escape, caveats(found)))}",
-        f"<h2>What was run</h2>\n{_facts(found)}",
-        _rows(found),
-        *_missing(found),
-        f"<h2>How the numbers are computed</h2>\n{_list(map(escape, _definitions(found)))}",
+        f"<h2>What to keep in mind</h2>\n{_list(map(escape, caveats(report)))}",
+        f"<h2>What was run</h2>\n{_facts(report)}",
+        _rows(report),
+        *_missing(report),
+        f"<h2>How the numbers are computed</h2>\n{_list(map(escape, _definitions(report)))}",
         f'<p class="soft">Written by Detrellis {escape(__version__)}. As JSON: report.json.</p>',
     ]
     head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -74,7 +74,7 @@ def page(found: Report, drawn: Mapping[str, tuple[Figure, str]]) -> str:
     return f'<!DOCTYPE html>\n<html lang="en">\n{whole}\n</html>\n'
 
 
-def _table(sheet: Sheet, baselines: Collection[str]) -> str:
+def _table(sheet: ReportTable, baselines: Collection[str]) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in sheet.columns)
     rows = []
     for row in sheet.rows:
@@ -108,11 +108,11 @@ def svg(name: str, figure: Figure, alt: str) -> str:
     return f'<svg role="img" aria-label="{escape(alt)}" {size[0]} fill="currentColor">{inner}'
 
 
-def _facts(found: Report) -> str:
-    plan = found.plan
+def _facts(report: StudyReport) -> str:
+    plan = report.plan
     data = "; ".join(f"{split}: {files['annotations']}" for split, files in plan.data["splits"].items())
     epochs = sorted({row.recipe.schedule.epochs for row in plan.rows})
-    machines = dict.fromkeys(_machine(run.machine) for line in found.lines for run in line.runs)
+    machines = dict.fromkeys(_machine(run.machine) for row in report.rows for run in row.runs)
     facts = {
         "Data": data + (" (bad records left out)" if plan.skip_bad else ""),
         "Seeds": ", ".join(map(str, plan.seeds)),
@@ -123,41 +123,40 @@ def _facts(found: Report) -> str:
     return f"<pre>{escape(plan.command)}</pre>\n<dl>\n{listed}\n</dl>"
 
 
-def _machine(told: Mapping[str, Any]) -> str:
-    return (
-        f"{told.get('device')}, {told.get('threads')} threads, {told.get('jobs')} at a time, torch {told.get('torch')}"
-    )
+def _machine(machine: Mapping[str, Any]) -> str:
+    device, threads, jobs, torch = (machine.get(name) for name in ("device", "threads", "jobs", "torch"))
+    return f"{device}, {threads} threads, {jobs} at a time, torch {torch}"
 
 
-def _rows(found: Report) -> str:
+def _rows(report: StudyReport) -> str:
     """What each row is, as differences from its baseline's recipe."""
-    told = []
-    for row in found.plan.rows:
-        base = found.plan.row(row.against or row.name)
+    parts = []
+    for row in report.plan.rows:
+        base = report.plan.row(row.against or row.name)
         one, other = (r.recipe.model_dump(mode="json", exclude={"name", "about"}) for r in (base, row))
         differing = [text.strip() for text in changes("", one, other)]
         note = f"<p>{escape(row.note)}</p>" if row.note else ""
         what = _list(f"<code>{escape(text)}</code>" for text in differing) if differing else ""
         same = "" if differing else f"<p>The recipe {escape(row.recipe.name)}.</p>"
         against = "" if row.against is None else f" against {escape(row.against)}"
-        told.append(f"<details><summary>{escape(row.name)}{against}</summary>{note}{same}{what}</details>")
+        parts.append(f"<details><summary>{escape(row.name)}{against}</summary>{note}{same}{what}</details>")
     where = '<p class="soft">Every recipe stands whole in plan.json.</p>'
-    return "<h2>What the rows change</h2>\n" + "\n".join(told) + where
+    return "<h2>What the rows change</h2>\n" + "\n".join(parts) + where
 
 
-def _missing(found: Report) -> list[str]:
-    told = []
-    if found.plan.skipped:
-        listed = (f"{escape(name)}: {escape(why)}" for name, why in found.plan.skipped.items())
-        told.append(f"<h2>Rows that were left out</h2>\n{_list(listed)}")
-    for outcome in found.unfinished:
+def _missing(report: StudyReport) -> list[str]:
+    parts = []
+    if report.plan.skipped:
+        listed = (f"{escape(name)}: {escape(why)}" for name, why in report.plan.skipped.items())
+        parts.append(f"<h2>Rows that were left out</h2>\n{_list(listed)}")
+    for outcome in report.unfinished:
         if outcome.log:
-            told.append(f"<h2>{escape(str(outcome.trial))} failed</h2>\n<pre>{escape(outcome.log)}</pre>")
-    return told
+            parts.append(f"<h2>{escape(str(outcome.trial))} failed</h2>\n<pre>{escape(outcome.log)}</pre>")
+    return parts
 
 
-def _definitions(found: Report) -> list[str]:
-    base = found.plan.baseline or "its baseline"
+def _definitions(report: StudyReport) -> list[str]:
+    base = report.plan.baseline or "its baseline"
     return [
         "AP is COCO's box AP on the validation split, in percent, of the averaged weights where the recipe averages.",
         f"Gain: the row's AP after the last epoch minus that of {base} with the same seed, and the mean over seeds. "
@@ -169,14 +168,14 @@ def _definitions(found: Report) -> list[str]:
         "Step: time of a training step in the epoch in the middle, without evaluation; mean over seeds.",
         "Memory: most that the process has had, or on a GPU most that was allocated there; the highest of the seeds.",
         f"Epochs to the AP of {base}: the first epoch after which the mean AP is what {base} ends with.",
-        _same_time(found),
+        _same_time(report),
     ]
 
 
-def _same_time(found: Report) -> str:
-    if found.plan.pace is not None:
+def _same_time(report: StudyReport) -> str:
+    if report.plan.pace is not None:
         return "Epochs: of each row as many as take the time of its baseline, by the paces in plan.json."
-    budgets = {line.budget for line in found.lines}
+    budgets = {row.budget for row in report.rows}
     whose = f", {minutes(budgets.pop())} of training" if len(budgets) == 1 else ", of those with one baseline"
     return f"AP in the same time: mean AP of the last epoch within the time of the fastest row{whose}."
 

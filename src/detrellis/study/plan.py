@@ -4,7 +4,7 @@ refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +24,17 @@ SHOWN = 4  # differences that an error names
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the study's table."""
+class StudyRow:
+    """One row of the study's table: a recipe to train."""
 
     name: str
     recipe: Recipe
-    against: str | None = None  # the row that it is compared with, its baseline; None: it is one, or has none
+    against: str | None = None  # its baseline, the row that it is compared with; None: it is one, or has none
     published: float | None = None  # the paper's AP, in percent
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The row as JSON holds it."""
         return {**vars(self), "recipe": self.recipe.model_dump(mode="json")}
 
 
@@ -54,25 +54,25 @@ class Trial:
         return out / quote(self.row, safe=" +=,()") / f"seed-{self.seed}"
 
 
-State = Literal["waiting", "running", "stopped", "failed", "finished"]
+TrialState = Literal["waiting", "running", "stopped", "failed", "finished"]
 
 
 @dataclass
-class Outcome:
+class TrialOutcome:
     """What became of a trial."""
 
     trial: Trial
     folder: Path
-    state: State = "waiting"
+    state: TrialState = "waiting"
     log: str = ""  # the end of a failed trial's
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """Rows, seeds and data. Raises `UserError` where there is no row, and for a name that stands twice."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[StudyRow, ...]
     data: Mapping[str, Any]  # the `DataSource`, as `to_dict` gives it
     seeds: tuple[int, ...] = (0,)
     skip_bad: SkipBad = False
@@ -100,7 +100,7 @@ class Plan:
         """All rows that others are compared with."""
         return frozenset(row.against for row in self.rows if row.against is not None)
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> StudyRow:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
 
@@ -109,7 +109,7 @@ class Plan:
         return [Trial(row.name, seed, row.recipe) for seed in self.seeds for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The plan as JSON holds it."""
         lists = {"rows": [row.to_dict() for row in self.rows], "seeds": list(self.seeds)}
         pace = None if self.pace is None else dict(self.pace)
         return {**vars(self), "data": dict(self.data), "skipped": dict(self.skipped), "pace": pace, **lists}
@@ -122,10 +122,10 @@ class Plan:
         old = read_plan(out)
         if old is None:
             Outputs(out).alone()
-        if old is not None and (found := differences(old, self.to_dict())):
-            more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        if old is not None and (differing := differences(old, self.to_dict())):
+            more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             raise UserError(
-                f"{out}: there is another study in this folder: {'; '.join(found[:SHOWN])}{more}",
+                f"{out}: there is another study in this folder: {'; '.join(differing[:SHOWN])}{more}",
                 "Repeat its settings to go on with it, or take another --out.",
             )
 
@@ -138,20 +138,20 @@ class Plan:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What keeps plan `new` from going on with plan `old`, both as `to_dict` gives them."""
-    found = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
+    differing = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
     was, now = ("epochs" if plan.get("pace") is None else "time" for plan in (old, new))
-    found += [] if was == now else [f"equal {was}, now equal {now}"]
-    found += changes("data", old["data"], new["data"])
+    differing += [] if was == now else [f"equal {was}, now equal {now}"]
+    differing += changes("data", old["data"], new["data"])
     if gone := [seed for seed in old["seeds"] if seed not in new["seeds"]]:
-        found.append(f"seed {_listed(gone)} is left out now")
+        differing.append(f"seed {', '.join(map(str, gone))} is left out now")
     rows = {row["name"]: row for row in new["rows"]}
     for row in old["rows"]:
         name = row["name"]
         if name not in rows:
-            found.append(f"row {name} is left out now")
+            differing.append(f"row {name} is left out now")
         else:
-            found += changes(f"row {name}:", row["recipe"], rows[name]["recipe"])
-    return found
+            differing += changes(f"row {name}:", row["recipe"], rows[name]["recipe"])
+    return differing
 
 
 def changes(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -163,13 +163,13 @@ def changes(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim.lr": 1e-4, ...}: the leaves of a nested dictionary."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
+            leaves |= flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            leaves[f"{prefix}{name}"] = value
+    return leaves
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
@@ -182,7 +182,3 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         listed = ", ".join(sorted(missing))
         raise UserError(f"{path}: not a whole plan of a study (no {listed})", "Take another --out.")
     return plan
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items))

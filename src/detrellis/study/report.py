@@ -1,4 +1,4 @@
-"""What a study found: a line for each row, compared with its baseline seed by seed. docs/compare.md defines it all."""
+"""The results of a study: those of each row, compared with its baseline seed by seed. docs/compare.md defines them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from detrellis.study.numbers import Estimate, Measured, estimate, mean, measured, timed_alike
-from detrellis.study.plan import Outcome, Plan, Row
+from detrellis.study.plan import StudyPlan, StudyRow, TrialOutcome
+from detrellis.study.results import Estimate, TrialResult, estimate, mean, read_trial, timed_alike
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row over its finished seeds, of which there is at least one."""
+class RowResult:
+    """The results of one row over its finished seeds, of which there is at least one."""
 
-    row: Row
-    runs: tuple[Measured, ...]
+    planned: StudyRow
+    runs: tuple[TrialResult, ...]  # one for each finished seed
     gain: Estimate | None = None  # final AP minus the baseline's of the same seed; None: no baseline, or no seed shared
     published_gain: float | None = None
     cost: float | None = None  # step time relative to the baseline's
@@ -27,8 +27,8 @@ class Line:
 
     @property
     def name(self) -> str:
-        """The row's."""
-        return self.row.name
+        """The name of the row."""
+        return self.planned.name
 
     @property
     def final(self) -> Estimate:
@@ -42,12 +42,12 @@ class Line:
 
     @property
     def ap50(self) -> Estimate:
-        """After the last epoch."""
+        """AP50 after the last epoch."""
         return estimate([run.ap50 for run in self.runs])
 
     @property
     def ap75(self) -> Estimate:
-        """After the last epoch."""
+        """AP75 after the last epoch."""
         return estimate([run.ap75 for run in self.runs])
 
     @property
@@ -61,28 +61,28 @@ class Line:
 
     @property
     def duplicates(self) -> float | None:
-        """AP that they cost: what NMS adds."""
+        """The AP that duplicates cost: what NMS adds. None where no seed was evaluated with NMS."""
         costs = [run.after_nms[0] - run.final for run in self.runs if run.after_nms is not None]
         return mean(costs)
 
     @property
     def curve(self) -> list[tuple[int, float]]:
-        """Epochs and the mean AP after each."""
+        """The evaluated epochs, and the mean AP over the seeds after each."""
         return mean_curve(self.runs)
 
     @property
     def step_seconds(self) -> float | None:
-        """Mean over the seeds."""
+        """The time of a training step, as the mean over the seeds."""
         return mean(run.step_seconds for run in self.runs)
 
     @property
     def epoch_seconds(self) -> float | None:
-        """Mean over the seeds."""
+        """The time of training in an epoch, as the mean over the seeds."""
         return mean(run.epoch_seconds for run in self.runs)
 
     @property
     def memory(self) -> int | None:
-        """Highest of any seed, in bytes: allocated on the GPU, or without one all that the process had."""
+        """The peak memory of any seed, in bytes: allocated on the GPU, or without one all that the process had."""
         return max((run.machine["peak_memory"] for run in self.runs if run.machine.get("peak_memory")), default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Line:
         apart = self.after_nms and dict(zip(("AP", "AP50", "AP75"), self.after_nms, strict=True))
         plain = ("step_seconds", "epoch_seconds", "memory", "cost", "epochs_to_baseline", "budget", "published_gain")
         return {
-            **{name: getattr(self.row, name) for name in ("name", "against", "note", "published")},
+            **{name: getattr(self.planned, name) for name in ("name", "against", "note", "published")},
             **estimates,
             "after_nms": apart and {name: e._asdict() for name, e in apart.items()},
             **{name: getattr(self, name) for name in plain},
@@ -103,54 +103,56 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All rows that have a finished seed, in the plan's order."""
+class StudyReport:
+    """The results of all rows that have a finished seed, in the plan's order."""
 
-    plan: Plan
-    lines: tuple[Line, ...]
-    unfinished: tuple[Outcome, ...]
+    plan: StudyPlan
+    rows: tuple[RowResult, ...]
+    unfinished: tuple[TrialOutcome, ...]
 
-    def line(self, name: str | None) -> Line | None:
-        """The line of that row, if any of its seeds is finished."""
-        return next((line for line in self.lines if line.name == name), None)
+    def row(self, name: str | None) -> RowResult | None:
+        """The results of the row of that name, if any of its seeds is finished."""
+        return next((row for row in self.rows if row.name == name), None)
 
     @property
-    def others(self) -> list[Line]:
-        """Those that are compared with a baseline."""
-        return [line for line in self.lines if line.gain is not None]
+    def others(self) -> list[RowResult]:
+        """The rows that are compared with a baseline."""
+        return [row for row in self.rows if row.gain is not None]
 
 
-def report(plan: Plan, outcomes: Sequence[Outcome]) -> Report:
-    """Read the finished trials."""
-    found: dict[str, tuple[Measured, ...]] = {}
+def read_report(plan: StudyPlan, outcomes: Sequence[TrialOutcome]) -> StudyReport:
+    """Read the finished trials from their folders, and compare the rows."""
+    results: dict[str, tuple[TrialResult, ...]] = {}
     for row in plan.rows:
-        done = [o for o in outcomes if o.trial.row == row.name and o.state == "finished"]
-        runs = [measured(o.folder, o.trial.seed, row.recipe.optim.batch_size) for o in done]
+        finished = [o for o in outcomes if o.trial.row == row.name and o.state == "finished"]
+        runs = [read_trial(o.folder, o.trial.seed, row.recipe.optim.batch_size) for o in finished]
         if any(runs):
-            found[row.name] = tuple(run for run in runs if run is not None)
-    found = timed_alike(found)
-    lines = tuple(_line(row, plan, found) for row in plan.rows if row.name in found)
-    return Report(plan, lines, tuple(o for o in outcomes if o.state != "finished"))
+            results[row.name] = tuple(run for run in runs if run is not None)
+    results = timed_alike(results)
+    rows = tuple(_row_result(row, plan, results) for row in plan.rows if row.name in results)
+    return StudyReport(plan, rows, tuple(o for o in outcomes if o.state != "finished"))
 
 
-def _line(row: Row, plan: Plan, found: Mapping[str, tuple[Measured, ...]]) -> Line:
-    runs, base = found[row.name], row.against or row.name
-    alike = [found[r.name] for r in plan.rows if base in (r.name, r.against) and r.name in found]
-    times = [] if plan.pace is not None else [s for some in alike if (s := _seconds(some)) is not None]
+def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[TrialResult, ...]]) -> RowResult:
+    runs, base = results[row.name], row.against or row.name
+    # The budget: the training time of the fastest among the rows that share this one's baseline.
+    peers = [results[r.name] for r in plan.rows if base in (r.name, r.against) and r.name in results]
+    times = [] if plan.pace is not None else [s for of_peer in peers if (s := _seconds(of_peer)) is not None]
     budget = min(times, default=None)
     timely = _timely(runs, budget)
-    if base not in found:
-        return Line(row, runs, budget=budget, timely=timely)
-    base_runs = found[base]
+    if base not in results:
+        return RowResult(row, runs, budget=budget, timely=timely)
+    # What the row gains over its baseline, and what it costs.
+    base_runs = results[base]
     gain = _gain(runs, base_runs, lambda run: run.final) if row.against else None
     gain_after_nms = _gain(runs, base_runs, lambda run: run.after_nms and run.after_nms[0]) if row.against else None
     step, base_step = (mean(run.step_seconds for run in some) for some in (runs, base_runs))
-    here, there = row.published, plan.row(base).published
-    return Line(
+    published, base_published = row.published, plan.row(base).published
+    return RowResult(
         row,
         runs,
         gain,
-        None if here is None or there is None or not row.against else here - there,
+        None if published is None or base_published is None or not row.against else published - base_published,
         None if step is None or not base_step else step / base_step,
         _reached(mean_curve(runs), mean_curve(base_runs)[-1][1]),
         budget,
@@ -160,16 +162,19 @@ def _line(row: Row, plan: Plan, found: Mapping[str, tuple[Measured, ...]]) -> Li
 
 
 def _gain(
-    runs: Sequence[Measured], base_runs: Sequence[Measured], value: Callable[[Measured], float | None]
+    runs: Sequence[TrialResult], base_runs: Sequence[TrialResult], value: Callable[[TrialResult], float | None]
 ) -> Estimate | None:
     """Over the seeds that both have: the row's value minus the baseline's; None where there is no such seed."""
     base = {run.seed: value(run) for run in base_runs}
-    pairs = [(value(run), base.get(run.seed)) for run in runs]
-    deltas = [own - its for own, its in pairs if own is not None and its is not None]
-    return estimate(deltas) if deltas else None
+    differences = []
+    for run in runs:
+        after, before = value(run), base.get(run.seed)
+        if after is not None and before is not None:
+            differences.append(after - before)
+    return estimate(differences) if differences else None
 
 
-def mean_curve(runs: Sequence[Measured]) -> list[tuple[int, float]]:
+def mean_curve(runs: Sequence[TrialResult]) -> list[tuple[int, float]]:
     """Epochs that all seeds evaluated, and the mean AP after each."""
     curves = [dict(zip(run.epochs, run.ap, strict=True)) for run in runs]
     common = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
@@ -180,13 +185,14 @@ def _reached(curve: Sequence[tuple[int, float]], target: float) -> int | None:
     return next((epoch for epoch, ap in curve if ap >= target), None)
 
 
-def _seconds(runs: Sequence[Measured]) -> float | None:
-    """Of training to the last epoch, without evaluations."""
+def _seconds(runs: Sequence[TrialResult]) -> float | None:
+    """The time of training to the last epoch, without evaluations."""
     epoch = mean(run.epoch_seconds for run in runs)
     return None if epoch is None else epoch * runs[0].epochs[-1]
 
 
-def _timely(runs: Sequence[Measured], budget: float | None) -> tuple[int, float] | None:
+def _timely(runs: Sequence[TrialResult], budget: float | None) -> tuple[int, float] | None:
+    """The last evaluated epoch within the budget, and the mean AP after it."""
     epoch_seconds = mean(run.epoch_seconds for run in runs)
     if budget is None or epoch_seconds is None:
         return None

@@ -13,7 +13,7 @@ from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.schemes import SchemesConfig
 from detrellis.recipes.tables import Paper, Table
 from detrellis.recipes.tables import Row as TableRow
-from detrellis.study.plan import Plan, Row
+from detrellis.study.plan import StudyPlan, StudyRow
 
 KNOWN = (*SchemesConfig.model_fields, "none")
 VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
@@ -30,14 +30,14 @@ def parse_rows(text: str) -> list[list[str]]:
 
 
 def _schemes(row: str) -> list[str]:
-    found: list[str] = []
+    schemes: list[str] = []
     for part in (p.strip() for p in row.split("+")):
-        in_list = bool(found) and found[-1].partition("=")[0] in LISTS and "=" in found[-1]
+        in_list = bool(schemes) and schemes[-1].partition("=")[0] in LISTS and "=" in schemes[-1]
         if in_list and part not in KNOWN and "=" not in part:
-            found[-1] += f"+{part}"
+            schemes[-1] += f"+{part}"
         else:
-            found.append(part)
-    return [scheme for scheme in found if scheme != "none"]
+            schemes.append(part)
+    return [scheme for scheme in schemes if scheme != "none"]
 
 
 def with_exactly(recipe: Recipe, schemes: Sequence[str]) -> Recipe:
@@ -60,7 +60,7 @@ def plan_schemes(
     equal: Equal = "epochs",
     skip_bad: SkipBad = False,
     command: str = "",
-) -> Plan:
+) -> StudyPlan:
     """A row for each set of schemes in `schemes` (see `parse_rows`); the first is the baseline.
 
     `override` sets fields of all rows; a dial such as `schemes.group.reduction=sum` only where a row has the scheme.
@@ -78,9 +78,9 @@ def plan_schemes(
         more = "none,align" if named[0][0] == "none" else f"none,{schemes}"
         raise UserError(f"--schemes {schemes}: one row, and no other to compare it with", f"Add one: --schemes {more}.")
     first = named[0][0]
-    rows = tuple(Row(name, own, None if name == first else first) for name, own in named)
+    rows = tuple(StudyRow(name, own, None if name == first else first) for name, own in named)
     title = f"{base.name} with training schemes"
-    plan = Plan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, pace=_pace(equal))
+    plan = StudyPlan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, pace=_pace(equal))
     classes = count_classes(source, skip_bad)
     for row in rows:
         check_row(row.recipe, classes)
@@ -88,12 +88,13 @@ def plan_schemes(
 
 
 def _pace(equal: Equal) -> dict[str, float] | None:
-    """A plan's, before it is measured."""
+    """The paces of a plan before they are measured."""
     return {} if equal == "time" else None
 
 
 def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
-    """Of a data set that can be trained and evaluated on; `UserError` otherwise, before any run begins."""
+    """The number of classes of a data set that can be trained and evaluated on; `UserError` for any other one, before
+    a run begins."""
     _, validation, classes, _ = prepare(source, skip_bad=skip_bad)
     if validation is None:
         raise UserError("the data set has no validation split, and nothing could be compared", "Name it with --val.")
@@ -122,7 +123,7 @@ def plan_table(
     equal: Equal = "epochs",
     skip_bad: SkipBad = False,
     command: str = "",
-) -> Plan:
+) -> StudyPlan:
     """The rows of a paper's table, each with its baseline there; `only`: some of them (names or numbers).
 
     Rows that cannot be trained are left out with the reason, unless `only` names them: then it is raised.
@@ -143,14 +144,14 @@ def plan_table(
             skipped[row.name] = f"needs {row.missing}" if row.missing else error.message
     rows = tuple(_published(table, table.row(name), recipe, recipes) for name, recipe in recipes.items())
     title = f"{paper.title}, {place(table)}: {table.title}"
-    return Plan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal))
+    return StudyPlan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal))
 
 
-def _published(table: Table, row: TableRow, recipe: Recipe, recipes: Collection[str]) -> Row:
+def _published(table: Table, row: TableRow, recipe: Recipe, recipes: Collection[str]) -> StudyRow:
     base = table.baseline(row)
     against = None if base is None or base.name not in recipes else base.name
     note = ". ".join(text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text)
-    return Row(row.name, recipe, against, row.published.get("AP"), note)
+    return StudyRow(row.name, recipe, against, row.published.get("AP"), note)
 
 
 def place(table: Table) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from detrellis.atomic import replace_text
 from detrellis.study.board import Board
-from detrellis.study.plan import DONE, LOG, ORDER, Outcome, Plan
+from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
 
 CHILD = ("-m", "detrellis.study.child")
 POLL_SECONDS = 0.3
@@ -29,8 +29,8 @@ EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
-class How:
-    """What decides how fast the trials run; nothing here changes what is trained, but for rounding."""
+class Resources:
+    """What the trials run on, which decides how fast; it changes what is trained by no more than rounding."""
 
     jobs: int = 1  # trials at a time
     threads: int | None = None  # CPU threads of all together; None: OMP_NUM_THREADS for each, or all there are
@@ -38,12 +38,12 @@ class How:
     device: str | None = None  # several with commas: trials are dealt out to them
 
     def devices(self) -> list[str | None]:
-        """One for each job that runs at the same time."""
+        """The device of each job that runs at the same time."""
         given = [None] if self.device is None else [d.strip() for d in self.device.split(",")]
         return [given[i % len(given)] for i in range(self.jobs)]
 
     def threads_each(self) -> int | None:
-        """CPU threads of a trial; None: as the environment says."""
+        """The CPU threads of a trial; None: as the environment says."""
         if self.threads is None and "OMP_NUM_THREADS" in os.environ:
             return None
         return max(1, (self.threads or os.cpu_count() or 1) // self.jobs)
@@ -51,24 +51,24 @@ class How:
 
 @dataclass
 class _Child:
-    outcome: Outcome
+    outcome: TrialOutcome
     process: subprocess.Popen[bytes]
     device: str | None
 
 
-def run(plan: Plan, out: Path, how: How, console: Console) -> list[Outcome]:
+def run(plan: StudyPlan, out: Path, resources: Resources, console: Console) -> list[TrialOutcome]:
     """Train what is not trained yet. Ctrl-C and SIGTERM stop the trials, which save; a second one stops them at once.
 
     A trial that fails does not stop the others.
     """
-    outcomes = [Outcome(trial, trial.folder(out)) for trial in plan.trials()]
+    outcomes = [TrialOutcome(trial, trial.folder(out)) for trial in plan.trials()]
     for outcome in outcomes:
         if (outcome.folder / DONE).exists():
             outcome.state = "finished"
     running: list[_Child] = []
     with _sigterm_interrupts(), Board(outcomes, console) as board:
         try:
-            _keep_busy(outcomes, running, plan, how, board)
+            _keep_busy(outcomes, running, plan, resources, board)
         except KeyboardInterrupt:
             board.say("Stopping: the trials that run save first. Once more stops at once.")
             _stop(running)
@@ -78,12 +78,15 @@ def run(plan: Plan, out: Path, how: How, console: Console) -> list[Outcome]:
     return outcomes
 
 
-def _keep_busy(outcomes: list[Outcome], running: list[_Child], plan: Plan, how: How, board: Board) -> None:
+def _keep_busy(
+    outcomes: list[TrialOutcome], running: list[_Child], plan: StudyPlan, resources: Resources, board: Board
+) -> None:
+    """Start a trial wherever a device is free, until none waits and none runs."""
     waiting = deque(outcome for outcome in outcomes if outcome.state == "waiting")
-    free = how.devices()
+    free = resources.devices()
     while waiting or running:
         while waiting and free:
-            running.append(_start(waiting.popleft(), plan, how, free.pop(0)))
+            running.append(_start(waiting.popleft(), plan, resources, free.pop(0)))
             board.started(running[-1].outcome)
         for child in [c for c in running if c.process.poll() is not None]:
             running.remove(child)
@@ -94,14 +97,15 @@ def _keep_busy(outcomes: list[Outcome], running: list[_Child], plan: Plan, how: 
         time.sleep(POLL_SECONDS)
 
 
-def _start(outcome: Outcome, plan: Plan, how: How, device: str | None) -> _Child:
-    """Its own session: a Ctrl-C in the terminal reaches this process alone, which tells the children once."""
+def _start(outcome: TrialOutcome, plan: StudyPlan, resources: Resources, device: str | None) -> _Child:
+    """Start a trial, in a session of its own: a Ctrl-C in the terminal reaches this process alone, which then tells
+    each child once."""
     trial, folder = outcome.trial, outcome.folder
     folder.mkdir(parents=True, exist_ok=True)
     order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(plan.data), "seed": trial.seed}
-    order |= {"skip_bad": plan.skip_bad, "device": device, "workers": how.workers, "jobs": how.jobs}
+    order |= {"skip_bad": plan.skip_bad, "device": device, "workers": resources.workers, "jobs": resources.jobs}
     replace_text(folder / ORDER, json.dumps(order, indent=1))
-    threads = how.threads_each()
+    threads = resources.threads_each()
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
@@ -117,7 +121,7 @@ def _start(outcome: Outcome, plan: Plan, how: How, device: str | None) -> _Child
 
 
 def _settle(child: _Child) -> None:
-    """What became of a child that has ended."""
+    """Note in its outcome what became of a child that has ended."""
     outcome, code = child.outcome, child.process.returncode
     if (outcome.folder / DONE).exists():
         outcome.state = "finished"
@@ -138,6 +142,7 @@ def telling(lines: list[str]) -> list[str]:
 
 
 def _stop(running: list[_Child]) -> None:
+    """Let all children save and stop, and wait for them."""
     for child in running:
         child.process.terminate()
     for child in running:

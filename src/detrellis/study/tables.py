@@ -11,13 +11,13 @@ from rich.text import Text
 
 from detrellis.engine.console import number
 from detrellis.engine.evaluate import NMS
-from detrellis.study.numbers import Estimate
-from detrellis.study.report import Line, Report
+from detrellis.study.report import RowResult, StudyReport
+from detrellis.study.results import Estimate
 
 NONE = "-"
 
 
-class Sheet(NamedTuple):
+class ReportTable(NamedTuple):
     """Cells of a table; the first column is the row's name."""
 
     title: str
@@ -25,53 +25,53 @@ class Sheet(NamedTuple):
     rows: tuple[tuple[str, ...], ...]
 
 
-def sheets(found: Report) -> list[Sheet]:
+def report_tables(report: StudyReport) -> list[ReportTable]:
     """The tables of a report."""
-    base = found.plan.baseline or "its baseline"
-    seeds = "" if len(found.plan.seeds) == 1 else ", mean ± standard deviation over the seeds"
-    ap: dict[str, Callable[[Line], str]] = {
-        "AP": lambda line: spread(line.final),
-        f"gain over {base}": lambda line: gain(line.gain),
-        "AP50": lambda line: f"{line.ap50.mean:.1f}",
-        "AP75": lambda line: f"{line.ap75.mean:.1f}",
-        "best AP": lambda line: f"{line.best.mean:.1f}",
+    base = report.plan.baseline or "its baseline"
+    seeds = "" if len(report.plan.seeds) == 1 else ", mean ± standard deviation over the seeds"
+    ap: dict[str, Callable[[RowResult], str]] = {
+        "AP": lambda row: spread(row.final),
+        f"gain over {base}": lambda row: gain(row.gain),
+        "AP50": lambda row: f"{row.ap50.mean:.1f}",
+        "AP75": lambda row: f"{row.ap75.mean:.1f}",
+        "best AP": lambda row: f"{row.best.mean:.1f}",
     }
-    if found.plan.baseline is None and found.others:
-        ap["baseline"] = lambda line: line.row.against or NONE
-    if any(line.row.published is not None for line in found.lines):
-        ap["published AP"] = lambda line: number(line.row.published, ".1f")
-        ap["published gain"] = lambda line: number(line.published_gain, "+.1f")
-    if any(len(line.runs) != len(found.plan.seeds) for line in found.lines):
-        ap["seeds"] = lambda line: str(len(line.runs))
-    cost: dict[str, Callable[[Line], str]] = {
-        "step": lambda line: seconds(line.step_seconds),
-        f"times {base}": lambda line: number(line.cost, ".2f"),
-        "memory": lambda line: NONE if line.memory is None else f"{line.memory / 2**30:.1f} GiB",
+    if report.plan.baseline is None and report.others:
+        ap["baseline"] = lambda row: row.planned.against or NONE
+    if any(row.planned.published is not None for row in report.rows):
+        ap["published AP"] = lambda row: number(row.planned.published, ".1f")
+        ap["published gain"] = lambda row: number(row.published_gain, "+.1f")
+    if any(len(row.runs) != len(report.plan.seeds) for row in report.rows):
+        ap["seeds"] = lambda row: str(len(row.runs))
+    cost: dict[str, Callable[[RowResult], str]] = {
+        "step": lambda row: seconds(row.step_seconds),
+        f"times {base}": lambda row: number(row.cost, ".2f"),
+        "memory": lambda row: NONE if row.memory is None else f"{row.memory / 2**30:.1f} GiB",
         f"epochs to {base}'s AP": _epochs,
     }
-    if found.plan.pace is None:
-        cost["AP in the same time"] = lambda line: NONE if line.timely is None else f"{line.timely[1]:.1f}"
+    if report.plan.pace is None:
+        cost["AP in the same time"] = lambda row: NONE if row.timely is None else f"{row.timely[1]:.1f}"
     else:
-        cost = {"epochs": lambda line: str(line.row.recipe.schedule.epochs)} | cost
-    told = [_sheet(f"AP after the last epoch{seeds}", ap, found), _sheet("Cost of training", cost, found)]
-    if any(line.after_nms is not None for line in found.lines):
-        apart: dict[str, Callable[[Line], str]] = {
-            "AP": lambda line: NONE if line.after_nms is None else spread(line.after_nms[0]),
-            f"gain over {base}": lambda line: gain(line.gain_after_nms),
-            "AP50": lambda line: NONE if line.after_nms is None else f"{line.after_nms[1].mean:.1f}",
-            "AP75": lambda line: NONE if line.after_nms is None else f"{line.after_nms[2].mean:.1f}",
-            "NMS adds": lambda line: number(line.duplicates, "+.1f"),
+        cost = {"epochs": lambda row: str(row.planned.recipe.schedule.epochs)} | cost
+    tables = [_sheet(f"AP after the last epoch{seeds}", ap, report), _sheet("Cost of training", cost, report)]
+    if any(row.after_nms is not None for row in report.rows):
+        after_nms: dict[str, Callable[[RowResult], str]] = {
+            "AP": lambda row: NONE if row.after_nms is None else spread(row.after_nms[0]),
+            f"gain over {base}": lambda row: gain(row.gain_after_nms),
+            "AP50": lambda row: NONE if row.after_nms is None else f"{row.after_nms[1].mean:.1f}",
+            "AP75": lambda row: NONE if row.after_nms is None else f"{row.after_nms[2].mean:.1f}",
+            "NMS adds": lambda row: number(row.duplicates, "+.1f"),
         }
-        told.insert(1, _sheet(f"The same without duplicates: after NMS at IoU {NMS}", apart, found))
-    return told
+        tables.insert(1, _sheet(f"The same without duplicates: after NMS at IoU {NMS}", after_nms, report))
+    return tables
 
 
-def _sheet(title: str, columns: dict[str, Callable[[Line], str]], found: Report) -> Sheet:
-    rows = [(line.name, *(cell(line) for cell in columns.values())) for line in found.lines]
-    return Sheet(title, ("row", *columns), tuple(rows))
+def _sheet(title: str, columns: dict[str, Callable[[RowResult], str]], report: StudyReport) -> ReportTable:
+    rows = [(row.name, *(cell(row) for cell in columns.values())) for row in report.rows]
+    return ReportTable(title, ("row", *columns), tuple(rows))
 
 
-def rich_table(sheet: Sheet) -> Table:
+def rich_table(sheet: ReportTable) -> Table:
     """For a console of 80 letters."""
     table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD)
     table.padding = (0, 1, 0, 0)
@@ -102,8 +102,8 @@ def seconds(value: float | None) -> str:
     return NONE if value is None else f"{value:.3g} s"
 
 
-def _epochs(line: Line) -> str:
+def _epochs(row: RowResult) -> str:
     """The first that is as good as the baseline's last; "> 12": none of 12."""
-    if line.cost is None and line.gain is None:
+    if row.cost is None and row.gain is None:
         return NONE
-    return f"> {line.curve[-1][0]}" if line.epochs_to_baseline is None else str(line.epochs_to_baseline)
+    return f"> {row.curve[-1][0]}" if row.epochs_to_baseline is None else str(row.epochs_to_baseline)

@@ -1,4 +1,4 @@
-"""A trial's numbers from its log, and what several seeds say together. AP is in percent, as the papers print it."""
+"""The results of a trial from its log, and their mean over seeds. AP is in percent, as the papers print it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Of at least one value."""
+    """The estimate from at least one value."""
     from scipy.special import stdtrit
 
     mean, count = statistics.fmean(values), len(values)
@@ -49,22 +49,22 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One finished trial."""
+class TrialResult:
+    """The results of one finished trial."""
 
     seed: int
-    epochs: tuple[int, ...]  # that were evaluated
-    ap: tuple[float, ...]  # of each of them
-    ap50: float  # of the last
+    epochs: tuple[int, ...]  # those that were evaluated
+    ap: tuple[float, ...]  # after each of them
+    ap50: float  # after the last, as ap75
     ap75: float
     step_seconds: float | None  # of training, without evaluation
     epoch_seconds: float | None
-    machine: Mapping[str, Any]  # what `done.json` says: device, threads, torch, jobs, peak_memory
+    machine: Mapping[str, Any]  # the content of `done.json`: device, threads, torch, jobs, peak_memory
     after_nms: tuple[float, float, float] | None = None  # AP, AP50, AP75 of the last, without duplicates
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What times depend on: those of runs with another one do not compare."""
+        """The setting that times depend on: those of runs with another one do not compare."""
         return tuple(self.machine.get(name) for name in ("device", "threads", "jobs"))
 
     @property
@@ -78,8 +78,8 @@ class Measured:
         return max(self.ap)
 
 
-def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
-    """A finished trial's numbers, or None where no epoch has an AP.
+def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
+    """The results of a finished trial, or None where no epoch has an AP.
 
     A step's time is that of the epoch in the middle, so that neither a first epoch that compiles nor a slow neighbour
     counts. It is taken from the rate of images, which a run that was stopped within an epoch has right too.
@@ -92,7 +92,7 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
     step = batch_size / statistics.median(rates) if rates else None
     steps = records[-1]["step"] / records[-1]["epoch"]
     last, apart = evaluated[-1]["eval"], evaluated[-1].get("after_nms")
-    return Measured(
+    return TrialResult(
         seed,
         tuple(r["epoch"] for r in evaluated),
         tuple(100 * r["eval"]["AP"] for r in evaluated),
@@ -105,21 +105,24 @@ def measured(folder: Path, seed: int, batch_size: int) -> Measured | None:
     )
 
 
-def timed_alike(found: Mapping[str, Sequence[Measured]]) -> dict[str, tuple[Measured, ...]]:
+def timed_alike(results: Mapping[str, Sequence[TrialResult]]) -> dict[str, tuple[TrialResult, ...]]:
     """Each row's runs, with times and memory of those only that share the setting of most runs: the rest of the
     study may have been trained elsewhere."""
-    settings = Counter(run.setting for runs in found.values() for run in runs)
+    settings = Counter(run.setting for runs in results.values() for run in runs)
     usual = max(settings, key=settings.__getitem__, default=None)
-    return {name: tuple(run if run.setting == usual else untimed(run) for run in runs) for name, runs in found.items()}
+    timed = {}
+    for name, runs in results.items():
+        timed[name] = tuple(run if run.setting == usual else untimed(run) for run in runs)
+    return timed
 
 
-def untimed(run: Measured) -> Measured:
-    """Without what depends on the machine."""
+def untimed(run: TrialResult) -> TrialResult:
+    """The run's results without those that depend on the machine."""
     machine = dict(run.machine) | {"peak_memory": None}
     return replace(run, step_seconds=None, epoch_seconds=None, machine=machine)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that there are."""
+    """The mean of the values that are not None; None where there are none."""
     known = [v for v in values if v is not None]
     return statistics.fmean(known) if known else None
