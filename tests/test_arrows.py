@@ -51,13 +51,18 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "atomic", "distributed", "errors", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
+    "loading": {
+        *("detector", "data", "recipes", "engine", "interop", "predictions"),
+        *("arguments", "distributed", "errors"),
+    },
     "api": {
-        *("types", "detector", "training", "data", "recipes", "engine", "interop"),
-        *("predictions", "arguments", "distributed", "outputs", "errors"),
+        *("data", "recipes", "engine", "interop", "predictions", "loading"),
+        *("arguments", "distributed", "outputs", "errors"),
     },
     "analysis": {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
-        *("data", "recipes", "engine", "api", "arguments", "distributed", "outputs", "errors", "visualize"),
+        *("data", "recipes", "engine", "predictions", "loading"),
+        *("arguments", "distributed", "outputs", "errors", "visualize"),
     },
     "study": {
         *("api", "data", "recipes", "engine", "analysis"),

@@ -53,8 +53,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work before the refusal")
 
-    for place in ("detrellis.api.prepare", "detrellis.api.prepare_split", "detrellis.api.load_any"):
-        monkeypatch.setattr(place, work)
+    for place in ("api.prepare", "loading.prepare_split", "api.load_any", "loading.load_any"):
+        monkeypatch.setattr(f"detrellis.{place}", work)
     return monkeypatch
 
 

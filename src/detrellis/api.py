@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Literal, overload
 
-from detrellis.arguments import BatchSize, Classes, Epochs, Iou, Metric, Scale, Score, Seed, Workers, checked
+from detrellis.arguments import (
+    BatchSize,
+    Classes,
+    Epochs,
+    Iou,
+    Metric,
+    Runs,
+    Scale,
+    Score,
+    Seed,
+    Split,
+    Threads,
+    Warmup,
+    Workers,
+    checked,
+)
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
-from detrellis.data.doctor.check import prepare, prepare_split
+from detrellis.data.doctor.check import prepare
 from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
-from detrellis.data.loader import Loader
-from detrellis.distributed import World, all_gather, pick_device, process_group
-from detrellis.engine.bench import BenchResult, How, bench_recipe
+from detrellis.distributed import World, all_gather, process_group
+from detrellis.engine.bench import BenchResult, bench_recipe
 from detrellis.engine.capacity import capacity
-from detrellis.engine.checkpoint import Card, fill, find_weights, load_weights
+from detrellis.engine.checkpoint import Card, find_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
-from detrellis.engine.evaluate import On, collect, eval_loader, measured_on
+from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.engine.measure import Info, measure
 from detrellis.engine.resume import go_on
 from detrellis.engine.state import Job
@@ -35,42 +49,21 @@ from detrellis.errors import UserError, command
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
+from detrellis.loading import load as load
+from detrellis.loading import open_split
 from detrellis.outputs import Outputs
 from detrellis.predictions.inputs import Pictures, find_pictures, once
 from detrellis.predictions.model import Model as Model
 from detrellis.predictions.record import OnError, Predictions, collected
 from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import Folder
-from detrellis.recipes import Recipe, choose_recipe, find_recipe
-from detrellis.recipes.build import build, build_untrained
+from detrellis.recipes import Recipe, choose_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "bad_batch-0.pt")  # what a run writes beside its weights
 WEIGHTS = ("best.safetensors", "last.safetensors")
-
-
-@checked
-def load(source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None) -> Model:
-    """A trained detector from a run's folder or weights file, from a Hugging Face folder, `hf:org/name` or a reference
-    repository's `.pth`; or an untrained one from a recipe's name.
-
-    `classes` is for a recipe only: the class map, or a number of classes (default 80).
-    """
-    place, own = Path(source), pick_device(device)
-    if place.exists() or is_foreign(source):
-        file = place if is_foreign(source) else find_weights(place)
-        weights, card = load_any(source) if is_foreign(source) else load_weights(file)
-        detector = fill(build_untrained(card.recipe, len(card.classes)), weights, file)
-        return Model(detector.to(own).eval(), card.recipe, card.classes, own, card.data or None)
-    if len(place.parts) > 1:
-        raise UserError(f"{place}: no such run", "Give a run, a weights file, hf:org/name, or a recipe's name.")
-    recipe = find_recipe(str(source))
-    if not isinstance(classes, ClassMap):
-        count = 80 if classes is None else classes
-        classes = ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
-    return Model(build(recipe, len(classes)).detector.to(own).eval(), recipe, classes, own)
 
 
 @checked
@@ -105,30 +98,30 @@ def train(
     `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the
     images that lose an object by that (`"boxes"`: these stay).
     """
-    own_recipe, initial = _start(recipe, weights)
-    own_boxes = None if boxes is None else load_any(boxes)[0]
-    chosen = choose_recipe(own_recipe, scale, scheme, override)
+    default, initial = _start(recipe, weights)
+    initial_boxes = None if boxes is None else load_any(boxes)[0]
+    chosen = choose_recipe(default, scale, scheme, override)
     if epochs is not None:
         chosen = chosen.override([f"schedule.epochs={epochs}"])
     source = find_data(data, train, train_images, val, val_images)
     if out is not None:
         _check_free(Path(out))
-    with process_group(device) as own:
-        training, validation, classes = _prepared(source, chosen, skip_bad, own, console)
-        folder = Path(out) if out is not None else _new_folder(chosen.name, own)
-        if own.is_main_process:
+    with process_group(device) as world:
+        training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
+        folder = Path(out) if out is not None else _new_folder(chosen.name, world)
+        if world.is_main_process:
             Outputs(folder).take(LOGS)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
-        job = Job(card, training, validation, folder, workers, initial, own_boxes)
-        return run_job(job, own, console=console)
+        job = Job(card, training, validation, folder, workers, initial, initial_boxes)
+        return run_job(job, world, console=console)
 
 
-def _new_folder(name: str, own: World) -> Path:
+def _new_folder(name: str, world: World) -> Path:
     """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the same second."""
     stem = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder, number = stem, 1
-    while own.is_main_process:
+    while world.is_main_process:
         try:
             folder.mkdir(parents=True)
             break
@@ -186,37 +179,53 @@ def resume(
     files = (train, train_images, val, val_images)
     moved = None if data is None and not any(files) else find_data(data, *files)
     going = go_on(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
-    with process_group(device) as own:
-        if own.is_main_process:
+    with process_group(device) as world:
+        if world.is_main_process:
             speak = print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
             speak(going.outlook)
-        training, validation, classes = _prepared(going.source, going.card.recipe, going.card.skip_bad, own, console)
+        training, validation, classes = _prepared(going.source, going.card.recipe, going.card.skip_bad, world, console)
         going.check(training, validation, classes)
-        return run_job(Job(going.card, training, validation, Path(run), workers), own, going.state, console=console)
-
-
-class Measured(On, total=False):
-    """What `evaluate` takes beside the metric."""
-
-    results: str | Path | None
-    nms: Iou | None
-    device: str | None
-    progress: bool
+        return run_job(Job(going.card, training, validation, Path(run), workers), world, going.state, console=console)
 
 
 @overload
-def evaluate(run: str | Path, *, metric: Literal["coco"] = "coco", **how: Unpack[Measured]) -> EvalResult:
-    """COCO's."""
+def evaluate(
+    run: str | Path,
+    *,
+    metric: Literal["coco"] = ...,
+    data: str | Path | DataSource | None = ...,
+    val: str | Path | None = ...,
+    val_images: str | Path | None = ...,
+    split: Split = ...,
+    results: str | Path | None = ...,
+    nms: Iou | None = ...,
+    batch_size: BatchSize = ...,
+    skip_bad: SkipBad = ...,
+    workers: Workers = ...,
+    device: str | None = ...,
+    progress: bool = ...,
+) -> EvalResult:
+    """By COCO's metric."""
 
 
 @overload
-def evaluate(run: str | Path, *, metric: Literal["voc"], **how: Unpack[Measured]) -> VocResult:
-    """Pascal VOC's."""
-
-
-@overload
-def evaluate(run: str | Path, *, metric: Metric, **how: Unpack[Measured]) -> EvalResult | VocResult:
-    """Either."""
+def evaluate(
+    run: str | Path,
+    *,
+    metric: Literal["voc"],
+    data: str | Path | DataSource | None = ...,
+    val: str | Path | None = ...,
+    val_images: str | Path | None = ...,
+    split: Split = ...,
+    results: str | Path | None = ...,
+    nms: Iou | None = ...,
+    batch_size: BatchSize = ...,
+    skip_bad: SkipBad = ...,
+    workers: Workers = ...,
+    device: str | None = ...,
+    progress: bool = ...,
+) -> VocResult:
+    """By Pascal VOC's metric."""
 
 
 @checked
@@ -224,53 +233,47 @@ def evaluate(
     run: str | Path,
     *,
     metric: Metric = "coco",
+    data: str | Path | DataSource | None = None,
+    val: str | Path | None = None,
+    val_images: str | Path | None = None,
+    split: Split = "val",
     results: str | Path | None = None,
     nms: Iou | None = None,
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    workers: Workers = 2,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
 ) -> EvalResult | VocResult:
     """Box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
-    `metric`: COCO's AP over the IoUs 0.5 to 0.95, or Pascal VOC's at 0.5 (`engine/voc_eval.py`). `on` is what `On` in
-    `engine/evaluate.py` lists: `data`, `val`, `split`, `skip_bad`, `workers` and so on. `results` names a file for the
-    detections in COCO's results format. `nms` applies non-maximum suppression at that IoU first: how much AP that gains
-    says how many duplicates the detector leaves. Raises `UserError` where the data set has errors, unless `skip_bad`
-    drops the bad records.
+    `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with its images in
+    `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
+    `results` names a file for the detections in COCO's results format. `nms` applies non-maximum suppression at that
+    IoU first: how much AP that gains says how many duplicates the detector leaves. Raises `UserError` where the data
+    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
+    stay).
     """
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
         outputs.ready([Path(results or "").name], inputs=[run])
-    with process_group(device) as own, open_split(run, own, **on) as opened:
-        batches = track(opened.loader, "evaluate", len(opened.loader), progress and own.is_main_process)
-        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, own.device, (nms,))
-        if outputs is not None and own.is_main_process:
+    on = EvalOptions(
+        data=data,
+        val=val,
+        val_images=val_images,
+        split=split,
+        batch_size=batch_size,
+        skip_bad=skip_bad,
+        workers=workers,
+    )
+    with process_group(device) as world, open_split(run, world, **on) as opened:
+        batches = track(opened.loader, "evaluate", len(opened.loader), progress and world.is_main_process)
+        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,))
+        if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
         return evaluator.compute()
-
-
-class Opened(NamedTuple):
-    """A trained detector, and this process's share of the images that it is measured on."""
-
-    run: str
-    model: Model
-    annotations: Annotations
-    loader: Loader
-    files: str  # where the annotations come from
-
-
-@checked
-@contextlib.contextmanager
-def open_split(run: str | Path, own: World, **on: Unpack[On]) -> Iterator[Opened]:
-    """Load a run and what it is measured on; the loader's workers end with the context."""
-    model = trained(run, str(own.device))
-    source, split = measured_on(run, model.data, on)
-    annotations, _ = prepare_split(source, split, model.classes, on.get("skip_bad", False))
-    loader = eval_loader(annotations, model.recipe.data, on.get("batch_size", 4), on.get("workers", 2), own)
-    with contextlib.closing(loader):
-        yield Opened(str(run), model, annotations, loader, str(source.splits[split].annotations))
 
 
 @checked
@@ -306,11 +309,6 @@ def predict(
         return collected(track(found, "predict", len(given), progress), on_error)
 
 
-def trained(run: str | Path, device: str | None) -> Model:
-    """As `load`, but no recipe's name: it would predict with random weights."""
-    return load(run if is_foreign(run) else find_weights(Path(run)), device=device)
-
-
 @checked
 def info(
     recipe: str | Recipe,
@@ -320,7 +318,7 @@ def info(
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
 ) -> Info:
-    """Parameters, multiply-adds and training schemes of a recipe."""
+    """Parameters, multiply-adds and training schemes of a recipe; `scale`, `scheme` and `override` as in `train`."""
     return measure(choose_recipe(recipe, scale, scheme, override), classes)
 
 
@@ -332,18 +330,42 @@ def bench(
     scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
-    **how: Unpack[How],
+    batch_sizes: str | int | Sequence[int] = 1,
+    size: str | int | tuple[int, int] | None = None,
+    threads: Threads | None = None,
+    compiled: bool = False,
+    train: bool = False,
+    runs: Runs = 10,
+    warmup: Warmup = 2,
+    device: str | None = None,
 ) -> BenchResult:
-    """Latency and throughput of a recipe with random weights: inference, or a training step. See `engine/bench.py`."""
-    return bench_recipe(choose_recipe(recipe, scale, scheme, override), classes, **how)
+    """Latency and throughput of a recipe with random weights: inference, or with `train` a training step.
+
+    Times `runs` passes at each of `batch_sizes` (`"1,2,4"`, a number or numbers) after `warmup` untimed ones. `size` is
+    the height and width of the images, `"640x480"` or a pair, or the short side of a landscape image; by default the
+    recipe's. `threads` are those of the CPU (default: torch's), `compiled` takes `torch.compile`.
+    """
+    chosen = choose_recipe(recipe, scale, scheme, override)
+    return bench_recipe(
+        chosen,
+        classes,
+        batch_sizes=batch_sizes,
+        size=size,
+        threads=threads,
+        compiled=compiled,
+        train=train,
+        runs=runs,
+        warmup=warmup,
+        device=device,
+    )
 
 
 def _prepared(
-    source: DataSource, recipe: Recipe, skip_bad: SkipBad, own: World, console: Console | None
+    source: DataSource, recipe: Recipe, skip_bad: SkipBad, world: World, console: Console | None
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
     """The data set after its fast check; the first process says what was found and what was left out."""
     training, validation, classes, report = prepare(source, skip_bad, capacity(recipe))
-    if own.is_main_process:
+    if world.is_main_process:
         speak = print if console is None else console.print
         for split, skipped in report.skipped.items():
             speak(f"{split}: left out {', '.join(f'{n} {code}' for code, n in skipped.items())}")

@@ -10,9 +10,9 @@ import torch
 
 from detrellis.analysis.branches import Comparison, Measured, analyze, detections, scaled
 from detrellis.analysis.schemes import begin, load_trained
-from detrellis.api import open_split
 from detrellis.distributed import World
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
 

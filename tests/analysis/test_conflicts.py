@@ -11,9 +11,9 @@ import torch
 from detrellis.analysis.activation_maps import Cam, activation_map, activations, branch_score, grad_cam
 from detrellis.analysis.conflicts import Measured, analyze, conflict_matrix
 from detrellis.analysis.schemes import load_trained
-from detrellis.api import open_split
 from detrellis.distributed import World
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 from detrellis.schemes.collaborative.scene import Found, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.types import Memory, Targets

@@ -24,9 +24,9 @@ from detrellis.analysis.discriminability import (
     shares_above,
 )
 from detrellis.analysis.pictures import Picture
-from detrellis.api import open_split
 from detrellis.distributed import World
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 from detrellis.nn.attention import DenseAttention
 from detrellis.nn.conditional import ConditionalCrossAttention
 from detrellis.nn.deformable import DeformableAttention

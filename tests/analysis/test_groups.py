@@ -21,12 +21,12 @@ from detrellis.analysis.groups import (
     histograms,
     total_variation,
 )
-from detrellis.api import open_split
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.evaluate import collect
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 from detrellis.matching import Match, assign
 from detrellis.schemes.distances import position_distance
 from detrellis.training import TrainableDetector

@@ -25,11 +25,12 @@ from detrellis.analysis.instability import (
     matched_boxes,
 )
 from detrellis.analysis.outputs import one_to_one
-from detrellis.api import evaluate, open_split
+from detrellis.api import evaluate
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_weights
 from detrellis.engine.log import RunLog
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput

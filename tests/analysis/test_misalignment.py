@@ -16,12 +16,12 @@ import detrellis
 from detrellis.analysis.figures import BLUE, ORANGE
 from detrellis.analysis.misalignment import BINS, EDGES, Comparison, Misalignment, Pairs, analyze, pairs
 from detrellis.analysis.outputs import run_names, seen, truth
-from detrellis.api import open_split
 from detrellis.boxes import pairwise_iou
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
 from detrellis.distributed import World
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 
 from ..small import SMALL
 from .runs import broken

@@ -22,9 +22,9 @@ from detrellis.analysis.query_distance import (
     query_places,
 )
 from detrellis.analysis.schemes import begin, load_trained
-from detrellis.api import open_split
 from detrellis.distributed import World
 from detrellis.errors import UserError
+from detrellis.loading import open_split
 from detrellis.matching import Hungarian, Match, assign
 from detrellis.schemes.collaborative.queries import choose
 from detrellis.schemes.collaborative.scheme import Collaborative

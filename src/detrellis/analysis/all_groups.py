@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from detrellis.analysis.schemes import begin, check_state, load_trained
-from detrellis.api import Opened
 from detrellis.data.loader import Batch
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.schemes.base import QueryBlock
 from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector
@@ -47,7 +47,7 @@ def check_grouped(run: str | Path) -> None:
     check_state(run, "the groups after the first")
 
 
-def load_groups(opened: Opened) -> tuple[TrainableDetector, Group]:
+def load_groups(opened: OpenedSplit) -> tuple[TrainableDetector, Group]:
     """A run's detector with its schemes, as at the last checkpoint, ready to evaluate; and its groups."""
     check_grouped(opened.run)
     return load_trained(opened, Group)

@@ -22,7 +22,6 @@ from detrellis.analysis.attention_maps import Layer, decoded, head_points, head_
 from detrellis.analysis.discriminability import Size, attention_score, levels
 from detrellis.analysis.figures import Result, sheet
 from detrellis.analysis.outputs import listed, run_names
-from detrellis.api import Model, trained
 from detrellis.arguments import Index, checked
 from detrellis.data.decode import read_image
 from detrellis.data.doctor.check import prepare_split
@@ -31,6 +30,8 @@ from detrellis.data.loader import stack_images
 from detrellis.data.transforms import eval_transform
 from detrellis.engine.console import number, track
 from detrellis.errors import UserError
+from detrellis.loading import load_trained
+from detrellis.predictions.model import Model
 from detrellis.types import ImageBatch, Memory
 
 if TYPE_CHECKING:
@@ -131,12 +132,12 @@ def analyze(
         raise UserError(f"{path}: no such file", "Name a picture: --image FILE.")
     pixels = read_image(path)
     pairs = track(list(zip(places, called, strict=True)), "analyze", len(places), progress)
-    found = tuple(_measure(str(place), name, trained(place, device), pixels, query) for place, name in pairs)
+    found = tuple(_measure(str(place), name, load_trained(place, device), pixels, query) for place, name in pairs)
     return Comparison(str(path), query, drawable(pixels).movedim(0, -1).numpy(), found)
 
 
 def _first_image(run: str | Path, device: str | None) -> Path:
-    model = trained(run, device)
+    model = load_trained(run, device)
     if model.data is None:
         raise UserError(f"{run}: no run of ours, so its data are not known", "Name a picture: --image FILE.")
     annotations, _ = prepare_split(DataSource.from_dict(model.data), "val", model.classes)

@@ -18,12 +18,12 @@ from detrellis.analysis.collaborative import DECODER, check_collaborative, decod
 from detrellis.analysis.figures import OfRun, Result, canvas, colours, sheet, shortened, tidy
 from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.analysis.schemes import begin, load_trained
-from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On, completed
+from detrellis.engine.evaluate import EvalOptions, completed
+from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
@@ -113,7 +113,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -124,7 +124,7 @@ def analyze(
     return Comparison(split_name(on), measured)
 
 
-def _measure(opened: Opened, name: str, show: bool) -> Measured:
+def _measure(opened: OpenedSplit, name: str, show: bool) -> Measured:
     model, co = load_trained(opened, Collaborative)
     most = max(model.detector.postprocess.top_k, 100)
     evaluators = {head: CocoEvaluator(opened.annotations, top_k=most) for head in (DECODER, *co.names)}

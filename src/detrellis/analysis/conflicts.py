@@ -23,12 +23,12 @@ from detrellis.analysis.figures import OfRun, Result, sheet
 from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.analysis.schemes import load_trained
-from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 
@@ -152,7 +152,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -166,7 +166,7 @@ def analyze(
     return Comparison(cam, eps, split_name(on), measured)
 
 
-def _measure(cam: Cam, eps: float, opened: Opened, name: str, show: bool) -> Measured:
+def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -> Measured:
     check_alone()
     matrices: list[Tensor] = []
     examples: list[Example] = []
@@ -196,7 +196,7 @@ def _measure(cam: Cam, eps: float, opened: Opened, name: str, show: bool) -> Mea
 
 
 def _maps(
-    opened: Opened, model: TrainableDetector, co: Collaborative, cam: Cam, show: bool
+    opened: OpenedSplit, model: TrainableDetector, co: Collaborative, cam: Cam, show: bool
 ) -> Iterator[tuple[Batch, int, Tensor]]:
     """The maps `(H, h, w)` of each image with an object, by its batch and its place there."""
     for batch in batches(opened, show):

@@ -26,14 +26,14 @@ from detrellis.analysis.attention_maps import decoded, token_weights
 from detrellis.analysis.figures import OfRun, Result, sheet
 from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
 from detrellis.analysis.pictures import Picture, picture
-from detrellis.api import Opened
 from detrellis.arguments import Images, checked
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_supervision
 from detrellis.training import image_sizes
 from detrellis.types import Memory
@@ -176,7 +176,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -187,7 +187,7 @@ def analyze(
     return Comparison(of, split_name(on), measured)
 
 
-def _measure(of: Of, images: int, opened: Opened, name: str, show: bool) -> Measured:
+def _measure(of: Of, images: int, opened: OpenedSplit, name: str, show: bool) -> Measured:
     thresholds = torch.arange(STEPS + 1) / STEPS
     total, count = torch.zeros(2, STEPS + 1, dtype=torch.float64), 0  # IoF and IoB, summed over images
     examples: list[Example] = []
@@ -208,7 +208,7 @@ def _measure(of: Of, images: int, opened: Opened, name: str, show: bool) -> Meas
     return Measured(name, opened.run, opened.files, measured, skipped, curve, tuple(first))
 
 
-def _scored(opened: Opened, of: Of, show: bool) -> Iterator[tuple[Example, Tensor]]:
+def _scored(opened: OpenedSplit, of: Of, show: bool) -> Iterator[tuple[Example, Tensor]]:
     """Every image of this process's share that has both foreground `(H, W)`, given beside it, and background."""
     rows = {int(image_id): row for row, image_id in enumerate(opened.annotations.image_ids)}
     for batch in batches(opened, show):
@@ -219,7 +219,7 @@ def _scored(opened: Opened, of: Of, show: bool) -> Iterator[tuple[Example, Tenso
 
 
 @torch.no_grad()
-def _of_encoder(opened: Opened, batch: Batch) -> Iterator[Tensor]:
+def _of_encoder(opened: OpenedSplit, batch: Batch) -> Iterator[Tensor]:
     memory = opened.model.detector.encode(batch.images)
     check_finite(opened, memory.tokens)
     for i, norms in enumerate(memory.tokens.norm(dim=-1)):
@@ -227,7 +227,7 @@ def _of_encoder(opened: Opened, batch: Batch) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _of_attention(opened: Opened, batch: Batch) -> Iterator[Tensor]:
+def _of_attention(opened: OpenedSplit, batch: Batch) -> Iterator[Tensor]:
     """Of the main queries that are matched to a box in the last layer, one a box."""
     detector, targets = opened.model.detector, batch.targets
     memory = detector.encode(batch.images)
@@ -241,7 +241,7 @@ def _of_attention(opened: Opened, batch: Batch) -> Iterator[Tensor]:
         yield attention_score(levels(own, memory, i), _size(batch, i))
 
 
-MAPS: dict[Of, Callable[[Opened, Batch], Iterable[Tensor]]] = {"encoder": _of_encoder, "attention": _of_attention}
+MAPS: dict[Of, Callable[[OpenedSplit, Batch], Iterable[Tensor]]] = {"encoder": _of_encoder, "attention": _of_attention}
 
 
 def levels(values: Tensor, memory: Memory, image: int) -> list[Tensor]:

@@ -30,14 +30,14 @@ from detrellis.analysis.outputs import (
     one_to_one,
     split_name,
 )
-from detrellis.api import Opened
 from detrellis.arguments import Cells, checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On, completed
+from detrellis.engine.evaluate import EvalOptions, completed
 from detrellis.engine.log import read_records
+from detrellis.loading import OpenedSplit
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.training import TrainableDetector
 
@@ -194,7 +194,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -205,7 +205,7 @@ def analyze(
     return Comparison(grid, split_name(on), measured)
 
 
-def _measure(grid: int, opened: Opened, name: str, show: bool) -> Measured:
+def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> Measured:
     model, group = load_groups(opened)
     evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.postprocess.top_k) for _ in range(group.k)]
     parts: list[Found] = []
@@ -270,7 +270,7 @@ def _distances(found: Sequence[Places], matched: Sequence[Tensor]) -> dict[str, 
     }
 
 
-def _logged(opened: Opened) -> tuple[Logged, ...]:
+def _logged(opened: OpenedSplit) -> tuple[Logged, ...]:
     file = Path(opened.run) / "metrics.jsonl"
     records = read_records(file) if file.is_file() else []
     epochs = [(r["epoch"], r["metrics"]) for r in records if r["kind"] == "epoch" and "group/md" in r["metrics"]]

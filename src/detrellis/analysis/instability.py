@@ -17,14 +17,14 @@ from torch import Tensor
 
 from detrellis.analysis.figures import OfRun, Result, canvas, colours, sheet, shortened, tidy
 from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
-from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_supervision
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, Targets
@@ -148,7 +148,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -158,7 +158,7 @@ def analyze(
     return Comparison(split_name(on), each_run(runs, names, device, progress, on, _measure, kept_epochs))
 
 
-def _measure(opened: Opened, name: str, show: bool) -> Measured:
+def _measure(opened: OpenedSplit, name: str, show: bool) -> Measured:
     epochs: list[int] = []
     changes: list[list[int]] = []  # by epoch but the first, and image
     before: list[Tensor] = []
@@ -181,7 +181,7 @@ def _measure(opened: Opened, name: str, show: bool) -> Measured:
 
 
 @torch.no_grad()
-def _matched(opened: Opened, supervision: Supervision, batch: Batch) -> Tensor:
+def _matched(opened: OpenedSplit, supervision: Supervision, batch: Batch) -> Tensor:
     """V of the last layer in each image, `(B, N)`."""
     output = opened.model.detector(batch.images)
     check_finite(opened, output.logits, output.boxes)

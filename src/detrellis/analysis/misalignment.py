@@ -24,13 +24,13 @@ from torch import Tensor
 
 from detrellis.analysis.figures import BLUE, FAINT, ORANGE, OfRun, Result, headline, panels, sheet
 from detrellis.analysis.outputs import each_run, seen, split_name
-from detrellis.api import Opened
 from detrellis.arguments import Iou, checked
 from detrellis.boxes import pairwise_iou
 from detrellis.distributed import all_gather
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,7 +201,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -215,7 +215,7 @@ def analyze(
     return Comparison(threshold, ordered, split_name(on), measured)
 
 
-def _measure(threshold: float, top: Sequence[int], opened: Opened, name: str, show: bool) -> Measured:
+def _measure(threshold: float, top: Sequence[int], opened: OpenedSplit, name: str, show: bool) -> Measured:
     found = [pairs(s.scores, s.boxes, s.labels, s.truth, threshold) for s in seen(opened, show)]
     everywhere = Pairs.joined(p for part in all_gather(found) for p in part)
     if not len(everywhere.br_query):

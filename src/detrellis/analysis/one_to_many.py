@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, OfRun, Result, canvas, sheet, tidy
 from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
-from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On, collect
+from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
 from detrellis.types import DecoderOutput
@@ -148,7 +148,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -161,7 +161,7 @@ def analyze(
     return Comparison(ordered, split_name(on), each_run(runs, names, device, progress, on, partial(_measure, ordered)))
 
 
-def _measure(nms: Sequence[float], opened: Opened, name: str, show: bool) -> Measured:
+def _measure(nms: Sequence[float], opened: OpenedSplit, name: str, show: bool) -> Measured:
     recipe = opened.model.recipe
     kind = kind_of(recipe)
     result, after = _evaluate(opened, nms if kind == "one-to-many" else (), show)
@@ -169,7 +169,7 @@ def _measure(nms: Sequence[float], opened: Opened, name: str, show: bool) -> Mea
     return Measured(name, opened.run, opened.files, kind, queries, groups * recipe.loss.one_to_many, result, after)
 
 
-def _queries(opened: Opened) -> tuple[int, int]:
+def _queries(opened: OpenedSplit) -> tuple[int, int]:
     """Those that are matched in training, and in how many groups; denoising's are not matched."""
     config, detector = opened.model.recipe.detector, opened.model.detector
     count = config.query_count * max(config.patterns, 1)
@@ -180,7 +180,7 @@ def _queries(opened: Opened) -> tuple[int, int]:
     return count + further, 1 + further // count
 
 
-def _evaluate(opened: Opened, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
+def _evaluate(opened: OpenedSplit, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
     """As the detector detects, and after NMS by each threshold."""
 
     def check(output: DecoderOutput) -> None:

@@ -11,14 +11,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from detrellis.api import Opened, open_split
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
 from detrellis.data.loader import Batch
 from detrellis.distributed import process_group
 from detrellis.engine.console import track
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit, open_split
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput, Targets
@@ -31,8 +31,8 @@ def each_run(
     names: Sequence[str] | None,
     device: str | None,
     progress: bool,
-    on: On,
-    measure: Callable[[Opened, str, bool], Found],
+    on: EvalOptions,
+    measure: Callable[[OpenedSplit, str, bool], Found],
     check: Callable[[str | Path], object] = Path,
 ) -> tuple[Found, ...]:
     """What `measure(opened, name, show)` finds of one run or several; `show` says whether to draw progress.
@@ -52,7 +52,7 @@ def each_run(
     return tuple(found)
 
 
-def batches(opened: Opened, show: bool, what: str = "analyze") -> Iterator[Batch]:
+def batches(opened: OpenedSplit, show: bool, what: str = "analyze") -> Iterator[Batch]:
     """This process's share, on the model's device; `show` puts a progress bar on a terminal."""
     for batch in track(opened.loader, what, len(opened.loader), show):
         yield batch.to(opened.model.device, non_blocking=True)
@@ -72,7 +72,7 @@ class Seen(NamedTuple):
     truth: Tensor  # (n, 4)
 
 
-def seen(opened: Opened, show: bool = False) -> Iterator[Seen]:
+def seen(opened: OpenedSplit, show: bool = False) -> Iterator[Seen]:
     """Every image of this process's share, in the loader's order; `show` puts a progress bar on a terminal.
 
     Raises `UserError` where an output is not finite.
@@ -89,7 +89,7 @@ def seen(opened: Opened, show: bool = False) -> Iterator[Seen]:
             yield Seen(image_id, own_scores, own_boxes, *truth(opened.annotations, rows[image_id]))
 
 
-def check_finite(opened: Opened, *values: Tensor) -> None:
+def check_finite(opened: OpenedSplit, *values: Tensor) -> None:
     """Raises `UserError` where something is not a number: it could not be ranked."""
     if not all(v.isfinite().all() for v in values):
         raise UserError(f"{opened.run}: its outputs are not finite", "Its training went wrong: take other weights.")
@@ -120,7 +120,7 @@ def listed(runs: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return found
 
 
-def split_name(on: On) -> str:
+def split_name(on: EvalOptions) -> str:
     """What a report calls the images that `on` means."""
     return on.get("split", "val") if on.get("val") is None else "val"
 

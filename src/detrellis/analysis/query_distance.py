@@ -20,12 +20,12 @@ from detrellis.analysis.figures import OfRun, Result, sheet
 from detrellis.analysis.outputs import batches, check_finite, each_run, one_to_one, split_name
 from detrellis.analysis.pictures import Picture, picture
 from detrellis.analysis.schemes import begin, load_trained
-from detrellis.api import Opened
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import On
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.coder import centres
 from detrellis.schemes.collaborative.scene import Found
 from detrellis.schemes.collaborative.scheme import Collaborative
@@ -163,7 +163,7 @@ def analyze(
     names: Sequence[str] | None = None,
     device: str | None = None,
     progress: bool = False,
-    **on: Unpack[On],
+    **on: Unpack[EvalOptions],
 ) -> Comparison:
     """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
 
@@ -174,7 +174,7 @@ def analyze(
     return Comparison(split_name(on), measured)
 
 
-def _measure(opened: Opened, name: str, show: bool) -> Measured:
+def _measure(opened: OpenedSplit, name: str, show: bool) -> Measured:
     check_alone()
     found: list[dict[str, Apart]] = []
     example = None
@@ -190,7 +190,7 @@ def _measure(opened: Opened, name: str, show: bool) -> Measured:
 
 
 @torch.no_grad()
-def query_places(opened: Opened, model: TrainableDetector, co: Collaborative, batch: Batch) -> list[Places]:
+def query_places(opened: OpenedSplit, model: TrainableDetector, co: Collaborative, batch: Batch) -> list[Places]:
     """Of each image of a batch. Raises `UserError` where the main queries have no place."""
     step = begin(model, batch, model.detector.encode(batch.images))
     if step.queries.boxes is None:

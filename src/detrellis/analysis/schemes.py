@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from detrellis.api import Opened
 from detrellis.data.loader import Batch
 from detrellis.engine.checkpoint import load_state
 from detrellis.errors import UserError
+from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build
 from detrellis.schemes.base import Step, TrainingScheme
 from detrellis.training import TrainableDetector, image_sizes
@@ -29,7 +29,7 @@ def check_state(run: str | Path, what: str) -> None:
         )
 
 
-def load_trained(opened: Opened, kind: type[Scheme]) -> tuple[TrainableDetector, Scheme]:
+def load_trained(opened: OpenedSplit, kind: type[Scheme]) -> tuple[TrainableDetector, Scheme]:
     """A run's detector with its schemes, as at the last checkpoint, ready to evaluate; and its scheme of this kind,
     which the recipe must have.
 

@@ -16,7 +16,7 @@ from detrellis.errors import UserError
 
 if TYPE_CHECKING:
     from detrellis.analysis.figures import Result
-    from detrellis.engine.evaluate import On
+    from detrellis.engine.evaluate import EvalOptions
 
 analyze = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +38,7 @@ class Shown:
     device: Device = None
     as_json: AsJson = False
 
-    def measure(self, what: str, runs: list[Path], out: Path, on: On, **dials: Any) -> None:
+    def measure(self, what: str, runs: list[Path], out: Path, on: EvalOptions, **dials: Any) -> None:
         """Measure with `analysis/WHAT.py`, write figure and numbers, and print either the table or the numbers."""
         from detrellis.analysis.figures import ready
 

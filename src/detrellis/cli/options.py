@@ -27,7 +27,7 @@ from detrellis.terminal import Terminal
 if TYPE_CHECKING:
     from detrellis.data.doctor.findings import SkipBad as Skips
     from detrellis.data.layout import DataSource
-    from detrellis.engine.evaluate import On
+    from detrellis.engine.evaluate import EvalOptions
 
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
 console = Terminal(quiet=not IS_MAIN_PROCESS)
@@ -105,7 +105,7 @@ class MeasuredOn:
     keep_partial: KeepPartial = False
     workers: Workers = 2
 
-    def on(self) -> On:
+    def on(self) -> EvalOptions:
         """As the API takes it."""
         own = {**vars(self), "skip_bad": skips(self.skip_bad, self.keep_partial)}
         del own["keep_partial"]

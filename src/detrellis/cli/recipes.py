@@ -64,16 +64,26 @@ def bench(
     """
     choose_recipe(recipe, scale, scheme or (), override or ())
     from detrellis import api
-    from detrellis.engine.bench import How
 
-    how: How = {"batch_sizes": batch_sizes, "size": size, "threads": threads, "compiled": compiled}
-    how |= {"train": train, "runs": runs, "device": device}
-    found = api.bench(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or (), **how)
+    result = api.bench(
+        recipe,
+        classes=classes,
+        scale=scale,
+        scheme=scheme or (),
+        override=override or (),
+        batch_sizes=batch_sizes,
+        size=size,
+        threads=threads,
+        compiled=compiled,
+        train=train,
+        runs=runs,
+        device=device,
+    )
     if as_json:
-        print_json(found.to_dict())
+        print_json(result.to_dict())
         return
-    console.print(found.about())
-    console.print(found.table())
+    console.print(result.about())
+    console.print(result.table())
 
 
 def recipes(as_json: AsJson = False) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -110,19 +110,6 @@ def parse_batch_sizes(text: str | int | Sequence[int]) -> list[int]:
     if not sizes or min(sizes) < 1:
         raise UserError(f"batch sizes {text!r}", "Write positive numbers with commas: --batch-sizes 1,2.")
     return sizes
-
-
-class How(TypedDict, total=False):
-    """What `bench_recipe` takes besides recipe and classes."""
-
-    batch_sizes: str | int | Sequence[int]  # "1,2,4"; default 1
-    size: str | int | tuple[int, int] | None  # see `parse_size`; default: the recipe's
-    threads: Threads | None  # of the CPU; default: torch's
-    compiled: bool
-    train: bool  # a training step instead of inference
-    runs: Runs
-    warmup: Warmup
-    device: str | None
 
 
 @checked

@@ -28,7 +28,7 @@ NMS = 0.7  # IoU above which the weaker one of two detections of a class counts 
 DOUBLED = 0.01  # AP that NMS adds where objects are found more than once
 
 
-class On(TypedDict, total=False):
+class EvalOptions(TypedDict, total=False):
     """What a trained detector is measured on; by default the validation split of its own run."""
 
     data: str | Path | DataSource | None
@@ -40,7 +40,7 @@ class On(TypedDict, total=False):
     workers: Workers  # processes that load images; by default 2
 
 
-def measured_on(run: str | Path, own_data: Mapping[str, Any] | None, on: On) -> tuple[DataSource, str]:
+def evaluated_split(run: str | Path, own_data: Mapping[str, Any] | None, on: EvalOptions) -> tuple[DataSource, str]:
     """The data set and the split that `on` means for a run that was trained on `own_data`."""
     data, val = on.get("data"), on.get("val")
     if val is not None:

@@ -1,0 +1,73 @@
+"""Loading what is trained: a run, weights or somebody else's checkpoint; and the split that it is evaluated on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Unpack
+
+from detrellis.arguments import Classes, checked
+from detrellis.data.annotations import Annotations
+from detrellis.data.classes import ClassMap
+from detrellis.data.doctor.check import prepare_split
+from detrellis.data.loader import Loader
+from detrellis.distributed import World, pick_device
+from detrellis.engine.checkpoint import fill, find_weights, load_weights
+from detrellis.engine.evaluate import EvalOptions, eval_loader, evaluated_split
+from detrellis.errors import UserError
+from detrellis.interop.convert import load_any
+from detrellis.interop.load import is_foreign
+from detrellis.predictions.model import Model
+from detrellis.recipes import find_recipe
+from detrellis.recipes.build import build, build_untrained
+
+
+@checked
+def load(source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None) -> Model:
+    """A trained detector from a run's folder or weights file, from a Hugging Face folder, `hf:org/name` or a reference
+    repository's `.pth`; or an untrained one from a recipe's name.
+
+    `classes` is for a recipe only: the class map, or a number of classes (default 80).
+    """
+    place, target = Path(source), pick_device(device)
+    if place.exists() or is_foreign(source):
+        file = place if is_foreign(source) else find_weights(place)
+        weights, card = load_any(source) if is_foreign(source) else load_weights(file)
+        detector = fill(build_untrained(card.recipe, len(card.classes)), weights, file)
+        return Model(detector.to(target).eval(), card.recipe, card.classes, target, card.data or None)
+    if len(place.parts) > 1:
+        raise UserError(f"{place}: no such run", "Give a run, a weights file, hf:org/name, or a recipe's name.")
+    recipe = find_recipe(str(source))
+    if not isinstance(classes, ClassMap):
+        count = 80 if classes is None else classes
+        classes = ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
+    return Model(build(recipe, len(classes)).detector.to(target).eval(), recipe, classes, target)
+
+
+def load_trained(run: str | Path, device: str | None) -> Model:
+    """As `load`, but no recipe's name: it would predict with random weights."""
+    return load(run if is_foreign(run) else find_weights(Path(run)), device=device)
+
+
+class OpenedSplit(NamedTuple):
+    """A trained detector, and those images of a split that this process evaluates it on."""
+
+    run: str
+    model: Model
+    annotations: Annotations
+    loader: Loader
+    files: str  # where the annotations come from
+
+
+@checked
+@contextlib.contextmanager
+def open_split(run: str | Path, world: World, **options: Unpack[EvalOptions]) -> Iterator[OpenedSplit]:
+    """Load a run and what it is evaluated on; the loader's workers end with the context."""
+    model = load_trained(run, str(world.device))
+    source, split = evaluated_split(run, model.data, options)
+    annotations, _ = prepare_split(source, split, model.classes, options.get("skip_bad", False))
+    batch_size, workers = options.get("batch_size", 4), options.get("workers", 2)
+    loader = eval_loader(annotations, model.recipe.data, batch_size, workers, world)
+    with contextlib.closing(loader):
+        yield OpenedSplit(str(run), model, annotations, loader, str(source.splits[split].annotations))
