@@ -38,12 +38,12 @@ from detrellis.engine.checkpoint import Card, find_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, collect
-from detrellis.engine.measure import Info, measure
-from detrellis.engine.resume import go_on
-from detrellis.engine.state import Job
+from detrellis.engine.measure import RecipeInfo, measure
+from detrellis.engine.resume import resumed_run
+from detrellis.engine.state import TrainJob
 from detrellis.engine.train import TrainResult
 from detrellis.engine.train import train as run_job
-from detrellis.engine.transfer import Source
+from detrellis.engine.transfer import InitialWeights
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
 from detrellis.errors import UserError, command
 from detrellis.interop.convert import convert as convert
@@ -98,7 +98,7 @@ def train(
     `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the
     images that lose an object by that (`"boxes"`: these stay).
     """
-    default, initial = _start(recipe, weights)
+    default, initial = _recipe_and_weights(recipe, weights)
     initial_boxes = None if boxes is None else load_any(boxes)[0]
     chosen = choose_recipe(default, scale, scheme, override)
     if epochs is not None:
@@ -113,7 +113,7 @@ def train(
             Outputs(folder).take(LOGS)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
-        job = Job(card, training, validation, folder, workers, initial, initial_boxes)
+        job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes)
         return run_job(job, world, console=console)
 
 
@@ -132,7 +132,7 @@ def _new_folder(name: str, world: World) -> Path:
 
 
 def _check_free(folder: Path) -> None:
-    """Raises `UserError` where a new run would write over a run, or over what is no log of one."""
+    """Raises `UserError` where a new run would write over another run, or over a file that is no log of one."""
     if (folder / "last.state.pt").exists():
         go_on = command("train", "--resume", folder)
         raise UserError(f"{folder}: there is a run in this folder", f"Take another --out, or go on with it: {go_on}")
@@ -141,13 +141,15 @@ def _check_free(folder: Path) -> None:
     Outputs(folder).ready(LOGS)
 
 
-def _start(recipe: str | Recipe | None, weights: str | Path | None) -> tuple[str | Recipe | None, Source | None]:
+def _recipe_and_weights(
+    recipe: str | Recipe | None, weights: str | Path | None
+) -> tuple[str | Recipe | None, InitialWeights | None]:
     """The recipe to train, by default that of the weights, and the weights to start from."""
     if weights is None:
         return recipe, None
     tensors, card = load_any(weights)
     objectness = card.recipe.detector.proposal_targets == "objectness"
-    return card.recipe if recipe is None else recipe, Source(tensors, card.classes, objectness)
+    return card.recipe if recipe is None else recipe, InitialWeights(tensors, card.classes, objectness)
 
 
 def _origin(place: str | Path | None) -> str | None:
@@ -178,14 +180,16 @@ def resume(
     """
     files = (train, train_images, val, val_images)
     moved = None if data is None and not any(files) else find_data(data, *files)
-    going = go_on(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
+    resumed = resumed_run(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
     with process_group(device) as world:
         if world.is_main_process:
-            speak = print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            speak(going.outlook)
-        training, validation, classes = _prepared(going.source, going.card.recipe, going.card.skip_bad, world, console)
-        going.check(training, validation, classes)
-        return run_job(Job(going.card, training, validation, Path(run), workers), world, going.state, console=console)
+            say = print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            say(resumed.summary)
+        card = resumed.card
+        training, validation, classes = _prepared(resumed.source, card.recipe, card.skip_bad, world, console)
+        resumed.check(training, validation, classes)
+        job = TrainJob(card, training, validation, Path(run), workers)
+        return run_job(job, world, resumed.state, console=console)
 
 
 @overload
@@ -257,16 +261,9 @@ def evaluate(
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
         outputs.ready([Path(results or "").name], inputs=[run])
-    on = EvalOptions(
-        data=data,
-        val=val,
-        val_images=val_images,
-        split=split,
-        batch_size=batch_size,
-        skip_bad=skip_bad,
-        workers=workers,
-    )
-    with process_group(device) as world, open_split(run, world, **on) as opened:
+    options = EvalOptions(data=data, val=val, val_images=val_images, split=split)
+    options |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
+    with process_group(device) as world, open_split(run, world, **options) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and world.is_main_process)
         (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,))
         if outputs is not None and world.is_main_process:
@@ -302,11 +299,11 @@ def predict(
     folder = None if out is None else Folder(Path(out), given, txt)
     given = given if folder is None else folder.given
     model = load(place, device=device)
-    found = model.look(given, threshold, nms, batch_size)
+    predictions = model.look(given, threshold, nms, batch_size)
     if folder is not None:
-        found = folder.save(found, model.classes.names, model.data)
-    with contextlib.closing(found):  # Ctrl-C may come anywhere; what was found is written then too
-        return collected(track(found, "predict", len(given), progress), on_error)
+        predictions = folder.save(predictions, model.classes.names, model.data)
+    with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too
+        return collected(track(predictions, "predict", len(given), progress), on_error)
 
 
 @checked
@@ -317,7 +314,7 @@ def info(
     scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
-) -> Info:
+) -> RecipeInfo:
     """Parameters, multiply-adds and training schemes of a recipe; `scale`, `scheme` and `override` as in `train`."""
     return measure(choose_recipe(recipe, scale, scheme, override), classes)
 
@@ -366,11 +363,11 @@ def _prepared(
     """The data set after its fast check; the first process says what was found and what was left out."""
     training, validation, classes, report = prepare(source, skip_bad, capacity(recipe))
     if world.is_main_process:
-        speak = print if console is None else console.print
+        say = print if console is None else console.print
         for split, skipped in report.skipped.items():
-            speak(f"{split}: left out {', '.join(f'{n} {code}' for code, n in skipped.items())}")
+            say(f"{split}: left out {', '.join(f'{n} {code}' for code, n in skipped.items())}")
         if warnings := report.text("warning"):
-            speak(warnings)
+            say(warnings)
         if validation is None:
-            speak("No validation split: the run is not evaluated, and its last weights are the ones to use.")
+            say("No validation split: the run is not evaluated, and its last weights are the ones to use.")
     return training, validation, classes

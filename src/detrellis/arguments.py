@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an argument may be, ends included."""
+    """The range of numbers that an argument may be, ends included."""
 
     low: int
     high: int | None = None
@@ -53,8 +53,8 @@ Scale = Literal["tiny"]
 
 def limits(kind: Any) -> dict[str, Any]:
     """The range of one of the kinds above, as an option of the command line takes it."""
-    (found,) = (part for part in kind.__metadata__ if isinstance(part, Range))
-    return {"min": found.low, "max": found.high}
+    (bounds,) = (part for part in kind.__metadata__ if isinstance(part, Range))
+    return {"min": bounds.low, "max": bounds.high}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -94,15 +94,15 @@ def _check_call(function: Callable[..., Any], positional: Sequence[Any], named: 
 
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """What each argument may be, keywords of a TypedDict among them; None where only a type checker knows."""
-    found: dict[str, Any] = {}
+    """The hint of each argument, and of the keywords of a TypedDict; None where only a type checker knows it."""
+    hints: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = _evaluated(parameter.annotation, function)
         if parameter.kind is not parameter.VAR_KEYWORD:
-            found[name] = hint
+            hints[name] = hint
         elif get_origin(hint) is Unpack:
-            found |= get_type_hints(get_args(hint)[0], include_extras=True)
-    return found
+            hints |= get_type_hints(get_args(hint)[0], include_extras=True)
+    return hints
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
@@ -115,12 +115,13 @@ def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
 
 
 def _wrong(hint: Any, value: Any) -> str:
-    """What to give instead of `value`; nothing where it is allowed, or nobody can tell."""
+    """The remedy for a `value` that its hint does not allow; empty where it does, or where that cannot be told."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        found = [_wrong(arm, value) for arm in get_args(hint)]
-        told = [remedy for remedy, arm in zip(found, get_args(hint), strict=True) if arm is not types.NoneType]
-        return "" if "" in found else " Or: ".join(dict.fromkeys(told))
+        remedies = {arm: _wrong(arm, value) for arm in get_args(hint)}
+        allowed = "" in remedies.values()
+        remedies.pop(types.NoneType, None)
+        return "" if allowed else " Or: ".join(dict.fromkeys(remedies.values()))
     if origin is Annotated:
         limit = next((part for part in hint.__metadata__ if isinstance(part, Range)), None)
         return "" if limit is None else _wrong_number(hint.__origin__, limit, value)

@@ -98,15 +98,14 @@ def _free(folder: Path) -> Path:
 def _sheet(model: api.Model, val: Annotations, pictures: int = 6) -> Image.Image:
     """The first pictures of the validation split, truth in the upper row and predictions in the lower."""
     names = val.classes.names
-    truth, found, titles = [], [], []
+    truth, predicted, titles = [], [], []
     for index in range(min(pictures, len(val))):
         prediction = model.predict(val.path(index), threshold=0.3)[0]
-        own = slice(val.starts[index], val.starts[index + 1])
-        boxes = [(x, y, x + w, y + h) for x, y, w, h in val.boxes[own].tolist()]
+        rows = slice(val.starts[index], val.starts[index + 1])
+        boxes = [(x, y, x + w, y + h) for x, y, w, h in val.boxes[rows].tolist()]
         picture = Image.open(val.path(index)).convert("RGB")
-        truth.append(draw_detections(picture, boxes, val.labels[own].tolist(), None, names))
-        found.append(prediction.draw(names))
+        truth.append(draw_detections(picture, boxes, val.labels[rows].tolist(), None, names))
+        predicted.append(prediction.draw(names))
         titles.append(val.path(index).name)
-    return contact_sheet(
-        [*truth, *found], len(truth), [*(f"{t}: truth" for t in titles), *(f"{t}: predicted" for t in titles)]
-    )
+    captions = [f"{title}: {what}" for what in ("truth", "predicted") for title in titles]
+    return contact_sheet([*truth, *predicted], len(truth), captions)

@@ -24,6 +24,12 @@ class Advice(UserWarning):
     """Something that works and that the user probably does not want; shown as one line."""
 
 
+def listed(items: Sequence[object], limit: int, separator: str = ", ") -> str:
+    """The first `limit` of the items, and how many more there are."""
+    more = f", and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(map(str, items[:limit])) + more
+
+
 def command(*words: object) -> str:
     """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the paths are called."""
     said = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]

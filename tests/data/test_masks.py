@@ -26,7 +26,7 @@ from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Transform, crop, train_transform
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import Card
-from detrellis.engine.state import Job
+from detrellis.engine.state import TrainJob
 from detrellis.engine.train import train_loader
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
@@ -351,10 +351,10 @@ MASKED = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "schemes.co.branch
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def job_of(folder: Path, override: list[str]) -> Job:
+def job_of(folder: Path, override: list[str]) -> TrainJob:
     recipe, source = find_recipe("tiny").override(override), resolve(folder)
     annotations = to_annotations(source.load("train"))
-    return Job(Card(recipe, annotations.classes, source.to_dict()), annotations, None, folder / "run", workers=0)
+    return TrainJob(Card(recipe, annotations.classes, source.to_dict()), annotations, None, folder / "run", workers=0)
 
 
 def test_training_that_needs_masks_does_not_start_without(shapes: Path) -> None:

@@ -156,12 +156,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     from detrellis.distributed import World
-    from detrellis.engine.train import loader_batch
+    from detrellis.engine.train import batch_per_process
 
     recipe = small("tiny").override(["optim.batch_size=16", "optim.accumulate=2"])
-    assert loader_batch(recipe, World(0, 4, torch.device("cpu"))) == 2
+    assert batch_per_process(recipe, World(0, 4, torch.device("cpu"))) == 2
     with pytest.raises(UserError, match="3 processes"):
-        loader_batch(recipe, World(0, 3, torch.device("cpu")))
+        batch_per_process(recipe, World(0, 3, torch.device("cpu")))
 
 
 def test_cuda_without_a_number_is_the_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import read_records
 from detrellis.engine.optim import set_learning_rate
 from detrellis.engine.state import advise_on_frozen
-from detrellis.engine.train import padded_share
+from detrellis.engine.train import padded_fraction
 from detrellis.errors import Advice
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
@@ -163,6 +163,6 @@ def test_the_optimizer_steps_are_the_recipes_batches(shapes: Path, tmp_path: Pat
 
 def test_the_share_of_padding_is_recorded() -> None:
     batch = Batch(images(((64, 96), (32, 48))), targets((1, 1)), (1, 2), torch.tensor([[64, 96], [32, 48]]))
-    assert float(padded_share(batch)) == pytest.approx(0.75 / 2)
+    assert float(padded_fraction(batch)) == pytest.approx(0.75 / 2)
     even = batch._replace(images=images(((64, 96), (64, 96))))
-    assert float(padded_share(even)) == 0
+    assert float(padded_fraction(even)) == 0

@@ -14,9 +14,9 @@ from detrellis.cli.options import (
     AsJson,
     Boxes,
     Device,
+    EvalData,
     Files,
     KeepPartial,
-    MeasuredOn,
     Metric,
     Overrides,
     RecipeName,
@@ -29,8 +29,8 @@ from detrellis.cli.options import (
     console,
     grouped,
     print_json,
+    progress_console,
     skips,
-    speaker,
 )
 from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
@@ -112,11 +112,11 @@ def check(
 
     if keep_partial and fix is None:
         raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")
-    room = _room(recipe, scale, scheme, override)
+    capacity = _capacity(recipe, scale, scheme, override)
     source = files.source()
     if fix is not None:
         clean_folder(source, fix)
-    report = check_source(source, fast=fast, progress=not as_json, workers=workers, capacity=room)
+    report = check_source(source, fast=fast, progress=not as_json, workers=workers, capacity=capacity)
     fixed = None if fix is None else fix_source(source, report, fix, keep_partial)
     if as_json:
         print_json(report.to_dict() | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes}))
@@ -127,10 +127,10 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
-def _room(
+def _capacity(
     recipe: str | None, scale: str | None, scheme: list[str] | None, override: list[str] | None
 ) -> Capacity | None:
-    """What `check` measures the fullest image by; None without a recipe."""
+    """The capacity that `check` compares the fullest image with; None without a recipe."""
     if recipe is None:
         if scale or scheme or override:
             raise UserError("--scale, --scheme and -o without --recipe", "Add --recipe NAME, the one to train.")
@@ -177,8 +177,8 @@ def train(
     source = None if resume is not None else files.source()
     from detrellis import api
 
-    speaks = speaker(as_json)
-    shared: dict[str, Any] = {"override": override or (), "epochs": epochs, "console": speaks}
+    shared: dict[str, Any] = {"override": override or (), "epochs": epochs}
+    shared["console"] = progress_console(as_json)
     if resume is not None:
         result = api.resume(resume, device=device, workers=workers, **vars(files), **shared)
     else:
@@ -204,7 +204,7 @@ def train(
 
 
 def _leave(result: TrainResult) -> None:
-    """An unfinished run is no success: the exit code is what a shell says of the signal."""
+    """Exit with what a shell says of the signal that stopped an unfinished run."""
     if result.signal is not None:
         raise typer.Exit(128 + result.signal)
 
@@ -235,7 +235,7 @@ def _print_train_result(result: Any) -> None:
 def evaluate(
     run: Trained,
     *,
-    on: MeasuredOn,
+    on: EvalData,
     metric: Metric = "coco",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
     nms: Annotated[

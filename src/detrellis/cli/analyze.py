@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from detrellis.arguments import Cells, Images, Index, Iou, limits
-from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, MeasuredOn, console, grouped, print_json
+from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, EvalData, console, grouped, print_json
 from detrellis.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def misalignment(
     threshold: Annotated[float, typer.Option(**limits(Iou), help="IoU that a high-confidence query needs.")] = 0.5,
     top: Annotated[str, typer.Option(help="For BR-recall: the m highest scores, several with commas.")] = "10,50,100",
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """Does the query that localises an object best also score highest? Align-DETR, Fig. 1 (left).
@@ -83,7 +83,7 @@ def groups(
     out: Out = Path("analysis/groups"),
     grid: Annotated[int, typer.Option(**limits(Cells), help="Cells on each side of a histogram of positions.")] = 8,
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """Where are the groups' queries, how far apart, and does each group do as well? Group DETR, Fig. 3 and 4.
@@ -103,7 +103,7 @@ def one_to_many(
     out: Out = Path("analysis/one_to_many"),
     nms: Annotated[str, typer.Option(help="IoU thresholds of NMS, several with commas.")] = "0.5,0.6,0.7,0.8",
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """AP over the number of training queries: one-to-one, one-to-many, group-wise. Group DETR, Fig. 1.
@@ -130,7 +130,7 @@ def discriminability(
     ] = "encoder",
     images: Annotated[int, typer.Option(**limits(Images), help="Images that are drawn with their maps.")] = 4,
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """Do the encoder's features, or the decoder's attention, tell objects from background? Co-DETR, Fig. 2 and 3.
@@ -149,7 +149,7 @@ def instability(
     runs: Runs,
     out: Out = Path("analysis/instability"),
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """How many queries are matched to another object than in the epoch before? Co-DETR, Fig. 5, after DN-DETR.
@@ -167,7 +167,7 @@ def branches(
     runs: Runs,
     out: Out = Path("analysis/branches"),
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """How well does each auxiliary head detect by itself, beside the decoder? Co-DETR, Table 11.
@@ -190,7 +190,7 @@ def conflicts(
     ] = "gradcam",
     eps: Annotated[float, typer.Option(help="Added to each pixel of a map whose maximum is 1.")] = 1e-3,
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """Do the heads that share an encoder look at the same places? Co-DETR, Fig. 6, 8 and 9 (Eq. 9 to 12).
@@ -208,7 +208,7 @@ def query_distance(
     runs: Runs,
     out: Out = Path("analysis/query_distance"),
     *,
-    on: MeasuredOn,
+    on: EvalData,
     shown: Shown,
 ) -> None:
     """Do the branches' positive queries lie where the detector's own queries do? Co-DETR, Fig. 7.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from detrellis.data.layout import DataSource
     from detrellis.engine.evaluate import EvalOptions
 
-IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process speaks
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only one process prints
 console = Terminal(quiet=not IS_MAIN_PROCESS)
 errors = Terminal(stderr=True)
 
@@ -93,8 +93,8 @@ class Files:
 
 
 @dataclass(frozen=True)
-class MeasuredOn:
-    """What a trained detector is measured on."""
+class EvalData:
+    """What a trained detector is evaluated on."""
 
     data: Data = None
     val: ValFile = None
@@ -106,10 +106,10 @@ class MeasuredOn:
     workers: Workers = 2
 
     def on(self) -> EvalOptions:
-        """As the API takes it."""
-        own = {**vars(self), "skip_bad": skips(self.skip_bad, self.keep_partial)}
-        del own["keep_partial"]
-        return own  # type: ignore[return-value]
+        """The options as the API takes them."""
+        skip_bad = skips(self.skip_bad, self.keep_partial)
+        options: EvalOptions = {"data": self.data, "val": self.val, "val_images": self.val_images, "split": self.split}
+        return options | {"batch_size": self.batch_size, "skip_bad": skip_bad, "workers": self.workers}
 
 
 def skips(skip_bad: bool, keep_partial: bool) -> Skips:
@@ -138,22 +138,23 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(parameter: inspect.Parameter, hints: dict[str, Any]) -> list[inspect.Parameter]:
-    """Itself, or the fields of a group, for keywords only: options without a default may then follow others."""
+    """The parameter, or those that the fields of its group make; for keywords only, so that options without a default
+    may follow others."""
     kind = hints[parameter.name]
     only = inspect.Parameter.KEYWORD_ONLY
     if not dataclasses.is_dataclass(kind):
         return [parameter.replace(annotation=kind, kind=only)]
-    own = get_type_hints(kind, include_extras=True)
+    annotations = get_type_hints(kind, include_extras=True)
     fields = dataclasses.fields(kind)
-    return [inspect.Parameter(f.name, only, default=f.default, annotation=own[f.name]) for f in fields]
+    return [inspect.Parameter(f.name, only, default=f.default, annotation=annotations[f.name]) for f in fields]
 
 
-def speaker(as_json: bool) -> Terminal:
-    """Where a verb tells how it goes: with `--json` the standard output belongs to the JSON."""
+def progress_console(as_json: bool) -> Terminal:
+    """The console for a verb's progress: with `--json` the standard output belongs to the JSON."""
     return Terminal(stderr=True, quiet=not IS_MAIN_PROCESS) if as_json else console
 
 
 def print_json(value: Any) -> None:
-    """The one thing that a verb with `--json` prints."""
+    """Print a result as JSON, the one thing that a verb with `--json` prints."""
     if IS_MAIN_PROCESS:
         print(json.dumps(value, indent=1))

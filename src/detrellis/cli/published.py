@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def show_published(paper: str | None, table: str | None, as_json: bool) -> None:
-    """All papers, the tables of one, or the rows of a table."""
+    """List all papers, the tables of one, or the rows of a table."""
     from detrellis.recipes.tables import load_paper, papers
 
     if paper is None:
-        found = [load_paper(name) for name in papers()]
+        known = [load_paper(name) for name in papers()]
         listed = _sheet("paper", "title", "tables")
-        for each in found:
+        for each in known:
             listed.add_row(each.name, Text(each.title), ", ".join(t.id for t in each.tables))
-        _show([{"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in found], listed, as_json)
+        _show([{"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in known], listed, as_json)
     elif table is None:
         one = load_paper(paper)
         listed = _sheet("table", "title", "rows", "can be run", title=one.title)
@@ -37,7 +37,7 @@ def show_published(paper: str | None, table: str | None, as_json: bool) -> None:
 
 
 def _rows(of: tables.Table) -> Table:
-    """Published figures of each row, and whether it can be run."""
+    """A table of the published figures of each row, and whether it can be run."""
     listed = _sheet("", "row", "epochs", "AP", "gain", "AP50", "recipe", "note", title=f"{of.title} ({of.data})")
     for column in listed.columns:
         column.overflow = "fold"

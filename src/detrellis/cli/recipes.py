@@ -28,17 +28,17 @@ def info(
     choose_recipe(recipe, scale, scheme or (), override or ())
     from detrellis import api
 
-    found = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
+    costs = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
     if as_json:
-        print_json(found.to_dict())
+        print_json(costs.to_dict())
         return
-    height, width = found.image_size
-    table = Table("", found.recipe, title=Text(found.about), title_justify="left")
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("of these trained", f"{found.parameters_trainable:,}")
-    table.add_row(f"multiply-adds at {width}x{height}", f"{found.gflops} GFLOPs")
-    table.add_row("queries", str(found.queries))
-    for s in found.schemes:
+    height, width = costs.image_size
+    table = Table("", costs.recipe, title=Text(costs.about), title_justify="left")
+    table.add_row("parameters", f"{costs.parameters:,}")
+    table.add_row("of these trained", f"{costs.parameters_trainable:,}")
+    table.add_row(f"multiply-adds at {width}x{height}", f"{costs.gflops} GFLOPs")
+    table.add_row("queries", str(costs.queries))
+    for s in costs.schemes:
         table.add_row(f"scheme {s.name}, training only", f"+{s.parameters:,} parameters, up to +{s.queries} queries")
     console.print(table)
 
@@ -91,12 +91,12 @@ def recipes(as_json: AsJson = False) -> None:
 
     Example: detrellis recipes
     """
-    found = [make() for make in RECIPES]
+    known = [make() for make in RECIPES]
     if as_json:
-        print_json([{"name": r.name, "about": r.about} for r in found])
+        print_json([{"name": r.name, "about": r.about} for r in known])
         return
     table = Table("recipe", "what it is", "epochs", "schemes")
-    for r in found:
+    for r in known:
         schemes = [name for name, value in r.schemes if value is not None]
         table.add_row(r.name, Text(r.about), str(r.schedule.epochs), ", ".join(schemes) or "-")
     console.print(table)

@@ -22,8 +22,8 @@ from detrellis.cli.options import (
     console,
     grouped,
     print_json,
+    progress_console,
     skips,
-    speaker,
 )
 from detrellis.cli.published import show_published
 from detrellis.errors import command
@@ -71,23 +71,18 @@ class Trials:
     as_json: AsJson = False
 
     def settings(self, seeds: int) -> dict[str, Any]:
-        """What a plan takes of them."""
-        own = {name: getattr(self, name) for name in ("scale", "epochs", "equal")}
-        own["skip_bad"] = skips(self.skip_bad, self.keep_partial)
-        return own | {"seeds": range(seeds), "command": command(*sys.argv[1:])}
+        """The settings that a plan takes."""
+        settings = {name: getattr(self, name) for name in ("scale", "epochs", "equal")}
+        settings["skip_bad"] = skips(self.skip_bad, self.keep_partial)
+        return settings | {"seeds": range(seeds), "command": command(*sys.argv[1:])}
 
     def conduct(self, plan: StudyPlan, out: Path) -> None:
         """Train what is missing, and show the results; exits with 1 where a run did not finish."""
         from detrellis.study.conduct import conduct, to_dict
 
+        console = progress_console(self.as_json)
         report = conduct(
-            plan,
-            out,
-            jobs=self.jobs,
-            threads=self.threads,
-            workers=self.workers,
-            device=self.device,
-            console=speaker(self.as_json),
+            plan, out, jobs=self.jobs, threads=self.threads, workers=self.workers, device=self.device, console=console
         )
         if self.as_json:
             print_json(to_dict(report))

@@ -7,7 +7,7 @@ from detrellis.recipes.config import Recipe
 
 
 def capacity(recipe: Recipe) -> Capacity:
-    """What the doctor compares the fullest image with."""
+    """The capacity of a recipe's detector, with which the doctor compares the fullest image."""
     detector, align = recipe.detector, recipe.schemes.align
     patterns = max(detector.patterns, 1)
     each = 1 if align is None else align.k

@@ -59,7 +59,7 @@ class Card:
     version: str = __version__
 
     def to_metadata(self) -> dict[str, str]:
-        """As safetensors stores it: strings only."""
+        """The card as safetensors stores it: strings only."""
         card = {
             "recipe": self.recipe.model_dump(mode="json"),
             "classes": self.classes.to_dict(),
@@ -78,7 +78,7 @@ class Card:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, path: Path) -> Card:
-        """The inverse; `UserError` where the file is not one of ours, or of a newer version."""
+        """The inverse of `to_metadata`; `UserError` where the file is not one of ours, or of a newer version."""
         if not metadata or "detrellis" not in metadata:
             raise UserError(
                 f"{path}: weights without a Detrellis card",
@@ -93,7 +93,7 @@ class Card:
                 recipe, classes = Recipe.checked(card.pop("recipe")), ClassMap.from_dict(card.pop("classes"))
                 return cls(recipe, classes, **card)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            newer = _numbers(version) > _numbers(__version__)
+            newer = _version_numbers(version) > _version_numbers(__version__)
             if not newer and isinstance(error, UserError):  # of a version whose fields or ranges were others
                 raise UserError(
                     f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy or OTHER_COPY
@@ -106,18 +106,18 @@ class Card:
         )
 
 
-def _numbers(version: str) -> list[int]:
-    """Of "0.2.0": what versions are ordered by."""
+def _version_numbers(version: str) -> list[int]:
+    """The numbers of a version such as "0.2.0", by which versions are ordered."""
     return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
-    """A detector's weights with their card."""
+    """Write a detector's weights with their card."""
     replace_files((path, _weights(weights, card)))
 
 
 def save_run(run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card) -> None:
-    """State and last weights of a run (None: nothing is trained yet), both whole before either takes its place.
+    """Write state and last weights of a run (None: nothing is trained yet), both whole before either takes its place.
 
     The state holds the card too, so it alone decides where a run goes on: it comes first, and weights that were not
     moved after it are written again when the run is resumed. Raises `OSError` where they cannot be written.
@@ -138,12 +138,12 @@ def _weights(weights: Mapping[str, Tensor], card: Card) -> Write:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of somebody else's says first."""
+    """The first line of what another library's exception says."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def metadata_of(path: Path) -> dict[str, str] | None:
-    """What the header of a weights file says; None where there is no whole one."""
+    """The metadata in the header of a weights file; None where there is no whole file."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -152,7 +152,7 @@ def metadata_of(path: Path) -> dict[str, str] | None:
 
 
 def find_weights(place: Path) -> Path:
-    """The weights of a run: the best ones, else the last; or the file itself."""
+    """The weights file of a run, the best one or else the last; or the file itself."""
     if place.is_file():
         return place
     for name in (BEST, LAST):
@@ -192,11 +192,13 @@ def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detec
 
 def check_fit(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> None:
     """Raises `UserError` that names file and tensor where the weights are not the detector's, or not finite."""
-    own = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = [f"{name} is missing" for name in own if name not in given]
-    wrong += [f"{name} has the shape {s}, not {own[name]}" for name, s in given.items() if own.get(name, s) != s]
-    wrong += [f"{name} is no part of it" for name in given if name not in own]
+    wrong = [f"{name} is missing" for name in expected if name not in given]
+    for name, shape in given.items():
+        if expected.get(name, shape) != shape:
+            wrong.append(f"{name} has the shape {shape}, not {expected[name]}")
+    wrong += [f"{name} is no part of it" for name in given if name not in expected]
     wrong = wrong or [f"{name} holds numbers that are not finite" for name, t in weights.items() if not _finite(t)]
     if wrong:
         more = f", and {len(wrong) - 1} more such" if wrong[1:] else ""
@@ -208,7 +210,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
-    """As `load_weights`, and the weights are what the card's recipe needs, for who does not build the detector."""
+    """As `load_weights`, with the check that the weights are what the card's recipe needs. No detector is built."""
     path = find_weights(place)
     weights, card = load_weights(path)
     with torch.device("meta"):
@@ -264,7 +266,7 @@ def _nothing_to_resume(run: Path) -> UserError:
 
 
 def _weights_alone(run: Path) -> str:
-    """What to do with a run whose weights alone are there; nothing where they are not."""
+    """The remedy for a run whose weights alone are there; empty where they are not."""
     if not any((run / name).is_file() for name in (BEST, LAST)):
         return ""
     return f"It cannot be resumed. Its weights are there: start a new run from them with {new_run(run)}"

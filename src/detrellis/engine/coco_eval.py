@@ -43,7 +43,7 @@ Int = NDArray[np.int64]
 
 
 class ResultArrays(NamedTuple):
-    """What one process has collected; flat arrays, so that processes can send them to each other."""
+    """What one process has collected, as flat arrays that processes can send to each other."""
 
     images: Int  # (S,) rows of the `Annotations` that were evaluated, with or without detections
     rows: Float  # (N, 7) image row, x, y, width, height, score, class index
@@ -52,7 +52,7 @@ class ResultArrays(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class. AP is None where the class has no ground truth."""
+    """COCO's AP of one class. It is None where the class has no ground truth."""
 
     name: str
     id: int  # the data set's category id
@@ -63,8 +63,8 @@ class ClassResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What every metric says of a set, all in 0..1; None where a number is undefined."""
+class EvalScores:
+    """What every metric reports: statistics in 0..1, None where one is undefined, and what they were computed from."""
 
     stats: Mapping[str, float | None]  # by name
     images: int  # that were evaluated
@@ -75,23 +75,23 @@ class Scores:
 
     @property
     def ap(self) -> float | None:
-        """The metric's main number."""
+        """The main statistic of the metric."""
         return self.stats["AP"]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The result as JSON holds it."""
         data = asdict(self)
         return data | {"stats": dict(self.stats), "per_class": list(data["per_class"])}
 
     def caption(self, boxes: str) -> str:
-        """What a table was made from; `boxes` says how many."""
+        """What the statistics were computed from, as a table's caption; `boxes` says of how many boxes."""
         part = "" if self.images == self.images_in_set else f" of {self.images_in_set:,}"
         text = f"{self.images:,}{part} images, {boxes}, {self.detections:,} detections"
         return text + (f"; {self.dropped:,} detections were not finite and left out" if self.dropped else "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalResult(Scores):
+class EvalResult(EvalScores):
     """The twelve COCO statistics, by the names in `STATISTICS`, and each class's AP; crowd regions do not count.
 
     `ap` is over IoU 0.50:0.95. None where COCO has -1.
@@ -110,7 +110,7 @@ class EvalResult(Scores):
         return cls(**dict(data) | {"per_class": tuple(ClassResult(**c) for c in data["per_class"])})
 
     def table(self) -> Table:
-        """The twelve statistics for a rich console."""
+        """A table of the twelve statistics for a rich console."""
         from rich.table import Table
         from rich.text import Text
 
@@ -125,7 +125,7 @@ class EvalResult(Scores):
         return table
 
     def class_table(self) -> Table:
-        """One row per class for a rich console."""
+        """A table with one row per class for a rich console."""
         from rich.table import Table
         from rich.text import Text
 
@@ -168,7 +168,7 @@ class CocoEvaluator:
                 self._add(int(image), part)
 
     def arrays(self) -> ResultArrays:
-        """Everything so far, to be sent to the process that computes."""
+        """Everything collected so far, to be sent to the process that computes."""
         rows = np.concatenate(self._chunks) if self._chunks else np.zeros((0, 7))
         images = np.flatnonzero(self._seen).astype(np.int64)
         return ResultArrays(images, rows, self._dropped[images])
@@ -187,32 +187,33 @@ class CocoEvaluator:
 
         An image shown without detections counts (its boxes were missed); an image never shown does not.
         """
-        a, (_, found, dropped) = self.annotations, self.arrays()
+        a, (_, rows, dropped) = self.annotations, self.arrays()
+        # Images and classes are numbered from 1 for the evaluator: see the top of the file.
         rank = np.empty(len(a), dtype=np.int64)
         rank[self._order] = np.arange(1, len(a) + 1)
-        owner = a.box_rows
-        shown = self._seen[owner]
-        owner, labels, crowd = owner[shown], a.labels[shown], a.crowd[shown]
-        found_labels = found[:, 6].astype(np.int64)
-        found[:, 0] = rank[found[:, 0].astype(np.int64)]
-        found[:, 6] += 1
+        image = a.box_rows
+        shown = self._seen[image]
+        image, labels, crowd = image[shown], a.labels[shown], a.crowd[shown]
+        detected = rows[:, 6].astype(np.int64)
+        rows[:, 0] = rank[rows[:, 0].astype(np.int64)]
+        rows[:, 6] += 1
         truth = _Truth(
             images=np.sort(rank[self._seen]),
             classes=len(a.classes),
-            image=rank[owner],
+            image=rank[image],
             category=labels + 1,
             boxes=a.boxes[shown],
             areas=a.areas[shown],
             crowd=crowd,
         )
-        stats, precision = _backend()(truth, found)
+        stats, precision = _backend()(truth, rows)
         return EvalResult(
             stats={name: _defined(value) for name, value in zip(STATISTICS, stats, strict=True)},
-            per_class=self._per_class(precision, labels[~crowd], found_labels),
+            per_class=self._per_class(precision, labels[~crowd], detected),
             images=int(self._seen.sum()),
             images_in_set=len(a),
             ground_truth=int((~crowd).sum()),
-            detections=len(found),
+            detections=len(rows),
             dropped=int(dropped.sum()),
         )
 
@@ -270,9 +271,9 @@ class CocoEvaluator:
             part = part[np.argsort(-part[:, 4], kind="stable")[: self.top_k]]
         self._chunks.append(np.column_stack([np.full(len(part), image), part]))
 
-    def _per_class(self, precision: Float, truth: Int, found: Int) -> tuple[ClassResult, ...]:
+    def _per_class(self, precision: Float, truth: Int, detected: Int) -> tuple[ClassResult, ...]:
         classes = self.annotations.classes
-        boxes, detections = (np.bincount(x, minlength=len(classes)) for x in (truth, found))
+        boxes, detections = (np.bincount(x, minlength=len(classes)) for x in (truth, detected))
         results = []
         for k, (name, category) in enumerate(zip(classes.names, classes.ids, strict=True)):
             # COCO leaves every entry of a class without ground truth at -1, and no entry of any other class.
@@ -293,11 +294,11 @@ class _Truth(NamedTuple):
     crowd: NDArray[np.bool_]  # (T,)
 
 
-Evaluate = Callable[[_Truth, Float], tuple[Float, Float]]
+Evaluator = Callable[[_Truth, Float], tuple[Float, Float]]
 
 
 def _to_host(detections: Sequence[Detections]) -> Float:
-    """(N, 6) x, y, width, height, score, class index, with one copy from the device for the whole batch."""
+    """The rows `(N, 6)` x, y, width, height, score, class index, with one copy from the device for the whole batch."""
     boxes, scores, labels = (
         torch.cat(parts).detach() for parts in zip(*((d.boxes, d.scores, d.labels) for d in detections), strict=True)
     )
@@ -314,7 +315,7 @@ def _defined(value: float) -> float | None:
 
 
 @functools.cache
-def _backend() -> Evaluate:
+def _backend() -> Evaluator:
     """The evaluator that can be imported; the slow one is announced once."""
     try:
         from hotcoco import COCO
@@ -334,15 +335,15 @@ def _backend() -> Evaluate:
     return _pycocotools
 
 
-def _hotcoco(truth: _Truth, found: Float) -> tuple[Float, Float]:
-    """(12,) statistics and (IoU, recall, class) precision over all areas with 100 detections."""
+def _hotcoco(truth: _Truth, rows: Float) -> tuple[Float, Float]:
+    """Statistics (12,), and precision (IoU, recall, class) over all areas with 100 detections, from hotcoco."""
     from hotcoco import COCO, COCOeval
 
     t = truth
     images, categories = _numbered(t)
     ids = np.arange(1, len(t.image) + 1)
     gt = COCO.from_arrays(images, categories, t.image, t.category, t.boxes, ids=ids, area=t.areas, iscrowd=t.crowd)
-    evaluation = COCOeval(gt, gt.load_res(found), "bbox")
+    evaluation = COCOeval(gt, gt.load_res(rows), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # fills `stats` without printing
@@ -350,12 +351,12 @@ def _hotcoco(truth: _Truth, found: Float) -> tuple[Float, Float]:
     return np.asarray(evaluation.stats), evaluation.eval["precision"][..., 0, -1]
 
 
-def _pycocotools(truth: _Truth, found: Float) -> tuple[Float, Float]:
-    """The same from pycocotools."""
+def _pycocotools(truth: _Truth, rows: Float) -> tuple[Float, Float]:
+    """The same statistics and precision from pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    t, f = truth, found
+    t, f = truth, rows
     images, categories = _numbered(t)
     # Not through loadRes: it fails when there is no detection at all.
     gt_columns = (t.image, t.category, t.boxes, t.areas, t.crowd, np.zeros(len(t.image)))

@@ -20,7 +20,7 @@ HEADER_ROWS = 20  # the header is printed again after this many epochs
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """As tables show it; a dash where there is none."""
+    """A number as tables show it, and a dash for None."""
     return "-" if value is None else f"{value:{form}}"
 
 
@@ -43,11 +43,11 @@ class TrainingView:
         self._task: TaskID | None = None
 
     def line(self, text: str, style: str = "") -> None:
-        """A line of its own; never wrapped, so that a log file can be searched."""
+        """Prints a line of its own; never wrapped, so that a log file can be searched."""
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def start_epoch(self, epoch: int) -> None:
-        """Puts a fresh bar up."""
+        """Shows a fresh bar for the epoch."""
         self._epoch = epoch
         self._eta.start_epoch()
         if not self._console.is_terminal:
@@ -58,13 +58,13 @@ class TrainingView:
         self._task = bar.add_task(f"epoch {epoch}/{self._epochs}", total=self._steps, info=self._info)
 
     def advance(self, step: int) -> None:
-        """Step `step` of the run is done."""
+        """Shows that step `step` of the run is done."""
         self._eta.step()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._in_epoch(step))
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """The newest step record."""
+        """Shows the newest step record."""
         parts = [f"loss {_number(record['loss'])}", f"IoU {_number(matched_iou(record['metrics']), '.2f')}"]
         parts.append(f"{_number(record['images_per_second'], '.1f')} img/s")
         left = self._eta.left()
@@ -80,7 +80,7 @@ class TrainingView:
             self.line(f"epoch {self._epoch}/{self._epochs}  step {done}/{self._steps}  {self._info}")
 
     def end_epoch(self, record: Mapping[str, Any]) -> None:
-        """The epoch's row, and below it where the time went."""
+        """Prints the epoch's row, and below it where the time went."""
         cells = epoch_cells(record, self._epochs)
         if not self._columns:  # the first epoch's columns stay
             self._columns = {name: max(len(name), len(text), 6) for name, text in cells.items()}
@@ -107,7 +107,7 @@ class TrainingView:
             bar.refresh()
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
@@ -156,23 +156,23 @@ class _Eta:
 
 
 def matched_iou(metrics: Mapping[str, float]) -> float | None:
-    """The matched IoU of the queries that inference uses."""
+    """The matched IoU of the main queries, those that inference uses."""
     return metrics.get("main/iou", metrics.get("iou"))
 
 
 def main_terms(losses: Mapping[str, float]) -> dict[str, float]:
-    """Of losses named "block/term/layer" those of the last decoder layer of the queries that inference uses."""
-    found: dict[str, tuple[int, float]] = {}
+    """Of losses named "block/term/layer", those of the last decoder layer of the main queries, by term."""
+    last: dict[str, tuple[int, float]] = {}
     for name, value in losses.items():
         block, _, rest = name.partition("/")
         term, _, layer = rest.partition("/")
         if block == "main" and layer.isdecimal():
-            found[term] = max(found.get(term, (-1, 0.0)), (int(layer), value), key=lambda pair: pair[0])
-    return {term: value for term, (_, value) in found.items()}
+            last[term] = max(last.get(term, (-1, 0.0)), (int(layer), value), key=lambda pair: pair[0])
+    return {term: value for term, (_, value) in last.items()}
 
 
 def epoch_cells(record: Mapping[str, Any], epochs: int) -> dict[str, str]:
-    """An epoch's row by column."""
+    """The cells of an epoch's row, by column."""
     stats = record["eval"] or {}
     cells = {"epoch": f"{record['epoch']}/{epochs}", "loss": _number(record["loss"])}
     cells |= {term: _number(value) for term, value in main_terms(record["losses"]).items()}
@@ -182,20 +182,22 @@ def epoch_cells(record: Mapping[str, Any], epochs: int) -> dict[str, str]:
 
 
 def time_line(seconds: Mapping[str, float]) -> str:
-    """`time 2:04  data 3.7s 3%  forward 43s 35%`: the parts, and the rest where it is 1 % or more."""
+    """The time of an epoch and of its parts, such as `time 2:04  data 3.7s 3%  forward 43s 35%`; and what is left of it
+    where that is 1 % or more."""
     parts = {name: value for name, value in seconds.items() if name != "total"}
     total = seconds["total"]
     rest = total - sum(parts.values())
     if parts and rest >= 0.01 * total:
         parts["other"] = rest
-    shares = [
-        f"{name} {value:.{1 if value < 10 else 0}f}s {value / total:.0%}" for name, value in parts.items() if total > 0
-    ]
-    return "  ".join([f"  time {duration(total)}", *shares])
+    texts = [f"  time {duration(total)}"]
+    for name, value in parts.items():
+        if total > 0:
+            texts.append(f"{name} {value:.{1 if value < 10 else 0}f}s {value / total:.0%}")
+    return "  ".join(texts)
 
 
 def duration(seconds: float) -> str:
-    """`0:02:04`."""
+    """A duration as hours, minutes and seconds, such as `0:02:04`."""
     return str(timedelta(seconds=round(seconds)))
 
 

@@ -19,7 +19,7 @@ from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.distributed import World, all_gather
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
-from detrellis.engine.resume import must_be_there
+from detrellis.engine.resume import check_data_exists
 from detrellis.errors import UserError
 from detrellis.recipes.config import DataConfig
 from detrellis.types import DecoderOutput
@@ -54,7 +54,7 @@ def evaluated_split(run: str | Path, own_data: Mapping[str, Any] | None, on: Eva
         where = f"{run}: the data set that it was trained on" if data is None else f"{data}: this data set"
         raise UserError(f"{where} has no split `{split}`", f"Take {others}, or name annotations: --val FILE.")
     if data is None:
-        must_be_there(Path(run), source, (split,), ("eval", Path(run)))
+        check_data_exists(Path(run), source, (split,), ("eval", Path(run)))
     return source, split
 
 

@@ -1,4 +1,4 @@
-"""Two watchmen of a run: one stops it when the loss is not finite, the other speaks up when nothing is learned."""
+"""Two checks on a run: one stops it when the loss is not finite, the other warns when nothing is learned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from detrellis.atomic import replace_files
-from detrellis.errors import UserError, command
+from detrellis.errors import UserError, command, listed
 
 
 class NonFiniteLoss(UserError):
-    """The loss became infinite or not a number."""
+    """The loss, or a weight, became infinite or NaN."""
 
 
 def check_finite(
@@ -26,37 +26,37 @@ def check_finite(
     image_ids: Sequence[int],
     batch: object,
     save_to: Path,
-    go_on: str = "",
+    remedy: str = "",
 ) -> float:
     """The value of `total`, read from its device: the one wait of the whole check.
 
     Raises NonFiniteLoss where it is not finite; it names the loss terms, the step and the images, and says where
     `batch` (tensors in any nest of named tuples, dicts, lists and tuples) was saved together with the losses, as a file
-    for `torch.load(..., weights_only=True)`. `go_on` is the remedy: see `lower_rate`.
+    for `torch.load(..., weights_only=True)`. `remedy` is what to do then: see `divergence_remedy`.
     """
     value = float(total.detach())
     if math.isfinite(value):
         return value
     values = {name: float(v.detach()) for name, v in losses.items()}
     wrong = [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]
-    terms = _listed(wrong, 6) if wrong else f"every term is finite, but their sum is {value}: it overflowed"
+    terms = listed(wrong, 6) if wrong else f"every term is finite, but their sum is {value}: it overflowed"
     images = [int(i) for i in image_ids]
     record = {"step": step, "image_ids": images, "losses": values, "batch": _plain(batch)}
-    message = f"step {step}: the loss is not finite: {terms}\n  images of this step: {_listed(images, 32)}"
-    raise NonFiniteLoss(message, "\n  ".join(part for part in (_saved(record, Path(save_to)), go_on) if part))
+    message = f"step {step}: the loss is not finite: {terms}\n  images of this step: {listed(images, 32)}"
+    raise NonFiniteLoss(message, "\n  ".join(part for part in (_saved(record, Path(save_to)), remedy) if part))
 
 
-def check_weights(tensors: Iterable[Tensor], step: int, go_on: str) -> None:
+def check_weights(tensors: Iterable[Tensor], step: int, remedy: str) -> None:
     """Raises NonFiniteLoss where trained weights are not finite, so that they never take a good checkpoint's place."""
     if not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
-        raise NonFiniteLoss(f"step {step}: the weights are not finite any more, and are not saved", go_on)
+        raise NonFiniteLoss(f"step {step}: the weights are not finite any more, and are not saved", remedy)
 
 
-def lower_rate(run: Path, lr: float, clip: float, safe: int) -> str:
-    """What to do about it: the command that goes on from the last checkpoint, of step `safe`, with a tenth of the
-    learning rate; and what else may help."""
+def divergence_remedy(run: Path, lr: float, clip: float, step: int) -> str:
+    """What to do about a loss that is not finite: the command that goes on from the last checkpoint, of step `step`,
+    with a tenth of the learning rate; and what else may help."""
     return (
-        f"Go on from the last checkpoint, of step {safe}, with a lower learning rate:\n"
+        f"Go on from the last checkpoint, of step {step}, with a lower learning rate:\n"
         f"    {command('train', '--resume', run, '-o', f'optim.lr={lr / 10:g}')}\n"
         f"  or with stronger clipping (-o optim.clip={(clip or 1.0) / 10:g}), or in float32 if this run used bfloat16\n"
         "  (-o optim.amp=false). `detrellis check` finds boxes that no loss can learn from. If the same images come\n"
@@ -88,9 +88,9 @@ class FlatLossWatch:
         self._recent: list[list[float]] = []
 
     def update(self, step: int, loss: float, matched_iou: float | None = None) -> str | None:
-        """Takes the values of a step (not every step need be shown); the warning, at most once.
+        """Takes the values of a step (not every step need be shown), and returns the warning, at most once.
 
-        `matched_iou` is None or not a number where no box was matched.
+        `matched_iou` is None or NaN where no box was matched.
         """
         if self._done or not math.isfinite(loss):
             return None
@@ -107,7 +107,7 @@ class FlatLossWatch:
         if passed < self.steps or len(self._recent) < FEWEST:
             return None
         self._done = True
-        return self._verdict(step)
+        return self._warning(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a checkpoint."""
@@ -118,10 +118,11 @@ class FlatLossWatch:
         for name in self.MEMBERS:
             setattr(self, name, _plain(state[name]))
 
-    def _verdict(self, step: int) -> str | None:
-        first_loss, first_iou = ([row[i] for row in self._first] for i in (1, 2))
-        last_loss, last_iou = ([row[i] for row in self._recent] for i in (1, 2))
-        first_iou, last_iou = ([v for v in values if not math.isnan(v)] for values in (first_iou, last_iou))
+    def _warning(self, step: int) -> str | None:
+        first_loss, last_loss = ([loss for _, loss, _ in window] for window in (self._first, self._recent))
+        first_iou, last_iou = (
+            [iou for _, _, iou in window if not math.isnan(iou)] for window in (self._first, self._recent)
+        )
         if _fell(first_loss, last_loss, TOLERANCE * abs(median(first_loss))):
             return None
         overlap = ""
@@ -176,8 +177,3 @@ def _saved(record: Mapping[str, Any], path: Path) -> str:
     except (OSError, RuntimeError) as error:  # the loss is the news; a full disk must not hide it
         return f"The batch could not be saved to {path}: {error}"
     return f"The batch is saved in {path}: torch.load({str(path)!r}, weights_only=True)"
-
-
-def _listed(items: Sequence[object], most: int) -> str:
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(str(i) for i in items[:most]) + more

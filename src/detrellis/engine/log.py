@@ -1,7 +1,7 @@
-"""What a run tells: records in `metrics.jsonl` always, curves in TensorBoard where it is installed, and the console.
+"""The log of a run: records in `metrics.jsonl`, curves in TensorBoard where it is installed, and lines on the console.
 
-Only process 0 speaks; a `RunLog` on any other process does nothing. Epochs and steps count from 1, so a record's `step`
-is the number of steps done when it was written.
+Only the main process logs; a `RunLog` on any other process does nothing. Epochs and steps count from 1, so a record's
+`step` is the number of steps done when it was written.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ class RunLog:
         console: Console | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.speaks = rank == 0
+        self.is_main_process = rank == 0
         self._epochs, self._steps, self._clock = epochs, steps_per_epoch, clock
         self._epoch, self._step, self._lr = step // max(1, steps_per_epoch), step, 0.0
         self._window, self._totals = Means(), Sums()
         self._images = self._window_images = 0
         self._epoch_start = self._window_start = self._last_step = clock()
         self._said: set[str] = set()
-        if not self.speaks:
+        if not self.is_main_process:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,16 +121,16 @@ class RunLog:
         self.close()
 
     def say(self, text: str) -> None:
-        """A line for the user, above the progress bar; nothing for an empty one."""
-        if self.speaks and text:
+        """Prints a line above the progress bar; nothing for an empty one."""
+        if self.is_main_process and text:
             self._view.line(text)
 
     def start_epoch(self, epoch: int) -> None:
-        """Begins epoch `epoch`, the first one being 1."""
+        """Begins epoch `epoch`, counted from 1."""
         self._epoch, self._images, self._window_images = epoch, 0, 0
         self._totals = Sums()
         self._epoch_start = self._window_start = self._last_step = self._clock()
-        if self.speaks:
+        if self.is_main_process:
             self._view.start_epoch(epoch)
 
     def step(
@@ -145,10 +145,10 @@ class RunLog:
     ) -> None:
         """One optimizer step done: `losses` by name and their sum `total`.
 
-        `metrics`, such as the matched IoU, may be not a number where a batch has nothing to measure. `images` are those
+        `metrics`, such as the matched IoU, may be NaN where a batch has nothing to measure. `images` are those
         of all processes in this step. Waits for the device only where it writes a record.
         """
-        if not self.speaks:
+        if not self.is_main_process:
             return
         self._step, self._lr, self._last_step = step, lr, self._clock()
         self._window.add({"loss": total, **losses}, metrics or {})
@@ -166,7 +166,7 @@ class RunLog:
     ) -> None:
         """Records the epoch and prints its row: `Timer.take()`, and `EvalResult.stats` where there are any, also of the
         same detections after NMS."""
-        if not self.speaks:
+        if not self.is_main_process:
             return
         now = self._clock()
         self._totals.add(self._window.take())
@@ -183,11 +183,11 @@ class RunLog:
 
     def track(self, items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
         """Yields `items` with a progress bar of their own, on a terminal: the evaluation, for one."""
-        return self._view.track(items, name, total) if self.speaks else iter(items)
+        return self._view.track(items, name, total) if self.is_main_process else iter(items)
 
     def close(self) -> None:
         """Takes the progress bar away and closes the files; twice is as good as once."""
-        if not self.speaks:
+        if not self.is_main_process:
             return
         self._view.close()
         with contextlib.suppress(OSError):  # said when it was first met

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,28 +21,25 @@ class Sums:
 
     def put(self, losses: Mapping[str, tuple[float, float]], metrics: Mapping[str, tuple[float, float]]) -> None:
         """Adds (sum, count) pairs."""
-        for own, new in ((self._losses, losses), (self._metrics, metrics)):
-            for name, (value, count) in new.items():
-                old = own.get(name, (0.0, 0.0))
-                own[name] = (old[0] + value, old[1] + count)
+        for sums, added in ((self._losses, losses), (self._metrics, metrics)):
+            for name, (value, count) in added.items():
+                old = sums.get(name, (0.0, 0.0))
+                sums[name] = (old[0] + value, old[1] + count)
 
     def add(self, other: Sums) -> None:
-        """Adds all of `other`."""
+        """Adds all sums and counts of `other`."""
         self.put(other._losses, other._metrics)
 
     def means(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Means of losses and metrics; not a number where nothing was counted."""
-        losses, metrics = (
-            {n: v / c if c else math.nan for n, (v, c) in x.items()} for x in (self._losses, self._metrics)
-        )
-        return losses, metrics
+        """Means of losses and metrics; NaN where nothing was counted."""
+        return _divided(self._losses), _divided(self._metrics)
 
 
 class Means:
     """Collects a step's values on their device; `take` is the one place that waits for it.
 
-    A loss that is not a number must show, and makes the mean one; a metric that is not a number means that there was
-    nothing to measure, and is not counted.
+    A loss that is NaN must show, and makes the mean NaN; a metric that is NaN means that there was nothing to measure,
+    and is not counted.
     """
 
     def __init__(self) -> None:
@@ -51,7 +49,7 @@ class Means:
 
     @torch.no_grad()
     def add(self, losses: Mapping[str, Value], metrics: Mapping[str, Value]) -> None:
-        """Adds one step."""
+        """Adds the values of one step."""
         given = [*losses.items(), *metrics.items()]
         device = next((v.device for _, v in given if isinstance(v, Tensor)), torch.device("cpu"))
         names = (tuple(n for n, _ in given), len(losses))
@@ -67,7 +65,7 @@ class Means:
         self._values = both if self._values is None else self._values + both
 
     def take(self) -> Sums:
-        """What was added since the last call."""
+        """The sums since the last call."""
         self._flush()
         sums, self._sums = self._sums, Sums()
         return sums
@@ -81,6 +79,22 @@ class Means:
             dict(zip(names, pairs[:losses], strict=False)), dict(zip(names[losses:], pairs[losses:], strict=True))
         )
         self._values = None
+
+
+def mean_over_passes(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each value over the passes of a step; a pass may lack some (no denoising without boxes)."""
+    names = dict.fromkeys(name for values in passes for name in values)
+    return {name: torch.stack([v[name].detach() for v in passes if name in v]).mean() for name in names}
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None where there are none."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _divided(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    return {name: value / count if count else math.nan for name, (value, count) in sums.items()}
 
 
 def _scalar(value: Value, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from detrellis.types import ImageBatch
 
 @dataclass(frozen=True)
 class SchemeCost:
-    """What one scheme adds, in training only."""
+    """What one training scheme adds to a recipe, in training only."""
 
     name: str
     parameters: int
@@ -24,8 +24,8 @@ class SchemeCost:
 
 
 @dataclass(frozen=True)
-class Info:
-    """Sizes of a detector and of its schemes."""
+class RecipeInfo:
+    """Sizes of a recipe's detector and of its training schemes."""
 
     recipe: str
     about: str
@@ -38,25 +38,25 @@ class Info:
     schemes: tuple[SchemeCost, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The sizes as JSON holds them."""
         return asdict(self)
 
 
 def count(module: nn.Module, *, trainable: bool = False) -> int:
-    """Parameters of a module. A frozen BatchNorm's weight and bias are buffers and do not count, as in the papers."""
+    """The parameters of a module. A frozen BatchNorm's are buffers, and do not count, as in the papers."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 
 def image_size(recipe: Recipe) -> tuple[int, int]:
-    """Largest evaluation image of the recipe, landscape."""
+    """Height and width of the recipe's largest evaluation image, in landscape."""
     size = recipe.data.size
     if not isinstance(size, int):
         return size
     return size, recipe.data.max_side or round(size * 1333 / 800)
 
 
-def measure(recipe: Recipe, classes: int) -> Info:
-    """Build the recipe without memory for weights (torch's meta device) and count."""
+def measure(recipe: Recipe, classes: int) -> RecipeInfo:
+    """Build the recipe without memory for weights, on torch's meta device, and count."""
     with torch.device("meta"):
         model = build(recipe.untrained(), classes)
         detector = model.detector.eval()
@@ -67,7 +67,7 @@ def measure(recipe: Recipe, classes: int) -> Info:
         with counter, torch.no_grad():
             detector(ImageBatch(torch.empty(1, 3, height, width)))
     costs = [SchemeCost(s.name, count(s), s.extra_queries) for s in model.training_schemes]
-    return Info(
+    return RecipeInfo(
         recipe.name,
         recipe.about,
         classes,

@@ -45,6 +45,6 @@ def schedule_factor(progress: float, config: ScheduleConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set each group's rate to its share of `lr`."""
+    """Set the learning rate of each parameter group: `lr` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]

@@ -36,39 +36,39 @@ FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the 
 SHOWN = 3
 
 
-def names_of(annotations: Annotations) -> Tensor:
+def packed_file_names(annotations: Annotations) -> Tensor:
     """The images' file names as a state holds them, (I, W) bytes, zeros at the end."""
     names = np.ascontiguousarray(annotations.file_names)
     return torch.from_numpy(names.view(np.uint8).reshape(len(names), -1).copy())
 
 
 @dataclass(frozen=True)
-class GoingOn:
-    """A run that is about to go on."""
+class ResumedRun:
+    """A run that is about to go on, and what it goes on with."""
 
     run: Path
     state: dict[str, Any]
     card: Card  # as it is from here on
     source: DataSource
-    outlook: str  # what that means, for the user
+    summary: str  # what that means, in words for the user
 
     def check(self, train: Annotations, val: Annotations | None, classes: ClassMap) -> None:
-        """`UserError` that says what differs where the data are not those that the run was trained on."""
+        """Raises `UserError` that says what differs where the data are not those that the run was trained on."""
         if classes != self.card.classes:
-            raise UserError(f"{self.run}: {class_changes(self.card.classes, classes)}", _other_data(self.run))
-        same_images(self.state, train, val, self.run)
+            raise UserError(f"{self.run}: {describe_class_changes(self.card.classes, classes)}", _other_data(self.run))
+        check_same_images(self.state, train, val, self.run)
 
 
-def go_on(run: Path, source: DataSource | None, settings: Sequence[str], epochs: int | None) -> GoingOn:
-    """What a run goes on with: `source` is where its data are now, None where they were. See the top of the file."""
+def resumed_run(run: Path, source: DataSource | None, settings: Sequence[str], epochs: int | None) -> ResumedRun:
+    """Load a run to go on with; `source` is where its data are now, None where they were. See the top of the file."""
     state, old = load_run(run)
-    card = changed(old, state, settings, epochs)
+    card = with_settings(old, state, settings, epochs)
     if source is None:
         source = DataSource.from_dict(card.data)
-        must_be_there(run, source, ("train", "val"), ("train", "--resume", run))
+        check_data_exists(run, source, ("train", "val"), ("train", "--resume", run))
     else:
-        card = moved(card, state, source.to_dict())
-    return GoingOn(run, state, card, source, outlook(old, card, state, run))
+        card = with_data(card, state, source.to_dict())
+    return ResumedRun(run, state, card, source, summarise(old, card, state, run))
 
 
 def load_run(run: Path) -> tuple[dict[str, Any], Card]:
@@ -76,7 +76,7 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
     state = load_state(run)
     beside = metadata_of(run / LAST)
     if CARD not in state and beside is not None:
-        state = _of_before(state, Card.from_metadata(beside, run / LAST))
+        state = _with_card(state, Card.from_metadata(beside, run / LAST))
     for key in (CARD, IMAGES, "epoch", "step"):
         if key not in state:
             raise UserError(
@@ -94,7 +94,7 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
     return state, card
 
 
-def _of_before(state: dict[str, Any], card: Card) -> dict[str, Any]:
+def _with_card(state: dict[str, Any], card: Card) -> dict[str, Any]:
     """A state written by Detrellis when it held no card: that of the last weights is its own if both are of one epoch;
     it did not name the step. The names of the state's images are not known."""
     if card.epoch != state.get("epoch") or "step" not in state:
@@ -102,7 +102,7 @@ def _of_before(state: dict[str, Any], card: Card) -> dict[str, Any]:
     return {IMAGES: {}, **state, CARD: replace(card, step=state["step"]).to_metadata()}
 
 
-def changed(card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None) -> Card:
+def with_settings(card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None) -> Card:
     """The card with other settings from here on, and a note of them; `UserError` for one that a state depends on."""
     for text in settings:
         name = text.partition("=")[0].strip()
@@ -124,7 +124,7 @@ def changed(card: Card, state: Mapping[str, Any], settings: Sequence[str], epoch
     return replace(card, recipe=recipe, changes=(*card.changes, note))
 
 
-def moved(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> Card:
+def with_data(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> Card:
     """The card of a run whose data set is elsewhere now, and a note of where it was."""
     if dict(data) == dict(card.data):
         return card
@@ -132,7 +132,7 @@ def moved(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> Card
     return replace(card, data=data, changes=(*card.changes, note))
 
 
-def outlook(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
+def summarise(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
     """What going on means, in words: how much is left, and what the learning rate does if its schedule is another."""
     done, epochs = state["epoch"], card.recipe.schedule.epochs
     if done >= epochs:
@@ -144,18 +144,18 @@ def outlook(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
     line = f"{run} goes on after epoch {done} of {epochs}, step {state['step']}."
     if old.recipe == card.recipe or not state["step"]:
         return line
-    was, now = (_rate(c.recipe, done / c.recipe.schedule.epochs) for c in (old, card))
+    was, now = (_learning_rate(c.recipe, done / c.recipe.schedule.epochs) for c in (old, card))
     return (
         f"{line} The learning rate follows the schedule over {epochs} epochs: {now:.3g} here, where it was {was:.3g}."
     )
 
 
-def _rate(recipe: Recipe, progress: float) -> float:
+def _learning_rate(recipe: Recipe, progress: float) -> float:
     return recipe.optim.lr * schedule_factor(min(progress, 1.0), recipe.schedule)
 
 
-def must_be_there(run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]) -> None:
-    """`UserError` that names the command of `words`, with `--data`, where a run's data are not where they were."""
+def check_data_exists(run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]) -> None:
+    """Raises `UserError` where a run's data are not where they were; it names the command of `words`, with `--data`."""
     for split, files in source.splits.items():
         paths = [files.annotations, *files.images, *([] if files.listing is None else [files.listing])]
         if split in splits and (gone := [path for path in paths if not path.exists()]):
@@ -165,26 +165,25 @@ def must_be_there(run: Path, source: DataSource, splits: Sequence[str], words: S
             )
 
 
-def class_changes(was: ClassMap, now: ClassMap) -> str:
-    """What became of the classes, in words."""
-    then, found = ({*zip(classes.ids, classes.names, strict=True)} for classes in (was, now))
-    gone, new = sorted(then - found), sorted(found - then)
-    parts = [
-        f"{what} {', '.join(f'{name} (id {i})' for i, name in rows[:SHOWN])}{' and more' if rows[SHOWN:] else ''}"
-        for what, rows in (("missing", gone), ("new", new))
-        if rows
-    ]
+def describe_class_changes(was: ClassMap, now: ClassMap) -> str:
+    """How the classes differ, in words."""
+    before, after = ({*zip(classes.ids, classes.names, strict=True)} for classes in (was, now))
+    parts = []
+    for what, classes in (("missing", sorted(before - after)), ("new", sorted(after - before))):
+        if classes:
+            shown = ", ".join(f"{name} (id {i})" for i, name in classes[:SHOWN])
+            parts.append(f"{what} {shown}{' and more' if classes[SHOWN:] else ''}")
     return f"the data set's classes are not those of the run: {'; '.join(parts)}"
 
 
-def same_images(state: Mapping[str, Any], train: Annotations, val: Annotations | None, run: Path) -> None:
-    """`UserError` that says what differs where a split does not list the images that the run was trained on."""
+def check_same_images(state: Mapping[str, Any], train: Annotations, val: Annotations | None, run: Path) -> None:
+    """Raises `UserError` that says what differs where a split does not list the images that the run was trained on."""
     for split, now in (("train", train), ("val", val)) if state[IMAGES] else ():
-        old = state[IMAGES].get(split)
-        was, found = _listed(old), [] if now is None else [bytes(name) for name in now.file_names]
-        if was != found:
+        before = _unpacked(state[IMAGES].get(split))
+        after = [] if now is None else [bytes(name) for name in now.file_names]
+        if before != after:
             raise UserError(
-                f"{run}: the images of {split} are not those of the run: {_difference(was, found)}",
+                f"{run}: the images of {split} are not those of the run: {_difference(before, after)}",
                 _other_data(run),
             )
 
@@ -196,7 +195,8 @@ def _other_data(run: Path) -> str:
     )
 
 
-def _listed(names: Tensor | None) -> list[bytes]:
+def _unpacked(names: Tensor | None) -> list[bytes]:
+    """The inverse of `packed_file_names`; no names where there is none."""
     return [] if names is None else [bytes(row).rstrip(b"\0") for row in names.numpy()]
 
 

@@ -1,4 +1,4 @@
-"""A run's order, and everything that changes while it trains."""
+"""What decides a run, and everything that changes while it trains."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.ema import EMA
 from detrellis.engine.guard import FlatLossWatch
 from detrellis.engine.optim import build_optimizer
-from detrellis.engine.transfer import Source, take_boxes, transfer
-from detrellis.engine.transfer_report import Transfer
+from detrellis.engine.transfer import InitialWeights, take_boxes, transfer
+from detrellis.engine.transfer_report import TransferReport
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
@@ -29,20 +29,20 @@ from detrellis.training import TrainableDetector
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that decides a run."""
+class TrainJob:
+    """Everything that decides a run."""
 
     card: Card  # recipe, classes, data source, seed
     train: Annotations
     val: Annotations | None
     out: Path
     workers: int = 2
-    initial: Source | None = None  # weights to start from, instead of the recipe's own
+    initial: InitialWeights | None = None  # weights to start from, instead of the recipe's own
     boxes: Mapping[str, Tensor] | None = None  # weights whose reference boxes are taken over
 
 
 @dataclass
-class State:
+class TrainState:
     """Everything that changes during a run."""
 
     model: TrainableDetector
@@ -54,15 +54,15 @@ class State:
     best: float | None = None
     seconds: float = 0.0
     result: EvalResult | None = field(default=None)
-    transfer: Transfer | None = None  # of the process that started the run; not saved
+    transfer: TransferReport | None = None  # of the process that started the run; not saved
 
     @property
     def detector(self) -> Detector:
-        """The one to evaluate and to save."""
+        """The detector to evaluate and to save: the averaged one where there is one."""
         return self.model.detector if self.ema is None else self.ema.detector
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
+        """The state as plain tensors, numbers and containers."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -98,7 +98,7 @@ class State:
 
 
 def advise_on_frozen(recipe: Recipe, random: bool) -> None:
-    """Advice on a backbone that is frozen to no use, or only by half."""
+    """Warns of a backbone that is frozen with `random` weights, or without its BatchNorm statistics."""
     if recipe.detector.backbone.frozen and random:
         warnings.warn(
             Advice(
@@ -119,14 +119,14 @@ def advise_on_frozen(recipe: Recipe, random: bool) -> None:
 
 
 def _misfit(error: Exception) -> str:
-    """What an exception of loading says, on one line."""
+    """What an exception of `load_state_dict` says, on one line."""
     if isinstance(error, KeyError):
         return f"{error.args[0]!r} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch's first only names the class
     return shorten((lines[1:] or lines or [type(error).__name__])[0], 200)
 
 
-def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
+def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainState:
     """Model, optimizer and average at the start of a run.
 
     `filled`: all weights are about to be replaced by those of a stopped run, so none have to be fetched or read.
@@ -148,4 +148,4 @@ def fresh_state(job: Job, world: World, *, filled: bool = False) -> State:
     model.to(world.device).train()
     optimizer = build_optimizer(model, recipe.optim)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
-    return State(model, optimizer, ema, FlatLossWatch(), transfer=report)
+    return TrainState(model, optimizer, ema, FlatLossWatch(), transfer=report)

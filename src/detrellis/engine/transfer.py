@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.detector import Detector
-from detrellis.engine.transfer_report import ClassRows, Fate, Transfer, amount, plural
+from detrellis.engine.transfer_report import ClassRows, TensorFate, TransferReport, amount, plural
 from detrellis.errors import UserError
 
 CLASS_HEAD = re.compile(r"(decoder\.heads\.classes\.\d+|queries\.head\.classify)\.(weight|bias)")
@@ -26,15 +26,15 @@ COUNTER = ".num_batches_tracked"  # nothing that BatchNorm computes here depends
 # Made up from a number, or standing for an id that is not used: such a name does not say what the class is.
 NAMELESS = re.compile(r"(n/a([ _-]*\d+)?|(class|category|label)[ _-]*\d+)?")
 
-# The least share of a part that has to fit. A backbone that is half new undoes what the other half brings, and is not
-# trained where its norms are frozen; an encoder with more layers, or wider ones, still gets a good start.
+# The least fraction of a part that has to fit. A backbone that is half new undoes what the other half brings, and is
+# not trained where its norms are frozen; an encoder with more layers, or wider ones, still gets a good start.
 NEEDED = {"backbone": 0.5, "encoder": 0.1}
 
 Rows = tuple[tuple[int, int], ...]  # (row here, row in the weights)
 
 
 @dataclass(frozen=True)
-class Source:
+class InitialWeights:
     """Weights that a run starts from, and their classes.
 
     `objectness`: row 0 of their proposals' class head tells objects from background, and is not class 0.
@@ -46,7 +46,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _TensorPlan:
     """What one tensor takes from the weights: all, some rows, or nothing; `reason` where it is not all."""
 
     whole: bool = False
@@ -55,30 +55,32 @@ class _Plan:
     detail: str = ""
 
 
-def transfer(detector: Detector, classes: ClassMap, source: Source, *, objectness: bool = False) -> Transfer:
+def transfer(
+    detector: Detector, classes: ClassMap, source: InitialWeights, *, objectness: bool = False
+) -> TransferReport:
     """Copy what fits of `source` into `detector`, fresh and made for `classes`, and report.
 
-    `objectness`: as in `Source`, of this detector. Raises `UserError`, and copies nothing, where the weights belong to
-    another network.
+    `objectness`: as in `InitialWeights`, of this detector. Raises `UserError`, and copies nothing, where the weights
+    belong to another network.
     """
-    own, weights = detector.state_dict(), source.weights
+    state, weights = detector.state_dict(), source.weights
     by_name = rows_by_name(classes, source.classes)
     heads = _ClassHeads(len(classes), source, by_name, detector.postprocess.softmax, objectness)
-    plans = {name: _plan(name, tensor, weights.get(name), heads) for name, tensor in own.items()}
-    fates = [_fate(name, own[name], weights.get(name), plan) for name, plan in plans.items()]
-    unused = {name: tensor for name, tensor in weights.items() if name not in own}
-    fates += [Fate(n, "skipped", skipped=t.numel(), reason="not in this detector") for n, t in unused.items()]
-    report = Transfer(
+    plans = {name: _plan(name, tensor, weights.get(name), heads) for name, tensor in state.items()}
+    fates = [_fate(name, state[name], weights.get(name), plan) for name, plan in plans.items()]
+    unused = {name: tensor for name, tensor in weights.items() if name not in state}
+    fates += [TensorFate(n, "skipped", skipped=t.numel(), reason="not in this detector") for n, t in unused.items()]
+    report = TransferReport(
         tuple(f for f in fates if f.outcome == "loaded" or not f.name.endswith(COUNTER)),
         ClassRows.of(classes, source.classes, by_name if any(_in_class_head(f) for f in fates) else ()),
     )
-    _refuse_another_network(report, own, weights)
+    _refuse_another_network(report, state, weights)
     with torch.no_grad():
         for name, plan in plans.items():
             if plan.whole:
-                own[name].copy_(weights[name])
+                state[name].copy_(weights[name])
             for ours, theirs in plan.rows:
-                own[name][ours].copy_(weights[name][theirs])
+                state[name][ours].copy_(weights[name][theirs])
     return report
 
 
@@ -87,14 +89,14 @@ def take_boxes(detector: Detector, weights: Mapping[str, Tensor]) -> None:
 
     Raises `UserError` where either has none, or another number of them.
     """
-    own = detector.state_dict()
-    for where, tensors in (("this detector learns", own), ("these weights hold", weights)):
+    state = detector.state_dict()
+    for where, tensors in (("this detector learns", state), ("these weights hold", weights)):
         if not all(name in tensors for name in REFERENCE_BOXES):
             raise UserError(
                 f"--boxes: {where} no reference boxes",
                 "They belong to detectors with queries=anchors, such as sam-detr-r50 or dab-detr-r50.",
             )
-    here, there = (len(tensors[REFERENCE_BOXES[0]]) for tensors in (own, weights))
+    here, there = (len(tensors[REFERENCE_BOXES[0]]) for tensors in (state, weights))
     if here != there:
         raise UserError(
             f"--boxes: {there} reference boxes in the weights, {here} in this detector",
@@ -102,41 +104,42 @@ def take_boxes(detector: Detector, weights: Mapping[str, Tensor]) -> None:
         )
     with torch.no_grad():
         for name in REFERENCE_BOXES:
-            own[name].copy_(weights[name])
+            state[name].copy_(weights[name])
 
 
-def _in_class_head(fate: Fate) -> bool:
+def _in_class_head(fate: TensorFate) -> bool:
     return bool(fate.loaded and CLASS_HEAD.fullmatch(fate.name))
 
 
-def _plan(name: str, own: Tensor, found: Tensor | None, heads: _ClassHeads) -> _Plan:
-    if found is None:
-        return _Plan(reason="not in the weights")
-    if CLASS_HEAD.fullmatch(name) and own.shape[1:] == found.shape[1:]:
-        return heads.plan(name, found)
-    if own.shape == found.shape:
-        return _Plan(whole=True)
-    if name in PER_QUERY and own.shape[1:] == found.shape[1:]:
-        count = min(len(own), len(found))
-        more = f"the first {count} of {len(found)} rows" if len(found) > count else f"{len(own) - count} rows are new"
-        return _Plan(rows=tuple((i, i) for i in range(count)), reason=more)
-    return _Plan(reason="another shape", detail=f"{_shape(own)}, was {_shape(found)}")
+def _plan(name: str, ours: Tensor, theirs: Tensor | None, heads: _ClassHeads) -> _TensorPlan:
+    """What the tensor `ours` takes from the tensor `theirs` of the weights."""
+    if theirs is None:
+        return _TensorPlan(reason="not in the weights")
+    if CLASS_HEAD.fullmatch(name) and ours.shape[1:] == theirs.shape[1:]:
+        return heads.plan(name, theirs)
+    if ours.shape == theirs.shape:
+        return _TensorPlan(whole=True)
+    if name in PER_QUERY and ours.shape[1:] == theirs.shape[1:]:
+        count, more = min(len(ours), len(theirs)), len(ours) - len(theirs)
+        reason = f"{more} rows are new" if more >= 0 else f"the first {count} of {len(theirs)} rows"
+        return _TensorPlan(rows=tuple((i, i) for i in range(count)), reason=reason)
+    return _TensorPlan(reason="another shape", detail=f"{_shape(ours)}, was {_shape(theirs)}")
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 
 
-def _fate(name: str, own: Tensor, found: Tensor | None, plan: _Plan) -> Fate:
+def _fate(name: str, ours: Tensor, theirs: Tensor | None, plan: _TensorPlan) -> TensorFate:
     """What becomes of a tensor, for the report."""
     if plan.whole:
-        return Fate(name, "loaded", loaded=own.numel())
-    if found is None or not plan.rows:
-        return Fate(name, "re-initialised", fresh=own.numel(), reason=plan.reason, detail=plan.detail)
-    loaded = len(plan.rows) * own[0].numel()
-    if len(plan.rows) == len(own) == len(found):
-        return Fate(name, "loaded", loaded=loaded)
-    return Fate(name, "in part", loaded=loaded, fresh=own.numel() - loaded, reason=plan.reason)
+        return TensorFate(name, "loaded", loaded=ours.numel())
+    if theirs is None or not plan.rows:
+        return TensorFate(name, "re-initialised", fresh=ours.numel(), reason=plan.reason, detail=plan.detail)
+    loaded = len(plan.rows) * ours[0].numel()
+    if len(plan.rows) == len(ours) == len(theirs):
+        return TensorFate(name, "loaded", loaded=loaded)
+    return TensorFate(name, "in part", loaded=loaded, fresh=ours.numel() - loaded, reason=plan.reason)
 
 
 @dataclass(frozen=True)
@@ -144,45 +147,45 @@ class _ClassHeads:
     """Which rows of a class head are which, here and in the weights."""
 
     classes: int
-    source: Source
+    source: InitialWeights
     by_name: Rows
     softmax: bool
     objectness: bool
 
-    def plan(self, name: str, found: Tensor) -> _Plan:
+    def plan(self, name: str, theirs: Tensor) -> _TensorPlan:
         """The rows that a class head takes. Softmax heads have a last row for "no object", whatever the classes."""
-        there, rows = len(self.source.classes), self.by_name
-        if len(found) not in (there, there + 1):
-            return _Plan(reason=f"{len(found)} rows for {plural(there, 'class')} in the weights")
+        source_classes, rows = len(self.source.classes), self.by_name
+        if len(theirs) not in (source_classes, source_classes + 1):
+            return _TensorPlan(reason=f"{len(theirs)} rows for {plural(source_classes, 'class')} in the weights")
         if name.startswith(PROPOSALS) and self.objectness != self.source.objectness:
-            return _Plan(reason=f"scores {'objects' if self.objectness else 'classes'} here, not in the weights")
+            return _TensorPlan(reason=f"scores {'objects' if self.objectness else 'classes'} here, not in the weights")
         if name.startswith(PROPOSALS) and self.objectness:
             # Row 0 is no class, and the others have learnt to stay silent: none of them may start as row 0.
             rows = ((0, 0), *((i, j) for i, j in rows if i and j))
-        if self.softmax and len(found) == there:
-            return _Plan(rows=rows, reason='no row for "no object" in the weights')
+        if self.softmax and len(theirs) == source_classes:
+            return _TensorPlan(rows=rows, reason='no row for "no object" in the weights')
         if self.softmax:
-            rows = (*rows, (self.classes, there))
-        return _Plan(rows=rows, reason=ClassRows.REASON)
+            rows = (*rows, (self.classes, source_classes))
+        return _TensorPlan(rows=rows, reason=ClassRows.REASON)
 
 
 def rows_by_name(classes: ClassMap, source: ClassMap) -> Rows:
-    """The classes that both have, as rows of both; all of them, nameless ones too, where the lists are the same."""
+    """Pairs of rows of the classes that both have; all of them, nameless ones too, where the lists are the same."""
     ours, theirs = ([name.strip().casefold() for name in c.names] for c in (classes, source))
     if ours == theirs:
         return tuple((i, i) for i in range(len(ours)))
     return tuple((i, theirs.index(n)) for i, n in enumerate(ours) if n in theirs and not NAMELESS.fullmatch(n))
 
 
-def _refuse_another_network(report: Transfer, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Training would start, and throw away most of what the user thinks it starts from."""
+def _refuse_another_network(report: TransferReport, state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises `UserError` where too little fits: training would throw away what the user thinks it starts from."""
     for part, needed in NEEDED.items():
         fates = [f for f in report.fates if f.part == part]
         fits = sum(f.loaded for f in fates) / max(1, sum(f.loaded + f.fresh for f in fates))
         if fits < needed:
             raise UserError(
                 f"these weights belong to another network: {fits:.0%} of the {part} fits. "
-                f"The recipe: {describe(own)}. The weights: {describe(weights)}",
+                f"The recipe: {describe(state)}. The weights: {describe(weights)}",
                 "Train with the weights' own recipe: leave RECIPE out, and what else changes the network.",
             )
 

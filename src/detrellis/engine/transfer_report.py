@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from detrellis.data.classes import ClassMap
-from detrellis.terminal import Terminal
 
 Outcome = Literal["loaded", "in part", "re-initialised", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = ("loaded", "in part", "re-initialised", "skipped")
@@ -37,7 +35,7 @@ MOST_ROWS, MOST_NAMES = 12, 12  # in the table; `to_dict` has them all
 
 
 @dataclass(frozen=True)
-class Fate:
+class TensorFate:
     """One tensor, and how many of its numbers were loaded, stayed as initialised, or found no place."""
 
     name: str
@@ -55,8 +53,8 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Exempt:
-    """Tensors that were not simply loaded: a module or one tensor, of one layer or of several."""
+class NotLoaded:
+    """Tensors that were not loaded whole: a module or one tensor, of one layer or of several."""
 
     place: str  # decoder.layers.3-5
     outcome: Outcome
@@ -78,7 +76,7 @@ class ClassRows:
 
     @classmethod
     def of(cls, classes: ClassMap, source: ClassMap, rows: Sequence[tuple[int, int]]) -> ClassRows:
-        """From pairs of a class here and one in the weights."""
+        """The classes by what became of their rows; `rows` are pairs of a class here and one in the weights."""
         ours, theirs = {i for i, _ in rows}, {j for _, j in rows}
         names = list(enumerate(classes.names))
         return cls(
@@ -89,28 +87,31 @@ class ClassRows:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The classes as JSON holds them."""
         return {"same": self.same, "kept": list(self.kept), "new": list(self.new), "left": list(self.left)}
 
     def text(self) -> str:
-        """In a sentence."""
+        """The classes in a sentence."""
         if self.same:
             return f"class rows: the same {plural(len(self.kept), 'class')}, all kept"
-        parts = [f"class rows kept by name: {_listed(self.kept)} ({len(self.kept)} of {len(self.kept + self.new)})"]
-        parts += [f"new: {_listed(self.new)}"] if self.new else []
-        parts += [f"not needed: {_listed(self.left)}"] if self.left else []
+        parts = [f"class rows kept by name: {_shortened(self.kept)} ({len(self.kept)} of {len(self.kept + self.new)})"]
+        parts += [f"new: {_shortened(self.new)}"] if self.new else []
+        parts += [f"not needed: {_shortened(self.left)}"] if self.left else []
         return "; ".join(parts)
 
 
 @dataclass(frozen=True)
-class Transfer:
+class TransferReport:
     """How a detector was filled. `fates`: in the order of its tensors, then those that only the weights have."""
 
-    fates: tuple[Fate, ...]
+    fates: tuple[TensorFate, ...]
     classes: ClassRows
 
     def parts(self) -> dict[str, dict[Outcome, tuple[int, int]]]:
-        """Of each part of the network and outcome, tensors and parameters; of those in part, the loaded ones."""
+        """How many tensors and parameters of each part of the network had each outcome.
+
+        Of tensors that were loaded in part, only the loaded parameters count.
+        """
         parts: dict[str, dict[Outcome, tuple[int, int]]] = {}
         for part in ORDER:
             fates = [f for f in self.fates if f.part == part]
@@ -118,17 +119,17 @@ class Transfer:
                 parts[part] = {o: _count([f for f in fates if f.outcome == o]) for o in OUTCOMES}
         return parts
 
-    def exceptions(self) -> list[Exempt]:
-        """What was not simply loaded, modules and layers with the same fate together; class rows are told apart."""
-        groups: dict[tuple[str, Outcome, str], list[tuple[str, Sequence[Fate]]]] = {}
+    def exceptions(self) -> list[NotLoaded]:
+        """What was not loaded whole, modules and layers of the same fate together; class rows are listed elsewhere."""
+        groups: dict[tuple[str, Outcome, str], list[tuple[str, Sequence[TensorFate]]]] = {}
         for place, fates in _subtrees("", self.fates):
             outcome, reason = fates[0].outcome, fates[0].reason
             if outcome != "loaded" and reason != ClassRows.REASON:
                 groups.setdefault((_LAYER.sub("#", place, count=1), outcome, reason), []).append((place, fates))
-        return [_exempt(found) for found in groups.values()]
+        return [_not_loaded(found) for found in groups.values()]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The report as JSON holds it."""
         return {
             "parts": {
                 part: {o: {"tensors": n, "parameters": p} for o, (n, p) in counts.items()}
@@ -148,14 +149,8 @@ class Transfer:
                 parts += [_exceptions_table(outcome, found), Text()]
         return Group(*parts, Text(self.classes.text()))
 
-    def text(self) -> str:
-        """The table as plain lines, for a log."""
-        file = io.StringIO()
-        Terminal(file=file, force_terminal=False).print(self.table())
-        return file.getvalue()
-
     def _parts_table(self) -> Table:
-        """A row a part; a column only where something happened."""
+        """One row per part of the network; a column only for outcomes that occurred."""
         parts = self.parts()
         shown = [o for o in OUTCOMES if o == "loaded" or any(counts[o][0] for counts in parts.values())]
         table = _plain_table("part")
@@ -166,13 +161,13 @@ class Transfer:
         return table
 
 
-def _subtrees(prefix: str, fates: Sequence[Fate]) -> Iterator[tuple[str, Sequence[Fate]]]:
-    """The largest modules all of whose tensors had the same fate; down to single tensors."""
+def _subtrees(prefix: str, fates: Sequence[TensorFate]) -> Iterator[tuple[str, Sequence[TensorFate]]]:
+    """The largest modules all of whose tensors had the same fate, down to single tensors."""
     if len({(f.outcome, f.reason) for f in fates}) == 1:
         yield prefix, fates
         return
     start = len(prefix) + 1 if prefix else 0
-    children: dict[str, list[Fate]] = {}
+    children: dict[str, list[TensorFate]] = {}
     for f in fates:
         end = f.name.find(".", start)
         children.setdefault(f.name if end < 0 else f.name[:end], []).append(f)
@@ -181,35 +176,34 @@ def _subtrees(prefix: str, fates: Sequence[Fate]) -> Iterator[tuple[str, Sequenc
 
 
 def _joined(places: Sequence[str]) -> str:
-    """`decoder.layers.3.norm`, `decoder.layers.4.norm` as `decoder.layers.3-4.norm`."""
+    """Places that differ in a layer's index as one, such as `decoder.layers.3-4.norm`."""
     if len(places) == 1:
         return places[0]
-    found = [m for p in places if (m := _LAYER.search(p))]
-    numbers = sorted(int(m[0]) for m in found)
+    layers = sorted(int(m[0]) for place in places if (m := _LAYER.search(place)))
     runs: list[list[int]] = []
-    for n in numbers:
-        if runs and runs[-1][-1] == n - 1:
-            runs[-1].append(n)
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
         else:
-            runs.append([n])
+            runs.append([layer])
     ranges = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
     return _LAYER.sub(ranges, places[0], count=1)
 
 
-def _count(fates: Sequence[Fate]) -> tuple[int, int]:
-    """Tensors, and the parameters that the outcome is about."""
+def _count(fates: Sequence[TensorFate]) -> tuple[int, int]:
+    """The number of tensors, and of the parameters that their outcome is about."""
     return len(fates), sum(f.loaded or f.fresh or f.skipped for f in fates)
 
 
-def _exempt(found: Sequence[tuple[str, Sequence[Fate]]]) -> Exempt:
+def _not_loaded(found: Sequence[tuple[str, Sequence[TensorFate]]]) -> NotLoaded:
     """Modules of the same fate that differ in the layer only; the largest tensor stands for all."""
     fates = [f for _, inside in found for f in inside]
     largest = max(fates, key=lambda f: f.loaded + f.fresh + f.skipped)
     reason = f"{largest.reason}: {largest.detail}" if largest.detail else largest.reason
-    return Exempt(_joined([place for place, _ in found]), largest.outcome, reason, *_count(fates))
+    return NotLoaded(_joined([place for place, _ in found]), largest.outcome, reason, *_count(fates))
 
 
-def _exceptions_table(outcome: Outcome, exceptions: Sequence[Exempt]) -> Table:
+def _exceptions_table(outcome: Outcome, exceptions: Sequence[NotLoaded]) -> Table:
     table = _plain_table(outcome)
     table.columns[0].no_wrap = True
     table.add_column("tensors", justify="right", no_wrap=True)
@@ -232,7 +226,7 @@ def _tensors(count: int, parameters: int) -> str:
 
 
 def amount(number: int) -> str:
-    """`960`, `12.3k`, `11.2M`."""
+    """A count of parameters, such as `960`, `12.3k` or `11.2M`."""
     for size, letter in ((1_000_000, "M"), (1000, "k")):
         if number >= size:
             return f"{number / size:.1f}{letter}"
@@ -240,12 +234,12 @@ def amount(number: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 class`, `2 classes`."""
+    """A count with its noun, such as `1 class` or `2 classes`."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    """The first names; all of them would bury the rest where a data set has hundreds."""
+def _shortened(names: Sequence[str]) -> str:
+    """The first names, joined; all of them would bury the rest where a data set has hundreds."""
     if len(names) <= MOST_NAMES:
         return ", ".join(names) or "none"
     return f"{', '.join(names[: MOST_NAMES - 1])} and {len(names) - MOST_NAMES + 1} more"

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from detrellis.boxes import iou, ragged
 from detrellis.data.annotations import Annotations
-from detrellis.engine.coco_eval import ResultArrays, Scores
+from detrellis.engine.coco_eval import EvalScores, ResultArrays
 from detrellis.engine.console import number
+from detrellis.engine.means import mean_of_known
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,7 @@ Int = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class VocClassResult:
-    """One class. Both AP are None where the class has no box that counts."""
+    """VOC's AP of one class. Both are None where the class has no box that counts."""
 
     name: str
     id: int  # the data set's category id
@@ -55,11 +56,11 @@ class VocClassResult:
     ap11: float | None  # 11 points
     ground_truth: int  # boxes that count
     difficult: int  # boxes that do not
-    detections: int  # difficult ones' among them
+    detections: int  # those of difficult boxes included
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocResult(Scores):
+class VocResult(EvalScores):
     """Mean AP at IoU 0.5 over the classes, in both of VOC's versions (`STATISTICS`), and each class's.
 
     `ap` is the mean of the areas.
@@ -70,11 +71,11 @@ class VocResult(Scores):
 
     @property
     def ap11(self) -> float | None:
-        """Mean of the 11-point averages."""
+        """The mean over the classes of the 11-point averages."""
         return self.stats["AP11"]
 
     def table(self) -> Table:
-        """Both means for a rich console."""
+        """A table of both means for a rich console."""
         from rich.table import Table
 
         look: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
@@ -86,7 +87,7 @@ class VocResult(Scores):
         return table
 
     def class_table(self) -> Table:
-        """One row per class for a rich console."""
+        """A table with one row per class for a rich console."""
         from rich.table import Table
         from rich.text import Text
 
@@ -102,26 +103,28 @@ class VocResult(Scores):
 def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult:
     """VOC's metric over the images that were shown, with the detections of all processes."""
     a, count = annotations, len(annotations.classes)
-    owner = a.box_rows
-    shown = np.isin(owner, collected.images)
-    owner, labels, boxes = owner[shown], a.labels[shown], a.boxes[shown]
+    # The ground truth of the images that were shown, and all detections, best first.
+    image = a.box_rows
+    shown = np.isin(image, collected.images)
+    image, labels, boxes = image[shown], a.labels[shown], a.boxes[shown]
     difficult = (a.crowd if a.difficult is None else a.crowd | a.difficult)[shown]
     rows = collected.rows
     rows = rows[np.lexsort((rows[:, 0], -rows[:, 5]))]
-    found_owner, found_labels = (rows[:, i].astype(np.int64) for i in (0, 6))
-    own = belongs(found_owner * count + found_labels, rows[:, 1:5], owner * count + labels, boxes)
-    counts = ~np.append(difficult, False)[own]  # -1, no box, is the last
-    first = np.zeros(len(own), dtype=np.bool_)
-    first[np.unique(own, return_index=True)[1]] = True
-    hits = first & (own >= 0)
+    row_image, row_label = (rows[:, i].astype(np.int64) for i in (0, 6))
+    matched = match_boxes(row_image * count + row_label, rows[:, 1:5], image * count + labels, boxes)
+    # Detections of difficult boxes count neither way; of several that found one box, only the first is a hit.
+    counts = ~np.append(difficult, False)[matched]  # -1, no box, is the last
+    first = np.zeros(len(matched), dtype=np.bool_)
+    first[np.unique(matched, return_index=True)[1]] = True
+    hits = first & (matched >= 0)
     per_class = []
     for k, (name, category) in enumerate(zip(a.classes.names, a.classes.ids, strict=True)):
-        truth, found = labels == k, found_labels == k
+        truth, detected = labels == k, row_label == k
         total, passed = int((truth & ~difficult).sum()), int((truth & difficult).sum())
-        ap, ap11 = average_precision(hits[found & counts], total)
-        per_class.append(VocClassResult(name, category, ap, ap11, total, passed, int(found.sum())))
+        ap, ap11 = average_precision(hits[detected & counts], total)
+        per_class.append(VocClassResult(name, category, ap, ap11, total, passed, int(detected.sum())))
     return VocResult(
-        stats={"AP": _mean([c.ap for c in per_class]), "AP11": _mean([c.ap11 for c in per_class])},
+        stats={"AP": mean_of_known(c.ap for c in per_class), "AP11": mean_of_known(c.ap11 for c in per_class)},
         per_class=tuple(per_class),
         images=len(collected.images),
         images_in_set=len(a),
@@ -132,23 +135,23 @@ def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult
     )
 
 
-def belongs(found_keys: Int, found: Float, keys: Int, boxes: Float) -> Int:
+def match_boxes(detection_keys: Int, detections: Float, keys: Int, boxes: Float) -> Int:
     """Row in `boxes` of the one that each detection overlaps most, `(N,)`; -1 where that is below `THRESHOLD`.
 
-    Only boxes of the detection's own key (image and class) come in question; of equal ones the first. Boxes are
-    `(..., 4)` x, y, width, height.
+    Keys stand for an image and a class: a detection is compared with the boxes of its key only, and takes the first of
+    those that it overlaps equally. Boxes are `(..., 4)` x, y, width, height.
     """
     order = np.argsort(keys, kind="stable")
-    first, last = (np.searchsorted(keys[order], found_keys, side) for side in ("left", "right"))
+    first, last = (np.searchsorted(keys[order], detection_keys, side) for side in ("left", "right"))
     detection, rank = ragged(last - first)  # each detection with every box in question
     box = order[first[detection] + rank]
-    overlap = iou(_corners(found[detection]), _corners(boxes[box])).numpy()
+    overlap = iou(_corners(detections[detection]), _corners(boxes[box])).numpy()
     best_first = np.lexsort((-overlap, detection))
     detection, place = np.unique(detection[best_first], return_index=True)
     best = best_first[place]
-    own = np.full(len(found), -1, dtype=np.int64)
-    own[detection] = np.where(overlap[best] >= THRESHOLD, box[best], -1)
-    return own
+    matched = np.full(len(detections), -1, dtype=np.int64)
+    matched[detection] = np.where(overlap[best] >= THRESHOLD, box[best], -1)
+    return matched
 
 
 def _corners(boxes: Float) -> torch.Tensor:
@@ -168,8 +171,3 @@ def average_precision(hits: Bool, total: int) -> tuple[float | None, float | Non
     # Where each recall is first reached, in whole numbers; past the end, where the envelope is 0, if never.
     steps = np.searchsorted(10 * reached, np.arange(11) * total)
     return float(envelope[:-1][hits].sum() / total), float(envelope[steps].mean())
-
-
-def _mean(values: list[float | None]) -> float | None:
-    defined = [v for v in values if v is not None]
-    return sum(defined) / len(defined) if defined else None

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from detrellis.atomic import replace_text
 from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.files import read_object
-from detrellis.errors import UserError
+from detrellis.errors import UserError, listed
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
 
@@ -123,9 +123,8 @@ class StudyPlan:
         if old is None:
             Outputs(out).alone()
         if old is not None and (differing := differences(old, self.to_dict())):
-            more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             raise UserError(
-                f"{out}: there is another study in this folder: {'; '.join(differing[:SHOWN])}{more}",
+                f"{out}: there is another study in this folder: {listed(differing, SHOWN, '; ')}",
                 "Repeat its settings to go on with it, or take another --out.",
             )
 

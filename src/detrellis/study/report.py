@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from detrellis.engine.means import mean_of_known
 from detrellis.study.plan import StudyPlan, StudyRow, TrialOutcome
-from detrellis.study.results import Estimate, TrialResult, estimate, mean, read_trial, timed_alike
+from detrellis.study.results import Estimate, TrialResult, estimate, read_trial, timed_alike
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class RowResult:
     def duplicates(self) -> float | None:
         """The AP that duplicates cost: what NMS adds. None where no seed was evaluated with NMS."""
         costs = [run.after_nms[0] - run.final for run in self.runs if run.after_nms is not None]
-        return mean(costs)
+        return mean_of_known(costs)
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -73,12 +74,12 @@ class RowResult:
     @property
     def step_seconds(self) -> float | None:
         """The time of a training step, as the mean over the seeds."""
-        return mean(run.step_seconds for run in self.runs)
+        return mean_of_known(run.step_seconds for run in self.runs)
 
     @property
     def epoch_seconds(self) -> float | None:
         """The time of training in an epoch, as the mean over the seeds."""
-        return mean(run.epoch_seconds for run in self.runs)
+        return mean_of_known(run.epoch_seconds for run in self.runs)
 
     @property
     def memory(self) -> int | None:
@@ -146,7 +147,7 @@ def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[Tria
     base_runs = results[base]
     gain = _gain(runs, base_runs, lambda run: run.final) if row.against else None
     gain_after_nms = _gain(runs, base_runs, lambda run: run.after_nms and run.after_nms[0]) if row.against else None
-    step, base_step = (mean(run.step_seconds for run in some) for some in (runs, base_runs))
+    step, base_step = (mean_of_known(run.step_seconds for run in some) for some in (runs, base_runs))
     published, base_published = row.published, plan.row(base).published
     return RowResult(
         row,
@@ -187,13 +188,13 @@ def _reached(curve: Sequence[tuple[int, float]], target: float) -> int | None:
 
 def _seconds(runs: Sequence[TrialResult]) -> float | None:
     """The time of training to the last epoch, without evaluations."""
-    epoch = mean(run.epoch_seconds for run in runs)
+    epoch = mean_of_known(run.epoch_seconds for run in runs)
     return None if epoch is None else epoch * runs[0].epochs[-1]
 
 
 def _timely(runs: Sequence[TrialResult], budget: float | None) -> tuple[int, float] | None:
     """The last evaluated epoch within the budget, and the mean AP after it."""
-    epoch_seconds = mean(run.epoch_seconds for run in runs)
+    epoch_seconds = mean_of_known(run.epoch_seconds for run in runs)
     if budget is None or epoch_seconds is None:
         return None
     within = [point for point in mean_curve(runs) if point[0] * epoch_seconds <= budget * (1 + 1e-9)]

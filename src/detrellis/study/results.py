@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,9 +120,3 @@ def untimed(run: TrialResult) -> TrialResult:
     """The run's results without those that depend on the machine."""
     machine = dict(run.machine) | {"peak_memory": None}
     return replace(run, step_seconds=None, epoch_seconds=None, machine=machine)
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are not None; None where there are none."""
-    known = [v for v in values if v is not None]
-    return statistics.fmean(known) if known else None
