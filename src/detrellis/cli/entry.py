@@ -48,7 +48,7 @@ def start(app: typer.Typer) -> NoReturn:
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         code = _run(app, caught)
     if caught:
-        if LEADS:
+        if IS_MAIN_PROCESS:
             errors.say("Stopped.")
         code = 128 + caught[0]
     raise SystemExit(code)
