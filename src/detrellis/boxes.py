@@ -11,13 +11,13 @@ Ints = NDArray[np.int64]
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """`(..., 4)` centre and size to corners."""
+    """Boxes `(..., 4)` of centre and size as corners `(x1, y1, x2, y2)`."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """`(..., 4)` corners to centre and size."""
+    """Boxes `(..., 4)` of corners as centre and size `(cx, cy, w, h)`."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 

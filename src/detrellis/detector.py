@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -44,7 +43,7 @@ class Detector(nn.Module):
         return output
 
     def encode(self, images: ImageBatch) -> Memory:
-        """Images to encoded memory."""
+        """The encoded memory of the images."""
         memory: Memory = self.encoder(self.neck(self.backbone(images.pixels), images.padding))
         return memory
 
@@ -54,13 +53,15 @@ class Detector(nn.Module):
         return queries
 
     def decode(self, memory: Memory, blocks: Mapping[Segment, Queries]) -> dict[str, DecoderOutput]:
-        """Several query blocks in one pass, every layer's outputs, by block name."""
-        segments, queries = tuple(blocks), list(blocks.values())
-        output = self.decoder(concatenate(queries), memory, segments, every_layer=True)
-        sizes = [s.size for s in segments]
-        ends = list(itertools.accumulate(sizes))
-        spans = (slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
-        return {s.name: output.map(lambda t, span=span: t[:, :, span]) for s, span in zip(segments, spans, strict=True)}
+        """Every layer's outputs of several blocks in one pass, by the block's name."""
+        together = self.decoder(concatenate(list(blocks.values())), memory, tuple(blocks), every_layer=True)
+        outputs: dict[str, DecoderOutput] = {}
+        first = 0
+        for segment in blocks:
+            rows = slice(first, first + segment.size)
+            outputs[segment.name] = together.map(lambda t, rows=rows: t[:, :, rows])
+            first += segment.size
+        return outputs
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:
@@ -82,7 +83,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def concatenate(parts: list[Queries]) -> Queries:
-    """One sequence from several blocks."""
+    """The queries of several blocks, `(B, N, ...)` each, as one sequence."""
 
     def joined(values: list[Tensor | None]) -> Tensor | None:
         present = [v for v in values if v is not None]

@@ -23,7 +23,7 @@ def focal_negative(logits: Tensor, gamma: float = 2.0) -> Tensor:
 
 
 def focal_positive(logits: Tensor, gamma: float = 2.0) -> Tensor:
-    """Focal loss of a class that is there: `-(1 - p)^gamma log p`."""
+    """Focal loss of a class that is there: `-(1 - p)^gamma log p`; `gamma` as `focal_negative`."""
     return focal_negative(-logits, gamma)
 
 
@@ -43,7 +43,7 @@ def varifocal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy with a soft target."""
+    """Binary cross-entropy `BCE(p, t)` with a soft target."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 

@@ -189,14 +189,7 @@ class Supervision:
         return replace(self, assign=self.assign.for_proposals())
 
     def task(
-        self,
-        name: str,
-        output: DecoderOutput,
-        targets: Targets,
-        normaliser: Tensor,
-        *,
-        copies: int = 1,
-        weight: float = 1.0,
+        self, name: str, output: DecoderOutput, targets: Targets, normaliser: Tensor, copies: int = 1, weight: float = 1
     ) -> Task:
         """This supervision of a block's `output`, matched in each of its `copies`, its losses times `weight`."""
         weights = {term: of_term * weight for term, of_term in self.weights.items()}

@@ -95,9 +95,7 @@ class TrainableDetector(nn.Module):
 
     def _task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
         normaliser = self._normaliser(block, step)
-        return block.supervision.task(
-            block.name, output, step.targets, normaliser, copies=block.copies, weight=block.weight
-        )
+        return block.supervision.task(block.name, output, step.targets, normaliser, block.copies, block.weight)
 
     def _normaliser(self, block: QueryBlock, step: Step) -> Tensor:
         return (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser

@@ -25,7 +25,7 @@ Rows = tuple[Tensor, Tensor, Tensor]  # a segment's q, k, v, (B, M, N, d or e)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention, to where `mask` is True if there is one."""
+    """Scaled dot-product attention `(B, M, N, e)`; with a mask only to where it is True."""
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     with sdpa_kernel(BACKENDS):
@@ -103,7 +103,7 @@ def memory_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dr
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """`(B, N, M * d)` to `(B, M, N, d)`."""
+    """Split the channels of `x (B, N, M * d)` into heads: `(B, M, N, d)`."""
     split: Tensor = x.unflatten(-1, (heads, -1))
     return split.transpose(1, 2)
 
@@ -152,7 +152,7 @@ class SelfAttention(nn.Module):
         self.projections, self.output = _packed_projections(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """`x, position (B, N, D)` to `(B, N, D)`; no residual, no norm."""
+        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and norm."""
         q, k = self.projections.part(x + position, 0, 2).chunk(2, dim=-1)
         v = self.projections.part(x, 2, 3)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
@@ -173,7 +173,7 @@ class DenseAttention(nn.Module):
         self.projections, self.output = _packed_projections(width)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """`x (B, N, D)` to the same; no residual, no norm."""
+        """What `x (B, N, D)` reads from the memory, `(B, N, D)`, without residual and norm."""
         q, k, v = project(self.projections, x, where, memory, self.heads)
         attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))

@@ -37,7 +37,7 @@ class _Backbone(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module, but for the parts that are frozen."""
+        """Set the mode of all parts but the frozen ones, which stay in evaluation mode."""
         super().train(mode)
         for part in (inner for still in self._still for inner in still.modules()):
             part.training = False
@@ -83,7 +83,7 @@ class ResNet(_Backbone):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """`(B, 3, H, W)` to maps, finest first."""
+        """Feature maps `(B, C, h, w)` of `pixels (B, 3, H, W)`, finest first."""
         x, maps = self.stem(pixels.contiguous(memory_format=torch.channels_last)), []
         for name, stage in self.stages.items():
             x = stage(x)
@@ -93,7 +93,7 @@ class ResNet(_Backbone):
 
 
 def _known(name: str, strides: Sequence[int], available: Sequence[int]) -> Sequence[int]:
-    """`strides`, if the backbone has maps of all of them."""
+    """The wanted `strides`; `UserError` where the backbone has no map of one of them."""
     if missing := [s for s in strides if s not in available]:
         raise UserError(
             f"backbone {name} has no map of stride {missing[0]}",
@@ -163,7 +163,7 @@ class TimmBackbone(_Backbone):
             self._freeze(_until(self.model, [i["module"] for i in info.info if i["reduction"] >= 4], frozen, name))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """`(B, 3, H, W)` to maps, finest first."""
+        """Feature maps `(B, C, h, w)` of `pixels (B, 3, H, W)`, finest first."""
         # Models that cut the image into patches refuse a size that is no multiple of them.
         height, width = pixels.shape[-2:]
         maps: list[Tensor] = self.model(F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH)))

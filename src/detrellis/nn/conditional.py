@@ -41,7 +41,7 @@ class ConditionalSelfAttention(nn.Module):
         self.output = _output(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """`x, position (B, N, D)` to `(B, N, D)`; no residual, no norm."""
+        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and norm."""
         q, k, v = self.content(x).chunk(3, dim=-1)
         q_position, k_position = self.position(position).chunk(2, dim=-1)
         q, k, v = (split_heads(t, self.heads) for t in (q + q_position, k + k_position, v))
@@ -67,7 +67,7 @@ class ConditionalCrossAttention(nn.Module):
         self.output = _output(width)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """`x (B, N, D)` to the same; no residual, no norm."""
+        """What `x (B, N, D)` reads from the memory, `(B, N, D)`, without residual and norm."""
         assert where.sine is not None, "conditional attention needs a spatial query"
         query = self.query(x)
         keys, values = self.memory(memory.tokens).chunk(2, dim=-1)
@@ -82,5 +82,5 @@ class ConditionalCrossAttention(nn.Module):
         return out
 
     def _joined(self, content: Tensor, position: Tensor) -> Tensor:
-        """`(B, N, M * d)` twice to `(B, M, N, 2 d)`."""
+        """Both parts `(B, N, M * d)` side by side in each head: `(B, M, N, 2 d)`."""
         return torch.cat([split_heads(content, self.heads), split_heads(position, self.heads)], dim=-1)

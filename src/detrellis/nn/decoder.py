@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> Tensor:
-        """`x (B, N, D)` to new `x`."""
+        """The queries `x (B, N, D)` after this layer, `(B, N, D)`."""
         x = self.norm_self(x + self.dropout(self.self_attention(x, where.position, segments)))
         x = self.norm_cross(x + self.dropout(self.cross_attention(x, where, memory)))
         out: Tensor = self.feed_forward(x)

@@ -37,7 +37,7 @@ class EncoderLayer(nn.Module):
         self.feed_forward = feed_forward
 
     def forward(self, memory: Memory, references: Tensor | None) -> Memory:
-        """One layer: the memory with new tokens."""
+        """The memory with its tokens after this layer."""
         attended = self.attention(memory.tokens, Spatial(memory.position, references), memory)
         tokens = self.norm(memory.tokens + self.dropout(attended))
         return memory._replace(tokens=self.feed_forward(tokens))
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         self.references, self.position_scale = references, position_scale
 
     def forward(self, memory: Memory) -> Memory:
-        """The same memory with encoded tokens."""
+        """The memory with encoded tokens."""
         references = token_centres(memory) if self.references else None
         position = memory.position
         for layer in self.layers:

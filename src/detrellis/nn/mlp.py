@@ -36,7 +36,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(make(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`."""
+        """Outputs `(..., outputs)` of `x (..., inputs)`."""
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         out: Tensor = self.layers[-1](x)
@@ -58,7 +58,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, D)` to the same."""
+        """Outputs `(B, N, D)` of `x (B, N, D)`."""
         hidden = self.dropout(self.activation(self.inner(x)))
         out: Tensor = self.norm(x + self.dropout(self.outer(hidden)))
         return out

@@ -17,7 +17,7 @@ class MapNorm(nn.GroupNorm):
     """GroupNorm of maps `(B, D, H, W)`; `UserError` where each group is a single number, which leaves nothing of it."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """As `nn.GroupNorm`."""
+        """The maps `(B, D, H, W)`, normalised in groups of channels."""
         if maps.numel() == self.num_groups:
             raise UserError(
                 f"a feature map of one image is 1x1 pixels, with {self.num_channels} channels in {self.num_groups} "
@@ -51,7 +51,7 @@ class MultiScaleNeck(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(levels, width).normal_())
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
-        """`maps` finest first, `padding (B, H, W)` of the images; see `Memory`."""
+        """The memory of the backbone's `maps`, finest first, and the images' `padding (B, H, W)`."""
         return self.flatten(self.project(maps), padding)
 
     def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -80,11 +80,11 @@ class SingleScaleNeck(nn.Module):
         self.position = position
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
-        """One map, `padding (B, H, W)` of the images; see `Memory`."""
+        """The memory of the last of `maps`, and the images' `padding (B, H, W)`."""
         return self.flatten(self.project(maps), padding)
 
     def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The one level `(B, D, H, W)`."""
+        """The one level, a map `(B, D, H, W)`."""
         return [self.norm(self.projection(maps[-1]))]
 
     def flatten(self, levels: Sequence[Tensor], padding: Tensor | None) -> Memory:

@@ -164,7 +164,7 @@ class SemanticCrossAttention(nn.Module):
         self.output = xavier_linear(width, width)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """`x (B, N, D)` to the same; no residual, no norm."""
+        """What `x (B, N, D)` reads from the memory, `(B, N, D)`, without residual and norm."""
         assert where.references is not None
         aligned = self.aligner(x, where.references, memory)
         attended, _ = self.attend(aligned, memory)

@@ -27,7 +27,7 @@ UNIT = 32  # stride of the cells in which a prior is as wide as its scale says; 
 
 
 def read_point(width: int) -> nn.Sequential:
-    """What reads a query's point, as a logit, off its position."""
+    """A layer that reads a query's point, as logits `(..., 2)`, off its position `(..., D)`."""
     return nn.Sequential(nn.LayerNorm(width), MLP(width, width, 2, 3))
 
 
@@ -82,7 +82,7 @@ class ModulatedAttention(nn.Module):
         self.projections, self.output = plain.projections, plain.output
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """`x (B, N, D)` to the same; no residual, no norm."""
+        """What `x (B, N, D)` reads from the memory, `(B, N, D)`, without residual and norm."""
         read = [values * level_weight for values, _, level_weight in self._levels(x, where, memory)]
         out: Tensor = self.output(merge_heads(sum(read[1:], read[0])))
         return out
@@ -113,7 +113,7 @@ class IntraScaleAttention(nn.Module):
         self.attention = DenseAttention(width, heads, dropout=dropout)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """`x (B, S, D)` to the same; no residual, no norm."""
+        """What the tokens `x (B, S, D)` read from their level, `(B, S, D)`, without residual and norm."""
         sizes = [h * w for h, w in memory.shapes]
         tokens, places = x.split(sizes, dim=1), where.position.split(sizes, dim=1)
         parts = [

@@ -108,7 +108,7 @@ def point_gradients(
 def eager_point_gradients(
     levels: Tensor, ids: Tensor, locations: Tensor, weights: Tensor, table: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same, with the products from a sparse matrix of the bags' pattern."""
+    """As `point_gradients`, with the products from a sparse matrix of the bags' pattern."""
     count, length = ids.shape
     starts = torch.arange(0, count * length + 1, length, dtype=ids.dtype)
     with warnings.catch_warnings():
