@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from detrellis.atomic import replace_files, replace_text, sweep
+from detrellis.atomic import _partial, replace_files, replace_text, sweep
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
@@ -31,6 +31,16 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeyp
         monkeypatch.setattr(os, name, lambda *args, name=name, own=own: (done.append(name), own(*args)))
     replace_files((tmp_path / "a", lambda p: p.write_text("a")), (tmp_path / "b", lambda p: p.write_text("b")))
     assert done == ["fsync", "fsync", "replace", "replace"]
+
+
+def test_names_may_be_as_long_as_the_system_takes_them(tmp_path: Path) -> None:
+    names = [f"{'x' * 250}{number}.md" for number in range(2)]
+    replace_files(*((tmp_path / name, lambda p, name=name: p.write_text(name[250:])) for name in names))
+    assert [(tmp_path / name).read_text() for name in names] == ["0.md", "1.md"]
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).rename(_partial(tmp_path / names[1]))
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_or_nothing(tmp_path: Path) -> None:

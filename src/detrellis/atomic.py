@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ def write_beside(path: Path, write: Write) -> Path:
     owner may read. Nothing is left where `write` fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.unlink(missing_ok=True)
         partial.touch()
@@ -33,6 +34,13 @@ def write_beside(path: Path, write: Write) -> Path:
         partial.unlink(missing_ok=True)
         raise
     return partial
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that file systems take too where the file's own is nearly as long as they allow."""
+    name = os.fsencode(path.name)
+    called = path.name if len(name) < 200 else hashlib.blake2b(name, digest_size=16).hexdigest()
+    return path.with_name(f".{called}.{os.getpid()}.partial")
 
 
 def replace_files(*files: tuple[Path, Write]) -> None:
