@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from detrellis.atomic import _partial, replace_files, replace_text, sweep
@@ -52,6 +55,31 @@ def test_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         replace_files((tmp_path / "a", lambda p: p.write_text("new")), (tmp_path / "b", fail))
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old"}
+
+
+@pytest.mark.parametrize(
+    ("told", "free", "number"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 0, errno.ENOSPC),
+        (RuntimeError("unexpected pos 2816192 vs 2816088"), 4096, errno.ENOSPC),  # torch, on a full disk
+        (RuntimeError("unexpected pos 2816192 vs 2816088"), 1 << 30, None),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 1 << 30, 122),
+        (KeyError("shape"), 0, None),
+    ],
+)
+def test_what_the_system_says_is_told_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Exception, free: int, number: int | None
+) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise told
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 0, free))  # type: ignore[attr-defined]
+    with pytest.raises(type(told) if number is None else OSError) as error:
+        replace_files((tmp_path / "a", fail))
+    if number is not None:
+        assert (error.value.errno, error.value.filename) == (number, str(tmp_path / "a"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 Write = Callable[[Path], object]
 
+FULL = 65536  # bytes that are left, at most, of a disk on which writing fails
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
@@ -18,7 +21,8 @@ def write_beside(path: Path, write: Write) -> Path:
     """What `write` puts into a file beside `path`, whole and on the disk; its folder is made where it is missing.
 
     The file has the permissions of any new file there: some libraries write through temporary ones that only their
-    owner may read. Nothing is left where `write` fails.
+    owner may read. Nothing is left where `write` fails; a full disk and the like are an `OSError` that names the file,
+    whatever a library says of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
@@ -30,10 +34,23 @@ def write_beside(path: Path, write: Write) -> Path:
         partial.chmod(mode)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
+        cause = _system_error(error, path)
         partial.unlink(missing_ok=True)
-        raise
+        if cause is None:
+            raise
+        raise cause from error
     return partial
+
+
+def _system_error(error: BaseException, path: Path) -> OSError | None:
+    """The system's error behind another one, which Rust's libraries tell by its number and torch not at all."""
+    number = error.errno if isinstance(error, OSError) and error.filename is None else None
+    if told := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(told[1])
+    elif isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free < FULL:
+        number = errno.ENOSPC
+    return None if number is None else OSError(number, os.strerror(number), str(path))
 
 
 def _partial(path: Path) -> Path:

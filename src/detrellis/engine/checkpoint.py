@@ -128,7 +128,7 @@ def save_run(run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] 
         files.append((run / LAST, _weights(weights, card)))
     try:
         replace_files(*files)
-    except (RuntimeError, SafetensorError) as error:  # what their writers say of a full disk
+    except (RuntimeError, SafetensorError) as error:  # whatever else keeps a file from being written
         raise OSError(first_line(error)) from error
 
 
