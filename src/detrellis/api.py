@@ -52,11 +52,11 @@ from detrellis.interop.load import is_foreign
 from detrellis.loading import load as load
 from detrellis.loading import open_split
 from detrellis.outputs import Outputs
-from detrellis.predictions.inputs import Pictures, find_pictures, once
+from detrellis.predictions.inputs import Pictures, find_pictures, without_repeats
 from detrellis.predictions.model import Model as Model
-from detrellis.predictions.record import OnError, Predictions, collected
+from detrellis.predictions.record import OnError, Predictions, collect_predictions
 from detrellis.predictions.record import Prediction as Prediction
-from detrellis.predictions.save import Folder
+from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
 
 if TYPE_CHECKING:
@@ -295,15 +295,15 @@ def predict(
     before any work where an input, or what no earlier call made, would be overwritten.
     """
     place = run if is_foreign(run) else find_weights(Path(run))
-    given = once(find_pictures(pictures, recursive))
-    folder = None if out is None else Folder(Path(out), given, txt)
-    given = given if folder is None else folder.given
+    given = without_repeats(find_pictures(pictures, recursive))
+    folder = None if out is None else PredictionFolder(Path(out), given, txt)
+    given = given if folder is None else folder.pictures
     model = load(place, device=device)
-    predictions = model.look(given, threshold, nms, batch_size)
+    predictions = model.detect(given, threshold, nms, batch_size)
     if folder is not None:
         predictions = folder.save(predictions, model.classes.names, model.data)
     with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too
-        return collected(track(predictions, "predict", len(given), progress), on_error)
+        return collect_predictions(track(predictions, "predict", len(given), progress), on_error)
 
 
 @checked

@@ -36,23 +36,23 @@ class Outputs:
         self._made: dict[str, set[str]] | None = None
 
     def ready(self, names: Iterable[str], inputs: Iterable[str | Path] = ()) -> None:
-        """See that each of `names` may be written: to ask before any work. `inputs` are files, and folders of which
+        """Checks, before any work, that each of `names` may be written. `inputs` are files, and folders of which
         everything is one. Nothing is made yet.
 
         Raises `UserError` naming the first that is an input, or is there and not as Detrellis left it; and where the
         folder cannot be written.
         """
-        read = {Path(os.path.realpath(path)) for path in inputs}
+        protected = {Path(os.path.realpath(path)) for path in inputs}
         for path in (self.folder / name for name in names):
             real = Path(os.path.realpath(path))
-            if read.intersection((real, *real.parents)):
+            if protected.intersection((real, *real.parents)):
                 raise self._refusal(path, "an input, which would be overwritten")
             if os.path.lexists(path) and not self._replaceable(path):
                 raise self._refusal(path, self._why_not(path))
         self._may_be_made()
 
     def alone(self, inputs: Iterable[str | Path] = ()) -> None:
-        """See that nothing is in the folder but files as Detrellis left them, and no input.
+        """Checks that nothing is in the folder but files as Detrellis left them, and no input.
 
         For what is read as a whole: any other file would be taken for a part of it. Raises `UserError` as `ready`.
         """
@@ -60,23 +60,23 @@ class Outputs:
         self.ready(names, inputs)
 
     def clear(self) -> None:
-        """Remove what `alone` found: a file that an earlier call made and this one does not would mix with it."""
+        """Removes the files of an earlier call, which `alone` has checked: they would mix with those of this one."""
         for path in self._files():
             path.unlink()
 
     def take(self, names: Iterable[str]) -> None:
-        """Call files, or folders, ours from now on whatever is in them: a log that grows."""
+        """Calls files, or folders, ours from now on whatever is in them: a log that grows."""
         for name in names:
             self._note(name, ANY)
 
     def write(self, name: str, content: bytes | str) -> Path:
-        """Write `folder/name` whole: readers see the old file or the new one, never a part. A file of somebody else's
+        """Writes `folder/name` whole: readers see the old file or the new one, never a part. A file of somebody else's
         that came since `ready` is refused too."""
         data = content.encode() if isinstance(content, str) else content
         return self.write_with(name, lambda partial: partial.write_bytes(data))
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
-        """As `write`, of what `write` puts into the file that it is given."""
+        """As the method `write`, with the content that the function `write` puts into the path that it is given."""
         path = self.folder / name
         partial = write_beside(path, write)
         try:
@@ -93,7 +93,7 @@ class Outputs:
         return path
 
     def note(self) -> None:
-        """Call all that is in the folder ours, as it is now: for files that a library has written there."""
+        """Calls all that is in the folder ours, as it is now: for files that a library has written there."""
         for path in self._files():
             self._note(path.relative_to(self.folder).as_posix(), digest(path))
 
@@ -135,11 +135,12 @@ class Outputs:
 
     def _may_be_made(self) -> None:
         """`UserError` where the folder, or the nearest one above it that exists, is none or cannot be written."""
-        there = next(folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists())
-        if not there.is_dir():
-            raise UserError(f"{there}: a file, not a folder", f"Take another {self.option}.")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{there}: this folder cannot be written", f"Take another {self.option}.")
+        folder = self.folder.absolute()
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if not existing.is_dir():
+            raise UserError(f"{existing}: a file, not a folder", f"Take another {self.option}.")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{existing}: this folder cannot be written", f"Take another {self.option}.")
 
     def _refusal(self, path: Path, why: str) -> UserError:
         return UserError(f"{path}: {why}", f"Take another {self.option}, or move the file.")
@@ -175,16 +176,17 @@ def _read(path: Path) -> dict[str, set[str]]:
     lines: list[str] = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found: dict[str, set[str]] = {}
-    for name, content in (item for line in lines for item in _entry(line).items()):
-        found.setdefault(name, set()).add(content)
-    return found
+    hashes: dict[str, set[str]] = {}
+    for line in lines:
+        for name, content in _entry(line).items():
+            hashes.setdefault(name, set()).add(content)
+    return hashes
 
 
 def _entry(line: str) -> dict[str, str]:
     """{name: hash} of a line; nothing for one that a crash has cut off."""
     try:
-        found = json.loads(line)
-        return {str(found["file"]): str(found["sha256"])}
+        entry = json.loads(line)
+        return {str(entry["file"]): str(entry["sha256"])}
     except (ValueError, KeyError, TypeError):
         return {}

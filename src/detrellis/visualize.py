@@ -26,7 +26,7 @@ PALETTE = [
     0xFFB4F0, 0x878700, 0xB46996, 0x87FF87, 0xB4B45A, 0x00A596, 0xB496F0, 0xFFB487,
     0xF087A5, 0x5AFFFF, 0x00A500, 0xD200F0, 0xC3692D, 0x87C3FF, 0x6978D2, 0xF00078,
 ]  # fmt: skip
-SHADES = ((0, 0.0), (255, 0.4), (0, 0.25), (255, 0.65))  # later classes: mixed with black (0) or white by a share
+SHADES = ((0, 0.0), (255, 0.4), (0, 0.25), (255, 0.65))  # of later classes: black (0) or white, and how much of it
 LONGEST = 28  # letters of a name in a tag; the legend has it whole
 NARROWEST = 160  # pixels of a drawn picture with boxes: a tag's width
 BACKGROUND, BAR, INK = (24, 24, 28), (44, 44, 52), (240, 240, 240)
@@ -45,8 +45,8 @@ FONTS = (
 def colour_of(label: int) -> Colour:
     """The colour of a class index, the same in every picture."""
     value = PALETTE[label % len(PALETTE)]
-    towards, share = SHADES[label // len(PALETTE) % len(SHADES)]
-    red, green, blue = (round((value >> shift & 255) * (1 - share) + towards * share) for shift in (16, 8, 0))
+    shade, weight = SHADES[label // len(PALETTE) % len(SHADES)]
+    red, green, blue = (round((value >> shift & 255) * (1 - weight) + shade * weight) for shift in (16, 8, 0))
     return red, green, blue
 
 
@@ -99,7 +99,7 @@ def contact_sheet(
     bar = max(22, cell // 22) if titles is not None else 0
     rows = [list(range(i, min(i + columns, len(images)))) for i in range(0, len(images), columns)]
     gap = max(4, cell // 80)
-    widths = [max(pictures[i].width for i in range(c, len(images), columns)) for c in range(len(rows[0]))]
+    widths = [max(picture.width for picture in pictures[column::columns]) for column in range(len(rows[0]))]
     heights = [bar + max(pictures[i].height for i in row) for row in rows]
     size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(heights) + 1))
     sheet = Image.new("RGB", size, BACKGROUND)
@@ -132,6 +132,8 @@ class _Look(NamedTuple):
 
 
 class _Tag(NamedTuple):
+    """A label beside a box."""
+
     box: Rectangle
     text: str
     label: int
@@ -186,18 +188,18 @@ def _on_canvas(mark: _Mark, scale: float, size: tuple[int, int]) -> _Mark | None
 
 
 def _look(marks: Sequence[_Mark], size: tuple[int, int], font: str | None) -> _Look:
-    """Sizes follow the picture; the more of it the tags would cover, the smaller they are."""
-    base = math.sqrt(size[0] * size[1]) / 560
+    """How a picture is drawn: sizes follow the picture's, and the more of it the tags would cover, the smaller."""
+    area = size[0] * size[1]
+    unit = math.sqrt(area) / 560
+    # The largest letters with which the tags cover no more than 13 % of the picture; crowded where none do.
     letters = sum(len(_text(m, False)) + 1 for m in marks)
-    full = max(11.0, 15 * base)
-    chosen, crowded = full, True
-    for size_now in (full, max(11.0, 0.85 * full), max(11.0, 0.72 * full)):
-        chosen = size_now
-        if letters * (0.55 * chosen) * (1.3 * chosen) <= 0.13 * size[0] * size[1]:
-            crowded = False
-            break
-    line = max(1, round((3.0 if len(marks) <= 12 else 2.4 if len(marks) <= 40 else 1.6) * base))
-    return _Look(line, _font(font, round(chosen)), _font(font, round(full)), crowded)
+    full = max(11.0, 15 * unit)
+    heights = [full, max(11.0, 0.85 * full), max(11.0, 0.72 * full)]
+    fitting = [h for h in heights if letters * (0.55 * h) * (1.3 * h) <= 0.13 * area]
+    height = fitting[0] if fitting else heights[-1]
+    width = 3.0 if len(marks) <= 12 else 2.4 if len(marks) <= 40 else 1.6
+    line = max(1, round(width * unit))
+    return _Look(line, _font(font, round(height)), _font(font, round(full)), crowded=not fitting)
 
 
 def _text(mark: _Mark, crowded: bool) -> str:
@@ -241,10 +243,11 @@ def _texts(mark: _Mark, look: _Look) -> list[str]:
 def _best_place(
     mark: _Mark, text: str, look: _Look, size: tuple[int, int], others: tuple[Floats, list[Rectangle]]
 ) -> tuple[_Tag, float]:
-    """The tag where it covers least, and the share of it that lies on other tags."""
+    """The tag where it covers least, and the fraction of it that lies on other tags."""
     width, height = _tag_size(text, look.font)
     boxes, tags = others
     x1, y1, x2, y2 = mark.box
+    # Above and below the box, inside it, beside it; of equal places the first.
     corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2), (x1, y1), (x2 - width, y1)]
     corners += [(x1, y2 - height), (x2 - width, y2 - height), (x2, y1), (x1 - width, y1)]
     best, best_cost, best_hidden = _Tag(mark.box, text, mark.label), math.inf, 1.0
@@ -262,11 +265,11 @@ def _best_place(
 
 
 def _overlaps(box: Rectangle, others: Floats) -> Floats:
-    """Area that `box` shares with each of `others`."""
+    """`(N,)` square pixels in which `box` and each of `others (N, 4)` overlap."""
     width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0])
     height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1])
-    shared: Floats = width.clip(min=0) * height.clip(min=0)
-    return shared
+    area: Floats = width.clip(min=0) * height.clip(min=0)
+    return area
 
 
 def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
@@ -289,6 +292,7 @@ def ink_on(colour: Colour) -> Colour:
 
 def _with_legend(canvas: Image.Image, marks: Sequence[_Mark], font: ImageFont.FreeTypeFont) -> Image.Image:
     """The picture with a strip below it: each class's colour, name and number of boxes."""
+    # Where each class stands, in as many lines as they need.
     counts = Counter((m.label, m.name) for m in marks)
     pad, line = round(0.6 * font.size), round(1.7 * font.size)
     entries, x, y = [], pad, pad
@@ -299,6 +303,7 @@ def _with_legend(canvas: Image.Image, marks: Sequence[_Mark], font: ImageFont.Fr
             x, y = pad, y + line
         entries.append((x, y, label, text))
         x += width
+    # The picture, and the classes below it.
     result = Image.new("RGB", (canvas.width, canvas.height + y + line), BACKGROUND)
     result.paste(canvas, (0, 0))
     draw = ImageDraw.Draw(result)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from detrellis.errors import UserError
-from detrellis.predictions.inputs import Given, find_pictures, once
+from detrellis.predictions.inputs import InputPicture, find_pictures, without_repeats
 from detrellis.predictions.save import output_names
 
 from .conftest import picture, save
@@ -36,7 +36,7 @@ def test_files_and_folders(folder: Path) -> None:
     assert names([folder / "sub", folder / "b.png"]) == ["c.jpg", "b.png"]
     assert names(folder / "notes.txt") == ["notes.txt"]  # named itself: reading it says what is wrong
     assert names(folder / ".hidden.jpg") == [".hidden.jpg"]
-    assert len(once(find_pictures([folder, folder / "a.jpg", "pics/../pics/a*.jpg"]))) == 2
+    assert len(without_repeats(find_pictures([folder, folder / "a.jpg", "pics/../pics/a*.jpg"]))) == 2
 
 
 def test_a_pattern_unless_a_file_is_called_so(folder: Path) -> None:
@@ -148,8 +148,8 @@ def test_an_iterator_is_read_as_needed() -> None:
     assert len(list(itertools.islice(find_pictures(endless), 3))) == 3
 
 
-def given(*paths: str, root: str = "") -> list[Given]:
-    return [one for p in paths for one in [Given(Path(root, p), Path(p if root else Path(p).name))]]
+def given(*paths: str, root: str = "") -> list[InputPicture]:
+    return [one for p in paths for one in [InputPicture(Path(root, p), Path(p if root else Path(p).name))]]
 
 
 def test_output_names_are_different_and_do_not_depend_on_the_order() -> None:
@@ -159,7 +159,7 @@ def test_output_names_are_different_and_do_not_depend_on_the_order() -> None:
     assert output_names(given("/a/x.jpg", "/b/x.jpg")) == ["a/x", "b/x"]
     assert output_names(given("/a/X.jpg", "/b/x.jpg")) == ["a/X", "b/x"]  # "X" is "x" on some file systems
     assert output_names(given("/a/c/x.jpg", "/b/c/x.jpg")) == ["a/c/x", "b/c/x"]
-    assert output_names([Given(None, Path()), Given(None, Path())]) == ["picture-1", "picture-2"]
+    assert output_names([InputPicture(None, Path()), InputPicture(None, Path())]) == ["picture-1", "picture-2"]
     many = given("/a/x.jpg", "/a/x.png", "/b/x.jpg", "/b/x.png", "/a/x.jpg.jpg", "/a/picture-9.jpg")
     want = dict(zip(many, output_names(many), strict=True))
     assert len({name.casefold() for name in want.values()}) == len(many)

@@ -138,7 +138,7 @@ def test_predictions_are_written_also_after_ctrl_c(run: Path, tmp_path: Path, mo
     for name in "abcd":
         save(tmp_path / "pics" / f"{name}.png")
     count = 0
-    detect = Model._detect
+    detect = Model._forward
 
     def interrupted(*arguments: object) -> object:
         nonlocal count
@@ -147,7 +147,7 @@ def test_predictions_are_written_also_after_ctrl_c(run: Path, tmp_path: Path, mo
             raise KeyboardInterrupt
         return detect(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Model, "_detect", interrupted)
+    monkeypatch.setattr(Model, "_forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detrellis.predict(run, tmp_path / "pics", out=tmp_path / "out", threshold=0)
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())

@@ -1,7 +1,8 @@
-"""`detrellis predict`: what a detector finds in pictures."""
+"""`detrellis predict`: the objects that a detector detects in pictures."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from detrellis.arguments import BatchSize, Iou, Score, limits
 from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, Trained, console, errors
 
 if TYPE_CHECKING:
-    from detrellis.predictions.record import Failure, Predictions
+    from detrellis.predictions.record import Predictions, UnreadablePicture
 
 
 def predict(
@@ -46,11 +47,11 @@ def predict(
     """
     from detrellis import api
 
-    def say(failure: Failure) -> None:
+    def report(failure: UnreadablePicture) -> None:
         if IS_MAIN_PROCESS:
             errors.say(("error", "bold red"), f" {failure.why}")
 
-    found = api.predict(
+    predictions = api.predict(
         run,
         pictures,
         threshold=threshold,
@@ -60,26 +61,25 @@ def predict(
         out=out,
         txt=txt,
         device=device,
-        on_error=say,
+        on_error=report,
         progress=True,
     )
     if as_json:
         print((out / "predictions.json").read_text(encoding="utf-8"))
     else:
-        _show(found, out)
-    if failures := found.failures:
+        _show(predictions, out)
+    if failures := predictions.failures:
         remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
-        count = f"{len(failures)} of {len(found) + len(failures)} pictures could not be read. {remedies}"
+        count = f"{len(failures)} of {len(predictions) + len(failures)} pictures could not be read. {remedies}"
         if IS_MAIN_PROCESS:
             errors.say(count)
         raise typer.Exit(1)
 
 
-def _show(found: Predictions, out: Path) -> None:
+def _show(predictions: Predictions, out: Path) -> None:
     table = Table("picture", "detections")
-    for p in found:
-        counts = {name: p.names.count(name) for name in dict.fromkeys(p.names)}
-        listed = ", ".join(f"{n} {name}" for name, n in counts.items()) or "-"
-        table.add_row(Text("" if p.path is None else p.path.name), Text(listed))
+    for prediction in predictions:
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(prediction.names).items())
+        table.add_row(Text("" if prediction.path is None else prediction.path.name), Text(counts or "-"))
     console.print(table)
     console.say(f"Pictures and predictions.json: {out}")

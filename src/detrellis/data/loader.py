@@ -68,8 +68,8 @@ class Batch(NamedTuple):
         return Batch(images, targets, self.image_ids, self.sizes.pin_memory())
 
 
-class Failure(NamedTuple):
-    """A `UserError` on its way out of a worker: torch would wrap the exception itself in a worker's traceback."""
+class WorkerError(NamedTuple):
+    """A `UserError` on its way out of a worker process: torch would wrap the exception in a worker's traceback."""
 
     message: str
     remedy: str
@@ -112,12 +112,12 @@ class DetectionDataset(Dataset[Sample]):
                 image, boxes, labels, masks = transform_with_masks(self.transform, image, boxes, labels, outlines)
         return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width), masks)
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | Failure:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | WorkerError:
         """A whole batch, as torch's loader fetches it."""
         try:
             return [self[key] for key in keys]
         except UserError as error:
-            return Failure(error.message, error.remedy)
+            return WorkerError(error.message, error.remedy)
 
     def _image(self, index: int, height: int, width: int) -> Tensor:
         path = Path(self.root, bytes(self.file_names[index]).decode())
@@ -142,9 +142,9 @@ class Collate:
 
     pad_to: tuple[int, int] | None = None
 
-    def __call__(self, samples: list[Sample] | Failure) -> Batch | Failure:
+    def __call__(self, samples: list[Sample] | WorkerError) -> Batch | WorkerError:
         """The batch; a failure is passed on."""
-        if isinstance(samples, Failure):
+        if isinstance(samples, WorkerError):
             return samples
         counts = tuple(len(s.labels) for s in samples)
         drawn = [s.masks for s in samples if s.masks is not None]
@@ -209,7 +209,7 @@ class Loader:
             iterator._shutdown_workers()
 
 
-def _next(batches: Iterator[Batch | Failure]) -> Batch | None:
+def _next(batches: Iterator[Batch | WorkerError]) -> Batch | None:
     """The next batch, None after the last."""
     try:
         batch = next(batches, None)
@@ -217,7 +217,7 @@ def _next(batches: Iterator[Batch | Failure]) -> Batch | None:
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise _died(error) from error
-    if isinstance(batch, Failure):
+    if isinstance(batch, WorkerError):
         raise UserError(batch.message, batch.remedy)
     return batch
 

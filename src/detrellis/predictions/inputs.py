@@ -42,8 +42,8 @@ ARRAYS = "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3
 
 
 @dataclass(frozen=True)
-class Given:
-    """One picture to look at: a file, or pixels."""
+class InputPicture:
+    """One picture in which objects are to be detected: a file, or pixels."""
 
     path: Path | None
     below: PurePath  # the file's place in the folder that was given, or its name
@@ -61,52 +61,53 @@ class Given:
         return read_image(self.path)
 
 
-def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[Given]:
-    """The pictures that `pictures` means, see the top of the file, one by one.
+def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[InputPicture]:
+    """The pictures that `pictures` means (see the top of the file), one by one.
 
     Raises `UserError` for what is none: no such file, an empty folder, a URL, a video, another type, shape or range.
     """
     if isinstance(pictures, str | Path | Image.Image | np.ndarray | Tensor):
-        yield from _found(pictures, recursive)
+        yield from _pictures_of(pictures, recursive)
         return
     if not isinstance(pictures, Iterable) or isinstance(pictures, bytes | bytearray | dict):
         raise UserError(f"{type(pictures).__name__}: not a picture", ARRAYS)
     for position, picture in enumerate(pictures):
         try:
-            yield from _found(picture, recursive)
+            yield from _pictures_of(picture, recursive)
         except UserError as error:
             if isinstance(picture, str | Path):
                 raise
             raise UserError(f"picture {position}: {error.message}", error.remedy) from None
 
 
-def once(given: Iterable[Given]) -> list[Given]:
-    """Each file once: it may be named itself, lie in a folder, and fit a pattern."""
+def without_repeats(pictures: Iterable[InputPicture]) -> list[InputPicture]:
+    """The pictures with each file once: it may be named itself, lie in a folder, and fit a pattern."""
     seen: set[str] = set()
-    kept = []
-    for one in given:
-        place = None if one.path is None else os.path.realpath(one.path)
-        if place is None or place not in seen:
-            kept.append(one)
-        if place is not None:
-            seen.add(place)
-    return kept
+    unique = []
+    for picture in pictures:
+        file = "" if picture.path is None else os.path.realpath(picture.path)
+        if file not in seen:
+            unique.append(picture)
+        if file:
+            seen.add(file)
+    return unique
 
 
-def _found(picture: object, recursive: bool) -> Iterator[Given]:
+def _pictures_of(picture: object, recursive: bool) -> Iterator[InputPicture]:
+    """The pictures that one argument means: those of a name, or its own pixels."""
     if isinstance(picture, str | Path):
         yield from _named(str(picture), recursive)
     elif isinstance(picture, Image.Image):
-        yield Given(None, NOWHERE, _of_array(np.asarray(to_rgb(picture))))
+        yield InputPicture(None, NOWHERE, _of_array(np.asarray(to_rgb(picture))))
     elif isinstance(picture, np.ndarray):
-        yield Given(None, NOWHERE, _of_array(picture))
+        yield InputPicture(None, NOWHERE, _of_array(picture))
     elif isinstance(picture, Tensor):
-        yield Given(None, NOWHERE, _of_tensor(picture))
+        yield InputPicture(None, NOWHERE, _of_tensor(picture))
     else:
         raise UserError(f"{type(picture).__name__}: not a picture", ARRAYS)
 
 
-def _named(name: str, recursive: bool) -> list[Given]:
+def _named(name: str, recursive: bool) -> list[InputPicture]:
     """The files that a name on the command line means."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
@@ -114,30 +115,30 @@ def _named(name: str, recursive: bool) -> list[Given]:
     if path.exists():
         if path.suffix.lower() in VIDEOS:
             raise UserError(f"{name}: a video, not a picture", frames_of(name))
-        return [Given(path, PurePath(path.name))]
+        return [InputPicture(path, PurePath(path.name))]
     if URL.match(name):
         raise UserError(f"{name}: a URL, not a file", "Download it first, then give the file.")
     if name == "-":
         raise UserError("-: pictures are not read from standard input", "Write it to a file, then give the file.")
     if glob.has_magic(name):
-        fitting = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
-        found = [Given(p, PurePath(p.name), listed=True) for p in fitting if p.is_file() and is_image(p)]
-        if not found:
+        paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        images = [InputPicture(p, PurePath(p.name), listed=True) for p in paths if p.is_file() and is_image(p)]
+        if not images:
             raise UserError(f"{name}: no image fits this pattern", f"The current folder is {Path.cwd()}.")
-        return found
+        return images
     raise UserError(f"{name}: no such file or folder", f"Give images or folders; the current folder is {Path.cwd()}.")
 
 
-def _in_folder(folder: Path, recursive: bool) -> list[Given]:
+def _in_folder(folder: Path, recursive: bool) -> list[InputPicture]:
     paths = list_images(folder) if recursive else sorted(p for p in folder.iterdir() if p.is_file() and is_image(p))
     if paths:
-        return [Given(p, p.relative_to(folder), listed=True) for p in paths]
-    deeper = 0 if recursive else len(list_images(folder))
-    if deeper:
-        remedy = f"{deeper} are in its folders: add --recursive."
-    else:
-        others = Counter(p.suffix.lower() or "without suffix" for p in folder.iterdir() if p.is_file())
-        remedy = f"It holds: {', '.join(f'{n} {suffix}' for suffix, n in others.most_common(8)) or 'no file'}."
+        return [InputPicture(p, p.relative_to(folder), listed=True) for p in paths]
+    in_subfolders = 0 if recursive else len(list_images(folder))
+    suffixes = Counter(p.suffix.lower() or "without suffix" for p in folder.iterdir() if p.is_file())
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
+    remedy = f"It holds: {counts or 'no file'}."
+    if in_subfolders:
+        remedy = f"{in_subfolders} are in its folders: add --recursive."
     raise UserError(f"{folder}: no images in this folder", remedy)
 
 

@@ -1,4 +1,4 @@
-"""A detector with what it needs to look at pictures: its recipe's resizing, and the names of its classes."""
+"""A detector with what it needs to predict: its recipe's resizing, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from detrellis.data.loader import stack_images
 from detrellis.data.transforms import Transform, eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.errors import UserError
-from detrellis.predictions.inputs import Given, Pictures, find_pictures
-from detrellis.predictions.record import Failure, OnError, Prediction, Predictions, collected
+from detrellis.predictions.inputs import InputPicture, Pictures, find_pictures
+from detrellis.predictions.record import OnError, Prediction, Predictions, UnreadablePicture, collect_predictions
 from detrellis.recipes import Recipe
 from detrellis.types import Detections
 
-WINDOW = 4  # batches' worth of pictures among which those of one size are looked for
+WINDOW = 4  # batches' worth of pictures, read ahead, among which those of one size are batched
 
 
 @dataclass
 class Model:
-    """A detector that knows its recipe and its classes."""
+    """A trained detector with its recipe and its classes."""
 
     detector: Detector
     recipe: Recipe
@@ -56,84 +56,94 @@ class Model:
         all the others in its `predictions`; `"skip"` leaves the broken ones in `failures` of what is returned, and so
         does a function, which is called with each as it comes.
         """
-        return collected(self.look(find_pictures(pictures, recursive), threshold, nms, batch_size), on_error)
+        results = self.detect(find_pictures(pictures, recursive), threshold, nms, batch_size)
+        return collect_predictions(results, on_error)
 
     @checked
     def stream(self, pictures: Pictures, *, threshold: Score = 0.3, nms: Iou | None = None) -> Iterator[Prediction]:
         """As `predict`, one picture at a time, also of an iterator that has no end. Raises at a broken picture."""
-        for one in self.look(find_pictures(pictures), threshold, nms, batch_size=1):
-            if isinstance(one, Failure):
-                raise UserError(one.why, one.remedy)
-            yield one
+        for result in self.detect(find_pictures(pictures), threshold, nms, batch_size=1):
+            if isinstance(result, UnreadablePicture):
+                raise UserError(result.why, result.remedy)
+            yield result
 
-    def look(
-        self, pictures: Iterable[Given], threshold: float, nms: float | None, batch_size: int
-    ) -> Generator[Prediction | Failure]:
-        """What is found in each picture, or why it cannot be read, in order."""
+    def detect(
+        self, pictures: Iterable[InputPicture], threshold: float, nms: float | None, batch_size: int
+    ) -> Generator[Prediction | UnreadablePicture]:
+        """The detections in each picture, or why it cannot be read, in order."""
         data = self.recipe.data
         transform = eval_transform(data.size, **data.resizing())
         pictures = iter(pictures)
         while window := list(itertools.islice(pictures, 1 if batch_size == 1 else WINDOW * batch_size)):
-            ready = [_ready(given, transform) for given in window]
-            found: dict[int, Detections] = {}
-            for rows in _of_one_size(ready, batch_size):
-                batch = [one for row in rows if isinstance(one := ready[row], _Ready)]
-                found |= zip(rows, self._detect(batch, transform.pad_to, nms), strict=True)
-            for row, (given, one) in enumerate(zip(window, ready, strict=True)):
-                yield one if isinstance(one, Failure) else self._prediction(given, one.size, found[row], threshold)
+            read = [_read(picture, transform) for picture in window]
+            detections: dict[int, Detections] = {}
+            for rows in _batches_of_one_size(read, batch_size):
+                batch = [image for row in rows if isinstance(image := read[row], _ResizedImage)]
+                detections |= zip(rows, self._forward(batch, transform.pad_to, nms), strict=True)
+            for row, (picture, image) in enumerate(zip(window, read, strict=True)):
+                if isinstance(image, UnreadablePicture):
+                    yield image
+                else:
+                    yield self._prediction(picture, image.size, detections[row], threshold)
 
-    def _detect(self, batch: list[_Ready], pad_to: tuple[int, int] | None, nms: float | None) -> list[Detections]:
-        """On the detector's own device, in its precision and in evaluation mode; all of these stay what they were."""
+    def _forward(
+        self, batch: list[_ResizedImage], pad_to: tuple[int, int] | None, nms: float | None
+    ) -> list[Detections]:
+        """The detections of each image of a batch, computed on the detector's device, in its precision and in
+        evaluation mode; all of these stay what they were."""
         like = next(self.detector.parameters())
-        images = stack_images([one.image for one in batch], pad_to).to(like.device)
-        sizes = torch.tensor([one.size for one in batch], device=like.device)
+        images = stack_images([image.pixels for image in batch], pad_to).to(like.device)
+        sizes = torch.tensor([image.size for image in batch], device=like.device)
         half = like.dtype in (torch.float16, torch.bfloat16)
         if not half:
             images = images._replace(pixels=images.pixels.to(like.dtype))
         with evaluating(self.detector), torch.autocast(like.device.type, like.dtype if half else None, enabled=half):
             return replace(self.detector.postprocess, nms=nms)(self.detector(images), sizes)
 
-    def _prediction(self, given: Given, size: tuple[int, int], found: Detections, threshold: float) -> Prediction:
+    def _prediction(
+        self, picture: InputPicture, size: tuple[int, int], detections: Detections, threshold: float
+    ) -> Prediction:
         height, width = size
-        boxes = found.boxes.cpu().float().clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        scores = found.scores.cpu().float()
+        corner = torch.tensor([width, height, width, height])
+        boxes = detections.boxes.cpu().float().clamp(min=0).minimum(corner)
+        scores = detections.scores.cpu().float()
         kept = scores >= threshold
-        labels = found.labels.cpu()[kept].tolist()
+        labels = detections.labels.cpu()[kept].tolist()
         return Prediction(
-            given.path,
+            picture.path,
             size,
             scores[kept].tolist(),
             [self.classes.names[i] for i in labels],
             labels,
             [self.classes.ids[i] for i in labels],
             [tuple(b) for b in boxes[kept].tolist()],
-            given.pixels,
+            picture.pixels,
         )
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _ResizedImage:
     """A picture as the detector sees it, before it is normalised and padded."""
 
-    image: Tensor  # (3, h, w) uint8
+    pixels: Tensor  # (3, h, w) uint8
     size: tuple[int, int]  # height, width of the original
 
 
-def _ready(given: Given, transform: Transform) -> _Ready | Failure:
+def _read(picture: InputPicture, transform: Transform) -> _ResizedImage | UnreadablePicture:
     try:
-        image = given.read()
+        image = picture.read()
     except UserError as error:
-        assert given.path is not None
-        return Failure.of(given.path, error)
+        assert picture.path is not None
+        return UnreadablePicture.of(picture.path, error)
     resized, _, _ = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    return _Ready(resized, (int(image.shape[1]), int(image.shape[2])))
+    return _ResizedImage(resized, (int(image.shape[1]), int(image.shape[2])))
 
 
-def _of_one_size(ready: list[_Ready | Failure], most: int) -> Iterator[list[int]]:
-    """Positions of pictures of the same size, at most so many at a time: padding would change what is found."""
-    groups: dict[torch.Size, list[int]] = {}
-    for row, one in enumerate(ready):
-        if isinstance(one, _Ready):
-            groups.setdefault(one.image.shape, []).append(row)
-    for rows in groups.values():
-        yield from (rows[i : i + most] for i in range(0, len(rows), most))
+def _batches_of_one_size(images: list[_ResizedImage | UnreadablePicture], batch_size: int) -> Iterator[list[int]]:
+    """Positions of images of the same size, `batch_size` at most at a time: padding would change the detections."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for position, image in enumerate(images):
+        if isinstance(image, _ResizedImage):
+            by_shape.setdefault(image.pixels.shape, []).append(position)
+    for positions in by_shape.values():
+        yield from (positions[i : i + batch_size] for i in range(0, len(positions), batch_size))

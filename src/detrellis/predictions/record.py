@@ -1,4 +1,4 @@
-"""What a detector finds in a picture, in the forms that others read; and what becomes of a picture that is broken."""
+"""The detections of a picture, in the forms that other tools read; and what becomes of pictures that are broken."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Prediction:
     pixels: Tensor | None = field(default=None, repr=False, compare=False)  # (3, H, W) uint8 of a picture without path
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO results, which tools for it read, each with the file's and the class's name added."""
+        """The detections as COCO results, which tools for it read, with the file's and the class's name added."""
         rows = zip(self.scores, self.names, self.category_ids, self.boxes, strict=True)
         return [
             {
@@ -58,7 +58,7 @@ class Prediction:
         )
 
     def to_supervision(self) -> Any:
-        """The same as `supervision.Detections`: `xyxy`, `confidence`, `class_id`, and `data["class_name"]`.
+        """The detections as `supervision.Detections`: `xyxy`, `confidence`, `class_id`, and `data["class_name"]`.
 
         Raises `UserError` where supervision is missing.
         """
@@ -76,7 +76,7 @@ class Prediction:
         )
 
     def draw(self, class_names: Sequence[str]) -> Image:
-        """The picture with boxes, names and scores."""
+        """The picture with boxes, names and scores drawn on it; `class_names` are those of all classes, in order."""
         from PIL import Image
 
         if self.pixels is not None:
@@ -89,7 +89,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Failure:
+class UnreadablePicture:
     """A picture that could not be read, and why."""
 
     path: Path
@@ -97,8 +97,8 @@ class Failure:
     remedy: str
 
     @classmethod
-    def of(cls, path: Path, error: UserError) -> Failure:
-        """What a reader said; it speaks of data sets where it knows no other way."""
+    def of(cls, path: Path, error: UserError) -> UnreadablePicture:
+        """From what a reader said; where its remedy speaks of data sets, another one is taken."""
         remedy = "Replace or re-export the file, or leave it out." if error.remedy == REMEDY else error.remedy
         return cls(path, error.message, remedy)
 
@@ -106,24 +106,27 @@ class Failure:
 class Predictions(list[Prediction]):
     """The predictions of all pictures that could be read, in order; `failures` are the others."""
 
-    def __init__(self, found: Iterable[Prediction] = (), failures: Iterable[Failure] = ()) -> None:
-        super().__init__(found)
+    def __init__(self, predictions: Iterable[Prediction] = (), failures: Iterable[UnreadablePicture] = ()) -> None:
+        super().__init__(predictions)
         self.failures = list(failures)
 
 
-OnError = Literal["raise", "skip"] | Callable[["Failure"], None]
+OnError = Literal["raise", "skip"] | Callable[["UnreadablePicture"], None]
 
 
-def collected(found: Iterable[Prediction | Failure], on_error: OnError) -> Predictions:
-    """All of them, the broken ones apart: in `failures`, raised at the end, or told to a function as they come."""
+def collect_predictions(results: Iterable[Prediction | UnreadablePicture], on_error: OnError) -> Predictions:
+    """All results, the broken pictures apart: in `failures`, raised at the end, or passed to a function as they come.
+
+    Raises `BrokenPictures` at the end where `on_error` is "raise" and a picture could not be read.
+    """
     predictions = Predictions()
-    for one in found:
-        if isinstance(one, Prediction):
-            predictions.append(one)
+    for result in results:
+        if isinstance(result, Prediction):
+            predictions.append(result)
             continue
-        predictions.failures.append(one)
+        predictions.failures.append(result)
         if callable(on_error):
-            on_error(one)
+            on_error(result)
     if on_error == "raise" and predictions.failures:
         raise BrokenPictures(predictions)
     return predictions
