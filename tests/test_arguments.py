@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import detrellis
 from detrellis.analysis import groups, misalignment
+from detrellis.analysis.runs import ComparedRuns
 from detrellis.arguments import BatchSize, Iou, Range, Seed, Workers, checked, limits
 from detrellis.cli import app
 from detrellis.errors import UserError
@@ -108,9 +109,9 @@ def test_options_have_the_same_ranges() -> None:
         (lambda: detrellis.bench("tiny", runs=0), "runs=0"),
         (lambda: detrellis.bench("tiny", run=1), "Did you mean 'runs'"),  # type: ignore[call-arg]
         (lambda: detrellis.convert("run", "out", to="onnx"), "to='onnx'"),  # type: ignore[arg-type]
-        (lambda: misalignment.analyze("run", threshold=7), "threshold=7"),
-        (lambda: groups.analyze("run", batch_size=0), "batch_size=0"),
-        (lambda: groups.analyze("run", grids=8), "Did you mean 'grid'"),  # type: ignore[call-arg]
+        (lambda: misalignment.analyze(ComparedRuns("run"), threshold=7), "threshold=7"),
+        (lambda: ComparedRuns("run", batch_size=0), "batch_size=0"),
+        (lambda: groups.analyze(ComparedRuns("run"), grids=8), "Did you mean 'grid'"),  # type: ignore[call-arg]
     ],
 )
 def test_every_verb_is_checked(call: Callable[[], object], message: str) -> None:

@@ -107,16 +107,17 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
 
 
 def test_figures(run: Path, tmp_path: Path) -> None:
-    from detrellis.analysis.figures import ready
+    from detrellis.analysis.measurements import ready, save
     from detrellis.analysis.misalignment import analyze
+    from detrellis.analysis.runs import ComparedRuns
 
     for name in ("misalignment.png", "misalignment.json"):
         refused(lambda: ready(tmp_path, "misalignment"), tmp_path / name)
-    found = analyze(run, workers=0)
+    result = analyze(ComparedRuns(run, workers=0))
     for _ in range(2):
-        files = found.save(tmp_path)
-    assert json.loads(files.numbers.read_text())["measurement"] == "misalignment"
-    refused(lambda: found.save(tmp_path / "other"), tmp_path / "other" / "misalignment.png")
+        files = save(result, tmp_path)
+    assert json.loads(files.values.read_text())["measurement"] == "misalignment"
+    refused(lambda: save(result, tmp_path / "other"), tmp_path / "other" / "misalignment.png")
 
 
 def test_the_demo(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from detrellis.analysis.runs import ComparedRuns
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import find_data
 from detrellis.engine.checkpoint import Card, load_weights, save_weights
@@ -16,6 +19,11 @@ from detrellis.recipes.build import build
 from ..small import SMALL
 
 SETTINGS = [*SMALL, "data.size=[64, 96]", "optim.batch_size=4"]  # wider than the pictures: all are padded
+
+
+def compared(places: str | Path | Sequence[str | Path], **how: Any) -> ComparedRuns:
+    """Runs to compare on the CPU, with images loaded in this process."""
+    return ComparedRuns(places, device="cpu", workers=0, **how)
 
 
 def small_recipe(name: str, *settings: str) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.analysis import attention
-from detrellis.analysis.attention import Comparison, Look, Measured, analyze, drawable, look
-from detrellis.analysis.attention_figure import heated
-from detrellis.analysis.attention_maps import Layer, decoded, head_points, head_weights, recorded, token_weights
+from detrellis.analysis.attention import (
+    AttentionResult,
+    LayerAttention,
+    RunAttention,
+    analyze,
+    drawable,
+    layer_attention,
+)
+from detrellis.analysis.attention_figure import draw, heated
+from detrellis.analysis.attention_maps import (
+    RecordedAttention,
+    decode_recorded,
+    head_points,
+    head_weights,
+    recorded,
+    token_weights,
+)
+from detrellis.analysis.measurements import save
 from detrellis.api import load
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.decode import read_image
@@ -28,7 +42,7 @@ from detrellis.recipes.build import build
 from detrellis.types import DecoderOutput, Memory, Spatial
 
 from ..small import images
-from .runs import small_recipe, untrained
+from .runs import compared, small_recipe, untrained
 
 KINDS = {
     "dense": "detr-r50",
@@ -52,7 +66,7 @@ class Ran(NamedTuple):
     detector: Detector
     memory: Memory
     output: DecoderOutput
-    layers: list[Layer]
+    layers: list[RecordedAttention]
     references: list[Tensor | None]  # that the decoder gives each layer
 
 
@@ -65,7 +79,7 @@ def ran(request: pytest.FixtureRequest) -> Ran:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         memory = detector.encode(images(((64, 64), (64, 96))))
         with recorded([detector.decoder.position]) as calls:  # type: ignore[list-item]
-            output, layers = decoded(detector, memory)
+            output, layers = decode_recorded(detector, memory)
         return Ran(request.param, detector, memory, output, layers, [reads for _, _, _, reads, _ in calls])
 
 
@@ -73,7 +87,7 @@ def chosen(query: int, value: float = 1.0) -> Tensor:
     return value * nn.functional.one_hot(torch.tensor([query] * 2), QUERIES)
 
 
-def weights_of(layer: Layer, query: int) -> Tensor:
+def weights_of(layer: RecordedAttention, query: int) -> Tensor:
     found = head_weights(*layer, chosen(query))
     assert found is not None
     return found
@@ -125,7 +139,7 @@ def test_weights_sum_to_one_over_valid_cells(ran: Ran) -> None:
 
 
 def test_a_layer_reads_the_references_of_the_decoder(ran: Ran) -> None:
-    found = [look(layer, ran.memory, 5, (8, 8)).reference for layer in ran.layers]
+    found = [layer_attention(layer, ran.memory, 5, (8, 8)).reference for layer in ran.layers]
     if ran.kind == "dense":
         assert found == ran.references == [None, None]
         return
@@ -154,7 +168,7 @@ def test_points_are_those_that_are_sampled(ran: Ran) -> None:
 
 
 def test_one_level_of_several_is_read_coarse_first(ran: Ran) -> None:
-    found = [look(layer, ran.memory, 0, (4, 4)).level for layer in ran.layers]
+    found = [layer_attention(layer, ran.memory, 0, (4, 4)).level for layer in ran.layers]
     assert found == ([2, 1] if ran.kind == "levels" else [None, None])
     if ran.kind == "levels":
         fine, middle, _ = (h * w for h, w in ran.memory.shapes)
@@ -186,7 +200,7 @@ def test_maps_have_no_padding_in_them() -> None:
     padding[:, 3:], padding[:, :, 2:] = True, True
     memory = Memory(torch.ones(1, 16, 16), torch.ones(1, 16, 16), ((4, 4),), padding.flatten(1))
     call = (torch.randn(1, 3, 16), Spatial(torch.randn(1, 3, 16)), memory)
-    found = look(Layer(DenseAttention(16, 2), call), memory, 1, (9, 12))
+    found = layer_attention(RecordedAttention(DenseAttention(16, 2), call), memory, 1, (9, 12))
     torch.testing.assert_close(found.maps, torch.ones(2, 9, 12))
     torch.testing.assert_close(found.mean, torch.ones(9, 12))
     assert found.to_dict() == {"reference": None, "points": None, "level": None}
@@ -205,7 +219,7 @@ def first_image(shapes: Path) -> Path:
 
 
 def test_the_whole_analysis(runs: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
-    result = analyze(list(runs.values()), device="cpu")
+    result = analyze(compared(list(runs.values())))
     assert Path(result.image).samefile(first_image(shapes))
     assert np.array_equal(result.picture, read_image(first_image(shapes)).permute(1, 2, 0).numpy())
     for run in result.runs:
@@ -214,8 +228,8 @@ def test_the_whole_analysis(runs: dict[str, Path], shapes: Path, tmp_path: Path)
             assert own.maps.shape == (HEADS, 64, 64)
             assert own.mean.min() >= 0
             torch.testing.assert_close(own.mean.max(), torch.tensor(1.0))
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["settings"] == {"image": result.image, "query": None}
     layers = {run["name"]: run["layers"] for run in written["runs"]}
@@ -229,15 +243,15 @@ def test_the_whole_analysis(runs: dict[str, Path], shapes: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["dense", "levels"])
 def test_the_query_is_the_one_that_predicts_best(kind: str, runs: dict[str, Path], shapes: Path) -> None:
-    (best,) = analyze(runs[kind], image=first_image(shapes), device="cpu").runs
+    (best,) = analyze(compared(runs[kind]), image=first_image(shapes)).runs
     found = load(runs[kind], device="cpu").predict(first_image(shapes), threshold=0)[0]
     assert best.label == found.names[0]
     assert best.score == pytest.approx(found.scores[0])
     corners = 64 * cxcywh_to_xyxy(torch.tensor(best.box))
     torch.testing.assert_close(corners.clamp(0, 64), torch.tensor(found.boxes[0]), atol=1e-3, rtol=0)
-    (asked,) = analyze(runs[kind], query=best.query, device="cpu").runs
+    (asked,) = analyze(compared(runs[kind]), query=best.query).runs
     assert asked.to_dict() == best.to_dict()
-    (other,) = analyze(runs[kind], query=(best.query + 1) % QUERIES, device="cpu").runs
+    (other,) = analyze(compared(runs[kind]), query=(best.query + 1) % QUERIES).runs
     assert other.query != best.query
     assert other.box != best.box
     assert other.score <= best.score
@@ -247,23 +261,23 @@ def test_what_cannot_be_drawn_is_said(
     runs: dict[str, Path], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"query=-1\s+Give a whole number, 0 or more"):
-        analyze(runs["dense"], query=-1)
+        analyze(compared(runs["dense"]), query=-1)
     with pytest.raises(UserError, match=r"dense: no query 12\s+It has 12: take 0 to 11"):
-        analyze(runs["dense"], query=12, device="cpu")
+        analyze(compared(runs["dense"]), query=12)
     with pytest.raises(UserError, match=r"nothing\.jpg: no such file"):
-        analyze(runs["dense"], image=tmp_path / "nothing.jpg", device="cpu")
+        analyze(compared(runs["dense"]), image=tmp_path / "nothing.jpg")
     with pytest.raises(UserError, match="tiny: no such folder or file"):
-        analyze("tiny")
+        analyze(compared("tiny"))
     with pytest.raises(UserError, match="no run to measure"):
-        analyze([])
+        analyze(compared([]))
     model = dataclasses.replace(load(runs["dense"], device="cpu"), data=None)
-    monkeypatch.setattr(attention, "trained", lambda run, device: model)
+    monkeypatch.setattr(attention, "load_trained", lambda run, device: model)
     with pytest.raises(UserError, match=r"hf:a/b: .*its data are not known\s+Name a picture: --image"):
-        analyze("hf:a/b")
+        analyze(compared("hf:a/b"))
     for parameter in model.detector.decoder.parameters():
         parameter.detach().fill_(torch.nan)
     with pytest.raises(UserError, match="its outputs are not finite"):
-        analyze("run", image=first_image(shapes))
+        analyze(compared("run"), image=first_image(shapes))
 
 
 @pytest.mark.parametrize(
@@ -285,9 +299,11 @@ def test_the_more_attention_the_less_picture() -> None:
     assert all_of_it.sum() > some.sum() > 0
 
 
-def made_up(name: str, layers: int, heads: int, points: Tensor | None, reference: Sequence[float] | None) -> Measured:
-    own = Look(None if reference is None else tuple(reference), points, None, torch.rand(heads, 4, 6), torch.rand(4, 6))
-    return Measured(name, name, 0, "[class] $x", 0.5, (0.5, 0.5, 0.2, 0.2), (own,) * layers)
+def made_up(
+    name: str, layers: int, heads: int, points: Tensor | None, reference: tuple[float, ...] | None
+) -> RunAttention:
+    layer = LayerAttention(reference, points, None, torch.rand(heads, 4, 6), torch.rand(4, 6))
+    return RunAttention(name, name, "x.jpg", 0, "[class] $x", 0.5, (0.5, 0.5, 0.2, 0.2), (layer,) * layers)
 
 
 def test_detectors_of_any_shape_are_drawn_together() -> None:
@@ -296,8 +312,8 @@ def test_detectors_of_any_shape_are_drawn_together() -> None:
         made_up("[bold]", 6, 2, torch.rand(2, 1, 2), (1.0, 1.0, 2.0, 2.0)),  # a box that reaches beyond the picture
         made_up("deformable", 3, 2, 3 * torch.rand(2, 16, 2) - 1, (0.5, 0.5)),
     )
-    result = Comparison("x.jpg", None, np.zeros((4, 6, 3), dtype=np.uint8), runs)
-    figure = result.figure()
+    result = AttentionResult(runs, "x.jpg", None, np.zeros((4, 6, 3), dtype=np.uint8))
+    figure = draw(result)
     figure.draw_without_rendering()
     shown = [axes for axes in figure.get_axes() if axes.get_images()]
     assert len(shown) == (2 + 7 + 4) + (8 + 2 + 2)

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.branches import Comparison, Measured, analyze, detections, scaled
-from detrellis.analysis.schemes import begin, load_trained
+from detrellis.analysis.branches import BranchesResult, RunBranches, analyze, detections, scaled
+from detrellis.analysis.branches_figure import draw
+from detrellis.analysis.measurements import save
+from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
 
-from .runs import small_recipe, untrained, without_boxes
+from .runs import compared, small_recipe, untrained, without_boxes
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -36,7 +38,7 @@ def test_boxes_are_in_pixels_of_the_original_image() -> None:
 def test_each_head_detects_by_itself(run: Path) -> None:
     """The decoder as `detect` does; a branch on the scene of the batch. Pictures of 64x64 are seen at another size."""
     with open_split(run, HERE, workers=0, batch_size=2) as opened:
-        model, co = load_trained(opened, Collaborative)
+        model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
         found = detections(model, co, batch)
         expected = model.detector.detect(batch.images, batch.sizes)
@@ -58,13 +60,13 @@ def test_each_head_detects_by_itself(run: Path) -> None:
 
 def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
     plain = untrained(tmp_path / "single", shapes, small_recipe("tiny").with_schemes("co=atss"))
-    result = analyze([run, plain], names=["first $x", "[bold]"], workers=0, device="cpu")
+    result = analyze(compared([run, plain], names=["first $x", "[bold]"]))
     assert [list(r.heads) for r in result.runs] == [["decoder", "atss", "rcnn", "atss2"], ["decoder", "atss"]]
     assert result.heads == ["decoder", "atss", "rcnn", "atss2"]
     assert [head.images for head in result.runs[0].heads.values()] == [5] * 4
     assert all(head.detections > 0 for head in result.runs[0].heads.values())
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["measurement"] == "branches"
     assert written["runs"][1]["heads"]["atss"].keys() >= {"AP", "AP50", "AP75"}
@@ -75,20 +77,20 @@ def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
 
 def test_heads_without_an_ap_are_drawn() -> None:
     nothing = without_boxes("AP", "AP50", "AP75")
-    run = Measured("x", "x", "x", {"decoder": nothing, "fcos": nothing})
-    Comparison("val", (run,) * 9).figure().draw_without_rendering()
+    run = RunBranches("x", "x", "x", {"decoder": nothing, "fcos": nothing})
+    draw(BranchesResult((run,) * 9, "val")).draw_without_rendering()
 
 
 def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path) -> None:
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
     for wrong, message in ((plain, "plain: trained without scheme co"), (run / "last.safetensors", "Give the folder")):
         with pytest.raises(UserError) as error:
-            analyze([run, wrong], workers=0, device="cpu")
+            analyze(compared([run, wrong]))
         assert message in " ".join(str(error.value).split())
     other = untrained(tmp_path / "other", shapes, small_recipe("tiny").with_schemes("co=atss"))
     (other / "last.state.pt").write_bytes((run / "last.state.pt").read_bytes())
     with pytest.raises(UserError, match="does not fit the run's recipe"):
-        analyze(other, workers=0, device="cpu")
+        analyze(compared(other))
     (other / "last.state.pt").unlink()
     with pytest.raises(UserError, match=r"no last.state.pt, which alone holds the branches"):
-        analyze(other, workers=0, device="cpu")
+        analyze(compared(other))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from detrellis.analysis.activation_maps import Cam, activation_map, activations, branch_score, grad_cam
-from detrellis.analysis.conflicts import Measured, analyze, conflict_matrix
-from detrellis.analysis.schemes import load_trained
+from detrellis.analysis.conflicts import RunConflicts, analyze, conflict_matrix
+from detrellis.analysis.measurements import save
+from detrellis.analysis.schemes import load_with_scheme
 from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.loading import open_split
@@ -18,7 +19,7 @@ from detrellis.schemes.collaborative.scene import Found, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.types import Memory, Targets
 
-from .runs import small_recipe, untrained
+from .runs import compared, small_recipe, untrained
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -72,7 +73,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_image_has_the_maps_that_it_has_alone(run: Path, cam: Cam) -> None:
     """So one gradient of a batch's sum is each image's own; also beside an image without objects."""
     with open_split(run, HERE, workers=0, batch_size=2) as opened:
-        model, co = load_trained(opened, Collaborative)
+        model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
         count = batch.targets.sizes[0]
         first = Targets(batch.targets.labels[:count], batch.targets.boxes[:count], (count, 0))
@@ -86,8 +87,8 @@ def test_an_image_has_the_maps_that_it_has_alone(run: Path, cam: Cam) -> None:
 
 
 def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
-    given = {"workers": 0, "device": "cpu", "cam": "hirescam"}
-    result = analyze([run, run], names=["first $x", "[bold]"], eps=0.01, batch_size=2, **given)
+    runs = compared([run, run], names=["first $x", "[bold]"], batch_size=2)
+    result = analyze(runs, cam="hirescam", eps=0.01)
     one, two = result.runs
     assert one.to_dict() == two.to_dict() | {"name": one.name}
     assert one.heads == ("decoder", "atss", "rcnn")
@@ -95,10 +96,10 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
     assert [one.matrix[i][i] for i in range(3)] == [0, 0, 0]
     assert all(one.matrix[i][j] > 0 for i in range(3) for j in range(3) if i != j)
     assert one.distance == pytest.approx((one.matrix[1][2] + one.matrix[2][1]) / 2)  # the decoder is no branch
-    alone = analyze(run, eps=0.01, batch_size=1, **given).runs[0]
+    alone = analyze(compared(run, batch_size=1), cam="hirescam", eps=0.01).runs[0]
     assert [v for row in alone.matrix for v in row] == pytest.approx([v for row in one.matrix for v in row], rel=0.02)
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["settings"] == {"cam": "hirescam", "eps": 0.01, "split": "val"}
     assert written["runs"][0]["conflicts"].keys() == {"decoder", "atss", "rcnn"}
@@ -109,18 +110,18 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
 def test_one_branch_is_compared_with_the_decoder() -> None:
     cams = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     matrix = conflict_matrix(cams)
-    run = Measured("x", "x", "x", ("decoder", "fcos"), 4, 0, 0, tuple(map(tuple, matrix.tolist())), ())
+    run = RunConflicts("x", "x", "x", ("decoder", "fcos"), 4, 0, 0, tuple(map(tuple, matrix.tolist())), ())
     assert run.distance == pytest.approx(float(matrix[0, 1] + matrix[1, 0]) / 2)
     assert run.conflicts == pytest.approx([run.distance] * 2)
 
 
 def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path) -> None:
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
-    for settings, message in (
-        ({"runs": [run, plain]}, "trained without scheme co, so the decoder is its only head"),
-        ({"runs": run, "eps": 0.0}, "eps 0 Give a number above 0"),
-        ({"runs": run, "cam": "scorecam"}, "Known: gradcam, hirescam"),
+    for runs, settings, message in (
+        ([run, plain], {}, "trained without scheme co, so the decoder is its only head"),
+        ([run], {"eps": 0.0}, "eps 0 Give a number above 0"),
+        ([run], {"cam": "scorecam"}, "Known: gradcam, hirescam"),
     ):
         with pytest.raises(UserError) as error:
-            analyze(**settings, workers=0, device="cpu")  # type: ignore[arg-type]
+            analyze(compared(runs), **settings)  # type: ignore[arg-type]
         assert message in " ".join(str(error.value).split())

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from detrellis.analysis.attention_maps import recorded, token_weights
 from detrellis.analysis.discriminability import (
-    Comparison,
     Curve,
-    Example,
-    Measured,
+    DiscriminabilityResult,
     Of,
+    RunDiscriminability,
+    ScoredImage,
     analyze,
-    attention_score,
     feature_score,
     foreground,
-    levels,
-    shares_above,
+    fractions_above,
 )
+from detrellis.analysis.discriminability_figure import draw
+from detrellis.analysis.measurements import save
 from detrellis.analysis.pictures import Picture
+from detrellis.analysis.token_maps import attention_score, levels
 from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.loading import open_split
@@ -32,7 +33,7 @@ from detrellis.nn.conditional import ConditionalCrossAttention
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.types import Memory, Spatial
 
-from .runs import small_recipe, untrained
+from .runs import compared, small_recipe, untrained
 
 HERE = World(0, 1, torch.device("cpu"))
 STEPS = torch.arange(5) / 4
@@ -71,9 +72,9 @@ def test_foreground_is_pixel_centres_strictly_inside(boxes: list[list[float]], e
 
 def test_shares_are_strictly_above() -> None:
     score, where = torch.tensor([[0.0, 0.25, 0.5, 1.0]]), torch.tensor([[True, True, True, False]])
-    assert shares_above(score, where, STEPS).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0])
-    assert shares_above(score, ~where, STEPS).tolist() == [1, 1, 1, 1, 0]
-    assert shares_above(score, where & ~where, STEPS).isnan().all()
+    assert fractions_above(score, where, STEPS).tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0])
+    assert fractions_above(score, ~where, STEPS).tolist() == [1, 1, 1, 1, 0]
+    assert fractions_above(score, where & ~where, STEPS).isnan().all()
 
 
 def test_the_area_is_the_chance_that_an_object_scores_higher() -> None:
@@ -82,11 +83,11 @@ def test_the_area_is_the_chance_that_an_object_scores_higher() -> None:
     score, inside = torch.rand(20, 20, generator=generator), torch.rand(20, 20, generator=generator) > 0.7
     score = (score + 0.3 * inside).clamp(max=1) * (score > 0.2)  # some are 0, some are 1
     thresholds = torch.arange(2**16 + 1) / 2**16
-    shares = torch.stack([shares_above(score, part, thresholds) for part in (inside, ~inside)])
+    shares = torch.stack([fractions_above(score, part, thresholds) for part in (inside, ~inside)])
     curve = Curve.of(thresholds, shares)
     more = (score[inside][:, None] > score[~inside]).double() + 0.5 * (score[inside][:, None] == score[~inside])
     assert curve.area == pytest.approx(float(more.mean()), abs=1e-4)
-    inverted = torch.stack([shares_above(1 - score, part, thresholds) for part in (inside, ~inside)])
+    inverted = torch.stack([fractions_above(1 - score, part, thresholds) for part in (inside, ~inside)])
     assert Curve.of(thresholds, inverted).area == pytest.approx(1 - curve.area, abs=1e-4)
 
     assert 50 < len(curve.iof) <= 101
@@ -208,15 +209,15 @@ def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 @pytest.mark.parametrize("of", ["encoder", "attention"])
 def test_the_whole_analysis(of: Of, runs: dict[str, Path], tmp_path: Path) -> None:
-    result = analyze(list(runs.values()), of=of, images=2, names=["[bold]", "$x", "c"], workers=0, device="cpu")
+    result = analyze(compared(list(runs.values()), names=["[bold]", "$x", "c"]), of=of, images=2)
     for run in result.runs:
         assert (run.images, run.skipped) == (5, 0)
         assert 0 < run.curve.area < 1
         assert [e.row for e in run.examples] == [0, 1]
         assert all(e.score.shape == e.picture.pixels.shape[:2] == (64, 64) for e in run.examples)  # without padding
         assert all(e.score.min() >= 0 and e.score.max() <= 1 for e in run.examples)
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["settings"] == {"of": of, "split": "val", "steps": 2**16}
     assert [r["name"] for r in written["runs"]] == ["[bold]", "$x", "c"]
@@ -227,13 +228,13 @@ def test_the_whole_analysis(of: Of, runs: dict[str, Path], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("of", ["encoder", "attention"])
 def test_batches_change_nothing(of: Of, runs: dict[str, Path]) -> None:
-    one, other = (analyze(runs["tiny"], of=of, workers=0, device="cpu", batch_size=n).runs[0] for n in (1, 4))
+    one, other = (analyze(compared(runs["tiny"], batch_size=n), of=of).runs[0] for n in (1, 4))
     assert one.curve.area == pytest.approx(other.curve.area, abs=1e-3)
     torch.testing.assert_close(one.examples[3].score, other.examples[3].score, atol=1e-4, rtol=0)
 
 
 def test_the_maps_are_of_the_encoders_output(runs: dict[str, Path]) -> None:
-    found = analyze(runs["conditional-detr-r50"], workers=0, device="cpu", batch_size=1).runs[0].examples
+    found = analyze(compared(runs["conditional-detr-r50"], batch_size=1)).runs[0].examples
     with open_split(runs["conditional-detr-r50"], HERE, workers=0, batch_size=1) as opened:
         for batch, example in zip(opened.loader, found, strict=False):
             with torch.no_grad():
@@ -249,9 +250,9 @@ def test_images_without_boxes_are_left_out(runs: dict[str, Path], shapes: Path, 
     images, first = shapes / "images" / "val", source["images"][0]["id"]
     file = tmp_path / "val.json"
 
-    def measured(of: Of) -> Measured:
+    def measured(of: Of) -> RunDiscriminability:
         file.write_text(json.dumps(source))
-        return analyze(runs["tiny"], of=of, val=file, val_images=images, workers=0, device="cpu").runs[0]
+        return analyze(compared(runs["tiny"], val=file, val_images=images), of=of).runs[0]
 
     for annotation in source["annotations"]:
         annotation["iscrowd"] = int(annotation["image_id"] == first)
@@ -268,17 +269,17 @@ def test_images_without_boxes_are_left_out(runs: dict[str, Path], shapes: Path, 
 def test_any_number_of_pictures_can_be_drawn() -> None:
     curve = Curve.of(STEPS, torch.tensor([[1.0, 1, 0.5, 0.2, 0], [1, 0.5, 0.2, 0, 0]]))
     colours, boxes = torch.zeros(6, 8, 3).byte().numpy(), torch.tensor([[1.0, 1, 4, 5]]).numpy()
-    examples = tuple(Example(row, Picture(colours, boxes), torch.rand(6, 8)) for row in range(3))
+    examples = tuple(ScoredImage(row, Picture(colours, boxes), torch.rand(6, 8)) for row in range(3))
 
-    def run(data: str, count: int) -> Measured:
-        return Measured("$x", "run", data, 3, 0, curve, examples[:count])
+    def run(data: str, count: int) -> RunDiscriminability:
+        return RunDiscriminability("$x", "run", data, 3, 0, curve, examples[:count])
 
     for runs, panels in (
         ((run("a", 0),), 1),
         ((run("a", 3), run("a", 3)), 1 + 3 * 3),  # the images once
         ((run("a", 3), run("b", 2)), 1 + 4 * 3),  # other images: both
     ):
-        figure = Comparison("encoder", "val", runs).figure()
+        figure = draw(DiscriminabilityResult(runs, "encoder", "val"))
         figure.draw_without_rendering()
         assert len(figure.get_axes()) == panels
 
@@ -287,9 +288,10 @@ def test_what_cannot_be_measured_is_said() -> None:
     for wrong, message in (
         ({"of": "decoder"}, "of='decoder'\\s+Did you mean 'encoder'"),
         ({"images": -1}, "images=-1"),
-        ({"names": ["a", "b"]}, "Give one a run"),
     ):
         with pytest.raises(UserError, match=message):
-            analyze("run", **wrong)
+            analyze(compared("run"), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Give one a run"):
+        compared("run", names=["a", "b"])
     with pytest.raises(UserError, match="no run to measure"):
-        analyze([])
+        analyze(compared([]))

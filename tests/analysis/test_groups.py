@@ -12,15 +12,17 @@ import torch
 import detrellis
 from detrellis.analysis.all_groups import AllGroups, all_groups, load_groups
 from detrellis.analysis.groups import (
-    Comparison,
-    Logged,
-    Measured,
-    Places,
+    GroupPositions,
+    GroupsResult,
+    LoggedDistances,
+    RunGroups,
     analyze,
     dealt,
     histograms,
     total_variation,
 )
+from detrellis.analysis.groups_figure import draw
+from detrellis.analysis.measurements import save
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult
@@ -32,7 +34,7 @@ from detrellis.schemes.distances import position_distance
 from detrellis.training import TrainableDetector
 from detrellis.types import Targets
 
-from .runs import SETTINGS, small_recipe, untrained, without_boxes
+from .runs import SETTINGS, compared, small_recipe, untrained, without_boxes
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -53,12 +55,12 @@ def test_random_groups_have_the_same_positions() -> None:
     assert groups.shape == (4, 2, 3, 50, 2)
     for deal in groups:
         assert torch.equal(deal.flatten(1, 2).sort(1).values, positions.flatten(1, 2).sort(1).values)
-    places = Places.of(positions, 8)
+    places = GroupPositions.of(positions, 8)
     assert float(places.distance.mean()) == pytest.approx(
         float(places.random.mean()), abs=0.05
     )  # one distribution: no difference
     assert torch.equal(places.pd, position_distance(positions).mean(-1))
-    assert Places.of(positions[:1].expand(2, -1, -1, -1) * 0, 8).distance.tolist() == [0, 0]
+    assert GroupPositions.of(positions[:1].expand(2, -1, -1, -1) * 0, 8).distance.tolist() == [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def raw_score(run: Path, shapes: Path) -> EvalResult:
 
 
 def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
-    result = analyze([run, run], names=["first $x", "[bold]"], grid=4, workers=0, device="cpu")
+    result = analyze(compared([run, run], names=["first $x", "[bold]"]), grid=4)
     one, two = result.runs
     assert one.to_dict() == two.to_dict() | {"name": one.name}
     assert (one.images, one.groups, one.queries, one.fixed) == (5, 3, 12, False)
@@ -113,8 +115,8 @@ def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
     assert [x.epoch for x in one.log] == [1, 2]
     assert all(x.pd is not None and x.md is not None and x.md > 0 for x in one.log)
 
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["settings"] == {"grid": 4, "split": "val", "shuffles": 10}
     assert [r["name"] for r in written["runs"]] == ["first $x", "[bold]"]
@@ -125,7 +127,7 @@ def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
 
 
 def test_batches_change_nothing(run: Path) -> None:
-    one, other = (analyze(run, workers=0, device="cpu", batch_size=n).runs[0] for n in (1, 4))
+    one, other = (analyze(compared(run, batch_size=n)).runs[0] for n in (1, 4))
     for name in ("pd", "md", "distance", "random"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4)
     assert one.instability == pytest.approx(other.instability, abs=0.5)
@@ -133,7 +135,7 @@ def test_batches_change_nothing(run: Path) -> None:
 
 def test_md_is_the_distance_of_the_queries_of_one_box(run: Path) -> None:
     """Against each group and image matched for itself."""
-    measured = analyze(run, workers=0, device="cpu", batch_size=2).runs[0]
+    measured = analyze(compared(run, batch_size=2)).runs[0]
     distances: dict[tuple[int, int], list[float]] = {}
     with open_split(run, HERE, workers=0, batch_size=2) as opened:
         model, group = load_groups(opened)
@@ -164,12 +166,12 @@ def matched_alone(model: TrainableDetector, seen: AllGroups, targets: Targets, k
 def test_runs_without_proposals_and_without_places(name: str, places: bool, shapes: Path, tmp_path: Path) -> None:
     """The same positions in all images, or none; and no log."""
     run = untrained(tmp_path / "run", shapes, small_recipe(name).with_schemes("group=2"))
-    result = analyze(run, workers=0, device="cpu", batch_size=2)
+    result = analyze(compared(run, batch_size=2))
     (found,) = result.runs
     assert (found.fixed, found.log, len(found.scores)) == (True, (), 2)
     assert [getattr(found, x) is not None for x in ("positions", "shares", "distance", "pd", "md")] == [places] * 5
     json.dumps(result.to_dict(), allow_nan=False)
-    result.save(tmp_path)
+    save(result, tmp_path)
     assert result.table().row_count == 3
 
 
@@ -178,13 +180,13 @@ def test_any_number_of_groups_can_be_drawn() -> None:
     for groups in (2, 11):
         points = tuple(((0.1, 0.2), (0.3, 0.4)) for _ in range(groups))
         shares = tuple((0.25,) * 4 for _ in range(groups))
-        log = (Logged(1, None, None), Logged(2, 0.1, 0.2))
-        run = Measured(
+        log = (LoggedDistances(1, None, None), LoggedDistances(2, 0.1, 0.2))
+        run = RunGroups(
             name="x", run="x", data="x", images=1, boxes=0, groups=groups, queries=2, fixed=True, positions=points,
             shares=shares, distance=0.0, random=0.1, pd=0.1, md=None, instability=(), scores=(score,) * groups, log=log,
         )  # fmt: skip
-        result = Comparison(2, "val", (run, run))
-        result.figure().draw_without_rendering()
+        result = GroupsResult((run, run), 2, "val")
+        draw(result).draw_without_rendering()
         assert result.table().row_count == 2 * (groups + 1)
         assert math.isfinite(json.loads(json.dumps(result.to_dict(), allow_nan=False))["runs"][0]["pd"])
 
@@ -193,16 +195,16 @@ def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
     for wrong, message in ((plain, "trained with one group Train"), (run / "last.safetensors", "Give the folder")):
         with pytest.raises(UserError) as error:
-            analyze([run, wrong], workers=0, device="cpu")
+            analyze(compared([run, wrong]))
         assert message in " ".join(str(error.value).split())
     with pytest.raises(UserError, match="grid=0"):
-        analyze(run, grid=0)
+        analyze(compared(run), grid=0)
 
     grouped = untrained(tmp_path / "grouped", shapes, small_recipe("tiny").with_schemes("group=2"))
     other = untrained(tmp_path / "other", shapes, small_recipe("tiny").with_schemes("group=3"))
     (grouped / "last.state.pt").write_bytes((other / "last.state.pt").read_bytes())
     with pytest.raises(UserError, match="does not fit the run's recipe"):
-        analyze(grouped, workers=0, device="cpu")
+        analyze(compared(grouped))
     (grouped / "last.state.pt").unlink()
     with pytest.raises(UserError, match=r"no last.state.pt"):
-        analyze(grouped, workers=0, device="cpu")
+        analyze(compared(grouped))

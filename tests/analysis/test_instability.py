@@ -16,14 +16,16 @@ import torch
 
 import detrellis
 from detrellis.analysis.instability import (
-    Comparison,
-    Measured,
+    InstabilityResult,
+    RunInstability,
     analyze,
     changed,
     instability,
     kept_epochs,
     matched_boxes,
 )
+from detrellis.analysis.instability_figure import draw
+from detrellis.analysis.measurements import save
 from detrellis.analysis.outputs import one_to_one
 from detrellis.api import evaluate
 from detrellis.distributed import World
@@ -36,7 +38,7 @@ from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput
 
 from ..small import CLASSES, targets
-from .runs import SETTINGS, small_recipe, untrained
+from .runs import SETTINGS, compared, small_recipe, untrained
 
 
 def test_changed_entries_are_counted_between_neighbours() -> None:
@@ -132,21 +134,21 @@ def test_a_resumed_run_keeps_the_same_weights(
 
 
 def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
-    result = analyze([run, run], names=["first $x", "[bold]"], workers=0, device="cpu")
+    result = analyze(compared([run, run], names=["first $x", "[bold]"]))
     one, two = result.runs
     assert one.to_dict() == two.to_dict() | {"name": one.name}
     assert (one.images, one.epochs) == (5, (1, 2, 3))
     assert one.instability == pytest.approx(one_image_at_a_time(run), abs=0.5)  # batches round differently
     assert one.mean == pytest.approx(sum(one.instability) / 2)
 
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert [r["name"] for r in written["runs"]] == ["first $x", "[bold]"]
     assert written["runs"][0]["epochs"] == [1, 2, 3]
     assert files.figure.stat().st_size > 10_000
     assert result.table().row_count == 2
-    lines = result.figure().axes[0].lines
+    lines = draw(result).axes[0].lines
     assert [np.asarray(line.get_xdata()).tolist() for line in lines] == [[2, 3], [2, 3]]
 
 
@@ -164,13 +166,13 @@ def one_image_at_a_time(run: Path) -> list[float]:
     ]
 
 
-def measured(*epochs: int) -> Measured:
-    return Measured("x", "run", "data", 2, 9, epochs, tuple(float(e) for e in epochs[1:]))
+def measured(*epochs: int) -> RunInstability:
+    return RunInstability("x", "run", "data", 2, 9, epochs, tuple(float(e) for e in epochs[1:]))
 
 
 def test_the_table_names_the_epochs() -> None:
     runs = (measured(1, 2, 3), measured(2, 4, 6), measured(1, 2, 7), measured(5, 6))
-    table = Comparison("val", runs).table()
+    table = InstabilityResult(runs, "val").table()
     assert list(table.columns[1].cells) == ["1 to 3", "2 to 6 by 2", "1, 2, 7", "5 to 6"]
     assert list(table.columns[2].cells) == ["4.5"] * 4
 
@@ -185,14 +187,14 @@ def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path
         (single, r"single: weights of one epoch only \(0002\)"),
     ):
         with pytest.raises(UserError) as error:
-            analyze([run, wrong], workers=0, device="cpu")
+            analyze(compared([run, wrong]))
         assert re.search(message + remedy, " ".join(str(error.value).split())), str(error.value)
     with pytest.raises(UserError, match="nowhere: no such folder or file"):
-        analyze(tmp_path / "nowhere")
+        analyze(compared(tmp_path / "nowhere"))
 
     source = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     for annotation in source["annotations"]:
         annotation["iscrowd"] = 1
     (tmp_path / "crowd.json").write_text(json.dumps(source))
     with pytest.raises(UserError, match="no box to match, only crowd regions"):
-        analyze(run, val=tmp_path / "crowd.json", val_images=shapes / "images" / "val", workers=0, device="cpu")
+        analyze(compared(run, val=tmp_path / "crowd.json", val_images=shapes / "images" / "val"))

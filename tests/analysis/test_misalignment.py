@@ -14,8 +14,11 @@ from PIL import Image
 
 import detrellis
 from detrellis.analysis.figures import BLUE, ORANGE
-from detrellis.analysis.misalignment import BINS, EDGES, Comparison, Misalignment, Pairs, analyze, pairs
-from detrellis.analysis.outputs import run_names, seen, truth
+from detrellis.analysis.measurements import save
+from detrellis.analysis.misalignment import BINS, EDGES, Misalignment, MisalignmentResult, Pairs, analyze, pairs
+from detrellis.analysis.misalignment_figure import draw
+from detrellis.analysis.outputs import image_outputs, truth
+from detrellis.analysis.runs import run_names
 from detrellis.boxes import pairwise_iou
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
@@ -24,7 +27,7 @@ from detrellis.errors import UserError
 from detrellis.loading import open_split
 
 from ..small import SMALL
-from .runs import broken
+from .runs import broken, compared
 
 OBJECT = [0.0, 0.0, 10.0, 10.0]  # a ground-truth box, and queries that overlap it with an IoU of 0.9, 0.8, 0.5, 0.1
 NINE, EIGHT, FIVE, ONE = ([0.0, 0.0, 10.0, height] for height in (9.0, 8.0, 5.0, 1.0))
@@ -133,41 +136,41 @@ def rgb(colour: str) -> tuple[int, ...]:
 
 
 def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
-    result = analyze([run, run], names=["first $x", "[bold]"], threshold=0.1, top=(240, 1, 1), workers=0, device="cpu")
+    result = analyze(compared([run, run], names=["first $x", "[bold]"]), threshold=0.1, top=(240, 1, 1))
     one, two = result.runs
-    assert one.found == two.found
+    assert one.statistics == two.statistics
     assert one.images == 5
-    assert one.found.boxes == sum(one.found.br_histogram) > 0
-    assert one.found.with_hc == sum(one.found.hc_histogram)
-    assert one.found.br_recall[240] >= one.found.br_recall[1]  # type: ignore[operator]
+    assert one.statistics.boxes == sum(one.statistics.br_histogram) > 0
+    assert one.statistics.with_hc == sum(one.statistics.hc_histogram)
+    assert one.statistics.br_recall[240] >= one.statistics.br_recall[1]  # type: ignore[operator]
 
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["settings"] | {"edges": None} == {"threshold": 0.1, "top": [1, 240], "split": "val", "edges": None}
     assert [r["name"] for r in written["runs"]] == ["first $x", "[bold]"]
     assert written["runs"][0]["data"].endswith("instances_val.json")
     assert {rgb(BLUE), rgb(ORANGE)} <= colours_in(files.figure)
-    titles = [axes.get_title(loc="left") for axes in result.figure().axes]
+    titles = [axes.get_title(loc="left") for axes in draw(result).axes]
     assert [t.splitlines()[0] for t in titles] == ["first $x", "[bold]"]
     assert result.table().row_count == 2
 
 
 def test_any_number_of_panels_shares_its_axes(run: Path) -> None:
-    result = analyze(run, workers=0, device="cpu")
+    result = analyze(compared(run))
     for count in (1, 3, 4):
-        axes = Comparison(0.5, (10,), "val", result.runs * count).figure().axes
+        axes = draw(MisalignmentResult(result.runs * count, 0.5, (10,), "val")).axes
         assert len(axes) == count
         assert len({a.get_ylim() for a in axes}) == 1
-        assert all(
-            a.get_ylim()[1] * 0.95 > max(result.runs[0].found.br_histogram) / result.runs[0].found.boxes for a in axes
-        )
+        statistics = result.runs[0].statistics
+        highest = max(statistics.br_histogram) / statistics.boxes
+        assert all(a.get_ylim()[1] * 0.95 > highest for a in axes)
 
 
 def test_it_sees_what_the_evaluator_sees(run: Path) -> None:
     """Queries, scores and pixels are those of `detect`."""
     with open_split(run, World(0, 1, torch.device("cpu")), workers=0, batch_size=3) as opened:
-        images = {s.image_id: s for s in seen(opened)}
+        images = {s.image_id: s for s in image_outputs(opened)}
         assert len(images) == len(opened.annotations) == 5
         for batch in opened.loader:
             for image_id, best in zip(
@@ -181,12 +184,12 @@ def test_it_sees_what_the_evaluator_sees(run: Path) -> None:
 
 def test_the_truth_is_the_annotations_without_crowds(shapes: Path, tmp_path: Path, run: Path) -> None:
     source = json.loads((shapes / "annotations" / "instances_val.json").read_text())
-    everything = analyze(run, data=shapes, workers=0, device="cpu").runs[0].found
+    everything = analyze(compared(run, data=shapes)).runs[0].statistics
     source["annotations"][0]["iscrowd"] = 1
     file = tmp_path / "crowd.json"
     file.write_text(json.dumps(source))
     images = shapes / "images" / "val"
-    less = analyze(run, val=file, val_images=images, workers=0, device="cpu").runs[0].found
+    less = analyze(compared(run, val=file, val_images=images)).runs[0].statistics
     assert less.boxes == everything.boxes - 1 == len(source["annotations"]) - 1
 
     annotations = to_annotations(read_coco(file, images, "val"))
@@ -201,7 +204,7 @@ def test_the_truth_is_the_annotations_without_crowds(shapes: Path, tmp_path: Pat
         annotation["iscrowd"] = 1
     file.write_text(json.dumps(source))
     with pytest.raises(UserError, match="only crowd regions"):
-        analyze(run, val=file, val_images=images, workers=0, device="cpu")
+        analyze(compared(run, val=file, val_images=images))
 
 
 def test_what_cannot_be_measured_is_said(
@@ -211,28 +214,29 @@ def test_what_cannot_be_measured_is_said(
         ({"threshold": 1.5}, "from 0 to 1"),
         ({"top": ()}, "top nothing"),
         ({"top": (0, 10)}, "top 0, 10"),
-        ({"split": "test"}, "no split `test`"),
     ):
         with pytest.raises(UserError, match=message):
-            analyze(run, workers=0, device="cpu", **wrong)  # type: ignore[arg-type]
+            analyze(compared(run), **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no split `test`"):
+        analyze(compared(run, split="test"))
     with pytest.raises(UserError, match="no run to measure"):
-        analyze([])
+        analyze(compared([]))
 
     source = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     source["categories"] = [c | {"name": f"other {c['name']}"} for c in source["categories"]]
     file = tmp_path / "other.json"
     file.write_text(json.dumps(source))
     with pytest.raises(UserError, match=r"is not in train|is 'other"):
-        analyze(run, val=file, val_images=shapes / "images" / "val", workers=0, device="cpu")
+        analyze(compared(run, val=file, val_images=shapes / "images" / "val"))
 
     with pytest.raises(UserError, match=r"broken.safetensors: .* not finite"):
-        analyze(broken(run), workers=0, device="cpu")
+        analyze(compared(broken(run)))
 
-    result = analyze(run, workers=0, device="cpu")
+    result = analyze(compared(run))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a file, not a folder"):
-        result.save(tmp_path / "file")
+        save(result, tmp_path / "file")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r'pip install "detrellis\[viz\]"'):
-        result.save(tmp_path / "nothing")
+        save(result, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

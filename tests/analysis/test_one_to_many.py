@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.one_to_many import NMS, Comparison, Measured, analyze, kind_of
+from detrellis.analysis.measurements import save
+from detrellis.analysis.one_to_many import NMS, OneToManyResult, RunOneToMany, analyze, kind_of
+from detrellis.analysis.one_to_many_figure import draw
 from detrellis.api import evaluate
 from detrellis.boxes import pairwise_iou
 from detrellis.engine.coco_eval import EvalResult
@@ -17,7 +19,7 @@ from detrellis.postprocess import hard_nms
 from detrellis.recipes import find_recipe
 from detrellis.types import Detections
 
-from .runs import broken, small_recipe, untrained
+from .runs import broken, compared, small_recipe, untrained
 
 
 def detections(count: int, seed: int = 0, spread: float = 100.0) -> Detections:
@@ -70,7 +72,7 @@ def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
         "default": small_recipe("conditional-detr-r50").with_schemes("group"),
     }
     runs = [untrained(tmp_path / name, shapes, recipe) for name, recipe in recipes.items()]
-    result = analyze(runs, nms=(0.7, 0.5, 0.5), workers=0, device="cpu", batch_size=2)
+    result = analyze(compared(runs, batch_size=2), nms=(0.7, 0.5, 0.5))
     found = {r.name: r for r in result.runs}
     assert {n: (r.kind, r.queries, r.per_target) for n, r in found.items()} == {
         "[bold]": ("one-to-one", 12, 1),
@@ -86,10 +88,10 @@ def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
         assert found[run.name].result.ap == pytest.approx(plain.ap, abs=1e-6)
 
     with pytest.raises(UserError, match=r"broken.safetensors: .* holds numbers that are not finite"):
-        analyze(broken(runs[0]), workers=0, device="cpu")
+        analyze(compared(broken(runs[0])))
 
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["settings"] == {"nms": [0.5, 0.7], "drawn": 0.7, "split": "val"}
     assert list(written["runs"][1]["nms"]) == ["0.5", "0.7"]
@@ -97,11 +99,11 @@ def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
     assert result.table().row_count == 6
 
 
-def measured(kind: str, queries: int, ap: float | None, nms: float | None = None) -> Measured:
+def measured(kind: str, queries: int, ap: float | None, nms: float | None = None) -> RunOneToMany:
     counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
     results = [EvalResult(stats={"AP": x, "AP50": x}, per_class=(), **counts) for x in (ap, nms)]
     after = {} if nms is None else {0.5: results[0], 0.6: results[1]}
-    return Measured(f"{kind} {queries}", "run", "data", kind, queries, 1, results[0], after)  # type: ignore[arg-type]
+    return RunOneToMany(f"{kind} {queries}", "run", "data", kind, queries, 1, results[0], after)  # type: ignore[arg-type]
 
 
 def test_curves_go_through_the_mean_of_runs_alike() -> None:
@@ -113,7 +115,7 @@ def test_curves_go_through_the_mean_of_runs_alike() -> None:
         measured("one-to-many", 300, 0.1, 0.35),
         measured("one-to-one", 200, None),
     )
-    result = Comparison((0.5, 0.6), "val", runs)
+    result = OneToManyResult(runs, (0.5, 0.6), "val")
     assert result.drawn == 0.6
     assert result.curves() == {
         "group-wise": [(300, 0.4)],
@@ -121,19 +123,19 @@ def test_curves_go_through_the_mean_of_runs_alike() -> None:
         "one-to-many, NMS 0.6": [(300, 0.35)],
         "one-to-many": [(300, 0.1)],
     }
-    (axes,) = result.figure().axes
+    (axes,) = draw(result).axes
     legend = axes.get_legend()
     assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == list(result.curves())
     line = next(x for x in axes.lines if list(x.get_xdata()) == [100, 300])
     assert line.get_ydata() == pytest.approx([0.2, 0.25])
     assert axes.get_xlabel() == "queries in training"
-    Comparison(NMS, "val", runs[-1:]).figure()  # nothing to draw
+    draw(OneToManyResult(runs[-1:], NMS, "val"))  # nothing to draw
 
 
 def test_what_cannot_be_measured_is_said() -> None:
     for wrong in ((), (0.5, 1.0), (0.0,)):
         with pytest.raises(UserError, match="between 0 and 1"):
-            analyze("run", nms=wrong)
+            analyze(compared("run"), nms=wrong)
     with pytest.raises(UserError, match="no run to measure"):
-        analyze([])
+        analyze(compared([]))

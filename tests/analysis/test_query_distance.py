@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from detrellis.analysis.collaborative import check_alone
+from detrellis.analysis.measurements import save
 from detrellis.analysis.query_distance import (
-    Apart,
-    Comparison,
-    Distances,
-    Measured,
-    Places,
+    BoxDistances,
+    MeanDistances,
+    Positives,
+    QueryDistanceResult,
+    QueryPlaces,
+    RunQueryDistance,
     analyze,
     averaged,
     distances,
     query_places,
 )
-from detrellis.analysis.schemes import begin, load_trained
+from detrellis.analysis.query_distance_figure import draw
+from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World
 from detrellis.errors import UserError
 from detrellis.loading import open_split
@@ -30,7 +33,7 @@ from detrellis.schemes.collaborative.queries import choose
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.types import Segment
 
-from .runs import small_recipe, untrained
+from .runs import compared, small_recipe, untrained
 
 HERE = World(0, 1, torch.device("cpu"))
 MAIN = torch.tensor([[0.0, 0.0], [0.3, 0.4], [1.0, 0.0]], dtype=torch.float64)
@@ -42,9 +45,9 @@ def at(*points: tuple[float, float]) -> torch.Tensor:
 
 def test_each_box_is_measured_from_its_positives() -> None:
     """Box 0: two positives. Box 1: none. Box 2: one, but no query is matched to it. Query 2 is free."""
-    places = Places(MAIN, torch.tensor([0, 1, -1]), {})
+    places = QueryPlaces(MAIN, torch.tensor([0, 1, -1]), {})
     owner = torch.tensor([0, 2, 0])
-    apart = distances(places, at((0, 0), (0.3, 0.0), (0.6, 0.8)), owner)
+    apart = distances(places, Positives(at((0, 0), (0.3, 0.0), (0.6, 0.8)), owner))
     assert apart.positives.tolist() == [2, 0, 1]
     assert apart.matched.tolist() == pytest.approx([(0 + 1.0) / 2, math.nan, math.nan], nan_ok=True)
     far = (1.0 + math.hypot(0.4, 0.8)) / 2
@@ -52,31 +55,31 @@ def test_each_box_is_measured_from_its_positives() -> None:
 
 
 def test_images_without_boxes_positives_or_free_queries() -> None:
-    nothing = distances(
-        Places(MAIN, torch.tensor([], dtype=torch.int64), {}), at(), torch.tensor([], dtype=torch.int64)
-    )
+    none = torch.tensor([], dtype=torch.int64)
+    nothing = distances(QueryPlaces(MAIN, none, {}), Positives(at(), none))
     assert [len(t) for t in nothing] == [0, 0, 0]
-    busy = distances(Places(MAIN, torch.tensor([2, 0, 1]), {}), at((1, 0)), torch.tensor([0]))
+    busy = distances(QueryPlaces(MAIN, torch.tensor([2, 0, 1]), {}), Positives(at((1, 0)), torch.tensor([0])))
     assert busy.matched[0] == 0
     assert busy.unmatched.isnan().all()
     found = averaged([nothing, busy])
     assert (found.matched, found.unmatched, found.counted, found.positives) == (0, None, 1, pytest.approx(1 / 3))
-    assert averaged([nothing]) == Distances(None, None, 0, None)
+    assert averaged([nothing]) == MeanDistances(None, None, 0, None)
 
 
 def test_means_are_over_boxes_of_all_images() -> None:
-    one = Apart(torch.tensor([0.1, 0.2]), torch.tensor([0.5, math.nan]), torch.tensor([9, 1]))
-    other = Apart(torch.tensor([0.6]), torch.tensor([0.7]), torch.tensor([2]))
+    one = BoxDistances(torch.tensor([0.1, 0.2]), torch.tensor([0.5, math.nan]), torch.tensor([9, 1]))
+    other = BoxDistances(torch.tensor([0.6]), torch.tensor([0.7]), torch.tensor([2]))
     found = averaged([one, other])
     assert (found.matched, found.unmatched) == (pytest.approx(0.3), pytest.approx(0.6))
     assert (found.counted, found.positives) == (3, 4.0)
 
 
 def test_all_branches_together_have_every_positive() -> None:
-    positives = {"a": (at((0, 0)), torch.tensor([1])), "b": (at((1, 1), (0, 1)), torch.tensor([0, 1]))}
-    both, owner = Places(MAIN, torch.tensor([0, 1]), positives).branches["all"]
+    one, other = at((0, 0)), at((1, 1), (0, 1))
+    positives = {"a": Positives(one, torch.tensor([1])), "b": Positives(other, torch.tensor([0, 1]))}
+    both, owner = QueryPlaces(MAIN, torch.tensor([0, 1]), positives).branches["all"]
     assert (both.tolist(), owner.tolist()) == ([[0, 0], [1, 1], [0, 1]], [1, 0, 1])
-    assert list(Places(MAIN, torch.tensor([0]), {"a": positives["a"]}).branches) == ["a"]
+    assert list(QueryPlaces(MAIN, torch.tensor([0]), {"a": positives["a"]}).branches) == ["a"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_places_are_those_of_the_queries_that_training_makes(run: Path) -> None:
     with open_split(run, HERE, workers=0, batch_size=3) as opened:
-        model, co = load_trained(opened, Collaborative)
+        model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
         found = query_places(opened, model, co, batch)
         with torch.no_grad():
@@ -110,7 +113,7 @@ def test_places_are_those_of_the_queries_that_training_makes(run: Path) -> None:
 
 
 def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
-    result = analyze([run, run], names=["first $x", "[bold]"], workers=0, device="cpu", batch_size=2)
+    result = analyze(compared([run, run], names=["first $x", "[bold]"], batch_size=2))
     one, two = result.runs
     assert one.to_dict() == two.to_dict() | {"name": one.name}
     assert (one.images, list(one.branches)) == (5, ["atss", "rcnn", "all"])
@@ -118,8 +121,8 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
     assert one.branches["rcnn"].positives is not None
     assert one.branches["rcnn"].positives >= 1  # each box is a region
     assert one.example is not None
-    files = result.save(tmp_path / "new" / "folder")
-    written = json.loads(files.numbers.read_text())
+    files = save(result, tmp_path / "new" / "folder")
+    written = json.loads(files.values.read_text())
     assert written == result.to_dict()
     assert written["runs"][0]["branches"]["atss"].keys() == {"matched", "unmatched", "counted", "positives"}
     assert files.figure.stat().st_size > 10_000
@@ -127,7 +130,7 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
 
 
 def test_batches_change_nothing(run: Path) -> None:
-    one, other = (analyze(run, workers=0, device="cpu", batch_size=n).runs[0] for n in (1, 4))
+    one, other = (analyze(compared(run, batch_size=n)).runs[0] for n in (1, 4))
     for branch, found in one.branches.items():
         assert found.matched == pytest.approx(other.branches[branch].matched, abs=1e-3)
         assert found.unmatched == pytest.approx(other.branches[branch].unmatched, abs=1e-3)
@@ -136,14 +139,14 @@ def test_batches_change_nothing(run: Path) -> None:
 def test_points_and_masks_too(shapes: Path, tmp_path: Path) -> None:
     """Queries with points instead of boxes; a branch that learns masks, which no one loads here."""
     run = untrained(tmp_path, shapes, small_recipe("conditional-detr-r50").with_schemes("co=mask"))
-    (found,) = analyze(run, workers=0, device="cpu").runs
+    (found,) = analyze(compared(run)).runs
     assert found.branches["mask"].counted > 0
 
 
 def test_runs_without_anything_to_measure_are_drawn() -> None:
-    run = Measured("x", "x", "x", 0, 0, {"atss": Distances(None, None, 0, None)}, None)
-    result = Comparison("val", (run,))
-    result.figure().draw_without_rendering()
+    run = RunQueryDistance("x", "x", "x", 0, 0, {"atss": MeanDistances(None, None, 0, None)}, None)
+    result = QueryDistanceResult((run,), "val")
+    draw(result).draw_without_rendering()
     assert result.table().row_count == 1
 
 
@@ -152,10 +155,10 @@ def test_what_cannot_be_measured_is_said(
 ) -> None:
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
     with pytest.raises(UserError, match="trained without scheme co"):
-        analyze([run, plain])
+        analyze(compared([run, plain]))
     nowhere = small_recipe("detr-r50").override(["detector.scores=sigmoid"]).with_schemes("co=atss")
     with pytest.raises(UserError, match="its queries have no place"):
-        analyze(untrained(tmp_path / "detr", shapes, nowhere), workers=0, device="cpu")
+        analyze(compared(untrained(tmp_path / "detr", shapes, nowhere)))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="Start it without torchrun"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from detrellis.analysis.conflicts import conflict_matrix, head_conflict
-from detrellis.analysis.discriminability import feature_score, foreground, shares_above
+from detrellis.analysis.discriminability import feature_score, foreground, fractions_above
 from detrellis.analysis.instability import instability
 
 from .arrays import Arrays
@@ -20,8 +20,8 @@ def check_derived(a: Arrays) -> None:
     alike(score, a["disc_score"])
     inside = foreground(a["gt_boxes"], (height, width))
     assert torch.equal(inside, a["fg_mask"].bool())
-    alike(shares_above(score, inside, a["thresholds"]), a["iof"])
-    alike(shares_above(score, ~inside, a["thresholds"]), a["iob"])
+    alike(fractions_above(score, inside, a["thresholds"]), a["iof"])
+    alike(fractions_above(score, ~inside, a["thresholds"]), a["iob"])
 
     images = a["is_assign_epochs"].unbind(1)  # (epoch, query) each
     alike(instability(images), a["is_per_transition"])

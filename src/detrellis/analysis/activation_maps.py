@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detrellis.analysis.collaborative import DECODER, assigned, decoded
-from detrellis.analysis.discriminability import levels, resized
-from detrellis.analysis.outputs import one_to_one
+from detrellis.analysis.collaborative import DECODER, branch_assignments, decode_main
+from detrellis.analysis.outputs import last_layer, one_to_one
 from detrellis.analysis.schemes import begin
+from detrellis.analysis.token_maps import levels, resized
 from detrellis.data.loader import Batch
 from detrellis.schemes.base import Step
 from detrellis.schemes.collaborative.scene import Found, Scene
@@ -37,11 +37,12 @@ def grad_cam(memory: Memory, gradient: Tensor, cam: Cam = "gradcam") -> Tensor:
         return (memory.tokens * gradient).sum(-1).relu()
     inside = torch.ones_like(memory.tokens[..., :1]) if memory.padding is None else ~memory.padding.unsqueeze(-1)
     sizes = [height * width for height, width in memory.shapes]
-    found = []
-    for tokens, own, there in zip(*(t.split(sizes, dim=1) for t in (memory.tokens, gradient, inside)), strict=True):
-        weights = (own * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
-        found.append((tokens * weights).sum(-1).relu())
-    return torch.cat(found, dim=1)
+    by_level = zip(*(t.split(sizes, dim=1) for t in (memory.tokens, gradient, inside)), strict=True)
+    maps = []
+    for tokens, gradients, counted in by_level:
+        weights = (gradients * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+        maps.append((tokens * weights).sum(-1).relu())
+    return torch.cat(maps, dim=1)
 
 
 def activation_map(tokens: Tensor, memory: Memory, image: int) -> Tensor:
@@ -55,20 +56,20 @@ def activation_map(tokens: Tensor, memory: Memory, image: int) -> Tensor:
 
 def decoder_score(step: Step) -> Tensor:
     """The sum of the matched queries' scores, of all images: `()`."""
-    output = decoded(step).map(lambda t: t[-1:])
-    found = one_to_one(step.supervision, output, step.targets)
-    return output.logits[0, found.image, found.query, step.targets.labels[found.target]].sigmoid().sum()
+    output = last_layer(decode_main(step))
+    matched = one_to_one(step.supervision, output, step.targets)
+    return output.logits[0, matched.image, matched.query, step.targets.labels[matched.target]].sigmoid().sum()
 
 
-def branch_score(found: Sequence[Found], scene: Scene, softmax: bool) -> Tensor:
+def branch_score(images: Sequence[Found], scene: Scene, softmax: bool) -> Tensor:
     """The sum of the positives' scores, of all images: `()`."""
-    scores = []
-    for own, labels in zip(found, scene.labels, strict=True):
-        positive = own.owner >= 0
-        logits, wanted = own.logits[positive], labels[own.owner[positive]]
-        share = logits.softmax(-1) if softmax else logits.sigmoid()
-        scores.append(share.gather(1, wanted.unsqueeze(1)).sum())
-    return torch.stack(scores).sum()
+    sums = []
+    for assigned, labels in zip(images, scene.labels, strict=True):
+        positive = assigned.owner >= 0
+        logits, classes = assigned.logits[positive], labels[assigned.owner[positive]]
+        scores = logits.softmax(-1) if softmax else logits.sigmoid()
+        sums.append(scores.gather(1, classes.unsqueeze(1)).sum())
+    return torch.stack(sums).sum()
 
 
 def activations(
@@ -82,10 +83,12 @@ def activations(
         memory = model.detector.encode(batch.images)
     memory = memory._replace(tokens=memory.tokens.requires_grad_())
     step = begin(model, batch, memory)
-    scene, found = assigned(co, step)
+
+    scene, assignments = branch_assignments(co, step)
     scores = {DECODER: decoder_score(step)}
-    for (head, own), branch in zip(found.items(), co.branches, strict=True):
-        scores[head] = branch_score(own, scene, branch.softmax)  # type: ignore[arg-type]
+    for (head, images), branch in zip(assignments.items(), co.branches, strict=True):
+        scores[head] = branch_score(images, scene, branch.softmax)  # type: ignore[arg-type]
+
     cams = {}
     for head, score in scores.items():
         (gradient,) = torch.autograd.grad(score, memory.tokens, retain_graph=True)

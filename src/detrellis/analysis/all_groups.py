@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detrellis.analysis.schemes import begin, check_state, load_trained
+from detrellis.analysis.schemes import begin, check_state, load_with_scheme
 from detrellis.data.loader import Batch
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
@@ -35,8 +35,8 @@ class AllGroups(NamedTuple):
 
     def of(self, group: int) -> DecoderOutput:
         """One group's part, `(L, B, N, ...)`: what the detector says with that group's queries alone."""
-        own = slice(group * self.queries, (group + 1) * self.queries)
-        return self.output.map(lambda t: t[:, :, own])
+        queries = slice(group * self.queries, (group + 1) * self.queries)
+        return self.output.map(lambda t: t[:, :, queries])
 
 
 def check_grouped(run: str | Path) -> None:
@@ -50,22 +50,20 @@ def check_grouped(run: str | Path) -> None:
 def load_groups(opened: OpenedSplit) -> tuple[TrainableDetector, Group]:
     """A run's detector with its schemes, as at the last checkpoint, ready to evaluate; and its groups."""
     check_grouped(opened.run)
-    return load_trained(opened, Group)
+    return load_with_scheme(opened, Group)
 
 
 @torch.no_grad()
 def all_groups(model: TrainableDetector, group: Group, batch: Batch) -> AllGroups:
     """One pass of all groups over a batch, on the model's device: as in training, without the other schemes."""
-    detector = model.detector
-    memory = detector.encode(batch.images)
-    step = begin(model, batch, memory)
-    queries = step.queries
-    parts = [QueryBlock("main", queries, model.supervision), *group.extend(step).blocks]
-    outputs = detector.decode(memory, {b.segment: b.queries for b in parts})
-    pairs = zip(*(outputs[b.name] for b in parts), strict=True)
-    output = DecoderOutput(*(None if p[0] is None else torch.cat(p, dim=2) for p in pairs))  # type: ignore[arg-type]
+    step = begin(model, batch)
+    blocks = [QueryBlock("main", step.queries, model.supervision), *group.extend(step).blocks]
+    outputs = model.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
+    fields = zip(*(outputs[b.name] for b in blocks), strict=True)
+    output = DecoderOutput(*(None if f[0] is None else torch.cat(f, dim=2) for f in fields))  # type: ignore[arg-type]
+
     positions = None
-    if queries.boxes is not None:
-        centres = torch.cat([b.queries.boxes for b in parts if b.queries.boxes is not None], dim=1)[..., :2]
+    if step.queries.boxes is not None:
+        centres = torch.cat([b.queries.boxes for b in blocks if b.queries.boxes is not None], dim=1)[..., :2]
         positions = centres.unflatten(1, (group.k, -1))
     return AllGroups(group.k, output, positions, fixed=step.proposals is None)

@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detrellis.analysis.attention import AttentionResult, LayerAttention, RunAttention
 from detrellis.analysis.figures import INK, canvas, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from detrellis.analysis.attention import Comparison, Look, Measured
 
 # Inches: of the whole figure's width and of a panel at most; above each part, each row and each panel; between panels.
 WIDTH, LARGEST = 14.0, 3.0
@@ -53,59 +52,59 @@ class Part(NamedTuple):
         return PART + len(self.rows) * (ROW + NAME + self.panel(picture)[1])
 
 
-def draw(found: Comparison) -> Figure:
-    """Fig. 3 above, Fig. 5 below, a row a run in each."""
+def draw(result: AttentionResult) -> Figure:
+    """Fig. 3 above, Fig. 5 below, a row a run in each. Raises `UserError` where matplotlib is missing."""
     parts = [
-        Part("Every decoder layer, mean of its heads", [_layers(run) for run in found.runs]),
-        Part("The last decoder layer, head by head", [_heads(run) for run in found.runs]),
+        Part("Every decoder layer, mean of its heads", [_layers(run) for run in result.runs]),
+        Part("The last decoder layer, head by head", [_heads(run) for run in result.runs]),
     ]
-    height = sum(part.height(found.picture) for part in parts) + LEGEND
+    height = sum(part.height(result.picture) for part in parts) + LEGEND
     figure = canvas(WIDTH, height, "")
     figure.set_layout_engine("none")  # all panels of a part have one size
     top = height
     for part in parts:
-        _part(figure, part, found, top)
-        top -= part.height(found.picture)
+        _part(figure, part, result, top)
+        top -= part.height(result.picture)
     _legend(figure)
     return figure
 
 
-def _part(figure: Figure, part: Part, found: Comparison, top: float) -> None:
+def _part(figure: Figure, part: Part, result: AttentionResult, top: float) -> None:
     """From `top` downwards, in inches from the figure's bottom."""
     all_of_it = figure.get_figheight()
-    width, height = part.panel(found.picture)
+    width, height = part.panel(result.picture)
     figure.text(GAP / WIDTH, (top - 0.18) / all_of_it, part.title, fontsize=12, color=INK, va="top")
     top -= PART
-    for run, row in zip(found.runs, part.rows, strict=True):
+    for run, row in zip(result.runs, part.rows, strict=True):
         name = f"{shortened(run.name)}: {run.label} {run.score:.2f}, query {run.query}"
         figure.text(GAP / WIDTH, (top - 0.14) / all_of_it, name, fontsize=10, color=INK, va="top", parse_math=False)
         top -= ROW + NAME + height
         for i, panel in enumerate(row):
             left = GAP + i * (width + GAP)
             place = (left / WIDTH, top / all_of_it, width / WIDTH, height / all_of_it)
-            _panel(figure.add_axes(place), found.picture, panel, run.box)
+            _panel(figure.add_axes(place), result.picture, panel, run.box)
 
 
-def _layers(run: Measured) -> list[Panel]:
+def _layers(run: RunAttention) -> list[Panel]:
     """The result, and each layer."""
-    return [Panel("result"), *(_layer(i, look) for i, look in enumerate(run.layers))]
+    return [Panel("result"), *(_layer(i, layer) for i, layer in enumerate(run.layers))]
 
 
-def _layer(index: int, look: Look) -> Panel:
-    title = f"layer {index + 1}" + ("" if look.level is None else f", level {look.level + 1}")
-    points = None if look.points is None else look.points.flatten(0, 1)
-    return Panel(title, look.mean, look.reference, points)
+def _layer(index: int, layer: LayerAttention) -> Panel:
+    title = f"layer {index + 1}" + ("" if layer.level is None else f", level {layer.level + 1}")
+    points = None if layer.points is None else layer.points.flatten(0, 1)
+    return Panel(title, layer.mean, layer.reference, points)
 
 
-def _heads(run: Measured) -> list[Panel]:
-    look = run.layers[-1]
-    points = [None] * len(look.maps) if look.points is None else list(look.points)
-    pairs = enumerate(zip(look.maps, points, strict=True))
-    return [Panel(f"head {i + 1}", own, look.reference, places) for i, (own, places) in pairs]
+def _heads(run: RunAttention) -> list[Panel]:
+    layer = run.layers[-1]
+    points = [None] * len(layer.maps) if layer.points is None else list(layer.points)
+    heads = enumerate(zip(layer.maps, points, strict=True))
+    return [Panel(f"head {i + 1}", heat, layer.reference, places) for i, (heat, places) in heads]
 
 
 def _panel(axes: Axes, picture: NDArray[np.uint8], panel: Panel, result: Places) -> None:
-    """Coordinates are shares of the picture."""
+    """One panel; coordinates are fractions of the picture."""
     axes.set_axis_off()
     axes.set_title(panel.title, fontsize=8, color=INK, pad=2)
     pixels = picture if panel.map is None else heated(picture, panel.map)

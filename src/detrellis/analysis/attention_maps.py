@@ -34,20 +34,20 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
             hook.remove()
 
 
-class Layer(NamedTuple):
+class RecordedAttention(NamedTuple):
     """A decoder layer's cross-attention, and what it was called with."""
 
     attention: nn.Module
     call: Call
 
 
-def decoded(detector: Detector, memory: Memory) -> tuple[DecoderOutput, list[Layer]]:
-    """Every layer's outputs of the main queries, and every layer's cross-attention."""
+def decode_recorded(detector: Detector, memory: Memory) -> tuple[DecoderOutput, list[RecordedAttention]]:
+    """Every layer's output for the main queries, and every layer's cross-attention."""
     queries, _ = detector.propose(memory)
     attentions = [layer.cross_attention for layer in detector.decoder.layers]  # type: ignore[union-attr]
     with recorded(attentions) as calls:
         output = detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"]
-    return output, [Layer(*pair) for pair in zip(attentions, calls, strict=True)]
+    return output, [RecordedAttention(*pair) for pair in zip(attentions, calls, strict=True)]
 
 
 def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
@@ -56,49 +56,49 @@ def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
     Mean over heads: the sum over tokens is the number of chosen queries, less what deformable attention samples outside
     the image. Raises `UserError` for an attention that none of the rules here knows.
     """
-    found = head_weights(attention, call, chosen)
-    if found is None:
+    weights = head_weights(attention, call, chosen)
+    if weights is None:
         raise UserError(
             f"what {type(attention).__name__} attends to cannot be read off it", "Compare the encoders: --of encoder."
         )
-    return found.mean(1)
+    return weights.mean(1)
 
 
 def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | None:
     """As `token_weights`, for each head: `(B, M, S)`. What reads one level gives the tokens of others 0."""
-    own, (x, where, memory) = _own_level(attention, call)
-    if hasattr(own, "sampling_offsets"):
-        return _sampled_weights(own, (x, where, memory), chosen)
+    reader, (x, where, memory) = _reader(attention, call)
+    if hasattr(reader, "sampling_offsets"):
+        return _sampled_weights(reader, (x, where, memory), chosen)
     with torch.no_grad():
-        if hasattr(own, "aligner"):
-            _, weights = own.attend(own.aligner(x, where.references, memory), memory)
+        if hasattr(reader, "aligner"):
+            _, weights = reader.attend(reader.aligner(x, where.references, memory), memory)
         elif where.priors is not None:
-            weights = torch.cat(own.attend(x, where, memory)[1], dim=-1)
+            weights = torch.cat(reader.attend(x, where, memory)[1], dim=-1)
         else:
-            weights = _softmax_weights(own, (x, where, memory))
+            weights = _softmax_weights(reader, (x, where, memory))
     if weights is None:
         return None
-    found = torch.einsum("bmns,bn->bms", weights, chosen.to(weights))
+    summed = torch.einsum("bmns,bn->bms", weights, chosen.to(weights))
     sizes = [height * width for height, width in call[2].shapes]
     before = sum(sizes[: getattr(attention, "level", 0)])
-    return F.pad(found, (before, sum(sizes) - before - found.shape[-1]))
+    return F.pad(summed, (before, sum(sizes) - before - summed.shape[-1]))
 
 
 def head_points(attention: nn.Module, call: Call) -> Tensor | None:
-    """Where each head of each query samples the image: `(B, N, M, P, 2)` as shares of the unpadded image.
+    """Where each head of each query samples the image: `(B, N, M, P, 2)` as fractions of the unpadded image.
 
     One point for heads of aligned queries, one for each level and sample of deformable attention; None for attention
     that reads everything.
     """
-    own, (x, where, memory) = _own_level(attention, call)
+    reader, (x, where, memory) = _reader(attention, call)
     with torch.no_grad():
-        if hasattr(own, "aligner"):
-            points: Tensor = own.aligner(x, where.references, memory).points
+        if hasattr(reader, "aligner"):
+            points: Tensor = reader.aligner(x, where.references, memory).points
             return points.unsqueeze(3)
-        return _sampled_points(own, (x, where, memory)) if hasattr(own, "sampling_offsets") else None
+        return _sampled_points(reader, (x, where, memory)) if hasattr(reader, "sampling_offsets") else None
 
 
-def _own_level(attention: Any, call: Call) -> tuple[Any, Call]:
+def _reader(attention: Any, call: Call) -> tuple[Any, Call]:
     """The attention within one that reads one level of several, and its call with that level alone."""
     if not hasattr(attention, "level"):
         return attention, call
@@ -120,7 +120,7 @@ def _sampled_points(attention: Any, call: Call) -> Tensor:
 
 def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
     """Deformable: the result is linear in the tokens' values, so a token's weight is the derivative with respect to
-    its value. That is the transpose of bilinear sampling: each point's weight, shared by the four tokens around it."""
+    its value. That is the transpose of bilinear sampling: each point's weight, given to the four tokens around it."""
     kept: list[Tensor] = []
 
     def keep_values(_: nn.Module, inputs: Any, values: Tensor) -> Tensor:
@@ -140,15 +140,15 @@ def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    found: Tensor = weights.unflatten(-1, (attention.heads, -1))[..., 0]
-    return found.transpose(1, 2)
+    by_head: Tensor = weights.unflatten(-1, (attention.heads, -1))[..., 0]
+    return by_head.transpose(1, 2)
 
 
 def _softmax_weights(attention: nn.Module, call: Call) -> Tensor | None:
     """Of dense attention to every token, `(B, M, N, S)`; None where the module computes no such attention."""
     with _Softmaxes() as softmaxes:
         attention(*call)
-    for q, k, mask in softmaxes.found:
+    for q, k, mask in softmaxes.calls:
         if k.shape[2] == call[2].tokens.shape[1]:
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             if mask is not None:
@@ -163,12 +163,12 @@ class _Softmaxes(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.found.append((args[0], args[1], kwargs.get("attn_mask")))
+            self.calls.append((args[0], args[1], kwargs.get("attn_mask")))
         return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What the measurements of Co-DETR share: a run's heads, the decoder's and those that are gone at inference."""
+"""The heads of a run that was trained with scheme `co`: the decoder's, and the branches that are gone at inference."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def check_alone() -> None:
         raise UserError("this measurement runs in one process", "Start it without torchrun.")
 
 
-def decoded(step: Step) -> DecoderOutput:
-    """What the main queries say, by layer."""
+def decode_main(step: Step) -> DecoderOutput:
+    """The decoder's output for the main queries, by layer."""
     main = Segment("main", step.queries.content.shape[1])
     return step.detector.decode(step.memory, {main: step.queries})[main.name]
 
 
-def assigned(co: Collaborative, step: Step) -> tuple[Scene, dict[str, list[Found]]]:
-    """What each branch assigns in each image. Where a training step draws some at random, it is the first ones."""
+def branch_assignments(co: Collaborative, step: Step) -> tuple[Scene, dict[str, list[Found]]]:
+    """The scene, and by branch what it assigns in each image: where training draws some at random, the first ones."""
     scene = co.scene(step)
     if scene.masks is None:  # no branch assigns by them: empty ones do
         scene = scene._replace(masks=tuple(boxes.new_zeros(len(boxes), 1, 1) for boxes in scene.boxes))

@@ -6,35 +6,31 @@ taken as distributions over the pixels of an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.activation_maps import Cam, activation_map, activations
 from detrellis.analysis.collaborative import DECODER, check_alone, check_collaborative
-from detrellis.analysis.figures import OfRun, Result, sheet
-from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
+from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.pictures import Picture, picture
-from detrellis.analysis.schemes import load_trained
+from detrellis.analysis.results import Result, RunResult, add_run, as_json, run_table
+from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.schemes import load_with_scheme
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
 
 EPS = 1e-3  # added to each pixel of a map whose maximum is 1: what a place that a head ignores counts as
 IMAGES = 2  # that are drawn with their maps
@@ -46,10 +42,10 @@ def conflict_matrix(cams: Tensor, eps: float = 1e-8) -> Tensor:
     `cams (H, I, h, w)` of H heads on I images, none negative, to `(H, H)`. `eps` is added before each map is divided by
     its sum: KL is infinite where the second map is 0.
     """
-    shares = cams.flatten(2) + eps
-    shares = shares / shares.sum(-1, keepdim=True)  # (H, I, h * w)
-    logs = shares.log()
-    rows = [(own * (log - logs)).sum(-1).mean(-1) for own, log in zip(shares, logs, strict=True)]
+    maps = cams.flatten(2) + eps
+    maps = maps / maps.sum(-1, keepdim=True)  # (H, I, h * w) distributions
+    logs = maps.log()
+    rows = [(p * (log - logs)).sum(-1).mean(-1) for p, log in zip(maps, logs, strict=True)]
     return torch.stack(rows)
 
 
@@ -61,23 +57,23 @@ def head_conflict(matrix: Tensor) -> Tensor:
     return (both.sum(1) - both.diagonal()) / (2 * (heads - 1))
 
 
-class Example(NamedTuple):
-    """An image to be drawn with its maps."""
+class MappedImage(NamedTuple):
+    """An image to be drawn with each head's map."""
 
     picture: Picture
-    maps: NDArray[np.float32]  # (H, h, w) of each head, with a maximum of 1
+    maps: NDArray[np.float32]  # (H, h, w), each with a maximum of 1
 
 
 @dataclass(frozen=True)
-class Measured(OfRun):
-    """One run. `H` heads: the decoder, then the branches in the recipe's order."""
+class RunConflicts(RunResult):
+    """The conflicts within one run. `H` heads: the decoder, then the branches in the recipe's order."""
 
     heads: tuple[str, ...]
     images: int  # that count
     empty: int  # images left out, because there is no object
     flat: int  # images left out, because a head's map is 0 everywhere
     matrix: tuple[tuple[float, ...], ...]  # (H, H) mean divergences of the row's map from the column's
-    examples: tuple[Example, ...]
+    examples: tuple[MappedImage, ...]
 
     @property
     def conflicts(self) -> tuple[float, ...]:
@@ -92,97 +88,73 @@ class Measured(OfRun):
         return float(head_conflict(matrix[1:, 1:] if len(matrix) > 2 else matrix).mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; examples are in the figure only."""
-        named = {k: getattr(self, k) for k in ("name", "run", "data", "images", "empty", "flat", "distance")}
+        """As JSON holds it."""
+        values = {k: getattr(self, k) for k in ("name", "run", "data", "images", "empty", "flat", "distance")}
         conflicts = dict(zip(self.heads, self.conflicts, strict=True))
-        return named | {"heads": list(self.heads), "matrix": [list(r) for r in self.matrix], "conflicts": conflicts}
+        return values | {"heads": list(self.heads), "matrix": as_json(self.matrix), "conflicts": conflicts}
 
 
 @dataclass(frozen=True)
-class Comparison(Result):
-    """Several runs, measured in the same way."""
+class ConflictsResult(Result):
+    """The conflicts within several runs."""
 
     name = "conflicts"
 
+    runs: tuple[RunConflicts, ...]
     cam: Cam
     eps: float
     split: str
-    runs: tuple[Measured, ...]
-
-    def settings(self) -> dict[str, Any]:
-        """What it was measured with."""
-        return {"cam": self.cam, "eps": self.eps, "split": self.split}
 
     def table(self) -> Table:
         """For each run, a row for each head, for a rich console."""
-        from rich.text import Text
-
         caption = (
             "Mean divergence (KL) of the map of where a head looks from the others' maps, of theirs from its own, and "
             "S, the mean of both; over the images that have an object and a map of each head. Distance: S of the "
             "branches among themselves, or where there is one, of it and the decoder."
         )
-        table = sheet("Conflicts between heads (Co-DETR, Eq. 11 and 12)", caption)
-        for column in ("images", "left\nout", "distance", "head", "from\nothers", "of\nothers", "S"):
-            table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
+        columns = ("images", "left\nout", "distance", "head", "from\nothers", "of\nothers", "S")
+        table = run_table("Conflicts between heads (Co-DETR, Eq. 11 and 12)", caption, *columns, left=("head",))
         for run in self.runs:
-            counts = [str(run.images), str(run.empty + run.flat), number(run.distance)]
+            first_row = (run.name, str(run.images), str(run.empty + run.flat), number(run.distance))
             others = len(run.heads) - 1
             for i, (head, conflict) in enumerate(zip(run.heads, run.conflicts, strict=True)):
-                own = [run.name, *counts] if i == 0 else [""] * 4
+                name, *counts = first_row if i == 0 else [""] * len(first_row)
                 away, towards = sum(run.matrix[i]) / others, sum(row[i] for row in run.matrix) / others
-                numbers = [number(x) for x in (away, towards, conflict)]
-                # Text: a run may be called "[bold]"
-                table.add_row(Text(own[0]), *own[1:], head, *numbers, end_section=i == others)
+                values = [number(x) for x in (away, towards, conflict)]
+                add_run(table, name, *counts, head, *values, end_section=i == others)
         return table
-
-    def figure(self) -> Figure:
-        """The matrices, each head's conflict, and some maps. Raises `UserError` without matplotlib."""
-        from detrellis.analysis.conflicts_figure import draw
-
-        return draw(self)
 
 
 @checked
-def analyze(
-    runs: str | Path | Sequence[str | Path],
-    *,
-    cam: Cam = "gradcam",
-    eps: float = EPS,
-    names: Sequence[str] | None = None,
-    device: str | None = None,
-    progress: bool = False,
-    **on: Unpack[EvalOptions],
-) -> Comparison:
-    """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
+def analyze(runs: ComparedRuns, *, cam: Cam = "gradcam", eps: float = EPS) -> ConflictsResult:
+    """Measure how much the heads that share an encoder disagree about where to look.
 
-    `cam` is how maps are made (see `activation_maps.py`), `eps` is added to each pixel of a map whose maximum is 1,
-    `names` are what the runs are called (default: their folders). Raises `UserError` for a run without branches or
-    without its `last.state.pt`, under torchrun, and where no image has an object that every head finds.
+    `cam` is how maps are made (see `activation_maps.py`), `eps` is added to each pixel of a map whose maximum is 1.
+    Raises `UserError` for a run without branches or without its `last.state.pt`, under torchrun, and where no image has
+    an object that every head finds.
     """
     if not 0 < eps < 1:
         raise UserError(f"eps {eps:g}", "Give a number above 0 and below 1.")
-    measured = each_run(runs, names, device, progress, on, partial(_measure, cam, eps), check_collaborative)
-    return Comparison(cam, eps, split_name(on), measured)
+    return ConflictsResult(runs.measure(partial(_measure, cam, eps), check_collaborative), cam, eps, runs.split)
 
 
-def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -> Measured:
+def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -> RunConflicts:
     check_alone()
     matrices: list[Tensor] = []
-    examples: list[Example] = []
+    examples: list[MappedImage] = []
     flat = 0
-    model, co = load_trained(opened, Collaborative)
+    model, co = load_with_scheme(opened, Collaborative)
     for batch, image, maps in _maps(opened, model.requires_grad_(False), co, cam, show):
         if not maps.flatten(1).any(1).all():
             flat += 1
             continue
         matrices.append(conflict_matrix(maps.unsqueeze(1), eps).cpu())
         if len(examples) < IMAGES:
-            examples.append(Example(picture(batch, image), maps.float().cpu().numpy()))
+            examples.append(MappedImage(picture(batch, image), maps.float().cpu().numpy()))
     if not matrices:
         where = f"{opened.files}: no image with an object that every head finds"
         raise UserError(where, "Take another --split or --data, or train longer.")
-    return Measured(
+    return RunConflicts(
         name=name,
         run=opened.run,
         data=opened.files,
@@ -204,5 +176,6 @@ def _maps(
             continue
         memory, cams = activations(model, co, batch, cam)
         check_finite(opened, *cams.values())
-        for i in (i for i, count in enumerate(batch.targets.sizes) if count):
-            yield batch, i, torch.stack([activation_map(tokens[i], memory, i) for tokens in cams.values()])
+        for i, count in enumerate(batch.targets.sizes):
+            if count:
+                yield batch, i, torch.stack([activation_map(tokens[i], memory, i) for tokens in cams.values()])

@@ -6,37 +6,39 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, shortened, tidy
+from detrellis.analysis.conflicts import ConflictsResult, MappedImage, RunConflicts
+from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, heading, run_rows, shortened, tidy
 from detrellis.analysis.pictures import outline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from detrellis.analysis.conflicts import Comparison, Example, Measured
-
-NUMBERS, CELL, HEIGHT = 7.6, 2.1, 3.9  # inches: width of the matrix and the bars, of a picture; height of a run
+VALUES, CELL, HEIGHT = 7.6, 2.1, 3.9  # inches: width of the matrix and the bars, of a picture; height of a run
 
 
-def draw(found: Comparison) -> Figure:
-    """All runs below each other, their colours and bars on one scale; on the right some images with each head's map."""
-    columns = max(1 + len(run.heads) for run in found.runs)
-    figure = canvas(NUMBERS + CELL * columns, HEIGHT * len(found.runs) + 0.5, "Conflicts between heads")
-    highest = max(value for run in found.runs for row in run.matrix for value in row)
-    tallest = max(value for run in found.runs for value in run.conflicts)
-    parts = figure.subfigures(len(found.runs), 1, squeeze=False).flatten().tolist()
-    for run, part in zip(found.runs, parts, strict=True):
-        title = f"{shortened(run.name)}: distance {run.distance:.2f} (mean of {run.images:,} images)"
-        part.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
-        numbers, pictures = part.subfigures(1, 2, width_ratios=[NUMBERS, CELL * columns])
-        left, right = numbers.subplots(1, 2, width_ratios=[1.15, 1])
+def draw(result: ConflictsResult) -> Figure:
+    """All runs below each other, their colours and bars on one scale; on the right some images with each head's map.
+
+    Raises `UserError` where matplotlib is missing.
+    """
+    runs = result.runs
+    columns = max(1 + len(run.heads) for run in runs)
+    figure = canvas(VALUES + CELL * columns, HEIGHT * len(runs) + 0.5, "Conflicts between heads")
+    highest = max(max(row) for run in runs for row in run.matrix)
+    tallest = max(max(run.conflicts) for run in runs)
+    titles = [f"{shortened(r.name)}: distance {r.distance:.2f} (mean of {r.images:,} images)" for r in runs]
+    for run, part in zip(runs, run_rows(figure, titles), strict=True):
+        halves = part.subfigures(1, 2, width_ratios=[VALUES, CELL * columns], squeeze=False)
+        values, pictures = halves.flatten().tolist()
+        left, right = values.subplots(1, 2, width_ratios=[1.15, 1])
         _matrix(left, run, highest)
         _bars(right, run, tallest)
         _examples(pictures, run, columns)
     return figure
 
 
-def _matrix(axes: Axes, run: Measured, highest: float) -> None:
+def _matrix(axes: Axes, run: RunConflicts, highest: float) -> None:
     """Fig. 8 and 9."""
     axes.imshow(run.matrix, cmap="Blues", vmin=0, vmax=highest)
     places = range(len(run.heads))
@@ -48,10 +50,10 @@ def _matrix(axes: Axes, run: Measured, highest: float) -> None:
         value = run.matrix[i][j]
         colour = "white" if value > 0.6 * highest else INK
         axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-    _head(axes, "KL of the row's map from the column's")
+    heading(axes, "KL of the row's map from the column's")
 
 
-def _bars(axes: Axes, run: Measured, tallest: float) -> None:
+def _bars(axes: Axes, run: RunConflicts, tallest: float) -> None:
     """Eq. 12."""
     tidy(axes)
     colours = [ORANGE, *[BLUE] * (len(run.heads) - 1)]
@@ -59,14 +61,10 @@ def _bars(axes: Axes, run: Measured, tallest: float) -> None:
     axes.bar_label(bars, [f"{v:.2f}" for v in run.conflicts], fontsize=8, padding=2)
     axes.set_xticks(range(len(run.heads)), run.heads, rotation=45 if len(run.heads) > 3 else 0, fontsize=9)
     axes.set_ylim(0, 1.1 * tallest)
-    _head(axes, "conflict S of each head with the others")
+    heading(axes, "conflict S of each head with the others")
 
 
-def _head(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
-
-
-def _examples(part: Any, run: Measured, columns: int) -> None:
+def _examples(part: Any, run: RunConflicts, columns: int) -> None:
     """A row an image: itself, and each head's map."""
     grid = part.subplots(len(run.examples), columns, squeeze=False)
     for axes in grid.flat:
@@ -77,11 +75,11 @@ def _examples(part: Any, run: Measured, columns: int) -> None:
         axes.set_title(title, fontsize=9, color=FAINT)
 
 
-def _example(line: Any, example: Example) -> None:
+def _example(line: Any, example: MappedImage) -> None:
     height, width = example.picture.pixels.shape[:2]
     line[0].imshow(example.picture.pixels)
     outline(line[0], example.picture)
-    for axes, own in zip(line[1:], example.maps, strict=False):
+    for axes, heat in zip(line[1:], example.maps, strict=False):
         # In pixels of the image, whose boxes are drawn over it.
-        axes.imshow(own, cmap="magma", vmin=0, vmax=1, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        axes.imshow(heat, cmap="magma", vmin=0, vmax=1, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         outline(axes, example.picture)

@@ -1,37 +1,27 @@
-"""How all figures look, and where they are written. matplotlib is only needed, and only imported, for drawing."""
+"""How all figures look. matplotlib is only needed, and only imported, for drawing."""
 
 from __future__ import annotations
 
 import importlib
-import io
-import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from numpy.typing import ArrayLike
+
+from detrellis.engine.console import number
 from detrellis.errors import UserError
-from detrellis.outputs import Outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from rich.table import Table
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.legend import Legend
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 INK, FAINT = "#222222", "#888888"
 DPI = 150
-
-
-class Files(NamedTuple):
-    """What `save` wrote."""
-
-    figure: Path
-    numbers: Path
 
 
 def need_matplotlib() -> None:
@@ -42,66 +32,11 @@ def need_matplotlib() -> None:
         raise UserError(f"figures need matplotlib ({error})", 'pip install "detrellis[viz]"') from None
 
 
-def ready(out: Path, name: str, inputs: Iterable[Path] = ()) -> None:
-    """Raises `UserError` where the figure of measurement `name` could not be drawn, or not be written without losing
-    something: to ask before minutes of measuring."""
-    need_matplotlib()
-    Outputs(out).ready((f"{name}.png", f"{name}.json"), inputs)
-
-
-@dataclass(frozen=True)
-class OfRun:
-    """What every measurement says of one run."""
-
-    name: str  # what figures and tables call it
-    run: str
-    data: str  # the annotations it was measured on
-
-
-class Result(ABC):
-    """What every measurement returns: several runs, measured in the same way."""
-
-    name: ClassVar[str]
-    runs: Sequence[Any]  # of each, what was found, with `to_dict`
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What it was measured with."""
-
-    @abstractmethod
-    def table(self) -> Table:
-        """One row a run, for a rich console."""
-
-    @abstractmethod
-    def figure(self) -> Figure:
-        """The paper's figure. Raises `UserError` where matplotlib is missing."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Settings and numbers, as JSON holds them."""
-        return {"measurement": self.name, "settings": self.settings(), "runs": [run.to_dict() for run in self.runs]}
-
-    def save(self, out: str | Path) -> Files:
-        """Write `OUT/NAME.png` and `OUT/NAME.json`, over those of an earlier measurement only."""
-        ready(Path(out), self.name)
-        outputs, picture = Outputs(out), io.BytesIO()
-        self.figure().savefig(picture, format="png", dpi=DPI)
-        numbers = json.dumps(self.to_dict(), indent=1)
-        return Files(outputs.write(f"{self.name}.png", picture.getvalue()), outputs.write(f"{self.name}.json", numbers))
-
-
-def sheet(title: str, caption: str) -> Table:
-    """A table whose first column names the run; narrow enough for 80 letters."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-    table.padding = (0, 1, 0, 0)
-    table.add_column("run", overflow="fold")
-    return table
-
-
 def canvas(width: float, height: float, title: str) -> Figure:
-    """An empty figure, in inches. It is drawn by Agg, without a display and without pyplot's list of open figures."""
+    """An empty figure, in inches. It is drawn by Agg, without a display and without pyplot's list of open figures.
+
+    Raises `UserError` where matplotlib is missing.
+    """
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -143,11 +78,45 @@ def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Ax
     return figure, grid[:count]
 
 
-def headline(axes: Axes, name: str, numbers: str) -> None:
-    """A panel's title: the run's name, whatever is in it, and below it the numbers that the panel is about."""
-    axes.set_title(f"{shortened(name)}\n{numbers}", fontsize=10, color=INK, loc="left", parse_math=False)
+def run_rows(figure: Figure, titles: Sequence[str]) -> list[SubFigure]:
+    """A part of the figure for each run, below each other, with its title."""
+    parts: list[SubFigure] = figure.subfigures(len(titles), 1, squeeze=False).flatten().tolist()
+    for part, title in zip(parts, titles, strict=True):
+        part.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
+    return parts
+
+
+def heading(axes: Axes, title: str) -> None:
+    """A panel's title, whatever is in it."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
+
+
+def headline(axes: Axes, name: str, values: str) -> None:
+    """The title of a run's panel: the run's name, and below it the values that the panel is about."""
+    heading(axes, f"{shortened(name)}\n{values}")
 
 
 def shortened(name: str) -> str:
     """The end of a long name."""
     return name if len(name) <= 44 else f"...{name[-41:]}"
+
+
+def as_written(legend: Legend) -> None:
+    """Shows the names in a legend as they are, also those with a `$`."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def labelled_bars(
+    axes: Axes, places: ArrayLike, values: Sequence[float | None], width: float, fontsize: int = 8, **look: Any
+) -> None:
+    """Bars with their values above them, as ".123"; a dash where there is none."""
+    bars = axes.bar(places, [value or 0 for value in values], width, **look)
+    axes.bar_label(bars, [number(value).lstrip("0") for value in values], fontsize=fontsize, padding=2)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Marks on the x axis at whole numbers only, such as epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,56 +7,64 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, colours, shortened, tidy
+from detrellis.analysis.figures import (
+    BLUE,
+    FAINT,
+    ORANGE,
+    canvas,
+    colours,
+    heading,
+    labelled_bars,
+    run_rows,
+    shortened,
+    tidy,
+    whole_numbers,
+)
+from detrellis.analysis.groups import GroupsResult, RunGroups
 from detrellis.engine.console import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from detrellis.analysis.groups import Comparison, Measured
-
 SIZE = (13.0, 5.8)  # inches of one run
 
 
-def draw(found: Comparison) -> Figure:
-    """All runs below each other; in each, the positions on the left, and four panels beside them."""
+def draw(result: GroupsResult) -> Figure:
+    """All runs below each other; in each, the positions on the left, and four panels beside them.
+
+    Raises `UserError` where matplotlib is missing.
+    """
     width, height = SIZE
-    figure = canvas(width, height * len(found.runs) + 0.5, "Groups of queries")
-    parts = figure.subfigures(len(found.runs), 1, squeeze=False).flatten().tolist()
-    for run, part in zip(found.runs, parts, strict=True):
-        _draw(part, run, found.grid)
+    figure = canvas(width, height * len(result.runs) + 0.5, "Groups of queries")
+    titles = [f"{shortened(run.name)}: {run.groups} groups of {run.queries} queries" for run in result.runs]
+    for run, part in zip(result.runs, run_rows(figure, titles), strict=True):
+        _draw_run(part, run, result.grid)
     return figure
 
 
-def _draw(part: Any, run: Measured, grid: int) -> None:
-    title = f"{shortened(run.name)}: {run.groups} groups of {run.queries} queries"
-    part.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
-    panels = part.subplot_mosaic([["where", "shares", "log"], ["where", "is", "ap"]], width_ratios=[1.45, 1, 1])
+def _draw_run(part: Any, run: RunGroups, grid: int) -> None:
+    panels = part.subplot_mosaic([["where", "histograms", "log"], ["where", "is", "ap"]], width_ratios=[1.45, 1, 1])
     for axes in panels.values():
         tidy(axes)
-    own = colours(run.groups)
+    palette = colours(run.groups)
     if run.positions is None or run.shares is None:
-        for name in ("where", "shares", "log"):
+        for name in ("where", "histograms", "log"):
             _say(panels[name], "The queries have no place.")
     else:
-        _positions(panels["where"], run, own)
-        _shares(panels["shares"], run, grid, own)
+        _positions(panels["where"], run, palette)
+        _histograms(panels["histograms"], run, grid, palette)
         _log(panels["log"], run)
     part.legend(
-        handles=[_marker(colour, str(k + 1)) for k, colour in enumerate(own)],
+        handles=[_marker(colour, str(k + 1)) for k, colour in enumerate(palette)],
         title="group", ncols=run.groups, fontsize=8, title_fontsize=8, frameon=False,
         loc="outside lower left", columnspacing=1, handletextpad=0.2,
     )  # fmt: skip
     _instability(panels["is"], run)
-    _scores(panels["ap"], run, own)
+    _scores(panels["ap"], run, palette)
     for axes in panels.values():
         axes.xaxis.label.set_size(9)
         axes.yaxis.label.set_size(9)
-
-
-def _head(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
 
 
 def _say(axes: Axes, text: str) -> None:
@@ -70,61 +78,55 @@ def _marker(colour: str, label: str) -> Any:
     return Line2D([], [], color=colour, marker="o", markersize=5, linestyle="", label=label)
 
 
-def _positions(axes: Axes, run: Measured, own: list[str]) -> None:
+def _positions(axes: Axes, run: RunGroups, palette: list[str]) -> None:
     """Fig. 3: in the order of the queries, not of the groups, so that no group lies above all others."""
     assert run.positions is not None
     points = np.array(run.positions)  # (K, N, 2)
     x, y = points.transpose(1, 0, 2).reshape(-1, 2).T
-    axes.scatter(x, y, c=own * run.queries, s=max(6, min(24, 6000 / len(x))), alpha=0.75, linewidths=0)
+    axes.scatter(x, y, c=palette * run.queries, s=max(6, min(24, 6000 / len(x))), alpha=0.75, linewidths=0)
     where = "where the queries are" if run.fixed else "where the queries are in one image (proposals)"
-    _head(axes, f"{where}; PD {number(run.pd)}, MD {number(run.md)}")
-    axes.set(
-        xlim=(0, 1),
-        ylim=(1, 0),
-        aspect="equal",
-        anchor="W",
-        xlabel="x, share of the width",
-        ylabel="y, share of the height",
-    )
+    heading(axes, f"{where}; PD {number(run.pd)}, MD {number(run.md)}")
+    axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", anchor="W")
+    axes.set(xlabel="x, share of the width", ylabel="y, share of the height")
 
 
-def _shares(axes: Axes, run: Measured, grid: int, own: list[str]) -> None:
-    """One small map a group, side by side, with gaps that are not numbers."""
+def _histograms(axes: Axes, run: RunGroups, grid: int, palette: list[str]) -> None:
+    """One small map a group, side by side; the gaps between them are NaN."""
     assert run.shares is not None
     columns = min(run.groups, math.ceil(math.sqrt(1.6 * run.groups)))  # a panel is wider than high
     rows = math.ceil(run.groups / columns)
     side = grid + 1
     tiles = np.full((rows * side - 1, columns * side - 1), np.nan)
-    for k, shares in enumerate(run.shares):
+    for k, cells in enumerate(run.shares):
         top, left = k // columns * side, k % columns * side
-        tiles[top : top + grid, left : left + grid] = 100 * np.array(shares).reshape(grid, grid)
-        axes.text(left - 0.3, top - 0.3, str(k + 1), color=own[k], fontsize=9, fontweight="bold", va="top")
+        tiles[top : top + grid, left : left + grid] = 100 * np.array(cells).reshape(grid, grid)
+        axes.text(left - 0.3, top - 0.3, str(k + 1), color=palette[k], fontsize=9, fontweight="bold", va="top")
     axes.imshow(tiles, cmap="Greys", vmin=0)
     axes.set_axis_off()
     axes.set_anchor("W")
-    _head(axes, f"histograms: distance {number(run.distance)} (random {number(run.random)})")
+    heading(axes, f"histograms: distance {number(run.distance)} (random {number(run.random)})")
     each = "" if run.fixed else "mean of all images; "
     note = f"{each}black: {np.nanmax(tiles):.1f}% of a group's queries"
     axes.text(0, -0.04, note, fontsize=8, color=FAINT, va="top", transform=axes.transAxes)
 
 
-def _log(axes: Axes, run: Measured) -> None:
+def _log(axes: Axes, run: RunGroups) -> None:
     """Fig. 4."""
     if not run.log:
         _say(axes, "PD and MD in training: not logged.\nTrain with -o schemes.group.distances=true")
         return
     epochs = [x.epoch for x in run.log]
     for name, values, colour in (("MD", [x.md for x in run.log], ORANGE), ("PD", [x.pd for x in run.log], BLUE)):
-        numbers = [math.nan if v is None else v for v in values]
-        axes.plot(epochs, numbers, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
-    _head(axes, "PD and MD in training")
+        heights = [math.nan if v is None else v for v in values]
+        axes.plot(epochs, heights, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
+    heading(axes, "PD and MD in training")
     axes.set(xlabel="epoch", ylabel="distance")
     axes.set_ylim(bottom=0)
-    _whole_numbers(axes)
+    whole_numbers(axes)
     axes.legend(fontsize=8, frameon=False)
 
 
-def _instability(axes: Axes, run: Measured) -> None:
+def _instability(axes: Axes, run: RunGroups) -> None:
     if not run.instability:
         _say(axes, "IS: the decoder has one layer.")
         return
@@ -132,22 +134,16 @@ def _instability(axes: Axes, run: Measured) -> None:
     axes.plot(names, run.instability, color=BLUE, linewidth=1.6, marker="o", markersize=4)
     for i, value in enumerate(run.instability):
         axes.annotate(f"{value:.1f}", (i, value), (4, 4), textcoords="offset points", fontsize=8)
-    _head(axes, f"instability IS of group 1; {run.boxes / max(run.images, 1):.1f} boxes in an image")
+    heading(axes, f"instability IS of group 1; {run.boxes / max(run.images, 1):.1f} boxes in an image")
     axes.set(xlabel="decoder layers", ylabel="queries matched anew")
     axes.margins(x=0.15, y=0.25)
     axes.set_ylim(bottom=0)
 
 
-def _scores(axes: Axes, run: Measured, own: list[str]) -> None:
+def _scores(axes: Axes, run: RunGroups, palette: list[str]) -> None:
     values = [s.ap for s in run.scores]
-    bars = axes.bar([str(k + 1) for k in range(run.groups)], [v or 0 for v in values], color=own, width=0.7)
-    axes.bar_label(bars, [number(v).lstrip("0") for v in values], fontsize=8 if run.groups <= 8 else 6, padding=2)
-    _head(axes, "AP of each group alone")
+    names = [str(k + 1) for k in range(run.groups)]
+    labelled_bars(axes, names, values, 0.7, fontsize=8 if run.groups <= 8 else 6, color=palette)
+    heading(axes, "AP of each group alone")
     axes.set(xlabel="group", ylabel="AP")
     axes.margins(y=0.15)
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -13,27 +13,25 @@ places that the objects found less surely need, and NMS be blamed for what the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
+from typing import Any, Literal, get_args
 
-from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, OfRun, Result, canvas, sheet, tidy
-from detrellis.analysis.outputs import batches, check_finite, each_run, split_name
+from rich.table import Table
+
+from detrellis.analysis.outputs import batches, check_finite
+from detrellis.analysis.results import Result, RunResult, add_run, run_table
+from detrellis.analysis.runs import ComparedRuns
 from detrellis.arguments import checked
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import number
-from detrellis.engine.evaluate import EvalOptions, collect
+from detrellis.engine.evaluate import collect
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
 from detrellis.types import DecoderOutput
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from rich.table import Table
 
 NMS = (0.5, 0.6, 0.7, 0.8)  # IoU from which a box is a duplicate of a better one
 DRAWN = 0.7  # the paper does not say; this one, or the nearest, is in the figure
@@ -49,8 +47,8 @@ def kind_of(recipe: Recipe) -> Kind:
 
 
 @dataclass(frozen=True)
-class Measured(OfRun):
-    """One run."""
+class RunOneToMany(RunResult):
+    """One run: how its queries are assigned, and how well it detects."""
 
     kind: Kind
     queries: int  # that are matched in training, in all groups
@@ -60,20 +58,21 @@ class Measured(OfRun):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        stats = {"stats": dict(self.result.stats), "nms": {f"{t:g}": dict(r.stats) for t, r in self.nms.items()}}
-        named = {k: getattr(self, k) for k in ("name", "run", "data", "kind", "queries", "per_target")}
-        return named | {"images": self.result.images, "boxes": self.result.ground_truth} | stats
+        values = {k: getattr(self, k) for k in ("name", "run", "data", "kind", "queries", "per_target")}
+        counts = {"images": self.result.images, "boxes": self.result.ground_truth}
+        nms = {f"{threshold:g}": dict(result.stats) for threshold, result in self.nms.items()}
+        return values | counts | {"stats": dict(self.result.stats), "nms": nms}
 
 
 @dataclass(frozen=True)
-class Comparison(Result):
-    """Several runs, measured in the same way."""
+class OneToManyResult(Result):
+    """Several runs, by how their queries are assigned."""
 
     name = "one_to_many"
 
-    nms: tuple[float, ...]
+    runs: tuple[RunOneToMany, ...]
+    nms: tuple[float, ...]  # thresholds, rising
     split: str
-    runs: tuple[Measured, ...]
 
     @property
     def drawn(self) -> float:
@@ -81,96 +80,56 @@ class Comparison(Result):
         return min(self.nms, key=lambda t: abs(t - DRAWN))
 
     def settings(self) -> dict[str, Any]:
-        """What it was measured with."""
+        """What the runs were measured with, as JSON holds it."""
         return {"nms": list(self.nms), "drawn": self.drawn, "split": self.split}
 
     def table(self) -> Table:
         """One row a run, for a rich console."""
-        from rich.text import Text
-
         title = "AP by assignment (Group DETR, Fig. 1)"
         caption = "Queries: all that are matched in training. The right columns are AP after NMS within each class."
-        table = sheet(title, caption)
-        table.add_column("assignment", no_wrap=True)
-        for column in ("queries", "per\nbox", "AP", *(f"NMS\n{t:g}" for t in self.nms)):
-            table.add_column(column, justify="right", no_wrap=True)
+        after = (f"NMS\n{t:g}" for t in self.nms)
+        table = run_table(title, caption, "assignment", "queries", "per\nbox", "AP", *after, left=("assignment",))
         for run in sorted(self.runs, key=lambda r: (get_args(Kind).index(r.kind), r.queries)):
-            after = [number(run.nms[t].ap) if t in run.nms else "" for t in self.nms]
-            row = (run.kind, str(run.queries), str(run.per_target), number(run.result.ap), *after)
-            table.add_row(Text(run.name), *row)  # Text: a run may be called "[bold]"
+            values = [number(run.result.ap), *(number(run.nms[t].ap) if t in run.nms else "" for t in self.nms)]
+            add_run(table, run.name, run.kind, str(run.queries), str(run.per_target), *values)
         return table
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """(queries, AP) of all runs by what the figure calls them; runs without an AP are left out."""
-        found: dict[str, list[tuple[int, float]]] = {}
-        nms = f"one-to-many, NMS {self.drawn:g}"
-        for name in ("group-wise", "one-to-one", nms, "one-to-many"):
-            results = [
-                (r.queries, r.nms[self.drawn] if name == nms else r.result)
-                for r in self.runs
-                if r.kind == name.partition(",")[0]
-            ]
-            if points := sorted((n, result.ap) for n, result in results if result.ap is not None):
-                found[name] = points
-        return found
-
-    def figure(self) -> Figure:
-        """Fig. 1. Raises `UserError` where matplotlib is missing."""
-        figure = canvas(6.4, 4.6, "AP by assignment")
-        axes = figure.subplots()
-        tidy(axes)
-        looks = {"group-wise": ("o", BLUE), "one-to-one": ("s", COLOURS[2]), "one-to-many": ("v", ORANGE)}
-        for name, points in self.curves().items():
-            marker, colour = looks.get(name, ("^", COLOURS[3]))
-            at = sorted({n for n, _ in points})
-            means = [_mean(ap for n, ap in points if n == x) for x in at]
-            axes.plot(at, means, color=colour, linewidth=1.6)
-            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=name, clip_on=False)
-        axes.set(xlabel="queries in training", ylabel="AP")
-        axes.margins(x=0.08)
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(sorted({run.queries for run in self.runs}))
-        if axes.lines:
-            axes.legend(fontsize=9, loc="best", frameon=False)
-        return figure
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
+        """(queries, AP) of all runs by what the figure calls them, rising; runs without an AP are left out."""
+        after_nms = f"one-to-many, NMS {self.drawn:g}"
+        results = {kind: [(r.queries, r.result) for r in self.runs if r.kind == kind] for kind in get_args(Kind)}
+        results[after_nms] = [(r.queries, r.nms[self.drawn]) for r in self.runs if r.nms]
+        curves = {}
+        for name in ("group-wise", "one-to-one", after_nms, "one-to-many"):
+            points = sorted((queries, result.ap) for queries, result in results[name] if result.ap is not None)
+            if points:
+                curves[name] = points
+        return curves
 
 
 @checked
-def analyze(
-    runs: str | Path | Sequence[str | Path],
-    *,
-    nms: Sequence[float] = NMS,
-    names: Sequence[str] | None = None,
-    device: str | None = None,
-    progress: bool = False,
-    **on: Unpack[EvalOptions],
-) -> Comparison:
-    """Measure one run or several, each on its own validation split or on what `on` says (see `engine/evaluate.py`).
+def analyze(runs: ComparedRuns, *, nms: Sequence[float] = NMS) -> OneToManyResult:
+    """Measure AP, and of runs with one-to-many assignment also that after NMS.
 
-    `nms` are IoU thresholds, `names` what the runs are called (default: their folders). Raises `UserError` where the
-    data set has errors.
+    `nms` are thresholds of IoU. Raises `UserError` where a run or its data set cannot be read.
     """
     if not nms or not all(0 < t < 1 for t in nms):
         raise UserError(f"nms {', '.join(f'{t:g}' for t in nms) or 'nothing'}", "Give IoUs between 0 and 1: 0.5,0.7.")
     ordered = tuple(sorted(set(nms)))
-    return Comparison(ordered, split_name(on), each_run(runs, names, device, progress, on, partial(_measure, ordered)))
+    return OneToManyResult(runs.measure(partial(_measure, ordered)), ordered, runs.split)
 
 
-def _measure(nms: Sequence[float], opened: OpenedSplit, name: str, show: bool) -> Measured:
+def _measure(nms: Sequence[float], opened: OpenedSplit, name: str, show: bool) -> RunOneToMany:
     recipe = opened.model.recipe
     kind = kind_of(recipe)
     result, after = _evaluate(opened, nms if kind == "one-to-many" else (), show)
     queries, groups = _queries(opened)
-    return Measured(name, opened.run, opened.files, kind, queries, groups * recipe.loss.one_to_many, result, after)
+    per_target = groups * recipe.loss.one_to_many
+    return RunOneToMany(name, opened.run, opened.files, kind, queries, per_target, result, after)
 
 
 def _queries(opened: OpenedSplit) -> tuple[int, int]:
-    """Those that are matched in training, and in how many groups; denoising's are not matched."""
+    """How many are matched in training, and in how many groups; denoising's are not matched."""
     config, detector = opened.model.recipe.detector, opened.model.detector
     count = config.query_count * max(config.patterns, 1)
     if opened.model.recipe.schemes.group is None:
@@ -181,12 +140,12 @@ def _queries(opened: OpenedSplit) -> tuple[int, int]:
 
 
 def _evaluate(opened: OpenedSplit, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
-    """As the detector detects, and after NMS by each threshold."""
+    """The evaluation as the detector detects, and those after NMS by each threshold."""
 
     def check(output: DecoderOutput) -> None:
         check_finite(opened, output.logits, output.boxes)
 
     model, thresholds = opened.model, (None, *nms)
-    found = collect(model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check)
-    plain, *after = (evaluator.compute() for evaluator in found)
+    evaluators = collect(model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check)
+    plain, *after = (evaluator.compute() for evaluator in evaluators)
     return plain, dict(zip(nms, after, strict=True))

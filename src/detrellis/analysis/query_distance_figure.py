@@ -6,28 +6,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, headline, tidy
+from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, heading, headline, labelled_bars, tidy
 from detrellis.analysis.pictures import outline
-from detrellis.engine.console import number
+from detrellis.analysis.query_distance import PlacedImage, QueryDistanceResult, RunQueryDistance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from detrellis.analysis.query_distance import Comparison, Example, Measured
 
 PANEL, HEIGHT = (4.2, 6.4), 4.4  # inches: width of the bars and of a picture; height of a run
 MATCHED, UNMATCHED = BLUE, FAINT  # the detector's own queries
 MARKERS = "x+1234|"  # of the branches' queries: they may lie on each other
 
 
-def draw(found: Comparison) -> Figure:
-    """A row a run: Fig. 7b, on one scale, and Fig. 7a."""
-    figure = canvas(sum(PANEL), HEIGHT * len(found.runs) + 0.5, "Distance of the branches' queries from the detector's")
-    grid = figure.subplots(len(found.runs), 2, width_ratios=PANEL, squeeze=False)
-    values = [v for run in found.runs for own in run.branches.values() for v in (own.matched, own.unmatched)]
-    highest = max((v for v in values if v is not None), default=0) or 1
-    for run, (left, right) in zip(found.runs, grid, strict=True):
+def draw(result: QueryDistanceResult) -> Figure:
+    """A row a run: Fig. 7b, on one scale, and Fig. 7a. Raises `UserError` where matplotlib is missing."""
+    runs = result.runs
+    figure = canvas(sum(PANEL), HEIGHT * len(runs) + 0.5, "Distance of the branches' queries from the detector's")
+    grid = figure.subplots(len(runs), 2, width_ratios=PANEL, squeeze=False)
+    means = [mean for run in runs for mean in run.branches.values()]
+    highest = max(value or 0 for mean in means for value in (mean.matched, mean.unmatched)) or 1
+    for run, (left, right) in zip(runs, grid, strict=True):
         _bars(left, run, highest)
         if run.example is None:
             right.set_axis_off()
@@ -36,7 +35,7 @@ def draw(found: Comparison) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, run: Measured, highest: float) -> None:
+def _bars(axes: Axes, run: RunQueryDistance, highest: float) -> None:
     tidy(axes)
     places = np.arange(len(run.branches))
     parts = list(run.branches.values())
@@ -44,8 +43,7 @@ def _bars(axes: Axes, run: Measured, highest: float) -> None:
         (-0.2, MATCHED, "to the matched query", [p.matched for p in parts]),
         (0.2, UNMATCHED, "to unmatched queries", [p.unmatched for p in parts]),
     ):
-        bars = axes.bar(places + shift, [v or 0 for v in values], 0.37, color=colour, label=label)
-        axes.bar_label(bars, [number(v).lstrip("0") for v in values], fontsize=8, padding=2)
+        labelled_bars(axes, places + shift, values, 0.37, color=colour, label=label)
     axes.set_xticks(places, list(run.branches), rotation=45 if len(parts) > 4 else 0)
     axes.set_xlim(-0.6, len(parts) - 0.4)
     axes.set_ylim(0, 1.3 * highest)
@@ -54,7 +52,7 @@ def _bars(axes: Axes, run: Measured, highest: float) -> None:
     headline(axes, run.name, f"mean of {max(p.counted for p in parts):,} boxes")
 
 
-def _queries(axes: Axes, example: Example) -> None:
+def _queries(axes: Axes, example: PlacedImage) -> None:
     picture, places = example
     height, width = picture.pixels.shape[:2]
     axes.imshow(picture.pixels, alpha=0.45)
@@ -63,9 +61,9 @@ def _queries(axes: Axes, example: Example) -> None:
     matched = places.matched[places.matched >= 0]
     free = np.delete(places.main.numpy(), matched.numpy(), axis=0)
     groups = [("main, unmatched", free, UNMATCHED, ".", 18)]
-    own = colours(len(places.positives) + 1)[1:]
-    for i, (branch, (positives, _)) in enumerate(places.positives.items()):
-        groups.append((f"{branch}, positive", positives.numpy(), own[i], MARKERS[i % len(MARKERS)], 22))
+    _, *others = colours(len(places.positives) + 1)
+    for i, (branch, positives) in enumerate(places.positives.items()):
+        groups.append((f"{branch}, positive", positives.centres.numpy(), others[i], MARKERS[i % len(MARKERS)], 22))
     groups.append(("main, matched", places.main[matched].numpy(), MATCHED, "o", 26))
     for label, points, colour, marker, area in groups:
         x, y = (points * size - 0.5).T
@@ -75,4 +73,4 @@ def _queries(axes: Axes, example: Example) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    axes.set_title("centres of queries in one image", fontsize=10, color=INK, loc="left")
+    heading(axes, "centres of queries in one image")

@@ -29,7 +29,7 @@ def check_state(run: str | Path, what: str) -> None:
         )
 
 
-def load_trained(opened: OpenedSplit, kind: type[Scheme]) -> tuple[TrainableDetector, Scheme]:
+def load_with_scheme(opened: OpenedSplit, kind: type[Scheme]) -> tuple[TrainableDetector, Scheme]:
     """A run's detector with its schemes, as at the last checkpoint, ready to evaluate; and its scheme of this kind,
     which the recipe must have.
 
@@ -47,10 +47,12 @@ def load_trained(opened: OpenedSplit, kind: type[Scheme]) -> tuple[TrainableDete
     return model.to(opened.model.device).eval(), scheme
 
 
-def begin(model: TrainableDetector, batch: Batch, memory: Memory) -> Step:
-    """What schemes see of a batch whose memory the detector has encoded, before the decoder runs."""
+def begin(model: TrainableDetector, batch: Batch, memory: Memory | None = None) -> Step:
+    """What schemes see of a batch before the decoder runs; `memory` is what the detector has encoded, if it has."""
+    memory = model.detector.encode(batch.images) if memory is None else memory
     queries, proposals = model.detector.propose(memory)
-    # Not averaged over the processes, as in training: it only weighs losses, and shares of a split may be unequal.
+    # Not averaged over the processes, as in training: it only weighs losses, and processes may have unequal numbers
+    # of batches.
     boxes = batch.targets.boxes.new_tensor(float(len(batch.targets.labels)))
     sizes = image_sizes(batch.images)
     return Step(model.detector, memory, queries, proposals, batch.targets, model.supervision, boxes, sizes)

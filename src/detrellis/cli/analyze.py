@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, EvalData, con
 from detrellis.errors import UserError
 
 if TYPE_CHECKING:
-    from detrellis.analysis.figures import Result
     from detrellis.engine.evaluate import EvalOptions
 
 analyze = typer.Typer(
@@ -38,23 +36,24 @@ class Shown:
     device: Device = None
     as_json: AsJson = False
 
-    def measure(self, what: str, runs: list[Path], out: Path, on: EvalOptions, **dials: Any) -> None:
-        """Measure with `analysis/WHAT.py`, write figure and numbers, and print either the table or the numbers."""
-        from detrellis.analysis.figures import ready
+    def measure(self, name: str, places: list[Path], out: Path, on: EvalOptions, **dials: Any) -> None:
+        """Analyze the runs, write figure and values, and print either the table or the values."""
+        from detrellis.analysis.measurements import measurement, ready, save
+        from detrellis.analysis.runs import ComparedRuns
 
-        ready(out, what, [dials["image"]] if dials.get("image") else [])
-        listed = None if self.names is None else [part.strip() for part in self.names.split(",")]
-        analyze_runs = importlib.import_module(f"detrellis.analysis.{what}").analyze
-        found: Result = analyze_runs(runs, names=listed, device=self.device, progress=True, **dials, **on)
+        ready(out, name, [dials["image"]] if dials.get("image") else [])
+        names = None if self.names is None else [part.strip() for part in self.names.split(",")]
+        runs = ComparedRuns(places, names=names, device=self.device, progress=True, **on)
+        result = measurement(name).analyze(runs, **dials)
         if not IS_MAIN_PROCESS:
             return
-        files = found.save(out)
+        files = save(result, out)
         if self.as_json:
-            print_json(found.to_dict())
+            print_json(result.to_dict())
             return
-        console.print(found.table())
+        console.print(result.table())
         console.say(f"Figure: {files.figure}")
-        console.say(f"Numbers: {files.numbers}")
+        console.say(f"Numbers: {files.values}")
 
 
 @analyze.command()
@@ -145,13 +144,7 @@ def discriminability(
 
 @analyze.command()
 @grouped
-def instability(
-    runs: Runs,
-    out: Out = Path("analysis/instability"),
-    *,
-    on: EvalData,
-    shown: Shown,
-) -> None:
+def instability(runs: Runs, out: Out = Path("analysis/instability"), *, on: EvalData, shown: Shown) -> None:
     """How many queries are matched to another object than in the epoch before? Co-DETR, Fig. 5, after DN-DETR.
 
     For runs that kept the weights of their epochs: trained with -o schedule.keep_every=1.
@@ -163,13 +156,7 @@ def instability(
 
 @analyze.command()
 @grouped
-def branches(
-    runs: Runs,
-    out: Out = Path("analysis/branches"),
-    *,
-    on: EvalData,
-    shown: Shown,
-) -> None:
+def branches(runs: Runs, out: Out = Path("analysis/branches"), *, on: EvalData, shown: Shown) -> None:
     """How well does each auxiliary head detect by itself, beside the decoder? Co-DETR, Table 11.
 
     For runs trained with scheme co. Branches' detections are after NMS.
@@ -204,13 +191,7 @@ def conflicts(
 
 @analyze.command(name="query-distance")
 @grouped
-def query_distance(
-    runs: Runs,
-    out: Out = Path("analysis/query_distance"),
-    *,
-    on: EvalData,
-    shown: Shown,
-) -> None:
+def query_distance(runs: Runs, out: Out = Path("analysis/query_distance"), *, on: EvalData, shown: Shown) -> None:
     """Do the branches' positive queries lie where the detector's own queries do? Co-DETR, Fig. 7.
 
     For runs trained with scheme co, of detectors whose queries have a place.

@@ -1,0 +1,98 @@
+"""The measurements of the papers, each with one module that measures and one that draws, in one tuple."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from detrellis.analysis import (
+    attention,
+    attention_figure,
+    branches,
+    branches_figure,
+    conflicts,
+    conflicts_figure,
+    discriminability,
+    discriminability_figure,
+    groups,
+    groups_figure,
+    instability,
+    instability_figure,
+    misalignment,
+    misalignment_figure,
+    one_to_many,
+    one_to_many_figure,
+    query_distance,
+    query_distance_figure,
+)
+from detrellis.analysis.figures import DPI, need_matplotlib
+from detrellis.analysis.results import Result
+from detrellis.outputs import Outputs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How something is measured and drawn: `analyze(runs, **dials)` takes `ComparedRuns`, `draw` what it returns."""
+
+    result: type[Result]
+    analyze: Callable[..., Result]
+    draw: Callable[[Any], Figure]
+
+    @property
+    def name(self) -> str:
+        """As its files have it."""
+        return self.result.name
+
+
+MEASUREMENTS = (
+    Measurement(misalignment.MisalignmentResult, misalignment.analyze, misalignment_figure.draw),
+    Measurement(groups.GroupsResult, groups.analyze, groups_figure.draw),
+    Measurement(one_to_many.OneToManyResult, one_to_many.analyze, one_to_many_figure.draw),
+    Measurement(discriminability.DiscriminabilityResult, discriminability.analyze, discriminability_figure.draw),
+    Measurement(instability.InstabilityResult, instability.analyze, instability_figure.draw),
+    Measurement(branches.BranchesResult, branches.analyze, branches_figure.draw),
+    Measurement(conflicts.ConflictsResult, conflicts.analyze, conflicts_figure.draw),
+    Measurement(query_distance.QueryDistanceResult, query_distance.analyze, query_distance_figure.draw),
+    Measurement(attention.AttentionResult, attention.analyze, attention_figure.draw),
+)
+
+
+def measurement(name: str) -> Measurement:
+    """The one of this name."""
+    (named,) = (m for m in MEASUREMENTS if m.name == name)
+    return named
+
+
+class SavedFiles(NamedTuple):
+    """What `save` wrote."""
+
+    figure: Path  # PNG
+    values: Path  # JSON
+
+
+def ready(out: Path, name: str, inputs: Iterable[Path] = ()) -> None:
+    """Raises `UserError` where the figure of measurement `name` could not be drawn, or not be written without losing
+    something, such as one of the `inputs`: to ask before minutes of measuring."""
+    need_matplotlib()
+    Outputs(out).ready((f"{name}.png", f"{name}.json"), inputs)
+
+
+def save(result: Result, out: str | Path) -> SavedFiles:
+    """Write `OUT/NAME.png` and `OUT/NAME.json`, over those of an earlier measurement only.
+
+    Raises `UserError` where matplotlib is missing, or another file would be written over.
+    """
+    ready(Path(out), result.name)
+    outputs, picture = Outputs(out), io.BytesIO()
+    measurement(result.name).draw(result).savefig(picture, format="png", dpi=DPI)
+    values = json.dumps(result.to_dict(), indent=1)
+    return SavedFiles(
+        outputs.write(f"{result.name}.png", picture.getvalue()), outputs.write(f"{result.name}.json", values)
+    )

@@ -1,0 +1,56 @@
+"""The list of measurements: each is a pair that fits together, and a command."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from detrellis.analysis import measurements
+from detrellis.analysis.measurements import MEASUREMENTS, Measurement, measurement
+from detrellis.analysis.results import as_json
+from detrellis.analysis.runs import ComparedRuns
+from detrellis.cli.analyze import analyze
+from detrellis.errors import UserError
+
+from .runs import without_boxes
+
+
+@pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.name)
+def test_what_is_measured_can_be_drawn(one: Measurement) -> None:
+    """`analyze` takes runs and gives the result that `draw` takes."""
+    taken = inspect.signature(one.analyze)
+    drawn = inspect.signature(one.draw)
+    assert next(iter(taken.parameters.values())).annotation == "ComparedRuns"
+    assert taken.return_annotation == one.result.__name__
+    assert [p.annotation for p in drawn.parameters.values()] == [one.result.__name__]
+    assert measurement(one.name) is one
+
+
+def test_each_is_a_file_with_a_figure_and_a_command() -> None:
+    files = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
+    figures = {name.removesuffix("_figure") for name in files if name.endswith("_figure")}
+    commands = {c.name or c.callback.__name__ for c in analyze.registered_commands if c.callback}
+    names = {one.name for one in MEASUREMENTS}
+    assert len(names) == len(MEASUREMENTS)
+    assert names == figures == {name.replace("-", "_") for name in commands}
+
+
+@pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.name)
+def test_a_command_has_the_options_of_its_measurement(one: Measurement) -> None:
+    (command,) = (c.callback for c in analyze.registered_commands if c.callback and c.callback.__name__ == one.name)
+    assert set(inspect.signature(one.analyze).parameters) <= set(inspect.signature(command).parameters)
+
+
+def test_runs_are_checked_when_they_are_named() -> None:
+    for wrong in ({"batch_size": 0}, {"split": "validation"}, {"workers": -1}, {"splits": "val"}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            ComparedRuns("run", **wrong)  # type: ignore[arg-type]
+    assert ComparedRuns("run", split="test").split == "test"
+    assert ComparedRuns("run", split="test", val="file.json").split == "val"
+
+
+def test_records_are_written_as_json_reads_them() -> None:
+    empty = without_boxes("AP")
+    assert as_json({1: (2, (3.5, None)), "evaluated": empty}) == {"1": [2, [3.5, None]], "evaluated": {"AP": None}}
