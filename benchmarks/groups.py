@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from common import Row, arguments, best, describe, finish, interleaved, saved_bytes, storages_of
 from torch import Tensor
 
+from detrellis.nn.accelerate import accelerate
 from detrellis.nn.attention import SelfAttention, merge_heads, split_heads
 from detrellis.types import Segment
 
@@ -34,6 +35,7 @@ def compare(rounds: int) -> list[Row]:
     """Times and saved bytes for the sizes of the papers."""
     torch.manual_seed(0)
     attention = SelfAttention(WIDTH, HEADS)
+    accelerate(attention)
     steps, saved = {}, {}
     for groups, count, form in ((1, 300, "folded"), (11, 300, "folded"), (11, 300, "masked"), (3, 900, "folded")):
         x = torch.randn(BATCH, groups * count, WIDTH, requires_grad=True)

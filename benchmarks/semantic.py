@@ -18,6 +18,7 @@ from torchvision.ops import roi_align
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.nn import semantic as semantic_module
+from detrellis.nn.accelerate import accelerate
 from detrellis.nn.attention import split_heads
 from detrellis.nn.conditional import ConditionalSelfAttention
 from detrellis.nn.decoder import DecoderLayer
@@ -56,7 +57,9 @@ def twice(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
 def make_layer(*, prior: bool) -> DecoderLayer:
     """One of SAM-DETR's."""
     attention = SemanticCrossAttention(WIDTH, HEADS, SemanticAligner(WIDTH, HEADS, prior=prior))
-    return DecoderLayer(ConditionalSelfAttention(WIDTH, HEADS), attention, FeedForward(WIDTH, 2048), WIDTH)
+    layer = DecoderLayer(ConditionalSelfAttention(WIDTH, HEADS), attention, FeedForward(WIDTH, 2048), WIDTH)
+    accelerate(layer)
+    return layer
 
 
 def inputs(shape: tuple[int, int]) -> tuple[Tensor, Spatial, Memory]:

@@ -134,7 +134,7 @@ def test_the_whole_path(
             asked.append((len(found.scores), threshold, k))
             return Detections(*(t[:2] for t in found))
 
-        patch.setattr("detrellis.engine.evaluate.suppress", first_two)
+        patch.setattr("detrellis.postprocess.hard_nms", first_two)
         call("eval", run, "--json", "--workers", 0, "--nms", 0.6, "--results", tmp_path / "two.json", capsys=capsys)
         shown = ("--out", tmp_path / "two", "--threshold", 0, "--nms", 0.5)
         told = json.loads(call("predict", run, shapes / "images" / "val", *shown, "--json", capsys=capsys))

@@ -73,7 +73,7 @@ def test_the_last_epoch_is_measured_without_duplicates_too(
         told.append((result.detections, apart.detections))
         return "found twice"
 
-    monkeypatch.setattr("detrellis.engine.evaluate.suppress", first)
+    monkeypatch.setattr("detrellis.postprocess.hard_nms", first)
     monkeypatch.setattr("detrellis.engine.train.duplicates_line", line)
     result = detrellis.train("tiny", data=shapes, out=tmp_path, override=SETTINGS, epochs=2, workers=0)
     assert asked == [(12 * 5, 0.7, 20)] * 5  # all pairs of the five images, once
