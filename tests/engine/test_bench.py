@@ -36,7 +36,8 @@ def test_says_how_deformable_attention_was_computed() -> None:
     deformable, dense = (
         bench_recipe(small(name), CLASSES, size=64, runs=1, warmup=0, device="cpu") for name in ("tiny", "detr_r50")
     )
-    assert deformable.attention is None or deformable.attention in deformable.about()
+    assert deformable.attention
+    assert deformable.attention in deformable.about()
     assert dense.attention is None
 
 

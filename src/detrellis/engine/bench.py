@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import statistics
 import time
@@ -22,6 +21,8 @@ from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
 from detrellis.errors import UserError
 from detrellis.nn.compiler import import_compiler
+from detrellis.nn.deformable import DeformableAttention
+from detrellis.nn.kernels.deformable_cpu import path_taken
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.training import TrainableDetector
@@ -31,13 +32,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BOXES = 7  # of each image in a training step: COCO's average
-PATH = "deformable attention: "  # what a log line about the path starts with
 LANDSCAPE = 1333 / 800  # width to height of an image that only its short side describes, as the papers count
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One batch size: wall-clock times of the whole pass, and what follows from their median."""
+    """The wall-clock times of the whole pass at one batch size, and what follows from their median."""
 
     batch_size: int
     median_ms: float
@@ -63,11 +63,11 @@ class BenchResult:
     timings: tuple[Timing, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The result as JSON holds it."""
         return asdict(self)
 
     def about(self) -> str:
-        """What was timed, and how, as a line."""
+        """A line that says what was timed, and how."""
         height, width = self.image_size
         parts = [f"{self.recipe}, {self.task}, {width}x{height} pixels, {self.device}, {self.threads} CPU threads"]
         parts += ["compiled"] if self.compiled else []
@@ -76,7 +76,7 @@ class BenchResult:
         return "; ".join(parts)
 
     def table(self) -> Table:
-        """The times, for the terminal."""
+        """A table of the times for a rich console."""
         from rich.table import Table
 
         memory = any(t.peak_mib is not None for t in self.timings)
@@ -88,13 +88,13 @@ class BenchResult:
 
 
 def parse_size(text: str | int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of `"640x480"` (height first), of a pair, or of a short side: the papers' landscape image."""
+    """Height and width from `"640x480"` (height first), a pair, or the short side of the papers' landscape image."""
     if not isinstance(text, tuple):
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip().lower())
-        if found is None:
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip().lower())
+        if match is None:
             raise UserError(f"image size {text!r}", "Write a short side, or HEIGHTxWIDTH: --size 640, --size 640x480.")
-        short = int(found[1])
-        text = (short, int(found[2]) if found[2] else round(short * LANDSCAPE))
+        short = int(match[1])
+        text = (short, int(match[2]) if match[2] else round(short * LANDSCAPE))
     if min(text) < 32:
         raise UserError(f"image size {text[0]}x{text[1]}", "Take 32 pixels or more: that is one cell of the last map.")
     return text
@@ -132,57 +132,26 @@ def bench_recipe(
     backward, clipping and the optimizer, with the recipe's schemes. Weights are random and nothing is downloaded: they
     change no time.
     """
-    own, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
-    model = build(recipe.untrained(), classes).to(own).train(train)
+    target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
+    model = build(recipe.untrained(), classes).to(target).train(train)
     if compiled:
         _compile(model, train)
     make = partial(_training, recipe, classes) if train else _inference
-    with threads_of(threads), LISTENER.listening():
+    with threads_of(threads):
         used, timings = torch.get_num_threads(), []
         for batch in parse_batch_sizes(batch_sizes):
-            images = ImageBatch(torch.randn(batch, 3, *pixels, device=own))
-            timings.append(_time(make(model, images), batch, own, runs, warmup))
+            images = ImageBatch(torch.randn(batch, 3, *pixels, device=target))
+            timings.append(_time(make(model, images), batch, target, runs, warmup))
     task = "training step" if train else "inference"
-    name = torch.cuda.get_device_name(own) if own.type == "cuda" else own.type
-    about = (recipe.name, task, pixels, classes, name, used, compiled, attention_path(recipe), warmup, runs)
+    name = torch.cuda.get_device_name(target) if target.type == "cuda" else target.type
+    deformable = any(isinstance(module, DeformableAttention) for module in model.detector.modules())
+    attention = path_taken() if deformable else None
+    about = (recipe.name, task, pixels, classes, name, used, compiled, attention, warmup, runs)
     return BenchResult(*about, tuple(timings))
 
 
-class _Listener(logging.Handler):
-    """Keeps what the network parts log about the path they take. They say it once in a process, so it stays."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.heard = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if (text := record.getMessage()).startswith(PATH):
-            self.heard = text.removeprefix(PATH)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """With the logger open to what is said in passing."""
-        logger = logging.getLogger("detrellis.nn")
-        level = logger.level
-        logger.addHandler(self)
-        logger.setLevel(logging.INFO)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-LISTENER = _Listener()
-
-
-def attention_path(recipe: Recipe) -> str | None:
-    """How the recipe's deformable attention was computed last, by its own word."""
-    used = "deformable" in (recipe.detector.encoder, recipe.detector.cross_attention)
-    return LISTENER.heard or None if used else None
-
-
 def _compile(model: TrainableDetector, train: bool) -> None:
-    """The whole detector where it runs whole; in training its parts, between which the schemes add their queries."""
+    """Compile the whole detector where it runs whole, and in training its parts, between which schemes add queries."""
     import_compiler()
     detector = model.detector
     parts = (detector.backbone, detector.neck, detector.encoder, detector.queries, detector.decoder)
@@ -252,7 +221,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def threads_of(count: int | None) -> Iterator[None]:
-    """Compute with that many threads, and as before afterwards."""
+    """Compute with `count` CPU threads within the block; None leaves their number as it is."""
     if count is not None and count < 1:
         raise UserError(f"{count} threads", "Take 1 or more.")
     before = torch.get_num_threads()

@@ -40,10 +40,19 @@ def forced() -> str:
     return os.environ.get("DETRELLIS_MSDA", "")
 
 
+_paths: list[str] = []  # that were said to be taken, in this process
+
+
 @cache
 def say(message: str, level: int = logging.INFO) -> None:
-    """Log once in a process."""
+    """Log once in a process which path is taken, and remember it."""
+    _paths.append(message)
     logger.log(level, "deformable attention: %s", message)
+
+
+def path_taken() -> str | None:
+    """The path that deformable attention took to last in this process, in words; None where it took none yet."""
+    return _paths[-1] if _paths else None
 
 
 class Pieces:
