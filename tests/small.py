@@ -8,13 +8,15 @@ from typing import TypeVar
 import torch
 
 from detrellis.recipes import RECIPES, Recipe
-from detrellis.recipes.config import BackboneConfig
 from detrellis.types import ImageBatch, Targets
 
 Key = TypeVar("Key")
 CLASSES = 5
+# On timm's smallest ResNet: maps of the same strides, at an eighth of a ResNet-18's time. It is never dilated.
 SMALL = [
+    "detector.backbone.name=test_resnet",
     "detector.backbone.pretrained=false",
+    "detector.backbone.dilation=false",
     "detector.width=64",
     "detector.heads=4",
     "detector.encoder_layers=1",
@@ -45,8 +47,12 @@ NETWORKS = (
 
 def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
     """The recipe of that function name, made small; its own schemes unless `schemes` says otherwise."""
-    recipe = next(make for make in RECIPES if make.__name__ == name)()
-    return shrink(recipe.with_schemes(schemes))
+    return shrink(of_name(name).with_schemes(schemes))
+
+
+def of_name(name: str) -> Recipe:
+    """The recipe of that function name."""
+    return next(make for make in RECIPES if make.__name__ == name)()
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -56,25 +62,18 @@ def shrink(recipe: Recipe) -> Recipe:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
     if recipe.schemes.hybrid is not None:
         recipe = recipe.override("schemes.hybrid.queries=15")
-    backbone = make_backbone(recipe.detector.backbone)
-    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+    return recipe
 
 
-def make_backbone(config: BackboneConfig) -> BackboneConfig:
-    """The smallest backbone that has what the recipe's needs: a dilated last stage, dropped branches."""
+def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
+    """The small recipe with the smallest backbone that has what its own has: a dilated last stage, dropped branches."""
+    recipe, config = small(name, schemes), of_name(name).detector.backbone
+    changes: dict[str, object] = {"name": "resnet18", "pretrained": False}
     if config.dilation:
-        return config.model_copy(update={"name": "resnet50"})
+        changes["name"] = "resnet50"
     if config.drop_path:
-        return config.model_copy(update={"name": "swin_tiny_patch4_window7_224", "drop_path": 0.1})
-    return config.model_copy(update={"name": "resnet18"})
-
-
-def light(recipe: Recipe) -> Recipe:
-    """The same recipe on timm's smallest ResNet: maps of the same strides, at an eighth of a ResNet-18's time.
-
-    For tests of what stands behind the backbone. A last stage is not dilated, which its network could not tell.
-    """
-    backbone = recipe.detector.backbone.model_copy(update={"name": "test_resnet", "dilation": False})
+        changes |= {"name": "swin_tiny_patch4_window7_224", "drop_path": 0.1}
+    backbone = config.model_copy(update=changes)
     return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from detrellis.recipes.build import build
 
-from .small import CLASSES, NAMES, images, small, targets
+from .contract.models import every_recipe, recipe_of
+from .small import CLASSES, images, small, targets
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_recipe
 def test_a_step_under_autocast(name: str) -> None:
     torch.manual_seed(0)
-    model = build(small(name).override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]), CLASSES)
+    model = build(recipe_of(name, "own").override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]), CLASSES)
     model.train()
     batch, truth = images(((64, 96), (64, 80))), targets((2, 3))
     totals = []

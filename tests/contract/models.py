@@ -16,7 +16,7 @@ from detrellis.recipes.config import Recipe
 from detrellis.training import TrainableDetector
 from detrellis.types import DecoderOutput, ImageBatch, Memory, Segment, Targets
 
-from ..small import CLASSES, NAMES, NETWORKS, distinct, light, small
+from ..small import CLASSES, NAMES, NETWORKS, distinct, small, with_own_backbone
 
 # Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it can.
 STACKS: dict[str, tuple[str, ...]] = {
@@ -36,8 +36,8 @@ OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")  # torchvision
 
 def recipe_of(name: str, stack: str) -> Recipe:
     """The small recipe; with its own backbone only where it is one of the three that have to show it."""
-    recipe = small(name, STACKS[stack])
-    return recipe if name in OWN_BACKBONE and stack in ("own", "none") else light(recipe)
+    own = name in OWN_BACKBONE and stack in ("own", "none")
+    return (with_own_backbone if own else small)(name, STACKS[stack])
 
 
 def can_carry(name: str, stack: str) -> bool:

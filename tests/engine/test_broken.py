@@ -22,7 +22,7 @@ from detrellis.recipes.build import build
 
 from ..small import SMALL
 
-RECIPE = [*SMALL, "detector.backbone.name=test_resnet", "detector.width=32", "optim.ema=0"]
+RECIPE = [*SMALL, "detector.width=32", "optim.ema=0"]
 Break = Callable[[Path], None]
 
 

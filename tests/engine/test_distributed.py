@@ -130,7 +130,7 @@ def stopped(rank: int, size: int, port: int, data: str, out: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             stop_at(patch, 2)
-        settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "detector.backbone.name=test_resnet"]
+        settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
         settings += ["detector.backbone.frozen=1"]
         result = detrellis.train(
             "tiny", data=data, out=out, override=settings, epochs=1, workers=0, device="cpu", console=quiet()

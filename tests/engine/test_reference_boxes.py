@@ -25,7 +25,6 @@ from .test_resume import assert_same_run, stop_at
 FROZEN = "detector.frozen_boxes=true"
 SETTINGS = [
     *SMALL,
-    "detector.backbone.name=resnet18",
     "detector.backbone.strides=[16]",
     "data.size=[64, 64]",
     "data.augment=fixed",

@@ -30,7 +30,6 @@ from .test_resume import assert_same_run, stop_at
 
 OLD = ("disc", "square", "triangle", "star", "ring")
 NEW = (" Star", "circle", "DISC", "hexagon")  # two of the old ones at other places
-RESNET18 = "detector.backbone.name=resnet18"
 CLASS_HEADS = ("decoder.heads.classes.0.weight", "decoder.heads.classes.0.bias")
 PROPOSAL_HEADS = ("queries.head.classify.weight", "queries.head.classify.bias")
 
@@ -40,7 +39,7 @@ def classes(*names: str) -> ClassMap:
 
 
 def detector(recipe: str = "tiny", names: Sequence[str] = OLD, *settings: str, seed: int = 0) -> Detector:
-    small = find_recipe(recipe).untrained().override([*SMALL, RESNET18, *settings])
+    small = find_recipe(recipe).untrained().override([*SMALL, *settings])
     return build(small, len(names), seed=seed).detector
 
 
@@ -185,7 +184,7 @@ def test_another_network_is_refused_before_anything_is_copied(setting: str, part
     with pytest.raises(UserError, match=f"of {part} fits") as error:
         transfer(model, classes(*OLD), source())
     assert f"The recipe: width {96 if 'width' in setting else 64}, 1 encoder layer, 2 decoder" in error.value.message
-    assert "The weights: width 64, 1 encoder layer, 2 decoder layers, a backbone of 2.8M" in error.value.message
+    assert "The weights: width 64, 1 encoder layer, 2 decoder layers, a backbone of 106.4k" in error.value.message
     assert "leave RECIPE out" in error.value.remedy
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -378,8 +377,7 @@ def test_no_pretrained_weights_are_fetched_only_to_be_replaced(
     def fetch(*_: object, **__: object) -> None:
         raise AssertionError("pretrained weights were fetched")
 
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fetch)
     pretrained = [*SETTINGS, "detector.backbone.pretrained=true"]
     options = {"data": shapes, "override": pretrained, "epochs": 2, "workers": 0}
     with pytest.raises(AssertionError, match="fetched"):

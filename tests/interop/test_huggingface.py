@@ -21,7 +21,7 @@ from detrellis.recipes import Recipe
 from detrellis.recipes.network import build_detector
 from detrellis.types import ImageBatch
 
-from ..small import CLASSES, small
+from ..small import CLASSES, small, with_own_backbone
 
 transformers = pytest.importorskip("transformers")
 
@@ -209,14 +209,14 @@ def test_equal_in_double_precision(kind: str, tmp_path: Path) -> None:
 
 def test_distinct_class_heads_stay_distinct(tmp_path: Path) -> None:
     """With box refinement transformers ties the class heads of all layers, unless the file holds each of them."""
-    recipe = small("deformable_detr_r50_refine")
+    recipe = with_own_backbone("deformable_detr_r50_refine")
     compare_with_theirs(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["detr_r50_dc5", "conditional_detr_r50_dc5", "dab_detr_r50_dc5", "dn_detr_r50"])
 def test_ours_in_transformers(name: str, tmp_path: Path) -> None:
     """Dilated backbones, and DN-DETR's shared content, which becomes DAB-DETR's one pattern."""
-    compare_with_theirs(small(name), tmp_path)
+    compare_with_theirs(with_own_backbone(name), tmp_path)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from detrellis.interop.reference import table
 from detrellis.recipes import Recipe
 from detrellis.recipes.network import build_detector
 
-from ..small import images, small
+from ..small import images, with_own_backbone
 
 FAMILIES = [
     "detr_r50",
@@ -79,7 +79,7 @@ def check(path: Path, detector: torch.nn.Module, recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_recognised_by_its_names(name: str, tmp_path: Path) -> None:
-    recipe = frozen(small(name))
+    recipe = frozen(with_own_backbone(name))
     detector, theirs = published(recipe)
     count = recipe.detector.query_count
     arguments = argparse.Namespace(**HEADS, num_queries=count)
@@ -88,7 +88,7 @@ def test_every_family_is_recognised_by_its_names(name: str, tmp_path: Path) -> N
 
 
 def test_detrex(tmp_path: Path) -> None:
-    recipe = frozen(small("dino_r50")).override(
+    recipe = frozen(with_own_backbone("dino_r50")).override(
         ["detector.backbone.name=resnet50", "detector.shared_heads=false", "detector.heads=8"]
     )
     recipe = recipe.override(["detector.position_temperature=10000.0", "detector.position_offset=-0.5"])
@@ -99,7 +99,7 @@ def test_detrex(tmp_path: Path) -> None:
 
 
 def test_of_h_detr_only_the_one_to_one_queries_are_kept(tmp_path: Path) -> None:
-    recipe = frozen(small("deformable_detr_r50_two_stage_plus"))
+    recipe = frozen(with_own_backbone("deformable_detr_r50_two_stage_plus"))
     detector, weights = published(recipe)
     further = torch.randn(30, recipe.detector.width)
     weights["query_embed.weight"] = torch.cat([weights["query_embed.weight"], further])
@@ -112,7 +112,7 @@ def test_of_h_detr_only_the_one_to_one_queries_are_kept(tmp_path: Path) -> None:
     "name", ["conditional_detr_r50", "dab_detr_r50", "dab_deformable_detr_r50", "deformable_detr_r50"]
 )
 def test_of_groups_only_the_first_is_kept(name: str, tmp_path: Path) -> None:
-    recipe = frozen(small(name))
+    recipe = frozen(with_own_backbone(name))
     detector, weights = published(recipe)
     for key in ("query_embed.weight", "refpoint_embed.weight", "tgt_embed.weight"):
         if key in weights:
@@ -123,7 +123,7 @@ def test_of_groups_only_the_first_is_kept(name: str, tmp_path: Path) -> None:
 
 
 def test_dilation_is_said_or_stands_in_the_arguments(tmp_path: Path) -> None:
-    recipe = frozen(small("detr_r50_dc5"))
+    recipe = frozen(with_own_backbone("detr_r50_dc5"))
     _, theirs = published(recipe)
     torch.save({"model": theirs}, tmp_path / "bare.pth")
     torch.save({"model": theirs, "args": argparse.Namespace(dilation=True)}, tmp_path / "with.pth")
@@ -133,7 +133,7 @@ def test_dilation_is_said_or_stands_in_the_arguments(tmp_path: Path) -> None:
 
 
 def test_classes_are_named_by_coco_or_by_the_user(tmp_path: Path) -> None:
-    recipe = frozen(small("conditional_detr_r50"))
+    recipe = frozen(with_own_backbone("conditional_detr_r50"))
     for count in (91, 80, 3):
         state = build_detector(recipe.detector, count).state_dict()
         theirs = to_theirs(state, link_up(state, table(recipe.detector, False), 2))
@@ -157,7 +157,7 @@ class Malicious:
 
 
 def test_bad_files_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = frozen(small("detr_r50"))
+    recipe = frozen(with_own_backbone("detr_r50"))
     _, theirs = published(recipe)
     good = tmp_path / "good.pth"
     torch.save(theirs, good)

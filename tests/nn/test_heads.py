@@ -9,7 +9,7 @@ from detrellis.errors import UserError
 from detrellis.interop.huggingface import family_of
 from detrellis.recipes.build import build
 
-from ..small import CLASSES, images, small, targets
+from ..small import CLASSES, images, small, targets, with_own_backbone
 
 NAMES = ("tiny", "conditional_detr_r50", "dab_detr_r50", "dn_detr_r50", "h_deformable_detr_r50", "align_dino_r50")
 
@@ -46,4 +46,4 @@ def test_scores_hold_it() -> None:
 
 def test_transformers_has_none() -> None:
     with pytest.raises(UserError, match="iou_branch"):
-        family_of(small("conditional_detr_r50").override("detector.iou_branch=product").detector)
+        family_of(with_own_backbone("conditional_detr_r50").override("detector.iou_branch=product").detector)

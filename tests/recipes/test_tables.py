@@ -210,7 +210,7 @@ def parts(recipe: Recipe) -> str:
     return str([json.loads(part.model_dump_json(), parse_float=lambda text: float(text) > 0) for part in built])
 
 
-PLAIN = ["detector.backbone.name=resnet18", "detector.backbone.dilation=false", "detector.backbone.drop_path=0"]
+PLAIN = "detector.backbone.drop_path=0"
 
 
 def distinct() -> dict[str, Recipe]:

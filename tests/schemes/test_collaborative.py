@@ -23,7 +23,7 @@ from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 from detrellis.types import Targets
 
-from ..small import CLASSES, images, small, targets
+from ..small import CLASSES, images, small, targets, with_own_backbone
 
 SIZES = torch.tensor([[64.0, 96.0], [64.0, 80.0]])
 
@@ -277,5 +277,6 @@ def test_several_levels_get_a_coarser_one() -> None:
 
 
 def test_strides_of_the_levels() -> None:
-    strides = {n: level_strides(small(n).detector) for n in ("dino_r50", "dino_r50_5scale", "dab_detr_r50_dc5")}
+    names = ("dino_r50", "dino_r50_5scale", "dab_detr_r50_dc5")
+    strides = {name: level_strides(with_own_backbone(name).detector) for name in names}
     assert strides == {"dino_r50": (8, 16, 32, 64), "dino_r50_5scale": (4, 8, 16, 32, 64), "dab_detr_r50_dc5": (16,)}
