@@ -127,7 +127,7 @@ def test_the_whole_path(
     assert f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
     evaluated = json.loads(call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys))
     assert evaluated["images"] == 5
-    with monkeypatch.context() as patch:  # tests/analysis checks what NMS leaves; here, that it is asked, and of all
+    with monkeypatch.context() as patch:  # what NMS leaves has tests of its own; here, that it is asked, and of all
         asked = []
 
         def first_two(found: Detections, threshold: float, k: int) -> Detections:

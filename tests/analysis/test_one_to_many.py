@@ -1,4 +1,4 @@
-"""NMS on cases made by hand, what kind a run is, and the whole analysis on small runs."""
+"""What kind a run is, and the whole analysis on small runs."""
 
 from __future__ import annotations
 
@@ -6,52 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from detrellis.analysis.measurements import save
 from detrellis.analysis.one_to_many import NMS, OneToManyResult, RunOneToMany, analyze, kind_of
 from detrellis.analysis.one_to_many_figure import draw
 from detrellis.api import evaluate
-from detrellis.boxes import pairwise_iou
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.errors import UserError
-from detrellis.postprocess import hard_nms
 from detrellis.recipes import find_recipe
-from detrellis.types import Detections
 
 from .runs import broken, compared, small_recipe, untrained
-
-
-def detections(count: int, seed: int = 0, spread: float = 100.0) -> Detections:
-    generator = torch.Generator().manual_seed(seed)
-    corners = torch.rand(count, 2, generator=generator) * spread
-    boxes = torch.cat([corners, corners + 20 + 10 * torch.rand(count, 2, generator=generator)], 1)
-    scores = torch.rand(count, generator=generator).sort(descending=True).values
-    return Detections(scores, torch.randint(3, (count,), generator=generator), boxes)
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("k", [1, 5, 40, 1000])
-@pytest.mark.parametrize("spread", [2.0, 100.0])
-def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float) -> None:
-    """Also where only few of very many boxes are kept, which takes more than the first that are looked at."""
-    found = detections(300, spread=spread)
-    overlap = pairwise_iou(found.boxes, found.boxes)
-    kept: list[int] = []
-    for i in range(len(found.scores)):
-        if not any(found.labels[i] == found.labels[j] and overlap[i, j] > threshold for j in kept):
-            kept.append(i)
-    ours = hard_nms(found, threshold, k)
-    for one, other in zip(ours, found, strict=True):
-        assert torch.equal(one, other[kept[:k]])
-
-
-def test_duplicates_do_not_fill_the_places_of_others() -> None:
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 5 + [[50.0, 50.0, 60.0, 60.0]])
-    found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), torch.zeros(6, dtype=torch.int64), boxes)
-    assert [round(s, 1) for s in hard_nms(found, 0.7, 2).scores.tolist()] == [0.9, 0.1]
-    nothing = Detections(*(t[:0] for t in found))
-    assert len(hard_nms(nothing, 0.7, 2).scores) == 0
 
 
 def test_a_run_is_what_its_recipe_says() -> None:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from detrellis.boxes import pairwise_iou
 from detrellis.losses import bce_loss
 from detrellis.nn.kernels import roi_cpu
 from detrellis.nn.kernels.roi import by_torchvision
-from detrellis.postprocess import nms
 from detrellis.schemes.collaborative import roi
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import BACKGROUND
@@ -230,18 +228,6 @@ def test_proposals_stay_in_their_image() -> None:
         assert len(here) == 40
         assert (here[:, 2:] > here[:, :2]).all()
         assert ((here >= 0) & (here <= torch.tensor([width, height, width, height]))).all()
-
-
-@pytest.mark.parametrize("most", [1, 20, 1000])
-def test_trying_some_boxes_first_changes_nothing(most: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    low = torch.rand(600, 2, generator=generator) * 16
-    boxes = torch.cat([low, low + 20 + torch.rand(600, 2, generator=generator) * 20], dim=1)
-    scores = torch.rand(600, generator=generator).sort(descending=True).values
-    group = torch.randint(2, (600,), generator=generator)
-    kept = batched_nms(boxes, scores, group, 0.5)
-    assert kept[:20].max() >= 60  # beyond the first tried
-    assert torch.equal(nms(boxes, scores, group, 0.5, most, first=3 * most), kept[:most])
 
 
 def test_levels() -> None:

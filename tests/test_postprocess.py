@@ -1,4 +1,4 @@
-"""Soft-NMS against a plain loop, where it stands in the selection, and callers that get fewer detections, or none."""
+"""From outputs to detections: soft and hard NMS against plain loops, their place, and callers that get few or none."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from detrellis.api import evaluate, predict
-from detrellis.boxes import iou
-from detrellis.postprocess import FLOOR, Postprocess, soft_nms, soften
+from detrellis.boxes import iou, pairwise_iou
+from detrellis.postprocess import FLOOR, Postprocess, hard_nms, nms, soft_nms, soften
 from detrellis.recipes.build import build
 from detrellis.types import DecoderOutput, Detections
 
@@ -45,6 +46,7 @@ row = st.tuples(corner, corner, side, side, score, st.integers(0, 2))
 
 
 @given(st.lists(row, max_size=14), st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
+@settings(deadline=None)
 def test_equals_a_plain_loop(rows: list[tuple[float, ...]], threshold: float) -> None:
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
     boxes, scores, labels = torch.cat([table[:, :2], table[:, :2] + table[:, 2:4]], 1), table[:, 4], table[:, 5].long()
@@ -138,6 +140,56 @@ def test_the_recipe_asks_for_it() -> None:
     recipe = small("tiny")
     assert build(recipe, CLASSES).detector.postprocess.soft_nms is None
     assert build(recipe.override("detector.soft_nms=0.8"), CLASSES).detector.postprocess.soft_nms == 0.8
+
+
+# NMS
+
+
+def detections(count: int, seed: int = 0, spread: float = 100.0) -> Detections:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=generator) * spread
+    boxes = torch.cat([corners, corners + 20 + 10 * torch.rand(count, 2, generator=generator)], 1)
+    scores = torch.rand(count, generator=generator).sort(descending=True).values
+    return Detections(scores, torch.randint(3, (count,), generator=generator), boxes)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("k", [1, 5, 40, 1000])
+@pytest.mark.parametrize("spread", [2.0, 100.0])
+def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float) -> None:
+    """Also where only few of very many boxes are kept, which takes more than the first that are looked at."""
+    found = detections(300, spread=spread)
+    overlap = pairwise_iou(found.boxes, found.boxes)
+    kept: list[int] = []
+    for i in range(len(found.scores)):
+        if not any(found.labels[i] == found.labels[j] and overlap[i, j] > threshold for j in kept):
+            kept.append(i)
+    ours = hard_nms(found, threshold, k)
+    for one, other in zip(ours, found, strict=True):
+        assert torch.equal(one, other[kept[:k]])
+
+
+def test_duplicates_do_not_fill_the_places_of_others() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 5 + [[50.0, 50.0, 60.0, 60.0]])
+    found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), torch.zeros(6, dtype=torch.int64), boxes)
+    assert [round(s, 1) for s in hard_nms(found, 0.7, 2).scores.tolist()] == [0.9, 0.1]
+    nothing = Detections(*(t[:0] for t in found))
+    assert len(hard_nms(nothing, 0.7, 2).scores) == 0
+
+
+@pytest.mark.parametrize("most", [1, 20, 1000])
+def test_trying_some_boxes_first_changes_nothing(most: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(600, 2, generator=generator) * 16
+    boxes = torch.cat([low, low + 20 + torch.rand(600, 2, generator=generator) * 20], dim=1)
+    scores = torch.rand(600, generator=generator).sort(descending=True).values
+    group = torch.randint(2, (600,), generator=generator)
+    kept = batched_nms(boxes, scores, group, 0.5)
+    assert kept[:20].max() >= 60  # beyond the first tried
+    assert torch.equal(nms(boxes, scores, group, 0.5, most, first=3 * most), kept[:most])
+
+
+# With a run
 
 
 @pytest.fixture(scope="module")
