@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import detrellis
-from detrellis.analysis.all_groups import AllGroups, all_groups, load_groups
+from detrellis.analysis.all_groups import AllGroups, all_groups
 from detrellis.analysis.groups import (
     GroupPositions,
     GroupsResult,
@@ -23,6 +23,7 @@ from detrellis.analysis.groups import (
 )
 from detrellis.analysis.groups_figure import draw
 from detrellis.analysis.measurements import save
+from detrellis.analysis.schemes import load_with_scheme
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult
@@ -31,6 +32,7 @@ from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.matching import Match, assign
 from detrellis.schemes.distances import position_distance
+from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector
 from detrellis.types import Targets
 
@@ -77,7 +79,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_group_says_what_the_detector_says_with_its_queries(name: str, shapes: Path, tmp_path: Path) -> None:
     recipe = small_recipe(name).with_schemes("group=3")
     with open_split(untrained(tmp_path, shapes, recipe), HERE, workers=0) as opened:
-        model, group = load_groups(opened)
+        model, group = load_with_scheme(opened, Group)
         batch = next(iter(opened.loader))
         seen = all_groups(model, group, batch)
         first = model.detector(batch.images)
@@ -138,7 +140,7 @@ def test_md_is_the_distance_of_the_queries_of_one_box(run: Path) -> None:
     measured = analyze(compared(run, batch_size=2)).runs[0]
     distances: dict[tuple[int, int], list[float]] = {}
     with open_split(run, HERE, workers=0, batch_size=2) as opened:
-        model, group = load_groups(opened)
+        model, group = load_with_scheme(opened, Group)
         for batch in opened.loader:
             seen = all_groups(model, group, batch)
             assert seen.positions is not None

@@ -17,7 +17,7 @@ from detrellis.errors import UserError
 from .runs import without_boxes
 
 
-@pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.result.name)
 def test_what_is_measured_can_be_drawn(one: Measurement) -> None:
     """`analyze` takes runs and gives the result that `draw` takes."""
     taken = inspect.signature(one.analyze)
@@ -25,22 +25,23 @@ def test_what_is_measured_can_be_drawn(one: Measurement) -> None:
     assert next(iter(taken.parameters.values())).annotation == "ComparedRuns"
     assert taken.return_annotation == one.result.__name__
     assert [p.annotation for p in drawn.parameters.values()] == [one.result.__name__]
-    assert measurement(one.name) is one
+    assert measurement(one.result.name) is one
 
 
 def test_each_is_a_file_with_a_figure_and_a_command() -> None:
     files = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
     figures = {name.removesuffix("_figure") for name in files if name.endswith("_figure")}
     commands = {c.name or c.callback.__name__ for c in analyze.registered_commands if c.callback}
-    names = {one.name for one in MEASUREMENTS}
+    names = {one.result.name for one in MEASUREMENTS}
     assert len(names) == len(MEASUREMENTS)
     assert names == figures == {name.replace("-", "_") for name in commands}
 
 
-@pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.result.name)
 def test_a_command_has_the_options_of_its_measurement(one: Measurement) -> None:
-    (command,) = (c.callback for c in analyze.registered_commands if c.callback and c.callback.__name__ == one.name)
-    assert set(inspect.signature(one.analyze).parameters) <= set(inspect.signature(command).parameters)
+    commands = {c.callback.__name__: c.callback for c in analyze.registered_commands if c.callback}
+    options = inspect.signature(commands[one.result.name]).parameters
+    assert set(inspect.signature(one.analyze).parameters) <= set(options)
 
 
 def test_runs_are_checked_when_they_are_named() -> None:

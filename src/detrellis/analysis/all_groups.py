@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detrellis.analysis.schemes import begin, check_state, load_with_scheme
+from detrellis.analysis.schemes import begin, check_state
 from detrellis.data.loader import Batch
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
-from detrellis.loading import OpenedSplit
 from detrellis.schemes.base import QueryBlock
 from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector
@@ -45,12 +44,6 @@ def check_grouped(run: str | Path) -> None:
     if card.recipe.schemes.group is None or card.recipe.schemes.group.k == 1:
         raise UserError(f"{run}: trained with one group", "Train with several: detrellis train tiny --scheme group=3.")
     check_state(run, "the groups after the first")
-
-
-def load_groups(opened: OpenedSplit) -> tuple[TrainableDetector, Group]:
-    """A run's detector with its schemes, as at the last checkpoint, ready to evaluate; and its groups."""
-    check_grouped(opened.run)
-    return load_with_scheme(opened, Group)
 
 
 @torch.no_grad()

@@ -75,7 +75,6 @@ class AttentionResult(Result):
     """One query of each of several runs, in the same picture."""
 
     name = "attention"
-
     runs: tuple[RunAttention, ...]
     image: str
     query: int | None  # asked for; None: the one with the highest score

@@ -40,7 +40,6 @@ class RunBranches(RunResult):
     heads: dict[str, EvalResult]  # the decoder's, then the branches' in the recipe's order
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
         counts = {"images": self.heads[DECODER].images, "boxes": self.heads[DECODER].ground_truth}
         return {"name": self.name, "run": self.run, "data": self.data, **counts, "heads": as_json(self.heads)}
 
@@ -50,7 +49,6 @@ class BranchesResult(Result):
     """How well each head of several runs detects."""
 
     name = "branches"
-
     runs: tuple[RunBranches, ...]
     split: str
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from detrellis.analysis.branches import BranchesResult
-from detrellis.analysis.figures import as_written, canvas, colours, labelled_bars, shortened, tidy
+from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, value_bars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def draw(result: BranchesResult) -> Figure:
     for i, (run, colour) in enumerate(zip(result.runs, colours(count), strict=True)):
         places = [heads.index(head) + (i - (count - 1) / 2) * width for head in run.heads]
         values = [evaluated.ap for evaluated in run.heads.values()]
-        labelled_bars(axes, places, values, width * 0.92, color=colour, label=shortened(run.name))
+        value_bars(axes, places, values, width * 0.92, color=colour, label=shortened(run.name))
     axes.set_xticks(range(len(heads)), heads)
     axes.set_xlim(-0.6, len(heads) - 0.4)
     axes.set_ylabel("AP")

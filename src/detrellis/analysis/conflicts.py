@@ -88,7 +88,6 @@ class RunConflicts(RunResult):
         return float(head_conflict(matrix[1:, 1:] if len(matrix) > 2 else matrix).mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
         values = {k: getattr(self, k) for k in ("name", "run", "data", "images", "empty", "flat", "distance")}
         conflicts = dict(zip(self.heads, self.conflicts, strict=True))
         return values | {"heads": list(self.heads), "matrix": as_json(self.matrix), "conflicts": conflicts}
@@ -99,7 +98,6 @@ class ConflictsResult(Result):
     """The conflicts within several runs."""
 
     name = "conflicts"
-
     runs: tuple[RunConflicts, ...]
     cam: Cam
     eps: float

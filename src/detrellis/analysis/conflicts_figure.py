@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from detrellis.analysis.conflicts import ConflictsResult, MappedImage, RunConflicts
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, heading, run_rows, shortened, tidy
+from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, heading, run_rows, tidy
 from detrellis.analysis.pictures import outline
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def draw(result: ConflictsResult) -> Figure:
     figure = canvas(VALUES + CELL * columns, HEIGHT * len(runs) + 0.5, "Conflicts between heads")
     highest = max(max(row) for run in runs for row in run.matrix)
     tallest = max(max(run.conflicts) for run in runs)
-    titles = [f"{shortened(r.name)}: distance {r.distance:.2f} (mean of {r.images:,} images)" for r in runs]
-    for run, part in zip(runs, run_rows(figure, titles), strict=True):
+    distances = [f"distance {run.distance:.2f} (mean of {run.images:,} images)" for run in runs]
+    for run, part in zip(runs, run_rows(figure, runs, distances), strict=True):
         halves = part.subfigures(1, 2, width_ratios=[VALUES, CELL * columns], squeeze=False)
         values, pictures = halves.flatten().tolist()
         left, right = values.subplots(1, 2, width_ratios=[1.15, 1])

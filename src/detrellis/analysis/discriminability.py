@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -109,29 +109,18 @@ class RunDiscriminability(RunResult):
     curve: Curve
     examples: tuple[ScoredImage, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, the curve beside the rest."""
-        record = super().to_dict()
-        record.update(record.pop("curve"))
-        return record
-
 
 @dataclass(frozen=True)
 class DiscriminabilityResult(Result):
     """The discriminability of several runs."""
 
     name = "discriminability"
-
     runs: tuple[RunDiscriminability, ...]
     of: Of
     split: str
-
-    def settings(self) -> dict[str, Any]:
-        """What the runs were measured with, as JSON holds it."""
-        return super().settings() | {"steps": STEPS}
+    steps: int = STEPS
 
     def table(self) -> Table:
-        """One row a run, for a rich console."""
         caption = (
             "Area under the curve of IoF over IoB (shares of foreground and background above a threshold), means over "
             "images: 0.5 is chance. Images without a box, or that boxes cover, are left out."

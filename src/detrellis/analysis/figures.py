@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from detrellis.analysis.results import RunResult
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 
@@ -78,10 +79,11 @@ def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Ax
     return figure, grid[:count]
 
 
-def run_rows(figure: Figure, titles: Sequence[str]) -> list[SubFigure]:
-    """A part of the figure for each run, below each other, with its title."""
-    parts: list[SubFigure] = figure.subfigures(len(titles), 1, squeeze=False).flatten().tolist()
-    for part, title in zip(parts, titles, strict=True):
+def run_rows(figure: Figure, runs: Sequence[RunResult], values: Sequence[str]) -> list[SubFigure]:
+    """A part of the figure for each run, below each other; its title is the run's name and `values`."""
+    parts: list[SubFigure] = figure.subfigures(len(runs), 1, squeeze=False).flatten().tolist()
+    for part, run, text in zip(parts, runs, values, strict=True):
+        title = f"{shortened(run.name)}: {text}"
         part.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left", parse_math=False)
     return parts
 
@@ -107,7 +109,7 @@ def as_written(legend: Legend) -> None:
         text.set_parse_math(False)
 
 
-def labelled_bars(
+def value_bars(
     axes: Axes, places: ArrayLike, values: Sequence[float | None], width: float, fontsize: int = 8, **look: Any
 ) -> None:
     """Bars with their values above them, as ".123"; a dash where there is none."""

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.all_groups import AllGroups, all_groups, check_grouped, load_groups
+from detrellis.analysis.all_groups import AllGroups, all_groups, check_grouped
 from detrellis.analysis.instability import instability, matched_boxes
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.results import Result, RunResult, add_run, run_table
 from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.schemes import load_with_scheme
 from detrellis.arguments import Cells, checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather
@@ -36,6 +37,7 @@ from detrellis.engine.evaluate import completed
 from detrellis.engine.log import read_records
 from detrellis.loading import OpenedSplit
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
+from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector
 
 GRID = 8  # cells of a histogram on each side
@@ -136,14 +138,10 @@ class GroupsResult(Result):
     """The groups of several runs."""
 
     name = "groups"
-
     runs: tuple[RunGroups, ...]
     grid: int
     split: str
-
-    def settings(self) -> dict[str, Any]:
-        """What the runs were measured with, as JSON holds it."""
-        return super().settings() | {"shuffles": SHUFFLES}
+    shuffles: int = SHUFFLES
 
     def table(self) -> Table:
         """For each run, a row for all groups and one for each, for a rich console."""
@@ -175,7 +173,7 @@ def analyze(runs: ComparedRuns, *, grid: Cells = GRID) -> GroupsResult:
 
 
 def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups:
-    model, group = load_groups(opened)
+    model, group = load_with_scheme(opened, Group)
     evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.postprocess.top_k) for _ in range(group.k)]
     parts: list[BatchGroups] = []
     fixed = True

@@ -14,10 +14,9 @@ from detrellis.analysis.figures import (
     canvas,
     colours,
     heading,
-    labelled_bars,
     run_rows,
-    shortened,
     tidy,
+    value_bars,
     whole_numbers,
 )
 from detrellis.analysis.groups import GroupsResult, RunGroups
@@ -37,8 +36,8 @@ def draw(result: GroupsResult) -> Figure:
     """
     width, height = SIZE
     figure = canvas(width, height * len(result.runs) + 0.5, "Groups of queries")
-    titles = [f"{shortened(run.name)}: {run.groups} groups of {run.queries} queries" for run in result.runs]
-    for run, part in zip(result.runs, run_rows(figure, titles), strict=True):
+    sizes = [f"{run.groups} groups of {run.queries} queries" for run in result.runs]
+    for run, part in zip(result.runs, run_rows(figure, result.runs, sizes), strict=True):
         _draw_run(part, run, result.grid)
     return figure
 
@@ -143,7 +142,7 @@ def _instability(axes: Axes, run: RunGroups) -> None:
 def _scores(axes: Axes, run: RunGroups, palette: list[str]) -> None:
     values = [s.ap for s in run.scores]
     names = [str(k + 1) for k in range(run.groups)]
-    labelled_bars(axes, names, values, 0.7, fontsize=8 if run.groups <= 8 else 6, color=palette)
+    value_bars(axes, names, values, 0.7, fontsize=8 if run.groups <= 8 else 6, color=palette)
     heading(axes, "AP of each group alone")
     axes.set(xlabel="group", ylabel="AP")
     axes.margins(y=0.15)

@@ -77,7 +77,6 @@ class RunInstability(RunResult):
         return sum(self.instability) / len(self.instability)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
         return super().to_dict() | {"mean": self.mean}
 
 
@@ -86,12 +85,10 @@ class InstabilityResult(Result):
     """IS along several runs."""
 
     name = "instability"
-
     runs: tuple[RunInstability, ...]
     split: str
 
     def table(self) -> Table:
-        """One row a run, for a rich console."""
         caption = (
             "IS: queries in an image whose matched box (or none) is not the one of the epoch before; mean over images. "
             "A box that changes its query counts twice."

@@ -45,11 +45,6 @@ class Measurement:
     analyze: Callable[..., Result]
     draw: Callable[[Any], Figure]
 
-    @property
-    def name(self) -> str:
-        """As its files have it."""
-        return self.result.name
-
 
 MEASUREMENTS = (
     Measurement(misalignment.MisalignmentResult, misalignment.analyze, misalignment_figure.draw),
@@ -65,8 +60,8 @@ MEASUREMENTS = (
 
 
 def measurement(name: str) -> Measurement:
-    """The one of this name."""
-    (named,) = (m for m in MEASUREMENTS if m.name == name)
+    """The one of this name, as its files have it."""
+    (named,) = (m for m in MEASUREMENTS if m.result.name == name)
     return named
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -111,30 +111,19 @@ class RunMisalignment(RunResult):
     images: int
     statistics: Misalignment
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it, the statistics beside the rest."""
-        record = super().to_dict()
-        record.update(record.pop("statistics"))
-        return record
-
 
 @dataclass(frozen=True)
 class MisalignmentResult(Result):
     """The misalignment of several runs."""
 
     name = "misalignment"
-
     runs: tuple[RunMisalignment, ...]
     threshold: float
     top: tuple[int, ...]
     split: str
-
-    def settings(self) -> dict[str, Any]:
-        """What the runs were measured with, and the edges of the histograms' bins."""
-        return super().settings() | {"edges": list(EDGES)}
+    edges: tuple[float, ...] = EDGES  # of the histograms' bins
 
     def table(self) -> Table:
-        """One row a run, for a rich console."""
         caption = (
             f"BR: the query with the highest IoU with a box. HC: the one with the highest score for its class among "
             f"those with IoU >= {self.threshold:g}. HC and gap are means over the boxes with an HC, the rest over all."

@@ -57,7 +57,6 @@ class RunOneToMany(RunResult):
     nms: dict[float, EvalResult]  # by threshold; empty unless one-to-many
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
         values = {k: getattr(self, k) for k in ("name", "run", "data", "kind", "queries", "per_target")}
         counts = {"images": self.result.images, "boxes": self.result.ground_truth}
         nms = {f"{threshold:g}": dict(result.stats) for threshold, result in self.nms.items()}
@@ -69,7 +68,6 @@ class OneToManyResult(Result):
     """Several runs, by how their queries are assigned."""
 
     name = "one_to_many"
-
     runs: tuple[RunOneToMany, ...]
     nms: tuple[float, ...]  # thresholds, rising
     split: str
@@ -80,11 +78,9 @@ class OneToManyResult(Result):
         return min(self.nms, key=lambda t: abs(t - DRAWN))
 
     def settings(self) -> dict[str, Any]:
-        """What the runs were measured with, as JSON holds it."""
         return {"nms": list(self.nms), "drawn": self.drawn, "split": self.split}
 
     def table(self) -> Table:
-        """One row a run, for a rich console."""
         title = "AP by assignment (Group DETR, Fig. 1)"
         caption = "Queries: all that are matched in training. The right columns are AP after NMS within each class."
         after = (f"NMS\n{t:g}" for t in self.nms)

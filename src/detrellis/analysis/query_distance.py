@@ -122,7 +122,6 @@ class QueryDistanceResult(Result):
     """How far the branches' queries of several runs are from the detector's own."""
 
     name = "query_distance"
-
     runs: tuple[RunQueryDistance, ...]
     split: str
 

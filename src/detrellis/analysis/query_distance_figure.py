@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, heading, headline, labelled_bars, tidy
+from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, heading, headline, tidy, value_bars
 from detrellis.analysis.pictures import outline
 from detrellis.analysis.query_distance import PlacedImage, QueryDistanceResult, RunQueryDistance
 
@@ -43,7 +43,7 @@ def _bars(axes: Axes, run: RunQueryDistance, highest: float) -> None:
         (-0.2, MATCHED, "to the matched query", [p.matched for p in parts]),
         (0.2, UNMATCHED, "to unmatched queries", [p.unmatched for p in parts]),
     ):
-        labelled_bars(axes, places + shift, values, 0.37, color=colour, label=label)
+        value_bars(axes, places + shift, values, 0.37, color=colour, label=label)
     axes.set_xticks(places, list(run.branches), rotation=45 if len(parts) > 4 else 0)
     axes.set_xlim(-0.6, len(parts) - 0.4)
     axes.set_ylim(0, 1.3 * highest)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -26,8 +27,11 @@ class RunResult:
     data: str  # the annotations, or the picture, that it was measured on
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what is for the figure alone is left out."""
-        return _json_fields(self)
+        """As JSON holds it: fields of a record in it beside the others, and nothing that is for the figure alone."""
+        values: dict[str, Any] = {}
+        for name, value in _json_fields(self).items():
+            values |= value if is_dataclass(getattr(self, name)) else {name: value}
+        return values
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,6 @@ class Result(ABC):
     """Several runs, measured in the same way; the fields of subclasses are what they were measured with."""
 
     name: ClassVar[str]  # of the measurement, as its files have it
-
     runs: tuple[RunResult, ...]
 
     @abstractmethod
@@ -44,7 +47,7 @@ class Result(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What the runs were measured with, as JSON holds it."""
-        return {name: value for name, value in _json_fields(self).items() if name != "runs"}
+        return _json_fields(self, "runs")
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and values, as JSON holds them."""
@@ -63,8 +66,9 @@ def as_json(value: Any) -> Any:
     return [as_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _json_fields(record: Any) -> dict[str, Any]:
-    return {f.name: as_json(getattr(record, f.name)) for f in fields(record) if f.name not in FIGURE_ONLY}
+def _json_fields(record: Any, *without: str) -> dict[str, Any]:
+    names = [field.name for field in fields(record) if field.name not in (*without, *FIGURE_ONLY)]
+    return {name: as_json(getattr(record, name)) for name in names}
 
 
 def mean_or_none(values: Tensor) -> float | None:
@@ -84,12 +88,8 @@ def run_table(
     table.add_column("run", overflow="fold")
     for column in columns:
         wraps = column in wrapped
-        table.add_column(
-            column,
-            justify="left" if column in left else "right",
-            no_wrap=not wraps,
-            overflow="fold" if wraps else "ellipsis",
-        )
+        justify: JustifyMethod = "left" if column in left else "right"
+        table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold" if wraps else "ellipsis")
     return table
 
 
