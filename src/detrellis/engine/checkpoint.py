@@ -32,10 +32,10 @@ from detrellis.data.doctor.findings import SkipBad
 from detrellis.detector import Detector
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
+from detrellis.recipes.migrate import FORMAT, read_recipe
 from detrellis.recipes.network import build_detector
 from detrellis.version import __version__
 
-FORMAT = 1
 STATE, LAST, BEST = "last.state.pt", "last.safetensors", "best.safetensors"
 OTHER_COPY = "Take another copy of the file."
 CARD = "card"  # in a state: its card, as safetensors' metadata hold it
@@ -86,11 +86,12 @@ class Card:
             )
         text, version = metadata["detrellis"], ""
         try:
-            newer = int(metadata.get("format", 0)) > FORMAT
+            written = int(metadata.get("format", 0))
+            newer = written > FORMAT
             card = json.loads(text)
             version = str(card.get("version", ""))
             if not newer:
-                recipe, classes = Recipe.checked(card.pop("recipe")), ClassMap.from_dict(card.pop("classes"))
+                recipe, classes = read_recipe(card.pop("recipe"), written), ClassMap.from_dict(card.pop("classes"))
                 return cls(recipe, classes, **card)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             newer = _version_numbers(version) > _version_numbers(__version__)

@@ -21,7 +21,7 @@ from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
 from detrellis.distributed import pick_device
 from detrellis.errors import UserError
-from detrellis.recipes import Recipe
+from detrellis.recipes.migrate import read_recipe
 from detrellis.study.plan import DONE, ORDER
 
 
@@ -35,7 +35,7 @@ def main(folder: Path) -> int:
             result = api.resume(folder, device=device, workers=workers)
         else:
             result = api.train(
-                Recipe.checked(order["recipe"]),
+                read_recipe(order["recipe"], order.get("format", 1)),
                 data=DataSource.from_dict(order["data"]),
                 out=folder,
                 seed=order["seed"],

@@ -16,6 +16,7 @@ from detrellis.data.files import read_object
 from detrellis.errors import UserError, listed
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
+from detrellis.recipes.migrate import FORMAT, migrated
 
 # In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
 ORDER, DONE, LOG = "trial.json", "done.json", "console.log"
@@ -112,7 +113,8 @@ class StudyPlan:
         """The plan as JSON holds it."""
         lists = {"rows": [row.to_dict() for row in self.rows], "seeds": list(self.seeds)}
         pace = None if self.pace is None else dict(self.pace)
-        return {**vars(self), "data": dict(self.data), "skipped": dict(self.skipped), "pace": pace, **lists}
+        plain = {"data": dict(self.data), "skipped": dict(self.skipped), "pace": pace, "format": FORMAT}
+        return {**vars(self), **plain, **lists}
 
     def check(self, out: Path) -> None:
         """See that `OUT/plan.json`, if there is one, is the same study; it may get more rows and seeds.
@@ -172,7 +174,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
-    """`OUT/plan.json`; None where there is none. Raises `UserError` for one that is cut off."""
+    """`OUT/plan.json`, with recipes as this version writes them; None where there is none.
+
+    Raises `UserError` for one that is cut off, or written by a newer version.
+    """
     path = out / PLAN
     if not path.exists():
         return None
@@ -180,4 +185,7 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     if missing := {"rows", "seeds", "data", "skip_bad"} - set(plan):
         listed = ", ".join(sorted(missing))
         raise UserError(f"{path}: not a whole plan of a study (no {listed})", "Take another --out.")
-    return plan
+    written = plan.get("format", 1)
+    if written > FORMAT:
+        raise UserError(f"{path}: written by a newer Detrellis", "Update Detrellis to read it.")
+    return plan | {"rows": [row | {"recipe": migrated(row["recipe"], written)} for row in plan["rows"]]}

@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from detrellis.atomic import replace_text
+from detrellis.recipes.migrate import FORMAT
 from detrellis.study.board import Board
 from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
 
@@ -103,7 +104,8 @@ def _start(outcome: TrialOutcome, plan: StudyPlan, resources: Resources, device:
     trial, folder = outcome.trial, outcome.folder
     folder.mkdir(parents=True, exist_ok=True)
     order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(plan.data), "seed": trial.seed}
-    order |= {"skip_bad": plan.skip_bad, "device": device, "workers": resources.workers, "jobs": resources.jobs}
+    order |= {"format": FORMAT, "skip_bad": plan.skip_bad, "device": device}
+    order |= {"workers": resources.workers, "jobs": resources.jobs}
     replace_text(folder / ORDER, json.dumps(order, indent=1))
     threads = resources.threads_each()
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})

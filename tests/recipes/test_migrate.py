@@ -1,0 +1,175 @@
+"""What was stored before the recipes' fields moved still loads: files of format 1, as the code of then wrote them.
+
+`data/format1.tar.xz` holds, written with that code at seed 3 on five classes of `write_shapes(train=4, val=2, size=(64,
+64))`, on a frozen `test_resnet` whose large tensors are thinned out so that they pack well:
+
+* `sam`, `dab`, `mixed` and `detr`: weights by `save_weights`, of sam-detr-plus-r50-smca-dn, dab-detr-r50 with patterns,
+  dino-r50 with co, group and align, detr-r50; `dab` is a run of one epoch by `train(..., epochs=1)`, with its state;
+* `outputs.safetensors`: logits and boxes of each for `images(((64, 96), (48, 64)), seed=0)`, and of `dab` again after
+  `resume(run, epochs=2)`;
+* `study`: `plan.json` of `plan_schemes("tiny", "none,align+co", ..., epochs=4, override=OF_THE_STUDY)` and the
+  `trial.json` of its first row;
+* `recipes.json`: `model_dump(mode="json")` of every recipe, of every recipe with every scheme, and of `CHANGED`.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import detrellis
+from detrellis.data.layout import resolve
+from detrellis.data.shapes import write_shapes
+from detrellis.errors import UserError
+from detrellis.recipes import RECIPES, find_recipe
+from detrellis.recipes.migrate import FORMAT, migrated, read_recipe
+from detrellis.recipes.schemes import SchemesConfig
+from detrellis.study.plan import read_plan
+from detrellis.study.rows import plan_schemes
+
+from ..small import images
+
+OF_THE_STUDY = ["optim.lr=1e-3", "detector.query_count=30"]
+# A recipe, and what it was changed in, as this version says it.
+CHANGED: dict[str, tuple[str, list[str]]] = {
+    "learned": (
+        "deformable-detr-r50",
+        [
+            *("detector.query_count=7", "detector.content=zero", "detector.points=3", "detector.encoder_points=2"),
+            *("detector.encoder_heads=4", "detector.hidden=44", "detector.encoder_hidden=33", "detector.levels=5"),
+            "detector.refine=detached",
+        ],
+    ),
+    "anchors": (
+        "dn-deformable-detr-r50",
+        [
+            *("detector.query_count=9", "detector.content=shared", "detector.patterns=2", "detector.indicator=false"),
+            *("detector.fixed_centres=true", "detector.frozen_boxes=true", "detector.position_scale=false"),
+            *("detector.encoder_layers=3", "detector.decoder_layers=4", "detector.heads=4"),
+        ],
+    ),
+    "proposals": (
+        "deformable-detr-r50-two-stage",
+        [
+            *("detector.proposal_targets=classes", "detector.empty_compete=true", "detector.final_norm=true"),
+            *("detector.shared_heads=true", "detector.eps=1e-4", "detector.iou_branch=root", "detector.soft_nms=0.5"),
+        ],
+    ),
+    "mixed": (
+        "dino-r50",
+        [
+            *("detector.query_position=queries", "detector.proposal_targets=objectness", "detector.width=128"),
+            *("detector.position_temperature=30.0", "detector.position_offset=0.25"),
+        ],
+    ),
+    "mixed, scaled": ("dino-r50", ["detector.position_scale=true"]),
+    "dense": (
+        "conditional-detr-r50",
+        [
+            *("detector.neck_norm=true", "detector.activation=gelu", "detector.top_k=9", "detector.hidden=48"),
+            *("detector.dropout=0.25", "detector.position_scale=true"),
+        ],
+    ),
+    "intra-scale": ("smca-detr-ms-r50", ["detector.levels=4", "detector.smca=false", "detector.scores=softmax"]),
+    "semantic": (
+        "sam-detr-plus-r50-smca",
+        [
+            *("detector.aligner.resample=max", "detector.aligner.keypoints=2", "detector.aligner.reweight=false"),
+            *("detector.aligner.search=image", "detector.aligner.zero_init=true", "detector.points=6"),
+        ],
+    ),
+    "schemes": (
+        "dino-r50",
+        [
+            "schemes.dn={groups: 2, total: 50, label_noise: 0.1, box_noise: 0.3, padded_background: true, sees: all}",
+            "schemes.cdn={number: 7, label_noise: 0.3, box_noise: 0.7, sees: all}",
+            "schemes.hybrid={k: 3, queries: 12, weight: 0.5, divisor: boxes}",
+            "schemes.co={branches: [paa, gfl], heads: 3.0, queries: 0.5, convolutions: 2, most: 100, pad: mask,"
+            " features: true, vector: true, aligned: true}",
+            "schemes.align={k: 5, k_encoder: 3, k_last: 2, alpha: 0.5, tau: 2.0, gamma: 3.0, floor: 0.02,"
+            " classification: base, rank_boxes: false, iou_eps: 1e-6}",
+            "schemes.stable={supervised: false, modulated: false, classes: 4.0, beta: 0.25}",
+            "schemes.group={k: 4, reduction: sum, proposals: split, contents: copied, distances: true}",
+        ],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of format 1."""
+    out = tmp_path_factory.mktemp("format1")
+    with tarfile.open(Path(__file__).parent / "data" / "format1.tar.xz") as archive:
+        archive.extractall(out, filter="data")
+    return out
+
+
+@pytest.fixture(scope="module")
+def recipes(stored: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((stored / "recipes.json").read_text())
+    return found
+
+
+def assert_outputs(run: Path, stored: Path, name: str, tolerance: float = 1e-4) -> None:
+    expected: dict[str, Tensor] = load_file(stored / "outputs.safetensors")
+    detector = detrellis.load(run).detector.eval()
+    with torch.no_grad():
+        output = detector(images(((64, 96), (48, 64)), seed=0))
+    for found, what in ((output.logits[-1], "logits"), (output.boxes[-1], "boxes")):
+        torch.testing.assert_close(found, expected[f"{name}.{what}"], atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sam", "dab", "mixed", "detr"])
+def test_weights_detect_what_they_did(stored: Path, name: str) -> None:
+    assert_outputs(stored / name, stored, name)
+
+
+def test_a_run_goes_on(stored: Path, tmp_path: Path) -> None:
+    data = write_shapes(tmp_path / "shapes", train=4, val=2, size=(64, 64))
+    run = stored / "dab"
+    assert detrellis.resume(run, data=data, epochs=2, workers=0).finished
+    assert_outputs(run / "last.safetensors", stored, "dab-resumed", 1e-3)
+
+
+@pytest.mark.parametrize("make", RECIPES, ids=lambda make: make.__name__)
+def test_recipes_are_what_they_were(recipes: dict[str, Any], make: Any) -> None:
+    recipe = make()
+    assert read_recipe(recipes[recipe.name], 1) == recipe
+    every = recipe.with_schemes(["none", *SchemesConfig.model_fields])
+    assert read_recipe(recipes[f"{recipe.name} with every scheme"], 1) == every
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_values_that_are_not_the_default_stay(recipes: dict[str, Any], name: str) -> None:
+    recipe, changes = CHANGED[name]
+    expected = find_recipe(recipe).override(changes)
+    assert expected != find_recipe(recipe)
+    assert read_recipe(recipes[name], 1) == expected
+
+
+def test_what_this_version_stores_it_reads_as_it_is(recipes: dict[str, Any]) -> None:
+    recipe = find_recipe("dino-r50")
+    dumped = json.loads(recipe.model_dump_json())
+    assert migrated(dumped, FORMAT) == dumped
+    assert migrated(recipes["dino-r50"], 1) == dumped
+
+
+def test_a_study_goes_on(stored: Path, tmp_path: Path) -> None:
+    source = resolve(write_shapes(tmp_path / "shapes", train=4, val=2, size=(64, 64)))
+    plan = plan_schemes("tiny", "none,align+co", source, seeds=(0,), epochs=4, override=OF_THE_STUDY)
+    file = stored / "study" / "plan.json"
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps(old | {"data": json.loads(json.dumps(dict(plan.data)))}))
+    plan.check(stored / "study")
+    order = json.loads((stored / "study" / "trial.json").read_text())
+    assert read_recipe(order["recipe"], order.get("format", 1)) == plan.rows[0].recipe
+    file.write_text(json.dumps(old | {"format": FORMAT + 1}))
+    with pytest.raises(UserError, match="written by a newer Detrellis"):
+        read_plan(stored / "study")
