@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from detrellis.recipes import RECIPES, Recipe
+from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.overrides import merged
 from detrellis.types import ImageBatch, Targets
 
 Key = TypeVar("Key")
@@ -18,11 +20,13 @@ SMALL = [
     "detector.backbone.pretrained=false",
     "detector.backbone.dilation=false",
     "detector.width=64",
-    "detector.heads=4",
-    "detector.encoder_layers=1",
-    "detector.decoder_layers=2",
-    "detector.hidden=64",
-    "detector.query_count=12",
+    "detector.encoder.layers=1",
+    "detector.encoder.heads=4",
+    "detector.encoder.hidden=64",
+    "detector.decoder.layers=2",
+    "detector.decoder.heads=4",
+    "detector.decoder.hidden=64",
+    "detector.queries.count=12",
     "detector.top_k=20",
     "optim.ema=0.9",
 ]
@@ -57,12 +61,20 @@ def of_name(name: str) -> Recipe:
 
 def shrink(recipe: Recipe) -> Recipe:
     """The same network parts and schemes at the size of the tests."""
+    encoder, decoder = recipe.detector.encoder, recipe.detector.decoder
     recipe = recipe.override(SMALL)
+    if encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
+        recipe = recipe.override(f"detector.encoder.hidden={encoder.hidden}")
     if recipe.schemes.group is not None:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
     if recipe.schemes.hybrid is not None:
         recipe = recipe.override("schemes.hybrid.queries=15")
     return recipe
+
+
+def resized(config: DetectorConfig, **parts: Any) -> DetectorConfig:
+    """The same network with other values: `resized(config, width=64, queries={"count": 12})`."""
+    return DetectorConfig.checked(merged(config.model_dump(), parts))
 
 
 def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
@@ -74,7 +86,7 @@ def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
     if config.drop_path:
         changes |= {"name": "swin_tiny_patch4_window7_224", "drop_path": 0.1}
     backbone = config.model_copy(update=changes)
-    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+    return recipe.replace(detector=recipe.detector.replace(backbone=backbone))
 
 
 def distinct(recipes: Mapping[Key, Recipe], parts: Sequence[str] = ("detector", "schemes", "loss")) -> list[Key]:

@@ -177,7 +177,7 @@ def test_training_goes_on_from_another_runs_weights(
     call("train", "tiny", *rest, "--out", tmp_path / "first", *OPTIONS, capsys=capsys)
     text = call("train", "--weights", tmp_path / "first", *rest, "--out", tmp_path / "second", capsys=capsys)
     assert text.count("class rows: the same 5 classes, all kept") == 1
-    settings = ("-o", "detector.query_count=15", "--scheme", "none", "--json", "--out", tmp_path / "third")
+    settings = ("-o", "detector.queries.count=15", "--scheme", "none", "--json", "--out", tmp_path / "third")
     file = tmp_path / "second" / "last.safetensors"
     found = json.loads(call("train", "--weights", file, *rest, *settings, capsys=capsys))
     assert [e["place"] for e in found["transfer"]["exceptions"]] == ["queries.content"]

@@ -26,11 +26,13 @@ SIZE = (64, 64)
 SMALLEST = [
     "detector.backbone.name=test_resnet",
     "detector.width=64",
-    "detector.heads=4",
-    "detector.encoder_layers=1",
-    "detector.decoder_layers=2",
-    "detector.hidden=32",
-    "detector.query_count=8",
+    "detector.encoder.layers=1",
+    "detector.encoder.heads=4",
+    "detector.encoder.hidden=32",
+    "detector.decoder.layers=2",
+    "detector.decoder.heads=4",
+    "detector.decoder.hidden=32",
+    "detector.queries.count=8",
     "detector.top_k=10",
     "data.size=[64, 64]",
     "optim.batch_size=2",
@@ -58,7 +60,7 @@ def options(name: str) -> list[str]:
 TRAINED = distinct({name: as_trained(name) for name in NAMES})
 NETWORKS = distinct({name: as_trained(name) for name in NAMES}, ["detector"])  # all that is saved
 # Layers are alike: one of the encoder and two of the decoder are counted as all of them are, in a quarter of the time.
-FEWER = ["detector.encoder_layers=1", "detector.decoder_layers=2"]
+FEWER = ["detector.encoder.layers=1", "detector.decoder.layers=2"]
 FULL = distinct({name: find_recipe(name).override(FEWER) for name in NAMES}, ["detector", "schemes", "data"])
 Call = Callable[..., str]
 

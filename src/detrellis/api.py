@@ -148,7 +148,7 @@ def _recipe_and_weights(
     if weights is None:
         return recipe, None
     tensors, card = load_any(weights)
-    objectness = card.recipe.detector.proposal_targets == "objectness"
+    objectness = card.recipe.detector.objectness
     return card.recipe if recipe is None else recipe, InitialWeights(tensors, card.classes, objectness)
 
 

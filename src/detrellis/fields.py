@@ -7,6 +7,8 @@ infinite, not a number or absurd gets as far as a network.
 from __future__ import annotations
 
 import difflib
+import types
+import typing
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Self
@@ -76,8 +78,10 @@ WORDS = {
     "tuple_type": "has to be a list, such as [1, 2]",
     "dict_type": "has to be a mapping, such as {name: value}",
     "model_type": "has to be a mapping of its parts, such as {name: value}",
+    "model_attributes_type": "has to be a mapping of its parts, such as {kind: name}",
     "missing": "is missing",
 }
+EXPECTED = {"literal_error": "expected", "union_tag_invalid": "expected_tags"}  # where pydantic lists what fits
 
 
 class Config(BaseModel):
@@ -99,19 +103,52 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(_said(error.errors()[0])) from None
+            raise UserError(_said(cls, error.errors()[0])) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked as in `checked`."""
+        return self.checked({**dict(self), **changes})
 
 
-def _said(error: ErrorDetails) -> str:
-    place, given = ".".join(str(part) for part in error["loc"]), error["input"]
+def configs_of(annotation: Any) -> tuple[type[Config], ...]:
+    """The configuration classes behind a field's annotation: none, one (that may be None), or one for each kind."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return tuple(option for option in options if isinstance(option, type) and issubclass(option, Config))
+
+
+def kind_of(config: type[Config]) -> str:
+    """What `kind` is in the data of a class that is one of several."""
+    return str(config.model_fields["kind"].default)
+
+
+def _place(config: type[Config], path: Sequence[str | int]) -> str:
+    """The dotted name of a place in a configuration. In pydantic's path the kind follows where there are several."""
+    names: list[str] = []
+    kinds: tuple[type[Config], ...] = (config,)
+    for part in path:
+        if len(kinds) > 1:
+            kinds = tuple(kind for kind in kinds if kind_of(kind) == part)
+            continue
+        names.append(str(part))
+        field = kinds[0].model_fields.get(str(part)) if kinds else None
+        kinds = () if field is None else configs_of(field.annotation)
+    return ".".join(names)
+
+
+def _said(config: type[Config], error: ErrorDetails) -> str:
+    place, given = _place(config, error["loc"]), error["input"]
     value = list(given) if isinstance(given, tuple) else given  # as it was written
     if error["type"] == "missing":
         return f"{place} {WORDS['missing']}"
+    if error["type"] == "union_tag_not_found":
+        return f"{place}.kind {WORDS['missing']}"
+    if error["type"] == "union_tag_invalid":
+        place, value = f"{place}.kind", error["ctx"]["tag"]
     if error["type"] == "extra_forbidden":
         return f"there is no field {place}"
     wanted = WORDS.get(error["type"], error["msg"].lower().replace("input should be", "has to be"))
-    if error["type"] == "literal_error":
-        known = error.get("ctx", {})["expected"].replace("'", "")
+    if error["type"] in EXPECTED:
+        known = error.get("ctx", {})[EXPECTED[error["type"]]].replace("'", "")
         wanted = f"has to be one of {known}" + nearest(str(value), known.replace(" or ", ", ").split(", "))
     return f"{place}={value!r} {wanted}"
 

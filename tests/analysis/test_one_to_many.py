@@ -29,10 +29,10 @@ def test_a_run_is_what_its_recipe_says() -> None:
 def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
     recipes = {
         "[bold]": small_recipe("tiny"),
-        "many": small_recipe("tiny", "detector.query_count=24", "loss.one_to_many=2"),
+        "many": small_recipe("tiny", "detector.queries.count=24", "loss.one_to_many=2"),
         "grouped": small_recipe("tiny").with_schemes("group=3"),
         "softmax": small_recipe("detr-r50", "loss.one_to_many=3"),
-        "patterns": small_recipe("dab-detr-r50", "detector.patterns=2"),
+        "patterns": small_recipe("dab-detr-r50", "detector.queries.patterns=2"),
         "default": small_recipe("conditional-detr-r50").with_schemes("group"),
     }
     runs = [untrained(tmp_path / name, shapes, recipe) for name, recipe in recipes.items()]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from detrellis.recipes.config import DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.types import Targets
 
 from ..small import images, small, targets
@@ -57,5 +57,6 @@ def test_every_parameter_matters(name: str, stack: str) -> None:
 
 def reads_only_zeros(detector: DetectorConfig) -> set[str]:
     """A projection of contents alone, in the first layer of a detector whose contents start at 0, cannot learn."""
-    zero = detector.content == "zero" and detector.cross_attention in ("conditional", "semantic")
+    zero = detector.queries.kind in ("learned", "anchors") and detector.queries.content == "zero"
+    zero = zero and detector.cross_attention.kind in ("conditional", "semantic")
     return {"detector.decoder.layers.0.self_attention.content.weight"} if zero else set()

@@ -36,7 +36,7 @@ class KeptInside(nn.Module):
 
 def keep_inside(model: TrainableDetector, name: str) -> None:
     decoder = model.detector.decoder
-    if small(name).detector.cross_attention == "semantic":
+    if small(name).detector.cross_attention.kind == "semantic":
         decoder.position = KeptInside(decoder.position)
 
 

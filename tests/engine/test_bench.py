@@ -47,7 +47,9 @@ def test_the_default_size_is_the_recipes() -> None:
 
 
 def test_python_interface() -> None:
-    found = detrellis.bench("tiny", classes=3, size=(64, 64), scheme="none", override="detector.query_count=9", runs=1)
+    found = detrellis.bench(
+        "tiny", classes=3, size=(64, 64), scheme="none", override="detector.queries.count=9", runs=1
+    )
     assert (found.classes, found.runs, len(found.timings)) == (3, 1, 1)
 
 

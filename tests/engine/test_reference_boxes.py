@@ -22,7 +22,7 @@ from ..small import CLASSES, SMALL, images, small, targets
 from ..test_cli import call
 from .test_resume import assert_same_run, stop_at
 
-FROZEN = "detector.frozen_boxes=true"
+FROZEN = "detector.queries.frozen_boxes=true"
 SETTINGS = [
     *SMALL,
     "detector.backbone.strides=[16]",
@@ -125,11 +125,11 @@ def test_schemes_anchors_are_frozen_with_the_detectors() -> None:
 
 def test_boxes_of_another_number_or_kind_are_refused(first: Path, shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="12 reference boxes in the weights, 7 in this detector") as error:
-        train(shapes, tmp_path / "a", "detector.query_count=7", boxes=first)
-    assert "-o detector.query_count=12" in error.value.remedy
+        train(shapes, tmp_path / "a", "detector.queries.count=7", boxes=first)
+    assert "-o detector.queries.count=12" in error.value.remedy
     with pytest.raises(UserError, match="this detector learns no reference boxes") as error:
         train(shapes, tmp_path / "b", recipe="tiny", boxes=first)
-    assert "queries=anchors, such as sam-detr-r50" in error.value.remedy
+    assert "queries.kind=anchors, such as sam-detr-r50" in error.value.remedy
     other = build(small("tiny"), CLASSES).detector
     own = build(small("sam_detr_r50"), CLASSES).detector
     before = {n: t.clone() for n, t in own.state_dict().items()}
@@ -138,8 +138,8 @@ def test_boxes_of_another_number_or_kind_are_refused(first: Path, shapes: Path, 
     with pytest.raises(UserError, match="no_such_run"):
         train(shapes, tmp_path / "c", boxes="no_such_run")
     assert len(same(own.state_dict(), before)) == len(before)
-    with pytest.raises(UserError, match="frozen_boxes belong to queries=anchors"):
-        build(small("tiny").override([FROZEN]), CLASSES)
+    with pytest.raises(UserError, match=r"queries\.kind=mixed has no 'frozen_boxes'"):
+        small("tiny").override([FROZEN])
 
 
 def test_cards_without_boxes_are_read(first: Path, tmp_path: Path) -> None:

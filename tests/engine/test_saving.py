@@ -31,7 +31,7 @@ from .test_resume import SETTINGS as USUAL
 from .test_resume import assert_same_run, same, stop_at
 
 STEPS, EPOCHS = 3, 2  # steps an epoch
-SETTINGS = [*USUAL, "detector.width=32", "detector.query_count=8"]
+SETTINGS = [*USUAL, "detector.width=32", "detector.queries.count=8"]
 
 
 def run(data: Path, out: Path) -> TrainResult:

@@ -159,7 +159,7 @@ def test_objectness_is_no_class_and_no_class_is_objectness() -> None:
 )
 @pytest.mark.parametrize("count", [5, 20])
 def test_the_first_queries_are_kept(recipe: str, names: list[str], count: int) -> None:
-    model, start = detector(recipe, OLD, f"detector.query_count={count}"), source(recipe)  # of 12 queries
+    model, start = detector(recipe, OLD, f"detector.queries.count={count}"), source(recipe)  # of 12 queries
     before = weights(model)
     report = transfer(model, classes(*OLD), start)
     for name in (f"queries.{n}" for n in names):
@@ -198,7 +198,7 @@ def test_counters_of_batchnorm_are_worth_no_word() -> None:
 
 
 def test_the_report_puts_layers_and_modules_together() -> None:
-    settings = ["decoder_layers=4", "encoder_layers=2", "hidden=128", "query_count=20"]
+    settings = ["decoder.layers=4", "encoder.layers=2", "encoder.hidden=128", "decoder.hidden=128", "queries.count=20"]
     model = detector("tiny", NEW, *(f"detector.{s}" for s in settings))
     report = transfer(model, classes(*NEW), source())
     assert [(e.place, e.tensors, e.outcome, e.reason) for e in report.exceptions()] == [
@@ -219,7 +219,7 @@ def test_the_report_puts_layers_and_modules_together() -> None:
 
 
 def test_what_only_the_weights_have_is_told() -> None:
-    report = transfer(detector("tiny", OLD, "detector.decoder_layers=1"), classes(*OLD), source())
+    report = transfer(detector("tiny", OLD, "detector.decoder.layers=1"), classes(*OLD), source())
     assert [(e.place, e.outcome, e.reason) for e in report.exceptions()] == [
         ("decoder.layers.1", "skipped", "not in this detector")
     ]
@@ -308,14 +308,14 @@ def test_a_run_on_other_classes_keeps_what_they_share(
 
 
 def test_a_recipe_and_its_settings_apply_beside_the_weights(first: Path, shapes: Path, tmp_path: Path) -> None:
-    more = [*SETTINGS, "detector.query_count=20"]
+    more = [*SETTINGS, "detector.queries.count=20"]
     result = detrellis.train(
         "tiny", weights=first, data=shapes, out=tmp_path, override=more, scheme="none", epochs=1, workers=0
     )
     assert result.transfer is not None
     assert [e.place for e in result.transfer.exceptions()] == ["queries.content"]
     recipe = load_weights(tmp_path)[1].recipe
-    assert (recipe.schemes.cdn, recipe.detector.query_count) == (None, 20)
+    assert (recipe.schemes.cdn, recipe.detector.queries.count) == (None, 20)
     with pytest.raises(UserError, match="another network"):
         detrellis.train(weights=first, data=shapes, out=tmp_path / "b", scale="tiny", workers=0)
     with pytest.raises(UserError, match="which recipe"):

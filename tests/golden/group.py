@@ -20,6 +20,7 @@ from detrellis.schemes.group import Group
 from detrellis.supervision import Supervision, match, supervise
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
+from ..small import resized
 from .arrays import Arrays, close
 from .models import Transformer, own_gradients
 
@@ -28,20 +29,18 @@ def check_conditional(a: Arrays) -> None:
     """The joint pass, each group alone, matching, losses and gradients."""
     cfg, targets = a.json("cfg"), a.targets()
     groups, count = cfg["K"], cfg["num_queries"]
-    network = conditional_detr_r50().detector.model_copy(
-        update={
-            "width": cfg["d_model"],
-            "heads": cfg["nheads"],
-            "hidden": cfg["ffn"],
-            "encoder_layers": cfg["enc_layers"],
-            "decoder_layers": cfg["dec_layers"],
-            "query_count": count,
-            "dropout": 0.0,
-        }
+    sizes = {"heads": cfg["nheads"], "hidden": cfg["ffn"]}
+    network = resized(
+        conditional_detr_r50().detector,
+        width=cfg["d_model"],
+        encoder={**sizes, "layers": cfg["enc_layers"]},
+        queries={"count": count},
+        decoder={**sizes, "layers": cfg["dec_layers"]},
+        dropout=0.0,
     )
     model = Transformer(network, cfg["num_classes"]).double()
     group = Group(model.queries, count, k=groups).double()
-    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder_layers)
+    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     weights = a.group("p/")
     first, further = weights["query_embed.weight"].split([count, (groups - 1) * count])
     weights["query_embed.weight"] = first
@@ -78,16 +77,16 @@ def check_conditional(a: Arrays) -> None:
         supervision.task("group", parts[1], targets, block.normaliser, copies=block.copies, weight=block.weight),
     ]
     found = match(tasks)
-    for layer in range(network.decoder_layers):
+    for layer in range(network.decoder.layers):
         for image in range(len(targets.sizes)):
             rows = [(f.layer == layer) & (f.image == image) for f in found]
             query = torch.cat([f.query[r] + i * count for i, (f, r) in enumerate(zip(found, rows, strict=True))])
             target = torch.cat([f.target[r] for f, r in zip(found, rows, strict=True)]) - targets.offsets[image]
             assert torch.equal(torch.stack([query, target]), a[f"match_l{layer}_b{image}"])
     losses, _ = supervise(tasks, found)
-    for layer in range(network.decoder_layers):
+    for layer in range(network.decoder.layers):
         for term, name in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
-            suffix = "" if layer == network.decoder_layers - 1 else f"_{layer}"
+            suffix = "" if layer == network.decoder.layers - 1 else f"_{layer}"
             together = losses[f"main/{term}/{layer}"] + losses[f"group/{term}/{layer}"]
             close(together / supervision.weights[term], a[f"loss/loss_{name}{suffix}"], 1e-5, f"{name} {layer}")
     last = len(output.logits) - 1
@@ -150,18 +149,13 @@ def check_two_stage(a: Arrays) -> None:
     """
     cfg, shapes = a.json("cfg"), a.shapes()
     groups, count = cfg["K"], cfg["num_queries"]
-    network = dino_detector(levels=len(shapes)).model_copy(
-        update={
-            "width": cfg["d_model"],
-            "heads": cfg["nheads"],
-            "hidden": cfg["ffn"],
-            "points": cfg["n_points"],
-            "decoder_layers": cfg["dec_layers"],
-            "query_count": count,
-            "empty_compete": True,
-            "refine": "detached",
-            "eps": 1e-12,  # it keeps boxes as logits, which nothing clamps
-        }
+    network = resized(
+        dino_detector(levels=len(shapes)),
+        width=cfg["d_model"],
+        queries={"count": count, "empty_compete": True},
+        cross_attention={"points": cfg["n_points"]},
+        decoder={"heads": cfg["nheads"], "hidden": cfg["ffn"], "layers": cfg["dec_layers"], "refine": "detached"},
+        eps=1e-12,  # it keeps boxes as logits, which nothing clamps
     )
     decoder = build_decoder(network, cfg["num_classes"]).double()
     heads = [
@@ -181,7 +175,7 @@ def check_two_stage(a: Arrays) -> None:
         *table(network, detrex=False),
     ]
     model = nn.ModuleDict({"heads": nn.ModuleList(heads), "decoder": decoder})
-    links = link_up(model.state_dict(), rows, network.decoder_layers)
+    links = link_up(model.state_dict(), rows, network.decoder.layers)
     model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
 
     masks = [a[f"mask{i}"].bool() for i in range(len(shapes))]

@@ -15,8 +15,8 @@ from detrellis.interop.names import huggingface
 from detrellis.interop.reference import table
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.proposals import select
-from detrellis.recipes.config import BackboneConfig, DetectorConfig
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
+from detrellis.recipes.detector import BackboneConfig, DetectorConfig, MixedQueriesConfig, ProposalQueriesConfig
 from detrellis.recipes.dino import dino_detector
 from detrellis.recipes.network import build_decoder, build_detector, build_encoder, build_neck, build_queries
 from detrellis.schemes.base import Step
@@ -26,6 +26,7 @@ from detrellis.schemes.hybrid import Hybrid
 from detrellis.supervision import Supervision, supervise
 from detrellis.types import DecoderOutput, Memory, Queries, Segment
 
+from ..small import resized
 from .arrays import Arrays, close
 from .base import recorded_noise
 
@@ -42,17 +43,15 @@ class Transformer(nn.Module):
 
 def dino_config(c: dict[str, int], levels: int) -> DetectorConfig:
     """The file's sizes."""
-    return dino_detector(levels=levels).model_copy(
-        update={
-            "width": c["d_model"],
-            "heads": c["nheads"],
-            "hidden": c["ffn"],
-            "points": c["n_points"],
-            "encoder_layers": c["enc_layers"],
-            "decoder_layers": c["dec_layers"],
-            "query_count": c["num_queries"],
-            "eps": c["inverse_sigmoid_eps"],
-        }
+    sizes = {"heads": c["nheads"], "hidden": c["ffn"]}
+    return resized(
+        dino_detector(levels=levels),
+        width=c["d_model"],
+        encoder={**sizes, "layers": c["enc_layers"], "points": c["n_points"]},
+        queries={"count": c["num_queries"]},
+        cross_attention={"points": c["n_points"]},
+        decoder={**sizes, "layers": c["dec_layers"]},
+        eps=c["inverse_sigmoid_eps"],
     )
 
 
@@ -74,7 +73,7 @@ def check_dino(a: Arrays) -> None:
     config, levels = a.json("cfg"), len(a.shapes())
     network = dino_config(config, levels)
     model = Transformer(network, config["num_classes"]).double()
-    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder_layers)
+    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     # The file holds the heads, one for all layers, once.
     weights = {re.sub(r"^(class|bbox)_embed\.", r"\1_embed.0.", k): v for k, v in a.group("p/").items()}
     model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
@@ -158,7 +157,7 @@ def check_hf(a: Arrays, kind: str) -> None:
     model.backbone = nn.Identity()
     model.neck = build_neck(config, [m.shape[1] for m in maps])
     model = model.double()
-    links = link_up(model.state_dict(), huggingface(config), config.decoder_layers)
+    links = link_up(model.state_dict(), huggingface(config), config.decoder.layers)
     assert not missing(model.state_dict(), links)
     weights = a.group("p/")
     assert all("backbone" in k for k in unused(weights, links))
@@ -208,29 +207,24 @@ def check_hdetr(a: Arrays) -> None:
     """The transformer with both branches, their matching and losses, and all gradients."""
     cfg, levels, targets = a.json("cfg"), len(a.shapes()), a.targets()
     base = deformable_detr_r50_two_stage_plus().detector
-    network = base.model_copy(
-        update={
-            "width": cfg["d_model"],
-            "heads": cfg["nheads"],
-            "hidden": cfg["ffn"],
-            "points": cfg["n_points"],
-            "levels": levels,
-            "encoder_layers": cfg["enc_layers"],
-            "decoder_layers": cfg["dec_layers"],
-            "query_count": cfg["num_queries_one2one"],
-            "queries": "mixed" if cfg["mixed_selection"] else "proposals",
-            "refine": "look_forward_twice" if cfg["look_forward_twice"] else "detached",
-            "empty_compete": True,
-            "eps": cfg["inverse_sigmoid_eps"],
-        }
+    kind = MixedQueriesConfig if cfg["mixed_selection"] else ProposalQueriesConfig
+    sizes = {"heads": cfg["nheads"], "hidden": cfg["ffn"]}
+    refine = "look_forward_twice" if cfg["look_forward_twice"] else "detached"
+    network = resized(
+        base.replace(queries=kind(count=cfg["num_queries_one2one"], empty_compete=True)),
+        width=cfg["d_model"],
+        encoder={**sizes, "layers": cfg["enc_layers"], "levels": levels, "points": cfg["n_points"]},
+        cross_attention={"points": cfg["n_points"]},
+        decoder={**sizes, "layers": cfg["dec_layers"], "refine": refine},
+        eps=cfg["inverse_sigmoid_eps"],
     )
     model = Transformer(network, cfg["num_classes"]).double()
     hybrid = Hybrid(
         model.queries, k=cfg["k_one2many"], queries=cfg["num_queries_one2many"], weight=cfg["lambda_one2many"]
     ).double()
-    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder_layers)
+    links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     weights = a.group("p/")
-    own, further = weights["query_embed.weight"].split([network.query_count, hybrid.queries])
+    own, further = weights["query_embed.weight"].split([network.queries.count, hybrid.queries])
     weights["query_embed.weight"] = own
     model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
     if cfg["mixed_selection"]:
@@ -245,7 +239,7 @@ def check_hdetr(a: Arrays) -> None:
     (block,) = hybrid.extend(step).blocks
     first = torch.cat([q.boxes for q in (queries, block.queries) if q.boxes is not None], 1)
     close(first, a["init_reference"], 1e-5, "first references")
-    segments = (Segment("main", network.query_count), block.segment)
+    segments = (Segment("main", network.queries.count), block.segment)
     output = model.decoder(concatenate([queries, block.queries]), memory, segments, every_layer=True)
     close(output.logits, a["all_logits"], 1e-5, "logits")
     close(output.boxes, a["all_boxes"], 1e-5, "boxes")
@@ -253,7 +247,7 @@ def check_hdetr(a: Arrays) -> None:
 
     objectness = targets._replace(labels=torch.zeros_like(targets.labels))
     every = model.queries.head.taught(proposals)
-    size = network.query_count
+    size = network.queries.count
     assert block.normaliser is not None
     tasks = [
         supervision.task("o2o", output.map(lambda t: t[:, :, :size]), targets, count),

@@ -17,12 +17,13 @@ from detrellis.nn.position import SineMap, sine_embed
 from detrellis.nn.prior import log_prior
 from detrellis.nn.semantic import SemanticAligner, SemanticCrossAttention
 from detrellis.nn.smca import ModulatedAttention, ModulatedPriors
-from detrellis.recipes.config import DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.network import build_decoder, build_encoder, build_neck, build_queries
 from detrellis.recipes.sam import sam_detector, sam_plus_detector, smca_detr_r50
 from detrellis.supervision import SetLoss
 from detrellis.types import DecoderOutput, Memory, Prior, Queries, Segment, Spatial, Targets
 
+from ..small import resized
 from .arrays import Arrays, close
 
 
@@ -207,23 +208,19 @@ def heads(layers: int) -> dict[str, str]:
 
 def check_detector(a: Arrays) -> None:
     sizes, several = meta(a), bool(meta(a)["multiscale"])
-    config = (sam_plus_detector() if several else sam_detector()).model_copy(
-        update={
-            "width": sizes["d"],
-            "heads": sizes["M"],
-            "hidden": sizes["ffn_dec"],
-            "encoder_hidden": sizes["ffn_enc"],
-            "encoder_layers": sizes["enc_layers"],
-            "decoder_layers": sizes["dec_layers"],
-            "query_count": sizes["queries"],
-            "smca": bool(sizes["smca"]),
-            "neck_norm": bool(sizes["groupnorm"]),
-        }
+    normed = {} if several else {"neck_norm": bool(sizes["groupnorm"])}
+    config = resized(
+        sam_plus_detector() if several else sam_detector(),
+        width=sizes["d"],
+        encoder={"heads": sizes["M"], "hidden": sizes["ffn_enc"], "layers": sizes["enc_layers"], **normed},
+        queries={"count": sizes["queries"]},
+        cross_attention={"smca": bool(sizes["smca"])},
+        decoder={"heads": sizes["M"], "hidden": sizes["ffn_dec"], "layers": sizes["dec_layers"]},
     )
     features = [a.variable(f"feat.{i}") for i in range(a.count(r"feat\.\d+"))]
     model = Model(config, [f.shape[1] for f in features], sizes["classes"]).double()
     weights = a.group("w.")
-    names, packed = heads(config.decoder_layers), {}
+    names, packed = heads(config.decoder.layers), {}
     for i in range(len(features)):
         conv, norm = (
             (f"neck.projections.{i}.0", f"neck.projections.{i}.1") if several else ("neck.projection", "neck.norm")
@@ -231,9 +228,9 @@ def check_detector(a: Arrays) -> None:
         names[f"in_proj.{i}.conv"] = conv
         if f"in_proj.{i}.gn.weight" in weights:
             names[f"in_proj.{i}.gn"] = norm
-    for i in range(config.encoder_layers):
+    for i in range(config.encoder.layers):
         names |= at(f"enc.{i}", ENCODER | (MSDA if several else DENSE), f"encoder.layers.{i}")
-    for i in range(config.decoder_layers):
+    for i in range(config.decoder.layers):
         layer = {
             k: v.replace("cross_attention.", "cross_attention.attention.") if several else v for k, v in LAYER.items()
         }
@@ -317,25 +314,23 @@ def image_ratios(memory: Memory, sizes: Tensor, strides: tuple[int, ...]) -> Mem
 
 def check_smca(a: Arrays) -> None:
     sizes = meta(a)
-    config = smca_detr_r50().detector.model_copy(
-        update={
-            "width": sizes["d"],
-            "heads": sizes["heads"],
-            "hidden": sizes["ffn"],
-            "dropout": 0.0,
-            "encoder_layers": sizes["enc_layers"],
-            "decoder_layers": sizes["dec_layers"],
-            "query_count": sizes["queries"],
-        }
+    both = {"heads": sizes["heads"], "hidden": sizes["ffn"]}
+    config = resized(
+        smca_detr_r50().detector,
+        width=sizes["d"],
+        encoder={**both, "layers": sizes["enc_layers"]},
+        queries={"count": sizes["queries"]},
+        decoder={**both, "layers": sizes["dec_layers"]},
+        dropout=0.0,
     )
     model = Model(config, [a["feat"].shape[1]], sizes["logits_per_query"]).double()
     weights = a.group("w.")
     names = {"in_proj.conv": "neck.projection", "dec_norm": "decoder.final_norm", "cls_head": "decoder.heads.classes.0"}
     names |= {f"box_head.{j}": f"decoder.heads.boxes.0.layers.{j}" for j in range(3)}
     names |= {f"dec.0.center_mlp.{j}": f"queries.reference.1.layers.{j}" for j in range(3)}
-    for i in range(config.encoder_layers):
+    for i in range(config.encoder.layers):
         names |= at(f"enc.{i}", ENCODER | DENSE, f"encoder.layers.{i}")
-    for i in range(config.decoder_layers):
+    for i in range(config.decoder.layers):
         names |= {k: f"decoder.layers.{i}.{v}" for k, v in smca_layer(f"dec.{i}").items()}
         for t, o in (("norm_point", "norms"), ("offset", "offsets"), ("scale", "scales")):
             names[f"dec.{i}.{t}"] = f"decoder.position.{o}.{i}"

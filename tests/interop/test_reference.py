@@ -51,13 +51,13 @@ def published(recipe: Recipe, *, detrex: bool = False) -> tuple[torch.nn.Module,
         for p in detector.parameters():
             p += 0.05 * torch.randn_like(p)
     state = detector.state_dict()
-    theirs = to_theirs(state, link_up(state, table(recipe.detector, detrex), recipe.detector.decoder_layers))
+    theirs = to_theirs(state, link_up(state, table(recipe.detector, detrex), recipe.detector.decoder.layers))
     if "unknown_label" in theirs:  # the last row of the label embedding
         unknown = theirs.pop("unknown_label")
         theirs["label_enc.weight"] = torch.cat([torch.randn(CLASSES, unknown.shape[1]), unknown])
     elif recipe.schemes.dn or recipe.schemes.cdn:
         theirs["label_enc.weight"] = torch.randn(CLASSES + 1, recipe.detector.width)
-    if recipe.detector.refine != "none" and not detrex:
+    if recipe.detector.decoder.refine != "none" and not detrex:
         theirs |= {f"transformer.decoder.{k}": v for k, v in theirs.items() if k.startswith("bbox_embed.")}
     theirs["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(3)
     return detector, theirs
@@ -68,7 +68,8 @@ def check(path: Path, detector: torch.nn.Module, recipe: Recipe) -> None:
     found = load_foreign(path)
     expected = recipe.detector.model_dump() | {"top_k": found.recipe.detector.top_k}
     expected["backbone"]["pretrained"] = False
-    expected["empty_compete"] = expected["queries"] in ("proposals", "mixed")
+    if recipe.detector.two_stage:
+        expected["queries"]["empty_compete"] = True
     assert found.recipe.detector.model_dump() == expected
     assert len(found.classes) == CLASSES
     rebuilt = build_detector(found.recipe.detector, CLASSES).eval()
@@ -81,7 +82,7 @@ def check(path: Path, detector: torch.nn.Module, recipe: Recipe) -> None:
 def test_every_family_is_recognised_by_its_names(name: str, tmp_path: Path) -> None:
     recipe = frozen(with_own_backbone(name))
     detector, theirs = published(recipe)
-    count = recipe.detector.query_count
+    count = recipe.detector.queries.count
     arguments = argparse.Namespace(**HEADS, num_queries=count)
     torch.save({"model": theirs, "args": arguments, "epoch": 49}, tmp_path / "checkpoint.pth")
     check(tmp_path / "checkpoint.pth", detector, recipe)
@@ -89,9 +90,12 @@ def test_every_family_is_recognised_by_its_names(name: str, tmp_path: Path) -> N
 
 def test_detrex(tmp_path: Path) -> None:
     recipe = frozen(with_own_backbone("dino_r50")).override(
-        ["detector.backbone.name=resnet50", "detector.shared_heads=false", "detector.heads=8"]
+        [
+            *("detector.backbone.name=resnet50", "detector.encoder.heads=8", "detector.decoder.heads=8"),
+            *("detector.decoder.shared_heads=false", "detector.position_temperature=10000.0"),
+            "detector.position_offset=-0.5",
+        ]
     )
-    recipe = recipe.override(["detector.position_temperature=10000.0", "detector.position_offset=-0.5"])
     detector, theirs = published(recipe, detrex=True)
     assert "backbone.res3.0.conv2.norm.running_var" in theirs
     torch.save({"model": {f"module.{k}": v for k, v in theirs.items()}}, tmp_path / "model.pth")

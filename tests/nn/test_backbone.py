@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from detrellis.errors import UserError
-from detrellis.recipes.config import BackboneConfig
+from detrellis.recipes.detector import BackboneConfig
 from detrellis.recipes.network import build_backbone
 
 

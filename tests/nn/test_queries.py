@@ -33,7 +33,7 @@ def test_fixed_centres_are_spread_evenly_and_never_move() -> None:
     assert float(centres.mean()) == pytest.approx(0.5, abs=0.02)
     assert torch.histc(centres.detach(), 10, 0, 1).min() > 300
 
-    model = build(small("dab_detr_r50").override(["detector.fixed_centres=true"]), CLASSES)
+    model = build(small("dab_detr_r50").override(["detector.queries.fixed_centres=true"]), CLASSES)
     before = {k: v.clone() for k, v in model.detector.queries.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
     torch.stack(list(model(images(), targets((2, 3))).losses.values())).sum().backward()

@@ -6,7 +6,6 @@ import pytest
 
 from detrellis.recipes import RECIPES, find_recipe
 from detrellis.recipes.branches import build_branches
-from detrellis.recipes.refuse import level_strides
 from detrellis.recipes.schemes import CoConfig
 from detrellis.schemes.collaborative.rcnn import RCNN
 
@@ -35,11 +34,17 @@ def test_co_dino(name: str) -> None:
     recipe = find_recipe(name)
     d = recipe.detector
     assert (recipe.loss.classification, recipe.loss.classes, d.soft_nms, recipe.optim.lr) == ("qfl", 1.0, 0.8, 2e-4)
-    assert (d.query_count, d.top_k, d.shared_heads, d.eps, d.position_temperature) == (900, 300, False, 1e-3, 20.0)
-    assert level_strides(d) == (4, 8, 16, 32, 64)
+    assert (d.queries.count, d.top_k, d.decoder.shared_heads, d.eps, d.position_temperature) == (
+        900,
+        300,
+        False,
+        1e-3,
+        20.0,
+    )
+    assert d.level_strides == (4, 8, 16, 32, 64)
     assert recipe.schemes.cdn is not None
     assert (recipe.schemes.cdn.number, recipe.schemes.cdn.label_noise, recipe.schemes.cdn.box_noise) == (100, 0.5, 1.0)
-    assert d.encoder_layers == (9 if name.endswith("9enc") else 6)
+    assert d.encoder.layers == (9 if name.endswith("9enc") else 6)
     assert d.backbone.drop_path == (0.3 if "swin" in name else 0.0)
 
 
@@ -48,7 +53,7 @@ def test_co_deformable_is_free_of_nms() -> None:
     assert recipe.detector == find_recipe("deformable-detr-r50-two-stage-plus").detector
     assert recipe.detector.soft_nms is None
     assert (recipe.loss.classification, recipe.loss.classes, recipe.optim.lr) == ("focal", 2.0, 2e-4)
-    assert level_strides(recipe.detector) == (8, 16, 32, 64)
+    assert recipe.detector.level_strides == (8, 16, 32, 64)
 
 
 @pytest.mark.parametrize(("width", "samples", "hidden"), [(256, 512, 1024), (128, 128, 256)])

@@ -10,6 +10,7 @@ import torch
 from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
+from detrellis.recipes.detector import AnchorQueriesConfig, MixedQueriesConfig
 from detrellis.recipes.schemes import CoConfig
 
 
@@ -82,7 +83,7 @@ def test_override(text: str, path: str, value: object) -> None:
         ("optim.batch_size=0", "optim.batch_size=0 has to be at least 1 and at most 1"),
         ("optim.lr=-1", "optim.lr=-1 has to be above 0 and at most 1"),
         ("optim.ema=2", "optim.ema=2 has to be at least 0 and below 1"),
-        ("detector.query_count=0", "detector.query_count=0 has to be at least 1"),
+        ("detector.queries.count=0", "detector.queries.count=0 has to be at least 1"),
         ("schedule.epochs=0", "schedule.epochs=0 has to be at least 1"),
         ("optim.lr=.inf", "optim.lr=inf has to be a number above 0 and at most 1"),
         ("optim.weight_decay=.nan", "optim.weight_decay=nan has to be a number at least 0"),
@@ -109,6 +110,41 @@ def test_override(text: str, path: str, value: object) -> None:
     ],
 )
 def test_bad_overrides_name_the_remedy(text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        find_recipe("tiny").override([text])
+    assert message in str(error.value)
+
+
+def test_a_kind_is_chosen_with_the_fields_of_that_kind() -> None:
+    base = find_recipe("deformable-detr-r50").override("detector.queries.count=7")
+    chosen = base.override(["detector.queries.kind=anchors", "detector.queries.patterns=3"]).detector.queries
+    assert chosen == AnchorQueriesConfig(count=7, patterns=3)
+    assert base.override("detector.queries={kind: mixed, position: boxes}").detector.queries == MixedQueriesConfig(
+        position="boxes"
+    )
+    back = find_recipe("dn-detr-r50").override(["detector.queries.kind=mixed", "detector.queries.kind=anchors"])
+    assert back.detector.queries == AnchorQueriesConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("detector.queries.patterns=3", "queries.kind=mixed has no 'patterns'"),
+        ("detector.queries.patterns=3", "kind=anchors has it: before this, -o detector.queries.kind=anchors."),
+        ("detector.queries.pattern=3", "Did you mean patterns?"),
+        ("detector.queries.kind=anchor", "Did you mean anchors?"),
+        ("detector.queries.kind=3", "Known: learned, anchors, proposals, mixed"),
+        ("detector.queries=anchors", "Write -o detector.queries.kind=anchors."),
+        ("detector.queries={count: 3}", "detector.queries.kind is missing"),
+        ("detector.queries={kind: anchor}", "detector.queries.kind='anchor' has to be one of learned, anchors"),
+        ("detector.queries={kind: anchors, count: 0}", "detector.queries.count=0 has to be at least 1"),
+        ("detector.queries={kind: mixed, patterns: 2}", "there is no field detector.queries.patterns"),
+        ("detector.queries=3", "detector.queries=3 has to be a mapping of its parts"),
+        ("detector.hidden=512", "Did you mean encoder.hidden or decoder.hidden?"),
+        ("lr=1e-4", "Did you mean optim.lr?"),
+    ],
+)
+def test_a_field_of_another_kind_or_part_is_named(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         find_recipe("tiny").override([text])
     assert message in str(error.value)
@@ -153,21 +189,18 @@ def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("deformable-detr-r50", "detector.query_position=boxes", "queries=anchors"),
-        ("detr-r50", "detector.refine=detached", "refine=none"),
-        ("detr-r50", "detector.levels=4", "levels=1"),
-        ("detr-r50", "detector.queries=proposals", "softmax"),
-        ("dab-detr-r50", "detector.query_position=queries", "query_position=boxes"),
-        ("conditional-detr-r50", "detector.patterns=3", "queries=anchors"),
-        ("tiny", "detector.queries=proposals", "queries=mixed"),
-        ("tiny", "detector.levels=1", "levels=2"),
-        ("tiny", "detector.heads=7", "heads=7"),
+        ("deformable-detr-r50", "detector.cross_attention.position_scale=true", "queries.kind=learned has its own"),
+        ("detr-r50", "detector.decoder.refine=detached", "-o detector.decoder.refine=none"),
+        ("detr-r50", "detector.backbone.strides=[16, 32]", r"-o 'detector.backbone.strides=\[32\]'"),
+        ("detr-r50", "detector.queries.kind=proposals", "softmax"),
+        ("sam-detr-r50", "detector.queries.kind=mixed", "-o detector.queries.kind=anchors"),
+        ("tiny", "detector.encoder.levels=1", "-o detector.encoder.levels=2"),
+        ("tiny", "detector.decoder.heads=7", "decoder.heads=7"),
         ("tiny", "detector.width=48", "32"),
         ("detr-r50", "detector.width=72", None),
-        ("detr-r50", "detector.width=90", "heads=8"),
-        ("detr-r50", "detector.encoder_heads=3", "encoder_heads=3"),
+        ("detr-r50", "detector.width=90", "decoder.heads=8"),
+        ("detr-r50", "detector.encoder.heads=3", "encoder.heads=3"),
         ("co-dab-detr-r50", "detector.width=72", "scheme co and detector.width=72"),
-        ("detr-r50", "detector.encoder_points=3", "encoder=deformable"),
         ("tiny", "detector.backbone.dilation=true", "stride 32"),
         ("tiny", "data.size=[8, 8]", "too small"),
         ("detr-r50", "data.size=16", "32 pixels"),
@@ -201,7 +234,7 @@ PUBLISHED = {
 def test_recipes_hold_the_published_settings(name: str) -> None:
     r = find_recipe(name)
     d = r.detector
-    found = (r.loss.classes, r.loss.cost_classes, d.query_count, d.dropout, d.hidden, d.top_k)
+    found = (r.loss.classes, r.loss.cost_classes, d.queries.count, d.dropout, d.decoder.hidden, d.top_k)
     found += (r.schedule.epochs, d.eps, d.position_temperature, d.position_offset)
     assert found == PUBLISHED[name]
     assert (r.loss.box, r.loss.giou, r.optim.clip, r.optim.batch_size) == (5, 2, 0.1, 16)
@@ -220,7 +253,7 @@ def test_any_recipe_can_be_made_tiny() -> None:
         model = build(recipe, 3)
         assert sum(p.numel() for p in model.detector.parameters()) < 8e6, recipe.name
         assert recipe.schemes == make().schemes
-        assert recipe.optim.lr == (1e-4 if recipe.detector.encoder == "dense" else 4e-4)
+        assert recipe.optim.lr == (1e-4 if recipe.detector.encoder.kind == "dense" else 4e-4)
 
 
 def test_a_scheme_of_names_takes_several() -> None:

@@ -36,53 +36,62 @@ from detrellis.study.rows import plan_schemes
 
 from ..small import images
 
-OF_THE_STUDY = ["optim.lr=1e-3", "detector.query_count=30"]
+OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # A recipe, and what it was changed in, as this version says it.
 CHANGED: dict[str, tuple[str, list[str]]] = {
     "learned": (
         "deformable-detr-r50",
         [
-            *("detector.query_count=7", "detector.content=zero", "detector.points=3", "detector.encoder_points=2"),
-            *("detector.encoder_heads=4", "detector.hidden=44", "detector.encoder_hidden=33", "detector.levels=5"),
-            "detector.refine=detached",
+            *("detector.queries.count=7", "detector.queries.content=zero", "detector.cross_attention.points=3"),
+            *("detector.encoder.points=2", "detector.encoder.heads=4", "detector.encoder.hidden=33"),
+            *("detector.encoder.levels=5", "detector.decoder.hidden=44", "detector.decoder.refine=detached"),
         ],
     ),
     "anchors": (
         "dn-deformable-detr-r50",
         [
-            *("detector.query_count=9", "detector.content=shared", "detector.patterns=2", "detector.indicator=false"),
-            *("detector.fixed_centres=true", "detector.frozen_boxes=true", "detector.position_scale=false"),
-            *("detector.encoder_layers=3", "detector.decoder_layers=4", "detector.heads=4"),
+            *("detector.queries.count=9", "detector.queries.content=shared", "detector.queries.patterns=2"),
+            *("detector.queries.indicator=false", "detector.queries.fixed_centres=true"),
+            *("detector.queries.frozen_boxes=true", "detector.cross_attention.position_scale=false"),
+            *("detector.encoder.layers=3", "detector.encoder.heads=4"),
+            *("detector.decoder.layers=4", "detector.decoder.heads=4"),
         ],
     ),
     "proposals": (
         "deformable-detr-r50-two-stage",
         [
-            *("detector.proposal_targets=classes", "detector.empty_compete=true", "detector.final_norm=true"),
-            *("detector.shared_heads=true", "detector.eps=1e-4", "detector.iou_branch=root", "detector.soft_nms=0.5"),
+            *("detector.queries.proposal_targets=classes", "detector.queries.empty_compete=true"),
+            *("detector.decoder.final_norm=true", "detector.decoder.shared_heads=true"),
+            *("detector.eps=1e-4", "detector.iou_branch=root", "detector.soft_nms=0.5"),
         ],
     ),
     "mixed": (
         "dino-r50",
         [
-            *("detector.query_position=queries", "detector.proposal_targets=objectness", "detector.width=128"),
+            *("detector.queries.position=queries", "detector.queries.proposal_targets=objectness"),
+            "detector.width=128",
             *("detector.position_temperature=30.0", "detector.position_offset=0.25"),
         ],
     ),
-    "mixed, scaled": ("dino-r50", ["detector.position_scale=true"]),
+    "mixed, scaled": ("dino-r50", ["detector.cross_attention.position_scale=true"]),
     "dense": (
         "conditional-detr-r50",
         [
-            *("detector.neck_norm=true", "detector.activation=gelu", "detector.top_k=9", "detector.hidden=48"),
-            *("detector.dropout=0.25", "detector.position_scale=true"),
+            *("detector.encoder.neck_norm=true", "detector.encoder.hidden=48", "detector.decoder.hidden=48"),
+            *("detector.encoder.position_scale=true", "detector.activation=gelu", "detector.top_k=9"),
+            "detector.dropout=0.25",
         ],
     ),
-    "intra-scale": ("smca-detr-ms-r50", ["detector.levels=4", "detector.smca=false", "detector.scores=softmax"]),
+    "intra-scale": (
+        "smca-detr-ms-r50",
+        ["detector.encoder.levels=4", "detector.cross_attention.smca=false", "detector.scores=softmax"],
+    ),
     "semantic": (
         "sam-detr-plus-r50-smca",
         [
-            *("detector.aligner.resample=max", "detector.aligner.keypoints=2", "detector.aligner.reweight=false"),
-            *("detector.aligner.search=image", "detector.aligner.zero_init=true", "detector.points=6"),
+            *("detector.cross_attention.resample=max", "detector.cross_attention.keypoints=2"),
+            *("detector.cross_attention.reweight=false", "detector.cross_attention.search=image"),
+            *("detector.cross_attention.zero_init=true", "detector.encoder.points=6"),
         ],
     ),
     "schemes": (

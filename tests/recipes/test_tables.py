@@ -188,7 +188,7 @@ def test_rows_build_what_they_say(row: Row) -> None:
     assert full.override([*row.override, *row.full]) == full
     assert tiny.override(row.override) == tiny  # the scale undoes nothing
     assert tiny.optim == tiny_sized(base).optim  # and the row does not undo the scale
-    assert tiny.detector.query_count <= max(100, full.detector.query_count)
+    assert tiny.detector.queries.count <= max(100, full.detector.queries.count)
     for recipe in (full, tiny):
         assert recipe.schedule.epochs == (row.epochs or recipe.schedule.epochs)
     assert Recipe.model_validate_json(full.model_dump_json()) == full

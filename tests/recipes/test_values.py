@@ -13,10 +13,10 @@ import torch
 from detrellis.data.classes import ClassMap
 from detrellis.engine.checkpoint import Card
 from detrellis.errors import UserError
-from detrellis.fields import Config
+from detrellis.fields import Config, configs_of, kind_of
 from detrellis.recipes import network
 from detrellis.recipes.build import build
-from detrellis.recipes.config import Recipe, config_of
+from detrellis.recipes.config import Recipe
 from detrellis.recipes.refuse import refuse
 
 from ..small import CLASSES, small
@@ -29,13 +29,14 @@ NONSENSE: tuple[Any, ...] = (
 )
 
 
-def fields(config: type[Config], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all fields."""
+def fields(config: type[Config], prefix: str = "", kind: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted names of all fields, and what `kind` they belong to, where they belong to one of several."""
     for name, field in config.model_fields.items():
-        inner = config_of(field.annotation)
-        yield prefix + name
-        if inner is not None:
-            yield from fields(inner, f"{prefix}{name}.")
+        kinds = configs_of(field.annotation)
+        yield prefix + name, kind
+        for inner in kinds:
+            own = f"{prefix}{name}.kind={kind_of(inner)}" if len(kinds) > 1 else kind
+            yield from fields(inner, f"{prefix}{name}.", own)
 
 
 def with_value(recipe: Recipe, place: str, value: Any) -> Recipe:
@@ -50,14 +51,33 @@ def with_value(recipe: Recipe, place: str, value: Any) -> Recipe:
 
 
 BASE = small("tiny").override(["data.size=[64, 64]"])
+# A recipe that has what the field's kind names; of all others BASE has.
+OTHERS = {
+    "detector.encoder.kind=dense": "dab_detr_r50",
+    "detector.encoder.kind=intra_scale": "smca_detr_ms_r50",
+    "detector.queries.kind=learned": "deformable_detr_r50",
+    "detector.queries.kind=anchors": "dab_detr_r50",
+    "detector.queries.kind=proposals": "deformable_detr_r50_two_stage",
+    "detector.cross_attention.kind=dense": "smca_detr_r50",
+    "detector.cross_attention.kind=conditional": "dab_detr_r50",
+    "detector.cross_attention.kind=semantic": "sam_detr_r50_smca",
+}
 
 
-def refusal(place: str, value: Any) -> str | None:
+@cache
+def base_of(kind: str) -> Recipe:
+    if kind not in OTHERS:
+        assert not kind or BASE.override(kind) == BASE
+        return BASE
+    return small(OTHERS[kind], ["none"]).override(["data.size=[64, 64]"])
+
+
+def refusal(base: Recipe, place: str, value: Any) -> str | None:
     """What is said against the value; None where the recipe builds with it."""
     try:
-        recipe = with_value(BASE, place, value)
+        recipe = with_value(base, place, value)
         assert not any(value is odd for odd in NO_NUMBERS)
-        if recipe.model_copy(update={"data": BASE.data, "schedule": BASE.schedule}) == BASE:
+        if recipe.model_copy(update={"data": base.data, "schedule": base.schedule}) == base:
             refuse(recipe)  # the network is the same
         else:
             with torch.device("meta"):
@@ -76,11 +96,11 @@ def one_backbone() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
-@pytest.mark.parametrize("place", fields(Recipe))
-def test_a_value_fits_or_is_refused_by_name(place: str) -> None:
+@pytest.mark.parametrize(("place", "kind"), fields(Recipe))
+def test_a_value_fits_or_is_refused_by_name(place: str, kind: str) -> None:
     name, *parents = reversed(place.split("."))
     for value in NONSENSE:
-        said = refusal(place, value)
+        said = refusal(base_of(kind), place, value)
         assert said is None or name in said or parents[0] in said, (value, said)
 
 
@@ -88,6 +108,6 @@ def test_a_stored_recipe_that_no_longer_fits_is_one_clear_error(tmp_path: Path) 
     metadata = Card(BASE, ClassMap((1,), ("cat",)), {}, 0, False).to_metadata()
     assert Card.from_metadata(metadata, tmp_path).recipe == BASE
     metadata["detrellis"] = metadata["detrellis"].replace('"points": 4', '"points": 0')
-    with pytest.raises(UserError, match=r"detector\.points=0 has to be at least 1") as error:
+    with pytest.raises(UserError, match=r"detector\.encoder\.points=0 has to be at least 1") as error:
         Card.from_metadata(metadata, tmp_path)
     assert str(tmp_path) in str(error.value)

@@ -14,7 +14,6 @@ from detrellis.errors import UserError
 from detrellis.nn.neck import flatten
 from detrellis.nn.position import SineMap
 from detrellis.recipes.build import build
-from detrellis.recipes.refuse import level_strides
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
 from detrellis.schemes.collaborative.queries import LEAST, choose
@@ -278,5 +277,5 @@ def test_several_levels_get_a_coarser_one() -> None:
 
 def test_strides_of_the_levels() -> None:
     names = ("dino_r50", "dino_r50_5scale", "dab_detr_r50_dc5")
-    strides = {name: level_strides(with_own_backbone(name).detector) for name in names}
+    strides = {name: with_own_backbone(name).detector.level_strides for name in names}
     assert strides == {"dino_r50": (8, 16, 32, 64), "dino_r50_5scale": (4, 8, 16, 32, 64), "dab_detr_r50_dc5": (16,)}

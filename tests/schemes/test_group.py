@@ -156,7 +156,7 @@ def test_proposals_without_heads(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["heads", "shared", "split"])
 def test_few_tokens(kind: str) -> None:
-    settings = [f"schemes.group.proposals={kind}", "detector.query_count=100"]
+    settings = [f"schemes.group.proposals={kind}", "detector.queries.count=100"]
     model = build(small("tiny", ["group=3"]).override(settings), CLASSES)
     losses = model(images(((64, 96), (32, 32))), targets((2, 1))).losses
     assert all(v.isfinite() for v in losses.values())
@@ -253,7 +253,7 @@ def test_one_group_is_the_base() -> None:
 
 def test_patterns_are_refused_and_hybrid_is_advised_against() -> None:
     with pytest.raises(UserError, match="patterns"):
-        build(small("dab_detr_r50", ["group=2"]).override("detector.patterns=3"), CLASSES)
+        build(small("dab_detr_r50", ["group=2"]).override("detector.queries.patterns=3"), CLASSES)
     with pytest.warns(Advice, match="twice"):
         build(small("tiny", ["group=2", "hybrid=2"]), CLASSES)
 

@@ -49,7 +49,7 @@ def test_proposals_are_those_ranked_after_the_main_ones() -> None:
 
 
 def test_too_few_tokens_for_a_second_block() -> None:
-    model = build(small("tiny", ["none", "hybrid"]).override("detector.query_count=500"), CLASSES).eval()
+    model = build(small("tiny", ["none", "hybrid"]).override("detector.queries.count=500"), CLASSES).eval()
     assert model.training_schemes[0].extend(step_of(model, targets((2, 3)))).blocks == []
 
 
@@ -66,13 +66,13 @@ def test_divisor_weight_and_k() -> None:
 
 def test_the_default_size_follows_the_detector() -> None:
     for own, extra in ((12, 60), (900, 1500)):
-        settings = ["schemes.hybrid.queries=null", f"detector.query_count={own}"]
+        settings = ["schemes.hybrid.queries=null", f"detector.queries.count={own}"]
         model = build(small("tiny", ["none", "hybrid"]).override(settings), CLASSES)
         assert model.training_schemes[0].extra_queries == extra
 
 
 def test_patterns_multiply_the_second_block_too() -> None:
-    _, step, block = second("dab_detr_r50", "detector.patterns=3")
+    _, step, block = second("dab_detr_r50", "detector.queries.patterns=3")
     assert step.queries.content.shape[1] == 36
     assert block.queries.content.shape[1] == 45
 

@@ -127,7 +127,7 @@ def _measure(nms: Sequence[float], opened: OpenedSplit, name: str, show: bool) -
 def _queries(opened: OpenedSplit) -> tuple[int, int]:
     """How many are matched in training, and in how many groups; denoising's are not matched."""
     config, detector = opened.model.recipe.detector, opened.model.detector
-    count = config.query_count * max(config.patterns, 1)
+    count = config.queries.count * max(config.queries.patterns, 1)
     if opened.model.recipe.schemes.group is None:
         return count, 1
     schemes = build_schemes(opened.model.recipe, detector, len(opened.model.classes), seed=0)

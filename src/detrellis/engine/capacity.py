@@ -9,6 +9,6 @@ from detrellis.recipes.config import Recipe
 def capacity(recipe: Recipe) -> Capacity:
     """The capacity of a recipe's detector, with which the doctor compares the fullest image."""
     detector, align = recipe.detector, recipe.schemes.align
-    patterns = max(detector.patterns, 1)
+    patterns = max(detector.queries.patterns, 1)
     each = 1 if align is None else align.k
-    return Capacity(detector.query_count * patterns, detector.top_k, each, patterns)
+    return Capacity(detector.queries.count * patterns, detector.top_k, each, patterns)

@@ -75,6 +75,6 @@ def measure(recipe: Recipe, classes: int) -> RecipeInfo:
         trainable,
         round(counter.get_total_flops() / 2 / 1e9, 2),
         (height, width),
-        recipe.detector.query_count,
+        recipe.detector.queries.count,
         tuple(costs),
     )

@@ -139,8 +139,7 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
     model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed, stored=filled)
     report = None
     if initial is not None:
-        objectness = recipe.detector.proposal_targets == "objectness"
-        report = transfer(model.detector, classes, initial, objectness=objectness)
+        report = transfer(model.detector, classes, initial, objectness=recipe.detector.objectness)
         for scheme in model.training_schemes:
             scheme.start_from(model.detector)
     if job.boxes is not None:

@@ -94,13 +94,13 @@ def take_boxes(detector: Detector, weights: Mapping[str, Tensor]) -> None:
         if not all(name in tensors for name in REFERENCE_BOXES):
             raise UserError(
                 f"--boxes: {where} no reference boxes",
-                "They belong to detectors with queries=anchors, such as sam-detr-r50 or dab-detr-r50.",
+                "They belong to detectors with queries.kind=anchors, such as sam-detr-r50 or dab-detr-r50.",
             )
     here, there = (len(tensors[REFERENCE_BOXES[0]]) for tensors in (state, weights))
     if here != there:
         raise UserError(
             f"--boxes: {there} reference boxes in the weights, {here} in this detector",
-            f"Take as many: -o detector.query_count={there}.",
+            f"Take as many: -o detector.queries.count={there}.",
         )
     with torch.no_grad():
         for name in REFERENCE_BOXES:

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from detrellis.errors import UserError
 from detrellis.recipes.conditional import conditional_detr_r50
-from detrellis.recipes.config import BackboneConfig, DetectorConfig, Recipe
+from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage
+from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.detr import detr_r50
+from detrellis.recipes.overrides import merged
 
 Config = Mapping[str, Any]
 
@@ -84,6 +87,8 @@ ALIASES = {  # what all but DAB-DETR's files may call the same
     "num_attention_heads": "encoder_attention_heads",
     "num_hidden_layers": "encoder_layers",
 }
+# Sizes that encoder and decoder have each: our name.
+SIZES = {"layers": "layers", "ffn_dim": "hidden", "attention_heads": "heads"}
 ACTIVATIONS = {"relu": "relu", "prelu": "prelu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
 ARCHITECTURES = {
     "detr": "DetrForObjectDetection",
@@ -120,7 +125,7 @@ def recipe_of(config: Config) -> Recipe:
     aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
     full = {**DEFAULTS, **own, **aliases, **config}
     recipe = deformable_detr_r50_two_stage() if kind == "deformable_detr" and full["two_stage"] else make()
-    detector = DetectorConfig.checked(recipe.detector.model_dump() | _sizes(kind, full))
+    detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(kind, full)))
     return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector})
 
 
@@ -137,21 +142,20 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
     found = {
         "backbone": _backbone(config, several=deformable and config["num_feature_levels"] > 1).model_dump(),
         "width": config["hidden_size"] if kind == "dab-detr" else config["d_model"],
-        **_parts(config, "attention_heads", "heads"),
-        **_parts(config, "ffn_dim", "hidden"),
-        "encoder_layers": config["encoder_layers"],
-        "decoder_layers": config["decoder_layers"],
+        "encoder": _part(config, "encoder"),
+        "decoder": _part(config, "decoder"),
+        "queries": {"count": config["num_queries"]},
         "dropout": config["dropout"],
         "activation": ACTIVATIONS[activation],
-        "query_count": config["num_queries"],
         "eps": 1e-5,
         "top_k": config["num_queries"] if kind == "detr" else 100,
     }
     if kind == "dab-detr":
         if config["temperature_height"] != config["temperature_width"]:
             raise UserError("config.json: temperature_height and temperature_width differ: not supported")
-        found |= {"position_temperature": float(config["temperature_height"]), "patterns": config["num_patterns"]}
-    return found | (_deformable_sizes(config) if deformable else {})
+        found["position_temperature"] = float(config["temperature_height"])
+        found["queries"]["patterns"] = config["num_patterns"]
+    return merged(found, _deformable_sizes(config)) if deformable else found
 
 
 def _deformable_sizes(config: Config) -> dict[str, Any]:
@@ -159,19 +163,16 @@ def _deformable_sizes(config: Config) -> dict[str, Any]:
     if two_stage and not config["with_box_refine"]:
         raise UserError("config.json: two_stage needs with_box_refine", "transformers refuses it too.")
     return {
-        "levels": config["num_feature_levels"],
-        **_parts(config, "n_points", "points"),
-        "queries": "proposals" if two_stage else "learned",
-        "query_count": config["two_stage_num_proposals"] if two_stage else config["num_queries"],
-        "refine": "detached" if config["with_box_refine"] else "none",
-        "empty_compete": two_stage,
+        "encoder": {"levels": config["num_feature_levels"], "points": config["encoder_n_points"]},
+        "cross_attention": {"points": config["decoder_n_points"]},
+        "queries": {"count": config["two_stage_num_proposals"], "empty_compete": True} if two_stage else {},
+        "decoder": {"refine": "detached" if config["with_box_refine"] else "none"},
     }
 
 
-def _parts(config: Config, theirs: str, ours: str) -> dict[str, Any]:
-    """A size of the decoder, and of the encoder where that has its own."""
-    encoder, decoder = config[f"encoder_{theirs}"], config[f"decoder_{theirs}"]
-    return {ours: decoder, f"encoder_{ours}": None if encoder == decoder else encoder}
+def _part(config: Config, part: str) -> dict[str, Any]:
+    """The sizes of the encoder, or of the decoder."""
+    return {ours: config[f"{part}_{theirs}"] for theirs, ours in SIZES.items()}
 
 
 def is_native(config: Config) -> bool:
@@ -224,17 +225,17 @@ def _backbone(config: Config, *, several: bool) -> BackboneConfig:
 
 def family_of(detector: DetectorConfig) -> str:
     """Their model type for a detector. `UserError` with the reason where they have none."""
-    dense, learned = detector.encoder == "dense", detector.queries == "learned"
-    anchors = detector.queries == "anchors"
+    encoder, attention, queries = detector.encoder.kind, detector.cross_attention.kind, detector.queries
     kind = {
         ("dense", "dense", "learned"): "detr",
         ("dense", "conditional", "learned"): "conditional_detr",
         ("dense", "conditional", "anchors"): "dab-detr",
         ("deformable", "deformable", "learned"): "deformable_detr",
         ("deformable", "deformable", "proposals"): "deformable_detr",
-    }.get((detector.encoder, detector.cross_attention, detector.queries))
-    single = detector.cross_attention == "deformable" and detector.final_norm
-    unusual = (dense and learned and detector.content == "learned") or (anchors and detector.content == "learned")
+    }.get((encoder, attention, queries.kind))
+    single = attention == "deformable" and detector.decoder.final_norm
+    dense = encoder == "dense" or queries.kind == "anchors"
+    unusual = dense and queries.kind in ("learned", "anchors") and queries.content == "learned"
     if kind is None or single or unusual or not re.fullmatch(r"resnet\d+", detector.backbone.name):
         raise UserError(
             "this detector cannot be saved for transformers: it has no such model",
@@ -242,8 +243,8 @@ def family_of(detector: DetectorConfig) -> str:
             "or proposals, each with a ResNet.",
         )
     expected = FAMILIES[kind][0]().detector
-    for name in ("scores", "position_temperature", "position_offset", "final_norm", "iou_branch"):
-        own, theirs = getattr(detector, name), getattr(expected, name)
+    for name in ("scores", "position_temperature", "position_offset", "decoder.final_norm", "iou_branch"):
+        own, theirs = (attrgetter(name)(config) for config in (detector, expected))
         if own != theirs and (kind, name) != ("dab-detr", "position_temperature"):
             raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {theirs}")
     return kind
@@ -258,7 +259,7 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "hidden_size" if kind == "dab-detr" else "d_model": detector.width,
-        "num_queries": detector.query_count,
+        "num_queries": detector.queries.count,
         "dropout": detector.dropout,
         "attention_dropout": 0.0 if deformable else detector.dropout,
         "activation_function": detector.activation,
@@ -277,25 +278,23 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
             "output_stride": 16 if detector.backbone.dilation else None,
         },
     }
-    sizes = {"layers": "layers", "ffn_dim": "hidden", "attention_heads": "heads"} | (
-        {"n_points": "points"} if deformable else {}
-    )
-    for theirs, ours in sizes.items():
-        decoder = getattr(detector, "decoder_layers" if ours == "layers" else ours)
-        config |= {f"encoder_{theirs}": getattr(detector, f"encoder_{ours}") or decoder, f"decoder_{theirs}": decoder}
-    if kind == "dab-detr":
+    for name, part in (("encoder", detector.encoder), ("decoder", detector.decoder)):
+        config |= {f"{name}_{theirs}": getattr(part, ours) for theirs, ours in SIZES.items()}
+    if detector.queries.kind == "anchors":
         temperature = int(detector.position_temperature)
         # DN-DETR's one content for all queries is a pattern.
-        patterns = detector.patterns or (1 if detector.content == "shared" else 0)
+        patterns = detector.queries.patterns or (1 if detector.queries.content == "shared" else 0)
         config |= {"temperature_height": temperature, "temperature_width": temperature, "num_patterns": patterns}
-        config["random_refpoints_xy"] = detector.fixed_centres
-    if deformable:
-        two_stage = detector.queries == "proposals"
+        config["random_refpoints_xy"] = detector.queries.fixed_centres
+    if detector.encoder.kind == "deformable" and detector.cross_attention.kind == "deformable":
+        two_stage = detector.queries.kind == "proposals"
         config |= {
-            "num_feature_levels": detector.levels,
+            "encoder_n_points": detector.encoder.points,
+            "decoder_n_points": detector.cross_attention.points,
+            "num_feature_levels": detector.encoder.levels,
             "two_stage": two_stage,
-            "two_stage_num_proposals": detector.query_count,
-            "with_box_refine": detector.refine != "none",
+            "two_stage_num_proposals": detector.queries.count,
+            "with_box_refine": detector.decoder.refine != "none",
             # Tying would replace the class heads of all layers by the first one.
             "tie_word_embeddings": False,
         }

@@ -72,7 +72,7 @@ def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
         raise UserError(f"its configuration cannot be understood ({error})", "Take another copy of it.") from None
     kind = huggingface.kind_of(config)
     weights = {huggingface.modern(name, kind): value for name, value in read_folder(folder).items()}
-    weights |= _tied_heads(weights, recipe.detector.decoder_layers)
+    weights |= _tied_heads(weights, recipe.detector.decoder.layers)
     named = labels if classes is None else _fitting(classes, len(labels))
     rows = huggingface_names(recipe.detector, native)
     return _convert(weights, rows, recipe, named)
@@ -149,7 +149,7 @@ def _convert(weights: Mapping[str, Tensor], rows: list[Row], recipe: Recipe, cla
     with torch.device("meta"):
         detector = build_detector(recipe.detector, len(classes))
     state = detector.state_dict()
-    links: list[Link] = link_up(state, rows, recipe.detector.decoder_layers)
+    links: list[Link] = link_up(state, rows, recipe.detector.decoder.layers)
     assert not (left := missing(state, links)), f"no table names {left[0]}"
     converted = to_ours(weights, links, {name: value.shape for name, value in state.items()})
     floats = {name: value.float() for name, value in converted.items()}

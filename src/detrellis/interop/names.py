@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detrellis.interop.links import Row
-from detrellis.recipes.config import DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 
 # Ours is one matrix.
 QKV = "{q,k,v}_proj"
@@ -11,14 +11,14 @@ QKV = "{q,k,v}_proj"
 
 def huggingface(config: DetectorConfig, native: bool = False) -> list[Row]:
     """Names in memory, which `modern` makes of those on disk; `native`: the backbone is their own ResNet."""
-    if config.cross_attention == "deformable":
+    if config.cross_attention.kind == "deformable":
         own = _hf_deformable(config)
         backbone = "model.backbone.model"
-    elif config.queries == "anchors":
+    elif config.queries.kind == "anchors":
         own = HF_DAB
         backbone = "model.backbone.conv_encoder.model" + ("" if native else "._backbone")
     else:
-        own = HF_DETR + (HF_CONDITIONAL if config.cross_attention == "conditional" else HF_DENSE_DECODER)
+        own = HF_DETR + (HF_CONDITIONAL if config.cross_attention.kind == "conditional" else HF_DENSE_DECODER)
         backbone = "model.backbone.model"
     return [*own, *HF_SHARED, *(_hf_resnet(backbone) if native else torchvision(backbone))]
 
@@ -128,8 +128,8 @@ HF_DAB = [
 
 
 def _hf_deformable(config: DetectorConfig) -> list[Row]:
-    layers, maps = config.decoder_layers, len(config.backbone.strides)
-    refine, two_stage = config.refine != "none", config.queries != "learned"
+    layers, maps = config.decoder.layers, len(config.backbone.strides)
+    refine, two_stage = config.decoder.refine != "none", config.two_stage
     # With refinement the decoder holds the box heads too, in two stages also the class heads; without it ours is one.
     classes = "class_embed.*" + ("|model.decoder.class_embed.*" if two_stage else "")
     boxes = "bbox_embed.*" + ("|model.decoder.bbox_embed.*" if refine else "")

@@ -17,15 +17,17 @@ from detrellis.errors import UserError
 from detrellis.interop.links import Row
 from detrellis.interop.names import deformable_neck, sampling, torchvision
 from detrellis.recipes.conditional import conditional_detr_r50
-from detrellis.recipes.config import BackboneConfig, DetectorConfig, Recipe
+from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_deformable_detr_r50, dab_detr_r50, dn_deformable_detr_r50, dn_detr_r50
 from detrellis.recipes.deformable import (
     deformable_detr_r50,
     deformable_detr_r50_two_stage,
     deformable_detr_r50_two_stage_plus,
 )
+from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.dino import dino_r50
+from detrellis.recipes.overrides import merged
 
 Weights = Mapping[str, Tensor]
 # Learned for each query, one of them in each family.
@@ -47,7 +49,7 @@ def recipe_of(weights: Weights, arguments: Mapping[str, Any]) -> Recipe:
         )
     recipe = make()
     sizes = _sizes(weights, recipe.detector, arguments)
-    detector = DetectorConfig.checked(recipe.detector.model_dump() | sizes)
+    detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), sizes))
     name = recipe.name.replace("-r50", "")
     return recipe.model_copy(update={"name": name, "detector": detector})
 
@@ -92,31 +94,37 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
     detrex = is_detrex(weights)
     name = "ffns.0.layers.0.0.weight" if detrex else "linear1.weight"
     encoder, decoder = (weights[f"transformer.{part}.layers.0.{name}"] for part in ("encoder", "decoder"))
+    heads = int(arguments.get("nheads", detector.decoder.heads))
+    layers = {part: _count(weights, f"transformer.{part}.layers") for part in ("encoder", "decoder")}
     found: dict[str, Any] = {
         "width": encoder.shape[1],
-        "hidden": decoder.shape[0],
-        "encoder_hidden": None if encoder.shape == decoder.shape else encoder.shape[0],
-        "heads": int(arguments.get("nheads", detector.heads)),
-        "encoder_layers": _count(weights, "transformer.encoder.layers"),
-        "decoder_layers": _count(weights, "transformer.decoder.layers"),
+        "encoder": {"heads": heads, "hidden": encoder.shape[0], "layers": layers["encoder"]},
+        "decoder": {"heads": heads, "hidden": decoder.shape[0], "layers": layers["decoder"]},
+        "queries": _query_sizes(weights, detector, arguments),
         "backbone": _backbone(weights, detector, arguments).model_dump(),
     }
-    if detector.encoder == "deformable":
-        found |= _deformable_sizes(weights, detector, found["heads"])
-    if "transformer.enc_output.weight" in weights:
-        found["empty_compete"] = True
+    if detector.encoder.kind == "deformable":
+        found = merged(found, _deformable_sizes(weights, detector, heads))
     if detrex:
         found |= {"position_temperature": 10000.0, "position_offset": -0.5}
-    if detector.queries == "proposals":
-        found["query_count"] = int(arguments.get("num_queries", detector.query_count))
+    if detector.scores == "softmax":
+        found["top_k"] = found["queries"]["count"]
+    return found
+
+
+def _query_sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if detector.queries.kind == "proposals":
+        found["count"] = int(arguments.get("num_queries", detector.queries.count))
     else:
         rows = weights[next((k for k in LEARNED if k in weights), LEARNED[-1])].shape[0]
         rows = min(rows, int(arguments.get("num_queries_one2one", rows)))  # H-DETR
-        found["query_count"] = rows // max(int(arguments.get("group_detr", 1)), 1)
-    if "transformer.patterns.weight" in weights and not detector.indicator:
+        found["count"] = rows // max(int(arguments.get("group_detr", 1)), 1)
+    if "transformer.enc_output.weight" in weights:
+        found["empty_compete"] = True
+    anchors = detector.queries.kind == "anchors" and not detector.queries.indicator
+    if anchors and "transformer.patterns.weight" in weights:
         found["patterns"] = weights["transformer.patterns.weight"].shape[0]
-    if detector.scores == "softmax":
-        found["top_k"] = found["query_count"]
     return found
 
 
@@ -128,15 +136,19 @@ def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) ->
         weights[f"transformer.{part}.layers.0.{name}.attention_weights.weight"].shape[0] // (heads * levels)
         for part, name in (("encoder", of_encoder), ("decoder", of_decoder))
     )
-    own = None if encoder == decoder else encoder
-    found: dict[str, Any] = {"levels": levels, "points": decoder, "encoder_points": own}
     first, second = (weights.get(f"class_embed.{i}.weight") for i in (0, 1))
     shared = first is not None and second is not None and torch.equal(first, second)
-    if detector.query_position == "boxes" and detector.queries == "mixed":
-        found["shared_heads"] = shared
-    elif detector.queries in ("learned", "proposals"):
-        found["refine"] = "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
-    return found
+    heads_of: dict[str, Any] = {}
+    if _is_dino(detector):
+        heads_of["shared_heads"] = shared
+    elif detector.queries.kind in ("learned", "proposals"):
+        heads_of["refine"] = "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
+    sizes = {"encoder": {"levels": levels, "points": encoder}, "cross_attention": {"points": decoder}}
+    return sizes | {"decoder": heads_of}
+
+
+def _is_dino(detector: DetectorConfig) -> bool:
+    return detector.queries.kind == "mixed" and detector.queries.position == "boxes"
 
 
 def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> BackboneConfig:
@@ -165,15 +177,19 @@ def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str
 
 def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
     """DN-DETR's content of the main queries, the last row of its label embedding, under a name of its own."""
-    if detector.content != "shared" or "label_enc.weight" not in weights:
+    if not _shares_content(detector) or "label_enc.weight" not in weights:
         return {}
     return {"unknown_label": weights["label_enc.weight"][-1:]}
+
+
+def _shares_content(detector: DetectorConfig) -> bool:
+    return detector.queries.kind == "anchors" and detector.queries.content == "shared"
 
 
 def own_queries(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
     """The first queries, where the tensor also holds those of training: H-DETR's second branch, Group DETR's groups."""
     present = {name: weights[name] for name in LEARNED if name in weights}
-    return {k: v[: detector.query_count] for k, v in present.items() if len(v) > detector.query_count}
+    return {k: v[: detector.queries.count] for k, v in present.items() if len(v) > detector.queries.count}
 
 
 def table(detector: DetectorConfig, detrex: bool) -> list[Row]:
@@ -197,7 +213,7 @@ def table(detector: DetectorConfig, detrex: bool) -> list[Row]:
         Row("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
         Row("queries.{centres,sizes}", "refpoint_embed.weight", 1),
     ]
-    return [*(_deformable(detector) if detector.encoder == "deformable" else _dense(detector)), *shared]
+    return [*(_deformable(detector) if detector.encoder.kind == "deformable" else _dense(detector)), *shared]
 
 
 def _packed(ours: str, theirs: str) -> list[Row]:
@@ -206,8 +222,8 @@ def _packed(ours: str, theirs: str) -> list[Row]:
 
 def _dense(detector: DetectorConfig) -> list[Row]:
     decoder = "transformer.decoder.layers.*"
-    anchors = detector.queries == "anchors"
-    content = "unknown_label" if detector.content == "shared" else "transformer.patterns.weight"
+    anchors = detector.queries.kind == "anchors"
+    content = "unknown_label" if _shares_content(detector) else "transformer.patterns.weight"
     return [
         Row("neck.projection", "input_proj"),
         Row("queries.position", "query_embed.weight"),
@@ -229,7 +245,7 @@ def _dense(detector: DetectorConfig) -> list[Row]:
         Row("decoder.layers.*.cross_attention.key_position", f"{decoder}.ca_kpos_proj"),
         Row(
             "decoder.layers.*.cross_attention.output",
-            f"{decoder}.{'multihead_attn' if detector.cross_attention == 'dense' else 'cross_attn'}.out_proj",
+            f"{decoder}.{'multihead_attn' if detector.cross_attention.kind == 'dense' else 'cross_attn'}.out_proj",
         ),
         Row("decoder.heads.classes.0", "class_embed"),
         Row("decoder.heads.boxes.0.@", "bbox_embed.@" + ("|transformer.decoder.bbox_embed.@" if anchors else "")),
@@ -237,8 +253,8 @@ def _dense(detector: DetectorConfig) -> list[Row]:
 
 
 def _deformable(detector: DetectorConfig) -> list[Row]:
-    last = detector.decoder_layers
-    dino = detector.queries == "mixed" and detector.query_position == "boxes"
+    last = detector.decoder.layers
+    dino = _is_dino(detector)
     classify, move = (
         ("transformer.enc_out_class_embed", "transformer.enc_out_bbox_embed.@")
         if dino
@@ -253,8 +269,8 @@ def _deformable(detector: DetectorConfig) -> list[Row]:
         Row("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm1"),
         Row("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm2"),
         *(
-            [Row("queries.content", content[detector.queries])]
-            if detector.queries in content
+            [Row("queries.content", content[detector.queries.kind])]
+            if detector.queries.kind in content
             else [Row("queries.{position,content}", "query_embed.weight", 1)]
         ),
         Row("queries.reference", "transformer.reference_points"),
@@ -270,7 +286,7 @@ def _deformable(detector: DetectorConfig) -> list[Row]:
 
 def heads(detector: DetectorConfig) -> list[Row]:
     """Class and box heads: one a layer in theirs, which share a tensor where ours is one."""
-    own = "0" if detector.shared_heads or detector.refine == "none" else "*"
+    own = "0" if detector.decoder.shared_heads or detector.decoder.refine == "none" else "*"
     return [
         Row(f"decoder.heads.classes.{own}", "class_embed.*"),
         *(Row(f"decoder.heads.boxes.{own}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
@@ -278,7 +294,7 @@ def heads(detector: DetectorConfig) -> list[Row]:
 
 
 def _detrex(detector: DetectorConfig) -> list[Row]:
-    last = detector.decoder_layers
+    last = detector.decoder.layers
     encoder, decoder = "transformer.encoder.layers.*", "transformer.decoder.layers.*"
     backbone = [Row("backbone.stem.0", "backbone.stem.conv1"), Row("backbone.stem.1", "backbone.stem.conv1.norm")]
     for stage in range(1, 5):

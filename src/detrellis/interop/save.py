@@ -29,10 +29,12 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     config = huggingface.config_of(recipe, dict(enumerate(_distinct(classes.names))))
     config["detrellis_category_ids"] = list(classes.ids)
     kind, detector = config["model_type"], recipe.detector
-    links = link_up(weights, huggingface_names(detector), detector.decoder_layers)
+    links = link_up(weights, huggingface_names(detector), detector.decoder.layers)
     assert not (left := missing(weights, links)), f"no table names {left[0]}"
     ready = dict(weights)
-    if detector.indicator:  # theirs has no channel kept free: its zero becomes a part of the pattern
+    if (
+        detector.queries.kind == "anchors" and detector.queries.indicator
+    ):  # theirs has no channel kept free: its zero becomes a part of the pattern
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
     theirs = {huggingface.on_disk(k, kind): v.detach().cpu().contiguous() for k, v in to_theirs(ready, links).items()}
     replace_files(
@@ -81,7 +83,8 @@ def _processor(kind: str, recipe: Recipe) -> dict[str, Any]:
 
 def _differences(kind: str, recipe: Recipe) -> list[str]:
     found = []
-    if recipe.detector.queries == "proposals" and not recipe.detector.empty_compete:
+    queries = recipe.detector.queries
+    if queries.kind == "proposals" and not queries.empty_compete:
         found.append("tokens that can propose nothing compete with their score there, ours come last")
     if kind == "dab-detr" and recipe.detector.eps != 1e-5:
         found.append(

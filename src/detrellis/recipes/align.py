@@ -25,7 +25,7 @@ def _detrex_dino() -> Recipe:
     the last layer is matched otherwise than the others, and no weight decay on normalisation layers."""
     base = dino_r50()
     changes = {
-        "detector": base.detector.model_copy(update={"shared_heads": False}),
+        "detector": base.detector.replace(decoder=base.detector.decoder.replace(shared_heads=False)),
         "optim": base.optim.model_copy(update={"decay_norms": False}),
     }
     return base.model_copy(update=changes)
@@ -66,12 +66,12 @@ def align_dab_detr_r50_dc5() -> Recipe:
 def align_dab_detr_r101_dc5() -> Recipe:
     """The same with a ResNet-101."""
     smaller = align_dab_detr_r50_dc5()
-    backbone = smaller.detector.backbone.model_copy(update={"name": "resnet101"})
+    backbone = smaller.detector.backbone.replace(name="resnet101")
     return smaller.model_copy(
         update={
             "name": "align-dab-detr-r101-dc5",
             "about": "Align-DETR on DAB-DETR, ResNet-101 with a dilated last stage",
-            "detector": smaller.detector.model_copy(update={"backbone": backbone}),
+            "detector": smaller.detector.replace(backbone=backbone),
         }
     )
 

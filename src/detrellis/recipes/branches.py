@@ -7,8 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from detrellis.recipes.config import DetectorConfig
-from detrellis.recipes.refuse import level_strides
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.schemes.collaborative.atss import ATSS
 from detrellis.schemes.collaborative.dense import DenseBranch
 from detrellis.schemes.collaborative.fcos import FCOS
@@ -30,10 +29,10 @@ def build_branches(
     A width of 256 has the paper's 512 regions and 1024 hidden units, one of 128 a quarter of both.
     """
     adapter: Coarser | Pyramid
-    if config.levels == 1:
-        adapter = Pyramid(config.width, level_strides(config)[-1])
+    if config.encoder.levels == 1:
+        adapter = Pyramid(config.width, config.level_strides[-1])
     else:
-        adapter = Coarser(config.width, level_strides(config))
+        adapter = Coarser(config.width, config.level_strides)
     network = (config.width, classes)
     regions = {"appended": 1, "samples": config.width**2 // 128, "hidden": config.width**2 // 64}
     makers: dict[str, Callable[[], nn.Module]] = {

@@ -15,9 +15,10 @@ from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.nn.accelerate import accelerate
 from detrellis.recipes.branches import build_branches
-from detrellis.recipes.config import DetectorConfig, Recipe
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.network import build_detector
-from detrellis.recipes.refuse import MISSING, capabilities, refuse
+from detrellis.recipes.refuse import MISSING, refuse
 from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.cdn import ContrastiveDenoising
@@ -49,9 +50,8 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
             torch.manual_seed(_seed(seed, name))
             built.append(makers[name](**config.model_dump()))
     accelerate(*built)
-    able = capabilities(recipe.detector)
     for scheme in built:
-        for missing in sorted(scheme.requires - able):
+        for missing in sorted(scheme.requires - recipe.detector.capabilities):
             reason, remedy = MISSING[missing]
             raise UserError(f"scheme {scheme.name} cannot train {recipe.name}: {reason}", f"Leave it out, or {remedy}.")
     return built
@@ -59,21 +59,20 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
 
 def _hybrid(config: DetectorConfig, detector: Detector, queries: int | None = None, **dials: Any) -> Hybrid:
     """The paper has 1500 beside 300."""
-    return Hybrid(detector.queries, queries=queries or min(5 * config.query_count, 1500), **dials)
+    return Hybrid(detector.queries, queries=queries or min(5 * config.queries.count, 1500), **dials)
 
 
 def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **dials: Any) -> Group:
     """The paper has 11 groups, and 3 of DINO's larger ones."""
-    two_stage = config.queries in ("proposals", "mixed")
-    return Group(detector.queries, config.query_count, k=k or (3 if two_stage else 11), **dials)
+    return Group(detector.queries, config.queries.count, k=k or (3 if config.two_stage else 11), **dials)
 
 
 def _co(recipe: Recipe, classes: int, **dials: Any) -> Collaborative:
     """Branches in proportion to the detector's width; queries of the detector's kind."""
     config = recipe.detector
-    positioned = config.query_position == "queries"
+    positioned = config.queries.position == "queries"
     features = positioned if dials["features"] is None else dials["features"]
-    chosen = {"features": features, "positioned": positioned, "layers": config.decoder_layers}
+    chosen = {"features": features, "positioned": positioned, "layers": config.decoder.layers}
     adapter, branches = build_branches(config, classes, dials.pop("branches"), dials.pop("convolutions"))
     return Collaborative(config.width, adapter, branches, **dials | chosen)
 
@@ -105,7 +104,7 @@ def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) 
         detector,
         build_schemes(recipe, detector, classes, seed),
         build_supervision(recipe),
-        proposal_targets=recipe.detector.proposal_targets,
+        proposal_targets="objectness" if recipe.detector.objectness else "classes",
     )
     if not stored:
         _refuse_idle_factors(recipe.optim.scaled, [name for name, _ in model.named_parameters()])

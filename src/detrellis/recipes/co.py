@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from detrellis.recipes.conditional import conditional_detr_r50
-from detrellis.recipes.config import BackboneConfig, LossConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, Recipe, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import SWIN_L, deformable_detr_r50_two_stage_plus
+from detrellis.recipes.detector import BackboneConfig
 from detrellis.recipes.dino import dino_detector, dino_r50
 from detrellis.recipes.schemes import Branch, CoConfig
 
@@ -40,7 +41,7 @@ def _co_dino(name: str, about: str) -> Recipe:
     base = dino_r50()
     detector = dino_detector(strides=(4, 8, 16, 32), levels=5)
     # The released code has heads for each layer, in contrast to DINO's.
-    detector = detector.model_copy(update={"shared_heads": False, "soft_nms": 0.8})
+    detector = detector.replace(decoder=detector.decoder.replace(shared_heads=False), soft_nms=0.8)
     base = base.model_copy(
         update={
             "detector": detector,
@@ -59,14 +60,15 @@ def co_dino_r50() -> Recipe:
 def co_dino_r50_9enc() -> Recipe:
     """With 9 encoder layers."""
     recipe = _co_dino("co-dino-r50-9enc", "Co-DINO, ResNet-50, 5 scales, 9 encoder layers")
-    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"encoder_layers": 9})})
+    detector = recipe.detector
+    return recipe.replace(detector=detector.replace(encoder=detector.encoder.replace(layers=9)))
 
 
 def co_dino_swin_l() -> Recipe:
     """With a Swin-L pretrained on ImageNet-22K."""
     recipe = _co_dino("co-dino-swin-l", "Co-DINO, Swin-L, 5 scales")
     backbone = BackboneConfig(name=SWIN_L, drop_path=0.3, strides=(4, 8, 16, 32))
-    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+    return recipe.replace(detector=recipe.detector.replace(backbone=backbone))
 
 
 def co_conditional_detr_r50() -> Recipe:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.detector import ConditionalAttentionConfig, DetectorConfig
 from detrellis.recipes.detr import single_scale_detector
 
 
 def conditional_detector(*, dilation: bool = False) -> DetectorConfig:
     """DETR's network with conditional attention, points as references and sigmoid scores."""
-    changes = {"cross_attention": "conditional", "query_count": 300, "scores": "sigmoid"}
-    return single_scale_detector(dilation=dilation).model_copy(update=changes)
+    detector = single_scale_detector(dilation=dilation)
+    return detector.replace(
+        queries=detector.queries.replace(count=300), cross_attention=ConditionalAttentionConfig(), scores="sigmoid"
+    )
 
 
 def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:

@@ -7,12 +7,10 @@ nearest known one.
 from __future__ import annotations
 
 import re
-import types
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
@@ -22,17 +20,17 @@ from detrellis.fields import (
     Config,
     Count,
     CountOrNone,
-    Few,
     Key,
     Portion,
     Share,
-    Some,
     Weight,
+    configs_of,
     unknown_name,
     within,
 )
+from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.overrides import assign
 from detrellis.recipes.schemes import Branch, SchemesConfig
-from detrellis.recipes.values import read_value
 
 Side = Annotated[int, within(1, 16384)]  # of a picture, in pixels
 Fraction = Annotated[float, within(0, 1, above=True, below=True)]  # of a run
@@ -58,81 +56,6 @@ def _lowest_first(zoom: tuple[float, float]) -> tuple[float, float]:
 
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 Zoom = Annotated[tuple[Magnification, Magnification], AfterValidator(_lowest_first)]
-Strides = Annotated[tuple[Count, ...], Ascending, Some]
-
-
-class BackboneConfig(Config):
-    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`) or any timm model with feature maps."""
-
-    name: str = "resnet50"
-    pretrained: bool = True
-    norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
-    dilation: bool = False  # DC5
-    drop_path: Portion = 0.0  # rate of dropped residual branches, for timm models that have it
-    strides: Strides = (8, 16, 32)
-    # stages, with the stem, that training leaves as they are, BatchNorm's statistics too; 0: what `norm` freezes
-    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
-
-    @property
-    def normalisation(self) -> Literal["frozen", "batch"]:
-        """`norm` with "auto" decided."""
-        return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
-
-
-class AlignerConfig(Config):
-    """How semantic attention samples a query anew (SAM-DETR); all but the defaults are ablations."""
-
-    resample: Literal["points", "avg", "max"] = "points"  # salient points, or the pooled region
-    keypoints: Few | None = None  # points of a query; fewer than heads are shared, more add heads; None: one a head
-    reweight: bool = True  # gates that the old query gives
-    search: Literal["box", "image"] = "box"  # where the points may lie
-    zero_init: bool = False  # points start in the centres of the boxes
-
-
-class DetectorConfig(Config):
-    """The network parts; see docs/architecture.md."""
-
-    backbone: BackboneConfig = BackboneConfig()
-    width: Annotated[int, within(4, 8192)] = 256
-    heads: Few = 8
-    encoder_heads: Few | None = None  # of the encoder's attention; None: the same
-    levels: Annotated[int, within(1, 8)] = 4
-    points: Few = 4
-    encoder_points: Few | None = None  # of the encoder's deformable attention; None: the same
-    encoder: Literal["deformable", "dense", "intra_scale"] = "deformable"  # intra_scale: SMCA's, on several levels
-    neck_norm: bool | None = None  # GroupNorm after the projection; None: with several levels
-    # dense, conditional and semantic read one level; of several, each layer reads one, coarse to fine
-    cross_attention: Literal["deformable", "dense", "conditional", "semantic"] = "deformable"
-    aligner: AlignerConfig = AlignerConfig()  # of semantic attention
-    smca: bool = False  # a Gaussian prior on dense or semantic attention
-    encoder_layers: Few = 6
-    decoder_layers: Few = 6
-    hidden: Count = 1024  # of the feed-forward blocks
-    encoder_hidden: Count | None = None  # of the encoder's; None: the same
-    activation: Literal["relu", "prelu", "gelu", "silu"] = "relu"  # of the feed-forward blocks
-    dropout: Portion = 0.1
-    # learned: positions; anchors: boxes; proposals: boxes and contents from the encoder; mixed: boxes, learned contents
-    queries: Literal["learned", "anchors", "proposals", "mixed"] = "learned"
-    query_count: Annotated[int, within(1, 100_000)] = 300
-    content: Literal["zero", "shared", "learned"] = "learned"  # of learned and anchor queries; shared: one for all
-    patterns: Annotated[int, within(0, 100)] = 0  # contents that each anchor stands with (DAB-DETR); 0: off
-    indicator: bool = False  # keep a content channel that tells denoising queries (DN-DETR)
-    fixed_centres: bool = False  # anchors' centres are drawn uniformly and not trained
-    frozen_boxes: bool = False  # anchors, centres and sizes, are not trained (SAM-DETR, Table 5)
-    query_position: Literal["queries", "boxes"] = "queries"  # boxes: derived from the current boxes at each layer
-    position_scale: bool = False  # positions times an MLP of the content, in the encoder too (DAB-DETR)
-    refine: Literal["none", "detached", "look_forward_twice"] = "none"
-    final_norm: bool = False
-    shared_heads: bool = False
-    scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
-    iou_branch: Literal["none", "product", "root"] = "none"  # a head that learns the IoU, and how scores use it
-    eps: Annotated[float, within(0, 0.5, above=True, below=True)] = 1e-5  # of the inverse sigmoid
-    position_temperature: Annotated[float, within(1, 1e6)] = 10000.0
-    position_offset: Annotated[float, within(-1, 1)] = -0.5
-    proposal_targets: Literal["objectness", "classes"] = "objectness"
-    empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
-    top_k: Count = 100  # detections of an image, at most
-    soft_nms: Share | None = None  # detections that overlap a better one of their class by this lose score; None: off
 
 
 class LossConfig(Config):
@@ -231,14 +154,7 @@ class Recipe(Config):
         """
         data = self.model_dump()
         for text in [assignments] if isinstance(assignments, str) else assignments:
-            key, separator, value = text.partition("=")
-            if not separator:
-                raise UserError(f"-o {text}: no value", "Write -o key.sub=value, for example -o optim.lr=1e-4.")
-            try:
-                parsed = read_value(value)
-            except yaml.YAMLError:
-                raise UserError(f"-o {text}: {value!r} is not YAML", "Quote it: -o 'data.size=[192, 256]'.") from None
-            _set(data, type(self), key.strip().split("."), parsed, text)
+            assign(data, type(self), text)
         return self.checked(data)
 
     def with_schemes(self, names: str | Sequence[str]) -> Recipe:
@@ -268,9 +184,8 @@ def _dialled(text: str, name: str, value: str) -> dict[str, Any]:
         raise UserError(f"--scheme {text}: none takes no number", "Write --scheme none.")
     if name not in SchemesConfig.model_fields:
         raise _unknown_scheme(name, text)
-    config = config_of(SchemesConfig.model_fields[name].annotation)
-    dial: str = getattr(config, "dial", "")
-    if not dial or config is None:
+    dial = _dial(name)
+    if not dial:
         raise UserError(f"--scheme {text}: {name} takes no number", f"Write --scheme {name}.")
     if name == "co":
         return {dial: tuple(part.strip() for part in value.split("+") if part.strip())}
@@ -279,10 +194,15 @@ def _dialled(text: str, name: str, value: str) -> dict[str, Any]:
     return {dial: int(value)}
 
 
+def _dial(name: str) -> str:
+    """The field that N in `--scheme NAME=N` sets; empty where a scheme has none."""
+    (config,) = configs_of(SchemesConfig.model_fields[name].annotation)
+    return getattr(config, "dial", "")
+
+
 def _form(name: str) -> str:
     """How a scheme's dial is written."""
-    config = config_of(SchemesConfig.model_fields[name].annotation)
-    dial = getattr(config, "dial", "")
+    dial = _dial(name)
     if name == "co":
         return f"Write --scheme co=atss+rcnn: heads joined with +, any of {', '.join(typing.get_args(Branch))}."
     return f"Write --scheme {name}=N; N sets schemes.{name}.{dial}." if dial else f"Write --scheme {name}."
@@ -294,30 +214,3 @@ def _unknown_scheme(name: str, text: str) -> UserError:
             f"--scheme {text}: {name} is a head of the scheme co", f"Join heads with +: --scheme co=atss+{name}."
         )
     return unknown_name(name, [*SchemesConfig.model_fields, "none"], f"--scheme {text}")
-
-
-def config_of(annotation: Any) -> type[Config] | None:
-    """The configuration class behind a field's annotation, also where it may be None."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    found = [o for o in options if isinstance(o, type) and issubclass(o, Config)]
-    return found[0] if found else None
-
-
-def _set(data: dict[str, Any], config: type[Config], path: list[str], value: Any, text: str) -> None:
-    """Set one value in nested plain data, checking each name against the class that holds it."""
-    name, rest = path[0], path[1:]
-    if name not in config.model_fields:
-        raise unknown_name(name, list(config.model_fields), f"-o {text}")
-    inner = config_of(config.model_fields[name].annotation)
-    if not rest:
-        switch = inner is not None and isinstance(value, bool)  # a scheme, on or off
-        data[name] = ({} if value else None) if switch else value
-        return
-    if data[name] is None:
-        data[name] = {}
-    if not isinstance(data[name], dict):
-        raise UserError(f"-o {text}: {name} has no parts", f"Write -o {name}=value.")
-    if inner is None:  # a mapping with free keys
-        data[name][".".join(rest)] = value
-        return
-    _set(data[name], inner, rest, value, text)

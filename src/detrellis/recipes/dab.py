@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from detrellis.recipes.conditional import conditional_detector
-from detrellis.recipes.config import DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.detector import (
+    AnchorQueriesConfig,
+    DecoderConfig,
+    DeformableAttentionConfig,
+    DeformableEncoderConfig,
+    DenseEncoderConfig,
+    DetectorConfig,
+)
 from detrellis.recipes.schemes import DNConfig, SchemesConfig
 
-ANCHORS = {
-    "queries": "anchors",
-    "query_position": "boxes",
-    "position_scale": True,
-    "dropout": 0.0,
-    "eps": 1e-3,
-    "position_temperature": 20.0,
-    "position_offset": 0.0,
-    "top_k": 300,
-}
+# The settings that DAB-DETR and its descendants share.
+COMMON = {"dropout": 0.0, "eps": 1e-3, "position_temperature": 20.0, "position_offset": 0.0, "top_k": 300}
 
 
 def dab_detector(*, dilation: bool = False) -> DetectorConfig:
     """Conditional DETR's network with anchor boxes as queries, refined at each layer."""
-    changes = ANCHORS | {"activation": "prelu", "refine": "look_forward_twice", "shared_heads": True}
-    return conditional_detector(dilation=dilation).model_copy(update=changes)
+    detector = conditional_detector(dilation=dilation)
+    return detector.replace(
+        encoder=DenseEncoderConfig(hidden=2048, position_scale=True),
+        queries=AnchorQueriesConfig(content="zero"),
+        decoder=detector.decoder.replace(refine="look_forward_twice", shared_heads=True),
+        activation="prelu",
+        **COMMON,
+    )
 
 
 def dab_deformable_detector() -> DetectorConfig:
     """Deformable DETR's network with box refinement and anchor boxes as queries."""
-    return DetectorConfig(hidden=2048, refine="detached").model_copy(update=ANCHORS)
+    return DetectorConfig(
+        encoder=DeformableEncoderConfig(hidden=2048),
+        queries=AnchorQueriesConfig(content="learned"),
+        cross_attention=DeformableAttentionConfig(position_scale=True),
+        decoder=DecoderConfig(hidden=2048, refine="detached"),
+    ).replace(**COMMON)
 
 
-def with_indicator(detector: DetectorConfig, content: str) -> DetectorConfig:
+def with_indicator(detector: DetectorConfig, content: Literal["shared", "learned"]) -> DetectorConfig:
     """DN-DETR's contents: one channel tells denoising queries from the others."""
-    return detector.model_copy(update={"content": content, "indicator": True})
+    return detector.replace(queries=detector.queries.replace(content=content, indicator=True))
 
 
 def _recipe(name: str, about: str, detector: DetectorConfig, dn: DNConfig | None = None) -> Recipe:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import BackboneConfig, DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.detector import (
+    BackboneConfig,
+    DecoderConfig,
+    DeformableEncoderConfig,
+    DetectorConfig,
+    MixedQueriesConfig,
+    ProposalQueriesConfig,
+)
 
 SWIN_L = "swin_large_patch4_window12_384.ms_in22k"
 OPTIM = OptimConfig(lr=2e-4, scaled={"backbone": 0.1, "sampling_offsets": 0.1}, batch_size=16)
@@ -16,7 +24,7 @@ def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:
         about=about,
         detector=detector,
         loss=LossConfig(classes=2.0),
-        optim=POINTS if detector.queries == "learned" else OPTIM,
+        optim=POINTS if detector.queries.kind == "learned" else OPTIM,
         schedule=ScheduleConfig(epochs=50, drops=(0.8,)),
     )
 
@@ -28,19 +36,24 @@ def deformable_detr_r50() -> Recipe:
 
 def deformable_detr_r50_refine() -> Recipe:
     """With iterative box refinement."""
-    detector = DetectorConfig(refine="detached")
+    detector = DetectorConfig(decoder=DecoderConfig(refine="detached"))
     return _recipe("deformable-detr-r50-refine", "Deformable DETR with iterative box refinement", detector)
 
 
 def deformable_detr_r50_two_stage() -> Recipe:
     """Two-stage with iterative box refinement: queries from the encoder's best proposals."""
-    detector = DetectorConfig(queries="proposals", refine="detached")
+    detector = DetectorConfig(queries=ProposalQueriesConfig(), decoder=DecoderConfig(refine="detached"))
     return _recipe("deformable-detr-r50-two-stage", "Deformable DETR, two-stage with box refinement", detector)
 
 
 def deformable_detr_r50_two_stage_plus() -> Recipe:
     """The "++" tricks, H-DETR's base: no dropout, mixed query selection, look forward twice, FFN 2048."""
-    detector = DetectorConfig(queries="mixed", refine="look_forward_twice", dropout=0.0, hidden=2048)
+    detector = DetectorConfig(
+        encoder=DeformableEncoderConfig(hidden=2048),
+        queries=MixedQueriesConfig(),
+        decoder=DecoderConfig(hidden=2048, refine="look_forward_twice"),
+        dropout=0.0,
+    )
     return _recipe("deformable-detr-r50-two-stage-plus", "Deformable DETR++, H-DETR's base", detector)
 
 
@@ -52,7 +65,7 @@ def deformable_detr_swin_l() -> Recipe:
         update={
             "name": "deformable-detr-swin-l",
             "about": "Deformable DETR++, Swin-L, 4 scales",
-            "detector": plus.detector.model_copy(update={"backbone": backbone}),
+            "detector": plus.detector.replace(backbone=backbone),
             "optim": OPTIM.model_copy(update={"weight_decay": 0.05}),
             "schedule": ScheduleConfig(epochs=12, drops=(11 / 12,)),
         }

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import BackboneConfig, DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.detector import (
+    BackboneConfig,
+    DecoderConfig,
+    DenseAttentionConfig,
+    DenseEncoderConfig,
+    DetectorConfig,
+    LearnedQueriesConfig,
+)
 
 
 def single_scale_detector(*, dilation: bool = False) -> DetectorConfig:
     """DETR's network with a ResNet-50: dense attention over one map of stride 32, or 16 with `dilation` (DC5)."""
     return DetectorConfig(
         backbone=BackboneConfig(strides=(32,), dilation=dilation),
-        levels=1,
-        encoder="dense",
-        cross_attention="dense",
-        hidden=2048,
-        query_count=100,
-        content="zero",
-        final_norm=True,
+        encoder=DenseEncoderConfig(hidden=2048),
+        queries=LearnedQueriesConfig(count=100, content="zero"),
+        cross_attention=DenseAttentionConfig(),
+        decoder=DecoderConfig(hidden=2048, final_norm=True),
         scores="softmax",
         position_offset=0.0,
         top_k=100,

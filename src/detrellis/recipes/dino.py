@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import BackboneConfig, DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
 from detrellis.recipes.deformable import SWIN_L
+from detrellis.recipes.detector import (
+    BackboneConfig,
+    DecoderConfig,
+    DeformableEncoderConfig,
+    DetectorConfig,
+    MixedQueriesConfig,
+)
 from detrellis.recipes.scale import tiny_sized
 from detrellis.recipes.schemes import CDNConfig, SchemesConfig
 
@@ -12,19 +19,13 @@ def dino_detector(*, strides: tuple[int, ...] = (8, 16, 32), levels: int = 4) ->
     """DINO's network with a ResNet-50."""
     return DetectorConfig(
         backbone=BackboneConfig(strides=strides),
-        levels=levels,
-        hidden=2048,
+        encoder=DeformableEncoderConfig(hidden=2048, levels=levels),
+        queries=MixedQueriesConfig(count=900, position="boxes", proposal_targets="classes"),
+        decoder=DecoderConfig(hidden=2048, refine="look_forward_twice", final_norm=True, shared_heads=True),
         dropout=0.0,
-        queries="mixed",
-        query_count=900,
-        query_position="boxes",
-        refine="look_forward_twice",
-        final_norm=True,
-        shared_heads=True,
         eps=1e-3,
         position_temperature=20.0,
         position_offset=0.0,
-        proposal_targets="classes",
         top_k=300,
     )
 
@@ -55,7 +56,7 @@ def dino_r50_5scale() -> Recipe:
 def dino_swin_l() -> Recipe:
     """DINO with a Swin-L pretrained on ImageNet-22K, 4 scales, 36 epochs."""
     backbone = BackboneConfig(name=SWIN_L, drop_path=0.2)
-    detector = dino_detector().model_copy(update={"backbone": backbone})
+    detector = dino_detector().replace(backbone=backbone)
     recipe = _recipe("dino-swin-l", "DINO, Swin-L, 4 scales", detector)
     return recipe.model_copy(update={"schedule": ScheduleConfig(epochs=36, drops=(30 / 36,))})
 

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from detrellis.fields import configs_of, kind_of
 from detrellis.recipes.config import Recipe
+from detrellis.recipes.detector import DetectorConfig
 
-FORMAT = 1  # of stored recipes; 2 with the first field below
+FORMAT = 2  # of stored recipes
 
 # Where a field of format 1 stands in format 2, as dotted paths: "schemes.co.old": "schemes.co.new".
 RENAMED: Mapping[str, str] = {}
@@ -30,7 +32,40 @@ def migrated(data: Any, written: int) -> Any:
     recipe: dict[str, Any] = deepcopy(dict(data))
     for old, new in RENAMED.items():
         _move(recipe, old, new)
+    if isinstance(recipe.get("detector"), dict):
+        _group_detector(recipe["detector"])
     return recipe
+
+
+def _group_detector(detector: dict[str, Any]) -> None:
+    """Format 1 had the fields of all kinds of encoder, queries and attention in one flat list."""
+
+    def take(**names: str) -> dict[str, Any]:
+        return {new: detector.pop(old) for new, old in names.items() if old in detector}
+
+    scaled = take(position_scale="position_scale")
+    decoder = take(layers="decoder_layers", heads="heads", hidden="hidden", refine="refine", final_norm="final_norm")
+    decoder |= take(shared_heads="shared_heads")
+    attention = take(kind="cross_attention", points="points", smca="smca") | detector.pop("aligner", {})
+    queries = take(kind="queries", count="query_count", position="query_position", content="content")
+    for name in ("patterns", "indicator", "fixed_centres", "frozen_boxes", "proposal_targets", "empty_compete"):
+        queries |= take(**{name: name})
+    own = take(kind="encoder", layers="encoder_layers", levels="levels", neck_norm="neck_norm")
+    own |= take(heads="encoder_heads", hidden="encoder_hidden", points="encoder_points")
+    # What the encoder left open was as in the decoder; no norm of a single map was told was none.
+    encoder = decoder | attention | scaled | {name: value for name, value in own.items() if value is not None}
+    if queries.get("position") == "boxes":
+        attention |= scaled
+    detector["decoder"] = decoder
+    for name, part in (("encoder", encoder), ("cross_attention", attention), ("queries", queries)):
+        detector[name] = _as_kind(name, part)
+
+
+def _as_kind(name: str, part: dict[str, Any]) -> dict[str, Any]:
+    """What a part's kind reads of its fields; in format 1 all others had to be left at their defaults, or were idle."""
+    kinds = configs_of(DetectorConfig.model_fields[name].annotation)
+    fields = {kind_of(config): config.model_fields for config in kinds}.get(part.get("kind", ""), part)
+    return {field: value for field, value in part.items() if field in fields}
 
 
 def _move(data: dict[str, Any], old: str, new: str) -> None:

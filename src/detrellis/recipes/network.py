@@ -34,8 +34,8 @@ from detrellis.nn.spatial import (
     position_scale,
 )
 from detrellis.postprocess import Postprocess
-from detrellis.recipes.config import BackboneConfig, DetectorConfig
-from detrellis.recipes.refuse import level_strides, modulated, refuse_network
+from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.refuse import refuse_network
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -68,132 +68,137 @@ def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
 
 def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     """From the backbone's maps to a memory."""
-    semantic = config.cross_attention == "semantic"  # its regions reach into padding
+    semantic = config.cross_attention.kind == "semantic"  # its regions reach into padding
     constants = {"temperature": config.position_temperature, "offset": config.position_offset}
     position = SineMap(config.width, **constants, blank=semantic)
-    if config.encoder == "dense":
-        return SingleScaleNeck(channels[-1], config.width, position, norm=bool(config.neck_norm))
-    return MultiScaleNeck(channels, config.width, config.levels, position)
+    if config.encoder.kind == "dense":
+        return SingleScaleNeck(channels[-1], config.width, position, norm=config.encoder.neck_norm)
+    return MultiScaleNeck(channels, config.width, config.encoder.levels, position)
 
 
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels together (SMCA)."""
-    width, heads, dropout = config.width, config.encoder_heads or config.heads, config.dropout
-    if config.encoder == "deformable":
-        return DeformableAttention(width, heads, config.levels, config.encoder_points or config.points)
-    apart = config.encoder == "intra_scale" and layer != config.encoder_layers // 2
-    return (IntraScaleAttention if apart else DenseAttention)(width, heads, dropout=dropout)
+    width, encoder = config.width, config.encoder
+    if encoder.kind == "deformable":
+        return DeformableAttention(width, encoder.heads, encoder.levels, encoder.points)
+    apart = encoder.kind == "intra_scale" and layer != encoder.layers // 2
+    return (IntraScaleAttention if apart else DenseAttention)(width, encoder.heads, dropout=config.dropout)
 
 
 def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Attention of the queries to the memory; what reads one level gets the layer's own."""
-    width, heads, dropout = config.width, config.heads, config.dropout
-    if config.cross_attention == "deformable":
-        return DeformableAttention(width, heads, config.levels, config.points)
-    if modulated(config):
+    width, heads, dropout = config.width, config.decoder.heads, config.dropout
+    chosen, levels = config.cross_attention, config.encoder.levels
+    if chosen.kind == "deformable":
+        return DeformableAttention(width, heads, levels, chosen.points)
+    if config.modulated:
         return ModulatedAttention(width, heads, dropout=dropout)
     attention: nn.Module
-    if config.cross_attention == "semantic":
-        heads = max(heads, config.aligner.keypoints or heads)
-        aligner = SemanticAligner(width, heads, prior=config.smca, **config.aligner.model_dump())
+    if chosen.kind == "semantic":
+        heads = max(heads, chosen.keypoints or heads)
+        options = chosen.model_dump(exclude={"kind", "smca"})
+        aligner = SemanticAligner(width, heads, prior=chosen.smca, **options)
         attention = SemanticCrossAttention(width, heads, aligner, dropout=dropout)
-    elif config.cross_attention == "conditional":
+    elif chosen.kind == "conditional":
         attention = ConditionalCrossAttention(width, heads, first=layer == 0, dropout=dropout)
     else:
         attention = DenseAttention(width, heads, dropout=dropout)
-    several = config.levels > 1
-    return AtLevel(attention, level_of(layer, config.decoder_layers, config.levels)) if several else attention
+    return AtLevel(attention, level_of(layer, config.decoder.layers, levels)) if levels > 1 else attention
 
 
 def build_encoder(config: DetectorConfig) -> Encoder:
     """The encoder's layers."""
-    width, dropout, hidden = config.width, config.dropout, config.encoder_hidden or config.hidden
+    width, dropout, encoder = config.width, config.dropout, config.encoder
     layers = [
-        EncoderLayer(build_encoder_attention(config, i), _feed_forward(config, hidden), width, dropout=dropout)
-        for i in range(config.encoder_layers)
+        EncoderLayer(build_encoder_attention(config, i), _feed_forward(config, encoder.hidden), width, dropout=dropout)
+        for i in range(encoder.layers)
     ]
-    dense = config.encoder != "deformable"
-    scale = position_scale(width) if dense and config.position_scale else None
-    return Encoder(layers, references=not dense, position_scale=scale)
+    if encoder.kind == "deformable":
+        return Encoder(layers, references=True)
+    return Encoder(layers, references=False, position_scale=position_scale(width) if encoder.position_scale else None)
 
 
 def build_queries(config: DetectorConfig, classes: int) -> nn.Module:
     """The module that yields the main queries."""
-    width, count = config.width, config.query_count
-    if config.queries == "learned":
-        readers: dict[str, Callable[[int], nn.Module]] = {
-            "deformable": linear_reference,
-            "conditional": point_reference,
-        }
-        if config.smca:
-            readers["dense"] = read_point
-        reference = readers[config.cross_attention](width) if config.cross_attention in readers else None
-        return LearnedQueries(width, count, learned_content=config.content == "learned", reference=reference)
-    if config.queries == "anchors":
+    width, queries = config.width, config.queries
+    if queries.kind == "learned":
+        reference = build_reference(config)
+        return LearnedQueries(width, queries.count, learned_content=queries.content == "learned", reference=reference)
+    if queries.kind == "anchors":
         return AnchorQueries(
             width,
-            count,
-            contents={"zero": 0, "shared": 1, "learned": count}[config.content],
-            patterns=config.patterns,
-            indicator=config.indicator,
-            fixed_centres=config.fixed_centres,
-            frozen=config.frozen_boxes,
+            queries.count,
+            contents={"zero": 0, "shared": 1, "learned": queries.count}[queries.content],
+            patterns=queries.patterns,
+            indicator=queries.indicator,
+            fixed_centres=queries.fixed_centres,
+            frozen=queries.frozen_boxes,
         )
-    rank_by = "first" if config.proposal_targets == "objectness" else "max"
-    head = ProposalHead(width, classes, count, rank_by=rank_by, empty_compete=config.empty_compete)  # type: ignore[arg-type]
-    return ProposalQueries(
-        head,
+    head = ProposalHead(
         width,
-        learned_content=config.queries == "mixed",
-        derive_position=config.query_position == "queries",
+        classes,
+        queries.count,
+        rank_by="first" if config.objectness else "max",
+        empty_compete=queries.empty_compete,
     )
+    derived = queries.position == "queries"
+    return ProposalQueries(head, width, learned_content=queries.kind == "mixed", derive_position=derived)
+
+
+def build_reference(config: DetectorConfig) -> nn.Module | None:
+    """What reads a point off a learned query's position, where the attention looks around one."""
+    if config.modulated:
+        return read_point(config.width)
+    readers: dict[str, Callable[[int], nn.Module]] = {"deformable": linear_reference, "conditional": point_reference}
+    kind = config.cross_attention.kind
+    return readers[kind](config.width) if kind in readers else None
 
 
 def build_position(config: DetectorConfig) -> nn.Module:
     """Where the decoder's queries look at each layer."""
-    conditional = config.cross_attention == "conditional"
-    if modulated(config):
-        return ModulatedPriors(config.width, config.heads, config.decoder_layers, level_strides(config))
-    if config.query_position == "queries":
-        return ConditionalPosition(config.width) if conditional else FixedPosition()
-    if config.cross_attention in ("dense", "semantic"):
-        return PointPosition(config.width)
-    return (
-        ModulatedPosition(config.width) if conditional else AnchorPosition(config.width, scaled=config.position_scale)
-    )
+    attention = config.cross_attention
+    if config.modulated:
+        return ModulatedPriors(config.width, config.decoder.heads, config.decoder.layers, config.level_strides)
+    if config.queries.position == "queries":
+        return ConditionalPosition(config.width) if attention.kind == "conditional" else FixedPosition()
+    if attention.kind == "conditional":
+        return ModulatedPosition(config.width)
+    if attention.kind == "deformable":
+        return AnchorPosition(config.width, scaled=attention.position_scale)
+    return PointPosition(config.width)
 
 
 def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
     """The decoder's layers and its heads."""
-    width, dropout = config.width, config.dropout
-    apart = config.cross_attention in ("conditional", "semantic")
-    own = ConditionalSelfAttention if apart else SelfAttention
+    width, dropout, decoder = config.width, config.dropout, config.decoder
+    apart = config.cross_attention.kind in ("conditional", "semantic")
+    self_attention = ConditionalSelfAttention if apart else SelfAttention
     layers = [
         DecoderLayer(
-            own(width, config.heads, dropout=dropout),
+            self_attention(width, decoder.heads, dropout=dropout),
             build_cross_attention(config, i),
-            _feed_forward(config, config.hidden),
+            _feed_forward(config, decoder.hidden),
             width,
             dropout=dropout,
         )
-        for i in range(config.decoder_layers)
+        for i in range(decoder.layers)
     ]
     # Points that are sampled around need small boxes; proposals bring their size, and dense attention needs none.
-    small = config.cross_attention == "deformable" and config.queries in ("learned", "anchors")
+    small = config.cross_attention.kind == "deformable" and not config.two_stage
     return Decoder(
         layers,
         Heads(
             width,
             classes,
             len(layers),
-            shared=config.shared_heads or config.refine == "none",
+            shared=decoder.shared_heads or decoder.refine == "none",
             size_bias=-2.0 if small else 0.0,
             softmax=config.scores == "softmax",
             iou_branch=config.iou_branch != "none",
         ),
-        refine=config.refine,
+        refine=decoder.refine,
         position=build_position(config),
-        final_norm=config.final_norm,
+        final_norm=decoder.final_norm,
         width=width,
         eps=config.eps,
     )

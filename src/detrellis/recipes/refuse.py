@@ -1,7 +1,7 @@
-"""Combinations that do not exist, each refused with what to use instead; and what a detector's fields imply.
+"""Combinations that do not exist, each refused with what to use instead.
 
-A field's own range stands in `config.py`; here is what only several fields together say. Importing this imports no
-torch.
+A field's own range stands beside it, and which fields a part has says its kind (`detector.py`); here is what only
+several of them together say. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 import warnings
 
 from detrellis.errors import Advice, UserError
-from detrellis.recipes.config import AlignerConfig, DetectorConfig, Recipe
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.detector import DetectorConfig
 
 # What a detector without the capability lacks, and what to use instead.
 MISSING = {
@@ -66,8 +67,8 @@ def _refuse_schemes(recipe: Recipe) -> None:
     schemes, detector = recipe.schemes, recipe.detector
     if schemes.group is not None and schemes.hybrid is not None:
         warnings.warn(Advice("schemes group and hybrid do the same work twice: one of them will do"), stacklevel=4)
-    if schemes.group is not None and detector.patterns:
-        raise UserError("scheme group and patterns do not combine", "Take -o detector.patterns=0.")
+    if schemes.group is not None and detector.queries.patterns:
+        raise UserError("scheme group and patterns do not combine", "Take -o detector.queries.patterns=0.")
     if schemes.co is not None and detector.width % GROUPS:
         raise UserError(
             f"scheme co and detector.width={detector.width} do not combine: its heads normalise {GROUPS} groups of"
@@ -78,7 +79,7 @@ def _refuse_schemes(recipe: Recipe) -> None:
 
 def _refuse_pictures(recipe: Recipe) -> None:
     """Pictures that leave the backbone not one cell, or have no side left."""
-    data, stride = recipe.data, level_strides(recipe.detector)[len(recipe.detector.backbone.strides) - 1]
+    data, stride = recipe.data, recipe.detector.level_strides[len(recipe.detector.backbone.strides) - 1]
     sides = (data.size,) if isinstance(data.size, int) else data.size
     given = f"data.size={data.size if isinstance(data.size, int) else list(data.size)}"
     if min(sides) < stride:
@@ -99,105 +100,85 @@ def _rounded(width: int, step: int) -> int:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Combinations of network parts that do not exist, each with what to use instead."""
-    _refuse_sizes(config)
-    maps, boxes = len(config.backbone.strides), config.query_position == "boxes"
-    learned, anchors = config.queries == "learned", config.queries == "anchors"
-    placeless = learned and config.cross_attention == "dense" and not config.smca
-    problems = {
-        "queries=learned and query_position=boxes do not combine: learned queries are points. Take queries=anchors": (
-            boxes and learned
-        ),
-        "queries=proposals and query_position=boxes do not combine: which gives the content? Take queries=mixed": (
-            boxes and config.queries == "proposals"
-        ),
-        "queries=anchors have no position of their own. Take query_position=boxes": anchors and not boxes,
-        f"{maps} backbone.strides need levels={maps} or more": config.levels < maps,
-        f"encoder=dense reads one map. Take levels=1 and backbone.strides=[{config.backbone.strides[-1]}]": (
-            config.encoder == "dense" and (config.levels > 1 or maps > 1)
-        ),
-        "cross_attention=deformable and smca do not combine: it has no dense map that a prior could weigh. Take"
-        " cross_attention=semantic or dense": config.smca and config.cross_attention == "deformable",
-        "cross_attention=conditional and smca do not combine: it learns where to look by itself. Take"
-        " cross_attention=semantic or dense": config.smca and config.cross_attention == "conditional",
-        "cross_attention=semantic samples in boxes that queries learn. Take queries=anchors and query_position=boxes": (
-            config.cross_attention == "semantic" and not (anchors and boxes)
-        ),
-        "aligner.* belongs to cross_attention=semantic": (
-            config.cross_attention != "semantic" and config.aligner != AlignerConfig()
-        ),
-        "neck_norm=false does not exist with several levels: their projections have a norm": (
-            config.neck_norm is False and config.levels > 1
-        ),
-        "smca with cross_attention=dense reads points off learned positions. Take queries=learned and refine=none": (
-            modulated(config) and (not learned or config.refine != "none")
-        ),
-        f"aligner.keypoints={config.aligner.keypoints} neither divides heads={config.heads} nor makes heads that divide"
-        f" width={config.width}": bool(config.aligner.keypoints) and not _fits(config),
-        f"refine={config.refine} needs boxes or points to move, and DETR's queries have none. Take refine=none": (
-            placeless and config.refine != "none"
-        ),
-        "content=shared, patterns, indicator, fixed_centres and frozen_boxes belong to queries=anchors": not anchors
-        and (
-            config.content == "shared"
-            or any((config.patterns, config.indicator, config.fixed_centres, config.frozen_boxes))
-        ),
-        f"scores=softmax and iou_branch={config.iou_branch} do not combine: the branch scales sigmoid scores. Take"
-        " iou_branch=none or scores=sigmoid": config.scores == "softmax" and config.iou_branch != "none",
-        f"scores=softmax and queries={config.queries} do not combine: proposals are ranked by sigmoid scores. Take"
-        " scores=sigmoid or queries=learned": config.scores == "softmax" and not learned and not anchors,
-        "backbone.dilation (DC5) dilates the stage of stride 32, which backbone.strides leaves out. Take"
-        " backbone.dilation=false": config.backbone.dilation and 32 not in config.backbone.strides,
-        "encoder_points belongs to encoder=deformable. Take encoder_points=null": (
-            config.encoder_points is not None and config.encoder != "deformable"
-        ),
-    }
-    for problem, holds in problems.items():
-        if holds:
-            raise UserError(f"detector: {problem}", "Set the parts with -o detector.NAME=VALUE.")
+    for refused, problem, remedy in (*_sizes(config), *_combinations(config)):
+        if refused:
+            raise UserError(f"detector: {problem}", remedy)
 
 
-def _refuse_sizes(config: DetectorConfig) -> None:
-    """Widths that cannot be split as the parts need it."""
-    normed = config.encoder != "dense" or bool(config.neck_norm)
+def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """Whether it is refused, why, and what to take instead: parts that do not go together."""
+    encoder, attention, queries, refine = config.encoder, config.cross_attention, config.queries, config.decoder.refine
+    strides = config.backbone.strides
+    maps, learned = len(strides), queries.kind == "learned"
+    placeless = learned and attention.kind == "dense" and not attention.smca
+    scaled = attention.kind == "deformable" and attention.position_scale
+    return [
+        (
+            encoder.kind == "dense" and maps > 1,
+            f"encoder.kind=dense reads one map, and backbone.strides names {maps}",
+            f"Take -o 'detector.backbone.strides=[{strides[-1]}]', or another encoder.kind.",
+        ),
+        (
+            encoder.kind != "dense" and maps > encoder.levels,
+            f"{maps} backbone.strides need encoder.levels={maps} or more",
+            f"Take -o detector.encoder.levels={maps}.",
+        ),
+        (
+            config.backbone.dilation and 32 not in strides,
+            "backbone.dilation (DC5) dilates the stage of stride 32, which backbone.strides leaves out",
+            "Take -o detector.backbone.dilation=false.",
+        ),
+        (
+            attention.kind == "semantic" and queries.kind != "anchors",
+            f"cross_attention.kind=semantic samples in learned boxes, and queries.kind={queries.kind} has none",
+            "Take -o detector.queries.kind=anchors.",
+        ),
+        (
+            config.modulated and not (learned and refine == "none"),
+            "cross_attention.kind=dense with smca reads points off learned positions, and they stay where they are",
+            "Take -o detector.queries.kind=learned -o detector.decoder.refine=none.",
+        ),
+        (
+            scaled and queries.position == "queries",
+            f"cross_attention.position_scale scales positions of boxes, and queries.kind={queries.kind} has its own",
+            "Take -o detector.cross_attention.position_scale=false.",
+        ),
+        (
+            placeless and refine != "none",
+            f"decoder.refine={refine} needs boxes or points to move, and DETR's queries have none",
+            "Take -o detector.decoder.refine=none.",
+        ),
+        (
+            config.scores == "softmax" and config.iou_branch != "none",
+            f"scores=softmax and iou_branch={config.iou_branch} do not combine: the branch scales sigmoid scores",
+            "Take -o detector.iou_branch=none or -o detector.scores=sigmoid.",
+        ),
+        (
+            config.scores == "softmax" and config.two_stage,
+            f"scores=softmax and queries.kind={queries.kind} do not combine: proposals are ranked by sigmoid scores",
+            "Take -o detector.scores=sigmoid or -o detector.queries.kind=learned.",
+        ),
+    ]
+
+
+def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """The same for widths and heads that cannot be split as the parts need it."""
+    width, heads, attention = config.width, config.decoder.heads, config.cross_attention
     needs = {
-        f"heads={config.heads}": config.heads,
-        f"encoder_heads={config.encoder_heads}": config.encoder_heads or 1,
+        f"decoder.heads={heads}": heads,
+        f"encoder.heads={config.encoder.heads}": config.encoder.heads,
         "4, for the sines and cosines of two coordinates": 4,
-        f"{GROUPS}, the groups that the neck's GroupNorm has": GROUPS if normed else 1,
+        f"{GROUPS}, the groups that the neck's GroupNorm has": GROUPS if _normed(config) else 1,
     }
-    for need, number in needs.items():
-        if config.width % number:
-            step = math.lcm(*needs.values())
-            raise UserError(
-                f"detector: width={config.width} is not a multiple of {need}",
-                f"For example -o detector.width={_rounded(config.width, step)}.",
-            )
+    fitting = f"For example -o detector.width={_rounded(width, math.lcm(*needs.values()))}."
+    found = [(width % n > 0, f"width={width} is not a multiple of {need}", fitting) for need, n in needs.items()]
+    keypoints = (attention.keypoints if attention.kind == "semantic" else None) or heads
+    shared = heads % keypoints == 0 if keypoints <= heads else width % keypoints == 0
+    problem = f"cross_attention.keypoints={keypoints} neither divides decoder.heads={heads} nor makes heads that divide"
+    remedy = f"For example -o detector.cross_attention.keypoints={heads}."
+    return [*found, (not shared, f"{problem} width={width}", remedy)]
 
 
-def _fits(config: DetectorConfig) -> bool:
-    """Whether heads can share the aligner's keypoints, or each have one."""
-    keypoints = config.aligner.keypoints or config.heads
-    if keypoints > config.heads:
-        return config.width % keypoints == 0
-    return config.heads % keypoints == 0
-
-
-def modulated(config: DetectorConfig) -> bool:
-    """Whether it is SMCA-DETR's decoder, whose queries carry the prior."""
-    return config.smca and config.cross_attention == "dense"
-
-
-def level_strides(config: DetectorConfig) -> tuple[int, ...]:
-    """Pixels that a cell of each level covers."""
-    *finer, last = config.backbone.strides
-    last //= 2 if config.backbone.dilation else 1
-    return (*finer, *(last * 2**i for i in range(config.levels - len(finer))))
-
-
-def capabilities(config: DetectorConfig) -> frozenset[str]:
-    """What schemes may ask of a detector."""
-    holds = {
-        "sigmoid_scores": config.scores == "sigmoid",
-        "box_queries": config.query_position == "boxes",
-    }
-    return frozenset(name for name, held in holds.items() if held)
+def _normed(config: DetectorConfig) -> bool:
+    """Whether the neck normalises its maps: one map only where it is asked to."""
+    return config.encoder.kind != "dense" or config.encoder.neck_norm

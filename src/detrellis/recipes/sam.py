@@ -5,34 +5,39 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import DetectorConfig, LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
 from detrellis.recipes.dab import with_indicator
+from detrellis.recipes.detector import (
+    AnchorQueriesConfig,
+    DecoderConfig,
+    DeformableEncoderConfig,
+    DenseAttentionConfig,
+    DetectorConfig,
+    IntraScaleEncoderConfig,
+    SemanticAttentionConfig,
+)
 from detrellis.recipes.detr import single_scale_detector
 from detrellis.recipes.schemes import DNConfig, SchemesConfig
 
 
 def sam_detector(*, dilation: bool = False) -> DetectorConfig:
     """Semantic attention on one map, with 300 learned boxes and no dropout."""
-    changes = {
-        "cross_attention": "semantic",
-        "dropout": 0.0,
-        "queries": "anchors",
-        "query_count": 300,
-        "query_position": "boxes",
-        "refine": "detached",
-        "final_norm": False,
-        "scores": "sigmoid",
-        "position_offset": -0.5,
-    }
-    return single_scale_detector(dilation=dilation).model_copy(update=changes)
+    return single_scale_detector(dilation=dilation).replace(
+        queries=AnchorQueriesConfig(content="zero"),
+        cross_attention=SemanticAttentionConfig(),
+        decoder=DecoderConfig(hidden=2048, refine="detached"),
+        dropout=0.0,
+        scores="sigmoid",
+        position_offset=-0.5,
+    )
 
 
 def sam_plus_detector() -> DetectorConfig:
     """The same on three levels, coarse to fine, behind a deformable encoder."""
     detector = sam_detector()
-    backbone = detector.backbone.model_copy(update={"strides": (8, 16, 32)})
-    changes = {"backbone": backbone, "levels": 3, "encoder": "deformable", "encoder_hidden": 1024}
-    return detector.model_copy(update=changes)
+    return detector.replace(
+        backbone=detector.backbone.replace(strides=(8, 16, 32)), encoder=DeformableEncoderConfig(levels=3)
+    )
 
 
 def _recipe(
@@ -44,7 +49,7 @@ def _recipe(
     return Recipe(
         name="-".join([name, *(["smca"] if smca else []), *(["dn"] if dn else [])]),
         about=" with ".join([about, *([" and ".join(additions)] if additions else [])]),
-        detector=detector.model_copy(update={"smca": smca}),
+        detector=detector.replace(cross_attention=SemanticAttentionConfig(smca=smca)),
         loss=LossConfig(classes=2.0),
         schemes=SchemesConfig(dn=DNConfig() if dn else None),
         optim=OptimConfig(lr=1e-4, batch_size=batch),
@@ -125,25 +130,36 @@ def sam_detr_plus_r50_smca_dn() -> Recipe:
     return _sam_plus(smca=True, dn=True)
 
 
-def _smca(name: str, about: str, changes: dict[str, object]) -> Recipe:
-    common = {"query_count": 300, "scores": "sigmoid", "smca": True}
+def _smca(name: str, about: str, detector: DetectorConfig) -> Recipe:
     return Recipe(
         name=name,
         about=about,
-        detector=single_scale_detector().model_copy(update=common | changes),
+        detector=detector,
         loss=LossConfig(classes=2.0),
         optim=OptimConfig(lr=1e-4, batch_size=16),
         schedule=ScheduleConfig(epochs=50, drops=(0.8,)),
     )
 
 
+def smca_detector() -> DetectorConfig:
+    """DETR's network with 300 queries, whose attention a Gaussian prior weighs."""
+    detector = single_scale_detector()
+    return detector.replace(
+        queries=detector.queries.replace(count=300), cross_attention=DenseAttentionConfig(smca=True), scores="sigmoid"
+    )
+
+
 def smca_detr_r50() -> Recipe:
     """SMCA-DETR on one map."""
-    return _smca("smca-detr-r50", "SMCA-DETR, ResNet-50", {})
+    return _smca("smca-detr-r50", "SMCA-DETR, ResNet-50", smca_detector())
 
 
 def smca_detr_ms_r50() -> Recipe:
     """SMCA-DETR on strides 16 to 64: of five encoder layers the middle one alone reads all levels together."""
-    backbone = single_scale_detector().backbone.model_copy(update={"strides": (16, 32)})
-    changes = {"backbone": backbone, "levels": 3, "encoder": "intra_scale", "encoder_layers": 5, "hidden": 1024}
-    return _smca("smca-detr-ms-r50", "SMCA-DETR, ResNet-50, 3 scales", changes)
+    detector = smca_detector()
+    several = detector.replace(
+        backbone=detector.backbone.replace(strides=(16, 32)),
+        encoder=IntraScaleEncoderConfig(layers=5, levels=3),
+        decoder=detector.decoder.replace(hidden=1024),
+    )
+    return _smca("smca-detr-ms-r50", "SMCA-DETR, ResNet-50, 3 scales", several)

@@ -3,31 +3,30 @@ each."""
 
 from __future__ import annotations
 
-from detrellis.recipes.config import BackboneConfig, DataConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.detector import BackboneConfig
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
     """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs."""
     detector = recipe.detector
-    dense = detector.encoder == "dense"
-    small = {
-        "backbone": BackboneConfig(name="resnet18", pretrained=False, strides=(16,) if dense else (8, 16)),
-        "levels": 1 if dense else 3,
-        "width": 128,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "hidden": 512,
-        "encoder_hidden": None,
-        "query_count": 100,
-        "top_k": 100,
-    }
+    dense = detector.encoder.kind == "dense"
+    levels = {} if dense else {"levels": 3}
+    small = detector.replace(
+        backbone=BackboneConfig(name="resnet18", pretrained=False, strides=(16,) if dense else (8, 16)),
+        width=128,
+        encoder=detector.encoder.replace(layers=2, hidden=512, **levels),
+        queries=detector.queries.replace(count=100),
+        decoder=detector.decoder.replace(layers=3, hidden=512),
+        top_k=100,
+    )
     # From scratch the classes are what is learned last: at least Deformable DETR's weight, where the loss is focal.
     classes = max(recipe.loss.classes, 2.0) if detector.scores == "sigmoid" else recipe.loss.classes
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-tiny",
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
-            "detector": detector.model_copy(update=small),
+            "detector": small,
             "loss": recipe.loss.model_copy(update={"classes": classes}),
             # Dense attention learns at the papers' rate, hardly at four times of it: docs/results.md, SAM-DETR.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),

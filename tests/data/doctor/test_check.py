@@ -601,10 +601,10 @@ def test_an_animation_and_a_doubtful_jpeg_are_told(tmp_path: Path) -> None:
         (
             Capacity(queries=1, detections=9),
             "2 objects, but the detector has 1 queries",
-            "-o detector.query_count=100 ",
+            "-o detector.queries.count=100 ",
         ),
-        (Capacity(1, 1), "has 1 queries", "-o detector.query_count=100 -o detector.top_k=100 "),
-        (Capacity(7, 9, each=4), "7 queries, and training gives 4 to each object", "query_count=100 "),
+        (Capacity(1, 1), "has 1 queries", "-o detector.queries.count=100 -o detector.top_k=100 "),
+        (Capacity(7, 9, each=4), "7 queries, and training gives 4 to each object", "queries.count=100 "),
         (Capacity(9, 1), "the detector returns 1 of an image", "; -o detector.top_k=100 "),
         (Capacity(8, 2, each=4), None, ""),
     ],

@@ -17,7 +17,7 @@ class Capacity(NamedTuple):
     queries: int  # each finds one object at most
     detections: int  # that it returns of an image at most
     each: int = 1  # queries that training gives every object (Align-DETR's candidates)
-    patterns: int = 1  # queries for each one of `detector.query_count`
+    patterns: int = 1  # queries for each one of `detector.queries.count`
 
 
 def check_queries(raws: Mapping[str, RawDataset], capacity: Capacity) -> list[Finding]:
@@ -31,7 +31,7 @@ def _too_full(raw: RawDataset, capacity: Capacity) -> Iterator[Finding]:
     options = [f"-o detector.top_k={_rounded(largest)}"] if largest > capacity.detections else []
     if largest * capacity.each > capacity.queries:
         needed = -(-largest * capacity.each // capacity.patterns)
-        options.insert(0, f"-o detector.query_count={_rounded(needed)}")
+        options.insert(0, f"-o detector.queries.count={_rounded(needed)}")
         each = f", and training gives {capacity.each} to each object" if capacity.each > 1 else ""
         what = f"{largest:,} objects, but the detector has {capacity.queries:,} queries{each}"
         images = int((objects * capacity.each > capacity.queries).sum())

@@ -1,0 +1,219 @@
+"""The network parts as a recipe names them; docs/architecture.md says what each is. Importing this imports no torch.
+
+A part that comes in several kinds is a union that `kind` tells apart. Each kind holds the fields that it reads and no
+others, so what cannot be combined cannot be written; what its readers ask of every kind is a constant of the class.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from detrellis.fields import Ascending, Config, Count, Few, Portion, Share, Some, within
+
+Levels = Annotated[int, within(1, 8)]
+QueryCount = Annotated[int, within(1, 100_000)]
+Strides = Annotated[tuple[Count, ...], Ascending, Some]
+ProposalTargets = Literal["objectness", "classes"]
+
+
+class BackboneConfig(Config):
+    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`) or any timm model with feature maps."""
+
+    name: str = "resnet50"
+    pretrained: bool = True
+    norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
+    dilation: bool = False  # DC5
+    drop_path: Portion = 0.0  # rate of dropped residual branches, for timm models that have it
+    strides: Strides = (8, 16, 32)
+    # stages, with the stem, that training leaves as they are, BatchNorm's statistics too; 0: what `norm` freezes
+    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
+
+    @property
+    def normalisation(self) -> Literal["frozen", "batch"]:
+        """`norm` with "auto" decided."""
+        return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
+
+
+class DeformableEncoderConfig(Config):
+    """Deformable attention over several levels, of which the neck makes the coarser ones (Deformable DETR)."""
+
+    kind: Literal["deformable"] = "deformable"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024  # of the feed-forward blocks
+    levels: Levels = 4
+    points: Few = 4  # that each head samples on each level
+
+
+class DenseEncoderConfig(Config):
+    """Dense attention over one map (DETR)."""
+
+    levels: ClassVar[int] = 1
+    kind: Literal["dense"] = "dense"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024
+    neck_norm: bool = False  # GroupNorm after the projection of the map
+    position_scale: bool = False  # positions times an MLP of the content (DAB-DETR)
+
+
+class IntraScaleEncoderConfig(Config):
+    """Dense attention within each of several levels, and in the middle layer over all together (SMCA-DETR)."""
+
+    kind: Literal["intra_scale"] = "intra_scale"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024
+    levels: Levels = 4
+    position_scale: bool = False
+
+
+class DeformableAttentionConfig(Config):
+    """A few sampled points on each level, around a query's point or box (Deformable DETR)."""
+
+    smca: ClassVar[bool] = False
+    kind: Literal["deformable"] = "deformable"
+    points: Few = 4  # that each head samples on each level
+    position_scale: bool = False  # positions derived from boxes, times an MLP of the content (DAB-DETR)
+
+
+class DenseAttentionConfig(Config):
+    """All tokens of one level (DETR); of several levels each layer reads one, coarse to fine."""
+
+    kind: Literal["dense"] = "dense"
+    smca: bool = False  # a Gaussian prior around points of each query, on all levels together (SMCA-DETR)
+
+
+class ConditionalAttentionConfig(Config):
+    """Contents with contents and positions with positions, on one level as the dense one (Conditional DETR)."""
+
+    smca: ClassVar[bool] = False
+    kind: Literal["conditional"] = "conditional"
+
+
+class SemanticAttentionConfig(Config):
+    """Each query is sampled anew in its box, on one level as the dense one (SAM-DETR); all but `smca` are ablations."""
+
+    kind: Literal["semantic"] = "semantic"
+    smca: bool = False  # a Gaussian prior around the salient points
+    resample: Literal["points", "avg", "max"] = "points"  # salient points, or the pooled region
+    keypoints: Few | None = None  # points of a query; fewer than heads are shared, more add heads; None: one a head
+    reweight: bool = True  # gates that the old query gives
+    search: Literal["box", "image"] = "box"  # where the points may lie
+    zero_init: bool = False  # points start in the centres of the boxes
+
+
+class LearnedQueriesConfig(Config):
+    """Positions that are learned (DETR)."""
+
+    position: ClassVar[Literal["queries"]] = "queries"
+    patterns: ClassVar[int] = 0
+    kind: Literal["learned"] = "learned"
+    count: QueryCount = 300
+    content: Literal["zero", "learned"] = "learned"
+
+
+class AnchorQueriesConfig(Config):
+    """Boxes that are learned (DAB-DETR); their positions are derived from the current boxes at each layer."""
+
+    position: ClassVar[Literal["boxes"]] = "boxes"
+    kind: Literal["anchors"] = "anchors"
+    count: QueryCount = 300
+    content: Literal["zero", "shared", "learned"] = "learned"  # shared: one for all
+    patterns: Annotated[int, within(0, 100)] = 0  # contents that each anchor stands with (DAB-DETR); 0: off
+    indicator: bool = False  # keep a content channel that tells denoising queries (DN-DETR)
+    fixed_centres: bool = False  # centres are drawn uniformly and not trained
+    frozen_boxes: bool = False  # neither centres nor sizes are trained (SAM-DETR, Table 5)
+
+
+class ProposalQueriesConfig(Config):
+    """Boxes that the encoder proposes, which positions and contents are derived from (two-stage Deformable DETR)."""
+
+    position: ClassVar[Literal["queries"]] = "queries"
+    patterns: ClassVar[int] = 0
+    kind: Literal["proposals"] = "proposals"
+    count: QueryCount = 300
+    proposal_targets: ProposalTargets = "objectness"
+    empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
+
+
+class MixedQueriesConfig(Config):
+    """Boxes that the encoder proposes, with contents that are learned (DINO)."""
+
+    patterns: ClassVar[int] = 0
+    kind: Literal["mixed"] = "mixed"
+    count: QueryCount = 300
+    position: Literal["queries", "boxes"] = "queries"  # of the proposals, or of the current boxes at each layer
+    proposal_targets: ProposalTargets = "objectness"
+    empty_compete: bool = False
+
+
+EncoderConfig = DeformableEncoderConfig | DenseEncoderConfig | IntraScaleEncoderConfig
+CrossAttentionConfig = (
+    DeformableAttentionConfig | DenseAttentionConfig | ConditionalAttentionConfig | SemanticAttentionConfig
+)
+QueriesConfig = LearnedQueriesConfig | AnchorQueriesConfig | ProposalQueriesConfig | MixedQueriesConfig
+
+
+class DecoderConfig(Config):
+    """The layers that turn queries into boxes, and the heads behind them."""
+
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024
+    refine: Literal["none", "detached", "look_forward_twice"] = "none"
+    final_norm: bool = False
+    shared_heads: bool = False  # one class head and one box head for all layers
+
+
+class DetectorConfig(Config):
+    """The network parts, and how detections are read off them."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    width: Annotated[int, within(4, 8192)] = 256
+    encoder: Annotated[EncoderConfig, Field(discriminator="kind")] = DeformableEncoderConfig()
+    queries: Annotated[QueriesConfig, Field(discriminator="kind")] = LearnedQueriesConfig()
+    cross_attention: Annotated[CrossAttentionConfig, Field(discriminator="kind")] = DeformableAttentionConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    activation: Literal["relu", "prelu", "gelu", "silu"] = "relu"  # of the feed-forward blocks
+    dropout: Portion = 0.1
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
+    iou_branch: Literal["none", "product", "root"] = "none"  # a head that learns the IoU, and how scores use it
+    eps: Annotated[float, within(0, 0.5, above=True, below=True)] = 1e-5  # of the inverse sigmoid
+    position_temperature: Annotated[float, within(1, 1e6)] = 10000.0
+    position_offset: Annotated[float, within(-1, 1)] = -0.5
+    top_k: Count = 100  # detections of an image, at most
+    soft_nms: Share | None = None  # detections that overlap a better one of their class by this lose score; None: off
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether the encoder proposes the queries' boxes."""
+        return isinstance(self.queries, ProposalQueriesConfig | MixedQueriesConfig)
+
+    @property
+    def objectness(self) -> bool:
+        """Whether the proposals' class head tells objects from background, instead of the classes."""
+        queries = self.queries
+        if isinstance(queries, ProposalQueriesConfig | MixedQueriesConfig):
+            return queries.proposal_targets == "objectness"
+        return False
+
+    @property
+    def modulated(self) -> bool:
+        """Whether it is SMCA-DETR's decoder, whose queries carry the prior."""
+        return self.cross_attention.kind == "dense" and self.cross_attention.smca
+
+    @property
+    def level_strides(self) -> tuple[int, ...]:
+        """Pixels that a cell of each level covers."""
+        *finer, last = self.backbone.strides
+        last //= 2 if self.backbone.dilation else 1
+        return (*finer, *(last * 2**i for i in range(self.encoder.levels - len(finer))))
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What schemes may ask of a detector."""
+        holds = {"sigmoid_scores": self.scores == "sigmoid", "box_queries": self.queries.position == "boxes"}
+        return frozenset(name for name, held in holds.items() if held)
