@@ -207,14 +207,31 @@ def test_an_error_of_ours_costs_nothing_either(shapes: Path, tmp_path: Path, mon
     assert load_run(tmp_path / "run")[0]["step"] == 2
 
 
+def test_a_step_that_breaks_off_is_not_saved(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may have moved where the average has not: the run goes on from the checkpoint before."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def break_off(*args: Any) -> None:
+        calls.append(clip(*args))
+        if len(calls) == 2:
+            raise ZeroDivisionError("clipping")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", break_off)
+    with pytest.raises(ZeroDivisionError) as error:
+        run(shapes, tmp_path / "run")
+    assert "The run is saved up to step 0" in error.value.__notes__[0]
+    assert load_run(tmp_path / "run")[0]["step"] == 0
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, calls = torch.save, []
+    errors = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64 vs 0\nmore")]
 
     def full(*args: Any) -> None:
         calls.append(args)
         if len(calls) > 1:
             Path(args[1]).write_bytes(b"PK")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise errors.pop(0)
         save(*args)
 
     monkeypatch.setattr(torch, "save", full)
@@ -225,8 +242,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(shapes: Path, tmp_path: Path, mo
     assert load_run(tmp_path / "run")[0]["step"] == 0
     calls.clear()
     calls.append(())
-    with pytest.raises(UserError, match="Nothing has been trained yet: make room, or take another --out"):
+    with pytest.raises(UserError, match=r"cannot be saved .unexpected pos 64 vs 0.\n") as error:  # torch's words
         run(shapes, tmp_path / "second")
+    assert error.value.remedy == "Nothing has been trained yet: make room, or take another --out."
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(
