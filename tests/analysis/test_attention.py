@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from detrellis.analysis import attention
@@ -318,4 +320,7 @@ def test_detectors_of_any_shape_are_drawn_together() -> None:
     shown = [axes for axes in figure.get_axes() if axes.get_images()]
     assert len(shown) == (2 + 7 + 4) + (8 + 2 + 2)
     assert all((*axes.get_xlim(), *axes.get_ylim()) == (0, 1, 1, 0) for axes in shown)
-    assert result.table().row_count == 3
+    printed = Console(width=80, file=io.StringIO())
+    printed.print(result.table())
+    assert isinstance(printed.file, io.StringIO)
+    assert [printed.file.getvalue().count(text) for text in ("$x ", "[bold] ", "[class] $x ")] == [4, 1, 3]

@@ -64,7 +64,6 @@ class RunAttention(RunResult):
     layers: tuple[LayerAttention, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
         values = {k: getattr(self, k) for k in ("name", "run", "query", "score")}
         layers = [layer.to_dict() for layer in self.layers]
         return values | {"class": self.label, "box": list(self.box), "layers": layers}
@@ -81,7 +80,6 @@ class AttentionResult(Result):
     picture: NDArray[np.uint8]  # (H, W, 3)
 
     def table(self) -> Table:
-        """One row a run, for a rich console."""
         caption = "One query a run. Centres (shares of width and height) tell whether runs show the same object."
         columns = ("query", "class", "score", "centre")
         title = "Cross-attention of a query (SAM-DETR++)"
@@ -94,7 +92,7 @@ class AttentionResult(Result):
 
 @checked
 def analyze(runs: ComparedRuns, *, image: str | Path | None = None, query: Index | None = None) -> AttentionResult:
-    """Look where a query of each run attends to in `image` (default: the first that the first run is measured on).
+    """Read off where a query of each run looks in `image` (default: the first that the first run is measured on).
 
     `query` counts from 0 (default: the one with the highest score). Raises `UserError` where a detector has no such
     query, or there is no picture to look at.

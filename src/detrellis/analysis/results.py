@@ -94,5 +94,5 @@ def run_table(
 
 
 def add_run(table: Table, name: str, *cells: str, end_section: bool = False) -> None:
-    """A row that names its run, as it is: also one that is called "[bold]"."""
-    table.add_row(Text(name), *cells, end_section=end_section)
+    """A row for a run, its cells as they are: also a name, or a class, such as "[bold]"."""
+    table.add_row(*(Text(cell) for cell in (name, *cells)), end_section=end_section)
