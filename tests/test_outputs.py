@@ -58,6 +58,16 @@ def test_a_link_is_not_written_through(tmp_path: Path, to: str) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_link_to_what_was_made_here_stays_a_link(tmp_path: Path) -> None:
+    """The user has put the result elsewhere."""
+    made = Outputs(tmp_path / "out").write("x", "drawn")
+    made.rename(tmp_path / "kept")
+    made.symlink_to(tmp_path / "kept")
+    with pytest.raises(UserError, match="has been changed since"):
+        Outputs(tmp_path / "out").ready(["x"])
+    assert made.is_symlink()
+
+
 def test_without_hard_links_nothing_is_written_over_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise PermissionError(1, "not supported")
