@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # One test process a core, one thread each: torch would otherwise start a thread a core in every one of them.
-# A file's tests stay in one process, because they share runs that are expensive to make.
-TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
+# Neighbours stay together, because they share runs that are expensive to make; who has finished first takes from others.
+TEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
 TESTS ?=
 BENCH ?=
 # CPU=1 takes PyTorch's CPU build: the other brings 6 GB of CUDA libraries. uv knows the index that has it; where that
@@ -17,8 +17,10 @@ BENCH ?=
 CPU ?=
 TORCH_INDEX ?=
 TORCH = $(shell grep -E '^torch(vision)?==' constraints.txt)
-# What meets the libraries: help, pictures, a training run, its evaluation, predictions, analyses, files of weights.
-QUICK := tests/test_cli.py tests/data/test_decode.py
+# What meets the libraries: help and refusals, a training run, its evaluation and predictions, figures, pictures.
+QUICK := $(addprefix tests/test_cli.py::test_,help_shows_an_example a_wrong_word_is_told_with_an_example \
+	wrong_use_is_a_message_and_exit_code_2 a_signal_is_a_line_and_its_exit_code the_whole_path \
+	two_runs_are_analyzed_side_by_side) tests/data/test_decode.py
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test quick oldest bench check lint types arrows style clean
@@ -35,10 +37,10 @@ test: $(STAMP)  ## Run the tests (a part of them: make test TESTS=tests/golden)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) $(TESTS)
 
 quick:  ## Run the tests that meet the libraries: try another Python with make quick PYTHON=python3.13
-	$(MAKE) test TESTS="$(QUICK)"
+	$(MAKE) test TEST_FLAGS= TESTS="$(QUICK)"
 
 oldest: $(OLDEST)/.installed  ## The same tests with the oldest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(TEST_FLAGS) $(QUICK)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(QUICK)
 
 bench: $(STAMP)  ## Measure what has a speed budget, and print a table (a part: make bench BENCH=step)
 	$(BIN)/python benchmarks/all.py $(BENCH)
