@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def in_two_processes(function: Callable[..., None], *arguments: object) -> None:
+    """Each is forked from one that has imported all this, and nothing else: torch's import takes seconds."""
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(function, (2, free_port(), *arguments), nprocs=2, start_method="forkserver")
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -89,7 +97,7 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage"])
 def test_a_process_without_boxes(name: str, tmp_path: Path) -> None:
-    mp.spawn(steps, (2, free_port(), name, str(tmp_path)), nprocs=2)
+    in_two_processes(steps, name, str(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"0.done", "1.done"}
 
 
@@ -146,7 +154,7 @@ def quiet() -> Console:
 def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp_path: Path) -> None:
     """One of them saves, nobody waits for ever, and one process alone can go on."""
     out = tmp_path / "run"
-    mp.spawn(stopped, (2, free_port(), str(shapes), str(out)), nprocs=2)
+    in_two_processes(stopped, str(shapes), str(out))
     told = [Path(f"{out}.{rank}").read_text() for rank in (0, 1)]
     assert told == [f"2 {signal.SIGTERM.value}"] * 2
     assert torch.load(out / "last.state.pt", weights_only=True)["step"] == 2
