@@ -43,7 +43,7 @@ def tags(
     boxes: list[Rectangle], labels: list[int], scores: list[float] | None, size: tuple[int, int] = (800, 600)
 ) -> list[visualize._Tag]:
     marks = visualize._marks(boxes, labels, scores, NAMES)
-    return visualize._place(marks, visualize._look(marks, size, None), size)
+    return visualize._place(marks, visualize._style(marks, size, None), size)
 
 
 def shared(a: Rectangle, b: Rectangle) -> float:
@@ -208,7 +208,8 @@ def grid(count: int, side: float) -> list[Rectangle]:
 def test_a_crowd_has_thinner_lines_and_shorter_tags() -> None:
     few, many = grid(5, 20), grid(110, 20)
     looks = [
-        visualize._look(visualize._marks(b, [0] * len(b), [0.5] * len(b), NAMES), (800, 600), None) for b in (few, many)
+        visualize._style(visualize._marks(b, [0] * len(b), [0.5] * len(b), NAMES), (800, 600), None)
+        for b in (few, many)
     ]
     assert [look.line for look in looks] == [4, 2]
     assert looks[0].font.size > looks[1].font.size >= 11
@@ -237,7 +238,7 @@ def test_a_picture_that_no_jpeg_can_hold_is_made_smaller() -> None:
 
 def test_tags_and_lines_grow_with_the_picture() -> None:
     looks = [
-        visualize._look(visualize._marks([[0, 0, 9, 9]], [0], [0.5], NAMES), size, None)
+        visualize._style(visualize._marks([[0, 0, 9, 9]], [0], [0.5], NAMES), size, None)
         for size in ((640, 480), (2560, 1920))
     ]
     assert looks[1].font.size == pytest.approx(4 * looks[0].font.size, rel=0.1)

@@ -74,17 +74,17 @@ def draw_detections(
     marks = [m for m in (_on_canvas(m, scale, canvas.size) for m in marks) if m is not None]
     font = _font_name(frozenset("".join(m.name for m in marks)), font)
     marks = [replace(m, name=_writable(m.name, font, f"class {m.label}")) for m in marks]
-    look = _look(marks, canvas.size, font)
+    style = _style(marks, canvas.size, font)
     if marks:
         canvas = _wide_enough(canvas)
     draw = ImageDraw.Draw(canvas, "RGBA")
     for mark in sorted(marks, key=lambda m: -_area(m.box)):  # small boxes stay on top of large ones
-        _draw_box(draw, mark, look.line)
-    for tag in _place(marks, look, canvas.size):
-        _draw_tag(draw, tag, look)
+        _draw_box(draw, mark, style.line)
+    for tag in _place(marks, style, canvas.size):
+        _draw_tag(draw, tag, style)
     if not legend or not marks:
         return canvas
-    return _with_legend(canvas, marks, look.legend_font)
+    return _with_legend(canvas, marks, style.legend_font)
 
 
 def contact_sheet(
@@ -122,7 +122,7 @@ class _Mark:
     score: float | None
 
 
-class _Look(NamedTuple):
+class _Style(NamedTuple):
     """How this picture is drawn."""
 
     line: int  # of the largest boxes
@@ -187,7 +187,7 @@ def _on_canvas(mark: _Mark, scale: float, size: tuple[int, int]) -> _Mark | None
     return _Mark((left, top, right, bottom), mark.label, mark.name, mark.score)
 
 
-def _look(marks: Sequence[_Mark], size: tuple[int, int], font: str | None) -> _Look:
+def _style(marks: Sequence[_Mark], size: tuple[int, int], font: str | None) -> _Style:
     """How a picture is drawn: sizes follow the picture's, and the more of it the tags would cover, the smaller."""
     area = size[0] * size[1]
     unit = math.sqrt(area) / 560
@@ -199,7 +199,7 @@ def _look(marks: Sequence[_Mark], size: tuple[int, int], font: str | None) -> _L
     height = fitting[0] if fitting else heights[-1]
     width = 3.0 if len(marks) <= 12 else 2.4 if len(marks) <= 40 else 1.6
     line = max(1, round(width * unit))
-    return _Look(line, _font(font, round(height)), _font(font, round(full)), crowded=not fitting)
+    return _Style(line, _font(font, round(height)), _font(font, round(full)), crowded=not fitting)
 
 
 def _text(mark: _Mark, crowded: bool) -> str:
@@ -219,32 +219,32 @@ def _draw_box(draw: ImageDraw.ImageDraw, mark: _Mark, line: int) -> None:
     draw.rectangle((x1, y1, x2, y2), outline=colour_of(mark.label), width=line)
 
 
-def _place(marks: Sequence[_Mark], look: _Look, size: tuple[int, int]) -> list[_Tag]:
+def _place(marks: Sequence[_Mark], style: _Style, size: tuple[int, int]) -> list[_Tag]:
     """A tag for every mark that has room for one; the best scores choose first."""
     boxes = np.array([m.box for m in marks]).reshape(-1, 4)
     placed: list[_Tag] = []
     order = sorted(range(len(marks)), key=lambda i: -(marks[i].score or 0))
     for i in order:
-        for text in _texts(marks[i], look):
-            tag, hidden = _best_place(marks[i], text, look, size, (boxes, [t.box for t in placed]))
+        for text in _texts(marks[i], style):
+            tag, hidden = _best_place(marks[i], text, style, size, (boxes, [t.box for t in placed]))
             if hidden <= 0.1:
                 placed.append(tag)
                 break
     return placed
 
 
-def _texts(mark: _Mark, look: _Look) -> list[str]:
+def _texts(mark: _Mark, style: _Style) -> list[str]:
     """What the tag may say, the best first; in a crowd a name stands only where it is short beside its box."""
     full, brief = _text(mark, False), _text(mark, True)
-    roomy = _tag_size(full, look.font)[0] <= 0.6 * (mark.box[2] - mark.box[0])
-    return [t for t in ((full, brief) if roomy or not look.crowded else (brief,)) if t]
+    roomy = _tag_size(full, style.font)[0] <= 0.6 * (mark.box[2] - mark.box[0])
+    return [t for t in ((full, brief) if roomy or not style.crowded else (brief,)) if t]
 
 
 def _best_place(
-    mark: _Mark, text: str, look: _Look, size: tuple[int, int], others: tuple[Floats, list[Rectangle]]
+    mark: _Mark, text: str, style: _Style, size: tuple[int, int], others: tuple[Floats, list[Rectangle]]
 ) -> tuple[_Tag, float]:
     """The tag where it covers least, and the fraction of it that lies on other tags."""
-    width, height = _tag_size(text, look.font)
+    width, height = _tag_size(text, style.font)
     boxes, tags = others
     x1, y1, x2, y2 = mark.box
     # Above and below the box, inside it, beside it; of equal places the first.
@@ -276,11 +276,11 @@ def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
     return math.ceil(font.getlength(text) + 0.6 * font.size), math.ceil(1.25 * font.size)
 
 
-def _draw_tag(draw: ImageDraw.ImageDraw, tag: _Tag, look: _Look) -> None:
+def _draw_tag(draw: ImageDraw.ImageDraw, tag: _Tag, style: _Style) -> None:
     x1, y1, x2, y2 = (round(v) for v in tag.box)
     colour = colour_of(tag.label)
     draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
-    draw.text(((x1 + x2) / 2, (y1 + y2) / 2), tag.text, fill=ink_on(colour), font=look.font, anchor="mm")
+    draw.text(((x1 + x2) / 2, (y1 + y2) / 2), tag.text, fill=ink_on(colour), font=style.font, anchor="mm")
 
 
 def ink_on(colour: Colour) -> Colour:

@@ -43,5 +43,5 @@ class Annotations:
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
     def path(self, index: int) -> Path:
-        """Image file of image `index`."""
+        """The file of image `index`."""
         return self.root / bytes(self.file_names[index]).decode()

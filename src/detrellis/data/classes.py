@@ -35,12 +35,12 @@ class ClassMap:
 
     @classmethod
     def from_categories(cls, categories: Iterable[Mapping[str, Any]]) -> ClassMap:
-        """From COCO's `categories`: `[{"id": 3, "name": "cat"}, ...]` in any order."""
+        """The map of COCO's `categories`: `[{"id": 3, "name": "cat"}, ...]` in any order."""
         rows = sorted((int(c["id"]), str(c.get("name", c["id"]))) for c in categories)
         return cls(tuple(i for i, _ in rows), tuple(n for _, n in rows))
 
     def indices(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Class indices of data-set ids; -1 for an id that the map does not hold."""
+        """Class indices of data-set ids, of the same shape; -1 for an id that the map does not hold."""
         if not len(self.ids):
             return np.full(ids.shape, -1, dtype=np.int64)
         known = np.asarray(self.ids, dtype=np.int64)
@@ -48,10 +48,10 @@ class ClassMap:
         return np.where(known[place] == ids, place, -1).astype(np.int64)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The map as JSON holds it."""
         return {"ids": list(self.ids), "names": list(self.names)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ClassMap:
-        """The inverse of `to_dict`."""
+        """The map that `to_dict` gave."""
         return cls(tuple(int(i) for i in data["ids"]), tuple(str(n) for n in data["names"]))

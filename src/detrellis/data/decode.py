@@ -53,7 +53,7 @@ REMEDY = "Replace or re-export the file, or leave the image out (`check --fix` a
 
 
 class Header(NamedTuple):
-    """What an image file says about itself before a pixel is decoded."""
+    """The properties of an image file that are known before a pixel is decoded."""
 
     size: tuple[int, int]  # (height, width) as stored
     mode: str  # Pillow's: "RGB", "L", "P", "CMYK", "I;16", ...
@@ -136,7 +136,7 @@ def _must_be_file(path: Path) -> None:
 
 
 def absence(path: Path) -> str:
-    """Why there is no file to read, `no such file` for example; nothing where there is one."""
+    """Why there is no file to read, `no such file` for example; "" where there is one."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _upright(image: Image.Image, path: Path, size: tuple[int, int] | None) -> Im
     header = _header(image)
     if header.format == "EPS":
         raise UserError("PostScript, which is a program and no image", REMEDY)
-    if header.format in JPEGS and image.width * image.height > jpeg.MOST_PIXELS * path.stat().st_size:
+    if header.format in JPEGS and image.width * image.height > jpeg.MAX_PIXELS * path.stat().st_size:
         raise UserError(f"damaged: no JPEG of its length holds {image.width}x{image.height} pixels", REMEDY)
     wanted = turn(header, size)
     image.load()

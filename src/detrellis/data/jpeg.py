@@ -19,7 +19,7 @@ from PIL import Image
 GREY = 128  # what a block without data becomes
 MARKER = re.compile(rb"\xff+([^\x00\xff])")  # in picture data 255 is followed by 0 unless it starts a marker
 SCAN, END, RESTARTS = 0xDA, 0xD9, range(0xD0, 0xD8)
-MOST_PIXELS = 1024  # a byte: a block of 64 takes a bit or two at the least
+MAX_PIXELS = 1024  # a byte: a block of 64 takes a bit or two at the least
 FILLER = bytes(256)  # what a stream that ended too soon would go on with: many blocks of a picture
 LEFT_OVER = 64  # bytes that are worth a word
 
@@ -89,7 +89,7 @@ def _refilled(data: bytes) -> bytes:
 
 def _streams(data: bytes) -> list[tuple[int, int]]:
     """(first byte of the scan, end) of each stream of picture data, in order; a scan with restarts has several."""
-    found: list[tuple[int, int]] = []
+    streams: list[tuple[int, int]] = []
     place = 2
     while (marker := MARKER.search(data, place)) is not None and marker[1][0] != END:
         place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
@@ -97,10 +97,10 @@ def _streams(data: bytes) -> list[tuple[int, int]]:
             continue
         start = place
         for marker in MARKER.finditer(data, start):
-            found.append((start, marker.start()))
+            streams.append((start, marker.start()))
             place = marker.start()
             if marker[1][0] not in RESTARTS:
                 break
         else:
             break
-    return found
+    return streams

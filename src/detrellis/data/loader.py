@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a step reads."""
+    """A batch of images with their targets, as a training step or an evaluation reads it."""
 
     images: ImageBatch
     targets: Targets  # boxes normalised cxcywh, relative to the image without its padding
@@ -99,8 +99,8 @@ class DetectionDataset(Dataset[Sample]):
         epoch, index = key
         height, width = self.sizes[index].tolist()
         image = self._image(index, height, width)
-        own = slice(self.starts[index], self.starts[index + 1])
-        boxes, labels = torch.tensor(self.boxes[own]), torch.tensor(self.labels[own])
+        rows = slice(self.starts[index], self.starts[index + 1])
+        boxes, labels = torch.tensor(self.boxes[rows]), torch.tensor(self.labels[rows])
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
@@ -108,7 +108,7 @@ class DetectionDataset(Dataset[Sample]):
                 image, boxes, labels = self.transform(image, boxes, labels)
                 masks = None
             else:
-                outlines = [self.outlines[row] for row in range(own.start, own.stop)]
+                outlines = [self.outlines[row] for row in range(rows.start, rows.stop)]
                 image, boxes, labels, masks = transform_with_masks(self.transform, image, boxes, labels, outlines)
         return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width), masks)
 
@@ -123,9 +123,9 @@ class DetectionDataset(Dataset[Sample]):
         path = Path(self.root, bytes(self.file_names[index]).decode())
         image = read_image(path, (height, width))
         if image.shape[1:] != (height, width):
-            found = f"{image.shape[2]}x{image.shape[1]}"
+            size = f"{image.shape[2]}x{image.shape[1]}"
             raise UserError(
-                f"{path}: the file is {found} pixels (width x height), the annotations say {width}x{height}",
+                f"{path}: the file is {size} pixels (width x height), the annotations say {width}x{height}",
                 "Its boxes would be wrong. Run `detrellis check` to list all such files.",
             )
         return image
@@ -143,13 +143,14 @@ class Collate:
     pad_to: tuple[int, int] | None = None
 
     def __call__(self, samples: list[Sample] | WorkerError) -> Batch | WorkerError:
-        """The batch; a failure is passed on."""
+        """The batch; an error of a worker is passed on."""
         if isinstance(samples, WorkerError):
             return samples
         counts = tuple(len(s.labels) for s in samples)
         drawn = [s.masks for s in samples if s.masks is not None]
         masks = torch.cat(drawn) if drawn else None
-        targets = Targets(torch.cat([s.labels for s in samples]), _normalised_boxes(samples), counts, masks)
+        labels = torch.cat([s.labels for s in samples])
+        targets = Targets(labels, _normalised_boxes(samples), counts, masks)
         sizes = torch.tensor([s.size for s in samples], dtype=torch.int64)
         images = stack_images([s.image for s in samples], self.pad_to)
         return Batch(images, targets, tuple(s.image_id for s in samples), sizes)
@@ -178,7 +179,7 @@ def stack_images(images: Sequence[Tensor], pad_to: tuple[int, int] | None = None
 def normalise(image: Tensor, out: Tensor) -> None:
     """`(image / 255 - MEAN) / STD` into `out`, which may be a view: `image * scale + shift`.
 
-    Not a fused multiply-add: that rounds differently at the ends of a thread's share.
+    Not a fused multiply-add: that rounds differently at the ends of a thread's part.
     """
     out.copy_(image).mul_(_SCALE).add_(_SHIFT)
 
@@ -223,12 +224,12 @@ def _next(batches: Iterator[Batch | WorkerError]) -> Batch | None:
 
 
 def _died(error: RuntimeError) -> UserError:
-    """What to do about a dead worker, by what torch says of it."""
-    said = f"{error} {error.__cause__ or ''}".lower()
+    """The error of a dead worker, with the remedy that torch's message suggests."""
+    message = f"{error} {error.__cause__ or ''}".lower()
     fewer = "use fewer workers (--workers 0: none) or smaller batches"
-    if "bus error" in said:
+    if "bus error" in message:
         remedy = f"The shared memory ran out: {fewer}; in a container, give it more (docker: --shm-size or --ipc=host)."
-    elif "killed by signal: killed" in said:
+    elif "killed by signal: killed" in message:
         remedy = f"It was killed from outside, mostly because the memory ran out: {fewer}."
     else:
         remedy = f"An image may have ended it: `detrellis check` decodes them all. Or memory was short: {fewer}."

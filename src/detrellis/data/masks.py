@@ -36,7 +36,7 @@ Outline = list[NDArray[np.float32]] | bytes  # polygons (x1, y1, x2, ...) of its
 
 @dataclass(frozen=True)
 class Outlines:
-    """Of `T` objects, in flat arrays (see `annotations.py`)."""
+    """The outlines of `T` objects in flat arrays (see `annotations.py`)."""
 
     data: NDArray[np.uint8]  # (bytes,) the polygons of all parts, or their run lengths, one after the other
     parts: NDArray[np.int64]  # (P + 1,) first byte of each part
@@ -50,7 +50,7 @@ class Outlines:
 
 
 def read_outlines(annotations: Annotations) -> Outlines:
-    """Of all boxes but the crowd regions, from the COCO file that lists them; it is read again for this.
+    """The outlines of all objects but crowd regions, from the COCO file that lists them; it is read again for this.
 
     Raises `UserError` where one is missing or damaged.
     """
@@ -78,17 +78,17 @@ def _starts(pieces: Sequence[Sized]) -> NDArray[np.int64]:
 def transform_with_masks(
     transform: Transform, image: Tensor, boxes: Tensor, labels: Tensor, outlines: Sequence[Outline]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `transform` makes of image, boxes and labels, with the same random numbers as without masks; and the masks
+    """Image, boxes and labels as `transform` leaves them, with the same random numbers as without masks; and the masks
     `(n, SIDE, SIDE)` of the boxes that are left."""
     height, width = image.shape[1:]
     corners = boxes.new_tensor([[0, 0, 0, 0], [width, height, width, height]])
     rows = torch.cat([labels.new_full((2,), CORNER), torch.arange(len(labels))])
     image, boxes, rows = transform(image, torch.cat([corners, boxes]), rows)
     (first, last), boxes, rows = boxes[:2].double(), boxes[2:], rows[2:]
-    seen = (boxes - first) / (last - first) * corners[1]  # edges in the picture as it was; a flip exchanges them
+    visible = (boxes - first) / (last - first) * corners[1]  # edges in the picture as it was; a flip exchanges them
     masks = torch.zeros(len(rows), SIDE, SIDE, dtype=torch.bool)
-    for into, row, edges in zip(masks, rows.tolist(), seen.tolist(), strict=True):
-        into.copy_(torch.from_numpy(draw(outlines[row], edges, (height, width))))
+    for mask, row, edges in zip(masks, rows.tolist(), visible.tolist(), strict=True):
+        mask.copy_(torch.from_numpy(draw(outlines[row], edges, (height, width))))
     return image, boxes, labels[rows], masks
 
 

@@ -1,6 +1,6 @@
 """`RawDataset`: one split as its files have it, good or bad; and the way from there to `Annotations`.
 
-The readers (coco, yolo, voc) fill it, the doctor looks at it, `drop_bad` cleans it, `to_annotations` takes it over.
+The readers (`formats/`) fill it, the doctor checks it, `drop_bad` cleans it, `to_annotations` is the way to training.
 Columns are numpy arrays, so that a check of 860,000 boxes is a few array operations.
 """
 
@@ -25,7 +25,7 @@ SEE_CHECK = "Run `detrellis check` for the full list; `train --skip-bad` leaves 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """`I` images and `T` boxes in the order of the files. Nothing is guaranteed but types and lengths."""
+    """`I` images and `T` boxes in the order of the files. Only types and lengths of the columns are guaranteed."""
 
     split: str  # "train", "val" or "test"
     source: Path  # the annotation file, or the folder of label files
@@ -42,7 +42,7 @@ class RawDataset:
     crowd: NDArray[np.bool_]  # (T,)
     lines: NDArray[np.int64]  # (T,) line (YOLO) or number of the object (VOC), from 1; COCO: place in `annotations`
     label_files: tuple[str, ...] | None = None  # (I,) of YOLO and VOC; None: all stands in `source`
-    findings: tuple[Finding, ...] = ()  # what the reader met that the columns cannot hold
+    findings: tuple[Finding, ...] = ()  # problems that the reader met and the columns cannot hold
     difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise; None: the format does not tell
     written: Mapping[int, str] = field(default_factory=dict)  # box -> what stands where its four numbers should
 
@@ -51,7 +51,7 @@ class RawDataset:
 
     @cached_property
     def box_rows(self) -> NDArray[np.int64]:
-        """(T,) index of the image that owns each box: the first one with its id, or -1."""
+        """`(T,)` index of the image that owns each box: the first one with its id, or -1."""
         if not len(self):
             return np.full(len(self.ids), -1, dtype=np.int64)
         known, first = np.unique(self.image_ids, return_index=True)
@@ -71,7 +71,7 @@ class RawDataset:
         return self.root / self.file_names[row]
 
     def place(self, box: int) -> tuple[str, int | None]:
-        """(file, line) where box `box` is written down."""
+        """The file in which box `box` is written, and its line there; None where lines are not counted."""
         row = self.box_rows[box]
         if self.label_files is None or row < 0:
             return str(self.source), None
@@ -86,7 +86,7 @@ class RawDataset:
         return int(self.ids[box]) if self.label_files is None else None
 
     def take(self, images: NDArray[np.bool_], boxes: NDArray[np.bool_]) -> RawDataset:
-        """Only the images and boxes that the masks name."""
+        """The split with only the images and boxes where the masks `images (I,)` and `boxes (T,)` are True."""
         kept = np.flatnonzero(images).tolist()
         label_files = None if self.label_files is None else tuple(self.label_files[i] for i in kept)
         return replace(
@@ -113,13 +113,12 @@ def believed(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
     """`(T, 4)` xywh boxes cut to their frames `(T, 2)` (height, width). A box outside gets no width or no height."""
-    width, height = sizes[:, 1], sizes[:, 0]
-    left, right = (np.clip(edge, 0, width) for edge in (boxes[:, 0], boxes[:, 0] + boxes[:, 2]))
-    top, bottom = (np.clip(edge, 0, height) for edge in (boxes[:, 1], boxes[:, 1] + boxes[:, 3]))
-    clipped = np.stack([left, top, right - left, bottom - top], axis=1)
+    frame = sizes[:, ::-1]  # (T, 2) width, height
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    low_in, high_in = np.clip(low, 0, frame), np.clip(high, 0, frame)
+    clipped = np.concatenate([low_in, high_in - low_in], axis=1)
     # A box inside keeps its numbers to the last bit: (x + w) - x need not be w.
-    cut = (left != boxes[:, 0]) | (top != boxes[:, 1]) | (right < boxes[:, 0] + boxes[:, 2])
-    cut |= bottom < boxes[:, 1] + boxes[:, 3]
+    cut = ((low_in != low) | (high_in < high)).any(axis=1)
     return np.where(cut[:, None], clipped, boxes)
 
 

@@ -23,10 +23,10 @@ from detrellis.errors import UserError
 CATEGORIES = {1: "disc", 3: "square", 4: "triangle", 7: "star", 9: "ring"}
 MARK = "detrellis shapes"  # in the annotation file's `info`: how we know a folder is ours
 SUPERSAMPLING = 3  # masks are drawn this much larger and averaged: smooth edges
-HIDDEN = 0.7  # an object of which more than this share is behind others or outside the frame is not annotated
-SMALLEST = 0.17  # radius of an object, as a share of the shorter side of the image
+HIDDEN = 0.7  # an object of which more than this fraction is behind others or outside the frame is not annotated
+SMALLEST = 0.17  # radius of an object, relative to the shorter side of the image
 LARGEST = 0.28
-TILT = math.pi / 9  # most that a shape is turned either way
+TILT = math.pi / 9  # largest angle by which a shape is turned either way
 MARKINGS = {"disc": "circles", "square": "stripes", "triangle": "dots", "star": "bars", "ring": "plain"}
 
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
@@ -48,6 +48,8 @@ class _Parameters:
 
 @dataclass(frozen=True)
 class _Object:
+    """A shape that was drawn."""
+
     category: int
     mask: NDArray[np.bool_]  # of the frame, whatever lies on top of it
     full_area: int  # pixels, with those outside the frame
@@ -110,11 +112,11 @@ def _write_split(out: Path, split: str, count: int, parameters: _Parameters, ran
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         height, width = parameters.size if random.random() < 0.5 else parameters.size[::-1]
-        pixels, found = draw_image(height, width, parameters.objects, random)
+        pixels, objects = draw_image(height, width, parameters.objects, random)
         name, image_id = f"{split}_{index:05d}.jpg", index + 1
         Image.fromarray(pixels).save(folder / name, quality=92)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for category, box, area in found:
+        for category, box, area in objects:
             row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
             annotations.append(row | {"bbox": box, "area": area})
     content = {
@@ -140,14 +142,14 @@ def draw_image(
     if random.random() < 0.3:
         _draw_line(canvas, random)
     covered = np.zeros((height, width), dtype=bool)
-    found = []
+    annotated = []
     for shape in reversed(drawn):  # the last one lies on top
         visible = (shape.mask & ~covered).sum()
         covered |= shape.mask
         if visible > (1 - HIDDEN) * shape.full_area:
-            found.append((shape.category, _coco_box(shape.mask), int(shape.mask.sum())))
+            annotated.append((shape.category, _coco_box(shape.mask), int(shape.mask.sum())))
     noisy = canvas + random.normal(0, random.uniform(0, 6), (height, width, 1))
-    return noisy.round().clip(0, 255).astype(np.uint8), found[::-1]
+    return noisy.round().clip(0, 255).astype(np.uint8), annotated[::-1]
 
 
 def _coco_box(mask: NDArray[np.bool_]) -> list[int]:
@@ -214,14 +216,13 @@ def _paint(marking: str, shape: tuple[int, ...], behind: Canvas, random: Random)
     while np.abs(colour - behind).max() < 70:
         colour = _colour(random)
     other = colour + random.uniform(40, 80) * (-1 if colour.mean() > 127 else 1)  # the same hue: it stays one thing
-    painted: Canvas = (colour + _marks(marking, shape[0], shape[1], random)[..., None] * (other - colour)).astype(
-        np.float32
-    )
+    marks = _marks(marking, shape[0], shape[1], random)[..., None]
+    painted: Canvas = (colour + marks * (other - colour)).astype(np.float32)
     return painted
 
 
 def _marks(marking: str, height: int, width: int, random: Random) -> Mask:
-    """Share of the second colour, `(height, width)`."""
+    """How much of each pixel has the second colour, `(height, width)` from 0 to 1."""
     if marking == "plain":
         return np.zeros((height, width), dtype=np.float32)
     y, x = np.mgrid[:height, :width].astype(np.float32)

@@ -25,7 +25,7 @@ Policy = Literal["detr", "fixed", "none"]
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, nearly 0 when normalised: what a zoomed-out image lies on
 CORNER = -1  # the label of a point that follows the picture
-VISIBLE = 0.1  # the mild crop of `fixed` drops a box of which less than this share of the area is left
+VISIBLE = 0.1  # the mild crop of `fixed` drops a box of which less than this fraction of the area is left
 
 
 class Transform(Protocol):
@@ -128,7 +128,7 @@ def short_side_size(
 
 @dataclass(frozen=True)
 class Resize:
-    """To one size; the whole of the evaluation transform."""
+    """Resizes to one size, or one short side; the whole of the evaluation transform."""
 
     size: Size
     max_size: int | None = None
@@ -137,7 +137,7 @@ class Resize:
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
-        """A fixed size makes every batch that size."""
+        """The fixed `(height, width)` of every batch; None where `size` is a short side."""
         return None if isinstance(self.size, int) else self.size
 
     def target(self, height: int, width: int) -> tuple[int, int]:
@@ -151,14 +151,14 @@ class Resize:
         return max(round(height * fit), 1), max(round(width * fit), 1)
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Transform`."""
+        """The image resized, its boxes with it; see `Transform`."""
         image, boxes = _resize(image, boxes, self.target(*image.shape[1:]))
         return _clip(image, boxes, labels)
 
 
 @dataclass(frozen=True)
 class Finish:
-    """What both augmentations end with: flips, then colours."""
+    """The end of both augmentations: flips, then colours."""
 
     hflip: float = 0.5
     vflip: float = 0.0
@@ -185,7 +185,7 @@ class DetrAugment:
     pad_to: None = None
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Transform`."""
+        """The image cropped half of the time, resized, flipped and recoloured; see `Transform`."""
         if _chance(0.5):
             height, width = image.shape[1:]
             image, boxes = _resize(image, boxes, short_side_size(height, width, _choice(self.crop_sides), None))
@@ -215,11 +215,11 @@ class FixedAugment:
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
-        """The one size."""
+        """The `(height, width)` of every batch."""
         return self.resize.pad_to
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Transform`."""
+        """The image zoomed, resized, flipped and recoloured; see `Transform`."""
         height, width = image.shape[1:]
         frame = self.resize.target(height, width)
         low, high = (math.log(z) for z in self.zoom)
@@ -227,7 +227,7 @@ class FixedAugment:
         if zoom > 1:
             h, w = (max(round(side / zoom), 1) for side in (height, width))
             image, boxes, labels = _random_crop(image, boxes, labels, h, w, VISIBLE)
-        inner = (frame[0], frame[1]) if zoom >= 1 else (max(round(frame[0] * zoom), 1), max(round(frame[1] * zoom), 1))
+        inner = frame if zoom >= 1 else (max(round(frame[0] * zoom), 1), max(round(frame[1] * zoom), 1))
         image, boxes = _resize(image, boxes, inner)
         if inner != frame:
             image, boxes = _place(image, boxes, frame)
@@ -235,14 +235,14 @@ class FixedAugment:
 
 
 def horizontal_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Left becomes right."""
+    """Image `(3, H, W)` and boxes `(n, 4)` xyxy with left and right exchanged."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     width = image.shape[-1]
     return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=-1)
 
 
 def vertical_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Top becomes bottom."""
+    """Image `(3, H, W)` and boxes `(n, 4)` xyxy with top and bottom exchanged."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     height = image.shape[-2]
     return image.flip(-2), torch.stack([x1, height - y2, x2, height - y1], dim=-1)
@@ -254,6 +254,7 @@ def colour_jitter(image: Tensor, strength: float) -> Tensor:
     All four are linear in RGB (the hue turn is a rotation around the grey axis), so they are one 3x3 matrix and one
     offset, many times faster than the four in turn. Whole numbers, so that no thread count changes a rounding.
     """
+    # What is drawn, and the matrix that it makes.
     brightness, contrast, saturation = (_uniform(1 - strength, 1 + strength) for _ in range(3))
     angle = _uniform(-strength, strength) * math.pi / 5
     grey = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
@@ -263,6 +264,7 @@ def colour_jitter(image: Tensor, strength: float) -> Tensor:
     matrix = brightness * (saturation * eye + (1 - saturation) * grey.expand(3, 3)) @ turn
     mean = image.flatten(1).sum(dim=1).double() / image[0].numel()
     offset = (1 - contrast) * float(grey @ matrix @ mean)  # contrast pulls towards the mean grey
+    # The matrix and the offset in units of 1 / 2**16, applied a channel at a time.
     weights = (contrast * matrix * 2**16).round().long().tolist()
     red, green, blue = image.int()
     out = torch.empty_like(image)
@@ -275,8 +277,8 @@ def colour_jitter(image: Tensor, strength: float) -> Tensor:
 def crop(
     image: Tensor, boxes: Tensor, labels: Tensor, window: tuple[int, int, int, int], visible: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `(top, left, height, width)` window. Boxes are clamped to it; those of which at most the share `visible` of
-    the area is left are dropped (0: those that are outside)."""
+    """The `(top, left, height, width)` window. Boxes are clamped to it; those of which at most the fraction `visible`
+    of the area is left are dropped (0: those that are outside)."""
     top, left, height, width = window
     image = image[:, top : top + height, left : left + width]
     before = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)

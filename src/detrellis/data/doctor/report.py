@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from detrellis.data.doctor.findings import RULES, SEVERITIES, Finding
 from detrellis.data.doctor.summary import SplitSummary
-
-if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
 EXAMPLES = 3  # of each kind in the table; JSON has them all
 CLASSES = 12  # rows of the table of classes
@@ -80,9 +80,6 @@ class Report:
 
     def table(self) -> Group:
         """Splits, classes and findings for a console of 100 columns or more."""
-        from rich.console import Group
-        from rich.text import Text
-
         parts: list[Table | Text] = [_splits_table(self.summaries), _classes_table(self.summaries)]
         if self.findings:
             parts.append(_findings_table(self.groups()))
@@ -131,9 +128,6 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _splits_table(summaries: Sequence[SplitSummary]) -> Table:
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("split")
     for title in ("images", "empty", "boxes", "mean", "most", "crowd", "small", "medium", "large"):
@@ -151,10 +145,6 @@ def _splits_table(summaries: Sequence[SplitSummary]) -> Table:
 
 def _classes_table(summaries: tuple[SplitSummary, ...]) -> Table:
     """The classes of the first split, most frequent first, with their counts in all."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("class", overflow="fold")
     table.add_column("id", justify="right")
@@ -172,10 +162,6 @@ def _classes_table(summaries: tuple[SplitSummary, ...]) -> Table:
 
 
 def _findings_table(groups: Iterable[tuple[Finding, ...]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=False)
     table.add_column("finding", no_wrap=True)
     table.add_column("count", justify="right")
@@ -188,8 +174,6 @@ def _findings_table(groups: Iterable[tuple[Finding, ...]]) -> Table:
 
 
 def _examples(group: tuple[Finding, ...]) -> Text:
-    from rich.text import Text
-
     cell, file = Text(), ""
     for f in group[:EXAMPLES]:
         where = _where(f, file) or "also"

@@ -165,14 +165,14 @@ def one_file_splits(
 
     `parts`: the one file is train and val together.
     """
-    found = {}
+    splits = {}
     for split, path in files.items():
         file = path.resolve()
         folder = images.get(split) or images.get("train") or _images_near(layout, file, data)
-        found[split] = SplitFiles(file, (folder.resolve(),))
+        splits[split] = SplitFiles(file, (folder.resolve(),))
     if parts:
-        return {part: replace(found["train"], part=part) for part in ("train", "val")}
-    return found
+        return {part: replace(splits["train"], part=part) for part in ("train", "val")}
+    return splits
 
 
 def _images_near(layout: OneFileFormat, file: Path, data: Path | None) -> Path:

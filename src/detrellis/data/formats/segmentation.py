@@ -13,8 +13,8 @@ import numpy as np
 def packed(value: Any, size: list[int]) -> list[bytes]:
     """The parts of a `segmentation` in an image of `size` (height, width); none where it is damaged.
 
-    Polygons are float32 (x1, y1, x2, ...); those of less than three points outline nothing and are left out. Run
-    lengths are one part, compressed.
+    Polygons are float32 (x1, y1, x2, ...) in pixels; those of less than three points outline nothing and are left out.
+    Run lengths are one part, compressed.
     """
     try:
         if isinstance(value, dict):
@@ -31,7 +31,8 @@ def box_of(value: Any) -> list[float] | None:
             box = _box_of_run_lengths(value)
         else:
             flat = isinstance(value, list) and value and not isinstance(value[0], list)  # one polygon, not in a list
-            points = np.concatenate([part.reshape(-1, 2) for part in _polygons([value] if flat else value, np.float64)])
+            polygons = _polygons([value] if flat else value, np.float64)
+            points = np.concatenate([polygon.reshape(-1, 2) for polygon in polygons])
             box = [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
@@ -59,5 +60,5 @@ def _box_of_run_lengths(value: dict[str, Any]) -> list[float]:
     from hotcoco import mask
 
     height, width = value["size"]
-    found: list[float] = np.asarray(mask.toBbox(mask.frPyObjects(value, height, width))).tolist()
-    return found
+    box: list[float] = np.asarray(mask.toBbox(mask.frPyObjects(value, height, width))).tolist()
+    return box

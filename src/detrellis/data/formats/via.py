@@ -96,12 +96,12 @@ def _csv_entries(file: Path) -> list[dict[str, Any]] | None:
         if image is None or not {SHAPE, CLASSES} <= set(columns):
             return None
         for line in lines:
-            own = regions.setdefault(line[image], [])
+            of_image = regions.setdefault(line[image], [])
             if line[SHAPE] not in ("", "{}", None):
-                own.append({"shape_attributes": _cell(line[SHAPE]), "region_attributes": _cell(line[CLASSES])})
+                of_image.append({"shape_attributes": _cell(line[SHAPE]), "region_attributes": _cell(line[CLASSES])})
     except csv.Error:
         return None
-    return [{"filename": name, "regions": own} for name, own in regions.items()] or None
+    return [{"filename": name, "regions": of_image} for name, of_image in regions.items()] or None
 
 
 def _cell(text: str | None) -> Any:

@@ -140,8 +140,8 @@ def _by_folder(data: Path, places: Sequence[Path], given: Mapping[str, Path]) ->
 def _by_lists(places: Sequence[Path], annotations: Path, images: Path) -> dict[str, SplitFiles] | None:
     """The splits that lists of images tell, in the usual folder for them; None where no list is for training."""
     folders = [child(place, parts) for place in places for parts in (("imagesets", "main"), ("imagesets",), ())]
-    found = (_lists(folder) for folder in folders if folder is not None)
-    lists = next((lists for lists in found if lists), {})
+    candidates = (_lists(folder) for folder in folders if folder is not None)
+    lists = next(filter(None, candidates), {})
     # trainval trains where there is no train, and then test is what is left to validate on.
     train = lists.get("train", lists.get("trainval"))
     val = lists.get("val") if "train" in lists else lists.get("test")
