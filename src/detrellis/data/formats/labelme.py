@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import files_below, list_images, map_threads, read_json, stem_below, subfolders
 from detrellis.data.formats import named_classes as named
-from detrellis.data.formats.lookup import SPLIT_WORDS, fold, renaming_notes
+from detrellis.data.formats.lookup import SPLIT_WORDS, fold
 from detrellis.data.formats.outlines import around, around_ellipse, skipped_shapes
-from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, pictures_of, spread
+from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles, select_part
 from detrellis.errors import UserError
@@ -105,22 +105,16 @@ def _of_split(split: str, files: SplitFiles) -> named.SplitAnnotations:
     everything = files_below(files.annotations, ".json")
     json_files = select_part(everything, lambda file: file.stem, files.part)
     parsed = map_threads(_parse, json_files)
-    names = [
-        PictureName(stem_below(files.annotations, file), content.image)
+    images = [
+        named.AnnotatedImage(file, content.image, content.size, content.objects, content.problem)
         for file, content in zip(json_files, parsed, strict=True)
     ]
-    pictures = pictures_of(names, files.images[0])
-    images, notes = [], list(renaming_notes(split, files.annotations, pictures))
-    for file, name, content in zip(json_files, pictures.names, parsed, strict=True):
-        if content.problem and not (files.images[0] / name).is_file():
-            notes.append(finding("unreadable-labels", split, file, content.problem))
-        else:
-            images.append(named.AnnotatedImage(file, name, content.size, content.objects, content.problem))
-    notes += skipped_shapes(split, files.annotations, sum((content.skipped for content in parsed), Counter()))
+    annotations = named.with_pictures(split, files, images)
+    notes = skipped_shapes(split, files.annotations, sum((content.skipped for content in parsed), Counter()))
     notes += named.fixed_parts_note(split, files, "no folders of splits")
     if split == "train" or files.part is None:
         notes += _unlabelled(split, files, parsed, everything)
-    return named.SplitAnnotations(images, notes)
+    return annotations.with_findings(notes)
 
 
 def _unlabelled(

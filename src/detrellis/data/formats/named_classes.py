@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from detrellis.data.doctor.findings import Finding, finding
-from detrellis.data.files import read_sizes
+from detrellis.data.files import read_sizes, stem_below
+from detrellis.data.formats.lookup import renaming_notes
+from detrellis.data.formats.pictures import PictureName, pictures_of
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import HELD_OUT, SplitFiles
 
@@ -47,6 +49,10 @@ class SplitAnnotations(NamedTuple):
     images: list[AnnotatedImage]
     findings: list[Finding]  # what the images cannot hold
 
+    def with_findings(self, findings: Iterable[Finding]) -> SplitAnnotations:
+        """The same images with further findings."""
+        return SplitAnnotations(self.images, [*self.findings, *findings])
+
 
 def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> list[str]:
     """The splits to read for the wanted ones: training always, for it says which name has which id."""
@@ -59,6 +65,22 @@ def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding
         return []
     what = f"{reason}: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
     return [finding("layout", split, files.annotations, what)]
+
+
+def with_pictures(split: str, files: SplitFiles, images: Sequence[AnnotatedImage]) -> SplitAnnotations:
+    """The images of annotation files with the real picture in place of the name that each file has for it.
+
+    A file that tells nothing, and has no picture either, is a finding.
+    """
+    names = [PictureName(stem_below(files.annotations, image.file), image.image) for image in images]
+    pictures = pictures_of(names, files.images[0])
+    matched, notes = [], list(renaming_notes(split, files.annotations, pictures))
+    for image, name in zip(images, pictures.names, strict=True):
+        if image.problem and not (files.images[0] / name).is_file():
+            notes.append(finding("unreadable-labels", split, image.file, image.problem))
+        else:
+            matched.append(image._replace(image=name))
+    return SplitAnnotations(matched, notes)
 
 
 def datasets(

@@ -25,8 +25,8 @@ from detrellis.data.files import (
     subfolders,
 )
 from detrellis.data.formats import named_classes as named
-from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, renaming_notes
-from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, pictures_of, spread
+from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold
+from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
 from detrellis.data.formats.voc_xml import VocFile, VocObject, is_voc, parse_xml
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles, select_part
@@ -195,7 +195,8 @@ def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
             of_folder = [name for name in splits if splits[name].images == splits[split].images]
             used = {image.image for name in of_folder if name in annotations for image in annotations[name].images}
             xml_folders = {splits[name].annotations for name in of_folder}
-            annotations[split].findings.extend(_unlabelled(split, folder, xml_folders, used))
+            unlabelled = _unlabelled(split, folder, xml_folders, used)
+            annotations[split] = annotations[split].with_findings(unlabelled)
     return named.datasets(splits, wanted, annotations, difficult=True)
 
 
@@ -241,34 +242,23 @@ def _of_split(
     split: str, files: SplitFiles, xml_files: Sequence[Path], parsed: Sequence[VocFile], first_pixel: int
 ) -> named.SplitAnnotations:
     """An image for each XML file whose picture is known, and findings."""
-    names = [
-        PictureName(stem_below(files.annotations, file), content.image)
-        for file, content in zip(xml_files, parsed, strict=True)
-    ]
-    pictures = pictures_of(names, files.images[0])
     everything = _xml_below(files.annotations) if files.listing is not None else []
-    images, notes = [], [*named.fixed_parts_note(split, files, "no lists of train and val")]
-    notes += _difficult(split, files, parsed)
-    for file, name, content in zip(xml_files, pictures.names, parsed, strict=True):
-        if content.problem and not (files.images[0] / name).is_file():
-            notes.append(_no_xml(split, files, file, content.problem, everything))
-            continue
+    images = []
+    for file, content in zip(xml_files, parsed, strict=True):
         objects = [
             named.AnnotatedObject(o.name, _box(o, first_pixel), number, o.difficult, o.written)
             for number, o in enumerate(content.objects, start=1)
         ]
-        images.append(named.AnnotatedImage(file, name, content.size, objects, content.problem))
-    notes += renaming_notes(split, files.annotations, pictures)
-    return named.SplitAnnotations(images, notes)
-
-
-def _no_xml(split: str, files: SplitFiles, file: Path, problem: str, everything: Sequence[Path]) -> Finding:
-    """A listed image of which there is no XML file, and no picture."""
-    same_name = [other for other in everything if fold(other.stem) == fold(file.stem) and other != file]
-    if same_name:
-        meant = " or ".join(stem_below(files.annotations, other) for other in same_name)
-        problem = f"{problem}; its name could mean {meant}"
-    return finding("unreadable-labels", split, file, problem)
+        problem = content.problem
+        if problem and (same_name := [f for f in everything if fold(f.stem) == fold(file.stem) and f != file]):
+            meant = " or ".join(stem_below(files.annotations, other) for other in same_name)
+            problem = f"{problem}; its name could mean {meant}"
+        images.append(named.AnnotatedImage(file, content.image, content.size, objects, problem))
+    notes = named.fixed_parts_note(split, files, "no lists of train and val")
+    if difficult := sum(o.difficult for content in parsed for o in content.objects):
+        what = f"{difficult} objects are marked difficult"
+        notes.append(finding("difficult-objects", split, files.annotations, what, count=difficult))
+    return named.with_pictures(split, files, images).with_findings(notes)
 
 
 def _box(each: VocObject, first_pixel: int) -> named.Box:
@@ -304,11 +294,3 @@ def _unlabelled(split: str, folder: Path, xml_folders: set[Path], used: set[str]
         return []
     what = f"{len(bare)} of {len(pictures)} pictures have no XML file and are left out; the first: {bare[0]}"
     return [finding("unlabelled-images", split, folder, what, count=len(bare))]
-
-
-def _difficult(split: str, files: SplitFiles, parsed: Sequence[VocFile]) -> list[Finding]:
-    count = sum(o.difficult for content in parsed for o in content.objects)
-    if not count:
-        return []
-    what = f"{count} objects are marked difficult"
-    return [finding("difficult-objects", split, files.annotations, what, count=count)]
