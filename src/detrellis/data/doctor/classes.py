@@ -126,5 +126,6 @@ def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[
 
 def _plain(name: str) -> str:
     """The same for names that look the same but for case and spaces: some letters are not seen at all."""
-    seen = "".join(letter for letter in unicodedata.normalize("NFKC", name) if unicodedata.category(letter) != "Cf")
-    return " ".join(seen.split()).casefold()
+    letters = unicodedata.normalize("NFKC", name)
+    visible = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")
+    return " ".join(visible.split()).casefold()

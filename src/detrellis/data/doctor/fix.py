@@ -93,9 +93,10 @@ def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tupl
     """The split without what the findings name and with what can be put right, and how many were changed, by code."""
     raw, turned = _turned(raw, [f for f in findings if f.code == "wrong-size"])
     if turned:
-        # In the right frame other boxes are outside.
-        about_images = [f for f in findings if RULES[f.code].action not in ("drop box", "renumber") or f.row is None]
-        findings = [f for f in about_images if f.code != "wrong-size" or f.row not in turned] + check_boxes(raw)
+        # In the right frame other boxes are outside: single boxes are checked anew.
+        findings = [f for f in findings if f.row is None or RULES[f.code].action not in ("drop box", "renumber")]
+        findings = [f for f in findings if f.code != "wrong-size" or f.row not in turned]
+        findings += check_boxes(raw)
     if 2 * sum(f.code == "shared-image" for f in findings) > len(raw):
         # Train and val are meant to be the same, as in a trial run.
         findings = [f for f in findings if f.code != "shared-image"]
@@ -104,9 +105,10 @@ def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tupl
     doubtful = any(f.code == "xyxy-boxes" for f in findings)
     boxes = clip(raw.boxes, raw.sizes[raw.box_rows]) if len(raw) and not doubtful else raw.boxes
     cut = (boxes != raw.boxes).any(axis=1)
-    areas = boxes[:, 2] * boxes[:, 3]
+    # An object's area is at most its box's.
+    box_areas = boxes[:, 2] * boxes[:, 3]
     missing = np.isnan(raw.areas)
-    areas = np.where(missing, areas, np.where(cut, np.minimum(raw.areas, areas), raw.areas))
+    areas = np.where(missing, box_areas, np.where(cut, np.minimum(raw.areas, box_areas), raw.areas))
     changed = {SWAPPED: len(turned), "clipped-box": int(cut.sum())}
     if raw.label_files is None:
         changed[AREA] = int(missing.sum())

@@ -39,11 +39,12 @@ def unused_annotations(folder: Path, splits: Mapping[str, SplitFiles], raws: Map
     if not labels or set(raws) != set(splits):
         return []
     suffixes = {_suffix(file) for file in labels}
-    left = [file for suffix, files in _unused(folder, splits, raws).items() if suffix in suffixes for file in files]
-    if len(left) <= len(set(labels)):
+    unused = _unused(folder, splits, raws)
+    alike = [file for suffix in sorted(suffixes) for file in unused.get(suffix, ())]
+    if len(alike) <= len(set(labels)):
         return []
-    what = f"{len(left)} of {len(left) + len(set(labels))} annotation files are not used: {_first(left)}"
-    return [finding("unused-annotations", "", folder, what, count=len(left))]
+    what = f"{len(alike)} of {len(alike) + len(set(labels))} annotation files are not used: {_first(alike)}"
+    return [finding("unused-annotations", "", folder, what, count=len(alike))]
 
 
 def _unused(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> dict[str, list[str]]:

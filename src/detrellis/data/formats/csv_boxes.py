@@ -138,9 +138,9 @@ def _lines(text: str) -> list[list[str]]:
 def _columns(line: Sequence[str]) -> dict[str, int] | None:
     """Where each column is; None where the line is neither names nor an object."""
     names = [re.sub(r"[^a-z0-9]", "", fold(cell)) for cell in line]
-    places = {
-        key: next((names.index(name) for name in spellings if name in names), -1) for key, spellings in COLUMNS.items()
-    }
+    places = {}
+    for key, spellings in COLUMNS.items():
+        places[key] = next((names.index(name) for name in spellings if name in names), -1)
     for numbers in (CORNERS, SIZED):  # beside both corners, width and height are the picture's
         chosen = {key: places[key] for key in ("image", *numbers, "class")}
         if min(chosen.values()) >= 0:

@@ -193,7 +193,8 @@ def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
         if folder not in looked_at:
             looked_at.add(folder)
             of_folder = [name for name in splits if splits[name].images == splits[split].images]
-            used = {image.image for name in of_folder if name in annotations for image in annotations[name].images}
+            read = [annotations[name] for name in of_folder if name in annotations]
+            used = {image.image for split_annotations in read for image in split_annotations.images}
             xml_folders = {splits[name].annotations for name in of_folder}
             unlabelled = _unlabelled(split, folder, xml_folders, used)
             annotations[split] = annotations[split].with_findings(unlabelled)

@@ -49,7 +49,8 @@ def find_yolo(data: Path) -> dict[str, SplitFiles] | None:
     file = data if data.suffix.lower() in yolo_yaml.SUFFIXES else _yaml_in(data)
     if file is not None:
         return _from_yaml(file)
-    lists = [folder / name for folder in _folders_of_splits(data) for name in CLASS_LISTS if (folder / name).is_file()]
+    places = [folder / name for folder in _folders_of_splits(data) for name in CLASS_LISTS]
+    lists = [place for place in places if place.is_file()]
     if len({yolo_yaml.class_names(file) for file in lists}) > 1:
         listed = ", ".join(file.relative_to(data).as_posix() for file in lists)
         raise UserError(f"{data}: lists of classes that differ: {listed}", "Make them the same, or leave one.")
@@ -64,9 +65,8 @@ def _folders_of_splits(data: Path) -> list[Path]:
 
 def _yaml_in(folder: Path) -> Path | None:
     named = [folder / name for name in YAML_NAMES if (folder / name).is_file()]
-    others = [
-        f for f in files_in(folder, *yolo_yaml.SUFFIXES) if "names:" in (text := read_text(f)) and "train:" in text
-    ]
+    texts = {file: read_text(file) for file in files_in(folder, *yolo_yaml.SUFFIXES)}
+    others = [file for file, text in texts.items() if "names:" in text and "train:" in text]
     if not named and len(others) > 1:
         raise UserError(f"{folder}: more than one YOLO yaml: {', '.join(f.name for f in others)}", "Name the one.")
     return next(iter(named + others), None)
