@@ -16,7 +16,6 @@ from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import files_below, list_images, map_threads, read_json, stem_below, subfolders
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import SPLIT_WORDS, fold
-from detrellis.data.formats.outlines import around, around_ellipse, skipped_shapes
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles, select_part
@@ -110,7 +109,7 @@ def _of_split(split: str, files: SplitFiles) -> named.SplitAnnotations:
         for file, content in zip(json_files, parsed, strict=True)
     ]
     annotations = named.with_pictures(split, files, images)
-    notes = skipped_shapes(split, files.annotations, sum((content.skipped for content in parsed), Counter()))
+    notes = named.skipped_shapes(split, files.annotations, sum((content.skipped for content in parsed), Counter()))
     notes += named.fixed_parts_note(split, files, "no folders of splits")
     if split == "train" or files.part is None:
         notes += _unlabelled(split, files, parsed, everything)
@@ -163,9 +162,9 @@ def _box(shape: Any, number: int) -> tuple[named.Box | None, str]:
         raise ValueError(f"shape {number} has no points") from None
     if kind == "circle" and len(points) == 2:
         radius = math.dist(*points)
-        return around_ellipse(*points[0], radius, radius), kind
+        return named.around_ellipse(*points[0], radius, radius), kind
     if kind in FEWEST_POINTS and len(points) >= FEWEST_POINTS[kind]:
-        return around(points), kind
+        return named.around(points), kind
     return None, kind
 
 

@@ -1,11 +1,14 @@
 """Sets that give their classes by name, a list of objects a picture: Pascal VOC, labelme, VIA and CSV.
 
 The readers make an `AnnotatedImage` of each picture, and `datasets` makes columns of them. Class names in alphabetical
-order get the ids 1, 2, ...; names that only other splits have follow those of training.
+order get the ids 1, 2, ...; names that only other splits have follow those of training. Objects that are drawn as other
+shapes get the box `around` them.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -149,3 +152,25 @@ def _box_rows(images: Iterable[AnnotatedImage], ids: Mapping[str, int]) -> Itera
     for row, image in enumerate(images):
         for each in image.objects:
             yield row, each.line, ids[each.name], each.box
+
+
+def around(points: Sequence[Sequence[float]]) -> Box:
+    """The box around points (x, y) in pixels."""
+    xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def around_ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> Box:
+    """The box around an ellipse that is turned by `theta` radians."""
+    x = math.hypot(rx * math.cos(theta), ry * math.sin(theta))
+    y = math.hypot(rx * math.sin(theta), ry * math.cos(theta))
+    return cx - x, cy - y, 2 * x, 2 * y
+
+
+def skipped_shapes(split: str, source: Path, skipped: Counter[str]) -> list[Finding]:
+    """The finding of shapes that have no box, by kind and number; none where there are none."""
+    if not skipped:
+        return []
+    listed = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+    what = f"{skipped.total()} shapes have no box and are left out: {listed}"
+    return [finding("skipped-shapes", split, source, what, count=skipped.total())]

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from detrellis.data.files import read_json, read_text
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
-from detrellis.data.formats.outlines import around, around_ellipse, skipped_shapes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles, select_part
@@ -172,7 +171,7 @@ def _of_split(
         annotated.append(named.AnnotatedImage(files.annotations, name, (0, 0), objects, problem))
     notes = [
         *renaming_notes(split, files.annotations, pictures),
-        *skipped_shapes(split, files.annotations, skipped),
+        *named.skipped_shapes(split, files.annotations, skipped),
         *named.fixed_parts_note(split, files, "one file of VIA"),
     ]
     return named.SplitAnnotations(annotated, notes)
@@ -204,10 +203,10 @@ def _box(kind: str, shape: Any) -> named.Box | None:
         x, y, width, height = (float(shape[key]) for key in ("x", "y", "width", "height"))
         return x, y, width, height
     if kind == "polygon":
-        return around(list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)))
+        return named.around(list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)))
     if kind == "circle":
-        return around_ellipse(float(shape["cx"]), float(shape["cy"]), float(shape["r"]), float(shape["r"]))
+        return named.around_ellipse(float(shape["cx"]), float(shape["cy"]), float(shape["r"]), float(shape["r"]))
     if kind == "ellipse":
         centre = float(shape["cx"]), float(shape["cy"])
-        return around_ellipse(*centre, float(shape["rx"]), float(shape["ry"]), float(shape.get("theta") or 0))
+        return named.around_ellipse(*centre, float(shape["rx"]), float(shape["ry"]), float(shape.get("theta") or 0))
     return None

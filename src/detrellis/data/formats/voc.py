@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from detrellis.data.doctor.findings import Finding, finding
@@ -60,7 +61,10 @@ def find_voc(data: Path, images: GivenImages | None = None) -> dict[str, SplitFi
     splits = _by_lists([data, annotations.parent], annotations, folder)
     if splits is None:
         splits = {part: SplitFiles(annotations, (folder,), part=part) for part in ("train", "val")}
-    return {split: _with_images(files, given.get(split)) for split, files in splits.items()}
+    return {
+        split: replace(files, images=(given[split].resolve(),)) if split in given else files
+        for split, files in splits.items()
+    }
 
 
 def _year_folder(data: Path) -> Path:
@@ -70,11 +74,6 @@ def _year_folder(data: Path) -> Path:
     if len(years) > 1:
         raise UserError(f"{data}: more than one year: {', '.join(p.name for p in years)}", "Give one of them.")
     return years[0] if years else data
-
-
-def _with_images(files: SplitFiles, images: Path | None) -> SplitFiles:
-    folders = files.images if images is None else (images.resolve(),)
-    return SplitFiles(files.annotations, folders, files.listing, files.part)
 
 
 def voc_folders(data: Path, images: Path | None = None, around: Path | None = None) -> tuple[Path, Path] | None:
