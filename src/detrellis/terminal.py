@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from itertools import accumulate, zip_longest
@@ -101,9 +102,9 @@ def _escaped(text: Text, encoding: str) -> Text:
 
 def fitted(table: Table, console: Console) -> Table | None:
     """The table, without title and caption, in columns that fit the console and break no word; None where none do."""
-    texts = [[text.plain for text in _column(table, i)] for i in range(len(table.columns))]
-    widest = [max((cell_len(line) for text in cells for line in text.splitlines()), default=0) for cells in texts]
-    narrowest = [max((cell_len(word) for text in cells for word in text.split()), default=0) for cells in texts]
+    columns = _columns(table)
+    widest = [_widest(line for text in cells for line in text.splitlines()) for cells in columns]
+    narrowest = [_widest(word for text in cells for word in text.split()) for cells in columns]
     for i, column in enumerate(table.columns):
         narrowest[i] = widest[i] if column.no_wrap else narrowest[i]
     shown = copy(table)
@@ -134,12 +135,12 @@ def column_widths(room: int, narrowest: list[int], widest: list[int]) -> list[in
 
 def plain_lines(table: Table) -> list[str]:
     """The table as lines of text, each row a line unless a cell has several; columns are two spaces apart."""
-    columns = [_column(table, i) for i in range(len(table.columns))]
-    widths = [max((cell_len(line) for text in own for line in text.plain.splitlines()), default=0) for own in columns]
+    columns = _columns(table)
+    widths = [_widest(line for text in cells for line in text.splitlines()) for cells in columns]
     right = [column.justify == "right" for column in table.columns]
     lines = []
     for row in zip(*columns, strict=True):
-        for parts in zip_longest(*(text.plain.splitlines() for text in row), fillvalue=""):
+        for parts in zip_longest(*(text.splitlines() for text in row), fillvalue=""):
             cells = [_padded(*cell) for cell in zip(parts, widths, right, strict=True)]
             lines.append(GAP.join(cells).rstrip())
     return lines
@@ -150,11 +151,18 @@ def _padded(text: str, width: int, right: bool) -> str:
     return space + text if right else text + space
 
 
-def _column(table: Table, index: int) -> list[Text]:
-    """Header and cells of a column, as text."""
-    column = table.columns[index]
-    header = [column.header] if table.show_header else []
-    return [_text(cell) for cell in (*header, *column.cells)]
+def _columns(table: Table) -> list[list[str]]:
+    """Header and cells of each column, as plain text."""
+    columns = []
+    for column in table.columns:
+        header = [column.header] if table.show_header else []
+        columns.append([_text(cell).plain for cell in (*header, *column.cells)])
+    return columns
+
+
+def _widest(texts: Iterable[str]) -> int:
+    """Columns of the terminal that the widest text takes; 0 where there is none."""
+    return max(map(cell_len, texts), default=0)
 
 
 def _text(of: Any) -> Text:
