@@ -69,11 +69,13 @@ def draw_detections(
     score only, and a tag that would hide others is left out; the best scores are placed first. `font`: a font file, for
     names that no font found here can write.
     """
+    # The boxes in the pixels of the canvas, with names that can be written.
     marks = _marks(boxes, labels, scores, names)
     canvas, scale = _enlarged(image.convert("RGB"), min_side)  # convert always copies
     marks = [m for m in (_on_canvas(m, scale, canvas.size) for m in marks) if m is not None]
     font = _font_name(frozenset("".join(m.name for m in marks)), font)
     marks = [replace(m, name=_writable(m.name, font, f"class {m.label}")) for m in marks]
+    # Boxes, then tags, then the legend.
     style = _style(marks, canvas.size, font)
     if marks:
         canvas = _wide_enough(canvas)
@@ -94,6 +96,7 @@ def contact_sheet(
     if not images:
         return Image.new("RGB", (cell, cell), BACKGROUND)
     assert titles is None or len(titles) == len(images), f"{len(titles or ())} titles for {len(images)} images"
+    # The grid: each column is as wide as its widest picture, each row as high as its highest.
     columns = columns or math.ceil(math.sqrt(len(images)))
     pictures = [_fitted(i.convert("RGB"), cell) for i in images]
     bar = max(22, cell // 22) if titles is not None else 0
@@ -101,6 +104,7 @@ def contact_sheet(
     gap = max(4, cell // 80)
     widths = [max(picture.width for picture in pictures[column::columns]) for column in range(len(rows[0]))]
     heights = [bar + max(pictures[i].height for i in row) for row in rows]
+    # The sheet, with a gap around each picture.
     size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(heights) + 1))
     sheet = Image.new("RGB", size, BACKGROUND)
     for i, picture in enumerate(pictures):

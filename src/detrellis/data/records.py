@@ -131,6 +131,7 @@ def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotati
     classes = raw.classes if classes is None else classes
     labels = classes.indices(raw.box_categories)
     _refuse_bad(raw, labels)
+    # Boxes in the order of their images.
     order = np.argsort(raw.box_rows, kind="stable")
     counts = np.bincount(raw.box_rows, minlength=len(raw))
     boxes = clip(raw.boxes, raw.sizes[raw.box_rows])[order]

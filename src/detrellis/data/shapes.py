@@ -135,12 +135,14 @@ def draw_image(
 
     Box and area are those of the whole shape inside the frame, hidden parts included, as people draw them.
     """
+    # What is drawn, one over the other.
     canvas = _background(height, width, random)
     for _ in range(random.integers(1, 4)):
         _draw_clutter(canvas, random)
     drawn = [_draw_object(canvas, random) for _ in range(random.integers(objects[0], objects[1] + 1))]
     if random.random() < 0.3:
         _draw_line(canvas, random)
+    # What of it can be seen, and is annotated.
     covered = np.zeros((height, width), dtype=bool)
     annotated = []
     for shape in reversed(drawn):  # the last one lies on top

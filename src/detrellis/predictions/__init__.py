@@ -1,1 +1,1 @@
-"""What `predict` reads, finds and leaves on disk."""
+"""`predict`: a trained model, its input pictures, their detections, and the files of these."""

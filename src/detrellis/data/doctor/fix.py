@@ -65,6 +65,7 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
     raws = source.load_all([summary.split for summary in report.summaries])
     targets = {split: out / "annotations" / f"instances_{split}.json" for split in raws}
     outputs = clean_folder(source, out)
+    # All splits first, so that nothing is written where one of them cannot be.
     cleaned: dict[str, RawDataset] = {}
     changes: dict[str, dict[str, int]] = {}
     for split, raw in raws.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -65,7 +65,7 @@ class Report:
             "ok": self.exit_code == 0,
             "fast": self.fast,
             "counts": self.counts(),
-            "splits": [summary.to_dict() for summary in self.summaries],
+            "splits": [asdict(summary) for summary in self.summaries],
             "findings": [f.to_dict() for f in self.findings],
             "skipped": {split: dict(counts) for split, counts in self.skipped.items()},
         }

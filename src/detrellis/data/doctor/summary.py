@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,10 +37,6 @@ class SplitSummary:
     box_sizes: tuple[int, int, int]  # small, medium, large, as COCO has them
     image_sizes: tuple[tuple[int, int], ...]  # smallest, median and largest (width, height), by area
     classes: tuple[ClassCount, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The counts as JSON holds them."""
-        return asdict(self)
 
 
 def summarise(raws: Mapping[str, RawDataset]) -> tuple[SplitSummary, ...]:
