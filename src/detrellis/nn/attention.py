@@ -118,10 +118,11 @@ class PackedLinear(nn.Linear):
 
     product: ClassVar[Callable[..., Tensor]] = staticmethod(F.linear)
 
-    def part(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Of `x (..., D)` the projections `first` to before `last`, side by side: `(..., (last - first) * D)`."""
-        rows = slice(first * self.in_features, last * self.in_features)
-        return self.product(x, self.weight[rows], self.bias[rows])
+    def parts(self, inputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """What the next `count` projections, side by side, make of each of `inputs (..., D)`: `(..., count * D)`."""
+        rows = [count * self.in_features for count in counts]
+        layers = zip(inputs, self.weight.split(rows), self.bias.split(rows), strict=True)
+        return [self.product(x, weight, bias) for x, weight, bias in layers]
 
 
 def _packed_projections(width: int) -> tuple[PackedLinear, nn.Linear]:
@@ -139,7 +140,7 @@ def project(
     """Queries `(B, M, N, d)` from `x (B, N, D)`, keys and values `(B, M, S, d)` from the memory; positions are added to
     what becomes queries and keys."""
     inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
-    q, k, v = (split_heads(projections.part(t, i, i + 1), heads) for i, t in enumerate(inputs))
+    q, k, v = (split_heads(t, heads) for t in projections.parts(inputs, (1, 1, 1)))
     return q, k, v
 
 
@@ -153,9 +154,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
         """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and norm."""
-        q, k = self.projections.part(x + position, 0, 2).chunk(2, dim=-1)
-        v = self.projections.part(x, 2, 3)
-        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
+        qk, v = self.projections.parts((x + position, x), (2, 1))
+        q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), v))
         attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))
         return out
