@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, Unpack
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -19,11 +19,6 @@ from detrellis.cli import app
 from detrellis.errors import UserError
 
 
-class More(TypedDict, total=False):
-    workers: Workers
-    names: list[str] | None
-
-
 @checked
 def verb(
     place: str | Path,
@@ -34,7 +29,8 @@ def verb(
     tell: Literal["raise", "skip"] | Callable[[str], None] = "raise",
     progress: bool = False,
     hidden: NotHere | None = None,  # type: ignore[name-defined] # noqa: F821
-    **more: Unpack[More],
+    workers: Workers = 2,
+    names: list[str] | None = None,
 ) -> str:
     """A verb."""
     return f"{place} {nms} {size}"

@@ -261,9 +261,8 @@ def evaluate(
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
         outputs.ready([Path(results or "").name], inputs=[run])
-    options = EvalOptions(data=data, val=val, val_images=val_images, split=split)
-    options |= {"batch_size": batch_size, "skip_bad": skip_bad, "workers": workers}
-    with process_group(device) as world, open_split(run, world, **options) as opened:
+    options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
+    with process_group(device) as world, open_split(run, world, options) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and world.is_main_process)
         (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,))
         if outputs is not None and world.is_main_process:

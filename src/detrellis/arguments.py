@@ -11,7 +11,7 @@ import os
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from detrellis.errors import UserError
 
@@ -69,15 +69,6 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def check_keywords(about: str, hints: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raises `UserError` for a keyword that has no hint, and for a value that its hint does not allow."""
-    for name, value in given.items():
-        if name not in hints:
-            raise UserError(f"{about}: unknown argument {name!r}", nearest(name, list(hints)))
-        if remedy := _wrong(hints[name], value):
-            raise UserError(f"{about}: {name}={_shown(value)}", remedy)
-
-
 def nearest(name: str, known: Sequence[str]) -> str:
     """A remedy for a misspelt word."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -86,23 +77,18 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _check_call(function: Callable[..., Any], positional: Sequence[Any], named: dict[str, Any]) -> None:
-    hints = _hints(function)
-    places = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
-    given = dict(zip(places, positional, strict=False)) | named
-    check_keywords(function.__qualname__, hints, given)
+    about, hints = function.__qualname__, _hints(function)
+    for name, value in (dict(zip(hints, positional, strict=False)) | named).items():
+        if name not in hints:
+            raise UserError(f"{about}: unknown argument {name!r}", nearest(name, list(hints)))
+        if remedy := _wrong(hints[name], value):
+            raise UserError(f"{about}: {name}={_shown(value)}", remedy)
 
 
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """The hint of each argument, and of the keywords of a TypedDict; None where only a type checker knows it."""
-    hints: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = _evaluated(parameter.annotation, function)
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            hints[name] = hint
-        elif get_origin(hint) is Unpack:
-            hints |= get_type_hints(get_args(hint)[0], include_extras=True)
-    return hints
+    """The hint of each argument; None where only a type checker knows it."""
+    return {n: _evaluated(p.annotation, function) for n, p in inspect.signature(function).parameters.items()}
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:

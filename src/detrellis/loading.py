@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 from detrellis.arguments import Classes, checked
 from detrellis.data.annotations import Annotations
@@ -60,14 +60,13 @@ class OpenedSplit(NamedTuple):
     files: str  # where the annotations come from
 
 
-@checked
 @contextlib.contextmanager
-def open_split(run: str | Path, world: World, **options: Unpack[EvalOptions]) -> Iterator[OpenedSplit]:
+def open_split(run: str | Path, world: World, options: EvalOptions | None = None) -> Iterator[OpenedSplit]:
     """Load a run and what it is evaluated on; the loader's workers end with the context."""
+    options = options or EvalOptions()
     model = load_trained(run, str(world.device))
     source, split = evaluated_split(run, model.data, options)
-    annotations, _ = prepare_split(source, split, model.classes, options.get("skip_bad", False))
-    batch_size, workers = options.get("batch_size", 4), options.get("workers", 2)
-    loader = eval_loader(annotations, model.recipe.data, batch_size, workers, world)
+    annotations, _ = prepare_split(source, split, model.classes, options.skip_bad)
+    loader = eval_loader(annotations, model.recipe.data, options.batch_size, options.workers, world)
     with contextlib.closing(loader):
         yield OpenedSplit(str(run), model, annotations, loader, str(source.splits[split].annotations))

@@ -13,6 +13,7 @@ from detrellis.analysis.branches_figure import draw
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.schemes.collaborative.scene import Predictions
@@ -37,7 +38,7 @@ def test_boxes_are_in_pixels_of_the_original_image() -> None:
 
 def test_each_head_detects_by_itself(run: Path) -> None:
     """The decoder as `detect` does; a branch on the scene of the batch. Pictures of 64x64 are seen at another size."""
-    with open_split(run, HERE, workers=0, batch_size=2) as opened:
+    with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
         found = detections(model, co, batch)

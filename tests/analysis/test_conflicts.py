@@ -13,6 +13,7 @@ from detrellis.analysis.conflicts import RunConflicts, analyze, conflict_matrix
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import load_with_scheme
 from detrellis.distributed import World
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.schemes.collaborative.scene import Found, Scene
@@ -72,7 +73,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
 def test_an_image_has_the_maps_that_it_has_alone(run: Path, cam: Cam) -> None:
     """So one gradient of a batch's sum is each image's own; also beside an image without objects."""
-    with open_split(run, HERE, workers=0, batch_size=2) as opened:
+    with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
         count = batch.targets.sizes[0]

@@ -26,6 +26,7 @@ from detrellis.analysis.measurements import save
 from detrellis.analysis.pictures import Picture
 from detrellis.analysis.token_maps import attention_score, levels
 from detrellis.distributed import World
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.nn.attention import DenseAttention
@@ -235,7 +236,7 @@ def test_batches_change_nothing(of: Of, runs: dict[str, Path]) -> None:
 
 def test_the_maps_are_of_the_encoders_output(runs: dict[str, Path]) -> None:
     found = analyze(compared(runs["conditional-detr-r50"], batch_size=1)).runs[0].examples
-    with open_split(runs["conditional-detr-r50"], HERE, workers=0, batch_size=1) as opened:
+    with open_split(runs["conditional-detr-r50"], HERE, EvalOptions(workers=0, batch_size=1)) as opened:
         for batch, example in zip(opened.loader, found, strict=False):
             with torch.no_grad():
                 encoded = opened.model.detector.encode(batch.images)

@@ -27,7 +27,7 @@ from detrellis.analysis.schemes import load_with_scheme
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult
-from detrellis.engine.evaluate import collect
+from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.matching import Match, assign
@@ -78,7 +78,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["tiny", "conditional-detr-r50", "dab-detr-r50", "detr-r50"])
 def test_each_group_says_what_the_detector_says_with_its_queries(name: str, shapes: Path, tmp_path: Path) -> None:
     recipe = small_recipe(name).with_schemes("group=3")
-    with open_split(untrained(tmp_path, shapes, recipe), HERE, workers=0) as opened:
+    with open_split(untrained(tmp_path, shapes, recipe), HERE, EvalOptions(workers=0)) as opened:
         model, group = load_with_scheme(opened, Group)
         batch = next(iter(opened.loader))
         seen = all_groups(model, group, batch)
@@ -93,7 +93,7 @@ def test_each_group_says_what_the_detector_says_with_its_queries(name: str, shap
 
 
 def raw_score(run: Path, shapes: Path) -> EvalResult:
-    with open_split(run, HERE, data=shapes, workers=0) as opened:
+    with open_split(run, HERE, EvalOptions(data=shapes, workers=0)) as opened:
         state = load_state(run)["model"]
         own = {k.removeprefix("detector."): v for k, v in state.items() if k.startswith("detector.")}
         opened.model.detector.load_state_dict(own)
@@ -139,7 +139,7 @@ def test_md_is_the_distance_of_the_queries_of_one_box(run: Path) -> None:
     """Against each group and image matched for itself."""
     measured = analyze(compared(run, batch_size=2)).runs[0]
     distances: dict[tuple[int, int], list[float]] = {}
-    with open_split(run, HERE, workers=0, batch_size=2) as opened:
+    with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, group = load_with_scheme(opened, Group)
         for batch in opened.loader:
             seen = all_groups(model, group, batch)

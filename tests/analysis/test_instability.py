@@ -30,6 +30,7 @@ from detrellis.analysis.outputs import one_to_one
 from detrellis.api import evaluate
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_weights
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.engine.log import RunLog
 from detrellis.errors import UserError
 from detrellis.loading import open_split
@@ -156,7 +157,10 @@ def one_image_at_a_time(run: Path) -> list[float]:
     """IS between the kept epochs, from the detections' own matching."""
     v: list[list[dict[int, int]]] = []  # by epoch and image: the box of each matched query
     for file in kept_epochs(run):
-        with open_split(file, World(0, 1, torch.device("cpu")), workers=0, batch_size=1) as opened, torch.no_grad():
+        with (
+            open_split(file, World(0, 1, torch.device("cpu")), EvalOptions(workers=0, batch_size=1)) as opened,
+            torch.no_grad(),
+        ):
             seen = [(opened.model.detector(b.images), b.targets) for b in opened.loader]
         found = [assign([Match(output, there, Hungarian())])[0] for output, there in seen]
         v.append([dict(zip(f.query.tolist(), f.target.tolist(), strict=True)) for f in found])

@@ -23,6 +23,7 @@ from detrellis.boxes import pairwise_iou
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.records import to_annotations
 from detrellis.distributed import World
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 
@@ -169,7 +170,7 @@ def test_any_number_of_panels_shares_its_axes(run: Path) -> None:
 
 def test_it_sees_what_the_evaluator_sees(run: Path) -> None:
     """Queries, scores and pixels are those of `detect`."""
-    with open_split(run, World(0, 1, torch.device("cpu")), workers=0, batch_size=3) as opened:
+    with open_split(run, World(0, 1, torch.device("cpu")), EvalOptions(workers=0, batch_size=3)) as opened:
         images = {s.image_id: s for s in image_outputs(opened)}
         assert len(images) == len(opened.annotations) == 5
         for batch in opened.loader:

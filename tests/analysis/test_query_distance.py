@@ -26,6 +26,7 @@ from detrellis.analysis.query_distance import (
 from detrellis.analysis.query_distance_figure import draw
 from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.matching import Hungarian, Match, assign
@@ -89,7 +90,7 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_places_are_those_of_the_queries_that_training_makes(run: Path) -> None:
-    with open_split(run, HERE, workers=0, batch_size=3) as opened:
+    with open_split(run, HERE, EvalOptions(workers=0, batch_size=3)) as opened:
         model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
         found = query_places(opened, model, co, batch)

@@ -200,10 +200,10 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
     assert "Not in the figures" in (out / "report.html").read_text()
 
     found = conduct(plan, out, **how, console=quiet())
-    assert [line.name for line in found.lines] == ["none", "align"]
+    assert [line.name for line in found.rows] == ["none", "align"]
     assert not found.unfinished
-    for line in found.lines:
-        whole = detrellis.train(line.row.recipe, data=shapes, out=tmp_path / line.name, workers=0, device="cpu")
+    for line in found.rows:
+        whole = detrellis.train(line.planned.recipe, data=shapes, out=tmp_path / line.name, workers=0, device="cpu")
         assert whole.result is not None
         assert whole.result.ap is not None
         assert line.final.mean == pytest.approx(100 * whole.result.ap, abs=1e-6)

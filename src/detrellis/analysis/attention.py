@@ -112,9 +112,9 @@ def analyze(runs: ComparedRuns, *, image: str | Path | None = None, query: Index
 def _first_image(runs: ComparedRuns) -> Path:
     place = runs.places[0]
     model = load_trained(place, runs.device)
-    if model.data is None and runs.on["data"] is None and runs.on["val"] is None:
+    if model.data is None and runs.options.data is None and runs.options.val is None:
         raise UserError(f"{place}: no run of ours, so its data are not known", "Name a picture: --image FILE.")
-    source, split = evaluated_split(place, model.data, runs.on)
+    source, split = evaluated_split(place, model.data, runs.options)
     annotations, _ = prepare_split(source, split, model.classes)
     return annotations.path(0)
 

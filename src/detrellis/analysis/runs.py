@@ -53,10 +53,7 @@ class ComparedRuns:
         self.device = device
         self.progress = progress
         self.split = split if val is None else "val"  # what a report calls the images
-        self.on = EvalOptions(
-            data=data, val=val, val_images=val_images, split=split,
-            batch_size=batch_size, skip_bad=skip_bad, workers=workers,
-        )  # fmt: skip
+        self.options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
 
     def measure(
         self, measure: Callable[[OpenedSplit, str, bool], OneRun], check: Callable[[str | Path], object] = Path
@@ -72,7 +69,7 @@ class ComparedRuns:
         with process_group(self.device) as process:
             show = self.progress and process.is_main_process
             for place, name in zip(self.places, self.names, strict=True):
-                with open_split(place, process, **self.on) as opened:
+                with open_split(place, process, self.options) as opened:
                     results.append(measure(opened, name, show))
         return tuple(results)
 

@@ -250,7 +250,7 @@ def evaluate(
     """
     from detrellis import api
 
-    result = api.evaluate(run, metric=metric, results=results, nms=nms, device=device, progress=True, **on.on())
+    result = api.evaluate(run, metric=metric, results=results, nms=nms, device=device, progress=True, **vars(on.on()))
     if as_json:
         print_json(result.to_dict())
         return

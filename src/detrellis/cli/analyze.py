@@ -43,7 +43,7 @@ class Shown:
 
         ready(out, name, [dials["image"]] if dials.get("image") else [])
         names = None if self.names is None else [part.strip() for part in self.names.split(",")]
-        runs = ComparedRuns(places, names=names, device=self.device, progress=True, **on)
+        runs = ComparedRuns(places, names=names, device=self.device, progress=True, **vars(on))
         result = measurement(name).analyze(runs, **dials)
         if not IS_MAIN_PROCESS:
             return
@@ -222,7 +222,7 @@ def attention(
 
     Example: detrellis analyze attention runs/detr runs/sam --image picture.jpg
     """
-    shown.measure("attention", runs, out, {}, image=image, query=query)
+    shown.measure("attention", runs, out, EvalData().on(), image=image, query=query)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number], what: str, example: str) -> list[Number]:

@@ -107,9 +107,11 @@ class EvalData:
 
     def on(self) -> EvalOptions:
         """The options as the API takes them."""
-        skip_bad = skips(self.skip_bad, self.keep_partial)
-        options: EvalOptions = {"data": self.data, "val": self.val, "val_images": self.val_images, "split": self.split}
-        return options | {"batch_size": self.batch_size, "skip_bad": skip_bad, "workers": self.workers}
+        from detrellis.engine.evaluate import EvalOptions
+
+        options = {**vars(self), "skip_bad": skips(self.skip_bad, self.keep_partial)}
+        del options["keep_partial"]
+        return EvalOptions(**options)
 
 
 def skips(skip_bad: bool, keep_partial: bool) -> Skips:

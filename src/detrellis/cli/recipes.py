@@ -25,10 +25,10 @@ def info(
 
     Example: detrellis info dino-r50 --classes 91
     """
-    choose_recipe(recipe, scale, scheme or (), override or ())
+    chosen = choose_recipe(recipe, scale, scheme or (), override or ())
     from detrellis import api
 
-    costs = api.info(recipe, classes=classes, scale=scale, scheme=scheme or (), override=override or ())
+    costs = api.info(chosen, classes=classes)
     if as_json:
         print_json(costs.to_dict())
         return
@@ -62,15 +62,12 @@ def bench(
 
     Example: detrellis bench dino-r50 --size 640x640 --batch-sizes 1,2 --threads 1
     """
-    choose_recipe(recipe, scale, scheme or (), override or ())
+    chosen = choose_recipe(recipe, scale, scheme or (), override or ())
     from detrellis import api
 
     result = api.bench(
-        recipe,
+        chosen,
         classes=classes,
-        scale=scale,
-        scheme=scheme or (),
-        override=override or (),
         batch_sizes=batch_sizes,
         size=size,
         threads=threads,

@@ -60,20 +60,9 @@ class Card:
 
     def to_metadata(self) -> dict[str, str]:
         """The card as safetensors stores it: strings only."""
-        card = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "classes": self.classes.to_dict(),
-            "data": dict(self.data),
-            "seed": self.seed,
-            "skip_bad": self.skip_bad,
-            "epoch": self.epoch,
-            "step": self.step,
-            "stats": None if self.stats is None else dict(self.stats),
-            "weights": self.weights,
-            "boxes": self.boxes,
-            "changes": [dict(change) for change in self.changes],
-            "version": self.version,
-        }
+        stats = None if self.stats is None else dict(self.stats)
+        card = {**vars(self), "recipe": self.recipe.model_dump(mode="json"), "classes": self.classes.to_dict()}
+        card |= {"data": dict(self.data), "stats": stats, "changes": [dict(change) for change in self.changes]}
         return {"format": str(FORMAT), "detrellis": json.dumps(card)}
 
     @classmethod

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -28,27 +28,29 @@ NMS = 0.7  # IoU above which the weaker one of two detections of a class counts 
 DOUBLED = 0.01  # AP that NMS adds where objects are found more than once
 
 
-class EvalOptions(TypedDict, total=False):
-    """What a trained detector is measured on; by default the validation split of its own run."""
+@dataclass(frozen=True)
+class EvalOptions:
+    """What a trained detector is evaluated on: by default the validation split of its own run."""
 
-    data: str | Path | DataSource | None
-    val: str | Path | None  # a COCO file, instead of `data` and `split`
-    val_images: str | Path | None
-    split: Split
-    batch_size: BatchSize  # images at a time; by default 4
-    skip_bad: SkipBad  # drop bad records instead of refusing the data set
-    workers: Workers  # processes that load images; by default 2
+    data: str | Path | DataSource | None = None
+    val: str | Path | None = None  # a COCO file, instead of `data` and `split`
+    val_images: str | Path | None = None
+    split: Split = "val"
+    batch_size: BatchSize = 4  # images at a time
+    skip_bad: SkipBad = False  # drop bad records instead of refusing the data set
+    workers: Workers = 2  # processes that load images
 
 
-def evaluated_split(run: str | Path, own_data: Mapping[str, Any] | None, on: EvalOptions) -> tuple[DataSource, str]:
-    """The data set and the split that `on` means for a run that was trained on `own_data`."""
-    data, val = on.get("data"), on.get("val")
-    if val is not None:
-        return find_data(None, val, on.get("val_images")), "train"
-    if data is None and own_data is None:
+def evaluated_split(
+    run: str | Path, run_data: Mapping[str, Any] | None, options: EvalOptions
+) -> tuple[DataSource, str]:
+    """The data set and the split to evaluate on, of a run that was trained on `run_data`."""
+    data, split = options.data, options.split
+    if options.val is not None:
+        return find_data(None, options.val, options.val_images), "train"
+    if data is None and run_data is None:
         raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
-    split = on.get("split", "val")
-    source = DataSource.from_dict(own_data or {}) if data is None else find_data(data)
+    source = DataSource.from_dict(run_data or {}) if data is None else find_data(data)
     if split not in source.splits:
         others = " or ".join(f"--split {name}" for name in source.splits)
         where = f"{run}: the data set that it was trained on" if data is None else f"{data}: this data set"
