@@ -348,7 +348,7 @@ def test_a_signal_is_a_line_and_its_exit_code(
                 raise becomes from None
             raise
 
-    monkeypatch.setattr("detrellis.cli.entry.LEADS", leads)  # under torchrun, of one process alone
+    monkeypatch.setattr("detrellis.cli.entry.IS_MAIN_PROCESS", leads)  # under torchrun, of one process alone
     before = signal.getsignal(number)
     begin(interrupted, 128 + number, monkeypatch)
     assert capsys.readouterr().err == ("Stopped.\n" if leads else "")

@@ -174,17 +174,16 @@ def train(
         _only_with_resume(*(recipe, weights, boxes, scale, scheme, out, seed, skip_bad, keep_partial))
     elif recipe is not None or weights is None:
         choose_recipe(recipe, scale, scheme or (), override or ())
-    source = None if resume is not None else files.source()
+    data: dict[str, Any] = {"data": files.source()} if resume is None and weights is None else vars(files)
     from detrellis import api
 
     shared: dict[str, Any] = {"override": override or (), "epochs": epochs}
     shared["console"] = progress_console(as_json)
     if resume is not None:
-        result = api.resume(resume, device=device, workers=workers, **vars(files), **shared)
+        result = api.resume(resume, device=device, workers=workers, **data, **shared)
     else:
         result = api.train(
             recipe,
-            data=source,
             weights=weights,
             boxes=boxes,
             scale=scale,
@@ -194,6 +193,7 @@ def train(
             skip_bad=skips(skip_bad, keep_partial),
             device=device,
             workers=workers,
+            **data,
             **shared,
         )
     if as_json:
