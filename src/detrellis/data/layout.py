@@ -221,8 +221,8 @@ def _recognised(data: Path, given: GivenImages) -> DataSource | None:
     """The data set in this very folder; None where there is none."""
     if splits := find_one_file(VIA, data, given):  # before COCO, whose files may have the same names
         return DataSource("via", splits)
-    if found := find_coco_files(data):
-        return _coco(found.files, given, found.why)
+    if coco := find_coco_files(data):
+        return _coco(coco.files, given, coco.why)
     if splits := find_yolo(data):
         return DataSource("yolo", splits)
     if splits := find_voc(data, given):
@@ -284,7 +284,7 @@ def _counted(folder: Path, data: Path | None = None) -> str:
     counts = []
     for kind, files in sorted(kinds.items(), key=lambda item: -len(item[1])):
         few = kind != "images" and len(files) <= 3
-        counts.append(f"{len(files)} {kind}{f' ({chr(44).join(files)})' if few else ''}")
+        counts.append(f"{len(files)} {kind} ({','.join(files)})" if few else f"{len(files)} {kind}")
     where = "here" if folder == data else f"{folder.relative_to(data)}/" if data else str(folder)
     if counts:
         return f"{where}: {', '.join(counts)}"
