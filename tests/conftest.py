@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from detrellis.data.shapes import write_shapes
 
@@ -13,3 +16,11 @@ from detrellis.data.shapes import write_shapes
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """11 training and 5 validation pictures of 64x64 pixels: batches do not come out even."""
     return write_shapes(tmp_path_factory.mktemp("shapes") / "data", train=11, val=5, size=(64, 64))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """Typer builds the verbs and their options at each call. A process of users has one call, this one has hundreds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield

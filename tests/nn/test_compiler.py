@@ -15,7 +15,7 @@ from torch import nn
 
 from detrellis.engine import bench
 from detrellis.nn.compiler import EXTENSIONS
-from detrellis.nn.kernels.deformable_cpu import Pieces
+from detrellis.nn.kernels.deformable_cpu import COMPILE_FROM, Pieces
 
 
 def by_itself() -> None:
@@ -25,7 +25,7 @@ def by_itself() -> None:
 
 def for_bags() -> None:
     """What a large training step compiles."""
-    Pieces()._start()
+    assert Pieces().use_compiled(COMPILE_FROM, gradients=True)
 
 
 def for_bench() -> None:
@@ -39,6 +39,7 @@ def for_bench() -> None:
 def test_no_word_of_cuda(
     compiles: Callable[[], None], lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("DETRELLIS_MSDA", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", sys.executable)  # there is a compiler; nothing is compiled yet
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

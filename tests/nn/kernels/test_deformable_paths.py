@@ -233,24 +233,6 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, own_pieces: Pieces, caplog
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_no_word_of_cuda(
-    monkeypatch: pytest.MonkeyPatch,
-    own_pieces: Pieces,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A machine with the CUDA toolkit and without a GPU: torch says so when its compiler is imported."""
-    monkeypatch.delenv("DETRELLIS_MSDA", raising=False)
-    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch, "compile", lambda piece, **_: piece)
-    monkeypatch.delitem(sys.modules, "torch.utils.cpp_extension", raising=False)
-    assert own_pieces.use_compiled(COMPILE_FROM, gradients=True)
-    assert "torch.utils.cpp_extension" in sys.modules  # what says it has been imported
-    assert "CUDA" not in capfd.readouterr().err + caplog.text
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compile_that_fails(
     monkeypatch: pytest.MonkeyPatch, own_pieces: Pieces, caplog: pytest.LogCaptureFixture
 ) -> None:
