@@ -7,7 +7,7 @@ from torch import nn
 
 from detrellis.boxes import inverse_sigmoid
 from detrellis.detector import concatenate
-from detrellis.interop.links import Row, link_up, to_ours, to_theirs
+from detrellis.interop.links import Pair, link_up, to_ours, to_theirs
 from detrellis.interop.reference import table
 from detrellis.nn.attention import SelfAttention
 from detrellis.nn.proposals import ProposalHead
@@ -164,14 +164,14 @@ def check_two_stage(a: Arrays) -> None:
     ]
     weights = a.group("p/")
     rows = [
-        *(Row(f"heads.{k}.projection", f"transformer.enc_output.{k}") for k in range(groups)),
-        *(Row(f"heads.{k}.norm", f"transformer.enc_output_norm.{k}") for k in range(groups)),
-        *(Row(f"heads.{k}.classify", f"transformer.enc_out_class_embed.{k}") for k in range(groups)),
-        *(Row(f"heads.{k}.move.@", f"transformer.enc_out_bbox_embed.{k}.@") for k in range(groups)),
-        Row("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm1"),
-        Row("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm2"),
-        Row("decoder.heads.classes.0", "class_embed"),
-        Row("decoder.heads.boxes.0.@", "bbox_embed.@"),
+        *(Pair(f"heads.{k}.projection", f"transformer.enc_output.{k}") for k in range(groups)),
+        *(Pair(f"heads.{k}.norm", f"transformer.enc_output_norm.{k}") for k in range(groups)),
+        *(Pair(f"heads.{k}.classify", f"transformer.enc_out_class_embed.{k}") for k in range(groups)),
+        *(Pair(f"heads.{k}.move.@", f"transformer.enc_out_bbox_embed.{k}.@") for k in range(groups)),
+        Pair("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm1"),
+        Pair("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm2"),
+        Pair("decoder.heads.classes.0", "class_embed"),
+        Pair("decoder.heads.boxes.0.@", "bbox_embed.@"),
         *table(network, detrex=False),
     ]
     model = nn.ModuleDict({"heads": nn.ModuleList(heads), "decoder": decoder})

@@ -1,7 +1,7 @@
 """Two-way tables of parameter names.
 
-A table's row pairs our name with theirs. In both, `*` stands for a layer's index, `@` for any rest, and `{q,k,v}` for
-several tensors that the other side keeps in one, joined along `dim`. A row names a module (its weight, bias and
+A table's `Pair` holds our name and theirs. In both, `*` stands for a layer's index, `@` for any rest, and `{q,k,v}` for
+several tensors that the other side keeps in one, joined along `dim`. A pair names a module (its weight, bias and
 statistics are meant) or one tensor in full. Where theirs has a `*` that ours has not, they keep one copy a layer of
 what we share; `|` separates other copies, under other names. Copies have to be equal.
 """
@@ -23,8 +23,8 @@ LEAVES = "weight|bias|running_mean|running_var"
 IDLE = re.compile(r"num_batches_tracked$|\.relative_position_index$|\.attn_mask$")
 
 
-class Row(NamedTuple):
-    """One line of a table."""
+class Pair(NamedTuple):
+    """A name of ours and theirs: one line of a table. `dim` is the one along which several are joined."""
 
     ours: str
     theirs: str
@@ -47,17 +47,17 @@ def expand(text: str) -> list[str]:
     return [text[: found.start()] + choice + text[found.end() :] for choice in found[1].split(",")]
 
 
-def link_up(keys: Iterable[str], table: Sequence[Row], layers: int) -> list[Link]:
+def link_up(keys: Iterable[str], table: Sequence[Pair], layers: int) -> list[Link]:
     """The links of all `keys` of our detector; `layers`: of the decoder, for copies that are one a layer.
 
-    A key that no row knows is left out: see `missing`.
+    A key that no pair knows is left out: see `missing`.
     """
     links: dict[tuple[str, ...], Link] = {}
-    patterns = [(re.compile(_pattern(name)), row) for row in table for name in expand(row.ours)]
+    patterns = [(re.compile(_pattern(name)), pair) for pair in table for name in expand(pair.ours)]
     for key in (k for k in keys if not IDLE.search(k)):
-        for pattern, row in patterns:
-            if found := pattern.fullmatch(key):
-                link = _link(row, found, layers)
+        for pattern, pair in patterns:
+            if match := pattern.fullmatch(key):
+                link = _link(pair, match, layers)
                 links[link.ours] = link
                 break
     return list(links.values())
@@ -68,21 +68,21 @@ def _pattern(name: str) -> str:
     return text if "@" in name else rf"{text}(?:\.(?P<leaf>{LEAVES}))?"
 
 
-def _link(row: Row, found: re.Match[str], layers: int) -> Link:
-    groups = found.groupdict()
+def _link(pair: Pair, match: re.Match[str], layers: int) -> Link:
+    groups = match.groupdict()
     leaf = f".{groups['leaf']}" if groups.get("leaf") else ""
 
     def filled(text: str) -> str:
         return text.replace("*", groups.get("index") or "*").replace("@", groups.get("rest") or "@") + leaf
 
     parts: list[list[str]] = []
-    for alternative in row.theirs.split("|"):
+    for alternative in pair.theirs.split("|"):
         for i, name in enumerate(filled(n.strip()) for n in expand(alternative)):
             names = [name.replace("*", str(layer)) for layer in range(layers)] if "*" in name else [name]
             if len(parts) <= i:
                 parts.append([])
             parts[i] += names
-    return Link(tuple(filled(n) for n in expand(row.ours)), tuple(tuple(p) for p in parts), row.dim)
+    return Link(tuple(filled(n) for n in expand(pair.ours)), tuple(tuple(p) for p in parts), pair.dim)
 
 
 def to_ours(

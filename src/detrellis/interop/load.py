@@ -15,7 +15,7 @@ from detrellis.errors import UserError
 from detrellis.interop import huggingface, reference
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
 from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pth, read_safetensors
-from detrellis.interop.links import Link, Row, link_up, missing, to_ours, unused
+from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, unused
 from detrellis.interop.names import huggingface as huggingface_names
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
@@ -145,11 +145,11 @@ def _numbered(count: int) -> ClassMap:
     return ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
 
 
-def _convert(weights: Mapping[str, Tensor], rows: list[Row], recipe: Recipe, classes: ClassMap) -> Converted:
+def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, classes: ClassMap) -> Converted:
     with torch.device("meta"):
         detector = build_detector(recipe.detector, len(classes))
     state = detector.state_dict()
-    links: list[Link] = link_up(state, rows, recipe.detector.decoder.layers)
+    links: list[Link] = link_up(state, table, recipe.detector.decoder.layers)
     assert not (left := missing(state, links)), f"no table names {left[0]}"
     converted = to_ours(weights, links, {name: value.shape for name, value in state.items()})
     floats = {name: value.float() for name, value in converted.items()}

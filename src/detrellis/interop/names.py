@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from detrellis.interop.links import Row
+from detrellis.interop.links import Pair
 from detrellis.recipes.detector import DetectorConfig
 
 # Ours is one matrix.
 QKV = "{q,k,v}_proj"
 
 
-def huggingface(config: DetectorConfig, native: bool = False) -> list[Row]:
+def huggingface(config: DetectorConfig, native: bool = False) -> list[Pair]:
     """Names in memory, which `modern` makes of those on disk; `native`: the backbone is their own ResNet."""
     if config.cross_attention.kind == "deformable":
         own = _hf_deformable(config)
@@ -23,111 +23,111 @@ def huggingface(config: DetectorConfig, native: bool = False) -> list[Row]:
     return [*own, *HF_SHARED, *(_hf_resnet(backbone) if native else torchvision(backbone))]
 
 
-def torchvision(prefix: str) -> list[Row]:
+def torchvision(prefix: str) -> list[Pair]:
     """The backbone under torchvision's and timm's names."""
     return [
-        Row("backbone.stem.0", f"{prefix}.conv1"),
-        Row("backbone.stem.1", f"{prefix}.bn1"),
-        Row("backbone.stages.@", f"{prefix}.@"),
+        Pair("backbone.stem.0", f"{prefix}.conv1"),
+        Pair("backbone.stem.1", f"{prefix}.bn1"),
+        Pair("backbone.stages.@", f"{prefix}.@"),
     ]
 
 
-def _hf_resnet(prefix: str) -> list[Row]:
+def _hf_resnet(prefix: str) -> list[Pair]:
     rows = [
-        Row("backbone.stem.0", f"{prefix}.embedder.embedder.convolution"),
-        Row("backbone.stem.1", f"{prefix}.embedder.embedder.normalization"),
+        Pair("backbone.stem.0", f"{prefix}.embedder.embedder.convolution"),
+        Pair("backbone.stem.1", f"{prefix}.embedder.embedder.normalization"),
     ]
     for stage in range(4):
         ours, theirs = f"backbone.stages.layer{stage + 1}.*", f"{prefix}.encoder.stages.{stage}.layers.*"
         for k in range(3):
             rows += [
-                Row(f"{ours}.conv{k + 1}", f"{theirs}.layer.{k}.convolution"),
-                Row(f"{ours}.bn{k + 1}", f"{theirs}.layer.{k}.normalization"),
+                Pair(f"{ours}.conv{k + 1}", f"{theirs}.layer.{k}.convolution"),
+                Pair(f"{ours}.bn{k + 1}", f"{theirs}.layer.{k}.normalization"),
             ]
         rows += [
-            Row(f"{ours}.downsample.0", f"{theirs}.shortcut.convolution"),
-            Row(f"{ours}.downsample.1", f"{theirs}.shortcut.normalization"),
+            Pair(f"{ours}.downsample.0", f"{theirs}.shortcut.convolution"),
+            Pair(f"{ours}.downsample.1", f"{theirs}.shortcut.normalization"),
         ]
     return rows
 
 
 HF_SHARED = [
-    Row("neck.projection", "model.input_projection"),
-    Row("encoder.layers.*.norm", "model.encoder.layers.*.self_attn_layer_norm"),
-    Row("encoder.layers.*.feed_forward.norm", "model.encoder.layers.*.final_layer_norm"),
-    Row("encoder.layers.*.feed_forward.inner", "model.encoder.layers.*.mlp.fc1"),
-    Row("encoder.layers.*.feed_forward.outer", "model.encoder.layers.*.mlp.fc2"),
-    Row("decoder.layers.*.norm_self", "model.decoder.layers.*.self_attn_layer_norm"),
-    Row("decoder.layers.*.norm_cross", "model.decoder.layers.*.encoder_attn_layer_norm"),
-    Row("decoder.layers.*.feed_forward.norm", "model.decoder.layers.*.final_layer_norm"),
-    Row("decoder.layers.*.feed_forward.inner", "model.decoder.layers.*.mlp.fc1"),
-    Row("decoder.layers.*.feed_forward.outer", "model.decoder.layers.*.mlp.fc2"),
-    Row("decoder.final_norm", "model.decoder.layernorm"),
+    Pair("neck.projection", "model.input_projection"),
+    Pair("encoder.layers.*.norm", "model.encoder.layers.*.self_attn_layer_norm"),
+    Pair("encoder.layers.*.feed_forward.norm", "model.encoder.layers.*.final_layer_norm"),
+    Pair("encoder.layers.*.feed_forward.inner", "model.encoder.layers.*.mlp.fc1"),
+    Pair("encoder.layers.*.feed_forward.outer", "model.encoder.layers.*.mlp.fc2"),
+    Pair("decoder.layers.*.norm_self", "model.decoder.layers.*.self_attn_layer_norm"),
+    Pair("decoder.layers.*.norm_cross", "model.decoder.layers.*.encoder_attn_layer_norm"),
+    Pair("decoder.layers.*.feed_forward.norm", "model.decoder.layers.*.final_layer_norm"),
+    Pair("decoder.layers.*.feed_forward.inner", "model.decoder.layers.*.mlp.fc1"),
+    Pair("decoder.layers.*.feed_forward.outer", "model.decoder.layers.*.mlp.fc2"),
+    Pair("decoder.final_norm", "model.decoder.layernorm"),
 ]
 HF_SLOPES = [  # of a PReLU
-    Row(f"{part}.layers.*.feed_forward.activation", f"model.{part}.layers.*.mlp.activation_fn")
+    Pair(f"{part}.layers.*.feed_forward.activation", f"model.{part}.layers.*.mlp.activation_fn")
     for part in ("encoder", "decoder")
 ]
 HF_DETR = [
     *HF_SLOPES,
-    Row("queries.position", "model.query_position_embeddings.weight"),
-    Row("encoder.layers.*.attention.projections", f"model.encoder.layers.*.self_attn.{QKV}"),
-    Row("encoder.layers.*.attention.output", "model.encoder.layers.*.self_attn.o_proj"),
-    Row("decoder.heads.classes.0", "class_labels_classifier"),
-    Row("decoder.heads.boxes.0.@", "bbox_predictor.@"),
+    Pair("queries.position", "model.query_position_embeddings.weight"),
+    Pair("encoder.layers.*.attention.projections", f"model.encoder.layers.*.self_attn.{QKV}"),
+    Pair("encoder.layers.*.attention.output", "model.encoder.layers.*.self_attn.o_proj"),
+    Pair("decoder.heads.classes.0", "class_labels_classifier"),
+    Pair("decoder.heads.boxes.0.@", "bbox_predictor.@"),
 ]
 HF_DENSE_DECODER = [
-    Row("decoder.layers.*.self_attention.projections", f"model.decoder.layers.*.self_attn.{QKV}"),
-    Row("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
-    Row("decoder.layers.*.cross_attention.projections", f"model.decoder.layers.*.encoder_attn.{QKV}"),
-    Row("decoder.layers.*.cross_attention.output", "model.decoder.layers.*.encoder_attn.o_proj"),
+    Pair("decoder.layers.*.self_attention.projections", f"model.decoder.layers.*.self_attn.{QKV}"),
+    Pair("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
+    Pair("decoder.layers.*.cross_attention.projections", f"model.decoder.layers.*.encoder_attn.{QKV}"),
+    Pair("decoder.layers.*.cross_attention.output", "model.decoder.layers.*.encoder_attn.o_proj"),
 ]
 HF_CONDITIONAL = [
-    Row("queries.reference.@", "model.decoder.ref_point_head.@"),
-    Row("decoder.position.scale.@", "model.decoder.query_scale.@"),
-    Row("decoder.layers.*.self_attention.content", "model.decoder.layers.*.self_attn.{q_content,k_content,v}_proj"),
-    Row("decoder.layers.*.self_attention.position", "model.decoder.layers.*.self_attn.{q_pos,k_pos}_proj"),
-    Row("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
-    Row("decoder.layers.*.cross_attention.query", "model.decoder.layers.*.encoder_attn.q_content_proj"),
-    Row("decoder.layers.*.cross_attention.query_sine", "model.decoder.layers.*.encoder_attn.q_pos_sine_proj"),
-    Row("decoder.layers.*.cross_attention.query_position", "model.decoder.layers.*.encoder_attn.q_pos_proj"),
-    Row("decoder.layers.*.cross_attention.memory", "model.decoder.layers.*.encoder_attn.{k_content,v}_proj"),
-    Row("decoder.layers.*.cross_attention.key_position", "model.decoder.layers.*.encoder_attn.k_pos_proj"),
-    Row("decoder.layers.*.cross_attention.output", "model.decoder.layers.*.encoder_attn.o_proj"),
+    Pair("queries.reference.@", "model.decoder.ref_point_head.@"),
+    Pair("decoder.position.scale.@", "model.decoder.query_scale.@"),
+    Pair("decoder.layers.*.self_attention.content", "model.decoder.layers.*.self_attn.{q_content,k_content,v}_proj"),
+    Pair("decoder.layers.*.self_attention.position", "model.decoder.layers.*.self_attn.{q_pos,k_pos}_proj"),
+    Pair("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
+    Pair("decoder.layers.*.cross_attention.query", "model.decoder.layers.*.encoder_attn.q_content_proj"),
+    Pair("decoder.layers.*.cross_attention.query_sine", "model.decoder.layers.*.encoder_attn.q_pos_sine_proj"),
+    Pair("decoder.layers.*.cross_attention.query_position", "model.decoder.layers.*.encoder_attn.q_pos_proj"),
+    Pair("decoder.layers.*.cross_attention.memory", "model.decoder.layers.*.encoder_attn.{k_content,v}_proj"),
+    Pair("decoder.layers.*.cross_attention.key_position", "model.decoder.layers.*.encoder_attn.k_pos_proj"),
+    Pair("decoder.layers.*.cross_attention.output", "model.decoder.layers.*.encoder_attn.o_proj"),
 ]
 _SELF = "model.decoder.layers.*.self_attn.self_attn"
 _CROSS = "model.decoder.layers.*.cross_attn.cross_attn"
 HF_DAB = [
-    Row("queries.{centres,sizes}", "model.query_refpoint_embeddings.weight", 1),
-    Row("queries.content", "model.patterns.weight"),
-    Row("encoder.position_scale.@", "model.encoder.query_scale.@"),
-    Row("encoder.layers.*.attention.projections", f"model.encoder.layers.*.self_attn.{QKV}"),
-    Row("encoder.layers.*.attention.output", "model.encoder.layers.*.self_attn.out_proj"),
-    Row("encoder.layers.*.feed_forward.inner", "model.encoder.layers.*.fc1"),
-    Row("encoder.layers.*.feed_forward.outer", "model.encoder.layers.*.fc2"),
-    Row("encoder.layers.*.feed_forward.activation", "model.encoder.layers.*.activation_fn"),
-    Row("decoder.position.mlp.@", "model.decoder.ref_point_head.@"),
-    Row("decoder.position.scale.@", "model.decoder.query_scale.@"),
-    Row("decoder.position.size.@", "model.decoder.ref_anchor_head.@"),
-    Row("decoder.layers.*.self_attention.content", _SELF + "_{query_content,key_content,value}_proj"),
-    Row("decoder.layers.*.self_attention.position", _SELF + "_{query_pos,key_pos}_proj"),
-    Row("decoder.layers.*.self_attention.output", _SELF + ".output_proj"),
-    Row("decoder.layers.*.norm_self", _SELF + "_layer_norm"),
-    Row("decoder.layers.*.cross_attention.query", _CROSS + "_query_content_proj"),
-    Row("decoder.layers.*.cross_attention.query_sine", _CROSS + "_query_pos_sine_proj"),
-    Row("decoder.layers.*.cross_attention.query_position", _CROSS + "_query_pos_proj"),
-    Row("decoder.layers.*.cross_attention.memory", _CROSS + "_{key_content,value}_proj"),
-    Row("decoder.layers.*.cross_attention.key_position", _CROSS + "_key_pos_proj"),
-    Row("decoder.layers.*.cross_attention.output", _CROSS + ".output_proj"),
-    Row("decoder.layers.*.norm_cross", _CROSS + "_layer_norm"),
-    Row("decoder.layers.*.feed_forward.activation", "model.decoder.layers.*.mlp.activation_fn"),
-    Row("decoder.layers.*.feed_forward.norm", "model.decoder.layers.*.mlp.final_layer_norm"),
-    Row("decoder.heads.classes.0", "class_embed"),
-    Row("decoder.heads.boxes.0.@", "bbox_predictor.@|model.decoder.bbox_embed.@"),
+    Pair("queries.{centres,sizes}", "model.query_refpoint_embeddings.weight", 1),
+    Pair("queries.content", "model.patterns.weight"),
+    Pair("encoder.position_scale.@", "model.encoder.query_scale.@"),
+    Pair("encoder.layers.*.attention.projections", f"model.encoder.layers.*.self_attn.{QKV}"),
+    Pair("encoder.layers.*.attention.output", "model.encoder.layers.*.self_attn.out_proj"),
+    Pair("encoder.layers.*.feed_forward.inner", "model.encoder.layers.*.fc1"),
+    Pair("encoder.layers.*.feed_forward.outer", "model.encoder.layers.*.fc2"),
+    Pair("encoder.layers.*.feed_forward.activation", "model.encoder.layers.*.activation_fn"),
+    Pair("decoder.position.mlp.@", "model.decoder.ref_point_head.@"),
+    Pair("decoder.position.scale.@", "model.decoder.query_scale.@"),
+    Pair("decoder.position.size.@", "model.decoder.ref_anchor_head.@"),
+    Pair("decoder.layers.*.self_attention.content", _SELF + "_{query_content,key_content,value}_proj"),
+    Pair("decoder.layers.*.self_attention.position", _SELF + "_{query_pos,key_pos}_proj"),
+    Pair("decoder.layers.*.self_attention.output", _SELF + ".output_proj"),
+    Pair("decoder.layers.*.norm_self", _SELF + "_layer_norm"),
+    Pair("decoder.layers.*.cross_attention.query", _CROSS + "_query_content_proj"),
+    Pair("decoder.layers.*.cross_attention.query_sine", _CROSS + "_query_pos_sine_proj"),
+    Pair("decoder.layers.*.cross_attention.query_position", _CROSS + "_query_pos_proj"),
+    Pair("decoder.layers.*.cross_attention.memory", _CROSS + "_{key_content,value}_proj"),
+    Pair("decoder.layers.*.cross_attention.key_position", _CROSS + "_key_pos_proj"),
+    Pair("decoder.layers.*.cross_attention.output", _CROSS + ".output_proj"),
+    Pair("decoder.layers.*.norm_cross", _CROSS + "_layer_norm"),
+    Pair("decoder.layers.*.feed_forward.activation", "model.decoder.layers.*.mlp.activation_fn"),
+    Pair("decoder.layers.*.feed_forward.norm", "model.decoder.layers.*.mlp.final_layer_norm"),
+    Pair("decoder.heads.classes.0", "class_embed"),
+    Pair("decoder.heads.boxes.0.@", "bbox_predictor.@|model.decoder.bbox_embed.@"),
 ]
 
 
-def _hf_deformable(config: DetectorConfig) -> list[Row]:
+def _hf_deformable(config: DetectorConfig) -> list[Pair]:
     layers, maps = config.decoder.layers, len(config.backbone.strides)
     refine, two_stage = config.decoder.refine != "none", config.two_stage
     # With refinement the decoder holds the box heads too, in two stages also the class heads; without it ours is one.
@@ -137,36 +137,36 @@ def _hf_deformable(config: DetectorConfig) -> list[Row]:
     proposals = f"class_embed.{layers}|model.decoder.class_embed.{layers}"
     return [
         *HF_SLOPES,
-        Row("queries.{position,content}", "model.query_position_embeddings.weight", 1),
-        Row("queries.reference", "model.reference_points"),
+        Pair("queries.{position,content}", "model.query_position_embeddings.weight", 1),
+        Pair("queries.reference", "model.reference_points"),
         *deformable_neck(maps, "model.input_proj"),
-        Row("neck.level_embed", "model.level_embed"),
+        Pair("neck.level_embed", "model.level_embed"),
         *sampling("encoder.layers.*.attention", "model.encoder.layers.*.self_attn"),
         *sampling("decoder.layers.*.cross_attention", "model.decoder.layers.*.encoder_attn"),
-        Row("decoder.layers.*.self_attention.projections", f"model.decoder.layers.*.self_attn.{QKV}"),
-        Row("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
-        Row("queries.head.projection", "model.enc_output"),
-        Row("queries.head.norm", "model.enc_output_norm"),
-        Row("queries.head.classify", proposals),
-        Row("queries.head.move.@", "|".join(f"{p}bbox_embed.{layers}.@" for p in ("", "model.decoder."))),
-        Row("queries.derive.0", "model.pos_trans"),
-        Row("queries.derive.1", "model.pos_trans_norm"),
-        Row(f"decoder.heads.classes.{head}", classes),
-        *(Row(f"decoder.heads.boxes.{head}.layers.{k}", boxes.replace("*", f"*.layers.{k}")) for k in range(3)),
+        Pair("decoder.layers.*.self_attention.projections", f"model.decoder.layers.*.self_attn.{QKV}"),
+        Pair("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
+        Pair("queries.head.projection", "model.enc_output"),
+        Pair("queries.head.norm", "model.enc_output_norm"),
+        Pair("queries.head.classify", proposals),
+        Pair("queries.head.move.@", "|".join(f"{p}bbox_embed.{layers}.@" for p in ("", "model.decoder."))),
+        Pair("queries.derive.0", "model.pos_trans"),
+        Pair("queries.derive.1", "model.pos_trans_norm"),
+        Pair(f"decoder.heads.classes.{head}", classes),
+        *(Pair(f"decoder.heads.boxes.{head}.layers.{k}", boxes.replace("*", f"*.layers.{k}")) for k in range(3)),
     ]
 
 
-def sampling(ours: str, theirs: str) -> list[Row]:
+def sampling(ours: str, theirs: str) -> list[Pair]:
     """Deformable attention, which everybody but us abbreviates alike."""
     return [
-        Row(f"{ours}.sampling_offsets", f"{theirs}.sampling_offsets"),
-        Row(f"{ours}.attention_weights", f"{theirs}.attention_weights"),
-        Row(f"{ours}.value_projection", f"{theirs}.value_proj"),
-        Row(f"{ours}.output_projection", f"{theirs}.output_proj"),
+        Pair(f"{ours}.sampling_offsets", f"{theirs}.sampling_offsets"),
+        Pair(f"{ours}.attention_weights", f"{theirs}.attention_weights"),
+        Pair(f"{ours}.value_projection", f"{theirs}.value_proj"),
+        Pair(f"{ours}.output_projection", f"{theirs}.output_proj"),
     ]
 
 
-def deformable_neck(maps: int, theirs: str) -> list[Row]:
+def deformable_neck(maps: int, theirs: str) -> list[Pair]:
     """Our extra levels count on from the backbone's maps in theirs."""
-    extra = [Row(f"neck.extra.{i}.@", f"{theirs}.{maps + i}.@") for i in range(4)]
-    return [Row("neck.projections.@", f"{theirs}.@"), *extra]
+    extra = [Pair(f"neck.extra.{i}.@", f"{theirs}.{maps + i}.@") for i in range(4)]
+    return [Pair("neck.projections.@", f"{theirs}.@"), *extra]

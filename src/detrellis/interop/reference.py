@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from detrellis.errors import UserError
-from detrellis.interop.links import Row
+from detrellis.interop.links import Pair
 from detrellis.interop.names import deformable_neck, sampling, torchvision
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
@@ -192,67 +192,67 @@ def own_queries(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]
     return {k: v[: detector.queries.count] for k, v in present.items() if len(v) > detector.queries.count}
 
 
-def table(detector: DetectorConfig, detrex: bool) -> list[Row]:
+def table(detector: DetectorConfig, detrex: bool) -> list[Pair]:
     """The names of the family that `recipe_of` found."""
     if detrex:
         return _detrex(detector)
     shared = [
         *torchvision("backbone.0.body"),
         *_packed("decoder.layers.*.self_attention.projections", "transformer.decoder.layers.*.self_attn"),
-        Row("encoder.layers.*.norm", "transformer.encoder.layers.*.norm1"),
-        Row("encoder.layers.*.feed_forward.norm", "transformer.encoder.layers.*.norm2"),
-        Row("decoder.layers.*.feed_forward.norm", "transformer.decoder.layers.*.norm3"),
+        Pair("encoder.layers.*.norm", "transformer.encoder.layers.*.norm1"),
+        Pair("encoder.layers.*.feed_forward.norm", "transformer.encoder.layers.*.norm2"),
+        Pair("decoder.layers.*.feed_forward.norm", "transformer.decoder.layers.*.norm3"),
         *(
-            Row(f"{part}.layers.*.feed_forward.{ours}", f"transformer.{part}.layers.*.{theirs}")
+            Pair(f"{part}.layers.*.feed_forward.{ours}", f"transformer.{part}.layers.*.{theirs}")
             for part in ("encoder", "decoder")
             for ours, theirs in (("inner", "linear1"), ("outer", "linear2"), ("activation", "activation"))
         ),
-        Row("decoder.layers.*.self_attention.output", "transformer.decoder.layers.*.self_attn.out_proj"),
-        Row("decoder.final_norm", "transformer.decoder.norm"),
-        Row("decoder.position.scale.@", "transformer.decoder.query_scale.@"),
-        Row("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
-        Row("queries.{centres,sizes}", "refpoint_embed.weight", 1),
+        Pair("decoder.layers.*.self_attention.output", "transformer.decoder.layers.*.self_attn.out_proj"),
+        Pair("decoder.final_norm", "transformer.decoder.norm"),
+        Pair("decoder.position.scale.@", "transformer.decoder.query_scale.@"),
+        Pair("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
+        Pair("queries.{centres,sizes}", "refpoint_embed.weight", 1),
     ]
     return [*(_deformable(detector) if detector.encoder.kind == "deformable" else _dense(detector)), *shared]
 
 
-def _packed(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}.{kind}", f"{theirs}.in_proj_{kind}") for kind in ("weight", "bias")]
+def _packed(ours: str, theirs: str) -> list[Pair]:
+    return [Pair(f"{ours}.{kind}", f"{theirs}.in_proj_{kind}") for kind in ("weight", "bias")]
 
 
-def _dense(detector: DetectorConfig) -> list[Row]:
+def _dense(detector: DetectorConfig) -> list[Pair]:
     decoder = "transformer.decoder.layers.*"
     anchors = detector.queries.kind == "anchors"
     content = "unknown_label" if _shares_content(detector) else "transformer.patterns.weight"
     return [
-        Row("neck.projection", "input_proj"),
-        Row("queries.position", "query_embed.weight"),
-        Row("queries.content", content),
-        Row("queries.reference.@", "transformer.decoder.ref_point_head.@"),
+        Pair("neck.projection", "input_proj"),
+        Pair("queries.position", "query_embed.weight"),
+        Pair("queries.content", content),
+        Pair("queries.reference.@", "transformer.decoder.ref_point_head.@"),
         *_packed("encoder.layers.*.attention.projections", "transformer.encoder.layers.*.self_attn"),
-        Row("encoder.layers.*.attention.output", "transformer.encoder.layers.*.self_attn.out_proj"),
-        Row("encoder.position_scale.@", "transformer.encoder.query_scale.@"),
-        Row("decoder.position.size.@", "transformer.decoder.ref_anchor_head.@"),
-        Row("decoder.layers.*.norm_self", f"{decoder}.norm1"),
-        Row("decoder.layers.*.norm_cross", f"{decoder}.norm2"),
+        Pair("encoder.layers.*.attention.output", "transformer.encoder.layers.*.self_attn.out_proj"),
+        Pair("encoder.position_scale.@", "transformer.encoder.query_scale.@"),
+        Pair("decoder.position.size.@", "transformer.decoder.ref_anchor_head.@"),
+        Pair("decoder.layers.*.norm_self", f"{decoder}.norm1"),
+        Pair("decoder.layers.*.norm_cross", f"{decoder}.norm2"),
         *_packed("decoder.layers.*.cross_attention.projections", f"{decoder}.multihead_attn"),
-        Row("decoder.layers.*.self_attention.content", f"{decoder}.sa_{{qcontent,kcontent,v}}_proj"),
-        Row("decoder.layers.*.self_attention.position", f"{decoder}.sa_{{qpos,kpos}}_proj"),
-        Row("decoder.layers.*.cross_attention.query", f"{decoder}.ca_qcontent_proj"),
-        Row("decoder.layers.*.cross_attention.query_sine", f"{decoder}.ca_qpos_sine_proj"),
-        Row("decoder.layers.*.cross_attention.query_position", f"{decoder}.ca_qpos_proj"),
-        Row("decoder.layers.*.cross_attention.memory", f"{decoder}.ca_{{kcontent,v}}_proj"),
-        Row("decoder.layers.*.cross_attention.key_position", f"{decoder}.ca_kpos_proj"),
-        Row(
+        Pair("decoder.layers.*.self_attention.content", f"{decoder}.sa_{{qcontent,kcontent,v}}_proj"),
+        Pair("decoder.layers.*.self_attention.position", f"{decoder}.sa_{{qpos,kpos}}_proj"),
+        Pair("decoder.layers.*.cross_attention.query", f"{decoder}.ca_qcontent_proj"),
+        Pair("decoder.layers.*.cross_attention.query_sine", f"{decoder}.ca_qpos_sine_proj"),
+        Pair("decoder.layers.*.cross_attention.query_position", f"{decoder}.ca_qpos_proj"),
+        Pair("decoder.layers.*.cross_attention.memory", f"{decoder}.ca_{{kcontent,v}}_proj"),
+        Pair("decoder.layers.*.cross_attention.key_position", f"{decoder}.ca_kpos_proj"),
+        Pair(
             "decoder.layers.*.cross_attention.output",
             f"{decoder}.{'multihead_attn' if detector.cross_attention.kind == 'dense' else 'cross_attn'}.out_proj",
         ),
-        Row("decoder.heads.classes.0", "class_embed"),
-        Row("decoder.heads.boxes.0.@", "bbox_embed.@" + ("|transformer.decoder.bbox_embed.@" if anchors else "")),
+        Pair("decoder.heads.classes.0", "class_embed"),
+        Pair("decoder.heads.boxes.0.@", "bbox_embed.@" + ("|transformer.decoder.bbox_embed.@" if anchors else "")),
     ]
 
 
-def _deformable(detector: DetectorConfig) -> list[Row]:
+def _deformable(detector: DetectorConfig) -> list[Pair]:
     last = detector.decoder.layers
     dino = _is_dino(detector)
     classify, move = (
@@ -263,77 +263,77 @@ def _deformable(detector: DetectorConfig) -> list[Row]:
     content = {"anchors": "tgt_embed.weight", "mixed": "transformer.tgt_embed.weight" if dino else "query_embed.weight"}
     return [
         *deformable_neck(len(detector.backbone.strides), "input_proj"),
-        Row("neck.level_embed", "transformer.level_embed"),
+        Pair("neck.level_embed", "transformer.level_embed"),
         *sampling("encoder.layers.*.attention", "transformer.encoder.layers.*.self_attn"),
         *sampling("decoder.layers.*.cross_attention", "transformer.decoder.layers.*.cross_attn"),
-        Row("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm1"),
-        Row("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm2"),
+        Pair("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm1"),
+        Pair("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm2"),
         *(
-            [Row("queries.content", content[detector.queries.kind])]
+            [Pair("queries.content", content[detector.queries.kind])]
             if detector.queries.kind in content
-            else [Row("queries.{position,content}", "query_embed.weight", 1)]
+            else [Pair("queries.{position,content}", "query_embed.weight", 1)]
         ),
-        Row("queries.reference", "transformer.reference_points"),
-        Row("queries.head.projection", "transformer.enc_output"),
-        Row("queries.head.norm", "transformer.enc_output_norm"),
-        Row("queries.head.classify", classify),
-        Row("queries.head.move.@", move),
-        Row("queries.derive.0", "transformer.pos_trans"),
-        Row("queries.derive.1", "transformer.pos_trans_norm"),
+        Pair("queries.reference", "transformer.reference_points"),
+        Pair("queries.head.projection", "transformer.enc_output"),
+        Pair("queries.head.norm", "transformer.enc_output_norm"),
+        Pair("queries.head.classify", classify),
+        Pair("queries.head.move.@", move),
+        Pair("queries.derive.0", "transformer.pos_trans"),
+        Pair("queries.derive.1", "transformer.pos_trans_norm"),
         *heads(detector),
     ]
 
 
-def heads(detector: DetectorConfig) -> list[Row]:
+def heads(detector: DetectorConfig) -> list[Pair]:
     """Class and box heads: one a layer in theirs, which share a tensor where ours is one."""
     own = "0" if detector.decoder.shared_heads or detector.decoder.refine == "none" else "*"
     return [
-        Row(f"decoder.heads.classes.{own}", "class_embed.*"),
-        *(Row(f"decoder.heads.boxes.{own}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
+        Pair(f"decoder.heads.classes.{own}", "class_embed.*"),
+        *(Pair(f"decoder.heads.boxes.{own}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
     ]
 
 
-def _detrex(detector: DetectorConfig) -> list[Row]:
+def _detrex(detector: DetectorConfig) -> list[Pair]:
     last = detector.decoder.layers
     encoder, decoder = "transformer.encoder.layers.*", "transformer.decoder.layers.*"
-    backbone = [Row("backbone.stem.0", "backbone.stem.conv1"), Row("backbone.stem.1", "backbone.stem.conv1.norm")]
+    backbone = [Pair("backbone.stem.0", "backbone.stem.conv1"), Pair("backbone.stem.1", "backbone.stem.conv1.norm")]
     for stage in range(1, 5):
         ours, theirs = f"backbone.stages.layer{stage}.*", f"backbone.res{stage + 1}.*"
         for k in (1, 2, 3):
-            backbone += [Row(f"{ours}.conv{k}", f"{theirs}.conv{k}"), Row(f"{ours}.bn{k}", f"{theirs}.conv{k}.norm")]
+            backbone += [Pair(f"{ours}.conv{k}", f"{theirs}.conv{k}"), Pair(f"{ours}.bn{k}", f"{theirs}.conv{k}.norm")]
         backbone += [
-            Row(f"{ours}.downsample.0", f"{theirs}.shortcut"),
-            Row(f"{ours}.downsample.1", f"{theirs}.shortcut.norm"),
+            Pair(f"{ours}.downsample.0", f"{theirs}.shortcut"),
+            Pair(f"{ours}.downsample.1", f"{theirs}.shortcut.norm"),
         ]
     neck = [
-        Row(f"neck.{ours}.*.{i}", f"neck.{theirs}.*.{part}")
+        Pair(f"neck.{ours}.*.{i}", f"neck.{theirs}.*.{part}")
         for ours, theirs in (("projections", "convs"), ("extra", "extra_convs"))
         for i, part in enumerate(("conv", "norm"))
     ]
     return [
         *backbone,
         *neck,
-        Row("neck.level_embed", "transformer.level_embeds"),
+        Pair("neck.level_embed", "transformer.level_embeds"),
         *sampling("encoder.layers.*.attention", f"{encoder}.attentions.0"),
-        Row("encoder.layers.*.norm", f"{encoder}.norms.0"),
-        Row("encoder.layers.*.feed_forward.norm", f"{encoder}.norms.1"),
+        Pair("encoder.layers.*.norm", f"{encoder}.norms.0"),
+        Pair("encoder.layers.*.feed_forward.norm", f"{encoder}.norms.1"),
         *_packed("decoder.layers.*.self_attention.projections", f"{decoder}.attentions.0.attn"),
-        Row("decoder.layers.*.self_attention.output", f"{decoder}.attentions.0.attn.out_proj"),
+        Pair("decoder.layers.*.self_attention.output", f"{decoder}.attentions.0.attn.out_proj"),
         *sampling("decoder.layers.*.cross_attention", f"{decoder}.attentions.1"),
-        Row("decoder.layers.*.norm_self", f"{decoder}.norms.0"),
-        Row("decoder.layers.*.norm_cross", f"{decoder}.norms.1"),
-        Row("decoder.layers.*.feed_forward.norm", f"{decoder}.norms.2"),
+        Pair("decoder.layers.*.norm_self", f"{decoder}.norms.0"),
+        Pair("decoder.layers.*.norm_cross", f"{decoder}.norms.1"),
+        Pair("decoder.layers.*.feed_forward.norm", f"{decoder}.norms.2"),
         *(
-            Row(f"{ours}.layers.*.feed_forward.{part}", f"transformer.{ours}.layers.*.ffns.0.layers.{theirs}")
+            Pair(f"{ours}.layers.*.feed_forward.{part}", f"transformer.{ours}.layers.*.ffns.0.layers.{theirs}")
             for ours in ("encoder", "decoder")
             for part, theirs in (("inner", "0.0"), ("outer", "1"))
         ),
-        Row("decoder.final_norm", "transformer.decoder.norm"),
-        Row("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
-        Row("queries.content", "transformer.tgt_embed.weight"),
-        Row("queries.head.projection", "transformer.enc_output"),
-        Row("queries.head.norm", "transformer.enc_output_norm"),
-        Row("queries.head.classify", f"class_embed.{last}"),
-        Row("queries.head.move.@", f"bbox_embed.{last}.@"),
+        Pair("decoder.final_norm", "transformer.decoder.norm"),
+        Pair("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
+        Pair("queries.content", "transformer.tgt_embed.weight"),
+        Pair("queries.head.projection", "transformer.enc_output"),
+        Pair("queries.head.norm", "transformer.enc_output_norm"),
+        Pair("queries.head.classify", f"class_embed.{last}"),
+        Pair("queries.head.move.@", f"bbox_embed.{last}.@"),
         *heads(detector),
     ]
