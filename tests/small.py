@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from detrellis.recipes import RECIPES, Recipe
+from detrellis.recipes import RECIPES, Recipe, find_recipe
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.overrides import merged
 from detrellis.types import ImageBatch, Targets
@@ -30,7 +30,7 @@ SMALL = [
     "detector.top_k=20",
     "optim.ema=0.9",
 ]
-NAMES = [make.__name__ for make in RECIPES]
+NAMES = [name.replace("-", "_") for name in RECIPES]
 # One recipe of each kind of network: what any scheme may be stacked on.
 NETWORKS = (
     "tiny",
@@ -50,13 +50,8 @@ NETWORKS = (
 
 
 def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
-    """The recipe of that function name, made small; its own schemes unless `schemes` says otherwise."""
-    return shrink(of_name(name).with_schemes(schemes))
-
-
-def of_name(name: str) -> Recipe:
-    """The recipe of that function name."""
-    return next(make for make in RECIPES if make.__name__ == name)()
+    """The recipe of that name, made small; its own schemes unless `schemes` says otherwise."""
+    return shrink(find_recipe(name).with_schemes(schemes))
 
 
 def shrink(recipe: Recipe) -> Recipe:
@@ -79,7 +74,7 @@ def resized(config: DetectorConfig, **parts: Any) -> DetectorConfig:
 
 def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
     """The small recipe with the smallest backbone that has what its own has: a dilated last stage, dropped branches."""
-    recipe, config = small(name, schemes), of_name(name).detector.backbone
+    recipe, config = small(name, schemes), find_recipe(name).detector.backbone
     changes: dict[str, object] = {"name": "resnet18", "pretrained": False}
     if config.dilation:
         changes["name"] = "resnet50"

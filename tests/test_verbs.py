@@ -38,7 +38,7 @@ SMALLEST = [
     "optim.batch_size=2",
     "schedule.keep_every=1",
 ]
-NAMES = [make().name for make in RECIPES]
+NAMES = list(RECIPES)
 
 
 def overrides(recipe: Recipe) -> list[str]:

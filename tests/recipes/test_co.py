@@ -9,7 +9,7 @@ from detrellis.recipes.branches import build_branches
 from detrellis.recipes.schemes import CoConfig
 from detrellis.schemes.collaborative.rcnn import RCNN
 
-NAMES = [r.__name__.replace("_", "-") for r in RECIPES if r.__name__.startswith("co_")]
+NAMES = [name for name in RECIPES if name.startswith("co-")]
 
 
 def test_all_are_listed() -> None:

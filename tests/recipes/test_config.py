@@ -14,10 +14,11 @@ from detrellis.recipes.detector import AnchorQueriesConfig, MixedQueriesConfig
 from detrellis.recipes.schemes import CoConfig
 
 
-@pytest.mark.parametrize("make", RECIPES, ids=lambda f: f.__name__)
-def test_recipes_are_found_by_name_and_survive_json(make: object) -> None:
-    recipe = make()  # type: ignore[operator]
-    assert find_recipe(recipe.name) == recipe
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_found_by_name_and_survive_json(name: str) -> None:
+    recipe = RECIPES[name]()
+    assert recipe.name == name
+    assert find_recipe(name) == recipe
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
     assert recipe.about
 
@@ -248,7 +249,7 @@ def test_dilated_recipes_differ_in_the_dilation_only() -> None:
 
 
 def test_any_recipe_can_be_made_tiny() -> None:
-    for make in RECIPES:
+    for make in RECIPES.values():
         recipe = tiny_sized(make())
         model = build(recipe, 3)
         assert sum(p.numel() for p in model.detector.parameters()) < 8e6, recipe.name

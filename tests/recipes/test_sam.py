@@ -17,7 +17,7 @@ from detrellis.recipes.sam import sam_detector
 
 from ..small import CLASSES, images, resized, small, targets
 
-NAMES = [make().name for make in RECIPES if make.__name__.startswith("sam_")]
+NAMES = [name for name in RECIPES if name.startswith("sam-")]
 COCO = 91  # logits: the released code takes COCO's ids for classes
 
 

@@ -218,7 +218,7 @@ def distinct() -> dict[str, Recipe]:
 
     Recipes as they are, and backbones, train in other tests.
     """
-    seen = {parts(shrink(make().override(PLAIN))) for make in RECIPES}
+    seen = {parts(shrink(make().override(PLAIN))) for make in RECIPES.values()}
     found = {}
     for place, row in RUNS.items():
         recipe = shrink(row.build().override(PLAIN))

@@ -88,7 +88,7 @@ def recipes(as_json: AsJson = False) -> None:
 
     Example: detrellis recipes
     """
-    known = [make() for make in RECIPES]
+    known = [make() for make in RECIPES.values()]
     if as_json:
         print_json([{"name": r.name, "about": r.about} for r in known])
         return

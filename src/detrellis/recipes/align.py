@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from detrellis.recipes.config import Recipe, ScheduleConfig
+from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50, dab_detr_r50_dc5
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_r50
@@ -91,3 +91,16 @@ def align_h_deformable_detr_r50() -> Recipe:
 def stable_dino_r50() -> Recipe:
     """DINO with Stable-DINO's loss and matching, without its memory fusion; 12 epochs."""
     return _with(_detrex_dino(), "stable-dino-r50", "Stable-DINO's loss and matching on DINO", stable=StableConfig())
+
+
+RECIPES: Recipes = {
+    "align-dino-r50": align_dino_r50,
+    "align-dino-r50-24e": align_dino_r50_24e,
+    "align-dino-r50-ia-bce": align_dino_r50_ia_bce,
+    "align-dab-detr-r50": align_dab_detr_r50,
+    "align-dab-detr-r50-dc5": align_dab_detr_r50_dc5,
+    "align-dab-detr-r101-dc5": align_dab_detr_r101_dc5,
+    "h-deformable-detr-r50": h_deformable_detr_r50,
+    "align-h-deformable-detr-r50": align_h_deformable_detr_r50,
+    "stable-dino-r50": stable_dino_r50,
+}

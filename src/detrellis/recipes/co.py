@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detrellis.recipes.conditional import conditional_detr_r50
-from detrellis.recipes.config import LossConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import SWIN_L, deformable_detr_r50_two_stage_plus
 from detrellis.recipes.detector import BackboneConfig
@@ -80,3 +80,14 @@ def co_conditional_detr_r50() -> Recipe:
 def co_dab_detr_r50() -> Recipe:
     """On DAB-DETR, 36 epochs."""
     return _collaborative(dab_detr_r50(), "co-dab-detr-r50", "Co-DETR on DAB-DETR", ("rcnn", "atss"), 36)
+
+
+RECIPES: Recipes = {
+    "co-deformable-detr-r50": co_deformable_detr_r50,
+    "co-deformable-detr-r50-k1": co_deformable_detr_r50_k1,
+    "co-dino-r50": co_dino_r50,
+    "co-dino-r50-9enc": co_dino_r50_9enc,
+    "co-dino-swin-l": co_dino_swin_l,
+    "co-conditional-detr-r50": co_conditional_detr_r50,
+    "co-dab-detr-r50": co_dab_detr_r50,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.detector import ConditionalAttentionConfig, DetectorConfig
 from detrellis.recipes.detr import single_scale_detector
 
@@ -35,3 +35,9 @@ def conditional_detr_r50_dc5() -> Recipe:
     """Conditional DETR on the dilated last stage, 50 epochs."""
     about = "Conditional DETR, ResNet-50 with a dilated last stage"
     return _recipe("conditional-detr-r50-dc5", about, conditional_detector(dilation=True))
+
+
+RECIPES: Recipes = {
+    "conditional-detr-r50": conditional_detr_r50,
+    "conditional-detr-r50-dc5": conditional_detr_r50_dc5,
+}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -176,6 +176,10 @@ class Recipe(Config):
             except UserError as error:
                 raise UserError(f"--scheme {text}: schemes.{error.message}", _form(name)) from None
         return self.model_copy(update={"schemes": SchemesConfig.checked(chosen)})
+
+
+# What a family of recipes exports: the name of each, and the function that makes it.
+Recipes = Mapping[str, Callable[[], Recipe]]
 
 
 def _dialled(text: str, name: str, value: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from detrellis.recipes.conditional import conditional_detector
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.detector import (
     AnchorQueriesConfig,
     DecoderConfig,
@@ -90,3 +90,15 @@ def dn_deformable_detr_r50() -> Recipe:
     detector = with_indicator(dab_deformable_detector(), "learned")
     about = "DN-Deformable-DETR, ResNet-50, 4 scales"
     return _recipe("dn-deformable-detr-r50", about, detector, DNConfig())
+
+
+RECIPES: Recipes = {
+    "dab-detr-r50": dab_detr_r50,
+    "dab-detr-r50-dc5": dab_detr_r50_dc5,
+    "dn-detr-r50": dn_detr_r50,
+    "dn-detr-r50-dc5": dn_detr_r50_dc5,
+}
+DEFORMABLE_RECIPES: Recipes = {
+    "dab-deformable-detr-r50": dab_deformable_detr_r50,
+    "dn-deformable-detr-r50": dn_deformable_detr_r50,
+}

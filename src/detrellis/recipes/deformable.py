@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.detector import (
     BackboneConfig,
     DecoderConfig,
@@ -70,3 +70,12 @@ def deformable_detr_swin_l() -> Recipe:
             "schedule": ScheduleConfig(epochs=12, drops=(11 / 12,)),
         }
     )
+
+
+RECIPES: Recipes = {
+    "deformable-detr-r50": deformable_detr_r50,
+    "deformable-detr-r50-refine": deformable_detr_r50_refine,
+    "deformable-detr-r50-two-stage": deformable_detr_r50_two_stage,
+    "deformable-detr-r50-two-stage-plus": deformable_detr_r50_two_stage_plus,
+    "deformable-detr-swin-l": deformable_detr_swin_l,
+}

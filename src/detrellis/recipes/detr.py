@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.detector import (
     BackboneConfig,
     DecoderConfig,
@@ -46,3 +46,9 @@ def detr_r50() -> Recipe:
 def detr_r50_dc5() -> Recipe:
     """DETR on the dilated last stage, 300 epochs."""
     return _recipe("detr-r50-dc5", "DETR, ResNet-50 with a dilated last stage", single_scale_detector(dilation=True))
+
+
+RECIPES: Recipes = {
+    "detr-r50": detr_r50,
+    "detr-r50-dc5": detr_r50_dc5,
+}

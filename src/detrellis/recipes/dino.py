@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.deformable import SWIN_L
 from detrellis.recipes.detector import (
     BackboneConfig,
@@ -65,3 +65,10 @@ def tiny() -> Recipe:
     """A small DINO made for CPUs and small data sets, trained from scratch."""
     about = "small DINO for CPUs and small data, from scratch"
     return tiny_sized(dino_r50()).model_copy(update={"name": "tiny", "about": about})
+
+
+RECIPES: Recipes = {
+    "dino-r50": dino_r50,
+    "dino-r50-5scale": dino_r50_5scale,
+    "dino-swin-l": dino_swin_l,
+}

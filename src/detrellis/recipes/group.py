@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.conditional import conditional_detr_r50, conditional_detr_r50_dc5
-from detrellis.recipes.config import Recipe, ScheduleConfig
-from detrellis.recipes.dab import (
-    dab_deformable_detr_r50,
-    dab_detr_r50,
-    dab_detr_r50_dc5,
-    dn_detr_r50,
-    dn_detr_r50_dc5,
-)
-from detrellis.recipes.dino import dino_r50
+from collections.abc import Callable
+from functools import partial
+
+from detrellis.recipes import conditional, dab, dino
+from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.schemes import DNConfig, GroupConfig
 
 
-def _grouped(base: Recipe, *, k: int = 11) -> Recipe:
-    """The base with `k` groups; denoising, where it has some, keeps to 100 queries (DN-DETR's dynamic groups)."""
+def _grouped(make: Callable[[], Recipe], *, k: int) -> Recipe:
+    """A base with `k` groups; denoising, where it has some, keeps to 100 queries (DN-DETR's dynamic groups)."""
+    base = make()
     changes = {"group": GroupConfig(k=k)}
     if base.schemes.dn is not None:
         changes["dn"] = DNConfig(total=100)  # type: ignore[assignment]
@@ -30,41 +26,12 @@ def _grouped(base: Recipe, *, k: int = 11) -> Recipe:
     )
 
 
-def group_conditional_detr_r50() -> Recipe:
-    """On Conditional DETR."""
-    return _grouped(conditional_detr_r50())
-
-
-def group_conditional_detr_r50_dc5() -> Recipe:
-    """On Conditional DETR with the dilated last stage."""
-    return _grouped(conditional_detr_r50_dc5())
-
-
-def group_dab_detr_r50() -> Recipe:
-    """On DAB-DETR."""
-    return _grouped(dab_detr_r50())
-
-
-def group_dab_detr_r50_dc5() -> Recipe:
-    """On DAB-DETR with the dilated last stage."""
-    return _grouped(dab_detr_r50_dc5())
-
-
-def group_dn_detr_r50() -> Recipe:
-    """On DN-DETR."""
-    return _grouped(dn_detr_r50())
-
-
-def group_dn_detr_r50_dc5() -> Recipe:
-    """On DN-DETR with the dilated last stage."""
-    return _grouped(dn_detr_r50_dc5())
-
-
-def group_dab_deformable_detr_r50() -> Recipe:
-    """On DAB-Deformable-DETR."""
-    return _grouped(dab_deformable_detr_r50())
-
-
-def group_dino_r50() -> Recipe:
-    """On DINO: 3 groups of 900 queries, each with its proposal head."""
-    return _grouped(dino_r50(), k=3)
+_BASES = {
+    **conditional.RECIPES,
+    **dab.RECIPES,
+    "dab-deformable-detr-r50": dab.dab_deformable_detr_r50,
+    "dino-r50": dino.dino_r50,
+}
+RECIPES: Recipes = {
+    f"group-{name}": partial(_grouped, base, k=3 if name == "dino-r50" else 11) for name, base in _BASES.items()
+}

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, ScheduleConfig
+from collections.abc import Callable
+from functools import partial
+
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import with_indicator
 from detrellis.recipes.detector import (
     AnchorQueriesConfig,
@@ -40,16 +43,23 @@ def sam_plus_detector() -> DetectorConfig:
     )
 
 
-def _recipe(
-    name: str, about: str, detector: DetectorConfig, *, smca: bool = False, dn: bool = False, batch: int = 16
-) -> Recipe:
-    if dn:
-        detector = with_indicator(detector, "shared")
-    additions = [word for word, added in (("SMCA", smca), ("denoising", dn)) if added]
+# Name: what it is, its detector, images a step.
+_BASES: dict[str, tuple[str, Callable[[], DetectorConfig], int]] = {
+    "sam-detr-r50": ("SAM-DETR, ResNet-50", sam_detector, 16),
+    "sam-detr-r50-dc5": ("SAM-DETR, ResNet-50 with a dilated last stage", partial(sam_detector, dilation=True), 8),
+    "sam-detr-plus-r50": ("SAM-DETR++, ResNet-50, 3 scales", sam_plus_detector, 16),
+}
+
+
+def _sam(base: str, *, smca: bool, dn: bool) -> Recipe:
+    """A base, with Gaussian priors around the salient points, with denoising, or with both: the paper's best."""
+    about, make, batch = _BASES[base]
+    detector = make().replace(cross_attention=SemanticAttentionConfig(smca=smca))
+    additions = " and ".join(word for word, added in (("SMCA", smca), ("denoising", dn)) if added)
     return Recipe(
-        name="-".join([name, *(["smca"] if smca else []), *(["dn"] if dn else [])]),
-        about=" with ".join([about, *([" and ".join(additions)] if additions else [])]),
-        detector=detector.replace(cross_attention=SemanticAttentionConfig(smca=smca)),
+        name=_name(base, smca, dn),
+        about=f"{about} with {additions}" if additions else about,
+        detector=with_indicator(detector, "shared") if dn else detector,
         loss=LossConfig(classes=2.0),
         schemes=SchemesConfig(dn=DNConfig() if dn else None),
         optim=OptimConfig(lr=1e-4, batch_size=batch),
@@ -57,77 +67,8 @@ def _recipe(
     )
 
 
-def _sam(*, smca: bool = False, dn: bool = False) -> Recipe:
-    return _recipe("sam-detr-r50", "SAM-DETR, ResNet-50", sam_detector(), smca=smca, dn=dn)
-
-
-def _sam_dc5(*, smca: bool = False, dn: bool = False) -> Recipe:
-    about = "SAM-DETR, ResNet-50 with a dilated last stage"
-    return _recipe("sam-detr-r50-dc5", about, sam_detector(dilation=True), smca=smca, dn=dn, batch=8)
-
-
-def _sam_plus(*, smca: bool = False, dn: bool = False) -> Recipe:
-    return _recipe("sam-detr-plus-r50", "SAM-DETR++, ResNet-50, 3 scales", sam_plus_detector(), smca=smca, dn=dn)
-
-
-def sam_detr_r50() -> Recipe:
-    """SAM-DETR."""
-    return _sam()
-
-
-def sam_detr_r50_smca() -> Recipe:
-    """With Gaussian priors around the salient points."""
-    return _sam(smca=True)
-
-
-def sam_detr_r50_dn() -> Recipe:
-    """With denoising."""
-    return _sam(dn=True)
-
-
-def sam_detr_r50_smca_dn() -> Recipe:
-    """With both."""
-    return _sam(smca=True, dn=True)
-
-
-def sam_detr_r50_dc5() -> Recipe:
-    """On the dilated last stage."""
-    return _sam_dc5()
-
-
-def sam_detr_r50_dc5_smca() -> Recipe:
-    """With Gaussian priors."""
-    return _sam_dc5(smca=True)
-
-
-def sam_detr_r50_dc5_dn() -> Recipe:
-    """With denoising."""
-    return _sam_dc5(dn=True)
-
-
-def sam_detr_r50_dc5_smca_dn() -> Recipe:
-    """With both."""
-    return _sam_dc5(smca=True, dn=True)
-
-
-def sam_detr_plus_r50() -> Recipe:
-    """SAM-DETR++."""
-    return _sam_plus()
-
-
-def sam_detr_plus_r50_smca() -> Recipe:
-    """With Gaussian priors."""
-    return _sam_plus(smca=True)
-
-
-def sam_detr_plus_r50_dn() -> Recipe:
-    """With denoising."""
-    return _sam_plus(dn=True)
-
-
-def sam_detr_plus_r50_smca_dn() -> Recipe:
-    """With both: the paper's best."""
-    return _sam_plus(smca=True, dn=True)
+def _name(base: str, smca: bool, dn: bool) -> str:
+    return f"{base}{'-smca' if smca else ''}{'-dn' if dn else ''}"
 
 
 def _smca(name: str, about: str, detector: DetectorConfig) -> Recipe:
@@ -163,3 +104,15 @@ def smca_detr_ms_r50() -> Recipe:
         decoder=detector.decoder.replace(hidden=1024),
     )
     return _smca("smca-detr-ms-r50", "SMCA-DETR, ResNet-50, 3 scales", several)
+
+
+RECIPES: Recipes = {
+    **{
+        _name(base, smca, dn): partial(_sam, base, smca=smca, dn=dn)
+        for base in _BASES
+        for dn in (False, True)
+        for smca in (False, True)
+    },
+    "smca-detr-r50": smca_detr_r50,
+    "smca-detr-ms-r50": smca_detr_ms_r50,
+}
