@@ -29,7 +29,7 @@ from detrellis.arguments import (
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare
-from detrellis.data.doctor.findings import SkipBad
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.distributed import World, all_gather, process_group
 from detrellis.engine.bench import BenchResult, bench_recipe

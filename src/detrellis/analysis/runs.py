@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from detrellis.arguments import BatchSize, Split, Workers, checked
-from detrellis.data.doctor.findings import SkipBad
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.distributed import process_group
 from detrellis.engine.evaluate import EvalOptions

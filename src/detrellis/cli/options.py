@@ -25,7 +25,7 @@ from detrellis.errors import UserError
 from detrellis.terminal import Terminal
 
 if TYPE_CHECKING:
-    from detrellis.data.doctor.findings import SkipBad as Skips
+    from detrellis.data.findings import SkipBad as Skips
     from detrellis.data.layout import DataSource
     from detrellis.engine.evaluate import EvalOptions
 

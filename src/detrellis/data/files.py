@@ -27,6 +27,7 @@ NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}) 
 HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # what file systems and archives leave behind
 NOTES = frozenset({"", ".csv", ".json", ".npy", ".txt", ".xml", ".yaml", ".yml"})  # suffixes beside images, no images
 MAX_FOLDERS = 200  # below a folder: a home folder may be given by mistake
+AGAIN = "Export the annotations again"  # how to get another copy of a broken file
 CHUNK = 32  # items a task: a future for each of 100,000 images would cost more than it brings
 
 Item = TypeVar("Item")
@@ -204,9 +205,6 @@ def read_text(path: Path) -> str:
         raise UserError(what, "If it is text, save it in UTF-8.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
-
-
-AGAIN = "Export the annotations again"
 
 
 def read_json(file: Path, shape: str = "", again: str = AGAIN) -> Any:

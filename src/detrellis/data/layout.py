@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from detrellis.data.doctor.findings import finding
 from detrellis.data.files import files_in, hidden, is_image, subfolders
+from detrellis.data.findings import finding
 from detrellis.data.formats.coco import read_coco
 from detrellis.data.formats.coco_files import coco_among, find_coco_files
 from detrellis.data.formats.coco_images import ImageFolder, find_images

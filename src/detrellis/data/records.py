@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
-from detrellis.data.doctor.findings import Finding
+from detrellis.data.findings import Finding
 from detrellis.errors import UserError
 
 SEE_CHECK = "Run `detrellis check` for the full list; `train --skip-bad` leaves such records out."

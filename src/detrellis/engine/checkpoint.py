@@ -28,7 +28,7 @@ from torch import Tensor
 
 from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
-from detrellis.data.doctor.findings import SkipBad
+from detrellis.data.findings import SkipBad
 from detrellis.detector import Detector
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe

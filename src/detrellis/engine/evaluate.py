@@ -11,7 +11,7 @@ import torch
 
 from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
-from detrellis.data.doctor.findings import SkipBad
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import EvalSampler

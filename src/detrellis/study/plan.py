@@ -11,8 +11,8 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from detrellis.atomic import replace_text
-from detrellis.data.doctor.findings import SkipBad
 from detrellis.data.files import read_object
+from detrellis.data.findings import SkipBad
 from detrellis.errors import UserError, listed
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 from detrellis.data.doctor.check import prepare
-from detrellis.data.doctor.findings import SkipBad
+from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe, find_recipe, tiny_sized

@@ -20,10 +20,10 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.decode import ORIENTATION, read_image
 from detrellis.data.doctor.check import check, prepare, prepare_split
 from detrellis.data.doctor.drop import PARTIAL, WITH_IMAGE
-from detrellis.data.doctor.findings import RULES, Finding
 from detrellis.data.doctor.fix import AREA, SWAPPED, fix
 from detrellis.data.doctor.queries import Capacity
 from detrellis.data.doctor.report import Report
+from detrellis.data.findings import RULES, Finding
 from detrellis.data.layout import DataSource, resolve
 from detrellis.errors import UserError
 from tests.data.sets import COUNTS, HEIGHT, WIDTH, CocoSet, picture, write_voc, write_yolo

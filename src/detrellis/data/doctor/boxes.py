@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from detrellis.data.doctor.findings import Finding, finding
+from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset, clip
 
 ROUNDING = 1.0  # pixels beyond the frame that tools and resizing commonly leave

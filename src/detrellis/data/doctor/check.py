@@ -10,12 +10,12 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.boxes import check_boxes
 from detrellis.data.doctor.classes import align_classes, check_classes, disagreements
 from detrellis.data.doctor.drop import drop_bad
-from detrellis.data.doctor.findings import MALFORMED, Finding, SkipBad, finding
 from detrellis.data.doctor.images import check_images, gather, shared_images
 from detrellis.data.doctor.queries import Capacity, check_queries
 from detrellis.data.doctor.report import Report
 from detrellis.data.doctor.summary import summarise
 from detrellis.data.doctor.unused import unused_annotations, unused_files
+from detrellis.data.findings import MALFORMED, Finding, SkipBad, finding
 from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset, to_annotations
 from detrellis.errors import UserError

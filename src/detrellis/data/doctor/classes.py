@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from detrellis.data.doctor.findings import Finding, finding
+from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
 
 NAMED = 12  # classes that a finding names

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detrellis.data.doctor.boxes import repeated, usable
-from detrellis.data.doctor.findings import RULES, Action, Finding
+from detrellis.data.findings import RULES, Action, Finding
 from detrellis.data.records import RawDataset
 
 # The two keys in the counts that are no finding's code.

@@ -19,8 +19,8 @@ from detrellis.data.decode import read_header, upright_size
 from detrellis.data.doctor.boxes import check_boxes
 from detrellis.data.doctor.classes import align_classes
 from detrellis.data.doctor.drop import drop_bad
-from detrellis.data.doctor.findings import RULES, Finding
 from detrellis.data.doctor.report import Report
+from detrellis.data.findings import RULES, Finding
 from detrellis.data.formats.coco import ROOT_KEY, load_json
 from detrellis.data.formats.coco_rows import rows_by_id, table_of
 from detrellis.data.layout import DataSource

@@ -18,8 +18,8 @@ import numpy as np
 
 from detrellis.data import jpeg
 from detrellis.data.decode import JPEGS, UPRIGHT, Header, absence, read_header, read_pixels, turn, upright_size
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import is_image, map_threads, unread_twin
+from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
 from detrellis.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.doctor.findings import Finding, finding
+from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
 
 

@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.data.doctor.findings import RULES, SEVERITIES, Finding
 from detrellis.data.doctor.summary import SplitSummary
+from detrellis.data.findings import RULES, SEVERITIES, Finding
 
 EXAMPLES = 3  # of each kind in the table; JSON has them all
 CLASSES = 12  # rows of the table of classes

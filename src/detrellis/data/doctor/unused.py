@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import walk
+from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles
 

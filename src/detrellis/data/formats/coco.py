@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import kind, not_collecting, read_object, read_sizes
+from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import coco_rows
 from detrellis.data.formats.coco_rows import CocoTable
 from detrellis.data.formats.lookup import real_names, renaming_notes

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import files_below, list_images, map_threads, read_json, stem_below, subfolders
+from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import SPLIT_WORDS, fold
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread

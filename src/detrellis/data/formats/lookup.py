@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import hidden, is_image, walk
+from detrellis.data.findings import Finding, finding
 from detrellis.data.splits import SPLITS
 
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of the name of an uploaded file

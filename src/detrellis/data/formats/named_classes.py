@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import read_sizes, stem_below
+from detrellis.data.findings import Finding, finding
 from detrellis.data.formats.lookup import renaming_notes
 from detrellis.data.formats.pictures import PictureName, pictures_of
 from detrellis.data.records import RawDataset, from_columns

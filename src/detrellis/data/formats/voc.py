@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import (
     files_below,
     files_in,
@@ -25,6 +24,7 @@ from detrellis.data.files import (
     stem_below,
     subfolders,
 )
+from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.doctor.findings import Finding, finding
 from detrellis.data.files import (
     common_root,
     files_in,
@@ -25,6 +24,7 @@ from detrellis.data.files import (
     read_text,
     subfolders,
 )
+from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
 from detrellis.data.formats.yolo_labels import LongLines, YoloFile, long_lines, read_labels
