@@ -13,7 +13,7 @@ import torch
 from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
-from detrellis.recipes.tables import Row, Table, load_paper, papers
+from detrellis.recipes.tables import PaperRow, PaperTable, load_paper, papers
 from detrellis.types import Targets
 
 from ..small import CLASSES, images, shrink, targets
@@ -44,14 +44,14 @@ def test_loading_imports_no_torch() -> None:
 
 
 @every_table
-def test_rows_are_told_apart(table: Table) -> None:
+def test_rows_are_told_apart(table: PaperTable) -> None:
     names = [row.name for row in table.rows]
     assert len(set(names)) == len(names)
     assert not any(name.isdecimal() for name in names)  # would be taken for a number of a row
 
 
 @every_table
-def test_rows_say_what_was_published_and_where(table: Table) -> None:
+def test_rows_say_what_was_published_and_where(table: PaperTable) -> None:
     for row in table.rows:
         assert row.source, row.name
         assert row.published or row.note, row.name
@@ -61,7 +61,7 @@ def test_rows_say_what_was_published_and_where(table: Table) -> None:
 
 
 @every_table
-def test_rows_of_a_part_are_different_runs(table: Table) -> None:
+def test_rows_of_a_part_are_different_runs(table: PaperTable) -> None:
     runs = [(row.part, row.build().model_dump_json()) for row in table.rows if not row.missing]
     assert len(set(runs)) == len(runs)
 
@@ -178,7 +178,7 @@ def test_a_row_that_misses_something_says_what() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_rows_build_what_they_say(row: Row) -> None:
+def test_rows_build_what_they_say(row: PaperRow) -> None:
     if row.missing:
         if row.recipe is not None:
             find_recipe(row.recipe).with_schemes(row.schemes).override([*row.full, *row.override])

@@ -36,7 +36,7 @@ def show_published(paper: str | None, table: str | None, as_json: bool) -> None:
         _show(rows.model_dump(mode="json"), _rows(rows), as_json)
 
 
-def _rows(of: tables.Table) -> Table:
+def _rows(of: tables.PaperTable) -> Table:
     """A table of the published figures of each row, and whether it can be run."""
     listed = _sheet("", "row", "epochs", "AP", "gain", "AP50", "recipe", "note", title=f"{of.title} ({of.data})")
     for column in listed.columns:

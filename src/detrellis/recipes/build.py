@@ -58,17 +58,17 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
 
 
 def _hybrid(config: DetectorConfig, detector: Detector, queries: int | None = None, **dials: Any) -> Hybrid:
-    """The paper has 1500 beside 300."""
+    """H-DETR with the paper\'s proportion where no number is given: 1500 extra queries beside 300."""
     return Hybrid(detector.queries, queries=queries or min(5 * config.queries.count, 1500), **dials)
 
 
 def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **dials: Any) -> Group:
-    """The paper has 11 groups, and 3 of DINO's larger ones."""
+    """Group DETR with the paper\'s number of groups where none is given: 11, and 3 of the larger ones of DINO."""
     return Group(detector.queries, config.queries.count, k=k or (3 if config.two_stage else 11), **dials)
 
 
 def _co(recipe: Recipe, classes: int, **dials: Any) -> Collaborative:
-    """Branches in proportion to the detector's width; queries of the detector's kind."""
+    """Co-DETR with branches in proportion to the detector\'s width, and queries of the detector\'s kind."""
     config = recipe.detector
     positioned = config.queries.position == "queries"
     features = positioned if dials["features"] is None else dials["features"]
@@ -85,9 +85,11 @@ def build_supervision(recipe: Recipe) -> Supervision:
     weights = {"class": config.classes, "box": config.box, "giou": config.giou, "iou_branch": config.iou_branch}
     k = config.one_to_many
     weights = {name: weight / k for name, weight in weights.items()}  # as if copies were targets
-    several = Candidates(k, k, k, positive_fraction=None)
-    softly = partial(softmax_set_loss, no_object=config.no_object)
-    return Supervision(Hungarian(cost, several), softly if softmax else CLASSIFICATION[config.classification], weights)
+    candidates = Candidates(k, k, k, positive_fraction=None)
+    cross_entropy = partial(softmax_set_loss, no_object=config.no_object)
+    return Supervision(
+        Hungarian(cost, candidates), cross_entropy if softmax else CLASSIFICATION[config.classification], weights
+    )
 
 
 def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) -> TrainableDetector:

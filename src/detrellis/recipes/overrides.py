@@ -30,11 +30,11 @@ def assign(data: dict[str, Any], config: type[Config], assignment: str) -> None:
 
 def merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data with other values; a mapping changes what it names and leaves the rest."""
-    found = dict(data)
+    result = dict(data)
     for name, value in changes.items():
-        inside = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
-        found[name] = merged(found[name], value) if inside else value
-    return found
+        inside = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if inside else value
+    return result
 
 
 def _set(data: dict[str, Any], config: type[Config], path: list[str], value: Any, text: str) -> None:
@@ -80,15 +80,16 @@ def _switched(data: Mapping[str, Any], kinds: Sequence[type[Config]], value: Any
 
 def _having(data: Mapping[str, Any], kinds: Sequence[type[Config]], part: str, name: str, text: str) -> type[Config]:
     """The class of the data's kind; `UserError` that names the kinds that have the field, where this one has not."""
-    own = next((config for config in kinds if kind_of(config) == data.get("kind")), kinds[0])
-    if name in own.model_fields:
-        return own
+    current = next((config for config in kinds if kind_of(config) == data.get("kind")), kinds[0])
+    if name in current.model_fields:
+        return current
     others = [kind_of(config) for config in kinds if name in config.model_fields]
     if not others:
-        raise unknown_name(name, list(dict.fromkeys(f for c in (own, *kinds) for f in c.model_fields)), f"-o {text}")
+        every = dict.fromkeys(field for config in (current, *kinds) for field in config.model_fields)
+        raise unknown_name(name, list(every), f"-o {text}")
     place = text.partition("=")[0].rpartition(f".{name}")[0].strip()
     raise UserError(
-        f"-o {text}: {part}.kind={kind_of(own)} has no {name!r}",
+        f"-o {text}: {part}.kind={kind_of(current)} has no {name!r}",
         f"kind={' or '.join(others)} has it: before this, -o {place}.kind={others[0]}.",
     )
 

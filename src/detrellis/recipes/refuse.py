@@ -36,19 +36,19 @@ def refuse(recipe: Recipe) -> None:
 
 
 def _refuse_two_targets(recipe: Recipe) -> None:
-    """Two parts of a recipe that both say what a positive's class should learn."""
+    """Refuse two parts of a recipe that both say what the class logit of a positive should learn."""
     align, stable, loss = recipe.schemes.align, recipe.schemes.stable, recipe.loss.classification
-    aims = align is not None and align.classification != "base"
+    aligned = align is not None and align.classification != "base"
     supervised = stable is not None and stable.supervised
-    if aims and supervised:
+    if aligned and supervised:
         raise UserError(
             "schemes align and stable both set the classification target",
             "Keep one: -o schemes.align.classification=base, or -o schemes.stable.supervised=false.",
         )
-    if (aims and loss != "focal") or (supervised and loss not in ("focal", "psl")):
+    if (aligned and loss != "focal") or (supervised and loss not in ("focal", "psl")):
         one, remedy = (
             ("align", "-o schemes.align.classification=base")
-            if aims
+            if aligned
             else ("stable", "-o schemes.stable.supervised=false")
         )
         raise UserError(
@@ -64,6 +64,7 @@ def _refuse_two_targets(recipe: Recipe) -> None:
 
 
 def _refuse_schemes(recipe: Recipe) -> None:
+    """Refuse schemes that cannot train this detector, and advise against two that do the same."""
     schemes, detector = recipe.schemes, recipe.detector
     if schemes.group is not None and schemes.hybrid is not None:
         warnings.warn(Advice("schemes group and hybrid do the same work twice: one of them will do"), stacklevel=4)
@@ -78,7 +79,7 @@ def _refuse_schemes(recipe: Recipe) -> None:
 
 
 def _refuse_pictures(recipe: Recipe) -> None:
-    """Pictures that leave the backbone not one cell, or have no side left."""
+    """Refuse image sizes that leave the last map of the backbone without a cell, or no size at all."""
     data, stride = recipe.data, recipe.detector.level_strides[len(recipe.detector.backbone.strides) - 1]
     sides = (data.size,) if isinstance(data.size, int) else data.size
     given = f"data.size={data.size if isinstance(data.size, int) else list(data.size)}"
@@ -99,7 +100,7 @@ def _rounded(width: int, step: int) -> int:
 
 
 def refuse_network(config: DetectorConfig) -> None:
-    """Combinations of network parts that do not exist, each with what to use instead."""
+    """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
     for refused, problem, remedy in (*_sizes(config), *_combinations(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
@@ -162,7 +163,8 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 
 def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
-    """The same for widths and heads that cannot be split as the parts need it."""
+    """The same for widths and heads that cannot be split as the parts need it: every head, and every group of a
+    GroupNorm, has equally many channels."""
     width, heads, attention = config.width, config.decoder.heads, config.cross_attention
     needs = {
         f"decoder.heads={heads}": heads,

@@ -26,7 +26,7 @@ Score = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AP_test", "AP_miniva
 Cost = Literal["params", "gflops", "memory", "gpu_hours"]  # millions; GFLOPs; of training: MB, hours
 
 
-class Row(Config):
+class PaperRow(Config):
     """One run. `recipe`, then `schemes` and `override` as for `--scheme` and `-o`; `full`: overrides at full size only,
     where the tiny scale has its own (backbone, number of queries, batch).
 
@@ -71,7 +71,7 @@ class Row(Config):
         return length + ([f"schedule.drops=[{self.drop / self.epochs}]"] if self.drop and self.epochs else [])
 
 
-class Table(Config):
+class PaperTable(Config):
     """A table, or a figure. `id`: as the paper numbers it, "3" or "fig1"; other words for what is in none."""
 
     id: str
@@ -79,9 +79,9 @@ class Table(Config):
     data: str
     metric: Literal["coco", "voc"] = "coco"
     epochs: Count | None = None  # of rows that do not differ
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
 
-    def row(self, which: str | int) -> Row:
+    def row(self, which: str | int) -> PaperRow:
         """The row of that name or number, from 1; `UserError` with the nearest name, or the numbers there are."""
         if isinstance(which, int) or which.isdecimal():
             if not 1 <= int(which) <= len(self.rows):
@@ -89,7 +89,7 @@ class Table(Config):
             return self.rows[int(which) - 1]
         return _named({row.name: row for row in self.rows}, which, f"table {self.id}, row")
 
-    def baseline(self, row: Row) -> Row | None:
+    def baseline(self, row: PaperRow) -> PaperRow | None:
         """What the row is compared with: the baseline of its part and length that stands next above it, else the first
         below; None for a baseline itself, and where there is none."""
         at = self.rows.index(row)
@@ -105,9 +105,9 @@ class Paper(Config):
     name: str
     title: str
     drops: dict[int, int]  # epochs of a run: the epoch after which its learning rate falls
-    tables: tuple[Table, ...]
+    tables: tuple[PaperTable, ...]
 
-    def table(self, id: str) -> Table:
+    def table(self, id: str) -> PaperTable:
         """The table of that id; `UserError` with the nearest one otherwise."""
         return _named({table.id: table for table in self.tables}, id, f"paper {self.name}, table")
 

@@ -11,8 +11,7 @@ from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.schemes import SchemesConfig
-from detrellis.recipes.tables import Paper, Table
-from detrellis.recipes.tables import Row as TableRow
+from detrellis.recipes.tables import Paper, PaperRow, PaperTable
 from detrellis.study.plan import StudyPlan, StudyRow
 
 KNOWN = (*SchemesConfig.model_fields, "none")
@@ -113,7 +112,7 @@ def check_row(recipe: Recipe, classes: int) -> None:
 
 def plan_table(
     paper: Paper,
-    table: Table,
+    table: PaperTable,
     source: DataSource,
     *,
     seeds: Sequence[int],
@@ -147,13 +146,13 @@ def plan_table(
     return StudyPlan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal))
 
 
-def _published(table: Table, row: TableRow, recipe: Recipe, recipes: Collection[str]) -> StudyRow:
+def _published(table: PaperTable, row: PaperRow, recipe: Recipe, recipes: Collection[str]) -> StudyRow:
     base = table.baseline(row)
     against = None if base is None or base.name not in recipes else base.name
     note = ". ".join(text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text)
     return StudyRow(row.name, recipe, against, row.published.get("AP"), note)
 
 
-def place(table: Table) -> str:
+def place(table: PaperTable) -> str:
     """`Table 3`, `Fig. 1`, or the name of what is in none."""
     return f"Table {table.id}" if table.id.isdecimal() else table.id.replace("fig", "Fig. ")
