@@ -192,9 +192,9 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
 
     Costs that are not finite are overwritten.
     """
-    found = [np.empty((5, 0), dtype=np.int64)]
+    parts = [np.empty((5, 0), dtype=np.int64)]
     if isinstance(match.assign, Known) or not costs.size:
-        return found[0]
+        return parts[0]
     layers, batch, copies, queries = match.shape
     finite = np.nan_to_num(costs, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
     finite = finite.reshape(layers, batch, copies, queries, -1)
@@ -209,5 +209,5 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
         rows[0], rows[1] = layer, image
         rows[2], rows[3] = query + copy * queries, target
         rows[4] = target + place * len(targets.labels)  # the candidate set
-        found.append(rows)
-    return np.concatenate(found, axis=1)
+        parts.append(rows)
+    return np.concatenate(parts, axis=1)

@@ -42,11 +42,12 @@ class Postprocess:
         """The detections of each image, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
         queries, classes = output.logits.shape[2:]
         if self.nms is not None:
-            return [hard_nms(found, self.nms, self.top_k) for found in self.best(output, sizes, queries * classes)]
+            every = self.best(output, sizes, queries * classes)
+            return [hard_nms(image, self.nms, self.top_k) for image in every]
         if self.soft_nms is None:
             return self.best(output, sizes, self.top_k)
-        pairs = zip(self.best(output, sizes, queries), sizes.tolist(), strict=True)
-        return [soften(found, size, self.soft_nms, self.top_k) for found, size in pairs]
+        candidates = zip(self.best(output, sizes, queries), sizes.tolist(), strict=True)
+        return [soften(image, size, self.soft_nms, self.top_k) for image, size in candidates]
 
     def best(self, output: DecoderOutput, sizes: Tensor, k: int) -> list[Detections]:
         """The `k` best of each image by the last layer's scores, without any suppression."""
@@ -85,14 +86,14 @@ def top_queries(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return best, query, labels.gather(-1, query)
 
 
-def hard_nms(found: Detections, threshold: float, k: int) -> Detections:
-    """The `k` best of an image after NMS within each class; `found` are best first."""
-    kept = nms(found.boxes, found.scores, found.labels, threshold, k, first=8 * k)
-    return Detections(*(t[kept] for t in found))
+def hard_nms(detections: Detections, threshold: float, k: int) -> Detections:
+    """The `k` best of an image after NMS within each class; `detections` are best first."""
+    kept = nms(detections.boxes, detections.scores, detections.labels, threshold, k, first=8 * k)
+    return Detections(*(t[kept] for t in detections))
 
 
-def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, most: int, *, first: int) -> Tensor:
-    """Indices `(n,)` of the best boxes that NMS within each group leaves, at most `most`, best first.
+def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, k: int, *, first: int) -> Tensor:
+    """Indices `(n,)` of the best boxes that NMS within each group leaves, at most `k`, best first.
 
     `boxes (N, 4)` xyxy, `scores (N,)` and `groups (N,)`, best first. NMS is greedy: whether a box stays depends on
     better ones alone. So the `first` of them are tried before all, which takes long where most boxes lie apart.
@@ -100,20 +101,20 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, most: i
     tried = first
     while True:
         kept: Tensor = batched_nms(boxes[:tried], scores[:tried].to(boxes), groups[:tried], threshold)
-        if len(kept) >= most or tried >= len(boxes):
-            return kept[:most]
+        if len(kept) >= k or tried >= len(boxes):
+            return kept[:k]
         tried *= 4
 
 
-def soften(found: Detections, size: tuple[int, int], threshold: float, k: int) -> Detections:
+def soften(detections: Detections, size: tuple[int, int], threshold: float, k: int) -> Detections:
     """The `k` best after linear soft-NMS within each class, of boxes clipped to the image of `size` height, width.
 
     Fewer where scores have fallen below 0.001, which drops them (Co-DETR).
     """
-    boxes = clip_boxes_to_image(found.boxes, size)
-    scores, order = soft_nms(boxes, found.scores, found.labels, threshold).sort(descending=True, stable=True)
+    boxes = clip_boxes_to_image(detections.boxes, size)
+    scores, order = soft_nms(boxes, detections.scores, detections.labels, threshold).sort(descending=True, stable=True)
     order = order[scores != 0][:k]
-    return Detections(scores[: len(order)], found.labels[order], boxes[order])
+    return Detections(scores[: len(order)], detections.labels[order], boxes[order])
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
