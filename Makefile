@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # One test process a core, one thread each: torch would otherwise start a thread a core in every one of them.
-# Neighbours stay together, because they share runs that are expensive to make; who has finished first takes from others.
-TEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
+# A file's tests stay in one process, because they share runs that are expensive to make; files with few tests come last.
+TEST_FLAGS ?= -n auto --maxprocesses 8 --dist loadfile
 TESTS ?=
 BENCH ?=
 # CPU=1 takes PyTorch's CPU build: the other brings 6 GB of CUDA libraries. uv knows the index that has it; where that
