@@ -209,7 +209,7 @@ def evaluate(
     device: str | None = ...,
     progress: bool = ...,
 ) -> EvalResult:
-    """By COCO's metric."""
+    """Box AP by COCO's metric: see below."""
 
 
 @overload
@@ -229,7 +229,7 @@ def evaluate(
     device: str | None = ...,
     progress: bool = ...,
 ) -> VocResult:
-    """By Pascal VOC's metric."""
+    """Box AP by Pascal VOC's metric: see below."""
 
 
 @checked

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """The rank of this process, the number of processes, and this one's device."""
 
     rank: int
     size: int

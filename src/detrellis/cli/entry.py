@@ -29,7 +29,7 @@ ROOM = "Take a smaller -o optim.batch_size, -o data.size or --batch-size, fewer 
 
 
 class Refusal(NamedTuple):
-    """What an exception says to the user."""
+    """What is printed for an exception: the message and the remedy, and the exit code."""
 
     message: str
     remedy: str = ""

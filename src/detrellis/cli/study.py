@@ -57,7 +57,7 @@ Loading = Annotated[
 
 @dataclass(frozen=True)
 class Trials:
-    """The runs of a study: how long, how large, and how they are carried out."""
+    """The options of a study's runs: how long, how large, and on what they run."""
 
     scale: Scale = None
     epochs: Epochs = None

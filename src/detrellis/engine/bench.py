@@ -48,7 +48,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was timed, on what, and the times."""
+    """What was timed, on which machine, and the times."""
 
     recipe: str
     task: str  # "inference" or "training step"

@@ -101,7 +101,7 @@ class EvalResult(EvalScores):
 
     @property
     def ap50(self) -> float | None:
-        """AP at IoU 0.50."""
+        """AP at IoU 0.50; None where it is undefined."""
         return self.stats["AP50"]
 
     @classmethod

@@ -161,7 +161,7 @@ def matched_iou(metrics: Mapping[str, float]) -> float | None:
 
 
 def main_terms(losses: Mapping[str, float]) -> dict[str, float]:
-    """Of losses named "block/term/layer", those of the last decoder layer of the main queries, by term."""
+    """Those of losses named "block/term/layer" that the last decoder layer has for the main queries, by term."""
     last: dict[str, tuple[int, float]] = {}
     for name, value in losses.items():
         block, _, rest = name.partition("/")

@@ -103,11 +103,11 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     return evaluator
 
 
-def duplicates_line(result: EvalResult, apart: EvalResult) -> str | None:
-    """What to know about a detector whose AP is that much higher after NMS; None where it is not."""
-    if result.ap is None or apart.ap is None or apart.ap - result.ap < DOUBLED:
+def duplicates_line(result: EvalResult, after_nms: EvalResult) -> str | None:
+    """Advice where AP is higher after NMS, because objects are found more than once; None where it is not."""
+    if result.ap is None or after_nms.ap is None or after_nms.ap - result.ap < DOUBLED:
         return None
     return (
-        f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to {apart.ap:.3f}. One "
+        f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to {after_nms.ap:.3f}. One "
         f"query for each object is what DETRs learn last. Train longer, or predict with --nms {NMS}."
     )

@@ -114,7 +114,7 @@ class FlatLossWatch:
         return {name: _plain(getattr(self, name)) for name in self.MEMBERS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state_dict`."""
+        """Continues from what `state_dict` gave."""
         for name in self.MEMBERS:
             setattr(self, name, _plain(state[name]))
 

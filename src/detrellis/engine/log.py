@@ -254,7 +254,7 @@ class _RecordFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file of records."""
         self._file.close()
 
     def _keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:

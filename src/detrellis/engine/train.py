@@ -67,7 +67,7 @@ class TrainResult:
         return f"Stopped by {signal.Signals(self.signal).name} after step {self.steps}, and saved."
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The result as JSON holds it."""
         result = None if self.result is None else self.result.to_dict()
         transfer = None if self.transfer is None else self.transfer.to_dict()
         return {**vars(self), "run": str(self.run), "result": result, "transfer": transfer}

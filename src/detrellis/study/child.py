@@ -59,7 +59,7 @@ def _stop_with_parent() -> None:
 
 
 def _machine(device: str | None) -> dict[str, Any]:
-    """What the run's time and memory depend on."""
+    """The machine's properties that the time and memory of a run depend on."""
     own = pick_device(device)
     cuda = own.type == "cuda"
     memory = torch.cuda.max_memory_allocated(own) if cuda else _resident()
@@ -68,7 +68,7 @@ def _machine(device: str | None) -> dict[str, Any]:
 
 
 def _resident() -> int | None:
-    """Most memory that this process has had, in bytes; None where the system does not tell."""
+    """The peak memory of this process in bytes; None where the system does not tell."""
     try:
         import resource
     except ImportError:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def figures(report: StudyReport) -> dict[str, tuple[Figure, str]]:
-    """By name: a figure, and what it shows in a sentence."""
+    """The figures of a report by name, each with a sentence that says what it shows."""
     drawn: dict[str, tuple[Figure, str]] = {}
     if report.rows:
         many = any(len(row.runs) > 1 for row in report.rows)

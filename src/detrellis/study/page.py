@@ -53,7 +53,7 @@ li { margin: .3rem 0; }
 
 
 def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]]) -> str:
-    """The whole page; `drawn` is what `figures` gave."""
+    """The report as a whole HTML page; `drawn` is what `figures` returned."""
     title = escape(report.plan.title)
     parts = [
         f"<h1>{title}</h1>",
@@ -129,7 +129,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _rows(report: StudyReport) -> str:
-    """What each row is, as differences from its baseline's recipe."""
+    """A section that lists how each row's recipe differs from its baseline's."""
     parts = []
     for row in report.plan.rows:
         base = report.plan.row(row.against or row.name)

@@ -60,7 +60,7 @@ TrialState = Literal["waiting", "running", "stopped", "failed", "finished"]
 
 @dataclass
 class TrialOutcome:
-    """What became of a trial."""
+    """What became of a trial: its state, and the end of its log where it failed."""
 
     trial: Trial
     folder: Path
@@ -138,7 +138,7 @@ class StudyPlan:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps plan `new` from going on with plan `old`, both as `to_dict` gives them."""
+    """The differences that keep plan `new` from going on with plan `old`, both as `to_dict` gives them."""
     differing = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
     was, now = ("epochs" if plan.get("pace") is None else "time" for plan in (old, new))
     differing += [] if was == now else [f"equal {was}, now equal {now}"]

@@ -87,7 +87,7 @@ class RowResult:
         return max((run.machine["peak_memory"] for run in self.runs if run.machine.get("peak_memory")), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The results as JSON holds them."""
         named = ("final", "best", "ap50", "ap75", "gain", "gain_after_nms")
         estimates = {name: None if (e := getattr(self, name)) is None else e._asdict() for name in named}
         apart = self.after_nms and dict(zip(("AP", "AP50", "AP75"), self.after_nms, strict=True))

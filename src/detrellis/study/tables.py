@@ -18,7 +18,7 @@ NONE = "-"
 
 
 class ReportTable(NamedTuple):
-    """Cells of a table; the first column is the row's name."""
+    """A table of the report as text cells; the first column is the row's name."""
 
     title: str
     columns: tuple[str, ...]
@@ -72,7 +72,7 @@ def _sheet(title: str, columns: dict[str, Callable[[RowResult], str]], report: S
 
 
 def rich_table(sheet: ReportTable) -> Table:
-    """For a console of 80 letters."""
+    """The table for a console of 80 columns."""
     table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD)
     table.padding = (0, 1, 0, 0)
     table.add_column(sheet.columns[0], overflow="fold")
@@ -84,12 +84,12 @@ def rich_table(sheet: ReportTable) -> Table:
 
 
 def spread(of: Estimate) -> str:
-    """`44.0 ± 0.3`."""
+    """A mean with its standard deviation, such as `44.0 ± 0.3`."""
     return f"{of.mean:.1f}" + ("" if of.spread is None else f" ± {of.spread:.1f}")
 
 
 def gain(of: Estimate | None) -> str:
-    """`+3.1 [+2.2, +4.0]`: the mean and its interval."""
+    """A mean with its interval, such as `+3.1 [+2.2, +4.0]`."""
     if of is None:
         return NONE
     if of.interval is None:
@@ -98,12 +98,12 @@ def gain(of: Estimate | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """`0.35 s`."""
+    """A time in seconds, such as `0.35 s`."""
     return NONE if value is None else f"{value:.3g} s"
 
 
 def _epochs(row: RowResult) -> str:
-    """The first that is as good as the baseline's last; "> 12": none of 12."""
+    """The first epoch that is as good as the baseline's last; "> 12" where none of 12 is."""
     if row.cost is None and row.gain is None:
         return NONE
     return f"> {row.curve[-1][0]}" if row.epochs_to_baseline is None else str(row.epochs_to_baseline)

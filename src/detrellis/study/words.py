@@ -41,7 +41,7 @@ def _gain(row: RowResult) -> Estimate:
 
 
 def gain_text(gain: Estimate) -> str:
-    """`+3.1 AP (± 0.9, 95 % interval over 3 seeds)`."""
+    """A gain in words, such as `+3.1 AP (± 0.9, 95 % interval over 3 seeds)`."""
     if gain.interval is None:
         return f"{gain.mean:+.1f} AP (one seed)"
     return f"{gain.mean:+.1f} AP (± {gain.interval:.1f}, 95 % interval over {gain.seeds} seeds)"
@@ -52,7 +52,7 @@ def _price(row: RowResult, base: str) -> str:
 
 
 def _in_time(report: StudyReport, row: RowResult) -> str:
-    """What is left of the gain when training time, not epochs, is the same."""
+    """The gain when training time, not epochs, is the same, as a sentence; empty where it is not known."""
     base = report.row(row.planned.against)
     if base is None or base.timely is None or row.timely is None:
         return ""
@@ -77,7 +77,7 @@ def _one_seed(base: str, best: RowResult) -> str:
 
 
 def _found_again(others: Sequence[RowResult]) -> str:
-    """Of the differences that a paper published: which are here too."""
+    """How many of the differences that a paper published were found here too."""
     pairs = [(_gain(row), row.published_gain) for row in others if row.published_gain]
     same = [gain for gain, published in pairs if gain.mean * published > 0]
     text = f"Of {len(pairs)} published differences, {len(same)} have the same sign here"
@@ -148,7 +148,7 @@ def _of_duplicates(report: StudyReport) -> list[str]:
 
 
 def _late_rise(row: RowResult) -> float | None:
-    """AP gained over the last fifth of the epochs."""
+    """The AP that was gained over the last fifth of the epochs."""
     last, ap = row.curve[-1]
     before = [value for epoch, value in row.curve if epoch <= 0.8 * last]
     return ap - before[-1] if before else None
@@ -176,7 +176,7 @@ def _of_setting(report: StudyReport) -> list[str]:
 
 
 def minutes(seconds: float | None) -> str:
-    """`12.3 min`, or `45 s` where it is less than two."""
+    """A time as `12.3 min`, or as `45 s` where it is less than two minutes."""
     if seconds is None:
         return "-"
     return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"
