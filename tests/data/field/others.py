@@ -74,6 +74,18 @@ def labelme_skipped(root: Path) -> Arguments:
     return arguments
 
 
+def labelme_groups(root: Path) -> Arguments:
+    """Each object in two shapes of one group."""
+    save_all(root)
+    for number in range(PICTURES):
+        halves = []
+        for group, box in enumerate(TRUTH[number]):
+            left, right = box._replace(w=box.w // 3), box._replace(x=box.x + box.w - box.w // 3, w=box.w // 3)
+            halves += [shape(part, "rectangle") | {"group_id": group} for part in (left, right)]
+        write_json(root / name_of(number, ".json"), {"shapes": halves, "imagePath": name_of(number)})
+    return {"data": root}
+
+
 def labelme_embedded(root: Path) -> Arguments:
     labelme(root)
     for number in range(PICTURES):
@@ -237,6 +249,8 @@ def csv_background(root: Path) -> Arguments:
 HEAD = "filename,width,height,class,xmin,ymin,xmax,ymax"
 TUTORIAL = "{n},{W},{H},{b.name},{b.x},{b.y},{x2},{y2}"
 RETINANET = "/home/me/images/{n},{b.x},{b.y},{x2},{y2},{b.name}"
+SIZES = "filename,width,height,class,xmin,ymin"
+CORNER = Reads(finds=frozenset({"layout"}))
 MAKE_SENSE_HEAD = "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height"
 MAKE_SENSE = "{b.name},{b.x},{b.y},{b.w},{b.h},{n},{W},{H}"
 SIMPLE = "filename,xmin,ymin,xmax,ymax,class"
@@ -248,6 +262,7 @@ CASES = [
     Case("labelme_splits", labelme_splits, Reads()),
     Case("labelme_folders", labelme_folders, Reads()),
     Case("labelme_skipped", labelme_skipped, Reads(finds=frozenset({"skipped-shapes"}))),
+    Case("labelme_groups", labelme_groups, Reads(finds=frozenset({"size-missing"}))),
     Case("labelme_embedded", labelme_embedded, Refused(("imageData", "Write each picture beside"))),
     Case("labelme_broken", labelme_broken, UNKNOWN),
     Case("via", via(lambda box: {"type": box.name}), Reads()),
@@ -263,7 +278,8 @@ CASES = [
     Case("via_without_regions", via_without_regions, UNKNOWN),
     Case("via_unnamed", via_unnamed, UNKNOWN),
     Case("csv", csv("{n},{b.x},{b.y},{x2},{y2},{b.name}", SIMPLE), Reads()),
-    Case("csv_sizes", csv("{n},{b.x},{b.y},{b.w},{b.h},{b.name}", "filename,x,y,width,height,class"), Reads()),
+    Case("csv_sizes", csv("{n},{b.x},{b.y},{b.w},{b.h},{b.name}", "filename,x,y,width,height,class"), CORNER),
+    Case("csv_sizes_of_pictures", csv("{n},{W},{H},{b.name},{b.x},{b.y}", SIZES), Refused(("the picture's", "xmax"))),
     Case("csv_sizes_of_both", csv(MAKE_SENSE, MAKE_SENSE_HEAD), Reads()),
     Case("csv_tutorial", csv(TUTORIAL, HEAD), Reads()),
     Case("csv_retinanet", csv(RETINANET), Reads()),

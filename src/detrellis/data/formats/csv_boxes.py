@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detrellis.data.files import read_head, read_sizes, read_text
+from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
@@ -104,6 +105,7 @@ def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative
     notes = [
         *renaming_notes(split, files.annotations, pictures),
         *named.fixed_parts_note(split, files, "one CSV file"),
+        *_corner_note(split, files.annotations),
     ]
     return named.SplitAnnotations(images, notes)
 
@@ -168,7 +170,30 @@ def _read(file: Path) -> list[CsvObject]:
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if any(line)]
     if not _is_object(lines[0]):
         numbered = numbered[1:]
-    return [_object(number, line, columns) for number, line in numbered]
+    rows = [_object(number, line, columns) for number, line in numbered]
+    if "xmax" not in columns and _have_pictures_sizes(rows):
+        what = f"{file}: width and height are the same for all objects of a picture, so they seem to be the picture's"
+        raise UserError(what, "Call the columns of the lower right corner xmax and ymax.")
+    return rows
+
+
+def _have_pictures_sizes(rows: Sequence[CsvObject]) -> bool:
+    """Whether no picture has objects of two sizes, though some have several objects."""
+    sizes: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.corners is not None:
+            left, top, right, bottom = row.corners
+            sizes.setdefault(row.image, []).append((round(right - left, 6), round(bottom - top, 6)))
+    several = [own for own in sizes.values() if len(own) > 1]
+    return bool(several) and all(len(set(own)) == 1 for own in several)
+
+
+def _corner_note(split: str, file: Path) -> list[Finding]:
+    """What `x` and `y` are taken for: some mean the centre by them."""
+    names = [cell.strip().lower() for cell in _lines(read_head(file).partition("\n")[0])[0]]
+    if {"x", "y"} <= set(names) and split == "train":
+        return [finding("layout", split, file, "x and y are read as the upper left corners of the boxes")]
+    return []
 
 
 def _object(number: int, line: Sequence[str], columns: Mapping[str, int]) -> CsvObject:
