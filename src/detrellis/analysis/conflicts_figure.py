@@ -18,10 +18,7 @@ VALUES, CELL, HEIGHT = 7.6, 2.1, 3.9  # inches: width of the matrix and the bars
 
 
 def draw(result: ConflictsResult) -> Figure:
-    """All runs below each other, their colours and bars on one scale; on the right some images with each head's map.
-
-    Raises `UserError` where matplotlib is missing.
-    """
+    """The runs below each other, on one scale, with some maps. Raises `UserError` where matplotlib is missing."""
     runs = result.runs
     columns = max(1 + len(run.heads) for run in runs)
     figure = canvas(VALUES + CELL * columns, HEIGHT * len(runs) + 0.5, "Conflicts between heads")

@@ -155,9 +155,8 @@ def _measure(of: Of, images: int, opened: OpenedSplit, name: str, show: bool) ->
     totals, counts, drawn = zip(*all_gather((total, count, examples)), strict=True)
     measured = sum(counts)
     if not measured:
-        raise UserError(
-            f"{opened.files}: no image with both foreground and background", "Take another --split or --data."
-        )
+        where = f"{opened.files}: no image with both foreground and background"
+        raise UserError(where, "Take another --split or --data.")
     curve = Curve.of(thresholds, torch.stack(totals).sum(0) / measured)
     first = sorted((example for part in drawn for example in part), key=lambda e: e.row)[:images]
     skipped = len(opened.annotations) - measured

@@ -19,10 +19,7 @@ EDGE = "#2EE6E6"  # of boxes: seen on all colours of the maps
 
 
 def draw(result: DiscriminabilityResult) -> Figure:
-    """The curves on the left; on the right a column an image, with a row for the image and one for each run's map.
-
-    Raises `UserError` where matplotlib is missing.
-    """
+    """The curves, and a column an image with each run's map. Raises `UserError` where matplotlib is missing."""
     shown = max((len(run.examples) for run in result.runs), default=0)
     rows = _rows(result.runs) if shown else []
     height = max(CURVES, CELL[1] * len(rows) + 0.6)

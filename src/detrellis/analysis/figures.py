@@ -34,10 +34,8 @@ def need_matplotlib() -> None:
 
 
 def canvas(width: float, height: float, title: str) -> Figure:
-    """An empty figure, in inches. It is drawn by Agg, without a display and without pyplot's list of open figures.
-
-    Raises `UserError` where matplotlib is missing.
-    """
+    """An empty figure, in inches, drawn by Agg: without a display, and without pyplot's list of open figures. Raises
+    `UserError` where matplotlib is missing."""
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -30,10 +30,7 @@ SIZE = (13.0, 5.8)  # inches of one run
 
 
 def draw(result: GroupsResult) -> Figure:
-    """All runs below each other; in each, the positions on the left, and four panels beside them.
-
-    Raises `UserError` where matplotlib is missing.
-    """
+    """The runs below each other: positions and four panels. Raises `UserError` where matplotlib is missing."""
     width, height = SIZE
     figure = canvas(width, height * len(result.runs) + 0.5, "Groups of queries")
     sizes = [f"{run.groups} groups of {run.queries} queries" for run in result.runs]

@@ -87,7 +87,5 @@ def save(result: Result, out: str | Path) -> SavedFiles:
     ready(Path(out), result.name)
     outputs, picture = Outputs(out), io.BytesIO()
     measurement(result.name).draw(result).savefig(picture, format="png", dpi=DPI)
-    values = json.dumps(result.to_dict(), indent=1)
-    return SavedFiles(
-        outputs.write(f"{result.name}.png", picture.getvalue()), outputs.write(f"{result.name}.json", values)
-    )
+    figure = outputs.write(f"{result.name}.png", picture.getvalue())
+    return SavedFiles(figure, outputs.write(f"{result.name}.json", json.dumps(result.to_dict(), indent=1)))

@@ -50,8 +50,7 @@ class ComparedRuns:
         if not self.places:
             raise UserError("no run to measure", "Name at least one.")
         self.names = run_names(self.places, names)
-        self.device = device
-        self.progress = progress
+        self.device, self.progress = device, progress
         self.split = split if val is None else "val"  # what a report calls the images
         self.options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
 
