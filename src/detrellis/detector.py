@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.decoder import Decoder
+from detrellis.nn.queries import QuerySource
 from detrellis.postprocess import Postprocess
 from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
 
@@ -24,8 +26,8 @@ class Detector(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         encoder: nn.Module,
-        queries: nn.Module,
-        decoder: nn.Module,
+        queries: QuerySource,
+        decoder: Decoder,
         *,
         postprocess: Postprocess,
     ) -> None:

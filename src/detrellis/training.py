@@ -63,10 +63,10 @@ class TrainableDetector(nn.Module):
         tasks = [self._task(b, outputs[b.name], step) for b in blocks]
         tasks += [self._proposal_task(b, b.proposals, step) for b in blocks if b.proposals is not None]
         found = match(tasks)
-        taught, metrics = supervise(tasks, found)
+        block_losses, metrics = supervise(tasks, found)
         for scheme in self.training_schemes:
             metrics |= scheme.metrics(step, blocks, {t.name: a for t, a in zip(tasks, found, strict=True)})
-        return StepOutput(taught | losses | _idle(self.schemes), metrics)
+        return StepOutput(block_losses | losses | _idle(self.schemes), metrics)
 
     def begin(self, images: ImageBatch, targets: Targets) -> Step:
         """The step before the decoder runs."""
@@ -77,10 +77,9 @@ class TrainableDetector(nn.Module):
 
     def main(self, step: Step) -> QueryBlock:
         """The detector's own queries."""
-        head = self.detector.queries.head if step.proposals is not None else None
-        taught = None if head is None else head.taught(step.proposals)  # type: ignore[operator, union-attr]
+        proposals = None if step.proposals is None else self.detector.queries.training_output(step.proposals)
         share = math.prod(s.share for s in self.training_schemes)
-        return QueryBlock("main", step.queries, self.supervision, weight=share, proposals=taught)
+        return QueryBlock("main", step.queries, self.supervision, weight=share, proposals=proposals)
 
     def reseed(self, seed: int) -> None:
         """Start every scheme's draws anew."""
@@ -100,14 +99,14 @@ class TrainableDetector(nn.Module):
     def _normaliser(self, block: QueryBlock, step: Step) -> Tensor:
         return (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
 
-    def _proposal_task(self, block: QueryBlock, taught: DecoderOutput, step: Step) -> Task:
+    def _proposal_task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
         """A block's proposals, matched copy by copy as the block is."""
         targets = step.targets
         if self.proposal_targets == "objectness":
             targets = targets._replace(labels=torch.zeros_like(targets.labels))
         name = "proposals" if block.name == "main" else f"{block.name}_proposals"
         supervision, normaliser = block.supervision.proposals(), self._normaliser(block, step)
-        return supervision.task(name, taught, targets, normaliser, copies=block.copies, weight=block.weight)
+        return supervision.task(name, output, targets, normaliser, copies=block.copies, weight=block.weight)
 
 
 def mean_boxes(targets: Targets) -> Tensor:

@@ -183,7 +183,7 @@ def check_two_stage(a: Arrays) -> None:
     tokens = torch.cat([a[f"src{i}"].flatten(2).transpose(1, 2) for i in range(len(shapes))], 1)
     padding = torch.cat([m.flatten(1) for m in masks], 1)
     memory = Memory(tokens, torch.zeros_like(tokens), shapes, padding, torch.stack(ratios, 1))
-    taught = [head.taught(head(memory)) for head in heads]
+    taught = [head.training_output(head(memory)) for head in heads]
     chosen = [torch.cat([t[i][0] for t in taught], dim=1) for i in (0, 1)]
     close(chosen[0], a["enc_logits"], 1e-5, "proposals' logits")
     close(chosen[1], a["enc_boxes"], 1e-5, "proposals")

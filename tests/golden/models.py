@@ -246,7 +246,7 @@ def check_hdetr(a: Arrays) -> None:
     close(proposals.logits, a["enc_logits"], 1e-5, "proposal logits")
 
     objectness = targets._replace(labels=torch.zeros_like(targets.labels))
-    every = model.queries.head.taught(proposals)
+    every = model.queries.head.training_output(proposals)
     size = network.queries.count
     assert block.normaliser is not None
     tasks = [

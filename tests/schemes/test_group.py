@@ -119,22 +119,22 @@ def test_each_group_has_its_own_proposals(name: str) -> None:
     for k, head in enumerate(scheme.heads):
         own = head(step.memory)
         assert torch.equal(block.queries.boxes[:, k * 12 : (k + 1) * 12], own.boxes)  # type: ignore[index]
-        taught = block.proposals.map(lambda t, k=k: t[:, :, k * size : (k + 1) * size])
-        for one, other in zip(taught[:2], head.taught(own)[:2], strict=True):  # type: ignore[operator]
+        trained = block.proposals.map(lambda t, k=k: t[:, :, k * size : (k + 1) * size])
+        for one, other in zip(trained[:2], head.training_output(own)[:2], strict=True):  # type: ignore[operator]
             assert torch.equal(one, other)
 
 
 def test_heads_start_with_equal_classes_and_boxes_and_projections_of_their_own() -> None:
     model, _, _ = grouped("tiny")
-    head = model.detector.get_submodule("queries.head")
-    scheme = model.training_schemes[0]
+    head, scheme = model.detector.queries.head, model.training_schemes[0]
+    assert head is not None
     assert isinstance(scheme, Group)
     for other in scheme.heads:
         for name, value in head.state_dict().items():
             equal = torch.equal(value, other.state_dict()[name])
             assert equal == (name != "projection.weight"), name
     assert not torch.equal(scheme.heads[0].projection.weight, scheme.heads[1].projection.weight)  # type: ignore[arg-type]
-    assert sibling(head).classify.weight.data_ptr() != head.classify.weight.data_ptr()  # type: ignore[arg-type, union-attr]
+    assert sibling(head).classify.weight.data_ptr() != head.classify.weight.data_ptr()
 
 
 @pytest.mark.parametrize("kind", ["shared", "split"])
@@ -149,7 +149,7 @@ def test_proposals_without_heads(kind: str) -> None:
         assert torch.equal(block.queries.boxes, step.queries.boxes.repeat(1, 2, 1))
         return
     ranks = step.proposals.scores.argsort(descending=True)[:, 12:36]
-    boxes = model.detector.get_submodule("queries.head").boxes(step.proposals, ranks)  # type: ignore[operator]
+    boxes = model.detector.queries.proposed(step.proposals, ranks)
     assert torch.equal(block.queries.boxes[:, :12], boxes[:, 0::2])
     assert torch.equal(block.queries.boxes[:, 12:], boxes[:, 1::2])
 
@@ -220,8 +220,9 @@ def test_weights_of_one_group_start_many() -> None:
         for p in model.detector.parameters():
             p += 1
     scheme.start_from(model.detector)
-    own = model.detector.get_submodule("queries.head").state_dict()
     assert isinstance(scheme, Group)
+    assert model.detector.queries.head is not None
+    own = model.detector.queries.head.state_dict()
     assert all(torch.equal(v, own[k]) for head in scheme.heads for k, v in head.state_dict().items())
     assert len({p.data_ptr() for h in scheme.heads for p in h.parameters()}) == 2 * len(own)
 

@@ -43,7 +43,8 @@ def test_proposals_are_those_ranked_after_the_main_ones() -> None:
     assert step.proposals is not None
     order = step.proposals.scores.argsort(descending=True)[:, :27]
     assert torch.equal(order[:, :12], step.proposals.best)
-    every = step.detector.get_submodule("queries.head").boxes(step.proposals)  # type: ignore[operator]
+    assert step.detector.queries.head is not None
+    every = step.detector.queries.head.boxes(step.proposals)
     chosen = every.gather(1, order[:, 12:, None].expand(-1, -1, 4))
     torch.testing.assert_close(block.queries.boxes, chosen)
 

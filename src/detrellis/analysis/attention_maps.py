@@ -44,7 +44,7 @@ class RecordedAttention(NamedTuple):
 def decode_recorded(detector: Detector, memory: Memory) -> tuple[DecoderOutput, list[RecordedAttention]]:
     """Every layer's output for the main queries, and every layer's cross-attention."""
     queries, _ = detector.propose(memory)
-    attentions = [layer.cross_attention for layer in detector.decoder.layers]  # type: ignore[union-attr]
+    attentions = [layer.get_submodule("cross_attention") for layer in detector.decoder.layers]
     with recorded(attentions) as calls:
         output = detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"]
     return output, [RecordedAttention(*pair) for pair in zip(attentions, calls, strict=True)]

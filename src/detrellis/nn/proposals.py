@@ -82,8 +82,8 @@ class ProposalHead(nn.Module):
         moved: Tensor = self.move(states)
         return (moved + anchors).sigmoid()
 
-    def taught(self, found: Proposals) -> DecoderOutput:
-        """What learns, as an output of one layer: objectness of every token, or the classes of the selected."""
+    def training_output(self, found: Proposals) -> DecoderOutput:
+        """What the loss sees, as an output of one layer: all tokens with `rank_by="first"`, else the selected ones."""
         if self.rank_by == "first":
             logits, boxes = found.logits, self.boxes(found)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.proposals import ProposalHead
-from detrellis.types import Memory, Proposals, Queries
+from detrellis.types import DecoderOutput, Memory, Proposals, Queries
 
 
 def normal(*shape: int) -> nn.Parameter:
@@ -20,12 +22,45 @@ def normal(*shape: int) -> nn.Parameter:
 # What is learned for each query of one more kind: position, content, centres, sizes.
 Table = nn.ParameterDict | dict[str, Tensor]
 
-# Each kind of queries below has two methods for the schemes that train with more of them: `fresh(count)` makes the
-# parameters of so many more, and `extra` their queries, sharing with the detector whatever is not learned for each
-# query; two-stage detectors need the boxes too. The parameters belong to the scheme: a detector never holds them.
+
+class QuerySource(nn.Module, ABC):
+    """Where the decoder's queries come from, and where training schemes get more of the same kind.
+
+    A scheme keeps the parameters that `fresh` makes for further queries, and `extra` turns them into queries, sharing
+    with the detector whatever is not learned for each query. A detector never holds a scheme's parameters.
+    """
+
+    count: int  # rows that are learned, or proposals that are selected; patterns multiply the rows
+    head: ProposalHead | None  # of two-stage detectors
+
+    def __init__(self, count: int, head: ProposalHead | None = None) -> None:
+        super().__init__()
+        self.count, self.head = count, head
+
+    @abstractmethod
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals | None]:
+        """The main queries, and the proposals that they came from in a two-stage detector."""
+
+    @abstractmethod
+    def fresh(self, count: int) -> nn.ParameterDict:
+        """Parameters of `count` more queries: a row each of what is learned for each query."""
+
+    @abstractmethod
+    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
+        """The queries of a table that `fresh` made; of the proposed `boxes (B, N, 4)` in a two-stage detector."""
+
+    def proposed(self, proposals: Proposals, tokens: Tensor) -> Tensor:
+        """The boxes `(B, N, 4)` that the memory's `tokens (B, N)` propose, for `extra`."""
+        assert self.head is not None, "only two-stage detectors have proposals"
+        return self.head.boxes(proposals, tokens)
+
+    def training_output(self, proposals: Proposals) -> DecoderOutput:
+        """What the loss sees of the main proposals."""
+        assert self.head is not None, "only two-stage detectors have proposals"
+        return self.head.training_output(proposals)
 
 
-class LearnedQueries(nn.Module):
+class LearnedQueries(QuerySource):
     """Queries learned as positions.
 
     `reference` reads a point off the position: a linear layer in one-stage Deformable DETR, an MLP in Conditional DETR;
@@ -33,7 +68,7 @@ class LearnedQueries(nn.Module):
     """
 
     def __init__(self, width: int, count: int, *, learned_content: bool, reference: nn.Module | None) -> None:
-        super().__init__()
+        super().__init__(count)
         self.position = normal(count, width)
         self.content = normal(count, width) if learned_content else None
         self.reference = reference
@@ -71,7 +106,7 @@ def point_reference(width: int) -> MLP:
     return MLP(width, width, 2, 2, xavier=True)
 
 
-class AnchorQueries(nn.Module):
+class AnchorQueries(QuerySource):
     """Boxes learned as logits (DAB-DETR); the decoder derives positions from them.
 
     `contents` is how many contents are learned: 0, they start at zero (DAB-DETR); 1 for all queries, DN-DETR's
@@ -92,7 +127,7 @@ class AnchorQueries(nn.Module):
         fixed_centres: bool = False,
         frozen: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(count)
         self.width, self.patterns, self.fixed_centres, self.frozen = width, patterns, fixed_centres, frozen
         self.centres, self.sizes = self._anchors(count)
         rows = patterns or contents
@@ -136,18 +171,19 @@ class AnchorQueries(nn.Module):
         return Queries(content.expand(batch), boxes=boxes.repeat(copies, 1).expand(batch))
 
 
-class ProposalQueries(nn.Module):
+class ProposalQueries(QuerySource):
     """Boxes from the best proposals, detached; position, content or both derived from those boxes.
 
     Two-stage Deformable DETR derives both. Mixed query selection (`learned_content`) learns the content instead;
     with `derive_position` off, the decoder derives the position from the boxes at each layer (DINO).
     """
 
+    head: ProposalHead
+
     def __init__(
         self, head: ProposalHead, width: int, *, learned_content: bool = True, derive_position: bool = False
     ) -> None:
-        super().__init__()
-        self.head = head
+        super().__init__(head.proposals, head)
         self.content = normal(head.proposals, width) if learned_content else None
         assert learned_content or derive_position, "a content must come from somewhere"
         both = (2 * width, 2 * width)

@@ -22,7 +22,14 @@ from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.position import SineMap
 from detrellis.nn.prior import AtLevel, level_of
 from detrellis.nn.proposals import ProposalHead
-from detrellis.nn.queries import AnchorQueries, LearnedQueries, ProposalQueries, linear_reference, point_reference
+from detrellis.nn.queries import (
+    AnchorQueries,
+    LearnedQueries,
+    ProposalQueries,
+    QuerySource,
+    linear_reference,
+    point_reference,
+)
 from detrellis.nn.semantic import SemanticAligner, SemanticCrossAttention
 from detrellis.nn.smca import IntraScaleAttention, ModulatedAttention, ModulatedPriors, read_point
 from detrellis.nn.spatial import (
@@ -118,7 +125,7 @@ def build_encoder(config: DetectorConfig) -> Encoder:
     return Encoder(layers, references=False, position_scale=position_scale(width) if encoder.position_scale else None)
 
 
-def build_queries(config: DetectorConfig, classes: int) -> nn.Module:
+def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
     """The module that yields the main queries."""
     width, queries = config.width, config.queries
     if queries.kind == "learned":
@@ -215,8 +222,11 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
     neck, encoder = build_neck(config, backbone.channels), build_encoder(config)
     decoder, queries = build_decoder(config, classes), build_queries(config, classes)
     accelerate(neck, encoder, queries, decoder)
-    parts = (backbone, neck, encoder, queries, decoder)
     return Detector(
-        *parts,
+        backbone,
+        neck,
+        encoder,
+        queries,
+        decoder,
         postprocess=Postprocess(config.top_k, config.scores == "softmax", config.iou_branch, config.soft_nms),
     )

@@ -56,7 +56,11 @@ class Extension(NamedTuple):
 
 
 class TrainingScheme(nn.Module):
-    """Two optional seams. A scheme owns its parameters and its random generator, and leaves the detector alone."""
+    """What exists in training only. It owns its parameters and its random generator, and leaves the detector alone.
+
+    A scheme has a `name`, and overrides what it needs of the rest: `requires`; the two seams, `supervision` and
+    `extend`; and `extra_queries`, `share`, `start_from` and `metrics`.
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()  # capabilities that the detector must have

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from detrellis.detector import Detector
 from detrellis.nn.proposals import ProposalHead
-from detrellis.nn.queries import Table
+from detrellis.nn.queries import QuerySource, Table
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.types import Assignment, DecoderOutput, Proposals
@@ -43,7 +43,7 @@ class Group(TrainingScheme):
 
     def __init__(
         self,
-        source: nn.Module,
+        source: QuerySource,
         count: int,
         *,
         k: int = 11,
@@ -55,11 +55,10 @@ class Group(TrainingScheme):
         super().__init__()
         self.contents, self.distances = contents, distances
         self.k, self.count, self.reduction, self.proposals = k, count, reduction, proposals
-        self.table: nn.ParameterDict = source.fresh((k - 1) * count)  # type: ignore[operator]
+        self.table = source.fresh((k - 1) * count)
         self._copy_contents(source)
-        head = getattr(source, "head", None)
-        own = isinstance(head, ProposalHead) and proposals == "heads"
-        self.heads = nn.ModuleList(sibling(head) for _ in range(k - 1) if own)  # type: ignore[arg-type]
+        head = source.head if proposals == "heads" else None
+        self.heads = nn.ModuleList(sibling(head) for _ in range(k - 1) if head is not None)
 
     @property
     def extra_queries(self) -> int:
@@ -74,11 +73,12 @@ class Group(TrainingScheme):
     def start_from(self, detector: Detector) -> None:
         """The further proposal heads begin as the detector's, which has been filled with trained weights."""
         self._copy_contents(detector.queries)
-        for head in self.heads:
-            head.load_state_dict(detector.get_submodule("queries.head").state_dict())
+        if detector.queries.head is not None:
+            for head in self.heads:
+                head.load_state_dict(detector.queries.head.state_dict())
 
     @torch.no_grad()
-    def _copy_contents(self, source: nn.Module) -> None:
+    def _copy_contents(self, source: QuerySource) -> None:
         if self.contents == "copied" and "content" in self.table:
             self.table["content"].copy_(source.get_parameter("content").repeat(self.k - 1, 1))
 
@@ -95,7 +95,7 @@ class Group(TrainingScheme):
             table = {"content": contents.flatten(0, 1)}
         block = QueryBlock(
             "group",
-            step.detector.queries.extra(table, step.memory, boxes),  # type: ignore[operator]
+            step.detector.queries.extra(table, step.memory, boxes),
             step.supervision,
             copies=further,
             weight=further * self.share,
@@ -113,19 +113,20 @@ class Group(TrainingScheme):
             ranks = own.ranked(count, self.k * count)
             ranks = ranks if ranks.shape[1] else own.best  # a memory of few tokens: they are shared
             turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
-            head = step.detector.get_submodule("queries.head")
-            return head.boxes(own, ranks[:, turns % ranks.shape[1]]), None  # type: ignore[operator]
-        found: list[Proposals] = [head(step.memory) for head in self.heads]
-        taught = [head.taught(f) for head, f in zip(self.heads, found, strict=True)]  # type: ignore[operator]
-        logits, boxes = (torch.cat([t[i] for t in taught], dim=2) for i in (0, 1))
-        return torch.cat([f.boxes for f in found], dim=1), DecoderOutput(logits, boxes, boxes)
+            return step.detector.queries.proposed(own, ranks[:, turns % ranks.shape[1]]), None
+        heads = [head for head in self.heads if isinstance(head, ProposalHead)]
+        proposals = [head(step.memory) for head in heads]
+        outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]
+        logits, boxes = torch.cat([o.logits for o in outputs], dim=2), torch.cat([o.boxes for o in outputs], dim=2)
+        return torch.cat([p.boxes for p in proposals], dim=1), DecoderOutput(logits, boxes, boxes)
 
     def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
         """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
-        places = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
-        if not self.distances or len(places) < 2 or places[0] is None:
+        ours = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
+        places = [boxes for boxes in ours if boxes is not None]
+        if not self.distances or len(places) < 2:
             return {}
-        centres = torch.cat(places, dim=1)[..., :2].detach()  # type: ignore[arg-type]
+        centres = torch.cat(places, dim=1)[..., :2].detach()
         positions = centres.unflatten(1, (self.k, -1))
         matched = matched_positions(positions, [found["main"], found["group"]], len(step.targets.labels))
         return {"group/pd": position_distance(positions).mean(), "group/md": matched_distance(matched).nanmean()}

@@ -15,9 +15,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from detrellis.matching import Candidates, Hungarian
+from detrellis.nn.queries import QuerySource
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision
 
@@ -33,7 +34,7 @@ class Hybrid(TrainingScheme):
 
     def __init__(
         self,
-        source: nn.Module,
+        source: QuerySource,
         *,
         k: int = 6,
         queries: int = 1500,
@@ -42,7 +43,7 @@ class Hybrid(TrainingScheme):
     ) -> None:
         super().__init__()
         self.queries, self.k, self.weight, self.divisor = queries, k, weight, divisor
-        self.table: nn.ParameterDict = source.fresh(queries)  # type: ignore[operator]
+        self.table = source.fresh(queries)
 
     @property
     def extra_queries(self) -> int:
@@ -57,8 +58,8 @@ class Hybrid(TrainingScheme):
             next_best = step.proposals.ranked(own, own + self.queries)
             if next_best.shape[1] == 0:
                 return Extension([])
-            boxes = step.detector.queries.head.boxes(step.proposals, next_best)  # type: ignore[operator, union-attr]
-        queries = step.detector.queries.extra(self.table, step.memory, boxes)  # type: ignore[operator]
+            boxes = step.detector.queries.proposed(step.proposals, next_best)
+        queries = step.detector.queries.extra(self.table, step.memory, boxes)
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
         block = QueryBlock("hybrid", queries, supervision, weight=self.weight, normaliser=normaliser)
         return Extension([block])
