@@ -19,6 +19,7 @@ from detrellis.matching import Hungarian, Match, MatchingCost, assign, columns
 from detrellis.nn.queries import LearnedQueries
 from detrellis.postprocess import Postprocess
 from detrellis.schemes.align import Align, align_loss, rank, rank_weight
+from detrellis.schemes.config import AlignConfig, HybridConfig, StableConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.stable import Stable, modulated_term, modulation
@@ -61,9 +62,10 @@ def scheme(a: Arrays, variant: str, *, k: int, k_last: int | None = None, k_enco
     classification, floor, eps = VARIANTS[variant]
     dials = {name: float(a[name]) for name in ("alpha", "gamma", "tau")}
     last = k if k_last is None else k_last
-    return Align(
+    config = AlignConfig(
         k=k, k_last=last, k_encoder=k_encoder, classification=classification, floor=floor, iou_eps=eps, **dials
     )
+    return Align(config)
 
 
 def one_layer(logits: Tensor, boxes: Tensor) -> DecoderOutput:
@@ -211,7 +213,7 @@ def check_mixed_matcher(a: Arrays) -> None:
 def check_pmc(a: Arrays) -> None:
     """Position-modulated cost, without the constant 2 that does not change a matching."""
     base = Supervision()
-    found = Stable(beta=float(a["cec_beta"])).supervision(base)
+    found = Stable(StableConfig(beta=float(a["cec_beta"]))).supervision(base)
     assert isinstance(found.assign, Hungarian)
     cost, targets = found.assign.cost, targets_of(a)
     for image, (first, size) in enumerate(zip(targets.offsets, targets.sizes, strict=True)):
@@ -227,7 +229,7 @@ def check_pmc(a: Arrays) -> None:
 
 def _check_matcher(a: Arrays, cost: MatchingCost, k: int, giou_cost: float = 0.0) -> None:
     """`giou_cost`: the file's GIoU cost is `1 - GIoU` instead of `-GIoU`."""
-    targets, align = targets_of(a), Align(k=k, k_last=k)
+    targets, align = targets_of(a), Align(AlignConfig(k=k, k_last=k))
     base = Supervision(Hungarian(cost))
     supervision = align.supervision(base)
     found = assign([Match(one_layer(a["logits"], a["boxes"]), targets, supervision.assign)])[0]
@@ -247,9 +249,10 @@ def check_hybrid(a: Arrays) -> None:
     targets, first = targets_of(a), a.number("num_queries_one2one")
     count = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
     source = LearnedQueries(8, 4, learned_content=True, reference=None)
-    hybrid = Hybrid(
-        source, k=a.number("k_one2many"), queries=a.number("num_queries_one2many"), weight=float(a["lambda_one2many"])
+    config = HybridConfig(
+        k=a.number("k_one2many"), queries=a.number("num_queries_one2many"), weight=float(a["lambda_one2many"])
     )
+    hybrid = Hybrid(config, source)
     plain = Supervision(weights={"class": 2.0, "box": 5.0, "giou": 2.0})
     aligned = scheme(a, "rec", k=1).supervision(plain)
     for variant, base, rtol, atol in (("off", plain, 1e-5, 2e-6), ("rec", aligned, 1e-9, 1e-12)):
@@ -261,7 +264,7 @@ def check_hybrid(a: Arrays) -> None:
         several = hybrid.supervision_of(base)
         tasks = [
             base.task("main", main, targets, count),
-            several.task("hybrid", second, targets, hybrid.normaliser(count), weight=hybrid.weight),
+            several.task("hybrid", second, targets, hybrid.normaliser(count), weight=config.weight),
         ]
         losses, _ = supervise(tasks)
         for key, value in losses.items():
@@ -299,7 +302,7 @@ def check_compare(a: Arrays) -> None:
     found = Assignment(
         zero, a["match_img"], a["match_src"], offsets[a["match_img"]] + a["match_tgt"], torch.arange(len(zero))
     )
-    align = Align(k=1)
+    align = Align(AlignConfig(k=1))
     scaled = SetLoss(lambda pairs: _best_is_one(iou_target(pairs), found.image), CLASSIFICATION["psl"].positive)
     aligned = align.supervision(Supervision()).rule
     assert isinstance(aligned, SetLoss)

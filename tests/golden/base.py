@@ -15,6 +15,7 @@ from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.position import SineMap, sine_embed
 from detrellis.postprocess import Postprocess
 from detrellis.schemes.cdn import ContrastiveDenoising, Noise, group_count
+from detrellis.schemes.config import CDNConfig, DNConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.dn import Noise as PlainNoise
@@ -149,14 +150,11 @@ def recorded_noise(a: Arrays, flip: float) -> Noise:
 
 def check_cdn(a: Arrays) -> None:
     params, targets = a.json("params"), a.targets()
-    scheme = ContrastiveDenoising(
-        params["hidden"],
-        params["num_classes"],
-        params["inverse_sigmoid_eps"],
-        number=params["dn_number"],
-        label_noise=params["label_noise_ratio"],
-        box_noise=params["box_noise_scale"],
-    ).double()
+    config = CDNConfig(
+        number=params["dn_number"], label_noise=params["label_noise_ratio"], box_noise=params["box_noise_scale"]
+    )
+    network = (params["hidden"], params["num_classes"], params["inverse_sigmoid_eps"])
+    scheme = ContrastiveDenoising(config, *network).double()
     scheme.label_embed.load_state_dict({"weight": a["label_embed"]})
     layout = lay_out(targets, group_count(params["dn_number"], max(targets.sizes)), 2)
     assert (layout.slots, layout.groups) == (a.number("pad_size"), a.number("num_dn_group"))
@@ -178,19 +176,16 @@ def check_cdn(a: Arrays) -> None:
 def check_dn(a: Arrays) -> None:
     params, targets = a.json("params"), a.targets()
     # The file draws labels over one row more than classes: to us that is another class.
-    scheme = Denoising(
-        params["hidden"],
-        params["label_draw_high"],
-        params["inverse_sigmoid_eps"],
-        groups=params["groups"],
-        label_noise=params["label_noise_prob"],
-        box_noise=params["box_noise_scale"],
-    ).double()
+    config = DNConfig(
+        groups=params["groups"], label_noise=params["label_noise_prob"], box_noise=params["box_noise_scale"]
+    )
+    network = (params["hidden"], params["label_draw_high"], params["inverse_sigmoid_eps"])
+    scheme = Denoising(config, *network).double()
     scheme.label_embed.load_state_dict({"weight": a["label_embed"][: params["label_draw_high"]]})
-    layout = lay_out(targets, scheme.groups, 1)
+    layout = lay_out(targets, config.groups, 1)
     assert (layout.slots, layout.groups) == (a.number("single_pad") * a.number("groups"), a.number("groups"))
     labels = torch.zeros(len(layout.slot), dtype=torch.int64)
-    labels[a["draw_label_p"] < scheme.label_noise] = a["draw_new_label"]
+    labels[a["draw_label_p"] < config.label_noise] = a["draw_new_label"]
     queries = scheme.queries(targets, layout, PlainNoise(a["draw_label_p"], labels, 2 * a["draw_box_u"] - 1))
     assert queries.boxes is not None
     close(queries.content, a["query_label"], 1e-7)

@@ -11,6 +11,7 @@ from detrellis.schemes.cdn import ContrastiveDenoising, Noise
 from detrellis.schemes.collaborative.assigners import BACKGROUND
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose
 from detrellis.schemes.collaborative.scene import Found
+from detrellis.schemes.config import CDNConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.supervision import CLASSIFICATION, SetLoss, leaving_out
 from detrellis.types import Assignment, DecoderOutput, Targets
@@ -129,7 +130,8 @@ def check_denoising(a: Arrays) -> None:
         targets = Targets(torch.cat(labels), torch.cat(boxes), tuple(len(x) for x in labels))
         number, table = a.number(f"{case}__num_dn_queries"), a[f"{case}__label_embedding"]
         scale = float(a[f"{case}__box_noise_scale"])
-        scheme = ContrastiveDenoising(table.shape[1], len(table), 1e-3, number=number, box_noise=scale).double()
+        config = CDNConfig(number=number, box_noise=scale)
+        scheme = ContrastiveDenoising(config, table.shape[1], len(table), 1e-3).double()
         scheme.label_embed.load_state_dict({"weight": torch.cat([table, table[:1]])})
         # Small numbers are a number of groups in DINO's code, and here always of queries.
         layout = lay_out(targets, max(1, number // max(targets.sizes)), 2)

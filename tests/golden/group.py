@@ -15,6 +15,7 @@ from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.dino import dino_detector
 from detrellis.recipes.network import build_decoder
 from detrellis.schemes.base import Step
+from detrellis.schemes.config import GroupConfig
 from detrellis.schemes.distances import matched_distance, position_distance
 from detrellis.schemes.group import Group
 from detrellis.supervision import Supervision, match, supervise
@@ -39,7 +40,7 @@ def check_conditional(a: Arrays) -> None:
         dropout=0.0,
     )
     model = Transformer(network, cfg["num_classes"]).double()
-    group = Group(model.queries, count, k=groups).double()
+    group = Group(GroupConfig(k=groups), model.queries).double()
     links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     weights = a.group("p/")
     first, further = weights["query_embed.weight"].split([count, (groups - 1) * count])

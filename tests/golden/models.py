@@ -21,6 +21,7 @@ from detrellis.recipes.dino import dino_detector
 from detrellis.recipes.network import build_decoder, build_detector, build_encoder, build_neck, build_queries
 from detrellis.schemes.base import Step
 from detrellis.schemes.cdn import ContrastiveDenoising, group_count
+from detrellis.schemes.config import CDNConfig, HybridConfig
 from detrellis.schemes.denoising import lay_out
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.supervision import Supervision, supervise
@@ -84,7 +85,10 @@ def check_dino(a: Arrays) -> None:
     blocks = {Segment("main", config["num_queries"]): queries}
     if config["train"]:
         scheme = ContrastiveDenoising(
-            config["d_model"], config["num_classes"], config["inverse_sigmoid_eps"], number=config["dn_number"]
+            CDNConfig(number=config["dn_number"]),
+            config["d_model"],
+            config["num_classes"],
+            config["inverse_sigmoid_eps"],
         ).double()
         scheme.label_embed.load_state_dict({"weight": a["p/label_enc.weight"]})
         targets = a.targets()
@@ -219,9 +223,8 @@ def check_hdetr(a: Arrays) -> None:
         eps=cfg["inverse_sigmoid_eps"],
     )
     model = Transformer(network, cfg["num_classes"]).double()
-    hybrid = Hybrid(
-        model.queries, k=cfg["k_one2many"], queries=cfg["num_queries_one2many"], weight=cfg["lambda_one2many"]
-    ).double()
+    config = HybridConfig(k=cfg["k_one2many"], queries=cfg["num_queries_one2many"], weight=cfg["lambda_one2many"])
+    hybrid = Hybrid(config, model.queries).double()
     links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     weights = a.group("p/")
     own, further = weights["query_embed.weight"].split([network.queries.count, hybrid.queries])

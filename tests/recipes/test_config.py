@@ -11,7 +11,7 @@ from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
 from detrellis.recipes.detector import AnchorQueriesConfig, MixedQueriesConfig
-from detrellis.recipes.schemes import CoConfig
+from detrellis.schemes.config import CoConfig
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,6 +14,7 @@ from detrellis.losses import focal_positive
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.recipes.build import build
 from detrellis.schemes.align import Align, align_loss, rank, rank_weight
+from detrellis.schemes.config import AlignConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, pair_up, quality, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
@@ -94,7 +95,7 @@ def test_the_order_of_queries_changes_neither_losses_nor_ranks(seed: int, order:
     overlapping = torch.tensor([0.1, 0.1, 0.5, 0.5])  # where IoUs are 0 the qualities tie, and the lower index leads
     output = output._replace(boxes=overlapping * output.boxes + torch.tensor([0.4, 0.4, 0.2, 0.2]))
     truth = truth._replace(boxes=overlapping * truth.boxes + torch.tensor([0.4, 0.4, 0.2, 0.2]))
-    supervision = Align(k=k).supervision(Supervision())
+    supervision = Align(AlignConfig(k=k)).supervision(Supervision())
     turned = output.map(lambda t: t[:, :, order])
     losses, _ = supervise([supervision.task("main", output, truth, ONE)])
     others, _ = supervise([supervision.task("main", turned, truth, ONE)])
@@ -112,7 +113,7 @@ def test_the_order_of_queries_changes_neither_losses_nor_ranks(seed: int, order:
 
 def test_stages_have_their_own_numbers() -> None:
     output, truth = problem(3, (2,), 30)
-    supervision = Align(k=3, k_encoder=5).supervision(Supervision())
+    supervision = Align(AlignConfig(k=3, k_encoder=5)).supervision(Supervision())
     found = assign([Match(output, truth, supervision.assign)])[0]
     assert found.layer.bincount().tolist() == [6, 6, 2]
     proposals = supervision.proposals()
@@ -149,7 +150,7 @@ def perfect(k: int, alpha: float) -> tuple[DecoderOutput, Targets, Align]:
     logits = torch.randn(1, 1, 6, CLASSES, generator=g, dtype=torch.float64)
     truth = targets((1,))._replace(boxes=targets((1,)).boxes.double())
     boxes = truth.boxes.expand(1, 1, 6, 4).clone()
-    return DecoderOutput(logits, boxes, boxes), truth, Align(k=k, k_last=k, alpha=alpha, floor=0.0)
+    return DecoderOutput(logits, boxes, boxes), truth, Align(AlignConfig(k=k, k_last=k, alpha=alpha, floor=0.0))
 
 
 def test_of_perfect_boxes_it_is_the_focal_loss_without_alpha() -> None:
@@ -165,7 +166,7 @@ def test_the_target_has_no_gradient_and_classes_do_not_move_boxes() -> None:
     output, truth = problem(2, (3, 2), 20)
     leaves = [t.clone().requires_grad_() for t in output[:2]]
     output = DecoderOutput(leaves[0], leaves[1], leaves[1])
-    align = Align()
+    align = Align(AlignConfig())
     supervision = align.supervision(Supervision())
     found = assign([Match(output, truth, supervision.assign)])[0]
     assert not align.soft_target(pair_up(output, truth, found)).target.requires_grad
@@ -188,7 +189,7 @@ def test_finite_at_any_logit(loss: str, dtype: torch.dtype) -> None:
     logits = logits.repeat(1, 1, 1, 6).requires_grad_()
     base = Supervision() if loss in ("align", "ia_bce") else Supervision(rule=CLASSIFICATION[loss])
     if loss in ("align", "ia_bce"):
-        base = Align(k_last=2, classification=loss).supervision(base)  # type: ignore[arg-type]
+        base = Align(AlignConfig(k_last=2, classification=loss)).supervision(base)  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
         losses, _ = supervise([base.task("main", output._replace(logits=logits), truth, ONE)])
     assert all(v.isfinite() and v.dtype == torch.float32 for v in losses.values())
@@ -208,7 +209,7 @@ def test_the_loss_is_focal_at_both_ends(target: float, logit: float) -> None:
 def test_boxes_are_weighed_by_rank_and_divided_by_uncopied_targets() -> None:
     output, truth = problem(1, (2,), 20)
     for ranked in (True, False):
-        align = Align(k_last=3, rank_boxes=ranked)
+        align = Align(AlignConfig(k_last=3, rank_boxes=ranked))
         supervision = align.supervision(Supervision())
         found = assign([Match(output, truth, supervision.assign)])[0]
         pairs = pair_up(output, truth, found)
@@ -229,7 +230,7 @@ def test_known_pairs_have_rank_0_though_a_target_has_many() -> None:
 @pytest.mark.parametrize("classification", ["align", "ia_bce", "base"])
 def test_what_the_base_says_is_kept_only_on_request(classification: str) -> None:
     base = Supervision(rule=CLASSIFICATION["qfl"])
-    rule = Align(classification=classification).supervision(base).rule  # type: ignore[arg-type]
+    rule = Align(AlignConfig(classification=classification)).supervision(base).rule  # type: ignore[arg-type]
     assert isinstance(rule, SetLoss)
     assert (rule.positive is CLASSIFICATION["qfl"].positive) == (classification == "base")
     output, truth = problem(1, (3,), 20)

@@ -9,6 +9,7 @@ from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.schemes.cdn import ContrastiveDenoising, disturb, draw_noise, group_count
+from detrellis.schemes.config import CDNConfig
 from detrellis.schemes.denoising import lay_out, positives
 
 from ..small import CLASSES, images, small, targets
@@ -56,7 +57,7 @@ def test_every_positive_knows_its_own_target_at_every_layer() -> None:
 
 
 def test_empty_slots_are_neutral() -> None:
-    scheme = ContrastiveDenoising(8, CLASSES, 1e-3)
+    scheme = ContrastiveDenoising(CDNConfig(), 8, CLASSES, 1e-3)
     truth = targets((1, 3))
     layout = lay_out(truth, 2, 2)
     queries = scheme.queries(truth, layout, draw_noise(len(layout.slot), CLASSES, torch.Generator()))

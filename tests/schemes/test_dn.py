@@ -37,8 +37,8 @@ def test_a_fifth_of_the_labels_is_redrawn() -> None:
     assert (labels != 0).float().mean() == pytest.approx(0.2, abs=0.03)
 
 
-def step_of(name: str, truth: Targets) -> tuple[Denoising, Step]:
-    model = build(small(name), CLASSES)
+def step_of(name: str, truth: Targets, *overrides: str) -> tuple[Denoising, Step]:
+    model = build(small(name).override(list(overrides)), CLASSES)
     scheme = model.training_schemes[0]
     assert isinstance(scheme, Denoising)
     return scheme, model.begin(images(tuple((64, 96) for _ in truth.sizes)), truth)
@@ -46,8 +46,7 @@ def step_of(name: str, truth: Targets) -> tuple[Denoising, Step]:
 
 @pytest.mark.parametrize(("total", "groups"), [(None, 5), (100, 33), (3, 1), (1, 1)])
 def test_groups_are_fixed_or_follow_a_total(total: int | None, groups: int) -> None:
-    scheme, step = step_of("dn_detr_r50", targets((2, 3)))
-    scheme.total = total
+    scheme, step = step_of("dn_detr_r50", targets((2, 3)), f"schemes.dn.total={'null' if total is None else total}")
     (block,) = scheme.extend(step).blocks
     assert block.copies == groups
     assert block.queries.content.shape[1] == groups * 3

@@ -8,6 +8,7 @@ import torch
 from detrellis.boxes import cxcywh_to_xyxy, iou
 from detrellis.matching import Hungarian, Match, assign
 from detrellis.recipes.build import build
+from detrellis.schemes.config import StableConfig
 from detrellis.schemes.stable import Stable, modulation
 from detrellis.supervision import Supervision, pair_up, scaled_iou_target
 from detrellis.types import Assignment, DecoderOutput, Targets
@@ -53,7 +54,7 @@ def test_the_best_modulation_of_an_image_is_1() -> None:
 @pytest.mark.parametrize("modulated", [True, False])
 def test_of_equal_scores_the_better_box_costs_less(modulated: bool) -> None:
     """Boxes alone decide anyway; the modulation adds to it in the class cost."""
-    supervision = Stable(modulated=modulated).supervision(Supervision())
+    supervision = Stable(StableConfig(modulated=modulated)).supervision(Supervision())
     assert isinstance(supervision.assign, Hungarian)
     overlap = torch.tensor([[0.9], [-0.5]])
     cost = supervision.assign.cost.class_term(torch.zeros(2, 3), torch.tensor([1]), overlap)

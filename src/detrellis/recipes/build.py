@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -14,7 +13,6 @@ from detrellis.detector import Detector
 from detrellis.errors import UserError
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.nn.accelerate import accelerate
-from detrellis.recipes.branches import build_branches
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.network import build_detector
@@ -23,6 +21,16 @@ from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.cdn import ContrastiveDenoising
 from detrellis.schemes.collaborative.scheme import Collaborative
+from detrellis.schemes.config import (
+    AlignConfig,
+    CDNConfig,
+    CoConfig,
+    DNConfig,
+    GroupConfig,
+    HybridConfig,
+    SchemeConfig,
+    StableConfig,
+)
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
@@ -33,22 +41,12 @@ from detrellis.training import TrainableDetector
 
 def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -> list[TrainingScheme]:
     """The recipe's training schemes, each initialised from a seed of its own."""
-    network = (recipe.detector.width, classes, recipe.detector.eps)
-    makers: dict[str, Callable[..., TrainingScheme]] = {
-        "dn": partial(Denoising, *network),
-        "cdn": partial(ContrastiveDenoising, *network),
-        "hybrid": partial(_hybrid, recipe.detector, detector),
-        "co": partial(_co, recipe, classes),
-        "align": Align,
-        "stable": Stable,
-        "group": partial(_group, recipe.detector, detector),
-    }
-    chosen = {name: config for name, config in recipe.schemes if config is not None}
     built: list[TrainingScheme] = []
     with torch.random.fork_rng(devices=[]):
-        for name, config in chosen.items():
-            torch.manual_seed(_seed(seed, name))
-            built.append(makers[name](**config.model_dump()))
+        for name, config in recipe.schemes:
+            if config is not None:
+                torch.manual_seed(_seed(seed, name))
+                built.append(build_scheme(config, recipe.detector, detector, classes))
     accelerate(*built)
     for scheme in built:
         for missing in sorted(scheme.requires - recipe.detector.capabilities):
@@ -57,24 +55,25 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
     return built
 
 
-def _hybrid(config: DetectorConfig, detector: Detector, queries: int | None = None, **dials: Any) -> Hybrid:
-    """H-DETR with the paper\'s proportion where no number is given: 1500 extra queries beside 300."""
-    return Hybrid(detector.queries, queries=queries or min(5 * config.queries.count, 1500), **dials)
-
-
-def _group(config: DetectorConfig, detector: Detector, k: int | None = None, **dials: Any) -> Group:
-    """Group DETR with the paper\'s number of groups where none is given: 11, and 3 of the larger ones of DINO."""
-    return Group(detector.queries, config.queries.count, k=k or (3 if config.two_stage else 11), **dials)
-
-
-def _co(recipe: Recipe, classes: int, **dials: Any) -> Collaborative:
-    """Co-DETR with branches in proportion to the detector\'s width, and queries of the detector\'s kind."""
-    config = recipe.detector
-    positioned = config.queries.position == "queries"
-    features = positioned if dials["features"] is None else dials["features"]
-    chosen = {"features": features, "positioned": positioned, "layers": config.decoder.layers}
-    adapter, branches = build_branches(config, classes, dials.pop("branches"), dials.pop("convolutions"))
-    return Collaborative(config.width, adapter, branches, **dials | chosen)
+def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detector, classes: int) -> TrainingScheme:
+    """A scheme from its config, and from what it needs to know of the detector."""
+    match config:
+        case DNConfig():
+            return Denoising(config, network.width, classes, network.eps)
+        case CDNConfig():
+            return ContrastiveDenoising(config, network.width, classes, network.eps)
+        case HybridConfig():
+            return Hybrid(config, detector.queries)
+        case CoConfig():
+            positioned, layers = network.queries.position == "queries", network.decoder.layers
+            strides = network.level_strides
+            return Collaborative(config, network.width, classes, strides, layers=layers, positioned=positioned)
+        case AlignConfig():
+            return Align(config)
+        case StableConfig():
+            return Stable(config)
+        case GroupConfig():
+            return Group(config, detector.queries)
 
 
 def build_supervision(recipe: Recipe) -> Supervision:

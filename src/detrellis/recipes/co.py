@@ -8,10 +8,10 @@ from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import SWIN_L, deformable_detr_r50_two_stage_plus
 from detrellis.recipes.detector import BackboneConfig
 from detrellis.recipes.dino import dino_detector, dino_r50
-from detrellis.recipes.schemes import Branch, CoConfig
+from detrellis.schemes.config import BranchName, CoConfig
 
 
-def _collaborative(base: Recipe, name: str, about: str, branches: tuple[Branch, ...], epochs: int) -> Recipe:
+def _collaborative(base: Recipe, name: str, about: str, branches: tuple[BranchName, ...], epochs: int) -> Recipe:
     """The base with these branches; the learning rate falls before the last twelfth or sixth, as released."""
     drops = (11 / 12,) if epochs == 12 else (30 / 36,)
     return base.model_copy(

@@ -30,7 +30,8 @@ from detrellis.fields import (
 )
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.overrides import assign
-from detrellis.recipes.schemes import Branch, SchemesConfig
+from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import BranchName
 
 Side = Annotated[int, within(1, 16384)]  # of a picture, in pixels
 Fraction = Annotated[float, within(0, 1, above=True, below=True)]  # of a run
@@ -208,12 +209,12 @@ def _form(name: str) -> str:
     """How a scheme's dial is written."""
     dial = _dial(name)
     if name == "co":
-        return f"Write --scheme co=atss+rcnn: heads joined with +, any of {', '.join(typing.get_args(Branch))}."
+        return f"Write --scheme co=atss+rcnn: heads joined with +, any of {', '.join(typing.get_args(BranchName))}."
     return f"Write --scheme {name}=N; N sets schemes.{name}.{dial}." if dial else f"Write --scheme {name}."
 
 
 def _unknown_scheme(name: str, text: str) -> UserError:
-    if name in typing.get_args(Branch):
+    if name in typing.get_args(BranchName):
         return UserError(
             f"--scheme {text}: {name} is a head of the scheme co", f"Join heads with +: --scheme co=atss+{name}."
         )

@@ -14,7 +14,8 @@ from detrellis.recipes.detector import (
     DenseEncoderConfig,
     DetectorConfig,
 )
-from detrellis.recipes.schemes import DNConfig, SchemesConfig
+from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import DNConfig
 
 # The settings that DAB-DETR and its descendants share.
 COMMON = {"dropout": 0.0, "eps": 1e-3, "position_temperature": 20.0, "position_offset": 0.0, "top_k": 300}

@@ -12,7 +12,8 @@ from detrellis.recipes.detector import (
     MixedQueriesConfig,
 )
 from detrellis.recipes.scale import tiny_sized
-from detrellis.recipes.schemes import CDNConfig, SchemesConfig
+from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import CDNConfig
 
 
 def dino_detector(*, strides: tuple[int, ...] = (8, 16, 32), levels: int = 4) -> DetectorConfig:

@@ -7,7 +7,7 @@ from functools import partial
 
 from detrellis.recipes import conditional, dab, dino
 from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.schemes import DNConfig, GroupConfig
+from detrellis.schemes.config import DNConfig, GroupConfig
 
 
 def _grouped(make: Callable[[], Recipe], *, k: int) -> Recipe:

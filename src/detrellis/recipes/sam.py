@@ -20,7 +20,8 @@ from detrellis.recipes.detector import (
     SemanticAttentionConfig,
 )
 from detrellis.recipes.detr import single_scale_detector
-from detrellis.recipes.schemes import DNConfig, SchemesConfig
+from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import DNConfig
 
 
 def sam_detector(*, dilation: bool = False) -> DetectorConfig:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch import Tensor
 from detrellis.losses import bce_loss, focal_negative, focal_positive
 from detrellis.matching import Candidates, Hungarian
 from detrellis.schemes.base import TrainingScheme
+from detrellis.schemes.config import AlignConfig
 from detrellis.supervision import Pairs, SetLoss, SoftTarget, Supervision, TargetRule, quality
 
 
@@ -54,53 +54,35 @@ def align_loss(logits: Tensor, targets: Tensor, gamma: float = 2.0) -> Tensor:
 
 
 class Align(TrainingScheme):
-    """Align-DETR: `k` candidates a target, ranked, and the Align Loss.
-
-    `k_encoder` is k of the encoder's proposals (None: `k`), `k_last` that of the last decoder layer. `alpha` weighs
-    confidence against IoU in the quality, `tau` says how fast lower ranks fade, `gamma` is the focal exponent.
-    `classification`: `"align"`; `"ia_bce"`, the loss of the released code; `"base"`, which leaves the classes to the
-    base's loss. `rank_boxes=False` weighs the box losses of all candidates alike.
-    """
+    """Several candidates for each target, ranked, and the Align Loss."""
 
     name = "align"
     requires = frozenset({"sigmoid_scores"})
 
-    def __init__(
-        self,
-        *,
-        k: int = 4,
-        k_encoder: int | None = None,
-        k_last: int = 1,
-        alpha: float = 0.25,
-        tau: float = 1.5,
-        gamma: float = 2.0,
-        floor: float = 0.01,
-        classification: Literal["align", "ia_bce", "base"] = "align",
-        rank_boxes: bool = True,
-        iou_eps: float = 0.0,
-    ) -> None:
+    def __init__(self, config: AlignConfig) -> None:
         super().__init__()
-        self.candidates = Candidates(encoder=k if k_encoder is None else k_encoder, intermediate=k, last=k_last)
-        self.alpha, self.tau, self.gamma, self.floor = alpha, tau, gamma, floor
-        self.classification, self.rank_boxes, self.iou_eps = classification, rank_boxes, iou_eps
+        self.config = config
 
     def supervision(self, base: Supervision) -> Supervision:
         """Mixed matching; Eq. 5 for the classes, Eq. 6 for the boxes."""
         assert isinstance(base.assign, Hungarian)
         assert isinstance(base.rule, SetLoss)
-        if self.classification == "base":
+        config = self.config
+        if config.classification == "base":
             rule = replace(base.rule, target=partial(self.weigh, base.rule.target))
         else:
-            positive = bce_loss if self.classification == "ia_bce" else partial(align_loss, gamma=self.gamma)
-            rule = SetLoss(self.soft_target, positive, negative_weight=1.0, gamma=self.gamma, iou_eps=self.iou_eps)
-        return replace(base, assign=replace(base.assign, candidates=self.candidates), rule=rule)
+            positive = bce_loss if config.classification == "ia_bce" else partial(align_loss, gamma=config.gamma)
+            rule = SetLoss(self.soft_target, positive, negative_weight=1.0, gamma=config.gamma, iou_eps=config.iou_eps)
+        encoder = config.k if config.k_encoder is None else config.k_encoder
+        candidates = Candidates(encoder=encoder, intermediate=config.k, last=config.k_last)
+        return replace(base, assign=replace(base.assign, candidates=candidates), rule=rule)
 
     @torch.no_grad()
     def soft_target(self, pairs: Pairs) -> SoftTarget:
         """The target `exp(-r / tau) q` (Eq. 4) and the weight of the box losses (Eq. 6)."""
-        q = quality(pairs, self.alpha)
-        weight = rank_weight(rank(q, pairs.positives.candidate_set).to(q), self.tau)
-        return SoftTarget(weight * q.clamp(min=self.floor), weight if self.rank_boxes else None)
+        q = quality(pairs, self.config.alpha)
+        weight = rank_weight(rank(q, pairs.positives.candidate_set).to(q), self.config.tau)
+        return SoftTarget(weight * q.clamp(min=self.config.floor), weight if self.config.rank_boxes else None)
 
     def weigh(self, base: TargetRule, pairs: Pairs) -> SoftTarget:
         """The base's target, and the weight of the box losses."""

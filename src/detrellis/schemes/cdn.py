@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrellis.schemes.base import Extension, Step, TrainingScheme
-from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place
+from detrellis.schemes.config import CDNConfig
+from detrellis.schemes.denoising import Layout, denoising_block, lay_out, place
 from detrellis.types import Queries, Targets
 
 
@@ -69,46 +70,38 @@ def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scal
 
 
 class ContrastiveDenoising(TrainingScheme):
-    """DINO's contrastive denoising queries, one block of `G` groups that see the main queries but not each other."""
+    """DINO's contrastive denoising queries, one block of `G` groups that see the main queries but not each other.
+
+    `eps` is that of the detector's inverse sigmoid.
+    """
 
     name = "cdn"
     requires = frozenset({"box_queries"})
 
-    def __init__(
-        self,
-        width: int,
-        classes: int,
-        eps: float,
-        *,
-        number: int = 100,
-        label_noise: float = 0.5,
-        box_noise: float = 1.0,
-        sees: Sees = "main",
-    ) -> None:
+    def __init__(self, config: CDNConfig, width: int, classes: int, eps: float) -> None:
         super().__init__()
-        self.sees = sees
-        self.number, self.label_noise, self.box_noise = number, label_noise, box_noise
-        self.classes, self.eps = classes, eps
+        self.config, self.classes, self.eps = config, classes, eps
         # One row more than classes, as in the released code, whose last row stands for "unknown" and stays unused.
         self.label_embed = nn.Embedding(classes + 1, width)
 
     @property
     def extra_queries(self) -> int:
         """Positives and negatives within the budget; a fuller image still gets one group."""
-        return 2 * self.number
+        return 2 * self.config.number
 
     def extend(self, step: Step) -> Extension:
         """The denoising block, or none where the batch has no boxes."""
         most = max(step.targets.sizes)
         if most == 0:
             return Extension([])
-        layout = lay_out(step.targets, group_count(self.number, most), kinds=2)
+        layout = lay_out(step.targets, group_count(self.config.number, most), kinds=2)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
-        return Extension([denoising_block("cdn", self.queries(step.targets, layout, noise), layout, step, self.sees)])
+        queries = self.queries(step.targets, layout, noise)
+        return Extension([denoising_block("cdn", queries, layout, step, self.config.sees)])
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Disturbed labels and boxes in their slots."""
-        flip = self.label_noise / 2
-        labels, boxes = disturb(targets, layout, noise, flip=flip, scale=self.box_noise)
+        flip = self.config.label_noise / 2
+        labels, boxes = disturb(targets, layout, noise, flip=flip, scale=self.config.box_noise)
         return place(layout, len(targets.sizes), self.label_embed(labels), boxes, self.eps)

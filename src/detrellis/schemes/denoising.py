@@ -7,13 +7,14 @@ batch have the same slots; one that an image does not fill has content 0 and the
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from detrellis.boxes import inverse_sigmoid
 from detrellis.schemes.base import QueryBlock, Step
+from detrellis.schemes.config import Sees
 from detrellis.supervision import LossRule
 from detrellis.types import Assignment, Queries, Targets
 
@@ -67,10 +68,6 @@ def positives(layout: Layout, layers: int) -> Assignment:
     layer = torch.arange(layers, device=chosen.device).repeat_interleave(count, output_size=layers * count)
     image, query, target = chosen.repeat(1, layers)
     return Assignment(layer, image, query, target, torch.arange(len(layer), device=layer.device))
-
-
-# Which of Group DETR's groups denoising queries read besides themselves: the first, as without groups, or all.
-Sees = Literal["main", "all"]
 
 
 def denoising_block(

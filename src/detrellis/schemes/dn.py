@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.schemes.base import Extension, Step, TrainingScheme
-from detrellis.schemes.denoising import Layout, Sees, denoising_block, lay_out, place, unused
+from detrellis.schemes.config import DNConfig
+from detrellis.schemes.denoising import Layout, denoising_block, lay_out, place, unused
 from detrellis.supervision import leaving_out
 from detrellis.types import Queries, Targets
 
@@ -49,58 +50,40 @@ def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scal
 
 
 class Denoising(TrainingScheme):
-    """DN-DETR's denoising queries: `groups` of them, or as many as keep `total` queries in the fullest image.
-
-    `padded_background`: slots that an image does not fill learn "no object"; without it they learn nothing.
-    """
+    """DN-DETR's denoising queries; `eps` is that of the detector's inverse sigmoid."""
 
     name = "dn"
     requires = frozenset({"box_queries", "sigmoid_scores"})
 
-    def __init__(
-        self,
-        width: int,
-        classes: int,
-        eps: float,
-        *,
-        groups: int = 5,
-        total: int | None = None,
-        label_noise: float = 0.2,
-        box_noise: float = 0.4,
-        padded_background: bool = False,
-        sees: Sees = "main",
-    ) -> None:
+    def __init__(self, config: DNConfig, width: int, classes: int, eps: float) -> None:
         super().__init__()
-        self.sees = sees
-        self.groups, self.total = groups, total
-        self.label_noise, self.box_noise = label_noise, box_noise
-        self.padded_background = padded_background
-        self.classes, self.eps = classes, eps
+        self.config, self.classes, self.eps = config, classes, eps
         self.label_embed = nn.Embedding(classes, width - 1)
 
     @property
     def extra_queries(self) -> int:
         """Within the total; where only groups are given, their number in an image with one box."""
-        return self.total or self.groups
+        return self.config.total or self.config.groups
 
     def extend(self, step: Step) -> Extension:
         """The denoising block, or none where the batch has no boxes."""
         most = max(step.targets.sizes)
         if most == 0:
             return Extension([])
-        groups = self.groups if self.total is None else max(1, self.total // most)
+        groups = self.config.groups if self.config.total is None else max(1, self.config.total // most)
         layout = lay_out(step.targets, groups, kinds=1)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
         rule = step.supervision.rule
-        if not self.padded_background:
+        if not self.config.padded_background:
             rule = leaving_out(rule, unused(layout, len(step.targets.sizes)))
         queries = self.queries(step.targets, layout, noise)
-        return Extension([denoising_block("dn", queries, layout, step, self.sees, rule)])
+        return Extension([denoising_block("dn", queries, layout, step, self.config.sees, rule)])
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Contents `[label, 1]` and disturbed boxes in their slots."""
-        labels, boxes = disturb(targets, layout, noise, flip=self.label_noise, scale=self.box_noise)
+        config = self.config
+        labels, boxes = disturb(targets, layout, noise, flip=config.label_noise, scale=config.box_noise)
         embedded = self.label_embed(labels)
         contents = torch.cat([embedded, torch.ones_like(embedded[:, :1])], dim=1)
         return place(layout, len(targets.sizes), contents, boxes, self.eps)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,40 +24,25 @@ from detrellis.detector import Detector
 from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.queries import QuerySource, Table
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
+from detrellis.schemes.config import GroupConfig
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.types import Assignment, DecoderOutput, Proposals
 
 
 class Group(TrainingScheme):
-    """`k` groups of queries, the detector's own among them.
-
-    `reduction`: the loss is the mean over the groups, or their sum. `proposals`, of two-stage detectors: `"heads"`, one
-    proposal head for each group; `"shared"`, every group gets the detector's own proposals; `"split"`, the groups take
-    turns with those ranked after them. `contents`, where each query learns one: the further groups' are drawn
-    independently (`"fresh"`, as in the paper), or begin as the first's (`"copied"`). `distances`: log how far apart the
-    groups' queries are (PD and MD, Eq. 6 and 7).
-    """
+    """K groups of queries: the detector's own, and K - 1 more of the kind that its `source` has."""
 
     name = "group"
 
-    def __init__(
-        self,
-        source: QuerySource,
-        count: int,
-        *,
-        k: int = 11,
-        reduction: Literal["mean", "sum"] = "mean",
-        proposals: Literal["heads", "shared", "split"] = "heads",
-        contents: Literal["fresh", "copied"] = "fresh",
-        distances: bool = False,
-    ) -> None:
+    def __init__(self, config: GroupConfig, source: QuerySource) -> None:
         super().__init__()
-        self.contents, self.distances = contents, distances
-        self.k, self.count, self.reduction, self.proposals = k, count, reduction, proposals
-        self.table = source.fresh((k - 1) * count)
+        # The paper has 11 groups, and 3 of DINO's larger ones.
+        self.k = config.k or (11 if source.head is None else 3)
+        self.config, self.count = config, source.count
+        self.table = source.fresh((self.k - 1) * self.count)
         self._copy_contents(source)
-        head = source.head if proposals == "heads" else None
-        self.heads = nn.ModuleList(sibling(head) for _ in range(k - 1) if head is not None)
+        head = source.head if config.proposals == "heads" else None
+        self.heads = nn.ModuleList(sibling(head) for _ in range(self.k - 1) if head is not None)
 
     @property
     def extra_queries(self) -> int:
@@ -68,7 +52,7 @@ class Group(TrainingScheme):
     @property
     def share(self) -> float:
         """The first group's part of the loss."""
-        return 1 / self.k if self.reduction == "mean" else 1.0
+        return 1 / self.k if self.config.reduction == "mean" else 1.0
 
     def start_from(self, detector: Detector) -> None:
         """The further proposal heads begin as the detector's, which has been filled with trained weights."""
@@ -79,7 +63,7 @@ class Group(TrainingScheme):
 
     @torch.no_grad()
     def _copy_contents(self, source: QuerySource) -> None:
-        if self.contents == "copied" and "content" in self.table:
+        if self.config.contents == "copied" and "content" in self.table:
             self.table["content"].copy_(source.get_parameter("content").repeat(self.k - 1, 1))
 
     def extend(self, step: Step) -> Extension:
@@ -107,9 +91,9 @@ class Group(TrainingScheme):
     def _proposals(self, step: Step, own: Proposals) -> tuple[Tensor, DecoderOutput | None]:
         """Boxes of all further groups, one after the other, and what teaches the heads that proposed them."""
         further, count = self.k - 1, own.best.shape[1]
-        if self.proposals == "shared":
+        if self.config.proposals == "shared":
             return own.boxes.repeat(1, further, 1), None
-        if self.proposals == "split":
+        if self.config.proposals == "split":
             ranks = own.ranked(count, self.k * count)
             ranks = ranks if ranks.shape[1] else own.best  # a memory of few tokens: they are shared
             turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
@@ -124,7 +108,7 @@ class Group(TrainingScheme):
         """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
         ours = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
         places = [boxes for boxes in ours if boxes is not None]
-        if not self.distances or len(places) < 2:
+        if not self.config.distances or len(places) < 2:
             return {}
         centres = torch.cat(places, dim=1)[..., :2].detach()
         positions = centres.unflatten(1, (self.k, -1))

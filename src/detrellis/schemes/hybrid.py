@@ -13,37 +13,26 @@ duplicates. Two-stage detectors take the second block's boxes from the proposals
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
 from detrellis.matching import Candidates, Hungarian
 from detrellis.nn.queries import QuerySource
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
+from detrellis.schemes.config import HybridConfig
 from detrellis.supervision import Supervision
 
 
 class Hybrid(TrainingScheme):
-    """One more block of `queries`, `k` of them for each target, its loss times `weight` (the paper's lambda).
-
-    `source` is the detector's module of queries. `divisor`: sums are divided by all copies of the boxes, as if each
-    were a target, or by the boxes.
-    """
+    """One more block of queries, of the kind that the detector's `source` has; k of them learn each target."""
 
     name = "hybrid"
 
-    def __init__(
-        self,
-        source: QuerySource,
-        *,
-        k: int = 6,
-        queries: int = 1500,
-        weight: float = 1.0,
-        divisor: Literal["copies", "boxes"] = "copies",
-    ) -> None:
+    def __init__(self, config: HybridConfig, source: QuerySource) -> None:
         super().__init__()
-        self.queries, self.k, self.weight, self.divisor = queries, k, weight, divisor
-        self.table = source.fresh(queries)
+        self.config = config
+        self.queries = config.queries or min(5 * source.count, 1500)  # the paper has 1500 beside 300
+        self.table = source.fresh(self.queries)
 
     @property
     def extra_queries(self) -> int:
@@ -61,15 +50,16 @@ class Hybrid(TrainingScheme):
             boxes = step.detector.queries.proposed(step.proposals, next_best)
         queries = step.detector.queries.extra(self.table, step.memory, boxes)
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
-        block = QueryBlock("hybrid", queries, supervision, weight=self.weight, normaliser=normaliser)
+        block = QueryBlock("hybrid", queries, supervision, weight=self.config.weight, normaliser=normaliser)
         return Extension([block])
 
     def supervision_of(self, main: Supervision) -> Supervision:
-        """The main block's with `k` queries for each target in every layer."""
+        """The main block's with k queries for each target in every layer."""
         assert isinstance(main.assign, Hungarian)
-        several = replace(main.assign, candidates=Candidates(self.k, self.k, self.k, positive_fraction=None))
+        k = self.config.k
+        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=None))
         return replace(main, assign=several)
 
     def normaliser(self, mean_boxes: Tensor) -> Tensor:
         """What the second block's sums are divided by."""
-        return (mean_boxes * (self.k if self.divisor == "copies" else 1)).clamp(min=1)
+        return (mean_boxes * (self.config.k if self.config.divisor == "copies" else 1)).clamp(min=1)

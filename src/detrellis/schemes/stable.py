@@ -17,6 +17,7 @@ from torch import Tensor
 
 from detrellis.matching import Hungarian, columns, focal_difference
 from detrellis.schemes.base import TrainingScheme
+from detrellis.schemes.config import StableConfig
 from detrellis.supervision import CLASSIFICATION, Supervision
 
 
@@ -32,25 +33,23 @@ def modulated_term(logits: Tensor, labels: Tensor, overlap: Tensor, beta: float 
 
 
 class Stable(TrainingScheme):
-    """Stable-DINO's supervision: `supervised` loss of weight `classes` (1 in denoising) and `modulated` matching."""
+    """Stable-DINO's loss, whose weight stays 1 in denoising, and its matching."""
 
     name = "stable"
     requires = frozenset({"sigmoid_scores"})
 
-    def __init__(
-        self, *, supervised: bool = True, modulated: bool = True, classes: float = 6.0, beta: float = 0.5
-    ) -> None:
+    def __init__(self, config: StableConfig) -> None:
         super().__init__()
-        self.supervised, self.modulated, self.classes, self.beta = supervised, modulated, classes, beta
+        self.config = config
 
     def supervision(self, base: Supervision) -> Supervision:
         """The base's with one or both replaced."""
         assert isinstance(base.assign, Hungarian)
-        if self.modulated:
-            cost = replace(base.assign.cost, class_term=partial(modulated_term, beta=self.beta))
+        if self.config.modulated:
+            cost = replace(base.assign.cost, class_term=partial(modulated_term, beta=self.config.beta))
             base = replace(base, assign=replace(base.assign, cost=cost))
-        if self.supervised:
-            weights = {**base.weights, "class": self.classes}
+        if self.config.supervised:
+            weights = {**base.weights, "class": self.config.classes}
             known = {**base.weights, "class": 1.0}
             base = replace(base, rule=CLASSIFICATION["psl"], weights=weights, known_weights=known)
         return base

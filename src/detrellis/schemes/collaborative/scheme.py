@@ -17,28 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor, nn
 
 from detrellis.distributed import reduce_mean
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
-from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
+from detrellis.schemes.collaborative.branches import build_branches
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose, marks
 from detrellis.schemes.collaborative.scene import Scene, look_at, random_draw
+from detrellis.schemes.config import CoConfig
 from detrellis.supervision import Supervision, leaving_out
 from detrellis.types import Assignment
 
 
 class Collaborative(TrainingScheme):
-    """Branches on the memory, in any number and order; modules that are a `Branch`.
+    """Branches on the memory, in any number and order, and their positives as queries.
 
-    `heads` and `queries` are the paper's lambda 2 and lambda 1: weights of the heads' losses, which count once for each
-    of the decoder's `layers`, and of the decoder's losses for the positive queries; 0 leaves that part out. `most`
-    queries a branch; `pad`: an image with fewer positives than others is filled up with `"background"`, or with queries
-    that are not read (`"mask"`). `positioned`: queries have positions of their own. `features`: contents hold the
-    memory's features. `vector`: positions are told apart by a vector for each branch instead of a number. `aligned`:
-    the queries learn what the main block's learn, as Align and others left it; otherwise what was there before.
+    `strides` are those of the memory's levels, `layers` the decoder's. `positioned`: the detector's queries have
+    positions of their own.
     """
 
     name = "co"
@@ -46,38 +42,36 @@ class Collaborative(TrainingScheme):
 
     def __init__(
         self,
+        config: CoConfig,
         width: int,
-        adapter: Coarser | Pyramid,
-        branches: Sequence[nn.Module],
+        classes: int,
+        strides: Sequence[int],
         *,
         layers: int,
         positioned: bool,
-        heads: float = 2.0,
-        queries: float = 1.0,
-        most: int = 300,
-        pad: Literal["background", "mask"] = "background",
-        features: bool = True,
-        vector: bool = False,
-        aligned: bool = False,
     ) -> None:
         super().__init__()
-        self.adapter, self.branches = adapter, nn.ModuleList(branches)
-        self.layers, self.heads, self.queries = layers, heads, queries
-        self.most, self.pad, self.aligned = most, pad, aligned
-        embeds = [PositiveQueries(width, positioned=positioned, features=features) for _ in branches if queries]
-        self.embeds = nn.ModuleList(embeds)
-        self.marks = marks(len(branches), width if vector else 1) if positioned and queries else None
+        self.config, self.layers = config, layers
+        names, convolutions = config.branches, config.convolutions
+        self.adapter, branches = build_branches(names, width, classes, strides, convolutions=convolutions)
+        self.branches = nn.ModuleList(branches)
+        features = positioned if config.features is None else config.features
+        self.embeds = nn.ModuleList(
+            PositiveQueries(width, positioned=positioned, features=features) for _ in names if config.queries
+        )
+        self.marks = marks(len(names), width if config.vector else 1) if positioned and config.queries else None
 
     @property
     def names(self) -> list[str]:
         """What logs call the branches; the second of a kind gets a number."""
-        kinds = [b.name for b in self.branches]
-        return [k if k not in kinds[:i] else f"{k}{kinds[: i + 1].count(k)}" for i, k in enumerate(kinds)]  # type: ignore[misc]
+        kinds = self.config.branches
+        numbers = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
+        return [kind if number == 1 else f"{kind}{number}" for kind, number in zip(kinds, numbers, strict=True)]
 
     @property
     def extra_queries(self) -> int:
         """All branches' together."""
-        return self.most * len(self.embeds)
+        return self.config.most * len(self.embeds)
 
     def supervision(self, base: Supervision) -> Supervision:
         """Remembered as it is here; the same."""
@@ -90,16 +84,16 @@ class Collaborative(TrainingScheme):
 
     def extend(self, step: Step) -> Extension:
         """The branches' losses, and a block of queries for each."""
-        scene, draw = self.scene(step), random_draw(self.generator)
+        config, scene, draw = self.config, self.scene(step), random_draw(self.generator)
         losses: dict[str, Tensor] = {}
         blocks = []
         for i, (name, branch) in enumerate(zip(self.names, self.branches, strict=True)):
             terms, found = branch(scene, draw)
-            if self.heads:
-                losses |= {f"co_{name}_head/{term}": self.heads * self.layers * v for term, v in terms.items()}
-            if self.queries:
-                fill = self.pad == "background"
-                chosen = choose(found, scene.sizes, scene.offsets, draw, most=self.most, fill=fill)
+            if config.heads:
+                losses |= {f"co_{name}_head/{term}": config.heads * self.layers * v for term, v in terms.items()}
+            if config.queries:
+                fill = config.pad == "background"
+                chosen = choose(found, scene.sizes, scene.offsets, draw, most=config.most, fill=fill)
                 blocks.append(self.block(i, chosen, step))
         return Extension(blocks, losses)
 
@@ -107,7 +101,7 @@ class Collaborative(TrainingScheme):
         """A branch's positives as queries with known targets."""
         mark = None if self.marks is None else self.marks[branch]
         places = None if step.queries.boxes is None else step.queries.boxes.shape[-1]
-        learned = step.supervision if self.aligned else self.base
+        learned = step.supervision if self.config.aligned else self.base
         learned = learned.known(chosen.assignment(self.layers))
         if chosen.unused is not None:
             learned = replace(learned, rule=leaving_out(learned.rule, chosen.unused))
@@ -115,7 +109,7 @@ class Collaborative(TrainingScheme):
             f"co_{self.names[branch]}",
             self.embeds[branch](chosen, mark, places),
             learned,
-            weight=self.queries,
+            weight=self.config.queries,
             normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
             unused=chosen.unused,
         )

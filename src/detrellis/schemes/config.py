@@ -1,0 +1,111 @@
+"""The training schemes' dials. `dial` is what N in `--scheme NAME=N` sets.
+
+They stand beside the schemes and not in their files, because recipes read them without waiting for torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from detrellis.fields import Config, Few, Positive, Share, Some, Weight, within
+
+Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
+Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size
+# Which of Group DETR's groups denoising queries read besides themselves: the first, as without groups, or all.
+Sees = Literal["main", "all"]
+
+
+class DNConfig(Config):
+    """Denoising (DN-DETR)."""
+
+    dial: ClassVar[str] = "groups"
+    groups: Few = 5
+    total: Queries | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
+    label_noise: Share = 0.2
+    box_noise: Noise = 0.4
+    padded_background: bool = False  # slots that an image does not fill learn "no object"; else they learn nothing
+    sees: Sees = "main"
+
+
+class CDNConfig(Config):
+    """Contrastive denoising (DINO)."""
+
+    dial: ClassVar[str] = "number"
+    number: Queries = 100
+    label_noise: Share = 0.5
+    box_noise: Noise = 1.0
+    sees: Sees = "main"
+
+
+class HybridConfig(Config):
+    """Hybrid matching (H-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Few = 6  # queries for each target in the extra block
+    queries: Queries | None = None  # of the extra block; None: five for each of the detector's, at most 1500
+    weight: Weight = 1.0  # lambda
+    # what sums of losses are divided by: all copies of the boxes, as if each were a target, or the boxes
+    divisor: Literal["copies", "boxes"] = "copies"
+
+
+# Heads on the encoder's memory; `rcnn` is Faster R-CNN, `mask` Mask R-CNN.
+BranchName = Literal["atss", "rcnn", "mask", "retinanet", "fcos", "paa", "gfl"]
+
+
+class CoConfig(Config):
+    """Auxiliary heads with one-to-many assignment, their positives as queries (Co-DETR)."""
+
+    dial: ClassVar[str] = "branches"
+    branches: Annotated[tuple[BranchName, ...], Some] = ("atss", "rcnn")  # any number and order, also twice
+    heads: Weight = 2.0  # lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
+    queries: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
+    convolutions: Annotated[int, within(0, 16)] = 1  # stacked in each tower
+    most: Queries = 300  # queries of a branch
+    # what an image with fewer positives than others is filled up with; mask: queries that are not read
+    pad: Literal["background", "mask"] = "background"
+    features: bool | None = None  # contents hold the memory at the positives; None: unless derived from boxes
+    vector: bool = False  # tell the branches' positions by a vector each, instead of one number
+    aligned: bool = False  # the queries learn what align and others make the main block's learn
+
+
+class AlignConfig(Config):
+    """Many-to-one matching and the Align Loss (Align-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Few = 4  # candidates for each target
+    k_encoder: Few | None = None  # among the encoder's proposals; None: k
+    k_last: Few = 1  # in the last decoder layer
+    alpha: Share = 0.25  # confidence against IoU in the quality
+    tau: Positive = 1.5  # how slowly lower ranks fade
+    gamma: Annotated[float, within(1, 100)] = 2.0
+    floor: Share = 0.01  # lowest quality that a target is computed from
+    classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
+    rank_boxes: bool = True  # lower ranks weigh less in the box losses too
+    iou_eps: Annotated[float, within(0, 1e-3)] = 0.0  # 1e-6: as in the released code
+
+
+class StableConfig(Config):
+    """Position-supervised loss and position-modulated matching (Stable-DINO)."""
+
+    supervised: bool = True  # the position-supervised loss
+    modulated: bool = True  # the position-modulated matching
+    classes: Weight = 6.0  # weight of the supervised loss; denoising keeps 1
+    beta: Weight = 0.5  # how much the position counts in the matching
+
+
+class GroupConfig(Config):
+    """Groups of queries (Group DETR)."""
+
+    dial: ClassVar[str] = "k"
+    # Groups, the detector's queries among them, so that 1 is the base alone. None: 11, or 3 in two-stage detectors.
+    k: Few | None = None
+    reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
+    # of two-stage detectors; heads: a proposal head for each group; shared: every group gets the detector's own
+    # proposals; split: the groups take turns with those ranked after them
+    proposals: Literal["heads", "shared", "split"] = "heads"
+    # where each query learns a content: the further groups' are drawn independently (the paper), or are the first's
+    contents: Literal["fresh", "copied"] = "fresh"
+    distances: bool = False  # log how far apart the groups' queries are (PD and MD, Eq. 6 and 7)
+
+
+SchemeConfig = DNConfig | CDNConfig | HybridConfig | CoConfig | AlignConfig | StableConfig | GroupConfig
