@@ -111,6 +111,14 @@ class Known:
     assignment: Assignment
 
 
+def known_assignment(image: Tensor, query: Tensor, target: Tensor, layers: int) -> Assignment:
+    """Queries with known targets, `(P,)` each, at every layer: each is the only candidate of its set."""
+    count = len(image)
+    layer = torch.arange(layers, device=image.device).repeat_interleave(count, output_size=layers * count)
+    group = torch.arange(layers * count, device=image.device)
+    return Assignment(layer, image.repeat(layers), query.repeat(layers), target.repeat(layers), group)
+
+
 Assign = Hungarian | Known
 
 

@@ -62,10 +62,11 @@ class TrainableDetector(nn.Module):
 
         tasks = [self._task(b, outputs[b.name], step) for b in blocks]
         tasks += [self._proposal_task(b, b.proposals, step) for b in blocks if b.proposals is not None]
-        found = match(tasks)
-        block_losses, metrics = supervise(tasks, found)
+        assignments = match(tasks)
+        block_losses, metrics = supervise(tasks, assignments)
+        by_name = {task.name: a for task, a in zip(tasks, assignments, strict=True)}
         for scheme in self.training_schemes:
-            metrics |= scheme.metrics(step, blocks, {t.name: a for t, a in zip(tasks, found, strict=True)})
+            metrics |= scheme.metrics(step, blocks, by_name)
         return StepOutput(block_losses | losses | _idle(self.schemes), metrics)
 
     def begin(self, images: ImageBatch, targets: Targets) -> Step:
@@ -78,8 +79,8 @@ class TrainableDetector(nn.Module):
     def main(self, step: Step) -> QueryBlock:
         """The detector's own queries."""
         proposals = None if step.proposals is None else self.detector.queries.training_output(step.proposals)
-        share = math.prod(s.share for s in self.training_schemes)
-        return QueryBlock("main", step.queries, self.supervision, weight=share, proposals=proposals)
+        weight = math.prod(s.main_weight for s in self.training_schemes)
+        return QueryBlock("main", step.queries, self.supervision, weight=weight, proposals=proposals)
 
     def reseed(self, seed: int) -> None:
         """Start every scheme's draws anew."""

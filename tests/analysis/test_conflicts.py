@@ -16,7 +16,7 @@ from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import open_split
-from detrellis.schemes.collaborative.scene import Found, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.types import Memory, Targets
 
@@ -55,8 +55,8 @@ def test_a_branch_is_scored_by_its_positives(softmax: bool) -> None:
     logits = torch.tensor([[0.0, 1, 2], [3, 0, 0], [0, 0, 0]])
     boxes = torch.zeros(3, 4)
     found = [
-        Found(boxes, torch.tensor([1, -1, 0]), boxes, logits),
-        Found(boxes, torch.tensor([-1, -2, -1]), boxes, logits),
+        BranchAssignment(boxes, torch.tensor([1, -1, 0]), boxes, logits),
+        BranchAssignment(boxes, torch.tensor([-1, -2, -1]), boxes, logits),
     ]
     labels = (torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64))
     scene = Scene((), (), torch.ones(2, 2), labels, (boxes[:2], boxes[:0]))

@@ -99,7 +99,7 @@ def test_places_are_those_of_the_queries_that_training_makes(run: Path) -> None:
             scene = co.scene(step)
             _, own = co.branches[0](scene, lambda indices, k: indices[:k])
             output = model.detector.decode(step.memory, {Segment("main", 12): step.queries})["main"]
-    chosen = choose(own, scene.sizes, step.targets.offsets, lambda indices, k: indices[:k], most=10_000)
+    chosen = choose(own, scene.sizes, step.targets.offsets, lambda indices, k: indices[:k], max_queries=10_000)
     (pairs,) = assign([Match(output.map(lambda t: t[-1:]), step.targets, Hungarian())])
     assert step.queries.boxes is not None
     for i, (places, first) in enumerate(zip(found, step.targets.offsets, strict=True)):

@@ -18,10 +18,11 @@ from detrellis.losses import bce_loss, varifocal_loss
 from detrellis.matching import Hungarian, Match, MatchingCost, assign, columns
 from detrellis.nn.queries import LearnedQueries
 from detrellis.postprocess import Postprocess
-from detrellis.schemes.align import Align, align_loss, rank, rank_weight
+from detrellis.schemes.align import Align, align_loss, rank_weight
 from detrellis.schemes.config import AlignConfig, HybridConfig, StableConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.hybrid import Hybrid
+from detrellis.schemes.ranks import rank
 from detrellis.schemes.stable import Stable, modulated_term, modulation
 from detrellis.supervision import (
     CLASSIFICATION,
@@ -135,14 +136,15 @@ def _check_variant(
     pairs = pair_up(output, targets, found, rule.iou_eps)
     value = partial(near, rtol=tolerance["loss"], atol=max(tolerance["atol"], 1e-12))
 
-    q = quality(pairs, align.alpha)
+    q = quality(pairs, align.config.alpha)
     ranks = rank(q, found.candidate_set)[order]
     expected = {
         "p": pairs.logits.sigmoid()[order],
         "iou": pairs.iou[order],
-        "quality": (q.clamp(min=align.floor) if variant == "off" else q)[order],  # the others' files hold it unfloored
+        # The others' files hold it unfloored.
+        "quality": (q.clamp(min=align.config.floor) if variant == "off" else q)[order],
         "target": align.soft_target(pairs).target[order],
-        "rank_weight": rank_weight(ranks.double(), align.tau),
+        "rank_weight": rank_weight(ranks.double(), align.config.tau),
     }
     tied = bool((q <= 0.01).any())  # floored alike, the released code ranks them in any order
     for name, ours in expected.items():

@@ -10,7 +10,7 @@ from detrellis.matching import Hungarian, Match, MatchingCost, assign
 from detrellis.schemes.cdn import ContrastiveDenoising, Noise
 from detrellis.schemes.collaborative.assigners import BACKGROUND
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose
-from detrellis.schemes.collaborative.scene import Found
+from detrellis.schemes.collaborative.scene import BranchAssignment
 from detrellis.schemes.config import CDNConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.supervision import CLASSIFICATION, SetLoss, leaving_out
@@ -48,14 +48,15 @@ def check_positive_queries(a: Arrays) -> None:
                 targeted, reads = a[f"{case}__pos_targets_img{i}"].view(-1, 4), features[i]
             # Each positive as a target of its own: the file does not say which share one.
             owner = torch.where(positive, positive.cumsum(0) - 1, BACKGROUND)
-            found.append(Found(boxes, owner, reads, boxes))
+            found.append(BranchAssignment(boxes, owner, reads, boxes))
             targets.append(targeted)
             classes.append(own[positive])
         limit = f"{case}__max_pos_coords"
         most = a.number(limit) if limit in a else 300  # the paper's
         fill = case != "onestage_zeropad"
         offsets, sizes = (0, len(targets[0])), a["image_hw_valid"].double()
-        check_chosen(a, case, choose(found, sizes, offsets, first, most=most, fill=fill), targets, torch.cat(classes))
+        chosen = choose(found, sizes, offsets, first, max_queries=most, fill=fill)
+        check_chosen(a, case, chosen, targets, torch.cat(classes))
 
 
 def check_chosen(a: Arrays, case: str, chosen: Chosen, targets: list[Tensor], classes: Tensor) -> None:

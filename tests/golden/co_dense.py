@@ -31,8 +31,8 @@ from detrellis.schemes.collaborative.dense import (
     assign_usable,
     by_anchor,
     focal_sum,
+    gather_positives,
     mean_positives,
-    positives,
 )
 from detrellis.schemes.collaborative.fcos import FCOS
 from detrellis.schemes.collaborative.gfl import FARTHEST, GFL
@@ -122,8 +122,8 @@ def by_level(owners: Tensor, scene: Scene) -> Iterator[Tensor]:
 
 def near_class_levels(output: DenseOutput, scene: Scene, owners: Tensor, a: Arrays, case: str) -> None:
     """The focal loss of each level."""
-    count = mean_positives(positives(scene, owners))
-    levels = [focal_sum(output.logits, own, positives(scene, own)) / count for own in by_level(owners, scene)]
+    count = mean_positives(gather_positives(scene, owners))
+    levels = [focal_sum(output.logits, own, gather_positives(scene, own)) / count for own in by_level(owners, scene)]
     near(torch.stack(levels), a[f"{case}__loss_cls_per_level"], f"{case}, class by level")
 
 
@@ -132,7 +132,7 @@ def check_head(a: Arrays, branch: type[ATSS | RetinaNet | FCOS | GFL | PAA], qua
     head = branch(32, a.number("num_classes"), len(levels_of(a)))
     for case, scene in scenes(a, whole=branch is FCOS):
         maps, output = read(a, quality, head.head.anchors)
-        losses, _, owners = head.teach(output, scene)
+        losses, _, owners = head.supervise(output, scene)
         for name, loss in losses.items():
             near(loss, a[f"{case}__loss_{NAMES.get(name, name)}"], f"{case}, {name}")
         near_gradients(torch.stack(list(losses.values())).sum(), maps, a, case)
@@ -145,7 +145,7 @@ def check_atss(a: Arrays) -> None:
     check_head(a, ATSS, "ctr")
     _, scene = next(scenes(a))
     owners = assign_usable(scene, square_anchors(scene), assigners.atss)
-    found = positives(scene, owners)
+    found = gather_positives(scene, owners)
     labels = torch.full_like(owners, a.number("num_classes"))
     labels[found.image, found.anchor] = found.label
     targets = torch.zeros(*owners.shape, 4)
@@ -163,7 +163,7 @@ def check_retina_l1(a: Arrays) -> None:
         maps, output = read(a, None, 9)
         anchors = nine_anchors(scene)
         owners = assign_usable(scene, anchors, assign)
-        found = positives(scene, owners)
+        found = gather_positives(scene, owners)
         wrong = l1_loss(output.regression[found.image, found.anchor], coder.encode(anchors[found.anchor], found.box))
         losses = torch.stack([focal_sum(output.logits, owners, found), wrong.sum()]) / mean_positives(found)
         near(losses, torch.stack([a[f"{case}__loss_cls"], a[f"{case}__loss_bbox"]]), case)
@@ -183,7 +183,7 @@ def check_paa(a: Arrays) -> None:
     anchors = square_anchors(scene)
     before = assign_usable(scene, anchors, overlapping)
     after = keep_likely(output, scene, anchors, before)
-    found = positives(scene, before)
+    found = gather_positives(scene, before)
     loss, first = candidate_loss(output, anchors, found), 0
     for i, labels in enumerate(scene.labels):
         key, own = f"two__img{i}__", found.image == i

@@ -74,7 +74,7 @@ def check_conditional(a: Arrays) -> None:
     parts = [output.map(lambda t: t[:, :, :count]), output.map(lambda t: t[:, :, count:])]
     assert block.normaliser is not None
     tasks = [
-        supervision.task("main", parts[0], targets, boxes.clamp(min=1), weight=group.share),
+        supervision.task("main", parts[0], targets, boxes.clamp(min=1), weight=group.main_weight),
         supervision.task("group", parts[1], targets, block.normaliser, copies=block.copies, weight=block.weight),
     ]
     found = match(tasks)

@@ -13,9 +13,10 @@ from torch import Tensor
 from detrellis.losses import focal_positive
 from detrellis.matching import Candidates, Hungarian, Match, assign
 from detrellis.recipes.build import build
-from detrellis.schemes.align import Align, align_loss, rank, rank_weight
+from detrellis.schemes.align import Align, align_loss, rank_weight
 from detrellis.schemes.config import AlignConfig
 from detrellis.schemes.denoising import lay_out, positives
+from detrellis.schemes.ranks import rank
 from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, pair_up, quality, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 

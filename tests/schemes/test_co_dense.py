@@ -20,9 +20,10 @@ from detrellis.schemes.collaborative.atss import ATSS
 from detrellis.schemes.collaborative.dense import DenseOutput, by_anchor
 from detrellis.schemes.collaborative.fcos import FCOS
 from detrellis.schemes.collaborative.gfl import BINS, FARTHEST, GFL, distances
-from detrellis.schemes.collaborative.paa import PAA, fit_mixture, likely_positives, places
+from detrellis.schemes.collaborative.paa import PAA, fit_mixture, likely_positives
 from detrellis.schemes.collaborative.retinanet import RetinaNet
 from detrellis.schemes.collaborative.scene import Scene, random_draw
+from detrellis.schemes.ranks import rank
 
 BRANCHES = [ATSS, RetinaNet, FCOS, GFL, PAA]
 TERMS = {
@@ -150,8 +151,8 @@ def test_a_target_of_no_size_owns_nothing_and_takes_nothing(branch: Dense) -> No
     )
     head = make(branch, scene)
     maps = outputs(head, scene)
-    losses, _, owners = head.teach(read(head, maps), scene)
-    with_it, _, same = head.teach(read(head, maps), more)
+    losses, _, owners = head.supervise(read(head, maps), scene)
+    with_it, _, same = head.supervise(read(head, maps), more)
     assert torch.equal(owners, same)
     assert losses == with_it
 
@@ -197,7 +198,7 @@ def test_padding_learns_nothing(branch: Dense) -> None:
     head = make(branch, scene)
     output = read(head, outputs(head, scene))
     output.logits.requires_grad_()
-    losses, _, owners = head.teach(output, scene)
+    losses, _, owners = head.supervise(output, scene)
     losses["class"].backward()
     usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(head.head.anchors, dim=1)
     assert not usable.all()
@@ -217,8 +218,8 @@ def test_more_padding_changes_no_loss(branch: Dense, right: int, below: int, cou
     head = make(branch, small)
     wide = outputs(head, large)
     cut = [[m[..., :h, :w] for m, (h, w) in zip(levels, small.shapes, strict=True)] for levels in wide]
-    few, _, owners = head.teach(read(head, cut), small)
-    many, _, more = head.teach(read(head, wide), large)
+    few, _, owners = head.supervise(read(head, cut), small)
+    many, _, more = head.supervise(read(head, wide), large)
     assert (owners >= 0).sum() == (more >= 0).sum()
     for name, value in few.items():
         torch.testing.assert_close(many[name], value, rtol=1e-5, atol=1e-6)
@@ -251,7 +252,7 @@ def test_what_the_losses_ask_for_is_what_is_predicted(branch: Dense, monkeypatch
     optimizer = torch.optim.Adam(free, lr=0.1)
     for _ in range(120):
         optimizer.zero_grad()
-        torch.stack(list(head.teach(read(head, maps), scene)[0].values())).sum().backward()
+        torch.stack(list(head.supervise(read(head, maps), scene)[0].values())).sum().backward()
         optimizer.step()
     monkeypatch.setattr(head.head, "forward", lambda _: read(head, maps))
     for own, boxes, labels in zip(head.predict(scene), scene.boxes, scene.labels, strict=True):
@@ -403,7 +404,7 @@ def test_two_clusters_are_told_apart() -> None:
     losses = torch.tensor([[1.0, 1.1, 1.2, 1.2, 5.0, 5.1, 5.2]], dtype=torch.float64)
     mixture = fit_mixture(losses, torch.ones_like(losses, dtype=torch.bool))
     torch.testing.assert_close(mixture.mean, torch.tensor([[1.125, 5.1]], dtype=torch.float64), rtol=0, atol=1e-3)
-    torch.testing.assert_close(mixture.share, torch.tensor([[4 / 7, 3 / 7]], dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(mixture.weight, torch.tensor([[4 / 7, 3 / 7]], dtype=torch.float64), rtol=0, atol=1e-3)
     assert likely_positives(losses)[0].tolist()[4:] == [False] * 3
     assert likely_positives(losses)[0, 0]
 
@@ -429,13 +430,13 @@ def test_places_within_groups(groups: list[int], seed: int) -> None:
     expected = [
         sum(g == groups[i] and v < values[i] for g, v in zip(groups, values, strict=True)) for i in range(len(groups))
     ]
-    assert places(group, values).tolist() == expected
+    assert rank(-values, group).tolist() == expected
 
 
 def test_paa_keeps_the_best_of_each_level_at_most() -> None:
     scene = make_scene(USUAL, ((256, 256), (256, 256)))
     head = make(PAA, scene)
-    _, _, owners = head.teach(read(head, outputs(head, scene)), scene)
+    _, _, owners = head.supervise(read(head, outputs(head, scene)), scene)
     for level in owners.split([h * w for h, w in scene.shapes], dim=1):
         for own, boxes in zip(level, scene.boxes, strict=True):
             assert (torch.bincount(own[own >= 0], minlength=len(boxes)) <= 9).all()

@@ -15,10 +15,10 @@ from detrellis.nn.kernels.roi import by_torchvision
 from detrellis.schemes.collaborative import roi
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import BACKGROUND
-from detrellis.schemes.collaborative.mask import MaskHead, MaskRCNN, seen
+from detrellis.schemes.collaborative.mask import MaskHead, MaskRCNN, crop_masks
 from detrellis.schemes.collaborative.rcnn import CELLS, RCNN, sample_regions
 from detrellis.schemes.collaborative.rpn import proposals, sample
-from detrellis.schemes.collaborative.scene import Found, Scene, random_draw
+from detrellis.schemes.collaborative.scene import BranchAssignment, Scene, random_draw
 
 Boxes = Sequence[Sequence[Sequence[float]]]  # of each image, xyxy
 CLASSES, WIDTH, SAMPLES = 3, 16, 24
@@ -65,7 +65,7 @@ def branch(kind: type[RCNN] | type[MaskRCNN] = RCNN, seed: int = 0) -> RCNN | Ma
     return kind(WIDTH, CLASSES, STRIDES, appended=1, samples=SAMPLES, hidden=32)
 
 
-def train(model: RCNN | MaskRCNN, given: Scene, seed: int = 0) -> tuple[dict[str, Tensor], list[Found]]:
+def train(model: RCNN | MaskRCNN, given: Scene, seed: int = 0) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
     losses, found = model(given, random_draw(torch.Generator().manual_seed(seed)))
     (torch.stack(list(losses.values())).sum() + sum(f.features.sum() + f.logits.sum() for f in found)).backward()
     return losses, found
@@ -264,14 +264,14 @@ def test_mask_targets(shift: tuple[int, int]) -> None:
     x, y = (torch.arange(112) + 0.5) / 56 - 1, (torch.arange(112)[:, None] + 0.5) / 56 - 1
     masks = torch.stack([torch.zeros(112, 112, dtype=torch.bool), x**2 + y**2 <= 1])
     region = box + torch.tensor([*shift, *shift]) * torch.tensor([1, 1, 1.2, 0.9])
-    target = seen(masks, box.repeat(2, 1), region, torch.tensor([1]), cells=28)[0]
+    target = crop_masks(masks, box.repeat(2, 1), region, torch.tensor([1]), cells=28)[0]
     steps = (torch.arange(28) + 0.5) / 28
     x, y = (region[0, i] + steps * (region[0, i + 2] - region[0, i]) for i in (0, 1))
     direct = ((x - 44) / 24) ** 2 + ((y[:, None] - 48) / 18) ** 2 <= 1
     assert 300 < direct.sum() < 28 * 28
     assert (target != direct).sum() <= 6
-    assert not seen(masks, box.repeat(2, 1), region, torch.tensor([0]), cells=28).any()
-    assert not seen(masks, box.repeat(2, 1), region + 100, torch.tensor([1]), cells=28).any()
+    assert not crop_masks(masks, box.repeat(2, 1), region, torch.tensor([0]), cells=28).any()
+    assert not crop_masks(masks, box.repeat(2, 1), region + 100, torch.tensor([1]), cells=28).any()
 
 
 def test_masks_are_needed() -> None:

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from detrellis.errors import UserError
+from detrellis.matching import known_assignment
 from detrellis.nn.neck import flatten
 from detrellis.nn.position import SineMap
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
-from detrellis.schemes.collaborative.queries import LEAST, choose
-from detrellis.schemes.collaborative.scene import Found, random_draw
+from detrellis.schemes.collaborative.queries import MIN_QUERIES, choose
+from detrellis.schemes.collaborative.scene import BranchAssignment, random_draw
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 from detrellis.types import Targets
@@ -43,7 +44,7 @@ def losses(model: TrainableDetector, truth: Targets) -> dict[str, float]:
     return {k: float(v.detach()) for k, v in model(images(((64, 96), (64, 80))), truth).losses.items()}
 
 
-def found(owners: Sequence[Sequence[int]], cells: int = 1) -> list[Found]:
+def found(owners: Sequence[Sequence[int]], cells: int = 1) -> list[BranchAssignment]:
     """Anchors numbered by the first coordinate, features numbered by cell."""
     result = []
     for own in owners:
@@ -51,7 +52,7 @@ def found(owners: Sequence[Sequence[int]], cells: int = 1) -> list[Found]:
         number = torch.arange(float(len(own)))
         boxes = torch.stack([number, number, number + 2, number + 4], dim=1)
         features = torch.arange(float(len(own) // cells))[:, None].expand(-1, 32)
-        result.append(Found(boxes, owner, features, boxes))
+        result.append(BranchAssignment(boxes, owner, features, boxes))
     return result
 
 
@@ -81,11 +82,10 @@ def test_positives_come_first_with_their_targets_and_features() -> None:
 )
 def test_any_choice(owners: list[list[int]], most: int, fill: bool) -> None:
     draw = random_draw(torch.Generator().manual_seed(1))
-    chosen = choose(
-        found(owners), SIZES[:1].expand(len(owners), -1), range(0, 4 * len(owners), 4), draw, most=most, fill=fill
-    )
+    sizes, offsets = SIZES[:1].expand(len(owners), -1), range(0, 4 * len(owners), 4)
+    chosen = choose(found(owners), sizes, offsets, draw, max_queries=most, fill=fill)
     positive = [sum(n >= 0 for n in own) for own in owners]
-    slots = max(LEAST, min(most, max(positive)))
+    slots = max(MIN_QUERIES, min(most, max(positive)))
     assert chosen.boxes.shape[1] == slots
     assert torch.bincount(chosen.image, minlength=len(owners)).tolist() == [min(n, slots) for n in positive]
     filled = [min(slots, p + (own.count(-1) if fill else 0)) for own, p in zip(owners, positive, strict=True)]
@@ -94,7 +94,8 @@ def test_any_choice(owners: list[list[int]], most: int, fill: bool) -> None:
     anchor = (chosen.boxes[..., 0] * SIZES[0, 1] - 1).round().long()
     for image, slot, target in zip(chosen.image, chosen.slot, chosen.target, strict=True):
         assert owners[image][anchor[image, slot]] + 4 * image == target
-    assert chosen.assignment(3).layer.bincount(minlength=3).tolist() == [len(chosen.image)] * 3
+    known = known_assignment(chosen.image, chosen.slot, chosen.target, 3)
+    assert known.layer.bincount(minlength=3).tolist() == [len(chosen.image)] * 3
 
 
 def test_more_positives_than_queries_are_drawn_by_the_seed() -> None:

@@ -77,12 +77,12 @@ def test_the_loss_is_the_mean_over_groups(name: str, sizes: tuple[int, ...]) -> 
         *(outputs["group"].map(lambda t, k=k: t[:, :, k * count : (k + 1) * count]) for k in (0, 1)),
     ]
     alone = [supervise([step.supervision.task("g", p, step.targets, step.mean_boxes)])[0] for p in parts]
-    share = model.training_schemes[0].share
-    assert share == pytest.approx(1 / 3)
+    weight = model.training_schemes[0].main_weight
+    assert weight == pytest.approx(1 / 3)
     assert block.normaliser is not None
     both, _ = supervise(
         [
-            step.supervision.task("main", outputs["main"], step.targets, step.mean_boxes, weight=share),
+            step.supervision.task("main", outputs["main"], step.targets, step.mean_boxes, weight=weight),
             block.supervision.task(
                 "group", outputs["group"], step.targets, block.normaliser, copies=block.copies, weight=block.weight
             ),
@@ -96,7 +96,7 @@ def test_the_loss_is_the_mean_over_groups(name: str, sizes: tuple[int, ...]) -> 
 
 def test_a_sum_instead() -> None:
     model, _, block = grouped("deformable_detr_r50", "schemes.group.reduction=sum")
-    assert model.training_schemes[0].share == 1
+    assert model.training_schemes[0].main_weight == 1
     assert block.weight == 2
 
 

@@ -22,7 +22,7 @@ from detrellis.analysis.schemes import begin
 from detrellis.analysis.token_maps import levels, resized
 from detrellis.data.loader import Batch
 from detrellis.schemes.base import Step
-from detrellis.schemes.collaborative.scene import Found, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 from detrellis.types import Memory
@@ -61,7 +61,7 @@ def decoder_score(step: Step) -> Tensor:
     return output.logits[0, matched.image, matched.query, step.targets.labels[matched.target]].sigmoid().sum()
 
 
-def branch_score(images: Sequence[Found], scene: Scene, softmax: bool) -> Tensor:
+def branch_score(images: Sequence[BranchAssignment], scene: Scene, softmax: bool) -> Tensor:
     """The sum of the positives' scores, of all images: `()`."""
     sums = []
     for assigned, labels in zip(images, scene.labels, strict=True):
@@ -86,8 +86,8 @@ def activations(
 
     scene, assignments = branch_assignments(co, step)
     scores = {DECODER: decoder_score(step)}
-    for (head, images), branch in zip(assignments.items(), co.branches, strict=True):
-        scores[head] = branch_score(images, scene, branch.softmax)  # type: ignore[arg-type]
+    for head, branch in co.named.items():
+        scores[head] = branch_score(assignments[head], scene, branch.softmax)
 
     cams = {}
     for head, score in scores.items():

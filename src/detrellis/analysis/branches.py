@@ -82,7 +82,7 @@ def analyze(runs: ComparedRuns) -> BranchesResult:
 def _measure(opened: OpenedSplit, name: str, show: bool) -> RunBranches:
     model, co = load_with_scheme(opened, Collaborative)
     top_k = max(model.detector.postprocess.top_k, MOST)
-    evaluators = {head: CocoEvaluator(opened.annotations, top_k=top_k) for head in (DECODER, *co.names)}
+    evaluators = {head: CocoEvaluator(opened.annotations, top_k=top_k) for head in (DECODER, *co.named)}
     for batch in batches(opened, show):
         for head, images in detections(model, co, batch).items():
             check_finite(opened, *(d.boxes for d in images), *(d.scores for d in images))
@@ -98,8 +98,8 @@ def detections(model: TrainableDetector, co: Collaborative, batch: Batch) -> dic
     scene = co.scene(step)
     scale = (batch.sizes / step.sizes).flip(-1).repeat(1, 2)  # from the network's input to the original image
     heads = {DECODER: model.detector.postprocess(decode_main(step), batch.sizes)}
-    for head, branch in zip(co.names, co.branches, strict=True):
-        predicted = branch.predict(scene)  # type: ignore[operator]
+    for head, branch in co.named.items():
+        predicted = branch.predict(scene)
         heads[head] = [scaled(p, s) for p, s in zip(predicted, scale, strict=True)]
     return heads
 

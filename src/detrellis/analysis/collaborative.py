@@ -11,7 +11,7 @@ from detrellis.analysis.schemes import check_state
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
 from detrellis.schemes.base import Step
-from detrellis.schemes.collaborative.scene import Found, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.types import DecoderOutput, Segment
 
@@ -42,12 +42,12 @@ def decode_main(step: Step) -> DecoderOutput:
     return step.detector.decode(step.memory, {main: step.queries})[main.name]
 
 
-def branch_assignments(co: Collaborative, step: Step) -> tuple[Scene, dict[str, list[Found]]]:
+def branch_assignments(co: Collaborative, step: Step) -> tuple[Scene, dict[str, list[BranchAssignment]]]:
     """The scene, and by branch what it assigns in each image: where training draws some at random, the first ones."""
     scene = co.scene(step)
     if scene.masks is None:  # no branch assigns by them: empty ones do
         scene = scene._replace(masks=tuple(boxes.new_zeros(len(boxes), 1, 1) for boxes in scene.boxes))
-    return scene, {name: branch(scene, _first)[1] for name, branch in zip(co.names, co.branches, strict=True)}
+    return scene, {name: branch(scene, _first)[1] for name, branch in co.named.items()}
 
 
 def _first(indices: Tensor, k: int) -> Tensor:

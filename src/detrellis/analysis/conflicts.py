@@ -156,7 +156,7 @@ def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -
         name=name,
         run=opened.run,
         data=opened.files,
-        heads=(DECODER, *co.names),
+        heads=(DECODER, *co.named),
         images=len(matrices),
         empty=len(opened.annotations) - flat - len(matrices),
         flat=flat,

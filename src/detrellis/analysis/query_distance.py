@@ -27,7 +27,7 @@ from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.coder import centres
-from detrellis.schemes.collaborative.scene import Found
+from detrellis.schemes.collaborative.scene import BranchAssignment
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 
@@ -192,7 +192,7 @@ def query_places(opened: OpenedSplit, model: TrainableDetector, co: Collaborativ
     return places
 
 
-def _positives(images: Sequence[Found], sizes: Tensor) -> list[Positives]:
+def _positives(images: Sequence[BranchAssignment], sizes: Tensor) -> list[Positives]:
     """The positives of each image; `sizes (B, 2)` are their heights and widths in pixels."""
     positives = []
     for assigned, size in zip(images, sizes, strict=True):

@@ -18,7 +18,7 @@ def token_centres(memory: Memory) -> Tensor:
     for level, (height, width) in enumerate(memory.shapes):
         y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)[None]
+        grid = torch.cartesian_prod(y, x).flip(-1)[None]
         centres.append(grid if memory.valid_ratios is None else grid / memory.valid_ratios[:, level, None])
     return torch.cat(centres, dim=1)
 

@@ -28,19 +28,8 @@ from detrellis.losses import bce_loss, focal_negative, focal_positive
 from detrellis.matching import Candidates, Hungarian
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.config import AlignConfig
+from detrellis.schemes.ranks import rank
 from detrellis.supervision import Pairs, SetLoss, SoftTarget, Supervision, TargetRule, quality
-
-
-def rank(score: Tensor, bag: Tensor) -> Tensor:
-    """Place of each candidate in its bag by falling `score (M,)`, 0 = best: `(M,)`; ties keep their order."""
-    order = score.argsort(descending=True, stable=True)
-    order = order[bag[order].argsort(stable=True)]
-    place = torch.arange(len(bag), device=bag.device)
-    sorted_bag = bag[order]
-    starts = torch.ones_like(bag, dtype=torch.bool)
-    starts[1:] = sorted_bag[1:] != sorted_bag[:-1]
-    first = torch.where(starts, place, 0).cummax(0).values if len(bag) else place
-    return torch.empty_like(bag).index_put((order,), place - first)
 
 
 def rank_weight(ranks: Tensor, tau: float) -> Tensor:

@@ -59,7 +59,7 @@ class TrainingScheme(nn.Module):
     """What exists in training only. It owns its parameters and its random generator, and leaves the detector alone.
 
     A scheme has a `name`, and overrides what it needs of the rest: `requires`; the two seams, `supervision` and
-    `extend`; and `extra_queries`, `share`, `start_from` and `metrics`.
+    `extend`; and `extra_queries`, `main_weight`, `start_from` and `metrics`.
     """
 
     name: ClassVar[str]
@@ -76,7 +76,7 @@ class TrainingScheme(nn.Module):
         return 0
 
     @property
-    def share(self) -> float:
+    def main_weight(self) -> float:
         """What the main block's loss is multiplied by, where the scheme's blocks stand beside it as its equals."""
         return 1.0
 
@@ -95,6 +95,8 @@ class TrainingScheme(nn.Module):
         """Extra query blocks for this step, and extra losses."""
         return Extension([])
 
-    def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
-        """Numbers to log, without gradient; `blocks` are all of the step, `found` their assignments by name."""
+    def metrics(
+        self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
+    ) -> dict[str, Tensor]:
+        """Metrics to log by name, without gradient; `blocks` are all of the step, `assignments` theirs by name."""
         return {}

@@ -44,15 +44,15 @@ def draw_noise(rows: int, classes: int, generator: torch.Generator) -> Noise:
     )
 
 
-def group_count(number: int, most: int) -> int:
-    """Groups of denoising queries for `most` targets in the fullest image, from a budget of `number` positives.
+def group_count(number: int, largest: int) -> int:
+    """Groups of denoising queries for `largest` targets in the fullest image, from a budget of `number` positives.
 
     The budget is doubled for the negatives, and compared undivided: fewer than 50 is a number of groups itself.
     """
     doubled = 2 * number
-    if most == 0:
+    if largest == 0:
         return 1
-    return max(1, doubled // (2 * most) if doubled >= 100 else doubled)
+    return max(1, doubled // (2 * largest) if doubled >= 100 else doubled)
 
 
 def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -91,10 +91,10 @@ class ContrastiveDenoising(TrainingScheme):
 
     def extend(self, step: Step) -> Extension:
         """The denoising block, or none where the batch has no boxes."""
-        most = max(step.targets.sizes)
-        if most == 0:
+        largest = max(step.targets.sizes)
+        if largest == 0:
             return Extension([])
-        layout = lay_out(step.targets, group_count(self.config.number, most), kinds=2)
+        layout = lay_out(step.targets, group_count(self.config.number, largest), kinds=2)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
         queries = self.queries(step.targets, layout, noise)

@@ -21,7 +21,7 @@ class DNConfig(Config):
     dial: ClassVar[str] = "groups"
     groups: Few = 5
     total: Queries | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
-    label_noise: Share = 0.2
+    label_noise: Share = 0.2  # part of the labels that are drawn anew
     box_noise: Noise = 0.4
     padded_background: bool = False  # slots that an image does not fill learn "no object"; else they learn nothing
     sees: Sees = "main"
@@ -31,8 +31,8 @@ class CDNConfig(Config):
     """Contrastive denoising (DINO)."""
 
     dial: ClassVar[str] = "number"
-    number: Queries = 100
-    label_noise: Share = 0.5
+    number: Queries = 100  # positives, and as many negatives; fewer than 50 are a number of groups
+    label_noise: Share = 0.5  # half of it is the part of the labels that are drawn anew
     box_noise: Noise = 1.0
     sees: Sees = "main"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import inverse_sigmoid
+from detrellis.matching import known_assignment
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.config import Sees
 from detrellis.supervision import LossRule
@@ -33,14 +34,14 @@ class Layout(NamedTuple):
 
 def lay_out(targets: Targets, groups: int, kinds: int) -> Layout:
     """Slots of the `R = groups * kinds * T` rows, on the targets' device, without asking the device for anything."""
-    device, total, most = targets.labels.device, len(targets.labels), max(targets.sizes, default=0)
+    device, total, largest = targets.labels.device, len(targets.labels), max(targets.sizes, default=0)
     place = torch.tensor([j for size in targets.sizes for j in range(size)], dtype=torch.int64, device=device)
     group = torch.arange(groups, device=device).view(-1, 1, 1)
     kind = torch.arange(kinds, device=device).view(1, -1, 1)
-    slot = (group * kinds + kind) * most + place
+    slot = (group * kinds + kind) * largest + place
     shape = (groups, kinds, total)
     rows = (t.expand(shape).flatten() for t in (targets.image, slot, torch.arange(total, device=device), kind == 0))
-    return Layout(groups, kinds, groups * kinds * most, *rows)
+    return Layout(groups, kinds, groups * kinds * largest, *rows)
 
 
 def place(layout: Layout, batch: int, contents: Tensor, boxes: Tensor, eps: float) -> Queries:
@@ -60,14 +61,11 @@ def unused(layout: Layout, batch: int) -> Tensor:
 
 
 def positives(layout: Layout, layers: int) -> Assignment:
-    """Every positive slot with its own target, at every layer; each is a bag of its own."""
+    """Every positive slot with its own target, at every layer, the only candidate of its set."""
     # By place, not by mask: counting a mask's entries would wait for the device.
     rows = torch.stack([layout.image, layout.slot, layout.target]).view(3, layout.groups, layout.kinds, -1)
-    chosen = rows[:, :, 0].flatten(1)
-    count = chosen.shape[1]
-    layer = torch.arange(layers, device=chosen.device).repeat_interleave(count, output_size=layers * count)
-    image, query, target = chosen.repeat(1, layers)
-    return Assignment(layer, image, query, target, torch.arange(len(layer), device=layer.device))
+    image, query, target = rows[:, :, 0].flatten(1)
+    return known_assignment(image, query, target, layers)
 
 
 def denoising_block(

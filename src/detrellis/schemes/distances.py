@@ -28,14 +28,14 @@ def position_distance(positions: Tensor) -> Tensor:
     return (apart.amin(-1).mean(-1) + apart.amin(-2).mean(-1)) / 2
 
 
-def matched_positions(positions: Tensor, found: Sequence[Assignment], targets: int) -> Tensor:
-    """Where each group's query for each target is: `(K, T, 2)`, not a number where it has none.
+def matched_positions(positions: Tensor, assignments: Sequence[Assignment], targets: int) -> Tensor:
+    """Where each group's query for each target is: `(K, T, 2)`, NaN where it has none.
 
-    `positions (B, K, N, 2)`; `found` are the first group's assignment and that of all others; of the last layer.
+    `positions (B, K, N, 2)`; `assignments` are the first group's assignment and that of all others; of the last layer.
     """
     _, groups, count, _ = positions.shape
     matched = positions.new_full((groups, targets, 2), torch.nan)
-    for first, rows in enumerate(found):
+    for first, rows in enumerate(assignments):
         rows = Assignment(*(t[rows.layer == rows.layer.max()] for t in rows)) if len(rows.layer) else rows
         group, query = first + rows.query // count, rows.query % count
         matched[group, rows.target] = positions[rows.image, group, query]

@@ -67,10 +67,10 @@ class Denoising(TrainingScheme):
 
     def extend(self, step: Step) -> Extension:
         """The denoising block, or none where the batch has no boxes."""
-        most = max(step.targets.sizes)
-        if most == 0:
+        largest = max(step.targets.sizes)
+        if largest == 0:
             return Extension([])
-        groups = self.config.groups if self.config.total is None else max(1, self.config.total // most)
+        groups = self.config.groups if self.config.total is None else max(1, self.config.total // largest)
         layout = lay_out(step.targets, groups, kinds=1)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))

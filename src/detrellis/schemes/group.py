@@ -50,8 +50,8 @@ class Group(TrainingScheme):
         return (self.k - 1) * self.count
 
     @property
-    def share(self) -> float:
-        """The first group's part of the loss."""
+    def main_weight(self) -> float:
+        """The weight of each group's loss, the first one's too."""
         return 1 / self.k if self.config.reduction == "mean" else 1.0
 
     def start_from(self, detector: Detector) -> None:
@@ -70,7 +70,7 @@ class Group(TrainingScheme):
         """The further groups, as equal copies."""
         if self.k == 1:
             return Extension([])
-        boxes, taught = (None, None) if step.proposals is None else self._proposals(step, step.proposals)
+        boxes, output = (None, None) if step.proposals is None else self._propose(step, step.proposals)
         further = self.k - 1
         table: Table = self.table
         if boxes is not None and boxes.shape[1] < self.extra_queries and "content" in table:
@@ -82,37 +82,42 @@ class Group(TrainingScheme):
             step.detector.queries.extra(table, step.memory, boxes),
             step.supervision,
             copies=further,
-            weight=further * self.share,
+            weight=further * self.main_weight,
             normaliser=further * step.mean_boxes.clamp(min=1),
-            proposals=taught,
+            proposals=output,
         )
         return Extension([block])
 
-    def _proposals(self, step: Step, own: Proposals) -> tuple[Tensor, DecoderOutput | None]:
-        """Boxes of all further groups, one after the other, and what teaches the heads that proposed them."""
-        further, count = self.k - 1, own.best.shape[1]
+    def _propose(self, step: Step, first: Proposals) -> tuple[Tensor, DecoderOutput | None]:
+        """Boxes of all further groups, one after the other, and what the loss sees of the heads that proposed them.
+
+        `first` are the first group's proposals.
+        """
+        further, count = self.k - 1, first.best.shape[1]
         if self.config.proposals == "shared":
-            return own.boxes.repeat(1, further, 1), None
+            return first.boxes.repeat(1, further, 1), None
         if self.config.proposals == "split":
-            ranks = own.ranked(count, self.k * count)
-            ranks = ranks if ranks.shape[1] else own.best  # a memory of few tokens: they are shared
+            ranks = first.ranked(count, self.k * count)
+            ranks = ranks if ranks.shape[1] else first.best  # a memory of few tokens: they are shared
             turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
-            return step.detector.queries.proposed(own, ranks[:, turns % ranks.shape[1]]), None
+            return step.detector.queries.proposed(first, ranks[:, turns % ranks.shape[1]]), None
         heads = [head for head in self.heads if isinstance(head, ProposalHead)]
         proposals = [head(step.memory) for head in heads]
         outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]
         logits, boxes = torch.cat([o.logits for o in outputs], dim=2), torch.cat([o.boxes for o in outputs], dim=2)
         return torch.cat([p.boxes for p in proposals], dim=1), DecoderOutput(logits, boxes, boxes)
 
-    def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
+    def metrics(
+        self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
+    ) -> dict[str, Tensor]:
         """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
-        ours = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
-        places = [boxes for boxes in ours if boxes is not None]
-        if not self.config.distances or len(places) < 2:
+        groups = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
+        boxes = [b for b in groups if b is not None]
+        if not self.config.distances or len(boxes) < 2:
             return {}
-        centres = torch.cat(places, dim=1)[..., :2].detach()
+        centres = torch.cat(boxes, dim=1)[..., :2].detach()
         positions = centres.unflatten(1, (self.k, -1))
-        matched = matched_positions(positions, [found["main"], found["group"]], len(step.targets.labels))
+        matched = matched_positions(positions, [assignments["main"], assignments["group"]], len(step.targets.labels))
         return {"group/pd": position_distance(positions).mean(), "group/md": matched_distance(matched).nanmean()}
 
 

@@ -43,8 +43,8 @@ class Hybrid(TrainingScheme):
         """The second block, or none where the proposals do not suffice for one."""
         boxes = None
         if step.proposals is not None:
-            own = step.proposals.best.shape[1]
-            next_best = step.proposals.ranked(own, own + self.queries)
+            count = step.proposals.best.shape[1]
+            next_best = step.proposals.ranked(count, count + self.queries)
             if next_best.shape[1] == 0:
                 return Extension([])
             boxes = step.detector.queries.proposed(step.proposals, next_best)

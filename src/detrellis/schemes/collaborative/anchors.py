@@ -24,7 +24,7 @@ def grid_points(shapes: Shapes, strides: Sequence[int], like: Tensor, *, offset:
     points = []
     for (height, width), stride in zip(shapes, strides, strict=True):
         y, x = ((torch.arange(n, device=like.device, dtype=like.dtype) + offset) * stride for n in (height, width))
-        points.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1))
+        points.append(torch.cartesian_prod(y, x).flip(-1))
     return torch.cat(points)
 
 
@@ -51,8 +51,8 @@ def usable_cells(shapes: Shapes, strides: Sequence[int], sizes: Tensor) -> Tenso
     return (corners < sizes.flip(-1).unsqueeze(1)).all(-1)
 
 
-def spread(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor:
-    """The number of its level for each of `counts` cells, level by level: `(sum of counts,)`."""
+def per_cell(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor:
+    """A number for each level, repeated for each of its `counts` cells, level by level: `(sum of counts,)`."""
     return torch.cat([like.new_full((n,), value) for value, n in zip(values, counts, strict=True)])
 
 
@@ -68,4 +68,4 @@ def nine_anchors(scene: Scene) -> Tensor:
 
 def cell_strides(scene: Scene) -> Tensor:
     """The stride of each cell, `(S, 1)`."""
-    return spread(scene.strides, [h * w for h, w in scene.shapes], scene.sizes).unsqueeze(-1)
+    return per_cell(scene.strides, [h * w for h, w in scene.shapes], scene.sizes).unsqueeze(-1)

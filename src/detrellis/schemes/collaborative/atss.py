@@ -15,8 +15,8 @@ from detrellis.schemes.collaborative.dense import (
     DenseOutput,
     assign_usable,
     focal_sum,
+    gather_positives,
     mean_positives,
-    positives,
 )
 from detrellis.schemes.collaborative.scene import Scene
 
@@ -29,25 +29,23 @@ class ATSS(DenseBranch):
     name = "atss"
     quality = True
 
-    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors = square_anchors(scene)
         owners = assign_usable(scene, anchors, assigners.atss)
-        found = positives(scene, owners)
-        where, own = (found.image, found.anchor), anchors[found.anchor]
-        wanted = centerness(sides(centres(own), found.box))
-        boxes = CODER.decode(own, output.regression[where])
-        count = mean_positives(found)
+        positives = gather_positives(scene, owners)
+        where, anchor = (positives.image, positives.anchor), anchors[positives.anchor]
+        target = centerness(sides(centres(anchor), positives.box))
+        boxes = CODER.decode(anchor, output.regression[where])
+        count = mean_positives(positives)
         assert output.quality is not None
         losses = {
-            "class": focal_sum(output.logits, owners, found) / count,
-            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / reduce_mean(wanted.sum()).clamp(min=1),
-            "centerness": bce_loss(output.quality[where], wanted).sum() / count,
+            "class": focal_sum(output.logits, owners, positives) / count,
+            "giou": 2 * (target * (1 - giou(boxes, positives.box))).sum() / reduce_mean(target.sum()).clamp(min=1),
+            "centerness": bce_loss(output.quality[where], target).sum() / count,
         }
         return losses, anchors, owners
 
-    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+    def boxes(self, output: DenseOutput, scene: Scene) -> Tensor:
         """See `DenseBranch`."""
-        assert output.quality is not None
-        scores = output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)
-        return scores, CODER.decode(square_anchors(scene), output.regression)
+        return CODER.decode(square_anchors(scene), output.regression)

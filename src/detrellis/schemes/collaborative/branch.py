@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
 
 
+@runtime_checkable
 class Branch(Protocol):
     """Dense heads are `DenseBranch`es."""
 
     name: ClassVar[str]
     softmax: ClassVar[bool]  # whether its classes exclude each other, and a last one is "no object"
 
-    def __call__(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+    def __call__(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """Losses by name, weighted against each other, and what is assigned in each image."""
 
     def predict(self, scene: Scene) -> list[Predictions]:

@@ -18,12 +18,12 @@ from detrellis.postprocess import top_pairs
 from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.coder import clip
-from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
 from detrellis.supervision import ABSENT
 
 
 class DenseOutput(NamedTuple):
-    """What a dense head says about every anchor, in float32 or better."""
+    """What a dense head predicts for every anchor, in float32 or better."""
 
     logits: Tensor  # (B, A, C)
     regression: Tensor  # (B, A, 4), or more numbers for a box
@@ -89,11 +89,11 @@ class DenseHead(nn.Module):
         """Maps `(B, D, H, W)` of the levels to numbers for all anchors."""
         logits, boxes, quality = [], [], []
         for level, x in enumerate(maps):
-            reads = self.box_tower(x)
+            box_features = self.box_tower(x)
             logits.append(self.classify(self.class_tower(x)))
-            boxes.append(self.regress(reads) * self.scale[level])
+            boxes.append(self.regress(box_features) * self.scale[level])
             if self.judge is not None:
-                quality.append(self.judge(reads))
+                quality.append(self.judge(box_features))
         return DenseOutput(
             by_anchor(logits, self.anchors),
             by_anchor(boxes, self.anchors),
@@ -102,13 +102,13 @@ class DenseHead(nn.Module):
 
 
 class DenseBranch(nn.Module, ABC):
-    """A dense head as a branch (see `Branch`): what it assigns and how it learns, and what it detects, is its own."""
+    """A dense head as a branch (see `Branch`). Subclasses say what it assigns, how it learns, and what it detects."""
 
     name: ClassVar[str]
     softmax: ClassVar[bool] = False
     each: ClassVar[int] = 1  # anchors of a cell
     numbers: ClassVar[int] = 4  # for the box of an anchor
-    quality: ClassVar[bool] = False  # whether a third output judges the box
+    quality: ClassVar[bool] = False  # whether there is a third output, the quality of the box
     nms: ClassVar[float] = 0.6  # IoU, of its own detections
 
     def __init__(self, width: int, classes: int, levels: int, *, convolutions: int = 1) -> None:
@@ -124,28 +124,34 @@ class DenseBranch(nn.Module, ABC):
         )
 
     @abstractmethod
-    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Losses by name, boxes that queries come from `(A, 4)` xyxy, and owners `(B, A)`."""
 
     @abstractmethod
-    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
-        """Scores `(B, A, C)` and boxes `(B, A, 4)` xyxy."""
+    def boxes(self, output: DenseOutput, scene: Scene) -> Tensor:
+        """The predicted boxes `(B, A, 4)` xyxy."""
 
-    def read(self, scene: Scene) -> DenseOutput:
-        """What the head says."""
+    def scores(self, output: DenseOutput) -> Tensor:
+        """What detections are ranked by, `(B, A, C)`: the classes' scores, times the quality where there is one."""
+        scores = output.logits.sigmoid()
+        return scores if output.quality is None else scores * output.quality.sigmoid().unsqueeze(-1)
+
+    def output(self, scene: Scene) -> DenseOutput:
+        """The head's output on the scene's maps."""
         output: DenseOutput = self.head(scene.maps)
         return output
 
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """See `Branch`."""
-        output = self.read(scene)
-        losses, boxes, owners = self.teach(output, scene)
-        return losses, report(scene, boxes, owners, output)
+        output = self.output(scene)
+        losses, boxes, owners = self.supervise(output, scene)
+        return losses, branch_assignments(scene, boxes, owners, output)
 
     @torch.no_grad()
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
-        return select_dense(scene, *self.detect(self.read(scene), scene), nms=self.nms)
+        output = self.output(scene)
+        return select_dense(scene, self.scores(output), self.boxes(output, scene), nms=self.nms)
 
 
 def by_anchor(maps: Sequence[Tensor], anchors: int) -> Tensor:
@@ -160,45 +166,46 @@ def assign_usable(scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Seque
 
     An anchor whose cell lies on padding takes no part and is ignored. `anchors (A, 4)`, or points `(A, 2)`.
     """
+    # Which anchors take part, and how many on each level.
     cells = [h * w for h, w in scene.shapes]
     each = len(anchors) // sum(cells)
     usable = usable_cells(scene.shapes, scene.strides, scene.sizes)
     per_level = torch.stack([u.sum(1) for u in usable.split(cells, dim=1)], dim=1).tolist()
     usable = usable.repeat_interleave(each, dim=1)
     owners = torch.full(usable.shape, IGNORED, device=usable.device)
-    for owner, own, counts, boxes in zip(owners, usable, per_level, scene.boxes, strict=True):
-        owner[own] = assign(anchors[own], [n * each for n in counts], boxes)
+    for owner, taking_part, counts, boxes in zip(owners, usable, per_level, scene.boxes, strict=True):
+        owner[taking_part] = assign(anchors[taking_part], [n * each for n in counts], boxes)
     return owners
 
 
-def positives(scene: Scene, owners: Tensor) -> Positives:
-    """The anchors that own a target, with what they should learn; `owners (B, A)`."""
+def gather_positives(scene: Scene, owners: Tensor) -> Positives:
+    """The anchors to which a target is assigned, with what they should learn; `owners (B, A)`."""
     image, anchor = (owners >= 0).nonzero(as_tuple=True)
     row = torch.tensor(scene.offsets, device=owners.device)[image] + owners[image, anchor]
     return Positives(image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(owners))
 
 
-def focal_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
+def focal_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
     """Focal loss (RetinaNet: 0.25, 2) of all classes, summed over the anchors that are not ignored."""
-    present = focal_positive(logits[found.image, found.anchor, found.label]).sum()
-    return 0.25 * present + 0.75 * absence_sum(logits, owners, found)
+    present = focal_positive(logits[positives.image, positives.anchor, positives.label]).sum()
+    return 0.25 * present + 0.75 * absence_sum(logits, owners, positives)
 
 
-def absence_sum(logits: Tensor, owners: Tensor, found: Positives) -> Tensor:
+def absence_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
     """Focal loss without its 0.75 of the classes that are not there, over the anchors that are not ignored."""
-    others = logits.index_put((found.image, found.anchor, found.label), logits.new_tensor(ABSENT))
+    others = logits.index_put((positives.image, positives.anchor, positives.label), logits.new_tensor(ABSENT))
     return (focal_negative(others).sum(-1) * (owners != IGNORED)).sum()
 
 
-def mean_positives(found: Positives) -> Tensor:
+def mean_positives(positives: Positives) -> Tensor:
     """What sums over anchors are divided by: positives, at least one an image, as a mean over processes."""
-    return reduce_mean(found.per_image().clamp(min=1).sum()).clamp(min=1)
+    return reduce_mean(positives.per_image().clamp(min=1).sum()).clamp(min=1)
 
 
-def report(scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput) -> list[Found]:
+def branch_assignments(scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput) -> list[BranchAssignment]:
     """A dense head's assignment, with the memory's features at its cells."""
     features = torch.cat([m.flatten(2) for m in scene.maps], dim=2).transpose(1, 2)
-    return [Found(anchors, *parts) for parts in zip(owners, features, output.logits, strict=True)]
+    return [BranchAssignment(anchors, *parts) for parts in zip(owners, features, output.logits, strict=True)]
 
 
 def select_dense(
@@ -211,11 +218,11 @@ def select_dense(
     usable = usable_cells(scene.shapes, scene.strides, scene.sizes)
     usable = usable.repeat_interleave(scores.shape[1] // usable.shape[1], dim=1)
     scores = scores * usable.unsqueeze(-1)
-    found = []
-    for own, places, size in zip(scores, boxes, scene.sizes, strict=True):
-        best, anchor, label = top_pairs(own, before)
-        cut = clip(places[anchor], size)
-        kept = batched_nms(cut, best, label, nms)[:most]
+    predictions = []
+    for image_scores, image_boxes, size in zip(scores, boxes, scene.sizes, strict=True):
+        best, anchor, label = top_pairs(image_scores, before)
+        clipped = clip(image_boxes[anchor], size)
+        kept = batched_nms(clipped, best, label, nms)[:most]
         kept = kept[best[kept] > 0]
-        found.append(Predictions(best[kept], label[kept], cut[kept]))
-    return found
+        predictions.append(Predictions(best[kept], label[kept], clipped[kept]))
+    return predictions

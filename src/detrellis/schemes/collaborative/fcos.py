@@ -19,7 +19,7 @@ from detrellis.schemes.collaborative.dense import (
     DenseOutput,
     assign_usable,
     focal_sum,
-    positives,
+    gather_positives,
 )
 from detrellis.schemes.collaborative.scene import Scene
 
@@ -31,25 +31,25 @@ class FCOS(DenseBranch):
     quality = True
     nms = 0.5
 
-    def read(self, scene: Scene) -> DenseOutput:
+    def output(self, scene: Scene) -> DenseOutput:
         """The head's output, with distances that are not negative."""
-        output = super().read(scene)
+        output = super().output(scene)
         return output._replace(regression=F.relu(output.regression))
 
-    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`; boxes of eight strides around the points."""
         points, strides = self.points(scene)
         owners = assign_usable(scene, points, partial(assigners.fcos, strides=scene.strides))
-        found = positives(scene, owners)
-        where, own = (found.image, found.anchor), points[found.anchor]
-        wanted = centerness(sides(own, found.box))
-        boxes = from_sides(own, output.regression[where] * strides[found.anchor])
-        count = reduce_mean(found.per_image().sum()).clamp(min=1)
+        positives = gather_positives(scene, owners)
+        where, point = (positives.image, positives.anchor), points[positives.anchor]
+        target = centerness(sides(point, positives.box))
+        boxes = from_sides(point, output.regression[where] * strides[positives.anchor])
+        count = reduce_mean(positives.per_image().sum()).clamp(min=1)
         assert output.quality is not None
         losses = {
-            "class": focal_sum(output.logits, owners, found) / count,
-            "giou": 2 * (wanted * (1 - giou(boxes, found.box))).sum() / reduce_mean(wanted.sum()).clamp(min=1),
-            "centerness": bce_loss(output.quality[where], wanted).sum() / count,
+            "class": focal_sum(output.logits, owners, positives) / count,
+            "giou": 2 * (target * (1 - giou(boxes, positives.box))).sum() / reduce_mean(target.sum()).clamp(min=1),
+            "centerness": bce_loss(output.quality[where], target).sum() / count,
         }
         return losses, torch.cat([points - 4 * strides, points + 4 * strides], dim=-1), owners
 
@@ -58,9 +58,7 @@ class FCOS(DenseBranch):
         points = grid_points(scene.shapes, scene.strides, scene.sizes, offset=0.5)
         return points, cell_strides(scene)
 
-    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+    def boxes(self, output: DenseOutput, scene: Scene) -> Tensor:
         """See `DenseBranch`."""
         points, strides = self.points(scene)
-        assert output.quality is not None
-        scores = output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)
-        return scores, from_sides(points, output.regression * strides)
+        return from_sides(points, output.regression * strides)

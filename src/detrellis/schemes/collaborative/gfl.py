@@ -16,8 +16,8 @@ from detrellis.schemes.collaborative.dense import (
     DenseOutput,
     absence_sum,
     assign_usable,
+    gather_positives,
     mean_positives,
-    positives,
 )
 from detrellis.schemes.collaborative.scene import Scene
 
@@ -27,8 +27,8 @@ FARTHEST = BINS - 1 - 0.1
 
 def distances(logits: Tensor) -> Tensor:
     """The mean of the distribution of each side: `(..., 4 * BINS)` to `(..., 4)`, in strides."""
-    shares: Tensor = logits.unflatten(-1, (4, BINS)).softmax(-1)
-    return (shares * torch.arange(BINS, device=shares.device)).sum(-1)
+    p: Tensor = logits.unflatten(-1, (4, BINS)).softmax(-1)
+    return (p * torch.arange(BINS, device=p.device)).sum(-1)
 
 
 class GFL(DenseBranch):
@@ -37,27 +37,31 @@ class GFL(DenseBranch):
     name = "gfl"
     numbers = 4 * BINS
 
-    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors, strides = square_anchors(scene), cell_strides(scene)
         owners = assign_usable(scene, anchors, assigners.atss)
-        found = positives(scene, owners)
-        where, points, stride = (found.image, found.anchor), centres(anchors[found.anchor]), strides[found.anchor]
+        positives = gather_positives(scene, owners)
+        # What the positives predict: a distribution over bins for each side.
+        where = (positives.image, positives.anchor)
+        points, stride = centres(anchors[positives.anchor]), strides[positives.anchor]
         bins = output.regression[where]
         boxes = from_sides(points, distances(bins) * stride)
-        present = quality_focal_loss(output.logits[(*where, found.label)], iou(boxes.detach(), found.box)).sum()
-        wanted = (sides(points, found.box) / stride).clamp(0, FARTHEST)
-        dfl = distribution_focal_loss(bins.view(-1, BINS), wanted.flatten()).view(-1, 4).mean(-1)
+        # Scores learn the IoU, distributions the distances.
+        present = quality_focal_loss(output.logits[(*where, positives.label)], iou(boxes.detach(), positives.box)).sum()
+        target = (sides(points, positives.box) / stride).clamp(0, FARTHEST)
+        dfl = distribution_focal_loss(bins.view(-1, BINS), target.flatten()).view(-1, 4).mean(-1)
+        # Box losses count with the score.
         score = output.logits[where].detach().sigmoid().amax(-1)
         total = reduce_mean(score.sum()).clamp(min=1)
         losses = {
-            "class": (present + absence_sum(output.logits, owners, found)) / mean_positives(found),
-            "giou": 2 * (score * (1 - giou(boxes, found.box))).sum() / total,
+            "class": (present + absence_sum(output.logits, owners, positives)) / mean_positives(positives),
+            "giou": 2 * (score * (1 - giou(boxes, positives.box))).sum() / total,
             "dfl": 0.25 * (score * dfl).sum() / total,
         }
         return losses, anchors, owners
 
-    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+    def boxes(self, output: DenseOutput, scene: Scene) -> Tensor:
         """See `DenseBranch`."""
         points, strides = centres(square_anchors(scene)), cell_strides(scene)
-        return output.logits.sigmoid(), from_sides(points, distances(output.regression) * strides)
+        return from_sides(points, distances(output.regression) * strides)

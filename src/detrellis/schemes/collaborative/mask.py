@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.losses import bce_loss
-from detrellis.schemes.collaborative.rcnn import RCNN, known
-from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.schemes.collaborative.rcnn import RCNN, positive_regions
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
 
 CELLS = 14  # of a region's features, along each side; its mask has twice as many
 
@@ -25,22 +25,25 @@ class MaskHead(nn.Module):
         self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.classify = nn.Conv2d(width, classes, 1)
         for layer in (*convolutions, self.upsample):
+            assert layer.bias is not None
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)
+        assert self.classify.bias is not None
         nn.init.normal_(self.classify.weight, std=0.001)
-        nn.init.zeros_(self.classify.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.classify.bias)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features `(P, 14, 14, D)` to logits `(P, 28, 28)` of the mask of each region's label `(P,)`."""
         x = self.upsample(self.read(features.permute(0, 3, 1, 2))).relu()
         # Only the label's mask learns: no other class is computed.
-        weight, bias = self.classify.weight[labels], self.classify.bias[labels]  # type: ignore[index]
+        assert self.classify.bias is not None
+        weight, bias = self.classify.weight[labels], self.classify.bias[labels]
         masks: Tensor = weight.flatten(1).unsqueeze(1) @ x.flatten(2) + bias[:, None, None]
         return masks.view(len(x), *x.shape[2:])
 
 
 class MaskRCNN(nn.Module):
-    """Losses: those of `RCNN`, and the cross-entropy `mask`. Arguments and all else as there."""
+    """Losses: those of `RCNN`, and the cross-entropy `mask`. The arguments are those of `RCNN`."""
 
     name = "mask"
     softmax = True
@@ -52,34 +55,34 @@ class MaskRCNN(nn.Module):
         self.boxes = RCNN(width, classes, strides, appended=appended, samples=samples, hidden=hidden)
         self.masks = MaskHead(width, classes)
 
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """See `Branch`. The scene must have masks."""
         assert scene.masks is not None, "branch 'mask' needs targets with masks"
-        losses, found = self.boxes(scene, draw)
-        regions = [f.boxes[f.owner >= 0] for f in found]
-        owners = [f.owner[f.owner >= 0] for f in found]
-        _, labels, _ = known(scene, owners)
-        logits = self.masks(self.boxes.read(scene, regions, CELLS), labels)
+        losses, assigned = self.boxes(scene, draw)
+        regions = [a.boxes[a.owner >= 0] for a in assigned]
+        owners = [a.owner[a.owner >= 0] for a in assigned]
+        _, labels, _ = positive_regions(scene, owners)
+        logits = self.masks(self.boxes.pool(scene, regions, CELLS), labels)
         parts = zip(scene.masks, scene.boxes, regions, owners, strict=True)
-        wanted = torch.cat([seen(*p, cells=2 * CELLS) for p in parts])
-        losses["mask"] = bce_loss(logits, wanted.to(logits)).sum() / max(wanted.numel(), 1)
-        return losses, found
+        target = torch.cat([crop_masks(*p, cells=2 * CELLS) for p in parts])
+        losses["mask"] = bce_loss(logits, target.to(logits)).sum() / max(target.numel(), 1)
+        return losses, assigned
 
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
         return self.boxes.predict(scene)
 
 
-def seen(masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int) -> Tensor:
-    """What regions `(P, 4)` see of their owners' masks: `(P, cells, cells)` bool, at the cells' centres.
+def crop_masks(masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int) -> Tensor:
+    """The owners' masks within regions `(P, 4)`: `(P, cells, cells)` bool, read at the cells' centres.
 
     `masks (n, M, M)` lie within `boxes (n, 4)`; there is nothing outside.
     """
+    # The cells' centres along x and along y, (P, cells, 2), from -1 to 1 across the owner's box.
     low, size = boxes[owner, :2], boxes[owner, 2:] - boxes[owner, :2]
     steps = ((torch.arange(cells, device=boxes.device) + 0.5) / cells).to(boxes)
     corner, extent = regions[:, :2] - low, regions[:, 2:] - regions[:, :2]
-    # (P, cells, 2) places of the cells along x and y, from -1 to 1 across the box
-    places = 2 * (corner.unsqueeze(1) + steps[:, None] * extent.unsqueeze(1)) / size.unsqueeze(1) - 1
-    x, y = places[..., 0], places[..., 1]
+    centres = 2 * (corner.unsqueeze(1) + steps[:, None] * extent.unsqueeze(1)) / size.unsqueeze(1) - 1
+    x, y = centres[..., 0], centres[..., 1]
     grid = torch.stack([x.unsqueeze(1).expand(-1, cells, -1), y.unsqueeze(2).expand(-1, -1, cells)], dim=-1)
     return F.grid_sample(masks[owner].unsqueeze(1).to(grid), grid, align_corners=False).squeeze(1) >= 0.5

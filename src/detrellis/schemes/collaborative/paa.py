@@ -17,7 +17,7 @@ from detrellis.boxes import giou, iou
 from detrellis.distributed import reduce_mean
 from detrellis.losses import bce_loss, focal_negative, focal_positive
 from detrellis.schemes.collaborative import assigners
-from detrellis.schemes.collaborative.anchors import spread, square_anchors
+from detrellis.schemes.collaborative.anchors import per_cell, square_anchors
 from detrellis.schemes.collaborative.coder import Deltas
 from detrellis.schemes.collaborative.dense import (
     DenseBranch,
@@ -25,9 +25,10 @@ from detrellis.schemes.collaborative.dense import (
     Positives,
     assign_usable,
     focal_sum,
-    positives,
+    gather_positives,
 )
 from detrellis.schemes.collaborative.scene import Scene
+from detrellis.schemes.ranks import rank
 from detrellis.supervision import ABSENT
 
 CODER = Deltas(0.1, 0.2)
@@ -41,28 +42,30 @@ class PAA(DenseBranch):
     name = "paa"
     quality = True
 
-    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors = square_anchors(scene)
         owners = keep_likely(output, scene, anchors, assign_usable(scene, anchors, overlapping))
-        found = positives(scene, owners)
-        where = (found.image, found.anchor)
-        boxes = CODER.decode(anchors[found.anchor], output.regression[where])
-        overlap = iou(boxes.detach(), found.box)
-        count, total = reduce_mean(found.per_image().sum()), reduce_mean(overlap.sum())
+        positives = gather_positives(scene, owners)
+        where = (positives.image, positives.anchor)
+        boxes = CODER.decode(anchors[positives.anchor], output.regression[where])
+        overlap = iou(boxes.detach(), positives.box)
+        count, total = reduce_mean(positives.per_image().sum()), reduce_mean(overlap.sum())
         assert output.quality is not None
         losses = {
-            "class": focal_sum(output.logits, owners, found) / count.clamp(min=found.images),
-            "giou": GIOU * (overlap * (1 - giou(boxes, found.box))).sum() / total.clamp(min=1e-6),
+            "class": focal_sum(output.logits, owners, positives) / count.clamp(min=positives.images),
+            "giou": GIOU * (overlap * (1 - giou(boxes, positives.box))).sum() / total.clamp(min=1e-6),
             "iou": 0.5 * bce_loss(output.quality[where], overlap).sum() / count.clamp(min=1),
         }
         return losses, anchors, owners
 
-    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+    def boxes(self, output: DenseOutput, scene: Scene) -> Tensor:
         """See `DenseBranch`."""
-        assert output.quality is not None
-        scores = (output.logits.sigmoid() * output.quality.sigmoid().unsqueeze(-1)).sqrt()
-        return scores, CODER.decode(square_anchors(scene), output.regression)
+        return CODER.decode(square_anchors(scene), output.regression)
+
+    def scores(self, output: DenseOutput) -> Tensor:
+        """The root of the usual score."""
+        return super().scores(output).sqrt()
 
 
 def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
@@ -73,61 +76,55 @@ def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Ten
 @torch.no_grad()
 def keep_likely(output: DenseOutput, scene: Scene, anchors: Tensor, owners: Tensor) -> Tensor:
     """The owners `(B, A)` with only the likely ones of the overlapping anchors; the others become background."""
-    found = positives(scene, owners)
-    loss = candidate_loss(output, anchors, found)
+    positives = gather_positives(scene, owners)
+    loss = candidate_loss(output, anchors, positives)
+    # Candidates: those of the lowest losses among a target's anchors on each level.
     levels = len(scene.maps)
-    level = spread(range(levels), [h * w for h, w in scene.shapes], found.anchor)[found.anchor]
-    chosen = places(found.target * levels + level, loss) < PER_LEVEL
-    image, anchor, target, loss = (t[chosen] for t in (found.image, found.anchor, found.target, loss))
-    place = places(target, loss)
+    level = per_cell(range(levels), [h * w for h, w in scene.shapes], positives.anchor)[positives.anchor]
+    chosen = rank(-loss, positives.target * levels + level) < PER_LEVEL
+    image, anchor, target, loss = (t[chosen] for t in (positives.image, positives.anchor, positives.target, loss))
+    # A row for each target, its candidates' losses in ascending order.
+    place = rank(-loss, target)
     rows = loss.new_full((sum(map(len, scene.boxes)), levels * PER_LEVEL), float("nan"))
     rows[target, place] = loss
     # On the host: many steps of few operations on few numbers.
     likely = likely_positives(rows.cpu().double()).to(rows.device)[target, place]
+    # All others become background.
     kept = owners.clamp(max=assigners.BACKGROUND)
     kept[image[likely], anchor[likely]] = owners[image[likely], anchor[likely]]
     return kept
 
 
-def candidate_loss(output: DenseOutput, anchors: Tensor, found: Positives) -> Tensor:
+def candidate_loss(output: DenseOutput, anchors: Tensor, positives: Positives) -> Tensor:
     """Focal loss over all classes and GIoU loss of each anchor with its target: `(P,)`."""
-    where = (found.image, found.anchor)
+    where = (positives.image, positives.anchor)
     logits = output.logits[where]
-    present = focal_positive(logits.gather(1, found.label.unsqueeze(1))).squeeze(1)
-    absent = focal_negative(logits.scatter(1, found.label.unsqueeze(1), ABSENT)).sum(1)
-    boxes = CODER.decode(anchors[found.anchor], output.regression[where])
-    return 0.25 * present + 0.75 * absent + GIOU * (1 - giou(boxes, found.box))
-
-
-def places(group: Tensor, values: Tensor) -> Tensor:
-    """The place of each of `values (P,)` among those of its `group (P,)`, in ascending order: `(P,)`."""
-    order = values.argsort(stable=True)
-    order = order[group[order].argsort(stable=True)]
-    in_order = group[order]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(in_order, in_order)
-    return place
+    present = focal_positive(logits.gather(1, positives.label.unsqueeze(1))).squeeze(1)
+    absent = focal_negative(logits.scatter(1, positives.label.unsqueeze(1), ABSENT)).sum(1)
+    boxes = CODER.decode(anchors[positives.anchor], output.regression[where])
+    return 0.25 * present + 0.75 * absent + GIOU * (1 - giou(boxes, positives.box))
 
 
 class Mixture(NamedTuple):
     """Two Gaussians for each of `R` rows, `(R, 2)` each; the first begins at the lowest value."""
 
-    share: Tensor
+    weight: Tensor
     mean: Tensor
     variance: Tensor
 
     def log_density(self, x: Tensor) -> Tensor:
-        """Of either component with its share, at `x (R, K)`: `(R, K, 2)`."""
-        share, mean, variance = (t.unsqueeze(1) for t in self)
-        return share.log() - ((x.unsqueeze(-1) - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
+        """The logarithm of each component's density times its weight at `x (R, K)`: `(R, K, 2)`."""
+        weight, mean, variance = (t.unsqueeze(1) for t in self)
+        return weight.log() - ((x.unsqueeze(-1) - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
 
 
 def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
     """Expectation maximisation on the values `x (R, K)` that are `member (R, K)`, at least one in each row.
 
-    From the least and the greatest value, equal shares and variances of 1, until a row's mean log-likelihood changes by
-    less than 1e-3, at most 100 times; 1e-6 is added to variances.
+    It starts from the least and the greatest value, equal weights and variances of 1, and ends when a row's mean
+    log-likelihood changes by less than 1e-3, after 100 times at most; 1e-6 is added to variances.
     """
+    # Start: a component at either end.
     ends = torch.where(member, x, float("inf")).amin(1), torch.where(member, x, float("-inf")).amax(1)
     mean = torch.stack(ends, dim=1)
     mixture = Mixture(torch.full_like(mean, 0.5), mean, torch.ones_like(mean))
@@ -136,9 +133,11 @@ def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
     for _ in range(100):
         if not moving.any():
             break
+        # Expectation: how far each value belongs to each component. (R, K, 2)
         log = mixture.log_density(x)
         density = log.logsumexp(-1)
         part = (log - density.unsqueeze(-1)).exp() * member.unsqueeze(-1)
+        # Maximisation, in the rows that still change.
         count = part.sum(1) + 10 * torch.finfo(x.dtype).eps
         mean = (part * x.unsqueeze(-1)).sum(1) / count
         variance = (part * (x.unsqueeze(-1) - mean.unsqueeze(1)) ** 2).sum(1) / count + 1e-6
@@ -151,11 +150,13 @@ def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
 
 def likely_positives(losses: Tensor) -> Tensor:
     """Which of each row's `losses (R, K)`, ascending and NaN behind, are positive; none where there is only one."""
+    # Rows of two candidates and more; NaN is filled up with a row's first value, which counts nowhere.
     member = losses.isfinite()
     member &= member.sum(1, keepdim=True) > 1
     rows = member.any(1)
     x, member = torch.where(member, losses, losses[:, :1])[rows], member[rows]
     log = fit_mixture(x, member).log_density(x)
+    # Those of the lower component, up to where it is densest.
     lower = member & (log[..., 0] >= log[..., 1])
     density = torch.where(lower, log.logsumexp(-1), float("-inf"))
     # A component of two members is as dense at one as at the other: the first, whatever the rounding.

@@ -15,7 +15,7 @@ from detrellis.schemes.collaborative.assigners import max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.roi import region_features
 from detrellis.schemes.collaborative.rpn import RPN, proposals, rpn_losses, sample
-from detrellis.schemes.collaborative.scene import Draw, Found, Predictions, Scene
+from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
 
 CODER = Deltas(0.1, 0.2)
 CELLS = 7  # of a region, along each side
@@ -70,28 +70,29 @@ class RCNN(nn.Module):
         self.rpn = RPN(width)
         self.head = BoxHead(width, classes, hidden)
 
-    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[Found]]:
+    def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """See `Branch`; regions are sampled positives, then sampled background."""
+        # Regions: a sample of the proposals.
         output, anchors = self.rpn(scene.maps), nine_anchors(scene)
         losses = rpn_losses(output, anchors, scene, draw)
         proposed = proposals(output, anchors, scene, before=8 * self.samples, most=2 * self.samples)
         pairs = zip(proposed, scene.boxes, strict=True)
         regions, owners = zip(*(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True)
-        features = self.read(scene, regions, CELLS)
+        features = self.pool(scene, regions, CELLS)
         states = self.head(features)
         logits = self.head.logits(states)
-
-        positive, label, target = known(scene, owners)
+        # Classes of all regions, boxes of the positive ones.
+        positive, label, target = positive_regions(scene, owners)
         deltas = self.head.deltas(states[positive])[torch.arange(len(positive), device=label.device), label]
         labels = torch.full_like(logits[:, 0], self.classes, dtype=torch.int64).index_copy(0, positive, label)
         boxes = CODER.decode(torch.cat(regions)[positive], deltas)
         losses |= region_losses(logits, labels, boxes, target)
-
+        # What was assigned, image by image.
         counts = [len(r) for r in regions]
         parts = zip(regions, owners, features.mean((1, 2)).split(counts), logits.split(counts), strict=True)
-        return losses, [Found(*p) for p in parts]
+        return losses, [BranchAssignment(*p) for p in parts]
 
-    def read(self, scene: Scene, regions: Sequence[Tensor], cells: int) -> Tensor:
+    def pool(self, scene: Scene, regions: Sequence[Tensor], cells: int) -> Tensor:
         """Features `(R, cells, cells, D)` of the images' regions `(n, 4)`."""
         return region_features(scene.maps[: self.levels], scene.strides[: self.levels], regions, cells)
 
@@ -99,7 +100,7 @@ class RCNN(nn.Module):
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
         regions = proposals(self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, most=1000)
-        states = self.head(self.read(scene, regions, CELLS))
+        states = self.head(self.pool(scene, regions, CELLS))
         counts = [len(r) for r in regions]
         scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
         deltas = self.head.deltas(states).split(counts)
@@ -122,7 +123,7 @@ def sample_regions(proposed: Tensor, boxes: Tensor, samples: int, draw: Draw) ->
     return candidates[chosen], owner[chosen]
 
 
-def known(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def positive_regions(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Which of all images' regions are positive, `(P,)`, with their targets' labels `(P,)` and boxes `(P, 4)`."""
     pairs = zip(owners, scene.offsets, strict=True)
     row = torch.cat([torch.where(owner >= 0, owner + first, owner) for owner, first in pairs])

@@ -15,8 +15,8 @@ from detrellis.schemes.collaborative.dense import (
     DenseOutput,
     assign_usable,
     focal_sum,
+    gather_positives,
     mean_positives,
-    positives,
 )
 from detrellis.schemes.collaborative.scene import Scene
 
@@ -35,19 +35,19 @@ class RetinaNet(DenseBranch):
     each = NINE
     nms = 0.5
 
-    def teach(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors = nine_anchors(scene)
         owners = assign_usable(scene, anchors, assign)
-        found = positives(scene, owners)
-        boxes = CODER.decode(anchors[found.anchor], output.regression[found.image, found.anchor])
-        count = mean_positives(found)
+        positives = gather_positives(scene, owners)
+        boxes = CODER.decode(anchors[positives.anchor], output.regression[positives.image, positives.anchor])
+        count = mean_positives(positives)
         losses = {
-            "class": focal_sum(output.logits, owners, found) / count,
-            "giou": 2 * (1 - giou(boxes, found.box)).sum() / count,
+            "class": focal_sum(output.logits, owners, positives) / count,
+            "giou": 2 * (1 - giou(boxes, positives.box)).sum() / count,
         }
         return losses, anchors, owners
 
-    def detect(self, output: DenseOutput, scene: Scene) -> tuple[Tensor, Tensor]:
+    def boxes(self, output: DenseOutput, scene: Scene) -> Tensor:
         """See `DenseBranch`."""
-        return output.logits.sigmoid(), CODER.decode(nine_anchors(scene), output.regression)
+        return CODER.decode(nine_anchors(scene), output.regression)

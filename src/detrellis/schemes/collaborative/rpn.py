@@ -12,7 +12,7 @@ from detrellis.postprocess import nms
 from detrellis.schemes.collaborative.anchors import NINE, usable_cells
 from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
-from detrellis.schemes.collaborative.dense import DenseOutput, assign_usable, by_anchor, conv, positives
+from detrellis.schemes.collaborative.dense import DenseOutput, assign_usable, by_anchor, conv, gather_positives
 from detrellis.schemes.collaborative.scene import Draw, Scene
 
 CODER = Deltas()
@@ -27,8 +27,9 @@ class RPN(nn.Module):
         self.read = conv(width, width)
         self.classify, self.regress = nn.Conv2d(width, NINE, 1), nn.Conv2d(width, 4 * NINE, 1)
         for layer in (self.classify, self.regress):
+            assert layer.bias is not None
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
         """Maps `(B, D, H, W)` of the levels to one logit and the deltas of all anchors."""
@@ -40,17 +41,18 @@ class RPN(nn.Module):
 def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -> dict[str, Tensor]:
     """Cross-entropy and L1 of the deltas over a sample of the anchors, divided by its size."""
     owners = assign_usable(scene, anchors, _assign)
+    # What is not sampled is ignored.
     for owner in owners:
         unused = torch.ones_like(owner, dtype=torch.bool)
         unused[torch.cat(sample(owner, draw, SAMPLES, SAMPLES // 2))] = False
         owner[unused] = IGNORED
-    found, learns = positives(scene, owners), owners != IGNORED
-    count = found.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
-    logits, wanted = output.logits.squeeze(-1)[learns], owners[learns] >= 0
-    deltas = CODER.encode(anchors[found.anchor], found.box)
+    positives, learns = gather_positives(scene, owners), owners != IGNORED
+    count = positives.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
+    logits, target = output.logits.squeeze(-1)[learns], owners[learns] >= 0
+    deltas = CODER.encode(anchors[positives.anchor], positives.box)
     return {
-        "rpn_class": bce_loss(logits, wanted.to(logits)).sum() / count,
-        "rpn_box": l1_loss(output.regression[found.image, found.anchor], deltas).sum() / count,
+        "rpn_class": bce_loss(logits, target.to(logits)).sum() / count,
+        "rpn_box": l1_loss(output.regression[positives.image, positives.anchor], deltas).sum() / count,
     }
 
 
@@ -70,6 +72,7 @@ def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int
 
     The `before` best of each level take part in the NMS, which is level by level.
     """
+    # The best anchors of each level; those on padding come last.
     usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(NINE, dim=1)
     ranked = output.logits.squeeze(-1).masked_fill(~usable, -torch.inf)
     chosen, levels, first = [], [], 0
@@ -78,15 +81,17 @@ def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int
         chosen.append(best + first)
         levels.append(torch.full_like(best[0], level))
         first += part.shape[1]
-    index, group = torch.cat(chosen, dim=1), torch.cat(levels)
+    index, level_of = torch.cat(chosen, dim=1), torch.cat(levels)
+    # Their boxes.
     deltas = output.regression.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
     boxes, scores = CODER.decode(anchors[index], deltas), ranked.gather(1, index)
-    found = []
-    for own, score, size in zip(boxes, scores, scene.sizes, strict=True):
-        cut = clip(own, size)
-        real = (cut[:, 2:] > cut[:, :2]).all(1) & score.isfinite()
-        order = score[real].argsort(descending=True)
-        cut, score, own_level = (t[real][order] for t in (cut, score, group))
-        # A network that has learned nothing yet leaves most boxes apart.
-        found.append(cut[nms(cut, score, own_level, 0.7, most, first=3 * most)])
-    return found
+    # In each image: those that are not empty after clipping, and apart from better ones. A network that has learned
+    # nothing yet leaves most apart.
+    kept = []
+    for image_boxes, score, size in zip(boxes, scores, scene.sizes, strict=True):
+        clipped = clip(image_boxes, size)
+        valid = (clipped[:, 2:] > clipped[:, :2]).all(1) & score.isfinite()
+        order = score[valid].argsort(descending=True)
+        clipped, score, levels_kept = (t[valid][order] for t in (clipped, score, level_of))
+        kept.append(clipped[nms(clipped, score, levels_kept, 0.7, most, first=3 * most)])
+    return kept

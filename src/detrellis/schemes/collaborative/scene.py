@@ -34,7 +34,7 @@ class Scene(NamedTuple):
         return tuple(itertools.accumulate((len(b) for b in self.boxes[:-1]), initial=0))
 
 
-class Found(NamedTuple):
+class BranchAssignment(NamedTuple):
     """What a branch assigned in one image: where positive queries come from.
 
     `A` anchors or regions, in order of their cells; several may share a cell's features.
@@ -70,7 +70,7 @@ def random_draw(generator: torch.Generator) -> Draw:
     return draw
 
 
-def look_at(maps: tuple[Tensor, ...], strides: tuple[int, ...], sizes: Tensor, targets: Targets) -> Scene:
+def make_scene(maps: tuple[Tensor, ...], strides: tuple[int, ...], sizes: Tensor, targets: Targets) -> Scene:
     """The scene of normalised targets. Precision is theirs, whatever the maps have."""
     sizes = sizes.to(targets.boxes)
     pixels = cxcywh_to_xyxy(targets.boxes) * sizes.flip(-1).repeat(1, 2)[targets.image]

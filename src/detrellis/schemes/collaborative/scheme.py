@@ -21,10 +21,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from detrellis.distributed import reduce_mean
+from detrellis.matching import known_assignment
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
+from detrellis.schemes.collaborative.branch import Branch
 from detrellis.schemes.collaborative.branches import build_branches
 from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, choose, marks
-from detrellis.schemes.collaborative.scene import Scene, look_at, random_draw
+from detrellis.schemes.collaborative.scene import Scene, make_scene, random_draw
 from detrellis.schemes.config import CoConfig
 from detrellis.supervision import Supervision, leaving_out
 from detrellis.types import Assignment
@@ -62,60 +64,63 @@ class Collaborative(TrainingScheme):
         self.marks = marks(len(names), width if config.vector else 1) if positioned and config.queries else None
 
     @property
-    def names(self) -> list[str]:
-        """What logs call the branches; the second of a kind gets a number."""
+    def named(self) -> dict[str, Branch]:
+        """The branches by what logs call them; the second of a kind is numbered 2."""
         kinds = self.config.branches
         numbers = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
-        return [kind if number == 1 else f"{kind}{number}" for kind, number in zip(kinds, numbers, strict=True)]
+        names = [kind if number == 1 else f"{kind}{number}" for kind, number in zip(kinds, numbers, strict=True)]
+        return {name: branch for name, branch in zip(names, self.branches, strict=True) if isinstance(branch, Branch)}
 
     @property
     def extra_queries(self) -> int:
-        """All branches' together."""
+        """At most this many for each branch."""
         return self.config.most * len(self.embeds)
 
     def supervision(self, base: Supervision) -> Supervision:
-        """Remembered as it is here; the same."""
+        """The base, which is remembered: the branches' queries learn by it, whatever later schemes make of it."""
         self.base = base
         return base
 
     def scene(self, step: Step) -> Scene:
         """The step as branches see it."""
-        return look_at(self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets)
+        return make_scene(self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets)
 
     def extend(self, step: Step) -> Extension:
         """The branches' losses, and a block of queries for each."""
         config, scene, draw = self.config, self.scene(step), random_draw(self.generator)
         losses: dict[str, Tensor] = {}
         blocks = []
-        for i, (name, branch) in enumerate(zip(self.names, self.branches, strict=True)):
-            terms, found = branch(scene, draw)
+        for i, (name, branch) in enumerate(self.named.items()):
+            terms, assigned = branch(scene, draw)
             if config.heads:
                 losses |= {f"co_{name}_head/{term}": config.heads * self.layers * v for term, v in terms.items()}
             if config.queries:
                 fill = config.pad == "background"
-                chosen = choose(found, scene.sizes, scene.offsets, draw, most=config.most, fill=fill)
-                blocks.append(self.block(i, chosen, step))
+                chosen = choose(assigned, scene.sizes, scene.offsets, draw, max_queries=config.most, fill=fill)
+                blocks.append(self.block(i, name, chosen, step))
         return Extension(blocks, losses)
 
-    def block(self, branch: int, chosen: Chosen, step: Step) -> QueryBlock:
-        """A branch's positives as queries with known targets."""
-        mark = None if self.marks is None else self.marks[branch]
-        places = None if step.queries.boxes is None else step.queries.boxes.shape[-1]
-        learned = step.supervision if self.config.aligned else self.base
-        learned = learned.known(chosen.assignment(self.layers))
+    def block(self, index: int, name: str, chosen: Chosen, step: Step) -> QueryBlock:
+        """The positives of the branch of that index and name as queries with known targets."""
+        mark = None if self.marks is None else self.marks[index]
+        coordinates = None if step.queries.boxes is None else step.queries.boxes.shape[-1]
+        supervision = step.supervision if self.config.aligned else self.base
+        supervision = supervision.known(known_assignment(chosen.image, chosen.slot, chosen.target, self.layers))
         if chosen.unused is not None:
-            learned = replace(learned, rule=leaving_out(learned.rule, chosen.unused))
+            supervision = replace(supervision, rule=leaving_out(supervision.rule, chosen.unused))
         return QueryBlock(
-            f"co_{self.names[branch]}",
-            self.embeds[branch](chosen, mark, places),
-            learned,
+            f"co_{name}",
+            self.embeds[index](chosen, mark, coordinates),
+            supervision,
             weight=self.config.queries,
             normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
             unused=chosen.unused,
         )
 
-    def metrics(self, step: Step, blocks: Sequence[QueryBlock], found: Mapping[str, Assignment]) -> dict[str, Tensor]:
-        """Positive queries for each target of the batch, by branch; not a number where there is no target."""
-        own = [b for b in blocks if b.name.startswith("co_")]
-        pairs = {b.name: step.mean_boxes.new_tensor(len(found[b.name].layer) / self.layers) for b in own}
-        return {f"{name}/positives": count / len(step.targets.labels) for name, count in pairs.items()}
+    def metrics(
+        self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
+    ) -> dict[str, Tensor]:
+        """Positive queries for each target of the batch, by branch; NaN where there is no target."""
+        names = [f"co_{name}" for name in self.named] if self.embeds else []
+        counts = {name: step.mean_boxes.new_tensor(len(assignments[name].layer) / self.layers) for name in names}
+        return {f"{name}/positives": count / len(step.targets.labels) for name, count in counts.items()}
