@@ -83,7 +83,8 @@ def outputs(branch: ATSS | RetinaNet | FCOS | GFL | PAA, scene: Scene) -> list[l
 
 def read(branch: ATSS | RetinaNet | FCOS | GFL | PAA, maps: Sequence[Sequence[Tensor]]) -> DenseOutput:
     logits, regression, quality = (by_anchor(m, branch.head.anchors) for m in maps)
-    return DenseOutput(logits, regression.relu() if branch.name == "fcos" else regression, quality.squeeze(-1))
+    regression = regression.relu() if branch.name == "fcos" else regression
+    return DenseOutput(logits, regression, quality.squeeze(-1) if branch.quality else None)
 
 
 def random_boxes(count: int, size: tuple[int, int], seed: int = 0, least: float = 0.0) -> Tensor:
