@@ -19,6 +19,7 @@ from detrellis.engine.resume import IMAGES
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
+from detrellis.recipes.migrate import FORMAT
 
 from ..small import SMALL
 
@@ -48,7 +49,7 @@ def edited(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Break:
         card = json.loads(metadata["detrellis"])
         change(tensors, card)
         path.unlink()
-        form = str(card.pop("format", 1))
+        form = str(card.pop("format", FORMAT))
         save_file(tensors, path, {"detrellis": json.dumps(card), "format": form} if card else None)
 
     return edit
@@ -65,7 +66,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "extra": (edited(lambda t, c: t.update(extra=torch.zeros(1))), "extra is no part of it"),
     "no card": (edited(lambda t, c: c.clear()), "without a Detrellis card"),
     "broken card": (edited(lambda t, c: c.pop("classes")), r"its card cannot be read"),
-    "newer format": (edited(lambda t, c: c.update(format=2, version="3.0")), r"written by a newer Detrellis \(3.0\)"),
+    "newer format": (
+        edited(lambda t, c: c.update(format=FORMAT + 1, version="3.0")),
+        r"written by a newer Detrellis \(3.0\)",
+    ),
     "newer recipe": (
         edited(lambda t, c: c["recipe"].update(novelty=1) or c.update(version="9.1.0")),
         r"written by a newer Detrellis \(9.1.0\); this is",
