@@ -292,8 +292,9 @@ def begin(verb: Callable[[], None], code: int, monkeypatch: pytest.MonkeyPatch) 
     own = typer.Typer()
     own.command()(verb)
     monkeypatch.setattr(sys, "argv", ["detrellis"])
-    with pytest.raises(SystemExit, match=str(code)):
+    with pytest.raises(SystemExit) as stopped:
         start(own)
+    assert stopped.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -328,6 +329,22 @@ def test_whatever_is_raised_ends_in_words(
     assert [text for text in told if text not in err] == []
     assert ("Traceback" in err) == ("Traceback" in told)
     assert bool(err) == bool(told)
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(32, "Broken pipe"), 1)])
+def test_what_is_raised_outside_of_a_verb(
+    raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While the last lines are flushed, where typer no longer looks."""
+
+    def app(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("detrellis.cli.entry._close_quietly", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        start(app)  # type: ignore[arg-type]
+    assert stopped.value.code == code
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
