@@ -1,4 +1,4 @@
-"""The network parts as a recipe names them; docs/architecture.md says what each is. Importing this imports no torch.
+"""The network parts as a recipe names them; docs/detectors.md says what each is. Importing this imports no torch.
 
 A part that comes in several kinds is a union that `kind` tells apart. Each kind holds the fields that it reads and no
 others, so what cannot be combined cannot be written; what its readers ask of every kind is a constant of the class.
