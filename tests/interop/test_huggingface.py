@@ -290,7 +290,7 @@ def broken(saved: Path, to: Path, **config: Any) -> Path:
         ({"d_model": 64}, "has the shape"),
         ({"encoder_ffn_dim": 64}, "has the shape"),
         ({"activation_function": "mish"}, "activation_function='mish'"),
-        ({"d_model": 30, "encoder_attention_heads": 4}, "width=30 is not a multiple of heads=4"),
+        ({"d_model": 30, "encoder_attention_heads": 4}, "width=30 is not a multiple of decoder.heads=4"),
         ({"backbone_config": {"model_type": "swin"}}, "backbone_config 'swin'"),
         ({"backbone_config": {"model_type": "timm_backbone", "output_stride": 8}}, "output_stride=8"),
         ({"num_queries": "many"}, r"queries\.count"),
