@@ -70,22 +70,22 @@ class ProposalHead(nn.Module):
             # queries. A trained one has learned that it is no object.
             scores = scores.masked_fill(empty.squeeze(-1), -math.inf)
         nothing = scores.new_empty(0)
-        found = Proposals(states, anchors, logits, scores, nothing, nothing)
-        best = found.ranked(0, self.proposals)
-        return found._replace(best=best, boxes=self.boxes(found, best))
+        proposals = Proposals(states, anchors, logits, scores, nothing, nothing)
+        best = proposals.ranked(0, self.proposals)
+        return proposals._replace(best=best, boxes=self.boxes(proposals, best))
 
-    def boxes(self, found: Proposals, index: Tensor | None = None) -> Tensor:
+    def boxes(self, proposals: Proposals, index: Tensor | None = None) -> Tensor:
         """Boxes of the tokens `index (B, N)`: `(B, N, 4)`; of all tokens without it. Few are ever needed."""
-        states, anchors = found.states, found.anchors
+        states, anchors = proposals.states, proposals.anchors
         if index is not None:
             states, anchors = select(states, index), select(anchors, index)
         moved: Tensor = self.move(states)
         return (moved + anchors).sigmoid()
 
-    def training_output(self, found: Proposals) -> DecoderOutput:
+    def training_output(self, proposals: Proposals) -> DecoderOutput:
         """What the loss sees, as an output of one layer: all tokens with `rank_by="first"`, else the selected ones."""
         if self.rank_by == "first":
-            logits, boxes = found.logits, self.boxes(found)
+            logits, boxes = proposals.logits, self.boxes(proposals)
         else:
-            logits, boxes = select(found.logits, found.best), found.boxes
+            logits, boxes = select(proposals.logits, proposals.best), proposals.boxes
         return DecoderOutput(logits[None], boxes[None], boxes[None])
