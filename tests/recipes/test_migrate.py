@@ -100,7 +100,7 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
             "schemes.dn={groups: 2, total: 50, label_noise: 0.1, box_noise: 0.3, padded_background: true, sees: all}",
             "schemes.cdn={number: 7, label_noise: 0.3, box_noise: 0.7, sees: all}",
             "schemes.hybrid={k: 3, queries: 12, weight: 0.5, divisor: boxes}",
-            "schemes.co={branches: [paa, gfl], heads: 3.0, queries: 0.5, convolutions: 2, most: 100, pad: mask,"
+            "schemes.co={branches: [paa, gfl], heads: 3.0, queries: 0.5, convolutions: 2, max_queries: 100, pad: mask,"
             " features: true, vector: true, aligned: true}",
             "schemes.align={k: 5, k_encoder: 3, k_last: 2, alpha: 0.5, tau: 2.0, gamma: 3.0, floor: 0.02,"
             " classification: base, rank_boxes: false, iou_eps: 1e-6}",

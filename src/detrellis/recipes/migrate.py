@@ -17,7 +17,7 @@ from detrellis.recipes.detector import DetectorConfig
 FORMAT = 2  # of stored recipes
 
 # Where a field of format 1 stands in format 2, as dotted paths: "schemes.co.old": "schemes.co.new".
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {"schemes.co.most": "schemes.co.max_queries"}
 
 
 def read_recipe(data: Any, written: int) -> Recipe:

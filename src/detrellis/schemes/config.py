@@ -60,7 +60,7 @@ class CoConfig(Config):
     heads: Weight = 2.0  # lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
     queries: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
     convolutions: Annotated[int, within(0, 16)] = 1  # stacked in each tower
-    most: Queries = 300  # queries of a branch
+    max_queries: Queries = 300  # of a branch, in each image
     # what an image with fewer positives than others is filled up with; mask: queries that are not read
     pad: Literal["background", "mask"] = "background"
     features: bool | None = None  # contents hold the memory at the positives; None: unless derived from boxes

@@ -74,7 +74,7 @@ class Collaborative(TrainingScheme):
     @property
     def extra_queries(self) -> int:
         """At most this many for each branch."""
-        return self.config.most * len(self.embeds)
+        return self.config.max_queries * len(self.embeds)
 
     def supervision(self, base: Supervision) -> Supervision:
         """The base, which is remembered: the branches' queries learn by it, whatever later schemes make of it."""
@@ -96,7 +96,7 @@ class Collaborative(TrainingScheme):
                 losses |= {f"co_{name}_head/{term}": config.heads * self.layers * v for term, v in terms.items()}
             if config.queries:
                 fill = config.pad == "background"
-                chosen = choose(assigned, scene.sizes, scene.offsets, draw, max_queries=config.most, fill=fill)
+                chosen = choose(assigned, scene.sizes, scene.offsets, draw, max_queries=config.max_queries, fill=fill)
                 blocks.append(self.block(i, name, chosen, step))
         return Extension(blocks, losses)
 
