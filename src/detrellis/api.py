@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 from detrellis.arguments import (
     BatchSize,
@@ -190,46 +190,6 @@ def resume(
         resumed.check(training, validation, classes)
         job = TrainJob(card, training, validation, Path(run), workers)
         return run_job(job, world, resumed.state, console=console)
-
-
-@overload
-def evaluate(
-    run: str | Path,
-    *,
-    metric: Literal["coco"] = ...,
-    data: str | Path | DataSource | None = ...,
-    val: str | Path | None = ...,
-    val_images: str | Path | None = ...,
-    split: Split = ...,
-    results: str | Path | None = ...,
-    nms: Iou | None = ...,
-    batch_size: BatchSize = ...,
-    skip_bad: SkipBad = ...,
-    workers: Workers = ...,
-    device: str | None = ...,
-    progress: bool = ...,
-) -> EvalResult:
-    """Box AP by COCO's metric: see below."""
-
-
-@overload
-def evaluate(
-    run: str | Path,
-    *,
-    metric: Literal["voc"],
-    data: str | Path | DataSource | None = ...,
-    val: str | Path | None = ...,
-    val_images: str | Path | None = ...,
-    split: Split = ...,
-    results: str | Path | None = ...,
-    nms: Iou | None = ...,
-    batch_size: BatchSize = ...,
-    skip_bad: SkipBad = ...,
-    workers: Workers = ...,
-    device: str | None = ...,
-    progress: bool = ...,
-) -> VocResult:
-    """Box AP by Pascal VOC's metric: see below."""
 
 
 @checked

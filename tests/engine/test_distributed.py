@@ -23,7 +23,7 @@ import detrellis
 from detrellis.distributed import all_gather, pick_device, process_group, reduce_max, reduce_mean
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
-from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import SchemesConfig
 from detrellis.training import mean_boxes
 
 from ..small import CLASSES, SMALL, images, small, targets

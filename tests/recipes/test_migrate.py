@@ -30,7 +30,7 @@ from detrellis.data.shapes import write_shapes
 from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, find_recipe
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe
-from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import SchemesConfig
 from detrellis.study.plan import read_plan
 from detrellis.study.rows import plan_schemes
 

@@ -13,7 +13,7 @@ from detrellis.errors import UserError
 from detrellis.recipes import network
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.schemes import SchemesConfig
+from detrellis.schemes.config import SchemesConfig
 
 from ..small import CLASSES, small
 

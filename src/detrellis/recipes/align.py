@@ -8,8 +8,7 @@ from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50, dab_detr_r50_dc5
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_r50
-from detrellis.recipes.schemes import SchemesConfig
-from detrellis.schemes.config import AlignConfig, HybridConfig, StableConfig
+from detrellis.schemes.config import AlignConfig, HybridConfig, SchemesConfig, StableConfig
 
 
 def _with(base: Recipe, name: str, about: str, *, epochs: int = 0, drop: int = 0, **schemes: Any) -> Recipe:

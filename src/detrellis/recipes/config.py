@@ -30,9 +30,9 @@ from detrellis.fields import (
 )
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.overrides import assign
-from detrellis.recipes.schemes import SchemesConfig
-from detrellis.schemes.config import BranchName
+from detrellis.schemes.config import BranchName, SchemesConfig
 
+SCHEMES = tuple(SchemesConfig.model_fields)  # the names of all training schemes
 Side = Annotated[int, within(1, 16384)]  # of a picture, in pixels
 Fraction = Annotated[float, within(0, 1, above=True, below=True)]  # of a run
 Factor = Annotated[float, within(0, 1000)]  # on a learning rate
@@ -187,7 +187,7 @@ def _dialled(text: str, name: str, value: str) -> dict[str, Any]:
     """What N in `--scheme NAME=N` sets: a number, or names with + between."""
     if name == "none":
         raise UserError(f"--scheme {text}: none takes no number", "Write --scheme none.")
-    if name not in SchemesConfig.model_fields:
+    if name not in SCHEMES:
         raise _unknown_scheme(name, text)
     dial = _dial(name)
     if not dial:
@@ -218,4 +218,4 @@ def _unknown_scheme(name: str, text: str) -> UserError:
         return UserError(
             f"--scheme {text}: {name} is a head of the scheme co", f"Join heads with +: --scheme co=atss+{name}."
         )
-    return unknown_name(name, [*SchemesConfig.model_fields, "none"], f"--scheme {text}")
+    return unknown_name(name, [*SCHEMES, "none"], f"--scheme {text}")

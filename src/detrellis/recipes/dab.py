@@ -14,8 +14,7 @@ from detrellis.recipes.detector import (
     DenseEncoderConfig,
     DetectorConfig,
 )
-from detrellis.recipes.schemes import SchemesConfig
-from detrellis.schemes.config import DNConfig
+from detrellis.schemes.config import DNConfig, SchemesConfig
 
 # The settings that DAB-DETR and its descendants share.
 COMMON = {"dropout": 0.0, "eps": 1e-3, "position_temperature": 20.0, "position_offset": 0.0, "top_k": 300}

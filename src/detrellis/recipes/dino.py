@@ -12,8 +12,7 @@ from detrellis.recipes.detector import (
     MixedQueriesConfig,
 )
 from detrellis.recipes.scale import tiny_sized
-from detrellis.recipes.schemes import SchemesConfig
-from detrellis.schemes.config import CDNConfig
+from detrellis.schemes.config import CDNConfig, SchemesConfig
 
 
 def dino_detector(*, strides: tuple[int, ...] = (8, 16, 32), levels: int = 4) -> DetectorConfig:

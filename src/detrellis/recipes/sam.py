@@ -20,8 +20,7 @@ from detrellis.recipes.detector import (
     SemanticAttentionConfig,
 )
 from detrellis.recipes.detr import single_scale_detector
-from detrellis.recipes.schemes import SchemesConfig
-from detrellis.schemes.config import DNConfig
+from detrellis.schemes.config import DNConfig, SchemesConfig
 
 
 def sam_detector(*, dilation: bool = False) -> DetectorConfig:

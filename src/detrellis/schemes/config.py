@@ -109,3 +109,15 @@ class GroupConfig(Config):
 
 
 SchemeConfig = DNConfig | CDNConfig | HybridConfig | CoConfig | AlignConfig | StableConfig | GroupConfig
+
+
+class SchemesConfig(Config):
+    """The training schemes of a recipe, in the order in which they are built; None: off."""
+
+    dn: DNConfig | None = None
+    cdn: CDNConfig | None = None
+    hybrid: HybridConfig | None = None
+    co: CoConfig | None = None  # before those that set what positives learn: its labels stay
+    align: AlignConfig | None = None
+    stable: StableConfig | None = None
+    group: GroupConfig | None = None

@@ -10,11 +10,11 @@ from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
-from detrellis.recipes.schemes import SchemesConfig
+from detrellis.recipes.config import SCHEMES
 from detrellis.recipes.tables import Paper, PaperRow, PaperTable
 from detrellis.study.plan import StudyPlan, StudyRow
 
-KNOWN = (*SchemesConfig.model_fields, "none")
+KNOWN = (*SCHEMES, "none")
 VOC = "The paper's AP is Pascal VOC's, at IoU 0.5: compare it with AP50"
 Equal = Literal["epochs", "time"]  # what all rows of a study have in common
 LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
@@ -43,7 +43,7 @@ def with_exactly(recipe: Recipe, schemes: Sequence[str]) -> Recipe:
     """The recipe with these training schemes and no other; those that it had keep its dials."""
     named = {scheme.partition("=")[0] for scheme in schemes}
     chosen = recipe.with_schemes(schemes)
-    off = dict.fromkeys(name for name in SchemesConfig.model_fields if name not in named)
+    off = dict.fromkeys(name for name in SCHEMES if name not in named)
     return chosen.model_copy(update={"schemes": chosen.schemes.model_copy(update=off)})
 
 
