@@ -65,8 +65,8 @@ Count = Annotated[int, within(1, 1_000_000)]
 CountOrNone = Annotated[int, within(0, 1_000_000)]  # 0: off
 Few = Annotated[int, within(1, 100)]  # layers, heads, levels, points, groups: each costs as much as the one before
 Positive = Annotated[float, within(0, 1e6, above=True)]
-Share = Annotated[float, within(0, 1)]
-Portion = Annotated[float, within(0, 1, below=True)]  # of something that must not be lost altogether
+ZeroToOne = Annotated[float, within(0, 1)]
+ZeroToBelowOne = Annotated[float, within(0, 1, below=True)]  # of something that must not be lost altogether
 Weight = Annotated[float, within(0, 1e6)]
 Key = Annotated[str, StringConstraints(min_length=1)]
 

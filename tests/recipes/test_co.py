@@ -21,7 +21,8 @@ def test_all_are_listed() -> None:
 def test_branches_weights_and_schedule(name: str) -> None:
     recipe = find_recipe(name)
     branches = ("atss",) if name.endswith("-k1") else ("rcnn", "atss")
-    assert recipe.schemes.co == CoConfig(branches=branches, heads=2.0, queries=1.0, convolutions=1, max_queries=300)  # type: ignore[arg-type]
+    defaults = {"head_weight": 2.0, "query_weight": 1.0, "convolutions": 1, "max_queries": 300}
+    assert recipe.schemes.co == CoConfig.checked({"branches": branches} | defaults)
     epochs = 36 if name in ("co-conditional-detr-r50", "co-dab-detr-r50") else 12
     assert recipe.schedule.epochs == epochs
     assert recipe.schedule.drops == (pytest.approx(30 / 36 if epochs == 36 else 11 / 12),)

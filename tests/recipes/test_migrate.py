@@ -29,7 +29,9 @@ from detrellis.data.layout import resolve
 from detrellis.data.shapes import write_shapes
 from detrellis.errors import UserError
 from detrellis.recipes import RECIPES, find_recipe
-from detrellis.recipes.migrate import FORMAT, migrated, read_recipe
+from detrellis.recipes.build import build
+from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
+from detrellis.recipes.scale import tiny_sized
 from detrellis.schemes.config import SchemesConfig
 from detrellis.study.plan import read_plan
 from detrellis.study.rows import plan_schemes
@@ -100,8 +102,8 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
             "schemes.dn={groups: 2, total: 50, label_noise: 0.1, box_noise: 0.3, padded_background: true, sees: all}",
             "schemes.cdn={number: 7, label_noise: 0.3, box_noise: 0.7, sees: all}",
             "schemes.hybrid={k: 3, queries: 12, weight: 0.5, divisor: boxes}",
-            "schemes.co={branches: [paa, gfl], heads: 3.0, queries: 0.5, convolutions: 2, max_queries: 100, pad: mask,"
-            " features: true, vector: true, aligned: true}",
+            "schemes.co={branches: [paa, gfl], head_weight: 3.0, query_weight: 0.5, convolutions: 2,"
+            " max_queries: 100, pad: mask, features: true, vector: true, aligned: true}",
             "schemes.align={k: 5, k_encoder: 3, k_last: 2, alpha: 0.5, tau: 2.0, gamma: 3.0, floor: 0.02,"
             " classification: base, rank_boxes: false, iou_eps: 1e-6}",
             "schemes.stable={supervised: false, modulated: false, classes: 4.0, beta: 0.25}",
@@ -161,6 +163,21 @@ def test_values_that_are_not_the_default_stay(recipes: dict[str, Any], name: str
     expected = find_recipe(recipe).override(changes)
     assert expected != find_recipe(recipe)
     assert read_recipe(recipes[name], 1) == expected
+
+
+def test_names_of_format_2_are_read() -> None:
+    """`format2.json`: the `model_dump(mode="json")` of this recipe, as the code of then wrote it."""
+    stored = json.loads((Path(__file__).parent / "data" / "format2.json").read_text())
+    changes = ["schemes.co.head_weight=3", "schemes.co.query_weight=0.5", "schemes.co.max_queries=40"]
+    assert read_recipe(stored, 2) == find_recipe("co-dino-r50").override(changes)
+
+
+def test_parameters_of_format_2_are_read() -> None:
+    model = build(tiny_sized(find_recipe("co-dino-r50")).untrained().with_schemes("co=atss+mask"), 2, seed=0)
+    state = model.state_dict()
+    old = {name.replace(".quality.", ".judge.").replace(".tower.", ".read."): v for name, v in state.items()}
+    assert len(old.keys() - state.keys()) == 12  # ATSS's centerness, the RPN's convolution, and the masks' four
+    assert renamed_parameters(old).keys() == state.keys()
 
 
 def test_what_this_version_stores_it_reads_as_it_is(recipes: dict[str, Any]) -> None:

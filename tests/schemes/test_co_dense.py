@@ -73,7 +73,7 @@ DRAW = random_draw(torch.Generator().manual_seed(0))
 def outputs(branch: ATSS | RetinaNet | FCOS | GFL | PAA, scene: Scene) -> list[list[Tensor]]:
     """Random classes, boxes and quality, each `(B, n, H, W)` for every level, as a head's convolutions give them."""
     head, generator = branch.head, torch.Generator().manual_seed(1)
-    channels = [head.classify.out_channels, head.regress.out_channels, head.anchors if head.judge else 0]
+    channels = [head.classify.out_channels, head.regress.out_channels, head.anchors if head.quality else 0]
     offsets = [-3.0, 1.0, 0.0]
     return [
         [torch.randn(len(m), n, *m.shape[2:], generator=generator) / 2 + offset for m in scene.maps]

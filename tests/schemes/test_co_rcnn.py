@@ -294,7 +294,7 @@ def test_the_mask_of_the_label_learns() -> None:
         assert head.classify.weight.grad is not None
         assert not head.classify.weight.grad[1].any()
     assert ((head(features, labels) > 0) == wanted).float().mean() > 0.95
-    every = head.classify(head.upsample(head.read(features.permute(0, 3, 1, 2))).relu())
+    every = head.classify(head.upsample(head.tower(features.permute(0, 3, 1, 2))).relu())
     torch.testing.assert_close(head(features, labels), every[range(3), labels])
 
 

@@ -134,9 +134,9 @@ def test_heads_alone_queries_alone_and_their_weights() -> None:
         losses(make(*o), truth)
         for o in (
             (),
-            ("schemes.co.queries=0",),
-            ("schemes.co.heads=0",),
-            ("schemes.co.heads=3", "schemes.co.queries=4"),
+            ("schemes.co.query_weight=0",),
+            ("schemes.co.head_weight=0",),
+            ("schemes.co.head_weight=3", "schemes.co.query_weight=4"),
         )
     )
     assert not any(k.startswith("co_atss/") for k in heads)
@@ -171,7 +171,7 @@ def test_a_branch_may_stand_twice() -> None:
 
 
 def test_gradients_reach_the_memory_by_both_ways() -> None:
-    for switch in ("schemes.co.queries=0", "schemes.co.heads=0"):
+    for switch in ("schemes.co.query_weight=0", "schemes.co.head_weight=0"):
         model = make(switch, "schemes.co.features=true")
         step = model.begin(images(), targets((2, 3)))
         step = Step(

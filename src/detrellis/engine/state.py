@@ -25,6 +25,7 @@ from detrellis.engine.transfer_report import TransferReport
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
+from detrellis.recipes.migrate import renamed_parameters
 from detrellis.training import TrainableDetector
 
 
@@ -84,7 +85,7 @@ class TrainState:
             ) from error
 
     def _fill(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(renamed_parameters(state["model"]))
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):

@@ -21,9 +21,9 @@ from detrellis.fields import (
     Count,
     CountOrNone,
     Key,
-    Portion,
-    Share,
     Weight,
+    ZeroToBelowOne,
+    ZeroToOne,
     configs_of,
     unknown_name,
     within,
@@ -85,7 +85,7 @@ class OptimConfig(Config):
     clip: Weight = 0.1  # norm of the gradient; 0: off
     batch_size: Count = 16  # images a step over all processes and accumulations
     accumulate: Count = 1  # passes a step
-    ema: Portion = 0.0  # decay of the averaged weights; 0: off
+    ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
     amp: bool = True  # bf16 on GPUs that have it
 
 
@@ -93,10 +93,10 @@ class ScheduleConfig(Config):
     """Learning rate over the run, in fractions of its steps, so that it fits any data set."""
 
     epochs: Count = 50
-    warmup: Portion = 0.0
+    warmup: ZeroToBelowOne = 0.0
     shape: Literal["step", "cosine"] = "step"
     drops: Annotated[tuple[Fraction, ...], Ascending] = (0.8,)  # step: where the rate is multiplied by 0.1
-    final: Share = 0.0  # cosine: last rate relative to the first
+    final: ZeroToOne = 0.0  # cosine: last rate relative to the first
     eval_every: Count = 1  # epochs between two evaluations; the last epoch is always evaluated
     keep_every: CountOrNone = 0  # epochs between two weights files kept as epochs/NNNN; 0: none
 
@@ -109,9 +109,9 @@ class DataConfig(Config):
     exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
     augment: Literal["detr", "fixed", "none"] = "detr"
     keep_aspect: bool = True
-    hflip: Share = 0.5
-    vflip: Share = 0.0
-    jitter: Share | None = None  # strength of the colour jitter; None: the policy's own
+    hflip: ZeroToOne = 0.5
+    vflip: ZeroToOne = 0.0
+    jitter: ZeroToOne | None = None  # strength of the colour jitter; None: the policy's own
     zoom: Zoom | None = None  # lowest and highest magnification; None: the policy's own
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from detrellis.fields import Ascending, Config, Count, Few, Portion, Share, Some, within
+from detrellis.fields import Ascending, Config, Count, Few, Some, ZeroToBelowOne, ZeroToOne, within
 
 Levels = Annotated[int, within(1, 8)]
 QueryCount = Annotated[int, within(1, 100_000)]
@@ -25,7 +25,7 @@ class BackboneConfig(Config):
     pretrained: bool = True
     norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
     dilation: bool = False  # DC5
-    drop_path: Portion = 0.0  # rate of dropped residual branches, for timm models that have it
+    drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it
     strides: Strides = (8, 16, 32)
     # stages, with the stem, that training leaves as they are, BatchNorm's statistics too; 0: what `norm` freezes
     frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
@@ -178,14 +178,15 @@ class DetectorConfig(Config):
     cross_attention: Annotated[CrossAttentionConfig, Field(discriminator="kind")] = DeformableAttentionConfig()
     decoder: DecoderConfig = DecoderConfig()
     activation: Literal["relu", "prelu", "gelu", "silu"] = "relu"  # of the feed-forward blocks
-    dropout: Portion = 0.1
+    dropout: ZeroToBelowOne = 0.1
     scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
     iou_branch: Literal["none", "product", "root"] = "none"  # a head that learns the IoU, and how scores use it
     eps: Annotated[float, within(0, 0.5, above=True, below=True)] = 1e-5  # of the inverse sigmoid
     position_temperature: Annotated[float, within(1, 1e6)] = 10000.0
     position_offset: Annotated[float, within(-1, 1)] = -0.5
     top_k: Count = 100  # detections of an image, at most
-    soft_nms: Share | None = None  # detections that overlap a better one of their class by this lose score; None: off
+    # detections whose IoU with a better one of their class is higher lose score; None: off
+    soft_nms: ZeroToOne | None = None
 
     @property
     def two_stage(self) -> bool:

@@ -14,10 +14,17 @@ from detrellis.fields import configs_of, kind_of
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
 
-FORMAT = 2  # of stored recipes
+FORMAT = 3  # of stored recipes
 
-# Where a field of format 1 stands in format 2, as dotted paths: "schemes.co.old": "schemes.co.new".
-RENAMED: Mapping[str, str] = {"schemes.co.most": "schemes.co.max_queries"}
+# Where a field of an older format stands now, as dotted paths. A name of today must not stand on the left.
+RENAMED: Mapping[str, str] = {
+    "schemes.co.most": "schemes.co.max_queries",
+    "schemes.co.heads": "schemes.co.head_weight",
+    "schemes.co.queries": "schemes.co.query_weight",
+}
+
+# Parameters of schemes, which the states of older runs hold: a part of a name then, and now.
+RENAMED_PARAMETERS: Mapping[str, str] = {".judge.": ".quality.", ".read.": ".tower."}
 
 
 def read_recipe(data: Any, written: int) -> Recipe:
@@ -32,9 +39,19 @@ def migrated(data: Any, written: int) -> Any:
     recipe: dict[str, Any] = deepcopy(dict(data))
     for old, new in RENAMED.items():
         _move(recipe, old, new)
-    if isinstance(recipe.get("detector"), dict):
+    if written < 2 and isinstance(recipe.get("detector"), dict):
         _group_detector(recipe["detector"])
     return recipe
+
+
+def renamed_parameters(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's stored state with the names of parameters that this version has."""
+    renamed = {}
+    for name, value in state.items():
+        for old, new in RENAMED_PARAMETERS.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    return renamed
 
 
 def _group_detector(detector: dict[str, Any]) -> None:

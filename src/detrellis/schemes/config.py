@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from detrellis.fields import Config, Few, Positive, Share, Some, Weight, within
+from detrellis.fields import Config, Few, Positive, Some, Weight, ZeroToOne, within
 
 Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
 Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size
@@ -21,7 +21,7 @@ class DNConfig(Config):
     dial: ClassVar[str] = "groups"
     groups: Few = 5
     total: Queries | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
-    label_noise: Share = 0.2  # part of the labels that are drawn anew
+    label_noise: ZeroToOne = 0.2  # part of the labels that are drawn anew
     box_noise: Noise = 0.4
     padded_background: bool = False  # slots that an image does not fill learn "no object"; else they learn nothing
     sees: Sees = "main"
@@ -32,7 +32,7 @@ class CDNConfig(Config):
 
     dial: ClassVar[str] = "number"
     number: Queries = 100  # positives, and as many negatives; fewer than 50 are a number of groups
-    label_noise: Share = 0.5  # half of it is the part of the labels that are drawn anew
+    label_noise: ZeroToOne = 0.5  # half of it is the part of the labels that are drawn anew
     box_noise: Noise = 1.0
     sees: Sees = "main"
 
@@ -57,8 +57,8 @@ class CoConfig(Config):
 
     dial: ClassVar[str] = "branches"
     branches: Annotated[tuple[BranchName, ...], Some] = ("atss", "rcnn")  # any number and order, also twice
-    heads: Weight = 2.0  # lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
-    queries: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
+    head_weight: Weight = 2.0  # lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
+    query_weight: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
     convolutions: Annotated[int, within(0, 16)] = 1  # stacked in each tower
     max_queries: Queries = 300  # of a branch, in each image
     # what an image with fewer positives than others is filled up with; mask: queries that are not read
@@ -75,10 +75,10 @@ class AlignConfig(Config):
     k: Few = 4  # candidates for each target
     k_encoder: Few | None = None  # among the encoder's proposals; None: k
     k_last: Few = 1  # in the last decoder layer
-    alpha: Share = 0.25  # confidence against IoU in the quality
+    alpha: ZeroToOne = 0.25  # confidence against IoU in the quality
     tau: Positive = 1.5  # how slowly lower ranks fade
     gamma: Annotated[float, within(1, 100)] = 2.0
-    floor: Share = 0.01  # lowest quality that a target is computed from
+    floor: ZeroToOne = 0.01  # lowest quality that a target is computed from
     classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
     rank_boxes: bool = True  # lower ranks weigh less in the box losses too
     iou_eps: Annotated[float, within(0, 1e-3)] = 0.0  # 1e-6: as in the released code

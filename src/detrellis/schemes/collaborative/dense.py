@@ -63,7 +63,8 @@ def tower(width: int, convolutions: int) -> nn.Sequential:
 class DenseHead(nn.Module):
     """A tower for classes and one for boxes, shared by all levels; boxes times a learned number for each level.
 
-    `anchors` of each cell, each with `numbers` for its box; `quality`: one logit more for each (centerness, or IoU).
+    `anchors` of each cell, each with `box_outputs` numbers for its box; `quality`: one logit more for each
+    (centerness, or IoU).
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DenseHead(nn.Module):
         levels: int,
         *,
         anchors: int = 1,
-        numbers: int = 4,
+        box_outputs: int = 4,
         quality: bool = False,
         convolutions: int = 1,
     ) -> None:
@@ -81,8 +82,8 @@ class DenseHead(nn.Module):
         self.anchors = anchors
         self.class_tower, self.box_tower = tower(width, convolutions), tower(width, convolutions)
         self.classify = conv(width, anchors * classes, bias=-math.log(99))
-        self.regress = conv(width, anchors * numbers)
-        self.judge = conv(width, anchors) if quality else None
+        self.regress = conv(width, anchors * box_outputs)
+        self.quality = conv(width, anchors) if quality else None
         self.scale = nn.Parameter(torch.ones(levels))
 
     def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
@@ -92,8 +93,8 @@ class DenseHead(nn.Module):
             box_features = self.box_tower(x)
             logits.append(self.classify(self.class_tower(x)))
             boxes.append(self.regress(box_features) * self.scale[level])
-            if self.judge is not None:
-                quality.append(self.judge(box_features))
+            if self.quality is not None:
+                quality.append(self.quality(box_features))
         return DenseOutput(
             by_anchor(logits, self.anchors),
             by_anchor(boxes, self.anchors),
@@ -107,7 +108,7 @@ class DenseBranch(nn.Module, ABC):
     name: ClassVar[str]
     softmax: ClassVar[bool] = False
     each: ClassVar[int] = 1  # anchors of a cell
-    numbers: ClassVar[int] = 4  # for the box of an anchor
+    box_outputs: ClassVar[int] = 4  # numbers for the box of an anchor
     quality: ClassVar[bool] = False  # whether there is a third output, the quality of the box
     nms: ClassVar[float] = 0.6  # IoU, of its own detections
 
@@ -118,7 +119,7 @@ class DenseBranch(nn.Module, ABC):
             classes,
             levels,
             anchors=self.each,
-            numbers=self.numbers,
+            box_outputs=self.box_outputs,
             quality=self.quality,
             convolutions=convolutions,
         )

@@ -35,7 +35,7 @@ class GFL(DenseBranch):
     """Losses: quality focal `class`; `giou` and `dfl`, both weighted by the score that the anchor has."""
 
     name = "gfl"
-    numbers = 4 * BINS
+    box_outputs = 4 * BINS
 
     def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""

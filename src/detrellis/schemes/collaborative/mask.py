@@ -21,7 +21,7 @@ class MaskHead(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(4)]
-        self.read = nn.Sequential(*(layer for c in convolutions for layer in (c, nn.ReLU())))
+        self.tower = nn.Sequential(*(layer for c in convolutions for layer in (c, nn.ReLU())))
         self.upsample = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.classify = nn.Conv2d(width, classes, 1)
         for layer in (*convolutions, self.upsample):
@@ -34,7 +34,7 @@ class MaskHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features `(P, 14, 14, D)` to logits `(P, 28, 28)` of the mask of each region's label `(P,)`."""
-        x = self.upsample(self.read(features.permute(0, 3, 1, 2))).relu()
+        x = self.upsample(self.tower(features.permute(0, 3, 1, 2))).relu()
         # Only the label's mask learns: no other class is computed.
         assert self.classify.bias is not None
         weight, bias = self.classify.weight[labels], self.classify.bias[labels]

@@ -24,7 +24,7 @@ class RPN(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.read = conv(width, width)
+        self.tower = conv(width, width)
         self.classify, self.regress = nn.Conv2d(width, NINE, 1), nn.Conv2d(width, 4 * NINE, 1)
         for layer in (self.classify, self.regress):
             assert layer.bias is not None
@@ -33,8 +33,8 @@ class RPN(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
         """Maps `(B, D, H, W)` of the levels to one logit and the deltas of all anchors."""
-        read = [self.read(m).relu_() for m in maps]
-        logits, deltas = ([layer(r) for r in read] for layer in (self.classify, self.regress))
+        features = [self.tower(m).relu_() for m in maps]
+        logits, deltas = ([layer(f) for f in features] for layer in (self.classify, self.regress))
         return DenseOutput(by_anchor(logits, NINE), by_anchor(deltas, NINE), None)
 
 

@@ -59,16 +59,16 @@ class Collaborative(TrainingScheme):
         self.branches = nn.ModuleList(branches)
         features = positioned if config.features is None else config.features
         self.embeds = nn.ModuleList(
-            PositiveQueries(width, positioned=positioned, features=features) for _ in names if config.queries
+            PositiveQueries(width, positioned=positioned, features=features) for _ in names if config.query_weight
         )
-        self.marks = marks(len(names), width if config.vector else 1) if positioned and config.queries else None
+        self.marks = marks(len(names), width if config.vector else 1) if positioned and config.query_weight else None
 
     @property
     def named(self) -> dict[str, Branch]:
         """The branches by what logs call them; the second of a kind is numbered 2."""
         kinds = self.config.branches
-        numbers = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
-        names = [kind if number == 1 else f"{kind}{number}" for kind, number in zip(kinds, numbers, strict=True)]
+        occurrences = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
+        names = [kind if nth == 1 else f"{kind}{nth}" for kind, nth in zip(kinds, occurrences, strict=True)]
         return {name: branch for name, branch in zip(names, self.branches, strict=True) if isinstance(branch, Branch)}
 
     @property
@@ -92,9 +92,9 @@ class Collaborative(TrainingScheme):
         blocks = []
         for i, (name, branch) in enumerate(self.named.items()):
             terms, assigned = branch(scene, draw)
-            if config.heads:
-                losses |= {f"co_{name}_head/{term}": config.heads * self.layers * v for term, v in terms.items()}
-            if config.queries:
+            if config.head_weight:
+                losses |= {f"co_{name}_head/{term}": config.head_weight * self.layers * v for term, v in terms.items()}
+            if config.query_weight:
                 fill = config.pad == "background"
                 chosen = choose(assigned, scene.sizes, scene.offsets, draw, max_queries=config.max_queries, fill=fill)
                 blocks.append(self.block(i, name, chosen, step))
@@ -112,7 +112,7 @@ class Collaborative(TrainingScheme):
             f"co_{name}",
             self.embeds[index](chosen, mark, coordinates),
             supervision,
-            weight=self.config.queries,
+            weight=self.config.query_weight,
             normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
             unused=chosen.unused,
         )
