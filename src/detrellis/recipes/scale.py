@@ -28,7 +28,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
             "detector": small,
             "loss": recipe.loss.model_copy(update={"classes": classes}),
-            # Dense attention learns at the papers' rate, hardly at four times of it: docs/results.md, SAM-DETR.
+            # Dense attention learns at the papers' rate, hardly at four times of it: docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
             "data": DataConfig(size=(192, 256), augment="fixed"),
