@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from detrellis.recipes import RECIPES, Recipe, find_recipe
 from detrellis.recipes.detector import DetectorConfig
@@ -105,8 +106,8 @@ def images(sizes: Sequence[tuple[int, int]] = ((64, 96), (64, 96)), seed: int = 
     return ImageBatch(pixels, padding if padding.any() else None)
 
 
-def targets(sizes: Sequence[int], side: float | None = None, seed: int = 0) -> Targets:
-    """Random boxes; `side` fixes their width and height."""
+def targets(sizes: Sequence[int], side: float | Tensor | None = None, seed: int = 0) -> Targets:
+    """Random boxes; `side` fixes their width and height, of all or of each, `(total, 1)`."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(sizes)
     boxes = torch.rand(total, 4, generator=generator) * 0.4 + 0.2

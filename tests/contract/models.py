@@ -13,10 +13,11 @@ from torch import Tensor
 
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
+from detrellis.schemes.base import Step
 from detrellis.training import TrainableDetector
 from detrellis.types import DecoderOutput, ImageBatch, Memory, Segment, Targets
 
-from ..small import CLASSES, NAMES, NETWORKS, distinct, small, with_own_backbone
+from ..small import CLASSES, NAMES, NETWORKS, distinct, images, small, targets, with_own_backbone
 
 # Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it can.
 STACKS: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,6 @@ def can_carry(name: str, stack: str) -> bool:
 
 CASES = {(name, stack): recipe_of(name, stack) for name in NAMES for stack in STACKS if can_carry(name, stack)}
 OWN = {name: recipe for (name, stack), recipe in CASES.items() if stack == "own"}
-every_stack = pytest.mark.parametrize(("name", "stack"), distinct(CASES))
 every_recipe = pytest.mark.parametrize("name", distinct(OWN))
 every_detector = pytest.mark.parametrize("name", distinct(OWN, ["detector"]))
 
@@ -57,13 +57,19 @@ def make(name: str, stack: str = "own", seed: int = 0) -> TrainableDetector:
     return build(recipe_of(name, stack), CLASSES, seed=seed)
 
 
-def make_plain(name: str, stack: str) -> TrainableDetector:
-    """The same detector without schemes."""
-    return build(recipe_of(name, stack).with_schemes(["none"]), CLASSES)
-
-
 def flat(output: DecoderOutput) -> Tensor:
     return torch.cat([output.logits.flatten(), output.boxes.flatten()])
+
+
+def compare(actual: DecoderOutput, expected: DecoderOutput) -> None:
+    torch.testing.assert_close(flat(actual), flat(expected), atol=1e-9, rtol=0)
+
+
+def begin(model: TrainableDetector) -> Step:
+    """In evaluation mode and double precision, a step before the decoder runs."""
+    model.double().eval()
+    truth = targets((2, 3))
+    return model.begin(ImageBatch(images().pixels.double()), truth._replace(boxes=truth.boxes.double()))
 
 
 def train_step(model: TrainableDetector, batch: ImageBatch, truth: Targets) -> dict[str, Tensor]:

@@ -1,0 +1,159 @@
+"""Invariants 1 to 4 of docs/architecture.md on every stack of schemes. Each is built once and trained once."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from detrellis.detector import Detector
+from detrellis.recipes import Recipe
+from detrellis.recipes.build import build
+from detrellis.recipes.detector import DetectorConfig
+from detrellis.schemes.base import QueryBlock
+from detrellis.training import TrainableDetector
+from detrellis.types import ImageBatch, Targets
+
+from ..small import CLASSES, distinct, images, small, targets
+from .models import CASES, begin, compare, flat, make, recipe_of, train_step
+
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+
+Stack = tuple[str, str]  # a recipe's name and that of its schemes
+
+BATCHES: dict[str, tuple[Any, Targets]] = {  # besides a usual one
+    "more targets than queries beside an image without boxes": (((64, 96), (48, 96)), targets((15, 0))),
+    "no boxes at all": (((64, 96), (64, 80)), targets((0, 0))),
+    "one image, a box of a pixel and one of no size": (
+        ((64, 64),),
+        targets((2,), side=torch.tensor([[1 / 64], [0.0]])),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=distinct(CASES), ids="-".join)
+def case(request: pytest.FixtureRequest) -> Stack:
+    """The tests of one stack run one after another."""
+    found: Stack = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(case: Stack) -> TrainableDetector:
+    """As built. What changes it takes a copy."""
+    return make(*case)
+
+
+class Plain(NamedTuple):
+    """A detector without schemes, as built. What changes it takes a copy."""
+
+    detector: Detector
+    flops: int
+
+
+@pytest.fixture(scope="module")
+def plain(case: Stack) -> Plain:
+    """That of this stack's recipe."""
+    return build_plain(recipe_of(*case).with_schemes(["none"]).model_dump_json())
+
+
+@lru_cache(maxsize=2)  # several stacks have the same
+def build_plain(recipe: str) -> Plain:
+    detector = build(Recipe.model_validate_json(recipe), CLASSES).detector
+    return Plain(detector, count_flops(detector)[0])
+
+
+class Trained(NamedTuple):
+    model: TrainableDetector
+    sizes: dict[str, dict[str, float]]  # of each parameter's gradient, by batch
+
+
+@pytest.fixture(scope="module")
+def trained(model: TrainableDetector) -> Trained:
+    """A copy of the model, after a step on each of the batches above."""
+    copy = deepcopy(model)
+    return Trained(copy, {what: train_on(copy, images(sizes), truth, what) for what, (sizes, truth) in BATCHES.items()})
+
+
+def train_on(model: TrainableDetector, batch: ImageBatch, truth: Targets, what: str) -> dict[str, float]:
+    """A step in which all is finite and all that is trained gets a gradient; the size of each, by name."""
+    losses = train_step(model, batch, truth)
+    bad = [k for k, v in losses.items() if not v.isfinite()]
+    assert not bad, (what, bad)
+    expected = {k for k, p in model.named_parameters() if p.requires_grad}
+    gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected, (what, expected ^ gradients.keys())
+    sizes = torch.stack([g.abs().sum() for g in gradients.values()])
+    assert sizes.isfinite().all(), what
+    return dict(zip(gradients, sizes.tolist(), strict=True))
+
+
+def test_schemes_do_not_change_the_detector(model: TrainableDetector, plain: Plain) -> None:
+    """Neither its keys, nor its first weights, nor its output."""
+    found, expected = model.detector.state_dict(), plain.detector.state_dict()
+    assert list(found) == list(expected)
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+    with torch.no_grad():
+        assert torch.equal(flat(model.detector.eval()(images())), flat(plain.detector.eval()(images())))
+
+
+@torch.no_grad()
+def test_blocks_are_isolated(model: TrainableDetector) -> None:
+    model = deepcopy(model)
+    step = begin(model)
+    main = QueryBlock("main", step.queries, model.supervision)
+    blocks = [main, *(b for s in model.training_schemes for b in s.extend(step).blocks)]
+    together = model.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
+    compare(together["main"], model.detector.decode(step.memory, {main.segment: step.queries})["main"])
+    for block in blocks[1:]:
+        seen = {b.segment: b.queries for b in blocks if b.name == block.name or b.name in block.sees}
+        compare(together[block.name], model.detector.decode(step.memory, seen)[block.name])
+
+
+def test_any_batch_is_finite_and_trains_the_same_parameters(trained: Trained) -> None:
+    # An all-zero gradient everywhere would satisfy the rest.
+    assert [what for what, sizes in trained.sizes.items() if not any(sizes.values())] == []
+
+
+def test_every_parameter_matters(case: Stack, model: TrainableDetector) -> None:
+    """On a usual batch, after the heads have left their zero start, no parameter's gradient is zero throughout."""
+    model = deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    sizes = train_on(model, images(((64, 96), (64, 80))), targets((3, 4)), "usual")
+    idle = {key for key, size in sizes.items() if size == 0}
+    filled = any(scheme.name == "co" for scheme in model.training_schemes)  # its queries have contents from the start
+    assert idle == (set() if filled else reads_only_zeros(small(case[0]).detector))
+
+
+def reads_only_zeros(detector: DetectorConfig) -> set[str]:
+    """A projection of contents alone, in the first layer of a detector whose contents start at 0, cannot learn."""
+    zero = detector.queries.kind in ("learned", "anchors") and detector.queries.content == "zero"
+    zero = zero and detector.cross_attention.kind in ("conditional", "semantic")
+    return {"detector.decoder.layers.0.self_attention.content.weight"} if zero else set()
+
+
+@torch.no_grad()
+def test_no_scheme_is_in_the_detector(trained: Trained, plain: Plain) -> None:
+    """After training, too, it needs the multiply-adds of one without schemes, and says the same with equal weights."""
+    flops, output = count_flops(trained.model.detector)
+    assert flops == plain.flops
+    other = deepcopy(plain.detector)
+    other.load_state_dict(trained.model.detector.state_dict())
+    assert torch.equal(output, flat(other.eval()(images())))
+
+
+@torch.no_grad()
+def count_flops(detector: Detector) -> tuple[int, Tensor]:
+    """And the output. Nothing of the detector is trained afterwards."""
+    detector.eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        output = flat(detector(images()))
+    return counter.get_total_flops(), output
