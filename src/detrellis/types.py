@@ -7,6 +7,7 @@ without its padding; pixel `xyxy` exists only where data enters and detections l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,7 +121,7 @@ class DecoderOutput(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What a two-stage detector's encoder proposes: of all `S` tokens, and of the `N` selected, highest score first."""
+    """What a two-stage detector's encoder proposes: of all `S` tokens, and of the `N` selected, best first."""
 
     states: Tensor  # (B, S, D) the heads' input
     anchors: Tensor  # (B, S, 4) logits of the box that each token moves; +inf where it can propose none
@@ -129,9 +130,14 @@ class Proposals(NamedTuple):
     best: Tensor  # (B, N) token index of the selected
     boxes: Tensor  # (B, N, 4) the selected boxes in [0, 1]; a token that can propose none gives 1
 
-    def ranked(self, first: int, last: int) -> Tensor:
-        """Token indices `(B, last - first)` of these ranks by score; fewer where there are not so many tokens."""
-        return self.scores.topk(min(last, self.scores.shape[1]), dim=1).indices[:, first:]
+    def ranked(self, count: int) -> Tensor:
+        """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so many."""
+        return self.scores.topk(min(count, self.scores.shape[1]), dim=1).indices
+
+    def rest(self, count: int) -> Tensor:
+        """As `ranked`, of the tokens that are not selected."""
+        left = self.scores.scatter(1, self.best, -math.inf)
+        return left.topk(min(count, left.shape[1] - self.best.shape[1]), dim=1).indices
 
 
 class Assignment(NamedTuple):

@@ -149,7 +149,8 @@ def test_proposals_without_heads(kind: str) -> None:
         assert torch.equal(block.queries.boxes, step.queries.boxes.repeat(1, 2, 1))
         return
     ranks = step.proposals.scores.argsort(descending=True)[:, 12:36]
-    boxes = model.detector.queries.proposed(step.proposals, ranks)
+    assert model.detector.queries.head is not None
+    boxes = model.detector.queries.head.boxes(step.proposals, ranks)
     assert torch.equal(block.queries.boxes[:, :12], boxes[:, 0::2])
     assert torch.equal(block.queries.boxes[:, 12:], boxes[:, 1::2])
 

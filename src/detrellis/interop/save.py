@@ -86,6 +86,8 @@ def _differences(kind: str, recipe: Recipe) -> list[str]:
     queries = recipe.detector.queries
     if queries.kind == "proposals" and not queries.empty_compete:
         found.append("tokens that can propose nothing compete with their score there, ours come last")
+    if queries.kind == "proposals" and queries.distinct is not None:
+        found.append("queries start at the best proposals, whether they are distinct or not")
     if kind == "dab-detr" and recipe.detector.eps != 1e-5:
         found.append(
             f"boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at {recipe.detector.eps}"

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.distinct import POOL, overlapping
 from detrellis.nn.encoder import token_centres
 from detrellis.nn.heads import box_head, class_head
 from detrellis.nn.mlp import xavier_linear
@@ -39,7 +40,8 @@ class ProposalHead(nn.Module):
 
     `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the highest class
     logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
-    in the reference codes, instead of last.
+    in the reference codes, instead of last. `distinct`: proposals whose IoU with a better one exceeds this are selected
+    last (DDQ); None: off.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class ProposalHead(nn.Module):
         *,
         rank_by: Literal["first", "max"],
         empty_compete: bool = False,
+        distinct: float | None = None,
     ) -> None:
         super().__init__()
         self.proposals, self.rank_by, self.empty_compete = proposals, rank_by, empty_compete
+        self.distinct = distinct
         self.projection = xavier_linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.classify = class_head(width, classes)
@@ -71,8 +75,31 @@ class ProposalHead(nn.Module):
             scores = scores.masked_fill(empty.squeeze(-1), -math.inf)
         nothing = scores.new_empty(0)
         proposals = Proposals(states, anchors, logits, scores, nothing, nothing)
-        best = proposals.ranked(0, self.proposals)
-        return proposals._replace(best=best, boxes=self.boxes(proposals, best))
+        best, boxes = self._chosen(proposals, proposals.ranked(self._pool(self.proposals)), self.proposals)
+        return proposals._replace(best=best, boxes=boxes)
+
+    def further(self, proposals: Proposals, count: int, copies: int = 1) -> Tensor:
+        """Boxes `(B, copies * N, 4)` of the best proposals that are not selected, which the copies choose in turns.
+
+        N is `count`, and less where there are not so many tokens.
+        """
+        tokens = proposals.rest(copies * self._pool(count))
+        each = tokens.shape[1] // copies
+        turns = tokens[:, : copies * each].unflatten(1, (each, copies)).unbind(-1)
+        return torch.cat([self._chosen(proposals, turn, count)[1] for turn in turns], dim=1)
+
+    def _pool(self, count: int) -> int:
+        """How many proposals `count` queries are chosen from."""
+        return count if self.distinct is None else POOL * count
+
+    def _chosen(self, proposals: Proposals, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` of the `tokens (B, N)`, best first, and their boxes; what is not distinct comes last."""
+        boxes = self.boxes(proposals, tokens)
+        if self.distinct is None:
+            return tokens, boxes
+        last = overlapping(boxes, self.distinct) | proposals.scores.gather(1, tokens).isinf()
+        order = last.long().argsort(dim=1, stable=True)[:, :count]
+        return tokens.gather(1, order), select(boxes, order)
 
     def boxes(self, proposals: Proposals, index: Tensor | None = None) -> Tensor:
         """Boxes of the tokens `index (B, N)`: `(B, N, 4)`; of all tokens without it. Few are ever needed."""

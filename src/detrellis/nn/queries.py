@@ -49,10 +49,10 @@ class QuerySource(nn.Module, ABC):
     def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
         """The queries of a table that `fresh` made; of the proposed `boxes (B, N, 4)` in a two-stage detector."""
 
-    def proposed(self, proposals: Proposals, tokens: Tensor) -> Tensor:
-        """The boxes `(B, N, 4)` that the memory's `tokens (B, N)` propose, for `extra`."""
+    def further(self, proposals: Proposals, count: int, copies: int = 1) -> Tensor:
+        """Boxes `(B, copies * N, 4)` of the next-best proposals, for `extra`; N is `count`, or less (few tokens)."""
         assert self.head is not None, "only two-stage detectors have proposals"
-        return self.head.boxes(proposals, tokens)
+        return self.head.further(proposals, count, copies)
 
     def training_output(self, proposals: Proposals) -> DecoderOutput:
         """What the loss sees of the main proposals."""

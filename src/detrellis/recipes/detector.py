@@ -13,6 +13,7 @@ from pydantic import Field
 from detrellis.fields import Ascending, Config, Count, Few, Some, ZeroToBelowOne, ZeroToOne, within
 
 Levels = Annotated[int, within(1, 8)]
+Overlap = Annotated[float, within(0, 1, below=True)]  # an IoU
 QueryCount = Annotated[int, within(1, 100_000)]
 Strides = Annotated[tuple[Count, ...], Ascending, Some]
 ProposalTargets = Literal["objectness", "classes"]
@@ -137,6 +138,7 @@ class ProposalQueriesConfig(Config):
     count: QueryCount = 300
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
+    distinct: Overlap | None = None  # proposals that overlap a better one by more than this come last (DDQ); None: off
 
 
 class MixedQueriesConfig(Config):
@@ -148,6 +150,7 @@ class MixedQueriesConfig(Config):
     position: Literal["queries", "boxes"] = "queries"  # of the proposals, or of the current boxes at each layer
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False
+    distinct: Overlap | None = None
 
 
 EncoderConfig = DeformableEncoderConfig | DenseEncoderConfig | IntraScaleEncoderConfig

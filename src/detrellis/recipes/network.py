@@ -147,6 +147,7 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         queries.count,
         rank_by="first" if config.objectness else "max",
         empty_compete=queries.empty_compete,
+        distinct=queries.distinct,
     )
     derived = queries.position == "queries"
     return ProposalQueries(head, width, learned_content=queries.kind == "mixed", derive_position=derived)

@@ -97,10 +97,9 @@ class Group(TrainingScheme):
         if self.config.proposals == "shared":
             return first.boxes.repeat(1, further, 1), None
         if self.config.proposals == "split":
-            ranks = first.ranked(count, self.k * count)
-            ranks = ranks if ranks.shape[1] else first.best  # a memory of few tokens: they are shared
-            turns = torch.arange(further * count, device=ranks.device).view(count, further).T.flatten()
-            return step.detector.queries.proposed(first, ranks[:, turns % ranks.shape[1]]), None
+            boxes = step.detector.queries.further(first, count, further)
+            # A memory of few tokens: they are shared.
+            return boxes if boxes.shape[1] else first.boxes.repeat(1, further, 1), None
         heads = [head for head in self.heads if isinstance(head, ProposalHead)]
         proposals = [head(step.memory) for head in heads]
         outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]

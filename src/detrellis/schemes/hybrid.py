@@ -43,11 +43,9 @@ class Hybrid(TrainingScheme):
         """The second block, or none where the proposals do not suffice for one."""
         boxes = None
         if step.proposals is not None:
-            count = step.proposals.best.shape[1]
-            next_best = step.proposals.ranked(count, count + self.queries)
-            if next_best.shape[1] == 0:
+            boxes = step.detector.queries.further(step.proposals, self.queries)
+            if boxes.shape[1] == 0:
                 return Extension([])
-            boxes = step.detector.queries.proposed(step.proposals, next_best)
         queries = step.detector.queries.extra(self.table, step.memory, boxes)
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
         block = QueryBlock("hybrid", queries, supervision, weight=self.config.weight, normaliser=normaliser)
