@@ -229,7 +229,7 @@ def evaluate(
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
-        return evaluator.compute()
+        return evaluator.compute(resample=True)
 
 
 @checked

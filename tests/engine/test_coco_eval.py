@@ -20,7 +20,7 @@ from rich.console import Console
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
-from detrellis.engine import coco_eval
+from detrellis.engine import coco_backend, coco_eval
 from detrellis.engine.coco_eval import STATISTICS, CocoEvaluator, EvalResult
 from detrellis.errors import UserError
 from detrellis.types import Detections
@@ -133,10 +133,10 @@ def check(a: Annotations, found: dict[int, Detections], shown: list[int]) -> Eva
     return result
 
 
-@pytest.mark.parametrize("backend", [coco_eval._hotcoco, coco_eval._pycocotools])
+@pytest.mark.parametrize("backend", [coco_backend._hotcoco, coco_backend._pycocotools])
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_pycocotools(seed: int, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco_eval, "_backend", lambda: backend)
+    monkeypatch.setattr(coco_eval, "backend", lambda: backend)
     rng = np.random.default_rng(seed)
     a = make(rng)
     found = {i: detect(rng, a, i, ties=seed % 2 == 0) for i in range(len(a))}
@@ -331,9 +331,9 @@ def test_what_a_user_can_get_wrong_is_named() -> None:
 
 @pytest.fixture
 def forgotten_backend() -> Any:
-    coco_eval._backend.cache_clear()
+    coco_backend.backend.cache_clear()
     yield
-    coco_eval._backend.cache_clear()
+    coco_backend.backend.cache_clear()
 
 
 @pytest.mark.usefixtures("forgotten_backend")

@@ -84,6 +84,24 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
     assert line.cost == pytest.approx(2)
 
 
+def test_gains_hold_the_noise_of_the_images(tmp_path: Path) -> None:
+    """The draws of a row and its baseline are of the same images: what both gain by a draw cancels."""
+    plan = make_plan({"none": None, "align": None}, seeds=(0, 1), epochs=1)
+    draws = {"none": ([0.10, 0.30], [0.10, 0.30]), "align": ([0.13, 0.31], [0.13, 0.33])}
+    for trial in plan.trials():
+        ap, drawn = (20 if trial.row == "none" else 22 + trial.seed), draws[trial.row][trial.seed]
+        finish(trial.folder(tmp_path), [ap], resampled={"eval": drawn, "after_nms": [None, 0.5]})
+    found = read_report(plan, outcomes(plan, tmp_path))
+    gain = found.rows[1].gain
+    assert gain is not None
+    assert gain.interval is not None
+    over_images = 1.959964 * (3 - 2) / math.sqrt(2)  # mean over the seeds of the two draws' gains: 3 and 2 AP
+    assert gain.with_images == pytest.approx(math.hypot(gain.interval, over_images))
+    table = report_tables(found)[0]
+    assert table.rows[1][table.columns.index("other images, too")] == "[-4.0, +9.0]"
+    assert "resampled" not in json.dumps(to_dict(found))
+
+
 def test_a_seed_that_failed_is_left_out_of_the_pairs(tmp_path: Path) -> None:
     curves = {"none": [[20], [30], [90]], "align": [[21], [32]]}
     found = study(tmp_path, curves, {"none": 16, "align": 16})
@@ -297,7 +315,8 @@ def test_what_is_saved(tmp_path: Path) -> None:
     save(found, tmp_path)
     told = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in told["rows"]] == ["none", "align"]
-    assert told["rows"][1]["gain"] == {"mean": pytest.approx(5), "spread": None, "interval": None, "seeds": 1}
+    unknown = dict.fromkeys(("spread", "interval", "with_images"))
+    assert told["rows"][1]["gain"] == {"mean": pytest.approx(5), "seeds": 1} | unknown
     assert told["rows"][1]["runs"][0]["machine"]["device"] == "cpu"
     assert told["recommendation"] == recommend(found)
     for name in ("curves", "gains"):

@@ -36,12 +36,14 @@ def finish(
     curve: Sequence[float | None],
     rate: float | None = 16.0,
     after_nms: Mapping[str, float] | None = None,
+    resampled: Mapping[str, Sequence[float | None]] | None = None,
     **machine: Any,
 ) -> None:
-    """A finished run with that AP after each epoch; `after_nms`: what the last has without duplicates."""
+    """A finished run with that AP after each epoch; `after_nms`: what the last has without duplicates, `resampled`: the
+    AP of each draw of images."""
     folder.mkdir(parents=True)
     records = [epoch_record(epoch, ap, rate) for epoch, ap in enumerate(curve, 1)]
-    records[-1]["after_nms"] = after_nms
+    records[-1] |= {"after_nms": after_nms, "resampled": resampled}
     steps = [{"kind": "step", "epoch": 1, "step": 1, "images_per_second": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*steps, *records]))
     told = {"device": "cpu", "threads": 1, "jobs": 1, "torch": "2", "peak_memory": 2**30}

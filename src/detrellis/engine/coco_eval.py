@@ -1,9 +1,7 @@
 """COCO's box statistics, from detections that arrive batch by batch.
 
-Detections are kept as one flat matrix per batch (56 bytes each), never as logits or dicts, and go to the evaluator as
-arrays. The evaluator is hotcoco (Rust): about 1 s where pycocotools needs minutes, with the same twelve numbers. Where
-hotcoco cannot be imported pycocotools takes its place. No other file knows either of them, but `data/masks.py`, which
-draws with hotcoco.
+Detections are kept as one flat matrix per batch (56 bytes each), never as logits or dicts, and go to the evaluator
+(`coco_backend.py`) as arrays.
 
 Images, classes and boxes are renumbered 1..n for the evaluator, in the order of the data set's own ids: negative ids,
 ids above 2^53 and the annotation id 0 (a ground truth that pycocotools never counts as found) then make no difference.
@@ -12,21 +10,18 @@ The order matters, because equal scores are ranked by image.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from detrellis.atomic import replace_files
 from detrellis.data.annotations import Annotations
+from detrellis.engine.bootstrap import MAX_IMAGES, half_interval, resampled_ap
+from detrellis.engine.coco_backend import Float, Int, Truth, backend
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.types import Detections
@@ -34,12 +29,7 @@ from detrellis.types import Detections
 if TYPE_CHECKING:
     from rich.table import Table
 
-logger = logging.getLogger(__name__)
-
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 
 class ResultArrays(NamedTuple):
@@ -98,6 +88,18 @@ class EvalResult(EvalScores):
     """
 
     per_class: tuple[ClassResult, ...]  # in the order of class indices
+    resampled: tuple[float, ...] | None = None  # AP of each resampling of the images, see `engine/bootstrap.py`
+
+    @property
+    def ap_interval(self) -> float | None:
+        """Half of the 95 % interval of AP over images like these; None where they were not resampled."""
+        return None if self.resampled is None else half_interval(self.resampled)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON holds it: with the interval instead of what it was computed from."""
+        data = super().to_dict()
+        del data["resampled"]
+        return data | {"ap_interval": self.ap_interval}
 
     @property
     def ap50(self) -> float | None:
@@ -107,7 +109,8 @@ class EvalResult(EvalScores):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
         """The inverse of `to_dict`."""
-        return cls(**dict(data) | {"per_class": tuple(ClassResult(**c) for c in data["per_class"])})
+        fields = {name: value for name, value in data.items() if name != "ap_interval"}
+        return cls(**fields | {"per_class": tuple(ClassResult(**c) for c in data["per_class"])})
 
     def table(self) -> Table:
         """A table of the twelve statistics for a rich console."""
@@ -115,6 +118,8 @@ class EvalResult(EvalScores):
         from rich.text import Text
 
         caption = self.caption(f"{self.ground_truth:,} boxes")
+        if self.ap_interval is not None:
+            caption += f"; AP \u00b1 {self.ap_interval:.3f} (95 %, over images)"
         table = Table(title="COCO box AP and AR", caption=caption, caption_justify="left", title_justify="left")
         for name in STATISTICS[:6]:
             table.add_column(name, justify="right")
@@ -182,8 +187,8 @@ class CocoEvaluator:
             self._dropped[other.images[fresh]] = other.dropped[fresh]
             self._seen[other.images[fresh]] = True
 
-    def compute(self) -> EvalResult:
-        """The statistics over the images shown so far.
+    def compute(self, *, resample: bool = False) -> EvalResult:
+        """The statistics over the images shown so far; `resample` says how far so many images let AP be known.
 
         An image shown without detections counts (its boxes were missed); an image never shown does not.
         """
@@ -197,7 +202,7 @@ class CocoEvaluator:
         detected = rows[:, 6].astype(np.int64)
         rows[:, 0] = rank[rows[:, 0].astype(np.int64)]
         rows[:, 6] += 1
-        truth = _Truth(
+        truth = Truth(
             images=np.sort(rank[self._seen]),
             classes=len(a.classes),
             image=rank[image],
@@ -206,7 +211,12 @@ class CocoEvaluator:
             areas=a.areas[shown],
             crowd=crowd,
         )
-        stats, precision = _backend()(truth, rows)
+        stats, precision, evaluation = backend()(truth, rows)
+        resampled = None
+        if resample and 0 < len(truth.images) <= MAX_IMAGES:
+            every = list(evaluation.params.areaRng[0])
+            matches = [match for match in evaluation.evalImgs if match is not None and list(match["aRng"]) == every]
+            resampled = resampled_ap(matches, truth.images.tolist())
         return EvalResult(
             stats={name: _defined(value) for name, value in zip(STATISTICS, stats, strict=True)},
             per_class=self._per_class(precision, labels[~crowd], detected),
@@ -215,6 +225,7 @@ class CocoEvaluator:
             ground_truth=int((~crowd).sum()),
             detections=len(rows),
             dropped=int(dropped.sum()),
+            resampled=resampled,
         )
 
     def results_json(self, path: str | Path) -> None:
@@ -282,21 +293,6 @@ class CocoEvaluator:
         return tuple(results)
 
 
-class _Truth(NamedTuple):
-    """Ground truth as the evaluators take it; images and classes are numbered from 1."""
-
-    images: Int  # (S,)
-    classes: int
-    image: Int  # (T,)
-    category: Int  # (T,)
-    boxes: Float  # (T, 4) x, y, width, height
-    areas: Float  # (T,)
-    crowd: NDArray[np.bool_]  # (T,)
-
-
-Evaluator = Callable[[_Truth, Float], tuple[Float, Float]]
-
-
 def _to_host(detections: Sequence[Detections]) -> Float:
     """The rows `(N, 6)` x, y, width, height, score, class index, with one copy from the device for the whole batch."""
     boxes, scores, labels = (
@@ -312,76 +308,3 @@ def _to_host(detections: Sequence[Detections]) -> Float:
 
 def _defined(value: float) -> float | None:
     return None if value < 0 else float(value)
-
-
-@functools.cache
-def _backend() -> Evaluator:
-    """The evaluator that can be imported; the slow one is announced once."""
-    try:
-        from hotcoco import COCO
-
-        _ = COCO.from_arrays  # releases before 1.3 lack it
-        return _hotcoco
-    except (ImportError, OSError, AttributeError) as error:
-        reason = str(error)
-    try:
-        import pycocotools.cocoeval  # noqa: F401
-    except ImportError:
-        remedy = "Install it with `pip install -U hotcoco` (or, slower, `pip install pycocotools`)."
-        raise UserError(f"COCO evaluation needs hotcoco, which cannot be imported: {reason}", remedy) from None
-    logger.warning(
-        "hotcoco cannot be imported (%s): evaluating with pycocotools, which is about 100 times slower", reason
-    )
-    return _pycocotools
-
-
-def _hotcoco(truth: _Truth, rows: Float) -> tuple[Float, Float]:
-    """Statistics (12,), and precision (IoU, recall, class) over all areas with 100 detections, from hotcoco."""
-    from hotcoco import COCO, COCOeval
-
-    t = truth
-    images, categories = _numbered(t)
-    ids = np.arange(1, len(t.image) + 1)
-    gt = COCO.from_arrays(images, categories, t.image, t.category, t.boxes, ids=ids, area=t.areas, iscrowd=t.crowd)
-    evaluation = COCOeval(gt, gt.load_res(rows), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summary_lines()  # fills `stats` without printing
-    assert evaluation.eval is not None
-    return np.asarray(evaluation.stats), evaluation.eval["precision"][..., 0, -1]
-
-
-def _pycocotools(truth: _Truth, rows: Float) -> tuple[Float, Float]:
-    """The same statistics and precision from pycocotools."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    t, f = truth, rows
-    images, categories = _numbered(t)
-    # Not through loadRes: it fails when there is no detection at all.
-    gt_columns = (t.image, t.category, t.boxes, t.areas, t.crowd, np.zeros(len(t.image)))
-    dt_columns = (f[:, 0], f[:, 6], f[:, 1:5], f[:, 3] * f[:, 4], np.zeros(len(f), dtype=np.bool_), f[:, 5])
-    with contextlib.redirect_stdout(io.StringIO()):
-        sides = []
-        for columns in (gt_columns, dt_columns):
-            side = COCO()
-            side.dataset = {"images": images, "categories": categories, "annotations": _dicts(*columns)}
-            side.createIndex()
-            sides.append(side)
-        evaluation = COCOeval(*sides, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return np.asarray(evaluation.stats), evaluation.eval["precision"][..., 0, -1]
-
-
-def _numbered(truth: _Truth) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    images = [{"id": i, "width": 0, "height": 0} for i in truth.images.tolist()]
-    return images, [{"id": k + 1, "name": str(k)} for k in range(truth.classes)]
-
-
-def _dicts(image: Any, category: Any, boxes: Float, areas: Float, crowd: Any, scores: Float) -> list[dict[str, Any]]:
-    names = ("image_id", "category_id", "bbox", "area", "iscrowd", "score")
-    columns = (image.astype(int), category.astype(int), boxes, areas, crowd.astype(int), scores)
-    rows = zip(*(c.tolist() for c in columns), strict=True)
-    return [dict(zip(names, row, strict=True)) | {"id": n} for n, row in enumerate(rows, start=1)]

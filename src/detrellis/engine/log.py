@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -163,9 +163,10 @@ class RunLog:
         seconds: Mapping[str, float] | None = None,
         stats: Mapping[str, float | None] | None = None,
         after_nms: Mapping[str, float | None] | None = None,
+        resampled: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Records the epoch and prints its row: `Timer.take()`, and `EvalResult.stats` where there are any, also of the
-        same detections after NMS."""
+        same detections after NMS; `resampled` is recorded: `EvalResult.resampled` of "eval" and of "after_nms"."""
         if not self.is_main_process:
             return
         now = self._clock()
@@ -177,6 +178,7 @@ class RunLog:
             "seconds": {"total": now - self._epoch_start, **(seconds or {})},
             "eval": dict(stats) if stats is not None else None,
             "after_nms": dict(after_nms) if after_nms is not None else None,
+            "resampled": {name: list(values) for name, values in resampled.items()} if resampled else None,
         }
         self._write(record)
         self._view.end_epoch(record)
@@ -221,7 +223,8 @@ class RunLog:
             return
         prefix = "" if record["kind"] == "step" else "epoch/"
         try:
-            for name, value in _flat({k: v for k, v in record.items() if k not in ("kind", "step", "time")}):
+            left_out = ("kind", "step", "time", "resampled")
+            for name, value in _flat({k: v for k, v in record.items() if k not in left_out}):
                 self._curves.add_scalar(prefix + name, value, record["step"])
         except OSError as error:
             self._curves = None
@@ -280,6 +283,8 @@ def _strict(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, Mapping):
         return {name: _strict(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_strict(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -237,7 +237,9 @@ class TrainRun:
             path = self.job.out / "epochs" / f"{epoch:04}.safetensors"
             save_weights(path, state.detector.state_dict(), self._card(epoch))
         state.epoch = epoch
-        self.log.end_epoch(self.timer.take(), stats, None if after_nms is None else after_nms.stats)
+        evaluated = {"eval": state.result, "after_nms": after_nms} if last else {}
+        resampled = {name: result.resampled for name, result in evaluated.items() if result and result.resampled}
+        self.log.end_epoch(self.timer.take(), stats, None if after_nms is None else after_nms.stats, resampled)
         if after_nms is not None and state.result is not None:
             self.log.say(duplicates_line(state.result, after_nms) or "")
 
@@ -249,7 +251,7 @@ class TrainRun:
         with self.timer.part("eval"):
             batches = self.log.track(loader, "evaluate", len(loader))
             evaluators = collect(state.detector, batches, val, self.world.device, (None, NMS) if last else (None,))
-            state.result, *after_nms = (evaluator.compute() for evaluator in evaluators)
+            state.result, *after_nms = (e.compute(resample=last) for e in evaluators)
             self.evaluated_step = state.step
         if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
             if self.world.is_main_process:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from detrellis.engine.bootstrap import half_interval
 from detrellis.engine.means import mean_of_known
 from detrellis.study.plan import StudyPlan, StudyRow, TrialOutcome
 from detrellis.study.results import Estimate, TrialResult, estimate, read_trial, timed_alike
@@ -99,7 +102,7 @@ class RowResult:
             **{name: getattr(self, name) for name in plain},
             "timely": None if self.timely is None else dict(zip(("epoch", "ap"), self.timely, strict=True)),
             "curve": [list(point) for point in self.curve],
-            "runs": [{**vars(run), "machine": dict(run.machine)} for run in self.runs],
+            "runs": [run.to_dict() for run in self.runs],
         }
 
 
@@ -145,8 +148,8 @@ def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[Tria
         return RowResult(row, runs, budget=budget, timely=timely)
     # What the row gains over its baseline, and what it costs.
     base_runs = results[base]
-    gain = _gain(runs, base_runs, lambda run: run.final) if row.against else None
-    gain_after_nms = _gain(runs, base_runs, lambda run: run.after_nms and run.after_nms[0]) if row.against else None
+    gain = _gain(runs, base_runs) if row.against else None
+    gain_after_nms = _gain(runs, base_runs, after_nms=True) if row.against else None
     step, base_step = (mean_of_known(run.step_seconds for run in some) for some in (runs, base_runs))
     published, base_published = row.published, plan.row(base).published
     return RowResult(
@@ -162,17 +165,32 @@ def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[Tria
     )
 
 
-def _gain(
-    runs: Sequence[TrialResult], base_runs: Sequence[TrialResult], value: Callable[[TrialResult], float | None]
-) -> Estimate | None:
-    """Over the seeds that both have: the row's value minus the baseline's; None where there is no such seed."""
-    base = {run.seed: value(run) for run in base_runs}
-    differences = []
+def _gain(runs: Sequence[TrialResult], base_runs: Sequence[TrialResult], after_nms: bool = False) -> Estimate | None:
+    """Over the seeds that both have: the row's AP minus the baseline's; None where there is no such seed."""
+    base = {run.seed: run for run in base_runs}
+    differences, resampled = [], []
     for run in runs:
-        after, before = value(run), base.get(run.seed)
-        if after is not None and before is not None:
-            differences.append(after - before)
-    return estimate(differences) if differences else None
+        other = base.get(run.seed)
+        after, before = (None if r is None else _final(r, after_nms) for r in (run, other))
+        if other is None or after is None or before is None:
+            continue
+        differences.append(after - before)
+        draws = (r.resampled_after_nms if after_nms else r.resampled for r in (run, other))
+        resampled.append([one - two for one, two in zip(*draws, strict=False)])
+    if not differences:
+        return None
+    # Seeds and images are independent sources of noise: the squares of their intervals add up.
+    gain = estimate(differences)
+    over_images = half_interval([statistics.fmean(draw) for draw in zip(*resampled, strict=False)])
+    if gain.interval is None or over_images is None:
+        return gain
+    return gain._replace(with_images=math.hypot(gain.interval, over_images))
+
+
+def _final(run: TrialResult, after_nms: bool) -> float | None:
+    if not after_nms:
+        return run.final
+    return None if run.after_nms is None else run.after_nms[0]
 
 
 def mean_curve(runs: Sequence[TrialResult]) -> list[tuple[int, float]]:

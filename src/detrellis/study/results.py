@@ -20,13 +20,15 @@ CONFIDENCE = 0.95
 class Estimate(NamedTuple):
     """A mean over seeds. `spread`: their standard deviation; `interval`: half of the 95 % t-interval of the mean.
 
-    Both are None with one seed.
+    Both are None with one seed. `with_images`: half of the interval that holds, besides, what other validation images
+    would change; None where they were not resampled.
     """
 
     mean: float
     spread: float | None
     interval: float | None
     seeds: int
+    with_images: float | None = None
 
     @property
     def sign(self) -> int:
@@ -61,6 +63,14 @@ class TrialResult:
     epoch_seconds: float | None
     machine: Mapping[str, Any]  # the content of `done.json`: device, threads, torch, jobs, peak_memory
     after_nms: tuple[float, float, float] | None = None  # AP, AP50, AP75 of the last, without duplicates
+    # The last AP, and that after NMS, of each resampling of the validation images; the same draws in all trials.
+    resampled: tuple[float, ...] = ()
+    resampled_after_nms: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results as JSON holds them, without the resampled APs."""
+        plain = {name: value for name, value in vars(self).items() if not name.startswith("resampled")}
+        return plain | {"machine": dict(self.machine)}
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -102,7 +112,13 @@ def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
         None if step is None else step * steps,
         read_object(folder / DONE, again="Remove it: the same command writes it again"),
         None if apart is None else (100 * apart["AP"], 100 * apart["AP50"], 100 * apart["AP75"]),
+        *(_resampled(evaluated[-1], name) for name in ("eval", "after_nms")),
     )
+
+
+def _resampled(record: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = (record.get("resampled") or {}).get(name, ())
+    return tuple(math.nan if value is None else 100 * value for value in values)
 
 
 def timed_alike(results: Mapping[str, Sequence[TrialResult]]) -> dict[str, tuple[TrialResult, ...]]:

@@ -15,6 +15,7 @@ from detrellis.study.report import RowResult, StudyReport
 from detrellis.study.results import Estimate
 
 NONE = "-"
+Columns = dict[str, Callable[[RowResult], str]]  # what stands in a row's cell below each heading
 
 
 class ReportTable(NamedTuple):
@@ -29,9 +30,9 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
     """The tables of a report."""
     base = report.plan.baseline or "its baseline"
     seeds = "" if len(report.plan.seeds) == 1 else ", mean ± standard deviation over the seeds"
-    ap: dict[str, Callable[[RowResult], str]] = {
+    ap: Columns = {
         "AP": lambda row: spread(row.final),
-        f"gain over {base}": lambda row: gain(row.gain),
+        **_gains(f"gain over {base}", report, lambda row: row.gain),
         "AP50": lambda row: f"{row.ap50.mean:.1f}",
         "AP75": lambda row: f"{row.ap75.mean:.1f}",
         "best AP": lambda row: f"{row.best.mean:.1f}",
@@ -43,7 +44,7 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
         ap["published gain"] = lambda row: number(row.published_gain, "+.1f")
     if any(len(row.runs) != len(report.plan.seeds) for row in report.rows):
         ap["seeds"] = lambda row: str(len(row.runs))
-    cost: dict[str, Callable[[RowResult], str]] = {
+    cost: Columns = {
         "step": lambda row: seconds(row.step_seconds),
         f"times {base}": lambda row: number(row.cost, ".2f"),
         "memory": lambda row: NONE if row.memory is None else f"{row.memory / 2**30:.1f} GiB",
@@ -55,9 +56,9 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
         cost = {"epochs": lambda row: str(row.planned.recipe.schedule.epochs)} | cost
     tables = [_sheet(f"AP after the last epoch{seeds}", ap, report), _sheet("Cost of training", cost, report)]
     if any(row.after_nms is not None for row in report.rows):
-        after_nms: dict[str, Callable[[RowResult], str]] = {
+        after_nms: Columns = {
             "AP": lambda row: NONE if row.after_nms is None else spread(row.after_nms[0]),
-            f"gain over {base}": lambda row: gain(row.gain_after_nms),
+            **_gains(f"gain over {base}", report, lambda row: row.gain_after_nms),
             "AP50": lambda row: NONE if row.after_nms is None else f"{row.after_nms[1].mean:.1f}",
             "AP75": lambda row: NONE if row.after_nms is None else f"{row.after_nms[2].mean:.1f}",
             "NMS adds": lambda row: number(row.duplicates, "+.1f"),
@@ -66,7 +67,15 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
     return tables
 
 
-def _sheet(title: str, columns: dict[str, Callable[[RowResult], str]], report: StudyReport) -> ReportTable:
+def _gains(name: str, report: StudyReport, of: Callable[[RowResult], Estimate | None]) -> Columns:
+    """The column of a gain, and that of its interval with other images where the rows know it."""
+    columns: Columns = {name: lambda row: gain(of(row))}
+    if any((found := of(row)) is not None and found.with_images is not None for row in report.rows):
+        columns["other images, too"] = lambda row: with_images(of(row))
+    return columns
+
+
+def _sheet(title: str, columns: Columns, report: StudyReport) -> ReportTable:
     rows = [(row.name, *(cell(row) for cell in columns.values())) for row in report.rows]
     return ReportTable(title, ("row", *columns), tuple(rows))
 
@@ -95,6 +104,13 @@ def gain(of: Estimate | None) -> str:
     if of.interval is None:
         return f"{of.mean:+.1f}"
     return f"{of.mean:+.1f} [{of.mean - of.interval:+.1f}, {of.mean + of.interval:+.1f}]"
+
+
+def with_images(of: Estimate | None) -> str:
+    """The interval that other validation images widen, such as `[+1.8, +4.4]`."""
+    if of is None or of.with_images is None:
+        return NONE
+    return f"[{of.mean - of.with_images:+.1f}, {of.mean + of.with_images:+.1f}]"
 
 
 def seconds(value: float | None) -> str:
