@@ -20,10 +20,11 @@ from detrellis.analysis.attention import (
     LayerAttention,
     RunAttention,
     analyze,
+    draw,
     drawable,
+    heated,
     layer_attention,
 )
-from detrellis.analysis.attention_figure import draw, heated
 from detrellis.analysis.attention_maps import (
     RecordedAttention,
     decode_recorded,

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.branches import BranchesResult, RunBranches, analyze, detections, scaled
-from detrellis.analysis.branches_figure import draw
+from detrellis.analysis.branches import BranchesResult, RunBranches, analyze, detections, draw, scaled
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World

@@ -17,11 +17,11 @@ from detrellis.analysis.discriminability import (
     RunDiscriminability,
     ScoredImage,
     analyze,
+    draw,
     feature_score,
     foreground,
     fractions_above,
 )
-from detrellis.analysis.discriminability_figure import draw
 from detrellis.analysis.measurements import save
 from detrellis.analysis.pictures import Picture
 from detrellis.analysis.token_maps import attention_score, levels

@@ -20,11 +20,11 @@ from detrellis.analysis.instability import (
     RunInstability,
     analyze,
     changed,
+    draw,
     instability,
     kept_epochs,
     matched_boxes,
 )
-from detrellis.analysis.instability_figure import draw
 from detrellis.analysis.measurements import save
 from detrellis.analysis.outputs import one_to_one
 from detrellis.api import evaluate

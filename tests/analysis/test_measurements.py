@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import pytest
 
-from detrellis.analysis import measurements
 from detrellis.analysis.measurements import MEASUREMENTS, Measurement, measurement
 from detrellis.analysis.results import as_json
 from detrellis.analysis.runs import ComparedRuns
@@ -29,12 +27,12 @@ def test_what_is_measured_can_be_drawn(one: Measurement) -> None:
 
 
 def test_each_is_a_file_with_a_figure_and_a_command() -> None:
-    files = {path.stem for path in Path(measurements.__file__).parent.glob("*.py")}
-    figures = {name.removesuffix("_figure") for name in files if name.endswith("_figure")}
+    files = {one.analyze.__module__.rpartition(".")[2] for one in MEASUREMENTS}
+    figures = {one.draw.__module__.rpartition(".")[2] for one in MEASUREMENTS}
     commands = {c.name or c.callback.__name__ for c in analyze.registered_commands if c.callback}
     names = {one.result.name for one in MEASUREMENTS}
     assert len(names) == len(MEASUREMENTS)
-    assert names == figures == {name.replace("-", "_") for name in commands}
+    assert names == files == figures == {name.replace("-", "_") for name in commands}
 
 
 @pytest.mark.parametrize("one", MEASUREMENTS, ids=lambda m: m.result.name)

@@ -15,8 +15,7 @@ from PIL import Image
 import detrellis
 from detrellis.analysis.figures import BLUE, ORANGE
 from detrellis.analysis.measurements import save
-from detrellis.analysis.misalignment import BINS, EDGES, Misalignment, MisalignmentResult, Pairs, analyze, pairs
-from detrellis.analysis.misalignment_figure import draw
+from detrellis.analysis.misalignment import BINS, EDGES, Misalignment, MisalignmentResult, Pairs, analyze, draw, pairs
 from detrellis.analysis.outputs import image_outputs, truth
 from detrellis.analysis.runs import run_names
 from detrellis.boxes import pairwise_iou

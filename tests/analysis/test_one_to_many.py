@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from detrellis.analysis.measurements import save
-from detrellis.analysis.one_to_many import NMS, OneToManyResult, RunOneToMany, analyze, kind_of
-from detrellis.analysis.one_to_many_figure import draw
+from detrellis.analysis.one_to_many import NMS, OneToManyResult, RunOneToMany, analyze, draw, kind_of
 from detrellis.api import evaluate
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.errors import UserError

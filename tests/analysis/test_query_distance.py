@@ -21,9 +21,9 @@ from detrellis.analysis.query_distance import (
     analyze,
     averaged,
     distances,
+    draw,
     query_places,
 )
-from detrellis.analysis.query_distance_figure import draw
 from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions

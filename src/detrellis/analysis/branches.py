@@ -7,13 +7,14 @@ each class (IoU 0.6; of R-CNN, RetinaNet and FCOS 0.5), the best 100.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.collaborative import DECODER, check_collaborative, decode_main
+from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, value_bars
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.results import Result, RunResult, add_run, as_json, run_table
 from detrellis.analysis.runs import ComparedRuns
@@ -28,6 +29,9 @@ from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 from detrellis.types import Detections
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = ("AP", "AP50", "AP75")
 MOST = 100  # detections of an image that COCO's AP counts
@@ -107,3 +111,22 @@ def detections(model: TrainableDetector, co: Collaborative, batch: Batch) -> dic
 def scaled(predicted: Predictions, scale: Tensor) -> Detections:
     """The same with boxes times `scale (4,)`."""
     return Detections(predicted.scores, predicted.labels, predicted.boxes * scale)
+
+
+def draw(result: BranchesResult) -> Figure:
+    """AP by head, a bar a run. Raises `UserError` where matplotlib is missing."""
+    heads, count = result.heads, len(result.runs)
+    figure = canvas(max(5.6, 0.55 * len(heads) * count + 2), 4.2, "AP of each head on the same encoder")
+    axes = figure.subplots()
+    tidy(axes)
+    width = 0.8 / count
+    for i, (run, colour) in enumerate(zip(result.runs, colours(count), strict=True)):
+        places = [heads.index(head) + (i - (count - 1) / 2) * width for head in run.heads]
+        values = [evaluated.ap for evaluated in run.heads.values()]
+        value_bars(axes, places, values, width * 0.92, color=colour, label=shortened(run.name))
+    axes.set_xticks(range(len(heads)), heads)
+    axes.set_xlim(-0.6, len(heads) - 0.4)
+    axes.set_ylabel("AP")
+    axes.margins(y=0.12)
+    as_written(figure.legend(loc="outside lower left", fontsize=9, frameon=False))
+    return figure

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
+from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, whole_numbers
 from detrellis.analysis.outputs import batches, check_finite, one_to_one
 from detrellis.analysis.results import Result, RunResult, add_run, run_table
 from detrellis.analysis.runs import ComparedRuns
@@ -29,6 +30,9 @@ from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_supervision
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, Targets
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def matched_boxes(assignment: Assignment, targets: Targets, layers: int, queries: int) -> Tensor:
@@ -151,3 +155,18 @@ def _matched(opened: OpenedSplit, supervision: Supervision, batch: Batch) -> Ten
     check_finite(opened, output.logits, output.boxes)
     assignment = one_to_one(supervision, output, batch.targets)
     return matched_boxes(assignment, batch.targets, 1, output.boxes.shape[2])[0].cpu()
+
+
+def draw(result: InstabilityResult) -> Figure:
+    """IS by epoch, a curve a run. Raises `UserError` where matplotlib is missing."""
+    figure = canvas(6.4, 4.2, "Instability of the matching")
+    axes = figure.subplots()
+    tidy(axes)
+    for run, colour in zip(result.runs, colours(len(result.runs)), strict=True):
+        label = f"{shortened(run.name)}: mean {number(run.mean)}"
+        axes.plot(run.epochs[1:], run.instability, color=colour, linewidth=1.6, marker="o", markersize=4, label=label)
+    axes.set(xlabel="epoch", ylabel="queries in an image that are matched anew")
+    axes.set_ylim(bottom=0)
+    whole_numbers(axes)
+    as_written(axes.legend(fontsize=9, frameon=False))
+    return figure

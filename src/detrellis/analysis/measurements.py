@@ -1,4 +1,4 @@
-"""The measurements of the papers, each with one module that measures and one that draws, in one tuple."""
+"""The measurements of the papers, each a module that measures and draws, in one tuple."""
 
 from __future__ import annotations
 
@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from detrellis.analysis import (
     attention,
-    attention_figure,
     branches,
-    branches_figure,
     conflicts,
-    conflicts_figure,
     discriminability,
-    discriminability_figure,
     groups,
-    groups_figure,
     instability,
-    instability_figure,
     misalignment,
-    misalignment_figure,
     one_to_many,
-    one_to_many_figure,
     query_distance,
-    query_distance_figure,
 )
 from detrellis.analysis.figures import DPI, need_matplotlib
 from detrellis.analysis.results import Result
@@ -47,15 +38,15 @@ class Measurement:
 
 
 MEASUREMENTS = (
-    Measurement(misalignment.MisalignmentResult, misalignment.analyze, misalignment_figure.draw),
-    Measurement(groups.GroupsResult, groups.analyze, groups_figure.draw),
-    Measurement(one_to_many.OneToManyResult, one_to_many.analyze, one_to_many_figure.draw),
-    Measurement(discriminability.DiscriminabilityResult, discriminability.analyze, discriminability_figure.draw),
-    Measurement(instability.InstabilityResult, instability.analyze, instability_figure.draw),
-    Measurement(branches.BranchesResult, branches.analyze, branches_figure.draw),
-    Measurement(conflicts.ConflictsResult, conflicts.analyze, conflicts_figure.draw),
-    Measurement(query_distance.QueryDistanceResult, query_distance.analyze, query_distance_figure.draw),
-    Measurement(attention.AttentionResult, attention.analyze, attention_figure.draw),
+    Measurement(misalignment.MisalignmentResult, misalignment.analyze, misalignment.draw),
+    Measurement(groups.GroupsResult, groups.analyze, groups.draw),
+    Measurement(one_to_many.OneToManyResult, one_to_many.analyze, one_to_many.draw),
+    Measurement(discriminability.DiscriminabilityResult, discriminability.analyze, discriminability.draw),
+    Measurement(instability.InstabilityResult, instability.analyze, instability.draw),
+    Measurement(branches.BranchesResult, branches.analyze, branches.draw),
+    Measurement(conflicts.ConflictsResult, conflicts.analyze, conflicts.draw),
+    Measurement(query_distance.QueryDistanceResult, query_distance.analyze, query_distance.draw),
+    Measurement(attention.AttentionResult, attention.analyze, attention.draw),
 )
 
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.table import Table
 
+from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, canvas, tidy
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.results import Result, RunResult, add_run, run_table
 from detrellis.analysis.runs import ComparedRuns
@@ -32,6 +34,9 @@ from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
 from detrellis.types import DecoderOutput
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NMS = (0.5, 0.6, 0.7, 0.8)  # IoU from which a box is a duplicate of a better one
 DRAWN = 0.7  # the paper does not say; this one, or the nearest, is in the figure
@@ -145,3 +150,28 @@ def _evaluate(opened: OpenedSplit, nms: Sequence[float], show: bool) -> tuple[Ev
     evaluators = collect(model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check)
     plain, *after = (evaluator.compute() for evaluator in evaluators)
     return plain, dict(zip(nms, after, strict=True))
+
+
+# The figure
+LOOKS = {"group-wise": ("o", BLUE), "one-to-one": ("s", COLOURS[2]), "one-to-many": ("v", ORANGE)}
+AFTER_NMS = ("^", COLOURS[3])
+
+
+def draw(result: OneToManyResult) -> Figure:
+    """Fig. 1: a point a run, and a curve through the mean of runs alike. Raises `UserError` without matplotlib."""
+    figure = canvas(6.4, 4.6, "AP by assignment")
+    axes = figure.subplots()
+    tidy(axes)
+    for name, points in result.curves().items():
+        marker, colour = LOOKS.get(name, AFTER_NMS)
+        counts = sorted({queries for queries, _ in points})
+        means = [fmean(ap for queries, ap in points if queries == count) for count in counts]
+        axes.plot(counts, means, color=colour, linewidth=1.6)
+        axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=name, clip_on=False)
+    axes.set(xlabel="queries in training", ylabel="AP")
+    axes.margins(x=0.08)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted({run.queries for run in result.runs}))
+    if axes.lines:
+        axes.legend(fontsize=9, loc="best", frameon=False)
+    return figure
