@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
+
+from pydantic import TypeAdapter
 
 from detrellis.data.files import files_in, hidden, is_image, subfolders
 from detrellis.data.findings import finding
@@ -84,14 +87,18 @@ class DataSource:
 
     def to_dict(self) -> dict[str, Any]:
         """Kind and paths as JSON holds them."""
-        splits = {name: files.to_dict() for name, files in self.splits.items()}
-        return {"kind": self.kind, "splits": splits, "folder": None if self.folder is None else str(self.folder)}
+        return cast(dict[str, Any], _stored().dump_python(self, mode="json"))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DataSource:
         """The data set of which `to_dict` gave kind and paths."""
-        splits = {name: SplitFiles.from_dict(files) for name, files in data["splits"].items()}
-        return cls(cast(Kind, data["kind"]), splits, Path(data["folder"]) if data.get("folder") else None)
+        return _stored().validate_python(data)
+
+
+@cache
+def _stored() -> TypeAdapter[DataSource]:
+    """How it is stored."""
+    return TypeAdapter(DataSource)
 
 
 def resolve(

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 
@@ -51,20 +51,3 @@ class SplitFiles:
     listing: Path | None = None  # VOC: the file in ImageSets/Main that names the split's images
     part: str | None = None  # where train and val are in the same files: "train" or "val"; see `select_part`
     note: str | None = None  # what had to be decided to find them, which the doctor reports
-
-    def to_dict(self) -> dict[str, Any]:
-        """The paths as JSON holds them."""
-        return {
-            "annotations": str(self.annotations),
-            "images": [str(folder) for folder in self.images],
-            "listing": None if self.listing is None else str(self.listing),
-            "part": self.part,
-            "note": self.note,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SplitFiles:
-        """The paths that `to_dict` gave."""
-        listing = None if data.get("listing") is None else Path(data["listing"])
-        images = tuple(Path(p) for p in data["images"])
-        return cls(Path(data["annotations"]), images, listing, data.get("part"), data.get("note"))

@@ -40,13 +40,11 @@ class Conversion:
         return asdict(self) | {"out": str(self.out)}
 
 
-def load_any(
-    place: str | Path, *, classes: ClassMap | None = None, dilation: bool = False
-) -> tuple[dict[str, Tensor], Card]:
+def load_any(place: str | Path) -> tuple[dict[str, Tensor], Card]:
     """Weights and card of a run, of a weights file, or of anybody else's checkpoint: all that its recipe needs."""
     if not is_foreign(place):
         return load_whole(Path(place))
-    found = load_foreign(place, classes=classes, dilation=dilation)
+    found = load_foreign(place)
     return dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(place))
 
 
@@ -77,7 +75,7 @@ def convert(
         weights, card = dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(source))
         skipped = _kinds(found.skipped)
     else:
-        weights, card = load_any(source)
+        weights, card = load_whole(Path(source))
     outputs.clear()
     differences: list[str] = []
     if target == "hf":

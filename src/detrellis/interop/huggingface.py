@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from detrellis.errors import UserError
 from detrellis.recipes.conditional import conditional_detr_r50
@@ -33,44 +33,51 @@ DEFAULTS: dict[str, Any] = {
     "d_model": 256,
     "encoder_layers": 6,
     "decoder_layers": 6,
+    "encoder_ffn_dim": 2048,
+    "decoder_ffn_dim": 2048,
+    "num_queries": 300,
     "encoder_attention_heads": 8,
     "decoder_attention_heads": 8,
     "dropout": 0.1,
     "activation_function": "relu",
     "position_embedding_type": "sine",
 }
-FAMILIES: dict[str, tuple[Callable[[], Recipe], dict[str, Any]]] = {
-    "detr": (detr_r50, {"num_queries": 100, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048}),
-    "conditional_detr": (
-        conditional_detr_r50,
-        {"num_queries": 300, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048},
+
+
+class Family(NamedTuple):
+    """What transformers has of one of its model types."""
+
+    recipe: Callable[[], Recipe]
+    model: str  # its class
+    processor: str  # the class of its image processor
+    defaults: dict[str, Any]  # where they differ from `DEFAULTS`
+
+
+DAB_DEFAULTS = {
+    "activation_function": "prelu",
+    "hidden_size": 256,
+    "num_patterns": 0,
+    "temperature_height": 20,
+    "temperature_width": 20,
+}
+DEFORMABLE_DEFAULTS = {
+    "encoder_ffn_dim": 1024,
+    "decoder_ffn_dim": 1024,
+    "num_feature_levels": 4,
+    "encoder_n_points": 4,
+    "decoder_n_points": 4,
+    "two_stage": False,
+    "two_stage_num_proposals": 300,
+    "with_box_refine": False,
+}
+FAMILIES = {
+    "detr": Family(detr_r50, "DetrForObjectDetection", "DetrImageProcessor", {"num_queries": 100}),
+    "conditional_detr": Family(
+        conditional_detr_r50, "ConditionalDetrForObjectDetection", "ConditionalDetrImageProcessor", {}
     ),
-    "dab-detr": (
-        dab_detr_r50,
-        {
-            "num_queries": 300,
-            "encoder_ffn_dim": 2048,
-            "decoder_ffn_dim": 2048,
-            "activation_function": "prelu",
-            "hidden_size": 256,
-            "num_patterns": 0,
-            "temperature_height": 20,
-            "temperature_width": 20,
-        },
-    ),
-    "deformable_detr": (
-        deformable_detr_r50,
-        {
-            "num_queries": 300,
-            "encoder_ffn_dim": 1024,
-            "decoder_ffn_dim": 1024,
-            "num_feature_levels": 4,
-            "encoder_n_points": 4,
-            "decoder_n_points": 4,
-            "two_stage": False,
-            "two_stage_num_proposals": 300,
-            "with_box_refine": False,
-        },
+    "dab-detr": Family(dab_detr_r50, "DabDetrForObjectDetection", "ConditionalDetrImageProcessor", DAB_DEFAULTS),
+    "deformable_detr": Family(
+        deformable_detr_r50, "DeformableDetrForObjectDetection", "DeformableDetrImageProcessor", DEFORMABLE_DEFAULTS
     ),
 }
 # Settings that change what is computed and that ours do not have, with the value that ours stand for.
@@ -90,18 +97,6 @@ ALIASES = {  # what all but DAB-DETR's files may call the same
 # Sizes that encoder and decoder have each: our name.
 SIZES = {"layers": "layers", "ffn_dim": "hidden", "attention_heads": "heads"}
 ACTIVATIONS = {"relu": "relu", "prelu": "prelu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
-ARCHITECTURES = {
-    "detr": "DetrForObjectDetection",
-    "conditional_detr": "ConditionalDetrForObjectDetection",
-    "dab-detr": "DabDetrForObjectDetection",
-    "deformable_detr": "DeformableDetrForObjectDetection",
-}
-PROCESSORS = {
-    "detr": "DetrImageProcessor",
-    "conditional_detr": "ConditionalDetrImageProcessor",
-    "dab-detr": "ConditionalDetrImageProcessor",
-    "deformable_detr": "DeformableDetrImageProcessor",
-}
 BLOCKS = {  # depths of their own ResNet: its name
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
@@ -121,10 +116,10 @@ def kind_of(config: Config) -> str:
 def recipe_of(config: Config) -> Recipe:
     """The recipe that a `config.json` describes: its family's, with the file's sizes."""
     kind = kind_of(config)
-    make, own = FAMILIES[kind]
+    family = FAMILIES[kind]
     aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
-    full = {**DEFAULTS, **own, **aliases, **config}
-    recipe = deformable_detr_r50_two_stage() if kind == "deformable_detr" and full["two_stage"] else make()
+    full = {**DEFAULTS, **family.defaults, **aliases, **config}
+    recipe = deformable_detr_r50_two_stage() if kind == "deformable_detr" and full["two_stage"] else family.recipe()
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(kind, full)))
     return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector})
 
@@ -242,7 +237,7 @@ def family_of(detector: DetectorConfig) -> str:
             "It has DETR, Conditional DETR, DAB-DETR, DN-DETR (as DAB-DETR) and Deformable DETR with learned queries "
             "or proposals, each with a ResNet.",
         )
-    expected = FAMILIES[kind][0]().detector
+    expected = FAMILIES[kind].recipe().detector
     for name in ("scores", "position_temperature", "position_offset", "decoder.final_norm", "iou_branch"):
         own, theirs = (attrgetter(name)(config) for config in (detector, expected))
         if own != theirs and (kind, name) != ("dab-detr", "position_temperature"):
@@ -256,7 +251,7 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     kind = family_of(detector)
     deformable = kind == "deformable_detr"
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].model],
         "model_type": kind,
         "hidden_size" if kind == "dab-detr" else "d_model": detector.width,
         "num_queries": detector.queries.count,

@@ -58,7 +58,7 @@ def _distinct(names: tuple[str, ...]) -> list[str]:
 def _processor(kind: str, recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     config: dict[str, Any] = {
-        "image_processor_type": huggingface.PROCESSORS[kind],
+        "image_processor_type": huggingface.FAMILIES[kind].processor,
         "format": "coco_detection",
         "do_resize": True,
         "do_rescale": True,

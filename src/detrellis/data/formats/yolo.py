@@ -320,10 +320,10 @@ def _assumed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
     fields = Counter(label.fields for row in rows for label in split.contents[row].labels if label.around)
     lengths = ", ".join(str(count) for count, _ in fields.most_common(4))
     if lines.kind == "keypoints":
-        what = f"lines of {lengths} fields are read as a box with yolo_yaml.keypoints behind it, which are passed over"
+        what = f"lines of {lengths} fields are read as a box with keypoints behind it, which are passed over"
         yield finding("keypoints", split.name, split.source, what, count=fields.total())
         return
-    what = f"lines of {lengths} fields could be polygons, or boxes with yolo_yaml.keypoints behind them"
+    what = f"lines of {lengths} fields could be polygons, or boxes with keypoints behind them"
     label_paths = split.label_paths()
     for row in rows:
         yield finding("unclear-labels", split.name, label_paths[row], what, row=row)
