@@ -17,9 +17,13 @@ from detrellis.boxes import cxcywh_to_xyxy, giou
 ClassLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-def focal_negative(logits: Tensor, gamma: float = 2.0) -> Tensor:
-    """Focal loss of a class that is not there: `-p^gamma log(1 - p)`; `gamma` is 0, or 1 and more."""
-    return logits.sigmoid() ** gamma * F.softplus(logits)
+def focal_negative(logits: Tensor, gamma: float = 2.0, *, detached: bool = False) -> Tensor:
+    """Focal loss of a class that is not there: `-p^gamma log(1 - p)`; `gamma` is 0, or 1 and more.
+
+    `detached`: no gradient flows through the factor `p^gamma`, which then only weighs the entries (RT-DETR, DEIM).
+    """
+    factor = logits.detach() if detached else logits
+    return factor.sigmoid() ** gamma * F.softplus(logits)
 
 
 def focal_positive(logits: Tensor, gamma: float = 2.0) -> Tensor:

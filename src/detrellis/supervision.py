@@ -119,6 +119,7 @@ class SetLoss:
     positive: ClassLoss = focal_loss
     negative_weight: float = 0.75  # of the negatives' focal loss
     gamma: float = 2.0  # its exponent
+    detached: bool = False  # its factor carries no gradient
     iou_eps: float = 0.0
 
     def __call__(
@@ -130,7 +131,7 @@ class SetLoss:
         # All entries as negatives, but for the positives'.
         where = (positives.layer, positives.image, positives.query, targets.labels[positives.target])
         others = output.logits.index_put(where, output.logits.new_tensor(ABSENT))
-        negative = self.negative_weight * focal_negative(others, self.gamma).sum((1, 2, 3))
+        negative = self.negative_weight * focal_negative(others, self.gamma, detached=self.detached).sum((1, 2, 3))
         # The positives.
         positive = sum_by_layer(self.positive(pairs.logits, learned.target), positives.layer, pairs.layers)
         terms = {"class": (negative + positive) / normaliser}
@@ -142,12 +143,25 @@ class SetLoss:
         return terms
 
 
+def matchability_aware_loss(gamma: float = 1.5, negative_weight: float = 1.0) -> SetLoss:
+    """MAL (DEIM, Huang et al., CVPR 2025): positives learn `IoU^gamma` at full weight, however low their IoU is, where
+    VFL weighs them by it."""
+    return SetLoss(
+        lambda pairs: SoftTarget(pairs.iou**gamma),
+        bce_loss,
+        negative_weight=negative_weight,
+        gamma=gamma,
+        detached=True,
+    )
+
+
 # Classification by name. Each is trained with one-to-one matching where it comes from; see also `schemes/align.py`.
 CLASSIFICATION = {
     "focal": SetLoss(),
     "qfl": SetLoss(iou_target, quality_focal_loss, negative_weight=1.0),
     "vfl": SetLoss(iou_target, varifocal_loss),
     "psl": SetLoss(scaled_iou_target, lambda x, t: 0.25 * quality_focal_loss(x, t)),
+    "mal": matchability_aware_loss(),
     "ia_bce": SetLoss(quality_target, bce_loss, negative_weight=1.0),
 }
 

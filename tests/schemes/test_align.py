@@ -182,7 +182,7 @@ def test_the_target_has_no_gradient_and_classes_do_not_move_boxes() -> None:
     torch.testing.assert_close(gradient[where], x.grad)
 
 
-@pytest.mark.parametrize("loss", ["align", "ia_bce", "focal", "qfl", "vfl", "psl"])
+@pytest.mark.parametrize("loss", ["align", "ia_bce", "focal", "qfl", "vfl", "psl", "mal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_finite_at_any_logit(loss: str, dtype: torch.dtype) -> None:
     output, truth = problem(1, (3,), 8)

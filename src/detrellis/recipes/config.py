@@ -62,8 +62,9 @@ Zoom = Annotated[tuple[Magnification, Magnification], AfterValidator(_lowest_fir
 class LossConfig(Config):
     """Loss weights and matching costs. `class` is a Python keyword, hence `classes`."""
 
-    # of positives in sigmoid scores: focal; quality focal, varifocal, position-supervised (Stable-DINO), IA-BCE
-    classification: Literal["focal", "qfl", "vfl", "psl", "ia_bce"] = "focal"
+    # of positives in sigmoid scores: focal; quality focal, varifocal, position-supervised (Stable-DINO), IA-BCE,
+    # matchability-aware (DEIM)
+    classification: Literal["focal", "qfl", "vfl", "psl", "ia_bce", "mal"] = "focal"
     classes: Weight = 2.0
     box: Weight = 5.0
     giou: Weight = 2.0

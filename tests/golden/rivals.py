@@ -1,0 +1,67 @@
+"""Losses of real-time detectors and of rivals of the four papers, against the authors' codes."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from detrellis.losses import varifocal_loss
+from detrellis.supervision import CLASSIFICATION, SetLoss, iou_target, matchability_aware_loss
+from detrellis.types import Assignment, Targets
+
+from .align import one_layer, targets_of
+from .arrays import Arrays
+
+
+def near(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9, msg=lambda m: f"{what}: {m}")
+
+
+def pairs_of(image: Tensor, query: Tensor, target: Tensor) -> Assignment:
+    """Positives of one layer, each alone with its target."""
+    return Assignment(torch.zeros_like(image), image, query, target, torch.arange(len(image)))
+
+
+def loss_and_gradient(
+    a: Arrays, rule: SetLoss, targets: Targets, positives: Assignment, normaliser: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The class loss of one layer, and its gradient with respect to the logits."""
+    logits = a.variable("logits")
+    value = rule(one_layer(logits, a["boxes"]), targets, positives, normaliser)["class"][0]
+    value.backward()
+    assert logits.grad is not None
+    return value.detach(), logits.grad
+
+
+def check_mal(a: Arrays) -> None:
+    """DEIM's loss."""
+    targets, image, gamma = targets_of(a), a["match_img"], float(a["gamma"])
+    target = torch.tensor(targets.offsets)[image] + a["match_gt"]
+    rule = CLASSIFICATION["mal"] if gamma == 1.5 else matchability_aware_loss(gamma)
+    positives = pairs_of(image, a["match_query"], target)
+    loss, gradient = loss_and_gradient(a, rule, targets, positives, a["num_boxes"])
+    near(loss, a["loss"], "loss")
+    near(gradient, a["grad"], "gradient")
+
+
+def check_class_losses(a: Arrays) -> None:
+    """VFL as real-time DETRs have it, IA-BCE, and MAL with several exponents and weights, on one matching."""
+    targets = a.targets()
+    matches = [a[f"match{b}"] for b in range(len(targets.sizes))]
+    image = torch.cat([torch.full((match.shape[1],), b) for b, match in enumerate(matches)])
+    query = torch.cat([match[0] for match in matches])
+    target = torch.cat([match[1] + offset for match, offset in zip(matches, targets.offsets, strict=False)])
+    names = [key.removeprefix("grad_logits/") for key in a.data if key.startswith("grad_logits/")]
+    assert names
+    for name in names:
+        rule = {"vfl": SetLoss(iou_target, varifocal_loss, detached=True), "ia_bce": CLASSIFICATION["ia_bce"]}.get(name)
+        if rule is None:
+            found = re.fullmatch(r"mal_gamma([\d.]+)_alpha(None|[\d.]+)", name)
+            assert found, f"no class loss is called {name}"
+            weight = 1.0 if found[2] == "None" else float(found[2])
+            rule = matchability_aware_loss(float(found[1]), weight)
+        loss, gradient = loss_and_gradient(a, rule, targets, pairs_of(image, query, target), a["normaliser"])
+        near(loss, a[name], name)
+        near(gradient, a[f"grad_logits/{name}"], f"gradient of {name}")
