@@ -103,7 +103,8 @@ class Segment(NamedTuple):
     size: int  # queries in all copies together
     copies: int = 1  # equal parts that do not see each other
     sees: tuple[str, ...] = ()  # other segments whose queries it may also read
-    unused: Tensor | None = None  # (B, size) bool: queries that nobody but themselves reads; of one copy that sees none
+    unused: Tensor | None = None  # (B, size) bool: queries that nobody but themselves reads; None: all are read
+    repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
 
 
 class DecoderOutput(NamedTuple):

@@ -14,10 +14,12 @@ from detrellis.types import Segment
 
 
 def square_mask(segments: tuple[Segment, ...]) -> Tensor:
-    """True where a query may look."""
+    """True where a query may look, `(B, 1, N, N)`."""
     owner = [(s.name, i * s.copies // s.size) for s in segments for i in range(s.size)]
     sees = {s.name: s.sees for s in segments}
-    return torch.tensor([[q == k or k[0] in sees[q[0]] for k in owner] for q in owner])
+    mask = torch.tensor([[q == k or k[0] in sees[q[0]] for k in owner] for q in owner])
+    used = torch.cat([torch.ones(2, s.size) if s.unused is None else ~s.unused for s in segments], dim=1)
+    return mask & (used[:, None, None].bool() | torch.eye(len(owner), dtype=torch.bool))
 
 
 @st.composite
@@ -29,7 +31,8 @@ def layouts(draw: st.DrawFn) -> tuple[Segment, ...]:
     copies = draw(st.integers(1, 3))
     sees = draw(st.sampled_from([(), ("main",), ("main", "groups")]))
     dn = Segment("dn", copies * draw(st.integers(1, 3)), copies, sees)
-    return tuple(draw(st.permutations([main, extra, dn]))[: draw(st.integers(1, 3))])
+    some = draw(st.permutations([main, extra, dn]))[: draw(st.integers(1, 3))]
+    return tuple(s._replace(unused=torch.rand(2, s.size) < 0.5) if draw(st.booleans()) else s for s in some)
 
 
 @given(layouts())

@@ -7,7 +7,7 @@ in their number and no mask over all queries exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -53,6 +53,13 @@ def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tenso
     return torch.cat([same, same.new_ones(size, seen)], dim=1)
 
 
+def _used_mask(unused: Tensor, size: int) -> Tensor:
+    """`(B, 1, size, n)` bool, True where the first `size` of `n` queries may look, of which `unused (B, n)` are read by
+    nobody but themselves: a softmax over nothing is NaN."""
+    itself = torch.eye(size, unused.shape[1], dtype=torch.bool, device=unused.device)
+    return ~unused[:, None, None] | itself
+
+
 def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0) -> Tensor:
     """Attention of each segment over itself, copy by copy, and over the segments that it `sees`.
 
@@ -69,29 +76,32 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
         rows[s.name] = q_rows.contiguous(), k_rows.contiguous(), v_rows.contiguous()
     attended = []
     for s in segments:
-        seen = [rows[name] for name in s.sees if name in rows]
+        seen = [other for name in s.sees for other in segments if other.name == name]
         if seen:
-            attended.append(_attend_seen(s, rows[s.name], seen, dropout))
-        elif s.unused is not None:
-            # Nobody looks at unused queries, but for themselves: a softmax over nothing is NaN.
-            itself = torch.eye(s.size, dtype=torch.bool, device=q.device)
-            attended.append(_attend(*rows[s.name], ~s.unused[:, None, None] | itself, dropout))
+            attended.append(_attend_seen(s, seen, rows, dropout))
         else:
             q, k, v = (_fold(t, s.copies) for t in rows[s.name])
-            attended.append(_unfold(_attend(q, k, v, None, dropout), s.copies))
+            size = s.size // s.copies
+            mask = None if s.unused is None else _used_mask(s.unused.reshape(-1, size), size)
+            attended.append(_unfold(_attend(q, k, v, mask, dropout), s.copies))
     return torch.cat(attended, dim=2)
 
 
-def _attend_seen(segment: Segment, own: Rows, seen: Sequence[Rows], dropout: float) -> Tensor:
+def _attend_seen(segment: Segment, seen: Sequence[Segment], rows: Mapping[str, Rows], dropout: float) -> Tensor:
     """Attention of a segment's copies over themselves and over what they see.
 
     Such a segment has few queries (denoising): one rectangular mask costs its own rows only.
     """
-    q, keys, values = own
-    keys = torch.cat([keys, *(k for _, k, _ in seen)], dim=2)
-    values = torch.cat([values, *(v for _, _, v in seen)], dim=2)
-    size, copies = segment.size, segment.copies
-    mask = _copy_mask(size, copies, keys.shape[2] - size, q.device) if copies > 1 else None
+    q, size, parts = rows[segment.name][0], segment.size, [segment, *seen]
+    keys, values = (torch.cat([rows[part.name][i] for part in parts], dim=2) for i in (1, 2))
+    mask = None
+    if segment.copies > 1:
+        mask = _copy_mask(size, segment.copies, keys.shape[2] - size, q.device)
+    if any(part.unused is not None for part in parts):
+        none = torch.zeros(len(q), keys.shape[2], dtype=torch.bool, device=q.device).split([p.size for p in parts], 1)
+        unused = [empty if p.unused is None else p.unused for p, empty in zip(parts, none, strict=True)]
+        used = _used_mask(torch.cat(unused, dim=1), size)
+        mask = used if mask is None else mask & used
     return _attend(q, keys, values, mask, dropout)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.boxes import inverse_sigmoid
+from detrellis.nn.distinct import keep_distinct, withhold
 from detrellis.nn.heads import Heads
 from detrellis.nn.mlp import FeedForward
 from detrellis.types import DecoderOutput, Memory, Queries, Segment, Spatial
@@ -51,7 +52,8 @@ class Decoder(nn.Module):
     `refine`: `"none"` keeps the references; `"detached"` refines them at each layer and stops the gradient there;
     `"look_forward_twice"` lets the loss of layer i reach the box head of layer i-1 too (DINO, section 3.4). Only
     gradients differ between the last two. `final_norm` normalises the heads' input, never the stream. `position` says
-    where the queries look at each layer (`nn/spatial.py`).
+    where the queries look at each layer (`nn/spatial.py`). `distinct`: from the second layer on, queries whose IoU with
+    a better one exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are refined.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class Decoder(nn.Module):
         final_norm: bool = False,
         width: int = 256,
         eps: float = 1e-5,
+        distinct: float | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.distinct = distinct
         self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
@@ -79,21 +83,28 @@ class Decoder(nn.Module):
         # from the second layer on.
         x, boxes, references = queries.content, queries.boxes, queries.boxes
         outputs: list[DecoderOutput] = []
+        used = segments
         for i, layer in enumerate(self.layers):
             # The layer itself, at its place.
-            x = layer(x, self.position(i, x, queries, references, memory), memory, segments)
+            x = layer(x, self.position(i, x, queries, references, memory), memory, used)
             last = i == len(self.layers) - 1
             # What the heads say after it.
-            if every_layer or last:
+            if every_layer or last or self.distinct is not None:
                 states = x if self.final_norm is None else self.final_norm(x)
-                logits, iou_logits = self.heads.logits(i, states), self.heads.iou_logits(i, states)
-                outputs.append(DecoderOutput(logits, self._refined(i, states, boxes), states, iou_logits))
+                logits = self.heads.logits(i, states)
+            if every_layer or last:
+                refined, iou_logits = self._refined(i, states, boxes), self.heads.iou_logits(i, states)
+                outputs.append(DecoderOutput(withhold(logits, used), refined, states, iou_logits))
             # The references of the next layer.
             if not last and self.refine != "none":
                 boxes = self._refined(i, x, references)
                 if self.refine == "detached":
                     boxes = boxes.detach()
                 references = boxes.detach()
+            # The queries that it uses.
+            if not last and self.distinct is not None:
+                assert references is not None
+                used = keep_distinct(segments, logits, references, self.distinct)
         return stack(outputs)
 
     def _refined(self, layer: int, states: Tensor, references: Tensor | None) -> Tensor:

@@ -1,23 +1,31 @@
-"""Distinct query selection (DDQ, Zhang et al., CVPR 2023): a box that overlaps a better one starts no good query.
+"""Distinct query selection (DDQ, Zhang et al., CVPR 2023): a box that overlaps a better one makes no good query.
 
 Neighbouring tokens propose the same object. One-to-one matching lets one query learn it and calls its near copies
-background, which the decoder has to tell apart afterwards; here they come last beforehand, by NMS over all classes.
+background, which the decoder has to tell apart afterwards. Here they come last, by NMS over all classes: among the
+proposals before the decoder, and, where it is asked to, among its queries before each layer. What is dropped there is
+not read by other queries in that layer, learns nothing from it, and ranks last if it is the last one.
 
 | deviation from the released code | why |
 | --- | --- |
 | the best proposals compete, `POOL` for each query, not all tokens | boxes of few, and the rest is background |
 | where too few are distinct, the others of the pool follow, not queries of zeros | as many queries in every image |
+| what is dropped is read by nobody; in the code by the kept ones | as the paper describes it |
+| scores between layers are the heads' outputs; in the code those of states that are not normalised | as trained |
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
 from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.types import Segment
 
 POOL = 4  # proposals for each query to choose from
+NEVER = -50.0  # a class logit that ranks a query behind all others, and as a negative costs nothing
 
 
 def overlapping(boxes: Tensor, threshold: float) -> Tensor:
@@ -32,3 +40,32 @@ def overlapping(boxes: Tensor, threshold: float) -> Tensor:
     better = torch.arange(images * count, 0, -1, device=boxes.device).double()
     kept = batched_nms(corners, better, image, threshold)
     return torch.ones_like(image, dtype=torch.bool).index_fill(0, kept, False).view(images, count)
+
+
+def keep_distinct(segments: Sequence[Segment], logits: Tensor, boxes: Tensor, threshold: float) -> list[Segment]:
+    """The segments with what `overlapping` says of each copy's queries as `unused`, by their best class.
+
+    `logits (B, N, C)` and `boxes (B, N, 4)` of all queries. Segments with several queries a target stay as they are.
+    """
+    sizes = [segment.size for segment in segments]
+    scores = logits.detach().amax(-1).split(sizes, dim=1)
+    kept = []
+    for segment, score, box in zip(segments, scores, boxes.detach().split(sizes, dim=1), strict=True):
+        if not segment.repeats:
+            score, box = (t.reshape(-1, segment.size // segment.copies, *t.shape[2:]) for t in (score, box))
+            order = score.argsort(dim=1, descending=True, stable=True)
+            ranked = overlapping(box.gather(1, order.unsqueeze(-1).expand_as(box)), threshold)
+            dropped = torch.zeros_like(ranked).scatter(1, order, ranked)
+            segment = segment._replace(unused=dropped.reshape(-1, segment.size))
+        kept.append(segment)
+    return kept
+
+
+def withhold(logits: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """The `logits (B, N, C)` without those of queries that `keep_distinct` dropped."""
+    dropped = [None if segment.repeats else segment.unused for segment in segments]
+    if all(part is None for part in dropped):
+        return logits
+    none = torch.zeros_like(logits[..., 0], dtype=torch.bool).split([segment.size for segment in segments], dim=1)
+    parts = [empty if part is None else part for part, empty in zip(dropped, none, strict=True)]
+    return logits.masked_fill(torch.cat(parts, dim=1).unsqueeze(-1), NEVER)

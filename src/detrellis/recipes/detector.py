@@ -169,6 +169,7 @@ class DecoderConfig(Config):
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
+    distinct: Overlap | None = None  # from layer to layer, queries that overlap a better one by more are dropped (DDQ)
 
 
 class DetectorConfig(Config):

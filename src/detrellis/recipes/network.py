@@ -209,6 +209,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         final_norm=decoder.final_norm,
         width=width,
         eps=config.eps,
+        distinct=decoder.distinct,
     )
 
 

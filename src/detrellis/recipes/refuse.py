@@ -101,7 +101,7 @@ def _rounded(width: int, step: int) -> int:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    for refused, problem, remedy in (*_sizes(config), *_combinations(config)):
+    for refused, problem, remedy in (*_sizes(config), *_combinations(config), *_scores(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
 
@@ -149,13 +149,30 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             f"decoder.refine={refine} needs boxes or points to move, and DETR's queries have none",
             "Take -o detector.decoder.refine=none.",
         ),
+    ]
+
+
+def _scores(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """The same for what scores and boxes of queries are compared by."""
+    queries, softmax, distinct = config.queries, config.scores == "softmax", config.decoder.distinct is not None
+    return [
         (
-            config.scores == "softmax" and config.iou_branch != "none",
+            softmax and config.iou_branch != "none",
             f"scores=softmax and iou_branch={config.iou_branch} do not combine: the branch scales sigmoid scores",
             "Take -o detector.iou_branch=none or -o detector.scores=sigmoid.",
         ),
         (
-            config.scores == "softmax" and config.two_stage,
+            distinct and config.decoder.refine == "none",
+            "decoder.distinct and decoder.refine=none do not combine: it compares boxes that a layer has refined",
+            "Take -o detector.decoder.distinct=null, or another decoder.refine where queries have boxes or points.",
+        ),
+        (
+            distinct and softmax,
+            "decoder.distinct and scores=softmax do not combine: what is dropped has no class, which a softmax has not",
+            "Take -o detector.scores=sigmoid or -o detector.decoder.distinct=null.",
+        ),
+        (
+            softmax and config.two_stage,
             f"scores=softmax and queries.kind={queries.kind} do not combine: proposals are ranked by sigmoid scores",
             "Take -o detector.scores=sigmoid or -o detector.queries.kind=learned.",
         ),

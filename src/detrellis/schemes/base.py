@@ -41,11 +41,12 @@ class QueryBlock:
     normaliser: Tensor | None = None  # None: copies x boxes, at least 1
     proposals: DecoderOutput | None = None  # what its boxes come from, where that learns too: one layer
     unused: Tensor | None = None  # (B, N) bool: queries that nobody but themselves reads; None: all are read
+    repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
 
     @property
     def segment(self) -> Segment:
         """The block as self-attention sees it."""
-        return Segment(self.name, self.queries.content.shape[1], self.copies, self.sees, self.unused)
+        return Segment(self.name, self.queries.content.shape[1], self.copies, self.sees, self.unused, self.repeats)
 
 
 class Extension(NamedTuple):

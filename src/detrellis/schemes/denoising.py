@@ -77,4 +77,4 @@ def denoising_block(
         supervision = replace(supervision, rule=rule)
     normaliser = step.mean_boxes.clamp(min=1) * layout.groups
     read = ("main",) if sees == "main" else ("main", "group")
-    return QueryBlock(name, queries, supervision, layout.groups, sees=read, normaliser=normaliser)
+    return QueryBlock(name, queries, supervision, layout.groups, sees=read, normaliser=normaliser, repeats=True)

@@ -48,8 +48,10 @@ class Hybrid(TrainingScheme):
                 return Extension([])
         queries = step.detector.queries.extra(self.table, step.memory, boxes)
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
-        block = QueryBlock("hybrid", queries, supervision, weight=self.config.weight, normaliser=normaliser)
-        return Extension([block])
+        weight = self.config.weight
+        return Extension(
+            [QueryBlock("hybrid", queries, supervision, weight=weight, normaliser=normaliser, repeats=True)]
+        )
 
     def supervision_of(self, main: Supervision) -> Supervision:
         """The main block's with k queries for each target in every layer."""

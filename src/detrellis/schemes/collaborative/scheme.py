@@ -115,6 +115,7 @@ class Collaborative(TrainingScheme):
             weight=self.config.query_weight,
             normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
             unused=chosen.unused,
+            repeats=True,
         )
 
     def metrics(
