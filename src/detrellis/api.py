@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from detrellis.arguments import (
     BatchSize,
@@ -58,9 +59,6 @@ from detrellis.predictions.record import OnError, Predictions, collect_predictio
 from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "bad_batch-0.pt")  # what a run writes beside its weights
 WEIGHTS = ("best.safetensors", "last.safetensors")

@@ -23,8 +23,7 @@ from detrellis.analysis.discriminability import (
     fractions_above,
 )
 from detrellis.analysis.measurements import save
-from detrellis.analysis.pictures import Picture
-from detrellis.analysis.token_maps import attention_score, levels
+from detrellis.analysis.pictures import Picture, attention_score, levels
 from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError

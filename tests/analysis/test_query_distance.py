@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.collaborative import check_alone
 from detrellis.analysis.measurements import save
 from detrellis.analysis.query_distance import (
     BoxDistances,
@@ -24,7 +23,7 @@ from detrellis.analysis.query_distance import (
     draw,
     query_places,
 )
-from detrellis.analysis.schemes import begin, load_with_scheme
+from detrellis.analysis.schemes import begin, check_alone, load_with_scheme
 from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError

@@ -16,10 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from detrellis.analysis.collaborative import DECODER, branch_assignments, decode_main
 from detrellis.analysis.outputs import last_layer, one_to_one
-from detrellis.analysis.schemes import begin
-from detrellis.analysis.token_maps import levels, resized
+from detrellis.analysis.pictures import levels, resized
+from detrellis.analysis.schemes import DECODER, begin, branch_assignments, decode_main
 from detrellis.data.loader import Batch
 from detrellis.schemes.base import Step
 from detrellis.schemes.collaborative.scene import BranchAssignment, Scene

@@ -24,10 +24,20 @@ from torch import Tensor
 from detrellis.analysis.attention_maps import decode_recorded, token_weights
 from detrellis.analysis.figures import FAINT, as_written, canvas, colours, heading, shortened, tidy
 from detrellis.analysis.outputs import annotation_rows, batches, check_finite, last_layer, one_to_one
-from detrellis.analysis.pictures import Picture, Size, image_boxes, image_size, outline, picture
+from detrellis.analysis.pictures import (
+    SMALLEST,
+    Picture,
+    Size,
+    attention_score,
+    image_boxes,
+    image_size,
+    levels,
+    outline,
+    picture,
+    resized,
+)
 from detrellis.analysis.results import Result, RunResult, add_run, run_table
 from detrellis.analysis.runs import ComparedRuns
-from detrellis.analysis.token_maps import SMALLEST, attention_score, levels, resized
 from detrellis.arguments import Images, checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather

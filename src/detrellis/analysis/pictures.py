@@ -1,22 +1,27 @@
-"""Images of a batch without their padding, with their boxes: to be measured in pixels, and to be drawn."""
+"""Images of a batch without their padding, to be measured in pixels and to be drawn: with their boxes, and with values
+of an encoder's tokens as maps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import MEAN, STD, Batch
 from detrellis.training import image_sizes
+from detrellis.types import Memory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Size = tuple[int, int]  # height, width
+SMALLEST = 1e-30  # a map that is 0 everywhere stays so
 
 
 class Picture(NamedTuple):
@@ -54,3 +59,29 @@ def outline(axes: Axes, picture: Picture, colour: str = "white") -> None:
     for x1, y1, x2, y2 in picture.boxes.tolist():
         corner = (x1 - 0.5, y1 - 0.5)  # axes count from the centre of the first pixel
         axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=0.8))
+
+
+def levels(values: Tensor, memory: Memory, image: int) -> list[Tensor]:
+    """One value a token of an image, `(S,)`, as a map `(h, w)` a level without its padding."""
+    sizes = [height * width for height, width in memory.shapes]
+    maps = [part.view(shape) for part, shape in zip(values.split(sizes), memory.shapes, strict=True)]
+    if memory.padding is None:
+        return maps
+    cut = []
+    for level, padding in zip(maps, memory.padding[image].split(sizes), strict=True):
+        inside = ~padding.view(level.shape)
+        height, width = int(inside[:, 0].sum()), int(inside[0].sum())
+        cut.append(level[:height, :width])
+    return cut
+
+
+def resized(level: Tensor, size: Size) -> Tensor:
+    """`(h, w)` to `(H, W)`, bilinear between the centres of pixels."""
+    return F.interpolate(level[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def attention_score(weights: Sequence[Tensor], size: Size) -> Tensor:
+    """`(H, W)` with a maximum of 1 from each level's weights `(h, w)`: attention per pixel, so that a level counts as
+    much as it is attended to, however coarse it is."""
+    total = torch.stack([resized(level, size) * level.numel() for level in weights]).sum(0)
+    return total / total.max().clamp(min=SMALLEST)

@@ -16,13 +16,19 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.collaborative import branch_assignments, check_alone, check_collaborative, decode_main
 from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, heading, headline, tidy, value_bars
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.pictures import Picture, outline, picture
 from detrellis.analysis.results import Result, RunResult, add_run, mean_or_none, run_table
 from detrellis.analysis.runs import ComparedRuns
-from detrellis.analysis.schemes import begin, load_with_scheme
+from detrellis.analysis.schemes import (
+    begin,
+    branch_assignments,
+    check_alone,
+    check_collaborative,
+    decode_main,
+    load_with_scheme,
+)
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.console import number

@@ -1,7 +1,7 @@
 """A run with its training schemes, in eval mode. Its weights files hold the detector alone.
 
 The schemes are in `last.state.pt`, with the detector's raw weights: the average covers the detector alone, and schemes
-that are not averaged would not fit it.
+that are not averaged would not fit it. Of scheme `co` that gives the branches, which are gone at inference.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
+from torch import Tensor
+
 from detrellis.data.loader import Batch
-from detrellis.engine.checkpoint import load_state
+from detrellis.engine.checkpoint import load_state, load_weights
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build
 from detrellis.schemes.base import Step, TrainingScheme
+from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
+from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector, image_sizes
-from detrellis.types import Memory
+from detrellis.types import DecoderOutput, Memory, Segment
 
 Scheme = TypeVar("Scheme", bound=TrainingScheme)
+DECODER = "decoder"  # what reports call the detector's own head, beside the names of the branches
 
 
 def check_state(run: str | Path, what: str) -> None:
@@ -56,3 +62,39 @@ def begin(model: TrainableDetector, batch: Batch, memory: Memory | None = None) 
     boxes = batch.targets.boxes.new_tensor(float(len(batch.targets.labels)))
     sizes = image_sizes(batch.images)
     return Step(model.detector, memory, queries, proposals, batch.targets, model.supervision, boxes, sizes)
+
+
+def check_collaborative(run: str | Path) -> None:
+    """Raises `UserError` where a run has no branches to look at."""
+    _, card = load_weights(Path(run))
+    if card.recipe.schemes.co is None:
+        raise UserError(
+            f"{run}: trained without scheme co, so the decoder is its only head",
+            "Train with a branch: detrellis train tiny --scheme co=atss.",
+        )
+    check_state(run, "the branches")
+
+
+def check_alone() -> None:
+    """Raises `UserError` under torchrun: what branches assign comes with losses, which are averaged over processes,
+    and these may have unequal numbers of batches."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError("this measurement runs in one process", "Start it without torchrun.")
+
+
+def decode_main(step: Step) -> DecoderOutput:
+    """The decoder's output for the main queries, by layer."""
+    main = Segment("main", step.queries.content.shape[1])
+    return step.detector.decode(step.memory, {main: step.queries})[main.name]
+
+
+def branch_assignments(co: Collaborative, step: Step) -> tuple[Scene, dict[str, list[BranchAssignment]]]:
+    """The scene, and by branch what it assigns in each image: where training draws some at random, the first ones."""
+    scene = co.scene(step)
+    if scene.masks is None:  # no branch assigns by them: empty ones do
+        scene = scene._replace(masks=tuple(boxes.new_zeros(len(boxes), 1, 1) for boxes in scene.boxes))
+    return scene, {name: branch(scene, _first)[1] for name, branch in co.named.items()}
+
+
+def _first(indices: Tensor, k: int) -> Tensor:
+    return indices[:k]

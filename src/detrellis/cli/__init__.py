@@ -40,7 +40,7 @@ from detrellis.recipes import choose_recipe
 from detrellis.version import __version__
 
 if TYPE_CHECKING:
-    from detrellis.data.doctor.queries import Capacity
+    from detrellis.data.doctor.boxes import Capacity
     from detrellis.engine.train import TrainResult
 
 app = typer.Typer(

@@ -1,4 +1,5 @@
-"""The verbs that train several recipes side by side: training schemes on your data, or a paper's table."""
+"""The verbs that train several recipes side by side: training schemes on your data, or a paper's table, which it can
+also list with the published figures."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from detrellis import arguments
 from detrellis.arguments import limits
@@ -25,9 +29,10 @@ from detrellis.cli.options import (
     progress_console,
     skips,
 )
-from detrellis.cli.published import show_published
+from detrellis.engine.console import number
 from detrellis.errors import command
 from detrellis.recipes import choose_recipe
+from detrellis.recipes.tables import PaperTable, load_paper, papers
 
 if TYPE_CHECKING:
     from detrellis.study.plan import StudyPlan
@@ -136,10 +141,8 @@ def reproduce(
 
     Example: detrellis reproduce align 3 --data my_data --scale tiny --epochs 12 --seeds 3
     """
-    from detrellis.recipes.tables import load_paper
-
     if paper is None or table is None or listing or (files.data is None and files.train is None):
-        show_published(paper, table, trials.as_json)
+        _show_published(paper, table, trials.as_json)
         return
     published = load_paper(paper)
     rows = published.table(table)
@@ -163,3 +166,52 @@ def _show(report: StudyReport, out: Path) -> None:
     for name, why in report.plan.skipped.items():
         console.print(f"Left out: {name}: {why}")
     console.print(f"Report: {out / 'report.html'}")
+
+
+def _show_published(paper: str | None, table: str | None, as_json: bool) -> None:
+    """List all papers, the tables of one, or the rows of a table."""
+    if paper is None:
+        known = [load_paper(name) for name in papers()]
+        listed = _sheet("paper", "title", "tables")
+        for each in known:
+            listed.add_row(each.name, Text(each.title), ", ".join(t.id for t in each.tables))
+        data: Any = [{"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in known]
+    elif table is None:
+        one = load_paper(paper)
+        listed = _sheet("table", "title", "rows", "can be run", title=one.title)
+        for each_table in one.tables:
+            able = sum(not row.missing for row in each_table.rows)
+            listed.add_row(each_table.id, Text(each_table.title), str(len(each_table.rows)), str(able))
+        data = one.model_dump(mode="json")
+    else:
+        rows = load_paper(paper).table(table)
+        data, listed = rows.model_dump(mode="json"), _rows(rows)
+    if as_json:
+        print_json(data)
+    else:
+        console.print(listed)
+
+
+def _rows(of: PaperTable) -> Table:
+    """A table of the published figures of each row, and whether it can be run."""
+    listed = _sheet("", "row", "epochs", "AP", "gain", "AP50", "recipe", "note", title=f"{of.title} ({of.data})")
+    for column in listed.columns:
+        column.overflow = "fold"
+        column.justify = "right" if column.header in ("epochs", "AP", "gain", "AP50") else "left"
+    part = ""
+    for place, row in enumerate(of.rows, 1):
+        if row.part != part:
+            part = row.part
+            listed.add_row("", Text(part, "bold"))
+        base, ap = of.baseline(row), row.published.get("AP")
+        before = None if base is None else base.published.get("AP")
+        gain = "" if ap is None or before is None else f"{ap - before:+.1f}"
+        recipe = " + ".join([row.recipe or "-", *row.schemes])
+        note = f"needs {row.missing}" if row.missing else "baseline" if row.baseline else ""
+        scores = (number(ap, ".1f"), gain, number(row.published.get("AP50"), ".1f"))
+        listed.add_row(str(place), Text(row.name), str(row.epochs or "-"), *scores, Text(recipe), Text(note))
+    return listed
+
+
+def _sheet(*columns: str, title: str | None = None) -> Table:
+    return Table(*columns, title=title and Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -117,7 +117,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # A large picture is the user's own (Pillow refuses the absurd ones), and odd metadata are no odd pixels.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            _must_be_file(path)
+            if why := absence(path):  # before it is opened: a pipe would keep the process waiting for ever
+                raise UserError(why, REMEDY if path.exists() else "Put it there, or correct the name or the folder.")
             with Image.open(path) as image:
                 yield image
     except UserError as error:
@@ -127,12 +128,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path}: {why}", REMEDY) from error
     except Exception as error:  # Pillow's readers meet what their authors never thought of, and say so in many ways
         raise UserError(f"{path}: the image cannot be read ({_first_line(error)})", REMEDY) from error
-
-
-def _must_be_file(path: Path) -> None:
-    """Before it is opened: a pipe would keep the process waiting for ever."""
-    if why := absence(path):
-        raise UserError(why, REMEDY if path.exists() else "Put it there, or correct the name or the folder.")
 
 
 def absence(path: Path) -> str:

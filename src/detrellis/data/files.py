@@ -180,31 +180,30 @@ def _folders(parent: Path) -> list[Path]:
         return []
 
 
-def common_root(paths: Sequence[Path], default: Path) -> Path:
-    """The deepest folder that holds all of them."""
-    return Path(os.path.commonpath([p.parent for p in paths])) if paths else default
-
-
 def read_head(path: Path, size: int = 65536) -> str:
-    """How a text file begins, odd letters replaced by a mark. `UserError` where it cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
-    return data.decode(json.detect_encoding(data[:4]), errors="replace").removeprefix("\ufeff")
+    """The first `size` bytes of a text file, odd letters replaced by a mark. `UserError` where it cannot be read."""
+    return _decoded(_read_bytes(path, size), errors="replace")
 
 
 def read_text(path: Path) -> str:
     """A text file's content, in UTF-8, UTF-16 or UTF-32; `UserError` where it cannot be read."""
     try:
-        data = path.read_bytes()
-        return data.decode(json.detect_encoding(data[:4])).removeprefix("\ufeff")
+        return _decoded(_read_bytes(path))
     except UnicodeDecodeError as error:
         what = f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})"
         raise UserError(what, "If it is text, save it in UTF-8.") from error
+
+
+def _read_bytes(path: Path, size: int = -1) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
+
+
+def _decoded(data: bytes, errors: str = "strict") -> str:
+    return data.decode(json.detect_encoding(data[:4]), errors).removeprefix("\ufeff")
 
 
 def read_json(file: Path, shape: str = "", again: str = AGAIN) -> Any:

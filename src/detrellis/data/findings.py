@@ -37,9 +37,7 @@ IMAGES: dict[str, Rule] = {
     "unlabelled-images": Rule("warning", "Annotate them; background needs an annotation file without objects."),
     "unreadable-image": Rule("error", _RE_EXPORT, "drop image"),
     "wrong-size": Rule(
-        "error",
-        "Write the file's width and height, and make sure that the boxes are in that frame.",
-        "drop image",
+        "error", "Write the file's width and height, and make sure that the boxes are in that frame.", "drop image"
     ),
     "duplicate-image-id": Rule("error", "Give every image its own id: boxes cannot tell them apart.", "drop image"),
     "duplicate-file": Rule("error", "List the file once and give all its boxes that one image id.", "merge"),

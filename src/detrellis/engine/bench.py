@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 
 from detrellis.arguments import Classes, Runs, Threads, Warmup, checked
@@ -27,9 +28,6 @@ from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.training import TrainableDetector
 from detrellis.types import ImageBatch, Targets
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 BOXES = 7  # of each image in a training step: COCO's average
 LANDSCAPE = 1333 / 800  # width to height of an image that only its short side describes, as the papers count
@@ -77,8 +75,6 @@ class BenchResult:
 
     def table(self) -> Table:
         """A table of the times for a rich console."""
-        from rich.table import Table
-
         memory = any(t.peak_mib is not None for t in self.timings)
         table = Table("batch", "median", "fastest", "images/s", *(["peak memory"] if memory else []))
         for t in self.timings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.data.doctor.queries import Capacity
+from detrellis.data.doctor.boxes import Capacity
 from detrellis.recipes.config import Recipe
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+from rich.table import Table
+from rich.text import Text
 
 from detrellis.atomic import replace_files
 from detrellis.data.annotations import Annotations
@@ -25,9 +27,6 @@ from detrellis.engine.coco_backend import Float, Int, Truth, backend
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.types import Detections
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -114,9 +113,6 @@ class EvalResult(EvalScores):
 
     def table(self) -> Table:
         """A table of the twelve statistics for a rich console."""
-        from rich.table import Table
-        from rich.text import Text
-
         caption = self.caption(f"{self.ground_truth:,} boxes")
         if self.ap_interval is not None:
             caption += f"; AP \u00b1 {self.ap_interval:.3f} (95 %, over images)"
@@ -131,9 +127,6 @@ class EvalResult(EvalScores):
 
     def class_table(self) -> Table:
         """A table with one row per class for a rich console."""
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table("class", title="AP by class", title_justify="left")
         for name in ("AP", "AP50", "boxes", "detections"):
             table.add_column(name, justify="right")

@@ -23,20 +23,19 @@ see all boxes a pixel larger.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
 
 from detrellis.boxes import iou, ragged
 from detrellis.data.annotations import Annotations
 from detrellis.engine.coco_eval import EvalScores, ResultArrays
 from detrellis.engine.console import number
 from detrellis.engine.means import mean_of_known
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 THRESHOLD = 0.5  # of the IoU
 STATISTICS = {"AP": "AP, area", "AP11": "AP, 11 points"}  # and what tables call them
@@ -76,8 +75,6 @@ class VocResult(EvalScores):
 
     def table(self) -> Table:
         """A table of both means for a rich console."""
-        from rich.table import Table
-
         look: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
         caption = self.caption(f"{self.ground_truth:,} boxes and {self.difficult:,} difficult ones")
         table = Table(title="VOC mean AP at IoU 0.5", caption=caption, **look)
@@ -88,9 +85,6 @@ class VocResult(EvalScores):
 
     def class_table(self) -> Table:
         """A table with one row per class for a rich console."""
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table("class", title="AP at IoU 0.5 by class", title_justify="left")
         for title in (*STATISTICS.values(), "boxes", "difficult", "detections"):
             table.add_column(title, justify="right")

@@ -75,10 +75,7 @@ def _processor(kind: str, recipe: Recipe) -> dict[str, Any]:
     height, width = data.size
     if not data.keep_aspect:
         return config | {"size": {"height": height, "width": width}}
-    return config | {
-        "size": {"max_height": height, "max_width": width},
-        "pad_size": {"height": height, "width": width},
-    }
+    return config | {"size": {"max_height": height, "max_width": width}, "pad_size": {"height": height, "width": width}}
 
 
 def _differences(kind: str, recipe: Recipe) -> list[str]:

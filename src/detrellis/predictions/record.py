@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from detrellis.data.decode import REMEDY, read_image
 from detrellis.errors import UserError
 from detrellis.visualize import draw_detections
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SHOWN = 5  # broken pictures that one message lists
 
@@ -62,8 +61,6 @@ class Prediction:
 
         Raises `UserError` where supervision is missing.
         """
-        import numpy as np
-
         try:
             import supervision
         except ImportError as error:
@@ -75,10 +72,8 @@ class Prediction:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def draw(self, class_names: Sequence[str]) -> Image:
+    def draw(self, class_names: Sequence[str]) -> Image.Image:
         """The picture with boxes, names and scores drawn on it; `class_names` are those of all classes, in order."""
-        from PIL import Image
-
         if self.pixels is not None:
             pixels = self.pixels
         else:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, colours, shortened, tidy
+from detrellis.analysis.figures import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    as_written,
+    canvas,
+    colours,
+    shortened,
+    tidy,
+    whole_numbers,
+)
 from detrellis.study.report import RowResult, StudyReport
 from detrellis.study.results import TrialResult
 
@@ -31,8 +42,6 @@ def figures(report: StudyReport) -> dict[str, tuple[Figure, str]]:
 
 
 def _curves(report: StudyReport) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     legend_rows = -(-len(report.rows) // 4)
     figure = canvas(9.2, 3.6 + 0.22 * legend_rows, "")
     by_epoch, by_time = figure.subplots(1, 2, sharey=True)
@@ -46,15 +55,12 @@ def _curves(report: StudyReport) -> Figure:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     by_epoch.set(xlabel="epoch", ylabel="AP")
-    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(by_epoch)
     by_time.set(xlabel="minutes of training")
     for budget in {row.budget for row in report.rows if row.budget is not None}:
         by_time.axvline(budget / 60, color=FAINT, linewidth=0.8, linestyle=":")
-    legend = figure.legend(
-        *by_epoch.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    handles = by_epoch.get_legend_handles_labels()
+    as_written(figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9))
     return figure
 
 

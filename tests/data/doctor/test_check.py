@@ -18,10 +18,10 @@ from rich.console import Console
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.decode import ORIENTATION, read_image
+from detrellis.data.doctor.boxes import Capacity
 from detrellis.data.doctor.check import check, prepare, prepare_split
 from detrellis.data.doctor.drop import PARTIAL, WITH_IMAGE
 from detrellis.data.doctor.fix import AREA, SWAPPED, fix
-from detrellis.data.doctor.queries import Capacity
 from detrellis.data.doctor.report import Report
 from detrellis.data.findings import RULES, Finding
 from detrellis.data.layout import DataSource, resolve

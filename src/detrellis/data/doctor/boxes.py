@@ -1,8 +1,10 @@
-"""The doctor checks the boxes of one split: in array operations, so that Python sees only what is wrong."""
+"""The doctor checks the boxes of one split, in array operations, so that Python sees only what is wrong; and whether a
+detector has queries enough for the image with most of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,3 +187,40 @@ def _areas(raw: RawDataset) -> Iterator[Finding]:
     if missing and raw.label_files is None:
         what = f"{missing} of {len(raw.ids)} annotations have no positive `area`"
         yield finding("missing-area", raw.split, raw.source, what, count=missing)
+
+
+class Capacity(NamedTuple):
+    """How many objects of an image a detector can learn and find."""
+
+    queries: int  # each finds one object at most
+    detections: int  # that it returns of an image at most
+    each: int = 1  # queries that training gives every object (Align-DETR's candidates)
+    patterns: int = 1  # queries for each one of `detector.queries.count`
+
+
+def check_queries(raw: RawDataset, capacity: Capacity) -> Iterator[Finding]:
+    """Whether a split has images of more objects than the detector has queries for, or than it returns."""
+    if not len(raw):
+        return
+    objects = np.bincount(raw.box_rows[(raw.box_rows >= 0) & ~raw.crowd], minlength=len(raw))
+    largest, row = int(objects.max()), int(objects.argmax())
+    options = [f"-o detector.top_k={_rounded(largest)}"] if largest > capacity.detections else []
+    if largest * capacity.each > capacity.queries:
+        needed = -(-largest * capacity.each // capacity.patterns)
+        options.insert(0, f"-o detector.queries.count={_rounded(needed)}")
+        each = f", and training gives {capacity.each} to each object" if capacity.each > 1 else ""
+        what = f"{largest:,} objects, but the detector has {capacity.queries:,} queries{each}"
+        images = int((objects * capacity.each > capacity.queries).sum())
+    elif options:
+        what = f"{largest:,} objects, but the detector returns {capacity.detections:,} of an image (`detector.top_k`)"
+        images = int((objects > capacity.detections).sum())
+    else:
+        return
+    # The remedy stands here, because `train` prints no remedies.
+    what = f"{what}: the others cannot be found; {' '.join(options)} would do"
+    yield finding("too-many-objects", raw.split, raw.path(row), what, id=raw.image_id(row), count=images)
+
+
+def _rounded(number: int) -> int:
+    """The number, rounded up to a full hundred."""
+    return -(-number // 100) * 100

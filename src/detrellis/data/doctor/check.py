@@ -7,13 +7,11 @@ from dataclasses import replace
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
-from detrellis.data.doctor.boxes import check_boxes
+from detrellis.data.doctor.boxes import Capacity, check_boxes, check_queries
 from detrellis.data.doctor.classes import align_classes, check_classes, disagreements
 from detrellis.data.doctor.drop import drop_bad
 from detrellis.data.doctor.images import check_images, gather, shared_images
-from detrellis.data.doctor.queries import Capacity, check_queries
-from detrellis.data.doctor.report import Report
-from detrellis.data.doctor.summary import summarise
+from detrellis.data.doctor.report import Report, summarise
 from detrellis.data.doctor.unused import unused_annotations, unused_files
 from detrellis.data.findings import MALFORMED, Finding, SkipBad, finding
 from detrellis.data.layout import DataSource
@@ -38,14 +36,8 @@ def check(
     """
     raws = source.load_all(splits)
     report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
-    report = report.with_findings(_unused_annotations(source, raws))
-    if source.folder is None or splits is not None:
-        return report
-    return report.with_findings(unused_files(source.folder, source.splits, raws))
-
-
-def _unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
-    return [] if source.folder is None else unused_annotations(source.folder, source.splits, raws)
+    report = report.with_findings(unused_annotations(source, raws))
+    return report if splits is not None else report.with_findings(unused_files(source, raws))
 
 
 def examine(
@@ -64,8 +56,8 @@ def examine(
     findings += shared_images(raws, facts)
     findings += check_classes(raws)
     if capacity is not None:
-        findings += check_queries(raws, capacity)
-    return Report(tuple(_without_consequences(findings)), summarise(raws), fast)
+        findings += [f for raw in raws.values() for f in check_queries(raw, capacity)]
+    return Report(tuple(_without_consequences(findings)), tuple(map(summarise, raws.values())), fast)
 
 
 def _without_consequences(findings: Sequence[Finding]) -> list[Finding]:
@@ -97,7 +89,7 @@ def prepare(
     if "train" not in raws:
         raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
     report = examine(raws, fast=not skip_bad, capacity=capacity)
-    report = report.with_findings(_unused_annotations(source, raws))
+    report = report.with_findings(unused_annotations(source, raws))
     annotations, report = _annotations(raws, report, raws["train"].classes, skip_bad)
     return annotations["train"], annotations.get("val"), annotations["train"].classes, report
 

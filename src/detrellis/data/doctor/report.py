@@ -9,17 +9,19 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.data.doctor.summary import SplitSummary
 from detrellis.data.findings import RULES, SEVERITIES, Finding
+from detrellis.data.records import RawDataset
 
 EXAMPLES = 3  # of each kind in the table; JSON has them all
 CLASSES = 12  # rows of the table of classes
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds, in square pixels
 
 
 @dataclass(frozen=True)
@@ -184,3 +186,64 @@ def _examples(group: tuple[Finding, ...]) -> Text:
     for remedy in dict.fromkeys(f.remedy for f in group[:EXAMPLES]):
         cell.append(f"-> {remedy}\n", style="italic")
     return cell
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """How often one class occurs."""
+
+    id: int
+    name: str
+    boxes: int
+    images: int
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """Counts of the images, boxes and classes of one split."""
+
+    split: str
+    source: str
+    images: int
+    images_without_boxes: int
+    boxes: int
+    crowd: int
+    most_boxes: int  # in one image
+    box_sizes: tuple[int, int, int]  # small, medium, large, as COCO has them
+    image_sizes: tuple[tuple[int, int], ...]  # smallest, median and largest (width, height), by area
+    classes: tuple[ClassCount, ...]
+
+
+def summarise(raw: RawDataset) -> SplitSummary:
+    """The summary of one split."""
+    per_image = np.bincount(raw.box_rows[raw.box_rows >= 0], minlength=len(raw))
+    areas = np.nan_to_num(raw.boxes[:, 2] * raw.boxes[:, 3])
+    small, medium = int((areas < SMALL).sum()), int(((areas >= SMALL) & (areas < MEDIUM)).sum())
+    return SplitSummary(
+        split=raw.split,
+        source=str(raw.source),
+        images=len(raw),
+        images_without_boxes=int((per_image == 0).sum()),
+        boxes=len(raw.ids),
+        crowd=int(raw.crowd.sum()),
+        most_boxes=int(per_image.max(initial=0)),
+        box_sizes=(small, medium, len(raw.ids) - small - medium),
+        image_sizes=_image_sizes(raw),
+        classes=_classes(raw),
+    )
+
+
+def _image_sizes(raw: RawDataset) -> tuple[tuple[int, int], ...]:
+    sizes = raw.sizes[(raw.sizes > 0).all(axis=1)]
+    if not len(sizes):
+        return ()
+    order = np.argsort(sizes.prod(axis=1), kind="stable")
+    places = (order[0], order[len(order) // 2], order[-1])
+    return tuple((int(sizes[p, 1]), int(sizes[p, 0])) for p in places)
+
+
+def _classes(raw: RawDataset) -> tuple[ClassCount, ...]:
+    boxes = Counter(raw.box_categories.tolist())
+    pairs = np.unique(np.stack([raw.box_categories, raw.box_image_ids], axis=1), axis=0)
+    images = Counter(pairs[:, 0].tolist())  # each image once for each of its categories
+    return tuple(ClassCount(i, name, boxes[i], images[i]) for i, name in raw.categories)

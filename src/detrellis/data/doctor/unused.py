@@ -10,15 +10,16 @@ from pathlib import Path
 
 from detrellis.data.files import walk
 from detrellis.data.findings import Finding, finding
+from detrellis.data.layout import DataSource
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles
 
 SHOWN = 8  # suffixes that the note names
 
 
-def unused_files(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> list[Finding]:
-    """The note `unused-files` about everything below `folder` that no split reads."""
-    unused = _unused(folder, splits, raws)
+def unused_files(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
+    """The note `unused-files` about everything in the data set's folder that no split reads."""
+    unused = _unused(source, raws)
     if not unused:
         return []
     kinds = sorted(unused.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -27,35 +28,37 @@ def unused_files(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[s
     count = sum(len(files) for files in unused.values())
     subject = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
     what = f"{subject} not used: {', '.join(counts)}{more}"
-    return [finding("unused-files", "", folder, what, count=count)]
+    return [finding("unused-files", "", str(source.folder), what, count=count)]
 
 
-def unused_annotations(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> list[Finding]:
+def unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
     """The warning `unused-annotations` where more annotation files are left out than read.
 
     Only where each image has a file of its own (YOLO, Pascal VOC, ...), and all splits are in `raws`.
     """
     labels = [file for raw in raws.values() for file in raw.label_files or () if os.path.isfile(file)]
-    if not labels or set(raws) != set(splits):
+    if not labels or set(raws) != set(source.splits):
         return []
     suffixes = {_suffix(file) for file in labels}
-    unused = _unused(folder, splits, raws)
+    unused = _unused(source, raws)
     alike = [file for suffix in sorted(suffixes) for file in unused.get(suffix, ())]
     if len(alike) <= len(set(labels)):
         return []
     what = f"{len(alike)} of {len(alike) + len(set(labels))} annotation files are not used: {_first(alike)}"
-    return [finding("unused-annotations", "", folder, what, count=len(alike))]
+    return [finding("unused-annotations", "", str(source.folder), what, count=len(alike))]
 
 
-def _unused(folder: Path, splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> dict[str, list[str]]:
-    """Files that are not read, relative to `folder`, by suffix in lower case."""
+def _unused(source: DataSource, raws: Mapping[str, RawDataset]) -> dict[str, list[str]]:
+    """Files that are not read, relative to the folder, by suffix in lower case; none where no folder was given."""
+    if source.folder is None:
+        return {}
     real = cache(os.path.realpath)
     used: dict[str, set[str]] = defaultdict(set)
-    for parent, name in map(os.path.split, _read(splits, raws)):
+    for parent, name in map(os.path.split, _read(source.splits, raws)):
         used[real(parent)].add(name)
     unused: dict[str, list[str]] = defaultdict(list)
-    for parent, names in walk(folder):
-        below = Path(os.path.relpath(parent, folder))
+    for parent, names in walk(source.folder):
+        below = Path(os.path.relpath(parent, source.folder))
         for name in sorted(set(names) - used.get(real(parent), set())):
             if not _links_to(os.path.join(parent, name), used):
                 unused[_suffix(name)].append((below / name).as_posix())

@@ -155,11 +155,7 @@ def find_one_file(layout: OneFileFormat, data: Path, images: GivenImages) -> dic
 
 
 def one_file_splits(
-    layout: OneFileFormat,
-    files: Mapping[str, Path],
-    images: GivenImages,
-    data: Path | None = None,
-    parts: bool = False,
+    layout: OneFileFormat, files: Mapping[str, Path], images: GivenImages, data: Path | None = None, parts: bool = False
 ) -> dict[str, SplitFiles]:
     """The file of each split with its image folder: the given one, or the one found near the file or in `data`.
 

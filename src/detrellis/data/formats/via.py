@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detrellis.data.files import read_json, read_text
+from detrellis.data.files import read_head, read_json, read_text
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import fold, renaming_notes
 from detrellis.data.formats.pictures import OneFileFormat, PictureName, pictures_of
@@ -25,8 +25,7 @@ from detrellis.errors import UserError
 
 CLASS = ("class", "label", "category", "name", "type")  # attributes that are taken where there are several
 SHAPE, CLASSES = "region_shape_attributes", "region_attributes"  # columns of the CSV, each cell an object of JSON
-MARKS = (b'"_via_', b'"filename"', SHAPE.encode())  # one of which stands in each such file
-HEAD = 65536  # bytes that are looked at to recognise a file
+MARKS = ('"_via_', '"filename"', SHAPE)  # one of which stands in each such file
 ONE_CLASS = "object"  # where regions have no attribute at all
 
 
@@ -43,10 +42,9 @@ class ViaImage(NamedTuple):
 def is_via(file: Path) -> bool:
     """Whether it is one of VIA's files."""
     try:
-        with file.open("rb") as stream:
-            head = stream.read(HEAD).replace(b"\0", b"")  # UTF-16 has a zero in each letter
+        head = read_head(file)
         return any(mark in head for mark in MARKS) and _entries(file) is not None
-    except (UserError, OSError):
+    except UserError:
         return False
 
 

@@ -12,8 +12,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
+from detrellis.data.files import read_head
+from detrellis.errors import UserError
+
 DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
-ROOT = re.compile(rb"<(\w+:)?annotation[\s/>]", re.IGNORECASE)
+ROOT = re.compile(r"<(\w+:)?annotation[\s/>]", re.IGNORECASE)
 # Files say the smaller set and hold letters of the larger one.
 WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}
 LOST = "\ufffd"  # what stands for bytes that are no letters
@@ -45,11 +48,9 @@ class VocFile(NamedTuple):
 def is_voc(file: Path) -> bool:
     """Whether it begins like a file of VOC's: other tools write XML too."""
     try:
-        with file.open("rb") as stream:
-            head = stream.read(HEAD)
-    except OSError:
+        return ROOT.search(read_head(file, HEAD)) is not None
+    except UserError:
         return False
-    return ROOT.search(head.replace(b"\0", b"")) is not None  # UTF-16 has a zero in each letter
 
 
 def parse_xml(file: Path) -> VocFile:
@@ -57,7 +58,8 @@ def parse_xml(file: Path) -> VocFile:
     try:
         root = _root(file.read_bytes())
         name = _text(root, "filename") or _text(root, "path")
-        return VocFile("" if LOST in name else name, _size(root), _objects(root))
+        size = _whole(root.findtext("size/height")), _whole(root.findtext("size/width"))
+        return VocFile("" if LOST in name else name, size, _objects(root))
     except FileNotFoundError:
         return _unknown("no such file")
     except OSError as error:
@@ -112,10 +114,6 @@ def _declared(data: bytes) -> str:
 
 def _no_encoding(data: bytes) -> str:
     return f"its text cannot be read in the encoding that it declares, {_declared(data)!r}"
-
-
-def _size(root: ElementTree.Element) -> tuple[int, int]:
-    return _whole(root.findtext("size/height")), _whole(root.findtext("size/width"))
 
 
 def _objects(root: ElementTree.Element) -> list[VocObject]:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from detrellis.data.files import (
-    common_root,
     files_in,
     image_suffixes,
     list_images,
@@ -240,7 +239,8 @@ def _called_labels(folder: Path) -> list[Path]:
 
 def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
     """The split's columns; `used` are the label files of all splits."""
-    root = common_root(split.images, split.source.parent)
+    folders = [image.parent for image in split.images]
+    root = Path(os.path.commonpath(folders)) if folders else split.source.parent
     names = yolo_yaml.class_names(split.source)
     findings = [
         *split.notes,
