@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": {"errors"},
     "fields": {"errors"},
     "atomic": set(),
+    "signals": set(),
     "outputs": {"atomic", "errors"},
     "types": set(),
     "boxes": set(),
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
         *("types", "boxes", "nn", "detector", "training", "data", "recipes"),
-        *("arguments", "atomic", "distributed", "errors", "terminal", "version"),
+        *("arguments", "atomic", "distributed", "errors", "signals", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
     "loading": {
@@ -66,11 +67,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": {
         *("api", "data", "recipes", "engine", "analysis"),
-        *("distributed", "outputs", "atomic", "errors", "terminal", "version"),
+        *("distributed", "outputs", "atomic", "errors", "signals", "terminal", "version"),
     },
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
-        *("arguments", "errors", "terminal", "version"),
+        *("arguments", "errors", "signals", "terminal", "version"),
     },
 }
 

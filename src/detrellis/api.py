@@ -40,9 +40,9 @@ from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.engine.measure import RecipeInfo, measure
+from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run
 from detrellis.engine.state import TrainJob
-from detrellis.engine.train import TrainResult
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
 from detrellis.engine.voc_eval import VocResult, evaluate_voc

@@ -13,7 +13,7 @@ from detrellis.data.layout import DataSource, resolve
 from detrellis.data.records import to_annotations
 from detrellis.data.shapes import write_shapes
 from detrellis.engine.checkpoint import load_weights
-from detrellis.engine.train import TrainResult
+from detrellis.engine.outcome import TrainResult
 from detrellis.errors import UserError, command
 from detrellis.outputs import Outputs, jpeg
 from detrellis.recipes import Recipe, find_recipe

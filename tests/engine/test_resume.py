@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import detrellis
 from detrellis.engine.log import RunLog, read_records
-from detrellis.engine.train import TrainResult
+from detrellis.engine.outcome import TrainResult
 from detrellis.errors import UserError
 
 from ..small import SMALL

@@ -22,8 +22,8 @@ from detrellis import atomic
 from detrellis.cli import app
 from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import RunLog, read_records
+from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import load_run
-from detrellis.engine.train import TrainResult
 from detrellis.errors import UserError
 from detrellis.training import TrainableDetector
 

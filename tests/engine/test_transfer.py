@@ -17,7 +17,8 @@ import detrellis
 from detrellis.data.classes import ClassMap
 from detrellis.detector import Detector
 from detrellis.engine.checkpoint import Card, load_weights
-from detrellis.engine.train import TrainResult, TrainRun
+from detrellis.engine.outcome import TrainResult
+from detrellis.engine.train import TrainRun
 from detrellis.engine.transfer import InitialWeights, rows_by_name, transfer
 from detrellis.engine.transfer_report import ClassRows, TransferReport
 from detrellis.errors import UserError

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import detrellis
 from detrellis.data.layout import resolve
 from detrellis.engine.log import read_records
-from detrellis.engine.train import TrainResult
+from detrellis.engine.outcome import TrainResult
 from detrellis.errors import UserError
+from detrellis.signals import sigterm_interrupts
 from detrellis.study import child, run
 from detrellis.study.conduct import conduct, to_dict
 from detrellis.study.plan import DONE, ORDER
@@ -114,7 +115,7 @@ def test_a_handler_of_the_caller_stays() -> None:
 
     before = signal.signal(signal.SIGTERM, note)
     try:
-        with pytest.raises(KeyboardInterrupt), run._sigterm_interrupts():
+        with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -41,7 +41,7 @@ from detrellis.version import __version__
 
 if TYPE_CHECKING:
     from detrellis.data.doctor.boxes import Capacity
-    from detrellis.engine.train import TrainResult
+    from detrellis.engine.outcome import TrainResult
 
 app = typer.Typer(
     no_args_is_help=True,

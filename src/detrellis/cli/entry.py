@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +17,7 @@ import typer
 
 from detrellis.cli.options import IS_MAIN_PROCESS, errors, print_json
 from detrellis.errors import Advice, UserError
+from detrellis.signals import interrupting
 from detrellis.terminal import never_fail_to_print
 from detrellis.version import __version__
 
@@ -44,7 +45,7 @@ def start(app: typer.Typer) -> NoReturn:
     itself, says so, and leaves with that code.
     """
     never_fail_to_print()
-    with warnings.catch_warnings(), _signals() as caught:
+    with warnings.catch_warnings(), interrupting() as caught:
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
         code = _run(app, caught)
     if caught:
@@ -70,26 +71,6 @@ def _run(app: typer.Typer, caught: list[int]) -> int:
             return INTERRUPTED
         return _refuse(refusal(error))
     return code if isinstance(code, int) else 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM raise `KeyboardInterrupt`, so that files are closed and half-written ones removed; the
-    numbers of those that came are collected. Training handles them itself while it runs."""
-    caught: list[int] = []
-
-    def note(number: int, frame: object) -> NoReturn:
-        caught.append(number)
-        raise KeyboardInterrupt
-
-    before = {}
-    with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def refusal(error: Exception) -> Refusal:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,42 +33,17 @@ from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, d
 from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import schedule_factor, set_learning_rate
+from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, packed_file_names
 from detrellis.engine.state import TrainJob, TrainState, fresh_state
-from detrellis.engine.transfer_report import TransferReport
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
+from detrellis.signals import collected
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput, TrainableDetector
 
 WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
 SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a run is, how far it came, and how well it did."""
-
-    run: Path
-    epochs: int  # those that are finished
-    steps: int
-    seconds: float
-    best: float | None  # highest AP after any epoch
-    result: EvalResult | None  # of the last evaluation
-    finished: bool  # False: stopped by a signal; resume to go on
-    signal: int | None = None  # its number: the command line exits with 128 more
-    transfer: TransferReport | None = None  # what was kept of the weights that it started from
-
-    def stopped(self) -> str:
-        """What stopped an unfinished run, and where."""
-        assert self.signal is not None
-        return f"Stopped by {signal.Signals(self.signal).name} after step {self.steps}, and saved."
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON holds it."""
-        result = None if self.result is None else self.result.to_dict()
-        transfer = None if self.transfer is None else self.transfer.to_dict()
-        return {**vars(self), "run": str(self.run), "result": result, "transfer": transfer}
 
 
 def train(
@@ -99,7 +72,7 @@ def train(
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
     )
     run = TrainRun(job, world, state, loader, steps_per_epoch, log)
-    with log, _signals() as caught, contextlib.closing(loader), run.saved_on_error():
+    with log, collected() as caught, contextlib.closing(loader), run.saved_on_error():
         run.save_at_start(resume)
         while state.epoch < epochs and not run.stopped:
             log.start_epoch(state.epoch + 1)
@@ -376,23 +349,3 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
     dataset = DetectionDataset(job.train, transform, job.card.seed, masks=recipe.needs_masks)
     loader = build_loader(dataset, sampler, workers=job.workers, pin_memory=world.device.type == "cuda")
     return loader, -(-len(sampler) // recipe.optim.accumulate)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C in a list that is read between two steps; a second Ctrl-C stops at once."""
-    caught: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from rich.console import Console
 
 from detrellis.atomic import replace_text
 from detrellis.recipes.migrate import FORMAT
+from detrellis.signals import sigterm_interrupts
 from detrellis.study.board import Board
 from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
 
@@ -67,7 +66,7 @@ def run(plan: StudyPlan, out: Path, resources: Resources, console: Console) -> l
         if (outcome.folder / DONE).exists():
             outcome.state = "finished"
     running: list[_Child] = []
-    with _sigterm_interrupts(), Board(outcomes, console) as board:
+    with sigterm_interrupts(), Board(outcomes, console) as board:
         try:
             _keep_busy(outcomes, running, plan, resources, board)
         except KeyboardInterrupt:
@@ -151,17 +150,3 @@ def _stop(running: list[_Child]) -> None:
         child.process.wait()
         _settle(child)
     running.clear()
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does. A handler of the caller stays: the command line's tells the exit code."""
-    previous = None
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-            previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
