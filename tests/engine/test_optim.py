@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from detrellis.engine.ema import EMA
-from detrellis.engine.optim import build_optimizer, schedule_factor, set_learning_rate
+from detrellis.engine.optim import (
+    build_optimizer,
+    check_warmup,
+    layer_factors,
+    schedule_factor,
+    set_learning_rate,
+)
+from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.recipes.config import ScheduleConfig
 
@@ -44,7 +51,7 @@ def test_norms_may_go_without_weight_decay() -> None:
 
 def test_step_schedule() -> None:
     config = ScheduleConfig(shape="step", drops=(0.5, 0.8))
-    assert [round(schedule_factor(p, config), 9) for p in (0, 0.49, 0.5, 0.79, 0.8, 0.99)] == [
+    assert [round(schedule_factor(p, 1, config), 9) for p in (0, 0.49, 0.5, 0.79, 0.8, 0.99)] == [
         1,
         1,
         0.1,
@@ -56,11 +63,49 @@ def test_step_schedule() -> None:
 
 def test_cosine_schedule_with_warmup() -> None:
     config = ScheduleConfig(shape="cosine", warmup=0.1, final=0.2)
-    assert schedule_factor(0.0, config) == 0
-    assert schedule_factor(0.05, config) == pytest.approx(0.5)
-    assert schedule_factor(0.1, config) == pytest.approx(1)
-    assert schedule_factor(0.55, config) == pytest.approx(0.6)
-    assert schedule_factor(1.0, config) == pytest.approx(0.2)
+    assert schedule_factor(0, 100, config) == 0
+    assert schedule_factor(5, 100, config) == pytest.approx(0.5)
+    assert schedule_factor(10, 100, config) == pytest.approx(1)
+    assert schedule_factor(55, 100, config) == pytest.approx(0.6)
+    assert schedule_factor(100, 100, config) == pytest.approx(0.2)
+
+
+def test_a_warmup_in_steps_does_not_follow_the_length_of_the_run() -> None:
+    config = ScheduleConfig(shape="cosine", warmup_steps=10)
+    for steps in (20, 1000):
+        assert [schedule_factor(step, steps, config) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+    assert schedule_factor(15, 20, config) == pytest.approx(0.5)
+    check_warmup(11, config)
+    with pytest.raises(UserError, match=r"warmup_steps=10: the whole run has 10 steps"):
+        check_warmup(10, config)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "blocks"),
+    [("resnet18", 6), ("test_resnet", 3), ("swin_tiny_patch4_window7_224", 10), ("tf_efficientnet_lite0", 16)],
+)
+def test_the_learning_rate_falls_with_depth(backbone: str, blocks: int) -> None:
+    """The stem learns least, and all that is no backbone as ever."""
+    recipe = small("tiny").override(
+        [f"detector.backbone.name={backbone}", "detector.backbone.strides=[8, 16]", "optim.layer_decay=0.5"]
+    )
+    model = build(recipe, CLASSES)
+    names = [name for name, _ in model.named_parameters()]
+    factors = layer_factors(names, 0.5)
+    depths = sorted({factors[name] for name in names if "backbone." in name} - {1.0}, reverse=True)
+    assert depths == [0.5**i for i in range(1, blocks + 2)]
+    assert factors[next(name for name in names if "backbone." in name)] == min(depths)
+    assert {factors[name] for name in names if "backbone." not in name} == {1.0}
+    scaled = recipe.optim.replace(scaled={"backbone": 0.1})
+    rates = {id(p): g["lr"] for g in build_optimizer(model, scaled).param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        factor = 0.1 * factors[name] if "backbone" in name else 1.0
+        assert rates[id(parameter)] == pytest.approx(recipe.optim.lr * factor), name
+
+
+def test_a_backbone_without_known_blocks_has_no_layer_decay() -> None:
+    with pytest.raises(UserError, match=r"optim\.layer_decay=0\.8.*blocks"):
+        layer_factors(["detector.backbone.model.conv.weight", "detector.neck.weight"], 0.8)
 
 
 def test_average_follows_the_formula_and_leaves_the_detector_alone() -> None:

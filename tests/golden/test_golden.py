@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import align, analysis, base, co, co_analysis, co_dense, co_nms, co_rcnn, group, models, rivals, sam
+from . import align, analysis, base, co, co_analysis, co_dense, co_nms, co_rcnn, group, models, rates, rivals, sam
 from .arrays import Arrays
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +74,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "co/rcnn_bbox_loss": co_rcnn.check_region_losses,
     "co/roi": co_rcnn.check_regions,
     "realtime/class_losses": rivals.check_class_losses,
+    "large/layer_decay": rates.check_layer_decay,
     "rivals/mal": rivals.check_mal,
     "sam/aligner_": sam.check_aligner,
     "sam/layer_": sam.check_layer,

@@ -46,3 +46,10 @@ def test_schemes_and_losses_that_cannot_be_are_named(name: str, monkeypatch: pyt
     said = refused(plain.override("detector.iou_branch=root"))
     assert (said is not None) == (name in SOFTMAX)
     assert said is None or "scores=softmax and iou_branch=root" in said
+
+
+def test_a_warmup_is_a_fraction_or_steps() -> None:
+    said = refused(small("tiny").override("schedule.warmup_steps=100"))
+    assert said is not None
+    assert "warmup=0.03 and warmup_steps=100" in said
+    assert refused(small("tiny").override(["schedule.warmup_steps=100", "schedule.warmup=0"])) is None

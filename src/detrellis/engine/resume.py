@@ -144,14 +144,19 @@ def summarise(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str
     line = f"{run} goes on after epoch {done} of {epochs}, step {state['step']}."
     if old.recipe == card.recipe or not state["step"]:
         return line
-    was, now = (_learning_rate(c.recipe, done / c.recipe.schedule.epochs) for c in (old, card))
+    was, now = (_learning_rate(c.recipe, state) for c in (old, card))
     return (
         f"{line} The learning rate follows the schedule over {epochs} epochs: {now:.3g} here, where it was {was:.3g}."
     )
 
 
-def _learning_rate(recipe: Recipe, progress: float) -> float:
-    return recipe.optim.lr * schedule_factor(min(progress, 1.0), recipe.schedule)
+def _learning_rate(recipe: Recipe, state: Mapping[str, Any]) -> float:
+    """The rate at the step where the state is. States of before 0.1.0 name no images: their epochs say the steps."""
+    done, step = state["epoch"], state["step"]
+    images = state[IMAGES].get("train")
+    each = step / max(done, 1) if images is None else recipe.optim.steps(len(images))
+    steps = max(1, round(each * recipe.schedule.epochs))
+    return recipe.optim.lr * schedule_factor(min(step, steps), steps, recipe.schedule)
 
 
 def check_data_exists(run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]) -> None:

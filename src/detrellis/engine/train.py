@@ -32,7 +32,7 @@ from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
 from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, divergence_remedy
 from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.means import mean_over_passes
-from detrellis.engine.optim import schedule_factor, set_learning_rate
+from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, packed_file_names
 from detrellis.engine.state import TrainJob, TrainState, fresh_state
@@ -68,6 +68,7 @@ def train(
     if job.boxes is not None and world.is_main_process:
         (console or Terminal()).print(Text(f"Reference boxes from {job.card.boxes}"))
     loader, steps_per_epoch = train_loader(job, world)
+    check_warmup(steps_per_epoch * epochs, job.card.recipe.schedule)
     log = RunLog(
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
     )
@@ -133,7 +134,7 @@ class TrainRun:
         config, schedule, state = self.recipe.optim, self.recipe.schedule, self.state
         self.between_steps = False
         # The learning rate, and the seed of everything random in this step.
-        lr = config.lr * schedule_factor(state.step / (self.steps_per_epoch * schedule.epochs), schedule)
+        lr = config.lr * schedule_factor(state.step, self.steps_per_epoch * schedule.epochs, schedule)
         set_learning_rate(state.optimizer, lr)
         state.optimizer.zero_grad(set_to_none=True)
         seed = zlib.crc32(f"{self.job.card.seed}/{state.step}/{self.world.rank}".encode())

@@ -82,6 +82,7 @@ class OptimConfig(Config):
     lr: Annotated[float, within(0, 1, above=True)] = 2e-4
     weight_decay: Annotated[float, within(0, 10)] = 1e-4
     scaled: dict[Key, Factor] = Field(default_factory=lambda: {"backbone": 0.1})
+    layer_decay: Annotated[float, within(0, 1, above=True)] = 1.0  # of the rate by depth in the backbone; 1: off
     decay_norms: bool = True  # whether weight decay covers normalisation layers
     clip: Weight = 0.1  # norm of the gradient; 0: off
     batch_size: Count = 16  # images a step over all processes and accumulations
@@ -89,12 +90,17 @@ class OptimConfig(Config):
     ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
     amp: bool = True  # bf16 on GPUs that have it
 
+    def steps(self, images: int) -> int:
+        """Optimizer steps of an epoch over so many images."""
+        return -(-images // self.batch_size)
+
 
 class ScheduleConfig(Config):
     """Learning rate over the run, in fractions of its steps, so that it fits any data set."""
 
     epochs: Count = 50
     warmup: ZeroToBelowOne = 0.0
+    warmup_steps: CountOrNone = 0  # instead of warmup: optimizer steps, whatever the length of the run
     shape: Literal["step", "cosine"] = "step"
     drops: Annotated[tuple[Fraction, ...], Ascending] = (0.8,)  # step: where the rate is multiplied by 0.1
     final: ZeroToOne = 0.0  # cosine: last rate relative to the first

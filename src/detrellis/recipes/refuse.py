@@ -33,6 +33,7 @@ def refuse(recipe: Recipe) -> None:
     _refuse_two_targets(recipe)
     _refuse_schemes(recipe)
     _refuse_pictures(recipe)
+    _refuse_schedule(recipe)
 
 
 def _refuse_two_targets(recipe: Recipe) -> None:
@@ -92,6 +93,16 @@ def _refuse_pictures(recipe: Recipe) -> None:
         raise UserError(
             f"data.max_side={data.max_side} is less than {given}, the short side",
             f"Take -o data.max_side={max(sides)} or more, or null.",
+        )
+
+
+def _refuse_schedule(recipe: Recipe) -> None:
+    """Refuse a schedule that says one thing twice."""
+    schedule = recipe.schedule
+    if schedule.warmup and schedule.warmup_steps:
+        raise UserError(
+            f"schedule: warmup={schedule.warmup:g} and warmup_steps={schedule.warmup_steps} both set the warm-up",
+            "Take -o schedule.warmup=0, or -o schedule.warmup_steps=0.",
         )
 
 
