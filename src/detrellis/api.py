@@ -60,7 +60,7 @@ from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
 
-LOGS = ("metrics.jsonl", "tensorboard", "epochs", "bad_batch-0.pt")  # what a run writes beside its weights
+LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", "bad_batch-0.pt")  # what a run writes beside its weights
 WEIGHTS = ("best.safetensors", "last.safetensors")
 
 

@@ -224,6 +224,8 @@ def _print_train_result(result: Any) -> None:
         console.print(result.result.class_table())
     if result.finished:
         best = "" if result.best is None else f", best AP {result.best:.3f}"
+        if result.early:
+            console.print(f"Stopped early: AP rose no more. It has done {result.epochs} epochs.")
         console.print(f"Done in {result.seconds / 60:.1f} min: {result.run}{best}")
         console.say("Next: ", command("predict", result.run, "PICTURES", "--out", "pictures"))
     else:

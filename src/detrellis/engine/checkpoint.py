@@ -4,6 +4,7 @@
 | --- | --- |
 | `last.safetensors`, `best.safetensors` | the detector's weights with a `Card`: enough to rebuild and to name it |
 | `last.state.pt` | everything that continuing needs: the trained modules, the optimizer, the average, the position |
+| `best/epoch-NNNN-ap-0.NNNN.safetensors` | with `schedule.keep_best`: the weights of the best epochs |
 | `metrics.jsonl` | the log |
 
 Every file is written beside its place and moved there, so a crash leaves the old one whole. State and last weights are
@@ -37,7 +38,9 @@ from detrellis.recipes.network import build_detector
 from detrellis.version import __version__
 
 STATE, LAST, BEST = "last.state.pt", "last.safetensors", "best.safetensors"
+BEST_FOLDER = "best"
 OTHER_COPY = "Take another copy of the file."
+KEPT = re.compile(r"epoch-(\d+)-ap-([\d.]+)\.safetensors")  # in the folder of the best weights
 CARD = "card"  # in a state: its card, as safetensors' metadata hold it
 
 
@@ -104,6 +107,28 @@ def _version_numbers(version: str) -> list[int]:
 def save_weights(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Write a detector's weights with their card."""
     replace_files((path, _weights(weights, card)))
+
+
+def keep_best(folder: Path, weights: Mapping[str, Tensor], card: Card, ap: float, count: int) -> None:
+    """Keep the weights of the `count` best epochs in `folder`, each named by its epoch and AP; of equals the earlier.
+
+    Which are kept follows from the files there, so a run that is resumed goes on with them. A file that falls behind is
+    removed once the new one is whole.
+    """
+    name = f"epoch-{card.epoch:04}-ap-{ap:.4f}.safetensors"
+    before = {path.name: found for path in folder.glob("*") if (found := KEPT.fullmatch(path.name))}
+    others = {other for other, found in before.items() if int(found[1]) != card.epoch}  # evaluated again: replaced
+    kept = sorted({*others, name}, key=_worst_last)[:count]
+    if name in kept:
+        save_weights(folder / name, weights, card)
+    for gone in before.keys() - set(kept):
+        (folder / gone).unlink(missing_ok=True)
+
+
+def _worst_last(name: str) -> tuple[float, int]:
+    found = KEPT.fullmatch(name)
+    assert found is not None
+    return -float(found[2]), int(found[1])
 
 
 def save_run(run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card) -> None:

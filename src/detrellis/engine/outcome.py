@@ -23,6 +23,7 @@ class TrainResult:
     result: EvalResult | None  # of the last evaluation
     finished: bool  # False: stopped by a signal; resume to go on
     signal: int | None = None  # its number: the command line exits with 128 more
+    early: bool = False  # whether it finished because AP rose no more, before its last epoch
     transfer: TransferReport | None = None  # what was kept of the weights that it started from
 
     def stopped(self) -> str:

@@ -28,6 +28,7 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
 from detrellis.engine.checkpoint import CARD, LAST, STATE, Card, load_state, metadata_of, new_run
 from detrellis.engine.optim import schedule_factor
+from detrellis.engine.state import patience_left
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 
@@ -134,7 +135,15 @@ def with_data(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> 
 
 def summarise(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
     """What going on means, in words: how much is left, and what the learning rate does if its schedule is another."""
-    done, epochs = state["epoch"], card.recipe.schedule.epochs
+    done, schedule = state["epoch"], card.recipe.schedule
+    epochs = schedule.epochs
+    if done < epochs and patience_left(schedule, state.get("since_best", 0)) == 0:
+        return (
+            f"{run} stopped early, after epoch {done} of {epochs}: the last {state['since_best']} evaluations had no "
+            "higher AP. Nothing is left to do.\n"
+            f"  On to its last epoch: {command('train', '--resume', run, '-o', 'schedule.patience=0')}\n"
+            f"  A new run from its weights: {new_run(run)}"
+        )
     if done >= epochs:
         return (
             f"{run} has finished its {epochs} epochs: nothing is left to do.\n"

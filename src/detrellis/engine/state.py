@@ -24,9 +24,11 @@ from detrellis.engine.transfer import InitialWeights, take_boxes, transfer
 from detrellis.engine.transfer_report import TransferReport
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.build import build
-from detrellis.recipes.config import Recipe
+from detrellis.recipes.config import Recipe, ScheduleConfig
 from detrellis.recipes.migrate import renamed_parameters
 from detrellis.training import TrainableDetector
+
+NUMBERS = ("step", "epoch", "best", "since_best", "seconds")  # of a state, saved as they are
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done
     best: float | None = None
+    since_best: int = 0  # evaluations
     seconds: float = 0.0
     result: EvalResult | None = field(default=None)
     transfer: TransferReport | None = None  # of the process that started the run; not saved
@@ -62,6 +65,10 @@ class TrainState:
         """The detector to evaluate and to save: the averaged one where there is one."""
         return self.model.detector if self.ema is None else self.ema.detector
 
+    def finished(self, schedule: ScheduleConfig) -> bool:
+        """Whether the run is over: all its epochs are done, or its patience is at an end."""
+        return self.epoch >= schedule.epochs or patience_left(schedule, self.since_best) == 0
+
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors, numbers and containers."""
         return {
@@ -70,7 +77,7 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.detector.state_dict(),
             "watch": self.watch.state_dict(),
             "result": None if self.result is None else self.result.to_dict(),
-            **{name: getattr(self, name) for name in ("step", "epoch", "best", "seconds")},
+            **{name: getattr(self, name) for name in NUMBERS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], run: Path) -> None:
@@ -85,6 +92,7 @@ class TrainState:
             ) from error
 
     def _fill(self, state: Mapping[str, Any]) -> None:
+        state = {"since_best": 0, **state}  # states of before 0.1.0 have none
         self.model.load_state_dict(renamed_parameters(state["model"]))
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
@@ -94,8 +102,13 @@ class TrainState:
             self.ema.detector.load_state_dict(state["ema"])
         self.watch.load_state_dict(state["watch"])
         self.result = None if state["result"] is None else EvalResult.from_dict(state["result"])
-        for name in ("step", "epoch", "best", "seconds"):
+        for name in NUMBERS:
             setattr(self, name, state[name])
+
+
+def patience_left(schedule: ScheduleConfig, since_best: int) -> int | None:
+    """Evaluations without a higher AP that the run may still have; None where it never ends early."""
+    return max(schedule.patience - since_best, 0) if schedule.patience else None
 
 
 def advise_on_frozen(recipe: Recipe, random: bool) -> None:

@@ -26,7 +26,17 @@ from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.transforms import train_transform
 from detrellis.distributed import World, reduce_max
-from detrellis.engine.checkpoint import BEST, CARD, LAST, Card, metadata_of, save_run, save_weights
+from detrellis.engine.checkpoint import (
+    BEST,
+    BEST_FOLDER,
+    CARD,
+    LAST,
+    Card,
+    keep_best,
+    metadata_of,
+    save_run,
+    save_weights,
+)
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
 from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, divergence_remedy
@@ -35,7 +45,7 @@ from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, packed_file_names
-from detrellis.engine.state import TrainJob, TrainState, fresh_state
+from detrellis.engine.state import TrainJob, TrainState, fresh_state, patience_left
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 from detrellis.signals import collected
@@ -55,10 +65,13 @@ def train(
     ends the process leaves a run that can go on. An evaluation adds a few numbers, which the next state holds: a run
     that is killed before it is saved evaluates again, with the same result.
     """
-    epochs = job.card.recipe.schedule.epochs
+    schedule = job.card.recipe.schedule
+    epochs = schedule.epochs
+    _check_validation(job)
     if world.is_main_process:  # what a process that was killed left half written
         sweep(job.out)
         sweep(job.out / "epochs")
+        sweep(job.out / BEST_FOLDER)
     # The state: of the stopped run, or fresh, and then perhaps from other weights.
     state = fresh_state(job, world, filled=resume is not None)
     if resume is not None:
@@ -68,14 +81,14 @@ def train(
     if job.boxes is not None and world.is_main_process:
         (console or Terminal()).print(Text(f"Reference boxes from {job.card.boxes}"))
     loader, steps_per_epoch = train_loader(job, world)
-    check_warmup(steps_per_epoch * epochs, job.card.recipe.schedule)
+    check_warmup(steps_per_epoch * epochs, schedule)
     log = RunLog(
         job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
     )
     run = TrainRun(job, world, state, loader, steps_per_epoch, log)
     with log, collected() as caught, contextlib.closing(loader), run.saved_on_error():
         run.save_at_start(resume)
-        while state.epoch < epochs and not run.stopped:
+        while not state.finished(schedule) and not run.stopped:
             log.start_epoch(state.epoch + 1)
             for batches in itertools.takewhile(lambda _: not run.stopped, run.steps()):
                 run.train_step(batches)
@@ -83,11 +96,21 @@ def train(
             if not run.stopped:
                 run.end_epoch()
                 run.stopped = run.received_signal(caught)
-            if run.stopped or state.epoch == epochs or run.has_unsaved_steps():
+            if run.stopped or state.finished(schedule) or run.has_unsaved_steps():
                 run.save()
-    finished, position = state.epoch >= epochs, (state.epoch, state.step, state.seconds)
-    number = None if finished else run.stopped
-    return TrainResult(job.out, *position, state.best, state.result, finished, number, state.transfer)
+    finished, position = state.finished(schedule), (state.epoch, state.step, state.seconds)
+    number, early = None if finished else run.stopped, finished and state.epoch < epochs
+    return TrainResult(job.out, *position, state.best, state.result, finished, number, early, state.transfer)
+
+
+def _check_validation(job: TrainJob) -> None:
+    """`UserError` where the recipe asks for what only an evaluation tells, and there are no images for one."""
+    asked = [name for name in ("patience", "keep_best") if getattr(job.card.recipe.schedule, name)]
+    if asked and job.val is None:
+        raise UserError(
+            f"schedule.{asked[0]} goes by AP, and the data set has no validation split",
+            f"Name one (--val), or take -o schedule.{asked[0]}=0.",
+        )
 
 
 class SaveError(UserError):
@@ -201,24 +224,27 @@ class TrainRun:
     def end_epoch(self) -> None:
         """Evaluate, save the best weights and those of the epoch where the recipe keeps them, and log the epoch."""
         state, schedule, epoch = self.state, self.recipe.schedule, self.state.epoch + 1
-        last = epoch == schedule.epochs
+        last, evaluates = epoch == schedule.epochs, False
+        # The evaluation; what the last one says besides is measured where it may turn out to be the last.
         stats, after_nms = None, None
         if self.val is not None and (last or epoch % schedule.eval_every == 0):
             self.save()  # an evaluation that fails, or is not waited for, costs nothing that was trained
-            after_nms = self.evaluate(last)
-            stats = None if state.result is None else state.result.stats
+            after_nms = self.evaluate(last or patience_left(schedule, state.since_best) == 1)
+            stats, evaluates = None if state.result is None else state.result.stats, True
         if self.world.is_main_process and schedule.keep_every and epoch % schedule.keep_every == 0:
             path = self.job.out / "epochs" / f"{epoch:04}.safetensors"
             save_weights(path, state.detector.state_dict(), self._card(epoch))
         state.epoch = epoch
-        evaluated = {"eval": state.result, "after_nms": after_nms} if last else {}
+        # The log.
+        after_nms = after_nms if state.finished(schedule) else None
+        evaluated = {"eval": state.result, "after_nms": after_nms} if evaluates and state.finished(schedule) else {}
         resampled = {name: result.resampled for name, result in evaluated.items() if result and result.resampled}
         self.log.end_epoch(self.timer.take(), stats, None if after_nms is None else after_nms.stats, resampled)
         if after_nms is not None and state.result is not None:
             self.log.say(duplicates_line(state.result, after_nms) or "")
 
     def evaluate(self, last: bool) -> EvalResult | None:
-        """Evaluate the epoch, and save its weights if they are the best; returns the last epoch's result after NMS."""
+        """Evaluate the epoch, and save its weights if they are among the best; of the `last`, the result after NMS."""
         state, loader, val = self.state, self.val, self.job.val
         assert loader is not None
         assert val is not None
@@ -227,12 +253,20 @@ class TrainRun:
             evaluators = collect(state.detector, batches, val, self.world.device, (None, NMS) if last else (None,))
             state.result, *after_nms = (e.compute(resample=last) for e in evaluators)
             self.evaluated_step = state.step
-        if state.result.ap is not None and (state.best is None or state.result.ap > state.best):
-            if self.world.is_main_process:
-                card = self._card(state.epoch + 1)
-                save_weights(self.job.out / BEST, state.detector.state_dict(), card)
-            state.best = state.result.ap
+        if state.result.ap is not None:
+            self._save_best(state.result.ap)
         return after_nms[0] if last else None
+
+    def _save_best(self, ap: float) -> None:
+        """Save the epoch's weights if they are the best, or among as many of the best as the recipe keeps."""
+        state, count, card = self.state, self.recipe.schedule.keep_best, self._card(self.state.epoch + 1)
+        if count and self.world.is_main_process:
+            keep_best(self.job.out / BEST_FOLDER, state.detector.state_dict(), card, ap, count)
+        state.since_best += 1
+        if state.best is None or ap > state.best:
+            if self.world.is_main_process:
+                save_weights(self.job.out / BEST, state.detector.state_dict(), card)
+            state.best, state.since_best = ap, 0
 
     def save_at_start(self, resume: Mapping[str, Any] | None) -> None:
         """Save before the first step: a full disk shows now, and whatever comes, there is a state to go on from. Of a

@@ -70,6 +70,11 @@ def plan_schemes(
     base = (tiny_sized(base) if scale is not None else base).override(override)
     if epochs is not None:
         base = base.override(f"schedule.epochs={epochs}")
+    if base.schedule.patience:
+        raise UserError(
+            "schedule.patience: a study compares rows of given lengths, and early stopping gives each another one",
+            "Leave it out, or take -o schedule.patience=0.",
+        )
     named = [("+".join(row) or "none", with_exactly(base, row)) for row in parse_rows(schemes)]
     if not named:
         raise UserError(f"--schemes {schemes}: no row", "For example: --schemes none,align,group=3,align+group=3.")
