@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image
 
 from detrellis import visualize
-from detrellis.errors import UserError
 from detrellis.outputs import jpeg
 from detrellis.visualize import (
     BACKGROUND,
@@ -295,16 +294,6 @@ def test_a_font_that_is_not_installed_has_no_letter() -> None:
     assert visualize._missing("no such font.ttf", frozenset("a")) == frozenset("a")
     assert visualize._missing(None, frozenset("abc XYZ 0.9")) == frozenset()
     assert visualize._missing(None, frozenset("a血")) == frozenset("血")
-
-
-def test_an_own_font_is_used_or_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.ttf"):
-        draw_detections(plain(), [[9, 9, 99, 99]], [0], None, NAMES, font=str(tmp_path / "nothing.ttf"))
-    own = tmp_path / "own.ttf"
-    default = ImageFont.load_default(12)
-    assert isinstance(default, ImageFont.FreeTypeFont)
-    own.write_bytes(default.font_bytes)
-    assert draw_detections(plain(), [[9, 9, 99, 99]], [0], None, NAMES, font=str(own)).width == 800
 
 
 def test_a_sheet_holds_every_picture_whole() -> None:

@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from detrellis.errors import UserError
-
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2
 Floats = NDArray[np.float64]
@@ -59,21 +57,19 @@ def draw_detections(
     *,
     min_side: int = 640,
     legend: bool = True,
-    font: str | None = None,
 ) -> Image.Image:
     """A copy of `image` with its boxes, a tag on each (class and score) and a legend of the classes below.
 
     `boxes (N, 4)` in pixel xyxy, `labels (N,)` class indices, `scores (N,)` or None for ground truth, `names` by class
     index: tensors, arrays or lists. An image whose long side is below `min_side` is enlarged to it, so that tags can be
     read, and a strip gets an empty margin for them. In a crowd, lines and tags shrink, then small boxes' tags show the
-    score only, and a tag that would hide others is left out; the best scores are placed first. `font`: a font file, for
-    names that no font found here can write.
+    score only, and a tag that would hide others is left out; the best scores are placed first.
     """
     # The boxes in the pixels of the canvas, with names that can be written.
     marks = _marks(boxes, labels, scores, names)
     canvas, scale = _enlarged(image.convert("RGB"), min_side)  # convert always copies
     marks = [m for m in (_on_canvas(m, scale, canvas.size) for m in marks) if m is not None]
-    font = _font_name(frozenset("".join(m.name for m in marks)), font)
+    font = _font_name(frozenset("".join(m.name for m in marks)))
     marks = [replace(m, name=_writable(m.name, font, f"class {m.label}")) for m in marks]
     # Boxes, then tags, then the legend.
     style = _style(marks, canvas.size, font)
@@ -353,21 +349,11 @@ def _font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
 
 
 @functools.cache
-def _font_name(letters: frozenset[str], wanted: str | None = None) -> str | None:
+def _font_name(letters: frozenset[str]) -> str | None:
     """The font that can write most of these letters; None is Pillow's own, the choice for ASCII."""
-    if wanted is not None:
-        return _checked(wanted)
     if all(c.isascii() for c in letters):
         return None
     return min((None, *FONTS), key=lambda name: len(_missing(name, letters)))
-
-
-def _checked(name: str) -> str:
-    try:
-        _font(name, 12)
-    except OSError as error:
-        raise UserError(f"the font {name!r} cannot be read: {error}", "Name a .ttf, .ttc or .otf file.") from None
-    return name
 
 
 @functools.cache

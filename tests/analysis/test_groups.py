@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import detrellis
-from detrellis.analysis.all_groups import AllGroups, all_groups
 from detrellis.analysis.groups import (
     GroupPositions,
     GroupsResult,
@@ -23,7 +22,7 @@ from detrellis.analysis.groups import (
     total_variation,
 )
 from detrellis.analysis.measurements import save
-from detrellis.analysis.schemes import load_with_scheme
+from detrellis.analysis.schemes import AllGroups, all_groups, load_with_scheme
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.coco_eval import EvalResult

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.errors import UserError
+from detrellis.interop.convert import save_huggingface
 from detrellis.interop.huggingface import recipe_of
 from detrellis.interop.load import load_foreign
-from detrellis.interop.save import save_huggingface
 from detrellis.recipes import Recipe
 from detrellis.recipes.network import build_detector
 from detrellis.types import ImageBatch

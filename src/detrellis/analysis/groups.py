@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.all_groups import AllGroups, all_groups, check_grouped
 from detrellis.analysis.figures import (
     BLUE,
     FAINT,
@@ -41,7 +40,7 @@ from detrellis.analysis.instability import instability, matched_boxes
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.results import Result, RunResult, add_run, run_table
 from detrellis.analysis.runs import ComparedRuns
-from detrellis.analysis.schemes import load_with_scheme
+from detrellis.analysis.schemes import AllGroups, all_groups, check_grouped, load_with_scheme
 from detrellis.arguments import Cells, checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather

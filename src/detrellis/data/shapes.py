@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from detrellis.errors import UserError
 
 CATEGORIES = {1: "disc", 3: "square", 4: "triangle", 7: "star", 9: "ring"}
+VERSION = 4  # of the pictures that follow from the same parameters
 MARK = "detrellis shapes"  # in the annotation file's `info`: how we know a folder is ours
 SUPERSAMPLING = 3  # masks are drawn this much larger and averaged: smooth edges
 HIDDEN = 0.7  # an object of which more than this fraction is behind others or outside the frame is not annotated
@@ -32,18 +33,6 @@ MARKINGS = {"disc": "circles", "square": "stripes", "triangle": "dots", "star": 
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
 Canvas = NDArray[np.float32]  # (..., 3) colours, 0 to 255
 Random = np.random.Generator
-
-
-@dataclass(frozen=True)
-class _Parameters:
-    """What the pictures depend on; stored in the annotation files."""
-
-    train: int
-    val: int
-    size: tuple[int, int]
-    objects: tuple[int, int]
-    seed: int
-    version: int = 4
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,8 @@ def write_shapes(
     if min(size) < 32 or not 0 <= objects[0] <= objects[1] or min(train, val) < 1:
         message = f"shapes of size {size}, {objects} objects an image, {train} + {val} images"
         raise UserError(message, "Sides of 32 pixels or more, objects (least, most), at least one image each.")
-    parameters = _Parameters(train, val, (size[0], size[1]), (objects[0], objects[1]), seed)
+    # What the pictures depend on; stored in the annotation files.
+    parameters = {"train": train, "val": val, "size": [*size], "objects": [*objects], "seed": seed, "version": VERSION}
     if _already_there(out, parameters):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +78,7 @@ def write_shapes(
     return out
 
 
-def _already_there(out: Path, parameters: _Parameters) -> bool:
+def _already_there(out: Path, parameters: dict[str, Any]) -> bool:
     """Whether `out` holds this very set; `UserError` where it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -99,20 +89,20 @@ def _already_there(out: Path, parameters: _Parameters) -> bool:
         info = {}
     if not isinstance(info, dict) or info.get("description") != MARK:
         raise UserError(f"{out}: there is something else in this folder already", remedy)
-    if info.get("parameters") != json.loads(json.dumps(asdict(parameters))):
+    if info.get("parameters") != parameters:
         raise UserError(f"{out}: holds a shapes set made with other settings: {info.get('parameters')}", remedy)
     return True
 
 
-def _write_split(out: Path, split: str, count: int, parameters: _Parameters, random: Random) -> None:
+def _write_split(out: Path, split: str, count: int, parameters: dict[str, Any], random: Random) -> None:
     folder = out / "images" / split
     folder.mkdir(parents=True)
     (out / "annotations").mkdir(exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
-        height, width = parameters.size if random.random() < 0.5 else parameters.size[::-1]
-        pixels, objects = draw_image(height, width, parameters.objects, random)
+        height, width = parameters["size"] if random.random() < 0.5 else parameters["size"][::-1]
+        pixels, objects = draw_image(height, width, parameters["objects"], random)
         name, image_id = f"{split}_{index:05d}.jpg", index + 1
         Image.fromarray(pixels).save(folder / name, quality=92)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
@@ -120,7 +110,7 @@ def _write_split(out: Path, split: str, count: int, parameters: _Parameters, ran
             row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
             annotations.append(row | {"bbox": box, "area": area})
     content = {
-        "info": {"description": MARK, "parameters": asdict(parameters)},
+        "info": {"description": MARK, "parameters": parameters},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],

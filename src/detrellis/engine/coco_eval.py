@@ -100,11 +100,6 @@ class EvalResult(EvalScores):
         del data["resampled"]
         return data | {"ap_interval": self.ap_interval}
 
-    @property
-    def ap50(self) -> float | None:
-        """AP at IoU 0.50; None where it is undefined."""
-        return self.stats["AP50"]
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
         """The inverse of `to_dict`."""

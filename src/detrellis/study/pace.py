@@ -33,10 +33,10 @@ def paced(plan: StudyPlan, out: Path, resources: Resources, say: Callable[[str],
     _lasting(plan, known).check(out)
     if missing := [name for name in against if name not in known]:
         train, _, classes, _ = prepare(DataSource.from_dict(plan.data), skip_bad=plan.skip_bad)
-        timer = _Timer(len(classes), max(1, round(len(train.labels) / len(train))), pick_device(resources.devices()[0]))
+        boxes, device = max(1, round(len(train.labels) / len(train))), pick_device(resources.devices()[0])
         say(f"Timing steps of {', '.join(missing)}, to give all rows the same time")
         with threads_of(resources.threads_each()):
-            known |= {name: timer.ratio(plan.row(name), against[name]) for name in missing}
+            known |= {n: _ratio(plan.row(n), against[n], len(classes), boxes, device) for n in missing}
     return _lasting(plan, known)
 
 
@@ -52,23 +52,17 @@ def _lasting(plan: StudyPlan, pace: dict[str, float]) -> StudyPlan:
     return replace(plan, pace=pace, rows=tuple(map(paced_row, plan.rows)))
 
 
-class _Timer:
-    """Steps on random images at each recipe's own size and batch, with the data set's mean number of boxes."""
-
-    def __init__(self, classes: int, boxes: int, device: torch.device) -> None:
-        self._classes, self._boxes, self._device = classes, boxes, device
-
-    def ratio(self, row: StudyRow, base: StudyRow) -> float:
-        """The time of an image in `row`, in multiples of that in `base`: from medians of steps that alternate, so that
-        whatever else the machine does slows both."""
-        try:
-            steps = [training_step(r.recipe, self._classes, self._device, self._boxes) for r in (row, base)]
-            times = [[seconds_of(step, self._device) for step in steps] for _ in range(WARMUP + STEPS)]
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{row.name} and {base.name}: a step of each does not fit into the memory of {self._device}",
-                "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
-            ) from None
-        own_time, base_time = (statistics.median(column) for column in zip(*times[WARMUP:], strict=True))
-        images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
-        return float(round(own_time / base_time * images, 3))
+def _ratio(row: StudyRow, base: StudyRow, classes: int, boxes: int, device: torch.device) -> float:
+    """The time of an image in `row`, in multiples of that in `base`: from medians of steps that alternate, so that
+    whatever else the machine does slows both. Steps are on random images of each recipe's own size and batch."""
+    try:
+        steps = [training_step(r.recipe, classes, device, boxes) for r in (row, base)]
+        times = [[seconds_of(step, device) for step in steps] for _ in range(WARMUP + STEPS)]
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{row.name} and {base.name}: a step of each does not fit into the memory of {device}",
+            "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
+        ) from None
+    own_time, base_time = (statistics.median(column) for column in zip(*times[WARMUP:], strict=True))
+    images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
+    return float(round(own_time / base_time * images, 3))

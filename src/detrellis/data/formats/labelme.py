@@ -34,11 +34,8 @@ EXTRACT = (
 class LabelmeFile(NamedTuple):
     """One JSON file of labelme."""
 
-    image: str  # `imagePath`
-    size: tuple[int, int]  # height, width; 0 where the file does not say
-    objects: list[named.AnnotatedObject]
+    picture: named.AnnotatedImage  # whose name is `imagePath`
     skipped: Counter[str]  # shapes without a box, by kind
-    problem: str = ""  # why it is unknown what the picture shows
     embedded: bool = False  # whether the picture itself is in the file
 
 
@@ -78,11 +75,8 @@ def labelme_files(folder: Path, split: str, given: GivenImages) -> SplitFiles:
 
 
 def _images_of(annotations: Path, data: Path) -> Path:
-    sample = spread(files_below(annotations, ".json"))
-    parsed = [_parse(file) for file in sample]
-    pictures = [
-        PictureName(stem_below(annotations, file), content.image) for file, content in zip(sample, parsed, strict=True)
-    ]
+    parsed = [_parse(file) for file in spread(files_below(annotations, ".json"))]
+    pictures = [PictureName(stem_below(annotations, p.file), p.image) for p, *_ in parsed]
     try:
         return image_folder(annotations, (annotations, data, annotations.parent), pictures)
     except UserError as error:
@@ -105,11 +99,7 @@ def _of_split(split: str, files: SplitFiles) -> named.SplitAnnotations:
     everything = files_below(files.annotations, ".json")
     json_files = select_part(everything, lambda file: file.stem, files.part)
     parsed = map_threads(_parse, json_files)
-    images = [
-        named.AnnotatedImage(file, content.image, content.size, content.objects, content.problem)
-        for file, content in zip(json_files, parsed, strict=True)
-    ]
-    annotations = named.with_pictures(split, files, images)
+    annotations = named.with_pictures(split, files, [content.picture for content in parsed])
     notes = named.skipped_shapes(split, files.annotations, sum((content.skipped for content in parsed), Counter()))
     notes += named.fixed_parts_note(split, files, "no folders of splits")
     if split == "train" or files.part is None:
@@ -121,7 +111,7 @@ def _unlabelled(
     split: str, files: SplitFiles, parsed: Sequence[LabelmeFile], everything: Sequence[Path]
 ) -> list[Finding]:
     """Pictures of the folder that have no JSON file: what they show is unknown, so that they are left out."""
-    stems = {fold(file.stem) for file in everything} | {fold(Path(content.image).stem) for content in parsed}
+    stems = {fold(file.stem) for file in everything} | {fold(Path(content.picture.image).stem) for content in parsed}
     pictures = list_images(files.images[0])
     bare = [picture for picture in pictures if fold(picture.stem) not in stems]
     if not bare:
@@ -138,12 +128,13 @@ def _parse(file: Path) -> LabelmeFile:
             raise ValueError("JSON of another kind: it has no list of `shapes`")
         objects, skipped = _objects(content["shapes"])
         size = (_pixels(content.get("imageHeight")), _pixels(content.get("imageWidth")))
-        embedded = bool(content.get("imageData"))
-        return LabelmeFile(str(content.get("imagePath") or ""), size, objects, skipped, embedded=embedded)
+        picture = named.AnnotatedImage(file, str(content.get("imagePath") or ""), size, objects)
+        return LabelmeFile(picture, skipped, bool(content.get("imageData")))
     except UserError as error:
-        return LabelmeFile("", (0, 0), [], Counter(), error.message.removeprefix(f"{file}: "))
+        problem = error.message.removeprefix(f"{file}: ")
     except ValueError as error:
-        return LabelmeFile("", (0, 0), [], Counter(), f"not labelme's JSON ({error})")
+        problem = f"not labelme's JSON ({error})"
+    return LabelmeFile(named.AnnotatedImage(file, "", (0, 0), [], problem), Counter())
 
 
 def _objects(shapes: Sequence[Any]) -> tuple[list[named.AnnotatedObject], Counter[str]]:

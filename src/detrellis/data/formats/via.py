@@ -43,7 +43,7 @@ def is_via(file: Path) -> bool:
     """Whether it is one of VIA's files."""
     try:
         head = read_head(file)
-        return any(mark in head for mark in MARKS) and _entries(file) is not None
+        return any(mark in head for mark in MARKS) and _images(file) is not None
     except UserError:
         return False
 
@@ -70,20 +70,27 @@ def read_via(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
     return named.datasets(splits, wanted, annotations)
 
 
-def _entries(file: Path) -> list[dict[str, Any]] | None:
-    """The records of the pictures in a file; None where it is none of VIA's. Raises `UserError` where it cannot be
-    read."""
+def _images(file: Path) -> list[ViaImage] | None:
+    """The pictures in a file; None where it is none of VIA's. Raises `UserError` where it cannot be read."""
     if file.suffix.lower() == ".csv":
-        return _csv_entries(file)
+        return _images_of_csv(file)
     content = read_json(file)
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)
     entries = list(content.values()) if isinstance(content, dict) else []
     fitting = all(isinstance(entry, dict) and {"filename", "regions"} <= entry.keys() for entry in entries)
-    return entries if entries and fitting else None
+    if not entries or not fitting:
+        return None
+    return [ViaImage(str(entry["filename"]), _regions(entry["regions"])) for entry in entries]
 
 
-def _csv_entries(file: Path) -> list[dict[str, Any]] | None:
+def _regions(value: Any) -> list[Any]:
+    """The regions of a picture: VIA 2 has a list, VIA 1 numbers to regions."""
+    regions = list(value.values()) if isinstance(value, dict) else value
+    return regions if isinstance(regions, list) else [regions]
+
+
+def _images_of_csv(file: Path) -> list[ViaImage] | None:
     """The same of a CSV file, where each line is a region, or a picture without any."""
     lines = csv.DictReader(io.StringIO(read_text(file), newline=""))
     regions: dict[str, list[Any]] = {}
@@ -98,7 +105,7 @@ def _csv_entries(file: Path) -> list[dict[str, Any]] | None:
                 of_image.append({"shape_attributes": _cell(line[SHAPE]), "region_attributes": _cell(line[CLASSES])})
     except csv.Error:
         return None
-    return [{"filename": name, "regions": of_image} for name, of_image in regions.items()] or None
+    return [ViaImage(name, of_image) for name, of_image in regions.items()] or None
 
 
 def _cell(text: str | None) -> Any:
@@ -110,14 +117,9 @@ def _cell(text: str | None) -> Any:
 
 
 def _read(file: Path) -> list[ViaImage]:
-    entries = _entries(file)
-    if entries is None:
+    images = _images(file)
+    if images is None:
         raise UserError(f"{file}: not a project or annotations of VIA", "Export the annotations again.")
-    images = []
-    for entry in entries:
-        regions = entry["regions"]
-        regions = list(regions.values()) if isinstance(regions, dict) else regions
-        images.append(ViaImage(str(entry["filename"]), regions if isinstance(regions, list) else [regions]))
     return images
 
 
