@@ -7,8 +7,7 @@ import inspect
 import pytest
 
 from detrellis.analysis.measurements import MEASUREMENTS, Measurement, measurement
-from detrellis.analysis.results import as_json
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, as_json
 from detrellis.cli.analyze import analyze
 from detrellis.errors import UserError
 

@@ -22,8 +22,7 @@ from torch import Tensor
 from detrellis.analysis.attention_maps import RecordedAttention, decode_recorded, head_points, head_weights
 from detrellis.analysis.figures import INK, canvas, shortened
 from detrellis.analysis.pictures import Size, attention_score, levels
-from detrellis.analysis.results import Result, RunResult, add_run, as_json, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.arguments import Index, checked
 from detrellis.data.decode import read_image
 from detrellis.data.doctor.check import prepare_split

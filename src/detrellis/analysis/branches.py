@@ -15,8 +15,7 @@ from torch import Tensor
 
 from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, value_bars
 from detrellis.analysis.outputs import batches, check_finite
-from detrellis.analysis.results import Result, RunResult, add_run, as_json, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.analysis.schemes import DECODER, begin, check_collaborative, decode_main, load_with_scheme
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch

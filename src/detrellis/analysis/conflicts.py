@@ -21,8 +21,7 @@ from detrellis.analysis.activation_maps import Cam, activation_map, activations
 from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, heading, run_rows, tidy
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.pictures import Picture, outline, picture
-from detrellis.analysis.results import Result, RunResult, add_run, as_json, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.analysis.schemes import DECODER, check_alone, check_collaborative, load_with_scheme
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch

@@ -36,8 +36,7 @@ from detrellis.analysis.pictures import (
     picture,
     resized,
 )
-from detrellis.analysis.results import Result, RunResult, add_run, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import Images, checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather

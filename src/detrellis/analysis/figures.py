@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from detrellis.analysis.results import RunResult
+from detrellis.analysis.runs import RunResult
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 

@@ -38,8 +38,7 @@ from detrellis.analysis.figures import (
 )
 from detrellis.analysis.instability import instability, matched_boxes
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
-from detrellis.analysis.results import Result, RunResult, add_run, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.analysis.schemes import AllGroups, all_groups, check_grouped, load_with_scheme
 from detrellis.arguments import Cells, checked
 from detrellis.data.loader import Batch

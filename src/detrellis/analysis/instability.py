@@ -18,8 +18,7 @@ from torch import Tensor
 
 from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, whole_numbers
 from detrellis.analysis.outputs import batches, check_finite, one_to_one
-from detrellis.analysis.results import Result, RunResult, add_run, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.distributed import all_gather

@@ -21,7 +21,7 @@ from detrellis.analysis import (
     query_distance,
 )
 from detrellis.analysis.figures import DPI, need_matplotlib
-from detrellis.analysis.results import Result
+from detrellis.analysis.runs import Result
 from detrellis.outputs import Outputs
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from detrellis.analysis.figures import BLUE, FAINT, ORANGE, headline, panels
 from detrellis.analysis.outputs import image_outputs
-from detrellis.analysis.results import Result, RunResult, add_run, mean_or_none, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, mean_or_none, run_table
 from detrellis.arguments import Iou, checked
 from detrellis.boxes import pairwise_iou
 from detrellis.distributed import all_gather

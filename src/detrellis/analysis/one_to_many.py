@@ -23,8 +23,7 @@ from rich.table import Table
 
 from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, canvas, tidy
 from detrellis.analysis.outputs import batches, check_finite
-from detrellis.analysis.results import Result, RunResult, add_run, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import number

@@ -19,8 +19,7 @@ from torch import Tensor
 from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, heading, headline, tidy, value_bars
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.pictures import Picture, outline, picture
-from detrellis.analysis.results import Result, RunResult, add_run, mean_or_none, run_table
-from detrellis.analysis.runs import ComparedRuns
+from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, mean_or_none, run_table
 from detrellis.analysis.schemes import (
     begin,
     branch_assignments,
