@@ -112,7 +112,10 @@ def _wrong(hint: Any, value: Any) -> str:
         limit = next((part for part in hint.__metadata__ if isinstance(part, Range)), None)
         return "" if limit is None else _wrong_number(hint.__origin__, limit, value)
     if origin is Literal:
-        return "" if any(value is w or value == w for w in get_args(hint)) else _wrong_word(get_args(hint), value)
+        words = get_args(hint)
+        if any(value is word or value == word for word in words):
+            return ""
+        return nearest(value, words) if isinstance(value, str) else f"Known: {', '.join(map(str, words))}."
     if hint in (int, float):
         return _wrong_number(hint, None, value)
     if isinstance(origin, type):  # Sequence[str], Mapping[str, Any], ...
@@ -130,10 +133,6 @@ def _wrong_number(kind: type, limit: Range | None, value: Any) -> str:
     if fits and (value in limit if limit is not None else math.isfinite(value)):
         return ""
     return f"Give {'a whole number' if kind is int else 'a number'}{'' if limit is None else f', {limit}'}."
-
-
-def _wrong_word(words: Sequence[Any], value: Any) -> str:
-    return nearest(value, words) if isinstance(value, str) else f"Known: {', '.join(map(str, words))}."
 
 
 def _named(kind: type) -> str:

@@ -120,8 +120,7 @@ def one_to_many(
 def discriminability(
     runs: Runs,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the figure and the numbers (default: analysis/discriminability-OF)."),
+        Path | None, typer.Option(help="Folder for the figure and the numbers (default: analysis/discriminability-OF).")
     ] = None,
     of: Annotated[
         Literal["encoder", "attention"],

@@ -174,8 +174,7 @@ def _xml(folder: Path, split: str, given: GivenImages) -> SplitFiles:
         coco = coco_among(files_in(folder, ".json"))
         hint = f", but {coco[0].name} is COCO's: name the file" if coco else ""
         raise UserError(
-            f"{folder}: no XML files of Pascal VOC in this folder{hint}",
-            f"{_counted(folder)} Or {NAME_THEM}",
+            f"{folder}: no XML files of Pascal VOC in this folder{hint}", f"{_counted(folder)} Or {NAME_THEM}"
         )
     annotations, images = folders
     return SplitFiles(annotations, (images,))

@@ -94,7 +94,9 @@ def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
     folder = files.images[0]
-    pictures = pictures_of([_picture_name(name) for name in by_image], folder)
+    # Open Images' ids are names without a suffix.
+    names = [PictureName("", name) if Path(name).suffix else PictureName(name, "") for name in by_image]
+    pictures = pictures_of(names, folder)
     sizes = [(0, 0)] * len(by_image)
     if relative:
         sizes = read_sizes([folder / name for name in pictures.names]).tolist()
@@ -108,11 +110,6 @@ def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative
         *_corner_note(split, files.annotations),
     ]
     return named.SplitAnnotations(images, notes)
-
-
-def _picture_name(name: str) -> PictureName:
-    """What the file says of the picture; Open Images' ids have no suffix."""
-    return PictureName("", name) if Path(name).suffix else PictureName(name, "")
 
 
 def _image(

@@ -93,7 +93,7 @@ def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) ->
         if not files:
             continue
         path = files[0].path
-        shown = tuple(_relative(file.path, root) for file in files)
+        shown = tuple(Path(os.path.relpath(file.path, root)).as_posix() for file in files)
         if len(files) > 1 or (not whole and (path in taken or in_part[path] > 1)):
             unclear[place] = shown
         else:
@@ -279,10 +279,6 @@ def _entries(folder: Path) -> list[str]:
         return os.listdir(folder)
     except OSError:
         return []
-
-
-def _relative(path: str, root: Path) -> str:
-    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def _images(count: int) -> str:

@@ -83,7 +83,10 @@ def _root(data: bytes) -> ElementTree.Element:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         # Expat reads few encodings; what is given to it as text it reads whatever the file declares.
         if (text := _decoded(data)) is None:
-            raise error if isinstance(error, ElementTree.ParseError) else ValueError(_no_encoding(data)) from error
+            if isinstance(error, ElementTree.ParseError):
+                raise
+            what = f"its text cannot be read in the encoding that it declares, {_declared(data)!r}"
+            raise ValueError(what) from error
         root = ElementTree.fromstring(text)
     for element in root.iter():  # some tools write a namespace, or <Object> and <Name>
         element.tag = element.tag.rpartition("}")[2].lower()
@@ -110,10 +113,6 @@ def _decoded(data: bytes) -> str | None:
 def _declared(data: bytes) -> str:
     match = DECLARED.match(data.removeprefix(codecs.BOM_UTF8))
     return match.group(1).decode("ascii") if match else ""
-
-
-def _no_encoding(data: bytes) -> str:
-    return f"its text cannot be read in the encoding that it declares, {_declared(data)!r}"
 
 
 def _objects(root: ElementTree.Element) -> list[VocObject]:

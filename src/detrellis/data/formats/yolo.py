@@ -14,15 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detrellis.data.files import (
-    files_in,
-    image_suffixes,
-    list_images,
-    map_threads,
-    read_sizes,
-    read_text,
-    subfolders,
-)
+from detrellis.data.files import files_in, image_suffixes, list_images, map_threads, read_sizes, read_text, subfolders
 from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
@@ -150,7 +142,8 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
     """
     read = {split: _read(split, splits[split]) for split in wanted}
     deciding = list(read.values())
-    if "train" in splits and "train" not in read and any(_has_long_lines(split) for split in deciding):
+    long = any(label.around for split in deciding for content in split.contents for label in content.labels)
+    if long and "train" in splits and "train" not in read:
         deciding.append(_read("train", splits["train"]))
     label_files = [file for split in deciding for file in split.label_files]
     contents = [content for split in deciding for content in split.contents]
@@ -167,10 +160,6 @@ def _read(name: str, files: SplitFiles) -> YoloSplit:
     label_folders, label_files = _label_files(images)
     contents = map_threads(read_labels, label_files)
     return YoloSplit(name, files, images, label_folders, label_files, contents, notes)
-
-
-def _has_long_lines(split: YoloSplit) -> bool:
-    return any(label.around for content in split.contents for label in content.labels)
 
 
 def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iterator[Path]:
