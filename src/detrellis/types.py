@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ImageBatch(NamedTuple):
@@ -105,6 +105,7 @@ class Segment(NamedTuple):
     sees: tuple[str, ...] = ()  # other segments whose queries it may also read
     unused: Tensor | None = None  # (B, size) bool: queries that nobody but themselves reads; None: all are read
     repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
+    heads: nn.Module | None = None  # class and box heads of its own (`nn/heads.py`); None: the decoder's
 
 
 class DecoderOutput(NamedTuple):

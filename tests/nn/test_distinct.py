@@ -99,7 +99,7 @@ def test_further_queries_are_distinct_among_themselves() -> None:
     head, _, proposals = proposed("tiny", images())
     every = head.boxes(proposals)
     for copies, count in ((1, 15), (2, 12)):
-        boxes = head.further(proposals, count, copies)
+        boxes = head.further(proposals, count, copies).boxes
         for i in range(2):
             order = proposals.scores[i].argsort(descending=True).tolist()
             left = [t for t in order if t not in proposals.best[i].tolist()][: copies * POOL * count]
@@ -118,7 +118,7 @@ def test_few_tokens_and_what_can_propose_nothing_comes_last() -> None:
     assert not usable.all()
     for row in again.best:
         assert len(set(row.tolist())) == 100
-    assert head.further(again, 100).shape == (2, 26, 4)
+    assert head.further(again, 100).boxes.shape == (2, 26, 4)
 
 
 @torch.no_grad()

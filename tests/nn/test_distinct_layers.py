@@ -84,9 +84,9 @@ def naive(decoder: Decoder, queries: Queries, memory: Memory) -> tuple[list[Tens
         x = new
         states = x if decoder.final_norm is None else decoder.final_norm(x)
         logits.append(decoder.heads.logits(i, states))
-        refined.append(decoder._refined(i, states, boxes))
+        refined.append(decoder._refined(decoder.heads.deltas(i, states), boxes))
         every.append(kept)
-        boxes = decoder._refined(i, x, boxes)
+        boxes = decoder._refined(decoder.heads.deltas(i, x), boxes)
         kept = kept_of(boxes[0], logits[-1][0].amax(-1))
     return logits, refined, every
 

@@ -38,6 +38,7 @@ from detrellis.study.rows import plan_schemes
 
 from ..small import images
 
+SINCE = ("ddq-dino-r50", "dense")  # recipes and schemes that format 1 did not have
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # A recipe, and what it was changed in, as this version says it.
 CHANGED: dict[str, tuple[str, list[str]]] = {
@@ -149,11 +150,11 @@ def test_a_run_goes_on(stored: Path, tmp_path: Path) -> None:
     assert_outputs(run / "last.safetensors", stored, "dab-resumed", 1e-3)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SINCE])
 def test_recipes_are_what_they_were(recipes: dict[str, Any], name: str) -> None:
     recipe = find_recipe(name)
     assert read_recipe(recipes[name], 1) == recipe
-    every = recipe.with_schemes(["none", *SchemesConfig.model_fields])
+    every = recipe.with_schemes(["none", *(scheme for scheme in SchemesConfig.model_fields if scheme not in SINCE)])
     assert read_recipe(recipes[f"{recipe.name} with every scheme"], 1) == every
 
 

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         # from the second layer on.
         x, boxes, references = queries.content, queries.boxes, queries.boxes
         outputs: list[DecoderOutput] = []
-        used = segments
+        used, heads = segments, self.heads.of(segments)
         for i, layer in enumerate(self.layers):
             # The layer itself, at its place.
             x = layer(x, self.position(i, x, queries, references, memory), memory, used)
@@ -91,13 +91,13 @@ class Decoder(nn.Module):
             # What the heads say after it.
             if every_layer or last or self.distinct is not None:
                 states = x if self.final_norm is None else self.final_norm(x)
-                logits = self.heads.logits(i, states)
+                logits = heads.logits(i, states)
             if every_layer or last:
-                refined, iou_logits = self._refined(i, states, boxes), self.heads.iou_logits(i, states)
+                refined, iou_logits = self._refined(heads.deltas(i, states), boxes), heads.iou_logits(i, states)
                 outputs.append(DecoderOutput(withhold(logits, used), refined, states, iou_logits))
             # The references of the next layer.
             if not last and self.refine != "none":
-                boxes = self._refined(i, x, references)
+                boxes = self._refined(heads.deltas(i, x), references)
                 if self.refine == "detached":
                     boxes = boxes.detach()
                 references = boxes.detach()
@@ -107,12 +107,11 @@ class Decoder(nn.Module):
                 used = keep_distinct(segments, logits, references, self.distinct)
         return stack(outputs)
 
-    def _refined(self, layer: int, states: Tensor, references: Tensor | None) -> Tensor:
-        """The references `(B, N, 4 or 2)` refined by the layer's box head: `(B, N, 4)`.
+    def _refined(self, delta: Tensor, references: Tensor | None) -> Tensor:
+        """The references `(B, N, 4 or 2)` refined by what a box head says, `delta (B, N, 4)`: `(B, N, 4)`.
 
         A point is the centre alone; without references the head gives the box itself.
         """
-        delta = self.heads.deltas(layer, states)
         if references is None:
             return delta.sigmoid()
         logits = inverse_sigmoid(references, self.eps)

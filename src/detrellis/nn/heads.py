@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from detrellis.nn.mlp import MLP
+from detrellis.types import Segment
 
 
 def class_head(width: int, classes: int) -> nn.Linear:
@@ -61,6 +63,11 @@ class Heads(nn.Module):
         with torch.no_grad():
             self.boxes[0].get_parameter("layers.2.bias")[2:] += size_bias
 
+    def of(self, segments: Sequence[Segment]) -> Heads | SegmentHeads:
+        """The heads of all `segments`, some of which may have their own."""
+        own = [segment.heads if isinstance(segment.heads, Heads) else self for segment in segments]
+        return self if all(heads is self for heads in own) else SegmentHeads(own, [s.size for s in segments])
+
     def logits(self, layer: int, states: Tensor) -> Tensor:
         """Class logits `(B, N, C)` of decoder layer `layer`."""
         out: Tensor = self.classes[min(layer, len(self.classes) - 1)](states)
@@ -74,3 +81,27 @@ class Heads(nn.Module):
     def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
         """Logits `(B, N)` of the IoU of each box with its target, where there is an IoU branch."""
         return None if self.ious is None else self.ious[min(layer, len(self.ious) - 1)](states).squeeze(-1)
+
+
+class SegmentHeads:
+    """The heads of segments side by side, `sizes` queries each: every method as in `Heads`."""
+
+    def __init__(self, heads: Sequence[Heads], sizes: Sequence[int]) -> None:
+        self.heads, self.sizes = heads, sizes
+
+    def logits(self, layer: int, states: Tensor) -> Tensor:
+        """Class logits `(B, N, C)`."""
+        return torch.cat([heads.logits(layer, part) for heads, part in self._parts(states)], dim=1)
+
+    def deltas(self, layer: int, states: Tensor) -> Tensor:
+        """Box deltas `(B, N, 4)`."""
+        return torch.cat([heads.deltas(layer, part) for heads, part in self._parts(states)], dim=1)
+
+    def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
+        """Logits `(B, N)` of the IoU, where there is an IoU branch."""
+        parts = [heads.iou_logits(layer, part) for heads, part in self._parts(states)]
+        present = [part for part in parts if part is not None]
+        return torch.cat(present, dim=1) if present else None
+
+    def _parts(self, states: Tensor) -> Iterator[tuple[Heads, Tensor]]:
+        return zip(self.heads, states.split(list(self.sizes), dim=1), strict=True)

@@ -78,15 +78,17 @@ class ProposalHead(nn.Module):
         best, boxes = self._chosen(proposals, proposals.ranked(self._pool(self.proposals)), self.proposals)
         return proposals._replace(best=best, boxes=boxes)
 
-    def further(self, proposals: Proposals, count: int, copies: int = 1) -> Tensor:
-        """Boxes `(B, copies * N, 4)` of the best proposals that are not selected, which the copies choose in turns.
+    def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
+        """The best `copies * N` of those that are not selected, as if they were; the copies choose in turns.
 
         N is `count`, and less where there are not so many tokens.
         """
         tokens = proposals.rest(copies * self._pool(count))
         each = tokens.shape[1] // copies
         turns = tokens[:, : copies * each].unflatten(1, (each, copies)).unbind(-1)
-        return torch.cat([self._chosen(proposals, turn, count)[1] for turn in turns], dim=1)
+        chosen = [self._chosen(proposals, turn, count) for turn in turns]
+        best, boxes = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
+        return proposals._replace(best=best, boxes=boxes)
 
     def _pool(self, count: int) -> int:
         """How many proposals `count` queries are chosen from."""

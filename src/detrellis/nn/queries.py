@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
-from detrellis.nn.proposals import ProposalHead
+from detrellis.nn.proposals import ProposalHead, select
 from detrellis.types import DecoderOutput, Memory, Proposals, Queries
 
 
@@ -21,6 +22,7 @@ def normal(*shape: int) -> nn.Parameter:
 
 # What is learned for each query of one more kind: position, content, centres, sizes.
 Table = nn.ParameterDict | dict[str, Tensor]
+ProposalContent = Literal["boxes", "learned", "memory"]
 
 
 class QuerySource(nn.Module, ABC):
@@ -46,11 +48,11 @@ class QuerySource(nn.Module, ABC):
         """Parameters of `count` more queries: a row each of what is learned for each query."""
 
     @abstractmethod
-    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
-        """The queries of a table that `fresh` made; of the proposed `boxes (B, N, 4)` in a two-stage detector."""
+    def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
+        """The queries of a table that `fresh` made; of the selected `proposals` in a two-stage detector."""
 
-    def further(self, proposals: Proposals, count: int, copies: int = 1) -> Tensor:
-        """Boxes `(B, copies * N, 4)` of the next-best proposals, for `extra`; N is `count`, or less (few tokens)."""
+    def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
+        """The next-best `copies * N` proposals, for `extra`; N is `count`, or less where tokens are few."""
         assert self.head is not None, "only two-stage detectors have proposals"
         return self.head.further(proposals, count, copies)
 
@@ -83,7 +85,7 @@ class LearnedQueries(QuerySource):
         table = {"position": normal(count, width)}
         return nn.ParameterDict(table if self.content is None else table | {"content": normal(count, width)})
 
-    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
+    def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
         """The queries of `fresh` parameters."""
         return self._queries(table["position"], table.get("content"), memory)
 
@@ -147,7 +149,7 @@ class AnchorQueries(QuerySource):
             table["content"] = normal(count, self.content.shape[1])
         return nn.ParameterDict(table)
 
-    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
+    def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
         """The queries of `fresh` parameters, with patterns that many times more."""
         return self._queries(table["centres"], table["sizes"], table.get("content", self.content), memory)
 
@@ -174,18 +176,20 @@ class AnchorQueries(QuerySource):
 class ProposalQueries(QuerySource):
     """Boxes from the best proposals, detached; position, content or both derived from those boxes.
 
-    Two-stage Deformable DETR derives both. Mixed query selection (`learned_content`) learns the content instead;
-    with `derive_position` off, the decoder derives the position from the boxes at each layer (DINO).
+    Two-stage Deformable DETR derives both (`content="boxes"`). Mixed query selection learns the content instead; with
+    `"memory"` it is the token that proposed the box, detached and projected (DDQ). With `derive_position` off, the
+    decoder derives the position from the boxes at each layer (DINO).
     """
 
     head: ProposalHead
 
     def __init__(
-        self, head: ProposalHead, width: int, *, learned_content: bool = True, derive_position: bool = False
+        self, head: ProposalHead, width: int, *, content: ProposalContent = "learned", derive_position: bool = False
     ) -> None:
         super().__init__(head.proposals, head)
-        self.content = normal(head.proposals, width) if learned_content else None
-        assert learned_content or derive_position, "a content must come from somewhere"
+        self.content = normal(head.proposals, width) if content == "learned" else None
+        self.project = nn.Linear(width, width) if content == "memory" else None
+        assert content != "boxes" or derive_position, "a content must come from somewhere"
         both = (2 * width, 2 * width)
         self.derive = nn.Sequential(xavier_linear(*both), nn.LayerNorm(2 * width)) if derive_position else None
         self.width = width
@@ -193,23 +197,25 @@ class ProposalQueries(QuerySource):
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The queries and the proposals they came from."""
         proposals = self.head(memory)
-        return self._queries(proposals.boxes, self.content), proposals
+        return self._queries(memory, proposals, self.content), proposals
 
     def fresh(self, count: int) -> nn.ParameterDict:
         """Contents of `count` more queries, where they are learned."""
         return nn.ParameterDict({} if self.content is None else {"content": normal(count, self.width)})
 
-    def extra(self, table: Table, memory: Memory, boxes: Tensor | None) -> Queries:
-        """The queries of the `boxes` of other proposals."""
-        assert boxes is not None
-        return self._queries(boxes, table.get("content"))
+    def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
+        """The queries of other proposals."""
+        assert proposals is not None
+        return self._queries(memory, proposals, table.get("content"))
 
-    def _queries(self, boxes: Tensor, content: Tensor | None) -> Queries:
-        boxes = boxes.detach()
-        learned = None if content is None else content[: boxes.shape[1]].expand(len(boxes), -1, -1)
+    def _queries(self, memory: Memory, proposals: Proposals, learned: Tensor | None) -> Queries:
+        boxes = proposals.boxes.detach()
+        content = None if learned is None else learned[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        if self.project is not None:
+            content = self.project(select(memory.tokens.detach(), proposals.best))
         if self.derive is None:
-            assert learned is not None
-            return Queries(learned, None, boxes)
+            assert content is not None
+            return Queries(content, None, boxes)
         # x, y, w, h in that order: the one place in the family where the sine embedding does not swap.
         position, derived = self.derive(sine_embed(boxes, self.width // 2, order="xywh")).chunk(2, dim=-1)
-        return Queries(derived if learned is None else learned, position, boxes)
+        return Queries(derived if content is None else content, position, boxes)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from detrellis.errors import UserError
 from detrellis.fields import unknown_name
-from detrellis.recipes import align, co, conditional, dab, deformable, detr, dino, group, sam
+from detrellis.recipes import align, co, conditional, dab, ddq, deformable, detr, dino, group, sam
 from detrellis.recipes.config import Recipe, Recipes
 from detrellis.recipes.scale import tiny_sized
 
@@ -22,6 +22,7 @@ RECIPES: Recipes = {
     **deformable.RECIPES,
     **dab.DEFORMABLE_RECIPES,
     **dino.RECIPES,
+    **ddq.RECIPES,
     **align.RECIPES,
     **group.RECIPES,
     **co.RECIPES,

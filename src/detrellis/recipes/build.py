@@ -25,12 +25,14 @@ from detrellis.schemes.config import (
     AlignConfig,
     CDNConfig,
     CoConfig,
+    DenseConfig,
     DNConfig,
     GroupConfig,
     HybridConfig,
     SchemeConfig,
     StableConfig,
 )
+from detrellis.schemes.dense import Dense
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
@@ -64,6 +66,8 @@ def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detect
             return ContrastiveDenoising(config, network.width, classes, network.eps)
         case HybridConfig():
             return Hybrid(config, detector.queries)
+        case DenseConfig():
+            return Dense(config, detector)
         case CoConfig():
             positioned, layers = network.queries.position == "queries", network.decoder.layers
             strides = network.level_strides

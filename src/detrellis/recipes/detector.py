@@ -142,11 +142,12 @@ class ProposalQueriesConfig(Config):
 
 
 class MixedQueriesConfig(Config):
-    """Boxes that the encoder proposes, with contents that are learned (DINO)."""
+    """Boxes that the encoder proposes, with contents that are not derived from them (DINO)."""
 
     patterns: ClassVar[int] = 0
     kind: Literal["mixed"] = "mixed"
     count: QueryCount = 300
+    features: bool = False  # contents are the tokens that propose the boxes, projected, instead of learned (DDQ)
     position: Literal["queries", "boxes"] = "queries"  # of the proposals, or of the current boxes at each layer
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False
@@ -221,4 +222,5 @@ class DetectorConfig(Config):
     def capabilities(self) -> frozenset[str]:
         """What schemes may ask of a detector."""
         holds = {"sigmoid_scores": self.scores == "sigmoid", "box_queries": self.queries.position == "boxes"}
+        holds["proposals"] = self.two_stage
         return frozenset(name for name, held in holds.items() if held)

@@ -25,6 +25,7 @@ from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.queries import (
     AnchorQueries,
     LearnedQueries,
+    ProposalContent,
     ProposalQueries,
     QuerySource,
     linear_reference,
@@ -149,8 +150,10 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         empty_compete=queries.empty_compete,
         distinct=queries.distinct,
     )
-    derived = queries.position == "queries"
-    return ProposalQueries(head, width, learned_content=queries.kind == "mixed", derive_position=derived)
+    content: ProposalContent = "boxes"
+    if queries.kind == "mixed":
+        content = "memory" if queries.features else "learned"
+    return ProposalQueries(head, width, content=content, derive_position=queries.position == "queries")
 
 
 def build_reference(config: DetectorConfig) -> nn.Module | None:

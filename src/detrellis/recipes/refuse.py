@@ -19,6 +19,10 @@ MISSING = {
         "its queries are not boxes, and a disturbed box cannot be one of them",
         "take a detector whose queries are, such as tiny, dab-detr-r50 or dino-r50",
     ),
+    "proposals": (
+        "its encoder proposes no boxes",
+        "take a two-stage detector, such as tiny, dino-r50 or deformable-detr-r50-two-stage",
+    ),
     "sigmoid_scores": (
         "its classes exclude each other (softmax)",
         "take a detector with sigmoid scores, such as conditional-detr-r50, or -o detector.scores=sigmoid",

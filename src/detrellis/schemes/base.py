@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
+from detrellis.nn.heads import Heads
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput, Memory, Proposals, Queries, Segment, Targets
 
@@ -42,11 +43,13 @@ class QueryBlock:
     proposals: DecoderOutput | None = None  # what its boxes come from, where that learns too: one layer
     unused: Tensor | None = None  # (B, N) bool: queries that nobody but themselves reads; None: all are read
     repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
+    heads: Heads | None = None  # class and box heads of its own; None: the decoder's
 
     @property
     def segment(self) -> Segment:
         """The block as self-attention sees it."""
-        return Segment(self.name, self.queries.content.shape[1], self.copies, self.sees, self.unused, self.repeats)
+        size = self.queries.content.shape[1]
+        return Segment(self.name, size, self.copies, self.sees, self.unused, self.repeats, self.heads)
 
 
 class Extension(NamedTuple):

@@ -48,6 +48,15 @@ class HybridConfig(Config):
     divisor: Literal["copies", "boxes"] = "copies"
 
 
+class DenseConfig(Config):
+    """Dense queries beside distinct ones (DDQ-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Few = 4  # queries for each target in the dense block
+    queries: Queries | None = None  # of the block; None: half as many again as the detector has
+    weight: Weight = 1.0
+
+
 # Heads on the encoder's memory; `rcnn` is Faster R-CNN, `mask` Mask R-CNN.
 BranchName = Literal["atss", "rcnn", "mask", "retinanet", "fcos", "paa", "gfl"]
 
@@ -108,7 +117,7 @@ class GroupConfig(Config):
     distances: bool = False  # log how far apart the groups' queries are (PD and MD, Eq. 6 and 7)
 
 
-SchemeConfig = DNConfig | CDNConfig | HybridConfig | CoConfig | AlignConfig | StableConfig | GroupConfig
+SchemeConfig = DNConfig | CDNConfig | HybridConfig | DenseConfig | CoConfig | AlignConfig | StableConfig | GroupConfig
 
 
 class SchemesConfig(Config):
@@ -117,6 +126,7 @@ class SchemesConfig(Config):
     dn: DNConfig | None = None
     cdn: CDNConfig | None = None
     hybrid: HybridConfig | None = None
+    dense: DenseConfig | None = None
     co: CoConfig | None = None  # before those that set what positives learn: its labels stay
     align: AlignConfig | None = None
     stable: StableConfig | None = None

@@ -70,16 +70,17 @@ class Group(TrainingScheme):
         """The further groups, as equal copies."""
         if self.k == 1:
             return Extension([])
-        boxes, output = (None, None) if step.proposals is None else self._propose(step, step.proposals)
+        proposals, output = (None, None) if step.proposals is None else self._propose(step, step.proposals)
         further = self.k - 1
         table: Table = self.table
-        if boxes is not None and boxes.shape[1] < self.extra_queries and "content" in table:
+        found = self.extra_queries if proposals is None else proposals.best.shape[1]
+        if found < self.extra_queries and "content" in table:
             # A memory of few tokens: each group's first contents, as the detector takes its first ones.
-            contents = table["content"].unflatten(0, (further, -1))[:, : boxes.shape[1] // further]
+            contents = table["content"].unflatten(0, (further, -1))[:, : found // further]
             table = {"content": contents.flatten(0, 1)}
         block = QueryBlock(
             "group",
-            step.detector.queries.extra(table, step.memory, boxes),
+            step.detector.queries.extra(table, step.memory, proposals),
             step.supervision,
             copies=further,
             weight=further * self.main_weight,
@@ -88,23 +89,24 @@ class Group(TrainingScheme):
         )
         return Extension([block])
 
-    def _propose(self, step: Step, first: Proposals) -> tuple[Tensor, DecoderOutput | None]:
-        """Boxes of all further groups, one after the other, and what the loss sees of the heads that proposed them.
+    def _propose(self, step: Step, first: Proposals) -> tuple[Proposals, DecoderOutput | None]:
+        """What all further groups select, one after the other, and what the loss sees of the heads that proposed it.
 
         `first` are the first group's proposals.
         """
         further, count = self.k - 1, first.best.shape[1]
+        shared = first._replace(best=first.best.repeat(1, further), boxes=first.boxes.repeat(1, further, 1))
         if self.config.proposals == "shared":
-            return first.boxes.repeat(1, further, 1), None
+            return shared, None
         if self.config.proposals == "split":
-            boxes = step.detector.queries.further(first, count, further)
-            # A memory of few tokens: they are shared.
-            return boxes if boxes.shape[1] else first.boxes.repeat(1, further, 1), None
+            split = step.detector.queries.further(first, count, further)
+            return split if split.best.shape[1] else shared, None  # a memory of few tokens: they are shared
         heads = [head for head in self.heads if isinstance(head, ProposalHead)]
         proposals = [head(step.memory) for head in heads]
         outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]
         logits, boxes = torch.cat([o.logits for o in outputs], dim=2), torch.cat([o.boxes for o in outputs], dim=2)
-        return torch.cat([p.boxes for p in proposals], dim=1), DecoderOutput(logits, boxes, boxes)
+        selected = (torch.cat(parts, dim=1) for parts in zip(*((p.best, p.boxes) for p in proposals), strict=True))
+        return Proposals(*proposals[0][:4], *selected), DecoderOutput(logits, boxes, boxes)
 
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]

@@ -41,12 +41,12 @@ class Hybrid(TrainingScheme):
 
     def extend(self, step: Step) -> Extension:
         """The second block, or none where the proposals do not suffice for one."""
-        boxes = None
+        proposals = None
         if step.proposals is not None:
-            boxes = step.detector.queries.further(step.proposals, self.queries)
-            if boxes.shape[1] == 0:
+            proposals = step.detector.queries.further(step.proposals, self.queries)
+            if proposals.best.shape[1] == 0:
                 return Extension([])
-        queries = step.detector.queries.extra(self.table, step.memory, boxes)
+        queries = step.detector.queries.extra(self.table, step.memory, proposals)
         supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
         weight = self.config.weight
         return Extension(
