@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.backbone import Backbone
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.queries import QuerySource
 from detrellis.postprocess import Postprocess
@@ -23,7 +24,7 @@ class Detector(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         neck: nn.Module,
         encoder: nn.Module,
         queries: QuerySource,

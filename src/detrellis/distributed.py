@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.errors import UserError
 
@@ -59,6 +60,14 @@ def process_group(device: str | None = None) -> Iterator[World]:
         yield World(rank, size, own)
     finally:
         dist.destroy_process_group()
+
+
+def parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model with its gradients averaged over all processes; itself where there is one."""
+    if world.size == 1:
+        return model
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices)
 
 
 def reduce_mean(value: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ def test_branches_are_dropped_at_the_rate_asked_for(rate: float) -> None:
         ("test_resnet", "all", ("model",)),
         ("test_resnet", 1, ("model.conv1", "model.bn1", "model.layer1.")),
         ("swin_tiny_patch4_window7_224", 1, ("model.patch_embed", "model.layers_0.")),
-        ("mobilenetv3_small_050", "all", ("model",)),
+        ("hrnet_w18_small", "all", ("model",)),
+        ("mobilenetv3_small_050", 2, ("model.conv_stem", "model.bn1", "model.blocks.0.", "model.blocks.1.")),
     ],
 )
 def test_what_is_frozen_stays(name: str, frozen: int | str, still: tuple[str, ...]) -> None:
@@ -143,5 +144,20 @@ def test_what_is_frozen_stays(name: str, frozen: int | str, still: tuple[str, ..
 def test_stages_that_do_not_exist_cannot_be_frozen() -> None:
     with pytest.raises(UserError, match=r"frozen=5: backbone resnet18 has 4 stages"):
         build_backbone(config(frozen=5))
-    with pytest.raises(UserError, match="the stages of backbone mobilenetv3_small_050"):
-        build_backbone(config("mobilenetv3_small_050", frozen=1))
+    with pytest.raises(UserError, match="the stages of backbone hrnet_w18_small"):
+        build_backbone(config("hrnet_w18_small", frozen=1))
+
+
+@pytest.mark.parametrize(("name", "norm"), [("resnet18", "frozen"), ("test_resnet", "batch")])
+def test_what_was_frozen_can_be_let_go(name: str, norm: str) -> None:
+    """All of it trains then as if it had never been frozen: not what `norm` freezes."""
+    backbone, free = build_backbone(config(name, frozen=2, norm=norm)), build_backbone(config(name, norm=norm))
+    modes = {key: module.training for key, module in free.train().named_modules()}
+    assert not all(p.requires_grad for p in backbone.parameters())
+    backbone.train()
+    backbone.hold(False)
+    assert {key: module.training for key, module in backbone.named_modules()} == modes
+    for (key, ours), theirs in zip(backbone.named_parameters(), free.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad, key
+    backbone.hold(True)
+    assert not next(backbone.parameters()).requires_grad

@@ -34,6 +34,7 @@ from detrellis.recipes.config import Recipe
 
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
 FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the network nor the state depends on
+FIXED = ("schedule.epochs", "schedule.unfreeze_after")  # the first has an option; the optimizer depends on the second
 SHOWN = 3
 
 
@@ -107,10 +108,11 @@ def with_settings(card: Card, state: Mapping[str, Any], settings: Sequence[str],
     """The card with other settings from here on, and a note of them; `UserError` for one that a state depends on."""
     for text in settings:
         name = text.partition("=")[0].strip()
-        if not name.startswith(FREE) or name == "schedule.epochs":
+        if not name.startswith(FREE) or name in FIXED:
             raise UserError(
                 f"-o {text}: a run that goes on keeps its network, its losses, its data and its batches",
-                f"Free are {', '.join(FREE)}*, and --epochs. For all else start a new run from its weights: --weights.",
+                f"Free are {', '.join(FREE)}* but unfreeze_after, and --epochs. "
+                "For all else start a new run from its weights: --weights.",
             )
     if epochs is not None and epochs <= state["epoch"]:
         raise UserError(

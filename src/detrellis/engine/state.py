@@ -43,6 +43,15 @@ class TrainJob:
     initial: InitialWeights | None = None  # weights to start from, instead of the recipe's own
     boxes: Mapping[str, Tensor] | None = None  # weights whose reference boxes are taken over
 
+    def check_validation(self) -> None:
+        """`UserError` where the recipe asks for what only an evaluation tells, and there are no images for one."""
+        asked = [name for name in ("patience", "keep_best") if getattr(self.card.recipe.schedule, name)]
+        if asked and self.val is None:
+            raise UserError(
+                f"schedule.{asked[0]} goes by AP, and the data set has no validation split",
+                f"Name one (--val), or take -o schedule.{asked[0]}=0.",
+            )
+
 
 @dataclass
 class TrainState:
@@ -140,6 +149,17 @@ def _misfit(error: Exception) -> str:
     return shorten((lines[1:] or lines or [type(error).__name__])[0], 200)
 
 
+def _optimizer(model: TrainableDetector, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer of all that is trained, also of what is frozen at first: it has no moments until it moves."""
+    if not recipe.schedule.unfreeze_after:
+        return build_optimizer(model, recipe.optim)
+    backbone = model.detector.backbone
+    backbone.hold(False)
+    optimizer = build_optimizer(model, recipe.optim)
+    backbone.hold(True)
+    return optimizer
+
+
 def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainState:
     """Model, optimizer and average at the start of a run.
 
@@ -159,6 +179,6 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
     if job.boxes is not None:
         take_boxes(model.detector, job.boxes)
     model.to(world.device).train()
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = _optimizer(model, recipe)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
     return TrainState(model, optimizer, ema, FlatLossWatch(), transfer=report)

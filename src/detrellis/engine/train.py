@@ -8,6 +8,7 @@ kernels are deterministic, which the backward pass of `grid_sample` is not.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import time
 import zlib
@@ -25,7 +26,7 @@ from detrellis.atomic import sweep
 from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.transforms import train_transform
-from detrellis.distributed import World, reduce_max
+from detrellis.distributed import World, parallel, reduce_max
 from detrellis.engine.checkpoint import (
     BEST,
     BEST_FOLDER,
@@ -50,7 +51,7 @@ from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 from detrellis.signals import collected
 from detrellis.terminal import Terminal
-from detrellis.training import StepOutput, TrainableDetector
+from detrellis.training import StepOutput
 
 WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
 SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
@@ -67,7 +68,7 @@ def train(
     """
     schedule = job.card.recipe.schedule
     epochs = schedule.epochs
-    _check_validation(job)
+    job.check_validation()
     if world.is_main_process:  # what a process that was killed left half written
         sweep(job.out)
         sweep(job.out / "epochs")
@@ -89,7 +90,7 @@ def train(
     with log, collected() as caught, contextlib.closing(loader), run.saved_on_error():
         run.save_at_start(resume)
         while not state.finished(schedule) and not run.stopped:
-            log.start_epoch(state.epoch + 1)
+            run.start_epoch()
             for batches in itertools.takewhile(lambda _: not run.stopped, run.steps()):
                 run.train_step(batches)
                 run.stop_or_save(caught)
@@ -101,16 +102,6 @@ def train(
     finished, position = state.finished(schedule), (state.epoch, state.step, state.seconds)
     number, early = None if finished else run.stopped, finished and state.epoch < epochs
     return TrainResult(job.out, *position, state.best, state.result, finished, number, early, state.transfer)
-
-
-def _check_validation(job: TrainJob) -> None:
-    """`UserError` where the recipe asks for what only an evaluation tells, and there are no images for one."""
-    asked = [name for name in ("patience", "keep_best") if getattr(job.card.recipe.schedule, name)]
-    if asked and job.val is None:
-        raise UserError(
-            f"schedule.{asked[0]} goes by AP, and the data set has no validation split",
-            f"Name one (--val), or take -o schedule.{asked[0]}=0.",
-        )
 
 
 class SaveError(UserError):
@@ -125,7 +116,7 @@ class TrainRun:
     ) -> None:
         self.job, self.world, self.state, self.loader, self.log = job, world, state, loader, log
         self.recipe, self.steps_per_epoch = job.card.recipe, steps_per_epoch
-        self.model = _distributed(state.model, world)
+        self.model = parallel(state.model, world)
         self.timer = Timer()
         self.stopped = 0  # number of the signal that stopped it
         self.between_steps = True  # the state is one that a run may go on from
@@ -136,6 +127,18 @@ class TrainRun:
         self.images = {split: packed_file_names(a) for split, a in splits.items() if a is not None}
         batch = batch_per_process(self.recipe, world)
         self.val = None if job.val is None else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
+
+    def start_epoch(self) -> None:
+        """What was frozen for the first epochs alone is trained from here on; a resumed run finds its place the same
+        way. DDP has counted the parameters that get gradients, so it has to be made anew."""
+        backbone, until = self.state.model.detector.backbone, self.recipe.schedule.unfreeze_after
+        if until and backbone.held and self.state.epoch >= until:
+            backbone.hold(False)
+            self.model = self.state.model
+            gc.collect()  # the hooks of the old one end with it
+            self.model = parallel(self.state.model, self.world)
+            self.log.say(f"After epoch {until} the whole backbone is trained.")
+        self.log.start_epoch(self.state.epoch + 1)
 
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of each optimizer step that this epoch still has to do."""
@@ -342,13 +345,6 @@ class TrainRun:
         """The card of the present weights; with their evaluation, if they are what was evaluated last."""
         result = self.state.result if self.evaluated_step == self.state.step else None
         return replace(self.job.card, epoch=epoch, step=self.state.step, stats=None if result is None else result.stats)
-
-
-def _distributed(model: TrainableDetector, world: World) -> nn.Module:
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
 
 
 def padded_fraction(batch: Batch) -> torch.Tensor:

@@ -22,29 +22,38 @@ PATCH = 4
 BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
 
 
-class _Backbone(nn.Module):
-    """What backbones share: parts that training leaves as they are."""
+class Backbone(nn.Module):
+    """What backbones share: parts that training leaves as they are, for the whole run or until `hold(False)`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._still: tuple[nn.Module, ...] = ()
+        self.held = False  # whether the frozen parts are held still
+        self._frozen: tuple[nn.Module, ...] = ()
+        self._resting: tuple[nn.Parameter, ...] = ()
 
     def _freeze(self, parts: Sequence[nn.Module]) -> None:
-        """No gradients for these parts, and eval mode for ever: BatchNorm's statistics do not move either."""
-        for part in parts:
-            part.requires_grad_(False)
-        self._still = tuple(parts)
+        """Freeze these parts; what `norm` has frozen before is not let go with them."""
+        self._frozen = tuple(parts)
+        self._resting = tuple(p for part in parts for p in part.parameters() if p.requires_grad)
+        self.hold(True)
+
+    def hold(self, still: bool) -> None:
+        """Hold the frozen parts still, without gradients and in eval mode, so that BatchNorm's statistics do not move
+        either; or let them be trained."""
+        self.held = still
+        for parameter in self._resting:
+            parameter.requires_grad_(not still)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all parts but the frozen ones, which stay in evaluation mode."""
+        """Set the mode of all parts but those that are held still, which stay in evaluation mode."""
         super().train(mode)
-        for part in (inner for still in self._still for inner in still.modules()):
+        for part in (inner for frozen in self._frozen for inner in frozen.modules()) if self.held else ():
             part.training = False
         return self
 
 
-class ResNet(_Backbone):
+class ResNet(Backbone):
     """A torchvision ResNet that returns the maps of the wanted strides.
 
     `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem and the first stage, as all
@@ -117,7 +126,7 @@ def _first(stages: Sequence[nn.Module], count: Frozen, name: str) -> Sequence[nn
     return stages if count == "all" else stages[:count]
 
 
-class TimmBackbone(_Backbone):
+class TimmBackbone(Backbone):
     """Any timm model by name, reduced to the maps of the wanted strides.
 
     `drop_path`: rate of dropped residual branches while training (stochastic depth). A Swin Transformer's maps get a
@@ -174,9 +183,11 @@ class TimmBackbone(_Backbone):
 
 def _until(model: nn.Module, ends: Sequence[str], count: int, name: str) -> list[nn.Module]:
     """The parts of a timm model up to the end of its stage `count`; `ends` names the last part of each stage."""
-    parts = dict(model.named_children())
-    ends = [end.replace(".", "_") for end in ends if end.replace(".", "_") in parts]
-    if not isinstance(model, nn.ModuleDict) or not ends:
+    in_order = isinstance(model, nn.ModuleDict)  # its parts have names without dots
+    parts = dict(model.named_children()) if in_order else _in_sequence(model)
+    ends = [end.replace(".", "_") if in_order else end for end in ends]
+    ends = [end for end in ends if end in parts]
+    if not ends:
         raise UserError(
             f"detrellis does not know the stages of backbone {name}",
             "Freeze it whole: -o detector.backbone.frozen=all.",
@@ -184,6 +195,15 @@ def _until(model: nn.Module, ends: Sequence[str], count: int, name: str) -> list
     _first([parts[end] for end in ends], count, name)
     names = list(parts)
     return [parts[part] for part in names[: names.index(ends[count - 1]) + 1]]
+
+
+def _in_sequence(model: nn.Module) -> dict[str, nn.Module]:
+    """A stem and then `blocks`, one after the other, as EfficientNets and MobileNets are built; nothing of others."""
+    parts = dict(model.named_children())
+    if not isinstance(parts.get("blocks"), nn.Sequential):
+        return {}
+    stem = {name: part for name, part in parts.items() if name != "blocks"}
+    return stem | {f"blocks.{name}": block for name, block in parts["blocks"].named_children()}
 
 
 def _create(name: str, **options: Any) -> Any:

@@ -106,6 +106,7 @@ class ScheduleConfig(Config):
     final: ZeroToOne = 0.0  # cosine: last rate relative to the first
     eval_every: Count = 1  # epochs between two evaluations; the last epoch is always evaluated
     keep_every: CountOrNone = 0  # epochs between two weights files kept as epochs/NNNN; 0: none
+    unfreeze_after: CountOrNone = 0  # epochs for which backbone.frozen holds; 0: for the whole run
     keep_best: Annotated[int, within(0, 100)] = (
         0  # weights files of the best epochs kept in best/; 0: best.safetensors alone
     )

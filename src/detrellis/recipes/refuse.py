@@ -101,8 +101,18 @@ def _refuse_pictures(recipe: Recipe) -> None:
 
 
 def _refuse_schedule(recipe: Recipe) -> None:
-    """Refuse a schedule that says one thing twice."""
+    """Refuse a schedule that says one thing twice, or that trains what is not frozen later."""
     schedule = recipe.schedule
+    if schedule.unfreeze_after and not recipe.detector.backbone.frozen:
+        raise UserError(
+            f"schedule.unfreeze_after={schedule.unfreeze_after}, and detector.backbone.frozen=0 freezes nothing",
+            "Say how many stages: -o detector.backbone.frozen=2, or all.",
+        )
+    if schedule.unfreeze_after >= schedule.epochs:
+        raise UserError(
+            f"schedule.unfreeze_after={schedule.unfreeze_after}: the whole run has {schedule.epochs} epochs",
+            "Take fewer than that, or 0 to keep the backbone frozen for the whole run.",
+        )
     if schedule.warmup and schedule.warmup_steps:
         raise UserError(
             f"schedule: warmup={schedule.warmup:g} and warmup_steps={schedule.warmup_steps} both set the warm-up",
