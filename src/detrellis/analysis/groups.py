@@ -1,6 +1,6 @@
 """Group DETR, Fig. 3 and 4: where the groups' queries are, how far apart, and how alike the groups perform.
 
-All on the run's last checkpoint, all groups in one pass (`all_groups.py`):
+All on the run's last checkpoint, all groups in one pass (`all_groups` in `schemes.py`):
 
 * positions: centres of the queries' reference points, anchors or proposals; and the distance of the groups' 2-D
   histograms, which the paper compares by eye: total variation, averaged over pairs of groups;

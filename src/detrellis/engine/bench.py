@@ -122,11 +122,10 @@ def bench_recipe(
     warmup: Warmup = 2,
     device: str | None = None,
 ) -> BenchResult:
-    """Time `runs` passes at each batch size after `warmup` untimed ones, which also pay for what is compiled.
+    """As `detrellis.bench`, of a recipe that is chosen. Warming up also pays for what is compiled.
 
     Inference is `Detector.detect`: images to sorted boxes. A training step is forward, losses on random targets,
-    backward, clipping and the optimizer, with the recipe's schemes. Weights are random and nothing is downloaded: they
-    change no time.
+    backward, clipping and the optimizer, with the recipe's schemes. Random weights change no time.
     """
     target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
     model = build(recipe.untrained(), classes).to(target).train(train)

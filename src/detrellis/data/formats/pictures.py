@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from detrellis.data.files import files_in, is_image, list_images, subfolders
 from detrellis.data.formats.lookup import ResolvedNames, fold, readings, real_names, split_named
@@ -23,6 +23,7 @@ SAMPLE = 24  # annotation files that decide which folder holds their pictures
 DEPTH = 3  # folders below one that is searched
 MAX_FILES = 200  # of a folder that are opened to see what they are
 
+Item = TypeVar("Item")
 GivenImages = Mapping[str, Path | None]  # split -> the image folder that the user named
 
 
@@ -40,7 +41,7 @@ class PictureCounts(NamedTuple):
     by_stem: int  # called like their annotation files, or as written but for the suffix
 
 
-def spread(items: Sequence[Path], limit: int = SAMPLE) -> list[Path]:
+def spread(items: Sequence[Item], limit: int = SAMPLE) -> list[Item]:
     """At most `limit` items, evenly spaced over the list."""
     step = max(1, -(-len(items) // limit))
     return list(items[::step])

@@ -10,16 +10,16 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detrellis.data.files import read_text
+from detrellis.data.formats.pictures import spread
 from detrellis.data.formats.yolo_yaml import Keypoints
 from detrellis.errors import UserError
 
-Item = TypeVar("Item")
 RelativeBox = tuple[float, float, float, float]  # x, y, width, height, relative to the image's
 LineKind = Literal["polygons", "keypoints", "unclear"]
 SAMPLE = 200  # long lines that decide what they are
@@ -130,13 +130,8 @@ def long_lines(contents: Sequence[YoloFile], files: Sequence[Path | None], decla
         for file, content in zip(files, contents, strict=True)
         if file is not None and any(label.around for label in content.labels)
     ]
-    lines = [numbers for file in _sample(with_long) for numbers in _long_lines(file)]
-    return LongLines(decide(_sample(lines)) if lines else "polygons", None)
-
-
-def _sample(items: list[Item]) -> list[Item]:
-    """At most `SAMPLE` items, evenly spaced over the list."""
-    return items[:: max(1, -(-len(items) // SAMPLE))]
+    lines = [numbers for file in spread(with_long, SAMPLE) for numbers in _long_lines(file)]
+    return LongLines(decide(spread(lines, SAMPLE)) if lines else "polygons", None)
 
 
 def _long_lines(file: Path) -> list[NDArray[np.float64]]:
