@@ -90,6 +90,8 @@ def test_options_have_the_same_ranges() -> None:
         (lambda: detrellis.evaluate("run", split="dev"), "split='dev'"),  # type: ignore[call-overload]
         (lambda: detrellis.evaluate("run", spilt="test"), "Did you mean 'split'"),  # type: ignore[call-overload]
         (lambda: detrellis.train("tiny", epochs=0), "epochs=0"),
+        (lambda: detrellis.train("tiny", epochs="all"), "Known: auto"),  # type: ignore[arg-type]
+        (lambda: detrellis.resume("run", epochs="auto"), "epochs='auto'"),  # type: ignore[arg-type]
         (lambda: detrellis.train("tiny", epoch=1), "Did you mean 'epochs'"),  # type: ignore[call-arg]
         (lambda: detrellis.train("tiny", workers=-1), "workers=-1"),
         (lambda: detrellis.train("tiny", seed=-1), "seed=-1"),
@@ -122,6 +124,7 @@ def test_every_verb_is_checked(call: Callable[[], object], message: str) -> None
         ["train", "tiny", "--seed", "-1"],
         ["train", "tiny", "--workers", "-1"],
         ["train", "tiny", "--epochs", "0"],
+        ["train", "tiny", "--epochs", "all"],
         ["eval", "run", "--workers", "-1"],
         ["predict", "run", "x.jpg", "--batch", "0"],
         ["check", "--workers", "0"],

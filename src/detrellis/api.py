@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from detrellis.arguments import (
+    Auto,
     BatchSize,
     Classes,
     Epochs,
@@ -39,6 +40,7 @@ from detrellis.engine.checkpoint import Card, find_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, collect
+from detrellis.engine.length import auto_epochs, describe_auto
 from detrellis.engine.measure import RecipeInfo, measure
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run
@@ -78,7 +80,7 @@ def train(
     scale: Scale | None = None,
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
-    epochs: Epochs | None = None,
+    epochs: Epochs | Auto | None = None,
     out: str | Path | None = None,
     seed: Seed = 0,
     device: str | None = None,
@@ -92,20 +94,25 @@ def train(
     the class heads by the classes' names; the result's `transfer` tells what did. Without `recipe`, theirs is trained.
     `boxes` names weights too, of which the reference boxes (anchors) alone are taken over. `scale="tiny"` takes the
     recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
-    (`"optim.lr=1e-4"`), `out` is the run's folder (default: `runs/` with the recipe's name and the time). Raises
-    `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the
-    images that lose an object by that (`"boxes"`: these stay).
+    (`"optim.lr=1e-4"`), `epochs="auto"` trains for as many as the size of the data set asks for (`engine/length.py`),
+    `out` is the run's folder (default: `runs/` with the recipe's name and the time). Raises `UserError` where the data
+    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
+    stay).
     """
     default, initial = _recipe_and_weights(recipe, weights)
     initial_boxes = None if boxes is None else load_any(boxes)[0]
     chosen = choose_recipe(default, scale, scheme, override)
-    if epochs is not None:
-        chosen = chosen.override([f"schedule.epochs={epochs}"])
+    if isinstance(epochs, int):
+        chosen = chosen.override(f"schedule.epochs={epochs}")
     source = find_data(data, train, train_images, val, val_images)
     if out is not None:
         _check_free(Path(out))
     with process_group(device) as world:
         training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
+        if epochs == "auto":
+            chosen = chosen.override(f"schedule.epochs={auto_epochs(chosen, len(training))}")
+            if world.is_main_process:
+                _say(console)(describe_auto(chosen, len(training)))
         folder = Path(out) if out is not None else _new_folder(chosen.name, world)
         if world.is_main_process:
             Outputs(folder).take(LOGS)
@@ -181,8 +188,7 @@ def resume(
     resumed = resumed_run(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
     with process_group(device) as world:
         if world.is_main_process:
-            say = print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            say(resumed.summary)
+            _say(console)(resumed.summary)
         card = resumed.card
         training, validation, classes = _prepared(resumed.source, card.recipe, card.skip_bad, world, console)
         resumed.check(training, validation, classes)
@@ -312,6 +318,11 @@ def bench(
         warmup=warmup,
         device=device,
     )
+
+
+def _say(console: Console | None) -> Callable[[str], None]:
+    """Prints a line as it is, to the console where there is one."""
+    return print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
 
 def _prepared(

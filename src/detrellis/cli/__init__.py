@@ -14,6 +14,7 @@ from detrellis.cli.options import (
     AsJson,
     Boxes,
     Device,
+    EpochsOrAuto,
     EvalData,
     Files,
     KeepPartial,
@@ -151,9 +152,7 @@ def train(
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
-    epochs: Annotated[
-        int | None, typer.Option(**limits(Epochs), help="Length of the run; the schedule follows it.")
-    ] = None,
+    epochs: EpochsOrAuto = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")] = None,
     seed: Annotated[
         int | None, typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0).")
@@ -167,7 +166,7 @@ def train(
 ) -> None:
     """Train a recipe on a data set. Ctrl-C saves and stops; --resume goes on. Under torchrun it uses all processes.
 
-    Example: detrellis train tiny --data my_data --epochs 40 -o optim.lr=2e-4
+    Example: detrellis train tiny --data my_data --epochs auto -o optim.lr=2e-4
     """
     # A misspelt word, or data that are not there, are told before torch is imported.
     if resume is not None:

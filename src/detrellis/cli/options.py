@@ -52,6 +52,26 @@ SkipBad = Annotated[
 KeepPartial = Annotated[
     bool, typer.Option("--keep-partial", help="With it, keep images that lose an object (they teach it is not there).")
 ]
+
+
+def _epochs_or_auto(text: str) -> int | arguments.Auto:
+    """What `--epochs` is given, where it may be auto."""
+    least = limits(arguments.Epochs)["min"]
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    raise typer.BadParameter(f"{text!r} is not auto, nor a whole number of {least} or more")
+
+
+EpochsOrAuto = Annotated[
+    Any,  # an int or "auto": typer knows no unions
+    typer.Option(
+        parser=_epochs_or_auto,
+        metavar="N|auto",
+        help="Length of the run, which the schedule follows; auto: by the size of the data set.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")]
 RecipeName = Annotated[
