@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.attention_maps import RecordedAttention, decode_recorded, head_points, head_weights
-from detrellis.analysis.figures import INK, canvas, shortened
+from detrellis.analysis.figures import INK, Axes, Figure, canvas, shortened
 from detrellis.analysis.pictures import Size, attention_score, levels
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.arguments import Index, checked
@@ -34,10 +34,6 @@ from detrellis.errors import UserError
 from detrellis.loading import load_trained
 from detrellis.predictions.model import Model
 from detrellis.types import ImageBatch, Memory
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 LONGEST = 480  # pixels of a drawn picture's longer side
 

@@ -7,13 +7,13 @@ each class (IoU 0.6; of R-CNN, RetinaNet and FCOS 0.5), the best 100.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, value_bars
+from detrellis.analysis.figures import Figure, as_written, canvas, colours, shortened, tidy, value_bars
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.analysis.schemes import DECODER, begin, check_collaborative, decode_main, load_with_scheme
@@ -27,9 +27,6 @@ from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 from detrellis.types import Detections
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = ("AP", "AP50", "AP75")
 MOST = 100  # detections of an image that COCO's AP counts

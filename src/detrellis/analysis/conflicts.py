@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.activation_maps import Cam, activation_map, activations
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, canvas, heading, run_rows, tidy
+from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, Axes, Figure, canvas, heading, run_rows, tidy
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.pictures import Picture, outline, picture
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
@@ -30,10 +30,6 @@ from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 EPS = 1e-3  # added to each pixel of a map whose maximum is 1: what a place that a head ignores counts as
 IMAGES = 2  # that are drawn with their maps

@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.attention_maps import decode_recorded, token_weights
-from detrellis.analysis.figures import FAINT, as_written, canvas, colours, heading, shortened, tidy
+from detrellis.analysis.figures import FAINT, Axes, Figure, as_written, canvas, colours, heading, shortened, tidy
 from detrellis.analysis.outputs import annotation_rows, batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.pictures import (
     SMALLEST,
@@ -44,10 +44,6 @@ from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_supervision
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # S goes from 0 to 1 in this many steps. The paper does not say how many it takes; few would do for attention, but norms
 # behind a LayerNorm are nearly equal, and D may lie between 0.998 and 1.

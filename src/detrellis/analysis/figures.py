@@ -14,9 +14,12 @@ from detrellis.engine.console import number
 from detrellis.errors import UserError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.figure import SubFigure
     from matplotlib.legend import Legend
+else:
+    Axes = Figure = Any  # for annotations where matplotlib may be missing
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in grey.
 BLUE, ORANGE = "#0072B2", "#D55E00"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from detrellis.analysis.figures import (
     BLUE,
     FAINT,
     ORANGE,
+    Axes,
+    Figure,
     canvas,
     colours,
     heading,
@@ -51,10 +53,6 @@ from detrellis.loading import OpenedSplit
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.schemes.group import Group
 from detrellis.training import TrainableDetector
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 GRID = 8  # cells of a histogram on each side
 SHUFFLES = 10  # random groups that the histogram distance is compared with

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.figures import as_written, canvas, colours, shortened, tidy, whole_numbers
+from detrellis.analysis.figures import Figure, as_written, canvas, colours, shortened, tidy, whole_numbers
 from detrellis.analysis.outputs import batches, check_finite, one_to_one
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
@@ -29,9 +29,6 @@ from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_supervision
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, Targets
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def matched_boxes(assignment: Assignment, targets: Targets, layers: int, queries: int) -> Tensor:

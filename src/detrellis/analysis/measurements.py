@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from detrellis.analysis import (
     attention,
@@ -20,12 +20,9 @@ from detrellis.analysis import (
     one_to_many,
     query_distance,
 )
-from detrellis.analysis.figures import DPI, need_matplotlib
+from detrellis.analysis.figures import DPI, Figure, need_matplotlib
 from detrellis.analysis.runs import Result
 from detrellis.outputs import Outputs
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

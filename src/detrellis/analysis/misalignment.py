@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.figures import BLUE, FAINT, ORANGE, headline, panels
+from detrellis.analysis.figures import BLUE, FAINT, ORANGE, Axes, Figure, headline, panels
 from detrellis.analysis.outputs import image_outputs
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, mean_or_none, run_table
 from detrellis.arguments import Iou, checked
@@ -31,10 +31,6 @@ from detrellis.distributed import all_gather
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BINS = 20  # of the histograms of IoU; the last one holds 1 too
 EDGES = tuple(i / BINS for i in range(BINS + 1))

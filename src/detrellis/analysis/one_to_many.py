@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from rich.table import Table
 
-from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, canvas, tidy
+from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Figure, canvas, tidy
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
@@ -33,9 +33,6 @@ from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_schemes
 from detrellis.recipes.config import Recipe
 from detrellis.types import DecoderOutput
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 NMS = (0.5, 0.6, 0.7, 0.8)  # IoU from which a box is a duplicate of a better one
 DRAWN = 0.7  # the paper does not say; this one, or the nearest, is in the figure

@@ -4,7 +4,7 @@ of an encoder's tokens as maps."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detrellis.analysis.figures import Axes
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import MEAN, STD, Batch
 from detrellis.training import image_sizes
 from detrellis.types import Memory
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Size = tuple[int, int]  # height, width
 SMALLEST = 1e-30  # a map that is 0 everywhere stays so

@@ -9,14 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.figures import BLUE, FAINT, INK, canvas, colours, heading, headline, tidy, value_bars
+from detrellis.analysis.figures import (
+    BLUE,
+    FAINT,
+    INK,
+    Axes,
+    Figure,
+    canvas,
+    colours,
+    heading,
+    headline,
+    tidy,
+    value_bars,
+)
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.pictures import Picture, outline, picture
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, mean_or_none, run_table
@@ -37,10 +49,6 @@ from detrellis.schemes.collaborative.coder import centres
 from detrellis.schemes.collaborative.scene import BranchAssignment
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ALL = "all"  # what reports call the positives of all branches together
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from detrellis.analysis.figures import (
     BLUE,
     FAINT,
     INK,
     ORANGE,
+    Axes,
+    Figure,
     as_written,
     canvas,
     colours,
@@ -18,10 +20,6 @@ from detrellis.analysis.figures import (
 )
 from detrellis.study.report import RowResult, StudyReport
 from detrellis.study.results import TrialResult
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 def figures(report: StudyReport) -> dict[str, tuple[Figure, str]]:

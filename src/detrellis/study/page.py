@@ -7,19 +7,15 @@ import io
 import re
 from collections.abc import Collection, Iterable, Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from detrellis.analysis.figures import INK
+from detrellis.analysis.figures import INK, Figure
 from detrellis.engine.evaluate import NMS
 from detrellis.study.plan import changes
 from detrellis.study.report import StudyReport
 from detrellis.study.tables import ReportTable, report_tables
 from detrellis.study.words import caveats, minutes, recommend
 from detrellis.version import __version__
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1f21; --soft: #5c6268; --line: #d9dcdf; --paper: #fff; --box: #f3f6f8;
