@@ -177,7 +177,10 @@ def test_what_is_dropped_is_detected_last() -> None:
         assert int((image.scores > 1e-12).sum()) == min(20, int((~last).sum()) * CLASSES)
 
 
-@pytest.mark.parametrize(("name", "words"), [("deformable_detr_r50", "refine=none"), ("detr_r50", "refine=none")])
-def test_boxes_that_are_not_refined_are_refused(name: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        build(small(name).override("detector.decoder.distinct=0.8"), CLASSES)
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("deformable_detr_r50", "decoder.refine=none"), ("dab_detr_r50", "scores=softmax")],
+)
+def test_boxes_that_are_not_refined_and_softmax_are_refused(name: str, other: str) -> None:
+    with pytest.raises(UserError, match=f"decoder.distinct and {other} do not combine"):
+        build(small(name).override([f"detector.{other}", "detector.decoder.distinct=0.8"]), CLASSES)
