@@ -33,6 +33,7 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
+from detrellis.data.loader import Normalise
 from detrellis.distributed import World, all_gather, process_group
 from detrellis.engine.bench import BenchResult, bench_recipe
 from detrellis.engine.capacity import capacity
@@ -61,6 +62,7 @@ from detrellis.predictions.record import OnError, Predictions, collect_predictio
 from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
+from detrellis.recipes.network import starting_from
 
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", "bad_batch-0.pt")  # what a run writes beside its weights
 WEIGHTS = ("best.safetensors", "last.safetensors")
@@ -104,6 +106,7 @@ def train(
     chosen = choose_recipe(default, scale, scheme, override)
     if isinstance(epochs, int):
         chosen = chosen.override(f"schedule.epochs={epochs}")
+    chosen, backbone = starting_from(chosen, None if initial is None else initial.statistics)
     source = find_data(data, train, train_images, val, val_images)
     if out is not None:
         _check_free(Path(out))
@@ -117,7 +120,7 @@ def train(
         if world.is_main_process:
             Outputs(folder).take(LOGS)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
-        card = replace(card, weights=_origin(weights), boxes=_origin(boxes))
+        card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes)
         return run_job(job, world, console=console)
 
@@ -153,8 +156,9 @@ def _recipe_and_weights(
     if weights is None:
         return recipe, None
     tensors, card = load_any(weights)
-    objectness = card.recipe.detector.objectness
-    return card.recipe if recipe is None else recipe, InitialWeights(tensors, card.classes, objectness)
+    statistics = Normalise.of(**card.recipe.data.statistics()).statistics
+    start = InitialWeights(tensors, card.classes, card.recipe.detector.objectness, statistics)
+    return card.recipe if recipe is None else recipe, start
 
 
 def _origin(place: str | Path | None) -> str | None:

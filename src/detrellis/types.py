@@ -14,6 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+Channels = tuple[float, float, float]  # red, green, blue
+# What backbones trained on ImageNet are usually given: `(x - mean) / std` of pixels from 0 to 1.
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
 
 class ImageBatch(NamedTuple):
     """Images, padded at the bottom and on the right to one size."""

@@ -23,11 +23,12 @@ from detrellis.data import loader as loader_module
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.loader import (
-    MEAN,
-    STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Batch,
     Collate,
     DetectionDataset,
+    Normalise,
     Sample,
     build_loader,
     mixed_seed,
@@ -157,7 +158,7 @@ def test_collate_against_the_naive_version() -> None:
     row = 0
     for b, (sample, (h, w)) in enumerate(zip(samples, shapes, strict=True)):
         for c in range(3):
-            expected = (sample.image[c].double() / 255 - MEAN[c]) / STD[c]
+            expected = (sample.image[c].double() / 255 - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
             torch.testing.assert_close(batch.images.pixels[b, c, :h, :w].double(), expected, atol=1e-6, rtol=0)
         outside = torch.ones(52, 41, dtype=torch.bool)
         outside[:h, :w] = False
@@ -368,3 +369,15 @@ def test_workers_share_the_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list(DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=report_private))
     assert len(seen) == 40
     assert max(seen) - seen[0] < 0.4 * shared
+
+
+def test_other_statistics_normalise_and_give_the_colours_back() -> None:
+    image = torch.arange(256).repeat(3, 2).view(3, 2, 256).byte()
+    normalise = Normalise((0.1, 0.2, 0.3), (0.5, 1.0, 0.25))
+    pixels = stack_images([image], normalise=normalise).pixels[0]
+    for c, (mean, std) in enumerate(zip(normalise.mean, normalise.std, strict=True)):
+        expected = (image[c].double() / 255 - mean) / std
+        torch.testing.assert_close(pixels[c].double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(normalise.colours(pixels), image)
+    assert torch.equal(stack_images([image]).pixels, stack_images([image], normalise=Normalise.of(None, None)).pixels)
+    assert Normalise.of(None, (0.5, 0.5, 0.5)) == Normalise(IMAGENET_MEAN, (0.5, 0.5, 0.5))

@@ -75,17 +75,6 @@ def test_frozen_norm_is_the_spec_formula() -> None:
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_unreachable_weights_say_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torchvision
-
-    def unreachable(*args: object, **kwargs: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.models, "get_model", unreachable)
-    with pytest.raises(UserError, match=r"pretrained=false"):
-        build_backbone(BackboneConfig(name="resnet18"))
-
-
 def test_unknown_names_are_user_errors() -> None:
     with pytest.raises(UserError, match="no_such_model"):
         build_backbone(config("no_such_model"))

@@ -27,14 +27,18 @@ from torch import Tensor
 import detrellis
 from detrellis.data.layout import resolve
 from detrellis.data.shapes import write_shapes
+from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
+from detrellis.nn.pretrained import timm_statistics
 from detrellis.recipes import RECIPES, find_recipe
 from detrellis.recipes.build import build
+from detrellis.recipes.detector import RESNETS
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
 from detrellis.recipes.scale import tiny_sized
 from detrellis.schemes.config import SchemesConfig
 from detrellis.study.plan import read_plan
 from detrellis.study.rows import plan_schemes
+from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 
 from ..small import images
 
@@ -153,6 +157,8 @@ def test_a_run_goes_on(stored: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in SINCE])
 def test_recipes_are_what_they_were(recipes: dict[str, Any], name: str) -> None:
     recipe = find_recipe(name)
+    if recipe.detector.backbone.name not in RESNETS:
+        recipe = recipe.with_statistics(IMAGENET_MEAN, IMAGENET_STD)
     assert read_recipe(recipes[name], 1) == recipe
     every = recipe.with_schemes(["none", *(scheme for scheme in SchemesConfig.model_fields if scheme not in SINCE)])
     assert read_recipe(recipes[f"{recipe.name} with every scheme"], 1) == every
@@ -184,6 +190,19 @@ def test_parameters_of_format_2_are_read() -> None:
 def test_what_this_version_stores_it_reads_as_it_is() -> None:
     dumped = json.loads(find_recipe("dino-r50").model_dump_json())
     assert migrated(dumped, FORMAT) == dumped
+
+
+def test_older_runs_keep_the_statistics_that_they_were_trained_with(stored: Path) -> None:
+    """ImageNet's, whatever the backbone: `test_resnet`, which `sam` has, is given other ones by timm."""
+    card = load_weights(stored / "sam")[1]
+    assert card.recipe.detector.backbone.name == "test_resnet"
+    assert (card.recipe.data.mean, card.recipe.data.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert timm_statistics("test_resnet")[0] != IMAGENET_MEAN
+    recipe = json.loads(find_recipe("dino-swin-l").model_dump_json(exclude={"data": {"mean", "std"}}))
+    assert read_recipe(recipe, 2).data.mean == IMAGENET_MEAN
+    assert read_recipe(recipe, FORMAT).data.mean is None
+    recipe["data"]["mean"] = [0.5, 0.4, 0.3]
+    assert read_recipe(recipe, 2).data.mean == (0.5, 0.4, 0.3)
 
 
 def test_a_study_goes_on(stored: Path, tmp_path: Path) -> None:

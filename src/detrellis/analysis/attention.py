@@ -161,7 +161,7 @@ def _batch(model: Model, pixels: Tensor) -> ImageBatch:
     data = model.recipe.data
     transform = eval_transform(data.size, **data.resizing())
     resized, *_ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-    return stack_images([resized], transform.pad_to).to(model.device)
+    return stack_images([resized], transform.pad_to, model.normalise).to(model.device)
 
 
 def layer_attention(layer: RecordedAttention, memory: Memory, query: int, size: Size) -> LayerAttention:

@@ -147,7 +147,7 @@ def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -
             continue
         matrices.append(conflict_matrix(maps.unsqueeze(1), eps).cpu())
         if len(examples) < IMAGES:
-            examples.append(MappedImage(picture(batch, image), maps.float().cpu().numpy()))
+            examples.append(MappedImage(picture(batch, image, opened.model.normalise), maps.float().cpu().numpy()))
     if not matrices:
         where = f"{opened.files}: no image with an object that every head finds"
         raise UserError(where, "Take another --split or --data, or train longer.")

@@ -180,7 +180,7 @@ def _scored(opened: OpenedSplit, of: Of, show: bool) -> Iterator[tuple[ScoredIma
         for i, score in enumerate(MAPS[of](opened, batch)):
             inside = foreground(image_boxes(batch, i), image_size(batch, i))
             if inside.any() and not inside.all():
-                yield ScoredImage(rows[batch.image_ids[i]], picture(batch, i), score), inside
+                yield ScoredImage(rows[batch.image_ids[i]], picture(batch, i, opened.model.normalise), score), inside
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detrellis.analysis.figures import Axes
 from detrellis.boxes import cxcywh_to_xyxy
-from detrellis.data.loader import MEAN, STD, Batch
+from detrellis.data.loader import Batch, Normalise
 from detrellis.training import image_sizes
 from detrellis.types import Memory
 
@@ -42,12 +42,11 @@ def image_boxes(batch: Batch, image: int) -> Tensor:
     return boxes * boxes.new_tensor([width, height, width, height])
 
 
-def picture(batch: Batch, image: int) -> Picture:
-    """One of a batch's images, as the detector sees it."""
+def picture(batch: Batch, image: int, normalise: Normalise) -> Picture:
+    """One of a batch's images, as the detector sees it; `normalise` is what its pixels went through."""
     height, width = image_size(batch, image)
-    pixels = batch.images.pixels[image, :, :height, :width].cpu().movedim(0, -1)
-    colours = ((pixels * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
-    return Picture(colours.numpy(), image_boxes(batch, image).cpu().numpy())
+    colours = normalise.colours(batch.images.pixels[image, :, :height, :width])
+    return Picture(colours.movedim(0, -1).numpy(), image_boxes(batch, image).cpu().numpy())
 
 
 def outline(axes: Axes, picture: Picture, colour: str = "white") -> None:

@@ -182,7 +182,7 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunQueryDistance:
             image = {branch: distances(places, positives) for branch, positives in places.branches.items()}
             images.append(image)
             if example is None and all(d.matched.isfinite().any() for d in image.values()):
-                example = PlacedImage(picture(batch, i), places)
+                example = PlacedImage(picture(batch, i, opened.model.normalise), places)
     branches = {branch: averaged(image[branch] for image in images) for branch in images[0]}
     boxes = sum(len(next(iter(image.values())).positives) for image in images)
     return RunQueryDistance(name, opened.run, opened.files, len(images), boxes, branches, example)

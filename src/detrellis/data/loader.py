@@ -25,12 +25,38 @@ from detrellis.data.masks import read_outlines, transform_with_masks
 from detrellis.data.sampler import BatchSampler, EvalSampler, Key
 from detrellis.data.transforms import Transform
 from detrellis.errors import UserError
-from detrellis.types import ImageBatch, Targets
+from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels, ImageBatch, Targets
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-_STD = torch.tensor(STD).view(3, 1, 1)
-_SCALE, _SHIFT = 1 / (255 * _STD), -torch.tensor(MEAN).view(3, 1, 1) / _STD
+
+@dataclass(frozen=True)
+class Normalise:
+    """Pixels from 0 to 255 to what a detector reads: `(pixel / 255 - mean) / std`, by channel. Default: ImageNet's."""
+
+    mean: Channels = IMAGENET_MEAN
+    std: Channels = IMAGENET_STD
+
+    @classmethod
+    def of(cls, mean: Channels | None, std: Channels | None) -> Normalise:
+        """What a recipe says; what it leaves open is ImageNet's."""
+        return cls(mean or IMAGENET_MEAN, std or IMAGENET_STD)
+
+    @property
+    def statistics(self) -> tuple[Channels, Channels]:
+        """Mean and std."""
+        return self.mean, self.std
+
+    def into(self, image: Tensor, out: Tensor) -> None:
+        """`image (3, H, W)` normalised into `out`, which may be a view: `image * scale + shift`.
+
+        Not a fused multiply-add: that rounds differently at the ends of a thread's part.
+        """
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        out.copy_(image).mul_(1 / (255 * std)).add_(-mean / std)
+
+    def colours(self, pixels: Tensor) -> Tensor:
+        """The inverse: `pixels (3, H, W)` of a batch as uint8."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).byte()
 
 
 class Sample(NamedTuple):
@@ -141,6 +167,7 @@ class Collate:
     """Samples to a `Batch`: normalise, pad at the bottom and right to `pad_to` or to the largest image."""
 
     pad_to: tuple[int, int] | None = None
+    normalise: Normalise = Normalise()
 
     def __call__(self, samples: list[Sample] | WorkerError) -> Batch | WorkerError:
         """The batch; an error of a worker is passed on."""
@@ -152,7 +179,7 @@ class Collate:
         labels = torch.cat([s.labels for s in samples])
         targets = Targets(labels, _normalised_boxes(samples), counts, masks)
         sizes = torch.tensor([s.size for s in samples], dtype=torch.int64)
-        images = stack_images([s.image for s in samples], self.pad_to)
+        images = stack_images([s.image for s in samples], self.pad_to, self.normalise)
         return Batch(images, targets, tuple(s.image_id for s in samples), sizes)
 
 
@@ -164,24 +191,18 @@ def _normalised_boxes(samples: list[Sample]) -> Tensor:
     return xyxy_to_cxcywh(torch.cat(scaled)).float()
 
 
-def stack_images(images: Sequence[Tensor], pad_to: tuple[int, int] | None = None) -> ImageBatch:
+def stack_images(
+    images: Sequence[Tensor], pad_to: tuple[int, int] | None = None, normalise: Normalise = Normalise()
+) -> ImageBatch:
     """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`, or to the largest height and width."""
     height, width = pad_to or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
     pixels = torch.zeros(len(images), 3, height, width)
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for image, into, mask in zip(images, pixels, padding, strict=True):
         h, w = image.shape[1:]
-        normalise(image, into[:, :h, :w])
+        normalise.into(image, into[:, :h, :w])
         mask[:h, :w] = False
     return ImageBatch(pixels, padding if padding.any() else None)
-
-
-def normalise(image: Tensor, out: Tensor) -> None:
-    """`(image / 255 - MEAN) / STD` into `out`, which may be a view: `image * scale + shift`.
-
-    Not a fused multiply-add: that rounds differently at the ends of a thread's part.
-    """
-    out.copy_(image).mul_(_SCALE).add_(_SHIFT)
 
 
 class Loader:
@@ -246,6 +267,7 @@ def build_loader(
     dataset: DetectionDataset,
     sampler: BatchSampler | EvalSampler,
     *,
+    normalise: Normalise = Normalise(),
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Loader:
@@ -257,7 +279,7 @@ def build_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=Collate(dataset.transform.pad_to),
+        collate_fn=Collate(dataset.transform.pad_to, normalise),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         # Its own generator: without one every epoch takes a number from the global one, whose state the model shares.

@@ -57,6 +57,7 @@ class Card:
     step: int = 0  # optimizer steps done
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
     weights: str | None = None  # where the run started from, if not from the recipe's own
+    backbone: str | None = None  # where its backbone's pretrained weights came from, if it started from any
     boxes: str | None = None  # where its reference boxes started from, if they came alone
     changes: Sequence[Mapping[str, Any]] = ()  # what was set when the run was resumed: epoch, step, and what
     version: str = __version__

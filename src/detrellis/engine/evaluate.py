@@ -13,7 +13,7 @@ from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
-from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
+from detrellis.data.loader import Batch, DetectionDataset, Loader, Normalise, build_loader
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
@@ -64,8 +64,9 @@ def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, w
     """Every image once over all processes, resized as the recipe says."""
     transform = eval_transform(config.size, **config.resizing())
     sampler = EvalSampler(len(annotations), batch_size, rank=world.rank, world_size=world.size)
-    pin = world.device.type == "cuda"
-    return build_loader(DetectionDataset(annotations, transform), sampler, workers=workers, pin_memory=pin)
+    normalise, pin = Normalise.of(**config.statistics()), world.device.type == "cuda"
+    dataset = DetectionDataset(annotations, transform)
+    return build_loader(dataset, sampler, normalise=normalise, workers=workers, pin_memory=pin)
 
 
 def collect(

@@ -10,6 +10,8 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor
 
 from detrellis.data.annotations import Annotations
@@ -182,3 +184,15 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
     optimizer = _optimizer(model, recipe)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
     return TrainState(model, optimizer, ema, FlatLossWatch(), transfer=report)
+
+
+def origins_of(card: Card, state: TrainState) -> list[RenderableType]:
+    """What a fresh run starts from, for a console: pretrained or trained weights, and reference boxes."""
+    said: list[RenderableType] = []
+    if card.backbone is not None:
+        said.append(Text(f"Backbone's pretrained weights: {card.backbone}"))
+    if state.transfer is not None:
+        said.append(state.transfer.table(card.weights or ""))
+    if card.boxes is not None:
+        said.append(Text(f"Reference boxes from {card.boxes}"))
+    return said

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.atomic import sweep
-from detrellis.data.loader import Batch, DetectionDataset, Loader, build_loader
+from detrellis.data.loader import Batch, DetectionDataset, Loader, Normalise, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.transforms import train_transform
 from detrellis.distributed import World, parallel, reduce_max
@@ -46,7 +45,7 @@ from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, packed_file_names
-from detrellis.engine.state import TrainJob, TrainState, fresh_state, patience_left
+from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 from detrellis.signals import collected
@@ -77,10 +76,8 @@ def train(
     state = fresh_state(job, world, filled=resume is not None)
     if resume is not None:
         state.load_state_dict(resume, job.out)
-    elif state.transfer is not None and world.is_main_process:
-        (console or Terminal()).print(state.transfer.table(job.card.weights or ""))
-    if job.boxes is not None and world.is_main_process:
-        (console or Terminal()).print(Text(f"Reference boxes from {job.card.boxes}"))
+    elif world.is_main_process and (origins := origins_of(job.card, state)):
+        (console or Terminal()).print(*origins, sep="\n")
     loader, steps_per_epoch = train_loader(job, world)
     check_warmup(steps_per_epoch * epochs, schedule)
     log = RunLog(
@@ -378,5 +375,6 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         group_by_aspect=job.train.sizes if data.group_by_aspect else None,
     )
     dataset = DetectionDataset(job.train, transform, job.card.seed, masks=recipe.needs_masks)
-    loader = build_loader(dataset, sampler, workers=job.workers, pin_memory=world.device.type == "cuda")
+    options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
+    loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
     return loader, -(-len(sampler) // recipe.optim.accumulate)

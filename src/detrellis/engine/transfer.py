@@ -16,6 +16,7 @@ from detrellis.data.classes import ClassMap
 from detrellis.detector import Detector
 from detrellis.engine.transfer_report import ClassRows, TensorFate, TransferReport, amount, plural
 from detrellis.errors import UserError
+from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels
 
 CLASS_HEAD = re.compile(r"(decoder\.heads\.classes\.\d+|queries\.head\.classify)\.(weight|bias)")
 PROPOSALS = "queries.head.classify."
@@ -37,12 +38,14 @@ Rows = tuple[tuple[int, int], ...]  # (row here, row in the weights)
 class InitialWeights:
     """Weights that a run starts from, and their classes.
 
-    `objectness`: row 0 of their proposals' class head tells objects from background, and is not class 0.
+    `objectness`: row 0 of their proposals' class head tells objects from background, and is not class 0. `statistics`:
+    mean and std that their pictures were normalised with, for a run that names no others.
     """
 
     weights: Mapping[str, Tensor]
     classes: ClassMap
     objectness: bool = False
+    statistics: tuple[Channels, Channels] = (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)

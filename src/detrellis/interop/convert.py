@@ -18,7 +18,7 @@ from detrellis.arguments import checked
 from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.formats.coco import load_json
-from detrellis.data.loader import MEAN, STD
+from detrellis.data.loader import Normalise
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
 from detrellis.interop import huggingface
@@ -126,7 +126,7 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     replace_files(
         (folder / "model.safetensors", lambda path: save_file(theirs, path, {"format": "pt"})),
         (folder / "config.json", _json(config)),
-        (folder / "preprocessor_config.json", _json(_processor(kind, recipe))),
+        (folder / "preprocessor_config.json", _json(processor(kind, recipe))),
     )
     return _differences(kind, recipe)
 
@@ -141,8 +141,9 @@ def _distinct(names: tuple[str, ...]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(names)]
 
 
-def _processor(kind: str, recipe: Recipe) -> dict[str, Any]:
-    data = recipe.data
+def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
+    """What `preprocessor_config.json` says of the recipe's pictures, for a model of that kind."""
+    data, normalise = recipe.data, Normalise.of(**recipe.data.statistics())
     config: dict[str, Any] = {
         "image_processor_type": huggingface.FAMILIES[kind].processor,
         "format": "coco_detection",
@@ -150,8 +151,8 @@ def _processor(kind: str, recipe: Recipe) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(normalise.mean),
+        "image_std": list(normalise.std),
         "do_pad": True,
         "resample": 2,
     }

@@ -20,6 +20,8 @@ from detrellis.interop.names import huggingface as huggingface_names
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
+STATISTICS = {"mean": "image_mean", "std": "image_std"}  # a recipe's `data`, and a processor's names
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -96,11 +98,14 @@ def _labels(config: Mapping[str, Any]) -> ClassMap:
 
 
 def with_processor(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with the image size of a `preprocessor_config.json`; without one, DETR's 800 to 1333 pixels."""
+    """The recipe with image size, mean and std of a `preprocessor_config.json`; without one, DETR's."""
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"exact_long": True})})
     if not path.is_file():
         return recipe
-    size = read_config(path).get("size", {})
+    config = read_config(path)
+    known = {ours: tuple(map(float, config[theirs])) for ours, theirs in STATISTICS.items() if config.get(theirs)}
+    recipe = recipe.model_copy(update={"data": recipe.data.replace(**known)})
+    size = config.get("size", {})
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if "shortest_edge" in size:

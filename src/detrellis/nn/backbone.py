@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from detrellis.errors import UserError
+from detrellis.nn.pretrained import Source, check_timm_name, fitted, torchvision_weights, unreachable
 
 Norm = Literal["frozen", "batch"]
 Frozen = int | Literal["all"]  # how many stages, with the stem, training leaves as they are
@@ -57,7 +57,7 @@ class ResNet(Backbone):
     """A torchvision ResNet that returns the maps of the wanted strides.
 
     `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem and the first stage, as all
-    papers do with ImageNet weights. Without pretrained weights nothing may be frozen: `norm="batch"` trains all.
+    papers do with ImageNet weights. Without `pretrained` weights nothing may be frozen: `norm="batch"` trains all.
     `dilation` (DC5) keeps the last stage at stride 16 and doubles its dilation instead. `frozen` stages and the stem
     are not trained, with whatever norm.
     """
@@ -67,7 +67,7 @@ class ResNet(Backbone):
         name: str,
         strides: Sequence[int],
         *,
-        pretrained: bool,
+        pretrained: Source | None,
         norm: Norm,
         dilation: bool = False,
         frozen: Frozen = 0,
@@ -75,8 +75,11 @@ class ResNet(Backbone):
         super().__init__()
         layer = partial(FrozenBatchNorm2d, eps=1e-5) if norm == "frozen" else nn.BatchNorm2d
         options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
-        weights = "IMAGENET1K_V1" if pretrained else None
-        model = torchvision.models.get_model(name, weights=weights, norm_layer=layer, **options)
+        make = partial(torchvision.models.get_model, name, weights=None, norm_layer=layer, **options)
+        model = make()
+        model.fc = nn.Identity()
+        if pretrained is not None:
+            _fill(model, pretrained, name, make)
         wanted = [BLOCKS[s] for s in _known(name, strides, list(BLOCKS))]
         kept = list(BLOCKS.values())[: 1 + max(list(BLOCKS.values()).index(w) for w in wanted)]
         self.stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
@@ -99,6 +102,41 @@ class ResNet(Backbone):
             if name in self.wanted:
                 maps.append(x)
         return maps
+
+
+def _fill(model: nn.Module, source: Source, name: str, whole: Callable[[], nn.Module]) -> None:
+    """Load the weights of `source`; `whole` makes the network that `model` is a part of. `UserError` for a misfit."""
+    weights = _downloaded(name) if source.file is None else source.read()
+
+    def state() -> dict[str, Tensor]:
+        with torch.device("meta"):  # names and shapes are all that is needed of it
+            return whole().state_dict()
+
+    try:
+        model.load_state_dict(fitted(weights, model.state_dict(), state))
+    except ValueError as error:
+        raise UserError(
+            f"{source.file}: its weights do not fit backbone {name}: {error}",
+            "Name weights of this backbone, or the backbone of these weights: -o detector.backbone.name=NAME.",
+        ) from None
+
+
+def _downloaded(name: str) -> dict[str, Tensor]:
+    """The weights of a torchvision ResNet from its host."""
+    try:
+        weights: dict[str, Tensor] = torchvision_weights(name).get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:  # no answer, or not the file that was expected
+        raise unreachable(name, error) from None
+    return weights
+
+
+def _fetched(name: str, source: Source, **options: Any) -> Any:
+    """A timm model with the weights that timm fetches, or has fetched before."""
+    before = {} if source.file is None else {"pretrained_cfg_overlay": {"file": str(source.file)}}
+    try:
+        return _create(name, pretrained=True, **before, **options)
+    except (OSError, RuntimeError) as error:
+        raise unreachable(name, error) from None
 
 
 def _known(name: str, strides: Sequence[int], available: Sequence[int]) -> Sequence[int]:
@@ -138,7 +176,7 @@ class TimmBackbone(Backbone):
         name: str,
         strides: Sequence[int],
         *,
-        pretrained: bool,
+        pretrained: Source | None,
         norm: Norm,
         drop_path: float = 0.0,
         frozen: Frozen = 0,
@@ -147,17 +185,16 @@ class TimmBackbone(Backbone):
         import timm  # only here: its import takes a second that no torchvision backbone needs
         from timm.layers.norm_act import freeze_batch_norm_2d
 
-        if not timm.is_model(name.split(".")[0]):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            raise UserError(
-                f"detector.backbone.name={name}: there is no such backbone",
-                f"Did you mean {', '.join(near)}?" if near else "It is a ResNet, resnet50, or in timm.list_models().",
-            )
+        check_timm_name(name)
         info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()
         indices = tuple(reductions.index(s) for s in _known(name, strides, reductions))
         rate = {"drop_path_rate": drop_path} if drop_path else {}  # not every model knows the option
-        model: Any = _create(name, pretrained=pretrained, out_indices=indices, **rate)
+        model: Any = _create(name, pretrained=False, out_indices=indices, **rate)
+        if pretrained is not None and pretrained.fetched:
+            model = _fetched(name, pretrained, out_indices=indices, **rate)
+        elif pretrained is not None:
+            _fill(model, pretrained, name, partial(timm.create_model, name))
         for part in model.modules():
             if not rate and hasattr(part, "drop_prob"):  # timm's Swin drops a tenth unless told otherwise
                 part.drop_prob = 0.0

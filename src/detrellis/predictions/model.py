@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detrellis.arguments import BatchSize, Iou, Score, checked
 from detrellis.data.classes import ClassMap
-from detrellis.data.loader import stack_images
+from detrellis.data.loader import Normalise, stack_images
 from detrellis.data.transforms import Transform, eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.errors import UserError
@@ -33,6 +33,11 @@ class Model:
     classes: ClassMap
     device: torch.device
     data: Mapping[str, Any] | None = None  # the `DataSource` it was trained on, as `to_dict` gives it
+
+    @property
+    def normalise(self) -> Normalise:
+        """How pixels become what the detector reads."""
+        return Normalise.of(**self.recipe.data.statistics())
 
     @checked
     def predict(
@@ -92,7 +97,7 @@ class Model:
         """The detections of each image of a batch, computed on the detector's device, in its precision and in
         evaluation mode; all of these stay what they were."""
         like = next(self.detector.parameters())
-        images = stack_images([image.pixels for image in batch], pad_to).to(like.device)
+        images = stack_images([image.pixels for image in batch], pad_to, self.normalise).to(like.device)
         sizes = torch.tensor([image.size for image in batch], device=like.device)
         half = like.dtype in (torch.float16, torch.bfloat16)
         if not half:

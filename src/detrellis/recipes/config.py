@@ -36,6 +36,8 @@ SCHEMES = tuple(SchemesConfig.model_fields)  # the names of all training schemes
 Side = Annotated[int, within(1, 16384)]  # of a picture, in pixels
 Fraction = Annotated[float, within(0, 1, above=True, below=True)]  # of a run
 Factor = Annotated[float, within(0, 1000)]  # on a learning rate
+Channels = tuple[ZeroToOne, ZeroToOne, ZeroToOne]  # red, green, blue
+Deviation = Annotated[float, within(0, 1, above=True)]
 Magnification = Annotated[float, within(0, 10, above=True)]
 
 
@@ -125,11 +127,18 @@ class DataConfig(Config):
     vflip: ZeroToOne = 0.0
     jitter: ZeroToOne | None = None  # strength of the colour jitter; None: the policy's own
     zoom: Zoom | None = None  # lowest and highest magnification; None: the policy's own
+    # of each channel, of pixels from 0 to 1; None: the backbone's own, which a run that starts writes here
+    mean: Channels | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
 
     def resizing(self) -> dict[str, Any]:
         """The arguments of `eval_transform` besides the size."""
         return {"max_size": self.max_side, "keep_aspect": self.keep_aspect, "exact_long": self.exact_long}
+
+    def statistics(self) -> dict[str, tuple[float, float, float] | None]:
+        """The arguments of `Normalise.of`."""
+        return {"mean": self.mean, "std": self.std}
 
     def augmentation(self) -> dict[str, Any]:
         """The arguments of `train_transform` besides policy and size."""
@@ -157,8 +166,13 @@ class Recipe(Config):
     def untrained(self) -> Recipe:
         """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""
         backbone = self.detector.backbone
-        light = backbone.model_copy(update={"pretrained": False, "norm": backbone.normalisation})
+        light = backbone.model_copy(update={"pretrained": False, "weights": None, "norm": backbone.normalisation})
         return self.model_copy(update={"detector": self.detector.model_copy(update={"backbone": light})})
+
+    def with_statistics(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Recipe:
+        """The same recipe with these for `data.mean` and `data.std` where it leaves them open."""
+        known = {"mean": self.data.mean or mean, "std": self.data.std or std}
+        return self.model_copy(update={"data": self.data.model_copy(update=known)})
 
     def override(self, assignments: str | Sequence[str]) -> Recipe:
         """A copy with one or several `key.sub=value` assignments applied; values are read as YAML 1.2.

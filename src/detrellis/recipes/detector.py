@@ -10,13 +10,14 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from detrellis.fields import Ascending, Config, Count, Few, Some, ZeroToBelowOne, ZeroToOne, within
+from detrellis.fields import Ascending, Config, Count, Few, Key, Some, ZeroToBelowOne, ZeroToOne, within
 
 Levels = Annotated[int, within(1, 8)]
 Overlap = Annotated[float, within(0, 1, below=True)]  # an IoU
 QueryCount = Annotated[int, within(1, 100_000)]
 Strides = Annotated[tuple[Count, ...], Ascending, Some]
 ProposalTargets = Literal["objectness", "classes"]
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's; every other backbone is timm's
 
 
 class BackboneConfig(Config):
@@ -24,6 +25,7 @@ class BackboneConfig(Config):
 
     name: str = "resnet50"
     pretrained: bool = True
+    weights: Key | None = None  # local file of pretrained weights; None: an installed package, or the hub
     norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
     dilation: bool = False  # DC5
     drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it

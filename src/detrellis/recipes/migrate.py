@@ -12,7 +12,7 @@ from typing import Any
 
 from detrellis.fields import configs_of, kind_of
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.detector import RESNETS, DetectorConfig
 
 FORMAT = 3  # of stored recipes
 
@@ -41,7 +41,16 @@ def migrated(data: Any, written: int) -> Any:
         _move(recipe, old, new)
     if written < 2 and isinstance(recipe.get("detector"), dict):
         _group_detector(recipe["detector"])
+    _name_statistics(recipe)
     return recipe
+
+
+def _name_statistics(recipe: dict[str, Any]) -> None:
+    """Before format 3, pictures were normalised with ImageNet's statistics whatever a timm backbone's own are."""
+    data, detector = recipe.get("data"), recipe.get("detector")
+    backbone = detector.get("backbone") if isinstance(detector, dict) else None
+    if isinstance(data, dict) and isinstance(backbone, dict) and backbone.get("name", RESNETS[0]) not in RESNETS:
+        recipe["data"] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)} | data
 
 
 def renamed_parameters(state: Mapping[str, Any]) -> dict[str, Any]:

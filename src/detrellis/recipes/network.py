@@ -20,6 +20,7 @@ from detrellis.nn.heads import Heads
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.position import SineMap
+from detrellis.nn.pretrained import IMAGENET, Source, find_source, timm_statistics
 from detrellis.nn.prior import AtLevel, level_of
 from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.queries import (
@@ -42,10 +43,34 @@ from detrellis.nn.spatial import (
     position_scale,
 )
 from detrellis.postprocess import Postprocess
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.detector import RESNETS, BackboneConfig, DetectorConfig
 from detrellis.recipes.refuse import refuse_network
+from detrellis.types import Channels
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+def pretrained_source(config: BackboneConfig) -> Source | None:
+    """Where the backbone's pretrained weights come from; None where it starts from scratch. `UserError` where there
+    are none to be had."""
+    if not config.pretrained:
+        return None
+    return find_source(config.name, config.weights, resnet=config.name in RESNETS)
+
+
+def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = None) -> tuple[Recipe, str | None]:
+    """The recipe as a fresh run of it is stored, with `data.mean` and `data.std`, and where the pretrained weights of
+    its backbone come from, in words.
+
+    What the recipe leaves open is the backbone's own, or the mean and std of the `trained` weights that the run starts
+    from instead. `UserError` where pretrained weights are wanted and cannot be had.
+    """
+    config = recipe.detector.backbone
+    if trained is not None:
+        return recipe.with_statistics(*trained), None
+    source = pretrained_source(config)
+    if source is not None:
+        return recipe.with_statistics(source.mean, source.std), source.about
+    return recipe.with_statistics(*(IMAGENET if config.name in RESNETS else timm_statistics(config.name))), None
 
 
 def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
@@ -56,16 +81,11 @@ def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
         raise UserError(f"backbone {config.name}: dilation (DC5) exists for {', '.join(RESNETS)} only")
     if config.drop_path and resnet:
         raise UserError(f"backbone {config.name}: it has no drop path", "Leave detector.backbone.drop_path at 0.")
-    shared: dict[str, Any] = {"pretrained": config.pretrained, "norm": norm, "frozen": config.frozen}
+    shared: dict[str, Any] = {"pretrained": pretrained_source(config), "norm": norm, "frozen": config.frozen}
     try:
         if resnet:
             return ResNet(config.name, config.strides, dilation=config.dilation, **shared)
         return TimmBackbone(config.name, config.strides, drop_path=config.drop_path, **shared)
-    except OSError as error:  # what torch.hub and the timm hub raise when they cannot reach their hosts
-        raise UserError(
-            f"the pretrained weights of {config.name} cannot be reached ({error})",
-            "Connect once so that they are cached, or train from scratch with -o detector.backbone.pretrained=false.",
-        ) from None
     except TypeError:
         if not config.drop_path:
             raise

@@ -138,7 +138,13 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     maps, learned = len(strides), queries.kind == "learned"
     placeless = learned and attention.kind == "dense" and not attention.smca
     scaled = attention.kind == "deformable" and attention.position_scale
+    weights, scratch = config.backbone.weights, not config.backbone.pretrained
     return [
+        (
+            scratch and weights is not None,
+            f"backbone.weights={weights} and backbone.pretrained=false contradict each other",
+            "Set pretrained=true, or leave the file out.",
+        ),
         (
             encoder.kind == "dense" and maps > 1,
             f"encoder.kind=dense reads one map, and backbone.strides names {maps}",

@@ -16,7 +16,7 @@ from detrellis.data.findings import SkipBad
 from detrellis.errors import UserError, listed
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
-from detrellis.recipes.migrate import FORMAT, migrated
+from detrellis.recipes.migrate import FORMAT, read_recipe
 
 # In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
 ORDER, DONE, LOG = "trial.json", "done.json", "console.log"
@@ -188,4 +188,9 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     written = plan.get("format", 1)
     if written > FORMAT:
         raise UserError(f"{path}: written by a newer Detrellis", "Update Detrellis to read it.")
-    return plan | {"rows": [row | {"recipe": migrated(row["recipe"], written)} for row in plan["rows"]]}
+    return plan | {"rows": [row | {"recipe": _as_now(row["recipe"], written)} for row in plan["rows"]]}
+
+
+def _as_now(recipe: Any, written: int) -> dict[str, Any]:
+    """A stored recipe as this version writes it, with the fields that are new."""
+    return read_recipe(recipe, written).model_dump(mode="json")
