@@ -311,7 +311,7 @@ def test_workers_compute_with_one_thread(annotations: Annotations, monkeypatch: 
     dataset = DetectionDataset(annotations, train_transform("none", 64))
     monkeypatch.setattr(loader_module, "mixed_seed", lambda *_: torch.get_num_threads())
     monkeypatch.setattr(
-        type(dataset.transform), "__call__", lambda self, i, b, n: (i, b, torch.tensor([torch.initial_seed()]))
+        type(dataset.augmentation.calm), "__call__", lambda self, i, b, n: (i, b, torch.tensor([torch.initial_seed()]))
     )
     (batch,) = build_loader(dataset, EvalSampler(1, 1), workers=1)
     assert batch.targets.labels.tolist() == [1]

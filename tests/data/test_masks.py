@@ -21,9 +21,10 @@ from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import resolve
 from detrellis.data.loader import Batch, Collate, DetectionDataset, build_loader
 from detrellis.data.masks import SIDE, draw
+from detrellis.data.operations import crop
 from detrellis.data.records import to_annotations
 from detrellis.data.sampler import EvalSampler
-from detrellis.data.transforms import Transform, crop, train_transform
+from detrellis.data.transforms import Transform, train_transform
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import Card
 from detrellis.engine.state import TrainJob

@@ -10,18 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from detrellis.data.operations import MEAN_COLOUR, colour_jitter, crop, horizontal_flip, vertical_flip
 from detrellis.data.transforms import (
-    MEAN_COLOUR,
     DetrAugment,
     Resize,
     Transform,
-    colour_jitter,
-    crop,
     eval_transform,
-    horizontal_flip,
     short_side_size,
     train_transform,
-    vertical_flip,
 )
 from detrellis.errors import UserError
 

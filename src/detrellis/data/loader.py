@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from detrellis.boxes import xyxy_to_cxcywh
 from detrellis.data.annotations import Annotations
+from detrellis.data.augmentation import Augmentation
 from detrellis.data.decode import read_image
 from detrellis.data.masks import read_outlines, transform_with_masks
+from detrellis.data.operations import Picture, integer
 from detrellis.data.sampler import BatchSampler, EvalSampler, Key
 from detrellis.data.transforms import Transform
 from detrellis.errors import UserError
@@ -104,12 +106,16 @@ class WorkerError(NamedTuple):
 class DetectionDataset(Dataset[Sample]):
     """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`).
 
-    With `masks` they are read from the annotation file; `UserError` where there are none.
+    A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` they are read from the
+    annotation file; `UserError` where there are none.
     """
 
-    def __init__(self, annotations: Annotations, transform: Transform, seed: int = 0, masks: bool = False) -> None:
+    def __init__(
+        self, annotations: Annotations, transform: Transform | Augmentation, seed: int = 0, masks: bool = False
+    ) -> None:
         kept = ~annotations.crowd
-        self.root, self.transform, self.seed = str(annotations.root), transform, seed
+        self.root, self.seed = str(annotations.root), seed
+        self.augmentation = transform if isinstance(transform, Augmentation) else Augmentation(transform)
         self.file_names, self.sizes, self.image_ids = annotations.file_names, annotations.sizes, annotations.image_ids
         self.starts = np.concatenate([[0], np.cumsum(kept)])[annotations.starts]
         x, y, width, height = annotations.boxes[kept].T
@@ -122,28 +128,41 @@ class DetectionDataset(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         """The sample of `(epoch, image index)`. Raises `UserError` where the image cannot be read."""
+        return self._sample(key, first=key)
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | WorkerError:
+        """A whole batch, as torch's loader fetches it; where there are several sizes, its first key decides."""
+        try:
+            return [self._sample(key, first=keys[0]) for key in keys]
+        except UserError as error:
+            return WorkerError(error.message, error.remedy)
+
+    def _sample(self, key: Key, first: Key) -> Sample:
         epoch, index = key
-        height, width = self.sizes[index].tolist()
-        image = self._image(index, height, width)
-        rows = slice(self.starts[index], self.starts[index + 1])
-        boxes, labels = torch.tensor(self.boxes[rows]), torch.tensor(self.labels[rows])
+        image, boxes, labels = self._picture(index)
+        size = mixed_seed(self.seed, epoch, -1 - first[1]) % self.augmentation.choices(epoch)
+        transform = self.augmentation.at(epoch, size, self._partner)
+        masks = None
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
             if self.outlines is None:
-                image, boxes, labels = self.transform(image, boxes, labels)
-                masks = None
+                image, boxes, labels = transform(image, boxes, labels)
             else:
-                outlines = [self.outlines[row] for row in range(rows.start, rows.stop)]
-                image, boxes, labels, masks = transform_with_masks(self.transform, image, boxes, labels, outlines)
+                outlines = [self.outlines[row] for row in range(self.starts[index], self.starts[index + 1])]
+                image, boxes, labels, masks = transform_with_masks(transform, image, boxes, labels, outlines)
+        height, width = self.sizes[index].tolist()
         return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width), masks)
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | WorkerError:
-        """A whole batch, as torch's loader fetches it."""
-        try:
-            return [self[key] for key in keys]
-        except UserError as error:
-            return WorkerError(error.message, error.remedy)
+    def _picture(self, index: int) -> Picture:
+        """An image as it is on the disk, with its boxes and labels."""
+        rows = slice(self.starts[index], self.starts[index + 1])
+        image = self._image(index, *self.sizes[index].tolist())
+        return image, torch.tensor(self.boxes[rows]), torch.tensor(self.labels[rows])
+
+    def _partner(self) -> Picture:
+        """An image drawn from torch's generator, to be mixed with another one."""
+        return self._picture(integer(0, len(self) - 1))
 
     def _image(self, index: int, height: int, width: int) -> Tensor:
         path = Path(self.root, bytes(self.file_names[index]).decode())
@@ -279,7 +298,7 @@ def build_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=Collate(dataset.transform.pad_to, normalise),
+        collate_fn=Collate(dataset.augmentation.pad_to, normalise),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         # Its own generator: without one every epoch takes a number from the global one, whose state the model shares.

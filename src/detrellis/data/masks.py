@@ -3,7 +3,7 @@
 A grid knows nothing of the image's size, so a resize does not change it. The masks stay outlines (COCO's
 `segmentation`) until the picture has been augmented. Only then are they drawn, each in the part of the picture that its
 box still shows: no bitmap is kept or resampled. Where that part is tell two corners that go through the transform with
-the boxes (`transforms.CORNER`).
+the boxes (`operations.CORNER`).
 
 hotcoco draws; its polygons agree with run lengths to a sample or two at the edge.
 """
@@ -11,7 +11,7 @@ hotcoco draws; its polygons agree with run lengths to a sample or two at the edg
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.files import not_collecting
 from detrellis.data.formats.coco import load_json
 from detrellis.data.formats.segmentation import packed
-from detrellis.data.transforms import CORNER, Transform
+from detrellis.data.operations import CORNER, Picture
 from detrellis.errors import UserError
 
 SIDE = 112  # samples along each side of a box: four times the 28 that mask heads predict
@@ -76,7 +76,11 @@ def _starts(pieces: Sequence[Sized]) -> NDArray[np.int64]:
 
 
 def transform_with_masks(
-    transform: Transform, image: Tensor, boxes: Tensor, labels: Tensor, outlines: Sequence[Outline]
+    transform: Callable[[Tensor, Tensor, Tensor], Picture],
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    outlines: Sequence[Outline],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Image, boxes and labels as `transform` leaves them, with the same random numbers as without masks; and the masks
     `(n, SIDE, SIDE)` of the boxes that are left."""

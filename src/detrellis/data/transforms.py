@@ -3,9 +3,6 @@
 The image is uint8 `(3, H, W)` all the way: resizing uint8 is several times faster than resizing floats and gives the
 same pixels to one level. Boxes are pixel `xyxy`. Random numbers come from torch's global CPU generator, which the data
 set seeds anew for every image. Colours change after the resize, where the fewest pixels are left.
-
-A box labelled `CORNER` is no object but a point (x, y, x, y) of the picture: it is moved like the boxes and neither
-clipped nor dropped. Two of them tell where the picture went, which is all that masks need to know (`masks.py`).
 """
 
 from __future__ import annotations
@@ -14,18 +11,28 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
+from detrellis.data.operations import (
+    VISIBLE,
+    Picture,
+    chance,
+    choice,
+    clip,
+    colour_jitter,
+    horizontal_flip,
+    integer,
+    photometric_distort,
+    place,
+    random_crop,
+    resize,
+    uniform,
+    vertical_flip,
+)
 from detrellis.errors import UserError
 
 Size = int | tuple[int, int]  # short side, or (height, width) of the padded image
 Policy = Literal["detr", "fixed", "none"]
-
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet, nearly 0 when normalised: what a zoomed-out image lies on
-CORNER = -1  # the label of a point that follows the picture
-VISIBLE = 0.1  # the mild crop of `fixed` drops a box of which less than this fraction of the area is left
 
 
 class Transform(Protocol):
@@ -35,7 +42,7 @@ class Transform(Protocol):
     def pad_to(self) -> tuple[int, int] | None:
         """`(height, width)` of every batch; None: the largest image of the batch decides."""
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """Image uint8 `(3, H, W)`, boxes `(n, 4)` pixel `xyxy`, labels `(n,)`; the same kinds come out."""
 
 
@@ -150,10 +157,10 @@ class Resize:
         # max: a strip of an image keeps one row of pixels.
         return max(round(height * fit), 1), max(round(width * fit), 1)
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """The image resized, its boxes with it; see `Transform`."""
-        image, boxes = _resize(image, boxes, self.target(*image.shape[1:]))
-        return _clip(image, boxes, labels)
+        image, boxes = resize(image, boxes, self.target(*image.shape[1:]))
+        return clip(image, boxes, labels)
 
 
 @dataclass(frozen=True)
@@ -163,13 +170,16 @@ class Finish:
     hflip: float = 0.5
     vflip: float = 0.0
     jitter: float = 0.0
+    photometric: float = 0.0
 
     def __call__(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Image and boxes, flipped and recoloured."""
-        if _chance(self.hflip):
+        if chance(self.hflip):
             image, boxes = horizontal_flip(image, boxes)
-        if _chance(self.vflip):
+        if chance(self.vflip):
             image, boxes = vertical_flip(image, boxes)
+        if self.photometric:
+            image = photometric_distort(image, self.photometric)
         return colour_jitter(image, self.jitter) if self.jitter else image, boxes
 
 
@@ -184,17 +194,17 @@ class DetrAugment:
     finish: Finish
     pad_to: None = None
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """The image cropped half of the time, resized, flipped and recoloured; see `Transform`."""
-        if _chance(0.5):
+        if chance(0.5):
             height, width = image.shape[1:]
-            image, boxes = _resize(image, boxes, short_side_size(height, width, _choice(self.crop_sides), None))
+            image, boxes = resize(image, boxes, short_side_size(height, width, choice(self.crop_sides), None))
             low, high = self.crop_range
-            h, w = (_integer(min(low, side), min(high, side)) for side in image.shape[1:])
-            image, boxes, labels = _random_crop(image, boxes, labels, h, w)
-        to = short_side_size(image.shape[1], image.shape[2], _choice(self.sides), self.max_size)
-        image, boxes = _resize(image, boxes, to)
-        return _clip(*self.finish(image, boxes), labels)
+            h, w = (integer(min(low, side), min(high, side)) for side in image.shape[1:])
+            image, boxes, labels = random_crop(image, boxes, labels, h, w)
+        to = short_side_size(image.shape[1], image.shape[2], choice(self.sides), self.max_size)
+        image, boxes = resize(image, boxes, to)
+        return clip(*self.finish(image, boxes), labels)
 
 
 def _detr(size: int, max_size: int | None, finish: Finish) -> DetrAugment:
@@ -218,127 +228,23 @@ class FixedAugment:
         """The `(height, width)` of every batch."""
         return self.resize.pad_to
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """The image zoomed, resized, flipped and recoloured; see `Transform`."""
+        image, boxes, labels = self.framed(image, boxes, labels)
+        return clip(*self.finish(image, boxes), labels)
+
+    def framed(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
+        """The image zoomed and resized only."""
         height, width = image.shape[1:]
         frame = self.resize.target(height, width)
         low, high = (math.log(z) for z in self.zoom)
-        zoom = math.exp(_uniform(low, high))
+        zoom = math.exp(uniform(low, high))
         if zoom > 1:
             h, w = (max(round(side / zoom), 1) for side in (height, width))
-            image, boxes, labels = _random_crop(image, boxes, labels, h, w, VISIBLE)
+            image, boxes, labels = random_crop(image, boxes, labels, h, w, VISIBLE)
         inner = frame if zoom >= 1 else (max(round(frame[0] * zoom), 1), max(round(frame[1] * zoom), 1))
-        image, boxes = _resize(image, boxes, inner)
+        image, boxes = resize(image, boxes, inner)
         if inner != frame:
-            image, boxes = _place(image, boxes, frame)
-        return _clip(*self.finish(image, boxes), labels)
-
-
-def horizontal_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Image `(3, H, W)` and boxes `(n, 4)` xyxy with left and right exchanged."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    width = image.shape[-1]
-    return image.flip(-1), torch.stack([width - x2, y1, width - x1, y2], dim=-1)
-
-
-def vertical_flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Image `(3, H, W)` and boxes `(n, 4)` xyxy with top and bottom exchanged."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    height = image.shape[-2]
-    return image.flip(-2), torch.stack([x1, height - y2, x2, height - y1], dim=-1)
-
-
-def colour_jitter(image: Tensor, strength: float) -> Tensor:
-    """Brightness, contrast and saturation times `1 +/- strength` and a hue turn of at most `strength * 36` degrees.
-
-    All four are linear in RGB (the hue turn is a rotation around the grey axis), so they are one 3x3 matrix and one
-    offset, many times faster than the four in turn. Whole numbers, so that no thread count changes a rounding.
-    """
-    # What is drawn, and the matrix that it makes.
-    brightness, contrast, saturation = (_uniform(1 - strength, 1 + strength) for _ in range(3))
-    angle = _uniform(-strength, strength) * math.pi / 5
-    grey = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    eye, third = torch.eye(3, dtype=torch.float64), torch.full((3, 3), 1 / 3, dtype=torch.float64)
-    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)
-    turn = math.cos(angle) * eye + math.sin(angle) * cross + (1 - math.cos(angle)) * third
-    matrix = brightness * (saturation * eye + (1 - saturation) * grey.expand(3, 3)) @ turn
-    mean = image.flatten(1).sum(dim=1).double() / image[0].numel()
-    offset = (1 - contrast) * float(grey @ matrix @ mean)  # contrast pulls towards the mean grey
-    # The matrix and the offset in units of 1 / 2**16, applied a channel at a time.
-    weights = (contrast * matrix * 2**16).round().long().tolist()
-    red, green, blue = image.int()
-    out = torch.empty_like(image)
-    for into, (r, g, b) in zip(out, weights, strict=True):
-        mixed = (red * r).add_(green, alpha=g).add_(blue, alpha=b).add_(round(offset * 2**16) + 2**15)
-        into.copy_((mixed >> 16).clamp_(0, 255))
-    return out
-
-
-def crop(
-    image: Tensor, boxes: Tensor, labels: Tensor, window: tuple[int, int, int, int], visible: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The `(top, left, height, width)` window. Boxes are clamped to it; those of which at most the fraction `visible`
-    of the area is left are dropped (0: those that are outside)."""
-    top, left, height, width = window
-    image = image[:, top : top + height, left : left + width]
-    before = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
-    boxes = boxes - boxes.new_tensor([left, top, left, top])
-    image, boxes, labels, kept = _clip_and_tell(image, boxes, labels)
-    enough = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > visible * before[kept]
-    enough |= labels == CORNER
-    return image, boxes[enough], labels[enough]
-
-
-def _random_crop(
-    image: Tensor, boxes: Tensor, labels: Tensor, height: int, width: int, visible: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    top, left = _integer(0, image.shape[1] - height), _integer(0, image.shape[2] - width)
-    return crop(image, boxes, labels, (top, left, height, width), visible)
-
-
-def _place(image: Tensor, boxes: Tensor, frame: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The image at a random place of a plain canvas of the size `frame`."""
-    height, width = image.shape[1:]
-    top, left = _integer(0, frame[0] - height), _integer(0, frame[1] - width)
-    canvas = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1).repeat(1, *frame)
-    canvas[:, top : top + height, left : left + width] = image
-    return canvas, boxes + boxes.new_tensor([left, top, left, top])
-
-
-def _resize(image: Tensor, boxes: Tensor, to: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    height, width = image.shape[1:]
-    if (height, width) == to:
-        return image, boxes
-    sx, sy = to[1] / width, to[0] / height
-    return F.resize(image, list(to), antialias=True), boxes * boxes.new_tensor([sx, sy, sx, sy])
-
-
-def _clip(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes clamped to the image, the empty ones dropped."""
-    return _clip_and_tell(image, boxes, labels)[:3]
-
-
-def _clip_and_tell(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    height, width = image.shape[1:]
-    clipped = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-    corner = labels == CORNER
-    boxes = boxes.where(corner.unsqueeze(1), clipped)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) | corner
-    return image, boxes[kept], labels[kept], kept
-
-
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand(()))
-
-
-def _chance(probability: float) -> bool:
-    return float(torch.rand(())) < probability
-
-
-def _integer(low: int, high: int) -> int:
-    """Uniform, both ends included."""
-    return int(torch.randint(low, high + 1, ()))
-
-
-def _choice(values: tuple[int, ...]) -> int:
-    return values[_integer(0, len(values) - 1)]
+            corner = (integer(0, frame[0] - inner[0]), integer(0, frame[1] - inner[1]))
+            image, boxes = place(image, boxes, frame, corner)
+        return image, boxes, labels

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.atomic import sweep
+from detrellis.data.augmentation import Strong, augmentation
 from detrellis.data.loader import Batch, DetectionDataset, Loader, Normalise, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.transforms import train_transform
@@ -365,7 +366,8 @@ def batch_per_process(recipe: Recipe, world: World) -> int:
 def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
     """The loader, and the number of optimizer steps in an epoch."""
     recipe, data = job.card.recipe, job.card.recipe.data
-    transform = train_transform(data.augment, data.size, **data.augmentation())
+    usual, strong = train_transform(**data.usual()), Strong(**data.strong())
+    augmented = augmentation(usual, strong, epochs=recipe.schedule.epochs, calm=data.calm)
     sampler = BatchSampler(
         len(job.train),
         batch_per_process(recipe, world),
@@ -374,7 +376,7 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         world_size=world.size,
         group_by_aspect=job.train.sizes if data.group_by_aspect else None,
     )
-    dataset = DetectionDataset(job.train, transform, job.card.seed, masks=recipe.needs_masks)
+    dataset = DetectionDataset(job.train, augmented, job.card.seed, masks=recipe.needs_masks)
     options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
     loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
     return loader, -(-len(sampler) // recipe.optim.accumulate)

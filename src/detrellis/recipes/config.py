@@ -35,10 +35,13 @@ from detrellis.schemes.config import BranchName, SchemesConfig
 SCHEMES = tuple(SchemesConfig.model_fields)  # the names of all training schemes
 Side = Annotated[int, within(1, 16384)]  # of a picture, in pixels
 Fraction = Annotated[float, within(0, 1, above=True, below=True)]  # of a run
+PositiveFraction = Annotated[float, within(0, 1, above=True)]
 Factor = Annotated[float, within(0, 1000)]  # on a learning rate
 Channels = tuple[ZeroToOne, ZeroToOne, ZeroToOne]  # red, green, blue
 Deviation = Annotated[float, within(0, 1, above=True)]
 Magnification = Annotated[float, within(0, 10, above=True)]
+Enlargement = Annotated[float, within(1, 10)]
+Angle = Annotated[float, within(0, 45)]  # in degrees
 
 
 def _size(value: Any) -> Any:
@@ -59,6 +62,8 @@ def _lowest_first(zoom: tuple[float, float]) -> tuple[float, float]:
 
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 Zoom = Annotated[tuple[Magnification, Magnification], AfterValidator(_lowest_first)]
+Enlarging = Annotated[tuple[Enlargement, Enlargement], AfterValidator(_lowest_first)]
+Fractions = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_lowest_first)]
 
 
 class LossConfig(Config):
@@ -116,17 +121,35 @@ class ScheduleConfig(Config):
 
 
 class DataConfig(Config):
-    """Image size and augmentation; `size`: short side, or (height, width)."""
+    """Image size and augmentation; `size`: short side, or (height, width).
+
+    The policy `augment` sets what is None below: `small` and `realtime` are `fixed` with other values of these, and
+    everywhere else strong augmentation is off.
+    """
 
     size: Size = 800
     max_side: Side | None = None  # of the long side where size is the short one; None: size * 1333 / 800
     exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
-    augment: Literal["detr", "fixed", "none"] = "detr"
+    augment: Literal["detr", "fixed", "small", "realtime", "none"] = "detr"
     keep_aspect: bool = True
     hflip: ZeroToOne = 0.5
     vflip: ZeroToOne = 0.0
     jitter: ZeroToOne | None = None  # strength of the colour jitter; None: the policy's own
     zoom: Zoom | None = None  # lowest and highest magnification; None: the policy's own
+    # Strong augmentation: probabilities, and the ranges that are drawn from; None: the policy's own.
+    photometric: ZeroToOne | None = None  # of each of SSD's changes of colour
+    rotate: Angle | None = None  # largest angle
+    zoom_out: ZeroToOne | None = None
+    zoom_out_range: Enlarging = (1.0, 4.0)  # sides of the canvas, in sides of the picture
+    iou_crop: ZeroToOne | None = None
+    iou_crop_range: Fractions = (0.3, 1.0)  # sides of the crop, in sides of the picture
+    mosaic: ZeroToOne | None = None
+    mosaic_range: Zoom = (0.5, 1.0)  # magnification of its four pictures
+    mixup: ZeroToOne | None = None
+    mixup_range: Fractions = (0.45, 0.55)  # weight of the first of two pictures
+    copy_paste: ZeroToOne | None = None  # of objects of another picture, as rectangles
+    multi_scale: Zoom | None = None  # smallest and largest size of a batch, in sides of the size
+    calm: ZeroToOne = 0.15  # last part of the run that goes without strong augmentation
     # of each channel, of pixels from 0 to 1; None: the backbone's own, which a run that starts writes here
     mean: Channels | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
@@ -140,10 +163,40 @@ class DataConfig(Config):
         """The arguments of `Normalise.of`."""
         return {"mean": self.mean, "std": self.std}
 
-    def augmentation(self) -> dict[str, Any]:
-        """The arguments of `train_transform` besides policy and size."""
-        named = {k: getattr(self, k) for k in ("keep_aspect", "hflip", "vflip", "jitter", "zoom")}
-        return named | {"max_size": self.max_side}
+    def usual(self) -> dict[str, Any]:
+        """The arguments of `train_transform`."""
+        policy = "fixed" if self.augment in POLICIES else self.augment
+        flips = {"keep_aspect": self.keep_aspect, "hflip": self.hflip, "vflip": self.vflip}
+        drawn = {"jitter": self._or_own("jitter"), "zoom": self._or_own("zoom")}
+        return {"policy": policy, "size": self.size, "max_size": self.max_side} | flips | drawn
+
+    def strong(self) -> dict[str, Any]:
+        """What the calm part of a run goes without; only what is on, and the ranges."""
+        values = {name: self._or_own(name) for name in STRONG}
+        ranges = {f"{name}_range": getattr(self, f"{name}_range") for name in RANGED if values[name]}
+        return {name: value for name, value in values.items() if value} | ranges
+
+    def _or_own(self, name: str) -> Any:
+        """The field, or what the policy has where it is None."""
+        given = getattr(self, name)
+        return POLICIES.get(self.augment, {}).get(name) if given is None else given
+
+
+STRONG = ("photometric", "rotate", "zoom_out", "iou_crop", "mosaic", "mixup", "copy_paste", "multi_scale")
+RANGED = ("zoom_out", "iou_crop", "mosaic", "mixup")  # those with a field of their range
+
+# What policies set beside `fixed`'s own values; RT-DETR's (Zhao et al., 2024) as in its code.
+POLICIES: dict[str, dict[str, Any]] = {
+    "small": {"mosaic": 0.5, "mixup": 0.2},
+    "realtime": {
+        "photometric": 0.5,
+        "zoom_out": 0.5,
+        "iou_crop": 0.8,
+        "multi_scale": (0.75, 1.25),
+        "jitter": 0.0,
+        "zoom": (1.0, 1.0),
+    },
+}
 
 
 class Recipe(Config):

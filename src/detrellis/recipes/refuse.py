@@ -10,7 +10,7 @@ import math
 import warnings
 
 from detrellis.errors import Advice, UserError
-from detrellis.recipes.config import Recipe
+from detrellis.recipes.config import POLICIES, STRONG, Recipe
 from detrellis.recipes.detector import DetectorConfig
 
 # What a detector without the capability lacks, and what to use instead.
@@ -38,6 +38,7 @@ def refuse(recipe: Recipe) -> None:
     _refuse_schemes(recipe)
     _refuse_pictures(recipe)
     _refuse_schedule(recipe)
+    _refuse_augmentation(recipe)
 
 
 def _refuse_two_targets(recipe: Recipe) -> None:
@@ -117,6 +118,29 @@ def _refuse_schedule(recipe: Recipe) -> None:
         raise UserError(
             f"schedule: warmup={schedule.warmup:g} and warmup_steps={schedule.warmup_steps} both set the warm-up",
             "Take -o schedule.warmup=0, or -o schedule.warmup_steps=0.",
+        )
+
+
+def _refuse_augmentation(recipe: Recipe) -> None:
+    """Refuse strong augmentation that the policy, the image size or the masks of a recipe do not go with."""
+    data = recipe.data
+    strong = {name: value for name, value in data.strong().items() if name in STRONG}
+    if data.augment in POLICIES and isinstance(data.size, int):
+        raise UserError(
+            f"data.augment={data.augment} needs one size for all images, and data.size={data.size} is a short side",
+            f"Take -o 'data.size=[{data.size}, {data.size}]'.",
+        )
+    idle = [name for name in strong if data.augment == "none" or (data.augment == "detr" and name != "photometric")]
+    if idle:
+        raise UserError(
+            f"data.augment={data.augment} goes without data.{idle[0]}",
+            "Take -o data.augment=fixed (or small, realtime), with data.size=[height, width]; or leave it out.",
+        )
+    lost = [name for name in ("rotate", "mosaic", "mixup", "copy_paste") if name in strong]
+    if recipe.needs_masks and lost:
+        raise UserError(
+            f"data.{lost[0]} cannot be drawn for the masks that the branch mask of scheme co learns from",
+            f"Take {' '.join(f'-o data.{name}=0' for name in lost)}, or the branch rcnn instead of mask.",
         )
 
 
