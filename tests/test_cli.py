@@ -264,7 +264,7 @@ def test_wrong_use_is_a_message_and_exit_code_2(
         (["--data", ".", "check"], "Options stand after the verb"),
         (["eval"], "Missing argument"),
         (["eval"], "For example: detrellis eval runs/"),
-        (["train", "tiny", "--epochs", "few"], "For example: detrellis train tiny --data my_data"),
+        (["train", "tiny", "--epochs", "few"], "For example: detrellis train small --data my_data"),
         (["recipes", "--jsn"], "See detrellis recipes --help"),
     ],
 )

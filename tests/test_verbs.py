@@ -123,7 +123,7 @@ def interrupted(log_step: Callable[..., None]) -> Callable[..., None]:
 def test_info_at_full_size(name: str, detrellis: Call) -> None:
     found = json.loads(detrellis("info", name, "--json", *(word for text in FEWER for word in ("-o", text))))
     assert found["parameters"] > 1e6
-    assert found["gflops"] > 1
+    assert found["gflops"] > 0.5
 
 
 @pytest.mark.parametrize("name", TRAINED)

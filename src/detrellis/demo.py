@@ -17,6 +17,7 @@ from detrellis.engine.outcome import TrainResult
 from detrellis.errors import UserError, command
 from detrellis.outputs import Outputs, jpeg
 from detrellis.recipes import Recipe, find_recipe
+from detrellis.recipes.network import starting_from
 from detrellis.terminal import Terminal
 from detrellis.visualize import contact_sheet, draw_detections
 
@@ -57,7 +58,7 @@ def run_demo(out: Path, *, epochs: int | None, seed: int, console: Terminal) -> 
     picture = outputs.write(PICTURE, jpeg(_sheet(api.load(result.run), val)))
     console.heading("done")
     console.say("Open ", (str(picture), "bold"), ": ground truth above, predictions below.")
-    console.say("Next, on your own data: ", (command("train", "tiny", "--data", "YOUR_FOLDER"), "bold"))
+    console.say("Next, on your own data: ", (command("train", "small", "--data", "YOUR_FOLDER"), "bold"))
     return result
 
 
@@ -83,7 +84,7 @@ def _is_stopped(run: Path, recipe: Recipe, seed: int) -> bool:
         card = load_weights(run / "last.safetensors")[1]
     except UserError:
         return False
-    return (card.recipe, card.seed) == (recipe, seed) and card.epoch < recipe.schedule.epochs
+    return (card.recipe, card.seed) == (starting_from(recipe)[0], seed) and card.epoch < recipe.schedule.epochs
 
 
 def _free(folder: Path) -> Path:

@@ -42,7 +42,7 @@ from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 
 from ..small import images
 
-SINCE = ("ddq-dino-r50", "dense")  # recipes and schemes that format 1 did not have
+SINCE = ("ddq-dino-r50", "small", "dense")  # recipes and schemes that format 1 did not have
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # A recipe, and what it was changed in, as this version says it.
 CHANGED: dict[str, tuple[str, list[str]]] = {

@@ -99,7 +99,7 @@ class Trials:
 @grouped
 def compare(
     *,
-    recipe: Annotated[str, typer.Argument(help="Recipe that all rows share; see `detrellis recipes`.")] = "tiny",
+    recipe: Annotated[str, typer.Argument(help="Recipe that all rows share; see `detrellis recipes`.")] = "small",
     schemes: Annotated[
         str, typer.Option(help="Rows, with commas between; the schemes of a row with +. The first is the baseline.")
     ] = "none,cdn,align,group=3,co=atss",
@@ -114,7 +114,7 @@ def compare(
     A row has exactly the schemes that it names; the recipe's own are left out unless named. The same command again goes
     on with what was stopped. Exit code: 0 all runs finished, 1 some did not, 2 wrong use.
 
-    Example: detrellis compare tiny --data my_data --schemes none,align,co=atss,align+group=3 --epochs 12
+    Example: detrellis compare small --data my_data --schemes none,align,co=atss,align+group=3 --epochs 12
     """
     choose_recipe(recipe, trials.scale, (), override or ())
     from detrellis.study.rows import plan_schemes

@@ -15,6 +15,7 @@ from detrellis.recipes.scale import tiny_sized
 __all__ = ["RECIPES", "Recipe", "find_recipe", "tiny_sized"]
 
 RECIPES: Recipes = {
+    "small": dino.small,
     "tiny": dino.tiny,
     **detr.RECIPES,
     **conditional.RECIPES,
@@ -41,7 +42,7 @@ def choose_recipe(
     if recipe is None:
         raise UserError(
             "train: which recipe?",
-            "For example: detrellis train tiny --data my_data. See detrellis recipes. "
+            "For example: detrellis train small --data my_data. See detrellis recipes. "
             "Or start from a trained one with its own recipe: --weights RUN.",
         )
     chosen = find_recipe(recipe) if isinstance(recipe, str) else recipe

@@ -67,6 +67,25 @@ def tiny() -> Recipe:
     return tiny_sized(dino_r50()).model_copy(update={"name": "tiny", "about": about})
 
 
+def small() -> Recipe:
+    """`tiny` on an EfficientNet-Lite0 with ImageNet weights, which a package holds: nothing is downloaded."""
+    base = tiny()
+    queries = MixedQueriesConfig.checked(base.detector.queries.model_dump() | {"distinct": 0.7})
+    detector = base.detector.replace(
+        backbone=BackboneConfig(name="tf_efficientnet_lite0"),
+        queries=queries,
+        decoder=base.detector.decoder.replace(distinct=0.7),
+    )
+    return base.model_copy(
+        update={
+            "name": "small",
+            "about": "small DINO for CPUs and small data, on ImageNet features",
+            "detector": detector,
+            "optim": base.optim.replace(scaled={"backbone": 0.25}),
+        }
+    )
+
+
 RECIPES: Recipes = {
     "dino-r50": dino_r50,
     "dino-r50-5scale": dino_r50_5scale,
