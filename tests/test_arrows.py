@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "predictions": {"types", "detector", "data", "recipes", "engine", "visualize", "arguments", "outputs", "errors"},
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
-        *("types", "boxes", "nn", "detector", "training", "data", "recipes"),
+        *("types", "boxes", "nn", "detector", "training", "data", "recipes", "visualize"),
         *("arguments", "atomic", "distributed", "errors", "signals", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},

@@ -45,6 +45,7 @@ from detrellis.engine.length import auto_epochs, describe_auto
 from detrellis.engine.measure import RecipeInfo, measure
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run
+from detrellis.engine.samples import SHEET, samples_sheet
 from detrellis.engine.state import TrainJob
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
@@ -55,7 +56,7 @@ from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.loading import load as load
 from detrellis.loading import open_split
-from detrellis.outputs import Outputs
+from detrellis.outputs import Outputs, jpeg
 from detrellis.predictions.inputs import Pictures, find_pictures, without_repeats
 from detrellis.predictions.model import Model as Model
 from detrellis.predictions.record import OnError, Predictions, collect_predictions
@@ -64,7 +65,8 @@ from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
 from detrellis.recipes.network import starting_from
 
-LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", "bad_batch-0.pt")  # what a run writes beside its weights
+# What a run writes beside its weights.
+LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", SHEET, "bad_batch-0.pt")
 WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
@@ -123,6 +125,18 @@ def train(
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes)
         return run_job(job, world, console=console)
+
+
+def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:
+    """Draw the first `count` pictures that the recipe would train on, augmented, with their boxes.
+
+    Returns the file, `train_samples.jpg` in the folder `out`. Raises `UserError` where the data set has errors, or
+    where another file is in the way.
+    """
+    outputs = Outputs(out, "--show")
+    outputs.ready([SHEET])
+    training, *_ = prepare(find_data(data))
+    return outputs.write(SHEET, jpeg(samples_sheet(training, recipe, seed=0, count=count)))
 
 
 def _new_folder(name: str, world: World) -> Path:

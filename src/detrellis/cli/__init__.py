@@ -28,6 +28,7 @@ from detrellis.cli.options import (
     Weights,
     Workers,
     console,
+    errors,
     grouped,
     print_json,
     progress_console,
@@ -98,6 +99,10 @@ def check(
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
+    show: Annotated[
+        int | None,
+        typer.Option(min=1, max=100, help="Draw so many pictures as --recipe (default: small) trains on them."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(**limits(Threads), help="Threads that decode (default: one a core).")
     ] = None,
@@ -113,7 +118,8 @@ def check(
 
     if keep_partial and fix is None:
         raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")
-    capacity = _capacity(recipe, scale, scheme, override)
+    trained = recipe or ("small" if show else None)
+    capacity = _capacity(trained, scale, scheme, override)
     source = files.source()
     if fix is not None:
         clean_folder(source, fix)
@@ -125,6 +131,11 @@ def check(
         console.print(report.table())
         if fixed is not None:
             console.print(fixed.text())
+    if show and report.exit_code == 0:
+        from detrellis.api import draw_samples
+
+        chosen = choose_recipe(trained, "tiny" if scale else None, scheme or (), override or ())
+        errors.say("What training sees: ", (str(draw_samples(chosen, source, show)), "bold"))
     raise typer.Exit(report.exit_code)
 
 

@@ -21,11 +21,9 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detrellis.atomic import sweep
-from detrellis.data.augmentation import Strong, augmentation
-from detrellis.data.loader import Batch, DetectionDataset, Loader, Normalise, build_loader
+from detrellis.atomic import replace_files, sweep
+from detrellis.data.loader import Batch, Loader, Normalise, build_loader
 from detrellis.data.sampler import BatchSampler
-from detrellis.data.transforms import train_transform
 from detrellis.distributed import World, parallel, reduce_max
 from detrellis.engine.checkpoint import (
     BEST,
@@ -46,6 +44,7 @@ from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, packed_file_names
+from detrellis.engine.samples import SHEET, samples_sheet, training_dataset
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
@@ -54,6 +53,7 @@ from detrellis.terminal import Terminal
 from detrellis.training import StepOutput
 
 WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
+SAMPLES = 9  # pictures on the sheet of what is trained on
 SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
 
 
@@ -87,6 +87,10 @@ def train(
     run = TrainRun(job, world, state, loader, steps_per_epoch, log)
     with log, collected() as caught, contextlib.closing(loader), run.saved_on_error():
         run.save_at_start(resume)
+        if resume is None and world.is_main_process:
+            with contextlib.suppress(UserError):  # of a picture that cannot be read: the step that needs it says more
+                sheet = samples_sheet(job.train, job.card.recipe, job.card.seed, SAMPLES)
+                replace_files((job.out / SHEET, lambda path: sheet.save(path, "JPEG", quality=90)))
         while not state.finished(schedule) and not run.stopped:
             run.start_epoch()
             for batches in itertools.takewhile(lambda _: not run.stopped, run.steps()):
@@ -366,8 +370,6 @@ def batch_per_process(recipe: Recipe, world: World) -> int:
 def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
     """The loader, and the number of optimizer steps in an epoch."""
     recipe, data = job.card.recipe, job.card.recipe.data
-    usual, strong = train_transform(**data.usual()), Strong(**data.strong())
-    augmented = augmentation(usual, strong, epochs=recipe.schedule.epochs, calm=data.calm)
     sampler = BatchSampler(
         len(job.train),
         batch_per_process(recipe, world),
@@ -376,7 +378,7 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         world_size=world.size,
         group_by_aspect=job.train.sizes if data.group_by_aspect else None,
     )
-    dataset = DetectionDataset(job.train, augmented, job.card.seed, masks=recipe.needs_masks)
+    dataset = training_dataset(job.train, recipe, job.card.seed)
     options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
     loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
     return loader, -(-len(sampler) // recipe.optim.accumulate)
