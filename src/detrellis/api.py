@@ -45,7 +45,7 @@ from detrellis.engine.length import auto_epochs, describe_auto
 from detrellis.engine.measure import RecipeInfo, measure
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run
-from detrellis.engine.samples import SHEET, samples_sheet
+from detrellis.engine.samples import SHEET, samples_sheet, training_dataset
 from detrellis.engine.state import TrainJob
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
@@ -128,7 +128,7 @@ def train(
 
 
 def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:
-    """Draw the first `count` pictures that the recipe would train on, augmented, with their boxes.
+    """Draw `count` pictures as the recipe would train on them, augmented, with their boxes.
 
     Returns the file, `train_samples.jpg` in the folder `out`. Raises `UserError` where the data set has errors, or
     where another file is in the way.
@@ -136,7 +136,8 @@ def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out:
     outputs = Outputs(out, "--show")
     outputs.ready([SHEET])
     training, *_ = prepare(find_data(data))
-    return outputs.write(SHEET, jpeg(samples_sheet(training, recipe, seed=0, count=count)))
+    dataset = training_dataset(training, recipe, seed=0)
+    return outputs.write(SHEET, jpeg(samples_sheet(dataset, training.classes.names, count)))
 
 
 def _new_folder(name: str, world: World) -> Path:

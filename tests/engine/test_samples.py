@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 
 from ..small import SMALL
+from ..test_cli import call
 
 SETTINGS = [*SMALL, "data.size=[64, 64]", "data.hflip=1", "data.jitter=0", "data.zoom=[1, 1]"]
 
@@ -23,7 +25,7 @@ SETTINGS = [*SMALL, "data.size=[64, 64]", "data.hflip=1", "data.jitter=0", "data
 def test_pictures_are_drawn_as_they_are_trained_on(shapes: Path) -> None:
     training, *_ = prepare(find_data(shapes))
     recipe = find_recipe("tiny").override(SETTINGS)
-    sheet = samples_sheet(training, recipe, 0, 1)
+    sheet = samples_sheet(training_dataset(training, recipe, 0), training.classes.names, 1)
     assert max(sheet.size) >= CELL
     # Flipped, as the recipe has it: the picture, apart from the lines of its boxes, is that of the data set.
     shown = training_dataset(training, recipe, 0)[0, 0]
@@ -36,9 +38,10 @@ def test_pictures_are_drawn_as_they_are_trained_on(shapes: Path) -> None:
 def test_a_small_data_set_has_a_small_sheet(shapes: Path) -> None:
     training, *_ = prepare(find_data(shapes))
     recipe = find_recipe("tiny").override(SETTINGS)
-    few, many = samples_sheet(training, recipe, 0, 4), samples_sheet(training, recipe, 0, 100)
-    assert many.width * many.height > few.width * few.height
-    assert samples_sheet(training, recipe, 0, 11).size == many.size  # all that there are
+    dataset, names = training_dataset(training, recipe, 0), training.classes.names
+    few, whole, more = (samples_sheet(dataset, names, count) for count in (4, 11, 100))
+    assert whole.width * whole.height > few.width * few.height
+    assert more.size == whole.size  # all that there are
 
 
 def test_a_run_has_its_sheet_and_check_draws_one(shapes: Path, tmp_path: Path) -> None:
@@ -51,3 +54,16 @@ def test_a_run_has_its_sheet_and_check_draws_one(shapes: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="train_samples"):
         draw_samples(find_recipe("tiny"), shapes, 4, out)
     assert (out / "train_samples.jpg").read_bytes() == b"somebody's"
+
+
+def test_nothing_is_drawn_of_a_data_set_with_errors(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shapes, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    check = ["check", "--data", "data", "--show", "4", "--recipe", "tiny"]
+    call(*check, capsys=capsys)
+    Path("train_samples.jpg").unlink()
+    next(Path("data").rglob("*.jpg")).unlink()
+    assert "Nothing is drawn before the errors are put right" in call(*check, capsys=capsys, code=1)
+    assert not Path("train_samples.jpg").exists()

@@ -38,11 +38,12 @@ from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.study import compare, reproduce
 from detrellis.errors import UserError, command
-from detrellis.recipes import choose_recipe
+from detrellis.recipes import Recipe, choose_recipe
 from detrellis.version import __version__
 
 if TYPE_CHECKING:
     from detrellis.data.doctor.boxes import Capacity
+    from detrellis.data.layout import DataSource
     from detrellis.engine.outcome import TrainResult
 
 app = typer.Typer(
@@ -118,8 +119,8 @@ def check(
 
     if keep_partial and fix is None:
         raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")
-    trained = recipe or ("small" if show else None)
-    capacity = _capacity(trained, scale, scheme, override)
+    chosen = _recipe_to_train(recipe or ("small" if show else None), scale, scheme, override)
+    capacity = None if chosen is None else _capacity(chosen)
     source = files.source()
     if fix is not None:
         clean_folder(source, fix)
@@ -131,25 +132,37 @@ def check(
         console.print(report.table())
         if fixed is not None:
             console.print(fixed.text())
-    if show and report.exit_code == 0:
-        from detrellis.api import draw_samples
-
-        chosen = choose_recipe(trained, "tiny" if scale else None, scheme or (), override or ())
-        errors.say("What training sees: ", (str(draw_samples(chosen, source, show)), "bold"))
+    if show and chosen is not None:
+        _show_samples(chosen, source, show, report.exit_code)
     raise typer.Exit(report.exit_code)
 
 
-def _capacity(
+def _recipe_to_train(
     recipe: str | None, scale: str | None, scheme: list[str] | None, override: list[str] | None
-) -> Capacity | None:
-    """The capacity that `check` compares the fullest image with; None without a recipe."""
-    if recipe is None:
-        if scale or scheme or override:
-            raise UserError("--scale, --scheme and -o without --recipe", "Add --recipe NAME, the one to train.")
-        return None
+) -> Recipe | None:
+    """The recipe that a data set is checked for; None without one."""
+    if recipe is not None:
+        return choose_recipe(recipe, "tiny" if scale else None, scheme or (), override or ())
+    if scale or scheme or override:
+        raise UserError("--scale, --scheme and -o without --recipe", "Add --recipe NAME, the one to train.")
+    return None
+
+
+def _capacity(recipe: Recipe) -> Capacity:
+    """The capacity that `check` compares the fullest image with."""
     from detrellis.engine.capacity import capacity
 
-    return capacity(choose_recipe(recipe, "tiny" if scale else None, scheme or (), override or ()))
+    return capacity(recipe)
+
+
+def _show_samples(recipe: Recipe, source: DataSource, count: int, exit_code: int) -> None:
+    """Draw what training sees; nobody can train on a data set with errors."""
+    if exit_code:
+        errors.say("Nothing is drawn before the errors are put right: --fix OUT, then check --data OUT --show.")
+        return
+    from detrellis.api import draw_samples
+
+    errors.say("What training sees: ", (str(draw_samples(recipe, source, count)), "bold"))
 
 
 @app.command()

@@ -230,6 +230,13 @@ class Loader:
     def __init__(self, batches: DataLoader[Sample], sampler: BatchSampler | EvalSampler) -> None:
         self.batches, self.sampler = batches, sampler
 
+    @property
+    def dataset(self) -> DetectionDataset:
+        """The images that are loaded."""
+        dataset = self.batches.dataset
+        assert isinstance(dataset, DetectionDataset)
+        return dataset
+
     def __len__(self) -> int:
         return len(self.sampler)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PIL import Image
 
 from detrellis.data.annotations import Annotations
@@ -23,17 +25,15 @@ def training_dataset(annotations: Annotations, recipe: Recipe, seed: int) -> Det
     return DetectionDataset(annotations, augmented, seed, masks=recipe.needs_masks)
 
 
-def samples_sheet(annotations: Annotations, recipe: Recipe, seed: int, count: int) -> Image.Image:
-    """The first `count` pictures of the first epoch, evenly spaced over the data set, with their boxes drawn.
+def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -> Image.Image:
+    """`count` pictures as the first epoch has them, evenly spaced over the data set, with the classes' `names`.
 
     Raises `UserError` where one of them cannot be read.
     """
-    dataset, total = training_dataset(annotations, recipe, seed), len(annotations)
-    chosen = [number * total // min(count, total) for number in range(min(count, total))]
+    count = min(count, len(dataset))
     drawn = []
-    for index in chosen:
+    for index in (number * len(dataset) // count for number in range(count)):
         sample = dataset[0, index]
         picture = Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy())
-        names = annotations.classes.names
         drawn.append(draw_detections(picture, sample.boxes, sample.labels, names=names, min_side=CELL, legend=False))
     return contact_sheet(drawn, cell=CELL)

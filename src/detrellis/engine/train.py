@@ -89,7 +89,7 @@ def train(
         run.save_at_start(resume)
         if resume is None and world.is_main_process:
             with contextlib.suppress(UserError):  # of a picture that cannot be read: the step that needs it says more
-                sheet = samples_sheet(job.train, job.card.recipe, job.card.seed, SAMPLES)
+                sheet = samples_sheet(loader.dataset, job.train.classes.names, SAMPLES)
                 replace_files((job.out / SHEET, lambda path: sheet.save(path, "JPEG", quality=90)))
         while not state.finished(schedule) and not run.stopped:
             run.start_epoch()
