@@ -175,8 +175,8 @@ def blended(one: Picture, other: Picture, weight: float) -> Picture:
         for image, boxes, _ in (one, other)
     )
     # In whole numbers, which no thread count rounds otherwise.
-    share = round(weight * 256)
-    mixed = (first.int() * share).add_(second, alpha=256 - share).add_(128) >> 8
+    parts = round(weight * 256)  # of 256
+    mixed = (first.int() * parts).add_(second, alpha=256 - parts).add_(128) >> 8
     return mixed.to(torch.uint8), torch.cat([one[1], other[1]]), torch.cat([one[2], other[2]])
 
 

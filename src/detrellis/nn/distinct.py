@@ -3,7 +3,7 @@
 Neighbouring tokens propose the same object. One-to-one matching lets one query learn it and calls its near copies
 background, which the decoder has to tell apart afterwards. Here they come last, by NMS over all classes: among the
 proposals before the decoder, and, where it is asked to, among its queries before each layer. What is dropped there is
-not read by other queries in that layer, learns nothing from it, and ranks last if it is the last one.
+not read by other queries in that layer, is of no class there, and ranks last if it is the last layer.
 
 | deviation from the released code | why |
 | --- | --- |

@@ -70,10 +70,9 @@ def tiny() -> Recipe:
 def small() -> Recipe:
     """`tiny` on an EfficientNet-Lite0 with ImageNet weights, which a package holds: nothing is downloaded."""
     base = tiny()
-    queries = MixedQueriesConfig.checked(base.detector.queries.model_dump() | {"distinct": 0.7})
     detector = base.detector.replace(
         backbone=BackboneConfig(name="tf_efficientnet_lite0"),
-        queries=queries,
+        queries=base.detector.queries.replace(distinct=0.7),
         decoder=base.detector.decoder.replace(distinct=0.7),
     )
     return base.model_copy(
