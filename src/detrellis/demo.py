@@ -1,4 +1,4 @@
-"""`detrellis demo`: the user's whole path on the built-in data, in three to six minutes on two CPU cores."""
+"""`detrellis demo`: the user's whole path on the built-in data, in three to eight minutes on two CPU cores."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def demo(
     epochs: Annotated[int | None, typer.Option(**limits(Epochs), help="Fewer for a quick look.")] = None,
     seed: Annotated[int, typer.Option(**limits(Seed), help="Decides the data, the weights and their order.")] = 0,
 ) -> None:
-    """Make a data set, check it, train on it, evaluate, and draw the result: three to six minutes on two CPU cores.
+    """Make a data set, check it, train on it, evaluate, and draw the result: three to eight minutes on two CPU cores.
 
     Example: detrellis demo
     """
