@@ -160,6 +160,7 @@ CLASSIFICATION = {
     "focal": SetLoss(),
     "qfl": SetLoss(iou_target, quality_focal_loss, negative_weight=1.0),
     "vfl": SetLoss(iou_target, varifocal_loss),
+    "vfl_detached": SetLoss(iou_target, varifocal_loss, detached=True),  # RT-DETR's
     "psl": SetLoss(scaled_iou_target, lambda x, t: 0.25 * quality_focal_loss(x, t)),
     "mal": matchability_aware_loss(),
     "ia_bce": SetLoss(quality_target, bce_loss, negative_weight=1.0),

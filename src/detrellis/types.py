@@ -135,7 +135,8 @@ class Proposals(NamedTuple):
     logits: Tensor  # (B, S, C)
     scores: Tensor  # (B, S) what tokens are ranked by; -inf: last
     best: Tensor  # (B, N) token index of the selected
-    boxes: Tensor  # (B, N, 4) the selected boxes in [0, 1]; a token that can propose none gives 1
+    selected: Tensor  # (B, N, D) their states
+    boxes: Tensor  # (B, N, 4) their boxes in [0, 1]; a token that can propose none gives 1
 
     def ranked(self, count: int) -> Tensor:
         """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so many."""

@@ -7,8 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from detrellis.losses import varifocal_loss
-from detrellis.supervision import CLASSIFICATION, SetLoss, iou_target, matchability_aware_loss
+from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
 from detrellis.types import Assignment, Targets
 
 from .align import one_layer, targets_of
@@ -56,7 +55,7 @@ def check_class_losses(a: Arrays) -> None:
     names = [key.removeprefix("grad_logits/") for key in a.data if key.startswith("grad_logits/")]
     assert names
     for name in names:
-        rule = {"vfl": SetLoss(iou_target, varifocal_loss, detached=True), "ia_bce": CLASSIFICATION["ia_bce"]}.get(name)
+        rule = CLASSIFICATION.get({"vfl": "vfl_detached"}.get(name, name))
         if rule is None:
             found = re.fullmatch(r"mal_gamma([\d.]+)_alpha(None|[\d.]+)", name)
             assert found, f"no class loss is called {name}"

@@ -187,6 +187,15 @@ def test_parameters_of_format_2_are_read() -> None:
     assert renamed_parameters(old).keys() == state.keys()
 
 
+def test_contents_that_are_tokens_are_read_from_format_3() -> None:
+    for features, content in ((True, "memory"), (False, "learned")):
+        old = json.loads(
+            find_recipe("ddq-dino-r50").model_dump_json(exclude={"detector": {"queries": {"content_from"}}})
+        )
+        old["detector"]["queries"]["features"] = features
+        assert read_recipe(old, 3).model_dump()["detector"]["queries"]["content_from"] == content
+
+
 def test_what_this_version_stores_it_reads_as_it_is() -> None:
     dumped = json.loads(find_recipe("dino-r50").model_dump_json())
     assert migrated(dumped, FORMAT) == dumped

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.errors import Advice, UserError
+from detrellis.nn.proposals import ProposalHead, select
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
@@ -150,9 +151,30 @@ def test_proposals_without_heads(kind: str) -> None:
         return
     ranks = step.proposals.scores.argsort(descending=True)[:, 12:36]
     assert model.detector.queries.head is not None
-    boxes = model.detector.queries.head.boxes(step.proposals, ranks)
+    boxes = select(model.detector.queries.head.boxes(step.proposals), ranks)
     assert torch.equal(block.queries.boxes[:, :12], boxes[:, 0::2])
     assert torch.equal(block.queries.boxes[:, 12:], boxes[:, 1::2])
+
+
+@pytest.mark.parametrize("kind", ["heads", "shared", "split"])
+def test_contents_are_the_states_of_each_groups_own_proposals(kind: str) -> None:
+    states = ("detector.queries.content_from=states", f"schemes.group.proposals={kind}")
+    model, step, block = grouped("tiny", *states)
+    assert step.proposals is not None
+    assert torch.equal(step.queries.content, select(step.proposals.states, step.proposals.best))
+    assert not step.queries.content.requires_grad
+    first, second = block.queries.content.chunk(2, dim=1)
+    if kind == "shared":
+        expected = [step.queries.content] * 2
+    elif kind == "split":
+        ranks = step.proposals.scores.argsort(descending=True)[:, 12:36]
+        expected = [select(step.proposals.states, ranks[:, i::2]) for i in range(2)]
+    else:
+        (scheme,) = model.training_schemes
+        heads = [head for head in scheme.get_submodule("heads").children() if isinstance(head, ProposalHead)]
+        expected = [select(p.states, p.best) for p in (head(step.memory) for head in heads)]
+    torch.testing.assert_close(first, expected[0])
+    torch.testing.assert_close(second, expected[1])
 
 
 @pytest.mark.parametrize("kind", ["heads", "shared", "split"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -33,6 +34,12 @@ def anchor_logits(memory: Memory) -> Tensor:
         usable = usable & ~memory.padding
     safe = torch.where(usable.unsqueeze(-1), boxes, 0.5)
     return torch.log(safe / (1 - safe)).masked_fill(~usable.unsqueeze(-1), math.inf)
+
+
+def joined(parts: Sequence[Proposals]) -> Proposals:
+    """The first of `parts` with what all of them select, one after the other: for queries of several groups."""
+    best, selected, boxes = (torch.cat(values, dim=1) for values in zip(*(p[4:] for p in parts), strict=True))
+    return parts[0]._replace(best=best, selected=selected, boxes=boxes)
 
 
 class ProposalHead(nn.Module):
@@ -74,9 +81,8 @@ class ProposalHead(nn.Module):
             # queries. A trained one has learned that it is no object.
             scores = scores.masked_fill(empty.squeeze(-1), -math.inf)
         nothing = scores.new_empty(0)
-        proposals = Proposals(states, anchors, logits, scores, nothing, nothing)
-        best, boxes = self._chosen(proposals, proposals.ranked(self._pool(self.proposals)), self.proposals)
-        return proposals._replace(best=best, boxes=boxes)
+        proposals = Proposals(states, anchors, logits, scores, nothing, nothing, nothing)
+        return self._chosen(proposals, proposals.ranked(self._pool(self.proposals)), self.proposals)
 
     def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
         """The best `copies * N` of those that are not selected, as if they were; the copies choose in turns.
@@ -86,28 +92,27 @@ class ProposalHead(nn.Module):
         tokens = proposals.rest(copies * self._pool(count))
         each = tokens.shape[1] // copies
         turns = tokens[:, : copies * each].unflatten(1, (each, copies)).unbind(-1)
-        chosen = [self._chosen(proposals, turn, count) for turn in turns]
-        best, boxes = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))
-        return proposals._replace(best=best, boxes=boxes)
+        return joined([self._chosen(proposals, turn, count) for turn in turns])
 
     def _pool(self, count: int) -> int:
         """How many proposals `count` queries are chosen from."""
         return count if self.distinct is None else POOL * count
 
-    def _chosen(self, proposals: Proposals, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` of the `tokens (B, N)`, best first, and their boxes; what is not distinct comes last."""
-        boxes = self.boxes(proposals, tokens)
-        if self.distinct is None:
-            return tokens, boxes
-        last = overlapping(boxes, self.distinct) | proposals.scores.gather(1, tokens).isinf()
-        order = last.long().argsort(dim=1, stable=True)[:, :count]
-        return tokens.gather(1, order), select(boxes, order)
+    def _chosen(self, proposals: Proposals, tokens: Tensor, count: int) -> Proposals:
+        """The first `count` of the `tokens (B, N)`, best first, as the selected; what is not distinct comes last."""
+        states = select(proposals.states, tokens)
+        boxes = self._moved(states, select(proposals.anchors, tokens))
+        if self.distinct is not None:
+            last = overlapping(boxes, self.distinct) | proposals.scores.gather(1, tokens).isinf()
+            order = last.long().argsort(dim=1, stable=True)[:, :count]
+            tokens, states, boxes = tokens.gather(1, order), select(states, order), select(boxes, order)
+        return proposals._replace(best=tokens, selected=states, boxes=boxes)
 
-    def boxes(self, proposals: Proposals, index: Tensor | None = None) -> Tensor:
-        """Boxes of the tokens `index (B, N)`: `(B, N, 4)`; of all tokens without it. Few are ever needed."""
-        states, anchors = proposals.states, proposals.anchors
-        if index is not None:
-            states, anchors = select(states, index), select(anchors, index)
+    def boxes(self, proposals: Proposals) -> Tensor:
+        """Boxes of all tokens `(B, S, 4)`. Few are ever needed."""
+        return self._moved(proposals.states, proposals.anchors)
+
+    def _moved(self, states: Tensor, anchors: Tensor) -> Tensor:
         moved: Tensor = self.move(states)
         return (moved + anchors).sigmoid()
 

@@ -22,7 +22,7 @@ def normal(*shape: int) -> nn.Parameter:
 
 # What is learned for each query of one more kind: position, content, centres, sizes.
 Table = nn.ParameterDict | dict[str, Tensor]
-ProposalContent = Literal["boxes", "learned", "memory"]
+ProposalContent = Literal["boxes", "learned", "memory", "states"]
 
 
 class QuerySource(nn.Module, ABC):
@@ -177,8 +177,9 @@ class ProposalQueries(QuerySource):
     """Boxes from the best proposals, detached; position, content or both derived from those boxes.
 
     Two-stage Deformable DETR derives both (`content="boxes"`). Mixed query selection learns the content instead; with
-    `"memory"` it is the token that proposed the box, detached and projected (DDQ). With `derive_position` off, the
-    decoder derives the position from the boxes at each layer (DINO).
+    `"memory"` it is the token that proposed the box, detached and projected (DDQ), with `"states"` the state of the
+    proposal, detached (RT-DETR). With `derive_position` off, the decoder derives the position from the boxes at each
+    layer (DINO).
     """
 
     head: ProposalHead
@@ -192,7 +193,7 @@ class ProposalQueries(QuerySource):
         assert content != "boxes" or derive_position, "a content must come from somewhere"
         both = (2 * width, 2 * width)
         self.derive = nn.Sequential(xavier_linear(*both), nn.LayerNorm(2 * width)) if derive_position else None
-        self.width = width
+        self.width, self.content_kind = width, content
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The queries and the proposals they came from."""
@@ -211,7 +212,9 @@ class ProposalQueries(QuerySource):
     def _queries(self, memory: Memory, proposals: Proposals, learned: Tensor | None) -> Queries:
         boxes = proposals.boxes.detach()
         content = None if learned is None else learned[: boxes.shape[1]].expand(len(boxes), -1, -1)
-        if self.project is not None:
+        if self.content_kind == "states":
+            content = proposals.selected.detach()
+        elif self.project is not None:
             content = self.project(select(memory.tokens.detach(), proposals.best))
         if self.derive is None:
             assert content is not None

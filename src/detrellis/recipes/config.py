@@ -69,9 +69,9 @@ Fractions = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(
 class LossConfig(Config):
     """Loss weights and matching costs. `class` is a Python keyword, hence `classes`."""
 
-    # of positives in sigmoid scores: focal; quality focal, varifocal, position-supervised (Stable-DINO), IA-BCE,
-    # matchability-aware (DEIM)
-    classification: Literal["focal", "qfl", "vfl", "psl", "ia_bce", "mal"] = "focal"
+    # of positives in sigmoid scores: focal; quality focal, varifocal (RT-DETR detaches the factor of the negatives),
+    # position-supervised (Stable-DINO), IA-BCE, matchability-aware (DEIM)
+    classification: Literal["focal", "qfl", "vfl", "vfl_detached", "psl", "ia_bce", "mal"] = "focal"
     classes: Weight = 2.0
     box: Weight = 5.0
     giou: Weight = 2.0

@@ -11,7 +11,7 @@ def ddq_dino_r50() -> Recipe:
     """DDQ-DETR with 4 scales, 12 epochs. Its authors report AP 51.3."""
     base = dino_r50()
     detector = base.detector.replace(
-        queries=base.detector.queries.replace(features=True, distinct=0.8),
+        queries=base.detector.queries.replace(content_from="memory", distinct=0.8),
         decoder=base.detector.decoder.replace(shared_heads=False, distinct=0.8),
     )
     return base.model_copy(

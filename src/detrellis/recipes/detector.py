@@ -149,7 +149,8 @@ class MixedQueriesConfig(Config):
     patterns: ClassVar[int] = 0
     kind: Literal["mixed"] = "mixed"
     count: QueryCount = 300
-    features: bool = False  # contents are the tokens that propose the boxes, projected, instead of learned (DDQ)
+    # learned (DINO); of the tokens that propose the boxes: memory, projected (DDQ), or states of the head (RT-DETR)
+    content_from: Literal["learned", "memory", "states"] = "learned"
     position: Literal["queries", "boxes"] = "queries"  # of the proposals, or of the current boxes at each layer
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False

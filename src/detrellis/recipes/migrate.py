@@ -14,7 +14,7 @@ from detrellis.fields import configs_of, kind_of
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import RESNETS, DetectorConfig
 
-FORMAT = 3  # of stored recipes
+FORMAT = 4  # of stored recipes
 
 # Where a field of an older format stands now, as dotted paths. A name of today must not stand on the left.
 RENAMED: Mapping[str, str] = {
@@ -41,7 +41,9 @@ def migrated(data: Any, written: int) -> Any:
         _move(recipe, old, new)
     if written < 2 and isinstance(recipe.get("detector"), dict):
         _group_detector(recipe["detector"])
-    _name_statistics(recipe)
+    if written < 3:
+        _name_statistics(recipe)
+    _name_content(recipe)
     return recipe
 
 
@@ -51,6 +53,14 @@ def _name_statistics(recipe: dict[str, Any]) -> None:
     backbone = detector.get("backbone") if isinstance(detector, dict) else None
     if isinstance(data, dict) and isinstance(backbone, dict) and backbone.get("name", RESNETS[0]) not in RESNETS:
         recipe["data"] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)} | data
+
+
+def _name_content(recipe: dict[str, Any]) -> None:
+    """Before format 4, `features` told contents that are tokens from learned ones."""
+    detector = recipe.get("detector")
+    queries = detector.get("queries") if isinstance(detector, dict) else None
+    if isinstance(queries, dict) and queries.pop("features", False):
+        queries["content_from"] = "memory"
 
 
 def renamed_parameters(state: Mapping[str, Any]) -> dict[str, Any]:

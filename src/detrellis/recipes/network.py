@@ -170,9 +170,7 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         empty_compete=queries.empty_compete,
         distinct=queries.distinct,
     )
-    content: ProposalContent = "boxes"
-    if queries.kind == "mixed":
-        content = "memory" if queries.features else "learned"
+    content: ProposalContent = queries.content_from if queries.kind == "mixed" else "boxes"
     return ProposalQueries(head, width, content=content, derive_position=queries.position == "queries")
 
 

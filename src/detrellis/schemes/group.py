@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
-from detrellis.nn.proposals import ProposalHead
+from detrellis.nn.proposals import ProposalHead, joined
 from detrellis.nn.queries import QuerySource, Table
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.config import GroupConfig
@@ -95,7 +95,7 @@ class Group(TrainingScheme):
         `first` are the first group's proposals.
         """
         further, count = self.k - 1, first.best.shape[1]
-        shared = first._replace(best=first.best.repeat(1, further), boxes=first.boxes.repeat(1, further, 1))
+        shared = joined([first] * further)
         if self.config.proposals == "shared":
             return shared, None
         if self.config.proposals == "split":
@@ -105,8 +105,7 @@ class Group(TrainingScheme):
         proposals = [head(step.memory) for head in heads]
         outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]
         logits, boxes = torch.cat([o.logits for o in outputs], dim=2), torch.cat([o.boxes for o in outputs], dim=2)
-        selected = (torch.cat(parts, dim=1) for parts in zip(*((p.best, p.boxes) for p in proposals), strict=True))
-        return Proposals(*proposals[0][:4], *selected), DecoderOutput(logits, boxes, boxes)
+        return joined(proposals), DecoderOutput(logits, boxes, boxes)
 
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
