@@ -11,6 +11,7 @@ from detrellis.detector import concatenate
 from detrellis.errors import UserError
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.distinct import NEVER
+from detrellis.nn.refine import moved
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.training import TrainableDetector
@@ -84,9 +85,9 @@ def naive(decoder: Decoder, queries: Queries, memory: Memory) -> tuple[list[Tens
         x = new
         states = x if decoder.final_norm is None else decoder.final_norm(x)
         logits.append(decoder.heads.logits(i, states))
-        refined.append(decoder._refined(decoder.heads.deltas(i, states), boxes))
+        refined.append(moved(decoder.heads.deltas(i, states), boxes, decoder.eps))
         every.append(kept)
-        boxes = decoder._refined(decoder.heads.deltas(i, x), boxes)
+        boxes = moved(decoder.heads.deltas(i, x), boxes, decoder.eps)
         kept = kept_of(boxes[0], logits[-1][0].amax(-1))
     return logits, refined, every
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from detrellis.boxes import inverse_sigmoid
 from detrellis.nn.distinct import keep_distinct, withhold
 from detrellis.nn.heads import Heads
 from detrellis.nn.mlp import FeedForward
+from detrellis.nn.refine import IterativeRefinement, Refine
 from detrellis.types import DecoderOutput, Memory, Queries, Segment, Spatial
-
-Refine = Literal["none", "detached", "look_forward_twice"]
 
 
 class DecoderLayer(nn.Module):
@@ -79,45 +76,27 @@ class Decoder(nn.Module):
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
     ) -> DecoderOutput:
         """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
-        # `boxes` is what losses reach through the outputs, `references` what a layer reads: equal, without gradient
-        # from the second layer on.
-        x, boxes, references = queries.content, queries.boxes, queries.boxes
-        outputs: list[DecoderOutput] = []
+        x, outputs = queries.content, list[DecoderOutput]()
         used, heads = segments, self.heads.of(segments)
+        boxes = IterativeRefinement(heads, queries.boxes, self.refine, self.eps)
         for i, layer in enumerate(self.layers):
             # The layer itself, at its place.
-            x = layer(x, self.position(i, x, queries, references, memory), memory, used)
+            x = layer(x, self.position(i, x, queries, boxes.references, memory), memory, used)
             last = i == len(self.layers) - 1
             # What the heads say after it.
-            if every_layer or last or self.distinct is not None:
+            wanted = every_layer or last
+            if wanted or self.distinct is not None:
                 states = x if self.final_norm is None else self.final_norm(x)
                 logits = heads.logits(i, states)
-            if every_layer or last:
-                refined, iou_logits = self._refined(heads.deltas(i, states), boxes), heads.iou_logits(i, states)
-                outputs.append(DecoderOutput(withhold(logits, used), refined, states, iou_logits))
-            # The references of the next layer.
-            if not last and self.refine != "none":
-                boxes = self._refined(heads.deltas(i, x), references)
-                if self.refine == "detached":
-                    boxes = boxes.detach()
-                references = boxes.detach()
-            # The queries that it uses.
+            refined = boxes.step(i, x, states if wanted else None, last=last)
+            if refined is not None:
+                iou_logits = heads.iou_logits(i, states)
+                outputs.append(DecoderOutput(withhold(logits, used), refined.boxes, states, iou_logits))
+            # The queries that the next layer uses.
             if not last and self.distinct is not None:
-                assert references is not None
-                used = keep_distinct(segments, logits, references, self.distinct)
+                assert boxes.references is not None
+                used = keep_distinct(segments, logits, boxes.references, self.distinct)
         return stack(outputs)
-
-    def _refined(self, delta: Tensor, references: Tensor | None) -> Tensor:
-        """The references `(B, N, 4 or 2)` refined by what a box head says, `delta (B, N, 4)`: `(B, N, 4)`.
-
-        A point is the centre alone; without references the head gives the box itself.
-        """
-        if references is None:
-            return delta.sigmoid()
-        logits = inverse_sigmoid(references, self.eps)
-        if logits.shape[-1] == 2:
-            logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)
-        return (delta + logits).sigmoid()
 
 
 def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
