@@ -123,7 +123,7 @@ def test_it_stands_between_the_best_pairs_and_the_best_of_them(softmax: bool, to
     torch.testing.assert_close(found.boxes, every.boxes[order])
     assert not torch.equal(found.scores, every.scores[:top_k])
     raw = Postprocess(7, softmax)(output, SIZES)[0]
-    assert all(torch.equal(x, y[:7]) for x, y in zip(raw, every, strict=True))
+    assert all(torch.equal(x, y[:7]) for x, y in zip(raw[:3], every[:3], strict=True))
 
 
 def test_of_half_precision_and_of_nothing() -> None:
@@ -132,7 +132,7 @@ def test_of_half_precision_and_of_nothing() -> None:
     half = postprocess(output.map(torch.Tensor.bfloat16), SIZES)[0]
     assert half.scores.dtype == half.boxes.dtype == torch.bfloat16
     nothing = postprocess(output._replace(logits=output.logits - 20), SIZES)[0]
-    assert [tuple(t.shape) for t in nothing] == [(0,), (0,), (0, 4)]
+    assert [tuple(t.shape) for t in nothing[:3]] == [(0,), (0,), (0, 4)]
     assert nothing.labels.dtype == torch.int64
 
 
@@ -165,7 +165,7 @@ def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float
         if not any(found.labels[i] == found.labels[j] and overlap[i, j] > threshold for j in kept):
             kept.append(i)
     ours = hard_nms(found, threshold, k)
-    for one, other in zip(ours, found, strict=True):
+    for one, other in zip(ours[:3], found[:3], strict=True):
         assert torch.equal(one, other[kept[:k]])
 
 
@@ -173,7 +173,7 @@ def test_duplicates_do_not_fill_the_places_of_others() -> None:
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 5 + [[50.0, 50.0, 60.0, 60.0]])
     found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), torch.zeros(6, dtype=torch.int64), boxes)
     assert [round(s, 1) for s in hard_nms(found, 0.7, 2).scores.tolist()] == [0.9, 0.1]
-    nothing = Detections(*(t[:0] for t in found))
+    nothing = found.take(torch.arange(0))
     assert len(hard_nms(nothing, 0.7, 2).scores) == 0
 
 

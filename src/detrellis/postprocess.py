@@ -89,7 +89,7 @@ def top_queries(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def hard_nms(detections: Detections, threshold: float, k: int) -> Detections:
     """The `k` best of an image after NMS within each class; `detections` are best first."""
     kept = nms(detections.boxes, detections.scores, detections.labels, threshold, k, first=8 * k)
-    return Detections(*(t[kept] for t in detections))
+    return detections.take(kept)
 
 
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, k: int, *, first: int) -> Tensor:

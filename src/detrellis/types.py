@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,12 +40,16 @@ class Targets(NamedTuple):
     boxes: Tensor  # (T, 4)
     sizes: tuple[int, ...]  # targets per image, on the host; sums to T
     masks: Tensor | None = None  # (T, M, M) bool, each seen within its box; M = 112. None unless a scheme needs them
+    bitmaps: Tensor | None = None  # (T, H, W) bool, False on padding, H and W the batch's. None unless asked for
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """These targets on `device`."""
-        labels, boxes = (t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes))
-        masks = None if self.masks is None else self.masks.to(device, non_blocking=non_blocking)
-        return Targets(labels, boxes, self.sizes, masks)
+        return self.map(partial(Tensor.to, device=device, non_blocking=non_blocking))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """Every tensor after `change`."""
+        masks, bitmaps = (None if t is None else change(t) for t in (self.masks, self.bitmaps))
+        return Targets(change(self.labels), change(self.boxes), self.sizes, masks, bitmaps)
 
     @property
     def image(self) -> Tensor:
@@ -62,6 +67,14 @@ class Targets(NamedTuple):
         return tuple(starts)
 
 
+class MaskFeatures(NamedTuple):
+    """What the masks of a batch are read from: the logits of an embedding `e (Dm,)` are `e . map`, above 0 inside."""
+
+    map: Tensor  # (B, Dm, h, w), over the whole of the padded images
+    size: tuple[int, int]  # height, width of the padded images in pixels
+    padding: Tensor | None = None  # (B, height, width) bool, True on padding; None when no image is padded
+
+
 class Memory(NamedTuple):
     """Encoded image features, all levels flattened row by row, finest level first."""
 
@@ -70,6 +83,7 @@ class Memory(NamedTuple):
     shapes: tuple[tuple[int, int], ...]  # (height, width) of each level
     padding: Tensor | None = None  # (B, S) bool; None: no padding, no mask work
     valid_ratios: Tensor | None = None  # (B, V, 2) valid fraction of (width, height); None where padding is None
+    masks: MaskFeatures | None = None  # of detectors that give masks
 
 
 class Queries(NamedTuple):
@@ -120,11 +134,14 @@ class DecoderOutput(NamedTuple):
     boxes: Tensor  # (L, B, N, 4)
     states: Tensor  # (L, B, N, D) the heads' input
     iou_logits: Tensor | None = None  # (L, B, N) of the IoU that the IoU branch predicts; None: there is no such head
+    mask_embeds: Tensor | None = None  # (L, B, N, Dm) what `masks.map` is multiplied with; None: there are no masks
+    masks: MaskFeatures | None = None  # of the images, the same for all layers and queries
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
-        """Every tensor after `change`."""
-        iou_logits = None if self.iou_logits is None else change(self.iou_logits)
-        return DecoderOutput(change(self.logits), change(self.boxes), change(self.states), iou_logits)
+        """Every tensor of the queries after `change`."""
+        iou_logits, embeds = (None if t is None else change(t) for t in (self.iou_logits, self.mask_embeds))
+        logits, boxes, states = (change(t) for t in (self.logits, self.boxes, self.states))
+        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks)
 
 
 class Proposals(NamedTuple):
@@ -168,3 +185,9 @@ class Detections(NamedTuple):
     scores: Tensor  # (K,)
     labels: Tensor  # (K,) int64 class index, 0..C-1
     boxes: Tensor  # (K, 4) pixel xyxy in the original image
+    masks: tuple[bytes, ...] | None = None  # of each, COCO's compressed run lengths of the original image
+
+    def take(self, rows: Tensor) -> Detections:
+        """Those of these rows `(n,)`, in their order."""
+        masks = None if self.masks is None else tuple(self.masks[row] for row in rows.tolist())
+        return Detections(self.scores[rows], self.labels[rows], self.boxes[rows], masks)

@@ -90,9 +90,7 @@ class Batch(NamedTuple):
         """The same batch in page-locked memory, from which a copy to the GPU need not block."""
         pixels, padding = self.images
         images = ImageBatch(pixels.pin_memory(), None if padding is None else padding.pin_memory())
-        labels, boxes, sizes, masks = self.targets
-        masks = None if masks is None else masks.pin_memory()
-        targets = Targets(labels.pin_memory(), boxes.pin_memory(), sizes, masks)
+        targets = self.targets.map(Tensor.pin_memory)
         return Batch(images, targets, self.image_ids, self.sizes.pin_memory())
 
 
