@@ -1,4 +1,4 @@
-"""From what the heads say to detections: scores, the best pairs of query and class, and non-maximum suppression."""
+"""From what the heads say to detections: scores, the best pairs of query and class, suppression, and masks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detrellis.boxes import cxcywh_to_xyxy, iou, ragged
+from detrellis.masks import draw_masks, frames
+from detrellis.rle import Size
 from detrellis.types import DecoderOutput, Detections
 
 Floats = NDArray[np.float64]
@@ -30,6 +32,10 @@ class Postprocess:
     scores: as a factor, or under a root with them. `soft_nms` is the IoU from which a detection lowers the scores of
     worse ones of its class (Co-DINO). `nms` is the IoU above which a worse detection of a class is dropped; it takes
     the place of soft-NMS. A DETR needs neither, unless it has not learned yet to keep its queries apart.
+
+    Where the detector gives masks, those of the detections are drawn, and a mask's mean probability is a factor of the
+    score (`mask_scores`). With `boxes_of_masks` (Mask2Former) the box is the one around the mask, detections without a
+    mask are dropped, and queries give several classes with softmax too.
     """
 
     top_k: int
@@ -37,25 +43,71 @@ class Postprocess:
     iou_branch: IouBranch = "none"
     soft_nms: float | None = None
     nms: float | None = None
+    mask_scores: bool = True
+    boxes_of_masks: bool = False
 
     def __call__(self, output: DecoderOutput, sizes: Tensor) -> list[Detections]:
         """The detections of each image, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
+        if output.mask_embeds is None:
+            return self._apart(self._candidates(output, sizes), sizes)
+        # Suppression needs boxes, and masks take long: whichever the boxes are of comes first.
+        if self.boxes_of_masks:
+            return self._apart(self._with_masks(self._candidates(output, sizes), output, sizes), sizes)
+        return self._with_masks(self._apart(self._candidates(output, sizes), sizes), output, sizes)
+
+    def _candidates(self, output: DecoderOutput, sizes: Tensor) -> list[Detections]:
+        """As many of each image as suppression needs."""
         queries, classes = output.logits.shape[2:]
         if self.nms is not None:
-            every = self.best(output, sizes, queries * classes)
-            return [hard_nms(image, self.nms, self.top_k) for image in every]
+            return self.best(output, sizes, queries * classes)
+        return self.best(output, sizes, self.top_k if self.soft_nms is None else queries)
+
+    def _apart(self, images: list[Detections], sizes: Tensor) -> list[Detections]:
+        """What suppression leaves of each image."""
+        if self.nms is not None:
+            return [hard_nms(image, self.nms, self.top_k) for image in images]
         if self.soft_nms is None:
-            return self.best(output, sizes, self.top_k)
-        candidates = zip(self.best(output, sizes, queries), sizes.tolist(), strict=True)
-        return [soften(image, size, self.soft_nms, self.top_k) for image, size in candidates]
+            return images
+        return [soften(i, size, self.soft_nms, self.top_k) for i, size in zip(images, sizes.tolist(), strict=True)]
+
+    def _with_masks(self, images: list[Detections], output: DecoderOutput, sizes: Tensor) -> list[Detections]:
+        """The detections of each image with their masks, ranked anew."""
+        assert output.masks is not None
+        assert output.mask_embeds is not None
+        rows = zip(
+            images,
+            output.mask_embeds[-1],
+            output.masks.map,
+            frames(output.masks, len(images)),
+            sizes.tolist(),
+            strict=True,
+        )
+        padded = output.masks.size
+        return [self._masked(found, e, m, (padded, frame, (h, w))) for found, e, m, frame, (h, w) in rows]
+
+    def _masked(
+        self, found: Detections, embeds: Tensor, features: Tensor, sizes: tuple[Size, Size, Size]
+    ) -> Detections:
+        assert found.queries is not None
+        chosen, place = found.queries.unique(return_inverse=True)
+        drawn = draw_masks(embeds[chosen], features, *sizes)
+        quality, runs = drawn.scores[place], tuple(drawn.runs[i] for i in place.tolist())
+        scores = found.scores * quality.to(found.scores) if self.mask_scores else found.scores
+        boxes = drawn.boxes[place].to(found.boxes) if self.boxes_of_masks else found.boxes
+        order = scores.argsort(descending=True, stable=True)
+        if self.boxes_of_masks:
+            order = order[quality[order] > 0]
+        return found._replace(scores=scores, boxes=boxes, masks=runs).take(order)
 
     def best(self, output: DecoderOutput, sizes: Tensor, k: int) -> list[Detections]:
         """The `k` best of each image by the last layer's scores, without any suppression."""
         scores, boxes = self.scores(output), output.boxes[-1]
-        best, query, labels = top_queries(scores, k) if self.softmax else top_pairs(scores, k)
+        one_class = self.softmax and not self.boxes_of_masks
+        best, query, labels = top_queries(scores, k) if one_class else top_pairs(scores, k)
         corners = cxcywh_to_xyxy(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)))
         pixels = corners * sizes.flip(-1).repeat(1, 2).to(boxes)[:, None]
-        return [Detections(*image) for image in zip(best, labels, pixels, strict=True)]
+        images = zip(best, labels, pixels, query, strict=True)
+        return [Detections(s, c, b, queries=q) for s, c, b, q in images]
 
     def scores(self, output: DecoderOutput) -> Tensor:
         """The last layer's score of each query and class, as detections are ranked by: `(B, N, C)` in [0, 1].
@@ -114,7 +166,7 @@ def soften(detections: Detections, size: tuple[int, int], threshold: float, k: i
     boxes = clip_boxes_to_image(detections.boxes, size)
     scores, order = soft_nms(boxes, detections.scores, detections.labels, threshold).sort(descending=True, stable=True)
     order = order[scores != 0][:k]
-    return Detections(scores[: len(order)], detections.labels[order], boxes[order])
+    return detections._replace(boxes=boxes).take(order)._replace(scores=scores[: len(order)])
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:

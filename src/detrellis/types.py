@@ -186,8 +186,10 @@ class Detections(NamedTuple):
     labels: Tensor  # (K,) int64 class index, 0..C-1
     boxes: Tensor  # (K, 4) pixel xyxy in the original image
     masks: tuple[bytes, ...] | None = None  # of each, COCO's compressed run lengths of the original image
+    queries: Tensor | None = None  # (K,) int64 which query gave it; None: not of queries
 
     def take(self, rows: Tensor) -> Detections:
         """Those of these rows `(n,)`, in their order."""
         masks = None if self.masks is None else tuple(self.masks[row] for row in rows.tolist())
-        return Detections(self.scores[rows], self.labels[rows], self.boxes[rows], masks)
+        queries = None if self.queries is None else self.queries[rows]
+        return Detections(self.scores[rows], self.labels[rows], self.boxes[rows], masks, queries)

@@ -15,7 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from . import align, analysis, base, co, co_analysis, co_dense, co_nms, co_rcnn, group, models, rates, rivals, sam
+from . import (
+    align,
+    analysis,
+    base,
+    co,
+    co_analysis,
+    co_dense,
+    co_nms,
+    co_rcnn,
+    group,
+    masks,
+    models,
+    rates,
+    rivals,
+    sam,
+)
 from .arrays import Arrays
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +91,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "realtime/class_losses": rivals.check_class_losses,
     "large/layer_decay": rates.check_layer_decay,
     "rivals/mal": rivals.check_mal,
+    "segmentation/instance_inference": masks.check_instance_inference,
     "sam/aligner_": sam.check_aligner,
     "sam/layer_": sam.check_layer,
     "sam/detector_": sam.check_detector,
