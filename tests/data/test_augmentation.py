@@ -306,6 +306,18 @@ def test_multi_scale_gives_a_batch_one_size(annotations: Annotations) -> None:
     assert len({max(shape) for shape in seen}) > 2
 
 
+def test_what_is_mixed_has_the_orientation_of_the_first_picture() -> None:
+    turned = train_transform("fixed", (32, 48), jitter=0.0, zoom=(1.0, 1.0), match_orientation=True)
+    (mixing,) = augmentation(turned, Strong(mosaic=1.0, iou_crop=1.0), epochs=2, calm=0.0).strong
+    assert isinstance(mixing, Mixing)
+    tall, wide = (
+        (torch.zeros(3, *size, dtype=torch.uint8), torch.tensor([[5.0, 5, 30, 30]]), torch.tensor([0]))
+        for size in ((60, 40), (40, 60))
+    )
+    assert mixing(*tall, partner=lambda: wide)[0].shape == (3, 48, 32)
+    assert mixing(*wide, partner=lambda: tall)[0].shape == (3, 32, 48)
+
+
 def test_a_partner_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for index in range(2):
         Image.new("RGB", (50, 40)).save(tmp_path / f"{index}.png")

@@ -107,3 +107,8 @@ def test_no_images() -> None:
     assert list(EvalSampler(0, 4)) == []
     with pytest.raises(UserError, match="no images"):
         BatchSampler(0, 4)
+
+
+def test_images_of_one_orientation_are_not_regrouped() -> None:
+    plain, grouped = (BatchSampler(10, 3, seed=4, group_by_aspect=g) for g in (None, np.full((10, 2), 5)))
+    assert list(plain) == list(grouped)

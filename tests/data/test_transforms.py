@@ -27,6 +27,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "fixed": lambda: train_transform("fixed", (96, 128), jitter=0.0),
     "fixed, strong zoom": lambda: train_transform("fixed", (96, 128), jitter=0.0, zoom=(0.4, 2.5), vflip=0.5),
     "fixed, stretched": lambda: train_transform("fixed", (128, 96), jitter=0.0, keep_aspect=False),
+    "fixed, turned": lambda: train_transform("fixed", (128, 96), jitter=0.0, match_orientation=True),
     "none": lambda: train_transform("none", 90),
     "eval": lambda: eval_transform(90, max_size=100),
     "eval, fixed": lambda: eval_transform((100, 90)),
@@ -78,15 +79,16 @@ def test_images_without_boxes(name: str) -> None:
 @pytest.mark.parametrize("shape", [(50, 300), (300, 50), (100, 100), (1, 400), (3, 2)])
 def test_fixed_size_fits_its_frame(name: str, shape: tuple[int, int]) -> None:
     transform = TRANSFORMS[name]()
-    assert transform.pad_to is not None
+    frame = transform.pad_to or eval_transform((128, 96), match_orientation=True).facing(*shape).pad_to
+    assert frame is not None
     image = torch.zeros(3, *shape, dtype=torch.uint8)
     sizes = {tuple(transform(image, torch.zeros(0, 4), torch.zeros(0).long())[0].shape[1:]) for _ in range(5)}
     (size,) = sizes  # the zoom does not change the size
     if "stretched" in name:
-        assert size == transform.pad_to
+        assert size == frame
     else:
-        assert all(side <= limit for side, limit in zip(size, transform.pad_to, strict=True))
-        assert any(side == limit for side, limit in zip(size, transform.pad_to, strict=True))
+        assert all(side <= limit for side, limit in zip(size, frame, strict=True))
+        assert any(side == limit for side, limit in zip(size, frame, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,17 @@ def test_colour_jitter_does_not_depend_on_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("size", [(192, 256), (256, 192)])
+def test_a_portrait_gets_as_many_pixels_as_a_landscape(size: tuple[int, int]) -> None:
+    turned, plain = (eval_transform(size, match_orientation=match) for match in (True, False))
+    assert turned.target(504, 378) == turned.target(378, 504)[::-1] == (256, 192)
+    assert turned.target(400, 400) == (192, 192)
+    assert (turned.pad_to, plain.pad_to) == (None, size)
+    assert plain.target(504, 378)[::-1] != plain.target(378, 504)
+    stretched = eval_transform(size, match_orientation=True, keep_aspect=False)
+    assert stretched.target(500, 100) == (256, 192)
 
 
 @pytest.mark.parametrize(

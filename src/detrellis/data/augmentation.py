@@ -64,7 +64,8 @@ class Mixing:
     def _one(self, picture: Picture, partner: Partner) -> Picture:
         if self.strong.mosaic and chance(self.strong.mosaic):
             pictures = [picture, *(partner() for _ in range(3))]
-            return self.each.finished(*mosaic(pictures, self.each.frame, self.strong.mosaic_range))
+            frame = self.each.frame.facing(*picture[0].shape[1:])
+            return self.each.finished(*mosaic(pictures, frame, self.strong.mosaic_range))
         picture = self.each.framed(*picture)
         if self.strong.copy_paste and chance(self.strong.copy_paste):
             picture = pasted(picture, self.each.framed(*partner()))

@@ -45,7 +45,9 @@ class BatchSampler(Sampler[list[Key]]):
         assert 0 <= rank < world_size
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.landscape = None if group_by_aspect is None else group_by_aspect[:, 1] >= group_by_aspect[:, 0]
+        landscape = None if group_by_aspect is None else group_by_aspect[:, 1] >= group_by_aspect[:, 0]
+        # Of one orientation alone there is nothing to group, and the batches are those without it.
+        self.landscape = None if landscape is None or landscape.all() or not landscape.any() else landscape
         self.batches = math.ceil(num_images / (batch_size * world_size))
         self.epoch, self.start = 0, 0
 

@@ -61,12 +61,12 @@ class StrongAugment:
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
-        """The `(height, width)` of every batch."""
+        """See `Resize`."""
         return self.fixed.pad_to
 
     @property
     def frame(self) -> Resize:
-        """What fits a picture to that size."""
+        """What fits a picture to its size."""
         return self.fixed.resize
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
@@ -83,7 +83,8 @@ class StrongAugment:
             window = cropped(window, boxes[labels != CORNER], self.iou_crop_range)
         if window == whole:
             return self.fixed.framed(image, boxes, labels)
-        return show((image, boxes, labels), window, self.frame.target(window.height, window.width))
+        frame = self.frame.facing(whole.height, whole.width)
+        return show((image, boxes, labels), window, frame.target(window.height, window.width))
 
     def finished(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """A framed image rotated, flipped and recoloured; its boxes clipped to it, and those that vanish dropped."""

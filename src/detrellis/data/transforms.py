@@ -8,7 +8,7 @@ set seeds anew for every image. Colours change after the resize, where the fewes
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor
@@ -52,6 +52,7 @@ def train_transform(
     *,
     max_size: int | None = None,
     keep_aspect: bool = True,
+    match_orientation: bool = False,
     hflip: float = 0.5,
     vflip: float = 0.0,
     jitter: float | None = None,
@@ -65,28 +66,34 @@ def train_transform(
     above 1 a crop, below 1 a smaller image on a plain canvas). `none`: resize only, no randomness.
 
     `hflip` and `vflip` are probabilities, `jitter` is the strength of the colour jitter in [0, 1] (default: 0.2 for
-    `fixed`, else 0). `keep_aspect` belongs to a `(height, width)`: False stretches the image instead of padding it.
+    `fixed`, else 0). Two belong to a `(height, width)`: without `keep_aspect` the image is stretched to it instead of
+    padded, with `match_orientation` a portrait is resized to fit a portrait of that size, and a landscape a landscape.
     """
     _check_size(size, max_size)
     _check_dials(policy, size, hflip=hflip, vflip=vflip, jitter=jitter, zoom=zoom)
-    if policy == "none":
-        return eval_transform(size, max_size=max_size, keep_aspect=keep_aspect)
-    if isinstance(size, int):
+    if policy == "detr":
+        assert isinstance(size, int)
         return _detr(size, max_size, Finish(hflip, vflip, jitter or 0.0))
-    finish = Finish(hflip, vflip, 0.2 if jitter is None else jitter)
-    return FixedAugment(Resize(size, keep_aspect=keep_aspect), zoom or (0.8, 1.25), finish)
+    resize = eval_transform(size, max_size=max_size, keep_aspect=keep_aspect, match_orientation=match_orientation)
+    if policy == "none":
+        return resize
+    return FixedAugment(resize, zoom or (0.8, 1.25), Finish(hflip, vflip, 0.2 if jitter is None else jitter))
 
 
 def eval_transform(
-    size: Size, *, max_size: int | None = None, keep_aspect: bool = True, exact_long: bool = False
+    size: Size,
+    *,
+    max_size: int | None = None,
+    keep_aspect: bool = True,
+    match_orientation: bool = False,
+    exact_long: bool = False,
 ) -> Resize:
     """Resize only: short side `size` with the long side at most `max_size` (default: size * 1333 / 800, DETR's
-    proportion; `exact_long`: see `short_side_size`), or to fit a `(height, width)` (`keep_aspect=False`: stretched to
-    it)."""
+    proportion; `exact_long`: see `short_side_size`), or to a `(height, width)` as `train_transform` says."""
     _check_size(size, max_size)
     if isinstance(size, int) and max_size is None:
         max_size = round(size * 1333 / 800)
-    return Resize(size, max_size, keep_aspect, exact_long)
+    return Resize(size, max_size, keep_aspect, match_orientation, exact_long)
 
 
 def _check_size(size: Size, max_size: int | None) -> None:
@@ -140,17 +147,28 @@ class Resize:
     size: Size
     max_size: int | None = None
     keep_aspect: bool = True
+    match_orientation: bool = False
     exact_long: bool = False
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
-        """The fixed `(height, width)` of every batch; None where `size` is a short side."""
-        return None if isinstance(self.size, int) else self.size
+        """The fixed `(height, width)` of every batch; None where the images of a batch decide."""
+        return None if isinstance(self.size, int) or self.match_orientation else self.size
+
+    def facing(self, height: int, width: int) -> Resize:
+        """This resize for all that becomes a part of an image of that size, whatever their own orientation."""
+        if isinstance(self.size, int) or not self.match_orientation:
+            return self
+        portrait = height > width
+        short, long = sorted(self.size)
+        return replace(self, size=(long, short) if portrait else (short, long), match_orientation=False)
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image, before padding."""
         if isinstance(self.size, int):
             return short_side_size(height, width, self.size, self.max_size, exact_long=self.exact_long)
+        if self.match_orientation:
+            return self.facing(height, width).target(height, width)
         if not self.keep_aspect:
             return self.size
         fit = min(self.size[0] / height, self.size[1] / width)
@@ -225,7 +243,7 @@ class FixedAugment:
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
-        """The `(height, width)` of every batch."""
+        """See `Resize`."""
         return self.resize.pad_to
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:

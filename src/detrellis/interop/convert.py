@@ -160,6 +160,8 @@ def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
         longest = data.max_side or round(data.size * 1333 / 800)
         return config | {"size": {"shortest_edge": data.size, "longest_edge": longest}}
     height, width = data.size
+    if data.match_orientation and height != width:
+        return config | {"size": {"shortest_edge": min(data.size), "longest_edge": max(data.size)}}
     if not data.keep_aspect:
         return config | {"size": {"height": height, "width": width}}
     return config | {"size": {"max_height": height, "max_width": width}, "pad_size": {"height": height, "width": width}}

@@ -132,6 +132,7 @@ class DataConfig(Config):
     exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
     augment: Literal["detr", "fixed", "small", "realtime", "none"] = "detr"
     keep_aspect: bool = True
+    match_orientation: bool = False  # turn a (height, width) to the orientation of each picture
     hflip: ZeroToOne = 0.5
     vflip: ZeroToOne = 0.0
     jitter: ZeroToOne | None = None  # strength of the colour jitter; None: the policy's own
@@ -157,7 +158,7 @@ class DataConfig(Config):
 
     def resizing(self) -> dict[str, Any]:
         """The arguments of `eval_transform` besides the size."""
-        return {"max_size": self.max_side, "keep_aspect": self.keep_aspect, "exact_long": self.exact_long}
+        return self._resizing() | {"exact_long": self.exact_long}
 
     def statistics(self) -> dict[str, tuple[float, float, float] | None]:
         """The arguments of `Normalise.of`."""
@@ -166,9 +167,13 @@ class DataConfig(Config):
     def usual(self) -> dict[str, Any]:
         """The arguments of `train_transform`."""
         policy = "fixed" if self.augment in POLICIES else self.augment
-        flips = {"keep_aspect": self.keep_aspect, "hflip": self.hflip, "vflip": self.vflip}
+        flips = {"hflip": self.hflip, "vflip": self.vflip}
         drawn = {"jitter": self._or_own("jitter"), "zoom": self._or_own("zoom")}
-        return {"policy": policy, "size": self.size, "max_size": self.max_side} | flips | drawn
+        return {"policy": policy, "size": self.size} | self._resizing() | flips | drawn
+
+    def _resizing(self) -> dict[str, Any]:
+        names = ("keep_aspect", "match_orientation")
+        return {"max_size": self.max_side} | {name: getattr(self, name) for name in names}
 
     def strong(self) -> dict[str, Any]:
         """What the calm part of a run goes without; only what is on, and the ranges."""

@@ -31,6 +31,6 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             # Dense attention learns at the papers' rate, hardly at four times of it: docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
-            "data": DataConfig(size=(192, 256), augment="fixed"),
+            "data": DataConfig(size=(192, 256), match_orientation=True, augment="fixed", group_by_aspect=True),
         }
     )
