@@ -35,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "detector": {"types", "nn", "postprocess"},
     "matching": {"types", "boxes"},
     "losses": {"types", "boxes"},
-    "supervision": {"types", "boxes", "matching", "losses"},
+    "pairs": {"types", "boxes", "losses"},
+    "supervision": {"types", "boxes", "matching", "losses", "pairs"},
     "schemes": {
-        *("types", "boxes", "nn", "postprocess", "detector", "matching", "losses", "supervision"),
+        *("types", "boxes", "nn", "postprocess", "detector", "matching", "losses", "pairs", "supervision"),
         *("distributed", "fields", "errors"),
     },
     "training": {"types", "boxes", "nn", "detector", "matching", "losses", "supervision", "schemes", "distributed"},

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
-from detrellis.matching import Hungarian, Known, Match, MatchingCost, assign
+from detrellis.matching import Hungarian, Known, Match, MatchingCost, United, assign
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 CLASSES = 6
@@ -132,3 +132,24 @@ def test_costs_computed_in_pieces_are_the_same(cached: int, monkeypatch: pytest.
     monkeypatch.setattr("detrellis.matching.CACHED", cached)
     for one, other in zip(assign(match)[0], whole, strict=True):
         assert torch.equal(one, other)
+
+
+def test_union_gives_each_query_its_most_frequent_target() -> None:
+    """Over the layers of all matches; the lower target where two tie, and the same at every layer of a match."""
+    (output, targets), (other, _) = problem(3, (3, 2, 0), 6), problem(1, (3, 2, 0), 6, seed=1)
+    members = tuple(Match(o, targets, Hungarian(union=True), copies=2) for o in (output, other))
+    *own, found = assign([*members, Match(output, targets, United(members), copies=2)])
+    votes: dict[tuple[int, int], list[int]] = {}
+    for _, image, query, target in (row for a in own for row in rows(a)):
+        votes.setdefault((image, query), []).append(target)
+    best = {key: min(set(said), key=lambda t, said=said: (-said.count(t), t)) for key, said in votes.items()}
+    assert any(len(set(said)) > 1 for said in votes.values())
+    assert rows(found) == {(layer, *key, target) for key, target in best.items() for layer in range(3)}
+    sets = {(layer, query // 3, target) for layer, _, query, target in rows(found)}
+    assert len(found.candidate_set.unique()) == len(sets)
+
+
+def test_union_of_nothing_is_empty() -> None:
+    output, targets = problem(2, (0, 0), 4)
+    member = Match(output, targets, Hungarian(union=True))
+    assert not rows(assign([member, Match(output, targets, United((member,)))])[1])

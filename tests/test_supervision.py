@@ -9,9 +9,10 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.matching import Hungarian, Known, Match, assign
+from detrellis.pairs import sum_by_layer
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build_supervision
-from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, sum_by_layer, supervise
+from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from .test_matching import problem

@@ -32,6 +32,28 @@ def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:
+    """How far the sides of `boxes` lie outside those of `base`: left, top, right, bottom, `(..., 4)` each.
+
+    In `1 / scale` of the base's width or height; both are `(cx, cy, w, h)`. `boxes_at` is the inverse.
+    """
+    unit = base[..., 2:] / scale + 1e-16
+    corners = cxcywh_to_xyxy(boxes)
+    outside = ((base[..., :2] - corners[..., :2]) / unit, (corners[..., 2:] - base[..., :2]) / unit)
+    return torch.cat(outside, dim=-1) - scale / 2
+
+
+def boxes_at(base: Tensor, distances: Tensor, scale: float) -> Tensor:
+    """The boxes whose sides lie at `distances (..., 4)` from those of `base (..., 4)`, as `side_distances` counts them.
+
+    Sides may cross: the size then is negative.
+    """
+    unit = base[..., 2:] / scale
+    low = base[..., :2] - (scale / 2 + distances[..., :2]) * unit
+    high = base[..., :2] + (scale / 2 + distances[..., 2:]) * unit
+    return xyxy_to_cxcywh(torch.cat([low, high], dim=-1))
+
+
 def _areas(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 

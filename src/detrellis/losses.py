@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,9 +58,36 @@ def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
     `logits (M, bins)` of the distances 0, 1, ...; `distance (M,)` in [0, bins - 1); to `(M,)`.
     """
     low = distance.long()
-    fraction = distance - low
-    below, above = (F.cross_entropy(logits, bin, reduction="none") for bin in (low, low + 1))
-    return (1 - fraction) * below + fraction * above
+    return _both_beside(logits, low, distance - low)
+
+
+def bins_beside(values: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """For `values (...)` between two of the ascending `bins (K + 1,)`: the left one `(...)`, and how near the right one
+    is, in [0, 1]; values beyond the ends count as the ends."""
+    left = (torch.searchsorted(bins, values.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
+    low, high = bins[left], bins[left + 1]
+    return left, ((values - low) / (high - low)).clamp(0, 1)
+
+
+def fine_grained_localization_loss(logits: Tensor, distance: Tensor, bins: Tensor) -> Tensor:
+    """FGL (D-FINE, Eq. 6) without its weight: as `distribution_focal_loss`, for bins that are not equally far apart.
+
+    `logits (M, K + 1)` of distributions over the ascending `bins (K + 1,)`; `distance (M,)`; to `(M,)`.
+    """
+    return _both_beside(logits, *bins_beside(distance, bins))
+
+
+def _both_beside(logits: Tensor, left: Tensor, nearness: Tensor) -> Tensor:
+    """Cross-entropy `(M,)` with the `left (M,)` bin and the next one, weighted by their `nearness` to it."""
+    below, above = (F.cross_entropy(logits, bin, reduction="none") for bin in (left, left + 1))
+    return (1 - nearness) * below + nearness * above
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 5.0) -> Tensor:
+    """What DDF (D-FINE, Eq. 7) weighs: `T^2 KL(softmax(teacher / T) || softmax(logits / T))`, `(..., K + 1)` each to
+    `(...)`. The teacher gets no gradient."""
+    student, goal = ((x / temperature).log_softmax(-1) for x in (logits, teacher.detach()))
+    return temperature**2 * F.kl_div(student, goal, reduction="none", log_target=True).sum(-1)
 
 
 def l1_loss(boxes: Tensor, targets: Tensor) -> Tensor:

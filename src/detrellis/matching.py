@@ -98,10 +98,15 @@ class Hungarian:
 
     cost: MatchingCost = MatchingCost()
     candidates: Candidates = Candidates()
+    union: bool = False  # boxes learn by the union of the matches of all layers, and of what stands before them
 
     def for_proposals(self) -> Hungarian:
         """This rule for the encoder's proposals, which are one layer: with the encoder's number of candidates."""
         return replace(self, candidates=replace(self.candidates, last=self.candidates.encoder))
+
+    def for_initial(self) -> Hungarian:
+        """This rule for the first layer's boxes before there are distributions: with that layer's candidates."""
+        return replace(self, candidates=replace(self.candidates, last=self.candidates.intermediate))
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ class Known:
     """An assignment that needs no matching: denoising queries know their target."""
 
     assignment: Assignment
+
+    def for_initial(self, layers: int) -> Known:
+        """The first of `layers` layers' part, which all have alike, one after the other."""
+        rows = len(self.assignment.layer) // layers
+        return Known(Assignment(*(column[:rows] for column in self.assignment)))
 
 
 def known_assignment(image: Tensor, query: Tensor, target: Tensor, layers: int) -> Assignment:
@@ -119,7 +129,15 @@ def known_assignment(image: Tensor, query: Tensor, target: Tensor, layers: int) 
     return Assignment(layer, image.repeat(layers), query.repeat(layers), target.repeat(layers), group)
 
 
-Assign = Hungarian | Known
+@dataclass(frozen=True)
+class United:
+    """The union of other matches of the same queries, at every layer: each query learns the target that most of them
+    give it, the first of those that tie (GO-LSD in D-FINE's code)."""
+
+    of: tuple[Match, ...]
+
+
+Assign = Hungarian | Known | United
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,10 @@ def assign(matches: Sequence[Match]) -> list[Assignment]:
     arrays = np.split(flat.cpu().numpy(), ends[:-1])
     # Each block solved there; the rows of all blocks, in one copy back.
     solved = [_solve(array, match) for array, match in zip(arrays, matches, strict=True)]
+    places = {id(match): i for i, match in enumerate(matches)}
+    for i, match in enumerate(matches):
+        if isinstance(match.assign, United):
+            solved[i] = _unite([solved[places[id(member)]] for member in match.assign.of], match)
     packed = torch.from_numpy(np.concatenate(solved, axis=1)).to(flat.device, non_blocking=True)
     parts = packed.split([rows.shape[1] for rows in solved], dim=1)
     return [
@@ -162,7 +184,7 @@ def _costs(match: Match) -> list[Tensor]:
 
     One empty tensor where there is nothing to solve.
     """
-    if isinstance(match.assign, Known) or not len(match.targets.labels):
+    if not isinstance(match.assign, Hungarian) or not len(match.targets.labels):
         return [match.targets.boxes.new_zeros(0)]
     layers, batch, copies, queries = match.shape
     # Outputs and targets of every layer, image and copy, in the targets' precision.
@@ -201,7 +223,7 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
     Costs that are not finite are overwritten.
     """
     parts = [np.empty((5, 0), dtype=np.int64)]
-    if isinstance(match.assign, Known) or not costs.size:
+    if not isinstance(match.assign, Hungarian) or not costs.size:
         return parts[0]
     layers, batch, copies, queries = match.shape
     finite = np.nan_to_num(costs, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
@@ -219,3 +241,19 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
         rows[4] = target + place * len(targets.labels)  # the candidate set
         parts.append(rows)
     return np.concatenate(parts, axis=1)
+
+
+def _unite(solved: Sequence[NDArray[np.int64]], match: Match) -> NDArray[np.int64]:
+    """The rows of an `Assignment`, `(5, M)`, for the union of such of `solved`, the same at every layer of `match`."""
+    # Each pair of image, query and target once, in this order, and how many say so.
+    pairs, votes = np.unique(np.concatenate(solved, axis=1)[1:4], axis=1, return_counts=True)
+    # Of a query's pairs the first: most votes, then the lower target.
+    pairs = pairs[:, np.lexsort((pairs[2], -votes, pairs[1], pairs[0]))]
+    first = np.diff(pairs[:2], axis=1, prepend=-1).any(axis=0)
+    image, query, target = pairs = pairs[:, first]
+    # At every layer.
+    layers, batch, copies, queries = match.shape
+    layer = np.repeat(np.arange(layers), pairs.shape[1])
+    place = (layer * batch + np.tile(image, layers)) * copies + np.tile(query // queries, layers)
+    candidate_set = np.tile(target, layers) + place * len(match.targets.labels)
+    return np.stack([layer, *np.tile(pairs, layers), candidate_set])

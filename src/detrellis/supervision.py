@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,93 +16,29 @@ from detrellis.losses import (
     bce_loss,
     focal_loss,
     focal_negative,
-    giou_loss,
-    l1_loss,
     quality_focal_loss,
     varifocal_loss,
 )
-from detrellis.matching import Assign, Hungarian, Known, Match, assign
+from detrellis.matching import Assign, Hungarian, Known, Match, United, assign
+from detrellis.pairs import (
+    Pairs,
+    SoftTarget,
+    TargetRule,
+    box_terms,
+    decoupled_distillation,
+    fine_grained_localization,
+    hard_target,
+    iou_target,
+    pair_up,
+    quality_target,
+    scaled_iou_target,
+    sum_by_layer,
+)
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 # (output, targets, assignment, normaliser) to unweighted terms, each (L,): one value a decoder layer.
 LossRule = Callable[[DecoderOutput, Targets, Assignment, Tensor], dict[str, Tensor]]
 ABSENT = -1e4  # a logit of probability 0: as a negative it costs nothing and has no gradient
-
-
-def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
-    """Sum `values (M,)` into `(layers,)`; a product, because a scatter is not deterministic on a GPU."""
-    member = layer == torch.arange(layers, device=layer.device).unsqueeze(1)
-    return member.to(values.dtype) @ values
-
-
-class Pairs(NamedTuple):
-    """Positives with their targets, as a loss rule sees them; gradients flow through `logits` and `boxes` only."""
-
-    logits: Tensor  # (M,) of the target's class
-    boxes: Tensor  # (M, 4)
-    target_boxes: Tensor  # (M, 4)
-    iou: Tensor  # (M,) of predicted and target boxes
-    positives: Assignment
-    layers: int
-    images: int
-
-
-def pair_up(output: DecoderOutput, targets: Targets, positives: Assignment, iou_eps: float = 0.0) -> Pairs:
-    """Gather what the positives predicted, and their targets; `iou_eps` is added to unions (`boxes.iou`)."""
-    where = (positives.layer, positives.image, positives.query)
-    boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
-    overlap = iou(cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(target_boxes), iou_eps)
-    logits = output.logits[(*where, targets.labels[positives.target])]
-    layers, images = output.logits.shape[:2]
-    return Pairs(logits, boxes, target_boxes, overlap, positives, layers, images)
-
-
-class SoftTarget(NamedTuple):
-    """What each positive should learn."""
-
-    target: Tensor  # (M,) in [0, 1]: of the logit of the target's class
-    box_weight: Tensor | None = None  # (M,) of its box losses; None: 1
-
-
-# What positives should learn, by their outputs and targets. No gradient flows through it.
-TargetRule = Callable[[Pairs], SoftTarget]
-
-
-def hard_target(pairs: Pairs) -> SoftTarget:
-    """1: the class is there (focal loss)."""
-    return SoftTarget(torch.ones_like(pairs.iou))
-
-
-def iou_target(pairs: Pairs) -> SoftTarget:
-    """The IoU of the predicted box with its target (QFL, VFL)."""
-    return SoftTarget(pairs.iou)
-
-
-def scaled_iou_target(pairs: Pairs) -> SoftTarget:
-    """The squared IoU, scaled up so that the best positive of each image and layer learns 1 (Stable-DINO, PSL)."""
-    target = pairs.iou**2
-    owner = pairs.positives.layer * pairs.images + pairs.positives.image
-    member = owner == torch.arange(pairs.layers * pairs.images, device=owner.device).unsqueeze(1)
-    best = (member * target).amax(1) if len(target) else target.new_ones(len(member))
-    return SoftTarget(target / best.clamp(min=1e-8)[owner])
-
-
-def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
-    """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time DETRs train with)."""
-    return SoftTarget(quality(pairs, alpha).clamp(min=floor))
-
-
-def quality(pairs: Pairs, alpha: float) -> Tensor:
-    """`q = p^alpha u^(1 - alpha)` of each pair, p its score and u its IoU: `(M,)` (Align-DETR, Eq. 2)."""
-    return pairs.logits.detach().sigmoid() ** alpha * pairs.iou ** (1 - alpha)
-
-
-def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> dict[str, Tensor]:
-    """L1 and GIoU of the positives, summed over each layer and divided by the number of boxes."""
-    terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": giou_loss(pairs.boxes, pairs.target_boxes, eps)}
-    if weight is not None:
-        terms = {name: weight * t for name, t in terms.items()}
-    return {name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser for name, t in terms.items()}
 
 
 @dataclass(frozen=True)
@@ -125,21 +60,51 @@ class SetLoss:
     def __call__(
         self, output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor
     ) -> dict[str, Tensor]:
-        """`class`, `box` and `giou`, each `(L,)`, and `iou_branch` where the detector has one."""
+        """`class`, `box` and `giou`, each `(L,)`, and `iou_branch` where the detector has one; of distributions also
+        `fgl` `(L,)`, and `ddf` of all layers but the last."""
         pairs = pair_up(output, targets, positives, self.iou_eps)
         learned = self.target(pairs)
+        terms = self._classes(output, targets, pairs, learned.target, normaliser)
+        return terms | self._boxes(output, pairs, learned.box_weight, normaliser)
+
+    def of_classes(
+        self, output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms `class` and `iou_branch` alone."""
+        pairs = pair_up(output, targets, positives, self.iou_eps)
+        return self._classes(output, targets, pairs, self.target(pairs).target, normaliser)
+
+    def of_boxes(
+        self, output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        """The other terms."""
+        pairs = pair_up(output, targets, positives, self.iou_eps)
+        return self._boxes(output, pairs, self.target(pairs).box_weight, normaliser)
+
+    def _classes(
+        self, output: DecoderOutput, targets: Targets, pairs: Pairs, target: Tensor, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        positives = pairs.positives
         # All entries as negatives, but for the positives'.
         where = (positives.layer, positives.image, positives.query, targets.labels[positives.target])
         others = output.logits.index_put(where, output.logits.new_tensor(ABSENT))
         negative = self.negative_weight * focal_negative(others, self.gamma, detached=self.detached).sum((1, 2, 3))
         # The positives.
-        positive = sum_by_layer(self.positive(pairs.logits, learned.target), positives.layer, pairs.layers)
+        positive = sum_by_layer(self.positive(pairs.logits, target), positives.layer, pairs.layers)
         terms = {"class": (negative + positive) / normaliser}
-        terms |= box_terms(pairs, normaliser, learned.box_weight, self.iou_eps)
         if output.iou_logits is not None:
             predicted = output.iou_logits[positives.layer, positives.image, positives.query]
             errors = bce_loss(predicted, pairs.iou)
             terms["iou_branch"] = sum_by_layer(errors, positives.layer, pairs.layers) / normaliser
+        return terms
+
+    def _boxes(
+        self, output: DecoderOutput, pairs: Pairs, weight: Tensor | None, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        terms = box_terms(pairs, normaliser, weight, self.iou_eps)
+        if output.sides is not None:
+            terms["fgl"] = fine_grained_localization(pairs, output.sides, normaliser, weight)
+            terms["ddf"] = decoupled_distillation(pairs, output.sides, output.logits)
         return terms
 
 
@@ -190,7 +155,7 @@ class Supervision:
     assign: Assign = field(default_factory=Hungarian)
     rule: LossRule = field(default_factory=SetLoss)
     weights: Mapping[str, float] = field(
-        default_factory=lambda: {"class": 1.0, "box": 5.0, "giou": 2.0, "iou_branch": 1.0}
+        default_factory=lambda: {"class": 1.0, "box": 5.0, "giou": 2.0, "iou_branch": 1.0, "fgl": 0.15, "ddf": 1.5}
     )
     known_weights: Mapping[str, float] | None = None  # of pairs that are not matched; None: the same
 
@@ -202,6 +167,13 @@ class Supervision:
         """This supervision for the encoder's proposals, which are one layer."""
         assert isinstance(self.assign, Hungarian)
         return replace(self, assign=self.assign.for_proposals())
+
+    def initial(self, layers: int) -> Supervision:
+        """This supervision for what the first of `layers` layers says before it has distributions."""
+        assert not isinstance(self.assign, United)
+        if isinstance(self.assign, Known):
+            return replace(self, assign=self.assign.for_initial(layers))
+        return replace(self, assign=self.assign.for_initial())
 
     def task(
         self, name: str, output: DecoderOutput, targets: Targets, normaliser: Tensor, copies: int = 1, weight: float = 1
@@ -232,6 +204,33 @@ class Task:
     rule: LossRule
     weights: Mapping[str, float]  # of the rule's terms
     normaliser: Tensor  # scalar: the number of boxes that the sums are divided by
+
+
+def uniting(tasks: Sequence[Task]) -> list[Task]:
+    """The `tasks` of one block: of its layers, and of what stands before them.
+
+    Where their matches are united, the boxes are tasks of their own, the first ones, which learn by the union; their
+    normaliser has to be counted (`counted`).
+    """
+    if not all(isinstance(task.match.assign, Hungarian) and task.match.assign.union for task in tasks):
+        return list(tasks)
+    union = United(tuple(task.match for task in tasks))
+    boxes, classes = [], []
+    for task in tasks:
+        assert isinstance(task.rule, SetLoss), "only a rule of two parts can learn by two assignments"
+        classes.append(replace(task, rule=task.rule.of_classes))
+        boxes.append(replace(task, rule=task.rule.of_boxes, match=replace(task.match, assign=union)))
+    return [*boxes, *classes]
+
+
+def counted(tasks: Sequence[Task], assignments: Sequence[Assignment], mean: Callable[[Tensor], Tensor]) -> list[Task]:
+    """The tasks with the pairs of each union, averaged over all processes by `mean`, to divide its sums by."""
+    united = [i for i, task in enumerate(tasks) if isinstance(task.match.assign, United)]
+    if not united:
+        return list(tasks)
+    counts = [len(assignments[i].query) / tasks[i].match.shape[0] for i in united]
+    pairs = dict(zip(united, mean(tasks[0].normaliser.new_tensor(counts)).clamp(min=1), strict=True))
+    return [replace(task, normaliser=pairs[i]) if i in pairs else task for i, task in enumerate(tasks)]
 
 
 def match(tasks: Sequence[Task]) -> list[Assignment]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detrellis.detector import Detector
 from detrellis.distributed import reduce_mean
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
-from detrellis.supervision import Supervision, Task, match, supervise
+from detrellis.supervision import Supervision, Task, counted, match, supervise, uniting
 from detrellis.types import DecoderOutput, ImageBatch, Targets
 
 ProposalTargets = Literal["objectness", "classes"]
@@ -60,10 +60,9 @@ class TrainableDetector(nn.Module):
             losses |= extension.losses
         outputs = self.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
 
-        tasks = [self._task(b, outputs[b.name], step) for b in blocks]
-        tasks += [self._proposal_task(b, b.proposals, step) for b in blocks if b.proposals is not None]
+        tasks = [task for b in blocks for task in uniting(self._tasks(b, outputs[b.name], step))]
         assignments = match(tasks)
-        block_losses, metrics = supervise(tasks, assignments)
+        block_losses, metrics = supervise(counted(tasks, assignments, reduce_mean), assignments)
         by_name = {task.name: a for task, a in zip(tasks, assignments, strict=True)}
         for scheme in self.training_schemes:
             metrics |= scheme.metrics(step, blocks, by_name)
@@ -93,21 +92,20 @@ class TrainableDetector(nn.Module):
         """The schemes, in the recipe's order."""
         return [s for s in self.schemes if isinstance(s, TrainingScheme)]
 
-    def _task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
-        normaliser = self._normaliser(block, step)
-        return block.supervision.task(block.name, output, step.targets, normaliser, block.copies, block.weight)
-
-    def _normaliser(self, block: QueryBlock, step: Step) -> Tensor:
-        return (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
-
-    def _proposal_task(self, block: QueryBlock, output: DecoderOutput, step: Step) -> Task:
-        """A block's proposals, matched copy by copy as the block is."""
-        targets = step.targets
-        if self.proposal_targets == "objectness":
-            targets = targets._replace(labels=torch.zeros_like(targets.labels))
-        name = "proposals" if block.name == "main" else f"{block.name}_proposals"
-        supervision, normaliser = block.supervision.proposals(), self._normaliser(block, step)
-        return supervision.task(name, output, targets, normaliser, copies=block.copies, weight=block.weight)
+    def _tasks(self, block: QueryBlock, output: DecoderOutput, step: Step) -> list[Task]:
+        """What a block's outputs learn, and what stands before them: each matched copy by copy."""
+        normaliser = (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
+        common = (normaliser, block.copies, block.weight)
+        prefix, targets = "" if block.name == "main" else f"{block.name}_", step.targets
+        tasks = [block.supervision.task(block.name, output, targets, *common)]
+        if output.initial is not None:
+            supervision = block.supervision.initial(len(output.boxes))
+            tasks.append(supervision.task(f"{prefix}initial", output.initial, targets, *common))
+        if block.proposals is not None:
+            if self.proposal_targets == "objectness":
+                targets = targets._replace(labels=torch.zeros_like(targets.labels))
+            tasks.append(block.supervision.proposals().task(f"{prefix}proposals", block.proposals, targets, *common))
+        return tasks
 
 
 def mean_boxes(targets: Targets) -> Tensor:

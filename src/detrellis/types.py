@@ -127,6 +127,19 @@ class Segment(NamedTuple):
     heads: nn.Module | None = None  # class and box heads of its own (`nn/heads.py`); None: the decoder's
 
 
+class SideDistributions(NamedTuple):
+    """Boxes as distributions over how far each side lies from that of a fixed box (D-FINE)."""
+
+    logits: Tensor  # (L, B, N, 4, K + 1) of left, top, right, bottom
+    base: Tensor  # (L, B, N, 4) the fixed box, the same in all layers, without gradient
+    bins: Tensor  # (K + 1,) the distance that each entry stands for, ascending, as `boxes.side_distances` counts it
+    scale: float  # of those distances: they count in `1 / scale` of the fixed box's sides
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SideDistributions:
+        """Every tensor of the queries after `change`."""
+        return self._replace(logits=change(self.logits), base=change(self.base))
+
+
 class DecoderOutput(NamedTuple):
     """The heads' outputs after every decoder layer (training) or after the last one only (inference: L = 1)."""
 
@@ -136,12 +149,16 @@ class DecoderOutput(NamedTuple):
     iou_logits: Tensor | None = None  # (L, B, N) of the IoU that the IoU branch predicts; None: there is no such head
     mask_embeds: Tensor | None = None  # (L, B, N, Dm) what `masks.map` is multiplied with; None: there are no masks
     masks: MaskFeatures | None = None  # of the images, the same for all layers and queries
+    sides: SideDistributions | None = None  # that the boxes are the means of (D-FINE); None: boxes are predicted
+    initial: DecoderOutput | None = None  # of one layer, the first: logits and boxes before there are distributions
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
         """Every tensor of the queries after `change`."""
         iou_logits, embeds = (None if t is None else change(t) for t in (self.iou_logits, self.mask_embeds))
         logits, boxes, states = (change(t) for t in (self.logits, self.boxes, self.states))
-        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks)
+        sides = None if self.sides is None else self.sides.map(change)
+        initial = None if self.initial is None else self.initial.map(change)
+        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks, sides, initial)
 
 
 class Proposals(NamedTuple):

@@ -17,6 +17,7 @@ from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
 from detrellis.losses import bce_loss, varifocal_loss
 from detrellis.matching import Hungarian, Match, MatchingCost, assign, columns
 from detrellis.nn.queries import LearnedQueries
+from detrellis.pairs import SoftTarget, iou_target, pair_up, quality, scaled_iou_target
 from detrellis.postprocess import Postprocess
 from detrellis.schemes.align import Align, align_loss, rank_weight
 from detrellis.schemes.config import AlignConfig, HybridConfig, StableConfig
@@ -24,17 +25,7 @@ from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.ranks import rank
 from detrellis.schemes.stable import Stable, modulated_term, modulation
-from detrellis.supervision import (
-    CLASSIFICATION,
-    SetLoss,
-    SoftTarget,
-    Supervision,
-    iou_target,
-    pair_up,
-    quality,
-    scaled_iou_target,
-    supervise,
-)
+from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from .arrays import Arrays

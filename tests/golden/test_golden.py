@@ -24,6 +24,7 @@ from . import (
     co_dense,
     co_nms,
     co_rcnn,
+    dfine,
     group,
     masks,
     models,
@@ -90,6 +91,9 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "co/roi": co_rcnn.check_regions,
     "realtime/class_losses": rivals.check_class_losses,
     "large/layer_decay": rates.check_layer_decay,
+    "realtime/dfine_": dfine.check_model,
+    "realtime/dfine_fdr": dfine.check_fdr,
+    "rivals/dfine": dfine.check_losses,
     "rivals/mal": rivals.check_mal,
     "segmentation/instance_inference": masks.check_instance_inference,
     "sam/aligner_": sam.check_aligner,
@@ -103,7 +107,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
 }
 
 # Too large to carry: their parts are carried.
-LARGE = {"sam/layer_", "sam/detector_"}
+LARGE = {"sam/layer_", "sam/detector_", "realtime/dfine_"}
 
 
 def kind(name: str) -> str:

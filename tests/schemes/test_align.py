@@ -12,12 +12,13 @@ from torch import Tensor
 
 from detrellis.losses import focal_positive
 from detrellis.matching import Candidates, Hungarian, Match, assign
+from detrellis.pairs import pair_up, quality
 from detrellis.recipes.build import build
 from detrellis.schemes.align import Align, align_loss, rank_weight
 from detrellis.schemes.config import AlignConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.ranks import rank
-from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, pair_up, quality, supervise
+from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets

@@ -8,11 +8,12 @@ import torch
 from detrellis.boxes import cxcywh_to_xyxy, iou
 from detrellis.errors import UserError
 from detrellis.matching import Hungarian
+from detrellis.pairs import pair_up
 from detrellis.recipes.build import build
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.dense import Dense, task_aligned_target
 from detrellis.schemes.ranks import highest
-from detrellis.supervision import match, pair_up, supervise
+from detrellis.supervision import match, supervise
 from detrellis.training import TrainableDetector
 
 from ..small import CLASSES, images, small, targets

@@ -7,10 +7,11 @@ import torch
 
 from detrellis.boxes import cxcywh_to_xyxy, iou
 from detrellis.matching import Hungarian, Match, assign
+from detrellis.pairs import pair_up, scaled_iou_target
 from detrellis.recipes.build import build
 from detrellis.schemes.config import StableConfig
 from detrellis.schemes.stable import Stable, modulation
-from detrellis.supervision import Supervision, pair_up, scaled_iou_target
+from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets

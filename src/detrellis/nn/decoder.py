@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.distinct import keep_distinct, withhold
-from detrellis.nn.heads import Heads
+from detrellis.nn.distribution import Gateway
+from detrellis.nn.heads import Heads, SegmentHeads
 from detrellis.nn.mlp import FeedForward
-from detrellis.nn.refine import IterativeRefinement, Refine
-from detrellis.types import DecoderOutput, Memory, Queries, Segment, Spatial
+from detrellis.nn.refine import DistributionRefinement, IterativeRefinement, Refine, Refined
+from detrellis.types import DecoderOutput, Memory, Queries, Segment, SideDistributions, Spatial
 
 
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with residual and post-norm.
 
     `self_attention` is any module called with `(x, position, segments)`, `cross` one called with `(x, where, memory)`.
+    `gated`: what cross-attention reads comes through a gateway instead of a residual (D-FINE).
     """
 
     def __init__(
@@ -28,17 +30,24 @@ class DecoderLayer(nn.Module):
         width: int,
         *,
         dropout: float = 0.0,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross
-        self.norm_self, self.norm_cross = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm_self = nn.LayerNorm(width)
+        self.norm_cross = None if gated else nn.LayerNorm(width)
+        self.gateway = Gateway(width) if gated else None
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> Tensor:
         """The queries `x (B, N, D)` after this layer, `(B, N, D)`."""
         x = self.norm_self(x + self.dropout(self.self_attention(x, where.position, segments)))
-        x = self.norm_cross(x + self.dropout(self.cross_attention(x, where, memory)))
+        read = self.dropout(self.cross_attention(x, where, memory))
+        if self.gateway is not None:
+            x = self.gateway(x, read)
+        elif self.norm_cross is not None:
+            x = self.norm_cross(x + read)
         out: Tensor = self.feed_forward(x)
         return out
 
@@ -51,6 +60,7 @@ class Decoder(nn.Module):
     gradients differ between the last two. `final_norm` normalises the heads' input, never the stream. `position` says
     where the queries look at each layer (`nn/spatial.py`). `distinct`: from the second layer on, queries whose IoU with
     a better one exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are refined.
+    Heads that have bins refine distributions instead, whatever `refine` says.
     """
 
     def __init__(
@@ -78,33 +88,65 @@ class Decoder(nn.Module):
         """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
         x, outputs = queries.content, list[DecoderOutput]()
         used, heads = segments, self.heads.of(segments)
-        boxes = IterativeRefinement(heads, queries.boxes, self.refine, self.eps)
+        boxes = self._refinement(heads, queries.boxes)
         for i, layer in enumerate(self.layers):
             # The layer itself, at its place.
             x = layer(x, self.position(i, x, queries, boxes.references, memory), memory, used)
             last = i == len(self.layers) - 1
             # What the heads say after it.
             wanted = every_layer or last
-            if wanted or self.distinct is not None:
-                states = x if self.final_norm is None else self.final_norm(x)
-                logits = heads.logits(i, states)
+            heard = wanted or self.distinct is not None
+            states = x if self.final_norm is None or not heard else self.final_norm(x)
             refined = boxes.step(i, x, states if wanted else None, last=last)
-            if refined is not None:
-                iou_logits = heads.iou_logits(i, states)
-                outputs.append(DecoderOutput(withhold(logits, used), refined.boxes, states, iou_logits))
+            if heard:
+                logits = self._logits(heads, i, states, refined)
+            if refined is not None and wanted:
+                said = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
+                outputs.append(DecoderOutput(*said, sides=refined.sides))
             # The queries that the next layer uses.
             if not last and self.distinct is not None:
                 assert boxes.references is not None
                 used = keep_distinct(segments, logits, boxes.references, self.distinct)
-        return stack(outputs)
+        output = stack(outputs)
+        if every_layer and isinstance(boxes, DistributionRefinement):
+            return output._replace(initial=boxes.initial())
+        return output
+
+    def _logits(self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None) -> Tensor:
+        """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions where there are any."""
+        logits = heads.logits(layer, states)
+        if refined is None or refined.sides is None:
+            return logits
+        return logits + heads.quality(layer, refined.sides.logits)
+
+    def _refinement(
+        self, heads: Heads | SegmentHeads, boxes: Tensor | None
+    ) -> IterativeRefinement | DistributionRefinement:
+        """How the heads refine the queries' `boxes` in one pass."""
+        if self.heads.bins is None:
+            return IterativeRefinement(heads, boxes, self.refine, self.eps)
+        assert boxes is not None, "distributions are refined around boxes"
+        return DistributionRefinement(heads, boxes, self.heads.bins, self.eps)
 
 
 def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
     """The outputs of all layers, each without the dimension `L`, as one."""
-    ious = [output.iou_logits for output in layers if output.iou_logits is not None]
+
+    def stacked(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.stack(present) if present else None
+
+    sides = [output.sides for output in layers if output.sides is not None]
     return DecoderOutput(
         torch.stack([output.logits for output in layers]),
         torch.stack([output.boxes for output in layers]),
         torch.stack([output.states for output in layers]),
-        torch.stack(ious) if ious else None,
+        stacked([output.iou_logits for output in layers]),
+        sides=stacked_sides(sides) if sides else None,
     )
+
+
+def stacked_sides(layers: Sequence[SideDistributions]) -> SideDistributions:
+    """The distributions of all layers, each without the dimension `L`, as one."""
+    logits, base = torch.stack([side.logits for side in layers]), torch.stack([side.base for side in layers])
+    return layers[0]._replace(logits=logits, base=base)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.distribution import Bins, QualityEstimator
 from detrellis.nn.mlp import MLP
 from detrellis.types import Segment
 
@@ -20,9 +21,9 @@ def class_head(width: int, classes: int) -> nn.Linear:
     return layer
 
 
-def box_head(width: int) -> MLP:
-    """Three-layer MLP whose deltas start at 0."""
-    head = MLP(width, width, 4, 3)
+def box_head(width: int, outputs: int = 4) -> MLP:
+    """Three-layer MLP whose deltas, or other `outputs`, start at 0."""
+    head = MLP(width, width, outputs, 3)
     last = head.layers[-1]
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)
@@ -36,7 +37,9 @@ class Heads(nn.Module):
     Heads of their own start as copies of each other. `size_bias` is the first box head's initial logit shift of width
     and height: -2 makes small boxes where the references are points. `softmax`: DETR's heads, with one logit more for
     "no object", and PyTorch's initialisation: without references a box head has to start somewhere. `iou_branch`: one
-    logit more, which learns the IoU of the box with its target (IoU-Net).
+    logit more, which learns the IoU of the box with its target (IoU-Net). `bins`: the box heads say the logits of a
+    distribution for each side; before them stands a head of the initial box, behind them a quality estimator a layer
+    (D-FINE).
     """
 
     def __init__(
@@ -49,19 +52,23 @@ class Heads(nn.Module):
         size_bias: float = 0.0,
         softmax: bool = False,
         iou_branch: bool = False,
+        bins: Bins | None = None,
     ) -> None:
         super().__init__()
         if softmax:
             of_classes, of_boxes = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
         else:
-            of_classes, of_boxes = class_head(width, classes), box_head(width)
+            of_classes, of_boxes = class_head(width, classes), box_head(width, 4 * (bins.number + 1) if bins else 4)
         of_ious = nn.Linear(width, 1) if iou_branch else None
         copies = range(1 if shared else layers)
         self.classes = nn.ModuleList(copy.deepcopy(of_classes) for _ in copies)
         self.boxes = nn.ModuleList(copy.deepcopy(of_boxes) for _ in copies)
         self.ious = None if of_ious is None else nn.ModuleList(copy.deepcopy(of_ious) for _ in copies)
+        self.bins = bins
+        self.initial_box = box_head(width) if bins else None
+        self.qualities = nn.ModuleList(QualityEstimator() for _ in copies) if bins else None
         with torch.no_grad():
-            self.boxes[0].get_parameter("layers.2.bias")[2:] += size_bias
+            (self.initial_box or self.boxes[0]).get_parameter("layers.2.bias")[2:] += size_bias
 
     def of(self, segments: Sequence[Segment]) -> Heads | SegmentHeads:
         """The heads of all `segments`, some of which may have their own."""
@@ -74,8 +81,21 @@ class Heads(nn.Module):
         return out
 
     def deltas(self, layer: int, states: Tensor) -> Tensor:
-        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space."""
+        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space; with bins `(B, N, 4 (K + 1))`, of the
+        distributions' logits."""
         out: Tensor = self.boxes[min(layer, len(self.boxes) - 1)](states)
+        return out
+
+    def initial_deltas(self, states: Tensor) -> Tensor:
+        """Deltas `(B, N, 4)` of the boxes before there are distributions, in logit space."""
+        assert self.initial_box is not None
+        out: Tensor = self.initial_box(states)
+        return out
+
+    def quality(self, layer: int, distributions: Tensor) -> Tensor:
+        """What the quality of the `distributions (B, N, 4, K + 1)` adds to the class logits, `(B, N, 1)`."""
+        assert self.qualities is not None
+        out: Tensor = self.qualities[min(layer, len(self.qualities) - 1)](distributions)
         return out
 
     def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
@@ -96,6 +116,14 @@ class SegmentHeads:
     def deltas(self, layer: int, states: Tensor) -> Tensor:
         """Box deltas `(B, N, 4)`."""
         return torch.cat([heads.deltas(layer, part) for heads, part in self._parts(states)], dim=1)
+
+    def initial_deltas(self, states: Tensor) -> Tensor:
+        """Deltas `(B, N, 4)` of the initial boxes."""
+        return torch.cat([heads.initial_deltas(part) for heads, part in self._parts(states)], dim=1)
+
+    def quality(self, layer: int, distributions: Tensor) -> Tensor:
+        """What quality adds, `(B, N, 1)`."""
+        return torch.cat([heads.quality(layer, part) for heads, part in self._parts(distributions)], dim=1)
 
     def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
         """Logits `(B, N)` of the IoU, where there is an IoU branch."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from detrellis.boxes import inverse_sigmoid
+from detrellis.nn.distribution import Bins, mean_boxes, weighting
 from detrellis.nn.heads import Heads, SegmentHeads
+from detrellis.types import DecoderOutput, SideDistributions
 
 Refine = Literal["none", "detached", "look_forward_twice"]
 
@@ -17,20 +19,7 @@ class Refined(NamedTuple):
     """What the box heads say after one layer."""
 
     boxes: Tensor  # (B, N, 4)
-
-
-class Refinement(Protocol):
-    """How boxes go from layer to layer."""
-
-    references: (
-        Tensor | None
-    )  # (B, N, 2 or 4) points or boxes that the next layer reads, without gradient after the first
-
-    def step(self, layer: int, x: Tensor, states: Tensor | None, *, last: bool) -> Refined | None:
-        """Go past decoder layer `layer`, which left the queries `x (B, N, D)`.
-
-        `states` are what the heads read of them for the output; None where nobody asks for one.
-        """
+    sides: SideDistributions | None = None  # of one layer, without the dimension `L`
 
 
 class IterativeRefinement:
@@ -41,12 +30,15 @@ class IterativeRefinement:
 
     def __init__(self, heads: Heads | SegmentHeads, references: Tensor | None, refine: Refine, eps: float) -> None:
         self.heads, self.refine, self.eps = heads, refine, eps
-        # `boxes` is what losses reach through the outputs, `references` what a layer reads: equal, without gradient
-        # from the second layer on.
+        # `boxes` is what losses reach through the outputs, `references (B, N, 2 or 4)` what a layer reads: equal,
+        # without gradient from the second layer on.
         self.boxes = self.references = references
 
     def step(self, layer: int, x: Tensor, states: Tensor | None, *, last: bool) -> Refined | None:
-        """As in `Refinement`."""
+        """Go past decoder layer `layer`, which left the queries `x (B, N, D)`.
+
+        `states` are what the heads read of them for the output; None where nobody asks for one, and gets none.
+        """
         said = None if states is None else self.heads.deltas(layer, states)
         output = None if said is None else Refined(moved(said, self.boxes, self.eps))
         if not last and self.refine != "none":
@@ -55,6 +47,41 @@ class IterativeRefinement:
             self.references = boxes.detach()
             self.boxes = boxes if self.refine == "look_forward_twice" else self.references
         return output
+
+
+class DistributionRefinement:
+    """Fine-grained distribution refinement (D-FINE, section 4.1): layers add to the logits of distributions over how
+    far each side lies from that of a box, which is fixed once the first layer has moved its reference there.
+
+    A layer's box head reads its queries and, without gradient, those of the layer before. References are the boxes that
+    the distributions have as their means.
+    """
+
+    def __init__(self, heads: Heads | SegmentHeads, references: Tensor, bins: Bins, eps: float) -> None:
+        self.heads, self.bins, self.eps = heads, bins, eps
+        self.references, self.values = references, weighting(bins, references)
+        self.initial_boxes: Tensor | None = None
+        self.first = self.before = references  # the queries after the first layer, and after the one before
+        self.logits = references
+
+    def step(self, layer: int, x: Tensor, states: Tensor | None, *, last: bool) -> Refined:
+        """As `IterativeRefinement.step`; there is an output whether it is asked for or not."""
+        first = self.initial_boxes is None
+        if self.initial_boxes is None:
+            self.first, self.initial_boxes = x, moved(self.heads.initial_deltas(x), self.references, self.eps)
+        said = self.heads.deltas(layer, x if first else x + self.before.detach())
+        said = said.to(self.values.dtype).unflatten(-1, (4, self.bins.number + 1))
+        self.logits, self.before = said if first else said + self.logits, x
+        sides = SideDistributions(self.logits, self.initial_boxes.detach(), self.values, self.bins.scale)
+        boxes = mean_boxes(sides)
+        self.references = boxes.detach()
+        return Refined(boxes, sides)
+
+    def initial(self) -> DecoderOutput:
+        """The output of the first layer before there are distributions."""
+        assert self.initial_boxes is not None
+        logits = self.heads.logits(0, self.first)
+        return DecoderOutput(logits[None], self.initial_boxes[None], self.first[None])
 
 
 def moved(delta: Tensor, references: Tensor | None, eps: float) -> Tensor:

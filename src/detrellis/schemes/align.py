@@ -26,10 +26,11 @@ from torch import Tensor
 
 from detrellis.losses import bce_loss, focal_negative, focal_positive
 from detrellis.matching import Candidates, Hungarian
+from detrellis.pairs import Pairs, SoftTarget, TargetRule, quality
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.config import AlignConfig
 from detrellis.schemes.ranks import rank
-from detrellis.supervision import Pairs, SetLoss, SoftTarget, Supervision, TargetRule, quality
+from detrellis.supervision import SetLoss, Supervision
 
 
 def rank_weight(ranks: Tensor, tau: float) -> Tensor:
@@ -64,7 +65,7 @@ class Align(TrainingScheme):
             rule = SetLoss(self.soft_target, positive, negative_weight=1.0, gamma=config.gamma, iou_eps=config.iou_eps)
         encoder = config.k if config.k_encoder is None else config.k_encoder
         candidates = Candidates(encoder=encoder, intermediate=config.k, last=config.k_last)
-        return replace(base, assign=replace(base.assign, candidates=candidates), rule=rule)
+        return replace(base, assign=replace(base.assign, candidates=candidates, union=False), rule=rule)
 
     @torch.no_grad()
     def soft_target(self, pairs: Pairs) -> SoftTarget:

@@ -20,10 +20,11 @@ import torch
 from detrellis.detector import Detector
 from detrellis.losses import quality_focal_loss
 from detrellis.matching import Candidates, Hungarian
+from detrellis.pairs import Pairs, SoftTarget
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.config import DenseConfig
 from detrellis.schemes.ranks import highest
-from detrellis.supervision import Pairs, SetLoss, SoftTarget, Supervision
+from detrellis.supervision import SetLoss, Supervision
 
 
 class Dense(TrainingScheme):
@@ -73,7 +74,7 @@ class Dense(TrainingScheme):
         """The main block's matching with k queries for each target, and a loss of classes and GIoU by their quality."""
         assert isinstance(main.assign, Hungarian)
         k = self.config.k
-        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=1.0))
+        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=1.0), union=False)
         rule = SetLoss(task_aligned_target, quality_focal_loss, negative_weight=1.0)
         return replace(main, assign=several, rule=rule, weights={**main.weights, "class": 1.0, "box": 0.0})
 

@@ -57,7 +57,7 @@ class Hybrid(TrainingScheme):
         """The main block's with k queries for each target in every layer."""
         assert isinstance(main.assign, Hungarian)
         k = self.config.k
-        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=None))
+        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=None), union=False)
         return replace(main, assign=several)
 
     def normaliser(self, mean_boxes: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""Positives with their targets: what they should learn, and the losses of their boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from detrellis.boxes import cxcywh_to_xyxy, iou, side_distances
+from detrellis.losses import distillation_loss, fine_grained_localization_loss, giou_loss, l1_loss
+from detrellis.types import Assignment, DecoderOutput, SideDistributions, Targets
+
+
+def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
+    """Sum `values (M,)` into `(layers,)`; a product, because a scatter is not deterministic on a GPU."""
+    member = layer == torch.arange(layers, device=layer.device).unsqueeze(1)
+    return member.to(values.dtype) @ values
+
+
+class Pairs(NamedTuple):
+    """Positives with their targets, as a loss rule sees them; gradients flow through `logits` and `boxes` only."""
+
+    logits: Tensor  # (M,) of the target's class
+    boxes: Tensor  # (M, 4)
+    target_boxes: Tensor  # (M, 4)
+    iou: Tensor  # (M,) of predicted and target boxes
+    positives: Assignment
+    layers: int
+    images: int
+
+
+def pair_up(output: DecoderOutput, targets: Targets, positives: Assignment, iou_eps: float = 0.0) -> Pairs:
+    """Gather what the positives predicted, and their targets; `iou_eps` is added to unions (`boxes.iou`)."""
+    where = (positives.layer, positives.image, positives.query)
+    boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
+    overlap = iou(cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(target_boxes), iou_eps)
+    logits = output.logits[(*where, targets.labels[positives.target])]
+    layers, images = output.logits.shape[:2]
+    return Pairs(logits, boxes, target_boxes, overlap, positives, layers, images)
+
+
+class SoftTarget(NamedTuple):
+    """What each positive should learn."""
+
+    target: Tensor  # (M,) in [0, 1]: of the logit of the target's class
+    box_weight: Tensor | None = None  # (M,) of its box losses; None: 1
+
+
+# What positives should learn, by their outputs and targets. No gradient flows through it.
+TargetRule = Callable[[Pairs], SoftTarget]
+
+
+def hard_target(pairs: Pairs) -> SoftTarget:
+    """1: the class is there (focal loss)."""
+    return SoftTarget(torch.ones_like(pairs.iou))
+
+
+def iou_target(pairs: Pairs) -> SoftTarget:
+    """The IoU of the predicted box with its target (QFL, VFL)."""
+    return SoftTarget(pairs.iou)
+
+
+def scaled_iou_target(pairs: Pairs) -> SoftTarget:
+    """The squared IoU, scaled up so that the best positive of each image and layer learns 1 (Stable-DINO, PSL)."""
+    target = pairs.iou**2
+    owner = pairs.positives.layer * pairs.images + pairs.positives.image
+    member = owner == torch.arange(pairs.layers * pairs.images, device=owner.device).unsqueeze(1)
+    best = (member * target).amax(1) if len(target) else target.new_ones(len(member))
+    return SoftTarget(target / best.clamp(min=1e-8)[owner])
+
+
+def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
+    """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time DETRs train with)."""
+    return SoftTarget(quality(pairs, alpha).clamp(min=floor))
+
+
+def quality(pairs: Pairs, alpha: float) -> Tensor:
+    """`q = p^alpha u^(1 - alpha)` of each pair, p its score and u its IoU: `(M,)` (Align-DETR, Eq. 2)."""
+    return pairs.logits.detach().sigmoid() ** alpha * pairs.iou ** (1 - alpha)
+
+
+def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> dict[str, Tensor]:
+    """L1 and GIoU of the positives, summed over each layer and divided by the number of boxes."""
+    terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": giou_loss(pairs.boxes, pairs.target_boxes, eps)}
+    if weight is not None:
+        terms = {name: weight * t for name, t in terms.items()}
+    return {name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser for name, t in terms.items()}
+
+
+def fine_grained_localization(
+    pairs: Pairs, sides: SideDistributions, normaliser: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """FGL (D-FINE, Eq. 6): each side's distribution learns where the target's side lies, by the IoU; `(L,)`.
+
+    `weight (M,)` is one more of each positive; None: 1.
+    """
+    where = (pairs.positives.layer, pairs.positives.image, pairs.positives.query)
+    distances = side_distances(sides.base[where], pairs.target_boxes, sides.scale)
+    bins = sides.bins.to(distances.dtype)
+    losses = fine_grained_localization_loss(sides.logits[where].flatten(0, 1), distances.flatten(), bins)
+    losses = losses.unflatten(0, (-1, 4)).sum(-1) * pairs.iou * (1 if weight is None else weight)
+    return sum_by_layer(losses, pairs.positives.layer, pairs.layers) / normaliser
+
+
+def decoupled_distillation(pairs: Pairs, sides: SideDistributions, logits: Tensor) -> Tensor:
+    """DDF (D-FINE, Eq. 7): the distributions of all layers but the last learn from those of the last; `(L - 1,)`.
+
+    Positives weigh by their IoU, other queries by the last layer's best score of the class `logits (L, B, N, C)`; the
+    two means are averaged by the square roots of how many there are.
+    """
+    layer, image, query = pairs.positives.layer, pairs.positives.image, pairs.positives.query
+    losses = distillation_loss(sides.logits[:-1], sides.logits[-1:]).mean(-1)  # (L - 1, B, N)
+    # The weights, and who is a positive; the last layer's rows are cut off again.
+    scores = logits[-1:].detach().sigmoid().amax(-1).expand(logits.shape[:-1])
+    weights = scores.index_put((layer, image, query), pairs.iou)[:-1]
+    positive = torch.zeros_like(scores).index_put((layer, image, query), scores.new_ones(()))[:-1]
+    parts = torch.stack([positive, 1 - positive])
+    counts = parts.sum((2, 3))
+    means = (parts * weights * losses).sum((2, 3)) / counts.clamp(min=1)
+    return (means * counts.sqrt()).sum(0) / counts.sqrt().sum(0)
