@@ -88,12 +88,13 @@ def test_every_family_is_recognised_by_its_names(name: str, tmp_path: Path) -> N
     check(tmp_path / "checkpoint.pth", detector, recipe)
 
 
-def test_detrex(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fusion", [False, True], ids=["DINO", "Stable-DINO"])
+def test_detrex(fusion: bool, tmp_path: Path) -> None:
     recipe = frozen(with_own_backbone("dino_r50")).override(
         [
             *("detector.backbone.name=resnet50", "detector.encoder.heads=8", "detector.decoder.heads=8"),
             *("detector.decoder.shared_heads=false", "detector.position_temperature=10000.0"),
-            "detector.position_offset=-0.5",
+            *("detector.position_offset=-0.5", f"detector.encoder.fusion={fusion}"),
         ]
     )
     detector, theirs = published(recipe, detrex=True)

@@ -56,6 +56,7 @@ def recipe_of(weights: Weights, arguments: Mapping[str, Any]) -> Recipe:
 
 _DEFORMABLE = "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight"
 _CONDITIONAL = "transformer.decoder.layers.0.ca_qcontent_proj.weight"
+FUSION = "transformer.encoder.fusion_layer"  # Stable-DINO's
 _DETREX = "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight"
 # The first of these whose tensors are all there.
 FAMILIES = {
@@ -143,7 +144,8 @@ def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) ->
         heads_of["shared_heads"] = shared
     elif detector.queries.kind in ("learned", "proposals"):
         heads_of["refine"] = "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
-    sizes = {"encoder": {"levels": levels, "points": encoder}, "cross_attention": {"points": decoder}}
+    sizes: dict[str, Any] = {"encoder": {"levels": levels, "points": encoder}, "cross_attention": {"points": decoder}}
+    sizes["encoder"]["fusion"] = f"{FUSION}.0.weight" in weights
     return sizes | {"decoder": heads_of}
 
 
@@ -314,6 +316,8 @@ def _detrex(detector: DetectorConfig) -> list[Pair]:
         *backbone,
         *neck,
         Pair("neck.level_embed", "transformer.level_embeds"),
+        Pair("encoder.fusion.projection", f"{FUSION}.0"),
+        Pair("encoder.fusion.norm", f"{FUSION}.1"),
         *sampling("encoder.layers.*.attention", f"{encoder}.attentions.0"),
         Pair("encoder.layers.*.norm", f"{encoder}.norms.0"),
         Pair("encoder.layers.*.feed_forward.norm", f"{encoder}.norms.1"),

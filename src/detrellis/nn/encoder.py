@@ -43,26 +43,52 @@ class EncoderLayer(nn.Module):
         return memory._replace(tokens=self.feed_forward(tokens))
 
 
+class MemoryFusion(nn.Module):
+    """One memory of the tokens before the encoder and after each of its layers (Stable-DINO, Liu et al., 2023)."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width * (layers + 1), width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Tokens `(B, S, D)` of as many before the first layer and after each."""
+        fused: Tensor = self.norm(self.projection(torch.cat(list(states), dim=-1)))
+        return fused
+
+
 class Encoder(nn.Module):
     """A stack of layers, no final norm.
 
     `references`: whether the attention samples around the tokens' centres. `position_scale`: an MLP of the tokens
-    whose output multiplies their positions, anew at each layer (DAB-DETR).
+    whose output multiplies their positions, anew at each layer (DAB-DETR). `fusion`: what makes the memory of the
+    tokens at all depths; None: the last layer's are the memory.
     """
 
     def __init__(
-        self, layers: Sequence[EncoderLayer], *, references: bool, position_scale: nn.Module | None = None
+        self,
+        layers: Sequence[EncoderLayer],
+        *,
+        references: bool,
+        position_scale: nn.Module | None = None,
+        fusion: MemoryFusion | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.references, self.position_scale = references, position_scale
+        self.references, self.position_scale, self.fusion = references, position_scale, fusion
 
     def forward(self, memory: Memory) -> Memory:
         """The memory with encoded tokens."""
         references = token_centres(memory) if self.references else None
-        position = memory.position
+        position, states = memory.position, [memory.tokens]
         for layer in self.layers:
             if self.position_scale is not None:
                 memory = memory._replace(position=position * self.position_scale(memory.tokens))
             memory = layer(memory, references)
+            if self.fusion is not None:
+                states.append(memory.tokens)
+        if self.fusion is not None:
+            memory = memory._replace(tokens=self.fusion(states))
         return memory._replace(position=position)

@@ -89,8 +89,11 @@ def align_h_deformable_detr_r50() -> Recipe:
 
 
 def stable_dino_r50() -> Recipe:
-    """DINO with Stable-DINO's loss and matching, without its memory fusion; 12 epochs."""
-    return _with(_detrex_dino(), "stable-dino-r50", "Stable-DINO's loss and matching on DINO", stable=StableConfig())
+    """Stable-DINO: its loss, matching and memory fusion on DINO, 12 epochs."""
+    base = _detrex_dino()
+    fused = base.detector.replace(encoder=base.detector.encoder.replace(fusion=True))
+    base = base.model_copy(update={"detector": fused})
+    return _with(base, "stable-dino-r50", "Stable-DINO, ResNet-50, 4 scales", stable=StableConfig())
 
 
 RECIPES: Recipes = {

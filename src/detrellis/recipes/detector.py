@@ -48,6 +48,7 @@ class DeformableEncoderConfig(Config):
     hidden: Count = 1024  # of the feed-forward blocks
     levels: Levels = 4
     points: Few = 4  # that each head samples on each level
+    fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
 
 
 class DenseEncoderConfig(Config):

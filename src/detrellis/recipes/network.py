@@ -15,7 +15,7 @@ from detrellis.nn.backbone import Norm, ResNet, TimmBackbone
 from detrellis.nn.conditional import ConditionalCrossAttention, ConditionalSelfAttention
 from detrellis.nn.decoder import Decoder, DecoderLayer
 from detrellis.nn.deformable import DeformableAttention
-from detrellis.nn.encoder import Encoder, EncoderLayer
+from detrellis.nn.encoder import Encoder, EncoderLayer, MemoryFusion
 from detrellis.nn.heads import Heads
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
@@ -142,7 +142,7 @@ def build_encoder(config: DetectorConfig) -> Encoder:
         for i in range(encoder.layers)
     ]
     if encoder.kind == "deformable":
-        return Encoder(layers, references=True)
+        return Encoder(layers, references=True, fusion=MemoryFusion(width, len(layers)) if encoder.fusion else None)
     return Encoder(layers, references=False, position_scale=position_scale(width) if encoder.position_scale else None)
 
 

@@ -1,7 +1,8 @@
 """Stable-DINO's loss and matching (Liu et al., ICCV 2023): both look at positions, so that layers match alike.
 
 Position-supervised loss: a positive aims at its squared IoU, the best of an image at 1. Position-modulated cost: in the
-matching a query's score counts the less the worse its box. Its memory fusion, a network part, is not built.
+matching a query's score counts the less the worse its box. Its memory fusion is a network part
+(`detector.encoder.fusion`).
 
 | deviation from the released code | why |
 | --- | --- |
