@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         *("distributed", "fields", "errors"),
     },
     "training": {"types", "boxes", "nn", "detector", "matching", "losses", "supervision", "schemes", "distributed"},
-    "data": {"types", "boxes", "outputs", "errors"},
+    "data": {"types", "boxes", "rle", "outputs", "errors"},
     "recipes": {
         *("types", "boxes", "nn", "postprocess", "detector", "matching", "supervision", "schemes", "training"),
         *("fields", "errors"),

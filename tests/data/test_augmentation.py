@@ -346,7 +346,6 @@ def test_policies() -> None:
         (["data.augment=small", "data.size=640"], "needs one size"),
         (["data.augment=none", "data.photometric=0.5"], "goes without data.photometric"),
         (["data.augment=detr", "data.size=640", "data.mosaic=0.5"], "goes without data.mosaic"),
-        (["data.mixup=0.5", "schemes.co.branches=[mask]"], "data.mixup cannot be drawn for the masks"),
         (["data.rotate=90"], "data.rotate=90 has to be at least 0 and at most 45"),
         (["data.zoom_out_range=[0.5, 2]"], "at least 1 and at most 10"),
         (["data.iou_crop_range=[0.9, 0.2]"], "lowest, highest"),

@@ -17,10 +17,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.augmentation import Augmentation, Strong, augmentation
 from detrellis.data.doctor.check import prepare
+from detrellis.data.drawing import Affine, Object, Part
+from detrellis.data.drawing import grids as drawn_grids
 from detrellis.data.layout import resolve
 from detrellis.data.loader import Batch, Collate, DetectionDataset, build_loader
-from detrellis.data.masks import SIDE, draw
+from detrellis.data.masks import SIDE
 from detrellis.data.operations import crop
 from detrellis.data.records import to_annotations
 from detrellis.data.sampler import EvalSampler
@@ -199,7 +202,7 @@ def test_masks_follow_the_pixels(tmp_path: Path, name: str) -> None:
     dataset = DetectionDataset(loaded(data), AUGMENTATIONS[name](), masks=True)
     seen = 0
     for epoch in range(25):
-        image, boxes, _, _, _, masks = dataset[epoch, 0]
+        image, boxes, _, _, _, masks, _ = dataset[epoch, 0]
         assert masks is not None
         for (x1, y1, x2, y2), mask in zip(boxes.tolist(), masks, strict=True):
             if min(x2 - x1, y2 - y1) < 40:
@@ -208,6 +211,100 @@ def test_masks_follow_the_pixels(tmp_path: Path, name: str) -> None:
             assert differing(image[0][rows[:, None], columns] > 127, mask) < 0.06
             seen += 1
     assert seen > 20
+
+
+def strong(**on: Any) -> Augmentation:
+    usual = train_transform("fixed", (150, 200), jitter=0.0, zoom=(1.0, 1.5), vflip=0.5)
+    return augmentation(usual, Strong(**on), epochs=99, calm=0)
+
+
+MIXES: dict[str, Callable[[], Augmentation]] = {
+    "usual": strong,
+    "rotated": lambda: strong(rotate=30.0),
+    "cropped": lambda: strong(iou_crop=1.0),
+    "zoomed out": lambda: strong(zoom_out=1.0),
+    "mosaic": lambda: strong(mosaic=1.0, rotate=20.0),
+    "pasted": lambda: strong(copy_paste=1.0),
+    "pasted and turned": lambda: strong(copy_paste=1.0, rotate=20.0),
+    "blended": lambda: strong(mixup=1.0, mosaic=0.3),
+}
+FRAME = (150, 200)
+
+
+def ellipses(root: Path) -> Annotations:
+    """Four black images with white ellipses, outlined by turns with polygons and run lengths, and one without."""
+    data = CocoSet(root)
+    y, x = np.mgrid[: FRAME[0], : FRAME[1]] + 0.5
+    turn = np.linspace(0, 2 * np.pi, 60)
+    places = [(50, 60, 40, 50), (145, 90, 50, 30), (100, 75, 60, 30), (60, 100, 35, 45), (120, 60, 50, 50)]
+    owners = [data.content["train"]["images"].index(data.listed(n)) for n in range(5)]
+    images = {number: np.zeros(FRAME, dtype=np.uint8) for number in owners}
+    numbers = {image["id"]: number for number, image in enumerate(data.content["train"]["images"])}
+    for row, (cx, cy, rx, ry) in enumerate(places):
+        inside = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
+        images[numbers[data.box(row)["image_id"]]][inside] = 255
+        ring = np.stack([cx + rx * np.cos(turn), cy + ry * np.sin(turn)], axis=1).ravel().tolist()
+        segmentation = [ring] if row % 2 else run_lengths(inside.astype(np.uint8))
+        data.box(row).update(segmentation=segmentation, bbox=[cx - rx, cy - ry, 2 * rx, 2 * ry])
+    for number, pixels in images.items():
+        Image.fromarray(pixels).save(data.image("train", number).with_suffix(".png"))
+        data.listed(number).update(file_name=f"train_{number}.png", height=FRAME[0], width=FRAME[1])
+    return loaded(data)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_bitmaps_follow_the_pixels(tmp_path: Path, name: str) -> None:
+    """White is where an object is seen, and nowhere else; the grids over the boxes say the same."""
+    dataset = DetectionDataset(ellipses(tmp_path), MIXES[name](), masks=True, bitmaps=True)
+    seen = 0
+    for epoch in range(7):
+        sample = dataset[epoch, epoch % 4]
+        assert sample.bitmaps is not None
+        assert sample.masks is not None
+        assert sample.bitmaps.shape == (len(sample.labels), *sample.image.shape[1:])
+        assert sample.bitmaps.flatten(1).any(dim=1).all()
+        white = sample.image.amin(dim=0) > (64 if name == "blended" else 190)
+        masked = sample.bitmaps.any(dim=0)
+        assert (masked & ~white).float().mean() < 0.012
+        # Of some objects so little is left that they are dropped.
+        assert (white & ~masked).float().mean() < (0.08 if name in ("cropped", "mosaic", "blended") else 0.012)
+        for box, grid, mask in zip(sample.boxes, sample.masks, sample.bitmaps, strict=True):
+            if (box[2:] - box[:2]).min() < 30:
+                continue  # much of a small box is edge
+            columns, rows = (torch.linspace(box[i], box[i + 2], 2 * SIDE + 1)[1::2].long() for i in (0, 1))
+            assert differing(mask[rows[:, None], columns], grid) < 0.06
+            seen += 1
+    assert seen > 2
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_mixing_draws_the_same_numbers_with_masks(tmp_path: Path, name: str) -> None:
+    annotations = ellipses(tmp_path)
+    plain, masked = (DetectionDataset(annotations, MIXES[name](), 5, masks=m) for m in (False, True))
+    for epoch in range(4):
+        assert_same(masked[epoch, epoch % 5]._replace(masks=None), plain[epoch, epoch % 5])
+
+
+def test_bitmaps_of_untouched_images_are_cocos(tmp_path: Path) -> None:
+    """Each is what pycocotools makes of the outline; batches pad them, and an object without a pixel is dropped."""
+    data = outlined(tmp_path, [STAIRS])
+    data.box(1).update(segmentation=[[20.1, 9.2, 20.2, 9.2, 20.2, 9.3]])
+    annotations = loaded(data)
+    dataset = DetectionDataset(annotations, PLAIN, bitmaps=True)
+    first, second = dataset[0, 0], dataset[0, 1]
+    assert first.bitmaps is not None
+    assert first.masks is None
+    assert len(first.labels) == len(first.boxes) == len(first.bitmaps) == 1
+    (expected,) = coco_mask.decode(coco_mask.frPyObjects([STAIRS], 32, 48)).transpose(2, 0, 1)
+    assert np.array_equal(first.bitmaps[0].numpy(), expected)
+    batch = Collate(pad_to=(40, 64))([first, second, dataset[0, 4]])
+    assert isinstance(batch, Batch)
+    assert batch.targets.bitmaps is not None
+    assert second.bitmaps is not None
+    assert batch.targets.bitmaps.shape == (len(batch.targets.labels), 40, 64)
+    assert torch.equal(batch.targets.bitmaps[:1, :32, :48], first.bitmaps)
+    assert batch.targets.bitmaps.sum() == first.bitmaps.sum() + second.bitmaps.sum()
+    assert_same(batch.to("cpu"), batch)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -261,9 +358,11 @@ def test_boxes_at_the_border_and_slivers(tmp_path: Path) -> None:
     beyond = [-6, 4, 18, 4, 18, 16, -6, 16]
     (mask, _) = masks_of(outlined(tmp_path / "border", [beyond], (-6, 4, 24, 12)))
     assert differing(mask, torch.ones(SIDE, SIDE, dtype=torch.bool)) < 0.02
+    whole = Part(Affine(np.eye(2), np.zeros(2)), np.array([0, 0, 1e5, 1e5]), False, (0,))
     triangle = [np.array([0, 0, 1e5, 0, 1e5, 1e5], dtype=np.float32)]
     for width in (1.0, 0.1, 0.01):
-        mask = torch.from_numpy(draw(triangle, (5e4, 0, 5e4 + width, 1e5), (100_000, 100_000)))
+        box = torch.tensor([[5e4, 0, 5e4 + width, 1e5]], dtype=torch.float64)
+        (mask,) = drawn_grids([Object(triangle, (100_000, 100_000), whole, ())], box, SIDE)
         assert differing(mask[: SIDE // 2 - 1], torch.ones(SIDE // 2 - 1, SIDE)) < 0.02
         assert differing(mask[SIDE // 2 + 1 :], torch.zeros(SIDE // 2 - 1, SIDE)) < 0.02
 
@@ -348,7 +447,7 @@ def test_layouts_without_masks(tmp_path: Path, kind: str) -> None:
 
 # Training
 
-MASKED = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "schemes.co.branches=[mask]"]
+MASKED = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "data.masks=true", "schemes.co.branches=[mask]"]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -365,9 +464,12 @@ def test_training_that_needs_masks_does_not_start_without(shapes: Path) -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_recipe_decides(tmp_path: Path, asked: bool) -> None:
-    job = job_of(CocoSet(tmp_path).write(), MASKED if asked else MASKED[:-1])
-    assert job.card.recipe.needs_masks is asked
+    job = job_of(CocoSet(tmp_path).write(), MASKED if asked else MASKED[:-2])
+    assert job.card.recipe.needs_masks is job.card.recipe.needs_bitmaps is asked
     for batch in train_loader(job, ALONE)[0]:
         assert (batch.targets.masks is not None) is asked
         if batch.targets.masks is not None:
             assert batch.targets.masks.shape == (len(batch.targets.labels), SIDE, SIDE)
+        assert (batch.targets.bitmaps is not None) is asked
+        if batch.targets.bitmaps is not None:
+            assert batch.targets.bitmaps.shape == (len(batch.targets.labels), *batch.images.pixels.shape[2:])

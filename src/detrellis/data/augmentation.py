@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from detrellis.data.drawing import framed_object
 from detrellis.data.operations import Picture, chance, clip, integer, place, plain_canvas, random_crop, resize, uniform
 from detrellis.data.strong import VISIBLE, StrongAugment
 from detrellis.data.transforms import DetrAugment, FixedAugment, Resize, Transform
@@ -185,6 +186,7 @@ def pasted(picture: Picture, other: Picture) -> Picture:
     """A few objects of another picture, each the rectangle of its box, laid where they hide little of what is there."""
     image, boxes, labels = picture
     source, theirs, kinds = clip(*other)
+    points, theirs, kinds = theirs[kinds < 0], theirs[kinds >= 0], kinds[kinds >= 0]
     height, width = image.shape[1:]
     image = image.clone()
     for row in torch.randperm(len(theirs))[: integer(1, PASTED)].tolist():
@@ -197,13 +199,17 @@ def pasted(picture: Picture, other: Picture) -> Picture:
         corners = (torch.rand(PLACES, 2) * (room + 1)).long()
         places = torch.cat([corners, corners + corners.new_tensor([x2 - x1, y2 - y1])], dim=1).to(boxes.dtype)
         # The first one that hides no object by more than what a crop may take of it.
-        overlap = torch.minimum(places[:, None, 2:], boxes[:, 2:]) - torch.maximum(places[:, None, :2], boxes[:, :2])
-        hidden = overlap.clamp(min=0).prod(dim=2) / (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        there = boxes[labels >= 0]
+        overlap = torch.minimum(places[:, None, 2:], there[:, 2:]) - torch.maximum(places[:, None, :2], there[:, :2])
+        hidden = overlap.clamp(min=0).prod(dim=2) / (there[:, 2:] - there[:, :2]).prod(dim=1)
         free = (hidden <= VISIBLE).all(dim=1).nonzero()
         if not len(free):
             continue
         left, top = corners[int(free[0])].tolist()
         image[:, top : top + y2 - y1, left : left + x2 - x1] = source[:, y1:y2, x1:x2]
         shift = theirs.new_tensor([left - x1, top - y1, left - x1, top - y1])
-        boxes, labels = torch.cat([boxes, theirs[row : row + 1] + shift]), torch.cat([labels, kinds[row : row + 1]])
+        new, kind = theirs[row : row + 1], kinds[row : row + 1]
+        if len(points):
+            new, kind = framed_object(points, new, kind, (x1, y1, x2, y2))
+        boxes, labels = torch.cat([boxes, new + shift]), torch.cat([labels, kind])
     return image, boxes, labels

@@ -22,7 +22,8 @@ from detrellis.boxes import xyxy_to_cxcywh
 from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Augmentation
 from detrellis.data.decode import read_image
-from detrellis.data.masks import read_outlines, transform_with_masks
+from detrellis.data.drawing import pointed
+from detrellis.data.masks import MaskReader
 from detrellis.data.operations import Picture, integer
 from detrellis.data.sampler import BatchSampler, EvalSampler, Key
 from detrellis.data.transforms import Transform
@@ -70,6 +71,7 @@ class Sample(NamedTuple):
     image_id: int
     size: tuple[int, int]  # height, width of the original
     masks: Tensor | None = None  # (n, M, M) bool, each seen within its box; None where nobody asked
+    bitmaps: Tensor | None = None  # (n, H, W) bool; None where nobody asked
 
 
 class Batch(NamedTuple):
@@ -104,12 +106,18 @@ class WorkerError(NamedTuple):
 class DetectionDataset(Dataset[Sample]):
     """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`).
 
-    A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` they are read from the
-    annotation file; `UserError` where there are none.
+    A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` (seen within the boxes) or
+    `bitmaps` (of the whole image) outlines are read from the annotation file; `UserError` where there are none.
     """
 
     def __init__(
-        self, annotations: Annotations, transform: Transform | Augmentation, seed: int = 0, masks: bool = False
+        self,
+        annotations: Annotations,
+        transform: Transform | Augmentation,
+        seed: int = 0,
+        *,
+        masks: bool = False,
+        bitmaps: bool = False,
     ) -> None:
         kept = ~annotations.crowd
         self.root, self.seed = str(annotations.root), seed
@@ -119,7 +127,7 @@ class DetectionDataset(Dataset[Sample]):
         x, y, width, height = annotations.boxes[kept].T
         self.boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
         self.labels = annotations.labels[kept]
-        self.outlines = read_outlines(annotations) if masks else None
+        self.masks = MaskReader(annotations, grids=masks, bitmaps=bitmaps) if masks or bitmaps else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -140,23 +148,26 @@ class DetectionDataset(Dataset[Sample]):
         image, boxes, labels = self._picture(index)
         size = mixed_seed(self.seed, epoch, -1 - first[1]) % self.augmentation.choices(epoch)
         transform = self.augmentation.at(epoch, size, self._partner)
-        masks = None
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
-            if self.outlines is None:
-                image, boxes, labels = transform(image, boxes, labels)
-            else:
-                outlines = [self.outlines[row] for row in range(self.starts[index], self.starts[index + 1])]
-                image, boxes, labels, masks = transform_with_masks(transform, image, boxes, labels, outlines)
+            image, boxes, labels = transform(*self._picture(index))
         height, width = self.sizes[index].tolist()
-        return Sample(image, boxes, labels, int(self.image_ids[index]), (height, width), masks)
+        sample = Sample(image, boxes, labels, int(self.image_ids[index]), (height, width))
+        if self.masks is None:
+            return sample
+        drawn = self.masks(image, boxes, labels)
+        labels = torch.from_numpy(self.labels[drawn.rows.numpy()])
+        return sample._replace(boxes=drawn.boxes, labels=labels, masks=drawn.grids, bitmaps=drawn.bitmaps)
 
     def _picture(self, index: int) -> Picture:
-        """An image as it is on the disk, with its boxes and labels."""
+        """An image as it is on the disk, with its boxes and labels; where masks are drawn, with its points, and the
+        rows of its objects as labels."""
         rows = slice(self.starts[index], self.starts[index + 1])
-        image = self._image(index, *self.sizes[index].tolist())
-        return image, torch.tensor(self.boxes[rows]), torch.tensor(self.labels[rows])
+        image, boxes = self._image(index, *self.sizes[index].tolist()), torch.tensor(self.boxes[rows])
+        if self.masks is not None:
+            return pointed(image, boxes, torch.arange(rows.start, rows.stop))
+        return image, boxes, torch.tensor(self.labels[rows])
 
     def _partner(self) -> Picture:
         """An image drawn from torch's generator, to be mixed with another one."""
@@ -194,9 +205,10 @@ class Collate:
         drawn = [s.masks for s in samples if s.masks is not None]
         masks = torch.cat(drawn) if drawn else None
         labels = torch.cat([s.labels for s in samples])
-        targets = Targets(labels, _normalised_boxes(samples), counts, masks)
         sizes = torch.tensor([s.size for s in samples], dtype=torch.int64)
         images = stack_images([s.image for s in samples], self.pad_to, self.normalise)
+        bitmaps = _padded([s.bitmaps for s in samples if s.bitmaps is not None], images.pixels.shape[2:])
+        targets = Targets(labels, _normalised_boxes(samples), counts, masks, bitmaps)
         return Batch(images, targets, tuple(s.image_id for s in samples), sizes)
 
 
@@ -206,6 +218,16 @@ def _normalised_boxes(samples: list[Sample]) -> Tensor:
         height, width = sample.image.shape[1:]
         scaled.append(sample.boxes / sample.boxes.new_tensor([width, height, width, height]))
     return xyxy_to_cxcywh(torch.cat(scaled)).float()
+
+
+def _padded(bitmaps: Sequence[Tensor], size: Sequence[int]) -> Tensor | None:
+    """Masks `(n, h, w)` of all images in the frame of the batch; None where there are none."""
+    if not bitmaps:
+        return None
+    padded = torch.zeros(sum(map(len, bitmaps)), *size, dtype=torch.bool)
+    for drawn, into in zip(bitmaps, padded.split([len(b) for b in bitmaps]), strict=True):
+        into[:, : drawn.shape[1], : drawn.shape[2]] = drawn
+    return padded
 
 
 def stack_images(

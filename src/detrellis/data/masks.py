@@ -1,37 +1,32 @@
-"""Masks of objects, for the schemes that learn from them: square grids of samples, each over the box of its object.
+"""The outlines of a data set's objects, for what learns from masks, and the masks of an augmented picture.
 
-A grid knows nothing of the image's size, so a resize does not change it. The masks stay outlines (COCO's
-`segmentation`) until the picture has been augmented. Only then are they drawn, each in the part of the picture that its
-box still shows: no bitmap is kept or resampled. Where that part is tell two corners that go through the transform with
-the boxes (`operations.CORNER`).
-
-hotcoco draws; its polygons agree with run lengths to a sample or two at the edge.
+They stay outlines (COCO's `segmentation`) until then (`drawing.py`). There are two kinds of masks: bitmaps of the whole
+picture, and square grids of samples, each over the box of its object, which know nothing of the picture's size.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.drawing import Object, Outline, above, bitmaps, grids, parts_of
 from detrellis.data.files import not_collecting
 from detrellis.data.formats.coco import load_json
 from detrellis.data.formats.segmentation import packed
-from detrellis.data.operations import CORNER, Picture
 from detrellis.errors import UserError
 
 SIDE = 112  # samples along each side of a box: four times the 28 that mask heads predict
 REMEDY = (
     "Supply a COCO file in which each object has a `segmentation` (polygons, or run lengths of the image's size), or "
-    "train without masks: take the branch `rcnn` instead of `mask`."
+    "train without masks: -o data.masks=false, and of scheme co the branch `rcnn` instead of `mask`."
 )
-Outline = list[NDArray[np.float32]] | bytes  # polygons (x1, y1, x2, ...) of its parts; or COCO's compressed run lengths
 
 
 @dataclass(frozen=True)
@@ -71,42 +66,44 @@ def read_outlines(annotations: Annotations) -> Outlines:
     return Outlines(np.frombuffer(b"".join(parts), dtype=np.uint8), _starts(parts), _starts(objects), polygons)
 
 
+class MaskReader:
+    """Draws the masks of augmented pictures; which of the two kinds, the data set's user says."""
+
+    def __init__(self, annotations: Annotations, *, grids: bool, bitmaps: bool) -> None:
+        kept = ~annotations.crowd
+        self.outlines, self.grids, self.bitmaps = read_outlines(annotations), grids, bitmaps
+        self.sizes = annotations.sizes[annotations.box_rows[kept]].astype(np.int32)  # (T, 2) of each object's picture
+
+    def __call__(self, image: Tensor, boxes: Tensor, rows: Tensor) -> Drawn:
+        """The objects that are left of a picture that was `pointed`. With bitmaps, those without a pixel are not."""
+        objects = self._objects(boxes, rows)
+        boxes, rows = boxes[rows >= 0], rows[rows >= 0]
+        whole = None
+        if self.bitmaps:
+            whole = bitmaps(objects, (image.shape[1], image.shape[2]))
+            seen = whole.flatten(1).any(dim=1)
+            boxes, rows, whole = boxes[seen], rows[seen], whole[seen]
+            objects = list(itertools.compress(objects, seen.tolist()))
+        return Drawn(boxes, rows, grids(objects, boxes, SIDE) if self.grids else None, whole)
+
+    def _objects(self, boxes: Tensor, rows: Tensor) -> list[Object]:
+        parts, objects = parts_of(boxes, rows), []
+        for number, part in enumerate(parts):
+            covers = above(parts, number)
+            for row in (int(rows[place]) for place in part.rows):
+                height, width = self.sizes[row].tolist()
+                objects.append(Object(self.outlines[row], (height, width), part, covers))
+        return objects
+
+
+class Drawn(NamedTuple):
+    """The objects of an augmented picture with their masks."""
+
+    boxes: Tensor  # (n, 4)
+    rows: Tensor  # (n,) of the data set's objects
+    grids: Tensor | None  # (n, SIDE, SIDE) bool
+    bitmaps: Tensor | None  # (n, H, W) bool, of the whole picture
+
+
 def _starts(pieces: Sequence[Sized]) -> NDArray[np.int64]:
     return np.cumsum([0, *map(len, pieces)])
-
-
-def transform_with_masks(
-    transform: Callable[[Tensor, Tensor, Tensor], Picture],
-    image: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    outlines: Sequence[Outline],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Image, boxes and labels as `transform` leaves them, with the same random numbers as without masks; and the masks
-    `(n, SIDE, SIDE)` of the boxes that are left."""
-    height, width = image.shape[1:]
-    corners = boxes.new_tensor([[0, 0, 0, 0], [width, height, width, height]])
-    rows = torch.cat([labels.new_full((2,), CORNER), torch.arange(len(labels))])
-    image, boxes, rows = transform(image, torch.cat([corners, boxes]), rows)
-    (first, last), boxes, rows = boxes[:2].double(), boxes[2:], rows[2:]
-    visible = (boxes - first) / (last - first) * corners[1]  # edges in the picture as it was; a flip exchanges them
-    masks = torch.zeros(len(rows), SIDE, SIDE, dtype=torch.bool)
-    for mask, row, edges in zip(masks, rows.tolist(), visible.tolist(), strict=True):
-        mask.copy_(torch.from_numpy(draw(outlines[row], edges, (height, width))))
-    return image, boxes, labels[rows], masks
-
-
-def draw(outline: Outline, edges: Sequence[float], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """`(SIDE, SIDE)` samples, 1 inside of the outline, of the box with these edges (x1, y1, x2, y2 in pixels) in an
-    image of `size` (height, width). With x1 > x2 or y1 > y2 it is seen in a mirror."""
-    from hotcoco import mask
-
-    start, end = np.array(edges[:2]), np.array(edges[2:])
-    if isinstance(outline, bytes):
-        places = start + (np.arange(SIDE)[:, None] + 0.5) / SIDE * (end - start)
-        columns, rows = places.astype(np.intp).clip(0, [size[1] - 1, size[0] - 1]).T
-        inside: NDArray[np.uint8] = mask.decode({"size": size, "counts": outline})[np.ix_(rows, columns)]
-        return inside
-    scaled = [((part.reshape(-1, 2) - start) / (end - start) * SIDE).ravel().tolist() for part in outline]
-    inside = mask.decode(mask.frPyObjects(scaled, SIDE, SIDE)).max(axis=2)  # of any part
-    return inside

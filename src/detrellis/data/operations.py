@@ -3,8 +3,9 @@
 An image is uint8 `(3, H, W)`, boxes are pixel `xyxy`. Random numbers come from torch's global CPU generator, which the
 data set seeds anew for every image.
 
-A box labelled `CORNER` is no object but a point (x, y, x, y) of the picture: it is moved like the boxes and neither
-clipped nor dropped. Two of them tell where the picture went, which is all that masks need to know (`masks.py`).
+A box with a label below 0 is no object but a point (x, y, x, y) of the picture. It is moved like the boxes and never
+dropped; those labelled `EDGE` are clipped like them. Such points tell where the picture went and what of it is left,
+which is all that masks need to know (`drawing.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ T = TypeVar("T")
 Picture = tuple[Tensor, Tensor, Tensor]  # image (3, H, W) uint8, boxes (n, 4) pixel xyxy, labels (n,)
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, nearly 0 when normalised: what a zoomed-out image lies on
-CORNER = -1  # the label of a point that follows the picture
+CORNER, EDGE, PASTED = -1, -2, -3  # labels of points; `PASTED` is a corner of what hides the objects before it
 VISIBLE = 0.1  # a mild crop drops a box of which at most this fraction of the area is left
 
 
@@ -92,7 +93,7 @@ def crop(
     boxes = boxes - boxes.new_tensor([left, top, left, top])
     image, boxes, labels, kept = _clip_and_tell(image, boxes, labels)
     enough = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) > visible * before[kept]
-    enough |= labels == CORNER
+    enough |= labels < 0
     return image, boxes[enough], labels[enough]
 
 
@@ -132,9 +133,9 @@ def clip(image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
 def _clip_and_tell(image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     height, width = image.shape[1:]
     clipped = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-    corner = labels == CORNER
-    boxes = boxes.where(corner.unsqueeze(1), clipped)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) | corner
+    points = labels < 0
+    boxes = boxes.where((points & (labels != EDGE)).unsqueeze(1), clipped)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) | points
     return image, boxes[kept], labels[kept], kept
 
 

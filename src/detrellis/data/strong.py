@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from detrellis.boxes import pairwise_iou
 from detrellis.data.operations import (
     CORNER,
+    EDGE,
     MEAN_COLOUR,
     Picture,
     chance,
@@ -80,7 +81,7 @@ class StrongAugment:
         if self.zoom_out and chance(self.zoom_out):
             window = zoomed_out(window, self.zoom_out_range)
         if self.iou_crop and chance(self.iou_crop):
-            window = cropped(window, boxes[labels != CORNER], self.iou_crop_range)
+            window = cropped(window, boxes[labels >= 0], self.iou_crop_range)
         if window == whole:
             return self.fixed.framed(image, boxes, labels)
         frame = self.frame.facing(whole.height, whole.width)
@@ -91,7 +92,7 @@ class StrongAugment:
         if self.rotate:
             image, boxes, labels = rotated(image, boxes, labels, uniform(-self.rotate, self.rotate))
         image, boxes, labels = clip(*self.fixed.finish(image, boxes), labels)
-        kept = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(dim=1) | (labels == CORNER)
+        kept = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(dim=1) | (labels < 0)
         return image, boxes[kept], labels[kept]
 
 
@@ -171,5 +172,8 @@ def rotated(image: Tensor, boxes: Tensor, labels: Tensor, degrees: float) -> Pic
     turned = torch.cat([centres - half, centres + half], dim=1)
     inside = turned.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
     areas, before = ((corners[:, 2:] - corners[:, :2]).prod(dim=1) for corners in (inside, turned))
-    kept = areas > VISIBLE * before
-    return image, inside[kept], labels[kept]
+    # Points of the picture are turned and not clipped from here on: its edges are no longer those of a box.
+    points = labels < 0
+    kept = (areas > VISIBLE * before) | points
+    boxes, labels = turned.where(points.unsqueeze(1), inside), labels.where(labels != EDGE, CORNER)
+    return image, boxes[kept], labels[kept]

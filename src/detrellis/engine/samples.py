@@ -22,7 +22,7 @@ def training_dataset(annotations: Annotations, recipe: Recipe, seed: int) -> Det
     data = recipe.data
     usual, strong = train_transform(**data.usual()), Strong(**data.strong())
     augmented = augmentation(usual, strong, epochs=recipe.schedule.epochs, calm=data.calm)
-    return DetectionDataset(annotations, augmented, seed, masks=recipe.needs_masks)
+    return DetectionDataset(annotations, augmented, seed, masks=recipe.needs_masks, bitmaps=recipe.needs_bitmaps)
 
 
 def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -> Image.Image:

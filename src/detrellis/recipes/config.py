@@ -155,6 +155,7 @@ class DataConfig(Config):
     mean: Channels | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
+    masks: bool = False  # draw each object's mask in the whole image
 
     def resizing(self) -> dict[str, Any]:
         """The arguments of `eval_transform` besides the size."""
@@ -218,8 +219,13 @@ class Recipe(Config):
 
     @property
     def needs_masks(self) -> bool:
-        """Whether training reads the objects' masks."""
+        """Whether training reads the objects' masks within their boxes."""
         return self.schemes.co is not None and "mask" in self.schemes.co.branches
+
+    @property
+    def needs_bitmaps(self) -> bool:
+        """Whether training reads the objects' masks in the whole image."""
+        return self.data.masks
 
     def untrained(self) -> Recipe:
         """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""

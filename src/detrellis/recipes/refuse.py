@@ -122,7 +122,7 @@ def _refuse_schedule(recipe: Recipe) -> None:
 
 
 def _refuse_augmentation(recipe: Recipe) -> None:
-    """Refuse strong augmentation that the policy, the image size or the masks of a recipe do not go with."""
+    """Refuse strong augmentation that the policy or the image size of a recipe do not go with."""
     data = recipe.data
     strong = {name: value for name, value in data.strong().items() if name in STRONG}
     if data.augment in POLICIES and isinstance(data.size, int):
@@ -135,12 +135,6 @@ def _refuse_augmentation(recipe: Recipe) -> None:
         raise UserError(
             f"data.augment={data.augment} goes without data.{idle[0]}",
             "Take -o data.augment=fixed (or small, realtime), with data.size=[height, width]; or leave it out.",
-        )
-    lost = [name for name in ("rotate", "mosaic", "mixup", "copy_paste") if name in strong]
-    if recipe.needs_masks and lost:
-        raise UserError(
-            f"data.{lost[0]} cannot be drawn for the masks that the branch mask of scheme co learns from",
-            f"Take {' '.join(f'-o data.{name}=0' for name in lost)}, or the branch rcnn instead of mask.",
         )
 
 

@@ -1,0 +1,181 @@
+"""Masks drawn after the augmentation, from the outlines of the objects: no bitmap is kept or resampled.
+
+Each picture goes through the transform with five points in front of its boxes (`operations.py`): three that tell the
+affine map from its pixels to those of the result, and two that tell what of it is left. A mosaic, a blend or a picture
+with others' objects is several such groups, one after the other.
+
+hotcoco draws polygons; they agree with run lengths to a pixel or two at the edge.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from detrellis.data.operations import CORNER, EDGE, PASTED, Picture
+from detrellis.rle import Bitmap, Size, decode
+
+Outline = list[NDArray[np.float32]] | bytes  # polygons (x1, y1, x2, ...) of its parts; or COCO's compressed run lengths
+Floats = NDArray[np.float64]
+POINTS = 5  # of a picture
+REACH = 1024.0  # pixels between the points that tell the map
+
+
+class Affine(NamedTuple):
+    """A map of the plane: `points @ matrix.T + offset`."""
+
+    matrix: Floats  # (2, 2)
+    offset: Floats  # (2,)
+
+    def __call__(self, points: Floats) -> Floats:
+        """Points `(..., 2)` where they go."""
+        moved: Floats = points @ self.matrix.T + self.offset
+        return moved
+
+    def then(self, other: Affine) -> Affine:
+        """This one followed by the other."""
+        return Affine(other.matrix @ self.matrix, other(self.offset))
+
+    def inverse(self) -> Affine:
+        """The map back."""
+        back: Floats = np.linalg.inv(self.matrix).astype(np.float64)
+        return Affine(back, -back @ self.offset)
+
+
+class Part(NamedTuple):
+    """What became of one picture in the result, and the rows of its objects there."""
+
+    affine: Affine  # from its pixels to those of the result
+    window: Floats  # (4,) x1, y1, x2, y2 of what is left of it, in its pixels
+    pasted: bool  # whether it hides the objects of the parts before it
+    rows: tuple[int, ...]
+
+
+class Object(NamedTuple):
+    """An outline with what it is seen through and what lies on it."""
+
+    outline: Outline
+    size: Size  # of the picture that it is in
+    part: Part
+    above: tuple[Part, ...]
+
+
+def pointed(image: Tensor, boxes: Tensor, rows: Tensor) -> Picture:
+    """A picture with its points in front of the boxes; `rows (n,)` stand for the labels."""
+    height, width = image.shape[1:]
+    places = boxes.new_tensor([[0, 0], [REACH, 0], [0, REACH], [0, 0], [width, height]])
+    return (
+        image,
+        torch.cat([places.repeat(1, 2), boxes]),
+        torch.cat([rows.new_tensor([CORNER] * 3 + [EDGE] * 2), rows]),
+    )
+
+
+def framed_object(points: Tensor, box: Tensor, row: Tensor, window: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """The boxes and labels of one object that is cut out of its picture with `window` and pasted into another one."""
+    x1, y1, x2, y2 = window
+    edges = points.new_tensor([[x1, y1, x1, y1], [x2, y2, x2, y2]])
+    labels = row.new_tensor([PASTED] * 3 + [EDGE] * 2)
+    return torch.cat([points[:3], edges, box]), torch.cat([labels, row])
+
+
+def parts_of(boxes: Tensor, labels: Tensor) -> list[Part]:
+    """The parts of a transformed picture, in order."""
+    points = (labels < 0).nonzero().squeeze(1).tolist()
+    starts = points[::POINTS]
+    parts = []
+    for start, end in itertools.pairwise([*starts, len(labels)]):
+        places: Floats = boxes[start : start + POINTS, :2].double().numpy()
+        origin, right, below, *edges = places
+        affine = Affine(np.stack([right - origin, below - origin], axis=1) / REACH, origin)
+        corners = affine.inverse()(np.stack(edges))
+        window = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+        parts.append(Part(affine, window, int(labels[start]) == PASTED, tuple(range(start + POINTS, end))))
+    return parts
+
+
+def above(parts: Sequence[Part], number: int) -> tuple[Part, ...]:
+    """The parts that were pasted onto this one: those that follow it up to the next whole picture."""
+    return tuple(itertools.takewhile(lambda part: part.pasted, parts[number + 1 :]))
+
+
+def draw(shown: Object, view: Affine, size: Size) -> Bitmap:
+    """`size` pixels, True inside of the object where it is seen. `view` maps the result's pixels to these."""
+    affine = shown.part.affine.then(view)
+    inside: Bitmap = _outlined(shown.outline, affine, size, shown.size)
+    inside &= _within(shown.part.window, affine, size)
+    for part in shown.above:
+        inside[_within(part.window, part.affine.then(view), size)] = False
+    return inside
+
+
+def _outlined(outline: Outline, affine: Affine, size: Size, picture: Size) -> Bitmap:
+    if isinstance(outline, bytes):
+        return _resampled(decode(outline, picture), affine, size)
+    return _filled([affine(part.reshape(-1, 2).astype(np.float64)) for part in outline], size)
+
+
+def _filled(polygons: Sequence[Floats], size: Size) -> Bitmap:
+    """Pixels in any of the polygons `(n, 2)`."""
+    from hotcoco import mask
+
+    drawn = mask.decode(mask.frPyObjects([polygon.ravel().tolist() for polygon in polygons], *size))
+    inside: Bitmap = np.asarray(drawn.any(axis=2))
+    return inside
+
+
+def _resampled(bitmap: Bitmap, affine: Affine, size: Size) -> Bitmap:
+    """A bitmap where `affine` takes it: each pixel is what lies under its centre."""
+    inside = np.zeros(size, dtype=np.bool_)
+    if not bitmap.any():
+        return inside
+    # The part of the result that the object can reach.
+    columns, rows = np.flatnonzero(bitmap.any(axis=0)), np.flatnonzero(bitmap.any(axis=1))
+    (left, right), (top, bottom) = (columns[0], columns[-1] + 1), (rows[0], rows[-1] + 1)
+    corners = affine(np.array([[left, top], [right, top], [left, bottom], [right, bottom]], dtype=np.float64))
+    low = np.clip(np.floor(corners.min(axis=0)), 0, size[::-1]).astype(int)
+    high = np.clip(np.ceil(corners.max(axis=0)), 0, size[::-1]).astype(int)
+    # What lies there.
+    y, x = np.mgrid[low[1] : high[1], low[0] : high[0]]
+    places = np.floor(affine.inverse()(np.stack([x, y], axis=-1) + 0.5)).astype(int)
+    known = ((places >= 0) & (places < bitmap.shape[::-1])).all(axis=-1)
+    places = places.clip(0, np.array(bitmap.shape[::-1]) - 1)
+    inside[low[1] : high[1], low[0] : high[0]] = bitmap[places[..., 1], places[..., 0]] & known
+    return inside
+
+
+def _within(window: Floats, affine: Affine, size: Size) -> Bitmap:
+    """Pixels whose centre is in a window."""
+    x1, y1, x2, y2 = window
+    corners = affine(np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]))
+    if affine.matrix[0, 1] or affine.matrix[1, 0]:
+        return _filled([corners], size)
+    inside = np.zeros(size, dtype=np.bool_)
+    low, high = (np.ceil(c - 0.5).astype(int).clip(min=0) for c in (corners.min(axis=0), corners.max(axis=0)))
+    inside[low[1] : high[1], low[0] : high[0]] = True
+    return inside
+
+
+def bitmaps(objects: Sequence[Object], size: Size) -> Tensor:
+    """The masks of the objects in the whole result `(n, height, width)`, bool."""
+    drawn = torch.zeros(len(objects), *size, dtype=torch.bool)
+    same = Affine(np.eye(2), np.zeros(2))
+    for mask, each in zip(drawn, objects, strict=True):
+        mask.copy_(torch.from_numpy(draw(each, same, size)))
+    return drawn
+
+
+def grids(objects: Sequence[Object], boxes: Tensor, side: int) -> Tensor:
+    """The masks of the objects, each over its box in the result: `(n, side, side)` samples, bool."""
+    drawn = torch.zeros(len(objects), side, side, dtype=torch.bool)
+    for mask, each, box in zip(drawn, objects, boxes.double().numpy(), strict=True):
+        scale = side / (box[2:] - box[:2])
+        view = Affine(np.diag(scale), -box[:2] * scale)
+        mask.copy_(torch.from_numpy(draw(each, view, (side, side))))
+    return drawn
