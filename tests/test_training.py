@@ -88,14 +88,15 @@ def test_the_denoising_block() -> None:
 
 def test_objectness_teaches_every_token_and_classes_the_selected_ones() -> None:
     for name, tokens in (("deformable_detr_r50_two_stage", True), ("tiny", False)):
-        model = build(small(name, ["none"]), CLASSES).eval()
+        plain = build(small(name, ["none"]), CLASSES)
         seen = []
 
         def spy(output: DecoderOutput, *rest: object, seen: list[object] = seen) -> dict[str, Tensor]:
             seen.append((output.logits.shape[2], rest[0].labels.max().item()))  # type: ignore[attr-defined]
             return {"class": output.logits.sum((1, 2, 3))}
 
-        model.supervision = Supervision(model.supervision.assign, spy, {"class": 1.0})
+        spied = Supervision(plain.supervision.assign, spy, {"class": 1.0})
+        model = TrainableDetector(plain.detector, (), spied, proposal_targets=plain.proposal_targets).eval()
         model(images(), targets((2, 3)))
         count, label = seen[-1]  # type: ignore[misc]
         assert (count > 12) == tokens

@@ -71,6 +71,11 @@ def scaled_iou_target(pairs: Pairs) -> SoftTarget:
     return SoftTarget(target / best.clamp(min=1e-8)[owner])
 
 
+def giou_target(pairs: Pairs) -> SoftTarget:
+    """The GIoU of the predicted box with its target, brought from -1..1 to 0..1 (Rank-DETR)."""
+    return SoftTarget(1 - giou_loss(pairs.boxes.detach(), pairs.target_boxes) / 2)
+
+
 def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
     """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time DETRs train with)."""
     return SoftTarget(quality(pairs, alpha).clamp(min=floor))

@@ -158,6 +158,7 @@ class Supervision:
         default_factory=lambda: {"class": 1.0, "box": 5.0, "giou": 2.0, "iou_branch": 1.0, "fgl": 0.15, "ddf": 1.5}
     )
     known_weights: Mapping[str, float] | None = None  # of pairs that are not matched; None: the same
+    proposal_rule: LossRule | None = None  # of the encoder's proposals; None: the same
 
     def known(self, assignment: Assignment) -> Supervision:
         """This supervision with an assignment that is known beforehand, as denoising's."""
@@ -166,7 +167,7 @@ class Supervision:
     def proposals(self) -> Supervision:
         """This supervision for the encoder's proposals, which are one layer."""
         assert isinstance(self.assign, Hungarian)
-        return replace(self, assign=self.assign.for_proposals())
+        return replace(self, assign=self.assign.for_proposals(), rule=self.proposal_rule or self.rule)
 
     def initial(self, layers: int) -> Supervision:
         """This supervision for what the first of `layers` layers says before it has distributions."""

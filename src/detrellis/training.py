@@ -44,9 +44,7 @@ class TrainableDetector(nn.Module):
         super().__init__()
         self.detector = detector
         self.schemes = nn.ModuleList(schemes)
-        self.supervision = supervision or Supervision()
-        for scheme in schemes:
-            self.supervision = scheme.supervision(self.supervision)
+        self._supervision = supervision or Supervision()
         self.proposal_targets = proposal_targets
 
     def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
@@ -79,7 +77,20 @@ class TrainableDetector(nn.Module):
         """The detector's own queries."""
         proposals = None if step.proposals is None else self.detector.queries.training_output(step.proposals)
         weight = math.prod(s.main_weight for s in self.training_schemes)
-        return QueryBlock("main", step.queries, self.supervision, weight=weight, proposals=proposals)
+        return QueryBlock("main", step.queries, step.supervision, weight=weight, proposals=proposals)
+
+    @property
+    def supervision(self) -> Supervision:
+        """The main block's, as the schemes make it at this step."""
+        supervision = self._supervision
+        for scheme in self.training_schemes:
+            supervision = scheme.supervision(supervision)
+        return supervision
+
+    def progress(self, done: float) -> None:
+        """Tell every scheme which part of the run is done, from 0 to below 1."""
+        for scheme in self.training_schemes:
+            scheme.progress(done)
 
     def reseed(self, seed: int) -> None:
         """Start every scheme's draws anew."""

@@ -27,7 +27,7 @@ STACKS: dict[str, tuple[str, ...]] = {
     "hybrid": ("hybrid=2",),
     "stable": ("stable",),
     "group": ("group=3",),
-    "co": ("co=atss+rcnn",),
+    "co, rank": ("co=atss+rcnn", "rank"),
     "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
     "align, group, co": ("align=2", "group=2", "co=atss+atss"),
 }

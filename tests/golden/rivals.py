@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor
 
+from detrellis.schemes.rank import GIOU_AWARE, HighOrderCost
 from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
 from detrellis.types import Assignment, Targets
 
@@ -43,6 +44,21 @@ def check_mal(a: Arrays) -> None:
     loss, gradient = loss_and_gradient(a, rule, targets, positives, a["num_boxes"])
     near(loss, a["loss"], "loss")
     near(gradient, a["grad"], "gradient")
+
+
+def check_rank(a: Arrays) -> None:
+    """Rank-DETR's loss, and its cost late in a run."""
+    targets, image = targets_of(a), a["match_img"]
+    target = torch.tensor(targets.offsets)[image] + a["match_gt"]
+    positives = pairs_of(image, a["match_query"], target)
+    loss, gradient = loss_and_gradient(a, GIOU_AWARE, targets, positives, a["num_boxes"])
+    near(loss, a["loss"], "loss")
+    near(gradient, a["grad"], "gradient")
+    starts = (*targets.offsets, len(targets.labels))
+    for b, (logits, boxes) in enumerate(zip(a["logits"], a["boxes"], strict=True)):
+        rows = slice(starts[b], starts[b + 1])
+        cost = HighOrderCost()(logits, boxes, targets.labels[rows], targets.boxes[rows])
+        near(cost, a[f"high_order_cost{b}"], f"cost of image {b}")
 
 
 def check_class_losses(a: Arrays) -> None:

@@ -99,6 +99,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "realtime/dfine_fdr": dfine.check_fdr,
     "rivals/dfine": dfine.check_losses,
     "rivals/mal": rivals.check_mal,
+    "rivals/rank_loss": rivals.check_rank,
     "segmentation/instance_inference": masks.check_instance_inference,
     "sam/aligner_": sam.check_aligner,
     "sam/layer_": sam.check_layer,
@@ -111,7 +112,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
 }
 
 # Too large to carry: their parts are carried.
-LARGE = {"sam/layer_", "sam/detector_", "realtime/dfine_"}
+LARGE = {"sam/layer_", "sam/detector_", "realtime/dfine_", "large/vit_", "large/simple_pyramid"}
 
 
 def kind(name: str) -> str:

@@ -42,7 +42,7 @@ from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 
 from ..small import images
 
-SINCE = ("ddq-dino-r50", "small", "dense")  # recipes and schemes that format 1 did not have
+SINCE = ("ddq-dino-r50", "small", "dense", "rank")  # recipes and schemes that format 1 did not have
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {

@@ -90,6 +90,9 @@ def test_aligned_branches_rank_in_the_second_only() -> None:
     ("name", "schemes", "overrides", "words"),
     [
         ("tiny", ["align,stable"], [], "both set the classification target"),
+        ("tiny", ["align,rank"], [], "leave scheme rank out"),
+        ("tiny", ["rank"], ["loss.classification=qfl"], "leave scheme rank out"),
+        ("tiny", ["stable,rank"], ["schemes.stable.supervised=false"], "both set the matching cost"),
         ("tiny", ["align"], ["loss.classification=qfl"], "both set the classification target"),
         ("tiny", ["stable"], ["loss.classification=vfl"], "schemes.stable.supervised=false"),
         ("detr_r50", ["align"], [], "softmax"),
@@ -109,6 +112,7 @@ def test_what_goes_together_is_built() -> None:
         (["align,stable"], ["schemes.stable.supervised=false"]),
         (["align"], ["loss.classification=qfl", "schemes.align.classification=base"]),
         (["stable"], ["loss.classification=psl", "schemes.stable.modulated=false"]),
+        (["align,rank"], ["schemes.align.classification=base"]),
     ):
         model = build(small("tiny", schemes).override(overrides), CLASSES)
         assert all(v.isfinite() for v in model(images(), targets((2, 0))).losses.values())

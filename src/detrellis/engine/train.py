@@ -162,12 +162,14 @@ class TrainRun:
         config, schedule, state = self.recipe.optim, self.recipe.schedule, self.state
         self.between_steps = False
         # The learning rate, and the seed of everything random in this step.
-        lr = config.lr * schedule_factor(state.step, self.steps_per_epoch * schedule.epochs, schedule)
+        steps = self.steps_per_epoch * schedule.epochs
+        lr = config.lr * schedule_factor(state.step, steps, schedule)
         set_learning_rate(state.optimizer, lr)
         state.optimizer.zero_grad(set_to_none=True)
         seed = zlib.crc32(f"{self.job.card.seed}/{state.step}/{self.world.rank}".encode())
         torch.manual_seed(seed)
         state.model.reseed(seed)
+        state.model.progress(state.step / steps)
         # Forward and backward passes.
         outputs, total = [], 0.0
         for i, batch in enumerate(batches):

@@ -29,6 +29,7 @@ from detrellis.schemes.config import (
     DNConfig,
     GroupConfig,
     HybridConfig,
+    RankConfig,
     SchemeConfig,
     StableConfig,
 )
@@ -36,6 +37,7 @@ from detrellis.schemes.dense import Dense
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
+from detrellis.schemes.rank import Rank
 from detrellis.schemes.stable import Stable
 from detrellis.supervision import CLASSIFICATION, Supervision, softmax_set_loss
 from detrellis.training import TrainableDetector
@@ -76,6 +78,8 @@ def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detect
             return Align(config)
         case StableConfig():
             return Stable(config)
+        case RankConfig():
+            return Rank(config)
         case GroupConfig():
             return Group(config, detector.queries)
 

@@ -44,22 +44,28 @@ def refuse(recipe: Recipe) -> None:
 def _refuse_two_targets(recipe: Recipe) -> None:
     """Refuse two parts of a recipe that both say what the class logit of a positive should learn."""
     align, stable, loss = recipe.schemes.align, recipe.schemes.stable, recipe.loss.classification
-    aligned = align is not None and align.classification != "base"
-    supervised = stable is not None and stable.supervised
-    if aligned and supervised:
+    setters = {}  # schemes that do, and what makes each of them leave it
+    if align is not None and align.classification != "base":
+        setters["align"] = "take -o schemes.align.classification=base"
+    if stable is not None and stable.supervised:
+        setters["stable"] = "take -o schemes.stable.supervised=false"
+    if recipe.schemes.rank is not None:
+        setters["rank"] = "leave scheme rank out"
+    if len(setters) > 1:
+        (one, remedy), (other, instead), *_ = setters.items()
         raise UserError(
-            "schemes align and stable both set the classification target",
-            "Keep one: -o schemes.align.classification=base, or -o schemes.stable.supervised=false.",
+            f"schemes {one} and {other} both set the classification target", f"Keep one: {remedy}, or {instead}."
         )
-    if (aligned and loss != "focal") or (supervised and loss not in ("focal", "psl")):
-        one, remedy = (
-            ("align", "-o schemes.align.classification=base")
-            if aligned
-            else ("stable", "-o schemes.stable.supervised=false")
-        )
+    if setters and loss != "focal" and (set(setters), loss) != ({"stable"}, "psl"):
+        ((one, remedy),) = setters.items()
         raise UserError(
             f"loss.classification={loss} and scheme {one} both set the classification target",
-            f"Leave one out, or {remedy}.",
+            f"Leave -o loss.classification out, or {remedy}.",
+        )
+    if recipe.schemes.rank is not None and stable is not None and stable.modulated:
+        raise UserError(
+            "schemes stable and rank both set the matching cost",
+            "Leave one out, or take -o schemes.stable.modulated=false.",
         )
     if loss != "focal" and recipe.detector.scores == "softmax":
         reason, remedy = MISSING["sigmoid_scores"]

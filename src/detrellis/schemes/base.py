@@ -91,8 +91,11 @@ class TrainingScheme(nn.Module):
         """Start the scheme's draws anew; called at each step, so that a resumed run draws the same."""
         self.generator.manual_seed(seed)
 
+    def progress(self, done: float) -> None:
+        """Told at each step which part of the run is done, from 0 to below 1, before it is asked for anything else."""
+
     def supervision(self, base: Supervision) -> Supervision:
-        """Another supervision for the existing blocks."""
+        """Another supervision for the existing blocks; asked for at each step."""
         return base
 
     def extend(self, step: Step) -> Extension:

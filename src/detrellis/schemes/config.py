@@ -102,6 +102,13 @@ class StableConfig(Config):
     beta: Weight = 0.5  # how much the position counts in the matching
 
 
+class RankConfig(Config):
+    """GIoU-aware loss and high-order matching (Rank-DETR)."""
+
+    after: ZeroToOne = 0.75  # part of the run from which the high-order cost is the matching's
+    power: Annotated[float, within(0, 100)] = 4.0  # of the IoU in it
+
+
 class GroupConfig(Config):
     """Groups of queries (Group DETR)."""
 
@@ -117,7 +124,9 @@ class GroupConfig(Config):
     distances: bool = False  # log how far apart the groups' queries are (PD and MD, Eq. 6 and 7)
 
 
-SchemeConfig = DNConfig | CDNConfig | HybridConfig | DenseConfig | CoConfig | AlignConfig | StableConfig | GroupConfig
+SchemeConfig = (
+    DNConfig | CDNConfig | HybridConfig | DenseConfig | CoConfig | AlignConfig | StableConfig | RankConfig | GroupConfig
+)
 
 
 class SchemesConfig(Config):
@@ -130,4 +139,5 @@ class SchemesConfig(Config):
     co: CoConfig | None = None  # before those that set what positives learn: its labels stay
     align: AlignConfig | None = None
     stable: StableConfig | None = None
+    rank: RankConfig | None = None
     group: GroupConfig | None = None
