@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.recipes import RECIPES, Recipe, find_recipe
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.overrides import merged
@@ -19,6 +20,7 @@ CLASSES = 5
 SMALL = [
     "detector.backbone.name=test_resnet",
     "detector.backbone.pretrained=false",
+    "detector.backbone.norm=auto",
     "detector.backbone.dilation=false",
     "detector.width=64",
     "detector.encoder.layers=1",
@@ -34,6 +36,7 @@ SMALL = [
 NAMES = [name.replace("-", "_") for name in RECIPES]
 # One recipe of each kind of network: what any scheme may be stacked on.
 NETWORKS = (
+    "mask2former_r50",
     "tiny",
     "detr_r50",
     "conditional_detr_r50",
@@ -104,6 +107,15 @@ def images(sizes: Sequence[tuple[int, int]] = ((64, 96), (64, 96)), seed: int = 
         pixels[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
         padding[i, :h, :w] = False
     return ImageBatch(pixels, padding if padding.any() else None)
+
+
+def with_bitmaps(truth: Targets, batch: ImageBatch) -> Targets:
+    """The targets with their boxes as bitmaps."""
+    height, width = batch.pixels.shape[-2:]
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    edges = cxcywh_to_xyxy(truth.boxes)
+    across, down = ((c > edges[:, i, None]) & (c < edges[:, i + 2, None]) for i, c in enumerate((x, y)))
+    return truth._replace(bitmaps=down.unsqueeze(2) & across.unsqueeze(1))
 
 
 def targets(sizes: Sequence[int], side: float | Tensor | None = None, seed: int = 0) -> Targets:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from detrellis.nn.backbone import Backbone
 from detrellis.nn.decoder import Decoder
+from detrellis.nn.masked import MaskedDecoder
+from detrellis.nn.masks import MaskBranch
 from detrellis.nn.queries import QuerySource
 from detrellis.postprocess import Postprocess
 from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
@@ -19,7 +21,8 @@ class Detector(nn.Module):
     """Backbone, neck, encoder, queries, decoder with its heads, and how their outputs become detections.
 
     Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with more queries. Its
-    `state_dict` is therefore the same whatever the detector was trained with.
+    `state_dict` is therefore the same whatever the detector was trained with. With `masks` the backbone gives one map
+    more, the finest, which is the branch's alone.
     """
 
     def __init__(
@@ -28,13 +31,14 @@ class Detector(nn.Module):
         neck: nn.Module,
         encoder: nn.Module,
         queries: QuerySource,
-        decoder: Decoder,
+        decoder: Decoder | MaskedDecoder,
         *,
         postprocess: Postprocess,
+        masks: MaskBranch | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.neck, self.encoder = backbone, neck, encoder
-        self.queries, self.decoder = queries, decoder
+        self.queries, self.decoder, self.masks = queries, decoder, masks
         self.postprocess = postprocess
 
     def forward(self, images: ImageBatch) -> DecoderOutput:
@@ -47,8 +51,12 @@ class Detector(nn.Module):
 
     def encode(self, images: ImageBatch) -> Memory:
         """The encoded memory of the images."""
-        memory: Memory = self.encoder(self.neck(self.backbone(images.pixels), images.padding))
-        return memory
+        maps = self.backbone(images.pixels)
+        if self.masks is None:
+            memory: Memory = self.encoder(self.neck(maps, images.padding))
+            return memory
+        memory = self.encoder(self.neck(maps[1:], images.padding))
+        return memory._replace(masks=self.masks(maps[0], memory, images))
 
     def propose(self, memory: Memory) -> tuple[Queries, Proposals | None]:
         """The main queries, and the proposals they came from in a two-stage detector."""

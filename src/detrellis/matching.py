@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
+from detrellis.mask_points import MaskCost, Sampling
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 WORST = 1e8  # stands for a cost that is NaN or infinite, which the solver would refuse
@@ -56,7 +57,12 @@ class MatchingCost:
     class_term: ClassTerm = focal_term
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`."""
+        """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`.
+
+        Of boxes `(..., N, 0)`, which a detector of masks gives, the class term alone.
+        """
+        if not boxes.shape[-1]:
+            return self.classes * self.class_term(logits, labels, logits.new_zeros(0))
         overlap = pairwise_giou(_planes(cxcywh_to_xyxy(boxes)), _planes(cxcywh_to_xyxy(targets)))
         distance = torch.cdist(boxes, targets, p=1)
         classes = self.class_term(logits, labels, overlap)
@@ -93,12 +99,14 @@ class Candidates:
 class Hungarian:
     """Assign by optimal matching on `cost`, at each layer and within each copy of a block.
 
-    One-to-one, or each target to several queries: then every target stands that often in the cost.
+    One-to-one, or each target to several queries: then every target stands that often in the cost. `masks` is what
+    masks add to it, where they are learned.
     """
 
     cost: MatchingCost = MatchingCost()
     candidates: Candidates = Candidates()
     union: bool = False  # boxes learn by the union of the matches of all layers, and of what stands before them
+    masks: MaskCost | None = None
 
     def for_proposals(self) -> Hungarian:
         """This rule for the encoder's proposals, which are one layer: with the encoder's number of candidates."""
@@ -148,6 +156,16 @@ class Match:
     targets: Targets
     assign: Assign
     copies: int = 1  # equal parts of the block, each matched for itself
+    sampling: Sampling | None = None  # of the step, where masks are learned
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """Positives of each layer and image, which the host knows before they are matched."""
+        layers, _, copies, queries = self.shape
+        assert isinstance(self.assign, Hungarian)
+        of, sizes = self.assign.candidates.of, self.targets.sizes
+        several = [[of(i, layers, queries=queries, targets=size) * size for size in sizes] for i in range(layers)]
+        return [[copies * min(count, queries) for count in row] for row in several]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -191,19 +209,21 @@ def _costs(match: Match) -> list[Tensor]:
     labels, boxes = _pad(match.targets)
     labels = labels[None, :, None].expand(layers, batch, copies, -1)
     boxes = boxes[None, :, None].expand(layers, batch, copies, -1, -1)
-    logits, predicted = (
-        t.detach().to(boxes.dtype).reshape(layers, batch, copies, queries, -1) for t in match.output[:2]
-    )
+    logits, predicted = (t.detach().to(boxes.dtype).unflatten(2, (copies, queries)) for t in match.output[:2])
     # As many layers, or else images, at a time as a CPU's cache holds.
     together = layers * batch
     if boxes.device.type == "cpu":
         together = max(CACHED // (copies * queries * labels.shape[-1]), 1)
     rows, columns = max(together // batch, 1), min(together, batch)
-    return [
+    costs = [
         match.assign.cost(*(t[i : i + rows, j : j + columns] for t in (logits, predicted, labels, boxes)))
         for i in range(0, layers, rows)
         for j in range(0, batch, columns)
     ]
+    if match.assign.masks is not None and match.sampling is not None:
+        masks = match.assign.masks(match.output, match.targets, match.sampling, copies)
+        return [torch.cat([cost.flatten() for cost in costs]).view_as(masks) + masks]
+    return costs
 
 
 def _pad(targets: Targets) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,8 @@ class Postprocess:
     def best(self, output: DecoderOutput, sizes: Tensor, k: int) -> list[Detections]:
         """The `k` best of each image by the last layer's scores, without any suppression."""
         scores, boxes = self.scores(output), output.boxes[-1]
+        if self.boxes_of_masks:  # which are not drawn yet
+            boxes = boxes.new_zeros(*boxes.shape[:2], 4)
         one_class = self.softmax and not self.boxes_of_masks
         best, query, labels = top_queries(scores, k) if one_class else top_pairs(scores, k)
         corners = cxcywh_to_xyxy(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)))

@@ -19,6 +19,7 @@ from detrellis.losses import (
     quality_focal_loss,
     varifocal_loss,
 )
+from detrellis.mask_points import Sampling, mask_iou, mask_terms
 from detrellis.matching import Assign, Hungarian, Known, Match, United, assign
 from detrellis.pairs import (
     Pairs,
@@ -132,20 +133,27 @@ CLASSIFICATION = {
 }
 
 
-def softmax_set_loss(
+def softmax_class_loss(
     output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor, *, no_object: float = 0.1
 ) -> dict[str, Tensor]:
-    """DETR's own set loss: cross-entropy over the classes and a last "no object" class of weight `no_object`.
+    """Cross-entropy over the classes and a last "no object" class of weight `no_object`: `class`, `(L,)`.
 
-    The cross-entropy is a weighted mean over the queries; `normaliser` divides the box terms only.
+    A weighted mean over the queries, which no normaliser divides.
     """
     classes = output.logits.shape[-1]
     labels = torch.full(output.logits.shape[:-1], classes - 1, device=output.logits.device)
     labels[positives.layer, positives.image, positives.query] = targets.labels[positives.target]
-    weight = torch.where(labels == classes - 1, no_object, 1.0).to(output.logits)
+    weight = torch.ones_like(output.logits[..., 0]).masked_fill(labels == classes - 1, no_object)
     entropy = F.cross_entropy(output.logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(weight)
-    mean = (weight * entropy).sum((1, 2)) / weight.sum((1, 2))
-    return {"class": mean, **box_terms(pair_up(output, targets, positives), normaliser)}
+    return {"class": (weight * entropy).sum((1, 2)) / weight.sum((1, 2))}
+
+
+def softmax_set_loss(
+    output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor, *, no_object: float = 0.1
+) -> dict[str, Tensor]:
+    """DETR's own set loss: `softmax_class_loss` and the box terms, which alone `normaliser` divides."""
+    classes = softmax_class_loss(output, targets, positives, normaliser, no_object=no_object)
+    return classes | box_terms(pair_up(output, targets, positives), normaliser)
 
 
 @dataclass(frozen=True)
@@ -177,11 +185,19 @@ class Supervision:
         return replace(self, assign=self.assign.for_initial())
 
     def task(
-        self, name: str, output: DecoderOutput, targets: Targets, normaliser: Tensor, copies: int = 1, weight: float = 1
+        self,
+        name: str,
+        output: DecoderOutput,
+        targets: Targets,
+        normaliser: Tensor,
+        copies: int = 1,
+        weight: float = 1,
+        sampling: Sampling | None = None,
     ) -> Task:
-        """This supervision of a block's `output`, matched in each of its `copies`, its losses times `weight`."""
+        """This supervision of a block's `output`, matched in each of its `copies`, its losses times `weight`; with
+        `sampling`, of masks too."""
         weights = {term: of_term * weight for term, of_term in self.weights.items()}
-        return Task(name, Match(output, targets, self.assign, copies), self.rule, weights, normaliser)
+        return Task(name, Match(output, targets, self.assign, copies, sampling), self.rule, weights, normaliser)
 
 
 def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
@@ -254,10 +270,14 @@ def supervise(
         with torch.autocast(output.boxes.device.type, enabled=False):
             output = output.map(partial(Tensor.to, dtype=targets.boxes.dtype))
             terms = task.rule(output, targets, positives, task.normaliser)
+            if task.match.sampling is not None:
+                terms |= mask_terms(output, targets, positives, task.normaliser, task.match.sampling, task.match.counts)
         for name, values in terms.items():
             weighted = values * task.weights[name]
             losses |= {f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())}
-        metrics[f"{task.name}/iou"] = matched_iou(output, targets, positives)
+        boxes = output.boxes.shape[-1] > 0
+        masks = None if boxes else mask_iou(output, targets, positives, task.match.counts).mean()
+        metrics[f"{task.name}/iou"] = matched_iou(output, targets, positives) if masks is None else masks
     return losses, metrics
 
 

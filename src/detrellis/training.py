@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from detrellis.detector import Detector
 from detrellis.distributed import reduce_mean
+from detrellis.mask_points import Points, Sampling, Seeded
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision, Task, counted, match, supervise, uniting
 from detrellis.types import DecoderOutput, ImageBatch, Targets
@@ -30,7 +31,8 @@ class TrainableDetector(nn.Module):
     """What is trained. Only `detector` is ever evaluated, saved as weights or exported.
 
     `proposal_targets`: `"objectness"` teaches every token of a two-stage detector whether it is an object
-    (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO).
+    (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO). `points`: where masks are
+    compared; None: none are learned.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class TrainableDetector(nn.Module):
         supervision: Supervision | None = None,
         *,
         proposal_targets: ProposalTargets = "classes",
+        points: Points | None = None,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.schemes = nn.ModuleList(schemes)
         self._supervision = supervision or Supervision()
         self.proposal_targets = proposal_targets
+        self.sampling = None if points is None else Sampling(Seeded(), points)
 
     def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
         """One pass of every query block, and all losses."""
@@ -93,7 +97,9 @@ class TrainableDetector(nn.Module):
             scheme.progress(done)
 
     def reseed(self, seed: int) -> None:
-        """Start every scheme's draws anew."""
+        """Start every scheme's draws anew, and those of the points that masks are compared at."""
+        if self.sampling is not None:
+            self.sampling = self.sampling._replace(draw=Seeded(seed))
         for scheme in self.training_schemes:
             # Each from a number of its own: two schemes must not draw the same.
             scheme.reseed(zlib.crc32(f"{seed}/{scheme.name}".encode()))
@@ -108,7 +114,7 @@ class TrainableDetector(nn.Module):
         normaliser = (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
         common = (normaliser, block.copies, block.weight)
         prefix, targets = "" if block.name == "main" else f"{block.name}_", step.targets
-        tasks = [block.supervision.task(block.name, output, targets, *common)]
+        tasks = [block.supervision.task(block.name, output, targets, *common, self.sampling)]
         if output.initial is not None:
             supervision = block.supervision.initial(len(output.boxes))
             tasks.append(supervision.task(f"{prefix}initial", output.initial, targets, *common))

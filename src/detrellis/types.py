@@ -113,6 +113,7 @@ class Spatial(NamedTuple):
     sine: Tensor | None = None  # (B, N, D) the conditional spatial query of cross-attention (Conditional DETR)
     priors: tuple[Prior, ...] | None = None  # of each level (SMCA)
     level_weights: Tensor | None = None  # (B, N, V) of what a query reads from each level (SMCA); None: there is one
+    readable: Tensor | None = None  # (B, N, S) bool: the tokens that each query may read (Mask2Former); None: all
 
 
 class Segment(NamedTuple):
@@ -144,7 +145,7 @@ class DecoderOutput(NamedTuple):
     """The heads' outputs after every decoder layer (training) or after the last one only (inference: L = 1)."""
 
     logits: Tensor  # (L, B, N, C)
-    boxes: Tensor  # (L, B, N, 4)
+    boxes: Tensor  # (L, B, N, 4); (L, B, N, 0) of a detector that predicts masks and no boxes
     states: Tensor  # (L, B, N, D) the heads' input
     iou_logits: Tensor | None = None  # (L, B, N) of the IoU that the IoU branch predicts; None: there is no such head
     mask_embeds: Tensor | None = None  # (L, B, N, Dm) what `masks.map` is multiplied with; None: there are no masks

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from detrellis.detector import Detector
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.schemes.base import Step
 from detrellis.training import TrainableDetector
-from detrellis.types import DecoderOutput, ImageBatch, Memory, Segment, Targets
+from detrellis.types import DecoderOutput, ImageBatch, MaskFeatures, Memory, Segment, Targets
 
-from ..small import CLASSES, NAMES, NETWORKS, distinct, images, small, targets, with_own_backbone
+from ..small import CLASSES, NAMES, NETWORKS, distinct, images, small, targets, with_bitmaps, with_own_backbone
 
 # Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it can.
 STACKS: dict[str, tuple[str, ...]] = {
@@ -31,7 +32,7 @@ STACKS: dict[str, tuple[str, ...]] = {
     "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
     "align, group, co": ("align=2", "group=2", "co=atss+atss"),
 }
-SOFTMAX = {"detr_r50"}  # carries no scheme that sets the classes' targets
+SOFTMAX = {"detr_r50", "mask2former_r50"}  # carries no scheme that sets the classes' targets
 OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")  # torchvision's, dilated, and a Swin
 
 
@@ -58,7 +59,8 @@ def make(name: str, stack: str = "own", seed: int = 0) -> TrainableDetector:
 
 
 def flat(output: DecoderOutput) -> Tensor:
-    return torch.cat([output.logits.flatten(), output.boxes.flatten()])
+    parts = (output.logits, output.boxes, output.mask_embeds)
+    return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 def compare(actual: DecoderOutput, expected: DecoderOutput) -> None:
@@ -77,13 +79,33 @@ def train_step(model: TrainableDetector, batch: ImageBatch, truth: Targets) -> d
     model.zero_grad()
     model.reseed(0)
     torch.manual_seed(0)
-    losses = model(batch, truth).losses
+    losses = model(batch, truth if model.sampling is None else with_bitmaps(truth, batch)).losses
     torch.stack(list(losses.values())).sum().backward()
     return losses
 
 
-def predict(model: TrainableDetector, memory: Memory) -> Tensor:
-    detector = model.detector
-    memory = detector.encoder(memory)
+def maps_for_neck(detector: Detector, pixels: Tensor) -> list[Tensor]:
+    """The backbone's maps without the one that masks alone are read from."""
+    maps: list[Tensor] = detector.backbone(pixels)
+    return maps if detector.masks is None else maps[1:]
+
+
+def with_mask_features(detector: Detector, memory: Memory, batch: ImageBatch) -> Memory:
+    """The memory with noise in place of mask features, where the detector has any."""
+    if detector.masks is None:
+        return memory
+    height, width = batch.pixels.shape[-2:]
+    generator, channels = torch.Generator().manual_seed(0), detector.masks.project.out_channels
+    noise = torch.randn(len(batch.pixels), channels, height // 4, width // 4, generator=generator)
+    return memory._replace(masks=MaskFeatures(noise.to(memory.tokens), (height, width), batch.padding))
+
+
+def decoded(detector: Detector, memory: Memory) -> DecoderOutput:
+    """Every layer's output, of an encoded memory."""
     queries, _ = detector.propose(memory)
-    return flat(detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"])
+    return detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"]
+
+
+def predict(model: TrainableDetector, memory: Memory) -> Tensor:
+    """Of a memory that is not encoded yet."""
+    return flat(decoded(model.detector, model.detector.encoder(memory)))

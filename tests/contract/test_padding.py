@@ -13,7 +13,7 @@ from detrellis.training import TrainableDetector
 from detrellis.types import Memory, Queries, Spatial
 
 from ..small import images, small
-from .models import every_detector, make, predict
+from .models import every_detector, make, maps_for_neck, predict, with_mask_features
 
 pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
 
@@ -46,7 +46,8 @@ def test_what_stands_in_padding_is_never_read(name: str) -> None:
     model = make(name).eval()
     keep_inside(model, name)
     batch = images(((64, 96), (48, 64)))
-    memory = model.detector.neck(model.detector.backbone(batch.pixels), batch.padding)
+    memory = model.detector.neck(maps_for_neck(model.detector, batch.pixels), batch.padding)
+    memory = with_mask_features(model.detector, memory, batch)
     assert memory.padding is not None
     dirty = memory._replace(tokens=memory.tokens + 100 * memory.padding.unsqueeze(-1))
     outputs = [predict(model, m) for m in (memory, dirty)]
@@ -78,9 +79,11 @@ def test_padding_further_changes_no_prediction(name: str) -> None:
     neck = model.detector.neck
     assert isinstance(neck, MultiScaleNeck | SingleScaleNeck)
     batch = images(((128, 128), (128, 64)))
-    levels = neck.project(model.detector.backbone(batch.pixels.double()))
+    levels = neck.project(maps_for_neck(model.detector, batch.pixels.double()))
     assert batch.padding is not None
-    plain = neck.flatten(levels, batch.padding)
+    plain = with_mask_features(model.detector, neck.flatten(levels, batch.padding), batch)
     grown = [nn.functional.pad(m, (0, m.shape[3], 0, m.shape[2]), value=7.0) for m in levels]
     further = neck.flatten(grown, nn.functional.pad(batch.padding, (0, 128, 0, 128), value=True))
+    if plain.masks is not None:
+        further = further._replace(masks=plain.masks._replace(map=nn.functional.pad(plain.masks.map, (0, 32, 0, 32))))
     torch.testing.assert_close(predict(model, plain), predict(model, further), atol=1e-5, rtol=0)

@@ -27,6 +27,7 @@ from . import (
     dfine,
     group,
     large,
+    mask2former,
     masks,
     models,
     rates,
@@ -100,6 +101,9 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "rivals/dfine": dfine.check_losses,
     "rivals/mal": rivals.check_mal,
     "rivals/rank_loss": rivals.check_rank,
+    "segmentation/hf_mask2former_": mask2former.check_model,
+    "segmentation/m2f_loss_": mask2former.check_loss,
+    "segmentation/group_mask2former_": mask2former.check_groups,
     "segmentation/instance_inference": masks.check_instance_inference,
     "sam/aligner_": sam.check_aligner,
     "sam/layer_": sam.check_layer,
@@ -112,7 +116,10 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
 }
 
 # Too large to carry: their parts are carried.
-LARGE = {"sam/layer_", "sam/detector_", "realtime/dfine_", "large/vit_", "large/simple_pyramid"}
+LARGE = {
+    *("sam/layer_", "sam/detector_", "realtime/dfine_", "large/vit_", "large/simple_pyramid"),
+    *("segmentation/hf_mask2former_", "segmentation/group_mask2former_"),
+}
 
 
 def kind(name: str) -> str:

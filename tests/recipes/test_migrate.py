@@ -30,7 +30,7 @@ from detrellis.data.shapes import write_shapes
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
 from detrellis.nn.pretrained import timm_statistics
-from detrellis.recipes import RECIPES, find_recipe
+from detrellis.recipes import RECIPES, find_recipe, mask2former
 from detrellis.recipes.build import build
 from detrellis.recipes.detector import RESNETS
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
@@ -42,7 +42,8 @@ from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 
 from ..small import images
 
-SINCE = ("ddq-dino-r50", "small", "dense", "rank")  # recipes and schemes that format 1 did not have
+# Recipes and schemes that format 1 did not have.
+SINCE = ("ddq-dino-r50", "small", "dense", "rank", *mask2former.RECIPES)
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {

@@ -61,6 +61,7 @@ OTHERS = {
     "detector.cross_attention.kind=dense": "smca_detr_r50",
     "detector.cross_attention.kind=conditional": "dab_detr_r50",
     "detector.cross_attention.kind=semantic": "sam_detr_r50_smca",
+    "detector.cross_attention.kind=masked": "mask2former_r50",
 }
 
 

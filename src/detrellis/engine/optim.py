@@ -61,7 +61,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = config.weight_decay if config.decay_norms or parameter not in norms else 0.0
+            left_out = (parameter in norms and not config.decay_norms) or any(key in name for key in config.undecayed)
+            decay = 0.0 if left_out else config.weight_decay
             factor = learning_rate_scale(name, config.scaled) * by_depth[name]
             groups.setdefault((factor, decay), []).append(parameter)
     rows = [

@@ -105,9 +105,13 @@ def _attend_seen(segment: Segment, seen: Sequence[Segment], rows: Mapping[str, R
     return _attend(q, keys, values, mask, dropout)
 
 
-def memory_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float = 0.0) -> Tensor:
+def memory_attention(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float = 0.0, readable: Tensor | None = None
+) -> Tensor:
     """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`, `v (B, M, S, e)`,
-    `padding (B, S)`, to `(B, M, N, e)`."""
+    `padding (B, S)`, to `(B, M, N, e)`. Where each query reads tokens of its own, `readable (B, N, S)` says which."""
+    if readable is not None:
+        return _attend(q, k, v, readable.unsqueeze(1), dropout)
     mask = None if padding is None else ~padding[:, None, None]
     return _attend(q, k, v, mask, dropout)
 
@@ -185,6 +189,7 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """What `x (B, N, D)` reads from the memory, `(B, N, D)`, without residual and norm."""
         q, k, v = project(self.projections, x, where, memory, self.heads)
-        attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        attended = memory_attention(q, k, v, memory.padding, dropout, where.readable)
         out: Tensor = self.output(merge_heads(attended))
         return out

@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detrellis.errors import UserError
 from detrellis.nn.pretrained import Source, check_timm_name, fitted, torchvision_weights, unreachable
 
-Norm = Literal["frozen", "batch"]
+Norm = Literal["frozen", "frozen_norm", "batch"]
 Frozen = int | Literal["all"]  # how many stages, with the stem, training leaves as they are
 PATCH = 4
 # A pixel's channels side by side: a ResNet-50 is a tenth faster so, an EfficientNet a fifth, and the maps are tokens.
@@ -59,7 +59,8 @@ class ResNet(Backbone):
     """A torchvision ResNet that returns the maps of the wanted strides.
 
     `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem and the first stage, as all
-    papers do with ImageNet weights. Without `pretrained` weights nothing may be frozen: `norm="batch"` trains all.
+    papers do with ImageNet weights; `"frozen_norm"` freezes the norms and nothing else (Mask2Former). Without
+    `pretrained` weights nothing may be frozen: `norm="batch"` trains all.
     `dilation` (DC5) keeps the last stage at stride 16 and doubles its dilation instead. `frozen` stages and the stem
     are not trained, with whatever norm.
     """
@@ -75,7 +76,7 @@ class ResNet(Backbone):
         frozen: Frozen = 0,
     ) -> None:
         super().__init__()
-        layer = partial(FrozenBatchNorm2d, eps=1e-5) if norm == "frozen" else nn.BatchNorm2d
+        layer = nn.BatchNorm2d if norm == "batch" else partial(FrozenBatchNorm2d, eps=1e-5)
         options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
         make = partial(torchvision.models.get_model, name, weights=None, norm_layer=layer, **options)
         model = make()
@@ -201,7 +202,7 @@ class TimmBackbone(Backbone):
                 part.drop_prob = 0.0
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC")
         self.channels: list[int] = list(model.feature_info.channels())
-        self.model = freeze_batch_norm_2d(model) if norm == "frozen" else model
+        self.model = model if norm == "batch" else freeze_batch_norm_2d(model)
         swin = self.channels_last and name.startswith("swin")
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if swin else None
         if frozen == "all":

@@ -142,6 +142,8 @@ def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
         torch.stack([output.boxes for output in layers]),
         torch.stack([output.states for output in layers]),
         stacked([output.iou_logits for output in layers]),
+        mask_embeds=stacked([output.mask_embeds for output in layers]),
+        masks=layers[0].masks,
         sides=stacked_sides(sides) if sides else None,
     )
 

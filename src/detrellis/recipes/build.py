@@ -11,6 +11,7 @@ import torch
 
 from detrellis.detector import Detector
 from detrellis.errors import UserError
+from detrellis.mask_points import MaskCost, Points
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.nn.accelerate import accelerate
 from detrellis.recipes.config import Recipe
@@ -39,7 +40,7 @@ from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.rank import Rank
 from detrellis.schemes.stable import Stable
-from detrellis.supervision import CLASSIFICATION, Supervision, softmax_set_loss
+from detrellis.supervision import CLASSIFICATION, Supervision, softmax_class_loss, softmax_set_loss
 from detrellis.training import TrainableDetector
 
 
@@ -86,17 +87,25 @@ def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detect
 
 def build_supervision(recipe: Recipe) -> Supervision:
     """One-to-one matching with the set loss, weighted as the recipe says."""
-    config, softmax = recipe.loss, recipe.detector.scores == "softmax"
+    config, detector = recipe.loss, recipe.detector
+    softmax = detector.scores == "softmax"
     term = softmax_term if softmax else focal_term
     cost = MatchingCost(config.cost_classes, config.cost_box, config.cost_giou, term)
-    weights = {"class": config.classes, "box": config.box, "giou": config.giou, "iou_branch": config.iou_branch}
+    names = {"class": "classes", **{name: name for name in ("box", "giou", "iou_branch", "mask", "dice")}}
     k = config.one_to_many
-    weights = {name: weight / k for name, weight in weights.items()}  # as if copies were targets
+    weights = {term: getattr(config, name) / k for term, name in names.items()}  # as if copies were targets
     candidates = Candidates(k, k, k, positive_fraction=None)
-    cross_entropy = partial(softmax_set_loss, no_object=config.no_object)
-    return Supervision(
-        Hungarian(cost, candidates), cross_entropy if softmax else CLASSIFICATION[config.classification], weights
-    )
+    masks = MaskCost(config.cost_mask, config.cost_dice) if detector.masks is not None else None
+    cross_entropy = softmax_set_loss if detector.boxes else softmax_class_loss
+    rule = partial(cross_entropy, no_object=config.no_object) if softmax else CLASSIFICATION[config.classification]
+    return Supervision(Hungarian(cost, candidates, masks=masks), rule, weights)
+
+
+def build_points(recipe: Recipe) -> Points | None:
+    """Where masks are compared; None where none are learned."""
+    if recipe.detector.masks is None:
+        return None
+    return Points(recipe.loss.points, inside=recipe.loss.points_in == "image")
 
 
 def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) -> TrainableDetector:
@@ -114,6 +123,7 @@ def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) 
         build_schemes(recipe, detector, classes, seed),
         build_supervision(recipe),
         proposal_targets="objectness" if recipe.detector.objectness else "classes",
+        points=build_points(recipe),
     )
     if not stored:
         _refuse_idle_factors(recipe.optim.scaled, [name for name, _ in model.named_parameters()])

@@ -76,9 +76,15 @@ class LossConfig(Config):
     box: Weight = 5.0
     giou: Weight = 2.0
     iou_branch: Weight = 1.0
+    mask: Weight = 5.0  # cross-entropy of masks at points
+    dice: Weight = 5.0
     cost_classes: Weight = 2.0
     cost_box: Weight = 5.0
     cost_giou: Weight = 2.0
+    cost_mask: Weight = 5.0
+    cost_dice: Weight = 5.0
+    points: Count = 12544  # that masks are compared at
+    points_in: Literal["batch", "image"] = "batch"  # batch: in its padding too, which is background
     one_to_many: Count = 1  # queries each target is matched to in every layer, all alike: leaves duplicates
     no_object: Weight = 0.1  # weight of "no object" in a softmax's cross-entropy
 
@@ -91,6 +97,7 @@ class OptimConfig(Config):
     scaled: dict[Key, Factor] = Field(default_factory=lambda: {"backbone": 0.1})
     layer_decay: Annotated[float, within(0, 1, above=True)] = 1.0  # of the rate by depth in the backbone; 1: off
     decay_norms: bool = True  # whether weight decay covers normalisation layers
+    undecayed: tuple[Key, ...] = ()  # weight decay leaves out parameters whose name contains one of these
     clip: Weight = 0.1  # norm of the gradient; 0: off
     batch_size: Count = 16  # images a step over all processes and accumulations
     accumulate: Count = 1  # passes a step
@@ -225,7 +232,7 @@ class Recipe(Config):
     @property
     def needs_bitmaps(self) -> bool:
         """Whether training reads the objects' masks in the whole image."""
-        return self.data.masks
+        return self.data.masks or self.detector.masks is not None
 
     def untrained(self) -> Recipe:
         """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""

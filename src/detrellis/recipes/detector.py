@@ -12,11 +12,13 @@ from pydantic import Field
 
 from detrellis.fields import Ascending, Config, Count, Few, Key, Some, ZeroToBelowOne, ZeroToOne, within
 
+Width = Annotated[int, within(4, 8192)]
 Levels = Annotated[int, within(1, 8)]
 Overlap = Annotated[float, within(0, 1, below=True)]  # an IoU
 QueryCount = Annotated[int, within(1, 100_000)]
 Strides = Annotated[tuple[Count, ...], Ascending, Some]
 ProposalTargets = Literal["objectness", "classes"]
+MASK_STRIDE = 4  # of the map that masks are read from
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's; every other backbone is timm's
 
 
@@ -26,7 +28,9 @@ class BackboneConfig(Config):
     name: str = "resnet50"
     pretrained: bool = True
     weights: Key | None = None  # local file of pretrained weights; None: an installed package, or the hub
-    norm: Literal["auto", "frozen", "batch"] = "auto"  # auto: frozen with pretrained weights, trained without
+    # auto: frozen with pretrained weights, trained without; frozen freezes a ResNet's stem and first stage too,
+    # frozen_norm the norms alone
+    norm: Literal["auto", "frozen", "frozen_norm", "batch"] = "auto"
     dilation: bool = False  # DC5
     drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it
     strides: Strides = (8, 16, 32)
@@ -34,7 +38,7 @@ class BackboneConfig(Config):
     frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
 
     @property
-    def normalisation(self) -> Literal["frozen", "batch"]:
+    def normalisation(self) -> Literal["frozen", "frozen_norm", "batch"]:
         """`norm` with "auto" decided."""
         return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
 
@@ -49,12 +53,14 @@ class DeformableEncoderConfig(Config):
     levels: Levels = 4
     points: Few = 4  # that each head samples on each level
     fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
+    width: Width | None = None  # of the memory, which a masked decoder projects to its own; None: detector.width
 
 
 class DenseEncoderConfig(Config):
     """Dense attention over one map (DETR)."""
 
     levels: ClassVar[int] = 1
+    width: ClassVar[None] = None
     kind: Literal["dense"] = "dense"
     layers: Few = 6
     heads: Few = 8
@@ -66,6 +72,7 @@ class DenseEncoderConfig(Config):
 class IntraScaleEncoderConfig(Config):
     """Dense attention within each of several levels, and in the middle layer over all together (SMCA-DETR)."""
 
+    width: ClassVar[None] = None
     kind: Literal["intra_scale"] = "intra_scale"
     layers: Few = 6
     heads: Few = 8
@@ -107,6 +114,19 @@ class SemanticAttentionConfig(Config):
     reweight: bool = True  # gates that the old query gives
     search: Literal["box", "image"] = "box"  # where the points may lie
     zero_init: bool = False  # points start in the centres of the boxes
+
+
+class MaskedAttentionConfig(Config):
+    """The tokens of one level that lie in a query's mask of the layer before, coarse to fine (Mask2Former)."""
+
+    smca: ClassVar[bool] = False
+    kind: Literal["masked"] = "masked"
+
+
+class MasksConfig(Config):
+    """A map of stride 4 that masks are read from, and an embedding of each query (Mask2Former, Mask DINO)."""
+
+    width: Width = 256  # of map and embeddings
 
 
 class LearnedQueriesConfig(Config):
@@ -160,7 +180,11 @@ class MixedQueriesConfig(Config):
 
 EncoderConfig = DeformableEncoderConfig | DenseEncoderConfig | IntraScaleEncoderConfig
 CrossAttentionConfig = (
-    DeformableAttentionConfig | DenseAttentionConfig | ConditionalAttentionConfig | SemanticAttentionConfig
+    DeformableAttentionConfig
+    | DenseAttentionConfig
+    | ConditionalAttentionConfig
+    | SemanticAttentionConfig
+    | MaskedAttentionConfig
 )
 QueriesConfig = LearnedQueriesConfig | AnchorQueriesConfig | ProposalQueriesConfig | MixedQueriesConfig
 
@@ -181,11 +205,12 @@ class DetectorConfig(Config):
     """The network parts, and how detections are read off them."""
 
     backbone: BackboneConfig = BackboneConfig()
-    width: Annotated[int, within(4, 8192)] = 256
+    width: Width = 256
     encoder: Annotated[EncoderConfig, Field(discriminator="kind")] = DeformableEncoderConfig()
     queries: Annotated[QueriesConfig, Field(discriminator="kind")] = LearnedQueriesConfig()
     cross_attention: Annotated[CrossAttentionConfig, Field(discriminator="kind")] = DeformableAttentionConfig()
     decoder: DecoderConfig = DecoderConfig()
+    masks: MasksConfig | None = None  # None: boxes alone
     activation: Literal["relu", "prelu", "gelu", "silu"] = "relu"  # of the feed-forward blocks
     dropout: ZeroToBelowOne = 0.1
     scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
@@ -214,6 +239,22 @@ class DetectorConfig(Config):
     def modulated(self) -> bool:
         """Whether it is SMCA-DETR's decoder, whose queries carry the prior."""
         return self.cross_attention.kind == "dense" and self.cross_attention.smca
+
+    @property
+    def boxes(self) -> bool:
+        """Whether the queries predict boxes; else masks alone."""
+        return self.cross_attention.kind != "masked"
+
+    @property
+    def memory_width(self) -> int:
+        """Channels of the encoder's tokens."""
+        return self.encoder.width or self.width
+
+    @property
+    def map_strides(self) -> tuple[int, ...]:
+        """Strides of the backbone's maps: those that the neck reads, and the finer one that masks are read from."""
+        strides = self.backbone.strides
+        return strides if self.masks is None else (MASK_STRIDE, *strides)
 
     @property
     def level_strides(self) -> tuple[int, ...]:

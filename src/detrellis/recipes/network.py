@@ -17,6 +17,8 @@ from detrellis.nn.decoder import Decoder, DecoderLayer
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.encoder import Encoder, EncoderLayer, MemoryFusion
 from detrellis.nn.heads import Heads
+from detrellis.nn.masked import MaskedDecoder, MaskedDecoderLayer, MaskHeads
+from detrellis.nn.masks import MaskBranch
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.position import SineMap
@@ -98,15 +100,15 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     """From the backbone's maps to a memory."""
     semantic = config.cross_attention.kind == "semantic"  # its regions reach into padding
     constants = {"temperature": config.position_temperature, "offset": config.position_offset}
-    position = SineMap(config.width, **constants, blank=semantic)
+    position = SineMap(config.memory_width, **constants, blank=semantic)
     if config.encoder.kind == "dense":
         return SingleScaleNeck(channels[-1], config.width, position, norm=config.encoder.neck_norm)
-    return MultiScaleNeck(channels, config.width, config.encoder.levels, position)
+    return MultiScaleNeck(channels, config.memory_width, config.encoder.levels, position)
 
 
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels together (SMCA)."""
-    width, encoder = config.width, config.encoder
+    width, encoder = config.memory_width, config.encoder
     if encoder.kind == "deformable":
         return DeformableAttention(width, encoder.heads, encoder.levels, encoder.points)
     apart = encoder.kind == "intra_scale" and layer != encoder.layers // 2
@@ -136,9 +138,11 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
 
 def build_encoder(config: DetectorConfig) -> Encoder:
     """The encoder's layers."""
-    width, dropout, encoder = config.width, config.dropout, config.encoder
+    width, dropout, encoder = config.memory_width, config.dropout, config.encoder
     layers = [
-        EncoderLayer(build_encoder_attention(config, i), _feed_forward(config, encoder.hidden), width, dropout=dropout)
+        EncoderLayer(
+            build_encoder_attention(config, i), _feed_forward(config, width, encoder.hidden), width, dropout=dropout
+        )
         for i in range(encoder.layers)
     ]
     if encoder.kind == "deformable":
@@ -206,7 +210,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         DecoderLayer(
             self_attention(width, decoder.heads, dropout=dropout),
             build_cross_attention(config, i),
-            _feed_forward(config, decoder.hidden),
+            _feed_forward(config, width, decoder.hidden),
             width,
             dropout=dropout,
         )
@@ -234,22 +238,57 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
     )
 
 
-def _feed_forward(config: DetectorConfig, hidden: int) -> FeedForward:
-    return FeedForward(config.width, hidden, dropout=config.dropout, activation=config.activation)
+def build_masked_decoder(config: DetectorConfig, classes: int) -> MaskedDecoder:
+    """Mask2Former's decoder and its heads."""
+    assert config.masks is not None
+    width, decoder, dropout = config.width, config.decoder, config.dropout
+    layers = [
+        MaskedDecoderLayer(
+            SelfAttention(width, decoder.heads, dropout=dropout),
+            DenseAttention(width, decoder.heads, dropout=dropout),
+            _feed_forward(config, width, decoder.hidden),
+            width,
+            dropout=dropout,
+        )
+        for _ in range(decoder.layers)
+    ]
+    return MaskedDecoder(
+        layers,
+        MaskHeads(width, classes, config.masks.width),
+        levels=config.encoder.levels,
+        width=width,
+        memory_width=config.memory_width,
+        position=SineMap(width, temperature=config.position_temperature, offset=config.position_offset),
+    )
+
+
+def _feed_forward(config: DetectorConfig, width: int, hidden: int) -> FeedForward:
+    return FeedForward(width, hidden, dropout=config.dropout, activation=config.activation)
 
 
 def build_detector(config: DetectorConfig, classes: int) -> Detector:
     """A detector for `classes` classes, initialised from the global random state."""
     refuse_network(config)
-    backbone = build_backbone(config.backbone)
-    neck, encoder = build_neck(config, backbone.channels), build_encoder(config)
-    decoder, queries = build_decoder(config, classes), build_queries(config, classes)
+    backbone = build_backbone(config.backbone.replace(strides=config.map_strides))
+    channels = backbone.channels[-len(config.backbone.strides) :]
+    neck, encoder = build_neck(config, channels), build_encoder(config)
+    decoder = build_decoder(config, classes) if config.boxes else build_masked_decoder(config, classes)
+    queries = build_queries(config, classes)
+    masks = None if config.masks is None else MaskBranch(backbone.channels[0], config.memory_width, config.masks.width)
     accelerate(neck, encoder, queries, decoder)
+    rule = Postprocess(
+        config.top_k,
+        config.scores == "softmax",
+        config.iou_branch,
+        config.soft_nms,
+        boxes_of_masks=not config.boxes,
+    )
     return Detector(
         backbone,
         neck,
         encoder,
         queries,
         decoder,
-        postprocess=Postprocess(config.top_k, config.scores == "softmax", config.iou_branch, config.soft_nms),
+        postprocess=rule,
+        masks=masks,
     )

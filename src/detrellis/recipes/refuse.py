@@ -150,7 +150,7 @@ def _rounded(width: int, step: int) -> int:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    for refused, problem, remedy in (*_sizes(config), *_combinations(config), *_scores(config)):
+    for refused, problem, remedy in (*_sizes(config), *_combinations(config), *_scores(config), *_masks(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
 
@@ -234,18 +234,76 @@ def _scores(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     ]
 
 
+def _masks(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """The same for masks, and for queries that predict nothing else."""
+    encoder, queries, strides = config.encoder, config.queries, config.backbone.strides
+    masked = not config.boxes
+    learned = queries.kind == "learned" and queries.content == "learned"
+    base = "Take a recipe such as mask2former-r50."
+    return [
+        (
+            config.masks is not None and not masked,
+            f"masks and cross_attention.kind={config.cross_attention.kind} do not combine",
+            "Take -o detector.masks=null, or a recipe such as mask2former-r50.",
+        ),
+        (
+            masked and config.masks is None,
+            "cross_attention.kind=masked reads what masks show, and detector.masks is off",
+            base,
+        ),
+        (
+            masked and (encoder.kind != "deformable" or strides[0] != 8),
+            f"cross_attention.kind=masked needs a deformable encoder whose finest level has stride 8, and this one is "
+            f"{encoder.kind}, of stride {strides[0]}",
+            "Take -o detector.encoder.kind=deformable -o 'detector.backbone.strides=[8, 16, 32]'.",
+        ),
+        (
+            masked and not learned,
+            "cross_attention.kind=masked needs queries whose position and content are learned",
+            "Take -o detector.queries.kind=learned -o detector.queries.content=learned.",
+        ),
+        (
+            masked and not (config.decoder.final_norm and config.decoder.shared_heads and config.scores == "softmax"),
+            "cross_attention.kind=masked has a final norm, heads that all layers share, and softmax scores",
+            "Take decoder.final_norm=true, decoder.shared_heads=true and scores=softmax.",
+        ),
+        (
+            masked and (config.decoder.refine != "none" or config.iou_branch != "none"),
+            "cross_attention.kind=masked predicts no boxes: there is nothing to refine, and no IoU to learn",
+            "Take -o detector.decoder.refine=none -o detector.iou_branch=none.",
+        ),
+        (
+            encoder.width not in (None, config.width) and not masked,
+            f"encoder.width={encoder.width} is not width={config.width}, and only a masked decoder projects the memory",
+            "Take -o detector.encoder.width=null.",
+        ),
+    ]
+
+
 def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """The same for widths and heads that cannot be split as the parts need it: every head, and every group of a
     GroupNorm, has equally many channels."""
     width, heads, attention = config.width, config.decoder.heads, config.cross_attention
-    needs = {
-        f"decoder.heads={heads}": heads,
+    sines = {"4, for the sines and cosines of two coordinates": 4}
+    decoder = {f"decoder.heads={heads}": heads} | sines
+    encoder = {
         f"encoder.heads={config.encoder.heads}": config.encoder.heads,
-        "4, for the sines and cosines of two coordinates": 4,
+        **sines,
         f"{GROUPS}, the groups that the neck's GroupNorm has": GROUPS if _normed(config) else 1,
     }
-    fitting = f"For example -o detector.width={_rounded(width, math.lcm(*needs.values()))}."
-    found = [(width % n > 0, f"width={width} is not a multiple of {need}", fitting) for need, n in needs.items()]
+    apart = config.encoder.width is not None
+    parts = {"width": (width, decoder if apart else decoder | encoder)}
+    if apart:
+        parts["encoder.width"] = (config.memory_width, encoder)
+    found = [
+        (
+            value % n > 0,
+            f"{name}={value} is not a multiple of {need}",
+            f"For example -o detector.{name}={_rounded(value, math.lcm(*needs.values()))}.",
+        )
+        for name, (value, needs) in parts.items()
+        for need, n in needs.items()
+    ]
     keypoints = (attention.keypoints if attention.kind == "semantic" else None) or heads
     shared = heads % keypoints == 0 if keypoints <= heads else width % keypoints == 0
     problem = f"cross_attention.keypoints={keypoints} neither divides decoder.heads={heads} nor makes heads that divide"

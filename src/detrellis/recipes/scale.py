@@ -19,6 +19,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
         queries=detector.queries.replace(count=100),
         decoder=detector.decoder.replace(layers=3, hidden=512),
         top_k=100,
+        masks=None if detector.masks is None else detector.masks.replace(width=128),
     )
     # From scratch the classes are what is learned last: at least Deformable DETR's weight, where the loss is focal.
     classes = max(recipe.loss.classes, 2.0) if detector.scores == "sigmoid" else recipe.loss.classes

@@ -20,6 +20,7 @@ import torch
 from detrellis.detector import Detector
 from detrellis.losses import quality_focal_loss
 from detrellis.matching import Candidates, Hungarian
+from detrellis.nn.heads import Heads
 from detrellis.pairs import Pairs, SoftTarget
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.config import DenseConfig
@@ -39,6 +40,7 @@ class Dense(TrainingScheme):
         self.config = config
         self.queries = config.queries or source.count * 3 // 2
         self.table = source.fresh(self.queries)
+        assert isinstance(detector.decoder.heads, Heads)
         self.head, self.heads = copy.deepcopy(source.head), copy.deepcopy(detector.decoder.heads)
         if self.head is not None:
             self.head.proposals, self.head.distinct = self.queries, None

@@ -1,0 +1,56 @@
+"""What masks are read from: a map of stride 4, and an embedding of each query (Mask2Former, Mask DINO)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detrellis.nn.mlp import MLP
+from detrellis.nn.neck import MapNorm
+from detrellis.types import ImageBatch, MaskFeatures, Memory
+
+
+def _convolution(inputs: int, outputs: int, side: int, *, bias: bool = False) -> nn.Conv2d:
+    layer = nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=bias)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MaskBranch(nn.Module):
+    """One step of a feature pyramid from the memory's finest level, of stride 8, to the backbone's map of stride 4, and
+    a projection of that (Mask2Former, section 3.2.1).
+
+    In float32 whatever autocast says: all masks of all layers are products with this one map.
+    """
+
+    def __init__(self, channels: int, width: int, outputs: int) -> None:
+        super().__init__()
+        self.lateral = nn.Sequential(_convolution(channels, width, 1), MapNorm(32, width))
+        self.smooth = nn.Sequential(_convolution(width, width, 3), MapNorm(32, width), nn.ReLU())
+        self.project = _convolution(width, outputs, 1, bias=True)
+
+    def forward(self, fine: Tensor, memory: Memory, images: ImageBatch) -> MaskFeatures:
+        """The features of all masks, from the map `fine (B, C, h, w)` of stride 4 and the encoded memory."""
+        with torch.autocast(fine.device.type, enabled=False):
+            lateral = self.lateral(fine.to(self.project.weight.dtype))
+            coarse = level_map(memory, 0).to(lateral.dtype)
+            up = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+            features = self.project(self.smooth(lateral + up))
+        height, width = images.pixels.shape[-2:]
+        return MaskFeatures(features, (height, width), images.padding)
+
+
+def level_map(memory: Memory, level: int) -> Tensor:
+    """The tokens of one level as a map `(B, D, h, w)`."""
+    start = sum(h * w for h, w in memory.shapes[:level])
+    height, width = memory.shapes[level]
+    tokens = memory.tokens[:, start : start + height * width].transpose(1, 2)
+    return tokens.view(*tokens.shape[:2], height, width)
+
+
+def mask_embed(width: int, outputs: int) -> MLP:
+    """The MLP that makes a query's embedding: what the features are multiplied with."""
+    return MLP(width, width, outputs, 3)
