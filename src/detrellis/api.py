@@ -45,7 +45,7 @@ from detrellis.engine.length import auto_epochs, describe_auto
 from detrellis.engine.measure import RecipeInfo, measure
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run
-from detrellis.engine.samples import SHEET, samples_sheet, training_dataset
+from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet, training_dataset
 from detrellis.engine.state import TrainJob
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
@@ -115,9 +115,10 @@ def train(
     with process_group(device) as world:
         training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
         if epochs == "auto":
-            chosen = chosen.override(f"schedule.epochs={auto_epochs(chosen, len(training))}")
+            images = images_an_epoch(training, chosen)
+            chosen = chosen.override(f"schedule.epochs={auto_epochs(chosen, images)}")
             if world.is_main_process:
-                _say(console)(describe_auto(chosen, len(training)))
+                _say(console)(describe_auto(chosen, images))
         folder = Path(out) if out is not None else _new_folder(chosen.name, world)
         if world.is_main_process:
             Outputs(folder).take(LOGS)

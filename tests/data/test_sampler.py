@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detrellis.data.sampler import BatchSampler, EvalSampler
+from detrellis.data.sampler import BatchSampler, EvalSampler, repeat_factors
 from detrellis.errors import UserError
 
 COUNTS = {"num_images": st.integers(1, 60), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 4)}
@@ -112,3 +112,31 @@ def test_no_images() -> None:
 def test_images_of_one_orientation_are_not_regrouped() -> None:
     plain, grouped = (BatchSampler(10, 3, seed=4, group_by_aspect=g) for g in (None, np.full((10, 2), 5)))
     assert list(plain) == list(grouped)
+
+
+def test_images_of_rare_classes_are_seen_more_often() -> None:
+    """Class 1 is in one of 20 images: with a threshold of 0.2 that one is seen twice an epoch."""
+    starts, labels = np.arange(21), np.array([1] + [0] * 19)
+    factors = repeat_factors(starts, labels, 2, 0.2)
+    assert factors.tolist() == [2.0] + [1.0] * 19
+    sampler = BatchSampler(20, 3, seed=0, factors=factors)
+    assert len(sampler) == 7
+    for epoch in range(3):
+        assert np.bincount(np.concatenate(epoch_of(sampler, epoch)), minlength=20).tolist() == [2] + [1] * 19
+
+
+def test_what_a_factor_leaves_over_is_drawn_anew_each_epoch() -> None:
+    factors = np.full(40, 1.25)
+    sampler = BatchSampler(40, 5, seed=3, factors=factors)
+    assert len(sampler) == 10
+    seen = [np.bincount(np.concatenate(epoch_of(sampler, epoch)), minlength=40) for epoch in range(30)]
+    assert all(times.sum() == 50 for times in seen)
+    assert not np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[1], np.bincount(np.concatenate(epoch_of(sampler, 1)), minlength=40))
+    # Each image 30 * 1.25 = 37.5 times; within four standard deviations of 30 draws with probability 1/4.
+    assert abs(np.sum(seen, axis=0) - 37.5).max() < 4 * (30 * 0.25 * 0.75) ** 0.5 + 2
+    assert epoch_of(sampler, 4, 6) == epoch_of(sampler, 4)[6:]
+
+
+def test_an_image_without_boxes_is_seen_once() -> None:
+    assert repeat_factors(np.array([0, 0, 1]), np.array([0]), 1, 0.9).tolist() == [1.0, (0.9 / 0.5) ** 0.5]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor, nn
 
+from detrellis.data.sampler import repeat_factors, repeats
 from detrellis.nn.encoder import MemoryFusion
 from detrellis.nn.eva import EvaViT
 from detrellis.nn.pyramid import SimplePyramid
@@ -65,3 +67,16 @@ def check_memory_fusion(a: Arrays) -> None:
     weights = ("weight", "bias")
     _loaded(fusion, {f"{part}.{w}": a[f"{prefix}{w}"] for part, prefix in names.items() for w in weights})
     close(fusion(states), a["out"], 1e-10)
+
+
+def check_repeat_factors(a: Arrays) -> None:
+    """LVIS' factors at several thresholds, and how often each image then stands in an epoch."""
+    starts, labels = a.data["image_starts"], a.data["image_classes"]
+    thresholds = [name.removeprefix("factors_") for name in a.data if name.startswith("factors_")]
+    assert thresholds
+    for threshold in thresholds:
+        factors = repeat_factors(starts, labels, int(labels.max()) + 1, float(threshold))
+        np.testing.assert_allclose(factors, a.data[f"factors_{threshold}"], rtol=1e-6)
+        # As float32, in which the reference compares its draws.
+        times = repeats(a.data[f"factors_{threshold}"], a.data["u"])
+        np.testing.assert_array_equal(times, a.data[f"times_{threshold}"])

@@ -94,6 +94,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "realtime/class_losses": rivals.check_class_losses,
     "large/layer_decay": rates.check_layer_decay,
     "large/memory_fusion": large.check_memory_fusion,
+    "large/repeat_factors": large.check_repeat_factors,
     "large/simple_pyramid": large.check_pyramid,
     "large/vit_": large.check_vit,
     "realtime/dfine_": dfine.check_model,

@@ -18,13 +18,44 @@ from detrellis.errors import UserError
 Key = tuple[int, int]  # epoch, image index
 
 
+def repeat_factors(
+    starts: NDArray[np.int64], labels: NDArray[np.int64], classes: int, threshold: float
+) -> NDArray[np.float64]:
+    """How often each image should be seen in an epoch, `(I,)`, at least once on average (LVIS, Gupta et al., 2019).
+
+    Image `i` has the boxes of `labels[starts[i]:starts[i + 1]]`. A class in the fraction f of the images asks for
+    `sqrt(threshold / f)`, and an image follows the class that asks for most.
+    """
+    images = len(starts) - 1
+    image = np.repeat(np.arange(images), np.diff(starts))
+    pairs = np.unique(np.stack([image, labels]), axis=1)
+    frequency = np.bincount(pairs[1], minlength=classes) / max(images, 1)
+    factors = np.ones(images)
+    np.maximum.at(factors, pairs[0], np.sqrt(threshold / frequency[pairs[1]]))
+    return factors
+
+
+def repeats(factors: NDArray[np.float64], draws: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Times that each image stands in an epoch: its factor, rounded up where its draw from [0, 1) is less than the
+    remainder."""
+    whole = np.floor(factors)
+    times: NDArray[np.int64] = (whole + (draws < factors - whole)).astype(np.int64)
+    return times
+
+
+def expected(factors: NDArray[np.float64]) -> int:
+    """How many images an epoch has with these factors."""
+    return round(float(factors.sum()))
+
+
 class BatchSampler(Sampler[list[Key]]):
     """Training batches of one rank.
 
     Every rank gets `len()` batches of `batch_size` per epoch. What does not divide evenly is filled by starting over
     with the epoch's first images; a data set smaller than one global batch is repeated. `group_by_aspect` takes the
     images' `(I, 2)` heights and widths and puts portrait and landscape images into separate batches (but for a few
-    mixed ones), which saves padding.
+    mixed ones), which saves padding. `factors` `(I,)` are how often each image should be seen in an epoch; an epoch's
+    draws of them are cut or filled up to the expected number.
 
     The position is set, never advanced: call `set_position` before iterating an epoch.
     """
@@ -38,6 +69,7 @@ class BatchSampler(Sampler[list[Key]]):
         rank: int = 0,
         world_size: int = 1,
         group_by_aspect: NDArray[np.int64] | None = None,
+        factors: NDArray[np.float64] | None = None,
     ) -> None:
         if num_images == 0:
             raise UserError("there are no images to train on", "Look at the data set with `detrellis check`.")
@@ -48,7 +80,9 @@ class BatchSampler(Sampler[list[Key]]):
         landscape = None if group_by_aspect is None else group_by_aspect[:, 1] >= group_by_aspect[:, 0]
         # Of one orientation alone there is nothing to group, and the batches are those without it.
         self.landscape = None if landscape is None or landscape.all() or not landscape.any() else landscape
-        self.batches = math.ceil(num_images / (batch_size * world_size))
+        self.factors = factors
+        seen = num_images if factors is None else expected(factors)
+        self.batches = math.ceil(seen / (batch_size * world_size))
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -69,7 +103,11 @@ class BatchSampler(Sampler[list[Key]]):
         """(batches, batch_size) image indices of this rank."""
         # [seed, epoch] is hashed into the state, so that neighbouring seeds and epochs are unrelated.
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order = random.permutation(self.num_images)
+        if self.factors is None:
+            order = random.permutation(self.num_images)
+        else:
+            times = repeats(self.factors, random.random(self.num_images))
+            order = random.permutation(np.repeat(np.arange(self.num_images), times))
         order = np.resize(order, self.batches * self.world_size * self.batch_size)  # repeats from the start
         if self.landscape is not None:
             order = self._grouped(order, random)

@@ -32,6 +32,7 @@ from detrellis.engine.state import patience_left
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 
+SEEN = "images_an_epoch"  # in a state: how many images an epoch has, those that it has several times included
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
 FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the network nor the state depends on
 FIXED = ("schedule.epochs", "schedule.unfreeze_after")  # the first has an option; the optimizer depends on the second
@@ -165,7 +166,7 @@ def _learning_rate(recipe: Recipe, state: Mapping[str, Any]) -> float:
     """The rate at the step where the state is. States of before 0.1.0 name no images: their epochs say the steps."""
     done, step = state["epoch"], state["step"]
     images = state[IMAGES].get("train")
-    each = step / max(done, 1) if images is None else recipe.optim.steps(len(images))
+    each = step / max(done, 1) if images is None else recipe.optim.steps(state.get(SEEN, len(images)))
     steps = max(1, round(each * recipe.schedule.epochs))
     return recipe.optim.lr * schedule_factor(min(step, steps), steps, recipe.schedule)
 

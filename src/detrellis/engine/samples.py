@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Strong, augmentation
 from detrellis.data.loader import DetectionDataset
+from detrellis.data.sampler import expected, repeat_factors
 from detrellis.data.transforms import train_transform
 from detrellis.recipes.config import Recipe
 from detrellis.visualize import contact_sheet, draw_detections
@@ -23,6 +26,21 @@ def training_dataset(annotations: Annotations, recipe: Recipe, seed: int) -> Det
     usual, strong = train_transform(**data.usual()), Strong(**data.strong())
     augmented = augmentation(usual, strong, epochs=recipe.schedule.epochs, calm=data.calm)
     return DetectionDataset(annotations, augmented, seed, masks=recipe.needs_masks, bitmaps=recipe.needs_bitmaps)
+
+
+def image_factors(annotations: Annotations, recipe: Recipe) -> NDArray[np.float64] | None:
+    """How often each image should be seen in an epoch, `(I,)`; None: each once."""
+    threshold, counted = recipe.data.repeat_threshold, ~annotations.crowd
+    if not threshold:
+        return None
+    starts = np.concatenate([[0], np.cumsum(counted)])[annotations.starts]
+    return repeat_factors(starts, annotations.labels[counted], len(annotations.classes), threshold)
+
+
+def images_an_epoch(annotations: Annotations, recipe: Recipe) -> int:
+    """How many images an epoch has, those that it has several times included."""
+    factors = image_factors(annotations, recipe)
+    return len(annotations) if factors is None else expected(factors)
 
 
 def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -> Image.Image:

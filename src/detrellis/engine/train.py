@@ -43,8 +43,8 @@ from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
-from detrellis.engine.resume import IMAGES, packed_file_names
-from detrellis.engine.samples import SHEET, samples_sheet, training_dataset
+from detrellis.engine.resume import IMAGES, SEEN, packed_file_names
+from detrellis.engine.samples import SHEET, image_factors, images_an_epoch, samples_sheet, training_dataset
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
@@ -294,7 +294,8 @@ class TrainRun:
             return
         check_weights(self.state.model.state_dict().values(), self.state.step, self._divergence_remedy())
         weights = self.state.detector.state_dict() if self.state.step else None
-        whole = {**self.state.state_dict(), IMAGES: self.images}
+        seen = images_an_epoch(self.job.train, self.recipe)
+        whole = {**self.state.state_dict(), IMAGES: self.images, SEEN: seen}
         try:
             save_run(self.job.out, whole, weights, self._card(self.state.epoch))
         except OSError as error:
@@ -379,6 +380,7 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         rank=world.rank,
         world_size=world.size,
         group_by_aspect=job.train.sizes if data.group_by_aspect else None,
+        factors=image_factors(job.train, recipe),
     )
     dataset = training_dataset(job.train, recipe, job.card.seed)
     options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}

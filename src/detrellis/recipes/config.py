@@ -161,6 +161,8 @@ class DataConfig(Config):
     # of each channel, of pixels from 0 to 1; None: the backbone's own, which a run that starts writes here
     mean: Channels | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
+    # images of classes that are in less than this fraction of the images are seen several times (LVIS: 0.001); 0: off
+    repeat_threshold: ZeroToOne = 0.0
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
     masks: bool = False  # draw each object's mask in the whole image
 
