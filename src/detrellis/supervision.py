@@ -39,6 +39,8 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 
 # (output, targets, assignment, normaliser) to unweighted terms, each (L,): one value a decoder layer.
 LossRule = Callable[[DecoderOutput, Targets, Assignment, Tensor], dict[str, Tensor]]
+# The classes whose losses count in a step, (C,) bool, of its targets.
+Columns = Callable[[Targets], Tensor]
 ABSENT = -1e4  # a logit of probability 0: as a negative it costs nothing and has no gradient
 
 
@@ -167,6 +169,7 @@ class Supervision:
     )
     known_weights: Mapping[str, float] | None = None  # of pairs that are not matched; None: the same
     proposal_rule: LossRule | None = None  # of the encoder's proposals; None: the same
+    columns: Columns | None = None  # None: the losses of all classes count
 
     def known(self, assignment: Assignment) -> Supervision:
         """This supervision with an assignment that is known beforehand, as denoising's."""
@@ -197,7 +200,8 @@ class Supervision:
         """This supervision of a block's `output`, matched in each of its `copies`, its losses times `weight`; with
         `sampling`, of masks too."""
         weights = {term: of_term * weight for term, of_term in self.weights.items()}
-        return Task(name, Match(output, targets, self.assign, copies, sampling), self.rule, weights, normaliser)
+        matching = Match(output, targets, self.assign, copies, sampling)
+        return Task(name, matching, self.rule, weights, normaliser, self.columns)
 
 
 def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
@@ -221,6 +225,7 @@ class Task:
     rule: LossRule
     weights: Mapping[str, float]  # of the rule's terms
     normaliser: Tensor  # scalar: the number of boxes that the sums are divided by
+    columns: Columns | None = None  # of classes that count; None: all
 
 
 def uniting(tasks: Sequence[Task]) -> list[Task]:
@@ -269,6 +274,8 @@ def supervise(
         output, targets = task.match.output, task.match.targets
         with torch.autocast(output.boxes.device.type, enabled=False):
             output = output.map(partial(Tensor.to, dtype=targets.boxes.dtype))
+            if task.columns is not None:
+                output = output._replace(logits=output.logits.masked_fill(~task.columns(targets), ABSENT))
             terms = task.rule(output, targets, positives, task.normaliser)
             if task.match.sampling is not None:
                 terms |= mask_terms(output, targets, positives, task.normaliser, task.match.sampling, task.match.counts)

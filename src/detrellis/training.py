@@ -83,6 +83,11 @@ class TrainableDetector(nn.Module):
         weight = math.prod(s.main_weight for s in self.training_schemes)
         return QueryBlock("main", step.queries, step.supervision, weight=weight, proposals=proposals)
 
+    def count_classes(self, images: Tensor) -> None:
+        """Tell every scheme how many training images have each class, `(C,)`."""
+        for scheme in self.training_schemes:
+            scheme.count_classes(images)
+
     @property
     def supervision(self) -> Supervision:
         """The main block's, as the schemes make it at this step."""

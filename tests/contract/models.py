@@ -26,7 +26,7 @@ STACKS: dict[str, tuple[str, ...]] = {
     "none": ("none",),
     "align": ("align=2",),
     "hybrid": ("hybrid=2",),
-    "stable": ("stable",),
+    "stable, federated": ("stable", "federated=2"),
     "group": ("group=3",),
     "co, rank": ("co=atss+rcnn", "rank"),
     "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),

@@ -92,6 +92,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "co/rcnn_bbox_loss": co_rcnn.check_region_losses,
     "co/roi": co_rcnn.check_regions,
     "realtime/class_losses": rivals.check_class_losses,
+    "large/fed_loss": large.check_federated,
     "large/layer_decay": rates.check_layer_decay,
     "large/memory_fusion": large.check_memory_fusion,
     "large/repeat_factors": large.check_repeat_factors,

@@ -43,7 +43,7 @@ from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 from ..small import images
 
 # Recipes and schemes that format 1 did not have.
-SINCE = ("ddq-dino-r50", "small", "dense", "rank", *mask2former.RECIPES)
+SINCE = ("ddq-dino-r50", "small", "dense", "rank", "federated", *mask2former.RECIPES)
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {

@@ -19,7 +19,7 @@ from ..small import CLASSES, small
 
 NETWORKS = ("tiny", "detr_r50", "conditional_detr_r50", "deformable_detr_r50_two_stage", "sam_detr_r50")
 POINTS, SOFTMAX = ("conditional_detr_r50", "deformable_detr_r50_two_stage", "detr_r50"), ("detr_r50",)
-BOXES_ONLY, SIGMOID_ONLY = ("dn", "cdn"), ("co", "align", "stable", "rank")
+BOXES_ONLY, SIGMOID_ONLY = ("dn", "cdn"), ("co", "align", "stable", "rank", "federated")
 TWO_STAGE = ("tiny", "deformable_detr_r50_two_stage")  # dense queries need proposals
 SETTERS = ("align", "stable", "rank")  # of what a positive's class should learn
 

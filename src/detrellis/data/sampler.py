@@ -27,12 +27,23 @@ def repeat_factors(
     `sqrt(threshold / f)`, and an image follows the class that asks for most.
     """
     images = len(starts) - 1
-    image = np.repeat(np.arange(images), np.diff(starts))
-    pairs = np.unique(np.stack([image, labels]), axis=1)
-    frequency = np.bincount(pairs[1], minlength=classes) / max(images, 1)
+    image, label = _present(starts, labels)
+    frequency = np.bincount(label, minlength=classes) / max(images, 1)
     factors = np.ones(images)
-    np.maximum.at(factors, pairs[0], np.sqrt(threshold / frequency[pairs[1]]))
+    np.maximum.at(factors, image, np.sqrt(threshold / frequency[label]))
     return factors
+
+
+def images_by_class(starts: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """How many images have each class, `(C,)`; arguments as in `repeat_factors`."""
+    counts: NDArray[np.int64] = np.bincount(_present(starts, labels)[1], minlength=classes)
+    return counts
+
+
+def _present(starts: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each image and class that it has, once: `(2, P)`."""
+    image = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    return np.unique(np.stack([image, labels]), axis=1)
 
 
 def repeats(factors: NDArray[np.float64], draws: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from PIL import Image
 from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Strong, augmentation
 from detrellis.data.loader import DetectionDataset
-from detrellis.data.sampler import expected, repeat_factors
+from detrellis.data.sampler import expected, images_by_class, repeat_factors
 from detrellis.data.transforms import train_transform
 from detrellis.recipes.config import Recipe
 from detrellis.visualize import contact_sheet, draw_detections
@@ -30,11 +30,19 @@ def training_dataset(annotations: Annotations, recipe: Recipe, seed: int) -> Det
 
 def image_factors(annotations: Annotations, recipe: Recipe) -> NDArray[np.float64] | None:
     """How often each image should be seen in an epoch, `(I,)`; None: each once."""
-    threshold, counted = recipe.data.repeat_threshold, ~annotations.crowd
-    if not threshold:
-        return None
-    starts = np.concatenate([[0], np.cumsum(counted)])[annotations.starts]
-    return repeat_factors(starts, annotations.labels[counted], len(annotations.classes), threshold)
+    threshold = recipe.data.repeat_threshold
+    return repeat_factors(*_labels(annotations), len(annotations.classes), threshold) if threshold else None
+
+
+def class_counts(annotations: Annotations) -> NDArray[np.int64]:
+    """How many images have each class, `(C,)`."""
+    return images_by_class(*_labels(annotations), len(annotations.classes))
+
+
+def _labels(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each image's labels begin, and all of them, without crowd regions."""
+    counted = ~annotations.crowd
+    return np.concatenate([[0], np.cumsum(counted)])[annotations.starts], annotations.labels[counted]
 
 
 def images_an_epoch(annotations: Annotations, recipe: Recipe) -> int:

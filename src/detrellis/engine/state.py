@@ -22,6 +22,7 @@ from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.ema import EMA
 from detrellis.engine.guard import FlatLossWatch
 from detrellis.engine.optim import build_optimizer
+from detrellis.engine.samples import class_counts
 from detrellis.engine.transfer import InitialWeights, take_boxes, transfer
 from detrellis.engine.transfer_report import TransferReport
 from detrellis.errors import Advice, UserError
@@ -180,6 +181,7 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
             scheme.start_from(model.detector)
     if job.boxes is not None:
         take_boxes(model.detector, job.boxes)
+    model.count_classes(torch.from_numpy(class_counts(job.train)))
     model.to(world.device).train()
     optimizer = _optimizer(model, recipe)
     ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None

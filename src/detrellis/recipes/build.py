@@ -28,6 +28,7 @@ from detrellis.schemes.config import (
     CoConfig,
     DenseConfig,
     DNConfig,
+    FederatedConfig,
     GroupConfig,
     HybridConfig,
     RankConfig,
@@ -36,6 +37,7 @@ from detrellis.schemes.config import (
 )
 from detrellis.schemes.dense import Dense
 from detrellis.schemes.dn import Denoising
+from detrellis.schemes.federated import Federated
 from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.rank import Rank
@@ -63,6 +65,8 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
 def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detector, classes: int) -> TrainingScheme:
     """A scheme from its config, and from what it needs to know of the detector."""
     match config:
+        case FederatedConfig():
+            return Federated(config, classes)
         case DNConfig():
             return Denoising(config, network.width, classes, network.eps)
         case CDNConfig():

@@ -87,6 +87,9 @@ class TrainingScheme(nn.Module):
     def start_from(self, detector: Detector) -> None:
         """Called once a detector has been filled with trained weights, for a scheme that begins as a copy of parts."""
 
+    def count_classes(self, images: Tensor) -> None:
+        """Told once, before training, how many training images have each class, `(C,)`."""
+
     def reseed(self, seed: int) -> None:
         """Start the scheme's draws anew; called at each step, so that a resumed run draws the same."""
         self.generator.manual_seed(seed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from detrellis.fields import Config, Few, Positive, Some, Weight, ZeroToOne, within
+from detrellis.fields import Config, Count, Few, Positive, Some, Weight, ZeroToOne, within
 
 Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
 Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size
@@ -77,6 +77,14 @@ class CoConfig(Config):
     aligned: bool = False  # the queries learn what align and others make the main block's learn
 
 
+class FederatedConfig(Config):
+    """Class losses over a sample of the classes (federated loss, for LVIS)."""
+
+    dial: ClassVar[str] = "classes"
+    classes: Count = 50  # that count in a step, those of its boxes included; all of these even where they are more
+    power: Annotated[float, within(0, 10)] = 0.5  # of the number of images with a class, its weight in the draw
+
+
 class AlignConfig(Config):
     """Many-to-one matching and the Align Loss (Align-DETR)."""
 
@@ -125,13 +133,23 @@ class GroupConfig(Config):
 
 
 SchemeConfig = (
-    DNConfig | CDNConfig | HybridConfig | DenseConfig | CoConfig | AlignConfig | StableConfig | RankConfig | GroupConfig
+    FederatedConfig
+    | DNConfig
+    | CDNConfig
+    | HybridConfig
+    | DenseConfig
+    | CoConfig
+    | AlignConfig
+    | StableConfig
+    | RankConfig
+    | GroupConfig
 )
 
 
 class SchemesConfig(Config):
     """The training schemes of a recipe, in the order in which they are built; None: off."""
 
+    federated: FederatedConfig | None = None  # first: all that learns classes follows it
     dn: DNConfig | None = None
     cdn: CDNConfig | None = None
     hybrid: HybridConfig | None = None

@@ -145,6 +145,7 @@ class DenseBranch(nn.Module, ABC):
     def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """See `Branch`."""
         output = self.output(scene)
+        output = output._replace(logits=scene.counted(output.logits))
         losses, boxes, owners = self.supervise(output, scene)
         return losses, branch_assignments(scene, boxes, owners, output)
 

@@ -80,7 +80,7 @@ class RCNN(nn.Module):
         regions, owners = zip(*(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True)
         features = self.pool(scene, regions, CELLS)
         states = self.head(features)
-        logits = self.head.logits(states)
+        logits = scene.counted(self.head.logits(states))
         # Classes of all regions, boxes of the positive ones.
         positive, label, target = positive_regions(scene, owners)
         deltas = self.head.deltas(states[positive])[torch.arange(len(positive), device=label.device), label]

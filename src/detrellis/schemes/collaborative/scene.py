@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.supervision import ABSENT
 from detrellis.types import Targets
 
 
@@ -22,11 +24,20 @@ class Scene(NamedTuple):
     labels: tuple[Tensor, ...]  # of each image, (n,)
     boxes: tuple[Tensor, ...]  # of each image, (n, 4) xyxy
     masks: tuple[Tensor, ...] | None = None  # of each image, (n, M, M) within the boxes
+    columns: Tensor | None = None  # (C,) bool, classes whose losses count; None: all
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of each level."""
         return tuple((int(m.shape[-2]), int(m.shape[-1])) for m in self.maps)
+
+    def counted(self, logits: Tensor) -> Tensor:
+        """`logits (..., C)` of the classes, or `(..., C + 1)` with "no object", with those of classes that do not count
+        so low that they cost nothing."""
+        if self.columns is None:
+            return logits
+        columns = F.pad(self.columns, (0, logits.shape[-1] - len(self.columns)), value=True)
+        return logits.masked_fill(~columns, ABSENT)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -70,10 +81,16 @@ def random_draw(generator: torch.Generator) -> Draw:
     return draw
 
 
-def make_scene(maps: tuple[Tensor, ...], strides: tuple[int, ...], sizes: Tensor, targets: Targets) -> Scene:
+def make_scene(
+    maps: tuple[Tensor, ...],
+    strides: tuple[int, ...],
+    sizes: Tensor,
+    targets: Targets,
+    columns: Tensor | None = None,
+) -> Scene:
     """The scene of normalised targets. Precision is theirs, whatever the maps have."""
     sizes = sizes.to(targets.boxes)
     pixels = cxcywh_to_xyxy(targets.boxes) * sizes.flip(-1).repeat(1, 2)[targets.image]
     counts = list(targets.sizes)
     masks = None if targets.masks is None else targets.masks.split(counts)
-    return Scene(maps, strides, sizes, targets.labels.split(counts), pixels.split(counts), masks)
+    return Scene(maps, strides, sizes, targets.labels.split(counts), pixels.split(counts), masks, columns)

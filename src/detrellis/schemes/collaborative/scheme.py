@@ -83,7 +83,8 @@ class Collaborative(TrainingScheme):
 
     def scene(self, step: Step) -> Scene:
         """The step as branches see it."""
-        return make_scene(self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets)
+        columns = None if step.supervision.columns is None else step.supervision.columns(step.targets)
+        return make_scene(self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets, columns)
 
     def extend(self, step: Step) -> Extension:
         """The branches' losses, and a block of queries for each."""
