@@ -34,13 +34,14 @@ from detrellis.data.doctor.check import prepare
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Normalise
+from detrellis.data.masks import run_lengths
 from detrellis.distributed import World, all_gather, process_group
 from detrellis.engine.bench import BenchResult, bench_recipe
 from detrellis.engine.capacity import capacity
 from detrellis.engine.checkpoint import Card, find_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import track
-from detrellis.engine.evaluate import EvalOptions, collect
+from detrellis.engine.evaluate import EvalOptions, collect, gives_masks
 from detrellis.engine.length import auto_epochs, describe_auto
 from detrellis.engine.measure import RecipeInfo, measure
 from detrellis.engine.outcome import TrainResult
@@ -236,7 +237,8 @@ def evaluate(
     """Box AP of a run on its own validation split, on another split, or on another data set with its classes.
 
     `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with its images in
-    `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
+    `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks with that of boxes beside it
+    (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
     `results` names a file for the detections in COCO's results format. `nms` applies non-maximum suppression at that
     IoU first: how much AP that gains says how many duplicates the detector leaves. Raises `UserError` where the data
     set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
@@ -248,12 +250,17 @@ def evaluate(
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and world.is_main_process)
-        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,))
+        masked = metric == "masks"
+        if masked:
+            run_lengths(opened.annotations)  # says what lacks a mask before any work
+        check = gives_masks if masked else None
+        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,), check)
         if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
-        return evaluator.compute(resample=True)
+        boxes = evaluator.compute(resample=True)
+        return replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
 
 
 @checked

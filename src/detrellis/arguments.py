@@ -48,7 +48,7 @@ Images = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Auto = Literal["auto"]
 Split = Literal["train", "val", "test"]
-Metric = Literal["coco", "voc"]
+Metric = Literal["coco", "voc", "masks"]
 Scale = Literal["tiny"]
 
 

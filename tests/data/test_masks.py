@@ -406,7 +406,7 @@ def test_an_object_without_a_mask_is_named(tmp_path: Path, name: str) -> None:
         if name == "missing":
             del data.box(row)["segmentation"]
     annotations = loaded(data)
-    with pytest.raises(UserError, match=r"annotation 41 has no mask.*\(2 such\)") as error:
+    with pytest.raises(UserError, match=r"annotation 41 in .* has no mask.*\(2 such\)") as error:
         DetectionDataset(annotations, PLAIN, masks=True)
     assert error.value.message.startswith(str(data.file("train")))
     assert "`segmentation`" in error.value.remedy
@@ -442,7 +442,7 @@ def test_layouts_without_masks(tmp_path: Path, kind: str) -> None:
     assert error.value.message.startswith(str(named))
     assert "branch `rcnn` instead of `mask`" in error.value.remedy
     with pytest.raises(UserError, match="boxes without masks"):
-        DetectionDataset(replace(annotations, source=None), PLAIN, masks=True)
+        DetectionDataset(replace(annotations, source=None), PLAIN, bitmaps=True)
 
 
 # Training
@@ -458,7 +458,7 @@ def job_of(folder: Path, override: list[str]) -> TrainJob:
 
 
 def test_training_that_needs_masks_does_not_start_without(shapes: Path) -> None:
-    with pytest.raises(UserError, match=r"instances_train\.json: annotation 1 has no mask.* \(\d+ such\)"):
+    with pytest.raises(UserError, match=r"instances_train\.json: annotation 1 in .* has no mask.* \(\d+ such\)"):
         train_loader(job_of(shapes, MASKED), ALONE)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from detrellis.data import shapes
 from detrellis.data.shapes import CATEGORIES, draw_image, write_shapes
@@ -110,8 +111,10 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -
         changed = np.abs(pixels.astype(float) - 128).max(axis=2) > 40  # the paint differs by 70, the noise by far less
         if not found:
             continue
-        ((category, (x, y, w, h), area),) = found
+        ((category, mask),) = found
+        (x, y, w, h), area = shapes._coco_box(mask), int(mask.sum())
         seen.add(category)
+        assert np.abs(mask.astype(float) - changed).mean() < 0.02
         rows, columns = np.flatnonzero(changed.sum(1) > 1), np.flatnonzero(changed.sum(0) > 1)
         drawn = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         np.testing.assert_allclose(drawn, [x, y, x + w, y + h], atol=2)
@@ -133,7 +136,20 @@ def test_hidden_objects_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         queue = iter(objects)
         monkeypatch.setattr(shapes, "_draw_object", lambda *_, queue=queue: next(queue))
         _, found = draw_image(40, 50, (len(objects), len(objects)), np.random.default_rng(0))
-        assert found == expected
+        assert [(c, shapes._coco_box(mask), int(mask.sum())) for c, mask in found] == expected
+
+
+def test_masks_on_request(folder: Path, tmp_path: Path) -> None:
+    """The same pictures, boxes and areas, with run lengths of these areas in these boxes."""
+    masked = write_shapes(tmp_path / "set", **SMALL, masks=True)
+    assert write_shapes(masked, **SMALL, masks=True) == masked
+    with pytest.raises(UserError, match="other settings"):
+        write_shapes(masked, **SMALL)
+    for plain, row in zip(content(folder, "val")["annotations"], content(masked, "val")["annotations"], strict=True):
+        runs = row.pop("segmentation")
+        assert row == plain
+        assert coco_mask.area(runs) == row["area"]
+        assert coco_mask.toBbox(runs).tolist() == row["bbox"]
 
 
 @pytest.mark.parametrize("wrong", [{"size": (8, 90)}, {"objects": (3, 2)}, {"train": 0}])

@@ -107,6 +107,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "segmentation/m2f_loss_": mask2former.check_loss,
     "segmentation/group_mask2former_": mask2former.check_groups,
     "segmentation/instance_inference": masks.check_instance_inference,
+    "segmentation/mask_ap": masks.check_mask_ap,
     "sam/aligner_": sam.check_aligner,
     "sam/layer_": sam.check_layer,
     "sam/detector_": sam.check_detector,

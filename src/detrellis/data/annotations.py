@@ -6,13 +6,18 @@ memory page is copied. Flat arrays have no such counts, so N workers share one c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detrellis.data.classes import ClassMap
+
+# From image ids and `lines` to COCO's `segmentation` of each object; None where it has none. Files are read for it.
+SegmentationReader = Callable[[Sequence[int], Sequence[int]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Annotations:
     areas: NDArray[np.float64]  # (T,) COCO's `area`, or width * height
     ids: NDArray[np.int64]  # (T,) annotation ids
     source: Path | None = None  # the file that lists them, where there is one
-    lines: NDArray[np.int64] | None = None  # (T,) COCO: place in `source`, where masks are looked up; else None
+    lines: NDArray[np.int64] | None = None  # (T,) place in the file that lists it
+    segmentations: SegmentationReader | None = None  # what reads the objects' outlines; None: there are boxes only
     difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise, which its own metric forgives; else None
 
     def __len__(self) -> int:

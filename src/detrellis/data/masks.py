@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,14 @@ from torch import Tensor
 from detrellis.data.annotations import Annotations
 from detrellis.data.drawing import Object, Outline, above, bitmaps, grids, parts_of
 from detrellis.data.files import not_collecting
-from detrellis.data.formats.coco import load_json
-from detrellis.data.formats.segmentation import packed
+from detrellis.data.formats.segmentation import drawn, packed
 from detrellis.errors import UserError
 
 SIDE = 112  # samples along each side of a box: four times the 28 that mask heads predict
 REMEDY = (
-    "Supply a COCO file in which each object has a `segmentation` (polygons, or run lengths of the image's size), or "
-    "train without masks: -o data.masks=false, and of scheme co the branch `rcnn` instead of `mask`."
+    "`detrellis check` lists all such. Supply annotations in which each object has an outline (in COCO a "
+    "`segmentation`: polygons, or run lengths of the image's size), or train without masks: -o data.masks=false, and "
+    "of scheme co the branch `rcnn` instead of `mask`."
 )
 
 
@@ -44,26 +44,51 @@ class Outlines:
         return [part.view(np.float32) for part in parts] if self.polygons[row] else parts[0].tobytes()
 
 
+def segmentations(annotations: Annotations) -> list[Any]:
+    """COCO's `segmentation` of each object, as the files have it. Raises `UserError` where the set has boxes only."""
+    a = annotations
+    if a.segmentations is None or a.lines is None:
+        raise UserError(f"{a.source or a.root}: this data set has boxes without masks", REMEDY)
+    return a.segmentations(a.image_ids[a.box_rows].tolist(), a.lines.tolist())
+
+
+def _missing(annotations: Annotations, rows: Sequence[int]) -> UserError:
+    first = f"annotation {annotations.ids[rows[0]]} in {annotations.path(int(annotations.box_rows[rows[0]])).name}"
+    what = f"{annotations.source}: {first} has no mask, or none that can be read ({len(rows)} such)"
+    return UserError(what, REMEDY)
+
+
 def read_outlines(annotations: Annotations) -> Outlines:
-    """The outlines of all objects but crowd regions, from the COCO file that lists them; it is read again for this.
+    """The outlines of all objects but crowd regions; the files that list them are read again for this.
 
     Raises `UserError` where one is missing or damaged.
     """
-    file, lines = annotations.source, annotations.lines
-    if file is None or lines is None:
-        raise UserError(f"{file or annotations.root}: this data set has boxes without masks", REMEDY)
     kept = ~annotations.crowd
     frames = annotations.sizes[annotations.box_rows[kept]].tolist()
-    rows = load_json(file)["annotations"]
     with not_collecting():
-        values = [rows[line].get("segmentation") for line in lines[kept].tolist()]
+        values = list(itertools.compress(segmentations(annotations), kept.tolist()))
         objects = [packed(value, size) for value, size in zip(values, frames, strict=True)]
-    if missing := [row for row, parts in enumerate(objects) if not parts]:
-        first = f"annotation {annotations.ids[kept][missing[0]]}"
-        raise UserError(f"{file}: {first} has no mask, or none that can be read ({len(missing)} such)", REMEDY)
+    if missing := [row for row, parts in zip(np.flatnonzero(kept).tolist(), objects, strict=True) if not parts]:
+        raise _missing(annotations, missing)
     parts = list(itertools.chain.from_iterable(objects))
     polygons = np.array([isinstance(value, list) for value in values], dtype=np.bool_)
     return Outlines(np.frombuffer(b"".join(parts), dtype=np.uint8), _starts(parts), _starts(objects), polygons)
+
+
+def run_lengths(annotations: Annotations) -> list[dict[str, Any]]:
+    """COCO's compressed run lengths (`size`, `counts`) of each object in its image, as evaluation takes them.
+
+    Polygons are drawn as pycocotools draws them. A crowd region without a mask has an empty one; raises `UserError`
+    where an object has none.
+    """
+    masks = []
+    rows = zip(segmentations(annotations), annotations.sizes[annotations.box_rows].tolist(), strict=True)
+    for row, (value, size) in enumerate(rows):
+        run = drawn(value, size)
+        if run is None and not annotations.crowd[row]:
+            raise _missing(annotations, [row])
+        masks.append({"size": size, "counts": b"" if run is None else run})
+    return masks
 
 
 class MaskReader:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detrellis.data.annotations import Annotations
+from detrellis.data.annotations import Annotations, SegmentationReader
 from detrellis.data.classes import ClassMap
 from detrellis.data.findings import Finding
 from detrellis.errors import UserError
@@ -45,6 +45,7 @@ class RawDataset:
     findings: tuple[Finding, ...] = ()  # problems that the reader met and the columns cannot hold
     difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise; None: the format does not tell
     written: Mapping[int, str] = field(default_factory=dict)  # box -> what stands where its four numbers should
+    segmentations: SegmentationReader | None = None  # what reads the objects' outlines; None: there are boxes only
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -150,7 +151,8 @@ def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotati
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         ids=raw.ids[order],
         source=raw.source,
-        lines=raw.lines[order] if raw.label_files is None else None,
+        lines=raw.lines[order],
+        segmentations=raw.segmentations,
         difficult=None if raw.difficult is None else raw.difficult[order],
     )
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from detrellis.errors import UserError
+from detrellis.rle import Bitmap, encode
 
 CATEGORIES = {1: "disc", 3: "square", 4: "triangle", 7: "star", 9: "ring"}
 VERSION = 4  # of the pictures that follow from the same parameters
@@ -40,7 +41,7 @@ class _Object:
     """A shape that was drawn."""
 
     category: int
-    mask: NDArray[np.bool_]  # of the frame, whatever lies on top of it
+    mask: Bitmap  # of the frame, whatever lies on top of it
     full_area: int  # pixels, with those outside the frame
 
 
@@ -52,11 +53,13 @@ def write_shapes(
     size: tuple[int, int] = (128, 160),
     objects: tuple[int, int] = (1, 5),
     seed: int = 0,
+    masks: bool = False,
 ) -> Path:
     """Writes `annotations/instances_{train,val}.json` and `images/{train,val}/*.jpg` below `out`; returns `out`.
 
     `size` is (height, width); landscape and portrait images alternate at random. `objects` is the least and the most
-    that are drawn on an image. The pictures depend on the arguments alone; where they are already there nothing
+    that are drawn on an image. With `masks` each object has the run lengths of its whole shape, hidden parts included,
+    as its `segmentation`. The pictures depend on the other arguments alone; where they are already there nothing
     happens, and where there is anything else a `UserError` says so.
     """
     if min(size) < 32 or not 0 <= objects[0] <= objects[1] or min(train, val) < 1:
@@ -64,6 +67,7 @@ def write_shapes(
         raise UserError(message, "Sides of 32 pixels or more, objects (least, most), at least one image each.")
     # What the pictures depend on; stored in the annotation files.
     parameters = {"train": train, "val": val, "size": [*size], "objects": [*objects], "seed": seed, "version": VERSION}
+    parameters |= {"masks": True} if masks else {}
     if _already_there(out, parameters):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +110,12 @@ def _write_split(out: Path, split: str, count: int, parameters: dict[str, Any], 
         name, image_id = f"{split}_{index:05d}.jpg", index + 1
         Image.fromarray(pixels).save(folder / name, quality=92)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for category, box, area in objects:
+        for category, mask in objects:
             row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
-            annotations.append(row | {"bbox": box, "area": area})
+            annotations.append(row | {"bbox": _coco_box(mask), "area": int(mask.sum())})
+            if "masks" in parameters:
+                counts = encode(mask).decode()
+                annotations[-1]["segmentation"] = {"size": [height, width], "counts": counts}
     content = {
         "info": {"description": MARK, "parameters": parameters},
         "images": images,
@@ -120,10 +127,10 @@ def _write_split(out: Path, split: str, count: int, parameters: dict[str, Any], 
 
 def draw_image(
     height: int, width: int, objects: tuple[int, int], random: Random
-) -> tuple[NDArray[np.uint8], list[tuple[int, list[int], int]]]:
-    """The pixels `(height, width, 3)` and, for each object that can be seen, (category id, COCO box, area).
+) -> tuple[NDArray[np.uint8], list[tuple[int, Bitmap]]]:
+    """The pixels `(height, width, 3)` and, for each object that can be seen, (category id, mask).
 
-    Box and area are those of the whole shape inside the frame, hidden parts included, as people draw them.
+    The mask is the whole shape inside the frame, hidden parts included, as people draw them.
     """
     # What is drawn, one over the other.
     canvas = _background(height, width, random)
@@ -139,12 +146,12 @@ def draw_image(
         visible = (shape.mask & ~covered).sum()
         covered |= shape.mask
         if visible > (1 - HIDDEN) * shape.full_area:
-            annotated.append((shape.category, _coco_box(shape.mask), int(shape.mask.sum())))
+            annotated.append((shape.category, shape.mask))
     noisy = canvas + random.normal(0, random.uniform(0, 6), (height, width, 1))
     return noisy.round().clip(0, 255).astype(np.uint8), annotated[::-1]
 
 
-def _coco_box(mask: NDArray[np.bool_]) -> list[int]:
+def _coco_box(mask: Bitmap) -> list[int]:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,9 @@ Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
 
+Masks = Sequence[dict[str, Any]]  # COCO's compressed run lengths: size (height, width), counts
+
+
 class Truth(NamedTuple):
     """Ground truth as the evaluators take it; images and classes are numbered from 1."""
 
@@ -33,11 +36,12 @@ class Truth(NamedTuple):
     boxes: Float  # (T, 4) x, y, width, height
     areas: Float  # (T,)
     crowd: NDArray[np.bool_]  # (T,)
+    masks: Masks | None = None  # of each; None: boxes are evaluated
 
 
-# From ground truth and detections: the statistics (12,); precision (IoU, recall, class) over all areas with 100
-# detections; and the evaluation itself.
-Evaluator = Callable[[Truth, Float], tuple[Float, Float, Any]]
+# From ground truth, detections and their masks, where there are those of the truth: the statistics (12,); precision
+# (IoU, recall, class) over all areas with 100 detections; and the evaluation itself.
+Evaluator = Callable[[Truth, Float, Masks | None], tuple[Float, Float, Any]]
 
 
 @functools.cache
@@ -61,15 +65,20 @@ def backend() -> Evaluator:
     return _pycocotools
 
 
-def _hotcoco(truth: Truth, rows: Float) -> tuple[Float, Float, Any]:
+def _hotcoco(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float, Float, Any]:
     """An `Evaluator`: hotcoco."""
     from hotcoco import COCO, COCOeval
 
     t = truth
     images, categories = _numbered(t)
     ids = np.arange(1, len(t.image) + 1)
-    gt = COCO.from_arrays(images, categories, t.image, t.category, t.boxes, ids=ids, area=t.areas, iscrowd=t.crowd)
-    evaluation = COCOeval(gt, gt.load_res(rows), "bbox")
+    columns = (images, categories, t.image, t.category, t.boxes)
+    if t.masks is None or masks is None:
+        gt = COCO.from_arrays(*columns, ids=ids, area=t.areas, iscrowd=t.crowd)
+        evaluation = COCOeval(gt, gt.load_res(rows), "bbox")
+    else:
+        gt = COCO.from_arrays(*columns, ids=ids, area=t.areas, iscrowd=t.crowd, segmentation=list(t.masks))
+        evaluation = COCOeval(gt, gt.load_res(_results(rows, masks)), "segm")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # fills `stats` without printing
@@ -77,24 +86,37 @@ def _hotcoco(truth: Truth, rows: Float) -> tuple[Float, Float, Any]:
     return np.asarray(evaluation.stats), evaluation.eval["precision"][..., 0, -1], evaluation
 
 
-def _pycocotools(truth: Truth, rows: Float) -> tuple[Float, Float, Any]:
+def _results(rows: Float, masks: Masks) -> list[dict[str, Any]]:
+    """Detections without their boxes, so that a mask's area is the detection's."""
+    columns = zip(rows[:, 0].astype(int).tolist(), rows[:, 6].astype(int).tolist(), rows[:, 5].tolist(), strict=True)
+    return [
+        {"image_id": image, "category_id": category, "score": score, "segmentation": mask}
+        for (image, category, score), mask in zip(columns, masks, strict=True)
+    ]
+
+
+def _pycocotools(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float, Float, Any]:
     """An `Evaluator`: pycocotools."""
+    from pycocotools import mask
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     t, f = truth, rows
     images, categories = _numbered(t)
+    areas = f[:, 3] * f[:, 4] if masks is None else np.array([float(mask.area(m)) for m in masks])
     # Not through loadRes: it fails when there is no detection at all.
     gt_columns = (t.image, t.category, t.boxes, t.areas, t.crowd, np.zeros(len(t.image)))
-    dt_columns = (f[:, 0], f[:, 6], f[:, 1:5], f[:, 3] * f[:, 4], np.zeros(len(f), dtype=np.bool_), f[:, 5])
+    dt_columns = (f[:, 0], f[:, 6], f[:, 1:5], areas, np.zeros(len(f), dtype=np.bool_), f[:, 5])
     with contextlib.redirect_stdout(io.StringIO()):
         sides = []
-        for columns in (gt_columns, dt_columns):
-            side = COCO()
-            side.dataset = {"images": images, "categories": categories, "annotations": _dicts(*columns)}
+        for columns, drawn in ((gt_columns, t.masks), (dt_columns, masks)):
+            side, annotations = COCO(), _dicts(*columns)
+            if drawn is not None:
+                annotations = [row | {"segmentation": m} for row, m in zip(annotations, drawn, strict=True)]
+            side.dataset = {"images": images, "categories": categories, "annotations": annotations}
             side.createIndex()
             sides.append(side)
-        evaluation = COCOeval(*sides, "bbox")
+        evaluation = COCOeval(*sides, "bbox" if masks is None else "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -102,7 +124,10 @@ def _pycocotools(truth: Truth, rows: Float) -> tuple[Float, Float, Any]:
 
 
 def _numbered(truth: Truth) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    images = [{"id": i, "width": 0, "height": 0} for i in truth.images.tolist()]
+    images: list[dict[str, Any]] = [{"id": i, "width": 0, "height": 0} for i in truth.images.tolist()]
+    if truth.masks is not None:  # pycocotools asks the images
+        sizes = dict(zip(truth.image.tolist(), (mask["size"] for mask in truth.masks), strict=True))
+        images = [{"id": i, "height": h, "width": w} for i in truth.images.tolist() for h, w in [sizes.get(i, (0, 0))]]
     return images, [{"id": k + 1, "name": str(k)} for k in range(truth.classes)]
 
 

@@ -10,10 +10,12 @@ The order matters, because equal scores are ranked by image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -22,12 +24,14 @@ from rich.text import Text
 
 from detrellis.atomic import replace_files
 from detrellis.data.annotations import Annotations
+from detrellis.data.masks import run_lengths
 from detrellis.engine.bootstrap import MAX_IMAGES, half_interval, resampled_ap
 from detrellis.engine.coco_backend import Float, Int, Truth, backend
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.types import Detections
 
+Kind = Literal["box", "mask"]
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -37,6 +41,7 @@ class ResultArrays(NamedTuple):
     images: Int  # (S,) rows of the `Annotations` that were evaluated, with or without detections
     rows: Float  # (N, 7) image row, x, y, width, height, score, class index
     dropped: Int  # (S,) detections of each image left out because a number in them was not finite
+    masks: tuple[bytes, ...] | None = None  # (N,) run lengths, of detectors that give masks
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class EvalResult(EvalScores):
 
     per_class: tuple[ClassResult, ...]  # in the order of class indices
     resampled: tuple[float, ...] | None = None  # AP of each resampling of the images, see `engine/bootstrap.py`
+    of: Kind = "box"  # whose IoU it is
+    boxes: EvalResult | None = None  # box AP of the same detections, beside mask AP
 
     @property
     def ap_interval(self) -> float | None:
@@ -98,12 +105,15 @@ class EvalResult(EvalScores):
         """The result as JSON holds it: with the interval instead of what it was computed from."""
         data = super().to_dict()
         del data["resampled"]
-        return data | {"ap_interval": self.ap_interval}
+        boxes = None if self.boxes is None else self.boxes.to_dict()
+        return data | {"ap_interval": self.ap_interval, "boxes": boxes}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
         """The inverse of `to_dict`."""
         fields = {name: value for name, value in data.items() if name != "ap_interval"}
+        boxes = data.get("boxes")
+        fields |= {"boxes": None if boxes is None else cls.from_dict(boxes)}
         return cls(**fields | {"per_class": tuple(ClassResult(**c) for c in data["per_class"])})
 
     def table(self) -> Table:
@@ -111,7 +121,9 @@ class EvalResult(EvalScores):
         caption = self.caption(f"{self.ground_truth:,} boxes")
         if self.ap_interval is not None:
             caption += f"; AP \u00b1 {self.ap_interval:.3f} (95 %, over images)"
-        table = Table(title="COCO box AP and AR", caption=caption, caption_justify="left", title_justify="left")
+        if self.boxes is not None:
+            caption += f"; box AP {number(self.boxes.ap)}"
+        table = Table(title=f"COCO {self.of} AP and AR", caption=caption, caption_justify="left", title_justify="left")
         for name in STATISTICS[:6]:
             table.add_column(name, justify="right")
         values = [number(self.stats[name]) for name in STATISTICS]
@@ -122,11 +134,15 @@ class EvalResult(EvalScores):
 
     def class_table(self) -> Table:
         """A table with one row per class for a rich console."""
-        table = Table("class", title="AP by class", title_justify="left")
-        for name in ("AP", "AP50", "boxes", "detections"):
+        title = "AP by class" if self.of == "box" else f"{self.of} AP by class"
+        table = Table("class", title=title, title_justify="left")
+        beside = () if self.boxes is None else ("box AP",)
+        for name in ("AP", "AP50", *beside, "boxes", "detections"):
             table.add_column(name, justify="right")
-        for c in self.per_class:  # Text: a class may be called "[bold]"
-            table.add_row(Text(c.name), number(c.ap), number(c.ap50), str(c.ground_truth), str(c.detections))
+        for k, c in enumerate(self.per_class):  # Text: a class may be called "[bold]"
+            of_boxes = () if self.boxes is None else (number(self.boxes.per_class[k].ap),)
+            counts = (str(c.ground_truth), str(c.detections))
+            table.add_row(Text(c.name), number(c.ap), number(c.ap50), *of_boxes, *counts)
         return table
 
 
@@ -141,6 +157,8 @@ class CocoEvaluator:
         self._order = np.argsort(annotations.image_ids, kind="stable")
         self._seen = np.zeros(len(annotations), dtype=np.bool_)
         self._chunks: list[Float] = []
+        self._masks: list[bytes] = []  # of all rows of the chunks, where the detector gives masks
+        self._masked = False
         self._dropped = np.zeros(len(annotations), dtype=np.int64)
 
     def update(self, image_ids: Sequence[int], detections: Sequence[Detections]) -> None:
@@ -154,33 +172,49 @@ class CocoEvaluator:
             return
         images, matrix = self._rows_of(image_ids), _to_host(detections)
         self._check_labels(matrix[:, 5])
+        self._masked |= detections[0].masks is not None
         splits = np.cumsum([len(d.scores) for d in detections])[:-1]
-        for image, part in zip(images, np.split(matrix, splits), strict=True):
+        for image, part, found in zip(images, np.split(matrix, splits), detections, strict=True):
             if not self._seen[image]:
                 self._seen[image] = True
-                self._add(int(image), part)
+                kept = self._add(int(image), part)
+                self._masks += [] if found.masks is None else [found.masks[row] for row in kept.tolist()]
 
     def arrays(self) -> ResultArrays:
         """Everything collected so far, to be sent to the process that computes."""
         rows = np.concatenate(self._chunks) if self._chunks else np.zeros((0, 7))
         images = np.flatnonzero(self._seen).astype(np.int64)
-        return ResultArrays(images, rows, self._dropped[images])
+        return ResultArrays(images, rows, self._dropped[images], tuple(self._masks) if self._masked else None)
 
     def merge(self, *others: ResultArrays) -> None:
         """Adds what other processes collected over the same annotations; an image that is here already stays as is."""
         for other in others:
             fresh = ~self._seen[other.images]
-            owner = other.rows[:, 0].astype(np.int64)
-            self._chunks.append(other.rows[~self._seen[owner]])
+            kept = ~self._seen[other.rows[:, 0].astype(np.int64)]
+            self._chunks.append(other.rows[kept])
+            if other.masks is not None:
+                self._masked = True
+                self._masks += itertools.compress(other.masks, kept.tolist())
             self._dropped[other.images[fresh]] = other.dropped[fresh]
             self._seen[other.images[fresh]] = True
 
-    def compute(self, *, resample: bool = False) -> EvalResult:
+    @property
+    def kind(self) -> Kind:
+        """What the detector is judged by: its masks, where it gives them and the data set has them."""
+        return "mask" if self._masked and self.annotations.segmentations is not None else "box"
+
+    def compute(self, *, resample: bool = False, of: Kind = "box") -> EvalResult:
         """The statistics over the images shown so far; `resample` says how far so many images let AP be known.
 
-        An image shown without detections counts (its boxes were missed); an image never shown does not.
+        An image shown without detections counts (its boxes were missed); an image never shown does not. Raises
+        `UserError` where masks are asked for and the data set has not one for each object.
         """
-        a, (_, rows, dropped) = self.annotations, self.arrays()
+        a, (_, rows, dropped, runs) = self.annotations, self.arrays()
+        drawn = None
+        if of == "mask":
+            assert runs is not None, "the detector gives no masks"
+            owners = a.sizes[rows[:, 0].astype(np.int64)].tolist()
+            drawn = [{"size": size, "counts": run} for size, run in zip(owners, runs, strict=True)]
         # Images and classes are numbered from 1 for the evaluator: see the top of the file.
         rank = np.empty(len(a), dtype=np.int64)
         rank[self._order] = np.arange(1, len(a) + 1)
@@ -198,8 +232,9 @@ class CocoEvaluator:
             boxes=a.boxes[shown],
             areas=a.areas[shown],
             crowd=crowd,
+            masks=None if drawn is None else list(itertools.compress(run_lengths(a), shown.tolist())),
         )
-        stats, precision, evaluation = backend()(truth, rows)
+        stats, precision, evaluation = backend()(truth, rows, drawn)
         resampled = None
         if resample and 0 < len(truth.images) <= MAX_IMAGES:
             every = list(evaluation.params.areaRng[0])
@@ -214,6 +249,7 @@ class CocoEvaluator:
             detections=len(rows),
             dropped=int(dropped.sum()),
             resampled=resampled,
+            of=of,
         )
 
     def results_json(self, path: str | Path) -> None:
@@ -232,17 +268,24 @@ class CocoEvaluator:
 
     def _write_rows(self, file: TextIO) -> None:
         image_ids, category_ids = self.annotations.image_ids.tolist(), self.annotations.classes.ids
+        masks = iter(self._masks)
         separator = "\n"
         for chunk in self._chunks:
             if not len(chunk):
                 continue
             lines = (
                 f'{{"image_id": {image_ids[int(i)]}, "category_id": {category_ids[int(c)]}, '
-                f'"bbox": [{x}, {y}, {w}, {h}], "score": {score}}}'
+                f'"bbox": [{x}, {y}, {w}, {h}], "score": {score}{self._segmentation(int(i), masks)}}}'
                 for i, x, y, w, h, score, c in chunk.tolist()
             )
             file.write(separator + ",\n".join(lines))
             separator = ",\n"
+
+    def _segmentation(self, image: int, masks: Iterator[bytes]) -> str:
+        if not self._masked:
+            return ""
+        value = {"size": self.annotations.sizes[image].tolist(), "counts": next(masks).decode()}
+        return f', "segmentation": {json.dumps(value)}'
 
     def _rows_of(self, image_ids: Sequence[int]) -> Int:
         wanted, known = np.asarray(image_ids, dtype=np.int64), self.annotations.image_ids
@@ -262,13 +305,14 @@ class CocoEvaluator:
             message = f"a detection has class index {wrong:.0f}, but the data set has {count} classes (0..{count - 1})"
             raise UserError(message, "Evaluate on a data set with the classes that the model was trained on.")
 
-    def _add(self, image: int, part: Float) -> None:
-        finite = np.isfinite(part).all(axis=1)
-        self._dropped[image] = (~finite).sum()
-        part = part[finite]
-        if len(part) > self.top_k:
-            part = part[np.argsort(-part[:, 4], kind="stable")[: self.top_k]]
-        self._chunks.append(np.column_stack([np.full(len(part), image), part]))
+    def _add(self, image: int, part: Float) -> Int:
+        """Adds the detections of an image; the rows of `part` that are kept."""
+        kept = np.flatnonzero(np.isfinite(part).all(axis=1))
+        self._dropped[image] = len(part) - len(kept)
+        if len(kept) > self.top_k:
+            kept = kept[np.argsort(-part[kept, 4], kind="stable")[: self.top_k]]
+        self._chunks.append(np.column_stack([np.full(len(kept), image), part[kept]]))
+        return kept
 
     def _per_class(self, precision: Float, truth: Int, detected: Int) -> tuple[ClassResult, ...]:
         classes = self.annotations.classes

@@ -96,6 +96,12 @@ def collect(
     return [completed(evaluator) for evaluator in evaluators]
 
 
+def gives_masks(output: DecoderOutput) -> None:
+    """Raises `UserError` for what a detector without masks gives."""
+    if output.mask_embeds is None:
+        raise UserError("the detector gives boxes without masks", "Evaluate its boxes: --metric coco.")
+
+
 def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
     """The evaluator with the detections of all processes; each must call it."""
     others = all_gather(evaluator.arrays())

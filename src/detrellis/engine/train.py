@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.atomic import replace_files, sweep
 from detrellis.data.loader import Batch, Loader, Normalise, build_loader
+from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World, parallel, reduce_max
 from detrellis.engine.checkpoint import (
@@ -258,7 +259,7 @@ class TrainRun:
         with self.timer.part("eval"):
             batches = self.log.track(loader, "evaluate", len(loader))
             evaluators = collect(state.detector, batches, val, self.world.device, (None, NMS) if last else (None,))
-            state.result, *after_nms = (e.compute(resample=last) for e in evaluators)
+            state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
             self.evaluated_step = state.step
         if state.result.ap is not None:
             self._save_best(state.result.ap)
@@ -383,6 +384,8 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         factors=image_factors(job.train, recipe),
     )
     dataset = training_dataset(job.train, recipe, job.card.seed)
+    if recipe.needs_bitmaps and job.val is not None:
+        run_lengths(job.val)  # says what lacks a mask before the first epoch, not after it
     options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
     loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
     return loader, -(-len(sampler) // recipe.optim.accumulate)

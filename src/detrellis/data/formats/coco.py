@@ -7,8 +7,9 @@ wrong in some of its rows is a finding: such images and boxes are named one by o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> 
         crowd=np.array([row.get("iscrowd") in CROWD for row in boxes.rows], dtype=np.bool_),
         lines=np.arange(len(boxes.rows)),
         written=boxes.no_boxes,
+        segmentations=partial(_segmentations, file),
     )
     findings = (
         *_problems(raw, images, "malformed-image"),
@@ -77,6 +79,13 @@ def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> 
         *_repeated_categories(raw, repeated, contradictions),
     )
     return replace(raw, findings=findings)
+
+
+def _segmentations(file: Path, image_ids: Sequence[int], lines: Sequence[int]) -> list[Any]:
+    """A `SegmentationReader`: the file is read again."""
+    with not_collecting():
+        rows = load_json(file)["annotations"]
+        return [rows[line].get("segmentation") if isinstance(rows[line], dict) else None for line in lines]
 
 
 def _name(row: Mapping[str, Any], category_id: int) -> str:

@@ -141,20 +141,23 @@ def _objects(shapes: Sequence[Any]) -> tuple[list[named.AnnotatedObject], Counte
     """The objects, and the shapes without a box by kind. Raises `ValueError` in words."""
     objects, skipped = dict[object, named.AnnotatedObject](), Counter[str]()
     for number, shape in enumerate(shapes, start=1):
-        box, kind = _box(shape, number)
+        box, kind, outline = _box(shape, number)
         if box is None:
             skipped[kind] += 1
             continue
         name, group = str(shape["label"]).strip(), shape.get("group_id")
         key = number if group is None else (name, str(group))  # parts of one object
-        if key in objects:
-            box = _around_both(objects[key].box, box)
-        objects[key] = named.AnnotatedObject(name, box, number)
+        if (before := objects.get(key)) is not None:
+            if outline or before.outline:
+                outline = [*(before.outline or [named.rectangle(before.box)]), *(outline or [named.rectangle(box)])]
+            box = _around_both(before.box, box)
+        objects[key] = named.AnnotatedObject(name, box, number, outline=outline)
     return list(objects.values()), skipped
 
 
-def _box(shape: Any, number: int) -> tuple[named.Box | None, str]:
-    """The box around a shape, None where its kind has none, and the kind. Raises `ValueError` in words."""
+def _box(shape: Any, number: int) -> tuple[named.Box | None, str, named.Polygons]:
+    """The box around a shape, None where its kind has none; the kind; and its outline, where it is no box. Raises
+    `ValueError` in words."""
     if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
         raise ValueError(f"shape {number} has no label")
     kind = str(shape.get("shape_type") or "polygon")
@@ -164,10 +167,11 @@ def _box(shape: Any, number: int) -> tuple[named.Box | None, str]:
         raise ValueError(f"shape {number} has no points") from None
     if kind == "circle" and len(points) == 2:
         radius = math.dist(*points)
-        return named.around_ellipse(*points[0], radius, radius), kind
+        return named.around_ellipse(*points[0], radius, radius), kind, [named.ellipse(*points[0], radius, radius)]
     if kind in FEWEST_POINTS and len(points) >= FEWEST_POINTS[kind]:
-        return named.around(points), kind
-    return None, kind
+        drawn = kind in ("polygon", "oriented_rectangle")
+        return named.around(points), kind, [[value for point in points for value in point]] if drawn else ()
+    return None, kind, ()
 
 
 def _around_both(one: named.Box, other: named.Box) -> named.Box:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import HELD_OUT, SplitFiles
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels; NaN where a number is missing
+Polygons = Sequence[Sequence[float]]  # x1, y1, x2, y2, ... of each
+ROUND = 64  # corners of a circle's polygon
 
 
 class AnnotatedObject(NamedTuple):
@@ -33,6 +36,7 @@ class AnnotatedObject(NamedTuple):
     line: int  # its number in the file, or its line, from 1
     difficult: bool = False
     written: str = ""  # what stands where there are no four numbers
+    outline: Polygons = ()  # of its parts; none where it is drawn as a box
 
 
 class AnnotatedImage(NamedTuple):
@@ -117,7 +121,7 @@ def _dataset(
         notes.append(finding("size-missing", split, files.annotations, what, count=unknown))
     notes += _unreadable(split, images)
     objects = [o for image in images for o in image.objects]
-    head = {
+    head: dict[str, Any] = {
         "split": split,
         "source": files.annotations,
         "root": root,
@@ -127,8 +131,22 @@ def _dataset(
         "difficult": np.array([o.difficult for o in objects], dtype=np.bool_) if difficult else None,
         "written": {box: o.written for box, o in enumerate(objects) if o.written},
     }
+    outlines = {
+        (row, o.line): [list(part) for part in o.outline or [rectangle(o.box)]]
+        for row, image in enumerate(images, start=1)
+        for o in image.objects
+    }
+    if any(o.outline for o in objects):
+        head["segmentations"] = partial(_segmentations, outlines)
     columns = [(image.image, *size) for image, size in zip(images, sizes, strict=True)]
     return from_columns(head, columns, _box_rows(images, ids))
+
+
+def _segmentations(
+    outlines: Mapping[tuple[int, int], list[list[float]]], image_ids: Sequence[int], lines: Sequence[int]
+) -> list[Any]:
+    """A `SegmentationReader` of what was read; images are numbered from 1."""
+    return [outlines.get(key) for key in zip(image_ids, lines, strict=True)]
 
 
 def _image_sizes(images: Sequence[AnnotatedImage], root: Path) -> list[tuple[int, int]]:
@@ -158,6 +176,21 @@ def around(points: Sequence[Sequence[float]]) -> Box:
     """The box around points (x, y) in pixels."""
     xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]
     return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
+
+
+def rectangle(box: Box) -> list[float]:
+    """The polygon of a box."""
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+def ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> list[float]:
+    """The polygon of an ellipse that is turned by `theta` radians."""
+    polygon = []
+    for turn in (2 * math.pi * corner / ROUND for corner in range(ROUND)):
+        x, y = rx * math.cos(turn), ry * math.sin(turn)
+        polygon += [cx + x * math.cos(theta) - y * math.sin(theta), cy + x * math.sin(theta) + y * math.cos(theta)]
+    return polygon
 
 
 def around_ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> Box:

@@ -24,6 +24,20 @@ def packed(value: Any, size: list[int]) -> list[bytes]:
         return []
 
 
+def drawn(value: Any, size: list[int]) -> bytes | None:
+    """The run lengths of a `segmentation` in an image of `size`, as pycocotools draws it; None where it is damaged."""
+    from hotcoco import mask
+
+    try:
+        if isinstance(value, dict):
+            return _run_lengths(value, size)
+        polygons = [part.tolist() for part in _polygons(value, np.float64) if part.size >= 6]
+        parts = mask.frPyObjects(polygons, *size) if polygons else []
+        return mask.merge(parts)["counts"] if parts else None
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+
+
 def box_of(value: Any) -> list[float] | None:
     """(x, y, width, height) around a `segmentation`; None where it outlines nothing or is damaged."""
     try:

@@ -185,7 +185,7 @@ def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> l
         shape: Any = region.get("shape_attributes") if isinstance(region, dict) else None
         try:
             kind = str(shape["name"])
-            box = _box(kind, shape)
+            box, outline = _box(kind, shape)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"region {number} has no shape") from None
         if box is None:
@@ -193,20 +193,21 @@ def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> l
         elif not name:
             raise ValueError(f"region {number} has no `{attribute}`, or several")
         else:
-            objects.append(named.AnnotatedObject(name, box, number))
+            objects.append(named.AnnotatedObject(name, box, number, outline=outline))
     return objects
 
 
-def _box(kind: str, shape: Any) -> named.Box | None:
-    """The box around a region; None where its kind has none."""
+def _box(kind: str, shape: Any) -> tuple[named.Box | None, named.Polygons]:
+    """The box around a region, None where its kind has none; and its outline, where it is no box."""
     if kind == "rect":
         x, y, width, height = (float(shape[key]) for key in ("x", "y", "width", "height"))
-        return x, y, width, height
+        return (x, y, width, height), ()
     if kind == "polygon":
-        return named.around(list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)))
-    if kind == "circle":
-        return named.around_ellipse(float(shape["cx"]), float(shape["cy"]), float(shape["r"]), float(shape["r"]))
-    if kind == "ellipse":
-        centre = float(shape["cx"]), float(shape["cy"])
-        return named.around_ellipse(*centre, float(shape["rx"]), float(shape["ry"]), float(shape.get("theta") or 0))
-    return None
+        points = list(zip(shape["all_points_x"], shape["all_points_y"], strict=True))
+        return named.around(points), [[float(value) for point in points for value in point]]
+    if kind in ("circle", "ellipse"):
+        radii = ("r", "r") if kind == "circle" else ("rx", "ry")
+        cx, cy, rx, ry = (float(shape[key]) for key in ("cx", "cy", *radii))
+        theta = 0.0 if kind == "circle" else float(shape.get("theta") or 0)
+        return named.around_ellipse(cx, cy, rx, ry, theta), [named.ellipse(cx, cy, rx, ry, theta)]
+    return None, ()

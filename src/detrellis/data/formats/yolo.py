@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from detrellis.data.files import files_in, image_suffixes, list_images, map_thre
 from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
-from detrellis.data.formats.yolo_labels import LongLines, YoloFile, long_lines, read_labels
+from detrellis.data.formats.yolo_labels import LongLines, YoloFile, long_lines, polygons_in, read_labels
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.errors import UserError
@@ -240,7 +241,7 @@ def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
         *_in_pixels(split, lines),
         *_orphans(split, used),
     ]
-    head = {
+    head: dict[str, Any] = {
         "split": split.name,
         "source": split.source,
         "root": root,
@@ -250,8 +251,23 @@ def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
     }
     # Boxes are relative to the picture that was labelled, and it was labelled as viewers show it.
     sizes = read_sizes(split.images).tolist()
+    if lines.kind == "polygons" and any(label.around for content in split.contents for label in content.labels):
+        head["segmentations"] = partial(_segmentations, split.label_files, sizes)
     images = [(path.relative_to(root).as_posix(), *size) for path, size in zip(split.images, sizes, strict=True)]
     return from_columns(head, images, _box_rows(split, sizes, lines))
+
+
+def _segmentations(
+    files: Sequence[Path | None], sizes: Sequence[Sequence[int]], image_ids: Sequence[int], lines: Sequence[int]
+) -> list[Any]:
+    """A `SegmentationReader`: label files are read again. Images are numbered from 1 in the files' order."""
+    images = sorted(set(image_ids))
+    read = dict(zip(images, map_threads(polygons_in, [files[image - 1] for image in images]), strict=True))
+    values: list[Any] = []
+    for image, line in zip(image_ids, lines, strict=True):
+        polygon = read[image].get(line)
+        values.append(None if polygon is None else [(polygon * sizes[image - 1][::-1]).ravel().tolist()])
+    return values
 
 
 def _class_count(split: YoloSplit, names: Sequence[tuple[int, str]]) -> Iterator[Finding]:

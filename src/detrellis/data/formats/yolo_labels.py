@@ -89,6 +89,17 @@ def parse_line(line: str, number: int = 0) -> YoloLabel:
     return YoloLabel(number, int(category), box, around, len(fields))
 
 
+def polygons_in(file: Path | None) -> dict[int, NDArray[np.float64]]:
+    """The polygons `(n, 2)` of a label file, in shares of the image, by their lines; those of boxes are left out."""
+    polygons = {}
+    for number, line in enumerate(read_text(file).splitlines() if file is not None else (), start=1):
+        values = line.split()[1:]
+        if len(values) >= 6 and len(values) % 2 == 0:
+            with suppress(ValueError):  # a malformed line
+                polygons[number] = np.array(values, dtype=np.float64).reshape(-1, 2)
+    return polygons
+
+
 # What long lines are
 
 
