@@ -50,6 +50,7 @@ NETWORKS = (
     "sam_detr_r50",
     "sam_detr_plus_r50_smca_dn",
     "smca_detr_r50",
+    "rtdetr_r18",
 )
 
 
@@ -64,6 +65,8 @@ def shrink(recipe: Recipe) -> Recipe:
     recipe = recipe.override(SMALL)
     if encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
         recipe = recipe.override(f"detector.encoder.hidden={encoder.hidden}")
+    if encoder.kind == "hybrid" and encoder.inner is not None:
+        recipe = recipe.override("detector.encoder.inner=96")
     if recipe.schemes.group is not None:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
     if recipe.schemes.hybrid is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from detrellis.nn.backbone import Backbone
 from detrellis.nn.decoder import Decoder
+from detrellis.nn.fusion import fuse
 from detrellis.nn.masked import MaskedDecoder
 from detrellis.nn.masks import MaskBranch
 from detrellis.nn.queries import QuerySource
@@ -73,6 +76,13 @@ class Detector(nn.Module):
             outputs[segment.name] = together.map(lambda t, rows=rows: t[:, :, rows])
             first += segment.size
         return outputs
+
+    def fused(self) -> Self:
+        """A copy for inference whose parallel convolutions and norms are fused (`nn/fusion.py`): the same outputs up to
+        rounding, sooner. Its state dict is another one, and it cannot be trained."""
+        copied = copy.deepcopy(self).eval().requires_grad_(False)
+        fuse(copied)
+        return copied
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:

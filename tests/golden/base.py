@@ -170,7 +170,7 @@ def check_cdn(a: Arrays) -> None:
         assert torch.equal(known.target[own] - offset, a[f"pos_gt_idx{b}"])
         negatives = layout.slot[~layout.positive & (layout.image == b)]
         assert torch.equal(negatives, a[f"neg_query_idx{b}"])
-    _check_mask(a, layout.slots, layout.groups)
+    check_mask(a["attn_mask"], layout.slots, layout.groups)
 
 
 def check_dn(a: Arrays) -> None:
@@ -190,12 +190,11 @@ def check_dn(a: Arrays) -> None:
     assert queries.boxes is not None
     close(queries.content, a["query_label"], 1e-7)
     close(torch.logit(queries.boxes), a["query_bbox_unact"], 2e-4)
-    _check_mask(a, layout.slots, layout.groups)
+    check_mask(a["attn_mask"], layout.slots, layout.groups)
 
 
-def _check_mask(a: Arrays, slots: int, groups: int) -> None:
+def check_mask(blocked: Tensor, slots: int, groups: int) -> None:
     """The file's mask says what our segments say: a group sees itself and the main queries, which see no group."""
-    blocked = a["attn_mask"]
     group = torch.arange(slots) // max(slots // groups, 1)
     expected = torch.zeros_like(blocked)
     expected[:slots, :slots] = group[:, None] != group

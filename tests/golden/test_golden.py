@@ -31,6 +31,7 @@ from . import (
     masks,
     models,
     rates,
+    realtime,
     rivals,
     sam,
 )
@@ -93,6 +94,9 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "co/roi": co_rcnn.check_regions,
     "realtime/class_losses": rivals.check_class_losses,
     "large/fed_loss": large.check_federated,
+    "realtime/rtdetr_": realtime.check_rtdetr,
+    "realtime/rtdetrv2_": realtime.check_rtdetr,
+    "realtime/rtdetr_cdn": realtime.check_cdn,
     "large/layer_decay": rates.check_layer_decay,
     "large/memory_fusion": large.check_memory_fusion,
     "large/repeat_factors": large.check_repeat_factors,
@@ -120,7 +124,15 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
 
 # Too large to carry: their parts are carried.
 LARGE = {
-    *("sam/layer_", "sam/detector_", "realtime/dfine_", "large/vit_", "large/simple_pyramid"),
+    *(
+        "sam/layer_",
+        "sam/detector_",
+        "realtime/dfine_",
+        "realtime/rtdetr_",
+        "realtime/rtdetrv2_",
+        "large/vit_",
+        "large/simple_pyramid",
+    ),
     *("segmentation/hf_mask2former_", "segmentation/group_mask2former_"),
 }
 

@@ -55,6 +55,7 @@ BASE = small("tiny").override(["data.size=[64, 64]"])
 OTHERS = {
     "detector.encoder.kind=dense": "dab_detr_r50",
     "detector.encoder.kind=intra_scale": "smca_detr_ms_r50",
+    "detector.encoder.kind=hybrid": "rtdetr_r18",
     "detector.queries.kind=learned": "deformable_detr_r50",
     "detector.queries.kind=anchors": "dab_detr_r50",
     "detector.queries.kind=proposals": "deformable_detr_r50_two_stage",

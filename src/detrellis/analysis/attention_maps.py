@@ -114,7 +114,8 @@ def _sampled_points(attention: Any, call: Call) -> Tensor:
     ratios = x.new_ones(1, 1, 2) if memory.valid_ratios is None else memory.valid_ratios
     references = where.references[:, :, None]
     padded = references * ratios[:, None].repeat(1, 1, 1, references.shape[-1] // 2)
-    points: Tensor = attention.locations(offsets, padded, memory) / ratios[:, None, None, :, None]
+    sampled = ratios if ratios.shape[1] == 1 else ratios[:, attention.order]
+    points: Tensor = attention.locations(offsets, padded, memory) / sampled[:, None, None, :, None]
     return points.flatten(3, 4)
 
 

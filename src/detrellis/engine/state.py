@@ -184,7 +184,7 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
     model.count_classes(torch.from_numpy(class_counts(job.train)))
     model.to(world.device).train()
     optimizer = _optimizer(model, recipe)
-    ema = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
+    ema = EMA(model.detector, recipe.optim.ema, recipe.optim.ema_ramp) if recipe.optim.ema > 0 else None
     return TrainState(model, optimizer, ema, FlatLossWatch(), transfer=report)
 
 

@@ -82,8 +82,9 @@ class ResNet(Backbone):
         model = make()
         model.fc = nn.Identity()
         if pretrained is not None:
-            _fill(model, pretrained, name, make)
-        wanted = [BLOCKS[s] for s in _known(name, strides, list(BLOCKS))]
+            weights = _downloaded(name) if pretrained.file is None else pretrained.read()
+            fill(model, weights, pretrained, name, make)
+        wanted = [BLOCKS[s] for s in known_strides(name, strides, list(BLOCKS))]
         kept = list(BLOCKS.values())[: 1 + max(list(BLOCKS.values()).index(w) for w in wanted)]
         self.stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
         self.stages = nn.ModuleDict({k: getattr(model, k) for k in kept})
@@ -93,7 +94,7 @@ class ResNet(Backbone):
             for part in (self.stem, self.stages["layer1"]):
                 part.requires_grad_(False)
         if frozen:
-            self._freeze([self.stem, *_first(list(self.stages.values()), frozen, name)])
+            self._freeze([self.stem, *first_stages(list(self.stages.values()), frozen, name)])
         self.to(memory_format=MEMORY)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -106,9 +107,11 @@ class ResNet(Backbone):
         return maps
 
 
-def _fill(model: nn.Module, source: Source, name: str, whole: Callable[[], nn.Module]) -> None:
-    """Load the weights of `source`; `whole` makes the network that `model` is a part of. `UserError` for a misfit."""
-    weights = _downloaded(name) if source.file is None else source.read()
+def fill(
+    model: nn.Module, weights: dict[str, Tensor], source: Source, name: str, whole: Callable[[], nn.Module]
+) -> None:
+    """Load the `weights` that `source` gave; `whole` makes the network that `model` is a part of. `UserError` for a
+    misfit."""
 
     def state() -> dict[str, Tensor]:
         with torch.device("meta"):  # names and shapes are all that is needed of it
@@ -141,7 +144,7 @@ def _fetched(name: str, source: Source, **options: Any) -> Any:
         raise unreachable(name, error) from None
 
 
-def _known(name: str, strides: Sequence[int], available: Sequence[int]) -> Sequence[int]:
+def known_strides(name: str, strides: Sequence[int], available: Sequence[int]) -> Sequence[int]:
     """The wanted `strides`; `UserError` where the backbone has no map of one of them."""
     if missing := [s for s in strides if s not in available]:
         raise UserError(
@@ -156,7 +159,7 @@ def _channels(stage: nn.Module) -> int:
     return max(c.out_channels for c in convolutions)
 
 
-def _first(stages: Sequence[nn.Module], count: Frozen, name: str) -> Sequence[nn.Module]:
+def first_stages(stages: Sequence[nn.Module], count: Frozen, name: str) -> Sequence[nn.Module]:
     """The first `count` stages; `UserError` where there are fewer."""
     if count != "all" and count > len(stages):
         raise UserError(
@@ -190,13 +193,13 @@ class TimmBackbone(Backbone):
         check_timm_name(name)
         info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()
-        indices = tuple(reductions.index(s) for s in _known(name, strides, reductions))
+        indices = tuple(reductions.index(s) for s in known_strides(name, strides, reductions))
         rate = {"drop_path_rate": drop_path} if drop_path else {}  # not every model knows the option
         model: Any = _create(name, pretrained=False, out_indices=indices, **rate)
         if pretrained is not None and pretrained.fetched:
             model = _fetched(name, pretrained, out_indices=indices, **rate)
         elif pretrained is not None:
-            _fill(model, pretrained, name, partial(timm.create_model, name))
+            fill(model, pretrained.read(), pretrained, name, partial(timm.create_model, name))
         for part in model.modules():
             if not rate and hasattr(part, "drop_prob"):  # timm's Swin drops a tenth unless told otherwise
                 part.drop_prob = 0.0
@@ -233,7 +236,7 @@ def _until(model: nn.Module, ends: Sequence[str], count: int, name: str) -> list
             f"detrellis does not know the stages of backbone {name}",
             "Freeze it whole: -o detector.backbone.frozen=all.",
         )
-    _first([parts[end] for end in ends], count, name)
+    first_stages([parts[end] for end in ends], count, name)
     names = list(parts)
     return [parts[part] for part in names[: names.index(ends[count - 1]) + 1]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,36 @@ from detrellis.types import Memory, Spatial
 
 
 class DeformableAttention(nn.Module):
-    """Attention to a few learned points around a reference, on every level of the memory."""
+    """Attention to a few learned points around a reference, on every level of the memory.
 
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+    `points` of each head on each level, or on one level after the other (RT-DETRv2): a level with twice as many is then
+    sampled as two levels of half as many. `offset_scale`: offsets around a box count `offset_scale / points` of its
+    sides. `discrete` reads the nearest cell instead of four, so that offsets learn nothing and stay.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        levels: int,
+        points: int | Sequence[int],
+        *,
+        offset_scale: float = 0.5,
+        discrete: bool = False,
+    ) -> None:
         super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.counts = [points] * levels if isinstance(points, int) else list(points)
+        self.points = math.gcd(*self.counts)
+        self.order = [level for level, count in enumerate(self.counts) for _ in range(count // self.points)]
+        self.levels, self.even = len(self.order), len(self.order) == levels
+        self.heads, self.offset_scale, self.discrete = heads, offset_scale, discrete
+        self.sampling_offsets = nn.Linear(width, heads * self.levels * self.points * 2)
+        self.attention_weights = nn.Linear(width, heads * self.levels * self.points)
         self.value_projection = xavier_linear(width, width)
         self.output_projection = xavier_linear(width, width)
         self._reset()
+        if discrete:
+            self.sampling_offsets.requires_grad_(False)
 
     def _reset(self) -> None:
         """Offsets start as one direction a head, one step a point; weights start uniform."""
@@ -34,10 +55,9 @@ class DeformableAttention(nn.Module):
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
-        offsets = direction[:, None, None] * steps[:, None]
+        steps = torch.cat([torch.arange(1, count + 1, dtype=torch.float32) for count in self.counts])
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+            self.sampling_offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """`x (B, N, D)` to the same; the references are relative to the unpadded image."""
@@ -57,19 +77,47 @@ class DeformableAttention(nn.Module):
             value = value.masked_fill(memory.padding.unsqueeze(-1), 0)
         weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
         locations = self.locations(self.sampling_offsets(query).unflatten(-1, (*split, 2)), references, memory)
-        sampled = ms_deform_attn(
-            value.unflatten(-1, (self.heads, -1)), memory.shapes, locations, weights.unflatten(-1, split[1:])
-        )
+        sample = sample_nearest if self.discrete else ms_deform_attn
+        values, shapes = self._sampled(value, memory.shapes)
+        sampled = sample(values.unflatten(-1, (self.heads, -1)), shapes, locations, weights.unflatten(-1, split[1:]))
         out: Tensor = self.output_projection(sampled)
         return out
 
     def locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
-        """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`, in [0, 1] of each level.
+        """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`, in [0, 1] of each sampled level.
 
-        Offsets count pixels of the level around a point, or `1 / P` of half the size around a box.
+        Offsets count pixels of the level around a point, or `offset_scale / points` of the size around a box.
         """
-        references = references[:, :, None, :, None]  # (B, N, 1, V or 1, 1, 2 or 4)
+        if self.even or references.shape[2] == 1:
+            references = references[:, :, None, :, None]  # (B, N, 1, V or 1, 1, 2 or 4)
+        else:
+            references = references[:, :, None, self.order, None]
         if references.shape[-1] == 2:
-            sizes = torch.tensor([(w, h) for h, w in memory.shapes], dtype=references.dtype, device=offsets.device)
+            shapes = [memory.shapes[level] for level in self.order]
+            sizes = torch.tensor([(w, h) for h, w in shapes], dtype=references.dtype, device=offsets.device)
             return references + offsets / sizes[:, None]
-        return references[..., :2] + offsets / self.points * references[..., 2:] * 0.5
+        counts: int | Tensor = self.points
+        if not self.even:
+            counts = torch.tensor(self.counts, dtype=offsets.dtype, device=offsets.device)[self.order, None, None]
+        return references[..., :2] + offsets / counts * references[..., 2:] * self.offset_scale
+
+    def _sampled(self, value: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Sequence[tuple[int, int]]]:
+        """Values `(B, S, D)` and shapes of the levels, each as often as it is sampled."""
+        if self.even:
+            return value, shapes
+        maps = value.split([h * w for h, w in shapes], dim=1)
+        return torch.cat([maps[level] for level in self.order], dim=1), [shapes[level] for level in self.order]
+
+
+def sample_nearest(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """As `ms_deform_attn`, of one cell for each location: the nearest to the location half a cell on, as RT-DETRv2
+    reads it, and on the map's edge where that lies outside."""
+    sizes = torch.tensor([(w, h) for h, w in shapes], device=value.device)
+    starts = torch.tensor([0, *(h * w for h, w in shapes)], device=value.device).cumsum(0)[:-1]
+    cells = (locations * sizes[:, None] + 0.5).long()
+    x, y = torch.minimum(cells.clamp(min=0), sizes[:, None] - 1).unbind(-1)
+    index = (starts[:, None] + y * sizes[:, :1] + x).transpose(1, 2).flatten(2)  # (B, M, N * V * P)
+    rows = value.transpose(1, 2).gather(2, index.unsqueeze(-1).expand(-1, -1, -1, value.shape[-1]))
+    samples = rows.unflatten(2, (locations.shape[1], -1)) * weights.transpose(1, 2).flatten(3).unsqueeze(-1)
+    out: Tensor = samples.sum(3).transpose(1, 2).flatten(2)
+    return out

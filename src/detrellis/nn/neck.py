@@ -92,14 +92,18 @@ class SingleScaleNeck(nn.Module):
         return flatten(levels, padding, self.position)
 
 
-def flatten(levels: Sequence[Tensor], padding: Tensor | None, position: SineMap) -> Memory:
-    """Maps `(B, D, H, W)` as one memory, with `padding (B, H, W)` of the images and the levels' sine positions."""
+def flatten(levels: Sequence[Tensor], padding: Tensor | None, position: nn.Module | None = None) -> Memory:
+    """Maps `(B, D, H, W)` as one memory, with `padding (B, H, W)` of the images and each level's positions, which are 0
+    where nobody says them."""
     shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
     tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
     masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
     valid = [tokens.new_ones(1, *s) for s in shapes] if masks is None else [~m for m in masks]
     dtype = torch.promote_types(tokens.dtype, torch.float32)  # a count of rows needs more than half precision has
-    places = torch.cat([position(v.to(dtype)) for v in valid], dim=1)
+    if position is None:
+        places = tokens.new_zeros(1, 1, 1, dtype=dtype).expand(1, *tokens.shape[1:])
+    else:
+        places = torch.cat([position(v.to(dtype)) for v in valid], dim=1)
     if masks is None:
         return Memory(tokens, places, shapes)
     return Memory(tokens, places, shapes, torch.cat([m.flatten(1) for m in masks], 1), _valid_ratios(masks, dtype))

@@ -80,6 +80,18 @@ class AnchorPosition(nn.Module):
         return Spatial(position, boxes)
 
 
+class BoxPosition(nn.Module):
+    """Positions from the current boxes themselves: an MLP of their four numbers (RT-DETR)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = MLP(4, 2 * width, width, 2, xavier=True)
+
+    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+        assert boxes is not None
+        return Spatial(self.mlp(boxes), boxes)
+
+
 class ModulatedPosition(nn.Module):
     """DAB-DETR: positions from the current boxes, and a spatial query whose attention is as wide and high as the box.
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from detrellis.errors import UserError
 from detrellis.fields import unknown_name
-from detrellis.recipes import align, co, conditional, dab, ddq, deformable, detr, dino, group, mask2former, sam
+from detrellis.recipes import align, co, conditional, dab, ddq, deformable, detr, dino, group, mask2former, rtdetr, sam
 from detrellis.recipes.config import Recipe, Recipes
 from detrellis.recipes.scale import tiny_sized
 
@@ -29,6 +29,7 @@ RECIPES: Recipes = {
     **co.RECIPES,
     **sam.RECIPES,
     **mask2former.RECIPES,
+    **rtdetr.RECIPES,
 }
 
 

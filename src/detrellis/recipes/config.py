@@ -102,6 +102,7 @@ class OptimConfig(Config):
     batch_size: Count = 16  # images a step over all processes and accumulations
     accumulate: Count = 1  # passes a step
     ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
+    ema_ramp: CountOrNone = 0  # steps in which that decay is approached (RT-DETR: 2000); 0: in 10
     amp: bool = True  # bf16 on GPUs that have it
 
     def steps(self, images: int) -> int:
@@ -258,7 +259,10 @@ class Recipe(Config):
         return self.checked(data)
 
     def with_schemes(self, names: str | Sequence[str]) -> Recipe:
-        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those before it."""
+        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those before it.
+
+        One that sets what classes learn takes the place of `loss.classification`, of which nothing is left to do.
+        """
         chosen = self.schemes.model_dump()
         for text in (
             part.strip() for name in ([names] if isinstance(names, str) else names) for part in name.split(",")
@@ -275,7 +279,10 @@ class Recipe(Config):
                 SchemesConfig.checked({name: chosen[name]})
             except UserError as error:
                 raise UserError(f"--scheme {text}: schemes.{error.message}", _form(name)) from None
-        return self.model_copy(update={"schemes": SchemesConfig.checked(chosen)})
+        schemes = SchemesConfig.checked(chosen)
+        replaced = schemes.target_setters and not self.schemes.target_setters
+        loss = self.loss.replace(classification="focal") if replaced else self.loss
+        return self.model_copy(update={"schemes": schemes, "loss": loss})
 
 
 # What a family of recipes exports: the name of each, and the function that makes it.

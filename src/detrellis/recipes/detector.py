@@ -6,9 +6,10 @@ others, so what cannot be combined cannot be written; what its readers ask of ev
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from detrellis.fields import Ascending, Config, Count, Few, Key, Some, ZeroToBelowOne, ZeroToOne, within
 
@@ -19,11 +20,23 @@ QueryCount = Annotated[int, within(1, 100_000)]
 Strides = Annotated[tuple[Count, ...], Ascending, Some]
 ProposalTargets = Literal["objectness", "classes"]
 MASK_STRIDE = 4  # of the map that masks are read from
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's; every other backbone is timm's
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's
+VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")  # RT-DETR's; every other backbone is timm's
+
+
+def _points(value: Any) -> Any:
+    counts = [value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
+    if counts and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 100 for n in counts):
+        return value if isinstance(value, int) else tuple(counts)
+    raise PydanticCustomError("points", "has to be a whole number from 1 to 100, or a list of one a level: [3, 6, 3]")
+
+
+Points = Annotated[int | tuple[int, ...], BeforeValidator(_points)]
 
 
 class BackboneConfig(Config):
-    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`) or any timm model with feature maps."""
+    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`, ...), or any timm
+    model with feature maps."""
 
     name: str = "resnet50"
     pretrained: bool = True
@@ -81,12 +94,29 @@ class IntraScaleEncoderConfig(Config):
     position_scale: bool = False
 
 
+class HybridEncoderConfig(Config):
+    """Attention within the coarsest map, then fusion across levels by convolutions (RT-DETR)."""
+
+    width: ClassVar[None] = None
+    kind: Literal["hybrid"] = "hybrid"
+    layers: Few = 1  # of attention
+    heads: Few = 8
+    hidden: Count = 1024
+    levels: Levels = 3
+    inner: Width | None = None  # channels of its maps; None: detector.width
+    blocks: Few = 3  # RepVGG's, in each fusion of two levels
+    expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps
+
+
 class DeformableAttentionConfig(Config):
     """A few sampled points on each level, around a query's point or box (Deformable DETR)."""
 
     smca: ClassVar[bool] = False
     kind: Literal["deformable"] = "deformable"
-    points: Few = 4  # that each head samples on each level
+    points: Points = 4  # that each head samples on each level; or a list, of each (RT-DETRv2)
+    offset_scale: Annotated[float, within(0, 10, above=True)] = 0.5  # of offsets around a box, in its sides
+    sampling: Literal["bilinear", "discrete"] = "bilinear"  # discrete: the nearest cell, offsets stay (RT-DETRv2)
+    position: Literal["sine", "box"] = "sine"  # an MLP of the current boxes' sines, or of the boxes (RT-DETR)
     position_scale: bool = False  # positions derived from boxes, times an MLP of the content (DAB-DETR)
 
 
@@ -178,7 +208,7 @@ class MixedQueriesConfig(Config):
     distinct: Overlap | None = None
 
 
-EncoderConfig = DeformableEncoderConfig | DenseEncoderConfig | IntraScaleEncoderConfig
+EncoderConfig = DeformableEncoderConfig | DenseEncoderConfig | IntraScaleEncoderConfig | HybridEncoderConfig
 CrossAttentionConfig = (
     DeformableAttentionConfig
     | DenseAttentionConfig

@@ -17,6 +17,7 @@ from detrellis.nn.decoder import Decoder, DecoderLayer
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.encoder import Encoder, EncoderLayer, MemoryFusion
 from detrellis.nn.heads import Heads
+from detrellis.nn.hybrid import HybridNeck, csp_parts
 from detrellis.nn.masked import MaskedDecoder, MaskedDecoderLayer, MaskHeads
 from detrellis.nn.masks import MaskBranch
 from detrellis.nn.mlp import FeedForward
@@ -34,10 +35,12 @@ from detrellis.nn.queries import (
     linear_reference,
     point_reference,
 )
+from detrellis.nn.resnet_vd import ResNetVD, timm_name
 from detrellis.nn.semantic import SemanticAligner, SemanticCrossAttention
 from detrellis.nn.smca import IntraScaleAttention, ModulatedAttention, ModulatedPriors, read_point
 from detrellis.nn.spatial import (
     AnchorPosition,
+    BoxPosition,
     ConditionalPosition,
     FixedPosition,
     ModulatedPosition,
@@ -46,7 +49,7 @@ from detrellis.nn.spatial import (
 )
 from detrellis.postprocess import Postprocess
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import RESNETS, BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import RESNETS, VD_RESNETS, BackboneConfig, DetectorConfig, HybridEncoderConfig
 from detrellis.recipes.refuse import refuse_network
 from detrellis.types import Channels
 
@@ -56,7 +59,12 @@ def pretrained_source(config: BackboneConfig) -> Source | None:
     are none to be had."""
     if not config.pretrained:
         return None
-    return find_source(config.name, config.weights, resnet=config.name in RESNETS)
+    return find_source(_published(config.name), config.weights, resnet=config.name in RESNETS)
+
+
+def _published(name: str) -> str:
+    """The name that pretrained weights of a backbone are published under."""
+    return timm_name(name) if name in VD_RESNETS else name
 
 
 def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = None) -> tuple[Recipe, str | None]:
@@ -72,21 +80,24 @@ def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = No
     source = pretrained_source(config)
     if source is not None:
         return recipe.with_statistics(source.mean, source.std), source.about
-    return recipe.with_statistics(*(IMAGENET if config.name in RESNETS else timm_statistics(config.name))), None
+    statistics = IMAGENET if config.name in RESNETS else timm_statistics(_published(config.name))
+    return recipe.with_statistics(*statistics), None
 
 
-def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
+def build_backbone(config: BackboneConfig) -> ResNet | ResNetVD | TimmBackbone:
     """The backbone, with pretrained weights where the recipe asks for them."""
     norm: Norm = config.normalisation
     resnet = config.name in RESNETS
     if config.dilation and not resnet:
         raise UserError(f"backbone {config.name}: dilation (DC5) exists for {', '.join(RESNETS)} only")
-    if config.drop_path and resnet:
+    if config.drop_path and (resnet or config.name in VD_RESNETS):
         raise UserError(f"backbone {config.name}: it has no drop path", "Leave detector.backbone.drop_path at 0.")
     shared: dict[str, Any] = {"pretrained": pretrained_source(config), "norm": norm, "frozen": config.frozen}
     try:
         if resnet:
             return ResNet(config.name, config.strides, dilation=config.dilation, **shared)
+        if config.name in VD_RESNETS:
+            return ResNetVD(config.name, config.strides, **shared)
         return TimmBackbone(config.name, config.strides, drop_path=config.drop_path, **shared)
     except TypeError:
         if not config.drop_path:
@@ -98,12 +109,26 @@ def build_backbone(config: BackboneConfig) -> ResNet | TimmBackbone:
 
 def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     """From the backbone's maps to a memory."""
+    if config.encoder.kind == "hybrid":
+        return build_hybrid_neck(config, config.encoder, channels)
     semantic = config.cross_attention.kind == "semantic"  # its regions reach into padding
     constants = {"temperature": config.position_temperature, "offset": config.position_offset}
     position = SineMap(config.memory_width, **constants, blank=semantic)
     if config.encoder.kind == "dense":
         return SingleScaleNeck(channels[-1], config.width, position, norm=config.encoder.neck_norm)
     return MultiScaleNeck(channels, config.memory_width, config.encoder.levels, position)
+
+
+def build_hybrid_neck(config: DetectorConfig, encoder: HybridEncoderConfig, channels: Sequence[int]) -> HybridNeck:
+    """RT-DETR's encoder, which is a neck: its convolutions see the zeros that pad a batch, as a backbone's do."""
+    inner = encoder.inner or config.width
+    layers = []
+    for _ in range(encoder.layers):
+        attention = DenseAttention(inner, encoder.heads, dropout=config.dropout)
+        feed_forward = FeedForward(inner, encoder.hidden, dropout=config.dropout, activation="gelu")
+        layers.append(EncoderLayer(attention, feed_forward, inner, dropout=config.dropout))
+    parts = csp_parts(encoder.blocks, encoder.expansion)
+    return HybridNeck(channels, config.width, inner, layers, parts, temperature=config.position_temperature)
 
 
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
@@ -120,7 +145,10 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
     width, heads, dropout = config.width, config.decoder.heads, config.dropout
     chosen, levels = config.cross_attention, config.encoder.levels
     if chosen.kind == "deformable":
-        return DeformableAttention(width, heads, levels, chosen.points)
+        discrete = chosen.sampling == "discrete"
+        return DeformableAttention(
+            width, heads, levels, chosen.points, offset_scale=chosen.offset_scale, discrete=discrete
+        )
     if config.modulated:
         return ModulatedAttention(width, heads, dropout=dropout)
     attention: nn.Module
@@ -137,8 +165,10 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
 
 
 def build_encoder(config: DetectorConfig) -> Encoder:
-    """The encoder's layers."""
+    """The encoder's layers; none where the neck has done its work."""
     width, dropout, encoder = config.memory_width, config.dropout, config.encoder
+    if encoder.kind == "hybrid":
+        return Encoder([], references=False)
     layers = [
         EncoderLayer(
             build_encoder_attention(config, i), _feed_forward(config, width, encoder.hidden), width, dropout=dropout
@@ -196,6 +226,8 @@ def build_position(config: DetectorConfig) -> nn.Module:
         return ConditionalPosition(config.width) if attention.kind == "conditional" else FixedPosition()
     if attention.kind == "conditional":
         return ModulatedPosition(config.width)
+    if attention.kind == "deformable" and attention.position == "box":
+        return BoxPosition(config.width)
     if attention.kind == "deformable":
         return AnchorPosition(config.width, scaled=attention.position_scale)
     return PointPosition(config.width)

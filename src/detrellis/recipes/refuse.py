@@ -43,14 +43,7 @@ def refuse(recipe: Recipe) -> None:
 
 def _refuse_two_targets(recipe: Recipe) -> None:
     """Refuse two parts of a recipe that both say what the class logit of a positive should learn."""
-    align, stable, loss = recipe.schemes.align, recipe.schemes.stable, recipe.loss.classification
-    setters = {}  # schemes that do, and what makes each of them leave it
-    if align is not None and align.classification != "base":
-        setters["align"] = "take -o schemes.align.classification=base"
-    if stable is not None and stable.supervised:
-        setters["stable"] = "take -o schemes.stable.supervised=false"
-    if recipe.schemes.rank is not None:
-        setters["rank"] = "leave scheme rank out"
+    setters, loss, stable = recipe.schemes.target_setters, recipe.loss.classification, recipe.schemes.stable
     if len(setters) > 1:
         (one, remedy), (other, instead), *_ = setters.items()
         raise UserError(
@@ -150,7 +143,8 @@ def _rounded(width: int, step: int) -> int:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    for refused, problem, remedy in (*_sizes(config), *_combinations(config), *_scores(config), *_masks(config)):
+    checks = (_sizes, _combinations, _hybrid, _sampling, _scores, _masks)
+    for refused, problem, remedy in (row for check in checks for row in check(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
 
@@ -203,6 +197,57 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             placeless and refine != "none",
             f"decoder.refine={refine} needs boxes or points to move, and DETR's queries have none",
             "Take -o detector.decoder.refine=none.",
+        ),
+    ]
+
+
+def _hybrid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """The same for an encoder whose memory has no positions and exactly the backbone's levels."""
+    encoder, attention, maps = config.encoder, config.cross_attention, len(config.backbone.strides)
+    if encoder.kind != "hybrid":
+        return []
+    inner = encoder.inner or config.width
+    step = math.lcm(encoder.heads, 4)
+    return [
+        (
+            maps != encoder.levels,
+            f"encoder.levels={encoder.levels} and {maps} backbone.strides: encoder.kind=hybrid makes no further levels",
+            f"Take -o detector.encoder.levels={maps}.",
+        ),
+        (
+            attention.kind != "deformable",
+            f"encoder.kind=hybrid and cross_attention.kind={attention.kind}: the memory has no positions to read",
+            "Take -o detector.cross_attention.kind=deformable.",
+        ),
+        (
+            inner % step > 0,
+            f"encoder.inner={inner} is not a multiple of encoder.heads={encoder.heads}, and of 4 for its positions",
+            f"For example -o detector.encoder.inner={_rounded(inner, step)}.",
+        ),
+    ]
+
+
+def _sampling(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """The same for the points of deformable attention, and where it takes positions from."""
+    attention, queries, levels = config.cross_attention, config.queries, config.encoder.levels
+    if attention.kind != "deformable":
+        return []
+    counts, boxes = attention.points, attention.position == "box"
+    return [
+        (
+            not isinstance(counts, int) and len(counts) != levels,
+            f"cross_attention.points={counts} and encoder.levels={levels} do not combine: each level needs a number",
+            "Take one for all: -o detector.cross_attention.points=4.",
+        ),
+        (
+            boxes and queries.position == "queries",
+            f"cross_attention.position=box derives positions from boxes, and queries.kind={queries.kind} has its own",
+            "Take -o detector.cross_attention.position=sine.",
+        ),
+        (
+            boxes and attention.position_scale,
+            "cross_attention.position_scale scales positions of sines, and cross_attention.position=box has none",
+            "Take -o detector.cross_attention.position_scale=false.",
         ),
     ]
 
@@ -287,7 +332,7 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     sines = {"4, for the sines and cosines of two coordinates": 4}
     decoder = {f"decoder.heads={heads}": heads} | sines
     encoder = {
-        f"encoder.heads={config.encoder.heads}": config.encoder.heads,
+        f"encoder.heads={config.encoder.heads}": 1 if config.encoder.kind == "hybrid" else config.encoder.heads,
         **sines,
         f"{GROUPS}, the groups that the neck's GroupNorm has": GROUPS if _normed(config) else 1,
     }
@@ -312,5 +357,6 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 
 def _normed(config: DetectorConfig) -> bool:
-    """Whether the neck normalises its maps: one map only where it is asked to."""
-    return config.encoder.kind != "dense" or config.encoder.neck_norm
+    """Whether the neck has GroupNorm: of one map only where it is asked to."""
+    encoder = config.encoder
+    return encoder.kind != "hybrid" and (encoder.kind != "dense" or encoder.neck_norm)

@@ -4,18 +4,18 @@ each."""
 from __future__ import annotations
 
 from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
-from detrellis.recipes.detector import BackboneConfig
+from detrellis.recipes.detector import VD_RESNETS, BackboneConfig, DetectorConfig, EncoderConfig
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
-    """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs."""
+    """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs; of
+    hybrid encoders, 1 layer."""
     detector = recipe.detector
     dense = detector.encoder.kind == "dense"
-    levels = {} if dense else {"levels": 3}
     small = detector.replace(
-        backbone=BackboneConfig(name="resnet18", pretrained=False, strides=(16,) if dense else (8, 16)),
+        backbone=BackboneConfig(name=_depth_18(detector), pretrained=False, strides=(16,) if dense else (8, 16)),
         width=128,
-        encoder=detector.encoder.replace(layers=2, hidden=512, **levels),
+        encoder=_tiny_encoder(detector.encoder),
         queries=detector.queries.replace(count=100),
         decoder=detector.decoder.replace(layers=3, hidden=512),
         top_k=100,
@@ -35,3 +35,15 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             "data": DataConfig(size=(192, 256), match_orientation=True, augment="fixed", group_by_aspect=True),
         }
     )
+
+
+def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
+    """Two layers on one map, or on three levels; a hybrid one attends within the coarser of its two maps."""
+    if encoder.kind == "hybrid":
+        return encoder.replace(layers=1, hidden=512, levels=2, inner=None, expansion=0.5)
+    levels = {} if encoder.kind == "dense" else {"levels": 3}
+    return encoder.replace(layers=2, hidden=512, **levels)
+
+
+def _depth_18(detector: DetectorConfig) -> str:
+    return VD_RESNETS[0] if detector.backbone.name in VD_RESNETS else "resnet18"

@@ -159,3 +159,16 @@ class SchemesConfig(Config):
     stable: StableConfig | None = None
     rank: RankConfig | None = None
     group: GroupConfig | None = None
+
+    @property
+    def target_setters(self) -> dict[str, str]:
+        """The schemes that say themselves what the class logit of a positive should learn, and what makes each of them
+        leave it."""
+        setters = {}
+        if self.align is not None and self.align.classification != "base":
+            setters["align"] = "take -o schemes.align.classification=base"
+        if self.stable is not None and self.stable.supervised:
+            setters["stable"] = "take -o schemes.stable.supervised=false"
+        if self.rank is not None:
+            setters["rank"] = "leave scheme rank out"
+        return setters
