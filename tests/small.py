@@ -21,6 +21,7 @@ SMALL = [
     "detector.backbone.name=test_resnet",
     "detector.backbone.pretrained=false",
     "detector.backbone.norm=auto",
+    "detector.backbone.frozen=0",
     "detector.backbone.dilation=false",
     "detector.width=64",
     "detector.encoder.layers=1",
@@ -51,6 +52,7 @@ NETWORKS = (
     "sam_detr_plus_r50_smca_dn",
     "smca_detr_r50",
     "rtdetr_r18",
+    "dfine_s",
 )
 
 
@@ -65,8 +67,10 @@ def shrink(recipe: Recipe) -> Recipe:
     recipe = recipe.override(SMALL)
     if encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
         recipe = recipe.override(f"detector.encoder.hidden={encoder.hidden}")
-    if encoder.kind == "hybrid" and encoder.inner is not None:
-        recipe = recipe.override("detector.encoder.inner=96")
+    if encoder.kind == "hybrid":
+        recipe = recipe.override(["detector.encoder.blocks=1", "detector.encoder.expansion=0.5"])
+        if encoder.inner is not None:
+            recipe = recipe.override("detector.encoder.inner=96")
     if recipe.schemes.group is not None:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
     if recipe.schemes.hybrid is not None:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from timm.models import FeatureListNet
+from timm.models.hgnet import HighPerfGpuNet
+from torch import Tensor, nn
 
 from detrellis.boxes import boxes_at, side_distances
+from detrellis.detector import Detector
+from detrellis.interop.dfine import table
+from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, unused
 from detrellis.losses import bins_beside
 from detrellis.matching import Hungarian
-from detrellis.nn.distribution import Bins, mean_boxes, weighting
+from detrellis.nn.distribution import Bins, weighting
+from detrellis.nn.hybrid import HybridNeck
 from detrellis.pairs import decoupled_distillation, fine_grained_localization, pair_up
+from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.dfine import dfine_detector
+from detrellis.recipes.network import build_detector, build_neck
 from detrellis.supervision import CLASSIFICATION, Supervision, counted, match, supervise, uniting
-from detrellis.types import Assignment, DecoderOutput, SideDistributions, Targets
+from detrellis.types import Assignment, DecoderOutput, ImageBatch, SideDistributions, Targets
 
+from ..small import resized
 from .align import one_layer, targets_of
 from .arrays import Arrays, close
+from .models import own_gradients
+from .realtime import check_neck
 
 RELATIVE = 1e-6  # the authors' square roots of counts are float32
 
@@ -80,19 +94,105 @@ def pairs_of(a: Arrays, targets: Targets) -> Assignment:
 
 
 def check_model(a: Arrays) -> None:
-    """A whole tiny model: its loss as the authors', matched by the union of all that it says."""
+    """A whole tiny model from the pictures to the gradients; its loss is the authors', with the union of matches."""
+    model, links = load(a)
+    maps = model.backbone(a["pixel_values"])
+    for i, found in enumerate(maps):
+        close_relative(found, a[f"feat{i}"], f"map {i}")  # recorded in single precision
+    assert isinstance(model.neck, HybridNeck)
+    check_neck(a, model.neck, maps)
+    memory = model.encode(ImageBatch(a["pixel_values"]))
+    queries, proposals = model.propose(memory)
+    assert proposals is not None
+    output = model.decoder(queries, memory, (), every_layer=True)
+    assert output.initial is not None
+    assert output.sides is not None
+    close(output.sides.bins, a["weighting"], 1e-9, "weighting function")
+    close(output.initial.logits[0], a["pre_logits"], 1e-9, "logits before there are distributions")
+    close(output.initial.boxes[0], a["pre_boxes"], 1e-9, "boxes before there are distributions")
+    close(output.sides.logits.flatten(-2), a["all_corners"], 1e-9, "distributions")
+    close(output.boxes, a["all_boxes"], 1e-9, "boxes of all layers")
+    close(output.logits, a["all_logits"], 1e-9, "logits of all layers")
+    close(model(ImageBatch(a["pixel_values"])).boxes[0], a["pred_boxes"], 1e-9, "boxes")
+    check_criterion(a, output, model.queries.training_output(proposals)).backward()
+    check_gradients(a, model, links)
+
+
+def load(a: Arrays) -> tuple[Detector, list[Link]]:
+    """The file's detector, in double precision."""
     config = a.json("config_json")
-    bins = Bins(config["max_num_bins"], config["reg_scale"], config["up"])
-    values = weighting(bins, a["weighting"])
-    close(values, a["weighting"], 1e-9, "weighting function")
-    initial = one_layer(a["pre_logits"], a["pre_boxes"])
-    corners = a["all_corners"].unflatten(-1, (4, bins.number + 1))
-    base = a["pre_boxes"].expand(len(corners), -1, -1, -1)
-    sides = SideDistributions(corners, base, values, bins.scale)
-    boxes = a["all_boxes"]
-    close(mean_boxes(sides), boxes, 1e-9, "boxes of the distributions")
-    output = DecoderOutput(a["all_logits"], boxes, boxes, sides=sides, initial=initial)
-    check_criterion(a, output, one_layer(a["enc_topk_logits"], a["enc_topk_boxes"]))
+    network = network_of(config)
+    with torch.device("meta"):
+        model = build_detector(network, config["num_labels"])
+        model.backbone = hgnet(config["backbone_config"], network.backbone.strides)
+        model.neck = build_neck(network, model.backbone.channels)
+    model = model.to_empty(device="cpu").double().eval()
+    links = link_up(model.state_dict(), table(network), network.decoder.layers)
+    assert not missing(model.state_dict(), links)
+    weights = a.group("p/")
+    assert set(unused(weights, links)) == {"model.decoder.up", "model.decoder.reg_scale"}
+    state = to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
+    model.load_state_dict(state, strict=False)  # counters of steps are in neither
+    return model, links
+
+
+def network_of(config: dict[str, Any]) -> DetectorConfig:
+    """The file's sizes."""
+    return resized(
+        dfine_detector("l"),
+        backbone={"pretrained": False, "strides": tuple(config["feat_strides"])},
+        width=config["d_model"],
+        encoder={
+            "layers": config["encoder_layers"],
+            "heads": config["encoder_attention_heads"],
+            "hidden": config["encoder_ffn_dim"],
+            "inner": config["encoder_hidden_dim"],
+            "levels": config["num_feature_levels"],
+            "blocks": round(3 * config["depth_mult"]),
+            "expansion": config["hidden_expansion"],
+        },
+        queries={"count": config["num_queries"]},
+        cross_attention={"points": config["decoder_n_points"]},
+        decoder={
+            "layers": config["decoder_layers"],
+            "heads": config["decoder_attention_heads"],
+            "hidden": config["decoder_ffn_dim"],
+            "distributions": {"bins": config["max_num_bins"], "scale": config["reg_scale"], "reach": config["up"]},
+        },
+    )
+
+
+class Backbone(nn.Module):
+    """timm's HGNetV2 of other sizes than any that it has a name for."""
+
+    def __init__(self, model: nn.Module, channels: list[int]) -> None:
+        super().__init__()
+        self.model, self.channels = model, channels
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = self.model(pixels)
+        return maps
+
+
+def hgnet(config: dict[str, Any], strides: tuple[int, ...]) -> Backbone:
+    """A HGNetV2 of the file's own sizes."""
+    stages = zip(*(config[f"stage_{name}"] for name in STAGE), strict=True)
+    sizes = {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
+    whole = HighPerfGpuNet(
+        {"stem_type": "v2", "stem_chs": config["stem_channels"][1:], **sizes},
+        use_lab=config["use_learnable_affine_block"],
+    )
+    wanted = [stride.bit_length() - 3 for stride in strides]
+    return Backbone(
+        FeatureListNet(whole, out_indices=wanted, flatten_sequential=True),
+        [config["stage_out_channels"][i] for i in wanted],
+    )
+
+
+STAGE = (
+    *("in_channels", "mid_channels", "out_channels", "num_blocks"),
+    *("downsample", "light_block", "kernel_size", "numb_of_layers"),
+)
 
 
 TERMS = {"class": "vfl", "box": "bbox", "giou": "giou", "fgl": "fgl", "ddf": "ddf"}
@@ -131,6 +231,16 @@ def check_criterion(a: Arrays, output: DecoderOutput, proposals: DecoderOutput) 
     total = torch.stack(list(losses.values())).sum()
     close_relative(total, a["loss_total"], "sum of the losses")
     return total
+
+
+def check_gradients(a: Arrays, model: Detector, links: list[Link]) -> None:
+    own = own_gradients(model)
+    gradients = to_theirs(own, [link for link in links if own.keys() >= set(link.ours)])
+    for name, norm in zip(a.data["grad_norm_names"], a["grad_norms"], strict=True):
+        if norm >= 0:
+            close_relative(gradients[str(name)].norm(), norm, f"gradient norm of {name}")
+    for name, expected in a.group("grad/").items():
+        close_relative(gradients[name], expected, f"gradient of {name}")
 
 
 def check_pairs(a: Arrays, targets: Targets, found: Assignment, layer: int, name: str) -> None:

@@ -30,7 +30,7 @@ from detrellis.data.shapes import write_shapes
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
 from detrellis.nn.pretrained import timm_statistics
-from detrellis.recipes import RECIPES, find_recipe, mask2former, rtdetr
+from detrellis.recipes import RECIPES, dfine, find_recipe, mask2former, rtdetr
 from detrellis.recipes.build import build
 from detrellis.recipes.detector import RESNETS
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
@@ -43,7 +43,7 @@ from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 from ..small import images
 
 # Recipes and schemes that format 1 did not have.
-SINCE = ("ddq-dino-r50", "small", "dense", "rank", "federated", *mask2former.RECIPES, *rtdetr.RECIPES)
+SINCE = ("ddq-dino-r50", "small", "dense", "rank", "federated", *mask2former.RECIPES, *rtdetr.RECIPES, *dfine.RECIPES)
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {

@@ -41,28 +41,41 @@ def _feed_forward(ours: str, theirs: str) -> list[Pair]:
 
 def _hybrid(config: DetectorConfig) -> list[Pair]:
     """The neck; AIFI's one map is the coarsest."""
-    aifi, maps = "model.encoder.aifi.0.layers.*", len(config.backbone.strides)
     rows = [
-        Pair("neck.layers.*.attention.projections", f"{aifi}.self_attn.{QKV}"),
-        Pair("neck.layers.*.attention.output", f"{aifi}.self_attn.o_proj"),
-        Pair("neck.layers.*.norm", f"{aifi}.self_attn_layer_norm"),
-        *_feed_forward("neck.layers.*.feed_forward", aifi),
-        *_normed("neck.projections.*", "model.encoder_input_proj.*", ("0", "1")),
-        *_normed("neck.outputs.*", "model.decoder_input_proj.*", ("0", "1")),
-        *_normed("neck.laterals.*", "model.encoder.lateral_convs.*"),
-        *_normed("neck.downs.*", "model.encoder.downsample_convs.*"),
+        *hybrid_levels(),
+        *_feed_forward("neck.layers.*.feed_forward", "model.encoder.aifi.0.layers.*"),
+        *normed("neck.downs.*", "model.encoder.downsample_convs.*"),
     ]
     for way, blocks in (("top_down", "fpn_blocks"), ("bottom_up", "pan_blocks")):
-        for i in range(maps - 1):
-            ours, theirs = f"neck.{way}.{i}", f"model.encoder.{blocks}.{i}"
-            for own, other in (("first", "conv1"), ("bypass", "conv2"), ("last", "conv3")):
-                rows += _normed(f"{ours}.{own}", f"{theirs}.{other}")
-            for own, other in (("wide", "conv1"), ("point", "conv2")):
-                rows += _normed(f"{ours}.blocks.*.{own}", f"{theirs}.bottlenecks.*.{other}")
+        for i in range(len(config.backbone.strides) - 1):
+            rows += csp(f"neck.{way}.{i}", f"model.encoder.{blocks}.{i}")
     return rows
 
 
-def _normed(ours: str, theirs: str, parts: tuple[str, str] = ("conv", "norm")) -> list[Pair]:
+def hybrid_levels() -> list[Pair]:
+    """What a hybrid encoder has whatever its fusions are: projections, and AIFI's attention."""
+    aifi = "model.encoder.aifi.0.layers.*"
+    return [
+        Pair("neck.layers.*.attention.projections", f"{aifi}.self_attn.{QKV}"),
+        Pair("neck.layers.*.attention.output", f"{aifi}.self_attn.o_proj"),
+        Pair("neck.layers.*.norm", f"{aifi}.self_attn_layer_norm"),
+        *normed("neck.projections.*", "model.encoder_input_proj.*", ("0", "1")),
+        *normed("neck.outputs.*", "model.decoder_input_proj.*", ("0", "1")),
+        *normed("neck.laterals.*", "model.encoder.lateral_convs.*"),
+    ]
+
+
+def csp(ours: str, theirs: str) -> list[Pair]:
+    """A CSP layer."""
+    rows = []
+    for own, other in (("first", "conv1"), ("bypass", "conv2"), ("last", "conv3")):
+        rows += normed(f"{ours}.{own}", f"{theirs}.{other}")
+    for own, other in (("wide", "conv1"), ("point", "conv2")):
+        rows += normed(f"{ours}.blocks.*.{own}", f"{theirs}.bottlenecks.*.{other}")
+    return rows
+
+
+def normed(ours: str, theirs: str, parts: tuple[str, str] = ("conv", "norm")) -> list[Pair]:
     """A convolution and its norm."""
     return [Pair(f"{ours}.convolution", f"{theirs}.{parts[0]}"), Pair(f"{ours}.norm", f"{theirs}.{parts[1]}")]
 

@@ -17,7 +17,8 @@ from detrellis.errors import UserError
 from detrellis.nn.pretrained import Source, check_timm_name, fitted, torchvision_weights, unreachable
 
 Norm = Literal["frozen", "frozen_norm", "batch"]
-Frozen = int | Literal["all"]  # how many stages, with the stem, training leaves as they are
+# How many stages, with the stem, training leaves as they are.
+Frozen = int | Literal["all", "stem"]
 PATCH = 4
 # A pixel's channels side by side: a ResNet-50 is a tenth faster so, an EfficientNet a fifth, and the maps are tokens.
 MEMORY = torch.channels_last
@@ -160,7 +161,9 @@ def _channels(stage: nn.Module) -> int:
 
 
 def first_stages(stages: Sequence[nn.Module], count: Frozen, name: str) -> Sequence[nn.Module]:
-    """The first `count` stages; `UserError` where there are fewer."""
+    """The first `count` stages, of the stem alone none; `UserError` where there are fewer."""
+    if count == "stem":
+        return []
     if count != "all" and count > len(stages):
         raise UserError(
             f"detector.backbone.frozen={count}: backbone {name} has {len(stages)} stages here",
@@ -225,8 +228,8 @@ class TimmBackbone(Backbone):
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.channels_last else maps
 
 
-def _until(model: nn.Module, ends: Sequence[str], count: int, name: str) -> list[nn.Module]:
-    """The parts of a timm model up to the end of its stage `count`; `ends` names the last part of each stage."""
+def _until(model: nn.Module, ends: Sequence[str], count: int | Literal["stem"], name: str) -> list[nn.Module]:
+    """The parts of a timm model up to the end of its stem, or of stage `count`; `ends` names each stage's last part."""
     in_order = isinstance(model, nn.ModuleDict)  # its parts have names without dots
     parts = dict(model.named_children()) if in_order else _in_sequence(model)
     ends = [end.replace(".", "_") if in_order else end for end in ends]
@@ -238,6 +241,9 @@ def _until(model: nn.Module, ends: Sequence[str], count: int, name: str) -> list
         )
     first_stages([parts[end] for end in ends], count, name)
     names = list(parts)
+    if count == "stem":
+        of_stages = next(i for i, part in enumerate(names) if part == ends[0] or part.startswith("blocks."))
+        return [parts[part] for part in names[:of_stages]]
     return [parts[part] for part in names[: names.index(ends[count - 1]) + 1]]
 
 

@@ -18,7 +18,8 @@ class DeformableAttention(nn.Module):
 
     `points` of each head on each level, or on one level after the other (RT-DETRv2): a level with twice as many is then
     sampled as two levels of half as many. `offset_scale`: offsets around a box count `offset_scale / points` of its
-    sides. `discrete` reads the nearest cell instead of four, so that offsets learn nothing and stay.
+    sides. `discrete` reads the nearest cell instead of four, so that offsets learn nothing and stay. Not `projected`:
+    each head reads its channels of the memory itself, and what they read is the output (D-FINE).
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class DeformableAttention(nn.Module):
         *,
         offset_scale: float = 0.5,
         discrete: bool = False,
+        projected: bool = True,
     ) -> None:
         super().__init__()
         self.counts = [points] * levels if isinstance(points, int) else list(points)
@@ -39,8 +41,9 @@ class DeformableAttention(nn.Module):
         self.heads, self.offset_scale, self.discrete = heads, offset_scale, discrete
         self.sampling_offsets = nn.Linear(width, heads * self.levels * self.points * 2)
         self.attention_weights = nn.Linear(width, heads * self.levels * self.points)
-        self.value_projection = xavier_linear(width, width)
-        self.output_projection = xavier_linear(width, width)
+        self.value_projection, self.output_projection = (
+            xavier_linear(width, width) if projected else nn.Identity() for _ in range(2)
+        )
         self._reset()
         if discrete:
             self.sampling_offsets.requires_grad_(False)
@@ -50,8 +53,9 @@ class DeformableAttention(nn.Module):
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        for layer in (self.value_projection, self.output_projection):
-            nn.init.zeros_(layer.bias)
+        for projection in (self.value_projection, self.output_projection):
+            if isinstance(projection, nn.Linear):
+                nn.init.zeros_(projection.bias)
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)

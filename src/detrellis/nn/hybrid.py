@@ -43,19 +43,42 @@ class GridSine(nn.Module):
 
 
 class CSPFusion(nn.Module):
-    """Two maps side by side to one, by RepVGG's blocks beside a 1x1 convolution (CSPRepLayer)."""
+    """RepVGG's blocks of `hidden` channels beside a 1x1 convolution (CSPRepLayer)."""
 
-    def __init__(self, width: int, *, blocks: int = 3, expansion: float = 1.0) -> None:
+    def __init__(self, inputs: int, outputs: int, hidden: int, *, blocks: int = 3) -> None:
         super().__init__()
-        hidden = int(width * expansion)
-        self.first = ConvNorm(2 * width, hidden, activation="silu")
+        self.first = ConvNorm(inputs, hidden, activation="silu")
         self.blocks = nn.Sequential(*(RepConvolution(hidden) for _ in range(blocks)))
-        self.bypass = ConvNorm(2 * width, hidden, activation="silu")
-        self.last = ConvNorm(hidden, width, activation="silu") if hidden != width else nn.Identity()
+        self.bypass = ConvNorm(inputs, hidden, activation="silu")
+        self.last = ConvNorm(hidden, outputs, activation="silu") if hidden != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, inputs, H, W)` to `(B, outputs, H, W)`."""
+        out: Tensor = self.last(self.blocks(self.first(x)) + self.bypass(x))
+        return out
+
+
+class ELANFusion(nn.Module):
+    """Two maps of `width` side by side to one, with all that is made on the way (D-FINE's RepNCSPELAN4, of GELAN,
+    YOLOv9): a half of them goes through two CSP layers of `hidden` channels one after the other."""
+
+    def __init__(self, width: int, hidden: int, *, blocks: int) -> None:
+        super().__init__()
+        self.first = ConvNorm(2 * width, 2 * width, activation="silu")
+        self.steps = nn.ModuleList(
+            nn.Sequential(
+                CSPFusion(inputs, hidden, hidden, blocks=blocks), ConvNorm(hidden, hidden, 3, activation="silu")
+            )
+            for inputs in (width, hidden)
+        )
+        self.last = ConvNorm(2 * width + 2 * hidden, width, activation="silu")
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, 2 * D, H, W)` to `(B, D, H, W)`."""
-        out: Tensor = self.last(self.blocks(self.first(x)) + self.bypass(x))
+        parts = list(self.first(x).chunk(2, dim=1))
+        for step in self.steps:
+            parts.append(step(parts[-1]))
+        out: Tensor = self.last(torch.cat(parts, dim=1))
         return out
 
 
@@ -65,6 +88,7 @@ class FusionParts(NamedTuple):
     lateral: Callable[[int], nn.Module]  # of a coarse map, before it is enlarged
     down: Callable[[int], nn.Module]  # of a fine map, to half its size
     fusion: Callable[[int], nn.Module]  # of two maps side by side, to one
+    output: Callable[[int, int], nn.Module]  # of a fused map, to the width of the memory
 
 
 def csp_parts(blocks: int, expansion: float) -> FusionParts:
@@ -72,7 +96,18 @@ def csp_parts(blocks: int, expansion: float) -> FusionParts:
     return FusionParts(
         lambda width: ConvNorm(width, width, activation="silu"),
         lambda width: ConvNorm(width, width, 3, 2, activation="silu"),
-        lambda width: CSPFusion(width, blocks=blocks, expansion=expansion),
+        lambda width: CSPFusion(2 * width, width, int(width * expansion), blocks=blocks),
+        ConvNorm,
+    )
+
+
+def elan_parts(blocks: int, expansion: float) -> FusionParts:
+    """D-FINE's parts: nothing but fusions has activations, and what has the memory's width already stays as it is."""
+    return FusionParts(
+        lambda width: ConvNorm(width, width),
+        lambda width: nn.Sequential(ConvNorm(width, width), ConvNorm(width, width, 3, 2, groups=width)),
+        lambda width: ELANFusion(width, round(expansion * width // 2), blocks=blocks),
+        lambda inner, width: nn.Identity() if inner == width else ConvNorm(inner, width),
     )
 
 
@@ -101,7 +136,7 @@ class HybridNeck(nn.Module):
         self.top_down = nn.ModuleList(parts.fusion(inner) for _ in fusions)
         self.downs = nn.ModuleList(parts.down(inner) for _ in fusions)
         self.bottom_up = nn.ModuleList(parts.fusion(inner) for _ in fusions)
-        self.outputs = nn.ModuleList(ConvNorm(inner, width) for _ in channels)
+        self.outputs = nn.ModuleList(parts.output(inner, width) for _ in channels)
         self.to(memory_format=torch.channels_last)  # a cell's channels side by side, as tokens are
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:

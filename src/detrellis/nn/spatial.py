@@ -81,15 +81,17 @@ class AnchorPosition(nn.Module):
 
 
 class BoxPosition(nn.Module):
-    """Positions from the current boxes themselves: an MLP of their four numbers (RT-DETR)."""
+    """Positions from the current boxes themselves: an MLP of their four numbers (RT-DETR), within `+-limit` where there
+    is one (D-FINE, whose boxes may lie anywhere)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, limit: float | None = None) -> None:
         super().__init__()
-        self.mlp = MLP(4, 2 * width, width, 2, xavier=True)
+        self.mlp, self.limit = MLP(4, 2 * width, width, 2, xavier=True), limit
 
     def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
         assert boxes is not None
-        return Spatial(self.mlp(boxes), boxes)
+        position = self.mlp(boxes)
+        return Spatial(position if self.limit is None else position.clamp(-self.limit, self.limit), boxes)
 
 
 class ModulatedPosition(nn.Module):

@@ -8,7 +8,21 @@ from typing import Literal
 
 from detrellis.errors import UserError
 from detrellis.fields import unknown_name
-from detrellis.recipes import align, co, conditional, dab, ddq, deformable, detr, dino, group, mask2former, rtdetr, sam
+from detrellis.recipes import (
+    align,
+    co,
+    conditional,
+    dab,
+    ddq,
+    deformable,
+    detr,
+    dfine,
+    dino,
+    group,
+    mask2former,
+    rtdetr,
+    sam,
+)
 from detrellis.recipes.config import Recipe, Recipes
 from detrellis.recipes.scale import tiny_sized
 
@@ -30,6 +44,7 @@ RECIPES: Recipes = {
     **sam.RECIPES,
     **mask2former.RECIPES,
     **rtdetr.RECIPES,
+    **dfine.RECIPES,
 }
 
 

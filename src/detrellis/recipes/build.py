@@ -95,14 +95,15 @@ def build_supervision(recipe: Recipe) -> Supervision:
     softmax = detector.scores == "softmax"
     term = softmax_term if softmax else focal_term
     cost = MatchingCost(config.cost_classes, config.cost_box, config.cost_giou, term)
-    names = {"class": "classes", **{name: name for name in ("box", "giou", "iou_branch", "mask", "dice")}}
+    terms = ("box", "giou", "iou_branch", "mask", "dice", "fgl", "ddf")
+    names = {"class": "classes", **{name: name for name in terms}}
     k = config.one_to_many
     weights = {term: getattr(config, name) / k for term, name in names.items()}  # as if copies were targets
     candidates = Candidates(k, k, k, positive_fraction=None)
     masks = MaskCost(config.cost_mask, config.cost_dice) if detector.masks is not None else None
     cross_entropy = softmax_set_loss if detector.boxes else softmax_class_loss
     rule = partial(cross_entropy, no_object=config.no_object) if softmax else CLASSIFICATION[config.classification]
-    return Supervision(Hungarian(cost, candidates, masks=masks), rule, weights)
+    return Supervision(Hungarian(cost, candidates, masks=masks, union=config.union), rule, weights)
 
 
 def build_points(recipe: Recipe) -> Points | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from detrellis.fields import Ascending, Config, Count, Few, Key, Some, ZeroToBelowOne, ZeroToOne, within
+from detrellis.fields import Ascending, Config, Count, Few, Key, Positive, Some, ZeroToBelowOne, ZeroToOne, within
 
 Width = Annotated[int, within(4, 8192)]
 Levels = Annotated[int, within(1, 8)]
@@ -47,8 +47,9 @@ class BackboneConfig(Config):
     dilation: bool = False  # DC5
     drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it
     strides: Strides = (8, 16, 32)
-    # stages, with the stem, that training leaves as they are, BatchNorm's statistics too; 0: what `norm` freezes
-    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
+    # stages, with the stem (or "stem" alone), that training leaves as they are, BatchNorm's statistics too; 0: what
+    # `norm` freezes
+    frozen: Annotated[int, within(0, 99)] | Literal["all", "stem"] = 0
 
     @property
     def normalisation(self) -> Literal["frozen", "frozen_norm", "batch"]:
@@ -104,8 +105,9 @@ class HybridEncoderConfig(Config):
     hidden: Count = 1024
     levels: Levels = 3
     inner: Width | None = None  # channels of its maps; None: detector.width
-    blocks: Few = 3  # RepVGG's, in each fusion of two levels
-    expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps
+    fuse_by: Literal["csp", "elan"] = "csp"  # two levels; elan: D-FINE's, with two CSP layers in a row
+    blocks: Few = 3  # RepVGG's, in each CSP layer
+    expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps; of elan, in halves
 
 
 class DeformableAttentionConfig(Config):
@@ -116,7 +118,9 @@ class DeformableAttentionConfig(Config):
     points: Points = 4  # that each head samples on each level; or a list, of each (RT-DETRv2)
     offset_scale: Annotated[float, within(0, 10, above=True)] = 0.5  # of offsets around a box, in its sides
     sampling: Literal["bilinear", "discrete"] = "bilinear"  # discrete: the nearest cell, offsets stay (RT-DETRv2)
+    projected: bool = True  # read a projection of the memory, and project what was read; not in D-FINE
     position: Literal["sine", "box"] = "sine"  # an MLP of the current boxes' sines, or of the boxes (RT-DETR)
+    position_limit: Positive | None = None  # largest entry of positions from boxes (D-FINE: 10); None: any
     position_scale: bool = False  # positions derived from boxes, times an MLP of the content (DAB-DETR)
 
 
@@ -219,6 +223,15 @@ CrossAttentionConfig = (
 QueriesConfig = LearnedQueriesConfig | AnchorQueriesConfig | ProposalQueriesConfig | MixedQueriesConfig
 
 
+class DistributionsConfig(Config):
+    """Bins of D-FINE's distributions: how far a side may lie from that of a fixed box, fine near 0, coarse far off."""
+
+    bins: Annotated[int, within(4, 1000)] = 32  # an even number, and one more
+    # distances count in 1 / scale of the fixed box's sides, and reach 2 * reach * scale to either side
+    scale: Annotated[float, within(0.1, 1000)] = 4.0
+    reach: Annotated[float, within(0.01, 1000)] = 0.5
+
+
 class DecoderConfig(Config):
     """The layers that turn queries into boxes, and the heads behind them."""
 
@@ -228,6 +241,9 @@ class DecoderConfig(Config):
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
+    gated: bool = False  # what cross-attention reads comes through a gate, not a residual (D-FINE)
+    # boxes are means of distributions, to which each layer adds (D-FINE); None: each layer moves them
+    distributions: DistributionsConfig | None = None
     distinct: Overlap | None = None  # from layer to layer, queries that overlap a better one by more are dropped (DDQ)
 
 

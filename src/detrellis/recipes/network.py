@@ -15,9 +15,10 @@ from detrellis.nn.backbone import Norm, ResNet, TimmBackbone
 from detrellis.nn.conditional import ConditionalCrossAttention, ConditionalSelfAttention
 from detrellis.nn.decoder import Decoder, DecoderLayer
 from detrellis.nn.deformable import DeformableAttention
+from detrellis.nn.distribution import Bins
 from detrellis.nn.encoder import Encoder, EncoderLayer, MemoryFusion
 from detrellis.nn.heads import Heads
-from detrellis.nn.hybrid import HybridNeck, csp_parts
+from detrellis.nn.hybrid import HybridNeck, csp_parts, elan_parts
 from detrellis.nn.masked import MaskedDecoder, MaskedDecoderLayer, MaskHeads
 from detrellis.nn.masks import MaskBranch
 from detrellis.nn.mlp import FeedForward
@@ -127,7 +128,7 @@ def build_hybrid_neck(config: DetectorConfig, encoder: HybridEncoderConfig, chan
         attention = DenseAttention(inner, encoder.heads, dropout=config.dropout)
         feed_forward = FeedForward(inner, encoder.hidden, dropout=config.dropout, activation="gelu")
         layers.append(EncoderLayer(attention, feed_forward, inner, dropout=config.dropout))
-    parts = csp_parts(encoder.blocks, encoder.expansion)
+    parts = (csp_parts if encoder.fuse_by == "csp" else elan_parts)(encoder.blocks, encoder.expansion)
     return HybridNeck(channels, config.width, inner, layers, parts, temperature=config.position_temperature)
 
 
@@ -147,7 +148,10 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
     if chosen.kind == "deformable":
         discrete = chosen.sampling == "discrete"
         return DeformableAttention(
-            width, heads, levels, chosen.points, offset_scale=chosen.offset_scale, discrete=discrete
+            *(width, heads, levels, chosen.points),
+            offset_scale=chosen.offset_scale,
+            discrete=discrete,
+            projected=chosen.projected,
         )
     if config.modulated:
         return ModulatedAttention(width, heads, dropout=dropout)
@@ -227,7 +231,7 @@ def build_position(config: DetectorConfig) -> nn.Module:
     if attention.kind == "conditional":
         return ModulatedPosition(config.width)
     if attention.kind == "deformable" and attention.position == "box":
-        return BoxPosition(config.width)
+        return BoxPosition(config.width, attention.position_limit)
     if attention.kind == "deformable":
         return AnchorPosition(config.width, scaled=attention.position_scale)
     return PointPosition(config.width)
@@ -245,11 +249,13 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
             _feed_forward(config, width, decoder.hidden),
             width,
             dropout=dropout,
+            gated=decoder.gated,
         )
         for i in range(decoder.layers)
     ]
     # Points that are sampled around need small boxes; proposals bring their size, and dense attention needs none.
     small = config.cross_attention.kind == "deformable" and not config.two_stage
+    fine = decoder.distributions
     return Decoder(
         layers,
         Heads(
@@ -260,6 +266,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
             size_bias=-2.0 if small else 0.0,
             softmax=config.scores == "softmax",
             iou_branch=config.iou_branch != "none",
+            bins=None if fine is None else Bins(fine.bins, fine.scale, fine.reach),
         ),
         refine=decoder.refine,
         position=build_position(config),

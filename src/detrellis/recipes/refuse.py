@@ -12,6 +12,7 @@ import warnings
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.config import POLICIES, STRONG, Recipe
 from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.refuse_parts import distributions, hybrid, rounded, sampling
 
 # What a detector without the capability lacks, and what to use instead.
 MISSING = {
@@ -35,6 +36,7 @@ def refuse(recipe: Recipe) -> None:
     """`UserError` for a recipe whose parts contradict each other; advice where they do the same work twice."""
     refuse_network(recipe.detector)
     _refuse_two_targets(recipe)
+    _refuse_union(recipe)
     _refuse_schemes(recipe)
     _refuse_pictures(recipe)
     _refuse_schedule(recipe)
@@ -68,6 +70,23 @@ def _refuse_two_targets(recipe: Recipe) -> None:
         )
 
 
+def _refuse_union(recipe: Recipe) -> None:
+    """Refuse to unite the matches of outputs whose classes or queries are others."""
+    if not recipe.loss.union:
+        return
+    remedy = "Leave it out"
+    if recipe.detector.scores == "softmax":
+        reason = MISSING["sigmoid_scores"][0]
+        raise UserError(
+            f"loss.union cannot train {recipe.name}: {reason}, and boxes have no matches of their own", f"{remedy}."
+        )
+    if recipe.detector.objectness:
+        raise UserError(
+            f"loss.union cannot train {recipe.name}: all tokens of its encoder learn whether they are objects",
+            f"{remedy}, or take -o detector.queries.proposal_targets=classes.",
+        )
+
+
 def _refuse_schemes(recipe: Recipe) -> None:
     """Refuse schemes that cannot train this detector, and advise against two that do the same."""
     schemes, detector = recipe.schemes, recipe.detector
@@ -79,7 +98,7 @@ def _refuse_schemes(recipe: Recipe) -> None:
         raise UserError(
             f"scheme co and detector.width={detector.width} do not combine: its heads normalise {GROUPS} groups of"
             " channels",
-            f"Leave it out, or take -o detector.width={_rounded(detector.width, GROUPS)}.",
+            f"Leave it out, or take -o detector.width={rounded(detector.width, GROUPS)}.",
         )
 
 
@@ -137,13 +156,9 @@ def _refuse_augmentation(recipe: Recipe) -> None:
         )
 
 
-def _rounded(width: int, step: int) -> int:
-    return max(step, round(width / step) * step)
-
-
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    checks = (_sizes, _combinations, _hybrid, _sampling, _scores, _masks)
+    checks = (_sizes, _combinations, hybrid, sampling, distributions, _scores, _masks)
     for refused, problem, remedy in (row for check in checks for row in check(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
@@ -197,57 +212,6 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             placeless and refine != "none",
             f"decoder.refine={refine} needs boxes or points to move, and DETR's queries have none",
             "Take -o detector.decoder.refine=none.",
-        ),
-    ]
-
-
-def _hybrid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
-    """The same for an encoder whose memory has no positions and exactly the backbone's levels."""
-    encoder, attention, maps = config.encoder, config.cross_attention, len(config.backbone.strides)
-    if encoder.kind != "hybrid":
-        return []
-    inner = encoder.inner or config.width
-    step = math.lcm(encoder.heads, 4)
-    return [
-        (
-            maps != encoder.levels,
-            f"encoder.levels={encoder.levels} and {maps} backbone.strides: encoder.kind=hybrid makes no further levels",
-            f"Take -o detector.encoder.levels={maps}.",
-        ),
-        (
-            attention.kind != "deformable",
-            f"encoder.kind=hybrid and cross_attention.kind={attention.kind}: the memory has no positions to read",
-            "Take -o detector.cross_attention.kind=deformable.",
-        ),
-        (
-            inner % step > 0,
-            f"encoder.inner={inner} is not a multiple of encoder.heads={encoder.heads}, and of 4 for its positions",
-            f"For example -o detector.encoder.inner={_rounded(inner, step)}.",
-        ),
-    ]
-
-
-def _sampling(config: DetectorConfig) -> list[tuple[bool, str, str]]:
-    """The same for the points of deformable attention, and where it takes positions from."""
-    attention, queries, levels = config.cross_attention, config.queries, config.encoder.levels
-    if attention.kind != "deformable":
-        return []
-    counts, boxes = attention.points, attention.position == "box"
-    return [
-        (
-            not isinstance(counts, int) and len(counts) != levels,
-            f"cross_attention.points={counts} and encoder.levels={levels} do not combine: each level needs a number",
-            "Take one for all: -o detector.cross_attention.points=4.",
-        ),
-        (
-            boxes and queries.position == "queries",
-            f"cross_attention.position=box derives positions from boxes, and queries.kind={queries.kind} has its own",
-            "Take -o detector.cross_attention.position=sine.",
-        ),
-        (
-            boxes and attention.position_scale,
-            "cross_attention.position_scale scales positions of sines, and cross_attention.position=box has none",
-            "Take -o detector.cross_attention.position_scale=false.",
         ),
     ]
 
@@ -344,7 +308,7 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         (
             value % n > 0,
             f"{name}={value} is not a multiple of {need}",
-            f"For example -o detector.{name}={_rounded(value, math.lcm(*needs.values()))}.",
+            f"For example -o detector.{name}={rounded(value, math.lcm(*needs.values()))}.",
         )
         for name, (value, needs) in parts.items()
         for need, n in needs.items()

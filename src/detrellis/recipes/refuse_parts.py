@@ -1,0 +1,94 @@
+"""Parts of real-time detectors that do not go together with others: whether each case is refused, why, and what to take
+instead. Importing this imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from detrellis.recipes.detector import DetectorConfig
+
+
+def rounded(width: int, step: int) -> int:
+    """The multiple of `step` nearest to a width, at least one."""
+    return max(step, round(width / step) * step)
+
+
+def hybrid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """For an encoder whose memory has no positions and exactly the backbone's levels."""
+    encoder, attention, maps = config.encoder, config.cross_attention, len(config.backbone.strides)
+    if encoder.kind != "hybrid":
+        return []
+    inner = encoder.inner or config.width
+    step = math.lcm(encoder.heads, 4)
+    return [
+        (
+            maps != encoder.levels,
+            f"encoder.levels={encoder.levels} and {maps} backbone.strides: encoder.kind=hybrid makes no further levels",
+            f"Take -o detector.encoder.levels={maps}.",
+        ),
+        (
+            attention.kind != "deformable",
+            f"encoder.kind=hybrid and cross_attention.kind={attention.kind}: the memory has no positions to read",
+            "Take -o detector.cross_attention.kind=deformable.",
+        ),
+        (
+            inner % step > 0,
+            f"encoder.inner={inner} is not a multiple of encoder.heads={encoder.heads}, and of 4 for its positions",
+            f"For example -o detector.encoder.inner={rounded(inner, step)}.",
+        ),
+    ]
+
+
+def sampling(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """For the points of deformable attention, and where it takes positions from."""
+    attention, queries, levels = config.cross_attention, config.queries, config.encoder.levels
+    if attention.kind != "deformable":
+        return []
+    counts, boxes = attention.points, attention.position == "box"
+    return [
+        (
+            not isinstance(counts, int) and len(counts) != levels,
+            f"cross_attention.points={counts} and encoder.levels={levels} do not combine: each level needs a number",
+            "Take one for all: -o detector.cross_attention.points=4.",
+        ),
+        (
+            boxes and queries.position == "queries",
+            f"cross_attention.position=box derives positions from boxes, and queries.kind={queries.kind} has its own",
+            "Take -o detector.cross_attention.position=sine.",
+        ),
+        (
+            boxes and attention.position_scale,
+            "cross_attention.position_scale scales positions of sines, and cross_attention.position=box has none",
+            "Take -o detector.cross_attention.position_scale=false.",
+        ),
+    ]
+
+
+def distributions(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """For boxes that are means of distributions."""
+    decoder, fine = config.decoder, config.decoder.distributions
+    if fine is None:
+        return []
+    return [
+        (
+            fine.bins % 2 > 0,
+            f"decoder.distributions.bins={fine.bins} is odd: as many lie on either side of the one in the middle",
+            f"Take -o detector.decoder.distributions.bins={fine.bins + 1}.",
+        ),
+        (
+            decoder.refine != "detached",
+            f"decoder.distributions and decoder.refine={decoder.refine} do not combine: layers read boxes without"
+            " gradient, which add to distributions with theirs",
+            "Take -o detector.decoder.refine=detached.",
+        ),
+        (
+            decoder.final_norm,
+            "decoder.distributions and decoder.final_norm do not combine: boxes are read from what goes on, as it is",
+            "Take -o detector.decoder.final_norm=false.",
+        ),
+        (
+            config.scores == "softmax",
+            "decoder.distributions and scores=softmax do not combine: their quality is added to all classes alike",
+            "Take -o detector.scores=sigmoid.",
+        ),
+    ]
