@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from detrellis import masks
 from detrellis.masks import draw_masks, tight_boxes
+from detrellis.overlay import paint_masks
 from detrellis.postprocess import Postprocess
-from detrellis.rle import decode, encode
+from detrellis.predictions.record import Prediction
+from detrellis.rle import area, decode, encode, polygons
 from detrellis.types import DecoderOutput, MaskFeatures
 
 SIZES = torch.tensor([[40, 60], [33, 20]])
@@ -99,3 +104,52 @@ def test_padding_is_cut_before_the_second_resize() -> None:
     (_, before), (_, after) = (Postprocess(8)(o, SIZES) for o in (output, other))
     assert before.masks
     assert before.masks == after.masks
+
+
+def test_polygons_run_along_the_pixels() -> None:
+    """Parts apart, a hole that is filled, and parts that touch at a corner."""
+    mask = np.zeros((20, 24), dtype=np.bool_)
+    mask[2:9, 3:12], mask[4:6, 5:8], mask[9:12, 12:20], mask[15, 2] = True, False, True, True
+    outlines = polygons(mask)
+    assert sorted(map(len, outlines)) == [8, 8, 8]
+    runs = coco_mask.merge(coco_mask.frPyObjects(outlines, 20, 24))
+    mask[4:6, 5:8] = True
+    assert np.array_equal(coco_mask.decode(runs), mask)
+    assert polygons(mask[:2]) == []
+    assert area(encode(mask), (20, 24)) == mask.sum()
+    y, x = np.mgrid[:40, :50]
+    disc = (x - 25) ** 2 + (y - 20) ** 2 < 300
+    (ring,) = polygons(disc)
+    assert np.mean(coco_mask.decode(coco_mask.frPyObjects([ring], 40, 50))[..., 0] != disc) < 0.01
+
+
+def test_a_prediction_gives_its_masks() -> None:
+    drawn = np.random.default_rng(0).random((3, 8, 9)) < 0.5
+    plain = Prediction(None, (8, 9), [0.9, 0.8, 0.7], ["a"] * 3, [0] * 3, [1] * 3, [(0.0, 0.0, 9.0, 8.0)] * 3)
+    found = replace(plain, runs=tuple(map(encode, drawn)), pixels=torch.zeros(3, 8, 9, dtype=torch.uint8))
+    assert found.masks is not None
+    assert np.array_equal(found.masks, drawn)
+    assert np.array_equal(found.mask(1), drawn[1])
+    assert np.array_equal(found.to_supervision().mask, drawn)
+    for row, mask in zip(found.to_coco(4), drawn, strict=True):
+        assert np.array_equal(coco_mask.decode(row["segmentation"]), mask)
+    rows = found.to_coco(4, polygons=True)
+    assert [len(row["segmentation"]) for row in rows] == [len(polygons(mask)) for mask in drawn]
+    assert plain.masks is None
+    assert "segmentation" not in plain.to_coco(4)[0]
+    assert found.draw(["a"]) != replace(found, runs=None).draw(["a"])
+    assert replace(found, scores=[], runs=()).masks.shape == (0, 8, 9)  # type: ignore[union-attr]
+
+
+def test_masks_are_painted_inside_alone() -> None:
+    """Small ones lie on large ones; far from them the picture is what it was."""
+    picture = Image.fromarray(np.full((60, 80, 3), 200, dtype=np.uint8))
+    large, small = np.zeros((30, 40), dtype=np.bool_), np.zeros((30, 40), dtype=np.bool_)
+    large[5:25, 5:25], small[10:20, 10:20] = True, True
+    masks = [(encode(small), (255, 0, 0)), (encode(large), (0, 0, 255)), (encode(large & False), (0, 255, 0))]
+    paint_masks(picture, (30, 40), masks, 1)
+    pixels = np.asarray(picture).astype(int)
+    assert (pixels[:, 54:] == 200).all()
+    assert pixels[14, 14].tolist() == [116, 116, 223]  # within the large one, away from its outline
+    assert pixels[30, 30, 0] > pixels[30, 30, 2]
+    assert (pixels[..., 1] <= 200).all()

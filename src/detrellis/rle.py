@@ -23,3 +23,54 @@ def decode(runs: bytes, size: Size) -> Bitmap:
 
     pixels: NDArray[np.uint8] = coco.decode({"size": [*size], "counts": runs})
     return pixels.astype(np.bool_)
+
+
+def area(runs: bytes, size: Size) -> int:
+    """The pixels inside."""
+    from hotcoco import mask as coco
+
+    return int(coco.area({"size": [*size], "counts": runs}))
+
+
+def polygons(mask: Bitmap) -> list[list[float]]:
+    """The outlines of a bitmap along its pixels' edges, COCO's polygons (x1, y1, x2, y2, ...); holes are filled.
+
+    Parts that touch at a corner only are polygons of their own.
+    """
+    following = _edges(np.pad(mask, 1))
+    outlines = []
+    while following:
+        start = place = next(iter(following))
+        corners, direction = [], (0, 0)
+        while True:
+            steps = following[place]
+            step = max(steps, key=lambda s: direction[0] * s[1] - direction[1] * s[0])  # at a crossing, back to itself
+            steps.remove(step)
+            if not steps:
+                del following[place]
+            if step != direction:
+                corners.append(place)
+            place, direction = (place[0] + step[0], place[1] + step[1]), step
+            if place == start:
+                break
+        ring = np.array(corners, dtype=np.float64)
+        x, y = ring.T
+        if (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() > 0:  # a hole runs the other way
+            outlines.append(ring.ravel().tolist())
+    return outlines
+
+
+def _edges(padded: Bitmap) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """The steps along the edges of the bitmap's pixels from each corner (x, y), with the pixel on the right hand."""
+    inner = padded[1:-1, 1:-1]
+    sides = (
+        (~padded[:-2, 1:-1], (0, 0), (1, 0)),  # upper edges run to the right
+        (~padded[1:-1, 2:], (1, 0), (0, 1)),
+        (~padded[2:, 1:-1], (1, 1), (-1, 0)),
+        (~padded[1:-1, :-2], (0, 1), (0, -1)),
+    )
+    steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for outside, (dx, dy), step in sides:
+        for y, x in np.argwhere(inner & outside).tolist():
+            steps.setdefault((x + dx, y + dy), []).append(step)
+    return steps

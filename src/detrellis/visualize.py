@@ -1,4 +1,5 @@
-"""Pictures of boxes: detections or ground truth on an image, and sheets of such pictures. Needs Pillow only."""
+"""Pictures of boxes and masks: detections or ground truth on an image, and sheets of such pictures. Needs Pillow only;
+masks need hotcoco."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from detrellis.overlay import paint_masks
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2
@@ -55,10 +58,13 @@ def draw_detections(
     scores: Any = None,
     names: Sequence[str] | None = None,
     *,
+    masks: Sequence[bytes] | None = None,
     min_side: int = 640,
     legend: bool = True,
 ) -> Image.Image:
     """A copy of `image` with its boxes, a tag on each (class and score) and a legend of the classes below.
+
+    With `masks`, the run lengths (COCO's, compressed) of each object in the image, these are drawn and boxes are thin.
 
     `boxes (N, 4)` in pixel xyxy, `labels (N,)` class indices, `scores (N,)` or None for ground truth, `names` by class
     index: tensors, arrays or lists. An image whose long side is below `min_side` is enlarged to it, so that tags can be
@@ -71,8 +77,14 @@ def draw_detections(
     marks = [m for m in (_on_canvas(m, scale, canvas.size) for m in marks) if m is not None]
     font = _font_name(frozenset("".join(m.name for m in marks)))
     marks = [replace(m, name=_writable(m.name, font, f"class {m.label}")) for m in marks]
-    # Boxes, then tags, then the legend.
+    # Masks, boxes, tags, and the legend.
     style = _style(marks, canvas.size, font)
+    if masks is not None:
+        colours = map(colour_of, np.asarray(_host(labels), dtype=np.int64).reshape(-1).tolist())
+        paint_masks(
+            canvas, (image.height, image.width), list(zip(masks, colours, strict=True)), max(1, style.line // 2)
+        )
+        style = style._replace(line=1)
     if marks:
         canvas = _wide_enough(canvas)
     draw = ImageDraw.Draw(canvas, "RGBA")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from detrellis.data.loader import DetectionDataset
 from detrellis.data.sampler import expected, images_by_class, repeat_factors
 from detrellis.data.transforms import train_transform
 from detrellis.recipes.config import Recipe
+from detrellis.rle import encode
 from detrellis.visualize import contact_sheet, draw_detections
 
 SHEET = "train_samples.jpg"  # in the folder of a run
@@ -61,5 +63,7 @@ def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -
     for index in (number * len(dataset) // count for number in range(count)):
         sample = dataset[0, index]
         picture = Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy())
-        drawn.append(draw_detections(picture, sample.boxes, sample.labels, names=names, min_side=CELL, legend=False))
+        masks = None if sample.bitmaps is None else [encode(mask) for mask in sample.bitmaps.numpy()]
+        options: dict[str, Any] = {"names": names, "masks": masks, "min_side": CELL, "legend": False}
+        drawn.append(draw_detections(picture, sample.boxes, sample.labels, **options))
     return contact_sheet(drawn, cell=CELL)

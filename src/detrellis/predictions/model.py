@@ -123,6 +123,7 @@ class Model:
             [self.classes.ids[i] for i in labels],
             [tuple(b) for b in boxes[kept].tolist()],
             picture.pixels,
+            None if detections.masks is None else tuple(itertools.compress(detections.masks, kept.tolist())),
         )
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from detrellis.data.decode import REMEDY, read_image
 from detrellis.errors import UserError
+from detrellis.rle import decode
+from detrellis.rle import polygons as outlines
 from detrellis.visualize import draw_detections
 
 SHOWN = 5  # broken pictures that one message lists
@@ -30,10 +33,31 @@ class Prediction:
     category_ids: list[int]
     boxes: list[tuple[float, float, float, float]]  # x1, y1, x2, y2 in pixels
     pixels: Tensor | None = field(default=None, repr=False, compare=False)  # (3, H, W) uint8 of a picture without path
+    runs: tuple[bytes, ...] | None = field(
+        default=None, repr=False
+    )  # COCO's run lengths of each, where there are masks
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """The detections as COCO results, which tools for it read, with the file's and the class's name added."""
-        rows = zip(self.scores, self.names, self.category_ids, self.boxes, strict=True)
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """The masks of all detections `(n, height, width)`; None where the detector gives none.
+
+        They are unpacked here: of a large photograph, take them one by one with `mask`.
+        """
+        if self.runs is None:
+            return None
+        return np.array([*map(self.mask, range(len(self.runs)))], dtype=np.bool_).reshape(-1, *self.size)
+
+    def mask(self, number: int) -> NDArray[np.bool_]:
+        """The mask of one detection `(height, width)`."""
+        assert self.runs is not None, "the detector gives no masks"
+        return decode(self.runs[number], self.size)
+
+    def to_coco(self, image_id: int, *, polygons: bool = False) -> list[dict[str, Any]]:
+        """The detections as COCO results, which tools for it read, with the file's and the class's name added.
+
+        Masks are run lengths, or `polygons` along the pixels' edges, in which holes are filled.
+        """
+        rows = zip(self.scores, self.names, self.category_ids, self.boxes, self._segmentations(polygons), strict=True)
         return [
             {
                 "image_id": image_id,
@@ -43,8 +67,17 @@ class Prediction:
                 "category_name": name,
                 "file_name": None if self.path is None else str(self.path),
             }
-            for score, name, category, (x1, y1, x2, y2) in rows
+            | segmentation
+            for score, name, category, (x1, y1, x2, y2), segmentation in rows
         ]
+
+    def _segmentations(self, polygons: bool) -> list[dict[str, Any]]:
+        """The field of each detection; empty without masks."""
+        if self.runs is None:
+            return [{} for _ in self.scores]
+        if polygons:
+            return [{"segmentation": outlines(self.mask(number))} for number in range(len(self.runs))]
+        return [{"segmentation": {"size": [*self.size], "counts": runs.decode()}} for runs in self.runs]
 
     def to_yolo(self) -> str:
         """YOLO text: a line `class cx cy w h score` for each detection, relative to the picture's width and height."""
@@ -57,7 +90,8 @@ class Prediction:
         )
 
     def to_supervision(self) -> Any:
-        """The detections as `supervision.Detections`: `xyxy`, `confidence`, `class_id`, and `data["class_name"]`.
+        """The detections as `supervision.Detections`: `xyxy`, `confidence`, `class_id`, `mask`, and
+        `data["class_name"]`.
 
         Raises `UserError` where supervision is missing.
         """
@@ -69,18 +103,20 @@ class Prediction:
             xyxy=np.array(self.boxes, dtype=np.float32).reshape(-1, 4),
             confidence=np.array(self.scores, dtype=np.float32),
             class_id=np.array(self.labels, dtype=np.int64),
+            mask=self.masks,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
     def draw(self, class_names: Sequence[str]) -> Image.Image:
-        """The picture with boxes, names and scores drawn on it; `class_names` are those of all classes, in order."""
+        """The picture with boxes, masks, names and scores drawn on it; `class_names` are those of all classes, in
+        order."""
         if self.pixels is not None:
             pixels = self.pixels
         else:
             assert self.path is not None
             pixels = read_image(self.path)
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        return draw_detections(picture, self.boxes, self.labels, self.scores, class_names)
+        return draw_detections(picture, self.boxes, self.labels, self.scores, class_names, masks=self.runs)
 
 
 @dataclass(frozen=True)
