@@ -4,7 +4,7 @@ each."""
 from __future__ import annotations
 
 from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
-from detrellis.recipes.detector import VD_RESNETS, BackboneConfig, DetectorConfig, EncoderConfig
+from detrellis.recipes.detector import VD_RESNETS, BackboneConfig, CrossAttentionConfig, DetectorConfig, EncoderConfig
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
@@ -16,6 +16,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
         backbone=BackboneConfig(name=_depth_18(detector), pretrained=False, strides=(16,) if dense else (8, 16)),
         width=128,
         encoder=_tiny_encoder(detector.encoder),
+        cross_attention=_tiny_attention(detector.cross_attention),
         queries=detector.queries.replace(count=100),
         decoder=detector.decoder.replace(layers=3, hidden=512),
         top_k=100,
@@ -43,6 +44,13 @@ def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
         return encoder.replace(layers=1, hidden=512, levels=2, inner=None, expansion=0.5)
     levels = {} if encoder.kind == "dense" else {"levels": 3}
     return encoder.replace(layers=2, hidden=512, **levels)
+
+
+def _tiny_attention(attention: CrossAttentionConfig) -> CrossAttentionConfig:
+    """Points by level: those of the two coarser ones."""
+    if attention.kind != "deformable" or isinstance(attention.points, int):
+        return attention
+    return attention.replace(points=attention.points[-2:])
 
 
 def _depth_18(detector: DetectorConfig) -> str:
