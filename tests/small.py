@@ -34,6 +34,17 @@ SMALL = [
     "detector.top_k=20",
     "optim.ema=0.9",
 ]
+# Of a plain ViT, which has no encoder behind it.
+SMALL_VIT = [
+    "detector.backbone.pretrained=false",
+    "detector.backbone.width=24",
+    "detector.backbone.heads=3",
+    "detector.backbone.grid=4",
+    "detector.backbone.windows=2",
+    "detector.backbone.windowed=[0]",
+    "detector.backbone.taps=[1, 2]",
+    "detector.decoder.cross_heads=8",
+]
 NAMES = [name.replace("-", "_") for name in RECIPES]
 # One recipe of each kind of network: what any scheme may be stacked on.
 NETWORKS = (
@@ -64,8 +75,10 @@ def small(name: str, schemes: Sequence[str] = ()) -> Recipe:
 def shrink(recipe: Recipe) -> Recipe:
     """The same network parts and schemes at the size of the tests."""
     encoder, decoder = recipe.detector.encoder, recipe.detector.decoder
-    recipe = recipe.override(SMALL)
-    if encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
+    plain = encoder.kind == "projector"
+    common = [text for text in SMALL if not text.startswith(("detector.backbone.", "detector.encoder."))]
+    recipe = recipe.override([*SMALL_VIT, *common] if plain else SMALL)
+    if encoder.kind != "projector" and encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
         recipe = recipe.override(f"detector.encoder.hidden={encoder.hidden}")
     if encoder.kind == "hybrid":
         recipe = recipe.override(["detector.encoder.blocks=1", "detector.encoder.expansion=0.5"])

@@ -54,6 +54,17 @@ def boxes_at(base: Tensor, distances: Tensor, scale: float) -> Tensor:
     return xyxy_to_cxcywh(torch.cat([low, high], dim=-1))
 
 
+def relative_boxes(deltas: Tensor, boxes: Tensor) -> Tensor:
+    """The boxes `(..., 4)` moved by `deltas (..., 4)`: centres by that many sizes, sizes by the exponential.
+
+    LW-DETR's box re-parameterisation (section 3.2). What comes out is not held within the image, and no smaller than
+    float32, whose range an exponential needs.
+    """
+    deltas = deltas.to(torch.promote_types(boxes.dtype, torch.float32))
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre + deltas[..., :2] * size, size * deltas[..., 2:].exp()], dim=-1)
+
+
 def _areas(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 

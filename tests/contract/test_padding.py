@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrellis.nn.hybrid import HybridNeck
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
+from detrellis.nn.projector import Projector
 from detrellis.nn.spatial import AnchorPosition
 from detrellis.training import TrainableDetector
 from detrellis.types import Memory, Queries, Spatial
@@ -78,7 +79,7 @@ def test_padding_further_changes_no_prediction(name: str) -> None:
         decoder.position = WithoutRatios(decoder.position)
     keep_inside(model, name)
     neck = model.detector.neck
-    assert isinstance(neck, MultiScaleNeck | SingleScaleNeck | HybridNeck)
+    assert isinstance(neck, MultiScaleNeck | SingleScaleNeck | HybridNeck | Projector)
     batch = images(((128, 128), (128, 64)))
     levels = neck.project(maps_for_neck(model.detector, batch.pixels.double()))
     assert batch.padding is not None

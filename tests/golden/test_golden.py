@@ -27,6 +27,7 @@ from . import (
     dfine,
     group,
     large,
+    lwdetr,
     mask2former,
     masks,
     models,
@@ -97,6 +98,8 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "realtime/rtdetr_": realtime.check_rtdetr,
     "realtime/rtdetrv2_": realtime.check_rtdetr,
     "realtime/rtdetr_cdn": realtime.check_cdn,
+    "realtime/lwdetr_": lwdetr.check_model,
+    "realtime/rfdetr_": lwdetr.check_model,
     "large/layer_decay": rates.check_layer_decay,
     "large/memory_fusion": large.check_memory_fusion,
     "large/repeat_factors": large.check_repeat_factors,
@@ -165,5 +168,6 @@ def test_the_full_set_is_present() -> None:
 
 def test_small_copies_cover_every_kind_but_whole_models() -> None:
     carried = {kind(f"{f.parent.name}/{f.stem}") for f in CARRIED.glob("*/*.npz")}
-    whole = {k for k, check in KINDS.items() if getattr(check, "func", check).__module__ == models.__name__}
+    modules = (models.__name__, lwdetr.__name__)
+    whole = {k for k, check in KINDS.items() if getattr(check, "func", check).__module__ in modules}
     assert carried >= set(KINDS) - whole - LARGE

@@ -30,7 +30,7 @@ from detrellis.data.shapes import write_shapes
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
 from detrellis.nn.pretrained import timm_statistics
-from detrellis.recipes import RECIPES, dfine, find_recipe, mask2former, rtdetr
+from detrellis.recipes import RECIPES, dfine, find_recipe, lwdetr, mask2former, rtdetr
 from detrellis.recipes.build import build
 from detrellis.recipes.detector import RESNETS
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
@@ -43,7 +43,8 @@ from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 from ..small import images
 
 # Recipes and schemes that format 1 did not have.
-SINCE = ("ddq-dino-r50", "small", "dense", "rank", "federated", *mask2former.RECIPES, *rtdetr.RECIPES, *dfine.RECIPES)
+OTHERS = (*mask2former.RECIPES, *rtdetr.RECIPES, *dfine.RECIPES, *lwdetr.RECIPES)
+SINCE = ("ddq-dino-r50", "small", "dense", "rank", "federated", *OTHERS)
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {
@@ -164,7 +165,8 @@ def test_a_run_goes_on(stored: Path, tmp_path: Path) -> None:
 def test_recipes_are_what_they_were(recipes: dict[str, Any], name: str) -> None:
     recipe = find_recipe(name).override(THEN.get(name, []))
     recipe = recipe.model_copy(update={"about": recipes[name]["about"]})  # words may change
-    if recipe.detector.backbone.name not in RESNETS:
+    backbone = recipe.detector.backbone
+    if backbone.kind != "hierarchical" or backbone.name not in RESNETS:
         recipe = recipe.with_statistics(IMAGENET_MEAN, IMAGENET_STD)
     assert read_recipe(recipes[name], 1) == recipe
     every = recipe.with_schemes(["none", *(scheme for scheme in SchemesConfig.model_fields if scheme not in SINCE)])

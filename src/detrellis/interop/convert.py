@@ -25,7 +25,6 @@ from detrellis.interop import huggingface
 from detrellis.interop.files import HUB
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
-from detrellis.interop.names import huggingface as huggingface_names
 from detrellis.outputs import Outputs
 from detrellis.recipes.config import Recipe
 
@@ -116,13 +115,14 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     config = huggingface.config_of(recipe, dict(enumerate(_distinct(classes.names))))
     config["detrellis_category_ids"] = list(classes.ids)
     kind, detector = config["model_type"], recipe.detector
-    links = link_up(weights, huggingface_names(detector), detector.decoder.layers)
+    links = link_up(weights, huggingface.saved_names(kind, detector), detector.decoder.layers)
     assert not (left := missing(weights, links)), f"no table names {left[0]}"
     ready = dict(weights)
     # Theirs has no channel kept free: its zero becomes a part of the pattern.
     if detector.queries.kind == "anchors" and detector.queries.indicator:
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
-    theirs = {huggingface.on_disk(k, kind): v.detach().cpu().contiguous() for k, v in to_theirs(ready, links).items()}
+    stored = huggingface.stored(kind, to_theirs(ready, links))
+    theirs = {name: value.detach().cpu().contiguous() for name, value in stored.items()}
     replace_files(
         (folder / "model.safetensors", lambda path: save_file(theirs, path, {"format": "pt"})),
         (folder / "config.json", _json(config)),

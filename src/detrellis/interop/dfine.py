@@ -142,12 +142,13 @@ def _affine(name: str) -> bool:
 def config_of(detector: DetectorConfig) -> dict[str, Any]:
     """What their `config.json` says of a detector's sizes. `UserError` for one that they have not."""
     encoder, decoder, attention = detector.encoder, detector.decoder, detector.cross_attention
-    name = detector.backbone.name.split(".")[0]
+    name = detector.backbone.name.split(".")[0] if isinstance(detector.backbone, BackboneConfig) else "a plain ViT"
     fine = decoder.distributions
     if name not in hgnets() or fine is None or encoder.kind != "hybrid" or attention.kind != "deformable":
         raise UserError(f"this detector cannot be saved for transformers: its D-FINE has a HGNetV2, not {name}")
     levels, inner = encoder.levels, encoder.inner or detector.width
     points = attention.points if isinstance(attention.points, int) else list(attention.points)
+    assert isinstance(detector.backbone, BackboneConfig)
     frozen = detector.backbone.normalisation == "frozen"
     channels = _hgnet_config(name, detector.backbone.strides)
     return {
@@ -201,6 +202,7 @@ def constants(detector: DetectorConfig, names: Iterable[str]) -> dict[str, Tenso
     fine, attention = detector.decoder.distributions, detector.cross_attention
     assert fine is not None
     assert attention.kind == "deformable"
+    assert isinstance(detector.backbone, BackboneConfig)
     points = attention.points if isinstance(attention.points, tuple) else (attention.points,) * detector.encoder.levels
     shares = torch.tensor([1 / count for count in points for _ in range(count)])
     layers = range(detector.decoder.layers)

@@ -1,5 +1,5 @@
 """Hugging Face's configuration files, and what they say about a detector: DETR, Conditional DETR, DAB-DETR, Deformable
-DETR.
+DETR, and through `interop/lwdetr.py` LW-DETR and RF-DETR.
 
 | where their code and the reference differ | ours |
 | --- | --- |
@@ -17,16 +17,23 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from detrellis.errors import UserError
+from detrellis.interop import lwdetr, lwdetr_names
+from detrellis.interop.links import Pair
+from detrellis.interop.names import huggingface as detr_names
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage
 from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.detr import detr_r50
+from detrellis.recipes.lwdetr import lwdetr_tiny, rfdetr_nano
 from detrellis.recipes.overrides import merged
 
 Config = Mapping[str, Any]
+Weights = Mapping[str, Tensor]
 
 # What a file leaves out is the configuration class's default.
 DEFAULTS: dict[str, Any] = {
@@ -79,6 +86,8 @@ FAMILIES = {
     "deformable_detr": Family(
         deformable_detr_r50, "DeformableDetrForObjectDetection", "DeformableDetrImageProcessor", DEFORMABLE_DEFAULTS
     ),
+    lwdetr.LW: Family(lwdetr_tiny, "LwDetrForObjectDetection", "DeformableDetrImageProcessor", {}),
+    lwdetr.RF: Family(rfdetr_nano, "RfDetrForObjectDetection", "RfDetrImageProcessor", {}),
 }
 # Settings that change what is computed and that ours do not have, with the value that ours stand for.
 FIXED = {
@@ -116,6 +125,8 @@ def kind_of(config: Config) -> str:
 def recipe_of(config: Config) -> Recipe:
     """The recipe that a `config.json` describes: its family's, with the file's sizes."""
     kind = kind_of(config)
+    if kind in lwdetr.RECIPES:
+        return lwdetr.recipe_of(kind, config)
     family = FAMILIES[kind]
     aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
     full = {**DEFAULTS, **family.defaults, **aliases, **config}
@@ -220,6 +231,8 @@ def _backbone(config: Config, *, several: bool) -> BackboneConfig:
 
 def family_of(detector: DetectorConfig) -> str:
     """Their model type for a detector. `UserError` with the reason where they have none."""
+    if (plain := lwdetr.kind_of(detector)) is not None:
+        return plain
     encoder, attention, queries = detector.encoder.kind, detector.cross_attention.kind, detector.queries
     kind = {
         ("dense", "dense", "learned"): "detr",
@@ -231,11 +244,11 @@ def family_of(detector: DetectorConfig) -> str:
     single = attention == "deformable" and detector.decoder.final_norm
     dense = encoder == "dense" or queries.kind == "anchors"
     unusual = dense and queries.kind in ("learned", "anchors") and queries.content == "learned"
-    if kind is None or single or unusual or not re.fullmatch(r"resnet\d+", detector.backbone.name):
+    if kind is None or single or unusual or not _is_resnet(detector):
         raise UserError(
             "this detector cannot be saved for transformers: it has no such model",
             "It has DETR, Conditional DETR, DAB-DETR, DN-DETR (as DAB-DETR) and Deformable DETR with learned queries "
-            "or proposals, each with a ResNet.",
+            "or proposals, each with a ResNet; LW-DETR and RF-DETR.",
         )
     expected = FAMILIES[kind].recipe().detector
     for name in ("scores", "position_temperature", "position_offset", "decoder.final_norm", "iou_branch"):
@@ -245,32 +258,45 @@ def family_of(detector: DetectorConfig) -> str:
     return kind
 
 
+def _is_resnet(detector: DetectorConfig) -> bool:
+    backbone = detector.backbone
+    return backbone.kind == "hierarchical" and re.fullmatch(r"resnet\d+", backbone.name) is not None
+
+
 def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     """Their `config.json` for a recipe whose classes are called `names`."""
     detector = recipe.detector
     kind = family_of(detector)
-    deformable = kind == "deformable_detr"
-    config: dict[str, Any] = {
+    network = lwdetr.config_of(detector) if kind in lwdetr.RECIPES else _network(kind, detector)
+    return network | {
         "architectures": [FAMILIES[kind].model],
         "model_type": kind,
+        "id2label": {str(i): name for i, name in names.items()},
+        "label2id": {name: i for i, name in names.items()},
+        "dtype": "float32",
+    }
+
+
+def _network(kind: str, detector: DetectorConfig) -> dict[str, Any]:
+    """What `config.json` says of the network, without its classes."""
+    deformable, backbone = kind == "deformable_detr", detector.backbone
+    assert isinstance(backbone, BackboneConfig)
+    config: dict[str, Any] = {
         "hidden_size" if kind == "dab-detr" else "d_model": detector.width,
         "num_queries": detector.queries.count,
         "dropout": detector.dropout,
         "attention_dropout": 0.0 if deformable else detector.dropout,
         "activation_function": detector.activation,
         "auxiliary_loss": False,
-        "dilation": detector.backbone.dilation,
-        "id2label": {str(i): name for i, name in names.items()},
-        "label2id": {name: i for i, name in names.items()},
-        "dtype": "float32",
+        "dilation": backbone.dilation,
         "backbone_config": {
             "model_type": "timm_backbone",
-            "backbone": detector.backbone.name,
+            "backbone": backbone.name,
             "num_channels": 3,
             "features_only": True,
             "use_pretrained_backbone": False,
-            "out_indices": [stride.bit_length() - 2 for stride in detector.backbone.strides],
-            "output_stride": 16 if detector.backbone.dilation else None,
+            "out_indices": [stride.bit_length() - 2 for stride in backbone.strides],
+            "output_stride": 16 if backbone.dilation else None,
         },
     }
     for name, part in (("encoder", detector.encoder), ("decoder", detector.decoder)):
@@ -294,6 +320,38 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
             "tie_word_embeddings": False,
         }
     return config
+
+
+def loaded(kind: str, weights: Weights, detector: DetectorConfig, native: bool) -> tuple[dict[str, Tensor], list[Pair]]:
+    """Their tensors, and the table of the names that they have; `native`: the backbone is transformers' own ResNet."""
+    if kind in lwdetr.RECIPES:
+        given = {lwdetr_names.modern(name): value for name, value in weights.items()} if kind == lwdetr.LW else weights
+        rows = lwdetr_names.authors_table if lwdetr_names.is_authors(weights) else lwdetr_names.table
+        return lwdetr_names.completed(given, detector.queries.count), rows(detector)
+    given = {modern(name, kind): value for name, value in weights.items()}
+    return given | _tied_heads(given, detector.decoder.layers), detr_names(detector, native)
+
+
+def saved_names(kind: str, detector: DetectorConfig) -> list[Pair]:
+    """The table of the names that `stored` expects."""
+    if kind == lwdetr.RF:
+        return lwdetr_names.authors_table(detector)
+    return lwdetr_names.table(detector) if kind == lwdetr.LW else detr_names(detector)
+
+
+def stored(kind: str, weights: Weights) -> dict[str, Tensor]:
+    """Their tensors by the names that every version of transformers reads from a disk."""
+    if kind in lwdetr.RECIPES:
+        kept = lwdetr_names.stored(weights)
+        return kept if kind == lwdetr.RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}
+    return {on_disk(name, kind): value for name, value in weights.items()}
+
+
+def _tied_heads(weights: Weights, layers: int) -> dict[str, Tensor]:
+    """The class heads that a file leaves out because they are tied to the first one; ours are one a layer."""
+    first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
+    names = [(f"class_embed.{layer}.{kind}", value) for layer in range(layers) for kind, value in first.items()]
+    return {n: v for n, v in names if v is not None and n not in weights and f"model.decoder.{n}" not in weights}
 
 
 def modern(name: str, kind: str) -> str:

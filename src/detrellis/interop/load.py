@@ -16,7 +16,6 @@ from detrellis.interop import huggingface, reference
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
 from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pth, read_safetensors
 from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, unused
-from detrellis.interop.names import huggingface as huggingface_names
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
@@ -73,18 +72,9 @@ def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
             raise
         raise UserError(f"its configuration cannot be understood ({error})", "Take another copy of it.") from None
     kind = huggingface.kind_of(config)
-    weights = {huggingface.modern(name, kind): value for name, value in read_folder(folder).items()}
-    weights |= _tied_heads(weights, recipe.detector.decoder.layers)
+    weights, rows = huggingface.loaded(kind, read_folder(folder), recipe.detector, native)
     named = labels if classes is None else _fitting(classes, len(labels))
-    rows = huggingface_names(recipe.detector, native)
     return _convert(weights, rows, recipe, named)
-
-
-def _tied_heads(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The class heads that a file leaves out because they are tied to the first one; ours are one a layer."""
-    first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
-    names = [(f"class_embed.{layer}.{kind}", value) for layer in range(layers) for kind, value in first.items()]
-    return {n: v for n, v in names if v is not None and n not in weights and f"model.decoder.{n}" not in weights}
 
 
 def _labels(config: Mapping[str, Any]) -> ClassMap:
@@ -109,13 +99,16 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if "shortest_edge" in size:
-        update = {"size": int(size["shortest_edge"]), "max_side": size.get("longest_edge")}
+        update = {"size": int(size["shortest_edge"]), "max_side": size.get("longest_edge"), "keep_aspect": True}
+        update |= {"augment": "detr", "zoom": None}
     elif "max_height" in size:
-        update = {"size": (int(size["max_height"]), int(size["max_width"])), "augment": "fixed"}
+        update = {"size": (int(size["max_height"]), int(size["max_width"])), "keep_aspect": True}
     elif "height" in size:
-        update = {"size": (int(size["height"]), int(size["width"])), "keep_aspect": False, "augment": "fixed"}
+        update = {"size": (int(size["height"]), int(size["width"])), "keep_aspect": False}
     else:
         return recipe
+    if not isinstance(update["size"], int) and recipe.data.augment == "detr":
+        update["augment"] = "fixed"
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
 
 

@@ -136,7 +136,7 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     return weights
 
 
-def _fetched(name: str, source: Source, **options: Any) -> Any:
+def fetched(name: str, source: Source, **options: Any) -> Any:
     """A timm model with the weights that timm fetches, or has fetched before."""
     before = {} if source.file is None else {"pretrained_cfg_overlay": {"file": str(source.file)}}
     try:
@@ -200,7 +200,7 @@ class TimmBackbone(Backbone):
         rate = {"drop_path_rate": drop_path} if drop_path else {}  # not every model knows the option
         model: Any = _create(name, pretrained=False, out_indices=indices, **rate)
         if pretrained is not None and pretrained.fetched:
-            model = _fetched(name, pretrained, out_indices=indices, **rate)
+            model = fetched(name, pretrained, out_indices=indices, **rate)
         elif pretrained is not None:
             fill(model, pretrained.read(), pretrained, name, partial(timm.create_model, name))
         for part in model.modules():

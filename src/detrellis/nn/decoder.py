@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,16 @@ from detrellis.nn.distinct import keep_distinct, withhold
 from detrellis.nn.distribution import Gateway
 from detrellis.nn.heads import Heads, SegmentHeads
 from detrellis.nn.mlp import FeedForward
-from detrellis.nn.refine import DistributionRefinement, IterativeRefinement, Refine, Refined
+from detrellis.nn.refine import (
+    DistributionRefinement,
+    IterativeRefinement,
+    Move,
+    Refine,
+    Refined,
+    moved,
+    moved_relative,
+)
+from detrellis.nn.spatial import AnchorPosition
 from detrellis.types import DecoderOutput, Memory, Queries, Segment, SideDistributions, Spatial
 
 
@@ -61,6 +71,8 @@ class Decoder(nn.Module):
     where the queries look at each layer (`nn/spatial.py`). `distinct`: from the second layer on, queries whose IoU with
     a better one exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are refined.
     Heads that have bins refine distributions instead, whatever `refine` says.
+    `relative`: what the box heads say is relative to the size of the boxes that it moves, instead of in logit space
+    (LW-DETR).
     """
 
     def __init__(
@@ -74,6 +86,7 @@ class Decoder(nn.Module):
         width: int = 256,
         eps: float = 1e-5,
         distinct: float | None = None,
+        relative: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -81,6 +94,7 @@ class Decoder(nn.Module):
         self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
+        self.move: Move = moved_relative if relative else partial(moved, eps=eps)
 
     def forward(
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
@@ -89,9 +103,13 @@ class Decoder(nn.Module):
         x, outputs = queries.content, list[DecoderOutput]()
         used, heads = segments, self.heads.of(segments)
         boxes = self._refinement(heads, queries.boxes)
+        # What is read off boxes alone is the same at each layer where they stay.
+        alike = self.refine == "none" and isinstance(self.position, AnchorPosition) and self.position.scale is None
         for i, layer in enumerate(self.layers):
             # The layer itself, at its place.
-            x = layer(x, self.position(i, x, queries, boxes.references, memory), memory, used)
+            if i == 0 or not alike:
+                where = self.position(i, x, queries, boxes.references, memory)
+            x = layer(x, where, memory, used)
             last = i == len(self.layers) - 1
             # What the heads say after it.
             wanted = every_layer or last
@@ -124,7 +142,7 @@ class Decoder(nn.Module):
     ) -> IterativeRefinement | DistributionRefinement:
         """How the heads refine the queries' `boxes` in one pass."""
         if self.heads.bins is None:
-            return IterativeRefinement(heads, boxes, self.refine, self.eps)
+            return IterativeRefinement(heads, boxes, self.refine, self.move)
         assert boxes is not None, "distributions are refined around boxes"
         return DistributionRefinement(heads, boxes, self.heads.bins, self.eps)
 

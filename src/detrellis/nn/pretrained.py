@@ -77,17 +77,25 @@ class Source:
         return read_tensors(self.file)
 
 
-def find_source(name: str, file: str | None, *, resnet: bool) -> Source:
+def find_source(name: str | None, file: str | None, *, resnet: bool) -> Source:
     """The first source that has weights of the backbone `name`; `file` is the local one, if the recipe names one.
+
+    None: the backbone is one that no host has weights of.
 
     `resnet`: whether the backbone is torchvision's, else timm's. Raises `UserError` with all remedies where there
     is no source, within seconds.
     """
-    mean, std = IMAGENET if resnet else timm_statistics(name)
+    mean, std = IMAGENET if resnet or name is None else timm_statistics(name)
     if file is not None:
         if not Path(file).is_file():
             raise UserError(f"detector.backbone.weights={file}: no such file", "Give a .pth, .pt or .safetensors file.")
         return Source(f"file {Path(file).absolute()}", mean, std, Path(file))
+    if name is None:
+        raise UserError(
+            "the pretrained weights of this backbone have no host",
+            "Start from a trained detector: --weights hf:ORG/NAME, or a .pth of its repository; name a file of the"
+            f" backbone's: -o detector.backbone.weights=FILE; or {SCRATCH}.",
+        )
     package = None if resnet else PACKAGES.get(name)  # a name with a tag, as resnet50.a1_in1k, means other weights
     if package is not None and (found := _installed(package)) is not None:
         version = importlib.metadata.version(package.project)

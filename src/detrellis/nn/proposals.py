@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from detrellis.boxes import relative_boxes
 from detrellis.nn.distinct import POOL, overlapping
 from detrellis.nn.encoder import token_centres
 from detrellis.nn.heads import box_head, class_head
@@ -48,7 +49,7 @@ class ProposalHead(nn.Module):
     `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the highest class
     logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
     in the reference codes, instead of last. `distinct`: proposals whose IoU with a better one exceeds this are selected
-    last (DDQ); None: off.
+    last (DDQ); None: off. `relative`: boxes are moved relative to their size, instead of in logit space (LW-DETR).
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class ProposalHead(nn.Module):
         rank_by: Literal["first", "max"],
         empty_compete: bool = False,
         distinct: float | None = None,
+        relative: bool = False,
     ) -> None:
         super().__init__()
         self.proposals, self.rank_by, self.empty_compete = proposals, rank_by, empty_compete
-        self.distinct = distinct
+        self.distinct, self.relative = distinct, relative
         self.projection = xavier_linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.classify = class_head(width, classes)
@@ -114,6 +116,8 @@ class ProposalHead(nn.Module):
 
     def _moved(self, states: Tensor, anchors: Tensor) -> Tensor:
         moved: Tensor = self.move(states)
+        if self.relative:
+            return relative_boxes(moved, anchors.sigmoid().masked_fill(anchors.isinf(), 0))
         return (moved + anchors).sigmoid()
 
     def training_output(self, proposals: Proposals) -> DecoderOutput:

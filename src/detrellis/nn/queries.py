@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.boxes import relative_boxes
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.proposals import ProposalHead, select
@@ -179,16 +180,23 @@ class ProposalQueries(QuerySource):
     Two-stage Deformable DETR derives both (`content="boxes"`). Mixed query selection learns the content instead; with
     `"memory"` it is the token that proposed the box, detached and projected (DDQ), with `"states"` the state of the
     proposal, detached (RT-DETR). With `derive_position` off, the decoder derives the position from the boxes at each
-    layer (DINO).
+    layer (DINO). With `deltas` each query learns how it moves its proposal's box, relative to its size (LW-DETR).
     """
 
     head: ProposalHead
 
     def __init__(
-        self, head: ProposalHead, width: int, *, content: ProposalContent = "learned", derive_position: bool = False
+        self,
+        head: ProposalHead,
+        width: int,
+        *,
+        content: ProposalContent = "learned",
+        derive_position: bool = False,
+        deltas: bool = False,
     ) -> None:
         super().__init__(head.proposals, head)
         self.content = normal(head.proposals, width) if content == "learned" else None
+        self.deltas = nn.Parameter(torch.zeros(head.proposals, 4)) if deltas else None
         self.project = nn.Linear(width, width) if content == "memory" else None
         assert content != "boxes" or derive_position, "a content must come from somewhere"
         both = (2 * width, 2 * width)
@@ -198,20 +206,28 @@ class ProposalQueries(QuerySource):
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The queries and the proposals they came from."""
         proposals = self.head(memory)
-        return self._queries(memory, proposals, self.content), proposals
+        learned = {"content": self.content, "deltas": self.deltas}
+        table: Table = {name: rows for name, rows in learned.items() if rows is not None}
+        return self._queries(memory, proposals, table), proposals
 
     def fresh(self, count: int) -> nn.ParameterDict:
-        """Contents of `count` more queries, where they are learned."""
-        return nn.ParameterDict({} if self.content is None else {"content": normal(count, self.width)})
+        """Contents and deltas of `count` more queries, where they are learned."""
+        table = {} if self.content is None else {"content": normal(count, self.width)}
+        if self.deltas is not None:
+            table["deltas"] = nn.Parameter(torch.zeros(count, 4))
+        return nn.ParameterDict(table)
 
     def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
         """The queries of other proposals."""
         assert proposals is not None
-        return self._queries(memory, proposals, table.get("content"))
+        return self._queries(memory, proposals, table)
 
-    def _queries(self, memory: Memory, proposals: Proposals, learned: Tensor | None) -> Queries:
+    def _queries(self, memory: Memory, proposals: Proposals, table: Table) -> Queries:
         boxes = proposals.boxes.detach()
-        content = None if learned is None else learned[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        batch, count = boxes.shape[:2]
+        content = table["content"][:count].expand(batch, -1, -1) if "content" in table else None
+        if "deltas" in table:
+            boxes = relative_boxes(table["deltas"][:count], boxes)
         if self.content_kind == "states":
             content = proposals.selected.detach()
         elif self.project is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from detrellis.boxes import inverse_sigmoid
+from detrellis.boxes import inverse_sigmoid, relative_boxes
 from detrellis.nn.distribution import Bins, mean_boxes, weighting
 from detrellis.nn.heads import Heads, SegmentHeads
 from detrellis.types import DecoderOutput, SideDistributions
 
 Refine = Literal["none", "detached", "look_forward_twice"]
+# What a box head says `(B, N, 4)`, and references `(B, N, 4 or 2)`, to boxes `(B, N, 4)`.
+Move = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Refined(NamedTuple):
@@ -23,13 +26,13 @@ class Refined(NamedTuple):
 
 
 class IterativeRefinement:
-    """Boxes refined in logit space (Deformable DETR, section 4.2), or references that stay where they are.
+    """Boxes refined layer by layer (Deformable DETR, section 4.2), or references that stay where they are.
 
-    `refine` as in `Decoder`; `eps` is that of the inverse sigmoid.
+    `refine` as in `Decoder`; `move` applies what a box head says, in logit space or otherwise.
     """
 
-    def __init__(self, heads: Heads | SegmentHeads, references: Tensor | None, refine: Refine, eps: float) -> None:
-        self.heads, self.refine, self.eps = heads, refine, eps
+    def __init__(self, heads: Heads | SegmentHeads, references: Tensor | None, refine: Refine, move: Move) -> None:
+        self.heads, self.refine, self.move = heads, refine, move
         # `boxes` is what losses reach through the outputs, `references (B, N, 2 or 4)` what a layer reads: equal,
         # without gradient from the second layer on.
         self.boxes = self.references = references
@@ -40,10 +43,10 @@ class IterativeRefinement:
         `states` are what the heads read of them for the output; None where nobody asks for one, and gets none.
         """
         said = None if states is None else self.heads.deltas(layer, states)
-        output = None if said is None else Refined(moved(said, self.boxes, self.eps))
+        output = None if said is None else Refined(self.move(said, self.boxes))
         if not last and self.refine != "none":
             delta = said if said is not None and states is x else self.heads.deltas(layer, x)
-            boxes = moved(delta, self.references, self.eps)
+            boxes = self.move(delta, self.references)
             self.references = boxes.detach()
             self.boxes = boxes if self.refine == "look_forward_twice" else self.references
         return output
@@ -95,3 +98,9 @@ def moved(delta: Tensor, references: Tensor | None, eps: float) -> Tensor:
     if logits.shape[-1] == 2:
         logits = torch.cat([logits, torch.zeros_like(logits)], dim=-1)
     return (delta + logits).sigmoid()
+
+
+def moved_relative(delta: Tensor, references: Tensor | None) -> Tensor:
+    """As `moved`, with boxes in the place of logits: see `boxes.relative_boxes`."""
+    assert references is not None, "re-parameterised boxes are relative to boxes"
+    return relative_boxes(delta, references)

@@ -19,6 +19,7 @@ from detrellis.recipes import (
     dfine,
     dino,
     group,
+    lwdetr,
     mask2former,
     rtdetr,
     sam,
@@ -45,6 +46,7 @@ RECIPES: Recipes = {
     **mask2former.RECIPES,
     **rtdetr.RECIPES,
     **dfine.RECIPES,
+    **lwdetr.RECIPES,
 }
 
 

@@ -242,9 +242,8 @@ class Recipe(Config):
 
     def untrained(self) -> Recipe:
         """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""
-        backbone = self.detector.backbone
-        light = backbone.model_copy(update={"pretrained": False, "weights": None, "norm": backbone.normalisation})
-        return self.model_copy(update={"detector": self.detector.model_copy(update={"backbone": light})})
+        light = {"backbone": self.detector.backbone.untrained()}
+        return self.model_copy(update={"detector": self.detector.model_copy(update=light)})
 
     def with_statistics(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Recipe:
         """The same recipe with these for `data.mean` and `data.std` where it leaves them open."""

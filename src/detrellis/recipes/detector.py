@@ -11,7 +11,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from detrellis.fields import Ascending, Config, Count, Few, Key, Positive, Some, ZeroToBelowOne, ZeroToOne, within
+from detrellis.fields import (
+    Ascending,
+    Config,
+    Count,
+    CountOrNone,
+    Few,
+    Key,
+    Positive,
+    Some,
+    ZeroToBelowOne,
+    ZeroToOne,
+    within,
+)
 
 Width = Annotated[int, within(4, 8192)]
 Levels = Annotated[int, within(1, 8)]
@@ -38,6 +50,7 @@ class BackboneConfig(Config):
     """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`, ...), or any timm
     model with feature maps."""
 
+    kind: Literal["hierarchical"] = "hierarchical"
     name: str = "resnet50"
     pretrained: bool = True
     weights: Key | None = None  # local file of pretrained weights; None: an installed package, or the hub
@@ -55,6 +68,39 @@ class BackboneConfig(Config):
     def normalisation(self) -> Literal["frozen", "frozen_norm", "batch"]:
         """`norm` with "auto" decided."""
         return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
+
+    def untrained(self) -> BackboneConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False, "weights": None, "norm": self.normalisation})
+
+
+class WindowViTConfig(Config):
+    """A plain ViT, whose maps have one stride, with attention within windows in some blocks (LW-DETR, RF-DETR)."""
+
+    dilation: ClassVar[bool] = False
+    kind: Literal["window_vit"] = "window_vit"
+    pretrained: bool = True
+    weights: Key | None = None  # local file of pretrained weights; None: those of
+    timm: Key | None = None  # timm's model of this name; None: no host has any
+    style: Literal["cae", "dinov2"] = "cae"  # LW-DETR's; dinov2: with class tokens and a norm of each map (RF-DETR)
+    width: Annotated[int, within(4, 8192)] = 192
+    heads: Few = 12
+    patch: Annotated[int, within(1, 256)] = 16
+    grid: Annotated[int, within(1, 1024)] = 14  # patches along a side of the table of positions, which is resized
+    windows: Annotated[int, within(1, 32)] = 4  # along each side of the image
+    windowed: Annotated[tuple[CountOrNone, ...], Ascending] = (0, 2, 4)  # blocks within windows, counted from 0
+    taps: Annotated[tuple[Few, ...], Ascending, Some] = (2, 4, 6)  # after how many blocks a map is read off
+    drop_path: ZeroToBelowOne = 0.0
+    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the maps, in pixels: the patch."""
+        return (self.patch,)
+
+    def untrained(self) -> WindowViTConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
 
 
 class DeformableEncoderConfig(Config):
@@ -108,6 +154,24 @@ class HybridEncoderConfig(Config):
     fuse_by: Literal["csp", "elan"] = "csp"  # two levels; elan: D-FINE's, with two CSP layers in a row
     blocks: Few = 3  # RepVGG's, in each CSP layer
     expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps; of elan, in halves
+
+
+class ProjectorEncoderConfig(Config):
+    """No layers: a plain backbone's maps, resampled to the levels and mixed by a C2f block each (LW-DETR)."""
+
+    width: ClassVar[None] = None
+    layers: ClassVar[int] = 0
+    heads: ClassVar[int] = 1
+    kind: Literal["projector"] = "projector"
+    strides: Strides = (16,)  # of the levels, finest first: half, once or twice that of the maps
+    blocks: Few = 3  # bottlenecks of a C2f block
+    norm: Literal["batch", "layer"] = "batch"
+    eps: Annotated[float, within(0, 0.1, above=True)] = 1e-6  # of norm=layer
+
+    @property
+    def levels(self) -> int:
+        """How many there are."""
+        return len(self.strides)
 
 
 class DeformableAttentionConfig(Config):
@@ -210,9 +274,17 @@ class MixedQueriesConfig(Config):
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False
     distinct: Overlap | None = None
+    deltas: bool = False  # each query learns how it moves its proposal's box (LW-DETR)
 
 
-EncoderConfig = DeformableEncoderConfig | DenseEncoderConfig | IntraScaleEncoderConfig | HybridEncoderConfig
+AnyBackboneConfig = BackboneConfig | WindowViTConfig
+EncoderConfig = (
+    DeformableEncoderConfig
+    | DenseEncoderConfig
+    | IntraScaleEncoderConfig
+    | HybridEncoderConfig
+    | ProjectorEncoderConfig
+)
 CrossAttentionConfig = (
     DeformableAttentionConfig
     | DenseAttentionConfig
@@ -237,6 +309,7 @@ class DecoderConfig(Config):
 
     layers: Few = 6
     heads: Few = 8
+    cross_heads: Few | None = None  # of the attention to the memory; None: as many as heads
     hidden: Count = 1024
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
@@ -250,7 +323,7 @@ class DecoderConfig(Config):
 class DetectorConfig(Config):
     """The network parts, and how detections are read off them."""
 
-    backbone: BackboneConfig = BackboneConfig()
+    backbone: Annotated[AnyBackboneConfig, Field(discriminator="kind")] = BackboneConfig()
     width: Width = 256
     encoder: Annotated[EncoderConfig, Field(discriminator="kind")] = DeformableEncoderConfig()
     queries: Annotated[QueriesConfig, Field(discriminator="kind")] = LearnedQueriesConfig()
@@ -261,6 +334,8 @@ class DetectorConfig(Config):
     dropout: ZeroToBelowOne = 0.1
     scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
     iou_branch: Literal["none", "product", "root"] = "none"  # a head that learns the IoU, and how scores use it
+    # what box heads move: logits, or relative, centres by sizes and sizes by an exponential (LW-DETR, RF-DETR)
+    box_encoding: Literal["logits", "relative"] = "logits"
     eps: Annotated[float, within(0, 0.5, above=True, below=True)] = 1e-5  # of the inverse sigmoid
     position_temperature: Annotated[float, within(1, 1e6)] = 10000.0
     position_offset: Annotated[float, within(-1, 1)] = -0.5
@@ -305,6 +380,8 @@ class DetectorConfig(Config):
     @property
     def level_strides(self) -> tuple[int, ...]:
         """Pixels that a cell of each level covers."""
+        if self.encoder.kind == "projector":
+            return self.encoder.strides
         *finer, last = self.backbone.strides
         last //= 2 if self.backbone.dilation else 1
         return (*finer, *(last * 2**i for i in range(self.encoder.levels - len(finer))))

@@ -14,7 +14,7 @@ from detrellis.fields import configs_of, kind_of
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import RESNETS, DetectorConfig
 
-FORMAT = 4  # of stored recipes
+FORMAT = 5  # of stored recipes
 
 # Where a field of an older format stands now, as dotted paths. A name of today must not stand on the left.
 RENAMED: Mapping[str, str] = {
@@ -43,7 +43,9 @@ def migrated(data: Any, written: int) -> Any:
         _group_detector(recipe["detector"])
     if written < 3:
         _name_statistics(recipe)
-    _name_content(recipe)
+    if written < 4:
+        _name_content(recipe)
+    _name_backbone(recipe)
     return recipe
 
 
@@ -61,6 +63,14 @@ def _name_content(recipe: dict[str, Any]) -> None:
     queries = detector.get("queries") if isinstance(detector, dict) else None
     if isinstance(queries, dict) and queries.pop("features", False):
         queries["content_from"] = "memory"
+
+
+def _name_backbone(recipe: dict[str, Any]) -> None:
+    """Before format 5, there was one kind of backbone."""
+    detector = recipe.get("detector")
+    backbone = detector.get("backbone") if isinstance(detector, dict) else None
+    if isinstance(backbone, dict):
+        backbone["kind"] = "hierarchical"
 
 
 def renamed_parameters(state: Mapping[str, Any]) -> dict[str, Any]:

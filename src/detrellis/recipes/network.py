@@ -26,11 +26,11 @@ from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.position import SineMap
 from detrellis.nn.pretrained import IMAGENET, Source, find_source, timm_statistics
 from detrellis.nn.prior import AtLevel, level_of
+from detrellis.nn.projector import Projector
 from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.queries import (
     AnchorQueries,
     LearnedQueries,
-    ProposalContent,
     ProposalQueries,
     QuerySource,
     linear_reference,
@@ -48,24 +48,35 @@ from detrellis.nn.spatial import (
     PointPosition,
     position_scale,
 )
+from detrellis.nn.window_vit import WindowViT
 from detrellis.postprocess import Postprocess
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import RESNETS, VD_RESNETS, BackboneConfig, DetectorConfig, HybridEncoderConfig
+from detrellis.recipes.detector import (
+    RESNETS,
+    VD_RESNETS,
+    AnyBackboneConfig,
+    DetectorConfig,
+    HybridEncoderConfig,
+    WindowViTConfig,
+)
 from detrellis.recipes.refuse import refuse_network
 from detrellis.types import Channels
 
 
-def pretrained_source(config: BackboneConfig) -> Source | None:
+def pretrained_source(config: AnyBackboneConfig) -> Source | None:
     """Where the backbone's pretrained weights come from; None where it starts from scratch. `UserError` where there
     are none to be had."""
     if not config.pretrained:
         return None
-    return find_source(_published(config.name), config.weights, resnet=config.name in RESNETS)
+    name = _published(config)
+    return find_source(name, config.weights, resnet=name in RESNETS)
 
 
-def _published(name: str) -> str:
-    """The name that pretrained weights of a backbone are published under."""
-    return timm_name(name) if name in VD_RESNETS else name
+def _published(config: AnyBackboneConfig) -> str | None:
+    """The name that pretrained weights of a backbone are published under, by torchvision or timm; None: nowhere."""
+    if isinstance(config, WindowViTConfig):
+        return config.timm
+    return timm_name(config.name) if config.name in VD_RESNETS else config.name
 
 
 def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = None) -> tuple[Recipe, str | None]:
@@ -81,12 +92,14 @@ def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = No
     source = pretrained_source(config)
     if source is not None:
         return recipe.with_statistics(source.mean, source.std), source.about
-    statistics = IMAGENET if config.name in RESNETS else timm_statistics(_published(config.name))
-    return recipe.with_statistics(*statistics), None
+    name = _published(config)
+    return recipe.with_statistics(*(IMAGENET if name is None or name in RESNETS else timm_statistics(name))), None
 
 
-def build_backbone(config: BackboneConfig) -> ResNet | ResNetVD | TimmBackbone:
+def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbone | WindowViT:
     """The backbone, with pretrained weights where the recipe asks for them."""
+    if isinstance(config, WindowViTConfig):
+        return _window_vit(config)
     norm: Norm = config.normalisation
     resnet = config.name in RESNETS
     if config.dilation and not resnet:
@@ -108,6 +121,15 @@ def build_backbone(config: BackboneConfig) -> ResNet | ResNetVD | TimmBackbone:
         raise UserError(f"backbone {config.name} cannot be dilated", "DC5 needs resnet50 or resnet101.") from None
 
 
+def _window_vit(config: WindowViTConfig) -> WindowViT:
+    parts = config.model_dump(exclude={"kind", "timm", "pretrained", "weights", "style"})
+    model: WindowViT = WindowViT(**parts, dinov2=config.style == "dinov2")
+    source = pretrained_source(config)
+    if source is not None:
+        model.start_from(source, config.timm)
+    return model
+
+
 def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     """From the backbone's maps to a memory."""
     if config.encoder.kind == "hybrid":
@@ -115,9 +137,14 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     semantic = config.cross_attention.kind == "semantic"  # its regions reach into padding
     constants = {"temperature": config.position_temperature, "offset": config.position_offset}
     position = SineMap(config.memory_width, **constants, blank=semantic)
-    if config.encoder.kind == "dense":
-        return SingleScaleNeck(channels[-1], config.width, position, norm=config.encoder.neck_norm)
-    return MultiScaleNeck(channels, config.memory_width, config.encoder.levels, position)
+    encoder = config.encoder
+    if encoder.kind == "projector":
+        eps = encoder.eps if encoder.norm == "layer" else None
+        scales = [config.backbone.strides[-1] / stride for stride in encoder.strides]
+        return Projector(channels, config.width, scales, position, blocks=encoder.blocks, layer_norm_eps=eps)
+    if encoder.kind == "dense":
+        return SingleScaleNeck(channels[-1], config.width, position, norm=encoder.neck_norm)
+    return MultiScaleNeck(channels, config.memory_width, encoder.levels, position)
 
 
 def build_hybrid_neck(config: DetectorConfig, encoder: HybridEncoderConfig, channels: Sequence[int]) -> HybridNeck:
@@ -143,7 +170,7 @@ def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
 
 def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Attention of the queries to the memory; what reads one level gets the layer's own."""
-    width, heads, dropout = config.width, config.decoder.heads, config.dropout
+    width, heads, dropout = config.width, config.decoder.cross_heads or config.decoder.heads, config.dropout
     chosen, levels = config.cross_attention, config.encoder.levels
     if chosen.kind == "deformable":
         discrete = chosen.sampling == "discrete"
@@ -171,7 +198,7 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
 def build_encoder(config: DetectorConfig) -> Encoder:
     """The encoder's layers; none where the neck has done its work."""
     width, dropout, encoder = config.memory_width, config.dropout, config.encoder
-    if encoder.kind == "hybrid":
+    if encoder.kind == "hybrid" or encoder.kind == "projector":
         return Encoder([], references=False)
     layers = [
         EncoderLayer(
@@ -207,9 +234,13 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         rank_by="first" if config.objectness else "max",
         empty_compete=queries.empty_compete,
         distinct=queries.distinct,
+        relative=config.box_encoding == "relative",
     )
-    content: ProposalContent = queries.content_from if queries.kind == "mixed" else "boxes"
-    return ProposalQueries(head, width, content=content, derive_position=queries.position == "queries")
+    derived = queries.position == "queries"
+    if queries.kind == "proposals":
+        return ProposalQueries(head, width, content="boxes", derive_position=derived)
+    options: dict[str, Any] = {"content": queries.content_from, "deltas": queries.deltas}
+    return ProposalQueries(head, width, derive_position=derived, **options)
 
 
 def build_reference(config: DetectorConfig) -> nn.Module | None:
@@ -274,6 +305,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         width=width,
         eps=config.eps,
         distinct=decoder.distinct,
+        relative=config.box_encoding == "relative",
     )
 
 
@@ -308,8 +340,9 @@ def _feed_forward(config: DetectorConfig, width: int, hidden: int) -> FeedForwar
 def build_detector(config: DetectorConfig, classes: int) -> Detector:
     """A detector for `classes` classes, initialised from the global random state."""
     refuse_network(config)
-    backbone = build_backbone(config.backbone.replace(strides=config.map_strides))
-    channels = backbone.channels[-len(config.backbone.strides) :]
+    own = config.backbone
+    backbone = build_backbone(own if config.masks is None else own.replace(strides=config.map_strides))
+    channels = backbone.channels if config.masks is None else backbone.channels[1:]
     neck, encoder = build_neck(config, channels), build_encoder(config)
     decoder = build_decoder(config, classes) if config.boxes else build_masked_decoder(config, classes)
     queries = build_queries(config, classes)

@@ -12,7 +12,7 @@ import warnings
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.config import POLICIES, STRONG, Recipe
 from detrellis.recipes.detector import DetectorConfig
-from detrellis.recipes.refuse_parts import distributions, hybrid, rounded, sampling
+from detrellis.recipes.refuse_parts import distributions, hybrid, plain, rounded, sampling
 
 # What a detector without the capability lacks, and what to use instead.
 MISSING = {
@@ -158,7 +158,7 @@ def _refuse_augmentation(recipe: Recipe) -> None:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    checks = (_sizes, _combinations, hybrid, sampling, distributions, _scores, _masks)
+    checks = (_sizes, plain, _combinations, hybrid, sampling, distributions, _scores, _masks)
     for refused, problem, remedy in (row for check in checks for row in check(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
@@ -294,7 +294,8 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     GroupNorm, has equally many channels."""
     width, heads, attention = config.width, config.decoder.heads, config.cross_attention
     sines = {"4, for the sines and cosines of two coordinates": 4}
-    decoder = {f"decoder.heads={heads}": heads} | sines
+    cross = config.decoder.cross_heads
+    decoder = {f"decoder.heads={heads}": heads, f"decoder.cross_heads={cross}": cross or 1} | sines
     encoder = {
         f"encoder.heads={config.encoder.heads}": 1 if config.encoder.kind == "hybrid" else config.encoder.heads,
         **sines,
@@ -323,4 +324,4 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 def _normed(config: DetectorConfig) -> bool:
     """Whether the neck has GroupNorm: of one map only where it is asked to."""
     encoder = config.encoder
-    return encoder.kind != "hybrid" and (encoder.kind != "dense" or encoder.neck_norm)
+    return encoder.kind not in ("hybrid", "projector") and (encoder.kind != "dense" or encoder.neck_norm)

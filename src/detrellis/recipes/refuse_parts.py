@@ -92,3 +92,52 @@ def distributions(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             "Take -o detector.scores=sigmoid.",
         ),
     ]
+
+
+def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """The same for a plain backbone and its projector, and for boxes that move relative to their size."""
+    backbone, encoder = config.backbone, config.encoder
+    projector = encoder.kind == "projector"
+    relative = config.box_encoding == "relative" and config.queries.kind == "learned"
+    found = [
+        (
+            relative,
+            "box_encoding=relative moves boxes, and queries.kind=learned has none",
+            "Take -o detector.box_encoding=logits or -o detector.queries.kind=mixed.",
+        )
+    ]
+    if backbone.kind == "hierarchical":
+        problem = "encoder.kind=projector reads maps of one stride, and backbone.kind=hierarchical has several"
+        return [*found, (projector, problem, "Take another encoder.kind, or -o detector.backbone.kind=window_vit.")]
+    sides = (backbone.patch // 2, backbone.patch, 2 * backbone.patch)
+    strides = encoder.strides if encoder.kind == "projector" else ()
+    last = max(backbone.taps)
+    return [
+        *found,
+        (
+            not projector,
+            f"backbone.kind=window_vit has maps of one stride, which encoder.kind={encoder.kind} does not read",
+            "Take -o detector.encoder.kind=projector, or -o detector.backbone.kind=hierarchical.",
+        ),
+        (
+            config.masks is not None,
+            "masks are read from a map of stride 4, which backbone.kind=window_vit has not",
+            "Take -o detector.masks=null, or -o detector.backbone.kind=hierarchical.",
+        ),
+        (
+            not set(strides) <= set(sides),
+            f"encoder.strides={list(strides)} cannot be made of maps of stride {backbone.patch}",
+            f"Take some of {', '.join(map(str, sides))}.",
+        ),
+        (
+            backbone.width % backbone.heads > 0,
+            f"backbone.width={backbone.width} is not a multiple of backbone.heads={backbone.heads}",
+            f"For example -o detector.backbone.width={rounded(backbone.width, backbone.heads)}.",
+        ),
+        (
+            any(block >= last for block in backbone.windowed),
+            f"backbone.windowed={list(backbone.windowed)} names blocks that are not there: the last map is read off"
+            f" after {last}",
+            f"Blocks are counted from 0: take numbers below {last}.",
+        ),
+    ]

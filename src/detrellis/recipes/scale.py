@@ -4,37 +4,55 @@ each."""
 from __future__ import annotations
 
 from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
-from detrellis.recipes.detector import VD_RESNETS, BackboneConfig, CrossAttentionConfig, DetectorConfig, EncoderConfig
+from detrellis.recipes.detector import (
+    VD_RESNETS,
+    BackboneConfig,
+    CrossAttentionConfig,
+    DetectorConfig,
+    EncoderConfig,
+    WindowViTConfig,
+)
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
     """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs; of
-    hybrid encoders, 1 layer."""
-    detector = recipe.detector
+    hybrid encoders, 1 layer; of plain ViTs, 6 blocks of width 192."""
+    detector, loss = recipe.detector, recipe.loss
     dense = detector.encoder.kind == "dense"
-    small = detector.replace(
-        backbone=BackboneConfig(name=_depth_18(detector), pretrained=False, strides=(16,) if dense else (8, 16)),
-        width=128,
-        encoder=_tiny_encoder(detector.encoder),
-        cross_attention=_tiny_attention(detector.cross_attention),
-        queries=detector.queries.replace(count=100),
-        decoder=detector.decoder.replace(layers=3, hidden=512),
-        top_k=100,
-        masks=None if detector.masks is None else detector.masks.replace(width=128),
-    )
+    masks = None if detector.masks is None else detector.masks.replace(width=128)
+    queries = detector.queries.replace(count=100)
+    small = _parts(detector).replace(width=128, queries=queries, top_k=100, masks=masks)
     # From scratch the classes are what is learned last: at least Deformable DETR's weight, where the loss is focal.
-    classes = max(recipe.loss.classes, 2.0) if detector.scores == "sigmoid" else recipe.loss.classes
+    focal = detector.scores == "sigmoid" and loss.classification == "focal"
+    classes = max(loss.classes, 2.0) if focal else loss.classes
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-tiny",
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
             "detector": small,
-            "loss": recipe.loss.model_copy(update={"classes": classes}),
+            "loss": loss.model_copy(update={"classes": classes}),
             # Dense attention learns at the papers' rate, hardly at four times of it: docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
             "data": DataConfig(size=(192, 256), match_orientation=True, augment="fixed", group_by_aspect=True),
         }
+    )
+
+
+def _parts(detector: DetectorConfig) -> DetectorConfig:
+    """The detector with a small backbone, encoder and decoder."""
+    decoder = detector.decoder.replace(layers=3, hidden=512)
+    if isinstance(detector.backbone, WindowViTConfig):
+        sizes = {"width": 192, "heads": 6, "grid": 16, "windows": 2, "windowed": (0, 2, 4), "taps": (2, 4, 6)}
+        backbone = detector.backbone.untrained().replace(**sizes, drop_path=0.0)
+        return detector.replace(backbone=backbone, decoder=decoder.replace(heads=8, cross_heads=16))
+    name = VD_RESNETS[0] if detector.backbone.name in VD_RESNETS else "resnet18"
+    strides = (16,) if detector.encoder.kind == "dense" else (8, 16)
+    return detector.replace(
+        backbone=BackboneConfig(name=name, pretrained=False, strides=strides),
+        encoder=_tiny_encoder(detector.encoder),
+        cross_attention=_tiny_attention(detector.cross_attention),
+        decoder=decoder,
     )
 
 
@@ -51,7 +69,3 @@ def _tiny_attention(attention: CrossAttentionConfig) -> CrossAttentionConfig:
     if attention.kind != "deformable" or isinstance(attention.points, int):
         return attention
     return attention.replace(points=attention.points[-2:])
-
-
-def _depth_18(detector: DetectorConfig) -> str:
-    return VD_RESNETS[0] if detector.backbone.name in VD_RESNETS else "resnet18"

@@ -74,10 +74,10 @@ class Group(TrainingScheme):
         further = self.k - 1
         table: Table = self.table
         found = self.extra_queries if proposals is None else proposals.best.shape[1]
-        if found < self.extra_queries and "content" in table:
-            # A memory of few tokens: each group's first contents, as the detector takes its first ones.
-            contents = table["content"].unflatten(0, (further, -1))[:, : found // further]
-            table = {"content": contents.flatten(0, 1)}
+        if found < self.extra_queries:
+            # A memory of few tokens: each group's first rows, as the detector takes its first ones.
+            rows = {name: value.unflatten(0, (further, -1)) for name, value in table.items()}
+            table = {name: value[:, : found // further].flatten(0, 1) for name, value in rows.items()}
         block = QueryBlock(
             "group",
             step.detector.queries.extra(table, step.memory, proposals),
