@@ -34,7 +34,7 @@ from detrellis.data.doctor.check import prepare
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Normalise
-from detrellis.data.masks import run_lengths
+from detrellis.data.masks import has_outlines, run_lengths
 from detrellis.distributed import World, all_gather, process_group
 from detrellis.engine.bench import BenchResult, bench_recipe
 from detrellis.engine.capacity import capacity
@@ -130,7 +130,7 @@ def train(
 
 
 def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:
-    """Draw `count` pictures as the recipe would train on them, augmented, with their boxes.
+    """Draw `count` pictures as the recipe would train on them, augmented, with their boxes, and masks where all have.
 
     Returns the file, `train_samples.jpg` in the folder `out`. Raises `UserError` where the data set has errors, or
     where another file is in the way.
@@ -138,7 +138,8 @@ def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out:
     outputs = Outputs(out, "--show")
     outputs.ready([SHEET])
     training, *_ = prepare(find_data(data))
-    dataset = training_dataset(training, recipe, seed=0)
+    shown = recipe.override("data.masks=true") if has_outlines(training) else recipe
+    dataset = training_dataset(training, shown, seed=0)
     return outputs.write(SHEET, jpeg(samples_sheet(dataset, training.classes.names, count)))
 
 

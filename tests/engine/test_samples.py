@@ -16,6 +16,7 @@ from detrellis.engine.samples import CELL, samples_sheet, training_dataset
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 
+from ..data.sets import CocoSet
 from ..small import SMALL
 from ..test_cli import call
 
@@ -54,6 +55,13 @@ def test_a_run_has_its_sheet_and_check_draws_one(shapes: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="train_samples"):
         draw_samples(find_recipe("tiny"), shapes, 4, out)
     assert (out / "train_samples.jpg").read_bytes() == b"somebody's"
+
+
+def test_the_sheet_has_masks_where_every_object_has_one(tmp_path: Path) -> None:
+    data, recipe = CocoSet(tmp_path / "set"), find_recipe("tiny").override(SETTINGS)
+    masked = draw_samples(recipe, data.write(), 2, tmp_path / "masked").read_bytes()
+    del data.box(0)["segmentation"]
+    assert draw_samples(recipe, data.write(), 2, tmp_path / "plain").read_bytes() != masked
 
 
 def test_nothing_is_drawn_of_a_data_set_with_errors(

@@ -84,6 +84,16 @@ BOXES: dict[str, Rule] = {
     "difficult-objects": Rule("note", "Nothing to do: trained on like the others, forgiven by `eval --metric voc`."),
 }
 
+# Of objects' outlines; they matter where masks are learnt.
+MASKS: dict[str, Rule] = {
+    "missing-mask": Rule("warning", "Outline them too, or train on boxes alone."),
+    "mask-size": Rule("warning", "Export the masks again, in the size of their images."),
+    "empty-mask": Rule("warning", "Outline the object again: three points or more, inside the image."),
+    "mask-outside": Rule("warning", "It is cut at the image's edge; correct it if that is not what you mean."),
+    "mask-box": Rule("warning", "Correct the box or the outline: both are learnt."),
+    "crossing-mask": Rule("note", "Nothing to do, unless the part between the crossing sides belongs to the object."),
+}
+
 CLASSES: dict[str, Rule] = {
     "duplicate-category-id": Rule("error", "Give every category its own id, in its annotations too.", "drop box"),
     "repeated-category": Rule("note", "Nothing to do: it is taken once."),
@@ -110,7 +120,7 @@ WHOLE: dict[str, Rule] = {
 MALFORMED = ("malformed-image", "malformed-annotation")  # codes of records that a reader cannot make sense of
 
 # In the order of the table.
-RULES: dict[str, Rule] = {**WHOLE, **IMAGES, **BOXES, **CLASSES}
+RULES: dict[str, Rule] = {**WHOLE, **IMAGES, **BOXES, **MASKS, **CLASSES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +142,7 @@ class Finding:
     @property
     def noun(self) -> str:
         """What `id` is the id of."""
-        return "image" if self.code in IMAGES else "annotation" if self.code in BOXES else "category"
+        return "image" if self.code in IMAGES else "annotation" if self.code in BOXES | MASKS else "category"
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as the JSON report holds it."""

@@ -75,6 +75,15 @@ def read_outlines(annotations: Annotations) -> Outlines:
     return Outlines(np.frombuffer(b"".join(parts), dtype=np.uint8), _starts(parts), _starts(objects), polygons)
 
 
+def has_outlines(annotations: Annotations) -> bool:
+    """Whether every object has an outline that can be read."""
+    try:
+        read_outlines(annotations)
+    except UserError:
+        return False
+    return True
+
+
 def run_lengths(annotations: Annotations) -> list[dict[str, Any]]:
     """COCO's compressed run lengths (`size`, `counts`) of each object in its image, as evaluation takes them.
 

@@ -18,6 +18,7 @@ from detrellis.data.doctor.boxes import Capacity, check_boxes, check_queries
 from detrellis.data.doctor.classes import align_classes, check_classes, disagreements
 from detrellis.data.doctor.drop import drop_bad
 from detrellis.data.doctor.images import check_images, gather, shared_images
+from detrellis.data.doctor.masks import check_masks
 from detrellis.data.doctor.report import Report, summarise
 from detrellis.data.files import walk
 from detrellis.data.findings import MALFORMED, Finding, SkipBad, finding
@@ -63,6 +64,8 @@ def examine(
     findings: list[Finding] = []
     for split, raw in raws.items():
         findings += [*raw.findings, *_empty(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
+    if not fast:
+        findings += [f for raw in raws.values() for f in check_masks(raw)]
     findings += shared_images(raws, facts)
     findings += check_classes(raws)
     if capacity is not None:

@@ -170,7 +170,7 @@ def decide(lines: Sequence[NDArray[np.float64]]) -> LineKind:
     if all(_is_parallelogram(line) for line in lines):
         return "polygons"
     shortest = sorted(lines, key=len)[:50]
-    simple = sum(not _crosses_itself(line) for line in shortest) / len(shortest)
+    simple = sum(not crosses_itself(line) for line in shortest) / len(shortest)
     if inside >= FITTING and simple <= MISFIT:
         return "keypoints"
     # A triangle cannot cross itself, so that it must fit badly.
@@ -204,8 +204,8 @@ def _is_parallelogram(line: NDArray[np.float64]) -> bool:
     return bool(np.abs(a + c - b - d).max() <= SLACK)
 
 
-def _crosses_itself(line: NDArray[np.float64]) -> bool:
-    """Whether two sides of the polygon cross."""
+def crosses_itself(line: NDArray[np.float64]) -> bool:
+    """Whether two sides of the polygon (x1, y1, x2, y2, ...) cross."""
     a = line[: len(line) // 2 * 2].reshape(-1, 2)
     b = np.roll(a, -1, axis=0)
     side = b - a
