@@ -21,7 +21,7 @@ from detrellis.data.formats.coco import load_json
 from detrellis.data.loader import Normalise
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
-from detrellis.interop import huggingface
+from detrellis.interop import dfine, huggingface
 from detrellis.interop.files import HUB
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
@@ -121,7 +121,7 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     # Theirs has no channel kept free: its zero becomes a part of the pattern.
     if detector.queries.kind == "anchors" and detector.queries.indicator:
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
-    stored = huggingface.stored(kind, to_theirs(ready, links))
+    stored = huggingface.stored(kind, to_theirs(ready, links), detector)
     theirs = {name: value.detach().cpu().contiguous() for name, value in stored.items()}
     replace_files(
         (folder / "model.safetensors", lambda path: save_file(theirs, path, {"format": "pt"})),
@@ -150,7 +150,7 @@ def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
         "do_resize": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        "do_normalize": normalise != Normalise((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         "image_mean": list(normalise.mean),
         "image_std": list(normalise.std),
         "do_pad": True,
@@ -178,7 +178,7 @@ def _differences(kind: str, recipe: Recipe) -> list[str]:
         found.append(
             f"boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at {recipe.detector.eps}"
         )
-    if recipe.detector.top_k != 100 and kind != "detr":
+    if recipe.detector.top_k != (queries.count if kind == dfine.KIND else 100) and kind != "detr":
         found.append(f"post-processing keeps 100 detections unless told top_k={recipe.detector.top_k}")
     if recipe.detector.soft_nms is not None:
         found.append("post-processing has no soft-NMS")

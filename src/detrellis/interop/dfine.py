@@ -13,9 +13,14 @@ from detrellis.errors import UserError
 from detrellis.interop.links import Pair
 from detrellis.interop.names import QKV
 from detrellis.interop.rtdetr import csp, hybrid_levels, normed
+from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.dfine import dfine_l
+from detrellis.recipes.overrides import merged
 
 Config = Mapping[str, Any]
+
+KIND, MODEL, PROCESSOR = "d_fine", "DFineForObjectDetection", "RTDetrImageProcessor"
 
 # What a file leaves out, where ours read it.
 DEFAULTS: dict[str, Any] = {
@@ -64,8 +69,15 @@ STAGE = (
 )
 
 
-def sizes(config: Config) -> dict[str, Any]:
-    """The detector's fields that a `config.json` decides."""
+def recipe_of(config: Config) -> Recipe:
+    """The recipe that a `config.json` describes: D-FINE's, with the file's sizes."""
+    recipe = dfine_l()
+    detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(config)))
+    return recipe.model_copy(update={"name": "dfine", "detector": detector})
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """The detector's fields that the file decides."""
     full = DEFAULTS | dict(config)
     for name, value in FIXED.items():
         if config.get(name, value) != value:
@@ -139,8 +151,13 @@ def _affine(name: str) -> bool:
     return name < "hgnetv2_b4"
 
 
+def holds(detector: DetectorConfig) -> bool:
+    """Whether a detector can only be written as a D-FINE."""
+    return detector.decoder.distributions is not None
+
+
 def config_of(detector: DetectorConfig) -> dict[str, Any]:
-    """What their `config.json` says of a detector's sizes. `UserError` for one that they have not."""
+    """What their `config.json` says of a network. `UserError` for one that they have not."""
     encoder, decoder, attention = detector.encoder, detector.decoder, detector.cross_attention
     name = detector.backbone.name.split(".")[0] if isinstance(detector.backbone, BackboneConfig) else "a plain ViT"
     fine = decoder.distributions

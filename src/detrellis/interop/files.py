@@ -75,7 +75,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict in a `.pth` file, and the training arguments beside it where the file has them.
 
-    Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`.
+    Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`, and averaged weights
+    under `ema.module`.
     """
     found = load_plain(path, [argparse.Namespace])
     if isinstance(found, Mapping) and {CARD, "optimizer"} <= found.keys():
@@ -83,6 +84,9 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(found, Mapping):
         raise UserError(f"{path}: not a state dict")
     arguments = found.get("args")
+    average = found.get("ema")
+    if isinstance(average, Mapping) and isinstance(average.get("module"), Mapping):
+        found = {"model": average["module"]}  # which is what its authors evaluate
     for name in ("model", "state_dict", "model_state_dict"):
         if isinstance(found.get(name), Mapping):
             found = found[name]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from detrellis.errors import UserError
-from detrellis.interop import lwdetr, lwdetr_names
+from detrellis.interop import dfine, lwdetr, lwdetr_names
 from detrellis.interop.links import Pair
 from detrellis.interop.names import huggingface as detr_names
 from detrellis.recipes.conditional import conditional_detr_r50
@@ -29,6 +29,7 @@ from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage
 from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.detr import detr_r50
+from detrellis.recipes.dfine import dfine_l
 from detrellis.recipes.lwdetr import lwdetr_tiny, rfdetr_nano
 from detrellis.recipes.overrides import merged
 
@@ -86,6 +87,7 @@ FAMILIES = {
     "deformable_detr": Family(
         deformable_detr_r50, "DeformableDetrForObjectDetection", "DeformableDetrImageProcessor", DEFORMABLE_DEFAULTS
     ),
+    dfine.KIND: Family(dfine_l, dfine.MODEL, dfine.PROCESSOR, {}),
     lwdetr.LW: Family(lwdetr_tiny, "LwDetrForObjectDetection", "DeformableDetrImageProcessor", {}),
     lwdetr.RF: Family(rfdetr_nano, "RfDetrForObjectDetection", "RfDetrImageProcessor", {}),
 }
@@ -127,6 +129,8 @@ def recipe_of(config: Config) -> Recipe:
     kind = kind_of(config)
     if kind in lwdetr.RECIPES:
         return lwdetr.recipe_of(kind, config)
+    if kind == dfine.KIND:
+        return dfine.recipe_of(config)
     family = FAMILIES[kind]
     aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
     full = {**DEFAULTS, **family.defaults, **aliases, **config}
@@ -233,6 +237,8 @@ def family_of(detector: DetectorConfig) -> str:
     """Their model type for a detector. `UserError` with the reason where they have none."""
     if (plain := lwdetr.kind_of(detector)) is not None:
         return plain
+    if dfine.holds(detector):
+        return dfine.KIND
     encoder, attention, queries = detector.encoder.kind, detector.cross_attention.kind, detector.queries
     kind = {
         ("dense", "dense", "learned"): "detr",
@@ -267,7 +273,8 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     """Their `config.json` for a recipe whose classes are called `names`."""
     detector = recipe.detector
     kind = family_of(detector)
-    network = lwdetr.config_of(detector) if kind in lwdetr.RECIPES else _network(kind, detector)
+    own = {dfine.KIND: dfine.config_of, **dict.fromkeys(lwdetr.RECIPES, lwdetr.config_of)}
+    network = own[kind](detector) if kind in own else _network(kind, detector)
     return network | {
         "architectures": [FAMILIES[kind].model],
         "model_type": kind,
@@ -328,6 +335,8 @@ def loaded(kind: str, weights: Weights, detector: DetectorConfig, native: bool) 
         given = {lwdetr_names.modern(name): value for name, value in weights.items()} if kind == lwdetr.LW else weights
         rows = lwdetr_names.authors_table if lwdetr_names.is_authors(weights) else lwdetr_names.table
         return lwdetr_names.completed(given, detector.queries.count), rows(detector)
+    if kind == dfine.KIND:
+        return {dfine.modern(name): value for name, value in weights.items()}, dfine.table(detector)
     given = {modern(name, kind): value for name, value in weights.items()}
     return given | _tied_heads(given, detector.decoder.layers), detr_names(detector, native)
 
@@ -336,11 +345,15 @@ def saved_names(kind: str, detector: DetectorConfig) -> list[Pair]:
     """The table of the names that `stored` expects."""
     if kind == lwdetr.RF:
         return lwdetr_names.authors_table(detector)
+    if kind == dfine.KIND:
+        return dfine.table(detector)
     return lwdetr_names.table(detector) if kind == lwdetr.LW else detr_names(detector)
 
 
-def stored(kind: str, weights: Weights) -> dict[str, Tensor]:
+def stored(kind: str, weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
     """Their tensors by the names that every version of transformers reads from a disk."""
+    if kind == dfine.KIND:
+        return {dfine.on_disk(n): v for n, v in {**weights, **dfine.constants(detector, weights)}.items()}
     if kind in lwdetr.RECIPES:
         kept = lwdetr_names.stored(weights)
         return kept if kind == lwdetr.RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}

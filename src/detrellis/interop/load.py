@@ -94,6 +94,8 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
         return recipe
     config = read_config(path)
     known = {ours: tuple(map(float, config[theirs])) for ours, theirs in STATISTICS.items() if config.get(theirs)}
+    if config.get("do_normalize") is False:
+        known = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     recipe = recipe.model_copy(update={"data": recipe.data.replace(**known)})
     size = config.get("size", {})
     if isinstance(size, int):
@@ -151,6 +153,9 @@ def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, c
     assert not (left := missing(state, links)), f"no table names {left[0]}"
     converted = to_ours(weights, links, {name: value.shape for name, value in state.items()})
     floats = {name: value.float() for name, value in converted.items()}
+    # Steps that BatchNorm has seen, which not every file counts.
+    counters = [name for name in state if name.endswith("num_batches_tracked")]
+    floats |= {name: torch.tensor(0) for name in counters}
     if bad := [name for name, value in floats.items() if not value.isfinite().all()]:
         raise UserError(f"{bad[0]} holds values that are not finite", "Take another copy of the file.")
     skipped = [n for n in unused(weights, links) if not reference.REPEATED.match(n)]
