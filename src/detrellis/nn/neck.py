@@ -95,7 +95,7 @@ class SingleScaleNeck(nn.Module):
 def flatten(levels: Sequence[Tensor], padding: Tensor | None, position: nn.Module | None = None) -> Memory:
     """Maps `(B, D, H, W)` as one memory, with `padding (B, H, W)` of the images and each level's positions, which are 0
     where nobody says them."""
-    shapes = tuple((int(m.shape[-2]), int(m.shape[-1])) for m in levels)
+    shapes = tuple((m.shape[-2], m.shape[-1]) for m in levels)
     tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
     masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
     valid = [tokens.new_ones(1, *s) for s in shapes] if masks is None else [~m for m in masks]

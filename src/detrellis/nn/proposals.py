@@ -73,7 +73,7 @@ class ProposalHead(nn.Module):
 
     def forward(self, memory: Memory) -> Proposals:
         """The proposals; a token that can propose nothing has memory 0."""
-        anchors = anchor_logits(memory).expand(len(memory.tokens), -1, -1)
+        anchors = anchor_logits(memory).expand(memory.tokens.shape[0], -1, -1)
         empty = anchors[..., :1].isinf()
         states = self.norm(self.projection(memory.tokens.masked_fill(empty, 0)))
         logits = self.classify(states)

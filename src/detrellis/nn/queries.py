@@ -91,7 +91,7 @@ class LearnedQueries(QuerySource):
         return self._queries(table["position"], table.get("content"), memory)
 
     def _queries(self, position: Tensor, content: Tensor | None, memory: Memory) -> Queries:
-        batch = (len(memory.tokens), -1, -1)
+        batch = (memory.tokens.shape[0], -1, -1)
         content = torch.zeros_like(position) if content is None else content
         points = None if self.reference is None else self.reference(position).sigmoid().expand(batch)
         return Queries(content.expand(batch), position.expand(batch), points)
@@ -170,7 +170,7 @@ class AnchorQueries(QuerySource):
         if self.patterns:
             content = content.repeat_interleave(len(boxes), dim=0)
         content = content.expand(copies * len(boxes), -1)
-        batch = (len(memory.tokens), -1, -1)
+        batch = (memory.tokens.shape[0], -1, -1)
         return Queries(content.expand(batch), boxes=boxes.repeat(copies, 1).expand(batch))
 
 
