@@ -37,6 +37,7 @@ from detrellis.data.loader import Normalise
 from detrellis.data.masks import has_outlines, run_lengths
 from detrellis.distributed import World, all_gather, process_group
 from detrellis.engine.bench import BenchResult, bench_recipe
+from detrellis.engine.bench import parse_size as parse_size
 from detrellis.engine.capacity import capacity
 from detrellis.engine.checkpoint import Card, find_weights
 from detrellis.engine.coco_eval import EvalResult
@@ -52,6 +53,7 @@ from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
 from detrellis.errors import UserError, command
+from detrellis.export.run import export as export
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign

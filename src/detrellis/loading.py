@@ -16,6 +16,7 @@ from detrellis.distributed import World, pick_device
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.evaluate import EvalOptions, eval_loader, evaluated_split
 from detrellis.errors import UserError
+from detrellis.export.runtime import OPENERS, load_exported
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.predictions.model import Model
@@ -25,12 +26,15 @@ from detrellis.recipes.build import build, build_untrained
 
 @checked
 def load(source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None) -> Model:
-    """A trained detector from a run's folder or weights file, from a Hugging Face folder, `hf:org/name` or a reference
-    repository's `.pth`; or an untrained one from a recipe's name.
+    """A trained detector from a run's folder or weights file, from an exported `.onnx` or `.xml`, from a Hugging Face
+    folder, `hf:org/name` or a reference repository's `.pth`; or an untrained one from a recipe's name.
 
     `classes` is for a recipe only: the class map, or a number of classes (default 80).
     """
     place, target = Path(source), pick_device(device)
+    if place.suffix in OPENERS and place.is_file():
+        exported, card = load_exported(place)
+        return Model(exported.to(target).eval(), card.recipe, card.classes, target, card.data or None)
     if place.exists() or is_foreign(source):
         file = place if is_foreign(source) else find_weights(place)
         weights, card = load_any(source) if is_foreign(source) else load_weights(file)

@@ -101,15 +101,21 @@ class Postprocess:
 
     def best(self, output: DecoderOutput, sizes: Tensor, k: int) -> list[Detections]:
         """The `k` best of each image by the last layer's scores, without any suppression."""
-        scores, boxes = self.scores(output), output.boxes[-1]
+        boxes = output.boxes[-1]
         if self.boxes_of_masks:  # which are not drawn yet
             boxes = boxes.new_zeros(*boxes.shape[:2], 4)
-        one_class = self.softmax and not self.boxes_of_masks
-        best, query, labels = top_queries(scores, k) if one_class else top_pairs(scores, k)
+        best, labels, query = self.ranked(output, k)
         corners = cxcywh_to_xyxy(boxes.gather(1, query.unsqueeze(-1).expand(-1, -1, 4)))
         pixels = corners * sizes.flip(-1).repeat(1, 2).to(boxes)[:, None]
         images = zip(best, labels, pixels, query, strict=True)
         return [Detections(s, c, b, queries=q) for s, c, b, q in images]
+
+    def ranked(self, output: DecoderOutput, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, classes and queries of the `k` best detections of each image (None: `top_k`), `(B, k)` each."""
+        k, scores = self.top_k if k is None else k, self.scores(output)
+        one_class = self.softmax and not self.boxes_of_masks
+        best, query, labels = top_queries(scores, k) if one_class else top_pairs(scores, k)
+        return best, labels, query
 
     def scores(self, output: DecoderOutput) -> Tensor:
         """The last layer's score of each query and class, as detections are ranked by: `(B, N, C)` in [0, 1].

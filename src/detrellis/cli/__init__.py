@@ -315,6 +315,49 @@ def convert(
         console.say("  or: ", command("train", "--weights", out, "--data", "my_data"))
 
 
+@app.command()
+def export(
+    run: Trained,
+    *,
+    format_: Annotated[
+        Literal["onnx", "openvino", "torch"], typer.Option("--format", help="Of the file: .onnx, .xml or .pt2.")
+    ] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="File to write (default: model.onnx, ... in the run).")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of all pictures (default: any; takes minutes).")
+    ] = None,
+    detections: Annotated[bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
+    verify: Annotated[
+        Path | None, typer.Option(help="Pictures on which both have to detect the same; exit code 1 if not.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The network of a run for ONNX Runtime, OpenVINO or torch. `predict` and `eval` take the .onnx and .xml files.
+
+    Example: detrellis export RUN --verify my_data/images/val && detrellis predict RUN/model.onnx photo.jpg
+    """
+    from detrellis import api
+
+    fixed = None if size is None else api.parse_size(size)
+    done = api.export(run, out, format=format_, size=fixed, detections=detections, fp16=fp16, verify=verify)
+    written, verification = done.exported, done.verification
+    if as_json:
+        print_json(done.to_dict())
+    else:
+        height, width = (side or "any" for side in written.size)
+        size = "of any size" if written.size == (None, None) else f"of {height}x{width} pixels (height, width)"
+        console.print(f"{written.out}: {written.bytes / 2**20:.1f} MiB, pictures {size}, any number at a time")
+        console.print(f"Outputs: {', '.join(written.outputs)}")
+        if verification is not None:
+            console.print(verification.table())
+            console.print("The same." if verification.passed else "[bold]Not the same.[/bold]")
+        elif written.format != "torch":
+            console.say("Next: ", command("predict", written.out, "PICTURES", "--out", "pictures"))
+    if verification is not None and not verification.passed:
+        raise typer.Exit(1)
+
+
 for verb in (predict, info, bench, recipes, compare, reproduce):
     app.command()(verb)
 app.add_typer(analyze, name="analyze")

@@ -182,9 +182,14 @@ def find_weights(place: Path) -> Path:
     raise UserError(f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one.")
 
 
+EXPORTED = (".onnx", ".xml", ".pt2")
+
+
 def load_weights(place: Path) -> tuple[dict[str, Tensor], Card]:
     """Weights and card of a run's folder or of one file; a file that is broken gives one error and nothing else."""
     path = find_weights(place)
+    if path.suffix in EXPORTED:
+        raise UserError(f"{path}: an exported network, which runs and no more", "Give the run that it was made from.")
     try:
         with safe_open(path, framework="pt") as file:
             card = Card.from_metadata(file.metadata(), path)

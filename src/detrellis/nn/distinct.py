@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
 from detrellis.types import Segment
 
+ROUNDS = 24  # of NMS in an exported graph; more than such chains of boxes are long
 POOL = 4  # proposals for each query to choose from
 NEVER = -50.0  # a class logit that ranks a query behind all others, and as a negative costs nothing
 
@@ -34,12 +35,28 @@ def overlapping(boxes: Tensor, threshold: float) -> Tensor:
     images, count = boxes.shape[:2]
     if boxes.is_meta:
         return boxes.new_zeros(images, count, dtype=torch.bool)
+    if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+        return _overlapping_in_rounds(boxes, threshold)
     # Images lie side by side in one plane, for one NMS; in float64, where that rounds no box.
     corners = cxcywh_to_xyxy(boxes.detach().double()).flatten(0, 1)
     image = torch.arange(images, device=boxes.device).repeat_interleave(count)
     better = torch.arange(images * count, 0, -1, device=boxes.device).double()
     kept = batched_nms(corners, better, image, threshold)
     return torch.ones_like(image, dtype=torch.bool).index_fill(0, kept, False).view(images, count)
+
+
+def _overlapping_in_rounds(boxes: Tensor, threshold: float) -> Tensor:
+    """As `overlapping`, in operations whose shapes do not depend on the boxes.
+
+    Each round drops what overlaps a better one that the round before keeps. After n rounds it is right for all boxes
+    that are not at the end of a chain of more than n, each of which overlaps the next.
+    """
+    corners = cxcywh_to_xyxy(boxes)
+    overlaps = (pairwise_iou(corners, corners) > threshold).to(boxes.dtype).triu(1)
+    kept = boxes.new_ones(*boxes.shape[:-1])
+    for _ in range(ROUNDS):
+        kept = ((kept.unsqueeze(1) @ overlaps).squeeze(1) == 0).to(boxes.dtype)
+    return kept == 0
 
 
 def keep_distinct(segments: Sequence[Segment], logits: Tensor, boxes: Tensor, threshold: float) -> list[Segment]:

@@ -348,19 +348,18 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
     queries = build_queries(config, classes)
     masks = None if config.masks is None else MaskBranch(backbone.channels[0], config.memory_width, config.masks.width)
     accelerate(neck, encoder, queries, decoder)
-    rule = Postprocess(
-        config.top_k,
-        config.scores == "softmax",
-        config.iou_branch,
-        config.soft_nms,
-        boxes_of_masks=not config.boxes,
-    )
     return Detector(
         backbone,
         neck,
         encoder,
         queries,
         decoder,
-        postprocess=rule,
+        postprocess=build_postprocess(config),
         masks=masks,
     )
+
+
+def build_postprocess(config: DetectorConfig) -> Postprocess:
+    """How the detector's outputs become detections."""
+    softmax = config.scores == "softmax"
+    return Postprocess(config.top_k, softmax, config.iou_branch, config.soft_nms, boxes_of_masks=not config.boxes)

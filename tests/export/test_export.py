@@ -1,0 +1,177 @@
+"""Every family as an ONNX file: the same outputs for any number of pictures, no trace of a training scheme."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detrellis.api import Model
+from detrellis.data.classes import ClassMap
+from detrellis.engine.checkpoint import Card, load_weights, save_weights
+from detrellis.errors import UserError
+from detrellis.export.run import export
+from detrellis.export.runtime import load_exported
+from detrellis.export.verify import compare_on_pictures
+from detrellis.export.write import _graph, _traced
+from detrellis.loading import load
+from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
+from detrellis.recipes.build import build
+
+from ..small import CLASSES, NETWORKS, small
+from ..test_cli import call
+
+pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+# Masks are not exported; DN's detectors are DAB's.
+ALL = [name for name in NETWORKS if name not in ("mask2former_r50", "dn_detr_r50", "dn_deformable_detr_r50")]
+# Each takes half a minute: DETRELLIS_EXPORT=all for all of them.
+FAMILIES = [*ALL, "small"] if os.environ.get("DETRELLIS_EXPORT") == "all" else ["tiny"]
+SIZE = (96, 64)
+CLASS_MAP = ClassMap(tuple(range(CLASSES)), tuple(f"class {i}" for i in range(CLASSES)))
+
+
+def saved(name: str, folder: Path, changes: tuple[str, ...] = (), schemes: tuple[str, ...] = ()) -> Path:
+    """Random weights of a small recipe, as a run leaves them."""
+    recipe = small(name, schemes).override(["data.size=[96, 64]", *changes])
+    if recipe.data.augment == "detr":
+        recipe = recipe.override("data.augment=none")
+    detector = build(recipe, CLASSES, seed=1).detector
+    with torch.no_grad():  # apart from their start, where many outputs tie
+        for parameter in detector.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    folder.mkdir(parents=True)
+    recipe = recipe.with_statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    save_weights(folder / "best.safetensors", detector.state_dict(), Card(recipe, CLASS_MAP, {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(random.integers(0, 255, (90, 60, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and its network beside it, for pictures of 96x64."""
+    run = saved("detr_r50", tmp_path_factory.mktemp("export") / "run")
+    export(run, size=SIZE, detections=True)
+    return run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_detects_the_same(name: str, pictures: Path, tmp_path: Path) -> None:
+    run = saved(name, tmp_path / "run")
+    done = export(run, size=SIZE, verify=pictures)
+    assert done.verification is not None
+    assert [row.batch for row in done.verification.rows] == [1, 2, 5]
+    assert all(row.detections > 0 and row.unmatched == 0 for row in done.verification.rows), done.verification
+    assert done.verification.passed
+
+
+def test_ranked_detections_are_those_of_the_run(exported: Path, pictures: Path) -> None:
+    network = load_exported(exported / "model.onnx")[0].network
+    pixels = np.stack([np.asarray(Image.open(p).resize((64, 96))) for p in sorted(pictures.iterdir())[:3]])
+    outputs = network.run(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 255)
+    expected = torch.from_numpy(outputs["logits"]).softmax(-1)[..., :-1].max(-1).values.sort(descending=True).values
+    count = outputs["scores"].shape[1]
+    torch.testing.assert_close(torch.from_numpy(outputs["scores"]), expected[:, :count])
+    assert outputs["corners"].shape == (3, count, 4)
+    assert ((outputs["corners"] >= 0) & (outputs["corners"] <= 1)).all()
+
+
+def test_the_file_says_what_it_is(exported: Path) -> None:
+    properties = {p.key: p.value for p in onnx.load(exported / "model.onnx").metadata_props}
+    assert json.loads(properties["classes"]) == [f"class {i}" for i in range(CLASSES)]
+    assert json.loads(properties["detrellis"])["recipe"]["data"]["mean"] == [0.485, 0.456, 0.406]
+    model = load(exported / "model.onnx")
+    assert model.classes == load(exported).classes
+
+
+def test_a_verifier_sees_another_network(exported: Path, pictures: Path) -> None:
+    model = load(exported)
+    with torch.no_grad():
+        for parameter in model.detector.decoder.heads.parameters():
+            parameter += 0.05
+    rows = compare_on_pictures(model, load(exported / "model.onnx"), pictures, fp16=False)
+    assert all(row.unmatched > 0 for row in rows)
+
+
+def test_the_command_line_predicts_with_it(
+    exported: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = (exported / "model.onnx", exported)
+    found = [
+        json.loads(
+            call("predict", path, pictures, "--out", tmp_path / str(i), "--threshold", 0, "--json", capsys=capsys)
+        )
+        for i, path in enumerate(paths)
+    ]
+    assert len(found[0]) == len(found[1]) > 0
+    assert {row["category_name"] for row in found[0]} == {row["category_name"] for row in found[1]}
+
+
+def test_schemes_leave_no_trace() -> None:
+    counts = []
+    for schemes in ((), ("group=2",)):
+        recipe = small("detr_r50", schemes).override(["data.size=[96, 64]", "data.augment=none"])
+        model = Model(build(recipe, CLASSES).detector, recipe, CLASS_MAP, torch.device("cpu"))
+        program = _traced(_graph(model, False), recipe, SIZE)
+        counts.append(Counter(str(node.target) for node in program.graph.nodes))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"out": "model.pt"}, "end in .onnx"),
+        ({"format": "torch", "fp16": True}, "--fp16 with --format torch"),
+        ({"format": "torch", "verify": "pictures"}, "--format onnx"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], words: str, exported: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        export(exported, **options)
+
+
+def test_a_missing_package_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package onnx") as error:
+        export(exported, "other.onnx")
+    assert "detrellis[export]" in str(error.value.remedy)
+
+
+def test_masks_and_exported_networks_are_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exported already"):
+        export(exported / "model.onnx", tmp_path / "again.onnx")
+    with pytest.raises(UserError, match="an exported network, which runs and no more"):
+        load_weights(exported / "model.onnx")
+    with pytest.raises(UserError, match="masks are not exported"):
+        export(saved("mask2former_r50", tmp_path / "masks"))
+
+
+def test_bad_files_and_pictures_of_other_sizes_are_named(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"not a network")
+    with pytest.raises(UserError, match=r"bad\.onnx: ONNX Runtime cannot load it"):
+        load(tmp_path / "bad.onnx")
+    Image.fromarray(np.zeros((40, 90, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match="takes pictures of 96x64"):
+        load(exported / "model.onnx").predict(tmp_path / "wide.png")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7])
+def test_rounds_of_nms_are_nms(threshold: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(3, 200, 4, generator=generator) * torch.tensor([0.5, 0.5, 0.5, 0.5]) + 0.2
+    assert torch.equal(_overlapping_in_rounds(boxes, threshold), overlapping(boxes, threshold))
