@@ -48,11 +48,12 @@ def export(
 ) -> ExportResult:
     """Write the detector of `run` (or of whatever `load` takes) for ONNX Runtime, OpenVINO or torch.
 
-    `out` is `model.onnx` (`.xml`, `.pt2`) in the run's folder unless given. Pictures go in as RGB from 0 to 1, resized
-    as the recipe says, any number at a time; all of one `size` (height, width) where it is given, else of any, which
-    takes minutes to trace, or of the one that the recipe stretches them to. `detections` adds ranked scores, labels and
-    corners to the outputs (`export/graph.py`). `fp16` stores and computes half precision where that is safe. `verify` names pictures: the file is then run on them in batches of 1, 2 and 5, and on the run's validation
-    split if that is there; `result.verification.passed` says whether it detects the same.
+    `out` is `model.onnx` (`.xml`, `.pt2`) in the run's folder unless given. Pictures go in as RGB from 0 to 1,
+    resized as the recipe says, any number at a time; all of one `size` (height, width) where it is given, else of
+    any, which takes minutes to trace, or of the one that the recipe stretches them to. `detections` adds ranked
+    scores, labels and corners to the outputs (`export/graph.py`). `fp16` stores and computes half precision where
+    that is safe. `verify` names pictures: the file is then run on them in batches of 1, 2 and 5, and on the run's
+    validation split if that is there; `result.verification.passed` says whether it detects the same.
 
     Raises `UserError` for a detector that cannot be exported, and where a package is missing.
     """
