@@ -63,12 +63,17 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "atomic", "distributed", "errors", "signals", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
+    "exported": {"types", "detector", "engine", "recipes", "errors"},
     "loading": {
-        *("detector", "data", "recipes", "engine", "interop", "predictions"),
+        *("detector", "data", "recipes", "engine", "interop", "predictions", "exported"),
         *("arguments", "distributed", "errors"),
     },
+    "export": {
+        *("types", "boxes", "detector", "data", "recipes", "engine", "interop", "predictions", "exported", "loading"),
+        *("arguments", "distributed", "outputs", "errors"),
+    },
     "api": {
-        *("data", "recipes", "engine", "interop", "predictions", "loading"),
+        *("data", "recipes", "engine", "interop", "predictions", "loading", "export"),
         *("arguments", "distributed", "outputs", "errors"),
     },
     "analysis": {

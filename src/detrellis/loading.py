@@ -16,7 +16,7 @@ from detrellis.distributed import World, pick_device
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.evaluate import EvalOptions, eval_loader, evaluated_split
 from detrellis.errors import UserError
-from detrellis.export.runtime import OPENERS, load_exported
+from detrellis.exported import OPENERS, load_exported
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.predictions.model import Model

@@ -18,9 +18,9 @@ from detrellis.data.classes import ClassMap
 from detrellis.engine.checkpoint import Card, load_weights, save_weights
 from detrellis.errors import UserError
 from detrellis.export.run import export
-from detrellis.export.runtime import load_exported
 from detrellis.export.verify import compare_on_pictures
 from detrellis.export.write import _graph, _traced
+from detrellis.exported import load_exported
 from detrellis.loading import load
 from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
 from detrellis.recipes.build import build

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.loader import Normalise
 from detrellis.detector import Detector
+from detrellis.exported import IOU
 from detrellis.types import DecoderOutput, ImageBatch
 
-INPUT = "images"
 OUTPUTS = ("logits", "boxes")
-IOU = "iou_logits"  # a third output, of a detector with an IoU branch
 DETECTIONS = ("scores", "labels", "corners")
 
 

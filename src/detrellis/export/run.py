@@ -14,9 +14,9 @@ from detrellis.distributed import World
 from detrellis.engine.checkpoint import find_weights
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
-from detrellis.export.runtime import ExportedDetector
 from detrellis.export.verify import Verification, compare_on_pictures
 from detrellis.export.write import SUFFIXES, Exported, ExportFormat, write
+from detrellis.exported import ExportedDetector
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.loading import load_trained, open_split

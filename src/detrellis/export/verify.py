@@ -76,17 +76,12 @@ def compare_on_pictures(model: Model, exported: Model, pictures: str | Path, *, 
     rows = []
     for batch in BATCHES:
         theirs = _detections(exported, pictures, batch)
-        counts, unmatched, score, pixels = 0, 0, 0.0, 0.0
-        for one, other in zip(ours, theirs, strict=True):
-            # Each side's detections against all of the other's: at the border of the score none lacks a counterpart.
-            for mine, all_others in ((one, other), (other, one)):
-                found = _differences(mine, all_others, TOLERANCE[fp16])
-                counts += len(found)
-                unmatched += int(np.isinf(found).any(axis=1).sum())
-                finite = found[np.isfinite(found).all(axis=1)]
-                if len(finite):
-                    score, pixels = (max(a, float(b)) for a, b in zip((score, pixels), finite.max(axis=0), strict=True))
-        rows.append(Comparison(batch, len(ours), counts, unmatched, score, pixels))
+        # Each side's detections against all of the other's: at the border of the score none lacks a counterpart.
+        sides = [pair for one, other in zip(ours, theirs, strict=True) for pair in ((one, other), (other, one))]
+        found = np.concatenate([_differences(*pair, TOLERANCE[fp16]) for pair in sides])
+        matched = np.isfinite(found).all(axis=1)
+        score, pixels = found[matched].max(axis=0, initial=0).tolist()
+        rows.append(Comparison(batch, len(ours), len(found), int((~matched).sum()), score, pixels))
     return tuple(rows)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from detrellis.detector import Detector
 from detrellis.engine.checkpoint import Card, first_line
 from detrellis.errors import UserError
-from detrellis.export.graph import INPUT, IOU
 from detrellis.recipes.network import build_postprocess
 from detrellis.types import DecoderOutput, ImageBatch, Memory
 
@@ -31,6 +30,8 @@ class Network(NamedTuple):
     sides: Sides  # of the pictures that it takes
 
 
+INPUT = "images"
+IOU = "iou_logits"  # an output of a detector with an IoU branch
 INSTALL = "pip install 'detrellis[export]'"
 
 
