@@ -81,7 +81,7 @@ def load(a: Arrays) -> tuple[Detector, list[Link]]:
         model.backbone = backbone_of(config["backbone_config"], network.backbone.strides)
         model.neck = build_neck(network, model.backbone.channels)
     model = model.to_empty(device="cpu").double().eval()
-    links = link_up(model.state_dict(), table(network), network.decoder.layers)
+    links = link_up(model.state_dict(), table(network, "rt_detr_v2"), network.decoder.layers)
     assert not missing(model.state_dict(), links)
     weights = a.group("p/")
     assert not unused(weights, links)

@@ -21,7 +21,7 @@ from detrellis.data.formats.coco import load_json
 from detrellis.data.loader import Normalise
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
-from detrellis.interop import dfine, huggingface
+from detrellis.interop import dfine, huggingface, rtdetr
 from detrellis.interop.files import HUB
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
@@ -170,16 +170,17 @@ def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
 def _differences(kind: str, recipe: Recipe) -> list[str]:
     found = []
     queries = recipe.detector.queries
-    if queries.kind == "proposals" and not queries.empty_compete:
+    if queries.kind in ("proposals", "mixed") and not queries.empty_compete:
         found.append("tokens that can propose nothing compete with their score there, ours come last")
-    if queries.kind == "proposals" and queries.distinct is not None:
+    if queries.kind in ("proposals", "mixed") and queries.distinct is not None:
         found.append("queries start at the best proposals, whether they are distinct or not")
     if kind == "dab-detr" and recipe.detector.eps != 1e-5:
         found.append(
             f"boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at {recipe.detector.eps}"
         )
-    if recipe.detector.top_k != (queries.count if kind == dfine.KIND else 100) and kind != "detr":
-        found.append(f"post-processing keeps 100 detections unless told top_k={recipe.detector.top_k}")
+    usual = queries.count if kind in (dfine.KIND, *rtdetr.MODELS) else 100
+    if recipe.detector.top_k != usual and kind != "detr":
+        found.append(f"post-processing keeps {usual} detections unless told top_k={recipe.detector.top_k}")
     if recipe.detector.soft_nms is not None:
         found.append("post-processing has no soft-NMS")
     return found

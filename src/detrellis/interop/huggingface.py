@@ -1,5 +1,5 @@
 """Hugging Face's configuration files, and what they say about a detector: DETR, Conditional DETR, DAB-DETR, Deformable
-DETR, and through `interop/lwdetr.py` LW-DETR and RF-DETR.
+DETR, and through `interop/lwdetr.py` and `rtdetr.py` LW-DETR and RF-DETR, RT-DETR and RT-DETRv2.
 
 | where their code and the reference differ | ours |
 | --- | --- |
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from detrellis.errors import UserError
-from detrellis.interop import dfine, lwdetr, lwdetr_names
+from detrellis.interop import dfine, lwdetr, lwdetr_names, rtdetr
 from detrellis.interop.links import Pair
 from detrellis.interop.names import huggingface as detr_names
+from detrellis.interop.names import tied_heads
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_detr_r50
@@ -89,6 +90,7 @@ FAMILIES = {
     ),
     dfine.KIND: Family(dfine_l, dfine.MODEL, dfine.PROCESSOR, {}),
     lwdetr.LW: Family(lwdetr_tiny, "LwDetrForObjectDetection", "DeformableDetrImageProcessor", {}),
+    **{kind: Family(recipes[0], rtdetr.MODELS[kind], rtdetr.PROCESSOR, {}) for kind, recipes in rtdetr.RECIPES.items()},
     lwdetr.RF: Family(rfdetr_nano, "RfDetrForObjectDetection", "RfDetrImageProcessor", {}),
 }
 # Settings that change what is computed and that ours do not have, with the value that ours stand for.
@@ -131,6 +133,8 @@ def recipe_of(config: Config) -> Recipe:
         return lwdetr.recipe_of(kind, config)
     if kind == dfine.KIND:
         return dfine.recipe_of(config)
+    if kind in rtdetr.RECIPES:
+        return rtdetr.recipe_of(kind, config)
     family = FAMILIES[kind]
     aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
     full = {**DEFAULTS, **family.defaults, **aliases, **config}
@@ -239,6 +243,8 @@ def family_of(detector: DetectorConfig) -> str:
         return plain
     if dfine.holds(detector):
         return dfine.KIND
+    if rtdetr.holds(detector):
+        return rtdetr.kind_of(detector)
     encoder, attention, queries = detector.encoder.kind, detector.cross_attention.kind, detector.queries
     kind = {
         ("dense", "dense", "learned"): "detr",
@@ -254,7 +260,7 @@ def family_of(detector: DetectorConfig) -> str:
         raise UserError(
             "this detector cannot be saved for transformers: it has no such model",
             "It has DETR, Conditional DETR, DAB-DETR, DN-DETR (as DAB-DETR) and Deformable DETR with learned queries "
-            "or proposals, each with a ResNet; LW-DETR and RF-DETR.",
+            "or proposals, each with a ResNet; RT-DETR and RT-DETRv2; LW-DETR and RF-DETR.",
         )
     expected = FAMILIES[kind].recipe().detector
     for name in ("scores", "position_temperature", "position_offset", "decoder.final_norm", "iou_branch"):
@@ -274,6 +280,7 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     detector = recipe.detector
     kind = family_of(detector)
     own = {dfine.KIND: dfine.config_of, **dict.fromkeys(lwdetr.RECIPES, lwdetr.config_of)}
+    own |= dict.fromkeys(rtdetr.RECIPES, rtdetr.config_of)
     network = own[kind](detector) if kind in own else _network(kind, detector)
     return network | {
         "architectures": [FAMILIES[kind].model],
@@ -337,16 +344,18 @@ def loaded(kind: str, weights: Weights, detector: DetectorConfig, native: bool) 
         return lwdetr_names.completed(given, detector.queries.count), rows(detector)
     if kind == dfine.KIND:
         return {dfine.modern(name): value for name, value in weights.items()}, dfine.table(detector)
+    if kind in rtdetr.RECIPES:
+        return {rtdetr.modern(name): value for name, value in weights.items()}, rtdetr.table(detector, kind)
     given = {modern(name, kind): value for name, value in weights.items()}
-    return given | _tied_heads(given, detector.decoder.layers), detr_names(detector, native)
+    return given | tied_heads(given, detector.decoder.layers), detr_names(detector, native)
 
 
 def saved_names(kind: str, detector: DetectorConfig) -> list[Pair]:
     """The table of the names that `stored` expects."""
     if kind == lwdetr.RF:
         return lwdetr_names.authors_table(detector)
-    if kind == dfine.KIND:
-        return dfine.table(detector)
+    if kind == dfine.KIND or kind in rtdetr.RECIPES:
+        return dfine.table(detector) if kind == dfine.KIND else rtdetr.table(detector, kind)
     return lwdetr_names.table(detector) if kind == lwdetr.LW else detr_names(detector)
 
 
@@ -357,14 +366,7 @@ def stored(kind: str, weights: Weights, detector: DetectorConfig) -> dict[str, T
     if kind in lwdetr.RECIPES:
         kept = lwdetr_names.stored(weights)
         return kept if kind == lwdetr.RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}
-    return {on_disk(name, kind): value for name, value in weights.items()}
-
-
-def _tied_heads(weights: Weights, layers: int) -> dict[str, Tensor]:
-    """The class heads that a file leaves out because they are tied to the first one; ours are one a layer."""
-    first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
-    names = [(f"class_embed.{layer}.{kind}", value) for layer in range(layers) for kind, value in first.items()]
-    return {n: v for n, v in names if v is not None and n not in weights and f"model.decoder.{n}" not in weights}
+    return {rtdetr.on_disk(n) if kind in rtdetr.RECIPES else on_disk(n, kind): v for n, v in weights.items()}
 
 
 def modern(name: str, kind: str) -> str:

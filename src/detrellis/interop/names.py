@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from detrellis.interop.links import Pair
 from detrellis.recipes.detector import DetectorConfig
 
@@ -170,3 +174,10 @@ def deformable_neck(maps: int, theirs: str) -> list[Pair]:
     """Our extra levels count on from the backbone's maps in theirs."""
     extra = [Pair(f"neck.extra.{i}.@", f"{theirs}.{maps + i}.@") for i in range(4)]
     return [Pair("neck.projections.@", f"{theirs}.@"), *extra]
+
+
+def tied_heads(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The class heads that a file leaves out because they are tied to the first one; ours are one a layer."""
+    first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
+    names = [(f"class_embed.{layer}.{kind}", value) for layer in range(layers) for kind, value in first.items()]
+    return {n: v for n, v in names if v is not None and n not in weights and f"model.decoder.{n}" not in weights}
