@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 import torch
-from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from detrellis.data.annotations import Annotations
@@ -65,7 +64,6 @@ class Peer(nn.Module):
         backbone = transformers.TimmBackboneConfig(
             backbone=config.name, out_indices=[2, 3, 4], use_pretrained_backbone=False
         )
-        # Its own way to freeze BatchNorm replaces timm's layers, in which the activations are.
         self.network = transformers.RTDetrForObjectDetection(
             transformers.RTDetrConfig(
                 backbone_config=backbone, freeze_backbone_batch_norms=False, num_labels=classes, **SIZES
@@ -75,7 +73,6 @@ class Peer(nn.Module):
             ours = TimmBackbone(config.name, (8, 16, 32), pretrained=pretrained_source(config), norm="batch")
             (holder,) = (m for m in self.network.modules() if hasattr(m, "_backbone"))
             holder._backbone.load_state_dict(ours.model.state_dict())
-            holder._backbone = freeze_batch_norm_2d(holder._backbone)
 
     def losses(self, batch: Batch) -> Tensor:
         """The training loss. It knows no padding, so that its boxes are relative to the padded image."""

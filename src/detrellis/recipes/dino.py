@@ -68,10 +68,13 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """`tiny` on an EfficientNet-Lite0 with ImageNet weights, which a package holds: nothing is downloaded."""
+    """`tiny` on an EfficientNet-Lite0 with ImageNet weights, which a package holds: nothing is downloaded.
+
+    The features are trained as all else is, BatchNorm too, at the full rate: docs/experiments/small.md.
+    """
     base = tiny()
     detector = base.detector.replace(
-        backbone=BackboneConfig(name="tf_efficientnet_lite0"),
+        backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
         queries=base.detector.queries.replace(distinct=0.7),
         decoder=base.detector.decoder.replace(distinct=0.7),
     )
@@ -80,7 +83,6 @@ def small() -> Recipe:
             "name": "small",
             "about": "small DINO for CPUs and small data, on ImageNet features",
             "detector": detector,
-            "optim": base.optim.replace(scaled={"backbone": 0.25}),
         }
     )
 

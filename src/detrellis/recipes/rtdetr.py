@@ -127,7 +127,7 @@ def small_rtdetr() -> Recipe:
     """RT-DETR at the cost of `tiny`, on an EfficientNet-Lite0 with ImageNet weights, which a package holds."""
     base = tiny_sized(rtdetr_r18())
     detector = base.detector.replace(
-        backbone=BackboneConfig(name="tf_efficientnet_lite0"),
+        backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
         encoder=base.detector.encoder.replace(levels=3),
         queries=base.detector.queries.replace(distinct=0.7),
         decoder=base.detector.decoder.replace(distinct=0.7),
@@ -137,7 +137,7 @@ def small_rtdetr() -> Recipe:
             "name": "small-rtdetr",
             "about": "small RT-DETR for CPUs and small data, on ImageNet features",
             "detector": detector,
-            "optim": base.optim.replace(scaled={"backbone": 0.25}),
+            "optim": base.optim.replace(scaled={}),  # as `small`'s
         }
     )
 
