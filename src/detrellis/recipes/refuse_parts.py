@@ -126,8 +126,8 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         ),
         (
             not set(strides) <= set(sides),
-            f"encoder.strides={list(strides)} cannot be made of maps of stride {backbone.patch}",
-            f"Take some of {', '.join(map(str, sides))}.",
+            f"encoder.strides={list(strides)} cannot be made of maps of stride backbone.patch={backbone.patch}",
+            f"Take some of {', '.join(str(side) for side in sides if side)}.",
         ),
         (
             backbone.width % backbone.heads > 0,
