@@ -150,3 +150,15 @@ def test_what_was_frozen_can_be_let_go(name: str, norm: str) -> None:
         assert ours.requires_grad == theirs.requires_grad, key
     backbone.hold(True)
     assert not next(backbone.parameters()).requires_grad
+
+
+@torch.no_grad()
+def test_a_swin_pads_before_it_shifts() -> None:
+    """A map that is no multiple of the windows is as one that was padded with nothing beside it."""
+    model = build_backbone(BackboneConfig(name="swin_tiny_patch4_window7_224", pretrained=False)).eval()
+    block = model.get_submodule("model.layers_0.blocks.1")
+    assert block.shift_size == (3, 3)
+    assert model.get_submodule("model.layers_3.blocks.1").shift_size == (3, 3)
+    x = torch.randn(1, 9, 12, 96)
+    padded = block._attn(torch.nn.functional.pad(x, (0, 0, 0, 2, 0, 5)))  # type: ignore[operator]
+    torch.testing.assert_close(block._attn(x), padded[:, :9, :12])  # type: ignore[operator]

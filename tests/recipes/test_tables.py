@@ -173,8 +173,8 @@ def test_what_does_not_exist_is_named(paper: str, table: str, row: str, message:
 
 
 def test_a_row_that_misses_something_says_what() -> None:
-    with pytest.raises(UserError, match=r"Table 3, row 1 \(Mask2Former\) cannot be run: it needs Mask2Former"):
-        load_paper("group").table("3").row(1).build()
+    with pytest.raises(UserError, match=r"Table 1, row 4 \(AdaMixer\) cannot be run: it needs AdaMixer"):
+        load_paper("align").table("1").row("AdaMixer").build()
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())

@@ -21,7 +21,7 @@ from detrellis.data.formats.coco import load_json
 from detrellis.data.loader import Normalise
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
-from detrellis.interop import dfine, huggingface, rtdetr
+from detrellis.interop import dfine, huggingface, mask2former, mask2former_config, rtdetr
 from detrellis.interop.files import HUB
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
@@ -121,7 +121,9 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     # Theirs has no channel kept free: its zero becomes a part of the pattern.
     if detector.queries.kind == "anchors" and detector.queries.indicator:
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
-    stored = huggingface.stored(kind, to_theirs(ready, links), detector)
+    if not detector.boxes:
+        ready = mask2former.turned(ready, detector)
+    stored = huggingface.stored(kind, to_theirs(ready, links), detector) | mask2former.constants(recipe, len(classes))
     theirs = {name: value.detach().cpu().contiguous() for name, value in stored.items()}
     replace_files(
         (folder / "model.safetensors", lambda path: save_file(theirs, path, {"format": "pt"})),
@@ -156,6 +158,8 @@ def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
         "do_pad": True,
         "resample": 2,
     }
+    if kind == mask2former_config.KIND:
+        config = {name: value for name, value in config.items() if name != "format"} | mask2former_config.PROCESSOR
     if isinstance(data.size, int):
         longest = data.max_side or round(data.size * 1333 / 800)
         return config | {"size": {"shortest_edge": data.size, "longest_edge": longest}}

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from numpy._core.multiarray import _reconstruct
+from numpy._core.multiarray import scalar as _scalar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -70,6 +77,45 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})", OTHER_COPY) from None
     return tensors
+
+
+class _Arrays(pickle.Unpickler):
+    """Finds what NumPy's arrays are pickled with, and nothing else."""
+
+    KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+        **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("_codecs", "encode"): codecs.encode,  # of bytes, in the oldest pickles
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of those. Raises `pickle.UnpicklingError` for anything else, before it is called."""
+        if (module, name) not in self.KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+        return self.KNOWN[module, name]
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of detectron2's `.pkl`: a dictionary of NumPy arrays, alone or under the name `model`.
+
+    Nothing but arrays and containers is unpickled. Raises `UserError` for a file that asks for more, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            found = _Arrays(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        raise UserError(f"{path}: not a pickle of arrays ({error})", OTHER_COPY) from None
+    if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
+        found = found["model"]
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path}: not a state dict")
+    numeric = {str(k): v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiu"}
+    if not numeric:
+        raise UserError(f"{path}: holds no arrays", "Give a file with a state dict, alone or under the name `model`.")
+    return {name: torch.from_numpy(np.array(value)) for name, value in numeric.items()}
 
 
 def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from detrellis.errors import UserError
-from detrellis.interop import dfine, lwdetr, lwdetr_names, rtdetr
+from detrellis.interop import dfine, lwdetr, lwdetr_names, mask2former, mask2former_config, rtdetr
 from detrellis.interop.links import Pair
 from detrellis.interop.names import huggingface as detr_names
-from detrellis.interop.names import tied_heads
+from detrellis.interop.names import modern, on_disk, tied_heads
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_detr_r50
@@ -32,6 +33,7 @@ from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.dfine import dfine_l
 from detrellis.recipes.lwdetr import lwdetr_tiny, rfdetr_nano
+from detrellis.recipes.mask2former import mask2former_r50
 from detrellis.recipes.overrides import merged
 
 Config = Mapping[str, Any]
@@ -92,6 +94,7 @@ FAMILIES = {
     lwdetr.LW: Family(lwdetr_tiny, "LwDetrForObjectDetection", "DeformableDetrImageProcessor", {}),
     **{kind: Family(recipes[0], rtdetr.MODELS[kind], rtdetr.PROCESSOR, {}) for kind, recipes in rtdetr.RECIPES.items()},
     lwdetr.RF: Family(rfdetr_nano, "RfDetrForObjectDetection", "RfDetrImageProcessor", {}),
+    "mask2former": Family(mask2former_r50, "Mask2FormerForUniversalSegmentation", "Mask2FormerImageProcessor", {}),
 }
 # Settings that change what is computed and that ours do not have, with the value that ours stand for.
 FIXED = {
@@ -110,7 +113,7 @@ ALIASES = {  # what all but DAB-DETR's files may call the same
 # Sizes that encoder and decoder have each: our name.
 SIZES = {"layers": "layers", "ffn_dim": "hidden", "attention_heads": "heads"}
 ACTIVATIONS = {"relu": "relu", "prelu": "prelu", "gelu": "gelu", "silu": "silu", "swish": "silu"}
-BLOCKS = {  # depths of their own ResNet: its name
+BLOCKS: dict[tuple[str, tuple[int, ...]], str] = {  # depths of their own ResNet: its name
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
@@ -136,6 +139,8 @@ def recipe_of(config: Config) -> Recipe:
     if kind in rtdetr.RECIPES:
         return rtdetr.recipe_of(kind, config)
     family = FAMILIES[kind]
+    if kind == mask2former_config.KIND:
+        return mask2former_config.recipe_of(config, partial(_backbone, several=True))
     aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
     full = {**DEFAULTS, **family.defaults, **aliases, **config}
     recipe = deformable_detr_r50_two_stage() if kind == "deformable_detr" and full["two_stage"] else family.recipe()
@@ -245,6 +250,8 @@ def family_of(detector: DetectorConfig) -> str:
         return dfine.KIND
     if rtdetr.holds(detector):
         return rtdetr.kind_of(detector)
+    if not detector.boxes:
+        return mask2former_config.KIND
     encoder, attention, queries = detector.encoder.kind, detector.cross_attention.kind, detector.queries
     kind = {
         ("dense", "dense", "learned"): "detr",
@@ -281,7 +288,10 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     kind = family_of(detector)
     own = {dfine.KIND: dfine.config_of, **dict.fromkeys(lwdetr.RECIPES, lwdetr.config_of)}
     own |= dict.fromkeys(rtdetr.RECIPES, rtdetr.config_of)
-    network = own[kind](detector) if kind in own else _network(kind, detector)
+    if kind == mask2former_config.KIND:
+        network = mask2former_config.config_of(recipe, BLOCKS)
+    else:
+        network = own[kind](detector) if kind in own else _network(kind, detector)
     return network | {
         "architectures": [FAMILIES[kind].model],
         "model_type": kind,
@@ -346,12 +356,16 @@ def loaded(kind: str, weights: Weights, detector: DetectorConfig, native: bool) 
         return {dfine.modern(name): value for name, value in weights.items()}, dfine.table(detector)
     if kind in rtdetr.RECIPES:
         return {rtdetr.modern(name): value for name, value in weights.items()}, rtdetr.table(detector, kind)
+    if kind == mask2former_config.KIND:
+        return mask2former.as_linear(weights), mask2former.huggingface(detector)
     given = {modern(name, kind): value for name, value in weights.items()}
     return given | tied_heads(given, detector.decoder.layers), detr_names(detector, native)
 
 
 def saved_names(kind: str, detector: DetectorConfig) -> list[Pair]:
     """The table of the names that `stored` expects."""
+    if kind == mask2former_config.KIND:
+        return mask2former.huggingface(detector)
     if kind == lwdetr.RF:
         return lwdetr_names.authors_table(detector)
     if kind == dfine.KIND or kind in rtdetr.RECIPES:
@@ -363,37 +377,9 @@ def stored(kind: str, weights: Weights, detector: DetectorConfig) -> dict[str, T
     """Their tensors by the names that every version of transformers reads from a disk."""
     if kind == dfine.KIND:
         return {dfine.on_disk(n): v for n, v in {**weights, **dfine.constants(detector, weights)}.items()}
+    if kind == mask2former_config.KIND:
+        return mask2former.as_convolutions(weights)
     if kind in lwdetr.RECIPES:
         kept = lwdetr_names.stored(weights)
         return kept if kind == lwdetr.RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}
     return {rtdetr.on_disk(n) if kind in rtdetr.RECIPES else on_disk(n, kind): v for n, v in weights.items()}
-
-
-def modern(name: str, kind: str) -> str:
-    """A name on disk as transformers calls it in memory; one in memory stays as it is."""
-    if kind == "dab-detr":
-        return name
-    name = name.replace("backbone.conv_encoder.", "backbone.")
-    name = re.sub(r"layers\.(\d+)\.(fc[12]|activation_fn)\.", r"layers.\1.mlp.\2.", name)
-    name = re.sub(r"(self_attn|encoder_attn)\.out_proj\.", r"\1.o_proj.", name)
-    for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
-        name = re.sub(rf"\.{short}_([qkv])(content|pos_sine|pos)?_proj\.", _projection(module), name)
-    return name
-
-
-def _projection(module: str) -> Callable[[re.Match[str]], str]:
-    return lambda m: f".{module}.{m[1]}{'_' + m[2] if m[2] else ''}_proj."
-
-
-def on_disk(name: str, kind: str) -> str:
-    """The inverse of `modern`: what every version of transformers reads."""
-    if kind == "dab-detr":
-        return name
-    name = name.replace("model.backbone.model.", "model.backbone.conv_encoder.model.")
-    name = re.sub(r"layers\.(\d+)\.mlp\.(fc[12])\.", r"layers.\1.\2.", name)
-    name = re.sub(r"(self_attn|encoder_attn)\.o_proj\.", r"\1.out_proj.", name)
-    if kind == "conditional_detr":
-        for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
-            pattern = rf"(decoder\.layers\.\d+)\.{module}\.([qkv])_?(content|pos_sine|pos)?_proj\."
-            name = re.sub(pattern, rf"\1.{short}_\2\3_proj.", name)
-    return name

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.errors import UserError
-from detrellis.interop import huggingface, reference
+from detrellis.interop import huggingface, mask2former, mask2former_config, reference
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
-from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pth, read_safetensors
+from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pickle, read_pth, read_safetensors
 from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, unused
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
@@ -34,17 +34,17 @@ class Converted:
 
 def is_foreign(place: str | Path) -> bool:
     """Whether `place` is somebody else's checkpoint: `hf:org/name`, a folder with `config.json` or the
-    `model.safetensors` in it, or a `.pth` file."""
+    `model.safetensors` in it, a `.pth` file, or detectron2's `.pkl`."""
     text = str(place)
     path = Path(text)
-    if text.startswith(HUB) or path.suffix in (".pth", ".pt", ".bin"):
+    if text.startswith(HUB) or path.suffix in (".pth", ".pt", ".bin", ".pkl"):
         return True
     folder = path if path.is_dir() else path.parent
     return (path.is_dir() or path.name == "model.safetensors") and (folder / "config.json").is_file()
 
 
 def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation: bool = False) -> Converted:
-    """Read a Hugging Face folder, `hf:org/name`, or a reference repository's `.pth`.
+    """Read a Hugging Face folder, `hf:org/name`, or a reference repository's `.pth` or `.pkl`.
 
     `classes` names the classes of a file that does not (default: COCO's where there are 91 or 80); `dilation` says that
     a `.pth` file is of a DC5 model. Raises `UserError`, naming the file, for whatever does not fit.
@@ -115,8 +115,11 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
 
 
 def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Converted:
-    weights, arguments = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_pth(path)
+    plain = {".safetensors": read_safetensors, ".pkl": read_pickle}.get(path.suffix)
+    weights, arguments = read_pth(path) if plain is None else (plain(path), {})
     try:
+        if mask2former_config.is_mask2former(weights):
+            return _from_mask2former(weights, classes)
         recipe = reference.recipe_of(weights, {"dilation": dilation} | arguments)
         count = reference.class_count(weights, recipe.detector)
     except KeyError as error:  # a tensor whose shape tells a size
@@ -124,6 +127,12 @@ def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Con
     named = _numbered(count) if classes is None else _fitting(classes, count)
     weights |= reference.unknown_label(weights, recipe.detector) | reference.own_queries(weights, recipe.detector)
     return _convert(weights, reference.table(recipe.detector, reference.is_detrex(weights)), recipe, named)
+
+
+def _from_mask2former(weights: Mapping[str, Tensor], classes: ClassMap | None) -> Converted:
+    recipe, count = mask2former_config.recipe_of_weights(weights), mask2former_config.class_count(weights)
+    named = _numbered(count) if classes is None else _fitting(classes, count)
+    return _convert(weights, mask2former.detectron2(recipe.detector), recipe, named)
 
 
 def _fitting(classes: ClassMap, count: int) -> ClassMap:
@@ -151,7 +160,11 @@ def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, c
     state = detector.state_dict()
     links: list[Link] = link_up(state, table, recipe.detector.decoder.layers)
     assert not (left := missing(state, links)), f"no table names {left[0]}"
-    converted = to_ours(weights, links, {name: value.shape for name, value in state.items()})
+    shapes = {name: value.shape for name, value in state.items()}
+    if recipe.detector.boxes:
+        converted = to_ours(weights, links, shapes)
+    else:
+        converted = mask2former.turned(to_ours(mask2former.as_linear(weights), links, shapes), recipe.detector)
     floats = {name: value.float() for name, value in converted.items()}
     # Steps that BatchNorm has seen, which not every file counts.
     counters = [name for name in state if name.endswith("num_batches_tracked")]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from detrellis.interop import swin
 from detrellis.interop.links import Pair
-from detrellis.interop.names import sampling
-from detrellis.recipes.detector import DetectorConfig
+from detrellis.interop.names import detectron2_resnet, huggingface_resnet, sampling
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.detector import RESNETS, BackboneConfig, DetectorConfig
 
 # 1x1 convolutions of theirs that are linear layers of ours.
 _LINEAR = re.compile(r"(transformer_module\.input_projections|predictor\.input_proj)\.\d+\.weight$")
@@ -39,8 +42,30 @@ def turned(weights: Mapping[str, Tensor], detector: DetectorConfig) -> dict[str,
     return out
 
 
+def constants(recipe: Recipe, classes: int) -> dict[str, Tensor]:
+    """What transformers' Mask2Former holds besides: weights of its loss, and a norm of its Swin that nobody reads."""
+    detector, backbone = recipe.detector, recipe.detector.backbone
+    if detector.boxes:
+        return {}
+    assert isinstance(backbone, BackboneConfig)
+    found = {"criterion.empty_weight": torch.cat([torch.ones(classes), torch.tensor([recipe.loss.no_object])])}
+    if backbone.name not in RESNETS:
+        channels = 8 * swin.config_of(backbone.name)["embed_dim"]
+        norm = "model.pixel_level_module.encoder.swin.layernorm"
+        found |= {f"{norm}.weight": torch.ones(channels), f"{norm}.bias": torch.zeros(channels)}
+    return found
+
+
+def backbone(detector: DetectorConfig, prefix: str, *, of_transformers: bool) -> list[Pair]:
+    """The backbone's names, of transformers or of detectron2."""
+    assert isinstance(detector.backbone, BackboneConfig)
+    if detector.backbone.name in RESNETS:
+        return (huggingface_resnet if of_transformers else detectron2_resnet)(prefix)
+    return (swin.huggingface if of_transformers else swin.detectron2)(prefix)
+
+
 def huggingface(detector: DetectorConfig) -> list[Pair]:
-    """transformers' `Mask2FormerForUniversalSegmentation` without its backbone."""
+    """transformers' `Mask2FormerForUniversalSegmentation`."""
     pixel, module = "model.pixel_level_module.decoder", "model.transformer_module"
     encoder, decoder = f"{pixel}.encoder.layers.*", f"{module}.decoder.layers.*"
     levels = detector.encoder.levels
@@ -69,6 +94,40 @@ def huggingface(detector: DetectorConfig) -> list[Pair]:
             for k in range(3)
         ),
         Pair("decoder.heads.classify", "class_predictor"),
+        *backbone(detector, "model.pixel_level_module.encoder", of_transformers=True),
+    ]
+
+
+def detectron2(detector: DetectorConfig) -> list[Pair]:
+    """The names of Mask2Former's own code."""
+    pixel, head = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
+    encoder = f"{pixel}.transformer.encoder.layers.*"
+    levels, names = detector.encoder.levels, {"inner": "linear1", "outer": "linear2"}
+    layers = {part: f"{head}.transformer_{part}_layers.*" for part in ("cross_attention", "self_attention", "ffn")}
+    return [
+        *(Pair(f"neck.projections.{i}.@", f"{pixel}.input_proj.{levels - 1 - i}.@") for i in range(levels)),
+        *(Pair(f"decoder.projections.{i}", f"{head}.input_proj.{levels - 1 - i}") for i in range(levels)),
+        Pair("neck.level_embed", f"{pixel}.transformer.level_embed"),
+        *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
+        Pair("encoder.layers.*.norm", f"{encoder}.norm1"),
+        *_feed_forward("encoder.layers.*", encoder, {**names, "norm": "norm2"}),
+        Pair("masks.lateral.0", f"{pixel}.adapter_1"),
+        Pair("masks.lateral.1", f"{pixel}.adapter_1.norm"),
+        Pair("masks.smooth.0", f"{pixel}.layer_1"),
+        Pair("masks.smooth.1", f"{pixel}.layer_1.norm"),
+        Pair("masks.project", f"{pixel}.mask_features"),
+        Pair("queries.content", f"{head}.query_feat.weight|{head}.static_query.weight"),
+        Pair("queries.position", f"{head}.query_embed.weight"),
+        Pair("decoder.level_embed", f"{head}.level_embed.weight"),
+        *_packed("decoder.layers.*.cross_attention", f"{layers['cross_attention']}.multihead_attn"),
+        Pair("decoder.layers.*.norm_cross", f"{layers['cross_attention']}.norm"),
+        *_packed("decoder.layers.*.self_attention", f"{layers['self_attention']}.self_attn"),
+        Pair("decoder.layers.*.norm_self", f"{layers['self_attention']}.norm"),
+        *_feed_forward("decoder.layers.*", layers["ffn"], {**names, "norm": "norm"}),
+        Pair("decoder.final_norm", f"{head}.decoder_norm"),
+        *(Pair(f"decoder.heads.embed.layers.{k}", f"{head}.mask_embed.layers.{k}") for k in range(3)),
+        Pair("decoder.heads.classify", f"{head}.class_embed"),
+        *backbone(detector, "backbone", of_transformers=False),
     ]
 
 
@@ -78,6 +137,8 @@ def _packed(ours: str, theirs: str) -> list[Pair]:
     return [*joined, Pair(f"{ours}.output", f"{theirs}.out_proj")]
 
 
-def _feed_forward(ours: str, theirs: str) -> list[Pair]:
-    names = {"inner": "fc1", "outer": "fc2", "norm": "final_layer_norm"}
+FC = {"inner": "fc1", "outer": "fc2", "norm": "final_layer_norm"}
+
+
+def _feed_forward(ours: str, theirs: str, names: Mapping[str, str] = FC) -> list[Pair]:
     return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in names.items()]

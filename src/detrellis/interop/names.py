@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def huggingface(config: DetectorConfig, native: bool = False) -> list[Pair]:
     else:
         own = HF_DETR + (HF_CONDITIONAL if config.cross_attention.kind == "conditional" else HF_DENSE_DECODER)
         backbone = "model.backbone.model"
-    return [*own, *HF_SHARED, *(_hf_resnet(backbone) if native else torchvision(backbone))]
+    return [*own, *HF_SHARED, *(huggingface_resnet(backbone) if native else torchvision(backbone))]
 
 
 def torchvision(prefix: str) -> list[Pair]:
@@ -36,7 +37,8 @@ def torchvision(prefix: str) -> list[Pair]:
     ]
 
 
-def _hf_resnet(prefix: str) -> list[Pair]:
+def huggingface_resnet(prefix: str) -> list[Pair]:
+    """transformers' own ResNet."""
     rows = [
         Pair("backbone.stem.0", f"{prefix}.embedder.embedder.convolution"),
         Pair("backbone.stem.1", f"{prefix}.embedder.embedder.normalization"),
@@ -51,6 +53,20 @@ def _hf_resnet(prefix: str) -> list[Pair]:
         rows += [
             Pair(f"{ours}.downsample.0", f"{theirs}.shortcut.convolution"),
             Pair(f"{ours}.downsample.1", f"{theirs}.shortcut.normalization"),
+        ]
+    return rows
+
+
+def detectron2_resnet(prefix: str) -> list[Pair]:
+    """detectron2's ResNet."""
+    rows = [Pair("backbone.stem.0", f"{prefix}.stem.conv1"), Pair("backbone.stem.1", f"{prefix}.stem.conv1.norm")]
+    for stage in range(1, 5):
+        ours, theirs = f"backbone.stages.layer{stage}.*", f"{prefix}.res{stage + 1}.*"
+        for k in (1, 2, 3):
+            rows += [Pair(f"{ours}.conv{k}", f"{theirs}.conv{k}"), Pair(f"{ours}.bn{k}", f"{theirs}.conv{k}.norm")]
+        rows += [
+            Pair(f"{ours}.downsample.0", f"{theirs}.shortcut"),
+            Pair(f"{ours}.downsample.1", f"{theirs}.shortcut.norm"),
         ]
     return rows
 
@@ -181,3 +197,33 @@ def tied_heads(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
     names = [(f"class_embed.{layer}.{kind}", value) for layer in range(layers) for kind, value in first.items()]
     return {n: v for n, v in names if v is not None and n not in weights and f"model.decoder.{n}" not in weights}
+
+
+def modern(name: str, kind: str) -> str:
+    """A name on disk as transformers calls it in memory; one in memory stays as it is."""
+    if kind == "dab-detr":
+        return name
+    name = name.replace("backbone.conv_encoder.", "backbone.")
+    name = re.sub(r"layers\.(\d+)\.(fc[12]|activation_fn)\.", r"layers.\1.mlp.\2.", name)
+    name = re.sub(r"(self_attn|encoder_attn)\.out_proj\.", r"\1.o_proj.", name)
+    for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
+        name = re.sub(rf"\.{short}_([qkv])(content|pos_sine|pos)?_proj\.", _projection(module), name)
+    return name
+
+
+def _projection(module: str) -> Callable[[re.Match[str]], str]:
+    return lambda m: f".{module}.{m[1]}{'_' + m[2] if m[2] else ''}_proj."
+
+
+def on_disk(name: str, kind: str) -> str:
+    """The inverse of `modern`: what every version of transformers reads."""
+    if kind == "dab-detr":
+        return name
+    name = name.replace("model.backbone.model.", "model.backbone.conv_encoder.model.")
+    name = re.sub(r"layers\.(\d+)\.mlp\.(fc[12])\.", r"layers.\1.\2.", name)
+    name = re.sub(r"(self_attn|encoder_attn)\.o_proj\.", r"\1.out_proj.", name)
+    if kind == "conditional_detr":
+        for short, module in (("sa", "self_attn"), ("ca", "encoder_attn")):
+            pattern = rf"(decoder\.layers\.\d+)\.{module}\.([qkv])_?(content|pos_sine|pos)?_proj\."
+            name = re.sub(pattern, rf"\1.{short}_\2\3_proj.", name)
+    return name

@@ -16,7 +16,7 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop import dfine_pth
 from detrellis.interop.links import Pair
-from detrellis.interop.names import deformable_neck, sampling, torchvision
+from detrellis.interop.names import deformable_neck, detectron2_resnet, sampling, torchvision
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_deformable_detr_r50, dab_detr_r50, dn_deformable_detr_r50, dn_detr_r50
@@ -308,22 +308,13 @@ def heads(detector: DetectorConfig) -> list[Pair]:
 def _detrex(detector: DetectorConfig) -> list[Pair]:
     last = detector.decoder.layers
     encoder, decoder = "transformer.encoder.layers.*", "transformer.decoder.layers.*"
-    backbone = [Pair("backbone.stem.0", "backbone.stem.conv1"), Pair("backbone.stem.1", "backbone.stem.conv1.norm")]
-    for stage in range(1, 5):
-        ours, theirs = f"backbone.stages.layer{stage}.*", f"backbone.res{stage + 1}.*"
-        for k in (1, 2, 3):
-            backbone += [Pair(f"{ours}.conv{k}", f"{theirs}.conv{k}"), Pair(f"{ours}.bn{k}", f"{theirs}.conv{k}.norm")]
-        backbone += [
-            Pair(f"{ours}.downsample.0", f"{theirs}.shortcut"),
-            Pair(f"{ours}.downsample.1", f"{theirs}.shortcut.norm"),
-        ]
     neck = [
         Pair(f"neck.{ours}.*.{i}", f"neck.{theirs}.*.{part}")
         for ours, theirs in (("projections", "convs"), ("extra", "extra_convs"))
         for i, part in enumerate(("conv", "norm"))
     ]
     return [
-        *backbone,
+        *detectron2_resnet("backbone"),
         *neck,
         Pair("neck.level_embed", "transformer.level_embeds"),
         Pair("encoder.fusion.projection", f"{FUSION}.0"),

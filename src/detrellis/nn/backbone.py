@@ -210,6 +210,10 @@ class TimmBackbone(Backbone):
         self.channels: list[int] = list(model.feature_info.channels())
         self.model = model if norm == "batch" else freeze_batch_norm_2d(model)
         swin = self.channels_last and name.startswith("swin")
+        if swin:
+            from detrellis.nn.swin import pad_before_shifting
+
+            pad_before_shifting(model)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels) if swin else None
         if frozen == "all":
             self._freeze([self])
@@ -257,9 +261,14 @@ def _in_sequence(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _create(name: str, **options: Any) -> Any:
-    """The timm model; one with windows is otherwise built for a single image size."""
+    """The timm model; one with windows is otherwise built for a single image size.
+
+    A Swin's windows are shifted in every stage, as all papers on it have them: timm leaves out the shift where a window
+    covers the whole map of the size that it was trained at.
+    """
     import timm
 
+    options |= {"always_partition": True} if name.startswith("swin") else {}
     with contextlib.suppress(TypeError):  # most models know no such option
         return timm.create_model(name, features_only=True, strict_img_size=False, **options)
     return timm.create_model(name, features_only=True, **options)

@@ -49,8 +49,8 @@ class MaskHeads(nn.Module):
 class MaskedDecoder(nn.Module):
     """The layers, each of which reads one level of the memory, coarse to fine and again.
 
-    The queries give outputs before the first layer too, so that there is one more than there are layers. `memory_width`
-    is projected to `width` where the two differ.
+    The queries give outputs before the first layer too, so that there is one more than there are layers. A memory of
+    `memory_width` is projected to `width` where the two differ, and where `project` asks for it.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class MaskedDecoder(nn.Module):
         width: int,
         memory_width: int,
         position: SineMap,
+        project: bool = False,
     ) -> None:
         super().__init__()
         self.layers, self.heads, self.position = nn.ModuleList(layers), heads, position
         self.final_norm = nn.LayerNorm(width)
         self.projections = nn.ModuleList(
-            nn.Identity() if memory_width == width else _projection(memory_width, width) for _ in range(levels)
+            _projection(memory_width, width) if project or memory_width != width else nn.Identity()
+            for _ in range(levels)
         )
         self.level_embed = nn.Parameter(torch.empty(levels, width).normal_())
 

@@ -219,6 +219,7 @@ class MaskedAttentionConfig(Config):
 
     smca: ClassVar[bool] = False
     kind: Literal["masked"] = "masked"
+    project: bool = False  # project the memory also where it has the decoder's width
 
 
 class MasksConfig(Config):

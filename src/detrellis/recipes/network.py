@@ -312,6 +312,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
 def build_masked_decoder(config: DetectorConfig, classes: int) -> MaskedDecoder:
     """Mask2Former's decoder and its heads."""
     assert config.masks is not None
+    assert config.cross_attention.kind == "masked"
     width, decoder, dropout = config.width, config.decoder, config.dropout
     layers = [
         MaskedDecoderLayer(
@@ -330,6 +331,7 @@ def build_masked_decoder(config: DetectorConfig, classes: int) -> MaskedDecoder:
         width=width,
         memory_width=config.memory_width,
         position=SineMap(width, temperature=config.position_temperature, offset=config.position_offset),
+        project=config.cross_attention.project,
     )
 
 
