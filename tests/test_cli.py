@@ -25,7 +25,7 @@ from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ["demo", "check", "train", "eval", "predict", "convert", "info", "bench", "recipes"]
+VERBS = ["demo", "check", "train", "eval", "predict", "convert", "export", "info", "bench", "recipes"]
 VERBS += ["analyze misalignment", "analyze groups", "analyze one-to-many"]
 VERBS += ["analyze discriminability", "analyze instability"]
 VERBS += ["analyze branches", "analyze conflicts", "analyze query-distance"]

@@ -7,7 +7,7 @@ import torch
 from detrellis.recipes.build import build
 
 from .contract.models import every_recipe, recipe_of
-from .small import CLASSES, images, small, targets
+from .small import CLASSES, images, small, targets, with_bitmaps
 
 
 @every_recipe
@@ -15,7 +15,8 @@ def test_a_step_under_autocast(name: str) -> None:
     torch.manual_seed(0)
     model = build(recipe_of(name, "own").override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]), CLASSES)
     model.train()
-    batch, truth = images(((64, 96), (64, 80))), targets((2, 3))
+    batch = images(((64, 96), (64, 80)))
+    truth = with_bitmaps(targets((2, 3)), batch)
     totals = []
     for enabled in (False, True):
         model.reseed(0)

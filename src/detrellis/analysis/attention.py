@@ -21,6 +21,7 @@ from torch import Tensor
 
 from detrellis.analysis.attention_maps import RecordedAttention, decode_recorded, head_points, head_weights
 from detrellis.analysis.figures import INK, Axes, Figure, canvas, shortened
+from detrellis.analysis.outputs import refuse_without_boxes
 from detrellis.analysis.pictures import Size, attention_score, levels
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.arguments import Index, checked
@@ -131,6 +132,7 @@ def drawable(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _measure(run: RunResult, model: Model, pixels: Tensor, query: int | None) -> RunAttention:
+    refuse_without_boxes(model, run.run)
     detector = model.detector
     memory = detector.encode(_batch(model, pixels))
     output, layers = decode_recorded(detector, memory)

@@ -16,6 +16,7 @@ from detrellis.engine.console import track
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.matching import Candidates, Hungarian, Match, assign
+from detrellis.predictions.model import Model
 from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput, Targets
 
@@ -45,11 +46,18 @@ class ImageOutput(NamedTuple):
     truth: Tensor  # (n, 4)
 
 
+def refuse_without_boxes(model: Model, run: str) -> None:
+    """Raises `UserError` for a detector whose queries predict masks alone."""
+    if not model.recipe.detector.boxes:
+        raise UserError(f"{run}: its queries predict masks, and no boxes to measure", "Take a run of a box detector.")
+
+
 def image_outputs(opened: OpenedSplit, show: bool = False) -> Iterator[ImageOutput]:
     """Every image of this process, in the loader's order; `show` puts a progress bar on a terminal.
 
-    Raises `UserError` where an output is not finite.
+    Raises `UserError` where an output is not finite, or the detector predicts no boxes.
     """
+    refuse_without_boxes(opened.model, opened.run)
     detector, rows = opened.model.detector, annotation_rows(opened)
     for batch in batches(opened, show):
         with torch.no_grad():

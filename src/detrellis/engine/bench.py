@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from detrellis.arguments import Classes, Runs, Threads, Warmup, checked
+from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.masks import SIDE
 from detrellis.distributed import pick_device
 from detrellis.engine.measure import image_size
@@ -174,7 +175,8 @@ def _training(
     boxes = torch.rand(batch * count, 4, device=device) * 0.3 + 0.2
     labels = torch.randint(classes, (batch * count,), device=device)
     masks = torch.ones(len(boxes), SIDE, SIDE, dtype=torch.bool, device=device) if recipe.needs_masks else None
-    targets = Targets(labels, boxes, (count,) * batch, masks)
+    bitmaps = _rectangles(boxes, *images.pixels.shape[-2:]) if recipe.needs_bitmaps else None
+    targets = Targets(labels, boxes, (count,) * batch, masks, bitmaps)
     optimizer = build_optimizer(model, recipe.optim)
     amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
@@ -188,6 +190,13 @@ def _training(
         optimizer.step()
 
     return step
+
+
+def _rectangles(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes `(T, 4)` as bitmaps `(T, height, width)`."""
+    left, top, right, bottom = cxcywh_to_xyxy(boxes).unsqueeze(-1).unbind(1)
+    x, y = (torch.arange(side, device=boxes.device) / side for side in (width, height))
+    return ((y >= top) & (y < bottom)).unsqueeze(2) & ((x >= left) & (x < right)).unsqueeze(1)
 
 
 def _time(run: Callable[[], object], batch: int, device: torch.device, runs: int, warmup: int) -> Timing:

@@ -100,7 +100,8 @@ class Decoder(nn.Module):
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
     ) -> DecoderOutput:
         """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
-        x, outputs = queries.content, list[DecoderOutput]()
+        x = queries.content
+        outputs: list[DecoderOutput] = []
         used, heads = segments, self.heads.of(segments)
         boxes = self._refinement(heads, queries.boxes)
         # What is read off boxes alone is the same at each layer where they stay.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.nn.decoder import DecoderLayer, stack
-from detrellis.nn.masks import mask_embed
+from detrellis.nn.masks import full_precision, mask_embed
 from detrellis.nn.mlp import MLP
 from detrellis.nn.position import SineMap
 from detrellis.types import DecoderOutput, MaskFeatures, Memory, Queries, Segment, Spatial
@@ -108,7 +108,7 @@ class MaskedDecoder(nn.Module):
             valid = tokens[i].new_ones(1, *shape) if hidden is None else ~hidden.unflatten(1, shape)
             position = self.position(valid.to(torch.promote_types(tokens[i].dtype, torch.float32)))
             content = self.projections[i](tokens[i]) + self.level_embed[i]
-            with torch.no_grad(), torch.autocast(content.device.type, enabled=False):
+            with torch.no_grad(), full_precision(content):
                 features = F.interpolate(masks.map, size=shape, mode="bilinear", align_corners=False).flatten(2)
             found.append((Memory(content, position, (shape,), hidden), features))
         return found
@@ -127,7 +127,7 @@ def readable(embeds: Tensor, features: Tensor, padding: Tensor | None) -> Tensor
 
     `embeds (B, N, Dm)`, `features (B, Dm, S)` of the level; never `padding (B, S)`. Computed in float32 or better.
     """
-    with torch.autocast(embeds.device.type, enabled=False):
+    with full_precision(embeds):
         inside = embeds.to(features.dtype) @ features >= 0
     if padding is not None:
         inside &= ~padding.unsqueeze(1)

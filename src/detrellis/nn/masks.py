@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,11 @@ def _convolution(inputs: int, outputs: int, side: int, *, bias: bool = False) ->
     return layer
 
 
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast where the tensor is; torch's meta device knows none."""
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 class MaskBranch(nn.Module):
     """One step of a feature pyramid from the memory's finest level, of stride 8, to the backbone's map of stride 4, and
     a projection of that (Mask2Former, section 3.2.1).
@@ -34,7 +41,7 @@ class MaskBranch(nn.Module):
 
     def forward(self, fine: Tensor, memory: Memory, images: ImageBatch) -> MaskFeatures:
         """The features of all masks, from the map `fine (B, C, h, w)` of stride 4 and the encoded memory."""
-        with torch.autocast(fine.device.type, enabled=False):
+        with full_precision(fine):
             lateral = self.lateral(fine.to(self.project.weight.dtype))
             coarse = level_map(memory, 0).to(lateral.dtype)
             up = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
