@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct
-from numpy._core.multiarray import scalar as _scalar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +20,8 @@ from detrellis.data.files import read_object
 from detrellis.engine.checkpoint import CARD, OTHER_COPY, load_plain
 from detrellis.errors import UserError
 
+# What NumPy pickles arrays and numbers with; its module has another name in each major version.
+_reconstruct, _scalar = (value.__reduce__()[0] for value in (np.zeros(0), np.float64(0)))
 HUB = "hf:"
 PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
