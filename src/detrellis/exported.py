@@ -32,6 +32,7 @@ class Network(NamedTuple):
 
 INPUT = "images"
 IOU = "iou_logits"  # an output of a detector with an IoU branch
+INSTALL_OPENVINO = "pip install 'detrellis[export,openvino]'"
 INSTALL = "pip install 'detrellis[export]'"
 
 
@@ -127,20 +128,21 @@ def _open_openvino(path: Path) -> Network:
     try:
         import openvino
     except ImportError:
-        raise UserError(f"{path}: openvino is not installed, which runs it", "pip install openvino") from None
+        raise UserError(f"{path}: openvino is not installed, which runs it", INSTALL_OPENVINO) from None
+    core = openvino.Core()
     try:
-        compiled = openvino.Core().compile_model(str(path), "AUTO")
+        model = core.read_model(path)
+        compiled = core.compile_model(model, "AUTO")
     except RuntimeError as error:
         raise UserError(f"{path}: OpenVINO cannot load it: {first_line(error)}", "Export it again.") from None
     names = [output.get_any_name() for output in compiled.outputs]
-    info = compiled.get_runtime_model().get_rt_info()
 
     def run(pixels: Array) -> Mapping[str, Array]:
         results = compiled(pixels)
         return {name: results[i] for i, name in enumerate(names)}
 
     height, width = (side.get_length() if side.is_static else None for side in compiled.inputs[0].partial_shape[2:])
-    metadata = {key: info[key].astype(str) for key in ("format", "detrellis") if key in info}
+    metadata = {key: model.get_rt_info(key).astype(str) for key in ("format", "detrellis") if model.has_rt_info(key)}
     return Network(run, metadata, (height, width))
 
 

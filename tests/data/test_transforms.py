@@ -20,6 +20,7 @@ from detrellis.data.transforms import (
     train_transform,
 )
 from detrellis.errors import UserError
+from detrellis.recipes.config import DataConfig
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "detr": lambda: train_transform("detr", 120),
@@ -280,3 +281,10 @@ def test_a_portrait_gets_as_many_pixels_as_a_landscape(size: tuple[int, int]) ->
 def test_impossible_dials_are_refused(arguments: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):
         train_transform(**arguments)  # type: ignore[arg-type]
+
+
+def test_recipes_hand_the_orientation_on() -> None:
+    data = DataConfig(size=(192, 256), match_orientation=True, augment="fixed")
+    for transform in (train_transform(**data.usual()), eval_transform(data.size, **data.resizing())):
+        image, nothing = torch.zeros(3, 504, 378, dtype=torch.uint8), torch.zeros(0, 4)
+        assert transform(image, nothing, torch.zeros(0).long())[0].shape == (3, 256, 192)

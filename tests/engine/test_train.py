@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from detrellis.engine.train import padded_fraction
 from detrellis.errors import Advice
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
+from detrellis.schemes.federated import Federated
+from detrellis.schemes.rank import Rank
 from detrellis.types import Detections
 
 from ..small import SMALL, images, targets
@@ -166,3 +169,24 @@ def test_the_share_of_padding_is_recorded() -> None:
     assert float(padded_fraction(batch)) == pytest.approx(0.75 / 2)
     even = batch._replace(images=images(((64, 96), (64, 96))))
     assert float(padded_fraction(even)) == 0
+
+
+def test_schemes_are_told_the_classes_and_how_far_the_run_is(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a threshold of 1, too, which shows images of every class but the most frequent ones more often."""
+    images: list[list[int]] = []
+    done: list[float] = []
+    monkeypatch.setattr(Federated, "count_classes", lambda _, counts: images.append(counts.tolist()))
+    monkeypatch.setattr(Rank, "progress", lambda _, part: done.append(part))
+    settings = [*SETTINGS, "data.repeat_threshold=1"]
+    schemes = ["rank", "federated"]
+    run = detrellis.train("tiny", data=shapes, scheme=schemes, out=tmp_path, override=settings, epochs=2, workers=0)
+    source = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    having = [
+        {a["image_id"] for a in source["annotations"] if a["category_id"] == category}
+        for category in sorted(c["id"] for c in source["categories"])
+    ]
+    assert images == [[len(of_class) for of_class in having]]
+    assert run.steps > 6  # of eleven images, each once an epoch
+    assert done == [step / run.steps for step in range(run.steps)]

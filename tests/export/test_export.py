@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from detrellis.api import Model
@@ -19,13 +20,13 @@ from detrellis.engine.checkpoint import Card, load_weights, save_weights
 from detrellis.errors import UserError
 from detrellis.export.run import export
 from detrellis.export.verify import compare_on_pictures
-from detrellis.export.write import _graph, _traced
-from detrellis.exported import load_exported
+from detrellis.export.write import SUFFIXES, ExportFormat, _graph, _traced
+from detrellis.exported import ExportedDetector, Network, load_exported
 from detrellis.loading import load
 from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
 from detrellis.recipes.build import build
 
-from ..small import CLASSES, NETWORKS, small
+from ..small import CLASSES, NETWORKS, images, small
 from ..test_cli import call
 
 pytest.importorskip("onnxruntime")
@@ -81,6 +82,20 @@ def test_every_family_detects_the_same(name: str, pictures: Path, tmp_path: Path
     assert [row.batch for row in done.verification.rows] == [1, 2, 5]
     assert all(row.detections > 0 and row.unmatched == 0 for row in done.verification.rows), done.verification
     assert done.verification.passed
+
+
+@pytest.mark.parametrize(("format_", "fp16"), [("onnx", True), ("openvino", False), ("openvino", True)])
+def test_other_formats_detect_the_same(
+    format_: ExportFormat, fp16: bool, exported: Path, pictures: Path, tmp_path: Path
+) -> None:
+    if format_ == "openvino":
+        pytest.importorskip("openvino")
+    out = tmp_path / f"model{SUFFIXES[format_]}"
+    done = export(exported, out, format=format_, size=SIZE, fp16=fp16, verify=pictures)
+    assert done.verification is not None
+    assert all(row.detections > 0 for row in done.verification.rows)
+    assert done.verification.passed
+    assert load(out).classes == load(exported).classes
 
 
 def test_ranked_detections_are_those_of_the_run(exported: Path, pictures: Path) -> None:
@@ -178,3 +193,21 @@ def test_rounds_of_nms_are_nms(threshold: float) -> None:
     generator = torch.Generator().manual_seed(0)
     boxes = torch.rand(3, 200, 4, generator=generator) * torch.tensor([0.5, 0.5, 0.5, 0.5]) + 0.2
     assert torch.equal(_overlapping_in_rounds(boxes, threshold), overlapping(boxes, threshold))
+
+
+def test_pictures_of_other_sizes_go_in_apart_and_without_padding() -> None:
+    """Each row of the outputs is its own picture's: here its sum, and its size."""
+    seen: list[tuple[int, ...]] = []
+
+    def run(pixels: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        seen.append(pixels.shape)
+        boxes = np.tile(np.float32([pixels.shape[2], pixels.shape[3], 0, 0]), (len(pixels), 1, 1))
+        return {"logits": pixels.sum((1, 2, 3))[:, None, None], "boxes": boxes}
+
+    recipe = small("detr_r50")
+    detector = ExportedDetector(Network(run, {}, (None, None)), Card(recipe, CLASS_MAP, {}), Path("fake.onnx"))
+    batch = images(((32, 48), (48, 32), (32, 48)))
+    output = detector(batch)
+    assert seen == [(2, 3, 32, 48), (1, 3, 48, 32)]
+    assert output.boxes[0, :, 0, :2].tolist() == [[32, 48], [48, 32], [32, 48]]
+    torch.testing.assert_close(output.logits[0, :, 0, 0], batch.pixels.sum((1, 2, 3)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detrellis.boxes import boxes_at, side_distances
 from detrellis.detector import Detector
 from detrellis.interop.dfine import table
-from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, unused
+from detrellis.interop.links import Link, to_theirs
 from detrellis.losses import bins_beside
 from detrellis.matching import Hungarian
 from detrellis.nn.distribution import Bins, weighting
@@ -20,7 +20,6 @@ from detrellis.nn.hybrid import HybridNeck
 from detrellis.pairs import decoupled_distillation, fine_grained_localization, pair_up
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.dfine import dfine_detector
-from detrellis.recipes.network import build_detector, build_neck
 from detrellis.supervision import CLASSIFICATION, Supervision, counted, match, supervise, uniting
 from detrellis.types import Assignment, DecoderOutput, ImageBatch, SideDistributions, Targets
 
@@ -28,7 +27,7 @@ from ..small import resized
 from .align import one_layer, targets_of
 from .arrays import Arrays, close
 from .models import own_gradients
-from .realtime import check_neck
+from .realtime import check_neck, loaded
 
 RELATIVE = 1e-6  # the authors' square roots of counts are float32
 
@@ -120,20 +119,9 @@ def check_model(a: Arrays) -> None:
 
 def load(a: Arrays) -> tuple[Detector, list[Link]]:
     """The file's detector, in double precision."""
-    config = a.json("config_json")
-    network = network_of(config)
-    with torch.device("meta"):
-        model = build_detector(network, config["num_labels"])
-        model.backbone = hgnet(config["backbone_config"], network.backbone.strides)
-        model.neck = build_neck(network, model.backbone.channels)
-    model = model.to_empty(device="cpu").double().eval()
-    links = link_up(model.state_dict(), table(network), network.decoder.layers)
-    assert not missing(model.state_dict(), links)
-    weights = a.group("p/")
-    assert set(unused(weights, links)) == {"model.decoder.up", "model.decoder.reg_scale"}
-    state = to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
-    model.load_state_dict(state, strict=False)  # counters of steps are in neither
-    return model, links
+    network, backbone = network_of(a.json("config_json")), a.json("config_json")["backbone_config"]
+    left = {"model.decoder.up", "model.decoder.reg_scale"}
+    return loaded(a, network, lambda: hgnet(backbone, network.backbone.strides), table(network), left)
 
 
 def network_of(config: dict[str, Any]) -> DetectorConfig:

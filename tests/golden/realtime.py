@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detrellis.boxes import inverse_sigmoid
 from detrellis.detector import Detector
-from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, unused
+from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, to_theirs, unused
 from detrellis.interop.rtdetr import table
 from detrellis.nn.hybrid import HybridNeck
 from detrellis.nn.proposals import select
@@ -74,17 +74,24 @@ def backbone_of(config: dict[str, Any], strides: tuple[int, ...]) -> ResNetVD:
 
 def load(a: Arrays) -> tuple[Detector, list[Link]]:
     """The file's detector, in double precision."""
-    config = a.json("config_json")
-    network = network_of(config)
+    network, backbone = network_of(a.json("config_json")), a.json("config_json")["backbone_config"]
+    return loaded(a, network, lambda: backbone_of(backbone, network.backbone.strides), table(network, "rt_detr_v2"))
+
+
+def loaded(
+    a: Arrays, network: DetectorConfig, backbone: Callable[[], Any], names: list[Pair], left: Collection[str] = ()
+) -> tuple[Detector, list[Link]]:
+    """A network with the file's weights by its table of `names`, on a backbone of the file's own sizes; weights that
+    are `left` belong nowhere."""
     with torch.device("meta"):
-        model = build_detector(network, config["num_labels"])
-        model.backbone = backbone_of(config["backbone_config"], network.backbone.strides)
+        model = build_detector(network, a.json("config_json")["num_labels"])
+        model.backbone = backbone()
         model.neck = build_neck(network, model.backbone.channels)
     model = model.to_empty(device="cpu").double().eval()
-    links = link_up(model.state_dict(), table(network, "rt_detr_v2"), network.decoder.layers)
+    links = link_up(model.state_dict(), names, network.decoder.layers)
     assert not missing(model.state_dict(), links)
     weights = a.group("p/")
-    assert not unused(weights, links)
+    assert set(unused(weights, links)) == set(left)
     state = to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
     model.load_state_dict(state, strict=False)  # counters of steps are in neither
     return model, links

@@ -130,4 +130,4 @@ def inner_of(recipe: Recipe) -> int:
 )
 def test_what_no_release_has_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(changes))):
-        recipe_of({**config_of(small("s").detector), **changes})
+        recipe_of({**config_of(small("s")), **changes})

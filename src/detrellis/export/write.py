@@ -24,7 +24,7 @@ from detrellis.engine.checkpoint import Card, first_line
 from detrellis.engine.measure import image_size
 from detrellis.errors import UserError
 from detrellis.export.graph import ExportGraph
-from detrellis.exported import INPUT, INSTALL
+from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO
 from detrellis.outputs import Outputs
 from detrellis.predictions.model import Model
 from detrellis.recipes.config import Recipe
@@ -107,7 +107,8 @@ def _refuse(model: Model, out: Path, format_: ExportFormat, fp16: bool) -> None:
         raise UserError("--fp16 with --format torch", "Take onnx or openvino, or convert the program where it runs.")
     for package in PACKAGES[format_]:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--format {format_} needs the package {package}, which is not installed", INSTALL)
+            install = INSTALL_OPENVINO if format_ == "openvino" else INSTALL
+            raise UserError(f"--format {format_} needs the package {package}, which is not installed", install)
 
 
 def _graph(model: Model, detections: bool) -> ExportGraph:

@@ -21,8 +21,10 @@ from detrellis.data.formats.coco import load_json
 from detrellis.data.loader import Normalise
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.errors import UserError
-from detrellis.interop import dfine, huggingface, mask2former, mask2former_config, rtdetr
+from detrellis.interop import mask2former
+from detrellis.interop.family import Family
 from detrellis.interop.files import HUB
+from detrellis.interop.huggingface import FAMILIES, config_of
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
 from detrellis.outputs import Outputs
@@ -112,10 +114,11 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
     Their class index is ours; the data set's own ids stand in `detrellis_category_ids`. Raises `UserError` for a
     detector that transformers does not have.
     """
-    config = huggingface.config_of(recipe, dict(enumerate(_distinct(classes.names))))
+    config = config_of(recipe, dict(enumerate(_distinct(classes.names))))
     config["detrellis_category_ids"] = list(classes.ids)
-    kind, detector = config["model_type"], recipe.detector
-    links = link_up(weights, huggingface.saved_names(kind, detector), detector.decoder.layers)
+    detector = recipe.detector
+    family = FAMILIES[config["model_type"]]
+    links = link_up(weights, family.names(detector), detector.decoder.layers)
     assert not (left := missing(weights, links)), f"no table names {left[0]}"
     ready = dict(weights)
     # Theirs has no channel kept free: its zero becomes a part of the pattern.
@@ -123,14 +126,14 @@ def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe
         ready["queries.content"] = F.pad(weights["queries.content"], (0, 1))
     if not detector.boxes:
         ready = mask2former.turned(ready, detector)
-    stored = huggingface.stored(kind, to_theirs(ready, links), detector) | mask2former.constants(recipe, len(classes))
+    stored = family.stored(to_theirs(ready, links), recipe, len(classes))
     theirs = {name: value.detach().cpu().contiguous() for name, value in stored.items()}
     replace_files(
         (folder / "model.safetensors", lambda path: save_file(theirs, path, {"format": "pt"})),
         (folder / "config.json", _json(config)),
-        (folder / "preprocessor_config.json", _json(processor(kind, recipe))),
+        (folder / "preprocessor_config.json", _json(processor(family, recipe))),
     )
-    return _differences(kind, recipe)
+    return _differences(family, recipe)
 
 
 def _json(value: Mapping[str, Any]) -> Write:
@@ -143,11 +146,11 @@ def _distinct(names: tuple[str, ...]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(names)]
 
 
-def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
-    """What `preprocessor_config.json` says of the recipe's pictures, for a model of that kind."""
+def processor(family: Family, recipe: Recipe) -> dict[str, Any]:
+    """What `preprocessor_config.json` says of the recipe's pictures, for a model of that family."""
     data, normalise = recipe.data, Normalise.of(**recipe.data.statistics())
     config: dict[str, Any] = {
-        "image_processor_type": huggingface.FAMILIES[kind].processor,
+        "image_processor_type": family.processor,
         "format": "coco_detection",
         "do_resize": True,
         "do_rescale": True,
@@ -158,8 +161,7 @@ def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
         "do_pad": True,
         "resample": 2,
     }
-    if kind == mask2former_config.KIND:
-        config = {name: value for name, value in config.items() if name != "format"} | mask2former_config.PROCESSOR
+    config = {name: value for name, value in (config | dict(family.pictures)).items() if value is not None}
     if isinstance(data.size, int):
         longest = data.max_side or round(data.size * 1333 / 800)
         return config | {"size": {"shortest_edge": data.size, "longest_edge": longest}}
@@ -171,19 +173,19 @@ def processor(kind: str, recipe: Recipe) -> dict[str, Any]:
     return config | {"size": {"max_height": height, "max_width": width}, "pad_size": {"height": height, "width": width}}
 
 
-def _differences(kind: str, recipe: Recipe) -> list[str]:
+def _differences(family: Family, recipe: Recipe) -> list[str]:
     found = []
     queries = recipe.detector.queries
     if queries.kind in ("proposals", "mixed") and not queries.empty_compete:
         found.append("tokens that can propose nothing compete with their score there, ours come last")
     if queries.kind in ("proposals", "mixed") and queries.distinct is not None:
         found.append("queries start at the best proposals, whether they are distinct or not")
-    if kind == "dab-detr" and recipe.detector.eps != 1e-5:
+    if family is FAMILIES["dab-detr"] and recipe.detector.eps != 1e-5:
         found.append(
             f"boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at {recipe.detector.eps}"
         )
-    usual = queries.count if kind in (dfine.KIND, *rtdetr.MODELS) else 100
-    if recipe.detector.top_k != usual and kind != "detr":
+    usual = queries.count if family.detections is None else family.detections
+    if recipe.detector.top_k != usual and family is not FAMILIES["detr"]:
         found.append(f"post-processing keeps {usual} detections unless told top_k={recipe.detector.top_k}")
     if recipe.detector.soft_nms is not None:
         found.append("post-processing has no soft-NMS")

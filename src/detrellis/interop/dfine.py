@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detrellis.errors import UserError
+from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.names import QKV
 from detrellis.interop.rtdetr import csp, hybrid_levels, normed
@@ -18,9 +19,7 @@ from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.dfine import dfine_l
 from detrellis.recipes.overrides import merged
 
-Config = Mapping[str, Any]
-
-KIND, MODEL, PROCESSOR = "d_fine", "DFineForObjectDetection", "RTDetrImageProcessor"
+KIND = "d_fine"
 
 # What a file leaves out, where ours read it.
 DEFAULTS: dict[str, Any] = {
@@ -151,13 +150,14 @@ def _affine(name: str) -> bool:
     return name < "hgnetv2_b4"
 
 
-def holds(detector: DetectorConfig) -> bool:
-    """Whether a detector can only be written as a D-FINE."""
-    return detector.decoder.distributions is not None
+def kind_of(detector: DetectorConfig) -> str | None:
+    """Their model type for a detector that can only be written as a D-FINE; else None."""
+    return None if detector.decoder.distributions is None else KIND
 
 
-def config_of(detector: DetectorConfig) -> dict[str, Any]:
-    """What their `config.json` says of a network. `UserError` for one that they have not."""
+def config_of(recipe: Recipe) -> dict[str, Any]:
+    """See `Family`. `UserError` for a network that they have not."""
+    detector = recipe.detector
     encoder, decoder, attention = detector.encoder, detector.decoder, detector.cross_attention
     name = detector.backbone.name.split(".")[0] if isinstance(detector.backbone, BackboneConfig) else "a plain ViT"
     fine = decoder.distributions
@@ -318,3 +318,26 @@ def _hgnet(prefix: str) -> list[Pair]:
         for part, leaves in LEAVES.items()
         for leaf in leaves
     ]
+
+
+def _loaded(weights: Weights, detector: DetectorConfig, config: Config) -> Loaded:
+    return Loaded({modern(name): value for name, value in weights.items()}, table(detector))
+
+
+def _stored(weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
+    return {on_disk(n): value for n, value in {**weights, **constants(recipe.detector, weights)}.items()}
+
+
+FAMILIES = {
+    KIND: Family(
+        "D-FINE",
+        "DFineForObjectDetection",
+        "RTDetrImageProcessor",
+        recipe_of,
+        config_of,
+        _loaded,
+        table,
+        _stored,
+        detections=None,
+    )
+}

@@ -66,13 +66,13 @@ def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
     config = read_config(folder / "config.json")
     try:
         recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
-        labels, native = _labels(config), huggingface.is_native(config)
+        labels = _labels(config)
     except (TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"its configuration cannot be understood ({error})", "Take another copy of it.") from None
-    kind = huggingface.kind_of(config)
-    weights, rows = huggingface.loaded(kind, read_folder(folder), recipe.detector, native)
+    family = huggingface.FAMILIES[huggingface.kind_of(config)]
+    weights, rows = family.loaded(read_folder(folder), recipe.detector, config)
     named = labels if classes is None else _fitting(classes, len(labels))
     return _convert(weights, rows, recipe, named)
 

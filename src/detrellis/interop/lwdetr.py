@@ -13,17 +13,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
+from torch import Tensor
+
 from detrellis.errors import UserError
+from detrellis.interop import lwdetr_names
+from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig, ProjectorEncoderConfig, WindowViTConfig
 from detrellis.recipes.lwdetr import lwdetr_tiny, rfdetr_nano
 from detrellis.recipes.overrides import merged
-
-Config = Mapping[str, Any]
 
 LW, RF = "lw_detr", "rf_detr"
 RECIPES = {LW: lwdetr_tiny, RF: rfdetr_nano}
@@ -161,8 +163,9 @@ def kind_of(detector: DetectorConfig) -> str | None:
     return LW if detector.backbone.style == "cae" else RF
 
 
-def config_of(detector: DetectorConfig) -> dict[str, Any]:
-    """What `config.json` says of the network, without its classes. `UserError` where transformers has no such model."""
+def config_of(recipe: Recipe) -> dict[str, Any]:
+    """See `Family`. `UserError` where transformers has no such model."""
+    detector = recipe.detector
     kind, backbone, projector = kind_of(detector), detector.backbone, detector.encoder
     assert kind is not None
     assert isinstance(backbone, WindowViTConfig)
@@ -218,3 +221,26 @@ def _refuse_unlike(detector: DetectorConfig, expected: DetectorConfig) -> None:
 def _between(taps: tuple[int, ...]) -> tuple[int, ...]:
     """The blocks that attend within windows in RF-DETR: all but those behind a tap."""
     return tuple(i for i in range(max(taps)) if i not in taps)
+
+
+def _loaded(kind: str, weights: Weights, detector: DetectorConfig, config: Config) -> Loaded:
+    given = {lwdetr_names.modern(name): value for name, value in weights.items()} if kind == LW else weights
+    names = lwdetr_names.authors_table if lwdetr_names.is_authors(weights) else lwdetr_names.table
+    return Loaded(lwdetr_names.completed(given, detector.queries.count), names(detector))
+
+
+def _stored(kind: str, weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
+    kept = lwdetr_names.stored(weights)
+    return kept if kind == RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}
+
+
+def _family(kind: str, about: str, model: str, processor: str) -> Family:
+    names = lwdetr_names.authors_table if kind == RF else lwdetr_names.table
+    read, load, store = partial(recipe_of, kind), partial(_loaded, kind), partial(_stored, kind)
+    return Family(about, model, processor, read, config_of, load, names, store)
+
+
+FAMILIES = {
+    LW: _family(LW, "LW-DETR", "LwDetrForObjectDetection", "DeformableDetrImageProcessor"),
+    RF: _family(RF, "RF-DETR", "RfDetrForObjectDetection", "RfDetrImageProcessor"),
+}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from detrellis.interop.family import Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.names import QKV, sampling
 from detrellis.recipes.detector import DetectorConfig, ProjectorEncoderConfig, WindowViTConfig
-
-Weights = Mapping[str, Tensor]
 
 
 def table(detector: DetectorConfig) -> list[Pair]:

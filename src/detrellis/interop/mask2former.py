@@ -44,9 +44,7 @@ def turned(weights: Mapping[str, Tensor], detector: DetectorConfig) -> dict[str,
 
 def constants(recipe: Recipe, classes: int) -> dict[str, Tensor]:
     """What transformers' Mask2Former holds besides: weights of its loss, and a norm of its Swin that nobody reads."""
-    detector, backbone = recipe.detector, recipe.detector.backbone
-    if detector.boxes:
-        return {}
+    backbone = recipe.detector.backbone
     assert isinstance(backbone, BackboneConfig)
     found = {"criterion.empty_weight": torch.cat([torch.ones(classes), torch.tensor([recipe.loss.no_object])])}
     if backbone.name not in RESNETS:

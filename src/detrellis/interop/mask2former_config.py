@@ -10,21 +10,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from detrellis.errors import UserError
-from detrellis.interop import swin
+from detrellis.interop import mask2former, swin
+from detrellis.interop.detr import BLOCKS, resnet_of
+from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.recipes.config import DataConfig, Recipe
 from detrellis.recipes.detector import RESNETS, BackboneConfig, DetectorConfig
 from detrellis.recipes.mask2former import mask2former_detector, mask2former_r50
 from detrellis.recipes.overrides import merged
 
-Config = Mapping[str, Any]
-Weights = Mapping[str, Tensor]
-Blocks = tuple[str, tuple[int, ...]]  # kind of a ResNet's blocks, and their number in each stage
 KIND = "mask2former"
 # Their defaults, where a file leaves something out.
 DEFAULTS: dict[str, Any] = {
@@ -64,8 +63,8 @@ LOSSES = {
 }
 
 
-def recipe_of(config: Config, resnet: Callable[[Config], BackboneConfig]) -> Recipe:
-    """The recipe that a `config.json` describes; `resnet` reads one whose backbone is a ResNet."""
+def recipe_of(config: Config) -> Recipe:
+    """The recipe that a `config.json` describes."""
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
@@ -76,7 +75,8 @@ def recipe_of(config: Config, resnet: Callable[[Config], BackboneConfig]) -> Rec
             f"config.json: backbone_config.model_type={own['model_type']!r} is not supported",
             "With Mask2Former Detrellis reads transformers' own resnet and swin.",
         )
-    backbone = resnet(full) if own.get("model_type") == "resnet" else BackboneConfig(name=swin.checked(own))
+    resnet = own.get("model_type") == "resnet"
+    backbone = resnet_of(full, several=True) if resnet else BackboneConfig(name=swin.checked(own))
     sizes = {
         "width": full["hidden_dim"],
         "encoder": {
@@ -107,15 +107,20 @@ def _recipe(backbone: BackboneConfig, sizes: dict[str, Any]) -> Recipe:
     return mask2former_r50().model_copy(update={"name": KIND, "detector": detector, "data": DataConfig()})
 
 
-def config_of(recipe: Recipe, resnets: Mapping[Blocks, str]) -> dict[str, Any]:
-    """Their `config.json` for a recipe, without its classes; `resnets`: names of ResNets by their blocks."""
+def kind_of(detector: DetectorConfig) -> str | None:
+    """Their model type for a detector that predicts masks alone; else None."""
+    return None if detector.boxes else KIND
+
+
+def config_of(recipe: Recipe) -> dict[str, Any]:
+    """See `Family`."""
     detector, loss = recipe.detector, recipe.loss
     assert detector.masks is not None
     assert detector.cross_attention.kind == "masked"
     assert detector.encoder.kind == "deformable"
     backbone = detector.backbone
     assert isinstance(backbone, BackboneConfig)
-    of_backbone = _resnet(backbone.name, resnets) if backbone.name in RESNETS else swin.config_of(backbone.name)
+    of_backbone = _resnet(backbone.name) if backbone.name in RESNETS else swin.config_of(backbone.name)
     usual = detector.encoder.heads == detector.decoder.heads and detector.encoder.levels == 3
     if not usual or len(backbone.strides) != 3 or detector.dropout or detector.activation != "relu":
         raise UserError(
@@ -139,15 +144,15 @@ def config_of(recipe: Recipe, resnets: Mapping[Blocks, str]) -> dict[str, Any]:
     }
 
 
-def _resnet(name: str, resnets: Mapping[Blocks, str]) -> dict[str, Any]:
-    kind, depths = next(blocks for blocks, known in resnets.items() if known == name)
+def _resnet(name: str) -> dict[str, Any]:
+    kind, depths = next(blocks for blocks, known in BLOCKS.items() if known == name)
     sizes = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
     shape = {"layer_type": kind, "depths": list(depths), "hidden_sizes": sizes, "embedding_size": 64}
     return {"model_type": "resnet", **shape, "out_features": [f"stage{i}" for i in range(1, 5)]}
 
 
 PROCESSOR = {
-    "image_processor_type": "Mask2FormerImageProcessor",
+    "format": None,
     "size_divisor": 32,
     "ignore_index": 255,
     "do_reduce_labels": False,
@@ -207,3 +212,26 @@ def _backbone(weights: Weights, count: Callable[[str], int]) -> BackboneConfig:
     if depths not in names:
         raise UserError(f"the backbone has {list(depths)} blocks a stage: ResNet-50, 101 and Swins are supported")
     return BackboneConfig(name=names[depths])
+
+
+def _loaded(weights: Weights, detector: DetectorConfig, config: Config) -> Loaded:
+    return Loaded(mask2former.as_linear(weights), mask2former.huggingface(detector))
+
+
+def _stored(weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
+    return mask2former.as_convolutions(weights) | mask2former.constants(recipe, classes)
+
+
+FAMILIES = {
+    KIND: Family(
+        "Mask2Former",
+        "Mask2FormerForUniversalSegmentation",
+        "Mask2FormerImageProcessor",
+        recipe_of,
+        config_of,
+        _loaded,
+        mask2former.huggingface,
+        _stored,
+        pictures=PROCESSOR,
+    )
+}

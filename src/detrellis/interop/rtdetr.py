@@ -11,10 +11,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from detrellis.errors import UserError
+from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.names import QKV, sampling
 from detrellis.recipes import rtdetr
@@ -22,10 +25,6 @@ from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.overrides import merged
 
-Config = Mapping[str, Any]
-
-MODELS = {"rt_detr": "RTDetrForObjectDetection", "rt_detr_v2": "RTDetrV2ForObjectDetection"}
-PROCESSOR = "RTDetrImageProcessor"
 RECIPES = {
     "rt_detr": (rtdetr.rtdetr_r18, rtdetr.rtdetr_r34, rtdetr.rtdetr_r50, rtdetr.rtdetr_r101),
     "rt_detr_v2": (rtdetr.rtdetrv2_r18, rtdetr.rtdetrv2_r34, rtdetr.rtdetrv2_r50, rtdetr.rtdetrv2_r101),
@@ -136,7 +135,7 @@ def _depth(backbone: Config) -> int:
     return DEPTHS.index((blocks, depths))
 
 
-def holds(detector: DetectorConfig) -> bool:
+def _holds(detector: DetectorConfig) -> bool:
     """Whether a detector is one of theirs: RT-DETR's parts on a ResNet-vd, nothing else."""
     encoder, attention, queries = detector.encoder, detector.cross_attention, detector.queries
     if encoder.kind != "hybrid" or attention.kind != "deformable" or queries.kind != "mixed":
@@ -152,15 +151,17 @@ def holds(detector: DetectorConfig) -> bool:
     return parts and isinstance(attention.points, int)
 
 
-def kind_of(detector: DetectorConfig) -> str:
-    """The model type of a detector that is one of theirs: the second where it samples in its own way."""
+def kind_of(detector: DetectorConfig) -> str | None:
+    """Their model type for a detector, the second where it samples in its own way; None where it is neither."""
     attention = detector.cross_attention
-    assert attention.kind == "deformable"
+    if not _holds(detector) or attention.kind != "deformable":
+        return None
     return "rt_detr" if (attention.sampling, attention.offset_scale) == ("bilinear", 0.5) else "rt_detr_v2"
 
 
-def config_of(detector: DetectorConfig) -> dict[str, Any]:
-    """What their `config.json` says of the network."""
+def config_of(recipe: Recipe) -> dict[str, Any]:
+    """See `Family`."""
+    detector = recipe.detector
     encoder, attention, backbone = detector.encoder, detector.cross_attention, detector.backbone
     assert encoder.kind == "hybrid"
     assert attention.kind == "deformable"
@@ -304,3 +305,31 @@ def _resnet_vd(prefix: str) -> list[Pair]:
         shortcut = f"{theirs}.shortcut" + (".1" if stage else "")  # behind the pooling
         rows += [Pair(f"{ours}.downsample.{1 + i}", f"{shortcut}.{part}") for i, part in enumerate(parts)]
     return rows
+
+
+def _loaded(kind: str, weights: Weights, detector: DetectorConfig, config: Config) -> Loaded:
+    return Loaded({modern(name): value for name, value in weights.items()}, table(detector, kind))
+
+
+def _stored(weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
+    return {on_disk(name): value for name, value in weights.items()}
+
+
+def _family(kind: str, about: str, model: str) -> Family:
+    return Family(
+        about,
+        model,
+        "RTDetrImageProcessor",
+        partial(recipe_of, kind),
+        config_of,
+        partial(_loaded, kind),
+        partial(table, kind=kind),
+        _stored,
+        detections=None,
+    )
+
+
+FAMILIES = {
+    "rt_detr": _family("rt_detr", "RT-DETR", "RTDetrForObjectDetection"),
+    "rt_detr_v2": _family("rt_detr_v2", "RT-DETRv2", "RTDetrV2ForObjectDetection"),
+}

@@ -20,7 +20,7 @@ Norm = Literal["frozen", "frozen_norm", "batch"]
 # How many stages, with the stem, training leaves as they are.
 Frozen = int | Literal["all", "stem"]
 PATCH = 4
-# A pixel's channels side by side: a ResNet-50 is a tenth faster so, an EfficientNet a fifth, and the maps are tokens.
+# A pixel's channels side by side: a ResNet-50 is a tenth faster so, and the maps are tokens.
 MEMORY = torch.channels_last
 BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
 
@@ -85,12 +85,9 @@ class ResNet(Backbone):
         if pretrained is not None:
             weights = _downloaded(name) if pretrained.file is None else pretrained.read()
             fill(model, weights, pretrained, name, make)
-        wanted = [BLOCKS[s] for s in known_strides(name, strides, list(BLOCKS))]
-        kept = list(BLOCKS.values())[: 1 + max(list(BLOCKS.values()).index(w) for w in wanted)]
         self.stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
-        self.stages = nn.ModuleDict({k: getattr(model, k) for k in kept})
-        self.wanted = wanted
-        self.channels = [_channels(self.stages[w]) for w in wanted]
+        self.wanted, self.stages = wanted_stages(model, name, strides)
+        self.channels = [_channels(self.stages[w]) for w in self.wanted]
         if norm == "frozen":
             for part in (self.stem, self.stages["layer1"]):
                 part.requires_grad_(False)
@@ -100,12 +97,26 @@ class ResNet(Backbone):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps `(B, C, h, w)` of `pixels (B, 3, H, W)`, finest first."""
-        x, maps = self.stem(pixels.contiguous(memory_format=MEMORY)), []
-        for name, stage in self.stages.items():
-            x = stage(x)
-            if name in self.wanted:
-                maps.append(x)
-        return maps
+        return stage_maps(self.stem, self.stages, self.wanted, pixels)
+
+
+def wanted_stages(body: nn.Module, name: str, strides: Sequence[int]) -> tuple[list[str], nn.ModuleDict]:
+    """The stages of a ResNet whose maps have the `strides`, and all up to the last of them, by name. `UserError` where
+    there is no such map."""
+    wanted = [BLOCKS[s] for s in known_strides(name, strides, list(BLOCKS))]
+    names = list(BLOCKS.values())
+    kept = names[: 1 + max(map(names.index, wanted))]
+    return wanted, nn.ModuleDict({stage: body.get_submodule(stage) for stage in kept})
+
+
+def stage_maps(stem: nn.Module, stages: nn.ModuleDict, wanted: Sequence[str], pixels: Tensor) -> list[Tensor]:
+    """What the `wanted` stages make of `pixels (B, 3, H, W)`: maps `(B, C, h, w)`, finest first."""
+    x, maps = stem(pixels.contiguous(memory_format=MEMORY)), []
+    for name, stage in stages.items():
+        x = stage(x)
+        if name in wanted:
+            maps.append(x)
+    return maps
 
 
 def fill(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from detrellis.nn.backbone import BLOCKS, Backbone, Frozen, Norm, fill, first_stages, known_strides
+from detrellis.nn.backbone import MEMORY, Backbone, Frozen, Norm, fill, first_stages, stage_maps, wanted_stages
 from detrellis.nn.pretrained import Source, unreachable
 
 NormLayer = Callable[[int], nn.Module]
@@ -70,26 +70,18 @@ class ResNetVD(Backbone):
         body = _Body(sizes, partial(FrozenBatchNorm2d, eps=1e-5) if norm == "frozen" else nn.BatchNorm2d)
         if pretrained is not None:
             fill(body, _weights(name, pretrained, sizes), pretrained, name, partial(_Body, sizes, nn.BatchNorm2d))
-        self.wanted = [BLOCKS[s] for s in known_strides(name, strides, list(BLOCKS))]
-        parts = list(BLOCKS.values())
-        kept = parts[: 1 + max(parts.index(part) for part in self.wanted)]
         self.stem = nn.Sequential(body.conv1, body.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
-        self.stages = nn.ModuleDict({part: body.get_submodule(part) for part in kept})
-        self.channels = [sizes.channels[parts.index(part)] for part in self.wanted]
+        self.wanted, self.stages = wanted_stages(body, name, strides)
+        self.channels = [sizes.channels[list(self.stages).index(part)] for part in self.wanted]
         if norm == "frozen":
             self.stem.requires_grad_(False)
         if frozen:
             self._freeze([self.stem, *first_stages(list(self.stages.values()), frozen, name)])
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=MEMORY)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Feature maps `(B, C, h, w)` of `pixels (B, 3, H, W)`, finest first."""
-        x, maps = self.stem(pixels.contiguous(memory_format=torch.channels_last)), []
-        for name, stage in self.stages.items():
-            x = stage(x)
-            if name in self.wanted:
-                maps.append(x)
-        return maps
+        return stage_maps(self.stem, self.stages, self.wanted, pixels)
 
 
 class _Body(nn.Module):

@@ -11,7 +11,7 @@ from detrellis.recipes.detector import (
     DetectorConfig,
     MixedQueriesConfig,
 )
-from detrellis.recipes.scale import tiny_sized
+from detrellis.recipes.scale import small_sized, tiny_sized
 from detrellis.schemes.config import CDNConfig, SchemesConfig
 
 
@@ -68,23 +68,9 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """`tiny` on an EfficientNet-Lite0 with ImageNet weights, which a package holds: nothing is downloaded.
-
-    The features are trained as all else is, BatchNorm too, at the full rate: docs/experiments/small.md.
-    """
-    base = tiny()
-    detector = base.detector.replace(
-        backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
-        queries=base.detector.queries.replace(distinct=0.7),
-        decoder=base.detector.decoder.replace(distinct=0.7),
-    )
-    return base.model_copy(
-        update={
-            "name": "small",
-            "about": "small DINO for CPUs and small data, on ImageNet features",
-            "detector": detector,
-        }
-    )
+    """DINO at the cost of `tiny`, on ImageNet features: what to begin with on a few hundred pictures."""
+    about = "small DINO for CPUs and small data, on ImageNet features"
+    return small_sized(dino_r50()).model_copy(update={"name": "small", "about": about})
 
 
 RECIPES: Recipes = {

@@ -23,7 +23,7 @@ from detrellis.recipes.detector import (
     HybridEncoderConfig,
     MixedQueriesConfig,
 )
-from detrellis.recipes.scale import tiny_sized
+from detrellis.recipes.scale import small_sized
 from detrellis.schemes.config import CDNConfig, SchemesConfig
 
 # Of each depth: decoder layers, the hybrid encoder, and the norms of its ResNet-vd.
@@ -124,22 +124,9 @@ def rtdetrv2_r101() -> Recipe:
 
 
 def small_rtdetr() -> Recipe:
-    """RT-DETR at the cost of `tiny`, on an EfficientNet-Lite0 with ImageNet weights, which a package holds."""
-    base = tiny_sized(rtdetr_r18())
-    detector = base.detector.replace(
-        backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
-        encoder=base.detector.encoder.replace(levels=3),
-        queries=base.detector.queries.replace(distinct=0.7),
-        decoder=base.detector.decoder.replace(distinct=0.7),
-    )
-    return base.model_copy(
-        update={
-            "name": "small-rtdetr",
-            "about": "small RT-DETR for CPUs and small data, on ImageNet features",
-            "detector": detector,
-            "optim": base.optim.replace(scaled={}),  # as `small`'s
-        }
-    )
+    """RT-DETR at the cost of `tiny`, on ImageNet features."""
+    about = "small RT-DETR for CPUs and small data, on ImageNet features"
+    return small_sized(rtdetr_r18()).model_copy(update={"name": "small-rtdetr", "about": about})
 
 
 RECIPES: Recipes = {

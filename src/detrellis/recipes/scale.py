@@ -39,6 +39,22 @@ def tiny_sized(recipe: Recipe) -> Recipe:
     )
 
 
+def small_sized(recipe: Recipe) -> Recipe:
+    """The same of a two-stage detector on three levels, but on an EfficientNet-Lite0 with ImageNet weights, which a
+    package holds, so that nothing is downloaded; and with distinct queries.
+
+    The features are trained as all else is, BatchNorm too, at the full rate: docs/experiments/small.md.
+    """
+    tiny = tiny_sized(recipe)
+    detector = tiny.detector.replace(
+        backbone=BackboneConfig(name="tf_efficientnet_lite0", norm="batch"),
+        encoder=tiny.detector.encoder.replace(levels=3),
+        queries=tiny.detector.queries.replace(distinct=0.7),
+        decoder=tiny.detector.decoder.replace(distinct=0.7),
+    )
+    return tiny.model_copy(update={"detector": detector})
+
+
 def _parts(detector: DetectorConfig) -> DetectorConfig:
     """The detector with a small backbone, encoder and decoder."""
     decoder = detector.decoder.replace(layers=3, hidden=512)

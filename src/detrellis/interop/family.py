@@ -1,0 +1,37 @@
+"""What has to be known of a model type of transformers to read and to write its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from detrellis.interop.links import Pair
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.detector import DetectorConfig
+
+Config = Mapping[str, Any]
+Weights = Mapping[str, Tensor]
+
+
+class Loaded(NamedTuple):
+    """Their tensors, as the table of `names` calls them."""
+
+    weights: dict[str, Tensor]
+    names: list[Pair]
+
+
+class Family(NamedTuple):
+    """The classes of a model type, and the way between its files and ours."""
+
+    about: str  # what people call it
+    model: str  # its class
+    processor: str  # the class of its image processor
+    recipe_of: Callable[[Config], Recipe]  # of a `config.json`
+    config_of: Callable[[Recipe], dict[str, Any]]  # what `config.json` says of the network, without its classes
+    loaded: Callable[[Weights, DetectorConfig, Config], Loaded]  # of a file's tensors, with its `config.json`
+    names: Callable[[DetectorConfig], list[Pair]]  # of the tensors that `stored` expects
+    stored: Callable[[Weights, Recipe, int], dict[str, Tensor]]  # all tensors of so many classes, as a disk has them
+    detections: int | None = 100  # that post-processing keeps unless told; None: one for each query
+    pictures: Mapping[str, Any] = {}  # settings of its image processor, instead of those of all; None: it has none
