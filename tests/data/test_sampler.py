@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detrellis.data.sampler import BatchSampler, EvalSampler, repeat_factors
+from detrellis.data.sampler import BatchSampler, EvalSampler, repeat_factors, repeats
 from detrellis.errors import UserError
 
 COUNTS = {"num_images": st.integers(1, 60), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 4)}
@@ -140,3 +140,8 @@ def test_what_a_factor_leaves_over_is_drawn_anew_each_epoch() -> None:
 
 def test_an_image_without_boxes_is_seen_once() -> None:
     assert repeat_factors(np.array([0, 0, 1]), np.array([0]), 1, 0.9).tolist() == [1.0, (0.9 / 0.5) ** 0.5]
+
+
+def test_a_factors_remainder_is_a_probability() -> None:
+    factors, draws = np.array([1.0, 1.3, 1.3, 2.5, 2.5]), np.array([0.0, 0.29, 0.31, 0.49, 0.51])
+    assert repeats(factors, draws).tolist() == [1, 2, 1, 3, 2]

@@ -20,6 +20,7 @@ from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_weights
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.interop.convert import processor
+from detrellis.interop.huggingface import FAMILIES
 from detrellis.interop.load import with_processor
 from detrellis.loading import open_split
 from detrellis.recipes import find_recipe
@@ -74,7 +75,7 @@ def test_pictures_are_read_as_in_training(run: tuple[Path, Path, str], shapes: P
 def test_a_processor_holds_the_statistics(tmp_path: Path) -> None:
     recipe = find_recipe("detr-r50")
     for changed, mean in ((recipe, IMAGENET_MEAN), (recipe.override(f"data.mean={list(OTHER)}"), OTHER)):
-        config = processor("detr", changed)
+        config = processor(FAMILIES["detr"], changed)
         assert config["image_mean"] == list(mean)
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
         back = with_processor(recipe, tmp_path / "preprocessor_config.json").data

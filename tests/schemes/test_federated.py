@@ -55,9 +55,10 @@ def test_classes_that_do_not_count_get_no_gradient(schemes: tuple[str, ...]) -> 
     heads = {
         name: p.grad
         for name, p in model.named_parameters()
-        if p.grad is not None and p.shape[:1] == (CLASSES,) and name.endswith("bias")
+        if p.grad is not None and p.shape[0] in (CLASSES, CLASSES + 1) and name.endswith("bias")
     }
     assert any("decoder.heads.classes" in name for name in heads)
+    assert any(len(gradient) == CLASSES + 1 for gradient in heads.values()) == ("co=atss+rcnn" in schemes)
     for name, gradient in heads.items():
         assert gradient[1] != 0, name
         assert not gradient[[c for c in range(CLASSES) if c != 1]].any(), name
