@@ -1,4 +1,5 @@
-"""What has to be known of a model type of transformers to read and to write its checkpoints."""
+"""What has to be known of a model type of transformers, or of a reference repository, to read its checkpoints, and to
+write the former's."""
 
 from __future__ import annotations
 
@@ -35,3 +36,13 @@ class Family(NamedTuple):
     stored: Callable[[Weights, Recipe, int], dict[str, Tensor]]  # all tensors of so many classes, as a disk has them
     detections: int | None = 100  # that post-processing keeps unless told; None: one for each query
     pictures: Mapping[str, Any] = {}  # settings of its image processor, instead of those of all; None: it has none
+
+
+class Repository(NamedTuple):
+    """A reference repository whose state dicts are read, some with training arguments beside them."""
+
+    about: str  # its models, as people call them
+    holds: Callable[[Weights], bool]  # whether the names are its own
+    recipe_of: Callable[[Weights, Config], Recipe]  # of shapes and arguments
+    class_count: Callable[[Weights, DetectorConfig], int]  # without "no object"
+    loaded: Callable[[Weights, DetectorConfig], Loaded]

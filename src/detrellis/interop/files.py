@@ -122,7 +122,7 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict in a `.pth` file, and the training arguments beside it where the file has them.
 
     Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`, and averaged weights
-    under `ema.module`.
+    under `ema.module` or `ema_model`, which are taken where there are any: they are what its authors evaluate.
     """
     found = load_plain(path, [argparse.Namespace])
     if isinstance(found, Mapping) and {CARD, "optimizer"} <= found.keys():
@@ -132,8 +132,8 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     arguments = found.get("args")
     average = found.get("ema")
     if isinstance(average, Mapping) and isinstance(average.get("module"), Mapping):
-        found = {"model": average["module"]}  # which is what its authors evaluate
-    for name in ("model", "state_dict", "model_state_dict"):
+        found = {"model": average["module"]}
+    for name in ("ema_model", "model", "state_dict", "model_state_dict"):
         if isinstance(found.get(name), Mapping):
             found = found[name]
             break

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.errors import UserError
-from detrellis.interop import huggingface, mask2former, mask2former_config, reference
+from detrellis.interop import huggingface, mask2former
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
 from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pickle, read_pth, read_safetensors
 from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, unused
+from detrellis.interop.reference import REPEATED
+from detrellis.interop.repositories import repository_of
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
@@ -117,22 +119,15 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
 def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Converted:
     plain = {".safetensors": read_safetensors, ".pkl": read_pickle}.get(path.suffix)
     weights, arguments = read_pth(path) if plain is None else (plain(path), {})
+    repository = repository_of(weights)
     try:
-        if mask2former_config.is_mask2former(weights):
-            return _from_mask2former(weights, classes)
-        recipe = reference.recipe_of(weights, {"dilation": dilation} | arguments)
-        count = reference.class_count(weights, recipe.detector)
+        recipe = repository.recipe_of(weights, {"dilation": dilation} | arguments)
+        count = repository.class_count(weights, recipe.detector)
     except KeyError as error:  # a tensor whose shape tells a size
         raise UserError(f"{error.args[0]} is missing", "The file is not complete, or of another model.") from None
     named = _numbered(count) if classes is None else _fitting(classes, count)
-    weights |= reference.unknown_label(weights, recipe.detector) | reference.own_queries(weights, recipe.detector)
-    return _convert(weights, reference.table(recipe.detector, reference.is_detrex(weights)), recipe, named)
-
-
-def _from_mask2former(weights: Mapping[str, Tensor], classes: ClassMap | None) -> Converted:
-    recipe, count = mask2former_config.recipe_of_weights(weights), mask2former_config.class_count(weights)
-    named = _numbered(count) if classes is None else _fitting(classes, count)
-    return _convert(weights, mask2former.detectron2(recipe.detector), recipe, named)
+    given, names = repository.loaded(weights, recipe.detector)
+    return _convert(given, names, recipe, named)
 
 
 def _fitting(classes: ClassMap, count: int) -> ClassMap:
@@ -171,5 +166,5 @@ def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, c
     floats |= {name: torch.tensor(0) for name in counters}
     if bad := [name for name, value in floats.items() if not value.isfinite().all()]:
         raise UserError(f"{bad[0]} holds values that are not finite", "Take another copy of the file.")
-    skipped = [n for n in unused(weights, links) if not reference.REPEATED.match(n)]
+    skipped = [n for n in unused(weights, links) if not REPEATED.match(n)]
     return Converted(floats, recipe, classes, tuple(skipped))

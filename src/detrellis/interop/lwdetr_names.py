@@ -175,7 +175,7 @@ def _levels(detector: DetectorConfig, scale: str, resampler: str, names: _Projec
 
 def is_authors(weights: Weights) -> bool:
     """Whether the names are those of the authors' repositories."""
-    return "transformer.decoder.norm.weight" in weights and "refpoint_embed.weight" in weights
+    return "transformer.enc_output.0.weight" in weights  # a proposal head for each group
 
 
 COUNTER = "num_batches_tracked"

@@ -7,14 +7,14 @@ the file, else from the papers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from detrellis.errors import UserError
-from detrellis.interop import dfine_pth
+from detrellis.interop.family import Loaded, Repository
 from detrellis.interop.links import Pair
 from detrellis.interop.names import deformable_neck, detectron2_resnet, sampling, torchvision
 from detrellis.recipes.conditional import conditional_detr_r50
@@ -27,7 +27,6 @@ from detrellis.recipes.deformable import (
 )
 from detrellis.recipes.detector import BackboneConfig, DetectorConfig
 from detrellis.recipes.detr import detr_r50
-from detrellis.recipes.dfine import dfine_l
 from detrellis.recipes.dino import dino_r50
 from detrellis.recipes.overrides import merged
 
@@ -43,16 +42,8 @@ def recipe_of(weights: Weights, arguments: Mapping[str, Any]) -> Recipe:
     """The recipe of the network that the state dict holds, with the dict's sizes."""
     if any(SEGMENTATION.match(k) for k in weights):
         raise UserError("a segmentation model: Detrellis has detectors only", "Give the weights of the detector.")
-    if dfine_pth.MARKER in weights:
-        base = dfine_l()
-        detector = DetectorConfig.checked(merged(base.detector.model_dump(), dfine_pth.sizes(weights)))
-        return base.model_copy(update={"name": "dfine", "detector": detector})
-    make = next((make for marker, make in FAMILIES.items() if all(part in weights for part in marker)), None)
-    if make is None:
-        raise UserError(
-            "these names belong to no model that Detrellis knows",
-            "It reads DETR, Conditional DETR, DAB-DETR, DN-DETR, Deformable DETR, DINO, detrex's DINO, and D-FINE.",
-        )
+    make = _family(weights)
+    assert make is not None
     recipe = make()
     sizes = _sizes(weights, recipe.detector, arguments)
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), sizes))
@@ -80,6 +71,10 @@ FAMILIES = {
 }
 
 
+def _family(weights: Weights) -> Callable[[], Recipe] | None:
+    return next((make for marker, make in FAMILIES.items() if all(part in weights for part in marker)), None)
+
+
 def is_detrex(weights: Weights) -> bool:
     """Whether the names are detrex's."""
     return _DETREX in weights
@@ -87,8 +82,6 @@ def is_detrex(weights: Weights) -> bool:
 
 def class_count(weights: Weights, detector: DetectorConfig) -> int:
     """Classes that the weights distinguish, without "no object"."""
-    if dfine_pth.CLASSES in weights:
-        return weights[dfine_pth.CLASSES].shape[0]
     rows = weights["class_embed.0.weight" if "class_embed.0.weight" in weights else "class_embed.weight"].shape[0]
     return rows - 1 if detector.scores == "softmax" else rows
 
@@ -204,8 +197,6 @@ def own_queries(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]
 
 def table(detector: DetectorConfig, detrex: bool) -> list[Pair]:
     """The names of the family that `recipe_of` found."""
-    if detector.decoder.distributions is not None:
-        return dfine_pth.table(detector)
     if detrex:
         return _detrex(detector)
     shared = [
@@ -342,3 +333,18 @@ def _detrex(detector: DetectorConfig) -> list[Pair]:
         Pair("queries.head.move.@", f"bbox_embed.{last}.@"),
         *heads(detector),
     ]
+
+
+def loaded(weights: Weights, detector: DetectorConfig) -> Loaded:
+    """The detector's tensors among those of training, and the family's names."""
+    own = {**weights, **unknown_label(weights, detector), **own_queries(weights, detector)}
+    return Loaded(own, table(detector, is_detrex(weights)))
+
+
+REPOSITORY = Repository(
+    "DETR, Conditional DETR, DAB-DETR, DN-DETR, Deformable DETR, DINO, and detrex's DINO",
+    lambda weights: _family(weights) is not None or any(SEGMENTATION.match(name) for name in weights),
+    recipe_of,
+    class_count,
+    loaded,
+)
