@@ -4,6 +4,7 @@ PYTHON ?= python3
 # A Python that is named has an environment of its own: make test PYTHON=python3.13 uses .venv-python3.13.
 VENV := .venv$(patsubst %,-%,$(filter-out python3 python,$(notdir $(PYTHON))))
 OLDEST := .venv-oldest
+WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -23,7 +24,7 @@ QUICK := $(addprefix tests/test_cli.py::test_,help_shows_an_example a_wrong_word
 	two_runs_are_analyzed_side_by_side) tests/data/test_decode.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick oldest bench check lint types arrows style clean
+.PHONY: help venv demo test quick oldest dist wheel bench check lint types arrows style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +42,17 @@ quick:  ## Run the tests that meet the libraries: try another Python with make q
 
 oldest: $(OLDEST)/.installed  ## The same tests with the oldest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(QUICK)
+
+dist: $(STAMP)  ## Build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m uv build --quiet --out-dir dist
+
+wheel: dist  ## Install the wheel alone into a fresh environment, and let its demo run for two minutes at most
+	rm -rf $(WHEEL)
+	$(call environment,$(WHEEL))
+	$(WHEEL)/bin/python -m uv --no-progress pip install -q --python $(WHEEL)/bin/python -c constraints.txt dist/*.whl
+	cd $(WHEEL) && { OMP_NUM_THREADS=1 timeout --preserve-status --signal=INT 120 bin/detrellis demo --epochs 1; \
+		code=$$?; [ $$code -eq 0 ] || [ $$code -eq 130 ]; }
 
 bench: $(STAMP)  ## Measure what has a speed budget, and print a table (a part: make bench BENCH=step)
 	$(BIN)/python benchmarks/all.py $(BENCH)

@@ -68,12 +68,12 @@ ALLOWED: dict[str, set[str]] = {
         *("detector", "data", "recipes", "engine", "interop", "predictions", "exported"),
         *("arguments", "distributed", "errors"),
     },
-    "export": {
+    "exporting": {
         *("types", "boxes", "detector", "data", "recipes", "engine", "interop", "predictions", "exported", "loading"),
         *("arguments", "distributed", "outputs", "errors"),
     },
     "api": {
-        *("data", "recipes", "engine", "interop", "predictions", "loading", "export"),
+        *("data", "recipes", "engine", "interop", "predictions", "loading", "exporting"),
         *("arguments", "distributed", "outputs", "errors"),
     },
     "analysis": {

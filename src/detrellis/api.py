@@ -53,7 +53,7 @@ from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
 from detrellis.errors import UserError, command
-from detrellis.export.run import export as export
+from detrellis.exporting.run import export as export
 from detrellis.interop.convert import convert as convert
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign

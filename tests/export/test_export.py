@@ -18,10 +18,10 @@ from detrellis.api import Model
 from detrellis.data.classes import ClassMap
 from detrellis.engine.checkpoint import Card, load_weights, save_weights
 from detrellis.errors import UserError
-from detrellis.export.run import export
-from detrellis.export.verify import compare_on_pictures
-from detrellis.export.write import SUFFIXES, ExportFormat, _graph, _traced
 from detrellis.exported import ExportedDetector, Network, load_exported
+from detrellis.exporting.run import export
+from detrellis.exporting.verify import compare_on_pictures
+from detrellis.exporting.write import SUFFIXES, ExportFormat, _graph, _traced
 from detrellis.loading import load
 from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
 from detrellis.recipes.build import build

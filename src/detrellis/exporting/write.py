@@ -23,8 +23,8 @@ from detrellis.data.transforms import eval_transform
 from detrellis.engine.checkpoint import Card, first_line
 from detrellis.engine.measure import image_size
 from detrellis.errors import UserError
-from detrellis.export.graph import ExportGraph
 from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO
+from detrellis.exporting.graph import ExportGraph
 from detrellis.outputs import Outputs
 from detrellis.predictions.model import Model
 from detrellis.recipes.config import Recipe

@@ -14,9 +14,9 @@ from detrellis.distributed import World
 from detrellis.engine.checkpoint import find_weights
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
-from detrellis.export.verify import Verification, compare_on_pictures
-from detrellis.export.write import SUFFIXES, Exported, ExportFormat, write
 from detrellis.exported import ExportedDetector
+from detrellis.exporting.verify import Verification, compare_on_pictures
+from detrellis.exporting.write import SUFFIXES, Exported, ExportFormat, write
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.loading import load_trained, open_split
@@ -51,7 +51,7 @@ def export(
     `out` is `model.onnx` (`.xml`, `.pt2`) in the run's folder unless given. Pictures go in as RGB from 0 to 1,
     resized as the recipe says, any number at a time; all of one `size` (height, width) where it is given, else of
     any, which takes minutes to trace, or of the one that the recipe stretches them to. `detections` adds ranked
-    scores, labels and corners to the outputs (`export/graph.py`). `fp16` stores and computes half precision where
+    scores, labels and corners to the outputs (`exporting/graph.py`). `fp16` stores and computes half precision where
     that is safe. `verify` names pictures: the file is then run on them in batches of 1, 2 and 5, and on the run's
     validation split if that is there; `result.verification.passed` says whether it detects the same.
 
