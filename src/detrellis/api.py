@@ -291,7 +291,7 @@ def predict(
     given = without_repeats(find_pictures(pictures, recursive))
     folder = None if out is None else PredictionFolder(Path(out), given, txt)
     given = given if folder is None else folder.pictures
-    model = load(place, device=device)
+    model = load(place, device=device).fused()
     predictions = model.detect(given, threshold, nms, batch_size)
     if folder is not None:
         predictions = folder.save(predictions, model.classes.names, model.data)

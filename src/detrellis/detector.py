@@ -19,6 +19,8 @@ from detrellis.nn.queries import QuerySource
 from detrellis.postprocess import Postprocess
 from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
 
+SIDE = 64  # of an image that shows what follows what
+
 
 class Detector(nn.Module):
     """Backbone, neck, encoder, queries, decoder with its heads, and how their outputs become detections.
@@ -78,10 +80,12 @@ class Detector(nn.Module):
         return outputs
 
     def fused(self) -> Self:
-        """A copy for inference whose parallel convolutions and norms are fused (`nn/fusion.py`): the same outputs up to
-        rounding, sooner. Its state dict is another one, and it cannot be trained."""
+        """A copy for inference whose norms and parallel branches are fused with convolutions (`nn/fusion.py`), wherever
+        they are: the same outputs up to rounding, sooner. Its state dict is another one, and it cannot be trained."""
         copied = copy.deepcopy(self).eval().requires_grad_(False)
-        fuse(copied)
+        pixels = next(copied.parameters()).new_zeros(1, 3, SIDE, SIDE)
+        with torch.no_grad():
+            fuse(copied, lambda: copied.encode(ImageBatch(pixels)))
         return copied
 
     @torch.no_grad()

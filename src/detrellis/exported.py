@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import torch
@@ -67,6 +67,10 @@ class ExportedDetector(Detector):
     def encode(self, images: ImageBatch) -> Memory:
         """Raises `UserError`: there is nothing inside."""
         self._refuse()
+
+    def fused(self) -> Self:
+        """Itself: it was fused when it was exported."""
+        return self
 
     def _check(self, height: int, width: int) -> None:
         if any(side not in (None, own) for side, own in zip(self.network.sides, (height, width), strict=True)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from detrellis.nn.fusion import ConvNorm, RepConvolution
+from detrellis.nn.fusion import ConvNorm, RepConvolution, fuse
 from detrellis.nn.hybrid import GridSine, HybridNeck, csp_parts
 from detrellis.recipes.build import build
 from detrellis.types import ImageBatch
@@ -39,13 +41,12 @@ def test_maps_of_any_size_keep_it() -> None:
 def randomised(module: nn.Module) -> nn.Module:
     """With statistics that BatchNorm would have after training."""
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            for tensor in (part.weight.data, part.running_var):
-                assert tensor is not None
-                tensor.uniform_(0.5, 2)
-            for tensor in (part.bias.data, part.running_mean):
-                assert tensor is not None
-                tensor.normal_()
+        if "BatchNorm" in type(part).__name__:
+            for name, tensor in {**dict(part.named_parameters()), **dict(part.named_buffers())}.items():
+                if name in ("weight", "running_var"):
+                    tensor.data.uniform_(0.5, 2)
+                elif name in ("bias", "running_mean"):
+                    tensor.data.normal_()
     return module.double().eval()
 
 
@@ -55,23 +56,63 @@ def test_blocks_fuse_to_one_convolution() -> None:
         randomised(block)
         with torch.no_grad():
             before = block(x)
-            block.fuse()
-            block.fuse()  # the second time changes nothing
+            fuse(block, partial(block, x))
+            fuse(block, partial(block, x))  # the second time changes nothing
             torch.testing.assert_close(block(x), before, rtol=0, atol=1e-10)
         assert sum(isinstance(part, nn.Conv2d) for part in block.modules()) == 1
         assert not any(isinstance(part, nn.BatchNorm2d) for part in block.modules())
 
 
+class Shared(nn.Module):
+    """What cannot be fused: a convolution that others read too, and one that runs for two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        x = self.norms[0](first) + first
+        return self.norms[1](self.second(x)) + self.norms[2](self.second(-x))
+
+
 @torch.no_grad()
-def test_a_detector_fuses_for_inference() -> None:
-    detector = build(small("rtdetr_r18"), CLASSES).detector
+def test_what_others_read_too_stays_as_it_is() -> None:
+    module, x = randomised(Shared()), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    before = module(x)
+    fuse(module, partial(module, x))
+    assert torch.equal(module(x), before)
+    assert sum(isinstance(part, nn.BatchNorm2d) for part in module.modules()) == 3
+
+
+FUSED = ["rtdetr_r18", "lwdetr_tiny"]  # on timm's ResNet, and on a ViT
+
+
+@pytest.mark.parametrize("name", FUSED)
+@torch.no_grad()
+def test_a_detector_fuses_for_inference(name: str) -> None:
+    detector = build(small(name), CLASSES).detector
     randomised(detector)
     batch = ImageBatch(images().pixels.double())
     whole = detector(batch)
     fused = detector.fused()
     for ours, expected in zip(fused(batch)[:3], whole[:3], strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in fused.neck.modules())
+    assert not [name for name, part in fused.named_modules() if "BatchNorm" in type(part).__name__]
     assert not any(p.requires_grad for p in fused.parameters())
     assert len(fused.state_dict()) < len(detector.state_dict())
-    assert any(isinstance(part, RepConvolution) and part.point is not None for part in detector.neck.modules())
+    assert any("BatchNorm" in type(part).__name__ for part in detector.modules())
+
+
+def test_frozen_norms_fuse_as_well() -> None:
+    """torchvision's and timm's, the latter with the activation in it."""
+    for name, backbone in (("rtdetr_r18", "resnet18vd"), ("dfine_s", "hgnetv2_b0")):
+        recipe = small(name).override([f"detector.backbone.name={backbone}", "detector.backbone.norm=frozen"])
+        with torch.device("meta"):
+            detector = build(recipe, CLASSES).detector
+            assert any("Frozen" in type(part).__name__ for part in detector.modules())
+            fused = detector.fused()
+        assert not [part for part in fused.modules() if "BatchNorm" in type(part).__name__]
+        batch = ImageBatch(torch.empty(1, 3, 64, 64, device="meta"))
+        assert fused(batch).boxes.shape == detector.eval()(batch).boxes.shape

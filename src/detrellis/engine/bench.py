@@ -125,11 +125,13 @@ def bench_recipe(
 ) -> BenchResult:
     """As `detrellis.bench`, of a recipe that is chosen. Warming up also pays for what is compiled.
 
-    Inference is `Detector.detect`: images to sorted boxes. A training step is forward, losses on random targets,
-    backward, clipping and the optimizer, with the recipe's schemes. Random weights change no time.
+    Inference is `Detector.detect` of a fused detector: images to sorted boxes. A training step is forward, losses on
+    random targets, backward, clipping and the optimizer, with the recipe's schemes. Random weights change no time.
     """
     target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
     model = build(recipe.untrained(), classes).to(target).train(train)
+    if not train:
+        model.detector = model.detector.fused()
     if compiled:
         _compile(model, train)
     make = partial(_training, recipe, classes) if train else _inference

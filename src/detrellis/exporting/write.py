@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
 import json
@@ -112,10 +111,10 @@ def _refuse(model: Model, out: Path, format_: ExportFormat, fp16: bool) -> None:
 
 
 def _graph(model: Model, detections: bool) -> ExportGraph:
-    """The detector in float32 on the CPU; where it was is where it stays."""
+    """The detector, fused, in float32 on the CPU; the model's stays as it is."""
     data = model.recipe.data
     canvas = eval_transform(data.size, **data.resizing()).pad_to if data.keep_aspect else None
-    detector = copy.deepcopy(model.detector).cpu().float()
+    detector = model.detector.fused().cpu().float()
     return ExportGraph(detector, model.normalise, canvas, detections=detections).eval().requires_grad_(False)
 
 

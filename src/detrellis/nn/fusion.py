@@ -6,9 +6,15 @@ they come to together. The outputs stay the same up to rounding.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from detrellis.nn.mlp import ACTIVATIONS, Activation
 
@@ -37,12 +43,6 @@ class ConvNorm(nn.Module):
         out: Tensor = self.activation(self.norm(self.convolution(x)))
         return out
 
-    def fuse(self) -> None:
-        """Make one convolution of both, in evaluation mode; nothing happens the second time."""
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.convolution = fuse_conv_bn_eval(self.convolution, self.norm)
-            self.norm = nn.Identity()
-
 
 class RepConvolution(nn.Module):
     """RepVGG's block (Ding et al., CVPR 2021) without its identity: a 3x3 and a 1x1 convolution side by side."""
@@ -59,12 +59,10 @@ class RepConvolution(nn.Module):
         out: Tensor = self.activation(total)
         return out
 
-    def fuse(self) -> None:
-        """Make one 3x3 convolution of both branches, in evaluation mode; nothing happens the second time."""
+    def merge(self) -> None:
+        """Make one 3x3 convolution of both branches, whose norms are fused; nothing happens the second time."""
         if self.point is None:
             return
-        self.wide.fuse()
-        self.point.fuse()
         wide, point = self.wide.convolution, self.point.convolution
         assert wide.bias is not None
         assert point.bias is not None
@@ -73,8 +71,61 @@ class RepConvolution(nn.Module):
         self.point = None
 
 
-def fuse(module: nn.Module) -> None:
-    """Fuse every part of a module that can be."""
+# By name, since importing timm for its two takes a second.
+NORMS = {"BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d"}
+
+
+def fuse(module: nn.Module, run: Callable[[], object]) -> None:
+    """Fuse all that can be in a module, whoever wrote it: each convolution with the BatchNorm that alone reads what it
+    gives, and then RepVGG's branches.
+
+    The module is in evaluation mode, and `run` runs it on any input: which norm reads which convolution is seen then.
+    """
+    flow = _Flow(module)
+    with flow:
+        run()
+    for hook in flow.hooks:
+        hook.remove()
+    names = {part: name for name, part in module.named_modules()}
+    for convolution, norm in flow.pairs():
+        weight, bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        convolution.weight, convolution.bias = weight, bias
+        parent, _, place = names[norm].rpartition(".")
+        setattr(module.get_submodule(parent), place, nn.Sequential(*norm.children()))  # timm's have an activation
     for part in list(module.modules()):
-        if isinstance(part, ConvNorm | RepConvolution):
-            part.fuse()
+        if isinstance(part, RepConvolution):
+            part.merge()
+
+
+class _Flow(TorchFunctionMode):
+    """Which norm reads which convolution, while a module runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.given: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by id of the tensor, which is kept: no other gets its id
+        self.read_by: dict[int, Any] = {}  # norms, by id of the tensor
+        self.reads, self.calls = Counter[int](), Counter[nn.Module]()
+        watched = [part for part in module.modules() if isinstance(part, nn.Conv2d) or type(part).__name__ in NORMS]
+        self.hooks = [part.register_forward_hook(self._saw) for part in watched]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what a function reads of which it makes a tensor; others ask for a shape, a device and so on."""
+        found = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+            self.reads.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.given)
+        return found
+
+    def _saw(self, part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.calls[part] += 1
+        if isinstance(part, nn.Conv2d):
+            self.given[id(output)] = (part, output)
+        else:
+            self.read_by[id(inputs[0])] = part
+
+    def pairs(self) -> list[tuple[nn.Conv2d, Any]]:
+        """Each convolution that ran once, with the norm that ran once and alone reads what it gave."""
+        found = [(part, self.read_by[key]) for key, (part, _) in self.given.items() if key in self.read_by]
+        alone = {id(part) for key, (part, _) in self.given.items() if self.reads[key] == 1}
+        return [(part, norm) for part, norm in found if id(part) in alone and self.calls[part] == self.calls[norm] == 1]

@@ -39,6 +39,10 @@ class Model:
         """How pixels become what the detector reads."""
         return Normalise.of(**self.recipe.data.statistics())
 
+    def fused(self) -> Model:
+        """The same for inference alone, sooner: see `Detector.fused`. `detrellis.predict` and the command take it."""
+        return replace(self, detector=self.detector.fused())
+
     @checked
     def predict(
         self,
