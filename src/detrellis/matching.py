@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou
+from detrellis.boxes import cxcywh_to_xyxy, pairwise_giou, pairwise_iou
 from detrellis.mask_points import MaskCost, Sampling
 from detrellis.types import Assignment, DecoderOutput, Targets
 
@@ -116,6 +116,61 @@ class Hungarian:
         """This rule for the first layer's boxes before there are distributions: with that layer's candidates."""
         return replace(self, candidates=replace(self.candidates, last=self.candidates.intermediate))
 
+    def solve(self, costs: NDArray[np.floating], layer: int, layers: int) -> tuple[NDArray[np.int64], ...]:
+        """Queries and targets of the pairs `(M,)`, in query order, by `costs (N, T)` of one layer, image and copy."""
+        queries, targets = costs.shape
+        # Each target stands k times in the cost.
+        k = self.candidates.of(layer, layers, queries=queries, targets=targets)
+        query, column = linear_sum_assignment(np.tile(costs, k))
+        return query, column % max(targets, 1)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """As many queries for each target as fit it: the one-to-many rule of MS-DETR and DAC-DETR, at each layer.
+
+    A query's score for a target is `(1 - overlap) p + overlap IoU`. It is a positive of the target that it scores
+    highest for, if that score reaches the `threshold`, or if it is that target's best query. Of more positives than
+    `positive_fraction` of the queries a random part stays. A target with n of them then gets its min(n, k) best
+    queries, whichever: one may learn several targets, its rows in the order of their scores.
+
+    `draw` gives a random order of so many.
+    """
+
+    draw: Callable[[int], NDArray[np.int64]]
+    k: int = 6
+    threshold: float = 0.4
+    overlap: float = 0.7
+    positive_fraction: float = 0.25
+
+    def cost(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+        """Minus the scores; shapes as in `MatchingCost`."""
+        ious = pairwise_iou(_planes(cxcywh_to_xyxy(boxes)), _planes(cxcywh_to_xyxy(targets)))
+        return -(1 - self.overlap) * columns(logits, labels).sigmoid() - self.overlap * ious
+
+    def for_initial(self) -> Dynamic:
+        """See `Hungarian.for_initial`."""
+        return self
+
+    def solve(self, costs: NDArray[np.floating], layer: int, layers: int) -> tuple[NDArray[np.int64], ...]:
+        """As `Hungarian.solve`; rows of a query by rising score."""
+        queries, targets = costs.shape
+        if not targets:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        # The positives, and how many each target has.
+        positive = costs.min(axis=1) <= -self.threshold
+        positive[costs.argmin(axis=0)] = True
+        rows, limit = positive.nonzero()[0], int(queries * self.positive_fraction)
+        if len(rows) > limit:
+            rows = rows[self.draw(len(rows))[:limit]]
+        counts = np.bincount(costs.argmin(axis=1)[rows], minlength=targets)
+        # Each target's best queries, that many.
+        order = costs.argsort(axis=0, kind="stable")
+        rank, column = (np.arange(queries)[:, None] < np.minimum(counts, self.k)).nonzero()
+        query = order[rank, column]
+        by_query = np.lexsort((-costs[query, column], query))
+        return query[by_query], column[by_query]
+
 
 @dataclass(frozen=True)
 class Known:
@@ -145,7 +200,7 @@ class United:
     of: tuple[Match, ...]
 
 
-Assign = Hungarian | Known | United
+Assign = Hungarian | Dynamic | Known | United
 
 
 @dataclass(frozen=True)
@@ -202,7 +257,7 @@ def _costs(match: Match) -> list[Tensor]:
 
     One empty tensor where there is nothing to solve.
     """
-    if not isinstance(match.assign, Hungarian) or not len(match.targets.labels):
+    if not isinstance(match.assign, Hungarian | Dynamic) or not len(match.targets.labels):
         return [match.targets.boxes.new_zeros(0)]
     layers, batch, copies, queries = match.shape
     # Outputs and targets of every layer, image and copy, in the targets' precision.
@@ -220,7 +275,7 @@ def _costs(match: Match) -> list[Tensor]:
         for i in range(0, layers, rows)
         for j in range(0, batch, columns)
     ]
-    if match.assign.masks is not None and match.sampling is not None:
+    if isinstance(match.assign, Hungarian) and match.assign.masks is not None and match.sampling is not None:
         masks = match.assign.masks(match.output, match.targets, match.sampling, copies)
         return [torch.cat([cost.flatten() for cost in costs]).view_as(masks) + masks]
     return costs
@@ -238,23 +293,20 @@ def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
-    """The rows of an `Assignment`, `(5, M)` in query order, by optimal matchings of costs as `_costs` makes them.
+    """The rows of an `Assignment`, `(5, M)` in query order, by what `_costs` makes.
 
     Costs that are not finite are overwritten.
     """
     parts = [np.empty((5, 0), dtype=np.int64)]
-    if not isinstance(match.assign, Hungarian) or not costs.size:
+    if not isinstance(match.assign, Hungarian | Dynamic) or not costs.size:
         return parts[0]
     layers, batch, copies, queries = match.shape
     finite = np.nan_to_num(costs, copy=False, nan=WORST, posinf=WORST, neginf=-WORST)
     finite = finite.reshape(layers, batch, copies, queries, -1)
-    targets, candidates = match.targets, match.assign.candidates
+    targets = match.targets
     for place, (layer, image, copy) in enumerate(np.ndindex(layers, batch, copies)):
-        size = targets.sizes[image]
-        k = candidates.of(layer, layers, queries=queries, targets=size)
-        # Each target stands k times in the cost.
-        query, column = linear_sum_assignment(np.tile(finite[layer, image, copy, :, :size], k))
-        target = column % size + targets.offsets[image]
+        query, column = match.assign.solve(finite[layer, image, copy, :, : targets.sizes[image]], layer, layers)
+        target = column + targets.offsets[image]
         rows = np.empty((5, len(query)), dtype=np.int64)
         rows[0], rows[1] = layer, image
         rows[2], rows[3] = query + copy * queries, target

@@ -19,6 +19,14 @@ def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
     return member.to(values.dtype) @ values
 
 
+def last_rows(positives: Assignment, shape: torch.Size) -> Tensor:
+    """The last row of each row's query `(M,)`, where `positives` come in the order of layers, images and queries of
+    outputs of that `shape (L, B, N, ...)`."""
+    _, images, queries = shape[:3]
+    place = (positives.layer * images + positives.image) * queries + positives.query
+    return torch.searchsorted(place, place, right=True) - 1
+
+
 class Pairs(NamedTuple):
     """Positives with their targets, as a loss rule sees them; gradients flow through `logits` and `boxes` only."""
 

@@ -30,6 +30,7 @@ from detrellis.pairs import (
     fine_grained_localization,
     hard_target,
     iou_target,
+    last_rows,
     pair_up,
     quality_target,
     scaled_iou_target,
@@ -59,6 +60,7 @@ class SetLoss:
     gamma: float = 2.0  # its exponent
     detached: bool = False  # its factor carries no gradient
     iou_eps: float = 0.0
+    once: bool = False  # a query that learns several targets learns the class of the last of its rows alone
 
     def __call__(
         self, output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor
@@ -87,13 +89,17 @@ class SetLoss:
     def _classes(
         self, output: DecoderOutput, targets: Targets, pairs: Pairs, target: Tensor, normaliser: Tensor
     ) -> dict[str, Tensor]:
-        positives = pairs.positives
+        positives, counts = pairs.positives, torch.ones_like(target)
+        if self.once:
+            last = last_rows(positives, output.logits.shape)
+            positives = positives._replace(target=positives.target[last])
+            counts = (last == torch.arange(len(last), device=last.device)).to(target)
         # All entries as negatives, but for the positives'.
         where = (positives.layer, positives.image, positives.query, targets.labels[positives.target])
         others = output.logits.index_put(where, output.logits.new_tensor(ABSENT))
         negative = self.negative_weight * focal_negative(others, self.gamma, detached=self.detached).sum((1, 2, 3))
         # The positives.
-        positive = sum_by_layer(self.positive(pairs.logits, target), positives.layer, pairs.layers)
+        positive = sum_by_layer(counts * self.positive(pairs.logits, target), positives.layer, pairs.layers)
         terms = {"class": (negative + positive) / normaliser}
         if output.iou_logits is not None:
             predicted = output.iou_logits[positives.layer, positives.image, positives.query]

@@ -63,6 +63,7 @@ class TrainableDetector(nn.Module):
         outputs = self.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
 
         tasks = [task for b in blocks for task in uniting(self._tasks(b, outputs[b.name], step))]
+        tasks += [task for scheme in self.training_schemes for task in scheme.after(step, outputs)]
         assignments = match(tasks)
         block_losses, metrics = supervise(counted(tasks, assignments, reduce_mean), assignments)
         by_name = {task.name: a for task, a in zip(tasks, assignments, strict=True)}

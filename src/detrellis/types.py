@@ -126,6 +126,7 @@ class Segment(NamedTuple):
     unused: Tensor | None = None  # (B, size) bool: queries that nobody but themselves reads; None: all are read
     repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
     heads: nn.Module | None = None  # class and box heads of its own (`nn/heads.py`); None: the decoder's
+    attends: bool = True  # its queries read each other; else they pass self-attention by, norm and all
 
 
 class SideDistributions(NamedTuple):
@@ -141,6 +142,17 @@ class SideDistributions(NamedTuple):
         return self._replace(logits=change(self.logits), base=change(self.base))
 
 
+class Between(NamedTuple):
+    """The queries of decoder layers between their cross-attention and self-attention, where it comes second."""
+
+    states: Tensor  # (L, B, N, D)
+    references: Tensor | None  # (L, B, N, 2 or 4) that each layer read, without gradient from its second on
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Between:
+        """Every tensor after `change`."""
+        return Between(change(self.states), None if self.references is None else change(self.references))
+
+
 class DecoderOutput(NamedTuple):
     """The heads' outputs after every decoder layer (training) or after the last one only (inference: L = 1)."""
 
@@ -152,6 +164,7 @@ class DecoderOutput(NamedTuple):
     masks: MaskFeatures | None = None  # of the images, the same for all layers and queries
     sides: SideDistributions | None = None  # that the boxes are the means of (D-FINE); None: boxes are predicted
     initial: DecoderOutput | None = None  # of one layer, the first: logits and boxes before there are distributions
+    between: Between | None = None  # of all layers, in training, where cross-attention comes first (MS-DETR)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
         """Every tensor of the queries after `change`."""
@@ -159,7 +172,8 @@ class DecoderOutput(NamedTuple):
         logits, boxes, states = (change(t) for t in (self.logits, self.boxes, self.states))
         sides = None if self.sides is None else self.sides.map(change)
         initial = None if self.initial is None else self.initial.map(change)
-        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks, sides, initial)
+        between = None if self.between is None else self.between.map(change)
+        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks, sides, initial, between)
 
 
 class Proposals(NamedTuple):

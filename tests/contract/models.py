@@ -28,7 +28,7 @@ STACKS: dict[str, tuple[str, ...]] = {
     "hybrid": ("hybrid=2",),
     "stable, federated": ("stable", "federated=2"),
     "group": ("group=3",),
-    "co, rank": ("co=atss+rcnn", "rank"),
+    "co, rank, dac": ("co=atss+rcnn", "rank", "dac"),
     "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
     "align, group, co": ("align=2", "group=2", "co=atss+atss"),
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from detrellis.matching import Dynamic
 from detrellis.schemes.rank import GIOU_AWARE, HighOrderCost
 from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
 from detrellis.types import Assignment, Targets
@@ -80,3 +82,20 @@ def check_class_losses(a: Arrays) -> None:
         loss, gradient = loss_and_gradient(a, rule, targets, pairs_of(image, query, target), a["normaliser"])
         near(loss, a[name], name)
         near(gradient, a[f"grad_logits/{name}"], f"gradient of {name}")
+
+
+def check_dynamic(a: Arrays) -> None:
+    """The one-to-many rule of MS-DETR and DAC-DETR: scores, and the pairs at two settings."""
+    targets = targets_of(a)
+    starts = (*targets.offsets, len(targets.labels))
+    settings = {f"k{k}": float(at) for k, at in re.findall(r"k(\d+): threshold ([\d.]+)", str(a.data["settings"]))}
+    assert settings
+    for b, (logits, boxes) in enumerate(zip(a["logits"], a["boxes"], strict=True)):
+        rows = slice(starts[b], starts[b + 1])
+        for name, threshold in settings.items():
+            rule = Dynamic(np.arange, k=int(name[1:]), threshold=threshold)
+            cost = rule.cost(logits, boxes, targets.labels[rows], targets.boxes[rows])
+            near(-cost.T, a[f"score{b}"], f"scores of image {b}")
+            pairs = np.stack(rule.solve(cost.numpy(), 0, 1))
+            order = (-cost.numpy())[pairs[0], pairs[1]].argsort()
+            assert (pairs[:, order] == a[f"{name}_pairs{b}"].numpy()).all(), (name, b)

@@ -136,7 +136,7 @@ def check_layer(a: Arrays) -> None:
     layer.load_state_dict(renamed(a.group("w."), LAYER, PACKED))
     memory = memory_of(maps, a["pad_mask"], position)
     where, segments = Spatial(sine, boxes), (Segment("main", x.shape[1]),)
-    out = layer(x, where, memory, segments)
+    out, _ = layer(x, where, memory, segments)
     same(out, a["queries_out"], "queries")
     attention = layer.cross_attention
     assert isinstance(attention, SemanticCrossAttention)
@@ -395,6 +395,6 @@ def check_scale_selection(a: Arrays) -> None:
         before = layer.norm_self(x + layer.self_attention(x, where.position, (Segment("main", x.shape[1]),)))
         _, found = layer.cross_attention.attend(before, where, memory)
         same(torch.cat(found, dim=-1), a[f"cross_attn.{i}"], "attention")
-        x = layer(x, where, memory, (Segment("main", x.shape[1]),))
+        x, _ = layer(x, where, memory, (Segment("main", x.shape[1]),))
         same(x, a[f"out{i}"], f"layer {i}")
     torch.testing.assert_close((x * a[f"G_out{depth - 1}"]).sum(), a["scalar"].view(()), rtol=1e-4, atol=1e-6)

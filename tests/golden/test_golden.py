@@ -108,6 +108,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "realtime/dfine_": dfine.check_model,
     "realtime/dfine_fdr": dfine.check_fdr,
     "rivals/dfine": dfine.check_losses,
+    "rivals/dynamic_assigner": rivals.check_dynamic,
     "rivals/mal": rivals.check_mal,
     "rivals/rank_loss": rivals.check_rank,
     "segmentation/hf_mask2former_": mask2former.check_model,

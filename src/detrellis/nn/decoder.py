@@ -22,7 +22,7 @@ from detrellis.nn.refine import (
     moved_relative,
 )
 from detrellis.nn.spatial import AnchorPosition
-from detrellis.types import DecoderOutput, Memory, Queries, Segment, SideDistributions, Spatial
+from detrellis.types import Between, DecoderOutput, Memory, Queries, Segment, SideDistributions, Spatial
 
 
 class DecoderLayer(nn.Module):
@@ -50,16 +50,41 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> Tensor:
-        """The queries `x (B, N, D)` after this layer, `(B, N, D)`."""
-        x = self.norm_self(x + self.dropout(self.self_attention(x, where.position, segments)))
-        read = self.dropout(self.cross_attention(x, where, memory))
+    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """The queries `x (B, N, D)` after this layer, and after its cross-attention, `(B, N, D)` each."""
+        read = self.read(self.mix(x, where.position, segments), where, memory)
+        out: Tensor = self.feed_forward(read)
+        return out, read
+
+    def mix(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """The queries `x (B, N, D)` after self-attention; those of segments that have none stay as they are."""
+        if all(segment.attends for segment in segments):
+            mixed: Tensor = self.norm_self(x + self.dropout(self.self_attention(x, position, segments)))
+            return mixed
+        rows = torch.cat([torch.full((s.size,), s.attends) for s in segments]).nonzero().flatten().to(x.device)
+        attending = [segment for segment in segments if segment.attends]
+        return x.index_copy(1, rows, self.mix(x[:, rows], position.expand_as(x)[:, rows], attending))
+
+    def read(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """The queries `x (B, N, D)` after cross-attention."""
+        found = self.dropout(self.cross_attention(x, where, memory))
+        out: Tensor = x + found
         if self.gateway is not None:
-            x = self.gateway(x, read)
+            out = self.gateway(x, found)
         elif self.norm_cross is not None:
-            x = self.norm_cross(x + read)
-        out: Tensor = self.feed_forward(x)
+            out = self.norm_cross(out)
         return out
+
+
+class CrossFirstLayer(DecoderLayer):
+    """As `DecoderLayer`, with cross-attention before self-attention: in Mask2Former because the first queries know
+    nothing of the image, in MS-DETR because what they have read is not yet told apart."""
+
+    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+        """As `DecoderLayer.forward`."""
+        read = self.read(x, where, memory)
+        out: Tensor = self.feed_forward(self.mix(read, where.position, segments))
+        return out, read
 
 
 class Decoder(nn.Module):
@@ -110,7 +135,8 @@ class Decoder(nn.Module):
             # The layer itself, at its place.
             if i == 0 or not alike:
                 where = self.position(i, x, queries, boxes.references, memory)
-            x = layer(x, where, memory, used)
+            around = boxes.references
+            x, read = layer(x, where, memory, used)
             last = i == len(self.layers) - 1
             # What the heads say after it.
             wanted = every_layer or last
@@ -121,7 +147,8 @@ class Decoder(nn.Module):
                 logits = self._logits(heads, i, states, refined)
             if refined is not None and wanted:
                 said = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
-                outputs.append(DecoderOutput(*said, sides=refined.sides))
+                between = Between(read, around) if every_layer and isinstance(layer, CrossFirstLayer) else None
+                outputs.append(DecoderOutput(*said, sides=refined.sides, between=between))
             # The queries that the next layer uses.
             if not last and self.distinct is not None:
                 assert boxes.references is not None
@@ -130,6 +157,16 @@ class Decoder(nn.Module):
         if every_layer and isinstance(boxes, DistributionRefinement):
             return output._replace(initial=boxes.initial())
         return output
+
+    def say(self, layers: Sequence[Tensor], references: Tensor | None) -> DecoderOutput:
+        """What the heads of every layer say of other states `(B, N, D)` of its queries, around the `references
+        (L, B, N, 2 or 4)` that it read."""
+        outputs = []
+        for i, x in enumerate(layers):
+            states = x if self.final_norm is None else self.final_norm(x)
+            boxes = self.move(self.heads.deltas(i, states), None if references is None else references[i])
+            outputs.append(DecoderOutput(self.heads.logits(i, states), boxes, states, self.heads.iou_logits(i, states)))
+        return stack(outputs)
 
     def _logits(self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None) -> Tensor:
         """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions where there are any."""
@@ -156,6 +193,7 @@ def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
         return torch.stack(present) if present else None
 
     sides = [output.sides for output in layers if output.sides is not None]
+    between = [output.between for output in layers if output.between is not None]
     return DecoderOutput(
         torch.stack([output.logits for output in layers]),
         torch.stack([output.boxes for output in layers]),
@@ -164,6 +202,7 @@ def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
         mask_embeds=stacked([output.mask_embeds for output in layers]),
         masks=layers[0].masks,
         sides=stacked_sides(sides) if sides else None,
+        between=stacked_between(between) if between else None,
     )
 
 
@@ -171,3 +210,10 @@ def stacked_sides(layers: Sequence[SideDistributions]) -> SideDistributions:
     """The distributions of all layers, each without the dimension `L`, as one."""
     logits, base = torch.stack([side.logits for side in layers]), torch.stack([side.base for side in layers])
     return layers[0]._replace(logits=logits, base=base)
+
+
+def stacked_between(layers: Sequence[Between]) -> Between:
+    """The streams of all layers, each without the dimension `L`, as one."""
+    references = [layer.references for layer in layers if layer.references is not None]
+    states = torch.stack([layer.states for layer in layers])
+    return Between(states, torch.stack(references) if references else None)

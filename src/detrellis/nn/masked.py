@@ -18,23 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrellis.nn.decoder import DecoderLayer, stack
+from detrellis.nn.decoder import CrossFirstLayer, stack
 from detrellis.nn.masks import full_precision, mask_embed
 from detrellis.nn.mlp import MLP
 from detrellis.nn.position import SineMap
 from detrellis.types import DecoderOutput, MaskFeatures, Memory, Queries, Segment, Spatial
-
-
-class MaskedDecoderLayer(DecoderLayer):
-    """As `DecoderLayer`, with cross-attention before self-attention: the first queries know nothing of the image."""
-
-    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> Tensor:
-        """The queries `x (B, N, D)` after this layer, `(B, N, D)`."""
-        assert self.norm_cross is not None
-        x = self.norm_cross(x + self.dropout(self.cross_attention(x, where, memory)))
-        x = self.norm_self(x + self.dropout(self.self_attention(x, where.position, segments)))
-        out: Tensor = self.feed_forward(x)
-        return out
 
 
 class MaskHeads(nn.Module):
@@ -55,7 +43,7 @@ class MaskedDecoder(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[MaskedDecoderLayer],
+        layers: Sequence[CrossFirstLayer],
         heads: MaskHeads,
         *,
         levels: int,
@@ -94,7 +82,7 @@ class MaskedDecoder(nn.Module):
             # The next layer, within those masks.
             level, features = levels[i % len(levels)]
             where = Spatial(queries.position, readable=readable(embeds, features, level.padding))
-            x = self.layers[i](x, where, level, segments)
+            x, _ = self.layers[i](x, where, level, segments)
         return stack(outputs)._replace(masks=memory.masks)
 
     def levels(self, memory: Memory, masks: MaskFeatures) -> list[tuple[Memory, Tensor]]:

@@ -21,6 +21,7 @@ from detrellis.recipes import (
     group,
     lwdetr,
     mask2former,
+    rivals,
     rtdetr,
     sam,
 )
@@ -47,6 +48,7 @@ RECIPES: Recipes = {
     **rtdetr.RECIPES,
     **dfine.RECIPES,
     **lwdetr.RECIPES,
+    **rivals.RECIPES,
 }
 
 

@@ -16,7 +16,7 @@ from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, 
 from detrellis.nn.accelerate import accelerate
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
-from detrellis.recipes.network import build_detector
+from detrellis.recipes.network import build_detector, build_feed_forward
 from detrellis.recipes.refuse import MISSING, refuse
 from detrellis.schemes.align import Align
 from detrellis.schemes.base import TrainingScheme
@@ -26,20 +26,24 @@ from detrellis.schemes.config import (
     AlignConfig,
     CDNConfig,
     CoConfig,
+    DACConfig,
     DenseConfig,
     DNConfig,
     FederatedConfig,
     GroupConfig,
     HybridConfig,
+    MSConfig,
     RankConfig,
     SchemeConfig,
     StableConfig,
 )
+from detrellis.schemes.dac import DAC
 from detrellis.schemes.dense import Dense
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.federated import Federated
 from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
+from detrellis.schemes.ms import MS
 from detrellis.schemes.rank import Rank
 from detrellis.schemes.stable import Stable
 from detrellis.supervision import CLASSIFICATION, Supervision, softmax_class_loss, softmax_set_loss
@@ -85,6 +89,11 @@ def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detect
             return Stable(config)
         case RankConfig():
             return Rank(config)
+        case DACConfig():
+            return DAC(config, detector.queries)
+        case MSConfig():
+            make = partial(build_feed_forward, network, network.width, network.decoder.hidden)
+            return MS(config, network.decoder.layers, make)
         case GroupConfig():
             return Group(config, detector.queries)
 

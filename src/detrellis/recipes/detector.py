@@ -315,6 +315,7 @@ class DecoderConfig(Config):
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
+    cross_first: bool = False  # cross-attention before self-attention (MS-DETR)
     gated: bool = False  # what cross-attention reads comes through a gate, not a residual (D-FINE)
     # boxes are means of distributions, to which each layer adds (D-FINE); None: each layer moves them
     distributions: DistributionsConfig | None = None
@@ -391,5 +392,6 @@ class DetectorConfig(Config):
     def capabilities(self) -> frozenset[str]:
         """What schemes may ask of a detector."""
         holds = {"sigmoid_scores": self.scores == "sigmoid", "box_queries": self.queries.position == "boxes"}
-        holds["proposals"] = self.two_stage
+        holds["proposals"], holds["boxes_alone"] = self.two_stage, self.masks is None
+        holds["cross_first"] = self.decoder.cross_first
         return frozenset(name for name, held in holds.items() if held)

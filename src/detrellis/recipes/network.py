@@ -13,13 +13,13 @@ from detrellis.nn.accelerate import accelerate
 from detrellis.nn.attention import DenseAttention, SelfAttention
 from detrellis.nn.backbone import Norm, ResNet, TimmBackbone
 from detrellis.nn.conditional import ConditionalCrossAttention, ConditionalSelfAttention
-from detrellis.nn.decoder import Decoder, DecoderLayer
+from detrellis.nn.decoder import CrossFirstLayer, Decoder, DecoderLayer
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.distribution import Bins
 from detrellis.nn.encoder import Encoder, EncoderLayer, MemoryFusion
 from detrellis.nn.heads import Heads
 from detrellis.nn.hybrid import HybridNeck, csp_parts, elan_parts
-from detrellis.nn.masked import MaskedDecoder, MaskedDecoderLayer, MaskHeads
+from detrellis.nn.masked import MaskedDecoder, MaskHeads
 from detrellis.nn.masks import MaskBranch
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
@@ -202,7 +202,10 @@ def build_encoder(config: DetectorConfig) -> Encoder:
         return Encoder([], references=False)
     layers = [
         EncoderLayer(
-            build_encoder_attention(config, i), _feed_forward(config, width, encoder.hidden), width, dropout=dropout
+            build_encoder_attention(config, i),
+            build_feed_forward(config, width, encoder.hidden),
+            width,
+            dropout=dropout,
         )
         for i in range(encoder.layers)
     ]
@@ -273,11 +276,12 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
     width, dropout, decoder = config.width, config.dropout, config.decoder
     apart = config.cross_attention.kind in ("conditional", "semantic")
     self_attention = ConditionalSelfAttention if apart else SelfAttention
+    layer = CrossFirstLayer if decoder.cross_first else DecoderLayer
     layers = [
-        DecoderLayer(
+        layer(
             self_attention(width, decoder.heads, dropout=dropout),
             build_cross_attention(config, i),
-            _feed_forward(config, width, decoder.hidden),
+            build_feed_forward(config, width, decoder.hidden),
             width,
             dropout=dropout,
             gated=decoder.gated,
@@ -315,10 +319,10 @@ def build_masked_decoder(config: DetectorConfig, classes: int) -> MaskedDecoder:
     assert config.cross_attention.kind == "masked"
     width, decoder, dropout = config.width, config.decoder, config.dropout
     layers = [
-        MaskedDecoderLayer(
+        CrossFirstLayer(
             SelfAttention(width, decoder.heads, dropout=dropout),
             DenseAttention(width, decoder.heads, dropout=dropout),
-            _feed_forward(config, width, decoder.hidden),
+            build_feed_forward(config, width, decoder.hidden),
             width,
             dropout=dropout,
         )
@@ -335,7 +339,8 @@ def build_masked_decoder(config: DetectorConfig, classes: int) -> MaskedDecoder:
     )
 
 
-def _feed_forward(config: DetectorConfig, width: int, hidden: int) -> FeedForward:
+def build_feed_forward(config: DetectorConfig, width: int, hidden: int) -> FeedForward:
+    """A feed-forward block of this detector's."""
     return FeedForward(width, hidden, dropout=config.dropout, activation=config.activation)
 
 

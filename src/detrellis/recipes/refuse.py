@@ -24,6 +24,14 @@ MISSING = {
         "its encoder proposes no boxes",
         "take a two-stage detector, such as tiny, dino-r50 or deformable-detr-r50-two-stage",
     ),
+    "boxes_alone": (
+        "it predicts masks, which are not learned one-to-many",
+        "take a detector of boxes, such as tiny or dino-r50",
+    ),
+    "cross_first": (
+        "its decoder layers have self-attention first, and queries are told apart before they could be supervised",
+        "take -o detector.decoder.cross_first=true, or ms-deformable-detr-r50",
+    ),
     "sigmoid_scores": (
         "its classes exclude each other (softmax)",
         "take a detector with sigmoid scores, such as conditional-detr-r50, or -o detector.scores=sigmoid",
@@ -275,6 +283,11 @@ def _masks(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             masked and not (config.decoder.final_norm and config.decoder.shared_heads and config.scores == "softmax"),
             "cross_attention.kind=masked has a final norm, heads that all layers share, and softmax scores",
             "Take decoder.final_norm=true, decoder.shared_heads=true and scores=softmax.",
+        ),
+        (
+            masked and config.decoder.cross_first,
+            "cross_attention.kind=masked has cross-attention first whatever decoder.cross_first says",
+            "Take -o detector.decoder.cross_first=false.",
         ),
         (
             masked and (config.decoder.refine != "none" or config.iou_branch != "none"),

@@ -87,6 +87,11 @@ def distributions(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             "Take -o detector.decoder.final_norm=false.",
         ),
         (
+            decoder.cross_first,
+            "decoder.distributions and decoder.cross_first do not combine: what is read first has no distributions",
+            "Take -o detector.decoder.cross_first=false.",
+        ),
+        (
             config.scores == "softmax",
             "decoder.distributions and scores=softmax do not combine: their quality is added to all classes alike",
             "Take -o detector.scores=sigmoid.",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detrellis.detector import Detector
 from detrellis.nn.heads import Heads
-from detrellis.supervision import Supervision
+from detrellis.supervision import Supervision, Task
 from detrellis.types import Assignment, DecoderOutput, Memory, Proposals, Queries, Segment, Targets
 
 
@@ -44,12 +44,13 @@ class QueryBlock:
     unused: Tensor | None = None  # (B, N) bool: queries that nobody but themselves reads; None: all are read
     repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
     heads: Heads | None = None  # class and box heads of its own; None: the decoder's
+    attends: bool = True  # its queries read each other; else they pass self-attention by
 
     @property
     def segment(self) -> Segment:
         """The block as self-attention sees it."""
         size = self.queries.content.shape[1]
-        return Segment(self.name, size, self.copies, self.sees, self.unused, self.repeats, self.heads)
+        return Segment(self.name, size, self.copies, self.sees, self.unused, self.repeats, self.heads, self.attends)
 
 
 class Extension(NamedTuple):
@@ -63,7 +64,7 @@ class TrainingScheme(nn.Module):
     """What exists in training only. It owns its parameters and its random generator, and leaves the detector alone.
 
     A scheme has a `name`, and overrides what it needs of the rest: `requires`; the two seams, `supervision` and
-    `extend`; and `extra_queries`, `main_weight`, `start_from` and `metrics`.
+    `extend`; and `after`, `extra_queries`, `main_weight`, `start_from` and `metrics`.
     """
 
     name: ClassVar[str]
@@ -104,6 +105,10 @@ class TrainingScheme(nn.Module):
     def extend(self, step: Step) -> Extension:
         """Extra query blocks for this step, and extra losses."""
         return Extension([])
+
+    def after(self, step: Step, outputs: Mapping[str, DecoderOutput]) -> list[Task]:
+        """What else learns from the decoder's `outputs`, by the blocks' names."""
+        return []
 
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]

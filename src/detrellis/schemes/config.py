@@ -117,6 +117,34 @@ class RankConfig(Config):
     power: Annotated[float, within(0, 100)] = 4.0  # of the IoU in it
 
 
+class DynamicConfig(Config):
+    """Which queries are positives of a target, as many as fit it (MS-DETR, DAC-DETR)."""
+
+    threshold: ZeroToOne = 0.4  # score from which a query is one; each target's best query always is
+    overlap: ZeroToOne = 0.7  # part of the IoU in a score; the rest is the probability of the class
+    positive_fraction: ZeroToOne = 0.25  # of the queries, at most; a random part of more
+
+
+class DACConfig(Config):
+    """An auxiliary decoder without self-attention (DAC-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Few = 6  # queries for each target, at most
+    pairs: DynamicConfig = DynamicConfig()
+    weight: Weight = 1.0  # of its losses
+    divisor: Annotated[float, within(0.1, 100)] = 3.0  # boxes that each target counts as
+
+
+class MSConfig(Config):
+    """Mixed supervision of what queries read before self-attention (MS-DETR)."""
+
+    dial: ClassVar[str] = "k"
+    k: Few = 6  # queries for each target, at most
+    pairs: DynamicConfig = DynamicConfig()
+    weight: Weight = 1.0  # of its losses
+    classes: Weight = 2.0  # of the class loss among them, times that of the one-to-one pairs
+
+
 class GroupConfig(Config):
     """Groups of queries (Group DETR)."""
 
@@ -142,6 +170,8 @@ SchemeConfig = (
     | AlignConfig
     | StableConfig
     | RankConfig
+    | DACConfig
+    | MSConfig
     | GroupConfig
 )
 
@@ -158,6 +188,8 @@ class SchemesConfig(Config):
     align: AlignConfig | None = None
     stable: StableConfig | None = None
     rank: RankConfig | None = None
+    dac: DACConfig | None = None
+    ms: MSConfig | None = None
     group: GroupConfig | None = None
 
     @property

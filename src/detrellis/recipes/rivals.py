@@ -1,0 +1,44 @@
+"""Detectors that the four papers are compared with, each a base with a scheme, and some with a network part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
+from detrellis.schemes.config import CDNConfig, DACConfig, MSConfig, SchemesConfig
+
+
+def _deformable(name: str, about: str, schemes: SchemesConfig, **parts: Any) -> Recipe:
+    """Deformable DETR++ with 900 queries, 12 epochs. `parts`: what changes of its queries and its decoder."""
+    base = deformable_detr_r50_two_stage_plus()
+    queries = base.detector.queries.replace(count=900, **parts.get("queries", {}))
+    decoder = base.detector.decoder.replace(**parts.get("decoder", {}))
+    return base.model_copy(
+        update={
+            "name": name,
+            "about": about,
+            "detector": base.detector.replace(queries=queries, decoder=decoder, top_k=300),
+            "loss": base.loss.replace(classes=1.0),
+            "schemes": schemes,
+            "schedule": ScheduleConfig(epochs=12, drops=(11 / 12,)),
+        }
+    )
+
+
+def ms_deformable_detr_r50() -> Recipe:
+    """MS-DETR. Its authors report AP 50.0."""
+    about = "MS-DETR: Deformable DETR++ with mixed supervision, ResNet-50"
+    return _deformable("ms-deformable-detr-r50", about, SchemesConfig(ms=MSConfig()), decoder={"cross_first": True})
+
+
+def dac_deformable_detr_r50() -> Recipe:
+    """DAC-DETR with contrastive denoising. Its authors report AP 50.0."""
+    schemes, about = SchemesConfig(cdn=CDNConfig(), dac=DACConfig()), "DAC-DETR on Deformable DETR++, ResNet-50"
+    return _deformable("dac-deformable-detr-r50", about, schemes, queries={"position": "boxes"})
+
+
+RECIPES: Recipes = {
+    "ms-deformable-detr-r50": ms_deformable_detr_r50,
+    "dac-deformable-detr-r50": dac_deformable_detr_r50,
+}
