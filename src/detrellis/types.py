@@ -127,6 +127,8 @@ class Segment(NamedTuple):
     repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
     heads: nn.Module | None = None  # class and box heads of its own (`nn/heads.py`); None: the decoder's
     attends: bool = True  # its queries read each other; else they pass self-attention by, norm and all
+    # (B, M, size, size + those seen), or without any (B * copies, M, n, n), is added to logits; None: nothing is
+    bias: Tensor | None = None
 
 
 class SideDistributions(NamedTuple):

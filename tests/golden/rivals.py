@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from detrellis.matching import Dynamic
+from detrellis.nn.relation import PositionRelation, box_relation
 from detrellis.schemes.rank import GIOU_AWARE, HighOrderCost
 from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
 from detrellis.types import Assignment, Targets
@@ -99,3 +100,13 @@ def check_dynamic(a: Arrays) -> None:
             pairs = np.stack(rule.solve(cost.numpy(), 0, 1))
             order = (-cost.numpy())[pairs[0], pairs[1]].argsort()
             assert (pairs[:, order] == a[f"{name}_pairs{b}"].numpy()).all(), (name, b)
+
+
+def check_relation(a: Arrays) -> None:
+    """Relation-DETR's encoding of pairs of boxes, and the bias made of it."""
+    near(box_relation(a["source"], a["target"]), a["encoding"], "encoding")
+    heads, features = a["weight"].shape
+    relation = PositionRelation(heads).double()
+    assert relation.projection.in_features == features
+    relation.projection.load_state_dict({"weight": a["weight"], "bias": a["bias"]})
+    near(relation(a["source"], a["target"]).detach(), a["out"], "bias")

@@ -110,6 +110,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "rivals/dfine": dfine.check_losses,
     "rivals/dynamic_assigner": rivals.check_dynamic,
     "rivals/mal": rivals.check_mal,
+    "rivals/relation": rivals.check_relation,
     "rivals/rank_loss": rivals.check_rank,
     "segmentation/hf_mask2former_": mask2former.check_model,
     "segmentation/m2f_loss_": mask2former.check_loss,

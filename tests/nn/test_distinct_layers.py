@@ -74,7 +74,7 @@ def naive(decoder: Decoder, queries: Queries, memory: Memory) -> tuple[list[Tens
     def run(i: int, rows: list[int]) -> Tensor:
         some = Queries(x[:, rows], part(queries.position, rows), part(queries.boxes, rows))
         where = decoder.position(i, some.content, some, boxes[:, rows], memory)
-        out: Tensor = decoder.layers[i](some.content, where, memory, (Segment("some", len(rows)),))
+        out: Tensor = decoder.layers[i](some.content, where, memory, (Segment("some", len(rows)),))[0]
         return out
 
     for i in range(len(decoder.layers)):
@@ -148,9 +148,9 @@ def assert_denoising_reads_the_kept(model: TrainableDetector, step: Step, blocks
     segments = (main.segment._replace(unused=dropped), cdn.segment)
     x = together.content.clone()
     where = decoder.position(0, x, together, together.boxes, step.memory)
-    before = decoder.layers[0](x, where, step.memory, segments)
+    before = decoder.layers[0](x, where, step.memory, segments)[0]
     x[:, 1:size:2] += 1
-    after = decoder.layers[0](x, where, step.memory, segments)
+    after = decoder.layers[0](x, where, step.memory, segments)[0]
     assert torch.equal(before[:, size:], after[:, size:])
     assert torch.equal(before[:, 0:size:2], after[:, 0:size:2])
     assert not torch.equal(before[:, 1:size:2], after[:, 1:size:2])

@@ -25,7 +25,7 @@ Rows = tuple[Tensor, Tensor, Tensor]  # a segment's q, k, v, (B, M, N, d or e)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention `(B, M, N, e)`; with a mask only to where it is True."""
+    """Scaled dot-product attention `(B, M, N, e)`; with a mask only to where it is True, or with it added to logits."""
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     with sdpa_kernel(BACKENDS):
@@ -60,13 +60,21 @@ def _used_mask(unused: Tensor, size: int) -> Tensor:
     return ~unused[:, None, None] | itself
 
 
+def _biased(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Both as one mask: the bias where there is one, and nothing where the mask is False."""
+    if bias is None:
+        return mask
+    bias = bias.to(dtype)
+    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
 def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0) -> Tensor:
     """Attention of each segment over itself, copy by copy, and over the segments that it `sees`.
 
     `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns `(B, M, N, e)`. A
     name in `sees` that is no segment's is passed over.
     """
-    if len(segments) <= 1 and all(s.copies == 1 and s.unused is None for s in segments):
+    if len(segments) <= 1 and all(s.copies == 1 and s.unused is None and s.bias is None for s in segments):
         return _attend(q, k, v, None, dropout)
     # The rows of each segment. Contiguous: the backward pass of one must not keep the projections of all.
     sizes = [s.size for s in segments]
@@ -83,6 +91,7 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
             q, k, v = (_fold(t, s.copies) for t in rows[s.name])
             size = s.size // s.copies
             mask = None if s.unused is None else _used_mask(s.unused.reshape(-1, size), size)
+            mask = _biased(mask, s.bias, q.dtype)
             attended.append(_unfold(_attend(q, k, v, mask, dropout), s.copies))
     return torch.cat(attended, dim=2)
 
@@ -102,7 +111,7 @@ def _attend_seen(segment: Segment, seen: Sequence[Segment], rows: Mapping[str, R
         unused = [empty if p.unused is None else p.unused for p, empty in zip(parts, none, strict=True)]
         used = _used_mask(torch.cat(unused, dim=1), size)
         mask = used if mask is None else mask & used
-    return _attend(q, keys, values, mask, dropout)
+    return _attend(q, keys, values, _biased(mask, segment.bias, q.dtype), dropout)
 
 
 def memory_attention(

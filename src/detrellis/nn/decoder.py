@@ -21,6 +21,7 @@ from detrellis.nn.refine import (
     moved,
     moved_relative,
 )
+from detrellis.nn.relation import PositionRelation
 from detrellis.nn.spatial import AnchorPosition
 from detrellis.types import Between, DecoderOutput, Memory, Queries, Segment, SideDistributions, Spatial
 
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
     a better one exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are refined.
     Heads that have bins refine distributions instead, whatever `refine` says.
     `relative`: what the box heads say is relative to the size of the boxes that it moves, instead of in logit space
-    (LW-DETR).
+    (LW-DETR). `relation`: from the second layer on, self-attention reads how boxes lie to each other.
     """
 
     def __init__(
@@ -112,10 +113,11 @@ class Decoder(nn.Module):
         eps: float = 1e-5,
         distinct: float | None = None,
         relative: bool = False,
+        relation: PositionRelation | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.distinct = distinct
+        self.distinct, self.relation = distinct, relation
         self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
@@ -153,6 +155,10 @@ class Decoder(nn.Module):
             if not last and self.distinct is not None:
                 assert boxes.references is not None
                 used = keep_distinct(segments, logits, boxes.references, self.distinct)
+            if not last and self.relation is not None:
+                assert around is not None
+                assert boxes.references is not None
+                used = self.relation.related(used, around, boxes.references)
         output = stack(outputs)
         if every_layer and isinstance(boxes, DistributionRefinement):
             return output._replace(initial=boxes.initial())

@@ -315,6 +315,7 @@ class DecoderConfig(Config):
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
+    relation: bool = False  # self-attention reads how boxes lie to each other (Relation-DETR)
     cross_first: bool = False  # cross-attention before self-attention (MS-DETR)
     gated: bool = False  # what cross-attention reads comes through a gate, not a residual (D-FINE)
     # boxes are means of distributions, to which each layer adds (D-FINE); None: each layer moves them

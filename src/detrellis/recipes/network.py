@@ -36,6 +36,7 @@ from detrellis.nn.queries import (
     linear_reference,
     point_reference,
 )
+from detrellis.nn.relation import PositionRelation
 from detrellis.nn.resnet_vd import ResNetVD, timm_name
 from detrellis.nn.semantic import SemanticAligner, SemanticCrossAttention
 from detrellis.nn.smca import IntraScaleAttention, ModulatedAttention, ModulatedPriors, read_point
@@ -310,6 +311,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         eps=config.eps,
         distinct=decoder.distinct,
         relative=config.box_encoding == "relative",
+        relation=PositionRelation(decoder.heads) if decoder.relation else None,
     )
 
 

@@ -226,6 +226,7 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 def _scores(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """The same for what scores and boxes of queries are compared by."""
+    has_boxes = config.boxes and config.queries.kind != "learned"
     queries, softmax, distinct = config.queries, config.scores == "softmax", config.decoder.distinct is not None
     return [
         (
@@ -237,6 +238,12 @@ def _scores(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             distinct and config.decoder.refine == "none",
             "decoder.distinct and decoder.refine=none do not combine: it compares boxes that a layer has refined",
             "Take -o detector.decoder.distinct=null, or another decoder.refine where queries have boxes or points.",
+        ),
+        (
+            config.decoder.relation and not (config.decoder.refine != "none" and has_boxes),
+            f"decoder.relation compares boxes that layers refine, and with queries.kind={queries.kind} and"
+            f" decoder.refine={config.decoder.refine} there are none",
+            "Take -o detector.decoder.relation=false, or a recipe such as tiny or dab-detr-r50.",
         ),
         (
             distinct and softmax,

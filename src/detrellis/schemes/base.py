@@ -50,7 +50,8 @@ class QueryBlock:
     def segment(self) -> Segment:
         """The block as self-attention sees it."""
         size = self.queries.content.shape[1]
-        return Segment(self.name, size, self.copies, self.sees, self.unused, self.repeats, self.heads, self.attends)
+        how = (self.copies, self.sees, self.unused, self.repeats, self.heads, self.attends)
+        return Segment(self.name, size, *how)
 
 
 class Extension(NamedTuple):
