@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from detrellis import masks
 from detrellis.masks import draw_masks, tight_boxes
-from detrellis.overlay import paint_masks
+from detrellis.overlay import _shrunk, paint_masks
 from detrellis.postprocess import Postprocess
 from detrellis.predictions.record import Prediction
 from detrellis.rle import area, decode, encode, polygons
@@ -139,6 +139,13 @@ def test_a_prediction_gives_its_masks() -> None:
     assert "segmentation" not in plain.to_coco(4)[0]
     assert found.draw(["a"]) != replace(found, runs=None).draw(["a"])
     assert replace(found, scores=[], runs=()).masks.shape == (0, 8, 9)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("by", [1, 2, 4, 7])
+def test_masks_are_shrunk_from_all_sides(by: int) -> None:
+    mask = np.random.default_rng(0).random((30, 40)) < 0.97
+    plain = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(2 * by + 1))
+    assert np.array_equal(_shrunk(mask, by), np.asarray(plain) > 0)
 
 
 def test_masks_are_painted_inside_alone() -> None:

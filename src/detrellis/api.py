@@ -254,10 +254,9 @@ def evaluate(
     with process_group(device) as world, open_split(run, world, options) as opened:
         batches = track(opened.loader, "evaluate", len(opened.loader), progress and world.is_main_process)
         masked = metric == "masks"
-        if masked:
-            run_lengths(opened.annotations)  # says what lacks a mask before any work
         check = gives_masks if masked else None
-        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,), check)
+        truth = run_lengths(opened.annotations) if masked else None  # says what lacks a mask before any work
+        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,), check, truth)
         if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":

@@ -81,9 +81,8 @@ def draw_detections(
     style = _style(marks, canvas.size, font)
     if masks is not None:
         colours = map(colour_of, np.asarray(_host(labels), dtype=np.int64).reshape(-1).tolist())
-        paint_masks(
-            canvas, (image.height, image.width), list(zip(masks, colours, strict=True)), max(1, style.line // 2)
-        )
+        outlined = list(zip(masks, colours, strict=True))
+        paint_masks(canvas, (image.height, image.width), outlined, math.ceil(style.line / 2))
         style = style._replace(line=1)
     if marks:
         canvas = _wide_enough(canvas)

@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.layout import resolve
+from detrellis.data.masks import run_lengths
 from detrellis.data.records import to_annotations
 from detrellis.engine import coco_backend
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
@@ -121,3 +122,10 @@ def test_an_object_without_a_mask_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"annotation \d+ in .* has no mask"):
         evaluator.compute(of="mask")
     assert CocoEvaluator(replace(annotations, segmentations=None)).kind == "box"
+
+
+def test_masks_that_were_read_are_not_read_again(tmp_path: Path) -> None:
+    annotations, (evaluator,), _ = evaluators(tmp_path)
+    again = CocoEvaluator(replace(annotations, lines=None), top_k=7, truth=run_lengths(annotations))
+    again.merge(evaluator.arrays())
+    assert again.compute(of="mask").stats == evaluator.compute(of="mask").stats

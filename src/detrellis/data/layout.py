@@ -64,19 +64,20 @@ class DataSource:
         """One split as its files have it, good or bad."""
         return self.load_all([split])[split]
 
-    def load_all(self, splits: Sequence[str] | None = None) -> dict[str, RawDataset]:
-        """Several splits (default: all), read in one go. Raises `UserError` for one that the data set has not."""
+    def load_all(self, splits: Sequence[str] | None = None, *, outlines: bool = False) -> dict[str, RawDataset]:
+        """Several splits (default: all), read in one go; `outlines` keeps those of COCO's files (`read_coco`). Raises
+        `UserError` for a split that the data set has not."""
         wanted = [s for s in SPLITS if s in self.splits] if splits is None else list(splits)
         for split in wanted:
             if split not in self.splits:
                 raise UserError(f"the data set has no split `{split}`", f"It has: {', '.join(self.splits)}.")
-        return {split: self._with_note(raw) for split, raw in self._read(wanted).items()}
+        return {split: self._with_note(raw) for split, raw in self._read(wanted, outlines).items()}
 
-    def _read(self, wanted: Sequence[str]) -> dict[str, RawDataset]:
+    def _read(self, wanted: Sequence[str], outlines: bool) -> dict[str, RawDataset]:
         if self.kind in READERS:
             return READERS[self.kind](self.splits, wanted)
         files = {split: self.splits[split] for split in wanted}
-        return {split: read_coco(f.annotations, f.images[0], split) for split, f in files.items()}
+        return {split: read_coco(f.annotations, f.images[0], split, outlines=outlines) for split, f in files.items()}
 
     def _with_note(self, raw: RawDataset) -> RawDataset:
         """With the finding of what had to be decided to find its files."""

@@ -26,7 +26,7 @@ from detrellis.atomic import replace_files
 from detrellis.data.annotations import Annotations
 from detrellis.data.masks import run_lengths
 from detrellis.engine.bootstrap import MAX_IMAGES, half_interval, resampled_ap
-from detrellis.engine.coco_backend import Float, Int, Truth, backend
+from detrellis.engine.coco_backend import Float, Int, Masks, Truth, backend
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.types import Detections
@@ -150,10 +150,11 @@ class CocoEvaluator:
     """Collects detections and computes COCO's statistics over the images that it was shown.
 
     `top_k` is how many detections of an image are kept, the best ones. COCO itself looks at the best 100 of each class.
+    `truth` are the masks of the annotations (`run_lengths`), for many evaluations; without them one reads the files.
     """
 
-    def __init__(self, annotations: Annotations, top_k: int = 300) -> None:
-        self.annotations, self.top_k = annotations, top_k
+    def __init__(self, annotations: Annotations, top_k: int = 300, truth: Masks | None = None) -> None:
+        self.annotations, self.top_k, self.truth = annotations, top_k, truth
         self._order = np.argsort(annotations.image_ids, kind="stable")
         self._seen = np.zeros(len(annotations), dtype=np.bool_)
         self._chunks: list[Float] = []
@@ -210,11 +211,12 @@ class CocoEvaluator:
         `UserError` where masks are asked for and the data set has not one for each object.
         """
         a, (_, rows, dropped, runs) = self.annotations, self.arrays()
-        drawn = None
+        drawn = masks = None
         if of == "mask":
             assert runs is not None, "the detector gives no masks"
             owners = a.sizes[rows[:, 0].astype(np.int64)].tolist()
             drawn = [{"size": size, "counts": run} for size, run in zip(owners, runs, strict=True)]
+            masks = run_lengths(a) if self.truth is None else self.truth
         # Images and classes are numbered from 1 for the evaluator: see the top of the file.
         rank = np.empty(len(a), dtype=np.int64)
         rank[self._order] = np.arange(1, len(a) + 1)
@@ -232,7 +234,7 @@ class CocoEvaluator:
             boxes=a.boxes[shown],
             areas=a.areas[shown],
             crowd=crowd,
-            masks=None if drawn is None else list(itertools.compress(run_lengths(a), shown.tolist())),
+            masks=None if masks is None else list(itertools.compress(masks, shown.tolist())),
         )
         stats, precision, evaluation = backend()(truth, rows, drawn)
         resampled = None

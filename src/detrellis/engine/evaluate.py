@@ -18,6 +18,7 @@ from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.distributed import World, all_gather
+from detrellis.engine.coco_backend import Masks
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.resume import check_data_exists
 from detrellis.errors import UserError
@@ -76,14 +77,15 @@ def collect(
     device: torch.device,
     nms: Sequence[float | None] = (None,),
     check: Callable[[DecoderOutput], None] | None = None,
+    truth: Masks | None = None,
 ) -> list[CocoEvaluator]:
     """Run the detector over the batches; in every process the evaluators hold the detections of all.
 
     One for each threshold of `nms`: where it is None, of what the detector detects; otherwise after NMS at that IoU.
-    `check` sees each output first.
+    `check` sees each output first. `truth` are the masks of the annotations, where they have been read.
     """
     ways = [replace(detector.postprocess, nms=threshold) for threshold in nms]
-    evaluators = [CocoEvaluator(annotations, top_k=way.top_k) for way in ways]
+    evaluators = [CocoEvaluator(annotations, top_k=way.top_k, truth=truth) for way in ways]
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         with evaluating(detector):

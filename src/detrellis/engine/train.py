@@ -130,6 +130,8 @@ class TrainRun:
         self.images = {split: packed_file_names(a) for split, a in splits.items() if a is not None}
         batch = batch_per_process(self.recipe, world)
         self.val = None if job.val is None else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
+        # Once for all evaluations; an object without a mask is told before the first step.
+        self.masks = run_lengths(job.val) if self.recipe.needs_bitmaps and job.val is not None else None
 
     def start_epoch(self) -> None:
         """What was frozen for the first epochs alone is trained from here on; a resumed run finds its place the same
@@ -258,7 +260,8 @@ class TrainRun:
         assert val is not None
         with self.timer.part("eval"):
             batches = self.log.track(loader, "evaluate", len(loader))
-            evaluators = collect(state.detector, batches, val, self.world.device, (None, NMS) if last else (None,))
+            thresholds = (None, NMS) if last else (None,)
+            evaluators = collect(state.detector, batches, val, self.world.device, thresholds, truth=self.masks)
             state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
             self.evaluated_step = state.step
         if state.result.ap is not None:
@@ -384,8 +387,6 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         factors=image_factors(job.train, recipe),
     )
     dataset = training_dataset(job.train, recipe, job.card.seed)
-    if recipe.needs_bitmaps and job.val is not None:
-        run_lengths(job.val)  # says what lacks a mask before the first epoch, not after it
     options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
     loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
     return loader, -(-len(sampler) // recipe.optim.accumulate)

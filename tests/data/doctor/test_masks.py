@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from detrellis.data.doctor.check import check
 from detrellis.data.doctor.masks import check_masks
 from detrellis.data.findings import Finding
+from detrellis.data.formats import coco
 from detrellis.data.layout import resolve
 
 from ..sets import CocoSet
@@ -71,3 +73,13 @@ def test_it_says_nothing_of_good_sets(tmp_path: Path, name: str) -> None:
     data = CocoSet(tmp_path)
     ALRIGHT[name](data)
     assert found(data) == []
+
+
+def test_a_full_check_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, read = CocoSet(tmp_path), []
+    data.box(1)["segmentation"] = [CROSSED]
+    parse = coco.load_json
+    monkeypatch.setattr(coco, "load_json", lambda file: read.append(file.name) or parse(file))
+    report = check(resolve(data.write()))
+    assert len(read) == len(set(read)) == len(report.summaries)
+    assert any(finding.code == "crossing-mask" for finding in report.findings)

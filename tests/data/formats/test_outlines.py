@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.layout import resolve
@@ -70,6 +73,31 @@ def test_labelme(tmp_path: Path) -> None:
     assert found[3] > found[0]
     with pytest.raises(UserError, match="boxes without masks"):
         bitmaps(labelme(tmp_path / "boxes", box, box))
+
+
+def png(bitmap: np.ndarray) -> str:
+    """A picture of 0 and 1 in base64, as labelme writes it."""
+    file = io.BytesIO()
+    Image.fromarray(bitmap.astype(np.uint8)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_labelmes_masks(tmp_path: Path) -> None:
+    """Pixel for pixel with their holes, cut where they leave the picture, and together with shapes of their group."""
+    ring = np.zeros((8, 12), dtype=np.bool_)
+    ring[1:7, 1:11], ring[3:5, 4:7] = True, False
+    mask = {"label": "a", "shape_type": "mask", "points": [[4, 3], [15, 10]], "mask": png(ring)}
+    cut = mask | {"points": [[WIDTH - 6, -4], [WIDTH + 5, 3]]}
+    box = {"label": "b", "shape_type": "rectangle", "points": [[20, 12], [30, 18]], "group_id": 1}
+    annotations = labelme(tmp_path, mask, cut, mask | {"label": "b", "group_id": 1}, box)
+    found, expected = bitmaps(annotations), np.zeros((2, HEIGHT, WIDTH), dtype=np.bool_)
+    expected[0, 3:11, 4:16], expected[1, :4, WIDTH - 6 :] = ring, ring[4:, :6]
+    assert np.array_equal(found[:2], expected)
+    assert found[2].sum() == pytest.approx(ring.sum() + 60, abs=8)
+    assert annotations.boxes[:3].tolist() == [[5, 4, 10, 6], [WIDTH - 5, 0, 5, 3], [5, 4, 25, 14]]
+    labelme(tmp_path / "damaged", mask | {"mask": "no picture"})
+    damaged = resolve(None, tmp_path / "damaged").load("train")
+    assert "shape 1 has a `mask` that is no picture in base64" in " ".join(f.what for f in damaged.findings)
 
 
 def test_via(tmp_path: Path) -> None:

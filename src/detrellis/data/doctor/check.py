@@ -45,7 +45,7 @@ def check(
     threads (default: one a core) and, with `progress`, a bar on stderr. `capacity` is that of the detector which is to
     learn from the data set. Raises `UserError` where a file cannot be read as what it should be.
     """
-    raws = source.load_all(splits)
+    raws = source.load_all(splits, outlines=not fast)
     report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
     report = report.with_findings(unused_annotations(source, raws))
     return report if splits is not None else report.with_findings(unused_files(source, raws))

@@ -24,7 +24,7 @@ LONGEST = 2000  # corners of a polygon whose sides are compared
 def check_masks(raw: RawDataset) -> list[Finding]:
     """Outlines that are missing, damaged, empty, outside their image, or not in their box; and that cross themselves.
 
-    The files are read again for it. A finding stands for all objects of one kind, and names the first.
+    A finding stands for all objects of one kind, and names the first.
     """
     if raw.segmentations is None or not len(raw.ids):
         return []

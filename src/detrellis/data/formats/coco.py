@@ -29,10 +29,18 @@ CROWD = (1, "1", "true", "True")  # values of `iscrowd` that say so; True and 1.
 ROOT_KEY = "image_root"  # in `info`: where `fix` writes down the folder of the images
 
 
-def read_coco(file: Path, images: Path, split: str) -> RawDataset:
-    """The split in `file`, whose `file_name`s are relative to `images`, or to be found near it (see `lookup`)."""
+def read_coco(file: Path, images: Path, split: str, *, outlines: bool = False) -> RawDataset:
+    """The split in `file`, whose `file_name`s are relative to `images`, or to be found near it (see `lookup`).
+
+    With `outlines` the objects' are kept as they were parsed, for a caller who needs all of them and lets go soon;
+    otherwise the file is read again for them.
+    """
     with not_collecting():
-        return _with_sizes(_columns(load_json(file), file, images, split))
+        content = load_json(file)
+        raw = _with_sizes(_columns(content, file, images, split))
+        if not outlines:
+            return raw
+        return replace(raw, segmentations=partial(_of_rows, [_segmentation(row) for row in content["annotations"]]))
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -85,7 +93,16 @@ def _segmentations(file: Path, image_ids: Sequence[int], lines: Sequence[int]) -
     """A `SegmentationReader`: the file is read again."""
     with not_collecting():
         rows = load_json(file)["annotations"]
-        return [rows[line].get("segmentation") if isinstance(rows[line], dict) else None for line in lines]
+        return [_segmentation(rows[line]) for line in lines]
+
+
+def _of_rows(rows: Sequence[Any], image_ids: Sequence[int], lines: Sequence[int]) -> list[Any]:
+    """A `SegmentationReader` of what is in memory."""
+    return [rows[line] for line in lines]
+
+
+def _segmentation(row: Any) -> Any:
+    return row.get("segmentation") if isinstance(row, dict) else None
 
 
 def _name(row: Mapping[str, Any], category_id: int) -> str:

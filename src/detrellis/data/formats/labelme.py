@@ -1,26 +1,33 @@
 """labelme's layout: a JSON file for each picture, with `shapes` and `imagePath`.
 
 Rectangles, polygons, circles and masks give the box around them, those of one label and `group_id` together; points and
-lines have none and are counted. `train/`, `val/` and `test/` are splits; without them a fixed four in five train, as in
-Pascal VOC.
+lines have none and are counted. All but rectangles are outlines, too. `train/`, `val/` and `test/` are splits; without
+them a fixed four in five train, as in Pascal VOC.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from detrellis.data.files import files_below, list_images, map_threads, read_json, stem_below, subfolders
 from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import named_classes as named
 from detrellis.data.formats.lookup import SPLIT_WORDS, fold
 from detrellis.data.formats.pictures import GivenImages, PictureName, image_folder, spread
+from detrellis.data.formats.segmentation import run_lengths_of, united
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles, select_part
 from detrellis.errors import UserError
+from detrellis.rle import Size
 
 FEWEST_POINTS = {"rectangle": 2, "mask": 2, "polygon": 3, "oriented_rectangle": 3}  # of shapes that have a box
 
@@ -126,8 +133,8 @@ def _parse(file: Path) -> LabelmeFile:
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
             raise ValueError("JSON of another kind: it has no list of `shapes`")
-        objects, skipped = _objects(content["shapes"])
         size = (_pixels(content.get("imageHeight")), _pixels(content.get("imageWidth")))
+        objects, skipped = _objects(content["shapes"], size)
         picture = named.AnnotatedImage(file, str(content.get("imagePath") or ""), size, objects)
         return LabelmeFile(picture, skipped, bool(content.get("imageData")))
     except UserError as error:
@@ -137,11 +144,11 @@ def _parse(file: Path) -> LabelmeFile:
     return LabelmeFile(named.AnnotatedImage(file, "", (0, 0), [], problem), Counter())
 
 
-def _objects(shapes: Sequence[Any]) -> tuple[list[named.AnnotatedObject], Counter[str]]:
+def _objects(shapes: Sequence[Any], size: Size) -> tuple[list[named.AnnotatedObject], Counter[str]]:
     """The objects, and the shapes without a box by kind. Raises `ValueError` in words."""
     objects, skipped = dict[object, named.AnnotatedObject](), Counter[str]()
     for number, shape in enumerate(shapes, start=1):
-        box, kind, outline = _box(shape, number)
+        box, kind, outline = _box(shape, number, size)
         if box is None:
             skipped[kind] += 1
             continue
@@ -149,13 +156,14 @@ def _objects(shapes: Sequence[Any]) -> tuple[list[named.AnnotatedObject], Counte
         key = number if group is None else (name, str(group))  # parts of one object
         if (before := objects.get(key)) is not None:
             if outline or before.outline:
-                outline = [*(before.outline or [named.rectangle(before.box)]), *(outline or [named.rectangle(box)])]
+                first, second = before.outline or named.boxed(before.box), outline or named.boxed(box)
+                outline = united(first, second, size)
             box = _around_both(before.box, box)
         objects[key] = named.AnnotatedObject(name, box, number, outline=outline)
     return list(objects.values()), skipped
 
 
-def _box(shape: Any, number: int) -> tuple[named.Box | None, str, named.Polygons]:
+def _box(shape: Any, number: int, size: Size) -> tuple[named.Box | None, str, named.Outline]:
     """The box around a shape, None where its kind has none; the kind; and its outline, where it is no box. Raises
     `ValueError` in words."""
     if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
@@ -168,10 +176,28 @@ def _box(shape: Any, number: int) -> tuple[named.Box | None, str, named.Polygons
     if kind == "circle" and len(points) == 2:
         radius = math.dist(*points)
         return named.around_ellipse(*points[0], radius, radius), kind, [named.ellipse(*points[0], radius, radius)]
+    if kind == "mask" and shape.get("mask") and len(points) == 2 and min(size) > 0:
+        return _of_mask(shape["mask"], named.around(points), number, size)
     if kind in FEWEST_POINTS and len(points) >= FEWEST_POINTS[kind]:
         drawn = kind in ("polygon", "oriented_rectangle")
         return named.around(points), kind, [[value for point in points for value in point]] if drawn else ()
     return None, kind, ()
+
+
+def _of_mask(data: Any, box: named.Box, number: int, size: Size) -> tuple[named.Box, str, named.Outline]:
+    """As `_box`, of a shape with the picture `data` of its mask, a PNG in base64, at the upper left corner of `box`."""
+    try:
+        part = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) > 0
+        left, top = int(box[0]), int(box[1])
+        whole = np.zeros(size, dtype=np.bool_)
+        place = whole[max(top, 0) : max(top + part.shape[0], 0), max(left, 0) : max(left + part.shape[1], 0)]
+        place[:] = part[max(-top, 0) :, max(-left, 0) :][: place.shape[0], : place.shape[1]]
+    except (TypeError, ValueError, OverflowError, OSError):
+        raise ValueError(f"shape {number} has a `mask` that is no picture in base64") from None
+    rows, columns = np.flatnonzero(whole.any(axis=1)), np.flatnonzero(whole.any(axis=0))
+    if len(rows):
+        box = named.around([(columns[0], rows[0]), (columns[-1] + 1, rows[-1] + 1)])
+    return box, "mask", run_lengths_of(whole)
 
 
 def _around_both(one: named.Box, other: named.Box) -> named.Box:

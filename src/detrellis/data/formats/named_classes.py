@@ -25,6 +25,7 @@ from detrellis.data.splits import HELD_OUT, SplitFiles
 
 Box = tuple[float, float, float, float]  # x, y, width, height in pixels; NaN where a number is missing
 Polygons = Sequence[Sequence[float]]  # x1, y1, x2, y2, ... of each
+Outline = Polygons | Mapping[str, Any]  # run lengths, as COCO has them
 ROUND = 64  # corners of a circle's polygon
 
 
@@ -36,7 +37,7 @@ class AnnotatedObject(NamedTuple):
     line: int  # its number in the file, or its line, from 1
     difficult: bool = False
     written: str = ""  # what stands where there are no four numbers
-    outline: Polygons = ()  # of its parts; none where it is drawn as a box
+    outline: Outline = ()  # of its parts; none where it is drawn as a box
 
 
 class AnnotatedImage(NamedTuple):
@@ -131,19 +132,22 @@ def _dataset(
         "difficult": np.array([o.difficult for o in objects], dtype=np.bool_) if difficult else None,
         "written": {box: o.written for box, o in enumerate(objects) if o.written},
     }
-    outlines = {
-        (row, o.line): [list(part) for part in o.outline or [rectangle(o.box)]]
-        for row, image in enumerate(images, start=1)
-        for o in image.objects
-    }
+    outlines = {(row, o.line): _segmentation(o) for row, image in enumerate(images, start=1) for o in image.objects}
     if any(o.outline for o in objects):
         head["segmentations"] = partial(_segmentations, outlines)
     columns = [(image.image, *size) for image, size in zip(images, sizes, strict=True)]
     return from_columns(head, columns, _box_rows(images, ids))
 
 
+def _segmentation(each: AnnotatedObject) -> Any:
+    """COCO's `segmentation` of an object."""
+    if isinstance(each.outline, Mapping):
+        return dict(each.outline)
+    return [list(part) for part in each.outline or boxed(each.box)]
+
+
 def _segmentations(
-    outlines: Mapping[tuple[int, int], list[list[float]]], image_ids: Sequence[int], lines: Sequence[int]
+    outlines: Mapping[tuple[int, int], Any], image_ids: Sequence[int], lines: Sequence[int]
 ) -> list[Any]:
     """A `SegmentationReader` of what was read; images are numbered from 1."""
     return [outlines.get(key) for key in zip(image_ids, lines, strict=True)]
@@ -178,10 +182,10 @@ def around(points: Sequence[Sequence[float]]) -> Box:
     return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
 
 
-def rectangle(box: Box) -> list[float]:
-    """The polygon of a box."""
+def boxed(box: Box) -> Polygons:
+    """The outline of a box."""
     x, y, width, height = box
-    return [x, y, x + width, y, x + width, y + height, x, y + height]
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 def ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> list[float]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from detrellis.rle import Bitmap, Size, encode
+
 
 def packed(value: Any, size: list[int]) -> list[bytes]:
     """The parts of a `segmentation` in an image of `size` (height, width); none where it is damaged.
@@ -51,6 +53,22 @@ def box_of(value: Any) -> list[float] | None:
     except (TypeError, ValueError, KeyError, OverflowError):
         return None
     return box if min(box[2:]) > 0 else None
+
+
+def run_lengths_of(bitmap: Bitmap) -> dict[str, Any]:
+    """The `segmentation` of a bitmap."""
+    return {"size": [*bitmap.shape], "counts": encode(bitmap).decode()}
+
+
+def united(one: Any, other: Any, size: Size) -> Any:
+    """The `segmentation` of two parts of an object in an image of `size`: polygons where both are."""
+    from hotcoco import mask
+
+    if not isinstance(one, dict) and not isinstance(other, dict):
+        return [*one, *other]
+    runs = [run for value in (one, other) if (run := drawn(value, [*size])) is not None]
+    merged = mask.merge([{"size": [*size], "counts": run} for run in runs])
+    return {"size": [*size], "counts": merged["counts"].decode()}
 
 
 def _polygons(value: Any, dtype: type[np.floating[Any]]) -> list[Any]:
