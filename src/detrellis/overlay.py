@@ -57,8 +57,10 @@ def _shrunk(mask: Bitmap, by: int) -> Bitmap:
 
 
 def _both_ways(mask: Bitmap, step: int) -> Bitmap:
-    """The pixels that are in the mask like those `step` rows above and below."""
+    """The pixels that are in the mask like those `step` rows above and below, or those of the first and last row."""
     shrunk = mask.copy()
     shrunk[step:] &= mask[:-step]
     shrunk[:-step] &= mask[step:]
+    shrunk[:step] &= mask[:1]
+    shrunk[-step:] &= mask[-1:]
     return shrunk
