@@ -151,13 +151,19 @@ def mask_terms(
     normaliser: Tensor,
     sampling: Sampling,
     counts: Sequence[Sequence[int]],
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Terms `mask` and `dice` of the positives, each `(L,)`, summed and divided by the number of masks.
 
-    `counts`: positives of each layer and image, which stand in this order.
+    `counts`: positives of each layer and image. `weight (M,)`: of each positive; None: 1.
     """
     masks, embeds, _ = parts(output, targets)
-    embeds = embeds[positives.layer, positives.image, positives.query]
+    # In the order of layers, images and queries, which those of denoising are not in.
+    _, images, queries = embeds.shape[:3]
+    order = ((positives.layer * images + positives.image) * queries + positives.query).argsort(stable=True)
+    layer, image, query, target, _ = (part[order] for part in positives)
+    embeds = embeds[layer, image, query]
+    weight = embeds.new_ones(len(embeds)) if weight is None else weight[order].to(embeds.dtype)
     # Some masks of one layer and image at a time.
     places = [
         (layer, image, start)
@@ -168,11 +174,12 @@ def mask_terms(
     sizes = [min(TOGETHER, counts[layer][image] - start) for layer, image, start in places]
     features, scales = masks.map.unbind(), sampling.points.scale(masks).unbind()
     terms = [embeds.new_zeros(2) for _ in counts]
-    for place, part, rows in zip(places, embeds.split(sizes), positives.target.split(sizes), strict=True):
-        layer, image, _ = place
-        arguments = (part, features[image], targets, rows, sampling, scales[image], place)
+    of_places = zip(places, embeds.split(sizes), target.split(sizes), weight.split(sizes), strict=True)
+    for place, part, rows, weights in of_places:
+        nth, of_image, _ = place
+        arguments = (part, features[of_image], targets, rows, weights, sampling, scales[of_image], place)
         again = checkpoint(_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
-        terms[layer] = terms[layer] + again
+        terms[nth] = terms[nth] + again
     if not places:  # connected where nothing is matched: all parameters get a gradient in every step
         terms = [zero + 0 * (embeds.sum() + masks.map.sum()) for zero in terms]
     mask, dice = (torch.stack(terms) / normaliser).unbind(1)
@@ -184,12 +191,13 @@ def _losses(
     features: Tensor,
     targets: Targets,
     rows: Tensor,
+    weights: Tensor,
     sampling: Sampling,
     scale: Tensor,
     place: tuple[int, int, int],
 ) -> Tensor:
     """The sums of both losses `(2,)` over masks of one layer and image: `embeds (m, Dm)` that learn the target `rows`,
-    in `features (Dm, h, w)`."""
+    in `features (Dm, h, w)`, times their `weights (m,)`."""
     assert targets.bitmaps is not None
     draw, points = sampling.draw, sampling.points
     logits = (embeds @ features.flatten(1)).view(-1, 1, *features.shape[1:])
@@ -205,7 +213,7 @@ def _losses(
     entropy = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none").mean(1)
     inside = predicted.sigmoid()
     dice = 1 - (2 * (inside * truth).sum(1) + 1) / (inside.sum(1) + truth.sum(1) + 1)
-    return torch.stack([entropy.sum(), dice.sum()])
+    return torch.stack([entropy @ weights, dice @ weights])
 
 
 def parts(output: DecoderOutput, targets: Targets) -> tuple[MaskFeatures, Tensor, Tensor]:

@@ -177,11 +177,12 @@ class Known:
     """An assignment that needs no matching: denoising queries know their target."""
 
     assignment: Assignment
+    counts: tuple[int, ...] = ()  # positives of each image at each layer, on the host; empty: not counted
 
     def for_initial(self, layers: int) -> Known:
         """The first of `layers` layers' part, which all have alike, one after the other."""
         rows = len(self.assignment.layer) // layers
-        return Known(Assignment(*(column[:rows] for column in self.assignment)))
+        return replace(self, assignment=Assignment(*(column[:rows] for column in self.assignment)))
 
 
 def known_assignment(image: Tensor, query: Tensor, target: Tensor, layers: int) -> Assignment:
@@ -217,6 +218,9 @@ class Match:
     def counts(self) -> list[list[int]]:
         """Positives of each layer and image, which the host knows before they are matched."""
         layers, _, copies, queries = self.shape
+        if isinstance(self.assign, Known):
+            assert self.assign.counts, "nobody has counted the positives"
+            return [list(self.assign.counts)] * layers
         assert isinstance(self.assign, Hungarian)
         of, sizes = self.assign.candidates.of, self.targets.sizes
         several = [[of(i, layers, queries=queries, targets=size) * size for size in sizes] for i in range(layers)]

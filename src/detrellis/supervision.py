@@ -86,6 +86,10 @@ class SetLoss:
         pairs = pair_up(output, targets, positives, self.iou_eps)
         return self._boxes(output, pairs, self.target(pairs).box_weight, normaliser)
 
+    def pair_weight(self, output: DecoderOutput, targets: Targets, positives: Assignment) -> Tensor | None:
+        """What the losses of each positive's box and mask are multiplied by, `(M,)`; None: 1."""
+        return self.target(pair_up(output, targets, positives, self.iou_eps)).box_weight
+
     def _classes(
         self, output: DecoderOutput, targets: Targets, pairs: Pairs, target: Tensor, normaliser: Tensor
     ) -> dict[str, Tensor]:
@@ -177,9 +181,9 @@ class Supervision:
     proposal_rule: LossRule | None = None  # of the encoder's proposals; None: the same
     columns: Columns | None = None  # None: the losses of all classes count
 
-    def known(self, assignment: Assignment) -> Supervision:
-        """This supervision with an assignment that is known beforehand, as denoising's."""
-        return replace(self, assign=Known(assignment), weights=self.known_weights or self.weights)
+    def known(self, assignment: Assignment, counts: tuple[int, ...] = ()) -> Supervision:
+        """This supervision with an assignment that is known beforehand, as denoising's; `counts`: see `Known`."""
+        return replace(self, assign=Known(assignment, counts), weights=self.known_weights or self.weights)
 
     def proposals(self) -> Supervision:
         """This supervision for the encoder's proposals, which are one layer."""
@@ -238,7 +242,7 @@ def uniting(tasks: Sequence[Task]) -> list[Task]:
     """The `tasks` of one block: of its layers, and of what stands before them.
 
     Where their matches are united, the boxes are tasks of their own, the first ones, which learn by the union; their
-    normaliser has to be counted (`counted`).
+    normaliser has to be counted (`counted`). Masks learn by the layer's own match, as classes do.
     """
     if not all(isinstance(task.match.assign, Hungarian) and task.match.assign.union for task in tasks):
         return list(tasks)
@@ -247,7 +251,7 @@ def uniting(tasks: Sequence[Task]) -> list[Task]:
     for task in tasks:
         assert isinstance(task.rule, SetLoss), "only a rule of two parts can learn by two assignments"
         classes.append(replace(task, rule=task.rule.of_classes))
-        boxes.append(replace(task, rule=task.rule.of_boxes, match=replace(task.match, assign=union)))
+        boxes.append(replace(task, rule=task.rule.of_boxes, match=replace(task.match, assign=union, sampling=None)))
     return [*boxes, *classes]
 
 
@@ -284,7 +288,9 @@ def supervise(
                 output = output._replace(logits=output.logits.masked_fill(~task.columns(targets), ABSENT))
             terms = task.rule(output, targets, positives, task.normaliser)
             if task.match.sampling is not None:
-                terms |= mask_terms(output, targets, positives, task.normaliser, task.match.sampling, task.match.counts)
+                weight = task.rule.pair_weight(output, targets, positives) if isinstance(task.rule, SetLoss) else None
+                arguments = (task.normaliser, task.match.sampling, task.match.counts)
+                terms |= mask_terms(output, targets, positives, *arguments, weight)
         for name, values in terms.items():
             weighted = values * task.weights[name]
             losses |= {f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())}

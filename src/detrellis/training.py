@@ -120,14 +120,18 @@ class TrainableDetector(nn.Module):
         normaliser = (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
         common = (normaliser, block.copies, block.weight)
         prefix, targets = "" if block.name == "main" else f"{block.name}_", step.targets
-        tasks = [block.supervision.task(block.name, output, targets, *common, self.sampling)]
+        sampling = self.sampling if block.masks else None
+        tasks = [block.supervision.task(block.name, output, targets, *common, sampling)]
         if output.initial is not None:
             supervision = block.supervision.initial(len(output.boxes))
             tasks.append(supervision.task(f"{prefix}initial", output.initial, targets, *common))
         if block.proposals is not None:
             if self.proposal_targets == "objectness":
                 targets = targets._replace(labels=torch.zeros_like(targets.labels))
-            tasks.append(block.supervision.proposals().task(f"{prefix}proposals", block.proposals, targets, *common))
+            proposals = block.proposals._replace(masks=step.memory.masks)
+            sampling = None if proposals.mask_embeds is None else sampling
+            rule = block.supervision.proposals()
+            tasks.append(rule.task(f"{prefix}proposals", proposals, targets, *common, sampling))
         return tasks
 
 

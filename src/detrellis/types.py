@@ -188,6 +188,7 @@ class Proposals(NamedTuple):
     best: Tensor  # (B, N) token index of the selected
     selected: Tensor  # (B, N, D) their states
     boxes: Tensor  # (B, N, 4) their boxes in [0, 1]; a token that can propose none gives 1 (relative boxes: 0)
+    mask_embeds: Tensor | None = None  # (B, N, Dm) of their masks, where queries begin with the boxes around them
 
     def ranked(self, count: int) -> Tensor:
         """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so many."""

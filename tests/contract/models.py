@@ -32,12 +32,25 @@ STACKS: dict[str, tuple[str, ...]] = {
     "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
     "align, group, co": ("align=2", "group=2", "co=atss+atss"),
 }
+# With masks on top of boxes: the whole network and schemes of one recipe, and one more network each alone.
+MASKS = "masks"
+MASKED: dict[str, dict[str, tuple[str, ...]]] = {
+    "tiny": {
+        MASKS: (),
+        f"{MASKS}, align, group, co": ("align=2", "group=2", "co=atss"),
+        f"{MASKS}, hybrid, stable": ("hybrid=2", "stable"),
+    },
+    "deformable_detr_r50": {MASKS: ()},
+    "dn_deformable_detr_r50": {MASKS: ()},
+}
 SOFTMAX = {"detr_r50", "mask2former_r50"}  # carries no scheme that sets the classes' targets
 OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")  # torchvision's, dilated, and a Swin
 
 
 def recipe_of(name: str, stack: str) -> Recipe:
     """The small recipe; with its own backbone only where it is one of the three that have to show it."""
+    if stack.startswith(MASKS):
+        return small(name, MASKED[name][stack]).override(["detector.masks={width: 32}", "loss.points=64"])
     own = name in OWN_BACKBONE and stack in ("own", "none")
     return (with_own_backbone if own else small)(name, STACKS[stack])
 
@@ -49,6 +62,7 @@ def can_carry(name: str, stack: str) -> bool:
 
 
 CASES = {(name, stack): recipe_of(name, stack) for name in NAMES for stack in STACKS if can_carry(name, stack)}
+CASES |= {(name, stack): recipe_of(name, stack) for name, stacks in MASKED.items() for stack in stacks}
 OWN = {name: recipe for (name, stack), recipe in CASES.items() if stack == "own"}
 every_recipe = pytest.mark.parametrize("name", distinct(OWN))
 every_detector = pytest.mark.parametrize("name", distinct(OWN, ["detector"]))

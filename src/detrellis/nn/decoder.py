@@ -97,6 +97,8 @@ class Decoder(nn.Module):
     where the queries look at each layer (`nn/spatial.py`). `distinct`: from the second layer on, queries whose IoU with
     a better one exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are refined.
     Heads that have bins refine distributions instead, whatever `refine` says.
+    `double_norm`: class and mask heads read the normalised queries normalised once more. `before`: the queries give an
+    output before the first layer too, with their references as boxes (both Mask DINO).
     `relative`: what the box heads say is relative to the size of the boxes that it moves, instead of in logit space
     (LW-DETR). `relation`: from the second layer on, self-attention reads how boxes lie to each other.
     """
@@ -114,6 +116,8 @@ class Decoder(nn.Module):
         distinct: float | None = None,
         relative: bool = False,
         relation: PositionRelation | None = None,
+        double_norm: bool = False,
+        before: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -121,7 +125,13 @@ class Decoder(nn.Module):
         self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
+        self.double_norm, self.before = double_norm, before
         self.move: Move = moved_relative if relative else partial(moved, eps=eps)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs that it gives in training."""
+        return len(self.layers) + self.before
 
     def forward(
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
@@ -131,6 +141,8 @@ class Decoder(nn.Module):
         outputs: list[DecoderOutput] = []
         used, heads = segments, self.heads.of(segments)
         boxes = self._refinement(heads, queries.boxes)
+        if every_layer and self.before:
+            outputs.append(self._of_queries(heads, queries))
         # What is read off boxes alone is the same at each layer where they stay.
         alike = self.refine == "none" and isinstance(self.position, AnchorPosition) and self.position.scale is None
         for i, layer in enumerate(self.layers):
@@ -146,11 +158,13 @@ class Decoder(nn.Module):
             states = x if self.final_norm is None or not heard else self.final_norm(x)
             refined = boxes.step(i, x, states if wanted else None, last=last)
             if heard:
-                logits = self._logits(heads, i, states, refined)
+                named = states if self.final_norm is None or not self.double_norm else self.final_norm(states)
+                logits = self._logits(heads, i, named, refined)
             if refined is not None and wanted:
                 said = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
+                embeds = heads.mask_embeds(named)
                 between = Between(read, around) if every_layer and isinstance(layer, CrossFirstLayer) else None
-                outputs.append(DecoderOutput(*said, sides=refined.sides, between=between))
+                outputs.append(DecoderOutput(*said, mask_embeds=embeds, sides=refined.sides, between=between))
             # The queries that the next layer uses.
             if not last and self.distinct is not None:
                 assert boxes.references is not None
@@ -159,7 +173,7 @@ class Decoder(nn.Module):
                 assert around is not None
                 assert boxes.references is not None
                 used = self.relation.related(used, around, boxes.references)
-        output = stack(outputs)
+        output = stack(outputs)._replace(masks=memory.masks)
         if every_layer and isinstance(boxes, DistributionRefinement):
             return output._replace(initial=boxes.initial())
         return output
@@ -173,6 +187,13 @@ class Decoder(nn.Module):
             boxes = self.move(self.heads.deltas(i, states), None if references is None else references[i])
             outputs.append(DecoderOutput(self.heads.logits(i, states), boxes, states, self.heads.iou_logits(i, states)))
         return stack(outputs)
+
+    def _of_queries(self, heads: Heads | SegmentHeads, queries: Queries) -> DecoderOutput:
+        """The output of the queries as they come."""
+        assert queries.boxes is not None, "queries without boxes give no output"
+        states = queries.content if self.final_norm is None else self.final_norm(queries.content)
+        said = heads.logits(0, states), queries.boxes, states, heads.iou_logits(0, states)
+        return DecoderOutput(*said, mask_embeds=heads.mask_embeds(states))
 
     def _logits(self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None) -> Tensor:
         """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions where there are any."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.distribution import Bins, QualityEstimator
+from detrellis.nn.masks import mask_embed
 from detrellis.nn.mlp import MLP
 from detrellis.types import Segment
 
@@ -39,7 +40,7 @@ class Heads(nn.Module):
     "no object", and PyTorch's initialisation: without references a box head has to start somewhere. `iou_branch`: one
     logit more, which learns the IoU of the box with its target (IoU-Net). `bins`: the box heads say the logits of a
     distribution for each side; before them stands a head of the initial box, behind them a quality estimator a layer
-    (D-FINE).
+    (D-FINE). `masks`: one mask head, of embeddings of that width, for all layers (Mask DINO).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Heads(nn.Module):
         softmax: bool = False,
         iou_branch: bool = False,
         bins: Bins | None = None,
+        masks: int | None = None,
     ) -> None:
         super().__init__()
         if softmax:
@@ -65,6 +67,7 @@ class Heads(nn.Module):
         self.boxes = nn.ModuleList(copy.deepcopy(of_boxes) for _ in copies)
         self.ious = None if of_ious is None else nn.ModuleList(copy.deepcopy(of_ious) for _ in copies)
         self.bins = bins
+        self.embed = None if masks is None else mask_embed(width, masks)
         self.initial_box = box_head(width) if bins else None
         self.qualities = nn.ModuleList(QualityEstimator() for _ in copies) if bins else None
         with torch.no_grad():
@@ -102,6 +105,10 @@ class Heads(nn.Module):
         """Logits `(B, N)` of the IoU of each box with its target, where there is an IoU branch."""
         return None if self.ious is None else self.ious[min(layer, len(self.ious) - 1)](states).squeeze(-1)
 
+    def mask_embeds(self, states: Tensor) -> Tensor | None:
+        """Embeddings `(B, N, Dm)` of the masks, where the detector has any."""
+        return None if self.embed is None else self.embed(states)
+
 
 class SegmentHeads:
     """The heads of segments side by side, `sizes` queries each: every method as in `Heads`."""
@@ -127,9 +134,17 @@ class SegmentHeads:
 
     def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
         """Logits `(B, N)` of the IoU, where there is an IoU branch."""
-        parts = [heads.iou_logits(layer, part) for heads, part in self._parts(states)]
-        present = [part for part in parts if part is not None]
-        return torch.cat(present, dim=1) if present else None
+        return joined([heads.iou_logits(layer, part) for heads, part in self._parts(states)])
+
+    def mask_embeds(self, states: Tensor) -> Tensor | None:
+        """Embeddings `(B, N, Dm)` of the masks, where the detector has any."""
+        return joined([heads.mask_embeds(part) for heads, part in self._parts(states)])
 
     def _parts(self, states: Tensor) -> Iterator[tuple[Heads, Tensor]]:
         return zip(self.heads, states.split(list(self.sizes), dim=1), strict=True)
+
+
+def joined(parts: Sequence[Tensor | None], dim: int = 1) -> Tensor | None:
+    """What several heads say of queries side by side, along their dimension `dim`; None where they say nothing."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, dim=dim) if present else None

@@ -85,6 +85,11 @@ class MaskedDecoder(nn.Module):
             x, _ = self.layers[i](x, where, level, segments)
         return stack(outputs)._replace(masks=memory.masks)
 
+    @property
+    def outputs(self) -> int:
+        """Outputs that it gives in training."""
+        return len(self.layers) + 1
+
     def levels(self, memory: Memory, masks: MaskFeatures) -> list[tuple[Memory, Tensor]]:
         """Each level of the memory, coarsest first, and the mask features `(B, Dm, S)` at its size."""
         sizes = [height * width for height, width in memory.shapes]

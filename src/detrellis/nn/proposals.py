@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from detrellis.boxes import relative_boxes
 from detrellis.nn.distinct import POOL, overlapping
 from detrellis.nn.encoder import token_centres
-from detrellis.nn.heads import box_head, class_head
+from detrellis.nn.heads import box_head, class_head, joined
+from detrellis.nn.masks import mask_embed
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import DecoderOutput, Memory, Proposals
 
@@ -37,10 +38,11 @@ def anchor_logits(memory: Memory) -> Tensor:
     return torch.log(safe / (1 - safe)).masked_fill(~usable.unsqueeze(-1), math.inf)
 
 
-def joined(parts: Sequence[Proposals]) -> Proposals:
+def side_by_side(parts: Sequence[Proposals]) -> Proposals:
     """The first of `parts` with what all of them select, one after the other: for queries of several groups."""
-    best, selected, boxes = (torch.cat(values, dim=1) for values in zip(*(p[4:] for p in parts), strict=True))
-    return parts[0]._replace(best=best, selected=selected, boxes=boxes)
+    best, selected, boxes = (torch.cat(values, dim=1) for values in zip(*(p[4:7] for p in parts), strict=True))
+    embeds = joined([part.mask_embeds for part in parts])
+    return parts[0]._replace(best=best, selected=selected, boxes=boxes, mask_embeds=embeds)
 
 
 class ProposalHead(nn.Module):
@@ -50,6 +52,8 @@ class ProposalHead(nn.Module):
     logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
     in the reference codes, instead of last. `distinct`: proposals whose IoU with a better one exceeds this are selected
     last (DDQ); None: off. `relative`: boxes are moved relative to their size, instead of in logit space (LW-DETR).
+    `masks`: the selected also learn masks, by embeddings of that width; `masks_first`: which already the queries need.
+    `output_norm`: what the selected learn is read off states that are normalised once more (Mask DINO).
     """
 
     def __init__(
@@ -62,6 +66,9 @@ class ProposalHead(nn.Module):
         empty_compete: bool = False,
         distinct: float | None = None,
         relative: bool = False,
+        masks: int | None = None,
+        masks_first: bool = False,
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         self.proposals, self.rank_by, self.empty_compete = proposals, rank_by, empty_compete
@@ -70,6 +77,9 @@ class ProposalHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.classify = class_head(width, classes)
         self.move = box_head(width)
+        self.embed = None if masks is None else mask_embed(width, masks)
+        self.masks_first = masks_first
+        self.output_norm = nn.LayerNorm(width) if output_norm else nn.Identity()
 
     def forward(self, memory: Memory) -> Proposals:
         """The proposals; a token that can propose nothing has memory 0."""
@@ -94,7 +104,7 @@ class ProposalHead(nn.Module):
         tokens = proposals.rest(copies * self._pool(count))
         each = tokens.shape[1] // copies
         turns = tokens[:, : copies * each].unflatten(1, (each, copies)).unbind(-1)
-        return joined([self._chosen(proposals, turn, count) for turn in turns])
+        return side_by_side([self._chosen(proposals, turn, count) for turn in turns])
 
     def _pool(self, count: int) -> int:
         """How many proposals `count` queries are chosen from."""
@@ -108,7 +118,11 @@ class ProposalHead(nn.Module):
             last = overlapping(boxes, self.distinct) | proposals.scores.gather(1, tokens).isinf()
             order = last.long().argsort(dim=1, stable=True)[:, :count]
             tokens, states, boxes = tokens.gather(1, order), select(states, order), select(boxes, order)
-        return proposals._replace(best=tokens, selected=states, boxes=boxes)
+        embeds = self._mask_embeds(states) if self.masks_first else None
+        return proposals._replace(best=tokens, selected=states, boxes=boxes, mask_embeds=embeds)
+
+    def _mask_embeds(self, states: Tensor) -> Tensor | None:
+        return None if self.embed is None else self.embed(self.output_norm(states))
 
     def boxes(self, proposals: Proposals) -> Tensor:
         """Boxes of all tokens `(B, S, 4)`. Few are ever needed."""
@@ -124,6 +138,10 @@ class ProposalHead(nn.Module):
         """What the loss sees, as an output of one layer: all tokens with `rank_by="first"`, else the selected ones."""
         if self.rank_by == "first":
             logits, boxes = proposals.logits, self.boxes(proposals)
-        else:
-            logits, boxes = select(proposals.logits, proposals.best), proposals.boxes
-        return DecoderOutput(logits[None], boxes[None], boxes[None])
+            return DecoderOutput(logits[None], boxes[None], boxes[None])
+        normed = not isinstance(self.output_norm, nn.Identity)
+        named = self.classify(self.output_norm(proposals.selected)) if normed else None
+        logits, boxes = select(proposals.logits, proposals.best) if named is None else named, proposals.boxes
+        embeds = proposals.mask_embeds if self.masks_first else self._mask_embeds(proposals.selected)
+        output = DecoderOutput(logits[None], boxes[None], boxes[None])
+        return output if embeds is None else output._replace(mask_embeds=embeds[None])

@@ -109,7 +109,8 @@ def build_supervision(recipe: Recipe) -> Supervision:
     k = config.one_to_many
     weights = {term: getattr(config, name) / k for term, name in names.items()}  # as if copies were targets
     candidates = Candidates(k, k, k, positive_fraction=None)
-    masks = MaskCost(config.cost_mask, config.cost_dice) if detector.masks is not None else None
+    match_masks = detector.masks is not None and (config.cost_mask > 0 or config.cost_dice > 0)
+    masks = MaskCost(config.cost_mask, config.cost_dice) if match_masks else None
     cross_entropy = softmax_set_loss if detector.boxes else softmax_class_loss
     rule = partial(cross_entropy, no_object=config.no_object) if softmax else CLASSIFICATION[config.classification]
     return Supervision(Hungarian(cost, candidates, masks=masks, union=config.union), rule, weights)

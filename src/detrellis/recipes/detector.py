@@ -226,6 +226,7 @@ class MasksConfig(Config):
     """A map of stride 4 that masks are read from, and an embedding of each query (Mask2Former, Mask DINO)."""
 
     width: Width = 256  # of map and embeddings
+    scores: bool = True  # the mean probability of a mask is a factor of the score; False: best for box AP
 
 
 class LearnedQueriesConfig(Config):

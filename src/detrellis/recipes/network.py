@@ -239,6 +239,7 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         empty_compete=queries.empty_compete,
         distinct=queries.distinct,
         relative=config.box_encoding == "relative",
+        masks=None if config.masks is None or config.objectness else config.masks.width,
     )
     derived = queries.position == "queries"
     if queries.kind == "proposals":
@@ -303,6 +304,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
             softmax=config.scores == "softmax",
             iou_branch=config.iou_branch != "none",
             bins=None if fine is None else Bins(fine.bins, fine.scale, fine.reach),
+            masks=None if config.masks is None else config.masks.width,
         ),
         refine=decoder.refine,
         position=build_position(config),
@@ -371,4 +373,11 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
 def build_postprocess(config: DetectorConfig) -> Postprocess:
     """How the detector's outputs become detections."""
     softmax = config.scores == "softmax"
-    return Postprocess(config.top_k, softmax, config.iou_branch, config.soft_nms, boxes_of_masks=not config.boxes)
+    return Postprocess(
+        config.top_k,
+        softmax,
+        config.iou_branch,
+        config.soft_nms,
+        mask_scores=config.masks is None or config.masks.scores,
+        boxes_of_masks=not config.boxes,
+    )

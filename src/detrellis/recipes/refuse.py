@@ -266,9 +266,10 @@ def _masks(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     base = "Take a recipe such as mask2former-r50."
     return [
         (
-            config.masks is not None and not masked,
-            f"masks and cross_attention.kind={config.cross_attention.kind} do not combine",
-            "Take -o detector.masks=null, or a recipe such as mask2former-r50.",
+            config.masks is not None and config.level_strides[0] != 8,
+            "masks are read from a map of stride 4 and the memory's map of stride 8, and this memory's finest has "
+            f"stride {config.level_strides[0]}",
+            "Take -o detector.masks=null, or a detector whose first level has it, such as dino-r50 or mask2former-r50.",
         ),
         (
             masked and config.masks is None,

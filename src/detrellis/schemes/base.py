@@ -45,6 +45,7 @@ class QueryBlock:
     repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
     heads: Heads | None = None  # class and box heads of its own; None: the decoder's
     attends: bool = True  # its queries read each other; else they pass self-attention by
+    masks: bool = True  # whether it learns masks, where the detector gives any
 
     @property
     def segment(self) -> Segment:

@@ -75,6 +75,7 @@ class CoConfig(Config):
     features: bool | None = None  # contents hold the memory at the positives; None: unless derived from boxes
     vector: bool = False  # tell the branches' positions by a vector each, instead of one number
     aligned: bool = False  # the queries learn what align and others make the main block's learn
+    masks: bool = False  # the queries learn masks too, where the detector gives any
 
 
 class FederatedConfig(Config):

@@ -72,7 +72,8 @@ def denoising_block(
     name: str, queries: Queries, layout: Layout, step: Step, sees: Sees, rule: LossRule | None = None
 ) -> QueryBlock:
     """The queries as a block whose groups see the main queries but not each other; `rule`: the main one by default."""
-    supervision = step.supervision.known(positives(layout, len(step.detector.decoder.layers)))
+    counts = tuple(layout.groups * size for size in step.targets.sizes)
+    supervision = step.supervision.known(positives(layout, step.detector.decoder.outputs), counts)
     if rule is not None:
         supervision = replace(supervision, rule=rule)
     normaliser = step.mean_boxes.clamp(min=1) * layout.groups

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
-from detrellis.nn.proposals import ProposalHead, joined
+from detrellis.nn.heads import joined
+from detrellis.nn.proposals import ProposalHead, side_by_side
 from detrellis.nn.queries import QuerySource, Table
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.config import GroupConfig
@@ -95,7 +96,7 @@ class Group(TrainingScheme):
         `first` are the first group's proposals.
         """
         further, count = self.k - 1, first.best.shape[1]
-        shared = joined([first] * further)
+        shared = side_by_side([first] * further)
         if self.config.proposals == "shared":
             return shared, None
         if self.config.proposals == "split":
@@ -105,7 +106,8 @@ class Group(TrainingScheme):
         proposals = [head(step.memory) for head in heads]
         outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]
         logits, boxes = torch.cat([o.logits for o in outputs], dim=2), torch.cat([o.boxes for o in outputs], dim=2)
-        return joined(proposals), DecoderOutput(logits, boxes, boxes)
+        embeds = joined([o.mask_embeds for o in outputs], dim=2)
+        return side_by_side(proposals), DecoderOutput(logits, boxes, boxes, mask_embeds=embeds)
 
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]

@@ -59,4 +59,6 @@ class Rank(TrainingScheme):
         supervision = replace(base, rule=GIOU_AWARE, proposal_rule=base.rule)
         if self.done < self.config.after:
             return supervision
-        return replace(supervision, assign=replace(base.assign, cost=HighOrderCost(power=self.config.power)))
+        # Masks cost far more than it, and would decide every match.
+        matching = replace(base.assign, cost=HighOrderCost(power=self.config.power), masks=None)
+        return replace(supervision, assign=matching)

@@ -34,6 +34,7 @@ class Chosen(NamedTuple):
     slot: Tensor  # (P,)
     target: Tensor  # (P,) row of the packed targets
     unused: Tensor | None  # (B, N) bool: slots that hold nothing; None: there are none
+    counts: tuple[int, ...]  # positives of each image, on the host; sums to P
 
 
 def choose(
@@ -75,7 +76,7 @@ def choose(
     image_index = torch.arange(len(assigned), device=device).repeat_interleave(torch.tensor(counts, device=device))
     slot = torch.cat([place[:n] for n in counts])
     unused = place >= torch.tensor(filled, device=device).unsqueeze(1) if min(filled) < slots else None
-    return Chosen(torch.stack(boxes), torch.stack(features), image_index, slot, torch.cat(rows), unused)
+    return Chosen(torch.stack(boxes), torch.stack(features), image_index, slot, torch.cat(rows), unused, tuple(counts))
 
 
 class PositiveQueries(nn.Module):

@@ -106,7 +106,8 @@ class Collaborative(TrainingScheme):
         mark = None if self.marks is None else self.marks[index]
         coordinates = None if step.queries.boxes is None else step.queries.boxes.shape[-1]
         supervision = step.supervision if self.config.aligned else self.base
-        supervision = supervision.known(known_assignment(chosen.image, chosen.slot, chosen.target, self.layers))
+        assignment = known_assignment(chosen.image, chosen.slot, chosen.target, step.detector.decoder.outputs)
+        supervision = supervision.known(assignment, chosen.counts)
         if chosen.unused is not None:
             supervision = replace(supervision, rule=leaving_out(supervision.rule, chosen.unused))
         return QueryBlock(
@@ -117,6 +118,7 @@ class Collaborative(TrainingScheme):
             normaliser=reduce_mean(chosen.boxes.new_tensor(float(len(chosen.image)))).clamp(min=1),
             unused=chosen.unused,
             repeats=True,
+            masks=self.config.masks,
         )
 
     def metrics(
