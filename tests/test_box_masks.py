@@ -131,7 +131,8 @@ def masks_learned(*schemes: str, override: tuple[str, ...] = ()) -> set[str]:
 
 def test_blocks_that_learn_masks() -> None:
     ours = {"main", "proposals", "cdn"}
-    assert masks_learned("group=2", "hybrid=2") == ours | {"group", "group_proposals", "hybrid"}
+    assert masks_learned("group=2") == ours | {"group", "group_proposals"}
+    assert masks_learned("hybrid=2") == ours | {"hybrid"}
     assert masks_learned("co=atss") == ours
     assert masks_learned("co=atss", override=("schemes.co={masks: true}",)) == ours | {"co_atss"}
 
