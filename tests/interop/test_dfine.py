@@ -53,8 +53,8 @@ def weights_of(recipe: Recipe) -> dict[str, Tensor]:
 
 def picture(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((200, 150), Image.Resampling.BICUBIC).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    Image.fromarray(pixels).resize((200, 150), Image.Resampling.BICUBIC).save(tmp_path / "picture.jpg", quality=95)
+    return tmp_path / "picture.jpg"
 
 
 @pytest.mark.parametrize("size", ["n", "s", "l", "x"])
@@ -74,7 +74,7 @@ def test_transformers_finds_the_same_boxes_with_its_own_processor(size: str, tmp
 
     found = load_foreign(tmp_path / "theirs")
     assert found.classes.names == CLASSES.names
-    (ours,) = load(tmp_path / "theirs", device="cpu").predict([tmp_path / "picture.png"], threshold=0.0)
+    (ours,) = load(tmp_path / "theirs", device="cpu").predict([tmp_path / "picture.jpg"], threshold=0.0)
     assert len(ours.scores) == len(theirs["scores"]) == recipe.detector.queries.count
     torch.testing.assert_close(torch.as_tensor(ours.scores), theirs["scores"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.as_tensor(ours.boxes), theirs["boxes"], atol=1e-2, rtol=1e-4)

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from detrellis.interop.convert import save_huggingface
 from detrellis.interop.load import load_foreign
+from detrellis.loading import load
 from detrellis.recipes.network import build_detector
 from detrellis.types import ImageBatch
+
+from .test_rtdetr import check_detections, picture, their_detections
 
 transformers = pytest.importorskip("transformers")
 
@@ -112,3 +115,19 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     for actual, wanted in zip(their_outputs(back.eval(), width), expected, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
     assert back.config.id2label == theirs.config.id2label
+
+
+@pytest.mark.parametrize("kind", ["lwdetr", "rfdetr"])
+def test_a_jpeg_through_their_own_processor(kind: str, tmp_path: Path) -> None:
+    """RF-DETR's makes a picture smaller in floats, ours rounds to whole colours: scores may differ by 1e-4."""
+    theirs, path = make(kind), picture(tmp_path / "picture.jpg")
+    make_processor = (
+        transformers.RfDetrImageProcessor if kind == "rfdetr" else transformers.DeformableDetrImageProcessor
+    )
+    theirs.save_pretrained(tmp_path)
+    make_processor(size={"height": 128, "width": 128}).save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, make_processor)
+    scores, labels, boxes = their_detections(theirs, processor, path, top_k=COMMON["num_queries"])
+    (found,) = load(tmp_path, device="cpu").predict([path], threshold=0.0)
+    check_detections(found, scores, labels, boxes)

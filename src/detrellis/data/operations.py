@@ -116,13 +116,13 @@ def plain_canvas(frame: tuple[int, int]) -> Tensor:
     return torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1).repeat(1, *frame)
 
 
-def resize(image: Tensor, boxes: Tensor, to: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def resize(image: Tensor, boxes: Tensor, to: tuple[int, int], *, antialias: bool = True) -> tuple[Tensor, Tensor]:
     """Image and boxes stretched to `(height, width)`."""
     height, width = image.shape[1:]
     if (height, width) == to:
         return image, boxes
     sx, sy = to[1] / width, to[0] / height
-    return F.resize(image, list(to), antialias=True), boxes * boxes.new_tensor([sx, sy, sx, sy])
+    return F.resize(image, list(to), antialias=antialias), boxes * boxes.new_tensor([sx, sy, sx, sy])
 
 
 def clip(image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:

@@ -87,13 +87,14 @@ def eval_transform(
     keep_aspect: bool = True,
     match_orientation: bool = False,
     exact_long: bool = False,
+    antialias: bool = True,
 ) -> Resize:
     """Resize only: short side `size` with the long side at most `max_size` (default: size * 1333 / 800, DETR's
     proportion; `exact_long`: see `short_side_size`), or to a `(height, width)` as `train_transform` says."""
     _check_size(size, max_size)
     if isinstance(size, int) and max_size is None:
         max_size = round(size * 1333 / 800)
-    return Resize(size, max_size, keep_aspect, match_orientation, exact_long)
+    return Resize(size, max_size, keep_aspect, match_orientation, exact_long, antialias)
 
 
 def _check_size(size: Size, max_size: int | None) -> None:
@@ -149,6 +150,7 @@ class Resize:
     keep_aspect: bool = True
     match_orientation: bool = False
     exact_long: bool = False
+    antialias: bool = True
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
@@ -177,7 +179,7 @@ class Resize:
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """The image resized, its boxes with it; see `Transform`."""
-        image, boxes = resize(image, boxes, self.target(*image.shape[1:]))
+        image, boxes = resize(image, boxes, self.target(*image.shape[1:]), antialias=self.antialias)
         return clip(image, boxes, labels)
 
 

@@ -27,6 +27,7 @@ from detrellis.interop.files import HUB
 from detrellis.interop.huggingface import FAMILIES, config_of
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
+from detrellis.interop.lwdetr import RF_PROCESSOR
 from detrellis.outputs import Outputs
 from detrellis.recipes.config import Recipe
 
@@ -187,6 +188,8 @@ def _differences(family: Family, recipe: Recipe) -> list[str]:
     usual = queries.count if family.detections is None else family.detections
     if recipe.detector.top_k != usual and family is not FAMILIES["detr"]:
         found.append(f"post-processing keeps {usual} detections unless told top_k={recipe.detector.top_k}")
+    if family.processor == RF_PROCESSOR and recipe.data.antialias:
+        found.append("pictures are made smaller without antialiasing")
     if recipe.detector.soft_nms is not None:
         found.append("post-processing has no soft-NMS")
     return found

@@ -16,6 +16,7 @@ from detrellis.interop import huggingface, mask2former
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
 from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pickle, read_pth, read_safetensors
 from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, unused
+from detrellis.interop.lwdetr import RF_PROCESSOR
 from detrellis.interop.reference import REPEATED
 from detrellis.interop.repositories import repository_of
 from detrellis.recipes.config import Recipe
@@ -95,9 +96,13 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
     if not path.is_file():
         return recipe
     config = read_config(path)
-    known = {ours: tuple(map(float, config[theirs])) for ours, theirs in STATISTICS.items() if config.get(theirs)}
+    known: dict[str, Any] = {
+        ours: tuple(map(float, config[theirs])) for ours, theirs in STATISTICS.items() if config.get(theirs)
+    }
     if config.get("do_normalize") is False:
         known = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if config.get("image_processor_type") == RF_PROCESSOR:
+        known["antialias"] = False
     recipe = recipe.model_copy(update={"data": recipe.data.replace(**known)})
     size = config.get("size", {})
     if isinstance(size, int):

@@ -8,6 +8,7 @@
 | norms of RF-DETR's projector: 1e-5 in transformers, 1e-6 in the authors' training | what the file says, 1e-6 else |
 | post-processing keeps 100 detections in LW-DETR's processor, as many as queries in the authors' | as many as queries |
 | a block of RF-DETR's backbone behind the last map | not there |
+| RF-DETR's pictures are made smaller without antialiasing in transformers, with it by the authors | as in its source |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from detrellis.recipes.lwdetr import lwdetr_tiny, rfdetr_nano
 from detrellis.recipes.overrides import merged
 
 LW, RF = "lw_detr", "rf_detr"
+RF_PROCESSOR = "RfDetrImageProcessor"
 RECIPES = {LW: lwdetr_tiny, RF: rfdetr_nano}
 DEFAULTS: dict[str, Any] = {
     "c2f_num_blocks": 3,
@@ -242,5 +244,5 @@ def _family(kind: str, about: str, model: str, processor: str) -> Family:
 
 FAMILIES = {
     LW: _family(LW, "LW-DETR", "LwDetrForObjectDetection", "DeformableDetrImageProcessor"),
-    RF: _family(RF, "RF-DETR", "RfDetrForObjectDetection", "RfDetrImageProcessor"),
+    RF: _family(RF, "RF-DETR", "RfDetrForObjectDetection", RF_PROCESSOR),
 }

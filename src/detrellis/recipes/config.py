@@ -141,6 +141,7 @@ class DataConfig(Config):
     size: Size = 800
     max_side: Side | None = None  # of the long side where size is the short one; None: size * 1333 / 800
     exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
+    antialias: bool = True  # make pictures smaller with antialiasing; False: without, when not augmenting
     augment: Literal["detr", "fixed", "small", "realtime", "none"] = "detr"
     keep_aspect: bool = True
     match_orientation: bool = False  # turn a (height, width) to the orientation of each picture
@@ -172,7 +173,7 @@ class DataConfig(Config):
 
     def resizing(self) -> dict[str, Any]:
         """The arguments of `eval_transform` besides the size."""
-        return self._resizing() | {"exact_long": self.exact_long}
+        return self._resizing() | {"exact_long": self.exact_long, "antialias": self.antialias}
 
     def statistics(self) -> dict[str, tuple[float, float, float] | None]:
         """The arguments of `Normalise.of`."""
