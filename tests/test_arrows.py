@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
-        *("types", "boxes", "rle", "nn", "detector", "training", "data", "recipes", "visualize"),
+        *("types", "boxes", "rle", "nn", "postprocess", "detector", "training", "data", "recipes", "visualize"),
         *("arguments", "atomic", "distributed", "errors", "signals", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},

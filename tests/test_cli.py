@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -410,7 +411,9 @@ def test_python_interface_speaks_the_same_words(shapes: Path, tmp_path: Path) ->
     assert len(found.scores) == 20
     assert found.scores == sorted(found.scores, reverse=True)
     assert all(0 <= x1 <= x2 <= 64 and 0 <= y1 <= y2 <= 64 for x1, y1, x2, y2 in found.boxes)
-    assert detrellis.evaluate(result.run, workers=0).ap == pytest.approx(result.best, abs=1e-9)
+    evaluated = partial(detrellis.evaluate, result.run, workers=0)
+    assert evaluated().ap == evaluated(tta="64").ap == pytest.approx(result.best, abs=1e-9)
+    assert evaluated(tta="64,64,flip").to_dict() == evaluated(tta="64,flip").to_dict() != evaluated().to_dict()
     untrained = detrellis.load("tiny", classes=3)
     assert len(untrained.classes) == 3
     with pytest.raises(UserError, match="no such file"):

@@ -51,6 +51,7 @@ from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet, trai
 from detrellis.engine.state import TrainJob
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
+from detrellis.engine.views import collect_views, read_views
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
 from detrellis.errors import UserError, command
 from detrellis.exporting.run import export as export
@@ -231,6 +232,7 @@ def evaluate(
     split: Split = "val",
     results: str | Path | None = None,
     nms: Iou | None = None,
+    tta: bool | str = False,
     batch_size: BatchSize = 4,
     skip_bad: SkipBad = False,
     workers: Workers = 2,
@@ -243,7 +245,8 @@ def evaluate(
     `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks with that of boxes beside it
     (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
     `results` names a file for the detections in COCO's results format. `nms` applies non-maximum suppression at that
-    IoU first: how much AP that gains says how many duplicates the detector leaves. Raises `UserError` where the data
+    IoU first: how much AP that gains says how many duplicates the detector leaves. `tta` looks at each image at several
+    sizes and mirrored: True, or which and how (`engine/views.py`). Raises `UserError` where the data
     set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
     stay).
     """
@@ -252,11 +255,17 @@ def evaluate(
         outputs.ready([Path(results or "").name], inputs=[run])
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
-        batches = track(opened.loader, "evaluate", len(opened.loader), progress and world.is_main_process)
-        masked = metric == "masks"
-        check = gives_masks if masked else None
+        if tta and metric == "masks":
+            raise UserError("--tta merges boxes, and --metric masks compares masks", "Leave one of them out.")
+        masked, shown = metric == "masks", progress and world.is_main_process
+        check, detector = gives_masks if masked else None, opened.model.detector
         truth = run_lengths(opened.annotations) if masked else None  # says what lacks a mask before any work
-        (evaluator,) = collect(opened.model.detector, batches, opened.annotations, world.device, (nms,), check, truth)
+        views = read_views(tta, opened.model.recipe.data, nms)
+        if views is None:
+            batches = track(opened.loader, "evaluate", len(opened.loader), shown)
+            (evaluator,) = collect(detector, batches, opened.annotations, world.device, (nms,), check, truth)
+        else:
+            evaluator = collect_views(detector, views, partial(opened.seen, options, world, shown), opened.annotations)
         if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
@@ -272,6 +281,7 @@ def predict(
     *,
     threshold: Score = 0.3,
     nms: Iou | None = None,
+    tta: bool | str = False,
     batch_size: BatchSize = 1,
     recursive: bool = False,
     out: str | Path | None = None,
@@ -291,7 +301,7 @@ def predict(
     folder = None if out is None else PredictionFolder(Path(out), given, txt)
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()
-    predictions = model.detect(given, threshold, nms, batch_size)
+    predictions = model.detect(given, threshold, nms, batch_size, tta)
     if folder is not None:
         predictions = folder.save(predictions, model.classes.names, model.data)
     with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too

@@ -11,10 +11,12 @@ from detrellis.arguments import Classes, checked
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare_split
-from detrellis.data.loader import Loader
+from detrellis.data.loader import Batch, Loader
 from detrellis.distributed import World, pick_device
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
+from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, eval_loader, evaluated_split
+from detrellis.engine.views import View
 from detrellis.errors import UserError
 from detrellis.exported import OPENERS, load_exported
 from detrellis.interop.convert import load_any
@@ -62,6 +64,13 @@ class OpenedSplit(NamedTuple):
     annotations: Annotations
     loader: Loader
     files: str  # where the annotations come from
+
+    def seen(self, options: EvalOptions, world: World, progress: bool, view: View) -> Iterator[Batch]:
+        """Those images again, in another view."""
+        data = self.model.recipe.data
+        loader = eval_loader(self.annotations, data, options.batch_size, options.workers, world, view)
+        with contextlib.closing(loader):
+            yield from track(loader, "evaluate a view", len(loader), progress)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ from detrellis.cli.options import (
     Schemes,
     SkipBad,
     Trained,
+    Tta,
+    TtaViews,
     Weights,
     Workers,
     console,
@@ -266,17 +268,20 @@ def evaluate(
     nms: Annotated[
         float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: are there duplicates?")
     ] = None,
+    tta: Tta = False,
+    tta_views: TtaViews = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """AP of a run, of its boxes as COCO or Pascal VOC counts it or of its masks, on its own validation split or on
     other data.
 
-    Example: detrellis eval runs/tiny-20260101-120000 --split test
+    Example: detrellis eval runs/tiny-20260101-120000 --split test --tta-views 256,320,flip
     """
     from detrellis import api
 
-    result = api.evaluate(run, metric=metric, results=results, nms=nms, device=device, progress=True, **vars(on.on()))
+    ways: dict[str, Any] = {"metric": metric, "nms": nms, "tta": tta if tta_views is None else tta_views}
+    result = api.evaluate(run, results=results, device=device, progress=True, **ways, **vars(on.on()))
     if as_json:
         print_json(result.to_dict())
         return

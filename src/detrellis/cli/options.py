@@ -72,6 +72,16 @@ EpochsOrAuto = Annotated[
         help="Length of the run, which the schedule follows; auto: by the size of the data set.",
     ),
 ]
+Tta = Annotated[
+    bool, typer.Option("--tta", help="Look at each picture at three sizes and mirrored, and merge what is found.")
+]
+TtaViews = Annotated[
+    str | None,
+    typer.Option(
+        "--tta-views",
+        help="The same at these short sides: 640,800,flip. A last word says how to merge: soft_nms, nms or wbf.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")]
 RecipeName = Annotated[

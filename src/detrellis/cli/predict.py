@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detrellis.arguments import BatchSize, Iou, Score, limits
-from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, Trained, console, errors
+from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, Trained, Tta, TtaViews, console, errors
 
 if TYPE_CHECKING:
     from detrellis.predictions.record import Predictions, UnreadablePicture
@@ -28,6 +28,8 @@ def predict(
     nms: Annotated[
         float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: where objects are found twice.")
     ] = None,
+    tta: Tta = False,
+    tta_views: TtaViews = None,
     batch: Annotated[
         int,
         typer.Option("--batch", "--batch-size", **limits(BatchSize), help="Pictures at a time, of those of one size."),
@@ -43,7 +45,7 @@ def predict(
     A picture that cannot be read is named, and does not stop the others. Nothing is written over but what an earlier
     predict left. Exit code: 0 all pictures were read, 1 some were not, 2 wrong use.
 
-    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --out pictures
+    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --out pictures --tta
     """
     from detrellis import api
 
@@ -56,6 +58,7 @@ def predict(
         pictures,
         threshold=threshold,
         nms=nms,
+        tta=tta if tta_views is None else tta_views,
         batch_size=batch,
         recursive=recursive,
         out=out,

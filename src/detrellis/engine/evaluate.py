@@ -15,7 +15,7 @@ from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Batch, DetectionDataset, Loader, Normalise, build_loader
 from detrellis.data.sampler import EvalSampler
-from detrellis.data.transforms import eval_transform
+from detrellis.data.transforms import Transform, eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.distributed import World, all_gather
 from detrellis.engine.coco_backend import Masks
@@ -61,9 +61,16 @@ def evaluated_split(
     return source, split
 
 
-def eval_loader(annotations: Annotations, config: DataConfig, batch_size: int, workers: int, world: World) -> Loader:
-    """Every image once over all processes, resized as the recipe says."""
-    transform = eval_transform(config.size, **config.resizing())
+def eval_loader(
+    annotations: Annotations,
+    config: DataConfig,
+    batch_size: int,
+    workers: int,
+    world: World,
+    transform: Transform | None = None,
+) -> Loader:
+    """Every image once over all processes, resized as the recipe says, or by another `transform`."""
+    transform = transform or eval_transform(config.size, **config.resizing())
     sampler = EvalSampler(len(annotations), batch_size, rank=world.rank, world_size=world.size)
     normalise, pin = Normalise.of(**config.statistics()), world.device.type == "cuda"
     dataset = DetectionDataset(annotations, transform)

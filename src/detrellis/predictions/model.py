@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 from detrellis.arguments import BatchSize, Iou, Score, checked
 from detrellis.data.classes import ClassMap
 from detrellis.data.loader import Normalise, stack_images
-from detrellis.data.transforms import Transform, eval_transform
+from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
+from detrellis.engine.views import View, read_views
 from detrellis.errors import UserError
 from detrellis.predictions.inputs import InputPicture, Pictures, find_pictures
 from detrellis.predictions.record import OnError, Prediction, Predictions, UnreadablePicture, collect_predictions
 from detrellis.recipes import Recipe
-from detrellis.types import Detections
+from detrellis.types import DecoderOutput, Detections
 
+# From outputs, and the sizes (B, 2) of the original images, to the detections of each.
+Finish = Callable[[DecoderOutput, Tensor], list[Detections]]
 WINDOW = 4  # batches' worth of pictures, read ahead, among which those of one size are batched
 
 
@@ -50,6 +54,7 @@ class Model:
         *,
         threshold: Score = 0.3,
         nms: Iou | None = None,
+        tta: bool | str = False,
         batch_size: BatchSize = 1,
         recursive: bool = False,
         on_error: OnError = "raise",
@@ -61,11 +66,14 @@ class Model:
         keep one query for each object. `batch_size` pictures of one size go through the detector at a time, which
         changes nothing but rounding.
 
+        `tta` looks at each picture at several sizes and mirrored, and merges what it finds: True, or which sizes and
+        how, such as `"640,800,flip,wbf"` (`engine/views.py`).
+
         A picture that is broken does not stop the others. At the end, `on_error="raise"` raises a `UserError` that has
         all the others in its `predictions`; `"skip"` leaves the broken ones in `failures` of what is returned, and so
         does a function, which is called with each as it comes.
         """
-        results = self.detect(find_pictures(pictures, recursive), threshold, nms, batch_size)
+        results = self.detect(find_pictures(pictures, recursive), threshold, nms, batch_size, tta)
         return collect_predictions(results, on_error)
 
     @checked
@@ -77,37 +85,67 @@ class Model:
             yield result
 
     def detect(
-        self, pictures: Iterable[InputPicture], threshold: float, nms: float | None, batch_size: int
+        self,
+        pictures: Iterable[InputPicture],
+        threshold: float,
+        nms: float | None,
+        batch_size: int,
+        tta: bool | str = False,
     ) -> Generator[Prediction | UnreadablePicture]:
         """The detections in each picture, or why it cannot be read, in order."""
-        data = self.recipe.data
-        transform = eval_transform(data.size, **data.resizing())
+        data, postprocess = self.recipe.data, self.detector.postprocess
+        views = read_views(tta, data, nms)
+        ways = (View(eval_transform(data.size, **data.resizing())),) if views is None else views.views
+        plain = replace(postprocess, nms=nms)
         pictures = iter(pictures)
         while window := list(itertools.islice(pictures, 1 if batch_size == 1 else WINDOW * batch_size)):
-            read = [_read(picture, transform) for picture in window]
-            detections: dict[int, Detections] = {}
-            for rows in _batches_of_one_size(read, batch_size):
-                batch = [image for row in rows if isinstance(image := read[row], _ResizedImage)]
-                detections |= zip(rows, self._forward(batch, transform.pad_to, nms), strict=True)
+            read = [_read(picture, ways) for picture in window]
+            readable = {row: image for row, image in enumerate(read) if isinstance(image, _ResizedImage)}
+            found = []
+            for i, way in enumerate(ways):
+                finish = plain if views is None else partial(way.found, postprocess)
+                found.append(self._in_view(readable, i, way.pad_to, finish, batch_size))
             for row, (picture, image) in enumerate(zip(window, read, strict=True)):
                 if isinstance(image, UnreadablePicture):
                     yield image
-                else:
-                    yield self._prediction(picture, image.size, detections[row], threshold)
+                    continue
+                parts = [of_view[row] for of_view in found]
+                merged = parts[0] if views is None else views.merged(parts, image.size, postprocess.top_k)
+                yield self._prediction(picture, image.size, merged, threshold)
+
+    def _in_view(
+        self,
+        read: Mapping[int, _ResizedImage],
+        view: int,
+        pad_to: tuple[int, int] | None,
+        finish: Finish,
+        batch_size: int,
+    ) -> dict[int, Detections]:
+        """What `finish` makes of each image in the view of that number."""
+        images = {row: image.views[view] for row, image in read.items()}
+        found: dict[int, Detections] = {}
+        for rows in _batches_of_one_size(images, batch_size):
+            sizes = [read[row].size for row in rows]
+            found |= zip(rows, self._forward([images[row] for row in rows], sizes, pad_to, finish), strict=True)
+        return found
 
     def _forward(
-        self, batch: list[_ResizedImage], pad_to: tuple[int, int] | None, nms: float | None
+        self,
+        batch: list[Tensor],
+        originals: list[tuple[int, int]],
+        pad_to: tuple[int, int] | None,
+        finish: Finish,
     ) -> list[Detections]:
-        """The detections of each image of a batch, computed on the detector's device, in its precision and in
-        evaluation mode; all of these stay what they were."""
+        """What `finish` makes of each image of a batch, whose `originals` have that height and width, computed on the
+        detector's device, in its precision and in evaluation mode; all of these stay what they were."""
         like = next(self.detector.parameters())
-        images = stack_images([image.pixels for image in batch], pad_to, self.normalise).to(like.device)
-        sizes = torch.tensor([image.size for image in batch], device=like.device)
+        images = stack_images(batch, pad_to, self.normalise).to(like.device)
+        sizes = torch.tensor(originals, device=like.device)
         half = like.dtype in (torch.float16, torch.bfloat16)
         if not half:
             images = images._replace(pixels=images.pixels.to(like.dtype))
         with evaluating(self.detector), torch.autocast(like.device.type, like.dtype if half else None, enabled=half):
-            return replace(self.detector.postprocess, nms=nms)(self.detector(images), sizes)
+            return finish(self.detector(images), sizes)
 
     def _prediction(
         self, picture: InputPicture, size: tuple[int, int], detections: Detections, threshold: float
@@ -135,25 +173,24 @@ class Model:
 class _ResizedImage:
     """A picture as the detector sees it, before it is normalised and padded."""
 
-    pixels: Tensor  # (3, h, w) uint8
+    views: tuple[Tensor, ...]  # (3, h, w) uint8
     size: tuple[int, int]  # height, width of the original
 
 
-def _read(picture: InputPicture, transform: Transform) -> _ResizedImage | UnreadablePicture:
+def _read(picture: InputPicture, ways: Sequence[View]) -> _ResizedImage | UnreadablePicture:
     try:
         image = picture.read()
     except UserError as error:
         assert picture.path is not None
         return UnreadablePicture.of(picture.path, error)
-    resized, _, _ = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    resized = tuple(way(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))[0] for way in ways)
     return _ResizedImage(resized, (int(image.shape[1]), int(image.shape[2])))
 
 
-def _batches_of_one_size(images: list[_ResizedImage | UnreadablePicture], batch_size: int) -> Iterator[list[int]]:
+def _batches_of_one_size(images: Mapping[int, Tensor], batch_size: int) -> Iterator[list[int]]:
     """Positions of images of the same size, `batch_size` at most at a time: padding would change the detections."""
     by_shape: dict[torch.Size, list[int]] = {}
-    for position, image in enumerate(images):
-        if isinstance(image, _ResizedImage):
-            by_shape.setdefault(image.pixels.shape, []).append(position)
+    for position, image in images.items():
+        by_shape.setdefault(image.shape, []).append(position)
     for positions in by_shape.values():
         yield from (positions[i : i + batch_size] for i in range(0, len(positions), batch_size))
