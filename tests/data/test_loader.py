@@ -34,8 +34,9 @@ from detrellis.data.loader import (
     mixed_seed,
     stack_images,
 )
+from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.sampler import BatchSampler, EvalSampler
-from detrellis.data.transforms import train_transform
+from detrellis.data.transforms import Finish, train_transform
 from detrellis.errors import UserError
 
 Row = tuple[tuple[float, float, float, float], int, bool]  # COCO box, label, crowd
@@ -89,6 +90,7 @@ def assert_same(a: Any, b: Any) -> None:
 AUGMENTATIONS: dict[str, Callable[[], Any]] = {
     "detr": lambda: train_transform("detr", 64, jitter=0.3),
     "fixed": lambda: train_transform("fixed", (64, 72)),
+    "lsj": lambda: LargeScaleJitter(64, LargeScale(), Finish(), 114),
 }
 
 

@@ -32,7 +32,7 @@ def test_a_recipe_is_found_as_people_write_it(name: str) -> None:
     ("name", "message"),
     [
         ("dino-r5", "Did you mean dino-r50 or dino-r50-5scale"),
-        ("dino", "Did you mean dino-r50 or dino-r50-5scale or dino-swin-l"),
+        ("dino", "Did you mean dino-r50 or dino-r50-5scale or dino-r50-lsj"),
         ("sam_detr", "Did you mean sam-detr-r50 or"),
         ("dion-r50", "Did you mean dino-r50"),
         ("yolov8", "detrellis recipes lists them"),

@@ -161,6 +161,8 @@ def _measure(run: RunResult, model: Model, pixels: Tensor, query: int | None) ->
 def _batch(model: Model, pixels: Tensor) -> ImageBatch:
     """The picture as the detector sees it."""
     data = model.recipe.data
+    if data.pad is not None:
+        raise UserError(f"data.pad={data.pad}: attention to padding cannot be drawn", "Take another run.")
     transform = eval_transform(data.size, **data.resizing())
     resized, *_ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     return stack_images([resized], transform.pad_to, model.normalise).to(model.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from detrellis.data.drawing import framed_object
+from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.operations import Picture, chance, clip, integer, place, plain_canvas, random_crop, resize, uniform
 from detrellis.data.strong import VISIBLE, StrongAugment
 from detrellis.data.transforms import DetrAugment, FixedAugment, Resize, Transform
@@ -88,6 +89,11 @@ class Augmentation:
     def pad_to(self) -> tuple[int, int] | None:
         """`(height, width)` of every batch; None: the largest image of the batch decides."""
         return self.calm.pad_to if len(self.strong) < 2 else None
+
+    @property
+    def large_scale(self) -> LargeScale | None:
+        """What large-scale jitter draws; None where it is another augmentation."""
+        return self.calm.options if isinstance(self.calm, LargeScaleJitter) else None
 
     def choices(self, epoch: int) -> int:
         """How many sizes there are to draw from."""

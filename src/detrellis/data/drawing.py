@@ -105,14 +105,36 @@ def above(parts: Sequence[Part], number: int) -> tuple[Part, ...]:
     return tuple(itertools.takewhile(lambda part: part.pasted, parts[number + 1 :]))
 
 
-def draw(shown: Object, view: Affine, size: Size) -> Bitmap:
-    """`size` pixels, True inside of the object where it is seen. `view` maps the result's pixels to these."""
-    affine = shown.part.affine.then(view)
-    inside: Bitmap = _outlined(shown.outline, affine, size, shown.size)
-    inside &= _within(shown.part.window, affine, size)
+def draw(inside: Bitmap, shown: Object, view: Affine) -> None:
+    """Set True in `inside (height, width)`, all False, the pixels of an object where it is seen.
+
+    `view` maps the result's pixels to these. Only the part that the object can reach is looked at.
+    """
+    left, top, right, bottom = _reach(shown, shown.part.affine.then(view), inside.shape[:2])
+    if left >= right or top >= bottom:
+        return
+    view = view.then(Affine(np.eye(2), np.array([-left, -top], dtype=np.float64)))
+    affine, size = shown.part.affine.then(view), (bottom - top, right - left)
+    seen: Bitmap = _outlined(shown.outline, affine, size, shown.size)
+    seen &= _within(shown.part.window, affine, size)
     for part in shown.above:
-        inside[_within(part.window, part.affine.then(view), size)] = False
-    return inside
+        seen[_within(part.window, part.affine.then(view), size)] = False
+    inside[top:bottom, left:right] = seen
+
+
+def _reach(shown: Object, affine: Affine, size: Size) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the pixels that an object's outline and its picture's window reach."""
+    low, high = np.zeros(2), np.array(size[::-1], dtype=np.float64)
+    x1, y1, x2, y2 = shown.part.window
+    outlines = [np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])]
+    if not isinstance(shown.outline, bytes):
+        outlines.append(np.concatenate([part.reshape(-1, 2) for part in shown.outline]).astype(np.float64))
+    for points in outlines:
+        moved = affine(points)
+        low = np.maximum(low, np.floor(moved.min(axis=0)) - 1)
+        high = np.minimum(high, np.ceil(moved.max(axis=0)) + 1)
+    (left, top), (right, bottom) = low.astype(int).tolist(), high.astype(int).tolist()
+    return left, top, right, bottom
 
 
 def _outlined(outline: Outline, affine: Affine, size: Size, picture: Size) -> Bitmap:
@@ -167,7 +189,7 @@ def bitmaps(objects: Sequence[Object], size: Size) -> Tensor:
     drawn = torch.zeros(len(objects), *size, dtype=torch.bool)
     same = Affine(np.eye(2), np.zeros(2))
     for mask, each in zip(drawn, objects, strict=True):
-        mask.copy_(torch.from_numpy(draw(each, same, size)))
+        draw(mask.numpy(), each, same)
     return drawn
 
 
@@ -177,5 +199,5 @@ def grids(objects: Sequence[Object], boxes: Tensor, side: int) -> Tensor:
     for mask, each, box in zip(drawn, objects, boxes.double().numpy(), strict=True):
         scale = side / (box[2:] - box[:2])
         view = Affine(np.diag(scale), -box[:2] * scale)
-        mask.copy_(torch.from_numpy(draw(each, view, (side, side))))
+        draw(mask.numpy(), each, view)
     return drawn

@@ -23,10 +23,12 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Augmentation
 from detrellis.data.decode import read_image
 from detrellis.data.drawing import pointed
-from detrellis.data.masks import MaskReader
-from detrellis.data.operations import Picture, integer
+from detrellis.data.lsj import tight_boxes
+from detrellis.data.masks import SIDE, MaskReader
+from detrellis.data.operations import Picture, chance, integer
+from detrellis.data.paste import Cutouts, drawn_objects, paste, sampled_grids
 from detrellis.data.sampler import BatchSampler, EvalSampler, Key
-from detrellis.data.transforms import Transform
+from detrellis.data.transforms import Resize, Transform
 from detrellis.errors import UserError
 from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels, ImageBatch, Targets
 
@@ -69,7 +71,7 @@ class Sample(NamedTuple):
     boxes: Tensor  # (n, 4) float32 pixel xyxy in `image`
     labels: Tensor  # (n,) int64 class index
     image_id: int
-    size: tuple[int, int]  # height, width of the original
+    size: tuple[float, float]  # height, width of the original; of what becomes its padding too where that is image
     masks: Tensor | None = None  # (n, M, M) bool, each seen within its box; None where nobody asked
     bitmaps: Tensor | None = None  # (n, H, W) bool; None where nobody asked
 
@@ -80,7 +82,7 @@ class Batch(NamedTuple):
     images: ImageBatch
     targets: Targets  # boxes normalised cxcywh, relative to the image without its padding
     image_ids: tuple[int, ...]
-    sizes: Tensor  # (B, 2) int64 height, width of the original images
+    sizes: Tensor  # (B, 2) height, width of the original images, see `Sample`
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
@@ -107,7 +109,8 @@ class DetectionDataset(Dataset[Sample]):
     """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`).
 
     A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` (seen within the boxes) or
-    `bitmaps` (of the whole image) outlines are read from the annotation file; `UserError` where there are none.
+    `bitmaps` (of the whole image) outlines are read from the annotation file, and for what pastes objects by their
+    masks; `UserError` where there are none.
     """
 
     def __init__(
@@ -127,7 +130,9 @@ class DetectionDataset(Dataset[Sample]):
         x, y, width, height = annotations.boxes[kept].T
         self.boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
         self.labels = annotations.labels[kept]
-        self.masks = MaskReader(annotations, grids=masks, bitmaps=bitmaps) if masks or bitmaps else None
+        self.large_scale, self.bitmaps = self.augmentation.large_scale, bitmaps
+        whole = bitmaps or (self.large_scale is not None and self.large_scale.copy_paste > 0)
+        self.masks = MaskReader(annotations, grids=masks, bitmaps=whole) if masks or whole else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -145,20 +150,29 @@ class DetectionDataset(Dataset[Sample]):
 
     def _sample(self, key: Key, first: Key) -> Sample:
         epoch, index = key
-        image, boxes, labels = self._picture(index)
-        size = mixed_seed(self.seed, epoch, -1 - first[1]) % self.augmentation.choices(epoch)
-        transform = self.augmentation.at(epoch, size, self._partner)
+        choice = mixed_seed(self.seed, epoch, -1 - first[1]) % self.augmentation.choices(epoch)
+        transform = self.augmentation.at(epoch, choice, self._partner)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
-            image, boxes, labels = transform(*self._picture(index))
+            shown = self._shown(*transform(*self._picture(index)))
+            if self.large_scale is not None and self.large_scale.copy_paste and chance(self.large_scale.copy_paste):
+                shown = _pasted(shown, self._shown(*transform(*self._partner())))
         height, width = self.sizes[index].tolist()
-        sample = Sample(image, boxes, labels, int(self.image_ids[index]), (height, width))
+        size = transform.frame(height, width) if isinstance(transform, Resize) else (height, width)
+        bitmaps = shown.bitmaps if self.bitmaps else None
+        return shown._replace(image_id=int(self.image_ids[index]), size=size, bitmaps=bitmaps)
+
+    def _shown(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
+        """A transformed picture with the masks that are asked for; of no image yet."""
         if self.masks is None:
-            return sample
+            return Sample(image, boxes, labels, -1, (0, 0))
         drawn = self.masks(image, boxes, labels)
         labels = torch.from_numpy(self.labels[drawn.rows.numpy()])
-        return sample._replace(boxes=drawn.boxes, labels=labels, masks=drawn.grids, bitmaps=drawn.bitmaps)
+        # Boxes of what was cut are those around what is left, as in the released codes.
+        tight = self.large_scale is not None and drawn.bitmaps is not None
+        boxes = tight_boxes(drawn.bitmaps) if tight and drawn.bitmaps is not None else drawn.boxes
+        return Sample(image, boxes, labels, -1, (0, 0), drawn.grids, drawn.bitmaps)
 
     def _picture(self, index: int) -> Picture:
         """An image as it is on the disk, with its boxes and labels; where masks are drawn, with its points, and the
@@ -185,6 +199,16 @@ class DetectionDataset(Dataset[Sample]):
         return image
 
 
+def _pasted(below: Sample, above: Sample) -> Sample:
+    """A sample with some objects of another one on it."""
+    assert below.bitmaps is not None
+    assert above.bitmaps is not None
+    objects = Cutouts(above.image, above.boxes, above.labels, above.bitmaps).take(drawn_objects(len(above.labels)))
+    image, boxes, labels, bitmaps = paste(Cutouts(below.image, below.boxes, below.labels, below.bitmaps), objects)
+    grids = None if below.masks is None else sampled_grids(bitmaps, boxes, SIDE)
+    return below._replace(image=image, boxes=boxes, labels=labels, masks=grids, bitmaps=bitmaps)
+
+
 def mixed_seed(seed: int, epoch: int, index: int) -> int:
     """64 well-mixed bits: torch's generator reads the low 32 only, so sums or shifts would collide."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest(), "little")
@@ -205,7 +229,7 @@ class Collate:
         drawn = [s.masks for s in samples if s.masks is not None]
         masks = torch.cat(drawn) if drawn else None
         labels = torch.cat([s.labels for s in samples])
-        sizes = torch.tensor([s.size for s in samples], dtype=torch.int64)
+        sizes = torch.tensor([s.size for s in samples])
         images = stack_images([s.image for s in samples], self.pad_to, self.normalise)
         bitmaps = _padded([s.bitmaps for s in samples if s.bitmaps is not None], images.pixels.shape[2:])
         targets = Targets(labels, _normalised_boxes(samples), counts, masks, bitmaps)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from detrellis.errors import UserError
 SIDE = 112  # samples along each side of a box: four times the 28 that mask heads predict
 REMEDY = (
     "`detrellis check` lists all such. Supply annotations in which each object has an outline (in COCO a "
-    "`segmentation`: polygons, or run lengths of the image's size), or train without masks: -o data.masks=false, and "
-    "of scheme co the branch `rcnn` instead of `mask`."
+    "`segmentation`: polygons, or run lengths of the image's size), or train without masks: -o data.masks=false, "
+    "with augment=lsj -o data.copy_paste=0, and of scheme co the branch `rcnn` instead of `mask`."
 )
 
 
@@ -115,9 +116,10 @@ class MaskReader:
         whole = None
         if self.bitmaps:
             whole = bitmaps(objects, (image.shape[1], image.shape[2]))
-            seen = whole.flatten(1).any(dim=1)
-            boxes, rows, whole = boxes[seen], rows[seen], whole[seen]
-            objects = list(itertools.compress(objects, seen.tolist()))
+            seen = torch.tensor([mask.any() for mask in whole.numpy()], dtype=torch.bool)
+            if not seen.all():
+                boxes, rows, whole = boxes[seen], rows[seen], whole[seen]
+                objects = list(itertools.compress(objects, seen.tolist()))
         return Drawn(boxes, rows, grids(objects, boxes, SIDE) if self.grids else None, whole)
 
     def _objects(self, boxes: Tensor, rows: Tensor) -> list[Object]:

@@ -111,6 +111,13 @@ def place(image: Tensor, boxes: Tensor, frame: tuple[int, int], corner: tuple[in
     return canvas, boxes + boxes.new_tensor([left, top, left, top])
 
 
+def padded(image: Tensor, frame: tuple[int, int], grey: int) -> Tensor:
+    """The image in the upper left corner of a canvas of one grey level, of the size `frame`."""
+    canvas = image.new_full((3, *frame), grey)
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    return canvas
+
+
 def plain_canvas(frame: tuple[int, int]) -> Tensor:
     """An image `(3, height, width)` of the mean colour."""
     return torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1).repeat(1, *frame)

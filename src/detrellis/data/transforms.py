@@ -22,6 +22,7 @@ from detrellis.data.operations import (
     colour_jitter,
     horizontal_flip,
     integer,
+    padded,
     photometric_distort,
     place,
     random_crop,
@@ -33,6 +34,7 @@ from detrellis.errors import UserError
 
 Size = int | tuple[int, int]  # short side, or (height, width) of the padded image
 Policy = Literal["detr", "fixed", "none"]
+Sides = tuple[int, ...] | str  # a list, or all of a range such as "480-1536"
 
 
 class Transform(Protocol):
@@ -57,6 +59,7 @@ def train_transform(
     vflip: float = 0.0,
     jitter: float | None = None,
     zoom: tuple[float, float] | None = None,
+    pad: int | None = None,
 ) -> Transform:
     """Training augmentation.
 
@@ -68,13 +71,16 @@ def train_transform(
     `hflip` and `vflip` are probabilities, `jitter` is the strength of the colour jitter in [0, 1] (default: 0.2 for
     `fixed`, else 0). Two belong to a `(height, width)`: without `keep_aspect` the image is stretched to it instead of
     padded, with `match_orientation` a portrait is resized to fit a portrait of that size, and a landscape a landscape.
+    `pad` is the grey level of padding that counts as a part of the image; None: the loader pads.
     """
     _check_size(size, max_size)
     _check_dials(policy, size, hflip=hflip, vflip=vflip, jitter=jitter, zoom=zoom)
     if policy == "detr":
         assert isinstance(size, int)
         return _detr(size, max_size, Finish(hflip, vflip, jitter or 0.0))
-    resize = eval_transform(size, max_size=max_size, keep_aspect=keep_aspect, match_orientation=match_orientation)
+    resize = eval_transform(
+        size, max_size=max_size, keep_aspect=keep_aspect, match_orientation=match_orientation, pad=pad
+    )
     if policy == "none":
         return resize
     return FixedAugment(resize, zoom or (0.8, 1.25), Finish(hflip, vflip, 0.2 if jitter is None else jitter))
@@ -88,13 +94,15 @@ def eval_transform(
     match_orientation: bool = False,
     exact_long: bool = False,
     antialias: bool = True,
+    pad: int | None = None,
 ) -> Resize:
     """Resize only: short side `size` with the long side at most `max_size` (default: size * 1333 / 800, DETR's
-    proportion; `exact_long`: see `short_side_size`), or to a `(height, width)` as `train_transform` says."""
+    proportion; `exact_long`: see `short_side_size`), or to a `(height, width)` as `train_transform` says, padded to it
+    with the grey level `pad`."""
     _check_size(size, max_size)
     if isinstance(size, int) and max_size is None:
         max_size = round(size * 1333 / 800)
-    return Resize(size, max_size, keep_aspect, match_orientation, exact_long, antialias)
+    return Resize(size, max_size, keep_aspect, match_orientation, exact_long, antialias, pad)
 
 
 def _check_size(size: Size, max_size: int | None) -> None:
@@ -151,6 +159,7 @@ class Resize:
     match_orientation: bool = False
     exact_long: bool = False
     antialias: bool = True
+    pad: int | None = None  # grey level of padding that is a part of the image; None: it is not
 
     @property
     def pad_to(self) -> tuple[int, int] | None:
@@ -180,7 +189,20 @@ class Resize:
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """The image resized, its boxes with it; see `Transform`."""
         image, boxes = resize(image, boxes, self.target(*image.shape[1:]), antialias=self.antialias)
-        return clip(image, boxes, labels)
+        image, boxes, labels = clip(image, boxes, labels)
+        if self.pad is not None:
+            assert self.pad_to is not None
+            image = padded(image, self.pad_to, self.pad)
+        return image, boxes, labels
+
+    def frame(self, height: int, width: int) -> tuple[float, float]:
+        """What the boxes of an image of that size are relative to, in its pixels: the image, or with `pad` all that
+        becomes the padded one."""
+        if self.pad is None:
+            return height, width
+        assert self.pad_to is not None
+        to = self.target(height, width)
+        return self.pad_to[0] * height / to[0], self.pad_to[1] * width / to[1]
 
 
 @dataclass(frozen=True)
@@ -233,6 +255,15 @@ def _detr(size: int, max_size: int | None, finish: Finish) -> DetrAugment:
 
     low, high, longest = scaled(384, 600, 1333)
     return DetrAugment(scaled(*range(480, 801, 32)), max_size or longest, scaled(400, 500, 600), (low, high), finish)
+
+
+def detr_between(sides: Sides, longest: int | None, finish: Finish) -> DetrAugment:
+    """DETR's augmentation with other short sides, of images whose long side is at most `longest` (default: DETR's
+    proportion), and the paper's crops."""
+    if isinstance(sides, str):
+        low, high = map(int, sides.split("-"))
+        sides = tuple(range(low, high + 1))
+    return DetrAugment(sides, longest or round(max(sides) * 1333 / 800), (400, 500, 600), (384, 600), finish)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from PIL import Image
 from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Strong, augmentation
 from detrellis.data.loader import DetectionDataset
+from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.sampler import expected, images_by_class, repeat_factors
-from detrellis.data.transforms import train_transform
-from detrellis.recipes.config import Recipe
+from detrellis.data.transforms import Finish, Transform, detr_between, train_transform
+from detrellis.recipes.config import DataConfig, Recipe
 from detrellis.rle import encode
 from detrellis.visualize import contact_sheet, draw_detections
 
@@ -25,9 +26,19 @@ CELL = 320  # pixels of a picture's long side
 def training_dataset(annotations: Annotations, recipe: Recipe, seed: int) -> DetectionDataset:
     """The pictures of a run, augmented as its recipe says."""
     data = recipe.data
-    usual, strong = train_transform(**data.usual()), Strong(**data.strong())
-    augmented = augmentation(usual, strong, epochs=recipe.schedule.epochs, calm=data.calm)
+    augmented = augmentation(_usual(data), Strong(**data.strong()), epochs=recipe.schedule.epochs, calm=data.calm)
     return DetectionDataset(annotations, augmented, seed, masks=recipe.needs_masks, bitmaps=recipe.needs_bitmaps)
+
+
+def _usual(data: DataConfig) -> Transform:
+    """The augmentation of the last epochs, and of all without a strong one."""
+    finish = Finish(data.hflip, data.vflip, data.jitter or 0.0)
+    if data.augment == "lsj":
+        assert not isinstance(data.size, int)
+        return LargeScaleJitter(data.size[0], LargeScale(**data.large_scale()), finish, data.pad)
+    if data.sides is not None:
+        return detr_between(data.sides, data.sides_max or data.max_side, finish)
+    return train_transform(**data.usual())
 
 
 def image_factors(annotations: Annotations, recipe: Recipe) -> NDArray[np.float64] | None:

@@ -109,6 +109,9 @@ def read_views(tta: bool | str, config: DataConfig, nms: float | None = None) ->
         return None
     if nms is not None:
         raise UserError("--nms and --tta both say which of several detections is left", "Leave one of them out.")
+    if config.pad is not None:
+        what = f"data.pad={config.pad}: this detector reads pictures of one size, with their padding"
+        raise UserError(what, "Leave out --tta and --tta-views.")
     words = [] if tta is True else [word.strip().lower() for word in tta.split(",")]
     short = config.size if isinstance(config.size, int) else min(config.size)
     if words in ([], ["auto"]):

@@ -99,6 +99,9 @@ def write(
 def _refuse(model: Model, out: Path, format_: ExportFormat, fp16: bool) -> None:
     if model.recipe.detector.masks is not None:
         raise UserError(f"{model.recipe.name} gives masks, and masks are not exported yet", "Export a box detector.")
+    if model.recipe.data.pad is not None:
+        problem = f"{model.recipe.name} reads padding as a part of the picture (data.pad), which is not exported yet"
+        raise UserError(problem, "Export a detector that was trained with another augmentation.")
     if out.suffix != SUFFIXES[format_]:
         right = out.with_suffix(SUFFIXES[format_])
         raise UserError(f"--out {out}: {format_} files end in {right.suffix}", f"Take --out {right}.")

@@ -125,22 +125,22 @@ class Model:
         images = {row: image.views[view] for row, image in read.items()}
         found: dict[int, Detections] = {}
         for rows in _batches_of_one_size(images, batch_size):
-            sizes = [read[row].size for row in rows]
-            found |= zip(rows, self._forward([images[row] for row in rows], sizes, pad_to, finish), strict=True)
+            frames = [read[row].frame for row in rows]
+            found |= zip(rows, self._forward([images[row] for row in rows], frames, pad_to, finish), strict=True)
         return found
 
     def _forward(
         self,
         batch: list[Tensor],
-        originals: list[tuple[int, int]],
+        frames: list[tuple[float, float]],
         pad_to: tuple[int, int] | None,
         finish: Finish,
     ) -> list[Detections]:
-        """What `finish` makes of each image of a batch, whose `originals` have that height and width, computed on the
+        """What `finish` makes of each image of a batch, whose `frames` (see `Resize.frame`) are given, computed on the
         detector's device, in its precision and in evaluation mode; all of these stay what they were."""
         like = next(self.detector.parameters())
         images = stack_images(batch, pad_to, self.normalise).to(like.device)
-        sizes = torch.tensor(originals, device=like.device)
+        sizes = torch.tensor(frames, device=like.device)
         half = like.dtype in (torch.float16, torch.bfloat16)
         if not half:
             images = images._replace(pixels=images.pixels.to(like.dtype))
@@ -175,6 +175,7 @@ class _ResizedImage:
 
     views: tuple[Tensor, ...]  # (3, h, w) uint8
     size: tuple[int, int]  # height, width of the original
+    frame: tuple[float, float]  # the same of what boxes are relative to
 
 
 def _read(picture: InputPicture, ways: Sequence[View]) -> _ResizedImage | UnreadablePicture:
@@ -184,7 +185,8 @@ def _read(picture: InputPicture, ways: Sequence[View]) -> _ResizedImage | Unread
         assert picture.path is not None
         return UnreadablePicture.of(picture.path, error)
     resized = tuple(way(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))[0] for way in ways)
-    return _ResizedImage(resized, (int(image.shape[1]), int(image.shape[2])))
+    size = (int(image.shape[1]), int(image.shape[2]))
+    return _ResizedImage(resized, size, ways[0].resize.frame(*size))
 
 
 def _batches_of_one_size(images: Mapping[int, Tensor], batch_size: int) -> Iterator[list[int]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from detrellis.recipes.conditional import conditional_detr_r50
-from detrellis.recipes.config import LossConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.config import DataConfig, LossConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import SWIN_L, deformable_detr_r50_two_stage_plus
 from detrellis.recipes.detector import BackboneConfig
 from detrellis.recipes.dino import dino_detector, dino_r50
 from detrellis.schemes.config import BranchName, CoConfig
+
+GREY = 114  # of the padding that Co-DETR's networks see as a part of the picture
 
 
 def _collaborative(base: Recipe, name: str, about: str, branches: tuple[BranchName, ...], epochs: int) -> Recipe:
@@ -71,6 +73,31 @@ def co_dino_swin_l() -> Recipe:
     return recipe.replace(detector=recipe.detector.replace(backbone=backbone))
 
 
+def large_scale(recipe: Recipe, name: str, about: str, *, side: int, epochs: int, drops: tuple[float, ...]) -> Recipe:
+    """The recipe "++": large-scale jitter and copy-paste on squares, whose padding is a part of the picture."""
+    data = DataConfig(size=(side, side), augment="lsj", copy_paste=1.0, pad=GREY)
+    schedule = ScheduleConfig(epochs=epochs, drops=drops)
+    return recipe.model_copy(update={"name": name, "about": about, "data": data, "schedule": schedule})
+
+
+def co_dino_r50_lsj() -> Recipe:
+    """With large-scale jitter at 1024 pixels and copy-paste, 12 epochs."""
+    about = "Co-DINO, ResNet-50, 5 scales, large-scale jitter and copy-paste (needs masks)"
+    return large_scale(co_dino_r50(), "co-dino-r50-lsj", about, side=1024, epochs=12, drops=(11 / 12,))
+
+
+def co_dino_r50_lsj_36e() -> Recipe:
+    """The same, 36 epochs."""
+    about = "Co-DINO, ResNet-50, 5 scales, large-scale jitter and copy-paste (needs masks), 36 epochs"
+    return large_scale(co_dino_r50(), "co-dino-r50-lsj-36e", about, side=1024, epochs=36, drops=(30 / 36,))
+
+
+def co_dino_swin_l_lsj() -> Recipe:
+    """Swin-L with large-scale jitter at 1280 pixels and copy-paste, 36 epochs."""
+    about = "Co-DINO, Swin-L, 5 scales, large-scale jitter and copy-paste (needs masks)"
+    return large_scale(co_dino_swin_l(), "co-dino-swin-l-lsj", about, side=1280, epochs=36, drops=(30 / 36,))
+
+
 def co_conditional_detr_r50() -> Recipe:
     """On Conditional DETR, whose one level a pyramid spreads to five, 36 epochs."""
     base = conditional_detr_r50()
@@ -88,6 +115,9 @@ RECIPES: Recipes = {
     "co-dino-r50": co_dino_r50,
     "co-dino-r50-9enc": co_dino_r50_9enc,
     "co-dino-swin-l": co_dino_swin_l,
+    "co-dino-r50-lsj": co_dino_r50_lsj,
+    "co-dino-r50-lsj-36e": co_dino_r50_lsj_36e,
+    "co-dino-swin-l-lsj": co_dino_swin_l_lsj,
     "co-conditional-detr-r50": co_conditional_detr_r50,
     "co-dab-detr-r50": co_dab_detr_r50,
 }

@@ -60,7 +60,20 @@ def _lowest_first(zoom: tuple[float, float]) -> tuple[float, float]:
     return zoom
 
 
+def _sides(value: Any) -> Any:
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,5}) *- *(\d{1,5})", value.strip())):
+        low, high = map(int, match.groups())
+        if 1 <= low <= high <= 16384:
+            return f"{low}-{high}"
+    sides = list(value) if isinstance(value, list | tuple) else []
+    if sides and all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 16384 for s in sides):
+        return tuple(sides)
+    raise PydanticCustomError("sides", 'has to be a list such as [480, 512, 544], or a range such as "480-1536"')
+
+
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
+Sides = Annotated[tuple[int, ...] | str, BeforeValidator(_sides)]
+Grey = Annotated[int, within(0, 255)]
 Zoom = Annotated[tuple[Magnification, Magnification], AfterValidator(_lowest_first)]
 Enlarging = Annotated[tuple[Enlargement, Enlargement], AfterValidator(_lowest_first)]
 Fractions = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(_lowest_first)]
@@ -140,9 +153,14 @@ class DataConfig(Config):
 
     size: Size = 800
     max_side: Side | None = None  # of the long side where size is the short one; None: size * 1333 / 800
+    sides: Sides | None = None  # short sides that augment=detr draws: a list, or a range "480-1536"; None: by size
+    sides_max: Side | None = None  # of the long side of those; None: max_side
     exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
     antialias: bool = True  # make pictures smaller with antialiasing; False: without, when not augmenting
-    augment: Literal["detr", "fixed", "small", "realtime", "none"] = "detr"
+    augment: Literal["detr", "fixed", "small", "realtime", "lsj", "none"] = "detr"
+    lsj_style: Literal["mmdet", "detectron2"] = "mmdet"  # large-scale jitter's: Co-DETR's, or ViTDet's
+    lsj_range: Zoom = (0.1, 2.0)  # of its sizes, in sides of the square
+    pad: Grey | None = None  # grey level of padding that is a part of the picture; None: it is masked
     keep_aspect: bool = True
     match_orientation: bool = False  # turn a (height, width) to the orientation of each picture
     hflip: ZeroToOne = 0.5
@@ -160,7 +178,7 @@ class DataConfig(Config):
     mosaic_range: Zoom = (0.5, 1.0)  # magnification of its four pictures
     mixup: ZeroToOne | None = None
     mixup_range: Fractions = (0.45, 0.55)  # weight of the first of two pictures
-    copy_paste: ZeroToOne | None = None  # of objects of another picture, as rectangles
+    copy_paste: ZeroToOne | None = None  # of objects of another picture: rectangles; with augment=lsj, by their masks
     multi_scale: Zoom | None = None  # smallest and largest size of a batch, in sides of the size
     calm: ZeroToOne = 0.15  # last part of the run that goes without strong augmentation
     # of each channel, of pixels from 0 to 1; None: the backbone's own, which a run that starts writes here
@@ -186,13 +204,24 @@ class DataConfig(Config):
         drawn = {"jitter": self._or_own("jitter"), "zoom": self._or_own("zoom")}
         return {"policy": policy, "size": self.size} | self._resizing() | flips | drawn
 
+    def large_scale(self) -> dict[str, Any]:
+        """The arguments of `LargeScale`."""
+        return {"style": self.lsj_style, "scales": self.lsj_range, "copy_paste": self.copy_paste or 0.0}
+
+    @property
+    def pastes(self) -> bool:
+        """Whether objects are pasted by their masks."""
+        return self.augment == "lsj" and bool(self.copy_paste)
+
     def _resizing(self) -> dict[str, Any]:
-        names = ("keep_aspect", "match_orientation")
+        names = ("keep_aspect", "match_orientation", "pad")
         return {"max_size": self.max_side} | {name: getattr(self, name) for name in names}
 
     def strong(self) -> dict[str, Any]:
         """What the calm part of a run goes without; only what is on, and the ranges."""
         values = {name: self._or_own(name) for name in STRONG}
+        if self.augment == "lsj":  # which pastes to the end
+            values["copy_paste"] = None
         ranges = {f"{name}_range": getattr(self, f"{name}_range") for name in RANGED if values[name]}
         return {name: value for name, value in values.items() if value} | ranges
 

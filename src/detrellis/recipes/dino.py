@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.deformable import SWIN_L
 from detrellis.recipes.detector import (
     BackboneConfig,
@@ -53,6 +53,13 @@ def dino_r50_5scale() -> Recipe:
     return _recipe("dino-r50-5scale", "DINO, ResNet-50, 5 scales (slower, better on small objects)", detector)
 
 
+def dino_r50_lsj() -> Recipe:
+    """DINO with 4 scales and ViTDet's large-scale jitter at 1024 pixels, 12 epochs."""
+    recipe = _recipe("dino-r50-lsj", "DINO, ResNet-50, 4 scales, large-scale jitter", dino_detector())
+    data = DataConfig(size=(1024, 1024), augment="lsj", lsj_style="detectron2", pad=128)
+    return recipe.model_copy(update={"data": data})
+
+
 def dino_swin_l() -> Recipe:
     """DINO with a Swin-L pretrained on ImageNet-22K, 4 scales, 36 epochs."""
     backbone = BackboneConfig(name=SWIN_L, drop_path=0.2)
@@ -76,5 +83,6 @@ def small() -> Recipe:
 RECIPES: Recipes = {
     "dino-r50": dino_r50,
     "dino-r50-5scale": dino_r50_5scale,
+    "dino-r50-lsj": dino_r50_lsj,
     "dino-swin-l": dino_swin_l,
 }

@@ -148,20 +148,57 @@ def _refuse_schedule(recipe: Recipe) -> None:
 
 
 def _refuse_augmentation(recipe: Recipe) -> None:
-    """Refuse strong augmentation that the policy or the image size of a recipe do not go with."""
-    data = recipe.data
+    """Refuse augmentation that the policy or the image size of a recipe do not go with."""
+    for refused, problem, remedy in _augmentation(recipe):
+        if refused:
+            raise UserError(problem, remedy)
+
+
+def _augmentation(recipe: Recipe) -> list[tuple[bool, str, str]]:
+    """Whether each is refused, why, and what to take instead."""
+    data, masked = recipe.data, recipe.detector.masks is not None
+    policy, pair = f"data.augment={data.augment}", [data.size] * 2 if isinstance(data.size, int) else list(data.size)
     strong = {name: value for name, value in data.strong().items() if name in STRONG}
-    if data.augment in POLICIES and isinstance(data.size, int):
-        raise UserError(
-            f"data.augment={data.augment} needs one size for all images, and data.size={data.size} is a short side",
-            f"Take -o 'data.size=[{data.size}, {data.size}]'.",
-        )
-    idle = [name for name in strong if data.augment == "none" or (data.augment == "detr" and name != "photometric")]
-    if idle:
-        raise UserError(
-            f"data.augment={data.augment} goes without data.{idle[0]}",
+    kept = {"detr": ("photometric",), "lsj": (), "none": ()}.get(data.augment, tuple(strong))
+    idle = next((name for name in strong if name not in kept), None)
+    fits = not isinstance(data.size, int) and data.keep_aspect and not data.match_orientation
+    return [
+        (
+            (data.augment in POLICIES or data.augment == "lsj") and isinstance(data.size, int),
+            f"{policy} needs one size for all images, and data.size={data.size} is a short side",
+            f"Take -o 'data.size={pair}'.",
+        ),
+        (
+            idle is not None,
+            f"{policy} goes without data.{idle}",
             "Take -o data.augment=fixed (or small, realtime), with data.size=[height, width]; or leave it out.",
-        )
+        ),
+        (
+            data.augment == "lsj" and pair[0] != pair[1],
+            f"{policy} needs a square, and data.size={pair} is none",
+            f"Take -o 'data.size={[max(pair)] * 2}'.",
+        ),
+        (
+            (data.sides or data.sides_max) is not None and data.augment != "detr",
+            f"data.sides and data.sides_max belong to data.augment=detr, and this is {policy}",
+            "Take -o data.sides=null -o data.sides_max=null.",
+        ),
+        (
+            data.sides_max is not None and data.sides is None,
+            f"data.sides_max={data.sides_max} limits images whose short sides are drawn, and data.sides is off",
+            f"Take -o data.sides_max=null, or -o 'data.sides={round(0.6 * max(pair))}-{max(pair)}'.",
+        ),
+        (
+            data.pad is not None and not (fits and data.augment in ("lsj", "none")),
+            f"data.pad={data.pad} needs data.size=[height, width], kept aspects, and data.augment=lsj or none",
+            "Take -o data.pad=null.",
+        ),
+        (
+            data.pad is not None and masked,
+            f"data.pad={data.pad} and detector.masks do not combine: masks are of the picture without its padding",
+            "Take -o data.pad=null.",
+        ),
+    ]
 
 
 def refuse_network(config: DetectorConfig) -> None:
