@@ -22,7 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-NAMES = ("step", "deformable", "matching", "evaluation", "loader", "inference", "schemes", "groups", "semantic")
+NAMES = (
+    "step",
+    "deformable",
+    "matching",
+    "evaluation",
+    "loader",
+    "inference",
+    "schemes",
+    "groups",
+    "semantic",
+    "masks",
+)
 
 
 def rows_of(name: str, folder: Path) -> list[Row] | None:

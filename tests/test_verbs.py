@@ -182,7 +182,7 @@ OF_BRANCHES = ["branches", "conflicts", "query-distance"]
 def test_analyze_detectors(
     name: str, what: str, trained: Callable[[str], Path], tmp_path: Path, detrellis: Call
 ) -> None:
-    boxless = what in ("misalignment", "attention") and not as_trained(name).detector.boxes
+    boxless = what in ("misalignment", "instability", "attention") and not as_trained(name).detector.boxes
     analyze(what, trained(name), tmp_path, detrellis, code=2 if boxless else 0)
 
 

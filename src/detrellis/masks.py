@@ -47,7 +47,9 @@ def draw_masks(embeds: Tensor, features: Tensor, padded: Size, frame: Size, size
 
 
 def _resized(maps: Tensor, to: Size) -> Tensor:
-    """`(n, height, width)` to another size."""
+    """`(n, height, width)` to another size, or as they are."""
+    if maps.shape[1:] == to:
+        return maps
     return F.interpolate(maps.unsqueeze(1), to, mode="bilinear", align_corners=False).squeeze(1)
 
 

@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,12 +326,18 @@ def test_can_be_sent_to_a_spawned_worker(annotations: Annotations) -> None:
     assert_same(again[1, 3], dataset[1, 3])
 
 
-def crowded(images: int, each: int) -> DetectionDataset:
+def crowded(images: int, each: int, bitmaps: bool = False) -> DetectionDataset:
     rows: list[list[Row]] = [[((0, 0, 5, 5), 0, False)] * each] * images
-    return DetectionDataset(annotate(Path("/none"), [(8, 8)] * images, rows), train_transform("none", (8, 8)))
+    annotations = annotate(Path("/none"), [(8, 8)] * images, rows)
+    if bitmaps:
+        outlines: list[Any] = [[[0, 0, 5, 0, 5, 5]], {"size": [8, 8], "counts": [0, 5, 59]}]
+        read = lambda _, lines: [outlines[line % 2] for line in lines]  # noqa: E731
+        annotations = replace(annotations, lines=np.arange(images * each), segmentations=read)
+    return DetectionDataset(annotations, train_transform("none", (8, 8)), bitmaps=bitmaps)
 
 
-def test_holds_no_python_object_per_image() -> None:
+@pytest.mark.parametrize("bitmaps", [False, True])
+def test_holds_no_python_object_per_image(bitmaps: bool) -> None:
     """What a worker shares with its parent must have no reference counts to write."""
 
     def objects(root: object) -> int:
@@ -346,7 +353,7 @@ def test_holds_no_python_object_per_image() -> None:
             queue += gc.get_referents(item)
         return len(seen)
 
-    assert objects(vars(crowded(5, 3))) == objects(vars(crowded(500, 30)))
+    assert objects(vars(crowded(5, 3, bitmaps))) == objects(vars(crowded(200, 30, bitmaps)))
 
 
 def private_bytes() -> int:

@@ -39,7 +39,7 @@ from detrellis.analysis.figures import (
     whole_numbers,
 )
 from detrellis.analysis.instability import instability, matched_boxes
-from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
+from detrellis.analysis.outputs import batches, check_finite, kind_of_ap, last_layer, one_to_one
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.analysis.schemes import AllGroups, all_groups, check_grouped, load_with_scheme
 from detrellis.arguments import Cells, checked
@@ -202,7 +202,7 @@ def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups
 
     # From here on of all processes.
     everywhere = [part for process in all_gather(parts) for part in process]
-    scores = tuple(completed(evaluator).compute() for evaluator in evaluators)
+    scores = tuple(completed(evaluator).compute(of=kind_of_ap(opened.model)) for evaluator in evaluators)
     return RunGroups(
         name=name,
         run=opened.run,
@@ -213,15 +213,22 @@ def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups
         queries=group.count,
         fixed=fixed,
         **_distances(everywhere),
-        instability=tuple(instability(v for part in everywhere for v in part.v).tolist()),
+        instability=_instabilities([v for part in everywhere for v in part.v]),
         scores=scores,
         log=_logged(opened),
     )
 
 
+def _instabilities(v: Sequence[Tensor]) -> tuple[float, ...]:
+    """IS at each layer but the first; none where nothing was matched."""
+    return tuple(instability(v).tolist()) if v else ()
+
+
 def _batch_groups(model: TrainableDetector, outputs: AllGroups, batch: Batch, grid: int | None) -> BatchGroups:
     """`grid`: None where the positions are known."""
     targets, supervision = batch.targets, model.supervision
+    if not outputs.output.boxes.shape[-1]:  # queries that predict masks alone have no place, and are matched by masks
+        return BatchGroups(None, None, [])
     assignment = one_to_one(supervision, outputs.of(0), targets)
     v = matched_boxes(assignment, targets, len(outputs.output.logits), outputs.queries)
     images = list(v.cpu().unbind(1))

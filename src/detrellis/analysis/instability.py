@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.figures import Figure, as_written, canvas, colours, shortened, tidy, whole_numbers
-from detrellis.analysis.outputs import batches, check_finite, one_to_one
+from detrellis.analysis.outputs import batches, check_finite, one_to_one, refuse_without_boxes
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
@@ -119,6 +119,7 @@ def analyze(runs: ComparedRuns) -> InstabilityResult:
 
 
 def _measure(opened: OpenedSplit, name: str, show: bool) -> RunInstability:
+    refuse_without_boxes(opened.model, opened.run)
     boxes = int((~opened.annotations.crowd).sum())
     if not boxes:
         raise UserError(f"{opened.files}: no box to match, only crowd regions", "Take another --split or --data.")

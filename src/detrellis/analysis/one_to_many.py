@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 
 from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Figure, canvas, tidy
-from detrellis.analysis.outputs import batches, check_finite
+from detrellis.analysis.outputs import batches, check_finite, kind_of_ap
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
 from detrellis.engine.coco_eval import EvalResult
@@ -144,7 +144,7 @@ def _evaluate(opened: OpenedSplit, nms: Sequence[float], show: bool) -> tuple[Ev
 
     model, thresholds = opened.model, (None, *nms)
     evaluators = collect(model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check)
-    plain, *after = (evaluator.compute() for evaluator in evaluators)
+    plain, *after = (evaluator.compute(of=kind_of_ap(model)) for evaluator in evaluators)
     return plain, dict(zip(nms, after, strict=True))
 
 

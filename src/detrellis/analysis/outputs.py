@@ -12,6 +12,7 @@ from torch import Tensor
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
 from detrellis.data.loader import Batch
+from detrellis.engine.coco_eval import Kind
 from detrellis.engine.console import track
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
@@ -44,6 +45,11 @@ class ImageOutput(NamedTuple):
     boxes: Tensor  # (N, 4)
     labels: Tensor  # (n,) int64 class index of each ground-truth box; no crowd regions
     truth: Tensor  # (n, 4)
+
+
+def kind_of_ap(model: Model) -> Kind:
+    """Whose AP a detector is compared by: masks where its queries predict masks alone."""
+    return "box" if model.recipe.detector.boxes else "mask"
 
 
 def refuse_without_boxes(model: Model, run: str) -> None:

@@ -78,6 +78,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
     epochs: Annotated[int | None, typer.Option(**limits(Epochs), help="Fewer for a quick look.")] = None,
     seed: Annotated[int, typer.Option(**limits(Seed), help="Decides the data, the weights and their order.")] = 0,
+    masks: Annotated[bool, typer.Option("--masks", help="Find the objects' masks, too.")] = False,
 ) -> None:
     """Make a data set, check it, train on it, evaluate, and draw the result: three to eight minutes on two CPU cores.
 
@@ -85,7 +86,7 @@ def demo(
     """
     from detrellis.demo import run_demo
 
-    _leave(run_demo(out, epochs=epochs, seed=seed, console=console))
+    _leave(run_demo(out, epochs=epochs, seed=seed, console=console, masks=masks))
 
 
 @app.command()

@@ -30,7 +30,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}-tiny",
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
             "detector": small,
-            "loss": loss.model_copy(update={"classes": classes}),
+            "loss": loss.model_copy(update={"classes": classes} | ({} if masks is None else {"points": 1024})),
             # Dense attention learns at the papers' rate, hardly at four times of it: docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
