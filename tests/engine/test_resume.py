@@ -109,7 +109,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(shapes: Path, whole: Pa
     process = subprocess.Popen(
         [*command, "--epochs", str(EPOCHS), "--workers", "0", *options], stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not (out / "last.state.pt").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.kill()

@@ -39,6 +39,7 @@ from detrellis.cli.options import (
 from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.study import compare, reproduce
+from detrellis.cli.tune import tune
 from detrellis.errors import UserError, command
 from detrellis.recipes import Recipe, choose_recipe
 from detrellis.version import __version__
@@ -364,7 +365,7 @@ def export(
         raise typer.Exit(1)
 
 
-for verb in (predict, info, bench, recipes, compare, reproduce):
+for verb in (predict, info, bench, recipes, compare, reproduce, tune):
     app.command()(verb)
 app.add_typer(analyze, name="analyze")
 

@@ -61,12 +61,11 @@ Loading = Annotated[
 
 
 @dataclass(frozen=True)
-class Trials:
-    """The options of a study's runs: how long, how large, and on what they run."""
+class TrialRuns:
+    """The options of runs side by side: how long, how large, and on what they run."""
 
     scale: Scale = None
     epochs: Epochs = None
-    equal: Equal = "epochs"
     jobs: Jobs = 1
     threads: Threads = None
     workers: Loading = 1
@@ -74,6 +73,13 @@ class Trials:
     keep_partial: KeepPartial = False
     device: Device = None
     as_json: AsJson = False
+
+
+@dataclass(frozen=True)
+class Trials(TrialRuns):
+    """The options of runs that are compared."""
+
+    equal: Equal = "epochs"
 
     def settings(self, seeds: int) -> dict[str, Any]:
         """The settings that a plan takes."""

@@ -18,7 +18,14 @@ from detrellis.engine.log import read_records
 from detrellis.study.plan import TrialOutcome
 
 REFRESH_SECONDS = 5.0  # logs are read again
-STYLES = {"waiting": "dim", "running": "bold", "stopped": "yellow", "failed": "red", "finished": "green"}
+STYLES = {
+    "waiting": "dim",
+    "running": "bold",
+    "stopped": "yellow",
+    "pruned": "yellow",
+    "failed": "red",
+    "finished": "green",
+}
 
 
 class Board:

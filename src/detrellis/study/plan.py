@@ -55,7 +55,7 @@ class Trial:
         return out / quote(self.row, safe=" +=,()") / f"seed-{self.seed}"
 
 
-TrialState = Literal["waiting", "running", "stopped", "failed", "finished"]
+TrialState = Literal["waiting", "running", "stopped", "pruned", "failed", "finished"]
 
 
 @dataclass

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from detrellis.atomic import replace_text
+from detrellis.data.findings import SkipBad
 from detrellis.recipes.migrate import FORMAT
 from detrellis.signals import sigterm_interrupts
 from detrellis.study.board import Board
@@ -23,6 +26,7 @@ from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
 
 CHILD = ("-m", "detrellis.study.child")
 POLL_SECONDS = 0.3
+LOOK_SECONDS = 5.0  # between two looks at how well the running trials do
 TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # the last before its first step
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
@@ -49,61 +53,125 @@ class Resources:
         return max(1, (self.threads or os.cpu_count() or 1) // self.jobs)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What all trials of a study have in common."""
+
+    data: Mapping[str, Any]  # the `DataSource`, as `to_dict` gives it
+    skip_bad: SkipBad = False
+
+
+class TrialSource(Protocol):
+    """Says what a study trains next, and hears what became of it."""
+
+    outcomes: list[TrialOutcome]  # of all trials so far, finished ones too
+
+    def next(self) -> TrialOutcome | None:
+        """The trial to start now; None: there is none, at least not before another one has ended."""
+
+    def ended(self, outcome: TrialOutcome) -> None:
+        """Take note of a trial that has finished, failed, stopped or been pruned."""
+
+    def hopeless(self, outcome: TrialOutcome) -> bool:
+        """Whether a running trial does so badly that it is not worth its time."""
+
+
+class PlannedTrials:
+    """The trials of a plan that are not finished, in its order."""
+
+    def __init__(self, plan: StudyPlan, out: Path) -> None:
+        self.outcomes = [TrialOutcome(trial, trial.folder(out)) for trial in plan.trials()]
+        for outcome in self.outcomes:
+            if (outcome.folder / DONE).exists():
+                outcome.state = "finished"
+        self._waiting = deque(outcome for outcome in self.outcomes if outcome.state == "waiting")
+
+    def next(self) -> TrialOutcome | None:
+        """See `TrialSource`."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def ended(self, outcome: TrialOutcome) -> None:
+        """See `TrialSource`."""
+
+    def hopeless(self, outcome: TrialOutcome) -> bool:
+        """See `TrialSource`: what is compared is trained to its end."""
+        return False
+
+
 @dataclass
 class _Child:
     outcome: TrialOutcome
     process: subprocess.Popen[bytes]
     device: str | None
+    pruned: bool = False
+    looked: float = field(default_factory=time.monotonic)
 
 
 def run(plan: StudyPlan, out: Path, resources: Resources, console: Console) -> list[TrialOutcome]:
-    """Train what is not trained yet. Ctrl-C and SIGTERM stop the trials, which save; a second one stops them at once.
+    """Train what is not trained yet of a plan, and return what became of all its trials."""
+    trials = PlannedTrials(plan, out)
+    run_trials(trials, Conditions(plan.data, plan.skip_bad), resources, console)
+    return trials.outcomes
+
+
+def run_trials(trials: TrialSource, conditions: Conditions, resources: Resources, console: Console) -> None:
+    """Train what the source gives. Ctrl-C and SIGTERM stop the trials, which save; a second one stops them at once.
 
     A trial that fails does not stop the others.
     """
-    outcomes = [TrialOutcome(trial, trial.folder(out)) for trial in plan.trials()]
-    for outcome in outcomes:
-        if (outcome.folder / DONE).exists():
-            outcome.state = "finished"
     running: list[_Child] = []
-    with sigterm_interrupts(), Board(outcomes, console) as board:
+    with sigterm_interrupts(), Board(trials.outcomes, console) as board:
         try:
-            _keep_busy(outcomes, running, plan, resources, board)
+            _keep_busy(trials, running, conditions, resources, board)
         except KeyboardInterrupt:
             board.say("Stopping: the trials that run save first. Once more stops at once.")
-            _stop(running)
+            _stop(running, trials)
         finally:
             for child in running:
                 child.process.kill()
-    return outcomes
 
 
 def _keep_busy(
-    outcomes: list[TrialOutcome], running: list[_Child], plan: StudyPlan, resources: Resources, board: Board
+    trials: TrialSource, running: list[_Child], conditions: Conditions, resources: Resources, board: Board
 ) -> None:
-    """Start a trial wherever a device is free, until none waits and none runs."""
-    waiting = deque(outcome for outcome in outcomes if outcome.state == "waiting")
+    """Start a trial wherever a device is free, until none is given and none runs."""
     free = resources.devices()
-    while waiting or running:
-        while waiting and free:
-            running.append(_start(waiting.popleft(), plan, resources, free.pop(0)))
-            board.started(running[-1].outcome)
+    while True:
+        while free and (outcome := trials.next()) is not None:
+            running.append(_start(outcome, conditions, resources, free.pop(0)))
+            board.started(outcome)
+        if not running:
+            return
         for child in [c for c in running if c.process.poll() is not None]:
             running.remove(child)
             free.append(child.device)
             _settle(child)
+            trials.ended(child.outcome)
             board.ended(child.outcome)
+        for child in running:
+            _prune(child, trials)
         board.refresh()
         time.sleep(POLL_SECONDS)
 
 
-def _start(outcome: TrialOutcome, plan: StudyPlan, resources: Resources, device: str | None) -> _Child:
+def _prune(child: _Child, trials: TrialSource) -> None:
+    """Stop a trial that is hopeless, as Ctrl-C would."""
+    now = time.monotonic()
+    if child.pruned or now - child.looked < LOOK_SECONDS:
+        return
+    child.looked = now
+    if trials.hopeless(child.outcome):
+        child.pruned = True
+        child.process.terminate()
+
+
+def _start(outcome: TrialOutcome, conditions: Conditions, resources: Resources, device: str | None) -> _Child:
     """Start a trial, in a session of its own: a Ctrl-C in the terminal reaches this process alone, which then tells
     each child once."""
     trial, folder = outcome.trial, outcome.folder
     folder.mkdir(parents=True, exist_ok=True)
-    order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(plan.data), "seed": trial.seed}
-    order |= {"format": FORMAT, "skip_bad": plan.skip_bad, "device": device}
+    order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(conditions.data), "seed": trial.seed}
+    order |= {"format": FORMAT, "skip_bad": conditions.skip_bad, "device": device}
     order |= {"workers": resources.workers, "jobs": resources.jobs}
     replace_text(folder / ORDER, json.dumps(order, indent=1))
     threads = resources.threads_each()
@@ -127,7 +195,7 @@ def _settle(child: _Child) -> None:
     if (outcome.folder / DONE).exists():
         outcome.state = "finished"
     elif code in STOPPED:
-        outcome.state = "stopped"
+        outcome.state = "pruned" if child.pruned else "stopped"
     else:
         outcome.state = "failed"
         lines = (outcome.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -142,11 +210,12 @@ def telling(lines: list[str]) -> list[str]:
     return lines[:end][-TAIL_LINES:]
 
 
-def _stop(running: list[_Child]) -> None:
+def _stop(running: list[_Child], trials: TrialSource) -> None:
     """Let all children save and stop, and wait for them."""
     for child in running:
         child.process.terminate()
     for child in running:
         child.process.wait()
         _settle(child)
+        trials.ended(child.outcome)
     running.clear()
