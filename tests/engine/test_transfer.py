@@ -26,7 +26,7 @@ from detrellis.recipes import find_recipe, network
 from detrellis.recipes.build import build
 from detrellis.terminal import Terminal
 
-from ..small import SMALL
+from ..small import SMALL, small
 from .test_resume import assert_same_run, stop_at
 
 OLD = ("disc", "square", "triangle", "star", "ring")
@@ -394,3 +394,15 @@ def test_cards_without_an_origin_are_read(first: Path) -> None:
     content = json.loads(metadata["detrellis"])
     del content["weights"]
     assert Card.from_metadata({**metadata, "detrellis": json.dumps(content)}, first).weights is None
+
+
+@pytest.mark.parametrize("name", ["rtdetr_r18", "lwdetr_tiny"])
+def test_a_neck_in_an_encoders_place_is_no_other_network(name: str) -> None:
+    """A hybrid encoder and a projector have no encoder behind them, of which nothing could fit."""
+    given = small(name)
+    old, new = (build(given, len(names), seed=i).detector for i, names in enumerate((OLD, NEW)))
+    report = transfer(new, classes(*NEW), InitialWeights(weights(old), classes(*OLD)))
+    assert not [fate for fate in report.fates if fate.part == "encoder"]
+    assert torch.equal(
+        new.state_dict()["decoder.heads.boxes.0.layers.0.weight"], weights(old)["decoder.heads.boxes.0.layers.0.weight"]
+    )

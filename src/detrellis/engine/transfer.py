@@ -185,7 +185,7 @@ def _refuse_another_network(report: TransferReport, state: Mapping[str, Tensor],
     for part, needed in NEEDED.items():
         fates = [f for f in report.fates if f.part == part]
         fits = sum(f.loaded for f in fates) / max(1, sum(f.loaded + f.fresh for f in fates))
-        if fits < needed:
+        if fates and fits < needed:  # a hybrid encoder and a projector are necks, with no encoder behind them
             raise UserError(
                 f"these weights belong to another network: {fits:.0%} of the {part} fits. "
                 f"The recipe: {describe(state)}. The weights: {describe(weights)}",
