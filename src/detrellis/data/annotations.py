@@ -6,10 +6,10 @@ memory page is copied. Flat arrays have no such counts, so N workers share one c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,14 @@ from detrellis.data.classes import ClassMap
 
 # From image ids and `lines` to COCO's `segmentation` of each object; None where it has none. Files are read for it.
 SegmentationReader = Callable[[Sequence[int], Sequence[int]], list[Any]]
+
+
+class Federation(NamedTuple):
+    """What a federated set (LVIS) says of its images and classes, in the data set's own ids."""
+
+    absent: NDArray[np.int64]  # (P, 2) image, and a class that it certainly lacks
+    not_exhaustive: NDArray[np.int64]  # (Q, 2) image, and a class of which not all objects are marked
+    frequency: Mapping[int, str]  # r, c or f of each class: rare, common, frequent
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Annotations:
     lines: NDArray[np.int64] | None = None  # (T,) place in the file that lists it
     segmentations: SegmentationReader | None = None  # what reads the objects' outlines; None: there are boxes only
     difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise, which its own metric forgives; else None
+    federation: Federation | None = None  # of LVIS; None: every class is looked for in every image
 
     def __len__(self) -> int:
         return len(self.image_ids)

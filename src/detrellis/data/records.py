@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detrellis.data.annotations import Annotations, SegmentationReader
+from detrellis.data.annotations import Annotations, Federation, SegmentationReader
 from detrellis.data.classes import ClassMap
 from detrellis.data.findings import Finding
 from detrellis.errors import UserError
@@ -46,6 +46,7 @@ class RawDataset:
     difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise; None: the format does not tell
     written: Mapping[int, str] = field(default_factory=dict)  # box -> what stands where its four numbers should
     segmentations: SegmentationReader | None = None  # what reads the objects' outlines; None: there are boxes only
+    federation: Federation | None = None  # of LVIS; None: every class is looked for in every image
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -154,6 +155,7 @@ def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotati
         lines=raw.lines[order],
         segmentations=raw.segmentations,
         difficult=None if raw.difficult is None else raw.difficult[order],
+        federation=raw.federation,
     )
 
 

@@ -26,6 +26,14 @@ Int = NDArray[np.int64]
 Masks = Sequence[dict[str, Any]]  # COCO's compressed run lengths: size (height, width), counts
 
 
+class ClassLists(NamedTuple):
+    """LVIS's: what was looked for in each image, and how frequent each class is."""
+
+    absent: Sequence[Sequence[int]]  # of each image, in the order of `images`, classes that it lacks
+    not_exhaustive: Sequence[Sequence[int]]  # classes of which not all objects are marked
+    frequency: Sequence[str]  # (C,) r, c or f
+
+
 class Truth(NamedTuple):
     """Ground truth as the evaluators take it; images and classes are numbered from 1."""
 
@@ -37,6 +45,7 @@ class Truth(NamedTuple):
     areas: Float  # (T,)
     crowd: NDArray[np.bool_]  # (T,)
     masks: Masks | None = None  # of each; None: boxes are evaluated
+    lists: ClassLists | None = None  # of LVIS
 
 
 # From ground truth, detections and their masks, where there are those of the truth: the statistics (12,); precision
@@ -78,7 +87,7 @@ def _hotcoco(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float, Flo
         evaluation = COCOeval(gt, gt.load_res(rows), "bbox")
     else:
         gt = COCO.from_arrays(*columns, ids=ids, area=t.areas, iscrowd=t.crowd, segmentation=list(t.masks))
-        evaluation = COCOeval(gt, gt.load_res(_results(rows, masks)), "segm")
+        evaluation = COCOeval(gt, gt.load_res(results_of(rows, masks)), "segm")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summary_lines()  # fills `stats` without printing
@@ -86,7 +95,7 @@ def _hotcoco(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float, Flo
     return np.asarray(evaluation.stats), evaluation.eval["precision"][..., 0, -1], evaluation
 
 
-def _results(rows: Float, masks: Masks) -> list[dict[str, Any]]:
+def results_of(rows: Float, masks: Masks) -> list[dict[str, Any]]:
     """Detections without their boxes, so that a mask's area is the detection's."""
     columns = zip(rows[:, 0].astype(int).tolist(), rows[:, 6].astype(int).tolist(), rows[:, 5].tolist(), strict=True)
     return [

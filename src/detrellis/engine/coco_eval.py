@@ -28,6 +28,7 @@ from detrellis.data.masks import run_lengths
 from detrellis.engine.bootstrap import MAX_IMAGES, half_interval, resampled_ap
 from detrellis.engine.coco_backend import Float, Int, Masks, Truth, backend
 from detrellis.engine.console import number
+from detrellis.engine.lvis_eval import LIMITS, NAMES, class_lists, lvis_scores
 from detrellis.errors import UserError
 from detrellis.types import Detections
 
@@ -95,6 +96,7 @@ class EvalResult(EvalScores):
     resampled: tuple[float, ...] | None = None  # AP of each resampling of the images, see `engine/bootstrap.py`
     of: Kind = "box"  # whose IoU it is
     boxes: EvalResult | None = None  # box AP of the same detections, beside mask AP
+    frequencies: Mapping[str, float | None] | None = None  # LVIS: `lvis_eval.NAMES`, and AP@1000
 
     @property
     def ap_interval(self) -> float | None:
@@ -123,13 +125,17 @@ class EvalResult(EvalScores):
             caption += f"; AP \u00b1 {self.ap_interval:.3f} (95 %, over images)"
         if self.boxes is not None:
             caption += f"; box AP {number(self.boxes.ap)}"
-        table = Table(title=f"COCO {self.of} AP and AR", caption=caption, caption_justify="left", title_justify="left")
+        whose = "COCO" if self.frequencies is None else "LVIS"
+        table = Table(
+            title=f"{whose} {self.of} AP and AR", caption=caption, caption_justify="left", title_justify="left"
+        )
         for name in STATISTICS[:6]:
             table.add_column(name, justify="right")
-        values = [number(self.stats[name]) for name in STATISTICS]
-        table.add_row(*values[:6], end_section=True)
-        table.add_row(*(Text(name, "bold") for name in STATISTICS[6:]))
-        table.add_row(*values[6:])
+        below = {name: self.stats[name] for name in STATISTICS[6:]}
+        below = below if self.frequencies is None else dict(list(self.frequencies.items())[:6])
+        table.add_row(*(number(self.stats[name]) for name in STATISTICS[:6]), end_section=True)
+        table.add_row(*(Text(name, "bold") for name in below))
+        table.add_row(*map(number, below.values()))
         return table
 
     def class_table(self) -> Table:
@@ -236,8 +242,17 @@ class CocoEvaluator:
             crowd=crowd,
             masks=None if masks is None else list(itertools.compress(masks, shown.tolist())),
         )
-        stats, precision, evaluation = backend()(truth, rows, drawn)
-        resampled = None
+        resampled = frequencies = None
+        if a.federation is not None:
+            seen = a.image_ids[self._order][self._seen[self._order]]
+            truth = truth._replace(lists=class_lists(a.federation, seen, a.classes.ids))
+            found, precision = lvis_scores(truth, rows, drawn, LIMITS[0])
+            more = found if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
+            values = {name: found.get(name, -1.0) for name in NAMES} | {"AP@1000": more.get("AP", -1.0)}
+            frequencies = {name: _defined(value) for name, value in values.items()}
+            stats, resample = np.array([found.get(name, -1.0) for name in STATISTICS]), False
+        else:
+            stats, precision, evaluation = backend()(truth, rows, drawn)
         if resample and 0 < len(truth.images) <= MAX_IMAGES:
             every = list(evaluation.params.areaRng[0])
             matches = [match for match in evaluation.evalImgs if match is not None and list(match["aRng"]) == every]
@@ -252,6 +267,7 @@ class CocoEvaluator:
             dropped=int(dropped.sum()),
             resampled=resampled,
             of=of,
+            frequencies=frequencies,
         )
 
     def results_json(self, path: str | Path) -> None:

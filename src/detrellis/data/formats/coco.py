@@ -20,6 +20,7 @@ from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import coco_rows
 from detrellis.data.formats.coco_rows import CocoTable
 from detrellis.data.formats.lookup import real_names, renaming_notes
+from detrellis.data.formats.lvis import federated_notes, federation_of
 from detrellis.data.records import RawDataset
 from detrellis.errors import UserError
 
@@ -77,6 +78,7 @@ def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> 
         lines=np.arange(len(boxes.rows)),
         written=boxes.no_boxes,
         segmentations=partial(_segmentations, file),
+        federation=federation_of(images, image_ids, categories, category_ids),
     )
     findings = (
         *_problems(raw, images, "malformed-image"),
@@ -85,6 +87,7 @@ def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> 
         *_outlined(raw, boxes),
         *renaming_notes(raw.split, raw.source, file_names),
         *_repeated_categories(raw, repeated, contradictions),
+        *federated_notes(raw),
     )
     return replace(raw, findings=findings)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from detrellis.data.files import subfolders, unread_twin
 from detrellis.data.formats.coco import ROOT_KEY, base_of, load_json
+from detrellis.data.formats.coco_rows import file_name_of
 from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, lookup_keys, readings, real_names
 from detrellis.data.formats.pictures import listed
 from detrellis.errors import UserError
@@ -174,10 +175,18 @@ def sample_names(file: Path) -> tuple[list[str], list[Path]]:
         if b"\0" in data[:4]:
             return _parsed(file)
         names = _texts(re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', data))
+        if not _named(data):
+            urls = _texts(re.finditer(rb'"coco_url"\s*:\s*("(?:[^"\\]|\\.)*")', data))
+            names = ("/".join(url.split("/")[-2:]) for url in urls)
         roots = _texts(re.finditer(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % ROOT_KEY.encode(), data[:4096]))
         return list(itertools.islice((name for name in names if name), SAMPLE)), [Path(text) for text in roots]
     except (OSError, ValueError):
         return [], []  # missing or empty: reading it will say so
+
+
+def _named(data: mmap.mmap) -> bool:
+    """Whether a file has `file_name`s at all; LVIS's have URLs alone."""
+    return data.find(b'"file_name"') >= 0
 
 
 def _parsed(file: Path) -> tuple[list[str], list[Path]]:
@@ -186,7 +195,7 @@ def _parsed(file: Path) -> tuple[list[str], list[Path]]:
         rows = load_json(file).get("images")
     except UserError:
         return [], []  # reading it will say so
-    names = [row.get("file_name") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    names = [file_name_of(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     return [name for name in names if isinstance(name, str) and name][:SAMPLE], []
 
 

@@ -113,11 +113,17 @@ def references(table: CocoTable, key: str, texts: Mapping[str, int]) -> Integers
     return np.array(ids, dtype=np.int64)
 
 
+def file_name_of(row: Row) -> Any:
+    """The `file_name`, or of LVIS, which has none, the last two parts of the `coco_url`: `train2017/9.jpg`."""
+    value, url = row.get("file_name"), row.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if not value and isinstance(url, str) and url else value
+
+
 def names(table: CocoTable) -> tuple[str, ...]:
     """The `file_name`s of the images; "" in wrong rows."""
     file_names = []
     for place, row in enumerate(table.rows):
-        value = row.get("file_name")
+        value = file_name_of(row)
         good = isinstance(value, str) and value.strip() != ""
         file_names.append(str(value) if good else "")
         if not good and row:
