@@ -44,6 +44,8 @@ MASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "dn_deformable_detr_r50": {MASKS: ()},
 }
 SOFTMAX = {"detr_r50", "mask2former_r50"}  # carries no scheme that sets the classes' targets
+# A ViT with a projector and relative boxes: the stacks that together have every seam.
+PLAIN = {("lwdetr_tiny", stack) for stack in ("co, rank, dac", "align, hybrid, group")}
 OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")  # torchvision's, dilated, and a Swin
 
 
@@ -56,7 +58,7 @@ def recipe_of(name: str, stack: str) -> Recipe:
 
 
 def can_carry(name: str, stack: str) -> bool:
-    if stack in ("own", "none"):
+    if stack in ("own", "none") or (name, stack) in PLAIN:
         return True
     return name in NETWORKS and (name not in SOFTMAX or stack in ("hybrid", "group"))
 
