@@ -10,9 +10,10 @@ from torch import Tensor
 
 from detrellis.matching import Dynamic
 from detrellis.nn.relation import PositionRelation, box_relation
+from detrellis.nn.spatial import cells_within
 from detrellis.schemes.rank import GIOU_AWARE, HighOrderCost
 from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
-from detrellis.types import Assignment, Targets
+from detrellis.types import Assignment, Memory, Targets
 
 from .align import one_layer, targets_of
 from .arrays import Arrays
@@ -110,3 +111,16 @@ def check_relation(a: Arrays) -> None:
     assert relation.projection.in_features == features
     relation.projection.load_state_dict({"weight": a["weight"], "bias": a["bias"]})
     near(relation(a["source"], a["target"]).detach(), a["out"], "bias")
+
+
+def check_box_attention(a: Arrays) -> None:
+    """Cascade-DETR's cells that a query may not read, of images with padding."""
+    shapes = tuple((int(h), int(w)) for h, w in a["shapes"])
+    boxes, cells = a["references"], sum(h * w for h, w in shapes)
+    ratios = (a["valid"] / a["shapes"]).flip(-1)  # (B, V, 2) of width and height
+    tokens = boxes.new_zeros(len(boxes), cells, 1)
+    found = cells_within(boxes, Memory(tokens, tokens, shapes, valid_ratios=ratios)).split(
+        [h * w for h, w in shapes], 2
+    )
+    for level, readable in enumerate(found):
+        assert torch.equal(~readable, a[f"blocked{level}"]), f"level {level}"

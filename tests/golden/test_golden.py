@@ -115,6 +115,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "realtime/dfine_fdr": dfine.check_fdr,
     "rivals/dfine": dfine.check_losses,
     "rivals/dynamic_assigner": rivals.check_dynamic,
+    "rivals/box_attention": rivals.check_box_attention,
     "rivals/mal": rivals.check_mal,
     "rivals/relation": rivals.check_relation,
     "rivals/rank_loss": rivals.check_rank,

@@ -77,7 +77,7 @@ class ConditionalCrossAttention(nn.Module):
         q = self._joined(query, self.query_sine(where.sine))
         k = self._joined(keys, key_position)
         v = split_heads(values, self.heads)
-        attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0)
+        attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0, where.readable)
         out: Tensor = self.output(merge_heads(attended))
         return out
 

@@ -12,6 +12,7 @@ from detrellis.nn.distinct import keep_distinct, withhold
 from detrellis.nn.distribution import Gateway
 from detrellis.nn.heads import Heads, SegmentHeads
 from detrellis.nn.mlp import FeedForward
+from detrellis.nn.ranked import RankLayers
 from detrellis.nn.refine import (
     DistributionRefinement,
     IterativeRefinement,
@@ -100,7 +101,8 @@ class Decoder(nn.Module):
     `double_norm`: class and mask heads read the normalised queries normalised once more. `before`: the queries give an
     output before the first layer too, with their references as boxes (both Mask DINO).
     `relative`: what the box heads say is relative to the size of the boxes that it moves, instead of in logit space
-    (LW-DETR). `relation`: from the second layer on, self-attention reads how boxes lie to each other.
+    (LW-DETR). `relation`: from the second layer on, self-attention reads how boxes lie to each other. `ranked`: queries
+    know how they rank by score.
     """
 
     def __init__(
@@ -116,12 +118,14 @@ class Decoder(nn.Module):
         distinct: float | None = None,
         relative: bool = False,
         relation: PositionRelation | None = None,
+        ranked: RankLayers | None = None,
         double_norm: bool = False,
         before: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.distinct, self.relation = distinct, relation
+        self.distinct, self.relation, self.ranked = distinct, relation, ranked
+        self.scored = distinct is not None or ranked is not None  # whether a layer needs the scores of the one before
         self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
@@ -141,6 +145,7 @@ class Decoder(nn.Module):
         outputs: list[DecoderOutput] = []
         used, heads = segments, self.heads.of(segments)
         boxes = self._refinement(heads, queries.boxes)
+        ranks = None if self.ranked is None else self.ranked.first(segments, x.device)
         if every_layer and self.before:
             outputs.append(self._of_queries(heads, queries))
         # What is read off boxes alone is the same at each layer where they stay.
@@ -154,12 +159,14 @@ class Decoder(nn.Module):
             last = i == len(self.layers) - 1
             # What the heads say after it.
             wanted = every_layer or last
-            heard = wanted or self.distinct is not None
+            heard = wanted or self.scored
             states = x if self.final_norm is None or not heard else self.final_norm(x)
             refined = boxes.step(i, x, states if wanted else None, last=last)
             if heard:
                 named = states if self.final_norm is None or not self.double_norm else self.final_norm(states)
                 logits = self._logits(heads, i, named, refined)
+                if self.ranked is not None and ranks is not None:
+                    logits = self.ranked.score(i, logits, ranks)
             if refined is not None and wanted:
                 said = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
                 embeds = heads.mask_embeds(named)
@@ -173,6 +180,9 @@ class Decoder(nn.Module):
                 assert around is not None
                 assert boxes.references is not None
                 used = self.relation.related(used, around, boxes.references)
+            if not last and self.ranked is not None:
+                ranks = self.ranked.next(logits, segments)
+                x = self.ranked.content(i + 1, x, ranks)
         output = stack(outputs)._replace(masks=memory.masks)
         if every_layer and isinstance(boxes, DistributionRefinement):
             return output._replace(initial=boxes.initial())

@@ -6,8 +6,10 @@ decoder's queries, and the boxes or points that the layer reads.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.nn.mlp import MLP
 from detrellis.nn.position import sine_embed
 from detrellis.types import Memory, Queries, Spatial
@@ -94,16 +96,37 @@ class BoxPosition(nn.Module):
         return Spatial(position if self.limit is None else position.clamp(-self.limit, self.limit), boxes)
 
 
+@torch.no_grad()
+def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
+    """Which cells of a memory's levels lie in each box, at least one of each level: `(B, N, S)` bool (Cascade-DETR).
+
+    `boxes (B, N, 4)` are relative to the image without its padding.
+    """
+    corners = cxcywh_to_xyxy(boxes)
+    levels = []
+    for level, (height, width) in enumerate(memory.shapes):
+        size = corners.new_tensor([width, height]).expand(len(corners), 1, 2)
+        if memory.valid_ratios is not None:
+            size = (size * memory.valid_ratios[:, level : level + 1]).round()
+        low = (corners[..., :2] * size).floor().clamp(min=0).minimum(size - 1)
+        high = (corners[..., 2:] * size).ceil().clamp(min=1).minimum(size)
+        columns, rows = (torch.arange(n, device=boxes.device) for n in (width, height))
+        across = (columns >= low[..., :1]) & (columns < high[..., :1])
+        down = (rows >= low[..., 1:]) & (rows < high[..., 1:])
+        levels.append((down.unsqueeze(-1) & across.unsqueeze(-2)).flatten(2))
+    return torch.cat(levels, dim=2)
+
+
 class ModulatedPosition(nn.Module):
     """DAB-DETR: positions from the current boxes, and a spatial query whose attention is as wide and high as the box.
 
     The sine embedding of the centre is multiplied by T of the content, and its rows and columns by the ratio of a
-    size read off the content to the box's own (DAB-DETR, Eq. 6).
+    size read off the content to the box's own (DAB-DETR, Eq. 6). `within`: queries read the cells in their boxes alone.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, within: bool = False) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.within = width, within
         self.mlp = MLP(2 * width, width, width, 2, xavier=True)
         self.scale = position_scale(width)
         self.size = MLP(width, width, 2, 2, xavier=True)
@@ -117,4 +140,5 @@ class ModulatedPosition(nn.Module):
         # (w'/w, h'/h); the sine embedding has rows (y) first.
         ratio = (self.size(x).sigmoid() / boxes[..., 2:].clamp(min=SMALLEST)).flip(-1)
         sine = (sine.unflatten(-1, (2, -1)) * ratio.unsqueeze(-1)).flatten(-2)
-        return Spatial(self.mlp(embedded), boxes, sine)
+        readable = cells_within(boxes, memory) if self.within else None
+        return Spatial(self.mlp(embedded), boxes, sine, readable=readable)

@@ -200,6 +200,7 @@ class ConditionalAttentionConfig(Config):
 
     smca: ClassVar[bool] = False
     kind: Literal["conditional"] = "conditional"
+    within_boxes: bool = False  # each query reads the cells in its current box alone (Cascade-DETR)
 
 
 class SemanticAttentionConfig(Config):
@@ -317,10 +318,10 @@ class DecoderConfig(Config):
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
     relation: bool = False  # self-attention reads how boxes lie to each other (Relation-DETR)
+    ranked: bool = False  # queries know how they rank by score (Rank-DETR)
     cross_first: bool = False  # cross-attention before self-attention (MS-DETR)
     gated: bool = False  # what cross-attention reads comes through a gate, not a residual (D-FINE)
-    # boxes are means of distributions, to which each layer adds (D-FINE); None: each layer moves them
-    distributions: DistributionsConfig | None = None
+    distributions: DistributionsConfig | None = None  # that boxes are means of (D-FINE); None: layers move boxes
     distinct: Overlap | None = None  # from layer to layer, queries that overlap a better one by more are dropped (DDQ)
 
 
@@ -393,7 +394,7 @@ class DetectorConfig(Config):
     @property
     def capabilities(self) -> frozenset[str]:
         """What schemes may ask of a detector."""
-        holds = {"sigmoid_scores": self.scores == "sigmoid", "box_queries": self.queries.position == "boxes"}
-        holds["proposals"], holds["boxes_alone"] = self.two_stage, self.masks is None
-        holds["cross_first"] = self.decoder.cross_first
+        scores, boxes = self.scores == "sigmoid", self.queries.position == "boxes"
+        holds = {"sigmoid_scores": scores, "box_queries": boxes, "proposals": self.two_stage}
+        holds |= {"boxes_alone": self.masks is None, "cross_first": self.decoder.cross_first}
         return frozenset(name for name, held in holds.items() if held)

@@ -36,6 +36,7 @@ from detrellis.nn.queries import (
     linear_reference,
     point_reference,
 )
+from detrellis.nn.ranked import RankLayers
 from detrellis.nn.relation import PositionRelation
 from detrellis.nn.resnet_vd import ResNetVD, timm_name
 from detrellis.nn.semantic import SemanticAligner, SemanticCrossAttention
@@ -265,7 +266,7 @@ def build_position(config: DetectorConfig) -> nn.Module:
     if config.queries.position == "queries":
         return ConditionalPosition(config.width) if attention.kind == "conditional" else FixedPosition()
     if attention.kind == "conditional":
-        return ModulatedPosition(config.width)
+        return ModulatedPosition(config.width, within=attention.within_boxes)
     if attention.kind == "deformable" and attention.position == "box":
         return BoxPosition(config.width, attention.position_limit)
     if attention.kind == "deformable":
@@ -292,7 +293,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
     ]
     # Points that are sampled around need small boxes; proposals bring their size, and dense attention needs none.
     small = config.cross_attention.kind == "deformable" and not config.two_stage
-    fine = decoder.distributions
+    fine, count = decoder.distributions, config.queries.count * max(config.queries.patterns, 1)
     return Decoder(
         layers,
         Heads(
@@ -314,6 +315,7 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         distinct=decoder.distinct,
         relative=config.box_encoding == "relative",
         relation=PositionRelation(decoder.heads) if decoder.relation else None,
+        ranked=RankLayers(len(layers), count, width, classes) if decoder.ranked else None,
     )
 
 

@@ -12,7 +12,7 @@ import warnings
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.config import POLICIES, STRONG, Recipe
 from detrellis.recipes.detector import DetectorConfig
-from detrellis.recipes.refuse_parts import distributions, hybrid, plain, rounded, sampling
+from detrellis.recipes.refuse_parts import distributions, hybrid, plain, rivals, rounded, sampling
 
 # What a detector without the capability lacks, and what to use instead.
 MISSING = {
@@ -203,7 +203,7 @@ def _augmentation(recipe: Recipe) -> list[tuple[bool, str, str]]:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    checks = (_sizes, plain, _combinations, hybrid, sampling, distributions, _scores, _masks)
+    checks = (_sizes, plain, _combinations, hybrid, sampling, distributions, rivals, _scores, _masks)
     for refused, problem, remedy in (row for check in checks for row in check(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)
@@ -263,7 +263,6 @@ def _combinations(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 def _scores(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """The same for what scores and boxes of queries are compared by."""
-    has_boxes = config.boxes and config.queries.kind != "learned"
     queries, softmax, distinct = config.queries, config.scores == "softmax", config.decoder.distinct is not None
     return [
         (
@@ -275,12 +274,6 @@ def _scores(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             distinct and config.decoder.refine == "none",
             "decoder.distinct and decoder.refine=none do not combine: it compares boxes that a layer has refined",
             "Take -o detector.decoder.distinct=null, or another decoder.refine where queries have boxes or points.",
-        ),
-        (
-            config.decoder.relation and not (config.decoder.refine != "none" and has_boxes),
-            f"decoder.relation compares boxes that layers refine, and with queries.kind={queries.kind} and"
-            f" decoder.refine={config.decoder.refine} there are none",
-            "Take -o detector.decoder.relation=false, or a recipe such as tiny or dab-detr-r50.",
         ),
         (
             distinct and softmax,
@@ -328,11 +321,6 @@ def _masks(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             masked and not (config.decoder.final_norm and config.decoder.shared_heads and config.scores == "softmax"),
             "cross_attention.kind=masked has a final norm, heads that all layers share, and softmax scores",
             "Take decoder.final_norm=true, decoder.shared_heads=true and scores=softmax.",
-        ),
-        (
-            masked and config.decoder.cross_first,
-            "cross_attention.kind=masked has cross-attention first whatever decoder.cross_first says",
-            "Take -o detector.decoder.cross_first=false.",
         ),
         (
             masked and (config.decoder.refine != "none" or config.iou_branch != "none"),

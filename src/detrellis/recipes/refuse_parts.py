@@ -146,3 +146,48 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             f"Blocks are counted from 0: take numbers below {last}.",
         ),
     ]
+
+
+def rivals(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """For what queries know of each other's boxes and scores, and for the cells in their boxes."""
+    decoder, queries, attention, encoder = config.decoder, config.queries, config.cross_attention, config.encoder
+    softmax, masked = config.scores == "softmax", not config.boxes
+    has_boxes = config.boxes and queries.kind != "learned"
+    return [
+        (
+            attention.kind == "conditional" and attention.within_boxes and queries.position == "queries",
+            f"cross_attention.within_boxes reads cells in boxes, and queries.kind={queries.kind} has points",
+            "Take -o detector.queries.kind=anchors, as in dab-detr-r50.",
+        ),
+        (
+            attention.kind == "conditional" and attention.within_boxes and encoder.levels > 1,
+            f"cross_attention.within_boxes reads one level, and encoder.levels={encoder.levels}",
+            "Take -o detector.encoder.kind=dense -o 'detector.backbone.strides=[32]'.",
+        ),
+        (
+            decoder.relation and not (decoder.refine != "none" and has_boxes),
+            f"decoder.relation compares boxes that layers refine, and with queries.kind={queries.kind} and"
+            f" decoder.refine={decoder.refine} there are none",
+            "Take -o detector.decoder.relation=false, or a recipe such as tiny or dab-detr-r50.",
+        ),
+        (
+            decoder.ranked and softmax,
+            "decoder.ranked and scores=softmax do not combine: queries are ranked by sigmoid scores",
+            "Take -o detector.scores=sigmoid or -o detector.decoder.ranked=false.",
+        ),
+        (
+            decoder.ranked and decoder.distributions is not None,
+            "decoder.ranked and decoder.distributions do not combine: boxes are read from what goes on, as it is",
+            "Take -o detector.decoder.ranked=false.",
+        ),
+        (
+            masked and decoder.ranked,
+            "cross_attention.kind=masked and decoder.ranked do not combine: its classes exclude each other",
+            "Take -o detector.decoder.ranked=false.",
+        ),
+        (
+            masked and decoder.cross_first,
+            "cross_attention.kind=masked has cross-attention first whatever decoder.cross_first says",
+            "Take -o detector.decoder.cross_first=false.",
+        ),
+    ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from detrellis.recipes.align import h_deformable_detr_r50
 from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_r50
-from detrellis.schemes.config import CDNConfig, DACConfig, HybridConfig, MSConfig, SchemesConfig
+from detrellis.schemes.config import CDNConfig, DACConfig, HybridConfig, MSConfig, RankConfig, SchemesConfig
 
 
 def _deformable(name: str, about: str, schemes: SchemesConfig, **parts: Any) -> Recipe:
@@ -59,8 +60,22 @@ def relation_dino_r50() -> Recipe:
     )
 
 
+def rank_h_deformable_detr_r50() -> Recipe:
+    """Rank-DETR on H-DETR. Its authors report AP 50.2."""
+    base = h_deformable_detr_r50()
+    return base.model_copy(
+        update={
+            "name": "rank-h-deformable-detr-r50",
+            "about": "Rank-DETR on H-DETR, ResNet-50",
+            "detector": base.detector.replace(decoder=base.detector.decoder.replace(ranked=True)),
+            "schemes": base.schemes.model_copy(update={"rank": RankConfig()}),
+        }
+    )
+
+
 RECIPES: Recipes = {
     "ms-deformable-detr-r50": ms_deformable_detr_r50,
     "dac-deformable-detr-r50": dac_deformable_detr_r50,
     "relation-dino-r50": relation_dino_r50,
+    "rank-h-deformable-detr-r50": rank_h_deformable_detr_r50,
 }

@@ -1,8 +1,8 @@
 """Rank-DETR's loss and matching (Pu et al., NeurIPS 2023): scores that rank detections by how well their boxes fit.
 
 GIoU-aware loss: a positive's class learns its GIoU, brought to 0..1. High-order matching: late in the run a query's
-cost is minus its score times a high power of its IoU, so that a match is one that fits. Its rank layers, which are
-network parts, are not built.
+cost is minus its score times a high power of its IoU, so that a match is one that fits. Its rank layers are
+a network part (`nn/ranked.py`).
 
 | deviation from the released code | why |
 | --- | --- |

@@ -11,6 +11,11 @@ then sees many more positives, without matching. Heads and queries are gone at i
 | an unused query reads itself | there its attention has nothing to read, and is not a number |
 | a target that meets no anchor gets none | there it takes every anchor that meets no target (RetinaNet, PAA) |
 | ignored anchors are not taken for background | they overlap a target |
+
+| deviation of the released code, which is the default, from the paper | to have the paper's |
+| --- | --- |
+| Eq. 4 without its second term, the memory's features, where positions are derived from boxes | `features=true` |
+| an image with fewer positives than others is filled up with background, not with padding | `pad="mask"` |
 """
 
 from __future__ import annotations
