@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     StringConstraints,
     ValidationError,
@@ -164,3 +165,13 @@ def unknown_name(name: str, known: Sequence[str], where: str) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
     return UserError(f"{where}: there is no {name!r}", remedy)
+
+
+def _points(value: Any) -> Any:
+    counts = [value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
+    if counts and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 100 for n in counts):
+        return value if isinstance(value, int) else tuple(counts)
+    raise PydanticCustomError("points", "has to be a whole number from 1 to 100, or a list of one a level: [3, 6, 3]")
+
+
+Points = Annotated[int | tuple[int, ...], BeforeValidator(_points)]

@@ -12,7 +12,7 @@ from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.projector import Projector
 from detrellis.nn.spatial import AnchorPosition
 from detrellis.training import TrainableDetector
-from detrellis.types import Memory, Queries, Spatial
+from detrellis.types import MaskFeatures, Memory, Queries, Spatial
 
 from ..small import images, small
 from .models import every_detector, make, maps_for_neck, predict, with_mask_features
@@ -87,5 +87,8 @@ def test_padding_further_changes_no_prediction(name: str) -> None:
     grown = [nn.functional.pad(m, (0, m.shape[3], 0, m.shape[2]), value=7.0) for m in levels]
     further = neck.flatten(grown, nn.functional.pad(batch.padding, (0, 128, 0, 128), value=True))
     if plain.masks is not None:
-        further = further._replace(masks=plain.masks._replace(map=nn.functional.pad(plain.masks.map, (0, 32, 0, 32))))
+        map_, hidden = nn.functional.pad(plain.masks.map, (0, 32, 0, 32)), plain.masks.padding
+        assert hidden is not None
+        hidden = nn.functional.pad(hidden, (0, 128, 0, 128), value=True)
+        further = further._replace(masks=MaskFeatures(map_, (256, 256), hidden))
     torch.testing.assert_close(predict(model, plain), predict(model, further), atol=1e-5, rtol=0)

@@ -120,8 +120,9 @@ def detector_of(a: Arrays) -> tuple[Detector, DetectorConfig, list[Link]]:
         masks={"width": cfg["mask_dim"]},
     )
     model = build_detector(config, cfg["classes"])
-    channels = [a[f"feature{i}"].shape[1] for i in range(4)]
-    model.backbone, model.neck = Maps(a), build_neck(config, channels[1:])  # type: ignore[assignment]
+    maps = [a[f"feature{i}"] for i in range(4)]
+    channels = [m.shape[1] for m in maps]
+    model.backbone, model.neck = Maps(maps), build_neck(config, channels[1:])  # type: ignore[assignment]
     model.masks = MaskBranch(channels[0], config.memory_width, cfg["mask_dim"])
     model = model.double()
     links = link_up(model.state_dict(), huggingface(config), config.decoder.layers)
@@ -132,9 +133,9 @@ def detector_of(a: Arrays) -> tuple[Detector, DetectorConfig, list[Link]]:
 class Maps(nn.Module):
     """The recorded maps of another backbone."""
 
-    def __init__(self, a: Arrays) -> None:
+    def __init__(self, maps: list[Tensor]) -> None:
         super().__init__()
-        self.maps = [a[f"feature{i}"] for i in range(4)]
+        self.maps = maps
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         return self.maps

@@ -44,7 +44,7 @@ from ..small import images
 
 # Recipes and schemes that format 1 did not have.
 OTHERS = (*mask2former.RECIPES, *rtdetr.RECIPES, *dfine.RECIPES, *lwdetr.RECIPES)
-SINCE = ("ddq-dino-r50", "small", "dense", "rank", "federated", *OTHERS)
+SINCE = ("ddq-dino-r50", "mask-dino-r50", "small", "dense", "rank", "federated", *OTHERS)
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -173,9 +173,7 @@ def recipe_of_weights(weights: Weights) -> Recipe:
     def rows(name: str) -> int:
         return weights[name].shape[0]
 
-    def count(pattern: str) -> int:
-        return len({found[1] for name in weights if (found := re.match(pattern, name))})
-
+    count = partial(pattern_count, weights)
     width, memory = rows(f"{_PREDICTOR}.decoder_norm.weight"), rows(f"{_PIXEL}.adapter_1.norm.weight")
     linear = "linear1.weight"
     sizes = {
@@ -193,7 +191,7 @@ def recipe_of_weights(weights: Weights) -> Recipe:
         "queries": {"count": rows(f"{_PREDICTOR}.query_embed.weight")},
         "masks": {"width": rows(f"{_PIXEL}.mask_features.weight")},
     }
-    return _recipe(_backbone(weights, count), sizes)
+    return _recipe(backbone_of(weights), sizes)
 
 
 def class_count(weights: Weights) -> int:
@@ -201,7 +199,14 @@ def class_count(weights: Weights) -> int:
     return weights[f"{_PREDICTOR}.class_embed.weight"].shape[0] - 1
 
 
-def _backbone(weights: Weights, count: Callable[[str], int]) -> BackboneConfig:
+def pattern_count(weights: Weights, pattern: str) -> int:
+    """How many different first groups of the pattern the names begin with."""
+    return len({found[1] for name in weights if (found := re.match(pattern, name))})
+
+
+def backbone_of(weights: Weights) -> BackboneConfig:
+    """The ResNet or Swin of detectron2's names."""
+    count = partial(pattern_count, weights)
     if "backbone.patch_embed.proj.weight" in weights:
         depths = tuple(count(rf"backbone\.layers\.{i}\.blocks\.(\d+)\.") for i in swin.STAGES)
         first = weights["backbone.layers.0.blocks.0.attn.relative_position_bias_table"].shape[0]

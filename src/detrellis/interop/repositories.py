@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detrellis.errors import UserError
-from detrellis.interop import dfine_pth, lwdetr_pth, mask2former, mask2former_config, reference, rtdetr_pth
+from detrellis.interop import dfine_pth, lwdetr_pth, mask2former, mask2former_config, maskdino, reference, rtdetr_pth
 from detrellis.interop.family import Loaded, Repository, Weights
 
 MASK2FORMER = Repository(
@@ -16,6 +16,7 @@ MASK2FORMER = Repository(
 # The first whose names they are.
 REPOSITORIES = (
     MASK2FORMER,
+    maskdino.REPOSITORY,
     dfine_pth.REPOSITORY,
     rtdetr_pth.REPOSITORY,
     lwdetr_pth.REPOSITORY,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.boxes import inverse_sigmoid, xyxy_to_cxcywh
 from detrellis.nn.mlp import MLP
 from detrellis.nn.neck import MapNorm
 from detrellis.types import ImageBatch, MaskFeatures, Memory
+
+MaskBox = Literal["mask2box", "bitmask"]  # which end of its last cell a box around a mask has
 
 
 def _convolution(inputs: int, outputs: int, side: int, *, bias: bool = False) -> nn.Conv2d:
@@ -61,3 +65,31 @@ def level_map(memory: Memory, level: int) -> Tensor:
 def mask_embed(width: int, outputs: int) -> MLP:
     """The MLP that makes a query's embedding: what the features are multiplied with."""
     return MLP(width, width, outputs, 3)
+
+
+@torch.no_grad()
+def boxes_around_masks(embeds: Tensor, masks: MaskFeatures, kind: MaskBox, eps: float = 1e-5) -> Tensor:
+    """Boxes `(B, N, 4)` around the masks of `embeds (B, N, Dm)`, as the features' cells show them.
+
+    `"bitmask"` ends with the last cell, and is 0 of an empty mask; `"mask2box"` ends where the last cell begins, and is
+    a point in the last corner of an empty mask. Sides are at least `eps`.
+    """
+    with full_precision(embeds):
+        features = masks.map.to(torch.promote_types(masks.map.dtype, torch.float32))
+        # An image at a time: the masks of all queries are large.
+        inside = [torch.einsum("nd,dhw->nhw", e.to(f), f) > 0 for e, f in zip(embeds, features, strict=True)]
+    if masks.padding is not None:  # where there is nothing to surround
+        hidden = F.interpolate(masks.padding[:, None].to(features), size=features.shape[-2:], mode="nearest").bool()
+        inside = [mask & ~cells for mask, cells in zip(inside, hidden, strict=True)]
+    lines = [torch.stack([mask.any(dim) for mask in inside]) for dim in (1, 2)]  # (B, N, w), (B, N, h)
+    first = torch.stack([line.int().argmax(-1) for line in lines], dim=-1)
+    last = torch.stack([line.shape[-1] - line.flip(-1).int().argmax(-1) for line in lines], dim=-1)
+    empty = ~lines[0].any(-1)[..., None]
+    cells = features.new_tensor([line.shape[-1] for line in lines])
+    if masks.padding is not None:  # to the image without it
+        parts = [(~masks.padding[:, 0]).to(cells).mean(1), (~masks.padding[:, :, 0]).to(cells).mean(1)]
+        cells = cells * torch.stack(parts, dim=-1).unsqueeze(1)
+    corners = torch.cat([first, last - int(kind == "mask2box")], dim=-1) / cells.repeat(*[1] * (cells.dim() - 1), 2)
+    boxes = xyxy_to_cxcywh(corners.clamp(0, 1))
+    nothing = boxes.new_tensor([1.0, 1.0, 0.0, 0.0] if kind == "mask2box" else [0.0] * 4)
+    return inverse_sigmoid(boxes.where(~empty, nothing), eps).sigmoid()

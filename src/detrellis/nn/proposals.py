@@ -26,10 +26,13 @@ def select(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def anchor_logits(memory: Memory) -> Tensor:
-    """Logits of one square proposal a token `(B or 1, S, 4)`, +inf where it is not usable."""
+def anchor_logits(memory: Memory, *, reverse: bool = False) -> Tensor:
+    """Logits of one square proposal a token `(B or 1, S, 4)`, +inf where it is not usable; `reverse`: the smallest are
+    the coarsest level's."""
     centres = token_centres(memory)
-    sides = [centres.new_full((h * w, 2), BASE_SIZE * 2.0**level) for level, (h, w) in enumerate(memory.shapes)]
+    levels = range(len(memory.shapes))
+    powers = reversed(levels) if reverse else levels
+    sides = [centres.new_full((h * w, 2), BASE_SIZE * 2.0**p) for p, (h, w) in zip(powers, memory.shapes, strict=True)]
     boxes = torch.cat([centres, torch.cat(sides).expand_as(centres)], dim=-1)
     usable = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
     if memory.padding is not None:
@@ -53,7 +56,8 @@ class ProposalHead(nn.Module):
     in the reference codes, instead of last. `distinct`: proposals whose IoU with a better one exceeds this are selected
     last (DDQ); None: off. `relative`: boxes are moved relative to their size, instead of in logit space (LW-DETR).
     `masks`: the selected also learn masks, by embeddings of that width; `masks_first`: which already the queries need.
-    `output_norm`: what the selected learn is read off states that are normalised once more (Mask DINO).
+    `output_norm`: what the selected learn is read off states that are normalised once more, `reverse`: the smallest
+    boxes are the coarsest level's (both Mask DINO).
     """
 
     def __init__(
@@ -69,10 +73,11 @@ class ProposalHead(nn.Module):
         masks: int | None = None,
         masks_first: bool = False,
         output_norm: bool = False,
+        reverse: bool = False,
     ) -> None:
         super().__init__()
         self.proposals, self.rank_by, self.empty_compete = proposals, rank_by, empty_compete
-        self.distinct, self.relative = distinct, relative
+        self.distinct, self.relative, self.reverse = distinct, relative, reverse
         self.projection = xavier_linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.classify = class_head(width, classes)
@@ -83,7 +88,7 @@ class ProposalHead(nn.Module):
 
     def forward(self, memory: Memory) -> Proposals:
         """The proposals; a token that can propose nothing has memory 0."""
-        anchors = anchor_logits(memory).expand(memory.tokens.shape[0], -1, -1)
+        anchors = anchor_logits(memory, reverse=self.reverse).expand(memory.tokens.shape[0], -1, -1)
         empty = anchors[..., :1].isinf()
         states = self.norm(self.projection(memory.tokens.masked_fill(empty, 0)))
         logits = self.classify(states)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import relative_boxes
+from detrellis.nn.masks import MaskBox, boxes_around_masks
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
 from detrellis.nn.proposals import ProposalHead, select
@@ -180,7 +181,8 @@ class ProposalQueries(QuerySource):
     Two-stage Deformable DETR derives both (`content="boxes"`). Mixed query selection learns the content instead; with
     `"memory"` it is the token that proposed the box, detached and projected (DDQ), with `"states"` the state of the
     proposal, detached (RT-DETR). With `derive_position` off, the decoder derives the position from the boxes at each
-    layer (DINO). With `deltas` each query learns how it moves its proposal's box, relative to its size (LW-DETR).
+    layer (DINO). With `deltas` each query learns how it moves its proposal's box, relative to its size (LW-DETR). With
+    `boxes_from_masks` the boxes are those around the proposals' masks (Mask DINO).
     """
 
     head: ProposalHead
@@ -193,8 +195,10 @@ class ProposalQueries(QuerySource):
         content: ProposalContent = "learned",
         derive_position: bool = False,
         deltas: bool = False,
+        boxes_from_masks: MaskBox | None = None,
     ) -> None:
         super().__init__(head.proposals, head)
+        self.boxes_from_masks = boxes_from_masks
         self.content = normal(head.proposals, width) if content == "learned" else None
         self.deltas = nn.Parameter(torch.zeros(head.proposals, 4)) if deltas else None
         self.project = nn.Linear(width, width) if content == "memory" else None
@@ -224,6 +228,10 @@ class ProposalQueries(QuerySource):
 
     def _queries(self, memory: Memory, proposals: Proposals, table: Table) -> Queries:
         boxes = proposals.boxes.detach()
+        if self.boxes_from_masks is not None:
+            assert proposals.mask_embeds is not None
+            assert memory.masks is not None
+            boxes = boxes_around_masks(proposals.mask_embeds, memory.masks, self.boxes_from_masks)
         batch, count = boxes.shape[:2]
         content = table["content"][:count].expand(batch, -1, -1) if "content" in table else None
         if "deltas" in table:

@@ -6,10 +6,9 @@ others, so what cannot be combined cannot be written; what its readers ask of ev
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from detrellis.fields import (
     Ascending,
@@ -18,6 +17,7 @@ from detrellis.fields import (
     CountOrNone,
     Few,
     Key,
+    Points,
     Positive,
     Some,
     ZeroToBelowOne,
@@ -34,16 +34,6 @@ ProposalTargets = Literal["objectness", "classes"]
 MASK_STRIDE = 4  # of the map that masks are read from
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's
 VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")  # RT-DETR's; every other backbone is timm's
-
-
-def _points(value: Any) -> Any:
-    counts = [value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
-    if counts and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 100 for n in counts):
-        return value if isinstance(value, int) else tuple(counts)
-    raise PydanticCustomError("points", "has to be a whole number from 1 to 100, or a list of one a level: [3, 6, 3]")
-
-
-Points = Annotated[int | tuple[int, ...], BeforeValidator(_points)]
 
 
 class BackboneConfig(Config):
@@ -233,6 +223,7 @@ class MasksConfig(Config):
 class LearnedQueriesConfig(Config):
     """Positions that are learned (DETR)."""
 
+    boxes_from_masks: ClassVar[None] = None
     position: ClassVar[Literal["queries"]] = "queries"
     patterns: ClassVar[int] = 0
     kind: Literal["learned"] = "learned"
@@ -243,6 +234,7 @@ class LearnedQueriesConfig(Config):
 class AnchorQueriesConfig(Config):
     """Boxes that are learned (DAB-DETR); their positions are derived from the current boxes at each layer."""
 
+    boxes_from_masks: ClassVar[None] = None
     position: ClassVar[Literal["boxes"]] = "boxes"
     kind: Literal["anchors"] = "anchors"
     count: QueryCount = 300
@@ -256,6 +248,7 @@ class AnchorQueriesConfig(Config):
 class ProposalQueriesConfig(Config):
     """Boxes that the encoder proposes, which positions and contents are derived from (two-stage Deformable DETR)."""
 
+    boxes_from_masks: ClassVar[None] = None
     position: ClassVar[Literal["queries"]] = "queries"
     patterns: ClassVar[int] = 0
     kind: Literal["proposals"] = "proposals"
@@ -278,6 +271,10 @@ class MixedQueriesConfig(Config):
     empty_compete: bool = False
     distinct: Overlap | None = None
     deltas: bool = False  # each query learns how it moves its proposal's box (LW-DETR)
+    # queries begin with the boxes around their proposals' masks (Mask DINO), up to the last cell or with it; None: with
+    # the proposals' boxes
+    boxes_from_masks: Literal["mask2box", "bitmask"] | None = None
+    smallest_on: Literal["finest", "coarsest"] = "finest"  # the level of the smallest proposals; coarsest: Mask DINO's
 
 
 AnyBackboneConfig = BackboneConfig | WindowViTConfig
@@ -317,6 +314,8 @@ class DecoderConfig(Config):
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
+    double_norm: bool = False  # class and mask heads read the queries after final_norm twice (Mask DINO's own weights)
+    initial_output: bool = False  # the queries give an output before the first layer, too, which learns (Mask DINO)
     relation: bool = False  # self-attention reads how boxes lie to each other (Relation-DETR)
     ranked: bool = False  # queries know how they rank by score (Rank-DETR)
     cross_first: bool = False  # cross-attention before self-attention (MS-DETR)

@@ -241,11 +241,15 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         distinct=queries.distinct,
         relative=config.box_encoding == "relative",
         masks=None if config.masks is None or config.objectness else config.masks.width,
+        masks_first=queries.boxes_from_masks is not None,
+        output_norm=config.decoder.double_norm,
+        reverse=queries.kind == "mixed" and queries.smallest_on == "coarsest",
     )
     derived = queries.position == "queries"
     if queries.kind == "proposals":
         return ProposalQueries(head, width, content="boxes", derive_position=derived)
     options: dict[str, Any] = {"content": queries.content_from, "deltas": queries.deltas}
+    options["boxes_from_masks"] = queries.boxes_from_masks
     return ProposalQueries(head, width, derive_position=derived, **options)
 
 
@@ -313,6 +317,8 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         width=width,
         eps=config.eps,
         distinct=decoder.distinct,
+        double_norm=decoder.double_norm,
+        before=decoder.initial_output,
         relative=config.box_encoding == "relative",
         relation=PositionRelation(decoder.heads) if decoder.relation else None,
         ranked=RankLayers(len(layers), count, width, classes) if decoder.ranked else None,

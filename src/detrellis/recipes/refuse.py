@@ -12,7 +12,7 @@ import warnings
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.config import POLICIES, STRONG, Recipe
 from detrellis.recipes.detector import DetectorConfig
-from detrellis.recipes.refuse_parts import distributions, hybrid, plain, rivals, rounded, sampling
+from detrellis.recipes.refuse_parts import before_the_decoder, distributions, hybrid, plain, rivals, rounded, sampling
 
 # What a detector without the capability lacks, and what to use instead.
 MISSING = {
@@ -203,7 +203,18 @@ def _augmentation(recipe: Recipe) -> list[tuple[bool, str, str]]:
 
 def refuse_network(config: DetectorConfig) -> None:
     """Raise `UserError` for the first combination of network parts that does not exist, with what to use instead."""
-    checks = (_sizes, plain, _combinations, hybrid, sampling, distributions, rivals, _scores, _masks)
+    checks = (
+        _sizes,
+        plain,
+        _combinations,
+        hybrid,
+        sampling,
+        distributions,
+        before_the_decoder,
+        rivals,
+        _scores,
+        _masks,
+    )
     for refused, problem, remedy in (row for check in checks for row in check(config)):
         if refused:
             raise UserError(f"detector: {problem}", remedy)

@@ -99,6 +99,33 @@ def distributions(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     ]
 
 
+def before_the_decoder(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """For what queries begin with, and say before the first layer."""
+    decoder, queries, sizes = config.decoder, config.queries, config.queries.boxes_from_masks
+    return [
+        (
+            sizes is not None and (config.masks is None or config.objectness),
+            f"queries.boxes_from_masks={sizes} needs proposals that learn masks, and these learn none",
+            "Take -o 'detector.masks={}' -o detector.queries.proposal_targets=classes, or boxes_from_masks=null.",
+        ),
+        (
+            decoder.double_norm and not decoder.final_norm,
+            "decoder.double_norm repeats decoder.final_norm, which is off",
+            "Take -o detector.decoder.final_norm=true.",
+        ),
+        (
+            decoder.initial_output and (queries.kind == "learned" or not config.boxes),
+            f"decoder.initial_output is of the boxes that queries begin with, and queries.kind={queries.kind} has none",
+            "Take -o detector.decoder.initial_output=false.",
+        ),
+        (
+            decoder.initial_output and decoder.distributions is not None,
+            "decoder.initial_output and decoder.distributions do not combine: the queries have no distributions yet",
+            "Take -o detector.decoder.initial_output=false.",
+        ),
+    ]
+
+
 def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """The same for a plain backbone and its projector, and for boxes that move relative to their size."""
     backbone, encoder = config.backbone, config.encoder

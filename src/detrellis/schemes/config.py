@@ -23,6 +23,7 @@ class DNConfig(Config):
     total: Queries | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
     label_noise: ZeroToOne = 0.2  # part of the labels that are drawn anew
     box_noise: Noise = 0.4
+    indicator: bool = True  # the last channel of contents tells these queries; False: all is the label's (Mask DINO)
     padded_background: bool = False  # slots that an image does not fill learn "no object"; else they learn nothing
     sees: Sees = "main"
 

@@ -58,7 +58,7 @@ class Denoising(TrainingScheme):
     def __init__(self, config: DNConfig, width: int, classes: int, eps: float) -> None:
         super().__init__()
         self.config, self.classes, self.eps = config, classes, eps
-        self.label_embed = nn.Embedding(classes, width - 1)
+        self.label_embed = nn.Embedding(classes, width - config.indicator)
 
     @property
     def extra_queries(self) -> int:
@@ -81,9 +81,10 @@ class Denoising(TrainingScheme):
         return Extension([denoising_block("dn", queries, layout, step, self.config.sees, rule)])
 
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
-        """Contents `[label, 1]` and disturbed boxes in their slots."""
+        """Contents `[label, 1]`, or of the label alone, and disturbed boxes in their slots."""
         config = self.config
         labels, boxes = disturb(targets, layout, noise, flip=config.label_noise, scale=config.box_noise)
-        embedded = self.label_embed(labels)
-        contents = torch.cat([embedded, torch.ones_like(embedded[:, :1])], dim=1)
+        contents = self.label_embed(labels)
+        if config.indicator:
+            contents = torch.cat([contents, torch.ones_like(contents[:, :1])], dim=1)
         return place(layout, len(targets.sizes), contents, boxes, self.eps)

@@ -131,5 +131,6 @@ class Collaborative(TrainingScheme):
     ) -> dict[str, Tensor]:
         """Positive queries for each target of the batch, by branch; NaN where there is no target."""
         names = [f"co_{name}" for name in self.named] if self.embeds else []
-        counts = {name: step.mean_boxes.new_tensor(len(assignments[name].layer) / self.layers) for name in names}
+        outputs = step.detector.decoder.outputs
+        counts = {name: step.mean_boxes.new_tensor(len(assignments[name].layer) / outputs) for name in names}
         return {f"{name}/positives": count / len(step.targets.labels) for name, count in counts.items()}
