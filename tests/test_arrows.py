@@ -57,6 +57,8 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "rle", "detector", "data", "recipes", "engine", "visualize"),
         *("arguments", "outputs", "errors"),
     },
+    "webpage": set(),
+    "report": {"data", "engine", "predictions", "outputs", "errors", "visualize", "version", "webpage"},
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
         *("types", "boxes", "rle", "nn", "postprocess", "detector", "training", "data", "recipes", "visualize"),
@@ -73,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "distributed", "outputs", "errors"),
     },
     "api": {
-        *("data", "recipes", "engine", "interop", "predictions", "loading", "exporting"),
+        *("data", "recipes", "engine", "interop", "predictions", "loading", "exporting", "report"),
         *("arguments", "distributed", "outputs", "errors"),
     },
     "analysis": {
@@ -83,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": {
         *("api", "data", "recipes", "engine", "analysis"),
-        *("distributed", "outputs", "atomic", "errors", "signals", "terminal", "version"),
+        *("distributed", "outputs", "atomic", "errors", "signals", "terminal", "version", "webpage"),
     },
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),

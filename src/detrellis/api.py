@@ -68,9 +68,11 @@ from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
 from detrellis.recipes.network import starting_from
+from detrellis.report import write as reporting
+from detrellis.report.thresholds import class_thresholds
 
 # What a run writes beside its weights.
-LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", SHEET, "bad_batch-0.pt")
+LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", SHEET, "bad_batch-0.pt", *reporting.report_names("val"))
 WEIGHTS = ("best.safetensors", "last.safetensors")
 
 
@@ -129,7 +131,7 @@ def train(
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes)
-        return run_job(job, world, console=console)
+        return run_job(job, world, console=console, report=partial(reporting.report_of_run, folder, _say(console)))
 
 
 def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:
@@ -218,7 +220,8 @@ def resume(
         training, validation, classes = _prepared(resumed.source, card.recipe, card.skip_bad, world, console)
         resumed.check(training, validation, classes)
         job = TrainJob(card, training, validation, Path(run), workers)
-        return run_job(job, world, resumed.state, console=console)
+        report = partial(reporting.report_of_run, Path(run), _say(console))
+        return run_job(job, world, resumed.state, console, report)
 
 
 @checked
@@ -231,6 +234,7 @@ def evaluate(
     val_images: str | Path | None = None,
     split: Split = "val",
     results: str | Path | None = None,
+    report: str | Path | None = None,
     nms: Iou | None = None,
     tta: bool | str = False,
     batch_size: BatchSize = 4,
@@ -244,15 +248,19 @@ def evaluate(
     `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with its images in
     `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks with that of boxes beside it
     (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
-    `results` names a file for the detections in COCO's results format. `nms` applies non-maximum suppression at that
-    IoU first: how much AP that gains says how many duplicates the detector leaves. `tta` looks at each image at several
-    sizes and mirrored: True, or which and how (`engine/views.py`). Raises `UserError` where the data
+    `results` names a file for the detections in COCO's results format. `report` is a folder for `report.html`,
+    which says what goes wrong; default: the run's, on its own data without `nms` and `tta`. `nms` applies non-maximum
+    suppression at that IoU first: how much AP that gains says how many duplicates the detector leaves. `tta` looks at
+    each image at several sizes and mirrored (`engine/views.py`). Raises `UserError` where the data
     set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
     stay).
     """
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
         outputs.ready([Path(results or "").name], inputs=[run])
+    weights = None if is_foreign(run) else find_weights(Path(run))
+    own = data is None and val is None and nms is None and not tta and metric != "voc"
+    page = reporting.report_outputs(weights if own else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
         if tta and metric == "masks":
@@ -271,7 +279,11 @@ def evaluate(
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
         boxes = evaluator.compute(resample=True)
-        return replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
+        result = replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
+        if page is None or not world.is_main_process:
+            return result
+        card, again = reporting.card_of(weights, opened.model), reporting.evaluation_command(run, data, val, nms, split)
+        return reporting.write_report(page, evaluator, result, card, again, split)
 
 
 @checked
@@ -279,7 +291,7 @@ def predict(
     run: str | Path,
     pictures: Pictures,
     *,
-    threshold: Score = 0.3,
+    threshold: Score | Auto = 0.3,
     nms: Iou | None = None,
     tta: bool | str = False,
     batch_size: BatchSize = 1,
@@ -292,6 +304,9 @@ def predict(
 ) -> Predictions:
     """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also for the dials.
 
+    `threshold="auto"` takes for each class the one with the highest F1 on the run's own validation split, which the end
+    of `train`, and `evaluate`, store in the run's `report.json`.
+
     With `out`, annotated pictures and `predictions.json` go there, and with `txt` YOLO text (`labels/NAME.txt`: class,
     cx, cy, w, h, score) and `classes.txt`. A file that is found in several ways is looked at once. Raises `UserError`
     before any work where an input, or what no earlier call made, would be overwritten.
@@ -301,7 +316,8 @@ def predict(
     folder = None if out is None else PredictionFolder(Path(out), given, txt)
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()
-    predictions = model.detect(given, threshold, nms, batch_size, tta)
+    least = class_thresholds(place, model.classes) if threshold == "auto" else threshold
+    predictions = model.detect(given, least, nms, batch_size, tta)
     if folder is not None:
         predictions = folder.save(predictions, model.classes.names, model.data)
     with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too

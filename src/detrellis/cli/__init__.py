@@ -267,6 +267,9 @@ def evaluate(
     on: EvalData,
     metric: Metric = "coco",
     results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.html: what goes wrong (default: the run, on its own data).")
+    ] = None,
     nms: Annotated[
         float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: are there duplicates?")
     ] = None,
@@ -283,12 +286,14 @@ def evaluate(
     from detrellis import api
 
     ways: dict[str, Any] = {"metric": metric, "nms": nms, "tta": tta if tta_views is None else tta_views}
-    result = api.evaluate(run, results=results, device=device, progress=True, **ways, **vars(on.on()))
+    result = api.evaluate(run, results=results, report=report, device=device, progress=True, **ways, **vars(on.on()))
     if as_json:
         print_json(result.to_dict())
         return
     console.print(result.table())
     console.print(result.class_table())
+    if (page := getattr(result, "report", None)) is not None:  # VOC's metric has none
+        console.say("What goes wrong, and where: ", page)
 
 
 @app.command()

@@ -7,6 +7,7 @@ options in that place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -70,6 +71,27 @@ EpochsOrAuto = Annotated[
         parser=_epochs_or_auto,
         metavar="N|auto",
         help="Length of the run, which the schedule follows; auto: by the size of the data set.",
+    ),
+]
+
+
+def _score_or_auto(text: str) -> float | arguments.Auto:
+    """What `--threshold` is given."""
+    if text == "auto":
+        return "auto"
+    bounds = limits(arguments.Score)
+    with contextlib.suppress(ValueError):
+        if bounds["min"] <= (score := float(text)) <= bounds["max"]:
+            return score
+    raise typer.BadParameter(f"{text!r} is not auto, nor a number from {bounds['min']} to {bounds['max']}")
+
+
+ScoreOrAuto = Annotated[
+    Any,
+    typer.Option(
+        parser=_score_or_auto,
+        metavar="SCORE|auto",
+        help="Lowest score to show; auto: of each class the one with the highest F1 on the run's validation split.",
     ),
 ]
 Tta = Annotated[

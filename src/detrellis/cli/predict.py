@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.arguments import BatchSize, Iou, Score, limits
-from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, Trained, Tta, TtaViews, console, errors
+from detrellis.arguments import BatchSize, Iou, limits
+from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, ScoreOrAuto, Trained, Tta, TtaViews, console, errors
 
 if TYPE_CHECKING:
     from detrellis.predictions.record import Predictions, UnreadablePicture
@@ -24,7 +24,7 @@ def predict(
         "predictions"
     ),
     recursive: Annotated[bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")] = False,
-    threshold: Annotated[float, typer.Option(**limits(Score), help="Lowest score to show.")] = 0.3,
+    threshold: ScoreOrAuto = 0.3,
     nms: Annotated[
         float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: where objects are found twice.")
     ] = None,
@@ -45,7 +45,7 @@ def predict(
     A picture that cannot be read is named, and does not stop the others. Nothing is written over but what an earlier
     predict left. Exit code: 0 all pictures were read, 1 some were not, 2 wrong use.
 
-    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --out pictures --tta
+    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --threshold auto --out pictures --tta
     """
     from detrellis import api
 

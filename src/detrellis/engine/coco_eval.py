@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -43,6 +43,23 @@ class ResultArrays(NamedTuple):
     rows: Float  # (N, 7) image row, x, y, width, height, score, class index
     dropped: Int  # (S,) detections of each image left out because a number in them was not finite
     masks: tuple[bytes, ...] | None = None  # (N,) run lengths, of detectors that give masks
+
+
+class Evaluated(NamedTuple):
+    """An evaluation, with what it was given; images and classes are numbered from 1, detections and boxes too."""
+
+    truth: Truth
+    rows: Float  # (N, 7) image, x, y, width, height, score, class of detection 1, 2, ...
+    stats: Float  # (12,)
+    precision: Float  # (IoU, recall, class)
+    evaluation: Any  # hotcoco's or pycocotools' `COCOeval`
+    order: Int  # row in the annotations of image 1, 2, ...
+    shown: Int  # place in the annotations of box 1, 2, ...
+
+    @property
+    def labels(self) -> Int:
+        """The class index of each detection `(N,)`, from 0."""
+        return self.rows[:, 6].astype(np.int64) - 1
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,7 @@ class EvalResult(EvalScores):
     of: Kind = "box"  # whose IoU it is
     boxes: EvalResult | None = None  # box AP of the same detections, beside mask AP
     frequencies: Mapping[str, float | None] | None = None  # LVIS: `lvis_eval.NAMES`, and AP@1000
+    report: str | None = field(default=None, compare=False)  # the page that says more, where one was written
 
     @property
     def ap_interval(self) -> float | None:
@@ -216,7 +234,44 @@ class CocoEvaluator:
         An image shown without detections counts (its boxes were missed); an image never shown does not. Raises
         `UserError` where masks are asked for and the data set has not one for each object.
         """
-        a, (_, rows, dropped, runs) = self.annotations, self.arrays()
+        a, frequencies = self.annotations, None
+        if a.federation is not None:
+            truth, rows, drawn, _ = self._given(of)
+            seen = a.image_ids[self._order][self._seen[self._order]]
+            truth = truth._replace(lists=class_lists(a.federation, seen, a.classes.ids))
+            found, precision = lvis_scores(truth, rows, drawn, LIMITS[0])
+            more = found if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
+            values = {name: found.get(name, -1.0) for name in NAMES} | {"AP@1000": more.get("AP", -1.0)}
+            frequencies = {name: _defined(value) for name, value in values.items()}
+            stats, resample = np.array([found.get(name, -1.0) for name in STATISTICS]), False
+        else:
+            truth, rows, stats, precision, evaluation, *_ = self.evaluated(of)
+        resampled = None
+        if resample and 0 < len(truth.images) <= MAX_IMAGES:
+            every = list(evaluation.params.areaRng[0])
+            matches = [match for match in evaluation.evalImgs if match is not None and list(match["aRng"]) == every]
+            resampled = resampled_ap(matches, truth.images.tolist())
+        return EvalResult(
+            stats={name: _defined(value) for name, value in zip(STATISTICS, stats, strict=True)},
+            per_class=self._per_class(precision, truth.category[~truth.crowd] - 1, rows[:, 6].astype(np.int64) - 1),
+            images=int(self._seen.sum()),
+            images_in_set=len(a),
+            ground_truth=int((~truth.crowd).sum()),
+            detections=len(rows),
+            dropped=int(self._dropped.sum()),
+            resampled=resampled,
+            of=of,
+            frequencies=frequencies,
+        )
+
+    def evaluated(self, of: Kind = "box") -> Evaluated:
+        """COCO's evaluation over the images shown so far, with what it was given. Raises as `compute`."""
+        truth, rows, drawn, shown = self._given(of)
+        return Evaluated(truth, rows, *backend()(truth, rows, drawn), self._order, shown)
+
+    def _given(self, of: Kind) -> tuple[Truth, Float, Masks | None, Int]:
+        """Ground truth, detections and their masks as evaluators take them; and which annotations are the truth's."""
+        a, (_, rows, _, runs) = self.annotations, self.arrays()
         drawn = masks = None
         if of == "mask":
             assert runs is not None, "the detector gives no masks"
@@ -228,47 +283,19 @@ class CocoEvaluator:
         rank[self._order] = np.arange(1, len(a) + 1)
         image = a.box_rows
         shown = self._seen[image]
-        image, labels, crowd = image[shown], a.labels[shown], a.crowd[shown]
-        detected = rows[:, 6].astype(np.int64)
         rows[:, 0] = rank[rows[:, 0].astype(np.int64)]
         rows[:, 6] += 1
         truth = Truth(
             images=np.sort(rank[self._seen]),
             classes=len(a.classes),
-            image=rank[image],
-            category=labels + 1,
+            image=rank[image[shown]],
+            category=a.labels[shown] + 1,
             boxes=a.boxes[shown],
             areas=a.areas[shown],
-            crowd=crowd,
+            crowd=a.crowd[shown],
             masks=None if masks is None else list(itertools.compress(masks, shown.tolist())),
         )
-        resampled = frequencies = None
-        if a.federation is not None:
-            seen = a.image_ids[self._order][self._seen[self._order]]
-            truth = truth._replace(lists=class_lists(a.federation, seen, a.classes.ids))
-            found, precision = lvis_scores(truth, rows, drawn, LIMITS[0])
-            more = found if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
-            values = {name: found.get(name, -1.0) for name in NAMES} | {"AP@1000": more.get("AP", -1.0)}
-            frequencies = {name: _defined(value) for name, value in values.items()}
-            stats, resample = np.array([found.get(name, -1.0) for name in STATISTICS]), False
-        else:
-            stats, precision, evaluation = backend()(truth, rows, drawn)
-        if resample and 0 < len(truth.images) <= MAX_IMAGES:
-            every = list(evaluation.params.areaRng[0])
-            matches = [match for match in evaluation.evalImgs if match is not None and list(match["aRng"]) == every]
-            resampled = resampled_ap(matches, truth.images.tolist())
-        return EvalResult(
-            stats={name: _defined(value) for name, value in zip(STATISTICS, stats, strict=True)},
-            per_class=self._per_class(precision, labels[~crowd], detected),
-            images=int(self._seen.sum()),
-            images_in_set=len(a),
-            ground_truth=int((~crowd).sum()),
-            detections=len(rows),
-            dropped=int(dropped.sum()),
-            resampled=resampled,
-            of=of,
-            frequencies=frequencies,
-        )
+        return truth, rows, drawn, np.flatnonzero(shown)
 
     def results_json(self, path: str | Path) -> None:
         """Writes the detections in COCO's results format, with the data set's own image and category ids.

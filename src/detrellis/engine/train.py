@@ -12,7 +12,7 @@ import gc
 import itertools
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from detrellis.engine.checkpoint import (
     save_run,
     save_weights,
 )
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
 from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, divergence_remedy
 from detrellis.engine.log import RunLog, Timer
@@ -59,10 +59,15 @@ SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
 
 
 def train(
-    job: TrainJob, world: World, resume: dict[str, Any] | None = None, console: Console | None = None
+    job: TrainJob,
+    world: World,
+    resume: dict[str, Any] | None = None,
+    console: Console | None = None,
+    report: Callable[[CocoEvaluator, Card], None] = lambda *_: None,
 ) -> TrainResult:
     """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state` gave.
 
+    `report` is called at the end with what the best weights detected, where this process evaluated them.
     The state is saved before the first step, after the steps of each epoch and now and then between, so that whatever
     ends the process leaves a run that can go on. An evaluation adds a few numbers, which the next state holds: a run
     that is killed before it is saved evaluates again, with the same result.
@@ -104,6 +109,8 @@ def train(
                 run.save()
     finished, position = state.finished(schedule), (state.epoch, state.step, state.seconds)
     number, early = None if finished else run.stopped, finished and state.epoch < epochs
+    if finished and run.best is not None and world.is_main_process:
+        report(*run.best)
     return TrainResult(job.out, *position, state.best, state.result, finished, number, early, state.transfer)
 
 
@@ -126,6 +133,7 @@ class TrainRun:
         self.saved_position: tuple[int, int] | None = None  # epochs and steps done in what is saved
         self.evaluated_step = None if job.card.stats is None else state.step  # step of the weights in `state.result`
         self.saved_at = time.monotonic()
+        self.best: tuple[CocoEvaluator, Card] | None = None  # what the best weights detected
         splits = {"train": job.train, "val": job.val}
         self.images = {split: packed_file_names(a) for split, a in splits.items() if a is not None}
         batch = batch_per_process(self.recipe, world)
@@ -265,10 +273,10 @@ class TrainRun:
             state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
             self.evaluated_step = state.step
         if state.result.ap is not None:
-            self._save_best(state.result.ap)
+            self._save_best(state.result.ap, evaluators[0])
         return after_nms[0] if last else None
 
-    def _save_best(self, ap: float) -> None:
+    def _save_best(self, ap: float, evaluator: CocoEvaluator) -> None:
         """Save the epoch's weights if they are the best, or among as many of the best as the recipe keeps."""
         state, count, card = self.state, self.recipe.schedule.keep_best, self._card(self.state.epoch + 1)
         if count and self.world.is_main_process:
@@ -277,7 +285,7 @@ class TrainRun:
         if state.best is None or ap > state.best:
             if self.world.is_main_process:
                 save_weights(self.job.out / BEST, state.detector.state_dict(), card)
-            state.best, state.since_best = ap, 0
+            state.best, state.since_best, self.best = ap, 0, (evaluator, card)
 
     def save_at_start(self, resume: Mapping[str, Any] | None) -> None:
         """Save before the first step: a full disk shows now, and whatever comes, there is a state to go on from. Of a

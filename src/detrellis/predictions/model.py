@@ -87,12 +87,12 @@ class Model:
     def detect(
         self,
         pictures: Iterable[InputPicture],
-        threshold: float,
+        threshold: float | Sequence[float],
         nms: float | None,
         batch_size: int,
         tta: bool | str = False,
     ) -> Generator[Prediction | UnreadablePicture]:
-        """The detections in each picture, or why it cannot be read, in order."""
+        """The detections in each picture from a score on, or from one by class index; or why it cannot be read."""
         data, postprocess = self.recipe.data, self.detector.postprocess
         views = read_views(tta, data, nms)
         ways = (View(eval_transform(data.size, **data.resizing())),) if views is None else views.views
@@ -148,14 +148,16 @@ class Model:
             return finish(self.detector(images), sizes)
 
     def _prediction(
-        self, picture: InputPicture, size: tuple[int, int], detections: Detections, threshold: float
+        self, picture: InputPicture, size: tuple[int, int], detections: Detections, threshold: float | Sequence[float]
     ) -> Prediction:
         height, width = size
         corner = torch.tensor([width, height, width, height])
         boxes = detections.boxes.cpu().float().clamp(min=0).minimum(corner)
         scores = detections.scores.cpu().float()
-        kept = scores >= threshold
-        labels = detections.labels.cpu()[kept].tolist()
+        least = torch.tensor(threshold)
+        every = detections.labels.cpu()
+        kept = scores >= (least[every] if least.ndim else least)
+        labels = every[kept].tolist()
         return Prediction(
             picture.path,
             size,

@@ -1,0 +1,1 @@
+"""What a run does wrong, and where: a record of an evaluation, and the page that shows it."""

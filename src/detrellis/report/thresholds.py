@@ -1,0 +1,38 @@
+"""The thresholds of `predict --threshold auto`: those of the report that stands beside the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from detrellis.data.classes import ClassMap
+from detrellis.engine.checkpoint import Card, metadata_of
+from detrellis.errors import UserError, command
+from detrellis.report.write import is_ours, report_names
+
+
+def class_thresholds(weights: str | Path, classes: ClassMap) -> tuple[float, ...]:
+    """The score from which on a class is detected, by class index: where F1 is highest on the validation split.
+
+    A class that the split does not hold takes that of all classes together. Raises `UserError` where there is no report
+    of these weights.
+    """
+    file = Path(weights)
+    if not is_ours(file):
+        raise UserError(f"{weights}: --threshold auto wants weights of a run", "Give a number: --threshold 0.4.")
+    numbers = file.parent / report_names("val")[1]
+    remedy = f"Make one: {command('eval', file)}"
+    try:
+        report = json.loads(numbers.read_text(encoding="utf-8"))
+        position = (report["epoch"], report["step"])
+        best = {row["name"]: row["best"]["threshold"] for row in report["diagnosis"]["classes"]}
+        of_all = report["diagnosis"]["best"]["threshold"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{numbers}: no report with thresholds", remedy) from None
+    card = Card.from_metadata(metadata_of(file), file)
+    if position != (card.epoch, card.step):
+        raise UserError(f"{numbers}: of epoch {position[0]}, and these weights are of epoch {card.epoch}", remedy)
+    if of_all is None:
+        raise UserError(f"{numbers}: no threshold, since nothing was detected", "Give a number: --threshold 0.3.")
+    known = (best.get(name) for name in classes.names)
+    return tuple(of_all if threshold is None else threshold for threshold in known)

@@ -1,0 +1,172 @@
+"""Making the report of an evaluation, and its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detrellis.data.annotations import Annotations
+from detrellis.engine.checkpoint import Card, metadata_of
+from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.console import duration
+from detrellis.engine.log import read_records
+from detrellis.errors import UserError, command
+from detrellis.outputs import Outputs
+from detrellis.predictions.model import Model
+from detrellis.report.diagnose import diagnose
+from detrellis.report.gallery import galleries
+from detrellis.report.page import page
+from detrellis.report.record import Epoch, Report
+
+logger = logging.getLogger(__name__)
+
+LOG = "metrics.jsonl"
+SMALL, LARGE = 32**2, 96**2  # areas between which COCO calls an object medium
+
+
+def report_names(split: str) -> tuple[str, str]:
+    """The files of a split's report: the page, and its numbers."""
+    stem = "report" if split == "val" else f"report-{split}"
+    return f"{stem}.html", f"{stem}.json"
+
+
+def write_report(
+    outputs: Outputs, evaluator: CocoEvaluator, result: EvalResult, card: Card, again: str, split: str
+) -> EvalResult:
+    """Write the page and the numbers of an evaluation into a folder; the result, which names the page.
+
+    Where there can be none, for LVIS and without hotcoco, that is said. Raises `UserError` where a file is in the way.
+    """
+    try:
+        found = diagnose(evaluator, result.of)
+    except UserError as error:
+        logger.warning("no report is written: %s", error)
+        return result
+    history = _history(outputs.folder / LOG)
+    shown = Report(
+        title=f"{card.recipe.name} on {split}: {outputs.folder.name}",
+        command=again,
+        result=result,
+        diagnosis=found.diagnosis,
+        epoch=card.epoch,
+        step=card.step,
+        facts={
+            "Data": _data(evaluator.annotations),
+            "Run": _run(card, outputs.folder),
+            "Costs": _costs(history),
+        },
+        recipe=card.recipe.model_dump_json(indent=1),
+        history=history,
+        galleries=galleries(found, evaluator.annotations),
+    )
+    html, numbers = report_names(split)
+    outputs.write(numbers, json.dumps(shown.to_dict(), indent=1))
+    return replace(result, report=str(outputs.write(html, page(shown))))
+
+
+def evaluation_command(run: str | Path, data: object, val: object, nms: object, split: str) -> str:
+    """What repeats an evaluation."""
+    given = {"--data": data, "--val": val, "--nms": nms, "--split": None if split == "val" else split}
+    return command("eval", run, *(word for pair in given.items() if pair[1] is not None for word in pair))
+
+
+def _history(log: Path) -> tuple[Epoch, ...]:
+    """The epochs of a run's log; none where there is no log."""
+    if not log.is_file():
+        return ()
+    return tuple(
+        Epoch(
+            number=record["epoch"],
+            loss=record.get("loss"),
+            ap=(record.get("eval") or {}).get("AP"),
+            seconds=(record.get("seconds") or {}).get("total"),
+        )
+        for record in read_records(log)
+        if record.get("kind") == "epoch"
+    )
+
+
+def _data(a: Annotations) -> Mapping[str, str]:
+    """The data set card of what was evaluated."""
+    areas = a.areas[~a.crowd]
+    small, large = int((areas < SMALL).sum()), int((areas >= LARGE).sum())
+    sizes = np.unique(a.sizes, axis=0) if len(a) else a.sizes
+    per_class = np.bincount(a.labels[~a.crowd], minlength=len(a.classes))
+    return {
+        "Annotations": str(a.source or a.root),
+        "Images": f"{len(a):,}, of {len(sizes)} sizes",
+        "Boxes": f"{len(areas):,}: {small:,} small, {len(areas) - small - large:,} medium, {large:,} large",
+        "Crowd regions": str(int(a.crowd.sum())),
+        "Images without a box": str(int((np.diff(a.starts) == 0).sum())),
+        "Classes": ", ".join(f"{name} ({n:,})" for name, n in zip(a.classes.names, per_class.tolist(), strict=True)),
+    }
+
+
+def _run(card: Card, folder: Path) -> Mapping[str, str]:
+    values: dict[str, Any] = {
+        "Folder": folder.absolute(),
+        "Recipe": card.recipe.name,
+        "Epoch": f"{card.epoch} of {card.recipe.schedule.epochs}, step {card.step:,}",
+        "Seed": card.seed,
+        "Started from": card.weights or card.backbone or "random weights",
+        "Version": card.version,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _costs(history: tuple[Epoch, ...]) -> Mapping[str, str]:
+    seconds = [epoch.seconds for epoch in history if epoch.seconds is not None]
+    if not seconds:
+        return {"Training": "no log stands beside the weights"}
+    total = duration(sum(seconds))
+    return {"Training": f"{len(seconds)} epochs in {total}", "An epoch": duration(sum(seconds) / len(seconds))}
+
+
+def report_outputs(weights: Path | None, asked: str | Path | None, split: str) -> Outputs | None:
+    """Where an evaluation's report goes: into the folder that was asked for, else beside the `weights` of a run.
+
+    Checked before any work: raises `UserError` where a file is in the way in a folder that was asked for. Beside the
+    weights it is said, and nothing is written, since nobody asked.
+    """
+    if asked is None and not is_ours(weights):
+        return None
+    outputs = Outputs(asked or Path(weights or "").parent, "--report")
+    try:
+        outputs.ready(report_names(split))
+    except UserError as error:
+        if asked is not None:
+            raise
+        logger.warning("no report is written: %s", error.message)
+        return None
+    return outputs
+
+
+def card_of(weights: Path | None, model: Model) -> Card:
+    """The card of weights of ours; of others what is known."""
+    if weights is None or not is_ours(weights):
+        return Card(model.recipe, model.classes, {})
+    return Card.from_metadata(metadata_of(weights), weights)
+
+
+def is_ours(weights: Path | None) -> bool:
+    """Whether it is a file of a run, and no export or somebody else's."""
+    return weights is not None and weights.suffix == ".safetensors"
+
+
+def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card) -> None:
+    """The report at the end of training, of its best weights; what prevents it is said, and stops nothing."""
+    try:
+        result = evaluator.compute(resample=True, of=evaluator.kind)
+        outputs = Outputs(folder)
+        outputs.ready(report_names("val"))
+        done = write_report(outputs, evaluator, result, card, command("eval", folder), "val")
+        if done.report is not None:
+            say(f"What goes wrong, and where: {done.report}")
+    except (UserError, OSError) as error:
+        say(f"No report is written: {error}")

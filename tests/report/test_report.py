@@ -1,0 +1,183 @@
+"""The error analysis, of detections whose errors are known; its page; and the thresholds that predicting takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detrellis import api
+from detrellis.data.annotations import Annotations
+from detrellis.data.classes import ClassMap
+from detrellis.engine.checkpoint import Card, load_whole, save_weights
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.errors import UserError
+from detrellis.outputs import Outputs
+from detrellis.recipes import find_recipe
+from detrellis.report.diagnose import diagnose, operating_point
+from detrellis.report.thresholds import class_thresholds
+from detrellis.report.write import write_report
+from detrellis.types import Detections
+from tests.small import small
+
+CLASSES = ClassMap((1, 3, 7), ("<script>alert(1)</script>", "a & b", "bird"))
+PER_IMAGE = 6
+
+
+def annotations(folder: Path, images: int = 20) -> Annotations:
+    """Boxes that do not touch, of classes in turn."""
+    rng = np.random.default_rng(0)
+    names = [f"<b>{number}.jpg" for number in range(images)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(folder / name)
+    count = images * PER_IMAGE
+    place = np.arange(count) % PER_IMAGE
+    boxes = np.stack([place % 3 * 30, place // 3 * 30, *rng.uniform(15, 25, (2, count))], axis=1)
+    return Annotations(
+        root=folder,
+        classes=CLASSES,
+        image_ids=np.arange(images) * 5,
+        file_names=np.array([name.encode() for name in names]),
+        sizes=np.tile([60, 90], (images, 1)),
+        starts=np.arange(images + 1) * PER_IMAGE,
+        boxes=boxes,
+        labels=np.arange(count) % 3,
+        crowd=np.zeros(count, dtype=np.bool_),
+        areas=boxes[:, 2] * boxes[:, 3],
+        ids=np.arange(count) + 1000,
+    )
+
+
+def detected(truth: Annotations, shown: Annotations) -> CocoEvaluator:
+    """A good detector's detections of `truth`, against what `shown` says: shaky boxes, weak false alarms beside."""
+    rng = np.random.default_rng(1)
+    evaluator = CocoEvaluator(shown)
+    for image in range(len(truth)):
+        rows = slice(truth.starts[image], truth.starts[image + 1])
+        corners = truth.boxes[rows] + rng.normal(0, 0.4, (PER_IMAGE, 4))
+        corners[:, 2:] += corners[:, :2]
+        boxes = torch.tensor(np.concatenate([corners, [[88, 58, 90, 60]]]))
+        scores = torch.tensor([*rng.uniform(0.6, 0.95, PER_IMAGE), 0.2])
+        labels = torch.tensor([*truth.labels[rows], 0])
+        evaluator.update([int(truth.image_ids[image])], [Detections(scores, labels, boxes)])
+    return evaluator
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[CocoEvaluator, set[int]]:
+    """An evaluation against annotations of which ten have a wrong label, and the ids of those."""
+    truth = annotations(tmp_path_factory.mktemp("pictures"))
+    wrong = np.random.default_rng(2).choice(len(truth.labels), 10, replace=False)
+    labels = truth.labels.copy()
+    labels[wrong] = (labels[wrong] + 1) % 3
+    return detected(truth, replace(truth, labels=labels)), set(truth.ids[wrong].tolist())
+
+
+def test_wrong_labels_are_listed(planted: tuple[CocoEvaluator, set[int]]) -> None:
+    evaluator, wrong = planted
+    found = diagnose(evaluator).diagnosis
+    suspected = [error for error in found.label_errors if error.kind == "wrong_label"]
+    listed = {error.annotation for error in suspected}
+    assert len(wrong & listed) >= 8
+    assert len(listed - wrong) <= 2
+    assert all(error.given != error.detected for error in suspected)
+
+
+def test_confusions_misses_and_false_alarms(tmp_path: Path) -> None:
+    truth = annotations(tmp_path)
+    labels = truth.labels.copy()
+    labels[4] = 0  # given as the first class, detected as the second
+    found = diagnose(detected(truth, replace(truth, labels=labels)))
+    d = found.diagnosis
+    matrix = np.array(d.matrix)
+    assert matrix[0, 1] == 1
+    assert np.trace(matrix) == len(labels) - 1
+    assert matrix[3].sum() == 0  # the weak false alarms lie below the threshold
+    assert 0.2 < (d.best.threshold or 0) < 0.95
+    assert found.missed.tolist() == [5]  # numbered from 1
+    assert d.tide_counts["Cls"] == 1
+
+
+def test_the_threshold_maximises_f1() -> None:
+    rng = np.random.default_rng(0)
+    scores = np.round(rng.uniform(size=200), 2) + 0.003  # with ties
+    right = rng.uniform(size=200) < scores
+    best, curve = operating_point(scores, right, boxes=130)
+
+    def f1(threshold: float) -> float:
+        taken = scores >= threshold
+        return float(2 * right[taken].sum() / (taken.sum() + 130))
+
+    assert best.threshold is not None
+    assert f1(best.threshold) == best.f1 == pytest.approx(max(map(f1, np.unique(scores))))
+    assert curve == pytest.approx([f1(n / 100) for n in range(101)], abs=1e-4)
+    assert operating_point(scores, right, boxes=0)[0].threshold is None
+
+
+class Reader(HTMLParser):
+    """Counts elements, and keeps what they link to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_stands_alone_and_escapes(planted: tuple[CocoEvaluator, set[int]], tmp_path: Path) -> None:
+    evaluator, _ = planted
+    card = Card(find_recipe("tiny"), CLASSES, {}, epoch=3, step=30)
+    result = write_report(Outputs(tmp_path), evaluator, evaluator.compute(), card, "detrellis eval '<run>'", "val")
+    assert result.report is not None
+    text = Path(result.report).read_text()
+    reader = Reader()
+    reader.feed(text)
+    assert "script" not in reader.tags
+    assert "b" not in reader.tags  # of the files' names
+    assert reader.links
+    assert all(link.startswith("data:image/jpeg;base64,") for link in reader.links)
+    assert "http" not in text.replace("http-equiv", "")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "detrellis eval &#x27;&lt;run&gt;&#x27;" in text
+    assert len(text) < 3e6
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert numbers["diagnosis"]["label_errors_found"] >= 8
+
+
+def test_predict_takes_the_stored_thresholds(shapes: Path, tmp_path: Path) -> None:
+    recipe = small("tiny", ["none"]).override(["data.size=64", "data.augment=detr"])
+    result = api.train(recipe, data=shapes, epochs=1, out=tmp_path / "run", workers=0, device="cpu")
+    assert (result.run / "report.html").exists()
+    weights, card = load_whole(result.run)
+    report = json.loads((result.run / "report.json").read_text())
+    assert (report["epoch"], report["step"]) == (card.epoch, card.step)
+    # Each class has its own: what is above it is kept.
+    least = {"disc": 0.0, "triangle": 1.0}
+    for row in report["diagnosis"]["classes"]:
+        row["best"]["threshold"] = least.get(row["name"], 1.0)
+    report["diagnosis"]["best"]["threshold"] = 0.5
+    (result.run / "report.json").write_text(json.dumps(report))
+    picture = next((shapes / "images" / "val").iterdir())
+    (found,) = api.predict(result.run, picture, threshold="auto", device="cpu")
+    (every,) = api.predict(result.run, picture, threshold=0, device="cpu")
+    assert "disc" in every.names
+    assert set(every.names) != {"disc"}
+    assert set(found.names) == {"disc"}
+    assert found.names.count("disc") == every.names.count("disc")
+    # Of other weights there are none.
+    other = tmp_path / "other.safetensors"
+    save_weights(other, weights, card)
+    with pytest.raises(UserError, match="no report"):
+        class_thresholds(other, card.classes)
+    save_weights(result.run / "other.safetensors", weights, replace(card, epoch=7))
+    with pytest.raises(UserError, match="epoch 7"):
+        class_thresholds(result.run / "other.safetensors", card.classes)
