@@ -54,7 +54,8 @@ def recipe_of(name: str, stack: str) -> Recipe:
     if stack.startswith(MASKS):
         return small(name, MASKED[name][stack]).override(["detector.masks={width: 32}", "loss.points=64"])
     own = name in OWN_BACKBONE and stack in ("own", "none")
-    return (with_own_backbone if own else small)(name, STACKS[stack])
+    recipe = (with_own_backbone if own else small)(name, STACKS[stack])
+    return recipe if recipe.detector.masks is None else recipe.override("loss.points=64")
 
 
 def can_carry(name: str, stack: str) -> bool:
