@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from detrellis.errors import UserError
@@ -19,6 +19,16 @@ FAMILIES: dict[str, Family] = {
     **mask2former_config.FAMILIES,
 }
 KINDS = (lwdetr.kind_of, dfine.kind_of, rtdetr.kind_of, mask2former_config.kind_of, detr.kind_of)
+
+# Written in another way, or told as a difference of no weight, by a family's `config_of`.
+SAME = {
+    "encoder.inner",
+    "queries.distinct",
+    "queries.empty_compete",
+    "queries.content",
+    "queries.patterns",
+    "queries.indicator",
+}
 
 
 def kind_of(config: Config) -> str:
@@ -46,12 +56,38 @@ def recipe_of(config: Config) -> Recipe:
 
 
 def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
-    """Their `config.json` for a recipe whose classes are called `names`."""
+    """Their `config.json` for a recipe whose classes are called `names`.
+
+    `UserError` for a detector with parts that their model does not have: what it says has to be read as the same one.
+    """
     kind = family_of(recipe.detector)
-    return FAMILIES[kind].config_of(recipe) | {
+    described = FAMILIES[kind].config_of(recipe)
+    theirs = FAMILIES[kind].recipe_of(described | {"model_type": kind})
+    for name, own, other in _unlike(recipe.detector, theirs.detector):
+        raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {other}")
+    if recipe.data.pad is not None:
+        raise UserError(
+            f"data.pad={recipe.data.pad} cannot be saved for transformers: this detector reads padding as a part of the "
+            "picture, and boxes are relative to both"
+        )
+    return described | {
         "architectures": [FAMILIES[kind].model],
         "model_type": kind,
         "id2label": {str(i): name for i, name in names.items()},
         "label2id": {name: i for i, name in names.items()},
         "dtype": "float32",
     }
+
+
+def _unlike(detector: DetectorConfig, theirs: DetectorConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that decide what the network computes, with two values; not those that two values may say the same of."""
+    for part in ("encoder", "queries", "cross_attention", "decoder", "masks"):
+        own, other = getattr(detector, part), getattr(theirs, part)
+        if own is None or other is None:
+            if own is not other:
+                yield part, own, other
+            continue
+        for field in type(own).model_fields:
+            name, values = f"{part}.{field}", (getattr(own, field), getattr(other, field, None))
+            if name not in SAME and values[0] != values[1]:
+                yield name, *values
