@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from detrellis.data.annotations import Annotations
-from detrellis.engine.checkpoint import Card, metadata_of
+from detrellis.engine.checkpoint import BEST_FOLDER, Card, metadata_of
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import duration
 from detrellis.engine.log import read_records
@@ -27,6 +27,7 @@ from detrellis.report.record import Epoch, Report
 logger = logging.getLogger(__name__)
 
 LOG = "metrics.jsonl"
+KEPT_IN = (BEST_FOLDER, "epochs")  # folders of a run that hold weights and nothing else
 SMALL, LARGE = 32**2, 96**2  # areas between which COCO calls an object medium
 
 
@@ -149,14 +150,14 @@ def report_outputs(weights: Path | None, asked: str | Path | None, split: str) -
 
 def card_of(weights: Path | None, model: Model) -> Card:
     """The card of weights of ours; of others what is known."""
-    if weights is None or not is_ours(weights):
+    if weights is None or weights.suffix != ".safetensors":
         return Card(model.recipe, model.classes, {})
     return Card.from_metadata(metadata_of(weights), weights)
 
 
 def is_ours(weights: Path | None) -> bool:
-    """Whether it is a file of a run, and no export or somebody else's."""
-    return weights is not None and weights.suffix == ".safetensors"
+    """Whether it is a file in a run's folder: no export, not somebody else's, and none of the epochs that were kept."""
+    return weights is not None and weights.suffix == ".safetensors" and weights.parent.name not in KEPT_IN
 
 
 def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card) -> None:
