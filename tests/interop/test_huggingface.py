@@ -15,9 +15,9 @@ from torch import Tensor
 from detrellis.data.classes import ClassMap
 from detrellis.errors import UserError
 from detrellis.interop.convert import save_huggingface
-from detrellis.interop.huggingface import recipe_of
+from detrellis.interop.huggingface import config_of, recipe_of
 from detrellis.interop.load import load_foreign
-from detrellis.recipes import Recipe
+from detrellis.recipes import Recipe, find_recipe
 from detrellis.recipes.network import build_detector
 from detrellis.types import ImageBatch
 
@@ -331,6 +331,23 @@ def test_detectors_that_transformers_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such model"):
         save_huggingface(tmp_path / "out", weights, recipe, ClassMap((0, 1), ("a", "b")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("deformable-detr-r50", "detector.decoder.cross_first=true", r"decoder\.cross_first=True, theirs is False"),
+        ("deformable-detr-r50-refine", "detector.decoder.relation=true", r"decoder\.relation"),
+        ("rtdetr-r18", "detector.decoder.cross_first=true", r"decoder\.cross_first"),
+        ("lwdetr-tiny", "detector.decoder.cross_first=true", r"decoder\.cross_first"),
+        ("deformable-detr-r50", "detector.masks={width: 64}", r"masks|no such model"),
+    ],
+)
+def test_parts_that_their_model_lacks_are_refused_by_name(name: str, change: str, said: str) -> None:
+    recipe = find_recipe(name)
+    assert config_of(recipe, {0: "a"})
+    with pytest.raises(UserError, match=said):
+        config_of(recipe.override(change), {0: "a"})
 
 
 def test_the_hub_is_asked_for_by_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

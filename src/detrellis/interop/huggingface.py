@@ -67,8 +67,8 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
         raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {other}")
     if recipe.data.pad is not None:
         raise UserError(
-            f"data.pad={recipe.data.pad} cannot be saved for transformers: this detector reads padding as a part of the "
-            "picture, and boxes are relative to both"
+            f"data.pad={recipe.data.pad} cannot be saved for transformers: this detector reads padding as a part "
+            "of the picture, and its boxes are relative to both"
         )
     return described | {
         "architectures": [FAMILIES[kind].model],

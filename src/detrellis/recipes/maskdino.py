@@ -2,7 +2,7 @@
 
 | deviation from the released code | why |
 | --- | --- |
-| proposals have class, box and mask heads of their own; the layers' there | as all two-stage detectors here; a checkpoint fills both |
+| proposals have heads of their own; those of the layers there | as all two-stage detectors here |
 | class and mask heads read queries that are normalised once | twice there, by the same norm: `decoder.double_norm` |
 | the smallest proposals are the finest level's | the coarsest's there: `queries.smallest_on` |
 | class heads start at probability 0.01, and tokens that propose nothing are ranked last | as in DINO here |
