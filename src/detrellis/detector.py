@@ -19,7 +19,7 @@ from detrellis.nn.queries import QuerySource
 from detrellis.postprocess import Postprocess
 from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
 
-SIDE = 64  # of an image that shows what follows what
+SIDE = 128  # pixels: no level of a pyramid is then a single one
 
 
 class Detector(nn.Module):
