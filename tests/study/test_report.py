@@ -136,7 +136,7 @@ def test_rows_of_equal_time_have_no_ap_in_the_same_time(tmp_path: Path) -> None:
     assert "AP in the same time" in report_tables(found)[1].columns
     assert any("for the same time" in text and "none 2, slow 2 epochs" in text for text in caveats(alike))
     assert not any("for the same time" in text for text in caveats(found))
-    assert "by the paces in plan.json" in page(alike, {})
+    assert "by the paces in plan.json" in page(alike, {}, tmp_path)
 
 
 def test_rows_with_baselines_of_their_own(tmp_path: Path) -> None:
@@ -312,7 +312,9 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_what_is_saved(tmp_path: Path) -> None:
     found = study(tmp_path, {"none": [[10, 20]], "align": [[10, 25]]}, {"none": 16, "align": 8})
+    (found.plan.trials()[1].folder(tmp_path) / "report.html").write_text("")
     save(found, tmp_path)
+    assert re.findall(r'href="([^"#]+)"', (tmp_path / "report.html").read_text()) == ["align/seed-0/report.html"]
     told = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in told["rows"]] == ["none", "align"]
     unknown = dict.fromkeys(("spread", "interval", "with_images"))

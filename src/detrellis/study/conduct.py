@@ -59,7 +59,7 @@ def to_dict(report: StudyReport) -> dict[str, Any]:
 def save(report: StudyReport, out: Path) -> None:
     """Write `OUT/report.json`, `OUT/report.html` and the figures."""
     drawn = figures(report)
-    texts = {"report.json": json.dumps(to_dict(report), indent=1), "report.html": page(report, drawn)}
+    texts = {"report.json": json.dumps(to_dict(report), indent=1), "report.html": page(report, drawn, out)}
     files: list[tuple[Path, Write]] = []
     for name, text in texts.items():
         files.append((out / name, partial(Path.write_text, data=text, encoding="utf-8")))

@@ -6,7 +6,9 @@ import io
 import re
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from detrellis.analysis.figures import INK, Figure
 from detrellis.engine.evaluate import NMS
@@ -17,9 +19,11 @@ from detrellis.study.words import caveats, minutes, recommend
 from detrellis.version import __version__
 from detrellis.webpage import bullets, document, facts, figure, table
 
+REPORT = "report.html"  # of a run: what it gets wrong
 
-def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]]) -> str:
-    """The report as a whole HTML page; `drawn` is what `figures` returned."""
+
+def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]], out: Path) -> str:
+    """The report as a whole HTML page in the folder `out` of the runs; `drawn` is what `figures` returned."""
     title = escape(report.plan.title)
     parts = [
         f"<h1>{title}</h1>",
@@ -28,7 +32,7 @@ def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]]) -> str:
         *(figure(svg(name, drawing, caption), caption) for name, (drawing, caption) in drawn.items()),
         f"<h2>What to keep in mind</h2>\n{bullets(map(escape, caveats(report)))}",
         f"<h2>What was run</h2>\n{_facts(report)}",
-        _rows(report),
+        _rows(report, out),
         *_missing(report),
         f"<h2>How the numbers are computed</h2>\n{bullets(map(escape, _definitions(report)))}",
         f'<p class="soft">Written by Detrellis {escape(__version__)}. As JSON: report.json.</p>',
@@ -73,8 +77,8 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return f"{device}, {threads} threads, {jobs} at a time, torch {torch}"
 
 
-def _rows(report: StudyReport) -> str:
-    """A section that lists how each row's recipe differs from its baseline's."""
+def _rows(report: StudyReport, out: Path) -> str:
+    """A section that lists how each row's recipe differs from its baseline's, with links to what its runs get wrong."""
     parts = []
     for row in report.plan.rows:
         base = report.plan.row(row.against or row.name)
@@ -84,9 +88,20 @@ def _rows(report: StudyReport) -> str:
         what = bullets(f"<code>{escape(text)}</code>" for text in differing) if differing else ""
         same = "" if differing else f"<p>The recipe {escape(row.recipe.name)}.</p>"
         against = "" if row.against is None else f" against {escape(row.against)}"
-        parts.append(f"<details><summary>{escape(row.name)}{against}</summary>{note}{same}{what}</details>")
+        inner = f"{note}{same}{what}{_links(report, row.name, out)}"
+        parts.append(f"<details><summary>{escape(row.name)}{against}</summary>{inner}</details>")
     where = '<p class="soft">Every recipe stands whole in plan.json.</p>'
     return "<h2>What the rows change</h2>\n" + "\n".join(parts) + where
+
+
+def _links(report: StudyReport, row: str, out: Path) -> str:
+    """Links to the reports of a row's runs, as far as they have one."""
+    found = []
+    for trial in report.plan.trials():
+        path = trial.folder(Path()) / REPORT
+        if trial.row == row and (out / path).is_file():
+            found.append(f'<a href="{escape(quote(path.as_posix()))}">seed {trial.seed}</a>')
+    return f"<p>What is wrong with it: {', '.join(found)}.</p>" if found else ""
 
 
 def _missing(report: StudyReport) -> list[str]:
