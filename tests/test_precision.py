@@ -13,7 +13,8 @@ from .small import CLASSES, images, small, targets, with_bitmaps
 @every_recipe
 def test_a_step_under_autocast(name: str) -> None:
     torch.manual_seed(0)
-    model = build(recipe_of(name, "own").override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]), CLASSES)
+    recipe = recipe_of(name, "own").override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"])
+    model = build(recipe, CLASSES)
     model.train()
     batch = images(((64, 96), (64, 80)))
     truth = with_bitmaps(targets((2, 3)), batch)
@@ -26,7 +27,9 @@ def test_a_step_under_autocast(name: str) -> None:
         totals.append(torch.stack(list(out.losses.values())).sum())
     totals[1].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    torch.testing.assert_close(totals[1], totals[0], rtol=0.1, atol=0)  # a rounding may rank or match differently
+    # A rounding may rank or match differently; of MS-DETR's pairs there are more or fewer then.
+    near = 0.1 if recipe.schemes.ms is None else 0.25
+    torch.testing.assert_close(totals[1], totals[0], rtol=near, atol=0)
 
 
 @torch.no_grad()

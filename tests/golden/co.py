@@ -91,7 +91,7 @@ def check_query_embed(a: Arrays) -> None:
             embed.feature[0].load_state_dict({"weight": a[f"{case}__W_feat"], "bias": a[f"{case}__b_feat"]})
             mark = a[f"{case}__head_embed_scalar"]
         nothing = torch.zeros(0, dtype=torch.int64)
-        queries = embed(Chosen(boxes, features, nothing, nothing, nothing, None), mark, 4)
+        queries = embed(Chosen(boxes, features, nothing, nothing, nothing, None, (0,) * len(boxes)), mark, 4)
         close(queries.content, a[f"{case}__query"], 1e-5, f"{case} contents")
         assert queries.boxes is not None
         close(queries.boxes, a[f"{case}__reference_points"], 1e-6, f"{case} references")

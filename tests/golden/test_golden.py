@@ -147,7 +147,7 @@ LARGE = {
         "large/vit_",
         "large/simple_pyramid",
     ),
-    *("segmentation/hf_mask2former_", "segmentation/group_mask2former_"),
+    *("segmentation/hf_mask2former_", "segmentation/group_mask2former_", "segmentation/maskdino_"),
 }
 
 

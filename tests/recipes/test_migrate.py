@@ -44,7 +44,21 @@ from ..small import images
 
 # Recipes and schemes that format 1 did not have.
 OTHERS = (*mask2former.RECIPES, *rtdetr.RECIPES, *dfine.RECIPES, *lwdetr.RECIPES)
-SINCE = ("ddq-dino-r50", "mask-dino-r50", "small", "dense", "rank", "federated", *OTHERS)
+RIVALS = ("ddq-dino-r50", "ms-deformable-detr-r50", "dac-deformable-detr-r50", "relation-dino-r50")
+LARGE = tuple(name for name in RECIPES if "-lsj" in name or "-lvis" in name)
+SINCE = (
+    "mask-dino-r50",
+    "small",
+    "dense",
+    "rank",
+    "federated",
+    "ms",
+    "dac",
+    "rank-h-deformable-detr-r50",
+    *RIVALS,
+    *LARGE,
+    *OTHERS,
+)
 OF_THE_STUDY = ["optim.lr=1e-3", "detector.queries.count=30"]
 # What recipes have changed since.
 THEN = {

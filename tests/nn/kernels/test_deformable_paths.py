@@ -33,6 +33,15 @@ TOKENS = sum(h * w for h, w in SHAPES)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_here() -> Iterator[None]:
+    """Nothing compiled yet, and none of the layouts counted that other tests of this process have compiled for."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deformable_cpu, "pieces", Pieces())
+        yield
+
+
 @pytest.fixture(params=["eager", "compiled"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """One of the CPU paths, forced; a failed compile fails the test."""
