@@ -1,7 +1,7 @@
 # docker build -t detrellis .                                        on a CPU
 # docker build -t detrellis --build-arg TORCH_BACKEND=cu128 .        on NVIDIA GPUs
 #
-# docker run --rm --gpus all --ipc=host -v "$PWD:/work" detrellis train small --data my_data
+# docker run --rm --gpus all --ipc=host -v "$PWD:/data" detrellis train small --data my_data
 #
 # --ipc=host gives loader workers the shared memory that they pass images through; without --gpus it trains on the CPU.
 FROM python:3.12-slim
@@ -22,6 +22,6 @@ RUN pip install --no-cache-dir uv \
 RUN useradd --create-home --uid 1000 detrellis
 ENV HOME=/home/detrellis
 USER detrellis
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["detrellis"]
 CMD ["--help"]
