@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from detrellis.study.tune import Candidate, Tuner
 
 MEANING = "Values of a field: LOW..HIGH, LOW..HIGH:log, or A,B,C; of the field schemes: rows as in compare. Repeat it."
-SHOWN_NAMES = 1  # parts of a field's name that head a column, from its end
 
 
 @grouped

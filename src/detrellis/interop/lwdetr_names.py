@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detrellis.interop.family import Weights
 from detrellis.interop.links import Pair
-from detrellis.interop.names import QKV, sampling
+from detrellis.interop.names import QKV, feed_forward, packed, sampling
 from detrellis.recipes.detector import DetectorConfig, ProjectorEncoderConfig, WindowViTConfig
 
 
@@ -56,15 +56,11 @@ def authors_table(detector: DetectorConfig) -> list[Pair]:
         Pair("queries.deltas", "refpoint_embed.weight"),
         *_proposals("transformer"),
         Pair("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
-        Pair("decoder.layers.*.self_attention.projections.weight", f"{layer}.self_attn.in_proj_weight"),
-        Pair("decoder.layers.*.self_attention.projections.bias", f"{layer}.self_attn.in_proj_bias"),
-        Pair("decoder.layers.*.self_attention.output", f"{layer}.self_attn.out_proj"),
+        *packed("decoder.layers.*.self_attention", f"{layer}.self_attn"),
         Pair("decoder.layers.*.norm_self", f"{layer}.norm1"),
         *sampling("decoder.layers.*.cross_attention", f"{layer}.cross_attn"),
         Pair("decoder.layers.*.norm_cross", f"{layer}.norm2"),
-        Pair("decoder.layers.*.feed_forward.inner", f"{layer}.linear1"),
-        Pair("decoder.layers.*.feed_forward.outer", f"{layer}.linear2"),
-        Pair("decoder.layers.*.feed_forward.norm", f"{layer}.norm3"),
+        *feed_forward("decoder.layers.*", layer, "norm3"),
         Pair("decoder.final_norm", "transformer.decoder.norm"),
         *_HEADS,
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detrellis.interop import swin
 from detrellis.interop.links import Pair
-from detrellis.interop.names import detectron2_resnet, huggingface_resnet, sampling
+from detrellis.interop.names import detectron2_resnet, feed_forward, huggingface_resnet, packed, sampling
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import RESNETS, BackboneConfig, DetectorConfig
 
@@ -80,7 +80,7 @@ def huggingface(detector: DetectorConfig) -> list[Pair]:
         Pair("queries.content", f"{module}.queries_features.weight"),
         Pair("queries.position", f"{module}.queries_embedder.weight"),
         Pair("decoder.level_embed", f"{module}.level_embed.weight"),
-        *_packed("decoder.layers.*.cross_attention", f"{decoder}.cross_attn"),
+        *packed("decoder.layers.*.cross_attention", f"{decoder}.cross_attn"),
         Pair("decoder.layers.*.norm_cross", f"{decoder}.cross_attn_layer_norm"),
         Pair("decoder.layers.*.self_attention.projections", f"{decoder}.self_attn.{{q,k,v}}_proj"),
         Pair("decoder.layers.*.self_attention.output", f"{decoder}.self_attn.out_proj"),
@@ -100,7 +100,7 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
     """The names of Mask2Former's own code."""
     pixel, head = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
     encoder = f"{pixel}.transformer.encoder.layers.*"
-    levels, names = detector.encoder.levels, {"inner": "linear1", "outer": "linear2"}
+    levels = detector.encoder.levels
     layers = {part: f"{head}.transformer_{part}_layers.*" for part in ("cross_attention", "self_attention", "ffn")}
     return [
         *(Pair(f"neck.projections.{i}.@", f"{pixel}.input_proj.{levels - 1 - i}.@") for i in range(levels)),
@@ -108,7 +108,7 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
         Pair("neck.level_embed", f"{pixel}.transformer.level_embed"),
         *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
         Pair("encoder.layers.*.norm", f"{encoder}.norm1"),
-        *_feed_forward("encoder.layers.*", encoder, {**names, "norm": "norm2"}),
+        *feed_forward("encoder.layers.*", encoder, "norm2"),
         Pair("masks.lateral.0", f"{pixel}.adapter_1"),
         Pair("masks.lateral.1", f"{pixel}.adapter_1.norm"),
         Pair("masks.smooth.0", f"{pixel}.layer_1"),
@@ -117,11 +117,11 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
         Pair("queries.content", f"{head}.query_feat.weight|{head}.static_query.weight"),
         Pair("queries.position", f"{head}.query_embed.weight"),
         Pair("decoder.level_embed", f"{head}.level_embed.weight"),
-        *_packed("decoder.layers.*.cross_attention", f"{layers['cross_attention']}.multihead_attn"),
+        *packed("decoder.layers.*.cross_attention", f"{layers['cross_attention']}.multihead_attn"),
         Pair("decoder.layers.*.norm_cross", f"{layers['cross_attention']}.norm"),
-        *_packed("decoder.layers.*.self_attention", f"{layers['self_attention']}.self_attn"),
+        *packed("decoder.layers.*.self_attention", f"{layers['self_attention']}.self_attn"),
         Pair("decoder.layers.*.norm_self", f"{layers['self_attention']}.norm"),
-        *_feed_forward("decoder.layers.*", layers["ffn"], {**names, "norm": "norm"}),
+        *feed_forward("decoder.layers.*", layers["ffn"], "norm"),
         Pair("decoder.final_norm", f"{head}.decoder_norm"),
         *(Pair(f"decoder.heads.embed.layers.{k}", f"{head}.mask_embed.layers.{k}") for k in range(3)),
         Pair("decoder.heads.classify", f"{head}.class_embed"),
@@ -129,14 +129,8 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
     ]
 
 
-def _packed(ours: str, theirs: str) -> list[Pair]:
-    kinds = ("weight", "bias")
-    joined = [Pair(f"{ours}.projections.{kind}", f"{theirs}.in_proj_{kind}") for kind in kinds]
-    return [*joined, Pair(f"{ours}.output", f"{theirs}.out_proj")]
-
-
 FC = {"inner": "fc1", "outer": "fc2", "norm": "final_layer_norm"}
 
 
-def _feed_forward(ours: str, theirs: str, names: Mapping[str, str] = FC) -> list[Pair]:
-    return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in names.items()]
+def _feed_forward(ours: str, theirs: str) -> list[Pair]:
+    return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in FC.items()]

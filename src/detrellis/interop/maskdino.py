@@ -15,7 +15,7 @@ from detrellis.interop.family import Loaded, Repository, Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.mask2former import backbone
 from detrellis.interop.mask2former_config import backbone_of, pattern_count
-from detrellis.interop.names import sampling
+from detrellis.interop.names import feed_forward, packed, sampling
 from detrellis.recipes.config import DataConfig, Recipe
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.maskdino import mask_dino_r50, maskdino_detector
@@ -69,8 +69,6 @@ def names(detector: DetectorConfig, prefix: str, *, finest_first: bool) -> list[
     pixel, head = f"{prefix}pixel_decoder", f"{prefix}predictor"
     encoder, decoder = f"{pixel}.transformer.encoder.layers.*", f"{head}.decoder.layers.*"
     maps = len(detector.backbone.strides)
-    norms = {"norm_cross": "norm1", "norm_self": "norm2", "feed_forward.norm": "norm3"}
-    hidden = {"inner": "linear1", "outer": "linear2"}
     of_boxes = f"{head}._bbox_embed.@|{head}.bbox_embed.*.@|{head}.decoder.bbox_embed.*.@"
     return [
         *(
@@ -81,8 +79,7 @@ def names(detector: DetectorConfig, prefix: str, *, finest_first: bool) -> list[
         Pair("neck.level_embed", f"{pixel}.transformer.level_embed"),
         *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
         Pair("encoder.layers.*.norm", f"{encoder}.norm1"),
-        Pair("encoder.layers.*.feed_forward.norm", f"{encoder}.norm2"),
-        *(Pair(f"encoder.layers.*.feed_forward.{ours}", f"{encoder}.{theirs}") for ours, theirs in hidden.items()),
+        *feed_forward("encoder.layers.*", encoder, "norm2"),
         Pair("masks.lateral.0", f"{pixel}.adapter_1"),
         Pair("masks.lateral.1", f"{pixel}.adapter_1.norm"),
         Pair("masks.smooth.0", f"{pixel}.layer_1"),
@@ -96,13 +93,10 @@ def names(detector: DetectorConfig, prefix: str, *, finest_first: bool) -> list[
         Pair("queries.head.move.@", of_boxes),
         Pair("queries.head.embed.@", f"{head}.mask_embed.@"),
         *sampling("decoder.layers.*.cross_attention", f"{decoder}.cross_attn"),
-        *(
-            Pair(f"decoder.layers.*.self_attention.projections.{kind}", f"{decoder}.self_attn.in_proj_{kind}")
-            for kind in ("weight", "bias")
-        ),
-        Pair("decoder.layers.*.self_attention.output", f"{decoder}.self_attn.out_proj"),
-        *(Pair(f"decoder.layers.*.{ours}", f"{decoder}.{theirs}") for ours, theirs in norms.items()),
-        *(Pair(f"decoder.layers.*.feed_forward.{ours}", f"{decoder}.{theirs}") for ours, theirs in hidden.items()),
+        Pair("decoder.layers.*.norm_cross", f"{decoder}.norm1"),
+        *packed("decoder.layers.*.self_attention", f"{decoder}.self_attn"),
+        Pair("decoder.layers.*.norm_self", f"{decoder}.norm2"),
+        *feed_forward("decoder.layers.*", decoder, "norm3"),
         Pair("decoder.final_norm", f"{head}.decoder_norm|{head}.decoder.norm"),
         Pair("decoder.position.mlp.@", f"{head}.decoder.ref_point_head.@"),
         Pair("decoder.heads.classes.0", f"{head}.class_embed"),

@@ -186,6 +186,18 @@ def sampling(ours: str, theirs: str) -> list[Pair]:
     ]
 
 
+def packed(ours: str, theirs: str) -> list[Pair]:
+    """Attention as torch's own module keeps it: queries, keys and values in one matrix."""
+    joined = [Pair(f"{ours}.projections.{kind}", f"{theirs}.in_proj_{kind}") for kind in ("weight", "bias")]
+    return [*joined, Pair(f"{ours}.output", f"{theirs}.out_proj")]
+
+
+def feed_forward(ours: str, theirs: str, norm: str) -> list[Pair]:
+    """The feed-forward part of a layer, which the reference codes call alike but for its norm."""
+    names = {"inner": "linear1", "outer": "linear2", "norm": norm}
+    return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in names.items()]
+
+
 def deformable_neck(maps: int, theirs: str) -> list[Pair]:
     """Our extra levels count on from the backbone's maps in theirs."""
     extra = [Pair(f"neck.extra.{i}.@", f"{theirs}.{maps + i}.@") for i in range(4)]

@@ -15,7 +15,7 @@ from detrellis.errors import UserError
 from detrellis.interop import rtdetr
 from detrellis.interop.family import Config, Loaded, Repository, Weights
 from detrellis.interop.links import Pair
-from detrellis.interop.names import sampling
+from detrellis.interop.names import feed_forward, packed, sampling
 from detrellis.interop.rtdetr import csp, normed
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
@@ -125,9 +125,9 @@ def shared_table(config: DetectorConfig) -> list[Pair]:
     """What D-FINE's code calls alike: all but the backbone, the fusions, and what follows attention."""
     layer, aifi = "decoder.decoder.layers.*", "encoder.encoder.0.layers.*"
     return [
-        *_packed("neck.layers.*.attention", f"{aifi}.self_attn"),
+        *packed("neck.layers.*.attention", f"{aifi}.self_attn"),
         Pair("neck.layers.*.norm", f"{aifi}.norm1"),
-        *_feed_forward("neck.layers.*.feed_forward", aifi, "norm2"),
+        *feed_forward("neck.layers.*", aifi, "norm2"),
         *normed("neck.projections.*", "encoder.input_proj.*"),
         *normed("neck.outputs.*", "decoder.input_proj.*"),
         *normed("neck.laterals.*", "encoder.lateral_convs.*"),
@@ -136,23 +136,13 @@ def shared_table(config: DetectorConfig) -> list[Pair]:
         Pair("queries.head.classify", "decoder.enc_score_head"),
         Pair("queries.head.move.@", "decoder.enc_bbox_head.@"),
         Pair("decoder.position.mlp.@", "decoder.query_pos_head.@"),
-        *_packed("decoder.layers.*.self_attention", f"{layer}.self_attn"),
+        *packed("decoder.layers.*.self_attention", f"{layer}.self_attn"),
         Pair("decoder.layers.*.norm_self", f"{layer}.norm1"),
         *sampling("decoder.layers.*.cross_attention", f"{layer}.cross_attn")[:2],
-        *_feed_forward("decoder.layers.*.feed_forward", layer, "norm3"),
+        *feed_forward("decoder.layers.*", layer, "norm3"),
         Pair("decoder.heads.classes.*", "decoder.dec_score_head.*"),
         *(Pair(f"decoder.heads.boxes.*.layers.{k}", f"decoder.dec_bbox_head.*.layers.{k}") for k in range(3)),
     ]
-
-
-def _packed(ours: str, theirs: str) -> list[Pair]:
-    joined = [Pair(f"{ours}.projections.{kind}", f"{theirs}.in_proj_{kind}") for kind in ("weight", "bias")]
-    return [*joined, Pair(f"{ours}.output", f"{theirs}.out_proj")]
-
-
-def _feed_forward(ours: str, theirs: str, norm: str) -> list[Pair]:
-    names = {"inner": "linear1", "outer": "linear2", "norm": norm}
-    return [Pair(f"{ours}.{own}", f"{theirs}.{other}") for own, other in names.items()]
 
 
 def _resnet_vd() -> list[Pair]:

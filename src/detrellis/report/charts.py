@@ -34,7 +34,7 @@ def line_chart(lines: Mapping[str, Line], x_name: str, y_name: str, top: float |
         x, y = low + wide * step / STEPS, tall * step / STEPS
         (across, base), (start, up) = place(x, 0), place(low, y)
         parts.append(f'<path d="M{start:.1f} {up:.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity=".15"/>')
-        parts.append(f'<text x="{start - 6:.1f}" y="{up + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{start - 6:.1f}" y="{up + 4:.1f}" text-anchor="end">{_mark(y)}</text>')
         parts.append(f'<text x="{across:.1f}" y="{base + 16:.1f}" text-anchor="middle">{x:.3g}</text>')
     for number, line in enumerate(lines.values()):
         path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in line if math.isfinite(y))
@@ -44,6 +44,11 @@ def line_chart(lines: Mapping[str, Line], x_name: str, y_name: str, top: float |
     alt = f"{y_name} by {x_name}"
     svg = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" '
     return f'{svg}fill="currentColor">{"".join(parts)}</svg>{_legend(lines)}'
+
+
+def _mark(value: float) -> str:
+    """A value as short as its place beside the axis is narrow."""
+    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
 def _legend(lines: Mapping[str, Line]) -> str:

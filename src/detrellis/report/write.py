@@ -169,5 +169,6 @@ def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvalu
         done = write_report(outputs, evaluator, result, card, command("eval", folder), "val")
         if done.report is not None:
             say(f"What goes wrong, and where: {done.report}")
-    except (UserError, OSError) as error:
-        say(f"No report is written: {error}")
+    except Exception as error:  # whatever it is: the run is trained and saved
+        logger.debug("no report", exc_info=True)
+        say(f"No report is written: {type(error).__name__}: {error}")

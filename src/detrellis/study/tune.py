@@ -143,6 +143,7 @@ class Tuner:
         """Write `OUT/tune.json`."""
         content = self.search.settings() | {"command": self.search.command}
         content["trials"] = [candidate.to_dict() for candidate in self.candidates]
+        self.out.mkdir(parents=True, exist_ok=True)
         replace_text(self.out / RESULT, json.dumps(content, indent=1))
 
     def importances(self) -> dict[str, float]:
@@ -250,7 +251,6 @@ def read_search(out: Path, search: Search) -> list[dict[str, Any]]:
     path = out / RESULT
     if not path.exists():
         Outputs(out).alone()
-        out.mkdir(parents=True, exist_ok=True)
         return []
     stored = read_object(path, again="Take another --out")
     now = json.loads(json.dumps(search.settings()))
