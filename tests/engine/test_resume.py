@@ -94,6 +94,7 @@ def test_a_stopped_run_continues_bit_for_bit(
         stopped = run(shapes, out)
     assert not stopped.finished
     assert stopped.steps == step
+    assert not (out / "report.html").exists()  # of a finished run
     torch.manual_seed(12345)  # whatever the new process drew before
     torch.rand(7)
     resumed = detrellis.resume(out, workers=1)

@@ -120,6 +120,11 @@ def test_the_threshold_maximises_f1() -> None:
     assert operating_point(scores, right, boxes=0)[0].threshold is None
 
 
+def test_the_threshold_is_halfway_to_what_is_left_out() -> None:
+    scores, right = np.array([0.9, 0.5, 0.1]), np.array([True, True, False])
+    assert operating_point(scores, right, boxes=2)[0].threshold == pytest.approx(0.3)
+
+
 class Reader(HTMLParser):
     """Counts elements, and keeps what they link to."""
 

@@ -123,8 +123,7 @@ class Tuner:
         """Tell optuna what the trial scored."""
         candidate = self._of(outcome)
         candidate.read()
-        if outcome.state != "stopped":
-            self._tell(candidate)
+        self._tell(candidate)
         self.save()
 
     def hopeless(self, outcome: TrialOutcome) -> bool:

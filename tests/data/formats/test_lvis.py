@@ -69,6 +69,20 @@ def test_a_perfect_detector_and_classes_that_nobody_looked_for(tmp_path: Path) -
         assert "LVIS" in str(result.table().title)
 
 
+def test_what_is_behind_300_others_counts_at_1000(tmp_path: Path) -> None:
+    annotations = to_annotations(resolve(lvis(tmp_path).write()).load("train"))
+    x, y, w, h = annotations.boxes[0].tolist()
+    boxes = torch.tensor([*[[0.0, 0.0, 1.0, 1.0]] * 300, [x, y, x + w, y + h]])
+    evaluator = CocoEvaluator(annotations, top_k=1000)
+    others, own = 1, int(annotations.labels[0])  # 300 of one class is what LVIS looks at in any case
+    scores, labels = torch.linspace(1, 0.5, 301), torch.tensor([*[others] * 300, own])
+    evaluator.update([int(annotations.image_ids[0])], [Detections(scores, labels, boxes)])
+    result = evaluator.compute()
+    assert result.frequencies is not None
+    assert result.ap == 0
+    assert (result.frequencies["AP@1000"] or 0) > 0
+
+
 def test_no_detection_at_all(tmp_path: Path) -> None:
     annotations = to_annotations(resolve(lvis(tmp_path).write()).load("train"))
     evaluator = CocoEvaluator(annotations)
