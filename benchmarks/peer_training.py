@@ -32,7 +32,7 @@ from detrellis.engine.samples import training_dataset
 from detrellis.nn.backbone import TimmBackbone
 from detrellis.postprocess import Postprocess
 from detrellis.recipes import find_recipe
-from detrellis.recipes.network import pretrained_source, starting_from
+from detrellis.recipes.build_backbone import pretrained_source, starting_from
 from detrellis.types import DecoderOutput
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -67,7 +67,7 @@ from detrellis.predictions.record import OnError, Predictions, collect_predictio
 from detrellis.predictions.record import Prediction as Prediction
 from detrellis.predictions.save import PredictionFolder
 from detrellis.recipes import Recipe, choose_recipe
-from detrellis.recipes.network import starting_from
+from detrellis.recipes.build_backbone import starting_from
 from detrellis.report import write as reporting
 from detrellis.report.thresholds import class_thresholds
 

@@ -20,7 +20,7 @@ from detrellis.engine.outcome import TrainResult
 from detrellis.errors import UserError, command
 from detrellis.outputs import Outputs, jpeg
 from detrellis.recipes import Recipe, find_recipe
-from detrellis.recipes.network import starting_from
+from detrellis.recipes.build_backbone import starting_from
 from detrellis.terminal import Terminal
 from detrellis.visualize import contact_sheet, draw_detections
 

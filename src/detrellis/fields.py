@@ -69,6 +69,8 @@ Positive = Annotated[float, within(0, 1e6, above=True)]
 ZeroToOne = Annotated[float, within(0, 1)]
 ZeroToBelowOne = Annotated[float, within(0, 1, below=True)]  # of something that must not be lost altogether
 Weight = Annotated[float, within(0, 1e6)]
+Width = Annotated[int, within(4, 8192)]  # channels
+Strides = Annotated[tuple[Count, ...], Ascending, Some]
 Key = Annotated[str, StringConstraints(min_length=1)]
 
 # What pydantic calls what does not fit, in the words of who wrote it.

@@ -14,8 +14,9 @@ from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, 
 from detrellis.interop.mask2former import as_convolutions, as_linear, huggingface, turned
 from detrellis.mask_points import Draw, MaskCost, Points, Sampling
 from detrellis.nn.masks import MaskBranch, level_map
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.build import build_supervision
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.mask2former import mask2former_detector, mask2former_r50
 from detrellis.recipes.network import build_detector, build_neck
 from detrellis.schemes.base import Step

@@ -13,8 +13,9 @@ from detrellis.interop.maskdino import names, sizes, turned
 from detrellis.mask_points import Points, Sampling
 from detrellis.matching import Hungarian
 from detrellis.nn.masks import MaskBranch, level_map
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.build import build_supervision
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.maskdino import mask_dino_r50, maskdino_detector
 from detrellis.recipes.network import build_detector, build_neck
 from detrellis.recipes.overrides import merged

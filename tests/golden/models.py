@@ -15,8 +15,9 @@ from detrellis.interop.names import huggingface
 from detrellis.interop.reference import table
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.proposals import select
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig, MixedQueriesConfig, ProposalQueriesConfig
+from detrellis.recipes.detector import DetectorConfig, MixedQueriesConfig, ProposalQueriesConfig
 from detrellis.recipes.dino import dino_detector
 from detrellis.recipes.network import build_decoder, build_detector, build_encoder, build_neck, build_queries
 from detrellis.schemes.base import Step

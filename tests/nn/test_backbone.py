@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from detrellis.errors import UserError
-from detrellis.recipes.detector import BackboneConfig
-from detrellis.recipes.network import build_backbone
+from detrellis.recipes.backbones import BackboneConfig
+from detrellis.recipes.build_backbone import build_backbone
 
 
 def config(name: str = "resnet18", **options: object) -> BackboneConfig:

@@ -21,8 +21,8 @@ from detrellis.errors import UserError
 from detrellis.nn import pretrained
 from detrellis.nn.pretrained import IMAGENET, INCEPTION, PACKAGES, Package, find_source, fitted, in_order, read_tensors
 from detrellis.recipes import find_recipe
-from detrellis.recipes.detector import BackboneConfig
-from detrellis.recipes.network import build_backbone, starting_from
+from detrellis.recipes.backbones import BackboneConfig
+from detrellis.recipes.build_backbone import build_backbone, starting_from
 from detrellis.recipes.refuse import refuse
 
 TENSORS = {"tf_efficientnet_lite0": 296, "tf_efficientnet_lite1": 386, "tf_efficientnet_lite2": 386}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from detrellis.recipes import find_recipe
+from detrellis.recipes.backbones import WindowViTConfig
 from detrellis.recipes.build import build
-from detrellis.recipes.detector import WindowViTConfig
 
 # Of the detector for 91 classes in transformers, and published in millions, with the 13 groups of training.
 COUNTS = {

@@ -31,8 +31,8 @@ from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
 from detrellis.nn.pretrained import timm_statistics
 from detrellis.recipes import RECIPES, dfine, find_recipe, lwdetr, mask2former, rtdetr
+from detrellis.recipes.backbones import RESNETS
 from detrellis.recipes.build import build
-from detrellis.recipes.detector import RESNETS
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
 from detrellis.recipes.scale import tiny_sized
 from detrellis.schemes.config import SchemesConfig

@@ -21,11 +21,12 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.interop.names import huggingface, modern, on_disk, tied_heads
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import deformable_detr_r50, deformable_detr_r50_two_stage
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.overrides import merged
 

@@ -14,8 +14,9 @@ from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.names import QKV
 from detrellis.interop.rtdetr import csp, hybrid_levels, normed
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.dfine import dfine_l
 from detrellis.recipes.overrides import merged
 

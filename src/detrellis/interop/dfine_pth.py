@@ -10,8 +10,9 @@ from detrellis.interop.family import Config, Loaded, Repository, Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.rtdetr import csp, normed
 from detrellis.interop.rtdetr_pth import class_count, count, points, shared_table
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.dfine import dfine_l
 from detrellis.recipes.overrides import merged
 

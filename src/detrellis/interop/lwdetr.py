@@ -23,8 +23,10 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop import lwdetr_names
 from detrellis.interop.family import Config, Family, Loaded, Weights
+from detrellis.recipes.backbones import WindowViTConfig
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import DetectorConfig, ProjectorEncoderConfig, WindowViTConfig
+from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.encoders import ProjectorEncoderConfig
 from detrellis.recipes.lwdetr import lwdetr_tiny, rfdetr_nano
 from detrellis.recipes.overrides import merged
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from detrellis.interop.family import Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.names import QKV, feed_forward, packed, sampling
-from detrellis.recipes.detector import DetectorConfig, ProjectorEncoderConfig, WindowViTConfig
+from detrellis.recipes.backbones import WindowViTConfig
+from detrellis.recipes.detector import DetectorConfig
+from detrellis.recipes.encoders import ProjectorEncoderConfig
 
 
 def table(detector: DetectorConfig) -> list[Pair]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from detrellis.interop import swin
 from detrellis.interop.links import Pair
 from detrellis.interop.names import detectron2_resnet, feed_forward, huggingface_resnet, packed, sampling
+from detrellis.recipes.backbones import RESNETS, BackboneConfig
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import RESNETS, BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 
 # 1x1 convolutions of theirs that are linear layers of ours.
 _LINEAR = re.compile(r"(transformer_module\.input_projections|predictor\.input_proj)\.\d+\.weight$")

@@ -17,6 +17,7 @@ from detrellis.errors import UserError
 from detrellis.interop.family import Loaded, Repository
 from detrellis.interop.links import Pair
 from detrellis.interop.names import deformable_neck, detectron2_resnet, sampling, torchvision
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.dab import dab_deformable_detr_r50, dab_detr_r50, dn_deformable_detr_r50, dn_detr_r50
@@ -25,7 +26,7 @@ from detrellis.recipes.deformable import (
     deformable_detr_r50_two_stage,
     deformable_detr_r50_two_stage_plus,
 )
-from detrellis.recipes.detector import BackboneConfig, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.detr import detr_r50
 from detrellis.recipes.dino import dino_r50
 from detrellis.recipes.overrides import merged

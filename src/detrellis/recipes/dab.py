@@ -6,14 +6,8 @@ from typing import Literal
 
 from detrellis.recipes.conditional import conditional_detector
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import (
-    AnchorQueriesConfig,
-    DecoderConfig,
-    DeformableAttentionConfig,
-    DeformableEncoderConfig,
-    DenseEncoderConfig,
-    DetectorConfig,
-)
+from detrellis.recipes.detector import AnchorQueriesConfig, DecoderConfig, DeformableAttentionConfig, DetectorConfig
+from detrellis.recipes.encoders import DeformableEncoderConfig, DenseEncoderConfig
 from detrellis.schemes.config import DNConfig, SchemesConfig
 
 # The settings that DAB-DETR and its descendants share.

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import (
-    BackboneConfig,
-    DecoderConfig,
-    DeformableEncoderConfig,
-    DetectorConfig,
-    MixedQueriesConfig,
-    ProposalQueriesConfig,
-)
+from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MixedQueriesConfig, ProposalQueriesConfig
+from detrellis.recipes.encoders import DeformableEncoderConfig
 
 SWIN_L = "swin_large_patch4_window12_384.ms_in22k"
 OPTIM = OptimConfig(lr=2e-4, scaled={"backbone": 0.1, "sampling_offsets": 0.1}, batch_size=16)

@@ -11,157 +11,23 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from detrellis.fields import (
-    Ascending,
     Config,
     Count,
-    CountOrNone,
     Few,
-    Key,
     Points,
     Positive,
-    Some,
+    Width,
     ZeroToBelowOne,
     ZeroToOne,
     within,
 )
+from detrellis.recipes.backbones import AnyBackboneConfig, BackboneConfig
+from detrellis.recipes.encoders import DeformableEncoderConfig, EncoderConfig
 
-Width = Annotated[int, within(4, 8192)]
-Levels = Annotated[int, within(1, 8)]
 Overlap = Annotated[float, within(0, 1, below=True)]  # an IoU
 QueryCount = Annotated[int, within(1, 100_000)]
-Strides = Annotated[tuple[Count, ...], Ascending, Some]
 ProposalTargets = Literal["objectness", "classes"]
 MASK_STRIDE = 4  # of the map that masks are read from
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's
-VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")  # RT-DETR's; every other backbone is timm's
-
-
-class BackboneConfig(Config):
-    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`, ...), or any timm
-    model with feature maps."""
-
-    kind: Literal["hierarchical"] = "hierarchical"
-    name: str = "resnet50"
-    pretrained: bool = True
-    weights: Key | None = None  # local file of pretrained weights; None: an installed package, or the hub
-    # auto: frozen with pretrained weights, trained without; frozen freezes a ResNet's stem and first stage too,
-    # frozen_norm the norms alone
-    norm: Literal["auto", "frozen", "frozen_norm", "batch"] = "auto"
-    dilation: bool = False  # DC5
-    drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it
-    strides: Strides = (8, 16, 32)
-    # stages, with the stem (or "stem" alone), that training leaves as they are, BatchNorm's statistics too; 0: what
-    # `norm` freezes
-    frozen: Annotated[int, within(0, 99)] | Literal["all", "stem"] = 0
-
-    @property
-    def normalisation(self) -> Literal["frozen", "frozen_norm", "batch"]:
-        """`norm` with "auto" decided."""
-        return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
-
-    def untrained(self) -> BackboneConfig:
-        """The same network without pretrained weights."""
-        return self.model_copy(update={"pretrained": False, "weights": None, "norm": self.normalisation})
-
-
-class WindowViTConfig(Config):
-    """A plain ViT, whose maps have one stride, with attention within windows in some blocks (LW-DETR, RF-DETR)."""
-
-    dilation: ClassVar[bool] = False
-    kind: Literal["window_vit"] = "window_vit"
-    pretrained: bool = True
-    weights: Key | None = None  # local file of pretrained weights; None: those of
-    timm: Key | None = None  # timm's model of this name; None: no host has any
-    style: Literal["cae", "dinov2"] = "cae"  # LW-DETR's; dinov2: with class tokens and a norm of each map (RF-DETR)
-    width: Annotated[int, within(4, 8192)] = 192
-    heads: Few = 12
-    patch: Annotated[int, within(1, 256)] = 16
-    grid: Annotated[int, within(1, 1024)] = 14  # patches along a side of the table of positions, which is resized
-    windows: Annotated[int, within(1, 32)] = 4  # along each side of the image
-    windowed: Annotated[tuple[CountOrNone, ...], Ascending] = (0, 2, 4)  # blocks within windows, counted from 0
-    taps: Annotated[tuple[Few, ...], Ascending, Some] = (2, 4, 6)  # after how many blocks a map is read off
-    drop_path: ZeroToBelowOne = 0.0
-    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Of the maps, in pixels: the patch."""
-        return (self.patch,)
-
-    def untrained(self) -> WindowViTConfig:
-        """The same network without pretrained weights."""
-        return self.model_copy(update={"pretrained": False, "weights": None})
-
-
-class DeformableEncoderConfig(Config):
-    """Deformable attention over several levels, of which the neck makes the coarser ones (Deformable DETR)."""
-
-    kind: Literal["deformable"] = "deformable"
-    layers: Few = 6
-    heads: Few = 8
-    hidden: Count = 1024  # of the feed-forward blocks
-    levels: Levels = 4
-    points: Few = 4  # that each head samples on each level
-    fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
-    width: Width | None = None  # of the memory, which a masked decoder projects to its own; None: detector.width
-
-
-class DenseEncoderConfig(Config):
-    """Dense attention over one map (DETR)."""
-
-    levels: ClassVar[int] = 1
-    width: ClassVar[None] = None
-    kind: Literal["dense"] = "dense"
-    layers: Few = 6
-    heads: Few = 8
-    hidden: Count = 1024
-    neck_norm: bool = False  # GroupNorm after the projection of the map
-    position_scale: bool = False  # positions times an MLP of the content (DAB-DETR)
-
-
-class IntraScaleEncoderConfig(Config):
-    """Dense attention within each of several levels, and in the middle layer over all together (SMCA-DETR)."""
-
-    width: ClassVar[None] = None
-    kind: Literal["intra_scale"] = "intra_scale"
-    layers: Few = 6
-    heads: Few = 8
-    hidden: Count = 1024
-    levels: Levels = 4
-    position_scale: bool = False
-
-
-class HybridEncoderConfig(Config):
-    """Attention within the coarsest map, then fusion across levels by convolutions (RT-DETR)."""
-
-    width: ClassVar[None] = None
-    kind: Literal["hybrid"] = "hybrid"
-    layers: Few = 1  # of attention
-    heads: Few = 8
-    hidden: Count = 1024
-    levels: Levels = 3
-    inner: Width | None = None  # channels of its maps; None: detector.width
-    fuse_by: Literal["csp", "elan"] = "csp"  # two levels; elan: D-FINE's, with two CSP layers in a row
-    blocks: Few = 3  # RepVGG's, in each CSP layer
-    expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps; of elan, in halves
-
-
-class ProjectorEncoderConfig(Config):
-    """No layers: a plain backbone's maps, resampled to the levels and mixed by a C2f block each (LW-DETR)."""
-
-    width: ClassVar[None] = None
-    layers: ClassVar[int] = 0
-    heads: ClassVar[int] = 1
-    kind: Literal["projector"] = "projector"
-    strides: Strides = (16,)  # of the levels, finest first: half, once or twice that of the maps
-    blocks: Few = 3  # bottlenecks of a C2f block
-    norm: Literal["batch", "layer"] = "batch"
-    eps: Annotated[float, within(0, 0.1, above=True)] = 1e-6  # of norm=layer
-
-    @property
-    def levels(self) -> int:
-        """How many there are."""
-        return len(self.strides)
 
 
 class DeformableAttentionConfig(Config):
@@ -277,14 +143,6 @@ class MixedQueriesConfig(Config):
     smallest_on: Literal["finest", "coarsest"] = "finest"  # the level of the smallest proposals; coarsest: Mask DINO's
 
 
-AnyBackboneConfig = BackboneConfig | WindowViTConfig
-EncoderConfig = (
-    DeformableEncoderConfig
-    | DenseEncoderConfig
-    | IntraScaleEncoderConfig
-    | HybridEncoderConfig
-    | ProjectorEncoderConfig
-)
 CrossAttentionConfig = (
     DeformableAttentionConfig
     | DenseAttentionConfig

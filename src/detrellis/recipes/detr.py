@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import (
-    BackboneConfig,
-    DecoderConfig,
-    DenseAttentionConfig,
-    DenseEncoderConfig,
-    DetectorConfig,
-    LearnedQueriesConfig,
-)
+from detrellis.recipes.detector import DecoderConfig, DenseAttentionConfig, DetectorConfig, LearnedQueriesConfig
+from detrellis.recipes.encoders import DenseEncoderConfig
 
 
 def single_scale_detector(*, dilation: bool = False) -> DetectorConfig:

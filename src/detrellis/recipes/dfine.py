@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.detector import (
-    BackboneConfig,
     DecoderConfig,
     DeformableAttentionConfig,
     DetectorConfig,
     DistributionsConfig,
-    HybridEncoderConfig,
     MixedQueriesConfig,
 )
+from detrellis.recipes.encoders import HybridEncoderConfig
 from detrellis.recipes.rtdetr import DATA
 from detrellis.schemes.config import CDNConfig, SchemesConfig
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.deformable import SWIN_L
-from detrellis.recipes.detector import (
-    BackboneConfig,
-    DecoderConfig,
-    DeformableEncoderConfig,
-    DetectorConfig,
-    MixedQueriesConfig,
-)
+from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MixedQueriesConfig
+from detrellis.recipes.encoders import DeformableEncoderConfig
 from detrellis.recipes.scale import small_sized, tiny_sized
 from detrellis.schemes.config import CDNConfig, SchemesConfig
 

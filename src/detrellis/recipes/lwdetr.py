@@ -5,15 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from detrellis.recipes.backbones import WindowViTConfig
 from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import (
-    DecoderConfig,
-    DeformableAttentionConfig,
-    DetectorConfig,
-    MixedQueriesConfig,
-    ProjectorEncoderConfig,
-    WindowViTConfig,
-)
+from detrellis.recipes.detector import DecoderConfig, DeformableAttentionConfig, DetectorConfig, MixedQueriesConfig
+from detrellis.recipes.encoders import ProjectorEncoderConfig
 from detrellis.schemes.config import GroupConfig, SchemesConfig
 
 DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"

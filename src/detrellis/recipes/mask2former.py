@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.detector import (
-    BackboneConfig,
     DecoderConfig,
-    DeformableEncoderConfig,
     DetectorConfig,
     LearnedQueriesConfig,
     MaskedAttentionConfig,
     MasksConfig,
 )
+from detrellis.recipes.encoders import DeformableEncoderConfig
 from detrellis.schemes.config import GroupConfig, SchemesConfig
 
 SWINS = {

@@ -12,15 +12,10 @@
 
 from __future__ import annotations
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import (
-    BackboneConfig,
-    DecoderConfig,
-    DeformableEncoderConfig,
-    DetectorConfig,
-    MasksConfig,
-    MixedQueriesConfig,
-)
+from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MasksConfig, MixedQueriesConfig
+from detrellis.recipes.encoders import DeformableEncoderConfig
 from detrellis.recipes.mask2former import DROPS
 from detrellis.schemes.config import DNConfig, SchemesConfig
 

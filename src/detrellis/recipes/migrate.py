@@ -11,8 +11,9 @@ from copy import deepcopy
 from typing import Any
 
 from detrellis.fields import configs_of, kind_of
+from detrellis.recipes.backbones import RESNETS
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.detector import RESNETS, DetectorConfig
+from detrellis.recipes.detector import DetectorConfig
 
 FORMAT = 5  # of stored recipes
 

@@ -14,15 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import (
-    BackboneConfig,
-    DecoderConfig,
-    DeformableAttentionConfig,
-    DetectorConfig,
-    HybridEncoderConfig,
-    MixedQueriesConfig,
-)
+from detrellis.recipes.detector import DecoderConfig, DeformableAttentionConfig, DetectorConfig, MixedQueriesConfig
+from detrellis.recipes.encoders import HybridEncoderConfig
 from detrellis.recipes.scale import small_sized
 from detrellis.schemes.config import CDNConfig, SchemesConfig
 

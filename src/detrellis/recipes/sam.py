@@ -13,13 +13,12 @@ from detrellis.recipes.dab import with_indicator
 from detrellis.recipes.detector import (
     AnchorQueriesConfig,
     DecoderConfig,
-    DeformableEncoderConfig,
     DenseAttentionConfig,
     DetectorConfig,
-    IntraScaleEncoderConfig,
     SemanticAttentionConfig,
 )
 from detrellis.recipes.detr import single_scale_detector
+from detrellis.recipes.encoders import DeformableEncoderConfig, IntraScaleEncoderConfig
 from detrellis.schemes.config import DNConfig, SchemesConfig
 
 

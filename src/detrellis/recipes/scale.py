@@ -3,15 +3,10 @@ each."""
 
 from __future__ import annotations
 
+from detrellis.recipes.backbones import VD_RESNETS, BackboneConfig, WindowViTConfig
 from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
-from detrellis.recipes.detector import (
-    VD_RESNETS,
-    BackboneConfig,
-    CrossAttentionConfig,
-    DetectorConfig,
-    EncoderConfig,
-    WindowViTConfig,
-)
+from detrellis.recipes.detector import CrossAttentionConfig, DetectorConfig
+from detrellis.recipes.encoders import EncoderConfig
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:

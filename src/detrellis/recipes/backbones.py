@@ -1,0 +1,80 @@
+"""Backbones as a recipe names them; docs/detectors.md says what each is. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from detrellis.fields import (
+    Ascending,
+    Config,
+    CountOrNone,
+    Few,
+    Key,
+    Some,
+    Strides,
+    ZeroToBelowOne,
+    within,
+)
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's
+VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")  # RT-DETR's; every other backbone is timm's
+
+
+class BackboneConfig(Config):
+    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`, ...), or any timm
+    model with feature maps."""
+
+    kind: Literal["hierarchical"] = "hierarchical"
+    name: str = "resnet50"
+    pretrained: bool = True
+    weights: Key | None = None  # local file of pretrained weights; None: an installed package, or the hub
+    # auto: frozen with pretrained weights, trained without; frozen freezes a ResNet's stem and first stage too,
+    # frozen_norm the norms alone
+    norm: Literal["auto", "frozen", "frozen_norm", "batch"] = "auto"
+    dilation: bool = False  # DC5
+    drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it
+    strides: Strides = (8, 16, 32)
+    # stages, with the stem (or "stem" alone), that training leaves as they are, BatchNorm's statistics too; 0: what
+    # `norm` freezes
+    frozen: Annotated[int, within(0, 99)] | Literal["all", "stem"] = 0
+
+    @property
+    def normalisation(self) -> Literal["frozen", "frozen_norm", "batch"]:
+        """`norm` with "auto" decided."""
+        return self.norm if self.norm != "auto" else "frozen" if self.pretrained else "batch"
+
+    def untrained(self) -> BackboneConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False, "weights": None, "norm": self.normalisation})
+
+
+class WindowViTConfig(Config):
+    """A plain ViT, whose maps have one stride, with attention within windows in some blocks (LW-DETR, RF-DETR)."""
+
+    dilation: ClassVar[bool] = False
+    kind: Literal["window_vit"] = "window_vit"
+    pretrained: bool = True
+    weights: Key | None = None  # local file of pretrained weights; None: those of
+    timm: Key | None = None  # timm's model of this name; None: no host has any
+    style: Literal["cae", "dinov2"] = "cae"  # LW-DETR's; dinov2: with class tokens and a norm of each map (RF-DETR)
+    width: Annotated[int, within(4, 8192)] = 192
+    heads: Few = 12
+    patch: Annotated[int, within(1, 256)] = 16
+    grid: Annotated[int, within(1, 1024)] = 14  # patches along a side of the table of positions, which is resized
+    windows: Annotated[int, within(1, 32)] = 4  # along each side of the image
+    windowed: Annotated[tuple[CountOrNone, ...], Ascending] = (0, 2, 4)  # blocks within windows, counted from 0
+    taps: Annotated[tuple[Few, ...], Ascending, Some] = (2, 4, 6)  # after how many blocks a map is read off
+    drop_path: ZeroToBelowOne = 0.0
+    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the maps, in pixels: the patch."""
+        return (self.patch,)
+
+    def untrained(self) -> WindowViTConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
+
+
+AnyBackboneConfig = BackboneConfig | WindowViTConfig

@@ -1,0 +1,89 @@
+"""Encoders as a recipe names them; docs/detectors.md says what each is. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from detrellis.fields import Config, Count, Few, Strides, Width, within
+
+Levels = Annotated[int, within(1, 8)]
+
+
+class DeformableEncoderConfig(Config):
+    """Deformable attention over several levels, of which the neck makes the coarser ones (Deformable DETR)."""
+
+    kind: Literal["deformable"] = "deformable"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024  # of the feed-forward blocks
+    levels: Levels = 4
+    points: Few = 4  # that each head samples on each level
+    fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
+    width: Width | None = None  # of the memory, which a masked decoder projects to its own; None: detector.width
+
+
+class DenseEncoderConfig(Config):
+    """Dense attention over one map (DETR)."""
+
+    levels: ClassVar[int] = 1
+    width: ClassVar[None] = None
+    kind: Literal["dense"] = "dense"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024
+    neck_norm: bool = False  # GroupNorm after the projection of the map
+    position_scale: bool = False  # positions times an MLP of the content (DAB-DETR)
+
+
+class IntraScaleEncoderConfig(Config):
+    """Dense attention within each of several levels, and in the middle layer over all together (SMCA-DETR)."""
+
+    width: ClassVar[None] = None
+    kind: Literal["intra_scale"] = "intra_scale"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024
+    levels: Levels = 4
+    position_scale: bool = False
+
+
+class HybridEncoderConfig(Config):
+    """Attention within the coarsest map, then fusion across levels by convolutions (RT-DETR)."""
+
+    width: ClassVar[None] = None
+    kind: Literal["hybrid"] = "hybrid"
+    layers: Few = 1  # of attention
+    heads: Few = 8
+    hidden: Count = 1024
+    levels: Levels = 3
+    inner: Width | None = None  # channels of its maps; None: detector.width
+    fuse_by: Literal["csp", "elan"] = "csp"  # two levels; elan: D-FINE's, with two CSP layers in a row
+    blocks: Few = 3  # RepVGG's, in each CSP layer
+    expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps; of elan, in halves
+
+
+class ProjectorEncoderConfig(Config):
+    """No layers: a plain backbone's maps, resampled to the levels and mixed by a C2f block each (LW-DETR)."""
+
+    width: ClassVar[None] = None
+    layers: ClassVar[int] = 0
+    heads: ClassVar[int] = 1
+    kind: Literal["projector"] = "projector"
+    strides: Strides = (16,)  # of the levels, finest first: half, once or twice that of the maps
+    blocks: Few = 3  # bottlenecks of a C2f block
+    norm: Literal["batch", "layer"] = "batch"
+    eps: Annotated[float, within(0, 0.1, above=True)] = 1e-6  # of norm=layer
+
+    @property
+    def levels(self) -> int:
+        """How many there are."""
+        return len(self.strides)
+
+
+EncoderConfig = (
+    DeformableEncoderConfig
+    | DenseEncoderConfig
+    | IntraScaleEncoderConfig
+    | HybridEncoderConfig
+    | ProjectorEncoderConfig
+)
