@@ -74,8 +74,9 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "boxes", "detector", "data", "recipes", "engine", "interop", "predictions", "exported", "loading"),
         *("arguments", "distributed", "outputs", "errors"),
     },
-    "api": {
-        *("data", "recipes", "engine", "interop", "predictions", "loading", "exporting", "report"),
+    "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting"},
+    "verbs": {
+        *("data", "recipes", "engine", "interop", "predictions", "loading", "report"),
         *("arguments", "distributed", "outputs", "errors"),
     },
     "analysis": {

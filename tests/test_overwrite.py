@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import detrellis
-from detrellis.api import LOGS
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.shapes import write_shapes
 from detrellis.engine.checkpoint import Card, save_weights
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
+from detrellis.verbs.training import LOGS
 
 from .small import small
 
@@ -89,7 +89,7 @@ def test_a_run_that_stopped_before_its_first_weights_may_start_again(
         (tmp_path / "run" / "tensorboard").mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detrellis.api.run_job", stopped)
+    monkeypatch.setattr("detrellis.verbs.training.run_job", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             detrellis.train("tiny", data=data, out=tmp_path / "run", workers=0)
@@ -100,8 +100,8 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("detrellis.api.time.strftime", lambda _: "20260101-120000")
-    monkeypatch.setattr("detrellis.api.run_job", lambda job, *_, **__: job.out)
+    monkeypatch.setattr("detrellis.verbs.training.time.strftime", lambda _: "20260101-120000")
+    monkeypatch.setattr("detrellis.verbs.training.run_job", lambda job, *_, **__: job.out)
     folders = [detrellis.train("tiny", data=data, workers=0) for _ in range(3)]
     assert list(map(str, folders)) == [f"runs/tiny-20260101-120000{end}" for end in ("", "-2", "-3")]
 

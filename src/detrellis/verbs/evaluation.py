@@ -1,0 +1,86 @@
+"""`evaluate`: how good a run is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from detrellis.arguments import BatchSize, Iou, Metric, Split, Workers, checked
+from detrellis.data.findings import SkipBad
+from detrellis.data.layout import DataSource
+from detrellis.data.masks import run_lengths
+from detrellis.distributed import process_group
+from detrellis.engine.checkpoint import find_weights
+from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.console import track
+from detrellis.engine.evaluate import EvalOptions, collect, gives_masks
+from detrellis.engine.views import collect_views, read_views
+from detrellis.engine.voc_eval import VocResult, evaluate_voc
+from detrellis.errors import UserError
+from detrellis.interop.load import is_foreign
+from detrellis.loading import open_split
+from detrellis.outputs import Outputs
+from detrellis.report import write as reporting
+
+
+@checked
+def evaluate(
+    run: str | Path,
+    *,
+    metric: Metric = "coco",
+    data: str | Path | DataSource | None = None,
+    val: str | Path | None = None,
+    val_images: str | Path | None = None,
+    split: Split = "val",
+    results: str | Path | None = None,
+    report: str | Path | None = None,
+    nms: Iou | None = None,
+    tta: bool | str = False,
+    batch_size: BatchSize = 4,
+    skip_bad: SkipBad = False,
+    workers: Workers = 2,
+    device: str | None = None,
+    progress: bool = False,
+) -> EvalResult | VocResult:
+    """Box AP of a run on its own validation split, on another split, or on another data set with its classes.
+
+    `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with its images in
+    `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks with that of boxes beside it
+    (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
+    `results` names a file for the detections in COCO's results format. `report` is a folder for `report.html`,
+    which says what goes wrong; default: the run's, on its own data without `nms` and `tta`. `nms` applies non-maximum
+    suppression at that IoU first: how much AP that gains says how many duplicates the detector leaves. `tta` looks at
+    each image at several sizes and mirrored (`engine/views.py`). Raises `UserError` where the data
+    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
+    stay).
+    """
+    outputs = None if results is None else Outputs(Path(results).parent, "--results")
+    if outputs is not None:
+        outputs.ready([Path(results or "").name], inputs=[run])
+    weights = None if is_foreign(run) else find_weights(Path(run))
+    own = data is None and val is None and nms is None and not tta and metric != "voc"
+    page = reporting.report_outputs(weights if own else None, report, split)
+    options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
+    with process_group(device) as world, open_split(run, world, options) as opened:
+        if tta and metric == "masks":
+            raise UserError("--tta merges boxes, and --metric masks compares masks", "Leave one of them out.")
+        masked, shown = metric == "masks", progress and world.is_main_process
+        check, detector = gives_masks if masked else None, opened.model.detector
+        truth = run_lengths(opened.annotations) if masked else None  # says what lacks a mask before any work
+        views = read_views(tta, opened.model.recipe.data, nms)
+        if views is None:
+            batches = track(opened.loader, "evaluate", len(opened.loader), shown)
+            (evaluator,) = collect(detector, batches, opened.annotations, world.device, (nms,), check, truth)
+        else:
+            evaluator = collect_views(detector, views, partial(opened.seen, options, world, shown), opened.annotations)
+        if outputs is not None and world.is_main_process:
+            outputs.write_with(Path(results or "").name, evaluator.results_json)
+        if metric == "voc":
+            return evaluate_voc(opened.annotations, evaluator.arrays())
+        boxes = evaluator.compute(resample=True)
+        result = replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
+        if page is None or not world.is_main_process:
+            return result
+        card, again = reporting.card_of(weights, opened.model), reporting.evaluation_command(run, data, val, nms, split)
+        return reporting.write_report(page, evaluator, result, card, again, split)

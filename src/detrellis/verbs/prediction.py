@@ -1,0 +1,54 @@
+"""`predict`: what a run detects in pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from detrellis.arguments import Auto, BatchSize, Iou, Score, checked
+from detrellis.engine.checkpoint import find_weights
+from detrellis.engine.console import track
+from detrellis.interop.load import is_foreign
+from detrellis.loading import load
+from detrellis.predictions.inputs import Pictures, find_pictures, without_repeats
+from detrellis.predictions.record import OnError, Predictions, collect_predictions
+from detrellis.predictions.save import PredictionFolder
+from detrellis.report.thresholds import class_thresholds
+
+
+@checked
+def predict(
+    run: str | Path,
+    pictures: Pictures,
+    *,
+    threshold: Score | Auto = 0.3,
+    nms: Iou | None = None,
+    tta: bool | str = False,
+    batch_size: BatchSize = 1,
+    recursive: bool = False,
+    out: str | Path | None = None,
+    txt: bool = False,
+    device: str | None = None,
+    on_error: OnError = "raise",
+    progress: bool = False,
+) -> Predictions:
+    """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also for the dials.
+
+    `threshold="auto"` takes for each class the one with the highest F1 on the run's own validation split, which the end
+    of `train`, and `evaluate`, store in the run's `report.json`.
+
+    With `out`, annotated pictures and `predictions.json` go there, and with `txt` YOLO text (`labels/NAME.txt`: class,
+    cx, cy, w, h, score) and `classes.txt`. A file that is found in several ways is looked at once. Raises `UserError`
+    before any work where an input, or what no earlier call made, would be overwritten.
+    """
+    place = run if is_foreign(run) else find_weights(Path(run))
+    given = without_repeats(find_pictures(pictures, recursive))
+    folder = None if out is None else PredictionFolder(Path(out), given, txt)
+    given = given if folder is None else folder.pictures
+    model = load(place, device=device).fused()
+    least = class_thresholds(place, model.classes) if threshold == "auto" else threshold
+    predictions = model.detect(given, least, nms, batch_size, tta)
+    if folder is not None:
+        predictions = folder.save(predictions, model.classes.names, model.data)
+    with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too
+        return collect_predictions(track(predictions, "predict", len(given), progress), on_error)
