@@ -53,7 +53,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work before the refusal")
 
-    for place in ("api.prepare", "loading.prepare_split", "api.load_any", "loading.load_any"):
+    for place in ("verbs.training.prepare", "loading.prepare_split", "verbs.training.load_any", "loading.load_any"):
         monkeypatch.setattr(f"detrellis.{place}", work)
     return monkeypatch
 
