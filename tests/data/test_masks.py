@@ -29,9 +29,9 @@ from detrellis.data.records import to_annotations
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Transform, train_transform
 from detrellis.distributed import World
+from detrellis.engine.batches import train_loader
 from detrellis.engine.checkpoint import Card
 from detrellis.engine.state import TrainJob
-from detrellis.engine.train import train_loader
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 

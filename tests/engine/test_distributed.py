@@ -165,7 +165,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     from detrellis.distributed import World
-    from detrellis.engine.train import batch_per_process
+    from detrellis.engine.batches import batch_per_process
 
     recipe = small("tiny").override(["optim.batch_size=16", "optim.accumulate=2"])
     assert batch_per_process(recipe, World(0, 4, torch.device("cpu"))) == 2

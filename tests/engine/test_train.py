@@ -12,6 +12,7 @@ import torch
 import detrellis
 from detrellis.data.loader import Batch
 from detrellis.engine import train
+from detrellis.engine.batches import padded_fraction
 from detrellis.engine.checkpoint import load_state, load_weights
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.evaluate import duplicates_line
@@ -19,7 +20,6 @@ from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import read_records
 from detrellis.engine.optim import set_learning_rate
 from detrellis.engine.state import advise_on_frozen
-from detrellis.engine.train import padded_fraction
 from detrellis.errors import Advice
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build

@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.atomic import replace_files, sweep
-from detrellis.data.loader import Batch, Loader, Normalise, build_loader
+from detrellis.data.loader import Batch, Loader
 from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World, parallel, reduce_max
+from detrellis.engine.batches import batch_per_process, padded_fraction, train_loader
 from detrellis.engine.checkpoint import (
     BEST,
     BEST_FOLDER,
@@ -45,10 +46,9 @@ from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, SEEN, packed_file_names
-from detrellis.engine.samples import SHEET, image_factors, images_an_epoch, samples_sheet, training_dataset
+from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
-from detrellis.recipes.config import Recipe
 from detrellis.signals import collected
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput
@@ -362,39 +362,3 @@ class TrainRun:
         """The card of the present weights; with their evaluation, if they are what was evaluated last."""
         result = self.state.result if self.evaluated_step == self.state.step else None
         return replace(self.job.card, epoch=epoch, step=self.state.step, stats=None if result is None else result.stats)
-
-
-def padded_fraction(batch: Batch) -> torch.Tensor:
-    """Fraction of a batch's pixels that are padding: work done for nothing, which `data.group_by_aspect` lowers."""
-    padding = batch.images.padding
-    return batch.images.pixels.new_zeros(()) if padding is None else padding.float().mean()
-
-
-def batch_per_process(recipe: Recipe, world: World) -> int:
-    """Images a process takes at a time, so that all of them make the recipe's batch."""
-    parts = world.size * recipe.optim.accumulate
-    if recipe.optim.batch_size % parts:
-        raise UserError(
-            f"a batch of {recipe.optim.batch_size} images cannot be shared by {world.size} processes with "
-            f"{recipe.optim.accumulate} accumulated passes",
-            f"Take a multiple of {parts}: -o optim.batch_size={max(parts, recipe.optim.batch_size // parts * parts)}.",
-        )
-    return recipe.optim.batch_size // parts
-
-
-def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
-    """The loader, and the number of optimizer steps in an epoch."""
-    recipe, data = job.card.recipe, job.card.recipe.data
-    sampler = BatchSampler(
-        len(job.train),
-        batch_per_process(recipe, world),
-        seed=job.card.seed,
-        rank=world.rank,
-        world_size=world.size,
-        group_by_aspect=job.train.sizes if data.group_by_aspect else None,
-        factors=image_factors(job.train, recipe),
-    )
-    dataset = training_dataset(job.train, recipe, job.card.seed)
-    options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
-    loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
-    return loader, -(-len(sampler) // recipe.optim.accumulate)
