@@ -21,7 +21,7 @@ from detrellis.engine.log import read_records
 from detrellis.engine.outcome import TrainResult
 from detrellis.errors import UserError
 from detrellis.signals import sigterm_interrupts
-from detrellis.study import child, run
+from detrellis.study import child, launch, run
 from detrellis.study.conduct import conduct, to_dict
 from detrellis.study.plan import DONE, ORDER
 from detrellis.study.rows import plan_schemes
@@ -48,7 +48,7 @@ if order["seed"] == 2:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CHILD", ("-c", STUB))
+    monkeypatch.setattr(launch, "CHILD", ("-c", STUB))
     monkeypatch.setattr(run, "POLL_SECONDS", 0.02)
 
 

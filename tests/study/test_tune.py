@@ -12,7 +12,7 @@ import pytest
 from detrellis.data.shapes import write_shapes
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
-from detrellis.study import run
+from detrellis.study import launch, run
 from detrellis.study.plan import DONE, TrialOutcome
 from detrellis.study.run import Conditions
 from detrellis.study.space import Dimension, chosen, parse_dimension, parse_space
@@ -191,7 +191,7 @@ def test_below_the_median_of_the_others_is_hopeless(tmp_path: Path) -> None:
 def test_the_command_line_searches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "CHILD", ("-I", "-S", "-c", STUB))
+    monkeypatch.setattr(launch, "CHILD", ("-I", "-S", "-c", STUB))
     monkeypatch.setattr(run, "POLL_SECONDS", 0.02)
     monkeypatch.setattr("detrellis.study.rows.count_classes", lambda source, skip_bad: 3)
     data = write_shapes(tmp_path / "data", train=4, val=2, size=(32, 32))

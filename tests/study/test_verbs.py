@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from detrellis.cli import main
-from detrellis.study import pace, run
+from detrellis.study import launch, pace, run
 
 # In place of a training: AP 10 for one without schemes, 12 with; a recipe of 7 epochs fails.
 STUB = """
@@ -29,7 +29,7 @@ record = {"kind": "epoch", "epoch": epochs, "step": 10 * epochs, "images_per_sec
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CHILD", ("-c", STUB))
+    monkeypatch.setattr(launch, "CHILD", ("-c", STUB))
     monkeypatch.setattr(run, "POLL_SECONDS", 0.02)
 
 

@@ -35,6 +35,7 @@ from detrellis.recipes import choose_recipe
 from detrellis.recipes.tables import PaperTable, load_paper, papers
 
 if TYPE_CHECKING:
+    from detrellis.study.launch import Launcher
     from detrellis.study.plan import StudyPlan
     from detrellis.study.report import StudyReport
 
@@ -51,6 +52,14 @@ Equal = Annotated[
     typer.Option(help="What all rows get: epochs, or time: slower ones get fewer epochs, after timing a few steps."),
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+LauncherOf = Annotated[
+    Literal["local", "slurm", "ray"],
+    typer.Option("--launcher", help="Where runs run: processes here, jobs of Slurm, or tasks of a Ray cluster."),
+]
+LauncherOptions = Annotated[
+    list[str] | None,
+    typer.Option("--launcher-option", help="KEY=VALUE for each job, in sbatch's or ray's words. May be repeated."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(**limits(arguments.Threads), help="CPU threads of all runs together (default: all there are)."),
@@ -72,7 +81,15 @@ class TrialRuns:
     skip_bad: SkipBad = False
     keep_partial: KeepPartial = False
     device: Device = None
+    launcher: LauncherOf = "local"
+    launcher_option: LauncherOptions = None
     as_json: AsJson = False
+
+    def find_launcher(self) -> Launcher:
+        """What starts the runs."""
+        from detrellis.study.cluster import find_launcher
+
+        return find_launcher(self.launcher, self.launcher_option or (), self.threads)
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,9 @@ class Trials(TrialRuns):
         """Train what is missing, and show the results; exits with 1 where a run did not finish."""
         from detrellis.study.conduct import conduct, to_dict
 
-        console = progress_console(self.as_json)
-        report = conduct(
-            plan, out, jobs=self.jobs, threads=self.threads, workers=self.workers, device=self.device, console=console
-        )
+        names = ("jobs", "threads", "workers", "device")
+        resources = {name: getattr(self, name) for name in names} | {"launcher": self.find_launcher()}
+        report = conduct(plan, out, **resources, console=progress_console(self.as_json))
         if self.as_json:
             print_json(to_dict(report))
         else:

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from detrellis.analysis.figures import DPI, need_matplotlib
 from detrellis.atomic import Write, replace_files
+from detrellis.errors import UserError
 from detrellis.study.figures import figures
+from detrellis.study.launch import Launcher, Local
 from detrellis.study.pace import paced
 from detrellis.study.page import page
 from detrellis.study.plan import StudyPlan
@@ -29,16 +31,24 @@ def conduct(
     threads: int | None = None,
     workers: int = 1,
     device: str | None = None,
+    launcher: Launcher | None = None,
     console: Console | None = None,
 ) -> StudyReport:
     """Train what is missing below `out`, and write the report there: `report.html`, `.json`, figures.
 
     `jobs` trials run at a time, on `threads` CPU threads together (default: `OMP_NUM_THREADS` each, or all cores), each
-    with `workers` processes that load images, and on the devices of `device`, which are separated by commas. Raises
-    `UserError` before anything is trained where another study is in the folder, or matplotlib is missing.
+    with `workers` processes that load images, and on the devices of `device`, which are separated by commas. `launcher`
+    starts them as jobs of a cluster instead (`find_launcher`). Raises `UserError` before anything is trained where
+    another study is in the folder, matplotlib is missing, or equal time is asked for on machines that are not timed.
     """
-    folder, resources, console = Path(out), Resources(jobs, threads, workers, device), console or Terminal()
+    resources = Resources(jobs, threads, workers, device, launcher or Local())
+    folder, console = Path(out), console or Terminal()
     need_matplotlib()
+    if plan.pace is not None and not resources.launcher.here:
+        raise UserError(
+            "--equal time times steps on this machine, and the runs are jobs of others",
+            "Take --equal epochs, or start the whole study as one job with --launcher local.",
+        )
     if plan.pace is not None:
         plan = paced(plan, folder, resources, console.print)
     plan.begin(folder)

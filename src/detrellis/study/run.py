@@ -1,4 +1,5 @@
-"""Trains a plan: each trial in a process of its own, several at a time, until all are done or somebody stops them."""
+"""Trains a plan: each trial in a process of its own, here or on a cluster, several at a time, until all are done or
+somebody stops them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -22,10 +21,9 @@ from detrellis.data.findings import SkipBad
 from detrellis.recipes.migrate import FORMAT
 from detrellis.signals import sigterm_interrupts
 from detrellis.study.board import Board
+from detrellis.study.launch import POLL_SECONDS, Job, Launcher, Local
 from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
 
-CHILD = ("-m", "detrellis.study.child")
-POLL_SECONDS = 0.3
 LOOK_SECONDS = 5.0  # between two looks at how well the running trials do
 TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # the last before its first step
@@ -40,6 +38,7 @@ class Resources:
     threads: int | None = None  # CPU threads of all together; None: OMP_NUM_THREADS for each, or all there are
     workers: int = 1  # processes that load images, of each trial
     device: str | None = None  # several with commas: trials are dealt out to them
+    launcher: Launcher = field(default_factory=Local)
 
     def devices(self) -> list[str | None]:
         """The device of each job that runs at the same time."""
@@ -48,7 +47,7 @@ class Resources:
 
     def threads_each(self) -> int | None:
         """The CPU threads of a trial; None: as the environment says."""
-        if self.threads is None and "OMP_NUM_THREADS" in os.environ:
+        if not self.launcher.here or (self.threads is None and "OMP_NUM_THREADS" in os.environ):
             return None
         return max(1, (self.threads or os.cpu_count() or 1) // self.jobs)
 
@@ -101,7 +100,7 @@ class PlannedTrials:
 @dataclass
 class _Child:
     outcome: TrialOutcome
-    process: subprocess.Popen[bytes]
+    job: Job
     device: str | None
     pruned: bool = False
     looked: float = field(default_factory=time.monotonic)
@@ -128,7 +127,7 @@ def run_trials(trials: TrialSource, conditions: Conditions, resources: Resources
             _stop(running, trials)
         finally:
             for child in running:
-                child.process.kill()
+                child.job.kill()
 
 
 def _keep_busy(
@@ -142,10 +141,10 @@ def _keep_busy(
             board.started(outcome)
         if not running:
             return
-        for child in [c for c in running if c.process.poll() is not None]:
+        for child, code in [(c, code) for c in running if (code := c.job.poll()) is not None]:
             running.remove(child)
             free.append(child.device)
-            _settle(child)
+            _settle(child, code)
             trials.ended(child.outcome)
             board.ended(child.outcome)
         for child in running:
@@ -162,36 +161,25 @@ def _prune(child: _Child, trials: TrialSource) -> None:
     child.looked = now
     if trials.hopeless(child.outcome):
         child.pruned = True
-        child.process.terminate()
+        child.job.terminate()
 
 
 def _start(outcome: TrialOutcome, conditions: Conditions, resources: Resources, device: str | None) -> _Child:
-    """Start a trial, in a session of its own: a Ctrl-C in the terminal reaches this process alone, which then tells
-    each child once."""
-    trial, folder = outcome.trial, outcome.folder
+    """Write a trial's order, and start it."""
+    trial, folder, launcher = outcome.trial, outcome.folder, resources.launcher
     folder.mkdir(parents=True, exist_ok=True)
     order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(conditions.data), "seed": trial.seed}
     order |= {"format": FORMAT, "skip_bad": conditions.skip_bad, "device": device}
-    order |= {"workers": resources.workers, "jobs": resources.jobs}
+    order |= {"workers": resources.workers, "jobs": resources.jobs if launcher.here else 1}
     replace_text(folder / ORDER, json.dumps(order, indent=1))
-    threads = resources.threads_each()
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, *CHILD, str(folder)],
-            stdin=subprocess.PIPE,  # its end tells the child that this process is gone
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+    job = launcher.start(folder, resources.threads_each())
     outcome.state = "running"
-    return _Child(outcome, process, device)
+    return _Child(outcome, job, device)
 
 
-def _settle(child: _Child) -> None:
-    """Note in its outcome what became of a child that has ended."""
-    outcome, code = child.outcome, child.process.returncode
+def _settle(child: _Child, code: int) -> None:
+    """Note in its outcome what became of a child that has ended, with its exit code."""
+    outcome = child.outcome
     if (outcome.folder / DONE).exists():
         outcome.state = "finished"
     elif code in STOPPED:
@@ -213,9 +201,8 @@ def telling(lines: list[str]) -> list[str]:
 def _stop(running: list[_Child], trials: TrialSource) -> None:
     """Let all children save and stop, and wait for them."""
     for child in running:
-        child.process.terminate()
+        child.job.terminate()
     for child in running:
-        child.process.wait()
-        _settle(child)
+        _settle(child, child.job.wait())
         trials.ended(child.outcome)
     running.clear()
