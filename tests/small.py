@@ -34,6 +34,12 @@ SMALL = [
     "detector.top_k=20",
     "optim.ema=0.9",
 ]
+# Of a plain ViT with a pyramid.
+SMALL_EVA = [
+    *(f"detector.backbone.{name}" for name in ("pretrained=false", "frozen=0", "width=32", "depth=2", "heads=2")),
+    *(f"detector.backbone.{name}" for name in ("window=3", "global_blocks=[1]", "grid=3", "extent=null")),
+    "detector.backbone.drop_path=0.1",
+]
 # Of a plain ViT, which has no encoder behind it.
 SMALL_VIT = [
     "detector.backbone.pretrained=false",
@@ -76,8 +82,11 @@ def shrink(recipe: Recipe) -> Recipe:
     """The same network parts and schemes at the size of the tests."""
     encoder, decoder = recipe.detector.encoder, recipe.detector.decoder
     plain = encoder.kind == "projector"
-    common = [text for text in SMALL if not text.startswith(("detector.backbone.", "detector.encoder."))]
-    recipe = recipe.override([*SMALL_VIT, *common] if plain else SMALL)
+    common = [text for text in SMALL if not text.startswith("detector.backbone.")]
+    if plain:
+        recipe = recipe.override([*SMALL_VIT, *(text for text in common if not text.startswith("detector.encoder."))])
+    else:
+        recipe = recipe.override([*SMALL_EVA, *common] if recipe.detector.backbone.kind == "eva02" else SMALL)
     if encoder.kind != "projector" and encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
         recipe = recipe.override(f"detector.encoder.hidden={encoder.hidden}")
     if encoder.kind == "hybrid":
@@ -86,6 +95,8 @@ def shrink(recipe: Recipe) -> Recipe:
             recipe = recipe.override("detector.encoder.inner=96")
     if recipe.schemes.group is not None:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
+    if recipe.schemes.cdn is not None and recipe.schemes.cdn.number > 100:  # which differ in nothing but their number
+        recipe = recipe.override(["schemes.cdn.number=100", "schemes.cdn.box_noise=1.0"])
     if recipe.schemes.hybrid is not None:
         recipe = recipe.override("schemes.hybrid.queries=15")
     return recipe

@@ -10,6 +10,7 @@ from detrellis.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrellis.nn.hybrid import HybridNeck
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.projector import Projector
+from detrellis.nn.pyramid import PyramidNeck
 from detrellis.nn.spatial import AnchorPosition
 from detrellis.training import TrainableDetector
 from detrellis.types import MaskFeatures, Memory, Queries, Spatial
@@ -78,10 +79,12 @@ def test_padding_further_changes_no_prediction(name: str) -> None:
     if isinstance(decoder.position, AnchorPosition):
         decoder.position = WithoutRatios(decoder.position)
     keep_inside(model, name)
-    neck = model.detector.neck
-    assert isinstance(neck, MultiScaleNeck | SingleScaleNeck | HybridNeck | Projector)
     batch = images(((128, 128), (128, 64)))
-    levels = neck.project(maps_for_neck(model.detector, batch.pixels.double()))
+    neck, maps = model.detector.neck, maps_for_neck(model.detector, batch.pixels.double())
+    if isinstance(neck, PyramidNeck):
+        neck, maps = neck.neck, neck.pyramid(maps[-1])
+    assert isinstance(neck, MultiScaleNeck | SingleScaleNeck | HybridNeck | Projector)
+    levels = neck.project(maps)
     assert batch.padding is not None
     plain = with_mask_features(model.detector, neck.flatten(levels, batch.padding), batch)
     grown = [nn.functional.pad(m, (0, m.shape[3], 0, m.shape[2]), value=7.0) for m in levels]

@@ -36,9 +36,8 @@ def check_vit(a: Arrays) -> None:
         depth=c["depth"],
         heads=c["heads"],
         window=c["window"],
-        globals_=c["global_blocks"],
+        global_blocks=c["global_blocks"],
         grid=c["pretrain"] // c["patch"],
-        patch=c["patch"],
         extent=c["image"] // c["patch"] if c["fixed_rope"] else None,
     )
     _loaded(network, {name: value for name, value in a.group("p/").items() if "rope" not in name})
@@ -46,7 +45,7 @@ def check_vit(a: Arrays) -> None:
     for block in network.blocks:
         block.register_forward_hook(lambda _module, _arguments, out: maps.append(out))
     close(network.embedded(a["pixel_values"]), a["embedded"], 1e-10)
-    out = network(a["pixel_values"])
+    (out,) = network(a["pixel_values"])
     for i, found in enumerate(maps):
         close(found, a[f"block{i}"], 1e-10, f"block {i}")
     close(out, a["out"], 1e-10)
@@ -62,7 +61,7 @@ def check_pyramid(a: Arrays) -> None:
     """All levels."""
     state = a.group("p/")
     channels, width = state["p4.0.weight"].shape[1], state["p4.0.weight"].shape[0]
-    pyramid = _loaded(SimplePyramid(channels, width), state)
+    pyramid = _loaded(SimplePyramid(channels, width, (4, 8, 16, 32, 64)), state)
     levels = pyramid(a["x"])
     assert len(levels) == a.count(r"out\d+")
     for i, level in enumerate(levels):

@@ -9,7 +9,7 @@ from detrellis.schemes.collaborative.branches import build_branches
 from detrellis.schemes.collaborative.rcnn import RCNN
 from detrellis.schemes.config import CoConfig
 
-LARGE = ("lsj", "lvis", "vit", "objects365")  # with data or a network of their own: test_large.py
+LARGE = ("lsj", "lvis", "vit", "objects365", "finetune")  # with data or a network of their own: test_large.py
 NAMES = [name for name in RECIPES if name.startswith("co-") and not any(word in name for word in LARGE)]
 
 

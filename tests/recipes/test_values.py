@@ -57,6 +57,7 @@ OTHERS = {
     "detector.encoder.kind=intra_scale": "smca_detr_ms_r50",
     "detector.encoder.kind=hybrid": "rtdetr_r18",
     "detector.backbone.kind=window_vit": "lwdetr_tiny",
+    "detector.backbone.kind=eva02": "co_dino_vit_l",
     "detector.encoder.kind=projector": "lwdetr_tiny",
     "detector.queries.kind=learned": "deformable_detr_r50",
     "detector.queries.kind=anchors": "dab_detr_r50",
@@ -70,6 +71,8 @@ OTHERS = {
 
 @cache
 def base_of(kind: str) -> Recipe:
+    if kind == "detector.backbone.kind=timm_vit":
+        return BASE.override([kind, "detector.backbone.name=test_vit"])
     if kind not in OTHERS:
         assert not kind or BASE.override(kind) == BASE
         return BASE

@@ -35,7 +35,8 @@ def info(
     height, width = costs.image_size
     table = Table("", costs.recipe, title=Text(costs.about), title_justify="left")
     table.add_row("parameters", f"{costs.parameters:,}")
-    table.add_row("of these trained", f"{costs.parameters_trainable:,}")
+    table.add_row("of these in the backbone", f"{costs.parameters_backbone:,}")
+    table.add_row("of all trained", f"{costs.parameters_trainable:,}")
     table.add_row(f"multiply-adds at {width}x{height}", f"{costs.gflops} GFLOPs")
     table.add_row("queries", str(costs.queries))
     for s in costs.schemes:

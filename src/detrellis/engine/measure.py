@@ -31,6 +31,7 @@ class RecipeInfo:
     about: str
     classes: int
     parameters: int
+    parameters_backbone: int  # without the neck, and a pyramid in it
     parameters_trainable: int
     gflops: float  # 10^9 multiply-adds of one image of `image_size`, as the papers count them
     image_size: tuple[int, int]  # height, width
@@ -72,6 +73,7 @@ def measure(recipe: Recipe, classes: int) -> RecipeInfo:
         recipe.about,
         classes,
         count(detector),
+        count(detector.backbone),
         trainable,
         round(counter.get_total_flops() / 2 / 1e9, 2),
         (height, width),

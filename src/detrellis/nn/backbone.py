@@ -34,10 +34,11 @@ class Backbone(nn.Module):
         self._frozen: tuple[nn.Module, ...] = ()
         self._resting: tuple[nn.Parameter, ...] = ()
 
-    def _freeze(self, parts: Sequence[nn.Module]) -> None:
-        """Freeze these parts; what `norm` has frozen before is not let go with them."""
+    def _freeze(self, parts: Sequence[nn.Module], alone: Sequence[nn.Parameter] = ()) -> None:
+        """Freeze these parts, and parameters of no part; what `norm` has frozen before is not let go with them."""
         self._frozen = tuple(parts)
-        self._resting = tuple(p for part in parts for p in part.parameters() if p.requires_grad)
+        within = [p for part in parts for p in part.parameters()]
+        self._resting = tuple(p for p in [*alone, *within] if p.requires_grad)
         self.hold(True)
 
     def hold(self, still: bool) -> None:
@@ -147,13 +148,23 @@ def _downloaded(name: str) -> dict[str, Tensor]:
     return weights
 
 
-def fetched(name: str, source: Source, **options: Any) -> Any:
-    """A timm model with the weights that timm fetches, or has fetched before."""
+def fetched(name: str, source: Source, create: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """A timm model with the weights that timm fetches, or has fetched: its maps alone, or what `create` makes."""
     before = {} if source.file is None else {"pretrained_cfg_overlay": {"file": str(source.file)}}
     try:
-        return _create(name, pretrained=True, **before, **options)
+        return (create or _create)(name, pretrained=True, **before, **options)
     except (OSError, RuntimeError) as error:
         raise unreachable(name, error) from None
+
+
+def published(name: str | None, source: Source) -> dict[str, Tensor]:
+    """The weights of a whole network, without its classifier: of the source's file, or of timm's model `name`."""
+    import timm
+
+    if not (source.fetched and name):
+        return source.read()
+    state: dict[str, Tensor] = fetched(name, source, timm.create_model, num_classes=0).state_dict()
+    return state
 
 
 def known_strides(name: str, strides: Sequence[int], available: Sequence[int]) -> Sequence[int]:
@@ -207,8 +218,13 @@ class TimmBackbone(Backbone):
         check_timm_name(name)
         info: Any = _create(name, pretrained=False).feature_info
         reductions = info.reduction()
+        if len(set(reductions)) == 1 and not set(strides) <= set(reductions):
+            raise UserError(
+                f"backbone {name} is a plain ViT with maps of one stride, {reductions[0]}",
+                f"A pyramid makes more: -o detector.backbone.kind=timm_vit -o detector.backbone.name={name}.",
+            )
         indices = tuple(reductions.index(s) for s in known_strides(name, strides, reductions))
-        rate = {"drop_path_rate": drop_path} if drop_path else {}  # not every model knows the option
+        rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # not every model knows the option
         model: Any = _create(name, pretrained=False, out_indices=indices, **rate)
         if pretrained is not None and pretrained.fetched:
             model = fetched(name, pretrained, out_indices=indices, **rate)

@@ -1,12 +1,13 @@
 """EVA-02's ViT as detectors use it (Fang et al., 2023): windows, rotary positions, and a gated feed-forward block.
 
-Names of parameters are those of its released checkpoints. Maps are `(B, H, W, D)`, a cell for each patch.
+Names of parameters are those of its released checkpoints. Maps are `(B, H, W, D)` inside, a cell for each patch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from detrellis.errors import UserError
+from detrellis.nn.backbone import Backbone, Frozen, first_stages, published
+from detrellis.nn.pretrained import Source
+
+PATCH = 16
 GRID = 16  # rotary positions count as if the map, or the window, had this many cells along a side
 BLOCK_EPS = 1e-6
 
@@ -42,6 +48,19 @@ def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cosine, sine = table
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cosine + torch.stack([-second, first], dim=-1).flatten(-2) * sine
+
+
+def resized(table: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A table of positions `(1, 1 + n * n, D)` for a map of another shape, `(1, 1 + H * W, D)` (bicubic).
+
+    The first row, a class token's, stays as it is.
+    """
+    side = math.isqrt(table.shape[1] - 1)
+    if shape == (side, side):
+        return table
+    grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    rows = F.interpolate(grid, shape, mode="bicubic").flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :1], rows], dim=1)
 
 
 class EvaAttention(nn.Module):
@@ -113,13 +132,14 @@ class EvaBlock(nn.Module):
         return out.reshape(x.shape)[:, :height, :width]
 
 
-class EvaViT(nn.Module):
-    """The whole network, for images with any sides.
+class EvaViT(Backbone):
+    """The whole network, for images with any sides, which are padded to whole patches with zeros.
 
-    `globals_`: blocks that read the whole map, counted from 0; the others read windows of `window` cells a side. `grid`
-    is the side of the table of positions, which is resized to each map. `extent`: cells along a side that rotary
-    positions of whole maps count `GRID` units over (of checkpoints that were trained at one size); None: each map's
-    own. `checkpointing`: the backward pass computes each block again, which saves its activations.
+    `global_blocks` read the whole map, counted from 0; the others read windows of `window` cells a side. `grid` is the
+    side of the table of positions, which is resized to each map. `extent`: cells along a side that rotary positions of
+    whole maps count `GRID` units over (of checkpoints that were trained at one size); None: each map's own.
+    `checkpointing`: the backward pass computes each block again, which saves its activations. `frozen`: blocks that are
+    not trained, with the embedding.
     """
 
     def __init__(
@@ -129,24 +149,28 @@ class EvaViT(nn.Module):
         depth: int,
         heads: int,
         window: int,
-        globals_: Collection[int],
+        global_blocks: Collection[int],
         grid: int,
-        patch: int = 16,
         extent: int | None = None,
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        frozen: Frozen = 0,
     ) -> None:
         super().__init__()
-        self.patch, self.window, self.extent, self.checkpointing = patch, window, extent, checkpointing
-        self.head = width // heads
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.window, self.extent, self.checkpointing = window, extent, checkpointing
+        self.head, self.channels = width // heads, [width]
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))  # the first is of the class token
         self.blocks = nn.ModuleList(
-            EvaBlock(width, heads, 0 if i in globals_ else window, drop_path * i / max(depth - 1, 1))
+            EvaBlock(width, heads, 0 if i in global_blocks else window, drop_path * i / max(depth - 1, 1))
             for i in range(depth)
         )
         self.out_norm = nn.LayerNorm(width)
         self._initialise()
+        if frozen == "all":
+            self._freeze([self])
+        elif frozen:
+            self._freeze([self.patch_embed, *first_stages(list(self.blocks), frozen, "eva02")], [self.pos_embed])
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -156,20 +180,18 @@ class EvaViT(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """The map `(B, D, H / patch, W / patch)` of `pixels (B, 3, H, W)`, whose sides are multiples of the patch."""
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """The one map `(B, D, h, w)` of `pixels (B, 3, H, W)`."""
+        height, width = pixels.shape[-2:]
+        pixels = F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH))
         out: Tensor = self.out_norm(self.encoded(self.embedded(pixels)))
-        return out.permute(0, 3, 1, 2)
+        return [out.permute(0, 3, 1, 2)]
 
     def embedded(self, pixels: Tensor) -> Tensor:
-        """The patches with their positions, `(B, h, w, D)`."""
+        """The patches with their positions, `(B, h, w, D)`, of pixels whose sides are multiples of a patch."""
         patches: Tensor = self.patch_embed["proj"](pixels)
         x = patches.permute(0, 2, 3, 1)
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        table: Tensor = self.pos_embed[:, 1:].unflatten(1, (side, side))
-        if table.shape[1:3] != x.shape[1:3]:
-            table = F.interpolate(table.permute(0, 3, 1, 2), x.shape[1:3], mode="bicubic").permute(0, 2, 3, 1)
-        return x + table
+        return x + resized(self.pos_embed, (x.shape[1], x.shape[2]))[:, 1:].view(1, *x.shape[1:])
 
     def encoded(self, x: Tensor) -> Tensor:
         """`x (B, h, w, D)` after all blocks."""
@@ -187,3 +209,52 @@ class EvaViT(nn.Module):
             else:
                 x = block(x, table)
         return x
+
+    def start_from(self, source: Source, name: str | None) -> None:
+        """Load pretrained weights: of the timm model `name`, or a file in EVA-02's names or timm's.
+
+        Patches and positions are resized to this ViT's. `UserError` where something is missing or has another shape; a
+        final norm, which EVA-02's detectors lack, may be.
+        """
+        found, own = _renamed(published(name, source), self.pos_embed), self.state_dict()
+        for key, value in own.items():
+            given = found.setdefault(key, value) if key.startswith("out_norm.") else found.get(key)
+            if given is None or given.shape != value.shape:
+                what = "is missing" if given is None else f"is {tuple(given.shape)} there and {tuple(value.shape)} here"
+                raise UserError(
+                    f"{source.about}: its weights do not fit this ViT: {key} {what}",
+                    "Name weights of an EVA-02 of this width and depth: -o detector.backbone.weights=FILE.",
+                )
+        self.load_state_dict({key: found[key] for key in own})
+
+
+# Names of timm's EVA-02 and of detectors on EVA-02, and ours.
+NAMES = {
+    r"^(?:model\.|module\.)*(?:backbone\.)?(?:net\.)?": "",
+    r"^norm\.": "out_norm.",
+    r"\.([qv])_proj\.bias$": r".\1_bias",
+    r"\.mlp\.fc1_g\.": ".mlp.w1.",
+    r"\.mlp\.fc1_x\.": ".mlp.w2.",
+    r"\.mlp\.norm\.": ".mlp.ffn_ln.",
+    r"\.mlp\.fc2\.": ".mlp.w3.",
+}
+
+
+def _renamed(weights: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """The weights in our names, with patches of our size, and as many `positions` as here."""
+    found: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        for pattern, ours in NAMES.items():
+            name = re.sub(pattern, ours, name)
+        found[name] = value
+    if "patch_embed.proj.weight" in found:
+        kernel = found["patch_embed.proj.weight"]
+        if kernel.shape[-1] != PATCH:
+            found["patch_embed.proj.weight"] = F.interpolate(kernel.float(), (PATCH, PATCH), mode="bicubic")
+    table = found.get("pos_embed")
+    if table is not None:
+        if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # without a class token
+            table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+        side = math.isqrt(positions.shape[1] - 1)
+        found["pos_embed"] = resized(table.float(), (side, side))
+    return found

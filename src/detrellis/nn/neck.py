@@ -39,12 +39,17 @@ def _projection(inputs: int, width: int, *, coarser: bool) -> nn.Sequential:
 class MultiScaleNeck(nn.Module):
     """1x1 convolution and GroupNorm for each map; extra levels by stride-2 3x3 convolutions.
 
-    The first extra level reads the backbone's last map, later ones the level before them.
+    The first extra level reads the backbone's last map, later ones the level before them. Maps that have the width
+    already may stay as they are (`projected`).
     """
 
-    def __init__(self, channels: Sequence[int], width: int, levels: int, position: SineMap) -> None:
+    def __init__(
+        self, channels: Sequence[int], width: int, levels: int, position: SineMap, *, projected: bool = True
+    ) -> None:
         super().__init__()
-        self.projections = nn.ModuleList(_projection(c, width, coarser=False) for c in channels)
+        self.projections = nn.ModuleList(
+            _projection(c, width, coarser=False) if projected else nn.Identity() for c in channels
+        )
         extra = [channels[-1], *[width] * (levels - len(channels) - 1)][: levels - len(channels)]
         self.extra = nn.ModuleList(_projection(c, width, coarser=True) for c in extra)
         self.position = position

@@ -32,7 +32,13 @@ IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 INCEPTION = ((127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255))  # (x - 127) / 128
 SCRATCH = "train from scratch: -o detector.backbone.pretrained=false"
 SECONDS = 5.0  # to wait for a host before it counts as unreachable
-CONTAINERS = ("state_dict", "model", "model_state_dict")  # what training codes save weights under
+CONTAINERS = (
+    "state_dict",
+    "model_ema",
+    "model",
+    "model_state_dict",
+    "module",
+)  # what training codes save weights under
 COUNTER = "num_batches_tracked"  # of BatchNorm: older files lack it, and nothing here reads it
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+
+from detrellis.types import Memory
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -36,22 +40,46 @@ def _tail(inputs: int, width: int) -> list[nn.Module]:
     ]
 
 
-class SimplePyramid(nn.Module):
-    """Five maps of `width` channels, of strides 4 to 64, from one of stride 16 with `channels`."""
+def _resampled(stride: int, channels: int) -> tuple[list[nn.Module], int]:
+    """What makes a map of this stride from one of stride 16, and the channels that it leaves."""
+    half = channels // 2
+    match stride:
+        case 4:
+            return [*_up(channels, half), *_up(half, half // 2)], half // 2
+        case 8:
+            return _up(channels, half), half
+        case 32:
+            return [nn.MaxPool2d(3, stride=2, padding=1)], channels
+        case 64:
+            return _down(channels), channels
+    return [], channels
 
-    def __init__(self, channels: int, width: int) -> None:
+
+class SimplePyramid(nn.Module):
+    """Maps of `width` channels, of the wanted `strides` from 4 to 64, from one of stride 16 with `channels`."""
+
+    def __init__(self, channels: int, width: int, strides: Sequence[int]) -> None:
         super().__init__()
-        half = channels // 2
-        pool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
-        self.p2 = nn.Sequential(*_up(channels, half), *_up(half, half // 2), *_tail(half // 2, width))
-        self.p3 = nn.Sequential(*_up(channels, half), *_tail(half, width))
-        self.p4 = nn.Sequential(*_tail(channels, width))
-        self.p5 = nn.Sequential(pool, *_tail(channels, width))
-        self.p6 = nn.Sequential(*_down(channels), *_tail(channels, width))
+        for stride in strides:
+            before, left = _resampled(stride, channels)
+            self.add_module(f"p{stride.bit_length() - 1}", nn.Sequential(*before, *_tail(left, width)))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The maps, finest first, of `x (B, channels, h, w)`."""
-        return [level(x) for level in (self.p2, self.p3, self.p4, self.p5, self.p6)]
+        return [level(x) for level in self.children()]
+
+
+class PyramidNeck(nn.Module):
+    """A plain backbone's map as several, and the neck that reads these."""
+
+    def __init__(self, pyramid: SimplePyramid, neck: nn.Module) -> None:
+        super().__init__()
+        self.pyramid, self.neck = pyramid, neck
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
+        """The memory of the backbone's one map, and the images' `padding (B, H, W)`."""
+        memory: Memory = self.neck(self.pyramid(maps[-1]), padding)
+        return memory

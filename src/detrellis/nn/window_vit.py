@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.errors import UserError
-from detrellis.nn.backbone import Backbone, Frozen, fetched
+from detrellis.nn.backbone import Backbone, Frozen, published
 from detrellis.nn.pretrained import Source
 
 EPS = 1e-6  # of all norms
@@ -120,8 +120,7 @@ class WindowViT(Backbone):
         Patches and positions are resized to this ViT's, and later blocks than it has left out. `UserError` where
         something is missing or has another shape.
         """
-        weights = fetched(name, source).state_dict() if source.fetched and name else source.read()
-        found, own = _renamed(weights, self.embedding), self.state_dict()
+        found, own = _renamed(published(name, source), self.embedding), self.state_dict()
         for key, value in own.items():
             given = found.get(key)
             if given is None or given.shape != value.shape:

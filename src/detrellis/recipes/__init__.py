@@ -26,6 +26,7 @@ from detrellis.recipes import (
     rivals,
     rtdetr,
     sam,
+    vit,
 )
 from detrellis.recipes.config import Recipe, Recipes
 from detrellis.recipes.scale import tiny_sized
@@ -46,6 +47,7 @@ RECIPES: Recipes = {
     **group.RECIPES,
     **co.RECIPES,
     **lvis.RECIPES,
+    **vit.RECIPES,
     **sam.RECIPES,
     **mask2former.RECIPES,
     **maskdino.RECIPES,

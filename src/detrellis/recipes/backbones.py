@@ -17,6 +17,7 @@ from detrellis.fields import (
 )
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's
+PyramidStrides = Annotated[tuple[Literal[4, 8, 16, 32, 64], ...], Ascending, Some]
 VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")  # RT-DETR's; every other backbone is timm's
 
 
@@ -77,4 +78,49 @@ class WindowViTConfig(Config):
         return self.model_copy(update={"pretrained": False, "weights": None})
 
 
-AnyBackboneConfig = BackboneConfig | WindowViTConfig
+class EvaViTConfig(Config):
+    """EVA-02's ViT (its large size by default): attention within windows in most blocks, rotary positions, gated
+    feed-forward blocks. Its one map of stride 16 becomes several by the simple feature pyramid, in the neck."""
+
+    dilation: ClassVar[bool] = False
+    kind: Literal["eva02"] = "eva02"
+    pretrained: bool = True
+    weights: Key | None = None  # local file of pretrained weights, EVA-02's or timm's; None: those of
+    timm: Key | None = "eva02_large_patch14_224.mim_m38m"  # timm's model of this name; None: no host has any
+    width: Annotated[int, within(4, 8192)] = 1024
+    depth: Few = 24
+    heads: Few = 16
+    window: Annotated[int, within(1, 1024)] = 16  # cells along a side
+    global_blocks: Annotated[tuple[CountOrNone, ...], Ascending] = (2, 5, 8, 11, 14, 17, 20, 23)  # counted from 0
+    grid: Annotated[int, within(1, 1024)] = 32  # cells along a side of the table of positions, which is resized
+    extent: Annotated[int, within(1, 1024)] | None = None  # cells that rotary positions span; None: those of each image
+    strides: PyramidStrides = (4, 8, 16, 32, 64)
+    drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches in the last block; less in those before
+    checkpointing: bool = False  # compute blocks again in the backward pass, instead of keeping what they computed
+    frozen: Annotated[int, within(0, 100)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+
+    def untrained(self) -> EvaViTConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
+
+
+class TimmViTConfig(Config):
+    """A plain ViT of timm's (ViT, DeiT, DINOv2, DINOv3, EVA-02) with patches of 16 pixels; published ones of another
+    size are resampled. Its one map becomes several by the simple feature pyramid, in the neck."""
+
+    dilation: ClassVar[bool] = False
+    kind: Literal["timm_vit"] = "timm_vit"
+    name: Key = "vit_small_patch14_dinov2.lvd142m"
+    pretrained: bool = True
+    weights: Key | None = None  # local file of pretrained weights; None: the hub
+    strides: PyramidStrides = (8, 16, 32)
+    drop_path: ZeroToBelowOne = 0.0
+    checkpointing: bool = False  # compute blocks again in the backward pass, instead of keeping what they computed
+    frozen: Annotated[int, within(0, 100)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+
+    def untrained(self) -> TimmViTConfig:
+        """The same network without pretrained weights."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
+
+
+AnyBackboneConfig = BackboneConfig | WindowViTConfig | EvaViTConfig | TimmViTConfig

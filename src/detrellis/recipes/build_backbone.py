@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detrellis.errors import UserError
 from detrellis.nn.backbone import Norm, ResNet, TimmBackbone
+from detrellis.nn.eva import EvaViT
 from detrellis.nn.pretrained import IMAGENET, Source, find_source, timm_statistics
 from detrellis.nn.resnet_vd import ResNetVD, timm_name
 from detrellis.nn.window_vit import WindowViT
-from detrellis.recipes.backbones import RESNETS, VD_RESNETS, AnyBackboneConfig, WindowViTConfig
+from detrellis.recipes.backbones import (
+    RESNETS,
+    VD_RESNETS,
+    AnyBackboneConfig,
+    EvaViTConfig,
+    TimmViTConfig,
+    WindowViTConfig,
+)
 from detrellis.recipes.config import Recipe
 from detrellis.types import Channels
+
+if TYPE_CHECKING:
+    from detrellis.nn.timm_vit import TimmViT
 
 
 def pretrained_source(config: AnyBackboneConfig) -> Source | None:
@@ -25,7 +36,7 @@ def pretrained_source(config: AnyBackboneConfig) -> Source | None:
 
 def _published(config: AnyBackboneConfig) -> str | None:
     """The name that pretrained weights of a backbone are published under, by torchvision or timm; None: nowhere."""
-    if isinstance(config, WindowViTConfig):
+    if isinstance(config, WindowViTConfig | EvaViTConfig):
         return config.timm
     return timm_name(config.name) if config.name in VD_RESNETS else config.name
 
@@ -47,10 +58,14 @@ def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = No
     return recipe.with_statistics(*(IMAGENET if name is None or name in RESNETS else timm_statistics(name))), None
 
 
-def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbone | WindowViT:
+def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbone | WindowViT | EvaViT | TimmViT:
     """The backbone, with pretrained weights where the recipe asks for them."""
     if isinstance(config, WindowViTConfig):
         return _window_vit(config)
+    if isinstance(config, EvaViTConfig):
+        return _eva_vit(config)
+    if isinstance(config, TimmViTConfig):
+        return _timm_vit(config)
     norm: Norm = config.normalisation
     resnet = config.name in RESNETS
     if config.dilation and not resnet:
@@ -70,6 +85,21 @@ def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbon
         raise UserError(f"backbone {config.name} has no drop path", "Leave detector.backbone.drop_path at 0.") from None
     except NotImplementedError:
         raise UserError(f"backbone {config.name} cannot be dilated", "DC5 needs resnet50 or resnet101.") from None
+
+
+def _eva_vit(config: EvaViTConfig) -> EvaViT:
+    model: EvaViT = EvaViT(**config.model_dump(exclude={"kind", "timm", "pretrained", "weights", "strides"}))
+    source = pretrained_source(config)
+    if source is not None:
+        model.start_from(source, config.timm)
+    return model
+
+
+def _timm_vit(config: TimmViTConfig) -> TimmViT:
+    from detrellis.nn.timm_vit import TimmViT  # only here: timm's import takes a second
+
+    own = config.model_dump(include={"drop_path", "checkpointing", "frozen"})
+    return TimmViT(config.name, pretrained=pretrained_source(config), **own)
 
 
 def _window_vit(config: WindowViTConfig) -> WindowViT:

@@ -7,21 +7,22 @@ from detrellis.recipes.config import Recipe, Recipes
 from detrellis.schemes.config import CDNConfig, FederatedConfig
 
 
-def _federated(recipe: Recipe) -> Recipe:
+def federated(recipe: Recipe) -> Recipe:
+    """The recipe with the federated loss."""
     return recipe.replace(schemes=recipe.schemes.replace(federated=FederatedConfig()))
 
 
 def co_dino_r50_lvis() -> Recipe:
     """ResNet-50 at 1024 pixels, 12 epochs."""
     about = "Co-DINO for LVIS, ResNet-50, large-scale jitter and copy-paste (needs masks)"
-    return _federated(large_scale(co_dino_r50(), "co-dino-r50-lvis", about, side=1024, epochs=12, drops=(11 / 12,)))
+    return federated(large_scale(co_dino_r50(), "co-dino-r50-lvis", about, side=1024, epochs=12, drops=(11 / 12,)))
 
 
 def co_dino_swin_l_lvis() -> Recipe:
     """Swin-L, pretrained on ImageNet-22K, at 1280 pixels, 36 epochs."""
     about = "Co-DINO for LVIS, Swin-L, large-scale jitter and copy-paste (needs masks)"
     base = large_scale(co_dino_swin_l(), "co-dino-swin-l-lvis", about, side=1280, epochs=36, drops=(30 / 36,))
-    return _federated(base)
+    return federated(base)
 
 
 def co_dino_swin_l_lvis_finetune() -> Recipe:
@@ -33,7 +34,7 @@ def co_dino_swin_l_lvis_finetune() -> Recipe:
         optim=base.optim.replace(lr=1e-4, weight_decay=1e-4),
         schemes=base.schemes.replace(cdn=CDNConfig(number=500, box_noise=0.4)),
     )
-    return _federated(base)
+    return federated(base)
 
 
 RECIPES: Recipes = {

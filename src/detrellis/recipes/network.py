@@ -25,6 +25,7 @@ from detrellis.nn.position import SineMap
 from detrellis.nn.prior import AtLevel, level_of
 from detrellis.nn.projector import Projector
 from detrellis.nn.proposals import ProposalHead
+from detrellis.nn.pyramid import PyramidNeck, SimplePyramid
 from detrellis.nn.queries import (
     AnchorQueries,
     LearnedQueries,
@@ -55,6 +56,15 @@ from detrellis.recipes.refuse import refuse_network
 
 def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     """From the backbone's maps to a memory."""
+    if config.backbone.kind in ("eva02", "timm_vit"):
+        width, strides = config.memory_width, config.backbone.strides
+        inner = build_map_neck(config, [width] * len(strides), projected=False)
+        return PyramidNeck(SimplePyramid(channels[-1], width, strides), inner)
+    return build_map_neck(config, channels)
+
+
+def build_map_neck(config: DetectorConfig, channels: Sequence[int], *, projected: bool = True) -> nn.Module:
+    """From a map of each stride to a memory. Not `projected`: several maps that have its width stay as they are."""
     if config.encoder.kind == "hybrid":
         return build_hybrid_neck(config, config.encoder, channels)
     semantic = config.cross_attention.kind == "semantic"  # its regions reach into padding
@@ -67,7 +77,7 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
         return Projector(channels, config.width, scales, position, blocks=encoder.blocks, layer_norm_eps=eps)
     if encoder.kind == "dense":
         return SingleScaleNeck(channels[-1], config.width, position, norm=encoder.neck_norm)
-    return MultiScaleNeck(channels, config.memory_width, encoder.levels, position)
+    return MultiScaleNeck(channels, config.memory_width, encoder.levels, position, projected=projected)
 
 
 def build_hybrid_neck(config: DetectorConfig, encoder: HybridEncoderConfig, channels: Sequence[int]) -> HybridNeck:

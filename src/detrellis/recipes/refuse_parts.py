@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+from detrellis.recipes.backbones import EvaViTConfig, WindowViTConfig
 from detrellis.recipes.detector import DetectorConfig
 
 
@@ -138,9 +139,10 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             "Take -o detector.box_encoding=logits or -o detector.queries.kind=mixed.",
         )
     ]
-    if backbone.kind == "hierarchical":
-        problem = "encoder.kind=projector reads maps of one stride, and backbone.kind=hierarchical has several"
-        return [*found, (projector, problem, "Take another encoder.kind, or -o detector.backbone.kind=window_vit.")]
+    if not isinstance(backbone, WindowViTConfig):
+        problem = f"encoder.kind=projector reads maps of one stride, and backbone.kind={backbone.kind} has several"
+        row = (projector, problem, "Take another encoder.kind, or -o detector.backbone.kind=window_vit.")
+        return [*found, row, *pyramid(config)]
     sides = (backbone.patch // 2, backbone.patch, 2 * backbone.patch)
     strides = encoder.strides if encoder.kind == "projector" else ()
     last = max(backbone.taps)
@@ -171,6 +173,41 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             f"backbone.windowed={list(backbone.windowed)} names blocks that are not there: the last map is read off"
             f" after {last}",
             f"Blocks are counted from 0: take numbers below {last}.",
+        ),
+    ]
+
+
+def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
+    """For a plain backbone whose one map a pyramid makes several of."""
+    backbone = config.backbone
+    found = [
+        (
+            config.masks is not None and backbone.kind in ("eva02", "timm_vit"),
+            f"masks are read from a backbone's map of stride 4, which backbone.kind={backbone.kind} has not",
+            "Take -o detector.masks=null, or -o detector.backbone.kind=hierarchical.",
+        )
+    ]
+    if not isinstance(backbone, EvaViTConfig):
+        return found
+    step = 4 * backbone.heads
+    return [
+        *found,
+        (
+            backbone.width % step > 0,
+            f"backbone.width={backbone.width} is not a multiple of four times backbone.heads={backbone.heads}: rotary"
+            " positions turn a head's channels in pairs, by row and column",
+            f"For example -o detector.backbone.width={rounded(backbone.width, step)}.",
+        ),
+        (
+            any(block >= backbone.depth for block in backbone.global_blocks),
+            f"backbone.global_blocks={list(backbone.global_blocks)} names blocks that are not there: it has"
+            f" {backbone.depth}",
+            f"Blocks are counted from 0: take numbers below {backbone.depth}.",
+        ),
+        (
+            backbone.frozen != "all" and backbone.frozen > backbone.depth,
+            f"backbone.frozen={backbone.frozen}: there are {backbone.depth} blocks",
+            "Freeze fewer, or -o detector.backbone.frozen=all.",
         ),
     ]
 

@@ -3,7 +3,14 @@ each."""
 
 from __future__ import annotations
 
-from detrellis.recipes.backbones import VD_RESNETS, BackboneConfig, WindowViTConfig
+from detrellis.recipes.backbones import (
+    VD_RESNETS,
+    AnyBackboneConfig,
+    BackboneConfig,
+    EvaViTConfig,
+    TimmViTConfig,
+    WindowViTConfig,
+)
 from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
 from detrellis.recipes.detector import CrossAttentionConfig, DetectorConfig
 from detrellis.recipes.encoders import EncoderConfig
@@ -11,7 +18,7 @@ from detrellis.recipes.encoders import EncoderConfig
 
 def tiny_sized(recipe: Recipe) -> Recipe:
     """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs; of
-    hybrid encoders, 1 layer; of plain ViTs, 6 blocks of width 192."""
+    hybrid encoders, 1 layer; of plain ViTs, 6 blocks of width 192 (timm's: 12)."""
     detector, loss = recipe.detector, recipe.loss
     dense = detector.encoder.kind == "dense"
     masks = None if detector.masks is None else detector.masks.replace(width=128)
@@ -57,14 +64,25 @@ def _parts(detector: DetectorConfig) -> DetectorConfig:
         sizes = {"width": 192, "heads": 6, "grid": 16, "windows": 2, "windowed": (0, 2, 4), "taps": (2, 4, 6)}
         backbone = detector.backbone.untrained().replace(**sizes, drop_path=0.0)
         return detector.replace(backbone=backbone, decoder=decoder.replace(heads=8, cross_heads=16))
-    name = VD_RESNETS[0] if detector.backbone.name in VD_RESNETS else "resnet18"
-    strides = (16,) if detector.encoder.kind == "dense" else (8, 16)
     return detector.replace(
-        backbone=BackboneConfig(name=name, pretrained=False, strides=strides),
+        backbone=_tiny_backbone(detector.backbone, (16,) if detector.encoder.kind == "dense" else (8, 16)),
         encoder=_tiny_encoder(detector.encoder),
         cross_attention=_tiny_attention(detector.cross_attention),
         decoder=decoder,
     )
+
+
+def _tiny_backbone(backbone: AnyBackboneConfig, strides: tuple[int, ...]) -> AnyBackboneConfig:
+    """A ResNet-18 or ResNet-18-vd; of plain ViTs with a pyramid one of width 192."""
+    light = {"pretrained": False, "weights": None, "strides": strides, "drop_path": 0.0}
+    if isinstance(backbone, EvaViTConfig):
+        sizes = {"width": 192, "depth": 6, "heads": 6, "window": 4, "global_blocks": (2, 5), "grid": 16, "extent": None}
+        return backbone.replace(**light, **sizes, checkpointing=False, frozen=0)
+    if isinstance(backbone, TimmViTConfig):
+        return backbone.replace(**light, name="vit_tiny_patch16_224", checkpointing=False, frozen=0)
+    assert isinstance(backbone, BackboneConfig)
+    name = VD_RESNETS[0] if backbone.name in VD_RESNETS else "resnet18"
+    return BackboneConfig(name=name, pretrained=False, strides=strides)
 
 
 def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
