@@ -24,7 +24,7 @@ QUICK := $(addprefix tests/test_cli.py::test_,help_shows_an_example a_wrong_word
 	two_runs_are_analyzed_side_by_side) tests/data/test_decode.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick oldest dist wheel bench check lint types arrows style clean
+.PHONY: help venv demo test soak quick oldest dist wheel bench check lint types arrows style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ demo: $(STAMP)  ## Make a data set, train on it, and draw what the detector find
 
 test: $(STAMP)  ## Run the tests (a part of them: make test TESTS=tests/golden)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TEST_FLAGS) $(TESTS)
+
+soak: $(STAMP)  ## Run the reliability campaign, an hour at most (a part: make soak TESTS=tests/soak/test_kills.py)
+	OMP_NUM_THREADS=1 timeout --signal=INT 3600 $(BIN)/python -m pytest --durations=0 $(or $(TESTS),tests/soak)
 
 quick:  ## Run the tests that meet the libraries: try another Python with make quick PYTHON=python3.13
 	$(MAKE) test TEST_FLAGS= TESTS="$(QUICK)"

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "atomic": set(),
     "signals": set(),
     "outputs": {"atomic", "errors"},
+    "folders": {"distributed", "outputs", "errors"},
     "types": set(),
     "boxes": set(),
     "rle": set(),
@@ -77,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting"},
     "verbs": {
         *("data", "recipes", "engine", "interop", "predictions", "loading", "report"),
-        *("arguments", "distributed", "outputs", "errors"),
+        *("arguments", "distributed", "folders", "outputs", "errors"),
     },
     "analysis": {
         *("types", "boxes", "detector", "matching", "supervision", "schemes", "training"),
@@ -86,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": {
         *("api", "data", "recipes", "engine", "analysis"),
-        *("distributed", "outputs", "atomic", "errors", "signals", "terminal", "version", "webpage"),
+        *("distributed", "folders", "outputs", "atomic", "errors", "signals", "terminal", "version", "webpage"),
     },
     "cli": {
         *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),

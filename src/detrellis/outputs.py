@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MADE = ".detrellis.jsonl"
+LOCK = ".detrellis.lock"  # says who writes to the folder (`folders.py`)
 LARGEST = 65500  # pixels of a JPEG's side
 ANY = "any"  # in place of a hash: the file grows, and is ours whatever is in it
 
@@ -104,7 +105,9 @@ class Outputs:
 
     def _files(self) -> list[Path]:
         """All files below the folder."""
-        return sorted(Path(parent, f) for parent, _, files in os.walk(self.folder) for f in files if f != MADE)
+        return sorted(
+            Path(parent, f) for parent, _, files in os.walk(self.folder) for f in files if f not in (MADE, LOCK)
+        )
 
     def _replaceable(self, path: Path) -> bool:
         """Whether nothing is lost with it: it is as a call left it."""

@@ -128,7 +128,6 @@ class RunLog:
     def start_epoch(self, epoch: int) -> None:
         """Begins epoch `epoch`, counted from 1."""
         self._epoch, self._images, self._window_images = epoch, 0, 0
-        self._totals = Sums()
         self._epoch_start = self._window_start = self._last_step = self._clock()
         if self.is_main_process:
             self._view.start_epoch(epoch)
@@ -172,6 +171,7 @@ class RunLog:
         now = self._clock()
         self._totals.add(self._window.take())
         losses, metrics = self._totals.means()
+        self._totals = Sums()
         record = {
             **self._head("epoch", losses, metrics),
             "images_per_second": _rate(self._images, self._last_step - self._epoch_start),
@@ -186,6 +186,19 @@ class RunLog:
     def track(self, items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
         """Yields `items` with a progress bar of their own, on a terminal: the evaluation, for one."""
         return self._view.track(items, name, total) if self.is_main_process else iter(items)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch has measured so far, as plain tensors, numbers and containers: its record is to hold all of
+        the epoch, wherever the run is resumed. Times and rates are those of each process."""
+        return {"window": self._window.state_dict(), "totals": self._totals.state_dict(), "lr": self._lr}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """The inverse of `state_dict`; nothing for None, of runs that did not save it."""
+        if state is None:
+            return
+        self._window.load_state_dict(state["window"])
+        self._totals.load_state_dict(state["totals"])
+        self._lr = state["lr"]
 
     def close(self) -> None:
         """Takes the progress bar away and closes the files; twice is as good as once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ class Sums:
         """Means of losses and metrics; NaN where nothing was counted."""
         return _divided(self._losses), _divided(self._metrics)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and containers."""
+        return {"losses": dict(self._losses), "metrics": dict(self._metrics)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._losses, self._metrics = dict(state["losses"]), dict(state["metrics"])
+
 
 class Means:
     """Collects a step's values on their device; `take` is the one place that waits for it.
@@ -62,13 +71,22 @@ class Means:
         counted[len(losses) :] = (~row[len(losses) :].isnan()).to(row.dtype)
         row[len(losses) :] = row[len(losses) :].nan_to_num(nan=0.0)
         both = torch.stack([row, counted])
-        self._values = both if self._values is None else self._values + both
+        self._values = both if self._values is None else self._values.to(device) + both
 
     def take(self) -> Sums:
         """The sums since the last call."""
         self._flush()
         sums, self._sums = self._sums, Sums()
         return sums
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and containers. Nothing is added up for it, so later sums are the same bits."""
+        return {"sums": self._sums.state_dict(), "names": self._names, "values": self._values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._sums.load_state_dict(state["sums"])
+        self._names, self._values = state["names"], state["values"]
 
     def _flush(self) -> None:
         if self._values is None:

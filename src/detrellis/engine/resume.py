@@ -33,6 +33,7 @@ from detrellis.errors import UserError, command
 from detrellis.recipes.config import Recipe
 
 SEEN = "images_an_epoch"  # in a state: how many images an epoch has, those that it has several times included
+LOG = "log"  # in a state: what the epoch has measured so far
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
 FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the network nor the state depends on
 FIXED = ("schedule.epochs", "schedule.unfreeze_after")  # the first has an option; the optimizer depends on the second

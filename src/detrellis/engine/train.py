@@ -45,7 +45,7 @@ from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
-from detrellis.engine.resume import IMAGES, SEEN, packed_file_names
+from detrellis.engine.resume import IMAGES, LOG, SEEN, packed_file_names
 from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
@@ -292,6 +292,7 @@ class TrainRun:
         resumed run what a crash or a change of settings has left different on the disk is written again."""
         if resume is not None:
             self.saved_position = (self.state.epoch, self.state.step)
+            self.log.load_state_dict(resume.get(LOG))
         mine = self._card(self.state.epoch).to_metadata()
         weights = mine if self.state.step == 0 else metadata_of(self.job.out / LAST)
         if resume is None or resume[CARD] != mine or weights != mine:
@@ -306,10 +307,9 @@ class TrainRun:
             return
         check_weights(self.state.model.state_dict().values(), self.state.step, self._divergence_remedy())
         weights = self.state.detector.state_dict() if self.state.step else None
-        seen = images_an_epoch(self.job.train, self.recipe)
-        whole = {**self.state.state_dict(), IMAGES: self.images, SEEN: seen}
+        more = {IMAGES: self.images, SEEN: images_an_epoch(self.job.train, self.recipe), LOG: self.log.state_dict()}
         try:
-            save_run(self.job.out, whole, weights, self._card(self.state.epoch))
+            save_run(self.job.out, {**self.state.state_dict(), **more}, weights, self._card(self.state.epoch))
         except OSError as error:
             message = f"{self.job.out}: the run cannot be saved ({error.strerror or error})"
             raise SaveError(message, self._resume_remedy()) from error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from detrellis.data.annotations import Annotations
-from detrellis.engine.checkpoint import BEST_FOLDER, Card, metadata_of
+from detrellis.engine.checkpoint import BEST, BEST_FOLDER, Card, metadata_of
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import duration
 from detrellis.engine.log import read_records
@@ -158,6 +158,19 @@ def card_of(weights: Path | None, model: Model) -> Card:
 def is_ours(weights: Path | None) -> bool:
     """Whether it is a file in a run's folder: no export, not somebody else's, and none of the epochs that were kept."""
     return weights is not None and weights.suffix == ".safetensors" and weights.parent.name not in KEPT_IN
+
+
+def is_missing(run: Path, validation: Annotations | None) -> bool:
+    """Whether a finished run has no report of its best weights, though its validation split allows one."""
+    best = metadata_of(run / BEST)
+    if best is None or validation is None or validation.federation is not None:
+        return False
+    card = Card.from_metadata(best, run / BEST)
+    try:
+        report = json.loads((run / report_names("val")[1]).read_text(encoding="utf-8"))
+        return (report["epoch"], report["step"]) != (card.epoch, card.step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card) -> None:

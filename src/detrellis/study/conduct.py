@@ -12,6 +12,7 @@ from rich.console import Console
 from detrellis.analysis.figures import DPI, need_matplotlib
 from detrellis.atomic import Write, replace_files
 from detrellis.errors import UserError
+from detrellis.folders import held
 from detrellis.study.figures import figures
 from detrellis.study.launch import Launcher, Local
 from detrellis.study.pace import paced
@@ -49,11 +50,12 @@ def conduct(
             "--equal time times steps on this machine, and the runs are jobs of others",
             "Take --equal epochs, or start the whole study as one job with --launcher local.",
         )
-    if plan.pace is not None:
-        plan = paced(plan, folder, resources, console.print)
-    plan.begin(folder)
-    report = read_report(plan, run(plan, folder, resources, console))
-    save(report, folder)
+    with held(folder, new=True):
+        if plan.pace is not None:
+            plan = paced(plan, folder, resources, console.print)
+        plan.begin(folder)
+        report = read_report(plan, run(plan, folder, resources, console))
+        save(report, folder)
     return report
 
 

@@ -19,6 +19,7 @@ from detrellis.atomic import replace_text
 from detrellis.data.files import read_object
 from detrellis.engine.log import read_records
 from detrellis.errors import UserError, listed
+from detrellis.folders import held
 from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
 from detrellis.study.plan import DONE, SHOWN, Trial, TrialOutcome, changes
@@ -226,10 +227,11 @@ def tune(search: Search, out: Path, resources: Resources, console: Console) -> T
 
     Raises `UserError` before anything is trained where optuna is missing, or another search is in the folder.
     """
-    tuner = Tuner(search, out)
-    tuner.save()
-    run_trials(tuner, search.conditions, resources, console)
-    tuner.save()
+    with held(out, new=True):
+        tuner = Tuner(search, out)
+        tuner.save()
+        run_trials(tuner, search.conditions, resources, console)
+        tuner.save()
     return tuner
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Normalise
 from detrellis.data.masks import has_outlines
 from detrellis.distributed import World, all_gather, process_group
+from detrellis.engine.batches import batch_per_process
 from detrellis.engine.capacity import capacity
 from detrellis.engine.checkpoint import Card
 from detrellis.engine.length import auto_epochs, describe_auto
@@ -29,12 +29,14 @@ from detrellis.engine.state import TrainJob
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
 from detrellis.errors import UserError, command
+from detrellis.folders import held, new_folder
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.outputs import Outputs, jpeg
 from detrellis.recipes import Recipe, choose_recipe
 from detrellis.recipes.build_backbone import starting_from
 from detrellis.report import write as reporting
+from detrellis.verbs.evaluation import evaluate
 
 # What a run writes beside its weights.
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", SHEET, "bad_batch-0.pt", *reporting.report_names("val"))
@@ -90,13 +92,13 @@ def train(
             chosen = chosen.override(f"schedule.epochs={auto_epochs(chosen, images)}")
             if world.is_main_process:
                 _say(console)(describe_auto(chosen, images))
-        folder = Path(out) if out is not None else _new_folder(chosen.name, world)
-        if world.is_main_process:
-            Outputs(folder).take(LOGS)
+        folder = Path(out) if out is not None else new_folder(chosen.name, world)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes)
-        return run_job(job, world, console=console, report=partial(reporting.report_of_run, folder, _say(console)))
+        report = partial(reporting.report_of_run, folder, _say(console))
+        with held(folder, world, new=True, check=partial(_begin, folder)):
+            return run_job(job, world, console=console, report=report)
 
 
 @checked
@@ -122,8 +124,8 @@ def resume(
     """
     files = (train, train_images, val, val_images)
     moved = None if data is None and not any(files) else find_data(data, *files)
-    resumed = resumed_run(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
-    with process_group(device) as world:
+    with process_group(device) as world, held(Path(run), world):
+        resumed = resumed_run(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
         if world.is_main_process:
             _say(console)(resumed.summary)
         card = resumed.card
@@ -131,7 +133,18 @@ def resume(
         resumed.check(training, validation, classes)
         job = TrainJob(card, training, validation, Path(run), workers)
         report = partial(reporting.report_of_run, Path(run), _say(console))
-        return run_job(job, world, resumed.state, console, report)
+        result = run_job(job, world, resumed.state, console, report)
+        if result.finished and all_gather(reporting.is_missing(Path(run), validation))[0]:
+            # The best epoch was evaluated by a process that ended before it reported: again, in the same batches.
+            evaluate(
+                run,
+                metric="masks" if card.recipe.needs_bitmaps else "coco",
+                batch_size=batch_per_process(card.recipe, world),
+                skip_bad=card.skip_bad,
+                workers=workers,
+                device=device,
+            )
+        return result
 
 
 def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:
@@ -148,20 +161,6 @@ def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out:
     return outputs.write(SHEET, jpeg(samples_sheet(dataset, training.classes.names, count)))
 
 
-def _new_folder(name: str, world: World) -> Path:
-    """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the same second."""
-    stem = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder, number = stem, 1
-    while world.is_main_process:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = Path(f"{stem}-{number}")
-    return all_gather(folder)[0]
-
-
 def _check_free(folder: Path) -> None:
     """Raises `UserError` where a new run would write over another run, or over a file that is no log of one."""
     if (folder / "last.state.pt").exists():
@@ -170,6 +169,12 @@ def _check_free(folder: Path) -> None:
     if weights := [name for name in WEIGHTS if (folder / name).exists()]:
         raise UserError(f"{folder / weights[0]}: there are weights in this folder", "Take another --out.")
     Outputs(folder).ready(LOGS)
+
+
+def _begin(folder: Path) -> None:
+    """Take the folder for a new run; `UserError` where another one has come since it was looked at."""
+    _check_free(folder)
+    Outputs(folder).take(LOGS)
 
 
 def _recipe_and_weights(

@@ -1,0 +1,1 @@
+"""The long form of the reliability tests: `make soak` (docs/reliability.md)."""
