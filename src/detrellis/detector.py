@@ -58,9 +58,9 @@ class Detector(nn.Module):
         """The encoded memory of the images."""
         maps = self.backbone(images.pixels)
         if self.masks is None:
-            memory: Memory = self.encoder(self.neck(maps, images.padding))
+            memory: Memory = self.encoder(self.neck(maps, images.padding), self.queries.head)
             return memory
-        memory = self.encoder(self.neck(maps[1:], images.padding))
+        memory = self.encoder(self.neck(maps[1:], images.padding), self.queries.head)
         return memory._replace(masks=self.masks(maps[0], memory, images))
 
     def propose(self, memory: Memory) -> tuple[Queries, Proposals | None]:

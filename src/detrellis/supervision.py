@@ -175,7 +175,15 @@ class Supervision:
     assign: Assign = field(default_factory=Hungarian)
     rule: LossRule = field(default_factory=SetLoss)
     weights: Mapping[str, float] = field(
-        default_factory=lambda: {"class": 1.0, "box": 5.0, "giou": 2.0, "iou_branch": 1.0, "fgl": 0.15, "ddf": 1.5}
+        default_factory=lambda: {
+            "class": 1.0,
+            "box": 5.0,
+            "giou": 2.0,
+            "iou_branch": 1.0,
+            "fgl": 0.15,
+            "ddf": 1.5,
+            "salience": 2.0,
+        }
     )
     known_weights: Mapping[str, float] | None = None  # of pairs that are not matched; None: the same
     proposal_rule: LossRule | None = None  # of the encoder's proposals; None: the same

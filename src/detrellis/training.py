@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from detrellis.detector import Detector
 from detrellis.distributed import reduce_mean
 from detrellis.mask_points import Points, Sampling, Seeded
+from detrellis.salience import TokenTargets, salience_loss
 from detrellis.schemes.base import QueryBlock, Step, TrainingScheme
 from detrellis.supervision import Supervision, Task, counted, match, supervise, uniting
 from detrellis.types import DecoderOutput, ImageBatch, Targets
@@ -31,7 +32,8 @@ class TrainableDetector(nn.Module):
     """What is trained. Only `detector` is ever evaluated, saved as weights or exported.
 
     `proposal_targets`: `"objectness"` teaches every token of a two-stage detector whether it is an object
-    (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO). `points`: where masks are
+    (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO). `token_targets`: what an encoder
+    that chooses tokens learns of them. `points`: where masks are
     compared; None: none are learned.
     """
 
@@ -42,20 +44,21 @@ class TrainableDetector(nn.Module):
         supervision: Supervision | None = None,
         *,
         proposal_targets: ProposalTargets = "classes",
+        token_targets: TokenTargets = "salience",
         points: Points | None = None,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.schemes = nn.ModuleList(schemes)
         self._supervision = supervision or Supervision()
-        self.proposal_targets = proposal_targets
+        self.proposal_targets, self.token_targets = proposal_targets, token_targets
         self.sampling = None if points is None else Sampling(Seeded(), points)
 
     def forward(self, images: ImageBatch, targets: Targets) -> StepOutput:
         """One pass of every query block, and all losses."""
         step = self.begin(images, targets)
         blocks = [self.main(step)]
-        losses: dict[str, Tensor] = {}
+        losses = self._of_tokens(step)
         for scheme in self.training_schemes:
             extension = scheme.extend(step)
             blocks += extension.blocks
@@ -114,6 +117,13 @@ class TrainableDetector(nn.Module):
     def training_schemes(self) -> list[TrainingScheme]:
         """The schemes, in the recipe's order."""
         return [s for s in self.schemes if isinstance(s, TrainingScheme)]
+
+    def _of_tokens(self, step: Step) -> dict[str, Tensor]:
+        """The loss of an encoder that chooses tokens."""
+        if step.memory.salience is None:
+            return {}
+        loss = salience_loss(step.memory, step.targets, step.sizes, reduce_mean, self.token_targets)
+        return {"encoder/salience": step.supervision.weights["salience"] * loss}
 
     def _tasks(self, block: QueryBlock, output: DecoderOutput, step: Step) -> list[Task]:
         """What a block's outputs learn, and what stands before them: each matched copy by copy."""

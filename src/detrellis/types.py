@@ -84,6 +84,9 @@ class Memory(NamedTuple):
     padding: Tensor | None = None  # (B, S) bool; None: no padding, no mask work
     valid_ratios: Tensor | None = None  # (B, V, 2) valid fraction of (width, height); None where padding is None
     masks: MaskFeatures | None = None  # of detectors that give masks
+    salience: Tensor | None = (
+        None  # (B, S) logits of what the encoder chose tokens by (Salience-DETR); None: it has all
+    )
 
 
 class Queries(NamedTuple):
@@ -189,6 +192,7 @@ class Proposals(NamedTuple):
     selected: Tensor  # (B, N, D) their states
     boxes: Tensor  # (B, N, 4) their boxes in [0, 1]; a token that can propose none gives 1 (relative boxes: 0)
     mask_embeds: Tensor | None = None  # (B, N, Dm) of their masks, where queries begin with the boxes around them
+    cells: Tensor | None = None  # (B, S, 4) boxes around the tokens' cells, by which they are distinct; None: by boxes
 
     def ranked(self, count: int) -> Tensor:
         """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so many."""

@@ -125,4 +125,4 @@ def decoded(detector: Detector, memory: Memory) -> DecoderOutput:
 
 def predict(model: TrainableDetector, memory: Memory) -> Tensor:
     """Of a memory that is not encoded yet."""
-    return flat(decoded(model.detector, model.detector.encoder(memory)))
+    return flat(decoded(model.detector, model.detector.encoder(memory, model.detector.queries.head)))

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detrellis.boxes import xyxy_to_cxcywh
 from detrellis.matching import Dynamic
 from detrellis.nn.relation import PositionRelation, box_relation
 from detrellis.nn.spatial import cells_within
+from detrellis.salience import salience_targets
 from detrellis.schemes.rank import GIOU_AWARE, HighOrderCost
 from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
 from detrellis.types import Assignment, Memory, Targets
@@ -124,3 +126,14 @@ def check_box_attention(a: Arrays) -> None:
     )
     for level, readable in enumerate(found):
         assert torch.equal(~readable, a[f"blocked{level}"]), f"level {level}"
+
+
+def check_salience(a: Arrays) -> None:
+    """Salience-DETR's targets of one image, on as many levels as there are."""
+    size, corners, levels = a["image"].double(), a["gt_boxes"], len([key for key in a.data if key.startswith("level")])
+    shapes = tuple((a[f"level{i}"].shape[0], a[f"level{i}"].shape[1]) for i in range(levels))
+    tokens = corners.new_zeros(1, sum(h * w for h, w in shapes), 1)
+    boxes = xyxy_to_cxcywh(corners) / size.flip(0).repeat(2)
+    targets = Targets(torch.zeros(len(boxes), dtype=torch.long), boxes, (len(boxes),))
+    found = salience_targets(Memory(tokens, tokens, shapes), targets, size[None])
+    near(found[0], torch.cat([a[f"level{i}"].flatten() for i in range(levels)]), "targets")

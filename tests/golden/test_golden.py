@@ -120,6 +120,7 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "rivals/mal": rivals.check_mal,
     "rivals/relation": rivals.check_relation,
     "rivals/rank_loss": rivals.check_rank,
+    "rivals/salience_targets": rivals.check_salience,
     "segmentation/hf_mask2former_": mask2former.check_model,
     "segmentation/m2f_loss_": mask2former.check_loss,
     "segmentation/group_mask2former_": mask2former.check_groups,

@@ -30,7 +30,7 @@ from detrellis.data.shapes import write_shapes
 from detrellis.engine.checkpoint import load_weights
 from detrellis.errors import UserError
 from detrellis.nn.pretrained import timm_statistics
-from detrellis.recipes import RECIPES, dfine, find_recipe, lwdetr, mask2former, rtdetr, vit
+from detrellis.recipes import RECIPES, dfine, find_recipe, lwdetr, mask2former, rivals, rtdetr, vit
 from detrellis.recipes.backbones import RESNETS
 from detrellis.recipes.build import build
 from detrellis.recipes.migrate import FORMAT, migrated, read_recipe, renamed_parameters
@@ -44,7 +44,7 @@ from ..small import images
 
 # Recipes and schemes that format 1 did not have.
 OTHERS = (*mask2former.RECIPES, *rtdetr.RECIPES, *dfine.RECIPES, *lwdetr.RECIPES)
-RIVALS = ("ddq-dino-r50", "ms-deformable-detr-r50", "dac-deformable-detr-r50", "relation-dino-r50")
+RIVALS = ("ddq-dino-r50", *(name for name in rivals.RECIPES if not name.startswith("rank")))
 LARGE = (*vit.RECIPES, *(name for name in RECIPES if "-lsj" in name or "-lvis" in name))
 SINCE = (
     "mask-dino-r50",

@@ -56,6 +56,7 @@ OTHERS = {
     "detector.encoder.kind=dense": "dab_detr_r50",
     "detector.encoder.kind=intra_scale": "smca_detr_ms_r50",
     "detector.encoder.kind=hybrid": "rtdetr_r18",
+    "detector.encoder.kind=salience": "salience_detr_r50",
     "detector.backbone.kind=window_vit": "lwdetr_tiny",
     "detector.backbone.kind=eva02": "co_dino_vit_l",
     "detector.encoder.kind=projector": "lwdetr_tiny",

@@ -38,9 +38,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, memory: Memory, references: Tensor | None) -> Memory:
         """The memory with its tokens after this layer."""
-        attended = self.attention(memory.tokens, Spatial(memory.position, references), memory)
-        tokens = self.norm(memory.tokens + self.dropout(attended))
-        return memory._replace(tokens=self.feed_forward(tokens))
+        return memory._replace(tokens=self.refine(memory.tokens, Spatial(memory.position, references), memory))
+
+    def refine(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """Tokens `x (B, N, D)` after this layer, in which they read the `memory`."""
+        out: Tensor = self.feed_forward(self.norm(x + self.dropout(self.attention(x, where, memory))))
+        return out
 
 
 class MemoryFusion(nn.Module):
@@ -79,8 +82,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.references, self.position_scale, self.fusion = references, position_scale, fusion
 
-    def forward(self, memory: Memory) -> Memory:
-        """The memory with encoded tokens."""
+    def forward(self, memory: Memory, head: nn.Module | None = None) -> Memory:
+        """The memory with encoded tokens, whatever `head` proposes boxes from it."""
         references = token_centres(memory) if self.references else None
         position, states = memory.position, [memory.tokens]
         for layer in self.layers:

@@ -18,6 +18,7 @@ from detrellis.nn.mlp import xavier_linear
 from detrellis.types import DecoderOutput, Memory, Proposals
 
 BASE_SIZE = 0.05  # side of a proposal on the finest level; it doubles with each level
+APART = 4096.0  # cells from one level to the next, where all lie in one plane
 BORDER = 0.01  # a proposal whose centre or size comes closer than this to 0 or 1 is invalid
 
 
@@ -41,6 +42,17 @@ def anchor_logits(memory: Memory, *, reverse: bool = False) -> Tensor:
     return torch.log(safe / (1 - safe)).masked_fill(~usable.unsqueeze(-1), math.inf)
 
 
+def cell_boxes(memory: Memory) -> Tensor:
+    """A box of two cells' sides around each token `(1, S, 4)`, counted in cells; levels lie far apart."""
+    device, dtype = memory.tokens.device, memory.position.dtype
+    levels = []
+    for level, (height, width) in enumerate(memory.shapes):
+        y, x = (torch.arange(n, device=device, dtype=dtype) for n in (height, width))
+        centres = torch.cartesian_prod(y, x + APART * level).flip(-1)
+        levels.append(torch.cat([centres, torch.full_like(centres, 2.0)], dim=-1))
+    return torch.cat(levels).unsqueeze(0)
+
+
 def side_by_side(parts: Sequence[Proposals]) -> Proposals:
     """The first of `parts` with what all of them select, one after the other: for queries of several groups."""
     best, selected, boxes = (torch.cat(values, dim=1) for values in zip(*(p[4:7] for p in parts), strict=True))
@@ -54,7 +66,8 @@ class ProposalHead(nn.Module):
     `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the highest class
     logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
     in the reference codes, instead of last. `distinct`: proposals whose IoU with a better one exceeds this are selected
-    last (DDQ); None: off. `relative`: boxes are moved relative to their size, instead of in logit space (LW-DETR).
+    last (DDQ); None: off. `by_cells`: the IoU is that of boxes of two cells around the tokens, of one level
+    (Salience-DETR). `relative`: boxes are moved relative to their size, instead of in logit space (LW-DETR).
     `masks`: the selected also learn masks, by embeddings of that width; `masks_first`: which already the queries need.
     `output_norm`: what the selected learn is read off states that are normalised once more, `reverse`: the smallest
     boxes are the coarsest level's (both Mask DINO).
@@ -69,6 +82,7 @@ class ProposalHead(nn.Module):
         rank_by: Literal["first", "max"],
         empty_compete: bool = False,
         distinct: float | None = None,
+        by_cells: bool = False,
         relative: bool = False,
         masks: int | None = None,
         masks_first: bool = False,
@@ -78,6 +92,7 @@ class ProposalHead(nn.Module):
         super().__init__()
         self.proposals, self.rank_by, self.empty_compete = proposals, rank_by, empty_compete
         self.distinct, self.relative, self.reverse = distinct, relative, reverse
+        self.by_cells = by_cells and distinct is not None
         self.projection = xavier_linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.classify = class_head(width, classes)
@@ -90,7 +105,7 @@ class ProposalHead(nn.Module):
         """The proposals; a token that can propose nothing has memory 0."""
         anchors = anchor_logits(memory, reverse=self.reverse).expand(memory.tokens.shape[0], -1, -1)
         empty = anchors[..., :1].isinf()
-        states = self.norm(self.projection(memory.tokens.masked_fill(empty, 0)))
+        states = self._states(memory, empty)
         logits = self.classify(states)
         scores = (logits[..., 0] if self.rank_by == "first" else logits.amax(-1)).detach()
         if not self.empty_compete:
@@ -98,8 +113,17 @@ class ProposalHead(nn.Module):
             # queries. A trained one has learned that it is no object.
             scores = scores.masked_fill(empty.squeeze(-1), -math.inf)
         nothing = scores.new_empty(0)
-        proposals = Proposals(states, anchors, logits, scores, nothing, nothing, nothing)
+        cells = cell_boxes(memory).expand_as(anchors) if self.by_cells else None
+        proposals = Proposals(states, anchors, logits, scores, nothing, nothing, nothing, cells=cells)
         return self._chosen(proposals, proposals.ranked(self._pool(self.proposals)), self.proposals)
+
+    def states(self, memory: Memory) -> Tensor:
+        """What the heads would read `(B, S, D)` of a memory whose positions are part of its tokens."""
+        return self._states(memory, anchor_logits(memory, reverse=self.reverse)[..., :1].isinf())
+
+    def _states(self, memory: Memory, empty: Tensor) -> Tensor:
+        states: Tensor = self.norm(self.projection(memory.tokens.masked_fill(empty, 0)))
+        return states
 
     def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
         """The best `copies * N` of those that are not selected, as if they were; the copies choose in turns.
@@ -120,7 +144,8 @@ class ProposalHead(nn.Module):
         states = select(proposals.states, tokens)
         boxes = self._moved(states, select(proposals.anchors, tokens))
         if self.distinct is not None:
-            last = overlapping(boxes, self.distinct) | proposals.scores.gather(1, tokens).isinf()
+            around = boxes if proposals.cells is None else select(proposals.cells, tokens)
+            last = overlapping(around, self.distinct) | proposals.scores.gather(1, tokens).isinf()
             order = last.long().argsort(dim=1, stable=True)[:, :count]
             tokens, states, boxes = tokens.gather(1, order), select(states, order), select(boxes, order)
         embeds = self._mask_embeds(states) if self.masks_first else None

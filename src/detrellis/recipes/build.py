@@ -104,7 +104,7 @@ def build_supervision(recipe: Recipe) -> Supervision:
     softmax = detector.scores == "softmax"
     term = softmax_term if softmax else focal_term
     cost = MatchingCost(config.cost_classes, config.cost_box, config.cost_giou, term)
-    terms = ("box", "giou", "iou_branch", "mask", "dice", "fgl", "ddf")
+    terms = ("box", "giou", "iou_branch", "mask", "dice", "fgl", "ddf", "salience")
     names = {"class": "classes", **{name: name for name in terms}}
     k = config.one_to_many
     weights = {term: getattr(config, name) / k for term, name in names.items()}  # as if copies were targets
@@ -133,11 +133,13 @@ def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(seed, "detector"))
         detector = build_detector(recipe.detector, classes)
+    encoder = recipe.detector.encoder
     model = TrainableDetector(
         detector,
         build_schemes(recipe, detector, classes, seed),
         build_supervision(recipe),
         proposal_targets="objectness" if recipe.detector.objectness else "classes",
+        token_targets=encoder.targets if encoder.kind == "salience" else "salience",
         points=build_points(recipe),
     )
     if not stored:

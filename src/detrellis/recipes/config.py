@@ -100,6 +100,7 @@ class LossConfig(Config):
     points_in: Literal["batch", "image"] = "batch"  # batch: in its padding too, which is background
     fgl: Weight = 0.15  # of distributions: fine-grained localization,
     ddf: Weight = 1.5  # and decoupled distillation focal loss, of the last layer's to the others' (D-FINE)
+    salience: Weight = 2.0  # of tokens, where the encoder chooses among them (Salience-DETR)
     union: bool = False  # boxes learn by the union of the matches of all layers and proposals (D-FINE's GO-LSD)
     one_to_many: Count = 1  # queries each target is matched to in every layer, all alike: leaves duplicates
     no_object: Weight = 0.1  # weight of "no object" in a softmax's cross-entropy

@@ -122,6 +122,7 @@ class ProposalQueriesConfig(Config):
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
     distinct: Overlap | None = None  # proposals that overlap a better one by more than this come last (DDQ); None: off
+    distinct_by: Literal["boxes", "cells"] = "boxes"  # cells: of boxes around the tokens' cells (Salience-DETR)
 
 
 class MixedQueriesConfig(Config):
@@ -136,6 +137,7 @@ class MixedQueriesConfig(Config):
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False
     distinct: Overlap | None = None
+    distinct_by: Literal["boxes", "cells"] = "boxes"
     deltas: bool = False  # each query learns how it moves its proposal's box (LW-DETR)
     # queries begin with the boxes around their proposals' masks (Mask DINO), up to the last cell or with it; None: with
     # the proposals' boxes

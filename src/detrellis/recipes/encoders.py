@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from detrellis.fields import Config, Count, Few, Strides, Width, within
+from detrellis.fields import Config, Count, Few, Some, Strides, Width, within
 
+Part = Annotated[float, within(0, 1, above=True)]
 Levels = Annotated[int, within(1, 8)]
 
 
@@ -20,6 +21,24 @@ class DeformableEncoderConfig(Config):
     points: Few = 4  # that each head samples on each level
     fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
     width: Width | None = None  # of the memory, which a masked decoder projects to its own; None: detector.width
+
+
+class SalienceEncoderConfig(Config):
+    """The deformable one for the tokens that matter alone (Salience-DETR, Focus-DETR)."""
+
+    width: ClassVar[None] = None
+    kind: Literal["salience"] = "salience"
+    layers: Few = 6
+    heads: Few = 8
+    hidden: Count = 1024
+    levels: Annotated[int, within(2, 8)] = 4
+    points: Few = 4
+    # the part of each level's tokens that is refined, finest first, the last of further levels too; or one number, the
+    # part of all tokens (Focus-DETR)
+    of_levels: Part | Annotated[tuple[Part, ...], Some] = (0.25, 0.5, 1.0, 1.0)
+    of_layers: Annotated[tuple[Part, ...], Some] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)  # of those, in each layer
+    targets: Literal["salience", "objects"] = "salience"  # how near to an object's centre; objects: inside one (Focus)
+    background: bool = True  # what is not refined gets a learned embedding; False: Focus-DETR
 
 
 class DenseEncoderConfig(Config):
@@ -82,6 +101,7 @@ class ProjectorEncoderConfig(Config):
 
 EncoderConfig = (
     DeformableEncoderConfig
+    | SalienceEncoderConfig
     | DenseEncoderConfig
     | IntraScaleEncoderConfig
     | HybridEncoderConfig

@@ -36,6 +36,7 @@ from detrellis.nn.queries import (
 )
 from detrellis.nn.ranked import RankLayers
 from detrellis.nn.relation import PositionRelation
+from detrellis.nn.salience import SalienceEncoder
 from detrellis.nn.semantic import SemanticAligner, SemanticCrossAttention
 from detrellis.nn.smca import IntraScaleAttention, ModulatedAttention, ModulatedPriors, read_point
 from detrellis.nn.spatial import (
@@ -95,7 +96,7 @@ def build_hybrid_neck(config: DetectorConfig, encoder: HybridEncoderConfig, chan
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels together (SMCA)."""
     width, encoder = config.memory_width, config.encoder
-    if encoder.kind == "deformable":
+    if encoder.kind in ("deformable", "salience"):
         return DeformableAttention(width, encoder.heads, encoder.levels, encoder.points)
     apart = encoder.kind == "intra_scale" and layer != encoder.layers // 2
     return (IntraScaleAttention if apart else DenseAttention)(width, encoder.heads, dropout=config.dropout)
@@ -128,7 +129,7 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
     return AtLevel(attention, level_of(layer, config.decoder.layers, levels)) if levels > 1 else attention
 
 
-def build_encoder(config: DetectorConfig) -> Encoder:
+def build_encoder(config: DetectorConfig) -> Encoder | SalienceEncoder:
     """The encoder's layers; none where the neck has done its work."""
     width, dropout, encoder = config.memory_width, config.dropout, config.encoder
     if encoder.kind == "hybrid" or encoder.kind == "projector":
@@ -142,6 +143,10 @@ def build_encoder(config: DetectorConfig) -> Encoder:
         )
         for i in range(encoder.layers)
     ]
+    if encoder.kind == "salience":
+        promising = [SelfAttention(width, encoder.heads, dropout=dropout) for _ in layers]
+        options = {name: getattr(encoder, name) for name in ("of_levels", "of_layers", "background")}
+        return SalienceEncoder(layers, promising, width, encoder.levels, dropout=dropout, **options)
     if encoder.kind == "deformable":
         return Encoder(layers, references=True, fusion=MemoryFusion(width, len(layers)) if encoder.fusion else None)
     return Encoder(layers, references=False, position_scale=position_scale(width) if encoder.position_scale else None)
@@ -170,6 +175,7 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
         rank_by="first" if config.objectness else "max",
         empty_compete=queries.empty_compete,
         distinct=queries.distinct,
+        by_cells=queries.distinct_by == "cells",
         relative=config.box_encoding == "relative",
         masks=None if config.masks is None or config.objectness else config.masks.width,
         masks_first=queries.boxes_from_masks is not None,

@@ -215,7 +215,7 @@ def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 def rivals(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """For what queries know of each other's boxes and scores, and for the cells in their boxes."""
     decoder, queries, attention, encoder = config.decoder, config.queries, config.cross_attention, config.encoder
-    softmax, masked = config.scores == "softmax", not config.boxes
+    softmax, masked, salient = config.scores == "softmax", not config.boxes, encoder.kind == "salience"
     has_boxes = config.boxes and queries.kind != "learned"
     return [
         (
@@ -248,6 +248,11 @@ def rivals(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             masked and decoder.ranked,
             "cross_attention.kind=masked and decoder.ranked do not combine: its classes exclude each other",
             "Take -o detector.decoder.ranked=false.",
+        ),
+        (
+            salient and not config.two_stage,
+            f"encoder.kind=salience ranks tokens by what proposes boxes, which queries.kind={queries.kind} has not",
+            "Take -o detector.queries.kind=mixed, as in salience-detr-r50.",
         ),
         (
             masked and decoder.cross_first,
