@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from detrellis.errors import UserError
 
 T = TypeVar("T")
+
+TIMEOUT = "DETRELLIS_TIMEOUT"  # in the environment: seconds that a process waits for the others
 
 
 class World(NamedTuple):
@@ -47,7 +50,10 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def process_group(device: str | None = None) -> Iterator[World]:
-    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), or be alone."""
+    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), or be alone.
+
+    Raises `UserError` where another process has ended, or does not answer within the timeout.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     own = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if own.type == "cuda":
@@ -55,11 +61,31 @@ def process_group(device: str | None = None) -> Iterator[World]:
     if size == 1 or dist.is_initialized():
         yield World(rank, size, own)
         return
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
+    backend, limit = "nccl" if own.type == "cuda" else "gloo", _timeout()
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit)
     try:
         yield World(rank, size, own)
+    except RuntimeError as error:
+        if not _of_the_others(error):
+            raise
+        lost = f"another process has ended, or has not answered for {limit.total_seconds():,.0f} seconds"
+        remedy = ["If it has ended, it says why.", *getattr(error, "__notes__", [])]
+        raise UserError(f"process {rank} of {size}: {lost}", "\n  ".join(remedy)) from error
     finally:
         dist.destroy_process_group()
+
+
+def _timeout() -> timedelta:
+    """How long a process waits for the others: 30 minutes, in which the first one may write to a slow disk."""
+    text = os.environ.get(TIMEOUT, "1800")
+    if not text.isdecimal() or not 1 <= int(text) <= 86_400:
+        raise UserError(f"{TIMEOUT}={text}: no number of seconds from 1 to 86400", f"For example {TIMEOUT}=600.")
+    return timedelta(seconds=int(text))
+
+
+def _of_the_others(error: RuntimeError) -> bool:
+    """Whether a collective has failed, and not what this process does by itself: gloo's errors have no class."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def parallel(model: nn.Module, world: World) -> nn.Module:

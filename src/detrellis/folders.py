@@ -54,6 +54,8 @@ def held(
             check()
         except UserError as error:
             refusal = error.message, error.remedy
+        except OSError as error:
+            refusal = f"{folder}: {error.strerror or error}", "Make room, or take another folder."
     with contextlib.nullcontext() if file is None else file:
         message, remedy = all_gather(refusal)[0]
         if message:
@@ -86,8 +88,10 @@ def _lock(folder: Path, new: bool) -> FileIO | None:
             Advice(f"{folder}: no locks here ({error.strerror}): nothing keeps another run out"), stacklevel=2
         )
         return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, and does not say whose it is
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
     return file
 
 

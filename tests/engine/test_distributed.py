@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 import detrellis
-from detrellis.distributed import all_gather, pick_device, process_group, reduce_max, reduce_mean
+from detrellis.distributed import TIMEOUT, all_gather, pick_device, process_group, reduce_max, reduce_mean
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.schemes.config import SchemesConfig
@@ -161,6 +162,45 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp
     assert torch.load(out / "last.state.pt", weights_only=True)["step"] == 2
     result = detrellis.resume(out, workers=0, device="cpu")
     assert (result.finished, result.steps) == (True, 3)
+
+
+def lost(rank: int, size: int, port: int, how: str, out: str) -> None:
+    """In each process: rank 1 dies, or stands still for longer than the others wait."""
+    os.environ |= environment(rank, size, port) | {TIMEOUT: "4"}
+    Path(out, f"{rank}.here").touch()
+    while not Path(out, f"{1 - rank}.here").exists():  # they meet within the timeout, however busy the machine is
+        time.sleep(0.01)
+    others = list[int]()
+
+    def together() -> None:
+        with process_group("cpu") as own:
+            others.extend(all_gather(os.getpid()))
+            if rank == 1 and how == "dies":
+                os._exit(0)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            reduce_max(rank, own.device)
+
+    with pytest.raises(UserError, match="another process has ended, or has not answered for 4 seconds"):
+        together()
+    Path(out, f"{rank}.told").touch()
+    if how == "stalls" and rank == 0:
+        os.kill(others[1], signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("how", "told"), [("dies", ["0.told"]), ("stalls", ["0.told", "1.told"])])
+def test_a_process_that_is_lost_is_not_waited_for(how: str, told: list[str], tmp_path: Path) -> None:
+    """The others end with a message, and so does one that goes on after they have."""
+    in_two_processes(lost, how, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.glob("*.told")) == told
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "-5", "99999999"])
+def test_a_timeout_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIMEOUT, text)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"{TIMEOUT}={text}: no number of seconds"), process_group("cpu"):
+        pass
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

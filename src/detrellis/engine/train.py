@@ -343,10 +343,12 @@ class TrainRun:
             raise
 
     def _resume_remedy(self) -> str:
-        """How to go on from what is saved."""
+        """How to go on from what is saved, which the main process alone knows."""
+        resume = command("train", "--resume", self.job.out)
+        if not self.world.is_main_process:
+            return f"Go on with: {resume}"
         if self.saved_position is None:
             return "Nothing has been trained yet: make room, or take another --out."
-        resume = command("train", "--resume", self.job.out)
         if self.state.step == 0:
             return f"Nothing has been trained yet. Go on with: {resume}; with other settings take another --out."
         step = self.saved_position[1]
