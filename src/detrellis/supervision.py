@@ -291,7 +291,7 @@ def supervise(
     for task, positives in zip(tasks, assignments, strict=True):
         output, targets = task.match.output, task.match.targets
         with torch.autocast(output.boxes.device.type, enabled=False):
-            output = output.map(partial(Tensor.to, dtype=targets.boxes.dtype))
+            output = output._replace(passed=()).map(partial(Tensor.to, dtype=targets.boxes.dtype))
             if task.columns is not None:
                 output = output._replace(logits=output.logits.masked_fill(~task.columns(targets), ABSENT))
             terms = task.rule(output, targets, positives, task.normaliser)

@@ -158,6 +158,19 @@ class Between(NamedTuple):
         return Between(change(self.states), None if self.references is None else change(self.references))
 
 
+class Passed(NamedTuple):
+    """One set of queries as a decoder layer hands it on."""
+
+    states: Tensor  # (B, N, D)
+    references: Tensor | None  # (B, N, 2 or 4) that the next layer reads; None where queries have no place
+    boxes: Tensor | None  # the same, as the next layer moves them: losses may reach through them
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Passed:
+        """Every tensor after `change`."""
+        references, boxes = (None if t is None else change(t) for t in (self.references, self.boxes))
+        return Passed(change(self.states), references, boxes)
+
+
 class DecoderOutput(NamedTuple):
     """The heads' outputs after every decoder layer (training) or after the last one only (inference: L = 1)."""
 
@@ -170,15 +183,17 @@ class DecoderOutput(NamedTuple):
     sides: SideDistributions | None = None  # that the boxes are the means of (D-FINE); None: boxes are predicted
     initial: DecoderOutput | None = None  # of one layer, the first: logits and boxes before there are distributions
     between: Between | None = None  # of all layers, in training, where cross-attention comes first (MS-DETR)
+    passed: tuple[Passed, ...] = ()  # by each layer, in training; none where boxes are distributions
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
-        """Every tensor of the queries after `change`."""
+        """Every tensor of the queries after `change`, which gets `L` first."""
         iou_logits, embeds = (None if t is None else change(t) for t in (self.iou_logits, self.mask_embeds))
         logits, boxes, states = (change(t) for t in (self.logits, self.boxes, self.states))
         sides = None if self.sides is None else self.sides.map(change)
         initial = None if self.initial is None else self.initial.map(change)
         between = None if self.between is None else self.between.map(change)
-        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks, sides, initial, between)
+        passed = tuple(layer.map(lambda t: change(t.unsqueeze(0)).squeeze(0)) for layer in self.passed)
+        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks, sides, initial, between, passed)
 
 
 class Proposals(NamedTuple):

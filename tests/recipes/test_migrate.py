@@ -54,6 +54,7 @@ SINCE = (
     "federated",
     "ms",
     "dac",
+    "sqr",
     "rank-h-deformable-detr-r50",
     *RIVALS,
     *LARGE,

@@ -19,7 +19,7 @@ from ..small import CLASSES, small
 
 NETWORKS = ("tiny", "detr_r50", "conditional_detr_r50", "deformable_detr_r50_two_stage", "sam_detr_r50")
 POINTS, SOFTMAX = ("conditional_detr_r50", "deformable_detr_r50_two_stage", "detr_r50"), ("detr_r50",)
-BOXES_ONLY, SIGMOID_ONLY = ("dn", "cdn"), ("co", "align", "stable", "rank", "federated", "dac", "ms")
+BOXES_ONLY, SIGMOID_ONLY = ("dn", "cdn"), ("co", "align", "stable", "rank", "federated", "dac", "ms", "sqr")
 TWO_STAGE = ("tiny", "deformable_detr_r50_two_stage")  # dense queries need proposals
 SETTERS = ("align", "stable", "rank")  # of what a positive's class should learn
 
@@ -42,6 +42,7 @@ def test_schemes_and_losses_that_cannot_be_are_named(name: str, monkeypatch: pyt
         unfit = (scheme in BOXES_ONLY and name in POINTS) or (scheme in SIGMOID_ONLY and name in SOFTMAX)
         unfit |= scheme == "dense" and name not in TWO_STAGE
         unfit |= scheme == "ms"  # their layers have self-attention first
+        unfit |= scheme == "sqr" and name == "dfine_s"  # whose layers hand on distributions
         lossy = loss != "focal" and (name in SOFTMAX or scheme in SETTERS)
         assert (said is not None) == (unfit or lossy), (scheme, loss, said)
         assert said is None or re.search(r"-o |Leave ", said)

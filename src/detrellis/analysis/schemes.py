@@ -136,7 +136,7 @@ def all_groups(model: TrainableDetector, group: Group, batch: Batch) -> AllGroup
     step = begin(model, batch)
     blocks = [QueryBlock("main", step.queries, model.supervision), *group.extend(step).blocks]
     outputs = model.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
-    fields = zip(*(outputs[b.name]._replace(masks=None, sides=None, initial=None) for b in blocks), strict=True)
+    fields = zip(*(outputs[b.name][:5] for b in blocks), strict=True)  # of the queries, up to their masks
     output = DecoderOutput(*(None if f[0] is None else torch.cat(f, dim=2) for f in fields))  # type: ignore[arg-type]
     output = output._replace(masks=outputs["main"].masks)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
 from detrellis.nn.distinct import keep_distinct, withhold
 from detrellis.nn.distribution import Gateway
-from detrellis.nn.heads import Heads, SegmentHeads
+from detrellis.nn.heads import Heads, SegmentHeads, joined
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.ranked import RankLayers
 from detrellis.nn.refine import (
@@ -24,7 +25,7 @@ from detrellis.nn.refine import (
 )
 from detrellis.nn.relation import PositionRelation
 from detrellis.nn.spatial import AnchorPosition
-from detrellis.types import Between, DecoderOutput, Memory, Queries, Segment, SideDistributions, Spatial
+from detrellis.types import Between, DecoderOutput, Memory, Passed, Queries, Segment, SideDistributions, Spatial
 
 
 class DecoderLayer(nn.Module):
@@ -183,10 +184,34 @@ class Decoder(nn.Module):
             if not last and self.ranked is not None:
                 ranks = self.ranked.next(logits, segments)
                 x = self.ranked.content(i + 1, x, ranks)
-        output = stack(outputs)._replace(masks=memory.masks)
+        output = stack(outputs)._replace(masks=memory.masks, passed=tuple(boxes.passed) if every_layer else ())
         if every_layer and isinstance(boxes, DistributionRefinement):
             return output._replace(initial=boxes.initial())
         return output
+
+    def again(
+        self, layer: int, sets: Sequence[Passed], queries: Queries, memory: Memory
+    ) -> tuple[DecoderOutput, list[Passed]]:
+        """What decoder layer `layer` makes of other `sets` of its queries, which earlier layers handed on and which do
+        not see each other: its output of all of them side by side, and what it hands on of each.
+
+        Of a decoder whose layers hand on queries and boxes alone. `queries` are those that the decoder got.
+        """
+        count = len(sets)
+        x, references, boxes = (joined(parts) for parts in zip(*sets, strict=True))
+        assert x is not None
+        position = None if queries.position is None else queries.position.repeat(1, count, 1)
+        where = self.position(layer, x, Queries(x, position, references), references, memory)
+        x, _ = self.layers[layer](x, where, memory, [Segment("again", x.shape[1], copies=count)])
+        states = x if self.final_norm is None else self.final_norm(x)
+        refinement = IterativeRefinement(self.heads, references, self.refine, self.move)
+        refinement.boxes = boxes
+        refined = refinement.step(layer, x, states, last=layer == len(self.layers) - 1)
+        assert refined is not None
+        said = self.heads.logits(layer, states), refined.boxes, states, self.heads.iou_logits(layer, states)
+        (passed,) = refinement.passed
+        rows = [slice(i * x.shape[1] // count, (i + 1) * x.shape[1] // count) for i in range(count)]
+        return stack([DecoderOutput(*said)]), [passed.map(itemgetter((slice(None), part))) for part in rows]
 
     def say(self, layers: Sequence[Tensor], references: Tensor | None) -> DecoderOutput:
         """What the heads of every layer say of other states `(B, N, D)` of its queries, around the `references

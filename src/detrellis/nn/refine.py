@@ -11,7 +11,7 @@ from torch import Tensor
 from detrellis.boxes import inverse_sigmoid, relative_boxes
 from detrellis.nn.distribution import Bins, mean_boxes, weighting
 from detrellis.nn.heads import Heads, SegmentHeads
-from detrellis.types import DecoderOutput, SideDistributions
+from detrellis.types import DecoderOutput, Passed, SideDistributions
 
 Refine = Literal["none", "detached", "look_forward_twice"]
 # What a box head says `(B, N, 4)`, and references `(B, N, 4 or 2)`, to boxes `(B, N, 4)`.
@@ -36,6 +36,7 @@ class IterativeRefinement:
         # `boxes` is what losses reach through the outputs, `references (B, N, 2 or 4)` what a layer reads: equal,
         # without gradient from the second layer on.
         self.boxes = self.references = references
+        self.passed: list[Passed] = []  # by the layers, whose outputs are asked for
 
     def step(self, layer: int, x: Tensor, states: Tensor | None, *, last: bool) -> Refined | None:
         """Go past decoder layer `layer`, which left the queries `x (B, N, D)`.
@@ -49,6 +50,8 @@ class IterativeRefinement:
             boxes = self.move(delta, self.references)
             self.references = boxes.detach()
             self.boxes = boxes if self.refine == "look_forward_twice" else self.references
+        if states is not None:
+            self.passed.append(Passed(x, self.references, self.boxes))
         return output
 
 
@@ -66,6 +69,7 @@ class DistributionRefinement:
         self.initial_boxes: Tensor | None = None
         self.first = self.before = references  # the queries after the first layer, and after the one before
         self.logits = references
+        self.passed: list[Passed] = []  # boxes alone would not do
 
     def step(self, layer: int, x: Tensor, states: Tensor | None, *, last: bool) -> Refined:
         """As `IterativeRefinement.step`; there is an output whether it is asked for or not."""

@@ -35,6 +35,7 @@ from detrellis.schemes.config import (
     MSConfig,
     RankConfig,
     SchemeConfig,
+    SQRConfig,
     StableConfig,
 )
 from detrellis.schemes.dac import DAC
@@ -45,6 +46,7 @@ from detrellis.schemes.group import Group
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.ms import MS
 from detrellis.schemes.rank import Rank
+from detrellis.schemes.sqr import SQR
 from detrellis.schemes.stable import Stable
 from detrellis.supervision import CLASSIFICATION, Supervision, softmax_class_loss, softmax_set_loss
 from detrellis.training import TrainableDetector
@@ -94,6 +96,8 @@ def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detect
         case MSConfig():
             make = partial(build_feed_forward, network, network.width, network.decoder.hidden)
             return MS(config, network.decoder.layers, make)
+        case SQRConfig():
+            return SQR(config)
         case GroupConfig():
             return Group(config, detector.queries)
 

@@ -256,4 +256,7 @@ class DetectorConfig(Config):
         scores, boxes = self.scores == "sigmoid", self.queries.position == "boxes"
         holds = {"sigmoid_scores": scores, "box_queries": boxes, "proposals": self.two_stage}
         holds |= {"boxes_alone": self.masks is None, "cross_first": self.decoder.cross_first}
+        decoder = self.decoder
+        more = (self.masks, decoder.distributions, decoder.distinct) != (None, None, None)
+        holds["plain_layers"] = not (more or decoder.relation or decoder.ranked)
         return frozenset(name for name, held in holds.items() if held)

@@ -32,6 +32,10 @@ MISSING = {
         "its decoder layers have self-attention first, and queries are told apart before they could be supervised",
         "take -o detector.decoder.cross_first=true, or ms-deformable-detr-r50",
     ),
+    "plain_layers": (
+        "its decoder layers hand on more than queries and boxes, or it predicts masks",
+        "switch off detector.masks and decoder.distinct, relation, ranked and distributions",
+    ),
     "sigmoid_scores": (
         "its classes exclude each other (softmax)",
         "take a detector with sigmoid scores, such as conditional-detr-r50, or -o detector.scores=sigmoid",

@@ -147,6 +147,12 @@ class MSConfig(Config):
     classes: Weight = 2.0  # of the class loss among them, times that of the one-to-one pairs
 
 
+class SQRConfig(Config):
+    """Later layers learn from what earlier ones handed on, too (SQR)."""
+
+    weight: Weight = 1.0  # of its losses
+
+
 class GroupConfig(Config):
     """Groups of queries (Group DETR)."""
 
@@ -174,6 +180,7 @@ SchemeConfig = (
     | RankConfig
     | DACConfig
     | MSConfig
+    | SQRConfig
     | GroupConfig
 )
 
@@ -192,6 +199,7 @@ class SchemesConfig(Config):
     rank: RankConfig | None = None
     dac: DACConfig | None = None
     ms: MSConfig | None = None
+    sqr: SQRConfig | None = None
     group: GroupConfig | None = None
 
     @property
