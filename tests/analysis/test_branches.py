@@ -17,6 +17,7 @@ from detrellis.errors import UserError
 from detrellis.loading import open_split
 from detrellis.schemes.collaborative.scene import Predictions
 from detrellis.schemes.collaborative.scheme import Collaborative
+from detrellis.study.child import ap_of_branch
 
 from .runs import compared, small_recipe, untrained, without_boxes
 
@@ -33,6 +34,13 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_boxes_are_in_pixels_of_the_original_image() -> None:
     found = Predictions(torch.tensor([0.5]), torch.tensor([2]), torch.tensor([[0.0, 10, 30, 20]]))
     assert scaled(found, torch.tensor([2.0, 0.5, 2.0, 0.5])).boxes.tolist() == [[0, 5, 60, 10]]
+
+
+def test_a_study_reads_the_ap_of_one_branch(run: Path) -> None:
+    """As the table of all of them has it."""
+    alone = ap_of_branch(run, "rcnn", device="cpu", workers=0)
+    assert alone == {name: analyze(compared(run)).runs[0].heads["rcnn"].stats[name] for name in alone}
+    assert list(alone) == ["AP", "AP50", "AP75"]
 
 
 def test_each_head_detects_by_itself(run: Path) -> None:

@@ -154,6 +154,12 @@ def test_rows_of_a_papers_table(shapes: Path) -> None:
         plan_table(paper, table, resolve(shapes), seeds=(0,), scale="tiny", only=["AdaMixer"])
 
 
+def test_rows_of_branches_are_trained_for_them(shapes: Path) -> None:
+    paper = load_paper("co")
+    plan = plan_table(paper, paper.table("11"), resolve(shapes), seeds=(0,), only=["ATSS K=2"], scale="tiny")
+    assert {trial.row: trial.branch for trial in plan.trials()} == {"ATSS K=0": "atss", "ATSS K=2": "atss"}
+
+
 def test_rows_that_miss_something_are_left_out_with_the_reason(shapes: Path) -> None:
     paper = load_paper("align")
     rows = [paper.table("1").row(name) for name in ("DINO 12e", "AdaMixer", "Align-DETR 12e")]

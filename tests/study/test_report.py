@@ -58,6 +58,16 @@ def test_a_trials_numbers(tmp_path: Path) -> None:
     assert read_trial(tmp_path / "blind", 0, batch_size=8) is None
 
 
+def test_a_row_of_a_branch_has_the_branchs_numbers(tmp_path: Path) -> None:
+    finish(tmp_path / "run", [10, 20, 30], branch={"AP": 0.25, "AP50": 0.5, "AP75": None})
+    found = read_trial(tmp_path / "run", 0, 8)
+    assert found is not None
+    assert (found.epochs, found.ap, found.ap50) == ((3,), (25.0,), 50.0)
+    assert "branch" not in found.machine
+    finish(tmp_path / "none", [10], branch={"AP": None, "AP50": None, "AP75": None})
+    assert read_trial(tmp_path / "none", 0, 8) is None
+
+
 def test_one_slow_epoch_does_not_change_the_step_time(tmp_path: Path) -> None:
     finish(tmp_path / "run", [1.0, 2.0, 3.0], rate=16.0)
     log = tmp_path / "run" / "metrics.jsonl"

@@ -44,6 +44,7 @@ class PaperRow(Config):
     published: dict[Score, float] = Field(default_factory=dict)
     cost: dict[Cost, float] = Field(default_factory=dict)
     source: str
+    branch: str = ""  # of scheme co, whose own AP was published; empty: the detector's
     baseline: bool = False  # deltas refer to it
     missing: str = ""  # what the project lacks
     note: str = ""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from detrellis import api
+from detrellis.analysis import branches
+from detrellis.analysis.runs import ComparedRuns
 from detrellis.atomic import replace_text
 from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
@@ -47,8 +49,17 @@ def main(folder: Path) -> int:
         print(f"error {error}", flush=True)
         return 2
     if result.finished:
-        replace_text(folder / DONE, json.dumps(_machine(device) | {"jobs": order["jobs"]}, indent=1))
+        done = _machine(device) | {"jobs": order["jobs"]}
+        if branch := order.get("branch"):
+            done["branch"] = ap_of_branch(folder, branch, device=device, workers=workers, skip_bad=order["skip_bad"])
+        replace_text(folder / DONE, json.dumps(done, indent=1))
     return 0 if result.signal is None else 128 + result.signal  # as the command line: stopped is not finished
+
+
+def ap_of_branch(run: Path, branch: str, **options: Any) -> dict[str, float | None]:
+    """What a branch of scheme `co` reaches by itself, with the weights of the last epoch: AP, AP50 and AP75."""
+    stats = branches.analyze(ComparedRuns(run, **options)).runs[0].heads[branch].stats
+    return {name: stats[name] for name in branches.SHOWN}
 
 
 def _stop_with_parent() -> None:

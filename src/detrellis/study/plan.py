@@ -32,6 +32,7 @@ class StudyRow:
     recipe: Recipe
     against: str | None = None  # its baseline, the row that it is compared with; None: it is one, or has none
     published: float | None = None  # the paper's AP, in percent
+    branch: str = ""  # of scheme co, whose AP the row is of; empty: the detector's
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,6 +47,7 @@ class Trial:
     row: str
     seed: int
     recipe: Recipe
+    branch: str = ""
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.seed}"
@@ -107,7 +109,7 @@ class StudyPlan:
 
     def trials(self) -> list[Trial]:
         """All runs, the first seed of every row first: a study that is stopped early can still be compared."""
-        return [Trial(row.name, seed, row.recipe) for seed in self.seeds for row in self.rows]
+        return [Trial(row.name, seed, row.recipe, row.branch) for seed in self.seeds for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""

@@ -89,7 +89,7 @@ class TrialResult:
 
 
 def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
-    """The results of a finished trial, or None where no epoch has an AP.
+    """The results of a finished trial, or None where no epoch has an AP; of a branch, that after the last epoch alone.
 
     A step's time is that of the epoch in the middle, so that neither a first epoch that compiles nor a slow neighbour
     counts. It is taken from the rate of images, which a run that was stopped within an epoch has right too.
@@ -102,7 +102,9 @@ def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
     step = batch_size / statistics.median(rates) if rates else None
     steps = records[-1]["step"] / records[-1]["epoch"]
     last, apart = evaluated[-1]["eval"], evaluated[-1].get("after_nms")
-    return TrialResult(
+    machine = read_object(folder / DONE, again="Remove it: the same command writes it again")
+    branch = machine.pop("branch", None)
+    whole = TrialResult(
         seed,
         tuple(r["epoch"] for r in evaluated),
         tuple(100 * r["eval"]["AP"] for r in evaluated),
@@ -110,10 +112,21 @@ def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
         100 * last["AP75"],
         step,
         None if step is None else step * steps,
-        read_object(folder / DONE, again="Remove it: the same command writes it again"),
+        machine,
         None if apart is None else (100 * apart["AP"], 100 * apart["AP50"], 100 * apart["AP75"]),
         *(_resampled(evaluated[-1], name) for name in ("eval", "after_nms")),
     )
+    return whole if branch is None else _of_branch(whole, branch)
+
+
+def _of_branch(run: TrialResult, stats: Mapping[str, float | None]) -> TrialResult | None:
+    """The results of a run's branch instead of its detector's; None where it has no AP."""
+    values = (stats[name] for name in ("AP", "AP50", "AP75"))
+    ap, ap50, ap75 = (math.nan if value is None else 100 * value for value in values)
+    if math.isnan(ap):
+        return None
+    none: dict[str, Any] = {"after_nms": None, "resampled": (), "resampled_after_nms": ()}
+    return replace(run, epochs=run.epochs[-1:], ap=(ap,), ap50=ap50, ap75=ap75, **none)
 
 
 def _resampled(record: Mapping[str, Any], name: str) -> tuple[float, ...]:

@@ -155,7 +155,7 @@ def _published(table: PaperTable, row: PaperRow, recipe: Recipe, recipes: Collec
     base = table.baseline(row)
     against = None if base is None or base.name not in recipes else base.name
     note = ". ".join(text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text)
-    return StudyRow(row.name, recipe, against, row.published.get("AP"), note)
+    return StudyRow(row.name, recipe, against, row.published.get("AP"), row.branch, note)
 
 
 def place(table: PaperTable) -> str:
