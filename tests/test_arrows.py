@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": set(),
     "arguments": {"errors"},
     "fields": {"errors"},
+    "yaml_reader": set(),
     "atomic": set(),
     "signals": set(),
     "outputs": {"atomic", "errors"},
@@ -60,10 +61,10 @@ ALLOWED: dict[str, set[str]] = {
         ),
         "distributed",
     },
-    "data": {"types", "boxes", "rle", "outputs", "errors"},
+    "data": {"types", "boxes", "rle", "outputs", "yaml_reader", "errors"},
     "recipes": {
         *("types", "boxes", "nn", "postprocess", "detector", "matching", "mask_points", "supervision", "schemes"),
-        *("training", "fields", "errors"),
+        *("training", "fields", "yaml_reader", "errors"),
     },
     "visualize": {"types", "data", "overlay", "errors"},
     "predictions": {

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+LONGEST = 300  # letters that a message quotes of what it was given
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 24
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = LONGEST
 
 
 class UserError(ValueError):
@@ -28,6 +35,16 @@ def listed(items: Sequence[object], limit: int, separator: str = ", ") -> str:
     """The first `limit` of the items, and how many more there are."""
     more = f", and {len(items) - limit} more" if len(items) > limit else ""
     return separator.join(map(str, items[:limit])) + more
+
+
+def brief(value: object) -> str:
+    """The value as Python writes it, short whatever it is: somebody else's file may hold anything."""
+    return cut(_BRIEF.repr(value))
+
+
+def cut(text: str) -> str:
+    """The text, without its end where it is long."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def command(*words: object) -> str:

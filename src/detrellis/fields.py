@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from detrellis.errors import UserError
+from detrellis.errors import UserError, brief, cut
 
 
 def within(low: float, high: float, *, above: bool = False, below: bool = False) -> WrapValidator:
@@ -139,7 +139,7 @@ def _place(config: type[Config], path: Sequence[str | int]) -> str:
 
 
 def _said(config: type[Config], error: ErrorDetails) -> str:
-    place, given = _place(config, error["loc"]), error["input"]
+    place, given = cut(_place(config, error["loc"])), error["input"]
     value = list(given) if isinstance(given, tuple) else given  # as it was written
     if error["type"] == "missing":
         return f"{place} {WORDS['missing']}"
@@ -153,7 +153,7 @@ def _said(config: type[Config], error: ErrorDetails) -> str:
     if error["type"] in EXPECTED:
         known = error.get("ctx", {})[EXPECTED[error["type"]]].replace("'", "")
         wanted = f"has to be one of {known}" + nearest(str(value), known.replace(" or ", ", ").split(", "))
-    return f"{place}={value!r} {wanted}"
+    return f"{place}={brief(value)} {wanted}"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -166,7 +166,7 @@ def unknown_name(name: str, known: Sequence[str], where: str) -> UserError:
     """The error for a name that does not exist, with the nearest ones that do."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
-    return UserError(f"{where}: there is no {name!r}", remedy)
+    return UserError(f"{where}: there is no {brief(name)}", remedy)
 
 
 def _points(value: Any) -> Any:

@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from detrellis.atomic import write_beside
@@ -44,7 +44,7 @@ class Outputs:
         folder cannot be written.
         """
         protected = {Path(os.path.realpath(path)) for path in inputs}
-        for path in (self.folder / name for name in names):
+        for path in map(self._path, names):
             real = Path(os.path.realpath(path))
             if protected.intersection((real, *real.parents)):
                 raise self._refusal(path, "an input, which would be overwritten")
@@ -78,7 +78,7 @@ class Outputs:
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
         """As the method `write`, with the content that the function `write` puts into the path that it is given."""
-        path = self.folder / name
+        path = self._path(name)
         partial = write_beside(path, write)
         try:
             replaceable = os.path.lexists(path) and self._replaceable(path)
@@ -102,6 +102,13 @@ class Outputs:
         """Whether an earlier call left this file, as it is, in the folder."""
         real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(self.folder))
         return real.is_relative_to(folder) and self._replaceable(self.folder / real.relative_to(folder))
+
+    def _path(self, name: str) -> Path:
+        """Where the file of this name goes, which never leads out of the folder: a data set's words may be in it."""
+        parts = PurePath(name)
+        leads_out = parts.is_absolute() or ".." in parts.parts
+        assert not leads_out, f"{name!r} leads out of {self.folder}"
+        return self.folder / parts
 
     def _files(self) -> list[Path]:
         """All files below the folder."""

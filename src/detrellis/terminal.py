@@ -1,14 +1,16 @@
 """What is printed: tables that fit the terminal with every name whole, and plain lines where there is no terminal.
 
-Nothing that is printed is read as markup, so a path or a class may be called `[red]` or `:dog:`.
+Nothing that is printed is read as markup, so a path or a class may be called `[red]` or `:dog:`. Nothing steers the
+terminal either: a name may come from anybody's data set, and its control characters are shown as `\\x1b`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from itertools import accumulate, zip_longest
@@ -17,11 +19,13 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Span, Text
 
 UNBOUNDED = 100_000  # columns: more than any table has
 GAP = "  "  # between the columns of a plain table
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and those that turn text around
 ESCAPES = "backslashreplace"  # how characters are printed that the console's encoding lacks
 
 
@@ -38,6 +42,11 @@ class Terminal(Console):
                 self._print_whole(each)
         else:
             super().print(*objects, **({} if self.is_terminal else {"soft_wrap": True}) | how)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """As rich does, without control characters in any text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     def say(self, *parts: str | tuple[str, str], style: str = "") -> None:
         """One line, of texts and of texts with a style; never wrapped, so that what is copied from it is whole."""
@@ -74,8 +83,14 @@ class Terminal(Console):
             super().print(Text(_text(table.caption).plain, "dim italic"), soft_wrap=not self.is_terminal)
 
 
+def visible(text: str) -> str:
+    """The text with `\\x1b` for characters that steer a terminal, all but tabs and ends of lines."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def encodable(table: Table, encoding: str) -> Table:
-    """The table with what `encoding` cannot say as `\\u732b`, so that what is measured is what is printed."""
+    """The table with what `encoding` cannot say, or nobody can see, as `\\u732b`, so that what is measured is what is
+    printed."""
     printed = copy(table)
     printed.columns = [
         replace(
@@ -89,8 +104,8 @@ def encodable(table: Table, encoding: str) -> Table:
 
 
 def _escaped(text: Text, encoding: str) -> Text:
-    """The text with characters that `encoding` lacks escaped, its styles at the same characters."""
-    pieces = [letter.encode(encoding, ESCAPES).decode(encoding) for letter in text.plain]
+    """The text with characters escaped that `encoding` lacks or that steer a terminal, its styles at the same ones."""
+    pieces = [visible(letter).encode(encoding, ESCAPES).decode(encoding) for letter in text.plain]
     escaped = "".join(pieces)
     if escaped == text.plain:
         return text

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from detrellis.data.decode import read_header, upright_size
+from detrellis.data.decode import absence, read_header, upright_size
 from detrellis.errors import UserError
 
 NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})  # Pillow knows them, but decodes none
@@ -182,24 +182,29 @@ def _folders(parent: Path) -> list[Path]:
 
 def read_head(path: Path, size: int = 65536) -> str:
     """The first `size` bytes of a text file, odd letters replaced by a mark. `UserError` where it cannot be read."""
-    return _decoded(_read_bytes(path, size), errors="replace")
+    return _decoded(read_bytes(path, size), errors="replace")
 
 
 def read_text(path: Path) -> str:
     """A text file's content, in UTF-8, UTF-16 or UTF-32; `UserError` where it cannot be read."""
     try:
-        return _decoded(_read_bytes(path))
+        return _decoded(read_bytes(path))
     except UnicodeDecodeError as error:
         what = f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})"
         raise UserError(what, "If it is text, save it in UTF-8.") from error
 
 
-def _read_bytes(path: Path, size: int = -1) -> bytes:
+def read_bytes(path: Path, size: int = -1) -> bytes:
+    """A file's content, or its first `size` bytes. `UserError` where it cannot be read, or is a pipe or a device: those
+    may have no end."""
+    remedy = "Check the path and its permissions."
+    if why := absence(path):
+        raise UserError(f"{path}: {why}", remedy)
     try:
         with path.open("rb") as stream:
             return stream.read(size)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", "Check the path and its permissions.") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})", remedy) from error
 
 
 def _decoded(data: bytes, errors: str = "strict") -> str:

@@ -55,6 +55,7 @@ IMAGES: dict[str, Rule] = {
     ),
     "size-missing": Rule("note", "Nothing to do: height and width are read from the files."),
     "too-many-objects": Rule("warning", "Train with that `-o`, or cut the images into smaller ones."),
+    "outside-folder": Rule("note", "Nothing to do if these are the images you mean: a list or a link leads there."),
     "images-without-boxes": Rule("note", "Nothing to do: they are used as background."),
 }
 

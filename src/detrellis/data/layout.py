@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from detrellis.data.files import files_in, hidden, is_image, subfolders
 from detrellis.data.findings import finding
@@ -24,7 +24,7 @@ from detrellis.data.formats.voc import find_voc, read_voc, voc_folders
 from detrellis.data.formats.yolo import find_yolo, labels_without_names, read_yolo
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
-from detrellis.errors import UserError
+from detrellis.errors import UserError, brief
 
 Kind = Literal["coco", "yolo", "voc", "labelme", "via", "csv"]
 
@@ -92,8 +92,12 @@ class DataSource:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DataSource:
-        """The data set of which `to_dict` gave kind and paths."""
-        return _stored().validate_python(data)
+        """The data set of which `to_dict` gave kind and paths. `UserError` for anything else."""
+        try:
+            return _stored().validate_python(data)
+        except ValidationError:
+            what = f"the place of the data set cannot be understood: {brief(dict(data))}"
+            raise UserError(what, "Name the data set: --data FOLDER.") from None
 
 
 @cache

@@ -19,10 +19,12 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +33,7 @@ from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.findings import SkipBad
 from detrellis.detector import Detector
-from detrellis.errors import UserError, command
+from detrellis.errors import UserError, command, cut
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.migrate import FORMAT, read_recipe
 from detrellis.recipes.network import build_detector
@@ -72,7 +74,7 @@ class Card:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, path: Path) -> Card:
         """The inverse of `to_metadata`; `UserError` where the file is not one of ours, or of a newer version."""
-        if not metadata or "detrellis" not in metadata:
+        if not isinstance(metadata, Mapping) or "detrellis" not in metadata:
             raise UserError(
                 f"{path}: weights without a Detrellis card",
                 "Give a run's folder or a file from one, a Hugging Face folder, or a reference's .pth.",
@@ -85,19 +87,32 @@ class Card:
             version = str(card.get("version", ""))
             if not newer:
                 recipe, classes = read_recipe(card.pop("recipe"), written), ClassMap.from_dict(card.pop("classes"))
-                return cls(recipe, classes, **card)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                return _types().validate_python(vars(cls(recipe, classes, **card)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             newer = _version_numbers(version) > _version_numbers(__version__)
             if not newer and isinstance(error, UserError):  # of a version whose fields or ranges were others
                 raise UserError(
                     f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy or OTHER_COPY
                 ) from None
             if not newer:
-                raise UserError(f"{path}: its card cannot be read ({first_line(error)})", OTHER_COPY) from None
+                raise UserError(f"{path}: its card cannot be read ({_misread(error)})", OTHER_COPY) from None
         by = f" ({version})" if version else ""
         raise UserError(
             f"{path}: written by a newer Detrellis{by}; this is {__version__}", "Update Detrellis to read it."
         )
+
+
+@cache
+def _types() -> TypeAdapter[Card]:
+    """What checks the types of a card's fields: anybody may have written it."""
+    return TypeAdapter(Card)
+
+
+def _misread(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return cut(first_line(error))
+    wrong = error.errors()[0]
+    return cut(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}")
 
 
 def _version_numbers(version: str) -> list[int]:

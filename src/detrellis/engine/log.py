@@ -76,7 +76,7 @@ class Timer:
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a last line torn by a crash is left out."""
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         return [record for line in file if (record := _parse(line)) is not None]
 
 
@@ -287,9 +287,9 @@ def _key(record: Mapping[str, Any]) -> tuple[str, int]:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
 
 
 def _strict(value: Any) -> Any:

@@ -29,7 +29,7 @@ from detrellis.data.layout import DataSource
 from detrellis.engine.checkpoint import CARD, LAST, STATE, Card, load_state, metadata_of, new_run
 from detrellis.engine.optim import schedule_factor
 from detrellis.engine.state import patience_left
-from detrellis.errors import UserError, command
+from detrellis.errors import UserError, brief, command
 from detrellis.recipes.config import Recipe
 
 SEEN = "images_an_epoch"  # in a state: how many images an epoch has, those that it has several times included
@@ -38,6 +38,12 @@ IMAGES = "images"  # in a state: the file names of each split's images, (I, W) b
 FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the network nor the state depends on
 FIXED = ("schedule.epochs", "schedule.unfreeze_after")  # the first has an option; the optimizer depends on the second
 SHOWN = 3
+KINDS: Mapping[str, Any] = {  # of what a state holds beside the parts that torch fills
+    **dict.fromkeys(("epoch", "step", "since_best"), int),
+    "seconds": int | float,
+    "best": int | float | None,
+    IMAGES: Mapping,
+}
 
 
 def packed_file_names(annotations: Annotations) -> Tensor:
@@ -85,6 +91,12 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
         if key not in state:
             raise UserError(
                 f"{run / STATE}: {key!r} is missing: not the whole state of a run",
+                f"Start a new run from its weights: {new_run(run)}",
+            )
+    for key, wanted in KINDS.items():
+        if key in state and (not isinstance(state[key], wanted) or isinstance(state[key], bool)):
+            raise UserError(
+                f"{run / STATE}: {key!r} is {brief(state[key])}: not the state of a run",
                 f"Start a new run from its weights: {new_run(run)}",
             )
     card = Card.from_metadata(state[CARD], run / STATE)
@@ -215,7 +227,9 @@ def _other_data(run: Path) -> str:
 
 def _unpacked(names: Tensor | None) -> list[bytes]:
     """The inverse of `packed_file_names`; no names where there is none."""
-    return [] if names is None else [bytes(row).rstrip(b"\0") for row in names.numpy()]
+    if not isinstance(names, Tensor) or names.dtype != torch.uint8:
+        return []
+    return [bytes(row).rstrip(b"\0") for row in names.reshape(len(names), -1).numpy()]
 
 
 def _difference(was: list[bytes], now: list[bytes]) -> str:

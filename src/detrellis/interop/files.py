@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from detrellis.data.files import read_object
 from detrellis.engine.checkpoint import CARD, OTHER_COPY, load_plain
-from detrellis.errors import UserError
+from detrellis.errors import UserError, cut
 
-# What NumPy pickles arrays and numbers with; its module has another name in each major version.
-_reconstruct, _scalar = (value.__reduce__()[0] for value in (np.zeros(0), np.float64(0)))
+# What NumPy pickles numbers with; its module has another name in each major version.
+_scalar = np.float64(0).__reduce__()[0]
+NAMED = "Give a file with a state dict, alone or under the name `model`."
 HUB = "hf:"
 PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
@@ -59,7 +59,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face folder, in one file or in shards."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted({str(n) for n in dict(read_config(index).get("weight_map", {})).values()})
+        places = read_config(index).get("weight_map")
+        names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
+        if not names or any(Path(name).name != name for name in names):  # a file elsewhere is none of the checkpoint's
+            raise UserError(f"{index}: `weight_map` does not name files of this folder", OTHER_COPY)
         return {k: v for name in names for k, v in read_safetensors(folder / name).items()}
     if (folder / "model.safetensors").is_file():
         return read_safetensors(folder / "model.safetensors")
@@ -74,21 +77,38 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing, although its index names it", OTHER_COPY) from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})", OTHER_COPY) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({cut(str(error))})", OTHER_COPY) from None
     return tensors
+
+
+class _Kind:
+    """Stands for `numpy.ndarray` in pickles, which call it by nothing but `_empty`: a size alone could take any
+    memory."""
+
+
+def _empty(kind: type, shape: object, code: object) -> Any:
+    """The array that the next step of a pickle fills."""
+    return np.zeros(0)
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """What the oldest pickles write bytes with."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode(encoding)
 
 
 class _Arrays(pickle.Unpickler):
     """Finds what NumPy's arrays are pickled with, and nothing else."""
 
     KNOWN: ClassVar[dict[tuple[str, str], Any]] = {
-        **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _empty for core in ("core", "_core")},
         **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
-        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "ndarray"): _Kind,
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): OrderedDict,
-        ("_codecs", "encode"): codecs.encode,  # of bytes, in the oldest pickles
+        ("_codecs", "encode"): _bytes,
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -107,14 +127,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             found = _Arrays(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        raise UserError(f"{path}: not a pickle of arrays ({error})", OTHER_COPY) from None
+        raise UserError(f"{path}: not a pickle of arrays ({cut(str(error))})", OTHER_COPY) from None
     if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
         found = found["model"]
     if not isinstance(found, Mapping):
-        raise UserError(f"{path}: not a state dict")
+        raise UserError(f"{path}: not a state dict", NAMED)
     numeric = {str(k): v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiu"}
     if not numeric:
-        raise UserError(f"{path}: holds no arrays", "Give a file with a state dict, alone or under the name `model`.")
+        raise UserError(f"{path}: holds no arrays", NAMED)
     return {name: torch.from_numpy(np.array(value)) for name, value in numeric.items()}
 
 
@@ -128,7 +148,7 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(found, Mapping) and {CARD, "optimizer"} <= found.keys():
         raise UserError(f"{path}: the state of a run, not its weights", f"Give the run's folder: {path.parent}.")
     if not isinstance(found, Mapping):
-        raise UserError(f"{path}: not a state dict")
+        raise UserError(f"{path}: not a state dict", NAMED)
     arguments = found.get("args")
     average = found.get("ema")
     if isinstance(average, Mapping) and isinstance(average.get("module"), Mapping):
@@ -139,5 +159,5 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             break
     weights = {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
     if not weights:
-        raise UserError(f"{path}: holds no tensors", "Give a file with a state dict, alone or under the name `model`.")
+        raise UserError(f"{path}: holds no tensors", NAMED)
     return weights, dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from detrellis.data.classes import ClassMap
-from detrellis.errors import UserError
+from detrellis.engine.checkpoint import OTHER_COPY, first_line
+from detrellis.errors import UserError, cut
 from detrellis.interop import huggingface, mask2former
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
 from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pickle, read_pth, read_safetensors
@@ -22,6 +23,8 @@ from detrellis.interop.repositories import repository_of
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
+# What reading tables, sizes and names raises where another kind of value stands than any checkpoint has.
+SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 STATISTICS = {"mean": "image_mean", "std": "image_std"}  # a recipe's `data`, and a processor's names
 
 
@@ -62,18 +65,16 @@ def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation
         return _from_reference(path, classes, dilation)
     except UserError as error:
         message = error.message if str(path) in error.message else f"{path}: {error.message}"
-        raise UserError(message, error.remedy) from None
+        raise UserError(message, error.remedy or OTHER_COPY) from None
+    except SENSELESS as error:
+        what = f"{path}: its content makes no sense ({type(error).__name__}: {cut(first_line(error))})"
+        raise UserError(what, OTHER_COPY) from None
 
 
 def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
     config = read_config(folder / "config.json")
-    try:
-        recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
-        labels = _labels(config)
-    except (TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"its configuration cannot be understood ({error})", "Take another copy of it.") from None
+    recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
+    labels = _labels(config)
     family = huggingface.FAMILIES[huggingface.kind_of(config)]
     weights, rows = family.loaded(read_folder(folder), recipe.detector, config)
     named = labels if classes is None else _fitting(classes, len(labels))
@@ -118,7 +119,7 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
         return recipe
     if not isinstance(update["size"], int) and recipe.data.augment == "detr":
         update["augment"] = "fixed"
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+    return recipe.replace(data=recipe.data.replace(**update))
 
 
 def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Converted:

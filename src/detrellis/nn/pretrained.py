@@ -25,7 +25,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor
 
-from detrellis.errors import UserError
+from detrellis.errors import UserError, cut
 from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels
 
 IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
@@ -208,7 +208,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         data: Any = load_file(file) if file.suffix == ".safetensors" else _load(file)
     except Exception as error:  # torch raises a dozen kinds for a broken file
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file}: cannot be read as weights ({line})", "Take another copy of the file.") from None
+        raise UserError(f"{file}: cannot be read as weights ({cut(line)})", "Take another copy of the file.") from None
     for key in CONTAINERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from detrellis.errors import UserError
 from detrellis.fields import configs_of, kind_of
 from detrellis.recipes.backbones import RESNETS
 from detrellis.recipes.config import Recipe
@@ -30,7 +31,11 @@ RENAMED_PARAMETERS: Mapping[str, str] = {".judge.": ".quality.", ".read.": ".tow
 
 def read_recipe(data: Any, written: int) -> Recipe:
     """The recipe that is stored as `data` by a version of format `written`; `UserError` where it does not fit."""
-    return Recipe.checked(migrated(data, written))
+    try:
+        recipe = migrated(data, written)
+    except (TypeError, AttributeError):  # something else where parts of a recipe stood then
+        raise UserError(f"no recipe of format {written}", "Take another copy of the file.") from None
+    return Recipe.checked(recipe)
 
 
 def migrated(data: Any, written: int) -> Any:

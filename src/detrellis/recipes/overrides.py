@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from detrellis.errors import UserError
+from detrellis.errors import UserError, brief, cut
 from detrellis.fields import Config, configs_of, kind_of, unknown_name
 from detrellis.recipes.values import read_value
 
@@ -20,12 +20,13 @@ def assign(data: dict[str, Any], config: type[Config], assignment: str) -> None:
     """
     key, separator, value = assignment.partition("=")
     if not separator:
-        raise UserError(f"-o {assignment}: no value", "Write -o key.sub=value, for example -o optim.lr=1e-4.")
+        raise UserError(f"-o {cut(assignment)}: no value", "Write -o key.sub=value, for example -o optim.lr=1e-4.")
     try:
         parsed = read_value(value)
     except yaml.YAMLError:
-        raise UserError(f"-o {assignment}: {value!r} is not YAML", "Quote it: -o 'data.size=[192, 256]'.") from None
-    _set(data, config, key.strip().split("."), parsed, assignment)
+        said = f"-o {cut(assignment)}: {brief(value)} is not YAML"
+        raise UserError(said, "Quote it: -o 'data.size=[192, 256]'.") from None
+    _set(data, config, key.strip().split("."), parsed, cut(assignment))
 
 
 def merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _set(data: dict[str, Any], config: type[Config], path: list[str], value: Any
     if not rest:
         data[name] = _whole(kinds, name, value, text)
         return
-    if data[name] is None:
+    if data.get(name) is None:
         data[name] = {}
     if not isinstance(data[name], dict):
         raise UserError(f"-o {text}: {name} has no parts", f"Write -o {name}=value.")
@@ -65,7 +66,7 @@ def _whole(kinds: Sequence[type[Config]], name: str, value: Any, text: str) -> A
     if len(kinds) == 1 and isinstance(value, bool):
         return {} if value else None
     if len(kinds) > 1 and isinstance(value, str):
-        raise UserError(f"-o {text}: {name} has parts", f"Write -o {text.partition('=')[0].strip()}.kind={value}.")
+        raise UserError(f"-o {text}: {name} has parts", f"Write -o {text.partition('=')[0].strip()}.kind={cut(value)}.")
     return value
 
 
@@ -89,7 +90,7 @@ def _having(data: Mapping[str, Any], kinds: Sequence[type[Config]], part: str, n
         raise unknown_name(name, list(every), f"-o {text}")
     place = text.partition("=")[0].rpartition(f".{name}")[0].strip()
     raise UserError(
-        f"-o {text}: {part}.kind={kind_of(current)} has no {name!r}",
+        f"-o {text}: {part}.kind={kind_of(current)} has no {brief(name)}",
         f"kind={' or '.join(others)} has it: before this, -o {place}.kind={others[0]}.",
     )
 
@@ -99,5 +100,5 @@ def _unknown(name: str, config: type[Config], text: str) -> UserError:
     parts = {part: configs_of(field.annotation) for part, field in config.model_fields.items()}
     having = [f"{part}.{name}" for part, kinds in parts.items() if any(name in kind.model_fields for kind in kinds)]
     if having:
-        return UserError(f"-o {text}: there is no {name!r}", f"Did you mean {' or '.join(having)}?")
+        return UserError(f"-o {text}: there is no {brief(name)}", f"Did you mean {' or '.join(having)}?")
     return unknown_name(name, list(config.model_fields), f"-o {text}")

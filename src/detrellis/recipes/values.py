@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from detrellis.yaml_reader import Unrolled, parse
 
-class _Core(yaml.SafeLoader):
+
+class _Core(Unrolled, yaml.SafeLoader):
     """YAML 1.2's core schema: null, true and false, decimal numbers; everything else is text."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's, which it copies before it adds to it)
@@ -41,4 +43,4 @@ _Core.add_constructor(FLOAT, _float)
 
 def read_value(text: str) -> Any:
     """The value that `text` stands for. Raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=_Core)
+    return parse(text, _Core)[1]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from detrellis.data.classes import ClassMap
+from detrellis.data.files import read_object
 from detrellis.engine.checkpoint import Card, metadata_of
 from detrellis.errors import UserError, command
 from detrellis.report.write import is_ours, report_names
@@ -23,11 +23,13 @@ def class_thresholds(weights: str | Path, classes: ClassMap) -> tuple[float, ...
     numbers = file.parent / report_names("val")[1]
     remedy = f"Make one: {command('eval', file)}"
     try:
-        report = json.loads(numbers.read_text(encoding="utf-8"))
+        report = read_object(numbers)
         position = (report["epoch"], report["step"])
         best = {row["name"]: row["best"]["threshold"] for row in report["diagnosis"]["classes"]}
         of_all = report["diagnosis"]["best"]["threshold"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if not all(value is None or 0 <= value <= 1 for value in (of_all, *best.values())):
+            raise ValueError("no scores")
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{numbers}: no report with thresholds", remedy) from None
     card = Card.from_metadata(metadata_of(file), file)
     if position != (card.epoch, card.step):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -47,7 +47,7 @@ def check(
     """
     raws = source.load_all(splits, outlines=not fast)
     report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
-    report = report.with_findings(unused_annotations(source, raws))
+    report = report.with_findings([*unused_annotations(source, raws), *outside_folder(source, raws)])
     return report if splits is not None else report.with_findings(unused_files(source, raws))
 
 
@@ -152,6 +152,21 @@ def unused_files(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Fin
     subject = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
     what = f"{subject} not used: {', '.join(counts)}{more}"
     return [finding("unused-files", "", str(source.folder), what, count=count)]
+
+
+def outside_folder(source: DataSource, raws: Mapping[str, RawDataset]) -> Iterator[Finding]:
+    """The note `outside-folder` of each split with images elsewhere: an absolute path, `..` or a link leads there."""
+    if source.folder is None:
+        return
+    real = cache(os.path.realpath)
+    inside = os.path.join(real(source.folder), "")
+    for split, raw in raws.items():
+        places = [os.path.join(raw.root, name) for name in raw.file_names if "\0" not in name]
+        ends = (real(p) if os.path.islink(p) else os.path.join(real(os.path.dirname(p)), "") for p in places)
+        outside = [p for p, end in zip(places, ends, strict=True) if not end.startswith(inside) and os.path.exists(p)]
+        if outside:
+            what = f"{len(outside)} of {len(raw)} images are outside {source.folder}, the first: {real(outside[0])}"
+            yield finding("outside-folder", split, raw.source, what, count=len(outside))
 
 
 def unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:

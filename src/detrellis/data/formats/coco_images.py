@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from detrellis.data.decode import absence
 from detrellis.data.files import subfolders, unread_twin
 from detrellis.data.formats.coco import ROOT_KEY, base_of, load_json
 from detrellis.data.formats.coco_rows import file_name_of
@@ -60,7 +61,7 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> ImageFolder:
     # A place that is named or usual, and has all of them.
     expected = list(dict.fromkeys([*written_down, *folders, *_usual(file)]))
     for place in expected:
-        if all((place / name).is_file() for name in names):
+        if all(os.path.isfile(place / name) for name in names):
             return ImageFolder(place)
     # Any place, by the strictest way to read the names that has any of them anywhere.
     places = list(dict.fromkeys([*expected, *subfolders(base_of(file), depth=3)]))
@@ -82,12 +83,12 @@ def _unread(places: Sequence[Path], name: str) -> str:
 
 def _count_exact(folder: Path, names: Sequence[str]) -> int:
     """How many of the names the folder holds as written."""
-    return sum((folder / name).is_file() for name in names)
+    return sum(os.path.isfile(folder / name) for name in names)
 
 
 def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
     """How many of the names it holds, backslashes and the like read as folders: two may have files of one name."""
-    return sum(folder.joinpath(*parts).is_file() for name in names for parts in readings(name)[:1])
+    return sum(os.path.isfile(folder.joinpath(*parts)) for name in names for parts in readings(name)[:1])
 
 
 def _count_alike(folder: Path, names: Sequence[str]) -> int:
@@ -103,7 +104,7 @@ def _higher(chosen: ImageFolder, names: Sequence[str], base: Path) -> ImageFolde
     """The folder above, where that holds the images that this one lacks."""
     for folder in (chosen.folder, *chosen.folder.parents):
         resolved = real_names(names, folder)
-        if all((folder / name).is_file() for name in resolved.names):
+        if all(os.path.isfile(folder / name) for name in resolved.names):
             return ImageFolder(folder, chosen.why if folder == chosen.folder else "")
         if folder == base:
             break
@@ -148,7 +149,7 @@ def _reason(ranks: dict[Path, FolderRank], chosen: Path) -> str:
 def _copies(one: Path, other: Path, names: Sequence[str]) -> bool:
     """Whether what the names mean in the two folders has the same bytes."""
     pairs = zip(real_names(names, one).names, real_names(names, other).names, strict=True)
-    files = [(one / a, other / b) for a, b in pairs if (one / a).is_file()]
+    files = [(one / a, other / b) for a, b in pairs if os.path.isfile(one / a)]
     try:
         return bool(files) and all(filecmp.cmp(a, b, shallow=False) for a, b in files)
     except OSError:
@@ -169,6 +170,8 @@ def _some(places: Iterable[Path]) -> str:
 
 def sample_names(file: Path) -> tuple[list[str], list[Path]]:
     """A few `file_name`s and the image folder that `fix` wrote down, without parsing the file (COCO's has 450 MB)."""
+    if absence(file):
+        return [], []  # reading it will say so
     try:
         with file.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last match is gone
@@ -181,7 +184,7 @@ def sample_names(file: Path) -> tuple[list[str], list[Path]]:
         roots = _texts(re.finditer(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % ROOT_KEY.encode(), data[:4096]))
         return list(itertools.islice((name for name in names if name), SAMPLE)), [Path(text) for text in roots]
     except (OSError, ValueError):
-        return [], []  # missing or empty: reading it will say so
+        return [], []  # empty: reading it will say so
 
 
 def _named(data: mmap.mmap) -> bool:

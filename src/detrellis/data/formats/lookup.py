@@ -124,7 +124,7 @@ def find_place(text: str, bases: Sequence[Path]) -> Path | None:
 
     Of a path with folders at least two parts must fit, or all that it has.
     """
-    exact = next((base / text for base in bases if (base / text).exists()), None)
+    exact = next((base / text for base in bases if os.path.exists(base / text)), None)
     if exact is not None:
         return exact
     tails = [parts[start:] for parts in readings(text) for start in range(max(1, len(parts) - 1))]
@@ -265,7 +265,7 @@ def _split_of(parts: Parts) -> str | None:
 def child(base: Path, parts: Parts) -> Path | None:
     """`base/part/part/...`, in any case and Unicode form where only one entry fits."""
     for part in parts:
-        if not (base / part).exists():
+        if not os.path.exists(base / part):
             alike = [name for name in _entries(base) if fold(name) == fold(part) and not hidden(name)]
             if len(alike) != 1:
                 return None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detrellis.data.decode import absence
 from detrellis.data.files import read_sizes, stem_below
 from detrellis.data.findings import Finding, finding
 from detrellis.data.formats.lookup import renaming_notes
@@ -84,7 +85,7 @@ def with_pictures(split: str, files: SplitFiles, images: Sequence[AnnotatedImage
     pictures = pictures_of(names, files.images[0])
     matched, notes = [], list(renaming_notes(split, files.annotations, pictures))
     for image, name in zip(images, pictures.names, strict=True):
-        if image.problem and not (files.images[0] / name).is_file():
+        if image.problem and absence(files.images[0] / name):
             notes.append(finding("unreadable-labels", split, image.file, image.problem))
         else:
             matched.append(image._replace(image=name))

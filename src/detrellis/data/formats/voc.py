@@ -8,6 +8,7 @@ corner is below 1 was written by a tool that counts from 0, and corners with dec
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -102,9 +103,14 @@ def _xml_folder(data: Path) -> Path | None:
         return None
     # "annotations/xmls", or a whole set one folder deeper.
     deeper = None if annotations == data else _xml_folder(annotations)
-    if deeper is not None and all(deeper in file.resolve().parents for file in _xml_below(annotations)):
+    if deeper is not None and all(deeper in real.parents for real in map(_real, _xml_below(annotations))):
         annotations = deeper
     return annotations.resolve()
+
+
+def _real(file: Path) -> Path:
+    """The file behind links; of links in a circle the path itself."""
+    return Path(os.path.realpath(file))
 
 
 def _xml_below(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
-from detrellis.data.files import read_head
+from detrellis.data.files import read_bytes, read_head
 from detrellis.errors import UserError
 
 DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""")
@@ -56,14 +56,12 @@ def is_voc(file: Path) -> bool:
 def parse_xml(file: Path) -> VocFile:
     """What the file says, or why it says nothing."""
     try:
-        root = _root(file.read_bytes())
+        root = _root(read_bytes(file))
         name = _text(root, "filename") or _text(root, "path")
         size = _whole(root.findtext("size/height")), _whole(root.findtext("size/width"))
         return VocFile("" if LOST in name else name, size, _objects(root))
-    except FileNotFoundError:
-        return _unknown("no such file")
-    except OSError as error:
-        return _unknown(f"cannot be read ({error.strerror})")
+    except UserError as error:
+        return _unknown(error.message.removeprefix(f"{file}: "))
     except ElementTree.ParseError as error:
         return _unknown(f"malformed XML ({error})")
     except ValueError as error:

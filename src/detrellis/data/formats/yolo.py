@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detrellis.data.files import files_in, image_suffixes, list_images, map_threads, read_sizes, read_text, subfolders
+from detrellis.data.files import (
+    files_in,
+    image_suffixes,
+    list_images,
+    map_threads,
+    read_bytes,
+    read_sizes,
+    read_text,
+    subfolders,
+)
 from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
@@ -170,7 +179,7 @@ def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iter
         return
     names = [line.strip() for line in read_text(place).splitlines() if line.strip()]
     roots = [place.parent, source.parent, place.parent.parent]
-    root = next((r for r in roots if any((r / name).exists() for name in names[:8])), place.parent)
+    root = next((r for r in roots if any(os.path.exists(r / name) for name in names[:8])), place.parent)
     resolved = real_names(names, root, nearby=[source.parent])
     notes += renaming_notes(split, place, resolved)
     yield from (Path(os.path.normpath(root / name)) for name in resolved.names)
@@ -312,8 +321,8 @@ def _told_apart(images: Sequence[Path]) -> list[str]:
 
 def _content(image: Path) -> bytes:
     try:
-        return image.read_bytes()
-    except OSError:
+        return read_bytes(image)
+    except UserError:
         return b""
 
 

@@ -14,6 +14,7 @@ import yaml
 from detrellis.data.files import read_text, subfolders
 from detrellis.data.formats.lookup import find_place
 from detrellis.errors import UserError
+from detrellis.yaml_reader import parse
 
 SUFFIXES = (".yaml", ".yml")
 NOTHING = ("", "null", "~", "none", "false", "no")  # where a path or a shape could stand
@@ -31,9 +32,7 @@ def load_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a yaml file, all scalars as text. Raises `UserError` with the line where it is malformed."""
     try:
         text = read_text(file)
-        loader = yaml.BaseLoader(text)
-        node = loader.get_single_node()
-        content = None if node is None else loader.construct_document(node)
+        node, content = parse(text)
     except yaml.YAMLError as error:
         tab = "Write spaces where there are tabs. " if "'\\t'" in str(error) else ""
         raise UserError(f"{file}: malformed yaml ({' '.join(str(error).split())})", f"{tab}{SHAPE}") from error
@@ -107,7 +106,7 @@ def _from_text(text: str, file: Path) -> Any:
     """A list in quotes, names with commas between them, or the file that has the names."""
     if text.strip().startswith(("[", "{")):
         try:
-            return yaml.load(text, Loader=yaml.BaseLoader)
+            return parse(text)[1]
         except yaml.YAMLError:
             return text
     place = find_place(text, [file.parent]) if text.strip() else None
