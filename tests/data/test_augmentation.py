@@ -20,7 +20,7 @@ from detrellis.data.augmentation import Augmentation, Mixing, Strong, augmentati
 from detrellis.data.loader import Batch, DetectionDataset, build_loader
 from detrellis.data.operations import MEAN_COLOUR, photometric_distort
 from detrellis.data.sampler import BatchSampler
-from detrellis.data.strong import VISIBLE, Window, cropped, rotated, show, zoomed_out
+from detrellis.data.strong import VISIBLE, Window, cropped, cropped_as_detr, rotated, show, zoomed_out
 from detrellis.data.transforms import Resize, train_transform
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
@@ -38,6 +38,7 @@ STRONG = {
     "rotate": Strong(rotate=20.0),
     "zoom-out": Strong(zoom_out=1.0),
     "crop": Strong(iou_crop=1.0),
+    "DETR's crop": Strong(detr_crop=1.0),
     "zoom-out and crop": Strong(zoom_out=0.7, iou_crop=0.7),
     "mosaic": Strong(mosaic=1.0),
     "mixup": Strong(mixup=1.0),
@@ -50,7 +51,7 @@ def strong(dials: Strong, epochs: int = 10, calm: float = 0.0) -> Augmentation:
     return augmentation(PLAIN, dials, epochs=epochs, calm=calm)
 
 
-@pytest.mark.parametrize("name", ["zoom-out", "crop", "zoom-out and crop", "mosaic", "copy-paste"])
+@pytest.mark.parametrize("name", ["zoom-out", "crop", "DETR's crop", "zoom-out and crop", "mosaic", "copy-paste"])
 def test_boxes_follow_the_pixels(name: str) -> None:
     """Partners are black: the red rectangle is where its box is, and where it has none little of it is left."""
     transform, box = strong(STRONG[name]).strong[0], (40, 25, 95, 80)
@@ -124,6 +125,20 @@ def test_windows_are_those_of_torchvision() -> None:
         return sum(w.height * w.width for w in windows) / len(windows) / 60000, float(best)
 
     assert measured(ours) == pytest.approx(measured(theirs), abs=0.07)
+
+
+def test_crops_are_detrs() -> None:
+    """Of a picture at a short side of 400, 500 or 600 pixels, 384 to 600 of each side; a strip keeps its short side."""
+    torch.manual_seed(0)
+    drawn = [cropped_as_detr(Window(0, 0, 800, 1600)) for _ in range(200)]
+    for top, left, height, width in drawn:
+        assert min(top, left) >= 0
+        assert top + height <= 800
+        assert left + width <= 1600
+        assert min(height, width) >= 384 / 600 * 800 - 1
+        assert width <= 600 / 400 * 800 + 1
+    assert len({window.height for window in drawn}) > 20
+    assert cropped_as_detr(Window(5, 7, 1, 3000))[2] == 1
 
 
 def test_a_crop_without_objects_is_the_whole_picture() -> None:

@@ -41,6 +41,7 @@ class Strong:
     zoom_out_range: tuple[float, float] = (1.0, 4.0)  # sides of the canvas, in sides of the picture
     iou_crop: float = 0.0
     iou_crop_range: tuple[float, float] = (0.3, 1.0)  # sides of the crop, in sides of the picture
+    detr_crop: float = 0.0
     mosaic: float = 0.0
     mosaic_range: tuple[float, float] = (0.5, 1.0)  # magnification of its four pictures
     mixup: float = 0.0
@@ -123,7 +124,8 @@ def augmentation(usual: Transform, strong: Strong, *, epochs: int, calm: float) 
 def _mixing(usual: FixedAugment, strong: Strong, size: tuple[int, int]) -> Mixing:
     finish = replace(usual.finish, photometric=strong.photometric)
     fixed = replace(usual, resize=replace(usual.resize, size=size), finish=finish)
-    crops = {name: getattr(strong, name) for name in ("zoom_out_range", "iou_crop", "iou_crop_range", "rotate")}
+    names = ("zoom_out_range", "iou_crop", "iou_crop_range", "detr_crop", "rotate")
+    crops = {name: getattr(strong, name) for name in names}
     return Mixing(StrongAugment(fixed, strong.zoom_out, **crops), strong)
 
 

@@ -36,6 +36,7 @@ from detrellis.data.transforms import FixedAugment, Resize
 VISIBLE = 0.25  # a strong operation drops a box of which at most this fraction of the area is left,
 SMALLEST = 1.0  # and one of which a side is shorter than this, in pixels of the final image
 TRIALS = 40  # windows that are drawn at a time
+SHORT_SIDES, CROP_SIDES = (400, 500, 600), (384, 600)  # of DETR's crop
 IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the window and a box, at least; 1: the whole picture
 
 
@@ -58,6 +59,7 @@ class StrongAugment:
     zoom_out_range: tuple[float, float] = (1.0, 4.0)
     iou_crop: float = 0.0
     iou_crop_range: tuple[float, float] = (0.3, 1.0)
+    detr_crop: float = 0.0
     rotate: float = 0.0
 
     @property
@@ -82,6 +84,8 @@ class StrongAugment:
             window = zoomed_out(window, self.zoom_out_range)
         if self.iou_crop and chance(self.iou_crop):
             window = cropped(window, boxes[labels >= 0], self.iou_crop_range)
+        if self.detr_crop and chance(self.detr_crop):
+            window = cropped_as_detr(window)
         if window == whole:
             return self.fixed.framed(image, boxes, labels)
         frame = self.frame.facing(whole.height, whole.width)
@@ -103,6 +107,19 @@ def zoomed_out(window: Window, sides: tuple[float, float]) -> Window:
     return Window(
         window.top - integer(0, height - window.height), window.left - integer(0, width - window.width), height, width
     )
+
+
+def cropped_as_detr(window: Window) -> Window:
+    """DETR's crop of a window: rescaled so that its short side has one of `SHORT_SIDES` pixels, each side of the crop
+    has `CROP_SIDES` of them, or as many as there are."""
+    scale = min(window.height, window.width) / choice(SHORT_SIDES)
+    sides = []
+    for side in (window.height, window.width):
+        low, high = (min(limit, max(int(side / scale), 1)) for limit in CROP_SIDES)
+        sides.append(min(max(round(scale * integer(low, high)), 1), side))
+    height, width = sides
+    top, left = integer(0, window.height - height), integer(0, window.width - width)
+    return Window(window.top + top, window.left + left, height, width)
 
 
 def cropped(window: Window, boxes: Tensor, sides: tuple[float, float]) -> Window:

@@ -175,6 +175,7 @@ class DataConfig(Config):
     zoom_out_range: Enlarging = (1.0, 4.0)  # sides of the canvas, in sides of the picture
     iou_crop: ZeroToOne | None = None
     iou_crop_range: Fractions = (0.3, 1.0)  # sides of the crop, in sides of the picture
+    detr_crop: ZeroToOne | None = None  # DETR's crop, which augment=detr has anyway, at one size
     mosaic: ZeroToOne | None = None
     mosaic_range: Zoom = (0.5, 1.0)  # magnification of its four pictures
     mixup: ZeroToOne | None = None
@@ -232,7 +233,7 @@ class DataConfig(Config):
         return POLICIES.get(self.augment, {}).get(name) if given is None else given
 
 
-STRONG = ("photometric", "rotate", "zoom_out", "iou_crop", "mosaic", "mixup", "copy_paste", "multi_scale")
+STRONG = ("photometric", "rotate", "zoom_out", "iou_crop", "detr_crop", "mosaic", "mixup", "copy_paste", "multi_scale")
 RANGED = ("zoom_out", "iou_crop", "mosaic", "mixup")  # those with a field of their range
 
 # What policies set beside `fixed`'s own values; RT-DETR's (Zhao et al., 2024) as in its code.
