@@ -50,6 +50,7 @@ Auto = Literal["auto"]
 Split = Literal["train", "val", "test"]
 Metric = Literal["coco", "voc", "masks"]
 Scale = Literal["tiny"]
+LabelFormat = Literal["coco", "yolo", "voc", "csv", "labelstudio", "cvat"]
 
 
 def limits(kind: Any) -> dict[str, Any]:

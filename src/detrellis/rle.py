@@ -74,3 +74,23 @@ def _edges(padded: Bitmap) -> dict[tuple[int, int], list[tuple[int, int]]]:
         for y, x in np.argwhere(inner & outside).tolist():
             steps.setdefault((x + dx, y + dy), []).append(step)
     return steps
+
+
+def simplified(outline: list[float], tolerance: float) -> list[float]:
+    """A polygon (x1, y1, x2, y2, ...) without the corners that lie within `tolerance` pixels of its simpler form
+    (Ramer 1972, Douglas and Peucker 1973)."""
+    ring = np.array(outline, dtype=np.float64).reshape(-1, 2)
+    closed = np.concatenate([ring, ring[:1]])
+    farthest = int(np.linalg.norm(ring - ring[0], axis=1).argmax())
+    kept, parts = {0, farthest}, [(0, farthest), (farthest, len(ring))]
+    while parts:
+        first, last = parts.pop()
+        if last - first < 2:
+            continue
+        chord, between = closed[last] - closed[first], closed[first + 1 : last] - closed[first]
+        distance = np.abs(chord[0] * between[:, 1] - chord[1] * between[:, 0]) / max(float(np.linalg.norm(chord)), 1e-9)
+        if distance.max() > tolerance:
+            place = first + 1 + int(distance.argmax())
+            kept.add(place)
+            parts += [(first, place), (place, last)]
+    return ring[sorted(kept)].ravel().tolist() if len(kept) > 2 else outline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.arguments import BatchSize, Iou, limits
+from detrellis.arguments import BatchSize, Iou, LabelFormat, limits
 from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, ScoreOrAuto, Trained, Tta, TtaViews, console, errors
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ def predict(
     txt: Annotated[
         bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
     ] = False,
+    format_: Annotated[
+        LabelFormat | None,
+        typer.Option("--format", help="Also write labels to correct or to train on, with the pictures: OUT/FORMAT."),
+    ] = None,
+    crops: Annotated[
+        bool, typer.Option("--crops", help="Also write a picture of each detection: OUT/crops/CLASS/NAME-1.jpg.")
+    ] = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +54,8 @@ def predict(
     predict left. Exit code: 0 all pictures were read, 1 some were not, 2 wrong use.
 
     Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --threshold auto --out pictures --tta
+
+    Labels to correct: detrellis predict runs/tiny-20260101-120000 folder/ --format cvat
     """
     from detrellis import api
 
@@ -63,6 +73,8 @@ def predict(
         recursive=recursive,
         out=out,
         txt=txt,
+        format=format_,
+        crops=crops,
         device=device,
         on_error=report,
         progress=True,
@@ -70,7 +82,8 @@ def predict(
     if as_json:
         print((out / "predictions.json").read_text(encoding="utf-8"))
     else:
-        _show(predictions, out)
+        others = {"labels": out / format_} if format_ else {}
+        _show(predictions, out, others | ({"crops": out / "crops"} if crops else {}))
     if failures := predictions.failures:
         remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
         count = f"{len(failures)} of {len(predictions) + len(failures)} pictures could not be read. {remedies}"
@@ -79,10 +92,10 @@ def predict(
         raise typer.Exit(1)
 
 
-def _show(predictions: Predictions, out: Path) -> None:
+def _show(predictions: Predictions, out: Path, others: Mapping[str, Path]) -> None:
     table = Table("picture", "detections")
     for prediction in predictions:
         counts = ", ".join(f"{count} {name}" for name, count in Counter(prediction.names).items())
         table.add_row(Text("" if prediction.path is None else prediction.path.name), Text(counts or "-"))
     console.print(table)
-    console.say(f"Pictures and predictions.json: {out}")
+    console.say(f"Pictures and predictions.json: {out}", *(f"; {what}: {place}" for what, place in others.items()))

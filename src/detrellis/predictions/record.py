@@ -107,16 +107,37 @@ class Prediction:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
+    def to_fiftyone(self) -> Any:
+        """The detections as `fiftyone.Detections`, for a field of a sample: `label`, `confidence`, `bounding_box`, and
+        the `mask` within it.
+
+        Raises `UserError` where FiftyOne is missing.
+        """
+        try:
+            import fiftyone
+        except ImportError as error:
+            raise UserError(f"fiftyone is missing ({error})", "pip install fiftyone") from None
+        height, width = self.size
+        detections = []
+        for i, (x1, y1, x2, y2) in enumerate(self.boxes):
+            mask = None if self.runs is None else self.mask(i)[round(y1) : round(y2), round(x1) : round(x2)]
+            box = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
+            columns = {"label": self.names[i], "confidence": self.scores[i], "bounding_box": box}
+            detections.append(fiftyone.Detection(**columns, mask=mask if mask is not None and mask.size else None))
+        return fiftyone.Detections(detections=detections)
+
+    def image(self) -> Image.Image:
+        """The picture itself, RGB; of a file, read again."""
+        pixels = self.pixels
+        if pixels is None:
+            assert self.path is not None
+            pixels = read_image(self.path)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
     def draw(self, class_names: Sequence[str]) -> Image.Image:
         """The picture with boxes, masks, names and scores drawn on it; `class_names` are those of all classes, in
         order."""
-        if self.pixels is not None:
-            pixels = self.pixels
-        else:
-            assert self.path is not None
-            pixels = read_image(self.path)
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        return draw_detections(picture, self.boxes, self.labels, self.scores, class_names, masks=self.runs)
+        return draw_detections(self.image(), self.boxes, self.labels, self.scores, class_names, masks=self.runs)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The files of `predict --out`: drawn pictures, `predictions.json` as COCO results, and YOLO text if wanted."""
+"""The files of `predict --out`: drawn pictures, `predictions.json` as COCO results; YOLO text, labels and crops if
+wanted."""
 
 from __future__ import annotations
 
@@ -11,23 +12,35 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from detrellis.arguments import LabelFormat
+from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs, jpeg
+from detrellis.predictions.crops import CropFolder, folder_names
 from detrellis.predictions.inputs import InputPicture
+from detrellis.predictions.labels import LabelFolder
 from detrellis.predictions.record import Prediction, UnreadablePicture
 
 RESULTS, CLASSES = "predictions.json", "classes.txt"
 
 
 class PredictionFolder:
-    """Where the predictions of `pictures` go: `NAME.jpg` for each, and with `txt` `labels/NAME.txt`.
+    """Where the predictions of `pictures` go: `NAME.jpg` for each, and with `txt` `labels/NAME.txt`; `labels` is the
+    format of a folder of labels.
 
     What an earlier call drew is left out of `pictures`, unless it was named itself. Raises `UserError` where something
     would be lost, before any work; see `outputs.py`.
     """
 
-    def __init__(self, out: Path, pictures: Sequence[InputPicture], txt: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        pictures: Sequence[InputPicture],
+        txt: bool = False,
+        labels: LabelFormat | None = None,
+        crops: bool = False,
+    ) -> None:
         self.outputs, self.txt = Outputs(out), txt
         self.pictures = [p for p in pictures if not (p.listed and p.path is not None and self.outputs.made(p.path))]
         if pictures and not self.pictures:
@@ -36,12 +49,15 @@ class PredictionFolder:
         files = [RESULTS, *(f"{name}.jpg" for name in self.names)]
         if txt:
             files += [CLASSES, *(f"labels/{name}.txt" for name in self.names)]
-        self.outputs.ready(files, inputs=[p.path for p in self.pictures if p.path is not None])
+        inputs = [p.path for p in self.pictures if p.path is not None]
+        self.outputs.ready(files, inputs)
+        self.labels = None if labels is None else LabelFolder(out, labels, inputs)
+        self.crops = CropFolder(out, inputs) if crops else None
 
     def save(
         self,
         results: Iterable[Prediction | UnreadablePicture],
-        class_names: Sequence[str],
+        classes: ClassMap,
         data: Mapping[str, Any] | None,
     ) -> Generator[Prediction | UnreadablePicture]:
         """Pass on the result of each picture, in order, and write its files as it comes.
@@ -52,16 +68,26 @@ class PredictionFolder:
         """
         ids = image_ids(self.pictures, data)
         rows: list[dict[str, Any]] = []
+        folders = folder_names(classes.names)
+        for part in (self.labels, self.crops):
+            if part is not None:
+                part.start()
         if self.txt:
-            self.outputs.write(CLASSES, "".join(f"{' '.join(name.split())}\n" for name in class_names))
+            self.outputs.write(CLASSES, "".join(f"{' '.join(name.split())}\n" for name in classes.names))
         try:
-            for name, image_id, result in zip(self.names, ids, results, strict=True):
+            for picture, name, image_id, result in zip(self.pictures, self.names, ids, results, strict=True):
                 if isinstance(result, Prediction):
                     rows += result.to_coco(image_id)
-                    self._write(name, result, class_names)
+                    self._write(name, result, classes.names)
+                    if self.labels is not None:
+                        self.labels.add(picture, name, image_id, result)
+                    if self.crops is not None:
+                        self.crops.add(name, result, folders)
                 yield result
         finally:
             self.outputs.write(RESULTS, json.dumps(rows, indent=1))
+            if self.labels is not None:
+                self.labels.write(classes)
 
     def _write(self, name: str, prediction: Prediction, class_names: Sequence[str]) -> None:
         self.outputs.write(f"{name}.jpg", jpeg(prediction.draw(class_names)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from detrellis.arguments import Auto, BatchSize, Iou, Score, checked
+from detrellis.arguments import Auto, BatchSize, Iou, LabelFormat, Score, checked
 from detrellis.engine.checkpoint import find_weights
 from detrellis.engine.console import track
+from detrellis.errors import UserError
 from detrellis.interop.load import is_foreign
 from detrellis.loading import load
 from detrellis.predictions.inputs import Pictures, find_pictures, without_repeats
@@ -28,6 +29,8 @@ def predict(
     recursive: bool = False,
     out: str | Path | None = None,
     txt: bool = False,
+    format: LabelFormat | None = None,
+    crops: bool = False,
     device: str | None = None,
     on_error: OnError = "raise",
     progress: bool = False,
@@ -38,17 +41,21 @@ def predict(
     of `train`, and `evaluate`, store in the run's `report.json`.
 
     With `out`, annotated pictures and `predictions.json` go there, and with `txt` YOLO text (`labels/NAME.txt`: class,
-    cx, cy, w, h, score) and `classes.txt`. A file that is found in several ways is looked at once. Raises `UserError`
+    cx, cy, w, h, score) and `classes.txt`. `format` writes a label set for a labelling tool or for training to
+    `out/FORMAT`, with copies of the pictures (`predictions/label_formats.py`), and `crops` a picture of each detection
+    to `out/crops/CLASS`. A file that is found in several ways is looked at once. Raises `UserError`
     before any work where an input, or what no earlier call made, would be overwritten.
     """
     place = run if is_foreign(run) else find_weights(Path(run))
+    if out is None and (format or crops or txt):
+        raise UserError("files are to be written, and no folder is named", "Say where: out=FOLDER.")
     given = without_repeats(find_pictures(pictures, recursive))
-    folder = None if out is None else PredictionFolder(Path(out), given, txt)
+    folder = None if out is None else PredictionFolder(Path(out), given, txt, format, crops)
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()
     least = class_thresholds(place, model.classes) if threshold == "auto" else threshold
     predictions = model.detect(given, least, nms, batch_size, tta)
     if folder is not None:
-        predictions = folder.save(predictions, model.classes.names, model.data)
+        predictions = folder.save(predictions, model.classes, model.data)
     with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too
         return collect_predictions(track(predictions, "predict", len(given), progress), on_error)
