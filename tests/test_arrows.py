@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "visualize": {"types", "data", "overlay", "errors"},
     "predictions": {
         *("types", "rle", "detector", "data", "recipes", "engine", "visualize"),
-        *("arguments", "outputs", "errors"),
+        *("arguments", "distributed", "outputs", "errors"),
     },
     "webpage": set(),
     "report": {"data", "engine", "predictions", "outputs", "errors", "visualize", "version", "webpage"},

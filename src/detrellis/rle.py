@@ -94,3 +94,24 @@ def simplified(outline: list[float], tolerance: float) -> list[float]:
             kept.add(place)
             parts += [(first, place), (place, last)]
     return ring[sorted(kept)].ravel().tolist() if len(kept) > 2 else outline
+
+
+def placed(runs: bytes, size: Size, corner: tuple[int, int], whole: Size) -> bytes:
+    """The run lengths of a mask in an image of `size` as those of a `whole` image, in which its upper left corner is at
+    `corner` (row, column). No bitmap of the whole is made."""
+    from hotcoco import mask as coco
+
+    edges = np.diff(np.pad(decode(runs, size).T.astype(np.int8), ((0, 0), (1, 1))))  # (width, height + 1)
+    starts, ends = (
+        (columns + corner[1]) * whole[0] + rows + corner[0]
+        for columns, rows in (np.nonzero(edges == 1), np.nonzero(edges == -1))
+    )
+    # A run that reaches the image's lower edge may go on at the top of the next column.
+    apart = starts[1:] != ends[:-1]
+    first, last = np.append(True, apart)[: len(starts)], np.append(apart, True)[: len(ends)]
+    changes = np.stack([starts[first], ends[last]], axis=1).ravel()
+    counts = np.diff(changes, prepend=0, append=whole[0] * whole[1]).tolist()
+    if len(counts) > 1 and not counts[-1]:  # the mask holds the last pixel
+        counts.pop()
+    packed: bytes = coco.frPyObjects({"size": [*whole], "counts": counts}, *whole)["counts"]
+    return packed

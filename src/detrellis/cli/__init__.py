@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from detrellis.arguments import Epochs, Iou, Seed, Threads, limits
+from detrellis.arguments import Epochs, Seed, Threads, limits
 from detrellis.cli.analyze import analyze
 from detrellis.cli.entry import start
 from detrellis.cli.options import (
@@ -25,8 +25,7 @@ from detrellis.cli.options import (
     Schemes,
     SkipBad,
     Trained,
-    Tta,
-    TtaViews,
+    Ways,
     Weights,
     Workers,
     console,
@@ -270,11 +269,7 @@ def evaluate(
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.html: what goes wrong (default: the run, on its own data).")
     ] = None,
-    nms: Annotated[
-        float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: are there duplicates?")
-    ] = None,
-    tta: Tta = False,
-    tta_views: TtaViews = None,
+    ways: Ways,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -285,8 +280,8 @@ def evaluate(
     """
     from detrellis import api
 
-    ways: dict[str, Any] = {"metric": metric, "nms": nms, "tta": tta if tta_views is None else tta_views}
-    result = api.evaluate(run, results=results, report=report, device=device, progress=True, **ways, **vars(on.on()))
+    options: dict[str, Any] = {"metric": metric, "results": results, "report": report, "device": device}
+    result = api.evaluate(run, **options, progress=True, **ways.chosen(), **vars(on.on()))
     if as_json:
         print_json(result.to_dict())
         return

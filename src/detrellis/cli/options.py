@@ -104,6 +104,14 @@ TtaViews = Annotated[
         help="The same at these short sides: 640,800,flip. A last word says how to merge: soft_nms, nms or wbf.",
     ),
 ]
+Tiles = Annotated[
+    int | None,
+    typer.Option(min=32, help="Look at tiles of so many pixels a side, for small objects in large pictures: 640."),
+]
+Overlap = Annotated[
+    float, typer.Option(min=0, max=0.9, help="With --tiles: the share of a side that tiles have in common.")
+]
+Full = Annotated[bool, typer.Option("--full/--tiles-only", help="With --tiles: look at the whole picture, too.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
 Workers = Annotated[int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")]
 RecipeName = Annotated[
@@ -164,6 +172,27 @@ class EvalData:
         options = {**vars(self), "skip_bad": skips(self.skip_bad, self.keep_partial)}
         del options["keep_partial"]
         return EvalOptions(**options)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How pictures are looked at."""
+
+    nms: Annotated[
+        float | None,
+        typer.Option(**limits(arguments.Iou), help="Apply NMS at this IoU: are objects found twice?"),
+    ] = None
+    tta: Tta = False
+    tta_views: TtaViews = None
+    tiles: Tiles = None
+    overlap: Overlap = 0.2
+    full: Full = True
+
+    def chosen(self) -> dict[str, Any]:
+        """The options as the API takes them."""
+        options = {**vars(self), "tta": self.tta if self.tta_views is None else self.tta_views}
+        del options["tta_views"]
+        return options
 
 
 def skips(skip_bad: bool, keep_partial: bool) -> Skips:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,40 +12,60 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.arguments import BatchSize, Iou, LabelFormat, limits
-from detrellis.cli.options import IS_MAIN_PROCESS, AsJson, Device, ScoreOrAuto, Trained, Tta, TtaViews, console, errors
+from detrellis.arguments import BatchSize, LabelFormat, limits
+from detrellis.cli.options import (
+    IS_MAIN_PROCESS,
+    AsJson,
+    Device,
+    ScoreOrAuto,
+    Trained,
+    Ways,
+    console,
+    errors,
+    grouped,
+)
 
 if TYPE_CHECKING:
     from detrellis.predictions.record import Predictions, UnreadablePicture
 
 
+@dataclass(frozen=True)
+class Also:
+    """What is written beside drawn pictures and predictions.json."""
+
+    txt: Annotated[
+        bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
+    ] = False
+    format: Annotated[
+        LabelFormat | None,
+        typer.Option("--format", help="Also write labels to correct or to train on, with the pictures: OUT/FORMAT."),
+    ] = None
+    crops: Annotated[
+        bool, typer.Option("--crops", help="Also write a picture of each detection: OUT/crops/CLASS/NAME-1.jpg.")
+    ] = False
+
+    def places(self, out: Path) -> dict[str, Path]:
+        """The folders of it, by what they hold."""
+        labels = {"labels": out / self.format} if self.format else {}
+        return labels | ({"crops": out / "crops"} if self.crops else {})
+
+
+@grouped
 def predict(
     run: Trained,
     pictures: Annotated[list[str], typer.Argument(help="Pictures, folders of pictures, and patterns ('pics/*.jpg').")],
+    *,
     out: Annotated[Path, typer.Option(help="Folder for annotated pictures and predictions.json.")] = Path(
         "predictions"
     ),
     recursive: Annotated[bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")] = False,
     threshold: ScoreOrAuto = 0.3,
-    nms: Annotated[
-        float | None, typer.Option(**limits(Iou), help="Apply NMS at this IoU: where objects are found twice.")
-    ] = None,
-    tta: Tta = False,
-    tta_views: TtaViews = None,
+    ways: Ways,
     batch: Annotated[
         int,
         typer.Option("--batch", "--batch-size", **limits(BatchSize), help="Pictures at a time, of those of one size."),
     ] = 1,
-    txt: Annotated[
-        bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
-    ] = False,
-    format_: Annotated[
-        LabelFormat | None,
-        typer.Option("--format", help="Also write labels to correct or to train on, with the pictures: OUT/FORMAT."),
-    ] = None,
-    crops: Annotated[
-        bool, typer.Option("--crops", help="Also write a picture of each detection: OUT/crops/CLASS/NAME-1.jpg.")
-    ] = False,
+    also: Also,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,6 +75,8 @@ def predict(
     predict left. Exit code: 0 all pictures were read, 1 some were not, 2 wrong use.
 
     Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --threshold auto --out pictures --tta
+
+    Small objects in large pictures: detrellis predict runs/tiny-20260101-120000 aerial.jpg --tiles 640 --batch 4
 
     Labels to correct: detrellis predict runs/tiny-20260101-120000 folder/ --format cvat
     """
@@ -67,14 +90,11 @@ def predict(
         run,
         pictures,
         threshold=threshold,
-        nms=nms,
-        tta=tta if tta_views is None else tta_views,
+        **ways.chosen(),
         batch_size=batch,
         recursive=recursive,
         out=out,
-        txt=txt,
-        format=format_,
-        crops=crops,
+        **vars(also),
         device=device,
         on_error=report,
         progress=True,
@@ -82,8 +102,7 @@ def predict(
     if as_json:
         print((out / "predictions.json").read_text(encoding="utf-8"))
     else:
-        others = {"labels": out / format_} if format_ else {}
-        _show(predictions, out, others | ({"crops": out / "crops"} if crops else {}))
+        _show(predictions, out, also.places(out))
     if failures := predictions.failures:
         remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
         count = f"{len(failures)} of {len(predictions) + len(failures)} pictures could not be read. {remedies}"

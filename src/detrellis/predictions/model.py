@@ -20,6 +20,7 @@ from detrellis.engine.views import View, read_views
 from detrellis.errors import UserError
 from detrellis.predictions.inputs import InputPicture, Pictures, find_pictures
 from detrellis.predictions.record import OnError, Prediction, Predictions, UnreadablePicture, collect_predictions
+from detrellis.predictions.tiles import IOU, Tiling, Window, merged, one_way
 from detrellis.recipes import Recipe
 from detrellis.types import DecoderOutput, Detections
 
@@ -55,6 +56,7 @@ class Model:
         threshold: Score = 0.3,
         nms: Iou | None = None,
         tta: bool | str = False,
+        tiles: Tiling | int | None = None,
         batch_size: BatchSize = 1,
         recursive: bool = False,
         on_error: OnError = "raise",
@@ -67,13 +69,15 @@ class Model:
         changes nothing but rounding.
 
         `tta` looks at each picture at several sizes and mirrored, and merges what it finds: True, or which sizes and
-        how, such as `"640,800,flip,wbf"` (`engine/views.py`).
+        how, such as `"640,800,flip,wbf"` (`engine/views.py`). `tiles` looks at large pictures in tiles of so many
+        pixels, for small objects; a `Tiling` says how (`predictions/tiles.py`).
 
         A picture that is broken does not stop the others. At the end, `on_error="raise"` raises a `UserError` that has
         all the others in its `predictions`; `"skip"` leaves the broken ones in `failures` of what is returned, and so
         does a function, which is called with each as it comes.
         """
-        results = self.detect(find_pictures(pictures, recursive), threshold, nms, batch_size, tta)
+        tiling = Tiling(tiles) if isinstance(tiles, int) else tiles
+        results = self.detect(find_pictures(pictures, recursive), threshold, nms, batch_size, tta, tiling)
         return collect_predictions(results, on_error)
 
     @checked
@@ -91,8 +95,13 @@ class Model:
         nms: float | None,
         batch_size: int,
         tta: bool | str = False,
+        tiling: Tiling | None = None,
     ) -> Generator[Prediction | UnreadablePicture]:
         """The detections in each picture from a score on, or from one by class index; or why it cannot be read."""
+        if tiling is not None:
+            one_way(tta)
+            yield from self._of_tiles(pictures, threshold, nms, batch_size, tiling)
+            return
         data, postprocess = self.recipe.data, self.detector.postprocess
         views = read_views(tta, data, nms)
         ways = (View(eval_transform(data.size, **data.resizing())),) if views is None else views.views
@@ -113,6 +122,55 @@ class Model:
                 merged = parts[0] if views is None else views.merged(parts, image.size, postprocess.top_k)
                 yield self._prediction(picture, image.size, merged, threshold)
 
+    def _of_tiles(
+        self,
+        pictures: Iterable[InputPicture],
+        threshold: float | Sequence[float],
+        nms: float | None,
+        batch_size: int,
+        tiling: Tiling,
+    ) -> Generator[Prediction | UnreadablePicture]:
+        """As `detect`, in tiles; one picture is in memory at a time."""
+        for picture in pictures:
+            try:
+                image = picture.read()
+            except UserError as error:
+                assert picture.path is not None
+                yield UnreadablePicture.of(picture.path, error)
+                continue
+            found = self.in_tiles(image, tiling, nms, batch_size, threshold)
+            yield self._prediction(picture, (int(image.shape[1]), int(image.shape[2])), found, threshold)
+
+    def in_tiles(
+        self,
+        image: Tensor,
+        tiling: Tiling,
+        nms: float | None,
+        batch_size: int,
+        threshold: float | Sequence[float] = 0.0,
+        k: int | None = None,
+    ) -> Detections:
+        """What is detected in the tiles of an image `(3, H, W)` uint8 from a score on, put together, on the host.
+
+        `nms` is the IoU within each tile, and between tiles instead of 0.5. Only `batch_size` tiles are resized at a
+        time.
+        """
+        data = self.recipe.data
+        way = View(eval_transform(data.size, **data.resizing()))
+        finish = replace(self.detector.postprocess, nms=nms)
+        height, width = int(image.shape[1]), int(image.shape[2])
+        windows = dict(enumerate(tiling.windows(height, width)))
+        sizes = {i: torch.Size((w.bottom - w.top, w.right - w.left)) for i, w in windows.items()}
+        found: list[tuple[Window, Detections]] = []
+        for rows in _batches_of_one_size(sizes, batch_size):
+            parts = [image[:, w.top : w.bottom, w.left : w.right] for w in map(windows.__getitem__, rows)]
+            resized = [way(part, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))[0] for part in parts]
+            frames = [way.resize.frame(*sizes[row]) for row in rows]
+            for row, some in zip(rows, self._forward(resized, frames, way.pad_to, finish), strict=True):
+                host = Detections(some.scores.cpu().float(), some.labels.cpu(), some.boxes.cpu().float(), some.masks)
+                found.append((windows[row], host.take(_reaching(host, threshold).nonzero()[:, 0])))
+        return merged(found, (height, width), IOU if nms is None else nms, k)
+
     def _in_view(
         self,
         read: Mapping[int, _ResizedImage],
@@ -124,7 +182,7 @@ class Model:
         """What `finish` makes of each image in the view of that number."""
         images = {row: image.views[view] for row, image in read.items()}
         found: dict[int, Detections] = {}
-        for rows in _batches_of_one_size(images, batch_size):
+        for rows in _batches_of_one_size({row: image.shape for row, image in images.items()}, batch_size):
             frames = [read[row].frame for row in rows]
             found |= zip(rows, self._forward([images[row] for row in rows], frames, pad_to, finish), strict=True)
         return found
@@ -154,9 +212,8 @@ class Model:
         corner = torch.tensor([width, height, width, height])
         boxes = detections.boxes.cpu().float().clamp(min=0).minimum(corner)
         scores = detections.scores.cpu().float()
-        least = torch.tensor(threshold)
         every = detections.labels.cpu()
-        kept = scores >= (least[every] if least.ndim else least)
+        kept = _reaching(detections._replace(scores=scores, labels=every), threshold)
         labels = every[kept].tolist()
         return Prediction(
             picture.path,
@@ -191,10 +248,16 @@ def _read(picture: InputPicture, ways: Sequence[View]) -> _ResizedImage | Unread
     return _ResizedImage(resized, size, ways[0].resize.frame(*size))
 
 
-def _batches_of_one_size(images: Mapping[int, Tensor], batch_size: int) -> Iterator[list[int]]:
+def _reaching(detections: Detections, threshold: float | Sequence[float]) -> Tensor:
+    """Whether the score of each is at least `threshold`, or that of its class; on the host."""
+    least = torch.tensor(threshold)
+    return detections.scores >= (least[detections.labels] if least.ndim else least)
+
+
+def _batches_of_one_size(shapes: Mapping[int, torch.Size], batch_size: int) -> Iterator[list[int]]:
     """Positions of images of the same size, `batch_size` at most at a time: padding would change the detections."""
     by_shape: dict[torch.Size, list[int]] = {}
-    for position, image in images.items():
-        by_shape.setdefault(image.shape, []).append(position)
+    for position, shape in shapes.items():
+        by_shape.setdefault(shape, []).append(position)
     for positions in by_shape.values():
         yield from (positions[i : i + batch_size] for i in range(0, len(positions), batch_size))

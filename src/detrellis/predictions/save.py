@@ -68,7 +68,6 @@ class PredictionFolder:
         """
         ids = image_ids(self.pictures, data)
         rows: list[dict[str, Any]] = []
-        folders = folder_names(classes.names)
         for part in (self.labels, self.crops):
             if part is not None:
                 part.start()
@@ -78,21 +77,21 @@ class PredictionFolder:
             for picture, name, image_id, result in zip(self.pictures, self.names, ids, results, strict=True):
                 if isinstance(result, Prediction):
                     rows += result.to_coco(image_id)
-                    self._write(name, result, classes.names)
-                    if self.labels is not None:
-                        self.labels.add(picture, name, image_id, result)
-                    if self.crops is not None:
-                        self.crops.add(name, result, folders)
+                    self._write(name, result, classes)
+                if isinstance(result, Prediction) and self.labels is not None:
+                    self.labels.add(picture, name, image_id, result)
                 yield result
         finally:
             self.outputs.write(RESULTS, json.dumps(rows, indent=1))
             if self.labels is not None:
                 self.labels.write(classes)
 
-    def _write(self, name: str, prediction: Prediction, class_names: Sequence[str]) -> None:
-        self.outputs.write(f"{name}.jpg", jpeg(prediction.draw(class_names)))
+    def _write(self, name: str, prediction: Prediction, classes: ClassMap) -> None:
+        self.outputs.write(f"{name}.jpg", jpeg(prediction.draw(classes.names)))
         if self.txt:
             self.outputs.write(f"labels/{name}.txt", prediction.to_yolo())
+        if self.crops is not None:
+            self.crops.add(name, prediction, folder_names(classes.names))
 
 
 def output_names(pictures: Sequence[InputPicture]) -> list[str]:

@@ -10,17 +10,19 @@ from detrellis.arguments import BatchSize, Iou, Metric, Split, Workers, checked
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.data.masks import run_lengths
-from detrellis.distributed import process_group
+from detrellis.distributed import World, process_group
 from detrellis.engine.checkpoint import find_weights
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.coco_backend import Masks
+from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, collect, gives_masks
 from detrellis.engine.views import collect_views, read_views
 from detrellis.engine.voc_eval import VocResult, evaluate_voc
 from detrellis.errors import UserError
 from detrellis.interop.load import is_foreign
-from detrellis.loading import open_split
+from detrellis.loading import OpenedSplit, open_split
 from detrellis.outputs import Outputs
+from detrellis.predictions.tiles import Tiling, collect_tiles, one_way
 from detrellis.report import write as reporting
 
 
@@ -37,6 +39,9 @@ def evaluate(
     report: str | Path | None = None,
     nms: Iou | None = None,
     tta: bool | str = False,
+    tiles: int | None = None,
+    overlap: float = 0.2,
+    full: bool = True,
     batch_size: BatchSize = 4,
     skip_bad: SkipBad = False,
     workers: Workers = 2,
@@ -51,29 +56,26 @@ def evaluate(
     `results` names a file for the detections in COCO's results format. `report` is a folder for `report.html`,
     which says what goes wrong; default: the run's, on its own data without `nms` and `tta`. `nms` applies non-maximum
     suppression at that IoU first: how much AP that gains says how many duplicates the detector leaves. `tta` looks at
-    each image at several sizes and mirrored (`engine/views.py`). Raises `UserError` where the data
-    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
-    stay).
+    each image at several sizes and mirrored (`engine/views.py`), and `tiles` in parts, as in `predict`.
+    Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the images that lose
+    an object by that (`"boxes"`: these stay).
     """
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
         outputs.ready([Path(results or "").name], inputs=[run])
     weights = None if is_foreign(run) else find_weights(Path(run))
-    own = data is None and val is None and nms is None and not tta and metric != "voc"
+    tiling = None if tiles is None else Tiling(tiles, overlap, full)
+    if tiling is not None:
+        one_way(tta)
+    own = data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
     page = reporting.report_outputs(weights if own else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
         if tta and metric == "masks":
             raise UserError("--tta merges boxes, and --metric masks compares masks", "Leave one of them out.")
         masked, shown = metric == "masks", progress and world.is_main_process
-        check, detector = gives_masks if masked else None, opened.model.detector
         truth = run_lengths(opened.annotations) if masked else None  # says what lacks a mask before any work
-        views = read_views(tta, opened.model.recipe.data, nms)
-        if views is None:
-            batches = track(opened.loader, "evaluate", len(opened.loader), shown)
-            (evaluator,) = collect(detector, batches, opened.annotations, world.device, (nms,), check, truth)
-        else:
-            evaluator = collect_views(detector, views, partial(opened.seen, options, world, shown), opened.annotations)
+        evaluator = _evaluated(opened, options, world, (nms, tta, tiling), truth, shown)
         if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
@@ -84,3 +86,27 @@ def evaluate(
             return result
         card, again = reporting.card_of(weights, opened.model), reporting.evaluation_command(run, data, val, nms, split)
         return reporting.write_report(page, evaluator, result, card, again, split)
+
+
+def _evaluated(
+    opened: OpenedSplit,
+    options: EvalOptions,
+    world: World,
+    ways: tuple[float | None, bool | str, Tiling | None],
+    truth: Masks | None,
+    shown: bool,
+) -> CocoEvaluator:
+    """What is detected in all images, looked at in one of the `ways`: NMS, views, tiles. With
+    `truth`, the masks of the annotations, the detector has to give masks."""
+    nms, tta, tiling = ways
+    model, detector = opened.model, opened.model.detector
+    if tiling is not None:
+        k = detector.postprocess.top_k
+        detect = partial(model.in_tiles, tiling=tiling, nms=nms, batch_size=options.batch_size, k=k)
+        return collect_tiles(detect, opened.annotations, world, k, truth, shown)
+    views = read_views(tta, model.recipe.data, nms)
+    if views is not None:
+        return collect_views(detector, views, partial(opened.seen, options, world, shown), opened.annotations)
+    check = None if truth is None else gives_masks
+    batches = track(opened.loader, "evaluate", len(opened.loader), shown)
+    return collect(detector, batches, opened.annotations, world.device, (nms,), check, truth)[0]

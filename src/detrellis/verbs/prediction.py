@@ -14,6 +14,7 @@ from detrellis.loading import load
 from detrellis.predictions.inputs import Pictures, find_pictures, without_repeats
 from detrellis.predictions.record import OnError, Predictions, collect_predictions
 from detrellis.predictions.save import PredictionFolder
+from detrellis.predictions.tiles import Tiling
 from detrellis.report.thresholds import class_thresholds
 
 
@@ -25,6 +26,9 @@ def predict(
     threshold: Score | Auto = 0.3,
     nms: Iou | None = None,
     tta: bool | str = False,
+    tiles: int | None = None,
+    overlap: float = 0.2,
+    full: bool = True,
     batch_size: BatchSize = 1,
     recursive: bool = False,
     out: str | Path | None = None,
@@ -40,6 +44,9 @@ def predict(
     `threshold="auto"` takes for each class the one with the highest F1 on the run's own validation split, which the end
     of `train`, and `evaluate`, store in the run's `report.json`.
 
+    `tiles` looks at each picture in tiles of so many pixels a side, which share `overlap` of it, and with `full` at the
+    whole as well (`predictions/tiles.py`).
+
     With `out`, annotated pictures and `predictions.json` go there, and with `txt` YOLO text (`labels/NAME.txt`: class,
     cx, cy, w, h, score) and `classes.txt`. `format` writes a label set for a labelling tool or for training to
     `out/FORMAT`, with copies of the pictures (`predictions/label_formats.py`), and `crops` a picture of each detection
@@ -47,6 +54,7 @@ def predict(
     before any work where an input, or what no earlier call made, would be overwritten.
     """
     place = run if is_foreign(run) else find_weights(Path(run))
+    tiling = None if tiles is None else Tiling(tiles, overlap, full)
     if out is None and (format or crops or txt):
         raise UserError("files are to be written, and no folder is named", "Say where: out=FOLDER.")
     given = without_repeats(find_pictures(pictures, recursive))
@@ -54,7 +62,7 @@ def predict(
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()
     least = class_thresholds(place, model.classes) if threshold == "auto" else threshold
-    predictions = model.detect(given, least, nms, batch_size, tta)
+    predictions = model.detect(given, least, nms, batch_size, tta, tiling)
     if folder is not None:
         predictions = folder.save(predictions, model.classes, model.data)
     with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too
