@@ -24,7 +24,7 @@ QUICK := $(addprefix tests/test_cli.py::test_,help_shows_an_example a_wrong_word
 	two_runs_are_analyzed_side_by_side) tests/data/test_decode.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test soak quick oldest dist wheel bench check lint types arrows style clean
+.PHONY: help venv demo test soak quick oldest dist wheel docs bench check lint types arrows style clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ wheel: dist  ## Install the wheel alone into a fresh environment, and let its de
 	cd $(WHEEL) && { OMP_NUM_THREADS=1 timeout --preserve-status --signal=INT 120 bin/detrellis demo --epochs 1; \
 		code=$$?; [ $$code -eq 0 ] || [ $$code -eq 130 ]; }
 
+docs: $(STAMP)  ## Build the docs site into build/docs/site, strictly: broken links end it
+	$(BIN)/python -m website
+
 bench: $(STAMP)  ## Measure what has a speed budget, and print a table (a part: make bench BENCH=step)
 	$(BIN)/python benchmarks/all.py $(BENCH)
 
@@ -76,7 +79,7 @@ style: $(STAMP)  ## Test the limits of length, nesting and arguments
 	$(BIN)/python -m pytest tests/test_style.py
 
 clean:  ## Remove the environment, caches and the demo (runs/ stays)
-	rm -rf .venv .venv-* demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done once, and again when what is installed changes. uv needs half of pip's time; where it cannot install, pip does.

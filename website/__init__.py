@@ -1,0 +1,1 @@
+"""The docs site: docs/ and what is generated from the code, built by zensical. `python -m website` (make docs)."""
