@@ -68,9 +68,21 @@ def replace_files(*files: tuple[Path, Write]) -> None:
             partials.append((write_beside(path, write), path))
         for partial, path in partials:
             os.replace(partial, path)
+        for folder in {path.parent for _, path in partials}:
+            _sync(folder)
     finally:
         for partial, _ in partials:
             partial.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on the disk, where the system can: what was moved there is there after a power cut."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_text(path: Path, text: str) -> None:

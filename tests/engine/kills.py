@@ -6,10 +6,12 @@ written, whole and not yet on the disk, on the disk and not yet in its place, in
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,19 @@ import torch
 import detrellis
 from detrellis.engine import checkpoint, evaluate, log
 from detrellis.engine.log import read_records
+from detrellis.errors import UserError
 
 from .test_resume import assert_same_run
 
+REFUSED = 2  # exit code
 TIMES = ("time", "seconds", "images_per_second")  # of a record: what no two runs have in common
 
 
 class Moments:
-    """Counts the moments of this process, and kills it in the `at`-th."""
+    """Counts the moments of this process, and kills it in the `at`-th; or the disk is `full` there."""
 
-    def __init__(self, at: int | None, told: Path) -> None:
-        self.at, self.told, self.names = at, told, list[str]()
+    def __init__(self, at: int | None, told: Path, full: bool) -> None:
+        self.at, self.told, self.full, self.names = at, told, full, list[str]()
 
     def happen(self, name: str, half: Callable[[], object] = lambda: None) -> None:
         """A moment passes; `half` is what a process that ends in it has done."""
@@ -37,6 +41,8 @@ class Moments:
         if len(self.names) == self.at:
             half()
             self.told.write_text(json.dumps(self.names))
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
@@ -82,26 +88,33 @@ def _torn(file: Any, record: Any) -> None:
     file._file.flush()
 
 
-def go_on(at: int | None, told: Path, data: Path, out: Path, settings: Sequence[str], epochs: int) -> None:
+def go_on(
+    at: int | None, told: Path, data: Path, out: Path, settings: Sequence[str], epochs: int, full: bool = False
+) -> None:
     """In a process of its own: start the run, or go on with it, up to the moment."""
     torch.set_num_threads(1)
-    moments = Moments(at, told)
+    moments = Moments(at, told, full)
     moments.watch()
-    if (out / "last.state.pt").exists():
-        detrellis.resume(out, workers=0)
-    else:
-        detrellis.train("tiny", data=data, out=out, override=settings, epochs=epochs, workers=0)
-    told.write_text(json.dumps(moments.names))
+    try:
+        if (out / "last.state.pt").exists():
+            detrellis.resume(out, workers=0)
+        else:
+            detrellis.train("tiny", data=data, out=out, override=settings, epochs=epochs, workers=0)
+        told.write_text(json.dumps(moments.names))
+    except UserError as error:
+        told.write_text(json.dumps([*moments.names, str(error)]))
+        sys.exit(REFUSED)
 
 
 def trained(at: int | None, told: Path, *run: Any) -> str | None:
-    """Train in a process of its own; the name of the moment in which it was killed, None where it came to its end."""
+    """Train in a process of its own; the name of the moment in which it was killed, or the error with which it ended;
+    None where it came to its end."""
     context = multiprocessing.get_context("forkserver")  # forked from one that has imported all this
     context.set_forkserver_preload([__name__])
     process = context.Process(target=go_on, args=(at, told, *run))
     process.start()
     process.join(600)
-    assert process.exitcode in (0, -signal.SIGKILL)
+    assert process.exitcode in (0, REFUSED, -signal.SIGKILL)
     return json.loads(told.read_text())[-1] if process.exitcode else None
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import detrellis
-from detrellis.engine.checkpoint import Card, load_weights, save_run
-from detrellis.engine.resume import IMAGES
-from detrellis.errors import UserError
+from detrellis.engine.checkpoint import OLDER, Card, load_weights, save_run, save_weights
+from detrellis.engine.resume import IMAGES, load_run
+from detrellis.errors import Advice, UserError
+from detrellis.folders import held
 from detrellis.outputs import LOCK
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
@@ -160,6 +162,37 @@ def test_states(run: Path, kind: str) -> None:
     if kind not in ("newer", "another run's"):
         assert f"train --weights {run}" in error.value.remedy
     assert {p.name: p.stat().st_mtime_ns for p in run.iterdir() if p.name != LOCK} == before
+
+
+@pytest.mark.parametrize("left", [5000, 0, None])
+def test_the_state_before_a_torn_one_is_taken(run: Path, left: int | None) -> None:
+    state, last = load_run(run)[0], run / "last.state.pt"
+    (run / "previous.state.pt").hardlink_to(last)
+    whole = last.read_bytes()
+    last.unlink()
+    if left is not None:
+        last.write_bytes(whole[:left])
+    with pytest.warns(Advice, match=r"goes on from the state before it, previous\.state\.pt, after step 1"):
+        again, _ = load_run(run)
+    assert again[OLDER]
+    assert again["model"].keys() == state["model"].keys()
+
+
+def test_the_best_weights_of_another_run(run: Path) -> None:
+    tensors, card = load_weights(run / "last.safetensors")
+    save_weights(run / "best.safetensors", tensors, replace(card, seed=5))
+    with pytest.raises(UserError, match=r"last\.state\.pt and best\.safetensors belong to different runs") as error:
+        load_run(run)
+    assert "move it away" in error.value.remedy
+    (run / "best.safetensors").unlink()
+    load_run(run)
+
+
+def test_a_second_run_in_a_folder_is_refused(run: Path, shapes: Path, tmp_path: Path) -> None:
+    with held(run), pytest.raises(UserError, match=r"run: process .* writes here"):
+        detrellis.resume(run)
+    with held(tmp_path / "new", new=True), pytest.raises(UserError, match=r"new: process .* writes here"):
+        detrellis.train("tiny", data=shapes, out=tmp_path / "new", override=RECIPE)
 
 
 def test_a_state_that_does_not_fit_its_recipe(run: Path, shapes: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import RunLog, read_records
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import load_run
-from detrellis.errors import UserError
+from detrellis.errors import Advice, UserError
 from detrellis.training import TrainableDetector
 
 from .test_resume import SETTINGS as USUAL
@@ -92,6 +92,15 @@ def test_a_run_that_is_killed_while_saving_can_go_on(told: tuple[Path, list[Path
         assert detrellis.resume(tmp_path / moment.name, workers=0).finished
         assert not list((tmp_path / moment.name).glob(".*.partial"))
         assert_same_run(whole, tmp_path / moment.name)
+
+
+def test_a_torn_last_state_costs_what_came_after_the_one_before(told: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(told[0], out)
+    os.truncate(out / "last.state.pt", 5000)
+    with pytest.warns(Advice, match="not a whole file"):
+        assert detrellis.resume(out, workers=0).finished
+    assert_same_run(told[0], out)
 
 
 def has_row(run: Path, epoch: int) -> bool:

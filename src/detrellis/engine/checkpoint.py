@@ -4,6 +4,7 @@
 | --- | --- |
 | `last.safetensors`, `best.safetensors` | the detector's weights with a `Card`: enough to rebuild and to name it |
 | `last.state.pt` | everything that continuing needs: the trained modules, the optimizer, the average, the position |
+| `previous.state.pt` | the state before that, for when the last one turns out to be torn |
 | `best/epoch-NNNN-ap-0.NNNN.safetensors` | with `schedule.keep_best`: the weights of the best epochs |
 | `metrics.jsonl` | the log |
 
@@ -14,6 +15,7 @@ unpickled but plain tensors and containers (`weights_only`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -33,17 +35,19 @@ from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.findings import SkipBad
 from detrellis.detector import Detector
-from detrellis.errors import UserError, command, cut
+from detrellis.errors import Advice, UserError, command, cut
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.migrate import FORMAT, read_recipe
 from detrellis.recipes.network import build_detector
 from detrellis.version import __version__
 
 STATE, LAST, BEST = "last.state.pt", "last.safetensors", "best.safetensors"
+PREVIOUS = "previous.state.pt"
 BEST_FOLDER = "best"
 OTHER_COPY = "Take another copy of the file."
 KEPT = re.compile(r"epoch-(\d+)-ap-([\d.]+)\.safetensors")  # in the folder of the best weights
 CARD = "card"  # in a state: its card, as safetensors' metadata hold it
+OLDER = "older"  # in a state that was loaded: it is the previous one
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,19 @@ def _worst_last(name: str) -> tuple[float, int]:
     return -float(found[2]), int(found[1])
 
 
-def save_run(run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card) -> None:
+def save_run(
+    run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card, *, keep: bool = False
+) -> None:
     """Write state and last weights of a run (None: nothing is trained yet), both whole before either takes its place.
 
     The state holds the card too, so it alone decides where a run goes on: it comes first, and weights that were not
-    moved after it are written again when the run is resumed. Raises `OSError` where they cannot be written.
+    moved after it are written again when the run is resumed. `keep`: the state that is there is whole, and stays as
+    the previous one. Raises `OSError` where they cannot be written.
     """
+    if keep:
+        with contextlib.suppress(OSError):  # a file system without hard links keeps none
+            (run / PREVIOUS).unlink(missing_ok=True)
+            (run / PREVIOUS).hardlink_to(run / STATE)
     whole = {**state, CARD: card.to_metadata()}
     files: list[tuple[Path, Write]] = [(run / STATE, lambda file: torch.save(whole, file))]
     if weights is not None:
@@ -276,8 +287,25 @@ def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
 
 
 def load_state(run: Path) -> dict[str, Any]:
-    """The state to resume `run` from, on the host."""
-    path = run / STATE
+    """The state to resume `run` from, on the host; where the last one is missing or torn, the one before it.
+
+    That is told as `Advice`, and the run ends with the same bits: it only has more to do. `UserError` where neither is
+    whole.
+    """
+    try:
+        return _read_state(run, STATE)
+    except UserError as error:
+        try:
+            state = _read_state(run, PREVIOUS)
+        except UserError:
+            raise error from None
+        told = f"{error.message}. The run goes on from the state before it, {PREVIOUS}, after step {state.get('step')}."
+        warnings.warn(Advice(told), stacklevel=2)
+        return {**state, OLDER: True}
+
+
+def _read_state(run: Path, name: str) -> dict[str, Any]:
+    path = run / name
     if not path.is_file():
         raise _nothing_to_resume(run)
     try:

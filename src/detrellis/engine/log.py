@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -268,6 +269,7 @@ class _RecordFile:
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a state that follows it never knows of records that a power cut has taken
 
     def close(self) -> None:
         """Closes the file of records."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
-from detrellis.engine.checkpoint import CARD, LAST, STATE, Card, load_state, metadata_of, new_run
+from detrellis.engine.checkpoint import BEST, CARD, LAST, STATE, Card, load_state, metadata_of, new_run
 from detrellis.engine.optim import schedule_factor
 from detrellis.engine.state import patience_left
 from detrellis.errors import UserError, brief, command
@@ -100,12 +100,13 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
                 f"Start a new run from its weights: {new_run(run)}",
             )
     card = Card.from_metadata(state[CARD], run / STATE)
-    if beside is not None:
-        other = Card.from_metadata(beside, run / LAST)
+    for name in (LAST, BEST):
+        beside = metadata_of(run / name)
+        other = card if beside is None else Card.from_metadata(beside, run / name)
         if (other.recipe.detector, other.classes, other.seed) != (card.recipe.detector, card.classes, card.seed):
             raise UserError(
-                f"{run}: {STATE} and {LAST} belong to different runs",
-                f"Put the state of this run back; or start a new run: {new_run(run / LAST)}",
+                f"{run}: {STATE} and {name} belong to different runs",
+                f"Put this run's own {name} back, or move it away; or start a new run: {new_run(run / name)}",
             )
     return state, card
 

@@ -32,6 +32,7 @@ from detrellis.engine.checkpoint import (
     BEST_FOLDER,
     CARD,
     LAST,
+    OLDER,
     Card,
     keep_best,
     metadata_of,
@@ -291,11 +292,12 @@ class TrainRun:
         """Save before the first step: a full disk shows now, and whatever comes, there is a state to go on from. Of a
         resumed run what a crash or a change of settings has left different on the disk is written again."""
         if resume is not None:
-            self.saved_position = (self.state.epoch, self.state.step)
             self.log.load_state_dict(resume.get(LOG))
+            if OLDER not in resume:
+                self.saved_position = (self.state.epoch, self.state.step)
         mine = self._card(self.state.epoch).to_metadata()
         weights = mine if self.state.step == 0 else metadata_of(self.job.out / LAST)
-        if resume is None or resume[CARD] != mine or weights != mine:
+        if resume is None or OLDER in resume or resume[CARD] != mine or weights != mine:
             self.save()
 
     def save(self) -> None:
@@ -309,7 +311,10 @@ class TrainRun:
         weights = self.state.detector.state_dict() if self.state.step else None
         more = {IMAGES: self.images, SEEN: images_an_epoch(self.job.train, self.recipe), LOG: self.log.state_dict()}
         try:
-            save_run(self.job.out, {**self.state.state_dict(), **more}, weights, self._card(self.state.epoch))
+            keep = self.saved_position is not None
+            save_run(
+                self.job.out, {**self.state.state_dict(), **more}, weights, self._card(self.state.epoch), keep=keep
+            )
         except OSError as error:
             message = f"{self.job.out}: the run cannot be saved ({error.strerror or error})"
             raise SaveError(message, self._resume_remedy()) from error

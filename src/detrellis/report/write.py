@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.layout import DataSource
 from detrellis.engine.checkpoint import BEST, BEST_FOLDER, Card, metadata_of
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import duration
@@ -73,7 +74,8 @@ def write_report(
 
 def evaluation_command(run: str | Path, data: object, val: object, nms: object, split: str) -> str:
     """What repeats an evaluation."""
-    given = {"--data": data, "--val": val, "--nms": nms, "--split": None if split == "val" else split}
+    folder = data.folder if isinstance(data, DataSource) else data
+    given = {"--data": folder, "--val": val, "--nms": nms, "--split": None if split == "val" else split}
     return command("eval", run, *(word for pair in given.items() if pair[1] is not None for word in pair))
 
 

@@ -40,7 +40,7 @@ from detrellis.verbs.evaluation import evaluate
 
 # What a run writes beside its weights.
 LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", SHEET, "bad_batch-0.pt", *reporting.report_names("val"))
-WEIGHTS = ("best.safetensors", "last.safetensors")
+WEIGHTS = ("best.safetensors", "last.safetensors", "previous.state.pt")
 
 
 @checked
@@ -136,14 +136,19 @@ def resume(
         result = run_job(job, world, resumed.state, console, report)
         if result.finished and all_gather(reporting.is_missing(Path(run), validation))[0]:
             # The best epoch was evaluated by a process that ended before it reported: again, in the same batches.
-            evaluate(
-                run,
-                metric="masks" if card.recipe.needs_bitmaps else "coco",
-                batch_size=batch_per_process(card.recipe, world),
-                skip_bad=card.skip_bad,
-                workers=workers,
-                device=device,
-            )
+            try:
+                evaluate(
+                    run,
+                    metric="masks" if card.recipe.needs_bitmaps else "coco",
+                    data=resumed.source,
+                    report=run,
+                    batch_size=batch_per_process(card.recipe, world),
+                    skip_bad=card.skip_bad,
+                    workers=workers,
+                    device=device,
+                )
+            except (UserError, OSError) as error:
+                _say(console)(f"No report is written: {error}")
         return result
 
 
