@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -196,6 +196,34 @@ def feed_forward(ours: str, theirs: str, norm: str) -> list[Pair]:
     """The feed-forward part of a layer, which the reference codes call alike but for its norm."""
     names = {"inner": "linear1", "outer": "linear2", "norm": norm}
     return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in names.items()]
+
+
+def layer_count(weights: Iterable[str], prefix: str) -> int:
+    """How many layers the names below the prefix have numbers of."""
+    return len({int(m[1]) for name in weights if (m := re.match(re.escape(prefix) + r"\.(\d+)\.", name))})
+
+
+def mmcv_layers(theirs: str) -> list[Pair]:
+    """Encoder and decoder as mmcv builds them, below the module that detrex and mmdetection call the transformer."""
+    encoder, decoder = f"{theirs}.encoder.layers.*", f"{theirs}.decoder.layers.*"
+    return [
+        *sampling("encoder.layers.*.attention", f"{encoder}.attentions.0"),
+        Pair("encoder.layers.*.norm", f"{encoder}.norms.0"),
+        Pair("encoder.layers.*.feed_forward.norm", f"{encoder}.norms.1"),
+        *packed("decoder.layers.*.self_attention", f"{decoder}.attentions.0.attn"),
+        *sampling("decoder.layers.*.cross_attention", f"{decoder}.attentions.1"),
+        Pair("decoder.layers.*.norm_self", f"{decoder}.norms.0"),
+        Pair("decoder.layers.*.norm_cross", f"{decoder}.norms.1"),
+        Pair("decoder.layers.*.feed_forward.norm", f"{decoder}.norms.2"),
+        *(
+            Pair(f"{ours}.layers.*.feed_forward.{part}", f"{theirs}.{ours}.layers.*.ffns.0.layers.{name}")
+            for ours in ("encoder", "decoder")
+            for part, name in (("inner", "0.0"), ("outer", "1"))
+        ),
+        Pair("decoder.final_norm", f"{theirs}.decoder.norm"),
+        Pair("queries.head.projection", f"{theirs}.enc_output"),
+        Pair("queries.head.norm", f"{theirs}.enc_output_norm"),
+    ]
 
 
 def deformable_neck(maps: int, theirs: str) -> list[Pair]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop.family import Loaded, Repository
 from detrellis.interop.links import Pair
-from detrellis.interop.names import deformable_neck, detectron2_resnet, sampling, torchvision
+from detrellis.interop.names import deformable_neck, detectron2_resnet, layer_count, mmcv_layers, sampling, torchvision
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
@@ -87,18 +87,13 @@ def class_count(weights: Weights, detector: DetectorConfig) -> int:
     return rows - 1 if detector.scores == "softmax" else rows
 
 
-def _count(weights: Weights, prefix: str) -> int:
-    found = {int(m[1]) for k in weights if (m := re.match(re.escape(prefix) + r"\.(\d+)\.", k))}
-    return len(found)
-
-
 def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The detector's fields that shapes and arguments decide."""
     detrex = is_detrex(weights)
     name = "ffns.0.layers.0.0.weight" if detrex else "linear1.weight"
     encoder, decoder = (weights[f"transformer.{part}.layers.0.{name}"] for part in ("encoder", "decoder"))
     heads = int(arguments.get("nheads", detector.decoder.heads))
-    layers = {part: _count(weights, f"transformer.{part}.layers") for part in ("encoder", "decoder")}
+    layers = {part: layer_count(weights, f"transformer.{part}.layers") for part in ("encoder", "decoder")}
     found: dict[str, Any] = {
         "width": encoder.shape[1],
         "encoder": {"heads": heads, "hidden": encoder.shape[0], "layers": layers["encoder"]},
@@ -158,13 +153,13 @@ def _is_dino(detector: DetectorConfig) -> bool:
 def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> BackboneConfig:
     """Its ResNet by its number of blocks. DC5 has the same tensors: the arguments tell."""
     if is_detrex(weights):
-        maps, prefix = _count(weights, "neck.convs"), "backbone.res{}"
-        depths = tuple(_count(weights, prefix.format(stage)) for stage in (2, 3, 4, 5))
+        maps, prefix = layer_count(weights, "neck.convs"), "backbone.res{}"
+        depths = tuple(layer_count(weights, prefix.format(stage)) for stage in (2, 3, 4, 5))
     else:
         levels = weights["transformer.level_embed"].shape[0] if "transformer.level_embed" in weights else 1
         extra = [k for k in weights if re.fullmatch(r"input_proj\.\d+\.0\.weight", k) and weights[k].shape[-1] == 3]
         maps = levels - len(extra)
-        depths = tuple(_count(weights, f"backbone.0.body.layer{stage}") for stage in (1, 2, 3, 4))
+        depths = tuple(layer_count(weights, f"backbone.0.body.layer{stage}") for stage in (1, 2, 3, 4))
     bottleneck = any(re.search(r"layer1\.0\.conv3|res2\.0\.conv3", k) for k in weights)
     known: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
     if bottleneck:
@@ -299,7 +294,6 @@ def heads(detector: DetectorConfig) -> list[Pair]:
 
 def _detrex(detector: DetectorConfig) -> list[Pair]:
     last = detector.decoder.layers
-    encoder, decoder = "transformer.encoder.layers.*", "transformer.decoder.layers.*"
     neck = [
         Pair(f"neck.{ours}.*.{i}", f"neck.{theirs}.*.{part}")
         for ours, theirs in (("projections", "convs"), ("extra", "extra_convs"))
@@ -311,25 +305,9 @@ def _detrex(detector: DetectorConfig) -> list[Pair]:
         Pair("neck.level_embed", "transformer.level_embeds"),
         Pair("encoder.fusion.projection", f"{FUSION}.0"),
         Pair("encoder.fusion.norm", f"{FUSION}.1"),
-        *sampling("encoder.layers.*.attention", f"{encoder}.attentions.0"),
-        Pair("encoder.layers.*.norm", f"{encoder}.norms.0"),
-        Pair("encoder.layers.*.feed_forward.norm", f"{encoder}.norms.1"),
-        *_packed("decoder.layers.*.self_attention.projections", f"{decoder}.attentions.0.attn"),
-        Pair("decoder.layers.*.self_attention.output", f"{decoder}.attentions.0.attn.out_proj"),
-        *sampling("decoder.layers.*.cross_attention", f"{decoder}.attentions.1"),
-        Pair("decoder.layers.*.norm_self", f"{decoder}.norms.0"),
-        Pair("decoder.layers.*.norm_cross", f"{decoder}.norms.1"),
-        Pair("decoder.layers.*.feed_forward.norm", f"{decoder}.norms.2"),
-        *(
-            Pair(f"{ours}.layers.*.feed_forward.{part}", f"transformer.{ours}.layers.*.ffns.0.layers.{theirs}")
-            for ours in ("encoder", "decoder")
-            for part, theirs in (("inner", "0.0"), ("outer", "1"))
-        ),
-        Pair("decoder.final_norm", "transformer.decoder.norm"),
+        *mmcv_layers("transformer"),
         Pair("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
         Pair("queries.content", "transformer.tgt_embed.weight"),
-        Pair("queries.head.projection", "transformer.enc_output"),
-        Pair("queries.head.norm", "transformer.enc_output_norm"),
         Pair("queries.head.classify", f"class_embed.{last}"),
         Pair("queries.head.move.@", f"bbox_embed.{last}.@"),
         *heads(detector),

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from detrellis.errors import UserError
-from detrellis.interop import dfine_pth, lwdetr_pth, mask2former, mask2former_config, maskdino, reference, rtdetr_pth
+from detrellis.interop import (
+    codetr,
+    dfine_pth,
+    lwdetr_pth,
+    mask2former,
+    mask2former_config,
+    maskdino,
+    reference,
+    rtdetr_pth,
+)
 from detrellis.interop.family import Loaded, Repository, Weights
 
 MASK2FORMER = Repository(
@@ -20,6 +29,7 @@ REPOSITORIES = (
     dfine_pth.REPOSITORY,
     rtdetr_pth.REPOSITORY,
     lwdetr_pth.REPOSITORY,
+    codetr.REPOSITORY,
     reference.REPOSITORY,
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from detrellis.nn.mlp import FeedForward
 from detrellis.types import Memory, Spatial
@@ -67,7 +68,8 @@ class Encoder(nn.Module):
 
     `references`: whether the attention samples around the tokens' centres. `position_scale`: an MLP of the tokens
     whose output multiplies their positions, anew at each layer (DAB-DETR). `fusion`: what makes the memory of the
-    tokens at all depths; None: the last layer's are the memory.
+    tokens at all depths; None: the last layer's are the memory. `checkpointing`: the backward pass computes each layer
+    again, which saves its activations.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class Encoder(nn.Module):
         references: bool,
         position_scale: nn.Module | None = None,
         fusion: MemoryFusion | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.references, self.position_scale, self.fusion = references, position_scale, fusion
+        self.checkpointing = checkpointing
 
     def forward(self, memory: Memory, head: nn.Module | None = None) -> Memory:
         """The memory with encoded tokens, whatever `head` proposes boxes from it."""
@@ -89,7 +93,10 @@ class Encoder(nn.Module):
         for layer in self.layers:
             if self.position_scale is not None:
                 memory = memory._replace(position=position * self.position_scale(memory.tokens))
-            memory = layer(memory, references)
+            if self.checkpointing and torch.is_grad_enabled():
+                memory = checkpoint(layer, memory, references, use_reentrant=False)
+            else:
+                memory = layer(memory, references)
             if self.fusion is not None:
                 states.append(memory.tokens)
         if self.fusion is not None:

@@ -21,6 +21,7 @@ class DeformableEncoderConfig(Config):
     points: Few = 4  # that each head samples on each level
     fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
     width: Width | None = None  # of the memory, which a masked decoder projects to its own; None: detector.width
+    checkpointing: bool = False  # compute layers again in the backward pass, instead of keeping what they computed
 
 
 class SalienceEncoderConfig(Config):

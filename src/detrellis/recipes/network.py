@@ -148,7 +148,8 @@ def build_encoder(config: DetectorConfig) -> Encoder | SalienceEncoder:
         options = {name: getattr(encoder, name) for name in ("of_levels", "of_layers", "background")}
         return SalienceEncoder(layers, promising, width, encoder.levels, dropout=dropout, **options)
     if encoder.kind == "deformable":
-        return Encoder(layers, references=True, fusion=MemoryFusion(width, len(layers)) if encoder.fusion else None)
+        fusion = MemoryFusion(width, len(layers)) if encoder.fusion else None
+        return Encoder(layers, references=True, fusion=fusion, checkpointing=encoder.checkpointing)
     return Encoder(layers, references=False, position_scale=position_scale(width) if encoder.position_scale else None)
 
 

@@ -89,8 +89,9 @@ def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
     """Two layers on one map, or on three levels; a hybrid one attends within the coarser of its two maps."""
     if encoder.kind == "hybrid":
         return encoder.replace(layers=1, hidden=512, levels=2, inner=None, expansion=0.5)
-    levels = {} if encoder.kind == "dense" else {"levels": 3}
-    return encoder.replace(layers=2, hidden=512, **levels)
+    others = {} if encoder.kind == "dense" else {"levels": 3}
+    others |= {"checkpointing": False} if encoder.kind == "deformable" else {}
+    return encoder.replace(layers=2, hidden=512, **others)
 
 
 def _tiny_attention(attention: CrossAttentionConfig) -> CrossAttentionConfig:
