@@ -108,6 +108,13 @@ def test_digits_are_names() -> None:
     assert rows_by_name(classes("3", "7"), classes("7", "8", "9")) == ((1, 0),)
 
 
+def test_names_of_objects365_that_mean_classes_of_coco() -> None:
+    theirs = classes("Wild Bird", "tissue ", "Dinning Table", "Bear", "Stuffed Toy", "Wine Glass", "Other Balls")
+    ours = classes("bird", "dining table", "bear", "teddy bear", "wine glass", "sports ball", "skis", "tissue")
+    assert rows_by_name(ours, theirs) == ((0, 0), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (7, 1))
+    assert rows_by_name(theirs, classes("bird", "Wild bird", "wine_glass")) == ((0, 1), (5, 2))
+
+
 def test_no_object_is_copied_whatever_the_classes() -> None:
     model, start = detector("detr-r50", NEW), source("detr-r50")
     before = weights(model)

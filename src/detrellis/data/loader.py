@@ -32,6 +32,8 @@ from detrellis.data.transforms import Resize, Transform
 from detrellis.errors import UserError
 from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels, ImageBatch, Targets
 
+IN_A_ROW = 8  # pictures that cannot be read, after which it is no accident
+
 
 @dataclass(frozen=True)
 class Normalise:
@@ -110,7 +112,8 @@ class DetectionDataset(Dataset[Sample]):
 
     A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` (seen within the boxes) or
     `bitmaps` (of the whole image) outlines are read from the annotation file, and for what pastes objects by their
-    masks; `UserError` where there are none.
+    masks; `UserError` where there are none. In the place of a picture that cannot be read stands the next one, if
+    `unreadable` names a file, which says so line by line.
     """
 
     def __init__(
@@ -121,8 +124,10 @@ class DetectionDataset(Dataset[Sample]):
         *,
         masks: bool = False,
         bitmaps: bool = False,
+        unreadable: Path | None = None,
     ) -> None:
         kept = ~annotations.crowd
+        self.unreadable = unreadable
         self.root, self.seed = str(annotations.root), seed
         self.augmentation = transform if isinstance(transform, Augmentation) else Augmentation(transform)
         self.file_names, self.sizes, self.image_ids = annotations.file_names, annotations.sizes, annotations.image_ids
@@ -177,11 +182,25 @@ class DetectionDataset(Dataset[Sample]):
     def _picture(self, index: int) -> Picture:
         """An image as it is on the disk, with its boxes and labels; where masks are drawn, with its points, and the
         rows of its objects as labels."""
+        index, image = self._readable(index)
         rows = slice(self.starts[index], self.starts[index + 1])
-        image, boxes = self._image(index, *self.sizes[index].tolist()), torch.tensor(self.boxes[rows])
+        boxes = torch.tensor(self.boxes[rows])
         if self.masks is not None:
             return pointed(image, boxes, torch.arange(rows.start, rows.stop))
         return image, boxes, torch.tensor(self.labels[rows])
+
+    def _readable(self, index: int) -> tuple[int, Tensor]:
+        """The image of this index, or the next one that can be read, and its index."""
+        for further in range(IN_A_ROW):
+            place = (index + further) % len(self)
+            try:
+                return place, self._image(place, *self.sizes[place].tolist())
+            except UserError as error:
+                if self.unreadable is None or further == IN_A_ROW - 1:
+                    raise
+                with self.unreadable.open("a") as file:  # a line at a time: several workers write
+                    file.write(f"{error.message.splitlines()[0]}\n")
+        raise AssertionError("unreachable")
 
     def _partner(self) -> Picture:
         """An image drawn from torch's generator, to be mixed with another one."""

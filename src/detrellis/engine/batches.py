@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from detrellis.engine.samples import image_factors, training_dataset
 from detrellis.engine.state import TrainJob
 from detrellis.errors import UserError
 from detrellis.recipes.config import Recipe
+
+UNREADABLE = "unreadable.txt"  # in a run: what its loader could not read, where that does not stop it
 
 
 def padded_fraction(batch: Batch) -> torch.Tensor:
@@ -33,6 +36,16 @@ def batch_per_process(recipe: Recipe, world: World) -> int:
     return recipe.optim.batch_size // parts
 
 
+def unreadable_line(out: Path) -> str:
+    """How many pictures could not be read so far, and the first of them; nothing where all could."""
+    file = out / UNREADABLE
+    lines = list(dict.fromkeys(file.read_text().splitlines())) if file.is_file() else []
+    if not lines:
+        return ""
+    pictures = "1 picture" if len(lines) == 1 else f"{len(lines)} pictures"
+    return f"{pictures} could not be read, and others were seen instead: {lines[0]}. All: {file}"
+
+
 def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
     """The loader, and the number of optimizer steps in an epoch."""
     recipe, data = job.card.recipe, job.card.recipe.data
@@ -45,7 +58,8 @@ def train_loader(job: TrainJob, world: World) -> tuple[Loader, int]:
         group_by_aspect=job.train.sizes if data.group_by_aspect else None,
         factors=image_factors(job.train, recipe),
     )
-    dataset = training_dataset(job.train, recipe, job.card.seed)
+    unreadable = job.out / UNREADABLE if data.unreadable == "replace" else None
+    dataset = training_dataset(job.train, recipe, job.card.seed, unreadable=unreadable)
     options: Any = {"workers": job.workers, "pin_memory": world.device.type == "cuda"}
     loader = build_loader(dataset, sampler, normalise=Normalise.of(**data.statistics()), **options)
     return loader, -(-len(sampler) // recipe.optim.accumulate)

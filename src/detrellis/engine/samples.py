@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,14 @@ SHEET = "train_samples.jpg"  # in the folder of a run
 CELL = 320  # pixels of a picture's long side
 
 
-def training_dataset(annotations: Annotations, recipe: Recipe, seed: int) -> DetectionDataset:
-    """The pictures of a run, augmented as its recipe says."""
+def training_dataset(
+    annotations: Annotations, recipe: Recipe, seed: int, *, unreadable: Path | None = None
+) -> DetectionDataset:
+    """The pictures of a run, augmented as its recipe says; `unreadable` as in `DetectionDataset`."""
     data = recipe.data
     augmented = augmentation(_usual(data), Strong(**data.strong()), epochs=recipe.schedule.epochs, calm=data.calm)
-    return DetectionDataset(annotations, augmented, seed, masks=recipe.needs_masks, bitmaps=recipe.needs_bitmaps)
+    masks, bitmaps = recipe.needs_masks, recipe.needs_bitmaps
+    return DetectionDataset(annotations, augmented, seed, masks=masks, bitmaps=bitmaps, unreadable=unreadable)
 
 
 def _usual(data: DataConfig) -> Transform:

@@ -26,7 +26,7 @@ from detrellis.data.loader import Batch, Loader
 from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World, parallel, reduce_max
-from detrellis.engine.batches import batch_per_process, padded_fraction, train_loader
+from detrellis.engine.batches import batch_per_process, padded_fraction, train_loader, unreadable_line
 from detrellis.engine.checkpoint import (
     BEST,
     BEST_FOLDER,
@@ -259,6 +259,7 @@ class TrainRun:
         evaluated = {"eval": state.result, "after_nms": after_nms} if evaluates and state.finished(schedule) else {}
         resampled = {name: result.resampled for name, result in evaluated.items() if result and result.resampled}
         self.log.end_epoch(self.timer.take(), stats, None if after_nms is None else after_nms.stats, resampled)
+        self.log.say(unreadable_line(self.job.out))
         if after_nms is not None and state.result is not None:
             self.log.say(duplicates_line(state.result, after_nms) or "")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.detector import Detector
+from detrellis.engine.class_names import plain_name, same_meaning
 from detrellis.engine.transfer_report import ClassRows, TensorFate, TransferReport, amount, plural
 from detrellis.errors import UserError
 from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels
@@ -173,11 +174,14 @@ class _ClassHeads:
 
 
 def rows_by_name(classes: ClassMap, source: ClassMap) -> Rows:
-    """Pairs of rows of the classes that both have; all of them, nameless ones too, where the lists are the same."""
-    ours, theirs = ([name.strip().casefold() for name in c.names] for c in (classes, source))
+    """Pairs of rows of the classes that both have, equal names first; all, nameless ones too, of the same lists."""
+    ours, theirs = ([plain_name(name) for name in c.names] for c in (classes, source))
     if ours == theirs:
         return tuple((i, i) for i in range(len(ours)))
-    return tuple((i, theirs.index(n)) for i, n in enumerate(ours) if n in theirs and not NAMELESS.fullmatch(n))
+    equal = {name: row for row, name in reversed(list(enumerate(theirs)))}
+    alike = {same_meaning(name): row for name, row in equal.items()} | equal
+    rows = [(i, alike.get(n, alike.get(same_meaning(n)))) for i, n in enumerate(ours) if not NAMELESS.fullmatch(n)]
+    return tuple((i, row) for i, row in rows if row is not None)
 
 
 def _refuse_another_network(report: TransferReport, state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

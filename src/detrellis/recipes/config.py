@@ -190,6 +190,8 @@ class DataConfig(Config):
     repeat_threshold: ZeroToOne = 0.0
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
     masks: bool = False  # draw each object's mask in the whole image
+    # a picture that cannot be read stops training, or the next one is seen instead, and the run goes on
+    unreadable: Literal["stop", "replace"] = "stop"
 
     def resizing(self) -> dict[str, Any]:
         """The arguments of `eval_transform` besides the size."""

@@ -24,7 +24,10 @@ def _co_dino(name: str, about: str, backbone: EvaViTConfig, *, queries: int, noi
     """Co-DINO with 5 scales on this ViT, with so many queries, and so many of denoising; 1000 detections."""
     base = co_dino_r50()
     detector = base.detector.replace(
-        backbone=backbone, queries=base.detector.queries.replace(count=queries), top_k=1000
+        backbone=backbone,
+        encoder=base.detector.encoder.replace(checkpointing=True),
+        queries=base.detector.queries.replace(count=queries),
+        top_k=1000,
     )
     schemes = base.schemes.replace(cdn=CDNConfig(number=noise, box_noise=0.4))
     return base.replace(name=name, about=about, detector=detector, schemes=schemes, optim=optim)
@@ -64,7 +67,7 @@ def co_dino_vit_l_objects365() -> Recipe:
     recipe = _co_dino("co-dino-vit-l-objects365", about, WIDE, queries=1500, noise=1000, optim=optim)
     return recipe.replace(
         schedule=ScheduleConfig(epochs=26, drops=(24 / 26,), warmup_steps=500),
-        data=DataConfig(size=1024, max_side=1280, sides="480-1024", sides_max=1280, **IMAGENET),
+        data=DataConfig(size=1024, max_side=1280, sides="480-1024", sides_max=1280, unreadable="replace", **IMAGENET),
     )
 
 
@@ -75,7 +78,8 @@ def co_dino_vit_l_objects365_lsj() -> Recipe:
     recipe = _co_dino("co-dino-vit-l-objects365-lsj", about, SQUARE, queries=900, noise=1000, optim=optim)
     recipe = large_scale(recipe, recipe.name, about, side=1280, epochs=26, drops=(24 / 26,))
     recipe = recipe.replace(schedule=recipe.schedule.replace(warmup_steps=500))
-    return _squares(recipe.replace(data=recipe.data.replace(copy_paste=None)), 1280)  # there are no masks
+    data = recipe.data.replace(copy_paste=None, unreadable="replace")  # there are no masks
+    return _squares(recipe.replace(data=data), 1280)
 
 
 def co_dino_swin_l_objects365() -> Recipe:
@@ -86,6 +90,7 @@ def co_dino_swin_l_objects365() -> Recipe:
         name="co-dino-swin-l-objects365",
         about=about,
         schedule=ScheduleConfig(epochs=22, drops=(20 / 22,)),
+        data=recipe.data.replace(unreadable="replace"),
         schemes=recipe.schemes.replace(cdn=CDNConfig(number=500, box_noise=0.4)),
     )
 

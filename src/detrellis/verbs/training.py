@@ -208,7 +208,8 @@ def _prepared(
     source: DataSource, recipe: Recipe, skip_bad: SkipBad, world: World, console: Console | None
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
     """The data set after its fast check; the first process says what was found and what was left out."""
-    training, validation, classes, report = prepare(source, skip_bad, capacity(recipe))
+    undecoded = ("train",) if recipe.data.unreadable == "replace" else ()  # the loader sees to that
+    training, validation, classes, report = prepare(source, skip_bad, capacity(recipe), undecoded=undecoded)
     if world.is_main_process:
         say = print if console is None else console.print
         for split, skipped in report.skipped.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -58,9 +58,13 @@ def examine(
     progress: bool = False,
     workers: int | None = None,
     capacity: Capacity | None = None,
+    undecoded: Collection[str] = (),
 ) -> Report:
-    """`check` of splits that are already read."""
-    facts = {split: gather(raw, fast=fast, progress=progress, workers=workers) for split, raw in raws.items()}
+    """`check` of splits that are already read; no image of those `undecoded` is decoded."""
+    facts = {
+        split: gather(raw, fast=fast or split in undecoded, progress=progress, workers=workers)
+        for split, raw in raws.items()
+    }
     findings: list[Finding] = []
     for split, raw in raws.items():
         findings += [*raw.findings, *_empty(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
@@ -90,18 +94,22 @@ def _empty(raw: RawDataset) -> list[Finding]:
 
 
 def prepare(
-    source: DataSource, skip_bad: SkipBad = False, capacity: Capacity | None = None
+    source: DataSource,
+    skip_bad: SkipBad = False,
+    capacity: Capacity | None = None,
+    *,
+    undecoded: Collection[str] = (),
 ) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
     """Training and validation set (None where there is none), the class map of both, and the fast check's report.
 
     Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an object by that
     (`"boxes"`: these stay); `report.skipped` says how many. Without it a `UserError` says what the check says. With it
-    the check is the full one: an image that cannot be decoded is a bad record too.
+    the check is the full one: an image that cannot be decoded is a bad record too, but in splits that are `undecoded`.
     """
     raws = source.load_all([split for split in ("train", "val") if split in source.splits])
     if "train" not in raws:
         raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
-    report = examine(raws, fast=not skip_bad, capacity=capacity)
+    report = examine(raws, fast=not skip_bad, capacity=capacity, undecoded=undecoded)
     report = report.with_findings(unused_annotations(source, raws))
     annotations, report = _annotations(raws, report, raws["train"].classes, skip_bad)
     return annotations["train"], annotations.get("val"), annotations["train"].classes, report

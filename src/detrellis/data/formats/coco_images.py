@@ -65,7 +65,7 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> ImageFolder:
             return ImageFolder(place)
     # Any place, by the strictest way to read the names that has any of them anywhere.
     places = list(dict.fromkeys([*expected, *subfolders(base_of(file), depth=3)]))
-    for count_in in (_count_exact, _count_without_backslashes, _count_alike):
+    for count_in in (_count_exact, _count_without_backslashes, _count_tails, _count_alike):
         counts = {place: count_in(place, names) for place in places}
         if best := max(counts.values()):
             chosen = _prefer([place for place in places if counts[place] == best], names, file)
@@ -89,6 +89,12 @@ def _count_exact(folder: Path, names: Sequence[str]) -> int:
 def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
     """How many of the names it holds, backslashes and the like read as folders: two may have files of one name."""
     return sum(os.path.isfile(folder.joinpath(*parts)) for name in names for parts in readings(name)[:1])
+
+
+def _count_tails(folder: Path, names: Sequence[str]) -> int:
+    """How many it holds without the first folders of their names: `images/v1/patch8/x.jpg` as `patch8/x.jpg`."""
+    tails = [[parts[start:] for parts in readings(name)[:1] for start in range(1, len(parts) - 1)] for name in names]
+    return sum(any(folder.joinpath(*tail).is_file() for tail in of_name) for of_name in tails)
 
 
 def _count_alike(folder: Path, names: Sequence[str]) -> int:
