@@ -105,6 +105,12 @@ def test_other_precisions_take_torchs_path(calls: list[int]) -> None:
     assert not calls
 
 
+def test_looking_for_the_product_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    module._available.__wrapped__()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_missing_or_wrong_products_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in (lambda *_: 1 / 0, lambda x, weight, bias: x @ weight.t()):
         monkeypatch.setattr(module, "_product", broken)
