@@ -103,29 +103,40 @@ def test_a_process_without_boxes(name: str, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"0.done", "1.done"}
 
 
-def test_the_same_command_under_torchrun(shapes: Path, tmp_path: Path) -> None:
-    """Two processes share the recipe's batch and its evaluation, write one run, and can be resumed alone."""
-    out = tmp_path / "run"
-    options = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
+SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
+
+
+def on_one_node(rank: int, size: int, port: int, data: str, out: str) -> None:
+    """In each process: the run that `torchrun` starts below."""
+    os.environ |= environment(rank, size, port)
+    torch.set_num_threads(1)
+    detrellis.train("tiny", data=data, out=out, override=SETTINGS, epochs=1, workers=0, device="cpu", console=quiet())
+
+
+def test_the_same_command_under_torchrun_on_two_nodes(shapes: Path, tmp_path: Path) -> None:
+    """Two agents with a process each share the recipe's batch and its evaluation, and write one run, bit for bit that
+    of one node with two processes; it can be resumed alone."""
+    out, other = tmp_path / "run", tmp_path / "one_node"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "1"]
+    agent += ["--local-addr", "127.0.0.1", "-m", "detrellis", "train", "tiny", "--data", str(shapes)]
+    agent += ["--out", str(out), "--epochs", "1", "--workers", "0", "--device", "cpu"]
+    nodes = [
+        subprocess.Popen(
+            [*agent, *(word for setting in SETTINGS for word in ("-o", setting))],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
     ]
-    command += ["-m", "detrellis", "train", "tiny", "--data", str(shapes), "--out", str(out), "--epochs", "1"]
-    done = subprocess.run(
-        [*command, "--workers", "0", "--device", "cpu", *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Done in") == 1
+    in_two_processes(on_one_node, str(shapes), str(other))
+    said = [node.communicate(timeout=900) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
+    assert "".join(output for output, _ in said).count("Done in") == 1
+    states = [torch.load(run / "last.state.pt", weights_only=True)["model"] for run in (out, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     state = torch.load(out / "last.state.pt", weights_only=True)
     assert state["step"] == 3  # 11 images in batches of 2 x 2
     assert state["result"]["images"] == 5

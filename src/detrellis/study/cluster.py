@@ -91,7 +91,6 @@ class Slurm:
             job = executor.job_class(folder / JOBS, (folder / JOB).read_text())
             if not job.done(force_check=True):
                 return SlurmJob(job, folder)
-        executor.update_parameters(**self._options)
         job = executor.submit(TrialJob(folder))
         replace_text(folder / JOB, job.job_id)
         return SlurmJob(job, folder)
