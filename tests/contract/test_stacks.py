@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from detrellis.training import TrainableDetector
 from detrellis.types import ImageBatch, Targets
 
 from ..small import CLASSES, distinct, images, small, targets
-from .models import CASES, begin, compare, flat, make, recipe_of, train_step
+from .models import CASES, begin, compare, flat, make, recipe_of, restored, train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
 
@@ -45,12 +44,12 @@ def case(request: pytest.FixtureRequest) -> Stack:
 
 @pytest.fixture(scope="module")
 def model(case: Stack) -> TrainableDetector:
-    """As built. What changes it takes a copy."""
+    """As built. What changes it restores it."""
     return make(*case)
 
 
 class Plain(NamedTuple):
-    """A detector without schemes, as built. What changes it takes a copy."""
+    """A detector without schemes, as built. What changes it restores it."""
 
     detector: Detector
     flops: int
@@ -69,15 +68,20 @@ def build_plain(recipe: str) -> Plain:
 
 
 class Trained(NamedTuple):
-    model: TrainableDetector
+    """What a model came to after a step on each of the batches above."""
+
     sizes: dict[str, dict[str, float]]  # of each parameter's gradient, by batch
+    detector: dict[str, Tensor]  # its weights
+    flops: int
+    output: Tensor
 
 
 @pytest.fixture(scope="module")
 def trained(model: TrainableDetector) -> Trained:
-    """A copy of the model, after a step on each of the batches above."""
-    copy = deepcopy(model)
-    return Trained(copy, {what: train_on(copy, images(sizes), truth, what) for what, (sizes, truth) in BATCHES.items()})
+    with restored(model):
+        sizes = {what: train_on(model, images(sizes), truth, what) for what, (sizes, truth) in BATCHES.items()}
+        weights = {key: value.clone() for key, value in model.detector.state_dict().items()}
+        return Trained(sizes, weights, *count_flops(model.detector))
 
 
 def train_on(model: TrainableDetector, batch: ImageBatch, truth: Targets, what: str) -> dict[str, float]:
@@ -105,15 +109,15 @@ def test_schemes_do_not_change_the_detector(model: TrainableDetector, plain: Pla
 
 @torch.no_grad()
 def test_blocks_are_isolated(model: TrainableDetector) -> None:
-    model = deepcopy(model)
-    step = begin(model)
-    main = QueryBlock("main", step.queries, model.supervision)
-    blocks = [main, *(b for s in model.training_schemes for b in s.extend(step).blocks)]
-    together = model.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
-    compare(together["main"], model.detector.decode(step.memory, {main.segment: step.queries})["main"])
-    for block in blocks[1:]:
-        seen = {b.segment: b.queries for b in blocks if b.name == block.name or b.name in block.sees}
-        compare(together[block.name], model.detector.decode(step.memory, seen)[block.name])
+    with restored(model):
+        step = begin(model)
+        main = QueryBlock("main", step.queries, model.supervision)
+        blocks = [main, *(b for s in model.training_schemes for b in s.extend(step).blocks)]
+        together = model.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
+        compare(together["main"], model.detector.decode(step.memory, {main.segment: step.queries})["main"])
+        for block in blocks[1:]:
+            seen = {b.segment: b.queries for b in blocks if b.name == block.name or b.name in block.sees}
+            compare(together[block.name], model.detector.decode(step.memory, seen)[block.name])
 
 
 def test_any_batch_is_finite_and_trains_the_same_parameters(trained: Trained) -> None:
@@ -123,11 +127,11 @@ def test_any_batch_is_finite_and_trains_the_same_parameters(trained: Trained) ->
 
 def test_every_parameter_matters(case: Stack, model: TrainableDetector) -> None:
     """On a usual batch, after the heads have left their zero start, no parameter's gradient is zero throughout."""
-    model = deepcopy(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn_like(p)
-    sizes = train_on(model, images(((64, 96), (64, 80))), targets((3, 4)), "usual")
+    with restored(model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.02 * torch.randn_like(p)
+        sizes = train_on(model, images(((64, 96), (64, 80))), targets((3, 4)), "usual")
     idle = {key for key, size in sizes.items() if size == 0}
     filled = any(scheme.name == "co" for scheme in model.training_schemes)  # its queries have contents from the start
     assert idle == (set() if filled else reads_only_zeros(small(case[0]).detector))
@@ -143,11 +147,10 @@ def reads_only_zeros(detector: DetectorConfig) -> set[str]:
 @torch.no_grad()
 def test_no_scheme_is_in_the_detector(trained: Trained, plain: Plain) -> None:
     """After training, too, it needs the multiply-adds of one without schemes, and says the same with equal weights."""
-    flops, output = count_flops(trained.model.detector)
-    assert flops == plain.flops
-    other = deepcopy(plain.detector)
-    other.load_state_dict(trained.model.detector.state_dict())
-    assert torch.equal(output, flat(other.eval()(images())))
+    assert trained.flops == plain.flops
+    with restored(plain.detector):
+        plain.detector.load_state_dict(trained.detector)
+        assert torch.equal(trained.output, flat(plain.detector.eval()(images())))
 
 
 @torch.no_grad()
