@@ -12,13 +12,14 @@ Ints = NDArray[np.int64]
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Boxes `(..., 4)` of centre and size as corners `(x1, y1, x2, y2)`."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    centre, size = boxes.split(2, dim=-1)
+    half = size / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """Boxes `(..., 4)` of corners as centre and size `(cx, cy, w, h)`."""
-    low, high = boxes[..., :2], boxes[..., 2:]
+    low, high = boxes.split(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
@@ -65,17 +66,15 @@ def relative_boxes(deltas: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat([centre + deltas[..., :2] * size, size * deltas[..., 2:].exp()], dim=-1)
 
 
+def _product(sizes: Tensor) -> Tensor:
+    """Areas of widths and heights `(..., 2)`."""
+    width, height = sizes.unbind(-1)
+    return width * height
+
+
 def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-def _iou_and_hull(a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU, union and smallest enclosing area of broadcastable `xyxy` boxes."""
-    inside = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    inter = inside[..., 0] * inside[..., 1]
-    union = _areas(a) + _areas(b) - inter
-    hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    return _ratio(inter, union + eps), union, hull[..., 0] * hull[..., 1]
+    low, high = boxes.split(2, dim=-1)
+    return _product(high - low)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -84,19 +83,35 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (numerator / denominator.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
+def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of broadcastable `xyxy` boxes."""
+    (low, high), (other_low, other_high) = a.split(2, dim=-1), b.split(2, dim=-1)
+    inter = _product((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
+    return inter, _product(high - low) + _product(other_high - other_low) - inter
+
+
 def iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`.
 
     `eps` is added to the union. Some reference codes take 1e-6, which in normalised coordinates costs a box of 8 pixels
     in a large image 0.016; it is for comparing with them.
     """
-    return _iou_and_hull(a, b, eps)[0]
+    inter, union = _overlap(a, b)
+    return _ratio(inter, union + eps)
+
+
+def iou_and_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """As `iou` and `giou`, for little more than one of them."""
+    inter, union = _overlap(a, b)
+    (low, high), (other_low, other_high) = a.split(2, dim=-1), b.split(2, dim=-1)
+    hull = _product(torch.maximum(high, other_high) - torch.minimum(low, other_low))  # the smallest box around both
+    overlap = _ratio(inter, union + eps)
+    return overlap, overlap - _ratio(hull - union, hull + eps)
 
 
 def giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """Generalised IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`, in [-1, 1]; `eps` as `iou`."""
-    overlap, union, hull = _iou_and_hull(a, b, eps)
-    return overlap - _ratio(hull - union, hull + eps)
+    return iou_and_giou(a, b, eps)[1]
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:

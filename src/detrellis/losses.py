@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detrellis.boxes import cxcywh_to_xyxy, giou
-
 ClassLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -93,8 +91,3 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 5.0)
 def l1_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Sum over the four coordinates of `|b - g|`: `(M, 4)` each to `(M,)`."""
     return (boxes - targets).abs().sum(-1)
-
-
-def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 0.0) -> Tensor:
-    """`1 - GIoU` of aligned `(cx, cy, w, h)` boxes: `(M, 4)` each to `(M,)`."""
-    return 1 - giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets), eps)

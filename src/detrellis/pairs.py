@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detrellis.boxes import cxcywh_to_xyxy, iou, side_distances
-from detrellis.losses import distillation_loss, fine_grained_localization_loss, giou_loss, l1_loss
+from detrellis.boxes import cxcywh_to_xyxy, iou_and_giou, side_distances
+from detrellis.losses import distillation_loss, fine_grained_localization_loss, l1_loss
 from detrellis.types import Assignment, DecoderOutput, SideDistributions, Targets
 
 
@@ -28,12 +28,13 @@ def last_rows(positives: Assignment, shape: torch.Size) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """Positives with their targets, as a loss rule sees them; gradients flow through `logits` and `boxes` only."""
+    """Positives with their targets, as a loss rule sees them; gradients flow through `logits`, `boxes` and `giou`."""
 
     logits: Tensor  # (M,) of the target's class
     boxes: Tensor  # (M, 4)
     target_boxes: Tensor  # (M, 4)
     iou: Tensor  # (M,) of predicted and target boxes
+    giou: Tensor  # (M,) generalised
     positives: Assignment
     layers: int
     images: int
@@ -43,10 +44,10 @@ def pair_up(output: DecoderOutput, targets: Targets, positives: Assignment, iou_
     """Gather what the positives predicted, and their targets; `iou_eps` is added to unions (`boxes.iou`)."""
     where = (positives.layer, positives.image, positives.query)
     boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
-    overlap = iou(cxcywh_to_xyxy(boxes.detach()), cxcywh_to_xyxy(target_boxes), iou_eps)
+    overlap, generalised = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes), iou_eps)
     logits = output.logits[(*where, targets.labels[positives.target])]
     layers, images = output.logits.shape[:2]
-    return Pairs(logits, boxes, target_boxes, overlap, positives, layers, images)
+    return Pairs(logits, boxes, target_boxes, overlap.detach(), generalised, positives, layers, images)
 
 
 class SoftTarget(NamedTuple):
@@ -81,7 +82,7 @@ def scaled_iou_target(pairs: Pairs) -> SoftTarget:
 
 def giou_target(pairs: Pairs) -> SoftTarget:
     """The GIoU of the predicted box with its target, brought from -1..1 to 0..1 (Rank-DETR)."""
-    return SoftTarget(1 - giou_loss(pairs.boxes.detach(), pairs.target_boxes) / 2)
+    return SoftTarget((1 + pairs.giou.detach()) / 2)
 
 
 def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
@@ -94,9 +95,9 @@ def quality(pairs: Pairs, alpha: float) -> Tensor:
     return pairs.logits.detach().sigmoid() ** alpha * pairs.iou ** (1 - alpha)
 
 
-def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> dict[str, Tensor]:
+def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
     """L1 and GIoU of the positives, summed over each layer and divided by the number of boxes."""
-    terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": giou_loss(pairs.boxes, pairs.target_boxes, eps)}
+    terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": 1 - pairs.giou}
     if weight is not None:
         terms = {name: weight * t for name, t in terms.items()}
     return {name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser for name, t in terms.items()}

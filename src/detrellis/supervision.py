@@ -114,7 +114,7 @@ class SetLoss:
     def _boxes(
         self, output: DecoderOutput, pairs: Pairs, weight: Tensor | None, normaliser: Tensor
     ) -> dict[str, Tensor]:
-        terms = box_terms(pairs, normaliser, weight, self.iou_eps)
+        terms = box_terms(pairs, normaliser, weight)
         if output.sides is not None:
             terms["fgl"] = fine_grained_localization(pairs, output.sides, normaliser, weight)
             terms["ddf"] = decoupled_distillation(pairs, output.sides, output.logits)
@@ -302,17 +302,25 @@ def supervise(
         for name, values in terms.items():
             weighted = values * task.weights[name]
             losses |= {f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())}
-        boxes = output.boxes.shape[-1] > 0
-        masks = None if boxes else mask_iou(output, targets, positives, task.match.counts).mean()
-        metrics[f"{task.name}/iou"] = matched_iou(output, targets, positives) if masks is None else masks
-    return losses, metrics
+        if not output.boxes.shape[-1]:  # a detector of masks
+            metrics[f"{task.name}/iou"] = mask_iou(output, targets, positives, task.match.counts).mean()
+    return losses, metrics | matched_ious(tasks, assignments)
 
 
 @torch.no_grad()
-def matched_iou(output: DecoderOutput, targets: Targets, positives: Assignment) -> Tensor:
-    """Mean IoU of the last layer's positives with their targets; NaN where there is none."""
-    last = len(output.boxes) - 1
-    predicted = output.boxes[positives.layer, positives.image, positives.query]
-    overlap = iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(targets.boxes[positives.target]))
-    chosen = positives.layer == last
-    return (overlap * chosen).sum() / chosen.sum()
+def matched_ious(tasks: Sequence[Task], assignments: Sequence[Assignment]) -> dict[str, Tensor]:
+    """Mean IoU of the last layer's positives with their targets, `"block/iou"`; NaN where there is none.
+
+    All tasks at once: there are few boxes, and every operation costs the same.
+    """
+    boxed = [(task, rows) for task, rows in zip(tasks, assignments, strict=True) if task.match.output.boxes.shape[-1]]
+    if not boxed:
+        return {}
+    predicted = torch.cat([task.match.output.boxes[rows.layer, rows.image, rows.query] for task, rows in boxed])
+    truth = torch.cat([task.match.targets.boxes[rows.target] for task, rows in boxed])
+    overlaps = iou(cxcywh_to_xyxy(predicted.to(truth.dtype)), cxcywh_to_xyxy(truth))
+    means = {}
+    for (task, rows), overlap in zip(boxed, overlaps.split([len(rows.layer) for _, rows in boxed]), strict=True):
+        last = rows.layer == len(task.match.output.boxes) - 1
+        means[f"{task.name}/iou"] = (overlap * last).sum() / last.sum()
+    return means
