@@ -28,7 +28,6 @@ from detrellis.errors import UserError
 from detrellis.interop.convert import save_huggingface
 from detrellis.interop.load import load_foreign
 from detrellis.loading import load
-from detrellis.nn.pretrained import read_tensors
 from detrellis.recipes import Recipe, find_recipe
 from detrellis.recipes.build import build
 from detrellis.report.thresholds import class_thresholds
@@ -240,7 +239,7 @@ USES: dict[str, tuple[Callable[[Path], object], ...]] = {
     "weights": (lambda path: load(path.parent), _go_on),
     "state": (_go_on,),
     "report": (lambda path: class_thresholds(path.with_name("last.safetensors"), CLASSES),),
-    "pth": (lambda path: load(path), read_tensors),
-    "pkl": (lambda path: load_foreign(path),),
+    "pth": (load,),
+    "pkl": (load_foreign,),
     "transformers": (lambda path: load(path.parent),),
 }

@@ -208,6 +208,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         data: Any = load_file(file) if file.suffix == ".safetensors" else _load(file)
     except Exception as error:  # torch raises a dozen kinds for a broken file
         line = (str(error).splitlines() or [type(error).__name__])[0]
+        if "Weights only load failed" in line:  # and then how to run what it holds
+            what = f"{file}: cannot be read as weights (it holds other objects than tensors, or is damaged)"
+            raise UserError(what, "Save the state dict alone: torch.save(model.state_dict(), FILE).") from None
         raise UserError(f"{file}: cannot be read as weights ({cut(line)})", "Take another copy of the file.") from None
     for key in CONTAINERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
