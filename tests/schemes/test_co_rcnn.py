@@ -16,7 +16,7 @@ from detrellis.schemes.collaborative import roi
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import BACKGROUND
 from detrellis.schemes.collaborative.mask import MaskHead, MaskRCNN, crop_masks
-from detrellis.schemes.collaborative.rcnn import CELLS, RCNN, sample_regions
+from detrellis.schemes.collaborative.rcnn import CELLS, RCNN, BoxHead, sample_regions
 from detrellis.schemes.collaborative.rpn import proposals, sample
 from detrellis.schemes.collaborative.scene import BranchAssignment, Scene, random_draw
 
@@ -102,6 +102,19 @@ def test_any_batch(batch: str, kind: type[RCNN] | type[MaskRCNN]) -> None:
         assert f.owner.max() < len(boxes)
         assert not f.boxes.requires_grad
         assert f.logits.shape[1] == CLASSES + 1
+
+
+@pytest.mark.parametrize("regions", [5, 0])
+def test_the_convolutional_head_moves_one_box_for_all_classes(regions: int) -> None:
+    head = BoxHead(32, CLASSES, 24, convolutional=True)
+    states = head(torch.randn(regions, CELLS, CELLS, 32))
+    deltas = head.deltas(states)
+    assert (head.logits(states).shape, deltas.shape) == ((regions, CLASSES + 1), (regions, CLASSES, 4))
+    assert torch.equal(deltas, deltas[:, :1].expand_as(deltas))
+    coders = [
+        RCNN(32, CLASSES, STRIDES, appended=1, samples=8, hidden=24, convolutional=c).coder for c in (True, False)
+    ]
+    assert coders == [(0.05, 0.1), (0.1, 0.2)]
 
 
 @pytest.mark.parametrize("kind", [RCNN, MaskRCNN])

@@ -44,7 +44,9 @@ def co_dino_vit_l() -> Recipe:
     about = "Co-DINO for COCO from Objects365 weights, EVA-02's ViT-L, 5 scales"
     optim = BY_LAYER.replace(ema=0.9999, ema_ramp=2000)
     recipe = _co_dino("co-dino-vit-l", about, WIDE, queries=1500, noise=300, optim=optim)
+    assert recipe.schemes.co is not None
     return recipe.replace(
+        schemes=recipe.schemes.replace(co=recipe.schemes.co.replace(regions="convolutional")),
         schedule=ScheduleConfig(epochs=12, drops=(7 / 12,), warmup_steps=500),
         data=DataConfig(size=1280, max_side=2048, sides="480-1536", sides_max=2400, **IMAGENET),
     )

@@ -60,6 +60,7 @@ class DenseConfig(Config):
 
 # Heads on the encoder's memory; `rcnn` is Faster R-CNN, `mask` Mask R-CNN.
 BranchName = Literal["atss", "rcnn", "mask", "retinanet", "fcos", "paa", "gfl"]
+RegionHead = Literal["linear", "convolutional"]
 
 
 class CoConfig(Config):
@@ -70,6 +71,8 @@ class CoConfig(Config):
     head_weight: Weight = 2.0  # lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
     query_weight: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
     convolutions: Annotated[int, within(0, 16)] = 1  # stacked in each tower
+    # of rcnn and mask: two layers and a box a class, or four convolutions, a layer and one box (on ViT-L)
+    regions: RegionHead = "linear"
     max_queries: Queries = 300  # of a branch, in each image
     # what an image with fewer positives than others is filled up with; mask: queries that are not read
     pad: Literal["background", "mask"] = "background"

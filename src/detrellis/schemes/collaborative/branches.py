@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from detrellis.schemes.collaborative.paa import PAA
 from detrellis.schemes.collaborative.pyramid import Coarser, Pyramid
 from detrellis.schemes.collaborative.rcnn import RCNN
 from detrellis.schemes.collaborative.retinanet import RetinaNet
-from detrellis.schemes.config import BranchName
+from detrellis.schemes.config import BranchName, RegionHead
 
 DENSE: dict[BranchName, type[DenseBranch]] = {
     "atss": ATSS,
@@ -28,17 +29,24 @@ DENSE: dict[BranchName, type[DenseBranch]] = {
 
 
 def build_branches(
-    names: Sequence[BranchName], width: int, classes: int, strides: Sequence[int], *, convolutions: int
+    names: Sequence[BranchName],
+    width: int,
+    classes: int,
+    strides: Sequence[int],
+    *,
+    convolutions: int,
+    regions: RegionHead,
 ) -> tuple[Coarser | Pyramid, list[nn.Module]]:
     """The adapter that gives the branches their levels, and the branches; `strides` are those of the memory's levels.
 
     A width of 256 has the paper's 512 regions and 1024 hidden units, one of 128 a quarter of both.
     """
     adapter = Pyramid(width, strides[0]) if len(strides) == 1 else Coarser(width, strides)
-    regions = {"appended": 1, "samples": width**2 // 128, "hidden": width**2 // 64}
+    sizes = {"appended": 1, "samples": width**2 // 128, "hidden": width**2 // 64}
+    options: dict[str, Any] = sizes | {"convolutional": regions == "convolutional"}
     makers: dict[BranchName, Callable[[], nn.Module]] = {
-        "rcnn": partial(RCNN, width, classes, adapter.strides, **regions),
-        "mask": partial(MaskRCNN, width, classes, adapter.strides, **regions),
+        "rcnn": partial(RCNN, width, classes, adapter.strides, **options),
+        "mask": partial(MaskRCNN, width, classes, adapter.strides, **options),
     }
     for name, branch in DENSE.items():
         makers[name] = partial(branch, width, classes, len(adapter.strides), convolutions=convolutions)

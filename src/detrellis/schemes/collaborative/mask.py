@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +49,9 @@ class MaskRCNN(nn.Module):
     name = "mask"
     softmax = True
 
-    def __init__(
-        self, width: int, classes: int, strides: Sequence[int], *, appended: int, samples: int, hidden: int
-    ) -> None:
+    def __init__(self, width: int, classes: int, strides: Sequence[int], **options: Any) -> None:
         super().__init__()
-        self.boxes = RCNN(width, classes, strides, appended=appended, samples=samples, hidden=hidden)
+        self.boxes = RCNN(width, classes, strides, **options)
         self.masks = MaskHead(width, classes)
 
     def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:

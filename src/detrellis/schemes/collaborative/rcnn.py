@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import giou
+from detrellis.nn.neck import MapNorm
 from detrellis.postprocess import nms, top_pairs
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import max_iou
@@ -23,21 +24,30 @@ BEFORE = 5000  # pairs of region and class that take part in the final NMS; it r
 
 
 class BoxHead(nn.Module):
-    """Two layers shared by classes, of which the last is "no object", and by a box for each other class."""
+    """Two layers shared by classes, of which the last is "no object", and by a box for each other class.
 
-    def __init__(self, width: int, classes: int, hidden: int) -> None:
+    `convolutional`: four convolutions and one layer instead, and one box for all classes.
+    """
+
+    def __init__(self, width: int, classes: int, hidden: int, *, convolutional: bool = False) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(CELLS * CELLS * width, hidden), nn.Linear(hidden, hidden)
-        self.classify, self.regress = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4 * classes)
+        self.classes = classes
+        self.tower = _tower(width) if convolutional else nn.Identity()
+        self.first = nn.Linear(CELLS * CELLS * width, hidden)
+        self.second = nn.Identity() if convolutional else nn.Linear(hidden, hidden)
+        boxes = 1 if convolutional else classes
+        self.classify, self.regress = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4 * boxes)
         for layer in (self.first, self.second):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         for layer, std in ((self.classify, 0.01), (self.regress, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features `(R, 7, 7, D)` of regions to what both outputs read, `(R, hidden)`."""
+        features = self.tower(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         states: Tensor = self.second(self.first(features.flatten(1)).relu()).relu()
         return states
 
@@ -48,27 +58,45 @@ class BoxHead(nn.Module):
     def deltas(self, states: Tensor) -> Tensor:
         """`(R, C, 4)`, in float32 or better."""
         deltas: Tensor = precise(self.regress(states)).unflatten(1, (-1, 4))
-        return deltas
+        return deltas.expand(-1, self.classes, -1)
+
+
+def _tower(width: int) -> nn.Sequential:
+    """Four 3x3 convolutions with GroupNorm."""
+    convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(4)]
+    for convolution in convolutions:
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(*(layer for c in convolutions for layer in (c, MapNorm(32, width), nn.ReLU())))
 
 
 class RCNN(nn.Module):
     """Losses: the proposals' `rpn_class` and `rpn_box`; softmax cross-entropy `class`; `giou` of the decoded boxes.
 
     `samples` regions of an image learn, up to a quarter of them positive; targets are regions too. Regions are read
-    from all levels but the last `appended`.
+    from all levels but the last `appended`. `convolutional`: the head of Co-DETR's ViT-L on COCO (`BoxHead`), which
+    moves boxes in half the steps.
     """
 
     name = "rcnn"
     softmax = True
 
     def __init__(
-        self, width: int, classes: int, strides: Sequence[int], *, appended: int, samples: int, hidden: int
+        self,
+        width: int,
+        classes: int,
+        strides: Sequence[int],
+        *,
+        appended: int,
+        samples: int,
+        hidden: int,
+        convolutional: bool = False,
     ) -> None:
         super().__init__()
+        self.coder = Deltas(0.05, 0.1) if convolutional else CODER
         self.classes, self.samples = classes, samples
         self.levels = len(strides) - appended
         self.rpn = RPN(width)
-        self.head = BoxHead(width, classes, hidden)
+        self.head = BoxHead(width, classes, hidden, convolutional=convolutional)
 
     def forward(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """See `Branch`; regions are sampled positives, then sampled background."""
@@ -85,7 +113,7 @@ class RCNN(nn.Module):
         positive, label, target = positive_regions(scene, owners)
         deltas = self.head.deltas(states[positive])[torch.arange(len(positive), device=label.device), label]
         labels = torch.full_like(logits[:, 0], self.classes, dtype=torch.int64).index_copy(0, positive, label)
-        boxes = CODER.decode(torch.cat(regions)[positive], deltas)
+        boxes = self.coder.decode(torch.cat(regions)[positive], deltas)
         losses |= region_losses(logits, labels, boxes, target)
         # What was assigned, image by image.
         counts = [len(r) for r in regions]
@@ -104,7 +132,8 @@ class RCNN(nn.Module):
         counts = [len(r) for r in regions]
         scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
         deltas = self.head.deltas(states).split(counts)
-        return [select(*parts) for parts in zip(scores, deltas, regions, scene.sizes, strict=True)]
+        parts = zip(scores, deltas, regions, scene.sizes, strict=True)
+        return [select(*of_image, coder=self.coder) for of_image in parts]
 
 
 def precise(x: Tensor) -> Tensor:
@@ -143,9 +172,11 @@ def region_losses(logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
     }
 
 
-def select(scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, most: int = 100) -> Predictions:
+def select(
+    scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, most: int = 100, *, coder: Deltas
+) -> Predictions:
     """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS within each class."""
     best, region, label = top_pairs(scores, BEFORE)
-    boxes = clip(CODER.decode(regions[region], deltas[region, label]), size)
+    boxes = clip(coder.decode(regions[region], deltas[region, label]), size)
     kept = nms(boxes, best, label, 0.5, most, first=3 * most)
     return Predictions(best[kept], label[kept], boxes[kept])

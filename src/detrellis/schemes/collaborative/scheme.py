@@ -59,8 +59,10 @@ class Collaborative(TrainingScheme):
     ) -> None:
         super().__init__()
         self.config, self.layers = config, layers
-        names, convolutions = config.branches, config.convolutions
-        self.adapter, branches = build_branches(names, width, classes, strides, convolutions=convolutions)
+        names = config.branches
+        self.adapter, branches = build_branches(
+            names, width, classes, strides, convolutions=config.convolutions, regions=config.regions
+        )
         self.branches = nn.ModuleList(branches)
         features = positioned if config.features is None else config.features
         self.embeds = nn.ModuleList(
