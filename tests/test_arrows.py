@@ -79,6 +79,11 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "atomic", "distributed", "errors", "signals", "terminal", "version"),
     },
     "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
+    "serving": {
+        *("data", "engine", "interop", "loading", "predictions", "report"),
+        *("arguments", "errors", "version", "webpage"),
+    },
+    "hub": {"engine", "interop", "report", "arguments", "errors"},
     "exported": {"types", "detector", "engine", "recipes", "errors"},
     "loading": {
         *("detector", "data", "recipes", "engine", "interop", "predictions", "exported"),
@@ -88,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "boxes", "detector", "data", "recipes", "engine", "interop", "predictions", "exported", "loading"),
         *("arguments", "distributed", "outputs", "errors"),
     },
-    "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting"},
+    "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting", "serving", "hub"},
     "verbs": {
         *("data", "recipes", "engine", "interop", "predictions", "loading", "report"),
         *("arguments", "distributed", "folders", "outputs", "errors"),

@@ -30,7 +30,7 @@ VERBS = ["demo", "check", "train", "eval", "predict", "convert", "export", "info
 VERBS += ["analyze misalignment", "analyze groups", "analyze one-to-many"]
 VERBS += ["analyze discriminability", "analyze instability"]
 VERBS += ["analyze branches", "analyze conflicts", "analyze query-distance"]
-VERBS += ["analyze attention", "compare", "reproduce", "tune"]
+VERBS += ["analyze attention", "compare", "reproduce", "tune", "serve", "push"]
 
 
 def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:

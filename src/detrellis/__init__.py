@@ -12,11 +12,25 @@ from typing import TYPE_CHECKING, Any
 from detrellis.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from detrellis.api import Model, Prediction, bench, convert, evaluate, export, info, load, predict, resume, train
+    from detrellis.api import (
+        Model,
+        Prediction,
+        bench,
+        convert,
+        evaluate,
+        export,
+        info,
+        load,
+        predict,
+        push,
+        resume,
+        serve,
+        train,
+    )
     from detrellis.errors import UserError
 
 __all__ = ["Model", "Prediction", "UserError"]
-__all__ += ["bench", "convert", "evaluate", "export", "info", "load", "predict", "resume", "train"]
+__all__ += ["bench", "convert", "evaluate", "export", "info", "load", "predict", "push", "resume", "serve", "train"]
 
 
 def __getattr__(name: str) -> Any:

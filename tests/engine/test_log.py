@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,10 @@ from detrellis.engine.console import TrainingView, _Eta, main_terms, time_line
 from detrellis.engine.log import RunLog, Timer, read_records
 from detrellis.engine.means import Means
 
-WRITER = log._tensorboard
-
 
 @pytest.fixture(autouse=True)
-def _frequent_records_and_no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+def _frequent_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "RECORD_EVERY", 5)
-    monkeypatch.setattr(log, "_tensorboard", lambda *_: None)
-
-
-@pytest.fixture
-def curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "_tensorboard", WRITER)
 
 
 class Clock:
@@ -298,33 +288,6 @@ def test_the_bar_goes_away_when_training_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), run.log:
         fail()
     assert run.log._view._bar is None
-
-
-@pytest.mark.usefixtures("curves")
-def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
-    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = Run(tmp_path)
-    run.epoch(1, stats={"AP": 0.5, "AP75": None})
-    run.log.close()
-    time.sleep(1.1)  # TensorBoard reads its files by name, and the name has the second in it
-    resumed = Run(tmp_path, step=5)
-    resumed.epoch(1, stats={"AP": 0.75})
-    resumed.log.close()
-    events = loading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx({1: 99, 5: 96.5, 10: 92, 15: 87})
-    assert [e.value for e in events.Scalars("epoch/eval/AP")] == pytest.approx([0.75])
-    assert "epoch/eval/AP75" not in events.Tags()["scalars"]
-    assert "losses/main/class/1" in events.Tags()["scalars"]
-
-
-@pytest.mark.usefixtures("curves")
-def test_without_tensorboard_it_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    run = Run(tmp_path)
-    run.epoch(1)
-    run.epoch(2)
-    assert run.text.getvalue().count("TensorBoard is not installed") == 1
-    assert len(records(tmp_path)) == 7
 
 
 def test_main_terms_are_the_last_layers_of_the_main_queries() -> None:

@@ -60,7 +60,8 @@ def quiet() -> Console:
 def test_a_failure_does_not_stop_the_others_and_shows_its_log(tmp_path: Path) -> None:
     plan = make_plan({"none": None, "align": None}, seeds=(0, 1))
     speaks = quiet()
-    found = run.run(plan, tmp_path, Resources(jobs=2, threads=6, device="cpu, cuda:1"), speaks)
+    resources = Resources(jobs=2, threads=6, device="cpu, cuda:1", track=("mlflow",))
+    found = run.run(plan, tmp_path, resources, speaks)
     assert [o.state for o in found] == ["finished", "finished", "failed", "failed"]
     assert "boom" in found[2].log
     assert "exit code 1" in found[2].log
@@ -68,6 +69,7 @@ def test_a_failure_does_not_stop_the_others_and_shows_its_log(tmp_path: Path) ->
     devices = {json.loads((o.folder / DONE).read_text())["device"] for o in found[:2]}
     assert devices == {"cpu", "cuda:1"}
     assert "threads 3" in (found[0].folder / "console.log").read_text()
+    assert json.loads((found[0].folder / ORDER).read_text())["track"] == ["mlflow"]
 
 
 @pytest.mark.usefixtures("stub")

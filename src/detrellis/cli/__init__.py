@@ -24,6 +24,7 @@ from detrellis.cli.options import (
     Scale,
     Schemes,
     SkipBad,
+    Track,
     Trained,
     Ways,
     Weights,
@@ -37,6 +38,7 @@ from detrellis.cli.options import (
 )
 from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
+from detrellis.cli.serve import push, serve
 from detrellis.cli.study import compare, reproduce
 from detrellis.cli.tune import tune
 from detrellis.errors import UserError, command
@@ -187,6 +189,7 @@ def train(
     skip_bad: SkipBad = False,
     keep_partial: KeepPartial = False,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, bit for bit.")] = None,
+    track: Track = None,
     device: Device = None,
     workers: Workers = 2,
     as_json: AsJson = False,
@@ -203,7 +206,7 @@ def train(
     data: dict[str, Any] = {"data": files.source()} if resume is None and weights is None else vars(files)
     from detrellis import api
 
-    shared: dict[str, Any] = {"override": override or (), "epochs": epochs}
+    shared: dict[str, Any] = {"override": override or (), "epochs": epochs, "track": track or ()}
     shared["console"] = progress_console(as_json)
     if resume is not None:
         result = api.resume(resume, device=device, workers=workers, **data, **shared)
@@ -365,7 +368,7 @@ def export(
         raise typer.Exit(1)
 
 
-for verb in (predict, info, bench, recipes, compare, reproduce, tune):
+for verb in (predict, serve, push, info, bench, recipes, compare, reproduce, tune):
     app.command()(verb)
 app.add_typer(analyze, name="analyze")
 

@@ -131,6 +131,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("-o", help="Recipe field: -o optim.lr=2e-4 -o 'data.size=[256, 320]'.")
 ]
 Split = Annotated[arguments.Split, typer.Option(help="Split of the data set.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(help="Also log to trackio, wandb or mlflow (several with commas); TensorBoard has it anyhow."),
+]
 Metric = Annotated[arguments.Metric, typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
 BatchSize = Annotated[int, typer.Option(**limits(arguments.BatchSize), help="Images at a time.")]
 

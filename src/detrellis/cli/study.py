@@ -23,6 +23,7 @@ from detrellis.cli.options import (
     Overrides,
     Scale,
     SkipBad,
+    Track,
     console,
     grouped,
     print_json,
@@ -83,7 +84,14 @@ class TrialRuns:
     device: Device = None
     launcher: LauncherOf = "local"
     launcher_option: LauncherOptions = None
+    track: Track = None
     as_json: AsJson = False
+
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that each run logs to."""
+        from detrellis.engine.tracker_libraries import tracker_names
+
+        return tracker_names(self.track or ())
 
     def find_launcher(self) -> Launcher:
         """What starts the runs."""
@@ -110,6 +118,7 @@ class Trials(TrialRuns):
 
         names = ("jobs", "threads", "workers", "device")
         resources = {name: getattr(self, name) for name in names} | {"launcher": self.find_launcher()}
+        resources |= {"track": self.trackers()}
         report = conduct(plan, out, **resources, console=progress_console(self.as_json))
         if self.as_json:
             print_json(to_dict(report))

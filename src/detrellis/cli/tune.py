@@ -61,7 +61,7 @@ def tune(
     count_classes(source, skip_bad)
     conditions = Conditions(source.to_dict(), skip_bad)
     wanted = Search(chosen, space, conditions, trials, seed, prune, command(*sys.argv[1:]))
-    resources = Resources(runs.jobs, runs.threads, runs.workers, runs.device, runs.find_launcher())
+    resources = Resources(runs.jobs, runs.threads, runs.workers, runs.device, runs.find_launcher(), runs.trackers())
     tuner = tune(wanted, out, resources, progress_console(runs.as_json))
     if runs.as_json:
         print_json([candidate.to_dict() for candidate in tuner.candidates])

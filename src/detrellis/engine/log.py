@@ -1,4 +1,4 @@
-"""The log of a run: records in `metrics.jsonl`, curves in TensorBoard where it is installed, and lines on the console.
+"""The log of a run: records in `metrics.jsonl`, the same in trackers, and lines on the console.
 
 Only the main process logs; a `RunLog` on any other process does nothing. Epochs and steps count from 1, so a record's
 `step` is the number of steps done when it was written.
@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from PIL import Image
 from rich.console import Console
 
 from detrellis.atomic import replace_text
 from detrellis.engine.console import TrainingView
 from detrellis.engine.means import Means, Sums, Value
+from detrellis.engine.trackers import Status, TrackedRun, Tracker, Trackers
 from detrellis.terminal import Terminal
 
 RECORD_EVERY = 20  # steps between two records
@@ -87,6 +89,7 @@ class RunLog:
     `step`: steps done in the checkpoint that the run resumes from. Later records in the folder's `metrics.jsonl` belong
     to steps that are about to be done again, and are removed; 0 is a new run and removes all.
     Values are collected on their device, and copied to the host once in `RECORD_EVERY` steps, when a record is written.
+    `trackers` get every record, too, and at the beginning `config`, which says what is trained.
     """
 
     def __init__(
@@ -99,8 +102,11 @@ class RunLog:
         rank: int = 0,
         console: Console | None = None,
         clock: Clock = time.perf_counter,
+        trackers: Sequence[Tracker] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.is_main_process = rank == 0
+        self.status: Status = "stopped"  # what the trackers are told at the end
         self._epochs, self._steps, self._clock = epochs, steps_per_epoch, clock
         self._epoch, self._step, self._lr = step // max(1, steps_per_epoch), step, 0.0
         self._window, self._totals = Means(), Sums()
@@ -113,12 +119,15 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _RecordFile(folder / "metrics.jsonl", step)
         self._view = TrainingView(console or Terminal(), clock, epochs, steps_per_epoch, step)
-        self._curves = _tensorboard(folder / "tensorboard", step, self.say)
+        name = "-".join(folder.absolute().parts[-2:])  # the row and the seed, in a study
+        run = TrackedRun(folder, name, step, config or {})
+        self._trackers = Trackers(trackers, run, self.say)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.status = self.status if kind is None else "failed"
         self.close()
 
     def say(self, text: str) -> None:
@@ -201,16 +210,19 @@ class RunLog:
         self._totals.load_state_dict(state["totals"])
         self._lr = state["lr"]
 
+    def picture(self, name: str, picture: Image.Image) -> None:
+        """Gives a picture to the trackers."""
+        if self.is_main_process:
+            self._trackers.picture(name, picture, self._step)
+
     def close(self) -> None:
-        """Takes the progress bar away and closes the files; twice is as good as once."""
+        """Takes the progress bar away, closes the files and ends the trackers; twice is as good as once."""
         if not self.is_main_process:
             return
         self._view.close()
         with contextlib.suppress(OSError):  # said when it was first met
             self._file.close()
-        with contextlib.suppress(OSError):
-            if self._curves is not None:
-                self._curves.close()
+        self._trackers.end(self.status)
 
     def _record_step(self) -> None:
         window = self._window.take()
@@ -233,16 +245,9 @@ class RunLog:
             self._file.write(record)
         except OSError as error:  # what was not written stays in the buffer, and comes with the next record
             self._say_once(f"metrics.jsonl cannot be written now ({error.strerror}). The run goes on.")
-        if self._curves is None:
-            return
         prefix = "" if record["kind"] == "step" else "epoch/"
-        try:
-            left_out = ("kind", "step", "time", "resampled")
-            for name, value in _flat({k: v for k, v in record.items() if k not in left_out}):
-                self._curves.add_scalar(prefix + name, value, record["step"])
-        except OSError as error:
-            self._curves = None
-            self._say_once(f"TensorBoard's curves end here ({error.strerror}). The run goes on.")
+        logged = {k: v for k, v in record.items() if k not in ("kind", "step", "time", "resampled")}
+        self._trackers.metrics({prefix + name: value for name, value in _flat(logged)}, record["step"])
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -314,13 +319,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 def _rate(images: int, seconds: float) -> float | None:
     return images / seconds if seconds > 0 and images else None
-
-
-def _tensorboard(folder: Path, step: int, say: Callable[[str], None]) -> Any:
-    """A writer that continues after `step`, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        say("TensorBoard is not installed: no curves beside metrics.jsonl (pip install 'detrellis[tensorboard]')")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

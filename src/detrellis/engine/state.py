@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -23,6 +23,7 @@ from detrellis.engine.ema import EMA
 from detrellis.engine.guard import FlatLossWatch
 from detrellis.engine.optim import build_optimizer
 from detrellis.engine.samples import class_counts
+from detrellis.engine.trackers import Tracker
 from detrellis.engine.transfer import InitialWeights, take_boxes, transfer
 from detrellis.engine.transfer_report import TransferReport
 from detrellis.errors import Advice, UserError
@@ -45,6 +46,7 @@ class TrainJob:
     workers: int = 2
     initial: InitialWeights | None = None  # weights to start from, instead of the recipe's own
     boxes: Mapping[str, Tensor] | None = None  # weights whose reference boxes are taken over
+    trackers: Sequence[Tracker] = ()  # where the log goes besides `metrics.jsonl`
 
     def check_validation(self) -> None:
         """`UserError` where the recipe asks for what only an evaluation tells, and there are no images for one."""

@@ -88,16 +88,14 @@ def train(
         (console or Terminal()).print(*origins, sep="\n")
     loader, steps_per_epoch = train_loader(job, world)
     check_warmup(steps_per_epoch * epochs, schedule)
-    log = RunLog(
-        job.out, epochs=epochs, steps_per_epoch=steps_per_epoch, step=state.step, rank=world.rank, console=console
-    )
+    tracked: Any = {"trackers": job.trackers, "config": job.card.settings()}
+    length: Any = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "step": state.step}
+    log = RunLog(job.out, **length, rank=world.rank, console=console, **tracked)
     run = TrainRun(job, world, state, loader, steps_per_epoch, log)
     with log, collected() as caught, contextlib.closing(loader), run.saved_on_error():
         run.save_at_start(resume)
         if resume is None and world.is_main_process:
-            with contextlib.suppress(UserError):  # of a picture that cannot be read: the step that needs it says more
-                sheet = samples_sheet(loader.dataset, job.train.classes.names, SAMPLES)
-                replace_files((job.out / SHEET, lambda path: sheet.save(path, "JPEG", quality=90)))
+            run.show_samples()
         while not state.finished(schedule) and not run.stopped:
             run.start_epoch()
             for batches in itertools.takewhile(lambda _: not run.stopped, run.steps()):
@@ -108,6 +106,7 @@ def train(
                 run.stopped = run.received_signal(caught)
             if run.stopped or state.finished(schedule) or run.has_unsaved_steps():
                 run.save()
+        log.status = "finished" if state.finished(schedule) else "stopped"
     finished, position = state.finished(schedule), (state.epoch, state.step, state.seconds)
     number, early = None if finished else run.stopped, finished and state.epoch < epochs
     if finished and run.best is not None and world.is_main_process:
@@ -141,6 +140,13 @@ class TrainRun:
         self.val = None if job.val is None else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
         # Once for all evaluations; an object without a mask is told before the first step.
         self.masks = run_lengths(job.val) if self.recipe.needs_bitmaps and job.val is not None else None
+
+    def show_samples(self) -> None:
+        """What is trained on, as one picture, in the run's folder and in the trackers."""
+        with contextlib.suppress(UserError):  # of a picture that cannot be read: the step that needs it says more
+            sheet = samples_sheet(self.loader.dataset, self.job.train.classes.names, SAMPLES)
+            replace_files((self.job.out / SHEET, lambda path: sheet.save(path, "JPEG", quality=90)))
+            self.log.picture("train_samples", sheet)
 
     def start_epoch(self) -> None:
         """What was frozen for the first epochs alone is trained from here on; a resumed run finds its place the same

@@ -19,11 +19,11 @@ from detrellis.atomic import Write, replace_files
 from detrellis.data.classes import ClassMap
 from detrellis.data.formats.coco import load_json
 from detrellis.data.loader import Normalise
-from detrellis.engine.checkpoint import Card, load_whole, save_weights
+from detrellis.engine.checkpoint import Card, load_whole, metadata_of, save_weights
 from detrellis.errors import UserError
 from detrellis.interop import mask2former
 from detrellis.interop.family import Family
-from detrellis.interop.files import HUB
+from detrellis.interop.files import HUB, OURS, fetch
 from detrellis.interop.huggingface import FAMILIES, config_of
 from detrellis.interop.links import link_up, missing, to_theirs
 from detrellis.interop.load import is_foreign, load_foreign
@@ -56,8 +56,18 @@ def load_any(place: str | Path) -> tuple[dict[str, Tensor], Card]:
     """Weights and card of a run, of a weights file, or of anybody else's checkpoint: all that its recipe needs."""
     if not is_foreign(place):
         return load_whole(Path(place))
+    if (pushed := pushed_weights(place)) is not None:
+        return load_whole(pushed)
     found = load_foreign(place)
     return dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(place))
+
+
+def pushed_weights(place: str | Path) -> Path | None:
+    """The weights file of an `hf:org/name` that `push` has written; None for everything else."""
+    if not str(place).startswith(HUB):
+        return None
+    file = fetch(str(place).removeprefix(HUB)) / OURS
+    return file if "detrellis" in (metadata_of(file) or {}) else None
 
 
 @checked
@@ -82,13 +92,13 @@ def convert(
     if named is not None and not foreign:
         raise UserError(f"{source}: its classes are known", "Leave --classes out.")
     skipped: tuple[str, ...] = ()
-    if foreign:
+    if foreign and pushed_weights(source) is None:
         found = load_foreign(source, classes=named, dilation=dilation)
         weights, card = dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(source))
         kinds = Counter(name.split(".")[0] for name in found.skipped)
         skipped = tuple(f"{kind} ({count})" for kind, count in kinds.items())
     else:
-        weights, card = load_whole(Path(source))
+        weights, card = load_any(source)
     outputs.clear()
     differences: list[str] = []
     if target == "hf":

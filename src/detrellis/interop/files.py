@@ -23,6 +23,7 @@ from detrellis.errors import UserError, cut
 _scalar = np.float64(0).__reduce__()[0]
 NAMED = "Give a file with a state dict, alone or under the name `model`."
 HUB = "hf:"
+OURS = "model.safetensors"  # what `push` calls the weights of a run
 PATTERNS = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
 

@@ -32,9 +32,9 @@ def main(folder: Path) -> int:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         order = read_object(folder / ORDER, again="Start the study again: it writes this file")
-        device, workers = order["device"], order["workers"]
+        device, workers, track = order["device"], order["workers"], order.get("track", ())
         if (folder / "last.state.pt").exists():
-            result = api.resume(folder, device=device, workers=workers)
+            result = api.resume(folder, device=device, workers=workers, track=track)
         else:
             result = api.train(
                 read_recipe(order["recipe"], order.get("format", 1)),
@@ -44,6 +44,7 @@ def main(folder: Path) -> int:
                 skip_bad=order["skip_bad"],
                 device=device,
                 workers=workers,
+                track=track,
             )
     except UserError as error:
         print(f"error {error}", flush=True)

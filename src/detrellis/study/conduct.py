@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,18 @@ def conduct(
     workers: int = 1,
     device: str | None = None,
     launcher: Launcher | None = None,
+    track: Sequence[str] = (),
     console: Console | None = None,
 ) -> StudyReport:
     """Train what is missing below `out`, and write the report there: `report.html`, `.json`, figures.
 
     `jobs` trials run at a time, on `threads` CPU threads together (default: `OMP_NUM_THREADS` each, or all cores), each
     with `workers` processes that load images, and on the devices of `device`, which are separated by commas. `launcher`
-    starts them as jobs of a cluster instead (`find_launcher`). Raises `UserError` before anything is trained where
-    another study is in the folder, matplotlib is missing, or equal time is asked for on machines that are not timed.
+    starts them as jobs of a cluster instead (`find_launcher`), and `track` names trackers that each run logs to. Raises
+    `UserError` before anything is trained where another study is in the folder, matplotlib is missing, or equal time is
+    asked for on machines that are not timed.
     """
-    resources = Resources(jobs, threads, workers, device, launcher or Local())
+    resources = Resources(jobs, threads, workers, device, launcher or Local(), tuple(track))
     folder, console = Path(out), console or Terminal()
     need_matplotlib()
     if plan.pace is not None and not resources.launcher.here:

@@ -39,6 +39,7 @@ class Resources:
     workers: int = 1  # processes that load images, of each trial
     device: str | None = None  # several with commas: trials are dealt out to them
     launcher: Launcher = field(default_factory=Local)
+    track: tuple[str, ...] = ()  # trackers that each trial logs to
 
     def devices(self) -> list[str | None]:
         """The device of each job that runs at the same time."""
@@ -171,6 +172,7 @@ def _start(outcome: TrialOutcome, conditions: Conditions, resources: Resources, 
     order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(conditions.data), "seed": trial.seed}
     order |= {"format": FORMAT, "skip_bad": conditions.skip_bad, "device": device}
     order |= {"branch": trial.branch, "workers": resources.workers, "jobs": resources.jobs if launcher.here else 1}
+    order |= {"track": list(resources.track)}
     replace_text(folder / ORDER, json.dumps(order, indent=1))
     job = launcher.start(folder, resources.threads_each())
     outcome.state = "running"

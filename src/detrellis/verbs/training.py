@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run
 from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet, training_dataset
 from detrellis.engine.state import TrainJob
+from detrellis.engine.tracker_libraries import Track, named, tracker_names
+from detrellis.engine.trackers import IDS, Tracker, read_ids
 from detrellis.engine.train import train as run_job
 from detrellis.engine.transfer import InitialWeights
 from detrellis.errors import UserError, command
@@ -39,7 +41,8 @@ from detrellis.report import write as reporting
 from detrellis.verbs.evaluation import evaluate
 
 # What a run writes beside its weights.
-LOGS = ("metrics.jsonl", "tensorboard", "epochs", "best", SHEET, "bad_batch-0.pt", *reporting.report_names("val"))
+LOGS: tuple[str, ...] = ("metrics.jsonl", "tensorboard", "wandb", IDS, "epochs", "best", SHEET, "bad_batch-0.pt")
+LOGS += reporting.report_names("val")
 WEIGHTS = ("best.safetensors", "last.safetensors", "previous.state.pt")
 
 
@@ -63,6 +66,7 @@ def train(
     device: str | None = None,
     workers: Workers = 2,
     skip_bad: SkipBad = False,
+    track: Track | Sequence[Track] = (),
     console: Console | None = None,
 ) -> TrainResult:
     """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`, `val`).
@@ -72,9 +76,10 @@ def train(
     `boxes` names weights too, of which the reference boxes (anchors) alone are taken over. `scale="tiny"` takes the
     recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
     (`"optim.lr=1e-4"`), `epochs="auto"` trains for as many as the size of the data set asks for (`engine/length.py`),
-    `out` is the run's folder (default: `runs/` with the recipe's name and the time). Raises `UserError` where the data
-    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that (`"boxes"`: these
-    stay).
+    `out` is the run's folder (default: `runs/` with the recipe's name and the time). `track` names trackers that get
+    the log besides TensorBoard (`"wandb"`, `engine/tracker_libraries.py`), or is one of your own, see
+    `engine/trackers.py`. Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records and
+    the images that lose an object by that (`"boxes"`: these stay).
     """
     default, initial = _recipe_and_weights(recipe, weights)
     initial_boxes = None if boxes is None else load_any(boxes)[0]
@@ -95,7 +100,8 @@ def train(
         folder = Path(out) if out is not None else new_folder(chosen.name, world)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
-        job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes)
+        trackers = _trackers(track)
+        job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes, trackers)
         report = partial(reporting.report_of_run, folder, _say(console))
         with held(folder, world, new=True, check=partial(_begin, folder)):
             return run_job(job, world, console=console, report=report)
@@ -114,13 +120,15 @@ def resume(
     epochs: Epochs | None = None,
     device: str | None = None,
     workers: Workers = 2,
+    track: Track | Sequence[Track] = (),
     console: Console | None = None,
 ) -> TrainResult:
     """Continue a run that was stopped, bit for bit; recipe, data and seed are the run's own.
 
     `data`, or `train` and `val`, say where the same data set is now, if it has moved. `epochs` is another length of the
     whole run, also of a finished one, and `override` sets what the saved state does not depend on (`"optim.lr=1e-5"`):
-    see `engine/resume.py`. Raises `UserError` where the run cannot go on, or the data are not those of the run.
+    see `engine/resume.py`. Trackers go on in the runs that they began; `track` adds others, and one of your own has to
+    be given again. Raises `UserError` where the run cannot go on, or the data are not those of the run.
     """
     files = (train, train_images, val, val_images)
     moved = None if data is None and not any(files) else find_data(data, *files)
@@ -131,7 +139,8 @@ def resume(
         card = resumed.card
         training, validation, classes = _prepared(resumed.source, card.recipe, card.skip_bad, world, console)
         resumed.check(training, validation, classes)
-        job = TrainJob(card, training, validation, Path(run), workers)
+        trackers = _trackers(track, read_ids(Path(run)))
+        job = TrainJob(card, training, validation, Path(run), workers, trackers=trackers)
         report = partial(reporting.report_of_run, Path(run), _say(console))
         result = run_job(job, world, resumed.state, console, report)
         if result.finished and all_gather(reporting.is_missing(Path(run), validation))[0]:
@@ -150,6 +159,13 @@ def resume(
             except (UserError, OSError) as error:
                 _say(console)(f"No report is written: {error}")
         return result
+
+
+def _trackers(track: Track | Sequence[Track], known: Iterable[str] = ()) -> list[Tracker]:
+    """TensorBoard, those that a resumed run has `known`, and those that are asked for."""
+    asked = [track] if isinstance(track, str | Tracker) else list(track)
+    names = tracker_names([each for each in asked if isinstance(each, str)])
+    return [*named(["tensorboard", *known, *names]), *(each for each in asked if not isinstance(each, str))]
 
 
 def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:

@@ -1,0 +1,1 @@
+"""Trained detectors on the Hugging Face Hub."""
