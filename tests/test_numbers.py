@@ -83,9 +83,3 @@ def saturate(model: TrainableDetector) -> None:
 def assert_finite(losses: dict[str, Tensor]) -> None:
     wrong = [name for name, value in losses.items() if not value.isfinite()]
     assert not wrong, wrong
-
-
-@pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
-def test_a_step_in_bf16() -> None:
-    stack = ("cdn=4", "align=2", "group=2", "co=atss+rcnn")
-    assert_finite(losses_of(small("tiny", stack), 1, amp=True))
