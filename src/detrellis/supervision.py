@@ -60,6 +60,7 @@ class SetLoss:
     gamma: float = 2.0  # its exponent
     detached: bool = False  # its factor carries no gradient
     iou_eps: float = 0.0
+    iou_error: ClassLoss = bce_loss  # of the IoU branch's logits
     once: bool = False  # a query that learns several targets learns the class of the last of its rows alone
 
     def __call__(
@@ -107,7 +108,7 @@ class SetLoss:
         terms = {"class": (negative + positive) / normaliser}
         if output.iou_logits is not None:
             predicted = output.iou_logits[positives.layer, positives.image, positives.query]
-            errors = bce_loss(predicted, pairs.iou)
+            errors = self.iou_error(predicted, pairs.iou)
             terms["iou_branch"] = sum_by_layer(errors, positives.layer, pairs.layers) / normaliser
         return terms
 
@@ -119,6 +120,14 @@ class SetLoss:
             terms["fgl"] = fine_grained_localization(pairs, output.sides, normaliser, weight)
             terms["ddf"] = decoupled_distillation(pairs, output.sides, output.logits)
         return terms
+
+
+def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
+    """`(p - t)^2` of probabilities (Cascade-DETR's IoU branch)."""
+    return (logits.sigmoid() - targets) ** 2
+
+
+IOU_ERRORS: dict[str, ClassLoss] = {"bce": bce_loss, "l2": squared_error}
 
 
 def matchability_aware_loss(gamma: float = 1.5, negative_weight: float = 1.0) -> SetLoss:

@@ -8,6 +8,7 @@ import torch
 from detrellis.errors import UserError
 from detrellis.interop.huggingface import family_of
 from detrellis.recipes.build import build
+from detrellis.supervision import SetLoss, squared_error
 
 from ..small import CLASSES, images, small, targets, with_own_backbone
 
@@ -47,3 +48,12 @@ def test_scores_hold_it() -> None:
 def test_transformers_has_none() -> None:
     with pytest.raises(UserError, match="iou_branch"):
         family_of(with_own_backbone("conditional_detr_r50").override("detector.iou_branch=product").detector)
+
+
+@pytest.mark.parametrize("scheme", ["none", "align", "rank", "stable"])
+def test_the_branch_learns_by_the_error_that_is_named(scheme: str) -> None:
+    recipe = small("tiny", ["none", scheme]).override(["detector.iou_branch=product", "loss.iou_error=l2"])
+    with torch.device("meta"):
+        rule = build(recipe, CLASSES).supervision.rule
+    assert isinstance(rule, SetLoss)
+    assert rule.iou_error is squared_error

@@ -41,8 +41,9 @@ def test_they_are_what_sorted_queries_would_give() -> None:
         torch.testing.assert_close(layers.score(1, logits, ranks)[image, order[image]], expected)
 
 
-def test_queries_read_the_cells_in_their_boxes_alone() -> None:
-    recipe = small("dab_detr_r50").override(
+@pytest.mark.parametrize("name", ["dab_detr_r50", "cascade_dino_r50"])
+def test_queries_read_the_cells_in_their_boxes_alone(name: str) -> None:
+    recipe = small(name).override(
         ["detector.cross_attention.within_boxes=true", "detector.decoder.layers=1", "data.size=256"]
     )
     model = build(recipe, CLASSES, seed=0).eval()

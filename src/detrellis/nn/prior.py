@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,33 @@ class AtLevel(nn.Module):
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """As the attention's `forward`, over its level of the memory."""
         out: Tensor = self.attention(x, where, at_level(memory, self.level))
+        return out
+
+
+class OverLevels(nn.Module):
+    """Cross-attention that reads each level by a module of its own, and weighs what they found as the query says
+    (Cascade-DETR). Their `output` projection is one for all."""
+
+    def __init__(self, attentions: Sequence[nn.Module], width: int) -> None:
+        super().__init__()
+        self.output = attentions[0].get_submodule("output")
+        for attention in attentions:
+            attention.register_module("output", nn.Identity())
+        self.attentions = nn.ModuleList(attentions)
+        self.weigh = nn.Linear(width, len(attentions))
+
+    def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
+        """As the attentions' `forward`, over all levels of the memory."""
+        weights = self.weigh(x).softmax(-1).split(1, dim=-1)  # of each level, (B, N, 1)
+        sizes = [height * width for height, width in memory.shapes]
+        readable = [None] * len(sizes) if where.readable is None else where.readable.split(sizes, dim=2)
+        found = []
+        for level, attention in enumerate(self.attentions):
+            own = at_level(memory, level)
+            # Contiguous: of a part of a tensor PyTorch computes products in another way if they need no gradient.
+            own = own._replace(tokens=own.tokens.contiguous(), position=own.position.contiguous())
+            found.append(weights[level] * attention(x, where._replace(readable=readable[level]), own))
+        out: Tensor = self.output(torch.stack(found).sum(0))
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,7 +49,14 @@ from detrellis.schemes.ms import MS
 from detrellis.schemes.rank import Rank
 from detrellis.schemes.sqr import SQR
 from detrellis.schemes.stable import Stable
-from detrellis.supervision import CLASSIFICATION, Supervision, softmax_class_loss, softmax_set_loss
+from detrellis.supervision import (
+    CLASSIFICATION,
+    IOU_ERRORS,
+    LossRule,
+    Supervision,
+    softmax_class_loss,
+    softmax_set_loss,
+)
 from detrellis.training import TrainableDetector
 
 
@@ -116,7 +124,9 @@ def build_supervision(recipe: Recipe) -> Supervision:
     match_masks = detector.masks is not None and (config.cost_mask > 0 or config.cost_dice > 0)
     masks = MaskCost(config.cost_mask, config.cost_dice) if match_masks else None
     cross_entropy = softmax_set_loss if detector.boxes else softmax_class_loss
-    rule = partial(cross_entropy, no_object=config.no_object) if softmax else CLASSIFICATION[config.classification]
+    rule: LossRule = partial(cross_entropy, no_object=config.no_object)
+    if not softmax:
+        rule = replace(CLASSIFICATION[config.classification], iou_error=IOU_ERRORS[config.iou_error])
     return Supervision(Hungarian(cost, candidates, masks=masks, union=config.union), rule, weights)
 
 

@@ -89,6 +89,7 @@ class LossConfig(Config):
     box: Weight = 5.0
     giou: Weight = 2.0
     iou_branch: Weight = 1.0
+    iou_error: Literal["bce", "l2"] = "bce"  # that the IoU branch learns by; l2: Cascade-DETR's
     mask: Weight = 5.0  # cross-entropy of masks at points
     dice: Weight = 5.0
     cost_classes: Weight = 2.0

@@ -56,7 +56,7 @@ class ConditionalAttentionConfig(Config):
 
     smca: ClassVar[bool] = False
     kind: Literal["conditional"] = "conditional"
-    within_boxes: bool = False  # each query reads the cells in its current box alone (Cascade-DETR)
+    within_boxes: bool = False  # each query reads the cells in its current box alone, on all levels (Cascade-DETR)
 
 
 class SemanticAttentionConfig(Config):

@@ -22,7 +22,7 @@ from detrellis.nn.masks import MaskBranch
 from detrellis.nn.mlp import FeedForward
 from detrellis.nn.neck import MultiScaleNeck, SingleScaleNeck
 from detrellis.nn.position import SineMap
-from detrellis.nn.prior import AtLevel, level_of
+from detrellis.nn.prior import AtLevel, OverLevels, level_of
 from detrellis.nn.projector import Projector
 from detrellis.nn.proposals import ProposalHead
 from detrellis.nn.pyramid import PyramidNeck, SimplePyramid
@@ -123,7 +123,11 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
         aligner = SemanticAligner(width, heads, prior=chosen.smca, **options)
         attention = SemanticCrossAttention(width, heads, aligner, dropout=dropout)
     elif chosen.kind == "conditional":
-        attention = ConditionalCrossAttention(width, heads, first=layer == 0, dropout=dropout)
+        count = levels if chosen.within_boxes else 1
+        parts = [ConditionalCrossAttention(width, heads, first=layer == 0, dropout=dropout) for _ in range(count)]
+        if count > 1:
+            return OverLevels(parts, width)
+        attention = parts[0]
     else:
         attention = DenseAttention(width, heads, dropout=dropout)
     return AtLevel(attention, level_of(layer, config.decoder.layers, levels)) if levels > 1 else attention

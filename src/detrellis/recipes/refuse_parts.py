@@ -224,11 +224,6 @@ def rivals(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             "Take -o detector.queries.kind=anchors, as in dab-detr-r50.",
         ),
         (
-            attention.kind == "conditional" and attention.within_boxes and encoder.levels > 1,
-            f"cross_attention.within_boxes reads one level, and encoder.levels={encoder.levels}",
-            "Take -o detector.encoder.kind=dense -o 'detector.backbone.strides=[32]'.",
-        ),
-        (
             decoder.relation and not (decoder.refine != "none" and has_boxes),
             f"decoder.relation compares boxes that layers refine, and with queries.kind={queries.kind} and"
             f" decoder.refine={decoder.refine} there are none",

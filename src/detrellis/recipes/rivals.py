@@ -8,6 +8,7 @@ from detrellis.recipes.align import h_deformable_detr_r50
 from detrellis.recipes.config import Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
+from detrellis.recipes.detector import ConditionalAttentionConfig
 from detrellis.recipes.dino import dino_r50
 from detrellis.recipes.encoders import SalienceEncoderConfig
 from detrellis.schemes.config import CDNConfig, DACConfig, HybridConfig, MSConfig, RankConfig, SchemesConfig, SQRConfig
@@ -83,6 +84,20 @@ def sqr_dab_detr_r50() -> Recipe:
     )
 
 
+def cascade_dino_r50() -> Recipe:
+    """Cascade-DETR on DINO, whose queries read the cells in their boxes, and learn how well those fit."""
+    base = dino_r50()
+    attention = ConditionalAttentionConfig(within_boxes=True)
+    return base.model_copy(
+        update={
+            "name": "cascade-dino-r50",
+            "about": "Cascade-DETR on DINO, ResNet-50",
+            "detector": base.detector.replace(cross_attention=attention, iou_branch="product"),
+            "loss": base.loss.replace(iou_branch=2.0, iou_error="l2"),
+        }
+    )
+
+
 def _salient(name: str, about: str, encoder: dict[str, Any], epochs: int, **queries: Any) -> Recipe:
     """DINO whose encoder refines the tokens that matter, with heads of their own for each layer."""
     base = dino_r50()
@@ -115,6 +130,7 @@ RECIPES: Recipes = {
     "relation-dino-r50": relation_dino_r50,
     "rank-h-deformable-detr-r50": rank_h_deformable_detr_r50,
     "sqr-dab-detr-r50": sqr_dab_detr_r50,
+    "cascade-dino-r50": cascade_dino_r50,
     "salience-detr-r50": salience_detr_r50,
     "focus-detr-r50": focus_detr_r50,
 }

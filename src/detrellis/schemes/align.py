@@ -63,6 +63,7 @@ class Align(TrainingScheme):
         else:
             positive = bce_loss if config.classification == "ia_bce" else partial(align_loss, gamma=config.gamma)
             rule = SetLoss(self.soft_target, positive, negative_weight=1.0, gamma=config.gamma, iou_eps=config.iou_eps)
+            rule = replace(rule, iou_error=base.rule.iou_error)
         encoder = config.k if config.k_encoder is None else config.k_encoder
         candidates = Candidates(encoder=encoder, intermediate=config.k, last=config.k_last)
         return replace(base, assign=replace(base.assign, candidates=candidates, union=False), rule=rule)

@@ -77,7 +77,9 @@ class Dense(TrainingScheme):
         assert isinstance(main.assign, Hungarian)
         k = self.config.k
         several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=1.0), union=False)
-        rule = SetLoss(task_aligned_target, quality_focal_loss, negative_weight=1.0)
+        assert isinstance(main.rule, SetLoss)
+        error = main.rule.iou_error
+        rule = SetLoss(task_aligned_target, quality_focal_loss, negative_weight=1.0, iou_error=error)
         return replace(main, assign=several, rule=rule, weights={**main.weights, "class": 1.0, "box": 0.0})
 
 

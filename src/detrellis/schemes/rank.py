@@ -56,7 +56,9 @@ class Rank(TrainingScheme):
     def supervision(self, base: Supervision) -> Supervision:
         """The base's with this loss, and with this matching if it is time."""
         assert isinstance(base.assign, Hungarian)
-        supervision = replace(base, rule=GIOU_AWARE, proposal_rule=base.rule)
+        assert isinstance(base.rule, SetLoss)
+        rule = replace(GIOU_AWARE, iou_error=base.rule.iou_error)
+        supervision = replace(base, rule=rule, proposal_rule=base.rule)
         if self.done < self.config.after:
             return supervision
         # Masks cost far more than it, and would decide every match.

@@ -19,7 +19,7 @@ from torch import Tensor
 from detrellis.matching import Hungarian, columns, focal_difference
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.config import StableConfig
-from detrellis.supervision import CLASSIFICATION, Supervision
+from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision
 
 
 def modulation(overlap: Tensor) -> Tensor:
@@ -52,5 +52,7 @@ class Stable(TrainingScheme):
         if self.config.supervised:
             weights = {**base.weights, "class": self.config.classes}
             known = {**base.weights, "class": 1.0}
-            base = replace(base, rule=CLASSIFICATION["psl"], weights=weights, known_weights=known)
+            assert isinstance(base.rule, SetLoss)
+            rule = replace(CLASSIFICATION["psl"], iou_error=base.rule.iou_error)
+            base = replace(base, rule=rule, weights=weights, known_weights=known)
         return base
