@@ -31,7 +31,7 @@ AP = (0.1, 0.3, 0.3, 0.2, 0.4, 0.5)  # of each epoch
 def scripted() -> Iterator[None]:
     save_best = TrainRun._save_best
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainRun, "_save_best", lambda self, ap, found: save_best(self, AP[self.state.epoch], found))
+        patch.setattr(TrainRun, "_save_best", lambda self, ap, *found: save_best(self, AP[self.state.epoch], *found))
         yield
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detrellis.detector import Detector
+from detrellis.engine.sharded import local
 
 
 class EMA:
@@ -28,8 +29,8 @@ class EMA:
         averages, sources = [], []
         for average, source in zip(self.detector.state_dict().values(), detector.state_dict().values(), strict=True):
             if average.is_floating_point():
-                averages.append(average)
-                sources.append(source)
+                averages.append(local(average))
+                sources.append(local(source))
             else:
                 average.copy_(source)
         torch._foreach_lerp_(averages, sources, 1 - decay)

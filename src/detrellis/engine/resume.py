@@ -6,7 +6,7 @@ change.
 | nothing else | it goes on bit for bit |
 | `--data`, or `--train` and `--val` | the data are there now; classes and lists of images have to be the same |
 | `--epochs N` | another length of the whole run, also of a finished one: see below |
-| `-o optim.lr=...`, `optim.clip`, `optim.amp`, `schedule.*` | set from here on; nothing else may change |
+| `-o optim.lr=...`, `optim.clip`, `optim.amp`, `optim.fully_shard`, `schedule.*` | set from here on; no others |
 
 With N epochs the learning rate is from here on what the recipe's schedule over N epochs has at this place, which may be
 higher than it was. Each change is noted in the run's card, with the epoch and the step.
@@ -35,7 +35,13 @@ from detrellis.recipes.config import Recipe
 SEEN = "images_an_epoch"  # in a state: how many images an epoch has, those that it has several times included
 LOG = "log"  # in a state: what the epoch has measured so far
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
-FREE = ("optim.lr", "optim.clip", "optim.amp", "schedule.")  # what neither the network nor the state depends on
+FREE = (
+    "optim.lr",
+    "optim.clip",
+    "optim.amp",
+    "optim.fully_shard",
+    "schedule.",
+)  # what neither the network nor the state depends on
 FIXED = ("schedule.epochs", "schedule.unfreeze_after")  # the first has an option; the optimizer depends on the second
 SHOWN = 3
 KINDS: Mapping[str, Any] = {  # of what a state holds beside the parts that torch fills

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -23,6 +24,7 @@ from detrellis.engine.ema import EMA
 from detrellis.engine.guard import FlatLossWatch
 from detrellis.engine.optim import build_optimizer
 from detrellis.engine.samples import class_counts
+from detrellis.engine.sharded import WholeDetector, part_of, parts_of, shard, whole
 from detrellis.engine.trackers import Tracker
 from detrellis.engine.transfer import InitialWeights, take_boxes, transfer
 from detrellis.engine.transfer_report import TransferReport
@@ -73,22 +75,43 @@ class TrainState:
     seconds: float = 0.0
     result: EvalResult | None = field(default=None)
     transfer: TransferReport | None = None  # of the process that started the run; not saved
+    sharded: WholeDetector | None = None  # to evaluate with, where the processes have a part of all this each
 
     @property
     def detector(self) -> Detector:
         """The detector to evaluate and to save: the averaged one where there is one."""
         return self.model.detector if self.ema is None else self.ema.detector
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """Whole weights of `detector`; where they are sharded every process has to call it."""
+        weights: Mapping[str, Tensor] = self.detector.state_dict()
+        if self.sharded is not None:
+            weights = whole(weights, everywhere=True)
+        return weights
+
+    @contextlib.contextmanager
+    def whole_detector(self, device: torch.device) -> Iterator[Detector]:
+        """`detector` as one that can be called; where it is sharded every process has to ask for it."""
+        if self.sharded is None:
+            yield self.detector
+        else:
+            yield self.sharded.filled(self.weights(), device)
+            self.sharded.empty()
+
     def finished(self, schedule: ScheduleConfig) -> bool:
         """Whether the run is over: all its epochs are done, or its patience is at an end."""
         return self.epoch >= schedule.epochs or patience_left(schedule, self.since_best) == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors, numbers and containers."""
-        return {
+        """The state as plain tensors, numbers and containers; where it is sharded every process has to call it, and the
+        first gets the tensors."""
+        tensors = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.detector.state_dict(),
+        }
+        return {
+            **(tensors if self.sharded is None else whole(tensors)),
             "watch": self.watch.state_dict(),
             "result": None if self.result is None else self.result.to_dict(),
             **{name: getattr(self, name) for name in NUMBERS},
@@ -107,13 +130,18 @@ class TrainState:
 
     def _fill(self, state: Mapping[str, Any]) -> None:
         state = {"since_best": 0, **state}  # states of before 0.1.0 have none
-        self.model.load_state_dict(renamed_parameters(state["model"]))
+        self.model.load_state_dict(parts_of(renamed_parameters(state["model"]), self.model))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments_of = state["optimizer"]["state"]
+        for number, moments in moments_of.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = part_of(moments[name], parameters[number])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's moments have other shapes than the parameters")
         if self.ema is not None:
-            self.ema.detector.load_state_dict(state["ema"])
+            self.ema.detector.load_state_dict(parts_of(state["ema"], self.ema.detector))
         self.watch.load_state_dict(state["watch"])
         self.result = None if state["result"] is None else EvalResult.from_dict(state["result"])
         for name in NUMBERS:
@@ -184,10 +212,15 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
     if job.boxes is not None:
         take_boxes(model.detector, job.boxes)
     model.count_classes(torch.from_numpy(class_counts(job.train)))
-    model.to(world.device).train()
-    optimizer = _optimizer(model, recipe)
+    sharded = WholeDetector(model.detector) if recipe.optim.fully_shard and world.size > 1 else None
+    if sharded is None:
+        model.to(world.device)
+    model.train()
     ema = EMA(model.detector, recipe.optim.ema, recipe.optim.ema_ramp) if recipe.optim.ema > 0 else None
-    return TrainState(model, optimizer, ema, FlatLossWatch(), transfer=report)
+    if sharded is not None:  # from the host, layer by layer: the whole may not fit on the device
+        shard(model, None if ema is None else ema.detector, world)
+    optimizer = _optimizer(model, recipe)
+    return TrainState(model, optimizer, ema, FlatLossWatch(), transfer=report, sharded=sharded)
 
 
 def origins_of(card: Card, state: TrainState) -> list[RenderableType]:

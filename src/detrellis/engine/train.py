@@ -48,6 +48,7 @@ from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_r
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, LOG, SEEN, packed_file_names
 from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet
+from detrellis.engine.sharded import same_statistics
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
 from detrellis.signals import collected
@@ -126,7 +127,7 @@ class TrainRun:
     ) -> None:
         self.job, self.world, self.state, self.loader, self.log = job, world, state, loader, log
         self.recipe, self.steps_per_epoch = job.card.recipe, steps_per_epoch
-        self.model = parallel(state.model, world)
+        self.model = parallel(state.model, world) if state.sharded is None else state.model
         self.timer = Timer()
         self.stopped = 0  # number of the signal that stopped it
         self.between_steps = True  # the state is one that a run may go on from
@@ -201,6 +202,8 @@ class TrainRun:
                 nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
             state.optimizer.step()
             state.step += 1
+            if state.sharded is not None:
+                same_statistics(state.model)
             if state.ema is not None:
                 state.ema.update(state.model.detector, state.step)
         # The log, and now and then a look at whether anything is learned.
@@ -256,9 +259,10 @@ class TrainRun:
             self.save()  # an evaluation that fails, or is not waited for, costs nothing that was trained
             after_nms = self.evaluate(last or patience_left(schedule, state.since_best) == 1)
             stats, evaluates = None if state.result is None else state.result.stats, True
-        if self.world.is_main_process and schedule.keep_every and epoch % schedule.keep_every == 0:
-            path = self.job.out / "epochs" / f"{epoch:04}.safetensors"
-            save_weights(path, state.detector.state_dict(), self._card(epoch))
+        if schedule.keep_every and epoch % schedule.keep_every == 0:
+            weights, path = state.weights(), self.job.out / "epochs" / f"{epoch:04}.safetensors"
+            if self.world.is_main_process:
+                save_weights(path, weights, self._card(epoch))
         state.epoch = epoch
         # The log.
         after_nms = after_nms if state.finished(schedule) else None
@@ -274,25 +278,26 @@ class TrainRun:
         state, loader, val = self.state, self.val, self.job.val
         assert loader is not None
         assert val is not None
-        with self.timer.part("eval"):
-            batches = self.log.track(loader, "evaluate", len(loader))
-            thresholds = (None, NMS) if last else (None,)
-            evaluators = collect(state.detector, batches, val, self.world.device, thresholds, truth=self.masks)
-            state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
-            self.evaluated_step = state.step
-        if state.result.ap is not None:
-            self._save_best(state.result.ap, evaluators[0])
+        with state.whole_detector(self.world.device) as detector:
+            with self.timer.part("eval"):
+                batches = self.log.track(loader, "evaluate", len(loader))
+                thresholds = (None, NMS) if last else (None,)
+                evaluators = collect(detector, batches, val, self.world.device, thresholds, truth=self.masks)
+                state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
+                self.evaluated_step = state.step
+            if state.result.ap is not None:
+                self._save_best(state.result.ap, evaluators[0], detector.state_dict())
         return after_nms[0] if last else None
 
-    def _save_best(self, ap: float, evaluator: CocoEvaluator) -> None:
+    def _save_best(self, ap: float, evaluator: CocoEvaluator, weights: Mapping[str, torch.Tensor]) -> None:
         """Save the epoch's weights if they are the best, or among as many of the best as the recipe keeps."""
         state, count, card = self.state, self.recipe.schedule.keep_best, self._card(self.state.epoch + 1)
         if count and self.world.is_main_process:
-            keep_best(self.job.out / BEST_FOLDER, state.detector.state_dict(), card, ap, count)
+            keep_best(self.job.out / BEST_FOLDER, weights, card, ap, count)
         state.since_best += 1
         if state.best is None or ap > state.best:
             if self.world.is_main_process:
-                save_weights(self.job.out / BEST, state.detector.state_dict(), card)
+                save_weights(self.job.out / BEST, weights, card)
             state.best, state.since_best, self.best = ap, 0, (evaluator, card)
 
     def save_at_start(self, resume: Mapping[str, Any] | None) -> None:
@@ -304,7 +309,9 @@ class TrainRun:
                 self.saved_position = (self.state.epoch, self.state.step)
         mine = self._card(self.state.epoch).to_metadata()
         weights = mine if self.state.step == 0 else metadata_of(self.job.out / LAST)
-        if resume is None or OLDER in resume or resume[CARD] != mine or weights != mine:
+        changed = resume is None or OLDER in resume or resume[CARD] != mine or weights != mine
+        # The files may be written anew before another process reads them: all save if one has to.
+        if reduce_max(int(changed), self.world.device):
             self.save()
 
     def save(self) -> None:
@@ -312,19 +319,17 @@ class TrainRun:
         now = time.monotonic()
         self.state.seconds += now - self.saved_at
         self.saved_at = now
-        if not self.world.is_main_process:
-            return
-        check_weights(self.state.model.state_dict().values(), self.state.step, self._divergence_remedy())
-        weights = self.state.detector.state_dict() if self.state.step else None
         more = {IMAGES: self.images, SEEN: images_an_epoch(self.job.train, self.recipe), LOG: self.log.state_dict()}
-        try:
-            keep = self.saved_position is not None
-            save_run(
-                self.job.out, {**self.state.state_dict(), **more}, weights, self._card(self.state.epoch), keep=keep
-            )
-        except OSError as error:
-            message = f"{self.job.out}: the run cannot be saved ({error.strerror or error})"
-            raise SaveError(message, self._resume_remedy()) from error
+        whole = self.state.state_dict() | more
+        weights = self.state.weights() if self.state.step else None
+        if self.world.is_main_process:
+            check_weights(whole["model"].values(), self.state.step, self._divergence_remedy())
+            try:
+                keep = self.saved_position is not None
+                save_run(self.job.out, whole, weights, self._card(self.state.epoch), keep=keep)
+            except OSError as error:
+                message = f"{self.job.out}: the run cannot be saved ({error.strerror or error})"
+                raise SaveError(message, self._resume_remedy()) from error
         self.saved_position = (self.state.epoch, self.state.step)
 
     def has_unsaved_steps(self) -> bool:
@@ -342,7 +347,8 @@ class TrainRun:
         except (SaveError, NonFiniteLoss):
             raise
         except Exception as error:
-            if self.between_steps and self.saved_position not in (None, (self.state.epoch, self.state.step)):
+            alone = self.state.sharded is None  # the others may not come to save
+            if alone and self.between_steps and self.saved_position not in (None, (self.state.epoch, self.state.step)):
                 with contextlib.suppress(UserError):  # the last checkpoint has to do
                     self.save()
             remedy = self._resume_remedy()

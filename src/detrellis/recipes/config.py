@@ -122,6 +122,7 @@ class OptimConfig(Config):
     ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
     ema_ramp: CountOrNone = 0  # steps in which that decay is approached (RT-DETR: 2000); 0: in 10
     amp: bool = True  # bf16 on GPUs that have it
+    fully_shard: bool = False  # shard parameters, gradients, moments and averages over the processes (FSDP2)
 
     def steps(self, images: int) -> int:
         """Optimizer steps of an epoch over so many images."""

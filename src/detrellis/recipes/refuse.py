@@ -139,6 +139,12 @@ def _refuse_schedule(recipe: Recipe) -> None:
             f"schedule.unfreeze_after={schedule.unfreeze_after}, and detector.backbone.frozen=0 freezes nothing",
             "Say how many stages: -o detector.backbone.frozen=2, or all.",
         )
+    if schedule.unfreeze_after and recipe.optim.fully_shard:
+        raise UserError(
+            f"schedule.unfreeze_after={schedule.unfreeze_after} and optim.fully_shard do not combine: what is frozen "
+            "is sharded as such",
+            "Take -o optim.fully_shard=false, or -o schedule.unfreeze_after=0.",
+        )
     if schedule.unfreeze_after >= schedule.epochs:
         raise UserError(
             f"schedule.unfreeze_after={schedule.unfreeze_after}: the whole run has {schedule.epochs} epochs",
