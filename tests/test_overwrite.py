@@ -100,7 +100,7 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("detrellis.verbs.training.time.strftime", lambda _: "20260101-120000")
+    monkeypatch.setattr("detrellis.folders.time.strftime", lambda _: "20260101-120000")
     monkeypatch.setattr("detrellis.verbs.training.run_job", lambda job, *_, **__: job.out)
     folders = [detrellis.train("tiny", data=data, workers=0) for _ in range(3)]
     assert list(map(str, folders)) == [f"runs/tiny-20260101-120000{end}" for end in ("", "-2", "-3")]

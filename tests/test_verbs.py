@@ -19,7 +19,7 @@ from detrellis.errors import UserError
 from detrellis.interop.huggingface import config_of
 from detrellis.recipes import RECIPES, Recipe, find_recipe, tiny_sized
 
-from .small import SMALL_VIT, distinct
+from .small import SMALL_EVA, SMALL_VIT, distinct
 from .test_cli import call
 
 SIZE = (64, 64)
@@ -51,6 +51,8 @@ def overrides(recipe: Recipe) -> list[str]:
     if recipe.detector.encoder.kind == "projector":  # a plain ViT, and no encoder
         elsewhere = [text for text in SMALLEST if not text.startswith(("detector.backbone.", "detector.encoder."))]
         changes = [*SMALL_VIT, *elsewhere]
+    elif recipe.detector.backbone.kind == "eva02":
+        changes = [*SMALL_EVA, *(text for text in SMALLEST if not text.startswith("detector.backbone."))]
     return [*changes, "schemes.group.k=2"] if recipe.schemes.group is not None else changes
 
 

@@ -57,6 +57,7 @@ KINDS = {
     "priors": "smca-detr-ms-r50",
     "deformable": "deformable-detr-r50",
     "proposals": "tiny",
+    "each level": "cascade-dino-r50",
 }
 SAMPLED = ("deformable", "proposals")  # what is read outside the image is lost
 QUERIES, HEADS = 12, 4
@@ -98,6 +99,10 @@ def weights_of(layer: RecordedAttention, query: int) -> Tensor:
 
 def values(own: Any, memory: Memory) -> Tensor:
     """What the tokens contribute, `(B, S, D)`."""
+    if hasattr(own, "attentions"):
+        levels = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+        parts = zip(own.attentions, levels, strict=True)
+        return torch.cat([values(reader, memory._replace(tokens=tokens)) for reader, tokens in parts], dim=1)
     if hasattr(own, "value_projection"):
         found = own.value_projection(memory.tokens)
         assert memory.padding is not None

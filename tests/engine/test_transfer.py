@@ -22,7 +22,7 @@ from detrellis.engine.train import TrainRun
 from detrellis.engine.transfer import InitialWeights, rows_by_name, transfer
 from detrellis.engine.transfer_report import ClassRows, TransferReport
 from detrellis.errors import UserError
-from detrellis.recipes import find_recipe, network
+from detrellis.recipes import build_backbone, find_recipe
 from detrellis.recipes.build import build
 from detrellis.terminal import Terminal
 
@@ -385,7 +385,7 @@ def test_no_pretrained_weights_are_fetched_only_to_be_replaced(
     def fetch(*_: object, **__: object) -> None:
         raise AssertionError("pretrained weights were fetched")
 
-    monkeypatch.setattr(network, "find_source", fetch)
+    monkeypatch.setattr(build_backbone, "find_source", fetch)
     pretrained = [*SETTINGS, "detector.backbone.pretrained=true"]
     options = {"data": shapes, "override": pretrained, "epochs": 2, "workers": 0}
     with pytest.raises(AssertionError, match="fetched"):

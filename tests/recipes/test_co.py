@@ -61,7 +61,7 @@ def test_co_deformable_is_free_of_nms() -> None:
 @pytest.mark.parametrize(("width", "samples", "hidden"), [(256, 512, 1024), (128, 128, 256)])
 def test_regions_are_in_proportion_to_the_width(width: int, samples: int, hidden: int) -> None:
     config = find_recipe("co-deformable-detr-r50").override(f"detector.width={width}").detector
-    adapter, (branch,) = build_branches(("rcnn",), width, 5, config.level_strides, convolutions=1)
+    adapter, (branch,) = build_branches(("rcnn",), width, 5, config.level_strides, convolutions=1, regions="linear")
     assert isinstance(branch, RCNN)
     assert adapter.strides == (8, 16, 32, 64, 128)
     assert branch.levels == 4  # the appended level is for proposals only
@@ -71,6 +71,8 @@ def test_regions_are_in_proportion_to_the_width(width: int, samples: int, hidden
 def test_one_level_is_spread_to_five() -> None:
     for name in ("co-conditional-detr-r50", "co-dab-detr-r50"):
         config = find_recipe(name).override("detector.width=64").detector
-        adapter, branches = build_branches(("atss", "fcos", "atss"), 64, 5, config.level_strides, convolutions=1)
+        adapter, branches = build_branches(
+            ("atss", "fcos", "atss"), 64, 5, config.level_strides, convolutions=1, regions="linear"
+        )
         assert adapter.strides == (8, 16, 32, 64, 128)
         assert len(branches) == 3

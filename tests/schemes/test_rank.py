@@ -23,7 +23,7 @@ def test_the_cost_changes_at_its_part_of_the_run() -> None:
 def test_proposals_keep_the_loss_of_the_base() -> None:
     base = Supervision()
     ranked = Rank(RankConfig()).supervision(base)
-    assert ranked.rule is GIOU_AWARE
+    assert ranked.rule == GIOU_AWARE
     assert ranked.proposals().rule is base.rule
 
 

@@ -66,6 +66,8 @@ def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
 
 def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | None:
     """As `token_weights`, for each head: `(B, M, S)`. What reads one level gives the tokens of others 0."""
+    if hasattr(attention, "attentions"):
+        return _weights_over_levels(attention, call, chosen)
     reader, (x, where, memory) = _reader(attention, call)
     if hasattr(reader, "sampling_offsets"):
         return _sampled_weights(reader, (x, where, memory), chosen)
@@ -105,6 +107,19 @@ def _reader(attention: Any, call: Call) -> tuple[Any, Call]:
     with torch.no_grad(), recorded([attention.attention]) as calls:
         attention(*call)
     return attention.attention, calls[0]
+
+
+def _weights_over_levels(attention: Any, call: Call, chosen: Tensor) -> Tensor | None:
+    """Of an attention for each level, times what the query gives that level."""
+    with torch.no_grad(), recorded(list(attention.attentions)) as calls:
+        attention(*call)
+        of_levels = attention.weigh(call[0]).softmax(-1).unbind(-1)
+    parts = [
+        head_weights(reader, part, chosen * weight)
+        for reader, part, weight in zip(attention.attentions, calls, of_levels, strict=True)
+    ]
+    known = [part for part in parts if part is not None]
+    return torch.cat(known, dim=-1) if len(known) == len(parts) else None
 
 
 def _sampled_points(attention: Any, call: Call) -> Tensor:
