@@ -84,9 +84,7 @@ class Memory(NamedTuple):
     padding: Tensor | None = None  # (B, S) bool; None: no padding, no mask work
     valid_ratios: Tensor | None = None  # (B, V, 2) valid fraction of (width, height); None where padding is None
     masks: MaskFeatures | None = None  # of detectors that give masks
-    salience: Tensor | None = (
-        None  # (B, S) logits of what the encoder chose tokens by (Salience-DETR); None: it has all
-    )
+    salience: Tensor | None = None  # (B, S) logits that the encoder chose tokens by; None: it refines all
 
 
 class Queries(NamedTuple):

@@ -295,8 +295,8 @@ def broken(saved: Path, to: Path, **config: Any) -> Path:
         ({"backbone_config": {"model_type": "timm_backbone", "output_stride": 8}}, "output_stride=8"),
         ({"num_queries": "many"}, r"queries\.count"),
         ({"encoder_layers": None}, r"encoder\.layers"),
-        ({"id2label": ["a", "b"]}, "makes no sense"),
-        ({"backbone_config": "resnet50"}, "makes no sense"),
+        ({"id2label": ["a", "b"]}, "malformed"),
+        ({"backbone_config": "resnet50"}, "malformed"),
         ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}, "backbone"),
     ],
 )

@@ -111,6 +111,10 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(theirs().state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"do not fit this ViT: blocks\.2\.norm1\.weight is missing"):
         build_backbone(config(tmp_path / "w.pth", depth=3))
+    positions = {"pos_embed": torch.zeros(1, 2 + 4 * 4, 32)}  # with two tokens beside them
+    torch.save(theirs().state_dict() | positions, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"pos_embed is \(1, 18, 32\) there and \(1, 17, 32\) here"):
+        build_backbone(config(tmp_path / "w.pth"))
 
 
 def test_frozen_blocks_and_embedding() -> None:

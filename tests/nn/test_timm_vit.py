@@ -60,6 +60,9 @@ def test_a_file_in_the_authors_sizes(tmp_path: Path) -> None:
     torch.save({k: v for k, v in theirs.state_dict().items() if k != block}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=rf"do not fit backbone test_vit: {block}"):
         build_backbone(TimmViTConfig(name="test_vit", weights=str(tmp_path / "w.pth")))
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        build_backbone(TimmViTConfig(name="test_vit", weights=str(tmp_path / "w.pth")))
 
 
 def test_frozen_blocks_with_all_that_comes_before_them() -> None:

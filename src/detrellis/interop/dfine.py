@@ -12,7 +12,7 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.interop.links import Pair
-from detrellis.interop.names import QKV
+from detrellis.interop.names import QKV, feed_forward
 from detrellis.interop.rtdetr import csp, hybrid_levels, normed
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import Recipe
@@ -249,6 +249,7 @@ def on_disk(name: str) -> str:
 
 
 # timm's names of the parts of a HGNetV2's layers, and theirs.
+MLP = ("mlp.layers.0", "mlp.layers.1")
 HGNET = {"conv": "convolution", "bn": "normalization", "lab": "lab"}
 LEAVES = {"conv": ("weight",), "bn": ("weight", "bias", "running_mean", "running_var"), "lab": ("scale", "bias")}
 
@@ -271,7 +272,7 @@ def table(config: DetectorConfig) -> list[Pair]:
         Pair("decoder.layers.*.norm_self", f"{layer}.self_attn_layer_norm"),
         Pair("decoder.layers.*.gateway.gate", f"{layer}.gateway.gate"),
         Pair("decoder.layers.*.gateway.norm", f"{layer}.gateway.norm"),
-        *_feed_forward("decoder.layers.*.feed_forward", layer),
+        *feed_forward("decoder.layers.*", layer, "final_layer_norm", MLP),
         Pair("decoder.heads.initial_box.@", "model.decoder.pre_bbox_head.@"),
         Pair("decoder.heads.classes.*", "model.decoder.class_embed.*|class_embed.*"),
         *(
@@ -285,18 +286,10 @@ def table(config: DetectorConfig) -> list[Pair]:
     ]
 
 
-def _feed_forward(ours: str, theirs: str) -> list[Pair]:
-    return [
-        Pair(f"{ours}.inner", f"{theirs}.mlp.layers.0"),
-        Pair(f"{ours}.outer", f"{theirs}.mlp.layers.1"),
-        Pair(f"{ours}.norm", f"{theirs}.final_layer_norm"),
-    ]
-
-
 def _hybrid(config: DetectorConfig) -> list[Pair]:
     """The neck: RT-DETR's, with other fusions."""
     aifi = "model.encoder.aifi.0.layers.*"
-    rows = [*hybrid_levels(), *_feed_forward("neck.layers.*.feed_forward", aifi)]
+    rows = [*hybrid_levels(), *feed_forward("neck.layers.*", aifi, "final_layer_norm", MLP)]
     for i in range(len(config.backbone.strides) - 1):
         for part in (0, 1):
             rows += normed(f"neck.downs.{i}.{part}", f"model.encoder.downsample_convs.{i}.conv{part + 1}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
 # What reading tables, sizes and names raises where another kind of value stands than any checkpoint has.
-SENSELESS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 STATISTICS = {"mean": "image_mean", "std": "image_std"}  # a recipe's `data`, and a processor's names
 
 
@@ -65,18 +66,31 @@ def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation
         return _from_reference(path, classes, dilation)
     except UserError as error:
         message = error.message if str(path) in error.message else f"{path}: {error.message}"
-        raise UserError(message, error.remedy or OTHER_COPY) from None
-    except SENSELESS as error:
-        what = f"{path}: its content makes no sense ({type(error).__name__}: {cut(first_line(error))})"
-        raise UserError(what, OTHER_COPY) from None
+        raise UserError(message, error.remedy or OTHER_COPY) from error.__cause__
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """While a file's content is read, and nothing of ours is built: what goes wrong then is the content's fault.
+
+    Any value in it may be of another kind or size; to ask each before it is used would double the readers.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        what = f"its content is malformed ({type(error).__name__}: {cut(first_line(error))})"
+        raise UserError(what, OTHER_COPY) from error
 
 
 def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
-    config = read_config(folder / "config.json")
-    recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
-    labels = _labels(config)
-    family = huggingface.FAMILIES[huggingface.kind_of(config)]
-    weights, rows = family.loaded(read_folder(folder), recipe.detector, config)
+    with _reading():
+        config = read_config(folder / "config.json")
+        recipe = with_processor(huggingface.recipe_of(config), folder / "preprocessor_config.json")
+        labels = _labels(config)
+        family = huggingface.FAMILIES[huggingface.kind_of(config)]
+        weights, rows = family.loaded(read_folder(folder), recipe.detector, config)
     named = labels if classes is None else _fitting(classes, len(labels))
     return _convert(weights, rows, recipe, named)
 
@@ -93,7 +107,7 @@ def _labels(config: Mapping[str, Any]) -> ClassMap:
 
 def with_processor(recipe: Recipe, path: Path) -> Recipe:
     """The recipe with image size, mean and std of a `preprocessor_config.json`; without one, DETR's."""
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"exact_long": True})})
+    recipe = recipe.replace(data=recipe.data.replace(exact_long=True))
     if not path.is_file():
         return recipe
     config = read_config(path)
@@ -104,7 +118,7 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
         known = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if config.get("image_processor_type") == RF_PROCESSOR:
         known["antialias"] = False
-    recipe = recipe.model_copy(update={"data": recipe.data.replace(**known)})
+    recipe = recipe.replace(data=recipe.data.replace(**known))
     size = config.get("size", {})
     if isinstance(size, int):
         size = {"shortest_edge": size}
@@ -126,13 +140,14 @@ def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Con
     plain = {".safetensors": read_safetensors, ".pkl": read_pickle}.get(path.suffix)
     weights, arguments = read_pth(path) if plain is None else (plain(path), {})
     repository = repository_of(weights)
-    try:
-        recipe = repository.recipe_of(weights, {"dilation": dilation} | arguments)
-        count = repository.class_count(weights, recipe.detector)
-    except KeyError as error:  # a tensor whose shape tells a size
-        raise UserError(f"{error.args[0]} is missing", "The file is not complete, or of another model.") from None
+    with _reading():
+        try:
+            recipe = repository.recipe_of(weights, {"dilation": dilation} | arguments)
+            count = repository.class_count(weights, recipe.detector)
+        except KeyError as error:  # a tensor whose shape tells a size
+            raise UserError(f"{error.args[0]} is missing", "The file is not complete, or of another model.") from None
+        given, names = repository.loaded(weights, recipe.detector)
     named = _numbered(count) if classes is None else _fitting(classes, count)
-    given, names = repository.loaded(weights, recipe.detector)
     return _convert(given, names, recipe, named)
 
 
@@ -162,15 +177,16 @@ def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, c
     links: list[Link] = link_up(state, table, recipe.detector.decoder.layers)
     assert not (left := missing(state, links)), f"no table names {left[0]}"
     shapes = {name: value.shape for name, value in state.items()}
-    if recipe.detector.boxes:
-        converted = to_ours(weights, links, shapes)
-    else:
-        converted = mask2former.turned(to_ours(mask2former.as_linear(weights), links, shapes), recipe.detector)
-    floats = {name: value.float() for name, value in converted.items()}
+    with _reading():
+        if recipe.detector.boxes:
+            converted = to_ours(weights, links, shapes)
+        else:
+            converted = mask2former.turned(to_ours(mask2former.as_linear(weights), links, shapes), recipe.detector)
+        floats = {name: value.float() for name, value in converted.items()}
+        if bad := [name for name, value in floats.items() if not value.isfinite().all()]:
+            raise UserError(f"{bad[0]} holds values that are not finite", "Take another copy of the file.")
     # Steps that BatchNorm has seen, which not every file counts.
     counters = [name for name in state if name.endswith("num_batches_tracked")]
     floats |= {name: torch.tensor(0) for name in counters}
-    if bad := [name for name, value in floats.items() if not value.isfinite().all()]:
-        raise UserError(f"{bad[0]} holds values that are not finite", "Take another copy of the file.")
     skipped = [n for n in unused(weights, links) if not REPEATED.match(n)]
     return Converted(floats, recipe, classes, tuple(skipped))

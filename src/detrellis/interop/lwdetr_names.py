@@ -38,9 +38,7 @@ def table(detector: DetectorConfig) -> list[Pair]:
         Pair("decoder.layers.*.norm_self", f"{layer}.self_attn_layer_norm"),
         *sampling("decoder.layers.*.cross_attention", f"{layer}.cross_attn"),
         Pair("decoder.layers.*.norm_cross", f"{layer}.cross_attn_layer_norm"),
-        Pair("decoder.layers.*.feed_forward.inner", f"{layer}.mlp.fc1"),
-        Pair("decoder.layers.*.feed_forward.outer", f"{layer}.mlp.fc2"),
-        Pair("decoder.layers.*.feed_forward.norm", f"{layer}.layer_norm"),
+        *feed_forward("decoder.layers.*", layer, "layer_norm", ("mlp.fc1", "mlp.fc2")),
         Pair("decoder.final_norm", "model.decoder.layernorm"),
         *_HEADS,
     ]

@@ -74,7 +74,7 @@ def huggingface(detector: DetectorConfig) -> list[Pair]:
         Pair("neck.level_embed", f"{pixel}.level_embed"),
         *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
         Pair("encoder.layers.*.norm", f"{encoder}.self_attn_layer_norm"),
-        *_feed_forward("encoder.layers.*", encoder),
+        *feed_forward("encoder.layers.*", encoder, "final_layer_norm", ("fc1", "fc2")),
         Pair("masks.lateral.@", f"{pixel}.adapter_1.@"),
         Pair("masks.smooth.@", f"{pixel}.layer_1.@"),
         Pair("masks.project", f"{pixel}.mask_projection"),
@@ -86,7 +86,7 @@ def huggingface(detector: DetectorConfig) -> list[Pair]:
         Pair("decoder.layers.*.self_attention.projections", f"{decoder}.self_attn.{{q,k,v}}_proj"),
         Pair("decoder.layers.*.self_attention.output", f"{decoder}.self_attn.out_proj"),
         Pair("decoder.layers.*.norm_self", f"{decoder}.self_attn_layer_norm"),
-        *_feed_forward("decoder.layers.*", decoder),
+        *feed_forward("decoder.layers.*", decoder, "final_layer_norm", ("fc1", "fc2")),
         Pair("decoder.final_norm", f"{module}.decoder.layernorm"),
         *(
             Pair(f"decoder.heads.embed.layers.{k}", f"{module}.decoder.mask_predictor.mask_embedder.{k}.0")
@@ -128,10 +128,3 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
         Pair("decoder.heads.classify", f"{head}.class_embed"),
         *backbone(detector, "backbone", of_transformers=False),
     ]
-
-
-FC = {"inner": "fc1", "outer": "fc2", "norm": "final_layer_norm"}
-
-
-def _feed_forward(ours: str, theirs: str) -> list[Pair]:
-    return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in FC.items()]

@@ -192,10 +192,10 @@ def packed(ours: str, theirs: str) -> list[Pair]:
     return [*joined, Pair(f"{ours}.output", f"{theirs}.out_proj")]
 
 
-def feed_forward(ours: str, theirs: str, norm: str) -> list[Pair]:
-    """The feed-forward part of a layer, which the reference codes call alike but for its norm."""
-    names = {"inner": "linear1", "outer": "linear2", "norm": norm}
-    return [Pair(f"{ours}.feed_forward.{own}", f"{theirs}.{other}") for own, other in names.items()]
+def feed_forward(ours: str, theirs: str, norm: str, layers: tuple[str, str] = ("linear1", "linear2")) -> list[Pair]:
+    """The feed-forward part of a layer: its two linear `layers`, which the reference codes call alike, and its norm."""
+    names = {"inner": layers[0], "outer": layers[1], "norm": norm}
+    return [Pair(f"{ours}.feed_forward.{part}", f"{theirs}.{name}") for part, name in names.items()]
 
 
 def layer_count(weights: Iterable[str], prefix: str) -> int:

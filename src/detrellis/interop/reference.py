@@ -16,7 +16,15 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop.family import Loaded, Repository
 from detrellis.interop.links import Pair
-from detrellis.interop.names import deformable_neck, detectron2_resnet, layer_count, mmcv_layers, sampling, torchvision
+from detrellis.interop.names import (
+    deformable_neck,
+    detectron2_resnet,
+    layer_count,
+    mmcv_layers,
+    packed,
+    sampling,
+    torchvision,
+)
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
@@ -197,7 +205,7 @@ def table(detector: DetectorConfig, detrex: bool) -> list[Pair]:
         return _detrex(detector)
     shared = [
         *torchvision("backbone.0.body"),
-        *_packed("decoder.layers.*.self_attention.projections", "transformer.decoder.layers.*.self_attn"),
+        *packed("decoder.layers.*.self_attention", "transformer.decoder.layers.*.self_attn"),
         Pair("encoder.layers.*.norm", "transformer.encoder.layers.*.norm1"),
         Pair("encoder.layers.*.feed_forward.norm", "transformer.encoder.layers.*.norm2"),
         Pair("decoder.layers.*.feed_forward.norm", "transformer.decoder.layers.*.norm3"),
@@ -206,17 +214,12 @@ def table(detector: DetectorConfig, detrex: bool) -> list[Pair]:
             for part in ("encoder", "decoder")
             for ours, theirs in (("inner", "linear1"), ("outer", "linear2"), ("activation", "activation"))
         ),
-        Pair("decoder.layers.*.self_attention.output", "transformer.decoder.layers.*.self_attn.out_proj"),
         Pair("decoder.final_norm", "transformer.decoder.norm"),
         Pair("decoder.position.scale.@", "transformer.decoder.query_scale.@"),
         Pair("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
         Pair("queries.{centres,sizes}", "refpoint_embed.weight", 1),
     ]
     return [*(_deformable(detector) if detector.encoder.kind == "deformable" else _dense(detector)), *shared]
-
-
-def _packed(ours: str, theirs: str) -> list[Pair]:
-    return [Pair(f"{ours}.{kind}", f"{theirs}.in_proj_{kind}") for kind in ("weight", "bias")]
 
 
 def _dense(detector: DetectorConfig) -> list[Pair]:
@@ -228,13 +231,12 @@ def _dense(detector: DetectorConfig) -> list[Pair]:
         Pair("queries.position", "query_embed.weight"),
         Pair("queries.content", content),
         Pair("queries.reference.@", "transformer.decoder.ref_point_head.@"),
-        *_packed("encoder.layers.*.attention.projections", "transformer.encoder.layers.*.self_attn"),
-        Pair("encoder.layers.*.attention.output", "transformer.encoder.layers.*.self_attn.out_proj"),
+        *packed("encoder.layers.*.attention", "transformer.encoder.layers.*.self_attn"),
         Pair("encoder.position_scale.@", "transformer.encoder.query_scale.@"),
         Pair("decoder.position.size.@", "transformer.decoder.ref_anchor_head.@"),
         Pair("decoder.layers.*.norm_self", f"{decoder}.norm1"),
         Pair("decoder.layers.*.norm_cross", f"{decoder}.norm2"),
-        *_packed("decoder.layers.*.cross_attention.projections", f"{decoder}.multihead_attn"),
+        *packed("decoder.layers.*.cross_attention", f"{decoder}.multihead_attn")[:2],
         Pair("decoder.layers.*.self_attention.content", f"{decoder}.sa_{{qcontent,kcontent,v}}_proj"),
         Pair("decoder.layers.*.self_attention.position", f"{decoder}.sa_{{qpos,kpos}}_proj"),
         Pair("decoder.layers.*.cross_attention.query", f"{decoder}.ca_qcontent_proj"),

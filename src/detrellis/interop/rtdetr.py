@@ -19,7 +19,7 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.interop.links import Pair
-from detrellis.interop.names import QKV, sampling
+from detrellis.interop.names import QKV, feed_forward, sampling
 from detrellis.recipes import rtdetr
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
@@ -68,6 +68,7 @@ FIXED = {
     "batch_norm_eps": 1e-5,
     "layer_norm_eps": 1e-5,
 }
+MLP = ("mlp.fc1", "mlp.fc2")
 SAMPLING = {"default": "bilinear", "discrete": "discrete"}
 
 
@@ -230,7 +231,7 @@ def table(detector: DetectorConfig, kind: str) -> list[Pair]:
         *sampling("decoder.layers.*.cross_attention", "model.decoder.layers.*.encoder_attn"),
         Pair("decoder.layers.*.norm_self", "model.decoder.layers.*.self_attn_layer_norm"),
         Pair("decoder.layers.*.norm_cross", "model.decoder.layers.*.encoder_attn_layer_norm"),
-        *_feed_forward("decoder.layers.*.feed_forward", "model.decoder.layers.*"),
+        *feed_forward("decoder.layers.*", "model.decoder.layers.*", "final_layer_norm", MLP),
         Pair("decoder.heads.classes.*", "model.decoder.class_embed.*" + copies.format("class_embed.*")),
         *(
             Pair(
@@ -242,19 +243,11 @@ def table(detector: DetectorConfig, kind: str) -> list[Pair]:
     ]
 
 
-def _feed_forward(ours: str, theirs: str) -> list[Pair]:
-    return [
-        Pair(f"{ours}.inner", f"{theirs}.mlp.fc1"),
-        Pair(f"{ours}.outer", f"{theirs}.mlp.fc2"),
-        Pair(f"{ours}.norm", f"{theirs}.final_layer_norm"),
-    ]
-
-
 def _hybrid(config: DetectorConfig) -> list[Pair]:
     """The neck; AIFI's one map is the coarsest."""
     rows = [
         *hybrid_levels(),
-        *_feed_forward("neck.layers.*.feed_forward", "model.encoder.aifi.0.layers.*"),
+        *feed_forward("neck.layers.*", "model.encoder.aifi.0.layers.*", "final_layer_norm", MLP),
         *normed("neck.downs.*", "model.encoder.downsample_convs.*"),
     ]
     for way, blocks in (("top_down", "fpn_blocks"), ("bottom_up", "pan_blocks")):

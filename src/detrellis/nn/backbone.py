@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from detrellis.errors import UserError
-from detrellis.nn.pretrained import Source, check_timm_name, fitted, torchvision_weights, unreachable
+from detrellis.nn.pretrained import Source, check_timm_name, fitted, matched, torchvision_weights, unreachable
 
 Norm = Literal["frozen", "frozen_norm", "batch"]
 # How many stages, with the stem, training leaves as they are.
@@ -137,6 +137,15 @@ def fill(
             f"{source.file}: its weights do not fit backbone {name}: {error}",
             "Name weights of this backbone, or the backbone of these weights: -o detector.backbone.name=NAME.",
         ) from None
+
+
+def fill_by_name(model: nn.Module, weights: Mapping[str, Tensor], source: Source, network: str, remedy: str) -> None:
+    """Load the `weights` that `source` gave, in the names of `model`, which may have more than it needs. `UserError`
+    for a misfit, which calls the model `network`."""
+    try:
+        model.load_state_dict(matched(weights, model.state_dict()))
+    except ValueError as error:
+        raise UserError(f"{source.about}: its weights do not fit {network}: {error}", remedy) from None
 
 
 def _downloaded(name: str) -> dict[str, Tensor]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from detrellis.errors import UserError
-from detrellis.nn.backbone import Backbone, Frozen, first_stages, published
+from detrellis.nn.backbone import Backbone, Frozen, fill_by_name, first_stages, published
 from detrellis.nn.pretrained import Source
 
 PATCH = 16
@@ -216,16 +215,10 @@ class EvaViT(Backbone):
         Patches and positions are resized to this ViT's. `UserError` where something is missing or has another shape; a
         final norm, which EVA-02's detectors lack, may be.
         """
-        found, own = _renamed(published(name, source), self.pos_embed), self.state_dict()
-        for key, value in own.items():
-            given = found.setdefault(key, value) if key.startswith("out_norm.") else found.get(key)
-            if given is None or given.shape != value.shape:
-                what = "is missing" if given is None else f"is {tuple(given.shape)} there and {tuple(value.shape)} here"
-                raise UserError(
-                    f"{source.about}: its weights do not fit this ViT: {key} {what}",
-                    "Name weights of an EVA-02 of this width and depth: -o detector.backbone.weights=FILE.",
-                )
-        self.load_state_dict({key: found[key] for key in own})
+        norm = {name: value for name, value in self.state_dict().items() if name.startswith("out_norm.")}
+        weights = norm | _renamed(published(name, source), self.pos_embed)
+        remedy = "Name weights of an EVA-02 of this width and depth: -o detector.backbone.weights=FILE."
+        fill_by_name(self, weights, source, "this ViT", remedy)
 
 
 # Names of timm's EVA-02 and of detectors on EVA-02, and ours.
@@ -256,5 +249,6 @@ def _renamed(weights: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tens
         if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # without a class token
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         side = math.isqrt(positions.shape[1] - 1)
-        found["pos_embed"] = resized(table.float(), (side, side))
+        if math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:  # others do not fit, as will be said
+            found["pos_embed"] = resized(table.float(), (side, side))
     return found

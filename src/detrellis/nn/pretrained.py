@@ -32,13 +32,8 @@ IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
 INCEPTION = ((127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255))  # (x - 127) / 128
 SCRATCH = "train from scratch: -o detector.backbone.pretrained=false"
 SECONDS = 5.0  # to wait for a host before it counts as unreachable
-CONTAINERS = (
-    "state_dict",
-    "model_ema",
-    "model",
-    "model_state_dict",
-    "module",
-)  # what training codes save weights under
+# What training codes save weights under.
+CONTAINERS = ("state_dict", "model_ema", "model", "model_state_dict", "module")
 COUNTER = "num_batches_tracked"  # of BatchNorm: older files lack it, and nothing here reads it
 
 
@@ -236,15 +231,20 @@ def fitted(
     given = {_plain(name): value for name, value in weights.items()}
     if _plain(next(iter(wanted))) not in given:  # the stem, which no two implementations call the same
         given = {_plain(name): value for name, value in in_order(weights, whole()).items()}
-    found = dict(wanted)
-    for name, own in wanted.items():
-        value = given.get(_plain(name))
-        if value is None and not name.endswith(COUNTER):
+    return matched({name: given[_plain(name)] for name in wanted if _plain(name) in given}, wanted)
+
+
+def matched(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `given` tensors of the names in `wanted`; `ValueError` says which is missing or has another shape."""
+    chosen: dict[str, Tensor] = {}
+    for name, like in wanted.items():
+        value = given.get(name, like if name.endswith(COUNTER) else None)
+        if value is None:
             raise ValueError(f"{name} is missing")
-        if value is not None and value.shape != own.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)} there and {tuple(own.shape)} here")
-        found[name] = own if value is None else value
-    return found
+        if value.shape != like.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)} there and {tuple(like.shape)} here")
+        chosen[name] = value
+    return chosen
 
 
 def in_order(weights: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from detrellis.errors import UserError
-from detrellis.nn.backbone import Backbone, Frozen, fetched, first_stages
+from detrellis.nn.backbone import Backbone, Frozen, fetched, fill_by_name, first_stages
 from detrellis.nn.pretrained import Source, check_timm_name
 
 PATCH = 16
@@ -80,15 +80,11 @@ def _image_size(name: str) -> int:
 def _fill(model: nn.Module, source: Source, name: str) -> None:
     """Load the source's file, in timm's names or those of the model's authors. `UserError` for a misfit."""
     convert = (eva if isinstance(model, eva.Eva) else vision_transformer).checkpoint_filter_fn
-    own = model.state_dict()
+    weights, network = source.read(), f"backbone {name}"
+    remedy = "Name weights of this backbone, or the backbone of these weights: -o detector.backbone.name=NAME."
     try:
-        found = convert(source.read(), model)
-        misfits = [key for key, value in own.items() if key not in found or found[key].shape != value.shape]
+        converted = convert(weights, model)
     except (KeyError, AttributeError, RuntimeError, ValueError) as error:
-        misfits = [f"{type(error).__name__}: {error}"]
-    if misfits:
-        raise UserError(
-            f"{source.file}: its weights do not fit backbone {name}: {misfits[0]}",
-            "Name weights of this backbone, or the backbone of these weights: -o detector.backbone.name=NAME.",
-        )
-    model.load_state_dict({key: found[key] for key in own})
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source.about}: its weights do not fit {network}: {what}", remedy) from error
+    fill_by_name(model, converted, source, network, remedy)

@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detrellis.errors import UserError
-from detrellis.nn.backbone import Backbone, Frozen, published
+from detrellis.nn.backbone import Backbone, Frozen, fill_by_name, published
 from detrellis.nn.pretrained import Source
 
 EPS = 1e-6  # of all norms
@@ -120,16 +119,8 @@ class WindowViT(Backbone):
         Patches and positions are resized to this ViT's, and later blocks than it has left out. `UserError` where
         something is missing or has another shape.
         """
-        found, own = _renamed(published(name, source), self.embedding), self.state_dict()
-        for key, value in own.items():
-            given = found.get(key)
-            if given is None or given.shape != value.shape:
-                what = "is missing" if given is None else f"is {tuple(given.shape)} there and {tuple(value.shape)} here"
-                raise UserError(
-                    f"{source.about}: its weights do not fit this ViT: {key} {what}",
-                    "Name weights of a ViT of this style, width and depth: -o detector.backbone.weights=FILE.",
-                )
-        self.load_state_dict({key: found[key] for key in own})
+        remedy = "Name weights of a ViT of this style, width and depth: -o detector.backbone.weights=FILE."
+        fill_by_name(self, _renamed(published(name, source), self.embedding), source, "this ViT", remedy)
 
     def _split(self, tokens: Tensor) -> Tensor:
         """`(B, h, w, C)` to windows `(B * windows^2, n, C)`, each with its class token first."""

@@ -25,6 +25,7 @@ class BackboneConfig(Config):
     """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`, ...), or any timm
     model with feature maps."""
 
+    pyramid: ClassVar[bool] = False  # whether its one map becomes several in the neck
     kind: Literal["hierarchical"] = "hierarchical"
     name: str = "resnet50"
     pretrained: bool = True
@@ -53,6 +54,7 @@ class WindowViTConfig(Config):
     """A plain ViT, whose maps have one stride, with attention within windows in some blocks (LW-DETR, RF-DETR)."""
 
     dilation: ClassVar[bool] = False
+    pyramid: ClassVar[bool] = False
     kind: Literal["window_vit"] = "window_vit"
     pretrained: bool = True
     weights: Key | None = None  # local file of pretrained weights; None: those of
@@ -83,6 +85,7 @@ class EvaViTConfig(Config):
     feed-forward blocks. Its one map of stride 16 becomes several by the simple feature pyramid, in the neck."""
 
     dilation: ClassVar[bool] = False
+    pyramid: ClassVar[bool] = True
     kind: Literal["eva02"] = "eva02"
     pretrained: bool = True
     weights: Key | None = None  # local file of pretrained weights, EVA-02's or timm's; None: those of
@@ -109,6 +112,7 @@ class TimmViTConfig(Config):
     size are resampled. Its one map becomes several by the simple feature pyramid, in the neck."""
 
     dilation: ClassVar[bool] = False
+    pyramid: ClassVar[bool] = True
     kind: Literal["timm_vit"] = "timm_vit"
     name: Key = "vit_small_patch14_dinov2.lvd142m"
     pretrained: bool = True

@@ -257,6 +257,6 @@ class DetectorConfig(Config):
         holds = {"sigmoid_scores": scores, "box_queries": boxes, "proposals": self.two_stage}
         holds |= {"boxes_alone": self.masks is None, "cross_first": self.decoder.cross_first}
         decoder = self.decoder
-        more = (self.masks, decoder.distributions, decoder.distinct) != (None, None, None)
-        holds["plain_layers"] = not (more or decoder.relation or decoder.ranked)
+        more = decoder.distributions or decoder.distinct is not None or decoder.relation or decoder.ranked
+        holds["plain_layers"] = self.masks is None and not more
         return frozenset(name for name, held in holds.items() if held)

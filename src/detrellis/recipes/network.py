@@ -57,7 +57,7 @@ from detrellis.recipes.refuse import refuse_network
 
 def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     """From the backbone's maps to a memory."""
-    if config.backbone.kind in ("eva02", "timm_vit"):
+    if config.backbone.pyramid:
         width, strides = config.memory_width, config.backbone.strides
         inner = build_map_neck(config, [width] * len(strides), projected=False)
         return PyramidNeck(SimplePyramid(channels[-1], width, strides), inner)

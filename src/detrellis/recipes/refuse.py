@@ -391,6 +391,6 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 def _normed(config: DetectorConfig) -> bool:
     """Whether the neck has GroupNorm: of one map only where it is asked to, of a pyramid's in coarser levels only."""
     encoder = config.encoder
-    if config.backbone.kind in ("eva02", "timm_vit") and encoder.levels == len(config.backbone.strides) > 1:
+    if config.backbone.pyramid and encoder.levels == len(config.backbone.strides) > 1:
         return False
     return encoder.kind not in ("hybrid", "projector") and (encoder.kind != "dense" or encoder.neck_norm)

@@ -182,7 +182,7 @@ def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     backbone = config.backbone
     found = [
         (
-            config.masks is not None and backbone.kind in ("eva02", "timm_vit"),
+            config.masks is not None and backbone.pyramid,
             f"masks are read from a backbone's map of stride 4, which backbone.kind={backbone.kind} has not",
             "Take -o detector.masks=null, or -o detector.backbone.kind=hierarchical.",
         )

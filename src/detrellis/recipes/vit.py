@@ -1,4 +1,4 @@
-"""Co-DETR's ViT-L systems (Tables 5 and 6): Co-DINO on EVA-02's ViT-L, pretrained on Objects365, for COCO and LVIS."""
+"""Co-DETR's large systems (Tables 5 and 6): Co-DINO on EVA-02's ViT-L or a Swin-L, from Objects365 to COCO and LVIS."""
 
 from __future__ import annotations
 
