@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from detrellis.predictions.record import Prediction
 from detrellis.serving.batcher import Batcher
 from detrellis.serving.detector import Served, open_served
 from detrellis.serving.run import _listening, serve
+from detrellis.signals import interrupting
 from tests.predictions.conftest import picture
 
 pytest.importorskip("fastapi")
@@ -205,6 +208,36 @@ def test_too_many_wait_elsewhere_and_those_inside_are_answered_at_the_end() -> N
         released.set()
         assert inside.result(30)[0] == 200
     server.close()
+
+
+def test_a_second_ctrl_c_waits_for_no_request_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entered, released, address = threading.Event(), threading.Event(), []
+
+    def slow(pictures: Sequence[Tensor]) -> list[Prediction]:
+        entered.set()
+        assert released.wait(30)
+        return predictions(pictures)
+
+    def interrupt() -> None:
+        connection = http.client.HTTPConnection(address[0].removeprefix("http://"), timeout=60)
+        connection.request("POST", "/predict", jpeg())
+        assert entered.wait(30)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        released.set()
+
+    def started(at: str) -> None:
+        address.append(at)
+        pool.submit(interrupt)
+
+    monkeypatch.setattr("detrellis.serving.run.open_served", lambda *_: Served(slow, "slow", CLASSES, [0.5, 0.5]))
+    with ThreadPoolExecutor(1) as pool, interrupting(), pytest.raises(KeyboardInterrupt):
+        serve("a run", port=0, started=started)
+    assert entered.is_set()
+    assert not [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
 
 
 def test_pictures_that_come_together_go_through_together() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +63,8 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        with suppress(asyncio.CancelledError):  # by a second Ctrl-C, which does not wait for requests
+            yield
         await run_in_threadpool(batcher.close)
 
     app = FastAPI(title="Detrellis", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +51,15 @@ def serve(
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS
         )
+        logging.getLogger("uvicorn.error").addFilter(_no_cancellation)
         number = listener.getsockname()[1]
         started(f"http://{f'[{host}]' if ':' in host else host}:{number}")
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _no_cancellation(record: logging.LogRecord) -> bool:
+    """Not what uvicorn says of requests that a second Ctrl-C has cancelled."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _listening(host: str, port: int) -> socket.socket:
