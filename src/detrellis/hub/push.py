@@ -11,7 +11,6 @@ Nothing else is sent: no pictures, no annotations, no log, and no path of this m
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from detrellis.errors import UserError
 from detrellis.hub.modelcard import model_card
 from detrellis.interop.files import HUB, OURS
 from detrellis.interop.load import is_foreign
-from detrellis.report.write import is_ours, report_names
+from detrellis.report.write import is_ours, stored_report
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -68,7 +67,8 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         save_weights(Path(folder, OURS), weights, clean)
         Path(folder, "recipe.json").write_text(clean.recipe.model_dump_json(indent=1), encoding="utf-8")
-        text = model_card(clean, report_of(file, card), repository, licence, sum(w.numel() for w in weights.values()))
+        report = stored_report(file, card) if is_ours(file) else {}
+        text = model_card(clean, report, repository, licence, sum(w.numel() for w in weights.values()))
         Path(folder, "README.md").write_text(text, encoding="utf-8")
         _upload(folder, repository, not public, message or f"{card.recipe.name} after {card.epoch} epochs")
         names = tuple(sorted(path.name for path in Path(folder).iterdir()))
@@ -80,17 +80,6 @@ def without_paths(card: Card) -> Card:
     public = {name: value for name in ("weights", "boxes") if (value := getattr(card, name)) and value.startswith(HUB)}
     gone: dict[str, Any] = {"weights": None, "boxes": None, "backbone": None, "data": {}, "changes": ()}
     return replace(card, recipe=card.recipe.untrained(), **gone | public)
-
-
-def report_of(file: Path, card: Card) -> dict[str, Any]:
-    """The report of these weights, `report.json` beside them; empty where there is none, or it is of other weights."""
-    if not is_ours(file):
-        return {}
-    try:
-        report = json.loads((file.parent / report_names("val")[1]).read_text(encoding="utf-8"))
-        return dict(report) if (report["epoch"], report["step"]) == (card.epoch, card.step) else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def _upload(folder: str, repository: str, private: bool, message: str) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from detrellis.data.classes import ClassMap
-from detrellis.data.files import read_object
 from detrellis.engine.checkpoint import Card, metadata_of
 from detrellis.errors import UserError, command
-from detrellis.report.write import is_ours, report_names
+from detrellis.report.write import is_ours, report_names, stored_report
 
 
 def class_thresholds(weights: str | Path, classes: ClassMap) -> tuple[float, ...]:
@@ -20,20 +19,16 @@ def class_thresholds(weights: str | Path, classes: ClassMap) -> tuple[float, ...
     file = Path(weights)
     if not is_ours(file):
         raise UserError(f"{weights}: --threshold auto wants weights of a run", "Give a number: --threshold 0.4.")
-    numbers = file.parent / report_names("val")[1]
-    remedy = f"Make one: {command('eval', file)}"
+    numbers, card = file.parent / report_names("val")[1], Card.from_metadata(metadata_of(file), file)
     try:
-        report = read_object(numbers)
-        position = (report["epoch"], report["step"])
+        report = stored_report(file, card)
         best = {row["name"]: row["best"]["threshold"] for row in report["diagnosis"]["classes"]}
         of_all = report["diagnosis"]["best"]["threshold"]
         if not all(value is None or 0 <= value <= 1 for value in (of_all, *best.values())):
             raise ValueError("no scores")
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{numbers}: no report with thresholds", remedy) from None
-    card = Card.from_metadata(metadata_of(file), file)
-    if position != (card.epoch, card.step):
-        raise UserError(f"{numbers}: of epoch {position[0]}, and these weights are of epoch {card.epoch}", remedy)
+        message = f"{numbers}: no report with thresholds of these weights, of epoch {card.epoch}"
+        raise UserError(message, f"Make one: {command('eval', file)}") from None
     if of_all is None:
         raise UserError(f"{numbers}: no threshold, since nothing was detected", "Give a number: --threshold 0.3.")
     known = (best.get(name) for name in classes.names)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
 from detrellis.engine.checkpoint import BEST, BEST_FOLDER, Card, metadata_of
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
@@ -162,17 +163,21 @@ def is_ours(weights: Path | None) -> bool:
     return weights is not None and weights.suffix == ".safetensors" and weights.parent.name not in KEPT_IN
 
 
+def stored_report(weights: Path, card: Card) -> dict[str, Any]:
+    """What `report.json` beside a run's weights holds; empty where there is none, or it is of other weights."""
+    try:
+        report = read_object(weights.parent / report_names("val")[1])
+    except UserError:
+        return {}
+    return report if (report.get("epoch"), report.get("step")) == (card.epoch, card.step) else {}
+
+
 def is_missing(run: Path, validation: Annotations | None) -> bool:
     """Whether a finished run has no report of its best weights, though its validation split allows one."""
     best = metadata_of(run / BEST)
     if best is None or validation is None or validation.federation is not None:
         return False
-    card = Card.from_metadata(best, run / BEST)
-    try:
-        report = json.loads((run / report_names("val")[1]).read_text(encoding="utf-8"))
-        return (report["epoch"], report["step"]) != (card.epoch, card.step)
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
+    return not stored_report(run / BEST, Card.from_metadata(best, run / BEST))
 
 
 def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card) -> None:
