@@ -49,7 +49,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 
 @pytest.fixture
-def own(model: Model, tmp_path: Path) -> Path:
+def finished(model: Model, tmp_path: Path) -> Path:
     """A run whose card holds every path that one may hold, with a report."""
     data = {"kind": "coco", "folder": SECRET, "splits": {}}
     changes = [{"epoch": 1, "step": 3, "data": data}]
@@ -66,15 +66,15 @@ def own(model: Model, tmp_path: Path) -> Path:
     return run
 
 
-def test_what_is_sent(own: Path, remote: Hub) -> None:
-    done = push(own, "hf:my-org/cells", licence="apache-2.0")
-    assert remote.made == {"my-org/cells": {"private": True, "exist_ok": True, "message": done_message(own)}}
+def test_what_is_sent(finished: Path, remote: Hub) -> None:
+    done = push(finished, "hf:my-org/cells", licence="apache-2.0")
+    assert remote.made == {"my-org/cells": {"private": True, "exist_ok": True, "message": done_message(finished)}}
     sent = remote.folder / "my-org" / "cells"
     assert (
         sorted(p.name for p in sent.iterdir()) == list(done.files) == ["README.md", "model.safetensors", "recipe.json"]
     )
     assert SECRET.encode() not in b"".join(path.read_bytes() for path in sent.iterdir())
-    push(own, "my-org/open", public=True, message="first")
+    push(finished, "my-org/open", public=True, message="first")
     assert remote.made["my-org/open"] == {"private": False, "exist_ok": True, "message": "first"}
 
 
@@ -82,8 +82,8 @@ def done_message(run: Path) -> str:
     return f"{load_weights(run)[1].recipe.name} after 4 epochs"
 
 
-def test_the_model_card(own: Path, remote: Hub) -> None:
-    push(own, "my-org/cells", licence="mit")
+def test_the_model_card(finished: Path, remote: Hub) -> None:
+    push(finished, "my-org/cells", licence="mit")
     text = (remote.folder / "my-org" / "cells" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     said = yaml.safe_load(front)
@@ -96,9 +96,19 @@ def test_the_model_card(own: Path, remote: Hub) -> None:
     assert "| 3 | bird \\# big | - | - |" in body
 
 
-def test_a_card_says_no_more_than_is_known(own: Path, remote: Hub) -> None:
-    (own / "report.json").unlink()
-    push(own, "my-org/cells")
+def test_the_accuracy_of_masks_is_called_so(finished: Path, remote: Hub) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    report["result"]["of"] = "mask"
+    (finished / "report.json").write_text(json.dumps(report))
+    push(finished, "my-org/cells")
+    text = (remote.folder / "my-org" / "cells" / "README.md").read_text()
+    assert "name: mask AP50" in text
+    assert "IoU of each mask" in text
+
+
+def test_a_card_says_no_more_than_is_known(finished: Path, remote: Hub) -> None:
+    (finished / "report.json").unlink()
+    push(finished, "my-org/cells")
     text = (remote.folder / "my-org" / "cells" / "README.md").read_text()
     assert "license" not in text
     wanted = ("No licence has been chosen", "| AP | 50.0 |", "Nothing is known of the data")
@@ -107,9 +117,9 @@ def test_a_card_says_no_more_than_is_known(own: Path, remote: Hub) -> None:
 
 
 def test_pushed_weights_are_loaded_from_the_cache_offline(
-    own: Path, remote: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, remote: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push(own, "my-org/cells")
+    push(finished, "my-org/cells")
     # The cache as huggingface_hub leaves it, and no network.
     cached = tmp_path / "cache" / "models--my-org--cells"
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -120,17 +130,17 @@ def test_pushed_weights_are_loaded_from_the_cache_offline(
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     model = detrellis.load("hf:my-org/cells")
     assert model.classes.names == NAMES
-    weights, _ = load_weights(own)
+    weights, _ = load_weights(finished)
     loaded = model.detector.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
     with pytest.raises(UserError, match="hf:my-org/other cannot be fetched"):
         detrellis.load("hf:my-org/other")
 
 
-def test_a_token_is_never_printed(own: Path, remote: Hub) -> None:
+def test_a_token_is_never_printed(finished: Path, remote: Hub) -> None:
     remote.raises = OSError("401 for Bearer hf_AbCdEf123 (token hf_AbCdEf123)")
     with pytest.raises(UserError) as told:
-        push(own, "my-org/cells")
+        push(finished, "my-org/cells")
     assert "AbCdEf" not in str(told.value)
     assert "hf auth login" in told.value.remedy
 
@@ -139,9 +149,9 @@ def test_a_token_is_never_printed(own: Path, remote: Hub) -> None:
     ("repository", "options", "message"),
     [("cells", {}, "organisation/name"), ("a/b/c", {}, "organisation/name"), ("a/b", {"licence": "My own"}, "licence")],
 )
-def test_names_are_checked(own: Path, remote: Hub, repository: str, options: dict[str, str], message: str) -> None:
+def test_names_are_checked(finished: Path, remote: Hub, repository: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        push(own, repository, **options)
+        push(finished, repository, **options)
     assert remote.made == {}
 
 

@@ -20,11 +20,13 @@ def model_card(card: Card, report: Mapping[str, Any], repository: str, licence: 
     """
     result = report.get("result") or {}
     stats = result.get("stats") or card.stats or {}
+    of = result.get("of") or ("mask" if card.recipe.needs_bitmaps else "box")
+    front = yaml.safe_dump(_front(card, stats, of, repository, licence), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{yaml.safe_dump(_front(card, stats, repository, licence), sort_keys=False, allow_unicode=True)}---\n",
+        f"---\n{front}---\n",
         f"# {_text(repository.split('/')[1])}\n",
         f"{_about(card, parameters)}\n",
-        _section("Accuracy", _accuracy(stats, result)),
+        _section("Accuracy", _accuracy(stats, of, result)),
         _section("Use", _use(repository)),
         _section("Classes", _classes(card, result)),
         _section("Data", _data(report)),
@@ -34,12 +36,14 @@ def model_card(card: Card, report: Mapping[str, Any], repository: str, licence: 
     return "\n".join(parts)
 
 
-def _front(card: Card, stats: Mapping[str, float | None], repository: str, licence: str | None) -> dict[str, Any]:
+def _front(
+    card: Card, stats: Mapping[str, float | None], of: str, repository: str, licence: str | None
+) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "detrellis", "pipeline_tag": "object-detection"}
     front |= {"license": licence} if licence else {}
     front |= {"tags": ["object-detection", "detr", card.recipe.name]}
     metrics = [
-        {"type": name.lower(), "name": f"box {name}", "value": round(100 * value, 1)}
+        {"type": name.lower(), "name": f"{of} {name}", "value": round(100 * value, 1)}
         for name in ("AP", "AP50", "AP75")
         if (value := stats.get(name)) is not None
     ]
@@ -58,13 +62,13 @@ def _about(card: Card, parameters: int) -> str:
     )
 
 
-def _accuracy(stats: Mapping[str, float | None], result: Mapping[str, Any]) -> str:
+def _accuracy(stats: Mapping[str, float | None], of: str, result: Mapping[str, Any]) -> str:
     known = {name: value for name, value in stats.items() if value is not None}
     if not known:
         return "These weights have not been evaluated."
     rows = [(name, f"{100 * value:.1f}") for name, value in known.items()]
     interval = result.get("ap_interval")
-    said = "On the validation split, after COCO, in percent."
+    said = f"On the validation split, after COCO, by the IoU of each {of}, in percent."
     if interval is not None:
         said += f" AP is {100 * known['AP']:.1f} ± {100 * interval:.1f}: the 95 % interval over images like these."
     return f"{said}\n\n{_table(('', 'value'), rows)}"
