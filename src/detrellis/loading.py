@@ -51,9 +51,15 @@ def load(source: str | Path, *, classes: ClassMap | Classes | None = None, devic
     return Model(build(recipe, len(classes)).detector.to(target).eval(), recipe, classes, target)
 
 
+def trained(run: str | Path) -> str | Path:
+    """The weights file of a run, or somebody else's checkpoint as it was named. Raises `UserError` for a recipe's name:
+    it would predict with random weights."""
+    return run if is_foreign(run) else find_weights(Path(run))
+
+
 def load_trained(run: str | Path, device: str | None) -> Model:
-    """As `load`, but no recipe's name: it would predict with random weights."""
-    return load(run if is_foreign(run) else find_weights(Path(run)), device=device)
+    """As `load`, of what is `trained` alone."""
+    return load(trained(run), device=device)
 
 
 class OpenedSplit(NamedTuple):

@@ -11,7 +11,6 @@ import torch
 
 from detrellis.arguments import checked
 from detrellis.distributed import World
-from detrellis.engine.checkpoint import find_weights
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
 from detrellis.exported import ExportedDetector
@@ -19,7 +18,7 @@ from detrellis.exporting.verify import Verification, compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, Exported, ExportFormat, write
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
-from detrellis.loading import load_trained, open_split
+from detrellis.loading import load_trained, open_split, trained
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def export(
     model = load_trained(run, "cpu")
     if isinstance(model.detector, ExportedDetector):
         raise UserError(f"{run}: it is exported already", "Give the run that it was made from.")
-    card = load_any(run if is_foreign(run) else find_weights(Path(run)))[1]
+    card = load_any(trained(run))[1]
     if out is None:
         if is_foreign(run):
             raise UserError(f"{run}: no folder to write to", f"Say where: --out model{SUFFIXES[format]}.")
@@ -70,7 +69,7 @@ def export(
         raise UserError(
             "--verify with --format torch", "It runs what ONNX Runtime or OpenVINO executes: --format onnx."
         )
-    protected = find_weights(Path(run)) if not is_foreign(run) else Path(run)
+    protected = Path(trained(run))
     done = write(model, card, Path(out), format_=format, size=size, detections=detections, fp16=fp16, run=protected)
     if verify is None:
         return ExportResult(done, None)

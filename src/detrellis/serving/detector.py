@@ -10,9 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import find_weights
-from detrellis.interop.load import is_foreign
-from detrellis.loading import load
+from detrellis.loading import load, trained
 from detrellis.predictions.inputs import find_pictures
 from detrellis.predictions.record import Prediction, collect_predictions
 from detrellis.report.thresholds import class_thresholds
@@ -33,7 +31,7 @@ def open_served(
     run: str | Path, threshold: float | Literal["auto"], nms: float | None = None, device: str | None = None
 ) -> Served:
     """Load a run, or whatever else `load` takes that is trained."""
-    place = run if is_foreign(run) else find_weights(Path(run))
+    place = trained(run)
     model = load(place, device=device).fused()
     count = len(model.classes)
     thresholds = class_thresholds(place, model.classes) if threshold == "auto" else [threshold] * count

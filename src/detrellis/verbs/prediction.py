@@ -6,11 +6,9 @@ import contextlib
 from pathlib import Path
 
 from detrellis.arguments import Auto, BatchSize, Iou, LabelFormat, Score, checked
-from detrellis.engine.checkpoint import find_weights
 from detrellis.engine.console import track
 from detrellis.errors import UserError
-from detrellis.interop.load import is_foreign
-from detrellis.loading import load
+from detrellis.loading import load, trained
 from detrellis.predictions.inputs import Pictures, find_pictures, without_repeats
 from detrellis.predictions.record import OnError, Predictions, collect_predictions
 from detrellis.predictions.save import PredictionFolder
@@ -53,7 +51,7 @@ def predict(
     to `out/crops/CLASS`. A file that is found in several ways is looked at once. Raises `UserError`
     before any work where an input, or what no earlier call made, would be overwritten.
     """
-    place = run if is_foreign(run) else find_weights(Path(run))
+    place = trained(run)
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     if out is None and (format or crops or txt):
         raise UserError("files are to be written, and no folder is named", "Say where: out=FOLDER.")
