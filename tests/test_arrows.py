@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "distributed", "outputs", "errors"),
     },
     "webpage": set(),
-    "report": {"data", "engine", "predictions", "outputs", "errors", "visualize", "version", "webpage"},
+    "report": {"data", "engine", "predictions", "arguments", "outputs", "errors", "visualize", "version", "webpage"},
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
         *("types", "boxes", "rle", "nn", "postprocess", "detector", "training", "data", "recipes", "visualize"),

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.engine.checkpoint import Card, load_whole, save_weights
 from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs
+from detrellis.predictions.tiles import Tiling
 from detrellis.recipes import find_recipe
 from detrellis.report.diagnose import diagnose, operating_point
 from detrellis.report.thresholds import class_thresholds
-from detrellis.report.write import write_report
+from detrellis.report.write import evaluation_command, write_report
 from detrellis.types import Detections
 from tests.small import small
 
@@ -156,6 +159,32 @@ def test_the_page_stands_alone_and_escapes(planted: tuple[CocoEvaluator, set[int
     assert len(text) < 3e6
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["diagnosis"]["label_errors_found"] >= 8
+
+
+def test_a_report_names_the_command_that_repeats_it() -> None:
+    assert evaluation_command("run", EvalOptions(), "coco") == "detrellis eval run"
+    options = EvalOptions(data="d", split="test", skip_bad="boxes")
+    tiled = evaluation_command("run", options, "masks", nms=0.5, tiling=Tiling(640, 0.1, full=False))
+    assert tiled == (
+        "detrellis eval run --data d --nms 0.5 --metric masks --split test --tiles 640 --overlap 0.1"
+        " --tiles-only --skip-bad --keep-partial"
+    )
+    assert evaluation_command("run", EvalOptions(), "coco", tta=True) == "detrellis eval run --tta"
+    assert evaluation_command("run", EvalOptions(), "coco", tta="64,flip").endswith("--tta-views 64,flip")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": "masks", "tta": True}, "--tta merges boxes"),
+        ({"metric": "voc", "report": "here"}, "--report and --metric voc"),
+        ({"tiles": 64, "tta": True}, "both views"),
+    ],
+)
+def test_what_no_evaluation_can_do_is_refused_before_it(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.safetensors").touch()  # not even the weights are opened
+    with pytest.raises(UserError, match=message):
+        api.evaluate(tmp_path / "run.safetensors", **given)
 
 
 def test_predict_takes_the_stored_thresholds(shapes: Path, tmp_path: Path) -> None:

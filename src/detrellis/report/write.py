@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from detrellis.arguments import Metric
 from detrellis.data.annotations import Annotations
 from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
 from detrellis.engine.checkpoint import BEST, BEST_FOLDER, Card, metadata_of
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.console import duration
+from detrellis.engine.evaluate import EvalOptions
 from detrellis.engine.log import read_records
 from detrellis.errors import UserError, command
 from detrellis.outputs import Outputs
 from detrellis.predictions.model import Model
+from detrellis.predictions.tiles import Tiling
 from detrellis.report.diagnose import diagnose
 from detrellis.report.gallery import galleries
 from detrellis.report.page import page
@@ -73,11 +76,29 @@ def write_report(
     return replace(result, report=str(outputs.write(html, page(shown))))
 
 
-def evaluation_command(run: str | Path, data: object, val: object, nms: object, split: str) -> str:
-    """What repeats an evaluation."""
-    folder = data.folder if isinstance(data, DataSource) else data
-    given = {"--data": folder, "--val": val, "--nms": nms, "--split": None if split == "val" else split}
-    return command("eval", run, *(word for pair in given.items() if pair[1] is not None for word in pair))
+def evaluation_command(
+    run: str | Path,
+    options: EvalOptions,
+    metric: Metric,
+    nms: float | None = None,
+    tta: bool | str = False,
+    tiling: Tiling | None = None,
+) -> str:
+    """The command line that repeats an evaluation; what is as by default is left out."""
+    data = options.data.folder if isinstance(options.data, DataSource) else options.data
+    given = {"--data": data, "--val": options.val, "--val-images": options.val_images, "--nms": nms}
+    given |= {"--metric": None if metric == "coco" else metric}
+    given |= {"--split": None if options.split == "val" else options.split}
+    given |= {"--tta-views": tta if isinstance(tta, str) else None}
+    given |= {} if tiling is None else {"--tiles": tiling.size, "--overlap": tiling.overlap}
+    flags = {
+        "--tta": tta is True,
+        "--tiles-only": tiling is not None and not tiling.full,
+        "--skip-bad": options.skip_bad,
+        "--keep-partial": options.skip_bad == "boxes",
+    }
+    words = [word for pair in given.items() if pair[1] is not None for word in pair]
+    return command("eval", run, *words, *(flag for flag, on in flags.items() if on))
 
 
 def _history(log: Path) -> tuple[Epoch, ...]:
@@ -186,7 +207,8 @@ def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvalu
         result = evaluator.compute(resample=True, of=evaluator.kind)
         outputs = Outputs(folder)
         outputs.ready(report_names("val"))
-        done = write_report(outputs, evaluator, result, card, command("eval", folder), "val")
+        again = evaluation_command(folder, EvalOptions(), "masks" if result.of == "mask" else "coco")
+        done = write_report(outputs, evaluator, result, card, again, "val")
         if done.report is not None:
             say(f"What goes wrong, and where: {done.report}")
     except Exception as error:  # whatever it is: the run is trained and saved

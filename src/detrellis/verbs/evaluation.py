@@ -65,14 +65,11 @@ def evaluate(
         outputs.ready([Path(results or "").name], inputs=[run])
     weights = None if is_foreign(run) else find_weights(Path(run))
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
-    if tiling is not None:
-        one_way(tta)
+    _refuse(metric, report is not None, tta, tiling)
     own = data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
     page = reporting.report_outputs(weights if own else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
-        if tta and metric == "masks":
-            raise UserError("--tta merges boxes, and --metric masks compares masks", "Leave one of them out.")
         masked, shown = metric == "masks", progress and world.is_main_process
         truth = run_lengths(opened.annotations) if masked else None  # says what lacks a mask before any work
         evaluator = _evaluated(opened, options, world, (nms, tta, tiling), truth, shown)
@@ -84,8 +81,19 @@ def evaluate(
         result = replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
         if page is None or not world.is_main_process:
             return result
-        card, again = reporting.card_of(weights, opened.model), reporting.evaluation_command(run, data, val, nms, split)
+        card = reporting.card_of(weights, opened.model)
+        again = reporting.evaluation_command(run, options, metric, nms, tta, tiling)
         return reporting.write_report(page, evaluator, result, card, again, split)
+
+
+def _refuse(metric: Metric, reports: bool, tta: bool | str, tiling: Tiling | None) -> None:
+    """Raises `UserError` for arguments that cannot be combined."""
+    if tiling is not None:
+        one_way(tta)
+    if tta and metric == "masks":
+        raise UserError("--tta merges boxes, and --metric masks compares masks", "Leave one of them out.")
+    if reports and metric == "voc":
+        raise UserError("--report and --metric voc: a report is about COCO's metrics", "Leave one of them out.")
 
 
 def _evaluated(
