@@ -57,3 +57,7 @@ def test_the_branch_learns_by_the_error_that_is_named(scheme: str) -> None:
         rule = build(recipe, CLASSES).supervision.rule
     assert isinstance(rule, SetLoss)
     assert rule.iou_error is squared_error
+
+
+def test_the_squared_error_is_that_of_probabilities() -> None:
+    assert squared_error(torch.tensor([0.0, 0.0]), torch.tensor([0.5, 1.0])).tolist() == [0, 0.25]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from detrellis.errors import UserError
+from detrellis.matching import Hungarian
 from detrellis.nn.decoder import Decoder
 from detrellis.recipes.build import build
 
@@ -22,6 +23,17 @@ def test_layers_get_what_the_two_before_them_handed_on() -> None:
     tasks = scheme.after(step, {"main": output})
     assert [task.match.copies for task in tasks] == [1, 2, 4, 7, 12]  # and the main one: 2, 3, 5, 8, 13
     assert [len(task.match.output.boxes) for task in tasks] == [1] * 5
+
+
+@torch.no_grad()
+def test_layers_are_matched_as_the_main_set_is_there() -> None:
+    """With several queries for each object in all layers but the last."""
+    model = build(small("tiny").with_schemes(["none", "align=4", "sqr"]).override("detector.decoder.layers=3"), CLASSES)
+    step = begin(model)
+    (scheme,) = (scheme for scheme in model.training_schemes if scheme.name == "sqr")
+    tasks = scheme.after(step, {"main": decoded(model.detector, step.memory)})
+    rules = [task.match.assign for task in tasks]
+    assert [rule.candidates.last for rule in rules if isinstance(rule, Hungarian)] == [4, 1]
 
 
 @pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50", "conditional_detr_r50"])

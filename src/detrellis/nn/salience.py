@@ -4,7 +4,8 @@ ICCV 2023).
 From the coarsest level to the finest a small network says how salient each token is, told what the level before said.
 The best of each level (Salience-DETR), or of all levels (Focus-DETR), are the encoder's queries, fewer from layer to
 layer; all tokens, as they were before the encoder, are what they read. Among those whose class and salience promise
-most there is dense attention first. What is never refined gets a learned background embedding (Salience-DETR).
+most there is dense attention first. What the last layer does not refine gets a learned background embedding
+(Salience-DETR).
 
 Salience is read off the states of the proposal head, and promise off its classes: it needs a two-stage detector. What
 the tokens learn stands in `detrellis/salience.py`.
@@ -84,9 +85,9 @@ class BackgroundEmbedding(nn.Module):
 class SalienceEncoder(nn.Module):
     """A stack of layers for the salient tokens.
 
-    `promising`: dense attention for each layer. `of_levels`: the part of each level's tokens that is refined, finest
-    first, the last one of all further levels too; or one number, the part of all tokens. `of_layers`: the part of those
-    in each layer, likewise.
+    `promising`: dense attention for each layer. `level_ratios`: the part of each level's tokens that is refined, finest
+    first, the last one of all further levels too; or one number, the part of all tokens. `layer_ratios`: the part of
+    those in each layer, likewise.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class SalienceEncoder(nn.Module):
         width: int,
         levels: int,
         *,
-        of_levels: Sequence[float] | float,
-        of_layers: Sequence[float],
+        level_ratios: Sequence[float] | float,
+        layer_ratios: Sequence[float],
         background: bool,
         dropout: float = 0.0,
     ) -> None:
@@ -108,7 +109,7 @@ class SalienceEncoder(nn.Module):
         self.predictor = SaliencePredictor(width)
         self.alpha = nn.Parameter(torch.empty(levels - 1).uniform_(-0.3, 0.3))
         self.background = BackgroundEmbedding(width) if background else None
-        self.of_levels, self.of_layers = of_levels, list(of_layers)
+        self.level_ratios, self.layer_ratios = level_ratios, list(layer_ratios)
 
     def forward(self, memory: Memory, head: ProposalHead) -> Memory:
         """The memory with refined tokens, and how salient each is; `head` proposes boxes from it later."""
@@ -119,9 +120,9 @@ class SalienceEncoder(nn.Module):
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
             # The layer's queries, of which those beyond an image's own are computed for nothing.
-            share = self.of_layers[min(i, len(self.of_layers) - 1)]
-            index = kept.order[:, : max(int(share * kept.order.shape[1]), 1)]
-            used = None if kept.counts is None else _first(index, (share * kept.counts).floor().clamp(min=1))
+            ratio = self.layer_ratios[min(i, len(self.layer_ratios) - 1)]
+            index = kept.order[:, : max(int(ratio * kept.order.shape[1]), 1)]
+            used = None if kept.counts is None else _first(index, (ratio * kept.counts).floor().clamp(min=1))
             x, where = select(tokens, index), Spatial(select(position, index), select(centres, index))
             # Dense attention among the promising ones, then what all of them read.
             promise = head.classify(x).detach().amax(-1).sigmoid() * salience.detach().gather(1, index).sigmoid()
@@ -153,25 +154,25 @@ class SalienceEncoder(nn.Module):
     def keep(self, salience: Tensor, memory: Memory) -> Kept:
         """Which tokens are refined, by `salience (B, S)`: the best of each level, or of all."""
         sizes = [height * width for height, width in memory.shapes]
-        shares = self.of_levels
-        if isinstance(shares, float | int):
-            sizes, shares = [sum(sizes)], [shares]
-        found, scores, counts = [], [], []
+        ratios = self.level_ratios
+        if isinstance(ratios, float | int):
+            sizes, ratios = [sum(sizes)], [ratios]
+        indices, scores, counts = [], [], []
         padding = None if memory.padding is None else memory.padding.split(sizes, dim=1)
         for level, part in enumerate(salience.split(sizes, dim=1)):
-            share = shares[min(level, len(shares) - 1)]
+            ratio = ratios[min(level, len(ratios) - 1)]
             if padding is not None:
                 part = part.masked_fill(padding[level], -torch.inf)
                 valid = (~padding[level]).sum(1, keepdim=True)
-                counts.append((share * valid).floor().clamp(min=1).minimum(valid))
-            best = part.topk(max(int(share * sizes[level]), 1), dim=1)
+                counts.append((ratio * valid).floor().clamp(min=1).minimum(valid))
+            best = part.topk(max(int(ratio * sizes[level]), 1), dim=1)
             value = best.values
             if counts:
                 value = value.masked_fill(~_first(value, counts[-1]), -torch.inf)
-            found.append(best.indices + sum(sizes[:level]))
+            indices.append(best.indices + sum(sizes[:level]))
             scores.append(value)
         order = torch.cat(scores, dim=1).argsort(dim=1, descending=True, stable=True)
-        return Kept(torch.cat(found, dim=1).gather(1, order), sum(counts[1:], counts[0]) if counts else None)
+        return Kept(torch.cat(indices, dim=1).gather(1, order), sum(counts[1:], counts[0]) if counts else None)
 
     def _mixed(self, layer: int, x: Tensor, position: Tensor, promise: Tensor, used: Tensor | None) -> Tensor:
         """The tokens `x (B, N, D)` after dense attention among those of the highest `promise (B, N)`."""

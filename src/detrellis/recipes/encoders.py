@@ -36,10 +36,10 @@ class SalienceEncoderConfig(Config):
     points: Few = 4
     # the part of each level's tokens that is refined, finest first, the last of further levels too; or one number, the
     # part of all tokens (Focus-DETR)
-    of_levels: Part | Annotated[tuple[Part, ...], Some] = (0.25, 0.5, 1.0, 1.0)
-    of_layers: Annotated[tuple[Part, ...], Some] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)  # of those, in each layer
+    level_ratios: Part | Annotated[tuple[Part, ...], Some] = (0.25, 0.5, 1.0, 1.0)
+    layer_ratios: Annotated[tuple[Part, ...], Some] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)  # of those, in each layer
     targets: Literal["salience", "objects"] = "salience"  # how near to an object's centre; objects: inside one (Focus)
-    background: bool = True  # what is not refined gets a learned embedding; False: Focus-DETR
+    background: bool = True  # what the last layer does not refine gets a learned embedding; False: Focus-DETR
 
 
 class DenseEncoderConfig(Config):

@@ -149,7 +149,7 @@ def build_encoder(config: DetectorConfig) -> Encoder | SalienceEncoder:
     ]
     if encoder.kind == "salience":
         promising = [SelfAttention(width, encoder.heads, dropout=dropout) for _ in layers]
-        options = {name: getattr(encoder, name) for name in ("of_levels", "of_layers", "background")}
+        options = {name: getattr(encoder, name) for name in ("level_ratios", "layer_ratios", "background")}
         return SalienceEncoder(layers, promising, width, encoder.levels, dropout=dropout, **options)
     if encoder.kind == "deformable":
         fusion = MemoryFusion(width, len(layers)) if encoder.fusion else None

@@ -98,7 +98,7 @@ def cascade_dino_r50() -> Recipe:
     )
 
 
-def _salient(name: str, about: str, encoder: dict[str, Any], epochs: int, **queries: Any) -> Recipe:
+def _salient(name: str, about: str, encoder: dict[str, Any], **queries: Any) -> Recipe:
     """DINO whose encoder refines the tokens that matter, with heads of their own for each layer."""
     base = dino_r50()
     network = base.detector
@@ -107,21 +107,21 @@ def _salient(name: str, about: str, encoder: dict[str, Any], epochs: int, **quer
         queries=network.queries.replace(**queries),
         decoder=network.decoder.replace(shared_heads=False),
     )
-    schedule = ScheduleConfig(epochs=epochs, drops=(11 / 12,) if epochs == 12 else (30 / 36,))
-    return base.model_copy(update={"name": name, "about": about, "detector": detector, "schedule": schedule})
+    return base.replace(name=name, about=about, detector=detector)
 
 
 def salience_detr_r50() -> Recipe:
     """Salience-DETR. Its authors report AP 50.0."""
     queries = {"distinct": 0.3, "distinct_by": "cells"}
-    recipe = _salient("salience-detr-r50", "Salience-DETR, ResNet-50", {}, 12, **queries)
+    recipe = _salient("salience-detr-r50", "Salience-DETR, ResNet-50", {}, **queries)
     return recipe.replace(detector=recipe.detector.replace(position_temperature=10000.0, position_offset=-0.5))
 
 
 def focus_detr_r50() -> Recipe:
     """Focus-DETR, 36 epochs. Its authors report AP 50.4."""
-    encoder = {"of_levels": 0.5, "targets": "objects", "background": False}
-    return _salient("focus-detr-r50", "Focus-DETR, ResNet-50", encoder, 36)
+    encoder = {"level_ratios": 0.5, "targets": "objects", "background": False}
+    recipe = _salient("focus-detr-r50", "Focus-DETR, ResNet-50", encoder)
+    return recipe.replace(schedule=ScheduleConfig(epochs=36, drops=(30 / 36,)))
 
 
 RECIPES: Recipes = {
