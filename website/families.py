@@ -1,6 +1,6 @@
 """A page for each family of recipes: papers, parameters, multiply-adds, and published AP, from the recipes themselves.
 
-Sizes stand in `costs.json` with the digest of all that they follow from, and are measured anew where that has changed.
+Sizes stand in `costs.json` with the digest of all that they follow from; `store_costs` measures those that are missing.
 AP comes from the papers' tables that the package holds, and from `families.yml`, which names the paper.
 """
 
@@ -70,7 +70,7 @@ def _first_line(module: str) -> str:
 def published(recipe: str) -> list[Published]:
     """What papers say of this very recipe, by the number of epochs, each AP once."""
     found = [
-        Published(row.published["AP"], row.epochs or table.epochs, f"{paper.title.split(':')[0]}, {row.source}")
+        Published(row.published["AP"], row.epochs, f"{paper.title.split(':')[0]}, {row.source}")
         for paper in map(load_paper, papers())
         for table in paper.tables
         for row in table.rows
@@ -104,18 +104,21 @@ def _set(value: Any) -> Any:
     return {name: _set(v) for name, v in given.items() if name == "kind" or v != fields[name]}
 
 
-def cost(recipe: Recipe) -> dict[str, Any]:
-    """Parameters, multiply-adds and picture size at inference: as stored, or measured and stored."""
-    stored, key = costs(), digest(recipe)
-    if key not in stored:
-        stored[key] = measured(recipe)
-        COSTS.write_text(json.dumps(stored, indent=1) + "\n")
-    return stored[key]
+def store_costs() -> None:
+    """Write `costs.json` where recipes have changed: what is missing is measured, and what no recipe has is left out."""
+    networks = {digest(recipe): recipe for recipe in map(find_recipe, reversed(RECIPES))}
+    if costs().keys() == networks.keys():
+        return
+    kept = {key: size for key, size in costs().items() if key in networks}
+    new = {key: measured(recipe) for key, recipe in networks.items() if key not in kept}
+    COSTS.write_text(json.dumps(kept | new, indent=1) + "\n")
+    costs.cache_clear()
 
 
 @cache
 def costs() -> dict[str, dict[str, Any]]:
-    """What is stored, by digest: recipes that differ in training alone are one network."""
+    """Parameters, multiply-adds and picture size at inference by digest: recipes that differ in training alone are one
+    network."""
     return json.loads(COSTS.read_text()) if COSTS.exists() else {}
 
 
@@ -150,7 +153,7 @@ def _page(about: dict[str, Any], recipes: list[Recipe]) -> str:
 
 
 def _size(recipe: Recipe) -> str:
-    said = cost(recipe)
+    said = costs()[digest(recipe)]
     height, width = said["size"]
     return (
         f"| `{recipe.name}` | {said['parameters'] / 1e6:.1f} M | {said['gflops']:.4g} G | {width}x{height} | "

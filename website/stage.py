@@ -25,13 +25,15 @@ def stage(root: Path, out: Path) -> Path:
         _lay(source, pages / source.relative_to(root / "docs"), root)
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         _lay(root / name, pages / ABOVE[name], root)
-    generated = {**families.pages(), "cli.md": reference.cli_page(), "api.md": reference.api_page()}
+    families.store_costs()
+    recipes = families.pages()
+    generated = {**recipes, "cli.md": reference.cli_page(), "api.md": reference.api_page()}
     for name, text in generated.items():
         (pages / name).parent.mkdir(exist_ok=True)
         (pages / name).write_text(text, encoding="utf-8")
     shutil.copy(Path(__file__).with_name("site.css"), pages)
     config = yaml.safe_load(Path(__file__).with_name("config.yml").read_text(encoding="utf-8"))
-    config["nav"] = navigation(config["nav"], pages, list(families.pages()))
+    config["nav"] = navigation(config["nav"], pages, list(recipes))
     (out / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return out / "mkdocs.yml"
 
@@ -53,7 +55,8 @@ def _lay(source: Path, target: Path, root: Path) -> None:
 
 
 def relinked(text: str, source: Path, root: Path) -> str:
-    """The page's text with links as they are on the site: to files that are no pages only their names remain.
+    """The page's text with links as they are on the site: to files that are no pages only their names remain, and a page
+    that is called by its file's name is called by its title.
 
     A link that leads nowhere stays as it is, so that the build ends with it.
     """
@@ -72,7 +75,12 @@ def relinked(text: str, source: Path, root: Path) -> str:
             page = os.path.relpath(root / "docs" / above, here)
         else:
             return match["text"]
-        return f"{match['mark']}[{match['text']}]({page}{match['anchor'] or ''})"
+        text = _title(file) if match["text"] == file.name else match["text"]
+        return f"{match['mark']}[{text}]({page}{match['anchor'] or ''})"
 
     parts = FENCE.split(text)
     return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
+
+
+def _title(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -63,10 +64,10 @@ def test_a_link_that_leads_nowhere_is_a_problem(tmp_path: Path) -> None:
 def test_links_out_of_the_docs(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for name in ("CONTRIBUTING.md", "code.py", "docs/a.md", "docs/b.md"):
-        (tmp_path / name).write_text("")
-    text = "[c](../CONTRIBUTING.md) [s](../code.py) [b](b.md#x) [n](../none.md)\n```\n[s](../code.py)\n```\n"
+        (tmp_path / name).write_text("# The title\n\nText.\n")
+    text = "[c](../CONTRIBUTING.md) [s](../code.py) [b](b.md#x) [b.md](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
     assert relinked(text, tmp_path / "docs" / "a.md", tmp_path) == (
-        "[c](contributing.md) s [b](b.md#x) [n](../none.md)\n```\n[s](../code.py)\n```\n"
+        "[c](contributing.md) s [b](b.md#x) [The title](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
     )
     assert relinked("[a](docs/a.md)", tmp_path / "CONTRIBUTING.md", tmp_path) == "[a](a.md)"
 
@@ -88,12 +89,28 @@ def test_a_page_that_nobody_listed_is_a_guide(tmp_path: Path) -> None:
     ]
 
 
+def test_sizes_are_stored_of_the_recipes_as_they_are() -> None:
+    networks = {families.digest(find_recipe(name)) for name in RECIPES}
+    assert families.costs().keys() == networks, "python -m website writes costs.json anew"
+
+
 def test_each_recipe_has_its_size_on_one_page() -> None:
     pages = families.pages()
     for name in RECIPES:
         stored = families.costs()[families.digest(find_recipe(name))]
         row = f"| `{name}` | {stored['parameters'] / 1e6:.1f} M | {stored['gflops']:.4g} G |"
-        assert sum(row in text for text in pages.values()) == 1, f"python -m website measures {name} anew"
+        assert sum(row in text for text in pages.values()) == 1
+
+
+def test_what_is_missing_is_measured_and_what_is_over_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, key = families.costs(), families.digest(find_recipe("tiny"))
+    monkeypatch.setattr(families, "COSTS", tmp_path / "costs.json")
+    families.COSTS.write_text(json.dumps({k: v for k, v in before.items() if k != key} | {"of old": before[key]}))
+    families.costs.cache_clear()
+    families.store_costs()
+    stored = families.costs()
+    families.costs.cache_clear()
+    assert stored == before
 
 
 @pytest.mark.parametrize("name", ["small", "dfine-n"])
