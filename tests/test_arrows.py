@@ -5,6 +5,7 @@ Every import counts: at the top of a module, inside a function, and for type che
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -128,6 +129,12 @@ def imported_rooms(path: Path) -> set[str]:
             module = node.module or ""
             found |= {room(module)} if "." in module else {room(f"{module}.{a.name}") for a in node.names}
     return {r if r in ALLOWED else "__init__" for r in found}
+
+
+def test_the_house_names_each_room() -> None:
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    house = page.partition("## The house")[2].partition("tests/ ")[0]
+    assert {name for name in ALLOWED if name not in re.findall(r"\w+", house)} == {"__init__", "__main__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

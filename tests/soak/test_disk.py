@@ -109,9 +109,8 @@ WRITERS: dict[str, Callable[[Path, Path, Path], object]] = {
     "results": lambda run, data, out: detrellis.evaluate(run, results=out / "found.json", workers=0),
     "report": lambda run, data, out: detrellis.evaluate(run, data=data, report=out / "report", workers=0),
     "export": lambda run, data, out: detrellis.export(run, out=out / "model.onnx"),
-    "convert": lambda run, data, out: detrellis.convert(run, out / "hf"),
     "check": lambda run, data, out: command("check", "--data", data, "--fix", out / "clean"),
-    "analyze": lambda run, data, out: command("analyze", "matching", run, "--out", out / "figures"),
+    "analyze": lambda run, data, out: command("analyze", "misalignment", run, "--out", out / "figures"),
 }
 
 
