@@ -105,7 +105,7 @@ def _set(value: Any) -> Any:
 
 
 def store_costs() -> None:
-    """Write `costs.json` where recipes have changed: what is missing is measured, and what no recipe has is left out."""
+    """Write `costs.json` where recipes have changed: what is missing is measured, what no recipe has goes."""
     networks = {digest(recipe): recipe for recipe in map(find_recipe, reversed(RECIPES))}
     if costs().keys() == networks.keys():
         return

@@ -55,8 +55,8 @@ def _lay(source: Path, target: Path, root: Path) -> None:
 
 
 def relinked(text: str, source: Path, root: Path) -> str:
-    """The page's text with links as they are on the site: to files that are no pages only their names remain, and a page
-    that is called by its file's name is called by its title.
+    """The page's text with links as they are on the site: to files that are no pages only their names remain, and a
+    page that is called by its file's name is called by its title.
 
     A link that leads nowhere stays as it is, so that the build ends with it.
     """

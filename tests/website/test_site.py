@@ -65,7 +65,9 @@ def test_links_out_of_the_docs(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for name in ("CONTRIBUTING.md", "code.py", "docs/a.md", "docs/b.md"):
         (tmp_path / name).write_text("# The title\n\nText.\n")
-    text = "[c](../CONTRIBUTING.md) [s](../code.py) [b](b.md#x) [b.md](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
+    text = (
+        "[c](../CONTRIBUTING.md) [s](../code.py) [b](b.md#x) [b.md](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
+    )
     assert relinked(text, tmp_path / "docs" / "a.md", tmp_path) == (
         "[c](contributing.md) s [b](b.md#x) [The title](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
     )
