@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from detrellis.boxes import cxcywh_to_xyxy
+from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
 from detrellis.matching import Hungarian, Known, Match, assign
-from detrellis.pairs import sum_by_layer
+from detrellis.pairs import giou_target, iou_target, pair_up, scaled_iou_target, sum_by_layer
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build_supervision
 from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, supervise
@@ -44,13 +44,35 @@ def test_every_layer_equals_the_naive_loss() -> None:
 def test_weights_names_and_metrics() -> None:
     output, targets = problem(2, (4, 2), 9)
     supervision = Supervision(weights={"class": 3.0, "box": 0.0, "giou": 1.0})
-    losses, metrics = supervise([supervision.task("main", output, targets, torch.tensor(6.0), weight=0.5)])
+    losses, _ = supervise([supervision.task("main", output, targets, torch.tensor(6.0), weight=0.5)])
     assert set(losses) == {f"main/{t}/{i}" for t in ("class", "box", "giou") for i in range(2)}
     found = assign([Match(output, targets, Hungarian())])[0]
     plain = SetLoss()(output, targets, found, torch.tensor(6.0))
     torch.testing.assert_close(losses["main/class/1"], plain["class"][1] * 1.5)
     assert losses["main/box/0"] == 0
-    assert 0 < metrics["main/iou"] < 1
+
+
+def test_the_metric_is_the_iou_of_the_last_layers_positives() -> None:
+    """Of each task its own, though all are computed together; in as many layers as each has."""
+    problems = {"main": problem(3, (4, 0, 2), 9), "proposals": problem(1, (4, 0, 2), 9, seed=1)}
+    tasks = [Supervision().task(name, *given, torch.tensor(6.0)) for name, given in problems.items()]
+    _, metrics = supervise(tasks)
+    for name, (output, targets) in problems.items():
+        found = assign([Match(output, targets, Hungarian())])[0]
+        last = found.layer == len(output.boxes) - 1
+        predicted = output.boxes[-1, found.image[last], found.query[last]]
+        overlaps = pairwise_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(targets.boxes[found.target[last]])).diag()
+        assert len(overlaps) == 6
+        torch.testing.assert_close(metrics[f"{name}/iou"], overlaps.mean())
+
+
+def test_what_positives_should_learn_has_no_gradient() -> None:
+    output, targets = problem(2, (4, 2), 9)
+    output = output._replace(boxes=output.boxes.clone().requires_grad_())
+    pairs = pair_up(output, targets, assign([Match(output, targets, Hungarian())])[0])
+    assert not pairs.iou.requires_grad
+    assert pairs.giou.requires_grad
+    assert all(not rule(pairs).target.requires_grad for rule in (iou_target, scaled_iou_target, giou_target))
 
 
 def test_softmax_loss_is_torch_cross_entropy() -> None:
