@@ -176,7 +176,19 @@ def test_corrected_labels_are_never_written_over(tmp_path: Path) -> None:
         PredictionFolder(tmp_path / "out", one, labels="yolo")
     assert label.read_text() == "0 0.5 0.5 0.1 0.1\n"
     with pytest.raises(UserError, match="an input"):
-        PredictionFolder(tmp_path / "out", list(find_pictures(folder / "images", recursive=True)), labels="yolo")
+        PredictionFolder(tmp_path / "out", list(find_pictures([*folder.rglob("b.png")])), labels="yolo")
+
+
+def test_a_call_is_repeated_into_the_folder_of_its_pictures(tmp_path: Path) -> None:
+    """Its crops and copies are none of the pictures."""
+    save(tmp_path / "sub" / "a.png")
+    for options in ({"crops": True, "labels": "coco"}, {"crops": True, "labels": "coco"}, {}):
+        folder = PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path, recursive=True)), **options)
+        assert [p.path for p in folder.pictures] == [tmp_path / "sub" / "a.png"]
+        list(folder.save([found(tmp_path / "sub" / "a.png")], CLASSES, None))
+    assert len(list((tmp_path / "out").rglob("*.*g"))) == 1 + len(BOXES) + 1
+    with pytest.raises(UserError, match="an earlier call wrote all"):
+        PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path / "out" / "coco" / "images", recursive=True)))
 
 
 def test_crops_are_what_the_boxes_hold(run: Path, tmp_path: Path) -> None:
@@ -200,6 +212,7 @@ def test_crops_are_what_the_boxes_hold(run: Path, tmp_path: Path) -> None:
 
 def test_folders_of_classes_are_names_on_any_system() -> None:
     assert folder_names(["a", "A", "..", "x:y", "", "a_1"]) == ["a", "A_1", "class_2", "x_y", "class_4", "a_1_5"]
+    assert folder_names(["a_2", "a", "A", "class_4", ""]) == ["a_2", "a", "A_2_2", "class_4", "class_4_4"]
 
 
 def test_fiftyone_takes_the_detections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from detrellis.outputs import Outputs, jpeg
 from detrellis.predictions.record import Prediction
 
+CROPS = "crops"  # the folder of the crops, below that of the predictions
+
 
 class CropFolder:
     """`OUT/crops/CLASS/NAME-NUMBER.jpg`; number 1 is the picture's best detection."""
 
     def __init__(self, out: Path, inputs: Iterable[Path]) -> None:
         """Raises `UserError` where the folder holds anything but what an earlier call left, or an input."""
-        self.outputs = Outputs(out / "crops")
+        self.outputs = Outputs(out / CROPS)
         self.outputs.alone(inputs)
 
     def start(self) -> None:
@@ -40,7 +42,9 @@ def folder_names(classes: Sequence[str]) -> list[str]:
     taken: set[str] = set()
     for number, text in enumerate(classes):
         plain = "".join("_" if c in '<>:"/\\|?*' or not c.isprintable() else c for c in text).strip(" .")
-        name = plain if plain and plain.casefold() not in taken else f"{plain or 'class'}_{number}"
+        name = plain or f"class_{number}"
+        while name.casefold() in taken:
+            name = f"{name}_{number}"
         taken.add(name.casefold())
         names.append(name)
     return names

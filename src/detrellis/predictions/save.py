@@ -17,8 +17,9 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs, jpeg
-from detrellis.predictions.crops import CropFolder, folder_names
+from detrellis.predictions.crops import CROPS, CropFolder, folder_names
 from detrellis.predictions.inputs import InputPicture
+from detrellis.predictions.label_formats import FORMATS
 from detrellis.predictions.labels import LabelFolder
 from detrellis.predictions.record import Prediction, UnreadablePicture
 
@@ -29,7 +30,7 @@ class PredictionFolder:
     """Where the predictions of `pictures` go: `NAME.jpg` for each, and with `txt` `labels/NAME.txt`; `labels` is the
     format of a folder of labels.
 
-    What an earlier call drew is left out of `pictures`, unless it was named itself. Raises `UserError` where something
+    What an earlier call wrote is left out of `pictures`, unless it was named itself. Raises `UserError` where something
     would be lost, before any work; see `outputs.py`.
     """
 
@@ -42,9 +43,13 @@ class PredictionFolder:
         crops: bool = False,
     ) -> None:
         self.outputs, self.txt = Outputs(out), txt
-        self.pictures = [p for p in pictures if not (p.listed and p.path is not None and self.outputs.made(p.path))]
+        folders = [self.outputs, *(Outputs(out / name) for name in (CROPS, *FORMATS))]
+        earlier = [p.listed and p.path is not None and any(f.made(p.path) for f in folders) for p in pictures]
+        self.pictures = [p for p, written in zip(pictures, earlier, strict=True) if not written]
         if pictures and not self.pictures:
-            raise UserError(f"{out}: all pictures are what an earlier call drew", "Name other pictures.")
+            raise UserError(
+                f"{out}: an earlier call wrote all of these pictures", "Name others, or take another --out."
+            )
         self.names = output_names(self.pictures)
         files = [RESULTS, *(f"{name}.jpg" for name in self.names)]
         if txt:
@@ -66,7 +71,7 @@ class PredictionFolder:
         that the model was trained on (`data`: the `DataSource`, as `to_dict` gives it) keeps its image id there; others
         count on from the highest one.
         """
-        ids = image_ids(self.pictures, data)
+        ids, folders = image_ids(self.pictures, data), folder_names(classes.names)
         rows: list[dict[str, Any]] = []
         for part in (self.labels, self.crops):
             if part is not None:
@@ -77,7 +82,7 @@ class PredictionFolder:
             for picture, name, image_id, result in zip(self.pictures, self.names, ids, results, strict=True):
                 if isinstance(result, Prediction):
                     rows += result.to_coco(image_id)
-                    self._write(name, result, classes)
+                    self._write(name, result, classes, folders)
                 if isinstance(result, Prediction) and self.labels is not None:
                     self.labels.add(picture, name, image_id, result)
                 yield result
@@ -86,12 +91,12 @@ class PredictionFolder:
             if self.labels is not None:
                 self.labels.write(classes)
 
-    def _write(self, name: str, prediction: Prediction, classes: ClassMap) -> None:
+    def _write(self, name: str, prediction: Prediction, classes: ClassMap, folders: Sequence[str]) -> None:
         self.outputs.write(f"{name}.jpg", jpeg(prediction.draw(classes.names)))
         if self.txt:
             self.outputs.write(f"labels/{name}.txt", prediction.to_yolo())
         if self.crops is not None:
-            self.crops.add(name, prediction, folder_names(classes.names))
+            self.crops.add(name, prediction, folders)
 
 
 def output_names(pictures: Sequence[InputPicture]) -> list[str]:
