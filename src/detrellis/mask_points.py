@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from detrellis.types import Assignment, DecoderOutput, MaskFeatures, Targets
 
-TOGETHER = 64  # masks of a layer and image that are held as whole maps at a time
+PLACE = 64  # masks of a layer and image that are held as whole maps at a time, where the maps are large
+TOGETHER = 2**19  # cells of their maps, or candidates of their points, that are held at a time
 NEAR = 4  # pixels between the samples that the IoU of masks is counted on, along each axis
 
 
@@ -163,57 +164,84 @@ def mask_terms(
     order = ((positives.layer * images + positives.image) * queries + positives.query).argsort(stable=True)
     layer, image, query, target, _ = (part[order] for part in positives)
     embeds = embeds[layer, image, query]
-    weight = embeds.new_ones(len(embeds)) if weight is None else weight[order].to(embeds.dtype)
-    # Some masks of one layer and image at a time.
     places = [
-        (layer, image, start)
+        _Place(layer, image, start, min(PLACE, count - start))
         for layer, of_images in enumerate(counts)
         for image, count in enumerate(of_images)
-        for start in range(0, count, TOGETHER)
+        for start in range(0, count, PLACE)
     ]
-    sizes = [min(TOGETHER, counts[layer][image] - start) for layer, image, start in places]
     features, scales = masks.map.unbind(), sampling.points.scale(masks).unbind()
-    terms = [embeds.new_zeros(2) for _ in counts]
-    of_places = zip(places, embeds.split(sizes), target.split(sizes), weight.split(sizes), strict=True)
-    for place, part, rows, weights in of_places:
-        nth, of_image, _ = place
-        arguments = (part, features[of_image], targets, rows, weights, sampling, scales[of_image], place)
-        again = checkpoint(_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
-        terms[nth] = terms[nth] + again
+    portions = _portions(places, TOGETHER // max(masks.map[0, 0].numel(), sampling.points.candidates))
+    sizes = [sum(place.masks for place in portion) for portion in portions]
+    losses = [embeds.new_zeros(0, 2)]
+    for portion, part, rows in zip(portions, embeds.split(sizes), target.split(sizes), strict=True):
+        arguments = (part, features, targets, rows, sampling, scales, portion)
+        losses.append(checkpoint(_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
+    each = torch.cat(losses)
+    if weight is not None:
+        each = each * weight[order].to(each.dtype).unsqueeze(1)
+    terms = each.new_zeros(len(counts), 2).index_add(0, layer, each)
     if not places:  # connected where nothing is matched: all parameters get a gradient in every step
-        terms = [zero + 0 * (embeds.sum() + masks.map.sum()) for zero in terms]
-    mask, dice = (torch.stack(terms) / normaliser).unbind(1)
+        terms = terms + 0 * (embeds.sum() + masks.map.sum())
+    mask, dice = (terms / normaliser).unbind(1)
     return {"mask": mask, "dice": dice}
+
+
+class _Place(NamedTuple):
+    """Masks of one layer and image, at most `PLACE`, which share what their points are drawn for."""
+
+    layer: int
+    image: int
+    start: int
+    masks: int
+
+
+def _portions(places: Sequence[_Place], most: int) -> list[list[_Place]]:
+    """The places in their order, joined as long as they have not more than `most` masks."""
+    portions: list[list[_Place]] = []
+    for place in places:
+        if not portions or sum(joined.masks for joined in portions[-1]) + place.masks > most:
+            portions.append([])
+        portions[-1].append(place)
+    return portions
 
 
 def _losses(
     embeds: Tensor,
-    features: Tensor,
+    features: Sequence[Tensor],
     targets: Targets,
     rows: Tensor,
-    weights: Tensor,
     sampling: Sampling,
-    scale: Tensor,
-    place: tuple[int, int, int],
+    scales: Sequence[Tensor],
+    places: Sequence[_Place],
 ) -> Tensor:
-    """The sums of both losses `(2,)` over masks of one layer and image: `embeds (m, Dm)` that learn the target `rows`,
-    in `features (Dm, h, w)`, times their `weights (m,)`."""
+    """Cross-entropy and dice loss of each mask, `(m, 2)`: of the embeddings `(m, Dm)` of some places, which learn the
+    targets `rows (m,)`, in the `features (Dm, h, w)` and with the `scales (2,)` of their images."""
     assert targets.bitmaps is not None
-    draw, points = sampling.draw, sampling.points
-    logits = (embeds @ features.flatten(1)).view(-1, 1, *features.shape[1:])
+    points = sampling.points
+
+    def draw(purpose: str, count: int) -> Tensor:
+        drawn = [
+            sampling.draw((purpose, *place[:3]), (place.masks, count), features[0]) * scales[place.image]
+            for place in places
+        ]
+        return torch.cat(drawn)
+
+    of_places = zip(embeds.split([place.masks for place in places]), places, strict=True)
+    logits = torch.cat([embed @ features[place.image].flatten(1) for embed, place in of_places])
+    logits = logits.view(-1, 1, *features[0].shape[1:])
     with torch.no_grad():
-        candidates = draw(("candidates", *place), (len(rows), points.candidates), features) * scale
+        candidates = draw("candidates", points.candidates)
         doubt = -sample(logits, candidates).squeeze(1).abs()
         chosen = doubt.topk(points.chosen, sorted=False).indices
         chosen = candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-        anywhere = draw(("anywhere", *place), (len(rows), points.count - points.chosen), features) * scale
-        places = torch.cat([chosen, anywhere], dim=1)
-        truth = sample_bitmaps(targets.bitmaps, rows, places)
-    predicted = sample(logits, places).squeeze(1)
+        spots = torch.cat([chosen, draw("anywhere", points.count - points.chosen)], dim=1)
+        truth = sample_bitmaps(targets.bitmaps, rows, spots)
+    predicted = sample(logits, spots).squeeze(1)
     entropy = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none").mean(1)
     inside = predicted.sigmoid()
     dice = 1 - (2 * (inside * truth).sum(1) + 1) / (inside.sum(1) + truth.sum(1) + 1)
-    return torch.stack([entropy @ weights, dice @ weights])
+    return torch.stack([entropy, dice], dim=1)
 
 
 def parts(output: DecoderOutput, targets: Targets) -> tuple[MaskFeatures, Tensor, Tensor]:
