@@ -62,8 +62,19 @@ def test_rows_say_what_was_published_and_where(table: PaperTable) -> None:
 
 @every_table
 def test_rows_of_a_part_are_different_runs(table: PaperTable) -> None:
-    runs = [(row.part, row.build().model_dump_json()) for row in table.rows if not row.missing]
+    runs = [(row.part, str(row.boxes), row.build().model_dump_json()) for row in table.rows if not row.missing]
     assert len(set(runs)) == len(runs)
+
+
+@pytest.mark.parametrize("name", papers())
+def test_rows_name_where_their_boxes_come_from(name: str) -> None:
+    paper = load_paper(name)
+    for row in (row for table in paper.tables for row in table.rows if row.boxes is not None):
+        giving = paper.table(row.boxes.table).row(row.boxes.row)
+        assert (
+            giving.build().detector.queries
+            == row.build().override("detector.queries.frozen_boxes=false").detector.queries
+        )
 
 
 # Numbers of the specifications, which were read off the papers separately.

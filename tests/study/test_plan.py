@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from detrellis.data.layout import resolve
+from detrellis.engine.checkpoint import Card, save_weights
 from detrellis.errors import UserError
-from detrellis.recipes import find_recipe
+from detrellis.recipes import find_recipe, tiny_sized
+from detrellis.recipes.build import build
 from detrellis.recipes.tables import load_paper
-from detrellis.study.plan import StudyPlan, StudyRow
+from detrellis.study.plan import StudyPlan, StudyRow, differences
 from detrellis.study.rows import parse_rows, plan_schemes, plan_table, with_exactly
 
 from .trials import make_plan
@@ -158,6 +162,36 @@ def test_rows_of_branches_are_trained_for_them(shapes: Path) -> None:
     paper = load_paper("co")
     plan = plan_table(paper, paper.table("11"), resolve(shapes), seeds=(0,), only=["ATSS K=2"], scale="tiny")
     assert {trial.row: trial.branch for trial in plan.trials()} == {"ATSS K=0": "atss", "ATSS K=2": "atss"}
+
+
+def test_a_row_begins_with_the_boxes_of_a_run_on_other_data(shapes: Path, tmp_path: Path) -> None:
+    """SAM-DETR, Table 5: only the row that the paper gave COCO's boxes gets them."""
+    paper = load_paper("sam")
+    table, name = paper.table("5"), "COCO, frozen"
+    plan_of = partial(plan_table, paper, source=resolve(shapes), seeds=(0,), scale="tiny")
+    reason = "Table 5, row 2 needs the reference boxes of Table 2, row SAM-DETR++-R50 SMCA, trained on COCO 2017 val"
+    assert plan_of(table).skipped == {name: reason}
+    with pytest.raises(UserError, match="Table 5, row 2 needs") as error:
+        plan_of(table, only=[name])
+    assert "detrellis reproduce sam 2 --row 'SAM-DETR++-R50 SMCA' --data COCO" in str(error.value)
+
+    run = tmp_path / "last.safetensors"
+    recipe = tiny_sized(find_recipe("sam-detr-plus-r50-smca"))
+    card = Card(recipe, resolve(shapes).load("train").classes, {})
+    save_weights(run, build(recipe, 5).detector.state_dict(), card)
+    plan = plan_of(table.with_boxes(run))
+    assert {trial.row: trial.boxes for trial in plan.trials()} == {"scratch": "", name: str(run), "random, frozen": ""}
+    elsewhere = plan_of(table.with_boxes(shutil.copy(run, tmp_path / "other.safetensors")))
+    assert differences(plan.to_dict(), elsewhere.to_dict()) == [
+        f"row {name}: boxes of {run}, now of {tmp_path / 'other.safetensors'}"
+    ]
+
+    fewer = recipe.override("detector.queries.count=7")
+    save_weights(run, build(fewer, 5).detector.state_dict(), replace(card, recipe=fewer))
+    with pytest.raises(UserError, match="7 reference boxes in the weights, 100 in this detector"):
+        plan_of(table.with_boxes(run), only=[name])
+    with pytest.raises(UserError, match="no row of table 4 takes another run's boxes"):
+        paper.table("4").with_boxes(run)
 
 
 def test_rows_that_miss_something_are_left_out_with_the_reason(shapes: Path) -> None:

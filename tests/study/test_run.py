@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from detrellis.errors import UserError
 from detrellis.signals import sigterm_interrupts
 from detrellis.study import child, launch, run
 from detrellis.study.conduct import conduct, to_dict
-from detrellis.study.plan import DONE, ORDER
+from detrellis.study.plan import DONE, ORDER, TrialOutcome
 from detrellis.study.rows import plan_schemes
 from detrellis.study.run import Resources
 
@@ -158,6 +159,36 @@ def test_a_child_tells_what_its_user_can_put_right(
     assert child.main(tmp_path) == 2
     assert "optim.lr" in capsys.readouterr().out
     assert not (tmp_path / DONE).exists()
+
+
+def test_a_child_trains_with_the_boxes_of_its_order(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan({"none": None, "boxes": None}, seeds=(0,))
+    rows = (plan.rows[0], replace(plan.rows[1], boxes="/runs/of-coco"))
+    asked: list[object] = []
+
+    class Started:
+        """What starts nothing."""
+
+        here = True
+
+        def start(self, folder: Path, threads: int | None) -> Any:
+            raise UserError(str(folder))
+
+    for trial in replace(plan, rows=rows).trials():
+        outcome = TrialOutcome(trial, tmp_path / trial.row)
+        with pytest.raises(UserError):
+            run._start(outcome, run.Conditions(resolve(shapes).to_dict()), run.Resources(launcher=Started()), None)  # type: ignore[arg-type]
+
+        def train(*_: object, boxes: str | None, **options: object) -> None:
+            asked.append(boxes)
+            raise UserError("enough")
+
+        monkeypatch.setattr(child.api, "train", train)
+        monkeypatch.setattr(child, "_stop_with_parent", lambda: None)
+        assert child.main(outcome.folder) == 2
+    assert asked == [None, "/runs/of-coco"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(None, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -162,6 +162,9 @@ def reproduce(
     row: Annotated[list[str] | None, typer.Option(help="Only this row, by name or number. May be repeated.")] = None,
     listing: Annotated[bool, typer.Option("--list", help="Only list rows and published figures.")] = False,
     files: Files,
+    boxes: Annotated[
+        Path | None, typer.Option(help="Run whose reference boxes a row takes that has another data set's.")
+    ] = None,
     seeds: Seeds = 1,
     out: Annotated[Path | None, typer.Option(help="Folder (default: reproduce/PAPER-TABLE).")] = None,
     trials: Trials,
@@ -177,6 +180,8 @@ def reproduce(
         return
     published = load_paper(paper)
     rows = published.table(table)
+    if boxes is not None:
+        rows = rows.with_boxes(boxes)
     from detrellis.study.rows import plan_table  # torch takes seconds, and is not needed for what stands above
 
     plan = plan_table(published, rows, files.source(), only=row or (), **trials.settings(seeds))
@@ -239,6 +244,7 @@ def _rows(of: PaperTable) -> Table:
         gain = "" if ap is None or before is None else f"{ap - before:+.1f}"
         recipe = " + ".join([row.recipe or "-", *row.schemes])
         note = f"needs {row.missing}" if row.missing else "baseline" if row.baseline else ""
+        note = f"--boxes of a run of {row.boxes}" if row.boxes else note
         scores = (number(ap, ".1f"), gain, number(row.published.get("AP50"), ".1f"))
         listed.add_row(str(place), Text(row.name), str(row.epochs or "-"), *scores, Text(recipe), Text(note))
     return listed

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -24,6 +25,17 @@ Named = TypeVar("Named")
 # As `eval` names them; on a second split where a table has two. VOC's AP is at IoU 0.5.
 Score = Literal["AP", "AP50", "AP75", "APs", "APm", "APl", "AP_test", "AP_minival"]
 Cost = Literal["params", "gflops", "memory", "gpu_hours"]  # millions; GFLOPs; of training: MB, hours
+
+
+class BoxesOf(Config):
+    """Reference boxes of another row of the paper, trained on that row's data."""
+
+    table: str
+    row: str
+    run: str = ""  # such a run, or its weights; not in the paper's file
+
+    def __str__(self) -> str:
+        return f"Table {self.table}, row {self.row}"
 
 
 class PaperRow(Config):
@@ -46,6 +58,7 @@ class PaperRow(Config):
     source: str
     branch: str = ""  # of scheme co, whose own AP was published; empty: the detector's
     baseline: bool = False  # deltas refer to it
+    boxes: BoxesOf | None = None  # None: its own
     missing: str = ""  # what the project lacks
     note: str = ""
 
@@ -89,6 +102,18 @@ class PaperTable(Config):
                 raise UserError(f"table {self.id}: there is no row {which}", f"It has rows 1 to {len(self.rows)}.")
             return self.rows[int(which) - 1]
         return _named({row.name: row for row in self.rows}, which, f"table {self.id}, row")
+
+    def with_boxes(self, run: str | Path) -> PaperTable:
+        """The table whose rows that need another row's reference boxes take those of `run`; `UserError` without any."""
+        if not any(row.boxes for row in self.rows):
+            raise UserError(f"--boxes {run}: no row of table {self.id} takes another run's boxes", "Leave it out.")
+        place = Path(run)
+        known = str(place.resolve() if place.exists() else run)  # also for runs that are started elsewhere
+        rows = [
+            row.model_copy(update={"boxes": row.boxes and row.boxes.model_copy(update={"run": known})})
+            for row in self.rows
+        ]
+        return self.model_copy(update={"rows": tuple(rows)})
 
     def baseline(self, row: PaperRow) -> PaperRow | None:
         """What the row is compared with: the baseline of its part and length that stands next above it, else the first

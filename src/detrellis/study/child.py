@@ -39,6 +39,7 @@ def main(folder: Path) -> int:
             result = api.train(
                 read_recipe(order["recipe"], order.get("format", 1)),
                 data=DataSource.from_dict(order["data"]),
+                boxes=order.get("boxes"),
                 out=folder,
                 seed=order["seed"],
                 skip_bad=order["skip_bad"],

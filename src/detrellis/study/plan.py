@@ -34,6 +34,7 @@ class StudyRow:
     published: float | None = None  # the paper's AP, in percent
     branch: str = ""  # of scheme co, whose AP the row is of; empty: the detector's
     note: str = ""
+    boxes: str = ""  # weights that the reference boxes are taken from; empty: they are its own
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON holds it."""
@@ -48,6 +49,7 @@ class Trial:
     seed: int
     recipe: Recipe
     branch: str = ""
+    boxes: str = ""
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.seed}"
@@ -109,7 +111,7 @@ class StudyPlan:
 
     def trials(self) -> list[Trial]:
         """All runs, the first seed of every row first: a study that is stopped early can still be compared."""
-        return [Trial(row.name, seed, row.recipe, row.branch) for seed in self.seeds for row in self.rows]
+        return [Trial(row.name, seed, row.recipe, row.branch, row.boxes) for seed in self.seeds for row in self.rows]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
@@ -142,8 +144,8 @@ class StudyPlan:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences that keep plan `new` from going on with plan `old`, both as `to_dict` gives them."""
     differing = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
-    was, now = ("epochs" if plan.get("pace") is None else "time" for plan in (old, new))
-    differing += [] if was == now else [f"equal {was}, now equal {now}"]
+    before, after = ("epochs" if plan.get("pace") is None else "time" for plan in (old, new))
+    differing += [] if before == after else [f"equal {before}, now equal {after}"]
     differing += changes("data", old["data"], new["data"])
     if gone := [seed for seed in old["seeds"] if seed not in new["seeds"]]:
         differing.append(f"seed {', '.join(map(str, gone))} is left out now")
@@ -154,6 +156,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             differing.append(f"row {name} is left out now")
         else:
             differing += changes(f"row {name}:", row["recipe"], rows[name]["recipe"])
+            if (was := row.get("boxes", "")) != (now := rows[name]["boxes"]):
+                differing.append(f"row {name}: boxes of {was or 'none'}, now of {now or 'none'}")
     return differing
 
 

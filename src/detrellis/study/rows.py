@@ -9,9 +9,10 @@ from detrellis.data.doctor.check import prepare
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
+from detrellis.errors import command as shell_command
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.config import SCHEMES
-from detrellis.recipes.tables import Paper, PaperRow, PaperTable
+from detrellis.recipes.tables import BoxesOf, Paper, PaperRow, PaperTable
 from detrellis.study.plan import StudyPlan, StudyRow
 
 KNOWN = (*SCHEMES, "none")
@@ -105,14 +106,19 @@ def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
     return len(classes)
 
 
-def check_row(recipe: Recipe, classes: int) -> None:
-    """Raises `UserError` for a recipe that cannot be built. Nothing is allocated."""
+def check_row(recipe: Recipe, classes: int, boxes: str = "") -> None:
+    """Raises `UserError` for a recipe that cannot be built, or cannot begin with the reference boxes of the weights
+    `boxes`. Nothing is allocated but these."""
     import torch  # only now: it takes seconds, and what can be refused without it has been
 
+    from detrellis import api
+    from detrellis.engine.transfer import take_boxes
     from detrellis.recipes.build import build
 
     with torch.device("meta"):
-        build(recipe.untrained(), classes)
+        model = build(recipe.untrained(), classes)
+    if boxes:
+        take_boxes(model.detector, api.load(boxes, device="cpu").detector.state_dict())
 
 
 def plan_table(
@@ -140,7 +146,9 @@ def plan_table(
     for row in (row for row in table.rows if row in wanted):
         try:
             recipes[row.name] = row.build(epochs, scale)
-            check_row(recipes[row.name], classes)
+            if row.boxes and not row.boxes.run:
+                raise _needs_boxes(paper, row, row.boxes)
+            check_row(recipes[row.name], classes, row.boxes.run if row.boxes else "")
         except UserError as error:
             if row in named:
                 raise
@@ -151,11 +159,23 @@ def plan_table(
     return StudyPlan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal))
 
 
+def _needs_boxes(paper: Paper, row: PaperRow, giving: BoxesOf) -> UserError:
+    """A row's reference boxes are those of another row, which is trained on that row's data."""
+    data = paper.table(giving.table).data
+    again = shell_command("reproduce", paper.name, giving.table, "--row", giving.row, "--data", data.split()[0])
+    return UserError(
+        f"{row.source} needs the reference boxes of {giving}, trained on {data}",
+        f"Name that run's folder with --boxes. {again} trains it.",
+    )
+
+
 def _published(table: PaperTable, row: PaperRow, recipe: Recipe, recipes: Collection[str]) -> StudyRow:
     base = table.baseline(row)
     against = None if base is None or base.name not in recipes else base.name
     note = ". ".join(text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text)
-    return StudyRow(row.name, recipe, against, row.published.get("AP"), row.branch, note)
+    return StudyRow(
+        row.name, recipe, against, row.published.get("AP"), row.branch, note, row.boxes.run if row.boxes else ""
+    )
 
 
 def place(table: PaperTable) -> str:

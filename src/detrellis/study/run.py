@@ -171,7 +171,8 @@ def _start(outcome: TrialOutcome, conditions: Conditions, resources: Resources, 
     folder.mkdir(parents=True, exist_ok=True)
     order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(conditions.data), "seed": trial.seed}
     order |= {"format": FORMAT, "skip_bad": conditions.skip_bad, "device": device}
-    order |= {"branch": trial.branch, "workers": resources.workers, "jobs": resources.jobs if launcher.here else 1}
+    order |= {"branch": trial.branch, "boxes": trial.boxes or None}
+    order |= {"workers": resources.workers, "jobs": resources.jobs if launcher.here else 1}
     order |= {"track": list(resources.track)}
     replace_text(folder / ORDER, json.dumps(order, indent=1))
     job = launcher.start(folder, resources.threads_each())
