@@ -55,16 +55,16 @@ def process_group(device: str | None = None) -> Iterator[World]:
     Raises `UserError` where another process has ended, or does not answer within the timeout.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    own = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if size == 1 or dist.is_initialized():
-        yield World(rank, size, own)
+        yield World(rank, size, chosen)
         return
-    backend, limit = "nccl" if own.type == "cuda" else "gloo", _timeout()
+    backend, limit = "nccl" if chosen.type == "cuda" else "gloo", _timeout()
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit)
     try:
-        yield World(rank, size, own)
+        yield World(rank, size, chosen)
     except RuntimeError as error:
         if not _of_the_others(error):
             raise

@@ -49,8 +49,8 @@ def cut(text: str) -> str:
 
 def command(*words: object) -> str:
     """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the paths are called."""
-    said = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
-    return shell_line(["detrellis", *said])
+    quoted = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shell_line(["detrellis", *quoted])
 
 
 def shell_line(words: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ class ExportedDetector(Detector):
         return self
 
     def _check(self, height: int, width: int) -> None:
-        if any(side not in (None, own) for side, own in zip(self.network.sides, (height, width), strict=True)):
+        if any(side not in (None, given) for side, given in zip(self.network.sides, (height, width), strict=True)):
             taken = "x".join("any" if side is None else str(side) for side in self.network.sides)
             raise UserError(
                 f"{self.path}: it takes pictures of {taken} pixels (height x width), and one is {height}x{width}",

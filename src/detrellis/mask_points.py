@@ -119,8 +119,8 @@ class MaskCost:
         """`(L, B, K, N / K, T)`, T the largest number of targets of an image; 0 where an image has fewer."""
         masks, embeds, bitmaps = parts(output, targets)
         layers, images, queries = embeds.shape[:3]
-        most = max(targets.sizes)
-        costs = embeds.new_zeros(layers, images, copies, queries // copies, most)
+        largest = max(targets.sizes)
+        costs = embeds.new_zeros(layers, images, copies, queries // copies, largest)
         scale = sampling.points.scale(masks)
         rows = torch.arange(len(bitmaps), device=bitmaps.device).split(list(targets.sizes))
         for layer in range(layers):
@@ -196,11 +196,11 @@ class _Place(NamedTuple):
     masks: int
 
 
-def _portions(places: Sequence[_Place], most: int) -> list[list[_Place]]:
+def _portions(places: Sequence[_Place], limit: int) -> list[list[_Place]]:
     """The places in their order, joined as long as they have not more than `most` masks."""
     portions: list[list[_Place]] = []
     for place in places:
-        if not portions or sum(joined.masks for joined in portions[-1]) + place.masks > most:
+        if not portions or sum(joined.masks for joined in portions[-1]) + place.masks > limit:
             portions.append([])
         portions[-1].append(place)
     return portions

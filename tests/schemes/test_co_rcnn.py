@@ -235,7 +235,7 @@ def test_proposals_stay_in_their_image() -> None:
             for own, (h, w) in zip(level.detach(), sizes, strict=True):
                 own[:, -(-h // stride) :] = 0
                 own[:, :, -(-w // stride) :] = 0
-        found.append(proposals(model.rpn(given.maps), nine_anchors(given), given, before=500, most=40))
+        found.append(proposals(model.rpn(given.maps), nine_anchors(given), given, before=500, limit=40))
     for here, there, (height, width) in zip(*found, sizes, strict=True):
         torch.testing.assert_close(here, there)
         assert len(here) == 40

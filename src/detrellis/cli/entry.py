@@ -84,9 +84,11 @@ def refusal(error: Exception) -> Refusal:
     if isinstance(error, OSError) and error.errno is not None:
         return _from_system(error)
     traceback.print_exception(error)
-    told = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     versions = f"Detrellis {__version__}, Python {sys.version.split()[0]}, {sys.platform}"
-    return Refusal(told, f"This is a mistake in Detrellis: please report it with the lines above ({versions}).", FAILED)
+    return Refusal(
+        message, f"This is a mistake in Detrellis: please report it with the lines above ({versions}).", FAILED
+    )
 
 
 def _wrong_words(error: Any) -> Refusal:

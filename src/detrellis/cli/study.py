@@ -216,8 +216,8 @@ def _show_published(paper: str | None, table: str | None, as_json: bool) -> None
         one = load_paper(paper)
         listed = _sheet("table", "title", "rows", "can be run", title=one.title)
         for each_table in one.tables:
-            able = sum(not row.missing for row in each_table.rows)
-            listed.add_row(each_table.id, Text(each_table.title), str(len(each_table.rows)), str(able))
+            runnable = sum(not row.missing for row in each_table.rows)
+            listed.add_row(each_table.id, Text(each_table.title), str(len(each_table.rows)), str(runnable))
         data = one.model_dump(mode="json")
     else:
         rows = load_paper(paper).table(table)

@@ -70,8 +70,8 @@ class _Withheld(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to `size` bytes, or up to where bytes are withheld."""
         room = self.withheld - self.tell()
-        asked = len(self.getbuffer()) if size is None or size < 0 else size
-        return super().read(min(asked, room) if room > 0 else asked)
+        wanted = len(self.getbuffer()) if size is None or size < 0 else size
+        return super().read(min(wanted, room) if room > 0 else wanted)
 
 
 def _decoded(file: io.BytesIO) -> NDArray[np.uint8]:

@@ -304,8 +304,10 @@ def load_state(run: Path) -> dict[str, Any]:
             state = _read_state(run, PREVIOUS)
         except UserError:
             raise error from None
-        told = f"{error.message}. The run goes on from the state before it, {PREVIOUS}, after step {state.get('step')}."
-        warnings.warn(Advice(told), stacklevel=2)
+        message = (
+            f"{error.message}. The run goes on from the state before it, {PREVIOUS}, after step {state.get('step')}."
+        )
+        warnings.warn(Advice(message), stacklevel=2)
         return {**state, OLDER: True}
 
 

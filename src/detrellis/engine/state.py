@@ -225,11 +225,11 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
 
 def origins_of(card: Card, state: TrainState) -> list[RenderableType]:
     """What a fresh run starts from, for a console: pretrained or trained weights, and reference boxes."""
-    said: list[RenderableType] = []
+    lines: list[RenderableType] = []
     if card.backbone is not None:
-        said.append(Text(f"Backbone's pretrained weights: {card.backbone}"))
+        lines.append(Text(f"Backbone's pretrained weights: {card.backbone}"))
     if state.transfer is not None:
-        said.append(state.transfer.table(card.weights or ""))
+        lines.append(state.transfer.table(card.weights or ""))
     if card.boxes is not None:
-        said.append(Text(f"Reference boxes from {card.boxes}"))
-    return said
+        lines.append(Text(f"Reference boxes from {card.boxes}"))
+    return lines

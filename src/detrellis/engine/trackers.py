@@ -162,8 +162,8 @@ class _Worker:
         if isinstance(error, UserError):
             self._warn(error.message, error.remedy)
             return
-        said = " ".join(str(error).split())[:200]
-        self._warn(f"failed ({type(error).__name__}{': ' if said else ''}{said})")
+        reason = " ".join(str(error).split())[:200]
+        self._warn(f"failed ({type(error).__name__}{': ' if reason else ''}{reason})")
 
     def _warn(self, why: str, remedy: str = "") -> None:
         """Say what is wrong; once, whatever comes after it."""

@@ -132,9 +132,9 @@ def read_views(tta: bool | str, config: DataConfig, nms: float | None = None) ->
 
 def _resize(config: DataConfig, side: int) -> Resize:
     """The recipe's resizing to another short side, all else in proportion."""
-    size, most = config.size, config.max_side
+    size, longest = config.size, config.max_side
     scale = side / (size if isinstance(size, int) else min(size))
-    options = config.resizing() | {"max_size": None if most is None else max(round(most * scale), side)}
+    options = config.resizing() | {"max_size": None if longest is None else max(round(longest * scale), side)}
     if isinstance(size, int):
         return eval_transform(side, **options)
     return eval_transform((round(size[0] * scale), round(size[1] * scale)), **options)

@@ -68,10 +68,10 @@ def _accuracy(stats: Mapping[str, float | None], of: str, result: Mapping[str, A
         return "These weights have not been evaluated."
     rows = [(name, f"{100 * value:.1f}") for name, value in known.items()]
     interval = result.get("ap_interval")
-    said = f"On the validation split, after COCO, by the IoU of each {of}, in percent."
+    text = f"On the validation split, after COCO, by the IoU of each {of}, in percent."
     if interval is not None:
-        said += f" AP is {100 * known['AP']:.1f} ± {100 * interval:.1f}: the 95 % interval over images like these."
-    return f"{said}\n\n{_table(('', 'value'), rows)}"
+        text += f" AP is {100 * known['AP']:.1f} ± {100 * interval:.1f}: the 95 % interval over images like these."
+    return f"{text}\n\n{_table(('', 'value'), rows)}"
 
 
 def _classes(card: Card, result: Mapping[str, Any]) -> str:
@@ -92,8 +92,8 @@ def _data(report: Mapping[str, Any]) -> str:
     rows = [(name, str(facts[name])) for name in TOLD if name in facts]
     if not rows:
         return "Nothing is known of the data. They are not part of this repository."
-    said = "The validation split. Neither it nor the training data are part of this repository."
-    return f"{said}\n\n{_table(('', ''), rows)}"
+    text = "The validation split. Neither it nor the training data are part of this repository."
+    return f"{text}\n\n{_table(('', ''), rows)}"
 
 
 def _use(repository: str) -> str:

@@ -94,6 +94,6 @@ def _upload(folder: str, repository: str, private: bool, message: str) -> None:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        said = TOKEN.sub("***", first_line(error))
+        reason = TOKEN.sub("***", first_line(error))
         remedy = "Log in with a token that may write there (hf auth login, or HF_TOKEN), and check the connection."
-        raise UserError(f"{HUB}{repository}: cannot be sent ({said})", remedy) from None
+        raise UserError(f"{HUB}{repository}: cannot be sent ({reason})", remedy) from None

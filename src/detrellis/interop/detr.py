@@ -171,30 +171,31 @@ def _strides(backbone: Config, usual: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(2 ** (stage + 1) for stage in stages if stage > 0) or usual
 
 
-def _native_resnet(own: Config) -> str:
+def _native_resnet(config: Config) -> str:
     """The name of transformers' own ResNet of these depths, empty where it has none."""
-    kind = (own.get("layer_type", "bottleneck"), tuple(own.get("depths", (3, 4, 6, 3))))
+    kind = (config.get("layer_type", "bottleneck"), tuple(config.get("depths", (3, 4, 6, 3))))
     sizes = [64, 128, 256, 512] if kind[0] == "basic" else [256, 512, 1024, 2048]
-    usual = list(own.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes and own.get("embedding_size", 64) == 64
-    changed = own.get("downsample_in_first_stage") or own.get("downsample_in_bottleneck")
-    return BLOCKS.get(kind, "") if usual and not changed and own.get("hidden_act", "relu") == "relu" else ""
+    usual = list(config.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes and config.get("embedding_size", 64) == 64
+    changed = config.get("downsample_in_first_stage") or config.get("downsample_in_bottleneck")
+    return BLOCKS.get(kind, "") if usual and not changed and config.get("hidden_act", "relu") == "relu" else ""
 
 
 def resnet_of(config: Config, *, several: bool) -> BackboneConfig:
     """A ResNet with frozen norms; what is trained in it comes with the file."""
-    own = config.get("backbone_config") or config.get("backbone_kwargs") or {}
+    inner = config.get("backbone_config") or config.get("backbone_kwargs") or {}
     native = is_native(config)
     if native:
-        name, described = _native_resnet(own), f"of {own.get('layer_type', 'bottleneck')} blocks {own.get('depths')}"
+        name = _native_resnet(inner)
+        described = f"of {inner.get('layer_type', 'bottleneck')} blocks {inner.get('depths')}"
     else:
-        described = own.get("backbone") or config.get("backbone") or "resnet50"
-        kind = own.get("model_type", "timm_backbone")
+        described = inner.get("backbone") or config.get("backbone") or "resnet50"
+        kind = inner.get("model_type", "timm_backbone")
         name, described = (str(described).split(".")[0], described) if kind == "timm_backbone" else ("", kind)
     if name not in BLOCKS.values():
         known = f"Detrellis reads {', '.join(BLOCKS.values())}, transformers' own and timm's."
         raise UserError(f"config.json: the backbone_config {described!r} is not supported", known)
-    strides = _strides(own, (8, 16, 32) if several and not native else (32,))
-    dilated = own.get("output_stride") or (16 if config.get("dilation") and not config.get("backbone_config") else 32)
+    strides = _strides(inner, (8, 16, 32) if several and not native else (32,))
+    dilated = inner.get("output_stride") or (16 if config.get("dilation") and not config.get("backbone_config") else 32)
     if dilated not in (16, 32):
         raise UserError(
             f"config.json: backbone_config.output_stride={dilated} is not supported", "It is 16 or 32 here."
@@ -221,9 +222,9 @@ def kind_of(detector: DetectorConfig) -> str | None:
         return None
     expected = RECIPES[kind]().detector
     for name in ("scores", "position_temperature", "position_offset", "decoder.final_norm", "iou_branch"):
-        own, theirs = (attrgetter(name)(config) for config in (detector, expected))
-        if own != theirs and (kind, name) != ("dab-detr", "position_temperature"):
-            raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {theirs}")
+        ours, theirs = (attrgetter(name)(config) for config in (detector, expected))
+        if ours != theirs and (kind, name) != ("dab-detr", "position_temperature"):
+            raise UserError(f"this detector cannot be saved for transformers: {name}={ours}, theirs is {theirs}")
     return kind
 
 

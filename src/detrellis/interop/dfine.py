@@ -117,21 +117,21 @@ def _sizes(config: Config) -> dict[str, Any]:
 
 def _backbone(config: Config) -> BackboneConfig:
     """timm's name of a HGNetV2 of those sizes."""
-    own = config.get("backbone_config") or {}
-    stem, stages = own.get("stem_channels"), [own.get(f"stage_{name}") for name in STAGE]
-    found = None
+    inner = config.get("backbone_config") or {}
+    stem, stages = inner.get("stem_channels"), [inner.get(f"stage_{name}") for name in STAGE]
+    name = None
     if stem and all(stages):
         rows = [list(row) for row in zip(*stages, strict=True)]
         wanted = {"stem_type": "v2", "stem_chs": list(stem[1:]), **{f"stage{i + 1}": row for i, row in enumerate(rows)}}
-        found = next((name for name, sizes in hgnets().items() if sizes == wanted), None)
-    if found is None or own.get("use_learnable_affine_block", False) != _affine(found):
+        name = next((name for name, sizes in hgnets().items() if sizes == wanted), None)
+    if name is None or inner.get("use_learnable_affine_block", False) != _affine(name):
         raise UserError(
-            f"config.json: backbone_config of stem {stem}, channels {own.get('stage_out_channels')} is not supported",
+            f"config.json: backbone_config of stem {stem}, channels {inner.get('stage_out_channels')} is not supported",
             "Detrellis reads HGNetV2-B0 to B6, as D-FINE is published with.",
         )
     frozen = config["freeze_backbone_batch_norms"]
     return BackboneConfig(
-        name=found,
+        name=name,
         pretrained=False,
         norm="frozen" if frozen else "batch",
         frozen="stem" if frozen else 0,
@@ -297,8 +297,8 @@ def _hybrid(config: DetectorConfig) -> list[Pair]:
             ours, theirs = f"neck.{way}.{i}", f"model.encoder.{blocks}.{i}"
             rows += [*normed(f"{ours}.first", f"{theirs}.conv1"), *normed(f"{ours}.last", f"{theirs}.conv4")]
             for step in (0, 1):
-                own, other = f"{ours}.steps.{step}", f"{theirs}.csp_rep{step + 1}"
-                rows += [*csp(f"{own}.0", other), *normed(f"{own}.1", f"{theirs}.conv{step + 2}")]
+                our_step, their_step = f"{ours}.steps.{step}", f"{theirs}.csp_rep{step + 1}"
+                rows += [*csp(f"{our_step}.0", their_step), *normed(f"{our_step}.1", f"{theirs}.conv{step + 2}")]
     return rows
 
 

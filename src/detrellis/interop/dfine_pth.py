@@ -103,8 +103,8 @@ def table(config: DetectorConfig) -> list[Pair]:
 def _fusion(ours: str, theirs: str) -> list[Pair]:
     rows = [*normed(f"{ours}.first", f"{theirs}.cv1"), *normed(f"{ours}.last", f"{theirs}.cv4")]
     for step in (0, 1):
-        own, other = f"{ours}.steps.{step}", f"{theirs}.cv{step + 2}"
-        rows += [*normed(f"{own}.1", f"{other}.1"), *csp(f"{own}.0", f"{other}.0")]
+        our_step, their_step = f"{ours}.steps.{step}", f"{theirs}.cv{step + 2}"
+        rows += [*normed(f"{our_step}.1", f"{their_step}.1"), *csp(f"{our_step}.0", f"{their_step}.0")]
     return rows
 
 

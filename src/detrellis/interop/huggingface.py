@@ -63,8 +63,8 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     kind = family_of(recipe.detector)
     described = FAMILIES[kind].config_of(recipe)
     theirs = FAMILIES[kind].recipe_of(described | {"model_type": kind})
-    for name, own, other in _unlike(recipe.detector, theirs.detector):
-        raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {other}")
+    for name, here, there in _unlike(recipe.detector, theirs.detector):
+        raise UserError(f"this detector cannot be saved for transformers: {name}={here}, theirs is {there}")
     if recipe.data.pad is not None:
         raise UserError(
             f"data.pad={recipe.data.pad} cannot be saved for transformers: this detector reads padding as a part "
@@ -82,12 +82,12 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
 def _unlike(detector: DetectorConfig, theirs: DetectorConfig) -> Iterator[tuple[str, Any, Any]]:
     """Fields that decide what the network computes, with two values; not those that two values may say the same of."""
     for part in ("encoder", "queries", "cross_attention", "decoder", "masks"):
-        own, other = getattr(detector, part), getattr(theirs, part)
-        if own is None or other is None:
-            if own is not other:
-                yield part, own, other
+        here, there = getattr(detector, part), getattr(theirs, part)
+        if here is None or there is None:
+            if here is not there:
+                yield part, here, there
             continue
-        for field in type(own).model_fields:
-            name, values = f"{part}.{field}", (getattr(own, field), getattr(other, field, None))
+        for field in type(here).model_fields:
+            name, values = f"{part}.{field}", (getattr(here, field), getattr(there, field, None))
             if name not in SAME and values[0] != values[1]:
                 yield name, *values

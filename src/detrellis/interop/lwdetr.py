@@ -103,15 +103,15 @@ UNLIKE = (
 
 def recipe_of(kind: str, config: Config) -> Recipe:
     """The recipe that a `config.json` of that model type describes: its family's, with the file's sizes."""
-    own = config.get("backbone_config") or BACKBONES[kind]
-    for found, fixed, where in ((config, FIXED, ""), (own, BACKBONE_FIXED, "backbone_config.")):
+    backbone_config = config.get("backbone_config") or BACKBONES[kind]
+    for found, fixed, where in ((config, FIXED, ""), (backbone_config, BACKBONE_FIXED, "backbone_config.")):
         for name, value in fixed.items():
             if found.get(name, value) != value:
                 problem = f"config.json: {where}{name}={found[name]!r} is not supported"
                 raise UserError(problem, f"Detrellis has {value!r}.")
     full = {**DEFAULTS, **config}
     recipe = RECIPES[kind]()
-    backbone = _backbone(kind, {**BACKBONE_DEFAULTS[kind], **own})
+    backbone = _backbone(kind, {**BACKBONE_DEFAULTS[kind], **backbone_config})
     sizes = {
         "backbone": backbone,
         "width": full["d_model"],
@@ -133,21 +133,23 @@ def recipe_of(kind: str, config: Config) -> Recipe:
     return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector, "schemes": schemes})
 
 
-def _backbone(kind: str, own: Config) -> dict[str, Any]:
-    depth, patch, heads = own["num_hidden_layers"], own["patch_size"], own["num_attention_heads"]
-    given = own.get("out_indices") or [int(re.sub(r"\D", "", n) or 0) for n in own.get("out_features") or [f"{depth}"]]
-    taps = tuple(sorted(int(i) % (depth + 1) for i in given))
-    size, side = own["pretrain_image_size" if kind == LW else "image_size"], own["num_windows"]
+def _backbone(kind: str, config: Config) -> dict[str, Any]:
+    depth, patch, heads = config["num_hidden_layers"], config["patch_size"], config["num_attention_heads"]
+    outputs = config.get("out_indices") or [
+        int(re.sub(r"\D", "", n) or 0) for n in config.get("out_features") or [f"{depth}"]
+    ]
+    taps = tuple(sorted(int(i) % (depth + 1) for i in outputs))
+    size, side = config["pretrain_image_size" if kind == LW else "image_size"], config["num_windows"]
     if not all(isinstance(value, int) for value in (size, patch)):
         raise UserError("config.json: an image or patch that is no square is not supported")
     if kind == LW:
         side = round(side**0.5)
-        windowed = tuple(sorted(i for i in own["window_block_indices"] if i < max(taps)))
+        windowed = tuple(sorted(i for i in config["window_block_indices"] if i < max(taps)))
     else:
         windowed = _between(taps)
-    found = {"patch": patch, "grid": size // patch, "windows": side, "windowed": windowed, "taps": taps}
-    drop = float(own.get("drop_path_rate", 0.0))
-    return {"pretrained": False, "width": own["hidden_size"], "heads": heads, "drop_path": drop, **found}
+    layout = {"patch": patch, "grid": size // patch, "windows": side, "windowed": windowed, "taps": taps}
+    drop = float(config.get("drop_path_rate", 0.0))
+    return {"pretrained": False, "width": config["hidden_size"], "heads": heads, "drop_path": drop, **layout}
 
 
 def _projector(kind: str, full: Config, patch: int) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
         "decoder_self_attention_heads": detector.decoder.heads,
         "decoder_cross_attention_heads": detector.decoder.cross_heads or detector.decoder.heads,
     }
-    own: dict[str, Any] = {
+    backbone_config: dict[str, Any] = {
         "hidden_size": backbone.width,
         "num_hidden_layers": max(backbone.taps),
         "num_attention_heads": backbone.heads,
@@ -197,22 +199,22 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
         "out_indices": list(backbone.taps),
     }
     if kind == LW:
-        own |= {"model_type": "lw_detr_vit", "pretrain_image_size": backbone.grid * backbone.patch}
-        own |= {"num_windows": backbone.windows**2, "window_block_indices": list(backbone.windowed)}
+        backbone_config |= {"model_type": "lw_detr_vit", "pretrain_image_size": backbone.grid * backbone.patch}
+        backbone_config |= {"num_windows": backbone.windows**2, "window_block_indices": list(backbone.windowed)}
         scales = [backbone.patch / stride for stride in projector.strides]
-        return config | {"backbone_config": own, "projector_scale_factors": scales}
-    own |= {"model_type": "rf_detr_dinov2", "image_size": backbone.grid * backbone.patch}
-    own |= {"num_windows": backbone.windows, "drop_path_rate": backbone.drop_path}
-    own |= {"out_features": [f"stage{i}" for i in backbone.taps], "use_mask_token": False}
-    return config | {"backbone_config": own, "layer_norm_eps": projector.eps}
+        return config | {"backbone_config": backbone_config, "projector_scale_factors": scales}
+    backbone_config |= {"model_type": "rf_detr_dinov2", "image_size": backbone.grid * backbone.patch}
+    backbone_config |= {"num_windows": backbone.windows, "drop_path_rate": backbone.drop_path}
+    backbone_config |= {"out_features": [f"stage{i}" for i in backbone.taps], "use_mask_token": False}
+    return config | {"backbone_config": backbone_config, "layer_norm_eps": projector.eps}
 
 
 def _refuse_unlike(detector: DetectorConfig, expected: DetectorConfig) -> None:
     """`UserError` for network parts that transformers' models do not have otherwise."""
     for name in UNLIKE:
-        own, theirs = (attrgetter(name)(config) for config in (detector, expected))
-        if own != theirs:
-            raise UserError(f"this detector cannot be saved for transformers: {name}={own}, theirs is {theirs}")
+        ours, theirs = (attrgetter(name)(config) for config in (detector, expected))
+        if ours != theirs:
+            raise UserError(f"this detector cannot be saved for transformers: {name}={ours}, theirs is {theirs}")
     backbone = detector.backbone
     assert isinstance(backbone, WindowViTConfig)
     derived = _between(backbone.taps)

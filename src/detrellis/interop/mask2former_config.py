@@ -70,14 +70,14 @@ def recipe_of(config: Config) -> Recipe:
         if config.get(name, value) != value:
             raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
     full = {**DEFAULTS, **config}
-    own = full.get("backbone_config") or {}
-    if own.get("model_type", "swin") not in ("resnet", "swin"):
+    backbone_config = full.get("backbone_config") or {}
+    if backbone_config.get("model_type", "swin") not in ("resnet", "swin"):
         raise UserError(
-            f"config.json: backbone_config.model_type={own['model_type']!r} is not supported",
+            f"config.json: backbone_config.model_type={backbone_config['model_type']!r} is not supported",
             "With Mask2Former Detrellis reads transformers' own resnet and swin.",
         )
-    resnet = own.get("model_type") == "resnet"
-    backbone = resnet_of(full, several=True) if resnet else BackboneConfig(name=swin.checked(own))
+    resnet = backbone_config.get("model_type") == "resnet"
+    backbone = resnet_of(full, several=True) if resnet else BackboneConfig(name=swin.checked(backbone_config))
     sizes = {
         "width": full["hidden_dim"],
         "encoder": {

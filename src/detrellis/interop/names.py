@@ -17,15 +17,15 @@ QKV = "{q,k,v}_proj"
 def huggingface(config: DetectorConfig, native: bool = False) -> list[Pair]:
     """Names in memory, which `modern` makes of those on disk; `native`: the backbone is their own ResNet."""
     if config.cross_attention.kind == "deformable":
-        own = _hf_deformable(config)
+        pairs = _hf_deformable(config)
         backbone = "model.backbone.model"
     elif config.queries.kind == "anchors":
-        own = HF_DAB
+        pairs = HF_DAB
         backbone = "model.backbone.conv_encoder.model" + ("" if native else "._backbone")
     else:
-        own = HF_DETR + (HF_CONDITIONAL if config.cross_attention.kind == "conditional" else HF_DENSE_DECODER)
+        pairs = HF_DETR + (HF_CONDITIONAL if config.cross_attention.kind == "conditional" else HF_DENSE_DECODER)
         backbone = "model.backbone.model"
-    return [*own, *HF_SHARED, *(huggingface_resnet(backbone) if native else torchvision(backbone))]
+    return [*pairs, *HF_SHARED, *(huggingface_resnet(backbone) if native else torchvision(backbone))]
 
 
 def torchvision(prefix: str) -> list[Pair]:

@@ -287,10 +287,10 @@ def _deformable(detector: DetectorConfig) -> list[Pair]:
 
 def heads(detector: DetectorConfig) -> list[Pair]:
     """Class and box heads: one a layer in theirs, which share a tensor where ours is one."""
-    own = "0" if detector.decoder.shared_heads or detector.decoder.refine == "none" else "*"
+    layer = "0" if detector.decoder.shared_heads or detector.decoder.refine == "none" else "*"
     return [
-        Pair(f"decoder.heads.classes.{own}", "class_embed.*"),
-        *(Pair(f"decoder.heads.boxes.{own}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
+        Pair(f"decoder.heads.classes.{layer}", "class_embed.*"),
+        *(Pair(f"decoder.heads.boxes.{layer}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
     ]
 
 
@@ -318,8 +318,8 @@ def _detrex(detector: DetectorConfig) -> list[Pair]:
 
 def loaded(weights: Weights, detector: DetectorConfig) -> Loaded:
     """The detector's tensors among those of training, and the family's names."""
-    own = {**weights, **unknown_label(weights, detector), **own_queries(weights, detector)}
-    return Loaded(own, table(detector, is_detrex(weights)))
+    tensors = {**weights, **unknown_label(weights, detector), **own_queries(weights, detector)}
+    return Loaded(tensors, table(detector, is_detrex(weights)))
 
 
 REPOSITORY = Repository(

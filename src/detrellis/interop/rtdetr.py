@@ -272,10 +272,10 @@ def hybrid_levels() -> list[Pair]:
 def csp(ours: str, theirs: str) -> list[Pair]:
     """A CSP layer."""
     rows = []
-    for own, other in (("first", "conv1"), ("bypass", "conv2"), ("last", "conv3")):
-        rows += normed(f"{ours}.{own}", f"{theirs}.{other}")
-    for own, other in (("wide", "conv1"), ("point", "conv2")):
-        rows += normed(f"{ours}.blocks.*.{own}", f"{theirs}.bottlenecks.*.{other}")
+    for part, their_part in (("first", "conv1"), ("bypass", "conv2"), ("last", "conv3")):
+        rows += normed(f"{ours}.{part}", f"{theirs}.{their_part}")
+    for part, their_part in (("wide", "conv1"), ("point", "conv2")):
+        rows += normed(f"{ours}.blocks.*.{part}", f"{theirs}.bottlenecks.*.{their_part}")
     return rows
 
 

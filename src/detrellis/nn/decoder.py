@@ -169,10 +169,10 @@ class Decoder(nn.Module):
                 if self.ranked is not None and ranks is not None:
                     logits = self.ranked.score(i, logits, ranks)
             if refined is not None and wanted:
-                said = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
+                predicted = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
                 embeds = heads.mask_embeds(named)
                 between = Between(read, around) if every_layer and isinstance(layer, CrossFirstLayer) else None
-                outputs.append(DecoderOutput(*said, mask_embeds=embeds, sides=refined.sides, between=between))
+                outputs.append(DecoderOutput(*predicted, mask_embeds=embeds, sides=refined.sides, between=between))
             # The queries that the next layer uses.
             if not last and self.distinct is not None:
                 assert boxes.references is not None
@@ -208,10 +208,10 @@ class Decoder(nn.Module):
         refinement.boxes = boxes
         refined = refinement.step(layer, x, states, last=layer == len(self.layers) - 1)
         assert refined is not None
-        said = self.heads.logits(layer, states), refined.boxes, states, self.heads.iou_logits(layer, states)
+        predicted = self.heads.logits(layer, states), refined.boxes, states, self.heads.iou_logits(layer, states)
         (passed,) = refinement.passed
         rows = [slice(i * x.shape[1] // count, (i + 1) * x.shape[1] // count) for i in range(count)]
-        return stack([DecoderOutput(*said)]), [passed.map(itemgetter((slice(None), part))) for part in rows]
+        return stack([DecoderOutput(*predicted)]), [passed.map(itemgetter((slice(None), part))) for part in rows]
 
     def say(self, layers: Sequence[Tensor], references: Tensor | None) -> DecoderOutput:
         """What the heads of every layer say of other states `(B, N, D)` of its queries, around the `references
@@ -227,8 +227,8 @@ class Decoder(nn.Module):
         """The output of the queries as they come."""
         assert queries.boxes is not None, "queries without boxes give no output"
         states = queries.content if self.final_norm is None else self.final_norm(queries.content)
-        said = heads.logits(0, states), queries.boxes, states, heads.iou_logits(0, states)
-        return DecoderOutput(*said, mask_embeds=heads.mask_embeds(states))
+        predicted = heads.logits(0, states), queries.boxes, states, heads.iou_logits(0, states)
+        return DecoderOutput(*predicted, mask_embeds=heads.mask_embeds(states))
 
     def _logits(self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None) -> Tensor:
         """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions where there are any."""

@@ -75,8 +75,8 @@ class Heads(nn.Module):
 
     def of(self, segments: Sequence[Segment]) -> Heads | SegmentHeads:
         """The heads of all `segments`, some of which may have their own."""
-        own = [segment.heads if isinstance(segment.heads, Heads) else self for segment in segments]
-        return self if all(heads is self for heads in own) else SegmentHeads(own, [s.size for s in segments])
+        each = [segment.heads if isinstance(segment.heads, Heads) else self for segment in segments]
+        return self if all(heads is self for heads in each) else SegmentHeads(each, [s.size for s in segments])
 
     def logits(self, layer: int, states: Tensor) -> Tensor:
         """Class logits `(B, N, C)` of decoder layer `layer`."""

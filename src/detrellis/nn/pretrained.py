@@ -258,10 +258,10 @@ def in_order(weights: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict
         raise ValueError(f"{len(theirs)} tensors of other names there, {len(ours)} here")
     classifier = 2 if len(theirs) == len(ours) else 0
     body = min(len(theirs), len(ours)) - classifier
-    for (name, value), (own, like) in zip(theirs[:body], ours[:body], strict=True):
-        if name.rpartition(".")[2] != own.rpartition(".")[2] or value.shape != like.shape:
-            raise ValueError(f"{name} {tuple(value.shape)} stands where {own} {tuple(like.shape)} belongs")
-    return {own: value for (_, value), (own, _) in zip(theirs, ours, strict=False)}
+    for (name, value), (our_name, tensor) in zip(theirs[:body], ours[:body], strict=True):
+        if name.rpartition(".")[2] != our_name.rpartition(".")[2] or value.shape != tensor.shape:
+            raise ValueError(f"{name} {tuple(value.shape)} stands where {our_name} {tuple(tensor.shape)} belongs")
+    return {our_name: value for (_, value), (our_name, _) in zip(theirs, ours, strict=False)}
 
 
 def _plain(name: str) -> str:

@@ -93,13 +93,15 @@ class OverLevels(nn.Module):
         weights = self.weigh(x).softmax(-1).split(1, dim=-1)  # of each level, (B, N, 1)
         sizes = [height * width for height, width in memory.shapes]
         readable = [None] * len(sizes) if where.readable is None else where.readable.split(sizes, dim=2)
-        found = []
+        parts = []
         for level, attention in enumerate(self.attentions):
-            own = at_level(memory, level)
+            at_this_level = at_level(memory, level)
             # Contiguous: of a part of a tensor PyTorch computes products in another way if they need no gradient.
-            own = own._replace(tokens=own.tokens.contiguous(), position=own.position.contiguous())
-            found.append(weights[level] * attention(x, where._replace(readable=readable[level]), own))
-        out: Tensor = self.output(torch.stack(found).sum(0))
+            at_this_level = at_this_level._replace(
+                tokens=at_this_level.tokens.contiguous(), position=at_this_level.position.contiguous()
+            )
+            parts.append(weights[level] * attention(x, where._replace(readable=readable[level]), at_this_level))
+        out: Tensor = self.output(torch.stack(parts).sum(0))
         return out
 
 

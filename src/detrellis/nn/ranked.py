@@ -21,23 +21,23 @@ from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Segment
 
 
-def ranks_of(logits: Tensor, segments: Sequence[Segment], most: int) -> Tensor:
+def ranks_of(logits: Tensor, segments: Sequence[Segment], ranks: int) -> Tensor:
     """The rank `(B, N)` of each query by its best class in `logits (B, N, C)`, 0 the best, in its copy of its segment.
 
     Ties keep their order; no rank is `most` or more.
     """
-    scores, found = logits.detach().amax(-1), []
+    scores, places = logits.detach().amax(-1), []
     for segment, part in zip(segments, scores.split([s.size for s in segments], dim=1), strict=True):
         copies = part.reshape(-1, segment.size // segment.copies)
         order = copies.argsort(dim=1, descending=True, stable=True)
-        found.append(order.argsort(dim=1).reshape(part.shape))
-    return torch.cat(found, dim=1).clamp(max=most - 1)
+        places.append(order.argsort(dim=1).reshape(part.shape))
+    return torch.cat(places, dim=1).clamp(max=ranks - 1)
 
 
-def places_of(segments: Sequence[Segment], most: int, device: torch.device) -> Tensor:
+def places_of(segments: Sequence[Segment], ranks: int, device: torch.device) -> Tensor:
     """The place `(1, N)` of each query in its copy, below `most`: its rank before there are scores."""
     sizes = [segment.size // segment.copies for segment in segments for _ in range(segment.copies)]
-    return torch.cat([torch.arange(size, device=device) for size in sizes]).clamp(max=most - 1).unsqueeze(0)
+    return torch.cat([torch.arange(size, device=device) for size in sizes]).clamp(max=ranks - 1).unsqueeze(0)
 
 
 class RankLayers(nn.Module):

@@ -43,10 +43,10 @@ class IterativeRefinement:
 
         `states` are what the heads read of them for the output; None where nobody asks for one, and gets none.
         """
-        said = None if states is None else self.heads.deltas(layer, states)
-        output = None if said is None else Refined(self.move(said, self.boxes))
+        deltas = None if states is None else self.heads.deltas(layer, states)
+        output = None if deltas is None else Refined(self.move(deltas, self.boxes))
         if not last and self.refine != "none":
-            delta = said if said is not None and states is x else self.heads.deltas(layer, x)
+            delta = deltas if deltas is not None and states is x else self.heads.deltas(layer, x)
             boxes = self.move(delta, self.references)
             self.references = boxes.detach()
             self.boxes = boxes if self.refine == "look_forward_twice" else self.references
@@ -76,9 +76,9 @@ class DistributionRefinement:
         first = self.initial_boxes is None
         if self.initial_boxes is None:
             self.first, self.initial_boxes = x, moved(self.heads.initial_deltas(x), self.references, self.eps)
-        said = self.heads.deltas(layer, x if first else x + self.before.detach())
-        said = said.to(self.values.dtype).unflatten(-1, (4, self.bins.number + 1))
-        self.logits, self.before = said if first else said + self.logits, x
+        deltas = self.heads.deltas(layer, x if first else x + self.before.detach())
+        deltas = deltas.to(self.values.dtype).unflatten(-1, (4, self.bins.number + 1))
+        self.logits, self.before = deltas if first else deltas + self.logits, x
         sides = SideDistributions(self.logits, self.initial_boxes.detach(), self.values, self.bins.scale)
         boxes = mean_boxes(sides)
         self.references = boxes.detach()

@@ -98,8 +98,8 @@ def _eva_vit(config: EvaViTConfig) -> EvaViT:
 def _timm_vit(config: TimmViTConfig) -> TimmViT:
     from detrellis.nn.timm_vit import TimmViT  # only here: timm's import takes a second
 
-    own = config.model_dump(include={"drop_path", "checkpointing", "frozen"})
-    return TimmViT(config.name, pretrained=pretrained_source(config), **own)
+    options = config.model_dump(include={"drop_path", "checkpointing", "frozen"})
+    return TimmViT(config.name, pretrained=pretrained_source(config), **options)
 
 
 def _window_vit(config: WindowViTConfig) -> WindowViT:

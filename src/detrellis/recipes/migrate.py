@@ -102,10 +102,10 @@ def _group_detector(detector: dict[str, Any]) -> None:
     queries = take(kind="queries", count="query_count", position="query_position", content="content")
     for name in ("patterns", "indicator", "fixed_centres", "frozen_boxes", "proposal_targets", "empty_compete"):
         queries |= take(**{name: name})
-    own = take(kind="encoder", layers="encoder_layers", levels="levels", neck_norm="neck_norm")
-    own |= take(heads="encoder_heads", hidden="encoder_hidden", points="encoder_points")
+    of_encoder = take(kind="encoder", layers="encoder_layers", levels="levels", neck_norm="neck_norm")
+    of_encoder |= take(heads="encoder_heads", hidden="encoder_hidden", points="encoder_points")
     # What the encoder left open was as in the decoder; no norm of a single map was told was none.
-    encoder = decoder | attention | scaled | {name: value for name, value in own.items() if value is not None}
+    encoder = decoder | attention | scaled | {name: value for name, value in of_encoder.items() if value is not None}
     if queries.get("position") == "boxes":
         attention |= scaled
     detector["decoder"] = decoder

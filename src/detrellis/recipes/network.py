@@ -301,8 +301,8 @@ def build_feed_forward(config: DetectorConfig, width: int, hidden: int) -> FeedF
 def build_detector(config: DetectorConfig, classes: int) -> Detector:
     """A detector for `classes` classes, initialised from the global random state."""
     refuse_network(config)
-    own = config.backbone
-    backbone = build_backbone(own if config.masks is None else own.replace(strides=config.map_strides))
+    wanted = config.backbone
+    backbone = build_backbone(wanted if config.masks is None else wanted.replace(strides=config.map_strides))
     channels = backbone.channels if config.masks is None else backbone.channels[1:]
     neck, encoder = build_neck(config, channels), build_encoder(config)
     decoder = build_decoder(config, classes) if config.boxes else build_masked_decoder(config, classes)

@@ -24,8 +24,8 @@ def assign(data: dict[str, Any], config: type[Config], assignment: str) -> None:
     try:
         parsed = read_value(value)
     except yaml.YAMLError:
-        said = f"-o {cut(assignment)}: {brief(value)} is not YAML"
-        raise UserError(said, "Quote it: -o 'data.size=[192, 256]'.") from None
+        problem = f"-o {cut(assignment)}: {brief(value)} is not YAML"
+        raise UserError(problem, "Quote it: -o 'data.size=[192, 256]'.") from None
     _set(data, config, key.strip().split("."), parsed, cut(assignment))
 
 

@@ -36,13 +36,13 @@ def galleries(found: Diagnosed, annotations: Annotations) -> dict[str, tuple[Pic
     missed: dict[int, list[int]] = defaultdict(list)
     for number in found.missed.tolist():
         missed[int(done.truth.image[number - 1])].append(number)
-    most = sorted(missed, key=lambda image: -len(missed[image]))
+    by_misses = sorted(missed, key=lambda image: -len(missed[image]))
     # Confusions: a picture for each.
     mistaken = {error["image_id"]: error for error in reversed(found.confused)}
     surest = sorted(mistaken.values(), key=lambda error: -error["dt_score"])
     return {
         "False alarms": marks.drawn({image: marks.detections(alarms[image]) for image in list(alarms)}),
-        "Misses": marks.drawn({image: marks.boxes(missed[image]) for image in most}),
+        "Misses": marks.drawn({image: marks.boxes(missed[image]) for image in by_misses}),
         "Confusions": marks.drawn(
             {
                 e["image_id"]: (*marks.detections([e["dt_id"]])[:3], f"given as {names[e['gt_category_id'] - 1]}")

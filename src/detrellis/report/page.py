@@ -150,6 +150,6 @@ def _calibration(d: Diagnosis) -> str:
         for n, b in enumerate(d.calibration)
         if b.count
     ]
-    said = f"Scores are off by {d.calibration_error:.3f} on average: of those with 0.7, 7 in 10 should be right."
+    text = f"Scores are off by {d.calibration_error:.3f} on average: of those with 0.7, 7 in 10 should be right."
     title = "Detections by score, and how many of them are right at IoU 0.5"
-    return bullets([escape(said)]) + table(title, ("score", "detections", "mean score", "right"), rows)
+    return bullets([escape(text)]) + table(title, ("score", "detections", "mean score", "right"), rows)

@@ -130,14 +130,14 @@ class Tuner:
     def hopeless(self, outcome: TrialOutcome) -> bool:
         """Whether it is below the median of the others after as many epochs."""
         candidate = self._of(outcome)
-        asked = self._asked.get(candidate.number)
-        if not self.search.prune or asked is None:
+        trial = self._asked.get(candidate.number)
+        if not self.search.prune or trial is None:
             return False
         known = set(candidate.curve)
         candidate.read()
         for epoch in sorted(set(candidate.curve) - known):
-            asked.report(candidate.curve[epoch], epoch)
-        return bool(asked.should_prune())
+            trial.report(candidate.curve[epoch], epoch)
+        return bool(trial.should_prune())
 
     def save(self) -> None:
         """Write `OUT/tune.json`."""
@@ -168,9 +168,9 @@ class Tuner:
         self._study.sampler = _sampler(self.search.seed + number)
         if drawn is not None:
             self._study.enqueue_trial(dict(drawn))
-        asked = self._study.ask(_distributions(self.search.space))
-        self._asked[number] = asked
-        return self._added(Candidate(number, dict(asked.params)))
+        trial = self._study.ask(_distributions(self.search.space))
+        self._asked[number] = trial
+        return self._added(Candidate(number, dict(trial.params)))
 
     def _added(self, candidate: Candidate) -> Candidate:
         """Give the candidate a recipe, and with it a run, unless it is refused."""
@@ -192,14 +192,14 @@ class Tuner:
         """Say to optuna how a trial ended; of one that was pruned it knows the curve."""
         import optuna
 
-        asked = self._asked.pop(candidate.number, None)
-        if asked is None:
+        trial = self._asked.pop(candidate.number, None)
+        if trial is None:
             return
         if candidate.state == "finished" and candidate.ap is not None:
-            self._study.tell(asked, candidate.ap)
+            self._study.tell(trial, candidate.ap)
         else:
             pruned = candidate.state == "pruned"
-            self._study.tell(asked, state=getattr(optuna.trial.TrialState, "PRUNED" if pruned else "FAIL"))
+            self._study.tell(trial, state=getattr(optuna.trial.TrialState, "PRUNED" if pruned else "FAIL"))
 
     def _restore(self) -> None:
         """Take over the trials of an earlier call; those that were stopped go on."""

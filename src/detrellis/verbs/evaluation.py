@@ -66,8 +66,8 @@ def evaluate(
     weights = None if is_foreign(run) else find_weights(Path(run))
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     _refuse(metric, report is not None, tta, tiling)
-    own = data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
-    page = reporting.report_outputs(weights if own else None, report, split)
+    as_in_training = data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
+    page = reporting.report_outputs(weights if as_in_training else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
         masked, shown = metric == "masks", progress and world.is_main_process

@@ -163,9 +163,9 @@ def resume(
 
 def _trackers(track: Track | Sequence[Track], known: Iterable[str] = ()) -> list[Tracker]:
     """TensorBoard, those that a resumed run has `known`, and those that are asked for."""
-    asked = [track] if isinstance(track, str | Tracker) else list(track)
-    names = tracker_names([each for each in asked if isinstance(each, str)])
-    return [*named(["tensorboard", *known, *names]), *(each for each in asked if not isinstance(each, str))]
+    wanted = [track] if isinstance(track, str | Tracker) else list(track)
+    names = tracker_names([each for each in wanted if isinstance(each, str)])
+    return [*named(["tensorboard", *known, *names]), *(each for each in wanted if not isinstance(each, str))]
 
 
 def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:

@@ -181,8 +181,8 @@ def _have_pictures_sizes(rows: Sequence[CsvObject]) -> bool:
         if row.corners is not None:
             left, top, right, bottom = row.corners
             sizes.setdefault(row.image, []).append((round(right - left, 6), round(bottom - top, 6)))
-    several = [own for own in sizes.values() if len(own) > 1]
-    return bool(several) and all(len(set(own)) == 1 for own in several)
+    several = [of_image for of_image in sizes.values() if len(of_image) > 1]
+    return bool(several) and all(len(set(of_image)) == 1 for of_image in several)
 
 
 def _corner_note(split: str, file: Path) -> list[Finding]:

@@ -211,7 +211,7 @@ def branch_assignments(scene: Scene, anchors: Tensor, owners: Tensor, output: De
 
 
 def select_dense(
-    scene: Scene, scores: Tensor, boxes: Tensor, *, nms: float, before: int = 1000, most: int = 100
+    scene: Scene, scores: Tensor, boxes: Tensor, *, nms: float, before: int = 1000, limit: int = 100
 ) -> list[Predictions]:
     """A dense head's detections, NMS within each class, cut to the image; padding has none.
 
@@ -224,7 +224,7 @@ def select_dense(
     for image_scores, image_boxes, size in zip(scores, boxes, scene.sizes, strict=True):
         best, anchor, label = top_pairs(image_scores, before)
         clipped = clip(image_boxes[anchor], size)
-        kept = batched_nms(clipped, best, label, nms)[:most]
+        kept = batched_nms(clipped, best, label, nms)[:limit]
         kept = kept[best[kept] > 0]
         predictions.append(Predictions(best[kept], label[kept], clipped[kept]))
     return predictions

@@ -103,7 +103,7 @@ class RCNN(nn.Module):
         # Regions: a sample of the proposals.
         output, anchors = self.rpn(scene.maps), nine_anchors(scene)
         losses = rpn_losses(output, anchors, scene, draw)
-        proposed = proposals(output, anchors, scene, before=8 * self.samples, most=2 * self.samples)
+        proposed = proposals(output, anchors, scene, before=8 * self.samples, limit=2 * self.samples)
         pairs = zip(proposed, scene.boxes, strict=True)
         regions, owners = zip(*(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True)
         features = self.pool(scene, regions, CELLS)
@@ -127,7 +127,7 @@ class RCNN(nn.Module):
     @torch.no_grad()
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
-        regions = proposals(self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, most=1000)
+        regions = proposals(self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, limit=1000)
         states = self.head(self.pool(scene, regions, CELLS))
         counts = [len(r) for r in regions]
         scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
@@ -173,10 +173,10 @@ def region_losses(logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
 
 
 def select(
-    scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, most: int = 100, *, coder: Deltas
+    scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, limit: int = 100, *, coder: Deltas
 ) -> Predictions:
     """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS within each class."""
     best, region, label = top_pairs(scores, BEFORE)
     boxes = clip(coder.decode(regions[region], deltas[region, label]), size)
-    kept = nms(boxes, best, label, 0.5, most, first=3 * most)
+    kept = nms(boxes, best, label, 0.5, limit, first=3 * limit)
     return Predictions(best[kept], label[kept], boxes[kept])

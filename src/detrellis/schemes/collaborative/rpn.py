@@ -60,15 +60,15 @@ def _assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
     return max_iou(anchors, boxes, positive=0.7, negative=0.3, minimum=0.3, low_quality=True)
 
 
-def sample(owner: Tensor, draw: Draw, count: int, most: int) -> tuple[Tensor, Tensor]:
-    """Indices of `most` positives of `owner (A,)` or fewer, and of background that fills them up to `count`."""
-    positive = draw((owner >= 0).nonzero().squeeze(1), most)
+def sample(owner: Tensor, draw: Draw, count: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Indices of `limit` positives of `owner (A,)` or fewer, and of background that fills them up to `count`."""
+    positive = draw((owner >= 0).nonzero().squeeze(1), limit)
     return positive, draw((owner == BACKGROUND).nonzero().squeeze(1), count - len(positive))
 
 
 @torch.no_grad()
-def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int, most: int) -> list[Tensor]:
-    """The `most` best boxes `(n, 4)` of each image, cut to it; may be fewer, or none.
+def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int, limit: int) -> list[Tensor]:
+    """The `limit` best boxes `(n, 4)` of each image, cut to it; may be fewer, or none.
 
     The `before` best of each level take part in the NMS, which is level by level.
     """
@@ -93,5 +93,5 @@ def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int
         valid = (clipped[:, 2:] > clipped[:, :2]).all(1) & score.isfinite()
         order = score[valid].argsort(descending=True)
         clipped, score, levels_kept = (t[valid][order] for t in (clipped, score, level_of))
-        kept.append(clipped[nms(clipped, score, levels_kept, 0.7, most, first=3 * most)])
+        kept.append(clipped[nms(clipped, score, levels_kept, 0.7, limit, first=3 * limit)])
     return kept
