@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.errors import UserError
@@ -93,7 +95,40 @@ def parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices)
+    wrapped = DistributedDataParallel(model, device_ids=devices)
+    if world.device.type == "cpu" and world.size > 2:
+        # A lambda: of a hook's annotations DDP accepts no strings, which they are in this file.
+        wrapped.register_comm_hook(None, lambda _, bucket: _mean_by_rank(bucket.buffer()))
+    return wrapped
+
+
+def _mean_by_rank(gradients: Tensor) -> Future[Tensor]:
+    """The mean of the processes' gradients, one of DDP's buckets each, summed by rank wherever an element stands.
+
+    Gloo's ring adds up in an order that follows the place, and DDP lays its buckets out anew after a process's first
+    pass: of three processes or more, those that resume a run would round its next step in another way than it did.
+    """
+    size = dist.get_world_size()
+    padded = nn.functional.pad(gradients, (0, -len(gradients) % size))
+    parts = torch.empty_like(padded)
+    dist.all_to_all_single(parts, padded)  # of every process, the part that this one adds up
+    mean = functools.reduce(torch.add, parts.chunk(size)) / size
+    dist.all_gather_into_tensor(padded, mean)
+    future: Future[Tensor] = Future()
+    future.set_result(padded[: len(gradients)])
+    return future
+
+
+def same_statistics(model: nn.Module) -> None:
+    """Give all processes the first one's BatchNorm statistics: DDP waits for the next pass, and what averages or
+    evaluates until then would have others in each process, of which a run saves the first's."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    if buffers:
+        together = torch.cat(buffers)
+        dist.broadcast(together, 0)
+        for buffer, values in zip(buffers, together.split([len(b) for b in buffers]), strict=True):
+            buffer.copy_(values)
 
 
 def reduce_mean(value: Tensor) -> Tensor:

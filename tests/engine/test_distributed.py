@@ -18,10 +18,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
 
 import detrellis
-from detrellis.distributed import TIMEOUT, all_gather, pick_device, process_group, reduce_max, reduce_mean
+from detrellis.distributed import TIMEOUT, all_gather, parallel, pick_device, process_group, reduce_max, reduce_mean
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.schemes.config import SchemesConfig
@@ -53,10 +52,10 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def in_two_processes(function: Callable[..., None], *arguments: object) -> None:
+def in_processes(function: Callable[..., None], *arguments: object, size: int = 2) -> None:
     """Each is forked from one that has imported all this, and nothing else: torch's import takes seconds."""
     multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(function, (2, free_port(), *arguments), nprocs=2, start_method="forkserver")
+    mp.start_processes(function, (size, free_port(), *arguments), nprocs=size, start_method="forkserver")
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -81,12 +80,12 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
         for recipe in recipes:
             model = build(recipe, CLASSES)
             model.train()
-            parallel = DistributedDataParallel(model)
+            together = parallel(model, own)
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
             for step in range(2):
                 model.reseed(step)
                 optimizer.zero_grad()
-                losses = parallel(images(seed=rank), truth).losses
+                losses = together(images(seed=rank), truth).losses
                 total = torch.stack(list(losses.values())).sum()
                 assert total.isfinite()
                 total.backward()
@@ -99,8 +98,35 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage"])
 def test_a_process_without_boxes(name: str, tmp_path: Path) -> None:
-    in_two_processes(steps, name, str(tmp_path))
+    in_processes(steps, name, str(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"0.done", "1.done"}
+
+
+def passes(rank: int, size: int, port: int) -> None:
+    """In each process: passes on the same input, which is another one in each process; the last without the others."""
+    os.environ |= environment(rank, size, port)
+    torch.set_num_threads(1)
+    with process_group("cpu") as own:
+        model = build(small("tiny"), CLASSES)
+        model.train()
+        together, gradients = parallel(model, own), []
+        for network in (together, together, together, model):
+            model.reseed(0)
+            model.zero_grad(set_to_none=True)
+            losses = network(images(seed=rank), targets((2, 3))).losses
+            torch.stack(list(losses.values())).sum().backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        first, *later, alone = gradients
+        for again in later:
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        for mean, part in zip(first, alone, strict=True):
+            torch.testing.assert_close(mean, reduce_mean(part))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_first_pass_of_a_process_adds_up_as_the_later_ones(size: int) -> None:
+    """DDP lays its buckets out anew after the first: a resumed run would otherwise go on with other bits."""
+    in_processes(passes, size=size)
 
 
 SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
@@ -131,7 +157,7 @@ def test_the_same_command_under_torchrun_on_two_nodes(shapes: Path, tmp_path: Pa
         )
         for _ in range(2)
     ]
-    in_two_processes(on_one_node, str(shapes), str(other))
+    in_processes(on_one_node, str(shapes), str(other))
     said = [node.communicate(timeout=900) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][1][-3000:] + said[1][1][-3000:]
     assert "".join(output for output, _ in said).count("Done in") == 1
@@ -167,7 +193,7 @@ def quiet() -> Console:
 def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp_path: Path) -> None:
     """One of them saves, nobody waits for ever, and one process alone can go on."""
     out = tmp_path / "run"
-    in_two_processes(stopped, str(shapes), str(out))
+    in_processes(stopped, str(shapes), str(out))
     told = [Path(f"{out}.{rank}").read_text() for rank in (0, 1)]
     assert told == [f"2 {signal.SIGTERM.value}"] * 2
     assert torch.load(out / "last.state.pt", weights_only=True)["step"] == 2
@@ -202,7 +228,7 @@ def lost(rank: int, size: int, port: int, how: str, out: str) -> None:
 @pytest.mark.parametrize(("how", "told"), [("dies", ["0.told"]), ("stalls", ["0.told", "1.told"])])
 def test_a_process_that_is_lost_is_not_waited_for(how: str, told: list[str], tmp_path: Path) -> None:
     """The others end with a message, and so does one that goes on after they have."""
-    in_two_processes(lost, how, str(tmp_path))
+    in_processes(lost, how, str(tmp_path))
     assert sorted(path.name for path in tmp_path.glob("*.told")) == told
 
 

@@ -23,7 +23,7 @@ from detrellis.recipes.build import build
 from detrellis.types import ImageBatch, Targets
 
 from ..small import CLASSES, SMALL, images, small, targets
-from .test_distributed import environment, free_port, in_two_processes, quiet
+from .test_distributed import environment, free_port, in_processes, quiet
 from .test_resume import stop_at
 
 SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "optim.lr=1e-3", "optim.accumulate=2"]
@@ -76,7 +76,7 @@ def difference(one: dict[Any, Tensor], other: dict[Any, Tensor]) -> float:
 
 def test_the_same_run_with_half_of_everything_in_each_process(shapes: Path, tmp_path: Path) -> None:
     """Accumulation, clipping, averages, schemes with parameters, a stop and a resume; then one process goes on."""
-    in_two_processes(runs, str(shapes), str(tmp_path), free_port())
+    in_processes(runs, str(shapes), str(tmp_path), free_port())
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
     states = [torch.load(run / "last.state.pt", weights_only=True) for run in (ddp, fsdp)]
     moments = [{i: m["exp_avg"] for i, m in state["optimizer"]["state"].items()} for state in states]
@@ -134,7 +134,7 @@ def halves(rank: int, size: int, port: int, out: str) -> None:
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """Each with one of two images: the same losses, in float32 and in bfloat16."""
-    in_two_processes(halves, str(tmp_path))
+    in_processes(halves, str(tmp_path))
     alone = World(0, 1, torch.device("cpu"))
     plain, half = (three_steps(ALONE, (images(), targets((2, 3))), alone, amp) for amp in (False, True))
     for rank in "01":

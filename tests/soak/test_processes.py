@@ -24,13 +24,16 @@ from ..engine.test_distributed import environment, free_port, quiet
 from ..engine.test_resume import assert_same_run
 from ..engine.test_saving import SETTINGS
 
-SIZE, EPOCHS, WAIT, STILL = 4, 2, 20, 60  # processes, epochs, seconds that they wait, seconds that one stands still
+SIZE, EPOCHS = 4, 2  # processes, epochs
+# Seconds: that processes wait where nobody has to (on a busy machine one may begin a minute after another), that they
+# wait for one that stands still, and that it does.
+WAIT, BRIEF, STILL = 600, 40, 60
 FOUR = [*SETTINGS, "optim.batch_size=4", "optim.accumulate=1"]
 
 
-def member(rank: int, port: int, size: int, act: Callable[[], object] | None, data: Path, out: Path) -> None:
+def member(rank: int, port: int, size: int, act: Callable[[], object] | None, wait: int, data: Path, out: Path) -> None:
     """One process of the run: it acts first, and writes down with what it ended."""
-    os.environ |= environment(rank, size, port) | {TIMEOUT: str(WAIT)}
+    os.environ |= environment(rank, size, port) | {TIMEOUT: str(wait)}
     torch.set_num_threads(1)
     if act is not None:
         act()
@@ -47,12 +50,12 @@ def member(rank: int, port: int, size: int, act: Callable[[], object] | None, da
         said.write_text(str(error))
 
 
-def start(data: Path, out: Path, size: int = SIZE, acting: int = -1, act: Any = None) -> list[Any]:
-    """The processes, of which one does something else."""
+def start(data: Path, out: Path, size: int = SIZE, acting: int = -1, act: Any = None, wait: int = WAIT) -> list[Any]:
+    """The processes, of which one does something else; `wait` is how many seconds they wait for each other."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     port = free_port()
-    arguments = [(rank, port, size, act if rank == acting else None, data, out) for rank in range(size)]
+    arguments = [(rank, port, size, act if rank == acting else None, wait, data, out) for rank in range(size)]
     processes = [context.Process(target=member, args=given) for given in arguments]
     for process in processes:
         process.start()
@@ -137,9 +140,9 @@ def test_one_of_two_dies(shapes: Path, tmp_path: Path) -> None:
 def test_one_of_four_stands_still(shapes: Path, whole: Path, tmp_path: Path) -> None:
     """For longer than the others wait: they end, and so does it once it goes on."""
     out, began = tmp_path / "run", time.monotonic()
-    processes = start(shapes, out, SIZE, 3, stands_still)
+    processes = start(shapes, out, SIZE, 3, stands_still, BRIEF)
     told = ends(out, processes, but=3)
-    assert all(f"has not answered for {WAIT} seconds" in text for text in told), told
+    assert all(f"has not answered for {BRIEF} seconds" in text for text in told), told
     time.sleep(max(0.0, began + STILL - time.monotonic()))
     os.kill(processes[3].pid, signal.SIGCONT)
     assert "another process has ended" in ends(out, processes)[3]

@@ -51,17 +51,6 @@ def layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from layers(child)
 
 
-def same_statistics(model: nn.Module) -> None:
-    """Give all processes the first one's BatchNorm statistics, as DDP does."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
-    if buffers:
-        together = torch.cat(buffers)
-        dist.broadcast(together, 0)
-        for buffer, values in zip(buffers, together.split([len(b) for b in buffers]), strict=True):
-            buffer.copy_(values)
-
-
 def whole(state: Any, *, everywhere: bool = False) -> Any:
     """A nest of dicts and lists whose shards are put together, on the host; each process has to call it, and unless it
     is wanted `everywhere` only the first gets the values."""

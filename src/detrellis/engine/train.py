@@ -25,7 +25,7 @@ from detrellis.atomic import replace_files, sweep
 from detrellis.data.loader import Batch, Loader
 from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
-from detrellis.distributed import World, parallel, reduce_max
+from detrellis.distributed import World, parallel, reduce_max, same_statistics
 from detrellis.engine.batches import batch_per_process, padded_fraction, train_loader, unreadable_line
 from detrellis.engine.checkpoint import (
     BEST,
@@ -48,7 +48,6 @@ from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_r
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import IMAGES, LOG, SEEN, packed_file_names
 from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet
-from detrellis.engine.sharded import same_statistics
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError, command
 from detrellis.signals import collected
@@ -202,7 +201,7 @@ class TrainRun:
                 nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
             state.optimizer.step()
             state.step += 1
-            if state.sharded is not None:
+            if self.world.size > 1:
                 same_statistics(state.model)
             if state.ema is not None:
                 state.ema.update(state.model.detector, state.step)
