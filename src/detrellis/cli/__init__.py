@@ -12,6 +12,7 @@ from detrellis.cli.analyze import analyze
 from detrellis.cli.entry import start
 from detrellis.cli.options import (
     AsJson,
+    AutoBatch,
     Boxes,
     Device,
     EpochsOrAuto,
@@ -182,6 +183,7 @@ def train(
     scheme: Schemes = None,
     override: Overrides = None,
     epochs: EpochsOrAuto = None,
+    auto_batch: AutoBatch = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")] = None,
     seed: Annotated[
         int | None, typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0).")
@@ -200,7 +202,7 @@ def train(
     """
     # A misspelt word, or data that are not there, are told before torch is imported.
     if resume is not None:
-        _only_with_resume(*(recipe, weights, boxes, scale, scheme, out, seed, skip_bad, keep_partial))
+        _only_with_resume(*(recipe, weights, boxes, scale, scheme, auto_batch, out, seed, skip_bad, keep_partial))
     elif recipe is not None or weights is None:
         choose_recipe(recipe, scale, scheme or (), override or ())
     data: dict[str, Any] = {"data": files.source()} if resume is None and weights is None else vars(files)
@@ -217,6 +219,7 @@ def train(
             boxes=boxes,
             scale=scale,
             scheme=scheme or (),
+            auto_batch=auto_batch,
             out=out,
             seed=seed or 0,
             skip_bad=skips(skip_bad, keep_partial),

@@ -26,7 +26,7 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, or name another disk with --out."),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Check the permissions of this file and of the folders above it."),
 }
-ROOM = "Take a smaller -o optim.batch_size, -o data.size or --batch-size, fewer --workers, or end other programs."
+ROOM = "Take `train --auto-batch`, a smaller -o data.size or --batch-size, fewer --workers, or end other programs."
 
 
 class Refusal(NamedTuple):

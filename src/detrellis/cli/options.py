@@ -73,6 +73,9 @@ EpochsOrAuto = Annotated[
         help="Length of the run, which the schedule follows; auto: by the size of the data set.",
     ),
 ]
+AutoBatch = Annotated[
+    bool, typer.Option("--auto-batch", help="Take as many images at a time as fit into memory; the step's stay.")
+]
 
 
 def _score_or_auto(text: str) -> float | arguments.Auto:

@@ -134,7 +134,7 @@ def bench_recipe(
         model.detector = model.detector.fused()
     if compiled:
         _compile(model, train)
-    make = partial(_training, recipe, classes) if train else _inference
+    make = partial(step_on, recipe, classes) if train else _inference
     with threads_of(threads):
         used, timings = torch.get_num_threads(), []
         for batch in parse_batch_sizes(batch_sizes):
@@ -167,19 +167,26 @@ def training_step(recipe: Recipe, classes: int, device: torch.device, boxes: int
     """A step of the recipe on one random batch of its own size and number of images, with `boxes` of each; call it to
     train a step with random weights."""
     images = ImageBatch(torch.randn(recipe.optim.batch_size, 3, *image_size(recipe), device=device))
-    return _training(recipe, classes, build(recipe.untrained(), classes).to(device).train(), images, boxes)
+    return step_on(recipe, classes, build(recipe.untrained(), classes).to(device).train(), images, boxes)
 
 
-def _training(
-    recipe: Recipe, classes: int, model: TrainableDetector, images: ImageBatch, count: int = BOXES
+def step_on(
+    recipe: Recipe,
+    classes: int,
+    model: TrainableDetector,
+    images: ImageBatch,
+    count: int = BOXES,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], object]:
+    """A step of the model on these images with `count` random boxes of each; call it to train. Without an `optimizer`
+    it has one of its own."""
     batch, device = len(images.pixels), images.pixels.device
     boxes = torch.rand(batch * count, 4, device=device) * 0.3 + 0.2
     labels = torch.randint(classes, (batch * count,), device=device)
     masks = torch.ones(len(boxes), SIDE, SIDE, dtype=torch.bool, device=device) if recipe.needs_masks else None
     bitmaps = _rectangles(boxes, *images.pixels.shape[-2:]) if recipe.needs_bitmaps else None
     targets = Targets(labels, boxes, (count,) * batch, masks, bitmaps)
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim) if optimizer is None else optimizer
     amp = recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def step() -> None:

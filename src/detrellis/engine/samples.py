@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.augmentation import Strong, augmentation
+from detrellis.data.augmentation import Augmentation, Strong, augmentation
 from detrellis.data.loader import DetectionDataset
 from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.sampler import expected, images_by_class, repeat_factors
@@ -28,10 +28,16 @@ def training_dataset(
     annotations: Annotations, recipe: Recipe, seed: int, *, unreadable: Path | None = None
 ) -> DetectionDataset:
     """The pictures of a run, augmented as its recipe says; `unreadable` as in `DetectionDataset`."""
-    data = recipe.data
-    augmented = augmentation(_usual(data), Strong(**data.strong()), epochs=recipe.schedule.epochs, calm=data.calm)
     masks, bitmaps = recipe.needs_masks, recipe.needs_bitmaps
-    return DetectionDataset(annotations, augmented, seed, masks=masks, bitmaps=bitmaps, unreadable=unreadable)
+    return DetectionDataset(
+        annotations, augmentation_of(recipe), seed, masks=masks, bitmaps=bitmaps, unreadable=unreadable
+    )
+
+
+def augmentation_of(recipe: Recipe) -> Augmentation:
+    """What the recipe's pictures go through."""
+    data = recipe.data
+    return augmentation(_usual(data), Strong(**data.strong()), epochs=recipe.schedule.epochs, calm=data.calm)
 
 
 def _usual(data: DataConfig) -> Transform:
@@ -48,15 +54,15 @@ def _usual(data: DataConfig) -> Transform:
 def image_factors(annotations: Annotations, recipe: Recipe) -> NDArray[np.float64] | None:
     """How often each image should be seen in an epoch, `(I,)`; None: each once."""
     threshold = recipe.data.repeat_threshold
-    return repeat_factors(*_labels(annotations), len(annotations.classes), threshold) if threshold else None
+    return repeat_factors(*counted_labels(annotations), len(annotations.classes), threshold) if threshold else None
 
 
 def class_counts(annotations: Annotations) -> NDArray[np.int64]:
     """How many images have each class, `(C,)`."""
-    return images_by_class(*_labels(annotations), len(annotations.classes))
+    return images_by_class(*counted_labels(annotations), len(annotations.classes))
 
 
-def _labels(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def counted_labels(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each image's labels begin, and all of them, without crowd regions."""
     counted = ~annotations.crowd
     return np.concatenate([[0], np.cumsum(counted)])[annotations.starts], annotations.labels[counted]

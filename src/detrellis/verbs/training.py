@@ -18,6 +18,7 @@ from detrellis.data.layout import DataSource, find_data
 from detrellis.data.loader import Normalise
 from detrellis.data.masks import has_outlines
 from detrellis.distributed import World, all_gather, process_group
+from detrellis.engine.auto_batch import refuse_both, with_auto_batch
 from detrellis.engine.batches import batch_per_process
 from detrellis.engine.capacity import capacity
 from detrellis.engine.checkpoint import Card
@@ -61,6 +62,7 @@ def train(
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
     epochs: Epochs | Auto | None = None,
+    auto_batch: bool = False,
     out: str | Path | None = None,
     seed: Seed = 0,
     device: str | None = None,
@@ -76,11 +78,14 @@ def train(
     `boxes` names weights too, of which the reference boxes (anchors) alone are taken over. `scale="tiny"` takes the
     recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
     (`"optim.lr=1e-4"`), `epochs="auto"` trains for as many as the size of the data set asks for (`engine/length.py`),
-    `out` is the run's folder (default: `runs/` with the recipe's name and the time). `track` names trackers that get
-    the log besides TensorBoard (`"wandb"`, `engine/tracker_libraries.py`), or is one of your own, see
-    `engine/trackers.py`. Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records and
-    the images that lose an object by that (`"boxes"`: these stay).
+    `auto_batch` takes as many images at a time as fit into memory (`engine/auto_batch.py`). `out` is the run's folder
+    (default: `runs/` with the recipe's name and the time). `track` names trackers that get the log besides TensorBoard
+    (`"wandb"`, `engine/tracker_libraries.py`), or is one of your own, see `engine/trackers.py`. Raises `UserError`
+    where the data set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that
+    (`"boxes"`: these stay).
     """
+    if auto_batch:
+        refuse_both(override)
     default, initial = _recipe_and_weights(recipe, weights)
     initial_boxes = None if boxes is None else load_any(boxes)[0]
     chosen = choose_recipe(default, scale, scheme, override)
@@ -92,11 +97,7 @@ def train(
         _check_free(Path(out))
     with process_group(device) as world:
         training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
-        if epochs == "auto":
-            images = images_an_epoch(training, chosen)
-            chosen = chosen.override(f"schedule.epochs={auto_epochs(chosen, images)}")
-            if world.is_main_process:
-                _say(console)(describe_auto(chosen, images))
+        chosen = _fitted(chosen, training, world, epochs == "auto", workers if auto_batch else None, _say(console))
         folder = Path(out) if out is not None else new_folder(chosen.name, world)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
@@ -180,6 +181,23 @@ def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out:
     shown = recipe.override("data.masks=true") if has_outlines(training) else recipe
     dataset = training_dataset(training, shown, seed=0)
     return outputs.write(SHEET, jpeg(samples_sheet(dataset, training.classes.names, count)))
+
+
+def _fitted(
+    recipe: Recipe, training: Annotations, world: World, length: bool, workers: int | None, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe with what the data set decides: its `length`, and the passes of a step where `workers` load for it."""
+    told = []
+    if length:
+        images = images_an_epoch(training, recipe)
+        recipe = recipe.override(f"schedule.epochs={auto_epochs(recipe, images)}")
+        told.append(describe_auto(recipe, images))
+    if workers is not None:
+        recipe, passes = with_auto_batch(recipe, training, world, workers)
+        told.append(passes)
+    if told and world.is_main_process:
+        say("\n".join(told))
+    return recipe
 
 
 def _check_free(folder: Path) -> None:
