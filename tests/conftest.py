@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,4 +24,13 @@ def one_command_line() -> Iterator[None]:
     """Typer builds the verbs and their options at each call. A process of users has one call, this one has hundreds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut() -> Iterator[None]:
+    """Whatever a test ends is a process, and what that has written is the system's. To wait for the disk, twenty times
+    in a training, would be a tenth of the time of all tests; which file is put there when, a test of `atomic` sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield

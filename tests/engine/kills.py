@@ -110,7 +110,7 @@ def trained(at: int | None, told: Path, *run: Any) -> str | None:
     """Train in a process of its own; the name of the moment in which it was killed, or the error with which it ended;
     None where it came to its end."""
     context = multiprocessing.get_context("forkserver")  # forked from one that has imported all this
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([f"{__package__}.preload", __name__])
     process = context.Process(target=go_on, args=(at, told, *run))
     process.start()
     process.join(600)

@@ -54,7 +54,7 @@ def free_port() -> int:
 
 def in_processes(function: Callable[..., None], *arguments: object, size: int = 2) -> None:
     """Each is forked from one that has imported all this, and nothing else: torch's import takes seconds."""
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload([f"{__package__}.preload", __name__])
     mp.start_processes(function, (size, free_port(), *arguments), nprocs=size, start_method="forkserver")
 
 
