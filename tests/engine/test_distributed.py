@@ -22,7 +22,9 @@ from rich.console import Console
 import detrellis
 from detrellis.distributed import TIMEOUT, all_gather, parallel, pick_device, process_group, reduce_max, reduce_mean
 from detrellis.errors import UserError
-from detrellis.recipes.build import build
+from detrellis.recipes.build import build, build_schemes
+from detrellis.recipes.network import build_detector
+from detrellis.recipes.refuse import refuse
 from detrellis.schemes.config import SchemesConfig
 from detrellis.training import mean_boxes
 
@@ -36,10 +38,13 @@ SCHEMES = [*(name for name in SchemesConfig.model_fields if name != "co"), "co=r
 def stacks(name: str) -> list[tuple[str, ...]]:
     """No scheme, and all that this detector can carry, in as few stacks as they go together in."""
     able: list[tuple[str, ...]] = []
+    with torch.device("meta"):
+        detector = build_detector(small(name).detector, CLASSES)
     for scheme in SCHEMES:
         for stack in [*able, ("none",)]:
             with contextlib.suppress(UserError), torch.device("meta"):
-                build(small(name, (*stack, scheme)), CLASSES)
+                refuse(recipe := small(name, (*stack, scheme)))
+                build_schemes(recipe, detector, CLASSES, seed=0)
                 able = [joined for joined in able if joined != stack] + [(*stack, scheme)]
                 break
     assert len({scheme for stack in able for scheme in stack}) > 5
