@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -11,6 +12,15 @@ import pytest
 import typer.main
 
 from detrellis.data.shapes import write_shapes
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: the garbage collector need not look at all of it again and again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or libraries say at the exit that they have leaked
 
 
 @pytest.fixture(scope="session")
