@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,19 @@ class Outputs:
         finally:
             partial.unlink(missing_ok=True)
         return path
+
+    @contextlib.contextmanager
+    def growing(self, name: str) -> Iterator[Path]:
+        """A path for a file that the block writes bit by bit. What it has written becomes `folder/name` at the block's
+        end, also where that is an exception or Ctrl-C."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".growing.{os.getpid()}.partial")
+        try:
+            yield partial
+        finally:
+            if partial.exists():
+                self.write_with(name, partial.replace)
 
     def note(self) -> None:
         """Calls all that is in the folder ours, as it is now: for files that a library has written there."""

@@ -49,7 +49,7 @@ def found(path: Path | None, *, masks: bool = False, empty: bool = False) -> Pre
 
 def written(out: Path, kind: str, given: list[InputPicture], results: list[Prediction]) -> Path:
     folder = PredictionFolder(out, given, labels=kind)
-    list(folder.save(results, CLASSES, None))
+    list(folder.save(lambda _: results, CLASSES, None))
     return out / kind
 
 
@@ -185,7 +185,7 @@ def test_a_call_is_repeated_into_the_folder_of_its_pictures(tmp_path: Path) -> N
     for options in ({"crops": True, "labels": "coco"}, {"crops": True, "labels": "coco"}, {}):
         folder = PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path, recursive=True)), **options)
         assert [p.path for p in folder.pictures] == [tmp_path / "sub" / "a.png"]
-        list(folder.save([found(tmp_path / "sub" / "a.png")], CLASSES, None))
+        list(folder.save(lambda _: [found(tmp_path / "sub" / "a.png")], CLASSES, None))
     assert len(list((tmp_path / "out").rglob("*.*g"))) == 1 + len(BOXES) + 1
     with pytest.raises(UserError, match="an earlier call wrote all"):
         PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path / "out" / "coco" / "images", recursive=True)))
@@ -194,7 +194,8 @@ def test_a_call_is_repeated_into_the_folder_of_its_pictures(tmp_path: Path) -> N
 def test_crops_are_what_the_boxes_hold(run: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "sub" / "a.png")
     folder = PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path / "sub")), crops=True)
-    list(folder.save([found(path)], ClassMap(CLASSES.ids, ("cat/dog", "dog", "bird")), None))
+    names = ClassMap(CLASSES.ids, ("cat/dog", "dog", "bird"))
+    list(folder.save(lambda _: [found(path)], names, None))
     crops = {p.relative_to(tmp_path / "out" / "crops").as_posix() for p in (tmp_path / "out" / "crops").rglob("*.jpg")}
     assert crops == {"bird/a-1.jpg", "cat_dog/a-2.jpg", "dog/a-3.jpg"}
     crop = Image.open(tmp_path / "out" / "crops" / "bird" / "a-1.jpg")

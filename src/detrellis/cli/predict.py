@@ -1,18 +1,18 @@
-"""`detrellis predict`: the objects that a detector detects in pictures."""
+"""`detrellis predict`: the objects that a detector detects in pictures and videos."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.arguments import BatchSize, LabelFormat, limits
+from detrellis.arguments import BatchSize, Count, LabelFormat, limits
 from detrellis.cli.options import (
     IS_MAIN_PROCESS,
     AsJson,
@@ -26,7 +26,15 @@ from detrellis.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from detrellis.predictions.record import Predictions, UnreadablePicture
+    from detrellis.predictions.record import Prediction, UnreadablePicture
+
+
+Every = Annotated[
+    int, typer.Option("--every", **limits(Count), help="Of a video, one frame of so many; the others are left out.")
+]
+Batch = Annotated[
+    int, typer.Option("--batch", "--batch-size", **limits(BatchSize), help="Pictures at a time, of those of one size.")
+]
 
 
 @dataclass(frozen=True)
@@ -50,71 +58,103 @@ class Also:
         return labels | ({"crops": out / "crops"} if self.crops else {})
 
 
+@dataclass
+class Tally:
+    """What was detected in one file."""
+
+    frames: int | None = None  # of a video
+    names: Counter[str] = field(default_factory=Counter)
+
+    def add(self, prediction: Prediction) -> None:
+        """Counts a picture's detections, or a frame's."""
+        self.names.update(prediction.names)
+        if prediction.frame is not None:
+            self.frames = (self.frames or 0) + 1
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.names.items()) or "-"
+        return counts if self.frames is None else f"{counts} ({self.frames} frames)"
+
+
 @grouped
 def predict(
     run: Trained,
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders of pictures, and patterns ('pics/*.jpg').")],
+    pictures: Annotated[
+        list[str], typer.Argument(help="Pictures, videos, folders of them, and patterns ('pics/*.jpg').")
+    ],
     *,
-    out: Annotated[Path, typer.Option(help="Folder for annotated pictures and predictions.json.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for annotated pictures and videos, and predictions.json.")] = Path(
         "predictions"
     ),
     recursive: Annotated[bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")] = False,
+    every: Every = 1,
     threshold: ScoreOrAuto = 0.3,
     ways: Ways,
-    batch: Annotated[
-        int,
-        typer.Option("--batch", "--batch-size", **limits(BatchSize), help="Pictures at a time, of those of one size."),
-    ] = 1,
+    batch: Batch = 1,
     also: Also,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Detect objects in pictures: annotated copies, and COCO-results JSON with the data set's own ids and names.
+    """Detect objects in pictures and videos: annotated copies, and COCO-results JSON with the data set's own ids and
+    names.
 
-    A picture that cannot be read is named, and does not stop the others. Nothing is written over but what an earlier
-    predict left. Exit code: 0 all pictures were read, 1 some were not, 2 wrong use.
+    A picture that cannot be read is named, and does not stop the others; of a video what can be read is used. Nothing
+    is written over but what an earlier predict left. Exit code: 0 all was read, 1 some was not, 2 wrong use.
 
     Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --threshold auto --out pictures --tta
 
     Small objects in large pictures: detrellis predict runs/tiny-20260101-120000 aerial.jpg --tiles 640 --batch 4
 
+    A video: detrellis predict runs/tiny-20260101-120000 clip.mp4 --out annotated --batch 8
+
     Labels to correct: detrellis predict runs/tiny-20260101-120000 folder/ --format cvat
     """
     from detrellis import api
 
-    def report(failure: UnreadablePicture) -> None:
-        if IS_MAIN_PROCESS:
-            errors.say(("error", "bold red"), f" {failure.why}")
-
-    predictions = api.predict(
+    found: defaultdict[Path | None, Tally] = defaultdict(Tally)
+    failures = api.predict(
         run,
         pictures,
         threshold=threshold,
         **ways.chosen(),
         batch_size=batch,
         recursive=recursive,
+        every=every,
         out=out,
         **vars(also),
         device=device,
-        on_error=report,
+        on_error=_report,
+        on_prediction=lambda prediction: found[prediction.path].add(prediction),
         progress=True,
-    )
+    ).failures
     if as_json:
         print((out / "predictions.json").read_text(encoding="utf-8"))
     else:
-        _show(predictions, out, also.places(out))
-    if failures := predictions.failures:
-        remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
-        count = f"{len(failures)} of {len(predictions) + len(failures)} pictures could not be read. {remedies}"
-        if IS_MAIN_PROCESS:
-            errors.say(count)
-        raise typer.Exit(1)
+        _show(found, out, also.places(out))
+    if failures:
+        _end(failures, found)
 
 
-def _show(predictions: Predictions, out: Path, others: Mapping[str, Path]) -> None:
+def _report(failure: UnreadablePicture) -> None:
+    if IS_MAIN_PROCESS:
+        errors.say(("error", "bold red"), f" {failure.why}")
+
+
+def _end(failures: Sequence[UnreadablePicture], found: Mapping[Path | None, Tally]) -> NoReturn:
+    """Says how much could not be read, and leaves."""
+    from detrellis.predictions.video import is_video
+
+    remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
+    videos = any(path is not None and is_video(path) for path in [*found, *(f.path for f in failures)])
+    what = "pictures and videos could not be read to their end" if videos else "pictures could not be read"
+    if IS_MAIN_PROCESS:
+        errors.say(f"{len(failures)} of {len(found.keys() | {f.path for f in failures})} {what}. {remedies}")
+    raise typer.Exit(1)
+
+
+def _show(found: Mapping[Path | None, Tally], out: Path, others: Mapping[str, Path]) -> None:
     table = Table("picture", "detections")
-    for prediction in predictions:
-        counts = ", ".join(f"{count} {name}" for name, count in Counter(prediction.names).items())
-        table.add_row(Text("" if prediction.path is None else prediction.path.name), Text(counts or "-"))
+    for path, tally in found.items():
+        table.add_row(Text("" if path is None else path.name), Text(str(tally)))
     console.print(table)
     console.say(f"Pictures and predictions.json: {out}", *(f"; {what}: {place}" for what, place in others.items()))

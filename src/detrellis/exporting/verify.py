@@ -86,7 +86,8 @@ def compare_on_pictures(model: Model, exported: Model, pictures: str | Path, *, 
 
 
 def _detections(model: Model, pictures: str | Path, batch: int) -> list[Prediction]:
-    found = model.detect(find_pictures(pictures), 0.0, None, batch)
+    stills = (picture for picture in find_pictures(pictures) if not picture.is_video)
+    found = model.detect(stills, 0.0, None, batch)
     return [prediction for prediction in found if not isinstance(prediction, UnreadablePicture)]
 
 

@@ -1,10 +1,10 @@
-"""Which pictures `predict` looks at: files, folders, patterns; arrays, images and tensors.
+"""Which pictures `predict` looks at: files, folders, patterns; arrays, images and tensors; and the frames of videos.
 
 | given | taken |
 | --- | --- |
 | a file | itself, whatever its name |
-| a folder | the images directly in it, sorted, without hidden ones; with `recursive` also those in its folders |
-| a pattern: `pics/*.jpg`, `pics/**/*.png` | the images that it fits, sorted, unless a file or folder is called so |
+| a folder | the images and videos in it, sorted, without hidden ones; with `recursive` also those in its folders |
+| a pattern: `pics/*.jpg`, `pics/**/*.png` | the files that it fits, sorted, unless a file or folder is called so |
 | a NumPy array | uint8, `(H, W, 3)` RGB (OpenCV's is BGR: `array[..., ::-1]`), `(H, W)` grey, or `(H, W, 4)` RGBA |
 | a `PIL.Image` | its pixels as they are: an EXIF orientation is not applied, so that boxes fit what was given |
 | a tensor | `(3, H, W)` RGB or `(1, H, W)` grey, uint8 or floating point from 0 to 1, on any device |
@@ -16,9 +16,10 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
@@ -29,13 +30,13 @@ from PIL import Image
 from torch import Tensor
 
 from detrellis.data.decode import read_header, read_image, to_rgb
-from detrellis.data.files import is_image, list_images
-from detrellis.errors import UserError, shell_line
+from detrellis.data.files import is_image, walk
+from detrellis.errors import Advice, UserError, shell_line
+from detrellis.predictions.video import INSTALL, VIDEOS, has_library, is_video, read_frames
 
 Picture = str | Path | Image.Image | NDArray[Any] | Tensor
 Pictures = Annotated[Picture | Iterable[Picture], "checked by find_pictures"]
 
-VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".3gp"})
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/
 NOWHERE = PurePath()
 ARRAYS = "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3, H, W), or a file's name."
@@ -43,15 +44,26 @@ ARRAYS = "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3
 
 @dataclass(frozen=True)
 class InputPicture:
-    """One picture in which objects are to be detected: a file, or pixels."""
+    """One picture in which objects are to be detected: a file, or pixels; or a video, which stands for its frames."""
 
     path: Path | None
     below: PurePath  # the file's place in the folder that was given, or its name
     pixels: Tensor | None = None  # (3, H, W) uint8 RGB
     listed: bool = False  # it was found in a folder or by a pattern, and not named itself
+    every: int = 1  # of a video, one frame of so many
+    frame: int | None = None  # its number in the video `path`
+    time: float | None = None  # its seconds there
+    broken: UserError | None = None  # why the video cannot be read on
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it stands for its frames, and is none itself."""
+        return self.path is not None and self.pixels is None and self.broken is None and is_video(self.path)
 
     def read(self) -> Tensor:
         """Uint8 RGB `(3, H, W)`; `UserError` where the file is broken."""
+        if self.broken is not None:
+            raise self.broken
         if self.pixels is not None:
             return self.pixels
         assert self.path is not None
@@ -62,9 +74,10 @@ class InputPicture:
 
 
 def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[InputPicture]:
-    """The pictures that `pictures` means (see the top of the file), one by one.
+    """The pictures that `pictures` means (see the top of the file), one by one; a video as one, which `each_frame`
+    takes apart. Where PyAV is missing, folders and patterns give no videos, and a note says so.
 
-    Raises `UserError` for what is none: no such file, an empty folder, a URL, a video, another type, shape or range.
+    Raises `UserError` for what is none: no such file, an empty folder, a URL, another type, shape or range.
     """
     if isinstance(pictures, str | Path | Image.Image | np.ndarray | Tensor):
         yield from _pictures_of(pictures, recursive)
@@ -78,6 +91,24 @@ def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[Input
             if isinstance(picture, str | Path):
                 raise
             raise UserError(f"picture {position}: {error.message}", error.remedy) from None
+
+
+def each_frame(pictures: Iterable[InputPicture]) -> Iterator[InputPicture]:
+    """The pictures, with the frames of a video in its place; last comes one that says why it cannot be read on."""
+    for picture in pictures:
+        if picture.is_video:
+            yield from _frames(picture)
+        else:
+            yield picture
+
+
+def _frames(video: InputPicture) -> Iterator[InputPicture]:
+    assert video.path is not None
+    try:
+        for number, time, pixels in read_frames(video.path, video.every):
+            yield replace(video, pixels=pixels, frame=number, time=time)
+    except UserError as error:
+        yield replace(video, broken=error)
 
 
 def without_repeats(pictures: Iterable[InputPicture]) -> list[InputPicture]:
@@ -113,16 +144,16 @@ def _named(name: str, recursive: bool) -> list[InputPicture]:
     if path.is_dir():
         return _in_folder(path, recursive)
     if path.exists():
-        if path.suffix.lower() in VIDEOS:
-            raise UserError(f"{name}: a video, not a picture", frames_of(name))
+        if path.suffix.lower() in VIDEOS and not has_library():
+            raise UserError(f"{name}: a video, for which PyAV is needed", f"{INSTALL}, or {frames_of(name)}")
         return [InputPicture(path, PurePath(path.name))]
     if URL.match(name):
         raise UserError(f"{name}: a URL, not a file", "Download it first, then give the file.")
     if name == "-":
         raise UserError("-: pictures are not read from standard input", "Write it to a file, then give the file.")
     if glob.has_magic(name):
-        paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        images = [InputPicture(p, PurePath(p.name), listed=True) for p in paths if p.is_file() and is_image(p)]
+        paths = _readable(Path(p) for p in glob.glob(str(path), recursive=True))
+        images = [InputPicture(p, PurePath(p.name), listed=True) for p in paths]
         if not images:
             raise UserError(f"{name}: no image fits this pattern", f"The current folder is {Path.cwd()}.")
         return images
@@ -130,16 +161,28 @@ def _named(name: str, recursive: bool) -> list[InputPicture]:
 
 
 def _in_folder(folder: Path, recursive: bool) -> list[InputPicture]:
-    paths = list_images(folder) if recursive else sorted(p for p in folder.iterdir() if p.is_file() and is_image(p))
+    below = (Path(parent, name) for parent, files in walk(folder) for name in files)
+    paths = _readable(below if recursive else folder.iterdir())
     if paths:
         return [InputPicture(p, p.relative_to(folder), listed=True) for p in paths]
-    in_subfolders = 0 if recursive else len(list_images(folder))
+    in_subfolders = 0 if recursive else len(_readable(below))
     suffixes = Counter(p.suffix.lower() or "without suffix" for p in folder.iterdir() if p.is_file())
     counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
     remedy = f"It holds: {counts or 'no file'}."
     if in_subfolders:
         remedy = f"{in_subfolders} are in its folders: add --recursive."
     raise UserError(f"{folder}: no images in this folder", remedy)
+
+
+def _readable(files: Iterable[Path]) -> list[Path]:
+    """The images and videos among the files, sorted."""
+    found = sorted(p for p in files if (is_image(p) or is_video(p)) and p.is_file())
+    videos = [p for p in found if is_video(p)]
+    if not videos or has_library():
+        return found
+    more = f" and {len(videos) - 1} more videos are" if len(videos) > 1 else ", a video, is"
+    warnings.warn(Advice(f"{videos[0]}{more} left out: {INSTALL}"), stacklevel=2)
+    return [p for p in found if not is_video(p)]
 
 
 def frames_of(name: str) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from detrellis.arguments import LabelFormat
 from detrellis.data.classes import ClassMap
 from detrellis.data.files import is_image
-from detrellis.outputs import Outputs
+from detrellis.outputs import Outputs, jpeg
 from detrellis.predictions.inputs import InputPicture
 from detrellis.predictions.label_formats import FORMATS, IMAGES, LabelledPicture
 from detrellis.predictions.record import Prediction
@@ -39,16 +39,17 @@ class LabelFolder:
         self.outputs.clear()
 
     def add(self, picture: InputPicture, name: str, image_id: int, found: Prediction) -> None:
-        """Copies a picture; one without a file, or without an image's suffix, becomes a PNG."""
+        """Copies a picture; one without a file, or without an image's suffix, becomes a PNG, a video's frame a JPEG."""
         source = picture.path if picture.path is not None and is_image(picture.path) else None
         # Not `with_suffix`: names such as "photo.jpg" tell pictures apart that differ in their suffix alone.
-        file = f"{name}{'.png' if source is None else source.suffix}"
+        made = ".png" if found.frame is None else ".jpg"
+        file = f"{name}{made if source is None else source.suffix}"
         self._pictures.append(LabelledPicture(file, image_id, replace(found, pixels=None)))
         place = f"{self._folder}/{file}"
         if source is not None:
             self.outputs.write_with(place, partial(shutil.copyfile, source))
         else:
-            self.outputs.write(place, _png(found.image()))
+            self.outputs.write(place, _png(found.image()) if found.frame is None else jpeg(found.image()))
 
     def write(self, classes: ClassMap) -> None:
         """Writes the label files of all pictures."""

@@ -18,7 +18,7 @@ from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.engine.views import View, read_views
 from detrellis.errors import UserError
-from detrellis.predictions.inputs import InputPicture, Pictures, find_pictures
+from detrellis.predictions.inputs import InputPicture, Pictures, each_frame, find_pictures
 from detrellis.predictions.record import OnError, Prediction, Predictions, UnreadablePicture, collect_predictions
 from detrellis.predictions.tiles import IOU, Tiling, Window, merged, one_way
 from detrellis.recipes import Recipe
@@ -61,7 +61,8 @@ class Model:
         recursive: bool = False,
         on_error: OnError = "raise",
     ) -> Predictions:
-        """Detections scoring at least `threshold`, in order: of files, folders, patterns, arrays, images and tensors.
+        """Detections scoring at least `threshold`, in order: of files, folders, patterns, arrays, images and tensors,
+        and of each frame of a video.
 
         `predictions/inputs.py` says what is taken; `recursive` looks into the folders of folders. `nms` drops what
         overlaps a better detection of its class by more than that IoU: for a detector that was trained too shortly to
@@ -82,7 +83,8 @@ class Model:
 
     @checked
     def stream(self, pictures: Pictures, *, threshold: Score = 0.3, nms: Iou | None = None) -> Iterator[Prediction]:
-        """As `predict`, one picture at a time, also of an iterator that has no end. Raises at a broken picture."""
+        """As `predict`, one picture or frame at a time, also of an iterator that has no end. Raises at a broken
+        picture, and where a video cannot be read on."""
         for result in self.detect(find_pictures(pictures), threshold, nms, batch_size=1):
             if isinstance(result, UnreadablePicture):
                 raise UserError(result.why, result.remedy)
@@ -97,7 +99,9 @@ class Model:
         tta: bool | str = False,
         tiling: Tiling | None = None,
     ) -> Generator[Prediction | UnreadablePicture]:
-        """The detections in each picture from a score on, or from one by class index; or why it cannot be read."""
+        """The detections in each picture, and each frame of a video, from a score on, or from one by class index; or
+        why it cannot be read."""
+        pictures = each_frame(pictures)
         if tiling is not None:
             one_way(tta)
             yield from self._of_tiles(pictures, threshold, nms, batch_size, tiling)
@@ -106,7 +110,6 @@ class Model:
         views = read_views(tta, data, nms)
         ways = (View(eval_transform(data.size, **data.resizing())),) if views is None else views.views
         plain = replace(postprocess, nms=nms)
-        pictures = iter(pictures)
         while window := list(itertools.islice(pictures, 1 if batch_size == 1 else WINDOW * batch_size)):
             read = [_read(picture, ways) for picture in window]
             readable = {row: image for row, image in enumerate(read) if isinstance(image, _ResizedImage)}
@@ -225,6 +228,8 @@ class Model:
             [tuple(b) for b in boxes[kept].tolist()],
             picture.pixels,
             None if detections.masks is None else tuple(itertools.compress(detections.masks, kept.tolist())),
+            picture.frame,
+            picture.time,
         )
 
 

@@ -1,9 +1,9 @@
-"""The detections of a picture, in the forms that other tools read; and what becomes of pictures that are broken."""
+"""The detections of a picture or a video's frame, in the forms that other tools read; and what could not be read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from detrellis.data.decode import REMEDY, read_image
 from detrellis.errors import UserError
+from detrellis.predictions.video import read_frame
 from detrellis.rle import decode
 from detrellis.rle import polygons as outlines
 from detrellis.visualize import draw_detections
@@ -23,7 +24,7 @@ SHOWN = 5  # broken pictures that one message lists
 
 @dataclass(frozen=True)
 class Prediction:
-    """Detections of one picture, with names and the data set's own category ids; best first."""
+    """Detections of one picture or frame, with names and the data set's own category ids; best first."""
 
     path: Path | None  # None: the picture was given as an array, an image or a tensor
     size: tuple[int, int]  # height, width
@@ -36,6 +37,8 @@ class Prediction:
     runs: tuple[bytes, ...] | None = field(
         default=None, repr=False
     )  # COCO's run lengths of each, where there are masks
+    frame: int | None = None  # the number of the frame, from 0, where `path` is a video
+    time: float | None = None  # its seconds there
 
     @property
     def masks(self) -> NDArray[np.bool_] | None:
@@ -55,8 +58,10 @@ class Prediction:
     def to_coco(self, image_id: int, *, polygons: bool = False) -> list[dict[str, Any]]:
         """The detections as COCO results, which tools for it read, with the file's and the class's name added.
 
-        Masks are run lengths, or `polygons` along the pixels' edges, in which holes are filled.
+        Masks are run lengths, or `polygons` along the pixels' edges, in which holes are filled. Of a video, `frame` and
+        `time` (seconds) are added as well.
         """
+        at = {} if self.frame is None else {"frame": self.frame, "time": self.time}
         rows = zip(self.scores, self.names, self.category_ids, self.boxes, self._segmentations(polygons), strict=True)
         return [
             {
@@ -67,6 +72,7 @@ class Prediction:
                 "category_name": name,
                 "file_name": None if self.path is None else str(self.path),
             }
+            | at
             | segmentation
             for score, name, category, (x1, y1, x2, y2), segmentation in rows
         ]
@@ -127,22 +133,26 @@ class Prediction:
         return fiftyone.Detections(detections=detections)
 
     def image(self) -> Image.Image:
-        """The picture itself, RGB; of a file, read again."""
+        """The picture itself, RGB; of a file, read again: a frame, from the start of its video on."""
         pixels = self.pixels
         if pixels is None:
             assert self.path is not None
-            pixels = read_image(self.path)
+            pixels = read_image(self.path) if self.frame is None else read_frame(self.path, self.frame)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
-    def draw(self, class_names: Sequence[str]) -> Image.Image:
+    def draw(self, class_names: Sequence[str], *, same_size: bool = False) -> Image.Image:
         """The picture with boxes, masks, names and scores drawn on it; `class_names` are those of all classes, in
-        order."""
-        return draw_detections(self.image(), self.boxes, self.labels, self.scores, class_names, masks=self.runs)
+        order. Small pictures are enlarged and a legend stands below, but where it must keep the `same_size`."""
+        image, marks = self.image(), (self.boxes, self.labels, self.scores, class_names)
+        if not same_size:
+            return draw_detections(image, *marks, masks=self.runs)
+        drawn = draw_detections(image, *marks, masks=self.runs, min_side=1, legend=False)
+        return drawn.crop((0, 0, *image.size))  # without the margin that a strip gets
 
 
 @dataclass(frozen=True)
 class UnreadablePicture:
-    """A picture that could not be read, and why."""
+    """A picture or video that could not be read, or not to its end, and why."""
 
     path: Path
     why: str  # names the file
@@ -166,15 +176,24 @@ class Predictions(list[Prediction]):
 OnError = Literal["raise", "skip"] | Callable[["UnreadablePicture"], None]
 
 
-def collect_predictions(results: Iterable[Prediction | UnreadablePicture], on_error: OnError) -> Predictions:
+def collect_predictions(
+    results: Iterable[Prediction | UnreadablePicture],
+    on_error: OnError,
+    on_prediction: Callable[[Prediction], object] | None = None,
+) -> Predictions:
     """All results, the broken pictures apart: in `failures`, raised at the end, or passed to a function as they come.
+    With `on_prediction`, predictions are passed to it, and not kept.
 
     Raises `BrokenPictures` at the end where `on_error` is "raise" and a picture could not be read.
     """
     predictions = Predictions()
     for result in results:
+        if isinstance(result, Prediction) and on_prediction is not None:
+            on_prediction(result)
+            continue
         if isinstance(result, Prediction):
-            predictions.append(result)
+            # A video's frames would not fit into memory.
+            predictions.append(result if result.frame is None else replace(result, pixels=None))
             continue
         predictions.failures.append(result)
         if callable(on_error):
@@ -191,7 +210,9 @@ class BrokenPictures(UserError):
         failures = predictions.failures
         listed = "\n".join(f.why for f in failures[:SHOWN])
         more = f"\nand {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
-        count = f"{len(failures)} of {len(predictions) + len(failures)} pictures could not be read\n"
+        given = {p.path for p in predictions if p.frame is not None} | {f.path for f in failures}
+        total = len(given) + sum(p.frame is None for p in predictions)
+        count = f"{len(failures)} of {total} pictures could not be read\n"
         message = listed if len(failures) == 1 else f"{count}{listed}{more}"
         super().__init__(message, " ".join(dict.fromkeys(f.remedy for f in failures)))
         self.predictions = predictions

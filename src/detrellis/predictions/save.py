@@ -7,13 +7,17 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from detrellis.arguments import LabelFormat
 from detrellis.data.classes import ClassMap
+from detrellis.data.files import files_in
 from detrellis.data.layout import DataSource
 from detrellis.errors import UserError
 from detrellis.outputs import Outputs, jpeg
@@ -22,13 +26,16 @@ from detrellis.predictions.inputs import InputPicture
 from detrellis.predictions.label_formats import FORMATS
 from detrellis.predictions.labels import LabelFolder
 from detrellis.predictions.record import Prediction, UnreadablePicture
+from detrellis.predictions.video import frame_rate
+from detrellis.predictions.video_writer import VideoWriter
 
 RESULTS, CLASSES = "predictions.json", "classes.txt"
+SPOOLED = 1 << 24  # bytes of results that are kept in memory
 
 
 class PredictionFolder:
-    """Where the predictions of `pictures` go: `NAME.jpg` for each, and with `txt` `labels/NAME.txt`; `labels` is the
-    format of a folder of labels.
+    """Where the predictions of `pictures` go: `NAME.jpg` for each, `NAME.mp4` for a video, and with `txt`
+    `labels/NAME.txt`; `labels` is the format of a folder of labels. A video's frames are called `NAME/000123`.
 
     What an earlier call wrote is left out of `pictures`, unless it was named itself. Raises `UserError` where something
     would be lost, before any work; see `outputs.py`.
@@ -51,9 +58,16 @@ class PredictionFolder:
                 f"{out}: an earlier call wrote all of these pictures", "Name others, or take another --out."
             )
         self.names = output_names(self.pictures)
-        files = [RESULTS, *(f"{name}.jpg" for name in self.names)]
+        entries = list(zip(self.pictures, self.names, strict=True))
+        files = [RESULTS, *(f"{name}.{'mp4' if picture.is_video else 'jpg'}" for picture, name in entries)]
         if txt:
-            files += [CLASSES, *(f"labels/{name}.txt" for name in self.names)]
+            files += [CLASSES, *(f"labels/{name}.txt" for picture, name in entries if not picture.is_video)]
+            files += [
+                file.relative_to(out).as_posix()
+                for picture, name in entries
+                if picture.is_video
+                for file in files_in(out / "labels" / name, ".txt")
+            ]
         inputs = [p.path for p in self.pictures if p.path is not None]
         self.outputs.ready(files, inputs)
         self.labels = None if labels is None else LabelFolder(out, labels, inputs)
@@ -61,42 +75,113 @@ class PredictionFolder:
 
     def save(
         self,
-        results: Iterable[Prediction | UnreadablePicture],
+        detect: Callable[[Iterable[InputPicture]], Iterable[Result]],
         classes: ClassMap,
         data: Mapping[str, Any] | None,
-    ) -> Generator[Prediction | UnreadablePicture]:
-        """Pass on the result of each picture, in order, and write its files as it comes.
+    ) -> Generator[Result]:
+        """Pass on what `detect` gives of each picture and frame, in order, and write its files as it comes.
 
-        `predictions.json` is written at the end, also where that comes early. A picture that belongs to the data set
-        that the model was trained on (`data`: the `DataSource`, as `to_dict` gives it) keeps its image id there; others
-        count on from the highest one.
+        `predictions.json`, labels and a video's end are written also where the end comes early. A picture that belongs
+        to the data set that the model was trained on (`data`: the `DataSource`, as `to_dict` gives it) keeps its image
+        id there; others count on from the highest one.
         """
-        ids, folders = image_ids(self.pictures, data), folder_names(classes.names)
-        rows: list[dict[str, Any]] = []
+        id_of, folders = image_ids(self.pictures, data), folder_names(classes.names)
         for part in (self.labels, self.crops):
             if part is not None:
                 part.start()
         if self.txt:
             self.outputs.write(CLASSES, "".join(f"{' '.join(name.split())}\n" for name in classes.names))
-        try:
-            for picture, name, image_id, result in zip(self.pictures, self.names, ids, results, strict=True):
-                if isinstance(result, Prediction):
-                    rows += result.to_coco(image_id)
-                    self._write(name, result, classes, folders)
-                if isinstance(result, Prediction) and self.labels is not None:
-                    self.labels.add(picture, name, image_id, result)
-                yield result
-        finally:
-            self.outputs.write(RESULTS, json.dumps(rows, indent=1))
-            if self.labels is not None:
-                self.labels.write(classes)
+        entries = zip(self.pictures, self.names, strict=True)
+        with JsonList() as rows:
+            files = _Files(self, rows, id_of, classes, folders)
+            try:
+                for of_videos, group in itertools.groupby(entries, key=lambda entry: entry[0].is_video):
+                    saved = files.videos if of_videos else files.pictures
+                    yield from saved(list(group), detect)
+            finally:
+                self.outputs.write_with(RESULTS, rows.copy)
+                if self.labels is not None:
+                    self.labels.write(classes)
 
-    def _write(self, name: str, prediction: Prediction, classes: ClassMap, folders: Sequence[str]) -> None:
-        self.outputs.write(f"{name}.jpg", jpeg(prediction.draw(classes.names)))
-        if self.txt:
-            self.outputs.write(f"labels/{name}.txt", prediction.to_yolo())
-        if self.crops is not None:
-            self.crops.add(name, prediction, folders)
+
+Result = Prediction | UnreadablePicture
+Detect = Callable[[Iterable[InputPicture]], Iterable[Result]]
+Entries = Sequence[tuple[InputPicture, str]]  # with what its files are called
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Writes what belongs to each result."""
+
+    folder: PredictionFolder
+    rows: JsonList
+    id_of: Callable[[InputPicture], int]
+    classes: ClassMap
+    class_folders: Sequence[str]
+
+    def pictures(self, entries: Entries, detect: Detect) -> Generator[Result]:
+        """Those of pictures: each drawn, as a JPEG."""
+        results = detect([picture for picture, _ in entries])
+        for (picture, name), result in zip(entries, results, strict=True):
+            image_id = self.id_of(picture)
+            if isinstance(result, Prediction):
+                self.folder.outputs.write(f"{name}.jpg", jpeg(result.draw(self.classes.names)))
+                self._note(picture, name, image_id, result)
+            yield result
+
+    def videos(self, entries: Entries, detect: Detect) -> Generator[Result]:
+        """Those of videos: each drawn, as another one."""
+        for video, name in entries:
+            yield from self._video(video, name, detect([video]))
+
+    def _video(self, video: InputPicture, name: str, results: Iterable[Result]) -> Generator[Result]:
+        assert video.path is not None
+        rate = frame_rate(video.path) / video.every
+        with self.folder.outputs.growing(f"{name}.mp4") as path, VideoWriter(path, rate) as film:
+            for result in results:
+                if isinstance(result, Prediction):
+                    assert result.time is not None
+                    film.add(result.draw(self.classes.names, same_size=True), result.time)
+                    self._note(video, f"{name}/{result.frame:06d}", self.id_of(video), result)
+                yield result
+
+    def _note(self, picture: InputPicture, name: str, image_id: int, found: Prediction) -> None:
+        """What is the same for pictures and frames."""
+        for row in found.to_coco(image_id):
+            self.rows.add(row)
+        if self.folder.txt:
+            self.folder.outputs.write(f"labels/{name}.txt", found.to_yolo())
+        if self.folder.crops is not None:
+            self.folder.crops.add(name, found, self.class_folders)
+        if self.folder.labels is not None:
+            self.folder.labels.add(picture, name, image_id, found)
+
+
+class JsonList:
+    """A list in JSON that need not fit into memory, as `json.dumps(rows, indent=1)` writes it."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(SPOOLED, "w+", encoding="utf-8")  # noqa: SIM115, closed by the block
+        self._empty = True
+
+    def __enter__(self) -> JsonList:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One more element."""
+        self._file.write("[" if self._empty else ",")
+        self._file.write(json.dumps([row], indent=1)[1:-2])
+        self._empty = False
+
+    def copy(self, path: Path) -> None:
+        """Write the list to a file."""
+        self._file.seek(0)
+        with path.open("w", encoding="utf-8") as file:
+            shutil.copyfileobj(self._file, file)
+            file.write("[]" if self._empty else "\n]")
 
 
 def output_names(pictures: Sequence[InputPicture]) -> list[str]:
@@ -132,8 +217,9 @@ def _output_name(picture: InputPicture, position: int, level: int) -> str:
     return (place if with_suffix else place.with_suffix("")).as_posix()
 
 
-def image_ids(pictures: Sequence[InputPicture], data: Mapping[str, Any] | None) -> list[int]:
-    """An image id for each picture: the data set's, where it holds the picture, else a higher one."""
+def image_ids(pictures: Sequence[InputPicture], data: Mapping[str, Any] | None) -> Callable[[InputPicture], int]:
+    """Gives each picture or frame, when it is asked, an image id: the data set's, where it holds the picture, else a
+    new one, higher than those."""
     known: dict[Path, int] = {}
     names = {picture.path.name for picture in pictures if picture.path is not None}
     highest = 0
@@ -144,8 +230,9 @@ def image_ids(pictures: Sequence[InputPicture], data: Mapping[str, Any] | None) 
                 rows = [row for row, name in enumerate(raw.file_names) if os.path.basename(name) in names]
                 known |= {raw.path(row).resolve(): int(raw.image_ids[row]) for row in rows}
     new_ids = itertools.count(highest + 1)
-    ids = []
-    for picture in pictures:
+
+    def id_of(picture: InputPicture) -> int:
         known_id = None if picture.path is None else known.get(picture.path.resolve())
-        ids.append(next(new_ids) if known_id is None else known_id)
-    return ids
+        return next(new_ids) if known_id is None else known_id
+
+    return id_of
