@@ -21,6 +21,7 @@ from detrellis.errors import UserError, command
 from detrellis.outputs import Outputs, jpeg
 from detrellis.recipes import Recipe, find_recipe
 from detrellis.recipes.build_backbone import starting_from
+from detrellis.recipes.scale import MASK_LOSSES
 from detrellis.terminal import Terminal
 from detrellis.visualize import contact_sheet, draw_detections
 
@@ -34,8 +35,7 @@ SETTINGS = (
     "schedule.eval_every=2",
 )
 PICTURE = "predictions.jpg"
-# Few steps: with the weights of Mask2Former, 5 each, masks would take most of the gradient, and boxes be learned later.
-MASKS = ("detector.masks={width: 64}", "loss.points=256", "loss.mask=1", "loss.dice=1")
+MASKS = ("detector.masks={width: 64}", *(f"loss.{name}={value}" for name, value in MASK_LOSSES.items()))
 EPOCHS = 7
 
 

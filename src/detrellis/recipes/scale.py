@@ -15,6 +15,9 @@ from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleCo
 from detrellis.recipes.detector import CrossAttentionConfig, DetectorConfig
 from detrellis.recipes.encoders import EncoderConfig
 
+# Of few steps: Mask2Former's weights, 5, leave classes behind (docs/experiments/masks.md).
+MASK_LOSSES = {"mask": 1.0, "dice": 1.0, "points": 256}
+
 
 def tiny_sized(recipe: Recipe) -> Recipe:
     """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs; of
@@ -32,7 +35,7 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}-tiny",
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
             "detector": small,
-            "loss": loss.model_copy(update={"classes": classes} | ({} if masks is None else {"points": 1024})),
+            "loss": loss.model_copy(update={"classes": classes} | ({} if masks is None else MASK_LOSSES)),
             # Dense attention learns at the papers' rate, hardly at four times of it: docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
