@@ -33,6 +33,7 @@ class Network(NamedTuple):
 INPUT = "images"
 IOU = "iou_logits"  # an output of a detector with an IoU branch
 INSTALL_OPENVINO = "pip install 'detrellis[export,openvino]'"
+INSTALL_INT8 = "pip install 'detrellis[export,int8]'"
 INSTALL = "pip install 'detrellis[export]'"
 
 
@@ -53,7 +54,7 @@ class ExportedDetector(Detector):
         count, sizes = len(images.pixels), _sizes(images)
         outputs: dict[str, Tensor] = {}
         for height, width in dict.fromkeys(sizes):
-            self._check(height, width)
+            self.check_size(height, width)
             rows = [i for i, size in enumerate(sizes) if size == (height, width)]
             pixels = images.pixels[rows, :, :height, :width].contiguous()
             for name, values in self.network.run(pixels.float().cpu().numpy()).items():
@@ -72,7 +73,8 @@ class ExportedDetector(Detector):
         """Itself: it was fused when it was exported."""
         return self
 
-    def _check(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
+        """Raises `UserError` for pictures of a size that the file does not take."""
         if any(side not in (None, given) for side, given in zip(self.network.sides, (height, width), strict=True)):
             taken = "x".join("any" if side is None else str(side) for side in self.network.sides)
             raise UserError(
@@ -146,7 +148,8 @@ def _open_openvino(path: Path) -> Network:
         return {name: results[i] for i, name in enumerate(names)}
 
     height, width = (side.get_length() if side.is_static else None for side in compiled.inputs[0].partial_shape[2:])
-    metadata = {key: model.get_rt_info(key).astype(str) for key in ("format", "detrellis") if model.has_rt_info(key)}
+    kept = [key for key in ("format", "detrellis", "precision") if model.has_rt_info(key)]
+    metadata = {key: model.get_rt_info(key).astype(str) for key in kept}
     return Network(run, metadata, (height, width))
 
 

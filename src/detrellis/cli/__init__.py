@@ -341,6 +341,12 @@ def export(
     ] = None,
     detections: Annotated[bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Backbone to encoder in 8 bits (openvino); not written if that costs 1 AP.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Data set to calibrate --int8 and measure it on (default: the run's).")
+    ] = None,
     verify: Annotated[
         Path | None, typer.Option(help="Pictures on which both have to detect the same; exit code 1 if not.")
     ] = None,
@@ -349,11 +355,22 @@ def export(
     """The network of a run for ONNX Runtime, OpenVINO or torch. `predict` and `eval` take the .onnx and .xml files.
 
     Example: detrellis export RUN --verify my_data/images/val && detrellis predict RUN/model.onnx photo.jpg
+    For CPUs: detrellis export RUN --format openvino --int8 && detrellis eval RUN/model-int8.xml
     """
     from detrellis import api
 
     fixed = None if size is None else api.parse_size(size)
-    done = api.export(run, out, format=format_, size=fixed, detections=detections, fp16=fp16, verify=verify)
+    done = api.export(
+        run,
+        out,
+        format=format_,
+        size=fixed,
+        detections=detections,
+        fp16=fp16,
+        int8=int8,
+        calibrate=calibrate,
+        verify=verify,
+    )
     written, verification = done.exported, done.verification
     if as_json:
         print_json(done.to_dict())
@@ -362,6 +379,8 @@ def export(
         size = "of any size" if written.size == (None, None) else f"of {height}x{width} pixels (height, width)"
         console.print(f"{written.out}: {written.bytes / 2**20:.1f} MiB, pictures {size}, any number at a time")
         console.print(f"Outputs: {', '.join(written.outputs)}")
+        if written.int8 is not None:
+            console.print(written.int8.table())
         if verification is not None:
             console.print(verification.table())
             console.print("The same." if verification.passed else "[bold]Not the same.[/bold]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from detrellis.arguments import checked
 from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
-from detrellis.exported import ExportedDetector
+from detrellis.exported import INSTALL_INT8, ExportedDetector
+from detrellis.exporting.int8 import Quantiser
 from detrellis.exporting.verify import Verification, compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, Exported, ExportFormat, write
 from detrellis.interop.convert import load_any
@@ -43,6 +45,8 @@ def export(
     size: tuple[int, int] | None = None,
     detections: bool = False,
     fp16: bool = False,
+    int8: bool = False,
+    calibrate: str | Path | None = None,
     verify: str | Path | None = None,
 ) -> ExportResult:
     """Write the detector of `run` (or of whatever `load` takes) for ONNX Runtime, OpenVINO or torch.
@@ -51,26 +55,38 @@ def export(
     resized as the recipe says, any number at a time; all of one `size` (height, width) where it is given, else of
     any, which takes minutes to trace, or of the one that the recipe stretches them to. `detections` adds ranked
     scores, labels and corners to the outputs (`exporting/graph.py`). `fp16` stores and computes half precision where
-    that is safe. `verify` names pictures: the file is then run on them in batches of 1, 2 and 5, and on the run's
-    validation split if that is there; `result.verification.passed` says whether it detects the same.
+    that is safe. `int8`, for OpenVINO, computes backbone, neck and encoder in eight bits (`exporting/int8.py`). It is
+    calibrated on training images of the run, or of the data set `calibrate`, and written, as `model-int8.xml`, only
+    where AP on the validation images falls by no more than 0.01; `result.exported.int8` has both. `verify` names
+    pictures: the file is then run on them in batches of 1, 2 and 5, and on the run's validation split if that is there;
+    `result.verification.passed` says whether it detects the same.
 
-    Raises `UserError` for a detector that cannot be exported, and where a package is missing.
+    Raises `UserError` for a detector that cannot be exported, where a package is missing, and where `int8` costs too
+    much.
     """
     model = load_trained(run, "cpu")
     if isinstance(model.detector, ExportedDetector):
         raise UserError(f"{run}: it is exported already", "Give the run that it was made from.")
     card = load_any(trained(run))[1]
+    _refuse(format, fp16, int8, calibrate, verify)
     if out is None:
+        name = f"model{'-int8' if int8 else ''}{SUFFIXES[format]}"
         if is_foreign(run):
-            raise UserError(f"{run}: no folder to write to", f"Say where: --out model{SUFFIXES[format]}.")
+            raise UserError(f"{run}: no folder to write to", f"Say where: --out {name}.")
         place = Path(run)
-        out = (place if place.is_dir() else place.parent) / f"model{SUFFIXES[format]}"
-    if verify is not None and format == "torch":
-        raise UserError(
-            "--verify with --format torch", "It runs what ONNX Runtime or OpenVINO executes: --format onnx."
-        )
-    protected = Path(trained(run))
-    done = write(model, card, Path(out), format_=format, size=size, detections=detections, fp16=fp16, run=protected)
+        out = (place if place.is_dir() else place.parent) / name
+    quantiser = Quantiser(run, model, calibrate) if int8 else None
+    done = write(
+        model,
+        card,
+        Path(out),
+        format_=format,
+        size=size,
+        detections=detections,
+        fp16=fp16,
+        int8=quantiser,
+        run=Path(trained(run)),
+    )
     if verify is None:
         return ExportResult(done, None)
     theirs = load_trained(done.out, "cpu")
@@ -79,6 +95,29 @@ def export(
     with contextlib.suppress(UserError):  # its validation split is not there, or it has none
         ap = _ap(run)
     return ExportResult(done, Verification(rows, ap, None if ap is None else _ap(done.out), fp16))
+
+
+def _refuse(
+    format_: ExportFormat, fp16: bool, int8: bool, calibrate: str | Path | None, verify: str | Path | None
+) -> None:
+    """Raises `UserError` for arguments that cannot be combined, and where nncf is missing."""
+    if verify is not None and format_ == "torch":
+        raise UserError(
+            "--verify with --format torch", "It runs what ONNX Runtime or OpenVINO executes: --format onnx."
+        )
+    if calibrate is not None and not int8:
+        raise UserError("--calibrate without --int8", "Only integers are calibrated: --format openvino --int8.")
+    if not int8:
+        return
+    if format_ != "openvino":
+        raise UserError(f"--int8 with --format {format_}", "OpenVINO computes in eight bits: --format openvino.")
+    if fp16 or verify is not None:
+        raise UserError(
+            f"--int8 with {'--fp16' if fp16 else '--verify'}",
+            "Leave one of them out: --int8 measures itself what it costs, in AP.",
+        )
+    if importlib.util.find_spec("nncf") is None:
+        raise UserError("--int8 needs the package nncf, which is not installed", INSTALL_INT8)
 
 
 def _ap(run: str | Path) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
 import json
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -24,6 +26,7 @@ from detrellis.engine.measure import image_size
 from detrellis.errors import UserError
 from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO
 from detrellis.exporting.graph import ExportGraph
+from detrellis.exporting.int8 import Quantised, Quantiser
 from detrellis.outputs import Outputs
 from detrellis.predictions.model import Model
 from detrellis.recipes.config import Recipe
@@ -37,6 +40,8 @@ PACKAGES: dict[ExportFormat, tuple[str, ...]] = {
 }
 ABOUT = "RGB from 0 to 1, resized as the recipe says, not normalised; of one size in a batch"
 FLOAT32 = ["TopK", "GridSample", "Range", "CumSum", "NonMaxSuppression", "Resize"]  # what half precision would break
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which modules a node is in, from the outermost on
+CUDA = "torch.utils.cpp_extension"  # says where it looked for CUDA when nncf is imported
 EXAMPLE = 2  # images that the network is traced with; other numbers go through it as well
 
 
@@ -50,6 +55,7 @@ class Exported:
     outputs: tuple[str, ...]  # names, in order
     size: tuple[int | None, int | None]  # height, width of the pictures that go in; None where any will do
     bytes: int
+    int8: Quantised | None = None  # what eight bits cost
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -65,20 +71,29 @@ def write(
     size: tuple[int, int] | None,
     detections: bool,
     fp16: bool,
+    int8: Quantiser | None,
     run: Path,
 ) -> Exported:
     """Write the detector of `model` to `out`, whose card goes with it; `run` is what it comes from, and is not touched.
 
     `size`: height and width of all pictures that will go in; None: any, or the one that the recipe stretches to.
+    `int8` puts an OpenVINO network in eight bits.
 
-    Raises `UserError` for a detector that cannot be exported, and where a package is missing.
+    Raises `UserError` for a detector that cannot be exported, where a package is missing, and where `int8` costs too
+    much.
     """
     _refuse(model, out, format_, fp16)
     weights = out.with_suffix(".bin")  # OpenVINO's second file
     outputs = Outputs(out.parent)
     outputs.ready([out.name, *([weights.name] if format_ == "openvino" else [])], inputs=[run])
     graph = _graph(model, detections)
-    metadata = card.to_metadata() | {"classes": json.dumps(list(card.classes.names)), "input": ABOUT}
+    precision = "int8" if int8 is not None else "float16" if fp16 else "float32"
+    metadata = card.to_metadata() | {
+        "classes": json.dumps(list(card.classes.names)),
+        "input": ABOUT,
+        "precision": precision,
+    }
+    quantised = None
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         program = _traced(graph, model.recipe, size)
         made = Path(scratch, "model").with_suffix(SUFFIXES[format_])
@@ -89,11 +104,14 @@ def write(
             _write_onnx(program, graph.names, onnx, metadata, fp16=fp16 and format_ == "onnx")
         if format_ == "openvino":
             _write_openvino(onnx, made, metadata, fp16)
+        if int8 is not None:
+            network, made = made, made.with_stem("int8")
+            quantised = int8.quantise(network, made, metadata)
         files = [path for path in (made, made.with_suffix(".bin")) if path.is_file()]
         for path in files:
             outputs.write_with(out.with_suffix(path.suffix).name, partial(shutil.copyfile, path))
         written = sum(path.stat().st_size for path in files)
-    return Exported(out, format_, fp16, graph.names, _input_shape(program), written)
+    return Exported(out, format_, fp16, graph.names, _input_shape(program), written, quantised)
 
 
 def _refuse(model: Model, out: Path, format_: ExportFormat, fp16: bool) -> None:
@@ -163,6 +181,7 @@ def _write_onnx(
     assert exported is not None
     exported.save(out)
     model = onnx.load(out)
+    _name_nodes(model.graph.node)
     if fp16:
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -176,6 +195,13 @@ def _write_onnx(
     onnx.save(model, out)
 
 
+def _name_nodes(nodes: Sequence[Any]) -> None:
+    """Each after the module that it is a part of, and itself."""
+    for node in nodes:
+        scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "[]")
+        node.name = "/".join([*ast.literal_eval(scopes)[-2:-1], node.name]).lstrip("/")
+
+
 def _write_openvino(onnx: Path, out: Path, metadata: Mapping[str, str], fp16: bool) -> None:
     import openvino
 
@@ -187,15 +213,20 @@ def _write_openvino(onnx: Path, out: Path, metadata: Mapping[str, str], fp16: bo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say to themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    """Without what the exporters say to themselves, and what OpenVINO and nncf tell their makers but in CI jobs."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", CUDA)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    job = os.environ.get("CI")
+    os.environ["CI"] = "true"
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        os.environ.pop("CI")
+        if job is not None:
+            os.environ["CI"] = job
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
