@@ -303,7 +303,7 @@ def begin(verb: Callable[[], None], code: int, monkeypatch: pytest.MonkeyPatch) 
     ("raised", "code", "told"),
     [
         (KeyboardInterrupt(), 130, []),  # of training, which has said where it is
-        (MemoryError(), 1, ["error out of memory", "optim.batch_size"]),
+        (MemoryError(), 1, ["error out of memory", "--auto-batch"]),
         (OSError(28, "No space left on device"), 2, ["error No space left on device", "Make room"]),
         (
             PermissionError(13, "Permission denied", "a [red] file"),
