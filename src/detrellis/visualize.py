@@ -232,13 +232,14 @@ def _draw_box(draw: ImageDraw.ImageDraw, mark: _Mark, line: int) -> None:
 
 def _place(marks: Sequence[_Mark], style: _Style, size: tuple[int, int]) -> list[_Tag]:
     """A tag for every mark that has room for one; the best scores choose first."""
-    boxes = np.array([m.box for m in marks]).reshape(-1, 4)
+    boxes, taken = np.array([m.box for m in marks]).reshape(-1, 4), np.zeros((len(marks), 4))
     placed: list[_Tag] = []
     order = sorted(range(len(marks)), key=lambda i: -(marks[i].score or 0))
     for i in order:
         for text in _texts(marks[i], style):
-            tag, hidden = _best_place(marks[i], text, style, size, (boxes, [t.box for t in placed]))
+            tag, hidden = _best_place(marks[i], text, style, size, boxes, taken[: len(placed)])
             if hidden <= 0.1:
+                taken[len(placed)] = tag.box
                 placed.append(tag)
                 break
     return placed
@@ -252,34 +253,31 @@ def _texts(mark: _Mark, style: _Style) -> list[str]:
 
 
 def _best_place(
-    mark: _Mark, text: str, style: _Style, size: tuple[int, int], others: tuple[Floats, list[Rectangle]]
+    mark: _Mark, text: str, style: _Style, size: tuple[int, int], boxes: Floats, tags: Floats
 ) -> tuple[_Tag, float]:
-    """The tag where it covers least, and the fraction of it that lies on other tags."""
+    """The tag where it covers least of `boxes (N, 4)` and `tags (M, 4)`, and the fraction of it that lies on tags."""
     width, height = _tag_size(text, style.font)
-    boxes, tags = others
     x1, y1, x2, y2 = mark.box
     # Above and below the box, inside it, beside it; of equal places the first.
     corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2), (x1, y1), (x2 - width, y1)]
     corners += [(x1, y2 - height), (x2 - width, y2 - height), (x2, y1), (x1 - width, y1)]
-    best, best_cost, best_hidden = _Tag(mark.box, text, mark.label), math.inf, 1.0
-    for rank, (left, top) in enumerate(corners):
-        left, top = min(max(left, 0), size[0] - width), min(max(top, 0), size[1] - height)
-        spot = (left, top, left + width, top + height)
-        area = width * height
-        hidden = float(_overlaps(spot, np.array(tags).reshape(-1, 4)).sum()) / area
-        # A tag on a small box hides the object; on a large one it hides a corner.
-        inner = _overlaps(spot, boxes) / np.maximum((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 1)
-        cost = 10 * hidden + float(inner.clip(max=1).sum()) + 0.03 * rank
-        if cost < best_cost:
-            best, best_cost, best_hidden = _Tag(spot, text, mark.label), cost, hidden
-    return best, best_hidden
+    low = np.array(corners).clip(0, (size[0] - width, size[1] - height))
+    spots = np.hstack([low, low + np.array([width, height])])
+    around = np.hstack([low.min(axis=0), spots[:, 2:].max(axis=0)])[None]
+    boxes, tags = (others[_overlaps(around, others)[0] > 0] for others in (boxes, tags))
+    hidden = _overlaps(spots, tags).sum(axis=1) / (width * height)
+    # A tag on a small box hides the object; on a large one it hides a corner.
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).clip(min=1)
+    inner = (_overlaps(spots, boxes) / areas).clip(max=1).sum(axis=1)
+    best = int((10 * hidden + inner + 0.03 * np.arange(len(spots))).argmin())
+    x1, y1, x2, y2 = spots[best].tolist()
+    return _Tag((x1, y1, x2, y2), text, mark.label), float(hidden[best])
 
 
-def _overlaps(box: Rectangle, others: Floats) -> Floats:
-    """`(N,)` square pixels in which `box` and each of `others (N, 4)` overlap."""
-    width = np.minimum(box[2], others[:, 2]) - np.maximum(box[0], others[:, 0])
-    height = np.minimum(box[3], others[:, 3]) - np.maximum(box[1], others[:, 1])
-    area: Floats = width.clip(min=0) * height.clip(min=0)
+def _overlaps(boxes: Floats, others: Floats) -> Floats:
+    """`(M, N)` square pixels in which each of `boxes (M, 4)` and each of `others (N, 4)` overlap."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])
+    area: Floats = (np.minimum(boxes[:, None, 2:], others[:, 2:]) - low).clip(min=0).prod(axis=2)
     return area
 
 

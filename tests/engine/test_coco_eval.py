@@ -291,6 +291,18 @@ def test_counts_and_json_round_trip() -> None:
     assert EvalResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 
+def test_boxes_beyond_what_coco_counts_are_told() -> None:
+    a = make(np.random.default_rng(2), images=1, classes=1, mean_boxes=150)
+    boxes = torch.from_numpy(np.hstack([a.boxes[:, :2], a.boxes[:, :2] + a.boxes[:, 2:]]))[~torch.from_numpy(a.crowd)]
+    evaluator = CocoEvaluator(a)
+    evaluator.update(a.image_ids.tolist(), [Detections(torch.ones(len(boxes)), torch.zeros(len(boxes)).long(), boxes)])
+    result = evaluator.compute()
+    assert result.beyond == len(boxes) - 100 > 0
+    assert result.ap == pytest.approx(100 / len(boxes), abs=0.01)
+    assert f"{result.beyond} boxes count as missed" in str(result.table().caption)
+    assert "missed" not in str(CocoEvaluator(make(np.random.default_rng(1))).compute().table().caption)
+
+
 def test_tables_show_the_undefined_as_a_dash() -> None:
     result = CocoEvaluator(make(np.random.default_rng(0))).compute()
     console = Console(file=io.StringIO(), width=100)

@@ -112,5 +112,8 @@ def test_evaluation_in_tiles(run: Path, tmp_path: Path) -> None:
     assert plain.ap == tiled.ap
     assert plain.ap > 0.1
     assert detrellis.evaluate(run, **on, tiles=32).ap != plain.ap
+    everything = {"threshold": 0.0, "tiles": 32}
+    given = sum(len(found.boxes) for found in detrellis.predict(run, paths, **everything))
+    assert detrellis.evaluate(run, **on, tiles=32).detections == given > plain.detections
     with pytest.raises(UserError, match="without masks"):
         detrellis.evaluate(run, **on, tiles=64, metric="masks")

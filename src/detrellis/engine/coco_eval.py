@@ -33,6 +33,7 @@ from detrellis.errors import UserError
 from detrellis.types import Detections
 
 Kind = Literal["box", "mask"]
+COUNTED = 100  # detections of a class in an image, at most, that count in COCO's AP
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -114,6 +115,7 @@ class EvalResult(EvalScores):
     of: Kind = "box"  # whose IoU it is
     boxes: EvalResult | None = None  # box AP of the same detections, beside mask AP
     frequencies: Mapping[str, float | None] | None = None  # LVIS: `lvis_eval.NAMES`, and AP@1000
+    beyond: int = 0  # boxes that COCO's AP counts as missed whatever is detected, see `_beyond`
     report: str | None = field(default=None, compare=False)  # the page that says more, where one was written
 
     @property
@@ -143,6 +145,8 @@ class EvalResult(EvalScores):
             caption += f"; AP \u00b1 {self.ap_interval:.3f} (95 %, over images)"
         if self.boxes is not None:
             caption += f"; box AP {number(self.boxes.ap)}"
+        if self.beyond:
+            caption += f"; {self.beyond:,} boxes count as missed: COCO takes {COUNTED} detections of a class and image"
         whose = "COCO" if self.frequencies is None else "LVIS"
         table = Table(
             title=f"{whose} {self.of} AP and AR", caption=caption, caption_justify="left", title_justify="left"
@@ -173,7 +177,7 @@ class EvalResult(EvalScores):
 class CocoEvaluator:
     """Collects detections and computes COCO's statistics over the images that it was shown.
 
-    `top_k` is how many detections of an image are kept, the best ones. COCO itself looks at the best 100 of each class.
+    `top_k` is how many detections of an image are kept, the best ones. COCO looks at the best `COUNTED` of a class.
     `truth` are the masks of the annotations (`run_lengths`), for many evaluations; without them one reads the files.
     """
 
@@ -234,7 +238,7 @@ class CocoEvaluator:
         An image shown without detections counts (its boxes were missed); an image never shown does not. Raises
         `UserError` where masks are asked for and the data set has not one for each object.
         """
-        a, frequencies = self.annotations, None
+        a, frequencies, beyond = self.annotations, None, 0
         if a.federation is not None:
             truth, rows, drawn, _ = self._given(of)
             seen = a.image_ids[self._order][self._seen[self._order]]
@@ -246,6 +250,7 @@ class CocoEvaluator:
             stats, resample = np.array([found.get(name, -1.0) for name in STATISTICS]), False
         else:
             truth, rows, stats, precision, evaluation, *_ = self.evaluated(of)
+            beyond = _beyond(truth)
         resampled = None
         if resample and 0 < len(truth.images) <= MAX_IMAGES:
             every = list(evaluation.params.areaRng[0])
@@ -262,6 +267,7 @@ class CocoEvaluator:
             resampled=resampled,
             of=of,
             frequencies=frequencies,
+            beyond=beyond,
         )
 
     def evaluated(self, of: Kind = "box") -> Evaluated:
@@ -368,6 +374,13 @@ class CocoEvaluator:
             ap, ap50 = (_defined(float(p.mean())) for p in (precision[:, :, k], precision[0, :, k]))
             results.append(ClassResult(name, category, ap, ap50, int(boxes[k]), int(detections[k])))
         return tuple(results)
+
+
+def _beyond(truth: Truth) -> int:
+    """The boxes beyond the `COUNTED` of each class in each image that as many detections can find."""
+    pairs = (truth.image * (truth.classes + 1) + truth.category)[~truth.crowd]
+    _, boxes = np.unique(pairs, return_counts=True)
+    return int((boxes - COUNTED).clip(min=0).sum())
 
 
 def _to_host(detections: Sequence[Detections]) -> Float:

@@ -150,13 +150,12 @@ def collect_tiles(
     detect: Callable[[Tensor], Detections],
     annotations: Annotations,
     world: World,
-    k: int,
     truth: Masks | None = None,
     progress: bool = False,
 ) -> CocoEvaluator:
-    """As `engine.evaluate.collect`, of what `detect` gives of each whole image, `k` detections at most. With `truth`,
-    the masks of the annotations, it has to give masks."""
-    evaluator = CocoEvaluator(annotations, top_k=k, truth=truth)
+    """As `engine.evaluate.collect`, of all that `detect` gives of each whole image, as `predict` does: many tiles hold
+    more than a detector's `top_k`. With `truth`, the masks of the annotations, it has to give masks."""
+    evaluator = CocoEvaluator(annotations, top_k=MOST, truth=truth)
     rows = range(world.rank, len(annotations), world.size)
     for row in track(rows, "evaluate tiles", len(rows), progress):
         height, width = annotations.sizes[row].tolist()

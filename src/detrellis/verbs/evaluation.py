@@ -109,9 +109,8 @@ def _evaluated(
     nms, tta, tiling = ways
     model, detector = opened.model, opened.model.detector
     if tiling is not None:
-        k = detector.postprocess.top_k
-        detect = partial(model.in_tiles, tiling=tiling, nms=nms, batch_size=options.batch_size, k=k)
-        return collect_tiles(detect, opened.annotations, world, k, truth, shown)
+        detect = partial(model.in_tiles, tiling=tiling, nms=nms, batch_size=options.batch_size)
+        return collect_tiles(detect, opened.annotations, world, truth, shown)
     views = read_views(tta, model.recipe.data, nms)
     if views is not None:
         return collect_views(detector, views, partial(opened.seen, options, world, shown), opened.annotations)
