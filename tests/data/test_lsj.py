@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from detrellis.data.augmentation import Augmentation
 from detrellis.data.loader import Batch, Collate, DetectionDataset, build_loader
-from detrellis.data.lsj import LargeScale, LargeScaleJitter, Style, tight_boxes
+from detrellis.data.lsj import LargeScale, LargeScaleJitter, Style
 from detrellis.data.paste import Cutouts, drawn_objects, paste
+from detrellis.data.patches import Patch, whole
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Finish, detr_between, eval_transform
 from detrellis.errors import UserError
+from detrellis.masks import tight_boxes
 from detrellis.recipes import find_recipe
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.refuse import refuse
@@ -61,11 +64,16 @@ def test_what_is_pasted_is_whole_and_what_is_left_is_seen(tmp_path: Path) -> Non
 
 
 def test_objects_that_are_pasted_come_last_and_hide_the_others() -> None:
-    masks = torch.zeros(2, 40, 40, dtype=torch.bool)
-    masks[0, 5:35, 5:35] = masks[1, :12, :12] = True
-    below = Cutouts(torch.zeros(3, 40, 40, dtype=torch.uint8), tight_boxes(masks[:1]), torch.tensor([3]), masks[:1])
-    above = Cutouts(torch.full((3, 40, 40), 9, dtype=torch.uint8), tight_boxes(masks[1:]), torch.tensor([7]), masks[1:])
-    image, boxes, labels, bitmaps = paste(below, above)
+    below, above = (
+        Cutouts(torch.full((3, 40, 40), grey, dtype=torch.uint8), torch.tensor([box]), torch.tensor([label]), [patch])
+        for grey, box, label, patch in (
+            (0, (5.0, 5.0, 35.0, 35.0), 3, Patch(np.ones((30, 30), dtype=np.bool_), 5, 5)),
+            (9, (0.0, 0.0, 12.0, 12.0), 7, Patch(np.ones((12, 12), dtype=np.bool_), 0, 0)),
+        )
+    )
+    masks = torch.cat([whole(picture.patches, (40, 40)) for picture in (below, above)])
+    image, boxes, labels, patches = paste(below, above)
+    bitmaps = whole(patches, (40, 40))
     assert labels.tolist() == [3, 7]
     assert torch.equal(bitmaps[1], masks[1])
     assert not (bitmaps[0] & masks[1]).any()

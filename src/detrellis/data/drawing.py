@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.data.operations import CORNER, EDGE, PASTED, Picture
+from detrellis.data.patches import Patch
 from detrellis.rle import Bitmap, Size, decode
 
 Outline = list[NDArray[np.float32]] | bytes  # polygons (x1, y1, x2, ...) of its parts; or COCO's compressed run lengths
@@ -105,21 +106,21 @@ def above(parts: Sequence[Part], number: int) -> tuple[Part, ...]:
     return tuple(itertools.takewhile(lambda part: part.pasted, parts[number + 1 :]))
 
 
-def draw(inside: Bitmap, shown: Object, view: Affine) -> None:
-    """Set True in `inside (height, width)`, all False, the pixels of an object where it is seen.
+def draw(shown: Object, view: Affine, size: Size) -> Patch | None:
+    """The pixels of an object where it is seen, in a picture of `size`; None where it has none.
 
-    `view` maps the result's pixels to these. Only the part that the object can reach is looked at.
+    `view` maps the result's pixels to that picture's. Only the part that the object can reach is looked at.
     """
-    left, top, right, bottom = _reach(shown, shown.part.affine.then(view), inside.shape[:2])
+    left, top, right, bottom = _reach(shown, shown.part.affine.then(view), size)
     if left >= right or top >= bottom:
-        return
+        return None
     view = view.then(Affine(np.eye(2), np.array([-left, -top], dtype=np.float64)))
     affine, size = shown.part.affine.then(view), (bottom - top, right - left)
     seen: Bitmap = _outlined(shown.outline, affine, size, shown.size)
     seen &= _within(shown.part.window, affine, size)
     for part in shown.above:
         seen[_within(part.window, part.affine.then(view), size)] = False
-    inside[top:bottom, left:right] = seen
+    return Patch(seen, top, left).trimmed()
 
 
 def _reach(shown: Object, affine: Affine, size: Size) -> tuple[int, int, int, int]:
@@ -184,13 +185,10 @@ def _within(window: Floats, affine: Affine, size: Size) -> Bitmap:
     return inside
 
 
-def bitmaps(objects: Sequence[Object], size: Size) -> Tensor:
-    """The masks of the objects in the whole result `(n, height, width)`, bool."""
-    drawn = torch.zeros(len(objects), *size, dtype=torch.bool)
+def patches(objects: Sequence[Object], size: Size) -> list[Patch | None]:
+    """The mask of each object in the whole result; None where nothing is seen of it."""
     same = Affine(np.eye(2), np.zeros(2))
-    for mask, each in zip(drawn, objects, strict=True):
-        draw(mask.numpy(), each, same)
-    return drawn
+    return [draw(each, same, size) for each in objects]
 
 
 def grids(objects: Sequence[Object], boxes: Tensor, side: int) -> Tensor:
@@ -199,5 +197,6 @@ def grids(objects: Sequence[Object], boxes: Tensor, side: int) -> Tensor:
     for mask, each, box in zip(drawn, objects, boxes.double().numpy(), strict=True):
         scale = side / (box[2:] - box[:2])
         view = Affine(np.diag(scale), -box[:2] * scale)
-        draw(mask.numpy(), each, view)
+        if (patch := draw(each, view, (side, side))) is not None:
+            mask.numpy()[patch.window] = patch.inside
     return drawn

@@ -7,6 +7,7 @@ an interruption change nothing, and a checkpoint has no random state of the load
 from __future__ import annotations
 
 import hashlib
+import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,16 @@ from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Augmentation
 from detrellis.data.decode import read_image
 from detrellis.data.drawing import pointed
-from detrellis.data.lsj import tight_boxes
 from detrellis.data.masks import SIDE, MaskReader
 from detrellis.data.operations import Picture, chance, integer
 from detrellis.data.paste import Cutouts, drawn_objects, paste, sampled_grids
+from detrellis.data.patches import Patch, boxes_around, whole
 from detrellis.data.sampler import BatchSampler, EvalSampler, Key
 from detrellis.data.transforms import Resize, Transform
 from detrellis.errors import UserError
 from detrellis.types import IMAGENET_MEAN, IMAGENET_STD, Channels, ImageBatch, Targets
 
+STRIP = 32  # rows of an image that are normalised at once
 IN_A_ROW = 8  # pictures that cannot be read, after which it is no accident
 
 
@@ -55,10 +57,13 @@ class Normalise:
     def into(self, image: Tensor, out: Tensor) -> None:
         """`image (3, H, W)` normalised into `out`, which may be a view: `image * scale + shift`.
 
-        Not a fused multiply-add: that rounds differently at the ends of a thread's part.
+        Not a fused multiply-add: that rounds differently at the ends of a thread's part. Strip by strip, each of which
+        stays in the cache.
         """
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        out.copy_(image).mul_(1 / (255 * std)).add_(-mean / std)
+        scale, shift = 1 / (255 * std), -mean / std
+        for rows, into in zip(image.split(STRIP, dim=1), out.split(STRIP, dim=1), strict=True):
+            into.copy_(rows).mul_(scale).add_(shift)
 
     def colours(self, pixels: Tensor) -> Tensor:
         """The inverse: `pixels (3, H, W)` of a batch as uint8."""
@@ -75,7 +80,12 @@ class Sample(NamedTuple):
     image_id: int
     size: tuple[float, float]  # height, width of the original; of what becomes its padding too where that is image
     masks: Tensor | None = None  # (n, M, M) bool, each seen within its box; None where nobody asked
-    bitmaps: Tensor | None = None  # (n, H, W) bool; None where nobody asked
+    patches: Sequence[Patch] | None = None  # n, of the whole image; None where nobody asked
+
+    @property
+    def bitmaps(self) -> Tensor | None:
+        """The masks in the whole image `(n, H, W)`, bool; None where nobody asked."""
+        return None if self.patches is None else whole(self.patches, (self.image.shape[1], self.image.shape[2]))
 
 
 class Batch(NamedTuple):
@@ -136,8 +146,8 @@ class DetectionDataset(Dataset[Sample]):
         self.boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
         self.labels = annotations.labels[kept]
         self.large_scale, self.bitmaps = self.augmentation.large_scale, bitmaps
-        whole = bitmaps or (self.large_scale is not None and self.large_scale.copy_paste > 0)
-        self.masks = MaskReader(annotations, grids=masks, bitmaps=whole) if masks or whole else None
+        entire = bitmaps or (self.large_scale is not None and self.large_scale.copy_paste > 0)
+        self.masks = MaskReader(annotations, grids=masks, bitmaps=entire) if masks or entire else None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -165,8 +175,8 @@ class DetectionDataset(Dataset[Sample]):
                 shown = _pasted(shown, self._shown(*transform(*self._partner())))
         height, width = self.sizes[index].tolist()
         size = transform.frame(height, width) if isinstance(transform, Resize) else (height, width)
-        bitmaps = shown.bitmaps if self.bitmaps else None
-        return shown._replace(image_id=int(self.image_ids[index]), size=size, bitmaps=bitmaps)
+        patches = shown.patches if self.bitmaps else None
+        return shown._replace(image_id=int(self.image_ids[index]), size=size, patches=patches)
 
     def _shown(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
         """A transformed picture with the masks that are asked for; of no image yet."""
@@ -175,9 +185,9 @@ class DetectionDataset(Dataset[Sample]):
         drawn = self.masks(image, boxes, labels)
         labels = torch.from_numpy(self.labels[drawn.rows.numpy()])
         # Boxes of what was cut are those around what is left, as in the released codes.
-        tight = self.large_scale is not None and drawn.bitmaps is not None
-        boxes = tight_boxes(drawn.bitmaps) if tight and drawn.bitmaps is not None else drawn.boxes
-        return Sample(image, boxes, labels, -1, (0, 0), drawn.grids, drawn.bitmaps)
+        tight = self.large_scale is not None and drawn.patches is not None
+        boxes = boxes_around(drawn.patches) if tight and drawn.patches is not None else drawn.boxes
+        return Sample(image, boxes, labels, -1, (0, 0), drawn.grids, drawn.patches)
 
     def _picture(self, index: int) -> Picture:
         """An image as it is on the disk, with its boxes and labels; where masks are drawn, with its points, and the
@@ -220,12 +230,12 @@ class DetectionDataset(Dataset[Sample]):
 
 def _pasted(below: Sample, above: Sample) -> Sample:
     """A sample with some objects of another one on it."""
-    assert below.bitmaps is not None
-    assert above.bitmaps is not None
-    objects = Cutouts(above.image, above.boxes, above.labels, above.bitmaps).take(drawn_objects(len(above.labels)))
-    image, boxes, labels, bitmaps = paste(Cutouts(below.image, below.boxes, below.labels, below.bitmaps), objects)
-    grids = None if below.masks is None else sampled_grids(bitmaps, boxes, SIDE)
-    return below._replace(image=image, boxes=boxes, labels=labels, masks=grids, bitmaps=bitmaps)
+    assert below.patches is not None
+    assert above.patches is not None
+    objects = Cutouts(above.image, above.boxes, above.labels, above.patches).take(drawn_objects(len(above.labels)))
+    image, boxes, labels, patches = paste(Cutouts(below.image, below.boxes, below.labels, below.patches), objects)
+    grids = None if below.masks is None else sampled_grids(patches, SIDE)
+    return below._replace(image=image, boxes=boxes, labels=labels, masks=grids, patches=patches)
 
 
 def mixed_seed(seed: int, epoch: int, index: int) -> int:
@@ -250,7 +260,9 @@ class Collate:
         labels = torch.cat([s.labels for s in samples])
         sizes = torch.tensor([s.size for s in samples])
         images = stack_images([s.image for s in samples], self.pad_to, self.normalise)
-        bitmaps = _padded([s.bitmaps for s in samples if s.bitmaps is not None], images.pixels.shape[2:])
+        patches = [s.patches for s in samples if s.patches is not None]
+        height, width = images.pixels.shape[2:]
+        bitmaps = whole(list(itertools.chain(*patches)), (height, width)) if patches else None
         targets = Targets(labels, _normalised_boxes(samples), counts, masks, bitmaps)
         return Batch(images, targets, tuple(s.image_id for s in samples), sizes)
 
@@ -263,28 +275,22 @@ def _normalised_boxes(samples: list[Sample]) -> Tensor:
     return xyxy_to_cxcywh(torch.cat(scaled)).float()
 
 
-def _padded(bitmaps: Sequence[Tensor], size: Sequence[int]) -> Tensor | None:
-    """Masks `(n, h, w)` of all images in the frame of the batch; None where there are none."""
-    if not bitmaps:
-        return None
-    padded = torch.zeros(sum(map(len, bitmaps)), *size, dtype=torch.bool)
-    for drawn, into in zip(bitmaps, padded.split([len(b) for b in bitmaps]), strict=True):
-        into[:, : drawn.shape[1], : drawn.shape[2]] = drawn
-    return padded
-
-
 def stack_images(
     images: Sequence[Tensor], pad_to: tuple[int, int] | None = None, normalise: Normalise = Normalise()
 ) -> ImageBatch:
     """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`, or to the largest height and width."""
     height, width = pad_to or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
-    pixels = torch.zeros(len(images), 3, height, width)
-    padding = torch.ones(len(images), height, width, dtype=torch.bool)
-    for image, into, mask in zip(images, pixels, padding, strict=True):
+    pixels = torch.empty(len(images), 3, height, width)
+    padded = any(image.shape[1:] != (height, width) for image in images)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool) if padded else None
+    for number, (image, into) in enumerate(zip(images, pixels, strict=True)):
         h, w = image.shape[1:]
         normalise.into(image, into[:, :h, :w])
-        mask[:h, :w] = False
-    return ImageBatch(pixels, padding if padding.any() else None)
+        into[:, h:] = 0
+        into[:, :h, w:] = 0
+        if padding is not None:
+            padding[number, :h, :w] = False
+    return ImageBatch(pixels, padding)
 
 
 class Loader:

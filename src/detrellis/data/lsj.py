@@ -15,16 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.data.operations import Picture, crop, integer, padded, resize, uniform
 
 Style = Literal["mmdet", "detectron2"]
 Extent = tuple[int, int]  # height, width
-Bools = NDArray[np.bool_]
 SMALLEST = 0.01  # pixels of a box's side, more or it is dropped
 
 
@@ -95,18 +91,3 @@ class LargeScaleJitter:
             return shared_offset(resized, self.side, uniform(0, 1))
         height, width = kept_extent(resized, self.side)
         return integer(0, resized[0] - height), integer(0, resized[1] - width)
-
-
-def tight_boxes(bitmaps: Tensor) -> Tensor:
-    """The boxes `(n, 4)` xyxy around masks `(n, H, W)` bool on the host, float32; zeros around an empty one."""
-    # NumPy reduces booleans many times faster than torch does.
-    masks: Bools = bitmaps.numpy()
-    columns, rows = np.logical_or.reduce(masks, axis=1), np.logical_or.reduce(masks, axis=2)
-    (left, right), (top, bottom) = _ends(columns), _ends(rows)
-    boxes = np.stack([left, top, right, bottom], axis=1) * columns.any(axis=1, keepdims=True)
-    return torch.from_numpy(boxes.astype(np.float32))
-
-
-def _ends(seen: Bools) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First, and one after the last, of each row of `seen (n, L)`."""
-    return seen.argmax(axis=1), seen.shape[1] - seen[:, ::-1].argmax(axis=1)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detrellis.data.annotations import Annotations
-from detrellis.data.drawing import Object, Outline, above, bitmaps, grids, parts_of
+from detrellis.data.drawing import Object, Outline, above, grids, parts_of, patches
 from detrellis.data.files import not_collecting
 from detrellis.data.formats.segmentation import drawn, packed
+from detrellis.data.patches import Patch
 from detrellis.errors import UserError
 
 SIDE = 112  # samples along each side of a box: four times the 28 that mask heads predict
@@ -113,14 +114,13 @@ class MaskReader:
         """The objects that are left of a picture that was `pointed`. With bitmaps, those without a pixel are not."""
         objects = self._objects(boxes, rows)
         boxes, rows = boxes[rows >= 0], rows[rows >= 0]
-        whole = None
+        seen = None
         if self.bitmaps:
-            whole = bitmaps(objects, (image.shape[1], image.shape[2]))
-            seen = torch.tensor([mask.any() for mask in whole.numpy()], dtype=torch.bool)
-            if not seen.all():
-                boxes, rows, whole = boxes[seen], rows[seen], whole[seen]
-                objects = list(itertools.compress(objects, seen.tolist()))
-        return Drawn(boxes, rows, grids(objects, boxes, SIDE) if self.grids else None, whole)
+            masks = patches(objects, (image.shape[1], image.shape[2]))
+            left = torch.tensor([mask is not None for mask in masks], dtype=torch.bool)
+            boxes, rows, objects = boxes[left], rows[left], list(itertools.compress(objects, left.tolist()))
+            seen = [mask for mask in masks if mask is not None]
+        return Drawn(boxes, rows, grids(objects, boxes, SIDE) if self.grids else None, seen)
 
     def _objects(self, boxes: Tensor, rows: Tensor) -> list[Object]:
         parts, objects = parts_of(boxes, rows), []
@@ -138,7 +138,7 @@ class Drawn(NamedTuple):
     boxes: Tensor  # (n, 4)
     rows: Tensor  # (n,) of the data set's objects
     grids: Tensor | None  # (n, SIDE, SIDE) bool
-    bitmaps: Tensor | None  # (n, H, W) bool, of the whole picture
+    patches: list[Patch] | None  # n, of the whole picture
 
 
 def _starts(pieces: Sequence[Sized]) -> NDArray[np.int64]:

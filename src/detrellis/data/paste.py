@@ -8,14 +8,15 @@ over one, with hard edges, and what they hide is taken from the masks and boxes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detrellis.data.lsj import tight_boxes
 from detrellis.data.operations import integer
+from detrellis.data.patches import Patch, boxes_around
 
 MOST = 99  # objects that are pasted, at most
 MOVED = 10  # pixels by which a side of a box may move for the object to stay,
@@ -28,11 +29,11 @@ class Cutouts(NamedTuple):
     image: Tensor  # (3, H, W) uint8
     boxes: Tensor  # (n, 4) pixel xyxy
     labels: Tensor  # (n,) int64
-    bitmaps: Tensor  # (n, H, W) bool
+    patches: Sequence[Patch]  # n, none with an empty edge
 
     def take(self, rows: Tensor) -> Cutouts:
         """The objects of these rows."""
-        return Cutouts(self.image, self.boxes[rows], self.labels[rows], self.bitmaps[rows])
+        return Cutouts(self.image, self.boxes[rows], self.labels[rows], [self.patches[row] for row in rows.tolist()])
 
 
 def drawn_objects(count: int) -> Tensor:
@@ -44,26 +45,33 @@ def paste(below: Cutouts, above: Cutouts) -> Cutouts:
     """All objects of `above` on the picture `below`, both of one size; those pasted come last."""
     if not len(above.labels):
         return below
-    covered = torch.from_numpy(above.bitmaps.numpy().any(axis=0))
-    image = torch.where(covered, above.image, below.image)
-    bitmaps = below.bitmaps & ~covered
-    boxes = tight_boxes(bitmaps)
-    pixels = torch.tensor([np.count_nonzero(mask) for mask in bitmaps.numpy()], dtype=torch.int64)
-    kept = ((boxes - below.boxes).abs() <= MOVED).all(dim=1) | (pixels > LEFT)
-    kept &= pixels > 0
+    image, covered = below.image.clone(), np.zeros(below.image.shape[1:], dtype=np.bool_)
+    for patch in above.patches:
+        where = (slice(None), *patch.window)
+        image[where] = torch.where(torch.from_numpy(patch.inside), above.image[where], image[where])
+        covered[patch.window] |= patch.inside
+    seen = [patch._replace(inside=patch.inside & ~covered[patch.window]).trimmed() for patch in below.patches]
+    left = [(row, patch) for row, patch in enumerate(seen) if patch is not None and _stays(patch, below.boxes[row])]
+    rows, patches = torch.tensor([row for row, _ in left], dtype=torch.int64), [patch for _, patch in left]
     return Cutouts(
         image,
-        torch.cat([boxes[kept], above.boxes]),
-        torch.cat([below.labels[kept], above.labels]),
-        torch.cat([bitmaps[kept], above.bitmaps]),
+        torch.cat([boxes_around(patches), above.boxes]),
+        torch.cat([below.labels[rows], above.labels]),
+        [*patches, *above.patches],
     )
 
 
-def sampled_grids(bitmaps: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """`side` times `side` samples of each mask `(n, H, W)` over its box `(n, 4)`: what lies under their centres."""
-    steps = (torch.arange(side) + 0.5) / side
-    x, y = (
-        (boxes[:, i, None] + steps * (boxes[:, i + 2, None] - boxes[:, i, None])).long().clamp(0, limit - 1)
-        for i, limit in ((0, bitmaps.shape[2]), (1, bitmaps.shape[1]))
-    )
-    return bitmaps[torch.arange(len(boxes))[:, None, None], y[:, :, None], x[:, None, :]]
+def _stays(patch: Patch, box: Tensor) -> bool:
+    """Whether enough is left of an object that had this box."""
+    unmoved = ((box - box.new_tensor(patch.box)).abs() <= MOVED).all()
+    return bool(unmoved) or bool(np.count_nonzero(patch.inside) > LEFT)
+
+
+def sampled_grids(patches: Sequence[Patch], side: int) -> Tensor:
+    """`side` times `side` samples of each mask over its box: what lies under their centres `(n, side, side)`."""
+    grids, steps = torch.zeros(len(patches), side, side, dtype=torch.bool), (torch.arange(side) + 0.5) / side
+    for grid, patch in zip(grids, patches, strict=True):
+        left, top, right, bottom = patch.box
+        x, y = ((low + steps * (high - low)).long() - low for low, high in ((left, right), (top, bottom)))
+        grid.copy_(torch.from_numpy(patch.inside)[y[:, None], x])
+    return grids
