@@ -69,6 +69,16 @@ def test_a_scheme_may_change_supervision_and_add_losses() -> None:
     assert "schemes/idle" not in plain
 
 
+def test_a_scheme_that_finds_nothing_to_do_gets_gradients_of_zero() -> None:
+    """Whatever its parameters are: they are not read."""
+    louder = Louder()
+    louder.scale = nn.Parameter(torch.tensor(torch.inf))
+    idle = losses_with(louder)["schemes/idle"]
+    assert idle == 0
+    idle.backward()
+    assert torch.equal(louder.scale.grad, torch.tensor(0.0))
+
+
 def test_the_denoising_block() -> None:
     model = build(small("tiny"), CLASSES)
     step = model.begin(images(), targets((2, 4)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,5 +161,19 @@ def image_sizes(images: ImageBatch) -> Tensor:
 def _idle(schemes: nn.ModuleList) -> dict[str, Tensor]:
     """A zero loss on every parameter of the schemes: one that found nothing to do in this batch (no boxes) must still
     give its parameters a gradient, or the processes that did have boxes wait for it for ever."""
-    zeros = [p.sum() * 0 for p in schemes.parameters()]
-    return {"schemes/idle": torch.stack(zeros).sum()} if zeros else {}
+    parameters = list(schemes.parameters())
+    return {"schemes/idle": _Idle.apply(*parameters)} if parameters else {}
+
+
+class _Idle(torch.autograd.Function):
+    """A loss of 0 whose gradient is 0 for each parameter, without reading any."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        zero = torch.zeros_like(gradient)
+        return tuple(zero.to(p.dtype).expand_as(p) for p in ctx.saved_tensors)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from detrellis.errors import UserError
+from detrellis.nn.frozen import FrozenNorm
 from detrellis.nn.pretrained import Source, check_timm_name, fitted, matched, torchvision_weights, unreachable
 
 Norm = Literal["frozen", "frozen_norm", "batch"]
@@ -78,7 +78,7 @@ class ResNet(Backbone):
         frozen: Frozen = 0,
     ) -> None:
         super().__init__()
-        layer = nn.BatchNorm2d if norm == "batch" else partial(FrozenBatchNorm2d, eps=1e-5)
+        layer = nn.BatchNorm2d if norm == "batch" else FrozenNorm
         options = {"replace_stride_with_dilation": [False, False, True]} if dilation else {}
         make = partial(torchvision.models.get_model, name, weights=None, norm_layer=layer, **options)
         model = make()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from detrellis.nn.constants import kept
 from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.mlp import xavier_linear
 from detrellis.types import Memory, Spatial
@@ -97,9 +98,8 @@ class DeformableAttention(nn.Module):
         else:
             references = references[:, :, None, self.order, None]
         if references.shape[-1] == 2:
-            shapes = [memory.shapes[level] for level in self.order]
-            sizes = torch.tensor([(w, h) for h, w in shapes], dtype=references.dtype, device=offsets.device)
-            return references + offsets / sizes[:, None]
+            shapes = tuple(memory.shapes[level] for level in self.order)
+            return references + offsets / _sizes(shapes, references.dtype, offsets.device)
         counts: int | Tensor = self.points
         if not self.even:
             counts = torch.tensor(self.counts, dtype=offsets.dtype, device=offsets.device)[self.order, None, None]
@@ -111,6 +111,12 @@ class DeformableAttention(nn.Module):
             return value, shapes
         maps = value.split([h * w for h, w in shapes], dim=1)
         return torch.cat([maps[level] for level in self.order], dim=1), [shapes[level] for level in self.order]
+
+
+@kept(64)
+def _sizes(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Width and height of each level, `(V, 1, 2)`."""
+    return torch.tensor([(w, h) for h, w in shapes], dtype=dtype, device=device)[:, None]
 
 
 def sample_nearest(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:

@@ -8,20 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detrellis.nn.constants import kept
 from detrellis.nn.mlp import FeedForward
 from detrellis.types import Memory, Spatial
+
+Shapes = tuple[tuple[int, int], ...]  # (height, width) of each level
 
 
 def token_centres(memory: Memory) -> Tensor:
     """Centre `(x, y)` of every token, `(B or 1, S, 2)`, in [0, 1] of the unpadded image (padding lies beyond 1)."""
-    device, dtype = memory.tokens.device, memory.position.dtype
+    centres = cell_centres(memory.shapes, memory.position.dtype, memory.tokens.device)
+    if memory.valid_ratios is None:
+        return centres
+    return centres / memory.valid_ratios[:, token_levels(memory.shapes, memory.tokens.device)]
+
+
+@kept(64)
+def cell_centres(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Centre `(x, y)` of every cell of the levels, `(1, S, 2)`, in [0, 1] of its map."""
     centres = []
-    for level, (height, width) in enumerate(memory.shapes):
+    for height, width in shapes:
         y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-        grid = torch.cartesian_prod(y, x).flip(-1)[None]
-        centres.append(grid if memory.valid_ratios is None else grid / memory.valid_ratios[:, level, None])
-    return torch.cat(centres, dim=1)
+        centres.append(torch.cartesian_prod(y, x).flip(-1))
+    return torch.cat(centres)[None]
+
+
+@kept(64)
+def token_levels(shapes: Shapes, device: torch.device) -> Tensor:
+    """The level of every token, `(S,)`."""
+    return torch.cat([torch.full((h * w,), level, device=device) for level, (h, w) in enumerate(shapes)])
 
 
 class EncoderLayer(nn.Module):

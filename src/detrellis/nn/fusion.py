@@ -72,7 +72,7 @@ class RepConvolution(nn.Module):
 
 
 # By name, since importing timm for its two takes a second.
-NORMS = {"BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d"}
+NORMS = {"BatchNorm2d", "SyncBatchNorm", "FrozenNorm", "BatchNormAct2d", "FrozenBatchNormAct2d"}
 
 
 def fuse(module: nn.Module, run: Callable[[], object]) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detrellis.nn.constants import kept
 from detrellis.nn.encoder import EncoderLayer
 from detrellis.nn.fusion import ConvNorm, RepConvolution
 from detrellis.nn.neck import flatten
@@ -34,12 +35,19 @@ class GridSine(nn.Module):
 
     def forward(self, valid: Tensor) -> Tensor:
         """`(1, H * W, D)` for a map `valid (B, H, W)`, in its dtype."""
-        features = self.width // 4
-        index = torch.arange(features, device=valid.device, dtype=valid.dtype)
-        frequencies = self.temperature ** (-index / features)
-        rows, columns = (torch.arange(n, device=valid.device, dtype=valid.dtype) for n in valid.shape[1:])
-        places = torch.cartesian_prod(rows, columns).unsqueeze(-1) * frequencies  # (H * W, 2, D / 4)
-        return torch.cat([places.sin(), places.cos()], dim=-1).flatten(1).unsqueeze(0)
+        height, width = valid.shape[1:]
+        return _grid_sine(height, width, self.width // 4, self.temperature, valid.dtype, valid.device)
+
+
+@kept(8)  # few: those of a large image are megabytes
+def _grid_sine(
+    height: int, width: int, features: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    index = torch.arange(features, device=device, dtype=dtype)
+    frequencies = temperature ** (-index / features)
+    rows, columns = (torch.arange(n, device=device, dtype=dtype) for n in (height, width))
+    places = torch.cartesian_prod(rows, columns).unsqueeze(-1) * frequencies  # (H * W, 2, D / 4)
+    return torch.cat([places.sin(), places.cos()], dim=-1).flatten(1).unsqueeze(0)
 
 
 class CSPFusion(nn.Module):

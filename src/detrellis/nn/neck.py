@@ -103,11 +103,13 @@ def flatten(levels: Sequence[Tensor], padding: Tensor | None, position: nn.Modul
     shapes = tuple((m.shape[-2], m.shape[-1]) for m in levels)
     tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
     masks = None if padding is None else [_resize_mask(padding, s) for s in shapes]
-    valid = [tokens.new_ones(1, *s) for s in shapes] if masks is None else [~m for m in masks]
     dtype = torch.promote_types(tokens.dtype, torch.float32)  # a count of rows needs more than half precision has
     if position is None:
         places = tokens.new_zeros(1, 1, 1, dtype=dtype).expand(1, *tokens.shape[1:])
+    elif masks is None and isinstance(position, SineMap):
+        places = torch.cat([position.unpadded(s, dtype, tokens.device) for s in shapes], dim=1)
     else:
+        valid = [tokens.new_ones(1, *s) for s in shapes] if masks is None else [~m for m in masks]
         places = torch.cat([position(v.to(dtype)) for v in valid], dim=1)
     if masks is None:
         return Memory(tokens, places, shapes)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.boxes import relative_boxes
+from detrellis.nn.constants import kept
 from detrellis.nn.distinct import POOL, overlapping
-from detrellis.nn.encoder import token_centres
+from detrellis.nn.encoder import Shapes, cell_centres, token_centres
 from detrellis.nn.heads import box_head, class_head, joined
 from detrellis.nn.masks import mask_embed
 from detrellis.nn.mlp import xavier_linear
@@ -30,14 +31,33 @@ def select(values: Tensor, index: Tensor) -> Tensor:
 def anchor_logits(memory: Memory, *, reverse: bool = False) -> Tensor:
     """Logits of one square proposal a token `(B or 1, S, 4)`, +inf where it is not usable; `reverse`: the smallest are
     the coarsest level's."""
+    place = (memory.shapes, memory.position.dtype, memory.tokens.device, reverse)
+    if memory.padding is None and memory.valid_ratios is None:
+        return unpadded_logits(*place)
     centres = token_centres(memory)
-    levels = range(len(memory.shapes))
-    powers = reversed(levels) if reverse else levels
-    sides = [centres.new_full((h * w, 2), BASE_SIZE * 2.0**p) for p, (h, w) in zip(powers, memory.shapes, strict=True)]
-    boxes = torch.cat([centres, torch.cat(sides).expand_as(centres)], dim=-1)
+    return _logits(torch.cat([centres, token_sides(*place).expand_as(centres)], dim=-1), memory.padding)
+
+
+@kept(16)
+def unpadded_logits(shapes: Shapes, dtype: torch.dtype, device: torch.device, reverse: bool) -> Tensor:
+    """`anchor_logits` of images without padding, `(1, S, 4)`."""
+    centres, sides = cell_centres(shapes, dtype, device), token_sides(shapes, dtype, device, reverse)
+    return _logits(torch.cat([centres, sides], dim=-1), None)
+
+
+@kept(64)
+def token_sides(shapes: Shapes, dtype: torch.dtype, device: torch.device, reverse: bool) -> Tensor:
+    """Width and height of every token's proposal, `(1, S, 2)`."""
+    powers = reversed(range(len(shapes))) if reverse else range(len(shapes))
+    sides = [BASE_SIZE * 2.0**p for p in powers]
+    grids = [torch.full((h * w, 2), s, dtype=dtype, device=device) for s, (h, w) in zip(sides, shapes, strict=True)]
+    return torch.cat(grids)[None]
+
+
+def _logits(boxes: Tensor, padding: Tensor | None) -> Tensor:
     usable = ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
-    if memory.padding is not None:
-        usable = usable & ~memory.padding
+    if padding is not None:
+        usable = usable & ~padding
     safe = torch.where(usable.unsqueeze(-1), boxes, 0.5)
     return torch.log(safe / (1 - safe)).masked_fill(~usable.unsqueeze(-1), math.inf)
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FrozenBatchNorm2d
 
 from detrellis.nn.backbone import MEMORY, Backbone, Frozen, Norm, fill, first_stages, stage_maps, wanted_stages
+from detrellis.nn.frozen import FrozenNorm
 from detrellis.nn.pretrained import Source, unreachable
 
 NormLayer = Callable[[int], nn.Module]
@@ -67,7 +67,7 @@ class ResNetVD(Backbone):
     ) -> None:
         super().__init__()
         sizes = sizes or SIZES[name]
-        body = _Body(sizes, partial(FrozenBatchNorm2d, eps=1e-5) if norm == "frozen" else nn.BatchNorm2d)
+        body = _Body(sizes, FrozenNorm if norm == "frozen" else nn.BatchNorm2d)
         if pretrained is not None:
             fill(body, _weights(name, pretrained, sizes), pretrained, name, partial(_Body, sizes, nn.BatchNorm2d))
         self.stem = nn.Sequential(body.conv1, body.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))

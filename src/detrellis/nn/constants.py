@@ -1,0 +1,40 @@
+"""Tensors that shapes alone decide: made once, and kept for the steps that follow.
+
+A step is thousands of small operations, and each costs the host as much as a large one. What they make of shapes,
+numbers, a type and a device is the same at every step of that shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+
+
+def traced() -> bool:
+    """Whether operations are written into a graph now, which must hold all of them."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
+def kept(most: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Keep what a function of hashable arguments made last of `most` of them. Nobody may write into its tensors."""
+
+    def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        def constant(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            with torch.inference_mode(False), torch.no_grad():  # a later step may need it for its gradients
+                return make(*args, **kwargs)
+
+        once: Callable[..., Tensor] = functools.lru_cache(maxsize=most)(constant)
+
+        @functools.wraps(make)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            return make(*args, **kwargs) if traced() else once(*args, **kwargs)
+
+        return call
+
+    return decorate
