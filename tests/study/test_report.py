@@ -200,6 +200,7 @@ def test_recommendation_names_gain_interval_cost_and_what_is_unclear(tmp_path: P
             "In the one seed that ran, the best is up, +3.0 AP against none at 1.00 times",
         ),
         ({"none": [[20]], "up": [[17]]}, "no row is above none; the nearest is up, -3.0 AP"),
+        ({"none": [[0.0]], "up": [[0.03]]}, "no row is above none; the nearest is up, +0.0 AP"),
         ({"none": [], "up": [[17]]}, "Nothing to compare yet: none and another"),
     ],
 )

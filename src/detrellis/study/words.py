@@ -72,7 +72,7 @@ def _short(gain: Estimate) -> str:
 def _one_seed(base: str, best: RowResult) -> str:
     gain = _gain(best).mean
     what = f"{best.name}, {gain:+.1f} AP against {base}{_price(best, base)}"
-    first = f"the best is {what}" if gain > 0 else f"no row is above {base}; the nearest is {what}"
+    first = f"the best is {what}" if round(gain, 1) > 0 else f"no row is above {base}; the nearest is {what}"
     return f"In the one seed that ran, {first}. One seed cannot tell how much of this is chance: run more (--seeds 3)."
 
 
