@@ -72,7 +72,8 @@ class RepConvolution(nn.Module):
 
 
 # By name, since importing timm for its two takes a second.
-NORMS = {"BatchNorm2d", "SyncBatchNorm", "FrozenNorm", "BatchNormAct2d", "FrozenBatchNormAct2d"}
+# Of torch, ours, torchvision (also those that timm freezes) and timm.
+NORMS = {"BatchNorm2d", "SyncBatchNorm", "FrozenNorm", "FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d"}
 
 
 def fuse(module: nn.Module, run: Callable[[], object]) -> None:
