@@ -39,8 +39,8 @@ def one_command_line() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cut() -> Iterator[None]:
-    """Whatever a test ends is a process, and what that has written is the system's. To wait for the disk, twenty times
-    in a training, would be a tenth of the time of all tests; which file is put there when, a test of `atomic` sees."""
+    """Whatever a test ends is a process, and what that has written is the system's. A training would wait for the
+    disk some twenty times; which file is put there when, a test of `atomic` sees."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

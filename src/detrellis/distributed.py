@@ -95,7 +95,8 @@ def parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, device_ids=devices)
+    # Without its broadcast of buffers, of which BatchNorm's alone change: `same_statistics` sees to them.
+    wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     if world.device.type == "cpu" and world.size > 2:
         # A lambda: of a hook's annotations DDP accepts no strings, which they are in this file.
         wrapped.register_comm_hook(None, lambda _, bucket: _mean_by_rank(bucket.buffer()))
@@ -120,8 +121,8 @@ def _mean_by_rank(gradients: Tensor) -> Future[Tensor]:
 
 
 def same_statistics(model: nn.Module) -> None:
-    """Give all processes the first one's BatchNorm statistics: DDP waits for the next pass, and what averages or
-    evaluates until then would have others in each process, of which a run saves the first's."""
+    """Give all processes the first one's BatchNorm statistics, after each step: what averages or evaluates the model
+    would otherwise have others in each process, of which a run saves the first's."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
     if buffers:

@@ -16,7 +16,7 @@ from detrellis.data.layout import find_data
 from detrellis.data.loader import Collate
 from detrellis.distributed import World, process_group
 from detrellis.engine import auto_batch, trial
-from detrellis.engine.auto_batch import MOST, WorstStep, images_that_fit, with_auto_batch, worst_step
+from detrellis.engine.auto_batch import MAX_IMAGES, WorstStep, images_that_fit, with_auto_batch, worst_step
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.samples import training_dataset
 from detrellis.errors import UserError
@@ -55,7 +55,7 @@ def test_a_gpu_is_tried_until_it_is_out_of_memory(monkeypatch: pytest.MonkeyPatc
     assert shares == [pytest.approx(0.4)]
 
 
-@pytest.mark.parametrize(("room", "fit"), [(2.9, 0), (3.2, 1), (5.1, 1), (5.3, 2), (9.5, 4), (1000, MOST)])
+@pytest.mark.parametrize(("room", "fit"), [(2.9, 0), (3.2, 1), (5.1, 1), (5.3, 2), (9.5, 4), (1000, MAX_IMAGES)])
 def test_a_cpu_s_room_is_shared_by_what_each_image_takes(room: float, fit: int) -> None:
     """1 GB for weights, 2 for each image, and 0.1 in the loader."""
     steps: list[int] = []
@@ -154,7 +154,7 @@ def test_the_run_s_recipe_holds_what_was_found(shapes: Path, tmp_path: Path, mon
 
 
 def test_a_real_step_is_tried() -> None:
-    assert 1 < images_that_fit(small("tiny", ("cdn",)), CLASSES, WORST, ALONE, workers=1) <= MOST
+    assert 1 < images_that_fit(small("tiny", ("cdn",)), CLASSES, WORST, ALONE, workers=1) <= MAX_IMAGES
 
 
 def test_a_step_that_fails_otherwise_says_so() -> None:

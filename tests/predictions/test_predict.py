@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,18 @@ def call(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["predict", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit | UserError), result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Ctrl-C at the nth picture, counted from 1."""
+    detect, numbers = Model._forward, itertools.count(1)
+
+    def interrupted(*arguments: object) -> object:
+        if next(numbers) == nth:
+            raise KeyboardInterrupt
+        return detect(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "_forward", interrupted)
 
 
 def test_files_arrays_and_tensors_find_the_same(model: Model, tmp_path: Path) -> None:
@@ -137,17 +150,7 @@ def test_the_command_names_it_and_keeps_the_rest(run: Path, tmp_path: Path) -> N
 def test_predictions_are_written_also_after_ctrl_c(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abcd":
         save(tmp_path / "pics" / f"{name}.png")
-    count = 0
-    detect = Model._forward
-
-    def interrupted(*arguments: object) -> object:
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-        return detect(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Model, "_forward", interrupted)
+    interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         detrellis.predict(run, tmp_path / "pics", out=tmp_path / "out", threshold=0)
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())

@@ -22,7 +22,7 @@ from detrellis.predictions.save import JsonList
 from detrellis.predictions.video import Frame, read_frames
 
 from .conftest import picture, save
-from .test_predict import alike, call
+from .test_predict import alike, call, interrupt
 
 av = pytest.importorskip("av")
 
@@ -229,16 +229,7 @@ def test_a_broken_video_is_named_and_what_could_be_read_is_kept(
 
 
 def test_ctrl_c_leaves_a_video_that_plays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count, detect = 0, Model._forward
-
-    def interrupted(*arguments: object) -> object:
-        nonlocal count
-        count += 1
-        if count == 8:
-            raise KeyboardInterrupt
-        return detect(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Model, "_forward", interrupted)
+    interrupt(monkeypatch, 8)
     with pytest.raises(KeyboardInterrupt):
         detrellis.predict(run, film(tmp_path / "a.mp4", 20), out=tmp_path / "out")
     assert len(frames_of(tmp_path / "out" / "a.mp4")) == 7

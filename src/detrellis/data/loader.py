@@ -185,8 +185,8 @@ class DetectionDataset(Dataset[Sample]):
         drawn = self.masks(image, boxes, labels)
         labels = torch.from_numpy(self.labels[drawn.rows.numpy()])
         # Boxes of what was cut are those around what is left, as in the released codes.
-        tight = self.large_scale is not None and drawn.patches is not None
-        boxes = boxes_around(drawn.patches) if tight and drawn.patches is not None else drawn.boxes
+        cut = self.large_scale is not None
+        boxes = boxes_around(drawn.patches) if cut and drawn.patches is not None else drawn.boxes
         return Sample(image, boxes, labels, -1, (0, 0), drawn.grids, drawn.patches)
 
     def _picture(self, index: int) -> Picture:

@@ -28,7 +28,7 @@ from detrellis.engine.samples import augmentation_of, counted_labels
 from detrellis.errors import UserError
 from detrellis.recipes.config import Recipe
 
-MOST = 256  # images: more at a time are of no use
+MAX_IMAGES = 256  # images: more at a time are of no use
 ACCUMULATE = "optim.accumulate"
 BY_HAND = "Choose by hand: -o optim.accumulate=N, passes a step."
 
@@ -109,8 +109,9 @@ def with_auto_batch(recipe: Recipe, training: Annotations, world: World, workers
 
 def _describe(recipe: Recipe, worst: WorstStep, fit: int, each: int, passes: int, world: World) -> str:
     processes = "" if world.size == 1 else f" in each of {world.size} processes"
+    more = " or more" if fit == MAX_IMAGES else ""
     return (
-        f"--auto-batch: {fit}{' or more' if fit == MOST else ''} images of {worst} fit at a time. A step takes its "
+        f"--auto-batch: {fit}{more} images of {worst} fit at a time. A step takes its "
         f"{recipe.optim.batch_size} images in {passes} {'pass' if passes == 1 else 'passes'} of {each}{processes} "
         f"({ACCUMULATE}={passes}); the learning rate stays {recipe.optim.lr:g}"
     )
@@ -130,11 +131,12 @@ def images_that_fit(recipe: Recipe, classes: int, worst: WorstStep, world: World
         "classes": classes,
         "worst": worst,
         "device": str(world.device),
+        "workers": workers,
+        "processes": world.size,
+        "here": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
     }
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    request |= {"workers": workers, "processes": world.size, "here": here}
-    verb = [sys.executable, "-m", "detrellis.engine.trial"]
-    done = subprocess.run(verb, input=json.dumps(request), capture_output=True, text=True, check=False)
+    trial = [sys.executable, "-m", "detrellis.engine.trial"]
+    done = subprocess.run(trial, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return int(done.stdout.split()[-1])
     if done.returncode < 0:  # the system ends what takes all memory

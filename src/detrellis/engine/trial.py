@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from detrellis.engine.auto_batch import MOST
+from detrellis.engine.auto_batch import MAX_IMAGES
 from detrellis.engine.bench import step_on
 from detrellis.engine.ema import EMA
 from detrellis.engine.optim import build_optimizer
@@ -68,15 +68,15 @@ def fitting_on_gpu(step: Step, device: torch.device) -> int:
             torch.cuda.empty_cache()
         return True
 
-    return largest(fits, MOST)
+    return largest(fits, MAX_IMAGES)
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 where 1 does not: doubled while it does, and then halved between."""
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, 0 where 1 does not: doubled while it does, then halved between."""
     good, bad = 0, 1
-    while bad <= most and fits(bad):
+    while bad <= limit and fits(bad):
         good, bad = bad, 2 * bad
-    bad = min(bad, most + 1)
+    bad = min(bad, limit + 1)
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
@@ -95,7 +95,7 @@ def fitting_on_cpu(step: Step, room: float, loaded: int, peak: Callable[[], int]
         return 0
     step(2)
     each = max(peak() - one, loaded)
-    return min(1 + int((room - one - loaded) / (each + loaded)), MOST)
+    return min(1 + int((room - one - loaded) / (each + loaded)), MAX_IMAGES)
 
 
 def available() -> int:

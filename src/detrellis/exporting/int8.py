@@ -32,7 +32,7 @@ from detrellis.exported import INPUT, Array, ExportedDetector, load_exported
 from detrellis.predictions.model import Model
 
 PICTURES = 128  # at most, spread evenly over the training images
-MOST = 0.01  # AP that eight bits may cost
+MAX_LOSS = 0.01  # AP that eight bits may cost
 PARTS = ("detector.backbone", "detector.neck", "detector.encoder")  # in eight bits; all else stays in float
 
 
@@ -54,8 +54,8 @@ class Quantised:
 
     @property
     def passed(self) -> bool:
-        """Whether it costs no more than `MOST`."""
-        return self.before.ap - self.after.ap <= MOST
+        """Whether it costs no more than `MAX_LOSS`."""
+        return self.before.ap - self.after.ap <= MAX_LOSS
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -89,7 +89,7 @@ class Quantiser:
     def quantise(self, network: Path, out: Path, metadata: Mapping[str, str]) -> Quantised:
         """Write the OpenVINO `network` to `out`, in eight bits, and say what that costs.
 
-        Raises `UserError` where it costs more than `MOST`.
+        Raises `UserError` where it costs more than `MAX_LOSS`.
         """
         import openvino
 
@@ -105,8 +105,8 @@ class Quantiser:
         raise UserError(
             f"--int8 costs {100 * (before.ap - after.ap):.1f} AP: {100 * before.ap:.1f} in float32, "
             f"{100 * after.ap:.1f} in int8 ({before.ms:.1f} and {after.ms:.1f} ms a picture). Nothing was written",
-            f"At most {100 * MOST:.0f} AP is accepted. Calibrate on more or other pictures with --calibrate DATA, or "
-            "take --fp16.",
+            f"At most {100 * MAX_LOSS:.0f} AP is accepted. Calibrate on more or other pictures with --calibrate DATA, "
+            "or take --fp16.",
         )
 
     def _measured(self, network: Path) -> Measured:

@@ -248,8 +248,8 @@ def on_disk(name: str) -> str:
     return re.sub(r"(layers\.\d+)\.mlp\.layers\.([01])\.", lambda m: f"{m[1]}.fc{int(m[2]) + 1}.", name)
 
 
-# timm's names of the parts of a HGNetV2's layers, and theirs.
 MLP = ("mlp.layers.0", "mlp.layers.1")
+# timm's names of the parts of a HGNetV2's layers, and theirs.
 HGNET = {"conv": "convolution", "bn": "normalization", "lab": "lab"}
 LEAVES = {"conv": ("weight",), "bn": ("weight", "bias", "running_mean", "running_var"), "lab": ("scale", "bias")}
 

@@ -21,15 +21,15 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
-def kept(most: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Keep what a function of hashable arguments made last of `most` of them. Nobody may write into its tensors."""
+def kept(count: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Keep what a function of hashable arguments made last of `count` of them. Nobody may write into its tensors."""
 
     def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
         def constant(*args: P.args, **kwargs: P.kwargs) -> Tensor:
             with torch.inference_mode(False), torch.no_grad():  # a later step may need it for its gradients
                 return make(*args, **kwargs)
 
-        once: Callable[..., Tensor] = functools.lru_cache(maxsize=most)(constant)
+        once: Callable[..., Tensor] = functools.lru_cache(maxsize=count)(constant)
 
         @functools.wraps(make)
         def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
