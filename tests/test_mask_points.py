@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detrellis import mask_points
 from detrellis.mask_points import (
     Draw,
     MaskCost,
@@ -23,7 +24,7 @@ from detrellis.mask_points import (
 from detrellis.matching import Hungarian, Match, MatchingCost, assign, softmax_term
 from detrellis.nn.masked import readable
 from detrellis.supervision import Supervision, softmax_class_loss, supervise
-from detrellis.types import DecoderOutput, MaskFeatures, Targets
+from detrellis.types import Assignment, DecoderOutput, MaskFeatures, Targets
 
 POINTS = Points(40)
 LAYERS, BATCH, QUERIES, WIDTH = 2, 2, 5, 8
@@ -120,6 +121,39 @@ def test_the_same_seed_gives_the_same_losses_and_gradients() -> None:
     first, again, other = gradients(0), gradients(0), gradients(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[-1], other[-1])
+
+
+def compared(weight: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Terms of two masks of each layer and image with these weights, `(LAYERS * BATCH * 2,)`, and their gradients for
+    features and embeddings."""
+    output, targets = problem()
+    assert output.masks is not None
+    assert output.mask_embeds is not None
+    layer, image, query = torch.ones(LAYERS, BATCH, 2).nonzero().unbind(1)
+    positives = Assignment(layer, image, query, query + 2 * image, torch.zeros_like(query))
+    counts = [[2] * BATCH] * LAYERS
+    terms = mask_terms(output, targets, positives, ONE, Sampling(Seeded(0), POINTS), counts, weight)
+    total = torch.stack(list(terms.values())).square().sum()
+    return terms, *torch.autograd.grad(total, [output.masks.map, output.mask_embeds])
+
+
+@pytest.mark.parametrize("held", [1, 400])  # cells or candidates: one place at a time, some
+def test_how_many_masks_are_compared_at_once_changes_nothing(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.arange(1.0, LAYERS * BATCH * 2 + 1, dtype=torch.float64)
+    together = compared(weight)
+    monkeypatch.setattr(mask_points, "TOGETHER", held)
+    for one, other in zip(together, compared(weight), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_masks_are_compared_in_their_image_and_count_for_their_layer() -> None:
+    weight = torch.zeros(LAYERS, BATCH, 2, dtype=torch.float64)
+    weight[1, 1] = 1
+    terms, features, embeds = compared(weight.flatten())
+    assert all(term[0] == 0 and term[1] > 0 for term in terms.values())
+    assert features[0].count_nonzero() == 0
+    assert features[1].count_nonzero() > 0
+    assert embeds[1, 1, :2].count_nonzero() == embeds.count_nonzero() > 0
 
 
 def test_groups_that_are_equal_lose_as_much_as_one() -> None:

@@ -185,6 +185,17 @@ def test_padding_is_none_where_nothing_is_padded() -> None:
     assert not padded.padding[:, :20].any()
 
 
+def test_padding_is_zero_whatever_the_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape: empty(*shape).fill_(torch.nan))
+    sizes = [(20, 30), (40, 10), (33, 50)]
+    batch = stack_images([torch.full((3, *size), 200, dtype=torch.uint8) for size in sizes])
+    assert batch.padding is not None
+    assert not batch.pixels.isnan().any()
+    assert torch.equal((batch.pixels == 0).all(1), batch.padding)
+    assert [int((~padding).sum()) for padding in batch.padding] == [h * w for h, w in sizes]
+
+
 def test_one_size_for_every_batch_of_a_fixed_size(annotations: Annotations) -> None:
     dataset = DetectionDataset(annotations, AUGMENTATIONS["fixed"]())
     for batch in build_loader(dataset, EvalSampler(len(dataset), 1)):
