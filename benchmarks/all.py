@@ -1,9 +1,10 @@
-"""Every benchmark that has a budget, one after the other, and a table of what was measured: `make bench`.
+"""Every benchmark that has a budget, one after the other, and a table of what was measured: `make
+bench`.
 
     python benchmarks/all.py [NAME ...]      # for example: python benchmarks/all.py step matching
 
-Speed is never a test: the exit code is 0 whatever the table says, because shared machines are noisy. A benchmark that
-cannot run says so in the table.
+Speed is never a test: the exit code is 0 whatever the table says, because shared machines are
+noisy. A benchmark that cannot run says so in the table.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def rows_of(name: str, folder: Path) -> list[Row] | None:
 
 
 def deformable_rows(text: str) -> list[Row]:
-    """The rows of `deformable.py`'s two tables that have a budget: forward and backward together."""
+    """The rows of `deformable.py`'s two tables that have a budget: forward and backward
+    together.
+    """
     rows, workload = [], ""
     for line in text.splitlines():
         if found := re.match(r"(enc|dec)\s+forward", line):
@@ -78,15 +81,20 @@ def table(found: dict[str, list[Row] | None]) -> Table:
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all"
+    )
     names = parser.parse_args().names or NAMES
     if unknown := set(names) - set(NAMES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory() as folder:
         found = {name: rows_of(name, Path(folder)) for name in names}
     print()
-    Console(width=None if sys.stdout.isatty() else 120).print(table(found))  # a file has no width of its own
+    # A file has no width of its own
+    Console(width=None if sys.stdout.isatty() else 120).print(table(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""COCO evaluation side by side: the adapter over hotcoco, and pycocotools as its documentation uses it.
+"""COCO evaluation side by side: the adapter over hotcoco, and pycocotools as its documentation uses
+it.
 
     python benchmarks/coco_eval.py --images 1000
     python benchmarks/coco_eval.py --images 5000 --skip-pycocotools    # COCO val2017's size: 500,000 detections
 
-Both get the same synthetic detections: the adapter as tensors, batch by batch, pycocotools as a list of dicts.
+Both get the same synthetic detections: the adapter as tensors, batch by batch, pycocotools as a
+list of dicts.
 """
 
 from __future__ import annotations
@@ -55,18 +57,27 @@ def detections(a: Annotations, per_image: int, rng: np.random.Generator) -> list
         own = slice(a.starts[i], a.starts[i + 1])
         noise = per_image - len(a.labels[own])
         xywh = np.concatenate(
-            [a.boxes[own], np.column_stack([rng.uniform(0, 640, (noise, 2)), rng.uniform(5, 300, (noise, 2))])]
+            [
+                a.boxes[own],
+                np.column_stack([rng.uniform(0, 640, (noise, 2)), rng.uniform(5, 300, (noise, 2))]),
+            ]
         )
         xywh *= rng.normal(1, 0.06, xywh.shape)
         labels = np.concatenate([a.labels[own], rng.integers(0, CLASSES, noise)])
         scores = np.concatenate([rng.beta(4, 3, len(a.labels[own])), rng.beta(1, 6, noise)])
         order = np.argsort(-scores)
         xyxy = np.column_stack([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]])
-        found.append(Detections(*(torch.tensor(x[order]) for x in (scores.astype("f"), labels, xyxy.astype("f")))))
+        found.append(
+            Detections(
+                *(torch.tensor(x[order]) for x in (scores.astype("f"), labels, xyxy.astype("f")))
+            )
+        )
     return found
 
 
-def adapter(a: Annotations, found: list[Detections], batch: int = 16) -> tuple[dict[str, float], list[float | None]]:
+def adapter(
+    a: Annotations, found: list[Detections], batch: int = 16
+) -> tuple[dict[str, float], list[float | None]]:
     """Seconds by part, and the statistics."""
     start = time.perf_counter()
     evaluator = CocoEvaluator(a)
@@ -78,7 +89,9 @@ def adapter(a: Annotations, found: list[Detections], batch: int = 16) -> tuple[d
     return seconds, [result.stats[name] for name in STATISTICS]
 
 
-def pycocotools(a: Annotations, found: list[Detections]) -> tuple[dict[str, float], list[float | None]]:
+def pycocotools(
+    a: Annotations, found: list[Detections]
+) -> tuple[dict[str, float], list[float | None]]:
     """The same from pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -86,13 +99,21 @@ def pycocotools(a: Annotations, found: list[Detections]) -> tuple[dict[str, floa
     owner = a.image_ids[a.box_rows]
     columns = (a.ids, owner, a.labels + 1, a.boxes, a.areas, a.crowd.astype(int))
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    truth = [dict(zip(keys, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    truth = [
+        dict(zip(keys, row, strict=True))
+        for row in zip(*(c.tolist() for c in columns), strict=True)
+    ]
     start = time.perf_counter()
     results: list[dict[str, Any]] = []
     for image_id, d in zip(a.image_ids.tolist(), found, strict=True):
         for score, label, (x, y, x2, y2) in zip(*(t.tolist() for t in d), strict=True):
             results.append(
-                {"image_id": image_id, "category_id": label + 1, "bbox": [x, y, x2 - x, y2 - y], "score": score}
+                {
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "bbox": [x, y, x2 - x, y2 - y],
+                    "score": score,
+                }
             )
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
@@ -111,7 +132,9 @@ def pycocotools(a: Annotations, found: list[Detections]) -> tuple[dict[str, floa
 
 def main() -> None:
     """Prints seconds, memory and the largest difference between the statistics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--per-image", type=int, default=100)
     parser.add_argument("--skip-pycocotools", action="store_true")
@@ -119,15 +142,25 @@ def main() -> None:
     rng = np.random.default_rng(0)
     a = synthetic(args.images, rng)
     found = detections(a, args.per_image, rng)
-    print(f"{len(a):,} images, {len(a.ids):,} boxes, {sum(len(d.scores) for d in found):,} detections")
+    print(
+        f"{len(a):,} images, {len(a.ids):,} boxes, {sum(len(d.scores) for d in found):,} detections"
+    )
     numbers = {}
     for run in (adapter,) if args.skip_pycocotools else (adapter, pycocotools):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds, numbers[run.__name__] = run(a, found)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-        print(f"{run.__name__:12} {sum(seconds.values()):8.2f} s ({parts}); peak memory grew by {grown:.0f} MiB")
-    print("  ".join(f"{name} {value:.4f}" for name, value in zip(STATISTICS, numbers["adapter"], strict=True)))
+        print(
+            f"{run.__name__:12} {sum(seconds.values()):8.2f} s ({parts}); peak memory grew by "
+            f"{grown:.0f} MiB"
+        )
+    print(
+        "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in zip(STATISTICS, numbers["adapter"], strict=True)
+        )
+    )
     if "pycocotools" in numbers:
         pairs = zip(numbers["adapter"], numbers["pycocotools"], strict=True)
         print(f"largest difference: {max(abs(x - y) for x, y in pairs):.1e}")

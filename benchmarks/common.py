@@ -1,8 +1,8 @@
 """What the benchmarks share: interleaved timing, saved activations, and rows that name a budget.
 
-CPU time of the process is measured with one thread, because benchmarks run on shared machines: another process slows
-the clock on the wall more than it slows this one. Variants take turns, so that what disturbs one disturbs all. Read the
-ratios, not the milliseconds.
+CPU time of the process is measured with one thread, because benchmarks run on shared machines:
+another process slows the clock on the wall more than it slows this one. Variants take turns, so
+that what disturbs one disturbs all. Read the ratios, not the milliseconds.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ class Row:
         """One line."""
         sign = ">=" if self.at_least else "<="
         verdict = "ok" if self.ok else "MISSED"
-        return f"{self.what}: {self.measured:.3g} {self.unit} (budget {sign} {self.budget:g} {self.unit}) {verdict}"
+        return (
+            f"{self.what}: {self.measured:.3g} {self.unit} (budget {sign} {self.budget:g} "
+            f"{self.unit}) {verdict}"
+        )
 
 
 def arguments(about: str | None) -> argparse.ArgumentParser:
     """A parser with what every benchmark takes."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="also write the rows with budgets here")
     return parser
 
@@ -59,7 +64,9 @@ def finish(rows: list[Row], to: Path | None) -> None:
 
 
 def clock(device: str) -> Callable[[], float]:
-    """The process's CPU seconds; on a GPU those of the wall, once the device has done what it was given."""
+    """The process's CPU seconds; on a GPU those of the wall, once the device has done what it was
+    given.
+    """
     if device == "cpu":
         return time.process_time
 
@@ -92,7 +99,10 @@ def best(seconds: Seconds) -> float:
 
 def describe(name: str, seconds: Seconds, per: str = "pass") -> str:
     """Fastest and median, in milliseconds."""
-    return f"{name:16} fastest {min(seconds) * 1e3:9.1f} ms, median {statistics.median(seconds) * 1e3:9.1f} ms a {per}"
+    return (
+        f"{name:16} fastest {min(seconds) * 1e3:9.1f} ms, median "
+        f"{statistics.median(seconds) * 1e3:9.1f} ms a {per}"
+    )
 
 
 def saved_bytes(forward: Callable[[], Any], ignore: set[int]) -> int:

@@ -1,9 +1,10 @@
-"""COCO evaluation of a validation set of COCO's size, from arrays to the twelve numbers, with a budget.
+"""COCO evaluation of a validation set of COCO's size, from arrays to the twelve numbers, with a
+budget.
 
     python benchmarks/evaluation.py
 
-Side by side with pycocotools: `benchmarks/coco_eval.py`, which also makes the detections. It threads, so the clock on
-the wall counts here.
+Side by side with pycocotools: `benchmarks/coco_eval.py`, which also makes the detections. It
+threads, so the clock on the wall counts here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""What only a GPU can tell, at the papers' sizes: deformable attention, and whole steps with and without a scheme.
+"""What only a GPU can tell, at the papers' sizes: deformable attention, and whole steps with and
+without a scheme.
 
     python benchmarks/gpu.py [--rounds N] [--short 800]
 
-One process, variants interleaved, median of the clock after the device has finished; ratios to the first line of each
-table. Pictures are `--short` pixels high and 5/3 as wide (800x1333 has the area that COCO's recipes see most); two a
-batch, 80 classes, ten boxes an image, bf16 as in training, random weights. Memory is what one model's step takes at
-most: its weights and AdamW's averages, and all that a step allocates.
+One process, variants interleaved, median of the clock after the device has finished; ratios to the
+first line of each table. Pictures are `--short` pixels high and 5/3 as wide (800x1333 has the area
+that COCO's recipes see most); two a batch, 80 classes, ten boxes an image, bf16 as in training,
+random weights. Memory is what one model's step takes at most: its weights and AdamW's averages, and
+all that a step allocates.
 """
 
 from __future__ import annotations
@@ -31,19 +33,30 @@ STEPS = {
     "dino-r50": [Variant("align=4"), Variant("stable"), Variant("hybrid"), Variant("group=3")],
     PLUS: [Variant("co=atss"), Variant("co=rcnn+atss")],
     "conditional-detr-r50": [Variant("group=3"), Variant("group=11")],
-    "tiny": [Variant("align=4"), Variant("group=11"), Variant("group=11", (SHARED,)), Variant("co=rcnn+atss")],
+    "tiny": [
+        Variant("align=4"),
+        Variant("group=11"),
+        Variant("group=11", (SHARED,)),
+        Variant("co=rcnn+atss"),
+    ],
 }
 
 
-def attention(name: str, dtype: torch.dtype, size: tuple[int, int], rounds: int, device: str) -> None:
-    """One layer's attention, forward, and forward with backward, on either path; results compared first."""
+def attention(
+    name: str, dtype: torch.dtype, size: tuple[int, int], rounds: int, device: str
+) -> None:
+    """One layer's attention, forward, and forward with backward, on either path; results compared
+    first.
+    """
     shapes = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
     tokens = sum(h * w for h, w in shapes)
     queries = tokens if name == "encoder" else 900
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(2, tokens, HEADS, WIDTH, generator=generator).to(device, dtype)
     places = torch.rand(2, queries, 1, 1, 1, 2, generator=generator)
-    places = places + 0.06 * torch.randn(2, queries, HEADS, len(shapes), POINTS, 2, generator=generator)
+    places = places + 0.06 * torch.randn(
+        2, queries, HEADS, len(shapes), POINTS, 2, generator=generator
+    )
     shares = torch.randn(2, queries, HEADS, len(shapes) * POINTS, generator=generator).softmax(-1)
     inputs = (parts, places.to(device), shares.unflatten(-1, (len(shapes), POINTS)).to(device))
     variables = [t.clone().requires_grad_() for t in inputs]
@@ -72,7 +85,9 @@ def attention(name: str, dtype: torch.dtype, size: tuple[int, int], rounds: int,
     os.environ["DETRELLIS_MSDA"] = ""
 
 
-def report(what: str, seconds: dict[str, list[float]], memory: dict[str, float] | None = None) -> None:
+def report(
+    what: str, seconds: dict[str, list[float]], memory: dict[str, float] | None = None
+) -> None:
     """A table, each line relative to the first."""
     print(what)
     first = statistics.median(next(iter(seconds.values())))
@@ -84,7 +99,9 @@ def report(what: str, seconds: dict[str, list[float]], memory: dict[str, float] 
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations that are dispatched within it: what a host has to launch, whatever their size."""
+    """Counts the operations that are dispatched within it: what a host has to launch, whatever
+    their size.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +115,9 @@ class Counted(TorchDispatchMode):
 def steps(recipe: str, size: tuple[int, int], rounds: int, device: str) -> None:
     """Whole training steps of a recipe, without and with schemes."""
     named = {" ".join((v.scheme, *v.override)): v for v in STEPS[recipe]}
-    variants = {name: Stepper(recipe, v, size, device) for name, v in [("without", None), *named.items()]}
+    variants = {
+        name: Stepper(recipe, v, size, device) for name, v in [("without", None), *named.items()]
+    }
     memory = {name: peak(stepper, device) for name, stepper in variants.items()}
     for name, stepper in variants.items():
         with Counted() as counted:
@@ -106,7 +125,11 @@ def steps(recipe: str, size: tuple[int, int], rounds: int, device: str) -> None:
         print(f"{recipe} {name}: {counted.operations} operations a step")
     calls = {name: partial(stepper, 0) for name, stepper in variants.items()}
     seconds = interleaved(calls, rounds, WARMUP, device)
-    report(f"{recipe}, {size[1]}x{size[0]}, training step", seconds, memory if device == "cuda" else None)
+    report(
+        f"{recipe}, {size[1]}x{size[0]}, training step",
+        seconds,
+        memory if device == "cuda" else None,
+    )
 
 
 def peak(stepper: Stepper, device: str) -> float:
@@ -115,7 +138,12 @@ def peak(stepper: Stepper, device: str) -> float:
     if device != "cuda":
         return 0.0
     own = sum(t.nbytes for t in (*stepper.model.parameters(), *stepper.model.buffers()))
-    own += sum(t.nbytes for s in stepper.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+    own += sum(
+        t.nbytes
+        for s in stepper.optimizer.state.values()
+        for t in s.values()
+        if isinstance(t, Tensor)
+    )
     stepper.optimizer.zero_grad(set_to_none=True)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -127,14 +155,20 @@ def peak(stepper: Stepper, device: str) -> float:
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--short", type=int, default=800)
     parser.add_argument("--recipe", choices=STEPS, action="append")
     parser.add_argument("--device", default="cuda", help="cpu only tries the script")
     args = parser.parse_args()
     size = (args.short, round(args.short * 5 / 3))
-    print(torch.cuda.get_device_name() if args.device == "cuda" else args.device, "torch", torch.__version__)
+    print(
+        torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+        "torch",
+        torch.__version__,
+    )
     for name in ("encoder", "decoder"):
         for dtype in (torch.float32, torch.bfloat16):
             attention(name, dtype, size, args.rounds, args.device)

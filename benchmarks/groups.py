@@ -1,9 +1,11 @@
-"""Self-attention of groups of queries: folded into the batch, against one mask over all queries; on one thread.
+"""Self-attention of groups of queries: folded into the batch, against one mask over all queries; on
+one thread.
 
     python benchmarks/groups.py
 
-Two images, 256 channels, 8 heads, forward and backward pass with the projections, as in performance.md's table. The
-masked form is the readable reference that tests/nn/test_attention.py compares with.
+Two images, 256 channels, 8 heads, forward and backward pass with the projections, as in
+performance.md's table. The masked form is the readable reference that tests/nn/test_attention.py
+compares with.
 """
 
 from __future__ import annotations
@@ -37,11 +39,18 @@ def compare(rounds: int) -> list[Row]:
     attention = SelfAttention(WIDTH, HEADS)
     accelerate(attention)
     steps, saved = {}, {}
-    for groups, count, form in ((1, 300, "folded"), (11, 300, "folded"), (11, 300, "masked"), (3, 900, "folded")):
+    for groups, count, form in (
+        (1, 300, "folded"),
+        (11, 300, "folded"),
+        (11, 300, "masked"),
+        (3, 900, "folded"),
+    ):
         x = torch.randn(BATCH, groups * count, WIDTH, requires_grad=True)
         position = torch.randn(BATCH, groups * count, WIDTH)
         first = Segment("main", count)
-        segments = (first, Segment("group", (groups - 1) * count, groups - 1)) if groups > 1 else (first,)
+        segments = (
+            (first, Segment("group", (groups - 1) * count, groups - 1)) if groups > 1 else (first,)
+        )
 
         def forward(x=x, position=position, segments=segments, groups=groups, form=form) -> Tensor:
             if form == "masked":
@@ -60,8 +69,16 @@ def compare(rounds: int) -> list[Row]:
     one, many = "1 x 300 folded", "11 x 300 folded"
     return [
         Row("11 groups against one, per group", fastest[many] / fastest[one] / 11, 1.3, "x"),
-        Row("11 groups against one, saved bytes per group", saved[many] / saved[one] / 11, 1.3, "x"),
-        Row("masked against folded, 11 x 300", fastest["11 x 300 masked"] / fastest[many], 5.0, "x", at_least=True),
+        Row(
+            "11 groups against one, saved bytes per group", saved[many] / saved[one] / 11, 1.3, "x"
+        ),
+        Row(
+            "masked against folded, 11 x 300",
+            fastest["11 x 300 masked"] / fastest[many],
+            5.0,
+            "x",
+            at_least=True,
+        ),
     ]
 
 

@@ -1,10 +1,11 @@
-"""Inference side by side, one image of 640x640 pixels on one thread, from pixels to logits and boxes.
+"""Inference side by side, one image of 640x640 pixels on one thread, from pixels to logits and
+boxes.
 
     python benchmarks/inference.py
 
-Deformable DETR of `transformers` (two-stage, box refinement, ResNet-50, six layers, 900 queries, feed-forward 2048),
-the same network in Detrellis with the same weights, whose outputs must be equal before anything is timed, and
-`dino-r50`, which has the same sizes.
+Deformable DETR of `transformers` (two-stage, box refinement, ResNet-50, six layers, 900 queries,
+feed-forward 2048), the same network in Detrellis with the same weights, whose outputs must be equal
+before anything is timed, and `dino-r50`, which has the same sizes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,19 @@ def compare(rounds: int, side: int) -> list[Row]:
         "dino-r50": lambda: dino(ImageBatch(pixels)),
     }
     wanted, found = variants["transformers"](), variants["same network"]()
-    # Proposals whose scores are equal to the last bits may be ranked either way: each query needs its counterpart.
-    rows = [torch.cat(pair, -1)[0] for pair in ((found.logits[0], found.boxes[0]), (wanted.logits, wanted.pred_boxes))]
+    # Proposals whose scores are equal to the last bits may be ranked either way: each query needs
+    # its counterpart.
+    rows = [
+        torch.cat(pair, -1)[0]
+        for pair in ((found.logits[0], found.boxes[0]), (wanted.logits, wanted.pred_boxes))
+    ]
     apart = torch.cdist(*rows, p=torch.inf).amin(1)
-    assert apart.max() < 1e-3, f"{int((apart >= 1e-3).sum())} of {len(apart)} queries have no counterpart"
-    print(f"largest difference of a query's logits and box from its counterpart's: {apart.max():.1e}")
+    assert apart.max() < 1e-3, (
+        f"{int((apart >= 1e-3).sum())} of {len(apart)} queries have no counterpart"
+    )
+    print(
+        f"largest difference of a query's logits and box from its counterpart's: {apart.max():.1e}"
+    )
     seconds = interleaved(variants, rounds, warmup=1)
     for name, values in seconds.items():
         print(describe(name, values, "image"))

@@ -1,11 +1,12 @@
-"""A set of 100,000 images: how long a run takes to its first step, and whether loading an epoch takes more memory.
+"""A set of 100,000 images: how long a run takes to its first step, and whether loading an epoch
+takes more memory.
 
     python benchmarks/large_set.py
 
-The images are copies of a few small pictures, so that only their number counts (not links: `check` calls one file that
-is listed twice an error). The run is a process of its own, timed from its first line, imports included, to where its
-first step would begin. Then an epoch goes through the loader as in training; each worker's memory is what it shares
-with nobody (Linux alone tells).
+The images are copies of a few small pictures, so that only their number counts (not links: `check`
+calls one file that is listed twice an error). The run is a process of its own, timed from its first
+line, imports included, to where its first step would begin. Then an epoch goes through the loader
+as in training; each worker's memory is what it shares with nobody (Linux alone tells).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from detrellis.data.shapes import write_shapes
 from detrellis.engine.samples import training_dataset
 from detrellis.recipes import find_recipe
 
-FILES, SIDE, BOXES = 32, 64, 7  # pictures that there really are, their pixels, boxes of each: COCO's average
+# Pictures that there really are, their pixels, boxes of each: COCO's average
+FILES, SIDE, BOXES = 32, 64, 7
 BATCH, WORKERS, LOOKS = 50, 2, 10
 START = f"""
 import time
@@ -59,7 +61,9 @@ def copied_set(folder: Path, images: int) -> Path:
     coco = json.loads(file.read_text())
     kinds = [category["id"] for category in coco["categories"]]
     names = (f"copy_{index:06}.jpg" for index in range(images))
-    coco["images"] = [{"id": i, "file_name": name, "height": SIDE, "width": SIDE} for i, name in enumerate(names)]
+    coco["images"] = [
+        {"id": i, "file_name": name, "height": SIDE, "width": SIDE} for i, name in enumerate(names)
+    ]
     coco["annotations"] = [_box(i, kinds) for i in range(images * BOXES)]
     file.write_text(json.dumps(coco))
     return data
@@ -68,12 +72,21 @@ def copied_set(folder: Path, images: int) -> Path:
 def _box(index: int, kinds: list[int]) -> dict[str, Any]:
     box = [4 + 3 * (index % 7), 5 + 2 * (index % 11), 20, 24]
     image, kind = index // BOXES, kinds[index % len(kinds)]
-    return {"id": index, "image_id": image, "category_id": kind, "bbox": box, "area": 480, "iscrowd": 0}
+    return {
+        "id": index,
+        "image_id": image,
+        "category_id": kind,
+        "bbox": box,
+        "area": 480,
+        "iscrowd": 0,
+    }
 
 
 def seconds_to_the_first_step(data: Path, out: Path) -> tuple[float, float]:
     """Of the wall, and of the main process's CPU."""
-    done = subprocess.run([sys.executable, "-c", START, data, out], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", START, data, out], stdout=subprocess.PIPE, text=True, check=True
+    )
     wall, cpu = json.loads(done.stdout.splitlines()[-1])
     return wall, cpu
 
@@ -87,7 +100,9 @@ def own_megabytes(process: int) -> float:
 def memory_over_an_epoch(data: Path, images: int) -> list[float]:
     """The workers' own memory together, in MB, at `LOOKS` places of the epoch."""
     training = prepare(resolve(data, None, None, None, None))[0]
-    dataset = training_dataset(training, find_recipe("tiny").override(f"data.size=[{SIDE}, {SIDE}]"), seed=0)
+    dataset = training_dataset(
+        training, find_recipe("tiny").override(f"data.size=[{SIDE}, {SIDE}]"), seed=0
+    )
     loader = build_loader(dataset, BatchSampler(images, BATCH), workers=WORKERS)
     found, every = [], len(loader) // LOOKS
     for number, _ in enumerate(loader, start=1):
@@ -104,11 +119,18 @@ def run(args: argparse.Namespace) -> list[Row]:
         data = copied_set(Path(scratch), args.images)
         wall, cpu = seconds_to_the_first_step(data, Path(scratch, "run"))
         print(
-            f"{args.images:,} images, {args.images * BOXES:,} boxes: first step after {wall:.1f} s, {cpu:.1f} s of CPU"
+            f"{args.images:,} images, {args.images * BOXES:,} boxes: first step after {wall:.1f} "
+            f"s, {cpu:.1f} s of CPU"
         )
         start = time.perf_counter()
         memory = memory_over_an_epoch(data, args.images)
-    print(f"an epoch through {WORKERS} workers: {time.perf_counter() - start:.0f} s; their own memory in MB: ", end="")
+    print(
+        (
+            f"an epoch through {WORKERS} workers: {time.perf_counter() - start:.0f} s; their own "
+            "memory in MB: "
+        ),
+        end="",
+    )
     print(", ".join(f"{megabytes:.0f}" for megabytes in memory))
     growth = max(memory[1:]) / memory[0]
     return [

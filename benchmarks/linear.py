@@ -1,5 +1,5 @@
-"""Matrix products of a linear layer in float32, torch's own against oneDNN's (`nn/kernels/linear.py`), and a ResNet-50
-with channels last or first. One thread, taking turns.
+"""Matrix products of a linear layer in float32, torch's own against oneDNN's
+(`nn/kernels/linear.py`), and a ResNet-50 with channels last or first. One thread, taking turns.
 
     python benchmarks/linear.py
 """
@@ -21,14 +21,17 @@ ROWS, INPUTS, OUTPUTS = 4250, 256, 1024  # two images of 320x320 through a feed-
 
 def products(layer: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
     """Forward, and both gradients: three products."""
-    x, weight = torch.randn(ROWS, INPUTS, requires_grad=True), torch.randn(OUTPUTS, INPUTS, requires_grad=True)
+    x = torch.randn(ROWS, INPUTS, requires_grad=True)
+    weight = torch.randn(OUTPUTS, INPUTS, requires_grad=True)
     gradient = torch.randn(ROWS, OUTPUTS)
     return lambda: torch.autograd.grad(layer(x, weight), (x, weight), gradient)
 
 
 def backbone(memory_format: torch.memory_format) -> Callable[[], object]:
     """Forward of one image of 640x640."""
-    model = ResNet("resnet50", (8, 16, 32), pretrained=False, norm="frozen").to(memory_format=memory_format)
+    model = ResNet("resnet50", (8, 16, 32), pretrained=False, norm="frozen").to(
+        memory_format=memory_format
+    )
     pixels = torch.randn(1, 3, 640, 640).to(memory_format=memory_format)
 
     def run() -> Tensor:

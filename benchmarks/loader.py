@@ -1,10 +1,12 @@
-"""The loader on one thread: images a second from JPEG files to resized tensors, and the padding of training batches.
+"""The loader on one thread: images a second from JPEG files to resized tensors, and the padding of
+training batches.
 
     python benchmarks/loader.py                       # pictures of COCO's size, drawn for the purpose
     python benchmarks/loader.py --data my_data        # the training split of a data set of yours
 
-Decoding and resizing go through `DetectionDataset`, as in training. Everything is resized to fit 512x512 pixels, which
-is what the budget is for; the padding is that of the recipes' augmentation with batches of two and of sixteen.
+Decoding and resizing go through `DetectionDataset`, as in training. Everything is resized to fit
+512x512 pixels, which is what the budget is for; the padding is that of the recipes' augmentation
+with batches of two and of sixteen.
 """
 
 from __future__ import annotations
@@ -47,13 +49,16 @@ def images_per_second(annotations: Annotations, count: int, rounds: int) -> floa
 
 
 def padding_share(sizes: NDArray[np.int64], batch: int, *, grouped: bool) -> float:
-    """Share of the pixels of an epoch's batches that is padding; short sides 480 to 800, as DETR's augmentation has."""
+    """Share of the pixels of an epoch's batches that is padding; short sides 480 to 800, as DETR's
+    augmentation has.
+    """
     sampler = BatchSampler(len(sizes), batch, group_by_aspect=sizes if grouped else None)
     random = np.random.default_rng(0)
     used = total = 0
     for keys in sampler:
         drawn = [
-            short_side_size(*sizes[index].tolist(), int(random.choice(range(480, 801, 32))), 1333) for _, index in keys
+            short_side_size(*sizes[index].tolist(), int(random.choice(range(480, 801, 32))), 1333)
+            for _, index in keys
         ]
         used += sum(h * w for h, w in drawn)
         total += len(drawn) * max(h for h, _ in drawn) * max(w for _, w in drawn)
@@ -69,7 +74,9 @@ def training_split(data: Path | None, images: int, scratch: Path) -> Annotations
 
 
 def roughen(folder: Path) -> None:
-    """Add noise until the files are as large as photographs: what is in a JPEG file decides how long it decodes."""
+    """Add noise until the files are as large as photographs: what is in a JPEG file decides how
+    long it decodes.
+    """
     random = np.random.default_rng(0)
     for path in folder.iterdir():
         pixels = np.asarray(Image.open(path)).astype(np.float32)
@@ -85,15 +92,23 @@ def run(args: argparse.Namespace) -> list[Row]:
         files = [annotations.path(i) for i in range(min(args.images, len(annotations)))]
         kilobytes = np.mean([f.stat().st_size for f in files]) / 1000
         megapixels = annotations.sizes[: args.images].prod(axis=1).mean() / 1e6
-    print(f"{len(files)} images of {megapixels:.2f} megapixels and {kilobytes:.0f} kB: {fastest:.0f} images/s and core")
+    print(
+        f"{len(files)} images of {megapixels:.2f} megapixels and {kilobytes:.0f} kB: "
+        f"{fastest:.0f} images/s and core"
+    )
     sizes = annotations.sizes
     if args.data is None:  # COCO's mixture: three quarters landscape
         landscape = np.random.default_rng(0).random(2000) < 0.75
         sizes = np.where(landscape[:, None], np.array(COCO), np.array(COCO[::-1]))
     for batch in (2, 16):
         mixed, grouped = (padding_share(sizes, batch, grouped=g) for g in (False, True))
-        print(f"padding in batches of {batch}: {mixed:.1%} of all pixels, {grouped:.1%} with data.group_by_aspect=true")
-    return [Row(f"decode and resize to {SIDE} px, on one core", fastest, 300, "images/s", at_least=True)]
+        print(
+            f"padding in batches of {batch}: {mixed:.1%} of all pixels, {grouped:.1%} with "
+            "data.group_by_aspect=true"
+        )
+    return [
+        Row(f"decode and resize to {SIDE} px, on one core", fastest, 300, "images/s", at_least=True)
+    ]
 
 
 def main() -> None:

@@ -26,7 +26,9 @@ def truth(images: int) -> Annotations:
     """Twelve objects an image on average, of classes with a long tail."""
     random = np.random.default_rng(0)
     counts = random.poisson(12, images)
-    boxes = np.concatenate([random.uniform(0, 400, (counts.sum(), 2)), random.uniform(8, 200, (counts.sum(), 2))], 1)
+    boxes = np.concatenate(
+        [random.uniform(0, 400, (counts.sum(), 2)), random.uniform(8, 200, (counts.sum(), 2))], 1
+    )
     shares = 1 / np.arange(1, CLASSES + 1)
     ids = np.arange(1, images + 1)
     absent = np.stack([np.repeat(ids, 9), random.integers(1, CLASSES + 1, 9 * images)], 1)
@@ -56,11 +58,13 @@ def main() -> None:
     for image in range(1, images + 1):
         boxes = torch.rand(300, 4, generator=generator) * 300
         boxes[:, 2:] += boxes[:, :2]
-        scores, labels = torch.rand(300, generator=generator), torch.randint(0, CLASSES, (300,), generator=generator)
+        scores = torch.rand(300, generator=generator)
+        labels = torch.randint(0, CLASSES, (300,), generator=generator)
         evaluator.update([image], [Detections(scores.sort(descending=True).values, labels, boxes)])
     start = time.perf_counter()
     evaluator.compute()
-    seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{images:,} images with 300 detections: {seconds:.1f} s, {memory:.1f} GB")
 
 

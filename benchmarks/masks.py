@@ -1,12 +1,14 @@
-"""Mask2Former with a ResNet-50: a training step beside `transformers`', the memory of groups, and inference.
+"""Mask2Former with a ResNet-50: a training step beside `transformers`', the memory of groups, and
+inference.
 
     python benchmarks/masks.py
 
-One thread, float32, random weights, 80 classes. Training: two images of 512x512 pixels with seven objects each, 100
-queries, nine decoder layers, 12,544 points; ours has the weights of theirs, and the first loss must be equal where both
-compare masks at the same points. Memory: how far the process grows in a training step, each number of groups in a
-process of its own. Inference: one image of 640x640, against Deformable DETR with as many levels, layers and queries,
-without drawing the masks of what is returned, which is timed by itself.
+One thread, float32, random weights, 80 classes. Training: two images of 512x512 pixels with seven
+objects each, 100 queries, nine decoder layers, 12,544 points; ours has the weights of theirs, and
+the first loss must be equal where both compare masks at the same points. Memory: how far the
+process grows in a training step, each number of groups in a process of its own. Inference: one
+image of 640x640, against Deformable DETR with as many levels, layers and queries, without drawing
+the masks of what is returned, which is timed by itself.
 """
 
 from __future__ import annotations
@@ -56,18 +58,25 @@ def batch() -> tuple[Tensor, Targets]:
     """Noise, and random boxes as masks."""
     torch.manual_seed(0)
     pixels = torch.randn(BATCH, 3, SIDE, SIDE)
-    centres, sizes = torch.rand(BATCH * OBJECTS, 2) * 0.5 + 0.25, torch.rand(BATCH * OBJECTS, 2) * 0.3 + 0.1
+    centres = torch.rand(BATCH * OBJECTS, 2) * 0.5 + 0.25
+    sizes = torch.rand(BATCH * OBJECTS, 2) * 0.3 + 0.1
     boxes = torch.cat([centres, sizes], dim=1)
     left, top, right, bottom = cxcywh_to_xyxy(boxes).mul(SIDE).unsqueeze(-1).unbind(1)
     place = torch.arange(SIDE) + 0.5
-    bitmaps = ((place > top) & (place < bottom)).unsqueeze(2) & ((place > left) & (place < right)).unsqueeze(1)
-    return pixels, Targets(torch.randint(CLASSES, (len(boxes),)), boxes, (OBJECTS,) * BATCH, bitmaps=bitmaps)
+    bitmaps = ((place > top) & (place < bottom)).unsqueeze(2) & (
+        (place > left) & (place < right)
+    ).unsqueeze(1)
+    return pixels, Targets(
+        torch.randint(CLASSES, (len(boxes),)), boxes, (OBJECTS,) * BATCH, bitmaps=bitmaps
+    )
 
 
 def theirs() -> Any:
     """As shipped; BatchNorm keeps its statistics, as their released models do."""
     stages = [f"stage{i}" for i in range(1, 5)]
-    resnet = transformers.ResNetConfig(embedding_size=64, **BACKBONES["resnet50"], out_features=stages)
+    resnet = transformers.ResNetConfig(
+        embedding_size=64, **BACKBONES["resnet50"], out_features=stages
+    )
     config = transformers.Mask2FormerConfig(backbone_config=resnet, num_labels=CLASSES)
     torch.manual_seed(0)
     model = transformers.Mask2FormerForUniversalSegmentation(config).train()
@@ -84,14 +93,19 @@ def training(rounds: int) -> list[Row]:
     peer = theirs()
     detector, recipe = ours(peer)
     model = build(
-        recipe.override(["detector.backbone.norm=frozen_norm", "detector.backbone.pretrained=false"]), CLASSES
+        recipe.override(
+            ["detector.backbone.norm=frozen_norm", "detector.backbone.pretrained=false"]
+        ),
+        CLASSES,
     )
     model.detector.load_state_dict(detector.state_dict())
     model.train()
     masks = list(targets.bitmaps.float().split(targets.sizes))
     labels = list(targets.labels.split(targets.sizes))
     steppers = {
-        "transformers": Stepper(peer, lambda: peer(pixels, mask_labels=masks, class_labels=labels).loss),
+        "transformers": Stepper(
+            peer, lambda: peer(pixels, mask_labels=masks, class_labels=labels).loss
+        ),
         "detrellis": Stepper(model, our_loss(model, pixels, targets)),
     }
     points, assured = FixedPoints(), model.sampling
@@ -99,7 +113,9 @@ def training(rounds: int) -> list[Row]:
     model.sampling = Sampling(lambda _, shape, like: points(shape), assured.points)
     with mock.patch("torch.rand", lambda *shape, **_: points(shape[:-1])):
         first = {name: float(stepper.loss().detach()) for name, stepper in steppers.items()}
-    print(f"first loss: {first['transformers']:.6f} transformers, {first['detrellis']:.6f} detrellis")
+    print(
+        f"first loss: {first['transformers']:.6f} transformers, {first['detrellis']:.6f} detrellis"
+    )
     torch.testing.assert_close(first["detrellis"], first["transformers"], rtol=1e-4, atol=0)
     model.sampling = assured
     saved = {name: stepper.saved(pixels) for name, stepper in steppers.items()}
@@ -117,12 +133,18 @@ def training(rounds: int) -> list[Row]:
 
 
 def growth(groups: int) -> float:
-    """MiB by which a process grows in a training step with so many groups, from before the model is built."""
+    """MiB by which a process grows in a training step with so many groups, from before the model is
+    built.
+    """
     torch.set_num_threads(1)
     pixels, targets = batch()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scheme = ("none",) if groups == 1 else (f"group={groups}",)
-    recipe = find_recipe("mask2former-r50").with_schemes(scheme).override("detector.backbone.pretrained=false")
+    recipe = (
+        find_recipe("mask2former-r50")
+        .with_schemes(scheme)
+        .override("detector.backbone.pretrained=false")
+    )
     model: TrainableDetector = build(recipe, CLASSES).train()
     Stepper(model, our_loss(model, pixels, targets))(timed=False)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
@@ -135,19 +157,27 @@ def memory() -> list[Row]:
         with multiprocessing.get_context("spawn").Pool(1) as process:
             grown[groups] = process.apply(growth, (groups,))
         print(f"{groups:2} groups: {grown[groups]:.0f} MiB")
-    return [Row(f"memory of a step, {GROUPS} groups against one", grown[GROUPS] / grown[1], 1.6, "x")]
+    return [
+        Row(f"memory of a step, {GROUPS} groups against one", grown[GROUPS] / grown[1], 1.6, "x")
+    ]
 
 
 @torch.no_grad()
 def inference(rounds: int) -> list[Row]:
     """Masks against boxes."""
     parts = ["detector.backbone.pretrained=false", "detector.backbone.norm=frozen_norm"]
-    same = ["detector.encoder.levels=3", "detector.decoder.layers=9", "detector.decoder.hidden=2048"]
+    same = [
+        "detector.encoder.levels=3",
+        "detector.decoder.layers=9",
+        "detector.decoder.hidden=2048",
+    ]
     boxes = [*parts, *same, "detector.queries.count=100"]
     detectors: dict[str, Detector] = {}
     for name, settings in (("mask2former-r50", parts), ("deformable-detr-r50", boxes)):
         torch.manual_seed(0)
-        detectors[name] = build_detector(find_recipe(name).override(settings).detector, CLASSES).eval()
+        detectors[name] = build_detector(
+            find_recipe(name).override(settings).detector, CLASSES
+        ).eval()
     image, size = ImageBatch(torch.randn(1, 3, PHOTO, PHOTO)), torch.tensor([[PHOTO, PHOTO]])
     masked, boxed = detectors.values()
     output = masked(image)
@@ -162,7 +192,14 @@ def inference(rounds: int) -> list[Row]:
     )
     for name, values in seconds.items():
         print(describe(name, values))
-    return [Row("network with masks against boxes", best(seconds["masks, network"]) / best(seconds["boxes"]), 1.2, "x")]
+    return [
+        Row(
+            "network with masks against boxes",
+            best(seconds["masks, network"]) / best(seconds["boxes"]),
+            1.2,
+            "x",
+        )
+    ]
 
 
 def main() -> None:
@@ -171,7 +208,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    grown = memory()  # first: the highest memory of a new process is no less than this one's, which started it
+    # First: the highest memory of a new process is no less than this one's, which started it
+    grown = memory()
     finish([*training(args.rounds), *grown, *inference(args.rounds)], args.json)
 
 

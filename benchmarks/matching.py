@@ -2,8 +2,8 @@
 
     python benchmarks/matching.py
 
-Seven layers (six and the encoder's proposals), 900 queries, 80 classes, 50 targets an image; half of the problems have
-random boxes, half have queries near the targets, as after some training.
+Seven layers (six and the encoder's proposals), 900 queries, 80 classes, 50 targets an image; half
+of the problems have random boxes, half have queries near the targets, as after some training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ LAYERS, QUERIES, CLASSES, TARGETS = 7, 900, 80, 50
 
 
 def problem(batch: int, *, trained: bool) -> Match:
-    """One step's matching; `trained`: each query lies near a target and knows its class a little."""
+    """One step's matching; `trained`: each query lies near a target and knows its class a
+    little.
+    """
     generator = torch.Generator().manual_seed(batch)
     labels = torch.randint(CLASSES, (batch * TARGETS,), generator=generator)
     boxes = torch.rand(batch * TARGETS, 4, generator=generator) * 0.4 + 0.1
@@ -30,9 +32,15 @@ def problem(batch: int, *, trained: bool) -> Match:
     if trained:
         near = torch.randint(TARGETS, shape, generator=generator)
         near = near + TARGETS * torch.arange(batch)[:, None]
-        predicted = (boxes[near] + 0.03 * torch.randn(*shape, 4, generator=generator)).clamp(0.01, 0.99)
+        predicted = (boxes[near] + 0.03 * torch.randn(*shape, 4, generator=generator)).clamp(
+            0.01, 0.99
+        )
         logits.scatter_add_(-1, labels[near].unsqueeze(-1), torch.full((*shape, 1), 3.0))
-    return Match(DecoderOutput(logits, predicted, predicted), Targets(labels, boxes, (TARGETS,) * batch), Hungarian())
+    return Match(
+        DecoderOutput(logits, predicted, predicted),
+        Targets(labels, boxes, (TARGETS,) * batch),
+        Hungarian(),
+    )
 
 
 def main() -> None:
@@ -51,7 +59,8 @@ def main() -> None:
         print(describe(name, values, "step"))
     worst = max(best(seconds[f"{kind}, batch 2"]) for kind in ("random", "trained"))
     growth = [
-        statistics.median(seconds[f"{kind}, batch 16"]) / statistics.median(seconds[f"{kind}, batch 2"])
+        statistics.median(seconds[f"{kind}, batch 16"])
+        / statistics.median(seconds[f"{kind}, batch 2"])
         for kind in ("random", "trained")
     ]
     size = f"{LAYERS} layers x batch 2 x {QUERIES} x {TARGETS}"

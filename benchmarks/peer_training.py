@@ -1,11 +1,12 @@
-"""transformers' RT-DETR, of the size of `small` and on the same pretrained features, trained as `small` is: the peer of
-docs/experiments/small.md.
+"""transformers' RT-DETR, of the size of `small` and on the same pretrained features, trained as
+`small` is: the peer of docs/experiments/small.md.
 
     python benchmarks/peer_training.py DATA [--epochs 12] [--lr 4e-4] [--scratch] [--seed 0]
 
-Its network, losses, matching and denoising are transformers'. The images, their augmentation and order, the optimizer,
-the schedule, the averaged weights and the evaluation are those that `detrellis train small` has, so that only the
-detectors differ. It prints AP after every fourth epoch and after the last.
+Its network, losses, matching and denoising are transformers'. The images, their augmentation and
+order, the optimizer, the schedule, the averaged weights and the evaluation are those that
+`detrellis train small` has, so that only the detectors differ. It prints AP after every fourth
+epoch and after the last.
 """
 
 from __future__ import annotations
@@ -66,16 +67,23 @@ class Peer(nn.Module):
         )
         self.network = transformers.RTDetrForObjectDetection(
             transformers.RTDetrConfig(
-                backbone_config=backbone, freeze_backbone_batch_norms=False, num_labels=classes, **SIZES
+                backbone_config=backbone,
+                freeze_backbone_batch_norms=False,
+                num_labels=classes,
+                **SIZES,
             )
         )
         if not scratch:
-            ours = TimmBackbone(config.name, (8, 16, 32), pretrained=pretrained_source(config), norm="batch")
+            ours = TimmBackbone(
+                config.name, (8, 16, 32), pretrained=pretrained_source(config), norm="batch"
+            )
             (holder,) = (m for m in self.network.modules() if hasattr(m, "_backbone"))
             holder._backbone.load_state_dict(ours.model.state_dict())
 
     def losses(self, batch: Batch) -> Tensor:
-        """The training loss. It knows no padding, so that its boxes are relative to the padded image."""
+        """The training loss. It knows no padding, so that its boxes are relative to the padded
+        image.
+        """
         pixels, targets = batch.images.pixels, batch.targets
         scaled = targets.boxes * valid_part(batch)[targets.image].repeat(1, 2)
         split = zip(targets.labels.split(targets.sizes), scaled.split(targets.sizes), strict=True)
@@ -99,15 +107,21 @@ def valid_part(batch: Batch) -> Tensor:
     return torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], 1)
 
 
-def train(peer: Peer, train_set: Annotations, val_set: Annotations, args: argparse.Namespace) -> None:
+def train(
+    peer: Peer, train_set: Annotations, val_set: Annotations, args: argparse.Namespace
+) -> None:
     """Train and evaluate it as a run of `small` would be."""
     changes = [f"schedule.epochs={args.epochs}", f"optim.lr={args.lr}"]
     recipe = starting_from(find_recipe("small").override(changes))[0]
     optim, schedule, data = recipe.optim, recipe.schedule, recipe.data
     # The same batches in the same order.
-    sampler = BatchSampler(len(train_set), optim.batch_size, seed=args.seed, group_by_aspect=train_set.sizes)
+    sampler = BatchSampler(
+        len(train_set), optim.batch_size, seed=args.seed, group_by_aspect=train_set.sizes
+    )
     normalise = Normalise.of(**data.statistics())
-    loader = build_loader(training_dataset(train_set, recipe, args.seed), sampler, normalise=normalise)
+    loader = build_loader(
+        training_dataset(train_set, recipe, args.seed), sampler, normalise=normalise
+    )
     val = eval_loader(val_set, data, 4, 0, World(0, 1, torch.device("cpu")))
     optimizer, average = build_optimizer(peer, optim), EMA(peer, optim.ema)
     started, step, steps = time.monotonic(), 0, len(sampler) * schedule.epochs
@@ -126,7 +140,13 @@ def train(peer: Peer, train_set: Annotations, val_set: Annotations, args: argpar
         if (epoch + 1) % 4 == 0 or epoch + 1 == schedule.epochs:
             stats = evaluate(average.detector, val, val_set)
             minutes = (time.monotonic() - started) / 60
-            print(f"epoch {epoch + 1}  AP {stats['AP']:.3f}  AP50 {stats['AP50']:.3f}  {minutes:.1f} min", flush=True)
+            print(
+                (
+                    f"epoch {epoch + 1}  AP {stats['AP']:.3f}  AP50 {stats['AP50']:.3f}  "
+                    f"{minutes:.1f} min"
+                ),
+                flush=True,
+            )
 
 
 @torch.inference_mode()
@@ -140,7 +160,9 @@ def evaluate(peer: Any, val: Any, val_set: Annotations) -> Any:
 
 def main() -> None:
     """Read the data set, build the peer, and train it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--lr", type=float, default=4e-4)

@@ -1,6 +1,8 @@
-"""Deformable DETR in `transformers`, from a configuration with random weights, and the same network in Detrellis.
+"""Deformable DETR in `transformers`, from a configuration with random weights, and the same network
+in Detrellis.
 
-The weights go through the converter that users have: saved in transformers' format, read with `load_foreign`.
+The weights go through the converter that users have: saved in transformers' format, read with
+`load_foreign`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from detrellis.interop.load import load_foreign
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, all weights are random; read when it is imported
+# Nothing is fetched, all weights are random; read when it is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
 transformers.logging.set_verbosity_error()
@@ -42,8 +45,16 @@ FULL = {  # the sizes of `dino-r50`
     "two_stage_num_proposals": 900,
 }
 BACKBONES: dict[str, dict[str, Any]] = {
-    "resnet18": {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]},
-    "resnet50": {"layer_type": "bottleneck", "depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]},
+    "resnet18": {
+        "layer_type": "basic",
+        "depths": [2, 2, 2, 2],
+        "hidden_sizes": [64, 128, 256, 512],
+    },
+    "resnet50": {
+        "layer_type": "bottleneck",
+        "depths": [3, 4, 6, 3],
+        "hidden_sizes": [256, 512, 1024, 2048],
+    },
 }
 
 

@@ -1,10 +1,11 @@
-"""Where the time of a training step goes: the operators with the most self CPU time, and each part's share.
+"""Where the time of a training step goes: the operators with the most self CPU time, and each
+part's share.
 
     python benchmarks/profile_step.py                          # the step of benchmarks/step.py
     python benchmarks/profile_step.py dino-r50 --size 320x320  # of a recipe, with its schemes
 
-Random images and boxes, random weights, one thread. Operators inside a fused one (compiled pieces of deformable
-attention) show up under the name of their kernel.
+Random images and boxes, random weights, one thread. Operators inside a fused one (compiled pieces
+of deformable attention) show up under the name of their kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from detrellis.types import ImageBatch, Targets
 CLASSES = 80
 
 
-def recipe_step(args: argparse.Namespace) -> tuple[TrainableDetector, ImageBatch, Targets, OptimConfig]:
+def recipe_step(
+    args: argparse.Namespace,
+) -> tuple[TrainableDetector, ImageBatch, Targets, OptimConfig]:
     """Model and batch of a recipe."""
     recipe = find_recipe(args.recipe).with_schemes(args.scheme).override(args.o)
     size = image_size(recipe) if args.size is None else parse_size(args.size)
@@ -45,7 +48,12 @@ def peer_step() -> tuple[TrainableDetector, ImageBatch, Targets, OptimConfig]:
     from step import OPTIM, batch, trainable
 
     pixels, targets = batch()
-    return trainable(ours(theirs("resnet18", SMALL))[0], proposals=False), ImageBatch(pixels), targets, OPTIM
+    return (
+        trainable(ours(theirs("resnet18", SMALL))[0], proposals=False),
+        ImageBatch(pixels),
+        targets,
+        OPTIM,
+    )
 
 
 class Parts:
@@ -56,14 +64,18 @@ class Parts:
         self.started: dict[str, float] = {}
         for name in ("backbone", "neck", "encoder", "queries", "decoder"):
             part = getattr(model.detector, name)
-            part.register_forward_pre_hook(lambda *_, name=name: self.started.update({name: time.process_time()}))
+            part.register_forward_pre_hook(
+                lambda *_, name=name: self.started.update({name: time.process_time()})
+            )
             part.register_forward_hook(lambda *_, name=name: self._stop(name))
 
     def _stop(self, name: str) -> None:
         self.seconds[name] = time.process_time() - self.started[name]
 
 
-def stepper(model: TrainableDetector, images: ImageBatch, targets: Targets, optim: OptimConfig) -> Callable[[], Tensor]:
+def stepper(
+    model: TrainableDetector, images: ImageBatch, targets: Targets, optim: OptimConfig
+) -> Callable[[], Tensor]:
     """One training step, with the seconds of its four stages."""
     optimizer = build_optimizer(model, optim)
 
@@ -85,7 +97,9 @@ def stepper(model: TrainableDetector, images: ImageBatch, targets: Targets, opti
 
 def main() -> None:
     """See the top of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", nargs="?", help="default: the network of benchmarks/step.py")
     parser.add_argument("--size", help="short side, or HEIGHTxWIDTH (default: the recipe's)")
     parser.add_argument("--batch", type=int, default=2)
@@ -107,13 +121,21 @@ def main() -> None:
     print("ms: " + ", ".join(f"{n} {s:.0f}" for n, s in zip(names, stages.tolist(), strict=True)))
     shares = torch.stack(forward[2:]).amin(0) * 1e3
     print(
-        "of the forward pass: " + ", ".join(f"{n} {s:.0f}" for n, s in zip(parts.seconds, shares, strict=True)), end=""
+        "of the forward pass: "
+        + ", ".join(f"{n} {s:.0f}" for n, s in zip(parts.seconds, shares, strict=True)),
+        end="",
     )
     print(f", losses and the rest {float(stages[0] - shares.sum()):.0f}")
-    with profile(activities=[ProfilerActivity.CPU], with_stack=args.stack, record_shapes=args.stack) as found:
+    with profile(
+        activities=[ProfilerActivity.CPU], with_stack=args.stack, record_shapes=args.stack
+    ) as found:
         step()
-    averages = found.key_averages(group_by_stack_n=6 if args.stack else 0, group_by_input_shape=args.stack)
-    print(averages.table(sort_by="self_cpu_time_total", row_limit=args.rows, max_name_column_width=60))
+    averages = found.key_averages(
+        group_by_stack_n=6 if args.stack else 0, group_by_input_shape=args.stack
+    )
+    print(
+        averages.table(sort_by="self_cpu_time_total", row_limit=args.rows, max_name_column_width=60)
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""RT-DETR-R18 side by side with `transformers`: inference and a training step at 640x640 pixels on one thread.
+"""RT-DETR-R18 side by side with `transformers`: inference and a training step at 640x640 pixels on
+one thread.
 
     python benchmarks/realtime.py [--rounds N] [--side PIXELS]
 
-Both have the same random weights, which go through the converter that users have. Before anything is timed, boxes and
-losses have to be equal. Inference is from pixels to logits and boxes, ours of the fused detector, as `predict` runs it.
-A step is forward, losses on the same targets, and backward, without denoising, whose noise the two draw differently;
-BatchNorm's statistics of the backbone stand still in transformers and in ours.
+Both have the same random weights, which go through the converter that users have. Before anything
+is timed, boxes and losses have to be equal. Inference is from pixels to logits and boxes, ours of
+the fused detector, as `predict` runs it. A step is forward, losses on the same targets, and
+backward, without denoising, whose noise the two draw differently; BatchNorm's statistics of the
+backbone stand still in transformers and in ours.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def theirs() -> Any:
     model = transformers.RTDetrForObjectDetection(config)
     with torch.no_grad():
         for part in model.modules():
-            if isinstance(part, torch.nn.Conv2d):  # as they are drawn, no picture reaches the encoder
+            # As they are drawn, no picture reaches the encoder
+            if isinstance(part, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(part.weight)
             elif isinstance(part, torch.nn.BatchNorm2d):
                 torch.nn.init.ones_(part.weight)
@@ -59,21 +62,33 @@ def theirs() -> Any:
 
 
 def ours(model: Any) -> TrainableDetector:
-    """The same network with the same weights, trained as the converter's recipe says, without schemes."""
+    """The same network with the same weights, trained as the converter's recipe says, without
+    schemes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         found = load_foreign(Path(folder))
     recipe = found.recipe.with_schemes(["none"]).override(
-        ["detector.backbone.norm=frozen", "detector.decoder.refine=detached", "detector.queries.empty_compete=true"]
+        [
+            "detector.backbone.norm=frozen",
+            "detector.decoder.refine=detached",
+            "detector.queries.empty_compete=true",
+        ]
     )
     trained = build(recipe, CLASSES)
-    weights = {name: value for name, value in found.weights.items() if name in trained.detector.state_dict()}
+    weights = {
+        name: value
+        for name, value in found.weights.items()
+        if name in trained.detector.state_dict()
+    }
     trained.detector.load_state_dict(weights)
     return trained
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest of a query's outputs from those of its counterpart: equal proposals may be ranked either way."""
+    """The largest of a query's outputs from those of its counterpart: equal proposals may be ranked
+    either way.
+    """
     return float(torch.cdist(found, wanted, p=torch.inf).amin(1).max())
 
 
@@ -89,7 +104,10 @@ def inference(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) -
     }
     wanted, found = variants["transformers"](), variants["ours, fused"]()
     apart = difference(
-        *(torch.cat(p, -1)[0] for p in ((found.logits[0], found.boxes[0]), (wanted.logits, wanted.pred_boxes)))
+        *(
+            torch.cat(p, -1)[0]
+            for p in ((found.logits[0], found.boxes[0]), (wanted.logits, wanted.pred_boxes))
+        )
     )
     print(f"largest difference of a query's logits and box from its counterpart's: {apart:.1e}")
     assert apart < 1e-3
@@ -104,7 +122,10 @@ def training(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) ->
     classes = torch.randint(CLASSES, (count,), generator=generator)
     boxes = torch.rand(count, 4, generator=generator) * 0.3 + 0.2
     targets = Targets(classes, boxes, (BOXES,) * len(pixels))
-    labels = [{"class_labels": c, "boxes": b} for c, b in zip(classes.split(BOXES), boxes.split(BOXES), strict=True)]
+    labels = [
+        {"class_labels": c, "boxes": b}
+        for c, b in zip(classes.split(BOXES), boxes.split(BOXES), strict=True)
+    ]
 
     def their_step() -> float:
         peer.zero_grad()
@@ -134,7 +155,13 @@ def timed(what: str, variants: dict[str, Any], rounds: int) -> Row:
     for name, values in seconds.items():
         print(describe(name, values, "pass"))
     first, second = (sorted(values)[len(values) // 2] for values in list(seconds.values())[:2])
-    return Row(f"rtdetr-r18, {what}, against transformers", first / second, BUDGETS[what], "x", at_least=True)
+    return Row(
+        f"rtdetr-r18, {what}, against transformers",
+        first / second,
+        BUDGETS[what],
+        "x",
+        at_least=True,
+    )
 
 
 def main() -> None:
@@ -147,7 +174,9 @@ def main() -> None:
     torch.set_num_threads(1)
     peer = theirs()
     same = ours(peer)
-    pixels = torch.rand(args.batch, 3, args.side, args.side, generator=torch.Generator().manual_seed(2))
+    pixels = torch.rand(
+        args.batch, 3, args.side, args.side, generator=torch.Generator().manual_seed(2)
+    )
     rows = [part(peer, same, pixels, args.rounds) for part in (inference, training)]
     finish(rows, args.json)
 

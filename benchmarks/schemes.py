@@ -1,11 +1,12 @@
-"""What a training scheme costs: whole steps with and without it, side by side in one process, on one thread.
+"""What a training scheme costs: whole steps with and without it, side by side in one process, on
+one thread.
 
     python benchmarks/schemes.py [--rounds N] [--recipe tiny]
 
-Forward pass, losses, backward pass, clipping and AdamW; all variants see the same pictures and boxes. `tiny` has two
-images of 256x192 pixels; `dino-r50` and Deformable DETR++ two of 320x320, with random weights. 80 classes, ten boxes an
-image. Memory is what a step holds when its backward pass begins: weights, gradients, AdamW's two averages, and all that
-the forward pass saved.
+Forward pass, losses, backward pass, clipping and AdamW; all variants see the same pictures and
+boxes. `tiny` has two images of 256x192 pixels; `dino-r50` and Deformable DETR++ two of 320x320,
+with random weights. 80 classes, ten boxes an image. Memory is what a step holds when its backward
+pass begins: weights, gradients, AdamW's two averages, and all that the forward pass saved.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ SHARED = "schemes.group.proposals=shared"
 
 
 class Variant(NamedTuple):
-    """Schemes beside the recipe's own, and the most that a step may cost against it without them: time, memory."""
+    """Schemes beside the recipe's own, and the most that a step may cost against it without them:
+    time, memory.
+    """
 
     scheme: str
     override: tuple[str, ...] = ()
@@ -44,7 +47,8 @@ VARIANTS = {
     "stable": Variant("stable"),
     "hybrid": Variant("hybrid"),
     "group=3": Variant("group=3"),
-    "group=11": Variant("group=11", recipes=("tiny",)),  # the arithmetic of eleven proposal heads alone is 1.6x
+    # The arithmetic of eleven proposal heads alone is 1.6x
+    "group=11": Variant("group=11", recipes=("tiny",)),
     "group=11, shared proposals": Variant("group=11", (SHARED,), 1.6, ("tiny",)),
     "co=atss": Variant("co=atss", budget=1.25, recipes=("tiny", PLUS), memory=1.10),
     "co=rcnn+atss": Variant("co=rcnn+atss", budget=1.6, recipes=("tiny", PLUS), memory=1.15),
@@ -52,9 +56,13 @@ VARIANTS = {
 
 
 class Stepper:
-    """One training step at a time, with its CPU seconds; on a GPU in bf16, with those of the clock."""
+    """One training step at a time, with its CPU seconds; on a GPU in bf16, with those of the
+    clock.
+    """
 
-    def __init__(self, recipe: str, variant: Variant | None, size: tuple[int, int], device: str = "cpu") -> None:
+    def __init__(
+        self, recipe: str, variant: Variant | None, size: tuple[int, int], device: str = "cpu"
+    ) -> None:
         chosen = find_recipe(recipe).untrained()
         if variant is not None:
             chosen = chosen.with_schemes(variant.scheme).override(variant.override)
@@ -84,15 +92,21 @@ class Stepper:
         """Bytes that a step holds when its backward pass begins."""
         self.model.reseed(0)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        own = storages_of(*self.model.parameters(), *self.model.buffers(), self.images.pixels, self.targets.boxes)
-        saved = saved_bytes(lambda: list(self.model(self.images, self.targets).losses.values()), own)
+        own = storages_of(
+            *self.model.parameters(), *self.model.buffers(), self.images.pixels, self.targets.boxes
+        )
+        saved = saved_bytes(
+            lambda: list(self.model(self.images, self.targets).losses.values()), own
+        )
         return saved + 4 * sum(p.numel() * p.element_size() for p in parameters)
 
 
 def compare(recipe: str, rounds: int) -> list[Row]:
     """Times all variants in turns and prints what they take."""
     chosen = {name: v for name, v in VARIANTS.items() if recipe in v.recipes}
-    variants = {name: Stepper(recipe, v, SIZES[recipe]) for name, v in [("without", None), *chosen.items()]}
+    variants = {
+        name: Stepper(recipe, v, SIZES[recipe]) for name, v in [("without", None), *chosen.items()]
+    }
     for i in range(2 + rounds):
         for stepper in variants.values():
             stepper(i)

@@ -1,9 +1,11 @@
-"""Semantic attention (SAM-DETR) under Gaussian priors (SMCA): what a decoder layer keeps and saves; on one thread.
+"""Semantic attention (SAM-DETR) under Gaussian priors (SMCA): what a decoder layer keeps and saves;
+on one thread.
 
     python benchmarks/semantic.py
 
-One image of 800x1333 pixels, 300 queries, 256 channels, 8 heads. The plain forms that it is compared with stand below:
-priors as two numbers for each cell of each head and query, keys expanded to the heads, and RoIAlign twice.
+One image of 800x1333 pixels, 300 queries, 256 channels, 8 heads. The plain forms that it is
+compared with stand below: priors as two numbers for each cell of each head and query, keys expanded
+to the heads, and RoIAlign twice.
 """
 
 from __future__ import annotations
@@ -32,9 +34,16 @@ MAPS = {8: (100, 167), 32: (25, 42)}  # by stride: SAM-DETR++'s finest, and SAM-
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, memory: Memory, prior: Prior | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: Memory,
+    prior: Prior | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`map_attention`, as one writes it down: for keys `(B, 1, S, e)` that all heads share, without dropout."""
+    """`map_attention`, as one writes it down: for keys `(B, 1, S, e)` that all heads share, without
+    dropout.
+    """
     logits = q @ k.repeat(1, q.shape[1], 1, 1).transpose(2, 3) * q.shape[-1] ** -0.5
     if prior is not None:
         height, width = memory.shapes[0]
@@ -57,7 +66,9 @@ def twice(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
 def make_layer(*, prior: bool) -> DecoderLayer:
     """One of SAM-DETR's."""
     attention = SemanticCrossAttention(WIDTH, HEADS, SemanticAligner(WIDTH, HEADS, prior=prior))
-    layer = DecoderLayer(ConditionalSelfAttention(WIDTH, HEADS), attention, FeedForward(WIDTH, 2048), WIDTH)
+    layer = DecoderLayer(
+        ConditionalSelfAttention(WIDTH, HEADS), attention, FeedForward(WIDTH, 2048), WIDTH
+    )
     accelerate(layer)
     return layer
 
@@ -65,14 +76,18 @@ def make_layer(*, prior: bool) -> DecoderLayer:
 def inputs(shape: tuple[int, int]) -> tuple[Tensor, Spatial, Memory]:
     """Queries with boxes as they are initialised, and a memory of one map."""
     tokens = shape[0] * shape[1]
-    memory = Memory(torch.randn(1, tokens, WIDTH, requires_grad=True), torch.randn(1, tokens, WIDTH), (shape,))
+    memory = Memory(
+        torch.randn(1, tokens, WIDTH, requires_grad=True), torch.randn(1, tokens, WIDTH), (shape,)
+    )
     where = Spatial(torch.randn(1, QUERIES, WIDTH), torch.randn(1, QUERIES, 4).sigmoid())
     return torch.randn(1, QUERIES, WIDTH, requires_grad=True), where, memory
 
 
 def peak_bytes(forward: Callable[[], object]) -> int:
     """The most memory that a pass holds at one time beyond what was there before."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as found:
         forward()
     results = found.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in results if e.name() == "[memory]")
@@ -127,17 +142,28 @@ def compare_layers(rounds: int) -> list[Row]:
         for name, values in seconds.items():
             print(describe(name, values))
         once, released = (best(values) for values in seconds.values())
-        rows.append(Row(f"layer at stride {stride} against torchvision's RoIAlign twice", once / released, 0.4, "x"))
+        rows.append(
+            Row(
+                f"layer at stride {stride} against torchvision's RoIAlign twice",
+                once / released,
+                0.4,
+                "x",
+            )
+        )
     return rows
 
 
 def compare_keys(rounds: int) -> list[Row]:
-    """Attention alone at stride 8, with keys that the heads share and with keys expanded to them."""
+    """Attention alone at stride 8, with keys that the heads share and with keys expanded to
+    them.
+    """
     memory = inputs(MAPS[8])[2]
     q = torch.randn(1, HEADS, QUERIES, WIDTH, requires_grad=True)
     k, v = memory.tokens.unsqueeze(1), split_heads(memory.tokens, HEADS)
     forms = {"shared keys": map_attention, "expanded keys": plain_attention}
-    forward = {name: lambda attend=attend: attend(q, k, v, memory)[0] for name, attend in forms.items()}
+    forward = {
+        name: lambda attend=attend: attend(q, k, v, memory)[0] for name, attend in forms.items()
+    }
     torch.testing.assert_close(*(run().detach() for run in forward.values()), atol=1e-4, rtol=1e-4)
     steps = {name: lambda run=run: run().sum().backward() for name, run in forward.items()}
     seconds = interleaved(steps, rounds)

@@ -1,17 +1,21 @@
-"""A training step side by side: Deformable DETR (two-stage, box refinement) of `transformers` as shipped, and ours.
+"""A training step side by side: Deformable DETR (two-stage, box refinement) of `transformers` as
+shipped, and ours.
 
     python benchmarks/step.py
 
-A ResNet-18, three encoder and three decoder layers, 300 queries, 80 classes; two images of 320x320 pixels with seven
-boxes each; float32, one thread, AdamW with gradient clipping. Both start from the same weights, and the first loss must
-be equal. Theirs decides what is computed:
+A ResNet-18, three encoder and three decoder layers, 300 queries, 80 classes; two images of 320x320
+pixels with seven boxes each; float32, one thread, AdamW with gradient clipping. Both start from the
+same weights, and the first loss must be equal. Theirs decides what is computed:
 
-* classes weigh 1 in loss and matching, boxes 5, GIoU 2; the layers before the last count as much as the last;
-* the encoder's proposals have no loss, so ours is left out (what it costs is printed, without a budget);
-* the whole backbone is frozen. They mean to train its last three stages, but their own ResNet calls its parameters
-  otherwise than the pattern that looks for them. Ours is frozen alike.
+* classes weigh 1 in loss and matching, boxes 5, GIoU 2; the layers before the last count as much as
+  the last;
+* the encoder's proposals have no loss, so ours is left out (what it costs is printed, without a
+  budget);
+* the whole backbone is frozen. They mean to train its last three stages, but their own ResNet calls
+  its parameters otherwise than the pattern that looks for them. Ours is frozen alike.
 
-One difference stays: they tie the heads of all layers, so their optimizer steps 1 % fewer parameters.
+One difference stays: they tie the heads of all layers, so their optimizer steps 1 % fewer
+parameters.
 """
 
 from __future__ import annotations
@@ -54,14 +58,17 @@ def batch() -> tuple[Tensor, Targets]:
     """Noise with random boxes."""
     torch.manual_seed(0)
     pixels = torch.randn(BATCH, 3, SIDE, SIDE)
-    centres, sizes = torch.rand(BATCH * BOXES, 2) * 0.5 + 0.25, torch.rand(BATCH * BOXES, 2) * 0.3 + 0.1
+    centres = torch.rand(BATCH * BOXES, 2) * 0.5 + 0.25
+    sizes = torch.rand(BATCH * BOXES, 2) * 0.3 + 0.1
     labels = torch.randint(CLASSES, (BATCH * BOXES,))
     return pixels, Targets(labels, torch.cat([centres, sizes], dim=1), (BOXES,) * BATCH)
 
 
 def their_loss(model: Any, pixels: Tensor, targets: Targets) -> Callable[[], Tensor]:
     """Forward and loss, called as their documentation does."""
-    split = zip(targets.labels.split(targets.sizes), targets.boxes.split(targets.sizes), strict=True)
+    split = zip(
+        targets.labels.split(targets.sizes), targets.boxes.split(targets.sizes), strict=True
+    )
     labels = [{"class_labels": labels, "boxes": boxes} for labels, boxes in split]
     mask = torch.ones(BATCH, SIDE, SIDE, dtype=torch.long)
     return lambda: model(pixel_values=pixels, pixel_mask=mask, labels=labels).loss
@@ -107,8 +114,12 @@ def trainable(detector: Any, *, proposals: bool) -> TrainableDetector:
     detector.backbone.requires_grad_(False)
     if not proposals:
         detector.queries = WithoutProposals(detector.queries)
-    supervision = Supervision(Hungarian(MatchingCost(classes=1.0)), weights={"class": 1.0, "box": 5.0, "giou": 2.0})
-    return TrainableDetector(detector, supervision=supervision, proposal_targets="objectness").train()
+    supervision = Supervision(
+        Hungarian(MatchingCost(classes=1.0)), weights={"class": 1.0, "box": 5.0, "giou": 2.0}
+    )
+    return TrainableDetector(
+        detector, supervision=supervision, proposal_targets="objectness"
+    ).train()
 
 
 def compare(rounds: int) -> list[Row]:
@@ -122,7 +133,9 @@ def compare(rounds: int) -> list[Row]:
         "with proposals": Stepper(full, our_loss(full, pixels, targets)),
     }
     first = {name: float(s.loss().detach()) for name, s in steppers.items()}
-    print(f"first loss: {first['transformers']:.6f} transformers, {first['detrellis']:.6f} detrellis")
+    print(
+        f"first loss: {first['transformers']:.6f} transformers, {first['detrellis']:.6f} detrellis"
+    )
     torch.testing.assert_close(first["detrellis"], first["transformers"], rtol=1e-4, atol=0)
     saved = {name: s.saved(pixels) for name, s in steppers.items()}
     for i in range(2 + rounds):

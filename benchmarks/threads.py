@@ -1,10 +1,13 @@
-"""How threads wait for each other while other programs use the cores: training steps of a small and a large network.
+"""How threads wait for each other while other programs use the cores: training steps of a small and
+a large network.
 
-    python benchmarks/threads.py [--networks small large] [--neighbours 0 1 2] [--rounds 5] [--steps 2]
+    python benchmarks/threads.py [--networks small large] [--neighbours 0 1 2] [--rounds 5] [--steps
+    2]
 
-Each setting lives in a process of its own, where OpenMP reads it. They take turns on the clock on the wall, so that
-what disturbs one disturbs all. Neighbours are processes that spin. Read the ratios: how many times as long as one
-thread a setting takes, the median of the rounds, with the lowest and the highest.
+Each setting lives in a process of its own, where OpenMP reads it. They take turns on the clock on
+the wall, so that what disturbs one disturbs all. Neighbours are processes that spin. Read the
+ratios: how many times as long as one thread a setting takes, the median of the rounds, with the
+lowest and the highest.
 """
 
 from __future__ import annotations
@@ -106,14 +109,19 @@ def compare(asked: dict[str, Connection], count: int, rounds: int, steps: int) -
         ratios = [own / single for own, single in zip(times, one, strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         median = statistics.median(times)
-        print(f"    {name}: {statistics.median(ratios):.2f} ({spread}), {1000 * median:.0f} ms", flush=True)
+        print(
+            f"    {name}: {statistics.median(ratios):.2f} ({spread}), {1000 * median:.0f} ms",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Time all settings with each network and number of neighbours."""
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, CORES], help="processes that spin")
+    parser.add_argument(
+        "--neighbours", type=int, nargs="+", default=[0, 1, CORES], help="processes that spin"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each setting")
     parser.add_argument("--steps", type=int, default=2, help="steps timed in each turn")
     given = parser.parse_args()

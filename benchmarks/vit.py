@@ -1,9 +1,11 @@
-"""Co-DINO on EVA-02's ViT-L: the memory of a training step on a CPU, and what checkpointing saves of it.
+"""Co-DINO on EVA-02's ViT-L: the memory of a training step on a CPU, and what checkpointing saves
+of it.
 
     python benchmarks/vit.py
 
-`co-dino-vit-l` with its schemes, random weights, 80 classes; two images of 256x256 pixels with seven boxes each;
-float32, one thread, AdamW. The peak is of a process of its own, from building the model to the end of the first step.
+`co-dino-vit-l` with its schemes, random weights, 80 classes; two images of 256x256 pixels with
+seven boxes each; float32, one thread, AdamW. The peak is of a process of its own, from building the
+model to the end of the first step.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def batch() -> tuple[ImageBatch, Targets]:
     """Noise with random boxes."""
     torch.manual_seed(0)
     pixels = torch.randn(BATCH, 3, SIDE, SIDE)
-    centres, sizes = torch.rand(BATCH * BOXES, 2) * 0.5 + 0.25, torch.rand(BATCH * BOXES, 2) * 0.3 + 0.1
+    centres = torch.rand(BATCH * BOXES, 2) * 0.5 + 0.25
+    sizes = torch.rand(BATCH * BOXES, 2) * 0.3 + 0.1
     labels = torch.randint(CLASSES, (BATCH * BOXES,))
     return ImageBatch(pixels), Targets(labels, torch.cat([centres, sizes], dim=1), (BOXES,) * BATCH)
 
@@ -50,7 +53,9 @@ def peak(_: int) -> float:
 
 
 def saved() -> dict[tuple[str, bool], float]:
-    """MiB that the forward pass keeps, of the backbone alone and of the step, by whether it is checkpointed."""
+    """MiB that the forward pass keeps, of the backbone alone and of the step, by whether it is
+    checkpointed.
+    """
     model, (images, targets) = model_of(), batch()
     existing = storages_of(images.pixels, *model.parameters(), *model.buffers())
     passes = {
@@ -73,11 +78,19 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = saved()
     for name in ("backbone", "step"):
-        print(f"{name:8} keeps {kept[name, True]:6.0f} MiB with checkpointing, {kept[name, False]:6.0f} MiB without")
+        print(
+            f"{name:8} keeps {kept[name, True]:6.0f} MiB with checkpointing, "
+            f"{kept[name, False]:6.0f} MiB without"
+        )
     ratio = {name: kept[name, True] / kept[name, False] for name in ("backbone", "step")}
     rows = [
         Row("peak memory of a step with checkpointing", highest, 12.0, "GiB"),
-        Row("activations kept of the backbone, with checkpointing against without", ratio["backbone"], 1 / 3, "x"),
+        Row(
+            "activations kept of the backbone, with checkpointing against without",
+            ratio["backbone"],
+            1 / 3,
+            "x",
+        ),
         Row("the same of the step", ratio["step"], 1.0, "x"),
     ]
     finish(rows, args.json)

@@ -15,7 +15,9 @@ from detrellis.data.shapes import write_shapes
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the garbage collector need not look at all of it again and again."""
+    """What is imported and collected stays: the garbage collector need not look at all of it again
+    and again.
+    """
     gc.freeze()
 
 
@@ -31,7 +33,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_command_line() -> Iterator[None]:
-    """Typer builds the verbs and their options at each call. A process of users has one call, this one has hundreds."""
+    """Typer builds the verbs and their options at each call. A process of users has one call, this
+    one has hundreds.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield
@@ -39,8 +43,9 @@ def one_command_line() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cut() -> Iterator[None]:
-    """Whatever a test ends is a process, and what that has written is the system's. A training would wait for the
-    disk some twenty times; which file is put there when, a test of `atomic` sees."""
+    """Whatever a test ends is a process, and what that has written is the system's. A training
+    would wait for the disk some twenty times; which file is put there when, a test of `atomic`
+    sees."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

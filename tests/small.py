@@ -16,7 +16,8 @@ from detrellis.types import ImageBatch, Targets
 
 Key = TypeVar("Key")
 CLASSES = 5
-# On timm's smallest ResNet: maps of the same strides, at an eighth of a ResNet-18's time. It is never dilated.
+# On timm's smallest ResNet: maps of the same strides, at an eighth of a ResNet-18's time. It is
+# never dilated.
 SMALL = [
     "detector.backbone.name=test_resnet",
     "detector.backbone.pretrained=false",
@@ -36,8 +37,14 @@ SMALL = [
 ]
 # Of a plain ViT with a pyramid.
 SMALL_EVA = [
-    *(f"detector.backbone.{name}" for name in ("pretrained=false", "frozen=0", "width=32", "depth=2", "heads=2")),
-    *(f"detector.backbone.{name}" for name in ("window=3", "global_blocks=[1]", "grid=3", "extent=null")),
+    *(
+        f"detector.backbone.{name}"
+        for name in ("pretrained=false", "frozen=0", "width=32", "depth=2", "heads=2")
+    ),
+    *(
+        f"detector.backbone.{name}"
+        for name in ("window=3", "global_blocks=[1]", "grid=3", "extent=null")
+    ),
     "detector.backbone.drop_path=0.1",
 ]
 # Of a plain ViT, which has no encoder behind it.
@@ -84,10 +91,15 @@ def shrink(recipe: Recipe) -> Recipe:
     plain = encoder.kind == "projector"
     common = [text for text in SMALL if not text.startswith("detector.backbone.")]
     if plain:
-        recipe = recipe.override([*SMALL_VIT, *(text for text in common if not text.startswith("detector.encoder."))])
+        recipe = recipe.override(
+            [*SMALL_VIT, *(text for text in common if not text.startswith("detector.encoder."))]
+        )
     else:
-        recipe = recipe.override([*SMALL_EVA, *common] if recipe.detector.backbone.kind == "eva02" else SMALL)
-    if encoder.kind != "projector" and encoder.hidden != decoder.hidden:  # an encoder keeps hidden units of its own
+        recipe = recipe.override(
+            [*SMALL_EVA, *common] if recipe.detector.backbone.kind == "eva02" else SMALL
+        )
+    # An encoder keeps hidden units of its own
+    if encoder.kind != "projector" and encoder.hidden != decoder.hidden:
         recipe = recipe.override(f"detector.encoder.hidden={encoder.hidden}")
     if encoder.kind == "hybrid":
         recipe = recipe.override(["detector.encoder.blocks=1", "detector.encoder.expansion=0.5"])
@@ -95,7 +107,8 @@ def shrink(recipe: Recipe) -> Recipe:
             recipe = recipe.override("detector.encoder.inner=96")
     if recipe.schemes.group is not None:
         recipe = recipe.override(f"schemes.group.k={min(recipe.schemes.group.k or 3, 3)}")
-    if recipe.schemes.cdn is not None and recipe.schemes.cdn.number > 100:  # which differ in nothing but their number
+    # Which differ in nothing but their number
+    if recipe.schemes.cdn is not None and recipe.schemes.cdn.number > 100:
         recipe = recipe.override(["schemes.cdn.number=100", "schemes.cdn.box_noise=1.0"])
     if recipe.schemes.hybrid is not None:
         recipe = recipe.override("schemes.hybrid.queries=15")
@@ -108,7 +121,9 @@ def resized(config: DetectorConfig, **parts: Any) -> DetectorConfig:
 
 
 def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
-    """The small recipe with the smallest backbone that has what its own has: a dilated last stage, dropped branches."""
+    """The small recipe with the smallest backbone that has what its own has: a dilated last stage,
+    dropped branches.
+    """
     recipe, config = small(name, schemes), find_recipe(name).detector.backbone
     changes: dict[str, object] = {"name": "resnet18", "pretrained": False}
     if config.dilation:
@@ -119,9 +134,12 @@ def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
     return recipe.replace(detector=recipe.detector.replace(backbone=backbone))
 
 
-def distinct(recipes: Mapping[Key, Recipe], parts: Sequence[str] = ("detector", "schemes", "loss")) -> list[Key]:
-    """One name of each kind, the first: recipes are of one kind if these parts of them are the same. All that a test
-    builds of network, schemes and losses, from the first weights on, is then the same too."""
+def distinct(
+    recipes: Mapping[Key, Recipe], parts: Sequence[str] = ("detector", "schemes", "loss")
+) -> list[Key]:
+    """One name of each kind, the first: recipes are of one kind if these parts of them are the
+    same. All that a test builds of network, schemes and losses, from the first weights on, is then
+    the same too."""
     kinds: dict[str, Key] = {}
     for name, recipe in recipes.items():
         kinds.setdefault(recipe.model_dump_json(include=set(parts)), name)
@@ -145,7 +163,9 @@ def with_bitmaps(truth: Targets, batch: ImageBatch) -> Targets:
     height, width = batch.pixels.shape[-2:]
     x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
     edges = cxcywh_to_xyxy(truth.boxes)
-    across, down = ((c > edges[:, i, None]) & (c < edges[:, i + 2, None]) for i, c in enumerate((x, y)))
+    across, down = (
+        (c > edges[:, i, None]) & (c < edges[:, i + 2, None]) for i, c in enumerate((x, y))
+    )
     return truth._replace(bitmaps=down.unsqueeze(2) & across.unsqueeze(1))
 
 

@@ -38,7 +38,10 @@ def verb(
 
 def test_what_is_allowed_passes() -> None:
     assert verb("here", nms=0.5, size=np.int64(3)) == "here 0.5 3"  # type: ignore[arg-type]
-    assert verb(Path("here"), nms=1, workers=0, names=["a"], tell=print, progress=True, hidden=7) == "here 1 1"
+    assert (
+        verb(Path("here"), nms=1, workers=0, names=["a"], tell=print, progress=True, hidden=7)
+        == "here 1 1"
+    )
     assert verb.__doc__ == "A verb."
     with pytest.raises(TypeError, match="place"):
         verb()  # type: ignore[call-arg]
@@ -57,7 +60,11 @@ def test_what_is_allowed_passes() -> None:
         ({"workers": -1}, "workers=-1", "Give a whole number, 0 or more."),
         ({"metric": "vok"}, "metric='vok'", "Did you mean 'voc'? Known: coco, voc."),
         ({"metric": None}, "metric=None", "Known: coco, voc."),
-        ({"tell": "skp"}, "tell='skp'", "Did you mean 'skip'? Known: raise, skip. Or: Give a function."),
+        (
+            {"tell": "skp"},
+            "tell='skp'",
+            "Did you mean 'skip'? Known: raise, skip. Or: Give a function.",
+        ),
         ({"progress": "no"}, "progress='no'", "True or False"),
         ({"names": "a,b"}, "names='a,b'", "Give a list"),
         ({"worker": 1}, "verb: unknown argument 'worker'", "Did you mean 'workers'?"),

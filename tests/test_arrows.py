@@ -14,7 +14,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "detrellis"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# Each room with the rooms that it may import from, besides itself. A file at the top is a room of its own.
+# Each room with the rooms that it may import from, besides itself. A file at the top is a room of
+# its own.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"api", "errors", "version"},
     "__main__": {"cli"},
@@ -44,7 +45,17 @@ ALLOWED: dict[str, set[str]] = {
     "supervision": {"types", "boxes", "matching", "losses", "pairs", "mask_points"},
     "salience": {"types", "boxes", "nn"},
     "schemes": {
-        *("types", "boxes", "nn", "postprocess", "detector", "matching", "losses", "pairs", "supervision"),
+        *(
+            "types",
+            "boxes",
+            "nn",
+            "postprocess",
+            "detector",
+            "matching",
+            "losses",
+            "pairs",
+            "supervision",
+        ),
         *("distributed", "fields", "errors"),
     },
     "training": {
@@ -64,7 +75,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data": {"types", "boxes", "rle", "outputs", "yaml_reader", "errors"},
     "recipes": {
-        *("types", "boxes", "nn", "postprocess", "detector", "matching", "mask_points", "supervision", "schemes"),
+        *(
+            "types",
+            "boxes",
+            "nn",
+            "postprocess",
+            "detector",
+            "matching",
+            "mask_points",
+            "supervision",
+            "schemes",
+        ),
         *("training", "fields", "yaml_reader", "errors"),
     },
     "visualize": {"types", "data", "overlay", "errors"},
@@ -73,13 +94,44 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "distributed", "outputs", "errors"),
     },
     "webpage": set(),
-    "report": {"data", "engine", "predictions", "arguments", "outputs", "errors", "visualize", "version", "webpage"},
+    "report": {
+        "data",
+        "engine",
+        "predictions",
+        "arguments",
+        "outputs",
+        "errors",
+        "visualize",
+        "version",
+        "webpage",
+    },
     "demo": {"api", "data", "recipes", "engine", "outputs", "visualize", "errors", "terminal"},
     "engine": {
-        *("types", "boxes", "rle", "nn", "postprocess", "detector", "training", "data", "recipes", "visualize"),
+        *(
+            "types",
+            "boxes",
+            "rle",
+            "nn",
+            "postprocess",
+            "detector",
+            "training",
+            "data",
+            "recipes",
+            "visualize",
+        ),
         *("arguments", "atomic", "distributed", "errors", "signals", "terminal", "version"),
     },
-    "interop": {"types", "detector", "data", "recipes", "engine", "arguments", "outputs", "atomic", "errors"},
+    "interop": {
+        "types",
+        "detector",
+        "data",
+        "recipes",
+        "engine",
+        "arguments",
+        "outputs",
+        "atomic",
+        "errors",
+    },
     "serving": {
         *("data", "engine", "interop", "loading", "predictions", "report"),
         *("arguments", "errors", "version", "webpage"),
@@ -91,7 +143,18 @@ ALLOWED: dict[str, set[str]] = {
         *("arguments", "distributed", "errors"),
     },
     "exporting": {
-        *("types", "boxes", "detector", "data", "recipes", "engine", "interop", "predictions", "exported", "loading"),
+        *(
+            "types",
+            "boxes",
+            "detector",
+            "data",
+            "recipes",
+            "engine",
+            "interop",
+            "predictions",
+            "exported",
+            "loading",
+        ),
         *("arguments", "distributed", "outputs", "errors"),
     },
     "api": {"verbs", "engine", "interop", "predictions", "loading", "exporting", "serving", "hub"},
@@ -106,10 +169,30 @@ ALLOWED: dict[str, set[str]] = {
     },
     "study": {
         *("api", "data", "recipes", "engine", "analysis"),
-        *("distributed", "folders", "outputs", "atomic", "errors", "signals", "terminal", "version", "webpage"),
+        *(
+            "distributed",
+            "folders",
+            "outputs",
+            "atomic",
+            "errors",
+            "signals",
+            "terminal",
+            "version",
+            "webpage",
+        ),
     },
     "cli": {
-        *("api", "demo", "predictions", "data", "recipes", "engine", "visualize", "analysis", "study"),
+        *(
+            "api",
+            "demo",
+            "predictions",
+            "data",
+            "recipes",
+            "engine",
+            "visualize",
+            "analysis",
+            "study",
+        ),
         *("arguments", "errors", "signals", "terminal", "version"),
     },
 }
@@ -127,14 +210,21 @@ def imported_rooms(path: Path) -> set[str]:
             found |= {room(a.name) for a in node.names if a.name.split(".")[0] == "detrellis"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "detrellis":
             module = node.module or ""
-            found |= {room(module)} if "." in module else {room(f"{module}.{a.name}") for a in node.names}
+            found |= (
+                {room(module)}
+                if "." in module
+                else {room(f"{module}.{a.name}") for a in node.names}
+            )
     return {r if r in ALLOWED else "__init__" for r in found}
 
 
 def test_the_house_names_each_room() -> None:
     page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
     house = page.partition("## The house")[2].partition("tests/ ")[0]
-    assert {name for name in ALLOWED if name not in re.findall(r"\w+", house)} == {"__init__", "__main__"}
+    assert {name for name in ALLOWED if name not in re.findall(r"\w+", house)} == {
+        "__init__",
+        "__main__",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -147,13 +237,16 @@ def test_arrows(path: Path) -> None:
 
 
 def modules() -> dict[str, Path]:
-    paths = {".".join(("detrellis", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in FILES}
+    paths = {
+        ".".join(("detrellis", *path.relative_to(SOURCE).with_suffix("").parts)): path
+        for path in FILES
+    }
     return {name.removesuffix(".__init__"): path for name, path in paths.items()}
 
 
 def imported_modules(path: Path, known: Collection[str]) -> set[str]:
-    """Which of the `known` modules a file names. A package counts only where something is taken from its `__init__`:
-    that Python runs this one before any module of the package is no arrow."""
+    """Which of the `known` modules a file names. A package counts only where something is taken
+    from its `__init__`: that Python runs this one before any module of the package is no arrow."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -182,7 +275,10 @@ def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def test_circles_are_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}, "e": set()}) == [["b", "c"], ["d"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}, "e": set()}) == [
+        ["b", "c"],
+        ["d"],
+    ]
 
 
 def test_there_are_no_circles() -> None:

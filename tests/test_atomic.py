@@ -24,21 +24,32 @@ def test_the_umask_is_honoured_whoever_writes(tmp_path: Path, umask: int, mode: 
         replace_text(tmp_path / "b.json", "{}")
     finally:
         os.umask(old)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.safetensors", "b.json")] == [mode, mode]
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a.safetensors", "b.json")] == [
+        mode,
+        mode,
+    ]
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     for name in ("fsync", "replace"):
         own = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, own=own: (done.append(name), own(*args)))
-    replace_files((tmp_path / "a", lambda p: p.write_text("a")), (tmp_path / "b", lambda p: p.write_text("b")))
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, own=own: (done.append(name), own(*args))
+        )
+    replace_files(
+        (tmp_path / "a", lambda p: p.write_text("a")), (tmp_path / "b", lambda p: p.write_text("b"))
+    )
     assert done == ["fsync", "fsync", "replace", "replace", "fsync"]  # the folder's, at the end
 
 
 def test_names_may_be_as_long_as_the_system_takes_them(tmp_path: Path) -> None:
     names = [f"{'x' * 250}{number}.md" for number in range(2)]
-    replace_files(*((tmp_path / name, lambda p, name=name: p.write_text(name[250:])) for name in names))
+    replace_files(
+        *((tmp_path / name, lambda p, name=name: p.write_text(name[250:])) for name in names)
+    )
     assert [(tmp_path / name).read_text() for name in names] == ["0.md", "1.md"]
     (tmp_path / names[0]).unlink()
     (tmp_path / names[1]).rename(_partial(tmp_path / names[1]))
@@ -61,7 +72,8 @@ def test_all_or_nothing(tmp_path: Path) -> None:
     ("told", "free", "number"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), 0, errno.ENOSPC),
-        (RuntimeError("unexpected pos 2816192 vs 2816088"), 4096, errno.ENOSPC),  # torch, on a full disk
+        # Torch, on a full disk
+        (RuntimeError("unexpected pos 2816192 vs 2816088"), 4096, errno.ENOSPC),
         (RuntimeError("unexpected pos 2816192 vs 2816088"), 1 << 30, None),
         (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 1 << 30, 122),
         (KeyError("shape"), 0, None),
@@ -86,5 +98,9 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     for name in (".last.state.pt.123.partial", ".keep.partial", "mine.123.partial", ".x.y"):
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".keep.partial", ".x.y", "mine.123.partial"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".keep.partial",
+        ".x.y",
+        "mine.123.partial",
+    ]
     sweep(tmp_path / "nowhere")

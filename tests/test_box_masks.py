@@ -32,7 +32,8 @@ def masked(name: str, *override: str) -> Recipe:
 @pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50", "rtdetr_r18"])
 @torch.no_grad()
 def test_masks_leave_the_boxes_of_equal_weights_bit_for_bit(name: str) -> None:
-    boxes, both = build_detector(small(name).detector, CLASSES).eval(), build_detector(masked(name).detector, CLASSES)
+    boxes = build_detector(small(name).detector, CLASSES).eval()
+    both = build_detector(masked(name).detector, CLASSES)
     found = both.load_state_dict(boxes.state_dict(), strict=False)
     assert not found.unexpected_keys
     assert {key.split(".")[0] for key in found.missing_keys} <= {"masks", "decoder", "queries"}
@@ -45,13 +46,17 @@ def test_masks_leave_the_boxes_of_equal_weights_bit_for_bit(name: str) -> None:
 
 @torch.no_grad()
 def test_scores_count_the_masks_unless_they_are_told_not_to() -> None:
-    plain, ranked = (masked("tiny", f"detector.masks.scores={value}").detector for value in ("false", "true"))
+    plain, ranked = (
+        masked("tiny", f"detector.masks.scores={value}").detector for value in ("false", "true")
+    )
     detector = build_detector(ranked, CLASSES).eval()
     other = build_detector(plain, CLASSES).eval()
     other.load_state_dict(detector.state_dict())
     with_masks, by_class = detector.detect(images(), SIZES), other.detect(images(), SIZES)
     assert all(len(d.masks or ()) == len(d.scores) for d in with_masks)
-    assert all((a.scores.max() < b.scores.max()).item() for a, b in zip(with_masks, by_class, strict=True))
+    assert all(
+        (a.scores.max() < b.scores.max()).item() for a, b in zip(with_masks, by_class, strict=True)
+    )
     boxes = replace(other.postprocess, mask_scores=True)(other(images()), SIZES)
     assert torch.equal(boxes[0].scores, with_masks[0].scores)
 
@@ -72,14 +77,21 @@ def test_detectors_without_a_map_of_stride_8_are_refused(name: str, reason: str)
 def test_matching_may_leave_masks_out() -> None:
     costs = (masked("tiny"), masked("tiny", "loss.cost_mask=0", "loss.cost_dice=0"), small("tiny"))
     matching = [build_supervision(recipe).assign for recipe in costs]
-    assert [rule.masks for rule in matching if isinstance(rule, Hungarian)] == [MaskCost(), None, None]
+    assert [rule.masks for rule in matching if isinstance(rule, Hungarian)] == [
+        MaskCost(),
+        None,
+        None,
+    ]
 
 
 def boxed(sizes: tuple[int, ...] = (2, 3)) -> tuple[DecoderOutput, Targets]:
     """A problem of boxes and masks."""
     output, truth = problem(sizes)
     generator = torch.Generator().manual_seed(1)
-    boxes = torch.rand(*output.logits.shape[:3], 4, generator=generator, dtype=torch.float64) * 0.4 + 0.3
+    boxes = (
+        torch.rand(*output.logits.shape[:3], 4, generator=generator, dtype=torch.float64) * 0.4
+        + 0.3
+    )
     return output._replace(boxes=boxes), truth
 
 
@@ -88,10 +100,13 @@ def test_positives_in_any_order_lose_the_same() -> None:
     output, truth = boxed()
     image, query, target = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
     ordered = known_assignment(image, query, target, len(output.logits))
-    mixed = Assignment(*(column[torch.tensor([9, 2, 0, 5, 7, 1, 3, 8, 4, 6])] for column in ordered))
+    mixed = Assignment(
+        *(column[torch.tensor([9, 2, 0, 5, 7, 1, 3, 8, 4, 6])] for column in ordered)
+    )
     one = torch.tensor(1.0, dtype=torch.float64)
     terms = [
-        mask_terms(output, truth, rows, one, Sampling(Seeded(), Points(40)), [[2, 3]] * 2) for rows in (ordered, mixed)
+        mask_terms(output, truth, rows, one, Sampling(Seeded(), Points(40)), [[2, 3]] * 2)
+        for rows in (ordered, mixed)
     ]
     assert all(torch.equal(terms[0][name], terms[1][name]) for name in ("mask", "dice"))
     assert terms[0]["mask"].min() > 0
@@ -110,7 +125,15 @@ def test_align_weighs_masks_as_it_weighs_boxes() -> None:
     assert weight is not None
     assert 0 < weight.min() < weight.max() == 1
     each = [
-        mask_terms(output, truth, positives, one, sampling, task.match.counts, torch.eye(len(weight))[i].double())
+        mask_terms(
+            output,
+            truth,
+            positives,
+            one,
+            sampling,
+            task.match.counts,
+            torch.eye(len(weight))[i].double(),
+        )
         for i in range(len(weight))
     ]
     for name in ("mask", "dice"):

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import generalized_box_iou
 
-from detrellis.boxes import cxcywh_to_xyxy, giou, inverse_sigmoid, iou, pairwise_giou, xyxy_to_cxcywh
+from detrellis.boxes import (
+    cxcywh_to_xyxy,
+    giou,
+    inverse_sigmoid,
+    iou,
+    pairwise_giou,
+    xyxy_to_cxcywh,
+)
 
 unit = st.floats(0, 1, allow_nan=False, width=32)
 box = st.tuples(unit, unit, unit, unit).map(lambda v: torch.tensor(v, dtype=torch.float64))

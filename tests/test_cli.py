@@ -1,4 +1,6 @@
-"""The command line as a user meets it: help, errors, JSON, exit codes, and the whole path on a small data set."""
+"""The command line as a user meets it: help, errors, JSON, exit codes, and the whole path on a
+small data set.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,18 @@ from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
 README = Path(__file__).parents[1] / "README.md"
-VERBS = ["demo", "check", "train", "eval", "predict", "convert", "export", "info", "bench", "recipes"]
+VERBS = [
+    "demo",
+    "check",
+    "train",
+    "eval",
+    "predict",
+    "convert",
+    "export",
+    "info",
+    "bench",
+    "recipes",
+]
 VERBS += ["analyze misalignment", "analyze groups", "analyze one-to-many"]
 VERBS += ["analyze discriminability", "analyze instability"]
 VERBS += ["analyze branches", "analyze conflicts", "analyze query-distance"]
@@ -58,7 +71,10 @@ def verbs(group: typer.Typer, before: str = "") -> list[str]:
     """Every verb of an app, those of its groups as "group verb"."""
     own = [f"{before}{c.name or c.callback.__name__}" for c in group.registered_commands]  # type: ignore[union-attr]
     groups = [(g.typer_instance, f"{before}{g.name} ") for g in group.registered_groups]
-    return [*own, *(verb for inner, name in groups if inner is not None for verb in verbs(inner, name))]
+    return [
+        *own,
+        *(verb for inner, name in groups if inner is not None for verb in verbs(inner, name)),
+    ]
 
 
 def test_every_verb_is_tested() -> None:
@@ -76,7 +92,13 @@ LIGHT = [
     ["train", "tiny", "--data", "nowhere"],
     ["check", "--data", "nowhere"],
 ]
-LIGHT += [["train"], ["train", "tinny"], ["train", "tiny", "-o", "optim.lrr=1"], ["info", "dino"], ["bench", "x"]]
+LIGHT += [
+    ["train"],
+    ["train", "tinny"],
+    ["train", "tiny", "-o", "optim.lrr=1"],
+    ["info", "dino"],
+    ["bench", "x"],
+]
 LIGHT += [[*verb.split(), "--help"] for verb in VERBS]
 PROBE = """
 import sys
@@ -100,7 +122,9 @@ def test_what_needs_no_torch_does_not_import_it(shapes: Path) -> None:
         ["compare", "--schemes", "none,alignn", *data],
         ["compare", "--schemes", "align", *data],
     ]
-    done = subprocess.run([sys.executable, "-c", PROBE, repr(words)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, repr(words)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -108,28 +132,53 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     names = [r["name"] for r in json.loads(call("recipes", "--json", capsys=capsys))]
     bases = ("detr", "conditional-detr", "dab-detr", "dn-detr")
     expected = {f"{base}-r50{dilated}" for base in bases for dilated in ("", "-dc5")}
-    expected |= {f"deformable-detr-r50{kind}" for kind in ("", "-refine", "-two-stage", "-two-stage-plus")}
+    expected |= {
+        f"deformable-detr-r50{kind}" for kind in ("", "-refine", "-two-stage", "-two-stage-plus")
+    }
     expected |= {"dab-deformable-detr-r50", "dn-deformable-detr-r50", "deformable-detr-swin-l"}
     assert {*expected, "tiny", "dino-r50", "dino-r50-5scale", "dino-swin-l"} <= set(names)
     assert "tiny" in call("recipes", capsys=capsys)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(call("info", "tiny", "--classes", 3, "--json", "--scheme", "none,cdn=7", capsys=capsys))
+    found = json.loads(
+        call("info", "tiny", "--classes", 3, "--json", "--scheme", "none,cdn=7", capsys=capsys)
+    )
     assert found["schemes"] == [{"name": "cdn", "parameters": 4 * 128, "queries": 14}]
     assert {"parameters", "parameters_trainable", "gflops"} <= set(found)
 
 
 def test_the_whole_path(
-    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shapes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     assert "0 errors" in call("check", "--data", shapes, capsys=capsys)
-    text = call("train", "tiny", "--data", shapes, "--out", run, "--epochs", 1, "--workers", 0, *OPTIONS, capsys=capsys)
-    assert f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
-    evaluated = json.loads(call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys))
+    text = call(
+        "train",
+        "tiny",
+        "--data",
+        shapes,
+        "--out",
+        run,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        *OPTIONS,
+        capsys=capsys,
+    )
+    assert (
+        f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
+    )
+    evaluated = json.loads(
+        call("eval", run, "--json", "--workers", 0, "--results", tmp_path / "r.json", capsys=capsys)
+    )
     assert evaluated["images"] == 5
-    with monkeypatch.context() as patch:  # what NMS leaves has tests of its own; here, that it is asked, and of all
+    # What NMS leaves has tests of its own; here, that it is asked, and of all
+    with monkeypatch.context() as patch:
         asked = []
 
         def first_two(found: Detections, threshold: float, k: int) -> Detections:
@@ -137,9 +186,22 @@ def test_the_whole_path(
             return found.take(torch.arange(min(2, len(found.scores))))
 
         patch.setattr("detrellis.postprocess.hard_nms", first_two)
-        call("eval", run, "--json", "--workers", 0, "--nms", 0.6, "--results", tmp_path / "two.json", capsys=capsys)
+        call(
+            "eval",
+            run,
+            "--json",
+            "--workers",
+            0,
+            "--nms",
+            0.6,
+            "--results",
+            tmp_path / "two.json",
+            capsys=capsys,
+        )
         shown = ("--out", tmp_path / "two", "--threshold", 0, "--nms", 0.5)
-        told = json.loads(call("predict", run, shapes / "images" / "val", *shown, "--json", capsys=capsys))
+        told = json.loads(
+            call("predict", run, shapes / "images" / "val", *shown, "--json", capsys=capsys)
+        )
     assert asked == [(12 * 5, 0.6, 20)] * 5 + [(12 * 5, 0.5, 20)] * 5
     assert len(told) == 5 * 2
     assert len(json.loads((tmp_path / "two.json").read_text())) == 5 * 2
@@ -164,8 +226,20 @@ def test_the_whole_path(
     assert len(results) == 5 * 20
 
 
-def test_train_json_is_json(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--data", shapes, "--out", tmp_path / "run", "--epochs", 1, "--workers", 0, "--json")
+def test_train_json_is_json(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (
+        "--data",
+        shapes,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        "--json",
+    )
     found = json.loads(call("train", "tiny", *arguments, *OPTIONS, capsys=capsys))
     assert found["finished"] is True
     assert found["steps"] == 3
@@ -177,9 +251,19 @@ def test_training_goes_on_from_another_runs_weights(
 ) -> None:
     rest = ("--data", shapes, "--epochs", 1, "--workers", 0)
     call("train", "tiny", *rest, "--out", tmp_path / "first", *OPTIONS, capsys=capsys)
-    text = call("train", "--weights", tmp_path / "first", *rest, "--out", tmp_path / "second", capsys=capsys)
+    text = call(
+        "train", "--weights", tmp_path / "first", *rest, "--out", tmp_path / "second", capsys=capsys
+    )
     assert text.count("class rows: the same 5 classes, all kept") == 1
-    settings = ("-o", "detector.queries.count=15", "--scheme", "none", "--json", "--out", tmp_path / "third")
+    settings = (
+        "-o",
+        "detector.queries.count=15",
+        "--scheme",
+        "none",
+        "--json",
+        "--out",
+        tmp_path / "third",
+    )
     file = tmp_path / "second" / "last.safetensors"
     found = json.loads(call("train", "--weights", file, *rest, *settings, capsys=capsys))
     assert [e["place"] for e in found["transfer"]["exceptions"]] == ["queries.content"]
@@ -188,27 +272,71 @@ def test_training_goes_on_from_another_runs_weights(
     assert "another network" in " ".join(text.split())
 
 
-def test_two_runs_are_analyzed_side_by_side(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_are_analyzed_side_by_side(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, out = tmp_path / "run", tmp_path / "figures"
-    call("train", "tiny", "--data", shapes, "--out", run, "--epochs", 1, "--workers", 0, *OPTIONS, capsys=capsys)
+    call(
+        "train",
+        "tiny",
+        "--data",
+        shapes,
+        "--out",
+        run,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        *OPTIONS,
+        capsys=capsys,
+    )
     rest = ("--out", out, "--workers", 0, "--split", "train", "--batch-size", 2)
     runs = (run / "best.safetensors", run / "last.safetensors")
-    text = call("analyze", "misalignment", *runs, *rest, "--top", "5, 30", "--names", "best,last", capsys=capsys)
-    assert [word for word in ("best", "last", "top 5", "top 30", f"{out}/misalignment.png") if word not in text] == []
+    text = call(
+        "analyze",
+        "misalignment",
+        *runs,
+        *rest,
+        "--top",
+        "5, 30",
+        "--names",
+        "best,last",
+        capsys=capsys,
+    )
+    assert [
+        word
+        for word in ("best", "last", "top 5", "top 30", f"{out}/misalignment.png")
+        if word not in text
+    ] == []
     with Image.open(out / "misalignment.png") as picture:
         assert picture.width > picture.height
     written = json.loads((out / "misalignment.json").read_text())
     assert [r["name"] for r in written["runs"]] == ["best", "last"]
     assert [r["images"] for r in written["runs"]] == [11, 11]
-    found = json.loads(call("analyze", "misalignment", run, *rest, "--threshold", 0.1, "--json", capsys=capsys))
+    found = json.loads(
+        call("analyze", "misalignment", run, *rest, "--threshold", 0.1, "--json", capsys=capsys)
+    )
     assert found["settings"]["threshold"] == 0.1
     assert list(found["runs"][0]["br_recall"]) == ["10", "50", "100"]
 
 
-def test_groups_are_analyzed(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_are_analyzed(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, out = tmp_path / "run", tmp_path / "figures"
     rest = ("--workers", 0, "--out", out)
-    train = ("train", "tiny", "--data", shapes, "--scheme", "group=2", "--epochs", 1, "--workers", 0)
+    train = (
+        "train",
+        "tiny",
+        "--data",
+        shapes,
+        "--scheme",
+        "group=2",
+        "--epochs",
+        1,
+        "--workers",
+        0,
+    )
     call(*train, "--out", run, *OPTIONS, capsys=capsys)
     text = call("analyze", "groups", run, *rest, "--names", "two", capsys=capsys)
     assert [word for word in ("two", "all 2", f"{out}/groups.png") if word not in text] == []
@@ -217,8 +345,12 @@ def test_groups_are_analyzed(shapes: Path, tmp_path: Path, capsys: pytest.Captur
     assert found["runs"][0]["log"] == []  # not asked for
     assert found == json.loads((out / "groups.json").read_text())
     text = call("analyze", "one-to-many", run, *rest, capsys=capsys)
-    assert [word for word in ("group-wise", " 24 ", f"{out}/one_to_many.png") if word not in text] == []
-    found = json.loads(call("analyze", "one-to-many", run, *rest, "--nms", "0.4", "--json", capsys=capsys))
+    assert [
+        word for word in ("group-wise", " 24 ", f"{out}/one_to_many.png") if word not in text
+    ] == []
+    found = json.loads(
+        call("analyze", "one-to-many", run, *rest, "--nms", "0.4", "--json", capsys=capsys)
+    )
     assert (found["settings"]["nms"], found["runs"][0]["queries"]) == ([0.4], 24)
 
 
@@ -247,9 +379,15 @@ def test_groups_are_analyzed(shapes: Path, tmp_path: Path, capsys: pytest.Captur
         (["analyze", "misalignment", "run", "--top", "10,few"], "--top 10,few: not whole numbers"),
         (["analyze", "groups", "no_such_run"], "no_such_run"),
         (["analyze", "one-to-many", "run", "--nms", "0.5,x"], "--nms 0.5,x: not numbers"),
-        (["analyze", "one-to-many", "run", "--nms", "0.5,7"], "nms 0.5, 7 Give IoUs between 0 and 1"),
+        (
+            ["analyze", "one-to-many", "run", "--nms", "0.5,7"],
+            "nms 0.5, 7 Give IoUs between 0 and 1",
+        ),
         (["analyze", "misalignment", "run", "--names", "a,b"], "names a, b Give one a run (1)"),
-        (["analyze", "misalignment", "run", "--out", str(README)], "README.md: a file, not a folder"),
+        (
+            ["analyze", "misalignment", "run", "--out", str(README)],
+            "README.md: a file, not a folder",
+        ),
     ],
 )
 def test_wrong_use_is_a_message_and_exit_code_2(
@@ -276,7 +414,9 @@ def test_a_wrong_word_is_told_with_an_example(
     assert message in " ".join(call(*arguments, capsys=capsys, code=2).split())
 
 
-@pytest.mark.parametrize("words", [["train", "tinny"], ["eval"], ["check", "--data", "no_such_folder"]])
+@pytest.mark.parametrize(
+    "words", [["train", "tinny"], ["eval"], ["check", "--data", "no_such_folder"]]
+)
 def test_with_json_a_refusal_is_json_too(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +451,11 @@ def begin(verb: Callable[[], None], code: int, monkeypatch: pytest.MonkeyPatch) 
             ["error a [red] file: Permission denied", "permissions"],
         ),
         (BrokenPipeError(32, "Broken pipe"), 1, []),
-        (KeyError("shape"), 1, ["Traceback", "error KeyError: 'shape'", "report it", detrellis.__version__]),
+        (
+            KeyError("shape"),
+            1,
+            ["Traceback", "error KeyError: 'shape'", "report it", detrellis.__version__],
+        ),
     ],
 )
 def test_whatever_is_raised_ends_in_words(
@@ -333,9 +477,14 @@ def test_whatever_is_raised_ends_in_words(
     assert bool(err) == bool(told)
 
 
-@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(32, "Broken pipe"), 1)])
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(32, "Broken pipe"), 1)]
+)
 def test_what_is_raised_outside_of_a_verb(
-    raised: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    raised: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """While the last lines are flushed, where typer no longer looks."""
 
@@ -367,7 +516,8 @@ def test_a_signal_is_a_line_and_its_exit_code(
                 raise becomes from None
             raise
 
-    monkeypatch.setattr("detrellis.cli.entry.IS_MAIN_PROCESS", leads)  # under torchrun, of one process alone
+    # Under torchrun, of one process alone
+    monkeypatch.setattr("detrellis.cli.entry.IS_MAIN_PROCESS", leads)
     before = signal.getsignal(number)
     begin(interrupted, 128 + number, monkeypatch)
     assert capsys.readouterr().err == ("Stopped.\n" if leads else "")
@@ -388,14 +538,18 @@ def test_commands_can_be_pasted() -> None:
 def test_training_on_a_bad_data_set_is_refused_or_survived(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One box loses its width: `train` refuses it by name, `--skip-bad` leaves it out, `check --fix` writes it away."""
+    """One box loses its width: `train` refuses it by name, `--skip-bad` leaves it out, `check
+    --fix` writes it away.
+    """
     source = json.loads((shapes / "annotations" / "instances_train.json").read_text())
     source["annotations"][0]["bbox"][2] = 0
     bad, images = tmp_path / "bad.json", shapes / "images" / "train"
     bad.write_text(json.dumps(source))
     data = ("--train", bad, "--train-images", images)
     train = ("train", "tiny", *data, "--epochs", 1, "--workers", 0, *OPTIONS)
-    assert f"id {source['annotations'][0]['id']}" in call(*train, capsys=capsys, code=2).replace("annotation ", "id ")
+    assert f"id {source['annotations'][0]['id']}" in call(*train, capsys=capsys, code=2).replace(
+        "annotation ", "id "
+    )
     assert "left out 1" in call(*train, "--skip-bad", "--out", tmp_path / "run", capsys=capsys)
     call("check", *data, "--fix", tmp_path / "clean", capsys=capsys, code=1)
     assert "0 errors" in call("check", "--data", tmp_path / "clean", capsys=capsys)
@@ -403,7 +557,12 @@ def test_training_on_a_bad_data_set_is_refused_or_survived(
 
 def test_python_interface_speaks_the_same_words(shapes: Path, tmp_path: Path) -> None:
     result = detrellis.train(
-        "tiny", data=shapes, out=tmp_path / "run", override=[*SMALL, "data.size=[64, 64]"], epochs=1, workers=0
+        "tiny",
+        data=shapes,
+        out=tmp_path / "run",
+        override=[*SMALL, "data.size=[64, 64]"],
+        epochs=1,
+        workers=0,
     )
     model = detrellis.load(result.run, device="cpu")
     picture = next((shapes / "images" / "val").iterdir())
@@ -413,7 +572,11 @@ def test_python_interface_speaks_the_same_words(shapes: Path, tmp_path: Path) ->
     assert all(0 <= x1 <= x2 <= 64 and 0 <= y1 <= y2 <= 64 for x1, y1, x2, y2 in found.boxes)
     evaluated = partial(detrellis.evaluate, result.run, workers=0)
     assert evaluated().ap == evaluated(tta="64").ap == pytest.approx(result.best, abs=1e-9)
-    assert evaluated(tta="64,64,flip").to_dict() == evaluated(tta="64,flip").to_dict() != evaluated().to_dict()
+    assert (
+        evaluated(tta="64,64,flip").to_dict()
+        == evaluated(tta="64,flip").to_dict()
+        != evaluated().to_dict()
+    )
     untrained = detrellis.load("tiny", classes=3)
     assert len(untrained.classes) == 3
     with pytest.raises(UserError, match="no such file"):

@@ -18,7 +18,9 @@ from detrellis.engine.console import TrainingView
 from .small import SMALL
 
 
-@pytest.mark.parametrize(("number", "code", "masks"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--masks"])])
+@pytest.mark.parametrize(
+    ("number", "code", "masks"), [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--masks"])]
+)
 def test_a_demo_that_was_stopped_goes_on_to_the_picture(
     number: signal.Signals,
     code: int,
@@ -28,7 +30,9 @@ def test_a_demo_that_was_stopped_goes_on_to_the_picture(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "the demo"
-    few = partial(write_shapes, out / "data", train=4, val=2, size=(64, 64), objects=(1, 2), masks=bool(masks))
+    few = partial(
+        write_shapes, out / "data", train=4, val=2, size=(64, 64), objects=(1, 2), masks=bool(masks)
+    )
     monkeypatch.setattr(demo, "write_shapes", lambda *_, **__: few())
     monkeypatch.setattr(demo, "SETTINGS", (*SMALL, "data.size=[64, 64]", "optim.batch_size=2"))
     advance = TrainingView.advance
@@ -52,7 +56,9 @@ def test_a_demo_that_was_stopped_goes_on_to_the_picture(
         assert (out / "run-2").exists()
 
 
-def run(words: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def run(
+    words: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
     """What the command says in all, in one long line each, from its start to this exit code."""
     monkeypatch.setattr("sys.argv", ["detrellis", *words])
     with pytest.raises(SystemExit) as left:

@@ -29,7 +29,10 @@ time.sleep(600)
 
 def test_a_second_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with held(run, new=True), pytest.raises(UserError, match=f"run: process {os.getpid()} on .*, since") as error:
+    with (
+        held(run, new=True),
+        pytest.raises(UserError, match=f"run: process {os.getpid()} on .*, since") as error,
+    ):
         held(run).__enter__()
     assert "--out" in error.value.remedy
     with held(run):  # free again, and the file is in nobody's way
@@ -37,7 +40,9 @@ def test_a_second_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
 
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / LOCK], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / LOCK], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline() == b"held\n"

@@ -1,4 +1,6 @@
-"""On a GPU a step is the CPU's: same losses and gradients, and finite ones in bf16. Skipped without a GPU."""
+"""On a GPU a step is the CPU's: same losses and gradients, and finite ones in bf16. Skipped without
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ CASES += [pytest.param(name, schemes, id=f"{name} {'+'.join(schemes)}") for name
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def step(recipe: Recipe, device: str, amp: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+def step(
+    recipe: Recipe, device: str, amp: bool = False
+) -> tuple[dict[str, float], dict[str, float]]:
     """Losses, and the norm of each parameter's gradient.
 
-    Weights are moved off their initial values, with which samples lie on the borders of cells and boxes on targets:
-    there the derivative is whatever rounding makes it.
+    Weights are moved off their initial values, with which samples lie on the borders of cells and
+    boxes on targets: there the derivative is whatever rounding makes it.
     """
     model = build(recipe, CLASSES).train()
     generator = torch.Generator().manual_seed(0)
@@ -45,14 +49,20 @@ def step(recipe: Recipe, device: str, amp: bool = False) -> tuple[dict[str, floa
     with torch.autocast(device, torch.bfloat16, enabled=amp):
         losses = model(images(((64, 96), (64, 80))).to(device), truth.to(device)).losses
     torch.stack(list(losses.values())).sum().backward()
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    norms = {
+        name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None
+    }
     return {name: loss.item() for name, loss in losses.items()}, norms
 
 
 @pytest.mark.parametrize(("name", "schemes"), CASES)
-def test_a_step_equals_that_of_the_cpu(name: str, schemes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_equals_that_of_the_cpu(
+    name: str, schemes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    recipe = small(name, schemes).override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"])
+    recipe = small(name, schemes).override(
+        ["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]
+    )
     expected, norms = step(recipe, "cpu")
     losses, found = step(recipe, "cuda")
     assert losses == pytest.approx(expected, rel=1e-3, abs=1e-4)

@@ -1,4 +1,6 @@
-"""The first and the last moment of the command: what is set before torch is imported, and signals beside the verb."""
+"""The first and the last moment of the command: what is set before torch is imported, and signals
+beside the verb.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ def test_a_signal_after_the_verb_leaves_no_traceback(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_signal_during_the_imports(
-    number: signal.Signals, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    rank: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Under torchrun the main process alone says so."""
 

@@ -32,7 +32,10 @@ ONE = torch.tensor(1.0, dtype=torch.float64)
 
 
 def problem(
-    sizes: tuple[int, ...] = (2, 3), side: tuple[int, int] = (32, 48), copies: int = 1, seed: int = 0
+    sizes: tuple[int, ...] = (2, 3),
+    side: tuple[int, int] = (32, 48),
+    copies: int = 1,
+    seed: int = 0,
 ) -> tuple[DecoderOutput, Targets]:
     """Noise; blobs as bitmaps."""
     g = torch.Generator().manual_seed(seed)
@@ -49,12 +52,18 @@ def problem(
     nowhere = torch.zeros(LAYERS, BATCH, copies * QUERIES, 0, dtype=torch.float64)
     masks = MaskFeatures(maps, side)
     output = DecoderOutput(logits, nowhere, embeds, mask_embeds=embeds, masks=masks)
-    return output, Targets(labels, torch.rand(sum(sizes), 4, dtype=torch.float64), sizes, bitmaps=blobs)
+    return output, Targets(
+        labels, torch.rand(sum(sizes), 4, dtype=torch.float64), sizes, bitmaps=blobs
+    )
 
 
 def supervision() -> Supervision:
     weights = {"class": 2.0, "mask": 5.0, "dice": 5.0}
-    return Supervision(Hungarian(MatchingCost(class_term=softmax_term), masks=MaskCost()), softmax_class_loss, weights)
+    return Supervision(
+        Hungarian(MatchingCost(class_term=softmax_term), masks=MaskCost()),
+        softmax_class_loss,
+        weights,
+    )
 
 
 def test_bitmaps_are_sampled_as_maps_are() -> None:
@@ -62,9 +71,13 @@ def test_bitmaps_are_sampled_as_maps_are() -> None:
     assert targets.bitmaps is not None
     points = torch.rand(5, 200, 2, dtype=torch.float64) * 1.2 - 0.1  # some beyond the edge
     expected = sample(targets.bitmaps.double().unsqueeze(1), points).squeeze(1)
-    torch.testing.assert_close(sample_bitmaps(targets.bitmaps, torch.arange(5), points), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        sample_bitmaps(targets.bitmaps, torch.arange(5), points), expected, atol=1e-12, rtol=0
+    )
     turned = torch.tensor([4, 1, 1])
-    expected = sample(targets.bitmaps[turned].double().unsqueeze(1), points[:1].expand(3, -1, -1)).squeeze(1)
+    expected = sample(
+        targets.bitmaps[turned].double().unsqueeze(1), points[:1].expand(3, -1, -1)
+    ).squeeze(1)
     found = sample_bitmaps(targets.bitmaps, turned, points[:1])
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
@@ -88,7 +101,9 @@ def test_a_query_whose_mask_is_empty_reads_all_but_padding() -> None:
     embeds = torch.tensor([[[1.0], [-1.0], [0.0]]])  # three cells, only a padded one, exactly 0
     assert readable(embeds, features, padding).tolist() == [[[True, True, True, False]] * 3]
     without = readable(embeds, features, None)
-    assert without.tolist() == [[[True, True, True, False], [False, False, False, True], [True] * 4]]
+    assert without.tolist() == [
+        [[True, True, True, False], [False, False, False, True], [True] * 4]
+    ]
 
 
 def test_costs_equal_those_of_whole_masks() -> None:
@@ -113,10 +128,15 @@ def test_the_same_seed_gives_the_same_losses_and_gradients() -> None:
     output, targets = problem()
 
     def gradients(seed: int) -> list[Tensor]:
-        losses, _ = supervise([supervision().task("m", output, targets, ONE, sampling=Sampling(Seeded(seed), POINTS))])
+        losses, _ = supervise(
+            [supervision().task("m", output, targets, ONE, sampling=Sampling(Seeded(seed), POINTS))]
+        )
         assert output.masks is not None
         leaves = [output.logits, output.states, output.masks.map]
-        return [*losses.values(), *torch.autograd.grad(torch.stack(list(losses.values())).sum(), leaves)]
+        return [
+            *losses.values(),
+            *torch.autograd.grad(torch.stack(list(losses.values())).sum(), leaves),
+        ]
 
     first, again, other = gradients(0), gradients(0), gradients(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -124,8 +144,8 @@ def test_the_same_seed_gives_the_same_losses_and_gradients() -> None:
 
 
 def compared(weight: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Terms of two masks of each layer and image with these weights, `(LAYERS * BATCH * 2,)`, and their gradients for
-    features and embeddings."""
+    """Terms of two masks of each layer and image with these weights, `(LAYERS * BATCH * 2,)`, and
+    their gradients for features and embeddings."""
     output, targets = problem()
     assert output.masks is not None
     assert output.mask_embeds is not None
@@ -138,7 +158,9 @@ def compared(weight: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("held", [1, 400])  # cells or candidates: one place at a time, some
-def test_how_many_masks_are_compared_at_once_changes_nothing(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_masks_are_compared_at_once_changes_nothing(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = torch.arange(1.0, LAYERS * BATCH * 2 + 1, dtype=torch.float64)
     together = compared(weight)
     monkeypatch.setattr(mask_points, "TOGETHER", held)
@@ -167,7 +189,9 @@ def test_groups_that_are_equal_lose_as_much_as_one() -> None:
     losses = []
     for copies in (1, 3):
         output, targets = problem(copies=copies)
-        task = supervision().task("m", output, targets, copies * ONE, copies, sampling=Sampling(same, POINTS))
+        task = supervision().task(
+            "m", output, targets, copies * ONE, copies, sampling=Sampling(same, POINTS)
+        )
         losses.append(supervise([task])[0])
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name], value, msg=name)
@@ -176,7 +200,9 @@ def test_groups_that_are_equal_lose_as_much_as_one() -> None:
 @pytest.mark.parametrize("sizes", [(0, 0), (7, 0)])
 def test_any_number_of_targets_gives_gradients(sizes: tuple[int, ...]) -> None:
     output, targets = problem(sizes)
-    losses, metrics = supervise([supervision().task("m", output, targets, ONE, sampling=Sampling(Seeded(), POINTS))])
+    losses, metrics = supervise(
+        [supervision().task("m", output, targets, ONE, sampling=Sampling(Seeded(), POINTS))]
+    )
     assert output.masks is not None
     leaves = [output.states, output.masks.map]
     found = torch.autograd.grad(torch.stack(list(losses.values())).sum(), leaves)
@@ -193,17 +219,29 @@ def test_padding_further_changes_no_loss_of_points_inside() -> None:
         F.pad(output.masks.map, (0, 12, 0, 8), value=9.0),
         (64, 96),
         torch.ones(BATCH, 64, 96, dtype=torch.bool).index_put(
-            tuple(torch.meshgrid(torch.arange(BATCH), torch.arange(32), torch.arange(48), indexing="ij")),
+            tuple(
+                torch.meshgrid(
+                    torch.arange(BATCH), torch.arange(32), torch.arange(48), indexing="ij"
+                )
+            ),
             torch.tensor(False),
         ),
     )
-    further = output._replace(masks=grown), targets._replace(bitmaps=F.pad(targets.bitmaps, (0, 48, 0, 32)))
+    further = (
+        output._replace(masks=grown),
+        targets._replace(bitmaps=F.pad(targets.bitmaps, (0, 48, 0, 32))),
+    )
 
     def losses(output: DecoderOutput, targets: Targets, points: Points) -> Tensor:
-        # Points that do not reach the last half cell, where samples mix with what lies beyond the image.
+        # Points that do not reach the last half cell, where samples mix with what lies beyond the
+        # image.
         sampling = Sampling(lambda *p: Seeded()(*p) * 0.8 + 0.1, points)
         return torch.stack(
-            list(supervise([supervision().task("m", output, targets, ONE, sampling=sampling)])[0].values())
+            list(
+                supervise([supervision().task("m", output, targets, ONE, sampling=sampling)])[
+                    0
+                ].values()
+            )
         )
 
     inside = replace(POINTS, inside=True)
@@ -223,7 +261,10 @@ def test_iou_counts_the_cells_of_whole_masks() -> None:
     assert len(found) == len(rows) == sum(targets.sizes)
     for value, row in zip(found, rows, strict=True):
         image, query, target = positives.image[row], positives.query[row], positives.target[row]
-        inside = torch.einsum("d,dhw->hw", output.mask_embeds[1, image, query], output.masks.map[image]) > 0
+        inside = (
+            torch.einsum("d,dhw->hw", output.mask_embeds[1, image, query], output.masks.map[image])
+            > 0
+        )
         truth = targets.bitmaps[target, 2::4, 2::4]
         torch.testing.assert_close(value, (inside & truth).sum() / (inside | truth).sum())
 

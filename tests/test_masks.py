@@ -29,8 +29,16 @@ def output_of(queries: int = 6, classes: int = 3) -> DecoderOutput:
     maps = torch.nn.functional.avg_pool2d(torch.randn(2, 4, 10, 14, generator=generator), 3, 1) * 4
     padding = torch.zeros(2, *PADDED, dtype=torch.bool)
     padding[1, 25:] = padding[1, :, 15:] = True
-    logits, boxes, embeds = (torch.randn(1, 2, queries, n, generator=generator) for n in (classes, 4, 4))
-    return DecoderOutput(logits, boxes.sigmoid(), logits, mask_embeds=embeds, masks=MaskFeatures(maps, PADDED, padding))
+    logits, boxes, embeds = (
+        torch.randn(1, 2, queries, n, generator=generator) for n in (classes, 4, 4)
+    )
+    return DecoderOutput(
+        logits,
+        boxes.sigmoid(),
+        logits,
+        mask_embeds=embeds,
+        masks=MaskFeatures(maps, PADDED, padding),
+    )
 
 
 def test_run_lengths_are_cocos() -> None:
@@ -53,7 +61,9 @@ def test_a_few_at_a_time_or_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     arguments = (output.mask_embeds[0, 0], output.masks.map[0], PADDED, PADDED, (40, 60))
     together, sizes = draw_masks(*arguments), []
     packed = masks._packed
-    monkeypatch.setattr(masks, "_packed", lambda logits: sizes.append(len(logits)) or packed(logits))
+    monkeypatch.setattr(
+        masks, "_packed", lambda logits: sizes.append(len(logits)) or packed(logits)
+    )
     monkeypatch.setattr(masks, "AT_ONCE", 2 * 40 * 60)
     apart = draw_masks(*arguments)
     assert sizes == [2, 2, 2]
@@ -63,7 +73,9 @@ def test_a_few_at_a_time_or_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_box_detector_keeps_its_boxes() -> None:
-    """Masks change the order and, where asked, the scores; suppression is what it is without masks."""
+    """Masks change the order and, where asked, the scores; suppression is what it is without
+    masks.
+    """
     output = output_of()
     bare = output._replace(mask_embeds=None, masks=None)
     for options in ({}, {"nms": 0.4}, {"soft_nms": 0.4}):
@@ -78,13 +90,16 @@ def test_a_box_detector_keeps_its_boxes() -> None:
         for one, other in zip(plain, weighed, strict=True):
             assert (other.scores <= one.scores.max()).all()
             assert (other.scores.diff() <= 0).all()
-            assert sorted(map(tuple, one.boxes.tolist())) == sorted(map(tuple, other.boxes.tolist()))
+            assert sorted(map(tuple, one.boxes.tolist())) == sorted(
+                map(tuple, other.boxes.tolist())
+            )
 
 
 def test_suppression_reads_the_boxes_of_masks() -> None:
     output = output_of()
     postprocess = Postprocess(18, boxes_of_masks=True)
-    every, kept = postprocess(output, SIZES)[0], Postprocess(18, boxes_of_masks=True, nms=0.5)(output, SIZES)[0]
+    every = postprocess(output, SIZES)[0]
+    kept = Postprocess(18, boxes_of_masks=True, nms=0.5)(output, SIZES)[0]
     assert 0 < len(kept.scores) < len(every.scores)
     assert kept.masks is not None
     assert every.masks is not None
@@ -95,7 +110,9 @@ def test_suppression_reads_the_boxes_of_masks() -> None:
 
 
 def test_padding_is_cut_before_the_second_resize() -> None:
-    """What stands in the padded part of the features reaches the mask's border alone, through the first resize."""
+    """What stands in the padded part of the features reaches the mask's border alone, through the
+    first resize.
+    """
     output = output_of()
     assert output.masks is not None
     changed: Tensor = output.masks.map.clone()
@@ -125,8 +142,12 @@ def test_polygons_run_along_the_pixels() -> None:
 
 def test_a_prediction_gives_its_masks() -> None:
     drawn = np.random.default_rng(0).random((3, 8, 9)) < 0.5
-    plain = Prediction(None, (8, 9), [0.9, 0.8, 0.7], ["a"] * 3, [0] * 3, [1] * 3, [(0.0, 0.0, 9.0, 8.0)] * 3)
-    found = replace(plain, runs=tuple(map(encode, drawn)), pixels=torch.zeros(3, 8, 9, dtype=torch.uint8))
+    plain = Prediction(
+        None, (8, 9), [0.9, 0.8, 0.7], ["a"] * 3, [0] * 3, [1] * 3, [(0.0, 0.0, 9.0, 8.0)] * 3
+    )
+    found = replace(
+        plain, runs=tuple(map(encode, drawn)), pixels=torch.zeros(3, 8, 9, dtype=torch.uint8)
+    )
     assert found.masks is not None
     assert np.array_equal(found.masks, drawn)
     assert np.array_equal(found.mask(1), drawn[1])
@@ -153,7 +174,11 @@ def test_masks_are_painted_inside_alone() -> None:
     picture = Image.fromarray(np.full((60, 80, 3), 200, dtype=np.uint8))
     large, small = np.zeros((30, 40), dtype=np.bool_), np.zeros((30, 40), dtype=np.bool_)
     large[5:25, 5:25], small[10:20, 10:20] = True, True
-    masks = [(encode(small), (255, 0, 0)), (encode(large), (0, 0, 255)), (encode(large & False), (0, 255, 0))]
+    masks = [
+        (encode(small), (255, 0, 0)),
+        (encode(large), (0, 0, 255)),
+        (encode(large & False), (0, 255, 0)),
+    ]
     paint_masks(picture, (30, 40), masks, 1)
     pixels = np.asarray(picture).astype(int)
     assert (pixels[:, 54:] == 200).all()

@@ -1,4 +1,6 @@
-"""Hungarian matching: against scipy on the plain cost, for layers, copies, empty images, bad numbers."""
+"""Hungarian matching: against scipy on the plain cost, for layers, copies, empty images, bad
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 CLASSES = 6
 
 
-def problem(layers: int, sizes: tuple[int, ...], queries: int, seed: int = 0) -> tuple[DecoderOutput, Targets]:
+def problem(
+    layers: int, sizes: tuple[int, ...], queries: int, seed: int = 0
+) -> tuple[DecoderOutput, Targets]:
     g = torch.Generator().manual_seed(seed)
     batch, total = len(sizes), sum(sizes)
     logits = torch.randn(layers, batch, queries, CLASSES, generator=g) * 3
     boxes = torch.rand(layers, batch, queries, 4, generator=g) * 0.5 + 0.1
     labels = torch.randint(CLASSES, (total,), generator=g)
-    return DecoderOutput(logits, boxes, boxes), Targets(labels, torch.rand(total, 4, generator=g) * 0.5 + 0.1, sizes)
+    return DecoderOutput(logits, boxes, boxes), Targets(
+        labels, torch.rand(total, 4, generator=g) * 0.5 + 0.1, sizes
+    )
 
 
 def full_cost(logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
@@ -57,7 +63,10 @@ def test_is_optimal_for_every_layer_image_and_copy(
         first = targets.offsets[image]
         gt = slice(first, first + sizes[image])
         cost = full_cost(
-            output.logits[layer, image, own], output.boxes[layer, image, own], targets.labels[gt], targets.boxes[gt]
+            output.logits[layer, image, own],
+            output.boxes[layer, image, own],
+            targets.labels[gt],
+            targets.boxes[gt],
         )
         for q, t in zip(*linear_sum_assignment(cost.numpy()), strict=True):
             expected.add((layer, image, int(q) + copy * each, int(t) + first))
@@ -104,7 +113,8 @@ def test_permuting_queries_permutes_the_assignment(seed: int, order: list[int]) 
     output, targets = problem(1, (2, 3), 7, seed)
     turned = output.map(lambda t: t[:, :, order])
     plain = {
-        (image, query, target) for _, image, query, target in rows(assign([Match(output, targets, Hungarian())])[0])
+        (image, query, target)
+        for _, image, query, target in rows(assign([Match(output, targets, Hungarian())])[0])
     }
     other = rows(assign([Match(turned, targets, Hungarian())])[0])
     assert {(image, order[query], target) for _, image, query, target in other} == plain
@@ -124,7 +134,9 @@ def test_cost_of_many_classes_is_not_computed() -> None:
 
 
 @pytest.mark.parametrize("cached", [1, 200, 500])
-def test_costs_computed_in_pieces_are_the_same(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_computed_in_pieces_are_the_same(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Image by image, several images, and several layers at a time."""
     output, targets = problem(layers=3, sizes=(4, 0, 7), queries=12)
     match = [Match(output, targets, Hungarian(), copies=2)]
@@ -135,16 +147,23 @@ def test_costs_computed_in_pieces_are_the_same(cached: int, monkeypatch: pytest.
 
 
 def test_union_gives_each_query_its_most_frequent_target() -> None:
-    """Over the layers of all matches; the lower target where two tie, and the same at every layer of a match."""
+    """Over the layers of all matches; the lower target where two tie, and the same at every layer
+    of a match.
+    """
     (output, targets), (other, _) = problem(3, (3, 2, 0), 6), problem(1, (3, 2, 0), 6, seed=1)
     members = tuple(Match(o, targets, Hungarian(union=True), copies=2) for o in (output, other))
     *own, found = assign([*members, Match(output, targets, United(members), copies=2)])
     votes: dict[tuple[int, int], list[int]] = {}
     for _, image, query, target in (row for a in own for row in rows(a)):
         votes.setdefault((image, query), []).append(target)
-    best = {key: min(set(said), key=lambda t, said=said: (-said.count(t), t)) for key, said in votes.items()}
+    best = {
+        key: min(set(said), key=lambda t, said=said: (-said.count(t), t))
+        for key, said in votes.items()
+    }
     assert any(len(set(said)) > 1 for said in votes.values())
-    assert rows(found) == {(layer, *key, target) for key, target in best.items() for layer in range(3)}
+    assert rows(found) == {
+        (layer, *key, target) for key, target in best.items() for layer in range(3)
+    }
     sets = {(layer, query // 3, target) for layer, _, query, target in rows(found)}
     assert len(found.candidate_set.unique()) == len(sets)
 

@@ -1,5 +1,6 @@
-"""Losses and gradients are finite for the most extreme outputs and targets: saturated logits, boxes of no size, more
-objects than queries, one class and 2,000. `tests/soak` takes every stack of schemes through it."""
+"""Losses and gradients are finite for the most extreme outputs and targets: saturated logits, boxes
+of no size, more objects than queries, one class and 2,000. `tests/soak` takes every stack of
+schemes through it."""
 
 from __future__ import annotations
 
@@ -36,12 +37,16 @@ def saturated(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("rule", CLASSIFICATION)
 def test_every_loss_rule(rule: str, classes: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = saturated(torch.randn(2, 2, 100, classes, generator=generator)).to(dtype).requires_grad_()
+    logits = (
+        saturated(torch.randn(2, 2, 100, classes, generator=generator)).to(dtype).requires_grad_()
+    )
     boxes = torch.rand(2, 2, 100, 4, generator=generator)
     boxes[..., 2:] = SIDES.repeat(20)[:, None]
     boxes.requires_grad_()
     supervision = build_supervision(small("tiny").override(f"loss.classification={rule}"))
-    task = supervision.task("main", DecoderOutput(logits, boxes, boxes), crowd(classes), torch.tensor(250.0))
+    task = supervision.task(
+        "main", DecoderOutput(logits, boxes, boxes), crowd(classes), torch.tensor(250.0)
+    )
     losses, _ = supervise([task])
     total = torch.stack(list(losses.values())).sum()
     total.backward()
@@ -52,14 +57,22 @@ def test_every_loss_rule(rule: str, classes: int, dtype: torch.dtype) -> None:
 
 
 def losses_of(recipe: Recipe, classes: int, *, amp: bool) -> dict[str, Tensor]:
-    """The losses of a step whose class logits are all saturated, those of proposals too, after its backward pass."""
+    """The losses of a step whose class logits are all saturated, those of proposals too, after its
+    backward pass.
+    """
     model = build(recipe, classes).train()
     saturate(model)
     batch, truth = images(), crowd(classes)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        losses = model(batch, truth if model.sampling is None else with_bitmaps(truth, batch)).losses
+        losses = model(
+            batch, truth if model.sampling is None else with_bitmaps(truth, batch)
+        ).losses
     torch.stack(list(losses.values())).sum().backward()
-    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    wrong = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and not p.grad.isfinite().all()
+    ]
     assert not wrong, wrong
     return losses
 
@@ -71,11 +84,16 @@ def saturate(model: TrainableDetector) -> None:
 
     def decoded(*args: object) -> dict[str, DecoderOutput]:
         outputs = decode(*args)  # type: ignore[arg-type]
-        return {name: output._replace(logits=saturated(output.logits)) for name, output in outputs.items()}
+        return {
+            name: output._replace(logits=saturated(output.logits))
+            for name, output in outputs.items()
+        }
 
     def proposed(*args: object) -> object:
         queries, proposals = propose(*args)  # type: ignore[arg-type]
-        return queries, None if proposals is None else proposals._replace(logits=saturated(proposals.logits))
+        return queries, None if proposals is None else proposals._replace(
+            logits=saturated(proposals.logits)
+        )
 
     detector.decode, detector.propose = decoded, proposed  # type: ignore[method-assign, assignment]
 

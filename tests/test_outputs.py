@@ -32,7 +32,11 @@ def test_what_somebody_else_made_or_changed_is_refused_by_name(tmp_path: Path) -
     (tmp_path / "labels.txt").write_text("0 1, put right by hand")
     with pytest.raises(UserError, match="has been changed since"):
         Outputs(tmp_path).ready(["labels.txt"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".detrellis.jsonl", "labels.txt", "photo.jpg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".detrellis.jsonl",
+        "labels.txt",
+        "photo.jpg",
+    ]
 
 
 def test_an_input_is_refused_also_where_an_earlier_call_made_it(tmp_path: Path) -> None:
@@ -68,7 +72,9 @@ def test_a_link_to_what_was_made_here_stays_a_link(tmp_path: Path) -> None:
     assert made.is_symlink()
 
 
-def test_without_hard_links_nothing_is_written_over_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_nothing_is_written_over_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_links(*_: object) -> None:
         raise PermissionError(1, "not supported")
 
@@ -124,7 +130,9 @@ def test_a_log_stays_ours_while_it_grows(tmp_path: Path) -> None:
     Outputs(tmp_path).ready(["metrics.jsonl"])
 
 
-def test_a_folder_that_cannot_be_written_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_named_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"file: a file, not a folder\n.*--results"):

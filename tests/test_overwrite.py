@@ -1,4 +1,6 @@
-"""Each verb beside files that are the user's: it refuses before any work, and can be repeated on its own."""
+"""Each verb beside files that are the user's: it refuses before any work, and can be repeated on
+its own.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained detector, stored as a run stores it."""
-    recipe, source = small("tiny", ["none"]).override(["data.size=64", "data.augment=detr"]), resolve(data=data)
+    recipe = small("tiny", ["none"]).override(["data.size=64", "data.augment=detr"])
+    source = resolve(data=data)
     folder = tmp_path_factory.mktemp("run")
     classes = source.load("train").classes
     weights = build(recipe, len(classes)).detector.state_dict()
@@ -53,7 +56,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work before the refusal")
 
-    for place in ("verbs.training.prepare", "loading.prepare_split", "verbs.training.load_any", "loading.load_any"):
+    for place in (
+        "verbs.training.prepare",
+        "loading.prepare_split",
+        "verbs.training.load_any",
+        "loading.load_any",
+    ):
         monkeypatch.setattr(f"detrellis.{place}", work)
     return monkeypatch
 
@@ -70,7 +78,9 @@ def test_results_of_eval(run: Path, tmp_path: Path, no_work: pytest.MonkeyPatch)
     assert isinstance(json.loads(file.read_text()), list)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/events", "best.safetensors", "last.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "tensorboard/events", "best.safetensors", "last.safetensors"]
+)
 def test_a_new_run(data: Path, tmp_path: Path, no_work: pytest.MonkeyPatch, name: str) -> None:
     why = "there are weights" if "safetensors" in name else "is there already"
     mine = tmp_path / name
@@ -103,7 +113,9 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
     monkeypatch.setattr("detrellis.folders.time.strftime", lambda _: "20260101-120000")
     monkeypatch.setattr("detrellis.verbs.training.run_job", lambda job, *_, **__: job.out)
     folders = [detrellis.train("tiny", data=data, workers=0) for _ in range(3)]
-    assert list(map(str, folders)) == [f"runs/tiny-20260101-120000{end}" for end in ("", "-2", "-3")]
+    assert list(map(str, folders)) == [
+        f"runs/tiny-20260101-120000{end}" for end in ("", "-2", "-3")
+    ]
 
 
 def test_figures(run: Path, tmp_path: Path) -> None:
@@ -125,7 +137,10 @@ def test_the_demo(tmp_path: Path) -> None:
 
     from detrellis.demo import run_demo
 
-    refused(lambda: run_demo(tmp_path, epochs=1, seed=0, console=Console(quiet=True)), tmp_path / "predictions.jpg")
+    refused(
+        lambda: run_demo(tmp_path, epochs=1, seed=0, console=Console(quiet=True)),
+        tmp_path / "predictions.jpg",
+    )
     assert not (tmp_path / "data").exists()
 
 
@@ -145,10 +160,14 @@ def test_a_converted_checkpoint(run: Path, tmp_path: Path) -> None:
         detrellis.convert(out, out, to="detrellis")
 
 
-def test_a_run_without_validation_names_what_can_be_measured(run: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_without_validation_names_what_can_be_measured(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
     source = resolve(data=data)
     alone = DataSource(source.kind, {"train": source.splits["train"]})
-    with pytest.raises(UserError, match=r"no split `val`\n.*--split train, or name annotations: --val FILE"):
+    with pytest.raises(
+        UserError, match=r"no split `val`\n.*--split train, or name annotations: --val FILE"
+    ):
         detrellis.evaluate(run, data=alone, workers=0)
     with pytest.raises(UserError, match=r"no split `test`\n.*--split train or --split val"):
         detrellis.evaluate(run, split="test", workers=0)

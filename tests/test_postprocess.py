@@ -1,4 +1,6 @@
-"""From outputs to detections: soft and hard NMS against plain loops, their place, and callers that get few or none."""
+"""From outputs to detections: soft and hard NMS against plain loops, their place, and callers that
+get few or none.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,13 @@ row = st.tuples(corner, corner, side, side, score, st.integers(0, 2))
 @settings(deadline=None)
 def test_equals_a_plain_loop(rows: list[tuple[float, ...]], threshold: float) -> None:
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
-    boxes, scores, labels = torch.cat([table[:, :2], table[:, :2] + table[:, 2:4]], 1), table[:, 4], table[:, 5].long()
+    boxes = torch.cat([table[:, :2], table[:, :2] + table[:, 2:4]], 1)
+    scores = table[:, 4]
+    labels = table[:, 5].long()
     found = soft_nms(boxes, scores, labels, threshold)
-    torch.testing.assert_close(found, plain_soft_nms(boxes, scores, labels, threshold), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        found, plain_soft_nms(boxes, scores, labels, threshold), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 20])
@@ -59,9 +65,12 @@ def test_equals_a_plain_loop_in_a_crowd(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     low = torch.rand(80, 2, generator=generator) * 8
     boxes = torch.cat([low, low + 10 + 5 * torch.rand(80, 2, generator=generator)], 1)
-    scores, labels = torch.rand(80, generator=generator), torch.randint(classes, (80,), generator=generator)
+    scores = torch.rand(80, generator=generator)
+    labels = torch.randint(classes, (80,), generator=generator)
     found = soft_nms(boxes, scores, labels, 0.5)
-    torch.testing.assert_close(found, plain_soft_nms(boxes, scores, labels, 0.5), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        found, plain_soft_nms(boxes, scores, labels, 0.5), atol=1e-6, rtol=1e-5
+    )
     assert (found < scores).any()
 
 
@@ -74,7 +83,9 @@ def test_a_lowered_box_takes_its_turn_later() -> None:
     assert torch.equal(soft_nms(boxes, scores, torch.arange(3), 0.8), scores)
 
 
-@pytest.mark.parametrize(("other", "overlap"), [((0.0, 0.0, 10.0, 5.0), 0.5), ((2.0, 0.0, 10.0, 10.0), 0.8)])
+@pytest.mark.parametrize(
+    ("other", "overlap"), [((0.0, 0.0, 10.0, 5.0), 0.5), ((2.0, 0.0, 10.0, 10.0), 0.8)]
+)
 def test_the_threshold_itself_counts(other: tuple[float, ...], overlap: float) -> None:
     boxes = torch.tensor([(0.0, 0.0, 10.0, 10.0), other])
     found = soft_nms(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64), overlap)
@@ -84,7 +95,9 @@ def test_the_threshold_itself_counts(other: tuple[float, ...], overlap: float) -
 def test_a_score_that_is_not_a_number_is_left_to_be_reported() -> None:
     """Nor does one keep the others from being compared within their classes."""
     boxes, labels = torch.tensor([[0.0, 0.0, 4.0, 4.0]] * 4), torch.tensor([0, 0, 0, 1])
-    found = soften(Detections(torch.tensor([torch.nan, 0.9, 0.8, 0.7]), labels, boxes), (8, 8), 0.5, 10)
+    found = soften(
+        Detections(torch.tensor([torch.nan, 0.9, 0.8, 0.7]), labels, boxes), (8, 8), 0.5, 10
+    )
     assert found.scores.isnan().tolist() == [True, False]
     assert found.labels.tolist() == [0, 1]
     boxes[0] = torch.nan
@@ -96,7 +109,12 @@ def test_a_score_that_is_not_a_number_is_left_to_be_reported() -> None:
 def test_boxes_are_clipped_first() -> None:
     """Two boxes that differ outside the image only are one."""
     boxes = torch.tensor([[10.0, 10.0, 20.0, 20.0], [10.0, 10.0, 90.0, 20.0]])
-    found = soften(Detections(torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64), boxes), (30, 20), 0.8, 10)
+    found = soften(
+        Detections(torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64), boxes),
+        (30, 20),
+        0.8,
+        10,
+    )
     assert found.boxes.tolist() == [[10, 10, 20, 20]]
 
 
@@ -116,7 +134,9 @@ def test_it_stands_between_the_best_pairs_and_the_best_of_them(softmax: bool, to
     plain = Postprocess(9, softmax)
     every = plain(output, SIZES)[0]
     lowered = plain_soft_nms(every.boxes, every.scores, every.labels, 0.6)
-    order = sorted((i for i in range(9) if lowered[i] > 0), key=lambda i: -float(lowered[i]))[:top_k]
+    order = sorted((i for i in range(9) if lowered[i] > 0), key=lambda i: -float(lowered[i]))[
+        :top_k
+    ]
     found = replace(plain, top_k=top_k, soft_nms=0.6)(output, SIZES)[0]
     torch.testing.assert_close(found.scores, lowered[order])
     assert torch.equal(found.labels, every.labels[order])
@@ -139,7 +159,10 @@ def test_of_half_precision_and_of_nothing() -> None:
 def test_the_recipe_asks_for_it() -> None:
     recipe = small("tiny")
     assert build(recipe, CLASSES).detector.postprocess.soft_nms is None
-    assert build(recipe.override("detector.soft_nms=0.8"), CLASSES).detector.postprocess.soft_nms == 0.8
+    assert (
+        build(recipe.override("detector.soft_nms=0.8"), CLASSES).detector.postprocess.soft_nms
+        == 0.8
+    )
 
 
 # NMS
@@ -157,7 +180,9 @@ def detections(count: int, seed: int = 0, spread: float = 100.0) -> Detections:
 @pytest.mark.parametrize("k", [1, 5, 40, 1000])
 @pytest.mark.parametrize("spread", [2.0, 100.0])
 def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float) -> None:
-    """Also where only few of very many boxes are kept, which takes more than the first that are looked at."""
+    """Also where only few of very many boxes are kept, which takes more than the first that are
+    looked at.
+    """
     found = detections(300, spread=spread)
     overlap = pairwise_iou(found.boxes, found.boxes)
     kept: list[int] = []
@@ -171,7 +196,9 @@ def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float
 
 def test_duplicates_do_not_fill_the_places_of_others() -> None:
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]] * 5 + [[50.0, 50.0, 60.0, 60.0]])
-    found = Detections(torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), torch.zeros(6, dtype=torch.int64), boxes)
+    found = Detections(
+        torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), torch.zeros(6, dtype=torch.int64), boxes
+    )
     assert [round(s, 1) for s in hard_nms(found, 0.7, 2).scores.tolist()] == [0.9, 0.1]
     nothing = found.take(torch.arange(0))
     assert len(hard_nms(nothing, 0.7, 2).scores) == 0
@@ -194,7 +221,9 @@ def test_trying_some_boxes_first_changes_nothing(most: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same random weights without it and with it; many of their boxes are duplicates of each other."""
+    """The same random weights without it and with it; many of their boxes are duplicates of each
+    other.
+    """
     place = tmp_path_factory.mktemp("runs")
     plain, soft = (small_recipe("tiny", f"detector.soft_nms={t}") for t in ("null", 0.5))
     return untrained(place / "plain", shapes, plain), untrained(place / "soft", shapes, soft)
@@ -209,7 +238,9 @@ def test_a_run_keeps_it(runs: tuple[Path, Path], shapes: Path) -> None:
 
 
 def test_hard_nms_takes_its_place(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Whose gain tells how many duplicates there were: it must see all of them, with the scores they had."""
+    """Whose gain tells how many duplicates there were: it must see all of them, with the scores
+    they had.
+    """
     files = [tmp_path / f"{run.name}.json" for run in runs]
     for run, file in zip(runs, files, strict=True):
         evaluate(run, nms=0.5, results=file, workers=0, device="cpu")
@@ -224,6 +255,8 @@ def test_images_without_any_detection(
     result = evaluate(runs[1], results=tmp_path / "none.json", workers=0, device="cpu")
     assert (result.images, result.detections, result.ap) == (5, 0, 0)
     assert json.loads((tmp_path / "none.json").read_text()) == []
-    found = predict(runs[1], shapes / "images" / "val", threshold=0, out=tmp_path / "pictures", device="cpu")
+    found = predict(
+        runs[1], shapes / "images" / "val", threshold=0, out=tmp_path / "pictures", device="cpu"
+    )
     assert [p.boxes for p in found] == [[]] * 5
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 5

@@ -1,4 +1,6 @@
-"""bf16 autocast: the step runs, what must stay float32 does, and the losses stay near those of float32."""
+"""bf16 autocast: the step runs, what must stay float32 does, and the losses stay near those of
+float32.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from .small import CLASSES, images, small, targets, with_bitmaps
 @every_recipe
 def test_a_step_under_autocast(name: str) -> None:
     torch.manual_seed(0)
-    recipe = recipe_of(name, "own").override(["detector.dropout=0.0", "detector.backbone.drop_path=0.0"])
+    recipe = recipe_of(name, "own").override(
+        ["detector.dropout=0.0", "detector.backbone.drop_path=0.0"]
+    )
     model = build(recipe, CLASSES)
     model.train()
     batch = images(((64, 96), (64, 80)))

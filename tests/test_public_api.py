@@ -13,7 +13,9 @@ from .public_api import HEADER, STORED, interface, unreleased, written
 
 def test_the_public_interface_is_the_recorded_one() -> None:
     recorded = STORED.read_text().partition("\n")[2]
-    assert interface() == recorded, "describe the change in CHANGELOG.md, then: python -m tests.public_api"
+    assert interface() == recorded, (
+        "describe the change in CHANGELOG.md, then: python -m tests.public_api"
+    )
 
 
 def test_a_changed_interface_needs_the_changelog() -> None:
@@ -23,7 +25,10 @@ def test_a_changed_interface_needs_the_changelog() -> None:
         written(stored, "load(path)\n", changelog)
     assert written(stored, "load(place)\n", changelog) == stored
     described = changelog.replace("* One.", "* `load` names its argument `path`.")
-    assert written(stored, "load(path)\n", described) == f"{HEADER}{unreleased(described)}\nload(path)\n"
+    assert (
+        written(stored, "load(path)\n", described)
+        == f"{HEADER}{unreleased(described)}\nload(path)\n"
+    )
     assert unreleased(changelog.replace("Old", "Older")) == unreleased(changelog)
 
 

@@ -18,7 +18,9 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 from .test_matching import problem
 
 
-def naive(output: DecoderOutput, targets: Targets, found: Assignment, layer: int, boxes: float) -> dict[str, Tensor]:
+def naive(
+    output: DecoderOutput, targets: Targets, found: Assignment, layer: int, boxes: float
+) -> dict[str, Tensor]:
     wanted = torch.zeros_like(output.logits[layer])
     l1 = giou = torch.zeros(())
     for where, image, query, target in zip(*(t.tolist() for t in found[:4]), strict=True):
@@ -44,7 +46,9 @@ def test_every_layer_equals_the_naive_loss() -> None:
 def test_weights_names_and_metrics() -> None:
     output, targets = problem(2, (4, 2), 9)
     supervision = Supervision(weights={"class": 3.0, "box": 0.0, "giou": 1.0})
-    losses, _ = supervise([supervision.task("main", output, targets, torch.tensor(6.0), weight=0.5)])
+    losses, _ = supervise(
+        [supervision.task("main", output, targets, torch.tensor(6.0), weight=0.5)]
+    )
     assert set(losses) == {f"main/{t}/{i}" for t in ("class", "box", "giou") for i in range(2)}
     found = assign([Match(output, targets, Hungarian())])[0]
     plain = SetLoss()(output, targets, found, torch.tensor(6.0))
@@ -55,13 +59,17 @@ def test_weights_names_and_metrics() -> None:
 def test_the_metric_is_the_iou_of_the_last_layers_positives() -> None:
     """Of each task its own, though all are computed together; in as many layers as each has."""
     problems = {"main": problem(3, (4, 0, 2), 9), "proposals": problem(1, (4, 0, 2), 9, seed=1)}
-    tasks = [Supervision().task(name, *given, torch.tensor(6.0)) for name, given in problems.items()]
+    tasks = [
+        Supervision().task(name, *given, torch.tensor(6.0)) for name, given in problems.items()
+    ]
     _, metrics = supervise(tasks)
     for name, (output, targets) in problems.items():
         found = assign([Match(output, targets, Hungarian())])[0]
         last = found.layer == len(output.boxes) - 1
         predicted = output.boxes[-1, found.image[last], found.query[last]]
-        overlaps = pairwise_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(targets.boxes[found.target[last]])).diag()
+        overlaps = pairwise_iou(
+            cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(targets.boxes[found.target[last]])
+        ).diag()
         assert len(overlaps) == 6
         torch.testing.assert_close(metrics[f"{name}/iou"], overlaps.mean())
 
@@ -72,7 +80,10 @@ def test_what_positives_should_learn_has_no_gradient() -> None:
     pairs = pair_up(output, targets, assign([Match(output, targets, Hungarian())])[0])
     assert not pairs.iou.requires_grad
     assert pairs.giou.requires_grad
-    assert all(not rule(pairs).target.requires_grad for rule in (iou_target, scaled_iou_target, giou_target))
+    assert all(
+        not rule(pairs).target.requires_grad
+        for rule in (iou_target, scaled_iou_target, giou_target)
+    )
 
 
 def test_softmax_loss_is_torch_cross_entropy() -> None:
@@ -90,13 +101,17 @@ def test_softmax_loss_is_torch_cross_entropy() -> None:
 
 
 def test_one_to_many_counts_copies_as_targets() -> None:
-    """The repeated targets' loss over as many boxes: the loss of one-to-many without groups (Group DETR, Fig. 1)."""
+    """The repeated targets' loss over as many boxes: the loss of one-to-many without groups (Group
+    DETR, Fig. 1).
+    """
     output, targets = problem(2, (2, 1), 9)
     boxes = torch.tensor(3.0)
     several = build_supervision(find_recipe("deformable-detr-r50").override("loss.one_to_many=3"))
     losses, _ = supervise([several.task("main", output, targets, boxes)])
     labels, truth = (t.split(targets.sizes) for t in targets[:2])
-    repeated = Targets(torch.cat([t.repeat(3) for t in labels]), torch.cat([t.repeat(3, 1) for t in truth]), (6, 3))
+    repeated = Targets(
+        torch.cat([t.repeat(3) for t in labels]), torch.cat([t.repeat(3, 1) for t in truth]), (6, 3)
+    )
     plain = build_supervision(find_recipe("deformable-detr-r50"))
     expected, _ = supervise([plain.task("main", output, repeated, 3 * boxes)])
     for name, value in expected.items():

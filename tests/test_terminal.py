@@ -1,4 +1,6 @@
-"""What is printed: whole names on a terminal of any width, plain lines into a pipe, and nothing read as markup."""
+"""What is printed: whole names on a terminal of any width, plain lines into a pipe, and nothing
+read as markup.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def printed(*objects: object, width: int | None = None, encoding: str = "utf-8")
     """Into a pipe, or on a terminal of that width."""
     bytes_ = io.BytesIO()
     file = io.TextIOWrapper(bytes_, encoding=encoding, errors="backslashreplace")
-    console = Terminal(file=file, force_terminal=width is not None, width=width, height=50, color_system=None)
+    console = Terminal(
+        file=file, force_terminal=width is not None, width=width, height=50, color_system=None
+    )
     console.print(*objects)
     file.flush()
     return bytes_.getvalue().decode(encoding)
@@ -37,7 +41,9 @@ def test_a_table_in_a_pipe_is_lines_of_text(monkeypatch: pytest.MonkeyPatch) -> 
     lines = printed(table("a [title] of more letters than the forty that fit")).splitlines()
     assert lines[0] == "a [title] of more letters than the forty that fit"
     assert lines[1].split() == ["recipe", "what", "it", "is", "epochs"]
-    assert lines[2] == f"{LONG}  the paper's network with hybrid matching and aligned losses      12"
+    assert (
+        lines[2] == f"{LONG}  the paper's network with hybrid matching and aligned losses      12"
+    )
     assert lines[3].split() == ["[red]", "two", "300"]
     assert lines[4].strip() == "lines :dog:"
     assert lines[1:] == plain_lines(table())
@@ -90,7 +96,11 @@ def test_a_table_with_names_that_the_console_lacks_keeps_its_frame(encoding: str
     assert "\\u7a2e" in text
     assert len(set(map(len, text.splitlines()))) == 1
     lines = printed(made, encoding=encoding).splitlines()
-    assert [line.rindex(end) for line, end in zip(lines, ("boxes", "7", "12"), strict=True)] == [21, 21, 21]
+    assert [line.rindex(end) for line, end in zip(lines, ("boxes", "7", "12"), strict=True)] == [
+        21,
+        21,
+        21,
+    ]
 
 
 def test_escaping_keeps_the_styles_at_their_characters() -> None:
@@ -101,5 +111,7 @@ def test_escaping_keeps_the_styles_at_their_characters() -> None:
     (cell,) = column.cells
     assert isinstance(cell, Text)
     assert cell.plain == "a\\u732bbc\\u72ac"
-    assert [(cell.plain[span.start : span.end], span.style) for span in cell.spans] == [("bc", "red")]
+    assert [(cell.plain[span.start : span.end], span.style) for span in cell.spans] == [
+        ("bc", "red")
+    ]
     assert column.no_wrap

@@ -41,10 +41,14 @@ class Louder(TrainingScheme):
         return Extension([], {"louder/states": self.scale * step.memory.tokens.square().mean()})
 
 
-def losses_with(*schemes: TrainingScheme, name: str = "tiny", sizes: tuple[int, ...] = (2, 3)) -> dict[str, Tensor]:
+def losses_with(
+    *schemes: TrainingScheme, name: str = "tiny", sizes: tuple[int, ...] = (2, 3)
+) -> dict[str, Tensor]:
     plain = build(small(name, ["none"]), CLASSES)
     mode = plain.proposal_targets
-    model = TrainableDetector(plain.detector, schemes, plain.supervision, proposal_targets=mode).eval()
+    model = TrainableDetector(
+        plain.detector, schemes, plain.supervision, proposal_targets=mode
+    ).eval()
     out: dict[str, Tensor] = model(images(), targets(sizes)).losses
     return out
 
@@ -57,7 +61,9 @@ def test_identical_copies_teach_what_one_does(name: str, sizes: tuple[int, ...])
     for key in [k for k in found if k.startswith("main/")]:
         # The sum over three copies is divided by three times the boxes, but by no less than one.
         expected = found[key] * 3 * boxes / max(3 * sum(sizes), 1)
-        torch.testing.assert_close(found[key.replace("main", "copies")], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found[key.replace("main", "copies")], expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_scheme_may_change_supervision_and_add_losses() -> None:
@@ -89,7 +95,8 @@ def test_the_denoising_block() -> None:
     assert block.supervision.rule is model.supervision.rule
     outputs = [
         model.detector.decode(
-            step.memory, {block.segment: block.queries, QueryBlock("main", q, model.supervision).segment: q}
+            step.memory,
+            {block.segment: block.queries, QueryBlock("main", q, model.supervision).segment: q},
         )
         for q in (step.queries, step.queries._replace(content=step.queries.content + 1))
     ]
@@ -101,12 +108,16 @@ def test_objectness_teaches_every_token_and_classes_the_selected_ones() -> None:
         plain = build(small(name, ["none"]), CLASSES)
         seen = []
 
-        def spy(output: DecoderOutput, *rest: object, seen: list[object] = seen) -> dict[str, Tensor]:
+        def spy(
+            output: DecoderOutput, *rest: object, seen: list[object] = seen
+        ) -> dict[str, Tensor]:
             seen.append((output.logits.shape[2], rest[0].labels.max().item()))  # type: ignore[attr-defined]
             return {"class": output.logits.sum((1, 2, 3))}
 
         spied = Supervision(plain.supervision.assign, spy, {"class": 1.0})
-        model = TrainableDetector(plain.detector, (), spied, proposal_targets=plain.proposal_targets).eval()
+        model = TrainableDetector(
+            plain.detector, (), spied, proposal_targets=plain.proposal_targets
+        ).eval()
         model(images(), targets((2, 3)))
         count, label = seen[-1]  # type: ignore[misc]
         assert (count > 12) == tokens

@@ -1,7 +1,9 @@
-"""Every verb with every recipe: what a recipe costs at full size, and all the rest at a size for a test.
+"""Every verb with every recipe: what a recipe costs at full size, and all the rest at a size for a
+test.
 
-Recipes that come to the same network, schemes and losses at that size share one case. What a verb does is tested
-elsewhere; here, that no recipe breaks it: it succeeds, or refuses where a recipe has not what the verb needs.
+Recipes that come to the same network, schemes and losses at that size share one case. What a verb
+does is tested elsewhere; here, that no recipe breaks it: it succeeds, or refuses where a recipe has
+not what the verb needs.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ SMALLEST = [
     "detector.queries.count=8",
     "detector.top_k=10",
     "data.size=[64, 64]",
-    # ImageNet's: with the mean and std of timm's test network, a head sees nothing after two steps, and conflicts
-    # between heads cannot be analysed.
+    # ImageNet's: with the mean and std of timm's test network, a head sees nothing after two steps,
+    # and conflicts between heads cannot be analysed.
     "data.mean=[0.485, 0.456, 0.406]",
     "data.std=[0.229, 0.224, 0.225]",
     "optim.batch_size=2",
@@ -49,10 +51,17 @@ def overrides(recipe: Recipe) -> list[str]:
     """What makes a recipe small, besides `--scale tiny`; of groups, two."""
     changes = SMALLEST
     if recipe.detector.encoder.kind == "projector":  # a plain ViT, and no encoder
-        elsewhere = [text for text in SMALLEST if not text.startswith(("detector.backbone.", "detector.encoder."))]
+        elsewhere = [
+            text
+            for text in SMALLEST
+            if not text.startswith(("detector.backbone.", "detector.encoder."))
+        ]
         changes = [*SMALL_VIT, *elsewhere]
     elif recipe.detector.backbone.kind == "eva02":
-        changes = [*SMALL_EVA, *(text for text in SMALLEST if not text.startswith("detector.backbone."))]
+        changes = [
+            *SMALL_EVA,
+            *(text for text in SMALLEST if not text.startswith("detector.backbone.")),
+        ]
     return [*changes, "schemes.group.k=2"] if recipe.schemes.group is not None else changes
 
 
@@ -71,19 +80,29 @@ TRAINED = distinct({name: as_trained(name) for name in NAMES})
 NETWORKS = distinct({name: as_trained(name) for name in NAMES}, ["detector"])  # all that is saved
 
 
-# Layers are alike: one of the encoder and two of the decoder are counted as all of them are, in a quarter of the time.
+# Layers are alike: one of the encoder and two of the decoder are counted as all of them are, in a
+# quarter of the time.
 def fewer(name: str) -> list[str]:
-    encoder = [] if find_recipe(name).detector.encoder.kind == "projector" else ["detector.encoder.layers=1"]
+    encoder = (
+        []
+        if find_recipe(name).detector.encoder.kind == "projector"
+        else ["detector.encoder.layers=1"]
+    )
     return [*encoder, "detector.decoder.layers=2"]
 
 
-FULL = distinct({name: find_recipe(name).override(fewer(name)) for name in NAMES}, ["detector", "schemes", "data"])
+FULL = distinct(
+    {name: find_recipe(name).override(fewer(name)) for name in NAMES},
+    ["detector", "schemes", "data"],
+)
 Call = Callable[..., str]
 
 
 @pytest.fixture
 def detrellis(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The command line, in this process. Figures are made but not drawn, which takes longer than all the rest."""
+    """The command line, in this process. Figures are made but not drawn, which takes longer than
+    all the rest.
+    """
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
 
     def run(*arguments: object, code: int = 0) -> str:
@@ -96,7 +115,9 @@ def detrellis(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two pictures to train on and one to evaluate on."""
-    return write_shapes(tmp_path_factory.mktemp("verbs") / "data", train=2, val=1, size=SIZE, masks=True)
+    return write_shapes(
+        tmp_path_factory.mktemp("verbs") / "data", train=2, val=1, size=SIZE, masks=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +128,9 @@ def runs(data: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def trained(runs: dict[str, Path], data: Path, detrellis: Call) -> Callable[[str], Path]:
-    """Of a recipe's name, a run of two epochs of a step each, that was broken off in the second and resumed."""
+    """Of a recipe's name, a run of two epochs of a step each, that was broken off in the second and
+    resumed.
+    """
 
     def train(name: str) -> Path:
         if name not in runs:
@@ -137,7 +160,9 @@ def interrupted(log_step: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.mark.parametrize("name", FULL)
 def test_info_at_full_size(name: str, detrellis: Call) -> None:
-    found = json.loads(detrellis("info", name, "--json", *(word for text in fewer(name) for word in ("-o", text))))
+    found = json.loads(
+        detrellis("info", name, "--json", *(word for text in fewer(name) for word in ("-o", text)))
+    )
     assert found["parameters"] > 1e6
     assert found["gflops"] > 0.5
 
@@ -150,7 +175,8 @@ def test_train_and_resume(name: str, trained: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_bench(name: str, detrellis: Call) -> None:
     how = ("--size", "64x64", "--runs", 1, "--json", *options(name))
-    modes = [[], ["--train"]] if name in NETWORKS else [["--train"]]  # where nothing trains, detectors alone differ
+    # Where nothing trains, detectors alone differ
+    modes = [[], ["--train"]] if name in NETWORKS else [["--train"]]
     for more in modes:
         assert json.loads(detrellis("bench", name, *how, *more))["timings"]
 
@@ -163,7 +189,12 @@ def test_eval_predict_and_convert(
     assert json.loads(detrellis("eval", run, "--workers", 0, "--json"))["images"] == 1
     shown = ("--out", tmp_path / "pictures", "--threshold", 0, "--json")
     assert len(json.loads(detrellis("predict", run, data / "images" / "val", *shown))) in (8, 10)
-    detrellis("convert", run, tmp_path / "theirs", code=0 if exists_in_transformers(as_trained(name)) else 2)
+    detrellis(
+        "convert",
+        run,
+        tmp_path / "theirs",
+        code=0 if exists_in_transformers(as_trained(name)) else 2,
+    )
 
 
 def exists_in_transformers(recipe: Recipe) -> bool:
@@ -184,16 +215,22 @@ OF_BRANCHES = ["branches", "conflicts", "query-distance"]
 def test_analyze_detectors(
     name: str, what: str, trained: Callable[[str], Path], tmp_path: Path, detrellis: Call
 ) -> None:
-    boxless = what in ("misalignment", "instability", "attention") and not as_trained(name).detector.boxes
+    boxless = (
+        what in ("misalignment", "instability", "attention") and not as_trained(name).detector.boxes
+    )
     analyze(what, trained(name), tmp_path, detrellis, code=2 if boxless else 0)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_analyze_schemes(name: str, trained: Callable[[str], Path], tmp_path: Path, detrellis: Call) -> None:
+def test_analyze_schemes(
+    name: str, trained: Callable[[str], Path], tmp_path: Path, detrellis: Call
+) -> None:
     schemes = as_trained(name).schemes
     for whats, scheme in ((OF_GROUPS, schemes.group), (OF_BRANCHES, schemes.co)):
         for what in whats:
-            analyze(what, trained(name), tmp_path / what, detrellis, code=2 if scheme is None else 0)
+            analyze(
+                what, trained(name), tmp_path / what, detrellis, code=2 if scheme is None else 0
+            )
 
 
 def analyze(what: str, run: Path, out: Path, detrellis: Call, code: int = 0) -> None:

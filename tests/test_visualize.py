@@ -33,13 +33,18 @@ def plain(width: int = 800, height: int = 600) -> Image.Image:
     return Image.new("RGB", (width, height), GREY)
 
 
-def colours(image: Image.Image, box: tuple[int, int, int, int] | None = None) -> set[tuple[int, int, int]]:
+def colours(
+    image: Image.Image, box: tuple[int, int, int, int] | None = None
+) -> set[tuple[int, int, int]]:
     part = image if box is None else image.crop(box)
     return {tuple(row) for row in np.asarray(part).reshape(-1, 3).tolist()}
 
 
 def tags(
-    boxes: list[Rectangle], labels: list[int], scores: list[float] | None, size: tuple[int, int] = (800, 600)
+    boxes: list[Rectangle],
+    labels: list[int],
+    scores: list[float] | None,
+    size: tuple[int, int] = (800, 600),
 ) -> list[visualize._Tag]:
     marks = visualize._marks(boxes, labels, scores, NAMES)
     return visualize._place(marks, visualize._style(marks, size, None), size)
@@ -79,7 +84,10 @@ def test_the_given_image_is_not_changed() -> None:
 
 def test_without_boxes_only_the_image_is_left() -> None:
     assert draw_detections(plain(), [], [], [], NAMES).tobytes() == plain().tobytes()
-    assert draw_detections(plain(), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)).size == (800, 600)
+    assert draw_detections(plain(), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)).size == (
+        800,
+        600,
+    )
 
 
 def test_without_legend_the_size_stays() -> None:
@@ -91,8 +99,17 @@ def test_without_legend_the_size_stays() -> None:
 def test_tensors_arrays_and_lists_give_the_same_picture() -> None:
     boxes, labels, scores = [[10.5, 10, 100, 100], [200, 50, 300, 400]], [0, 2], [0.5, 0.25]
     want = draw_detections(plain(), boxes, labels, scores, NAMES).tobytes()
-    assert draw_detections(plain(), np.array(boxes), np.array(labels), np.array(scores), NAMES).tobytes() == want
-    tensors = torch.tensor(boxes, requires_grad=True), torch.tensor(labels), torch.tensor(scores).bfloat16()
+    assert (
+        draw_detections(
+            plain(), np.array(boxes), np.array(labels), np.array(scores), NAMES
+        ).tobytes()
+        == want
+    )
+    tensors = (
+        torch.tensor(boxes, requires_grad=True),
+        torch.tensor(labels),
+        torch.tensor(scores).bfloat16(),
+    )
     assert draw_detections(plain(), *tensors, NAMES).tobytes() == want
 
 
@@ -103,8 +120,12 @@ def test_lengths_must_agree() -> None:
         draw_detections(plain(), [[0, 0, 1, 1]], [1], [0.5, 0.5])
 
 
-@pytest.mark.parametrize(("size", "want"), [((64, 48), (640, 480)), ((30, 60), (320, 640)), ((900, 700), (900, 700))])
-def test_small_images_are_enlarged_with_their_boxes(size: tuple[int, int], want: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "want"), [((64, 48), (640, 480)), ((30, 60), (320, 640)), ((900, 700), (900, 700))]
+)
+def test_small_images_are_enlarged_with_their_boxes(
+    size: tuple[int, int], want: tuple[int, int]
+) -> None:
     width, height = size
     box = [width / 4, height / 4, width / 2, height / 2]
     picture = draw_detections(plain(*size), [box], [0], [0.5], NAMES, legend=False)
@@ -120,14 +141,23 @@ def test_every_mode_of_image(mode: str) -> None:
 
 
 def test_boxes_outside_or_not_finite_are_left_out_and_others_cut_at_the_frame() -> None:
-    odd = [[900, 10, 950, 40], [-50, -50, -10, -10], [float("nan"), 0, 5, 5], [0, 0, float("inf"), 5]]
+    odd = [
+        [900, 10, 950, 40],
+        [-50, -50, -10, -10],
+        [float("nan"), 0, 5, 5],
+        [0, 0, float("inf"), 5],
+    ]
     assert draw_detections(plain(), odd, [0] * 4, [0.9] * 4, NAMES).tobytes() == plain().tobytes()
     picture = draw_detections(plain(), [[-100, -100, 2000, 2000]], [0], [0.9], NAMES, legend=False)
-    assert all(picture.getpixel(p) == colour_of(0) for p in ((799, 300), (0, 300), (400, 599), (400, 0)))
+    assert all(
+        picture.getpixel(p) == colour_of(0) for p in ((799, 300), (0, 300), (400, 599), (400, 0))
+    )
 
 
 def test_a_box_of_one_pixel_or_turned_around_is_drawn() -> None:
-    picture = draw_detections(plain(), [[300, 300, 300, 300], [500, 400, 450, 350]], [0, 1], None, NAMES, legend=False)
+    picture = draw_detections(
+        plain(), [[300, 300, 300, 300], [500, 400, 450, 350]], [0, 1], None, NAMES, legend=False
+    )
     assert picture.getpixel((300, 300)) == colour_of(0)
     assert picture.getpixel((450, 375)) == colour_of(1)
 
@@ -135,7 +165,9 @@ def test_a_box_of_one_pixel_or_turned_around_is_drawn() -> None:
 def test_a_small_box_lies_on_top_of_a_large_one() -> None:
     boxes = [[100, 100, 600, 500], [100, 100, 120, 120]]
     for order in ([0, 1], [1, 0]):
-        picture = draw_detections(plain(), [boxes[i] for i in order], order, None, NAMES, legend=False)
+        picture = draw_detections(
+            plain(), [boxes[i] for i in order], order, None, NAMES, legend=False
+        )
         assert picture.getpixel((100, 110)) == colour_of(1)
         assert picture.getpixel((100, 400)) == colour_of(0)
 
@@ -181,11 +213,14 @@ def test_tags_stay_in_the_frame_and_hardly_cover_each_other(seed: int, count: in
         assert tag.box[2] <= 800
         assert tag.box[3] <= 600
     for a, b in itertools.combinations(placed, 2):
-        assert shared(a.box, b.box) <= 0.11 * max((t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) for t in (a, b))
+        assert shared(a.box, b.box) <= 0.11 * max(
+            (t.box[2] - t.box[0]) * (t.box[3] - t.box[1]) for t in (a, b)
+        )
 
 
 def test_where_there_is_room_no_tag_covers_another() -> None:
-    boxes: list[Rectangle] = [(100.0 + 3 * i, 300, 200.0 + 3 * i, 400) for i in range(5)]  # nearly the same box
+    # Nearly the same box
+    boxes: list[Rectangle] = [(100.0 + 3 * i, 300, 200.0 + 3 * i, 400) for i in range(5)]
     placed = tags(boxes, [0] * 5, [0.9, 0.8, 0.7, 0.6, 0.5])
     assert sorted(t.text for t in placed) == [f"cat 0.{i}0" for i in (5, 6, 7, 8, 9)]
     assert all(shared(a.box, b.box) < 1 for a, b in itertools.combinations(placed, 2))
@@ -201,7 +236,10 @@ def test_where_there_is_no_room_the_best_scores_have_tags() -> None:
 
 def grid(count: int, side: float) -> list[Rectangle]:
     places = itertools.product(range(12), range(10))
-    return [(60.0 * x + 20, 55.0 * y + 20, 60.0 * x + 20 + side, 55.0 * y + 20 + side) for x, y in places][:count]
+    return [
+        (60.0 * x + 20, 55.0 * y + 20, 60.0 * x + 20 + side, 55.0 * y + 20 + side)
+        for x, y in places
+    ][:count]
 
 
 def test_a_crowd_has_thinner_lines_and_shorter_tags() -> None:
@@ -222,11 +260,14 @@ def test_a_crowd_has_thinner_lines_and_shorter_tags() -> None:
     assert texts == {".50", "dog 0.75"}  # a large box has room for its name
 
 
-@pytest.mark.parametrize(("size", "want"), [((3, 900), (160, 900)), ((900, 3), (900, 160)), ((1, 1), (640, 640))])
+@pytest.mark.parametrize(
+    ("size", "want"), [((3, 900), (160, 900)), ((900, 3), (900, 160)), ((1, 1), (640, 640))]
+)
 def test_a_strip_has_room_for_its_tags(size: tuple[int, int], want: tuple[int, int]) -> None:
     picture = draw_detections(plain(*size), [[0, 0, *size]], [1], [0.9], NAMES, legend=False)
     assert picture.size == want
-    assert (np.asarray(picture) == colour_of(1)).all(2).sum() > 300  # the tag, and not the frame alone
+    # The tag, and not the frame alone
+    assert (np.asarray(picture) == colour_of(1)).all(2).sum() > 300
     assert draw_detections(plain(*size), [], [], [], NAMES, min_side=1).size == size
 
 
@@ -247,7 +288,11 @@ def test_tags_and_lines_grow_with_the_picture() -> None:
 def test_the_legend_wraps_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     original = visualize._shortened
-    monkeypatch.setattr(visualize, "_shortened", lambda text, *rest: (written.append(text), original(text, *rest))[1])
+    monkeypatch.setattr(
+        visualize,
+        "_shortened",
+        lambda text, *rest: (written.append(text), original(text, *rest))[1],
+    )
     names = [f"class with a long name {i}" for i in range(30)]
     boxes = [[10 * i, 50, 10 * i + 8, 90] for i in range(30)] + [[500, 300, 600, 400]]
     picture = draw_detections(plain(), boxes, [*range(30), 3], None, names)
@@ -274,13 +319,19 @@ def test_letters_that_no_font_has_are_not_drawn_as_boxes(monkeypatch: pytest.Mon
     assert visualize._writable("Éléphant", None) == "Elephant"
     assert visualize._writable("血小板", None, "class 2") == "class 2"
     assert visualize._writable("a\n b", None) == "a b"
-    assert visualize._writable("赤血球 cell", None, "class 0") == "class 0 cell"  # not what 白血球 cell is called too
+    # Not what 白血球 cell is called too
+    assert visualize._writable("赤血球 cell", None, "class 0") == "class 0 cell"
     assert visualize._font_name(frozenset("é")) is None
     visualize._font_name.cache_clear()
 
 
 def test_the_font_with_most_of_the_letters_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = {None: frozenset("éß"), "a.ttf": frozenset("ß"), "b.ttf": frozenset(), "c.ttf": frozenset()}
+    lacking = {
+        None: frozenset("éß"),
+        "a.ttf": frozenset("ß"),
+        "b.ttf": frozenset(),
+        "c.ttf": frozenset(),
+    }
     monkeypatch.setattr(visualize, "_missing", lambda name, letters: lacking[name] & letters)
     monkeypatch.setattr(visualize, "FONTS", ("a.ttf", "b.ttf", "c.ttf"))
     visualize._font_name.cache_clear()
@@ -298,7 +349,8 @@ def test_a_font_that_is_not_installed_has_no_letter() -> None:
 
 def test_a_sheet_holds_every_picture_whole() -> None:
     pictures = [
-        Image.new("RGB", size, colour_of(i)) for i, size in enumerate([(300, 200), (200, 300), (100, 100), (50, 9)])
+        Image.new("RGB", size, colour_of(i))
+        for i, size in enumerate([(300, 200), (200, 300), (100, 100), (50, 9)])
     ]
     sheet = contact_sheet(pictures, 3, cell=150)
     counted = np.asarray(sheet).reshape(-1, 3)
@@ -313,7 +365,9 @@ def test_a_sheet_holds_every_picture_whole() -> None:
 def test_a_sheet_of_nothing_and_of_one() -> None:
     assert contact_sheet([], cell=100).size == (100, 100)
     assert colour_of(0) in colours(
-        contact_sheet([Image.new("L", (10, 10)).convert("RGB"), Image.new("RGB", (9, 9), colour_of(0))])
+        contact_sheet(
+            [Image.new("L", (10, 10)).convert("RGB"), Image.new("RGB", (9, 9), colour_of(0))]
+        )
     )
 
 

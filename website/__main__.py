@@ -1,4 +1,5 @@
-"""Builds the site from docs/, strictly: a link, a page, an anchor or a picture that is not there ends it.
+"""Builds the site from docs/, strictly: a link, a page, an anchor or a picture that is not there
+ends it.
 
 python -m website              # writes build/docs/site
 python -m website --out DIR    # elsewhere
@@ -22,16 +23,25 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # which zensical writes whatever it is 
 
 
 def main() -> int:
-    """Stage the pages, build them, and look at each link of what came out. The exit code: 0 where all is well."""
+    """Stage the pages, build them, and look at each link of what came out. The exit code: 0 where
+    all is well.
+    """
     parser = argparse.ArgumentParser(description="Build the docs site.")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "docs", help="folder, emptied first")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "docs", help="folder, emptied first"
+    )
     out = parser.parse_args().out
     shutil.rmtree(out, ignore_errors=True)
     config = stage(ROOT, out)
     zensical = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(config)]
-    built = subprocess.run(zensical, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}, check=False)
+    built = subprocess.run(
+        zensical, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"}, check=False
+    )
     if built.returncode:
-        print(COLOURS.sub("", f"{built.stdout}\n{built.stderr}".split("Traceback")[0]), file=sys.stderr)
+        print(
+            COLOURS.sub("", f"{built.stdout}\n{built.stderr}".split("Traceback")[0]),
+            file=sys.stderr,
+        )
         return 1
     wrong = problems(out / "site")
     print(*wrong, sep="\n", file=sys.stderr)

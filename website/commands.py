@@ -1,5 +1,5 @@
-"""The commands in the ```bash blocks of pages, as a shell would call them: bash itself expands loops and variables, and
-each command is written down instead of called."""
+"""The commands in the ```bash blocks of pages, as a shell would call them: bash itself expands
+loops and variables, and each command is written down instead of called."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ def blocks(page: Path) -> list[str]:
 
 
 def calls(script: str) -> list[list[str]]:
-    """The words of every command that the script calls, in its order. Raises `ValueError` where bash cannot read it."""
+    """The words of every command that the script calls, in its order. Raises `ValueError` where
+    bash cannot read it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         called = Path(folder, "called")
         text = WRITE_DOWN + script.replace(".venv/bin/", "")
         run = ["bash", "--norc", "--noprofile", "-c", text]
         ended = subprocess.run(
-            run, cwd=folder, env={"CALLED": str(called)}, capture_output=True, text=True, timeout=60, check=False
+            run,
+            cwd=folder,
+            env={"CALLED": str(called)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         if "syntax error" in ended.stderr or "unexpected" in ended.stderr:
             raise ValueError(ended.stderr)

@@ -1,4 +1,6 @@
-"""Looks at a built site: what its pages refer to is there, and nothing is loaded from other hosts."""
+"""Looks at a built site: what its pages refer to is there, and nothing is loaded from other
+hosts.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LOADS = {("script", "src"), ("img", "src"), ("source", "src"), ("iframe", "src"), ("link", "href"), ("video", "src")}
+LOADS = {
+    ("script", "src"),
+    ("img", "src"),
+    ("source", "src"),
+    ("iframe", "src"),
+    ("link", "href"),
+    ("video", "src"),
+}
 STYLE = re.compile(r"url\(\s*['\"]?(?P<of>[^'\")]+)|@import\s+['\"](?P<sheet>[^'\"]+)")
 
 
 class Page(HTMLParser):
-    """The names that a page can be entered at, and what it refers to: address, and whether a browser loads it."""
+    """The names that a page can be entered at, and what it refers to: address, and whether a
+    browser loads it.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -34,7 +45,9 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """A line for each reference that leads nowhere, and for each that a browser would load from another host."""
+    """A line for each reference that leads nowhere, and for each that a browser would load from
+    another host.
+    """
     site = site.resolve()
     page = cache(Page)
     found = [
@@ -44,10 +57,14 @@ def problems(site: Path) -> list[str]:
         for address, loads in page(path).references
         if (problem := _problem(address, loads, path, site, page))
     ]
-    return found + [f"{path.relative_to(site)}: loads {a}" for path, a in _styles(site) if _elsewhere(a)]
+    return found + [
+        f"{path.relative_to(site)}: loads {a}" for path, a in _styles(site) if _elsewhere(a)
+    ]
 
 
-def _problem(address: str, loads: bool, path: Path, site: Path, page: Callable[[Path], Page]) -> str:
+def _problem(
+    address: str, loads: bool, path: Path, site: Path, page: Callable[[Path], Page]
+) -> str:
     parts = urlsplit(address)
     if _elsewhere(address):
         return f"loads {address}" if loads else ""

@@ -1,4 +1,6 @@
-"""The reference pages: every public name of the package with its parameters and its docstring, and every command."""
+"""The reference pages: every public name of the package with its parameters and its docstring, and
+every command.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,17 @@ What `detrellis COMMAND --help` says, in one place. Exit codes: 0 done, 1 a find
 
 
 def api_page() -> str:
-    """A section for each public name, functions first, and the ranges that their parameters' types stand for."""
-    names = sorted(detrellis.__all__, key=lambda name: (inspect.isclass(getattr(detrellis, name)), name))
-    sections = [part for name in names for part in _described(f"detrellis.{name}", getattr(detrellis, name), 2)]
+    """A section for each public name, functions first, and the ranges that their parameters' types
+    stand for.
+    """
+    names = sorted(
+        detrellis.__all__, key=lambda name: (inspect.isclass(getattr(detrellis, name)), name)
+    )
+    sections = [
+        part
+        for name in names
+        for part in _described(f"detrellis.{name}", getattr(detrellis, name), 2)
+    ]
     return "\n\n".join([API_HEAD, *sections, *_kinds()]) + "\n"
 
 
@@ -53,7 +63,9 @@ def _member(owner: type, name: str, depth: int) -> Iterator[str]:
     reader = getattr(value, "fget", getattr(value, "func", None))
     kind = owner.__annotations__[name] if reader is None else reader.__annotations__["return"]
     about = inspect.cleandoc(reader.__doc__ or "") if reader is not None else ""
-    yield f"* **`{owner.__name__}.{name}`**: `{kind}`" + (f". {' '.join(about.split())}" if about else "")
+    yield f"* **`{owner.__name__}.{name}`**: `{kind}`" + (
+        f". {' '.join(about.split())}" if about else ""
+    )
 
 
 def signature(name: str, function: Any) -> str:
@@ -79,7 +91,11 @@ def _kinds() -> Iterator[str]:
         bounds = getattr(kind, "__metadata__", None)
         if bounds is not None:
             rows.append(f"| `{name}` | `{kind.__origin__.__name__}`, {bounds[0]} |")
-        elif name[0].isupper() and getattr(kind, "__args__", None) and all(isinstance(a, str) for a in kind.__args__):
+        elif (
+            name[0].isupper()
+            and getattr(kind, "__args__", None)
+            and all(isinstance(a, str) for a in kind.__args__)
+        ):
             rows.append(f"| `{name}` | {' or '.join(f'`{word!r}`' for word in kind.__args__)} |")
     yield "\n".join(["| name | is |", "| --- | --- |", *rows])
 
@@ -88,11 +104,19 @@ def cli_page() -> str:
     """A section for each command: what it does, an example, its arguments and options."""
     root = typer.main.get_command(app)
     return (
-        "\n\n".join([CLI_HEAD, *(part for path, command in commands(root) for part in _command(path, command))]) + "\n"
+        "\n\n".join(
+            [
+                CLI_HEAD,
+                *(part for path, command in commands(root) for part in _command(path, command)),
+            ]
+        )
+        + "\n"
     )
 
 
-def commands(group: Any, path: tuple[str, ...] = ("detrellis",)) -> Iterator[tuple[tuple[str, ...], Any]]:
+def commands(
+    group: Any, path: tuple[str, ...] = ("detrellis",)
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every command with its words."""
     for name, command in group.commands.items():
         inside = hasattr(command, "commands")
@@ -118,7 +142,9 @@ def _names(parameter: Any) -> str:
 def _default(parameter: Any) -> str:
     value = parameter.default
     shown = (
-        isinstance(value, int | float | str) and not isinstance(value, bool) and "default" not in (parameter.help or "")
+        isinstance(value, int | float | str)
+        and not isinstance(value, bool)
+        and "default" not in (parameter.help or "")
     )
     return f" Default: `{value}`." if shown else ""
 

@@ -1,4 +1,6 @@
-"""Lays out the pages that zensical builds: docs/ as it stands, two files from above it, and what is generated."""
+"""Lays out the pages that zensical builds: docs/ as it stands, two files from above it, and what is
+generated.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ import yaml
 
 from website import families, reference
 
-ABOVE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
+ABOVE = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "README.md": "index.md",
+}
 LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
@@ -38,12 +44,18 @@ def stage(root: Path, out: Path) -> Path:
     return out / "mkdocs.yml"
 
 
-def navigation(listed: list[dict[str, Any]], pages: Path, recipes: list[str]) -> list[dict[str, Any]]:
+def navigation(
+    listed: list[dict[str, Any]], pages: Path, recipes: list[str]
+) -> list[dict[str, Any]]:
     """The listed pages with the generated ones; a page of docs/ that is not listed is a guide."""
     sections = {title: section for entry in listed for title, section in entry.items()}
     sections["Recipes"] = [*recipes, *sections["Recipes"]]
     sections["Reference"] = ["cli.md", "api.md", *sections["Reference"]]
-    known = {page for section in sections.values() for page in ([section] if isinstance(section, str) else section)}
+    known = {
+        page
+        for section in sections.values()
+        for page in ([section] if isinstance(section, str) else section)
+    }
     others = sorted(page.name for page in pages.glob("*.md") if page.name not in known)
     *guides, last = sections["Guides"]
     sections["Guides"] = [*guides, *others, last]
@@ -55,8 +67,8 @@ def _lay(source: Path, target: Path, root: Path) -> None:
 
 
 def relinked(text: str, source: Path, root: Path) -> str:
-    """The page's text with links as they are on the site: to files that are no pages only their names remain, and a
-    page that is called by its file's name is called by its title.
+    """The page's text with links as they are on the site: to files that are no pages only their
+    names remain, and a page that is called by its file's name is called by its title.
 
     A link that leads nowhere stays as it is, so that the build ends with it.
     """

@@ -30,11 +30,25 @@ if TYPE_CHECKING:
     from detrellis.errors import UserError
 
 __all__ = ["Model", "Prediction", "UserError"]
-__all__ += ["bench", "convert", "evaluate", "export", "info", "load", "predict", "push", "resume", "serve", "train"]
+__all__ += [
+    "bench",
+    "convert",
+    "evaluate",
+    "export",
+    "info",
+    "load",
+    "predict",
+    "push",
+    "resume",
+    "serve",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface when it is first used: torch takes seconds, `detrellis --help` need not."""
+    """Import the interface when it is first used: torch takes seconds, `detrellis --help` need
+    not.
+    """
     if name == "UserError":
         from detrellis.errors import UserError
 

@@ -1,4 +1,6 @@
-"""What the verbs take, declared once for Python and the command line: ranges of numbers, and the check of a call."""
+"""What the verbs take, declared once for Python and the command line: ranges of numbers, and the
+check of a call.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Range:
     high: int | None = None
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and self.low <= value and (self.high is None or value <= self.high)
+        return (
+            math.isfinite(value) and self.low <= value and (self.high is None or value <= self.high)
+        )
 
     def __str__(self) -> str:
         return f"{self.low} or more" if self.high is None else f"from {self.low} to {self.high}"
@@ -62,8 +66,9 @@ def limits(kind: Any) -> dict[str, Any]:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, refusing what its annotations do not allow with a `UserError`: an unknown keyword, by the nearest
-    name; another type; a number outside its `Range`; a word that is none of a `Literal`'s."""
+    """The function, refusing what its annotations do not allow with a `UserError`: an unknown
+    keyword, by the nearest name; another type; a number outside its `Range`; a word that is none of
+    a `Literal`'s."""
 
     @functools.wraps(function)
     def run(*positional: P.args, **named: P.kwargs) -> R:
@@ -80,7 +85,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]!r}? {listed}" if close else listed
 
 
-def _check_call(function: Callable[..., Any], positional: Sequence[Any], named: dict[str, Any]) -> None:
+def _check_call(
+    function: Callable[..., Any], positional: Sequence[Any], named: dict[str, Any]
+) -> None:
     about, hints = function.__qualname__, _hints(function)
     for name, value in (dict(zip(hints, positional, strict=False)) | named).items():
         if name not in hints:
@@ -92,7 +99,10 @@ def _check_call(function: Callable[..., Any], positional: Sequence[Any], named: 
 @functools.cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """The hint of each argument; None where only a type checker knows it."""
-    return {n: _evaluated(p.annotation, function) for n, p in inspect.signature(function).parameters.items()}
+    return {
+        n: _evaluated(p.annotation, function)
+        for n, p in inspect.signature(function).parameters.items()
+    }
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
@@ -105,7 +115,9 @@ def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
 
 
 def _wrong(hint: Any, value: Any) -> str:
-    """The remedy for a `value` that its hint does not allow; empty where it does, or where that cannot be told."""
+    """The remedy for a `value` that its hint does not allow; empty where it does, or where that
+    cannot be told.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         remedies = {arm: _wrong(arm, value) for arm in get_args(hint)}
@@ -119,11 +131,17 @@ def _wrong(hint: Any, value: Any) -> str:
         words = get_args(hint)
         if any(value is word or value == word for word in words):
             return ""
-        return nearest(value, words) if isinstance(value, str) else f"Known: {', '.join(map(str, words))}."
+        return (
+            nearest(value, words)
+            if isinstance(value, str)
+            else f"Known: {', '.join(map(str, words))}."
+        )
     if hint in (int, float):
         return _wrong_number(hint, None, value)
     if isinstance(origin, type):  # Sequence[str], Mapping[str, Any], ...
-        fits = isinstance(value, origin) and not (issubclass(origin, Iterable) and isinstance(value, str | bytes))
+        fits = isinstance(value, origin) and not (
+            issubclass(origin, Iterable) and isinstance(value, str | bytes)
+        )
         return "" if fits else f"Give {_named(origin)}."
     if isinstance(hint, type):
         fits = isinstance(value, os.PathLike if hint.__name__ == "Path" else hint)
@@ -136,12 +154,23 @@ def _wrong_number(kind: type, limit: Range | None, value: Any) -> str:
     fits = isinstance(value, number) and not isinstance(value, bool)
     if fits and (value in limit if limit is not None else math.isfinite(value)):
         return ""
-    return f"Give {'a whole number' if kind is int else 'a number'}{'' if limit is None else f', {limit}'}."
+    return (
+        "Give "
+        f"{'a whole number' if kind is int else 'a number'}{'' if limit is None else f', {limit}'}."
+    )
 
 
 def _named(kind: type) -> str:
-    names = {"str": "text", "bool": "True or False", "Path": "a path", "NoneType": "None", "Callable": "a function"}
-    return names.get(kind.__name__, f"a {kind.__name__}" if kind.__module__ != "collections.abc" else "a list")
+    names = {
+        "str": "text",
+        "bool": "True or False",
+        "Path": "a path",
+        "NoneType": "None",
+        "Callable": "a function",
+    }
+    return names.get(
+        kind.__name__, f"a {kind.__name__}" if kind.__module__ != "collections.abc" else "a list"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""Box geometry: formats, IoU, generalised IoU, and the inverse sigmoid with its per-model epsilon."""
+"""Box geometry: formats, IoU, generalised IoU, and the inverse sigmoid with its per-model
+epsilon.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,19 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     """Logit of `x`, clamped so that 0 and 1 give `-/+ ln(1/eps)`.
 
-    `eps` belongs to the model, not to numerics: DETR, Conditional and Deformable DETR use 1e-5, DAB, DN and DINO 1e-3.
-    It decides how far saturated anchors can be moved.
+    `eps` belongs to the model, not to numerics: DETR, Conditional and Deformable DETR use 1e-5,
+    DAB, DN and DINO 1e-3. It decides how far saturated anchors can be moved.
     """
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:
-    """How far the sides of `boxes` lie outside those of `base`: left, top, right, bottom, `(..., 4)` each.
+    """How far the sides of `boxes` lie outside those of `base`: left, top, right, bottom, `(...,
+    4)` each.
 
-    In `1 / scale` of the base's width or height; both are `(cx, cy, w, h)`. `boxes_at` is the inverse.
+    In `1 / scale` of the base's width or height; both are `(cx, cy, w, h)`. `boxes_at` is the
+    inverse.
     """
     unit = base[..., 2:] / scale + 1e-16
     corners = cxcywh_to_xyxy(boxes)
@@ -45,7 +49,8 @@ def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:
 
 
 def boxes_at(base: Tensor, distances: Tensor, scale: float) -> Tensor:
-    """The boxes whose sides lie at `distances (..., 4)` from those of `base (..., 4)`, as `side_distances` counts them.
+    """The boxes whose sides lie at `distances (..., 4)` from those of `base (..., 4)`, as
+    `side_distances` counts them.
 
     Sides may cross: the size then is negative.
     """
@@ -56,10 +61,11 @@ def boxes_at(base: Tensor, distances: Tensor, scale: float) -> Tensor:
 
 
 def relative_boxes(deltas: Tensor, boxes: Tensor) -> Tensor:
-    """The boxes `(..., 4)` moved by `deltas (..., 4)`: centres by that many sizes, sizes by the exponential.
+    """The boxes `(..., 4)` moved by `deltas (..., 4)`: centres by that many sizes, sizes by the
+    exponential.
 
-    LW-DETR's box re-parameterisation (section 3.2). What comes out is not held within the image, and no smaller than
-    float32, whose range an exponential needs.
+    LW-DETR's box re-parameterisation (section 3.2). What comes out is not held within the image,
+    and no smaller than float32, whose range an exponential needs.
     """
     deltas = deltas.to(torch.promote_types(boxes.dtype, torch.float32))
     centre, size = boxes[..., :2], boxes[..., 2:]
@@ -78,7 +84,9 @@ def _areas(boxes: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, 0 with a finite gradient where two empty boxes leave nothing to divide by."""
+    """`numerator / denominator`, 0 with a finite gradient where two empty boxes leave nothing to
+    divide by.
+    """
     empty = denominator <= 0
     return (numerator / denominator.masked_fill(empty, 1)).masked_fill(empty, 0)
 
@@ -93,8 +101,8 @@ def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`.
 
-    `eps` is added to the union. Some reference codes take 1e-6, which in normalised coordinates costs a box of 8 pixels
-    in a large image 0.016; it is for comparing with them.
+    `eps` is added to the union. Some reference codes take 1e-6, which in normalised coordinates
+    costs a box of 8 pixels in a large image 0.016; it is for comparing with them.
     """
     inter, union = _overlap(a, b)
     return _ratio(inter, union + eps)
@@ -104,13 +112,16 @@ def iou_and_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor
     """As `iou` and `giou`, for little more than one of them."""
     inter, union = _overlap(a, b)
     (low, high), (other_low, other_high) = a.split(2, dim=-1), b.split(2, dim=-1)
-    hull = _product(torch.maximum(high, other_high) - torch.minimum(low, other_low))  # the smallest box around both
+    # The smallest box around both
+    hull = _product(torch.maximum(high, other_high) - torch.minimum(low, other_low))
     overlap = _ratio(inter, union + eps)
     return overlap, overlap - _ratio(hull - union, hull + eps)
 
 
 def giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
-    """Generalised IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`, in [-1, 1]; `eps` as `iou`."""
+    """Generalised IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`, in [-1, 1];
+    `eps` as `iou`.
+    """
     return iou_and_giou(a, b, eps)[1]
 
 
@@ -131,6 +142,8 @@ def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ragged(counts: Ints) -> tuple[Ints, Ints]:
-    """For rows of `counts (N,)` entries, packed one row after the other: each entry's row, and its place in the row."""
+    """For rows of `counts (N,)` entries, packed one row after the other: each entry's row, and its
+    place in the row.
+    """
     row = np.repeat(np.arange(len(counts)), counts)
     return row, np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)

@@ -1,5 +1,5 @@
-"""`detrellis demo`: the user's whole path on the built-in data, in three to eight minutes on two CPU cores; with masks
-it takes longer."""
+"""`detrellis demo`: the user's whole path on the built-in data, in three to eight minutes on two
+CPU cores; with masks it takes longer."""
 
 from __future__ import annotations
 
@@ -35,16 +35,23 @@ SETTINGS = (
     "schedule.eval_every=2",
 )
 PICTURE = "predictions.jpg"
-MASKS = ("detector.masks={width: 64}", *(f"loss.{name}={value}" for name, value in MASK_LOSSES.items()))
+MASKS = (
+    "detector.masks={width: 64}",
+    *(f"loss.{name}={value}" for name, value in MASK_LOSSES.items()),
+)
 EPOCHS = 7
 
 
-def run_demo(out: Path, *, epochs: int | None, seed: int, console: Terminal, masks: bool = False) -> TrainResult:
-    """Make data, check, train, evaluate, draw; with `masks` of each object. A demo that was stopped goes on with its
-    run, to the same picture."""
+def run_demo(
+    out: Path, *, epochs: int | None, seed: int, console: Terminal, masks: bool = False
+) -> TrainResult:
+    """Make data, check, train, evaluate, draw; with `masks` of each object. A demo that was stopped
+    goes on with its run, to the same picture."""
     outputs, settings = Outputs(out), (*SETTINGS, *MASKS) if masks else SETTINGS
     outputs.ready([PICTURE])
-    data = write_shapes(out / "data", train=500, val=100, size=(SIDE, SIDE), objects=(1, 4), masks=masks)
+    data = write_shapes(
+        out / "data", train=500, val=100, size=(SIDE, SIDE), objects=(1, 4), masks=masks
+    )
     console.heading("detrellis check")
     console.say(command("check", "--data", data))
     source = resolve(data, None, None, None, None)
@@ -55,7 +62,9 @@ def run_demo(out: Path, *, epochs: int | None, seed: int, console: Terminal, mas
     if not result.finished:
         asked = [*(["--masks"] if masks else []), *([] if epochs is None else ["--epochs", epochs])]
         asked += ["--seed", seed] if seed else []
-        console.say(f"{result.stopped()} Go on, to the picture: ", command("demo", "--out", out, *asked))
+        console.say(
+            f"{result.stopped()} Go on, to the picture: ", command("demo", "--out", out, *asked)
+        )
         return result
     if result.result is not None:
         console.print(result.result.table())
@@ -65,12 +74,19 @@ def run_demo(out: Path, *, epochs: int | None, seed: int, console: Terminal, mas
     picture = outputs.write(PICTURE, jpeg(_sheet(api.load(result.run), val)))
     console.heading("done")
     console.say("Open ", (str(picture), "bold"), ": ground truth above, predictions below.")
-    console.say("Next, on your own data: ", (command("train", "small", "--data", "YOUR_FOLDER"), "bold"))
+    console.say(
+        "Next, on your own data: ", (command("train", "small", "--data", "YOUR_FOLDER"), "bold")
+    )
     return result
 
 
 def _train(
-    source: DataSource, out: Path, settings: Sequence[str], epochs: int, seed: int, console: Terminal
+    source: DataSource,
+    out: Path,
+    settings: Sequence[str],
+    epochs: int,
+    seed: int,
+    console: Terminal,
 ) -> TrainResult:
     """Go on with this demo's run where one was stopped; otherwise a new one."""
     recipe = find_recipe("tiny").override([*settings, f"schedule.epochs={epochs}"])
@@ -81,7 +97,9 @@ def _train(
     folder = _free(out / "run")
     options = [word for setting in settings for word in ("-o", setting)]
     length = ("--epochs", epochs, "--seed", seed)
-    console.say(command("train", "tiny", "--data", out / "data", "--out", folder, *length, *options))
+    console.say(
+        command("train", "tiny", "--data", out / "data", "--out", folder, *length, *options)
+    )
     return api.train(recipe, data=source, out=folder, seed=seed, console=console)
 
 
@@ -93,11 +111,16 @@ def _is_stopped(run: Path, recipe: Recipe, seed: int) -> bool:
         card = load_weights(run / "last.safetensors")[1]
     except UserError:
         return False
-    return (card.recipe, card.seed) == (starting_from(recipe)[0], seed) and card.epoch < recipe.schedule.epochs
+    return (card.recipe, card.seed) == (
+        starting_from(recipe)[0],
+        seed,
+    ) and card.epoch < recipe.schedule.epochs
 
 
 def _free(folder: Path) -> Path:
-    """`folder`, or the first of `folder-2`, `folder-3`, ... that does not exist: a second demo keeps the first run."""
+    """`folder`, or the first of `folder-2`, `folder-3`, ... that does not exist: a second demo
+    keeps the first run.
+    """
     number, free = 1, folder
     while free.exists():
         number += 1
@@ -106,8 +129,11 @@ def _free(folder: Path) -> Path:
 
 
 def _sheet(model: api.Model, val: Annotations, pictures: int = 6) -> Image.Image:
-    """The first pictures of the validation split, truth in the upper row and predictions in the lower."""
-    names, masks = val.classes.names, None if model.recipe.detector.masks is None else run_lengths(val)
+    """The first pictures of the validation split, truth in the upper row and predictions in the
+    lower.
+    """
+    names = val.classes.names
+    masks = None if model.recipe.detector.masks is None else run_lengths(val)
     truth, predicted, titles = [], [], []
     for index in range(min(pictures, len(val))):
         prediction = model.predict(val.path(index), threshold=0.3)[0]
@@ -115,7 +141,9 @@ def _sheet(model: api.Model, val: Annotations, pictures: int = 6) -> Image.Image
         boxes = [(x, y, x + w, y + h) for x, y, w, h in val.boxes[rows].tolist()]
         picture = Image.open(val.path(index)).convert("RGB")
         drawn = None if masks is None else [mask["counts"] for mask in masks[rows]]
-        truth.append(draw_detections(picture, boxes, val.labels[rows].tolist(), None, names, masks=drawn))
+        truth.append(
+            draw_detections(picture, boxes, val.labels[rows].tolist(), None, names, masks=drawn)
+        )
         predicted.append(prediction.draw(names))
         titles.append(val.path(index).name)
     captions = [f"{title}: {what}" for what in ("truth", "predicted") for title in titles]

@@ -17,17 +17,26 @@ from detrellis.nn.masked import MaskedDecoder
 from detrellis.nn.masks import MaskBranch
 from detrellis.nn.queries import QuerySource
 from detrellis.postprocess import Postprocess
-from detrellis.types import DecoderOutput, Detections, ImageBatch, Memory, Proposals, Queries, Segment
+from detrellis.types import (
+    DecoderOutput,
+    Detections,
+    ImageBatch,
+    Memory,
+    Proposals,
+    Queries,
+    Segment,
+)
 
 SIDE = 128  # pixels: no level of a pyramid is then a single one
 
 
 class Detector(nn.Module):
-    """Backbone, neck, encoder, queries, decoder with its heads, and how their outputs become detections.
+    """Backbone, neck, encoder, queries, decoder with its heads, and how their outputs become
+    detections.
 
-    Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with more queries. Its
-    `state_dict` is therefore the same whatever the detector was trained with. With `masks` the backbone gives one map
-    more, the finest, which is the branch's alone.
+    Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with
+    more queries. Its `state_dict` is therefore the same whatever the detector was trained with.
+    With `masks` the backbone gives one map more, the finest, which is the branch's alone.
     """
 
     def __init__(
@@ -70,7 +79,9 @@ class Detector(nn.Module):
 
     def decode(self, memory: Memory, blocks: Mapping[Segment, Queries]) -> dict[str, DecoderOutput]:
         """Every layer's outputs of several blocks in one pass, by the block's name."""
-        together = self.decoder(concatenate(list(blocks.values())), memory, tuple(blocks), every_layer=True)
+        together = self.decoder(
+            concatenate(list(blocks.values())), memory, tuple(blocks), every_layer=True
+        )
         outputs: dict[str, DecoderOutput] = {}
         first = 0
         for segment in blocks:
@@ -80,8 +91,9 @@ class Detector(nn.Module):
         return outputs
 
     def fused(self) -> Self:
-        """A copy for inference whose norms and parallel branches are fused with convolutions (`nn/fusion.py`), wherever
-        they are: the same outputs up to rounding, sooner. Its state dict is another one, and it cannot be trained."""
+        """A copy for inference whose norms and parallel branches are fused with convolutions
+        (`nn/fusion.py`), wherever they are: the same outputs up to rounding, sooner. Its state dict
+        is another one, and it cannot be trained."""
         copied = copy.deepcopy(self).eval().requires_grad_(False)
         pixels = next(copied.parameters()).new_zeros(1, 3, SIDE, SIDE)
         with torch.no_grad():
@@ -90,7 +102,9 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, sizes: Tensor) -> list[Detections]:
-        """Final detections, boxes in pixels of the original images of `sizes (B, 2)` height, width."""
+        """Final detections, boxes in pixels of the original images of `sizes (B, 2)` height,
+        width.
+        """
         return self.postprocess(self(images), sizes)
 
 
@@ -112,7 +126,9 @@ def concatenate(parts: list[Queries]) -> Queries:
 
     def joined(values: list[Tensor | None]) -> Tensor | None:
         present = [v for v in values if v is not None]
-        assert len(present) in (0, len(values)), "every block must come with the same kind of queries"
+        assert len(present) in (0, len(values)), (
+            "every block must come with the same kind of queries"
+        )
         return torch.cat(present, dim=1) if present else None
 
     content = torch.cat([p.content for p in parts], dim=1)

@@ -46,7 +46,9 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         remedy = "Did you mean cuda?" if name.startswith("gpu") else "Try --device cpu."
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", remedy) from None
+        raise UserError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", remedy
+        ) from None
     return device
 
 
@@ -70,7 +72,10 @@ def process_group(device: str | None = None) -> Iterator[World]:
     except RuntimeError as error:
         if not _of_the_others(error):
             raise
-        lost = f"another process has ended, or has not answered for {limit.total_seconds():,.0f} seconds"
+        lost = (
+            f"another process has ended, or has not answered for {limit.total_seconds():,.0f} "
+            "seconds"
+        )
         remedy = ["If it has ended, it says why.", *getattr(error, "__notes__", [])]
         raise UserError(f"process {rank} of {size}: {lost}", "\n  ".join(remedy)) from error
     finally:
@@ -78,15 +83,21 @@ def process_group(device: str | None = None) -> Iterator[World]:
 
 
 def _timeout() -> timedelta:
-    """How long a process waits for the others: 30 minutes, in which the first one may write to a slow disk."""
+    """How long a process waits for the others: 30 minutes, in which the first one may write to a
+    slow disk.
+    """
     text = os.environ.get(TIMEOUT, "1800")
     if not text.isdecimal() or not 1 <= int(text) <= 86_400:
-        raise UserError(f"{TIMEOUT}={text}: no number of seconds from 1 to 86400", f"For example {TIMEOUT}=600.")
+        raise UserError(
+            f"{TIMEOUT}={text}: no number of seconds from 1 to 86400", f"For example {TIMEOUT}=600."
+        )
     return timedelta(seconds=int(text))
 
 
 def _of_the_others(error: RuntimeError) -> bool:
-    """Whether a collective has failed, and not what this process does by itself: gloo's errors have no class."""
+    """Whether a collective has failed, and not what this process does by itself: gloo's errors have
+    no class.
+    """
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
@@ -95,7 +106,8 @@ def parallel(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    # Without its broadcast of buffers, of which BatchNorm's alone change: `same_statistics` sees to them.
+    # Without its broadcast of buffers, of which BatchNorm's alone change: `same_statistics` sees to
+    # them.
     wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
     if world.device.type == "cpu" and world.size > 2:
         # A lambda: of a hook's annotations DDP accepts no strings, which they are in this file.
@@ -104,10 +116,12 @@ def parallel(model: nn.Module, world: World) -> nn.Module:
 
 
 def _mean_by_rank(gradients: Tensor) -> Future[Tensor]:
-    """The mean of the processes' gradients, one of DDP's buckets each, summed by rank wherever an element stands.
+    """The mean of the processes' gradients, one of DDP's buckets each, summed by rank wherever an
+    element stands.
 
-    Gloo's ring adds up in an order that follows the place, and DDP lays its buckets out anew after a process's first
-    pass: of three processes or more, those that resume a run would round its next step in another way than it did.
+    Gloo's ring adds up in an order that follows the place, and DDP lays its buckets out anew after
+    a process's first pass: of three processes or more, those that resume a run would round its next
+    step in another way than it did.
     """
     size = dist.get_world_size()
     padded = nn.functional.pad(gradients, (0, -len(gradients) % size))
@@ -121,9 +135,12 @@ def _mean_by_rank(gradients: Tensor) -> Future[Tensor]:
 
 
 def same_statistics(model: nn.Module) -> None:
-    """Give all processes the first one's BatchNorm statistics, after each step: what averages or evaluates the model
-    would otherwise have others in each process, of which a run saves the first's."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    """Give all processes the first one's BatchNorm statistics, after each step: what averages or
+    evaluates the model would otherwise have others in each process, of which a run saves the
+    first's."""
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
     buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
     if buffers:
         together = torch.cat(buffers)
@@ -133,7 +150,9 @@ def same_statistics(model: nn.Module) -> None:
 
 
 def reduce_mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, each of which must call it; the tensor itself where there is one."""
+    """The mean of a tensor over all processes, each of which must call it; the tensor itself where
+    there is one.
+    """
     if dist.is_available() and dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -142,7 +161,9 @@ def reduce_mean(value: Tensor) -> Tensor:
 
 
 def reduce_max(value: int, device: torch.device) -> int:
-    """The largest of all processes' values, each of which must call it; the value itself where there is one."""
+    """The largest of all processes' values, each of which must call it; the value itself where
+    there is one.
+    """
     if not dist.is_initialized():
         return value
     values = torch.tensor(value, device=device)

@@ -1,4 +1,6 @@
-"""What speaks to users: an error that names the place, what is wrong and the remedy; advice; and commands to paste."""
+"""What speaks to users: an error that names the place, what is wrong and the remedy; advice; and
+commands to paste.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = LONGEST
 
 
 class UserError(ValueError):
-    """Something the user can put right. The command line prints it without a traceback and exits with 2.
+    """Something the user can put right. The command line prints it without a traceback and exits
+    with 2.
 
     `message` says where and what; `remedy` says what to do about it.
     """
@@ -38,7 +41,9 @@ def listed(items: Sequence[object], limit: int, separator: str = ", ") -> str:
 
 
 def brief(value: object) -> str:
-    """The value as Python writes it, short whatever it is: somebody else's file may hold anything."""
+    """The value as Python writes it, short whatever it is: somebody else's file may hold
+    anything.
+    """
     return cut(_BRIEF.repr(value))
 
 
@@ -48,8 +53,13 @@ def cut(text: str) -> str:
 
 
 def command(*words: object) -> str:
-    """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the paths are called."""
-    quoted = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the
+    paths are called.
+    """
+    quoted = [
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+        for word in words
+    ]
     return shell_line(["detrellis", *quoted])
 
 

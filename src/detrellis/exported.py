@@ -1,4 +1,6 @@
-"""Exported networks in the place of detectors: the same resizing before them, the same post-processing after them."""
+"""Exported networks in the place of detectors: the same resizing before them, the same
+post-processing after them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ Sides = tuple[int | None, int | None]  # height, width; None: any
 class Network(NamedTuple):
     """What a runtime has loaded."""
 
-    run: Callable[[Array], Mapping[str, Array]]  # pictures (B, 3, h, w) from 0 to 1 to the outputs by name
+    # Pictures (B, 3, h, w) from 0 to 1 to the outputs by name
+    run: Callable[[Array], Mapping[str, Array]]
     metadata: Mapping[str, str]
     sides: Sides  # of the pictures that it takes
 
@@ -47,10 +50,13 @@ class ExportedDetector(Detector):
         nn.Module.__init__(self)
         self.network, self.path = network, path
         self.postprocess = build_postprocess(card.recipe.detector)
-        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)  # says device and precision of what goes in
+        # Says device and precision of what goes in
+        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
 
     def forward(self, images: ImageBatch) -> DecoderOutput:
-        """Outputs of the last decoder layer (L = 1) for pixels from 0 to 1; images of one size go in together."""
+        """Outputs of the last decoder layer (L = 1) for pixels from 0 to 1; images of one size go
+        in together.
+        """
         count, sizes = len(images.pixels), _sizes(images)
         outputs: dict[str, Tensor] = {}
         for height, width in dict.fromkeys(sizes):
@@ -75,16 +81,21 @@ class ExportedDetector(Detector):
 
     def check_size(self, height: int, width: int) -> None:
         """Raises `UserError` for pictures of a size that the file does not take."""
-        if any(side not in (None, given) for side, given in zip(self.network.sides, (height, width), strict=True)):
+        if any(
+            side not in (None, given)
+            for side, given in zip(self.network.sides, (height, width), strict=True)
+        ):
             taken = "x".join("any" if side is None else str(side) for side in self.network.sides)
             raise UserError(
-                f"{self.path}: it takes pictures of {taken} pixels (height x width), and one is {height}x{width}",
+                f"{self.path}: it takes pictures of {taken} pixels (height x width), and one is "
+                f"{height}x{width}",
                 "Export without --size, for pictures of any size.",
             )
 
     def _refuse(self) -> NoReturn:
         raise UserError(
-            f"{self.path}: an exported network has no parts to look into", "Give the run that it was made from."
+            f"{self.path}: an exported network has no parts to look into",
+            "Give the run that it was made from.",
         )
 
 
@@ -98,7 +109,8 @@ def _sizes(images: ImageBatch) -> list[tuple[int, int]]:
 
 
 def load_exported(path: Path) -> tuple[ExportedDetector, Card]:
-    """The network and the card of an exported file; pixels that go in are from 0 to 1, and the card's recipe says so.
+    """The network and the card of an exported file; pixels that go in are from 0 to 1, and the
+    card's recipe says so.
 
     Raises `UserError` where its runtime is not installed, or the file is not one of ours.
     """
@@ -118,15 +130,21 @@ def _open_onnx(path: Path) -> Network:
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=onnxruntime.get_available_providers()
+        )
     except Exception as error:  # its own classes, one for each status
-        raise UserError(f"{path}: ONNX Runtime cannot load it: {first_line(error)}", "Export it again.") from None
+        raise UserError(
+            f"{path}: ONNX Runtime cannot load it: {first_line(error)}", "Export it again."
+        ) from None
     names = [output.name for output in session.get_outputs()]
 
     def run(pixels: Array) -> Mapping[str, Array]:
         return dict(zip(names, session.run(names, {INPUT: pixels}), strict=True))
 
-    height, width = (side if isinstance(side, int) else None for side in session.get_inputs()[0].shape[2:])
+    height, width = (
+        side if isinstance(side, int) else None for side in session.get_inputs()[0].shape[2:]
+    )
     return Network(run, dict(session.get_modelmeta().custom_metadata_map), (height, width))
 
 
@@ -134,20 +152,27 @@ def _open_openvino(path: Path) -> Network:
     try:
         import openvino
     except ImportError:
-        raise UserError(f"{path}: openvino is not installed, which runs it", INSTALL_OPENVINO) from None
+        raise UserError(
+            f"{path}: openvino is not installed, which runs it", INSTALL_OPENVINO
+        ) from None
     core = openvino.Core()
     try:
         model = core.read_model(path)
         compiled = core.compile_model(model, "AUTO")
     except RuntimeError as error:
-        raise UserError(f"{path}: OpenVINO cannot load it: {first_line(error)}", "Export it again.") from None
+        raise UserError(
+            f"{path}: OpenVINO cannot load it: {first_line(error)}", "Export it again."
+        ) from None
     names = [output.get_any_name() for output in compiled.outputs]
 
     def run(pixels: Array) -> Mapping[str, Array]:
         results = compiled(pixels)
         return {name: results[i] for i, name in enumerate(names)}
 
-    height, width = (side.get_length() if side.is_static else None for side in compiled.inputs[0].partial_shape[2:])
+    height, width = (
+        side.get_length() if side.is_static else None
+        for side in compiled.inputs[0].partial_shape[2:]
+    )
     kept = [key for key in ("format", "detrellis", "precision") if model.has_rt_info(key)]
     metadata = {key: model.get_rt_info(key).astype(str) for key in kept}
     return Network(run, metadata, (height, width))

@@ -1,7 +1,7 @@
 """What every config is: typed, frozen, closed to unknown names; and the ranges of its numbers.
 
-Types are strict: a yes or no is no number, and text is neither. Every number has a range, so that no value that is
-infinite, not a number or absurd gets as far as a network.
+Types are strict: a yes or no is no number, and text is neither. Every number has a range, so that
+no value that is infinite, not a number or absurd gets as far as a network.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ def within(low: float, high: float, *, above: bool = False, below: bool = False)
             number = handler(value)
         except ValidationError as error:
             whole = error.errors()[0]["type"].startswith("int")
-            raise PydanticCustomError("range", f"has to be a {'whole ' if whole else ''}number {span}") from None
-        if (number > low if above else number >= low) and (number < high if below else number <= high):
+            raise PydanticCustomError(
+                "range", f"has to be a {'whole ' if whole else ''}number {span}"
+            ) from None
+        if (number > low if above else number >= low) and (
+            number < high if below else number <= high
+        ):
             return number
         raise PydanticCustomError("range", f"has to be {span}")
 
@@ -64,10 +68,12 @@ Some = AfterValidator(_some)
 
 Count = Annotated[int, within(1, 1_000_000)]
 CountOrNone = Annotated[int, within(0, 1_000_000)]  # 0: off
-Few = Annotated[int, within(1, 100)]  # layers, heads, levels, points, groups: each costs as much as the one before
+# Layers, heads, levels, points, groups: each costs as much as the one before
+Few = Annotated[int, within(1, 100)]
 Positive = Annotated[float, within(0, 1e6, above=True)]
 ZeroToOne = Annotated[float, within(0, 1)]
-ZeroToBelowOne = Annotated[float, within(0, 1, below=True)]  # of something that must not be lost altogether
+# Of something that must not be lost altogether
+ZeroToBelowOne = Annotated[float, within(0, 1, below=True)]
 Weight = Annotated[float, within(0, 1e6)]
 Width = Annotated[int, within(4, 8192)]  # channels
 Strides = Annotated[tuple[Count, ...], Ascending, Some]
@@ -84,7 +90,8 @@ WORDS = {
     "model_attributes_type": "has to be a mapping of its parts, such as {kind: name}",
     "missing": "is missing",
 }
-EXPECTED = {"literal_error": "expected", "union_tag_invalid": "expected_tags"}  # where pydantic lists what fits
+# Where pydantic lists what fits
+EXPECTED = {"literal_error": "expected", "union_tag_invalid": "expected_tags"}
 
 
 class Config(BaseModel):
@@ -98,11 +105,15 @@ class Config(BaseModel):
         """JSON and YAML have lists where a recipe has tuples."""
         if not isinstance(data, dict):
             return data
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
 
     @classmethod
     def checked(cls, data: dict[str, Any]) -> Self:
-        """From plain data; `UserError` for a value that does not fit, naming the field, the value and what fits."""
+        """From plain data; `UserError` for a value that does not fit, naming the field, the value
+        and what fits.
+        """
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -114,9 +125,15 @@ class Config(BaseModel):
 
 
 def configs_of(annotation: Any) -> tuple[type[Config], ...]:
-    """The configuration classes behind a field's annotation: none, one (that may be None), or one for each kind."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return tuple(option for option in options if isinstance(option, type) and issubclass(option, Config))
+    """The configuration classes behind a field's annotation: none, one (that may be None), or one
+    for each kind.
+    """
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    return tuple(
+        option for option in options if isinstance(option, type) and issubclass(option, Config)
+    )
 
 
 def kind_of(config: type[Config]) -> str:
@@ -125,7 +142,9 @@ def kind_of(config: type[Config]) -> str:
 
 
 def _place(config: type[Config], path: Sequence[str | int]) -> str:
-    """The dotted name of a place in a configuration. In pydantic's path the kind follows where there are several."""
+    """The dotted name of a place in a configuration. In pydantic's path the kind follows where
+    there are several.
+    """
     names: list[str] = []
     kinds: tuple[type[Config], ...] = (config,)
     for part in path:
@@ -152,7 +171,9 @@ def _said(config: type[Config], error: ErrorDetails) -> str:
     wanted = WORDS.get(error["type"], error["msg"].lower().replace("input should be", "has to be"))
     if error["type"] in EXPECTED:
         known = error.get("ctx", {})[EXPECTED[error["type"]]].replace("'", "")
-        wanted = f"has to be one of {known}" + nearest(str(value), known.replace(" or ", ", ").split(", "))
+        wanted = f"has to be one of {known}" + nearest(
+            str(value), known.replace(" or ", ", ").split(", ")
+        )
     return f"{place}={brief(value)} {wanted}"
 
 
@@ -170,10 +191,20 @@ def unknown_name(name: str, known: Sequence[str], where: str) -> UserError:
 
 
 def _points(value: Any) -> Any:
-    counts = [value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
-    if counts and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 100 for n in counts):
+    counts = (
+        [value]
+        if isinstance(value, int)
+        else list(value)
+        if isinstance(value, list | tuple)
+        else []
+    )
+    if counts and all(
+        isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 100 for n in counts
+    ):
         return value if isinstance(value, int) else tuple(counts)
-    raise PydanticCustomError("points", "has to be a whole number from 1 to 100, or a list of one a level: [3, 6, 3]")
+    raise PydanticCustomError(
+        "points", "has to be a whole number from 1 to 100, or a list of one a level: [3, 6, 3]"
+    )
 
 
 Points = Annotated[int | tuple[int, ...], BeforeValidator(_points)]

@@ -1,4 +1,6 @@
-"""The folder that a run or a study writes: a new one, and one process's alone for as long as that lives."""
+"""The folder that a run or a study writes: a new one, and one process's alone for as long as that
+lives.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ HELD = (errno.EAGAIN, errno.EACCES)  # the lock is somebody else's
 
 
 def new_folder(name: str, world: World) -> Path:
-    """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the same second."""
+    """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the
+    same second.
+    """
     stem = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder, number = stem, 1
     while world.is_main_process:
@@ -39,13 +43,19 @@ def new_folder(name: str, world: World) -> Path:
 
 @contextlib.contextmanager
 def held(
-    folder: Path, world: World | None = None, *, new: bool = False, check: Callable[[], object] = lambda: None
+    folder: Path,
+    world: World | None = None,
+    *,
+    new: bool = False,
+    check: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
-    """Keeps every other run out of the folder, on this machine and, where the file system has locks, on others.
+    """Keeps every other run out of the folder, on this machine and, where the file system has
+    locks, on others.
 
-    The system takes the lock back when the main process ends, whatever ended it. A `new` folder is made; `check` is
-    called in the main process once nobody else can change what it looks at. Raises `UserError`, in every process, that
-    says who holds the folder, that it cannot be written, or what `check` raised.
+    The system takes the lock back when the main process ends, whatever ended it. A `new` folder is
+    made; `check` is called in the main process once nobody else can change what it looks at. Raises
+    `UserError`, in every process, that says who holds the folder, that it cannot be written, or
+    what `check` raised.
     """
     file, refusal = None, ("", "")
     if world is None or world.is_main_process:
@@ -64,7 +74,9 @@ def held(
 
 
 def _lock(folder: Path, new: bool) -> FileIO | None:
-    """The locked file, None where there is no such folder; what is wrong with that is told by whoever reads it."""
+    """The locked file, None where there is no such folder; what is wrong with that is told by
+    whoever reads it.
+    """
     try:
         if new:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,14 +90,16 @@ def _lock(folder: Path, new: bool) -> FileIO | None:
         ) from None
     if sys.platform == "win32":  # Python has no lock there that other processes could read past
         return file
-    os.register_at_fork(after_in_child=file.close)  # a worker that outlives this process would keep the lock
+    # A worker that outlives this process would keep the lock
+    os.register_at_fork(after_in_child=file.close)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             raise _refusal(folder, file) from None
         warnings.warn(
-            Advice(f"{folder}: no locks here ({error.strerror}): nothing keeps another run out"), stacklevel=2
+            Advice(f"{folder}: no locks here ({error.strerror}): nothing keeps another run out"),
+            stacklevel=2,
         )
         return file
     with contextlib.suppress(OSError):  # a full disk: the lock holds, and does not say whose it is
@@ -100,4 +114,6 @@ def _refusal(folder: Path, file: FileIO) -> UserError:
     with file:
         file.seek(0)
         holder = file.read(200).decode(errors="replace") or "another process"
-    return UserError(f"{folder}: {holder}, writes here", "Wait for it or stop it, or take another --out.")
+    return UserError(
+        f"{folder}: {holder}, writes here", "Wait for it or stop it, or take another --out."
+    )

@@ -1,4 +1,6 @@
-"""Loading what is trained: a run, weights or somebody else's checkpoint; and the split that it is evaluated on."""
+"""Loading what is trained: a run, weights or somebody else's checkpoint; and the split that it is
+evaluated on.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +29,32 @@ from detrellis.recipes.build import build, build_untrained
 
 
 @checked
-def load(source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None) -> Model:
-    """A trained detector from a run's folder or weights file, from an exported `.onnx` or `.xml`, from a Hugging Face
-    folder, `hf:org/name` or a reference repository's `.pth`; or an untrained one from a recipe's name.
+def load(
+    source: str | Path, *, classes: ClassMap | Classes | None = None, device: str | None = None
+) -> Model:
+    """A trained detector from a run's folder or weights file, from an exported `.onnx` or `.xml`,
+    from a Hugging Face folder, `hf:org/name` or a reference repository's `.pth`; or an untrained
+    one from a recipe's name.
 
     `classes` is for a recipe only: the class map, or a number of classes (default 80).
     """
     place, target = Path(source), pick_device(device)
     if place.suffix in OPENERS and place.is_file():
         exported, card = load_exported(place)
-        return Model(exported.to(target).eval(), card.recipe, card.classes, target, card.data or None)
+        return Model(
+            exported.to(target).eval(), card.recipe, card.classes, target, card.data or None
+        )
     if place.exists() or is_foreign(source):
         file = place if is_foreign(source) else find_weights(place)
         weights, card = load_any(source) if is_foreign(source) else load_weights(file)
         detector = fill(build_untrained(card.recipe, len(card.classes)), weights, file)
-        return Model(detector.to(target).eval(), card.recipe, card.classes, target, card.data or None)
+        return Model(
+            detector.to(target).eval(), card.recipe, card.classes, target, card.data or None
+        )
     if len(place.parts) > 1:
-        raise UserError(f"{place}: no such run", "Give a run, a weights file, hf:org/name, or a recipe's name.")
+        raise UserError(
+            f"{place}: no such run", "Give a run, a weights file, hf:org/name, or a recipe's name."
+        )
     recipe = find_recipe(str(source))
     if not isinstance(classes, ClassMap):
         count = 80 if classes is None else classes
@@ -52,8 +63,8 @@ def load(source: str | Path, *, classes: ClassMap | Classes | None = None, devic
 
 
 def trained(run: str | Path) -> str | Path:
-    """The weights file of a run, or somebody else's checkpoint as it was named. Raises `UserError` for a recipe's name:
-    it would predict with random weights."""
+    """The weights file of a run, or somebody else's checkpoint as it was named. Raises `UserError`
+    for a recipe's name: it would predict with random weights."""
     return run if is_foreign(run) else find_weights(Path(run))
 
 
@@ -71,16 +82,22 @@ class OpenedSplit(NamedTuple):
     loader: Loader
     files: str  # where the annotations come from
 
-    def seen(self, options: EvalOptions, world: World, progress: bool, view: View) -> Iterator[Batch]:
+    def seen(
+        self, options: EvalOptions, world: World, progress: bool, view: View
+    ) -> Iterator[Batch]:
         """Those images again, in another view."""
         data = self.model.recipe.data
-        loader = eval_loader(self.annotations, data, options.batch_size, options.workers, world, view)
+        loader = eval_loader(
+            self.annotations, data, options.batch_size, options.workers, world, view
+        )
         with contextlib.closing(loader):
             yield from track(loader, "evaluate a view", len(loader), progress)
 
 
 @contextlib.contextmanager
-def open_split(run: str | Path, world: World, options: EvalOptions | None = None) -> Iterator[OpenedSplit]:
+def open_split(
+    run: str | Path, world: World, options: EvalOptions | None = None
+) -> Iterator[OpenedSplit]:
     """Load a run and what it is evaluated on; the loader's workers end with the context."""
     options = options or EvalOptions()
     model = load_trained(run, str(world.device))
@@ -88,4 +105,6 @@ def open_split(run: str | Path, world: World, options: EvalOptions | None = None
     annotations, _ = prepare_split(source, split, model.classes, options.skip_bad)
     loader = eval_loader(annotations, model.recipe.data, options.batch_size, options.workers, world)
     with contextlib.closing(loader):
-        yield OpenedSplit(str(run), model, annotations, loader, str(source.splits[split].annotations))
+        yield OpenedSplit(
+            str(run), model, annotations, loader, str(source.splits[split].annotations)
+        )

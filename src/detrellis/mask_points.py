@@ -1,11 +1,13 @@
-"""Masks compared at sampled points (PointRend, Kirillov et al., 2020; Mask2Former, section 3.3): what a match costs,
-and the losses. No mask of a query that is not matched ever exists.
+"""Masks compared at sampled points (PointRend, Kirillov et al., 2020; Mask2Former, section 3.3):
+what a match costs, and the losses. No mask of a query that is not matched ever exists.
 
-In the matching one set of points serves all queries and targets of an image, and the features are sampled there, not
-the masks. The losses look where a mask is least certain: of many candidates for each matched mask those with the
-smallest logits are taken, and a few of anywhere. They are computed anew in the backward pass, which keeps nothing.
+In the matching one set of points serves all queries and targets of an image, and the features are
+sampled there, not the masks. The losses look where a mask is least certain: of many candidates for
+each matched mask those with the smallest logits are taken, and a few of anywhere. They are computed
+anew in the backward pass, which keeps nothing.
 
-Points are `(x, y)` in [0, 1] of the padded image. Bilinear samples of what is true are soft, and outside there is 0.
+Points are `(x, y)` in [0, 1] of the padded image. Bilinear samples of what is true are soft, and
+outside there is 0.
 """
 
 from __future__ import annotations
@@ -22,23 +24,27 @@ from torch.utils.checkpoint import checkpoint
 
 from detrellis.types import Assignment, DecoderOutput, MaskFeatures, Targets
 
-PLACE = 64  # masks of a layer and image that are held as whole maps at a time, where the maps are large
+# Masks of a layer and image that are held as whole maps at a time, where the maps are large
+PLACE = 64
 TOGETHER = 2**19  # cells of their maps, or candidates of their points, that are held at a time
 NEAR = 4  # pixels between the samples that the IoU of masks is counted on, along each axis
 
 
-# What points are for, how many, and a tensor of their type and device, to points `(..., 2)` in [0, 1).
+# What points are for, how many, and a tensor of their type and device, to points `(..., 2)` in [0,
+# 1).
 Draw = Callable[[tuple[str | int, ...], Sequence[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Seeded:
-    """Uniform random points, a `Draw`. Each is a function of the seed and of what it is for, so that none depends on
-    another, and the backward pass draws again what the forward pass drew."""
+    """Uniform random points, a `Draw`. Each is a function of the seed and of what it is for, so
+    that none depends on another, and the backward pass draws again what the forward pass drew."""
 
     seed: int = 0
 
-    def __call__(self, purpose: tuple[str | int, ...], shape: Sequence[int], like: Tensor) -> Tensor:
+    def __call__(
+        self, purpose: tuple[str | int, ...], shape: Sequence[int], like: Tensor
+    ) -> Tensor:
         """Points `(*shape, 2)`."""
         seed = zlib.crc32(f"{self.seed}/{purpose}".encode())
         generator = torch.Generator(like.device).manual_seed(seed)
@@ -49,8 +55,9 @@ class Seeded:
 class Points:
     """Where masks are compared: at `count` points.
 
-    The losses' are chosen from `oversample` times as many, the part `uncertain` of them by how uncertain the mask is.
-    `inside`: none lies in the padding of a batch, where otherwise nothing is learned but background.
+    The losses' are chosen from `oversample` times as many, the part `uncertain` of them by how
+    uncertain the mask is. `inside`: none lies in the padding of a batch, where otherwise nothing is
+    learned but background.
     """
 
     count: int = 12544
@@ -74,7 +81,9 @@ class Points:
         if not self.inside or masks.padding is None:
             return whole
         inside = ~masks.padding
-        return torch.stack([inside[:, 0].to(whole).mean(1), inside[:, :, 0].to(whole).mean(1)], dim=1)
+        return torch.stack(
+            [inside[:, 0].to(whole).mean(1), inside[:, :, 0].to(whole).mean(1)], dim=1
+        )
 
 
 class Sampling(NamedTuple):
@@ -91,7 +100,8 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_bitmaps(bitmaps: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-    """As `sample`, of the rows `rows (M,)` of `bitmaps (T, H, W)` bool: `(M, P)`; `points (M or 1, P, 2)`.
+    """As `sample`, of the rows `rows (M,)` of `bitmaps (T, H, W)` bool: `(M, P)`; `points (M or 1,
+    P, 2)`.
 
     Reads four pixels a point instead of turning all bitmaps into floating point.
     """
@@ -115,8 +125,12 @@ class MaskCost:
     mask: float = 5.0
     dice: float = 5.0
 
-    def __call__(self, output: DecoderOutput, targets: Targets, sampling: Sampling, copies: int) -> Tensor:
-        """`(L, B, K, N / K, T)`, T the largest number of targets of an image; 0 where an image has fewer."""
+    def __call__(
+        self, output: DecoderOutput, targets: Targets, sampling: Sampling, copies: int
+    ) -> Tensor:
+        """`(L, B, K, N / K, T)`, T the largest number of targets of an image; 0 where an image has
+        fewer.
+        """
         masks, embeds, bitmaps = parts(output, targets)
         layers, images, queries = embeds.shape[:3]
         largest = max(targets.sizes)
@@ -124,12 +138,16 @@ class MaskCost:
         scale = sampling.points.scale(masks)
         rows = torch.arange(len(bitmaps), device=bitmaps.device).split(list(targets.sizes))
         for layer in range(layers):
-            points = sampling.draw(("match", layer), (images, sampling.points.count), masks.map) * scale.unsqueeze(1)
+            points = sampling.draw(
+                ("match", layer), (images, sampling.points.count), masks.map
+            ) * scale.unsqueeze(1)
             features = sample(masks.map, points)
             for image in (i for i, count in enumerate(targets.sizes) if count):
                 truth = sample_bitmaps(bitmaps, rows[image], points[image, None])
                 logits = (embed @ features[image] for embed in embeds[layer, image].chunk(copies))
-                costs[layer, image, ..., : len(truth)] = torch.stack([self.pairs(x, truth) for x in logits])
+                costs[layer, image, ..., : len(truth)] = torch.stack(
+                    [self.pairs(x, truth) for x in logits]
+                )
         return costs
 
     def pairs(self, logits: Tensor, truth: Tensor) -> Tensor:
@@ -154,14 +172,17 @@ def mask_terms(
     counts: Sequence[Sequence[int]],
     weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Terms `mask` and `dice` of the positives, each `(L,)`, summed and divided by the number of masks.
+    """Terms `mask` and `dice` of the positives, each `(L,)`, summed and divided by the number of
+    masks.
 
     `counts`: positives of each layer and image. `weight (M,)`: of each positive; None: 1.
     """
     masks, embeds, _ = parts(output, targets)
     # In the order of layers, images and queries, which those of denoising are not in.
     _, images, queries = embeds.shape[:3]
-    order = ((positives.layer * images + positives.image) * queries + positives.query).argsort(stable=True)
+    order = ((positives.layer * images + positives.image) * queries + positives.query).argsort(
+        stable=True
+    )
     layer, image, query, target, _ = (part[order] for part in positives)
     embeds = embeds[layer, image, query]
     places = [
@@ -171,24 +192,31 @@ def mask_terms(
         for start in range(0, count, PLACE)
     ]
     features, scales = masks.map.unbind(), sampling.points.scale(masks).unbind()
-    portions = _portions(places, TOGETHER // max(masks.map[0, 0].numel(), sampling.points.candidates))
+    portions = _portions(
+        places, TOGETHER // max(masks.map[0, 0].numel(), sampling.points.candidates)
+    )
     sizes = [sum(place.masks for place in portion) for portion in portions]
     losses = [embeds.new_zeros(0, 2)]
     for portion, part, rows in zip(portions, embeds.split(sizes), target.split(sizes), strict=True):
         arguments = (part, features, targets, rows, sampling, scales, portion)
-        losses.append(checkpoint(_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
+        losses.append(
+            checkpoint(_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
+        )
     each = torch.cat(losses)
     if weight is not None:
         each = each * weight[order].to(each.dtype).unsqueeze(1)
     terms = each.new_zeros(len(counts), 2).index_add(0, layer, each)
-    if not places:  # connected where nothing is matched: all parameters get a gradient in every step
+    # Connected where nothing is matched: all parameters get a gradient in every step
+    if not places:
         terms = terms + 0 * (embeds.sum() + masks.map.sum())
     mask, dice = (terms / normaliser).unbind(1)
     return {"mask": mask, "dice": dice}
 
 
 class _Place(NamedTuple):
-    """Masks of one layer and image, at most `PLACE`, which share what their points are drawn for."""
+    """Masks of one layer and image, at most `PLACE`, which share what their points are drawn
+    for.
+    """
 
     layer: int
     image: int
@@ -215,14 +243,16 @@ def _losses(
     scales: Sequence[Tensor],
     places: Sequence[_Place],
 ) -> Tensor:
-    """Cross-entropy and dice loss of each mask, `(m, 2)`: of the embeddings `(m, Dm)` of some places, which learn the
-    targets `rows (m,)`, in the `features (Dm, h, w)` and with the `scales (2,)` of their images."""
+    """Cross-entropy and dice loss of each mask, `(m, 2)`: of the embeddings `(m, Dm)` of some
+    places, which learn the targets `rows (m,)`, in the `features (Dm, h, w)` and with the `scales
+    (2,)` of their images."""
     assert targets.bitmaps is not None
     points = sampling.points
 
     def draw(purpose: str, count: int) -> Tensor:
         drawn = [
-            sampling.draw((purpose, *place[:3]), (place.masks, count), features[0]) * scales[place.image]
+            sampling.draw((purpose, *place[:3]), (place.masks, count), features[0])
+            * scales[place.image]
             for place in places
         ]
         return torch.cat(drawn)
@@ -245,7 +275,9 @@ def _losses(
 
 
 def parts(output: DecoderOutput, targets: Targets) -> tuple[MaskFeatures, Tensor, Tensor]:
-    """Features, embeddings `(L, B, N, Dm)` and the targets' bitmaps `(T, H, W)`, in the features' precision."""
+    """Features, embeddings `(L, B, N, Dm)` and the targets' bitmaps `(T, H, W)`, in the features'
+    precision.
+    """
     assert output.masks is not None, "the detector predicts no masks"
     assert output.mask_embeds is not None, "the detector predicts no masks"
     assert targets.bitmaps is not None, "the targets have no bitmaps"
@@ -255,8 +287,12 @@ def parts(output: DecoderOutput, targets: Targets) -> tuple[MaskFeatures, Tensor
 
 
 @torch.no_grad()
-def mask_iou(output: DecoderOutput, targets: Targets, positives: Assignment, counts: Sequence[Sequence[int]]) -> Tensor:
-    """IoU `(M,)` of the last layer's positives with their targets, counted at the middles of the features' cells."""
+def mask_iou(
+    output: DecoderOutput, targets: Targets, positives: Assignment, counts: Sequence[Sequence[int]]
+) -> Tensor:
+    """IoU `(M,)` of the last layer's positives with their targets, counted at the middles of the
+    features' cells.
+    """
     masks, embeds, bitmaps = parts(output, targets)
     layer, image, query, target, _ = (part[sum(map(sum, counts[:-1])) :] for part in positives)
     truth = bitmaps[:, NEAR // 2 :: NEAR, NEAR // 2 :: NEAR]

@@ -1,7 +1,7 @@
 """Masks of detected objects: from a detector's features to run lengths of the original image.
 
-They are drawn a few at a time and packed at once, as COCO packs them (column by column; hotcoco does it): the bitmaps
-of 100 detections in a photograph of 12 megapixels would be 1.2 GB.
+They are drawn a few at a time and packed at once, as COCO packs them (column by column; hotcoco
+does it): the bitmaps of 100 detections in a photograph of 12 megapixels would be 1.2 GB.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ class DrawnMasks(NamedTuple):
     boxes: Tensor  # (n, 4) pixel xyxy just around each; 0 of an empty one
 
 
-def draw_masks(embeds: Tensor, features: Tensor, padded: Size, frame: Size, size: Size) -> DrawnMasks:
-    """The masks of `embeds (n, Dm)` in an image of `size`, of `features (Dm, h, w)` of its batch's `padded` size.
+def draw_masks(
+    embeds: Tensor, features: Tensor, padded: Size, frame: Size, size: Size
+) -> DrawnMasks:
+    """The masks of `embeds (n, Dm)` in an image of `size`, of `features (Dm, h, w)` of its batch's
+    `padded` size.
 
-    Logits are enlarged to the padded size, cut to the image's `frame` in it, and resized to the original: bilinear both
-    times (Mask2Former). A pixel is in a mask where its logit is above 0.
+    Logits are enlarged to the padded size, cut to the image's `frame` in it, and resized to the
+    original: bilinear both times (Mask2Former). A pixel is in a mask where its logit is above 0.
     """
     dtype = torch.promote_types(embeds.dtype, torch.float32)
     embeds, features = embeds.to(dtype), features.to(dtype)
@@ -43,7 +46,9 @@ def draw_masks(embeds: Tensor, features: Tensor, padded: Size, frame: Size, size
     if not parts:
         return DrawnMasks((), embeds.new_zeros(0), embeds.new_zeros(0, 4))
     runs, scores, boxes = zip(*parts, strict=True)
-    return DrawnMasks(tuple(run for part in runs for run in part), torch.cat(scores), torch.cat(boxes))
+    return DrawnMasks(
+        tuple(run for part in runs for run in part), torch.cat(scores), torch.cat(boxes)
+    )
 
 
 def _resized(maps: Tensor, to: Size) -> Tensor:
@@ -63,8 +68,8 @@ def _packed(logits: Tensor) -> DrawnMasks:
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
-    """Pixel xyxy `(n, 4)` int64 just around bool masks `(n, height, width)`: the last column and row are in it. 0 where
-    a mask is empty."""
+    """Pixel xyxy `(n, 4)` int64 just around bool masks `(n, height, width)`: the last column and
+    row are in it. 0 where a mask is empty."""
     ends = []
     for line in (masks.any(dim=1), masks.any(dim=2)):  # (n, width), (n, height)
         marked = line.int()

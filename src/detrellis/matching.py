@@ -1,4 +1,6 @@
-"""Bipartite matching: the cost on the device, one copy to the host a step, Hungarian there, one copy back."""
+"""Bipartite matching: the cost on the device, one copy to the host a step, Hungarian there, one
+copy back.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from detrellis.mask_points import MaskCost, Sampling
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 WORST = 1e8  # stands for a cost that is NaN or infinite, which the solver would refuse
-CACHED = 2**18  # costs that a CPU computes at a time: the dozen arrays on the way to them stay in its cache
+# Costs that a CPU computes at a time: the dozen arrays on the way to them stay in its cache
+CACHED = 2**18
 
 # (logits (..., N, C), labels (..., T), GIoU (..., N, T)) to the unweighted class term (..., N, T).
 ClassTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -30,13 +33,16 @@ def columns(values: Tensor, labels: Tensor) -> Tensor:
 def focal_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
     """Focal loss of the class being present minus that of its being absent.
 
-    The targets' class columns are gathered before the sigmoid, so the cost does not grow with the number of classes.
+    The targets' class columns are gathered before the sigmoid, so the cost does not grow with the
+    number of classes.
     """
     return focal_difference(columns(logits, labels).sigmoid())
 
 
 def focal_difference(p: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """As `focal_term`, of the probabilities `p` of the targets' classes; the 1e-8 is the reference code's."""
+    """As `focal_term`, of the probabilities `p` of the targets' classes; the 1e-8 is the reference
+    code's.
+    """
     present = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     absent = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     return present - absent
@@ -49,7 +55,9 @@ def softmax_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MatchingCost:
-    """DETR's matching cost: the weighted sum of class term, L1 distance and minus generalised IoU."""
+    """DETR's matching cost: the weighted sum of class term, L1 distance and minus generalised
+    IoU.
+    """
 
     classes: float = 2.0
     l1: float = 5.0
@@ -57,7 +65,8 @@ class MatchingCost:
     class_term: ClassTerm = focal_term
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`.
+        """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to
+        `(..., N, T)`.
 
         Of boxes `(..., N, 0)`, which a detector of masks gives, the class term alone.
         """
@@ -70,7 +79,9 @@ class MatchingCost:
 
 
 def _planes(boxes: Tensor) -> Tensor:
-    """Equal boxes `(..., 4)`, in memory one coordinate after the other: arithmetic on coordinates then strides by 1."""
+    """Equal boxes `(..., 4)`, in memory one coordinate after the other: arithmetic on coordinates
+    then strides by 1.
+    """
     return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
@@ -78,8 +89,9 @@ def _planes(boxes: Tensor) -> Tensor:
 class Candidates:
     """How many queries each target gets at each stage: Align-DETR's k.
 
-    `positive_fraction` caps it in crowded images, each for itself: at most that part of the queries become positives,
-    but every target gets one. None: no cap; if the queries do not suffice, the targets get unequal numbers.
+    `positive_fraction` caps it in crowded images, each for itself: at most that part of the queries
+    become positives, but every target gets one. None: no cap; if the queries do not suffice, the
+    targets get unequal numbers.
     """
 
     encoder: int = 1
@@ -99,25 +111,34 @@ class Candidates:
 class Hungarian:
     """Assign by optimal matching on `cost`, at each layer and within each copy of a block.
 
-    One-to-one, or each target to several queries: then every target stands that often in the cost. `masks` is what
-    masks add to it, where they are learned.
+    One-to-one, or each target to several queries: then every target stands that often in the cost.
+    `masks` is what masks add to it, where they are learned.
     """
 
     cost: MatchingCost = MatchingCost()
     candidates: Candidates = Candidates()
-    union: bool = False  # boxes learn by the union of the matches of all layers, and of what stands before them
+    # Boxes learn by the union of the matches of all layers, and of what stands before them
+    union: bool = False
     masks: MaskCost | None = None
 
     def for_proposals(self) -> Hungarian:
-        """This rule for the encoder's proposals, which are one layer: with the encoder's number of candidates."""
+        """This rule for the encoder's proposals, which are one layer: with the encoder's number of
+        candidates.
+        """
         return replace(self, candidates=replace(self.candidates, last=self.candidates.encoder))
 
     def for_initial(self) -> Hungarian:
-        """This rule for the first layer's boxes before there are distributions: with that layer's candidates."""
+        """This rule for the first layer's boxes before there are distributions: with that layer's
+        candidates.
+        """
         return replace(self, candidates=replace(self.candidates, last=self.candidates.intermediate))
 
-    def solve(self, costs: NDArray[np.floating], layer: int, layers: int) -> tuple[NDArray[np.int64], ...]:
-        """Queries and targets of the pairs `(M,)`, in query order, by `costs (N, T)` of one layer, image and copy."""
+    def solve(
+        self, costs: NDArray[np.floating], layer: int, layers: int
+    ) -> tuple[NDArray[np.int64], ...]:
+        """Queries and targets of the pairs `(M,)`, in query order, by `costs (N, T)` of one layer,
+        image and copy.
+        """
         queries, targets = costs.shape
         # Each target stands k times in the cost.
         k = self.candidates.of(layer, layers, queries=queries, targets=targets)
@@ -127,12 +148,14 @@ class Hungarian:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """As many queries for each target as fit it: the one-to-many rule of MS-DETR and DAC-DETR, at each layer.
+    """As many queries for each target as fit it: the one-to-many rule of MS-DETR and DAC-DETR, at
+    each layer.
 
-    A query's score for a target is `(1 - overlap) p + overlap IoU`. It is a positive of the target that it scores
-    highest for, if that score reaches the `threshold`, or if it is that target's best query. Of more positives than
-    `positive_fraction` of the queries a random part stays. A target with n of them then gets its min(n, k) best
-    queries, whichever: one may learn several targets, its rows in the order of their scores.
+    A query's score for a target is `(1 - overlap) p + overlap IoU`. It is a positive of the target
+    that it scores highest for, if that score reaches the `threshold`, or if it is that target's
+    best query. Of more positives than `positive_fraction` of the queries a random part stays. A
+    target with n of them then gets its min(n, k) best queries, whichever: one may learn several
+    targets, its rows in the order of their scores.
 
     `draw` gives a random order of so many.
     """
@@ -152,7 +175,9 @@ class Dynamic:
         """See `Hungarian.for_initial`."""
         return self
 
-    def solve(self, costs: NDArray[np.floating], layer: int, layers: int) -> tuple[NDArray[np.int64], ...]:
+    def solve(
+        self, costs: NDArray[np.floating], layer: int, layers: int
+    ) -> tuple[NDArray[np.int64], ...]:
         """As `Hungarian.solve`; rows of a query by rising score."""
         queries, targets = costs.shape
         if not targets:
@@ -177,7 +202,8 @@ class Known:
     """An assignment that needs no matching: denoising queries know their target."""
 
     assignment: Assignment
-    counts: tuple[int, ...] = ()  # positives of each image at each layer, on the host; empty: not counted
+    # Positives of each image at each layer, on the host; empty: not counted
+    counts: tuple[int, ...] = ()
 
     def for_initial(self, layers: int) -> Known:
         """The first of `layers` layers' part, which all have alike, one after the other."""
@@ -186,17 +212,23 @@ class Known:
 
 
 def known_assignment(image: Tensor, query: Tensor, target: Tensor, layers: int) -> Assignment:
-    """Queries with known targets, `(P,)` each, at every layer: each is the only candidate of its set."""
+    """Queries with known targets, `(P,)` each, at every layer: each is the only candidate of its
+    set.
+    """
     count = len(image)
-    layer = torch.arange(layers, device=image.device).repeat_interleave(count, output_size=layers * count)
+    layer = torch.arange(layers, device=image.device).repeat_interleave(
+        count, output_size=layers * count
+    )
     group = torch.arange(layers * count, device=image.device)
-    return Assignment(layer, image.repeat(layers), query.repeat(layers), target.repeat(layers), group)
+    return Assignment(
+        layer, image.repeat(layers), query.repeat(layers), target.repeat(layers), group
+    )
 
 
 @dataclass(frozen=True)
 class United:
-    """The union of other matches of the same queries, at every layer: each query learns the target that most of them
-    give it, the first of those that tie (GO-LSD in D-FINE's code)."""
+    """The union of other matches of the same queries, at every layer: each query learns the target
+    that most of them give it, the first of those that tie (GO-LSD in D-FINE's code)."""
 
     of: tuple[Match, ...]
 
@@ -223,7 +255,10 @@ class Match:
             return [list(self.assign.counts)] * layers
         assert isinstance(self.assign, Hungarian)
         of, sizes = self.assign.candidates.of, self.targets.sizes
-        several = [[of(i, layers, queries=queries, targets=size) * size for size in sizes] for i in range(layers)]
+        several = [
+            [of(i, layers, queries=queries, targets=size) * size for size in sizes]
+            for i in range(layers)
+        ]
         return [[copies * min(count, queries) for count in row] for row in several]
 
     @property
@@ -257,7 +292,8 @@ def assign(matches: Sequence[Match]) -> list[Assignment]:
 
 
 def _costs(match: Match) -> list[Tensor]:
-    """Costs `(l, b, K, N / K, T)` of some layers and images at a time, in order, in float32 or better.
+    """Costs `(l, b, K, N / K, T)` of some layers and images at a time, in order, in float32 or
+    better.
 
     One empty tensor where there is nothing to solve.
     """
@@ -268,31 +304,43 @@ def _costs(match: Match) -> list[Tensor]:
     labels, boxes = _pad(match.targets)
     labels = labels[None, :, None].expand(layers, batch, copies, -1)
     boxes = boxes[None, :, None].expand(layers, batch, copies, -1, -1)
-    logits, predicted = (t.detach().to(boxes.dtype).unflatten(2, (copies, queries)) for t in match.output[:2])
+    logits, predicted = (
+        t.detach().to(boxes.dtype).unflatten(2, (copies, queries)) for t in match.output[:2]
+    )
     # As many layers, or else images, at a time as a CPU's cache holds.
     together = layers * batch
     if boxes.device.type == "cpu":
         together = max(CACHED // (copies * queries * labels.shape[-1]), 1)
     rows, columns = max(together // batch, 1), min(together, batch)
     costs = [
-        match.assign.cost(*(t[i : i + rows, j : j + columns] for t in (logits, predicted, labels, boxes)))
+        match.assign.cost(
+            *(t[i : i + rows, j : j + columns] for t in (logits, predicted, labels, boxes))
+        )
         for i in range(0, layers, rows)
         for j in range(0, batch, columns)
     ]
-    if isinstance(match.assign, Hungarian) and match.assign.masks is not None and match.sampling is not None:
+    if (
+        isinstance(match.assign, Hungarian)
+        and match.assign.masks is not None
+        and match.sampling is not None
+    ):
         masks = match.assign.masks(match.output, match.targets, match.sampling, copies)
         return [torch.cat([cost.flatten() for cost in costs]).view_as(masks) + masks]
     return costs
 
 
 def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, filled up to the largest count with its last target.
+    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, filled up to the largest count with its
+    last target.
 
-    Not with zeros: a class term may look for the best overlap of an image. An image without targets gets any.
+    Not with zeros: a class term may look for the best overlap of an image. An image without targets
+    gets any.
     """
     sizes, offsets = torch.tensor(targets.sizes), torch.tensor(targets.offsets)
     place = torch.arange(max(targets.sizes)).minimum((sizes - 1).clamp(min=0).unsqueeze(1))
-    rows = (offsets.unsqueeze(1) + place).clamp(max=len(targets.labels) - 1).to(targets.labels.device)
+    rows = (
+        (offsets.unsqueeze(1) + place).clamp(max=len(targets.labels) - 1).to(targets.labels.device)
+    )
     return targets.labels[rows], targets.boxes[rows]
 
 
@@ -309,7 +357,9 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
     finite = finite.reshape(layers, batch, copies, queries, -1)
     targets = match.targets
     for place, (layer, image, copy) in enumerate(np.ndindex(layers, batch, copies)):
-        query, column = match.assign.solve(finite[layer, image, copy, :, : targets.sizes[image]], layer, layers)
+        query, column = match.assign.solve(
+            finite[layer, image, copy, :, : targets.sizes[image]], layer, layers
+        )
         target = column + targets.offsets[image]
         rows = np.empty((5, len(query)), dtype=np.int64)
         rows[0], rows[1] = layer, image
@@ -320,7 +370,9 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
 
 
 def _unite(solved: Sequence[NDArray[np.int64]], match: Match) -> NDArray[np.int64]:
-    """The rows of an `Assignment`, `(5, M)`, for the union of such of `solved`, the same at every layer of `match`."""
+    """The rows of an `Assignment`, `(5, M)`, for the union of such of `solved`, the same at every
+    layer of `match`.
+    """
     # Each pair of image, query and target once, in this order, and how many say so.
     pairs, votes = np.unique(np.concatenate(solved, axis=1)[1:4], axis=1, return_counts=True)
     # Of a query's pairs the first: most votes, then the lower target.

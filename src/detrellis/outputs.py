@@ -1,9 +1,10 @@
 """What a verb leaves on disk, and the promise that it writes over nothing that it did not make.
 
-A folder that is written to holds `.detrellis.jsonl`, a line for each file that a verb made there: its name, and the
-SHA-256 of its content. The line is written before the file, so a crash leaves no file that nobody knows. A file may be
-replaced while its content is one that its lines tell; anything else, a picture of the user's or a result that was
-edited since, is refused before any work. So is every input, also one that an earlier call made.
+A folder that is written to holds `.detrellis.jsonl`, a line for each file that a verb made there:
+its name, and the SHA-256 of its content. The line is written before the file, so a crash leaves no
+file that nobody knows. A file may be replaced while its content is one that its lines tell;
+anything else, a picture of the user's or a result that was edited since, is refused before any
+work. So is every input, also one that an earlier call made.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ ANY = "any"  # in place of a hash: the file grows, and is ours whatever is in it
 
 
 class Outputs:
-    """The files that a call makes below `folder`; `option` is what messages call the flag that names it."""
+    """The files that a call makes below `folder`; `option` is what messages call the flag that
+    names it.
+    """
 
     def __init__(self, folder: str | Path, option: str = "--out") -> None:
         self.folder, self.option = Path(folder), option
         self._made: dict[str, set[str]] | None = None
 
     def ready(self, names: Iterable[str], inputs: Iterable[str | Path] = ()) -> None:
-        """Checks, before any work, that each of `names` may be written. `inputs` are files, and folders of which
-        everything is one. Nothing is made yet.
+        """Checks, before any work, that each of `names` may be written. `inputs` are files, and
+        folders of which everything is one. Nothing is made yet.
 
-        Raises `UserError` naming the first that is an input, or is there and not as Detrellis left it; and where the
-        folder cannot be written.
+        Raises `UserError` naming the first that is an input, or is there and not as Detrellis left
+        it; and where the folder cannot be written.
         """
         protected = {Path(os.path.realpath(path)) for path in inputs}
         for path in map(self._path, names):
@@ -55,13 +58,16 @@ class Outputs:
     def alone(self, inputs: Iterable[str | Path] = ()) -> None:
         """Checks that nothing is in the folder but files as Detrellis left them, and no input.
 
-        For what is read as a whole: any other file would be taken for a part of it. Raises `UserError` as `ready`.
+        For what is read as a whole: any other file would be taken for a part of it. Raises
+        `UserError` as `ready`.
         """
         names = [path.relative_to(self.folder).as_posix() for path in self._files()]
         self.ready(names, inputs)
 
     def clear(self) -> None:
-        """Removes the files of an earlier call, which `alone` has checked: they would mix with those of this one."""
+        """Removes the files of an earlier call, which `alone` has checked: they would mix with
+        those of this one.
+        """
         for path in self._files():
             path.unlink()
 
@@ -71,13 +77,15 @@ class Outputs:
             self._note(name, ANY)
 
     def write(self, name: str, content: bytes | str) -> Path:
-        """Writes `folder/name` whole: readers see the old file or the new one, never a part. A file of somebody else's
-        that came since `ready` is refused too."""
+        """Writes `folder/name` whole: readers see the old file or the new one, never a part. A file
+        of somebody else's that came since `ready` is refused too."""
         data = content.encode() if isinstance(content, str) else content
         return self.write_with(name, lambda partial: partial.write_bytes(data))
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> Path:
-        """As the method `write`, with the content that the function `write` puts into the path that it is given."""
+        """As the method `write`, with the content that the function `write` puts into the path that
+        it is given.
+        """
         path = self._path(name)
         partial = write_beside(path, write)
         try:
@@ -95,8 +103,8 @@ class Outputs:
 
     @contextlib.contextmanager
     def growing(self, name: str) -> Iterator[Path]:
-        """A path for a file that the block writes bit by bit. What it has written becomes `folder/name` at the block's
-        end, also where that is an exception or Ctrl-C."""
+        """A path for a file that the block writes bit by bit. What it has written becomes
+        `folder/name` at the block's end, also where that is an exception or Ctrl-C."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".growing.{os.getpid()}.partial")
@@ -107,17 +115,23 @@ class Outputs:
                 self.write_with(name, partial.replace)
 
     def note(self) -> None:
-        """Calls all that is in the folder ours, as it is now: for files that a library has written there."""
+        """Calls all that is in the folder ours, as it is now: for files that a library has written
+        there.
+        """
         for path in self._files():
             self._note(path.relative_to(self.folder).as_posix(), digest(path))
 
     def made(self, path: Path) -> bool:
         """Whether an earlier call left this file, as it is, in the folder."""
         real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(self.folder))
-        return real.is_relative_to(folder) and self._replaceable(self.folder / real.relative_to(folder))
+        return real.is_relative_to(folder) and self._replaceable(
+            self.folder / real.relative_to(folder)
+        )
 
     def _path(self, name: str) -> Path:
-        """Where the file of this name goes, which never leads out of the folder: a data set's words may be in it."""
+        """Where the file of this name goes, which never leads out of the folder: a data set's words
+        may be in it.
+        """
         parts = PurePath(name)
         leads_out = parts.is_absolute() or ".." in parts.parts
         assert not leads_out, f"{name!r} leads out of {self.folder}"
@@ -126,7 +140,10 @@ class Outputs:
     def _files(self) -> list[Path]:
         """All files below the folder."""
         return sorted(
-            Path(parent, f) for parent, _, files in os.walk(self.folder) for f in files if f not in (MADE, LOCK)
+            Path(parent, f)
+            for parent, _, files in os.walk(self.folder)
+            for f in files
+            if f not in (MADE, LOCK)
         )
 
     def _replaceable(self, path: Path) -> bool:
@@ -157,20 +174,26 @@ class Outputs:
             file.write(json.dumps({"file": name, "sha256": content}) + "\n")
 
     def _may_be_made(self) -> None:
-        """`UserError` where the folder, or the nearest one above it that exists, is none or cannot be written."""
+        """`UserError` where the folder, or the nearest one above it that exists, is none or cannot
+        be written.
+        """
         folder = self.folder.absolute()
         existing = next(place for place in (folder, *folder.parents) if place.exists())
         if not existing.is_dir():
             raise UserError(f"{existing}: a file, not a folder", f"Take another {self.option}.")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"{existing}: this folder cannot be written", f"Take another {self.option}.")
+            raise UserError(
+                f"{existing}: this folder cannot be written", f"Take another {self.option}."
+            )
 
     def _refusal(self, path: Path, why: str) -> UserError:
         return UserError(f"{path}: {why}", f"Take another {self.option}, or move the file.")
 
 
 def jpeg(image: Image) -> bytes:
-    """The picture as the content of a JPEG file; one that is too large for the format is made smaller."""
+    """The picture as the content of a JPEG file; one that is too large for the format is made
+    smaller.
+    """
     content = io.BytesIO()
     image.thumbnail((LARGEST, LARGEST))
     image.save(content, format="JPEG", quality=92)
@@ -178,7 +201,9 @@ def jpeg(image: Image) -> bytes:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Give the file the name `path`; `FileExistsError` where something has it, which a rename would replace."""
+    """Give the file the name `path`; `FileExistsError` where something has it, which a rename would
+    replace.
+    """
     try:
         os.link(partial, path)
     except FileExistsError:

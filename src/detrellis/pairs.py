@@ -14,21 +14,25 @@ from detrellis.types import Assignment, DecoderOutput, SideDistributions, Target
 
 
 def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
-    """Sum `values (M,)` into `(layers,)`; a product, because a scatter is not deterministic on a GPU."""
+    """Sum `values (M,)` into `(layers,)`; a product, because a scatter is not deterministic on a
+    GPU.
+    """
     member = layer == torch.arange(layers, device=layer.device).unsqueeze(1)
     return member.to(values.dtype) @ values
 
 
 def last_rows(positives: Assignment, shape: torch.Size) -> Tensor:
-    """The last row of each row's query `(M,)`, where `positives` come in the order of layers, images and queries of
-    outputs of that `shape (L, B, N, ...)`."""
+    """The last row of each row's query `(M,)`, where `positives` come in the order of layers,
+    images and queries of outputs of that `shape (L, B, N, ...)`."""
     _, images, queries = shape[:3]
     place = (positives.layer * images + positives.image) * queries + positives.query
     return torch.searchsorted(place, place, right=True) - 1
 
 
 class Pairs(NamedTuple):
-    """Positives with their targets, as a loss rule sees them; gradients flow through `logits`, `boxes` and `giou`."""
+    """Positives with their targets, as a loss rule sees them; gradients flow through `logits`,
+    `boxes` and `giou`.
+    """
 
     logits: Tensor  # (M,) of the target's class
     boxes: Tensor  # (M, 4)
@@ -40,14 +44,22 @@ class Pairs(NamedTuple):
     images: int
 
 
-def pair_up(output: DecoderOutput, targets: Targets, positives: Assignment, iou_eps: float = 0.0) -> Pairs:
-    """Gather what the positives predicted, and their targets; `iou_eps` is added to unions (`boxes.iou`)."""
+def pair_up(
+    output: DecoderOutput, targets: Targets, positives: Assignment, iou_eps: float = 0.0
+) -> Pairs:
+    """Gather what the positives predicted, and their targets; `iou_eps` is added to unions
+    (`boxes.iou`).
+    """
     where = (positives.layer, positives.image, positives.query)
     boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
-    overlap, generalised = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes), iou_eps)
+    overlap, generalised = iou_and_giou(
+        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes), iou_eps
+    )
     logits = output.logits[(*where, targets.labels[positives.target])]
     layers, images = output.logits.shape[:2]
-    return Pairs(logits, boxes, target_boxes, overlap.detach(), generalised, positives, layers, images)
+    return Pairs(
+        logits, boxes, target_boxes, overlap.detach(), generalised, positives, layers, images
+    )
 
 
 class SoftTarget(NamedTuple):
@@ -72,7 +84,9 @@ def iou_target(pairs: Pairs) -> SoftTarget:
 
 
 def scaled_iou_target(pairs: Pairs) -> SoftTarget:
-    """The squared IoU, scaled up so that the best positive of each image and layer learns 1 (Stable-DINO, PSL)."""
+    """The squared IoU, scaled up so that the best positive of each image and layer learns 1
+    (Stable-DINO, PSL).
+    """
     target = pairs.iou**2
     owner = pairs.positives.layer * pairs.images + pairs.positives.image
     member = owner == torch.arange(pairs.layers * pairs.images, device=owner.device).unsqueeze(1)
@@ -86,12 +100,16 @@ def giou_target(pairs: Pairs) -> SoftTarget:
 
 
 def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
-    """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time DETRs train with)."""
+    """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time
+    DETRs train with).
+    """
     return SoftTarget(quality(pairs, alpha).clamp(min=floor))
 
 
 def quality(pairs: Pairs, alpha: float) -> Tensor:
-    """`q = p^alpha u^(1 - alpha)` of each pair, p its score and u its IoU: `(M,)` (Align-DETR, Eq. 2)."""
+    """`q = p^alpha u^(1 - alpha)` of each pair, p its score and u its IoU: `(M,)` (Align-DETR, Eq.
+    2).
+    """
     return pairs.logits.detach().sigmoid() ** alpha * pairs.iou ** (1 - alpha)
 
 
@@ -100,29 +118,36 @@ def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None) ->
     terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": 1 - pairs.giou}
     if weight is not None:
         terms = {name: weight * t for name, t in terms.items()}
-    return {name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser for name, t in terms.items()}
+    return {
+        name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser
+        for name, t in terms.items()
+    }
 
 
 def fine_grained_localization(
     pairs: Pairs, sides: SideDistributions, normaliser: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """FGL (D-FINE, Eq. 6): each side's distribution learns where the target's side lies, by the IoU; `(L,)`.
+    """FGL (D-FINE, Eq. 6): each side's distribution learns where the target's side lies, by the
+    IoU; `(L,)`.
 
     `weight (M,)` is one more of each positive; None: 1.
     """
     where = (pairs.positives.layer, pairs.positives.image, pairs.positives.query)
     distances = side_distances(sides.base[where], pairs.target_boxes, sides.scale)
     bins = sides.bins.to(distances.dtype)
-    losses = fine_grained_localization_loss(sides.logits[where].flatten(0, 1), distances.flatten(), bins)
+    losses = fine_grained_localization_loss(
+        sides.logits[where].flatten(0, 1), distances.flatten(), bins
+    )
     losses = losses.unflatten(0, (-1, 4)).sum(-1) * pairs.iou * (1 if weight is None else weight)
     return sum_by_layer(losses, pairs.positives.layer, pairs.layers) / normaliser
 
 
 def decoupled_distillation(pairs: Pairs, sides: SideDistributions, logits: Tensor) -> Tensor:
-    """DDF (D-FINE, Eq. 7): the distributions of all layers but the last learn from those of the last; `(L - 1,)`.
+    """DDF (D-FINE, Eq. 7): the distributions of all layers but the last learn from those of the
+    last; `(L - 1,)`.
 
-    Positives weigh by their IoU, other queries by the last layer's best score of the class `logits (L, B, N, C)`; the
-    two means are averaged by the square roots of how many there are.
+    Positives weigh by their IoU, other queries by the last layer's best score of the class `logits
+    (L, B, N, C)`; the two means are averaged by the square roots of how many there are.
     """
     layer, image, query = pairs.positives.layer, pairs.positives.image, pairs.positives.query
     losses = distillation_loss(sides.logits[:-1], sides.logits[-1:]).mean(-1)  # (L - 1, B, N)

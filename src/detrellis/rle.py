@@ -1,4 +1,6 @@
-"""COCO's compressed run lengths: of a mask's pixels, column by column. hotcoco packs and reads them."""
+"""COCO's compressed run lengths: of a mask's pixels, column by column. hotcoco packs and reads
+them.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def area(runs: bytes, size: Size) -> int:
 
 
 def polygons(mask: Bitmap) -> list[list[float]]:
-    """The outlines of a bitmap along its pixels' edges, COCO's polygons (x1, y1, x2, y2, ...); holes are filled.
+    """The outlines of a bitmap along its pixels' edges, COCO's polygons (x1, y1, x2, y2, ...);
+    holes are filled.
 
     Parts that touch at a corner only are polygons of their own.
     """
@@ -44,7 +47,8 @@ def polygons(mask: Bitmap) -> list[list[float]]:
         corners, direction = [], (0, 0)
         while True:
             steps = following[place]
-            step = max(steps, key=lambda s: direction[0] * s[1] - direction[1] * s[0])  # at a crossing, back to itself
+            # At a crossing, back to itself
+            step = max(steps, key=lambda s: direction[0] * s[1] - direction[1] * s[0])
             steps.remove(step)
             if not steps:
                 del following[place]
@@ -61,7 +65,9 @@ def polygons(mask: Bitmap) -> list[list[float]]:
 
 
 def _edges(padded: Bitmap) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """The steps along the edges of the bitmap's pixels from each corner (x, y), with the pixel on the right hand."""
+    """The steps along the edges of the bitmap's pixels from each corner (x, y), with the pixel on
+    the right hand.
+    """
     inner = padded[1:-1, 1:-1]
     sides = (
         (~padded[:-2, 1:-1], (0, 0), (1, 0)),  # upper edges run to the right
@@ -77,8 +83,8 @@ def _edges(padded: Bitmap) -> dict[tuple[int, int], list[tuple[int, int]]]:
 
 
 def simplified(outline: list[float], tolerance: float) -> list[float]:
-    """A polygon (x1, y1, x2, y2, ...) without the corners that lie within `tolerance` pixels of its simpler form
-    (Ramer 1972, Douglas and Peucker 1973)."""
+    """A polygon (x1, y1, x2, y2, ...) without the corners that lie within `tolerance` pixels of its
+    simpler form (Ramer 1972, Douglas and Peucker 1973)."""
     ring = np.array(outline, dtype=np.float64).reshape(-1, 2)
     closed = np.concatenate([ring, ring[:1]])
     farthest = int(np.linalg.norm(ring - ring[0], axis=1).argmax())
@@ -88,7 +94,9 @@ def simplified(outline: list[float], tolerance: float) -> list[float]:
         if last - first < 2:
             continue
         chord, between = closed[last] - closed[first], closed[first + 1 : last] - closed[first]
-        distance = np.abs(chord[0] * between[:, 1] - chord[1] * between[:, 0]) / max(float(np.linalg.norm(chord)), 1e-9)
+        distance = np.abs(chord[0] * between[:, 1] - chord[1] * between[:, 0]) / max(
+            float(np.linalg.norm(chord)), 1e-9
+        )
         if distance.max() > tolerance:
             place = first + 1 + int(distance.argmax())
             kept.add(place)
@@ -97,11 +105,12 @@ def simplified(outline: list[float], tolerance: float) -> list[float]:
 
 
 def placed(runs: bytes, size: Size, corner: tuple[int, int], whole: Size) -> bytes:
-    """The run lengths of a mask in an image of `size` as those of a `whole` image, in which its upper left corner is at
-    `corner` (row, column). No bitmap of the whole is made."""
+    """The run lengths of a mask in an image of `size` as those of a `whole` image, in which its
+    upper left corner is at `corner` (row, column). No bitmap of the whole is made."""
     from hotcoco import mask as coco
 
-    edges = np.diff(np.pad(decode(runs, size).T.astype(np.int8), ((0, 0), (1, 1))))  # (width, height + 1)
+    # (width, height + 1)
+    edges = np.diff(np.pad(decode(runs, size).T.astype(np.int8), ((0, 0), (1, 1))))
     starts, ends = (
         (columns + corner[1]) * whole[0] + rows + corner[0]
         for columns, rows in (np.nonzero(edges == 1), np.nonzero(edges == -1))

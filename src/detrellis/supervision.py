@@ -38,7 +38,8 @@ from detrellis.pairs import (
 )
 from detrellis.types import Assignment, DecoderOutput, Targets
 
-# (output, targets, assignment, normaliser) to unweighted terms, each (L,): one value a decoder layer.
+# (output, targets, assignment, normaliser) to unweighted terms, each (L,): one value a decoder
+# layer.
 LossRule = Callable[[DecoderOutput, Targets, Assignment, Tensor], dict[str, Tensor]]
 # The classes whose losses count in a step, (C,) bool, of its targets.
 Columns = Callable[[Targets], Tensor]
@@ -49,9 +50,9 @@ ABSENT = -1e4  # a logit of probability 0: as a negative it costs nothing and ha
 class SetLoss:
     """DETR's set loss with sigmoid classification.
 
-    `positive` is the class loss of the positives' logits of their targets' classes, which learn what `target` says. All
-    other entries, the other classes of a positive too, are negatives. `iou_eps` is for comparing with reference codes
-    (`boxes.iou`).
+    `positive` is the class loss of the positives' logits of their targets' classes, which learn
+    what `target` says. All other entries, the other classes of a positive too, are negatives.
+    `iou_eps` is for comparing with reference codes (`boxes.iou`).
     """
 
     target: TargetRule = hard_target
@@ -61,13 +62,14 @@ class SetLoss:
     detached: bool = False  # its factor carries no gradient
     iou_eps: float = 0.0
     iou_error: ClassLoss = bce_loss  # of the IoU branch's logits
-    once: bool = False  # a query that learns several targets learns the class of the last of its rows alone
+    # A query that learns several targets learns the class of the last of its rows alone
+    once: bool = False
 
     def __call__(
         self, output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor
     ) -> dict[str, Tensor]:
-        """`class`, `box` and `giou`, each `(L,)`, and `iou_branch` where the detector has one; of distributions also
-        `fgl` `(L,)`, and `ddf` of all layers but the last."""
+        """`class`, `box` and `giou`, each `(L,)`, and `iou_branch` where the detector has one; of
+        distributions also `fgl` `(L,)`, and `ddf` of all layers but the last."""
         pairs = pair_up(output, targets, positives, self.iou_eps)
         learned = self.target(pairs)
         terms = self._classes(output, targets, pairs, learned.target, normaliser)
@@ -87,12 +89,19 @@ class SetLoss:
         pairs = pair_up(output, targets, positives, self.iou_eps)
         return self._boxes(output, pairs, self.target(pairs).box_weight, normaliser)
 
-    def pair_weight(self, output: DecoderOutput, targets: Targets, positives: Assignment) -> Tensor | None:
+    def pair_weight(
+        self, output: DecoderOutput, targets: Targets, positives: Assignment
+    ) -> Tensor | None:
         """What the losses of each positive's box and mask are multiplied by, `(M,)`; None: 1."""
         return self.target(pair_up(output, targets, positives, self.iou_eps)).box_weight
 
     def _classes(
-        self, output: DecoderOutput, targets: Targets, pairs: Pairs, target: Tensor, normaliser: Tensor
+        self,
+        output: DecoderOutput,
+        targets: Targets,
+        pairs: Pairs,
+        target: Tensor,
+        normaliser: Tensor,
     ) -> dict[str, Tensor]:
         positives, counts = pairs.positives, torch.ones_like(target)
         if self.once:
@@ -100,11 +109,20 @@ class SetLoss:
             positives = positives._replace(target=positives.target[last])
             counts = (last == torch.arange(len(last), device=last.device)).to(target)
         # All entries as negatives, but for the positives'.
-        where = (positives.layer, positives.image, positives.query, targets.labels[positives.target])
+        where = (
+            positives.layer,
+            positives.image,
+            positives.query,
+            targets.labels[positives.target],
+        )
         others = output.logits.index_put(where, output.logits.new_tensor(ABSENT))
-        negative = self.negative_weight * focal_negative(others, self.gamma, detached=self.detached).sum((1, 2, 3))
+        negative = self.negative_weight * focal_negative(
+            others, self.gamma, detached=self.detached
+        ).sum((1, 2, 3))
         # The positives.
-        positive = sum_by_layer(counts * self.positive(pairs.logits, target), positives.layer, pairs.layers)
+        positive = sum_by_layer(
+            counts * self.positive(pairs.logits, target), positives.layer, pairs.layers
+        )
         terms = {"class": (negative + positive) / normaliser}
         if output.iou_logits is not None:
             predicted = output.iou_logits[positives.layer, positives.image, positives.query]
@@ -131,8 +149,8 @@ IOU_ERRORS: dict[str, ClassLoss] = {"bce": bce_loss, "l2": squared_error}
 
 
 def matchability_aware_loss(gamma: float = 1.5, negative_weight: float = 1.0) -> SetLoss:
-    """MAL (DEIM, Huang et al., CVPR 2025): positives learn `IoU^gamma` at full weight, however low their IoU is, where
-    VFL weighs them by it."""
+    """MAL (DEIM, Huang et al., CVPR 2025): positives learn `IoU^gamma` at full weight, however low
+    their IoU is, where VFL weighs them by it."""
     return SetLoss(
         lambda pairs: SoftTarget(pairs.iou**gamma),
         bce_loss,
@@ -142,7 +160,8 @@ def matchability_aware_loss(gamma: float = 1.5, negative_weight: float = 1.0) ->
     )
 
 
-# Classification by name. Each is trained with one-to-one matching where it comes from; see also `schemes/align.py`.
+# Classification by name. Each is trained with one-to-one matching where it comes from; see also
+# `schemes/align.py`.
 CLASSIFICATION = {
     "focal": SetLoss(),
     "qfl": SetLoss(iou_target, quality_focal_loss, negative_weight=1.0),
@@ -155,9 +174,15 @@ CLASSIFICATION = {
 
 
 def softmax_class_loss(
-    output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor, *, no_object: float = 0.1
+    output: DecoderOutput,
+    targets: Targets,
+    positives: Assignment,
+    normaliser: Tensor,
+    *,
+    no_object: float = 0.1,
 ) -> dict[str, Tensor]:
-    """Cross-entropy over the classes and a last "no object" class of weight `no_object`: `class`, `(L,)`.
+    """Cross-entropy over the classes and a last "no object" class of weight `no_object`: `class`,
+    `(L,)`.
 
     A weighted mean over the queries, which no normaliser divides.
     """
@@ -165,14 +190,23 @@ def softmax_class_loss(
     labels = torch.full(output.logits.shape[:-1], classes - 1, device=output.logits.device)
     labels[positives.layer, positives.image, positives.query] = targets.labels[positives.target]
     weight = torch.ones_like(output.logits[..., 0]).masked_fill(labels == classes - 1, no_object)
-    entropy = F.cross_entropy(output.logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(weight)
+    entropy = F.cross_entropy(
+        output.logits.flatten(0, 2), labels.flatten(), reduction="none"
+    ).view_as(weight)
     return {"class": (weight * entropy).sum((1, 2)) / weight.sum((1, 2))}
 
 
 def softmax_set_loss(
-    output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor, *, no_object: float = 0.1
+    output: DecoderOutput,
+    targets: Targets,
+    positives: Assignment,
+    normaliser: Tensor,
+    *,
+    no_object: float = 0.1,
 ) -> dict[str, Tensor]:
-    """DETR's own set loss: `softmax_class_loss` and the box terms, which alone `normaliser` divides."""
+    """DETR's own set loss: `softmax_class_loss` and the box terms, which alone `normaliser`
+    divides.
+    """
     classes = softmax_class_loss(output, targets, positives, normaliser, no_object=no_object)
     return classes | box_terms(pair_up(output, targets, positives), normaliser)
 
@@ -194,21 +228,30 @@ class Supervision:
             "salience": 2.0,
         }
     )
-    known_weights: Mapping[str, float] | None = None  # of pairs that are not matched; None: the same
+    # Of pairs that are not matched; None: the same
+    known_weights: Mapping[str, float] | None = None
     proposal_rule: LossRule | None = None  # of the encoder's proposals; None: the same
     columns: Columns | None = None  # None: the losses of all classes count
 
     def known(self, assignment: Assignment, counts: tuple[int, ...] = ()) -> Supervision:
-        """This supervision with an assignment that is known beforehand, as denoising's; `counts`: see `Known`."""
-        return replace(self, assign=Known(assignment, counts), weights=self.known_weights or self.weights)
+        """This supervision with an assignment that is known beforehand, as denoising's; `counts`:
+        see `Known`.
+        """
+        return replace(
+            self, assign=Known(assignment, counts), weights=self.known_weights or self.weights
+        )
 
     def proposals(self) -> Supervision:
         """This supervision for the encoder's proposals, which are one layer."""
         assert isinstance(self.assign, Hungarian)
-        return replace(self, assign=self.assign.for_proposals(), rule=self.proposal_rule or self.rule)
+        return replace(
+            self, assign=self.assign.for_proposals(), rule=self.proposal_rule or self.rule
+        )
 
     def initial(self, layers: int) -> Supervision:
-        """This supervision for what the first of `layers` layers says before it has distributions."""
+        """This supervision for what the first of `layers` layers says before it has
+        distributions.
+        """
         assert not isinstance(self.assign, United)
         if isinstance(self.assign, Known):
             return replace(self, assign=self.assign.for_initial(layers))
@@ -224,15 +267,17 @@ class Supervision:
         weight: float = 1,
         sampling: Sampling | None = None,
     ) -> Task:
-        """This supervision of a block's `output`, matched in each of its `copies`, its losses times `weight`; with
-        `sampling`, of masks too."""
+        """This supervision of a block's `output`, matched in each of its `copies`, its losses times
+        `weight`; with `sampling`, of masks too."""
         weights = {term: of_term * weight for term, of_term in self.weights.items()}
         matching = Match(output, targets, self.assign, copies, sampling)
         return Task(name, matching, self.rule, weights, normaliser, self.columns)
 
 
 def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
-    """`rule` without the queries `unused (B, N)`, of slots that hold nothing: they do not even count as negatives."""
+    """`rule` without the queries `unused (B, N)`, of slots that hold nothing: they do not even
+    count as negatives.
+    """
 
     def masked(
         output: DecoderOutput, targets: Targets, assignment: Assignment, normaliser: Tensor
@@ -258,28 +303,47 @@ class Task:
 def uniting(tasks: Sequence[Task]) -> list[Task]:
     """The `tasks` of one block: of its layers, and of what stands before them.
 
-    Where their matches are united, the boxes are tasks of their own, the first ones, which learn by the union; their
-    normaliser has to be counted (`counted`). Masks learn by the layer's own match, as classes do.
+    Where their matches are united, the boxes are tasks of their own, the first ones, which learn by
+    the union; their normaliser has to be counted (`counted`). Masks learn by the layer's own match,
+    as classes do.
     """
-    if not all(isinstance(task.match.assign, Hungarian) and task.match.assign.union for task in tasks):
+    if not all(
+        isinstance(task.match.assign, Hungarian) and task.match.assign.union for task in tasks
+    ):
         return list(tasks)
     union = United(tuple(task.match for task in tasks))
     boxes, classes = [], []
     for task in tasks:
-        assert isinstance(task.rule, SetLoss), "only a rule of two parts can learn by two assignments"
+        assert isinstance(task.rule, SetLoss), (
+            "only a rule of two parts can learn by two assignments"
+        )
         classes.append(replace(task, rule=task.rule.of_classes))
-        boxes.append(replace(task, rule=task.rule.of_boxes, match=replace(task.match, assign=union, sampling=None)))
+        boxes.append(
+            replace(
+                task,
+                rule=task.rule.of_boxes,
+                match=replace(task.match, assign=union, sampling=None),
+            )
+        )
     return [*boxes, *classes]
 
 
-def counted(tasks: Sequence[Task], assignments: Sequence[Assignment], mean: Callable[[Tensor], Tensor]) -> list[Task]:
-    """The tasks with the pairs of each union, averaged over all processes by `mean`, to divide its sums by."""
+def counted(
+    tasks: Sequence[Task], assignments: Sequence[Assignment], mean: Callable[[Tensor], Tensor]
+) -> list[Task]:
+    """The tasks with the pairs of each union, averaged over all processes by `mean`, to divide its
+    sums by.
+    """
     united = [i for i, task in enumerate(tasks) if isinstance(task.match.assign, United)]
     if not united:
         return list(tasks)
     counts = [len(assignments[i].query) / tasks[i].match.shape[0] for i in united]
-    pairs = dict(zip(united, mean(tasks[0].normaliser.new_tensor(counts)).clamp(min=1), strict=True))
-    return [replace(task, normaliser=pairs[i]) if i in pairs else task for i, task in enumerate(tasks)]
+    pairs = dict(
+        zip(united, mean(tasks[0].normaliser.new_tensor(counts)).clamp(min=1), strict=True)
+    )
+    return [
+        replace(task, normaliser=pairs[i]) if i in pairs else task for i, task in enumerate(tasks)
+    ]
 
 
 def match(tasks: Sequence[Task]) -> list[Assignment]:
@@ -290,7 +354,8 @@ def match(tasks: Sequence[Task]) -> list[Assignment]:
 def supervise(
     tasks: Sequence[Task], assignments: Sequence[Assignment] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weighted losses `"block/term/layer"` of all tasks, and metrics; matched first where they are not.
+    """Weighted losses `"block/term/layer"` of all tasks, and metrics; matched first where they are
+    not.
 
     Losses and boxes are computed in float32 or better whatever autocast says.
     """
@@ -302,34 +367,53 @@ def supervise(
         with torch.autocast(output.boxes.device.type, enabled=False):
             output = output._replace(passed=()).map(partial(Tensor.to, dtype=targets.boxes.dtype))
             if task.columns is not None:
-                output = output._replace(logits=output.logits.masked_fill(~task.columns(targets), ABSENT))
+                output = output._replace(
+                    logits=output.logits.masked_fill(~task.columns(targets), ABSENT)
+                )
             terms = task.rule(output, targets, positives, task.normaliser)
             if task.match.sampling is not None:
-                weight = task.rule.pair_weight(output, targets, positives) if isinstance(task.rule, SetLoss) else None
+                weight = (
+                    task.rule.pair_weight(output, targets, positives)
+                    if isinstance(task.rule, SetLoss)
+                    else None
+                )
                 arguments = (task.normaliser, task.match.sampling, task.match.counts)
                 terms |= mask_terms(output, targets, positives, *arguments, weight)
         for name, values in terms.items():
             weighted = values * task.weights[name]
-            losses |= {f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())}
+            losses |= {
+                f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())
+            }
         if not output.boxes.shape[-1]:  # a detector of masks
-            metrics[f"{task.name}/iou"] = mask_iou(output, targets, positives, task.match.counts).mean()
+            metrics[f"{task.name}/iou"] = mask_iou(
+                output, targets, positives, task.match.counts
+            ).mean()
     return losses, metrics | matched_ious(tasks, assignments)
 
 
 @torch.no_grad()
 def matched_ious(tasks: Sequence[Task], assignments: Sequence[Assignment]) -> dict[str, Tensor]:
-    """Mean IoU of the last layer's positives with their targets, `"block/iou"`; NaN where there is none.
+    """Mean IoU of the last layer's positives with their targets, `"block/iou"`; NaN where there is
+    none.
 
     All tasks at once: there are few boxes, and every operation costs the same.
     """
-    boxed = [(task, rows) for task, rows in zip(tasks, assignments, strict=True) if task.match.output.boxes.shape[-1]]
+    boxed = [
+        (task, rows)
+        for task, rows in zip(tasks, assignments, strict=True)
+        if task.match.output.boxes.shape[-1]
+    ]
     if not boxed:
         return {}
-    predicted = torch.cat([task.match.output.boxes[rows.layer, rows.image, rows.query] for task, rows in boxed])
+    predicted = torch.cat(
+        [task.match.output.boxes[rows.layer, rows.image, rows.query] for task, rows in boxed]
+    )
     truth = torch.cat([task.match.targets.boxes[rows.target] for task, rows in boxed])
     overlaps = iou(cxcywh_to_xyxy(predicted.to(truth.dtype)), cxcywh_to_xyxy(truth))
     means = {}
-    for (task, rows), overlap in zip(boxed, overlaps.split([len(rows.layer) for _, rows in boxed]), strict=True):
+    for (task, rows), overlap in zip(
+        boxed, overlaps.split([len(rows.layer) for _, rows in boxed]), strict=True
+    ):
         last = rows.layer == len(task.match.output.boxes) - 1
         means[f"{task.name}/iou"] = (overlap * last).sum() / last.sum()
     return means

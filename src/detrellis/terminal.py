@@ -1,7 +1,9 @@
-"""What is printed: tables that fit the terminal with every name whole, and plain lines where there is no terminal.
+"""What is printed: tables that fit the terminal with every name whole, and plain lines where there
+is no terminal.
 
-Nothing that is printed is read as markup, so a path or a class may be called `[red]` or `:dog:`. Nothing steers the
-terminal either: a name may come from anybody's data set, and its control characters are shown as `\\x1b`.
+Nothing that is printed is read as markup, so a path or a class may be called `[red]` or `:dog:`.
+Nothing steers the terminal either: a name may come from anybody's data set, and its control
+characters are shown as `\\x1b`.
 """
 
 from __future__ import annotations
@@ -25,18 +27,25 @@ from rich.text import Span, Text
 
 UNBOUNDED = 100_000  # columns: more than any table has
 GAP = "  "  # between the columns of a plain table
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and those that turn text around
+# And those that turn text around
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ESCAPES = "backslashreplace"  # how characters are printed that the console's encoding lacks
 
 
 class Terminal(Console):
-    """A rich console whose strings are literal. Where it is no terminal, nothing is wrapped, cut, drawn or coloured."""
+    """A rich console whose strings are literal. Where it is no terminal, nothing is wrapped, cut,
+    drawn or coloured.
+    """
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False, **more: Any) -> None:
-        super().__init__(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, **more)
+        super().__init__(
+            stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, **more
+        )
 
     def print(self, *objects: Any, **how: Any) -> None:
-        """As rich prints, but for tables (see the top of the file); where it is no terminal, a line stays a line."""
+        """As rich prints, but for tables (see the top of the file); where it is no terminal, a line
+        stays a line.
+        """
         if any(isinstance(each, (Table, Group)) for each in objects):
             for each in objects:
                 self._print_whole(each)
@@ -49,7 +58,9 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     def say(self, *parts: str | tuple[str, str], style: str = "") -> None:
-        """One line, of texts and of texts with a style; never wrapped, so that what is copied from it is whole."""
+        """One line, of texts and of texts with a style; never wrapped, so that what is copied from
+        it is whole.
+        """
         super().print(Text.assemble(*parts, style=style), soft_wrap=True)
 
     def heading(self, text: str) -> None:
@@ -69,7 +80,9 @@ class Terminal(Console):
             self.print(thing)
 
     def _print_table(self, table: Table) -> None:
-        """The title and the caption are lines of their own: rich would break them at the table's width."""
+        """The title and the caption are lines of their own: rich would break them at the table's
+        width.
+        """
         table = encodable(table, self.encoding)
         fitting = fitted(table, self) if self.is_terminal else None
         if table.title is not None:
@@ -80,17 +93,21 @@ class Terminal(Console):
         else:
             super().print(fitting)
         if table.caption is not None:
-            super().print(Text(_text(table.caption).plain, "dim italic"), soft_wrap=not self.is_terminal)
+            super().print(
+                Text(_text(table.caption).plain, "dim italic"), soft_wrap=not self.is_terminal
+            )
 
 
 def visible(text: str) -> str:
-    """The text with `\\x1b` for characters that steer a terminal, all but tabs and ends of lines."""
+    """The text with `\\x1b` for characters that steer a terminal, all but tabs and ends of
+    lines.
+    """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def encodable(table: Table, encoding: str) -> Table:
-    """The table with what `encoding` cannot say, or nobody can see, as `\\u732b`, so that what is measured is what is
-    printed."""
+    """The table with what `encoding` cannot say, or nobody can see, as `\\u732b`, so that what is
+    measured is what is printed."""
     printed = copy(table)
     printed.columns = [
         replace(
@@ -104,7 +121,9 @@ def encodable(table: Table, encoding: str) -> Table:
 
 
 def _escaped(text: Text, encoding: str) -> Text:
-    """The text with characters escaped that `encoding` lacks or that steer a terminal, its styles at the same ones."""
+    """The text with characters escaped that `encoding` lacks or that steer a terminal, its styles
+    at the same ones.
+    """
     pieces = [visible(letter).encode(encoding, ESCAPES).decode(encoding) for letter in text.plain]
     escaped = "".join(pieces)
     if escaped == text.plain:
@@ -116,7 +135,9 @@ def _escaped(text: Text, encoding: str) -> Text:
 
 
 def fitted(table: Table, console: Console) -> Table | None:
-    """The table, without title and caption, in columns that fit the console and break no word; None where none do."""
+    """The table, without title and caption, in columns that fit the console and break no word; None
+    where none do.
+    """
     columns = _columns(table)
     widest = [_widest(line for text in cells for line in text.splitlines()) for cells in columns]
     narrowest = [_widest(word for text in cells for word in text.split()) for cells in columns]
@@ -124,7 +145,9 @@ def fitted(table: Table, console: Console) -> Table | None:
         narrowest[i] = widest[i] if column.no_wrap else narrowest[i]
     shown = copy(table)
     shown.title = shown.caption = None
-    frame = Measurement.get(console, console.options.update(width=UNBOUNDED), shown).maximum - sum(widest)
+    frame = Measurement.get(console, console.options.update(width=UNBOUNDED), shown).maximum - sum(
+        widest
+    )
     room = console.width - frame
     if room < sum(narrowest):
         return None
@@ -149,7 +172,9 @@ def column_widths(room: int, narrowest: list[int], widest: list[int]) -> list[in
 
 
 def plain_lines(table: Table) -> list[str]:
-    """The table as lines of text, each row a line unless a cell has several; columns are two spaces apart."""
+    """The table as lines of text, each row a line unless a cell has several; columns are two spaces
+    apart.
+    """
     columns = _columns(table)
     widths = [_widest(line for text in cells for line in text.splitlines()) for cells in columns]
     right = [column.justify == "right" for column in table.columns]
@@ -186,7 +211,9 @@ def _text(of: Any) -> Text:
 
 
 def never_fail_to_print() -> None:
-    """Show what the console's encoding cannot say as `\\u732b`, instead of failing with `UnicodeEncodeError`."""
+    """Show what the console's encoding cannot say as `\\u732b`, instead of failing with
+    `UnicodeEncodeError`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):

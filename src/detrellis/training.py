@@ -31,9 +31,9 @@ class StepOutput(NamedTuple):
 class TrainableDetector(nn.Module):
     """What is trained. Only `detector` is ever evaluated, saved as weights or exported.
 
-    `proposal_targets`: `"objectness"` teaches every token of a two-stage detector whether it is an object
-    (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO). `token_targets`: what an encoder
-    that chooses tokens learns of them. `points`: where masks are
+    `proposal_targets`: `"objectness"` teaches every token of a two-stage detector whether it is an
+    object (Deformable DETR), `"classes"` teaches the selected proposals their classes (DINO).
+    `token_targets`: what an encoder that chooses tokens learns of them. `points`: where masks are
     compared; None: none are learned.
     """
 
@@ -79,13 +79,21 @@ class TrainableDetector(nn.Module):
         memory = self.detector.encode(images)
         queries, proposals = self.detector.propose(memory)
         count, sizes = mean_boxes(targets), image_sizes(images)
-        return Step(self.detector, memory, queries, proposals, targets, self.supervision, count, sizes)
+        return Step(
+            self.detector, memory, queries, proposals, targets, self.supervision, count, sizes
+        )
 
     def main(self, step: Step) -> QueryBlock:
         """The detector's own queries."""
-        proposals = None if step.proposals is None else self.detector.queries.training_output(step.proposals)
+        proposals = (
+            None
+            if step.proposals is None
+            else self.detector.queries.training_output(step.proposals)
+        )
         weight = math.prod(s.main_weight for s in self.training_schemes)
-        return QueryBlock("main", step.queries, step.supervision, weight=weight, proposals=proposals)
+        return QueryBlock(
+            "main", step.queries, step.supervision, weight=weight, proposals=proposals
+        )
 
     def count_classes(self, images: Tensor) -> None:
         """Tell every scheme how many training images have each class, `(C,)`."""
@@ -127,7 +135,11 @@ class TrainableDetector(nn.Module):
 
     def _tasks(self, block: QueryBlock, output: DecoderOutput, step: Step) -> list[Task]:
         """What a block's outputs learn, and what stands before them: each matched copy by copy."""
-        normaliser = (block.copies * step.mean_boxes).clamp(min=1) if block.normaliser is None else block.normaliser
+        normaliser = (
+            (block.copies * step.mean_boxes).clamp(min=1)
+            if block.normaliser is None
+            else block.normaliser
+        )
         common = (normaliser, block.copies, block.weight)
         prefix, targets = "" if block.name == "main" else f"{block.name}_", step.targets
         sampling = self.sampling if block.masks else None
@@ -153,14 +165,17 @@ def mean_boxes(targets: Targets) -> Tensor:
 def image_sizes(images: ImageBatch) -> Tensor:
     """Height and width of each image without padding, `(B, 2)` in pixels."""
     if images.padding is None:
-        return torch.tensor(images.pixels.shape[-2:], device=images.pixels.device).expand(len(images.pixels), 2)
+        return torch.tensor(images.pixels.shape[-2:], device=images.pixels.device).expand(
+            len(images.pixels), 2
+        )
     inside = ~images.padding
     return torch.stack([inside[:, :, 0].sum(1), inside[:, 0].sum(1)], dim=1)
 
 
 def _idle(schemes: nn.ModuleList) -> dict[str, Tensor]:
-    """A zero loss on every parameter of the schemes: one that found nothing to do in this batch (no boxes) must still
-    give its parameters a gradient, or the processes that did have boxes wait for it for ever."""
+    """A zero loss on every parameter of the schemes: one that found nothing to do in this batch (no
+    boxes) must still give its parameters a gradient, or the processes that did have boxes wait for
+    it for ever."""
     parameters = list(schemes.parameters())
     return {"schemes/idle": _Idle.apply(*parameters)} if parameters else {}
 

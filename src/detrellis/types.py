@@ -1,8 +1,9 @@
 """The typed records that flow through a detector.
 
-Sizes: `B` images, `N` queries, `L` decoder layers, `C` classes, `D` width, `S` memory tokens, `V` feature levels,
-`T` targets in the batch. Boxes inside the network are always normalised `(cx, cy, w, h)`, relative to the image
-without its padding; pixel `xyxy` exists only where data enters and detections leave. Padding masks are True on padding.
+Sizes: `B` images, `N` queries, `L` decoder layers, `C` classes, `D` width, `S` memory tokens, `V`
+feature levels, `T` targets in the batch. Boxes inside the network are always normalised `(cx, cy,
+w, h)`, relative to the image without its padding; pixel `xyxy` exists only where data enters and
+detections leave. Padding masks are True on padding.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class ImageBatch(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
         """This batch on `device`."""
-        padding = None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
+        padding = (
+            None if self.padding is None else self.padding.to(device, non_blocking=non_blocking)
+        )
         return ImageBatch(self.pixels.to(device, non_blocking=non_blocking), padding)
 
 
@@ -39,8 +42,10 @@ class Targets(NamedTuple):
     labels: Tensor  # (T,) int64
     boxes: Tensor  # (T, 4)
     sizes: tuple[int, ...]  # targets per image, on the host; sums to T
-    masks: Tensor | None = None  # (T, M, M) bool, each seen within its box; M = 112. None unless a scheme needs them
-    bitmaps: Tensor | None = None  # (T, H, W) bool, False on padding, H and W the batch's. None unless asked for
+    # (T, M, M) bool, each seen within its box; M = 112. None unless a scheme needs them
+    masks: Tensor | None = None
+    # (T, H, W) bool, False on padding, H and W the batch's. None unless asked for
+    bitmaps: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """These targets on `device`."""
@@ -68,11 +73,14 @@ class Targets(NamedTuple):
 
 
 class MaskFeatures(NamedTuple):
-    """What the masks of a batch are read from: the logits of an embedding `e (Dm,)` are `e . map`, above 0 inside."""
+    """What the masks of a batch are read from: the logits of an embedding `e (Dm,)` are `e . map`,
+    above 0 inside.
+    """
 
     map: Tensor  # (B, Dm, h, w), over the whole of the padded images
     size: tuple[int, int]  # height, width of the padded images in pixels
-    padding: Tensor | None = None  # (B, height, width) bool, True on padding; None when no image is padded
+    # (B, height, width) bool, True on padding; None when no image is padded
+    padding: Tensor | None = None
 
 
 class Memory(NamedTuple):
@@ -82,9 +90,11 @@ class Memory(NamedTuple):
     position: Tensor  # (B or 1, S, D)
     shapes: tuple[tuple[int, int], ...]  # (height, width) of each level
     padding: Tensor | None = None  # (B, S) bool; None: no padding, no mask work
-    valid_ratios: Tensor | None = None  # (B, V, 2) valid fraction of (width, height); None where padding is None
+    # (B, V, 2) valid fraction of (width, height); None where padding is None
+    valid_ratios: Tensor | None = None
     masks: MaskFeatures | None = None  # of detectors that give masks
-    salience: Tensor | None = None  # (B, S) logits that the encoder chose tokens by; None: it refines all
+    # (B, S) logits that the encoder chose tokens by; None: it refines all
+    salience: Tensor | None = None
 
 
 class Queries(NamedTuple):
@@ -92,29 +102,37 @@ class Queries(NamedTuple):
 
     content: Tensor  # (B, N, D)
     position: Tensor | None = None  # (B, N, D); None where the decoder derives it from the boxes
-    boxes: Tensor | None = None  # (B, N, 4) boxes or (B, N, 2) points in [0, 1]; None: DETR's queries have no place
+    # (B, N, 4) boxes or (B, N, 2) points in [0, 1]; None: DETR's queries have no place
+    boxes: Tensor | None = None
 
 
 class Prior(NamedTuple):
-    """Where each head of each query looks (SMCA): `-[(s_x (x - c_x))^2 + (s_y (y - c_y))^2] / 8` is added to logits.
+    """Where each head of each query looks (SMCA): `-[(s_x (x - c_x))^2 + (s_y (y - c_y))^2] / 8` is
+    added to logits.
 
     In cells of the map. A larger scale looks at less; 0 looks everywhere.
     """
 
     centre: Tensor  # (B, N, M, 2) x, y
     scale: Tensor  # (B, N, M, 2)
-    first: float = 0.0  # coordinate of the first cell: 0, or 0.5 where cells are counted at their centres
+    # Coordinate of the first cell: 0, or 0.5 where cells are counted at their centres
+    first: float = 0.0
 
 
 class Spatial(NamedTuple):
     """Where the queries of one attention layer are, beside what they contain."""
 
-    position: Tensor  # (B or 1, N, D) embedding that is added to the content, or projected beside it
-    references: Tensor | None = None  # (B or 1, N, 2 or 4) points or boxes in [0, 1]; None where nothing reads them
-    sine: Tensor | None = None  # (B, N, D) the conditional spatial query of cross-attention (Conditional DETR)
+    # (B or 1, N, D) embedding that is added to the content, or projected beside it
+    position: Tensor
+    # (B or 1, N, 2 or 4) points or boxes in [0, 1]; None where nothing reads them
+    references: Tensor | None = None
+    # (B, N, D) the conditional spatial query of cross-attention (Conditional DETR)
+    sine: Tensor | None = None
     priors: tuple[Prior, ...] | None = None  # of each level (SMCA)
-    level_weights: Tensor | None = None  # (B, N, V) of what a query reads from each level (SMCA); None: there is one
-    readable: Tensor | None = None  # (B, N, S) bool: the tokens that each query may read (Mask2Former); None: all
+    # (B, N, V) of what a query reads from each level (SMCA); None: there is one
+    level_weights: Tensor | None = None
+    # (B, N, S) bool: the tokens that each query may read (Mask2Former); None: all
+    readable: Tensor | None = None
 
 
 class Segment(NamedTuple):
@@ -124,11 +142,16 @@ class Segment(NamedTuple):
     size: int  # queries in all copies together
     copies: int = 1  # equal parts that do not see each other
     sees: tuple[str, ...] = ()  # other segments whose queries it may also read
-    unused: Tensor | None = None  # (B, size) bool: queries that nobody but themselves reads; None: all are read
-    repeats: bool = False  # several queries of a copy may learn one target: they are not held to be distinct
-    heads: nn.Module | None = None  # class and box heads of its own (`nn/heads.py`); None: the decoder's
-    attends: bool = True  # its queries read each other; else they pass self-attention by, norm and all
-    # (B, M, size, size + those seen), or without any (B * copies, M, n, n), is added to logits; None: nothing is
+    # (B, size) bool: queries that nobody but themselves reads; None: all are read
+    unused: Tensor | None = None
+    # Several queries of a copy may learn one target: they are not held to be distinct
+    repeats: bool = False
+    # Class and box heads of its own (`nn/heads.py`); None: the decoder's
+    heads: nn.Module | None = None
+    # Its queries read each other; else they pass self-attention by, norm and all
+    attends: bool = True
+    # (B, M, size, size + those seen), or without any (B * copies, M, n, n), is added to logits;
+    # None: nothing is
     bias: Tensor | None = None
 
 
@@ -137,7 +160,9 @@ class SideDistributions(NamedTuple):
 
     logits: Tensor  # (L, B, N, 4, K + 1) of left, top, right, bottom
     base: Tensor  # (L, B, N, 4) the fixed box, the same in all layers, without gradient
-    bins: Tensor  # (K + 1,) the distance that each entry stands for, ascending, as `boxes.side_distances` counts it
+    # (K + 1,) the distance that each entry stands for, ascending, as `boxes.side_distances` counts
+    # it
+    bins: Tensor
     scale: float  # of those distances: they count in `1 / scale` of the fixed box's sides
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SideDistributions:
@@ -146,69 +171,99 @@ class SideDistributions(NamedTuple):
 
 
 class Between(NamedTuple):
-    """The queries of decoder layers between their cross-attention and self-attention, where it comes second."""
+    """The queries of decoder layers between their cross-attention and self-attention, where it
+    comes second.
+    """
 
     states: Tensor  # (L, B, N, D)
-    references: Tensor | None  # (L, B, N, 2 or 4) that each layer read, without gradient from its second on
+    # (L, B, N, 2 or 4) that each layer read, without gradient from its second on
+    references: Tensor | None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Between:
         """Every tensor after `change`."""
-        return Between(change(self.states), None if self.references is None else change(self.references))
+        return Between(
+            change(self.states), None if self.references is None else change(self.references)
+        )
 
 
 class Passed(NamedTuple):
     """One set of queries as a decoder layer hands it on."""
 
     states: Tensor  # (B, N, D)
-    references: Tensor | None  # (B, N, 2 or 4) that the next layer reads; None where queries have no place
+    # (B, N, 2 or 4) that the next layer reads; None where queries have no place
+    references: Tensor | None
     boxes: Tensor | None  # the same, as the next layer moves them: losses may reach through them
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Passed:
         """Every tensor after `change`."""
-        references, boxes = (None if t is None else change(t) for t in (self.references, self.boxes))
+        references, boxes = (
+            None if t is None else change(t) for t in (self.references, self.boxes)
+        )
         return Passed(change(self.states), references, boxes)
 
 
 class DecoderOutput(NamedTuple):
-    """The heads' outputs after every decoder layer (training) or after the last one only (inference: L = 1)."""
+    """The heads' outputs after every decoder layer (training) or after the last one only
+    (inference: L = 1).
+    """
 
     logits: Tensor  # (L, B, N, C)
     boxes: Tensor  # (L, B, N, 4); (L, B, N, 0) of a detector that predicts masks and no boxes
     states: Tensor  # (L, B, N, D) the heads' input
-    iou_logits: Tensor | None = None  # (L, B, N) of the IoU that the IoU branch predicts; None: there is no such head
-    mask_embeds: Tensor | None = None  # (L, B, N, Dm) what `masks.map` is multiplied with; None: there are no masks
+    # (L, B, N) of the IoU that the IoU branch predicts; None: there is no such head
+    iou_logits: Tensor | None = None
+    # (L, B, N, Dm) what `masks.map` is multiplied with; None: there are no masks
+    mask_embeds: Tensor | None = None
     masks: MaskFeatures | None = None  # of the images, the same for all layers and queries
-    sides: SideDistributions | None = None  # that the boxes are the means of (D-FINE); None: boxes are predicted
-    initial: DecoderOutput | None = None  # of one layer, the first: logits and boxes before there are distributions
-    between: Between | None = None  # of all layers, in training, where cross-attention comes first (MS-DETR)
-    passed: tuple[Passed, ...] = ()  # by each layer, in training; none where boxes are distributions
+    # That the boxes are the means of (D-FINE); None: boxes are predicted
+    sides: SideDistributions | None = None
+    # Of one layer, the first: logits and boxes before there are distributions
+    initial: DecoderOutput | None = None
+    # Of all layers, in training, where cross-attention comes first (MS-DETR)
+    between: Between | None = None
+    # By each layer, in training; none where boxes are distributions
+    passed: tuple[Passed, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
         """Every tensor of the queries after `change`, which gets `L` first."""
-        iou_logits, embeds = (None if t is None else change(t) for t in (self.iou_logits, self.mask_embeds))
+        iou_logits, embeds = (
+            None if t is None else change(t) for t in (self.iou_logits, self.mask_embeds)
+        )
         logits, boxes, states = (change(t) for t in (self.logits, self.boxes, self.states))
         sides = None if self.sides is None else self.sides.map(change)
         initial = None if self.initial is None else self.initial.map(change)
         between = None if self.between is None else self.between.map(change)
-        passed = tuple(layer.map(lambda t: change(t.unsqueeze(0)).squeeze(0)) for layer in self.passed)
-        return DecoderOutput(logits, boxes, states, iou_logits, embeds, self.masks, sides, initial, between, passed)
+        passed = tuple(
+            layer.map(lambda t: change(t.unsqueeze(0)).squeeze(0)) for layer in self.passed
+        )
+        return DecoderOutput(
+            logits, boxes, states, iou_logits, embeds, self.masks, sides, initial, between, passed
+        )
 
 
 class Proposals(NamedTuple):
-    """What a two-stage detector's encoder proposes: of all `S` tokens, and of the `N` selected, best first."""
+    """What a two-stage detector's encoder proposes: of all `S` tokens, and of the `N` selected,
+    best first.
+    """
 
     states: Tensor  # (B, S, D) the heads' input
-    anchors: Tensor  # (B, S, 4) logits of the box that each token moves; +inf where it can propose none
+    # (B, S, 4) logits of the box that each token moves; +inf where it can propose none
+    anchors: Tensor
     logits: Tensor  # (B, S, C)
     scores: Tensor  # (B, S) what tokens are ranked by; -inf: last
     best: Tensor  # (B, N) token index of the selected
     selected: Tensor  # (B, N, D) their states
-    boxes: Tensor  # (B, N, 4) their boxes in [0, 1]; a token that can propose none gives 1 (relative boxes: 0)
-    mask_embeds: Tensor | None = None  # (B, N, Dm) of their masks, where queries begin with the boxes around them
-    cells: Tensor | None = None  # (B, S, 4) boxes around the tokens' cells, by which they are distinct; None: by boxes
+    # (B, N, 4) their boxes in [0, 1]; a token that can propose none gives 1 (relative boxes: 0)
+    boxes: Tensor
+    # (B, N, Dm) of their masks, where queries begin with the boxes around them
+    mask_embeds: Tensor | None = None
+    # (B, S, 4) boxes around the tokens' cells, by which they are distinct; None: by boxes
+    cells: Tensor | None = None
 
     def ranked(self, count: int) -> Tensor:
-        """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so many."""
+        """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so
+        many.
+        """
         return self.scores.topk(min(count, self.scores.shape[1]), dim=1).indices
 
     def rest(self, count: int) -> Tensor:
@@ -220,8 +275,8 @@ class Proposals(NamedTuple):
 class Assignment(NamedTuple):
     """Which query learns which target: one row per positive, any number per target and per layer.
 
-    Rows of one candidate set are candidates for one target, to be ranked among each other, in the order of their
-    queries.
+    Rows of one candidate set are candidates for one target, to be ranked among each other, in the
+    order of their queries.
     """
 
     layer: Tensor  # (M,) int64 decoder layer
@@ -237,7 +292,8 @@ class Detections(NamedTuple):
     scores: Tensor  # (K,)
     labels: Tensor  # (K,) int64 class index, 0..C-1
     boxes: Tensor  # (K, 4) pixel xyxy in the original image
-    masks: tuple[bytes, ...] | None = None  # of each, COCO's compressed run lengths of the original image
+    # Of each, COCO's compressed run lengths of the original image
+    masks: tuple[bytes, ...] | None = None
     queries: Tensor | None = None  # (K,) int64 which query gave it; None: not of queries
 
     def take(self, rows: Tensor) -> Detections:

@@ -1,5 +1,5 @@
-"""Pictures of boxes and masks: detections or ground truth on an image, and sheets of such pictures. Needs Pillow only;
-masks need hotcoco."""
+"""Pictures of boxes and masks: detections or ground truth on an image, and sheets of such pictures.
+Needs Pillow only; masks need hotcoco."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2
 Floats = NDArray[np.float64]
 
-# Each as far as possible from those before it in OKLab, the first ones vivid: most data sets have few classes.
+# Each as far as possible from those before it in OKLab, the first ones vivid: most data sets have
+# few classes.
 PALETTE = [
     0x00A5FF, 0xFF7A00, 0x2ED12E, 0xFF3DCB, 0xFFD400, 0x9A5CFF, 0xFF3B30, 0x00D9C0,
     0xFFB4F0, 0x878700, 0xB46996, 0x87FF87, 0xB4B45A, 0x00A596, 0xB496F0, 0xFFB487,
     0xF087A5, 0x5AFFFF, 0x00A500, 0xD200F0, 0xC3692D, 0x87C3FF, 0x6978D2, 0xF00078,
 ]  # fmt: skip
-SHADES = ((0, 0.0), (255, 0.4), (0, 0.25), (255, 0.65))  # of later classes: black (0) or white, and how much of it
+# Of later classes: black (0) or white, and how much of it
+SHADES = ((0, 0.0), (255, 0.4), (0, 0.25), (255, 0.65))
 LONGEST = 28  # letters of a name in a tag; the legend has it whole
 NARROWEST = 160  # pixels of a drawn picture with boxes: a tag's width
 BACKGROUND, BAR, INK = (24, 24, 28), (44, 44, 52), (240, 240, 240)
 
-# Pillow's own font has no letters beyond ASCII; where a name needs them, the first of these that has them all.
+# Pillow's own font has no letters beyond ASCII; where a name needs them, the first of these that
+# has them all.
 FONTS = (
     "DejaVuSans.ttf",
     "NotoSansCJK-Regular.ttc",
@@ -47,7 +50,9 @@ def colour_of(label: int) -> Colour:
     """The colour of a class index, the same in every picture."""
     value = PALETTE[label % len(PALETTE)]
     shade, weight = SHADES[label // len(PALETTE) % len(SHADES)]
-    red, green, blue = (round((value >> shift & 255) * (1 - weight) + shade * weight) for shift in (16, 8, 0))
+    red, green, blue = (
+        round((value >> shift & 255) * (1 - weight) + shade * weight) for shift in (16, 8, 0)
+    )
     return red, green, blue
 
 
@@ -62,14 +67,17 @@ def draw_detections(
     min_side: int = 640,
     legend: bool = True,
 ) -> Image.Image:
-    """A copy of `image` with its boxes, a tag on each (class and score) and a legend of the classes below.
+    """A copy of `image` with its boxes, a tag on each (class and score) and a legend of the classes
+    below.
 
-    With `masks`, the run lengths (COCO's, compressed) of each object in the image, these are drawn and boxes are thin.
+    With `masks`, the run lengths (COCO's, compressed) of each object in the image, these are drawn
+    and boxes are thin.
 
-    `boxes (N, 4)` in pixel xyxy, `labels (N,)` class indices, `scores (N,)` or None for ground truth, `names` by class
-    index: tensors, arrays or lists. An image whose long side is below `min_side` is enlarged to it, so that tags can be
-    read, and a strip gets an empty margin for them. In a crowd, lines and tags shrink, then small boxes' tags show the
-    score only, and a tag that would hide others is left out; the best scores are placed first.
+    `boxes (N, 4)` in pixel xyxy, `labels (N,)` class indices, `scores (N,)` or None for ground
+    truth, `names` by class index: tensors, arrays or lists. An image whose long side is below
+    `min_side` is enlarged to it, so that tags can be read, and a strip gets an empty margin for
+    them. In a crowd, lines and tags shrink, then small boxes' tags show the score only, and a tag
+    that would hide others is left out; the best scores are placed first.
     """
     # The boxes in the pixels of the canvas, with names that can be written.
     marks = _marks(boxes, labels, scores, names)
@@ -97,19 +105,30 @@ def draw_detections(
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], columns: int | None = None, titles: Sequence[str] | None = None, *, cell: int = 640
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+    *,
+    cell: int = 640,
 ) -> Image.Image:
-    """The images in a grid, each fitted into `cell` by `cell` pixels, with a bar above it if there are titles."""
+    """The images in a grid, each fitted into `cell` by `cell` pixels, with a bar above it if there
+    are titles.
+    """
     if not images:
         return Image.new("RGB", (cell, cell), BACKGROUND)
-    assert titles is None or len(titles) == len(images), f"{len(titles or ())} titles for {len(images)} images"
+    assert titles is None or len(titles) == len(images), (
+        f"{len(titles or ())} titles for {len(images)} images"
+    )
     # The grid: each column is as wide as its widest picture, each row as high as its highest.
     columns = columns or math.ceil(math.sqrt(len(images)))
     pictures = [_fitted(i.convert("RGB"), cell) for i in images]
     bar = max(22, cell // 22) if titles is not None else 0
     rows = [list(range(i, min(i + columns, len(images)))) for i in range(0, len(images), columns)]
     gap = max(4, cell // 80)
-    widths = [max(picture.width for picture in pictures[column::columns]) for column in range(len(rows[0]))]
+    widths = [
+        max(picture.width for picture in pictures[column::columns])
+        for column in range(len(rows[0]))
+    ]
     heights = [bar + max(pictures[i].height for i in row) for row in rows]
     # The sheet, with a gap around each picture.
     size = (sum(widths) + gap * (len(widths) + 1), sum(heights) + gap * (len(heights) + 1))
@@ -155,12 +174,18 @@ def _marks(boxes: Any, labels: Any, scores: Any, names: Sequence[str] | None) ->
     indices = np.asarray(_host(labels), dtype=np.int64).reshape(-1)
     values = None if scores is None else np.asarray(_host(scores), dtype=np.float64).reshape(-1)
     assert len(indices) == len(corners), f"{len(corners)} boxes and {len(indices)} labels"
-    assert values is None or len(values) == len(corners), f"{len(corners)} boxes and {len(values)} scores"
+    assert values is None or len(values) == len(corners), (
+        f"{len(corners)} boxes and {len(values)} scores"
+    )
     marks = []
-    for i, ((x1, y1, x2, y2), label) in enumerate(zip(corners.tolist(), indices.tolist(), strict=True)):
+    for i, ((x1, y1, x2, y2), label) in enumerate(
+        zip(corners.tolist(), indices.tolist(), strict=True)
+    ):
         name = names[label] if names is not None and 0 <= label < len(names) else f"class {label}"
         if math.isfinite(x1 + y1 + x2 + y2):
-            marks.append(_Mark((x1, y1, x2, y2), label, name, None if values is None else float(values[i])))
+            marks.append(
+                _Mark((x1, y1, x2, y2), label, name, None if values is None else float(values[i]))
+            )
     return marks
 
 
@@ -173,7 +198,9 @@ def _enlarged(image: Image.Image, min_side: int) -> tuple[Image.Image, float]:
     scale = max(1.0, min_side / max(image.size))
     if scale == 1:
         return image, scale
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC), scale
+    return image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    ), scale
 
 
 def _wide_enough(canvas: Image.Image) -> Image.Image:
@@ -199,10 +226,13 @@ def _on_canvas(mark: _Mark, scale: float, size: tuple[int, int]) -> _Mark | None
 
 
 def _style(marks: Sequence[_Mark], size: tuple[int, int], font: str | None) -> _Style:
-    """How a picture is drawn: sizes follow the picture's, and the more of it the tags would cover, the smaller."""
+    """How a picture is drawn: sizes follow the picture's, and the more of it the tags would cover,
+    the smaller.
+    """
     area = size[0] * size[1]
     unit = math.sqrt(area) / 560
-    # The largest letters with which the tags cover no more than 13 % of the picture; crowded where none do.
+    # The largest letters with which the tags cover no more than 13 % of the picture; crowded where
+    # none do.
     letters = sum(len(_text(m, False)) + 1 for m in marks)
     full = max(11.0, 15 * unit)
     heights = [full, max(11.0, 0.85 * full), max(11.0, 0.72 * full)]
@@ -224,7 +254,8 @@ def _draw_box(draw: ImageDraw.ImageDraw, mark: _Mark, line: int) -> None:
     x1, y1, x2, y2 = (round(v) for v in mark.box)
     short = min(x2 - x1, y2 - y1)
     line = max(1, min(line, short // 8))
-    draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0, 110))  # shows on any background
+    # Shows on any background
+    draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0, 110))
     if short > 4 * line:
         draw.rectangle((x1 + line, y1 + line, x2 - line, y2 - line), outline=(0, 0, 0, 70))
     draw.rectangle((x1, y1, x2, y2), outline=colour_of(mark.label), width=line)
@@ -246,7 +277,9 @@ def _place(marks: Sequence[_Mark], style: _Style, size: tuple[int, int]) -> list
 
 
 def _texts(mark: _Mark, style: _Style) -> list[str]:
-    """What the tag may say, the best first; in a crowd a name stands only where it is short beside its box."""
+    """What the tag may say, the best first; in a crowd a name stands only where it is short beside
+    its box.
+    """
     full, brief = _text(mark, False), _text(mark, True)
     roomy = _tag_size(full, style.font)[0] <= 0.6 * (mark.box[2] - mark.box[0])
     return [t for t in ((full, brief) if roomy or not style.crowded else (brief,)) if t]
@@ -255,11 +288,20 @@ def _texts(mark: _Mark, style: _Style) -> list[str]:
 def _best_place(
     mark: _Mark, text: str, style: _Style, size: tuple[int, int], boxes: Floats, tags: Floats
 ) -> tuple[_Tag, float]:
-    """The tag where it covers least of `boxes (N, 4)` and `tags (M, 4)`, and the fraction of it that lies on tags."""
+    """The tag where it covers least of `boxes (N, 4)` and `tags (M, 4)`, and the fraction of it
+    that lies on tags.
+    """
     width, height = _tag_size(text, style.font)
     x1, y1, x2, y2 = mark.box
     # Above and below the box, inside it, beside it; of equal places the first.
-    corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2), (x1, y1), (x2 - width, y1)]
+    corners = [
+        (x1, y1 - height),
+        (x1, y2),
+        (x2 - width, y1 - height),
+        (x2 - width, y2),
+        (x1, y1),
+        (x2 - width, y1),
+    ]
     corners += [(x1, y2 - height), (x2 - width, y2 - height), (x2, y1), (x1 - width, y1)]
     low = np.array(corners).clip(0, (size[0] - width, size[1] - height))
     spots = np.hstack([low, low + np.array([width, height])])
@@ -275,7 +317,9 @@ def _best_place(
 
 
 def _overlaps(boxes: Floats, others: Floats) -> Floats:
-    """`(M, N)` square pixels in which each of `boxes (M, 4)` and each of `others (N, 4)` overlap."""
+    """`(M, N)` square pixels in which each of `boxes (M, 4)` and each of `others (N, 4)`
+    overlap.
+    """
     low = np.maximum(boxes[:, None, :2], others[:, :2])
     area: Floats = (np.minimum(boxes[:, None, 2:], others[:, 2:]) - low).clip(min=0).prod(axis=2)
     return area
@@ -289,17 +333,26 @@ def _draw_tag(draw: ImageDraw.ImageDraw, tag: _Tag, style: _Style) -> None:
     x1, y1, x2, y2 = (round(v) for v in tag.box)
     colour = colour_of(tag.label)
     draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
-    draw.text(((x1 + x2) / 2, (y1 + y2) / 2), tag.text, fill=ink_on(colour), font=style.font, anchor="mm")
+    draw.text(
+        ((x1 + x2) / 2, (y1 + y2) / 2), tag.text, fill=ink_on(colour), font=style.font, anchor="mm"
+    )
 
 
 def ink_on(colour: Colour) -> Colour:
-    """Black or white, whichever stands out more on `colour` (WCAG's contrast ratio; never below 4.5)."""
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
+    """Black or white, whichever stands out more on `colour` (WCAG's contrast ratio; never below
+    4.5).
+    """
+    linear = [
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+        for v in (c / 255 for c in colour)
+    ]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return (0, 0, 0) if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else (255, 255, 255)
 
 
-def _with_legend(canvas: Image.Image, marks: Sequence[_Mark], font: ImageFont.FreeTypeFont) -> Image.Image:
+def _with_legend(
+    canvas: Image.Image, marks: Sequence[_Mark], font: ImageFont.FreeTypeFont
+) -> Image.Image:
     """The picture with a strip below it: each class's colour, name and number of boxes."""
     # Where each class stands, in as many lines as they need.
     counts = Counter((m.label, m.name) for m in marks)
@@ -367,7 +420,9 @@ def _font_name(letters: frozenset[str]) -> str | None:
 
 @functools.cache
 def _missing(name: str | None, letters: frozenset[str]) -> frozenset[str]:
-    """Letters that the font lacks: it draws them as it draws one that no font has. All, if it is not installed."""
+    """Letters that the font lacks: it draws them as it draws one that no font has. All, if it is
+    not installed.
+    """
     try:
         font = _font(name, 24)
     except OSError:
@@ -377,11 +432,12 @@ def _missing(name: str | None, letters: frozenset[str]) -> frozenset[str]:
 
 
 def _writable(text: str, font: str | None, otherwise: str = "?") -> str:
-    """On one line, and in ASCII if the font lacks a letter of it. `otherwise` stands for what ASCII cannot say, or two
-    classes could be called the same."""
+    """On one line, and in ASCII if the font lacks a letter of it. `otherwise` stands for what ASCII
+    cannot say, or two classes could be called the same."""
     text = " ".join(text.split())
     if not _missing(font, frozenset(text)):
         return text or otherwise
-    parts = [c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)]  # letters, without accents
+    # Letters, without accents
+    parts = [c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)]
     plain = " ".join("".join(c for c in parts if c.isascii()).split())
     return plain if all(c.isascii() for c in parts) else f"{otherwise} {plain}".strip()

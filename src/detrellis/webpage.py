@@ -1,4 +1,5 @@
-"""HTML pages that need no other file, no script and no network; light or dark as the reader's system is.
+"""HTML pages that need no other file, no script and no network; light or dark as the reader's
+system is.
 
 Whatever text is given is escaped here. What is called `inner` is HTML already.
 """
@@ -58,8 +59,12 @@ def document(title: str, inner: Iterable[str]) -> str:
     return f'<!DOCTYPE html>\n<html lang="en">\n{whole}\n</html>\n'
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], marked: Collection[str] = ()) -> str:
-    """A table that scrolls by itself where it is too wide; rows are `marked` by their first cell."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], marked: Collection[str] = ()
+) -> str:
+    """A table that scrolls by itself where it is too wide; rows are `marked` by their first
+    cell.
+    """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = []
     for row in rows:
@@ -78,7 +83,9 @@ def figure(inner: str, caption: str) -> str:
 
 def facts(values: Mapping[str, str]) -> str:
     """Names and what they are."""
-    listed = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in values.items())
+    listed = "\n".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in values.items()
+    )
     return f"<dl>\n{listed}\n</dl>"
 
 

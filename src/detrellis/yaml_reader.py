@@ -1,7 +1,7 @@
 """YAML from anybody: plain data and nothing else, whatever the text holds.
 
-An alias may stand for a word. One of a list or a mapping is refused: a few lines of them mean billions of entries, or a
-list that holds itself.
+An alias may stand for a word. One of a list or a mapping is refused: a few lines of them mean
+billions of entries, or a list that holds itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Unrolled(yaml.parser.Parser, yaml.composer.Composer):
             peek: Any = self.peek_event
             event = peek()
             if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
-                raise yaml.YAMLError(f"an alias that is no word's: *{event.anchor}{event.start_mark}")
+                raise yaml.YAMLError(
+                    f"an alias that is no word's: *{event.anchor}{event.start_mark}"
+                )
         return super().compose_node(parent, index)
 
 
@@ -31,11 +33,17 @@ class Texts(Unrolled, yaml.BaseLoader):
     """All scalars are text."""
 
 
-def parse(text: str, loader: type[yaml.BaseLoader | yaml.SafeLoader] = Texts) -> tuple[yaml.Node | None, Any]:
-    """The one document of a text: its nodes, which know their lines, and its value. Raises `yaml.YAMLError` alone."""
+def parse(
+    text: str, loader: type[yaml.BaseLoader | yaml.SafeLoader] = Texts
+) -> tuple[yaml.Node | None, Any]:
+    """The one document of a text: its nodes, which know their lines, and its value. Raises
+    `yaml.YAMLError` alone.
+    """
     try:
         reader = loader(text)
         node = reader.get_single_node()
         return node, None if node is None else reader.construct_document(node)
     except CARELESS as error:
-        raise yaml.YAMLError(f"not understood: {str(error)[:200] or type(error).__name__}") from error
+        raise yaml.YAMLError(
+            f"not understood: {str(error)[:200] or type(error).__name__}"
+        ) from error

@@ -18,7 +18,8 @@ from detrellis.recipes.build import build
 
 from ..small import SMALL
 
-SETTINGS = [*SMALL, "data.size=[64, 96]", "optim.batch_size=4"]  # wider than the pictures: all are padded
+# Wider than the pictures: all are padded
+SETTINGS = [*SMALL, "data.size=[64, 96]", "optim.batch_size=4"]
 
 
 def compared(places: str | Path | Sequence[str | Path], **how: Any) -> ComparedRuns:
@@ -36,7 +37,11 @@ def untrained(place: Path, data: Path, recipe: Recipe) -> Path:
     source = find_data(data)
     _, _, classes, _ = prepare(source)
     model = build(recipe, len(classes))
-    save_weights(place / "last.safetensors", model.detector.state_dict(), Card(recipe, classes, source.to_dict()))
+    save_weights(
+        place / "last.safetensors",
+        model.detector.state_dict(),
+        Card(recipe, classes, source.to_dict()),
+    )
     torch.save({"model": model.state_dict()}, place / "last.state.pt")
     return place
 
@@ -44,7 +49,9 @@ def untrained(place: Path, data: Path, recipe: Recipe) -> Path:
 def broken(run: Path) -> Path:
     """Weights beside those of the run, none of them a number."""
     weights, card = load_weights(run / "last.safetensors")
-    nan = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in weights.items()}
+    nan = {
+        k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in weights.items()
+    }
     save_weights(run / "broken.safetensors", nan, card)
     return run / "broken.safetensors"
 

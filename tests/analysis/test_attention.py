@@ -84,7 +84,9 @@ def ran(request: pytest.FixtureRequest) -> Ran:
         memory = detector.encode(images(((64, 64), (64, 96))))
         with recorded([detector.decoder.position]) as calls:  # type: ignore[list-item]
             output, layers = decode_recorded(detector, memory)
-        return Ran(request.param, detector, memory, output, layers, [reads for _, _, _, reads, _ in calls])
+        return Ran(
+            request.param, detector, memory, output, layers, [reads for _, _, _, reads, _ in calls]
+        )
 
 
 def chosen(query: int, value: float = 1.0) -> Tensor:
@@ -102,7 +104,9 @@ def values(own: Any, memory: Memory) -> Tensor:
     if hasattr(own, "attentions"):
         levels = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
         parts = zip(own.attentions, levels, strict=True)
-        return torch.cat([values(reader, memory._replace(tokens=tokens)) for reader, tokens in parts], dim=1)
+        return torch.cat(
+            [values(reader, memory._replace(tokens=tokens)) for reader, tokens in parts], dim=1
+        )
     if hasattr(own, "value_projection"):
         found = own.value_projection(memory.tokens)
         assert memory.padding is not None
@@ -111,7 +115,9 @@ def values(own: Any, memory: Memory) -> Tensor:
         return own.value(memory.tokens)  # type: ignore[no-any-return]
     if hasattr(own, "memory"):
         return own.memory(memory.tokens).chunk(2, -1)[1]  # type: ignore[no-any-return]
-    return nn.functional.linear(memory.tokens, own.projections.weight.chunk(3)[2], own.projections.bias.chunk(3)[2])
+    return nn.functional.linear(
+        memory.tokens, own.projections.weight.chunk(3)[2], own.projections.bias.chunk(3)[2]
+    )
 
 
 @torch.no_grad()
@@ -121,7 +127,9 @@ def test_each_head_reads_tokens_by_its_weights(ran: Ran) -> None:
         own: Any = getattr(layer.attention, "attention", layer.attention)
         output: nn.Module = own.output_projection if ran.kind in SAMPLED else own.output
         results: list[Tensor] = []
-        hook = output.register_forward_pre_hook(lambda _, inputs, results=results: results.append(inputs[0]))
+        hook = output.register_forward_pre_hook(
+            lambda _, inputs, results=results: results.append(inputs[0])
+        )
         layer.attention(*layer.call)
         hook.remove()
         split = values(own, ran.memory).unflatten(-1, (HEADS, -1))
@@ -131,7 +139,9 @@ def test_each_head_reads_tokens_by_its_weights(ran: Ran) -> None:
 
 
 def central(layer: RecordedAttention) -> int:
-    """The query that reads nearest to the middle of both images, and so samples least outside them."""
+    """The query that reads nearest to the middle of both images, and so samples least outside
+    them.
+    """
     references = layer.call[1].references
     return 3 if references is None else int((references[..., :2] - 0.5).abs().amax((0, 2)).argmin())
 
@@ -196,11 +206,15 @@ def test_one_level_of_several_is_read_coarse_first(ran: Ran) -> None:
 def test_deformable_points_are_shares_of_the_unpadded_image(size: int) -> None:
     module = DeformableAttention(16, 2, levels=2, points=1)
     ratios = torch.tensor([[[0.5, 0.75], [0.5, 0.5]]])
-    memory = Memory(torch.randn(1, 40, 16), torch.randn(1, 40, 16), ((4, 8), (2, 4)), valid_ratios=ratios)
+    memory = Memory(
+        torch.randn(1, 40, 16), torch.randn(1, 40, 16), ((4, 8), (2, 4)), valid_ratios=ratios
+    )
     references = torch.tensor([0.3, 0.6, 0.2, 0.4])[:size].expand(1, 3, -1)
     with torch.no_grad():
         module.sampling_offsets.bias.copy_(torch.tensor([1.0, -0.5]).repeat(4))
-    found = head_points(module, (torch.randn(1, 3, 16), Spatial(torch.randn(1, 3, 16), references), memory))
+    found = head_points(
+        module, (torch.randn(1, 3, 16), Spatial(torch.randn(1, 3, 16), references), memory)
+    )
     assert found is not None
     if size == 2:  # cells of each level: 4 x 3 and 2 x 1 of them hold image
         expected = [[0.3 + 1 / 4, 0.6 - 0.5 / 3], [0.3 + 1 / 2, 0.6 - 0.5 / 1]]
@@ -210,7 +224,9 @@ def test_deformable_points_are_shares_of_the_unpadded_image(size: int) -> None:
 
 
 def test_maps_have_no_padding_in_them() -> None:
-    """The same everywhere in the image: padding, which has 0, would darken the map's right and lower border."""
+    """The same everywhere in the image: padding, which has 0, would darken the map's right and
+    lower border.
+    """
     padding = torch.zeros(1, 4, 4, dtype=torch.bool)
     padding[:, 3:], padding[:, :, 2:] = True, True
     memory = Memory(torch.ones(1, 16, 16), torch.ones(1, 16, 16), ((4, 4),), padding.flatten(1))
@@ -257,13 +273,17 @@ def test_the_whole_analysis(runs: dict[str, Path], shapes: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["dense", "levels"])
-def test_the_query_is_the_one_that_predicts_best(kind: str, runs: dict[str, Path], shapes: Path) -> None:
+def test_the_query_is_the_one_that_predicts_best(
+    kind: str, runs: dict[str, Path], shapes: Path
+) -> None:
     (best,) = analyze(compared(runs[kind]), image=first_image(shapes)).runs
     found = load(runs[kind], device="cpu").predict(first_image(shapes), threshold=0)[0]
     assert best.label == found.names[0]
     assert best.score == pytest.approx(found.scores[0])
     corners = 64 * cxcywh_to_xyxy(torch.tensor(best.box))
-    torch.testing.assert_close(corners.clamp(0, 64), torch.tensor(found.boxes[0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        corners.clamp(0, 64), torch.tensor(found.boxes[0]), atol=1e-3, rtol=0
+    )
     (asked,) = analyze(compared(runs[kind]), query=best.query).runs
     assert asked.to_dict() == best.to_dict()
     (other,) = analyze(compared(runs[kind]), query=(best.query + 1) % QUERIES).runs
@@ -287,7 +307,9 @@ def test_what_cannot_be_drawn_is_said(
         analyze(compared([]))
     model = dataclasses.replace(load(runs["dense"], device="cpu"), data=None)
     monkeypatch.setattr(attention, "load_trained", lambda run, device: model)
-    with pytest.raises(UserError, match=r"hf:a/b: .*its data are not known\s+Name a picture: --image"):
+    with pytest.raises(
+        UserError, match=r"hf:a/b: .*its data are not known\s+Name a picture: --image"
+    ):
         analyze(compared("hf:a/b"))
     for parameter in model.detector.decoder.parameters():
         parameter.detach().fill_(torch.nan)
@@ -318,13 +340,16 @@ def made_up(
     name: str, layers: int, heads: int, points: Tensor | None, reference: tuple[float, ...] | None
 ) -> RunAttention:
     layer = LayerAttention(reference, points, None, torch.rand(heads, 4, 6), torch.rand(4, 6))
-    return RunAttention(name, name, "x.jpg", 0, "[class] $x", 0.5, (0.5, 0.5, 0.2, 0.2), (layer,) * layers)
+    return RunAttention(
+        name, name, "x.jpg", 0, "[class] $x", 0.5, (0.5, 0.5, 0.2, 0.2), (layer,) * layers
+    )
 
 
 def test_detectors_of_any_shape_are_drawn_together() -> None:
     runs = (
         made_up("$x", 1, 8, None, None),
-        made_up("[bold]", 6, 2, torch.rand(2, 1, 2), (1.0, 1.0, 2.0, 2.0)),  # a box that reaches beyond the picture
+        # A box that reaches beyond the picture
+        made_up("[bold]", 6, 2, torch.rand(2, 1, 2), (1.0, 1.0, 2.0, 2.0)),
         made_up("deformable", 3, 2, 3 * torch.rand(2, 16, 2) - 1, (0.5, 0.5)),
     )
     result = AttentionResult(runs, "x.jpg", None, np.zeros((4, 6, 3), dtype=np.uint8))
@@ -336,4 +361,8 @@ def test_detectors_of_any_shape_are_drawn_together() -> None:
     printed = Console(width=80, file=io.StringIO())
     printed.print(result.table())
     assert isinstance(printed.file, io.StringIO)
-    assert [printed.file.getvalue().count(text) for text in ("$x ", "[bold] ", "[class] $x ")] == [4, 1, 3]
+    assert [printed.file.getvalue().count(text) for text in ("$x ", "[bold] ", "[class] $x ")] == [
+        4,
+        1,
+        3,
+    ]

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.branches import BranchesResult, RunBranches, analyze, detections, draw, scaled
+from detrellis.analysis.branches import (
+    BranchesResult,
+    RunBranches,
+    analyze,
+    detections,
+    draw,
+    scaled,
+)
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import begin, load_with_scheme
 from detrellis.distributed import World
@@ -39,12 +46,16 @@ def test_boxes_are_in_pixels_of_the_original_image() -> None:
 def test_a_study_reads_the_ap_of_one_branch(run: Path) -> None:
     """As the table of all of them has it."""
     alone = ap_of_branch(run, "rcnn", device="cpu", workers=0)
-    assert alone == {name: analyze(compared(run)).runs[0].heads["rcnn"].stats[name] for name in alone}
+    assert alone == {
+        name: analyze(compared(run)).runs[0].heads["rcnn"].stats[name] for name in alone
+    }
     assert list(alone) == ["AP", "AP50", "AP75"]
 
 
 def test_each_head_detects_by_itself(run: Path) -> None:
-    """The decoder as `detect` does; a branch on the scene of the batch. Pictures of 64x64 are seen at another size."""
+    """The decoder as `detect` does; a branch on the scene of the batch. Pictures of 64x64 are seen
+    at another size.
+    """
     with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
@@ -69,7 +80,10 @@ def test_each_head_detects_by_itself(run: Path) -> None:
 def test_the_whole_analysis(run: Path, shapes: Path, tmp_path: Path) -> None:
     plain = untrained(tmp_path / "single", shapes, small_recipe("tiny").with_schemes("co=atss"))
     result = analyze(compared([run, plain], names=["first $x", "[bold]"]))
-    assert [list(r.heads) for r in result.runs] == [["decoder", "atss", "rcnn", "atss2"], ["decoder", "atss"]]
+    assert [list(r.heads) for r in result.runs] == [
+        ["decoder", "atss", "rcnn", "atss2"],
+        ["decoder", "atss"],
+    ]
     assert result.heads == ["decoder", "atss", "rcnn", "atss2"]
     assert [head.images for head in result.runs[0].heads.values()] == [5] * 4
     assert all(head.detections > 0 for head in result.runs[0].heads.values())
@@ -91,7 +105,10 @@ def test_heads_without_an_ap_are_drawn() -> None:
 
 def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path) -> None:
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
-    for wrong, message in ((plain, "plain: trained without scheme co"), (run / "last.safetensors", "Give the folder")):
+    for wrong, message in (
+        (plain, "plain: trained without scheme co"),
+        (run / "last.safetensors", "Give the folder"),
+    ):
         with pytest.raises(UserError) as error:
             analyze(compared([run, wrong]))
         assert message in " ".join(str(error.value).split())

@@ -1,4 +1,6 @@
-"""Activation maps on cases made by hand and against automatic gradients, and the whole analysis on small runs."""
+"""Activation maps on cases made by hand and against automatic gradients, and the whole analysis on
+small runs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from detrellis.analysis.activation_maps import Cam, activation_map, activations, branch_score, grad_cam
+from detrellis.analysis.activation_maps import (
+    Cam,
+    activation_map,
+    activations,
+    branch_score,
+    grad_cam,
+)
 from detrellis.analysis.conflicts import RunConflicts, analyze, conflict_matrix
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import load_with_scheme
@@ -72,7 +80,9 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
 def test_an_image_has_the_maps_that_it_has_alone(run: Path, cam: Cam) -> None:
-    """So one gradient of a batch's sum is each image's own; also beside an image without objects."""
+    """So one gradient of a batch's sum is each image's own; also beside an image without
+    objects.
+    """
     with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, co = load_with_scheme(opened, Collaborative)
         batch = next(iter(opened.loader))
@@ -96,9 +106,12 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
     assert one.images + one.empty + one.flat == 5
     assert [one.matrix[i][i] for i in range(3)] == [0, 0, 0]
     assert all(one.matrix[i][j] > 0 for i in range(3) for j in range(3) if i != j)
-    assert one.distance == pytest.approx((one.matrix[1][2] + one.matrix[2][1]) / 2)  # the decoder is no branch
+    # The decoder is no branch
+    assert one.distance == pytest.approx((one.matrix[1][2] + one.matrix[2][1]) / 2)
     alone = analyze(compared(run, batch_size=1), cam="hirescam", eps=0.01).runs[0]
-    assert [v for row in alone.matrix for v in row] == pytest.approx([v for row in one.matrix for v in row], rel=0.02)
+    assert [v for row in alone.matrix for v in row] == pytest.approx(
+        [v for row in one.matrix for v in row], rel=0.02
+    )
     files = save(result, tmp_path / "new" / "folder")
     written = json.loads(files.values.read_text())
     assert written == result.to_dict()
@@ -111,7 +124,9 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
 def test_one_branch_is_compared_with_the_decoder() -> None:
     cams = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     matrix = conflict_matrix(cams)
-    run = RunConflicts("x", "x", "x", ("decoder", "fcos"), 4, 0, 0, tuple(map(tuple, matrix.tolist())), ())
+    run = RunConflicts(
+        "x", "x", "x", ("decoder", "fcos"), 4, 0, 0, tuple(map(tuple, matrix.tolist())), ()
+    )
     assert run.distance == pytest.approx(float(matrix[0, 1] + matrix[1, 0]) / 2)
     assert run.conflicts == pytest.approx([run.distance] * 2)
 

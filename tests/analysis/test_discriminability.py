@@ -1,4 +1,6 @@
-"""Maps and curves on cases made by hand, attention against its definition, and the whole analysis on small runs."""
+"""Maps and curves on cases made by hand, attention against its definition, and the whole analysis
+on small runs.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_a_level_is_resized_then_divided_by_its_maximum() -> None:
 def test_levels_count_as_much_as_they_are_attended_to() -> None:
     fine, coarse = torch.tensor([[0.5, 0.0], [0.0, 0.0]]), torch.tensor([[0.5]])
     # On four pixels: a fourth of the coarse level's half each, and the fine level's half on one.
-    torch.testing.assert_close(attention_score([fine, coarse], (2, 2)), torch.tensor([[1, 0.2], [0.2, 0.2]]))
+    torch.testing.assert_close(
+        attention_score([fine, coarse], (2, 2)), torch.tensor([[1, 0.2], [0.2, 0.2]])
+    )
     assert attention_score([fine], (2, 2)).tolist() == [[1, 0], [0, 0]]
     assert attention_score([fine * 0, coarse * 0], (2, 2)).tolist() == [[0, 0], [0, 0]]
 
@@ -66,7 +70,9 @@ def test_levels_count_as_much_as_they_are_attended_to() -> None:
         ([], [[0, 0, 0], [0, 0, 0]]),
     ],
 )
-def test_foreground_is_pixel_centres_strictly_inside(boxes: list[list[float]], expected: list[list[int]]) -> None:
+def test_foreground_is_pixel_centres_strictly_inside(
+    boxes: list[list[float]], expected: list[list[int]]
+) -> None:
     assert foreground(torch.tensor(boxes).view(-1, 4), (2, 3)).int().tolist() == expected
 
 
@@ -80,14 +86,19 @@ def test_shares_are_strictly_above() -> None:
 def test_the_area_is_the_chance_that_an_object_scores_higher() -> None:
     """Of a random pixel of it than a random one of the background, a tie counting half."""
     generator = torch.Generator().manual_seed(0)
-    score, inside = torch.rand(20, 20, generator=generator), torch.rand(20, 20, generator=generator) > 0.7
+    score = torch.rand(20, 20, generator=generator)
+    inside = torch.rand(20, 20, generator=generator) > 0.7
     score = (score + 0.3 * inside).clamp(max=1) * (score > 0.2)  # some are 0, some are 1
     thresholds = torch.arange(2**16 + 1) / 2**16
     shares = torch.stack([fractions_above(score, part, thresholds) for part in (inside, ~inside)])
     curve = Curve.of(thresholds, shares)
-    more = (score[inside][:, None] > score[~inside]).double() + 0.5 * (score[inside][:, None] == score[~inside])
+    more = (score[inside][:, None] > score[~inside]).double() + 0.5 * (
+        score[inside][:, None] == score[~inside]
+    )
     assert curve.area == pytest.approx(float(more.mean()), abs=1e-4)
-    inverted = torch.stack([fractions_above(1 - score, part, thresholds) for part in (inside, ~inside)])
+    inverted = torch.stack(
+        [fractions_above(1 - score, part, thresholds) for part in (inside, ~inside)]
+    )
     assert Curve.of(thresholds, inverted).area == pytest.approx(1 - curve.area, abs=1e-4)
 
     assert 50 < len(curve.iof) <= 101
@@ -107,7 +118,9 @@ def test_maps_that_know_all_or_nothing() -> None:
 
 
 def memory(padded: bool) -> Memory:
-    """Two images on two levels; of the second one, the last row and column are padding on the finer."""
+    """Two images on two levels; of the second one, the last row and column are padding on the
+    finer.
+    """
     tokens, position = torch.randn(2, 26, 16), torch.randn(2, 26, 16)
     masks = [torch.zeros(2, 4, 5, dtype=torch.bool), torch.zeros(2, 2, 3, dtype=torch.bool)]
     masks[0][1, 3:], masks[0][1, :, 4:], masks[1][1, :, 2:] = True, True, True
@@ -132,7 +145,11 @@ def attentions(heads: int) -> dict[str, tuple[nn.Module, str]]:
     for layer in (deformable.sampling_offsets, deformable.attention_weights):
         nn.init.normal_(layer.weight, std=0.3)
     conditional = ConditionalCrossAttention(16, heads, first=True)
-    kinds = [(deformable, "output_projection"), (DenseAttention(16, heads), "output"), (conditional, "output")]
+    kinds = [
+        (deformable, "output_projection"),
+        (DenseAttention(16, heads), "output"),
+        (conditional, "output"),
+    ]
     return dict(zip(("deformable", "dense", "conditional"), kinds, strict=True))
 
 
@@ -140,7 +157,9 @@ def values(attention: nn.Module, memory: Memory) -> Tensor:
     """What the tokens contribute, `(B, S, D)`."""
     if isinstance(attention, DeformableAttention):
         found = attention.value_projection(memory.tokens)
-        out: Tensor = found if memory.padding is None else found.masked_fill(memory.padding[..., None], 0)
+        out: Tensor = (
+            found if memory.padding is None else found.masked_fill(memory.padding[..., None], 0)
+        )
         return out
     if isinstance(attention, DenseAttention):
         weight, bias = attention.projections.weight, attention.projections.bias
@@ -156,14 +175,20 @@ def test_weights_say_what_the_attention_reads(kind: str, references: int, padded
     attention, output = attentions(heads=1)[kind]
     where = Spatial(torch.randn(2, 3, 16), torch.rand(2, 3, references), torch.randn(2, 3, 16))
     call, results = (torch.randn(2, 3, 16), where, memory(padded)), []
-    hook = getattr(attention, output).register_forward_pre_hook(lambda _, inputs: results.append(inputs[0]))
+    hook = getattr(attention, output).register_forward_pre_hook(
+        lambda _, inputs: results.append(inputs[0])
+    )
     with torch.no_grad():
         attention(*call)
         hook.remove()
         own = values(attention, call[2])
         for query in range(3):
-            weights = token_weights(attention, call, nn.functional.one_hot(torch.tensor([query] * 2), 3).float())
-            torch.testing.assert_close(torch.einsum("bs,bsd->bd", weights, own), results[0][:, query])
+            weights = token_weights(
+                attention, call, nn.functional.one_hot(torch.tensor([query] * 2), 3).float()
+            )
+            torch.testing.assert_close(
+                torch.einsum("bs,bsd->bd", weights, own), results[0][:, query]
+            )
             if padded:
                 assert not weights[1, 15:20].any()
     assert not any(p.grad is not None for p in attention.parameters())
@@ -172,11 +197,19 @@ def test_weights_say_what_the_attention_reads(kind: str, references: int, padded
 @pytest.mark.parametrize("kind", ["deformable", "dense", "conditional"])
 def test_weights_are_sums_over_queries_and_means_over_heads(kind: str) -> None:
     attention, _ = attentions(heads=4)[kind]
-    where = Spatial(torch.randn(2, 3, 16), torch.tensor([0.5, 0.5, 0.1, 0.1]).expand(2, 3, 4), torch.randn(2, 3, 16))
-    call, chosen = (torch.randn(2, 3, 16), where, memory(False)), torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    where = Spatial(
+        torch.randn(2, 3, 16),
+        torch.tensor([0.5, 0.5, 0.1, 0.1]).expand(2, 3, 4),
+        torch.randn(2, 3, 16),
+    )
+    call = (torch.randn(2, 3, 16), where, memory(False))
+    chosen = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
     weights = token_weights(attention, call, chosen)
     assert weights.sum(1).tolist() == pytest.approx([2, 0], abs=1e-5)
-    each = [token_weights(attention, call, nn.functional.one_hot(torch.tensor([q] * 2), 3).float()) for q in (0, 2)]
+    each = [
+        token_weights(attention, call, nn.functional.one_hot(torch.tensor([q] * 2), 3).float())
+        for q in (0, 2)
+    ]
     torch.testing.assert_close(weights[0], sum(each)[0])  # type: ignore[index]
 
 
@@ -186,7 +219,9 @@ def test_what_an_unknown_attention_attends_to_is_not_guessed() -> None:
             return x
 
     call = (torch.randn(2, 3, 16), Spatial(torch.randn(2, 3, 16)), memory(False))
-    with pytest.raises(UserError, match=r"what Other attends to cannot be read off it\s+Compare .* --of encoder"):
+    with pytest.raises(
+        UserError, match=r"what Other attends to cannot be read off it\s+Compare .* --of encoder"
+    ):
         token_weights(Other(), call, torch.ones(2, 3))
 
 
@@ -214,7 +249,8 @@ def test_the_whole_analysis(of: Of, runs: dict[str, Path], tmp_path: Path) -> No
         assert (run.images, run.skipped) == (5, 0)
         assert 0 < run.curve.area < 1
         assert [e.row for e in run.examples] == [0, 1]
-        assert all(e.score.shape == e.picture.pixels.shape[:2] == (64, 64) for e in run.examples)  # without padding
+        # Without padding
+        assert all(e.score.shape == e.picture.pixels.shape[:2] == (64, 64) for e in run.examples)
         assert all(e.score.min() >= 0 and e.score.max() <= 1 for e in run.examples)
     files = save(result, tmp_path / "new" / "folder")
     written = json.loads(files.values.read_text())
@@ -235,7 +271,9 @@ def test_batches_change_nothing(of: Of, runs: dict[str, Path]) -> None:
 
 def test_the_maps_are_of_the_encoders_output(runs: dict[str, Path]) -> None:
     found = analyze(compared(runs["conditional-detr-r50"], batch_size=1)).runs[0].examples
-    with open_split(runs["conditional-detr-r50"], HERE, EvalOptions(workers=0, batch_size=1)) as opened:
+    with open_split(
+        runs["conditional-detr-r50"], HERE, EvalOptions(workers=0, batch_size=1)
+    ) as opened:
         for batch, example in zip(opened.loader, found, strict=False):
             with torch.no_grad():
                 encoded = opened.model.detector.encode(batch.images)
@@ -244,7 +282,9 @@ def test_the_maps_are_of_the_encoders_output(runs: dict[str, Path]) -> None:
             torch.testing.assert_close(example.score, score / score.max(), atol=1e-5, rtol=0)
 
 
-def test_images_without_boxes_are_left_out(runs: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
+def test_images_without_boxes_are_left_out(
+    runs: dict[str, Path], shapes: Path, tmp_path: Path
+) -> None:
     source = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     images, first = shapes / "images" / "val", source["images"][0]["id"]
     file = tmp_path / "val.json"
@@ -268,7 +308,9 @@ def test_images_without_boxes_are_left_out(runs: dict[str, Path], shapes: Path, 
 def test_any_number_of_pictures_can_be_drawn() -> None:
     curve = Curve.of(STEPS, torch.tensor([[1.0, 1, 0.5, 0.2, 0], [1, 0.5, 0.2, 0, 0]]))
     colours, boxes = torch.zeros(6, 8, 3).byte().numpy(), torch.tensor([[1.0, 1, 4, 5]]).numpy()
-    examples = tuple(ScoredImage(row, Picture(colours, boxes), torch.rand(6, 8)) for row in range(3))
+    examples = tuple(
+        ScoredImage(row, Picture(colours, boxes), torch.rand(6, 8)) for row in range(3)
+    )
 
     def run(data: str, count: int) -> RunDiscriminability:
         return RunDiscriminability("$x", "run", data, 3, 0, curve, examples[:count])

@@ -55,11 +55,12 @@ def test_random_groups_have_the_same_positions() -> None:
     groups = dealt(positions, 4)
     assert groups.shape == (4, 2, 3, 50, 2)
     for deal in groups:
-        assert torch.equal(deal.flatten(1, 2).sort(1).values, positions.flatten(1, 2).sort(1).values)
+        assert torch.equal(
+            deal.flatten(1, 2).sort(1).values, positions.flatten(1, 2).sort(1).values
+        )
     places = GroupPositions.of(positions, 8)
-    assert float(places.distance.mean()) == pytest.approx(
-        float(places.random.mean()), abs=0.05
-    )  # one distribution: no difference
+    # One distribution: no difference.
+    assert float(places.distance.mean()) == pytest.approx(float(places.random.mean()), abs=0.05)
     assert torch.equal(places.pd, position_distance(positions).mean(-1))
     assert GroupPositions.of(positions[:1].expand(2, -1, -1, -1) * 0, 8).distance.tolist() == [0, 0]
 
@@ -69,13 +70,22 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("groups") / "first"
     settings = [*SETTINGS, "schemes.group.distances=true"]
     detrellis.train(
-        "tiny", data=shapes, out=place, scheme="group=3", override=settings, epochs=2, workers=0, device="cpu"
+        "tiny",
+        data=shapes,
+        out=place,
+        scheme="group=3",
+        override=settings,
+        epochs=2,
+        workers=0,
+        device="cpu",
     )
     return place
 
 
 @pytest.mark.parametrize("name", ["tiny", "conditional-detr-r50", "dab-detr-r50", "detr-r50"])
-def test_each_group_says_what_the_detector_says_with_its_queries(name: str, shapes: Path, tmp_path: Path) -> None:
+def test_each_group_says_what_the_detector_says_with_its_queries(
+    name: str, shapes: Path, tmp_path: Path
+) -> None:
     recipe = small_recipe(name).with_schemes("group=3")
     with open_split(untrained(tmp_path, shapes, recipe), HERE, EvalOptions(workers=0)) as opened:
         model, group = load_with_scheme(opened, Group)
@@ -94,7 +104,9 @@ def test_each_group_says_what_the_detector_says_with_its_queries(name: str, shap
 def raw_score(run: Path, shapes: Path) -> EvalResult:
     with open_split(run, HERE, EvalOptions(data=shapes, workers=0)) as opened:
         state = load_state(run)["model"]
-        own = {k.removeprefix("detector."): v for k, v in state.items() if k.startswith("detector.")}
+        own = {
+            k.removeprefix("detector."): v for k, v in state.items() if k.startswith("detector.")
+        }
         opened.model.detector.load_state_dict(own)
         (found,) = collect(opened.model.detector, opened.loader, opened.annotations, HERE.device)
         return found.compute()
@@ -147,30 +159,41 @@ def test_md_is_the_distance_of_the_queries_of_one_box(run: Path) -> None:
                 where = [matched_alone(model, seen, batch.targets, k, image) for k in range(3)]
                 for j in range(first, first + batch.targets.sizes[image]):
                     for a, b in ((0, 1), (0, 2), (1, 2)):
-                        apart = seen.positions[image, a, where[a][j]] - seen.positions[image, b, where[b][j]]
+                        apart = (
+                            seen.positions[image, a, where[a][j]]
+                            - seen.positions[image, b, where[b][j]]
+                        )
                         distances.setdefault((a, b), []).append(float(apart.norm()))
     means = [sum(d) / len(d) for d in distances.values()]
     assert measured.boxes == len(distances[0, 1])
     assert measured.md == pytest.approx(sum(means) / 3, abs=1e-5)
 
 
-def matched_alone(model: TrainableDetector, seen: AllGroups, targets: Targets, k: int, image: int) -> dict[int, int]:
+def matched_alone(
+    model: TrainableDetector, seen: AllGroups, targets: Targets, k: int, image: int
+) -> dict[int, int]:
     """The query of each box."""
     first, size = targets.offsets[image], targets.sizes[image]
-    own = Targets(targets.labels[first : first + size], targets.boxes[first : first + size], (size,))
+    own = Targets(
+        targets.labels[first : first + size], targets.boxes[first : first + size], (size,)
+    )
     output = seen.of(k).map(lambda t: t[-1:, image : image + 1])
     (found,) = assign([Match(output, own, model.supervision.assign)])
     return {first + int(j): int(q) for q, j in zip(found.query, found.target, strict=True)}
 
 
 @pytest.mark.parametrize(("name", "places"), [("conditional-detr-r50", True), ("detr-r50", False)])
-def test_runs_without_proposals_and_without_places(name: str, places: bool, shapes: Path, tmp_path: Path) -> None:
+def test_runs_without_proposals_and_without_places(
+    name: str, places: bool, shapes: Path, tmp_path: Path
+) -> None:
     """The same positions in all images, or none; and no log."""
     run = untrained(tmp_path / "run", shapes, small_recipe(name).with_schemes("group=2"))
     result = analyze(compared(run, batch_size=2))
     (found,) = result.runs
     assert (found.fixed, found.log, len(found.scores)) == (True, (), 2)
-    assert [getattr(found, x) is not None for x in ("positions", "shares", "distance", "pd", "md")] == [places] * 5
+    assert [
+        getattr(found, x) is not None for x in ("positions", "shares", "distance", "pd", "md")
+    ] == [places] * 5
     json.dumps(result.to_dict(), allow_nan=False)
     save(result, tmp_path)
     assert result.table().row_count == 3
@@ -189,12 +212,17 @@ def test_any_number_of_groups_can_be_drawn() -> None:
         result = GroupsResult((run, run), 2, "val")
         draw(result).draw_without_rendering()
         assert result.table().row_count == 2 * (groups + 1)
-        assert math.isfinite(json.loads(json.dumps(result.to_dict(), allow_nan=False))["runs"][0]["pd"])
+        assert math.isfinite(
+            json.loads(json.dumps(result.to_dict(), allow_nan=False))["runs"][0]["pd"]
+        )
 
 
 def test_what_cannot_be_measured_is_said(run: Path, shapes: Path, tmp_path: Path) -> None:
     plain = untrained(tmp_path / "plain", shapes, small_recipe("tiny"))
-    for wrong, message in ((plain, "trained with one group Train"), (run / "last.safetensors", "Give the folder")):
+    for wrong, message in (
+        (plain, "trained with one group Train"),
+        (run / "last.safetensors", "Give the folder"),
+    ):
         with pytest.raises(UserError) as error:
             analyze(compared([run, wrong]))
         assert message in " ".join(str(error.value).split())

@@ -1,4 +1,6 @@
-"""V and IS on cases made by hand, and against the matching of one image at a time; the epochs of a small run."""
+"""V and IS on cases made by hand, and against the matching of one image at a time; the epochs of a
+small run.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +71,19 @@ def test_v_is_the_matching_of_each_image(sizes: tuple[int, ...]) -> None:
             assert len(set(found.values())) == len(found) == min(sizes[image], 6)
             if not found:
                 continue
-            costs = cost(logits[layer, image], boxes[layer, image], there.labels[own], there.boxes[own])
+            costs = cost(
+                logits[layer, image], boxes[layer, image], there.labels[own], there.boxes[own]
+            )
             total = sum(costs[q, j] for q, j in found.items())
             for a in found:  # no swap of two queries is cheaper
                 for b in found:
-                    swapped = total - costs[a, found[a]] - costs[b, found[b]] + costs[a, found[b]] + costs[b, found[a]]
+                    swapped = (
+                        total
+                        - costs[a, found[a]]
+                        - costs[b, found[b]]
+                        + costs[a, found[b]]
+                        + costs[b, found[a]]
+                    )
                     assert a == b or swapped >= total - 1e-5
 
 
@@ -87,7 +97,9 @@ KEPT = [*SETTINGS, "schedule.keep_every=1"]
 
 
 def trained(data: Path, out: Path, settings: list[str]) -> Path:
-    detrellis.train("tiny", data=data, out=out, override=settings, epochs=EPOCHS, workers=0, device="cpu")
+    detrellis.train(
+        "tiny", data=data, out=out, override=settings, epochs=EPOCHS, workers=0, device="cpu"
+    )
     return out
 
 
@@ -106,7 +118,9 @@ def test_the_weights_of_each_epoch_are_kept(run: Path) -> None:
         weights, card = load_weights(file)
         assert card.epoch == epoch
         assert card.stats is not None
-        assert evaluate(file, workers=0, device="cpu").ap == pytest.approx(card.stats["AP"], abs=1e-6)
+        assert evaluate(file, workers=0, device="cpu").ap == pytest.approx(
+            card.stats["AP"], abs=1e-6
+        )
     last, _ = load_weights(run / "last.safetensors")
     assert all(torch.equal(last[name], weights[name]) for name in last)
     first = detrellis.load(kept_epochs(run)[0]).detector.state_dict()
@@ -139,7 +153,8 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
     one, two = result.runs
     assert one.to_dict() == two.to_dict() | {"name": one.name}
     assert (one.images, one.epochs) == (5, (1, 2, 3))
-    assert one.instability == pytest.approx(one_image_at_a_time(run), abs=0.5)  # batches round differently
+    # Batches round differently
+    assert one.instability == pytest.approx(one_image_at_a_time(run), abs=0.5)
     assert one.mean == pytest.approx(sum(one.instability) / 2)
 
     files = save(result, tmp_path / "new" / "folder")
@@ -158,14 +173,17 @@ def one_image_at_a_time(run: Path) -> list[float]:
     v: list[list[dict[int, int]]] = []  # by epoch and image: the box of each matched query
     for file in kept_epochs(run):
         with (
-            open_split(file, World(0, 1, torch.device("cpu")), EvalOptions(workers=0, batch_size=1)) as opened,
+            open_split(
+                file, World(0, 1, torch.device("cpu")), EvalOptions(workers=0, batch_size=1)
+            ) as opened,
             torch.no_grad(),
         ):
             seen = [(opened.model.detector(b.images), b.targets) for b in opened.loader]
         found = [assign([Match(output, there, Hungarian())])[0] for output, there in seen]
         v.append([dict(zip(f.query.tolist(), f.target.tolist(), strict=True)) for f in found])
     return [
-        sum(len(dict(a.items() ^ b.items())) for a, b in zip(before, after, strict=True)) / len(after)
+        sum(len(dict(a.items() ^ b.items())) for a, b in zip(before, after, strict=True))
+        / len(after)
         for before, after in itertools.pairwise(v)
     ]
 
@@ -177,7 +195,12 @@ def measured(*epochs: int) -> RunInstability:
 def test_the_table_names_the_epochs() -> None:
     runs = (measured(1, 2, 3), measured(2, 4, 6), measured(1, 2, 7), measured(5, 6))
     table = InstabilityResult(runs, "val").table()
-    assert [str(cell) for cell in table.columns[1].cells] == ["1 to 3", "2 to 6 by 2", "1, 2, 7", "5 to 6"]
+    assert [str(cell) for cell in table.columns[1].cells] == [
+        "1 to 3",
+        "2 to 6 by 2",
+        "1, 2, 7",
+        "5 to 6",
+    ]
     assert [str(cell) for cell in table.columns[2].cells] == ["4.5"] * 4
 
 

@@ -51,4 +51,7 @@ def test_runs_are_checked_when_they_are_named() -> None:
 
 def test_records_are_written_as_json_reads_them() -> None:
     empty = without_boxes("AP")
-    assert as_json({1: (2, (3.5, None)), "evaluated": empty}) == {"1": [2, [3.5, None]], "evaluated": {"AP": None}}
+    assert as_json({1: (2, (3.5, None)), "evaluated": empty}) == {
+        "1": [2, [3.5, None]],
+        "evaluated": {"AP": None},
+    }

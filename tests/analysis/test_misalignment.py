@@ -15,7 +15,16 @@ from PIL import Image
 import detrellis
 from detrellis.analysis.figures import BLUE, ORANGE
 from detrellis.analysis.measurements import save
-from detrellis.analysis.misalignment import BINS, EDGES, Misalignment, MisalignmentResult, Pairs, analyze, draw, pairs
+from detrellis.analysis.misalignment import (
+    BINS,
+    EDGES,
+    Misalignment,
+    MisalignmentResult,
+    Pairs,
+    analyze,
+    draw,
+    pairs,
+)
 from detrellis.analysis.outputs import image_outputs, truth
 from detrellis.analysis.runs import run_names
 from detrellis.boxes import pairwise_iou
@@ -29,15 +38,20 @@ from detrellis.loading import open_split
 from ..small import SMALL
 from .runs import broken, compared
 
-OBJECT = [0.0, 0.0, 10.0, 10.0]  # a ground-truth box, and queries that overlap it with an IoU of 0.9, 0.8, 0.5, 0.1
+# A ground-truth box, and queries that overlap it with an IoU of 0.9, 0.8, 0.5, 0.1
+OBJECT = [0.0, 0.0, 10.0, 10.0]
 NINE, EIGHT, FIVE, ONE = ([0.0, 0.0, 10.0, height] for height in (9.0, 8.0, 5.0, 1.0))
 FAR = [50.0, 50.0, 60.0, 60.0]
 
 
-def found(scores: list[list[float]], boxes: list[list[float]], labels: list[int], there: list[list[float]]) -> Pairs:
+def found(
+    scores: list[list[float]], boxes: list[list[float]], labels: list[int], there: list[list[float]]
+) -> Pairs:
     truth_boxes = torch.tensor(there, dtype=torch.float64).view(-1, 4)
     labels_of = torch.tensor(labels, dtype=torch.int64)
-    return pairs(torch.tensor(scores), torch.tensor(boxes, dtype=torch.float64), labels_of, truth_boxes)
+    return pairs(
+        torch.tensor(scores), torch.tensor(boxes, dtype=torch.float64), labels_of, truth_boxes
+    )
 
 
 def test_the_best_box_is_not_the_highest_score() -> None:
@@ -47,7 +61,8 @@ def test_the_best_box_is_not_the_highest_score() -> None:
     assert ours.hc_query.tolist() == [1, 2]  # query 3 scores higher for class 0, but lies elsewhere
     assert ours.br_iou.tolist() == pytest.approx([0.9, 0.9])
     assert ours.hc_iou.tolist() == pytest.approx([0.8, 0.5])  # 0.5 passes the gate
-    assert ours.br_rank.tolist() == [4, 6]  # 0.2 is below 0.99, 0.9, 0.7 and 0.3; the two zeros beside it are not above
+    # 0.2 is below 0.99, 0.9, 0.7 and 0.3; the two zeros beside it are not above
+    assert ours.br_rank.tolist() == [4, 6]
 
     whole = Misalignment.of(ours, (4, 5, 7))
     assert (whole.boxes, whole.with_hc, whole.hit_rate) == (2, 2, 0.0)
@@ -96,7 +111,8 @@ def test_against_one_box_at_a_time(threshold: float) -> None:
     generator = torch.Generator().manual_seed(3)
     corners = torch.rand(40, 4, generator=generator, dtype=torch.float64)
     boxes = torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:]], 1)
-    scores, labels = torch.rand(30, 4, generator=generator), torch.randint(4, (10,), generator=generator)
+    scores = torch.rand(30, 4, generator=generator)
+    labels = torch.randint(4, (10,), generator=generator)
     queries, there = boxes[:30], boxes[30:]
     ours = pairs(scores, queries, labels, there, threshold)
     overlap = pairwise_iou(queries, there)
@@ -121,8 +137,11 @@ def test_names_tell_runs_apart() -> None:
 @pytest.fixture(scope="module")
 def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("misalignment") / "first"
-    settings = [*SMALL, "data.size=[64, 96]", "optim.batch_size=4"]  # wider than the pictures: all are padded
-    detrellis.train("tiny", data=shapes, out=place, override=settings, epochs=1, workers=0, device="cpu")
+    # Wider than the pictures: all are padded
+    settings = [*SMALL, "data.size=[64, 96]", "optim.batch_size=4"]
+    detrellis.train(
+        "tiny", data=shapes, out=place, override=settings, epochs=1, workers=0, device="cpu"
+    )
     return place
 
 
@@ -136,7 +155,9 @@ def rgb(colour: str) -> tuple[int, ...]:
 
 
 def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
-    result = analyze(compared([run, run], names=["first $x", "[bold]"]), threshold=0.1, top=(240, 1, 1))
+    result = analyze(
+        compared([run, run], names=["first $x", "[bold]"]), threshold=0.1, top=(240, 1, 1)
+    )
     one, two = result.runs
     assert one.statistics == two.statistics
     assert one.images == 5
@@ -147,7 +168,12 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
     files = save(result, tmp_path / "new" / "folder")
     written = json.loads(files.values.read_text())
     assert written == result.to_dict()
-    assert written["settings"] | {"edges": None} == {"threshold": 0.1, "top": [1, 240], "split": "val", "edges": None}
+    assert written["settings"] | {"edges": None} == {
+        "threshold": 0.1,
+        "top": [1, 240],
+        "split": "val",
+        "edges": None,
+    }
     assert [r["name"] for r in written["runs"]] == ["first $x", "[bold]"]
     assert written["runs"][0]["data"].endswith("instances_val.json")
     assert {rgb(BLUE), rgb(ORANGE)} <= colours_in(files.figure)
@@ -169,20 +195,28 @@ def test_any_number_of_panels_shares_its_axes(run: Path) -> None:
 
 def test_it_sees_what_the_evaluator_sees(run: Path) -> None:
     """Queries, scores and pixels are those of `detect`."""
-    with open_split(run, World(0, 1, torch.device("cpu")), EvalOptions(workers=0, batch_size=3)) as opened:
+    with open_split(
+        run, World(0, 1, torch.device("cpu")), EvalOptions(workers=0, batch_size=3)
+    ) as opened:
         images = {s.image_id: s for s in image_outputs(opened)}
         assert len(images) == len(opened.annotations) == 5
         for batch in opened.loader:
             for image_id, best in zip(
-                batch.image_ids, opened.model.detector.detect(batch.images, batch.sizes), strict=True
+                batch.image_ids,
+                opened.model.detector.detect(batch.images, batch.sizes),
+                strict=True,
             ):
                 own = images[image_id]
                 assert best.scores[0] == own.scores.max()
                 query = int(own.scores.max(-1).values.argmax())
-                torch.testing.assert_close(best.boxes[0].double(), own.boxes[query], atol=1e-3, rtol=0)
+                torch.testing.assert_close(
+                    best.boxes[0].double(), own.boxes[query], atol=1e-3, rtol=0
+                )
 
 
-def test_the_truth_is_the_annotations_without_crowds(shapes: Path, tmp_path: Path, run: Path) -> None:
+def test_the_truth_is_the_annotations_without_crowds(
+    shapes: Path, tmp_path: Path, run: Path
+) -> None:
     source = json.loads((shapes / "annotations" / "instances_val.json").read_text())
     everything = analyze(compared(run, data=shapes)).runs[0].statistics
     source["annotations"][0]["iscrowd"] = 1

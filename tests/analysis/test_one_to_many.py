@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from detrellis.analysis.measurements import save
-from detrellis.analysis.one_to_many import NMS, OneToManyResult, RunOneToMany, analyze, draw, kind_of
+from detrellis.analysis.one_to_many import (
+    NMS,
+    OneToManyResult,
+    RunOneToMany,
+    analyze,
+    draw,
+    kind_of,
+)
 from detrellis.api import evaluate
 from detrellis.engine.coco_eval import EvalResult
 from detrellis.errors import UserError
@@ -45,12 +52,17 @@ def test_the_whole_analysis(shapes: Path, tmp_path: Path) -> None:
         "patterns": ("one-to-one", 24, 1),
         "default": ("group-wise", 132, 11),
     }
-    assert {n: list(r.nms) for n, r in found.items() if r.nms} == {"many": [0.5, 0.7], "softmax": [0.5, 0.7]}
+    assert {n: list(r.nms) for n, r in found.items() if r.nms} == {
+        "many": [0.5, 0.7],
+        "softmax": [0.5, 0.7],
+    }
     for run in runs:
         plain = evaluate(run, workers=0, device="cpu", batch_size=2)
         assert found[run.name].result.ap == pytest.approx(plain.ap, abs=1e-6)
 
-    with pytest.raises(UserError, match=r"broken.safetensors: .* holds numbers that are not finite"):
+    with pytest.raises(
+        UserError, match=r"broken.safetensors: .* holds numbers that are not finite"
+    ):
         analyze(compared(broken(runs[0])))
 
     files = save(result, tmp_path / "new" / "folder")

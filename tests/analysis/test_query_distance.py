@@ -1,4 +1,6 @@
-"""Distances on cases made by hand, places against the scheme's own queries, and the whole analysis on small runs."""
+"""Distances on cases made by hand, places against the scheme's own queries, and the whole analysis
+on small runs.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def at(*points: tuple[float, float]) -> torch.Tensor:
 
 
 def test_each_box_is_measured_from_its_positives() -> None:
-    """Box 0: two positives. Box 1: none. Box 2: one, but no query is matched to it. Query 2 is free."""
+    """Box 0: two positives. Box 1: none. Box 2: one, but no query is matched to it. Query 2 is
+    free.
+    """
     places = QueryPlaces(MAIN, torch.tensor([0, 1, -1]), {})
     owner = torch.tensor([0, 2, 0])
     apart = distances(places, Positives(at((0, 0), (0.3, 0.0), (0.6, 0.8)), owner))
@@ -58,16 +62,25 @@ def test_images_without_boxes_positives_or_free_queries() -> None:
     none = torch.tensor([], dtype=torch.int64)
     nothing = distances(QueryPlaces(MAIN, none, {}), Positives(at(), none))
     assert [len(t) for t in nothing] == [0, 0, 0]
-    busy = distances(QueryPlaces(MAIN, torch.tensor([2, 0, 1]), {}), Positives(at((1, 0)), torch.tensor([0])))
+    busy = distances(
+        QueryPlaces(MAIN, torch.tensor([2, 0, 1]), {}), Positives(at((1, 0)), torch.tensor([0]))
+    )
     assert busy.matched[0] == 0
     assert busy.unmatched.isnan().all()
     found = averaged([nothing, busy])
-    assert (found.matched, found.unmatched, found.counted, found.positives) == (0, None, 1, pytest.approx(1 / 3))
+    assert (found.matched, found.unmatched, found.counted, found.positives) == (
+        0,
+        None,
+        1,
+        pytest.approx(1 / 3),
+    )
     assert averaged([nothing]) == MeanDistances(None, None, 0, None)
 
 
 def test_means_are_over_boxes_of_all_images() -> None:
-    one = BoxDistances(torch.tensor([0.1, 0.2]), torch.tensor([0.5, math.nan]), torch.tensor([9, 1]))
+    one = BoxDistances(
+        torch.tensor([0.1, 0.2]), torch.tensor([0.5, math.nan]), torch.tensor([9, 1])
+    )
     other = BoxDistances(torch.tensor([0.6]), torch.tensor([0.7]), torch.tensor([2]))
     found = averaged([one, other])
     assert (found.matched, found.unmatched) == (pytest.approx(0.3), pytest.approx(0.6))
@@ -76,7 +89,10 @@ def test_means_are_over_boxes_of_all_images() -> None:
 
 def test_all_branches_together_have_every_positive() -> None:
     one, other = at((0, 0)), at((1, 1), (0, 1))
-    positives = {"a": Positives(one, torch.tensor([1])), "b": Positives(other, torch.tensor([0, 1]))}
+    positives = {
+        "a": Positives(one, torch.tensor([1])),
+        "b": Positives(other, torch.tensor([0, 1])),
+    }
     both, owner = QueryPlaces(MAIN, torch.tensor([0, 1]), positives).branches["all"]
     assert (both.tolist(), owner.tolist()) == ([[0, 0], [1, 1], [0, 1]], [1, 0, 1])
     assert list(QueryPlaces(MAIN, torch.tensor([0]), {"a": positives["a"]}).branches) == ["a"]
@@ -98,7 +114,9 @@ def test_places_are_those_of_the_queries_that_training_makes(run: Path) -> None:
             scene = co.scene(step)
             _, own = co.branches[0](scene, lambda indices, k: indices[:k])
             output = model.detector.decode(step.memory, {Segment("main", 12): step.queries})["main"]
-    chosen = choose(own, scene.sizes, step.targets.offsets, lambda indices, k: indices[:k], max_queries=10_000)
+    chosen = choose(
+        own, scene.sizes, step.targets.offsets, lambda indices, k: indices[:k], max_queries=10_000
+    )
     (pairs,) = assign([Match(output.map(lambda t: t[-1:]), step.targets, Hungarian())])
     assert step.queries.boxes is not None
     for i, (places, first) in enumerate(zip(found, step.targets.offsets, strict=True)):
@@ -107,7 +125,11 @@ def test_places_are_those_of_the_queries_that_training_makes(run: Path) -> None:
         torch.testing.assert_close(points.float(), chosen.boxes[i, chosen.slot[here], :2])
         assert torch.equal(owner, chosen.target[here] - first)
         torch.testing.assert_close(places.main.float(), step.queries.boxes[i, :, :2])
-        wanted = {int(t) - first: int(q) for q, t, b in zip(*pairs[2:4], pairs.image, strict=True) if int(b) == i}
+        wanted = {
+            int(t) - first: int(q)
+            for q, t, b in zip(*pairs[2:4], pairs.image, strict=True)
+            if int(b) == i
+        }
         assert dict(enumerate(places.matched.tolist())) == wanted
     assert sum(len(p.positives["atss"][0]) for p in found) > 0
 
@@ -124,7 +146,12 @@ def test_the_whole_analysis(run: Path, tmp_path: Path) -> None:
     files = save(result, tmp_path / "new" / "folder")
     written = json.loads(files.values.read_text())
     assert written == result.to_dict()
-    assert written["runs"][0]["branches"]["atss"].keys() == {"matched", "unmatched", "counted", "positives"}
+    assert written["runs"][0]["branches"]["atss"].keys() == {
+        "matched",
+        "unmatched",
+        "counted",
+        "positives",
+    }
     assert files.figure.stat().st_size > 10_000
     assert result.table().row_count == 2 * 3
 

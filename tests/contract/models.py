@@ -1,8 +1,9 @@
-"""What the invariants of docs/architecture.md are tested on: every recipe at a small size, and stacks of schemes.
+"""What the invariants of docs/architecture.md are tested on: every recipe at a small size, and
+stacks of schemes.
 
-One recipe of each kind of backbone keeps its own, at its smallest; the others read the maps of a lighter one. Recipes
-that come to the same then (DC5 and longer training change nothing of what is tested here) are tested once: for what
-the detector does alone, those with the same detector.
+One recipe of each kind of backbone keeps its own, at its smallest; the others read the maps of a
+lighter one. Recipes that come to the same then (DC5 and longer training change nothing of what is
+tested here) are tested once: for what the detector does alone, those with the same detector.
 """
 
 from __future__ import annotations
@@ -21,9 +22,20 @@ from detrellis.schemes.base import Step
 from detrellis.training import TrainableDetector
 from detrellis.types import DecoderOutput, ImageBatch, MaskFeatures, Memory, Segment, Targets
 
-from ..small import CLASSES, NAMES, NETWORKS, distinct, images, small, targets, with_bitmaps, with_own_backbone
+from ..small import (
+    CLASSES,
+    NAMES,
+    NETWORKS,
+    distinct,
+    images,
+    small,
+    targets,
+    with_bitmaps,
+    with_own_backbone,
+)
 
-# Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it can.
+# Stacks of schemes: every recipe carries its own and none, one recipe of each network all that it
+# can.
 STACKS: dict[str, tuple[str, ...]] = {
     "own": (),
     "none": ("none",),
@@ -35,7 +47,8 @@ STACKS: dict[str, tuple[str, ...]] = {
     "align, hybrid, group": ("align=3", "hybrid=2", "group=2"),
     "align, group, co": ("align=2", "group=2", "co=atss+atss"),
 }
-# With masks on top of boxes: the whole network and schemes of one recipe, and one more network each alone.
+# With masks on top of boxes: the whole network and schemes of one recipe, and one more network each
+# alone.
 MASKS = "masks"
 MASKED: dict[str, dict[str, tuple[str, ...]]] = {
     "tiny": {
@@ -49,13 +62,18 @@ MASKED: dict[str, dict[str, tuple[str, ...]]] = {
 SOFTMAX = {"detr_r50", "mask2former_r50"}  # carries no scheme that sets the classes' targets
 # A ViT with a projector and relative boxes: the stacks that together have every seam.
 PLAIN = {("lwdetr_tiny", stack) for stack in ("co, rank, dac", "align, hybrid, group")}
-OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")  # torchvision's, dilated, and a Swin
+# Torchvision's, dilated, and a Swin
+OWN_BACKBONE = ("tiny", "detr_r50_dc5", "deformable_detr_swin_l")
 
 
 def recipe_of(name: str, stack: str) -> Recipe:
-    """The small recipe; with its own backbone only where it is one of the three that have to show it."""
+    """The small recipe; with its own backbone only where it is one of the three that have to show
+    it.
+    """
     if stack.startswith(MASKS):
-        return small(name, MASKED[name][stack]).override(["detector.masks={width: 32}", "loss.points=64"])
+        return small(name, MASKED[name][stack]).override(
+            ["detector.masks={width: 32}", "loss.points=64"]
+        )
     own = name in OWN_BACKBONE and stack in ("own", "none")
     recipe = (with_own_backbone if own else small)(name, STACKS[stack])
     return recipe if recipe.detector.masks is None else recipe.override("loss.points=64")
@@ -67,8 +85,15 @@ def can_carry(name: str, stack: str) -> bool:
     return name in NETWORKS and (name not in SOFTMAX or stack in ("hybrid", "group"))
 
 
-CASES = {(name, stack): recipe_of(name, stack) for name in NAMES for stack in STACKS if can_carry(name, stack)}
-CASES |= {(name, stack): recipe_of(name, stack) for name, stacks in MASKED.items() for stack in stacks}
+CASES = {
+    (name, stack): recipe_of(name, stack)
+    for name in NAMES
+    for stack in STACKS
+    if can_carry(name, stack)
+}
+CASES |= {
+    (name, stack): recipe_of(name, stack) for name, stacks in MASKED.items() for stack in stacks
+}
 OWN = {name: recipe for (name, stack), recipe in CASES.items() if stack == "own"}
 every_recipe = pytest.mark.parametrize("name", distinct(OWN))
 every_detector = pytest.mark.parametrize("name", distinct(OWN, ["detector"]))
@@ -79,7 +104,9 @@ def make(name: str, stack: str = "own", seed: int = 0) -> TrainableDetector:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """As `load_state_dict` does, which takes several times as long for a model of many small tensors."""
+    """As `load_state_dict` does, which takes several times as long for a model of many small
+    tensors.
+    """
     own = model.state_dict()
     assert own.keys() == state.keys()
     for key, value in own.items():
@@ -88,8 +115,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """What is done to a model within is undone: weights, statistics, type, gradients, mode. A copy of a model takes
-    several times as long."""
+    """What is done to a model within is undone: weights, statistics, type, gradients, mode. A copy
+    of a model takes several times as long."""
     kept = {key: value.clone() for key, value in model.state_dict().items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     yield
@@ -112,7 +139,9 @@ def begin(model: TrainableDetector) -> Step:
     """In evaluation mode and double precision, a step before the decoder runs."""
     model.double().eval()
     truth = targets((2, 3))
-    return model.begin(ImageBatch(images().pixels.double()), truth._replace(boxes=truth.boxes.double()))
+    return model.begin(
+        ImageBatch(images().pixels.double()), truth._replace(boxes=truth.boxes.double())
+    )
 
 
 def train_step(model: TrainableDetector, batch: ImageBatch, truth: Targets) -> dict[str, Tensor]:
@@ -138,7 +167,9 @@ def with_mask_features(detector: Detector, memory: Memory, batch: ImageBatch) ->
     height, width = batch.pixels.shape[-2:]
     generator, channels = torch.Generator().manual_seed(0), detector.masks.project.out_channels
     noise = torch.randn(len(batch.pixels), channels, height // 4, width // 4, generator=generator)
-    return memory._replace(masks=MaskFeatures(noise.to(memory.tokens), (height, width), batch.padding))
+    return memory._replace(
+        masks=MaskFeatures(noise.to(memory.tokens), (height, width), batch.padding)
+    )
 
 
 def decoded(detector: Detector, memory: Memory) -> DecoderOutput:
@@ -149,4 +180,6 @@ def decoded(detector: Detector, memory: Memory) -> DecoderOutput:
 
 def predict(model: TrainableDetector, memory: Memory) -> Tensor:
     """Of a memory that is not encoded yet."""
-    return flat(decoded(model.detector, model.detector.encoder(memory, model.detector.queries.head)))
+    return flat(
+        decoded(model.detector, model.detector.encoder(memory, model.detector.queries.head))
+    )

@@ -10,7 +10,8 @@ from detrellis.types import ImageBatch
 from ..small import CLASSES, images
 from .models import compare, decoded, every_detector, make
 
-pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+# Stacks of two that do the same work
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
 
 
 @every_detector
@@ -32,11 +33,15 @@ def test_detections_are_in_pixels_of_the_original(name: str) -> None:
     sizes = torch.tensor([[640, 960], [320, 480]])
     found = model.detector.detect(images(), sizes)
     larger, smaller = (
-        d.boxes for d in model.detector.detect(ImageBatch(images().pixels[:1].repeat(2, 1, 1, 1)), sizes)
+        d.boxes
+        for d in model.detector.detect(ImageBatch(images().pixels[:1].repeat(2, 1, 1, 1)), sizes)
     )
     rule = model.detector.postprocess
-    if rule.boxes_of_masks:  # boxes around pixels, which come in whole numbers; what has no pixel is dropped
-        assert all((d.boxes <= s.flip(0).repeat(2)).all() for d, s in zip(found, sizes, strict=True))
+    # Boxes around pixels, which come in whole numbers; what has no pixel is dropped
+    if rule.boxes_of_masks:
+        assert all(
+            (d.boxes <= s.flip(0).repeat(2)).all() for d, s in zip(found, sizes, strict=True)
+        )
         assert all(0 < len(d.scores) == len(d.masks or ()) <= 20 for d in found)
         return
     torch.testing.assert_close(larger, smaller * 2, atol=1e-2, rtol=1e-4)

@@ -1,4 +1,6 @@
-"""Invariant 6 of docs/architecture.md: padding is never read, and more of it changes no prediction."""
+"""Invariant 6 of docs/architecture.md: padding is never read, and more of it changes no
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,26 @@ from detrellis.types import MaskFeatures, Memory, Queries, Spatial
 from ..small import images, small
 from .models import every_detector, make, maps_for_neck, predict, with_mask_features
 
-pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+# Stacks of two that do the same work
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
 
 
 class KeptInside(nn.Module):
-    """Semantic attention reads whole regions, and what RoIAlign finds there beyond the image's edge, padding or nothing
-    at all, as its reference code does. Here they end at the centres of the outermost cells, so that the rest can be
-    shown to be independent."""
+    """Semantic attention reads whole regions, and what RoIAlign finds there beyond the image's
+    edge, padding or nothing at all, as its reference code does. Here they end at the centres of the
+    outermost cells, so that the rest can be shown to be independent."""
 
     def __init__(self, position: nn.Module) -> None:
         super().__init__()
         self.position = position
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor, memory: Memory
+    ) -> Spatial:
         where: Spatial = self.position(layer, x, queries, boxes, memory)
         assert where.references is not None
-        inside = cxcywh_to_xyxy(where.references).clamp(0.25, 0.75)  # the smallest map below has two cells of image
+        # The smallest map below has two cells of image
+        inside = cxcywh_to_xyxy(where.references).clamp(0.25, 0.75)
         return where._replace(references=xyxy_to_cxcywh(inside))
 
 
@@ -58,14 +64,17 @@ def test_what_stands_in_padding_is_never_read(name: str) -> None:
 
 
 class WithoutRatios(nn.Module):
-    """DINO's query position reads boxes relative to the padded image, as its reference code does: the one place where
-    the amount of padding enters the transformer. Taken out here, so that the rest can be shown to be independent."""
+    """DINO's query position reads boxes relative to the padded image, as its reference code does:
+    the one place where the amount of padding enters the transformer. Taken out here, so that the
+    rest can be shown to be independent."""
 
     def __init__(self, position: nn.Module) -> None:
         super().__init__()
         self.position = position
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor, memory: Memory
+    ) -> Spatial:
         out: Spatial = self.position(layer, x, queries, boxes, memory._replace(valid_ratios=None))
         return out
 
@@ -73,7 +82,9 @@ class WithoutRatios(nn.Module):
 @every_detector
 @torch.no_grad()
 def test_padding_further_changes_no_prediction(name: str) -> None:
-    """From the projected maps on: convolutions and GroupNorm before them see padding, as in the reference codes."""
+    """From the projected maps on: convolutions and GroupNorm before them see padding, as in the
+    reference codes.
+    """
     model = make(name).double().eval()
     decoder = model.detector.decoder
     if isinstance(decoder.position, AnchorPosition):

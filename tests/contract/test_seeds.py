@@ -1,4 +1,6 @@
-"""Invariant 2 of docs/architecture.md: building draws from its seed alone. Of schemes, test_stacks.py shows it."""
+"""Invariant 2 of docs/architecture.md: building draws from its seed alone. Of schemes,
+test_stacks.py shows it.
+"""
 
 from __future__ import annotations
 
@@ -15,4 +17,7 @@ def test_building_draws_from_its_seed_and_leaves_the_global_generator_alone(name
     model = make(name)
     assert torch.equal(torch.rand(1), expected)
     another_seed = make(name, seed=1)
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), another_seed.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(model.parameters(), another_seed.parameters(), strict=True)
+    )

@@ -1,4 +1,6 @@
-"""Invariants 1 to 4 of docs/architecture.md on every stack of schemes. Each is built once and trained once."""
+"""Invariants 1 to 4 of docs/architecture.md on every stack of schemes. Each is built once and
+trained once.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ from detrellis.types import ImageBatch, Targets
 from ..small import CLASSES, distinct, images, small, targets
 from .models import CASES, begin, compare, fill, flat, make, recipe_of, restored, train_step
 
-pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # stacks of two that do the same work
+# Stacks of two that do the same work
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
 
 Stack = tuple[str, str]  # a recipe's name and that of its schemes
 
 BATCHES: dict[str, tuple[Any, Targets]] = {  # besides a usual one
-    "more targets than queries beside an image without boxes": (((64, 96), (48, 96)), targets((15, 0))),
+    "more targets than queries beside an image without boxes": (
+        ((64, 96), (48, 96)),
+        targets((15, 0)),
+    ),
     "no boxes at all": (((64, 96), (64, 80)), targets((0, 0))),
     "one image, a box of a pixel and one of no size": (
         ((64, 64),),
@@ -81,13 +87,20 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module")
 def trained(model: TrainableDetector) -> Trained:
     with restored(model):
-        sizes = {what: train_on(model, images(sizes), truth, what) for what, (sizes, truth) in BATCHES.items()}
+        sizes = {
+            what: train_on(model, images(sizes), truth, what)
+            for what, (sizes, truth) in BATCHES.items()
+        }
         weights = {key: value.clone() for key, value in model.detector.state_dict().items()}
         return Trained(sizes, weights, *count_flops(model.detector))
 
 
-def train_on(model: TrainableDetector, batch: ImageBatch, truth: Targets, what: str) -> dict[str, float]:
-    """A step in which all is finite and all that is trained gets a gradient; the size of each, by name."""
+def train_on(
+    model: TrainableDetector, batch: ImageBatch, truth: Targets, what: str
+) -> dict[str, float]:
+    """A step in which all is finite and all that is trained gets a gradient; the size of each, by
+    name.
+    """
     losses = train_step(model, batch, truth)
     bad = [k for k, v in losses.items() if not v.isfinite()]
     assert not bad, (what, bad)
@@ -116,9 +129,14 @@ def test_blocks_are_isolated(model: TrainableDetector) -> None:
         main = QueryBlock("main", step.queries, model.supervision)
         blocks = [main, *(b for s in model.training_schemes for b in s.extend(step).blocks)]
         together = model.detector.decode(step.memory, {b.segment: b.queries for b in blocks})
-        compare(together["main"], model.detector.decode(step.memory, {main.segment: step.queries})["main"])
+        compare(
+            together["main"],
+            model.detector.decode(step.memory, {main.segment: step.queries})["main"],
+        )
         for block in blocks[1:]:
-            seen = {b.segment: b.queries for b in blocks if b.name == block.name or b.name in block.sees}
+            seen = {
+                b.segment: b.queries for b in blocks if b.name == block.name or b.name in block.sees
+            }
             compare(together[block.name], model.detector.decode(step.memory, seen)[block.name])
 
 
@@ -128,19 +146,24 @@ def test_any_batch_is_finite_and_trains_the_same_parameters(trained: Trained) ->
 
 
 def test_every_parameter_matters(case: Stack, model: TrainableDetector) -> None:
-    """On a usual batch, after the heads have left their zero start, no parameter's gradient is zero throughout."""
+    """On a usual batch, after the heads have left their zero start, no parameter's gradient is zero
+    throughout.
+    """
     with restored(model):
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.02 * torch.randn_like(p)
         sizes = train_on(model, images(((64, 96), (64, 80))), targets((3, 4)), "usual")
     idle = {key for key, size in sizes.items() if size == 0}
-    filled = any(scheme.name == "co" for scheme in model.training_schemes)  # its queries have contents from the start
+    # Its queries have contents from the start
+    filled = any(scheme.name == "co" for scheme in model.training_schemes)
     assert idle == (set() if filled else reads_only_zeros(small(case[0]).detector))
 
 
 def reads_only_zeros(detector: DetectorConfig) -> set[str]:
-    """A projection of contents alone, in the first layer of a detector whose contents start at 0, cannot learn."""
+    """A projection of contents alone, in the first layer of a detector whose contents start at 0,
+    cannot learn.
+    """
     zero = detector.queries.kind in ("learned", "anchors") and detector.queries.content == "zero"
     zero = zero and detector.cross_attention.kind in ("conditional", "semantic")
     return {"detector.decoder.layers.0.self_attention.content.weight"} if zero else set()
@@ -148,7 +171,9 @@ def reads_only_zeros(detector: DetectorConfig) -> set[str]:
 
 @torch.no_grad()
 def test_no_scheme_is_in_the_detector(trained: Trained, plain: Plain) -> None:
-    """After training, too, it needs the multiply-adds of one without schemes, and says the same with equal weights."""
+    """After training, too, it needs the multiply-adds of one without schemes, and says the same
+    with equal weights.
+    """
     assert trained.flops == plain.flops
     with restored(plain.detector):
         fill(plain.detector, trained.detector)
@@ -156,7 +181,9 @@ def test_no_scheme_is_in_the_detector(trained: Trained, plain: Plain) -> None:
 
 
 class MultiplyAdds(TorchDispatchMode):
-    """Counts as torch's own counter does, which also keeps the modules apart and takes three times as long."""
+    """Counts as torch's own counter does, which also keeps the modules apart and takes three times
+    as long.
+    """
 
     total = 0
 

@@ -1,4 +1,6 @@
-"""Tiny data sets on disk in every layout, all with the same images and boxes, for the reader and doctor tests."""
+"""Tiny data sets on disk in every layout, all with the same images and boxes, for the reader and
+doctor tests.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ COUNTS = {"train": 5, "val": 3}  # the last image of each has no boxes
 
 
 def picture(seed: int, height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (height // 4, width // 4, 3), dtype=np.uint8
+    )
     return Image.fromarray(noise.repeat(4, axis=0).repeat(4, axis=1))
 
 
@@ -49,7 +53,10 @@ def coco_content(split: str) -> dict[str, Any]:
     size = {"height": HEIGHT, "width": WIDTH}
     return {
         "info": {},
-        "images": [{"id": 10 * (n + 1), "file_name": image_name(split, n), **size} for n in range(COUNTS[split])],
+        "images": [
+            {"id": 10 * (n + 1), "file_name": image_name(split, n), **size}
+            for n in range(COUNTS[split])
+        ],
         "annotations": [
             {
                 "id": row + 1,
@@ -62,7 +69,9 @@ def coco_content(split: str) -> dict[str, Any]:
             }
             for row, (image, label, x, y, w, h) in enumerate(BOXES[split])
         ],
-        "categories": [{"id": i, "name": n, "supercategory": "animal"} for i, n in zip(IDS, NAMES, strict=True)],
+        "categories": [
+            {"id": i, "name": n, "supercategory": "animal"} for i, n in zip(IDS, NAMES, strict=True)
+        ],
     }
 
 
@@ -121,7 +130,9 @@ def write_yolo(images: Path, labels: Path, split: str) -> None:
             (labels / f"{split}_{number}.txt").write_text("\n".join(lines) + "\n")
 
 
-def voc_xml(file_name: str, rows: Iterable[tuple[int, ...]], first: int = 1, extra: str = "") -> str:
+def voc_xml(
+    file_name: str, rows: Iterable[tuple[int, ...]], first: int = 1, extra: str = ""
+) -> str:
     objects = "".join(
         f"<object><name>{NAMES[label]}</name><difficult>0</difficult><part><name>head</name></part><bndbox>"
         f"<xmin>{x + first}</xmin><ymin>{y + first}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"

@@ -1,4 +1,6 @@
-"""Strong augmentation: pixels and boxes move together, whatever is drawn and mixed, and calm comes when it should."""
+"""Strong augmentation: pixels and boxes move together, whatever is drawn and mixed, and calm comes
+when it should.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,27 @@ from torchvision.transforms import v2
 
 from detrellis.boxes import pairwise_iou
 from detrellis.data.annotations import Annotations
-from detrellis.data.augmentation import Augmentation, Mixing, Strong, augmentation, blended, mosaic, pasted
+from detrellis.data.augmentation import (
+    Augmentation,
+    Mixing,
+    Strong,
+    augmentation,
+    blended,
+    mosaic,
+    pasted,
+)
 from detrellis.data.loader import Batch, DetectionDataset, build_loader
 from detrellis.data.operations import MEAN_COLOUR, photometric_distort
 from detrellis.data.sampler import BatchSampler
-from detrellis.data.strong import VISIBLE, Window, cropped, cropped_as_detr, rotated, show, zoomed_out
+from detrellis.data.strong import (
+    VISIBLE,
+    Window,
+    cropped,
+    cropped_as_detr,
+    rotated,
+    show,
+    zoomed_out,
+)
 from detrellis.data.transforms import Resize, train_transform
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
@@ -43,7 +61,17 @@ STRONG = {
     "mosaic": Strong(mosaic=1.0),
     "mixup": Strong(mixup=1.0),
     "copy-paste": Strong(copy_paste=1.0),
-    "all": Strong(0.5, 10.0, 0.5, (1.0, 2.0), 0.5, mosaic=0.5, mixup=0.5, copy_paste=0.5, multi_scale=(0.5, 1.5)),
+    "all": Strong(
+        0.5,
+        10.0,
+        0.5,
+        (1.0, 2.0),
+        0.5,
+        mosaic=0.5,
+        mixup=0.5,
+        copy_paste=0.5,
+        multi_scale=(0.5, 1.5),
+    ),
 }
 
 
@@ -51,9 +79,13 @@ def strong(dials: Strong, epochs: int = 10, calm: float = 0.0) -> Augmentation:
     return augmentation(PLAIN, dials, epochs=epochs, calm=calm)
 
 
-@pytest.mark.parametrize("name", ["zoom-out", "crop", "DETR's crop", "zoom-out and crop", "mosaic", "copy-paste"])
+@pytest.mark.parametrize(
+    "name", ["zoom-out", "crop", "DETR's crop", "zoom-out and crop", "mosaic", "copy-paste"]
+)
 def test_boxes_follow_the_pixels(name: str) -> None:
-    """Partners are black: the red rectangle is where its box is, and where it has none little of it is left."""
+    """Partners are black: the red rectangle is where its box is, and where it has none little of it
+    is left.
+    """
     transform, box = strong(STRONG[name]).strong[0], (40, 25, 95, 80)
     assert isinstance(transform, Mixing)
     empty = (painted(120, 150, (0, 0, 0, 0)), torch.zeros(0, 4), torch.zeros(0).long())
@@ -61,7 +93,10 @@ def test_boxes_follow_the_pixels(name: str) -> None:
     for seed in range(60):
         torch.manual_seed(seed)
         image, boxes, labels = transform(
-            painted(120, 150, box), torch.tensor([box]).float(), torch.tensor([3]), partner=lambda: empty
+            painted(120, 150, box),
+            torch.tensor([box]).float(),
+            torch.tensor([3]),
+            partner=lambda: empty,
         )
         assert image.dtype == torch.uint8
         assert image.shape[1] <= FRAME[0]
@@ -92,14 +127,17 @@ def test_rotation_encloses_the_turned_ellipse() -> None:
 
 
 def test_rotation_drops_what_leaves_the_picture() -> None:
-    image, boxes = torch.zeros(3, 100, 400, dtype=torch.uint8), torch.tensor([[0.0, 0, 20, 20], [190, 40, 210, 60]])
+    image = torch.zeros(3, 100, 400, dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0, 20, 20], [190, 40, 210, 60]])
     _, moved, labels = rotated(image, boxes, torch.arange(2), 40.0)
     assert labels.tolist() == [1]
     assert (moved >= 0).all()
 
 
 def test_windows_are_those_of_torchvision() -> None:
-    """The crops that are drawn meet SSD's conditions, and what they look like on average is what torchvision's do."""
+    """The crops that are drawn meet SSD's conditions, and what they look like on average is what
+    torchvision's do.
+    """
     boxes = torch.tensor([[30.0, 20, 130, 140], [160, 50, 230, 120]])
     whole = Window(0, 0, 200, 300)
     torch.manual_seed(0)
@@ -111,13 +149,18 @@ def test_windows_are_those_of_torchvision() -> None:
         assert 0.5 <= width / height <= 2
     reference = v2.RandomIoUCrop()
     given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(200, 300))
-    drawn = [reference.make_params([tv_tensors.Image(torch.zeros(1).expand(3, 200, 300)), given]) for _ in range(100)]
+    drawn = [
+        reference.make_params([tv_tensors.Image(torch.zeros(1).expand(3, 200, 300)), given])
+        for _ in range(100)
+    ]
     theirs = [Window(p["top"], p["left"], p["height"], p["width"]) for p in drawn if p]
     assert abs(len(ours) / 400 - len(theirs) / 100) < 0.15
 
     def measured(windows: list[Window]) -> tuple[float, float]:
         """Mean area, and mean of the highest IoU with a box whose centre is inside."""
-        corners = torch.tensor([[left, top, left + width, top + height] for top, left, height, width in windows])
+        corners = torch.tensor(
+            [[left, top, left + width, top + height] for top, left, height, width in windows]
+        )
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = ((corners[:, None, :2] < centres) & (centres < corners[:, None, 2:])).all(dim=2)
         assert inside.any(dim=1).all()
@@ -128,7 +171,9 @@ def test_windows_are_those_of_torchvision() -> None:
 
 
 def test_crops_are_detrs() -> None:
-    """Of a picture at a short side of 400, 500 or 600 pixels, 384 to 600 of each side; a strip keeps its short side."""
+    """Of a picture at a short side of 400, 500 or 600 pixels, 384 to 600 of each side; a strip
+    keeps its short side.
+    """
     torch.manual_seed(0)
     drawn = [cropped_as_detr(Window(0, 0, 800, 1600)) for _ in range(200)]
     for top, left, height, width in drawn:
@@ -149,7 +194,9 @@ def test_a_crop_without_objects_is_the_whole_picture() -> None:
     assert isinstance(transform, Mixing)
     bad = torch.tensor([[200.0, 10, 240, 30], [5, 5, 5, 9]])
     for _ in range(20):
-        _, boxes, _ = transform(painted(60, 90, (0, 0, 0, 0)), bad, torch.arange(2), partner=lambda: None)
+        _, boxes, _ = transform(
+            painted(60, 90, (0, 0, 0, 0)), bad, torch.arange(2), partner=lambda: None
+        )
         assert boxes.shape == (0, 4)
 
 
@@ -175,11 +222,17 @@ def test_zoom_out_holds_the_picture() -> None:
 def test_what_nearly_vanishes_is_dropped() -> None:
     boxes = torch.tensor([[0.0, 0, 20, 20], [0, 20, 20, 40]])
     picture = (painted(60, 80, (0, 0, 1, 1)), boxes, torch.arange(2))
-    _, moved, labels = show(picture, Window(14, 0, 40, 60), (40, 60))  # 6 of 20 rows of the first are left
+    # 6 of 20 rows of the first are left
+    _, moved, labels = show(picture, Window(14, 0, 40, 60), (40, 60))
     assert labels.tolist() == [0, 1]
     assert moved[0].tolist() == [0, 0, 20, 6]
-    assert show(picture, Window(15, 0, 40, 60), (40, 60))[2].tolist() == [1]  # a quarter, which is too little
-    tiny = (painted(600, 800, (0, 0, 1, 1)), torch.tensor([[9.0, 9, 14, 300], [9, 9, 16, 300]]), torch.arange(2))
+    # A quarter, which is too little
+    assert show(picture, Window(15, 0, 40, 60), (40, 60))[2].tolist() == [1]
+    tiny = (
+        painted(600, 800, (0, 0, 1, 1)),
+        torch.tensor([[9.0, 9, 14, 300], [9, 9, 16, 300]]),
+        torch.arange(2),
+    )
     transform = strong(Strong(mosaic=1e-12)).strong[0]
     assert isinstance(transform, Mixing)
     assert transform(*tiny, partner=lambda: tiny)[2].tolist() == [1]  # 0.8 and 1.1 pixels wide
@@ -191,7 +244,9 @@ def test_mosaic_shows_four_pictures_and_no_canvas() -> None:
     pictures = []
     for (height, width), colour in zip(shapes, colours, strict=True):
         image = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, height, width)
-        pictures.append((image, torch.tensor([[0.0, 0, width, height]]), torch.tensor([len(pictures)])))
+        pictures.append(
+            (image, torch.tensor([[0.0, 0, width, height]]), torch.tensor([len(pictures)]))
+        )
     for seed in range(20):
         torch.manual_seed(seed)
         image, boxes, labels = mosaic(pictures, Resize(FRAME), (0.5, 1.0))
@@ -203,8 +258,16 @@ def test_mosaic_shows_four_pictures_and_no_canvas() -> None:
 
 
 def test_mixup_has_the_boxes_of_both() -> None:
-    one = (torch.full((3, 10, 20), 200, dtype=torch.uint8), torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([0]))
-    other = (torch.zeros(3, 15, 12, dtype=torch.uint8), torch.tensor([[5.0, 6, 7, 8]]), torch.tensor([1]))
+    one = (
+        torch.full((3, 10, 20), 200, dtype=torch.uint8),
+        torch.tensor([[1.0, 2, 3, 4]]),
+        torch.tensor([0]),
+    )
+    other = (
+        torch.zeros(3, 15, 12, dtype=torch.uint8),
+        torch.tensor([[5.0, 6, 7, 8]]),
+        torch.tensor([1]),
+    )
     image, boxes, labels = blended(one, other, 0.25)
     assert image.shape == (3, 15, 20)
     assert boxes.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
@@ -243,11 +306,16 @@ def test_photometric_distortion() -> None:
         torch.manual_seed(seed)
         assert torch.equal(outs[-1], photometric_distort(image, 0.5))
     assert sum(bool((a != b).any()) for a, b in pairwise(outs)) > 20
-    assert any(sorted(o.float().mean(dim=(1, 2)).tolist()) != o.float().mean(dim=(1, 2)).tolist() for o in outs)
+    assert any(
+        sorted(o.float().mean(dim=(1, 2)).tolist()) != o.float().mean(dim=(1, 2)).tolist()
+        for o in outs
+    )
 
 
 @pytest.mark.parametrize("name", STRONG)
-def test_a_sample_is_a_function_of_seed_epoch_and_index(annotations: Annotations, name: str) -> None:
+def test_a_sample_is_a_function_of_seed_epoch_and_index(
+    annotations: Annotations, name: str
+) -> None:
     first, second = (DetectionDataset(annotations, strong(STRONG[name]), seed=3) for _ in range(2))
     differing = 0
     for index in range(len(first)):
@@ -279,7 +347,9 @@ def test_workers_and_resuming_change_nothing(annotations: Annotations) -> None:
     ("epochs", "calm", "until"),
     [(40, 0.15, 34), (20, 0.15, 17), (1, 0.15, 1), (10, 0.0, 10), (10, 1.0, 0), (7, 0.3, 5)],
 )
-def test_calm_is_the_last_part(annotations: Annotations, epochs: int, calm: float, until: int) -> None:
+def test_calm_is_the_last_part(
+    annotations: Annotations, epochs: int, calm: float, until: int
+) -> None:
     usual = DetectionDataset(annotations, PLAIN, seed=2)
     dataset = DetectionDataset(annotations, strong(Strong(mosaic=1.0), epochs, calm), seed=2)
     assert dataset.augmentation.until == until
@@ -326,7 +396,11 @@ def test_what_is_mixed_has_the_orientation_of_the_first_picture() -> None:
     (mixing,) = augmentation(turned, Strong(mosaic=1.0, iou_crop=1.0), epochs=2, calm=0.0).strong
     assert isinstance(mixing, Mixing)
     tall, wide = (
-        (torch.zeros(3, *size, dtype=torch.uint8), torch.tensor([[5.0, 5, 30, 30]]), torch.tensor([0]))
+        (
+            torch.zeros(3, *size, dtype=torch.uint8),
+            torch.tensor([[5.0, 5, 30, 30]]),
+            torch.tensor([0]),
+        )
         for size in ((60, 40), (40, 60))
     )
     assert mixing(*tall, partner=lambda: wide)[0].shape == (3, 48, 32)
@@ -337,7 +411,9 @@ def test_a_partner_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for index in range(2):
         Image.new("RGB", (50, 40)).save(tmp_path / f"{index}.png")
     (tmp_path / "1.png").write_bytes(b"text")
-    dataset = DetectionDataset(annotate(tmp_path, [(40, 50)] * 2, [[], []]), strong(Strong(mosaic=1.0)))
+    dataset = DetectionDataset(
+        annotate(tmp_path, [(40, 50)] * 2, [[], []]), strong(Strong(mosaic=1.0))
+    )
     with pytest.raises(UserError, match=r"1\.png.*not an image"):
         [dataset[epoch, 0] for epoch in range(10)]
 
@@ -352,7 +428,9 @@ def test_policies() -> None:
     assert Strong(**realtime.strong()) == expected
     off = realtime.replace(photometric=0.0, zoom_out=0.0, iou_crop=0.0, multi_scale=(1.0, 1.0))
     assert Strong(**off.strong()) == Strong()
-    assert Strong(**DataConfig(augment="fixed", size=FRAME, mosaic=0.4).strong()) == Strong(mosaic=0.4)
+    assert Strong(**DataConfig(augment="fixed", size=FRAME, mosaic=0.4).strong()) == Strong(
+        mosaic=0.4
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,4 +458,6 @@ def test_an_angle_is_turned_the_same_way_by_pixels_and_boxes() -> None:
     out, moved, _ = rotated(image, boxes, torch.tensor([0]), 30.0)
     extent = red_extent(out).unsqueeze(0)
     torch.testing.assert_close(centre_of(extent), centre_of(moved), atol=1.0, rtol=0)
-    assert math.isclose(float(centre_of(moved)[0, 1]), 50 - 25 * math.sin(math.radians(30)), abs_tol=0.1)
+    assert math.isclose(
+        float(centre_of(moved)[0, 1]), 50 - 25 * math.sin(math.radians(30)), abs_tol=0.1
+    )

@@ -43,7 +43,9 @@ def test_jpeg_agrees_with_pillow(tmp_path: Path) -> None:
     assert torch.equal(read_image(path), pixels(Image.open(path)))
 
 
-NEW_PILLOW = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="it writes YCbCr, and cannot read it")
+NEW_PILLOW = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) < 13, reason="it writes YCbCr, and cannot read it"
+)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", pytest.param("YCbCr", marks=NEW_PILLOW)])
@@ -88,7 +90,8 @@ def test_unknown_range_is_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
-BACK = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # inverse of an orientation's turn, as Image.Transpose
+# Inverse of an orientation's turn, as Image.Transpose
+BACK = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
 
 
 def with_orientation(path: Path, orientation: int, size: tuple[int, int] = (8, 12)) -> torch.Tensor:
@@ -103,7 +106,9 @@ def with_orientation(path: Path, orientation: int, size: tuple[int, int] = (8, 1
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_is_applied_when_the_frame_is_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_exif_is_applied_when_the_frame_is_upright(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
     path = tmp_path / f"a{suffix}"
     upright = with_orientation(path, orientation)
     assert torch.equal(read_image(path, (8, 12)), upright)
@@ -113,10 +118,14 @@ def test_exif_is_applied_when_the_frame_is_upright(tmp_path: Path, orientation: 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp"])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_exif_is_left_alone_when_the_frame_is_as_stored(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_exif_is_left_alone_when_the_frame_is_as_stored(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
     path = tmp_path / f"a{suffix}"
     upright = Image.fromarray(with_orientation(path, orientation).permute(1, 2, 0).numpy())
-    assert torch.equal(read_image(path, (12, 8)), pixels(upright.transpose(Image.Transpose(BACK[orientation]))))
+    assert torch.equal(
+        read_image(path, (12, 8)), pixels(upright.transpose(Image.Transpose(BACK[orientation])))
+    )
     assert upright_size(read_header(path), (12, 8)) == (12, 8)
 
 
@@ -129,7 +138,12 @@ def test_exif_is_applied_to_jpeg(tmp_path: Path) -> None:
 def damaged(path: Path, kind: str) -> None:
     picture(3, 64, 64).save(path)
     data = path.read_bytes()
-    broken = {"truncated": data[: len(data) // 2], "empty": b"", "text": b"<html>404</html>", "head": data[:30]}
+    broken = {
+        "truncated": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"<html>404</html>",
+        "head": data[:30],
+    }
     path.write_bytes(broken[kind])
 
 
@@ -151,8 +165,11 @@ def test_no_file_blocks_or_misleads(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(UserError, match=r"pipe\.jpg: a pipe or a device"):
         read_image(tmp_path / "pipe.jpg")
-    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    with pytest.raises(UserError, match=r"a\.jpg: PostScript"):  # which Pillow would hand to an interpreter
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    )
+    # Which Pillow would hand to an interpreter
+    with pytest.raises(UserError, match=r"a\.jpg: PostScript"):
         read_image(tmp_path / "a.jpg")
 
 
@@ -208,7 +225,9 @@ def spoilt(data: bytes, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_no_broken_file_does_more_than_raise(tmp_path: Path, kind: str) -> None:
-    """Whatever is raised must be a `UserError`; the process must live; and warnings stay with their author."""
+    """Whatever is raised must be a `UserError`; the process must live; and warnings stay with their
+    author.
+    """
     chance, path = random.Random(0), tmp_path / "a.jpg"
     data = encoded(kind, picture(0))
     refused: list[str] = []
@@ -269,7 +288,9 @@ def test_a_jpeg_that_lost_its_middle_is_refused(tmp_path: Path, kind: str, lost:
 def test_a_jpeg_that_is_grey_is_read(tmp_path: Path, kind: str) -> None:
     half = picture(0, 64, 64)
     half.paste((jpeg.GREY,) * 3, (0, 32, 64, 64))
-    for number, image in enumerate((half, Image.new("RGB", (40, 24), (jpeg.GREY,) * 3), half.convert("L"))):
+    for number, image in enumerate(
+        (half, Image.new("RGB", (40, 24), (jpeg.GREY,) * 3), half.convert("L"))
+    ):
         path = tmp_path / f"{number}.jpg"
         path.write_bytes(encoded(kind, image))
         assert jpeg.grey(read_image(path).permute(1, 2, 0).numpy())
@@ -277,7 +298,8 @@ def test_a_jpeg_that_is_grey_is_read(tmp_path: Path, kind: str) -> None:
 
 def test_doubts_about_picture_data() -> None:
     """Where a stream lost its place, not where a camera pads its files."""
-    data, progressive = encoded("JPEG", picture(0, 96, 128)), encoded("JPEG, progressive", picture(0, 96, 128))
+    data = encoded("JPEG", picture(0, 96, 128))
+    progressive = encoded("JPEG, progressive", picture(0, 96, 128))
     for fine in (
         *(data, progressive, encoded("JPEG, restarts", picture(0, 96, 128))),
         data[:-2] + bytes(500) + data[-2:],

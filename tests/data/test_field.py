@@ -1,4 +1,5 @@
-"""Data sets as people have them: read right, or found, or refused with words that help; and one judgement for all.
+"""Data sets as people have them: read right, or found, or refused with words that help; and one
+judgement for all.
 
 A case lives in `tests/data/field/`, in the module of its area.
 """
@@ -22,7 +23,10 @@ CASES: list[Case] = [*coco.CASES, *voc.CASES, *yolo.CASES, *images.CASES, *other
 
 def parameters() -> list[object]:
     """A case that is pending must fail: one that passes by now shows that its mark is stale."""
-    marks = {c.name: [pytest.mark.xfail(strict=True, reason=c.pending)] if c.pending else [] for c in CASES}
+    marks = {
+        c.name: [pytest.mark.xfail(strict=True, reason=c.pending)] if c.pending else []
+        for c in CASES
+    }
     return [pytest.param(c, id=c.name, marks=marks[c.name]) for c in CASES]
 
 
@@ -75,7 +79,9 @@ def finds(source: DataSource, expects: Finds) -> None:
 
 
 def one_judgement(source: DataSource) -> None:
-    """`train` refuses if and only if `check` has errors, and with `--skip-bad` goes on with boxes that are right."""
+    """`train` refuses if and only if `check` has errors, and with `--skip-bad` goes on with boxes
+    that are right.
+    """
     splits = [split for split in ("train", "val") if split in source.splits]
     if check(source, fast=True, splits=splits).errors:
         with pytest.raises(UserError, match="the data set has errors"):

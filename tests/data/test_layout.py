@@ -1,4 +1,6 @@
-"""Every layout is recognised and gives the same images and boxes; what is not recognised is explained."""
+"""Every layout is recognised and gives the same images and boxes; what is not recognised is
+explained.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,11 @@ def coco_named_files_of_one_image_folder(root: Path) -> dict[str, Path]:
     shutil.move(root / "set" / "images", root / "pictures")
     shutil.move(root / "set", root / "a" / "b" / "c" / "d")
     made = root / "a" / "b" / "c" / "d"
-    return {"train": made / "train.json", "train_images": root / "pictures", "val": made / "val.json"}
+    return {
+        "train": made / "train.json",
+        "train_images": root / "pictures",
+        "val": made / "val.json",
+    }
 
 
 def roboflow(root: Path) -> dict[str, Path]:
@@ -166,7 +172,9 @@ def yolo_text_lists(root: Path) -> dict[str, Path]:
 def yolo_roboflow(root: Path) -> dict[str, Path]:
     for split, folder in (("train", "train"), ("val", "valid")):
         write_yolo(root / folder / "images", root / folder / "labels", split)
-    (root / "data.yaml").write_text(YAML + "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n")
+    (root / "data.yaml").write_text(
+        YAML + "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+    )
     return {"data": root}
 
 
@@ -245,7 +253,9 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("build", LAYOUTS, ids=lambda f: f.__name__)
-def test_every_layout_gives_the_same(tmp_path: Path, build: Callable[[Path], dict[str, Path]]) -> None:
+def test_every_layout_gives_the_same(
+    tmp_path: Path, build: Callable[[Path], dict[str, Path]]
+) -> None:
     source = resolve(**build(tmp_path))
     assert source.kind == build.__name__.split("_")[0].replace("roboflow", "coco")
     read = load(source)
@@ -259,7 +269,9 @@ def test_every_layout_gives_the_same(tmp_path: Path, build: Callable[[Path], dic
     assert read["val"].classes is read["train"].classes
 
 
-@pytest.mark.parametrize("build", [coco, yolo_text_lists, voc, voc_folder_per_split], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build", [coco, yolo_text_lists, voc, voc_folder_per_split], ids=lambda f: f.__name__
+)
 def test_a_source_survives_json_and_another_working_folder(
     tmp_path: Path, build: Callable[[Path], dict[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,14 +324,14 @@ def test_voc_without_lists_is_split_by_name(tmp_path: Path) -> None:
         names = {split: set(raw.file_names) for split, raw in raws.items()}
         assert len(names["train"] | names["val"]) == sum(COUNTS.values())
         assert not names["train"] & names["val"]
-        assert names["val"] == {
-            "train_1.jpg",
-            "train_3.jpg",
-        }  # pinned: another version must not mix what a run kept apart
+        # Pinned: another version must not mix what a run kept apart.
+        assert names["val"] == {"train_1.jpg", "train_3.jpg"}
         assert [f.code for f in raws["train"].findings] == ["layout"]
     (xml / "train_0.xml").unlink()
     left = resolve(data=tmp_path).load_all()
-    assert {s: set(r.file_names) for s, r in left.items()} == {s: n - {"train_0.jpg"} for s, n in names.items()}
+    assert {s: set(r.file_names) for s, r in left.items()} == {
+        s: n - {"train_0.jpg"} for s, n in names.items()
+    }
 
 
 def test_voc_ids_do_not_depend_on_which_splits_are_read(tmp_path: Path) -> None:
@@ -343,7 +355,9 @@ def test_voc_finds_images_by_name_when_filename_is_stale(tmp_path: Path) -> None
 
 def test_yolo_polygon_becomes_its_bounding_box(tmp_path: Path) -> None:
     arguments = yolo(tmp_path)
-    (tmp_path / "labels" / "train" / "train_0.txt").write_text("1 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75\n")
+    (tmp_path / "labels" / "train" / "train_0.txt").write_text(
+        "1 0.25 0.5 0.5 0.25 0.75 0.5 0.5 0.75\n"
+    )
     raw = resolve(**arguments).load("train")
     assert np.allclose(raw.boxes[0], [0.25 * WIDTH, 0.25 * HEIGHT, 0.5 * WIDTH, 0.5 * HEIGHT])
     assert raw.box_categories[0] == 1
@@ -353,7 +367,9 @@ def test_yolo_keypoints_are_left_out(tmp_path: Path) -> None:
     arguments = yolo(tmp_path)
     yaml = tmp_path / "data.yaml"
     yaml.write_text(yaml.read_text() + "\nkpt_shape: [2, 3]\n")
-    (tmp_path / "labels" / "train" / "train_0.txt").write_text("1 0.5 0.5 0.5 0.25 0.1 0.1 2 0.9 0.9 2\n")
+    (tmp_path / "labels" / "train" / "train_0.txt").write_text(
+        "1 0.5 0.5 0.5 0.25 0.1 0.1 2 0.9 0.9 2\n"
+    )
     raw = resolve(**arguments).load("train")
     assert np.allclose(raw.boxes[0], [0.25 * WIDTH, 0.375 * HEIGHT, 0.5 * WIDTH, 0.25 * HEIGHT])
 
@@ -379,7 +395,10 @@ def test_nothing_recognised_says_what_was_looked_for_and_found(tmp_path: Path) -
         ({"train": Path("notes.txt"), "val": Path("folder")}, "one is a file"),
         ({"train": Path("folder")}, "no XML files"),
         ({"train": Path("train.json")}, r"its images were not found; looked for 'a\.jpg'"),
-        ({"train": Path("train.json"), "train_images": Path("gone")}, "gone: no such folder of images"),
+        (
+            {"train": Path("train.json"), "train_images": Path("gone")},
+            "gone: no such folder of images",
+        ),
     ],
 )
 def test_what_cannot_be_resolved(
@@ -429,11 +448,16 @@ def test_yaml_mistakes_are_named(tmp_path: Path, yaml: str, message: str) -> Non
         (b"", "the file is empty"),
         (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "'klingon'"),
         (b'<?xml version="1.0" encoding="gb2312"?><annotation>\xff\xff</annotation>', "'gb2312'"),
-        (b"<annotation><object><name>c\xfft</name></object></annotation>", "object 1 is not in UTF-8"),
+        (
+            b"<annotation><object><name>c\xfft</name></object></annotation>",
+            "object 1 is not in UTF-8",
+        ),
         (None, "no such file"),
     ],
 )
-def test_a_bad_xml_file_costs_its_picture_alone(tmp_path: Path, xml: bytes | None, message: str) -> None:
+def test_a_bad_xml_file_costs_its_picture_alone(
+    tmp_path: Path, xml: bytes | None, message: str
+) -> None:
     arguments = voc(tmp_path)
     file = tmp_path / "Annotations" / "train_1.xml"
     file.unlink() if xml is None else file.write_bytes(xml)
@@ -461,7 +485,9 @@ def test_a_bad_xml_file_costs_its_picture_alone(tmp_path: Path, xml: bytes | Non
 )
 def test_xml_is_read_in_its_encoding(tmp_path: Path, encoding: str, declared: str) -> None:
     name = "café" if encoding in ("cp1252", "latin-1") else "狗"
-    xml = f'<?xml version="1.0" encoding="{declared}"?>{voc_xml("a.jpg", BOXES["train"][:2])}'.replace("cat", name)
+    xml = f'<?xml version="1.0" encoding="{declared}"?>{voc_xml("a.jpg", BOXES["train"][:2])}'.replace(
+        "cat", name
+    )
     (tmp_path / "a.xml").write_bytes(xml.encode(encoding))
     parsed = parse_xml(tmp_path / "a.xml")
     assert parsed.problem == ""
@@ -471,7 +497,10 @@ def test_xml_is_read_in_its_encoding(tmp_path: Path, encoding: str, declared: st
 @pytest.mark.parametrize(
     ("body", "corners"),
     [
-        ("<robndbox><cx>20</cx><cy>10</cy><w>8</w><h>4</h><angle>1.5707963</angle></robndbox>", (18, 6, 22, 14)),
+        (
+            "<robndbox><cx>20</cx><cy>10</cy><w>8</w><h>4</h><angle>1.5707963</angle></robndbox>",
+            (18, 6, 22, 14),
+        ),
         (
             "<polygon><pt><x>3</x><y>9</y></pt><pt><x>7</x><y>2</y></pt></polygon>",
             (3, 2, 7, 9),
@@ -481,7 +510,9 @@ def test_xml_is_read_in_its_encoding(tmp_path: Path, encoding: str, declared: st
         ("<point/>", None),
     ],
 )
-def test_the_box_around_other_shapes_of_xml(tmp_path: Path, body: str, corners: tuple[int, ...] | None) -> None:
+def test_the_box_around_other_shapes_of_xml(
+    tmp_path: Path, body: str, corners: tuple[int, ...] | None
+) -> None:
     xml = f"<annotation><object><name>cat</name>{body}</object></annotation>"
     (tmp_path / "a.xml").write_text(xml)
     (item,) = parse_xml(tmp_path / "a.xml").objects
@@ -493,7 +524,9 @@ def test_the_box_around_other_shapes_of_xml(tmp_path: Path, body: str, corners: 
 
 
 @pytest.mark.parametrize(("plain", "edges"), [(0, True), (98, True), (99, False)])
-def test_corners_with_decimals_are_edges_unless_they_are_rare(tmp_path: Path, plain: int, edges: bool) -> None:
+def test_corners_with_decimals_are_edges_unless_they_are_rare(
+    tmp_path: Path, plain: int, edges: bool
+) -> None:
     """VOC's own files have a few decimals among thousands of whole numbers."""
     write_images(tmp_path, "train")
     decimal = voc_xml("train_0.jpg", BOXES["train"][:1]).replace("<xmin>5<", "<xmin>5.5<")
@@ -504,11 +537,15 @@ def test_corners_with_decimals_are_edges_unless_they_are_rare(tmp_path: Path, pl
 
 
 def test_a_set_can_name_its_images(tmp_path: Path) -> None:
-    """Where the pictures are not near, `--train-images` helps beside `--data`, as the message says."""
+    """Where the pictures are not near, `--train-images` helps beside `--data`, as the message
+    says.
+    """
     write_voc(tmp_path / "a" / "b" / "c" / "set" / "xml", tmp_path / "far" / "away", "train")
     with pytest.raises(UserError, match="train_0"):
         resolve(data=tmp_path / "a" / "b" / "c" / "set")
-    source = resolve(data=tmp_path / "a" / "b" / "c" / "set", train_images=tmp_path / "far" / "away")
+    source = resolve(
+        data=tmp_path / "a" / "b" / "c" / "set", train_images=tmp_path / "far" / "away"
+    )
     assert "missing-image" not in {f.code for f in check(source, fast=True).errors}
 
 
@@ -564,15 +601,23 @@ def test_names_tell_the_splits_of_several_coco_files(tmp_path: Path) -> None:
     moved(made, "train", "annotations/my-train-v2.json")
     moved(made, "val", "annotations/coco_VALID_final.json")
     read = load(resolve(data=tmp_path))
-    assert {split: content(found) for split, found in read.items()} == {s: expected(s) for s in ("train", "val")}
+    assert {split: content(found) for split, found in read.items()} == {
+        s: expected(s) for s in ("train", "val")
+    }
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
         (("a.json", "b.json"), ["several COCO files", "a.json", "b.json"]),
-        (("my_train_1.json", "my_train_2.json"), ["several COCO files", "my_train_1.json", "my_train_2.json"]),
-        (("my_val.json", "my_test.json"), ["no COCO file for training, only", "my_val.json", "my_test.json"]),
+        (
+            ("my_train_1.json", "my_train_2.json"),
+            ["several COCO files", "my_train_1.json", "my_train_2.json"],
+        ),
+        (
+            ("my_val.json", "my_test.json"),
+            ["no COCO file for training, only", "my_val.json", "my_test.json"],
+        ),
     ],
 )
 def test_several_coco_files_that_cannot_be_told_apart_are_listed(
@@ -586,7 +631,8 @@ def test_several_coco_files_that_cannot_be_told_apart_are_listed(
         resolve(data=tmp_path)
     for word in words:
         assert word in error.value.message
-    assert content(load(resolve(train=tmp_path / names[0]))["train"]) == expected("train")  # the remedy
+    # The remedy
+    assert content(load(resolve(train=tmp_path / names[0]))["train"]) == expected("train")
 
 
 def test_a_json_file_of_any_name_in_a_folder_per_split(tmp_path: Path) -> None:
@@ -596,7 +642,9 @@ def test_a_json_file_of_any_name_in_a_folder_per_split(tmp_path: Path) -> None:
         shutil.move(tmp_path / "images" / split, tmp_path / folder / "data")
         moved(made, split, f"{folder}/labels.json")
     read = load(resolve(data=tmp_path))
-    assert {split: content(found) for split, found in read.items()} == {s: expected(s) for s in ("train", "val")}
+    assert {split: content(found) for split, found in read.items()} == {
+        s: expected(s) for s in ("train", "val")
+    }
 
 
 def test_a_data_set_one_folder_deeper_is_found_if_it_is_the_only_one(tmp_path: Path) -> None:
@@ -620,7 +668,9 @@ def copied(made: CocoSet, folders: dict[str, bool]) -> None:
             if same:
                 shutil.copy(file, made.root / folder / file.name)
             else:
-                picture(500 + number + 7 * sum(folder.encode())).save(made.root / folder / file.name)
+                picture(500 + number + 7 * sum(folder.encode())).save(
+                    made.root / folder / file.name
+                )
     shutil.rmtree(made.root / "images")
 
 
@@ -689,7 +739,9 @@ def test_an_image_folder_can_be_named_where_none_is_found(tmp_path: Path) -> Non
         resolve(data=tmp_path / "set")
     folders = {f"{split}_images": tmp_path / "elsewhere" / split for split in COUNTS}
     read = load(resolve(data=tmp_path / "set", **folders))
-    assert {split: content(found) for split, found in read.items()} == {s: expected(s) for s in ("train", "val")}
+    assert {split: content(found) for split, found in read.items()} == {
+        s: expected(s) for s in ("train", "val")
+    }
 
 
 def test_images_of_a_suffix_that_is_not_read_are_told(tmp_path: Path) -> None:
@@ -703,12 +755,24 @@ def test_images_of_a_suffix_that_is_not_read_are_told(tmp_path: Path) -> None:
 
 
 def test_nothing_recognised_counts_the_files_of_each_folder(tmp_path: Path) -> None:
-    for name in ("notes/a.xml", "notes/b.xml", "notes/c.csv", "notes/.d.xml", "pics/p.jpg", "pics/q.jfif", "all.csv"):
+    for name in (
+        "notes/a.xml",
+        "notes/b.xml",
+        "notes/c.csv",
+        "notes/.d.xml",
+        "pics/p.jpg",
+        "pics/q.jfif",
+        "all.csv",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(UserError) as error:
         resolve(data=tmp_path)
-    for line in ("here: 1 .csv (all.csv)", "notes/: 2 .xml (a.xml,b.xml), 1 .csv (c.csv)", "pics/: 2 images"):
+    for line in (
+        "here: 1 .csv (all.csv)",
+        "notes/: 2 .xml (a.xml,b.xml), 1 .csv (c.csv)",
+        "pics/: 2 images",
+    ):
         assert line in error.value.message
     for word in ("--train FILE", "--train FOLDER", "--train-images"):
         assert word in error.value.remedy
@@ -717,13 +781,31 @@ def test_nothing_recognised_counts_the_files_of_each_folder(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message", "remedy"),
     [
-        ({"val": Path("v.json")}, "only v.json is given, as --val", "Give --train too; or this file as --train"),
-        ({"data": Path("https://example.org/set.zip")}, "a URL, not a file or folder", "Download it first"),
-        ({"train": Path("s3://bucket/train.json")}, "a URL, not a file or folder", "Download it first"),
-        ({"train_images": Path(".")}, "only --train-images given, but no annotations", "--data FOLDER"),
+        (
+            {"val": Path("v.json")},
+            "only v.json is given, as --val",
+            "Give --train too; or this file as --train",
+        ),
+        (
+            {"data": Path("https://example.org/set.zip")},
+            "a URL, not a file or folder",
+            "Download it first",
+        ),
+        (
+            {"train": Path("s3://bucket/train.json")},
+            "a URL, not a file or folder",
+            "Download it first",
+        ),
+        (
+            {"train_images": Path(".")},
+            "only --train-images given, but no annotations",
+            "--data FOLDER",
+        ),
     ],
 )
-def test_what_is_no_data_set_says_what_to_give(arguments: dict[str, Path], message: str, remedy: str) -> None:
+def test_what_is_no_data_set_says_what_to_give(
+    arguments: dict[str, Path], message: str, remedy: str
+) -> None:
     with pytest.raises(UserError) as error:
         resolve(**arguments)
     assert message in error.value.message
@@ -740,25 +822,43 @@ def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
 def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
     made = CocoSet(tmp_path)
     made.write()
-    for name in ("more/x.jpg", "more/y.JPG", "more/.z.jpg", "raw.zip", "annotations/captions.json", "LICENSE"):
+    for name in (
+        "more/x.jpg",
+        "more/y.JPG",
+        "more/.z.jpg",
+        "raw.zip",
+        "annotations/captions.json",
+        "LICENSE",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     source = resolve(data=tmp_path)
     (found,) = (f for f in check(source, fast=True).findings if f.code == "unused-files")
     assert (found.severity, found.count, found.split) == ("note", 5, "")
     assert found.what.startswith("5 files in this folder are not used: 2 .jpg (more/x.jpg, ...), ")
-    for told in ("1 .zip (raw.zip)", "1 .json (annotations/captions.json)", "1 without a suffix (LICENSE)"):
+    for told in (
+        "1 .zip (raw.zip)",
+        "1 .json (annotations/captions.json)",
+        "1 without a suffix (LICENSE)",
+    ):
         assert told in found.what
     assert "unused-files" not in {f.code for f in prepare(source)[3].findings}
-    assert "unused-files" not in {f.code for f in check(source, fast=True, splits=["train"]).findings}
+    assert "unused-files" not in {
+        f.code for f in check(source, fast=True, splits=["train"]).findings
+    }
 
 
 def test_linked_folders_and_files_are_used(tmp_path: Path) -> None:
     CocoSet(tmp_path / "real").write()
     (tmp_path / "set" / "annotations").mkdir(parents=True)
-    for name in ("images", *(f"annotations/{f.name}" for f in (tmp_path / "real" / "annotations").iterdir())):
+    for name in (
+        "images",
+        *(f"annotations/{f.name}" for f in (tmp_path / "real" / "annotations").iterdir()),
+    ):
         (tmp_path / "set" / name).symlink_to(tmp_path / "real" / name)
-    assert "unused-files" not in {f.code for f in check(resolve(data=tmp_path / "set"), fast=True).findings}
+    assert "unused-files" not in {
+        f.code for f in check(resolve(data=tmp_path / "set"), fast=True).findings
+    }
 
 
 def test_more_labels_left_out_than_read_is_a_warning_of_training_too(tmp_path: Path) -> None:
@@ -774,12 +874,18 @@ def test_more_labels_left_out_than_read_is_a_warning_of_training_too(tmp_path: P
 
 
 @pytest.mark.parametrize("build", [coco, yolo, voc], ids=lambda f: f.__name__)
-def test_names_that_differ_in_case_are_one_slip(tmp_path: Path, build: Callable[[Path], dict[str, Path]]) -> None:
+def test_names_that_differ_in_case_are_one_slip(
+    tmp_path: Path, build: Callable[[Path], dict[str, Path]]
+) -> None:
     arguments = build(tmp_path)
     for file in tmp_path.rglob("*"):
         if file.suffix in (".json", ".xml", ".yaml"):
             file.write_text(file.read_text().replace("emu", "Cat"))
-    (found, *_) = (f for f in check(resolve(**arguments), fast=True).findings if f.code == "similar-class-names")
+    (found, *_) = (
+        f
+        for f in check(resolve(**arguments), fast=True).findings
+        if f.code == "similar-class-names"
+    )
     assert found.severity == "warning"
     for name in ("'cat' (id ", "'Cat' (id ", "2 boxes", "1 boxes"):
         assert name in found.what

@@ -63,14 +63,23 @@ def annotate(root: Path, sizes: list[tuple[int, int]], rows: list[list[Row]]) ->
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory: pytest.TempPathFactory) -> Annotations:
-    """Eleven noisy pictures of different sizes; the third has no boxes, the fifth a crowd region only."""
+    """Eleven noisy pictures of different sizes; the third has no boxes, the fifth a crowd region
+    only.
+    """
     root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     sizes = [(int(h), int(w)) for h, w in random.integers(40, 90, (11, 2))]
     rows: list[list[Row]] = []
     for index, (h, w) in enumerate(sizes):
-        Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(root / f"{index}.png")
+        Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(
+            root / f"{index}.png"
+        )
         count = 0 if index == 2 else 1 + index % 3
-        rows.append([((3.5 + k, 2, w / 2, h / 3), int(random.integers(3)), index == 4 or k == 2) for k in range(count)])
+        rows.append(
+            [
+                ((3.5 + k, 2, w / 2, h / 3), int(random.integers(3)), index == 4 or k == 2)
+                for k in range(count)
+            ]
+        )
     return annotate(root, sizes, rows)
 
 
@@ -96,8 +105,12 @@ AUGMENTATIONS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("policy", AUGMENTATIONS)
-def test_augmentation_is_a_function_of_seed_epoch_and_index(annotations: Annotations, policy: str) -> None:
-    first, second = (DetectionDataset(annotations, AUGMENTATIONS[policy](), seed=3) for _ in range(2))
+def test_augmentation_is_a_function_of_seed_epoch_and_index(
+    annotations: Annotations, policy: str
+) -> None:
+    first, second = (
+        DetectionDataset(annotations, AUGMENTATIONS[policy](), seed=3) for _ in range(2)
+    )
     other = DetectionDataset(annotations, AUGMENTATIONS[policy](), seed=4)
     for index in range(len(first)):
         torch.manual_seed(index)  # the state around it is of no concern
@@ -162,13 +175,17 @@ def test_collate_against_the_naive_version() -> None:
     for b, (sample, (h, w)) in enumerate(zip(samples, shapes, strict=True)):
         for c in range(3):
             expected = (sample.image[c].double() / 255 - IMAGENET_MEAN[c]) / IMAGENET_STD[c]
-            torch.testing.assert_close(batch.images.pixels[b, c, :h, :w].double(), expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                batch.images.pixels[b, c, :h, :w].double(), expected, atol=1e-6, rtol=0
+            )
         outside = torch.ones(52, 41, dtype=torch.bool)
         outside[:h, :w] = False
         assert torch.equal(batch.images.padding[b], outside)
         assert (batch.images.pixels[b][:, outside] == 0).all()
         for x1, y1, x2, y2 in sample.boxes.tolist():
-            expected = torch.tensor([(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h])
+            expected = torch.tensor(
+                [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h]
+            )
             torch.testing.assert_close(batch.targets.boxes[row], expected)
             row += 1
 
@@ -207,7 +224,9 @@ def test_images_without_boxes_stay_and_crowds_go(annotations: Annotations) -> No
     batches = list(build_loader(dataset, EvalSampler(len(dataset), 4)))
     assert [i for b in batches for i in b.image_ids] == annotations.image_ids.tolist()
     sizes = [n for b in batches for n in b.targets.sizes]
-    own = [slice(a, b) for a, b in zip(annotations.starts[:-1], annotations.starts[1:], strict=True)]
+    own = [
+        slice(a, b) for a, b in zip(annotations.starts[:-1], annotations.starts[1:], strict=True)
+    ]
     assert sizes == [int((~annotations.crowd[s]).sum()) for s in own]
     assert sizes[2] == sizes[4] == 0
     labels = torch.cat([b.targets.labels for b in batches])
@@ -215,7 +234,9 @@ def test_images_without_boxes_stay_and_crowds_go(annotations: Annotations) -> No
     # Boxes, undone: relative to the image's own size, so the resize does not show.
     boxes = torch.cat([b.targets.boxes for b in batches]).double().numpy()
     scale = np.repeat(annotations.sizes[:, ::-1], sizes, axis=0)
-    undone = np.concatenate([(boxes[:, :2] - boxes[:, 2:] / 2) * scale, boxes[:, 2:] * scale], axis=1)
+    undone = np.concatenate(
+        [(boxes[:, :2] - boxes[:, 2:] / 2) * scale, boxes[:, 2:] * scale], axis=1
+    )
     np.testing.assert_allclose(undone, annotations.boxes[~annotations.crowd], atol=1e-4)
 
 
@@ -233,8 +254,14 @@ def test_a_batch_without_any_boxes(annotations: Annotations) -> None:
 
 def test_degenerate_boxes_are_dropped(tmp_path: Path) -> None:
     Image.new("RGB", (50, 40)).save(tmp_path / "0.png")
-    rows: list[Row] = [((5, 5, 0, 9), 0, False), ((60, 5, 9, 9), 1, False), ((45, 35, 99, 99), 2, False)]
-    sample = DetectionDataset(annotate(tmp_path, [(40, 50)], [rows]), train_transform("none", 80))[0, 0]
+    rows: list[Row] = [
+        ((5, 5, 0, 9), 0, False),
+        ((60, 5, 9, 9), 1, False),
+        ((45, 35, 99, 99), 2, False),
+    ]
+    sample = DetectionDataset(annotate(tmp_path, [(40, 50)], [rows]), train_transform("none", 80))[
+        0, 0
+    ]
     assert sample.labels.tolist() == [2]
     assert sample.boxes.tolist() == [[90, 70, 100, 80]]
 
@@ -249,7 +276,9 @@ def test_moving(annotations: Annotations) -> None:
 
 
 def test_pinning_keeps_the_types(annotations: Annotations, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's pinning would take the named tuples apart; what it calls instead is `Batch.pin_memory`."""
+    """torch's pinning would take the named tuples apart; what it calls instead is
+    `Batch.pin_memory`.
+    """
     dataset = DetectionDataset(annotations, AUGMENTATIONS["detr"]())
     (batch,) = build_loader(dataset, EvalSampler(len(dataset), 99))
     pinned = []
@@ -278,13 +307,17 @@ def test_pinned_batches(annotations: Annotations) -> None:
         (lambda path: Image.new("RGB", (30, 20)).save(path), "30x20 pixels .* say 50x40"),
     ],
 )
-def test_bad_images_speak_to_the_user(tmp_path: Path, workers: int, spoil: Callable[[Path], None], words: str) -> None:
+def test_bad_images_speak_to_the_user(
+    tmp_path: Path, workers: int, spoil: Callable[[Path], None], words: str
+) -> None:
     for index in range(3):
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
-            tmp_path / f"{index}.png"
-        )
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        ).save(tmp_path / f"{index}.png")
     spoil(tmp_path / "1.png")
-    dataset = DetectionDataset(annotate(tmp_path, [(40, 50)] * 3, [[], [], []]), train_transform("none", 40))
+    dataset = DetectionDataset(
+        annotate(tmp_path, [(40, 50)] * 3, [[], [], []]), train_transform("none", 40)
+    )
     with pytest.raises(UserError, match=words) as caught:
         list(build_loader(dataset, EvalSampler(3, 1), workers=workers))
     assert str(tmp_path / "1.png") in caught.value.message
@@ -311,7 +344,9 @@ def test_a_worker_that_dies_says_what_to_do(
     assert words in (caught.value.remedy or "")
 
 
-def test_our_own_mistakes_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_mistakes_keep_their_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mistaken(*_: object) -> Tensor:
         raise RuntimeError("a mistake of ours")
 
@@ -321,11 +356,15 @@ def test_our_own_mistakes_keep_their_traceback(tmp_path: Path, monkeypatch: pyte
         list(build_loader(dataset, EvalSampler(1, 1), workers=1))
 
 
-def test_workers_compute_with_one_thread(annotations: Annotations, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_compute_with_one_thread(
+    annotations: Annotations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = DetectionDataset(annotations, train_transform("none", 64))
     monkeypatch.setattr(loader_module, "mixed_seed", lambda *_: torch.get_num_threads())
     monkeypatch.setattr(
-        type(dataset.augmentation.calm), "__call__", lambda self, i, b, n: (i, b, torch.tensor([torch.initial_seed()]))
+        type(dataset.augmentation.calm),
+        "__call__",
+        lambda self, i, b, n: (i, b, torch.tensor([torch.initial_seed()])),
     )
     (batch,) = build_loader(dataset, EvalSampler(1, 1), workers=1)
     assert batch.targets.labels.tolist() == [1]
@@ -379,14 +418,18 @@ def report_private(samples: list[Sample]) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_workers_share_the_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading every annotation in a worker copies hardly any of them; as Python objects they would all be copied."""
+    """Reading every annotation in a worker copies hardly any of them; as Python objects they would
+    all be copied.
+    """
     dataset = crowded(4000, 250)
     shared = sum(a.nbytes for a in vars(dataset).values() if isinstance(a, np.ndarray))
     assert shared > 20e6
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr(loader_module, "read_image", lambda *_: image)
     batches = EvalSampler(len(dataset), 100)
-    seen = list(DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=report_private))
+    seen = list(
+        DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=report_private)
+    )
     assert len(seen) == 40
     assert max(seen) - seen[0] < 0.4 * shared
 
@@ -399,5 +442,8 @@ def test_other_statistics_normalise_and_give_the_colours_back() -> None:
         expected = (image[c].double() / 255 - mean) / std
         torch.testing.assert_close(pixels[c].double(), expected, atol=1e-6, rtol=0)
     assert torch.equal(normalise.colours(pixels), image)
-    assert torch.equal(stack_images([image]).pixels, stack_images([image], normalise=Normalise.of(None, None)).pixels)
+    assert torch.equal(
+        stack_images([image]).pixels,
+        stack_images([image], normalise=Normalise.of(None, None)).pixels,
+    )
     assert Normalise.of(None, (0.5, 0.5, 0.5)) == Normalise(IMAGENET_MEAN, (0.5, 0.5, 0.5))

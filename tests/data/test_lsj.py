@@ -65,7 +65,12 @@ def test_what_is_pasted_is_whole_and_what_is_left_is_seen(tmp_path: Path) -> Non
 
 def test_objects_that_are_pasted_come_last_and_hide_the_others() -> None:
     below, above = (
-        Cutouts(torch.full((3, 40, 40), grey, dtype=torch.uint8), torch.tensor([box]), torch.tensor([label]), [patch])
+        Cutouts(
+            torch.full((3, 40, 40), grey, dtype=torch.uint8),
+            torch.tensor([box]),
+            torch.tensor([label]),
+            [patch],
+        )
         for grey, box, label, patch in (
             (0, (5.0, 5.0, 35.0, 35.0), 3, Patch(np.ones((30, 30), dtype=np.bool_), 5, 5)),
             (9, (0.0, 0.0, 12.0, 12.0), 7, Patch(np.ones((12, 12), dtype=np.bool_), 0, 0)),
@@ -90,7 +95,9 @@ def test_any_number_of_objects_is_drawn() -> None:
 
 
 def test_samples_are_functions_of_seed_epoch_and_image(tmp_path: Path) -> None:
-    data, same, other = (jittered(tmp_path, copy_paste=1.0, seed=seed, masks=True) for seed in (0, 0, 1))
+    data, same, other = (
+        jittered(tmp_path, copy_paste=1.0, seed=seed, masks=True) for seed in (0, 0, 1)
+    )
     assert data.bitmaps is False
     for key in ((0, 0), (3, 1)):
         assert data[key].bitmaps is None
@@ -104,7 +111,9 @@ def test_grids_after_pasting_are_those_of_the_bitmaps(tmp_path: Path) -> None:
         sample = data[epoch, 0]
         assert sample.masks is not None
         assert sample.bitmaps is not None
-        for grid, mask, box in zip(sample.masks, sample.bitmaps, sample.boxes.long().tolist(), strict=True):
+        for grid, mask, box in zip(
+            sample.masks, sample.bitmaps, sample.boxes.long().tolist(), strict=True
+        ):
             inside = mask[box[1] : box[3], box[0] : box[2]]
             assert abs(float(grid.float().mean()) - float(inside.float().mean())) < 0.1
 
@@ -122,7 +131,9 @@ def test_pasting_needs_masks(tmp_path: Path) -> None:
 def test_padding_that_is_a_part_of_the_picture(tmp_path: Path) -> None:
     transform = eval_transform((SIDE, SIDE), pad=114)
     annotations = loaded(CocoSet(tmp_path))
-    (batch,) = build_loader(DetectionDataset(annotations, transform), EvalSampler(len(annotations), 5))
+    (batch,) = build_loader(
+        DetectionDataset(annotations, transform), EvalSampler(len(annotations), 5)
+    )
     assert batch.images.padding is None
     height, width = annotations.sizes[0].tolist()
     assert width > height
@@ -145,11 +156,17 @@ def test_without_it_the_loader_pads(tmp_path: Path) -> None:
     assert int((~images.padding).any(dim=1).sum()) == SIDE // 2
 
 
-@pytest.mark.parametrize(("sides", "expected"), [((480, 512), {480, 512}), ("480-482", {480, 481, 482})])
+@pytest.mark.parametrize(
+    ("sides", "expected"), [((480, 512), {480, 512}), ("480-482", {480, 481, 482})]
+)
 def test_short_sides_as_a_list_or_a_range(sides: tuple[int, ...] | str, expected: set[int]) -> None:
     transform = detr_between(sides, 1000, Finish())
     assert set(transform.sides) == expected
-    assert (transform.max_size, transform.crop_sides, transform.crop_range) == (1000, (400, 500, 600), (384, 600))
+    assert (transform.max_size, transform.crop_sides, transform.crop_range) == (
+        1000,
+        (400, 500, 600),
+        (384, 600),
+    )
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,9 @@ def test_a_triangle_over_its_box(tmp_path: Path) -> None:
 def test_polygons_and_run_lengths_agree(tmp_path: Path) -> None:
     image = bitmap((2, 4, 14, 10), (2, 10, 8, 16))
     forms = ([STAIRS], run_lengths(image), compressed(image))
-    polygon, plain, packed = (masks_of(outlined(tmp_path / str(i), form))[0] for i, form in enumerate(forms))
+    polygon, plain, packed = (
+        masks_of(outlined(tmp_path / str(i), form))[0] for i, form in enumerate(forms)
+    )
     expected = torch.ones(SIDE, SIDE, dtype=torch.bool)
     expected[SIDE // 2 :, SIDE // 2 :] = False
     assert torch.equal(plain, expected)
@@ -118,7 +120,9 @@ def test_objects_of_both_kinds_side_by_side(tmp_path: Path) -> None:
 
 
 def test_several_parts(tmp_path: Path) -> None:
-    left, right, across = [2, 4, 6, 4, 6, 16, 2, 16], [10, 4, 14, 4, 14, 16, 10, 16], [2, 4, 14, 4, 14, 8, 2, 8]
+    left = [2, 4, 6, 4, 6, 16, 2, 16]
+    right = [10, 4, 14, 4, 14, 16, 10, 16]
+    across = [2, 4, 14, 4, 14, 8, 2, 8]
     (mask, _) = masks_of(outlined(tmp_path / "apart", [left, right]))
     expected = torch.ones(SIDE, SIDE, dtype=torch.bool)
     expected[:, SIDE // 3 : 2 * SIDE // 3 + 1] = False
@@ -134,7 +138,9 @@ def test_flips_flip_them(tmp_path: Path, hflip: float, vflip: float, form: str) 
     stairs = bitmap((2, 4, 14, 10), (2, 10, 8, 16))
     segmentation = [STAIRS] if form == "polygon" else run_lengths(stairs)
     upright, flipped = (
-        masks_of(outlined(tmp_path / str(i), segmentation), train_transform("detr", 32, hflip=h, vflip=v))[0]
+        masks_of(
+            outlined(tmp_path / str(i), segmentation), train_transform("detr", 32, hflip=h, vflip=v)
+        )[0]
         for i, (h, v) in enumerate([(0, 0), (hflip, vflip)])
     )
     sides = [side for side, flip in ((1, hflip), (0, vflip)) if flip]
@@ -150,7 +156,9 @@ class Window:
     def __init__(self, top: int, left: int, height: int, width: int, visible: float = 0.0) -> None:
         self.window, self.visible = (top, left, height, width), visible
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, image: Tensor, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return crop(image, boxes, labels, self.window, self.visible)
 
 
@@ -162,7 +170,8 @@ def test_a_crop_shows_what_is_left_of_the_box(tmp_path: Path, form: str) -> None
     assert sample.boxes.tolist() == [[0, 0, 9, 9]]  # the second object is outside
     assert sample.labels.tolist() == [0]
     expected = torch.ones(SIDE, SIDE, dtype=torch.bool)
-    expected[SIDE // 3 :, SIDE // 3 :] = False  # 3 of the 9 pixels are left of the step, and 3 are above it
+    # 3 of the 9 pixels are left of the step, and 3 are above it
+    expected[SIDE // 3 :, SIDE // 3 :] = False
     assert sample.masks is not None
     assert sample.masks.shape == (1, SIDE, SIDE)
     assert differing(sample.masks[0], expected) < 0.02
@@ -192,7 +201,9 @@ def test_masks_follow_the_pixels(tmp_path: Path, name: str) -> None:
     places = [(50, 60, 40, 50), (145, 90, 50, 30)]
     inside = [((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1 for cx, cy, rx, ry in places]
     data = CocoSet(tmp_path)
-    Image.fromarray((255 * np.any(inside, axis=0)).astype(np.uint8)).save(data.image("train", 0).with_suffix(".png"))
+    Image.fromarray((255 * np.any(inside, axis=0)).astype(np.uint8)).save(
+        data.image("train", 0).with_suffix(".png")
+    )
     data.listed(0).update(file_name="train_0.png", height=height, width=width)
     turn = np.linspace(0, 2 * np.pi, 60)
     for row, (cx, cy, rx, ry) in enumerate(places):
@@ -207,7 +218,9 @@ def test_masks_follow_the_pixels(tmp_path: Path, name: str) -> None:
         for (x1, y1, x2, y2), mask in zip(boxes.tolist(), masks, strict=True):
             if min(x2 - x1, y2 - y1) < 40:
                 continue  # much of a small box is edge
-            columns, rows = (torch.linspace(a, b, 2 * SIDE + 1)[1::2].long() for a, b in ((x1, x2), (y1, y2)))
+            columns, rows = (
+                torch.linspace(a, b, 2 * SIDE + 1)[1::2].long() for a, b in ((x1, x2), (y1, y2))
+            )
             assert differing(image[0][rows[:, None], columns] > 127, mask) < 0.06
             seen += 1
     assert seen > 20
@@ -232,11 +245,19 @@ FRAME = (150, 200)
 
 
 def ellipses(root: Path) -> Annotations:
-    """Four black images with white ellipses, outlined by turns with polygons and run lengths, and one without."""
+    """Four black images with white ellipses, outlined by turns with polygons and run lengths, and
+    one without.
+    """
     data = CocoSet(root)
     y, x = np.mgrid[: FRAME[0], : FRAME[1]] + 0.5
     turn = np.linspace(0, 2 * np.pi, 60)
-    places = [(50, 60, 40, 50), (145, 90, 50, 30), (100, 75, 60, 30), (60, 100, 35, 45), (120, 60, 50, 50)]
+    places = [
+        (50, 60, 40, 50),
+        (145, 90, 50, 30),
+        (100, 75, 60, 30),
+        (60, 100, 35, 45),
+        (120, 60, 50, 50),
+    ]
     owners = [data.content["train"]["images"].index(data.listed(n)) for n in range(5)]
     images = {number: np.zeros(FRAME, dtype=np.uint8) for number in owners}
     numbers = {image["id"]: number for number, image in enumerate(data.content["train"]["images"])}
@@ -267,11 +288,15 @@ def test_bitmaps_follow_the_pixels(tmp_path: Path, name: str) -> None:
         masked = sample.bitmaps.any(dim=0)
         assert (masked & ~white).float().mean() < 0.012
         # Of some objects so little is left that they are dropped.
-        assert (white & ~masked).float().mean() < (0.08 if name in ("cropped", "mosaic", "blended") else 0.012)
+        assert (white & ~masked).float().mean() < (
+            0.08 if name in ("cropped", "mosaic", "blended") else 0.012
+        )
         for box, grid, mask in zip(sample.boxes, sample.masks, sample.bitmaps, strict=True):
             if (box[2:] - box[:2]).min() < 30:
                 continue  # much of a small box is edge
-            columns, rows = (torch.linspace(box[i], box[i + 2], 2 * SIDE + 1)[1::2].long() for i in (0, 1))
+            columns, rows = (
+                torch.linspace(box[i], box[i + 2], 2 * SIDE + 1)[1::2].long() for i in (0, 1)
+            )
             assert differing(mask[rows[:, None], columns], grid) < 0.06
             seen += 1
     assert seen > 2
@@ -280,13 +305,17 @@ def test_bitmaps_follow_the_pixels(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MIXES)
 def test_mixing_draws_the_same_numbers_with_masks(tmp_path: Path, name: str) -> None:
     annotations = ellipses(tmp_path)
-    plain, masked = (DetectionDataset(annotations, MIXES[name](), 5, masks=m) for m in (False, True))
+    plain, masked = (
+        DetectionDataset(annotations, MIXES[name](), 5, masks=m) for m in (False, True)
+    )
     for epoch in range(4):
         assert_same(masked[epoch, epoch % 5]._replace(masks=None), plain[epoch, epoch % 5])
 
 
 def test_bitmaps_of_untouched_images_are_cocos(tmp_path: Path) -> None:
-    """Each is what pycocotools makes of the outline; batches pad them, and an object without a pixel is dropped."""
+    """Each is what pycocotools makes of the outline; batches pad them, and an object without a
+    pixel is dropped.
+    """
     data = outlined(tmp_path, [STAIRS])
     data.box(1).update(segmentation=[[20.1, 9.2, 20.2, 9.2, 20.2, 9.3]])
     annotations = loaded(data)
@@ -309,9 +338,13 @@ def test_bitmaps_of_untouched_images_are_cocos(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_they_change_nothing_else(tmp_path: Path, name: str) -> None:
-    """With and without masks the same random numbers are drawn, and image, boxes and labels are the same bits."""
+    """With and without masks the same random numbers are drawn, and image, boxes and labels are the
+    same bits.
+    """
     annotations = loaded(CocoSet(tmp_path))
-    plain, masked = (DetectionDataset(annotations, AUGMENTATIONS[name](), 5, masks=m) for m in (False, True))
+    plain, masked = (
+        DetectionDataset(annotations, AUGMENTATIONS[name](), 5, masks=m) for m in (False, True)
+    )
     for index in range(len(plain)):
         for epoch in range(4):
             without, sample = plain[epoch, index], masked[epoch, index]
@@ -328,7 +361,9 @@ def test_batches(tmp_path: Path) -> None:
     (batch,) = build_loader(dataset, EvalSampler(len(dataset), 99), workers=1)
     assert batch.targets.sizes == (2, 1, 1, 1, 0)
     assert batch.targets.masks is not None
-    assert torch.equal(batch.targets.masks, torch.cat([s.masks for s in samples if s.masks is not None]))
+    assert torch.equal(
+        batch.targets.masks, torch.cat([s.masks for s in samples if s.masks is not None])
+    )
     assert_same(batch.to("cpu"), batch)
     moved = batch.targets.to("meta").masks
     assert moved is not None
@@ -354,7 +389,9 @@ def test_pinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_boxes_at_the_border_and_slivers(tmp_path: Path) -> None:
-    """A box beyond its image is clipped, and its mask with it; what is left after a crop may be very thin."""
+    """A box beyond its image is clipped, and its mask with it; what is left after a crop may be
+    very thin.
+    """
     beyond = [-6, 4, 18, 4, 18, 16, -6, 16]
     (mask, _) = masks_of(outlined(tmp_path / "border", [beyond], (-6, 4, 24, 12)))
     assert differing(mask, torch.ones(SIDE, SIDE, dtype=torch.bool)) < 0.02
@@ -369,7 +406,9 @@ def test_boxes_at_the_border_and_slivers(tmp_path: Path) -> None:
 
 def test_masks_stay_with_boxes_that_the_doctor_renumbers(tmp_path: Path) -> None:
     data = outlined(tmp_path, [STAIRS])
-    data.content["train"]["annotations"].insert(0, copy.deepcopy(data.box(0)) | {"bbox": [5, 5, 0, 0]})
+    data.content["train"]["annotations"].insert(
+        0, copy.deepcopy(data.box(0)) | {"bbox": [5, 5, 0, 0]}
+    )
     data.box(2)["id"] = data.box(1)["id"]  # used again, after a box that is dropped
     annotations, _, _, report = prepare(resolve(data.write()), skip_bad="boxes")
     assert report.skipped["train"] == {"duplicate-annotation-id": 2, "empty-box": 1}
@@ -447,18 +486,32 @@ def test_layouts_without_masks(tmp_path: Path, kind: str) -> None:
 
 # Training
 
-MASKED = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "data.masks=true", "schemes.co.branches=[mask]"]
+MASKED = [
+    *SMALL,
+    "data.size=[64, 64]",
+    "optim.batch_size=4",
+    "data.masks=true",
+    "schemes.co.branches=[mask]",
+]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 def job_of(folder: Path, override: list[str]) -> TrainJob:
     recipe, source = find_recipe("tiny").override(override), resolve(folder)
     annotations = to_annotations(source.load("train"))
-    return TrainJob(Card(recipe, annotations.classes, source.to_dict()), annotations, None, folder / "run", workers=0)
+    return TrainJob(
+        Card(recipe, annotations.classes, source.to_dict()),
+        annotations,
+        None,
+        folder / "run",
+        workers=0,
+    )
 
 
 def test_training_that_needs_masks_does_not_start_without(shapes: Path) -> None:
-    with pytest.raises(UserError, match=r"instances_train\.json: annotation 1 in .* has no mask.* \(\d+ such\)"):
+    with pytest.raises(
+        UserError, match=r"instances_train\.json: annotation 1 in .* has no mask.* \(\d+ such\)"
+    ):
         train_loader(job_of(shapes, MASKED), ALONE)
 
 
@@ -472,4 +525,7 @@ def test_the_recipe_decides(tmp_path: Path, asked: bool) -> None:
             assert batch.targets.masks.shape == (len(batch.targets.labels), SIDE, SIDE)
         assert (batch.targets.bitmaps is not None) is asked
         if batch.targets.bitmaps is not None:
-            assert batch.targets.bitmaps.shape == (len(batch.targets.labels), *batch.images.pixels.shape[2:])
+            assert batch.targets.bitmaps.shape == (
+                len(batch.targets.labels),
+                *batch.images.pixels.shape[2:],
+            )

@@ -25,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(folder: Path, split: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+    data: dict[str, Any] = json.loads(
+        (folder / "annotations" / f"instances_{split}.json").read_text()
+    )
     return data
 
 
@@ -54,11 +56,14 @@ def test_is_a_coco_folder(folder: Path) -> None:
             assert 0 < a["area"] <= w * h
             assert a["category_id"] in CATEGORIES
             assert a["iscrowd"] == 0
-    assert not [p for p in folder.parent.iterdir() if p != folder], "something was left beside the folder"
+    assert not [p for p in folder.parent.iterdir() if p != folder], (
+        "something was left beside the folder"
+    )
 
 
 def test_the_seed_decides_everything(folder: Path, tmp_path: Path) -> None:
-    again, other = write_shapes(tmp_path / "again", **SMALL), write_shapes(tmp_path / "other", **SMALL, seed=1)
+    again = write_shapes(tmp_path / "again", **SMALL)
+    other = write_shapes(tmp_path / "other", **SMALL, seed=1)
     assert digest(again) == digest(folder)
     assert not set(digest(other).values()) & set(digest(folder).values())
     first = [(folder / "images" / s / f"{s}_00000.jpg").read_bytes() for s in SMALL]
@@ -108,7 +113,8 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -
     seen = set()
     for _ in range(40):
         pixels, found = draw_image(96, 128, (1, 1), random)
-        changed = np.abs(pixels.astype(float) - 128).max(axis=2) > 40  # the paint differs by 70, the noise by far less
+        # The paint differs by 70, the noise by far less
+        changed = np.abs(pixels.astype(float) - 128).max(axis=2) > 40
         if not found:
             continue
         ((category, mask),) = found
@@ -145,7 +151,9 @@ def test_masks_on_request(folder: Path, tmp_path: Path) -> None:
     assert write_shapes(masked, **SMALL, masks=True) == masked
     with pytest.raises(UserError, match="other settings"):
         write_shapes(masked, **SMALL)
-    for plain, row in zip(content(folder, "val")["annotations"], content(masked, "val")["annotations"], strict=True):
+    for plain, row in zip(
+        content(folder, "val")["annotations"], content(masked, "val")["annotations"], strict=True
+    ):
         runs = row.pop("segmentation")
         assert row == plain
         assert coco_mask.area(runs) == row["area"]

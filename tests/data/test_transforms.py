@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from detrellis.data.operations import MEAN_COLOUR, colour_jitter, crop, horizontal_flip, vertical_flip
+from detrellis.data.operations import (
+    MEAN_COLOUR,
+    colour_jitter,
+    crop,
+    horizontal_flip,
+    vertical_flip,
+)
 from detrellis.data.transforms import (
     DetrAugment,
     Resize,
@@ -26,9 +32,13 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "detr": lambda: train_transform("detr", 120),
     "detr, both flips": lambda: train_transform("detr", 120, hflip=0.5, vflip=0.5),
     "fixed": lambda: train_transform("fixed", (96, 128), jitter=0.0),
-    "fixed, strong zoom": lambda: train_transform("fixed", (96, 128), jitter=0.0, zoom=(0.4, 2.5), vflip=0.5),
+    "fixed, strong zoom": lambda: train_transform(
+        "fixed", (96, 128), jitter=0.0, zoom=(0.4, 2.5), vflip=0.5
+    ),
     "fixed, stretched": lambda: train_transform("fixed", (128, 96), jitter=0.0, keep_aspect=False),
-    "fixed, turned": lambda: train_transform("fixed", (128, 96), jitter=0.0, match_orientation=True),
+    "fixed, turned": lambda: train_transform(
+        "fixed", (128, 96), jitter=0.0, match_orientation=True
+    ),
     "none": lambda: train_transform("none", 90),
     "eval": lambda: eval_transform(90, max_size=100),
     "eval, fixed": lambda: eval_transform((100, 90)),
@@ -65,12 +75,16 @@ def test_boxes_follow_the_pixels(name: str) -> None:
             assert kept.tolist() == [3]
             torch.testing.assert_close(red_extent(out), moved[0], atol=1.01, rtol=0)
         else:
-            assert ((out[0] > 127) & (out[1] < 60)).float().mean() < 0.05, "a box that is in view was dropped"
+            assert ((out[0] > 127) & (out[1] < 60)).float().mean() < 0.05, (
+                "a box that is in view was dropped"
+            )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_images_without_boxes(name: str) -> None:
-    out, boxes, labels = TRANSFORMS[name]()(painted(60, 200, (0, 0, 9, 9)), torch.zeros(0, 4), torch.zeros(0).long())
+    out, boxes, labels = TRANSFORMS[name]()(
+        painted(60, 200, (0, 0, 9, 9)), torch.zeros(0, 4), torch.zeros(0).long()
+    )
     assert boxes.shape == (0, 4)
     assert labels.shape == (0,)
     assert out.dtype == torch.uint8
@@ -80,10 +94,15 @@ def test_images_without_boxes(name: str) -> None:
 @pytest.mark.parametrize("shape", [(50, 300), (300, 50), (100, 100), (1, 400), (3, 2)])
 def test_fixed_size_fits_its_frame(name: str, shape: tuple[int, int]) -> None:
     transform = TRANSFORMS[name]()
-    frame = transform.pad_to or eval_transform((128, 96), match_orientation=True).facing(*shape).pad_to
+    frame = (
+        transform.pad_to or eval_transform((128, 96), match_orientation=True).facing(*shape).pad_to
+    )
     assert frame is not None
     image = torch.zeros(3, *shape, dtype=torch.uint8)
-    sizes = {tuple(transform(image, torch.zeros(0, 4), torch.zeros(0).long())[0].shape[1:]) for _ in range(5)}
+    sizes = {
+        tuple(transform(image, torch.zeros(0, 4), torch.zeros(0).long())[0].shape[1:])
+        for _ in range(5)
+    }
     (size,) = sizes  # the zoom does not change the size
     if "stretched" in name:
         assert size == frame
@@ -107,19 +126,27 @@ def test_fixed_size_fits_its_frame(name: str, shape: tuple[int, int]) -> None:
         (1, 4000, 800, 1333, (1, 1333)),
     ],
 )
-def test_detr_resize_rule(height: int, width: int, size: int, max_size: int | None, expected: tuple[int, int]) -> None:
+def test_detr_resize_rule(
+    height: int, width: int, size: int, max_size: int | None, expected: tuple[int, int]
+) -> None:
     assert short_side_size(height, width, size, max_size) == expected
 
 
 @given(
-    height=st.integers(8, 3000), width=st.integers(8, 3000), size=st.integers(32, 1200), longest=st.integers(600, 2000)
+    height=st.integers(8, 3000),
+    width=st.integers(8, 3000),
+    size=st.integers(32, 1200),
+    longest=st.integers(600, 2000),
 )
-def test_resize_rule_keeps_aspect_and_limits(height: int, width: int, size: int, longest: int) -> None:
+def test_resize_rule_keeps_aspect_and_limits(
+    height: int, width: int, size: int, longest: int
+) -> None:
     h, w = short_side_size(height, width, size, longest)
     assert min(h, w) <= size
     assert (h <= w) == (height <= width) or h == w
     if min(h, w) < size:
-        # The short side is rounded first, so the long one may pass the limit by half the aspect ratio.
+        # The short side is rounded first, so the long one may pass the limit by half the aspect
+        # ratio.
         assert max(h, w) <= longest + max(height, width) / min(height, width)
     if min(h, w) > 1:
         short, long = min(height, width), max(height, width)
@@ -142,7 +169,9 @@ def test_detr_uses_every_scale_and_both_branches() -> None:
     transform = train_transform("detr", 100, hflip=0.0)
     image = torch.zeros(3, 100, 150, dtype=torch.uint8)
     torch.manual_seed(0)
-    shapes = [transform(image, torch.zeros(0, 4), torch.zeros(0).long())[0].shape[1:] for _ in range(200)]
+    shapes = [
+        transform(image, torch.zeros(0, 4), torch.zeros(0).long())[0].shape[1:] for _ in range(200)
+    ]
     whole = [s for s in shapes if abs(s[1] / s[0] - 1.5) < 0.02]
     assert {min(s) for s in shapes} >= {60, 64, 68, 72, 76, 80, 84, 88, 92, 96, 100}
     assert 70 < len(whole) < 140  # half of them, and a few crops of the same aspect ratio
@@ -150,7 +179,9 @@ def test_detr_uses_every_scale_and_both_branches() -> None:
 
 def test_crop_clamps_and_drops() -> None:
     image = torch.arange(3 * 20 * 30).remainder(251).to(torch.uint8).view(3, 20, 30)
-    boxes = torch.tensor([[0, 0, 12, 12], [0, 0, 10, 20], [11, 6, 14, 9], [29, 0, 30, 20], [15, 14, 30, 20]]).float()
+    boxes = torch.tensor(
+        [[0, 0, 12, 12], [0, 0, 10, 20], [11, 6, 14, 9], [29, 0, 30, 20], [15, 14, 30, 20]]
+    ).float()
     out, moved, labels = crop(image, boxes, torch.arange(5), (5, 10, 10, 15))
     torch.testing.assert_close(out, image[:, 5:15, 10:25])
     assert labels.tolist() == [0, 2, 4]  # 1 only touches the window, 3 is right of it
@@ -163,7 +194,11 @@ def test_crop_clamps_and_drops() -> None:
 def boxes_and_window(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int, int, int]]:
     side = st.integers(0, 40)
     corners = draw(st.lists(st.tuples(side, side, side, side), max_size=5))
-    boxes = torch.tensor([[min(a, c), min(b, d), max(a, c), max(b, d)] for a, b, c, d in corners]).float().view(-1, 4)
+    boxes = (
+        torch.tensor([[min(a, c), min(b, d), max(a, c), max(b, d)] for a, b, c, d in corners])
+        .float()
+        .view(-1, 4)
+    )
     top, left = draw(st.integers(0, 39)), draw(st.integers(0, 39))
     return boxes, (top, left, draw(st.integers(1, 40 - top)), draw(st.integers(1, 40 - left)))
 
@@ -200,7 +235,9 @@ def test_flips_are_their_own_inverse(case: tuple[Tensor, tuple[int, int, int, in
 
 
 def test_zoom_range() -> None:
-    """The objects' magnification is what `zoom` says; a zoomed-out image lies on the mean colour."""
+    """The objects' magnification is what `zoom` says; a zoomed-out image lies on the mean
+    colour.
+    """
     image, boxes = painted(100, 100, (40, 40, 60, 60)), torch.tensor([[40.0, 40, 60, 60]])
     transform = train_transform("fixed", (100, 100), zoom=(0.5, 2.0), jitter=0.0)
     torch.manual_seed(0)
@@ -211,11 +248,19 @@ def test_zoom_range() -> None:
         if inside:
             seen.append(float(moved[0, 2] - moved[0, 0]) / 20)
         if inside and seen[-1] < 0.9:
-            around = (out == torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)).all(0).float().mean()
+            around = (
+                (out == torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1))
+                .all(0)
+                .float()
+                .mean()
+            )
             assert float(around) == pytest.approx(1 - seen[-1] ** 2, abs=0.03)
     assert 0.5 <= min(seen) < 0.6
     assert 1.7 < max(seen) <= 2.01
-    for same in (train_transform("fixed", (100, 100), zoom=(1.0, 1.0), jitter=0.0, hflip=0.0), Resize((100, 100))):
+    for same in (
+        train_transform("fixed", (100, 100), zoom=(1.0, 1.0), jitter=0.0, hflip=0.0),
+        Resize((100, 100)),
+    ):
         torch.testing.assert_close(same(image, boxes, torch.tensor([0]))[0], image)
 
 
@@ -234,11 +279,17 @@ def test_colour_jitter_against_colour_by_colour() -> None:
     axis = torch.ones(3) / 3**0.5
     x = image.permute(1, 2, 0).float()
     along = (x @ axis)[..., None] * axis
-    x = x * angle.cos() + torch.linalg.cross(axis.expand_as(x), x) * angle.sin() + along * (1 - angle.cos())
+    x = (
+        x * angle.cos()
+        + torch.linalg.cross(axis.expand_as(x), x) * angle.sin()
+        + along * (1 - angle.cos())
+    )
     weights = torch.tensor([0.299, 0.587, 0.114])
     x = brightness * (saturation * x + (1 - saturation) * (x @ weights)[..., None])
     x = contrast * x + (1 - contrast) * (x @ weights).mean()
-    torch.testing.assert_close(out.permute(1, 2, 0).float(), x.round().clamp(0, 255), atol=1, rtol=0)
+    torch.testing.assert_close(
+        out.permute(1, 2, 0).float(), x.round().clamp(0, 255), atol=1, rtol=0
+    )
 
 
 def test_colour_jitter_does_not_depend_on_threads() -> None:
@@ -285,6 +336,9 @@ def test_impossible_dials_are_refused(arguments: dict[str, object], word: str) -
 
 def test_recipes_hand_the_orientation_on() -> None:
     data = DataConfig(size=(192, 256), match_orientation=True, augment="fixed")
-    for transform in (train_transform(**data.usual()), eval_transform(data.size, **data.resizing())):
+    for transform in (
+        train_transform(**data.usual()),
+        eval_transform(data.size, **data.resizing()),
+    ):
         image, nothing = torch.zeros(3, 504, 378, dtype=torch.uint8), torch.zeros(0, 4)
         assert transform(image, nothing, torch.zeros(0).long())[0].shape == (3, 256, 192)

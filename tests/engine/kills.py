@@ -1,7 +1,9 @@
-"""Training in a process that ends itself with SIGKILL in the middle of what it does, at the Nth of its moments.
+"""Training in a process that ends itself with SIGKILL in the middle of what it does, at the Nth of
+its moments.
 
-A moment is a step before or after its update, a batch of an evaluation, and each part of writing a file: half of it
-written, whole and not yet on the disk, on the disk and not yet in its place, in its place.
+A moment is a step before or after its update, a batch of an evaluation, and each part of writing a
+file: half of it written, whole and not yet on the disk, on the disk and not yet in its place, in
+its place.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ TIMES = ("time", "seconds", "images_per_second")  # of a record: what no two run
 
 
 class Moments:
-    """Counts the moments of this process, and kills it in the `at`-th; or the disk is `full` there."""
+    """Counts the moments of this process, and kills it in the `at`-th; or the disk is `full`
+    there.
+    """
 
     def __init__(self, at: int | None, told: Path, full: bool) -> None:
         self.at, self.told, self.full, self.names = at, told, full, list[str]()
@@ -48,7 +52,12 @@ class Moments:
     def watch(self) -> None:
         """Replace what training calls by what also counts."""
         for place, name in ((torch, "save"), (checkpoint, "save_file")):
-            self._before(place, name, f"half of a {name}", lambda own, *args: (own(*args), _cut(Path(args[1]))))
+            self._before(
+                place,
+                name,
+                f"half of a {name}",
+                lambda own, *args: (own(*args), _cut(Path(args[1]))),
+            )
         self._before(os, "fsync", "written, and not on the disk")
         for name in ("replace", "link"):
             self._before(os, name, "a file before it takes its place")
@@ -56,9 +65,16 @@ class Moments:
         self._before(torch.nn.utils, "clip_grad_norm_", "in a step")
         self._after(log.RunLog, "step", "after a step")
         self._before(evaluate.CocoEvaluator, "update", "in an evaluation")
-        self._before(log._RecordFile, "write", "half of a record", lambda _, file, record: _torn(file, record))
+        self._before(
+            log._RecordFile,
+            "write",
+            "half of a record",
+            lambda _, file, record: _torn(file, record),
+        )
 
-    def _before(self, place: Any, name: str, moment: str, half: Callable[..., object] = lambda *_: None) -> None:
+    def _before(
+        self, place: Any, name: str, moment: str, half: Callable[..., object] = lambda *_: None
+    ) -> None:
         own = getattr(place, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +105,13 @@ def _torn(file: Any, record: Any) -> None:
 
 
 def go_on(
-    at: int | None, told: Path, data: Path, out: Path, settings: Sequence[str], epochs: int, full: bool = False
+    at: int | None,
+    told: Path,
+    data: Path,
+    out: Path,
+    settings: Sequence[str],
+    epochs: int,
+    full: bool = False,
 ) -> None:
     """In a process of its own: start the run, or go on with it, up to the moment."""
     torch.set_num_threads(1)
@@ -107,9 +129,10 @@ def go_on(
 
 
 def trained(at: int | None, told: Path, *run: Any) -> str | None:
-    """Train in a process of its own; the name of the moment in which it was killed, or the error with which it ended;
-    None where it came to its end."""
-    context = multiprocessing.get_context("forkserver")  # forked from one that has imported all this
+    """Train in a process of its own; the name of the moment in which it was killed, or the error
+    with which it ended; None where it came to its end."""
+    # Forked from one that has imported all this
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.preload", __name__])
     process = context.Process(target=go_on, args=(at, told, *run))
     process.start()
@@ -122,9 +145,17 @@ def assert_never_killed(one: Path, other: Path) -> None:
     """The same end bit for bit: states, weights, every record of the log, and the report."""
     assert_same_run(one, other)
     logs = [read_records(run / "metrics.jsonl") for run in (one, other)]
-    first, second = ([{k: v for k, v in r.items() if k not in TIMES} for r in records] for records in logs)
+    first, second = (
+        [{k: v for k, v in r.items() if k not in TIMES} for r in records] for records in logs
+    )
     assert first == second
     for name in ("result", "diagnosis", "epoch", "step"):
-        first, second = (json.loads((run / "report.json").read_text())[name] for run in (one, other))
-        assert {**first, "report": 0} == {**second, "report": 0} if name == "result" else first == second, name
+        first, second = (
+            json.loads((run / "report.json").read_text())[name] for run in (one, other)
+        )
+        assert (
+            {**first, "report": 0} == {**second, "report": 0}
+            if name == "result"
+            else first == second
+        ), name
     assert not list(other.rglob(".*.partial"))

@@ -16,7 +16,13 @@ from detrellis.data.layout import find_data
 from detrellis.data.loader import Collate
 from detrellis.distributed import World, process_group
 from detrellis.engine import auto_batch, trial
-from detrellis.engine.auto_batch import MAX_IMAGES, WorstStep, images_that_fit, with_auto_batch, worst_step
+from detrellis.engine.auto_batch import (
+    MAX_IMAGES,
+    WorstStep,
+    images_that_fit,
+    with_auto_batch,
+    worst_step,
+)
 from detrellis.engine.checkpoint import load_state
 from detrellis.engine.samples import training_dataset
 from detrellis.errors import UserError
@@ -50,16 +56,22 @@ def test_a_gpu_is_tried_until_it_is_out_of_memory(monkeypatch: pytest.MonkeyPatc
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * GB, 80 * GB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share)
+    )
     assert trial.fitting_on_gpu(step, torch.device("cuda:0")) == 21
     assert shares == [pytest.approx(0.4)]
 
 
-@pytest.mark.parametrize(("room", "fit"), [(2.9, 0), (3.2, 1), (5.1, 1), (5.3, 2), (9.5, 4), (1000, MAX_IMAGES)])
+@pytest.mark.parametrize(
+    ("room", "fit"), [(2.9, 0), (3.2, 1), (5.1, 1), (5.3, 2), (9.5, 4), (1000, MAX_IMAGES)]
+)
 def test_a_cpu_s_room_is_shared_by_what_each_image_takes(room: float, fit: int) -> None:
     """1 GB for weights, 2 for each image, and 0.1 in the loader."""
     steps: list[int] = []
-    found = trial.fitting_on_cpu(steps.append, room * GB, GB // 10, lambda: (1 + 2 * max(steps)) * GB)
+    found = trial.fitting_on_cpu(
+        steps.append, room * GB, GB // 10, lambda: (1 + 2 * max(steps)) * GB
+    )
     assert found == fit
     assert max(steps) == (2 if fit else 1)
 
@@ -94,20 +106,26 @@ MIXED = ["data.augment=small", "data.mosaic=1", "data.mixup=1", "data.multi_scal
     ],
     ids=["none", "fixed", "mixed", "detr", "lsj"],
 )
-def test_no_batch_is_larger_than_the_worst(shapes: Path, settings: list[str], worst: tuple[int, int] | None) -> None:
+def test_no_batch_is_larger_than_the_worst(
+    shapes: Path, settings: list[str], worst: tuple[int, int] | None
+) -> None:
     training, *_ = prepare(find_data(shapes))
     recipe = small("tiny").override(["data.size=[96, 96]", "data.zoom=null", *settings])
     most = worst_step(training, recipe)
     assert worst in (None, most[:2])
     dataset, sizes, boxes = training_dataset(training, recipe, seed=0), [], []
     for epoch in range(6):
-        batch = Collate(dataset.augmentation.pad_to)(dataset.__getitems__([(epoch, i) for i in range(len(dataset))]))
+        batch = Collate(dataset.augmentation.pad_to)(
+            dataset.__getitems__([(epoch, i) for i in range(len(dataset))])
+        )
         sizes.append(tuple(batch.images.pixels.shape[2:]))  # type: ignore[union-attr]
         boxes.append(max(batch.targets.sizes))  # type: ignore[union-attr]
     assert max(height for height, _ in sizes) <= most.height
     assert max(width for _, width in sizes) <= most.width
     assert max(boxes) <= most.boxes
-    assert most.boxes == max(training.starts[1:] - training.starts[:-1]) * (8 if settings == MIXED else 1)
+    assert most.boxes == max(training.starts[1:] - training.starts[:-1]) * (
+        8 if settings == MIXED else 1
+    )
 
 
 @pytest.mark.parametrize(("fit", "passes"), [(1, 12), (2, 6), (5, 3), (11, 2), (12, 1), (256, 1)])
@@ -132,17 +150,23 @@ def test_what_cannot_be_fitted_is_refused(shapes: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="fully_shard"):
         with_auto_batch(small("tiny").override("optim.fully_shard=true"), training, two, workers=0)
     with pytest.raises(UserError, match=r"--auto-batch and -o optim\.accumulate=2"):
-        detrellis.train("tiny", data=shapes, auto_batch=True, override=["optim.lr=1e-3", "optim.accumulate=2"])
+        detrellis.train(
+            "tiny", data=shapes, auto_batch=True, override=["optim.lr=1e-3", "optim.accumulate=2"]
+        )
 
 
-def test_the_run_s_recipe_holds_what_was_found(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_s_recipe_holds_what_was_found(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is said before training starts, and who resumes the run tries nothing."""
     fitting(monkeypatch, 3)
     console = Console(file=io.StringIO(), width=400)
     settings = [*SMALL, "data.size=[64, 64]", FOUR]
     out = tmp_path / "run"
     options: dict[str, object] = {"workers": 0, "device": "cpu", "console": console}
-    detrellis.train("tiny", data=shapes, out=out, override=settings, epochs=1, auto_batch=True, **options)  # type: ignore[arg-type]
+    detrellis.train(
+        "tiny", data=shapes, out=out, override=settings, epochs=1, auto_batch=True, **options
+    )  # type: ignore[arg-type]
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3 images of 64x64 pixels" in said
     assert "(optim.accumulate=2)" in said
@@ -154,7 +178,9 @@ def test_the_run_s_recipe_holds_what_was_found(shapes: Path, tmp_path: Path, mon
 
 
 def test_a_real_step_is_tried() -> None:
-    assert 1 < images_that_fit(small("tiny", ("cdn",)), CLASSES, WORST, ALONE, workers=1) <= MAX_IMAGES
+    assert (
+        1 < images_that_fit(small("tiny", ("cdn",)), CLASSES, WORST, ALONE, workers=1) <= MAX_IMAGES
+    )
 
 
 def test_a_step_that_fails_otherwise_says_so() -> None:
@@ -169,7 +195,9 @@ def in_each(rank: int, size: int, port: int, data: str) -> None:
     with process_group("cpu") as own, pytest.MonkeyPatch.context() as patch:
         patch.setattr(auto_batch, "images_that_fit", [lambda *_: 3, None][rank])
         training, *_ = prepare(find_data(data))
-        chosen, told = with_auto_batch(small("tiny").override("optim.batch_size=8"), training, own, workers=0)
+        chosen, told = with_auto_batch(
+            small("tiny").override("optim.batch_size=8"), training, own, workers=0
+        )
     assert chosen.optim.accumulate == 2
     assert "2 passes of 2 in each of 2 processes" in told
 

@@ -18,8 +18,15 @@ from ..small import CLASSES, small
 @pytest.mark.parametrize("train", [False, True])
 def test_times_each_batch_size(train: bool) -> None:
     threads = torch.get_num_threads()
-    found = bench_recipe(small("tiny"), CLASSES, batch_sizes="1,2", size="64x96", threads=1, train=train, runs=3)
-    assert (found.recipe, found.image_size, found.threads, found.compiled) == ("tiny", (64, 96), 1, False)
+    found = bench_recipe(
+        small("tiny"), CLASSES, batch_sizes="1,2", size="64x96", threads=1, train=train, runs=3
+    )
+    assert (found.recipe, found.image_size, found.threads, found.compiled) == (
+        "tiny",
+        (64, 96),
+        1,
+        False,
+    )
     assert found.task == ("training step" if train else "inference")
     assert [t.batch_size for t in found.timings] == [1, 2]
     for t in found.timings:
@@ -34,7 +41,8 @@ def test_times_each_batch_size(train: bool) -> None:
 def test_says_how_deformable_attention_was_computed() -> None:
     """Where there is none, it says nothing, whatever another recipe said before."""
     deformable, dense = (
-        bench_recipe(small(name), CLASSES, size=64, runs=1, warmup=0, device="cpu") for name in ("tiny", "detr_r50")
+        bench_recipe(small(name), CLASSES, size=64, runs=1, warmup=0, device="cpu")
+        for name in ("tiny", "detr_r50")
     )
     assert deformable.attention
     assert deformable.attention in deformable.about()
@@ -54,7 +62,8 @@ def test_python_interface() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("640", (640, 1066)), (64, (64, 107)), ("64x96", (64, 96)), ((32, 64), (32, 64))]
+    ("text", "size"),
+    [("640", (640, 1066)), (64, (64, 107)), ("64x96", (64, 96)), ((32, 64), (32, 64))],
 )
 def test_sizes(text: str | int | tuple[int, int], size: tuple[int, int]) -> None:
     assert parse_size(text) == size
@@ -72,7 +81,9 @@ def test_wrong_batch_sizes(text: str | list[int]) -> None:
         parse_batch_sizes(text)
 
 
-@pytest.mark.parametrize(("how", "message"), [({"runs": 0}, "runs=0"), ({"threads": 0}, "threads=0")])
+@pytest.mark.parametrize(
+    ("how", "message"), [({"runs": 0}, "runs=0"), ({"threads": 0}, "threads=0")]
+)
 def test_wrong_counts(how: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bench_recipe(small("tiny"), CLASSES, size=64, **how)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""What follows from the AP of each evaluation: which weights are kept, and when a run has gone on for long enough."""
+"""What follows from the AP of each evaluation: which weights are kept, and when a run has gone on
+for long enough.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from detrellis.study.rows import plan_schemes
 from ..small import SMALL
 from .test_resume import assert_same_run, same, stop_at
 
-SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=8", "schedule.patience=2", "schedule.keep_best=2"]
+SETTINGS = [
+    *SMALL,
+    "data.size=[64, 64]",
+    "optim.batch_size=8",
+    "schedule.patience=2",
+    "schedule.keep_best=2",
+]
 STEPS, EPOCHS = 2, 6  # 11 images
 AP = (0.1, 0.3, 0.3, 0.2, 0.4, 0.5)  # of each epoch
 
@@ -31,7 +39,11 @@ AP = (0.1, 0.3, 0.3, 0.2, 0.4, 0.5)  # of each epoch
 def scripted() -> Iterator[None]:
     save_best = TrainRun._save_best
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainRun, "_save_best", lambda self, ap, *found: save_best(self, AP[self.state.epoch], *found))
+        patch.setattr(
+            TrainRun,
+            "_save_best",
+            lambda self, ap, *found: save_best(self, AP[self.state.epoch], *found),
+        )
         yield
 
 
@@ -43,7 +55,13 @@ def run(data: Path, out: Path) -> TrainResult:
 def early(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ends after its fourth epoch."""
     result = run(shapes, tmp_path_factory.mktemp("early") / "run")
-    assert (result.finished, result.early, result.epochs, result.signal, result.best) == (True, True, 4, None, 0.3)
+    assert (result.finished, result.early, result.epochs, result.signal, result.best) == (
+        True,
+        True,
+        4,
+        None,
+        0.3,
+    )
     return result.run
 
 
@@ -54,7 +72,8 @@ def kept(run: Path) -> list[str]:
 def test_a_run_ends_when_its_ap_rises_no_more(early: Path) -> None:
     rows = [r for r in read_records(early / "metrics.jsonl") if r["kind"] == "epoch"]
     assert [r["epoch"] for r in rows] == [1, 2, 3, 4]
-    assert [r["after_nms"] is not None for r in rows] == [False, False, False, True]  # as of any last epoch
+    # As of any last epoch
+    assert [r["after_nms"] is not None for r in rows] == [False, False, False, True]
 
 
 def test_the_best_weights_are_kept_and_can_be_used(early: Path, tmp_path: Path) -> None:
@@ -98,12 +117,20 @@ def test_a_run_that_ended_early_says_so_and_goes_on_without_patience(
 
 
 @pytest.mark.parametrize("field", ["patience", "keep_best"])
-def test_what_goes_by_ap_needs_images_to_evaluate_on(shapes: Path, tmp_path: Path, field: str) -> None:
+def test_what_goes_by_ap_needs_images_to_evaluate_on(
+    shapes: Path, tmp_path: Path, field: str
+) -> None:
     alone = {"train": shapes / "annotations" / "instances_train.json", "out": tmp_path / "run"}
-    with pytest.raises(UserError, match=f"schedule.{field} goes by AP, and the data set has no validation split"):
+    with pytest.raises(
+        UserError, match=f"schedule.{field} goes by AP, and the data set has no validation split"
+    ):
         detrellis.train("tiny", override=[*SMALL, f"schedule.{field}=1"], workers=0, **alone)
 
 
 def test_a_study_has_no_early_stopping(shapes: Path) -> None:
-    with pytest.raises(UserError, match=r"schedule\.patience: a study compares rows of given lengths"):
-        plan_schemes("tiny", "none,align", find_data(shapes), seeds=(0,), override=["schedule.patience=3"])
+    with pytest.raises(
+        UserError, match=r"schedule\.patience: a study compares rows of given lengths"
+    ):
+        plan_schemes(
+            "tiny", "none,align", find_data(shapes), seeds=(0,), override=["schedule.patience=3"]
+        )

@@ -31,7 +31,9 @@ def drawn(a: Annotations, images: list[int]) -> Annotations:
 
 @pytest.fixture(scope="module")
 def evaluated() -> tuple[Annotations, dict, EvalResult]:
-    """Twelve images, in the order of their ids, as draws are; with crowd regions, and scores without ties."""
+    """Twelve images, in the order of their ids, as draws are; with crowd regions, and scores
+    without ties.
+    """
     rng = np.random.default_rng(3)
     a = make(rng)
     a = a.__class__(**vars(a) | {"image_ids": np.sort(a.image_ids)})
@@ -41,7 +43,9 @@ def evaluated() -> tuple[Annotations, dict, EvalResult]:
     return a, found, evaluator.compute(resample=True)
 
 
-def test_each_draw_is_an_evaluation_of_what_was_drawn(evaluated: tuple[Annotations, dict, EvalResult]) -> None:
+def test_each_draw_is_an_evaluation_of_what_was_drawn(
+    evaluated: tuple[Annotations, dict, EvalResult],
+) -> None:
     a, found, result = evaluated
     assert result.resampled is not None
     assert len(result.resampled) == RESAMPLES
@@ -67,7 +71,11 @@ def test_the_interval_and_its_json(evaluated: tuple[Annotations, dict, EvalResul
 def test_without_ground_truth_nothing_is_known() -> None:
     a = make(np.random.default_rng(0), mean_boxes=0)
     evaluator = CocoEvaluator(a)
-    show(evaluator, {i: detect(np.random.default_rng(i), a, i) for i in range(len(a))}, list(range(len(a))))
+    show(
+        evaluator,
+        {i: detect(np.random.default_rng(i), a, i) for i in range(len(a))},
+        list(range(len(a))),
+    )
     assert evaluator.compute(resample=True).ap_interval is None
     assert CocoEvaluator(a).compute(resample=True).resampled is None
     assert half_interval([0.5]) is None

@@ -1,4 +1,6 @@
-"""Files that are broken, of another kind or of another run: one clear error that names the file, for every verb."""
+"""Files that are broken, of another kind or of another run: one clear error that names the file,
+for every verb.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = find_recipe("tiny").override(RECIPE)
     model = build(recipe, 2)
     card = Card(recipe, ClassMap((1, 2), ("cat", "dog")), {"kind": "coco", "splits": {}})
-    save_run(run, {"model": model.state_dict(), IMAGES: {}, "epoch": 0, "step": 1}, model.detector.state_dict(), card)
+    save_run(
+        run,
+        {"model": model.state_dict(), IMAGES: {}, "epoch": 0, "step": 1},
+        model.detector.state_dict(),
+        card,
+    )
     return run
 
 
@@ -64,8 +71,14 @@ def floats(tensors: dict[str, Any]) -> str:
 
 BROKEN: dict[str, tuple[Break, str]] = {
     "no tensor": (edited(lambda t, c: t.pop(next(iter(sorted(t))))), "is missing"),
-    "shape": (edited(lambda t, c: t.update({min(t): torch.zeros(7, 7)})), r"has the shape \(7, 7\), not"),
-    "not finite": (edited(lambda t, c: t.update({(k := floats(t)): t[k] * torch.nan})), "are not finite"),
+    "shape": (
+        edited(lambda t, c: t.update({min(t): torch.zeros(7, 7)})),
+        r"has the shape \(7, 7\), not",
+    ),
+    "not finite": (
+        edited(lambda t, c: t.update({(k := floats(t)): t[k] * torch.nan})),
+        "are not finite",
+    ),
     "extra": (edited(lambda t, c: t.update(extra=torch.zeros(1))), "extra is no part of it"),
     "no card": (edited(lambda t, c: c.clear()), "without a Detrellis card"),
     "broken card": (edited(lambda t, c: c.pop("classes")), r"its card cannot be read"),
@@ -79,7 +92,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "cut off": (lambda run: cut(run / "last.safetensors", 5000), "not a whole checkpoint"),
     "empty": (lambda run: cut(run / "last.safetensors", 0), r"an empty file \(0 bytes\)"),
-    "garbage": (lambda run: (run / "last.safetensors").write_bytes(b"hello " * 99) and None, "not a whole checkpoint"),
+    "garbage": (
+        lambda run: (run / "last.safetensors").write_bytes(b"hello " * 99) and None,
+        "not a whole checkpoint",
+    ),
 }
 
 
@@ -135,18 +151,32 @@ def state(change: Callable[[dict[str, Any]], Any]) -> Break:
 
 STATES: dict[str, tuple[Break, str]] = {
     "cut off": (lambda run: cut(run / "last.state.pt", 5000), r"last.state.pt: not a whole file"),
-    "empty": (lambda run: cut(run / "last.state.pt", 0), r"last.state.pt: an empty file \(0 bytes\)"),
-    "garbage": (lambda run: (run / "last.state.pt").write_bytes(b"hello" * 99) and None, "not a whole file"),
-    "objects": (state(lambda s: {"model": Anything()}), r"holds Python objects besides tensors \([\w.]*Anything\)"),
+    "empty": (
+        lambda run: cut(run / "last.state.pt", 0),
+        r"last.state.pt: an empty file \(0 bytes\)",
+    ),
+    "garbage": (
+        lambda run: (run / "last.state.pt").write_bytes(b"hello" * 99) and None,
+        "not a whole file",
+    ),
+    "objects": (
+        state(lambda s: {"model": Anything()}),
+        r"holds Python objects besides tensors \([\w.]*Anything\)",
+    ),
     "a list": (state(lambda s: [1, 2]), "not the state of a run"),
     "no key": (state(lambda s: s.pop("step") and None), "'step' is missing"),
     "no card": (state(lambda s: s.pop("card") and s.update(epoch=7)), "'card' is missing"),
     "another run's": (
-        state(lambda s: s["card"].update(detrellis=s["card"]["detrellis"].replace('"cat"', '"cow"'))),
+        state(
+            lambda s: s["card"].update(detrellis=s["card"]["detrellis"].replace('"cat"', '"cow"'))
+        ),
         "belong to different runs",
     ),
     "newer": (state(lambda s: s["card"].update(format="9")), "written by a newer Detrellis"),
-    "none": (lambda run: (run / "last.state.pt").unlink(), "nothing to resume: last.state.pt is missing"),
+    "none": (
+        lambda run: (run / "last.state.pt").unlink(),
+        "nothing to resume: last.state.pt is missing",
+    ),
 }
 
 
@@ -172,7 +202,9 @@ def test_the_state_before_a_torn_one_is_taken(run: Path, left: int | None) -> No
     last.unlink()
     if left is not None:
         last.write_bytes(whole[:left])
-    with pytest.warns(Advice, match=r"goes on from the state before it, previous\.state\.pt, after step 1"):
+    with pytest.warns(
+        Advice, match=r"goes on from the state before it, previous\.state\.pt, after step 1"
+    ):
         again, _ = load_run(run)
     assert again[OLDER]
     assert again["model"].keys() == state["model"].keys()
@@ -181,7 +213,9 @@ def test_the_state_before_a_torn_one_is_taken(run: Path, left: int | None) -> No
 def test_the_best_weights_of_another_run(run: Path) -> None:
     tensors, card = load_weights(run / "last.safetensors")
     save_weights(run / "best.safetensors", tensors, replace(card, seed=5))
-    with pytest.raises(UserError, match=r"last\.state\.pt and best\.safetensors belong to different runs") as error:
+    with pytest.raises(
+        UserError, match=r"last\.state\.pt and best\.safetensors belong to different runs"
+    ) as error:
         load_run(run)
     assert "move it away" in error.value.remedy
     (run / "best.safetensors").unlink()
@@ -191,18 +225,26 @@ def test_the_best_weights_of_another_run(run: Path) -> None:
 def test_a_second_run_in_a_folder_is_refused(run: Path, shapes: Path, tmp_path: Path) -> None:
     with held(run), pytest.raises(UserError, match=r"run: process .* writes here"):
         detrellis.resume(run)
-    with held(tmp_path / "new", new=True), pytest.raises(UserError, match=r"new: process .* writes here"):
+    with (
+        held(tmp_path / "new", new=True),
+        pytest.raises(UserError, match=r"new: process .* writes here"),
+    ):
         detrellis.train("tiny", data=shapes, out=tmp_path / "new", override=RECIPE)
 
 
 def test_a_state_that_does_not_fit_its_recipe(run: Path, shapes: Path, tmp_path: Path) -> None:
     """Its own card says what should be in it."""
     out = tmp_path / "trained"
-    detrellis.train("tiny", data=shapes, out=out, override=[*RECIPE, "data.size=[64, 64]"], epochs=1, workers=0)
+    detrellis.train(
+        "tiny", data=shapes, out=out, override=[*RECIPE, "data.size=[64, 64]"], epochs=1, workers=0
+    )
     whole = (out / "last.state.pt").read_bytes()
     for change, words in (
         (lambda s: s["model"].pop(min(s["model"])) is None, "Missing key"),
-        (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "moments have other shapes"),
+        (
+            lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+            "moments have other shapes",
+        ),
         (lambda s: s.pop("watch") is None, "'watch' is missing"),
     ):
         (out / "last.state.pt").write_bytes(whole)
@@ -218,7 +260,9 @@ def test_places_that_are_no_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run"):
         detrellis.resume(tmp_path / "nowhere")
     state(lambda s: s.update(optimizer={}))(run)
-    with pytest.raises(UserError, match=r"last\.state\.pt: the state of a run, not its weights") as error:
+    with pytest.raises(
+        UserError, match=r"last\.state\.pt: the state of a run, not its weights"
+    ) as error:
         detrellis.load(run / "last.state.pt")
     assert str(run) in error.value.remedy
     (run / "last.safetensors").unlink()

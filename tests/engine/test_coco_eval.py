@@ -28,12 +28,19 @@ from detrellis.types import Detections
 TOLERANCE = 1e-9
 
 
-def make(rng: np.random.Generator, images: int = 12, classes: int = 4, mean_boxes: float = 4) -> Annotations:
-    """Unsorted image ids with gaps, category ids with gaps, crowds, areas that are not width * height, empty images."""
+def make(
+    rng: np.random.Generator, images: int = 12, classes: int = 4, mean_boxes: float = 4
+) -> Annotations:
+    """Unsorted image ids with gaps, category ids with gaps, crowds, areas that are not width *
+    height, empty images.
+    """
     counts = rng.poisson(mean_boxes, images) * (rng.random(images) > 0.2)
     total = int(counts.sum())
     boxes = np.column_stack(
-        [rng.uniform(0, 200, (total, 2)), rng.choice([10, 40, 130], (total, 2)) * rng.uniform(0.5, 1.5, (total, 2))]
+        [
+            rng.uniform(0, 200, (total, 2)),
+            rng.choice([10, 40, 130], (total, 2)) * rng.uniform(0.5, 1.5, (total, 2)),
+        ]
     )
     ids = np.sort(rng.choice(np.arange(1, 500), classes, replace=False))
     used = rng.choice(classes, max(1, classes - 1), replace=False)  # one class has no ground truth
@@ -52,8 +59,12 @@ def make(rng: np.random.Generator, images: int = 12, classes: int = 4, mean_boxe
     )
 
 
-def detect(rng: np.random.Generator, a: Annotations, index: int, extra: int = 6, ties: bool = True) -> Detections:
-    """Shaken copies of the ground truth, doubles and noise; scores rounded so that many are equal."""
+def detect(
+    rng: np.random.Generator, a: Annotations, index: int, extra: int = 6, ties: bool = True
+) -> Detections:
+    """Shaken copies of the ground truth, doubles and noise; scores rounded so that many are
+    equal.
+    """
     own = slice(a.starts[index], a.starts[index + 1])
     xywh = np.concatenate(
         [
@@ -63,27 +74,48 @@ def detect(rng: np.random.Generator, a: Annotations, index: int, extra: int = 6,
         ]
     )
     xywh = xywh * rng.normal(1, 0.05, xywh.shape)
-    labels = np.concatenate([a.labels[own], a.labels[own][::2], rng.integers(0, len(a.classes), extra)])
+    labels = np.concatenate(
+        [a.labels[own], a.labels[own][::2], rng.integers(0, len(a.classes), extra)]
+    )
     scores = rng.random(len(xywh)).round(1 if ties else 6)
     order = np.argsort(-scores, kind="stable")
     xyxy = np.column_stack([xywh[:, :2], xywh[:, :2] + np.abs(xywh[:, 2:])])
     return Detections(
-        torch.tensor(scores[order]).float(), torch.tensor(labels[order]), torch.tensor(xyxy[order]).float()
+        torch.tensor(scores[order]).float(),
+        torch.tensor(labels[order]),
+        torch.tensor(xyxy[order]).float(),
     )
 
 
-def reference(a: Annotations, shown: list[int], found: dict[int, Detections]) -> tuple[np.ndarray, np.ndarray]:
+def reference(
+    a: Annotations, shown: list[int], found: dict[int, Detections]
+) -> tuple[np.ndarray, np.ndarray]:
     """Statistics and AP by class from pycocotools' documented way: loadRes, imgIds."""
     owner = np.repeat(np.arange(len(a)), np.diff(a.starts))
-    columns = (a.ids, a.image_ids[owner], np.array(a.classes.ids)[a.labels], a.boxes, a.areas, a.crowd.astype(int))
+    columns = (
+        a.ids,
+        a.image_ids[owner],
+        np.array(a.classes.ids)[a.labels],
+        a.boxes,
+        a.areas,
+        a.crowd.astype(int),
+    )
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    truth = [dict(zip(keys, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    truth = [
+        dict(zip(keys, row, strict=True))
+        for row in zip(*(c.tolist() for c in columns), strict=True)
+    ]
     results: list[dict[str, Any]] = []
     for index in shown:
         for score, label, box in zip(*(x.tolist() for x in found[index][:3]), strict=True):
             bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             results.append(
-                {"image_id": int(a.image_ids[index]), "category_id": a.classes.ids[label], "bbox": bbox, "score": score}
+                {
+                    "image_id": int(a.image_ids[index]),
+                    "category_id": a.classes.ids[label],
+                    "bbox": bbox,
+                    "score": score,
+                }
             )
     with contextlib.redirect_stdout(io.StringIO()):
         gt, dt = COCO(), COCO()
@@ -117,7 +149,9 @@ def as_numbers(result: EvalResult) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def show(evaluator: CocoEvaluator, found: dict[int, Detections], indices: list[int], batch: int = 3) -> None:
+def show(
+    evaluator: CocoEvaluator, found: dict[int, Detections], indices: list[int], batch: int = 3
+) -> None:
     ids = evaluator.annotations.image_ids
     for start in range(0, len(indices), batch):
         part = indices[start : start + batch]
@@ -154,7 +188,9 @@ def test_equals_pycocotools(seed: int, backend: Any, monkeypatch: pytest.MonkeyP
     boxes=st.floats(0, 6),
     extra=st.integers(0, 8),
 )
-def test_equals_pycocotools_on_anything(seed: int, images: int, classes: int, boxes: float, extra: int) -> None:
+def test_equals_pycocotools_on_anything(
+    seed: int, images: int, classes: int, boxes: float, extra: int
+) -> None:
     rng = np.random.default_rng(seed)
     a = make(rng, images, classes, boxes)
     found = {i: detect(rng, a, i, extra) for i in range(images)}
@@ -197,15 +233,19 @@ def test_nothing_shown_is_undefined_not_zero() -> None:
 
 
 def test_ids_that_evaluators_stumble_over() -> None:
-    """Negative ids, ids that a float cannot hold and the annotation id 0 do not change the numbers."""
+    """Negative ids, ids that a float cannot hold and the annotation id 0 do not change the
+    numbers.
+    """
     rng = np.random.default_rng(5)
     a = make(rng, images=6)
     odd = a.__class__(
-        **vars(a) | {"image_ids": np.array([-5, 0, 2**53 + 1, 2**53, 7, 2**60]), "ids": np.arange(len(a.ids))}
+        **vars(a)
+        | {"image_ids": np.array([-5, 0, 2**53 + 1, 2**53, 7, 2**60]), "ids": np.arange(len(a.ids))}
     )
     found = {i: detect(rng, a, i) for i in range(6)}
     plain = a.__class__(
-        **vars(a) | {"image_ids": np.argsort(np.argsort(odd.image_ids)) + 1, "ids": np.arange(len(a.ids)) + 1}
+        **vars(a)
+        | {"image_ids": np.argsort(np.argsort(odd.image_ids)) + 1, "ids": np.arange(len(a.ids)) + 1}
     )
     want = check(plain, found, list(range(6)))
     evaluator = CocoEvaluator(odd)
@@ -231,7 +271,8 @@ def test_top_k_keeps_the_best() -> None:
     a = make(rng)
     found = {i: detect(rng, a, i, ties=False) for i in range(len(a))}
     shuffled = {
-        i: d.take(torch.randperm(len(d.scores), generator=torch.Generator().manual_seed(i))) for i, d in found.items()
+        i: d.take(torch.randperm(len(d.scores), generator=torch.Generator().manual_seed(i)))
+        for i, d in found.items()
     }
     evaluator = CocoEvaluator(a, top_k=5)
     show(evaluator, shuffled, list(range(len(a))))
@@ -255,18 +296,27 @@ def test_results_json_gives_the_same_statistics_and_the_own_ids(tmp_path: Path) 
     for i, image_id in enumerate(a.image_ids.tolist()):
         own = [r for r in rows if r["image_id"] == image_id]
         xywh = torch.tensor([r["bbox"] for r in own], dtype=torch.float64).reshape(-1, 4)
-        labels = torch.tensor([a.classes.ids.index(r["category_id"]) for r in own], dtype=torch.int64)
+        labels = torch.tensor(
+            [a.classes.ids.index(r["category_id"]) for r in own], dtype=torch.int64
+        )
         scores = torch.tensor([r["score"] for r in own], dtype=torch.float64)
-        again[i] = Detections(scores, labels, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1))
+        again[i] = Detections(
+            scores, labels, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+        )
         torch.testing.assert_close(again[i].boxes, found[i].boxes.double(), rtol=0, atol=1e-9)
         assert torch.equal(scores, found[i].scores.double())
         assert torch.equal(labels, found[i].labels)
     np.testing.assert_allclose(
-        reference(a, list(range(len(a))), again)[0], as_numbers(evaluator.compute())[0], rtol=0, atol=TOLERANCE
+        reference(a, list(range(len(a))), again)[0],
+        as_numbers(evaluator.compute())[0],
+        rtol=0,
+        atol=TOLERANCE,
     )
 
 
-def test_results_json_leaves_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_json_leaves_the_old_file_when_writing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
     monkeypatch.setattr(CocoEvaluator, "_write_rows", lambda *_: 1 / 0)
@@ -282,9 +332,15 @@ def test_counts_and_json_round_trip() -> None:
     found = {i: detect(rng, a, i) for i in range(len(a))}
     result = check(a, found, list(range(len(a))))
     assert (
-        result.detections == sum(len(d.scores) for d in found.values()) == sum(c.detections for c in result.per_class)
+        result.detections
+        == sum(len(d.scores) for d in found.values())
+        == sum(c.detections for c in result.per_class)
     )
-    assert result.ground_truth == int((~a.crowd).sum()) == sum(c.ground_truth for c in result.per_class)
+    assert (
+        result.ground_truth
+        == int((~a.crowd).sum())
+        == sum(c.ground_truth for c in result.per_class)
+    )
     (unused,) = set(range(4)) - set(a.labels[~a.crowd].tolist())
     assert result.per_class[unused].ap is None
     assert [c.id for c in result.per_class] == list(a.classes.ids)
@@ -293,14 +349,21 @@ def test_counts_and_json_round_trip() -> None:
 
 def test_boxes_beyond_what_coco_counts_are_told() -> None:
     a = make(np.random.default_rng(2), images=1, classes=1, mean_boxes=150)
-    boxes = torch.from_numpy(np.hstack([a.boxes[:, :2], a.boxes[:, :2] + a.boxes[:, 2:]]))[~torch.from_numpy(a.crowd)]
+    boxes = torch.from_numpy(np.hstack([a.boxes[:, :2], a.boxes[:, :2] + a.boxes[:, 2:]]))[
+        ~torch.from_numpy(a.crowd)
+    ]
     evaluator = CocoEvaluator(a)
-    evaluator.update(a.image_ids.tolist(), [Detections(torch.ones(len(boxes)), torch.zeros(len(boxes)).long(), boxes)])
+    evaluator.update(
+        a.image_ids.tolist(),
+        [Detections(torch.ones(len(boxes)), torch.zeros(len(boxes)).long(), boxes)],
+    )
     result = evaluator.compute()
     assert result.beyond == len(boxes) - 100 > 0
     assert result.ap == pytest.approx(100 / len(boxes), abs=0.01)
     assert f"{result.beyond} boxes count as missed" in str(result.table().caption)
-    assert "missed" not in str(CocoEvaluator(make(np.random.default_rng(1))).compute().table().caption)
+    assert "missed" not in str(
+        CocoEvaluator(make(np.random.default_rng(1))).compute().table().caption
+    )
 
 
 def test_tables_show_the_undefined_as_a_dash() -> None:

@@ -20,7 +20,15 @@ import torch.multiprocessing as mp
 from rich.console import Console
 
 import detrellis
-from detrellis.distributed import TIMEOUT, all_gather, parallel, pick_device, process_group, reduce_max, reduce_mean
+from detrellis.distributed import (
+    TIMEOUT,
+    all_gather,
+    parallel,
+    pick_device,
+    process_group,
+    reduce_max,
+    reduce_mean,
+)
 from detrellis.errors import UserError
 from detrellis.recipes.build import build, build_schemes
 from detrellis.recipes.network import build_detector
@@ -32,7 +40,10 @@ from ..small import CLASSES, SMALL, images, small, targets
 from .test_resume import stop_at
 
 # Each must survive a process whose whole batch has no boxes.
-SCHEMES = [*(name for name in SchemesConfig.model_fields if name != "co"), "co=rcnn+atss+retinanet+fcos+paa+gfl"]
+SCHEMES = [
+    *(name for name in SchemesConfig.model_fields if name != "co"),
+    "co=rcnn+atss+retinanet+fcos+paa+gfl",
+]
 
 
 def stacks(name: str) -> list[tuple[str, ...]]:
@@ -58,9 +69,13 @@ def free_port() -> int:
 
 
 def in_processes(function: Callable[..., None], *arguments: object, size: int = 2) -> None:
-    """Each is forked from one that has imported all this, and nothing else: torch's import takes seconds."""
+    """Each is forked from one that has imported all this, and nothing else: torch's import takes
+    seconds.
+    """
     multiprocessing.set_forkserver_preload([f"{__package__}.preload", __name__])
-    mp.start_processes(function, (size, free_port(), *arguments), nprocs=size, start_method="forkserver")
+    mp.start_processes(
+        function, (size, free_port(), *arguments), nprocs=size, start_method="forkserver"
+    )
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -81,7 +96,9 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
         assert reduce_max(rank, own.device) == 1
         recipes = [small(name, stack) for stack in stacks(name)]
         if name == "tiny":  # parameters without gradients are none that a process waits for
-            recipes += [recipes[0].override(f"detector.backbone.frozen={stages}") for stages in ("1", "all")]
+            recipes += [
+                recipes[0].override(f"detector.backbone.frozen={stages}") for stages in ("1", "all")
+            ]
         for recipe in recipes:
             model = build(recipe, CLASSES)
             model.train()
@@ -101,14 +118,18 @@ def steps(rank: int, size: int, port: int, name: str, out: str) -> None:
     Path(out, f"{rank}.done").touch()
 
 
-@pytest.mark.parametrize("name", ["tiny", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage"]
+)
 def test_a_process_without_boxes(name: str, tmp_path: Path) -> None:
     in_processes(steps, name, str(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {"0.done", "1.done"}
 
 
 def passes(rank: int, size: int, port: int) -> None:
-    """In each process: passes on the same input, which is another one in each process; the last without the others."""
+    """In each process: passes on the same input, which is another one in each process; the last
+    without the others.
+    """
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
     with process_group("cpu") as own:
@@ -130,7 +151,9 @@ def passes(rank: int, size: int, port: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_first_pass_of_a_process_adds_up_as_the_later_ones(size: int) -> None:
-    """DDP lays its buckets out anew after the first: a resumed run would otherwise go on with other bits."""
+    """DDP lays its buckets out anew after the first: a resumed run would otherwise go on with other
+    bits.
+    """
     in_processes(passes, size=size)
 
 
@@ -141,16 +164,49 @@ def on_one_node(rank: int, size: int, port: int, data: str, out: str) -> None:
     """In each process: the run that `torchrun` starts below."""
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
-    detrellis.train("tiny", data=data, out=out, override=SETTINGS, epochs=1, workers=0, device="cpu", console=quiet())
+    detrellis.train(
+        "tiny",
+        data=data,
+        out=out,
+        override=SETTINGS,
+        epochs=1,
+        workers=0,
+        device="cpu",
+        console=quiet(),
+    )
 
 
 def test_the_same_command_under_torchrun_on_two_nodes(shapes: Path, tmp_path: Path) -> None:
-    """Two agents with a process each share the recipe's batch and its evaluation, and write one run, bit for bit that
-    of one node with two processes; it can be resumed alone."""
+    """Two agents with a process each share the recipe's batch and its evaluation, and write one
+    run, bit for bit that of one node with two processes; it can be resumed alone."""
     out, other = tmp_path / "run", tmp_path / "one_node"
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "1"]
-    agent += ["--local-addr", "127.0.0.1", "-m", "detrellis", "train", "tiny", "--data", str(shapes)]
+    agent = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+    ]
+    agent += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{free_port()}",
+        "--rdzv-id",
+        "1",
+    ]
+    agent += [
+        "--local-addr",
+        "127.0.0.1",
+        "-m",
+        "detrellis",
+        "train",
+        "tiny",
+        "--data",
+        str(shapes),
+    ]
     agent += ["--out", str(out), "--epochs", "1", "--workers", "0", "--device", "cpu"]
     nodes = [
         subprocess.Popen(
@@ -185,7 +241,14 @@ def stopped(rank: int, size: int, port: int, data: str, out: str) -> None:
         settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
         settings += ["detector.backbone.frozen=1"]
         result = detrellis.train(
-            "tiny", data=data, out=out, override=settings, epochs=1, workers=0, device="cpu", console=quiet()
+            "tiny",
+            data=data,
+            out=out,
+            override=settings,
+            epochs=1,
+            workers=0,
+            device="cpu",
+            console=quiet(),
         )
     assert not result.finished
     Path(f"{out}.{rank}").write_text(f"{result.steps} {result.signal}")
@@ -195,7 +258,9 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(shapes: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    shapes: Path, tmp_path: Path
+) -> None:
     """One of them saves, nobody waits for ever, and one process alone can go on."""
     out = tmp_path / "run"
     in_processes(stopped, str(shapes), str(out))
@@ -210,7 +275,8 @@ def lost(rank: int, size: int, port: int, how: str, out: str) -> None:
     """In each process: rank 1 dies, or stands still for longer than the others wait."""
     os.environ |= environment(rank, size, port) | {TIMEOUT: "4"}
     Path(out, f"{rank}.here").touch()
-    while not Path(out, f"{1 - rank}.here").exists():  # they meet within the timeout, however busy the machine is
+    # They meet within the timeout, however busy the machine is
+    while not Path(out, f"{1 - rank}.here").exists():
         time.sleep(0.01)
     others = list[int]()
 
@@ -223,7 +289,9 @@ def lost(rank: int, size: int, port: int, how: str, out: str) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             reduce_max(rank, own.device)
 
-    with pytest.raises(UserError, match="another process has ended, or has not answered for 4 seconds"):
+    with pytest.raises(
+        UserError, match="another process has ended, or has not answered for 4 seconds"
+    ):
         together()
     Path(out, f"{rank}.told").touch()
     if how == "stalls" and rank == 0:
@@ -231,7 +299,9 @@ def lost(rank: int, size: int, port: int, how: str, out: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "told"), [("dies", ["0.told"]), ("stalls", ["0.told", "1.told"])])
-def test_a_process_that_is_lost_is_not_waited_for(how: str, told: list[str], tmp_path: Path) -> None:
+def test_a_process_that_is_lost_is_not_waited_for(
+    how: str, told: list[str], tmp_path: Path
+) -> None:
     """The others end with a message, and so does one that goes on after they have."""
     in_processes(lost, how, str(tmp_path))
     assert sorted(path.name for path in tmp_path.glob("*.told")) == told
@@ -241,7 +311,10 @@ def test_a_process_that_is_lost_is_not_waited_for(how: str, told: list[str], tmp
 def test_a_timeout_that_is_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TIMEOUT, text)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=f"{TIMEOUT}={text}: no number of seconds"), process_group("cpu"):
+    with (
+        pytest.raises(UserError, match=f"{TIMEOUT}={text}: no number of seconds"),
+        process_group("cpu"),
+    ):
         pass
 
 

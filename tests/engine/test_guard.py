@@ -22,7 +22,9 @@ def batch() -> dict[str, object]:
 def check(losses: dict[str, float], folder: Path, total: float | None = None) -> float:
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in losses.items()}
     whole = sum(tensors.values(), torch.zeros(())) if total is None else torch.tensor(total)
-    return check_finite(tensors, whole, 17, [101, 7], batch(), folder / "deep" / "batch.pt", "go on so")
+    return check_finite(
+        tensors, whole, 17, [101, 7], batch(), folder / "deep" / "batch.pt", "go on so"
+    )
 
 
 def test_a_finite_loss_passes_and_is_returned(tmp_path: Path) -> None:
@@ -33,7 +35,9 @@ def test_a_finite_loss_passes_and_is_returned(tmp_path: Path) -> None:
 def test_a_finite_loss_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     original = torch.Tensor.__float__
-    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: (reads.append(1), original(self))[1])
+    monkeypatch.setattr(
+        torch.Tensor, "__float__", lambda self: (reads.append(1), original(self))[1]
+    )
     check({f"term {i}": 1.0 for i in range(50)}, tmp_path)
     assert len(reads) == 1
 
@@ -93,7 +97,11 @@ def test_many_terms_and_images_are_cut_short(tmp_path: Path) -> None:
 
 
 def run(
-    watch: FlatLossWatch, losses: np.ndarray, ious: np.ndarray | None = None, every: int = 1, start: int = 1
+    watch: FlatLossWatch,
+    losses: np.ndarray,
+    ious: np.ndarray | None = None,
+    every: int = 1,
+    start: int = 1,
 ) -> list[tuple[int, str]]:
     warnings = []
     for i in range(0, len(losses), every):
@@ -103,7 +111,9 @@ def run(
     return warnings
 
 
-def noisy(rng: np.random.Generator, level: float, slope: float, noise: float, steps: int = 1000) -> np.ndarray:
+def noisy(
+    rng: np.random.Generator, level: float, slope: float, noise: float, steps: int = 1000
+) -> np.ndarray:
     values = level + slope * np.arange(steps) + rng.normal(0, noise, steps)
     values[rng.integers(0, steps, 20)] *= 10  # batches far off
     return values

@@ -34,7 +34,9 @@ class Clock:
 class Run:
     """A run of `epochs` epochs of 10 steps; the loss of step s is 100 - s, in two terms."""
 
-    def __init__(self, folder: Path, *, step: int = 0, terminal: bool = False, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, *, step: int = 0, terminal: bool = False, **options: Any
+    ) -> None:
         self.text, self.clock, self.done = io.StringIO(), Clock(), step
         console = Console(file=self.text, force_terminal=terminal, width=120)
         options = {"epochs": 3, "steps_per_epoch": 10} | options
@@ -51,7 +53,12 @@ class Run:
             }
             iou = torch.tensor(math.nan if self.done % 2 else self.done / 100)
             self.log.step(
-                self.done, losses, {"main/iou": iou}, total=torch.tensor(100.0 - self.done), lr=1e-4, images=4
+                self.done,
+                losses,
+                {"main/iou": iou},
+                total=torch.tensor(100.0 - self.done),
+                lr=1e-4,
+                images=4,
             )
 
     def epoch(self, number: int, seconds: float = 1.0, **end: Any) -> None:
@@ -75,7 +82,9 @@ def test_step_records_hold_means_since_the_last_one(tmp_path: Path) -> None:
     steps = [r for r in records(tmp_path) if r["kind"] == "step"]
     assert [r["step"] for r in steps] == [1, 5, 10]
     assert [r["loss"] for r in steps] == pytest.approx([99, 100 - 3.5, 92])
-    assert steps[1]["losses"] == pytest.approx({"main/class/0": 1, "main/class/1": 3.5, "dn/class/1": 2})
+    assert steps[1]["losses"] == pytest.approx(
+        {"main/class/0": 1, "main/class/1": 3.5, "dn/class/1": 2}
+    )
     assert steps[0]["metrics"] == {"main/iou": None}  # nothing measured
     assert steps[1]["metrics"]["main/iou"] == pytest.approx(0.03)  # steps 2 and 4
     assert steps[2]["metrics"]["main/iou"] == pytest.approx(0.08)  # 6, 8 and 10
@@ -108,7 +117,9 @@ def test_epoch_records_hold_means_of_all_steps_and_the_evaluation(
 def test_records_are_on_disk_at_once_and_strict_json(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.log.start_epoch(1)
-    run.log.step(1, {"a": torch.tensor(math.inf)}, {}, total=torch.tensor(math.nan), lr=0.1, images=1)
+    run.log.step(
+        1, {"a": torch.tensor(math.inf)}, {}, total=torch.tensor(math.nan), lr=0.1, images=1
+    )
     (record,) = records(tmp_path)
     assert record["loss"] is None
     assert record["losses"] == {"a": None}
@@ -133,7 +144,15 @@ def test_resuming_removes_what_is_done_again(tmp_path: Path, torn: str) -> None:
     again.log.close()
     assert read_records(tmp_path / "metrics.jsonl") == records(tmp_path)
     keys = [(r["kind"], r["step"]) for r in records(tmp_path)]
-    assert keys == [("step", 1), ("step", 5), ("step", 10), ("epoch", 10), ("step", 15), ("step", 20), ("epoch", 20)]
+    assert keys == [
+        ("step", 1),
+        ("step", 5),
+        ("step", 10),
+        ("epoch", 10),
+        ("step", 15),
+        ("step", 20),
+        ("epoch", 20),
+    ]
     assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]
 
 
@@ -223,7 +242,9 @@ class TestEta:
         self.go(clock, eta, 6, seconds=2)
         assert eta.left() == pytest.approx(9 * 2 + 40)
 
-    def test_a_resumed_run_counts_what_is_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_resumed_run_counts_what_is_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(log, "RECORD_EVERY", 1)
         run = Run(tmp_path, step=20)
         run.log.start_epoch(3)
@@ -374,7 +395,15 @@ def test_time_line_of_an_epoch_without_parts() -> None:
 def test_the_header_comes_back_in_long_runs() -> None:
     text = io.StringIO()
     view = TrainingView(Console(file=text, width=120), Clock(), epochs=50, steps=1)
-    record = {"epoch": 1, "loss": 1.0, "losses": {}, "metrics": {}, "lr": 0.1, "images_per_second": None, "eval": None}
+    record = {
+        "epoch": 1,
+        "loss": 1.0,
+        "losses": {},
+        "metrics": {},
+        "lr": 0.1,
+        "images_per_second": None,
+        "eval": None,
+    }
     for _ in range(45):
         view.end_epoch(record | {"seconds": {"total": 1.0}})
     assert text.getvalue().count("img/s") == 3

@@ -55,7 +55,12 @@ def found_in(rng: np.random.Generator, classes: int) -> Detections:
     x, y, w, h = np.array([coco_mask.toBbox(p) for p in packed]).T
     boxes = torch.from_numpy(np.stack([x, y, x + w, y + h], axis=1))
     scores = torch.from_numpy(np.sort(rng.random(9).round(1))[::-1].copy())
-    return Detections(scores, torch.from_numpy(rng.integers(0, classes, 9)), boxes, tuple(p["counts"] for p in packed))
+    return Detections(
+        scores,
+        torch.from_numpy(rng.integers(0, classes, 9)),
+        boxes,
+        tuple(p["counts"] for p in packed),
+    )
 
 
 def evaluators(root: Path, parts: int = 1) -> tuple[Annotations, list[CocoEvaluator], CocoSet]:
@@ -70,8 +75,12 @@ def evaluators(root: Path, parts: int = 1) -> tuple[Annotations, list[CocoEvalua
 
 
 @pytest.mark.parametrize("backend", [coco_backend._hotcoco, coco_backend._pycocotools])
-def test_equals_pycocotools_on_the_files(tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data set's own file and the results file, without the boxes that pycocotools would take the areas of."""
+def test_equals_pycocotools_on_the_files(
+    tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set's own file and the results file, without the boxes that pycocotools would take
+    the areas of.
+    """
     monkeypatch.setattr("detrellis.engine.coco_eval.backend", lambda: backend)
     _, (evaluator,), data = evaluators(tmp_path)
     evaluator.results_json(tmp_path / "results.json")
@@ -79,7 +88,10 @@ def test_equals_pycocotools_on_the_files(tmp_path: Path, backend: Any, monkeypat
     assert len(rows) == 7 * 5
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(data.file("train")))
-        for kind, results in (("segm", [{k: v for k, v in r.items() if k != "bbox"} for r in rows]), ("bbox", rows)):
+        for kind, results in (
+            ("segm", [{k: v for k, v in r.items() if k != "bbox"} for r in rows]),
+            ("bbox", rows),
+        ):
             expected = COCOeval(truth, truth.loadRes(results), kind)
             expected.evaluate()
             expected.accumulate()
@@ -105,7 +117,12 @@ def test_boxes_beside_masks(tmp_path: Path) -> None:
     result = replace(evaluator.compute(resample=True, of="mask"), boxes=boxes)
     read = EvalResult.from_dict(json.loads(json.dumps(result.to_dict())))
     assert read == replace(result, resampled=None, boxes=replace(boxes, resampled=None))
-    assert [column.header for column in result.class_table().columns][:4] == ["class", "AP", "AP50", "box AP"]
+    assert [column.header for column in result.class_table().columns][:4] == [
+        "class",
+        "AP",
+        "AP50",
+        "box AP",
+    ]
     assert result.table().title == "COCO mask AP and AR"
     assert f"box AP {boxes.ap:.3f}" in str(result.table().caption)
 

@@ -44,7 +44,9 @@ def test_counts_are_those_of_the_built_model() -> None:
     found = measure(small("tiny"), CLASSES)
     model = build(small("tiny"), CLASSES)
     assert found.parameters == sum(p.numel() for p in model.detector.parameters())
-    assert [(s.name, s.parameters, s.queries) for s in found.schemes] == [("cdn", (CLASSES + 1) * 64, 200)]
+    assert [(s.name, s.parameters, s.queries) for s in found.schemes] == [
+        ("cdn", (CLASSES + 1) * 64, 200)
+    ]
 
 
 def test_schemes_cost_nothing_at_inference() -> None:
@@ -54,12 +56,18 @@ def test_schemes_cost_nothing_at_inference() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "detr_r50", "sam_detr_r50_smca", "sam_detr_plus_r50_smca_dn", "smca_detr_ms_r50"]
+    "name",
+    ["tiny", "detr_r50", "sam_detr_r50_smca", "sam_detr_plus_r50_smca_dn", "smca_detr_ms_r50"],
 )
 def test_multiply_adds_are_those_of_a_real_pass(name: str) -> None:
-    """On the meta device nothing is computed: each operation has to say there what it would cost and return."""
+    """On the meta device nothing is computed: each operation has to say there what it would cost
+    and return.
+    """
     recipe = small(name).override(["data.size=[64, 96]", "data.augment=fixed"])
-    detector = build(recipe, CLASSES).detector.eval().requires_grad_(False).double()  # oneDNN's products go uncounted
+    # OneDNN's products go uncounted
+    detector = build(recipe, CLASSES).detector.eval().requires_grad_(False).double()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        detector(images(((64, 96),))._replace(pixels=torch.zeros(1, 3, 64, 96, dtype=torch.float64)))
+        detector(
+            images(((64, 96),))._replace(pixels=torch.zeros(1, 3, 64, 96, dtype=torch.float64))
+        )
     assert measure(recipe, CLASSES).gflops == round(counter.get_total_flops() / 2 / 1e9, 2)

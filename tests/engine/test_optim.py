@@ -23,7 +23,9 @@ from ..small import CLASSES, small
 
 
 def test_groups_hold_every_trained_parameter_once_with_its_rate() -> None:
-    recipe = small("deformable_detr_r50").override(["optim.lr=2e-4", "detector.backbone.norm=frozen"])
+    recipe = small("deformable_detr_r50").override(
+        ["optim.lr=2e-4", "detector.backbone.norm=frozen"]
+    )
     model = build(recipe, CLASSES)
     optimizer = build_optimizer(model, recipe.optim)
     rate = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -31,7 +33,11 @@ def test_groups_hold_every_trained_parameter_once_with_its_rate() -> None:
     assert set(rate) == {id(p) for p in model.parameters() if p.requires_grad}
     slow = {n for n, p in model.named_parameters() if rate.get(id(p)) == pytest.approx(2e-5)}
     assert any("backbone" in n for n in slow)
-    assert {n for n, _ in model.named_parameters() if "sampling_offsets" in n or "queries.reference" in n} <= slow
+    assert {
+        n
+        for n, _ in model.named_parameters()
+        if "sampling_offsets" in n or "queries.reference" in n
+    } <= slow
     assert all("backbone" in n or "sampling_offsets" in n or "queries.reference" in n for n in slow)
     set_learning_rate(optimizer, 1e-3)
     assert {round(g["lr"], 12) for g in optimizer.param_groups} == {1e-3, 1e-4}
@@ -40,7 +46,11 @@ def test_groups_hold_every_trained_parameter_once_with_its_rate() -> None:
 def test_norms_may_go_without_weight_decay() -> None:
     recipe = small("align_dino_r50")
     model = build(recipe, CLASSES)
-    decays = {id(p): g["weight_decay"] for g in build_optimizer(model, recipe.optim).param_groups for p in g["params"]}
+    decays = {
+        id(p): g["weight_decay"]
+        for g in build_optimizer(model, recipe.optim).param_groups
+        for p in g["params"]
+    }
     names = {n for n, p in model.named_parameters() if decays.get(id(p)) == 0}
     assert "detector.decoder.layers.0.norm_self.weight" in names
     assert "detector.neck.projections.0.1.weight" in names
@@ -73,7 +83,9 @@ def test_cosine_schedule_with_warmup() -> None:
 def test_a_warmup_in_steps_does_not_follow_the_length_of_the_run() -> None:
     config = ScheduleConfig(shape="cosine", warmup_steps=10)
     for steps in (20, 1000):
-        assert [schedule_factor(step, steps, config) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+        assert [schedule_factor(step, steps, config) for step in (0, 5, 10)] == pytest.approx(
+            [0, 0.5, 1]
+        )
     assert schedule_factor(15, 20, config) == pytest.approx(0.5)
     check_warmup(11, config)
     with pytest.raises(UserError, match=r"warmup_steps=10: the whole run has 10 steps"):
@@ -82,12 +94,21 @@ def test_a_warmup_in_steps_does_not_follow_the_length_of_the_run() -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "blocks"),
-    [("resnet18", 6), ("test_resnet", 3), ("swin_tiny_patch4_window7_224", 10), ("tf_efficientnet_lite0", 16)],
+    [
+        ("resnet18", 6),
+        ("test_resnet", 3),
+        ("swin_tiny_patch4_window7_224", 10),
+        ("tf_efficientnet_lite0", 16),
+    ],
 )
 def test_the_learning_rate_falls_with_depth(backbone: str, blocks: int) -> None:
     """The stem learns least, and all that is no backbone as ever."""
     recipe = small("tiny").override(
-        [f"detector.backbone.name={backbone}", "detector.backbone.strides=[8, 16]", "optim.layer_decay=0.5"]
+        [
+            f"detector.backbone.name={backbone}",
+            "detector.backbone.strides=[8, 16]",
+            "optim.layer_decay=0.5",
+        ]
     )
     model = build(recipe, CLASSES)
     names = [name for name, _ in model.named_parameters()]
@@ -97,7 +118,9 @@ def test_the_learning_rate_falls_with_depth(backbone: str, blocks: int) -> None:
     assert factors[next(name for name in names if "backbone." in name)] == min(depths)
     assert {factors[name] for name in names if "backbone." not in name} == {1.0}
     scaled = recipe.optim.replace(scaled={"backbone": 0.1})
-    rates = {id(p): g["lr"] for g in build_optimizer(model, scaled).param_groups for p in g["params"]}
+    rates = {
+        id(p): g["lr"] for g in build_optimizer(model, scaled).param_groups for p in g["params"]
+    }
     for name, parameter in model.named_parameters():
         factor = 0.1 * factors[name] if "backbone" in name else 1.0
         assert rates[id(parameter)] == pytest.approx(recipe.optim.lr * factor), name

@@ -33,9 +33,17 @@ SETTINGS = [
 ]
 
 
-def train(data: Path, out: Path, *override: str, recipe: str = "sam-detr-r50", **more: object) -> dict[str, Tensor]:
+def train(
+    data: Path, out: Path, *override: str, recipe: str = "sam-detr-r50", **more: object
+) -> dict[str, Tensor]:
     """The weights after an epoch of three steps: averaged ones."""
-    options = {"data": data, "out": out, "override": [*SETTINGS, *override], "epochs": 1, "workers": 0} | more
+    options = {
+        "data": data,
+        "out": out,
+        "override": [*SETTINGS, *override],
+        "epochs": 1,
+        "workers": 0,
+    } | more
     detrellis.train(recipe, device="cpu", **options)  # type: ignore[arg-type]
     return load_weights(out / "last.safetensors")[0]
 
@@ -58,8 +66,12 @@ def test_learned_boxes_move(shapes: Path, tmp_path: Path, started: list[dict[str
     assert not same(after, started[0]) & set(REFERENCE_BOXES)
 
 
-def test_random_frozen_boxes_stay_as_drawn(shapes: Path, tmp_path: Path, started: list[dict[str, Tensor]]) -> None:
-    """Neither gradients, weight decay nor averaging move them, and learning would start with the same."""
+def test_random_frozen_boxes_stay_as_drawn(
+    shapes: Path, tmp_path: Path, started: list[dict[str, Tensor]]
+) -> None:
+    """Neither gradients, weight decay nor averaging move them, and learning would start with the
+    same.
+    """
     after = train(shapes, tmp_path / "run", FROZEN)
     for before in started:
         assert same(after, before) >= set(REFERENCE_BOXES)
@@ -73,11 +85,15 @@ def test_inherited_frozen_boxes_are_another_runs_and_nothing_else_is(
     first: Path, shapes: Path, tmp_path: Path, started: list[dict[str, Tensor]]
 ) -> None:
     file = io.StringIO()
-    after = train(shapes, tmp_path / "run", FROZEN, boxes=first, console=Console(file=file, width=200))
+    after = train(
+        shapes, tmp_path / "run", FROZEN, boxes=first, console=Console(file=file, width=200)
+    )
     given, _ = load_weights(first)
     alone = build(small("sam_detr_r50").override(SETTINGS), CLASSES).detector.state_dict()
     for before in started:
-        assert all(torch.equal(before[n], (given if n in REFERENCE_BOXES else alone)[n]) for n in before)
+        assert all(
+            torch.equal(before[n], (given if n in REFERENCE_BOXES else alone)[n]) for n in before
+        )
     assert all(torch.equal(after[n], given[n]) for n in REFERENCE_BOXES)
     assert f"Reference boxes from {first}" in file.getvalue()
     card = load_weights(tmp_path / "run")[1]
@@ -93,7 +109,10 @@ def test_inherited_boxes_may_go_on_learning_and_follow_other_weights(
     started.clear()
     after = train(shapes, tmp_path / "run", weights=whole, boxes=first)
     given, all_else = load_weights(first)[0], load_weights(whole)[0]
-    assert all(torch.equal(t, (given if n in REFERENCE_BOXES else all_else)[n]) for n, t in started[0].items())
+    assert all(
+        torch.equal(t, (given if n in REFERENCE_BOXES else all_else)[n])
+        for n, t in started[0].items()
+    )
     assert not same(after, started[0]) & set(REFERENCE_BOXES)
 
 
@@ -116,15 +135,21 @@ def test_schemes_anchors_are_frozen_with_the_detectors() -> None:
     """The further groups of Group DETR are the equals of the first; each scheme still trains."""
     for schemes in (("none", "group=3"), ("none", "hybrid"), ("none", "dn")):
         model = build(small("dab_deformable_detr_r50", schemes).override([FROZEN]), CLASSES)
-        boxes = {n: p for n, p in model.named_parameters() if n.rsplit(".")[-1] in ("centres", "sizes")}
+        boxes = {
+            n: p for n, p in model.named_parameters() if n.rsplit(".")[-1] in ("centres", "sizes")
+        }
         assert len(boxes) == (2 if schemes[-1] == "dn" else 4)
         assert not any(p.requires_grad for p in boxes.values())
         torch.stack(list(model(images(), targets((2, 0))).losses.values())).sum().backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_boxes_of_another_number_or_kind_are_refused(first: Path, shapes: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="12 reference boxes in the weights, 7 in this detector") as error:
+def test_boxes_of_another_number_or_kind_are_refused(
+    first: Path, shapes: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match="12 reference boxes in the weights, 7 in this detector"
+    ) as error:
         train(shapes, tmp_path / "a", "detector.queries.count=7", boxes=first)
     assert "-o detector.queries.count=12" in error.value.remedy
     with pytest.raises(UserError, match="this detector learns no reference boxes") as error:
@@ -152,9 +177,22 @@ def test_cards_without_boxes_are_read(first: Path, tmp_path: Path) -> None:
     assert load_weights(tmp_path / "card.safetensors")[1] == card
 
 
-def test_the_command_takes_boxes(first: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_boxes(
+    first: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [a for s in [*SETTINGS, FROZEN] for a in ("-o", s)]
-    rest = ("--data", shapes, "--boxes", first, "--out", tmp_path / "run", "--workers", 0, "--device", "cpu")
+    rest = (
+        "--data",
+        shapes,
+        "--boxes",
+        first,
+        "--out",
+        tmp_path / "run",
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    )
     text = call("train", "sam-detr-r50", *rest, "--epochs", 1, *options, capsys=capsys)
     assert f"Reference boxes from {first}" in text.replace("\n", "")
     given, after = load_weights(first)[0], load_weights(tmp_path / "run")[0]

@@ -19,7 +19,8 @@ from detrellis.errors import UserError
 
 from ..small import SMALL
 
-# Dropout and denoising draw at random; the average, the schedule and accumulation have a position of their own.
+# Dropout and denoising draw at random; the average, the schedule and accumulation have a position
+# of their own.
 SETTINGS = [
     *SMALL,
     "data.size=[64, 64]",
@@ -67,7 +68,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     for name in ("last", "best"):
         assert same(*(load_file(run / f"{name}.safetensors") for run in (one, other))), name
     # Each epoch has one row in the log, however often it was interrupted.
-    rows = [[r["epoch"] for r in read_records(run / "metrics.jsonl") if r["kind"] == "epoch"] for run in (one, other)]
+    rows = [
+        [r["epoch"] for r in read_records(run / "metrics.jsonl") if r["kind"] == "epoch"]
+        for run in (one, other)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -80,10 +84,16 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("step", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGTERM)]
+    ("step", "number"),
+    [(1, signal.SIGTERM), (2, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGTERM)],
 )
 def test_a_stopped_run_continues_bit_for_bit(
-    shapes: Path, whole: Path, tmp_path: Path, step: int, number: int, monkeypatch: pytest.MonkeyPatch
+    shapes: Path,
+    whole: Path,
+    tmp_path: Path,
+    step: int,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -104,7 +114,9 @@ def test_another_seed_is_another_run(shapes: Path, whole: Path, tmp_path: Path) 
     other = detrellis.train(
         "tiny", data=shapes, out=tmp_path / "b", override=SETTINGS, epochs=EPOCHS, workers=0, seed=1
     )
-    assert not same(load_file(whole / "last.safetensors"), load_file(other.run / "last.safetensors"))
+    assert not same(
+        load_file(whole / "last.safetensors"), load_file(other.run / "last.safetensors")
+    )
 
 
 def test_a_new_run_never_overwrites_an_old_one(shapes: Path, whole: Path) -> None:

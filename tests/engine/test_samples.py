@@ -28,7 +28,8 @@ def test_pictures_are_drawn_as_they_are_trained_on(shapes: Path) -> None:
     recipe = find_recipe("tiny").override(SETTINGS)
     sheet = samples_sheet(training_dataset(training, recipe, 0), training.classes.names, 1)
     assert max(sheet.size) >= CELL
-    # Flipped, as the recipe has it: the picture, apart from the lines of its boxes, is that of the data set.
+    # Flipped, as the recipe has it: the picture, apart from the lines of its boxes, is that of the
+    # data set.
     shown = training_dataset(training, recipe, 0)[0, 0]
     plain = training_dataset(training, recipe.override("data.hflip=0"), 0)[0, 0]
     assert (shown.image == plain.image.flip(-1)).all()
@@ -46,11 +47,16 @@ def test_a_small_data_set_has_a_small_sheet(shapes: Path) -> None:
 
 
 def test_a_run_has_its_sheet_and_check_draws_one(shapes: Path, tmp_path: Path) -> None:
-    run = detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0).run
+    run = detrellis.train(
+        "tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0
+    ).run
     with Image.open(run / "train_samples.jpg") as sheet:
         assert sheet.width > CELL
     out = tmp_path / "sheets"
-    assert draw_samples(find_recipe("tiny").override(SETTINGS), shapes, 4, out) == out / "train_samples.jpg"
+    assert (
+        draw_samples(find_recipe("tiny").override(SETTINGS), shapes, 4, out)
+        == out / "train_samples.jpg"
+    )
     (out / "train_samples.jpg").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="train_samples"):
         draw_samples(find_recipe("tiny"), shapes, 4, out)
@@ -65,7 +71,10 @@ def test_the_sheet_has_masks_where_every_object_has_one(tmp_path: Path) -> None:
 
 
 def test_nothing_is_drawn_of_a_data_set_with_errors(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(shapes, tmp_path / "data")
     monkeypatch.chdir(tmp_path)

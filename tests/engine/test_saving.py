@@ -39,15 +39,23 @@ def run(data: Path, out: Path) -> TrainResult:
 
 
 def snapshot(folder: Path, to: Path) -> None:
-    """The folder as a process that is killed now leaves it. Files that are moved into place are never written again."""
+    """The folder as a process that is killed now leaves it. Files that are moved into place are
+    never written again.
+    """
     shutil.copytree(
-        folder, to, copy_function=lambda a, b: Path(b).hardlink_to(a) if ".jsonl" not in a else shutil.copy(a, b)
+        folder,
+        to,
+        copy_function=lambda a, b: (
+            Path(b).hardlink_to(a) if ".jsonl" not in a else shutil.copy(a, b)
+        ),
     )
 
 
 @pytest.fixture(scope="module")
 def told(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """A run that nobody stops, and its folder before and after each move of a file into its place."""
+    """A run that nobody stops, and its folder before and after each move of a file into its
+    place.
+    """
     base = tmp_path_factory.mktemp("killed")
     out, replace, moments = base / "run", atomic.os.replace, []
 
@@ -64,8 +72,12 @@ def told(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, moments
 
 
-def test_a_run_that_is_killed_while_saving_can_go_on(told: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """At each moment there is a whole state, but before the first; of the torn ones two go on to the same end."""
+def test_a_run_that_is_killed_while_saving_can_go_on(
+    told: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """At each moment there is a whole state, but before the first; of the torn ones two go on to
+    the same end.
+    """
     whole, moments = told
     torn, seen = [], []
     for moment in moments:
@@ -80,12 +92,15 @@ def test_a_run_that_is_killed_while_saving_can_go_on(told: tuple[Path, list[Path
         if (moment / "last.safetensors").exists():
             weights = detrellis.load(moment / "last.safetensors")
             mine = state["model" if state["ema"] is None else "ema"]
-            if not all(same(value, mine[name]) for name, value in weights.detector.state_dict().items()):
+            if not all(
+                same(value, mine[name]) for name, value in weights.detector.state_dict().items()
+            ):
                 torn.append(moment)
     assert seen[0] == 0
     assert seen == sorted(seen)
     assert len(torn) >= 2
-    unsaved = next(m for m in moments if has_row(m, 1))  # its result is in the log, and in no state yet
+    # Its result is in the log, and in no state yet
+    unsaved = next(m for m in moments if has_row(m, 1))
     assert load_run(unsaved)[0]["epoch"] == 0
     for moment in (moments[1], torn[0], unsaved, torn[-1]):
         shutil.copytree(moment, tmp_path / moment.name)
@@ -94,7 +109,9 @@ def test_a_run_that_is_killed_while_saving_can_go_on(told: tuple[Path, list[Path
         assert_same_run(whole, tmp_path / moment.name)
 
 
-def test_a_torn_last_state_costs_what_came_after_the_one_before(told: tuple[Path, list[Path]], tmp_path: Path) -> None:
+def test_a_torn_last_state_costs_what_came_after_the_one_before(
+    told: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(told[0], out)
     os.truncate(out / "last.state.pt", 5000)
@@ -105,21 +122,38 @@ def test_a_torn_last_state_costs_what_came_after_the_one_before(told: tuple[Path
 
 def has_row(run: Path, epoch: int) -> bool:
     log = run / "metrics.jsonl"
-    return log.exists() and any(r["kind"] == "epoch" and r["epoch"] == epoch for r in read_records(log))
+    return log.exists() and any(
+        r["kind"] == "epoch" and r["epoch"] == epoch for r in read_records(log)
+    )
 
 
 def test_each_epoch_writes_its_state_once(told: tuple[Path, list[Path]]) -> None:
-    """And once before the first step and after the last result: a large state takes seconds. A card has the figures
-    of its own weights or none."""
-    files = {(m / "last.state.pt").stat().st_ino: m for m in told[1] if (m / "last.state.pt").exists()}
+    """And once before the first step and after the last result: a large state takes seconds. A card
+    has the figures of its own weights or none."""
+    files = {
+        (m / "last.state.pt").stat().st_ino: m for m in told[1] if (m / "last.state.pt").exists()
+    }
     saved = [load_run(moment)[0] for moment in files.values()]
-    assert [(s["epoch"], s["step"]) for s in saved] == [(0, 0), (0, STEPS), (1, 2 * STEPS), (2, 2 * STEPS)]
+    assert [(s["epoch"], s["step"]) for s in saved] == [
+        (0, 0),
+        (0, STEPS),
+        (1, 2 * STEPS),
+        (2, 2 * STEPS),
+    ]
     cards = [json.loads(state["card"]["detrellis"]) for state in saved]
-    assert {(card["epoch"], card["stats"] is not None) for card in cards} == {(0, False), (1, False), (2, True)}
+    assert {(card["epoch"], card["stats"] is not None) for card in cards} == {
+        (0, False),
+        (1, False),
+        (2, True),
+    }
 
 
-def test_a_run_of_before_states_held_their_card(told: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """It takes that of the last weights, if they are of its own epoch; a state is moved before them."""
+def test_a_run_of_before_states_held_their_card(
+    told: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """It takes that of the last weights, if they are of its own epoch; a state is moved before
+    them.
+    """
     late = [m for m in told[1] if has_row(m, 1) and not has_row(m, 2)]
     assert load_run(late[-2])[0]["step"] == 2 * STEPS
     for moment, name in ((late[-2], "torn"), (late[-1], "whole")):
@@ -147,11 +181,15 @@ def test_a_stored_factor_of_no_parameter_does_not_stop_a_run(
     with monkeypatch.context() as patch:
         patch.setattr(build, "_refuse_idle_factors", lambda *_: None)
         stop_at(patch, 1)
-        detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=idle, epochs=1, workers=0)
+        detrellis.train(
+            "tiny", data=shapes, out=tmp_path / "run", override=idle, epochs=1, workers=0
+        )
     assert detrellis.resume(tmp_path / "run", workers=0).finished
 
 
-def test_a_worker_that_is_killed_costs_nothing(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_killed_costs_nothing(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log_step = RunLog.step
 
     def step(self: RunLog, number: int, *args: Any, **kwargs: Any) -> None:
@@ -165,11 +203,16 @@ def test_a_worker_that_is_killed_costs_nothing(shapes: Path, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "step", step)
         with pytest.raises(UserError, match="a loader worker died") as error:
-            detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=settings, epochs=2, workers=1)
+            detrellis.train(
+                "tiny", data=shapes, out=tmp_path / "run", override=settings, epochs=2, workers=1
+            )
     assert "--workers 0" in error.value.remedy
     step_saved = load_run(tmp_path / "run")[0]["step"]
     assert step_saved >= 2
-    assert f"Nothing that was trained is lost: the run is saved up to step {step_saved}" in error.value.remedy
+    assert (
+        f"Nothing that was trained is lost: the run is saved up to step {step_saved}"
+        in error.value.remedy
+    )
     assert "Done in" in follow(error.value.remedy)
 
 
@@ -195,13 +238,19 @@ def follow(text: str, code: int = 0) -> str:
     """Do what the first command in a message says."""
     found = re.search(r"detrellis (train --resume .*)", text)
     assert found is not None, text
-    done = CliRunner().invoke(app, [*shlex.split(found[1]), "--workers", "0"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, [*shlex.split(found[1]), "--workers", "0"], catch_exceptions=False
+    )
     assert done.exit_code == code, done.output
     return done.output
 
 
-def test_an_error_of_ours_costs_nothing_either(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the log, between two steps: what the steps since the last checkpoint trained is saved first."""
+def test_an_error_of_ours_costs_nothing_either(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the log, between two steps: what the steps since the last checkpoint trained is saved
+    first.
+    """
     log_step = RunLog.step
 
     def step(self: RunLog, number: int, *args: Any, **kwargs: Any) -> None:
@@ -216,8 +265,12 @@ def test_an_error_of_ours_costs_nothing_either(shapes: Path, tmp_path: Path, mon
     assert load_run(tmp_path / "run")[0]["step"] == 2
 
 
-def test_a_step_that_breaks_off_is_not_saved(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights may have moved where the average has not: the run goes on from the checkpoint before."""
+def test_a_step_that_breaks_off_is_not_saved(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights may have moved where the average has not: the run goes on from the checkpoint
+    before.
+    """
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def break_off(*args: Any) -> None:
@@ -232,9 +285,14 @@ def test_a_step_that_breaks_off_is_not_saved(shapes: Path, tmp_path: Path, monke
     assert load_run(tmp_path / "run")[0]["step"] == 0
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save, calls = torch.save, []
-    errors = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64 vs 0\nmore")]
+    errors = [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("unexpected pos 64 vs 0\nmore"),
+    ]
 
     def full(*args: Any) -> None:
         calls.append(args)
@@ -251,13 +309,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(shapes: Path, tmp_path: Path, mo
     assert load_run(tmp_path / "run")[0]["step"] == 0
     calls.clear()
     calls.append(())
-    with pytest.raises(UserError, match=r"cannot be saved .unexpected pos 64 vs 0.\n") as error:  # torch's words
+    # Torch's words
+    with pytest.raises(UserError, match=r"cannot be saved .unexpected pos 64 vs 0.\n") as error:
         run(shapes, tmp_path / "second")
     assert error.value.remedy == "Nothing has been trained yet: make room, or take another --out."
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     written = []
 
@@ -266,10 +328,17 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("detrellis.engine.log._RecordFile.write", full)
-    result = detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0)
+    result = detrellis.train(
+        "tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0
+    )
     assert result.finished
     assert len(written) > 1
-    assert capsys.readouterr().out.count("metrics.jsonl cannot be written now (No space left on device)") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "metrics.jsonl cannot be written now (No space left on device)"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -301,22 +370,37 @@ def test_an_unfinished_run_is_no_success(
         assert "Done in" in follow(done.output)
 
 
-def test_a_long_epoch_is_saved_now_and_then(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_epoch_is_saved_now_and_then(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = []
     monkeypatch.setattr("detrellis.engine.train.SAVE_EVERY_SECONDS", -1.0)
-    monkeypatch.setattr(RunLog, "step", lambda *_, **__: saved.append(load_run(tmp_path / "run")[0]["step"]))
-    detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0)
+    monkeypatch.setattr(
+        RunLog, "step", lambda *_, **__: saved.append(load_run(tmp_path / "run")[0]["step"])
+    )
+    detrellis.train(
+        "tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, workers=0
+    )
     assert saved == list(range(STEPS))
 
 
 def test_a_second_ctrl_c_stops_at_once(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And a second SIGTERM does not: a machine that shuts down repeats it while the run is saved."""
+    """And a second SIGTERM does not: a machine that shuts down repeats it while the run is
+    saved.
+    """
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / signal.Signals(number).name
-        stopping = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
+        stopping = (
+            pytest.raises(KeyboardInterrupt)
+            if number == signal.SIGINT
+            else contextlib.nullcontext()
+        )
         with monkeypatch.context() as patch, stopping:
             stop_at(patch, 1, number)
             stop_at(patch, 1, number)
@@ -325,7 +409,10 @@ def test_a_second_ctrl_c_stops_at_once(
     assert load_run(tmp_path / "SIGINT")[0]["step"] == 0
     assert load_run(tmp_path / "SIGTERM")[0]["step"] == 1
     said = capsys.readouterr().out
-    assert "Stopped at once. The run is saved up to step 0. Go on with: detrellis train --resume" in said
+    assert (
+        "Stopped at once. The run is saved up to step 0. Go on with: detrellis train --resume"
+        in said
+    )
     assert "Done in" in follow(said)
 
 
@@ -337,7 +424,9 @@ def test_a_loss_that_is_not_finite_is_gone_on_from_as_the_message_says(
     from detrellis.engine import train
 
     set_rate = train.set_learning_rate
-    monkeypatch.setattr(train, "set_learning_rate", lambda o, lr: (rates.append(lr), set_rate(o, lr))[1])
+    monkeypatch.setattr(
+        train, "set_learning_rate", lambda o, lr: (rates.append(lr), set_rate(o, lr))[1]
+    )
 
     def diverging(self: TrainableDetector, *args: Any) -> Any:
         out = forward(self, *args)
@@ -348,7 +437,9 @@ def test_a_loss_that_is_not_finite_is_gone_on_from_as_the_message_says(
     monkeypatch.setattr(TrainableDetector, "forward", diverging)
     settings = [*SETTINGS, "optim.lr=1e-3", "schedule.warmup=0"]
     with pytest.raises(NonFiniteLoss) as error:
-        detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=settings, epochs=2, workers=0)
+        detrellis.train(
+            "tiny", data=shapes, out=tmp_path / "run", override=settings, epochs=2, workers=0
+        )
     assert f"from the last checkpoint, of step {STEPS}" in error.value.remedy
     rates.clear()
     output = follow(error.value.remedy)
@@ -371,8 +462,12 @@ def test_weights_that_are_not_finite_are_not_saved(
 
     found: list[Any] = []
     fresh = train.fresh_state
-    monkeypatch.setattr(train, "fresh_state", lambda *a, **k: (found.append(fresh(*a, **k)), found[-1])[1])
-    monkeypatch.setattr(RunLog, "step", lambda self, step, *a, **k: poison(self, step) if step == STEPS else None)
+    monkeypatch.setattr(
+        train, "fresh_state", lambda *a, **k: (found.append(fresh(*a, **k)), found[-1])[1]
+    )
+    monkeypatch.setattr(
+        RunLog, "step", lambda self, step, *a, **k: poison(self, step) if step == STEPS else None
+    )
     with pytest.raises(NonFiniteLoss, match="step 3: the weights are not finite any more"):
         run(shapes, tmp_path / "run")
     assert load_run(tmp_path / "run")[0]["step"] == 0
@@ -415,7 +510,9 @@ def test_data_that_moved(
         run(data, out)
     data.rename(there)
     for verb, call in (("train --resume", detrellis.resume), ("eval", detrellis.evaluate)):
-        with pytest.raises(UserError, match=r"its data set is not where it was: .*data/.* is missing") as error:
+        with pytest.raises(
+            UserError, match=r"its data set is not where it was: .*data/.* is missing"
+        ) as error:
             call(out)
         assert f"detrellis {verb} {out} --data FOLDER" in error.value.remedy
     assert detrellis.evaluate(out / "last.safetensors", data=there, workers=0).images == 5
@@ -424,10 +521,13 @@ def test_data_that_moved(
     listing = other / "annotations" / "instances_train.json"
     content = json.loads(listing.read_text())
     content["images"][0]["file_name"] = "new.jpg"
-    (other / "images" / "train" / "new.jpg").write_bytes(next((other / "images" / "train").iterdir()).read_bytes())
+    (other / "images" / "train" / "new.jpg").write_bytes(
+        next((other / "images" / "train").iterdir()).read_bytes()
+    )
     listing.write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=r"images of train are not those of the run: 11 then, 11 now; missing .*; new new.jpg"
+        UserError,
+        match=r"images of train are not those of the run: 11 then, 11 now; missing .*; new new.jpg",
     ):
         detrellis.resume(out, data=other)
     content["categories"][0]["name"] = "other"

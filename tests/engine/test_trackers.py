@@ -1,4 +1,6 @@
-"""Trackers: what they get, that none of them stops a run, and that a resumed run goes on in the same one."""
+"""Trackers: what they get, that none of them stops a run, and that a resumed run goes on in the
+same one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from rich.console import Console
 import detrellis
 from detrellis.engine import trackers as tracking
 from detrellis.engine.log import RunLog
-from detrellis.engine.tracker_libraries import MLflow, TensorBoard, Trackio, Wandb, named, tracker_names
+from detrellis.engine.tracker_libraries import (
+    MLflow,
+    TensorBoard,
+    Trackio,
+    Wandb,
+    named,
+    tracker_names,
+)
 from detrellis.engine.trackers import Status, TrackedRun, Tracker, Trackers, read_ids
 from detrellis.errors import UserError
 from tests.engine.test_log import Run
@@ -60,7 +69,9 @@ class Recorder:
         self.note("end", status)
 
 
-def test_a_tracker_gets_every_record_and_a_resumed_run_goes_on_in_the_same_one(tmp_path: Path) -> None:
+def test_a_tracker_gets_every_record_and_a_resumed_run_goes_on_in_the_same_one(
+    tmp_path: Path,
+) -> None:
     first = Recorder()
     assert isinstance(first, Tracker)
     run = Run(tmp_path / "run", trackers=[first], config={"seed": 3})
@@ -69,7 +80,10 @@ def test_a_tracker_gets_every_record_and_a_resumed_run_goes_on_in_the_same_one(t
     run.log.status = "finished"
     run.log.close()
     run.log.close()
-    assert first.calls[:2] == [("start", f"{tmp_path.name}-run", 0, {"seed": 3}, None), ("picture", "sheet", (8, 6), 0)]
+    assert first.calls[:2] == [
+        ("start", f"{tmp_path.name}-run", 0, {"seed": 3}, None),
+        ("picture", "sheet", (8, 6), 0),
+    ]
     assert [call[2] for call in first.calls if call[0] == "metrics"] == [1, 5, 10, 10]
     assert first.calls[3][1]["losses/main/class/1"] == 3.5
     epoch = first.calls[5][1]
@@ -102,13 +116,21 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, fails: str) -> None
     run.epoch(2)
     run.log.close()
     text = run.text.getvalue()
-    assert text.count("recorder failed (SystemExit: no [server] there). The run goes on without it. Try again.") == 1
+    assert (
+        text.count(
+            "recorder failed (SystemExit: no [server] there). The run goes on without it. Try "
+            "again."
+        )
+        == 1
+    )
     assert text.count("warning") == 1
     assert broken.calls[-1][0] == fails
     assert good.calls[-1] == ("end", "stopped")
 
 
-def test_a_tracker_that_hangs_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_hangs_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released = threading.Event()
 
     class Hanging(Recorder):
@@ -128,7 +150,9 @@ def test_a_tracker_that_hangs_is_one_warning(tmp_path: Path, monkeypatch: pytest
     released.set()
 
 
-def test_a_tracker_that_falls_behind_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_falls_behind_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     released, said = threading.Event(), list[str]()
 
     class Slow(Recorder):
@@ -157,7 +181,13 @@ def test_a_run_and_what_goes_on_with_it(shapes: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"workers": 0, "console": Console(file=io.StringIO())}
     first, second = Recorder(), Recorder("start")
     done = detrellis.train(
-        "tiny", data=shapes, out=tmp_path / "run", override=SETTINGS, epochs=1, track=first, **options
+        "tiny",
+        data=shapes,
+        out=tmp_path / "run",
+        override=SETTINGS,
+        epochs=1,
+        track=first,
+        **options,
     )
     assert read_ids(done.run) == {"recorder": "id-1"}
     (_, _, step, config, resumed), picture = first.calls[:2]
@@ -168,7 +198,9 @@ def test_a_run_and_what_goes_on_with_it(shapes: Path, tmp_path: Path) -> None:
     assert first.calls[-1] == ("end", "finished")
     again = detrellis.resume(done.run, epochs=2, track=[second], **options)
     assert (again.finished, again.epochs) == (True, 2)
-    assert second.calls == [("start", *first.calls[0][1:2], done.steps, *second.calls[0][3:4], "id-1")]
+    assert second.calls == [
+        ("start", *first.calls[0][1:2], done.steps, *second.calls[0][3:4], "id-1")
+    ]
 
 
 def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +209,9 @@ def test_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"(?s)is not installed.*detrellis\["):
         tracker_names(["tensorboard,mlflow"])
-    assert [tracker.name for tracker in named(["tensorboard", "mlflow", "tensorboard", "mine"])] == [
+    assert [
+        tracker.name for tracker in named(["tensorboard", "mlflow", "tensorboard", "mine"])
+    ] == [
         "tensorboard",
         "mlflow",
     ]
@@ -217,13 +251,17 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     resumed.epoch(1, stats={"AP": 0.75})
     resumed.log.close()
     events = loading.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx({1: 99, 5: 96.5, 10: 92, 15: 87})
+    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(
+        {1: 99, 5: 96.5, 10: 92, 15: 87}
+    )
     assert [e.value for e in events.Scalars("epoch/eval/AP")] == pytest.approx([0.75])
     assert "epoch/eval/AP75" not in events.Tags()["scalars"]
     assert events.Tags()["images"] == ["sheet"]
 
 
-def test_without_tensorboard_it_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorboard_it_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run = Run(tmp_path, trackers=[TensorBoard()])
     run.epoch(1)
@@ -237,14 +275,24 @@ def test_mlflow_keeps_one_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     assert "warning " not in both(tmp_path / "run", MLflow)
-    client = importlib.import_module("mlflow.tracking").MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    client = importlib.import_module("mlflow.tracking").MlflowClient(
+        tracking_uri=(tmp_path / "mlruns").as_uri()
+    )
     experiment = client.get_experiment_by_name("detrellis").experiment_id
     (found,) = client.search_runs([experiment])
     assert (found.info.run_name, found.info.status) == (f"{tmp_path.name}-run", "FINISHED")
     assert read_ids(tmp_path / "run") == {"mlflow": found.info.run_id}
-    assert {m.step: m.value for m in client.get_metric_history(found.info.run_id, "loss")} == {1: 99, 5: 96.5, 10: 92}
+    assert {m.step: m.value for m in client.get_metric_history(found.info.run_id, "loss")} == {
+        1: 99,
+        5: 96.5,
+        10: 92,
+    }
     assert found.data.metrics["epoch/eval/AP"] == 0.75
-    assert {f.path for f in client.list_artifacts(found.info.run_id)} == {"config.json", "sheet-0.png", "sheet-5.png"}
+    assert {f.path for f in client.list_artifacts(found.info.run_id)} == {
+        "config.json",
+        "sheet-0.png",
+        "sheet-5.png",
+    }
 
 
 @pytest.mark.usefixtures("_patient")

@@ -35,10 +35,14 @@ SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
 def test_a_loss_that_is_not_finite_names_term_step_and_images(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, _: set_learning_rate(optimizer, 1e30))
+    monkeypatch.setattr(
+        train, "set_learning_rate", lambda optimizer, _: set_learning_rate(optimizer, 1e30)
+    )
     wild = [*SETTINGS, "optim.clip=0", "optim.ema=0"]
     with pytest.raises(NonFiniteLoss) as error:
-        detrellis.train("tiny", data=shapes, out=tmp_path / "run", override=wild, epochs=2, workers=0)
+        detrellis.train(
+            "tiny", data=shapes, out=tmp_path / "run", override=wild, epochs=2, workers=0
+        )
     message = str(error.value)
     assert "step 2" in message
     assert "main/" in message
@@ -49,14 +53,21 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(
 
 def test_every_epoch_is_recorded_with_the_time_of_its_parts(shapes: Path, tmp_path: Path) -> None:
     result = detrellis.train(
-        "tiny", data=shapes, out=tmp_path, override=[*SETTINGS, "schedule.eval_every=2"], epochs=3, workers=0
+        "tiny",
+        data=shapes,
+        out=tmp_path,
+        override=[*SETTINGS, "schedule.eval_every=2"],
+        epochs=3,
+        workers=0,
     )
     epochs = [r for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "epoch"]
     assert [r["epoch"] for r in epochs] == [1, 2, 3]
     assert [r["eval"] is not None for r in epochs] == [False, True, True]
     for record in epochs:
         assert {"data", "forward", "backward", "optimizer"} <= set(record["seconds"])
-        assert {"main/class/0", "main/giou/1", "cdn/box/0", "proposals/class/0"} <= set(record["losses"])
+        assert {"main/class/0", "main/giou/1", "cdn/box/0", "proposals/class/0"} <= set(
+            record["losses"]
+        )
         assert "main/iou" in record["metrics"]
         assert record["loss"] == pytest.approx(sum(record["losses"].values()), rel=1e-4)
     assert result.finished
@@ -64,7 +75,10 @@ def test_every_epoch_is_recorded_with_the_time_of_its_parts(shapes: Path, tmp_pa
 
 
 def test_the_last_epoch_is_measured_without_duplicates_too(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked, told = [], []
 
@@ -78,7 +92,9 @@ def test_the_last_epoch_is_measured_without_duplicates_too(
 
     monkeypatch.setattr("detrellis.postprocess.hard_nms", first)
     monkeypatch.setattr("detrellis.engine.train.duplicates_line", line)
-    result = detrellis.train("tiny", data=shapes, out=tmp_path, override=SETTINGS, epochs=2, workers=0)
+    result = detrellis.train(
+        "tiny", data=shapes, out=tmp_path, override=SETTINGS, epochs=2, workers=0
+    )
     assert asked == [(12 * 5, 0.7, 20)] * 5  # all pairs of the five images, once
     assert told == [(5 * 20, 5)]
     assert capsys.readouterr().out.count("found twice") == 1
@@ -89,10 +105,16 @@ def test_the_last_epoch_is_measured_without_duplicates_too(
     assert result.result.detections == 5 * 20
 
 
-@pytest.mark.parametrize(("plain", "apart", "tells"), [(0.357, 0.46, True), (0.45, 0.455, False), (None, None, False)])
-def test_what_duplicates_cost_is_told(plain: float | None, apart: float | None, tells: bool) -> None:
+@pytest.mark.parametrize(
+    ("plain", "apart", "tells"), [(0.357, 0.46, True), (0.45, 0.455, False), (None, None, False)]
+)
+def test_what_duplicates_cost_is_told(
+    plain: float | None, apart: float | None, tells: bool
+) -> None:
     counts = {"images": 1, "images_in_set": 1, "ground_truth": 1, "detections": 1}
-    line = duplicates_line(*(EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (plain, apart)))
+    line = duplicates_line(
+        *(EvalResult(stats={"AP": ap}, per_class=(), **counts) for ap in (plain, apart))
+    )
     assert (line is not None) == tells
     assert line is None or "from 0.357 to 0.460" in line
 
@@ -113,7 +135,9 @@ def test_training_without_a_validation_split(shapes: Path, tmp_path: Path) -> No
 
 
 def test_a_frozen_backbone_is_left_as_it_was(shapes: Path, tmp_path: Path) -> None:
-    """Its weights, its statistics and its average, and the optimizer keeps nothing of it; the rest learns."""
+    """Its weights, its statistics and its average, and the optimizer keeps nothing of it; the rest
+    learns.
+    """
     settings = [*SETTINGS, "detector.backbone.frozen=all"]
     with pytest.warns(Advice, match="what is random stays random"):
         detrellis.train("tiny", data=shapes, out=tmp_path, override=settings, epochs=1, workers=0)
@@ -125,7 +149,11 @@ def test_a_frozen_backbone_is_left_as_it_was(shapes: Path, tmp_path: Path) -> No
         moved = {name for name, value in before.items() if not torch.equal(found[name], value)}
         assert moved
         assert not any(name.startswith("backbone.") for name in moved)
-    parameters = [p for n, p in build(card.recipe, 5).named_parameters() if not n.startswith("detector.backbone.")]
+    parameters = [
+        p
+        for n, p in build(card.recipe, 5).named_parameters()
+        if not n.startswith("detector.backbone.")
+    ]
     assert len(state["optimizer"]["state"]) == len(parameters)
 
 
@@ -140,15 +168,25 @@ def test_a_factor_of_nothing_is_pointed_to_freezing() -> None:
 
 
 def test_a_few_images_can_be_learnt_by_heart(shapes: Path, tmp_path: Path) -> None:
-    """The whole chain learns: in 40 steps the loss on eleven pictures falls by a quarter or more."""
-    settings = [*SETTINGS, "optim.lr=1e-3", "data.augment=none", "schedule.eval_every=1000", "optim.batch_size=3"]
+    """The whole chain learns: in 40 steps the loss on eleven pictures falls by a quarter or
+    more.
+    """
+    settings = [
+        *SETTINGS,
+        "optim.lr=1e-3",
+        "data.augment=none",
+        "schedule.eval_every=1000",
+        "optim.batch_size=3",
+    ]
     detrellis.train("tiny", data=shapes, out=tmp_path, override=settings, epochs=10, workers=0)
     losses = [r["loss"] for r in read_records(tmp_path / "metrics.jsonl") if r["kind"] == "epoch"]
     assert losses[-1] < 0.75 * losses[0]
 
 
 def test_the_optimizer_steps_are_the_recipes_batches(shapes: Path, tmp_path: Path) -> None:
-    """Accumulating halves gives the step of the whole batch, but for the normaliser: boxes are counted by pass."""
+    """Accumulating halves gives the step of the whole batch, but for the normaliser: boxes are
+    counted by pass.
+    """
     assert find_recipe("tiny").optim.accumulate == 1
     plain, halves = (
         detrellis.train(
@@ -165,7 +203,9 @@ def test_the_optimizer_steps_are_the_recipes_batches(shapes: Path, tmp_path: Pat
 
 
 def test_the_share_of_padding_is_recorded() -> None:
-    batch = Batch(images(((64, 96), (32, 48))), targets((1, 1)), (1, 2), torch.tensor([[64, 96], [32, 48]]))
+    batch = Batch(
+        images(((64, 96), (32, 48))), targets((1, 1)), (1, 2), torch.tensor([[64, 96], [32, 48]])
+    )
     assert float(padded_fraction(batch)) == pytest.approx(0.75 / 2)
     even = batch._replace(images=images(((64, 96), (64, 96))))
     assert float(padded_fraction(even)) == 0
@@ -174,14 +214,20 @@ def test_the_share_of_padding_is_recorded() -> None:
 def test_schemes_are_told_the_classes_and_how_far_the_run_is(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a threshold of 1, too, which shows images of every class but the most frequent ones more often."""
+    """With a threshold of 1, too, which shows images of every class but the most frequent ones more
+    often.
+    """
     images: list[list[int]] = []
     done: list[float] = []
-    monkeypatch.setattr(Federated, "count_classes", lambda _, counts: images.append(counts.tolist()))
+    monkeypatch.setattr(
+        Federated, "count_classes", lambda _, counts: images.append(counts.tolist())
+    )
     monkeypatch.setattr(Rank, "progress", lambda _, part: done.append(part))
     settings = [*SETTINGS, "data.repeat_threshold=1"]
     schemes = ["rank", "federated"]
-    run = detrellis.train("tiny", data=shapes, scheme=schemes, out=tmp_path, override=settings, epochs=2, workers=0)
+    run = detrellis.train(
+        "tiny", data=shapes, scheme=schemes, out=tmp_path, override=settings, epochs=2, workers=0
+    )
     source = json.loads((shapes / "annotations" / "instances_train.json").read_text())
     having = [
         {a["image_id"] for a in source["annotations"] if a["category_id"] == category}

@@ -1,4 +1,6 @@
-"""Weights of one detector in another: what is copied, what is told, and a run that starts from another run."""
+"""Weights of one detector in another: what is copied, what is told, and a run that starts from
+another run.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def classes(*names: str) -> ClassMap:
     return ClassMap(tuple(range(len(names))), names)
 
 
-def detector(recipe: str = "tiny", names: Sequence[str] = OLD, *settings: str, seed: int = 0) -> Detector:
+def detector(
+    recipe: str = "tiny", names: Sequence[str] = OLD, *settings: str, seed: int = 0
+) -> Detector:
     small = find_recipe(recipe).untrained().override([*SMALL, *settings])
     return build(small, len(names), seed=seed).detector
 
@@ -57,10 +61,15 @@ def printed(report: TransferReport) -> str:
 def source(
     recipe: str = "tiny", names: Sequence[str] = OLD, *settings: str, objectness: bool = False
 ) -> InitialWeights:
-    """Weights in which no number is a fresh detector's by chance: those that start at a constant are drawn too."""
+    """Weights in which no number is a fresh detector's by chance: those that start at a constant
+    are drawn too.
+    """
     found = weights(detector(recipe, names, *settings, seed=1))
     generator = torch.Generator().manual_seed(1)
-    drawn = {n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t for n, t in found.items()}
+    drawn = {
+        n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+        for n, t in found.items()
+    }
     return InitialWeights(drawn, classes(*names), objectness)
 
 
@@ -81,12 +90,19 @@ def test_class_rows_go_by_name_wherever_they_are() -> None:
     after = model.state_dict()
     for name in (*CLASS_HEADS, *PROPOSAL_HEADS):
         old = start.weights[name]
-        assert torch.equal(after[name], torch.stack([old[3], before[name][1], old[0], before[name][3]])), name
+        assert torch.equal(
+            after[name], torch.stack([old[3], before[name][1], old[0], before[name][3]])
+        ), name
     others = after.keys() - {*CLASS_HEADS, *PROPOSAL_HEADS}
     assert all(torch.equal(after[n], start.weights[n]) for n in others)
-    assert report.classes == ClassRows(False, (" Star", "DISC"), ("circle", "hexagon"), ("square", "triangle", "ring"))
+    assert report.classes == ClassRows(
+        False, (" Star", "DISC"), ("circle", "hexagon"), ("square", "triangle", "ring")
+    )
     heads = [f for f in report.fates if f.part == "class heads"]
-    assert {(f.outcome, f.loaded, f.fresh) for f in heads} == {("in part", 128, 128), ("in part", 2, 2)}
+    assert {(f.outcome, f.loaded, f.fresh) for f in heads} == {
+        ("in part", 128, 128),
+        ("in part", 2, 2),
+    }
 
 
 def test_as_many_classes_of_other_names_are_not_copied_whole() -> None:
@@ -94,7 +110,8 @@ def test_as_many_classes_of_other_names_are_not_copied_whole() -> None:
     model, start = detector(names=names), source()
     fresh = model.state_dict()["decoder.heads.classes.0.weight"][2:].clone()
     transfer(model, classes(*names), start)
-    after, old = model.state_dict()["decoder.heads.classes.0.weight"], start.weights["decoder.heads.classes.0.weight"]
+    after = model.state_dict()["decoder.heads.classes.0.weight"]
+    old = start.weights["decoder.heads.classes.0.weight"]
     assert torch.equal(after, torch.cat([old[[4, 0]], fresh]))
 
 
@@ -109,8 +126,12 @@ def test_digits_are_names() -> None:
 
 
 def test_names_of_objects365_that_mean_classes_of_coco() -> None:
-    theirs = classes("Wild Bird", "tissue ", "Dinning Table", "Bear", "Stuffed Toy", "Wine Glass", "Other Balls")
-    ours = classes("bird", "dining table", "bear", "teddy bear", "wine glass", "sports ball", "skis", "tissue")
+    theirs = classes(
+        "Wild Bird", "tissue ", "Dinning Table", "Bear", "Stuffed Toy", "Wine Glass", "Other Balls"
+    )
+    ours = classes(
+        "bird", "dining table", "bear", "teddy bear", "wine glass", "sports ball", "skis", "tissue"
+    )
     assert rows_by_name(ours, theirs) == ((0, 0), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (7, 1))
     assert rows_by_name(theirs, classes("bird", "Wild bird", "wine_glass")) == ((0, 1), (5, 2))
 
@@ -121,7 +142,9 @@ def test_no_object_is_copied_whatever_the_classes() -> None:
     transfer(model, classes(*NEW), start)
     for name in CLASS_HEADS:
         old, fresh = start.weights[name], before[name]
-        assert torch.equal(model.state_dict()[name], torch.stack([old[3], fresh[1], old[0], fresh[3], old[5]])), name
+        assert torch.equal(
+            model.state_dict()[name], torch.stack([old[3], fresh[1], old[0], fresh[3], old[5]])
+        ), name
 
 
 def test_a_sigmoid_detector_leaves_no_object_behind_and_cannot_give_it() -> None:
@@ -131,18 +154,24 @@ def test_a_sigmoid_detector_leaves_no_object_behind_and_cannot_give_it() -> None
     model, start = detector("detr-r50"), source("conditional-detr-r50")
     fresh = model.state_dict()[CLASS_HEADS[0]][5].clone()
     report = transfer(model, classes(*OLD), start)
-    assert torch.equal(model.state_dict()[CLASS_HEADS[0]], torch.cat([start.weights[CLASS_HEADS[0]], fresh[None]]))
+    assert torch.equal(
+        model.state_dict()[CLASS_HEADS[0]], torch.cat([start.weights[CLASS_HEADS[0]], fresh[None]])
+    )
     assert 'no row for "no object" in the weights' in printed(report)
 
 
 def test_objectness_stays_in_row_0_and_goes_nowhere_else() -> None:
-    """Old class 0 is new class 2, and old class 3 is new class 0: neither may disturb, or take, row 0."""
+    """Old class 0 is new class 2, and old class 3 is new class 0: neither may disturb, or take, row
+    0.
+    """
     recipe = "deformable-detr-r50-two-stage"
     model, start = detector(recipe, NEW), source(recipe, objectness=True)
     before = weights(model)
     transfer(model, classes(*NEW), start, objectness=True)
     for name in PROPOSAL_HEADS:
-        assert torch.equal(model.state_dict()[name], torch.cat([start.weights[name][:1], before[name][1:]])), name
+        assert torch.equal(
+            model.state_dict()[name], torch.cat([start.weights[name][:1], before[name][1:]])
+        ), name
     for name in CLASS_HEADS:  # the decoder's heads know no objectness
         assert torch.equal(model.state_dict()[name][[0, 2]], start.weights[name][[3, 0]]), name
 
@@ -152,9 +181,13 @@ def test_objectness_is_no_class_and_no_class_is_objectness() -> None:
     for here in (True, False):
         model = detector(recipe)
         before = weights(model)
-        report = transfer(model, classes(*OLD), source(recipe, objectness=not here), objectness=here)
+        report = transfer(
+            model, classes(*OLD), source(recipe, objectness=not here), objectness=here
+        )
         assert all(torch.equal(model.state_dict()[n], before[n]) for n in PROPOSAL_HEADS)
-        assert [(e.place, e.outcome) for e in report.exceptions()] == [("queries.head.classify", "re-initialised")]
+        assert [(e.place, e.outcome) for e in report.exceptions()] == [
+            ("queries.head.classify", "re-initialised")
+        ]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +200,8 @@ def test_objectness_is_no_class_and_no_class_is_objectness() -> None:
 )
 @pytest.mark.parametrize("count", [5, 20])
 def test_the_first_queries_are_kept(recipe: str, names: list[str], count: int) -> None:
-    model, start = detector(recipe, OLD, f"detector.queries.count={count}"), source(recipe)  # of 12 queries
+    # Of 12 queries
+    model, start = detector(recipe, OLD, f"detector.queries.count={count}"), source(recipe)
     before = weights(model)
     report = transfer(model, classes(*OLD), start)
     for name in (f"queries.{n}" for n in names):
@@ -191,8 +225,14 @@ def test_another_network_is_refused_before_anything_is_copied(setting: str, part
     before = weights(model)
     with pytest.raises(UserError, match=f"of {part} fits") as error:
         transfer(model, classes(*OLD), source())
-    assert f"The recipe: width {96 if 'width' in setting else 64}, 1 encoder layer, 2 decoder" in error.value.message
-    assert "The weights: width 64, 1 encoder layer, 2 decoder layers, a backbone of 106.4k" in error.value.message
+    assert (
+        f"The recipe: width {96 if 'width' in setting else 64}, 1 encoder layer, 2 decoder"
+        in error.value.message
+    )
+    assert (
+        "The weights: width 64, 1 encoder layer, 2 decoder layers, a backbone of 106.4k"
+        in error.value.message
+    )
     assert "leave RECIPE out" in error.value.remedy
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -206,21 +246,49 @@ def test_counters_of_batchnorm_are_worth_no_word() -> None:
 
 
 def test_the_report_puts_layers_and_modules_together() -> None:
-    settings = ["decoder.layers=4", "encoder.layers=2", "encoder.hidden=128", "decoder.hidden=128", "queries.count=20"]
+    settings = [
+        "decoder.layers=4",
+        "encoder.layers=2",
+        "encoder.hidden=128",
+        "decoder.hidden=128",
+        "queries.count=20",
+    ]
     model = detector("tiny", NEW, *(f"detector.{s}" for s in settings))
     report = transfer(model, classes(*NEW), source())
     assert [(e.place, e.tensors, e.outcome, e.reason) for e in report.exceptions()] == [
-        ("encoder.layers.0.feed_forward.inner", 2, "re-initialised", "another shape: 128x64, was 64x64"),
-        ("encoder.layers.0.feed_forward.outer.weight", 1, "re-initialised", "another shape: 64x128, was 64x64"),
+        (
+            "encoder.layers.0.feed_forward.inner",
+            2,
+            "re-initialised",
+            "another shape: 128x64, was 64x64",
+        ),
+        (
+            "encoder.layers.0.feed_forward.outer.weight",
+            1,
+            "re-initialised",
+            "another shape: 64x128, was 64x64",
+        ),
         ("encoder.layers.1", 16, "re-initialised", "not in the weights"),
         ("queries.content", 1, "in part", "8 rows are new"),
-        ("decoder.layers.0-1.feed_forward.inner", 4, "re-initialised", "another shape: 128x64, was 64x64"),
-        ("decoder.layers.0-1.feed_forward.outer.weight", 2, "re-initialised", "another shape: 64x128, was 64x64"),
+        (
+            "decoder.layers.0-1.feed_forward.inner",
+            4,
+            "re-initialised",
+            "another shape: 128x64, was 64x64",
+        ),
+        (
+            "decoder.layers.0-1.feed_forward.outer.weight",
+            2,
+            "re-initialised",
+            "another shape: 64x128, was 64x64",
+        ),
         ("decoder.layers.2-3", 44, "re-initialised", "not in the weights"),
     ]
     parts = report.parts()
     assert parts["neck"]["loaded"][0] == sum(n.startswith("neck.") for n in model.state_dict())
-    assert sum(n for counts in parts.values() for n, _ in counts.values()) == len(model.state_dict())
+    assert sum(n for counts in parts.values() for n, _ in counts.values()) == len(
+        model.state_dict()
+    )
     assert parts["decoder"]["re-initialised"][0] == 50
     assert parts["queries"]["in part"] == (1, 12 * 64)
     assert report.to_dict() == json.loads(json.dumps(report.to_dict()))
@@ -246,7 +314,8 @@ def test_the_report_fits_a_narrow_console_and_takes_names_literally() -> None:
     assert " more" in lines[-1] or " more" in lines[-2]
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------
 
 SETTINGS = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4", "detector.dropout=0.1"]
 
@@ -261,7 +330,9 @@ def first(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures; "triangle" (id 4) is gone, "square" has another name, and "star" comes first."""
+    """The same pictures; "triangle" (id 4) is gone, "square" has another name, and "star" comes
+    first.
+    """
     out = tmp_path_factory.mktemp("other") / "data"
     shutil.copytree(shapes, out)
     for path in (out / "annotations").glob("*.json"):
@@ -269,16 +340,23 @@ def other(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         names, ids = {3: "tile", 7: "Star"}, {7: 0}
         kept = [c for c in content["categories"] if c["id"] != 4]
         content["categories"] = [
-            {**c, "id": ids.get(c["id"], c["id"]), "name": names.get(c["id"], c["name"])} for c in kept
+            {**c, "id": ids.get(c["id"], c["id"]), "name": names.get(c["id"], c["name"])}
+            for c in kept
         ]
         boxes = [a for a in content["annotations"] if a["category_id"] != 4]
-        content["annotations"] = [{**a, "category_id": ids.get(a["category_id"], a["category_id"])} for a in boxes]
+        content["annotations"] = [
+            {**a, "category_id": ids.get(a["category_id"], a["category_id"])} for a in boxes
+        ]
         path.write_text(json.dumps(content))
     return out
 
 
-def tune(start: Path, data: Path, out: Path, epochs: int = 1, console: Console | None = None) -> TrainResult:
-    return detrellis.train(weights=start, data=data, out=out, epochs=epochs, workers=0, console=console)
+def tune(
+    start: Path, data: Path, out: Path, epochs: int = 1, console: Console | None = None
+) -> TrainResult:
+    return detrellis.train(
+        weights=start, data=data, out=out, epochs=epochs, workers=0, console=console
+    )
 
 
 def test_a_run_on_the_same_classes_starts_with_exactly_these_weights(
@@ -307,18 +385,32 @@ def test_a_run_on_other_classes_keeps_what_they_share(
         assert all(torch.equal(found[n], expected[n]) for n in found.keys() - set(heads))
         for name in heads:  # Star, disc, tile, ring
             assert torch.equal(found[name][[0, 1, 3]], expected[name][[3, 0, 4]]), name
-        assert not any(torch.equal(found[CLASS_HEADS[0]][2], row) for row in expected[CLASS_HEADS[0]])
+        assert not any(
+            torch.equal(found[CLASS_HEADS[0]][2], row) for row in expected[CLASS_HEADS[0]]
+        )
     assert file.getvalue().count("Start from") == 1
-    assert "class rows kept by name: Star, disc, ring (3 of 4); new: tile; not needed: square" in file.getvalue()
+    assert (
+        "class rows kept by name: Star, disc, ring (3 of 4); new: tile; not needed: square"
+        in file.getvalue()
+    )
     assert result.transfer is not None
     assert result.to_dict()["transfer"]["classes"]["new"] == ["tile"]
     assert detrellis.load(tmp_path / "run").classes.names == ("Star", "disc", "tile", "ring")
 
 
-def test_a_recipe_and_its_settings_apply_beside_the_weights(first: Path, shapes: Path, tmp_path: Path) -> None:
+def test_a_recipe_and_its_settings_apply_beside_the_weights(
+    first: Path, shapes: Path, tmp_path: Path
+) -> None:
     more = [*SETTINGS, "detector.queries.count=20"]
     result = detrellis.train(
-        "tiny", weights=first, data=shapes, out=tmp_path, override=more, scheme="none", epochs=1, workers=0
+        "tiny",
+        weights=first,
+        data=shapes,
+        out=tmp_path,
+        override=more,
+        scheme="none",
+        epochs=1,
+        workers=0,
     )
     assert result.transfer is not None
     assert [e.place for e in result.transfer.exceptions()] == ["queries.content"]
@@ -333,7 +425,9 @@ def test_a_recipe_and_its_settings_apply_beside_the_weights(first: Path, shapes:
 def test_one_group_starts_many_and_many_leave_one(
     first: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Group DETR, 1 -> K -> 1: further proposal heads begin as the trained one, and no weights file holds them."""
+    """Group DETR, 1 -> K -> 1: further proposal heads begin as the trained one, and no weights file
+    holds them.
+    """
     heads: list[dict[str, Tensor]] = []
     train_step = TrainRun.train_step
 
@@ -349,12 +443,16 @@ def test_one_group_starts_many_and_many_leave_one(
     one, _ = load_weights(first)
     assert len(heads) == 2
     for head in heads:
-        assert head.keys() == {n.removeprefix("queries.head.") for n in one if n.startswith("queries.head.")}
+        assert head.keys() == {
+            n.removeprefix("queries.head.") for n in one if n.startswith("queries.head.")
+        }
         assert all(torch.equal(t, one[f"queries.head.{n}"]) for n, t in head.items())
     again, _ = load_weights(many)
     assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in one.items()}
     monkeypatch.undo()
-    back = detrellis.train(weights=many, data=shapes, out=tmp_path / "one", scheme="none", epochs=1, workers=0)
+    back = detrellis.train(
+        weights=many, data=shapes, out=tmp_path / "one", scheme="none", epochs=1, workers=0
+    )
     assert back.transfer is not None
     assert back.transfer.exceptions() == []
 
@@ -411,5 +509,6 @@ def test_a_neck_in_an_encoders_place_is_no_other_network(name: str) -> None:
     report = transfer(new, classes(*NEW), InitialWeights(weights(old), classes(*OLD)))
     assert not [fate for fate in report.fates if fate.part == "encoder"]
     assert torch.equal(
-        new.state_dict()["decoder.heads.boxes.0.layers.0.weight"], weights(old)["decoder.heads.boxes.0.layers.0.weight"]
+        new.state_dict()["decoder.heads.boxes.0.layers.0.weight"],
+        weights(old)["decoder.heads.boxes.0.layers.0.weight"],
     )

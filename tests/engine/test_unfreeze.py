@@ -22,22 +22,45 @@ from ..small import CLASSES, SMALL, small
 from .test_distributed import environment, in_processes, quiet
 from .test_resume import assert_same_run, stop_at
 
-pytestmark = pytest.mark.filterwarnings("ignore:detector.backbone.frozen without pretrained weights")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:detector.backbone.frozen without pretrained weights"
+)
 FROZEN = ["detector.backbone.frozen=2", "schedule.unfreeze_after=1"]
-SETTINGS = [*SMALL, *FROZEN, "data.size=[64, 64]", "optim.batch_size=4", "optim.ema=0", "schedule.keep_every=1"]
+SETTINGS = [
+    *SMALL,
+    *FROZEN,
+    "data.size=[64, 64]",
+    "optim.batch_size=4",
+    "optim.ema=0",
+    "schedule.keep_every=1",
+]
 STEPS, EPOCHS = 3, 3  # 11 images
-STILL = ("backbone.model.conv1", "backbone.model.bn1", "backbone.model.layer1.", "backbone.model.layer2.")
+STILL = (
+    "backbone.model.conv1",
+    "backbone.model.bn1",
+    "backbone.model.layer1.",
+    "backbone.model.layer2.",
+)
 
 
 def run(data: Path, out: Path) -> TrainResult:
     console = quiet()
     return detrellis.train(
-        "tiny", data=data, out=out, override=SETTINGS, epochs=EPOCHS, workers=0, device="cpu", console=console
+        "tiny",
+        data=data,
+        out=out,
+        override=SETTINGS,
+        epochs=EPOCHS,
+        workers=0,
+        device="cpu",
+        console=console,
     )
 
 
 def changed(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
-    return {name for name in one if name.startswith(STILL) and not torch.equal(one[name], other[name])}
+    return {
+        name for name in one if name.startswith(STILL) and not torch.equal(one[name], other[name])
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +80,11 @@ def test_frozen_stages_rest_and_then_learn(whole: Path) -> None:
     assert {name for name in moved if "running_mean" in name}
     model = build(recipe, CLASSES)
     frozen = {f"detector.{name}" for name in moved}
-    weights = [name for name, _ in model.named_parameters() if name.startswith(tuple(f"detector.{s}" for s in STILL))]
+    weights = [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(tuple(f"detector.{s}" for s in STILL))
+    ]
     assert set(weights) <= frozen
     state = load_state(whole)["optimizer"]["state"]
     steps = sorted({int(moments["step"]) for moments in state.values()})
@@ -77,7 +104,9 @@ def test_a_run_stopped_on_either_side_continues_bit_for_bit(
 
 
 def in_each(rank: int, size: int, port: int, data: str, out: str) -> None:
-    """In each process: a whole run, whose weights are compared with the other's after each epoch."""
+    """In each process: a whole run, whose weights are compared with the other's after each
+    epoch.
+    """
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
     end_epoch, epochs = TrainRun.end_epoch, []
@@ -104,7 +133,10 @@ def test_two_processes_keep_the_same_weights(shapes: Path, tmp_path: Path) -> No
     ("settings", "said"),
     [
         (["schedule.unfreeze_after=2"], "frozen=0 freezes nothing"),
-        (["schedule.unfreeze_after=40", "detector.backbone.frozen=1"], "the whole run has 40 epochs"),
+        (
+            ["schedule.unfreeze_after=40", "detector.backbone.frozen=1"],
+            "the whole run has 40 epochs",
+        ),
     ],
 )
 def test_what_cannot_be_let_go_is_refused(settings: list[str], said: str) -> None:

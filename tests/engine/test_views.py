@@ -25,7 +25,9 @@ def model(name: str = "tiny") -> Model:
 
 
 def picture(height: int = 64, width: int = 96) -> torch.Tensor:
-    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def found(*rows: tuple[float, int, list[float]]) -> Detections:
@@ -69,8 +71,12 @@ def test_one_plain_view_is_none_and_changes_no_bit() -> None:
 def test_a_mirrored_picture_has_mirrored_detections() -> None:
     """In both views alike, so that which of them is the picture's own does not matter."""
     tried = model()
-    one, other = (tried.predict(p, threshold=0.0, tta="64,flip")[0] for p in (picture(), picture().flip(-1)))
-    torch.testing.assert_close(torch.tensor(one.scores), torch.tensor(other.scores), atol=1e-5, rtol=0)
+    one, other = (
+        tried.predict(p, threshold=0.0, tta="64,flip")[0] for p in (picture(), picture().flip(-1))
+    )
+    torch.testing.assert_close(
+        torch.tensor(one.scores), torch.tensor(other.scores), atol=1e-5, rtol=0
+    )
     boxes = torch.tensor(other.boxes)
     back = torch.stack([96 - boxes[:, 2], boxes[:, 1], 96 - boxes[:, 0], boxes[:, 3]], dim=1)
     torch.testing.assert_close(torch.tensor(one.boxes), back, atol=1e-3, rtol=0)
@@ -80,8 +86,14 @@ def test_a_mirrored_picture_has_mirrored_detections() -> None:
 def test_pictures_of_several_sizes_in_batches_are_as_one_by_one() -> None:
     tried, pictures = model(), [picture(), picture(96, 64), picture()]
     together = tried.predict(pictures, threshold=0.0, tta="48,64,flip", batch_size=2)
-    for a, b in zip(together, [tried.predict(p, threshold=0.0, tta="48,64,flip")[0] for p in pictures], strict=True):
-        torch.testing.assert_close(torch.tensor(a.scores), torch.tensor(b.scores), atol=1e-5, rtol=0)
+    for a, b in zip(
+        together,
+        [tried.predict(p, threshold=0.0, tta="48,64,flip")[0] for p in pictures],
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            torch.tensor(a.scores), torch.tensor(b.scores), atol=1e-5, rtol=0
+        )
 
 
 def test_what_others_found_too_is_lowered_dropped_or_averaged() -> None:
@@ -94,8 +106,17 @@ def test_what_others_found_too_is_lowered_dropped_or_averaged() -> None:
     torch.testing.assert_close(hard.scores, torch.tensor([0.9, 0.5]))
     mean = views("64,flip,wbf").merged(parts, SIZE, 10)
     torch.testing.assert_close(mean.scores, torch.tensor([0.75, 0.25, 0.2]))
-    torch.testing.assert_close(mean.boxes[0], torch.tensor([0.0, 0.0, 40.0, (0.9 * 40 + 0.6 * 38) / 1.5]))
-    assert len(views("64,flip,wbf").merged([part.take(torch.arange(0)) for part in parts], SIZE, 10).scores) == 0
+    torch.testing.assert_close(
+        mean.boxes[0], torch.tensor([0.0, 0.0, 40.0, (0.9 * 40 + 0.6 * 38) / 1.5])
+    )
+    assert (
+        len(
+            views("64,flip,wbf")
+            .merged([part.take(torch.arange(0)) for part in parts], SIZE, 10)
+            .scores
+        )
+        == 0
+    )
 
 
 def test_masks_are_not_merged() -> None:

@@ -1,4 +1,6 @@
-"""VOC's metric against its development kit's rules, written down box by box in whole pixels and exact fractions."""
+"""VOC's metric against its development kit's rules, written down box by box in whole pixels and
+exact fractions.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def annotations(boxes: Sequence[Box], images: int = 1, classes: int = 1) -> Anno
     counts = np.bincount([b.image for b in rows], minlength=images)
     return Annotations(
         root=Path(),
-        classes=ClassMap(tuple(range(1, classes + 1)), tuple(f"[bold]c{k}" for k in range(classes))),
+        classes=ClassMap(
+            tuple(range(1, classes + 1)), tuple(f"[bold]c{k}" for k in range(classes))
+        ),
         image_ids=np.arange(images, 0, -1),
         file_names=np.array([b"x"] * images),
         sizes=np.full((images, 2), 100),
@@ -85,18 +89,23 @@ def detections(found: Sequence[Found], image: int) -> Detections:
     )
 
 
-def collector(a: Annotations, found: Sequence[Found], shown: Sequence[int] | None = None) -> CocoEvaluator:
+def collector(
+    a: Annotations, found: Sequence[Found], shown: Sequence[int] | None = None
+) -> CocoEvaluator:
     evaluator = CocoEvaluator(a)
     for image in range(len(a)) if shown is None else shown:
         evaluator.update([int(a.image_ids[image])], [detections(found, image)])
     return evaluator
 
 
-def measure(a: Annotations, found: Sequence[Found], shown: Sequence[int] | None = None) -> VocResult:
+def measure(
+    a: Annotations, found: Sequence[Found], shown: Sequence[int] | None = None
+) -> VocResult:
     return evaluate_voc(a, collector(a, found, shown).arrays())
 
 
-# The kit --------------------------------------------------------------------------------------------------------------
+# The kit
+# --------------------------------------------------------------------------------------------------------------
 
 
 def kit_iou(a: tuple[int, ...], b: tuple[int, ...]) -> Fraction:
@@ -113,7 +122,9 @@ def pixels(b: Box | Found) -> tuple[int, int, int, int]:
     return b.x + 1, b.y + 1, b.x + b.w, b.y + b.h
 
 
-def kit(boxes: Sequence[Box], found: Sequence[Found], label: int) -> tuple[Fraction, Fraction] | None:
+def kit(
+    boxes: Sequence[Box], found: Sequence[Found], label: int
+) -> tuple[Fraction, Fraction] | None:
     """Area and 11-point average of a class."""
     total = sum(b.label == label and not b.difficult for b in boxes)
     if not total:
@@ -124,7 +135,11 @@ def kit(boxes: Sequence[Box], found: Sequence[Found], label: int) -> tuple[Fract
     for f in sorted((f for f in found if f.label == label), key=lambda f: (-f.score, f.image)):
         best, most = -1, Fraction(-1)
         for i, b in enumerate(boxes):
-            if b.label == label and b.image == f.image and (overlap := kit_iou(pixels(f), pixels(b))) > most:
+            if (
+                b.label == label
+                and b.image == f.image
+                and (overlap := kit_iou(pixels(f), pixels(b))) > most
+            ):
                 best, most = i, overlap
         if most >= Fraction(1, 2) and boxes[best].difficult:
             continue
@@ -138,7 +153,9 @@ def kit(boxes: Sequence[Box], found: Sequence[Found], label: int) -> tuple[Fract
     for i, (recall, _) in enumerate(curve):
         area += (recall - before) * max(p for _, p in curve[i:])
         before = recall
-    steps = [max((p for r, p in curve if r >= Fraction(k, 10)), default=Fraction(0)) for k in range(11)]
+    steps = [
+        max((p for r, p in curve if r >= Fraction(k, 10)), default=Fraction(0)) for k in range(11)
+    ]
     return area, Fraction(sum(steps), 11)
 
 
@@ -146,7 +163,9 @@ IMAGES, CLASSES = 3, 2
 PLACES = (st.integers(0, 6), st.integers(0, 6), st.integers(1, 8), st.integers(1, 8))
 OWNERS = (st.integers(0, IMAGES - 1), st.integers(0, CLASSES - 1))
 BOXES = st.lists(st.builds(Box, *OWNERS, *PLACES, st.booleans()), max_size=14)
-FOUND = st.lists(st.builds(Found, *OWNERS, *PLACES, st.sampled_from([0.125, 0.25, 0.5])), max_size=20)
+FOUND = st.lists(
+    st.builds(Found, *OWNERS, *PLACES, st.sampled_from([0.125, 0.25, 0.5])), max_size=20
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -156,7 +175,8 @@ def test_equals_the_kit(boxes: list[Box], noise: list[Found], data: st.DataObjec
     near = data.draw(st.lists(st.sampled_from(boxes), max_size=12)) if boxes else []
     shift = st.integers(-1, 1)
     found = noise + [
-        Found(b.image, b.label, b.x + data.draw(shift), b.y + data.draw(shift), b.w, b.h, 0.25) for b in near
+        Found(b.image, b.label, b.x + data.draw(shift), b.y + data.draw(shift), b.w, b.h, 0.25)
+        for b in near
     ]
     result = measure(annotations(boxes, IMAGES, CLASSES), found)
     expected = [kit(sorted(boxes, key=lambda b: b.image), found, k) for k in range(CLASSES)]
@@ -170,11 +190,16 @@ def test_equals_the_kit(boxes: list[Box], noise: list[Found], data: st.DataObjec
     assert sum(c.detections for c in result.per_class) == result.detections == len(found)
     assert (result.ap is None) == (not defined)
     if defined:
-        assert result.ap == pytest.approx(float(sum(w[0] for w in defined) / len(defined)), abs=1e-12)
-        assert result.ap11 == pytest.approx(float(sum(w[1] for w in defined) / len(defined)), abs=1e-12)
+        assert result.ap == pytest.approx(
+            float(sum(w[0] for w in defined) / len(defined)), abs=1e-12
+        )
+        assert result.ap11 == pytest.approx(
+            float(sum(w[1] for w in defined) / len(defined)), abs=1e-12
+        )
 
 
-# Rule by rule ---------------------------------------------------------------------------------------------------------
+# Rule by rule
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_both_versions_of_a_known_curve() -> None:
@@ -187,7 +212,10 @@ def test_both_versions_of_a_known_curve() -> None:
 @pytest.mark.parametrize("found", range(1, 11))
 def test_recalls_in_tenths_are_reached(found: int) -> None:
     """3 of 10 is a recall of 0.3, which is below 3 * 0.1 in floating point."""
-    assert average_precision(np.ones(found, dtype=np.bool_), 10) == (pytest.approx(found / 10), (found + 1) / 11)
+    assert average_precision(np.ones(found, dtype=np.bool_), 10) == (
+        pytest.approx(found / 10),
+        (found + 1) / 11,
+    )
 
 
 def test_what_overlaps_a_taken_box_most_is_a_false_alarm_though_another_is_free() -> None:
@@ -267,19 +295,23 @@ def test_the_report_takes_names_literally_and_tells_what_was_left_out() -> None:
     console.print(result.class_table())
     text = file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
-    assert "1 images, 1 boxes and 0 difficult ones, 1 detections; 1 detections were not finite" in " ".join(
-        text.split()
+    assert (
+        "1 images, 1 boxes and 0 difficult ones, 1 detections; 1 detections were not finite"
+        in " ".join(text.split())
     )
     assert "[bold]c0" in text
     assert json.loads(json.dumps(result.to_dict()))["stats"] == {"AP": 1.0, "AP11": 1.0}
 
 
-# From files to the command --------------------------------------------------------------------------------------------
+# From files to the command
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    """A folder a split; the second of each first image's objects is difficult, and training has a bad one before it."""
+    """A folder a split; the second of each first image's objects is difficult, and training has a
+    bad one before it.
+    """
     for split, folder in (("train", "train"), ("val", "valid")):
         write_voc(tmp_path / "voc" / folder, tmp_path / "voc" / folder, split)
     file = tmp_path / "voc" / "train" / "train_0.xml"
@@ -318,7 +350,11 @@ def test_eval_speaks_voc(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (result.images, result.ground_truth, result.difficult) == (COUNTS["val"], 2, 1)
     assert result.detections == len(json.loads(file.read_text())) == 20 * COUNTS["val"]
     options = ("eval", run, "--metric", "voc", "--workers", 0, "--device", "cpu")
-    assert json.loads(call(*options, "--json", capsys=capsys)) == json.loads(json.dumps(result.to_dict()))
+    assert json.loads(call(*options, "--json", capsys=capsys)) == json.loads(
+        json.dumps(result.to_dict())
+    )
     text = call(*options, capsys=capsys)
-    assert [word for word in ("VOC mean AP at IoU 0.5", "AP, 11 points", "emu") if word not in text] == []
+    assert [
+        word for word in ("VOC mean AP at IoU 0.5", "AP, 11 points", "emu") if word not in text
+    ] == []
     assert "COCO box AP" in call(*options[:2], *options[4:], capsys=capsys)

@@ -1,4 +1,6 @@
-"""Every family as an ONNX file: the same outputs for any number of pictures, no trace of a training scheme."""
+"""Every family as an ONNX file: the same outputs for any number of pictures, no trace of a training
+scheme.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,20 @@ from ..test_cli import call
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 # Masks are not exported; DN's detectors are DAB's.
-ALL = [name for name in NETWORKS if name not in ("mask2former_r50", "dn_detr_r50", "dn_deformable_detr_r50")]
+ALL = [
+    name
+    for name in NETWORKS
+    if name not in ("mask2former_r50", "dn_detr_r50", "dn_deformable_detr_r50")
+]
 # Each takes half a minute: DETRELLIS_EXPORT=all for all of them.
 FAMILIES = [*ALL, "small"] if os.environ.get("DETRELLIS_EXPORT") == "all" else ["tiny"]
 SIZE = (96, 64)
 CLASS_MAP = ClassMap(tuple(range(CLASSES)), tuple(f"class {i}" for i in range(CLASSES)))
 
 
-def saved(name: str, folder: Path, changes: tuple[str, ...] = (), schemes: tuple[str, ...] = ()) -> Path:
+def saved(
+    name: str, folder: Path, changes: tuple[str, ...] = (), schemes: tuple[str, ...] = ()
+) -> Path:
     """Random weights of a small recipe, as a run leaves them."""
     recipe = small(name, schemes).override(["data.size=[96, 64]", *changes])
     if recipe.data.augment == "detr":
@@ -47,7 +55,9 @@ def saved(name: str, folder: Path, changes: tuple[str, ...] = (), schemes: tuple
     detector = build(recipe, CLASSES, seed=1).detector
     with torch.no_grad():  # apart from their start, where many outputs tie
         for parameter in detector.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
         for part, parameter in detector.named_parameters():
             if "heads.classes" in part and part.endswith("bias"):
                 parameter += 3  # scores that count
@@ -62,7 +72,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for i in range(6):
-        Image.fromarray(random.integers(0, 255, (90, 60, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(random.integers(0, 255, (90, 60, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
     return folder
 
 
@@ -80,11 +92,15 @@ def test_every_family_detects_the_same(name: str, pictures: Path, tmp_path: Path
     done = export(run, size=SIZE, verify=pictures)
     assert done.verification is not None
     assert [row.batch for row in done.verification.rows] == [1, 2, 5]
-    assert all(row.detections > 0 and row.unmatched == 0 for row in done.verification.rows), done.verification
+    assert all(row.detections > 0 and row.unmatched == 0 for row in done.verification.rows), (
+        done.verification
+    )
     assert done.verification.passed
 
 
-@pytest.mark.parametrize(("format_", "fp16"), [("onnx", True), ("openvino", False), ("openvino", True)])
+@pytest.mark.parametrize(
+    ("format_", "fp16"), [("onnx", True), ("openvino", False), ("openvino", True)]
+)
 def test_other_formats_detect_the_same(
     format_: ExportFormat, fp16: bool, exported: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -100,9 +116,19 @@ def test_other_formats_detect_the_same(
 
 def test_ranked_detections_are_those_of_the_run(exported: Path, pictures: Path) -> None:
     network = load_exported(exported / "model.onnx")[0].network
-    pixels = np.stack([np.asarray(Image.open(p).resize((64, 96))) for p in sorted(pictures.iterdir())[:3]])
-    outputs = network.run(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 255)
-    expected = torch.from_numpy(outputs["logits"]).softmax(-1)[..., :-1].max(-1).values.sort(descending=True).values
+    pixels = np.stack(
+        [np.asarray(Image.open(p).resize((64, 96))) for p in sorted(pictures.iterdir())[:3]]
+    )
+    outputs = network.run(
+        np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32) / 255
+    )
+    expected = (
+        torch.from_numpy(outputs["logits"])
+        .softmax(-1)[..., :-1]
+        .max(-1)
+        .values.sort(descending=True)
+        .values
+    )
     count = outputs["scores"].shape[1]
     torch.testing.assert_close(torch.from_numpy(outputs["scores"]), expected[:, :count])
     assert outputs["corners"].shape == (3, count, 4)
@@ -132,7 +158,17 @@ def test_the_command_line_predicts_with_it(
     paths = (exported / "model.onnx", exported)
     found = [
         json.loads(
-            call("predict", path, pictures, "--out", tmp_path / str(i), "--threshold", 0, "--json", capsys=capsys)
+            call(
+                "predict",
+                path,
+                pictures,
+                "--out",
+                tmp_path / str(i),
+                "--threshold",
+                0,
+                "--json",
+                capsys=capsys,
+            )
         )
         for i, path in enumerate(paths)
     ]
@@ -205,7 +241,9 @@ def test_pictures_of_other_sizes_go_in_apart_and_without_padding() -> None:
         return {"logits": pixels.sum((1, 2, 3))[:, None, None], "boxes": boxes}
 
     recipe = small("detr_r50")
-    detector = ExportedDetector(Network(run, {}, (None, None)), Card(recipe, CLASS_MAP, {}), Path("fake.onnx"))
+    detector = ExportedDetector(
+        Network(run, {}, (None, None)), Card(recipe, CLASS_MAP, {}), Path("fake.onnx")
+    )
     batch = images(((32, 48), (48, 32), (32, 48)))
     output = detector(batch)
     assert seen == [(2, 3, 32, 48), (1, 3, 48, 32)]

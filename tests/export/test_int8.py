@@ -29,7 +29,9 @@ pytest.importorskip("nncf")
 def data(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`shapes`, with the classes of the small recipes."""
     folder = shutil.copytree(shapes, tmp_path_factory.mktemp("int8") / "data")
-    classes = [{"id": i, "name": name} for i, name in zip(CLASS_MAP.ids, CLASS_MAP.names, strict=True)]
+    classes = [
+        {"id": i, "name": name} for i, name in zip(CLASS_MAP.ids, CLASS_MAP.names, strict=True)
+    ]
     for file in (folder / "annotations").glob("*.json"):
         content = json.loads(file.read_text())
         ids = [category["id"] for category in content["categories"]]
@@ -44,7 +46,11 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of a small recipe with an encoder, as a run on the data set leaves them."""
     folder = saved("detr_r50", tmp_path_factory.mktemp("int8") / "run", ("data.keep_aspect=false",))
     weights, card = load_weights(folder / "best.safetensors")
-    save_weights(folder / "best.safetensors", weights, Card(card.recipe, CLASS_MAP, find_data(data).to_dict()))
+    save_weights(
+        folder / "best.safetensors",
+        weights,
+        Card(card.recipe, CLASS_MAP, find_data(data).to_dict()),
+    )
     return folder
 
 
@@ -56,7 +62,9 @@ def quantised(run: Path) -> ExportResult:
 def test_the_decoder_stays_in_float(quantised: ExportResult) -> None:
     """Elsewhere a decoder in eight bits has lost all AP."""
     model = openvino.Core().read_model(quantised.exported.out)
-    names = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "FakeQuantize"]
+    names = [
+        op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "FakeQuantize"
+    ]
     for part in ("backbone", "neck", "encoder"):
         assert any(f"detector.{part}" in name for name in names), part
     assert not any("detector.decoder" in name or "detector.queries" in name for name in names)
@@ -72,7 +80,9 @@ def test_what_it_costs_is_measured(quantised: ExportResult, run: Path) -> None:
     assert quantised.to_dict()["int8"]["after"]["ap"] == done.after.ap
 
 
-def test_the_file_says_so_and_is_read(quantised: ExportResult, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_says_so_and_is_read(
+    quantised: ExportResult, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = quantised.exported.out
     assert load_exported(out)[0].network.metadata["precision"] == "int8"
     assert quantised.exported.int8 is not None
@@ -82,19 +92,27 @@ def test_the_file_says_so_and_is_read(quantised: ExportResult, run: Path, capsys
 
 def test_it_is_the_same_each_time(quantised: ExportResult, run: Path, tmp_path: Path) -> None:
     again = export(run, tmp_path / "again.xml", format="openvino", size=SIZE, int8=True)
-    before, after = (result.exported.out.with_suffix(".bin").read_bytes() for result in (quantised, again))
+    before, after = (
+        result.exported.out.with_suffix(".bin").read_bytes() for result in (quantised, again)
+    )
     assert before == after
 
 
 def test_what_costs_too_much_is_not_written(
-    quantised: ExportResult, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quantised: ExportResult,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     costs = iter([Measured(0.5, 20.0), Measured(0.489, 10.0)])
     monkeypatch.setattr(Quantiser, "_measured", lambda self, network: next(costs))
     files = {path: path.read_bytes() for path in run.iterdir()}
     words = ("export", run, "--format", "openvino", "--size", "96x64", "--int8")
     said = " ".join(call(*words, capsys=capsys, code=2).split())
-    assert "costs 1.1 AP: 50.0 in float32, 48.9 in int8 (20.0 and 10.0 ms a picture). Nothing was written" in said
+    assert (
+        "costs 1.1 AP: 50.0 in float32, 48.9 in int8 (20.0 and 10.0 ms a picture). Nothing was "
+        "written"
+    ) in said
     assert "--calibrate DATA" in said
     assert {path: path.read_bytes() for path in run.iterdir()} == files
 
@@ -103,7 +121,9 @@ def test_nobody_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """OpenVINO reports each conversion to its makers, unless it is one of a CI job."""
     sender = pytest.importorskip("openvino_telemetry.utils.sender")
     told: list[object] = []
-    monkeypatch.setattr(sender.TelemetrySender, "send", lambda self, backend, message: told.append(message))
+    monkeypatch.setattr(
+        sender.TelemetrySender, "send", lambda self, backend, message: told.append(message)
+    )
     monkeypatch.setenv("CI", "false")
     export(run, tmp_path / "model.xml", format="openvino", size=SIZE)
     assert not told
@@ -115,7 +135,9 @@ def test_one_ap_is_accepted(after: float, passed: bool) -> None:
     assert Quantised(1, Measured(0.5, 1.0), Measured(after, 1.0)).passed == passed
 
 
-def test_pictures_are_spread_over_the_split_and_always_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_spread_over_the_split_and_always_the_same(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(int8, "PICTURES", 3)
     model, card = load_trained(run, "cpu"), load_weights(run / "best.safetensors")[1]
     train = Quantiser(run, model, None).train
@@ -148,7 +170,9 @@ def test_what_cannot_be_is_refused(options: dict[str, object], words: str, run: 
 def test_a_run_without_its_data_asks_for_some(run: Path, tmp_path: Path) -> None:
     weights, card = load_weights(run / "best.safetensors")
     (tmp_path / "alone").mkdir()
-    save_weights(tmp_path / "alone" / "best.safetensors", weights, Card(card.recipe, card.classes, {}))
+    save_weights(
+        tmp_path / "alone" / "best.safetensors", weights, Card(card.recipe, card.classes, {})
+    )
     with pytest.raises(UserError, match="not known"):
         export(tmp_path / "alone", format="openvino", int8=True)
 

@@ -44,7 +44,9 @@ def lvis(root: Path) -> None:
             row["neg_category_ids"], row["not_exhaustive_category_ids"] = [], []
         for category, letter in zip(content["categories"], "rcf", strict=True):
             category["frequency"] = letter
-    data.content["train"]["images"][0].update(neg_category_ids=[90], not_exhaustive_category_ids=[3])
+    data.content["train"]["images"][0].update(
+        neg_category_ids=[90], not_exhaustive_category_ids=[3]
+    )
     data.write()
 
 
@@ -53,7 +55,9 @@ def run_lengths(root: Path) -> None:
     data = sets.CocoSet(root)
     area = sets.HEIGHT * sets.WIDTH
     data.box(0)["segmentation"] = {"size": [sets.HEIGHT, sets.WIDTH], "counts": [area - 40, 40]}
-    data.box(1).update(segmentation={"size": [sets.HEIGHT, sets.WIDTH], "counts": [0, area]}, iscrowd=1)
+    data.box(1).update(
+        segmentation={"size": [sets.HEIGHT, sets.WIDTH], "counts": [0, area]}, iscrowd=1
+    )
     data.box(2)["bbox"] = [str(v) for v in data.box(2)["bbox"]]
     del data.box(3)["bbox"]
     data.write()
@@ -85,7 +89,13 @@ def yolo_outlines(root: Path) -> None:
     def outline(line: str) -> str:
         name, *box = line.split()
         x, y, w, h = map(float, box)
-        corners = [(x - w / 2, y - h / 2), (x + w / 2, y - h / 2), (x + w / 2, y + h / 2), (x, y), (x - w / 2, y)]
+        corners = [
+            (x - w / 2, y - h / 2),
+            (x + w / 2, y - h / 2),
+            (x + w / 2, y + h / 2),
+            (x, y),
+            (x - w / 2, y),
+        ]
         return " ".join([name, *(f"{v:.5f}" for corner in corners for v in corner)])
 
     _yolo(root, "names: [cat, dog, emu]\n", outline)
@@ -114,7 +124,9 @@ def yolo_keypoints(root: Path) -> None:
     for split in sets.COUNTS:
         names = sorted(path.name for path in (root / "images" / split).iterdir())
         (root / f"{split}.txt").write_text("".join(f"./images/{split}/{name}\n" for name in names))
-    (root / "data.yaml").write_text((root / "data.yaml").read_text().replace("images/train", "train.txt"))
+    (root / "data.yaml").write_text(
+        (root / "data.yaml").read_text().replace("images/train", "train.txt")
+    )
 
 
 def voc(root: Path) -> None:
@@ -123,7 +135,9 @@ def voc(root: Path) -> None:
         sets.write_voc(root / "Annotations", root / "JPEGImages", split)
         lists = root / "ImageSets" / "Main"
         lists.mkdir(parents=True, exist_ok=True)
-        (lists / f"{split}.txt").write_text("".join(f"{split}_{n}\n" for n in range(sets.COUNTS[split])))
+        (lists / f"{split}.txt").write_text(
+            "".join(f"{split}_{n}\n" for n in range(sets.COUNTS[split]))
+        )
 
 
 def via_csv(root: Path) -> None:
@@ -167,14 +181,18 @@ def spoilt(seed: int, folder: Path) -> Path:
     root = folder / "data"
     shutil.copytree(_whole(list(FORMATS)[seed % len(FORMATS)]), root, copy_function=os.link)
     for _ in range(int(random.integers(1, 4))):
-        files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix not in (".jpg", ".png"))
+        files = sorted(
+            p for p in root.rglob("*") if p.is_file() and p.suffix not in (".jpg", ".png")
+        )
         if files:
             spoil_file(random, files[int(random.integers(len(files)))])
     return root
 
 
 def attempt(seed: int, folder: Path) -> None:
-    """`check`, with its report for people and programs, `train`'s reading, and the clean copy of a spoilt data set."""
+    """`check`, with its report for people and programs, `train`'s reading, and the clean copy of a
+    spoilt data set.
+    """
     root = spoilt(seed, folder)
     try:
         source = resolve(root)

@@ -1,4 +1,6 @@
-"""Checkpoints of every kind, spoilt: ours, states of runs, folders of transformers, `.pth` and `.pkl`."""
+"""Checkpoints of every kind, spoilt: ours, states of runs, folders of transformers, `.pth` and
+`.pkl`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def run(root: Path) -> None:
     images = {"train": packed_file_names(train), "val": packed_file_names(val)}
     save_run(root, state.state_dict() | {IMAGES: images}, state.detector.state_dict(), card)
     report = {"epoch": 0, "step": 0, "diagnosis": {"best": {"threshold": 0.3}, "classes": []}}
-    report["diagnosis"]["classes"] = [{"name": name, "best": {"threshold": 0.2}} for name in classes.names]
+    report["diagnosis"]["classes"] = [
+        {"name": name, "best": {"threshold": 0.2}} for name in classes.names
+    ]
     (root / "report.json").write_text(json.dumps(report))
 
 
@@ -78,14 +82,20 @@ def _reference() -> dict[str, torch.Tensor]:
 
 def pth(root: Path) -> None:
     """A reference repository's file."""
-    content = {"model": _reference(), "args": argparse.Namespace(nheads=4, num_queries=12), "epoch": 49}
+    content = {
+        "model": _reference(),
+        "args": argparse.Namespace(nheads=4, num_queries=12),
+        "epoch": 49,
+    }
     torch.save(content, root / "checkpoint.pth")
 
 
 def pkl(root: Path) -> None:
     """Arrays, as detectron2 pickles them."""
     arrays = {name: value.numpy() for name, value in _reference().items()}
-    (root / "model_final.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "third party"}))
+    (root / "model_final.pkl").write_bytes(
+        pickle.dumps({"model": arrays, "__author__": "third party"})
+    )
 
 
 def huggingface(root: Path) -> None:
@@ -101,7 +111,10 @@ FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "report": (run, ("report.json",)),
     "pth": (pth, ("checkpoint.pth",)),
     "pkl": (pkl, ("model_final.pkl",)),
-    "transformers": (huggingface, ("config.json", "config.json", "preprocessor_config.json", "model.safetensors")),
+    "transformers": (
+        huggingface,
+        ("config.json", "config.json", "preprocessor_config.json", "model.safetensors"),
+    ),
 }
 
 
@@ -134,7 +147,14 @@ def _nest(random: Random, value: Any) -> Any:
     elif way == 2 and isinstance(deeper, torch.Tensor) and deeper.numel():
         holder[key] = pick(
             random,
-            (deeper[:1], deeper * float("nan"), deeper.half(), deeper[None], deeper.flatten(), deeper.to(torch.int8)),
+            (
+                deeper[:1],
+                deeper * float("nan"),
+                deeper.half(),
+                deeper[None],
+                deeper.flatten(),
+                deeper.to(torch.int8),
+            ),
         )
     elif way == 3 and isinstance(holder, dict):
         holder[str(pick(random, VALUES))] = holder.pop(key)
@@ -150,7 +170,9 @@ def _spoil_torch(random: Random, path: Path) -> None:
         if isinstance(content.get("args"), argparse.Namespace) and random.random() < 0.3:
             setattr(
                 content["args"],
-                pick(random, ("nheads", "num_queries", "dilation", "group_detr", "dec_layers", "x")),
+                pick(
+                    random, ("nheads", "num_queries", "dilation", "group_detr", "dec_layers", "x")
+                ),
                 pick(random, VALUES),
             )
         elif content:
@@ -168,7 +190,11 @@ def _spoil_safetensors(random: Random, path: Path) -> None:
         size = struct.unpack("<Q", data[:8])[0]
         header = json.dumps(spoil_value(random, json.loads(data[8 : 8 + size]))).encode()
         path.unlink()
-        path.write_bytes(struct.pack("<Q", len(header) if random.random() < 0.8 else 2**40) + header + data[8 + size :])
+        path.write_bytes(
+            struct.pack("<Q", len(header) if random.random() < 0.8 else 2**40)
+            + header
+            + data[8 + size :]
+        )
         return
     if way == 1 and "detrellis" in metadata:
         card = json.loads(metadata["detrellis"])
@@ -179,7 +205,13 @@ def _spoil_safetensors(random: Random, path: Path) -> None:
     else:
         name = pick(random, list(tensors))
         replaced = pick(
-            random, (torch.zeros(0), tensors[name][:0], tensors[name].half(), torch.full((2,), float("nan")))
+            random,
+            (
+                torch.zeros(0),
+                tensors[name][:0],
+                tensors[name].half(),
+                torch.full((2,), float("nan")),
+            ),
         )
         tensors[pick(random, (name, "extra", ""))] = replaced
         if random.random() < 0.3:
@@ -197,7 +229,12 @@ def _spoil_pickle(random: Random, path: Path) -> None:
 
 def spoil(random: Random, path: Path) -> None:
     """The file with its bytes or its content spoilt."""
-    structured = {".pt": _spoil_torch, ".pth": _spoil_torch, ".pkl": _spoil_pickle, ".safetensors": _spoil_safetensors}
+    structured = {
+        ".pt": _spoil_torch,
+        ".pth": _spoil_torch,
+        ".pkl": _spoil_pickle,
+        ".safetensors": _spoil_safetensors,
+    }
     if path.suffix in structured and random.random() < 0.7:
         structured[path.suffix](random, path)
         return
@@ -231,7 +268,11 @@ def _go_on(path: Path) -> None:
     resumed = resumed_run(path.parent, None, (), None)
     train, val, classes, _ = prepare(resumed.source)
     resumed.check(train, val, classes)
-    state = fresh_state(TrainJob(resumed.card, train, val, path.parent), World(0, 1, torch.device("cpu")), filled=True)
+    state = fresh_state(
+        TrainJob(resumed.card, train, val, path.parent),
+        World(0, 1, torch.device("cpu")),
+        filled=True,
+    )
     state.load_state_dict(resumed.state, path.parent)
 
 

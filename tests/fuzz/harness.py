@@ -1,4 +1,6 @@
-"""Trying seeds in a process of its own, which may die, hang or run out of memory without taking the tests with it."""
+"""Trying seeds in a process of its own, which may die, hang or run out of memory without taking the
+tests with it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ MEMORY = 3 << 30  # bytes of address space that all inputs together may add
 LONGEST = 4000  # letters of a message
 GRACE = 20  # seconds until a process that does not even heed its alarm is killed
 
-Try = Callable[[int, Path], object]  # of a seed, in an empty folder; raises where something is wrong
+# Of a seed, in an empty folder; raises where something is wrong
+Try = Callable[[int, Path], object]
 
 
 class Hang(BaseException):
@@ -42,7 +45,9 @@ def failures(attempt: Try, seeds: Iterable[int], folder: Path) -> dict[int, str]
 
 
 def _round(attempt: Try, seeds: Sequence[int], folder: Path) -> tuple[int, dict[int, str]]:
-    """How many of the seeds one process got through, one that killed it included, and what went wrong."""
+    """How many of the seeds one process got through, one that killed it included, and what went
+    wrong.
+    """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(attempt, seeds, folder, there))
@@ -61,7 +66,9 @@ def _round(attempt: Try, seeds: Sequence[int], folder: Path) -> tuple[int, dict[
     except EOFError:
         process.join()
         code = process.exitcode or 0
-        found[seeds[done]] = "the process hung" if code == -signal.SIGKILL else f"the process ended with {code}"
+        found[seeds[done]] = (
+            "the process hung" if code == -signal.SIGKILL else f"the process ended with {code}"
+        )
         done += 1
     finally:
         process.join()
@@ -89,7 +96,10 @@ def _one(attempt: Try, seed: int, folder: Path) -> str:
     try:
         attempt(seed, folder)
     except (Exception, Hang) as error:
-        return f"{''.join(traceback.format_exception(error))}\nafter {time.monotonic() - start:.1f} s in {folder}"
+        return (
+            f"{''.join(traceback.format_exception(error))}\nafter {time.monotonic() - start:.1f} "
+            f"s in {folder}"
+        )
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,4 +1,6 @@
-"""Image files of every encoding, whole and spoilt; and what must hold of whatever becomes of them."""
+"""Image files of every encoding, whole and spoilt; and what must hold of whatever becomes of
+them.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,12 @@ ENCODINGS: dict[str, Callable[[], bytes]] = {
     "pcx": lambda: _saved("PCX"),
     "sgi": lambda: _saved("SGI"),
     "dds": lambda: _saved("DDS"),
-    "psd": lambda: b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, HEIGHT, WIDTH, 8, 3) + bytes(12 + 2 + 3 * 6144),
+    "psd": lambda: (
+        b"8BPS\0\1"
+        + bytes(6)
+        + struct.pack(">HIIHH", 3, HEIGHT, WIDTH, 8, 3)
+        + bytes(12 + 2 + 3 * 6144)
+    ),
 }
 
 
@@ -97,11 +104,15 @@ def whole(name: str) -> bytes:
 
 
 def spoilt(seed: int) -> bytes:
-    """A file of the seed's encoding with bytes changed or gone, other sizes declared, or chunks added."""
+    """A file of the seed's encoding with bytes changed or gone, other sizes declared, or chunks
+    added.
+    """
     random = np.random.default_rng(seed)
     data = whole(list(ENCODINGS)[seed % len(ENCODINGS)])
     for _ in range(int(random.integers(1, 3))):
-        data = pick(random, (_flipped, _header_flipped, _resized, spoil_bytes, _cut, _chunked))(random, data)
+        data = pick(random, (_flipped, _header_flipped, _resized, spoil_bytes, _cut, _chunked))(
+            random, data
+        )
     return data
 
 
@@ -109,7 +120,9 @@ def _flipped(random: Random, data: bytes) -> bytes:
     """Single bits turned."""
     changed = bytearray(data)
     for place in random.integers(max(len(data), 1), size=int(random.integers(1, 20))).tolist():
-        changed[place : place + 1] = bytes(b ^ (1 << int(random.integers(8))) for b in changed[place : place + 1])
+        changed[place : place + 1] = bytes(
+            b ^ (1 << int(random.integers(8))) for b in changed[place : place + 1]
+        )
     return bytes(changed)
 
 
@@ -119,7 +132,9 @@ def _header_flipped(random: Random, data: bytes) -> bytes:
 
 
 def _resized(random: Random, data: bytes) -> bytes:
-    """Another width or height wherever one seems to be declared; the checksum of a PNG's header set right."""
+    """Another width or height wherever one seems to be declared; the checksum of a PNG's header set
+    right.
+    """
     for side in (WIDTH, HEIGHT, WIDTH - 1, HEIGHT - 1):
         claimed = pick(random, SIDES)
         for layout in (">I", "<I", ">H", "<H"):
@@ -138,14 +153,21 @@ def _cut(random: Random, data: bytes) -> bytes:
 
 
 def _chunked(random: Random, data: bytes) -> bytes:
-    """A PNG with a text that is a bomb, or a profile that is none; others get bytes in the middle."""
+    """A PNG with a text that is a bomb, or a profile that is none; others get bytes in the
+    middle.
+    """
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         at = int(random.integers(len(data) + 1))
         return data[:at] + random.bytes(64) + data[at:]
     kind, content = pick(random, ((b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0"), (b"eXIf", b"")))
     body = content + zlib.compress(bytes(1 << 22))
     return (
-        data[:33] + struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) + data[33:]
+        data[:33]
+        + struct.pack(">I", len(body))
+        + kind
+        + body
+        + struct.pack(">I", zlib.crc32(kind + body))
+        + data[33:]
     )
 
 

@@ -1,4 +1,6 @@
-"""Some of the broken inputs that `tests/soak/test_fuzz.py` tries by the thousand; and what it found, once each."""
+"""Some of the broken inputs that `tests/soak/test_fuzz.py` tries by the thousand; and what it
+found, once each.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ EVIL = "<script>alert(1)</script>\"'</style>\x1b[2J"
         (annotations.attempt, range(26)),
         (images.attempt, range(35)),
         (overrides.attempt, range(10)),
-        (checkpoints.attempt, [s for s in range(24) if s % len(checkpoints.FILES) < 3]),  # the others are large
+        # The others are large
+        (checkpoints.attempt, [s for s in range(24) if s % len(checkpoints.FILES) < 3]),
     ],
     ids=["annotations", "images", "overrides", "checkpoints"],
 )
@@ -52,7 +55,9 @@ def test_a_few_of_many(attempt: Try, seeds: Sequence[int], tmp_path: Path) -> No
 
 
 def test_the_harness_notices(tmp_path: Path) -> None:
-    """A traceback, a process that dies, and one that is killed from outside or runs out of memory."""
+    """A traceback, a process that dies, and one that is killed from outside or runs out of
+    memory.
+    """
 
     def bad(seed: int, folder: Path) -> None:
         if seed == 1:
@@ -80,7 +85,11 @@ def voc(tmp_path: Path) -> Path:
 
 def test_pipes_and_devices_are_not_waited_for(voc: Path) -> None:
     file = voc / "Annotations" / "train_0.xml"
-    for put in (os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path.name, path)):
+    for put in (
+        os.mkfifo,
+        lambda path: os.symlink("/dev/zero", path),
+        lambda path: os.symlink(path.name, path),
+    ):
         file.unlink()
         put(file)
         with pytest.raises(UserError, match=r"train_0\.xml: "):
@@ -95,7 +104,17 @@ def test_a_name_that_no_file_system_takes(voc: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["&a [*a]", "[&a [x], *a]", "!!int x", "!!timestamp x", "!!binary x", "[" * 500, "{a: " * 500, "{[1]: 2}"]
+    "text",
+    [
+        "&a [*a]",
+        "[&a [x], *a]",
+        "!!int x",
+        "!!timestamp x",
+        "!!binary x",
+        "[" * 500,
+        "{a: " * 500,
+        "{[1]: 2}",
+    ],
 )
 def test_yaml_is_plain(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
@@ -108,13 +127,19 @@ def test_an_alias_of_a_word_is_one(tmp_path: Path) -> None:
     assert parse("{a: &x b, c: *x}")[1] == {"a": "b", "c": "b"}
     annotations.yolo(tmp_path)
     lines = [f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 12)]
-    (tmp_path / "data.yaml").write_text("b0: &b0 [x, x]\n" + "\n".join(lines) + "\nnames: *b11\ntrain: images/train\n")
+    (tmp_path / "data.yaml").write_text(
+        "b0: &b0 [x, x]\n" + "\n".join(lines) + "\nnames: *b11\ntrain: images/train\n"
+    )
     with pytest.raises(UserError, match=r"data\.yaml: malformed yaml"):
         resolve(tmp_path)
 
 
 def test_a_message_is_short() -> None:
-    for text in (f"schemes.ms.weight={'x' * 99_999}", f"detector.{'y' * 99_999}=1", f"detector.queries={'z' * 99_999}"):
+    for text in (
+        f"schemes.ms.weight={'x' * 99_999}",
+        f"detector.{'y' * 99_999}=1",
+        f"detector.queries={'z' * 99_999}",
+    ):
         with pytest.raises(UserError) as error:
             find_recipe("tiny").override(text)
         assert len(str(error.value)) < 2000
@@ -152,7 +177,10 @@ class Allocate:
 def test_no_reader_of_pickles_runs_any(read: Callable[[Path], object], tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     for number, evil in enumerate((Touch(touched), Allocate())):
-        content = {"model": {"a": torch.zeros(1)} if read is not read_pickle else {"a": np.zeros(1)}, "x": evil}
+        content = {
+            "model": {"a": torch.zeros(1)} if read is not read_pickle else {"a": np.zeros(1)},
+            "x": evil,
+        }
         for name, saved in (("zip", _torch_saved(content)), ("pickle", pickle.dumps(content, 2))):
             file = tmp_path / f"{name}{number}.pth"
             file.write_bytes(saved)
@@ -168,7 +196,9 @@ def _torch_saved(content: object) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("change", [{"epoch": "3"}, {"data": 3}, {"stats": {"AP": []}}, {"changes": 7}, {"seed": None}])
+@pytest.mark.parametrize(
+    "change", [{"epoch": "3"}, {"data": 3}, {"stats": {"AP": []}}, {"changes": 7}, {"seed": None}]
+)
 def test_the_types_of_a_card_are_checked(change: dict[str, object], tmp_path: Path) -> None:
     from detrellis.data.classes import ClassMap
 
@@ -188,17 +218,24 @@ def test_shards_of_a_checkpoint_lie_beside_it(tmp_path: Path) -> None:
     from detrellis.interop.files import read_folder
 
     for name in ("../other.safetensors", "/etc/passwd", "a/b.safetensors"):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": name}})
+        )
         with pytest.raises(UserError, match="does not name files of this folder"):
             read_folder(tmp_path)
 
 
 def test_images_outside_are_told(tmp_path: Path) -> None:
     data = sets.CocoSet(tmp_path / "data")
-    for number, path in enumerate((tmp_path / "above.jpg", tmp_path / "absolute.jpg", tmp_path / "linked.jpg")):
+    for number, path in enumerate(
+        (tmp_path / "above.jpg", tmp_path / "absolute.jpg", tmp_path / "linked.jpg")
+    ):
         data.image("train", number).rename(path)
     data.image("train", 2).symlink_to(tmp_path / "linked.jpg")
-    data.listed(0)["file_name"], data.listed(1)["file_name"] = "../../../above.jpg", str(tmp_path / "absolute.jpg")
+    data.listed(0)["file_name"], data.listed(1)["file_name"] = (
+        "../../../above.jpg",
+        str(tmp_path / "absolute.jpg"),
+    )
     source = resolve(data.write())
     (told,) = [f for f in check(source).findings if f.code == "outside-folder"]
     assert (told.severity, told.split, told.count) == ("note", "train", 3)
@@ -222,7 +259,9 @@ def test_nothing_steers_the_terminal(terminal: bool) -> None:
     for show in (console.say, console.print, console.heading):
         show("dog\x1b[31m\x00\r")  # type: ignore[operator]
     console.print(rows)
-    assert annotations.plain(said.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "").replace("\x1b[3m", ""))
+    assert annotations.plain(
+        said.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "").replace("\x1b[3m", "")
+    )
     assert "cat\\x1b[2J\\x9b31m\\u202e" in said.getvalue()
 
 

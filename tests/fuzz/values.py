@@ -113,7 +113,9 @@ def pick(random: Random, options: Any) -> Any:
 
 
 def spoil_value(random: Random, value: Any) -> Any:
-    """The nest of JSON values with one place changed: another type, a doubled, missing or foreign entry."""
+    """The nest of JSON values with one place changed: another type, a doubled, missing or foreign
+    entry.
+    """
     value = copy.deepcopy(value)
     holder, key = pick(random, _places(value))
     way = int(random.integers(6))
@@ -163,7 +165,9 @@ def spoil_text(random: Random, text: str) -> str:
 
 
 def spoil_bytes(random: Random, data: bytes) -> bytes:
-    """The bytes cut off, with some changed, doubled or gone, or in another clothing: an archive, another encoding."""
+    """The bytes cut off, with some changed, doubled or gone, or in another clothing: an archive,
+    another encoding.
+    """
     way = int(random.integers(10))
     at = int(random.integers(len(data) + 1))
     if way == 0:
@@ -187,7 +191,9 @@ def spoil_bytes(random: Random, data: bytes) -> bytes:
         return packed.getvalue()
     if way == 8:
         text = data.decode("utf-8", "replace")
-        return text.encode(pick(random, ("utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252")), "replace")
+        return text.encode(
+            pick(random, ("utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252")), "replace"
+        )
     return data.replace(b"\n", b"\r\n") if at % 2 else random.bytes(int(random.integers(1, 200)))
 
 
@@ -212,7 +218,9 @@ def spoil_file(random: Random, path: Path) -> None:
 
 
 def _replace(random: Random, path: Path) -> None:
-    """Something else at the place of a file: a folder, a link to nowhere or itself, another name, nothing, a pipe."""
+    """Something else at the place of a file: a folder, a link to nowhere or itself, another name,
+    nothing, a pipe.
+    """
     way = int(random.integers(8))
     others = sorted(p for p in path.parent.iterdir() if p.is_file() and p != path)
     content = path.read_bytes()
@@ -232,6 +240,11 @@ def _replace(random: Random, path: Path) -> None:
         path.symlink_to("/dev/zero")
     elif way == 6:
         name = pick(
-            random, [n for n in NAMES if "/" not in n and "\0" not in n and 2 < len(n) < 200 and n.isprintable()]
+            random,
+            [
+                n
+                for n in NAMES
+                if "/" not in n and "\0" not in n and 2 < len(n) < 200 and n.isprintable()
+            ],
         )
         path.with_name(Path(name).stem + path.suffix).write_bytes(content)

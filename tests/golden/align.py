@@ -1,7 +1,9 @@
-"""Checks of Align-DETR, of the losses and matchers that it is compared with, and of hybrid matching.
+"""Checks of Align-DETR, of the losses and matchers that it is compared with, and of hybrid
+matching.
 
-Prefixes of the recorded outputs: `paper_` the paper's formulas, `rec_` with the quality's floor, `iabce64_` the first
-version's loss, `off_` the released codes in float32, whose epsilons and weaknesses their tolerances allow for.
+Prefixes of the recorded outputs: `paper_` the paper's formulas, `rec_` with the quality's floor,
+`iabce64_` the first version's loss, `off_` the released codes in float32, whose epsilons and
+weaknesses their tolerances allow for.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ VARIANTS: dict[str, tuple[Classification, float, float]] = {
 
 def near(actual: Tensor, expected: Tensor, what: str, *, rtol: float, atol: float) -> None:
     torch.testing.assert_close(
-        actual.detach(), expected.to(actual.dtype), atol=atol, rtol=rtol, msg=lambda m: f"{what}: {m}"
+        actual.detach(),
+        expected.to(actual.dtype),
+        atol=atol,
+        rtol=rtol,
+        msg=lambda m: f"{what}: {m}",
     )
 
 
@@ -50,12 +56,20 @@ def targets_of(a: Arrays) -> Targets:
     return Targets(a["gt_labels"].long(), a["gt_boxes"].view(-1, 4), tuple(a["gt_counts"].tolist()))
 
 
-def scheme(a: Arrays, variant: str, *, k: int, k_last: int | None = None, k_encoder: int | None = None) -> Align:
+def scheme(
+    a: Arrays, variant: str, *, k: int, k_last: int | None = None, k_encoder: int | None = None
+) -> Align:
     classification, floor, eps = VARIANTS[variant]
     dials = {name: float(a[name]) for name in ("alpha", "gamma", "tau")}
     last = k if k_last is None else k_last
     config = AlignConfig(
-        k=k, k_last=last, k_encoder=k_encoder, classification=classification, floor=floor, iou_eps=eps, **dials
+        k=k,
+        k_last=last,
+        k_encoder=k_encoder,
+        classification=classification,
+        floor=floor,
+        iou_eps=eps,
+        **dials,
     )
     return Align(config)
 
@@ -85,8 +99,13 @@ def check_align(a: Arrays) -> None:
     assert torch.equal(own, a["paper_match_tgt"])
     assert isinstance(supervision.assign, Hungarian)
     queries = a["logits"].shape[1]
-    allowed = [supervision.assign.candidates.of(0, 1, queries=queries, targets=n) if n else n for n in targets.sizes]
-    assert allowed == [k if n else 0 for k, n in zip(a["paper_k_eff"].tolist(), targets.sizes, strict=True)]
+    allowed = [
+        supervision.assign.candidates.of(0, 1, queries=queries, targets=n) if n else n
+        for n in targets.sizes
+    ]
+    assert allowed == [
+        k if n else 0 for k, n in zip(a["paper_k_eff"].tolist(), targets.sizes, strict=True)
+    ]
     agrees = torch.equal(a["off_match_src"], a["paper_match_src"])
     for variant in VARIANTS:
         if f"{variant}_loss_class" in a and (variant != "off" or agrees):
@@ -108,16 +127,27 @@ def check_align_denoising(a: Arrays) -> None:
 
 
 def _tolerances(a: Arrays, variant: str) -> dict[str, float]:
-    """Relative ones of losses and gradients, and of how far the released code's float32 strays in this file."""
+    """Relative ones of losses and gradients, and of how far the released code's float32 strays in
+    this file.
+    """
     if variant != "off":
         return {"loss": 1e-9, "grad": 1e-9, "atol": 1e-12}
     small = len(a["gt_boxes"]) > 0 and float(a["gt_boxes"][:, 2:].min()) < 0.01
     wild = float(a["logits"].abs().max()) > 15
-    return {"loss": 1e-3 if wild else 1e-4 if small else 1e-5, "grad": 1e-3, "atol": 5e-4 if small else 2e-6}
+    return {
+        "loss": 1e-3 if wild else 1e-4 if small else 1e-5,
+        "grad": 1e-3,
+        "atol": 5e-4 if small else 2e-6,
+    }
 
 
 def _check_variant(
-    a: Arrays, variant: str, found: Assignment, order: Tensor, k: int, boxes: str = "paper_num_boxes"
+    a: Arrays,
+    variant: str,
+    found: Assignment,
+    order: Tensor,
+    k: int,
+    boxes: str = "paper_num_boxes",
 ) -> None:
     targets, align = targets_of(a), scheme(a, variant, k=k)
     rule = align.supervision(Supervision()).rule
@@ -154,14 +184,22 @@ def _check_variant(
         if f"{variant}_loss_{key}" in a and a[f"{variant}_loss_{key}"].isfinite():
             value(terms[name][0], a[f"{variant}_loss_{key}"], f"{variant} {name}")
     gradients = {
-        "grad_logits_class": torch.autograd.grad(terms["class"].sum(), logits, retain_graph=True)[0],
+        "grad_logits_class": torch.autograd.grad(terms["class"].sum(), logits, retain_graph=True)[
+            0
+        ],
         "grad_boxes_bbox": torch.autograd.grad(terms["box"].sum(), predicted, retain_graph=True)[0],
         "grad_boxes_giou": torch.autograd.grad(terms["giou"].sum(), predicted)[0],
     }
     assert all(g.isfinite().all() for g in gradients.values())
     for name, ours in gradients.items():
         if f"{variant}_{name}" in a and a[f"{variant}_{name}"].isfinite().all():
-            near(ours, a[f"{variant}_{name}"], f"{variant} {name}", rtol=tolerance["grad"], atol=tolerance["atol"])
+            near(
+                ours,
+                a[f"{variant}_{name}"],
+                f"{variant} {name}",
+                rtol=tolerance["grad"],
+                atol=tolerance["atol"],
+            )
 
 
 def check_full_criterion(a: Arrays) -> None:
@@ -173,30 +211,59 @@ def check_full_criterion(a: Arrays) -> None:
     middle = between[0] if between else last
     layout = lay_out(targets, a.number("dn_num"), kinds=2)
     count = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
-    for variant, loss_rtol, grad_rtol, atol in (("rec", 1e-9, 1e-9, 1e-11), ("off", 1e-5, 1e-3, 2e-6)):
-        inputs = [a.variable(f"{part}{name}") for part in ("", "enc_", "dn_") for name in ("logits", "boxes")]
-        supervision = scheme(a, variant, k=middle, k_last=last, k_encoder=encoder).supervision(Supervision())
+    for variant, loss_rtol, grad_rtol, atol in (
+        ("rec", 1e-9, 1e-9, 1e-11),
+        ("off", 1e-5, 1e-3, 2e-6),
+    ):
+        inputs = [
+            a.variable(f"{part}{name}")
+            for part in ("", "enc_", "dn_")
+            for name in ("logits", "boxes")
+        ]
+        supervision = scheme(a, variant, k=middle, k_last=last, k_encoder=encoder).supervision(
+            Supervision()
+        )
         known = supervision.known(positives(layout, len(a["logits"])))
         tasks = [
-            supervision.task("main", DecoderOutput(inputs[0], inputs[1], inputs[1]), targets, count),
-            supervision.proposals().task("proposals", one_layer(inputs[2], inputs[3]), targets, count),
-            known.task("dn", DecoderOutput(inputs[4], inputs[5], inputs[5]), targets, count * layout.groups),
+            supervision.task(
+                "main", DecoderOutput(inputs[0], inputs[1], inputs[1]), targets, count
+            ),
+            supervision.proposals().task(
+                "proposals", one_layer(inputs[2], inputs[3]), targets, count
+            ),
+            known.task(
+                "dn", DecoderOutput(inputs[4], inputs[5], inputs[5]), targets, count * layout.groups
+            ),
         ]
         losses, _ = supervise(tasks)
         names = {"main": "", "proposals": "_enc", "dn": "_dn"}
         terms = {"class": "class", "box": "bbox", "giou": "giou"}
         for key, value in losses.items():
             task, term, layer = key.split("/")
-            suffix = "" if task == "proposals" or int(layer) == len(a["logits"]) - 1 else f"_{layer}"
+            suffix = (
+                "" if task == "proposals" or int(layer) == len(a["logits"]) - 1 else f"_{layer}"
+            )
             expected = a[f"{variant}_loss_{terms[term]}{names[task]}{suffix}"]
-            near(value / supervision.weights[term], expected, f"{variant} {key}", rtol=loss_rtol, atol=atol)
+            near(
+                value / supervision.weights[term],
+                expected,
+                f"{variant} {key}",
+                rtol=loss_rtol,
+                atol=atol,
+            )
         total = torch.stack(list(losses.values())).sum()
         near(total, a[f"{variant}_total"], "total", rtol=loss_rtol, atol=atol)
         total.backward()
         parts = [f"{part}{name}" for part in ("", "enc_", "dn_") for name in ("logits", "boxes")]
         for part, tensor in zip(parts, inputs, strict=True):
             assert tensor.grad is not None
-            near(tensor.grad, a[f"{variant}_grad_{part}"], f"{variant} {part}", rtol=grad_rtol, atol=atol)
+            near(
+                tensor.grad,
+                a[f"{variant}_grad_{part}"],
+                f"{variant} {part}",
+                rtol=grad_rtol,
+                atol=atol,
+            )
 
 
 def check_mixed_matcher(a: Arrays) -> None:
@@ -211,7 +278,9 @@ def check_pmc(a: Arrays) -> None:
     cost, targets = found.assign.cost, targets_of(a)
     for image, (first, size) in enumerate(zip(targets.offsets, targets.sizes, strict=True)):
         own = slice(first, first + size)
-        overlap = pairwise_giou(cxcywh_to_xyxy(a["boxes"][image]), cxcywh_to_xyxy(targets.boxes[own]))
+        overlap = pairwise_giou(
+            cxcywh_to_xyxy(a["boxes"][image]), cxcywh_to_xyxy(targets.boxes[own])
+        )
         p = columns(a["logits"][image], targets.labels[own]).sigmoid()
         modulated = p * modulation(overlap) ** float(a["cec_beta"])
         near(modulated, a[f"paper_pmc_prob_{image}"], "probability", rtol=1e-6, atol=1e-7)
@@ -243,7 +312,9 @@ def check_hybrid(a: Arrays) -> None:
     count = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
     source = LearnedQueries(8, 4, learned_content=True, reference=None)
     config = HybridConfig(
-        k=a.number("k_one2many"), queries=a.number("num_queries_one2many"), weight=float(a["lambda_one2many"])
+        k=a.number("k_one2many"),
+        queries=a.number("num_queries_one2many"),
+        weight=float(a["lambda_one2many"]),
     )
     hybrid = Hybrid(config, source)
     plain = Supervision(weights={"class": 2.0, "box": 5.0, "giou": 2.0})
@@ -252,7 +323,8 @@ def check_hybrid(a: Arrays) -> None:
         logits, boxes = a.variable("logits"), a.variable("boxes")
         output = DecoderOutput(logits, boxes, boxes)
         main, second = (
-            output.map(lambda t, part=part: t[:, :, part]) for part in (slice(0, first), slice(first, None))
+            output.map(lambda t, part=part: t[:, :, part])
+            for part in (slice(0, first), slice(first, None))
         )
         several = hybrid.supervision_of(base)
         tasks = [
@@ -276,15 +348,28 @@ def check_hybrid(a: Arrays) -> None:
         for name, tensor in (("logits", logits), ("boxes", boxes)):
             assert tensor.grad is not None
             if f"{variant}_grad_{name}" in a:
-                near(tensor.grad, a[f"{variant}_grad_{name}"], f"{variant} {name}", rtol=1e-3, atol=2e-6)
+                near(
+                    tensor.grad,
+                    a[f"{variant}_grad_{name}"],
+                    f"{variant} {name}",
+                    rtol=1e-3,
+                    atol=2e-6,
+                )
 
 
 def _check_ranks(a: Arrays, match: Match, layer: int, suffix: str) -> None:
     found = assign([match])[0]
     found = Assignment(*(t[found.layer == layer] for t in found))
-    ranks = rank(quality(pair_up(match.output, match.targets, found), float(a["alpha"])), found.candidate_set)
+    ranks = rank(
+        quality(pair_up(match.output, match.targets, found), float(a["alpha"])), found.candidate_set
+    )
     image, query, own, order = in_target_order(found, match.targets)
-    for ours, name in ((image, "match_img"), (query, "match_src"), (own, "match_tgt"), (ranks[order], "rank")):
+    for ours, name in (
+        (image, "match_img"),
+        (query, "match_src"),
+        (own, "match_tgt"),
+        (ranks[order], "rank"),
+    ):
         assert torch.equal(ours, a[f"rec_{name}{suffix}"]), name
 
 
@@ -293,16 +378,24 @@ def check_compare(a: Arrays) -> None:
     targets, zero = targets_of(a), torch.zeros(len(a["match_src"]), dtype=torch.int64)
     offsets = torch.tensor(targets.offsets)
     found = Assignment(
-        zero, a["match_img"], a["match_src"], offsets[a["match_img"]] + a["match_tgt"], torch.arange(len(zero))
+        zero,
+        a["match_img"],
+        a["match_src"],
+        offsets[a["match_img"]] + a["match_tgt"],
+        torch.arange(len(zero)),
     )
     align = Align(AlignConfig(k=1))
-    scaled = SetLoss(lambda pairs: _best_is_one(iou_target(pairs), found.image), CLASSIFICATION["psl"].positive)
+    scaled = SetLoss(
+        lambda pairs: _best_is_one(iou_target(pairs), found.image), CLASSIFICATION["psl"].positive
+    )
     aligned = align.supervision(Supervision()).rule
     assert isinstance(aligned, SetLoss)
     rules = {
         "off_focal": CLASSIFICATION["focal"],
         "paper_focal": CLASSIFICATION["focal"],
-        "paper_focal_noalpha": SetLoss(positive=lambda x, t: align_loss(x, torch.ones_like(t)), negative_weight=1.0),
+        "paper_focal_noalpha": SetLoss(
+            positive=lambda x, t: align_loss(x, torch.ones_like(t)), negative_weight=1.0
+        ),
         "paper_qfl": CLASSIFICATION["qfl"],
         "paper_vfl": CLASSIFICATION["vfl"],
         "off_lwdetr_vfl": SetLoss(iou_target, varifocal_loss),
@@ -314,20 +407,36 @@ def check_compare(a: Arrays) -> None:
         "off_lwdetr_iabce": CLASSIFICATION["ia_bce"],
         "off_rfdetr_iabce": replace(CLASSIFICATION["ia_bce"], positive=bce_loss),
     }
-    recorded = {k.removesuffix("_loss") for k in a.data if k.endswith("_loss")} - {"paper_iou_branch"}
+    recorded = {k.removesuffix("_loss") for k in a.data if k.endswith("_loss")} - {
+        "paper_iou_branch"
+    }
     assert recorded <= set(rules)
     for name in recorded:
         logits = a.variable("logits")
-        loss = rules[name](one_layer(logits, a["boxes"]), targets, found, a["num_boxes"])["class"][0]
+        loss = rules[name](one_layer(logits, a["boxes"]), targets, found, a["num_boxes"])["class"][
+            0
+        ]
         loss.backward()
         assert logits.grad is not None
         exact = name.startswith("paper")
         near(loss, a[f"{name}_loss"], name, rtol=1e-6 if exact else 1e-5, atol=1e-9)
-        near(logits.grad, a[f"{name}_grad"], name, rtol=1e-6 if exact else 1e-3, atol=1e-9 if exact else 2e-6)
+        near(
+            logits.grad,
+            a[f"{name}_grad"],
+            name,
+            rtol=1e-6 if exact else 1e-3,
+            atol=1e-9 if exact else 2e-6,
+        )
     pairs = pair_up(one_layer(a["logits"], a["boxes"]), targets, found)
     near(pairs.iou, a["iou"], "IoU", rtol=1e-6, atol=1e-9)
     near(scaled_iou_target(pairs).target, a["paper_psl_target"], "PSL target", rtol=1e-6, atol=1e-9)
-    near(align.soft_target(pairs).target, a["paper_align_target"], "Align target", rtol=1e-6, atol=1e-9)
+    near(
+        align.soft_target(pairs).target,
+        a["paper_align_target"],
+        "Align target",
+        rtol=1e-6,
+        atol=1e-9,
+    )
     _check_iou_branch(a, targets, found)
 
 

@@ -13,11 +13,17 @@ from .arrays import Arrays, close
 
 
 def check_misalignment(a: Arrays) -> None:
-    scores, boxes, truth = a["logits"].sigmoid(), cxcywh_to_xyxy(a["boxes"]), cxcywh_to_xyxy(a["gt_boxes"])
+    scores = a["logits"].sigmoid()
+    boxes = cxcywh_to_xyxy(a["boxes"])
+    truth = cxcywh_to_xyxy(a["gt_boxes"])
     counts = a["gt_counts"].tolist()
     images = zip(scores, boxes, a["gt_labels"].split(counts), truth.split(counts), strict=True)
     found = Pairs.joined(pairs(*image, threshold=float(a["theta"])) for image in images)
-    for ours, name in ((found.br_query, "br_query"), (found.hc_query, "hc_query"), (found.br_rank, "br_score_rank")):
+    for ours, name in (
+        (found.br_query, "br_query"),
+        (found.hc_query, "hc_query"),
+        (found.br_rank, "br_score_rank"),
+    ):
         assert torch.equal(ours, a[f"paper_{name}"]), name
     close(found.br_iou, a["paper_br_iou"], 1e-9, "IoU of BR")
     has = found.hc_query >= 0
@@ -30,7 +36,9 @@ def check_misalignment(a: Arrays) -> None:
     assert list(whole.hc_histogram) == a["paper_hc_hist"].tolist()
     assert whole.gap == pytest.approx(float(a["paper_mean_gap"]), abs=1e-9)
     assert whole.hit_rate == pytest.approx(float(a["paper_hit_rate"]), abs=1e-9)
-    assert [whole.br_recall[m] for m in top] == pytest.approx(a["paper_br_recall"].tolist(), abs=1e-9)
+    assert [whole.br_recall[m] for m in top] == pytest.approx(
+        a["paper_br_recall"].tolist(), abs=1e-9
+    )
 
 
 def check_instability(a: Arrays) -> None:

@@ -59,5 +59,9 @@ class Arrays:
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
     """Equal up to `tolerance`, and to what is left of float64 in sums over many large numbers."""
     torch.testing.assert_close(
-        actual.detach(), expected.to(actual.dtype), atol=tolerance, rtol=1e-9, msg=lambda m: f"{what}: {m}"
+        actual.detach(),
+        expected.to(actual.dtype),
+        atol=tolerance,
+        rtol=1e-9,
+        msg=lambda m: f"{what}: {m}",
     )

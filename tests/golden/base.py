@@ -1,4 +1,6 @@
-"""Checks of the parts of base detectors: attention, encodings, boxes, losses, post-processing, denoising."""
+"""Checks of the parts of base detectors: attention, encodings, boxes, losses, post-processing,
+denoising.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, giou, pairwise_giou, pairwise_iou
-from detrellis.matching import Hungarian, Known, Match, MatchingCost, assign, focal_term, softmax_term
+from detrellis.matching import (
+    Hungarian,
+    Known,
+    Match,
+    MatchingCost,
+    assign,
+    focal_term,
+    softmax_term,
+)
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable import ms_deform_attn
 from detrellis.nn.position import SineMap, sine_embed
@@ -28,11 +38,17 @@ TERMS = {"class": "ce", "box": "bbox", "giou": "giou"}  # their names of the los
 
 
 def check_deformable_attention(a: Arrays) -> None:
-    value, locations, weights = (a.variable(k) for k in ("value", "sampling_locations", "attention_weights"))
+    value, locations, weights = (
+        a.variable(k) for k in ("value", "sampling_locations", "attention_weights")
+    )
     out = ms_deform_attn(value, a.shapes(), locations, weights)
     close(out, a["output"], 1e-9)
     out.backward(a["grad_output"])
-    for tensor, name in ((value, "value"), (locations, "sampling_locations"), (weights, "attention_weights")):
+    for tensor, name in (
+        (value, "value"),
+        (locations, "sampling_locations"),
+        (weights, "attention_weights"),
+    ):
         assert tensor.grad is not None
         close(tensor.grad, a[f"grad_{name}"], 1e-9, name)
 
@@ -46,7 +62,9 @@ def check_deformable_module(a: Arrays) -> None:
         layer, kind = name.split(".")
         return f"{names.get(layer, layer)}.{kind}"
 
-    module = DeformableAttention(query.shape[-1], a.number("n_heads"), len(shapes), a.number("n_points")).double()
+    module = DeformableAttention(
+        query.shape[-1], a.number("n_heads"), len(shapes), a.number("n_points")
+    ).double()
     module.load_state_dict({ours(k): v for k, v in a.group("p/").items()})
     memory = Memory(value, value, shapes, ~a["valid_mask"].bool())
     out = module.attend(query + a["query_pos"], references, memory)
@@ -67,11 +85,23 @@ def check_sine(a: Arrays) -> None:
     valid = a["valid_mask"].double()
     for name in a.data:
         if found := re.fullmatch(r"(?:detr|dab|deformable)_T(\d+)(_half)?", name):
-            ours = SineMap(2 * features, temperature=float(found[1]), offset=-0.5 if found[2] else 0.0)(valid)
+            ours = SineMap(
+                2 * features, temperature=float(found[1]), offset=-0.5 if found[2] else 0.0
+            )(valid)
             close(ours, a[name].flatten(2).transpose(1, 2), 1e-9, name)
         elif found := re.fullmatch(r"query(\d)d_T(\d+)", name):
-            close(sine_embed(a[f"pos{found[1]}"], features, temperature=float(found[2])), a[name], 1e-9, name)
-    close(sine_embed(a["proposal_unact"].sigmoid(), features, order="xywh"), a["proposal_embed"], 1e-9, "proposals")
+            close(
+                sine_embed(a[f"pos{found[1]}"], features, temperature=float(found[2])),
+                a[name],
+                1e-9,
+                name,
+            )
+    close(
+        sine_embed(a["proposal_unact"].sigmoid(), features, order="xywh"),
+        a["proposal_embed"],
+        1e-9,
+        "proposals",
+    )
 
 
 def check_giou(a: Arrays) -> None:
@@ -110,18 +140,27 @@ def check_set_loss(a: Arrays) -> None:
 
     weights = {ours: params["weights"][f"loss_{key}"] for ours, key in TERMS.items()}
     supervision = Supervision(Hungarian(cost), rule, weights)
-    losses, _ = supervise([supervision.task("main", output, targets, torch.tensor(float(a.number("num_boxes"))))])
+    losses, _ = supervise(
+        [supervision.task("main", output, targets, torch.tensor(float(a.number("num_boxes"))))]
+    )
     for name, key in TERMS.items():
         close(losses[f"main/{name}/0"] / weights[name], a[f"loss_{key}"], 1e-9, name)
     _check_gradients(sum(losses.values()), a["loss_total"], logits, boxes, a)  # type: ignore[arg-type]
 
 
-def _check_gradients(total: Tensor, expected: Tensor, logits: Tensor, boxes: Tensor, a: Arrays) -> None:
+def _check_gradients(
+    total: Tensor, expected: Tensor, logits: Tensor, boxes: Tensor, a: Arrays
+) -> None:
     close(total, expected, 1e-9, "total")
     total.backward()
     assert logits.grad is not None
     close(logits.grad, a["grad_logits"], 1e-9, "gradient of the logits")
-    close(boxes.grad if boxes.grad is not None else torch.zeros_like(boxes), a["grad_boxes"], 1e-9, "of the boxes")
+    close(
+        boxes.grad if boxes.grad is not None else torch.zeros_like(boxes),
+        a["grad_boxes"],
+        1e-9,
+        "of the boxes",
+    )
 
 
 def check_postprocess(a: Arrays) -> None:
@@ -133,7 +172,8 @@ def check_postprocess(a: Arrays) -> None:
         assert torch.equal(found.labels, a["labels"][b])
         close(found.boxes, a["boxes_xyxy"][b], 1e-9)
     for b, found in enumerate(Postprocess(output.logits.shape[2], softmax=True)(output, sizes)):
-        scores, order = a["softmax_scores"][b].sort(descending=True)  # the file's are in the queries' order
+        # The file's are in the queries' order
+        scores, order = a["softmax_scores"][b].sort(descending=True)
         close(found.scores, scores, 1e-9)
         assert torch.equal(found.labels, a["softmax_labels"][b][order])
 
@@ -141,7 +181,9 @@ def check_postprocess(a: Arrays) -> None:
 def recorded_noise(a: Arrays, flip: float) -> Noise:
     """The file's draws; it holds new labels for the flipped rows only."""
     if "draw_label_p" not in a:
-        return Noise(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4))
+        return Noise(
+            torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4)
+        )
     p = a["draw_label_p"]
     labels = torch.zeros(len(p), dtype=torch.int64)
     labels[p < flip] = a["draw_new_label"]
@@ -151,7 +193,9 @@ def recorded_noise(a: Arrays, flip: float) -> Noise:
 def check_cdn(a: Arrays) -> None:
     params, targets = a.json("params"), a.targets()
     config = CDNConfig(
-        number=params["dn_number"], label_noise=params["label_noise_ratio"], box_noise=params["box_noise_scale"]
+        number=params["dn_number"],
+        label_noise=params["label_noise_ratio"],
+        box_noise=params["box_noise_scale"],
     )
     network = (params["hidden"], params["num_classes"], params["inverse_sigmoid_eps"])
     scheme = ContrastiveDenoising(config, *network).double()
@@ -177,16 +221,23 @@ def check_dn(a: Arrays) -> None:
     params, targets = a.json("params"), a.targets()
     # The file draws labels over one row more than classes: to us that is another class.
     config = DNConfig(
-        groups=params["groups"], label_noise=params["label_noise_prob"], box_noise=params["box_noise_scale"]
+        groups=params["groups"],
+        label_noise=params["label_noise_prob"],
+        box_noise=params["box_noise_scale"],
     )
     network = (params["hidden"], params["label_draw_high"], params["inverse_sigmoid_eps"])
     scheme = Denoising(config, *network).double()
     scheme.label_embed.load_state_dict({"weight": a["label_embed"][: params["label_draw_high"]]})
     layout = lay_out(targets, config.groups, 1)
-    assert (layout.slots, layout.groups) == (a.number("single_pad") * a.number("groups"), a.number("groups"))
+    assert (layout.slots, layout.groups) == (
+        a.number("single_pad") * a.number("groups"),
+        a.number("groups"),
+    )
     labels = torch.zeros(len(layout.slot), dtype=torch.int64)
     labels[a["draw_label_p"] < config.label_noise] = a["draw_new_label"]
-    queries = scheme.queries(targets, layout, PlainNoise(a["draw_label_p"], labels, 2 * a["draw_box_u"] - 1))
+    queries = scheme.queries(
+        targets, layout, PlainNoise(a["draw_label_p"], labels, 2 * a["draw_box_u"] - 1)
+    )
     assert queries.boxes is not None
     close(queries.content, a["query_label"], 1e-7)
     close(torch.logit(queries.boxes), a["query_bbox_unact"], 2e-4)
@@ -194,7 +245,9 @@ def check_dn(a: Arrays) -> None:
 
 
 def check_mask(blocked: Tensor, slots: int, groups: int) -> None:
-    """The file's mask says what our segments say: a group sees itself and the main queries, which see no group."""
+    """The file's mask says what our segments say: a group sees itself and the main queries, which
+    see no group.
+    """
     group = torch.arange(slots) // max(slots // groups, 1)
     expected = torch.zeros_like(blocked)
     expected[:slots, :slots] = group[:, None] != group

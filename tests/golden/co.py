@@ -33,7 +33,9 @@ def normalised(boxes: Tensor, size: Tensor) -> Tensor:
 
 
 def check_positive_queries(a: Arrays) -> None:
-    features = torch.cat([a[f"feat_lvl{i}"].flatten(2) for i in range(a.count(r"feat_lvl\d+"))], 2).transpose(1, 2)
+    features = torch.cat(
+        [a[f"feat_lvl{i}"].flatten(2) for i in range(a.count(r"feat_lvl\d+"))], 2
+    ).transpose(1, 2)
     background = a.number("num_classes")
     for case in cases(a, "__labels"):
         labels, regions = a[f"{case}__labels"].long(), f"{case}__roi_feats" in a
@@ -41,7 +43,9 @@ def check_positive_queries(a: Arrays) -> None:
         for i, own in enumerate(labels):
             positive = own < background
             if regions:
-                boxes, targeted, reads = (a[f"{case}__{k}"][i] for k in ("coords", "targets_in", "roi_feats"))
+                boxes, targeted, reads = (
+                    a[f"{case}__{k}"][i] for k in ("coords", "targets_in", "roi_feats")
+                )
                 targeted = targeted[positive]
             else:
                 boxes = a[f"{case}__coords{i}"] if f"{case}__coords0" in a else a["anchors"]
@@ -59,21 +63,32 @@ def check_positive_queries(a: Arrays) -> None:
         check_chosen(a, case, chosen, targets, torch.cat(classes))
 
 
-def check_chosen(a: Arrays, case: str, chosen: Chosen, targets: list[Tensor], classes: Tensor) -> None:
+def check_chosen(
+    a: Arrays, case: str, chosen: Chosen, targets: list[Tensor], classes: Tensor
+) -> None:
     sizes, background = a["image_hw_valid"].double(), a.number("num_classes")
-    used = torch.ones(chosen.boxes.shape[:2], dtype=torch.bool) if chosen.unused is None else ~chosen.unused
+    used = (
+        torch.ones(chosen.boxes.shape[:2], dtype=torch.bool)
+        if chosen.unused is None
+        else ~chosen.unused
+    )
     assert torch.equal(used.double(), a[f"{case}__out_label_weights"])
     close(chosen.boxes[used], a[f"{case}__out_coords"][used], 1e-5, f"{case} boxes")
     close(chosen.features[used], a[f"{case}__out_feats"][used], 1e-5, f"{case} features")
     where = (chosen.image, chosen.slot)
     labels = torch.full(used.shape, background).index_put(where, classes[chosen.target])
     assert torch.equal(labels, a[f"{case}__out_labels_out"])
-    weights = torch.zeros(used.shape, dtype=torch.float64).index_put(where, torch.tensor(1.0, dtype=torch.float64))
+    weights = torch.zeros(used.shape, dtype=torch.float64).index_put(
+        where, torch.tensor(1.0, dtype=torch.float64)
+    )
     assert torch.equal(weights.unsqueeze(-1).expand(-1, -1, 4), a[f"{case}__out_bbox_weights"])
-    wanted = torch.cat([normalised(t, s) for t, s in zip(targets, sizes, strict=True)])[chosen.target]
+    wanted = torch.cat([normalised(t, s) for t, s in zip(targets, sizes, strict=True)])[
+        chosen.target
+    ]
     close(wanted, a[f"{case}__out_targets"][where], 1e-5, f"{case} targets")
     if f"{case}__out_attn_mask" in a:
-        # The reference blocks an unused query's own row too; ours reads itself, which changes no other query.
+        # The reference blocks an unused query's own row too; ours reads itself, which changes no
+        # other query.
         assert chosen.unused is not None
         blocked = a[f"{case}__out_attn_mask"]
         for image, unused in enumerate(chosen.unused):
@@ -84,14 +99,20 @@ def check_query_embed(a: Arrays) -> None:
     for case in cases(a, "__in_coords"):
         boxes, features = a[f"{case}__in_coords"], a[f"{case}__in_feats"]
         positioned = f"{case}__W_feat" in a
-        embed = PositiveQueries(features.shape[-1], positioned=positioned, features=positioned).double()
+        embed = PositiveQueries(
+            features.shape[-1], positioned=positioned, features=positioned
+        ).double()
         embed.place[0].load_state_dict({"weight": a[f"{case}__W_pos"], "bias": a[f"{case}__b_pos"]})
         mark = None
         if embed.feature is not None:
-            embed.feature[0].load_state_dict({"weight": a[f"{case}__W_feat"], "bias": a[f"{case}__b_feat"]})
+            embed.feature[0].load_state_dict(
+                {"weight": a[f"{case}__W_feat"], "bias": a[f"{case}__b_feat"]}
+            )
             mark = a[f"{case}__head_embed_scalar"]
         nothing = torch.zeros(0, dtype=torch.int64)
-        queries = embed(Chosen(boxes, features, nothing, nothing, nothing, None, (0,) * len(boxes)), mark, 4)
+        queries = embed(
+            Chosen(boxes, features, nothing, nothing, nothing, None, (0,) * len(boxes)), mark, 4
+        )
         close(queries.content, a[f"{case}__query"], 1e-5, f"{case} contents")
         assert queries.boxes is not None
         close(queries.boxes, a[f"{case}__reference_points"], 1e-6, f"{case} references")
@@ -100,7 +121,10 @@ def check_query_embed(a: Arrays) -> None:
 
 
 def check_auxiliary_loss(a: Arrays) -> None:
-    kinds = {"codino": (SetLoss(iou_eps=1e-6, **_qfl()), 1.0), "codeform": (SetLoss(iou_eps=1e-6), 2.0)}
+    kinds = {
+        "codino": (SetLoss(iou_eps=1e-6, **_qfl()), 1.0),
+        "codeform": (SetLoss(iou_eps=1e-6), 2.0),
+    }
     for case in cases(a, "__cls"):
         labels = a[f"{case}__labels"]
         image, slot = (labels < a.number("num_classes")).nonzero(as_tuple=True)
@@ -113,14 +137,24 @@ def check_auxiliary_loss(a: Arrays) -> None:
         for kind, (rule, classes) in kinds.items():
             count = torch.tensor(float(max(len(row), 1)), dtype=torch.float64)
             terms = leaving_out(rule, weights == 0)(output, targets, known, count)
-            for ours, theirs, weight in (("class", "cls", classes), ("box", "bbox", 5), ("giou", "giou", 2)):
+            for ours, theirs, weight in (
+                ("class", "cls", classes),
+                ("box", "bbox", 5),
+                ("giou", "giou", 2),
+            ):
                 expected = a[f"{case}__{kind}__loss_{theirs}"]
-                torch.testing.assert_close(weight * terms[ours].squeeze(0), expected, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    weight * terms[ours].squeeze(0), expected, rtol=1e-4, atol=1e-5
+                )
 
 
 def _qfl() -> dict[str, object]:
     rule = CLASSIFICATION["qfl"]
-    return {"target": rule.target, "positive": rule.positive, "negative_weight": rule.negative_weight}
+    return {
+        "target": rule.target,
+        "positive": rule.positive,
+        "negative_weight": rule.negative_weight,
+    }
 
 
 def check_denoising(a: Arrays) -> None:
@@ -136,7 +170,10 @@ def check_denoising(a: Arrays) -> None:
         scheme.label_embed.load_state_dict({"weight": torch.cat([table, table[:1]])})
         # Small numbers are a number of groups in DINO's code, and here always of queries.
         layout = lay_out(targets, max(1, number // max(targets.sizes)), 2)
-        assert (layout.slots, layout.groups) == (a.number(f"{case}__pad_size"), a.number(f"{case}__num_groups"))
+        assert (layout.slots, layout.groups) == (
+            a.number(f"{case}__pad_size"),
+            a.number(f"{case}__num_groups"),
+        )
         flip = a[f"{case}__draw_p"]
         label = torch.zeros(len(flip), dtype=torch.int64)
         label[flip < 0.25] = a[f"{case}__draw_newlabel"].long()
@@ -152,7 +189,9 @@ def check_denoising(a: Arrays) -> None:
         terms = SetLoss(iou_eps=1e-6, **_qfl())(output, targets, known, count)  # type: ignore[arg-type]
         for ours, theirs, weight in (("class", "cls", 1), ("box", "bbox", 5), ("giou", "giou", 2)):
             expected = a[f"{case}__loss_{theirs}"]
-            torch.testing.assert_close(weight * terms[ours].squeeze(0), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                weight * terms[ours].squeeze(0), expected, rtol=1e-4, atol=1e-5
+            )
 
 
 def check_hungarian(a: Arrays) -> None:
@@ -177,4 +216,6 @@ def check_hungarian(a: Arrays) -> None:
         theirs = expected.nonzero().flatten()
         assert len(theirs) == len(found.query)
         best = total[theirs, expected[theirs] - 1].sum()
-        torch.testing.assert_close(total[found.query, found.target].sum(), best, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            total[found.query, found.target].sum(), best, rtol=1e-5, atol=1e-5
+        )

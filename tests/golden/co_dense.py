@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from detrellis.boxes import giou, iou
-from detrellis.losses import distribution_focal_loss, focal_negative, focal_positive, l1_loss, quality_focal_loss
+from detrellis.losses import (
+    distribution_focal_loss,
+    focal_negative,
+    focal_positive,
+    l1_loss,
+    quality_focal_loss,
+)
 from detrellis.schemes.collaborative import assigners
 from detrellis.schemes.collaborative.anchors import (
     RATIOS,
@@ -47,13 +53,21 @@ NAMES = {"class": "cls", "giou": "bbox"}  # of losses, where they differ
 Maps = dict[str, list[Tensor]]
 
 
-def near(actual: Tensor, expected: Tensor, what: str, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+def near(
+    actual: Tensor, expected: Tensor, what: str, rtol: float = 1e-4, atol: float = 1e-5
+) -> None:
     torch.testing.assert_close(
-        actual.detach().double(), expected.double(), rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}"
+        actual.detach().double(),
+        expected.double(),
+        rtol=rtol,
+        atol=atol,
+        msg=lambda m: f"{what}: {m}",
     )
 
 
-def near_gradient(losses: dict[str, Tensor] | Tensor, maps: dict[str, list[Tensor]], a: Arrays, case: str) -> None:
+def near_gradient(
+    losses: dict[str, Tensor] | Tensor, maps: dict[str, list[Tensor]], a: Arrays, case: str
+) -> None:
     """Sums of absolute gradients by level; frees the graph."""
     total = losses if isinstance(losses, Tensor) else torch.stack(list(losses.values())).sum()
     flat = [m for levels in maps.values() for m in levels]
@@ -61,8 +75,12 @@ def near_gradient(losses: dict[str, Tensor] | Tensor, maps: dict[str, list[Tenso
         m.grad = None
     total.backward()
     for name, levels in maps.items():
-        found = torch.stack([torch.zeros(()) if m.grad is None else m.grad.abs().sum() for m in levels])
-        near(found, a[f"{case}__gradabs_{name}"], f"{case}, gradient of {name}", rtol=1e-3, atol=1e-4)
+        found = torch.stack(
+            [torch.zeros(()) if m.grad is None else m.grad.abs().sum() for m in levels]
+        )
+        near(
+            found, a[f"{case}__gradabs_{name}"], f"{case}, gradient of {name}", rtol=1e-3, atol=1e-4
+        )
 
 
 def levels_of(a: Arrays) -> tuple[int, ...]:
@@ -71,7 +89,9 @@ def levels_of(a: Arrays) -> tuple[int, ...]:
 
 
 def strides_at(points: Tensor, counts: Sequence[int]) -> tuple[int, ...]:
-    """The strides of levels with so many points, the first of which lies half a stride from the corner."""
+    """The strides of levels with so many points, the first of which lies half a stride from the
+    corner.
+    """
     return tuple(int(2 * own[0, 0]) for own in points.split(list(counts)))
 
 
@@ -98,9 +118,14 @@ def truths(a: Arrays) -> Iterator[tuple[str, tuple[Tensor, ...], tuple[Tensor, .
 def read(a: Arrays, quality: str | None, anchors: int = 1) -> tuple[Maps, DenseOutput]:
     """A head's output by name and level, and as its losses read it."""
     names = ["cls", "reg"] + ([quality] if quality else [])
-    maps = {name: [a[f"{name}_lvl{i}"].float().requires_grad_() for i in range(len(levels_of(a)))] for name in names}
+    maps = {
+        name: [a[f"{name}_lvl{i}"].float().requires_grad_() for i in range(len(levels_of(a)))]
+        for name in names
+    }
     third = by_anchor(maps[quality], anchors).squeeze(-1) if quality else None
-    return maps, DenseOutput(by_anchor(maps["cls"], anchors), by_anchor(maps["reg"], anchors), third)
+    return maps, DenseOutput(
+        by_anchor(maps["cls"], anchors), by_anchor(maps["reg"], anchors), third
+    )
 
 
 def near_gradients(total: Tensor, maps: Maps, a: Arrays, case: str) -> None:
@@ -108,7 +133,9 @@ def near_gradients(total: Tensor, maps: Maps, a: Arrays, case: str) -> None:
     for name, levels in maps.items():
         gradients = torch.autograd.grad(total, levels, retain_graph=True)
         found = torch.stack([g.abs().sum() for g in gradients])
-        near(found, a[f"{case}__gradabs_{name}"], f"{case}, gradient of {name}", rtol=1e-3, atol=1e-4)
+        near(
+            found, a[f"{case}__gradabs_{name}"], f"{case}, gradient of {name}", rtol=1e-3, atol=1e-4
+        )
 
 
 def by_level(owners: Tensor, scene: Scene) -> Iterator[Tensor]:
@@ -120,15 +147,24 @@ def by_level(owners: Tensor, scene: Scene) -> Iterator[Tensor]:
         yield torch.where(level == i, owners, IGNORED)
 
 
-def near_class_levels(output: DenseOutput, scene: Scene, owners: Tensor, a: Arrays, case: str) -> None:
+def near_class_levels(
+    output: DenseOutput, scene: Scene, owners: Tensor, a: Arrays, case: str
+) -> None:
     """The focal loss of each level."""
     count = mean_positives(gather_positives(scene, owners))
-    levels = [focal_sum(output.logits, own, gather_positives(scene, own)) / count for own in by_level(owners, scene)]
+    levels = [
+        focal_sum(output.logits, own, gather_positives(scene, own)) / count
+        for own in by_level(owners, scene)
+    ]
     near(torch.stack(levels), a[f"{case}__loss_cls_per_level"], f"{case}, class by level")
 
 
-def check_head(a: Arrays, branch: type[ATSS | RetinaNet | FCOS | GFL | PAA], quality: str | None = None) -> None:
-    """Losses and gradients. The reference's FCOS learns from padding too, ours not: here nothing is padding."""
+def check_head(
+    a: Arrays, branch: type[ATSS | RetinaNet | FCOS | GFL | PAA], quality: str | None = None
+) -> None:
+    """Losses and gradients. The reference's FCOS learns from padding too, ours not: here nothing is
+    padding.
+    """
     head = branch(32, a.number("num_classes"), len(levels_of(a)))
     for case, scene in scenes(a, whole=branch is FCOS):
         maps, output = read(a, quality, head.head.anchors)
@@ -157,21 +193,32 @@ def check_atss(a: Arrays) -> None:
 
 
 def check_retina_l1(a: Arrays) -> None:
-    """RetinaNet with L1 on deltas, which we do not offer: its classes, and the deltas that it would learn."""
+    """RetinaNet with L1 on deltas, which we do not offer: its classes, and the deltas that it would
+    learn.
+    """
     coder = Deltas()
     for case, scene in scenes(a):
         maps, output = read(a, None, 9)
         anchors = nine_anchors(scene)
         owners = assign_usable(scene, anchors, assign)
         found = gather_positives(scene, owners)
-        wrong = l1_loss(output.regression[found.image, found.anchor], coder.encode(anchors[found.anchor], found.box))
-        losses = torch.stack([focal_sum(output.logits, owners, found), wrong.sum()]) / mean_positives(found)
+        wrong = l1_loss(
+            output.regression[found.image, found.anchor],
+            coder.encode(anchors[found.anchor], found.box),
+        )
+        losses = torch.stack(
+            [focal_sum(output.logits, owners, found), wrong.sum()]
+        ) / mean_positives(found)
         near(losses, torch.stack([a[f"{case}__loss_cls"], a[f"{case}__loss_bbox"]]), case)
         near_gradients(losses.sum(), maps, a, case)
         near_class_levels(output, scene, owners, a, case)
-        of_level = [wrong[own[found.image, found.anchor] >= 0].sum() for own in by_level(owners, scene)]
+        of_level = [
+            wrong[own[found.image, found.anchor] >= 0].sum() for own in by_level(owners, scene)
+        ]
         near(
-            torch.stack(of_level) / mean_positives(found), a[f"{case}__loss_bbox_per_level"], f"{case}, boxes by level"
+            torch.stack(of_level) / mean_positives(found),
+            a[f"{case}__loss_bbox_per_level"],
+            f"{case}, boxes by level",
         )
 
 
@@ -191,7 +238,8 @@ def check_paa(a: Arrays) -> None:
         assert torch.equal(found.target[own] - first, a[f"{key}cand_gt"])
         near(loss[own], a[f"{key}cand_losses"], f"{key}candidates")
         first += len(labels)
-        others = labels.new_full((2,), a.number("num_classes"))  # ignored and background are the last rows
+        # Ignored and background are the last rows
+        others = labels.new_full((2,), a.number("num_classes"))
         with_others = torch.cat([labels, others])
         assert torch.equal(with_others[before[i]], a[f"{key}labels_before"].long())
         assert torch.equal(with_others[after[i]], a[f"{key}labels_after"].long())
@@ -207,13 +255,19 @@ def check_atss_assigner(a: Arrays) -> None:
         owners = assigners.atss(anchors, a[f"num_level_{stride}"].tolist(), boxes, a.number("topk"))
         _same_owners(owners, a[key], key)
         chosen, own = owners >= 0, owners[owners >= 0]
-        assert torch.equal(a[f"{scene}__gt_labels"][own], a[f"{scene}__s{stride}__labels"][chosen].long())
+        assert torch.equal(
+            a[f"{scene}__gt_labels"][own], a[f"{scene}__s{stride}__labels"][chosen].long()
+        )
         near(iou(anchors[chosen], boxes[own]), a[f"{scene}__s{stride}__max_overlaps"][chosen], key)
     per_level = a["num_level_8"].tolist()
     for key in a.data:
         if found := re.fullmatch(r"(\w+?)_topk(\d+)__gt_inds", key):
             boxes = a[f"{found[1]}__gt_bboxes"].float()
-            _same_owners(assigners.atss(a["anchors_8"].float(), per_level, boxes, k=int(found[2])), a[key], key)
+            _same_owners(
+                assigners.atss(a["anchors_8"].float(), per_level, boxes, k=int(found[2])),
+                a[key],
+                key,
+            )
     alone = assigners.atss(a["single__anchors"].float(), [1], a["single__gt_bboxes"].float())
     _same_owners(alone, a["single__gt_inds"], "single")
 
@@ -254,7 +308,11 @@ def check_anchors(a: Arrays) -> None:
         counts = a[f"{kind}__num_per_level"].tolist()
         assert counts == [h * w * len(ratios) * len(scales) for h, w in shapes]
         for level, own in enumerate(anchors.split(counts)):
-            near(own[: len(ratios) * len(scales)], a[f"{kind}__base_lvl{level}"], f"{kind}, level {level}")
+            near(
+                own[: len(ratios) * len(scales)],
+                a[f"{kind}__base_lvl{level}"],
+                f"{kind}, level {level}",
+            )
         if kind == "rpn8":
             near(anchors[sum(counts[:2]) :], a["rpn8__anchors_lvl2up"], kind)
         else:
@@ -276,22 +334,31 @@ def check_coders(a: Arrays) -> None:
         decoded = coder.decode(priors, deltas)
         near(decoded, a[f"{name}__decode"], f"{name}, decode")
         near(clip(decoded, a["max_shape_hw"]), a[f"{name}__decode_clipped"], f"{name}, clipped")
-        classes = coder.decode(priors.unsqueeze(1), a[f"{name}__deltas_3cls"].float().unflatten(1, (-1, 4)))
+        classes = coder.decode(
+            priors.unsqueeze(1), a[f"{name}__deltas_3cls"].float().unflatten(1, (-1, 4))
+        )
         near(classes.flatten(1), a[f"{name}__decode_3cls"], f"{name}, classes")
     points, boxes = a["dist__points"].float(), a["dist__gts"].float()
     distances = sides(points, boxes)
     near(distances, a["dist__encode_nomax"], "distances", atol=1e-4)
-    near(distances.clamp(0, FARTHEST), a["dist__encode_max16_eps01"], "clamped distances", atol=1e-4)
+    near(
+        distances.clamp(0, FARTHEST), a["dist__encode_max16_eps01"], "clamped distances", atol=1e-4
+    )
     near(from_sides(points, a["dist__distances"].float()), a["dist__decode"], "boxes of distances")
 
 
 def check_losses(a: Arrays) -> None:
     """Element losses, weighted sums, and a gradient. The log IoU is left out: no branch uses it."""
-    labels, scores, weights, average = a["labels"], a["scores"].float(), a["weights"].float(), a["avg_factor"]
+    labels = a["labels"]
+    scores = a["scores"].float()
+    weights = a["weights"].float()
+    average = a["avg_factor"]
     logits = a["logits"].float().requires_grad_()
     row = (labels < a.number("num_classes")).nonzero().squeeze(1)
     there = (row, labels[row])
-    quality = focal_negative(logits).index_put(there, quality_focal_loss(logits[there], scores[row]))
+    quality = focal_negative(logits).index_put(
+        there, quality_focal_loss(logits[there], scores[row])
+    )
     focal = (0.75 * focal_negative(logits)).index_put(there, 0.25 * focal_positive(logits[there]))
     near(quality.sum(1), a["qfl_none"], "quality focal loss")
     near(focal, a["focal_none"], "focal loss")

@@ -41,4 +41,6 @@ def _check_soft(a: Arrays, name: str, lowered: Tensor) -> None:
 
 def _check_kept(a: Arrays, name: str, boxes: Tensor, scores: Tensor) -> None:
     found = torch.cat([boxes, scores[:, None]], dim=1)
-    torch.testing.assert_close(found, a[f"{name}__dets"], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        found, a[f"{name}__dets"], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}"
+    )

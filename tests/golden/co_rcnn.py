@@ -1,4 +1,6 @@
-"""Checks of the auxiliary R-CNN of Co-DETR: its assignment, its proposals' losses, its regions and its own losses."""
+"""Checks of the auxiliary R-CNN of Co-DETR: its assignment, its proposals' losses, its regions and
+its own losses.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ RULES = {
     "paa": (0.1, 0.1, 0.0, True),
 }
 REGION_LEVELS = 4  # of Faster R-CNN's pyramid; the map appended to it is the proposals' alone
-NOT_OFFERED = ("ignore__", "duplicate__retina_not_assign_all__")  # regions to ignore; one anchor for each best IoU
+# Regions to ignore; one anchor for each best IoU
+NOT_OFFERED = ("ignore__", "duplicate__retina_not_assign_all__")
 
 
 def check_max_iou(a: Arrays) -> None:
@@ -33,13 +36,21 @@ def check_max_iou(a: Arrays) -> None:
         positive, negative, minimum, low_quality = RULES[rule]
         anchors = a["proposals" if rule == "rcnn" else "anchors"].float()
         boxes = a[f"{scene}__gt_bboxes"].float().view(-1, 4)
-        owner = max_iou(anchors, boxes, positive=positive, negative=negative, minimum=minimum, low_quality=low_quality)
+        owner = max_iou(
+            anchors,
+            boxes,
+            positive=positive,
+            negative=negative,
+            minimum=minimum,
+            low_quality=low_quality,
+        )
         numbers = torch.where(owner >= 0, owner + 1, torch.where(owner == BACKGROUND, 0, -1))
         assert set(owner[owner < 0].tolist()) <= {BACKGROUND, IGNORED}
         expected = a[key].long()
         compared = torch.ones_like(expected, dtype=torch.bool)
         if low_quality and minimum == 0 and len(boxes):
-            # Theirs gives a target that meets no anchor all that no later target takes; ours gives it none.
+            # Theirs gives a target that meets no anchor all that no later target takes; ours gives
+            # it none.
             lonely = (own_best(anchors, boxes) == 0).nonzero().squeeze(1) + 1
             compared = ~torch.isin(expected, lonely)
             assert not torch.isin(numbers, lonely).any(), key
@@ -48,16 +59,21 @@ def check_max_iou(a: Arrays) -> None:
 
 def own_best(anchors: Tensor, boxes: Tensor) -> Tensor:
     """Largest overlap in pixels that each of `boxes (T, 4)` has with an anchor: `(T,)`."""
-    low, high = torch.maximum(anchors[:, None, :2], boxes[:, :2]), torch.minimum(anchors[:, None, 2:], boxes[:, 2:])
+    low = torch.maximum(anchors[:, None, :2], boxes[:, :2])
+    high = torch.minimum(anchors[:, None, 2:], boxes[:, 2:])
     return (high - low).clamp(min=0).prod(-1).amax(0)
 
 
 def check_rpn(a: Arrays) -> None:
-    """Where the reference draws at random, this takes the first. In float32: overlaps are exactly equal there."""
+    """Where the reference draws at random, this takes the first. In float32: overlaps are exactly
+    equal there.
+    """
     strides = levels_of(a)
     levels = len(strides)
     for case, labels, boxes in truths(a):
-        logits, deltas = ([a.variable(f"{n}_lvl{k}") for k in range(levels)] for n in ("cls", "reg"))
+        logits, deltas = (
+            [a.variable(f"{n}_lvl{k}") for k in range(levels)] for n in ("cls", "reg")
+        )
         scene = Scene(tuple(logits), strides, a["pad_shapes_hw"].float(), labels, boxes)
         output = DenseOutput(by_anchor(logits, NINE), by_anchor(deltas, NINE), None)
         losses = rpn_losses(output, nine_anchors(scene), scene, lambda indices, k: indices[:k])
@@ -75,7 +91,10 @@ def check_region_losses(a: Arrays) -> None:
     rois, labels, targets, logits, deltas = (
         a[f"{case}__{k}"] for k in ("rois", "labels", "bbox_targets", "cls_score", "bbox_pred")
     )
-    for prefix, rows in (("", torch.arange(len(labels))), ("nopos_", (labels == classes).nonzero().squeeze(1))):
+    for prefix, rows in (
+        ("", torch.arange(len(labels))),
+        ("nopos_", (labels == classes).nonzero().squeeze(1)),
+    ):
         positive = rows[labels[rows] < classes]
         own = deltas.unflatten(1, (classes, 4))[positive, labels[positive]]
         boxes = CODER.decode(rois[positive, 1:], own)
@@ -90,11 +109,18 @@ def check_regions(a: Arrays) -> None:
         assert a.number(f"{case}__finest_scale") == 14 * strides[0]
         levels = region_levels(a[f"{case}__rois"][:, 1:].float(), strides)
         assert torch.equal(levels, a[f"{case}__levels"]), case
-    maps, stride, rois = a["align__feat"].float(), a.number("align__stride"), a["align__rois"].float()
+    maps = a["align__feat"].float()
+    stride = a.number("align__stride")
+    rois = a["align__rois"].float()
     image = rois[:, 0].long()
     order = image.argsort(stable=True)
     boxes = [rois[image == i, 1:] for i in range(len(maps))]
     for cells in [int(k.removeprefix("align__out")) for k in a.data if k.startswith("align__out")]:
         features = region_features([maps], [stride], boxes, cells).permute(0, 3, 1, 2)
         close(features, a[f"align__out{cells}"][order], 1e-5, f"{cells} cells")
-    close(region_features([maps], [stride], boxes, 7).mean((1, 2)), a["align__pooled_mean7"][order], 1e-5, "mean")
+    close(
+        region_features([maps], [stride], boxes, 7).mean((1, 2)),
+        a["align__pooled_mean7"][order],
+        1e-5,
+        "mean",
+    )

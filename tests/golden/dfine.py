@@ -1,4 +1,6 @@
-"""D-FINE: distributions, their losses, and whole models, against the authors' code and transformers."""
+"""D-FINE: distributions, their losses, and whole models, against the authors' code and
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,12 @@ def close_relative(actual: Tensor, expected: Tensor, what: str) -> None:
     close(actual, expected, RELATIVE * max(1.0, expected.abs().max().item()), what)
 
 
-def check_bins(values: Tensor, left: Tensor, right_weight: Tensor, left_weight: Tensor, bins: Tensor) -> None:
-    """The authors put what lies beyond the last bin a little before it, and give the right bin all weight."""
+def check_bins(
+    values: Tensor, left: Tensor, right_weight: Tensor, left_weight: Tensor, bins: Tensor
+) -> None:
+    """The authors put what lies beyond the last bin a little before it, and give the right bin all
+    weight.
+    """
     found, nearness = bins_beside(values, bins)
     assert torch.equal(found, left.long())
     close(nearness, right_weight, 1e-9, "weight of the right bin")
@@ -53,7 +59,12 @@ def check_fdr(a: Arrays) -> None:
     distances = side_distances(a["points"], a["gt_boxes"], bins.scale)
     check_bins(distances, a["bin"], a["weight_right"], a["weight_left"], values)
     close(boxes_at(a["points"], a["distances"], bins.scale), a["decoded"], 1e-9, "decoded boxes")
-    close(side_distances(a["points"], a["decoded"], bins.scale), a["distances"], 1e-9, "distances of decoded boxes")
+    close(
+        side_distances(a["points"], a["decoded"], bins.scale),
+        a["distances"],
+        1e-9,
+        "distances of decoded boxes",
+    )
 
 
 def check_losses(a: Arrays) -> None:
@@ -93,7 +104,9 @@ def pairs_of(a: Arrays, targets: Targets) -> Assignment:
 
 
 def check_model(a: Arrays) -> None:
-    """A whole tiny model from the pictures to the gradients; its loss is the authors', with the union of matches."""
+    """A whole tiny model from the pictures to the gradients; its loss is the authors', with the
+    union of matches.
+    """
     model, links = load(a)
     maps = model.backbone(a["pixel_values"])
     for i, found in enumerate(maps):
@@ -121,7 +134,9 @@ def load(a: Arrays) -> tuple[Detector, list[Link]]:
     """The file's detector, in double precision."""
     network, backbone = network_of(a.json("config_json")), a.json("config_json")["backbone_config"]
     left = {"model.decoder.up", "model.decoder.reg_scale"}
-    return loaded(a, network, lambda: hgnet(backbone, network.backbone.strides), table(network), left)
+    return loaded(
+        a, network, lambda: hgnet(backbone, network.backbone.strides), table(network), left
+    )
 
 
 def network_of(config: dict[str, Any]) -> DetectorConfig:
@@ -145,7 +160,11 @@ def network_of(config: dict[str, Any]) -> DetectorConfig:
             "layers": config["decoder_layers"],
             "heads": config["decoder_attention_heads"],
             "hidden": config["decoder_ffn_dim"],
-            "distributions": {"bins": config["max_num_bins"], "scale": config["reg_scale"], "reach": config["up"]},
+            "distributions": {
+                "bins": config["max_num_bins"],
+                "scale": config["reg_scale"],
+                "reach": config["up"],
+            },
         },
     )
 
@@ -202,7 +221,9 @@ def check_criterion(a: Arrays, output: DecoderOutput, proposals: DecoderOutput) 
     of_layers, of_initial, of_proposals = assignments[len(parts) :]
     last = layers - 1
     recorded = {"last": (of_layers, last), "pre": (of_initial, 0), "encoder": (of_proposals, 0)}
-    recorded |= {f"layer{i}": (of_layers, i) for i in range(last)} | {"union": (assignments[0], last)}
+    recorded |= {f"layer{i}": (of_layers, i) for i in range(last)} | {
+        "union": (assignments[0], last)
+    }
     for name, (found, layer) in recorded.items():
         check_pairs(a, targets, found, layer, name)
 

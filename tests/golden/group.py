@@ -1,4 +1,6 @@
-"""Checks of Group DETR: groups together equal groups alone, matching and loss by group, denoising beside them."""
+"""Checks of Group DETR: groups together equal groups alone, matching and loss by group, denoising
+beside them.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,18 @@ def check_conditional(a: Arrays) -> None:
     weights = a.group("p/")
     first, further = weights["query_embed.weight"].split([count, (groups - 1) * count])
     weights["query_embed.weight"] = first
-    model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
+    model.load_state_dict(
+        to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
+    )
     group.table.load_state_dict({"position": further})
 
     position = a["pos"].flatten(2).transpose(1, 2)
-    memory = Memory(a["src"].flatten(2).transpose(1, 2), position, (tuple(a["src"].shape[2:]),), a["mask"].flatten(1))  # type: ignore[arg-type]
+    memory = Memory(
+        a["src"].flatten(2).transpose(1, 2),
+        position,
+        (tuple(a["src"].shape[2:]),),
+        a["mask"].flatten(1),
+    )  # type: ignore[arg-type]
     memory = model.encoder(memory)
     queries, _ = model.queries(memory)
     boxes = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
@@ -68,32 +77,54 @@ def check_conditional(a: Arrays) -> None:
         own = Queries(*(None if t is None else t[:, k * count : (k + 1) * count] for t in every))
         alone = model.decoder(own, memory, (), every_layer=True)
         close(alone.logits, a[f"alone{k}_logits"], 1e-5, f"group {k} alone")
-        close(alone.logits, output.logits[:, :, k * count : (k + 1) * count], 1e-9, f"group {k} in company")
+        close(
+            alone.logits,
+            output.logits[:, :, k * count : (k + 1) * count],
+            1e-9,
+            f"group {k} in company",
+        )
         close(alone.boxes, a[f"alone{k}_boxes"], 1e-5, f"group {k} alone")
 
     parts = [output.map(lambda t: t[:, :, :count]), output.map(lambda t: t[:, :, count:])]
     assert block.normaliser is not None
     tasks = [
         supervision.task("main", parts[0], targets, boxes.clamp(min=1), weight=group.main_weight),
-        supervision.task("group", parts[1], targets, block.normaliser, copies=block.copies, weight=block.weight),
+        supervision.task(
+            "group", parts[1], targets, block.normaliser, copies=block.copies, weight=block.weight
+        ),
     ]
     found = match(tasks)
     for layer in range(network.decoder.layers):
         for image in range(len(targets.sizes)):
             rows = [(f.layer == layer) & (f.image == image) for f in found]
-            query = torch.cat([f.query[r] + i * count for i, (f, r) in enumerate(zip(found, rows, strict=True))])
-            target = torch.cat([f.target[r] for f, r in zip(found, rows, strict=True)]) - targets.offsets[image]
+            query = torch.cat(
+                [f.query[r] + i * count for i, (f, r) in enumerate(zip(found, rows, strict=True))]
+            )
+            target = (
+                torch.cat([f.target[r] for f, r in zip(found, rows, strict=True)])
+                - targets.offsets[image]
+            )
             assert torch.equal(torch.stack([query, target]), a[f"match_l{layer}_b{image}"])
     losses, _ = supervise(tasks, found)
     for layer in range(network.decoder.layers):
         for term, name in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
             suffix = "" if layer == network.decoder.layers - 1 else f"_{layer}"
             together = losses[f"main/{term}/{layer}"] + losses[f"group/{term}/{layer}"]
-            close(together / supervision.weights[term], a[f"loss/loss_{name}{suffix}"], 1e-5, f"{name} {layer}")
+            close(
+                together / supervision.weights[term],
+                a[f"loss/loss_{name}{suffix}"],
+                1e-5,
+                f"{name} {layer}",
+            )
     last = len(output.logits) - 1
     alone, _ = supervise([supervision.task("eval", parts[0], targets, boxes.clamp(min=1))])
     for term, name in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
-        close(alone[f"eval/{term}/{last}"] / supervision.weights[term], a[f"evalloss/loss_{name}"], 1e-5, name)
+        close(
+            alone[f"eval/{term}/{last}"] / supervision.weights[term],
+            a[f"evalloss/loss_{name}"],
+            1e-5,
+            name,
+        )
 
     total = torch.stack(list(losses.values())).sum()
     close(total, a["loss_total"], 1e-4, "total")
@@ -121,7 +152,9 @@ def check_distances(a: Arrays) -> None:
 
 
 def check_denoising_mask(a: Arrays) -> None:
-    """[denoising | group 0 | the other groups] through our self-attention, which takes no such mask."""
+    """[denoising | group 0 | the other groups] through our self-attention, which takes no such
+    mask.
+    """
     cases = sorted({k.split("_")[0] for k in a.data})
     for case in cases:
         params = a.json(f"{case}_params")
@@ -138,15 +171,16 @@ def check_denoising_mask(a: Arrays) -> None:
             weights["in_proj_weight"],
             weights["in_proj_bias"],
         )
-        attention.output.weight.data, attention.output.bias.data = weights["out_proj.weight"], weights["out_proj.bias"]
+        attention.output.weight.data = weights["out_proj.weight"]
+        attention.output.bias.data = weights["out_proj.bias"]
         close(attention(x, torch.zeros_like(x), segments), a[f"{case}_out"], 1e-8, case)
 
 
 def check_two_stage(a: Arrays) -> None:
     """Proposals by heads of each group, then all groups in one pass, and each alone.
 
-    The file is LW-DETR's, which has no encoder and adds learned anchors to the proposals; they are added here. Its grid
-    of proposals is float32, hence the tolerance.
+    The file is LW-DETR's, which has no encoder and adds learned anchors to the proposals; they are
+    added here. Its grid of proposals is float32, hence the tolerance.
     """
     cfg, shapes = a.json("cfg"), a.shapes()
     groups, count = cfg["K"], cfg["num_queries"]
@@ -155,20 +189,33 @@ def check_two_stage(a: Arrays) -> None:
         width=cfg["d_model"],
         queries={"count": count, "empty_compete": True},
         cross_attention={"points": cfg["n_points"]},
-        decoder={"heads": cfg["nheads"], "hidden": cfg["ffn"], "layers": cfg["dec_layers"], "refine": "detached"},
+        decoder={
+            "heads": cfg["nheads"],
+            "hidden": cfg["ffn"],
+            "layers": cfg["dec_layers"],
+            "refine": "detached",
+        },
         eps=1e-12,  # it keeps boxes as logits, which nothing clamps
     )
     decoder = build_decoder(network, cfg["num_classes"]).double()
     heads = [
-        ProposalHead(cfg["d_model"], cfg["num_classes"], count, rank_by="max", empty_compete=True).double()
+        ProposalHead(
+            cfg["d_model"], cfg["num_classes"], count, rank_by="max", empty_compete=True
+        ).double()
         for _ in range(groups)
     ]
     weights = a.group("p/")
     rows = [
         *(Pair(f"heads.{k}.projection", f"transformer.enc_output.{k}") for k in range(groups)),
         *(Pair(f"heads.{k}.norm", f"transformer.enc_output_norm.{k}") for k in range(groups)),
-        *(Pair(f"heads.{k}.classify", f"transformer.enc_out_class_embed.{k}") for k in range(groups)),
-        *(Pair(f"heads.{k}.move.@", f"transformer.enc_out_bbox_embed.{k}.@") for k in range(groups)),
+        *(
+            Pair(f"heads.{k}.classify", f"transformer.enc_out_class_embed.{k}")
+            for k in range(groups)
+        ),
+        *(
+            Pair(f"heads.{k}.move.@", f"transformer.enc_out_bbox_embed.{k}.@")
+            for k in range(groups)
+        ),
         Pair("decoder.layers.*.norm_self", "transformer.decoder.layers.*.norm1"),
         Pair("decoder.layers.*.norm_cross", "transformer.decoder.layers.*.norm2"),
         Pair("decoder.heads.classes.0", "class_embed"),
@@ -177,10 +224,15 @@ def check_two_stage(a: Arrays) -> None:
     ]
     model = nn.ModuleDict({"heads": nn.ModuleList(heads), "decoder": decoder})
     links = link_up(model.state_dict(), rows, network.decoder.layers)
-    model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
+    model.load_state_dict(
+        to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
+    )
 
     masks = [a[f"mask{i}"].bool() for i in range(len(shapes))]
-    ratios = [torch.stack([(~m[:, 0]).double().mean(1), (~m[:, :, 0]).double().mean(1)], -1) for m in masks]
+    ratios = [
+        torch.stack([(~m[:, 0]).double().mean(1), (~m[:, :, 0]).double().mean(1)], -1)
+        for m in masks
+    ]
     tokens = torch.cat([a[f"src{i}"].flatten(2).transpose(1, 2) for i in range(len(shapes))], 1)
     padding = torch.cat([m.flatten(1) for m in masks], 1)
     memory = Memory(tokens, torch.zeros_like(tokens), shapes, padding, torch.stack(ratios, 1))

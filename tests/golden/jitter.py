@@ -47,12 +47,18 @@ def check_mmdet(a: Arrays) -> None:
             _, _, left = crop(torch.zeros(3, *resized), boxes, labels, (*corner, *kept))
             left = left[drawn[left].flatten(1).any(dim=1)]
             assert torch.equal(left, a[f"c{case}_out_labels"])
-            assert torch.equal(drawn[left], torch.from_numpy(_bits(a.data[f"c{case}_out_masks"], kept[1])))
-            assert torch.equal(boxes_around(patches_of(drawn[left])), a[f"c{case}_out_boxes"].float())
+            assert torch.equal(
+                drawn[left], torch.from_numpy(_bits(a.data[f"c{case}_out_masks"], kept[1]))
+            )
+            assert torch.equal(
+                boxes_around(patches_of(drawn[left])), a[f"c{case}_out_boxes"].float()
+            )
 
 
 def check_copy_paste(a: Arrays) -> None:
-    """Given objects on a picture. Those that the reference keeps though nothing of them is seen are not compared."""
+    """Given objects on a picture. Those that the reference keeps though nothing of them is seen are
+    not compared.
+    """
     for case in range(a.count(r"c\d+_chosen")):
         chosen = a[f"c{case}_chosen"]
         result = paste(_picture(a, f"c{case}_dst_"), _picture(a, f"c{case}_src_").take(chosen))

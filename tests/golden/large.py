@@ -74,7 +74,10 @@ def check_memory_fusion(a: Arrays) -> None:
     fusion = MemoryFusion(states[0].shape[-1], len(states) - 1)
     names = {"projection": "", "norm": "norm_"}
     weights = ("weight", "bias")
-    _loaded(fusion, {f"{part}.{w}": a[f"{prefix}{w}"] for part, prefix in names.items() for w in weights})
+    _loaded(
+        fusion,
+        {f"{part}.{w}": a[f"{prefix}{w}"] for part, prefix in names.items() for w in weights},
+    )
     close(fusion(states), a["out"], 1e-10)
 
 
@@ -99,15 +102,24 @@ LOSSES = {
 
 
 def check_federated(a: Arrays) -> None:
-    """In each case three losses over a given sample of classes, and how often classes are drawn in many."""
+    """In each case three losses over a given sample of classes, and how often classes are drawn in
+    many.
+    """
     for case in range(a.count(r"c\d+_num")):
-        targets = {name: a[f"c{case}_{name}"] for name in ("counts", "gt", "kept", "logits", "positive", "iou")}
-        _check_losses_over(a, case, **{name: targets[name] for name in ("kept", "logits", "positive", "iou")})
+        targets = {
+            name: a[f"c{case}_{name}"]
+            for name in ("counts", "gt", "kept", "logits", "positive", "iou")
+        }
+        _check_losses_over(
+            a, case, **{name: targets[name] for name in ("kept", "logits", "positive", "iou")}
+        )
         if f"c{case}_frequency" in a:
             power, number = float(a[f"c{case}_power"]), a.number(f"c{case}_num")
             scheme = Federated(FederatedConfig(classes=number, power=power), len(targets["counts"]))
             scheme.count_classes(targets["counts"])
-            truth = Targets(targets["gt"], torch.zeros(len(targets["gt"]), 4), (len(targets["gt"]),))
+            truth = Targets(
+                targets["gt"], torch.zeros(len(targets["gt"]), 4), (len(targets["gt"]),)
+            )
             drawn = torch.zeros(len(targets["counts"]))
             for seed in range(DRAWS):
                 scheme.reseed(seed)
@@ -116,11 +128,14 @@ def check_federated(a: Arrays) -> None:
                 assert columns.sum() == max(number, len(targets["gt"].unique()))
                 drawn += columns
             drawn[targets["gt"]] = 0
-            # The reference's frequencies are of 20,000 draws; these of fewer, within five standard deviations.
+            # The reference's frequencies are of 20,000 draws; these of fewer, within five standard
+            # deviations.
             assert (drawn / DRAWS - a[f"c{case}_frequency"]).abs().max() < 5 * 0.5 / DRAWS**0.5
 
 
-def _check_losses_over(a: Arrays, case: int, *, kept: Tensor, logits: Tensor, positive: Tensor, iou: Tensor) -> None:
+def _check_losses_over(
+    a: Arrays, case: int, *, kept: Tensor, logits: Tensor, positive: Tensor, iou: Tensor
+) -> None:
     columns = torch.zeros(logits.shape[1], dtype=torch.bool).index_fill(0, kept, True)
     query, label = positive.unbind(1)
     # Boxes of unit height that overlap their targets by the IoU that is wanted.
@@ -129,11 +144,15 @@ def _check_losses_over(a: Arrays, case: int, *, kept: Tensor, logits: Tensor, po
     whole = torch.tensor([0.5, 0.5, 1.0, 1.0], dtype=torch.float64).repeat(len(label), 1)
     for name, rule in LOSSES.items():
         variable = logits.clone().requires_grad_()
-        supervision = Supervision(rule=rule, weights={"class": 1.0, "box": 0.0, "giou": 0.0}, columns=lambda _: columns)
+        supervision = Supervision(
+            rule=rule, weights={"class": 1.0, "box": 0.0, "giou": 0.0}, columns=lambda _: columns
+        )
         rows = torch.arange(len(query))
         known = Assignment(torch.zeros_like(query), torch.zeros_like(query), query, rows, rows)
         truth = Targets(label, whole, (len(label),))
-        task = supervision.known(known).task("main", one_layer(variable[None], boxes[None]), truth, torch.tensor(1.0))
+        task = supervision.known(known).task(
+            "main", one_layer(variable[None], boxes[None]), truth, torch.tensor(1.0)
+        )
         loss = supervise([task])[0]["main/class/0"]
         loss.backward()
         assert variable.grad is not None

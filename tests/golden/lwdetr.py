@@ -24,7 +24,9 @@ TERMS = {"class": "ce", "box": "bbox", "giou": "giou"}
 
 
 def check_model(a: Arrays) -> None:
-    """Maps, one group's output as at inference, and with all groups outputs, matches, losses and gradients."""
+    """Maps, one group's output as at inference, and with all groups outputs, matches, losses and
+    gradients.
+    """
     model, links = load(a)
     images = ImageBatch(a["pixel_values"], ~a["pixel_mask"].bool())
     detector, targets = model.detector, a.targets()
@@ -35,7 +37,12 @@ def check_model(a: Arrays) -> None:
     memory = detector.encode(images)
     levels = memory.tokens.split([h * w for h, w in memory.shapes], dim=1)
     for i, (level, (h, w)) in enumerate(zip(levels, memory.shapes, strict=True)):
-        close(level.transpose(1, 2).unflatten(2, (h, w)), a[f"memory{i}"], exact, f"level {i} of the memory")
+        close(
+            level.transpose(1, 2).unflatten(2, (h, w)),
+            a[f"memory{i}"],
+            exact,
+            f"level {i} of the memory",
+        )
     check_inference(a, model, images)
     check_training(a, model, images, links)
     assert len(targets.sizes) == len(images.pixels)
@@ -80,7 +87,9 @@ def check_inference(a: Arrays, model: TrainableDetector, images: ImageBatch) -> 
     close(output.boxes[-1], a["pred_boxes"], 1e-6, "boxes")
 
 
-def check_training(a: Arrays, model: TrainableDetector, images: ImageBatch, links: list[Link]) -> None:
+def check_training(
+    a: Arrays, model: TrainableDetector, images: ImageBatch, links: list[Link]
+) -> None:
     step = model.begin(images, a.targets())
     (group,) = model.training_schemes
     (block,) = group.extend(step).blocks
@@ -88,12 +97,27 @@ def check_training(a: Arrays, model: TrainableDetector, images: ImageBatch, link
     outputs = model.detector.decode(step.memory, {b.segment: b.queries for b in (main, block)})
     every = [outputs["main"], outputs["group"]]
     boxes = [b.queries.boxes for b in (main, block)]
-    close(torch.cat([b for b in boxes if b is not None], 1), a["train_init_boxes"], 1e-6, "first boxes of all groups")
+    close(
+        torch.cat([b for b in boxes if b is not None], 1),
+        a["train_init_boxes"],
+        1e-6,
+        "first boxes of all groups",
+    )
     close(torch.cat([o.logits for o in every], 2), a["all_logits"], 1e-6, "logits of all groups")
     close(torch.cat([o.boxes for o in every], 2), a["all_boxes"], 1e-6, "boxes of all groups")
     proposed = [b.proposals for b in (main, block) if b.proposals is not None]
-    close(torch.cat([o.logits[0] for o in proposed], 1), a["train_enc_logits"], 1e-6, "proposals' logits of all groups")
-    close(torch.cat([o.boxes[0] for o in proposed], 1), a["train_enc_boxes"], 1e-6, "proposals' boxes of all groups")
+    close(
+        torch.cat([o.logits[0] for o in proposed], 1),
+        a["train_enc_logits"],
+        1e-6,
+        "proposals' logits of all groups",
+    )
+    close(
+        torch.cat([o.boxes[0] for o in proposed], 1),
+        a["train_enc_boxes"],
+        1e-6,
+        "proposals' boxes of all groups",
+    )
 
     tasks = [task for b in (main, block) for task in model._tasks(b, outputs[b.name], step)]
     tasks = sorted(tasks, key=lambda task: "proposals" in task.name)
@@ -120,7 +144,9 @@ def check_matches(a: Arrays, found: list[Assignment], count: int) -> None:
                     pairs.append(torch.stack([part.query[own] + shift, part.target[own] - offset]))
                 ours, theirs = torch.cat(pairs, 1), a[f"match/{name}_b{image}"]
                 order = theirs[0].argsort()
-                assert torch.equal(ours[:, ours[0].argsort()], theirs[:, order]), f"matches of {name}"
+                assert torch.equal(ours[:, ours[0].argsort()], theirs[:, order]), (
+                    f"matches of {name}"
+                )
 
 
 def check_losses(a: Arrays, losses: dict[str, Tensor], model: TrainableDetector) -> None:
@@ -130,9 +156,13 @@ def check_losses(a: Arrays, losses: dict[str, Tensor], model: TrainableDetector)
             both = losses[f"main/{term}/{layer}"] + losses[f"group/{term}/{layer}"]
             suffix = "" if layer == layers - 1 else f"_{layer}"
             expected = a[f"loss/loss_{theirs}{suffix}"]
-            torch.testing.assert_close(both / weights[term], expected, rtol=1e-6, atol=0, msg=f"{term} of {layer}")
+            torch.testing.assert_close(
+                both / weights[term], expected, rtol=1e-6, atol=0, msg=f"{term} of {layer}"
+            )
         both = losses[f"proposals/{term}/0"] + losses[f"group_proposals/{term}/0"]
-        torch.testing.assert_close(both / weights[term], a[f"loss/loss_{theirs}_enc"], rtol=1e-6, atol=0, msg=term)
+        torch.testing.assert_close(
+            both / weights[term], a[f"loss/loss_{theirs}_enc"], rtol=1e-6, atol=0, msg=term
+        )
 
 
 def check_gradients(a: Arrays, model: TrainableDetector, links: list[Link]) -> None:
@@ -149,11 +179,20 @@ def check_gradients(a: Arrays, model: TrainableDetector, links: list[Link]) -> N
     for k, head in enumerate(group.heads, start=1):
         assert isinstance(head, ProposalHead)
         found |= {further(name, k): value for name, value in own_gradients(head).items()}
-    norms = {str(n): norm for n, norm in zip(a.data["grad_norm_names"], a["grad_norms"], strict=True)}
+    norms = {
+        str(n): norm for n, norm in zip(a.data["grad_norm_names"], a["grad_norms"], strict=True)
+    }
     for name, norm in norms.items():
         if norm < 0:  # no gradient: a token that nothing reads, a block behind the last map
             assert name not in found, name
         else:
-            close(found[name].norm(), norm, 1e-4 * max(1.0, norm.item()), f"gradient norm of {name}")
+            close(
+                found[name].norm(), norm, 1e-4 * max(1.0, norm.item()), f"gradient norm of {name}"
+            )
     for name, expected in a.group("grad/").items():
-        close(found[name], expected, 1e-4 * max(1.0, expected.abs().max().item()), f"gradient of {name}")
+        close(
+            found[name],
+            expected,
+            1e-4 * max(1.0, expected.abs().max().item()),
+            f"gradient of {name}",
+        )

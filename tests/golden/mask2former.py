@@ -1,4 +1,6 @@
-"""Checks of Mask2Former and of Group DETR on it: whole models, matching, losses at recorded points, gradients."""
+"""Checks of Mask2Former and of Group DETR on it: whole models, matching, losses at recorded points,
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ def truth_of(a: Arrays) -> Targets:
 
 
 def recorded(a: Arrays, tags: Sequence[str], rows: Sequence[Sequence[int]]) -> Draw:
-    """The points of a file in place of random ones. `rows` are the places, in the file's draws of all masks of a layer,
-    of the masks that are drawn for: of each image."""
+    """The points of a file in place of random ones. `rows` are the places, in the file's draws of
+    all masks of a layer, of the masks that are drawn for: of each image."""
 
     def draw(purpose: tuple[str | int, ...], shape: Sequence[int], like: Tensor) -> Tensor:
         what, layer, *place = purpose
@@ -53,7 +55,9 @@ def recorded(a: Arrays, tags: Sequence[str], rows: Sequence[Sequence[int]]) -> D
         else:
             image, start = map(int, place)
             assert start == 0, "more masks than are computed together"
-            points = a[f"{'candidate' if what == 'candidates' else 'random'}_points{tag}"][list(rows[image])]
+            points = a[f"{'candidate' if what == 'candidates' else 'random'}_points{tag}"][
+                list(rows[image])
+            ]
         assert points.shape == (*shape, 2), (purpose, points.shape, shape)
         return points
 
@@ -73,7 +77,11 @@ def check_loss(a: Arrays) -> None:
     embeds = torch.eye(queries, dtype=torch.float64).expand(1, batch, -1, -1)
     features = MaskFeatures(maps, tuple(a["gt_hw"].tolist()))
     output = DecoderOutput(
-        logits[None], logits.new_zeros(1, batch, queries, 0), logits[None], mask_embeds=embeds, masks=features
+        logits[None],
+        logits.new_zeros(1, batch, queries, 0),
+        logits[None],
+        mask_embeds=embeds,
+        masks=features,
     )
     points = Points(a.number("points"), float(a["oversample"]), float(a["importance"]))
     counts = [min(size, queries) for size in targets.sizes]
@@ -98,9 +106,16 @@ def check_loss(a: Arrays) -> None:
         value = losses[f"main/{ours}/0"] / supervision.weights[ours]
         close(value, a[f"loss_{theirs}"], EXACT, theirs)
         leaf, name = (logits, "class") if ours == "class" else (maps, "mask")
-        (gradient,) = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
+        (gradient,) = torch.autograd.grad(
+            value, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         expected = f"grad_{name}_logits_{theirs}"
-        close(gradient, a[expected] if expected in a else torch.zeros_like(gradient), GRADIENT, expected)
+        close(
+            gradient,
+            a[expected] if expected in a else torch.zeros_like(gradient),
+            GRADIENT,
+            expected,
+        )
     close(torch.stack(list(losses.values())).sum(), a["loss_total"], EXACT, "total")
 
 
@@ -142,7 +157,9 @@ class Maps(nn.Module):
         return self.maps
 
 
-def load(model: Detector, config: DetectorConfig, links: list[Link], weights: dict[str, Tensor]) -> None:
+def load(
+    model: Detector, config: DetectorConfig, links: list[Link], weights: dict[str, Tensor]
+) -> None:
     assert all("encoder.swin" in k or "hidden_states_norms" in k for k in unused(weights, links))
     found = to_ours(as_linear(weights), links, {k: v.shape for k, v in model.state_dict().items()})
     model.load_state_dict(turned(found, config))
@@ -150,7 +167,9 @@ def load(model: Detector, config: DetectorConfig, links: list[Link], weights: di
 
 def gradients(model: nn.Module, config: DetectorConfig, links: list[Link]) -> dict[str, Tensor]:
     """Under their names."""
-    own = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
+    own = {
+        k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()
+    }
     return as_convolutions(to_theirs(turned(own, config), links))
 
 
@@ -167,7 +186,9 @@ def images_of(a: Arrays) -> ImageBatch:
 
 
 def check_model(a: Arrays) -> None:
-    """A whole model from the backbone's maps on: maps, outputs, what each query may read, loss and gradients."""
+    """A whole model from the backbone's maps on: maps, outputs, what each query may read, loss and
+    gradients.
+    """
     model, config, links = detector_of(a)
     load(model, config, links, a.group("p/"))
     memory = model.encode(images_of(a))
@@ -199,7 +220,12 @@ def check_model(a: Arrays) -> None:
     total.backward()
     found = gradients(model, config, links)
     for name, expected in a.group("grad/").items():
-        close(found[name], expected, GRADIENT * max(1.0, expected.abs().max().item()), f"gradient of {name}")
+        close(
+            found[name],
+            expected,
+            GRADIENT * max(1.0, expected.abs().max().item()),
+            f"gradient of {name}",
+        )
 
 
 def check_groups(a: Arrays) -> None:
@@ -227,9 +253,15 @@ def check_groups(a: Arrays) -> None:
         own = outputs[of_block].map(lambda t, first=first: t[:, :, first : first + count])
         close(own.logits, a[f"alone{k}_class_logits"], EXACT, f"classes of group {k}")
         close(mask_logits(own), a[f"alone{k}_mask_logits"], EXACT, f"masks of group {k}")
-        close(own.logits, a["train_class_logits"][:, :, k * count : (k + 1) * count], EXACT, "in company")
+        close(
+            own.logits,
+            a["train_class_logits"][:, :, k * count : (k + 1) * count],
+            EXACT,
+            "in company",
+        )
 
-    # The file's rows are in the order of queries over all groups: the first group's are the main block's.
+    # The file's rows are in the order of queries over all groups: the first group's are the main
+    # block's.
     tags = [f"_l{i}" for i in range(len(outputs["main"].logits))]
     sizes = targets.sizes
     each = in_order([groups * min(size, count) for size in sizes])
@@ -239,7 +271,13 @@ def check_groups(a: Arrays) -> None:
     assert block.normaliser is not None
     tasks = [
         supervision.task(
-            "main", outputs["main"], targets, masks, 1, group.main_weight, Sampling(recorded(a, tags, main), points)
+            "main",
+            outputs["main"],
+            targets,
+            masks,
+            1,
+            group.main_weight,
+            Sampling(recorded(a, tags, main), points),
         ),
         supervision.task(
             "group",
@@ -264,12 +302,24 @@ def check_groups(a: Arrays) -> None:
     for layer in range(len(tags)):
         for ours, theirs in {"class": "ce", "mask": "mask", "dice": "dice"}.items():
             value = losses[f"main/{ours}/{layer}"] + losses[f"group/{ours}/{layer}"]
-            close(value / supervision.weights[ours], a[f"loss_{theirs}_l{layer}"], EXACT, f"{theirs} of layer {layer}")
+            close(
+                value / supervision.weights[ours],
+                a[f"loss_{theirs}_l{layer}"],
+                EXACT,
+                f"{theirs} of layer {layer}",
+            )
     total = torch.stack(list(losses.values())).sum()
     close(total, a["loss_total"], 1e-8, "loss")
     total.backward()
     own = gradients(model, config, links)
     for ours, theirs in {"position": "queries_embedder", "content": "queries_features"}.items():
-        gradient = torch.cat([own[f"model.transformer_module.{theirs}.weight"], group.table[ours].grad])
+        gradient = torch.cat(
+            [own[f"model.transformer_module.{theirs}.weight"], group.table[ours].grad]
+        )
         close(gradient, a[f"grad/{theirs}"], GRADIENT, f"gradient of {theirs}")
-    close(own["model.transformer_module.level_embed.weight"], a["grad/level_embed"], GRADIENT, "gradient of the levels")
+    close(
+        own["model.transformer_module.level_embed.weight"],
+        a["grad/level_embed"],
+        GRADIENT,
+        "gradient of the levels",
+    )

@@ -1,4 +1,6 @@
-"""Checks of Mask DINO: whole models with their proposals, denoising, costs, losses at recorded points, gradients."""
+"""Checks of Mask DINO: whole models with their proposals, denoising, costs, losses at recorded
+points, gradients.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +34,24 @@ from .mask2former import EXACT, GRADIENT, Maps, in_order, mask_logits, recorded,
 GIOU = 1e-5  # of costs, which have no eps here: see the folder's README
 
 
-def detector_of(a: Arrays, weights: dict[str, Tensor]) -> tuple[Detector, DetectorConfig, list[Link]]:
+def detector_of(
+    a: Arrays, weights: dict[str, Tensor]
+) -> tuple[Detector, DetectorConfig, list[Link]]:
     """The file's network behind its backbone, with its weights, whose levels are in our order."""
     cfg = a.json("cfg")
     first = cfg["order"] == "low2high"
     found = merged(
-        maskdino_detector(BackboneConfig(name="resnet18", pretrained=False)).model_dump(), sizes(weights, "")
+        maskdino_detector(BackboneConfig(name="resnet18", pretrained=False)).model_dump(),
+        sizes(weights, ""),
     )
     config = resized(
         DetectorConfig.checked(found),
         encoder={"heads": cfg["heads"]},
         decoder={"heads": cfg["heads"]},
-        queries={"count": cfg["queries"], "boxes_from_masks": None if cfg["init"] == "no" else cfg["init"]},
+        queries={
+            "count": cfg["queries"],
+            "boxes_from_masks": None if cfg["init"] == "no" else cfg["init"],
+        },
     )
     assert config.queries.smallest_on == ("coarsest" if first else "finest")  # type: ignore[union-attr]
     model = build_detector(config, cfg["classes"])
@@ -55,7 +63,9 @@ def detector_of(a: Arrays, weights: dict[str, Tensor]) -> tuple[Detector, Detect
     state = model.state_dict()
     links = link_up(state, names(config, "", finest_first=first), config.decoder.layers)
     assert not missing(state, links)
-    own = to_ours(turned(weights, config, finest_first=first), links, {k: v.shape for k, v in state.items()})
+    own = to_ours(
+        turned(weights, config, finest_first=first), links, {k: v.shape for k, v in state.items()}
+    )
     model.load_state_dict(own)
     return model, config, links
 
@@ -65,7 +75,9 @@ def check(a: Arrays) -> None:
     first = cfg["order"] == "low2high"
     model, config, links = detector_of(a, weights)
     height, width = cfg["size"]
-    memory = model.encode(ImageBatch(torch.zeros(len(a["feature_res2"]), 3, height, width, dtype=torch.float64)))
+    memory = model.encode(
+        ImageBatch(torch.zeros(len(a["feature_res2"]), 3, height, width, dtype=torch.float64))
+    )
     assert memory.masks is not None
     levels = len(memory.shapes)
     for i in range(levels):
@@ -111,7 +123,11 @@ def check(a: Arrays) -> None:
 
 
 def check_losses(
-    a: Arrays, supervision: Supervision, targets: Targets, block: QueryBlock, outputs: dict[str, DecoderOutput]
+    a: Arrays,
+    supervision: Supervision,
+    targets: Targets,
+    block: QueryBlock,
+    outputs: dict[str, DecoderOutput],
 ) -> None:
     """Costs, losses and their sum, whose gradients it leaves in the parameters."""
     layers, size = len(outputs["main"].logits), targets.sizes
@@ -121,7 +137,11 @@ def check_losses(
         "dn": [f"_dn_l{i}" for i in range(layers)],
         "proposals": ["_proposals"],
     }
-    rows = {"main": in_order(size), "dn": in_order([block.copies * n for n in size]), "proposals": in_order(size)}
+    rows = {
+        "main": in_order(size),
+        "dn": in_order([block.copies * n for n in size]),
+        "proposals": in_order(size),
+    }
     sampling = {name: Sampling(recorded(a, tags[name], rows[name]), points) for name in tags}
     rules = {"main": supervision, "dn": block.supervision, "proposals": supervision.proposals()}
     count = torch.tensor(float(len(targets.labels)), dtype=torch.float64)
@@ -140,7 +160,12 @@ def check_losses(
                 close(found[layer], a[f"cost{tag}_b{image}"], GIOU, f"cost{tag} of image {image}")
     tasks = [
         rules[name].task(
-            name, outputs[name], targets, normaliser[name], block.copies if name == "dn" else 1, sampling=sampling[name]
+            name,
+            outputs[name],
+            targets,
+            normaliser[name],
+            block.copies if name == "dn" else 1,
+            sampling=sampling[name],
         )
         for name in tags
     ]
@@ -163,8 +188,14 @@ def check_gradients(a: Arrays, model: Detector, links: list[Link], scheme: Denoi
     label = scheme.label_embed.weight.grad
     for name, expected in a.group("grad/").items():
         copies = [own[link.ours[0]] for link in links if name in link.theirs[0]]
-        found = label if name == "predictor.label_enc.weight" else sum(g for g in copies if g is not None)
+        found = (
+            label
+            if name == "predictor.label_enc.weight"
+            else sum(g for g in copies if g is not None)
+        )
         assert isinstance(found, Tensor)
         if name.endswith("level_embed") and a.json("cfg")["order"] != "low2high":
             found = found.flip(0)
-        close(found, expected, GRADIENT * max(1.0, expected.abs().max().item()), f"gradient of {name}")
+        close(
+            found, expected, GRADIENT * max(1.0, expected.abs().max().item()), f"gradient of {name}"
+        )

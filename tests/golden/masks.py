@@ -30,8 +30,11 @@ def check_instance_inference(a: Arrays) -> None:
     padding[:, :h, :w] = False
     logits, maps = a["class_logits"][None, None], a["mask_logits"][None]
     queries = logits.shape[2]
-    embeds, boxes = torch.eye(queries, dtype=maps.dtype)[None, None], torch.zeros(1, 1, queries, 4, dtype=maps.dtype)
-    output = DecoderOutput(logits, boxes, boxes, mask_embeds=embeds, masks=MaskFeatures(maps, (height, width), padding))
+    embeds = torch.eye(queries, dtype=maps.dtype)[None, None]
+    boxes = torch.zeros(1, 1, queries, 4, dtype=maps.dtype)
+    output = DecoderOutput(
+        logits, boxes, boxes, mask_embeds=embeds, masks=MaskFeatures(maps, (height, width), padding)
+    )
     postprocess = Postprocess(a.number("top_k"), softmax=True, boxes_of_masks=True)
     (found,) = postprocess(output, a["original_hw"][None])
     seen = a["area"] > 0
@@ -41,7 +44,9 @@ def check_instance_inference(a: Arrays) -> None:
     assert torch.equal(found.queries, a["query"][seen])
     close(found.boxes, a["boxes"][seen], 1e-9)
     assert found.masks is not None
-    assert [runs.decode() for runs in found.masks] == np.asarray(a.data["rle"])[seen.numpy()].tolist()
+    assert [runs.decode() for runs in found.masks] == np.asarray(a.data["rle"])[
+        seen.numpy()
+    ].tolist()
 
 
 def check_mask_ap(a: Arrays) -> None:
@@ -61,10 +66,13 @@ def _compare(a: Arrays, annotations: Annotations) -> None:
     evaluator.update(list(found), [_detections(annotations, rows) for rows in found.values()])
     for name, result in (("segm", evaluator.compute(of="mask")), ("bbox", evaluator.compute())):
         expected = [None if value < 0 else value for value in a.data[name].tolist()]
-        # The file's results have no boxes: its areas of box detections are those of their masks, and ours are not.
+        # The file's results have no boxes: its areas of box detections are those of their masks,
+        # and ours are not.
         compared = range(12) if name == "segm" else (0, 1, 2, 6, 7, 8)
         stats = list(result.stats.values())
-        assert [stats[i] for i in compared] == pytest.approx([expected[i] for i in compared], abs=1e-12)
+        assert [stats[i] for i in compared] == pytest.approx(
+            [expected[i] for i in compared], abs=1e-12
+        )
         precision = a.data[f"{name}_precision"]
         for k, each in enumerate(result.per_class):
             assert each.ap == pytest.approx(float(precision[:, :, k].mean()), abs=1e-12)
@@ -76,7 +84,9 @@ def _detections(annotations: Annotations, rows: Sequence[dict[str, Any]]) -> Det
     x, y, w, h = np.array([coco_mask.toBbox(m) for m in masks]).reshape(-1, 4).T
     return Detections(
         scores=torch.tensor([row["score"] for row in rows], dtype=torch.float64),
-        labels=torch.tensor([annotations.classes.ids.index(row["category_id"]) for row in rows], dtype=torch.int64),
+        labels=torch.tensor(
+            [annotations.classes.ids.index(row["category_id"]) for row in rows], dtype=torch.int64
+        ),
         boxes=torch.from_numpy(np.stack([x, y, x + w, y + h], axis=1)),
         masks=tuple(mask["counts"].encode() for mask in masks),
     )

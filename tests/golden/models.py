@@ -19,7 +19,13 @@ from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.detector import DetectorConfig, MixedQueriesConfig, ProposalQueriesConfig
 from detrellis.recipes.dino import dino_detector
-from detrellis.recipes.network import build_decoder, build_detector, build_encoder, build_neck, build_queries
+from detrellis.recipes.network import (
+    build_decoder,
+    build_detector,
+    build_encoder,
+    build_neck,
+    build_queries,
+)
 from detrellis.schemes.base import Step
 from detrellis.schemes.cdn import ContrastiveDenoising, group_count
 from detrellis.schemes.config import CDNConfig, HybridConfig
@@ -58,10 +64,18 @@ def dino_config(c: dict[str, int], levels: int) -> DetectorConfig:
 
 
 def dino_memory(a: Arrays, levels: int, embed: Tensor) -> Memory:
-    """The reference's inputs as a memory before the encoder; the level embedding is part of its transformer."""
-    maps, masks = [a[f"src{i}"] for i in range(levels)], [a[f"mask{i}"].bool() for i in range(levels)]
-    position = torch.cat([a[f"pos{i}"].flatten(2).transpose(1, 2) + embed[i] for i in range(levels)], 1)
-    ratios = [torch.stack([(~m[:, 0]).double().mean(1), (~m[:, :, 0]).double().mean(1)], -1) for m in masks]
+    """The reference's inputs as a memory before the encoder; the level embedding is part of its
+    transformer.
+    """
+    maps = [a[f"src{i}"] for i in range(levels)]
+    masks = [a[f"mask{i}"].bool() for i in range(levels)]
+    position = torch.cat(
+        [a[f"pos{i}"].flatten(2).transpose(1, 2) + embed[i] for i in range(levels)], 1
+    )
+    ratios = [
+        torch.stack([(~m[:, 0]).double().mean(1), (~m[:, :, 0]).double().mean(1)], -1)
+        for m in masks
+    ]
     return Memory(
         torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1),
         position,
@@ -77,8 +91,12 @@ def check_dino(a: Arrays) -> None:
     model = Transformer(network, config["num_classes"]).double()
     links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     # The file holds the heads, one for all layers, once.
-    weights = {re.sub(r"^(class|bbox)_embed\.", r"\1_embed.0.", k): v for k, v in a.group("p/").items()}
-    model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
+    weights = {
+        re.sub(r"^(class|bbox)_embed\.", r"\1_embed.0.", k): v for k, v in a.group("p/").items()
+    }
+    model.load_state_dict(
+        to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
+    )
     embed = a.variable("p/transformer.level_embed")
     memory = model.encoder(dino_memory(a, levels, embed))
     queries, proposals = model.queries(memory)
@@ -94,7 +112,9 @@ def check_dino(a: Arrays) -> None:
         scheme.label_embed.load_state_dict({"weight": a["p/label_enc.weight"]})
         targets = a.targets()
         layout = lay_out(targets, group_count(config["dn_number"], max(targets.sizes)), 2)
-        cdn = scheme.queries(targets, layout, recorded_noise(a, config.get("label_noise_ratio", 0.5) / 2))
+        cdn = scheme.queries(
+            targets, layout, recorded_noise(a, config.get("label_noise_ratio", 0.5) / 2)
+        )
         if layout.slots:
             blocks = {Segment("cdn", layout.slots, layout.groups, ("main",)): cdn, **blocks}
     output = decode(model.decoder, blocks, memory)
@@ -104,10 +124,15 @@ def check_dino(a: Arrays) -> None:
     close(interm[0], a["interm_logits"], 1e-5, "proposal logits")
     close(interm[1], a["interm_boxes"], 1e-5, "proposal boxes")
     scalar = (output.logits * a["w_logits"]).sum() + (output.boxes * a["w_boxes"]).sum()
-    scalar = scalar + (interm[0] * a["w_interm_logits"]).sum() + (interm[1] * a["w_interm_boxes"]).sum()
+    scalar = (
+        scalar + (interm[0] * a["w_interm_logits"]).sum() + (interm[1] * a["w_interm_boxes"]).sum()
+    )
 
     def gradients() -> dict[str, Tensor]:
-        found = {re.sub(r"_embed\.0\.", "_embed.", k): v for k, v in to_theirs(own_gradients(model), links).items()}
+        found = {
+            re.sub(r"_embed\.0\.", "_embed.", k): v
+            for k, v in to_theirs(own_gradients(model), links).items()
+        }
         extra = {"transformer.level_embed": embed} | (
             {} if scheme is None else {"label_enc.weight": scheme.label_embed.weight}
         )
@@ -119,20 +144,26 @@ def check_dino(a: Arrays) -> None:
 def decode(decoder: Decoder, blocks: dict[Segment, Queries], memory: Memory) -> DecoderOutput:
     parts = list(blocks.values())
     joined = Queries(
-        torch.cat([q.content for q in parts], 1), boxes=torch.cat([q.boxes for q in parts if q.boxes is not None], 1)
+        torch.cat([q.content for q in parts], 1),
+        boxes=torch.cat([q.boxes for q in parts if q.boxes is not None], 1),
     )
     output: DecoderOutput = decoder(joined, memory, tuple(blocks), every_layer=True)
     return output
 
 
 def check_gradients(
-    a: Arrays, scalar: Tensor, gradients: Callable[[], dict[str, Tensor]], scalar_name: str = "scalar"
+    a: Arrays,
+    scalar: Tensor,
+    gradients: Callable[[], dict[str, Tensor]],
+    scalar_name: str = "scalar",
 ) -> None:
     """Every recorded gradient norm and gradient, to 1e-4 relative to its largest entry."""
     close(scalar, a[scalar_name], 1e-4, scalar_name)
     scalar.backward()
     ours = gradients()
-    recorded = {str(n): norm for n, norm in zip(a.data["grad_norm_names"], a["grad_norms"], strict=True)}
+    recorded = {
+        str(n): norm for n, norm in zip(a.data["grad_norm_names"], a["grad_norms"], strict=True)
+    }
     for name, norm in recorded.items():
         if "backbone" not in name:  # the recorded backbone is not built: its maps are the input
             found = ours[name].norm()
@@ -143,10 +174,17 @@ def check_gradients(
 
 
 def own_gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()}
+    return {
+        k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in model.named_parameters()
+    }
 
 
-FAMILIES = {"conditional": "conditional_detr", "dab": "dab-detr", "detr": "detr", "deformable": "deformable_detr"}
+FAMILIES = {
+    "conditional": "conditional_detr",
+    "dab": "dab-detr",
+    "detr": "detr",
+    "deformable": "deformable_detr",
+}
 
 
 def check_hf(a: Arrays, kind: str) -> None:
@@ -157,7 +195,9 @@ def check_hf(a: Arrays, kind: str) -> None:
     recorded = sorted(k for k in a.data if re.fullmatch(r"feat\d", k))
     strides = config.backbone.strides
     maps = [a.variable(k) for k in recorded[-len(strides) :]]
-    config = config.model_copy(update={"backbone": BackboneConfig(pretrained=False, strides=strides)})
+    config = config.model_copy(
+        update={"backbone": BackboneConfig(pretrained=False, strides=strides)}
+    )
     model = build_detector(config, a["logits"].shape[-1] - (config.scores == "softmax"))
     model.backbone = nn.Identity()
     model.neck = build_neck(config, [m.shape[1] for m in maps])
@@ -166,7 +206,9 @@ def check_hf(a: Arrays, kind: str) -> None:
     assert not missing(model.state_dict(), links)
     weights = a.group("p/")
     assert all("backbone" in k for k in unused(weights, links))
-    model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
+    model.load_state_dict(
+        to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
+    )
     _check_outputs(a, model, maps, links)
 
 
@@ -190,7 +232,9 @@ def _check_outputs(a: Arrays, model: Detector, maps: list[Tensor], links: list[L
         close(proposals.logits, a["enc_outputs_class"], 1e-5, "proposal logits")
         boxes = model.get_submodule("queries.head").boxes(proposals)  # type: ignore[operator]
         close(boxes, a["enc_outputs_coord_logits"].sigmoid(), 1e-5, "proposal boxes")
-        scalar = scalar + (proposals.logits * a["w_enc_logits"]).sum() + (boxes * a["w_enc_boxes"]).sum()
+        scalar = (
+            scalar + (proposals.logits * a["w_enc_logits"]).sum() + (boxes * a["w_enc_boxes"]).sum()
+        )
 
     check_gradients(a, scalar, lambda: to_theirs(own_gradients(model), links))
 
@@ -224,13 +268,17 @@ def check_hdetr(a: Arrays) -> None:
         eps=cfg["inverse_sigmoid_eps"],
     )
     model = Transformer(network, cfg["num_classes"]).double()
-    config = HybridConfig(k=cfg["k_one2many"], queries=cfg["num_queries_one2many"], weight=cfg["lambda_one2many"])
+    config = HybridConfig(
+        k=cfg["k_one2many"], queries=cfg["num_queries_one2many"], weight=cfg["lambda_one2many"]
+    )
     hybrid = Hybrid(config, model.queries).double()
     links = link_up(model.state_dict(), table(network, detrex=False), network.decoder.layers)
     weights = a.group("p/")
     own, further = weights["query_embed.weight"].split([network.queries.count, hybrid.queries])
     weights["query_embed.weight"] = own
-    model.load_state_dict(to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()}))
+    model.load_state_dict(
+        to_ours(weights, links, {k: v.shape for k, v in model.state_dict().items()})
+    )
     if cfg["mixed_selection"]:
         hybrid.table.load_state_dict({"content": further})
 
@@ -244,7 +292,9 @@ def check_hdetr(a: Arrays) -> None:
     first = torch.cat([q.boxes for q in (queries, block.queries) if q.boxes is not None], 1)
     close(first, a["init_reference"], 1e-5, "first references")
     segments = (Segment("main", network.queries.count), block.segment)
-    output = model.decoder(concatenate([queries, block.queries]), memory, segments, every_layer=True)
+    output = model.decoder(
+        concatenate([queries, block.queries]), memory, segments, every_layer=True
+    )
     close(output.logits, a["all_logits"], 1e-5, "logits")
     close(output.boxes, a["all_boxes"], 1e-5, "boxes")
     close(proposals.logits, a["enc_logits"], 1e-5, "proposal logits")
@@ -256,7 +306,11 @@ def check_hdetr(a: Arrays) -> None:
     tasks = [
         supervision.task("o2o", output.map(lambda t: t[:, :, :size]), targets, count),
         block.supervision.task(
-            "o2m", output.map(lambda t: t[:, :, size:]), targets, block.normaliser, weight=block.weight
+            "o2m",
+            output.map(lambda t: t[:, :, size:]),
+            targets,
+            block.normaliser,
+            weight=block.weight,
         ),
         supervision.proposals().task("enc", every, objectness, count),
     ]
@@ -274,9 +328,12 @@ def check_hdetr(a: Arrays) -> None:
     )
 
 
-def _hdetr_gradients(model: nn.Module, hybrid: Hybrid, links: list[Link], embed: Tensor) -> dict[str, Tensor]:
+def _hdetr_gradients(
+    model: nn.Module, hybrid: Hybrid, links: list[Link], embed: Tensor
+) -> dict[str, Tensor]:
     found = to_theirs(own_gradients(model), links)
-    found |= {f"transformer.decoder.{k}": v for k, v in found.items() if "_embed." in k}  # the decoder's second names
+    # The decoder's second names
+    found |= {f"transformer.decoder.{k}": v for k, v in found.items() if "_embed." in k}
     assert embed.grad is not None
     found["transformer.level_embed"] = embed.grad
     content = hybrid.table.get("content")

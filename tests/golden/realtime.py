@@ -1,4 +1,6 @@
-"""Checks of whole real-time detectors, tiny, from the pictures to the gradients: RT-DETR and RT-DETRv2."""
+"""Checks of whole real-time detectors, tiny, from the pictures to the gradients: RT-DETR and
+RT-DETRv2.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from .models import own_gradients
 def equal(actual: Tensor, expected: Tensor, relative: float, what: str) -> None:
     """Equal up to a fraction of the largest entry."""
     scale = max(float(expected.abs().max()), 1e-6)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=relative * scale, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=relative * scale, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def network_of(config: dict[str, Any]) -> DetectorConfig:
@@ -41,7 +45,10 @@ def network_of(config: dict[str, Any]) -> DetectorConfig:
     changes: dict[str, Any] = {}
     if "decoder_method" in config:
         discrete = config["decoder_method"] == "discrete"
-        changes = {"offset_scale": config["decoder_offset_scale"], "sampling": "discrete" if discrete else "bilinear"}
+        changes = {
+            "offset_scale": config["decoder_offset_scale"],
+            "sampling": "discrete" if discrete else "bilinear",
+        }
     return resized(
         rtdetr_detector(50),
         backbone={"pretrained": False},
@@ -68,21 +75,32 @@ def network_of(config: dict[str, Any]) -> DetectorConfig:
 def backbone_of(config: dict[str, Any], strides: tuple[int, ...]) -> ResNetVD:
     """A ResNet-vd of the file's own sizes."""
     bottleneck = config["layer_type"] == "bottleneck"
-    sizes = Sizes(tuple(config["depths"]), tuple(config["hidden_sizes"]), bottleneck, config["embedding_size"])
+    sizes = Sizes(
+        tuple(config["depths"]), tuple(config["hidden_sizes"]), bottleneck, config["embedding_size"]
+    )
     return ResNetVD("of the file", strides, pretrained=None, norm="batch", sizes=sizes)
 
 
 def load(a: Arrays) -> tuple[Detector, list[Link]]:
     """The file's detector, in double precision."""
     network, backbone = network_of(a.json("config_json")), a.json("config_json")["backbone_config"]
-    return loaded(a, network, lambda: backbone_of(backbone, network.backbone.strides), table(network, "rt_detr_v2"))
+    return loaded(
+        a,
+        network,
+        lambda: backbone_of(backbone, network.backbone.strides),
+        table(network, "rt_detr_v2"),
+    )
 
 
 def loaded(
-    a: Arrays, network: DetectorConfig, backbone: Callable[[], Any], names: list[Pair], left: Collection[str] = ()
+    a: Arrays,
+    network: DetectorConfig,
+    backbone: Callable[[], Any],
+    names: list[Pair],
+    left: Collection[str] = (),
 ) -> tuple[Detector, list[Link]]:
-    """A network with the file's weights by its table of `names`, on a backbone of the file's own sizes; weights that
-    are `left` belong nowhere."""
+    """A network with the file's weights by its table of `names`, on a backbone of the file's own
+    sizes; weights that are `left` belong nowhere."""
     with torch.device("meta"):
         model = build_detector(network, a.json("config_json")["num_labels"])
         model.backbone = backbone()
@@ -118,7 +136,12 @@ def check_rtdetr(a: Arrays) -> None:
         close(output.logits, a["all_logits"], 1e-9, "logits of all layers")
         close(output.boxes, a["all_boxes"], 1e-9, "boxes of all layers")
         close(output.states, a["all_states"], 1e-9, "states of all layers")
-        close(select(proposals.logits, proposals.best), a["enc_topk_logits"], 1e-9, "proposals' logits")
+        close(
+            select(proposals.logits, proposals.best),
+            a["enc_topk_logits"],
+            1e-9,
+            "proposals' logits",
+        )
         check_losses(a, model, output, proposals, links)
 
 
@@ -137,7 +160,9 @@ def check_neck(a: Arrays, neck: HybridNeck, maps: Sequence[Tensor]) -> None:
             close(out(fused), a[f"memory{i}"], 1e-9, f"memory of level {i}")
 
 
-def check_losses(a: Arrays, model: Detector, output: DecoderOutput, proposals: Proposals, links: list[Link]) -> None:
+def check_losses(
+    a: Arrays, model: Detector, output: DecoderOutput, proposals: Proposals, links: list[Link]
+) -> None:
     """Each term of each layer, the encoder's too, and all recorded gradients."""
     targets, head = a.targets(), model.queries.head
     assert head is not None
@@ -173,7 +198,9 @@ def check_cdn(a: Arrays) -> None:
     layout = lay_out(targets, a.number("num_groups"), 2)
     assert layout.slots == a.number("pad_size")
     scheme = ContrastiveDenoising(CDNConfig(), 4, params["classes"], params["eps"]).double()
-    scheme.label_embed.weight.data = torch.arange(params["classes"] + 1.0).double()[:, None].expand(-1, 4).clone()
+    scheme.label_embed.weight.data = (
+        torch.arange(params["classes"] + 1.0).double()[:, None].expand(-1, 4).clone()
+    )
     # The file draws for every slot, we for those that are filled.
     where = (layout.image, layout.slot)
     draws = ("draw_label_p", "draw_new_label", "draw_sign01", "draw_box_u")

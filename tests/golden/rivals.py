@@ -68,12 +68,16 @@ def check_rank(a: Arrays) -> None:
 
 
 def check_class_losses(a: Arrays) -> None:
-    """VFL as real-time DETRs have it, IA-BCE, and MAL with several exponents and weights, on one matching."""
+    """VFL as real-time DETRs have it, IA-BCE, and MAL with several exponents and weights, on one
+    matching.
+    """
     targets = a.targets()
     matches = [a[f"match{b}"] for b in range(len(targets.sizes))]
     image = torch.cat([torch.full((match.shape[1],), b) for b, match in enumerate(matches)])
     query = torch.cat([match[0] for match in matches])
-    target = torch.cat([match[1] + offset for match, offset in zip(matches, targets.offsets, strict=False)])
+    target = torch.cat(
+        [match[1] + offset for match, offset in zip(matches, targets.offsets, strict=False)]
+    )
     names = [key.removeprefix("grad_logits/") for key in a.data if key.startswith("grad_logits/")]
     assert names
     for name in names:
@@ -83,7 +87,9 @@ def check_class_losses(a: Arrays) -> None:
             assert found, f"no class loss is called {name}"
             weight = 1.0 if found[2] == "None" else float(found[2])
             rule = matchability_aware_loss(float(found[1]), weight)
-        loss, gradient = loss_and_gradient(a, rule, targets, pairs_of(image, query, target), a["normaliser"])
+        loss, gradient = loss_and_gradient(
+            a, rule, targets, pairs_of(image, query, target), a["normaliser"]
+        )
         near(loss, a[name], name)
         near(gradient, a[f"grad_logits/{name}"], f"gradient of {name}")
 
@@ -92,7 +98,10 @@ def check_dynamic(a: Arrays) -> None:
     """The one-to-many rule of MS-DETR and DAC-DETR: scores, and the pairs at two settings."""
     targets = targets_of(a)
     starts = (*targets.offsets, len(targets.labels))
-    settings = {f"k{k}": float(at) for k, at in re.findall(r"k(\d+): threshold ([\d.]+)", str(a.data["settings"]))}
+    settings = {
+        f"k{k}": float(at)
+        for k, at in re.findall(r"k(\d+): threshold ([\d.]+)", str(a.data["settings"]))
+    }
     assert settings
     for b, (logits, boxes) in enumerate(zip(a["logits"], a["boxes"], strict=True)):
         rows = slice(starts[b], starts[b + 1])
@@ -130,7 +139,9 @@ def check_box_attention(a: Arrays) -> None:
 
 def check_salience(a: Arrays) -> None:
     """Salience-DETR's targets of one image, on as many levels as there are."""
-    size, corners, levels = a["image"].double(), a["gt_boxes"], len([key for key in a.data if key.startswith("level")])
+    size = a["image"].double()
+    corners = a["gt_boxes"]
+    levels = len([key for key in a.data if key.startswith("level")])
     shapes = tuple((a[f"level{i}"].shape[0], a[f"level{i}"].shape[1]) for i in range(levels))
     tokens = corners.new_zeros(1, sum(h * w for h, w in shapes), 1)
     boxes = xyxy_to_cxcywh(corners) / size.flip(0).repeat(2)

@@ -34,8 +34,12 @@ def meta(a: Arrays) -> dict[str, int]:
 
 def memory_of(maps: Tensor, padding: Tensor, position: Tensor | None = None) -> Memory:
     """One map `(B, d, H, W)` as a memory, valid ratios as our neck counts them."""
-    found = flatten([maps], padding.bool(), SineMap(maps.shape[1], temperature=1e4, offset=-0.5, blank=True))
-    return found if position is None else found._replace(position=position.flatten(2).transpose(1, 2))
+    found = flatten(
+        [maps], padding.bool(), SineMap(maps.shape[1], temperature=1e4, offset=-0.5, blank=True)
+    )
+    return (
+        found if position is None else found._replace(position=position.flatten(2).transpose(1, 2))
+    )
 
 
 ALIGNER = {
@@ -49,7 +53,11 @@ CROSS = {
     "cross_q_content": "query",
     "cross_k_content": "key",
     "cross_v": "value",
-    **{f"cross_{k}_pos.{i}": f"{v}_position.layers.{i}" for k, v in (("q", "query"), ("k", "key")) for i in (0, 1)},
+    **{
+        f"cross_{k}_pos.{i}": f"{v}_position.layers.{i}"
+        for k, v in (("q", "query"), ("k", "key"))
+        for i in (0, 1)
+    },
     "cross_out": "output",
 }
 LAYER = {
@@ -67,20 +75,29 @@ PACKED = {
 }
 
 
-def renamed(weights: dict[str, Tensor], names: dict[str, str], packed: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+def renamed(
+    weights: dict[str, Tensor], names: dict[str, str], packed: dict[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
     found = {}
     for end in (".weight", ".bias"):
         found |= {ours + end: weights[theirs + end] for theirs, ours in names.items()}
-        found |= {ours + end: torch.cat([weights[t + end] for t in theirs]) for ours, theirs in packed.items()}
+        found |= {
+            ours + end: torch.cat([weights[t + end] for t in theirs])
+            for ours, theirs in packed.items()
+        }
     return found
 
 
 def same(actual: Tensor, expected: Tensor, what: str, tolerance: float = 5e-5) -> None:
-    torch.testing.assert_close(actual.detach(), expected, atol=tolerance, rtol=1e-4, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        actual.detach(), expected, atol=tolerance, rtol=1e-4, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def check_gradients(a: Arrays, scalar: Tensor, variables: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(scalar.detach(), a["scalar"].to(scalar.dtype).view(()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        scalar.detach(), a["scalar"].to(scalar.dtype).view(()), rtol=1e-4, atol=1e-6
+    )
     found = torch.autograd.grad(scalar, list(variables.values()), allow_unused=True)
     for (name, value), slope in zip(variables.items(), found, strict=True):
         expected = a[f"grad_{name}"]
@@ -104,7 +121,9 @@ def check_aligner(a: Arrays) -> None:
     same(aligned.content, a["content_reweighted"], "contents")
     same(aligned.position, a["pos_reweighted"], "positions")
     same(sine_embed(aligned.points, x.shape[-1] // 2), a["pos_sine"], "sine embeddings")
-    scalar = (aligned.content * a["G_content_reweighted"]).sum() + (aligned.position * a["G_pos_reweighted"]).sum()
+    scalar = (aligned.content * a["G_content_reweighted"]).sum() + (
+        aligned.position * a["G_pos_reweighted"]
+    ).sum()
     if aligned.scale is not None:
         prior = attention_prior(aligned.points, aligned.scale, memory)
         gaussian = log_gaussian(prior, memory.shapes[0])
@@ -112,19 +131,27 @@ def check_aligner(a: Arrays) -> None:
         scalar = scalar + (gaussian * a["G_log_gauss"]).sum()
     taught = ("kp_mlp.3", "kp_conv", "rw_content", "rw_pos")
     parameters = {f"w.{k}.bias": aligner.get_parameter(f"{ALIGNER[k]}.bias") for k in taught}
-    check_gradients(a, scalar, {"memory": maps, "prev_queries": x, "ref_boxes": boxes, **parameters})
+    check_gradients(
+        a, scalar, {"memory": maps, "prev_queries": x, "ref_boxes": boxes, **parameters}
+    )
 
 
 def attention_prior(points: Tensor, scale: Tensor, memory: Memory) -> Prior:
     height, width = memory.shapes[0]
     assert memory.valid_ratios is not None
-    return Prior(points * points.new_tensor([width, height]) * memory.valid_ratios.unsqueeze(2), scale, first=0.5)
+    return Prior(
+        points * points.new_tensor([width, height]) * memory.valid_ratios.unsqueeze(2),
+        scale,
+        first=0.5,
+    )
 
 
 def make_layer(width: int, heads: int, hidden: int, *, smca: bool) -> DecoderLayer:
     aligner = SemanticAligner(width, heads, prior=smca)
     attention = SemanticCrossAttention(width, heads, aligner)
-    return DecoderLayer(ConditionalSelfAttention(width, heads), attention, FeedForward(width, hidden), width)
+    return DecoderLayer(
+        ConditionalSelfAttention(width, heads), attention, FeedForward(width, hidden), width
+    )
 
 
 def check_layer(a: Arrays) -> None:
@@ -158,7 +185,9 @@ def check_positions(a: Arrays) -> None:
     for i in range(sum(k.startswith("mask.") for k in a.data)):
         mask = a[f"mask.{i}"].bool()
         expected = a[f"grid_embed.{i}"].flatten(2).transpose(1, 2)
-        found = SineMap(expected.shape[-1], temperature=1e4, offset=-0.5, blank=True)((~mask).double())
+        found = SineMap(expected.shape[-1], temperature=1e4, offset=-0.5, blank=True)(
+            (~mask).double()
+        )
         same(found, expected, f"map {i}")
     for i in range(sum(k.startswith("points.") for k in a.data)):
         expected = a[f"point_embed.{i}"]
@@ -203,7 +232,11 @@ def at(prefix: str, names: dict[str, str], to: str) -> dict[str, str]:
 
 def heads(layers: int) -> dict[str, str]:
     found = {f"cls_head.{i}": f"decoder.heads.classes.{i}" for i in range(layers)}
-    return found | {f"box_head.{i}.{j}": f"decoder.heads.boxes.{i}.layers.{j}" for i in range(layers) for j in range(3)}
+    return found | {
+        f"box_head.{i}.{j}": f"decoder.heads.boxes.{i}.layers.{j}"
+        for i in range(layers)
+        for j in range(3)
+    }
 
 
 def check_detector(a: Arrays) -> None:
@@ -212,7 +245,12 @@ def check_detector(a: Arrays) -> None:
     config = resized(
         sam_plus_detector() if several else sam_detector(),
         width=sizes["d"],
-        encoder={"heads": sizes["M"], "hidden": sizes["ffn_enc"], "layers": sizes["enc_layers"], **normed},
+        encoder={
+            "heads": sizes["M"],
+            "hidden": sizes["ffn_enc"],
+            "layers": sizes["enc_layers"],
+            **normed,
+        },
         queries={"count": sizes["queries"]},
         cross_attention={"smca": bool(sizes["smca"])},
         decoder={"heads": sizes["M"], "hidden": sizes["ffn_dec"], "layers": sizes["dec_layers"]},
@@ -223,7 +261,9 @@ def check_detector(a: Arrays) -> None:
     names, packed = heads(config.decoder.layers), {}
     for i in range(len(features)):
         conv, norm = (
-            (f"neck.projections.{i}.0", f"neck.projections.{i}.1") if several else ("neck.projection", "neck.norm")
+            (f"neck.projections.{i}.0", f"neck.projections.{i}.1")
+            if several
+            else ("neck.projection", "neck.norm")
         )
         names[f"in_proj.{i}.conv"] = conv
         if f"in_proj.{i}.gn.weight" in weights:
@@ -232,10 +272,14 @@ def check_detector(a: Arrays) -> None:
         names |= at(f"enc.{i}", ENCODER | (MSDA if several else DENSE), f"encoder.layers.{i}")
     for i in range(config.decoder.layers):
         layer = {
-            k: v.replace("cross_attention.", "cross_attention.attention.") if several else v for k, v in LAYER.items()
+            k: v.replace("cross_attention.", "cross_attention.attention.") if several else v
+            for k, v in LAYER.items()
         }
         names |= at(f"dec.{i}", layer, f"decoder.layers.{i}")
-        packed |= {f"decoder.layers.{i}.{o}": tuple(f"dec.{i}.{t}" for t in theirs) for o, theirs in PACKED.items()}
+        packed |= {
+            f"decoder.layers.{i}.{o}": tuple(f"dec.{i}.{t}" for t in theirs)
+            for o, theirs in PACKED.items()
+        }
     state = renamed(weights, names, packed)
     centres, size = weights["ref_box_logits"].split(2, dim=1)
     state |= {"queries.centres": centres, "queries.sizes": size}
@@ -267,7 +311,9 @@ def check_criterion(a: Arrays) -> None:
     count = sum(k.startswith("labels.") for k in a.data)
     labels = [a[f"labels.{b}"].long().view(-1) for b in range(count)]
     targets = Targets(
-        torch.cat(labels), torch.cat([a[f"boxes.{b}"].view(-1, 4) for b in range(count)]), tuple(len(x) for x in labels)
+        torch.cat(labels),
+        torch.cat([a[f"boxes.{b}"].view(-1, 4) for b in range(count)]),
+        tuple(len(x) for x in labels),
     )
     output = DecoderOutput(logits, boxes, boxes)
     (found,) = assign([Match(output, targets, Hungarian())])
@@ -276,16 +322,23 @@ def check_criterion(a: Arrays) -> None:
             own = (found.layer == layer) & (found.image == b)
             pairs = torch.stack([found.query[own], found.target[own] - first])
             assert torch.equal(
-                pairs[:, pairs[0].argsort()], a[f"match.{layer}.{b}"].long()[:, a[f"match.{layer}.{b}"][0].argsort()]
+                pairs[:, pairs[0].argsort()],
+                a[f"match.{layer}.{b}"].long()[:, a[f"match.{layer}.{b}"][0].argsort()],
             )
-    terms = SetLoss()(output, targets, found, torch.tensor(float(len(targets.labels)), dtype=torch.float64))
+    terms = SetLoss()(
+        output, targets, found, torch.tensor(float(len(targets.labels)), dtype=torch.float64)
+    )
     for ours, theirs in (("class", "ce"), ("box", "bbox"), ("giou", "giou")):
         for layer, value in enumerate(terms[ours]):
-            torch.testing.assert_close(value.detach(), a[f"loss_{theirs}_{layer}"].view(()), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                value.detach(), a[f"loss_{theirs}_{layer}"].view(()), rtol=1e-4, atol=1e-6
+            )
     total = sum(w * terms[k].sum() for k, w in (("class", 2), ("box", 5), ("giou", 2)))
     assert isinstance(total, Tensor)
     torch.testing.assert_close(total.detach(), a["total"].view(()), rtol=1e-4, atol=1e-6)
-    for name, slope in zip(("pred_logits", "pred_boxes"), torch.autograd.grad(total, [logits, boxes]), strict=True):
+    for name, slope in zip(
+        ("pred_logits", "pred_boxes"), torch.autograd.grad(total, [logits, boxes]), strict=True
+    ):
         expected = a[f"grad_{name}"]
         close(slope, expected, 1e-4 * float(expected.abs().max()) + 1e-6, f"gradient of {name}")
 
@@ -302,13 +355,18 @@ def smca_layer(layer: str) -> dict[str, str]:
     norms = {"norm_self": "norm_self", "norm_cross": "norm_cross", "norm_ffn": "feed_forward.norm"}
     return {
         f"{layer}.{k}": v
-        for k, v in (attention | norms | {"ffn.0": "feed_forward.inner", "ffn.1": "feed_forward.outer"}).items()
+        for k, v in (
+            attention | norms | {"ffn.0": "feed_forward.inner", "ffn.1": "feed_forward.outer"}
+        ).items()
     }
 
 
 def image_ratios(memory: Memory, sizes: Tensor, strides: tuple[int, ...]) -> Memory:
     """The reference's centres lie in shares of the image's pixels, ours of whole cells."""
-    cells = [sizes.flip(-1) / s / sizes.new_tensor([w, h]) for (h, w), s in zip(memory.shapes, strides, strict=True)]
+    cells = [
+        sizes.flip(-1) / s / sizes.new_tensor([w, h])
+        for (h, w), s in zip(memory.shapes, strides, strict=True)
+    ]
     return memory._replace(valid_ratios=torch.stack(cells, dim=1))
 
 
@@ -325,7 +383,11 @@ def check_smca(a: Arrays) -> None:
     )
     model = Model(config, [a["feat"].shape[1]], sizes["logits_per_query"]).double()
     weights = a.group("w.")
-    names = {"in_proj.conv": "neck.projection", "dec_norm": "decoder.final_norm", "cls_head": "decoder.heads.classes.0"}
+    names = {
+        "in_proj.conv": "neck.projection",
+        "dec_norm": "decoder.final_norm",
+        "cls_head": "decoder.heads.classes.0",
+    }
     names |= {f"box_head.{j}": f"decoder.heads.boxes.0.layers.{j}" for j in range(3)}
     names |= {f"dec.0.center_mlp.{j}": f"queries.reference.1.layers.{j}" for j in range(3)}
     for i in range(config.encoder.layers):
@@ -335,11 +397,15 @@ def check_smca(a: Arrays) -> None:
         for t, o in (("norm_point", "norms"), ("offset", "offsets"), ("scale", "scales")):
             names[f"dec.{i}.{t}"] = f"decoder.position.{o}.{i}"
     state = renamed(weights, names, {})
-    state |= {f"queries.reference.0.{k}": weights[f"dec.0.norm_point.{k}"] for k in ("weight", "bias")}
+    state |= {
+        f"queries.reference.0.{k}": weights[f"dec.0.norm_point.{k}"] for k in ("weight", "bias")
+    }
     model.load_state_dict(state | {"queries.position": weights["query_embed"]})
     feature = a.variable("feat")
     memory = model.neck.flatten(model.neck.project([feature]), None)
-    memory = memory._replace(position=a["pos"].flatten(2).transpose(1, 2), padding=a["pad_mask"].bool().flatten(1))
+    memory = memory._replace(
+        position=a["pos"].flatten(2).transpose(1, 2), padding=a["pad_mask"].bool().flatten(1)
+    )
     memory = model.encoder(image_ratios(memory, a["image_sizes_hw"].double(), (sizes["stride"],)))
     valid = ~memory.padding
     same(memory.tokens[valid], a["memory"].flatten(2).transpose(1, 2)[valid], "memory")
@@ -392,9 +458,13 @@ def check_scale_selection(a: Arrays) -> None:
         same(where.level_weights, a[f"scale_weights.{i}"], "shares")
         gaussians = [log_gaussian(p, s) for p, s in zip(where.priors, memory.shapes, strict=True)]
         same(torch.cat(gaussians, dim=-1), a[f"log_gauss.{i}"], "log Gaussian", 1e-4)
-        before = layer.norm_self(x + layer.self_attention(x, where.position, (Segment("main", x.shape[1]),)))
+        before = layer.norm_self(
+            x + layer.self_attention(x, where.position, (Segment("main", x.shape[1]),))
+        )
         _, found = layer.cross_attention.attend(before, where, memory)
         same(torch.cat(found, dim=-1), a[f"cross_attn.{i}"], "attention")
         x, _ = layer(x, where, memory, (Segment("main", x.shape[1]),))
         same(x, a[f"out{i}"], f"layer {i}")
-    torch.testing.assert_close((x * a[f"G_out{depth - 1}"]).sum(), a["scalar"].view(()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        (x * a[f"G_out{depth - 1}"]).sum(), a["scalar"].view(()), rtol=1e-4, atol=1e-6
+    )

@@ -1,8 +1,10 @@
-"""Every golden vector, dispatched by folder and file name: a new file of a known kind needs no new code.
+"""Every golden vector, dispatched by folder and file name: a new file of a known kind needs no new
+code.
 
-The files are read from `$DETRELLIS_GOLDEN` (default: `../shared/golden` beside the repository), from
-`$DETRELLIS_GOLDEN_NEW` (`../shared/golden_new`: also of parts that are not built yet, which are skipped by name), and
-from the small copies in `tests/golden/data`. Inputs, outputs and tolerances are documented by each folder's README.
+The files are read from `$DETRELLIS_GOLDEN` (default: `../shared/golden` beside the repository),
+from `$DETRELLIS_GOLDEN_NEW` (`../shared/golden_new`: also of parts that are not built yet, which
+are skipped by name), and from the small copies in `tests/golden/data`. Inputs, outputs and
+tolerances are documented by each folder's README.
 """
 
 from __future__ import annotations
@@ -134,7 +136,10 @@ KINDS: dict[str, Callable[[Arrays], None]] = {
     "sam/criterion": sam.check_criterion,
     "sam/smca_detr_ss_": sam.check_smca,
     "sam/smca_ms_declayers_": sam.check_scale_selection,
-    **{f"base/hf_{name}_": partial(models.check_hf, kind=kind) for name, kind in models.FAMILIES.items()},
+    **{
+        f"base/hf_{name}_": partial(models.check_hf, kind=kind)
+        for name, kind in models.FAMILIES.items()
+    },
 }
 
 # Too large to carry: their parts are carried.
@@ -158,7 +163,9 @@ def kind(name: str) -> str:
 
 
 def files() -> list[Path]:
-    return sorted(f for place in (FULL, NEW, CARRIED) if place.is_dir() for f in place.glob("*/*.npz"))
+    return sorted(
+        f for place in (FULL, NEW, CARRIED) if place.is_dir() for f in place.glob("*/*.npz")
+    )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: f"{p.parts[-4]}-{p.parent.name}-{p.stem}")
@@ -174,7 +181,10 @@ def test_golden(path: Path) -> None:
 
 def test_the_full_set_is_present() -> None:
     if not FULL.is_dir():
-        pytest.skip(f"{FULL} is missing: set DETRELLIS_GOLDEN to the folder of golden vectors to test all of them")
+        pytest.skip(
+            f"{FULL} is missing: set DETRELLIS_GOLDEN to the folder of golden vectors to test "
+            "all of them"
+        )
     assert any(FULL.glob("*/*.npz"))
 
 

@@ -53,25 +53,41 @@ def finished(model: Model, tmp_path: Path) -> Path:
     """A run whose card holds every path that one may hold, with a report."""
     data = {"kind": "coco", "folder": SECRET, "splits": {}}
     changes = [{"epoch": 1, "step": 3, "data": data}]
-    paths = {"weights": f"{SECRET}/first", "boxes": f"{SECRET}/boxes", "backbone": f"{SECRET}/b.pth"}
+    paths = {
+        "weights": f"{SECRET}/first",
+        "boxes": f"{SECRET}/boxes",
+        "backbone": f"{SECRET}/b.pth",
+    }
     backbone = model.recipe.detector.backbone.model_copy(update={"weights": f"{SECRET}/b.pth"})
     recipe = model.recipe.replace(detector=model.recipe.detector.replace(backbone=backbone))
-    card = Card(recipe, ClassMap((1, 3, 7), NAMES), data, epoch=4, step=12, stats={"AP": 0.5, "AP75": None})
+    card = Card(
+        recipe, ClassMap((1, 3, 7), NAMES), data, epoch=4, step=12, stats={"AP": 0.5, "AP75": None}
+    )
     run = tmp_path / "run"
-    save_weights(run / "best.safetensors", model.detector.state_dict(), replace(card, changes=changes, **paths))
+    save_weights(
+        run / "best.safetensors",
+        model.detector.state_dict(),
+        replace(card, changes=changes, **paths),
+    )
     row = {"name": NAMES[0], "ap": 0.25, "ground_truth": 17}
     result = {"stats": {"AP": 0.5, "AP50": 0.75}, "ap_interval": 0.03, "per_class": [row]}
     facts = {"Data": {"Annotations": f"{SECRET}/val.json", "Images": "20, of 3 sizes"}}
-    (run / "report.json").write_text(json.dumps({"epoch": 4, "step": 12, "result": result, "facts": facts}))
+    (run / "report.json").write_text(
+        json.dumps({"epoch": 4, "step": 12, "result": result, "facts": facts})
+    )
     return run
 
 
 def test_what_is_sent(finished: Path, remote: Hub) -> None:
     done = push(finished, "hf:my-org/cells", licence="apache-2.0")
-    assert remote.made == {"my-org/cells": {"private": True, "exist_ok": True, "message": done_message(finished)}}
+    assert remote.made == {
+        "my-org/cells": {"private": True, "exist_ok": True, "message": done_message(finished)}
+    }
     sent = remote.folder / "my-org" / "cells"
     assert (
-        sorted(p.name for p in sent.iterdir()) == list(done.files) == ["README.md", "model.safetensors", "recipe.json"]
+        sorted(p.name for p in sent.iterdir())
+        == list(done.files)
+        == ["README.md", "model.safetensors", "recipe.json"]
     )
     assert SECRET.encode() not in b"".join(path.read_bytes() for path in sent.iterdir())
     push(finished, "my-org/open", public=True, message="first")
@@ -87,10 +103,21 @@ def test_the_model_card(finished: Path, remote: Hub) -> None:
     text = (remote.folder / "my-org" / "cells" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     said = yaml.safe_load(front)
-    assert (said["license"], said["pipeline_tag"], said["library_name"]) == ("mit", "object-detection", "detrellis")
+    assert (said["license"], said["pipeline_tag"], said["library_name"]) == (
+        "mit",
+        "object-detection",
+        "detrellis",
+    )
     metrics = said["model-index"][0]["results"][0]["metrics"]
     assert [(m["name"], m["value"]) for m in metrics] == [("box AP", 50.0), ("box AP50", 75.0)]
-    wanted = ("50.0 ± 3.0", "| AP50 | 75.0 |", "20, of 3 sizes", 'detrellis.load("hf:my-org/cells")', "step 12", "mit.")
+    wanted = (
+        "50.0 ± 3.0",
+        "| AP50 | 75.0 |",
+        "20, of 3 sizes",
+        'detrellis.load("hf:my-org/cells")',
+        "step 12",
+        "mit.",
+    )
     assert [word for word in wanted if word not in body] == []
     assert "| 1 | cat \\| &lt;b>dog&lt;/b> | 25.0 | 17 |" in body
     assert "| 3 | bird \\# big | - | - |" in body
@@ -147,9 +174,15 @@ def test_a_token_is_never_printed(finished: Path, remote: Hub) -> None:
 
 @pytest.mark.parametrize(
     ("repository", "options", "message"),
-    [("cells", {}, "organisation/name"), ("a/b/c", {}, "organisation/name"), ("a/b", {"licence": "My own"}, "licence")],
+    [
+        ("cells", {}, "organisation/name"),
+        ("a/b/c", {}, "organisation/name"),
+        ("a/b", {"licence": "My own"}, "licence"),
+    ],
 )
-def test_names_are_checked(finished: Path, remote: Hub, repository: str, options: dict[str, str], message: str) -> None:
+def test_names_are_checked(
+    finished: Path, remote: Hub, repository: str, options: dict[str, str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         push(finished, repository, **options)
     assert remote.made == {}

@@ -1,4 +1,6 @@
-"""Co-DETR's checkpoints of Co-DINO on EVA-02's ViT-L: tensors with the names and shapes of its code."""
+"""Co-DETR's checkpoints of Co-DINO on EVA-02's ViT-L: tensors with the names and shapes of its
+code.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +52,25 @@ def vit(s: Sizes) -> Shapes:
         block = f"blocks.{i}"
         for name in ("q_proj", "k_proj", "v_proj"):
             shapes[f"{block}.attn.{name}.weight"] = (d, d)
-        shapes |= {f"{block}.attn.q_bias": (d,), f"{block}.attn.v_bias": (d,), **linear(f"{block}.attn.proj", d, d)}
-        shapes |= {**norm(f"{block}.norm1", d), **norm(f"{block}.norm2", d), **norm(f"{block}.mlp.ffn_ln", hidden)}
+        shapes |= {
+            f"{block}.attn.q_bias": (d,),
+            f"{block}.attn.v_bias": (d,),
+            **linear(f"{block}.attn.proj", d, d),
+        }
+        shapes |= {
+            **norm(f"{block}.norm1", d),
+            **norm(f"{block}.norm2", d),
+            **norm(f"{block}.mlp.ffn_ln", hidden),
+        }
         shapes |= {**linear(f"{block}.mlp.w1", hidden, d), **linear(f"{block}.mlp.w2", hidden, d)}
         shapes |= linear(f"{block}.mlp.w3", d, hidden)
     return {f"backbone.{name}": shape for name, shape in shapes.items()}
 
 
 def pyramid(s: Sizes) -> Shapes:
-    """Convolutions, by their place in each level's sequence: outputs, inputs, kernel; a norm follows each."""
+    """Convolutions, by their place in each level's sequence: outputs, inputs, kernel; a norm
+    follows each.
+    """
     d, w = s.channels, s.width
     levels = {
         "p2": [(1, d // 2, d, 3), (5, d // 4, d // 2, 3), (8, w, d // 4, 1), (11, w, w, 3)],
@@ -77,15 +89,29 @@ def pyramid(s: Sizes) -> Shapes:
 
 def sampling(name: str, width: int) -> Shapes:
     """Of 8 heads, 5 levels and 4 points."""
-    shapes = {**linear(f"{name}.sampling_offsets", 320, width), **linear(f"{name}.attention_weights", 160, width)}
-    return shapes | linear(f"{name}.value_proj", width, width) | linear(f"{name}.output_proj", width, width)
+    shapes = {
+        **linear(f"{name}.sampling_offsets", 320, width),
+        **linear(f"{name}.attention_weights", 160, width),
+    }
+    return (
+        shapes
+        | linear(f"{name}.value_proj", width, width)
+        | linear(f"{name}.output_proj", width, width)
+    )
 
 
 def transformer(s: Sizes) -> Shapes:
     w = s.width
     shapes: Shapes = {"level_embeds": (5, w), "query_embed.weight": (s.queries, w)}
-    shapes |= {**linear("enc_output", w, w), **norm("enc_output_norm", w), **norm("decoder.norm", w)}
-    shapes |= {**linear("decoder.ref_point_head.0", w, 2 * w), **linear("decoder.ref_point_head.2", w, w)}
+    shapes |= {
+        **linear("enc_output", w, w),
+        **norm("enc_output_norm", w),
+        **norm("decoder.norm", w),
+    }
+    shapes |= {
+        **linear("decoder.ref_point_head.0", w, 2 * w),
+        **linear("decoder.ref_point_head.2", w, w),
+    }
     for part, norms in (("encoder", 2), ("decoder", 3)):
         for layer in (f"{part}.layers.{i}" for i in range(s.layers)):
             shapes |= {k: v for i in range(norms) for k, v in norm(f"{layer}.norms.{i}", w).items()}
@@ -151,6 +177,9 @@ def test_a_file_predicts(tmp_path: Path) -> None:
         assert torch.equal(state[ours], weights[theirs])
     output = detector(ImageBatch(torch.randn(1, 3, 64, 80)))
     assert output.boxes.isfinite().all()
-    torch.save({"state_dict": {k: v for k, v in weights.items() if k != "neck.p6.1.weight"}}, tmp_path / "w.pth")
+    torch.save(
+        {"state_dict": {k: v for k, v in weights.items() if k != "neck.p6.1.weight"}},
+        tmp_path / "w.pth",
+    )
     with pytest.raises(UserError, match=r"neck\.p6\.1\.weight is missing"):
         load_foreign(tmp_path / "w.pth")

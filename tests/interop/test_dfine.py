@@ -1,4 +1,6 @@
-"""D-FINE's checkpoints: random models of transformers to ours and back, and files with its authors' names."""
+"""D-FINE's checkpoints: random models of transformers to ours and back, and files with its authors'
+names.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,18 @@ def small(size: str, **parts: Any) -> Recipe:
     """On the smallest HGNetV2, whose levels and norms stay those of the size."""
     recipe = find_recipe(f"dfine-{size}")
     backbone = recipe.detector.backbone.replace(name="hgnetv2_b0", pretrained=False)
-    sizes: dict[str, Any] = {"width": 32, "encoder": {"hidden": 48, "heads": 4}, "queries": {"count": 20}}
+    sizes: dict[str, Any] = {
+        "width": 32,
+        "encoder": {"hidden": 48, "heads": 4},
+        "queries": {"count": 20},
+    }
     sizes["decoder"] = {"hidden": 48, "heads": 4, "layers": 2}
-    detector = resized(recipe.detector.replace(backbone=backbone), **(sizes | {"top_k": 20} | parts))
-    return recipe.model_copy(update={"detector": detector, "data": recipe.data.replace(size=(96, 128))})
+    detector = resized(
+        recipe.detector.replace(backbone=backbone), **(sizes | {"top_k": 20} | parts)
+    )
+    return recipe.model_copy(
+        update={"detector": detector, "data": recipe.data.replace(size=(96, 128))}
+    )
 
 
 def weights_of(recipe: Recipe) -> dict[str, Tensor]:
@@ -53,28 +63,40 @@ def weights_of(recipe: Recipe) -> dict[str, Tensor]:
 
 def picture(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((200, 150), Image.Resampling.BICUBIC).save(tmp_path / "picture.jpg", quality=95)
+    Image.fromarray(pixels).resize((200, 150), Image.Resampling.BICUBIC).save(
+        tmp_path / "picture.jpg", quality=95
+    )
     return tmp_path / "picture.jpg"
 
 
 @pytest.mark.parametrize("size", ["n", "s", "l", "x"])
-def test_transformers_finds_the_same_boxes_with_its_own_processor(size: str, tmp_path: Path) -> None:
+def test_transformers_finds_the_same_boxes_with_its_own_processor(
+    size: str, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    recipe = small(size) if size != "x" else small(size, encoder={"hidden": 48, "heads": 4, "inner": 48})
+    recipe = (
+        small(size) if size != "x" else small(size, encoder={"hidden": 48, "heads": 4, "inner": 48})
+    )
     weights = weights_of(recipe)
     save_huggingface(tmp_path / "theirs", weights, recipe, CLASSES)
-    model, report = transformers.DFineForObjectDetection.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    model, report = transformers.DFineForObjectDetection.from_pretrained(
+        tmp_path / "theirs", output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "theirs")
     image = Image.open(picture(tmp_path))
     with torch.no_grad():
         output = model.eval()(**processor(image, return_tensors="pt"))
-    (theirs,) = processor.post_process_object_detection(output, threshold=0.0, target_sizes=[image.size[::-1]])
+    (theirs,) = processor.post_process_object_detection(
+        output, threshold=0.0, target_sizes=[image.size[::-1]]
+    )
 
     found = load_foreign(tmp_path / "theirs")
     assert found.classes.names == CLASSES.names
-    (ours,) = load(tmp_path / "theirs", device="cpu").predict([tmp_path / "picture.jpg"], threshold=0.0)
+    (ours,) = load(tmp_path / "theirs", device="cpu").predict(
+        [tmp_path / "picture.jpg"], threshold=0.0
+    )
     assert len(ours.scores) == len(theirs["scores"]) == recipe.detector.queries.count
     torch.testing.assert_close(torch.as_tensor(ours.scores), theirs["scores"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.as_tensor(ours.boxes), theirs["boxes"], atol=1e-2, rtol=1e-4)
@@ -89,7 +111,11 @@ def test_transformers_finds_the_same_boxes_with_its_own_processor(size: str, tmp
 
 @pytest.mark.parametrize("size", ["n", "s", "l", "x"])
 def test_the_authors_file_gives_the_same_detector(size: str, tmp_path: Path) -> None:
-    heads = {"encoder": {"hidden": 48}, "decoder": {"hidden": 48, "layers": 2}, "queries": {"count": 300}}
+    heads = {
+        "encoder": {"hidden": 48},
+        "decoder": {"hidden": 48, "layers": 2},
+        "queries": {"count": 300},
+    }
     recipe = small(size, **heads, top_k=300)
     weights = weights_of(recipe)
     links = link_up(weights, table(recipe.detector), recipe.detector.decoder.layers)
@@ -109,7 +135,8 @@ def test_the_authors_file_gives_the_same_detector(size: str, tmp_path: Path) -> 
     for key, value in weights.items():
         assert torch.equal(found.weights[key], value), key
     assert found.recipe.detector == resized(
-        recipe.detector, encoder={"expansion": recipe_expansion(found.recipe), "inner": inner_of(recipe)}
+        recipe.detector,
+        encoder={"expansion": recipe_expansion(found.recipe), "inner": inner_of(recipe)},
     )
 
 
@@ -126,7 +153,12 @@ def inner_of(recipe: Recipe) -> int:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"eval_idx": 2}, {"layer_scale": 2.0}, {"lqe_layers": 3}, {"backbone_config": {"model_type": "resnet"}}],
+    [
+        {"eval_idx": 2},
+        {"layer_scale": 2.0},
+        {"lqe_layers": 3},
+        {"backbone_config": {"model_type": "resnet"}},
+    ],
 )
 def test_what_no_release_has_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(changes))):

@@ -60,7 +60,9 @@ def make(kind: str, size: str, backbone: str, **changes: Any) -> Any:
         options["dilation"] = True
     options |= changes
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForObjectDetection")(getattr(transformers, f"{name}Config")(**options))
+    model = getattr(transformers, f"{name}ForObjectDetection")(
+        getattr(transformers, f"{name}Config")(**options)
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
@@ -92,7 +94,8 @@ def outputs(model: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def our_outputs(folder: Path, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     found = load_foreign(folder)
-    assert all("backbone" in name for name in found.skipped)  # a stage behind the last one that is read
+    # A stage behind the last one that is read
+    assert all("backbone" in name for name in found.skipped)
     detector = build_detector(found.recipe.detector, len(found.classes)).eval()
     detector.load_state_dict(dict(found.weights))
     pixels, padding = batch()
@@ -107,7 +110,9 @@ def test_round_trip(kind: str, size: str, tmp_path: Path) -> None:
     theirs = make(kind, size, backbone)
     theirs.save_pretrained(tmp_path / "theirs")
     expected = outputs(theirs, torch.float32)
-    for actual, wanted in zip(our_outputs(tmp_path / "theirs", torch.float32), expected, strict=True):
+    for actual, wanted in zip(
+        our_outputs(tmp_path / "theirs", torch.float32), expected, strict=True
+    ):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
 
     found = load_foreign(tmp_path / "theirs")
@@ -116,7 +121,9 @@ def test_round_trip(kind: str, size: str, tmp_path: Path) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     for actual, wanted in zip(outputs(back.eval(), torch.float32), expected, strict=True):
-        torch.testing.assert_close(actual, wanted, atol=1e-4 if backbone == "native" else 0, rtol=1e-4)
+        torch.testing.assert_close(
+            actual, wanted, atol=1e-4 if backbone == "native" else 0, rtol=1e-4
+        )
     assert back.config.id2label == theirs.config.id2label
 
 
@@ -125,10 +132,19 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # valid ones that no published f
     ("conditional", {"d_model": 60, "encoder_attention_heads": 2}),
     ("dab", {"hidden_size": 44, "encoder_ffn_dim": 20}),
     ("deformable", {"encoder_n_points": 2, "decoder_n_points": 3}),
-    ("deformable refine", {"encoder_n_points": 5, "encoder_attention_heads": 8, "decoder_ffn_dim": 24}),
+    (
+        "deformable refine",
+        {"encoder_n_points": 5, "encoder_attention_heads": 8, "decoder_ffn_dim": 24},
+    ),
     ("deformable two-stage", {"encoder_n_points": 1, "decoder_n_points": 6, "num_queries": 20}),
-    ("deformable", {"backbone_config": {**RESNET18, "model_type": "resnet", "out_features": ["stage4"]}}),
-    ("deformable", {"num_feature_levels": 2, "backbone_config": {**RESNET18, "model_type": "resnet"}}),
+    (
+        "deformable",
+        {"backbone_config": {**RESNET18, "model_type": "resnet", "out_features": ["stage4"]}},
+    ),
+    (
+        "deformable",
+        {"num_feature_levels": 2, "backbone_config": {**RESNET18, "model_type": "resnet"}},
+    ),
     ("detr", {"backbone_config": {**RESNET18, "model_type": "resnet", "out_features": ["stage3"]}}),
     ("detr", {"dilation": True}),  # which their own ResNet does not read
     ("detr", {"activation_function": "gelu"}),
@@ -141,11 +157,15 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [  # valid ones that no published f
 
 
 @pytest.mark.parametrize(("kind", "changes"), SETTINGS)
-def test_unusual_settings_give_equal_outputs_there_and_back(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_unusual_settings_give_equal_outputs_there_and_back(
+    kind: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     theirs = make(kind, "small", "native", **changes)
     theirs.save_pretrained(tmp_path / "theirs")
     expected = outputs(theirs, torch.float32)
-    for actual, wanted in zip(our_outputs(tmp_path / "theirs", torch.float32), expected, strict=True):
+    for actual, wanted in zip(
+        our_outputs(tmp_path / "theirs", torch.float32), expected, strict=True
+    ):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
     found = load_foreign(tmp_path / "theirs")
     save_huggingface(tmp_path / "back", found.weights, found.recipe, found.classes)
@@ -183,7 +203,9 @@ TRAINING = """
 
 @pytest.mark.parametrize("name", ["Detr", "ConditionalDetr", "DabDetr", "DeformableDetr"])
 def test_every_field_of_a_configuration_is_known(name: str) -> None:
-    """A newer transformers with another field fails here: it has to be read, refused, or of training alone."""
+    """A newer transformers with another field fails here: it has to be read, refused, or of
+    training alone.
+    """
     config = getattr(transformers, f"{name}Config")
     common = set(transformers.PreTrainedConfig().to_dict())
     own = set(config().to_dict()) - common - {"model_type"}
@@ -196,8 +218,11 @@ def test_every_field_of_a_configuration_is_known(name: str) -> None:
                 recipe_of(plain | {field: value})
 
 
-# Whatever the model is in, they compute DAB-DETR's softmax and two-stage proposals' positions in float32.
-@pytest.mark.parametrize("kind", [k for k in MODELS if not k.startswith("dab") and "two-stage" not in k])
+# Whatever the model is in, they compute DAB-DETR's softmax and two-stage proposals' positions in
+# float32.
+@pytest.mark.parametrize(
+    "kind", [k for k in MODELS if not k.startswith("dab") and "two-stage" not in k]
+)
 def test_equal_in_double_precision(kind: str, tmp_path: Path) -> None:
     theirs = make(kind, "small", "native")
     theirs.save_pretrained(tmp_path / "theirs")
@@ -208,12 +233,16 @@ def test_equal_in_double_precision(kind: str, tmp_path: Path) -> None:
 
 
 def test_distinct_class_heads_stay_distinct(tmp_path: Path) -> None:
-    """With box refinement transformers ties the class heads of all layers, unless the file holds each of them."""
+    """With box refinement transformers ties the class heads of all layers, unless the file holds
+    each of them.
+    """
     recipe = with_own_backbone("deformable_detr_r50_refine")
     compare_with_theirs(recipe, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["detr_r50_dc5", "conditional_detr_r50_dc5", "dab_detr_r50_dc5", "dn_detr_r50"])
+@pytest.mark.parametrize(
+    "name", ["detr_r50_dc5", "conditional_detr_r50_dc5", "dab_detr_r50_dc5", "dn_detr_r50"]
+)
 def test_ours_in_transformers(name: str, tmp_path: Path) -> None:
     """Dilated backbones, and DN-DETR's shared content, which becomes DAB-DETR's one pattern."""
     compare_with_theirs(with_own_backbone(name), tmp_path)
@@ -227,7 +256,9 @@ def compare_with_theirs(recipe: Recipe, folder: Path) -> None:
         p += 0.05 * torch.randn_like(p)
     classes = ClassMap(tuple(range(3, 3 + CLASSES)), tuple("abcde"))
     save_huggingface(folder / "out", detector.state_dict(), recipe, classes)
-    theirs, report = transformers.AutoModelForObjectDetection.from_pretrained(folder / "out", output_loading_info=True)
+    theirs, report = transformers.AutoModelForObjectDetection.from_pretrained(
+        folder / "out", output_loading_info=True
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert theirs.config.id2label == dict(enumerate("abcde"))
@@ -243,8 +274,12 @@ def compare_with_theirs(recipe: Recipe, folder: Path) -> None:
 def test_names_in_memory_load_too(tmp_path: Path) -> None:
     theirs = make("conditional", "small", "native")
     theirs.config.save_pretrained(tmp_path)
-    save_file({k: v.clone() for k, v in theirs.state_dict().items()}, tmp_path / "model.safetensors")
-    for actual, wanted in zip(our_outputs(tmp_path, torch.float32), outputs(theirs, torch.float32), strict=True):
+    save_file(
+        {k: v.clone() for k, v in theirs.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    for actual, wanted in zip(
+        our_outputs(tmp_path, torch.float32), outputs(theirs, torch.float32), strict=True
+    ):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -252,12 +287,16 @@ def test_shards(tmp_path: Path) -> None:
     theirs = make("detr", "small", "native")
     theirs.save_pretrained(tmp_path, max_shard_size="10MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    for actual, wanted in zip(our_outputs(tmp_path, torch.float32), outputs(theirs, torch.float32), strict=True):
+    for actual, wanted in zip(
+        our_outputs(tmp_path, torch.float32), outputs(theirs, torch.float32), strict=True
+    ):
         torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_auxiliary_losses_do_not_change_predictions(tmp_path: Path) -> None:
-    """transformers feeds normed states to the next layer then; the reference, and every published weight, does not."""
+    """transformers feeds normed states to the next layer then; the reference, and every published
+    weight, does not.
+    """
     theirs = make("detr", "small", "native")
     theirs.save_pretrained(tmp_path)
     expected = outputs(theirs, torch.float32)
@@ -290,9 +329,15 @@ def broken(saved: Path, to: Path, **config: Any) -> Path:
         ({"d_model": 64}, "has the shape"),
         ({"encoder_ffn_dim": 64}, "has the shape"),
         ({"activation_function": "mish"}, "activation_function='mish'"),
-        ({"d_model": 30, "encoder_attention_heads": 4}, "width=30 is not a multiple of decoder.heads=4"),
+        (
+            {"d_model": 30, "encoder_attention_heads": 4},
+            "width=30 is not a multiple of decoder.heads=4",
+        ),
         ({"backbone_config": {"model_type": "swin"}}, "backbone_config 'swin'"),
-        ({"backbone_config": {"model_type": "timm_backbone", "output_stride": 8}}, "output_stride=8"),
+        (
+            {"backbone_config": {"model_type": "timm_backbone", "output_stride": 8}},
+            "output_stride=8",
+        ),
         ({"num_queries": "many"}, r"queries\.count"),
         ({"encoder_layers": None}, r"encoder\.layers"),
         ({"id2label": ["a", "b"]}, "malformed"),
@@ -336,14 +381,20 @@ def test_detectors_that_transformers_lacks_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("deformable-detr-r50", "detector.decoder.cross_first=true", r"decoder\.cross_first=True, theirs is False"),
+        (
+            "deformable-detr-r50",
+            "detector.decoder.cross_first=true",
+            r"decoder\.cross_first=True, theirs is False",
+        ),
         ("deformable-detr-r50-refine", "detector.decoder.relation=true", r"decoder\.relation"),
         ("rtdetr-r18", "detector.decoder.cross_first=true", r"decoder\.cross_first"),
         ("lwdetr-tiny", "detector.decoder.cross_first=true", r"decoder\.cross_first"),
         ("deformable-detr-r50", "detector.masks={width: 64}", r"masks|no such model"),
     ],
 )
-def test_parts_that_their_model_lacks_are_refused_by_name(name: str, change: str, said: str) -> None:
+def test_parts_that_their_model_lacks_are_refused_by_name(
+    name: str, change: str, said: str
+) -> None:
     recipe = find_recipe(name)
     assert config_of(recipe, {0: "a"})
     with pytest.raises(UserError, match=said):
@@ -370,7 +421,9 @@ def test_the_hub_is_asked_for_by_name(saved: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_empty_proposals_compete_as_in_transformers(tmp_path: Path) -> None:
-    """Where the head ranks an empty memory first, theirs selects tokens that can propose nothing: so has ours to."""
+    """Where the head ranks an empty memory first, theirs selects tokens that can propose nothing:
+    so has ours to.
+    """
     theirs = make("deformable two-stage", "small", "native")
     with torch.no_grad():
         empty = theirs.model.enc_output_norm(theirs.model.enc_output.bias)
@@ -389,11 +442,15 @@ def test_empty_proposals_compete_as_in_transformers(tmp_path: Path) -> None:
 
 
 def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
-    """Without box refinement one head serves all layers; a file whose layers differ belongs to another model."""
+    """Without box refinement one head serves all layers; a file whose layers differ belongs to
+    another model.
+    """
     theirs = make("deformable", "small", "native")
     theirs.config.save_pretrained(tmp_path)
     weights = {k: v.clone() for k, v in theirs.state_dict().items()}
     weights["class_embed.1.weight"] = weights["class_embed.1.weight"] + 1
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"class_embed\.0\.weight and class_embed\.1\.weight differ"):
+    with pytest.raises(
+        UserError, match=r"class_embed\.0\.weight and class_embed\.1\.weight differ"
+    ):
         load_foreign(tmp_path)

@@ -1,4 +1,6 @@
-"""Random LW-DETR and RF-DETR models of transformers, and files as their authors write them, to ours and back."""
+"""Random LW-DETR and RF-DETR models of transformers, and files as their authors write them, to ours
+and back.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,33 @@ COMMON = {
     "num_labels": 4,
     "dropout": 0.0,
 }
-CAE = {"model_type": "lw_detr_vit", "image_size": 128, "pretrain_image_size": 64, "num_attention_heads": 3}
-LW = {**CAE, "hidden_size": 24, "num_hidden_layers": 5, "window_block_indices": [0, 2, 4], "out_indices": [2, 3, 5]}
-RF = {"model_type": "rf_detr_dinov2", "hidden_size": 24, "num_attention_heads": 3, "patch_size": 16, "num_windows": 2}
+CAE = {
+    "model_type": "lw_detr_vit",
+    "image_size": 128,
+    "pretrain_image_size": 64,
+    "num_attention_heads": 3,
+}
+LW = {
+    **CAE,
+    "hidden_size": 24,
+    "num_hidden_layers": 5,
+    "window_block_indices": [0, 2, 4],
+    "out_indices": [2, 3, 5],
+}
+RF = {
+    "model_type": "rf_detr_dinov2",
+    "hidden_size": 24,
+    "num_attention_heads": 3,
+    "patch_size": 16,
+    "num_windows": 2,
+}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # and the width of a picture
     "lwdetr": ("LwDetr", {"backbone_config": LW, "projector_scale_factors": [1.0]}, 192),
-    "lwdetr on two levels": ("LwDetr", {"backbone_config": LW, "projector_scale_factors": [2.0, 0.5]}, 192),
+    "lwdetr on two levels": (
+        "LwDetr",
+        {"backbone_config": LW, "projector_scale_factors": [2.0, 0.5]},
+        192,
+    ),
     "wide lwdetr": (
         "LwDetr",
         {"backbone_config": LW | {"hidden_size": 528, "num_hidden_layers": 2, "out_indices": [2]}}
@@ -45,12 +68,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # and the width of a pic
     ),
     "rfdetr": (
         "RfDetr",
-        {"backbone_config": RF | {"num_hidden_layers": 4, "image_size": 128, "out_features": ["stage2", "stage4"]}},
+        {
+            "backbone_config": RF
+            | {"num_hidden_layers": 4, "image_size": 128, "out_features": ["stage2", "stage4"]}
+        },
         128,
     ),
     "rfdetr with a block too many, resized": (
         "RfDetr",
-        {"backbone_config": RF | {"num_hidden_layers": 4, "image_size": 64, "out_features": ["stage1", "stage3"]}},
+        {
+            "backbone_config": RF
+            | {"num_hidden_layers": 4, "image_size": 64, "out_features": ["stage1", "stage3"]}
+        },
         128,
     ),
 }
@@ -119,10 +148,14 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lwdetr", "rfdetr"])
 def test_a_jpeg_through_their_own_processor(kind: str, tmp_path: Path) -> None:
-    """RF-DETR's makes a picture smaller in floats, ours rounds to whole colours: scores may differ by 1e-4."""
+    """RF-DETR's makes a picture smaller in floats, ours rounds to whole colours: scores may differ
+    by 1e-4.
+    """
     theirs, path = make(kind), picture(tmp_path / "picture.jpg")
     make_processor = (
-        transformers.RfDetrImageProcessor if kind == "rfdetr" else transformers.DeformableDetrImageProcessor
+        transformers.RfDetrImageProcessor
+        if kind == "rfdetr"
+        else transformers.DeformableDetrImageProcessor
     )
     theirs.save_pretrained(tmp_path)
     make_processor(size={"height": 128, "width": 128}).save_pretrained(tmp_path)

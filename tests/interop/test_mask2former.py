@@ -1,4 +1,6 @@
-"""Mask2Former's checkpoints: of transformers in and out, and of its own code, whose pickles are not trusted."""
+"""Mask2Former's checkpoints: of transformers in and out, and of its own code, whose pickles are not
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,13 @@ PIXELS = (256, 288)
 
 def backbone(kind: str) -> Any:
     if kind == "swin":
-        return transformers.SwinConfig(out_features=STAGES, drop_path_rate=0.0)  # Swin-T is its default
+        # Swin-T is its default
+        return transformers.SwinConfig(out_features=STAGES, drop_path_rate=0.0)
     return transformers.ResNetConfig(
-        layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], out_features=STAGES
+        layer_type="basic",
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[64, 128, 256, 512],
+        out_features=STAGES,
     )
 
 
@@ -68,12 +74,18 @@ def masks_of(detector: Detector, pixels: Tensor) -> tuple[Tensor, Tensor]:
     output = detector(ImageBatch(pixels))
     assert output.masks is not None
     assert output.mask_embeds is not None
-    return output.logits[-1], torch.einsum("bnd,bdhw->bnhw", output.mask_embeds[-1], output.masks.map)
+    return output.logits[-1], torch.einsum(
+        "bnd,bdhw->bnhw", output.mask_embeds[-1], output.masks.map
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("resnet", {}), ("resnet", {"hidden_dim": 32, "enforce_input_projection": True}), ("swin", {})],
+    [
+        ("resnet", {}),
+        ("resnet", {"hidden_dim": 32, "enforce_input_projection": True}),
+        ("swin", {}),
+    ],
 )
 @torch.no_grad()
 def test_both_ways_give_the_same_masks(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -105,7 +117,11 @@ def as_detectron2(detector: Detector, found: Converted) -> dict[str, np.ndarray[
     state = turned(detector.state_dict(), found.recipe.detector)
     links = link_up(state, detectron2(found.recipe.detector), found.recipe.detector.decoder.layers)
     assert not missing(state, links)
-    return {k: v.numpy() for k, v in as_convolutions(to_theirs(state, links)).items() if "static_query" not in k}
+    return {
+        k: v.numpy()
+        for k, v in as_convolutions(to_theirs(state, links)).items()
+        if "static_query" not in k
+    }
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +146,18 @@ def test_a_pickle_of_its_own_code_is_read(released: Converted, tmp_path: Path) -
     for protocol in (2, 4):  # as released, and as of today
         path.write_bytes(pickle.dumps({"model": weights, "__author__": "third_party"}, protocol))
         found = load_foreign(path)
-        assert (found.recipe.detector.backbone.name, found.recipe.detector.queries.count) == ("resnet50", 12)
+        assert (found.recipe.detector.backbone.name, found.recipe.detector.queries.count) == (
+            "resnet50",
+            12,
+        )
         assert found.classes.names[0] == "person"
         assert found.weights.keys() == released.weights.keys() - {
             k for k in released.weights if k.endswith("num_batches_tracked")
         }
         pixels = torch.randn(1, 3, 64, 96)
-        for found_part, expected in zip(masks_of(ours(found), pixels), masks_of(detector, pixels), strict=True):
+        for found_part, expected in zip(
+            masks_of(ours(found), pixels), masks_of(detector, pixels), strict=True
+        ):
             assert torch.equal(found_part, expected)
 
 
@@ -163,7 +184,9 @@ def test_a_pickle_can_run_nothing(tmp_path: Path) -> None:
     ("changes", "message"),
     [({"pre_norm": True}, "pre_norm"), ({"feature_strides": [4, 8, 16]}, "feature_strides")],
 )
-def test_what_ours_has_not_is_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_ours_has_not_is_refused_by_name(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     config = transformers.Mask2FormerConfig(backbone_config=backbone("resnet"), **(SIZES | changes))
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):

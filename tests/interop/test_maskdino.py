@@ -27,7 +27,11 @@ def config(*, finest_first: bool, learned: bool) -> DetectorConfig:
         .override(
             [
                 *("detector.backbone.name=resnet50", "detector.backbone.norm=frozen_norm"),
-                *("detector.encoder.heads=8", "detector.decoder.heads=8", "detector.decoder.double_norm=true"),
+                *(
+                    "detector.encoder.heads=8",
+                    "detector.decoder.heads=8",
+                    "detector.decoder.double_norm=true",
+                ),
                 f"detector.queries.content_from={'learned' if learned else 'states'}",
                 f"detector.queries.count={12 if learned else 300}",
                 f"detector.queries.smallest_on={'coarsest' if finest_first else 'finest'}",
@@ -38,17 +42,24 @@ def config(*, finest_first: bool, learned: bool) -> DetectorConfig:
     )
 
 
-def released(detector: Detector, config: DetectorConfig, *, finest_first: bool) -> dict[str, torch.Tensor]:
+def released(
+    detector: Detector, config: DetectorConfig, *, finest_first: bool
+) -> dict[str, torch.Tensor]:
     """The weights of the detector under its names; proposals and layers share their heads there."""
     head, layers = detector.queries.head, detector.decoder.heads
     assert head is not None
     head.classify.load_state_dict(layers.classes[0].state_dict())
     head.move.load_state_dict(layers.boxes[0].state_dict())
-    for ours, theirs in ((head.embed, layers.embed), (head.output_norm, detector.decoder.final_norm)):
+    for ours, theirs in (
+        (head.embed, layers.embed),
+        (head.output_norm, detector.decoder.final_norm),
+    ):
         assert ours is not None
         ours.load_state_dict(theirs.state_dict())
     state = detector.state_dict()
-    table = names(config, HEAD, finest_first=finest_first) + backbone(config, "backbone", of_transformers=False)
+    table = names(config, HEAD, finest_first=finest_first) + backbone(
+        config, "backbone", of_transformers=False
+    )
     links = link_up(state, table, config.decoder.layers)
     assert not missing(state, links)
     return turned(to_theirs(state, links), config, finest_first=finest_first)
@@ -71,7 +82,11 @@ def test_its_weights_predict_the_same(finest_first: bool, learned: bool, tmp_pat
     one, other = detector(batch), again.eval()(batch)
     assert one.mask_embeds is not None
     assert other.mask_embeds is not None
-    for ours, theirs in ((one.logits, other.logits), (one.boxes, other.boxes), (one.mask_embeds, other.mask_embeds)):
+    for ours, theirs in (
+        (one.logits, other.logits),
+        (one.boxes, other.boxes),
+        (one.mask_embeds, other.mask_embeds),
+    ):
         assert torch.equal(ours, theirs)
     # Nothing is half-loaded.
     del weights[f"{HEAD}predictor.mask_embed.layers.0.weight"]

@@ -40,7 +40,9 @@ HEADS = {"nheads": 4}  # no shape tells
 def frozen(recipe: Recipe) -> Recipe:
     """As published: norms frozen."""
     backbone = recipe.detector.backbone.model_copy(update={"norm": "frozen"})
-    return recipe.model_copy(update={"detector": recipe.detector.model_copy(update={"backbone": backbone})})
+    return recipe.model_copy(
+        update={"detector": recipe.detector.model_copy(update={"backbone": backbone})}
+    )
 
 
 def published(recipe: Recipe, *, detrex: bool = False) -> tuple[torch.nn.Module, dict[str, Tensor]]:
@@ -51,14 +53,18 @@ def published(recipe: Recipe, *, detrex: bool = False) -> tuple[torch.nn.Module,
         for p in detector.parameters():
             p += 0.05 * torch.randn_like(p)
     state = detector.state_dict()
-    theirs = to_theirs(state, link_up(state, table(recipe.detector, detrex), recipe.detector.decoder.layers))
+    theirs = to_theirs(
+        state, link_up(state, table(recipe.detector, detrex), recipe.detector.decoder.layers)
+    )
     if "unknown_label" in theirs:  # the last row of the label embedding
         unknown = theirs.pop("unknown_label")
         theirs["label_enc.weight"] = torch.cat([torch.randn(CLASSES, unknown.shape[1]), unknown])
     elif recipe.schemes.dn or recipe.schemes.cdn:
         theirs["label_enc.weight"] = torch.randn(CLASSES + 1, recipe.detector.width)
     if recipe.detector.decoder.refine != "none" and not detrex:
-        theirs |= {f"transformer.decoder.{k}": v for k, v in theirs.items() if k.startswith("bbox_embed.")}
+        theirs |= {
+            f"transformer.decoder.{k}": v for k, v in theirs.items() if k.startswith("bbox_embed.")
+        }
     theirs["backbone.0.body.bn1.num_batches_tracked"] = torch.tensor(3)
     return detector, theirs
 
@@ -92,7 +98,11 @@ def test_every_family_is_recognised_by_its_names(name: str, tmp_path: Path) -> N
 def test_detrex(fusion: bool, tmp_path: Path) -> None:
     recipe = frozen(with_own_backbone("dino_r50")).override(
         [
-            *("detector.backbone.name=resnet50", "detector.encoder.heads=8", "detector.decoder.heads=8"),
+            *(
+                "detector.backbone.name=resnet50",
+                "detector.encoder.heads=8",
+                "detector.decoder.heads=8",
+            ),
             *("detector.decoder.shared_heads=false", "detector.position_temperature=10000.0"),
             *("detector.position_offset=-0.5", f"detector.encoder.fusion={fusion}"),
         ]
@@ -114,7 +124,8 @@ def test_of_h_detr_only_the_one_to_one_queries_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["conditional_detr_r50", "dab_detr_r50", "dab_deformable_detr_r50", "deformable_detr_r50"]
+    "name",
+    ["conditional_detr_r50", "dab_detr_r50", "dab_deformable_detr_r50", "deformable_detr_r50"],
 )
 def test_of_groups_only_the_first_is_kept(name: str, tmp_path: Path) -> None:
     recipe = frozen(with_own_backbone(name))
@@ -123,7 +134,10 @@ def test_of_groups_only_the_first_is_kept(name: str, tmp_path: Path) -> None:
         if key in weights:
             further = torch.randn(24, *weights[key].shape[1:])
             weights[key] = torch.cat([weights[key], further])
-    torch.save({"model": weights, "args": argparse.Namespace(group_detr=3, **HEADS)}, tmp_path / "group.pth")
+    torch.save(
+        {"model": weights, "args": argparse.Namespace(group_detr=3, **HEADS)},
+        tmp_path / "group.pth",
+    )
     check(tmp_path / "group.pth", detector, recipe)
 
 
@@ -144,14 +158,21 @@ def test_classes_are_named_by_coco_or_by_the_user(tmp_path: Path) -> None:
         theirs = to_theirs(state, link_up(state, table(recipe.detector, False), 2))
         torch.save(theirs, tmp_path / f"{count}.pth")
     raw = load_foreign(tmp_path / "91.pth").classes
-    assert (raw.names[1], raw.names[90], raw.names[12], raw.ids[90]) == ("person", "toothbrush", "N/A 12", 90)
+    assert (raw.names[1], raw.names[90], raw.names[12], raw.ids[90]) == (
+        "person",
+        "toothbrush",
+        "N/A 12",
+        90,
+    )
     dense = load_foreign(tmp_path / "80.pth").classes
     assert (dense.names[79], dense.ids[79], dense.names[0]) == ("toothbrush", 90, "person")
     assert load_foreign(tmp_path / "3.pth").classes.names == ("class 0", "class 1", "class 2")
     own = ClassMap((7, 8, 20), ("a", "b", "c"))
     assert load_foreign(tmp_path / "3.pth", classes=own).classes == own
     with pytest.raises(UserError, match="3 classes are named, the weights have 80"):
-        load_foreign(tmp_path / "80.pth", classes=own.from_categories([{"id": i} for i in (1, 2, 99)]))
+        load_foreign(
+            tmp_path / "80.pth", classes=own.from_categories([{"id": i} for i in (1, 2, 99)])
+        )
 
 
 class Malicious:
@@ -181,13 +202,20 @@ def test_bad_files_are_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: these names belong to no model"):
         load_foreign(tmp_path / "other.pth")
-    for key in ("transformer.encoder.layers.0.linear1.weight", "class_embed.weight", "query_embed.weight"):
+    for key in (
+        "transformer.encoder.layers.0.linear1.weight",
+        "class_embed.weight",
+        "query_embed.weight",
+    ):
         torch.save({k: v for k, v in theirs.items() if k != key}, tmp_path / "sizeless.pth")
         with pytest.raises(UserError, match=rf"sizeless\.pth: {key} is missing"):
             load_foreign(tmp_path / "sizeless.pth")
     del theirs["transformer.decoder.layers.1.linear2.bias"]
     torch.save(theirs, tmp_path / "incomplete.pth")
-    with pytest.raises(UserError, match=r"incomplete\.pth: transformer\.decoder\.layers\.1\.linear2\.bias is missing"):
+    with pytest.raises(
+        UserError,
+        match=r"incomplete\.pth: transformer\.decoder\.layers\.1\.linear2\.bias is missing",
+    ):
         load_foreign(tmp_path / "incomplete.pth")
     theirs["transformer.decoder.layers.1.linear2.bias"] = torch.full((64,), torch.nan)
     torch.save(theirs, tmp_path / "nan.pth")

@@ -1,4 +1,6 @@
-"""Random RT-DETRs of transformers to ours and back: equal boxes of a picture, through either's own preprocessing."""
+"""Random RT-DETRs of transformers to ours and back: equal boxes of a picture, through either's own
+preprocessing.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,24 @@ def make(kind: str) -> Any:
         hidden_sizes=[64, 128, 256, 512],
         out_features=["stage2", "stage3", "stage4"],
     )
-    sizes = {"d_model": 32, "encoder_hidden_dim": 48, "encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5}
-    sizes |= {"decoder_in_channels": [48] * 3, "decoder_layers": 2, "num_queries": 15, "num_labels": 4}
-    sizes |= {"encoder_ffn_dim": 40, "decoder_ffn_dim": 56, "encoder_attention_heads": 4, "decoder_attention_heads": 8}
+    sizes = {
+        "d_model": 32,
+        "encoder_hidden_dim": 48,
+        "encoder_in_channels": [128, 256, 512],
+        "hidden_expansion": 0.5,
+    }
+    sizes |= {
+        "decoder_in_channels": [48] * 3,
+        "decoder_layers": 2,
+        "num_queries": 15,
+        "num_labels": 4,
+    }
+    sizes |= {
+        "encoder_ffn_dim": 40,
+        "decoder_ffn_dim": 56,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 8,
+    }
     config = getattr(transformers, f"{name}Config")(backbone_config=backbone, **sizes, **options)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForObjectDetection")(config)
@@ -67,23 +84,32 @@ def picture(path: Path) -> Path:
 
 
 @torch.no_grad()
-def their_detections(model: Any, processor: Any, path: Path, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def their_detections(
+    model: Any, processor: Any, path: Path, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     image = Image.open(path)
     out = model(**processor(image, return_tensors="pt"))
     sizes = [image.size[::-1]]
-    (found,) = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes, **options)
+    (found,) = processor.post_process_object_detection(
+        out, threshold=0.0, target_sizes=sizes, **options
+    )
     return found["scores"], found["labels"], found["boxes"]
 
 
 def check_detections(ours: Prediction, scores: Tensor, labels: Tensor, boxes: Tensor) -> None:
-    """Equal up to 1e-4 of the picture, in whatever order: scores of random weights are nearly equal."""
-    inside = boxes.clamp(min=0).minimum(torch.tensor([407.0, 301.0, 407.0, 301.0]))  # where ours end
+    """Equal up to 1e-4 of the picture, in whatever order: scores of random weights are nearly
+    equal.
+    """
+    # Where ours end
+    inside = boxes.clamp(min=0).minimum(torch.tensor([407.0, 301.0, 407.0, 301.0]))
     mine, theirs = torch.as_tensor(ours.boxes), inside
     key = torch.tensor([1.0, 0.7, 0.3, 0.1])  # no two boxes have the same
     order, other = ((found @ key).argsort() for found in (mine, theirs))
     assert len(mine) == len(theirs)
     torch.testing.assert_close(mine[order], theirs[other], rtol=0, atol=1e-4 * 407)
-    torch.testing.assert_close(torch.as_tensor(ours.scores)[order], scores[other], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.as_tensor(ours.scores)[order], scores[other], rtol=0, atol=1e-4
+    )
     assert torch.equal(torch.as_tensor(ours.labels)[order], labels[other])
 
 
@@ -105,10 +131,16 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     assert loaded.recipe.data.mean == (0, 0, 0)
     assert not save_huggingface(tmp_path / "back", loaded.weights, loaded.recipe, loaded.classes)
     back, report = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not [k for k in report["missing_keys"] if not k.endswith(("num_batches_tracked", "n_points_scale"))]
+    assert not [
+        k
+        for k in report["missing_keys"]
+        if not k.endswith(("num_batches_tracked", "n_points_scale"))
+    ]
     assert not report["unexpected_keys"]
     again = transformers.AutoImageProcessor.from_pretrained(tmp_path / "back")
-    for actual, expected in zip(their_detections(back.eval(), again, path), (scores, labels, boxes), strict=True):
+    for actual, expected in zip(
+        their_detections(back.eval(), again, path), (scores, labels, boxes), strict=True
+    ):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)  # pixels, not fractions
 
 

@@ -18,7 +18,9 @@ def square_mask(segments: tuple[Segment, ...]) -> Tensor:
     owner = [(s.name, i * s.copies // s.size) for s in segments for i in range(s.size)]
     sees = {s.name: s.sees for s in segments}
     mask = torch.tensor([[q == k or k[0] in sees[q[0]] for k in owner] for q in owner])
-    used = torch.cat([torch.ones(2, s.size) if s.unused is None else ~s.unused for s in segments], dim=1)
+    used = torch.cat(
+        [torch.ones(2, s.size) if s.unused is None else ~s.unused for s in segments], dim=1
+    )
     return mask & (used[:, None, None].bool() | torch.eye(len(owner), dtype=torch.bool))
 
 
@@ -32,7 +34,9 @@ def layouts(draw: st.DrawFn) -> tuple[Segment, ...]:
     sees = draw(st.sampled_from([(), ("main",), ("main", "groups")]))
     dn = Segment("dn", copies * draw(st.integers(1, 3)), copies, sees)
     some = draw(st.permutations([main, extra, dn]))[: draw(st.integers(1, 3))]
-    return tuple(s._replace(unused=torch.rand(2, s.size) < 0.5) if draw(st.booleans()) else s for s in some)
+    return tuple(
+        s._replace(unused=torch.rand(2, s.size) < 0.5) if draw(st.booleans()) else s for s in some
+    )
 
 
 @given(layouts())
@@ -49,11 +53,15 @@ def test_equals_masked_attention(segments: tuple[Segment, ...]) -> None:
 
 
 def test_no_mask_over_all_queries_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folding is what makes groups linear: the masks that exist have the rows of a block that sees others only."""
+    """Folding is what makes groups linear: the masks that exist have the rows of a block that sees
+    others only.
+    """
     shapes: list[tuple[int, ...]] = []
     attend = F.scaled_dot_product_attention
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    def spy(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+    ) -> Tensor:
         if attn_mask is not None:
             shapes.append(tuple(attn_mask.shape))
         return attend(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)

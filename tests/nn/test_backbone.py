@@ -15,7 +15,9 @@ def config(name: str = "resnet18", **options: object) -> BackboneConfig:
     return BackboneConfig.model_validate({"name": name, "pretrained": False, **options})
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv3_small_050"]
+)
 @pytest.mark.parametrize("strides", [(8, 16, 32), (4, 8, 16, 32), (8, 16)])
 def test_maps_have_the_asked_strides(name: str, strides: tuple[int, ...]) -> None:
     backbone = build_backbone(config(name, strides=strides)).eval()
@@ -25,7 +27,9 @@ def test_maps_have_the_asked_strides(name: str, strides: tuple[int, ...]) -> Non
     assert [m.shape[1] for m in maps] == backbone.channels
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_atto"]
+)
 @pytest.mark.parametrize("size", [(64, 96), (62, 93)])
 def test_timm_models_take_any_image_size(name: str, size: tuple[int, int]) -> None:
     with torch.device("meta"):
@@ -71,7 +75,9 @@ def test_frozen_norm_is_the_spec_formula() -> None:
         buffer.uniform_(0.5, 2)
     x = torch.randn(1, 64, 4, 4)
     scale = norm.weight / (norm.running_var + 1e-5).sqrt()
-    expected = x * scale.view(1, -1, 1, 1) + (norm.bias - norm.running_mean * scale).view(1, -1, 1, 1)
+    expected = x * scale.view(1, -1, 1, 1) + (norm.bias - norm.running_mean * scale).view(
+        1, -1, 1, 1
+    )
     torch.testing.assert_close(norm(x), expected)
 
 
@@ -101,28 +107,40 @@ def test_branches_are_dropped_at_the_rate_asked_for(rate: float) -> None:
         ("test_resnet", 1, ("model.conv1", "model.bn1", "model.layer1.")),
         ("swin_tiny_patch4_window7_224", 1, ("model.patch_embed", "model.layers_0.")),
         ("hrnet_w18_small", "all", ("model",)),
-        ("mobilenetv3_small_050", 2, ("model.conv_stem", "model.bn1", "model.blocks.0.", "model.blocks.1.")),
+        (
+            "mobilenetv3_small_050",
+            2,
+            ("model.conv_stem", "model.bn1", "model.blocks.0.", "model.blocks.1."),
+        ),
     ],
 )
 def test_what_is_frozen_stays(name: str, frozen: int | str, still: tuple[str, ...]) -> None:
-    """No gradients and no statistics, also after `train`; and the network that infers is the same."""
+    """No gradients and no statistics, also after `train`; and the network that infers is the
+    same.
+    """
     torch.manual_seed(0)
     backbone = build_backbone(config(name, frozen=frozen))
     torch.manual_seed(0)
     free = build_backbone(config(name))
     assert all(
-        torch.equal(a, b) for a, b in zip(free.state_dict().values(), backbone.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(free.state_dict().values(), backbone.state_dict().values(), strict=True)
     )
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(free.eval()(pixels), backbone.eval()(pixels), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(free.eval()(pixels), backbone.eval()(pixels), strict=True)
+        )
     backbone.train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     out = torch.stack([m.sum() for m in backbone(pixels)]).sum()
     if out.requires_grad:
         out.backward()
     assert out.requires_grad == (frozen != "all")
-    moved = {key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {
+        key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert not any(key.startswith(still) for key in moved)
     learnt = {key for key, value in backbone.named_parameters() if value.grad is not None}
     assert learnt == {key for key, _ in backbone.named_parameters() if not key.startswith(still)}
@@ -140,7 +158,8 @@ def test_stages_that_do_not_exist_cannot_be_frozen() -> None:
 @pytest.mark.parametrize(("name", "norm"), [("resnet18", "frozen"), ("test_resnet", "batch")])
 def test_what_was_frozen_can_be_let_go(name: str, norm: str) -> None:
     """All of it trains then as if it had never been frozen: not what `norm` freezes."""
-    backbone, free = build_backbone(config(name, frozen=2, norm=norm)), build_backbone(config(name, norm=norm))
+    backbone = build_backbone(config(name, frozen=2, norm=norm))
+    free = build_backbone(config(name, norm=norm))
     modes = {key: module.training for key, module in free.train().named_modules()}
     assert not all(p.requires_grad for p in backbone.parameters())
     backbone.train()
@@ -155,7 +174,9 @@ def test_what_was_frozen_can_be_let_go(name: str, norm: str) -> None:
 @torch.no_grad()
 def test_a_swin_pads_before_it_shifts() -> None:
     """A map that is no multiple of the windows is as one that was padded with nothing beside it."""
-    model = build_backbone(BackboneConfig(name="swin_tiny_patch4_window7_224", pretrained=False)).eval()
+    model = build_backbone(
+        BackboneConfig(name="swin_tiny_patch4_window7_224", pretrained=False)
+    ).eval()
     block = model.get_submodule("model.layers_0.blocks.1")
     assert block.shift_size == (3, 3)
     assert model.get_submodule("model.layers_3.blocks.1").shift_size == (3, 3)

@@ -48,7 +48,9 @@ def test_a_graph_gets_every_operation(
     assert calls == [3, 3]
 
 
-def test_what_inference_made_serves_training(made: tuple[list[int], Callable[[int], Tensor]]) -> None:
+def test_what_inference_made_serves_training(
+    made: tuple[list[int], Callable[[int], Tensor]],
+) -> None:
     calls, ones = made
     norm = FrozenNorm(2)
     with torch.inference_mode():
@@ -75,7 +77,9 @@ def replace(norm: FrozenNorm) -> None:
 
 @pytest.mark.parametrize("change", [write, load, replace, FrozenNorm.double])
 def test_a_frozen_norm_follows_its_buffers(change: Callable[[FrozenNorm], object]) -> None:
-    """It has the bits of torchvision's, also after its buffers have changed, and in a copy whose own have."""
+    """It has the bits of torchvision's, also after its buffers have changed, and in a copy whose
+    own have.
+    """
     norm, maps = FrozenNorm(8), torch.randn(2, 8, 3, 5)
     for buffer in norm.buffers():
         buffer.uniform_(0.5, 2)

@@ -14,15 +14,23 @@ from detrellis.types import Memory, Spatial
 SHAPES = ((3, 4), (1, 1), (2, 5))
 
 
-def inputs(batch: int = 2, queries: int = 3, heads: int = 2, points: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    batch: int = 2, queries: int = 3, heads: int = 2, points: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = sum(h * w for h, w in SHAPES)
     value = torch.randn(batch, tokens, heads, 3, generator=generator, dtype=torch.float64)
     # Some samples lie outside the map.
     locations = (
-        torch.rand(batch, queries, heads, len(SHAPES), points, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
+        torch.rand(
+            batch, queries, heads, len(SHAPES), points, 2, generator=generator, dtype=torch.float64
+        )
+        * 1.6
+        - 0.3
     )
-    weights = torch.rand(batch, queries, heads, len(SHAPES), points, generator=generator, dtype=torch.float64)
+    weights = torch.rand(
+        batch, queries, heads, len(SHAPES), points, generator=generator, dtype=torch.float64
+    )
     return value, locations, weights / weights.sum((-1, -2), keepdim=True)
 
 
@@ -42,17 +50,25 @@ def test_equals_a_loop_over_samples() -> None:
     batch, queries, heads, levels, points = weights.shape
     expected = torch.zeros(batch, queries, heads, 3, dtype=torch.float64)
     starts = [0, 12, 13]
-    for b, q, m, level, p in torch.cartesian_prod(*map(torch.arange, (batch, queries, heads, levels, points))).tolist():
+    for b, q, m, level, p in torch.cartesian_prod(
+        *map(torch.arange, (batch, queries, heads, levels, points))
+    ).tolist():
         (h, w), start = SHAPES[level], starts[level]
         x, y = locations[b, q, m, level, p].tolist()
         image = value[b, start : start + h * w, m].view(h, w, 3)
-        expected[b, q, m] += weights[b, q, m, level, p] * one_sample(image, x * w - 0.5, y * h - 0.5)
-    torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), expected.flatten(2))
+        expected[b, q, m] += weights[b, q, m, level, p] * one_sample(
+            image, x * w - 0.5, y * h - 0.5
+        )
+    torch.testing.assert_close(
+        ms_deform_attn(value, SHAPES, locations, weights), expected.flatten(2)
+    )
 
 
 def test_gradients() -> None:
     value, locations, weights = (t.requires_grad_() for t in inputs(1, 2, 1, 1))
-    assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, SHAPES, x, w), (value, locations, weights))
+    assert torch.autograd.gradcheck(
+        lambda v, x, w: ms_deform_attn(v, SHAPES, x, w), (value, locations, weights)
+    )
 
 
 def test_starts_as_one_direction_a_head() -> None:
@@ -60,7 +76,9 @@ def test_starts_as_one_direction_a_head() -> None:
     bias = module.sampling_offsets.bias.view(4, 3, 2, 2)
     assert torch.equal(bias[:, 0], bias[:, 2])  # the same on every level
     torch.testing.assert_close(bias[0, 0], torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
-    torch.testing.assert_close(bias[1, 0], torch.tensor([[0.0, 1.0], [0.0, 2.0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        bias[1, 0], torch.tensor([[0.0, 1.0], [0.0, 2.0]]), atol=1e-6, rtol=0
+    )
     assert module.attention_weights.weight.abs().sum() == 0
 
 
@@ -75,5 +93,7 @@ def test_points_and_boxes_without_size_differ_only_in_the_offsets() -> None:
     with torch.no_grad():
         different = module(x, Spatial(zero, points), memory)
         module.sampling_offsets.bias.zero_()
-        torch.testing.assert_close(module(x, Spatial(zero, points), memory), module(x, Spatial(zero, boxes), memory))
+        torch.testing.assert_close(
+            module(x, Spatial(zero, points), memory), module(x, Spatial(zero, boxes), memory)
+        )
         assert not torch.allclose(different, module(x, Spatial(zero, points), memory))

@@ -58,7 +58,9 @@ def test_an_iou_of_the_threshold_stays_and_nothing_needs_boxes() -> None:
     assert overlapping(torch.zeros(2, 0, 4), 0.5).shape == (2, 0)
 
 
-def chosen(head: ProposalHead, proposals: Proposals, image: int, tokens: list[int], count: int) -> list[int]:
+def chosen(
+    head: ProposalHead, proposals: Proposals, image: int, tokens: list[int], count: int
+) -> list[int]:
     """What `count` queries of an image are chosen from `tokens`, best first, in plain words."""
     pool = tokens[: POOL * count]
     boxes = head.boxes(proposals)[image, pool]
@@ -102,9 +104,13 @@ def test_further_queries_are_distinct_among_themselves() -> None:
         boxes = head.further(proposals, count, copies).boxes
         for i in range(2):
             order = proposals.scores[i].argsort(descending=True).tolist()
-            left = [t for t in order if t not in proposals.best[i].tolist()][: copies * POOL * count]
+            left = [t for t in order if t not in proposals.best[i].tolist()][
+                : copies * POOL * count
+            ]
             left = left[: len(left) // copies * copies]
-            rows = [t for k in range(copies) for t in chosen(head, proposals, i, left[k::copies], count)]
+            rows = [
+                t for k in range(copies) for t in chosen(head, proposals, i, left[k::copies], count)
+            ]
             torch.testing.assert_close(boxes[i], every[i, rows])
 
 
@@ -127,18 +133,26 @@ def test_an_image_has_the_same_queries_in_any_batch() -> None:
     for i in range(3):
         ratios = None if memory.valid_ratios is None else memory.valid_ratios[i : i + 1]
         padding = None if memory.padding is None else memory.padding[i : i + 1]
-        alone = head(Memory(memory.tokens[i : i + 1], memory.position, memory.shapes, padding, ratios))
+        alone = head(
+            Memory(memory.tokens[i : i + 1], memory.position, memory.shapes, padding, ratios)
+        )
         assert torch.equal(alone.best[0], proposals.best[i])
 
 
 def test_it_has_no_weights_and_costs_the_boxes_of_the_pool() -> None:
-    on, off = (build(small("dino_r50").override(f"detector.queries.distinct={v}"), CLASSES) for v in (0.7, "null"))
+    on, off = (
+        build(small("dino_r50").override(f"detector.queries.distinct={v}"), CLASSES)
+        for v in (0.7, "null")
+    )
     off.load_state_dict(on.state_dict())
     on.load_state_dict(off.state_dict())
-    recipes = (find_recipe("dino-r50").override(f"detector.queries.distinct={v}") for v in (0.7, "null"))
+    recipes = (
+        find_recipe("dino-r50").override(f"detector.queries.distinct={v}") for v in (0.7, "null")
+    )
     one, other = (measure(recipe, CLASSES).gflops for recipe in recipes)
     box = 256 * 256 * 2 + 256 * 4  # multiply-adds of the box head
-    assert one - other == pytest.approx((POOL - 1) * 900 * box / 1e9, abs=0.011)  # both are rounded to 0.01
+    # Both are rounded to 0.01
+    assert one - other == pytest.approx((POOL - 1) * 900 * box / 1e9, abs=0.011)
 
 
 @pytest.mark.parametrize("scheme", ["none", "hybrid", "group=3", "align=1,group=3,co=atss"])

@@ -1,4 +1,6 @@
-"""Queries that are held to be distinct from layer to layer, against one image at a time, without any mask."""
+"""Queries that are held to be distinct from layer to layer, against one image at a time, without
+any mask.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +21,33 @@ from detrellis.types import ImageBatch, Memory, Queries, Segment
 
 from ..small import CLASSES, images, small, targets
 
-pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")  # a stack of two that do the same work
+# A stack of two that do the same work
+pytestmark = pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
 
-ON = ("detector.decoder.distinct=0.5", "detector.decoder.layers=3", "detector.decoder.shared_heads=false")
+ON = (
+    "detector.decoder.distinct=0.5",
+    "detector.decoder.layers=3",
+    "detector.decoder.shared_heads=false",
+)
 
 
 def model_of(name: str, *schemes: str) -> tuple[TrainableDetector, Step]:
-    """A detector in float64 whose boxes move, and overlap, from layer to layer, and a step of it."""
+    """A detector in float64 whose boxes move, and overlap, from layer to layer, and a step of
+    it.
+    """
     model = build(small(name, ["none", *schemes]).override(list(ON)), CLASSES).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for i, head in enumerate(model.detector.decoder.heads.boxes):
-            head.get_parameter("layers.2.weight").copy_(0.2 * torch.randn(4, 64, generator=generator))
+            head.get_parameter("layers.2.weight").copy_(
+                0.2 * torch.randn(4, 64, generator=generator)
+            )
             head.get_parameter("layers.2.bias")[2:] = 2.5 if i == 0 else 0.0
     truth = targets((2, 3))
     batch = images(((64, 96), (48, 64)))
-    step = model.begin(batch._replace(pixels=batch.pixels.double()), truth._replace(boxes=truth.boxes.double()))
+    step = model.begin(
+        batch._replace(pixels=batch.pixels.double()), truth._replace(boxes=truth.boxes.double())
+    )
     return model, step
 
 
@@ -50,18 +63,26 @@ def kept_of(boxes: Tensor, scores: Tensor) -> list[int]:
 
 def row(memory: Memory, i: int) -> Memory:
     """One image's memory."""
-    fields = (None if t is None else t[min(i, len(t) - 1)][None] for t in (memory.tokens, memory.position))
+    fields = (
+        None if t is None else t[min(i, len(t) - 1)][None] for t in (memory.tokens, memory.position)
+    )
     tokens, position = fields
-    padding, ratios = (None if t is None else t[i : i + 1] for t in (memory.padding, memory.valid_ratios))
+    padding, ratios = (
+        None if t is None else t[i : i + 1] for t in (memory.padding, memory.valid_ratios)
+    )
     assert tokens is not None
     assert position is not None
     return Memory(tokens, position, memory.shapes, padding, ratios)
 
 
-def naive(decoder: Decoder, queries: Queries, memory: Memory) -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
-    """Logits and boxes of each layer for the queries `(1, N, ...)` of one image, and which of them each layer keeps.
+def naive(
+    decoder: Decoder, queries: Queries, memory: Memory
+) -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
+    """Logits and boxes of each layer for the queries `(1, N, ...)` of one image, and which of them
+    each layer keeps.
 
-    The kept ones run as if the others did not exist, and each of the others as if it were the only one of them.
+    The kept ones run as if the others did not exist, and each of the others as if it were the only
+    one of them.
     """
     x, boxes = queries.content, queries.boxes
     assert boxes is not None
@@ -74,7 +95,9 @@ def naive(decoder: Decoder, queries: Queries, memory: Memory) -> tuple[list[Tens
     def run(i: int, rows: list[int]) -> Tensor:
         some = Queries(x[:, rows], part(queries.position, rows), part(queries.boxes, rows))
         where = decoder.position(i, some.content, some, boxes[:, rows], memory)
-        out: Tensor = decoder.layers[i](some.content, where, memory, (Segment("some", len(rows)),))[0]
+        out: Tensor = decoder.layers[i](some.content, where, memory, (Segment("some", len(rows)),))[
+            0
+        ]
         return out
 
     for i in range(len(decoder.layers)):
@@ -92,7 +115,9 @@ def naive(decoder: Decoder, queries: Queries, memory: Memory) -> tuple[list[Tens
     return logits, refined, every
 
 
-def check(model: TrainableDetector, memory: Memory, queries: Queries, logits: Tensor, boxes: Tensor) -> int:
+def check(
+    model: TrainableDetector, memory: Memory, queries: Queries, logits: Tensor, boxes: Tensor
+) -> int:
     """Compare a copy's outputs `(L, B, N, ...)`; returns how many queries have been dropped."""
     dropped = 0
     for image in range(len(memory.tokens)):
@@ -100,7 +125,9 @@ def check(model: TrainableDetector, memory: Memory, queries: Queries, logits: Te
         expected, refined, every = naive(model.detector.decoder, one, row(memory, image))
         for layer, kept in enumerate(every):
             gone = [q for q in range(one.content.shape[1]) if q not in kept]
-            torch.testing.assert_close(logits[layer, image, kept], expected[layer][0, kept], atol=1e-9, rtol=0)
+            torch.testing.assert_close(
+                logits[layer, image, kept], expected[layer][0, kept], atol=1e-9, rtol=0
+            )
             torch.testing.assert_close(boxes[layer, image], refined[layer][0], atol=1e-9, rtol=0)
             assert (logits[layer, image, gone] == NEVER).all()
             dropped += len(gone)
@@ -113,7 +140,9 @@ def test_as_if_the_dropped_did_not_exist(name: str) -> None:
     model, step = model_of(name)
     output = model.detector.decode(step.memory, {model.main(step).segment: step.queries})["main"]
     assert check(model, step.memory, step.queries, output.logits, output.boxes) > 2
-    last = model.detector.decoder(step.queries, step.memory, (model.main(step).segment,), every_layer=False)
+    last = model.detector.decoder(
+        step.queries, step.memory, (model.main(step).segment,), every_layer=False
+    )
     assert torch.equal(last.logits[0], output.logits[-1])
 
 
@@ -132,13 +161,22 @@ def test_each_group_and_what_denoising_reads() -> None:
         for copy in range(block.copies):
             part = slice(copy * size, (copy + 1) * size)
             queries = Queries(*(None if t is None else t[:, part] for t in block.queries))
-            assert check(model, step.memory, queries, output.logits[:, :, part], output.boxes[:, :, part]) > 0
+            assert (
+                check(
+                    model, step.memory, queries, output.logits[:, :, part], output.boxes[:, :, part]
+                )
+                > 0
+            )
     assert {b.name for b in blocks if b.repeats} == {"cdn", "hybrid", "co_atss"}
     assert_denoising_reads_the_kept(model, step, blocks)
 
 
-def assert_denoising_reads_the_kept(model: TrainableDetector, step: Step, blocks: list[QueryBlock]) -> None:
-    """What the dropped main queries contain changes nothing for denoising queries in the layer after."""
+def assert_denoising_reads_the_kept(
+    model: TrainableDetector, step: Step, blocks: list[QueryBlock]
+) -> None:
+    """What the dropped main queries contain changes nothing for denoising queries in the layer
+    after.
+    """
     main, cdn = (next(b for b in blocks if b.name == name) for name in ("main", "cdn"))
     decoder = model.detector.decoder
     together = concatenate([main.queries, cdn.queries])
@@ -162,7 +200,8 @@ def test_the_dropped_learn_no_class_and_all_trains() -> None:
     torch.stack(list(losses.values())).sum().backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    many = model(images(), targets((15, 1))).losses  # more targets than queries, so more than distinct ones
+    # More targets than queries, so more than distinct ones
+    many = model(images(), targets((15, 1))).losses
     assert all(loss.isfinite() for loss in many.values())
 
 
@@ -173,7 +212,9 @@ def test_what_is_dropped_is_detected_last() -> None:
     output = model.detector(ImageBatch(batch.pixels.double(), batch.padding))
     gone = (output.logits[0] == NEVER).all(-1)
     assert gone.any()
-    found = model.detector.detect(ImageBatch(batch.pixels.double(), batch.padding), torch.tensor([[1, 1], [1, 1]]))
+    found = model.detector.detect(
+        ImageBatch(batch.pixels.double(), batch.padding), torch.tensor([[1, 1], [1, 1]])
+    )
     for image, last in zip(found, gone, strict=True):
         assert int((image.scores > 1e-12).sum()) == min(20, int((~last).sum()) * CLASSES)
 

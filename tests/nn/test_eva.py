@@ -1,4 +1,6 @@
-"""EVA-02's ViT as a backbone: sizes, windows, checkpointing, and the names of pretrained weights."""
+"""EVA-02's ViT as a backbone: sizes, windows, checkpointing, and the names of pretrained
+weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from detrellis.recipes.build_backbone import build_backbone
 
 from ..small import CLASSES, images, small, targets
 
-SIZES: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "window": 3, "global_blocks": (1,), "grid": 4}
+SIZES: dict[str, Any] = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "window": 3,
+    "global_blocks": (1,),
+    "grid": 4,
+}
 
 
 def vit(**changes: Any) -> EvaViT:
@@ -49,7 +58,9 @@ def test_checkpointing_changes_no_bit_of_losses_and_gradients() -> None:
     """Dropped branches and units are drawn again alike."""
     found = []
     for checkpointing in ("false", "true"):
-        parts = [f"detector.{part}.checkpointing={checkpointing}" for part in ("backbone", "encoder")]
+        parts = [
+            f"detector.{part}.checkpointing={checkpointing}" for part in ("backbone", "encoder")
+        ]
         random = ["detector.backbone.drop_path=0.5", "detector.dropout=0.1"]
         model = build(small("co_dino_vit_l", ["none"]).override([*parts, *random]), CLASSES).train()
         torch.manual_seed(3)
@@ -65,10 +76,23 @@ def test_checkpointing_changes_no_bit_of_losses_and_gradients() -> None:
 def theirs(**changes: Any) -> Eva:
     """timm's, without its class token: two blocks that read the whole map."""
     torch.manual_seed(1)
-    options: dict[str, Any] = {"patch_size": 16, "img_size": 64, "class_token": False, "global_pool": "avg"}
-    mlp = {"mlp_ratio": 8 / 3, "swiglu_mlp": True, "scale_mlp": True, "qkv_fused": False, "use_fc_norm": False}
+    options: dict[str, Any] = {
+        "patch_size": 16,
+        "img_size": 64,
+        "class_token": False,
+        "global_pool": "avg",
+    }
+    mlp = {
+        "mlp_ratio": 8 / 3,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "qkv_fused": False,
+        "use_fc_norm": False,
+    }
     positions = {"use_rot_pos_emb": True, "ref_feat_shape": (16, 16), "dynamic_img_size": True}
-    network: Eva = Eva(num_classes=0, embed_dim=32, depth=2, num_heads=2, **options | mlp | positions | changes)
+    network: Eva = Eva(
+        num_classes=0, embed_dim=32, depth=2, num_heads=2, **options | mlp | positions | changes
+    )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return network.eval()
@@ -79,13 +103,16 @@ def config(file: Path, **changes: Any) -> EvaViTConfig:
 
 
 def test_weights_of_timm_give_what_timm_computes(tmp_path: Path) -> None:
-    other, pixels = theirs(), torch.randn(2, 3, 64, 64)  # timm resizes positions with another bicubic filter
+    # Timm resizes positions with another bicubic filter
+    other, pixels = theirs(), torch.randn(2, 3, 64, 64)
     torch.save(other.state_dict(), tmp_path / "w.pth")
     network = build_backbone(config(tmp_path / "w.pth")).eval()
     assert isinstance(network, EvaViT)
     assert torch.equal(network.out_norm.bias, other.norm.bias)
     # Before the last norm, whose epsilon is another one in detectors.
-    (expected,) = other.forward_intermediates(pixels, indices=1, norm=False, intermediates_only=True)
+    (expected,) = other.forward_intermediates(
+        pixels, indices=1, norm=False, intermediates_only=True
+    )
     found = network.encoded(network.embedded(pixels)).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -94,11 +121,18 @@ def test_weights_of_timm_give_what_timm_computes(tmp_path: Path) -> None:
 def test_released_names_of_detectors_on_eva02(prefix: str, tmp_path: Path) -> None:
     """With patches and positions of other sizes, rotary tables, and no norm at the end."""
     network = vit()
-    state: dict[str, Tensor] = {k: v for k, v in network.state_dict().items() if not k.startswith("out_norm")}
+    state: dict[str, Tensor] = {
+        k: v for k, v in network.state_dict().items() if not k.startswith("out_norm")
+    }
     state["patch_embed.proj.weight"] = torch.randn(32, 3, 14, 14)
     state["pos_embed"] = torch.randn(1, 1 + 6 * 6, 32)
-    state |= {"rope_win.freqs_cos": torch.ones(9, 16), "blocks.0.attn.rope.freqs_sin": torch.ones(9, 16)}
-    torch.save({"model": {prefix + name: value for name, value in state.items()}}, tmp_path / "w.pth")
+    state |= {
+        "rope_win.freqs_cos": torch.ones(9, 16),
+        "blocks.0.attn.rope.freqs_sin": torch.ones(9, 16),
+    }
+    torch.save(
+        {"model": {prefix + name: value for name, value in state.items()}}, tmp_path / "w.pth"
+    )
     loaded = build_backbone(config(tmp_path / "w.pth", global_blocks=(1,))).state_dict()
     assert loaded["patch_embed.proj.weight"].shape == (32, 3, 16, 16)
     assert torch.equal(loaded["pos_embed"][:, 0], state["pos_embed"][:, 0])
@@ -109,7 +143,9 @@ def test_released_names_of_detectors_on_eva02(prefix: str, tmp_path: Path) -> No
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(theirs().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"do not fit this ViT: blocks\.2\.norm1\.weight is missing"):
+    with pytest.raises(
+        UserError, match=r"do not fit this ViT: blocks\.2\.norm1\.weight is missing"
+    ):
         build_backbone(config(tmp_path / "w.pth", depth=3))
     positions = {"pos_embed": torch.zeros(1, 2 + 4 * 4, 32)}  # with two tokens beside them
     torch.save(theirs().state_dict() | positions, tmp_path / "w.pth")
@@ -127,11 +163,21 @@ def test_frozen_blocks_and_embedding() -> None:
 
 
 def test_rates_fall_from_the_last_block_to_the_pixels() -> None:
-    names = [name for name, _ in build(small("co_dino_vit_l", ["none"]), CLASSES).named_parameters()]
+    names = [
+        name for name, _ in build(small("co_dino_vit_l", ["none"]), CLASSES).named_parameters()
+    ]
     found = layer_factors(names, 0.5)
-    factors = {name.partition("backbone.")[2]: value for name, value in found.items() if "backbone." in name}
+    factors = {
+        name.partition("backbone.")[2]: value
+        for name, value in found.items()
+        if "backbone." in name
+    }
     assert factors["pos_embed"] == factors["patch_embed.proj.weight"] == 0.125
-    assert (factors["blocks.0.attn.q_bias"], factors["blocks.1.mlp.w3.bias"], factors["out_norm.bias"]) == (
+    assert (
+        factors["blocks.0.attn.q_bias"],
+        factors["blocks.1.mlp.w3.bias"],
+        factors["out_norm.bias"],
+    ) == (
         0.25,
         0.5,
         1,

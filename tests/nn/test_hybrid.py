@@ -26,7 +26,9 @@ def test_positions_are_sines_of_the_row_and_then_of_the_column() -> None:
             for place in (row, column):
                 angles = [place * 1.0, place * 0.1]  # 100^(-k/2)
                 expected += [*map(math.sin, angles), *map(math.cos, angles)]
-            torch.testing.assert_close(found[0, row * 3 + column], torch.tensor(expected, dtype=torch.float64))
+            torch.testing.assert_close(
+                found[0, row * 3 + column], torch.tensor(expected, dtype=torch.float64)
+            )
 
 
 def test_maps_of_any_size_keep_it() -> None:
@@ -42,7 +44,10 @@ def randomised(module: nn.Module) -> nn.Module:
     """With statistics that BatchNorm would have after training."""
     for part in module.modules():
         if "BatchNorm" in type(part).__name__:
-            for name, tensor in {**dict(part.named_parameters()), **dict(part.named_buffers())}.items():
+            for name, tensor in {
+                **dict(part.named_parameters()),
+                **dict(part.named_buffers()),
+            }.items():
                 if name in ("weight", "running_var"):
                     tensor.data.uniform_(0.5, 2)
                 elif name in ("bias", "running_mean"):
@@ -52,7 +57,11 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def test_blocks_fuse_to_one_convolution() -> None:
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    for block in (ConvNorm(6, 4, 3, 2, activation="silu"), ConvNorm(6, 6, 3, groups=6), RepConvolution(6)):
+    for block in (
+        ConvNorm(6, 4, 3, 2, activation="silu"),
+        ConvNorm(6, 6, 3, groups=6),
+        RepConvolution(6),
+    ):
         randomised(block)
         with torch.no_grad():
             before = block(x)
@@ -108,7 +117,9 @@ def test_a_detector_fuses_for_inference(name: str) -> None:
 def test_frozen_norms_fuse_as_well() -> None:
     """Ours, and torchvision's and timm's in a timm model, the latter with the activation in it."""
     for name, backbone in (("rtdetr_r18", "resnet18vd"), ("dfine_s", "hgnetv2_b0")):
-        recipe = small(name).override([f"detector.backbone.name={backbone}", "detector.backbone.norm=frozen"])
+        recipe = small(name).override(
+            [f"detector.backbone.name={backbone}", "detector.backbone.norm=frozen"]
+        )
         with torch.device("meta"):
             detector = build(recipe, CLASSES).detector
             assert any("Frozen" in type(part).__name__ for part in detector.modules())

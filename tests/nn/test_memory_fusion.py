@@ -24,4 +24,6 @@ def test_it_reads_the_tokens_before_the_encoder_and_after_each_layer() -> None:
 
 
 def test_without_it_nothing_of_it_is_there() -> None:
-    assert not any("fusion" in name for name in build_detector(small("tiny").detector, CLASSES).state_dict())
+    assert not any(
+        "fusion" in name for name in build_detector(small("tiny").detector, CLASSES).state_dict()
+    )

@@ -1,4 +1,6 @@
-"""Pretrained weights of a backbone: where they come from, whether they fit, and what is said where there are none."""
+"""Pretrained weights of a backbone: where they come from, whether they fit, and what is said where
+there are none.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from torch import Tensor, nn
 
 from detrellis.errors import UserError
 from detrellis.nn import pretrained
-from detrellis.nn.pretrained import IMAGENET, INCEPTION, PACKAGES, Package, find_source, fitted, in_order, read_tensors
+from detrellis.nn.pretrained import (
+    IMAGENET,
+    INCEPTION,
+    PACKAGES,
+    Package,
+    find_source,
+    fitted,
+    in_order,
+    read_tensors,
+)
 from detrellis.recipes import find_recipe
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.build_backbone import build_backbone, starting_from
@@ -36,7 +47,9 @@ def network(name: str, seed: int = 7) -> nn.Module:
 
 def config(name: str, file: Path | None = None, **options: object) -> BackboneConfig:
     weights = None if file is None else str(file)
-    return BackboneConfig.model_validate({"name": name, "weights": weights, "norm": "batch", **options})
+    return BackboneConfig.model_validate(
+        {"name": name, "weights": weights, "norm": "batch", **options}
+    )
 
 
 def assert_holds(backbone: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -73,15 +86,28 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Tensor
     kinds = [f"net.{i}.{name.rpartition('.')[2]}" for i, name in enumerate(weights)]
     (tmp_path / "features_of_mine" / "data").mkdir(parents=True)
     (tmp_path / "features_of_mine-1.2.dist-info").mkdir()
-    (tmp_path / "features_of_mine-1.2.dist-info" / "METADATA").write_text("Name: features-of-mine\nVersion: 1.2\n")
-    (tmp_path / "features_of_mine" / "__init__.py").write_text("raise AssertionError('the package was run')")
-    torch.save(dict(zip(kinds, weights.values(), strict=True)), tmp_path / "features_of_mine" / "data" / "w.pth")
+    (tmp_path / "features_of_mine-1.2.dist-info" / "METADATA").write_text(
+        "Name: features-of-mine\nVersion: 1.2\n"
+    )
+    (tmp_path / "features_of_mine" / "__init__.py").write_text(
+        "raise AssertionError('the package was run')"
+    )
+    torch.save(
+        dict(zip(kinds, weights.values(), strict=True)),
+        tmp_path / "features_of_mine" / "data" / "w.pth",
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(PACKAGES, "test_resnet", Package("features-of-mine", "features_of_mine/data/w.pth", INCEPTION))
+    monkeypatch.setitem(
+        PACKAGES,
+        "test_resnet",
+        Package("features-of-mine", "features_of_mine/data/w.pth", INCEPTION),
+    )
     return weights
 
 
-def test_an_installed_package_fills_the_backbone(package: dict[str, Tensor], no_network: None) -> None:
+def test_an_installed_package_fills_the_backbone(
+    package: dict[str, Tensor], no_network: None
+) -> None:
     source = find_source("test_resnet", None, resnet=False)
     assert source.about == "package features-of-mine 1.2"
     assert (source.mean, source.std) == INCEPTION
@@ -104,7 +130,8 @@ def test_packages_on_the_index_fit(name: str) -> None:
     assert len(weights) == TENSORS.get(name, 312)
     with torch.device("meta"):
         whole = timm.create_model(name).state_dict()
-    whole |= dict(zip(whole, weights.values(), strict=False))  # one after the other, the counters too
+    # One after the other, the counters too
+    whole |= dict(zip(whole, weights.values(), strict=False))
     assert_holds(build_backbone(config(name)), whole)
 
 
@@ -117,13 +144,18 @@ def test_a_file_comes_first_then_the_package_then_the_host(
     assert find_source("test_resnet", str(file), resnet=False).about == f"file {file}"
     assert_holds(build_backbone(config("test_resnet", file)), mine)
     assert find_source("test_resnet", None, resnet=False).about.startswith("package")
-    with pytest.raises(UserError, match="cannot be reached"):  # a tag names weights that are not the package's
+    # A tag names weights that are not the package's
+    with pytest.raises(UserError, match="cannot be reached"):
         find_source("test_resnet.r160_in1k", None, resnet=False)
     monkeypatch.setattr(pretrained, "_unreachable", lambda _: "")
-    assert find_source("test_resnet.r160_in1k", None, resnet=False).about.startswith("downloaded from https://")
+    assert find_source("test_resnet.r160_in1k", None, resnet=False).about.startswith(
+        "downloaded from https://"
+    )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "convnext_atto", "swin_tiny_patch4_window7_224", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50d", "convnext_atto", "swin_tiny_patch4_window7_224", "vgg11_bn"]
+)
 def test_a_file_of_the_networks_names_fills_the_backbone(name: str, tmp_path: Path) -> None:
     model, file = network(name), tmp_path / "weights.safetensors"
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -145,11 +177,18 @@ def test_a_file_may_wrap_its_weights_and_have_another_classifier(tmp_path: Path)
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(network("resnet18").state_dict(), file)
-    with pytest.raises(UserError, match=r"weights\.pth: its weights do not fit backbone resnet34: layer1\.2\.conv1"):
+    with pytest.raises(
+        UserError, match=r"weights\.pth: its weights do not fit backbone resnet34: layer1\.2\.conv1"
+    ):
         build_backbone(config("resnet34", file))
-    with pytest.raises(UserError, match=r"do not fit backbone resnet50: layer1\.0\.conv1\.weight is \(64, 64, 3, 3\)"):
+    with pytest.raises(
+        UserError,
+        match=r"do not fit backbone resnet50: layer1\.0\.conv1\.weight is \(64, 64, 3, 3\)",
+    ):
         build_backbone(config("resnet50", file))
-    with pytest.raises(UserError, match=r"do not fit backbone tf_efficientnet_lite0: 1\d\d tensors of other names"):
+    with pytest.raises(
+        UserError, match=r"do not fit backbone tf_efficientnet_lite0: 1\d\d tensors of other names"
+    ):
         build_backbone(config("tf_efficientnet_lite0", file))
     with pytest.raises(UserError, match="no such file"):
         build_backbone(config("resnet18", tmp_path / "none.pth"))
@@ -157,7 +196,8 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as weights"):
         build_backbone(config("resnet18", file))
     torch.save({"conv1": print}, file)
-    with pytest.raises(UserError, match="cannot be read as weights"):  # nothing but tensors is unpickled
+    # Nothing but tensors is unpickled
+    with pytest.raises(UserError, match="cannot be read as weights"):
         build_backbone(config("resnet18", file))
     torch.save({"epoch": 3}, file)
     with pytest.raises(UserError, match="holds no tensors"):
@@ -166,9 +206,15 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 def test_order_tells_names_only_where_kinds_and_shapes_agree() -> None:
     ours = {"a.weight": torch.zeros(2, 3), "b.weight": torch.zeros(4), "b.bias": torch.zeros(4)}
-    theirs = {"x.weight": torch.ones(2, 3), "y.weight": torch.ones(4), "y.bias": torch.full((4,), 2.0)}
+    theirs = {
+        "x.weight": torch.ones(2, 3),
+        "y.weight": torch.ones(4),
+        "y.bias": torch.full((4,), 2.0),
+    }
     headed = {**ours, "fc.weight": torch.zeros(5, 4), "fc.bias": torch.zeros(5)}
-    assert {name: float(value.mean()) for name, value in fitted(theirs, ours, lambda: headed).items()} == {
+    assert {
+        name: float(value.mean()) for name, value in fitted(theirs, ours, lambda: headed).items()
+    } == {
         "a.weight": 1,
         "b.weight": 1,
         "b.bias": 2,
@@ -198,7 +244,11 @@ def test_without_any_source_one_error_names_all_remedies(
     with pytest.raises(UserError, match=r"cannot be reached \(no route to host\)") as error:
         build_backbone(config(name))
     assert "\n" not in error.value.message + error.value.remedy
-    for remedy in (r"detector\.backbone\.weights=FILE", install, r"detector\.backbone\.pretrained=false"):
+    for remedy in (
+        r"detector\.backbone\.weights=FILE",
+        install,
+        r"detector\.backbone\.pretrained=false",
+    ):
         assert re.search(remedy, error.value.remedy)
 
 
@@ -215,12 +265,16 @@ def test_what_timm_fetched_before_needs_no_network(
 ) -> None:
     weights = network("test_resnet").state_dict()
     save_file(weights, tmp_path / "model.safetensors")
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "model.safetensors"))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "model.safetensors")
+    )
     assert_holds(build_backbone(config("test_resnet")), weights)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "test_resnet"])
-def test_a_download_that_breaks_is_the_same_error(name: str, no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_is_the_same_error(
+    name: str, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise OSError("connection reset")
 
@@ -234,12 +288,15 @@ def test_a_download_that_breaks_is_the_same_error(name: str, no_network: None, m
 def test_statistics_are_the_backbones_own() -> None:
     tiny = find_recipe("tiny")
     lite = tiny.override("detector.backbone.name=tf_efficientnet_lite3")
-    assert starting_from(tiny)[0].data.statistics() == dict(zip(("mean", "std"), IMAGENET, strict=True))
+    assert starting_from(tiny)[0].data.statistics() == dict(
+        zip(("mean", "std"), IMAGENET, strict=True)
+    )
     assert starting_from(lite)[0].data.mean == (0.5, 0.5, 0.5)
     chosen = starting_from(lite.override("data.mean=[0.1, 0.2, 0.3]"))[0].data
     assert (chosen.mean, chosen.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     theirs = ((0.1, 0.1, 0.1), (0.2, 0.2, 0.2))
-    assert starting_from(lite, theirs)[0].data.mean == theirs[0]  # of trained weights that a run starts from
+    # Of trained weights that a run starts from
+    assert starting_from(lite, theirs)[0].data.mean == theirs[0]
 
 
 def test_names_that_are_not_there_are_told_before_a_host_is_asked(no_network: None) -> None:
@@ -250,5 +307,7 @@ def test_names_that_are_not_there_are_told_before_a_host_is_asked(no_network: No
 
 
 def test_a_file_without_pretrained_is_refused() -> None:
-    with pytest.raises(UserError, match=r"weights=x\.pth and backbone\.pretrained=false contradict"):
+    with pytest.raises(
+        UserError, match=r"weights=x\.pth and backbone\.pretrained=false contradict"
+    ):
         refuse(find_recipe("tiny").override("detector.backbone.weights=x.pth"))

@@ -1,4 +1,6 @@
-"""Gaussian priors against the formula cell by cell, and attention to one map or to one level of several."""
+"""Gaussian priors against the formula cell by cell, and attention to one map or to one level of
+several.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,12 @@ from detrellis.types import Memory, Prior, Spatial
 SHAPE = (3, 5)
 
 
-def memory(shapes: tuple[tuple[int, int], ...] = (SHAPE,), batch: int = 2, width: int = 16) -> Memory:
-    """Noise in float64; the last two tokens of each level are padding in all images but the first."""
+def memory(
+    shapes: tuple[tuple[int, int], ...] = (SHAPE,), batch: int = 2, width: int = 16
+) -> Memory:
+    """Noise in float64; the last two tokens of each level are padding in all images but the
+    first.
+    """
     tokens = sum(h * w for h, w in shapes)
     paddings = []
     for height, width_ in shapes:
@@ -23,7 +29,9 @@ def memory(shapes: tuple[tuple[int, int], ...] = (SHAPE,), batch: int = 2, width
         level[1:, -2:] = True
         paddings.append(level)
     values, position = torch.randn(2, batch, tokens, width, dtype=torch.float64)
-    return Memory(values, position, shapes, torch.cat(paddings, dim=1), torch.ones(batch, len(shapes), 2))
+    return Memory(
+        values, position, shapes, torch.cat(paddings, dim=1), torch.ones(batch, len(shapes), 2)
+    )
 
 
 def prior(batch: int = 2, queries: int = 4, heads: int = 2, first: float = 0.5) -> Prior:
@@ -87,13 +95,17 @@ def test_a_scale_of_0_looks_everywhere() -> None:
     q, k, v = attention_inputs(2)
     found = prior()
     everywhere = found._replace(scale=torch.zeros_like(found.scale))
-    torch.testing.assert_close(map_attention(q, k, v, memory(), everywhere)[0], map_attention(q, k, v, memory())[0])
+    torch.testing.assert_close(
+        map_attention(q, k, v, memory(), everywhere)[0], map_attention(q, k, v, memory())[0]
+    )
 
 
 def test_a_large_scale_looks_at_one_cell() -> None:
     q, k, v = attention_inputs(2)
     cell = torch.tensor([3.5, 1.5], dtype=torch.float64).expand(2, 4, 2, 2)
-    read, weights = map_attention(q, k, v, memory(), Prior(cell, torch.full_like(cell, 100.0), first=0.5))
+    read, weights = map_attention(
+        q, k, v, memory(), Prior(cell, torch.full_like(cell, 100.0), first=0.5)
+    )
     index = 1 * SHAPE[1] + 3
     torch.testing.assert_close(weights[..., index], torch.ones(2, 2, 4, dtype=torch.float64))
     torch.testing.assert_close(read, v[:, :, index : index + 1].expand_as(read))
@@ -114,11 +126,15 @@ def test_priors_stay_float32_under_autocast() -> None:
     assert weights.dtype == torch.float32
     assert weights.argmax() == 200
     torch.testing.assert_close(weights[..., 199], weights[..., 201])
-    torch.testing.assert_close(weights[..., 201] / weights[..., 200], torch.full((1, 1, 1), -2.0).exp())
+    torch.testing.assert_close(
+        weights[..., 201] / weights[..., 200], torch.full((1, 1, 1), -2.0).exp()
+    )
 
 
 def test_keys_that_heads_share_are_never_expanded() -> None:
-    """What the backward pass keeps has the queries' heads or the keys' tokens, never both at the keys' width."""
+    """What the backward pass keeps has the queries' heads or the keys' tokens, never both at the
+    keys' width.
+    """
     q, k, v = (t.requires_grad_() for t in attention_inputs(1, width=64))
     saved: list[Tensor] = []
 
@@ -129,7 +145,10 @@ def test_keys_that_heads_share_are_never_expanded() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         map_attention(q, k, v, memory(), prior())
     assert saved
-    assert max(t.untyped_storage().nbytes() // t.element_size() for t in saved) < q.shape[1] * k.numel()
+    assert (
+        max(t.untyped_storage().nbytes() // t.element_size() for t in saved)
+        < q.shape[1] * k.numel()
+    )
 
 
 def test_dropout_drops_weights_that_are_read() -> None:
@@ -152,7 +171,9 @@ def test_dropout_drops_weights_that_are_read() -> None:
         (6, 1, [0] * 6),
     ],
 )
-def test_layers_read_levels_from_coarse_to_fine(layers: int, levels: int, expected: list[int]) -> None:
+def test_layers_read_levels_from_coarse_to_fine(
+    layers: int, levels: int, expected: list[int]
+) -> None:
     assert [level_of(i, layers, levels) for i in range(layers)] == expected
 
 

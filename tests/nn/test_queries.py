@@ -35,7 +35,9 @@ def test_fixed_centres_are_spread_evenly_and_never_move() -> None:
 
     model = build(small("dab_detr_r50").override(["detector.queries.fixed_centres=true"]), CLASSES)
     before = {k: v.clone() for k, v in model.detector.queries.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
+    )
     torch.stack(list(model(images(), targets((2, 3))).losses.values())).sum().backward()
     optimizer.step()
     after = model.detector.queries.state_dict()
@@ -48,7 +50,9 @@ def test_frozen_anchors_are_drawn_as_learned_ones() -> None:
         drawn = []
         for frozen in (False, True):
             torch.manual_seed(0)
-            drawn.append(AnchorQueries(8, 5, contents=1, fixed_centres=fixed_centres, frozen=frozen))
+            drawn.append(
+                AnchorQueries(8, 5, contents=1, fixed_centres=fixed_centres, frozen=frozen)
+            )
         learned, frozen_ones = drawn
         for name, tensor in learned.state_dict().items():
             assert torch.equal(tensor, frozen_ones.state_dict()[name])

@@ -19,10 +19,16 @@ def rows(count: int, seed: int) -> torch.Tensor:
 
 
 def test_each_block_gets_a_bias_of_its_own_that_attention_adds() -> None:
-    """As a square bias over all queries, with nothing where two do not see each other, would give."""
+    """As a square bias over all queries, with nothing where two do not see each other, would
+    give.
+    """
     torch.manual_seed(0)
     relation, boxes = PositionRelation(4), (rows(18, 0), rows(18, 1))
-    segments = [Segment("main", 6), Segment("dn", 4, 2, ("main",), repeats=True), Segment("more", 8, 2)]
+    segments = [
+        Segment("main", 6),
+        Segment("dn", 4, 2, ("main",), repeats=True),
+        Segment("more", 8, 2),
+    ]
     q, k, v = (torch.randn(2, 4, 18, 8) for _ in range(3))
     attended = segmented_attention(q, k, v, relation.related(segments, *boxes))
     place = torch.tensor([0] * 6 + [1, 1, 2, 2] + [3] * 4 + [4] * 4)
@@ -45,14 +51,20 @@ def test_the_bias_counts_from_the_second_layer_on() -> None:
     assert gradient.abs().sum() > 0
     with torch.no_grad():
         step = model.begin(images(), targets((2, 3)))
-        before = model.detector.decode(step.memory, {Segment("main", 12): step.queries})["main"].logits
+        before = model.detector.decode(step.memory, {Segment("main", 12): step.queries})[
+            "main"
+        ].logits
         decoder.relation.projection.weight.normal_()
-        after = model.detector.decode(step.memory, {Segment("main", 12): step.queries})["main"].logits
+        after = model.detector.decode(step.memory, {Segment("main", 12): step.queries})[
+            "main"
+        ].logits
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("name", ["deformable_detr_r50_refine", "detr_r50", "sam_detr_r50", "mask2former_r50"])
+@pytest.mark.parametrize(
+    "name", ["deformable_detr_r50_refine", "detr_r50", "sam_detr_r50", "mask2former_r50"]
+)
 def test_boxes_that_do_not_exist_are_not_compared(name: str) -> None:
     recipe = small(name, ["none"])
     if recipe.detector.queries.kind == "anchors":

@@ -1,4 +1,6 @@
-"""ResNet-vd against timm's ResNet-D, which has the same tensors but for the first shortcut of the smaller two."""
+"""ResNet-vd against timm's ResNet-D, which has the same tensors but for the first shortcut of the
+smaller two.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_it_computes_what_timm_computes_with_the_same_weights(name: str, tmp_pat
 
 
 def test_what_is_frozen() -> None:
-    trained = {norm: ResNetVD("resnet18vd", (8, 16), pretrained=None, norm=norm) for norm in ("frozen", "batch")}
+    trained = {
+        norm: ResNetVD("resnet18vd", (8, 16), pretrained=None, norm=norm)
+        for norm in ("frozen", "batch")
+    }
     assert all(p.requires_grad for p in trained["batch"].parameters())
     frozen = trained["frozen"]
     names = {name for name, p in frozen.named_parameters() if not p.requires_grad}

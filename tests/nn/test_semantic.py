@@ -1,4 +1,6 @@
-"""Semantic alignment: where the points lie, what is sampled there, every ablation, and where its reading ends."""
+"""Semantic alignment: where the points lie, what is sampled there, every ablation, and where its
+reading ends.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from detrellis.types import Memory, Spatial
 
 WIDTH, HEADS, QUERIES = 32, 8, 5
 SHAPE = (12, 16)
-INSIDE = torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.5, 0.5, 0.6, 0.5], [0.6, 0.3, 0.1, 0.05], [0.4, 0.6, 0.5, 0.1]])
+INSIDE = torch.tensor(
+    [[0.3, 0.4, 0.2, 0.3], [0.5, 0.5, 0.6, 0.5], [0.6, 0.3, 0.1, 0.05], [0.4, 0.6, 0.5, 0.1]]
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "all": {},
     "average": {"resample": "avg"},
@@ -84,7 +88,11 @@ def test_contents_are_what_stands_at_the_points(search: Any, valid: tuple[int, i
     assert found.points.std(2).min() > 0, "heads have points of their own"
     # A region's samples fade towards its border, from the centres of its outermost cells on.
     shares = (found.points - boxes[..., None, :2]) / boxes[..., None, 2:] * 2
-    clear = (shares.abs() < 1 - 1 / CELLS).all(-1) if search == "box" else torch.ones_like(shares[..., 0]).bool()
+    clear = (
+        (shares.abs() < 1 - 1 / CELLS).all(-1)
+        if search == "box"
+        else torch.ones_like(shares[..., 0]).bool()
+    )
     assert clear.float().mean() > 0.5
     torch.testing.assert_close(found.content[..., :2][clear], found.points[clear])
     torch.testing.assert_close(found.position, sine_embed(found.points, WIDTH // 2))
@@ -94,7 +102,9 @@ def test_contents_are_what_stands_at_the_points(search: Any, valid: tuple[int, i
 def test_points_stay_in_their_boxes(factor: float) -> None:
     aligner = make()
     widen(aligner, factor)
-    boxes = torch.cat([INSIDE, torch.tensor([[0.0, 1.0, 0.5, 0.9], [0.5, 0.5, 1e-4, 1e-4], [0.5, 0.5, 1.0, 1.0]])])
+    boxes = torch.cat(
+        [INSIDE, torch.tensor([[0.0, 1.0, 0.5, 0.9], [0.5, 0.5, 1e-4, 1e-4], [0.5, 0.5, 1.0, 1.0]])]
+    )
     x, boxes = inputs(boxes)
     points = aligner(x, boxes, memory()).points
     away = (points - boxes[..., None, :2]).abs()
@@ -109,7 +119,9 @@ def test_a_search_of_the_image_stays_in_the_image(factor: float) -> None:
     x, boxes = inputs(torch.tensor([[0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.6, 0.6]]))
     points = aligner(x, boxes, memory(valid=(9, 10))).points
     assert ((points >= 0) & (points <= 1)).all()
-    assert ((points - boxes[..., None, :2]).abs() > boxes[..., None, 2:] / 2).any(), "some lie outside their boxes"
+    assert ((points - boxes[..., None, :2]).abs() > boxes[..., None, 2:] / 2).any(), (
+        "some lie outside their boxes"
+    )
 
 
 @pytest.mark.parametrize("keypoints", [1, 2, 4, 8])
@@ -123,7 +135,9 @@ def test_neighbouring_heads_share_points(keypoints: int, prior: bool) -> None:
         owner = [m * keypoints // HEADS for m in range(HEADS)]
         for m in range(HEADS):
             for other in range(HEADS):
-                assert torch.equal(values[:, :, m], values[:, :, other]) == (owner[m] == owner[other])
+                assert torch.equal(values[:, :, m], values[:, :, other]) == (
+                    owner[m] == owner[other]
+                )
 
 
 def test_zero_init_starts_in_the_centres() -> None:
@@ -242,7 +256,13 @@ def test_dropout_acts_in_training_only() -> None:
 @both
 def test_any_box_is_finite(options: dict[str, Any], prior: bool) -> None:
     extremes = torch.tensor(
-        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 1.0, 1.0], [0.7, 0.2, 1e-6, 0.4]]
+        [
+            [0.5, 0.5, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 1.0],
+            [1.0, 1.0, 1.0, 1.0],
+            [0.5, 0.5, 1.0, 1.0],
+            [0.7, 0.2, 1e-6, 0.4],
+        ]
     )
     attention = SemanticCrossAttention(WIDTH, HEADS, make(prior=prior, **options)).double()
     x, boxes = inputs(extremes)
@@ -254,19 +274,25 @@ def test_any_box_is_finite(options: dict[str, Any], prior: bool) -> None:
 
 @every_option
 @both
-def test_padding_changes_nothing_for_boxes_within_the_image(options: dict[str, Any], prior: bool) -> None:
+def test_padding_changes_nothing_for_boxes_within_the_image(
+    options: dict[str, Any], prior: bool
+) -> None:
     """Neither what stands there, nor whether there is any."""
     attention = SemanticCrossAttention(WIDTH, HEADS, make(prior=prior, **options)).double()
     (x, boxes), valid = inputs(), (9, 10)
     where = memory(valid=valid)
     out = attention(x, Spatial(x, boxes), where)
     assert where.padding is not None
-    dirty = where._replace(tokens=where.tokens + 100 * torch.rand(WIDTH) * where.padding.unsqueeze(-1))
+    dirty = where._replace(
+        tokens=where.tokens + 100 * torch.rand(WIDTH) * where.padding.unsqueeze(-1)
+    )
     torch.testing.assert_close(attention(x, Spatial(x, boxes), dirty), out, atol=1e-9, rtol=0)
     cropped = where.tokens[1:].transpose(1, 2).unflatten(2, SHAPE)[..., : valid[0], : valid[1]]
     alone = flatten([cropped], None, SineMap(WIDTH, temperature=1e4, offset=-0.5, blank=True))
     # A map's last valid index is divided by itself plus 1e-6.
-    torch.testing.assert_close(attention(x[1:], Spatial(x[1:], boxes[1:]), alone), out[1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        attention(x[1:], Spatial(x[1:], boxes[1:]), alone), out[1:], atol=1e-5, rtol=0
+    )
 
 
 def test_regions_over_the_edge_read_what_stands_there() -> None:
@@ -286,7 +312,9 @@ def test_the_position_map_is_0_on_padding() -> None:
     valid[:, 3:] = 0
     valid[:, :, 4:] = 0
     outside = valid.flatten(1) == 0
-    blank, noisy = (SineMap(WIDTH, temperature=1e4, offset=-0.5, blank=b)(valid) for b in (True, False))
+    blank, noisy = (
+        SineMap(WIDTH, temperature=1e4, offset=-0.5, blank=b)(valid) for b in (True, False)
+    )
     assert not blank[outside].any()
     assert noisy[outside].any()
     assert torch.equal(blank[~outside], noisy[~outside])
@@ -301,12 +329,16 @@ def test_a_wide_map_keeps_its_columns_under_autocast() -> None:
     where = Memory(tokens, torch.zeros(1, 903, WIDTH), ((3, 301),))
     x, boxes = torch.randn(1, 4, WIDTH), INSIDE[None]
     with torch.autocast("cpu", torch.bfloat16):
-        content = SemanticAligner(WIDTH, HEADS, resample="avg", reweight=False)(x.bfloat16(), boxes, where).content
+        content = SemanticAligner(WIDTH, HEADS, resample="avg", reweight=False)(
+            x.bfloat16(), boxes, where
+        ).content
     torch.testing.assert_close(content, boxes[..., None, :1].expand_as(content), atol=1e-6, rtol=0)
 
 
 def test_points_stay_float32_under_autocast() -> None:
-    """In bf16 a point would be one of 256 places. What is read there, from a map in bf16, says where it was read."""
+    """In bf16 a point would be one of 256 places. What is read there, from a map in bf16, says
+    where it was read.
+    """
     torch.manual_seed(0)
     tokens = torch.arange(251.0).repeat(3)[None, :, None].expand(-1, -1, WIDTH)
     where = Memory(tokens.bfloat16(), torch.zeros(1, 753, WIDTH), ((3, 251),))
@@ -318,4 +350,6 @@ def test_points_stay_float32_under_autocast() -> None:
     assert found.scale is not None
     assert found.points.dtype == found.scale.dtype == torch.float32
     assert (found.points - 0.5).abs().amax() < 0.49
-    torch.testing.assert_close(found.content[..., 0] + 0.5, found.points[..., 0] * 251, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        found.content[..., 0] + 0.5, found.points[..., 0] * 251, atol=1e-3, rtol=0
+    )

@@ -1,4 +1,6 @@
-"""SMCA's parts: where queries look, attention under priors on several levels, and self-attention within each level."""
+"""SMCA's parts: where queries look, attention under priors on several levels, and self-attention
+within each level.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,16 @@ def queries() -> Queries:
 def where(levels: int, scale: float = 1.0) -> Spatial:
     """Priors of one scale around the same random points, equal shares of all levels."""
     point = torch.rand(2, QUERIES, HEADS, 2, dtype=torch.float64)
-    priors = tuple(Prior(point * torch.tensor([w, h]), torch.full_like(point, scale)) for h, w in SHAPES[:levels])
-    shares = torch.full((2, QUERIES, levels), 1 / levels, dtype=torch.float64) if levels > 1 else None
-    return Spatial(torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), priors=priors, level_weights=shares)
+    priors = tuple(
+        Prior(point * torch.tensor([w, h]), torch.full_like(point, scale))
+        for h, w in SHAPES[:levels]
+    )
+    shares = (
+        torch.full((2, QUERIES, levels), 1 / levels, dtype=torch.float64) if levels > 1 else None
+    )
+    return Spatial(
+        torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), priors=priors, level_weights=shares
+    )
 
 
 def attentions() -> tuple[ModulatedAttention, DenseAttention]:
@@ -63,13 +72,17 @@ def test_fresh_priors_are_one_cell_beyond_the_point_and_as_wide_as_their_stride_
     assert torch.equal(found.position, q.position)
     assert torch.equal(found.references, q.boxes)
     assert where_to.valid_ratios is not None
-    for level, ((height, width), scale) in enumerate(zip(SHAPES, (0.5**0.5, 1.0, 2**0.5), strict=True)):
+    for level, ((height, width), scale) in enumerate(
+        zip(SHAPES, (0.5**0.5, 1.0, 2**0.5), strict=True)
+    ):
         cells = torch.tensor([width, height]) * where_to.valid_ratios[:, level]
         centre = (q.boxes * cells[:, None] + 1).unsqueeze(2).expand(-1, -1, HEADS, -1)
         torch.testing.assert_close(found.priors[level].centre, centre)
         torch.testing.assert_close(found.priors[level].scale, torch.full_like(centre, scale))
         assert found.priors[level].first == 0
-    torch.testing.assert_close(found.level_weights.sum(-1), torch.ones(2, QUERIES, dtype=torch.float64))
+    torch.testing.assert_close(
+        found.level_weights.sum(-1), torch.ones(2, QUERIES, dtype=torch.float64)
+    )
 
 
 def test_one_level_has_no_shares() -> None:
@@ -88,7 +101,9 @@ def test_each_layer_and_each_image_has_its_own() -> None:
     assert not torch.allclose(first.priors[0].centre, second.priors[0].centre)
     assert not torch.allclose(first.level_weights, second.level_weights)
     used = torch.autograd.grad(
-        second.priors[0].centre.sum() + second.priors[0].scale.sum() + second.level_weights.square().sum(),
+        second.priors[0].centre.sum()
+        + second.priors[0].scale.sum()
+        + second.level_weights.square().sum(),
         list(priors.parameters()),
         allow_unused=True,
     )
@@ -133,7 +148,10 @@ def test_shares_sum_what_the_levels_say() -> None:
     x, where_to, place = torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), memory(), where(3)
     shares = torch.rand(2, QUERIES, 3, dtype=torch.float64).softmax(-1)
     alone = torch.eye(3, dtype=torch.float64)
-    parts = [ours(x, place._replace(level_weights=alone[i].expand(2, QUERIES, 3)), where_to) for i in range(3)]
+    parts = [
+        ours(x, place._replace(level_weights=alone[i].expand(2, QUERIES, 3)), where_to)
+        for i in range(3)
+    ]
     bias = ours.output.bias
     expected = sum(((p - bias) * shares[..., i, None] for i, p in enumerate(parts)), bias)
     torch.testing.assert_close(ours(x, place._replace(level_weights=shares), where_to), expected)
@@ -142,10 +160,14 @@ def test_shares_sum_what_the_levels_say() -> None:
 @pytest.mark.parametrize("levels", [1, 3])
 def test_what_it_attends_to_sums_to_one_and_is_what_it_reads(levels: int) -> None:
     ours, _ = attentions()
-    x, where_to, place = torch.randn(2, QUERIES, WIDTH, dtype=torch.float64), memory(levels), where(levels)
+    x = torch.randn(2, QUERIES, WIDTH, dtype=torch.float64)
+    where_to = memory(levels)
+    place = where(levels)
     read, weights = ours.attend(x, place, where_to)
     assert [w.shape for w in weights] == [(2, HEADS, QUERIES, h * w) for h, w in SHAPES[:levels]]
-    torch.testing.assert_close(torch.cat(weights, -1).sum(-1), torch.ones(2, HEADS, QUERIES, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.cat(weights, -1).sum(-1), torch.ones(2, HEADS, QUERIES, dtype=torch.float64)
+    )
     assert where_to.padding is not None
     assert not torch.cat(weights, -1).transpose(1, 3)[where_to.padding].any()
     together = torch.stack(read).sum(0).transpose(1, 2).flatten(2)
@@ -164,7 +186,8 @@ def test_padding_is_never_read() -> None:
 def test_every_parameter_learns(levels: int) -> None:
     torch.manual_seed(0)
     ours = ModulatedAttention(WIDTH, HEADS, dropout=0.1).double()
-    priors, point = ModulatedPriors(WIDTH, HEADS, 1, STRIDES[:levels]).double(), read_point(WIDTH).double()
+    priors = ModulatedPriors(WIDTH, HEADS, 1, STRIDES[:levels]).double()
+    point = read_point(WIDTH).double()
     q = queries()
     q = q._replace(boxes=point(q.position).sigmoid())
     where_to = memory(levels, padded=False)
@@ -173,7 +196,8 @@ def test_every_parameter_learns(levels: int) -> None:
     for module in (ours, priors, point):
         for name, p in module.named_parameters():
             assert p.grad is not None, name
-            # The offsets and scales start as constants; what they are read off learns once their weights have moved.
+            # The offsets and scales start as constants; what they are read off learns once their
+            # weights have moved.
             assert p.grad.any() or name.startswith("norms."), name
 
 
@@ -201,7 +225,8 @@ def test_levels_do_not_see_each_other() -> None:
     changed = where_to.tokens.clone()
     changed[:, 24:30] += torch.rand(WIDTH, dtype=torch.float64)
     before, after = (
-        attention(t, Spatial(where_to.position[:1]), where_to._replace(tokens=t)) for t in (where_to.tokens, changed)
+        attention(t, Spatial(where_to.position[:1]), where_to._replace(tokens=t))
+        for t in (where_to.tokens, changed)
     )
     same = (before == after).all(-1).all(0)
     assert same[:24].all()

@@ -17,7 +17,11 @@ from detrellis.recipes.build_backbone import build_backbone, starting_from
 
 from ..small import CLASSES, images, small, targets
 
-SWITCH = ["detector.backbone.kind=timm_vit", "detector.backbone.name=test_vit", "detector.backbone.pretrained=false"]
+SWITCH = [
+    "detector.backbone.kind=timm_vit",
+    "detector.backbone.name=test_vit",
+    "detector.backbone.pretrained=false",
+]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,9 @@ def test_a_file_in_the_authors_sizes(tmp_path: Path) -> None:
     """A kernel of 8 pixels for patches, and its positions as they are."""
     theirs = timm.create_model("test_vit", patch_size=8, img_size=128)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    backbone = build_backbone(TimmViTConfig(name="test_vit", weights=str(tmp_path / "w.pth"), drop_path=0.1))
+    backbone = build_backbone(
+        TimmViTConfig(name="test_vit", weights=str(tmp_path / "w.pth"), drop_path=0.1)
+    )
     block = "blocks.0.attn.qkv.weight"
     assert torch.equal(backbone.state_dict()[f"model.{block}"], theirs.state_dict()[block])
     torch.save({k: v for k, v in theirs.state_dict().items() if k != block}, tmp_path / "w.pth")
@@ -81,5 +87,7 @@ def test_what_is_no_plain_vit_is_named() -> None:
 
 
 def test_pictures_are_normalised_as_its_weights_were_trained() -> None:
-    recipe = find_recipe("tiny").override([*SWITCH[:1], "detector.backbone.name=eva02_tiny_patch14_224"])
+    recipe = find_recipe("tiny").override(
+        [*SWITCH[:1], "detector.backbone.name=eva02_tiny_patch14_224"]
+    )
     assert starting_from(recipe)[0].data.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))

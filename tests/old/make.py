@@ -1,8 +1,10 @@
-"""Writes what the present version leaves on disk into one archive: `python -m tests.old.make`, once for each release.
+"""Writes what the present version leaves on disk into one archive: `python -m tests.old.make`, once
+for each release.
 
-`tests/old/VERSION.tar.xz` then stays as it is. It holds a run that was stopped (state, weights, log), weights of other
-networks, all recipes as cards hold them, and what the weights predict. Numbers are rounded to three bits: some of the
-networks' parts are the same, and all of it together stays small.
+`tests/old/VERSION.tar.xz` then stays as it is. It holds a run that was stopped (state, weights,
+log), weights of other networks, all recipes as cards hold them, and what the weights predict.
+Numbers are rounded to three bits: some of the networks' parts are the same, and all of it together
+stays small.
 """
 
 from __future__ import annotations
@@ -30,8 +32,17 @@ from ..engine.test_resume import stop_at
 from ..small import small
 
 SMALLEST = [
-    *("detector.backbone.name=test_efficientnet", "detector.backbone.frozen=all", "detector.width=32"),
-    *("detector.decoder.hidden=32", "detector.queries.count=8", "detector.decoder.heads=2", "data.size=[96, 96]"),
+    *(
+        "detector.backbone.name=test_efficientnet",
+        "detector.backbone.frozen=all",
+        "detector.width=32",
+    ),
+    *(
+        "detector.decoder.hidden=32",
+        "detector.queries.count=8",
+        "detector.decoder.heads=2",
+        "data.size=[96, 96]",
+    ),
 ]
 NETWORKS = ("detr_r50", "deformable_detr_r50_two_stage", "rtdetr_r18")  # besides the run's
 SCHEMES = ("cdn=4", "align=2", "group=2")
@@ -65,7 +76,9 @@ def rewrite(run: Path, base: Path) -> None:
     """Round the numbers in a run's files, and take this machine's paths out of them."""
     for file in run.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            metadata = {name: text.replace(str(base), PLACE) for name, text in opened.metadata().items()}
+            metadata = {
+                name: text.replace(str(base), PLACE) for name, text in opened.metadata().items()
+            }
             tensors = {name: rounded(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         save_file(tensors, file, metadata)
     state = rounded(torch.load(run / "last.state.pt", weights_only=True))
@@ -82,7 +95,14 @@ def stopped_run(base: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4)
         detrellis.train(
-            "tiny", data=data, out=run, scheme=SCHEMES, override=settings, epochs=2, workers=0, device="cpu"
+            "tiny",
+            data=data,
+            out=run,
+            scheme=SCHEMES,
+            override=settings,
+            epochs=2,
+            workers=0,
+            device="cpu",
         )
     rewrite(run, base)
     return run
@@ -107,14 +127,26 @@ def main() -> None:
             recipe = small(name).override(_settings(name) if name != "rtdetr_r18" else SMALLEST)
             detector = build(recipe, len(classes)).detector
             save_weights(
-                weights / f"{name}.safetensors", rounded(dict(detector.state_dict())), Card(recipe, classes, {})
+                weights / f"{name}.safetensors",
+                rounded(dict(detector.state_dict())),
+                Card(recipe, classes, {}),
             )
         files = [run / "last.safetensors", *sorted(weights.iterdir())]
         told = {file.relative_to(base).as_posix(): predicted(file) for file in files}
         (base / "predictions.json").write_text(json.dumps(told, indent=1))
         recipes = {name: recipe().model_dump(mode="json") for name, recipe in RECIPES.items()}
         (base / "recipes.json").write_text(json.dumps({"format": FORMAT, "recipes": recipes}))
-        kept = [*(run / name for name in ("last.state.pt", "best.safetensors", "last.safetensors", "metrics.jsonl"))]
+        kept = [
+            *(
+                run / name
+                for name in (
+                    "last.state.pt",
+                    "best.safetensors",
+                    "last.safetensors",
+                    "metrics.jsonl",
+                )
+            )
+        ]
         kept += [*sorted(weights.iterdir()), base / "predictions.json", base / "recipes.json"]
         out = Path(__file__).with_name(f"{detrellis.__version__}.tar.xz")
         with tarfile.open(out, "x:xz", preset=9) as archive:

@@ -38,7 +38,9 @@ def test_weights_predict_what_they_did(written: Path) -> None:
     for name, before in json.loads((written / "predictions.json").read_text()).items():
         now = predicted(written / name)
         assert [row[0] for row in now] == [row[0] for row in before], name
-        torch.testing.assert_close(torch.tensor(now), torch.tensor(before), atol=1e-3, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            torch.tensor(now), torch.tensor(before), atol=1e-3, rtol=1e-4, msg=name
+        )
 
 
 def test_recipes_are_read_and_are_the_same(written: Path) -> None:
@@ -51,12 +53,18 @@ def test_recipes_are_read_and_are_the_same(written: Path) -> None:
 
 
 def lost(stored: Any, now: Any, where: str = "") -> list[str]:
-    """The fields of a stored recipe that have another value now, or are gone; new ones may have come."""
+    """The fields of a stored recipe that have another value now, or are gone; new ones may have
+    come.
+    """
     if not isinstance(stored, dict):
         return [] if stored == now else [f"{where}: {stored} was stored, and is {now}"]
     if not isinstance(now, dict):
         return [f"{where}: is {now}"]
-    return [text for name, value in stored.items() for text in lost(value, now.get(name, "gone"), f"{where}.{name}")]
+    return [
+        text
+        for name, value in stored.items()
+        for text in lost(value, now.get(name, "gone"), f"{where}.{name}")
+    ]
 
 
 def test_a_run_goes_on_to_its_end(written: Path, shapes: Path) -> None:
@@ -65,7 +73,11 @@ def test_a_run_goes_on_to_its_end(written: Path, shapes: Path) -> None:
     assert card.recipe.schemes.align is not None
     result = detrellis.resume(written / "run", data=shapes, workers=0, device="cpu")
     assert (result.finished, result.steps) == (True, 6)
-    rows = [record["epoch"] for record in read_records(written / "run" / "metrics.jsonl") if record["kind"] == "epoch"]
+    rows = [
+        record["epoch"]
+        for record in read_records(written / "run" / "metrics.jsonl")
+        if record["kind"] == "epoch"
+    ]
     assert rows == [1, 2]
     assert detrellis.load(written / "run" / "best.safetensors").classes == card.classes
     assert (written / "run" / "report.json").exists()

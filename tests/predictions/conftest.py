@@ -20,7 +20,9 @@ CLASSES = ClassMap((1, 3, 7), ("cat", "dog", "bird"))
 
 def picture(height: int = 40, width: int = 64, seed: int = 0) -> np.ndarray:
     """Coloured patches, `(H, W, 3)`."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(seed).integers(
+        0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8
+    )
     return coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
 
 
@@ -40,5 +42,7 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def run(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    save_weights(folder / "best.safetensors", model.detector.state_dict(), Card(model.recipe, CLASSES, {}))
+    save_weights(
+        folder / "best.safetensors", model.detector.state_dict(), Card(model.recipe, CLASSES, {})
+    )
     return folder

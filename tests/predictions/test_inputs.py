@@ -34,9 +34,12 @@ def test_files_and_folders(folder: Path) -> None:
     assert names(folder) == ["a.jpg", "b.png", "clip.mp4"]
     assert names(str(folder), recursive=True) == ["a.jpg", "b.png", "clip.mp4", "c.jpg", "d.webp"]
     assert names([folder / "sub", folder / "b.png"]) == ["c.jpg", "b.png"]
-    assert names(folder / "notes.txt") == ["notes.txt"]  # named itself: reading it says what is wrong
+    # Named itself: reading it says what is wrong
+    assert names(folder / "notes.txt") == ["notes.txt"]
     assert names(folder / ".hidden.jpg") == [".hidden.jpg"]
-    assert len(without_repeats(find_pictures([folder, folder / "a.jpg", "pics/../pics/a*.jpg"]))) == 3
+    assert (
+        len(without_repeats(find_pictures([folder, folder / "a.jpg", "pics/../pics/a*.jpg"]))) == 3
+    )
 
 
 def test_a_pattern_unless_a_file_is_called_so(folder: Path) -> None:
@@ -54,7 +57,8 @@ def test_a_pattern_unless_a_file_is_called_so(folder: Path) -> None:
     ("given", "message"),
     [
         ("https://example.org/photo.jpg", "a URL, not a file\n.*Download it first"),
-        (Path("https://example.org/photo.jpg"), "a URL, not a file"),  # which makes one slash of two
+        # Which makes one slash of two
+        (Path("https://example.org/photo.jpg"), "a URL, not a file"),
         ("s3://bucket/photo.jpg", "a URL"),
         ("-", "standard input"),
         ("pics/nothing.jpg", "no such file or folder"),
@@ -104,7 +108,14 @@ def test_arrays_images_and_tensors_are_the_same_pixels() -> None:
     tensor = torch.from_numpy(want).permute(2, 0, 1)
     read_only = want.copy()
     read_only.flags.writeable = False
-    for given in (want, want[:, ::-1][:, ::-1], read_only, Image.fromarray(want), tensor, tensor.double() / 255):
+    for given in (
+        want,
+        want[:, ::-1][:, ::-1],
+        read_only,
+        Image.fromarray(want),
+        tensor,
+        tensor.double() / 255,
+    ):
         np.testing.assert_array_equal(pixels(given), want)
     grey = np.repeat(want[:, :, :1], 3, axis=2)
     for given in (want[:, :, 0], Image.fromarray(want[:, :, 0]), tensor[:1], tensor[:1] / 255):
@@ -148,7 +159,11 @@ def test_an_iterator_is_read_as_needed() -> None:
 
 
 def given(*paths: str, root: str = "") -> list[InputPicture]:
-    return [one for p in paths for one in [InputPicture(Path(root, p), Path(p if root else Path(p).name))]]
+    return [
+        one
+        for p in paths
+        for one in [InputPicture(Path(root, p), Path(p if root else Path(p).name))]
+    ]
 
 
 def test_output_names_are_different_and_do_not_depend_on_the_order() -> None:
@@ -156,9 +171,13 @@ def test_output_names_are_different_and_do_not_depend_on_the_order() -> None:
     assert output_names(given("x.jpg", "sub/x.jpg", root="/pics")) == ["x", "sub/x"]
     assert output_names(given("/a/x.jpg", "/a/x.png")) == ["x.jpg", "x.png"]
     assert output_names(given("/a/x.jpg", "/b/x.jpg")) == ["a/x", "b/x"]
-    assert output_names(given("/a/X.jpg", "/b/x.jpg")) == ["a/X", "b/x"]  # "X" is "x" on some file systems
+    # "X" is "x" on some file systems
+    assert output_names(given("/a/X.jpg", "/b/x.jpg")) == ["a/X", "b/x"]
     assert output_names(given("/a/c/x.jpg", "/b/c/x.jpg")) == ["a/c/x", "b/c/x"]
-    assert output_names([InputPicture(None, Path()), InputPicture(None, Path())]) == ["picture-1", "picture-2"]
+    assert output_names([InputPicture(None, Path()), InputPicture(None, Path())]) == [
+        "picture-1",
+        "picture-2",
+    ]
     many = given("/a/x.jpg", "/a/x.png", "/b/x.jpg", "/b/x.png", "/a/x.jpg.jpg", "/a/picture-9.jpg")
     want = dict(zip(many, output_names(many), strict=True))
     assert len({name.casefold() for name in want.values()}) == len(many)

@@ -1,4 +1,6 @@
-"""`predict --format` and `--crops`: what the readers of data sets, and labelling tools, read of the files."""
+"""`predict --format` and `--crops`: what the readers of data sets, and labelling tools, read of the
+files.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from detrellis.rle import decode, encode, polygons, simplified
 
 from .conftest import CLASSES, picture, save
 
-BOXES = [(10.25, 5.5, 40.75, 30.0), (0.0, 0.0, 64.0, 40.0), (63.9, 39.9, 64.0, 40.0)]  # the last is too small
+# The last is too small
+BOXES = [(10.25, 5.5, 40.75, 30.0), (0.0, 0.0, 64.0, 40.0), (63.9, 39.9, 64.0, 40.0)]
 READ = ("coco", "yolo", "voc", "csv")
 
 
@@ -44,7 +47,9 @@ def found(path: Path | None, *, masks: bool = False, empty: bool = False) -> Pre
     pixels = None if path is not None else torch.from_numpy(picture()).permute(2, 0, 1)
     labels = [2, 0, 1][: len(boxes)]
     names, ids = [CLASSES.names[i] for i in labels], [CLASSES.ids[i] for i in labels]
-    return Prediction(path, (40, 64), [0.9, 0.5, 0.4][: len(boxes)], names, labels, ids, boxes, pixels, runs)
+    return Prediction(
+        path, (40, 64), [0.9, 0.5, 0.4][: len(boxes)], names, labels, ids, boxes, pixels, runs
+    )
 
 
 def written(out: Path, kind: str, given: list[InputPicture], results: list[Prediction]) -> Path:
@@ -69,14 +74,20 @@ def test_what_is_written_is_read_back(kind: str, masks: bool, tmp_path: Path) ->
     report = check(source)
     assert not report.exit_code, report.text()
     raws = source.load_all(outlines=True).values()
-    assert sorted(Path(n).stem.partition(".")[0] for raw in raws for n in raw.file_names) == ["a", "a", "b"]
+    assert sorted(Path(n).stem.partition(".")[0] for raw in raws for n in raw.file_names) == [
+        "a",
+        "a",
+        "b",
+    ]
     names = {name for raw in raws for _, name in raw.categories}
     assert names == ({"cat", "bird"} if kind in ("voc", "csv") else set(CLASSES.names))
     if kind == "coco":
         assert {i for raw in raws for i, _ in raw.categories} == set(CLASSES.ids)
     got = sorted(tuple(box) for raw in raws for box in raw.boxes.tolist())
     outlined = (13, 5, 24, 24) if masks and kind == "yolo" else None
-    want = [(x1, y1, x2 - x1, y2 - y1) if outlined is None else outlined for x1, y1, x2, y2 in BOXES[:2]]
+    want = [
+        (x1, y1, x2 - x1, y2 - y1) if outlined is None else outlined for x1, y1, x2, y2 in BOXES[:2]
+    ]
     slack = {"voc": 0.5, "yolo": 2 if masks else 1e-3}.get(kind, 0.006)
     np.testing.assert_allclose(got, sorted(want * 2), atol=slack)
     if masks and kind in ("coco", "yolo"):
@@ -88,14 +99,17 @@ def test_a_run_can_be_trained_on_what_another_one_labelled(run: Path, tmp_path: 
         save(tmp_path / "pictures" / f"{seed}.png", seed=seed)
     detrellis.predict(run, tmp_path / "pictures", threshold=0, out=tmp_path / "out", format="coco")
     recipe = detrellis.load(run).recipe.override(["schedule.epochs=1"])
-    result = detrellis.train(recipe, data=tmp_path / "out" / "coco", out=tmp_path / "again", workers=0)
+    result = detrellis.train(
+        recipe, data=tmp_path / "out" / "coco", out=tmp_path / "again", workers=0
+    )
     assert result.finished
 
 
 def test_scores_are_kept_where_the_format_has_them(tmp_path: Path) -> None:
     given, results = [InputPicture(None, Path())], [found(None)]
     coco, voc, csv, cvat, tasks = (
-        written(tmp_path, kind, given, results) for kind in ("coco", "voc", "csv", "cvat", "labelstudio")
+        written(tmp_path, kind, given, results)
+        for kind in ("coco", "voc", "csv", "cvat", "labelstudio")
     )
     rows = json.loads((coco / "annotations" / "instances_default.json").read_text())["annotations"]
     assert [row["score"] for row in rows] == [0.9, 0.5]
@@ -106,12 +120,16 @@ def test_scores_are_kept_where_the_format_has_them(tmp_path: Path) -> None:
         assert "0.9000" in xml.read_text()
     assert json.loads((tasks / "tasks.json").read_text())[0]["predictions"][0]["score"] == 0.7
     for folder in (coco, csv, cvat, tasks):
-        assert np.array_equal(np.asarray(Image.open(folder / "images" / "picture-1.png")), picture())
+        assert np.array_equal(
+            np.asarray(Image.open(folder / "images" / "picture-1.png")), picture()
+        )
 
 
 def test_cvat_reads_boxes_and_masks(tmp_path: Path) -> None:
     given = [InputPicture(None, Path())]
-    box = ET.parse(written(tmp_path / "boxes", "cvat", given, [found(None)]) / "annotations.xml").find("image/box")
+    box = ET.parse(
+        written(tmp_path / "boxes", "cvat", given, [found(None)]) / "annotations.xml"
+    ).find("image/box")
     assert box is not None
     assert [float(box.attrib[k]) for k in ("xtl", "ytl", "xbr", "ybr")] == [10.25, 5.5, 40.75, 30]
     folder = written(tmp_path / "masks", "cvat", given, [found(None, masks=True)])
@@ -136,7 +154,9 @@ def test_label_studio_reads_tasks_in_percent(tmp_path: Path) -> None:
     region, whole = task["predictions"][0]["result"]
     value = region["value"]
     assert value["rectanglelabels"] == ["bird"]
-    corner = np.array([value["x"], value["y"], value["x"] + value["width"], value["y"] + value["height"]])
+    corner = np.array(
+        [value["x"], value["y"], value["x"] + value["width"], value["y"] + value["height"]]
+    )
     np.testing.assert_allclose(corner * [0.64, 0.4, 0.64, 0.4], BOXES[0])
     assert (region["original_width"], region["original_height"], whole["score"]) == (64, 40, 0.5)
     config = ET.parse(folder / "config.xml")
@@ -144,7 +164,9 @@ def test_label_studio_reads_tasks_in_percent(tmp_path: Path) -> None:
     assert control is not None
     assert [label.attrib["value"] for label in control] == list(CLASSES.names)
     masked = written(tmp_path / "masks", "labelstudio", given, [found(path, masks=True)])
-    value = json.loads((masked / "tasks.json").read_text())[0]["predictions"][0]["result"][0]["value"]
+    value = json.loads((masked / "tasks.json").read_text())[0]["predictions"][0]["result"][0][
+        "value"
+    ]
     np.testing.assert_allclose(np.array(value["points"]).min(0) * [0.64, 0.4], (14, 6), atol=1)
 
 
@@ -168,7 +190,8 @@ def test_corrected_labels_are_never_written_over(tmp_path: Path) -> None:
     folder = written(tmp_path / "out", "yolo", given, results)
     (folder / "labels" / "a.txt").unlink(missing_ok=True)
     one = [p for p in given if p.path is not None and p.path.name == "b.png"]
-    written(tmp_path / "out", "yolo", one, [found(one[0].path)])  # ours, and whole again: nothing is left of before
+    # Ours, and whole again: nothing is left of before
+    written(tmp_path / "out", "yolo", one, [found(one[0].path)])
     assert [p.name for p in (folder / "labels").rglob("*.txt")] == ["b.txt"]
     label = next((folder / "labels").rglob("b.txt"))
     label.write_text("0 0.5 0.5 0.1 0.1\n")
@@ -176,19 +199,26 @@ def test_corrected_labels_are_never_written_over(tmp_path: Path) -> None:
         PredictionFolder(tmp_path / "out", one, labels="yolo")
     assert label.read_text() == "0 0.5 0.5 0.1 0.1\n"
     with pytest.raises(UserError, match="an input"):
-        PredictionFolder(tmp_path / "out", list(find_pictures([*folder.rglob("b.png")])), labels="yolo")
+        PredictionFolder(
+            tmp_path / "out", list(find_pictures([*folder.rglob("b.png")])), labels="yolo"
+        )
 
 
 def test_a_call_is_repeated_into_the_folder_of_its_pictures(tmp_path: Path) -> None:
     """Its crops and copies are none of the pictures."""
     save(tmp_path / "sub" / "a.png")
     for options in ({"crops": True, "labels": "coco"}, {"crops": True, "labels": "coco"}, {}):
-        folder = PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path, recursive=True)), **options)
+        folder = PredictionFolder(
+            tmp_path / "out", list(find_pictures(tmp_path, recursive=True)), **options
+        )
         assert [p.path for p in folder.pictures] == [tmp_path / "sub" / "a.png"]
         list(folder.save(lambda _: [found(tmp_path / "sub" / "a.png")], CLASSES, None))
     assert len(list((tmp_path / "out").rglob("*.*g"))) == 1 + len(BOXES) + 1
     with pytest.raises(UserError, match="an earlier call wrote all"):
-        PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path / "out" / "coco" / "images", recursive=True)))
+        PredictionFolder(
+            tmp_path / "out",
+            list(find_pictures(tmp_path / "out" / "coco" / "images", recursive=True)),
+        )
 
 
 def test_crops_are_what_the_boxes_hold(run: Path, tmp_path: Path) -> None:
@@ -196,7 +226,10 @@ def test_crops_are_what_the_boxes_hold(run: Path, tmp_path: Path) -> None:
     folder = PredictionFolder(tmp_path / "out", list(find_pictures(tmp_path / "sub")), crops=True)
     names = ClassMap(CLASSES.ids, ("cat/dog", "dog", "bird"))
     list(folder.save(lambda _: [found(path)], names, None))
-    crops = {p.relative_to(tmp_path / "out" / "crops").as_posix() for p in (tmp_path / "out" / "crops").rglob("*.jpg")}
+    crops = {
+        p.relative_to(tmp_path / "out" / "crops").as_posix()
+        for p in (tmp_path / "out" / "crops").rglob("*.jpg")
+    }
     assert crops == {"bird/a-1.jpg", "cat_dog/a-2.jpg", "dog/a-3.jpg"}
     crop = Image.open(tmp_path / "out" / "crops" / "bird" / "a-1.jpg")
     assert crop.size == (31, 25)
@@ -212,8 +245,21 @@ def test_crops_are_what_the_boxes_hold(run: Path, tmp_path: Path) -> None:
 
 
 def test_folders_of_classes_are_names_on_any_system() -> None:
-    assert folder_names(["a", "A", "..", "x:y", "", "a_1"]) == ["a", "A_1", "class_2", "x_y", "class_4", "a_1_5"]
-    assert folder_names(["a_2", "a", "A", "class_4", ""]) == ["a_2", "a", "A_2_2", "class_4", "class_4_4"]
+    assert folder_names(["a", "A", "..", "x:y", "", "a_1"]) == [
+        "a",
+        "A_1",
+        "class_2",
+        "x_y",
+        "class_4",
+        "a_1_5",
+    ]
+    assert folder_names(["a_2", "a", "A", "class_4", ""]) == [
+        "a_2",
+        "a",
+        "A_2_2",
+        "class_4",
+        "class_4_4",
+    ]
 
 
 def test_fiftyone_takes_the_detections(monkeypatch: pytest.MonkeyPatch) -> None:

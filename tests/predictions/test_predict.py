@@ -22,13 +22,19 @@ from .conftest import CLASSES, picture, save
 
 
 def alike(one: Prediction, other: Prediction) -> None:
-    torch.testing.assert_close(torch.tensor(one.boxes), torch.tensor(other.boxes), atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(torch.tensor(one.scores), torch.tensor(other.scores), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(one.boxes), torch.tensor(other.boxes), atol=1e-3, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        torch.tensor(one.scores), torch.tensor(other.scores), atol=1e-5, rtol=1e-4
+    )
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, ["predict", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit | UserError), result.exception
+    assert result.exception is None or isinstance(result.exception, SystemExit | UserError), (
+        result.exception
+    )
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -63,7 +69,9 @@ def test_batches_change_nothing(model: Model, size: int) -> None:
     pictures = [picture(*side, seed=i) for i, side in enumerate(sides)]
     one_by_one = model.predict(pictures, threshold=0)
     seen: list[int] = []
-    hook = model.detector.register_forward_pre_hook(lambda _, args: seen.append(len(args[0].pixels)))
+    hook = model.detector.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0].pixels))
+    )
     batched = model.predict(pictures, threshold=0, batch_size=size)
     hook.remove()
     assert max(seen) > 1
@@ -109,7 +117,9 @@ def test_a_broken_picture_does_not_stop_the_others(model: Model, tmp_path: Path)
     for name in "abc":
         save(tmp_path / f"{name}.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:200])
-    with pytest.raises(BrokenPictures, match=r"b\.jpg.*\n  Replace or re-export the file, or leave it out\.") as raised:
+    with pytest.raises(
+        BrokenPictures, match=r"b\.jpg.*\n  Replace or re-export the file, or leave it out\."
+    ) as raised:
         model.predict(tmp_path)
     assert [p.path.name for p in raised.value.predictions if p.path] == ["a.jpg", "c.jpg"]
     told: list[str] = []
@@ -128,14 +138,18 @@ def test_the_command_names_it_and_keeps_the_rest(run: Path, tmp_path: Path) -> N
     for name in ("a.png", "b.png", "sub/c.png"):
         save(pics / name)
     (pics / "b.png").write_bytes(b"")
-    code, stdout, stderr = call(run, pics, "--recursive", "--out", out, "--threshold", 0, "--txt", "--json")
+    code, stdout, stderr = call(
+        run, pics, "--recursive", "--out", out, "--threshold", 0, "--txt", "--json"
+    )
     assert code == 1
     assert "b.png: the file is empty" in stderr
     assert "1 of 3 pictures could not be read" in stderr
     assert "check --fix" not in stderr  # which predict has not
     rows = json.loads(stdout)
     assert {Path(row["file_name"]).name for row in rows} == {"a.png", "c.png"}
-    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {".detrellis.jsonl"}
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {
+        ".detrellis.jsonl"
+    }
     drawn = {"a.jpg", "sub/c.jpg", "labels/a.txt", "labels/sub/c.txt"}
     assert files == drawn | {"predictions.json", "classes.txt"}
     assert (out / "classes.txt").read_text().split() == ["cat", "dog", "bird"]
@@ -143,11 +157,15 @@ def test_the_command_names_it_and_keeps_the_rest(run: Path, tmp_path: Path) -> N
     cx, cy, w, h, score = map(float, numbers)
     x, y, width, height = rows[0]["bbox"]
     assert CLASSES.ids[int(label)] == rows[0]["category_id"]
-    assert [cx * 64, cy * 40, w * 64, h * 40] == pytest.approx([x + width / 2, y + height / 2, width, height], abs=1e-4)
+    assert [cx * 64, cy * 40, w * 64, h * 40] == pytest.approx(
+        [x + width / 2, y + height / 2, width, height], abs=1e-4
+    )
     assert score == pytest.approx(rows[0]["score"], abs=1e-6)
 
 
-def test_predictions_are_written_also_after_ctrl_c(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_written_also_after_ctrl_c(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in "abcd":
         save(tmp_path / "pics" / f"{name}.png")
     interrupt(monkeypatch, 3)
@@ -157,7 +175,9 @@ def test_predictions_are_written_also_after_ctrl_c(run: Path, tmp_path: Path, mo
     assert sorted({Path(row["file_name"]).name for row in rows}) == ["a.png", "b.png"]
 
 
-def test_no_picture_of_the_users_is_drawn_over(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_picture_of_the_users_is_drawn_over(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photo = save(tmp_path / "photo.jpg")
     save(tmp_path / "other.jpg")
     before = photo.read_bytes()
@@ -177,7 +197,9 @@ def test_no_picture_of_the_users_is_drawn_over(run: Path, tmp_path: Path, monkey
         detrellis.predict(run, "drawn/photo.jpg", out="drawn")
 
 
-def test_what_was_drawn_into_the_same_folder_is_no_input_of_the_next_call(run: Path, tmp_path: Path) -> None:
+def test_what_was_drawn_into_the_same_folder_is_no_input_of_the_next_call(
+    run: Path, tmp_path: Path
+) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / "sub" / "b.png")
     for out in (tmp_path, tmp_path / "drawn"):
@@ -202,5 +224,7 @@ def test_supervision_reads_what_was_found(model: Model, monkeypatch: pytest.Monk
     assert detections.data["class_name"].tolist() == found.names
     assert len(model.predict(picture(), threshold=1)[0].to_supervision()) == 0
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(UserError, match=r'supervision is missing.*\n.*pip install "detrellis\[viz\]"'):
+    with pytest.raises(
+        UserError, match=r'supervision is missing.*\n.*pip install "detrellis\[viz\]"'
+    ):
         found.to_supervision()

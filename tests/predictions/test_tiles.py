@@ -26,23 +26,36 @@ def test_tiles_cover_the_picture_and_overlap() -> None:
         covered[top:bottom, left:right] += 1
     assert covered.min() == 1
     assert Tiling(64).windows(50, 40) == [Window(0, 0, 40, 50)]  # no second view of the same
-    assert Tiling(64).windows(64, 65) == [Window(0, 0, 64, 64), Window(1, 0, 65, 64), Window(0, 0, 65, 64)]
+    assert Tiling(64).windows(64, 65) == [
+        Window(0, 0, 64, 64),
+        Window(1, 0, 65, 64),
+        Window(0, 0, 65, 64),
+    ]
     for wrong in ({"size": 8}, {"size": 640, "overlap": 0.95}, {"size": 640, "overlap": -0.1}):
         with pytest.raises(UserError, match="tiles"):
             Tiling(**wrong)
 
 
-def found(*rows: tuple[float, int, list[float]], masks: tuple[bytes, ...] | None = None) -> Detections:
+def found(
+    *rows: tuple[float, int, list[float]], masks: tuple[bytes, ...] | None = None
+) -> Detections:
     """Of (score, label, box), best first."""
     scores, labels, boxes = zip(*rows, strict=True) if rows else ((), (), ())
-    return Detections(torch.tensor(scores), torch.tensor(labels).long(), torch.tensor(boxes).reshape(-1, 4), masks)
+    return Detections(
+        torch.tensor(scores), torch.tensor(labels).long(), torch.tensor(boxes).reshape(-1, 4), masks
+    )
 
 
 def test_parts_go_for_the_whole_and_neighbours_in_one_tile_stay() -> None:
     left, right, whole = Window(0, 0, 100, 100), Window(60, 0, 160, 100), Window(0, 0, 160, 100)
     tiles = [
         # An object at 70 to 120: cut here; two that overlap, and one of another class.
-        (left, found((0.9, 0, [70, 10, 100, 60]), (0.8, 0, [10, 10, 40, 40]), (0.7, 0, [12, 10, 42, 40]))),
+        (
+            left,
+            found(
+                (0.9, 0, [70, 10, 100, 60]), (0.8, 0, [10, 10, 40, 40]), (0.7, 0, [12, 10, 42, 40])
+            ),
+        ),
         (right, found((0.6, 0, [10, 10, 60, 60]), (0.5, 1, [10, 12, 60, 60]))),
         # The two again, worse; a small one within the large one, which stays.
         (whole, found((0.4, 0, [11, 10, 41, 40]), (0.3, 0, [90, 30, 100, 40]))),
@@ -53,7 +66,9 @@ def test_parts_go_for_the_whole_and_neighbours_in_one_tile_stay() -> None:
     assert merged(tiles, (100, 160), 0.5, k=2).scores.tolist() == pytest.approx([0.8, 0.7])
     # At the picture's own border nothing is cut, and a part without a whole stays.
     kept = merged(
-        [(left, found((0.5, 0, [0, 80, 30, 100]))), (right, found((0.6, 0, [0, 0, 20, 20])))], (100, 160), 0.5
+        [(left, found((0.5, 0, [0, 80, 30, 100]))), (right, found((0.6, 0, [0, 0, 20, 20])))],
+        (100, 160),
+        0.5,
     )
     assert len(kept.scores) == 2
     assert merged([(left, found())], (100, 160), 0.5).boxes.shape == (0, 4)
@@ -89,7 +104,9 @@ def test_tiles_of_large_pictures_go_in_batches(model: Model, tmp_path: Path) -> 
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     seen: list[int] = []
-    hook = model.detector.register_forward_pre_hook(lambda _, args: seen.append(len(args[0].pixels)))
+    hook = model.detector.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0].pixels))
+    )
     one = model.predict([*paths, broken], threshold=0.0, tiles=Tiling(64, 0.2), on_error="skip")
     many = model.predict(paths, threshold=0.0, tiles=Tiling(64, 0.2), batch_size=4)
     hook.remove()
@@ -98,7 +115,9 @@ def test_tiles_of_large_pictures_go_in_batches(model: Model, tmp_path: Path) -> 
     assert len(one.failures) == 1
     for each, other in zip(one, many, strict=True):
         assert each.size == (90, 150)
-        torch.testing.assert_close(torch.tensor(each.scores), torch.tensor(other.scores), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(each.scores), torch.tensor(other.scores), atol=1e-5, rtol=1e-4
+        )
         assert torch.tensor(each.boxes).amax(0)[0] > 64
     with pytest.raises(UserError, match="both views"):
         model.predict(paths, tiles=64, tta=True)

@@ -1,4 +1,6 @@
-"""Videos, made here and broken here: what is detected in them, what is written, and what is said of broken ones."""
+"""Videos, made here and broken here: what is detected in them, what is written, and what is said of
+broken ones.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_frames_are_the_pictures_that_were_filmed(tmp_path: Path, suffix: str) -
     assert [frame.number for frame in frames] == list(range(12))
     assert [frame.time for frame in frames] == pytest.approx([i / 30 for i in range(12)], abs=1e-3)
     for frame in frames:
-        error = np.abs(frame.pixels.permute(1, 2, 0).numpy().astype(int) - picture(seed=frame.number))
+        error = np.abs(
+            frame.pixels.permute(1, 2, 0).numpy().astype(int) - picture(seed=frame.number)
+        )
         assert error.mean() < 20  # of another picture: 85
     assert [frame.number for frame in read_frames(tmp_path / f"a.{suffix}", 5)] == [0, 5, 10]
 
@@ -82,13 +86,19 @@ def test_a_phones_video_is_turned_as_it_is_shown(tmp_path: Path) -> None:
     at = data.index(UPRIGHT, data.index(b"tkhd"))
     path.write_bytes(data[:at] + CLOCKWISE + data[at + len(UPRIGHT) :])
     for one, other in zip(upright, frames_of(path), strict=True):
-        np.testing.assert_array_equal(np.rot90(one.pixels.numpy(), -1, (1, 2)), other.pixels.numpy())
+        np.testing.assert_array_equal(
+            np.rot90(one.pixels.numpy(), -1, (1, 2)), other.pixels.numpy()
+        )
 
 
 @pytest.mark.parametrize("encoder", list(video_writer.ENCODERS))
 @pytest.mark.parametrize("ticks", [None, [0, 1, 2, 10, 11, 30, 31, 32, 33, 34, 35, 60]])
 def test_the_annotated_video_keeps_rate_size_and_times(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, ticks: Sequence[int] | None
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    encoder: str,
+    ticks: Sequence[int] | None,
 ) -> None:
     monkeypatch.setattr(video_writer, "ENCODERS", {encoder: video_writer.ENCODERS[encoder]})
     path = film(tmp_path / "a.mov", size=(120, 200), ticks=ticks)
@@ -99,8 +109,11 @@ def test_the_annotated_video_keeps_rate_size_and_times(
         assert ticks is not None or ours.average_rate == theirs.average_rate == 30
         assert ours.codec_context.name == {"libx264": "h264", "mpeg4": "mpeg4"}[encoder]
     before, after = frames_of(path), frames_of(tmp_path / "out" / "a.mp4")
-    assert [frame.time for frame in after] == pytest.approx([frame.time for frame in before], abs=1e-4)
-    for one, other in zip(before, after, strict=True):  # nothing is drawn: the same colours, up to compression
+    assert [frame.time for frame in after] == pytest.approx(
+        [frame.time for frame in before], abs=1e-4
+    )
+    # Nothing is drawn: the same colours, up to compression
+    for one, other in zip(before, after, strict=True):
         assert np.abs(one.pixels.numpy().astype(int) - other.pixels.numpy()).mean() < 8
 
 
@@ -123,12 +136,19 @@ def test_frames_are_predicted_as_pictures(model: Model, tmp_path: Path) -> None:
     for frame, one in zip(read_frames(path), found, strict=False):
         alike(one, model.predict(frame.pixels, threshold=0)[0])
         assert one.time == frame.time
-        assert one.to_coco(7)[0].items() >= {"frame": frame.number, "time": frame.time, "image_id": 7}.items()
-    np.testing.assert_array_equal(np.asarray(found[4].image()), frames_of(path)[4].pixels.permute(1, 2, 0).numpy())
+        assert (
+            one.to_coco(7)[0].items()
+            >= {"frame": frame.number, "time": frame.time, "image_id": 7}.items()
+        )
+    np.testing.assert_array_equal(
+        np.asarray(found[4].image()), frames_of(path)[4].pixels.permute(1, 2, 0).numpy()
+    )
     assert next(iter(model.stream(path))).frame == 0
 
 
-def test_few_frames_are_in_memory(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_frames_are_in_memory(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = 0
 
     def counted(path: Path, every: int = 1) -> object:
@@ -147,7 +167,9 @@ def test_a_folder_of_pictures_and_videos(run: Path, tmp_path: Path) -> None:
     save(tmp_path / "in" / "a.png")
     film(tmp_path / "in" / "b.mp4", 5)
     out = tmp_path / "out"
-    code, stdout, stderr = call(run, tmp_path / "in", "--out", out, "--threshold", 0, "--txt", "--crops", "--every", 2)
+    code, stdout, stderr = call(
+        run, tmp_path / "in", "--out", out, "--threshold", 0, "--txt", "--crops", "--every", 2
+    )
     assert (code, stderr) == (0, "")
     assert "(3 frames)" in stdout
     rows = json.loads((out / "predictions.json").read_text())
@@ -156,7 +178,11 @@ def test_a_folder_of_pictures_and_videos(run: Path, tmp_path: Path) -> None:
     assert {p.name for p in out.glob("*") if p.is_file()} - {".detrellis.jsonl"} == {
         *("a.jpg", "b.mp4", "predictions.json", "classes.txt")
     }
-    assert sorted(p.name for p in (out / "labels" / "b").iterdir()) == ["000000.txt", "000002.txt", "000004.txt"]
+    assert sorted(p.name for p in (out / "labels" / "b").iterdir()) == [
+        "000000.txt",
+        "000002.txt",
+        "000004.txt",
+    ]
     assert list(out.glob("crops/*/b/000002-*.jpg"))
     assert len(frames_of(out / "b.mp4")) == 3
     # Its own files are replaced, and are no inputs.
@@ -168,7 +194,9 @@ def test_frames_become_a_label_set(run: Path, tmp_path: Path, kind: str) -> None
     film(tmp_path / "b.mp4", 3)
     detrellis.predict(run, tmp_path / "b.mp4", out=tmp_path / "out", format=kind, threshold=0.0)  # type: ignore[arg-type]
     pictures = sorted((tmp_path / "out" / kind).rglob("*.jpg"))
-    assert [p.relative_to(p.parents[1]).as_posix() for p in pictures] == [f"b/00000{i}.jpg" for i in range(3)]
+    assert [p.relative_to(p.parents[1]).as_posix() for p in pictures] == [
+        f"b/00000{i}.jpg" for i in range(3)
+    ]
 
 
 def broken(folder: Path, how: str) -> Path:
@@ -180,7 +208,9 @@ def broken(folder: Path, how: str) -> Path:
     elif how == "sound":
         with av.open(str(path), "w") as container:
             stream = container.add_stream("aac", rate=8000, layout="mono")
-            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            sound = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
             sound.sample_rate = 8000
             container.mux(stream.encode(sound))
             container.mux(stream.encode())
@@ -228,7 +258,9 @@ def test_a_broken_video_is_named_and_what_could_be_read_is_kept(
         assert len(frames_of(tmp_path / "out" / "clip.mp4")) == len(seen)
 
 
-def test_ctrl_c_leaves_a_video_that_plays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_leaves_a_video_that_plays(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt(monkeypatch, 8)
     with pytest.raises(KeyboardInterrupt):
         detrellis.predict(run, film(tmp_path / "a.mp4", 20), out=tmp_path / "out")
@@ -250,18 +282,26 @@ def test_predictions_need_not_be_kept(run: Path, tmp_path: Path) -> None:
     assert (len(found), [p.frame for p in seen]) == (0, [0, 1, 2, 3])
 
 
-def test_without_pyav_folders_are_read_and_videos_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyav_folders_are_read_and_videos_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path / "a.png")
     film(tmp_path / "b.mp4", 2)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.warns(Advice, match=r"b\.mp4, a video, is left out: pip install 'detrellis\[video\]'"):
+    with pytest.warns(
+        Advice, match=r"b\.mp4, a video, is left out: pip install 'detrellis\[video\]'"
+    ):
         assert [p.below.name for p in find_pictures(tmp_path)] == ["a.png"]
     with pytest.raises(UserError, match=r"b\.mp4: a video, for which PyAV is needed\n.*ffmpeg -i"):
         list(find_pictures(tmp_path / "b.mp4"))
 
 
-@pytest.mark.parametrize("rows", [[], [{"a": 1, "b": [1.5, None]}], [{"a": "x"}, {}, {"c": {"d": "é"}}]])
-def test_a_list_that_grows_is_written_as_json_does(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+@pytest.mark.parametrize(
+    "rows", [[], [{"a": 1, "b": [1.5, None]}], [{"a": "x"}, {}, {"c": {"d": "é"}}]]
+)
+def test_a_list_that_grows_is_written_as_json_does(
+    tmp_path: Path, rows: list[dict[str, object]]
+) -> None:
     with JsonList() as growing:
         for row in rows:
             growing.add(row)

@@ -95,7 +95,10 @@ def test_override(text: str, path: str, value: object) -> None:
         ("schedule.epochs=" + "9" * 5000, "has to be a whole number"),
         ("schedule.drops=[2.0]", "schedule.drops.0=2.0 has to be above 0 and below 1"),
         ("schedule.drops=[0.9, 0.8]", "has to ascend"),
-        ("data.size=[64]", "data.size=[64] has to be the short side, such as 640, or [height, width]"),
+        (
+            "data.size=[64]",
+            "data.size=[64] has to be the short side, such as 640, or [height, width]",
+        ),
         ("data.size=[1, 2, 3]", "the short side, such as 640, or [height, width]"),
         ("data.zoom=[0, 0]", "data.zoom.0=0 has to be above 0"),
         ("data.zoom=[1.25, 0.8]", "[lowest, highest]"),
@@ -118,12 +121,16 @@ def test_bad_overrides_name_the_remedy(text: str, message: str) -> None:
 
 def test_a_kind_is_chosen_with_the_fields_of_that_kind() -> None:
     base = find_recipe("deformable-detr-r50").override("detector.queries.count=7")
-    chosen = base.override(["detector.queries.kind=anchors", "detector.queries.patterns=3"]).detector.queries
+    chosen = base.override(
+        ["detector.queries.kind=anchors", "detector.queries.patterns=3"]
+    ).detector.queries
     assert chosen == AnchorQueriesConfig(count=7, patterns=3)
-    assert base.override("detector.queries={kind: mixed, position: boxes}").detector.queries == MixedQueriesConfig(
-        position="boxes"
+    assert base.override(
+        "detector.queries={kind: mixed, position: boxes}"
+    ).detector.queries == MixedQueriesConfig(position="boxes")
+    back = find_recipe("dn-detr-r50").override(
+        ["detector.queries.kind=mixed", "detector.queries.kind=anchors"]
     )
-    back = find_recipe("dn-detr-r50").override(["detector.queries.kind=mixed", "detector.queries.kind=anchors"])
     assert back.detector.queries == AnchorQueriesConfig()
 
 
@@ -131,15 +138,27 @@ def test_a_kind_is_chosen_with_the_fields_of_that_kind() -> None:
     ("text", "message"),
     [
         ("detector.queries.patterns=3", "queries.kind=mixed has no 'patterns'"),
-        ("detector.queries.patterns=3", "kind=anchors has it: before this, -o detector.queries.kind=anchors."),
+        (
+            "detector.queries.patterns=3",
+            "kind=anchors has it: before this, -o detector.queries.kind=anchors.",
+        ),
         ("detector.queries.pattern=3", "Did you mean patterns?"),
         ("detector.queries.kind=anchor", "Did you mean anchors?"),
         ("detector.queries.kind=3", "Known: learned, anchors, proposals, mixed"),
         ("detector.queries=anchors", "Write -o detector.queries.kind=anchors."),
         ("detector.queries={count: 3}", "detector.queries.kind is missing"),
-        ("detector.queries={kind: anchor}", "detector.queries.kind='anchor' has to be one of learned, anchors"),
-        ("detector.queries={kind: anchors, count: 0}", "detector.queries.count=0 has to be at least 1"),
-        ("detector.queries={kind: mixed, patterns: 2}", "there is no field detector.queries.patterns"),
+        (
+            "detector.queries={kind: anchor}",
+            "detector.queries.kind='anchor' has to be one of learned, anchors",
+        ),
+        (
+            "detector.queries={kind: anchors, count: 0}",
+            "detector.queries.count=0 has to be at least 1",
+        ),
+        (
+            "detector.queries={kind: mixed, patterns: 2}",
+            "there is no field detector.queries.patterns",
+        ),
         ("detector.queries=3", "detector.queries=3 has to be a mapping of its parts"),
         ("detector.hidden=512", "Did you mean encoder.hidden or decoder.hidden?"),
         ("lr=1e-4", "Did you mean optim.lr?"),
@@ -159,7 +178,10 @@ def test_schemes() -> None:
     assert more.schemes.cdn.number == 30
     assert plain.with_schemes("cdn=30") == more
     assert plain.override("optim.lr=1") == plain.override(["optim.lr=1"])
-    assert find_recipe("dino-r50").with_schemes(["none,cdn"]).schemes == find_recipe("dino-r50").schemes
+    assert (
+        find_recipe("dino-r50").with_schemes(["none,cdn"]).schemes
+        == find_recipe("dino-r50").schemes
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,9 +212,17 @@ def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("deformable-detr-r50", "detector.cross_attention.position_scale=true", "queries.kind=learned has its own"),
+        (
+            "deformable-detr-r50",
+            "detector.cross_attention.position_scale=true",
+            "queries.kind=learned has its own",
+        ),
         ("detr-r50", "detector.decoder.refine=detached", "-o detector.decoder.refine=none"),
-        ("detr-r50", "detector.backbone.strides=[16, 32]", r"-o 'detector.backbone.strides=\[32\]'"),
+        (
+            "detr-r50",
+            "detector.backbone.strides=[16, 32]",
+            r"-o 'detector.backbone.strides=\[32\]'",
+        ),
         ("detr-r50", "detector.queries.kind=proposals", "softmax"),
         ("sam-detr-r50", "detector.queries.kind=mixed", "-o detector.queries.kind=anchors"),
         ("tiny", "detector.encoder.levels=1", "-o detector.encoder.levels=2"),
@@ -206,18 +236,28 @@ def test_bad_schemes_name_the_remedy(text: str, message: str) -> None:
         ("tiny", "data.size=[8, 8]", "too small"),
         ("detr-r50", "data.size=16", "32 pixels"),
         ("detr-r50", "data.max_side=500", "the short side"),
-        ("tiny", "optim.scaled.bakbone=0.5", "no parameter's name contains 'bakbone'\n.*for example: backbone"),
+        (
+            "tiny",
+            "optim.scaled.bakbone=0.5",
+            "no parameter's name contains 'bakbone'\n.*for example: backbone",
+        ),
         ("detr-r50", "loss.classification=qfl", "detector.scores=sigmoid"),
         ("detr-r50", "detector.iou_branch=root", "scores=softmax and iou_branch=root"),
     ],
 )
-def test_undefined_networks_are_refused_when_built(name: str, override: str, message: str | None) -> None:
+def test_undefined_networks_are_refused_when_built(
+    name: str, override: str, message: str | None
+) -> None:
     recipe = find_recipe(name).untrained().override([override])
-    with nullcontext() if message is None else pytest.raises(UserError, match=message), torch.device("meta"):
+    with (
+        nullcontext() if message is None else pytest.raises(UserError, match=message),
+        torch.device("meta"),
+    ):
         build(recipe, 3)
 
 
-# Class weight, class cost, queries, dropout, FFN, top-k, epochs, eps, temperature and offset of the positions.
+# Class weight, class cost, queries, dropout, FFN, top-k, epochs, eps, temperature and offset of the
+# positions.
 PUBLISHED = {
     "detr-r50": (1, 1, 100, 0.1, 2048, 100, 300, 1e-5, 10000, 0),
     "conditional-detr-r50": (2, 2, 300, 0.1, 2048, 100, 50, 1e-5, 10000, 0),
@@ -235,7 +275,14 @@ PUBLISHED = {
 def test_recipes_hold_the_published_settings(name: str) -> None:
     r = find_recipe(name)
     d = r.detector
-    found = (r.loss.classes, r.loss.cost_classes, d.queries.count, d.dropout, d.decoder.hidden, d.top_k)
+    found = (
+        r.loss.classes,
+        r.loss.cost_classes,
+        d.queries.count,
+        d.dropout,
+        d.decoder.hidden,
+        d.top_k,
+    )
     found += (r.schedule.epochs, d.eps, d.position_temperature, d.position_offset)
     assert found == PUBLISHED[name]
     assert (r.loss.box, r.loss.giou, r.optim.clip, r.optim.batch_size) == (5, 2, 0.1, 16)

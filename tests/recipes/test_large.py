@@ -18,7 +18,9 @@ from detrellis.recipes.refuse import refuse
         ("dino-r50-lsj", 1024, 12, None, 128),
     ],
 )
-def test_large_scale_jitter(name: str, side: int, epochs: int, paste: float | None, pad: int) -> None:
+def test_large_scale_jitter(
+    name: str, side: int, epochs: int, paste: float | None, pad: int
+) -> None:
     recipe = find_recipe(name)
     refuse(recipe)
     data = recipe.data
@@ -38,7 +40,11 @@ def test_large_scale_jitter(name: str, side: int, epochs: int, paste: float | No
 def test_lvis(name: str, side: int, epochs: int, detections: int, noise: float) -> None:
     recipe = find_recipe(name)
     refuse(recipe)
-    assert (recipe.data.size, recipe.data.copy_paste, recipe.data.repeat_threshold) == ((side, side), 1.0, 0.0)
+    assert (recipe.data.size, recipe.data.copy_paste, recipe.data.repeat_threshold) == (
+        (side, side),
+        1.0,
+        0.0,
+    )
     assert (recipe.schedule.epochs, recipe.detector.top_k) == (epochs, detections)
     assert recipe.schemes.federated is not None
     assert recipe.schemes.cdn is not None
@@ -56,7 +62,14 @@ def test_lvis(name: str, side: int, epochs: int, detections: int, noise: float) 
     ],
 )
 def test_vit_l(
-    name: str, window: int, first: int, extent: int | None, queries: int, noise: int, rate: float, batch: int
+    name: str,
+    window: int,
+    first: int,
+    extent: int | None,
+    queries: int,
+    noise: int,
+    rate: float,
+    batch: int,
 ) -> None:
     recipe = find_recipe(name)
     refuse(recipe)
@@ -66,7 +79,11 @@ def test_vit_l(
     assert len(backbone.global_blocks) == (6 if window == 24 else 8)
     assert cdn is not None
     assert (recipe.detector.queries.count, cdn.number, cdn.box_noise) == (queries, noise, 0.4)
-    assert (recipe.optim.lr, recipe.optim.batch_size, recipe.schedule.warmup_steps) == (rate, batch, 500)
+    assert (recipe.optim.lr, recipe.optim.batch_size, recipe.schedule.warmup_steps) == (
+        rate,
+        batch,
+        500,
+    )
     assert recipe.optim.layer_decay == (1.0 if name.endswith("-lvis") else 0.8)
     assert (recipe.data.unreadable == "replace") == ("objects365" in name)
     assert (recipe.data.copy_paste is None) == (not name.endswith("-lvis"))

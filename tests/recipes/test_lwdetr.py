@@ -9,7 +9,8 @@ from detrellis.recipes import find_recipe
 from detrellis.recipes.backbones import WindowViTConfig
 from detrellis.recipes.build import build
 
-# Of the detector for 91 classes in transformers, and published in millions, with the 13 groups of training.
+# Of the detector for 91 classes in transformers, and published in millions, with the 13 groups of
+# training.
 COUNTS = {
     "lwdetr-tiny": (9072366, 12.1),
     "lwdetr-small": (10953742, 14.6),

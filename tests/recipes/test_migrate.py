@@ -1,15 +1,19 @@
-"""What was stored before the recipes' fields moved still loads: files of format 1, as the code of then wrote them.
+"""What was stored before the recipes' fields moved still loads: files of format 1, as the code of
+then wrote them.
 
-`data/format1.tar.xz` holds, written with that code at seed 3 on five classes of `write_shapes(train=4, val=2, size=(64,
-64))`, on a frozen `test_resnet` whose large tensors are thinned out so that they pack well:
+`data/format1.tar.xz` holds, written with that code at seed 3 on five classes of
+`write_shapes(train=4, val=2, size=(64, 64))`, on a frozen `test_resnet` whose large tensors are
+thinned out so that they pack well:
 
-* `sam`, `dab`, `mixed` and `detr`: weights by `save_weights`, of sam-detr-plus-r50-smca-dn, dab-detr-r50 with patterns,
-  dino-r50 with co, group and align, detr-r50; `dab` is a run of one epoch by `train(..., epochs=1)`, with its state;
-* `outputs.safetensors`: logits and boxes of each for `images(((64, 96), (48, 64)), seed=0)`, and of `dab` again after
-  `resume(run, epochs=2)`;
-* `study`: `plan.json` of `plan_schemes("tiny", "none,align+co", ..., epochs=4, override=OF_THE_STUDY)` and the
-  `trial.json` of its first row;
-* `recipes.json`: `model_dump(mode="json")` of every recipe, of every recipe with every scheme, and of `CHANGED`.
+* `sam`, `dab`, `mixed` and `detr`: weights by `save_weights`, of sam-detr-plus-r50-smca-dn,
+  dab-detr-r50 with patterns, dino-r50 with co, group and align, detr-r50; `dab` is a run of one
+  epoch by `train(..., epochs=1)`, with its state;
+* `outputs.safetensors`: logits and boxes of each for `images(((64, 96), (48, 64)), seed=0)`, and of
+  `dab` again after `resume(run, epochs=2)`;
+* `study`: `plan.json` of `plan_schemes("tiny", "none,align+co", ..., epochs=4,
+  override=OF_THE_STUDY)` and the `trial.json` of its first row;
+* `recipes.json`: `model_dump(mode="json")` of every recipe, of every recipe with every scheme, and
+  of `CHANGED`.
 """
 
 from __future__ import annotations
@@ -71,17 +75,36 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
     "learned": (
         "deformable-detr-r50",
         [
-            *("detector.queries.count=7", "detector.queries.content=zero", "detector.cross_attention.points=3"),
-            *("detector.encoder.points=2", "detector.encoder.heads=4", "detector.encoder.hidden=33"),
-            *("detector.encoder.levels=5", "detector.decoder.hidden=44", "detector.decoder.refine=detached"),
+            *(
+                "detector.queries.count=7",
+                "detector.queries.content=zero",
+                "detector.cross_attention.points=3",
+            ),
+            *(
+                "detector.encoder.points=2",
+                "detector.encoder.heads=4",
+                "detector.encoder.hidden=33",
+            ),
+            *(
+                "detector.encoder.levels=5",
+                "detector.decoder.hidden=44",
+                "detector.decoder.refine=detached",
+            ),
         ],
     ),
     "anchors": (
         "dn-deformable-detr-r50",
         [
-            *("detector.queries.count=9", "detector.queries.content=shared", "detector.queries.patterns=2"),
+            *(
+                "detector.queries.count=9",
+                "detector.queries.content=shared",
+                "detector.queries.patterns=2",
+            ),
             *("detector.queries.indicator=false", "detector.queries.fixed_centres=true"),
-            *("detector.queries.frozen_boxes=true", "detector.cross_attention.position_scale=false"),
+            *(
+                "detector.queries.frozen_boxes=true",
+                "detector.cross_attention.position_scale=false",
+            ),
             *("detector.encoder.layers=3", "detector.encoder.heads=4"),
             *("detector.decoder.layers=4", "detector.decoder.heads=4"),
         ],
@@ -106,14 +129,26 @@ CHANGED: dict[str, tuple[str, list[str]]] = {
     "dense": (
         "conditional-detr-r50",
         [
-            *("detector.encoder.neck_norm=true", "detector.encoder.hidden=48", "detector.decoder.hidden=48"),
-            *("detector.encoder.position_scale=true", "detector.activation=gelu", "detector.top_k=9"),
+            *(
+                "detector.encoder.neck_norm=true",
+                "detector.encoder.hidden=48",
+                "detector.decoder.hidden=48",
+            ),
+            *(
+                "detector.encoder.position_scale=true",
+                "detector.activation=gelu",
+                "detector.top_k=9",
+            ),
             "detector.dropout=0.25",
         ],
     ),
     "intra-scale": (
         "smca-detr-ms-r50",
-        ["detector.encoder.levels=4", "detector.cross_attention.smca=false", "detector.scores=softmax"],
+        [
+            "detector.encoder.levels=4",
+            "detector.cross_attention.smca=false",
+            "detector.scores=softmax",
+        ],
     ),
     "semantic": (
         "sam-detr-plus-r50-smca",
@@ -184,7 +219,9 @@ def test_recipes_are_what_they_were(recipes: dict[str, Any], name: str) -> None:
     if backbone.kind != "hierarchical" or backbone.name not in RESNETS:
         recipe = recipe.with_statistics(IMAGENET_MEAN, IMAGENET_STD)
     assert read_recipe(recipes[name], 1) == recipe
-    every = recipe.with_schemes(["none", *(scheme for scheme in SchemesConfig.model_fields if scheme not in SINCE)])
+    every = recipe.with_schemes(
+        ["none", *(scheme for scheme in SchemesConfig.model_fields if scheme not in SINCE)]
+    )
     every = every.replace(loss=recipe.loss)  # which schemes did not replace then
     assert read_recipe(recipes[f"{recipe.name} with every scheme"], 1) == every
 
@@ -198,24 +235,38 @@ def test_values_that_are_not_the_default_stay(recipes: dict[str, Any], name: str
 
 
 def test_names_of_format_2_are_read() -> None:
-    """`format2.json`: the `model_dump(mode="json")` of this recipe, as the code of then wrote it."""
+    """`format2.json`: the `model_dump(mode="json")` of this recipe, as the code of then wrote
+    it.
+    """
     stored = json.loads((Path(__file__).parent / "data" / "format2.json").read_text())
-    changes = ["schemes.co.head_weight=3", "schemes.co.query_weight=0.5", "schemes.co.max_queries=40"]
+    changes = [
+        "schemes.co.head_weight=3",
+        "schemes.co.query_weight=0.5",
+        "schemes.co.max_queries=40",
+    ]
     assert read_recipe(stored, 2) == find_recipe("co-dino-r50").override(changes)
 
 
 def test_parameters_of_format_2_are_read() -> None:
-    model = build(tiny_sized(find_recipe("co-dino-r50")).untrained().with_schemes("co=atss+mask"), 2, seed=0)
+    model = build(
+        tiny_sized(find_recipe("co-dino-r50")).untrained().with_schemes("co=atss+mask"), 2, seed=0
+    )
     state = model.state_dict()
-    old = {name.replace(".quality.", ".judge.").replace(".tower.", ".read."): v for name, v in state.items()}
-    assert len(old.keys() - state.keys()) == 12  # ATSS's centerness, the RPN's convolution, and the masks' four
+    old = {
+        name.replace(".quality.", ".judge.").replace(".tower.", ".read."): v
+        for name, v in state.items()
+    }
+    # ATSS's centerness, the RPN's convolution, and the masks' four
+    assert len(old.keys() - state.keys()) == 12
     assert renamed_parameters(old).keys() == state.keys()
 
 
 def test_contents_that_are_tokens_are_read_from_format_3() -> None:
     for features, content in ((True, "memory"), (False, "learned")):
         old = json.loads(
-            find_recipe("ddq-dino-r50").model_dump_json(exclude={"detector": {"queries": {"content_from"}}})
+            find_recipe("ddq-dino-r50").model_dump_json(
+                exclude={"detector": {"queries": {"content_from"}}}
+            )
         )
         old["detector"]["queries"]["features"] = features
         assert read_recipe(old, 3).model_dump()["detector"]["queries"]["content_from"] == content
@@ -227,12 +278,16 @@ def test_what_this_version_stores_it_reads_as_it_is() -> None:
 
 
 def test_older_runs_keep_the_statistics_that_they_were_trained_with(stored: Path) -> None:
-    """ImageNet's, whatever the backbone: `test_resnet`, which `sam` has, is given other ones by timm."""
+    """ImageNet's, whatever the backbone: `test_resnet`, which `sam` has, is given other ones by
+    timm.
+    """
     card = load_weights(stored / "sam")[1]
     assert card.recipe.detector.backbone.name == "test_resnet"
     assert (card.recipe.data.mean, card.recipe.data.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert timm_statistics("test_resnet")[0] != IMAGENET_MEAN
-    recipe = json.loads(find_recipe("dino-swin-l").model_dump_json(exclude={"data": {"mean", "std"}}))
+    recipe = json.loads(
+        find_recipe("dino-swin-l").model_dump_json(exclude={"data": {"mean", "std"}})
+    )
     assert read_recipe(recipe, 2).data.mean == IMAGENET_MEAN
     assert read_recipe(recipe, FORMAT).data.mean is None
     recipe["data"]["mean"] = [0.5, 0.4, 0.3]
@@ -241,7 +296,9 @@ def test_older_runs_keep_the_statistics_that_they_were_trained_with(stored: Path
 
 def test_a_study_goes_on(stored: Path, tmp_path: Path) -> None:
     source = resolve(write_shapes(tmp_path / "shapes", train=4, val=2, size=(64, 64)))
-    plan = plan_schemes("tiny", "none,align+co", source, seeds=(0,), epochs=4, override=OF_THE_STUDY + THEN["tiny"])
+    plan = plan_schemes(
+        "tiny", "none,align+co", source, seeds=(0,), epochs=4, override=OF_THE_STUDY + THEN["tiny"]
+    )
     file = stored / "study" / "plan.json"
     old = json.loads(file.read_text())
     file.write_text(json.dumps(old | {"data": json.loads(json.dumps(dict(plan.data)))}))

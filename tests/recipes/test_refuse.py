@@ -1,4 +1,6 @@
-"""Every kind of network with every scheme and class loss: it builds, or the refusal names both sides and what helps."""
+"""Every kind of network with every scheme and class loss: it builds, or the refusal names both
+sides and what helps.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,17 @@ from detrellis.schemes.config import SchemesConfig
 
 from ..small import CLASSES, small
 
-NETWORKS = ("tiny", "detr_r50", "conditional_detr_r50", "deformable_detr_r50_two_stage", "sam_detr_r50")
-POINTS, SOFTMAX = ("conditional_detr_r50", "deformable_detr_r50_two_stage", "detr_r50"), ("detr_r50",)
-BOXES_ONLY, SIGMOID_ONLY = ("dn", "cdn"), ("co", "align", "stable", "rank", "federated", "dac", "ms", "sqr")
+NETWORKS = (
+    "tiny",
+    "detr_r50",
+    "conditional_detr_r50",
+    "deformable_detr_r50_two_stage",
+    "sam_detr_r50",
+)
+POINTS = ("conditional_detr_r50", "deformable_detr_r50_two_stage", "detr_r50")
+SOFTMAX = ("detr_r50",)
+BOXES_ONLY = ("dn", "cdn")
+SIGMOID_ONLY = ("co", "align", "stable", "rank", "federated", "dac", "ms", "sqr")
 TWO_STAGE = ("tiny", "deformable_detr_r50_two_stage")  # dense queries need proposals
 SETTERS = ("align", "stable", "rank")  # of what a positive's class should learn
 
@@ -34,19 +44,27 @@ def refused(recipe: Recipe) -> str | None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_schemes_and_losses_that_cannot_be_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schemes_and_losses_that_cannot_be_are_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(network, "build_backbone", cache(network.build_backbone))
     plain = small(name, ["none"])
     for scheme, loss in product(("none", *SchemesConfig.model_fields), ("focal", "qfl")):
         said = refused(plain.with_schemes(scheme).override(f"loss.classification={loss}"))
-        unfit = (scheme in BOXES_ONLY and name in POINTS) or (scheme in SIGMOID_ONLY and name in SOFTMAX)
+        unfit = (scheme in BOXES_ONLY and name in POINTS) or (
+            scheme in SIGMOID_ONLY and name in SOFTMAX
+        )
         unfit |= scheme == "dense" and name not in TWO_STAGE
         unfit |= scheme == "ms"  # their layers have self-attention first
         unfit |= scheme == "sqr" and name == "dfine_s"  # whose layers hand on distributions
         lossy = loss != "focal" and (name in SOFTMAX or scheme in SETTERS)
         assert (said is not None) == (unfit or lossy), (scheme, loss, said)
         assert said is None or re.search(r"-o |Leave ", said)
-        assert said is None or (f"scheme {scheme}" if unfit and not lossy else f"loss.classification={loss}") in said
+        assert (
+            said is None
+            or (f"scheme {scheme}" if unfit and not lossy else f"loss.classification={loss}")
+            in said
+        )
     said = refused(plain.override("detector.iou_branch=root"))
     assert (said is not None) == (name in SOFTMAX)
     assert said is None or "scores=softmax and iou_branch=root" in said
@@ -56,4 +74,6 @@ def test_a_warmup_is_a_fraction_or_steps() -> None:
     said = refused(small("tiny").override("schedule.warmup_steps=100"))
     assert said is not None
     assert "warmup=0.03 and warmup_steps=100" in said
-    assert refused(small("tiny").override(["schedule.warmup_steps=100", "schedule.warmup=0"])) is None
+    assert (
+        refused(small("tiny").override(["schedule.warmup_steps=100", "schedule.warmup=0"])) is None
+    )

@@ -42,7 +42,9 @@ def without_weights(config: DetectorConfig) -> nn.Module:
         ("sam-detr-plus-r50-smca", False, 55_021_546),
     ],
 )
-def test_as_many_parameters_are_trained_as_the_released_code_says(name: str, normed: bool, expected: int) -> None:
+def test_as_many_parameters_are_trained_as_the_released_code_says(
+    name: str, normed: bool, expected: int
+) -> None:
     config = find_recipe(name).untrained().detector
     config = resized(config, encoder={"neck_norm": True}) if normed else config
     detector = without_weights(config)
@@ -60,7 +62,9 @@ def test_names_say_what_is_added(name: str) -> None:
     assert queries.kind == "anchors"
     assert detector.cross_attention.smca == ("smca" in words)
     assert (recipe.schemes.dn is not None) == ("dn" in words)
-    assert (queries.content, queries.indicator) == (("shared", True) if "dn" in words else ("zero", False))
+    assert (queries.content, queries.indicator) == (
+        ("shared", True) if "dn" in words else ("zero", False)
+    )
     assert detector.backbone.dilation == ("dc5" in words)
     assert detector.encoder.levels == (3 if "plus" in words else 1)
     assert recipe.optim.batch_size == (8 if "dc5" in words else 16)
@@ -74,8 +78,19 @@ def test_published_settings() -> None:
     for name in NAMES:
         recipe = find_recipe(name)
         loss, d = recipe.loss, recipe.detector
-        assert (loss.classes, loss.box, loss.giou) == (loss.cost_classes, loss.cost_box, loss.cost_giou) == (2, 5, 2)
-        assert (d.queries.count, d.dropout, d.decoder.hidden, d.top_k, d.eps, d.position_offset) == (
+        assert (
+            (loss.classes, loss.box, loss.giou)
+            == (loss.cost_classes, loss.cost_box, loss.cost_giou)
+            == (2, 5, 2)
+        )
+        assert (
+            d.queries.count,
+            d.dropout,
+            d.decoder.hidden,
+            d.top_k,
+            d.eps,
+            d.position_offset,
+        ) == (
             300,
             0,
             2048,
@@ -97,9 +112,13 @@ def test_layers_of_several_levels_read_them_from_coarse_to_fine() -> None:
     assert [layer.cross_attention.level for layer in decoder.layers] == [2, 2, 1, 1, 0, 0]
 
 
-@pytest.mark.parametrize(("keypoints", "heads"), [(None, 8), (1, 8), (2, 8), (4, 8), (8, 8), (16, 16)])
+@pytest.mark.parametrize(
+    ("keypoints", "heads"), [(None, 8), (1, 8), (2, 8), (4, 8), (8, 8), (16, 16)]
+)
 def test_keypoints_are_shared_or_add_heads(keypoints: int | None, heads: int) -> None:
-    config = resized(sam_detector(), width=64, cross_attention={"keypoints": keypoints, "smca": True})
+    config = resized(
+        sam_detector(), width=64, cross_attention={"keypoints": keypoints, "smca": True}
+    )
     attention = build_cross_attention(config, 0)
     assert isinstance(attention, SemanticCrossAttention)
     assert attention.heads == attention.aligner.heads == heads
@@ -167,25 +186,46 @@ def test_smca_by_itself_takes_what_needs_no_boxes(name: str) -> None:
         (
             "conditional-detr-r50",
             ["cross_attention.kind=semantic"],
-            ["cross_attention.kind=semantic", "queries.kind=learned", "-o detector.queries.kind=anchors"],
+            [
+                "cross_attention.kind=semantic",
+                "queries.kind=learned",
+                "-o detector.queries.kind=anchors",
+            ],
         ),
         (
             "dino-r50",
             ["cross_attention.kind=semantic"],
-            ["cross_attention.kind=semantic", "queries.kind=mixed", "-o detector.queries.kind=anchors"],
+            [
+                "cross_attention.kind=semantic",
+                "queries.kind=mixed",
+                "-o detector.queries.kind=anchors",
+            ],
         ),
         (
             "smca-detr-r50",
             ["queries.kind=anchors"],
-            ["smca", "cross_attention.kind=dense", "-o detector.queries.kind=learned", "refine=none"],
+            [
+                "smca",
+                "cross_attention.kind=dense",
+                "-o detector.queries.kind=learned",
+                "refine=none",
+            ],
         ),
-        ("smca-detr-r50", ["decoder.refine=detached"], ["smca", "cross_attention.kind=dense", "refine=none"]),
+        (
+            "smca-detr-r50",
+            ["decoder.refine=detached"],
+            ["smca", "cross_attention.kind=dense", "refine=none"],
+        ),
         (
             "sam-detr-r50",
             ["cross_attention.keypoints=3"],
             ["cross_attention.keypoints=3", "heads=8", "-o detector.cross_attention.keypoints=8"],
         ),
-        ("sam-detr-r50", ["cross_attention.keypoints=12"], ["cross_attention.keypoints=12", "width=256"]),
+        (
+            "sam-detr-r50",
+            ["cross_attention.keypoints=12"],
+            ["cross_attention.keypoints=12", "width=256"],
+        ),
         (
             "sam-detr-plus-r50",
             ["encoder.kind=dense"],
@@ -193,8 +233,12 @@ def test_smca_by_itself_takes_what_needs_no_boxes(name: str) -> None:
         ),
     ],
 )
-def test_undefined_combinations_are_refused(name: str, overrides: list[str], parts: list[str]) -> None:
-    config = find_recipe(name).untrained().override([f"detector.{text}" for text in overrides]).detector
+def test_undefined_combinations_are_refused(
+    name: str, overrides: list[str], parts: list[str]
+) -> None:
+    config = (
+        find_recipe(name).untrained().override([f"detector.{text}" for text in overrides]).detector
+    )
     with pytest.raises(UserError) as error:
         without_weights(config)
     assert all(part in str(error.value) for part in [*parts, "-o "])

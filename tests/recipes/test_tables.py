@@ -1,4 +1,6 @@
-"""The papers' tables: every row says what was published and where, and every run can be built and trained."""
+"""The papers' tables: every row says what was published and where, and every run can be built and
+trained.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def test_every_experiment_of_the_papers_is_there() -> None:
 
 def test_loading_imports_no_torch() -> None:
     code = (
-        "import sys; from detrellis.recipes import tables; tables.load_paper('co'); assert 'torch' not in sys.modules"
+        "import sys; from detrellis.recipes import tables; tables.load_paper('co'); assert "
+        "'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -62,7 +65,11 @@ def test_rows_say_what_was_published_and_where(table: PaperTable) -> None:
 
 @every_table
 def test_rows_of_a_part_are_different_runs(table: PaperTable) -> None:
-    runs = [(row.part, str(row.boxes), row.build().model_dump_json()) for row in table.rows if not row.missing]
+    runs = [
+        (row.part, str(row.boxes), row.build().model_dump_json())
+        for row in table.rows
+        if not row.missing
+    ]
     assert len(set(runs)) == len(runs)
 
 
@@ -79,8 +86,18 @@ def test_rows_name_where_their_boxes_come_from(name: str) -> None:
 
 # Numbers of the specifications, which were read off the papers separately.
 PUBLISHED = [
-    ("align", "1", "Align-DETR 12e", {"AP": 50.5, "AP50": 67.7, "AP75": 55.3, "APs": 34.7, "APm": 53.6, "APl": 64.6}),
-    ("align", "1", "DINO 24e", {"AP": 50.4, "AP50": 68.3, "AP75": 54.8, "APs": 33.3, "APm": 53.7, "APl": 64.8}),
+    (
+        "align",
+        "1",
+        "Align-DETR 12e",
+        {"AP": 50.5, "AP50": 67.7, "AP75": 55.3, "APs": 34.7, "APm": 53.6, "APl": 64.6},
+    ),
+    (
+        "align",
+        "1",
+        "DINO 24e",
+        {"AP": 50.4, "AP50": 68.3, "AP75": 54.8, "APs": 33.3, "APm": 53.7, "APl": 64.8},
+    ),
     ("align", "2", "Align-H-DETR", {"AP": 49.3, "AP50": 67.2, "AP75": 53.7}),
     ("align", "3", "PSL + PMC", {"AP": 50.2, "AP50": 66.7, "AP75": 55.0}),
     ("align", "4", "without box weights", {"AP": 49.7, "AP50": 66.9, "AP75": 54.1}),
@@ -89,7 +106,12 @@ PUBLISHED = [
     ("align", "release", "IA-BCE 24e", {"AP": 51.4, "AP50": 69.1, "APl": 65.7}),
     ("co", "2", "Deformable-DETR K=2 36e", {"AP": 46.5}),
     ("co", "3", "DINO Swin-L K=0", {"AP": 58.5}),
-    ("co", "4", "Co-DINO R50", {"AP": 52.1, "AP50": 69.4, "AP75": 57.1, "APs": 35.4, "APm": 55.4, "APl": 65.9}),
+    (
+        "co",
+        "4",
+        "Co-DINO R50",
+        {"AP": 52.1, "AP50": 69.4, "AP75": 57.1, "APs": 35.4, "APm": 55.4, "APl": 65.9},
+    ),
     ("co", "6", "Co-DETR ViT-L", {"AP": 67.9, "AP_minival": 71.9}),
     ("co", "7", "six heads", {"AP": 48.9}),
     ("co", "8", "ATSS", {"AP": 46.8}),
@@ -99,7 +121,12 @@ PUBLISHED = [
     ("group", "1", "K=11 12e", {"AP": 37.6, "APs": 18.2, "APm": 40.7, "APl": 55.9}),
     ("group", "2", "Group DAB-DETR-DC5 12e", {"AP": 41.9}),
     ("group", "3", "Group Mask2Former", {"AP": 39.5}),
-    ("sam", "1", "SAM-DETR++-R50 SMCA DN", {"AP": 44.8, "AP50": 62.6, "AP75": 47.9, "APs": 26.7, "APl": 60.9}),
+    (
+        "sam",
+        "1",
+        "SAM-DETR++-R50 SMCA DN",
+        {"AP": 44.8, "AP50": 62.6, "AP75": 47.9, "APs": 26.7, "APl": 60.9},
+    ),
     ("sam", "2", "SMCA-DETR-R50 108e", {"AP": 45.6}),
     ("sam", "3", "MaxPool", {"AP": 27.0, "AP50": 50.2}),
     ("sam", "4", "within image", {"AP": 30.0, "AP50": 52.3, "AP75": 29.2}),
@@ -109,7 +136,9 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("paper", "table", "row", "numbers"), PUBLISHED)
-def test_numbers_are_the_specifications(paper: str, table: str, row: str, numbers: dict[str, float]) -> None:
+def test_numbers_are_the_specifications(
+    paper: str, table: str, row: str, numbers: dict[str, float]
+) -> None:
     found = load_paper(paper).table(table).row(row).published
     assert found | numbers == found
 
@@ -117,10 +146,14 @@ def test_numbers_are_the_specifications(paper: str, table: str, row: str, number
 @pytest.mark.parametrize("paper", papers())
 def test_numbers_taken_from_other_tables_are_theirs(paper: str) -> None:
     rows = [row for table in load_paper(paper).tables for row in table.rows]
-    found = [(row, m) for row in rows if (m := re.search(r"AP of Table (\w+), row (\d+)", row.source))]
+    found = [
+        (row, m) for row in rows if (m := re.search(r"AP of Table (\w+), row (\d+)", row.source))
+    ]
     assert found or paper == "co"
     for row, m in found:
-        assert row.published["AP"] == load_paper(paper).table(m[1]).row(m[2]).published["AP"], row.name
+        assert row.published["AP"] == load_paper(paper).table(m[1]).row(m[2]).published["AP"], (
+            row.name
+        )
 
 
 def test_costs() -> None:
@@ -146,7 +179,9 @@ def test_costs() -> None:
         ("sam", "3", "+ multi-scale", 19.6),
     ],
 )
-def test_deltas_refer_to_the_papers_baselines(paper: str, table: str, row: str, delta: float) -> None:
+def test_deltas_refer_to_the_papers_baselines(
+    paper: str, table: str, row: str, delta: float
+) -> None:
     found = load_paper(paper).table(table)
     own = found.row(row)
     reference = found.baseline(own)
@@ -184,7 +219,9 @@ def test_what_does_not_exist_is_named(paper: str, table: str, row: str, message:
 
 
 def test_a_row_that_misses_something_says_what() -> None:
-    with pytest.raises(UserError, match=r"Table 1, row 4 \(AdaMixer\) cannot be run: it needs AdaMixer"):
+    with pytest.raises(
+        UserError, match=r"Table 1, row 4 \(AdaMixer\) cannot be run: it needs AdaMixer"
+    ):
         load_paper("align").table("1").row("AdaMixer").build()
 
 
@@ -210,7 +247,9 @@ def test_published_lengths_and_others() -> None:
     assert row.build().schedule.drops == (pytest.approx(20 / 24),)
     short = row.build(epochs=6)
     assert (short.schedule.epochs, short.schedule.drops) == (6, row.build().schedule.drops)
-    assert load_paper("sam").table("1").row("SAM-DETR-R50").build().schedule.drops == (pytest.approx(10 / 12),)
+    assert load_paper("sam").table("1").row("SAM-DETR-R50").build().schedule.drops == (
+        pytest.approx(10 / 12),
+    )
     with pytest.raises(UserError, match=r"schedule\.epochs"):
         row.build(epochs=0)
 
@@ -218,7 +257,12 @@ def test_published_lengths_and_others() -> None:
 def parts(recipe: Recipe) -> str:
     """What is built from a recipe. Of numbers that only weigh, whether they are zero."""
     built = (recipe.detector, recipe.loss, recipe.schemes)
-    return str([json.loads(part.model_dump_json(), parse_float=lambda text: float(text) > 0) for part in built])
+    return str(
+        [
+            json.loads(part.model_dump_json(), parse_float=lambda text: float(text) > 0)
+            for part in built
+        ]
+    )
 
 
 PLAIN = "detector.backbone.drop_path=0"
@@ -249,5 +293,7 @@ def test_every_run_trains() -> None:
         losses = torch.stack(list(model(images(), truth).losses.values()))
         assert losses.isfinite().all(), place
         losses.sum().backward()
-        total = sum(float(p.grad.abs().sum()) for p in model.detector.parameters() if p.grad is not None)
+        total = sum(
+            float(p.grad.abs().sum()) for p in model.detector.parameters() if p.grad is not None
+        )
         assert 0 < total < float("inf"), place

@@ -1,4 +1,6 @@
-"""Every field of a recipe with every kind of nonsense: it builds, or there is one clear error that names the field."""
+"""Every field of a recipe with every kind of nonsense: it builds, or there is one clear error that
+names the field.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ NONSENSE: tuple[Any, ...] = (
 
 
 def fields(config: type[Config], prefix: str = "", kind: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted names of all fields, and what `kind` they belong to, where they belong to one of several."""
+    """The dotted names of all fields, and what `kind` they belong to, where they belong to one of
+    several.
+    """
     for name, field in config.model_fields.items():
         kinds = configs_of(field.annotation)
         yield prefix + name, kind
@@ -109,13 +113,18 @@ def test_a_value_fits_or_is_refused_by_name(place: str, kind: str) -> None:
     name, *parents = reversed(place.split("."))
     for value in NONSENSE:
         said = refusal(base_of(kind), place, value)
-        assert said is None or any(part in said for part in (name, *parents[:1], *parents[:-1])), (value, said)
+        assert said is None or any(part in said for part in (name, *parents[:1], *parents[:-1])), (
+            value,
+            said,
+        )
 
 
 def test_a_stored_recipe_that_no_longer_fits_is_one_clear_error(tmp_path: Path) -> None:
     metadata = Card(BASE, ClassMap((1,), ("cat",)), {}, 0, False).to_metadata()
     assert Card.from_metadata(metadata, tmp_path).recipe == BASE
     metadata["detrellis"] = metadata["detrellis"].replace('"points": 4', '"points": 0')
-    with pytest.raises(UserError, match=r"detector\.encoder\.points=0 has to be at least 1") as error:
+    with pytest.raises(
+        UserError, match=r"detector\.encoder\.points=0 has to be at least 1"
+    ) as error:
         Card.from_metadata(metadata, tmp_path)
     assert str(tmp_path) in str(error.value)

@@ -1,4 +1,6 @@
-"""The error analysis, of detections whose errors are known; its page; and the thresholds that predicting takes."""
+"""The error analysis, of detections whose errors are known; its page; and the thresholds that
+predicting takes.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def annotations(folder: Path, images: int = 20) -> Annotations:
 
 
 def detected(truth: Annotations, shown: Annotations) -> CocoEvaluator:
-    """A good detector's detections of `truth`, against what `shown` says: shaky boxes, weak false alarms beside."""
+    """A good detector's detections of `truth`, against what `shown` says: shaky boxes, weak false
+    alarms beside.
+    """
     rng = np.random.default_rng(1)
     evaluator = CocoEvaluator(shown)
     for image in range(len(truth)):
@@ -141,10 +145,14 @@ class Reader(HTMLParser):
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
-def test_the_page_stands_alone_and_escapes(planted: tuple[CocoEvaluator, set[int]], tmp_path: Path) -> None:
+def test_the_page_stands_alone_and_escapes(
+    planted: tuple[CocoEvaluator, set[int]], tmp_path: Path
+) -> None:
     evaluator, _ = planted
     card = Card(find_recipe("tiny"), CLASSES, {}, epoch=3, step=30)
-    result = write_report(Outputs(tmp_path), evaluator, evaluator.compute(), card, "detrellis eval '<run>'", "val")
+    result = write_report(
+        Outputs(tmp_path), evaluator, evaluator.compute(), card, "detrellis eval '<run>'", "val"
+    )
     assert result.report is not None
     text = Path(result.report).read_text()
     reader = Reader()
@@ -164,13 +172,17 @@ def test_the_page_stands_alone_and_escapes(planted: tuple[CocoEvaluator, set[int
 def test_a_report_names_the_command_that_repeats_it() -> None:
     assert evaluation_command("run", EvalOptions(), "coco") == "detrellis eval run"
     options = EvalOptions(data="d", split="test", skip_bad="boxes")
-    tiled = evaluation_command("run", options, "masks", nms=0.5, tiling=Tiling(640, 0.1, full=False))
+    tiled = evaluation_command(
+        "run", options, "masks", nms=0.5, tiling=Tiling(640, 0.1, full=False)
+    )
     assert tiled == (
-        "detrellis eval run --data d --nms 0.5 --metric masks --split test --tiles 640 --overlap 0.1"
-        " --tiles-only --skip-bad --keep-partial"
+        "detrellis eval run --data d --nms 0.5 --metric masks --split test --tiles 640 "
+        "--overlap 0.1 --tiles-only --skip-bad --keep-partial"
     )
     assert evaluation_command("run", EvalOptions(), "coco", tta=True) == "detrellis eval run --tta"
-    assert evaluation_command("run", EvalOptions(), "coco", tta="64,flip").endswith("--tta-views 64,flip")
+    assert evaluation_command("run", EvalOptions(), "coco", tta="64,flip").endswith(
+        "--tta-views 64,flip"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +193,9 @@ def test_a_report_names_the_command_that_repeats_it() -> None:
         ({"tiles": 64, "tta": True}, "both views"),
     ],
 )
-def test_what_no_evaluation_can_do_is_refused_before_it(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_no_evaluation_can_do_is_refused_before_it(
+    given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "run.safetensors").touch()  # not even the weights are opened
     with pytest.raises(UserError, match=message):
         api.evaluate(tmp_path / "run.safetensors", **given)

@@ -58,7 +58,11 @@ def test_each_target_owns_exactly_its_k_distinct_queries(
         for image, size in enumerate(sizes):
             allowed = max(1, min(k, queries // (2 * size))) if size else 0
             for copy in range(copies):
-                inside = (found.layer == layer) & (found.image == image) & (found.query // queries == copy)
+                inside = (
+                    (found.layer == layer)
+                    & (found.image == image)
+                    & (found.query // queries == copy)
+                )
                 owned = found.target[inside]
                 assert len(set(found.query[inside].tolist())) == len(owned)
                 counts = [(owned == truth.offsets[image] + t).sum().item() for t in range(size)]
@@ -68,8 +72,14 @@ def test_each_target_owns_exactly_its_k_distinct_queries(
                     assert sorted(counts, reverse=True) == [1] * queries + [0] * (size - queries)
     # A candidate set is of one target in one layer and copy.
     sets = {}
-    for layer, query, target, own in zip(*(t.tolist() for t in (found.layer, *found[2:])), strict=True):
-        assert sets.setdefault(own, (layer, query // queries, target)) == (layer, query // queries, target)
+    for layer, query, target, own in zip(
+        *(t.tolist() for t in (found.layer, *found[2:])), strict=True
+    ):
+        assert sets.setdefault(own, (layer, query // queries, target)) == (
+            layer,
+            query // queries,
+            target,
+        )
     assert len(set(sets.values())) == len(sets)
 
 
@@ -92,9 +102,12 @@ def test_the_order_of_images_changes_only_indices(seed: int, order: list[int], k
 
 @given(st.integers(0, 50), st.permutations(range(12)), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
-def test_the_order_of_queries_changes_neither_losses_nor_ranks(seed: int, order: list[int], k: int) -> None:
+def test_the_order_of_queries_changes_neither_losses_nor_ranks(
+    seed: int, order: list[int], k: int
+) -> None:
     output, truth = problem(2, (2, 1), 12, seed)
-    overlapping = torch.tensor([0.1, 0.1, 0.5, 0.5])  # where IoUs are 0 the qualities tie, and the lower index leads
+    # Where IoUs are 0 the qualities tie, and the lower index leads
+    overlapping = torch.tensor([0.1, 0.1, 0.5, 0.5])
     output = output._replace(boxes=overlapping * output.boxes + torch.tensor([0.4, 0.4, 0.2, 0.2]))
     truth = truth._replace(boxes=overlapping * truth.boxes + torch.tensor([0.4, 0.4, 0.2, 0.2]))
     supervision = Align(AlignConfig(k=k)).supervision(Supervision())
@@ -108,7 +121,9 @@ def test_the_order_of_queries_changes_neither_losses_nor_ranks(seed: int, order:
         found = assign([Match(o, truth, supervision.assign)])[0]
         ranks = rank(quality(pair_up(o, truth, found), 0.25), found.candidate_set)
         queries = [names[q] for q in found.query]
-        return set(zip(found.layer.tolist(), queries, found.target.tolist(), ranks.tolist(), strict=True))
+        return set(
+            zip(found.layer.tolist(), queries, found.target.tolist(), ranks.tolist(), strict=True)
+        )
 
     assert ranked(output, list(range(12))) == ranked(turned, order)
 
@@ -132,7 +147,10 @@ def test_rank_counts_better_or_earlier_rows_of_the_bag(given_rows: list[tuple[in
     bag = torch.tensor([b for b, _ in given_rows], dtype=torch.int64)
     score = torch.tensor([float(s) for _, s in given_rows])
     expected = [
-        sum(b == bag[i] and (s > score[i] or (s == score[i] and j < i)) for j, (b, s) in enumerate(given_rows))
+        sum(
+            b == bag[i] and (s > score[i] or (s == score[i] and j < i))
+            for j, (b, s) in enumerate(given_rows)
+        )
         for i in range(len(given_rows))
     ]
     assert rank(score, bag).tolist() == expected
@@ -152,7 +170,11 @@ def perfect(k: int, alpha: float) -> tuple[DecoderOutput, Targets, Align]:
     logits = torch.randn(1, 1, 6, CLASSES, generator=g, dtype=torch.float64)
     truth = targets((1,))._replace(boxes=targets((1,)).boxes.double())
     boxes = truth.boxes.expand(1, 1, 6, 4).clone()
-    return DecoderOutput(logits, boxes, boxes), truth, Align(AlignConfig(k=k, k_last=k, alpha=alpha, floor=0.0))
+    return (
+        DecoderOutput(logits, boxes, boxes),
+        truth,
+        Align(AlignConfig(k=k, k_last=k, alpha=alpha, floor=0.0)),
+    )
 
 
 def test_of_perfect_boxes_it_is_the_focal_loss_without_alpha() -> None:
@@ -173,7 +195,9 @@ def test_the_target_has_no_gradient_and_classes_do_not_move_boxes() -> None:
     found = assign([Match(output, truth, supervision.assign)])[0]
     assert not align.soft_target(pair_up(output, truth, found)).target.requires_grad
     terms = supervision.rule(output, truth, found, ONE)
-    (gradient,) = torch.autograd.grad(terms["class"].sum(), [leaves[1]], allow_unused=True, retain_graph=True)
+    (gradient,) = torch.autograd.grad(
+        terms["class"].sum(), [leaves[1]], allow_unused=True, retain_graph=True
+    )
     assert gradient is None or not gradient.any()
     # Eq. 3 with the target held fixed, at a matched entry.
     (gradient,) = torch.autograd.grad(terms["class"].sum(), [leaves[0]])
@@ -187,7 +211,9 @@ def test_the_target_has_no_gradient_and_classes_do_not_move_boxes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_finite_at_any_logit(loss: str, dtype: torch.dtype) -> None:
     output, truth = problem(1, (3,), 8)
-    logits = torch.tensor([120.0, -120, 0, 88, -88, 17, -1e4, 1e4], dtype=dtype)[None, None, :, None]
+    logits = torch.tensor([120.0, -120, 0, 88, -88, 17, -1e4, 1e4], dtype=dtype)[
+        None, None, :, None
+    ]
     logits = logits.repeat(1, 1, 1, 6).requires_grad_()
     base = Supervision() if loss in ("align", "ia_bce") else Supervision(rule=CLASSIFICATION[loss])
     if loss in ("align", "ia_bce"):
@@ -205,7 +231,9 @@ def test_the_loss_is_focal_at_both_ends(target: float, logit: float) -> None:
     x = torch.tensor(logit, dtype=torch.float64)
     p = x.sigmoid()
     expected = -target * (1 - p) ** 2 * p.log() - (1 - target) * p**2 * (1 - p).log()
-    torch.testing.assert_close(align_loss(x, torch.tensor(target, dtype=torch.float64)), expected, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(
+        align_loss(x, torch.tensor(target, dtype=torch.float64)), expected, atol=1e-7, rtol=1e-6
+    )
 
 
 def test_boxes_are_weighed_by_rank_and_divided_by_uncopied_targets() -> None:
@@ -215,7 +243,11 @@ def test_boxes_are_weighed_by_rank_and_divided_by_uncopied_targets() -> None:
         supervision = align.supervision(Supervision())
         found = assign([Match(output, truth, supervision.assign)])[0]
         pairs = pair_up(output, truth, found)
-        weight = rank_weight(rank(quality(pairs, 0.25), found.candidate_set).float(), 1.5) if ranked else torch.ones(6)
+        weight = (
+            rank_weight(rank(quality(pairs, 0.25), found.candidate_set).float(), 1.5)
+            if ranked
+            else torch.ones(6)
+        )
         losses, _ = supervise([supervision.task("main", output, truth, torch.tensor(2.0))])
         expected = (weight * (pairs.boxes - pairs.target_boxes).abs().sum(-1)).sum() / 2
         torch.testing.assert_close(losses["main/box/0"] / 5, expected)

@@ -27,13 +27,18 @@ def outputs(layers: int = 2, queries: int = 40) -> DecoderOutput:
 
 def test_every_target_with_a_positive_gets_its_best_queries() -> None:
     output, truth = outputs(), targets((3, 4))
-    found = assign([Match(output, truth, Dynamic(np.arange, k=3, threshold=0.5, positive_fraction=1.0))])[0]
+    found = assign(
+        [Match(output, truth, Dynamic(np.arange, k=3, threshold=0.5, positive_fraction=1.0))]
+    )[0]
     for layer in range(2):
         for image in range(2):
             mine = (found.layer == layer) & (found.image == image)
             owned = range(truth.offsets[image], truth.offsets[image] + truth.sizes[image])
-            labels, boxes = truth.labels[owned.start : owned.stop], truth.boxes[owned.start : owned.stop]
-            scores = -Dynamic(np.arange).cost(output.logits[layer, image], output.boxes[layer, image], labels, boxes)
+            labels = truth.labels[owned.start : owned.stop]
+            boxes = truth.boxes[owned.start : owned.stop]
+            scores = -Dynamic(np.arange).cost(
+                output.logits[layer, image], output.boxes[layer, image], labels, boxes
+            )
             best = scores.argmax(1)
             positive = scores.amax(1) >= 0.5
             positive[scores.argmax(0)] = True
@@ -51,7 +56,9 @@ def test_positives_are_a_drawn_part_of_the_queries_at_most() -> None:
     drawn: list[int] = []
     replace(rule, draw=lambda n: (drawn.append(n), np.arange(n))[1]).solve(costs, 0, 1)
     assert drawn == [40]  # all that are positives, and no draw where they are few enough
-    replace(rule, draw=lambda n: (drawn.append(n), np.arange(n))[1], positive_fraction=1.0).solve(costs, 0, 1)
+    replace(rule, draw=lambda n: (drawn.append(n), np.arange(n))[1], positive_fraction=1.0).solve(
+        costs, 0, 1
+    )
     assert drawn == [40]
     assert [len(rows) for rows in rule.solve(np.zeros((40, 0)), 0, 1)] == [0, 0]
 
@@ -60,7 +67,13 @@ def test_a_query_of_two_targets_learns_the_class_of_the_better_alone() -> None:
     """Both boxes count. The other class is a negative like any other."""
     truth = targets((2,))._replace(labels=torch.tensor([1, 3]))
     output = outputs(1, 6).map(lambda t: t[:, :1])
-    both = torch.tensor([0, 0]), torch.tensor([0, 0]), torch.tensor([4, 4]), torch.tensor([0, 1]), torch.tensor([0, 1])
+    both = (
+        torch.tensor([0, 0]),
+        torch.tensor([0, 0]),
+        torch.tensor([4, 4]),
+        torch.tensor([0, 1]),
+        torch.tensor([0, 1]),
+    )
     rows = Assignment(*both)
     one = SetLoss(once=True)(output, truth, rows, torch.ones(()))
     last = SetLoss()(output, truth, Assignment(*(column[1:] for column in both)), torch.ones(()))
@@ -78,11 +91,16 @@ def test_queries_of_the_second_stream_do_not_read_each_other() -> None:
 
     def decoded(attends: bool, content: Tensor) -> Tensor:
         segment = Segment("dac", count, attends=attends)
-        return model.detector.decode(step.memory, {segment: step.queries._replace(content=content)})["dac"].logits[-1]
+        return model.detector.decode(
+            step.memory, {segment: step.queries._replace(content=content)}
+        )["dac"].logits[-1]
 
     other = step.queries.content.clone()
     other[:, 0] += 1
-    changed = [(decoded(a, other) - decoded(a, step.queries.content)).abs().amax(-1) > 0 for a in (False, True)]
+    changed = [
+        (decoded(a, other) - decoded(a, step.queries.content)).abs().amax(-1) > 0
+        for a in (False, True)
+    ]
     assert changed[0].tolist() == [[True] + [False] * (count - 1)] * 2
     assert changed[1].all()
 
@@ -99,7 +117,9 @@ def test_one_to_many_losses_are_the_base_s_with_other_pairs() -> None:
 
 
 def test_ms_learns_what_queries_read_before_they_are_told_apart() -> None:
-    """With blocks that change nothing and targets' classes once, its output is the heads' of that stream."""
+    """With blocks that change nothing and targets' classes once, its output is the heads' of that
+    stream.
+    """
     model = build(small("ms_deformable_detr_r50"), CLASSES, seed=0).eval()
     decoder = model.detector.decoder
     with torch.no_grad():
@@ -109,7 +129,9 @@ def test_ms_learns_what_queries_read_before_they_are_told_apart() -> None:
         said = decoder.say(list(output.between.states), output.between.references)  # type: ignore[operator]
         read = decoder.layers[0].read(
             step.queries.content,
-            decoder.position(0, step.queries.content, step.queries, step.queries.boxes, step.memory),
+            decoder.position(
+                0, step.queries.content, step.queries, step.queries.boxes, step.memory
+            ),
             step.memory,
         )
         torch.testing.assert_close(said.logits[0], decoder.heads.logits(0, read))

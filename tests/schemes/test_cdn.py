@@ -17,7 +17,16 @@ from ..small import CLASSES, images, small, targets
 
 @pytest.mark.parametrize(
     ("number", "most", "groups"),
-    [(100, 0, 1), (100, 4, 25), (100, 7, 14), (100, 150, 1), (50, 10, 5), (49, 10, 98), (6, 3, 12), (1, 9, 2)],
+    [
+        (100, 0, 1),
+        (100, 4, 25),
+        (100, 7, 14),
+        (100, 150, 1),
+        (50, 10, 5),
+        (49, 10, 98),
+        (6, 3, 12),
+        (1, 9, 2),
+    ],
 )
 def test_group_count(number: int, most: int, groups: int) -> None:
     assert group_count(number, most) == groups
@@ -52,7 +61,9 @@ def test_every_positive_knows_its_own_target_at_every_layer() -> None:
     known = positives(layout, 3)
     assert layout.slots == 4 * 2 * 3
     assert len(known.query) == 3 * 4 * 5
-    for image, query, target in zip(known.image.tolist(), known.query.tolist(), known.target.tolist(), strict=True):
+    for image, query, target in zip(
+        known.image.tolist(), known.query.tolist(), known.target.tolist(), strict=True
+    ):
         assert query % 6 == target - truth.offsets[image]
 
 
@@ -60,7 +71,9 @@ def test_empty_slots_are_neutral() -> None:
     scheme = ContrastiveDenoising(CDNConfig(), 8, CLASSES, 1e-3)
     truth = targets((1, 3))
     layout = lay_out(truth, 2, 2)
-    queries = scheme.queries(truth, layout, draw_noise(len(layout.slot), CLASSES, torch.Generator()))
+    queries = scheme.queries(
+        truth, layout, draw_noise(len(layout.slot), CLASSES, torch.Generator())
+    )
     used = torch.zeros(2, layout.slots, dtype=torch.bool)
     used[layout.image, layout.slot] = True
     assert used.sum() == 2 * 2 * 4
@@ -84,6 +97,8 @@ def test_the_seed_alone_decides() -> None:
 
 
 def test_detectors_without_box_queries_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"cdn cannot train deformable-detr-r50:.*queries are not boxes") as error:
+    with pytest.raises(
+        UserError, match=r"cdn cannot train deformable-detr-r50:.*queries are not boxes"
+    ) as error:
         build(small("deformable_detr_r50", ["cdn"]), CLASSES)
     assert "dino-r50" in error.value.remedy

@@ -1,4 +1,6 @@
-"""The dense auxiliary heads: what golden vectors do not say about their assignment, losses and detections."""
+"""The dense auxiliary heads: what golden vectors do not say about their assignment, losses and
+detections.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +55,21 @@ def make_scene(
     width: int = WIDTH,
     padding: tuple[int, int] = (0, 0),
 ) -> Scene:
-    """Random maps of images padded to the largest, and by as many pixels more; the classes follow each other."""
+    """Random maps of images padded to the largest, and by as many pixels more; the classes follow
+    each other.
+    """
     generator = torch.Generator().manual_seed(0)
     height, length = (max(size[i] for size in sizes) + padding[i] for i in (0, 1))
     shapes = [(math.ceil(height / s), math.ceil(length / s)) for s in strides]
     maps = tuple(torch.randn(len(sizes), width, *shape, generator=generator) for shape in shapes)
     own = tuple(torch.as_tensor(b, dtype=torch.float32).view(-1, 4) for b in boxes)
-    return Scene(maps, strides, torch.tensor(sizes).float(), tuple(torch.arange(len(b)) % CLASSES for b in own), own)
+    return Scene(
+        maps,
+        strides,
+        torch.tensor(sizes).float(),
+        tuple(torch.arange(len(b)) % CLASSES for b in own),
+        own,
+    )
 
 
 def make(branch: Dense, scene: Scene) -> ATSS | RetinaNet | FCOS | GFL | PAA:
@@ -71,9 +81,15 @@ DRAW = random_draw(torch.Generator().manual_seed(0))
 
 
 def outputs(branch: ATSS | RetinaNet | FCOS | GFL | PAA, scene: Scene) -> list[list[Tensor]]:
-    """Random classes, boxes and quality, each `(B, n, H, W)` for every level, as a head's convolutions give them."""
+    """Random classes, boxes and quality, each `(B, n, H, W)` for every level, as a head's
+    convolutions give them.
+    """
     head, generator = branch.head, torch.Generator().manual_seed(1)
-    channels = [head.classify.out_channels, head.regress.out_channels, head.anchors if head.quality else 0]
+    channels = [
+        head.classify.out_channels,
+        head.regress.out_channels,
+        head.anchors if head.quality else 0,
+    ]
     offsets = [-3.0, 1.0, 0.0]
     return [
         [torch.randn(len(m), n, *m.shape[2:], generator=generator) / 2 + offset for m in scene.maps]
@@ -81,7 +97,9 @@ def outputs(branch: ATSS | RetinaNet | FCOS | GFL | PAA, scene: Scene) -> list[l
     ]
 
 
-def read(branch: ATSS | RetinaNet | FCOS | GFL | PAA, maps: Sequence[Sequence[Tensor]]) -> DenseOutput:
+def read(
+    branch: ATSS | RetinaNet | FCOS | GFL | PAA, maps: Sequence[Sequence[Tensor]]
+) -> DenseOutput:
     logits, regression, quality = (by_anchor(m, branch.head.anchors) for m in maps)
     regression = regression.relu() if branch.name == "fcos" else regression
     return DenseOutput(logits, regression, quality.squeeze(-1) if branch.quality else None)
@@ -103,7 +121,10 @@ UNUSUAL: dict[str, Boxes] = {
     "none in one image": ([], USUAL[1]),
     "none": ([], []),
     "one pixel": ([[40.0, 40, 41, 41], [63.2, 71.9, 64.2, 72.9]], [[8.0, 8, 9, 9]]),
-    "at the border": ([[0.0, 0, 20, 96], [100, 80, 128, 96]], [[61.0, 50, 101, 70], [0, 0, 101, 70]]),
+    "at the border": (
+        [[0.0, 0, 20, 96], [100, 80, 128, 96]],
+        [[61.0, 50, 101, 70], [0, 0, 101, 70]],
+    ),
     "across the border": ([[-30.0, -20, 10, 15]], [[90.0, 60, 160, 120]]),
     "outside": ([[200.0, 200, 260, 260]], [[-80.0, -80, -20, -20]]),
     "crowded": (random_boxes(60, (96, 128)), random_boxes(60, (70, 101), seed=1)),
@@ -116,7 +137,9 @@ UNUSUAL: dict[str, Boxes] = {
 @every_branch
 @pytest.mark.parametrize("case", UNUSUAL)
 @pytest.mark.parametrize("strides", [STRIDES, (4, 8, 16, 32), (16, 32, 64, 128)], ids=str)
-def test_losses_and_gradients_are_finite(branch: Dense, case: str, strides: tuple[int, ...]) -> None:
+def test_losses_and_gradients_are_finite(
+    branch: Dense, case: str, strides: tuple[int, ...]
+) -> None:
     scene = make_scene(UNUSUAL[case], strides=strides)
     for m in scene.maps:
         m.requires_grad_()
@@ -125,8 +148,12 @@ def test_losses_and_gradients_are_finite(branch: Dense, case: str, strides: tupl
     assert losses.keys() == TERMS[branch]
     assert all(v.isfinite() and v >= 0 for v in losses.values())
     torch.stack(list(losses.values())).sum().backward()
-    read_from = [(n, p.grad) for n, p in head.named_parameters()] + [(str(i), m.grad) for i, m in enumerate(scene.maps)]
-    assert not [name for name, gradient in read_from if gradient is None or not gradient.isfinite().all()]
+    read_from = [(n, p.grad) for n, p in head.named_parameters()] + [
+        (str(i), m.grad) for i, m in enumerate(scene.maps)
+    ]
+    assert not [
+        name for name, gradient in read_from if gradient is None or not gradient.isfinite().all()
+    ]
     for own, boxes in zip(found, scene.boxes, strict=True):
         assert own.owner.min() >= IGNORED
         assert own.owner.max() < len(boxes)
@@ -201,7 +228,9 @@ def test_padding_learns_nothing(branch: Dense) -> None:
     output.logits.requires_grad_()
     losses, _, owners = head.supervise(output, scene)
     losses["class"].backward()
-    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(head.head.anchors, dim=1)
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(
+        head.head.anchors, dim=1
+    )
     assert not usable.all()
     assert (owners[~usable] == IGNORED).all()
     assert output.logits.grad is not None
@@ -211,14 +240,23 @@ def test_padding_learns_nothing(branch: Dense) -> None:
 
 
 @every_branch
-@given(right=st.integers(0, 200), below=st.integers(0, 200), count=st.integers(0, 12), seed=st.integers(0, 99))
+@given(
+    right=st.integers(0, 200),
+    below=st.integers(0, 200),
+    count=st.integers(0, 12),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=15, deadline=None)
-def test_more_padding_changes_no_loss(branch: Dense, right: int, below: int, count: int, seed: int) -> None:
+def test_more_padding_changes_no_loss(
+    branch: Dense, right: int, below: int, count: int, seed: int
+) -> None:
     boxes = tuple(random_boxes(n, size, seed) for n, size in zip((count, 3), SIZES, strict=True))
     small, large = make_scene(boxes), make_scene(boxes, padding=(below, right))
     head = make(branch, small)
     wide = outputs(head, large)
-    cut = [[m[..., :h, :w] for m, (h, w) in zip(levels, small.shapes, strict=True)] for levels in wide]
+    cut = [
+        [m[..., :h, :w] for m, (h, w) in zip(levels, small.shapes, strict=True)] for levels in wide
+    ]
     few, _, owners = head.supervise(read(head, cut), small)
     many, _, more = head.supervise(read(head, wide), large)
     assert (owners >= 0).sum() == (more >= 0).sum()
@@ -245,7 +283,9 @@ def test_predictions_are_ranked_and_inside_their_image(branch: Dense) -> None:
 
 
 @every_branch
-def test_what_the_losses_ask_for_is_what_is_predicted(branch: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_losses_ask_for_is_what_is_predicted(
+    branch: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scene = make_scene(([[10.0, 10, 60, 50], [70, 40, 120, 90]], [[8.0, 8, 60, 60]]))
     head = make(branch, scene)
     maps = outputs(head, scene)
@@ -267,7 +307,9 @@ def test_padding_predicts_nothing(branch: Dense, monkeypatch: pytest.MonkeyPatch
     scene = make_scene(([], []), ((64, 160), (16, 16)), (8, 16))
     head = make(branch, scene)
     output = read(head, outputs(head, scene))
-    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(head.head.anchors, dim=1)
+    usable = usable_cells(scene.shapes, scene.strides, scene.sizes).repeat_interleave(
+        head.head.anchors, dim=1
+    )
     sure = torch.where(usable.unsqueeze(-1), output.logits, 10.0)
     monkeypatch.setattr(head.head, "forward", lambda _: output._replace(logits=sure))
     for own, few, logits in zip(head.predict(scene), usable, output.logits, strict=True):
@@ -298,7 +340,13 @@ def test_fcos_stands_for_eight_strides() -> None:
     _, found = make(FCOS, scene)(scene, DRAW)
     side = found[0].boxes[:, 2:] - found[0].boxes[:, :2]
     counts = [h * w for h, w in scene.shapes]
-    assert [s.unique().tolist() for s in side.split(counts)] == [[64.0], [128.0], [256.0], [512.0], [1024.0]]
+    assert [s.unique().tolist() for s in side.split(counts)] == [
+        [64.0],
+        [128.0],
+        [256.0],
+        [512.0],
+        [1024.0],
+    ]
     assert found[0].boxes[0].tolist() == [-28, -28, 36, 36]
 
 
@@ -308,9 +356,9 @@ def slow_fcos(point: Tensor, boxes: Tensor, stride: int, low: float, high: float
     for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
         x, y = point.tolist()
         cx, cy, reach = (left + right) / 2, (top + bottom) / 2, 1.5 * stride
-        inside = max(left, cx - reach) < x < min(right, cx + reach) and max(top, cy - reach) < y < min(
-            bottom, cy + reach
-        )
+        inside = max(left, cx - reach) < x < min(right, cx + reach) and max(
+            top, cy - reach
+        ) < y < min(bottom, cy + reach)
         fits = low <= max(x - left, right - x, y - top, bottom - y) <= high
         area = (right - left) * (bottom - top)
         if inside and fits and area < least:
@@ -365,7 +413,10 @@ def slow_mixture(values: list[float]) -> list[bool]:
 
     def densities(x: float) -> list[float]:
         parts = zip(share, mean, variance, strict=True)
-        return [s / math.sqrt(2 * math.pi * v) * math.exp(-((x - m) ** 2) / (2 * v)) for s, m, v in parts]
+        return [
+            s / math.sqrt(2 * math.pi * v) * math.exp(-((x - m) ** 2) / (2 * v))
+            for s, m, v in parts
+        ]
 
     last = -math.inf
     for _ in range(100):
@@ -391,7 +442,9 @@ def slow_mixture(values: list[float]) -> list[bool]:
 @settings(max_examples=40, deadline=None)
 def test_the_mixture_of_each_target_is_its_own(counts: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    rows = [(torch.rand(n, generator=generator, dtype=torch.float64) * 3).sort().values for n in counts]
+    rows = [
+        (torch.rand(n, generator=generator, dtype=torch.float64) * 3).sort().values for n in counts
+    ]
     table = torch.full((len(rows), 24), float("nan"), dtype=torch.float64)
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
@@ -404,8 +457,12 @@ def test_the_mixture_of_each_target_is_its_own(counts: list[int], seed: int) -> 
 def test_two_clusters_are_told_apart() -> None:
     losses = torch.tensor([[1.0, 1.1, 1.2, 1.2, 5.0, 5.1, 5.2]], dtype=torch.float64)
     mixture = fit_mixture(losses, torch.ones_like(losses, dtype=torch.bool))
-    torch.testing.assert_close(mixture.mean, torch.tensor([[1.125, 5.1]], dtype=torch.float64), rtol=0, atol=1e-3)
-    torch.testing.assert_close(mixture.weight, torch.tensor([[4 / 7, 3 / 7]], dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        mixture.mean, torch.tensor([[1.125, 5.1]], dtype=torch.float64), rtol=0, atol=1e-3
+    )
+    torch.testing.assert_close(
+        mixture.weight, torch.tensor([[4 / 7, 3 / 7]], dtype=torch.float64), rtol=0, atol=1e-3
+    )
     assert likely_positives(losses)[0].tolist()[4:] == [False] * 3
     assert likely_positives(losses)[0, 0]
 
@@ -418,8 +475,16 @@ def test_the_lower_component_need_not_hold_the_least_loss() -> None:
 
 def test_mixtures_of_few_or_equal_losses() -> None:
     nan, inf = float("nan"), float("inf")
-    losses = torch.tensor([[nan] * 4, [1.0, nan, nan, nan], [2.0] * 4, [1.0, inf, nan, nan], [1.0, 9.0, nan, nan]])
-    assert likely_positives(losses).int().tolist() == [[0] * 4, [0] * 4, [1, 0, 0, 0], [0] * 4, [1, 0, 0, 0]]
+    losses = torch.tensor(
+        [[nan] * 4, [1.0, nan, nan, nan], [2.0] * 4, [1.0, inf, nan, nan], [1.0, 9.0, nan, nan]]
+    )
+    assert likely_positives(losses).int().tolist() == [
+        [0] * 4,
+        [0] * 4,
+        [1, 0, 0, 0],
+        [0] * 4,
+        [1, 0, 0, 0],
+    ]
     assert likely_positives(losses[:0]).shape == (0, 4)
 
 
@@ -429,7 +494,8 @@ def test_places_within_groups(groups: list[int], seed: int) -> None:
     group = torch.tensor(groups, dtype=torch.long)
     values = torch.rand(len(groups), generator=torch.Generator().manual_seed(seed))
     expected = [
-        sum(g == groups[i] and v < values[i] for g, v in zip(groups, values, strict=True)) for i in range(len(groups))
+        sum(g == groups[i] and v < values[i] for g, v in zip(groups, values, strict=True))
+        for i in range(len(groups))
     ]
     assert rank(-values, group).tolist() == expected
 

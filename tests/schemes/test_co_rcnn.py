@@ -1,4 +1,6 @@
-"""Faster and Mask R-CNN as auxiliary heads: what they propose, sample, read and learn, and any batch."""
+"""Faster and Mask R-CNN as auxiliary heads: what they propose, sample, read and learn, and any
+batch.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ Boxes = Sequence[Sequence[Sequence[float]]]  # of each image, xyxy
 CLASSES, WIDTH, SAMPLES = 3, 16, 24
 STRIDES = (8, 16, 32, 64)
 SIZE = (96, 128)  # of the largest image
-USUAL: Boxes = [[(10, 12, 50, 60), (60, 20, 110, 90), (30, 5, 60, 33)], [(5, 5, 120, 90), (70, 40, 95, 60)]]
+USUAL: Boxes = [
+    [(10, 12, 50, 60), (60, 20, 110, 90), (30, 5, 60, 33)],
+    [(5, 5, 120, 90), (70, 40, 95, 60)],
+]
 BATCHES: dict[str, Boxes] = {
     "usual": USUAL,
     "one without targets": [USUAL[0], []],
@@ -56,8 +61,14 @@ def scene(
     )
     labels = tuple(torch.randint(CLASSES, (len(b),), generator=generator) for b in images)
     boxes = tuple(torch.tensor(b, dtype=torch.float32).view(-1, 4) for b in images)
-    patterns = tuple(torch.rand(len(b), 8, 8, generator=generator) > 0.5 for b in images) if masks else None
-    return Scene(maps, STRIDES, torch.tensor(sizes or [SIZE] * len(images)).float(), labels, boxes, patterns)
+    patterns = (
+        tuple(torch.rand(len(b), 8, 8, generator=generator) > 0.5 for b in images)
+        if masks
+        else None
+    )
+    return Scene(
+        maps, STRIDES, torch.tensor(sizes or [SIZE] * len(images)).float(), labels, boxes, patterns
+    )
 
 
 def branch(kind: type[RCNN] | type[MaskRCNN] = RCNN, seed: int = 0) -> RCNN | MaskRCNN:
@@ -65,9 +76,14 @@ def branch(kind: type[RCNN] | type[MaskRCNN] = RCNN, seed: int = 0) -> RCNN | Ma
     return kind(WIDTH, CLASSES, STRIDES, appended=1, samples=SAMPLES, hidden=32)
 
 
-def train(model: RCNN | MaskRCNN, given: Scene, seed: int = 0) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
+def train(
+    model: RCNN | MaskRCNN, given: Scene, seed: int = 0
+) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
     losses, found = model(given, random_draw(torch.Generator().manual_seed(seed)))
-    (torch.stack(list(losses.values())).sum() + sum(f.features.sum() + f.logits.sum() for f in found)).backward()
+    (
+        torch.stack(list(losses.values())).sum()
+        + sum(f.features.sum() + f.logits.sum() for f in found)
+    ).backward()
     return losses, found
 
 
@@ -109,10 +125,14 @@ def test_the_convolutional_head_moves_one_box_for_all_classes(regions: int) -> N
     head = BoxHead(32, CLASSES, 24, convolutional=True)
     states = head(torch.randn(regions, CELLS, CELLS, 32))
     deltas = head.deltas(states)
-    assert (head.logits(states).shape, deltas.shape) == ((regions, CLASSES + 1), (regions, CLASSES, 4))
+    assert (head.logits(states).shape, deltas.shape) == (
+        (regions, CLASSES + 1),
+        (regions, CLASSES, 4),
+    )
     assert torch.equal(deltas, deltas[:, :1].expand_as(deltas))
     coders = [
-        RCNN(32, CLASSES, STRIDES, appended=1, samples=8, hidden=24, convolutional=c).coder for c in (True, False)
+        RCNN(32, CLASSES, STRIDES, appended=1, samples=8, hidden=24, convolutional=c).coder
+        for c in (True, False)
     ]
     assert coders == [(0.05, 0.1), (0.1, 0.2)]
 
@@ -148,7 +168,9 @@ def test_a_usual_batch_moves_every_parameter(kind: type[RCNN] | type[MaskRCNN]) 
 
 
 def test_regions() -> None:
-    """Targets are positives of themselves; positives come first, are a quarter at most, and touch their owner."""
+    """Targets are positives of themselves; positives come first, are a quarter at most, and touch
+    their owner.
+    """
     for batch in ("usual", "crowd", "duplicates"):
         given = scene(BATCHES[batch])
         _, found = train(branch(), given)
@@ -168,7 +190,11 @@ def test_regions() -> None:
 
 def test_sampling_fills_up_with_background() -> None:
     owner = torch.tensor([0, BACKGROUND, 1, -2, BACKGROUND, 0, BACKGROUND])
-    for count, most, expected in ((4, 2, ([0, 2], [1, 4])), (6, 3, ([0, 2, 5], [1, 4, 6])), (2, 1, ([0], [1]))):
+    for count, most, expected in (
+        (4, 2, ([0, 2], [1, 4])),
+        (6, 3, ([0, 2, 5], [1, 4, 6])),
+        (2, 1, ([0], [1])),
+    ):
         assert tuple(t.tolist() for t in sample(owner, first, count, most)) == expected
 
 
@@ -190,7 +216,11 @@ def test_same_draws_same_result() -> None:
     given = scene(BATCHES["crowd"])
     (one, found), (two, again), (other, _) = (train(branch(), given, seed) for seed in (1, 1, 2))
     assert all(torch.equal(one[k], two[k]) for k in one)
-    assert all(torch.equal(a, b) for f, g in zip(found, again, strict=True) for a, b in zip(f, g, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for f, g in zip(found, again, strict=True)
+        for a, b in zip(f, g, strict=True)
+    )
     assert any(not torch.equal(one[k], other[k]) for k in one)
 
 
@@ -235,7 +265,9 @@ def test_proposals_stay_in_their_image() -> None:
             for own, (h, w) in zip(level.detach(), sizes, strict=True):
                 own[:, -(-h // stride) :] = 0
                 own[:, :, -(-w // stride) :] = 0
-        found.append(proposals(model.rpn(given.maps), nine_anchors(given), given, before=500, limit=40))
+        found.append(
+            proposals(model.rpn(given.maps), nine_anchors(given), given, before=500, limit=40)
+        )
     for here, there, (height, width) in zip(*found, sizes, strict=True):
         torch.testing.assert_close(here, there)
         assert len(here) == 40
@@ -253,7 +285,10 @@ def test_levels() -> None:
 @pytest.mark.parametrize("cells", [7, 14])
 def test_the_fast_path_equals_torchvision(cells: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, 3, h, w, generator=generator, dtype=torch.float64) for h, w in ((12, 16), (6, 8), (3, 4))]
+    maps = [
+        torch.randn(2, 3, h, w, generator=generator, dtype=torch.float64)
+        for h, w in ((12, 16), (6, 8), (3, 4))
+    ]
     low = torch.rand(60, 2, generator=generator, dtype=torch.float64) * 160 - 40
     size = torch.rand(60, 2, generator=generator, dtype=torch.float64) ** 2 * 150
     size[:4] = torch.tensor([[0, 0], [0, 20], [1, 1], [300, 300]])
@@ -263,7 +298,9 @@ def test_the_fast_path_equals_torchvision(cells: int) -> None:
     for path in (by_torchvision, roi_cpu.align):
         leaves = [m.clone().requires_grad_() for m in maps]
         features = path(leaves, (8, 16, 32), boxes, image, level, cells)
-        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        weights = torch.randn(
+            features.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
         (features * weights).sum().backward()
         assert features.shape == (60, cells, cells, 3)
         results.append([features, *(m.grad for m in leaves)])
@@ -325,7 +362,10 @@ def test_predictions_of_a_trained_branch() -> None:
         optimizer.step()
         history.append({k: v.item() for k, v in losses.items()})
     # Not "giou": good proposals are positives, and there are more and more of them.
-    assert all(history[-1][k] < history[0][k] / 2 for k in ("rpn_class", "rpn_box", "class")), (history[0], history[-1])
+    assert all(history[-1][k] < history[0][k] / 2 for k in ("rpn_class", "rpn_box", "class")), (
+        history[0],
+        history[-1],
+    )
     for found, labels, boxes in zip(model.predict(given), given.labels, given.boxes, strict=True):
         assert 0 < len(found.scores) <= 100
         assert (found.scores.diff() <= 0).all()

@@ -28,20 +28,30 @@ from ..small import CLASSES, images, small, targets, with_own_backbone
 SIZES = torch.tensor([[64.0, 96.0], [64.0, 80.0]])
 
 
-def make(*overrides: str, name: str = "tiny", schemes: Sequence[str] = ("none", "co=atss")) -> TrainableDetector:
+def make(
+    *overrides: str, name: str = "tiny", schemes: Sequence[str] = ("none", "co=atss")
+) -> TrainableDetector:
     return build(small(name, schemes).override(list(overrides)), CLASSES).eval()
 
 
-def extended(model: TrainableDetector, truth: Targets) -> tuple[Step, list[QueryBlock], dict[str, Tensor]]:
+def extended(
+    model: TrainableDetector, truth: Targets
+) -> tuple[Step, list[QueryBlock], dict[str, Tensor]]:
     model.reseed(0)
     step = model.begin(images(((64, 96), (64, 80))), truth)
     found = [s.extend(step) for s in model.training_schemes]
-    return step, [b for e in found for b in e.blocks], {k: v for e in found for k, v in e.losses.items()}
+    return (
+        step,
+        [b for e in found for b in e.blocks],
+        {k: v for e in found for k, v in e.losses.items()},
+    )
 
 
 def losses(model: TrainableDetector, truth: Targets) -> dict[str, float]:
     model.reseed(0)
-    return {k: float(v.detach()) for k, v in model(images(((64, 96), (64, 80))), truth).losses.items()}
+    return {
+        k: float(v.detach()) for k, v in model(images(((64, 96), (64, 80))), truth).losses.items()
+    }
 
 
 def found(owners: Sequence[Sequence[int]], cells: int = 1) -> list[BranchAssignment]:
@@ -87,8 +97,13 @@ def test_any_choice(owners: list[list[int]], most: int, fill: bool) -> None:
     positive = [sum(n >= 0 for n in own) for own in owners]
     slots = max(MIN_QUERIES, min(most, max(positive)))
     assert chosen.boxes.shape[1] == slots
-    assert torch.bincount(chosen.image, minlength=len(owners)).tolist() == [min(n, slots) for n in positive]
-    filled = [min(slots, p + (own.count(-1) if fill else 0)) for own, p in zip(owners, positive, strict=True)]
+    assert torch.bincount(chosen.image, minlength=len(owners)).tolist() == [
+        min(n, slots) for n in positive
+    ]
+    filled = [
+        min(slots, p + (own.count(-1) if fill else 0))
+        for own, p in zip(owners, positive, strict=True)
+    ]
     unused = [slots] * len(owners) if chosen.unused is None else (~chosen.unused).sum(1).tolist()
     assert unused == filled
     anchor = (chosen.boxes[..., 0] * SIZES[0, 1] - 1).round().long()
@@ -101,7 +116,8 @@ def test_any_choice(owners: list[list[int]], most: int, fill: bool) -> None:
 def test_more_positives_than_queries_are_drawn_by_the_seed() -> None:
     many = found([[0] * 400])
     picks = [
-        choose(many, SIZES[:1], (0,), random_draw(torch.Generator().manual_seed(seed))).boxes for seed in (0, 0, 1)
+        choose(many, SIZES[:1], (0,), random_draw(torch.Generator().manual_seed(seed))).boxes
+        for seed in (0, 0, 1)
     ]
     assert picks[0].shape[1] == 300
     assert torch.equal(picks[0], picks[1])
@@ -141,7 +157,9 @@ def test_heads_alone_queries_alone_and_their_weights() -> None:
     )
     assert not any(k.startswith("co_atss/") for k in heads)
     assert not any(k.startswith("co_atss_head/") for k in queries)
-    assert {k for k in both if k.startswith("co_atss")} == {k for k in heads | queries if k.startswith("co_atss")}
+    assert {k for k in both if k.startswith("co_atss")} == {
+        k for k in heads | queries if k.startswith("co_atss")
+    }
     for key in both:
         if key.startswith("co_atss_head/"):
             assert louder[key] == pytest.approx(1.5 * both[key])
@@ -159,7 +177,9 @@ def test_a_heads_loss_counts_once_for_each_decoder_layer() -> None:
     (scheme,) = model.training_schemes
     assert isinstance(scheme, Collaborative)
     plain, _ = scheme.branches[0](scheme.scene(step), random_draw(scheme.generator))
-    assert float(terms["co_atss_head/class"].detach()) == pytest.approx(2 * 2 * float(plain["class"].detach()))
+    assert float(terms["co_atss_head/class"].detach()) == pytest.approx(
+        2 * 2 * float(plain["class"].detach())
+    )
 
 
 def test_a_branch_may_stand_twice() -> None:
@@ -175,15 +195,22 @@ def test_gradients_reach_the_memory_by_both_ways() -> None:
         model = make(switch, "schemes.co.features=true")
         step = model.begin(images(), targets((2, 3)))
         step = Step(
-            **{**step.__dict__, "memory": step.memory._replace(tokens=step.memory.tokens.detach().requires_grad_())}
+            **{
+                **step.__dict__,
+                "memory": step.memory._replace(tokens=step.memory.tokens.detach().requires_grad_()),
+            }
         )
         (extension,) = (s.extend(step) for s in model.training_schemes)
-        total = sum(extension.losses.values()) + sum(b.queries.content.square().sum() for b in extension.blocks)
+        total = sum(extension.losses.values()) + sum(
+            b.queries.content.square().sum() for b in extension.blocks
+        )
         assert isinstance(total, Tensor)
         total.backward()
         assert step.memory.tokens.grad is not None
         assert step.memory.tokens.grad.abs().sum() > 0
-    assert not any(b.queries.boxes.requires_grad for b in extension.blocks if b.queries.boxes is not None)
+    assert not any(
+        b.queries.boxes.requires_grad for b in extension.blocks if b.queries.boxes is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +226,9 @@ def test_queries_are_of_the_detectors_kind(name: str, places: int) -> None:
 
 
 def test_a_vector_for_each_branch_instead_of_a_number() -> None:
-    scalar, vector = (make(f"schemes.co.vector={v}", name="deformable_detr_r50") for v in (False, True))
+    scalar, vector = (
+        make(f"schemes.co.vector={v}", name="deformable_detr_r50") for v in (False, True)
+    )
     shapes = [dict(m.named_parameters())["schemes.0.marks"].shape for m in (scalar, vector)]
     assert [tuple(s) for s in shapes] == [(1, 1), (1, 64)]
 
@@ -212,9 +241,14 @@ def test_unused_queries_are_read_by_nobody_and_learn_nothing() -> None:
     used = ~block.unused
     assert used.any(1).all()
     changed = block.queries._replace(content=block.queries.content + 5 * block.unused.unsqueeze(-1))
-    outputs = [model.detector.decode(step.memory, {block.segment: q})[block.name] for q in (block.queries, changed)]
+    outputs = [
+        model.detector.decode(step.memory, {block.segment: q})[block.name]
+        for q in (block.queries, changed)
+    ]
     torch.testing.assert_close(outputs[0].logits[:, used], outputs[1].logits[:, used])
-    assert not torch.allclose(outputs[0].logits[:, block.unused], outputs[1].logits[:, block.unused])
+    assert not torch.allclose(
+        outputs[0].logits[:, block.unused], outputs[1].logits[:, block.unused]
+    )
     rule, known = block.supervision.rule, block.supervision.assign.assignment  # type: ignore[union-attr]
     logits = outputs[0].logits.detach().requires_grad_()
     terms = rule(outputs[0]._replace(logits=logits), step.targets, known, torch.tensor(1.0))
@@ -231,7 +265,8 @@ def test_beside_align_its_labels_stay_unless_asked_for() -> None:
     assert plain["co_atss/class/0"] == pytest.approx(beside["co_atss/class/0"])
     assert plain["main/class/0"] != pytest.approx(beside["main/class/0"])
     assert aligned["co_atss/class/0"] != pytest.approx(plain["co_atss/class/0"])
-    assert aligned["co_atss/box/0"] == pytest.approx(plain["co_atss/box/0"])  # one candidate a target: rank 0
+    # One candidate a target: rank 0
+    assert aligned["co_atss/box/0"] == pytest.approx(plain["co_atss/box/0"])
 
 
 def test_groups_do_not_multiply_its_queries() -> None:
@@ -253,7 +288,9 @@ def test_positives_are_logged_for_each_target() -> None:
 
 
 def test_softmax_detectors_are_refused() -> None:
-    with pytest.raises(UserError, match="scheme co cannot train detr-r50: its classes exclude each other"):
+    with pytest.raises(
+        UserError, match="scheme co cannot train detr-r50: its classes exclude each other"
+    ):
         make(name="detr_r50")
 
 
@@ -262,10 +299,16 @@ def test_softmax_detectors_are_refused() -> None:
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
 def test_one_level_becomes_five(stride: int) -> None:
-    memory = flatten([torch.randn(2, 64, 128 // stride, 256 // stride)], None, SineMap(64, temperature=1e4, offset=0.0))
+    memory = flatten(
+        [torch.randn(2, 64, 128 // stride, 256 // stride)],
+        None,
+        SineMap(64, temperature=1e4, offset=0.0),
+    )
     pyramid = Pyramid(64, stride)
     assert pyramid.strides == (8, 16, 32, 64, 128)
-    assert [tuple(m.shape[-2:]) for m in pyramid(memory)] == [(128 // s, 256 // s) for s in pyramid.strides]
+    assert [tuple(m.shape[-2:]) for m in pyramid(memory)] == [
+        (128 // s, 256 // s) for s in pyramid.strides
+    ]
 
 
 def test_several_levels_get_a_coarser_one() -> None:
@@ -279,4 +322,8 @@ def test_several_levels_get_a_coarser_one() -> None:
 def test_strides_of_the_levels() -> None:
     names = ("dino_r50", "dino_r50_5scale", "dab_detr_r50_dc5")
     strides = {name: with_own_backbone(name).detector.level_strides for name in names}
-    assert strides == {"dino_r50": (8, 16, 32, 64), "dino_r50_5scale": (4, 8, 16, 32, 64), "dab_detr_r50_dc5": (16,)}
+    assert strides == {
+        "dino_r50": (8, 16, 32, 64),
+        "dino_r50_5scale": (4, 8, 16, 32, 64),
+        "dab_detr_r50_dc5": (16,),
+    }

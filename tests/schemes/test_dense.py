@@ -19,7 +19,9 @@ from detrellis.training import TrainableDetector
 from ..small import CLASSES, images, small, targets
 
 
-def dense(name: str = "ddq_dino_r50", *overrides: str) -> tuple[TrainableDetector, Dense, Step, QueryBlock]:
+def dense(
+    name: str = "ddq_dino_r50", *overrides: str
+) -> tuple[TrainableDetector, Dense, Step, QueryBlock]:
     model = build(small(name, ["none", "dense"]).override(list(overrides)), CLASSES).eval()
     (scheme,) = model.training_schemes
     assert isinstance(scheme, Dense)
@@ -32,13 +34,17 @@ def test_the_best_tokens_however_they_overlap() -> None:
     model, scheme, step, _ = dense()
     assert scheme.head is not None
     with torch.no_grad():
-        scheme.head.move.get_parameter("layers.2.bias")[2:] = 4.0  # its boxes are as large as the image
+        # Its boxes are as large as the image
+        scheme.head.move.get_parameter("layers.2.bias")[2:] = 4.0
     proposals = scheme.head(step.memory)
-    assert torch.equal(proposals.best, proposals.scores.topk(18, dim=1).indices)  # half as many again as 12
+    # Half as many again as 12
+    assert torch.equal(proposals.best, proposals.scores.topk(18, dim=1).indices)
     (block,) = scheme.extend(step).blocks
     assert torch.equal(block.queries.boxes, proposals.boxes)  # type: ignore[arg-type]
     project = model.detector.queries.get_submodule("project")
-    assert torch.equal(block.queries.content[1, 3], project(step.memory.tokens)[1, proposals.best[1, 3]])
+    assert torch.equal(
+        block.queries.content[1, 3], project(step.memory.tokens)[1, proposals.best[1, 3]]
+    )
     assert block.proposals is not None
     assert block.sees == ()
 
@@ -46,19 +52,26 @@ def test_the_best_tokens_however_they_overlap() -> None:
 def test_own_heads_answer_and_refine_and_the_detectors_learn_nothing_of_it() -> None:
     model, scheme, step, block = dense()
     main = model.main(step)
-    before = model.detector.decode(step.memory, {main.segment: main.queries, block.segment: block.queries})
+    before = model.detector.decode(
+        step.memory, {main.segment: main.queries, block.segment: block.queries}
+    )
     with torch.no_grad():
         for p in scheme.heads.parameters():
             p.add_(0.1)
-    after = model.detector.decode(step.memory, {main.segment: main.queries, block.segment: block.queries})
+    after = model.detector.decode(
+        step.memory, {main.segment: main.queries, block.segment: block.queries}
+    )
     assert torch.equal(before["main"].logits, after["main"].logits)
     assert torch.equal(before["main"].boxes, after["main"].boxes)
     assert not torch.isclose(before["dense"].logits, after["dense"].logits).any()
-    assert not torch.equal(before["dense"].states[1], after["dense"].states[1])  # the second layer read other boxes
+    # The second layer read other boxes
+    assert not torch.equal(before["dense"].states[1], after["dense"].states[1])
 
     losses = model(images(), targets((2, 3))).losses
     torch.stack([v for k, v in losses.items() if k.startswith("dense/")]).sum().backward()
-    assert all(p.grad is None or not p.grad.any() for p in model.detector.decoder.heads.parameters())
+    assert all(
+        p.grad is None or not p.grad.any() for p in model.detector.decoder.heads.parameters()
+    )
     assert all(p.grad is not None for p in scheme.heads.parameters())
 
 
@@ -69,7 +82,8 @@ def test_k_queries_learn_each_target_in_every_layer() -> None:
     assert isinstance(assign, Hungarian)
     for layer in (0, 1):
         assert assign.candidates.of(layer, 2, queries=14, targets=2) == 3
-        assert assign.candidates.of(layer, 2, queries=14, targets=7) == 2  # as many as there are queries for
+        # As many as there are queries for
+        assert assign.candidates.of(layer, 2, queries=14, targets=7) == 2
     assert block.supervision.weights["box"] == 0
 
 
@@ -85,14 +99,20 @@ def test_targets_are_task_aligned() -> None:
     assert len(rows) == 2 * 5 * 4
     aligned, overlap = [], []
     for layer, image, query, target in rows:
-        corners = (cxcywh_to_xyxy(b) for b in (output.boxes[layer, image, query], step.targets.boxes[target]))
+        corners = (
+            cxcywh_to_xyxy(b)
+            for b in (output.boxes[layer, image, query], step.targets.boxes[target])
+        )
         overlap.append(float(iou(*corners)))
         aligned.append(
-            float(output.logits[layer, image, query, step.targets.labels[target]].sigmoid()) * overlap[-1] ** 6
+            float(output.logits[layer, image, query, step.targets.labels[target]].sigmoid())
+            * overlap[-1] ** 6
         )
     for i, (layer, _, _, target) in enumerate(rows):
         same = [j for j, other in enumerate(rows) if (other[0], other[3]) == (layer, target)]
-        expected = aligned[i] / (max(aligned[j] for j in same) + 1e-7) * max(overlap[j] for j in same)
+        expected = (
+            aligned[i] / (max(aligned[j] for j in same) + 1e-7) * max(overlap[j] for j in same)
+        )
         assert float(found.target[i]) == pytest.approx(expected, abs=1e-6)
     assert found.box_weight is not None
     losses, _ = supervise([task], [positives])
@@ -112,7 +132,9 @@ def test_heads_start_from_trained_weights() -> None:
         for p in model.detector.parameters():
             p.add_(0.5)
     scheme.start_from(model.detector)
-    for one, other in zip(scheme.heads.parameters(), model.detector.decoder.heads.parameters(), strict=True):
+    for one, other in zip(
+        scheme.heads.parameters(), model.detector.decoder.heads.parameters(), strict=True
+    ):
         assert torch.equal(one, other)
         assert one is not other
 

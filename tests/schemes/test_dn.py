@@ -1,4 +1,6 @@
-"""DN-DETR's denoising: what is disturbed, by how much, what learns, and which detectors it can train."""
+"""DN-DETR's denoising: what is disturbed, by how much, what learns, and which detectors it can
+train.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def step_of(name: str, truth: Targets, *overrides: str) -> tuple[Denoising, Step
 
 @pytest.mark.parametrize(("total", "groups"), [(None, 5), (100, 33), (3, 1), (1, 1)])
 def test_groups_are_fixed_or_follow_a_total(total: int | None, groups: int) -> None:
-    scheme, step = step_of("dn_detr_r50", targets((2, 3)), f"schemes.dn.total={'null' if total is None else total}")
+    scheme, step = step_of(
+        "dn_detr_r50", targets((2, 3)), f"schemes.dn.total={'null' if total is None else total}"
+    )
     (block,) = scheme.extend(step).blocks
     assert block.copies == groups
     assert block.queries.content.shape[1] == groups * 3
@@ -104,7 +108,9 @@ def test_padded_background_is_an_option() -> None:
     [("detr_r50", "queries are not boxes"), ("conditional_detr_r50", "queries are not boxes")],
 )
 def test_detectors_without_boxes_are_refused_with_the_reason(name: str, reason: str) -> None:
-    with pytest.raises(UserError, match=rf"dn cannot train {name.replace('_', '-')}: .*{reason}") as error:
+    with pytest.raises(
+        UserError, match=rf"dn cannot train {name.replace('_', '-')}: .*{reason}"
+    ) as error:
         build(small(name, ["dn"]), CLASSES)
     assert "dab-detr-r50" in error.value.remedy
 

@@ -16,7 +16,9 @@ NONE = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), (0,))
 
 
 def of(*labels: int) -> Targets:
-    return NONE._replace(labels=torch.tensor(labels), boxes=torch.zeros(len(labels), 4), sizes=(len(labels),))
+    return NONE._replace(
+        labels=torch.tensor(labels), boxes=torch.zeros(len(labels), 4), sizes=(len(labels),)
+    )
 
 
 def test_classes_of_the_batch_always_count() -> None:
@@ -44,7 +46,14 @@ def test_steps_draw_anew_and_again() -> None:
 
 @pytest.mark.parametrize(
     "schemes",
-    [("align",), ("hybrid=2",), ("group=2",), ("co=atss+rcnn",), ("co=paa+gfl", "align"), ("dense", "stable")],
+    [
+        ("align",),
+        ("hybrid=2",),
+        ("group=2",),
+        ("co=atss+rcnn",),
+        ("co=paa+gfl", "align"),
+        ("dense", "stable"),
+    ],
 )
 def test_classes_that_do_not_count_get_no_gradient(schemes: tuple[str, ...]) -> None:
     model = build(small("tiny", [*schemes, "federated=1"]), CLASSES, seed=0)
@@ -58,7 +67,9 @@ def test_classes_that_do_not_count_get_no_gradient(schemes: tuple[str, ...]) -> 
         if p.grad is not None and p.shape[0] in (CLASSES, CLASSES + 1) and name.endswith("bias")
     }
     assert any("decoder.heads.classes" in name for name in heads)
-    assert any(len(gradient) == CLASSES + 1 for gradient in heads.values()) == ("co=atss+rcnn" in schemes)
+    assert any(len(gradient) == CLASSES + 1 for gradient in heads.values()) == (
+        "co=atss+rcnn" in schemes
+    )
     for name, gradient in heads.items():
         assert gradient[1] != 0, name
         assert not gradient[[c for c in range(CLASSES) if c != 1]].any(), name

@@ -1,4 +1,6 @@
-"""Group DETR: isolation, the mean over groups, proposals of each group, checkpoints of one and of many groups."""
+"""Group DETR: isolation, the mean over groups, proposals of each group, checkpoints of one and of
+many groups.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ TWO_STAGE = ("tiny", "deformable_detr_r50_two_stage", "deformable_detr_r50_two_s
 def grouped(
     name: str, *overrides: str, k: int = 3, truth: Targets | None = None
 ) -> tuple[TrainableDetector, Step, QueryBlock]:
-    model = build(small(name, ["none", f"group={k}"]).override(list(overrides)), CLASSES).double().eval()
+    model = (
+        build(small(name, ["none", f"group={k}"]).override(list(overrides)), CLASSES)
+        .double()
+        .eval()
+    )
     batch = images()
     truth = targets((2, 3)) if truth is None else truth
     truth = truth._replace(boxes=truth.boxes.double())
@@ -34,7 +40,9 @@ def grouped(
     return model, step, block
 
 
-def decode(model: TrainableDetector, step: Step, parts: list[QueryBlock]) -> dict[str, DecoderOutput]:
+def decode(
+    model: TrainableDetector, step: Step, parts: list[QueryBlock]
+) -> dict[str, DecoderOutput]:
     return model.detector.decode(step.memory, {b.segment: b.queries for b in parts})
 
 
@@ -46,7 +54,11 @@ def test_a_group_in_company_is_the_group_alone_in_values_and_gradients(name: str
     main = QueryBlock("main", step.queries, step.supervision)
     together = decode(model, step, [main, block])
     for k in range(3):
-        own = together["main"] if k == 0 else together["group"].map(lambda t, k=k: t[:, :, (k - 1) * count : k * count])
+        own = (
+            together["main"]
+            if k == 0
+            else together["group"].map(lambda t, k=k: t[:, :, (k - 1) * count : k * count])
+        )
         source = step.queries if k == 0 else block.queries
         first = 0 if k == 0 else (k - 1) * count
         part = Queries(*(None if t is None else t[:, first : first + count] for t in source))
@@ -57,7 +69,10 @@ def test_a_group_in_company_is_the_group_alone_in_values_and_gradients(name: str
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = [
             torch.autograd.grad(
-                (o.boxes * weight).sum() + o.logits.sum(), parameters, allow_unused=True, retain_graph=True
+                (o.boxes * weight).sum() + o.logits.sum(),
+                parameters,
+                allow_unused=True,
+                retain_graph=True,
             )
             for o in (own, alone)
         ]
@@ -66,7 +81,8 @@ def test_a_group_in_company_is_the_group_alone_in_values_and_gradients(name: str
             torch.testing.assert_close(one + 0 * other, other + 0 * one, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "mask2former_r50"])  # a golden vector's
+# A golden vector's
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "mask2former_r50"])
 @pytest.mark.parametrize("sizes", [(2, 3), (0, 4), (15, 1)])
 def test_the_loss_is_the_mean_over_groups(name: str, sizes: tuple[int, ...]) -> None:
     model, step, block = grouped(name, truth=targets(sizes))
@@ -75,24 +91,38 @@ def test_the_loss_is_the_mean_over_groups(name: str, sizes: tuple[int, ...]) -> 
     outputs = decode(model, step, [main, block])
     parts = [
         outputs["main"],
-        *(outputs["group"].map(lambda t, k=k: t[:, :, k * count : (k + 1) * count]) for k in (0, 1)),
+        *(
+            outputs["group"].map(lambda t, k=k: t[:, :, k * count : (k + 1) * count])
+            for k in (0, 1)
+        ),
     ]
-    alone = [supervise([step.supervision.task("g", p, step.targets, step.mean_boxes)])[0] for p in parts]
+    alone = [
+        supervise([step.supervision.task("g", p, step.targets, step.mean_boxes)])[0] for p in parts
+    ]
     weight = model.training_schemes[0].main_weight
     assert weight == pytest.approx(1 / 3)
     assert block.normaliser is not None
     both, _ = supervise(
         [
-            step.supervision.task("main", outputs["main"], step.targets, step.mean_boxes, weight=weight),
+            step.supervision.task(
+                "main", outputs["main"], step.targets, step.mean_boxes, weight=weight
+            ),
             block.supervision.task(
-                "group", outputs["group"], step.targets, block.normaliser, copies=block.copies, weight=block.weight
+                "group",
+                outputs["group"],
+                step.targets,
+                block.normaliser,
+                copies=block.copies,
+                weight=block.weight,
             ),
         ]
     )
     for key in alone[0]:
         _, term, layer = key.split("/")
         mean = sum(a[key] for a in alone) / 3  # type: ignore[arg-type]
-        torch.testing.assert_close(both[f"main/{term}/{layer}"] + both[f"group/{term}/{layer}"], mean)
+        torch.testing.assert_close(
+            both[f"main/{term}/{layer}"] + both[f"group/{term}/{layer}"], mean
+        )
 
 
 def test_a_sum_instead() -> None:
@@ -107,7 +137,13 @@ def test_main_and_its_proposals_weigh_what_a_group_weighs() -> None:
     losses, expected = (m(images(), targets((2, 3))).losses for m in (model, plain))
     for key, value in expected.items():
         torch.testing.assert_close(losses[key], value / 3)
-    assert {k.split("/")[0] for k in losses} == {"main", "group", "proposals", "group_proposals", "schemes"}
+    assert {k.split("/")[0] for k in losses} == {
+        "main",
+        "group",
+        "proposals",
+        "group_proposals",
+        "schemes",
+    }
 
 
 @pytest.mark.parametrize("name", TWO_STAGE)
@@ -171,7 +207,11 @@ def test_contents_are_the_states_of_each_groups_own_proposals(kind: str) -> None
         expected = [select(step.proposals.states, ranks[:, i::2]) for i in range(2)]
     else:
         (scheme,) = model.training_schemes
-        heads = [head for head in scheme.get_submodule("heads").children() if isinstance(head, ProposalHead)]
+        heads = [
+            head
+            for head in scheme.get_submodule("heads").children()
+            if isinstance(head, ProposalHead)
+        ]
         expected = [select(p.states, p.best) for p in (head(step.memory) for head in heads)]
     torch.testing.assert_close(first, expected[0])
     torch.testing.assert_close(second, expected[1])
@@ -205,7 +245,9 @@ def test_denoising_beside_the_first_group_is_the_base(sees: str) -> None:
         blocks = [QueryBlock("main", step.queries, step.supervision)]
         blocks += [b for s in model.training_schemes for b in s.extend(step).blocks]
         outputs.append(model.detector.decode(step.memory, {b.segment: b.queries for b in blocks}))
-    torch.testing.assert_close(outputs[0]["main"].logits, outputs[1]["main"].logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        outputs[0]["main"].logits, outputs[1]["main"].logits, atol=1e-5, rtol=0
+    )
     apart = (outputs[0]["cdn"].logits - outputs[1]["cdn"].logits).abs().max()
     assert (apart < 1e-5) == (sees == "main")
 
@@ -229,9 +271,16 @@ def test_ranks_are_those_of_a_group() -> None:
     model, step, block = grouped("deformable_detr_r50")
     aligned = build(small("deformable_detr_r50", ["align=2"]), CLASSES).supervision
     outputs = decode(model, step, [QueryBlock("main", step.queries, step.supervision), block])
-    (found,) = match([aligned.task("group", outputs["group"], step.targets, step.mean_boxes, copies=block.copies)])
+    (found,) = match(
+        [
+            aligned.task(
+                "group", outputs["group"], step.targets, step.mean_boxes, copies=block.copies
+            )
+        ]
+    )
     first = found.layer == 0
-    assert found.candidate_set[first].unique(return_counts=True)[1].tolist() == [2] * 10  # 5 targets in 2 groups
+    # 5 targets in 2 groups
+    assert found.candidate_set[first].unique(return_counts=True)[1].tolist() == [2] * 10
     assert (found.candidate_set[first].unique().numel()) == 10
 
 
@@ -246,14 +295,17 @@ def test_weights_of_one_group_start_many() -> None:
     assert isinstance(scheme, Group)
     assert model.detector.queries.head is not None
     own = model.detector.queries.head.state_dict()
-    assert all(torch.equal(v, own[k]) for head in scheme.heads for k, v in head.state_dict().items())
+    assert all(
+        torch.equal(v, own[k]) for head in scheme.heads for k, v in head.state_dict().items()
+    )
     assert len({p.data_ptr() for h in scheme.heads for p in h.parameters()}) == 2 * len(own)
 
 
 def test_contents_begin_fresh_or_as_the_first_groups() -> None:
     for contents in ("fresh", "copied"):
         model, _, _ = grouped("tiny", f"schemes.group.contents={contents}")
-        own, table = model.detector.get_parameter("queries.content"), model.schemes.get_parameter("0.table.content")
+        own = model.detector.get_parameter("queries.content")
+        table = model.schemes.get_parameter("0.table.content")
         assert all(torch.equal(part, own) == (contents == "copied") for part in table.chunk(2))
         with torch.no_grad():
             own += 1
@@ -263,7 +315,10 @@ def test_contents_begin_fresh_or_as_the_first_groups() -> None:
 
 
 def test_the_default_number_of_groups() -> None:
-    numbers = {n: small(n, ["group"]).override("schemes.group.k=null") for n in ("tiny", "conditional_detr_r50")}
+    numbers = {
+        n: small(n, ["group"]).override("schemes.group.k=null")
+        for n in ("tiny", "conditional_detr_r50")
+    }
     found = {n: build(r, CLASSES).training_schemes[-1] for n, r in numbers.items()}
     assert [s.k for s in found.values() if isinstance(s, Group)] == [3, 11]
 
@@ -295,7 +350,9 @@ def test_distances_are_logged_on_request() -> None:
             metrics = told(images(), truth).metrics
             assert 0 < metrics["group/pd"] < 1
             assert metrics["group/md"].isfinite() == matched
-    nowhere = build(small("detr_r50", ["group=3"]).override("schemes.group.distances=true"), CLASSES)
+    nowhere = build(
+        small("detr_r50", ["group=3"]).override("schemes.group.distances=true"), CLASSES
+    )
     assert "group/pd" not in nowhere(images(), targets((2, 3))).metrics
 
 

@@ -19,7 +19,9 @@ def step_of(model: TrainableDetector, truth: Targets) -> Step:
     return model.begin(images(), truth)
 
 
-def second(name: str, *overrides: str, truth: Targets | None = None) -> tuple[TrainableDetector, Step, QueryBlock]:
+def second(
+    name: str, *overrides: str, truth: Targets | None = None
+) -> tuple[TrainableDetector, Step, QueryBlock]:
     model = build(small(name, ["none", "hybrid=2"]).override(list(overrides)), CLASSES).eval()
     step = step_of(model, targets((2, 3)) if truth is None else truth)
     (block,) = model.training_schemes[0].extend(step).blocks
@@ -50,7 +52,9 @@ def test_proposals_are_those_ranked_after_the_main_ones() -> None:
 
 
 def test_too_few_tokens_for_a_second_block() -> None:
-    model = build(small("tiny", ["none", "hybrid"]).override("detector.queries.count=500"), CLASSES).eval()
+    model = build(
+        small("tiny", ["none", "hybrid"]).override("detector.queries.count=500"), CLASSES
+    ).eval()
     assert model.training_schemes[0].extend(step_of(model, targets((2, 3)))).blocks == []
 
 
@@ -92,7 +96,12 @@ def test_aligned_branches_rank_in_the_second_only() -> None:
         ("tiny", ["align,stable"], [], "both set the classification target"),
         ("tiny", ["align,rank"], [], "leave scheme rank out"),
         ("tiny", ["rank"], ["loss.classification=qfl"], "leave scheme rank out"),
-        ("tiny", ["stable,rank"], ["schemes.stable.supervised=false"], "both set the matching cost"),
+        (
+            "tiny",
+            ["stable,rank"],
+            ["schemes.stable.supervised=false"],
+            "both set the matching cost",
+        ),
         ("tiny", ["align"], ["loss.classification=qfl"], "both set the classification target"),
         ("tiny", ["stable"], ["loss.classification=vfl"], "schemes.stable.supervised=false"),
         ("detr_r50", ["align"], [], "softmax"),
@@ -101,7 +110,9 @@ def test_aligned_branches_rank_in_the_second_only() -> None:
         ("detr_r50", [], ["detector.iou_branch=root"], "iou_branch=root"),
     ],
 )
-def test_contradictions_are_refused(name: str, schemes: list[str], overrides: list[str], words: str) -> None:
+def test_contradictions_are_refused(
+    name: str, schemes: list[str], overrides: list[str], words: str
+) -> None:
     with pytest.raises(UserError) as error:
         build(small(name, schemes).override(overrides), CLASSES)
     assert words in f"{error.value.message} {error.value.remedy}"

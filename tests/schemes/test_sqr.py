@@ -16,19 +16,27 @@ from ..small import CLASSES, small
 
 @torch.no_grad()
 def test_layers_get_what_the_two_before_them_handed_on() -> None:
-    model = build(small("tiny").with_schemes(["none", "sqr"]).override("detector.decoder.layers=6"), CLASSES)
+    model = build(
+        small("tiny").with_schemes(["none", "sqr"]).override("detector.decoder.layers=6"), CLASSES
+    )
     step = begin(model)
     output = decoded(model.detector, step.memory)
     scheme = model.training_schemes[0]
     tasks = scheme.after(step, {"main": output})
-    assert [task.match.copies for task in tasks] == [1, 2, 4, 7, 12]  # and the main one: 2, 3, 5, 8, 13
+    # And the main one: 2, 3, 5, 8, 13
+    assert [task.match.copies for task in tasks] == [1, 2, 4, 7, 12]
     assert [len(task.match.output.boxes) for task in tasks] == [1] * 5
 
 
 @torch.no_grad()
 def test_layers_are_matched_as_the_main_set_is_there() -> None:
     """With several queries for each object in all layers but the last."""
-    model = build(small("tiny").with_schemes(["none", "align=4", "sqr"]).override("detector.decoder.layers=3"), CLASSES)
+    model = build(
+        small("tiny")
+        .with_schemes(["none", "align=4", "sqr"])
+        .override("detector.decoder.layers=3"),
+        CLASSES,
+    )
     step = begin(model)
     (scheme,) = (scheme for scheme in model.training_schemes if scheme.name == "sqr")
     tasks = scheme.after(step, {"main": decoded(model.detector, step.memory)})

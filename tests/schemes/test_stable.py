@@ -1,4 +1,6 @@
-"""Stable-DINO's supervision: targets scaled image by image, weights, and a matching that discounts bad boxes."""
+"""Stable-DINO's supervision: targets scaled image by image, weights, and a matching that discounts
+bad boxes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_in_each_layer_and_image_the_best_positive_aims_at_1() -> None:
 
 def test_without_overlap_or_positives() -> None:
     apart = DecoderOutput(
-        torch.zeros(1, 1, 2, 3), torch.tensor([[[[0.1, 0.1, 0.1, 0.1]] * 2]]), torch.zeros(1, 1, 2, 4)
+        torch.zeros(1, 1, 2, 3),
+        torch.tensor([[[[0.1, 0.1, 0.1, 0.1]] * 2]]),
+        torch.zeros(1, 1, 2, 4),
     )
     truth = Targets(torch.tensor([1]), torch.tensor([[0.9, 0.9, 0.1, 0.1]]), (1,))
     found = assign([Match(apart, truth, Hungarian())])[0]

@@ -1,4 +1,6 @@
-"""The server: what it answers, what it refuses, what goes through the detector together, and how it ends."""
+"""The server: what it answers, what it refuses, what goes through the detector together, and how it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,17 @@ NO_FILE = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\
 
 
 def predictions(pictures: Sequence[Tensor]) -> list[Prediction]:
-    """Two objects in each picture; the height is a score, so that answers can be told apart. A red corner breaks it."""
+    """Two objects in each picture; the height is a score, so that answers can be told apart. A red
+    corner breaks it.
+    """
     if any(int(p[0, 0, 0]) > 250 for p in pictures):
         raise RuntimeError("broken in the detector")
     sizes = [(int(p.shape[1]), int(p.shape[2])) for p in pictures]
     box = (1.0, 2.0, 4.0, 6.0)
     return [
-        Prediction(None, size, [0.9, size[0] / 1000], ["cat", "<b>dog</b>"], [0, 1], [3, 7], [box, box])
+        Prediction(
+            None, size, [0.9, size[0] / 1000], ["cat", "<b>dog</b>"], [0, 1], [3, 7], [box, box]
+        )
         for size in sizes
     ]
 
@@ -72,7 +78,11 @@ class Server:
         text = reply.read().decode()
         connection.close()
         is_json = reply.getheader("content-type", "").startswith("application/json")
-        return reply.status, json.loads(text) if is_json else text, {k.lower(): v for k, v in reply.getheaders()}
+        return (
+            reply.status,
+            json.loads(text) if is_json else text,
+            {k.lower(): v for k, v in reply.getheaders()},
+        )
 
     def close(self) -> None:
         self.uvicorn.should_exit = True
@@ -100,7 +110,9 @@ def as_jpeg(image: Image.Image, kind: str = "JPEG") -> bytes:
 
 
 def form(name: str, content: bytes, field: str = "file") -> tuple[bytes, dict[str, str]]:
-    head = f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode()
+    head = (
+        f'--x\r\nContent-Disposition: form-data; name="{field}"; filename="{name}"\r\n\r\n'.encode()
+    )
     return head + content + b"\r\n--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}
 
 
@@ -147,7 +159,8 @@ def test_health_and_the_page(server: Server) -> None:
         ("POST", "/predict", jpeg()[:300], 400, "picture: "),
         ("POST", "/predict", jpeg(101, 100), 413, "100x101 pixels"),
         ("POST", "/predict", b"x" * (SMALL_BODY + 1), 413, "more than"),
-        ("POST", "/predict", [b"x" * SMALL_BODY, b"y"], 413, "more than"),  # chunked: no length is stated
+        # Chunked: no length is stated
+        ("POST", "/predict", [b"x" * SMALL_BODY, b"y"], 413, "more than"),
         ("POST", "/predict?threshold=2", jpeg(), 400, "threshold: "),
         ("POST", "/predict?threshold=nan", jpeg(), 400, "threshold: "),
         ("GET", "/predict", None, 405, "Method Not Allowed"),
@@ -155,7 +168,9 @@ def test_health_and_the_page(server: Server) -> None:
         ("POST", "/predict", jpeg(colour="red", kind="PNG"), 500, "could not be answered"),
     ],
 )
-def test_errors_are_json(server: Server, method: str, path: str, body: Any, status: int, message: str) -> None:
+def test_errors_are_json(
+    server: Server, method: str, path: str, body: Any, status: int, message: str
+) -> None:
     found, told, _ = server.ask(method, path, iter(body) if isinstance(body, list) else body)
     assert found == status
     assert message in told["error"]["message"]
@@ -183,9 +198,15 @@ def test_forms_without_a_picture(server: Server, body: bytes, kind: str, message
 def test_many_at_a_time_and_none_is_lost(server: Server) -> None:
     heights = [20 + i % 50 for i in range(40)]
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda height: server.ask("POST", "/predict?threshold=0", jpeg(height)), heights))
+        answers = list(
+            pool.map(
+                lambda height: server.ask("POST", "/predict?threshold=0", jpeg(height)), heights
+            )
+        )
     assert [status for status, *_ in answers] == [200] * len(heights)
-    assert [told["detections"][1]["score"] for _, told, _ in answers] == [height / 1000 for height in heights]
+    assert [told["detections"][1]["score"] for _, told, _ in answers] == [
+        height / 1000 for height in heights
+    ]
 
 
 def test_too_many_wait_elsewhere_and_those_inside_are_answered_at_the_end() -> None:
@@ -233,7 +254,9 @@ def test_a_second_ctrl_c_waits_for_no_request_and_says_nothing(
         address.append(at)
         pool.submit(interrupt)
 
-    monkeypatch.setattr("detrellis.serving.run.open_served", lambda *_: Served(slow, "slow", CLASSES, [0.5, 0.5]))
+    monkeypatch.setattr(
+        "detrellis.serving.run.open_served", lambda *_: Served(slow, "slow", CLASSES, [0.5, 0.5])
+    )
     with ThreadPoolExecutor(1) as pool, interrupting(), pytest.raises(KeyboardInterrupt):
         serve("a run", port=0, started=started)
     assert entered.is_set()
@@ -249,7 +272,8 @@ def test_pictures_that_come_together_go_through_together() -> None:
         return predictions(pictures)
 
     batcher = Batcher(noting, batch_size=4, seconds=0.2)
-    red, green = torch.full((3, 4, 4), 255, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)
+    red = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    green = torch.zeros(3, 4, 4, dtype=torch.uint8)
     futures = [batcher.submit(red if i == 5 else green) for i in range(6)]
     futures.append(batcher.submit(green))
     futures[6].cancel()

@@ -1,4 +1,6 @@
-"""Disks that are full, fill up, or may only be read: nothing is lost, and the message says what to do."""
+"""Disks that are full, fill up, or may only be read: nothing is lost, and the message says what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 32 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", place], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", place], capture_output=True
+    ).returncode:
         pytest.skip("this user may not mount a file system")
     yield place
     subprocess.run(["umount", "--lazy", place], check=True)
@@ -49,11 +53,19 @@ def leave(disk: Path, free: int) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name[0] != "."
+    }
 
 
-def test_a_run_on_a_disk_that_fills_up(shapes: Path, whole: Path, disk: Path, tmp_path: Path) -> None:
-    """With more and more room, up to all that it takes: it stops with a message, and goes on once there is more."""
+def test_a_run_on_a_disk_that_fills_up(
+    shapes: Path, whole: Path, disk: Path, tmp_path: Path
+) -> None:
+    """With more and more room, up to all that it takes: it stops with a message, and goes on once
+    there is more.
+    """
     needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
     stopped = 0
     for part in range(12):
@@ -95,7 +107,9 @@ def test_no_room_at_any_moment(shapes: Path, whole: Path, tmp_path: Path) -> Non
 def test_a_folder_that_may_only_be_read(shapes: Path, whole: Path, disk: Path) -> None:
     shutil.copytree(whole, disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    with pytest.raises(UserError, match=r"run: this folder cannot be written .Read-only file system"):
+    with pytest.raises(
+        UserError, match=r"run: this folder cannot be written .Read-only file system"
+    ):
         detrellis.resume(disk / "run", epochs=9)
     with pytest.raises(UserError, match=r"this folder cannot be written"):
         detrellis.train("tiny", data=shapes, out=disk / "new")
@@ -105,19 +119,30 @@ def test_a_folder_that_may_only_be_read(shapes: Path, whole: Path, disk: Path) -
 
 
 WRITERS: dict[str, Callable[[Path, Path, Path], object]] = {
-    "predict": lambda run, data, out: detrellis.predict(run, data / "images" / "val", out=out / "pictures", txt=True),
-    "results": lambda run, data, out: detrellis.evaluate(run, results=out / "found.json", workers=0),
-    "report": lambda run, data, out: detrellis.evaluate(run, data=data, report=out / "report", workers=0),
+    "predict": lambda run, data, out: detrellis.predict(
+        run, data / "images" / "val", out=out / "pictures", txt=True
+    ),
+    "results": lambda run, data, out: detrellis.evaluate(
+        run, results=out / "found.json", workers=0
+    ),
+    "report": lambda run, data, out: detrellis.evaluate(
+        run, data=data, report=out / "report", workers=0
+    ),
     "export": lambda run, data, out: detrellis.export(run, out=out / "model.onnx"),
     "check": lambda run, data, out: command("check", "--data", data, "--fix", out / "clean"),
-    "analyze": lambda run, data, out: command("analyze", "misalignment", run, "--out", out / "figures"),
+    "analyze": lambda run, data, out: command(
+        "analyze", "misalignment", run, "--out", out / "figures"
+    ),
 }
 
 
 def command(*words: object) -> None:
     """The command line in a process of its own; an error is what it prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "detrellis", *map(str, words)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "detrellis", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode in (0, WRONG_USE), done.stderr[-3000:]
     if done.returncode:
@@ -126,7 +151,9 @@ def command(*words: object) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_else_writes(name: str, shapes: Path, whole: Path, disk: Path, tmp_path: Path) -> None:
-    """On a full disk: a message that names a file there, no half file, and what an earlier call wrote stays."""
+    """On a full disk: a message that names a file there, no half file, and what an earlier call
+    wrote stays.
+    """
     write, out = WRITERS[name], disk / "out"
     write(whole, shapes, out)
     before = content(out)

@@ -1,4 +1,6 @@
-"""Thousands of broken inputs: none may end in a traceback, a hang, a dead process or all memory taken."""
+"""Thousands of broken inputs: none may end in a traceback, a hang, a dead process or all memory
+taken.
+"""
 
 from __future__ import annotations
 
@@ -23,4 +25,6 @@ from ..fuzz.harness import Try, failures
 def test_many(attempt: Try, count: int, tmp_path: Path) -> None:
     """A seed that fails can be tried alone: `attempt(seed, folder)`."""
     found = failures(attempt, range(count), tmp_path)
-    assert not found, f"{len(found)} of {count}, seeds {list(found)}; the first: {next(iter(found.values()))}"
+    assert not found, (
+        f"{len(found)} of {count}, seeds {list(found)}; the first: {next(iter(found.values()))}"
+    )

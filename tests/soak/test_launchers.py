@@ -1,4 +1,6 @@
-"""Studies whose runs are jobs: submitit with its local executor, and a Ray cluster of this machine."""
+"""Studies whose runs are jobs: submitit with its local executor, and a Ray cluster of this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ from ..study.trials import make_plan
 def launcher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launcher:
     package = pytest.importorskip(request.param)
     monkeypatch.setattr(launch, "CHILD", ("-c", STUB))
-    return Ray({"num_cpus": 1}) if request.param == "ray" else Slurm({"timeout_min": 5}, package.LocalExecutor)
+    return (
+        Ray({"num_cpus": 1})
+        if request.param == "ray"
+        else Slurm({"timeout_min": 5}, package.LocalExecutor)
+    )
 
 
 def test_jobs_finish_and_fail(launcher: Launcher, tmp_path: Path) -> None:
@@ -46,7 +52,8 @@ def test_an_interrupted_study_cancels_its_jobs(launcher: Launcher, tmp_path: Pat
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    # A job in the background ignores it
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     try:
         found = run.run(plan, tmp_path, Resources(launcher=launcher), quiet())

@@ -1,4 +1,6 @@
-"""Four processes of one run (gloo): one is lost, stands still or sees no boxes, and nobody waits for ever."""
+"""Four processes of one run (gloo): one is lost, stands still or sees no boxes, and nobody waits
+for ever.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,21 @@ from ..engine.test_resume import assert_same_run
 from ..engine.test_saving import SETTINGS
 
 SIZE, EPOCHS = 4, 2  # processes, epochs
-# Seconds: that processes wait where nobody has to (on a busy machine one may begin a minute after another), that they
-# wait for one that stands still, and that it does.
+# Seconds: that processes wait where nobody has to (on a busy machine one may begin a minute after
+# another), that they wait for one that stands still, and that it does.
 WAIT, BRIEF, STILL = 600, 40, 60
 FOUR = [*SETTINGS, "optim.batch_size=4", "optim.accumulate=1"]
 
 
-def member(rank: int, port: int, size: int, act: Callable[[], object] | None, wait: int, data: Path, out: Path) -> None:
+def member(
+    rank: int,
+    port: int,
+    size: int,
+    act: Callable[[], object] | None,
+    wait: int,
+    data: Path,
+    out: Path,
+) -> None:
     """One process of the run: it acts first, and writes down with what it ended."""
     os.environ |= environment(rank, size, port) | {TIMEOUT: str(wait)}
     torch.set_num_threads(1)
@@ -43,19 +53,31 @@ def member(rank: int, port: int, size: int, act: Callable[[], object] | None, wa
         if (out / "last.state.pt").exists():
             detrellis.resume(out, workers=0, device="cpu", console=quiet())
         else:
-            settings = {"override": FOUR, "epochs": EPOCHS, "workers": 0, "device": "cpu", "console": quiet()}
+            settings = {
+                "override": FOUR,
+                "epochs": EPOCHS,
+                "workers": 0,
+                "device": "cpu",
+                "console": quiet(),
+            }
             detrellis.train("tiny", data=data, out=out, **settings)
         said.write_text("finished")
     except UserError as error:
         said.write_text(str(error))
 
 
-def start(data: Path, out: Path, size: int = SIZE, acting: int = -1, act: Any = None, wait: int = WAIT) -> list[Any]:
-    """The processes, of which one does something else; `wait` is how many seconds they wait for each other."""
+def start(
+    data: Path, out: Path, size: int = SIZE, acting: int = -1, act: Any = None, wait: int = WAIT
+) -> list[Any]:
+    """The processes, of which one does something else; `wait` is how many seconds they wait for
+    each other.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     port = free_port()
-    arguments = [(rank, port, size, act if rank == acting else None, wait, data, out) for rank in range(size)]
+    arguments = [
+        (rank, port, size, act if rank == acting else None, wait, data, out) for rank in range(size)
+    ]
     processes = [context.Process(target=member, args=given) for given in arguments]
     for process in processes:
         process.start()
@@ -101,7 +123,9 @@ def sees_no_boxes() -> None:
 
     def without(self: TrainRun, batch: Any, weight: float) -> Any:
         if self.state.epoch == 0:
-            none = Targets(batch.targets.labels[:0], batch.targets.boxes[:0], (0,) * len(batch.targets.sizes))
+            none = Targets(
+                batch.targets.labels[:0], batch.targets.boxes[:0], (0,) * len(batch.targets.sizes)
+            )
             batch = batch._replace(targets=none)
         return forward(self, batch, weight)
 
@@ -122,7 +146,9 @@ def test_one_of_four_dies(shapes: Path, whole: Path, tmp_path: Path, rank: int) 
     out = tmp_path / "run"
     for act in (dies_early, dies):
         told = ends(out, start(shapes, out, SIZE, rank, act), but=rank)
-        assert all("another process has ended" in text and "--resume" in text for text in told), told
+        assert all("another process has ended" in text and "--resume" in text for text in told), (
+            told
+        )
     assert ends(out, start(shapes, out)) == ["finished"] * SIZE
     assert_same_run(whole, out)
     logs = [[r["losses"] for r in read_records(run / "metrics.jsonl")] for run in (whole, out)]
@@ -158,11 +184,16 @@ def test_one_of_four_sees_no_boxes_for_an_epoch(shapes: Path, tmp_path: Path) ->
     assert all(row["loss"] > 0 for row in rows)
 
 
-def test_unequal_shares_are_evaluated_as_in_one_process(shapes: Path, whole: Path, tmp_path: Path) -> None:
-    """Five pictures in four processes, two in one of them: the figures are the same bits as those of one process."""
+def test_unequal_shares_are_evaluated_as_in_one_process(
+    shapes: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Five pictures in four processes, two in one of them: the figures are the same bits as those
+    of one process.
+    """
     context, port = multiprocessing.get_context("forkserver"), free_port()
     processes = [
-        context.Process(target=evaluated, args=(rank, port, whole, tmp_path / f"{rank}.txt")) for rank in range(SIZE)
+        context.Process(target=evaluated, args=(rank, port, whole, tmp_path / f"{rank}.txt"))
+        for rank in range(SIZE)
     ]
     for process in processes:
         process.start()
@@ -170,7 +201,9 @@ def test_unequal_shares_are_evaluated_as_in_one_process(shapes: Path, whole: Pat
         process.join(900)
         assert process.exitcode == 0
     torch.set_num_threads(1)
-    alone = detrellis.evaluate(whole, batch_size=1, workers=0, device="cpu", report=tmp_path / "report")
+    alone = detrellis.evaluate(
+        whole, batch_size=1, workers=0, device="cpu", report=tmp_path / "report"
+    )
     assert alone.images == 5
     for rank in range(SIZE):
         assert (tmp_path / f"{rank}.txt").read_text() == repr(alone.stats)

@@ -1,4 +1,6 @@
-"""The tutorial, word by word: its commands in their order, in an empty folder. Some fifteen minutes on two cores."""
+"""The tutorial, word by word: its commands in their order, in an empty folder. Some fifteen minutes
+on two cores.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,13 @@ def test_the_tutorial(tmp_path: Path) -> None:
     write_shapes(tmp_path / "my_data", train=24, val=8)  # what a reader brings
     shutil.copy(next((tmp_path / "my_data" / "images" / "val").iterdir()), tmp_path / "photo.jpg")
     install, *others = blocks(PAGE)
-    assert "pip install" in install  # that is done: the commands that follow are of this environment
+    # That is done: the commands that follow are of this environment
+    assert "pip install" in install
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for block in others:
-        subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
+        subprocess.run(
+            ["bash", "-euc", block], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True
+        )
     for made in ("demo/predictions.jpg", "demo/run/report.html", "runs/first/report.html"):
         assert (tmp_path / made).stat().st_size > 10_000
     found = json.loads((tmp_path / "pictures" / "predictions.json").read_text())
@@ -39,4 +44,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
 def test_stored_sizes_are_what_each_network_has(name: str) -> None:
     recipe = find_recipe(name)
     stored = families.costs()[families.digest(recipe)]
-    assert {**families.measured(recipe), "first": stored["first"]} == {**stored, "size": tuple(stored["size"])}
+    assert {**families.measured(recipe), "first": stored["first"]} == {
+        **stored,
+        "size": tuple(stored["size"]),
+    }

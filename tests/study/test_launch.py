@@ -1,4 +1,6 @@
-"""Where trials run: the seam between a study and what starts its runs, and the job that a cluster is given."""
+"""Where trials run: the seam between a study and what starts its runs, and the job that a cluster
+is given.
+"""
 
 from __future__ import annotations
 
@@ -96,17 +98,23 @@ def test_a_study_over_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found[1].log == "ValueError: no\nexit code 1"
     again = Cluster()
     run.run(plan, tmp_path, Resources(jobs=1, launcher=again), quiet())
-    assert [job.folder.name for job in again.jobs] == ["seed-1", "seed-2"]  # what is finished is not started
+    # What is finished is not started
+    assert [job.folder.name for job in again.jobs] == ["seed-1", "seed-2"]
 
 
-def test_an_interrupted_study_cancels_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_study_cancels_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run.time, "sleep", interrupt)
     cluster = Cluster()
     found = run.run(
-        make_plan({"a": None, "b": None}, seeds=(1,)), tmp_path, Resources(jobs=1, launcher=cluster), quiet()
+        make_plan({"a": None, "b": None}, seeds=(1,)),
+        tmp_path,
+        Resources(jobs=1, launcher=cluster),
+        quiet(),
     )
     assert [job.told for job in cluster.jobs] == [["terminate"]]
     assert [o.state for o in found] == ["stopped", "waiting"]
@@ -117,7 +125,9 @@ def until(path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_job_passes_its_end_on_to_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_passes_its_end_on_to_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGTERM reaches the trial, which saves; the job's exit code is the trial's."""
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
     (slow := tmp_path / "slow").mkdir()
@@ -134,8 +144,12 @@ def test_a_job_passes_its_end_on_to_the_trial(tmp_path: Path, monkeypatch: pytes
     assert TrialJob(tmp_path, ("-c", STUB))() == 7
 
 
-def test_a_job_that_is_preempted_saves_and_is_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As submitit ends a job: `checkpoint` in the handler of a signal that the trial never gets, and then out."""
+def test_a_job_that_is_preempted_saves_and_is_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As submitit ends a job: `checkpoint` in the handler of a signal that the trial never gets,
+    and then out.
+    """
     pytest.importorskip("submitit")
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.01)
     (slow := tmp_path / "slow").mkdir()
@@ -165,7 +179,12 @@ def test_a_job_that_is_preempted_saves_and_is_submitted_again(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("name", "options", "threads", "words"),
     [
-        ("local", ["partition=gpu"], None, "--launcher-option partition=gpu is for jobs of a cluster"),
+        (
+            "local",
+            ["partition=gpu"],
+            None,
+            "--launcher-option partition=gpu is for jobs of a cluster",
+        ),
         ("slurm", ["partition"], None, "not KEY=VALUE"),
         ("slurm", [], 4, "--launcher-option cpus_per_task=4"),
         ("ray", [], 4, "--launcher-option num_cpus=4"),
@@ -175,7 +194,11 @@ def test_a_job_that_is_preempted_saves_and_is_submitted_again(tmp_path: Path, mo
     ],
 )
 def test_launchers_that_cannot_be_used(
-    name: LauncherName, options: list[str], threads: int | None, words: str, monkeypatch: pytest.MonkeyPatch
+    name: LauncherName,
+    options: list[str],
+    threads: int | None,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if name == "slurm" and threads is None:
         pytest.importorskip("submitit")
@@ -185,7 +208,9 @@ def test_launchers_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(("name", "package"), [("slurm", "submitit"), ("ray", "ray")])
-def test_a_package_that_is_missing_is_named(name: LauncherName, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_named(
+    name: LauncherName, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"detrellis\\[{name}\\]"):
         find_launcher(name)

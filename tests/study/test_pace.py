@@ -1,4 +1,6 @@
-"""Equal training time: the epochs that follow from steps' times, and what a study that goes on keeps."""
+"""Equal training time: the epochs that follow from steps' times, and what a study that goes on
+keeps.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,15 @@ from detrellis.study.run import Resources
 
 from ..small import small
 
-SECONDS = {None: 1.0, "align": 1.25, "group": 4.0}  # of a made-up step, by the scheme that a recipe has
+# Of a made-up step, by the scheme that a recipe has
+SECONDS = {None: 1.0, "align": 1.25, "group": 4.0}
 
 
 def made_up(shapes: Path, schemes: str, *override: str) -> StudyPlan:
     chosen = ("schedule.epochs=10", "data.size=[64, 64]", *override)
-    return plan_schemes("tiny", schemes, find_data(shapes), seeds=(0,), equal="time", override=chosen)
+    return plan_schemes(
+        "tiny", schemes, find_data(shapes), seeds=(0,), equal="time", override=chosen
+    )
 
 
 def epochs(plan: StudyPlan) -> dict[str, int]:
@@ -37,10 +42,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Steps that take the seconds of `SECONDS`; the schemes of those that were timed."""
     asked: list[str | None] = []
 
-    def step(recipe: Recipe, classes: int, device: torch.device, boxes: int) -> Callable[[], str | None]:
+    def step(
+        recipe: Recipe, classes: int, device: torch.device, boxes: int
+    ) -> Callable[[], str | None]:
         assert (classes, device.type) == (5, "cpu")
         assert 1 <= boxes <= 5  # the data set's mean
-        scheme = next((name for name in ("align", "group") if getattr(recipe.schemes, name) is not None), None)
+        scheme = next(
+            (name for name in ("align", "group") if getattr(recipe.schemes, name) is not None), None
+        )
         asked.append(scheme)
         return lambda: scheme
 
@@ -52,7 +61,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 @pytest.mark.usefixtures("timed")
 def test_slower_rows_get_fewer_epochs(shapes: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    plan = paced(made_up(shapes, "none,align,group=3"), tmp_path, Resources(device="cpu"), said.append)
+    plan = paced(
+        made_up(shapes, "none,align,group=3"), tmp_path, Resources(device="cpu"), said.append
+    )
     assert plan.pace == {"align": 1.25, "group=3": 4.0}
     assert epochs(plan) == {"none": 10, "align": 8, "group=3": 2}  # 2.5, to even
     assert said == ["Timing steps of align, group=3, to give all rows the same time"]
@@ -60,20 +71,30 @@ def test_slower_rows_get_fewer_epochs(shapes: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("timed")
 def test_a_row_has_an_epoch_at_least(shapes: Path, tmp_path: Path) -> None:
-    plan = paced(made_up(shapes, "none,group=3", "schedule.epochs=1"), tmp_path, Resources(device="cpu"), print)
+    plan = paced(
+        made_up(shapes, "none,group=3", "schedule.epochs=1"),
+        tmp_path,
+        Resources(device="cpu"),
+        print,
+    )
     assert epochs(plan) == {"none": 1, "group=3": 1}
 
 
 @pytest.mark.usefixtures("timed")
 def test_time_is_counted_by_image(shapes: Path, tmp_path: Path) -> None:
     plan = made_up(shapes, "none,align")
-    rows = tuple(replace(r, recipe=r.recipe.override("optim.batch_size=16")) if r.against else r for r in plan.rows)
+    rows = tuple(
+        replace(r, recipe=r.recipe.override("optim.batch_size=16")) if r.against else r
+        for r in plan.rows
+    )
     plan = paced(replace(plan, rows=rows), tmp_path, Resources(device="cpu"), print)
     assert plan.pace == {"align": 0.625}
     assert epochs(plan) == {"none": 10, "align": 16}
 
 
-def test_a_study_that_goes_on_keeps_its_paces(shapes: Path, tmp_path: Path, timed: list[str | None]) -> None:
+def test_a_study_that_goes_on_keeps_its_paces(
+    shapes: Path, tmp_path: Path, timed: list[str | None]
+) -> None:
     paced(made_up(shapes, "none,align"), tmp_path, Resources(device="cpu"), print).begin(tmp_path)
     timed.clear()
     wider = paced(made_up(shapes, "none,align,group=3"), tmp_path, Resources(device="cpu"), print)
@@ -86,12 +107,16 @@ def test_another_study_is_refused_before_anything_is_timed(
     shapes: Path, tmp_path: Path, timed: list[str | None]
 ) -> None:
     replace(made_up(shapes, "none,align"), pace=None).begin(tmp_path)
-    with pytest.raises(UserError, match="another study in this folder: equal epochs, now equal time"):
+    with pytest.raises(
+        UserError, match="another study in this folder: equal epochs, now equal time"
+    ):
         paced(made_up(shapes, "none,align"), tmp_path, Resources(device="cpu"), print)
     assert not timed
 
 
-def test_real_steps_are_timed(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_steps_are_timed(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pace, "STEPS", 1)
     monkeypatch.setattr(pace, "WARMUP", 0)
     plan = made_up(shapes, "none,align")
@@ -104,10 +129,14 @@ def test_real_steps_are_timed(shapes: Path, tmp_path: Path, monkeypatch: pytest.
     assert torch.get_num_threads() == threads
 
 
-def test_a_step_too_large_for_the_memory(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_too_large_for_the_memory(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def step(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(pace, "training_step", step)
-    with pytest.raises(UserError, match=r"align and none: a step of each does not fit .*\n.*optim.batch_size=2"):
+    with pytest.raises(
+        UserError, match=r"align and none: a step of each does not fit .*\n.*optim.batch_size=2"
+    ):
         paced(made_up(shapes, "none,align"), tmp_path, Resources(device="cpu"), print)

@@ -53,7 +53,9 @@ def test_a_row_has_exactly_its_schemes_with_the_recipes_dials() -> None:
 
 def test_plan_of_schemes(shapes: Path) -> None:
     source = resolve(shapes)
-    plan = plan_schemes("tiny", "none,align+cdn", source, seeds=(0, 1), epochs=4, override=["optim.lr=1e-3"])
+    plan = plan_schemes(
+        "tiny", "none,align+cdn", source, seeds=(0, 1), epochs=4, override=["optim.lr=1e-3"]
+    )
     assert [(row.name, row.against) for row in plan.rows] == [("none", None), ("align+cdn", "none")]
     assert {row.recipe.schedule.epochs for row in plan.rows} == {4}
     assert {row.recipe.optim.lr for row in plan.rows} == {1e-3}
@@ -75,13 +77,17 @@ def test_plan_of_schemes(shapes: Path) -> None:
         ("co=atss+rcn", "branches"),
     ],
 )
-def test_rows_that_cannot_be_trained_are_refused_first(shapes: Path, schemes: str, message: str) -> None:
+def test_rows_that_cannot_be_trained_are_refused_first(
+    shapes: Path, schemes: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         plan_schemes("tiny", schemes, resolve(shapes), seeds=(0,))
 
 
 def test_data_without_validation_is_refused(shapes: Path) -> None:
-    source = resolve(None, shapes / "annotations" / "instances_train.json", shapes / "images" / "train")
+    source = resolve(
+        None, shapes / "annotations" / "instances_train.json", shapes / "images" / "train"
+    )
     with pytest.raises(UserError, match="no validation split"):
         plan_schemes("tiny", "none,align", source, seeds=(0,))
 
@@ -101,11 +107,16 @@ def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
     plan = make_plan({"none": None, "align": None})
     plan.begin(tmp_path)
     longer = make_plan({"none": None, "align": None}, epochs=9)
-    with pytest.raises(UserError, match=r"row none: schedule.epochs 3, now 9; row align: .*\n.*another --out"):
-        longer.begin(tmp_path)
-    elsewhere = replace(plan, data={"kind": "voc", "splits": {"train": {"annotations": "/data/other.json"}}})
     with pytest.raises(
-        UserError, match=r"data kind coco, now voc; data splits.train.annotations /data/train.json, now"
+        UserError, match=r"row none: schedule.epochs 3, now 9; row align: .*\n.*another --out"
+    ):
+        longer.begin(tmp_path)
+    elsewhere = replace(
+        plan, data={"kind": "voc", "splits": {"train": {"annotations": "/data/other.json"}}}
+    )
+    with pytest.raises(
+        UserError,
+        match=r"data kind coco, now voc; data splits.train.annotations /data/train.json, now",
     ):
         elsewhere.begin(tmp_path)
     with pytest.raises(UserError, match="skip_bad False, now True"):
@@ -115,7 +126,9 @@ def test_another_plan_is_refused_by_what_differs(tmp_path: Path) -> None:
     many = replace(plan, rows=tuple(replace(r, recipe=find_recipe("dino-r50")) for r in plan.rows))
     with pytest.raises(UserError, match=r", and \d+ more"):
         many.begin(tmp_path)
-    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(plan.to_dict()))
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(
+        json.dumps(plan.to_dict())
+    )
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
@@ -147,7 +160,9 @@ def test_folders_of_rows_differ_whatever_they_are_called(tmp_path: Path) -> None
 def test_rows_of_a_papers_table(shapes: Path) -> None:
     paper = load_paper("align")
     table = paper.table("1")
-    plan = plan_table(paper, table, resolve(shapes), seeds=(0,), scale="tiny", epochs=2, only=["Align-DETR 12e"])
+    plan = plan_table(
+        paper, table, resolve(shapes), seeds=(0,), scale="tiny", epochs=2, only=["Align-DETR 12e"]
+    )
     assert [(r.name, r.against, r.published) for r in plan.rows] == [
         ("DINO 12e", None, 49.0),
         ("Align-DETR 12e", "DINO 12e", 50.5),
@@ -160,8 +175,13 @@ def test_rows_of_a_papers_table(shapes: Path) -> None:
 
 def test_rows_of_branches_are_trained_for_them(shapes: Path) -> None:
     paper = load_paper("co")
-    plan = plan_table(paper, paper.table("11"), resolve(shapes), seeds=(0,), only=["ATSS K=2"], scale="tiny")
-    assert {trial.row: trial.branch for trial in plan.trials()} == {"ATSS K=0": "atss", "ATSS K=2": "atss"}
+    plan = plan_table(
+        paper, paper.table("11"), resolve(shapes), seeds=(0,), only=["ATSS K=2"], scale="tiny"
+    )
+    assert {trial.row: trial.branch for trial in plan.trials()} == {
+        "ATSS K=0": "atss",
+        "ATSS K=2": "atss",
+    }
 
 
 def test_a_row_begins_with_the_boxes_of_a_run_on_other_data(shapes: Path, tmp_path: Path) -> None:
@@ -169,7 +189,10 @@ def test_a_row_begins_with_the_boxes_of_a_run_on_other_data(shapes: Path, tmp_pa
     paper = load_paper("sam")
     table, name = paper.table("5"), "COCO, frozen"
     plan_of = partial(plan_table, paper, source=resolve(shapes), seeds=(0,), scale="tiny")
-    reason = "Table 5, row 2 needs the reference boxes of Table 2, row SAM-DETR++-R50 SMCA, trained on COCO 2017 val"
+    reason = (
+        "Table 5, row 2 needs the reference boxes of Table 2, row SAM-DETR++-R50 SMCA, trained "
+        "on COCO 2017 val"
+    )
     assert plan_of(table).skipped == {name: reason}
     with pytest.raises(UserError, match="Table 5, row 2 needs") as error:
         plan_of(table, only=[name])
@@ -180,7 +203,11 @@ def test_a_row_begins_with_the_boxes_of_a_run_on_other_data(shapes: Path, tmp_pa
     card = Card(recipe, resolve(shapes).load("train").classes, {})
     save_weights(run, build(recipe, 5).detector.state_dict(), card)
     plan = plan_of(table.with_boxes(run))
-    assert {trial.row: trial.boxes for trial in plan.trials()} == {"scratch": "", name: str(run), "random, frozen": ""}
+    assert {trial.row: trial.boxes for trial in plan.trials()} == {
+        "scratch": "",
+        name: str(run),
+        "random, frozen": "",
+    }
     elsewhere = plan_of(table.with_boxes(shutil.copy(run, tmp_path / "other.safetensors")))
     assert differences(plan.to_dict(), elsewhere.to_dict()) == [
         f"row {name}: boxes of {run}, now of {tmp_path / 'other.safetensors'}"

@@ -23,7 +23,10 @@ from .trials import STEPS, finish, make_plan, outcomes
 
 
 def study(
-    out: Path, curves: dict[str, list[list[float | None]]], rates: dict[str, float], **published: float
+    out: Path,
+    curves: dict[str, list[list[float | None]]],
+    rates: dict[str, float],
+    **published: float,
 ) -> StudyReport:
     """Rows with a curve for each seed, and the images a second at which they trained."""
     epochs = len(next(iter(curves.values()))[0])
@@ -40,7 +43,8 @@ def test_estimate() -> None:
     assert (one.mean, one.spread, one.interval, one.sign) == (2.0, None, None, 0)
     three = estimate([1.0, 2.0, 3.0])
     assert (three.mean, three.spread) == (2.0, 1.0)
-    assert three.interval == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(2, 0.975) as tables have it
+    # t(2, 0.975) as tables have it
+    assert three.interval == pytest.approx(4.302652729911275 / math.sqrt(3))
     assert three.sign == 0
     assert estimate([1.9, 2.0, 2.1]).sign == 1
     assert estimate([-1.9, -2.0, -2.1]).sign == -1
@@ -87,7 +91,9 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
     assert (base.final.mean, base.final.spread) == pytest.approx((30, 10))
     assert line.gain is not None
     assert line.gain.mean == pytest.approx(2.1)
-    assert line.gain.interval == pytest.approx(4.302652729911275 * 0.1 * math.sqrt(3) / math.sqrt(3))
+    assert line.gain.interval == pytest.approx(
+        4.302652729911275 * 0.1 * math.sqrt(3) / math.sqrt(3)
+    )
     assert line.gain.sign == 1
     assert line.best.mean == pytest.approx(32.1)
     assert [round(ap, 6) for _, ap in line.curve] == [round(50 / 3, 6), 32.1]
@@ -95,7 +101,9 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
 
 
 def test_gains_hold_the_noise_of_the_images(tmp_path: Path) -> None:
-    """The draws of a row and its baseline are of the same images: what both gain by a draw cancels."""
+    """The draws of a row and its baseline are of the same images: what both gain by a draw
+    cancels.
+    """
     plan = make_plan({"none": None, "align": None}, seeds=(0, 1), epochs=1)
     draws = {"none": ([0.10, 0.30], [0.10, 0.30]), "align": ([0.13, 0.31], [0.13, 0.33])}
     for trial in plan.trials():
@@ -105,7 +113,8 @@ def test_gains_hold_the_noise_of_the_images(tmp_path: Path) -> None:
     gain = found.rows[1].gain
     assert gain is not None
     assert gain.interval is not None
-    over_images = 1.959964 * (3 - 2) / math.sqrt(2)  # mean over the seeds of the two draws' gains: 3 and 2 AP
+    # Mean over the seeds of the two draws' gains: 3 and 2 AP
+    over_images = 1.959964 * (3 - 2) / math.sqrt(2)
     assert gain.with_images == pytest.approx(math.hypot(gain.interval, over_images))
     table = report_tables(found)[0]
     assert table.rows[1][table.columns.index("other images, too")] == "[-4.0, +9.0]"
@@ -123,11 +132,20 @@ def test_a_seed_that_failed_is_left_out_of_the_pairs(tmp_path: Path) -> None:
 
 
 def test_epochs_to_the_baseline_and_ap_in_the_same_time(tmp_path: Path) -> None:
-    curves = {"none": [[1, 10, 20, 25, 24]], "fast": [[10, 24, 25, 26, 30]], "slow": [[1, 2, 3, 4, 5]]}
+    curves = {
+        "none": [[1, 10, 20, 25, 24]],
+        "fast": [[10, 24, 25, 26, 30]],
+        "slow": [[1, 2, 3, 4, 5]],
+    }
     found = study(tmp_path, curves, {"none": 16, "fast": 12, "slow": 2})
     base, fast, slow = found.rows
-    assert (base.epochs_to_baseline, fast.epochs_to_baseline, slow.epochs_to_baseline) == (4, 2, None)
-    # None ends first, after 5 epochs of 5 s; by then `fast` has done 3 of 6.67 s, and `slow` none of 40 s.
+    assert (base.epochs_to_baseline, fast.epochs_to_baseline, slow.epochs_to_baseline) == (
+        4,
+        2,
+        None,
+    )
+    # None ends first, after 5 epochs of 5 s; by then `fast` has done 3 of 6.67 s, and `slow` none
+    # of 40 s.
     assert {line.budget for line in found.rows} == {25.0}
     assert base.timely == (5, pytest.approx(24))
     assert fast.timely == (3, pytest.approx(25))
@@ -144,35 +162,52 @@ def test_rows_of_equal_time_have_no_ap_in_the_same_time(tmp_path: Path) -> None:
     assert "epochs" in columns
     assert "AP in the same time" not in columns
     assert "AP in the same time" in report_tables(found)[1].columns
-    assert any("for the same time" in text and "none 2, slow 2 epochs" in text for text in caveats(alike))
+    assert any(
+        "for the same time" in text and "none 2, slow 2 epochs" in text for text in caveats(alike)
+    )
     assert not any("for the same time" in text for text in caveats(found))
     assert "by the paces in plan.json" in page(alike, {}, tmp_path)
 
 
 def test_rows_with_baselines_of_their_own(tmp_path: Path) -> None:
     plan = make_plan({"a": 30.0, "a+": 33.0, "b": 40.0, "b+": None}, seeds=(0,), epochs=1)
-    rows = [replace(row, against=against) for row, against in zip(plan.rows, (None, "a", None, "b"), strict=True)]
+    rows = [
+        replace(row, against=against)
+        for row, against in zip(plan.rows, (None, "a", None, "b"), strict=True)
+    ]
     plan = replace(plan, rows=tuple(rows))
     for trial, ap, rate in zip(plan.trials(), (10.0, 12.0, 20.0, 15.0), (16, 8, 4, 4), strict=True):
         finish(trial.folder(tmp_path), [ap], rate)
     found = read_report(plan, outcomes(plan, tmp_path))
     assert plan.baseline is None
-    assert [line.gain and line.gain.mean for line in found.rows] == [None, pytest.approx(2), None, pytest.approx(-5)]
+    assert [line.gain and line.gain.mean for line in found.rows] == [
+        None,
+        pytest.approx(2),
+        None,
+        pytest.approx(-5),
+    ]
     assert [line.published_gain for line in found.rows] == [None, 3.0, None, None]
     assert [line.cost for line in found.rows] == [1, 2, 1, 1]
     assert [line.budget for line in found.rows] == [5, 5, 20, 20]
-    assert recommend(found).startswith("Of 1 published differences, 1 have the same sign here. One seed")
+    assert recommend(found).startswith(
+        "Of 1 published differences, 1 have the same sign here. One seed"
+    )
     assert {"baseline", "published AP", "published gain"} <= set(report_tables(found)[0].columns)
     assert any("signs and order" in text for text in caveats(found))
 
 
 def test_published_differences_that_are_found_again(tmp_path: Path) -> None:
-    curves = {"none": [[20.0], [30.0]], "up": [[22.0], [32.0]], "down": [[19.0], [29.0]], "same": [[20.1], [29.8]]}
+    curves = {
+        "none": [[20.0], [30.0]],
+        "up": [[22.0], [32.0]],
+        "down": [[19.0], [29.0]],
+        "same": [[20.1], [29.8]],
+    }
     rates = dict.fromkeys(curves, 16.0)
     found = study(tmp_path, curves, rates, none=40.0, up=41.0, down=42.0, same=39.0)
     assert recommend(found) == (
-        "Of 3 published differences, 2 have the same sign here, 1 of them beyond the spread over the seeds; "
-        "1 have the other sign beyond it."
+        "Of 3 published differences, 2 have the same sign here, 1 of them beyond the spread "
+        "over the seeds; 1 have the other sign beyond it."
     )
 
 
@@ -182,7 +217,9 @@ def test_recommendation_names_gain_interval_cost_and_what_is_unclear(tmp_path: P
     curves["down"] = [[0, 18], [0, 28.1], [0, 37.9]]
     found = study(tmp_path, curves, {"none": 16, "up": 8, "noise": 16, "down": 16})
     text = recommend(found)
-    assert text.startswith("up: +3.0 AP (± 0.2, 95 % interval over 3 seeds) at 2.00 times the step time of none.")
+    assert text.startswith(
+        "up: +3.0 AP (± 0.2, 95 % interval over 3 seeds) at 2.00 times the step time of none."
+    )
     assert "After the same training time (10 s) it is -20.0 AP." in text
     assert "Not told apart from none: noise (+1.0 ± 9.0)." in text
     assert "Below none: down (-2.0 ± 0.2)." in text
@@ -204,7 +241,9 @@ def test_recommendation_names_gain_interval_cost_and_what_is_unclear(tmp_path: P
         ({"none": [], "up": [[17]]}, "Nothing to compare yet: none and another"),
     ],
 )
-def test_no_recommendation_without_evidence(tmp_path: Path, curves: dict[str, list[list[float]]], message: str) -> None:
+def test_no_recommendation_without_evidence(
+    tmp_path: Path, curves: dict[str, list[list[float]]], message: str
+) -> None:
     curves = dict(sorted(curves.items(), key=lambda item: item[0] != "none"))
     plan = make_plan(dict.fromkeys(curves), seeds=range(max(map(len, curves.values()))), epochs=1)
     for trial in plan.trials():
@@ -220,7 +259,11 @@ def test_caveats_say_what_the_figures_do_not_show(tmp_path: Path) -> None:
     assert "none ends at AP 0.2: it has hardly learned" in text
     assert "lower bound" in text
     curve = [10.0, 20.0, 30.0, 40.0, 50.0]
-    found = study(tmp_path / "two", {"none": [curve, curve], "align": [curve, curve]}, {"none": 16, "align": 16})
+    found = study(
+        tmp_path / "two",
+        {"none": [curve, curve], "align": [curve, curve]},
+        {"none": 16, "align": 16},
+    )
     text = " ".join(caveats(found))
     assert "Two seeds:" in text
     assert "still gains 10.0 AP in the last fifth" in text
@@ -238,14 +281,20 @@ def test_what_duplicates_cost(tmp_path: Path) -> None:
     none, align, old = found.rows
     assert none.after_nms is not None
     assert [e.mean for e in none.after_nms] == pytest.approx([32, 60, 20])
-    assert (none.duplicates, align.duplicates, old.duplicates) == (pytest.approx(4), pytest.approx(0), None)
+    assert (none.duplicates, align.duplicates, old.duplicates) == (
+        pytest.approx(4),
+        pytest.approx(0),
+        None,
+    )
     assert align.gain_after_nms is not None
     assert align.gain_after_nms.mean == pytest.approx(4)  # +5 and +3
     assert (none.gain_after_nms, old.gain_after_nms, old.after_nms) == (None, None, None)
     sheet = report_tables(found)[1]
     assert sheet.columns == ("row", "AP", "gain over none", "AP50", "AP75", "NMS adds")
     assert [row[-1] for row in sheet.rows] == ["+4.0", "+0.0", "-"]
-    assert any("more than once: NMS at IoU 0.7 adds AP (none +4.0)." in text for text in caveats(found))
+    assert any(
+        "more than once: NMS at IoU 0.7 adds AP (none +4.0)." in text for text in caveats(found)
+    )
     told = json.loads(json.dumps(to_dict(found)))["rows"]
     assert told[1]["gain_after_nms"]["mean"] == pytest.approx(4)
     assert told[0]["after_nms"]["AP50"]["mean"] == pytest.approx(60)
@@ -264,7 +313,9 @@ def test_times_are_of_one_setting(tmp_path: Path) -> None:
     assert align.cost == pytest.approx(2.0)
     assert [run.final for run in align.runs] == [10.0, 10.0]
     told = " ".join(caveats(found))
-    assert "Times and memory are of the 3 runs on cpu, CPU threads 1; the other 1 had another machine" in told
+    assert (
+        "Times and memory are of the 3 runs on cpu, CPU threads 1; the other 1 had another machine"
+    ) in told
     assert "at a time slowed" not in told
 
 
@@ -281,7 +332,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.references += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")
+        ]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -325,7 +378,9 @@ def test_what_is_saved(tmp_path: Path) -> None:
     found = study(tmp_path, {"none": [[10, 20]], "align": [[10, 25]]}, {"none": 16, "align": 8})
     (found.plan.trials()[1].folder(tmp_path) / "report.html").write_text("")
     save(found, tmp_path)
-    assert re.findall(r'href="([^"#]+)"', (tmp_path / "report.html").read_text()) == ["align/seed-0/report.html"]
+    assert re.findall(r'href="([^"#]+)"', (tmp_path / "report.html").read_text()) == [
+        "align/seed-0/report.html"
+    ]
     told = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in told["rows"]] == ["none", "align"]
     unknown = dict.fromkeys(("spread", "interval", "with_images"))

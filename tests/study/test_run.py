@@ -87,7 +87,9 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("stub")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_children(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_stops_the_children(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make_plan({"none": None, "align": None}, seeds=(2,))
     folder = plan.trials()[0].folder(tmp_path)
     sleep = run.time.sleep
@@ -99,7 +101,8 @@ def test_a_signal_stops_the_children(tmp_path: Path, number: int, monkeypatch: p
 
     monkeypatch.setattr(run.time, "sleep", watch)
     before = signal.getsignal(signal.SIGTERM)
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    # A job in the background ignores it
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         found = run.run(plan, tmp_path, Resources(jobs=1), quiet())
     finally:
@@ -153,8 +156,14 @@ def test_a_child_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_child_tells_what_its_user_can_put_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    order = {"recipe": {"name": "x", "optim": {"lr": -1}}, "data": {"kind": "coco", "splits": {}}, "seed": 0}
-    (tmp_path / ORDER).write_text(json.dumps(order | {"device": "cpu", "workers": 0, "jobs": 1, "skip_bad": False}))
+    order = {
+        "recipe": {"name": "x", "optim": {"lr": -1}},
+        "data": {"kind": "coco", "splits": {}},
+        "seed": 0,
+    }
+    (tmp_path / ORDER).write_text(
+        json.dumps(order | {"device": "cpu", "workers": 0, "jobs": 1, "skip_bad": False})
+    )
     monkeypatch.setattr(child, "_stop_with_parent", lambda: None)
     assert child.main(tmp_path) == 2
     assert "optim.lr" in capsys.readouterr().out
@@ -179,7 +188,12 @@ def test_a_child_trains_with_the_boxes_of_its_order(
     for trial in replace(plan, rows=rows).trials():
         outcome = TrialOutcome(trial, tmp_path / trial.row)
         with pytest.raises(UserError):
-            run._start(outcome, run.Conditions(resolve(shapes).to_dict()), run.Resources(launcher=Started()), None)  # type: ignore[arg-type]
+            run._start(
+                outcome,
+                run.Conditions(resolve(shapes).to_dict()),
+                run.Resources(launcher=Started()),
+                None,
+            )  # type: ignore[arg-type]
 
         def train(*_: object, boxes: str | None, **options: object) -> None:
             asked.append(boxes)
@@ -191,7 +205,9 @@ def test_a_child_trains_with_the_boxes_of_its_order(
     assert asked == [None, "/runs/of-coco"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(None, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(None, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
 def test_a_child_that_was_stopped_has_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, code: int
 ) -> None:
@@ -214,10 +230,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real runs: the first row is stopped after its first steps; the AP is that of runs that nobody stopped."""
+def test_stopped_and_resumed_is_the_same_study(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real runs: the first row is stopped after its first steps; the AP is that of runs that nobody
+    stopped.
+    """
     settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=1", "optim.lr=1e-3"]
-    plan = plan_schemes("tiny", "none,align", resolve(shapes), seeds=(0,), epochs=1, override=settings)
+    plan = plan_schemes(
+        "tiny", "none,align", resolve(shapes), seeds=(0,), epochs=1, override=settings
+    )
     how, out = {"threads": 1, "workers": 0, "device": "cpu"}, tmp_path / "out"
     log, sleep = plan.trials()[0].folder(out) / "metrics.jsonl", run.time.sleep
 
@@ -237,15 +259,24 @@ def test_stopped_and_resumed_is_the_same_study(shapes: Path, tmp_path: Path, mon
     assert [line.name for line in found.rows] == ["none", "align"]
     assert not found.unfinished
     for line in found.rows:
-        whole = detrellis.train(line.planned.recipe, data=shapes, out=tmp_path / line.name, workers=0, device="cpu")
+        whole = detrellis.train(
+            line.planned.recipe, data=shapes, out=tmp_path / line.name, workers=0, device="cpu"
+        )
         assert whole.result is not None
         assert whole.result.ap is not None
         assert line.final.mean == pytest.approx(100 * whole.result.ap, abs=1e-6)
-        one, other = (load_file(place / "last.safetensors") for place in (whole.run, out / line.name / "seed-0"))
+        one, other = (
+            load_file(place / "last.safetensors")
+            for place in (whole.run, out / line.name / "seed-0")
+        )
         assert all(torch.equal(one[key], other[key]) for key in one)
         assert line.after_nms is not None
-        apart = detrellis.evaluate(out / line.name / "seed-0" / "last.safetensors", nms=0.7, workers=0, device="cpu")
-        assert [e.mean for e in line.after_nms] == [100 * (apart.stats[n] or 0) for n in ("AP", "AP50", "AP75")]
+        apart = detrellis.evaluate(
+            out / line.name / "seed-0" / "last.safetensors", nms=0.7, workers=0, device="cpu"
+        )
+        assert [e.mean for e in line.after_nms] == [
+            100 * (apart.stats[n] or 0) for n in ("AP", "AP50", "AP75")
+        ]
         assert line.memory is not None
         assert line.step_seconds is not None
     again = conduct(plan, out, **how, console=quiet())  # nothing is left to do

@@ -95,7 +95,9 @@ def test_what_is_no_search_is_refused(text: str) -> None:
         (["schemes=none,alig"], "align"),
     ],
 )
-def test_what_the_recipe_refuses_is_refused_before_anything_runs(texts: list[str], words: str) -> None:
+def test_what_the_recipe_refuses_is_refused_before_anything_runs(
+    texts: list[str], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         parse_space(texts, TINY)
 
@@ -167,7 +169,9 @@ def test_below_the_median_of_the_others_is_hopeless(tmp_path: Path) -> None:
         assert outcome is not None
         outcome.folder.mkdir(parents=True)
         records = [epoch_record(epoch, ap, 1.0) for epoch, ap in enumerate(curve, 1)]
-        (outcome.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (outcome.folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in records)
+        )
         outcome.state = "running"
         tuner.hopeless(outcome)
         if done:
@@ -196,7 +200,18 @@ def test_the_command_line_searches(
     monkeypatch.setattr("detrellis.study.rows.count_classes", lambda source, skip_bad: 3)
     data = write_shapes(tmp_path / "data", train=4, val=2, size=(32, 32))
     out = tmp_path / "out"
-    words = ["tune", "tiny", "--data", data, "--search", "optim.lr=1e-4..1e-3:log", "--trials", 3, "--out", out]
+    words = [
+        "tune",
+        "tiny",
+        "--data",
+        data,
+        "--search",
+        "optim.lr=1e-4..1e-3:log",
+        "--trials",
+        3,
+        "--out",
+        out,
+    ]
     shown = call(*words, capsys=capsys)
     assert "Next: detrellis train tiny" in shown or "Nothing that was tried" in shown
     records = json.loads(call(*words, "--json", capsys=capsys))

@@ -13,14 +13,21 @@ from detrellis.study.plan import DONE, StudyPlan, StudyRow, TrialOutcome
 STEPS, BATCH = 10, 8  # an epoch's; of the recipe `tiny`
 DATA = {
     "kind": "coco",
-    "splits": {"train": {"annotations": "/data/train.json"}, "val": {"annotations": "/data/v.json"}},
+    "splits": {
+        "train": {"annotations": "/data/train.json"},
+        "val": {"annotations": "/data/v.json"},
+    },
 }
 
 
-def make_plan(rows: Mapping[str, float | None], *, seeds: Sequence[int] = (0, 1, 2), epochs: int = 3) -> StudyPlan:
+def make_plan(
+    rows: Mapping[str, float | None], *, seeds: Sequence[int] = (0, 1, 2), epochs: int = 3
+) -> StudyPlan:
     """Rows of the recipe `tiny` with their published AP; the first is the baseline."""
     recipe, first = find_recipe("tiny").override(f"schedule.epochs={epochs}"), next(iter(rows))
-    made = [StudyRow(name, recipe, None if name == first else first, ap) for name, ap in rows.items()]
+    made = [
+        StudyRow(name, recipe, None if name == first else first, ap) for name, ap in rows.items()
+    ]
     return StudyPlan("made up", tuple(made), DATA, tuple(seeds), command="detrellis compare")
 
 
@@ -39,8 +46,8 @@ def finish(
     resampled: Mapping[str, Sequence[float | None]] | None = None,
     **machine: Any,
 ) -> None:
-    """A finished run with that AP after each epoch; `after_nms`: what the last has without duplicates, `resampled`: the
-    AP of each draw of images."""
+    """A finished run with that AP after each epoch; `after_nms`: what the last has without
+    duplicates, `resampled`: the AP of each draw of images."""
     folder.mkdir(parents=True)
     records = [epoch_record(epoch, ap, rate) for epoch, ap in enumerate(curve, 1)]
     records[-1] |= {"after_nms": after_nms, "resampled": resampled}

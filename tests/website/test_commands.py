@@ -1,4 +1,6 @@
-"""Every command in the pages is one: its verb, options, values, recipe, schemes, fields, targets, extras and files."""
+"""Every command in the pages is one: its verb, options, values, recipe, schemes, fields, targets,
+extras and files.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def targets() -> set[str]:
 
 
 def extras() -> set[str]:
-    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    return set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
 
 
 def check_call(words: list[str]) -> None:
@@ -58,12 +62,21 @@ def check_call(words: list[str]) -> None:
         asked = [word for word in others if "=" not in word and not word.startswith("-")]
         assert set(asked) <= targets(), f"the Makefile has no {asked}"
     if first == "pip":
-        named = {extra for word in others for part in re.findall(r"\[([\w,]+)\]", word) for extra in part.split(",")}
+        named = {
+            extra
+            for word in others
+            for part in re.findall(r"\[([\w,]+)\]", word)
+            for extra in part.split(",")
+        }
         assert named <= extras(), f"pyproject.toml has no {named - extras()}"
     script = next((word for word in words if word.endswith(".py")), None)
     if script is not None and first.startswith("python"):
         source = (ROOT / script).read_text()
-        missing = [word for word in others if word.startswith("--") and f'"{word.partition("=")[0]}"' not in source]
+        missing = [
+            word
+            for word in others
+            if word.startswith("--") and f'"{word.partition("=")[0]}"' not in source
+        ]
         assert not missing, f"{script} has no {missing}"
 
 
@@ -101,9 +114,12 @@ def test_a_wrong_command_is_noticed(wrong: str) -> None:
 
 def test_a_shell_expands_what_pages_say() -> None:
     script = (
-        'run() { detrellis train "$@"; }\nfor n in 1 2; do\n  X=1 run small --seed $n \\\n    --data d  # said\ndone\n'
+        'run() { detrellis train "$@"; }\nfor n in 1 2; do\n'
+        "  X=1 run small --seed $n \\\n    --data d  # said\ndone\n"
     )
-    assert calls(script) == [["detrellis", "train", "small", "--seed", n, "--data", "d"] for n in "12"]
+    assert calls(script) == [
+        ["detrellis", "train", "small", "--seed", n, "--data", "d"] for n in "12"
+    ]
 
 
 def test_a_page_that_no_shell_reads_is_refused() -> None:

@@ -1,4 +1,6 @@
-"""What the site is made of: generated pages follow the code, links are looked at, and messages are the library's."""
+"""What the site is made of: generated pages follow the code, links are looked at, and messages are
+the library's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def messages() -> list[str]:
     for file in sorted((ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+                found.append(
+                    "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
@@ -52,10 +56,17 @@ def test_a_link_that_leads_nowhere_is_a_problem(tmp_path: Path) -> None:
     )
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "index.html").write_text('<p id="in"><a href="../../outside">o</a></p>')
-    (tmp_path / "site.css").write_text("a { background: url(https://elsewhere/font.woff) } b { background: url(x) }")
+    (tmp_path / "site.css").write_text(
+        "a { background: url(https://elsewhere/font.woff) } b { background: url(x) }"
+    )
     said = "\n".join(problems(tmp_path))
     assert len(said.splitlines()) == 6
-    for wrong in ("none.png is not there", "c.html is not there", "b/#out: ", "loads https://elsewhere/x.js"):
+    for wrong in (
+        "none.png is not there",
+        "c.html is not there",
+        "b/#out: ",
+        "loads https://elsewhere/x.js",
+    ):
         assert wrong in said
     assert "../../outside is not there" in said
     assert "loads https://elsewhere/font.woff" in said
@@ -66,10 +77,12 @@ def test_links_out_of_the_docs(tmp_path: Path) -> None:
     for name in ("CONTRIBUTING.md", "code.py", "docs/a.md", "docs/b.md"):
         (tmp_path / name).write_text("# The title\n\nText.\n")
     text = (
-        "[c](../CONTRIBUTING.md) [s](../code.py) [b](b.md#x) [b.md](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
+        "[c](../CONTRIBUTING.md) [s](../code.py) [b](b.md#x) [b.md](b.md) "
+        "[n](../none.md)\n```\n[s](../code.py)\n```\n"
     )
     assert relinked(text, tmp_path / "docs" / "a.md", tmp_path) == (
-        "[c](contributing.md) s [b](b.md#x) [The title](b.md) [n](../none.md)\n```\n[s](../code.py)\n```\n"
+        "[c](contributing.md) s [b](b.md#x) [The title](b.md) "
+        "[n](../none.md)\n```\n[s](../code.py)\n```\n"
     )
     assert relinked("[a](docs/a.md)", tmp_path / "CONTRIBUTING.md", tmp_path) == "[a](a.md)"
 
@@ -104,10 +117,14 @@ def test_each_recipe_has_its_size_on_one_page() -> None:
         assert sum(row in text for text in pages.values()) == 1
 
 
-def test_what_is_missing_is_measured_and_what_is_over_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_measured_and_what_is_over_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, key = families.costs(), families.digest(find_recipe("tiny"))
     monkeypatch.setattr(families, "COSTS", tmp_path / "costs.json")
-    families.COSTS.write_text(json.dumps({k: v for k, v in before.items() if k != key} | {"of old": before[key]}))
+    families.COSTS.write_text(
+        json.dumps({k: v for k, v in before.items() if k != key} | {"of old": before[key]})
+    )
     families.costs.cache_clear()
     families.store_costs()
     stored = families.costs()

@@ -1,8 +1,10 @@
-"""SAM-DETR++, Fig. 3 and 5: where one query looks, layer by layer, and head by head in the last layer.
+"""SAM-DETR++, Fig. 3 and 5: where one query looks, layer by layer, and head by head in the last
+layer.
 
-Of one picture, and in each run of one query, by default the one with the highest score. A layer's map is the mean over
-heads of what its cross-attention gives each token; a token's weight is spread over the pixels that it stands for, so
-that levels can be added. Padding is cut off before maps are resized to the picture.
+Of one picture, and in each run of one query, by default the one with the highest score. A layer's
+map is the mean over heads of what its cross-attention gives each token; a token's weight is spread
+over the pixels that it stands for, so that levels can be added. Padding is cut off before maps are
+resized to the picture.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.attention_maps import RecordedAttention, decode_recorded, head_points, head_weights
+from detrellis.analysis.attention_maps import (
+    RecordedAttention,
+    decode_recorded,
+    head_points,
+    head_weights,
+)
 from detrellis.analysis.figures import INK, Axes, Figure, canvas, shortened
 from detrellis.analysis.outputs import refuse_without_boxes
 from detrellis.analysis.pictures import Size, attention_score, levels
@@ -40,9 +47,12 @@ LONGEST = 480  # pixels of a drawn picture's longer side
 
 
 class LayerAttention(NamedTuple):
-    """Where the query looks in one decoder layer; places are fractions of the image's width and height."""
+    """Where the query looks in one decoder layer; places are fractions of the image's width and
+    height.
+    """
 
-    reference: tuple[float, ...] | None  # (cx, cy, w, h) or a point (x, y) that the layer reads; None: it reads none
+    # (cx, cy, w, h) or a point (x, y) that the layer reads; None: it reads none
+    reference: tuple[float, ...] | None
     points: Tensor | None  # (M, P, 2) where each head samples; None: it reads every token
     level: int | None  # the only one that it reads, 0 the finest; None: all
     maps: Tensor  # (M, H, W) each head's attention over the picture, the highest 1
@@ -81,7 +91,10 @@ class AttentionResult(Result):
     picture: NDArray[np.uint8]  # (H, W, 3)
 
     def table(self) -> Table:
-        caption = "One query a run. Centres (shares of width and height) tell whether runs show the same object."
+        caption = (
+            "One query a run. Centres (shares of width and height) tell whether runs show the "
+            "same object."
+        )
         columns = ("query", "class", "score", "centre")
         title = "Cross-attention of a query (SAM-DETR++)"
         table = run_table(title, caption, *columns, left=("class",), wrapped=columns)
@@ -92,11 +105,14 @@ class AttentionResult(Result):
 
 
 @checked
-def analyze(runs: ComparedRuns, *, image: str | Path | None = None, query: Index | None = None) -> AttentionResult:
-    """Read off where a query of each run looks in `image` (default: the first that the first run is measured on).
+def analyze(
+    runs: ComparedRuns, *, image: str | Path | None = None, query: Index | None = None
+) -> AttentionResult:
+    """Read off where a query of each run looks in `image` (default: the first that the first run is
+    measured on).
 
-    `query` counts from 0 (default: the one with the highest score). Raises `UserError` where a detector has no such
-    query, or there is no picture to look at.
+    `query` counts from 0 (default: the one with the highest score). Raises `UserError` where a
+    detector has no such query, or there is no picture to look at.
     """
     path = _first_image(runs) if image is None else Path(image)
     if not path.is_file():
@@ -107,14 +123,18 @@ def analyze(runs: ComparedRuns, *, image: str | Path | None = None, query: Index
     for place, name in track(places, "analyze", len(places), runs.progress):
         model = load_trained(place, runs.device)
         measured.append(_measure(RunResult(name, str(place), str(path)), model, pixels, query))
-    return AttentionResult(tuple(measured), str(path), query, drawable(pixels).movedim(0, -1).numpy())
+    return AttentionResult(
+        tuple(measured), str(path), query, drawable(pixels).movedim(0, -1).numpy()
+    )
 
 
 def _first_image(runs: ComparedRuns) -> Path:
     place = runs.places[0]
     model = load_trained(place, runs.device)
     if model.data is None and runs.options.data is None and runs.options.val is None:
-        raise UserError(f"{place}: no run of ours, so its data are not known", "Name a picture: --image FILE.")
+        raise UserError(
+            f"{place}: no run of ours, so its data are not known", "Name a picture: --image FILE."
+        )
     source, split = evaluated_split(place, model.data, runs.options)
     annotations, _ = prepare_split(source, split, model.classes)
     return annotations.path(0)
@@ -138,12 +158,16 @@ def _measure(run: RunResult, model: Model, pixels: Tensor, query: int | None) ->
     output, layers = decode_recorded(detector, memory)
     scores, boxes = detector.postprocess.scores(output)[0], output.boxes[-1, 0]
     if not (scores.isfinite().all() and boxes.isfinite().all()):
-        raise UserError(f"{run.run}: its outputs are not finite", "Its training went wrong: take other weights.")
+        raise UserError(
+            f"{run.run}: its outputs are not finite", "Its training went wrong: take other weights."
+        )
 
     if query is None:
         query = int(scores.amax(1).argmax())
     if query >= len(scores):
-        raise UserError(f"{run.run}: no query {query}", f"It has {len(scores)}: take 0 to {len(scores) - 1}.")
+        raise UserError(
+            f"{run.run}: no query {query}", f"It has {len(scores)}: take 0 to {len(scores) - 1}."
+        )
     label = int(scores[query].argmax())
     height, width = drawable(pixels).shape[1:]
     return RunAttention(
@@ -162,13 +186,17 @@ def _batch(model: Model, pixels: Tensor) -> ImageBatch:
     """The picture as the detector sees it."""
     data = model.recipe.data
     if data.pad is not None:
-        raise UserError(f"data.pad={data.pad}: attention to padding cannot be drawn", "Take another run.")
+        raise UserError(
+            f"data.pad={data.pad}: attention to padding cannot be drawn", "Take another run."
+        )
     transform = eval_transform(data.size, **data.resizing())
     resized, *_ = transform(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     return stack_images([resized], transform.pad_to, model.normalise).to(model.device)
 
 
-def layer_attention(layer: RecordedAttention, memory: Memory, query: int, size: Size) -> LayerAttention:
+def layer_attention(
+    layer: RecordedAttention, memory: Memory, query: int, size: Size
+) -> LayerAttention:
     """Where a query of a batch's first image looks, with maps of `size`."""
     (x, where, _), points = layer.call, head_points(*layer)
     chosen = x.new_zeros(x.shape[:2])
@@ -192,11 +220,14 @@ def _map(weights: Tensor, memory: Memory, size: Size) -> Tensor:
 
 
 # The figure
-# Inches: of the whole figure's width and of a panel at most; above each part, each row and each panel; between panels.
+# Inches: of the whole figure's width and of a panel at most; above each part, each row and each
+# panel; between panels.
 WIDTH, LARGEST = 14.0, 3.0
 PART, ROW, NAME, GAP, LEGEND = 0.42, 0.34, 0.15, 0.08, 0.45
-REFERENCE, POINT, RESULT, HIGHEST = "#FF2020", "#00F0F0", "#FFFFFF", "#FDE725"  # the last of viridis
-DIM, COVER = 0.6, 0.8  # of a grey picture's light, what is left; how much of it the most attention hides
+# The last of viridis
+REFERENCE, POINT, RESULT, HIGHEST = "#FF2020", "#00F0F0", "#FFFFFF", "#FDE725"
+# Of a grey picture's light, what is left; how much of it the most attention hides
+DIM, COVER = 0.6, 0.8
 DARKEST = 0.35  # colour of no attention, in viridis: what is darker would not show on the picture
 FEW = 8  # points that are drawn large
 
@@ -229,7 +260,9 @@ class Part(NamedTuple):
 
 
 def draw(result: AttentionResult) -> Figure:
-    """Fig. 3 above, Fig. 5 below, a row a run in each. Raises `UserError` where matplotlib is missing."""
+    """Fig. 3 above, Fig. 5 below, a row a run in each. Raises `UserError` where matplotlib is
+    missing.
+    """
     parts = [
         Part("Every decoder layer, mean of its heads", [_layers(run) for run in result.runs]),
         Part("The last decoder layer, head by head", [_heads(run) for run in result.runs]),
@@ -253,7 +286,15 @@ def _part(figure: Figure, part: Part, result: AttentionResult, top: float) -> No
     top -= PART
     for run, row in zip(result.runs, part.rows, strict=True):
         name = f"{shortened(run.name)}: {run.label} {run.score:.2f}, query {run.query}"
-        figure.text(GAP / WIDTH, (top - 0.14) / all_of_it, name, fontsize=10, color=INK, va="top", parse_math=False)
+        figure.text(
+            GAP / WIDTH,
+            (top - 0.14) / all_of_it,
+            name,
+            fontsize=10,
+            color=INK,
+            va="top",
+            parse_math=False,
+        )
         top -= ROW + NAME + height
         for i, panel in enumerate(row):
             left = GAP + i * (width + GAP)
@@ -297,12 +338,15 @@ def _panel(axes: Axes, picture: NDArray[np.uint8], panel: Panel, result: Places)
 
 
 def heated(picture: NDArray[np.uint8], heat: Tensor) -> NDArray[np.float64]:
-    """The picture `(H, W, 3)` in dimmed grey, the more covered by colour the more attention: `(H, W, 3)` in [0, 1]."""
+    """The picture `(H, W, 3)` in dimmed grey, the more covered by colour the more attention: `(H,
+    W, 3)` in [0, 1].
+    """
     from matplotlib import colormaps
 
     grey = DIM * np.repeat(picture.mean(-1, keepdims=True) / 255, 3, axis=-1)
     values = heat.double().numpy()
-    colour, cover = colormaps["viridis"](DARKEST + (1 - DARKEST) * values)[..., :3], COVER * values[..., None]
+    colour = colormaps["viridis"](DARKEST + (1 - DARKEST) * values)[..., :3]
+    cover = COVER * values[..., None]
     mixed: NDArray[np.float64] = grey * (1 - cover) + colour * cover
     return mixed
 
@@ -329,8 +373,18 @@ def _legend(figure: Figure) -> None:
     rim = [withStroke(linewidth=2.3, foreground="black")]
     entries = [
         Line2D([], [], color=RESULT, path_effects=rim, label="what the query finds"),
-        Line2D([], [], color=REFERENCE, path_effects=rim, label="box (+: point) that the layer reads"),
-        Line2D([], [], color=POINT, marker="o", linestyle="", markeredgecolor="black", label="where heads sample"),
+        Line2D(
+            [], [], color=REFERENCE, path_effects=rim, label="box (+: point) that the layer reads"
+        ),
+        Line2D(
+            [],
+            [],
+            color=POINT,
+            marker="o",
+            linestyle="",
+            markeredgecolor="black",
+            label="where heads sample",
+        ),
         Patch(color=HIGHEST, label="attention: the panel's highest"),
     ]
     figure.legend(handles=entries, loc="lower left", ncols=4, fontsize=9, frameon=False)

@@ -1,7 +1,7 @@
 """What a detector's queries attend to, whatever kind of cross-attention it has.
 
-Nothing in the network is changed or slowed for it: the inputs of the cross-attentions are kept while the decoder runs,
-and weights and points are read off a second run of each.
+Nothing in the network is changed or slowed for it: the inputs of the cross-attentions are kept
+while the decoder runs, and weights and points are read off a second run of each.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from detrellis.detector import Detector
 from detrellis.errors import UserError
 from detrellis.types import DecoderOutput, Memory, Segment
 
-Call = tuple[Any, ...]  # the arguments that a cross-attention was called with: queries, a `Spatial`, a `Memory`
+# The arguments that a cross-attention was called with: queries, a `Spatial`, a `Memory`
+Call = tuple[Any, ...]
 
 
 @contextlib.contextmanager
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
-    """The arguments of these modules' calls, in the order of the calls, while the context is open."""
+    """The arguments of these modules' calls, in the order of the calls, while the context is
+    open.
+    """
     calls: list[Call] = []
-    hooks = [module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs)) for module in modules]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+        for module in modules
+    ]
     try:
         yield calls
     finally:
@@ -41,31 +47,40 @@ class RecordedAttention(NamedTuple):
     call: Call
 
 
-def decode_recorded(detector: Detector, memory: Memory) -> tuple[DecoderOutput, list[RecordedAttention]]:
+def decode_recorded(
+    detector: Detector, memory: Memory
+) -> tuple[DecoderOutput, list[RecordedAttention]]:
     """Every layer's output for the main queries, and every layer's cross-attention."""
     queries, _ = detector.propose(memory)
     attentions = [layer.get_submodule("cross_attention") for layer in detector.decoder.layers]
     with recorded(attentions) as calls:
-        output = detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})["main"]
+        output = detector.decode(memory, {Segment("main", queries.content.shape[1]): queries})[
+            "main"
+        ]
     return output, [RecordedAttention(*pair) for pair in zip(attentions, calls, strict=True)]
 
 
 def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
-    """The attention weight of every token, summed over the `chosen (B, N)` queries (0 or 1): `(B, S)`.
+    """The attention weight of every token, summed over the `chosen (B, N)` queries (0 or 1): `(B,
+    S)`.
 
-    Mean over heads: the sum over tokens is the number of chosen queries, less what deformable attention samples outside
-    the image. Raises `UserError` for an attention that none of the rules here knows.
+    Mean over heads: the sum over tokens is the number of chosen queries, less what deformable
+    attention samples outside the image. Raises `UserError` for an attention that none of the rules
+    here knows.
     """
     weights = head_weights(attention, call, chosen)
     if weights is None:
         raise UserError(
-            f"what {type(attention).__name__} attends to cannot be read off it", "Compare the encoders: --of encoder."
+            f"what {type(attention).__name__} attends to cannot be read off it",
+            "Compare the encoders: --of encoder.",
         )
     return weights.mean(1)
 
 
 def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | None:
-    """As `token_weights`, for each head: `(B, M, S)`. What reads one level gives the tokens of others 0."""
+    """As `token_weights`, for each head: `(B, M, S)`. What reads one level gives the tokens of
+    others 0.
+    """
     if hasattr(attention, "attentions"):
         return _weights_over_levels(attention, call, chosen)
     reader, (x, where, memory) = _reader(attention, call)
@@ -87,21 +102,28 @@ def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | N
 
 
 def head_points(attention: nn.Module, call: Call) -> Tensor | None:
-    """Where each head of each query samples the image: `(B, N, M, P, 2)` as fractions of the unpadded image.
+    """Where each head of each query samples the image: `(B, N, M, P, 2)` as fractions of the
+    unpadded image.
 
-    One point for heads of aligned queries, one for each level and sample of deformable attention; None for attention
-    that reads everything.
+    One point for heads of aligned queries, one for each level and sample of deformable attention;
+    None for attention that reads everything.
     """
     reader, (x, where, memory) = _reader(attention, call)
     with torch.no_grad():
         if hasattr(reader, "aligner"):
             points: Tensor = reader.aligner(x, where.references, memory).points
             return points.unsqueeze(3)
-        return _sampled_points(reader, (x, where, memory)) if hasattr(reader, "sampling_offsets") else None
+        return (
+            _sampled_points(reader, (x, where, memory))
+            if hasattr(reader, "sampling_offsets")
+            else None
+        )
 
 
 def _reader(attention: Any, call: Call) -> tuple[Any, Call]:
-    """The attention within one that reads one level of several, and its call with that level alone."""
+    """The attention within one that reads one level of several, and its call with that level
+    alone.
+    """
     if not hasattr(attention, "level"):
         return attention, call
     with torch.no_grad(), recorded([attention.attention]) as calls:
@@ -135,8 +157,9 @@ def _sampled_points(attention: Any, call: Call) -> Tensor:
 
 
 def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
-    """Deformable: the result is linear in the tokens' values, so a token's weight is the derivative with respect to
-    its value. That is the transpose of bilinear sampling: each point's weight, given to the four tokens around it."""
+    """Deformable: the result is linear in the tokens' values, so a token's weight is the derivative
+    with respect to its value. That is the transpose of bilinear sampling: each point's weight,
+    given to the four tokens around it."""
     kept: list[Tensor] = []
 
     def keep_values(_: nn.Module, inputs: Any, values: Tensor) -> Tensor:
@@ -145,13 +168,16 @@ def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
 
     hooks = [
         attention.value_projection.register_forward_hook(keep_values),
-        attention.output_projection.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])),
+        attention.output_projection.register_forward_pre_hook(
+            lambda _, inputs: kept.append(inputs[0])
+        ),
     ]
     try:
         with torch.enable_grad():
             attention(*call)
             values, sampled = kept
-            channel = sampled.unflatten(-1, (attention.heads, -1))[..., 0]  # (B, N, M): all have the same weights
+            # (B, N, M): all have the same weights
+            channel = sampled.unflatten(-1, (attention.heads, -1))[..., 0]
             (weights,) = torch.autograd.grad((channel * chosen[..., None]).sum(), values)
     finally:
         for hook in hooks:
@@ -161,28 +187,40 @@ def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
 
 
 def _softmax_weights(attention: nn.Module, call: Call) -> Tensor | None:
-    """Of dense attention to every token, `(B, M, N, S)`; None where the module computes no such attention."""
+    """Of dense attention to every token, `(B, M, N, S)`; None where the module computes no such
+    attention.
+    """
     with _Softmaxes() as softmaxes:
         attention(*call)
     for q, k, mask in softmaxes.calls:
         if k.shape[2] == call[2].tokens.shape[1]:
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+                scores = (
+                    scores.masked_fill(~mask, -torch.inf)
+                    if mask.dtype == torch.bool
+                    else scores + mask
+                )
             weights: Tensor = scores.softmax(-1)
             return weights
     return None
 
 
 class _Softmaxes(TorchFunctionMode):
-    """Keeps queries `(B, M, N, d)`, keys `(B, M, S, d)` and mask of every scaled dot product attention within it."""
+    """Keeps queries `(B, M, N, d)`, keys `(B, M, S, d)` and mask of every scaled dot product
+    attention within it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:

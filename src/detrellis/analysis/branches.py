@@ -1,7 +1,8 @@
-"""Co-DETR, Table 11: how well each head detects that reads the same encoder, the decoder and the auxiliary branches.
+"""Co-DETR, Table 11: how well each head detects that reads the same encoder, the decoder and the
+auxiliary branches.
 
-A branch's detections are its own: its scores (times centerness or IoU, where it predicts them) and boxes, NMS within
-each class (IoU 0.6; of R-CNN, RetinaNet and FCOS 0.5), the best 100.
+A branch's detections are its own: its scores (times centerness or IoU, where it predicts them) and
+boxes, NMS within each class (IoU 0.6; of R-CNN, RetinaNet and FCOS 0.5), the best 100.
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.figures import Figure, as_written, canvas, colours, shortened, tidy, value_bars
+from detrellis.analysis.figures import (
+    Figure,
+    as_written,
+    canvas,
+    colours,
+    shortened,
+    tidy,
+    value_bars,
+)
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
-from detrellis.analysis.schemes import DECODER, begin, check_collaborative, decode_main, load_with_scheme
+from detrellis.analysis.schemes import (
+    DECODER,
+    begin,
+    check_collaborative,
+    decode_main,
+    load_with_scheme,
+)
 from detrellis.arguments import checked
 from detrellis.data.loader import Batch
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
@@ -40,7 +55,13 @@ class RunBranches(RunResult):
 
     def to_dict(self) -> dict[str, Any]:
         counts = {"images": self.heads[DECODER].images, "boxes": self.heads[DECODER].ground_truth}
-        return {"name": self.name, "run": self.run, "data": self.data, **counts, "heads": as_json(self.heads)}
+        return {
+            "name": self.name,
+            "run": self.run,
+            "data": self.data,
+            **counts,
+            "heads": as_json(self.heads),
+        }
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,10 @@ class BranchesResult(Result):
 
     def table(self) -> Table:
         """For each run, a row for each head, for a rich console."""
-        caption = "Raw, not averaged, weights of the last checkpoint. Branches: their own detections, after NMS."
+        caption = (
+            "Raw, not averaged, weights of the last checkpoint. Branches: their own detections, "
+            "after NMS."
+        )
         title = "AP of the decoder and of each branch (Co-DETR, Table 11)"
         table = run_table(title, caption, "head", *SHOWN, left=("head",))
         for run in self.runs:
@@ -81,7 +105,9 @@ def analyze(runs: ComparedRuns) -> BranchesResult:
 def _measure(opened: OpenedSplit, name: str, show: bool) -> RunBranches:
     model, co = load_with_scheme(opened, Collaborative)
     top_k = max(model.detector.postprocess.top_k, MOST)
-    evaluators = {head: CocoEvaluator(opened.annotations, top_k=top_k) for head in (DECODER, *co.named)}
+    evaluators = {
+        head: CocoEvaluator(opened.annotations, top_k=top_k) for head in (DECODER, *co.named)
+    }
     for batch in batches(opened, show):
         for head, images in detections(model, co, batch).items():
             check_finite(opened, *(d.boxes for d in images), *(d.scores for d in images))
@@ -91,11 +117,14 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunBranches:
 
 
 @torch.no_grad()
-def detections(model: TrainableDetector, co: Collaborative, batch: Batch) -> dict[str, list[Detections]]:
+def detections(
+    model: TrainableDetector, co: Collaborative, batch: Batch
+) -> dict[str, list[Detections]]:
     """What each head detects in each image of a batch; the decoder as `detect` would."""
     step = begin(model, batch)
     scene = co.scene(step)
-    scale = (batch.sizes / step.sizes).flip(-1).repeat(1, 2)  # from the network's input to the original image
+    # From the network's input to the original image
+    scale = (batch.sizes / step.sizes).flip(-1).repeat(1, 2)
     heads = {DECODER: model.detector.postprocess(decode_main(step), batch.sizes)}
     for head, branch in co.named.items():
         predicted = branch.predict(scene)
@@ -111,7 +140,9 @@ def scaled(predicted: Predictions, scale: Tensor) -> Detections:
 def draw(result: BranchesResult) -> Figure:
     """AP by head, a bar a run. Raises `UserError` where matplotlib is missing."""
     heads, count = result.heads, len(result.runs)
-    figure = canvas(max(5.6, 0.55 * len(heads) * count + 2), 4.2, "AP of each head on the same encoder")
+    figure = canvas(
+        max(5.6, 0.55 * len(heads) * count + 2), 4.2, "AP of each head on the same encoder"
+    )
     axes = figure.subplots()
     tidy(axes)
     width = 0.8 / count

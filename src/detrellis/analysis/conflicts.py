@@ -1,7 +1,7 @@
 """Co-DETR, Eq. 9 to 12: how much the heads that share an encoder disagree about where to look.
 
-Each head's class activation map says where; two heads are compared by the Kullback-Leibler divergence of their maps,
-taken as distributions over the pixels of an image.
+Each head's class activation map says where; two heads are compared by the Kullback-Leibler
+divergence of their maps, taken as distributions over the pixels of an image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.activation_maps import Cam, activation_map, activations
-from detrellis.analysis.figures import BLUE, FAINT, INK, ORANGE, Axes, Figure, canvas, heading, run_rows, tidy
+from detrellis.analysis.figures import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    Axes,
+    Figure,
+    canvas,
+    heading,
+    run_rows,
+    tidy,
+)
 from detrellis.analysis.outputs import batches, check_finite
 from detrellis.analysis.pictures import Picture, outline, picture
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
@@ -31,15 +42,16 @@ from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.scheme import Collaborative
 from detrellis.training import TrainableDetector
 
-EPS = 1e-3  # added to each pixel of a map whose maximum is 1: what a place that a head ignores counts as
+# Added to each pixel of a map whose maximum is 1: what a place that a head ignores counts as
+EPS = 1e-3
 IMAGES = 2  # that are drawn with their maps
 
 
 def conflict_matrix(cams: Tensor, eps: float = 1e-8) -> Tensor:
     """Eq. 11: entry (i, j) is the mean over images of KL(i || j).
 
-    `cams (H, I, h, w)` of H heads on I images, none negative, to `(H, H)`. `eps` is added before each map is divided by
-    its sum: KL is infinite where the second map is 0.
+    `cams (H, I, h, w)` of H heads on I images, none negative, to `(H, H)`. `eps` is added before
+    each map is divided by its sum: KL is infinite where the second map is 0.
     """
     maps = cams.flatten(2) + eps
     maps = maps / maps.sum(-1, keepdim=True)  # (H, I, h * w) distributions
@@ -49,7 +61,9 @@ def conflict_matrix(cams: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def head_conflict(matrix: Tensor) -> Tensor:
-    """Eq. 12: each head's mean divergence from the others and of the others from it, `(H, H)` to `(H,)`; H >= 2."""
+    """Eq. 12: each head's mean divergence from the others and of the others from it, `(H, H)` to
+    `(H,)`; H >= 2.
+    """
     heads = len(matrix)
     assert heads > 1, "a head alone has no conflict"
     both = matrix + matrix.T
@@ -65,13 +79,16 @@ class MappedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class RunConflicts(RunResult):
-    """The conflicts within one run. `H` heads: the decoder, then the branches in the recipe's order."""
+    """The conflicts within one run. `H` heads: the decoder, then the branches in the recipe's
+    order.
+    """
 
     heads: tuple[str, ...]
     images: int  # that count
     empty: int  # images left out, because there is no object
     flat: int  # images left out, because a head's map is 0 everywhere
-    matrix: tuple[tuple[float, ...], ...]  # (H, H) mean divergences of the row's map from the column's
+    # (H, H) mean divergences of the row's map from the column's
+    matrix: tuple[tuple[float, ...], ...]
     examples: tuple[MappedImage, ...]
 
     @property
@@ -81,15 +98,22 @@ class RunConflicts(RunResult):
 
     @property
     def distance(self) -> float:
-        """Fig. 6: the mean over the branches of their conflict with each other, or where there is one branch with the
-        decoder."""
+        """Fig. 6: the mean over the branches of their conflict with each other, or where there is
+        one branch with the decoder."""
         matrix = torch.tensor(self.matrix)
         return float(head_conflict(matrix[1:, 1:] if len(matrix) > 2 else matrix).mean())
 
     def to_dict(self) -> dict[str, Any]:
-        values = {k: getattr(self, k) for k in ("name", "run", "data", "images", "empty", "flat", "distance")}
+        values = {
+            k: getattr(self, k)
+            for k in ("name", "run", "data", "images", "empty", "flat", "distance")
+        }
         conflicts = dict(zip(self.heads, self.conflicts, strict=True))
-        return values | {"heads": list(self.heads), "matrix": as_json(self.matrix), "conflicts": conflicts}
+        return values | {
+            "heads": list(self.heads),
+            "matrix": as_json(self.matrix),
+            "conflicts": conflicts,
+        }
 
 
 @dataclass(frozen=True)
@@ -105,18 +129,22 @@ class ConflictsResult(Result):
     def table(self) -> Table:
         """For each run, a row for each head, for a rich console."""
         caption = (
-            "Mean divergence (KL) of the map of where a head looks from the others' maps, of theirs from its own, and "
-            "S, the mean of both; over the images that have an object and a map of each head. Distance: S of the "
-            "branches among themselves, or where there is one, of it and the decoder."
+            "Mean divergence (KL) of the map of where a head looks from the others' maps, of "
+            "theirs from its own, and S, the mean of both; over the images that have an object "
+            "and a map of each head. Distance: S of the branches among themselves, or where "
+            "there is one, of it and the decoder."
         )
         columns = ("images", "left\nout", "distance", "head", "from\nothers", "of\nothers", "S")
-        table = run_table("Conflicts between heads (Co-DETR, Eq. 11 and 12)", caption, *columns, left=("head",))
+        table = run_table(
+            "Conflicts between heads (Co-DETR, Eq. 11 and 12)", caption, *columns, left=("head",)
+        )
         for run in self.runs:
             first_row = (run.name, str(run.images), str(run.empty + run.flat), number(run.distance))
             others = len(run.heads) - 1
             for i, (head, conflict) in enumerate(zip(run.heads, run.conflicts, strict=True)):
                 name, *counts = first_row if i == 0 else [""] * len(first_row)
-                away, towards = sum(run.matrix[i]) / others, sum(row[i] for row in run.matrix) / others
+                away = sum(run.matrix[i]) / others
+                towards = sum(row[i] for row in run.matrix) / others
                 values = [number(x) for x in (away, towards, conflict)]
                 add_run(table, name, *counts, head, *values, end_section=i == others)
         return table
@@ -126,13 +154,15 @@ class ConflictsResult(Result):
 def analyze(runs: ComparedRuns, *, cam: Cam = "gradcam", eps: float = EPS) -> ConflictsResult:
     """Measure how much the heads that share an encoder disagree about where to look.
 
-    `cam` is how maps are made (see `activation_maps.py`), `eps` is added to each pixel of a map whose maximum is 1.
-    Raises `UserError` for a run without branches or without its `last.state.pt`, under torchrun, and where no image has
-    an object that every head finds.
+    `cam` is how maps are made (see `activation_maps.py`), `eps` is added to each pixel of a map
+    whose maximum is 1. Raises `UserError` for a run without branches or without its
+    `last.state.pt`, under torchrun, and where no image has an object that every head finds.
     """
     if not 0 < eps < 1:
         raise UserError(f"eps {eps:g}", "Give a number above 0 and below 1.")
-    return ConflictsResult(runs.measure(partial(_measure, cam, eps), check_collaborative), cam, eps, runs.split)
+    return ConflictsResult(
+        runs.measure(partial(_measure, cam, eps), check_collaborative), cam, eps, runs.split
+    )
 
 
 def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -> RunConflicts:
@@ -147,7 +177,11 @@ def _measure(cam: Cam, eps: float, opened: OpenedSplit, name: str, show: bool) -
             continue
         matrices.append(conflict_matrix(maps.unsqueeze(1), eps).cpu())
         if len(examples) < IMAGES:
-            examples.append(MappedImage(picture(batch, image, opened.model.normalise), maps.float().cpu().numpy()))
+            examples.append(
+                MappedImage(
+                    picture(batch, image, opened.model.normalise), maps.float().cpu().numpy()
+                )
+            )
     if not matrices:
         where = f"{opened.files}: no image with an object that every head finds"
         raise UserError(where, "Take another --split or --data, or train longer.")
@@ -175,15 +209,22 @@ def _maps(
         check_finite(opened, *cams.values())
         for i, count in enumerate(batch.targets.sizes):
             if count:
-                yield batch, i, torch.stack([activation_map(tokens[i], memory, i) for tokens in cams.values()])
+                yield (
+                    batch,
+                    i,
+                    torch.stack([activation_map(tokens[i], memory, i) for tokens in cams.values()]),
+                )
 
 
 # The figure
-VALUES, CELL, HEIGHT = 7.6, 2.1, 3.9  # inches: width of the matrix and the bars, of a picture; height of a run
+# Inches: width of the matrix and the bars, of a picture; height of a run
+VALUES, CELL, HEIGHT = 7.6, 2.1, 3.9
 
 
 def draw(result: ConflictsResult) -> Figure:
-    """The runs below each other, on one scale, with some maps. Raises `UserError` where matplotlib is missing."""
+    """The runs below each other, on one scale, with some maps. Raises `UserError` where matplotlib
+    is missing.
+    """
     runs = result.runs
     columns = max(1 + len(run.heads) for run in runs)
     figure = canvas(VALUES + CELL * columns, HEIGHT * len(runs) + 0.5, "Conflicts between heads")
@@ -221,7 +262,9 @@ def _bars(axes: Axes, run: RunConflicts, tallest: float) -> None:
     colours = [ORANGE, *[BLUE] * (len(run.heads) - 1)]
     bars = axes.bar(run.heads, run.conflicts, color=colours, width=0.65)
     axes.bar_label(bars, [f"{v:.2f}" for v in run.conflicts], fontsize=8, padding=2)
-    axes.set_xticks(range(len(run.heads)), run.heads, rotation=45 if len(run.heads) > 3 else 0, fontsize=9)
+    axes.set_xticks(
+        range(len(run.heads)), run.heads, rotation=45 if len(run.heads) > 3 else 0, fontsize=9
+    )
     axes.set_ylim(0, 1.1 * tallest)
     heading(axes, "conflict S of each head with the others")
 
@@ -243,5 +286,7 @@ def _example(line: Any, example: MappedImage) -> None:
     outline(line[0], example.picture)
     for axes, heat in zip(line[1:], example.maps, strict=False):
         # In pixels of the image, whose boxes are drawn over it.
-        axes.imshow(heat, cmap="magma", vmin=0, vmax=1, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        axes.imshow(
+            heat, cmap="magma", vmin=0, vmax=1, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+        )
         outline(axes, example.picture)

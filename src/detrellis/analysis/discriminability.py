@@ -1,13 +1,18 @@
-"""Co-DETR, Eq. 7 and 8: how well the encoder's features, or the decoder's attention, tell objects from background.
+"""Co-DETR, Eq. 7 and 8: how well the encoder's features, or the decoder's attention, tell objects
+from background.
 
-A map of scores D in [0, 1] over the pixels of an image, as the detector sees it (resized, without padding):
+A map of scores D in [0, 1] over the pixels of an image, as the detector sees it (resized, without
+padding):
 
-* of the encoder: each level's norm over channels, resized to the image and divided by its maximum; mean over levels;
-* of attention, which the paper leaves open: what the queries that are matched to a box attend to, mean over heads,
-  layers and these queries; a token's weight is spread over the pixels that it stands for; divided by the maximum.
+* of the encoder: each level's norm over channels, resized to the image and divided by its maximum;
+  mean over levels;
+* of attention, which the paper leaves open: what the queries that are matched to a box attend to,
+  mean over heads, layers and these queries; a token's weight is spread over the pixels that it
+  stands for; divided by the maximum.
 
-A pixel is foreground if its centre is strictly inside a box that is not a crowd region. IoF(S) and IoB(S) are the
-fractions of the foreground and of the background with D > S: the curve of the one over the other is a ROC curve.
+A pixel is foreground if its centre is strictly inside a box that is not a crowd region. IoF(S) and
+IoB(S) are the fractions of the foreground and of the background with D > S: the curve of the one
+over the other is a ROC curve.
 """
 
 from __future__ import annotations
@@ -22,8 +27,24 @@ from rich.table import Table
 from torch import Tensor
 
 from detrellis.analysis.attention_maps import decode_recorded, token_weights
-from detrellis.analysis.figures import FAINT, Axes, Figure, as_written, canvas, colours, heading, shortened, tidy
-from detrellis.analysis.outputs import annotation_rows, batches, check_finite, last_layer, one_to_one
+from detrellis.analysis.figures import (
+    FAINT,
+    Axes,
+    Figure,
+    as_written,
+    canvas,
+    colours,
+    heading,
+    shortened,
+    tidy,
+)
+from detrellis.analysis.outputs import (
+    annotation_rows,
+    batches,
+    check_finite,
+    last_layer,
+    one_to_one,
+)
 from detrellis.analysis.pictures import (
     SMALLEST,
     Picture,
@@ -45,8 +66,8 @@ from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.recipes.build import build_supervision
 
-# S goes from 0 to 1 in this many steps. The paper does not say how many it takes; few would do for attention, but norms
-# behind a LayerNorm are nearly equal, and D may lie between 0.998 and 1.
+# S goes from 0 to 1 in this many steps. The paper does not say how many it takes; few would do for
+# attention, but norms behind a LayerNorm are nearly equal, and D may lie between 0.998 and 1.
 STEPS = 2**16
 POINTS = 100  # of a curve that are drawn and written
 IMAGES = 4  # with their maps in the figure
@@ -55,7 +76,9 @@ Of = Literal["encoder", "attention"]
 
 
 def feature_score(norms: Sequence[Tensor], size: Size) -> Tensor:
-    """Eq. 7: D `(H, W)` from each level's norms over channels `(h, w)`, none of which is padding."""
+    """Eq. 7: D `(H, W)` from each level's norms over channels `(h, w)`, none of which is
+    padding.
+    """
     maps = [resized(level, size) for level in norms]
     return torch.stack([m / m.max().clamp(min=SMALLEST) for m in maps]).mean(0)
 
@@ -70,8 +93,8 @@ def foreground(boxes: Tensor, size: Size) -> Tensor:
 
 
 def fractions_above(score: Tensor, where: Tensor, thresholds: Tensor) -> Tensor:
-    """Eq. 8: what fraction of the pixels `where (H, W)` has a `score (H, W)` above each of the `thresholds (K,)`:
-    `(K,)` in float64, NaN where there is no such pixel."""
+    """Eq. 8: what fraction of the pixels `where (H, W)` has a `score (H, W)` above each of the
+    `thresholds (K,)`: `(K,)` in float64, NaN where there is no such pixel."""
     inside = score[where].sort().values
     return 1 - torch.searchsorted(inside, thresholds.to(inside), right=True).double() / len(inside)
 
@@ -83,7 +106,8 @@ class Curve:
     thresholds: tuple[float, ...]
     iof: tuple[float, ...]
     iob: tuple[float, ...]
-    area: float  # under the curve of all thresholds: 0.5 for a map that knows nothing, 1 for one that knows all
+    # Under the curve of all thresholds: 0.5 for a map that knows nothing, 1 for one that knows all
+    area: float
 
     @classmethod
     def of(cls, thresholds: Tensor, fractions: Tensor, points: int = POINTS) -> Curve:
@@ -91,7 +115,9 @@ class Curve:
 
         The curve is continued to (1, 1) for the area: pixels of score 0 are above no threshold.
         """
-        iof, iob = torch.cat([fractions.new_ones(2, 1), fractions, fractions.new_zeros(2, 1)], dim=1)
+        iof, iob = torch.cat(
+            [fractions.new_ones(2, 1), fractions, fractions.new_zeros(2, 1)], dim=1
+        )
         area = -float(torch.trapezoid(iof, iob))
 
         # Points at even distances along the way from (1, 1) to (0, 0), which never turns back.
@@ -132,31 +158,41 @@ class DiscriminabilityResult(Result):
 
     def table(self) -> Table:
         caption = (
-            "Area under the curve of IoF over IoB (shares of foreground and background above a threshold), means over "
-            "images: 0.5 is chance. Images without a box, or that boxes cover, are left out."
+            "Area under the curve of IoF over IoB (shares of foreground and background above a "
+            "threshold), means over images: 0.5 is chance. Images without a box, or that boxes "
+            "cover, are left out."
         )
-        table = run_table(f"Discriminability of the {self.of} (Co-DETR)", caption, "images", "left out", "area")
+        table = run_table(
+            f"Discriminability of the {self.of} (Co-DETR)", caption, "images", "left out", "area"
+        )
         for run in self.runs:
             add_run(table, run.name, str(run.images), str(run.skipped), number(run.curve.area))
         return table
 
 
 @checked
-def analyze(runs: ComparedRuns, *, of: Of = "encoder", images: Images = IMAGES) -> DiscriminabilityResult:
+def analyze(
+    runs: ComparedRuns, *, of: Of = "encoder", images: Images = IMAGES
+) -> DiscriminabilityResult:
     """Measure how well maps tell objects from background.
 
-    `of` is what the maps are of, `images` how many the figure shows. Raises `UserError` where no image has both
-    foreground and background.
+    `of` is what the maps are of, `images` how many the figure shows. Raises `UserError` where no
+    image has both foreground and background.
     """
     return DiscriminabilityResult(runs.measure(partial(_measure, of, images)), of, runs.split)
 
 
-def _measure(of: Of, images: int, opened: OpenedSplit, name: str, show: bool) -> RunDiscriminability:
+def _measure(
+    of: Of, images: int, opened: OpenedSplit, name: str, show: bool
+) -> RunDiscriminability:
     thresholds = torch.arange(STEPS + 1) / STEPS
-    total, count = torch.zeros(2, STEPS + 1, dtype=torch.float64), 0  # IoF and IoB, summed over images
+    # IoF and IoB, summed over images
+    total, count = torch.zeros(2, STEPS + 1, dtype=torch.float64), 0
     examples: list[ScoredImage] = []
     for example, inside in _scored(opened, of, show):
-        total += torch.stack([fractions_above(example.score, part, thresholds) for part in (inside, ~inside)]).cpu()
+        total += torch.stack(
+            [fractions_above(example.score, part, thresholds) for part in (inside, ~inside)]
+        ).cpu()
         count += 1
         if len(examples) < images:
             examples.append(example._replace(score=example.score.cpu()))
@@ -170,17 +206,26 @@ def _measure(of: Of, images: int, opened: OpenedSplit, name: str, show: bool) ->
     curve = Curve.of(thresholds, torch.stack(totals).sum(0) / measured)
     first = sorted((example for part in drawn for example in part), key=lambda e: e.row)[:images]
     skipped = len(opened.annotations) - measured
-    return RunDiscriminability(name, opened.run, opened.files, measured, skipped, curve, tuple(first))
+    return RunDiscriminability(
+        name, opened.run, opened.files, measured, skipped, curve, tuple(first)
+    )
 
 
 def _scored(opened: OpenedSplit, of: Of, show: bool) -> Iterator[tuple[ScoredImage, Tensor]]:
-    """Every image of this process that has both foreground `(H, W)`, given beside it, and background."""
+    """Every image of this process that has both foreground `(H, W)`, given beside it, and
+    background.
+    """
     rows = annotation_rows(opened)
     for batch in batches(opened, show):
         for i, score in enumerate(MAPS[of](opened, batch)):
             inside = foreground(image_boxes(batch, i), image_size(batch, i))
             if inside.any() and not inside.all():
-                yield ScoredImage(rows[batch.image_ids[i]], picture(batch, i, opened.model.normalise), score), inside
+                yield (
+                    ScoredImage(
+                        rows[batch.image_ids[i]], picture(batch, i, opened.model.normalise), score
+                    ),
+                    inside,
+                )
 
 
 @torch.no_grad()
@@ -206,7 +251,10 @@ def _of_attention(opened: OpenedSplit, batch: Batch) -> Iterator[Tensor]:
         yield attention_score(levels(weights, memory, i), image_size(batch, i))
 
 
-MAPS: dict[Of, Callable[[OpenedSplit, Batch], Iterable[Tensor]]] = {"encoder": _of_encoder, "attention": _of_attention}
+MAPS: dict[Of, Callable[[OpenedSplit, Batch], Iterable[Tensor]]] = {
+    "encoder": _of_encoder,
+    "attention": _of_attention,
+}
 
 
 # The figure
@@ -215,7 +263,9 @@ EDGE = "#2EE6E6"  # of boxes: seen on all colours of the maps
 
 
 def draw(result: DiscriminabilityResult) -> Figure:
-    """The curves, and a column an image with each run's map. Raises `UserError` where matplotlib is missing."""
+    """The curves, and a column an image with each run's map. Raises `UserError` where matplotlib is
+    missing.
+    """
     shown = max((len(run.examples) for run in result.runs), default=0)
     rows = _rows(result.runs) if shown else []
     height = max(CURVES, CELL[1] * len(rows) + 0.6)
@@ -223,7 +273,11 @@ def draw(result: DiscriminabilityResult) -> Figure:
     if not shown:
         _curves(figure.subplots(), result.runs)
         return figure
-    left, right = figure.subfigures(1, 2, width_ratios=[CURVES, CELL[0] * shown], squeeze=False).flatten().tolist()
+    left, right = (
+        figure.subfigures(1, 2, width_ratios=[CURVES, CELL[0] * shown], squeeze=False)
+        .flatten()
+        .tolist()
+    )
     _curves(left.subplots(), result.runs)
     _pictures(right, rows, shown)
     return figure
@@ -236,12 +290,25 @@ def _curves(axes: Axes, runs: Sequence[RunDiscriminability]) -> None:
     for run, colour in zip(runs, colours(len(runs)), strict=True):
         curve, label = run.curve, f"{shortened(run.name)}: {number(run.curve.area)}"
         axes.plot([1, *curve.iob, 0], [1, *curve.iof, 0], color=colour, linewidth=1.6, label=label)
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", anchor="N", xlabel="IoB, share of the background above S")
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+        anchor="N",
+        xlabel="IoB, share of the background above S",
+    )
     axes.set_ylabel("IoF, share of the foreground above S")
     below = (0.0, -0.14)  # of the axes, within which the curves of weak encoders would cross it
     title = "area under the curve"
     as_written(
-        axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=below, title=title, title_fontsize=9)
+        axes.legend(
+            fontsize=9,
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=below,
+            title=title,
+            title_fontsize=9,
+        )
     )
 
 
@@ -288,4 +355,6 @@ def _map(axes: Axes, example: ScoredImage) -> None:
     axes.imshow(example.score, cmap="magma")
     low, high = (round(float(x), 4) for x in (example.score.min(), example.score.max()))
     text = f"{low:g} to {high:g}"
-    axes.text(0.5, -0.03, text, fontsize=8, color=FAINT, ha="center", va="top", transform=axes.transAxes)
+    axes.text(
+        0.5, -0.03, text, fontsize=8, color=FAINT, ha="center", va="top", transform=axes.transAxes
+    )

@@ -33,12 +33,14 @@ def need_matplotlib() -> None:
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
-        raise UserError(f"figures need matplotlib ({error})", 'pip install "detrellis[viz]"') from None
+        raise UserError(
+            f"figures need matplotlib ({error})", 'pip install "detrellis[viz]"'
+        ) from None
 
 
 def canvas(width: float, height: float, title: str) -> Figure:
-    """An empty figure, in inches, drawn by Agg: without a display, and without pyplot's list of open figures. Raises
-    `UserError` where matplotlib is missing."""
+    """An empty figure, in inches, drawn by Agg: without a display, and without pyplot's list of
+    open figures. Raises `UserError` where matplotlib is missing."""
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,7 +74,9 @@ def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Ax
     columns = min(count, columns)
     rows = math.ceil(count / columns)
     figure = canvas(max(4.2 * columns, 5.6), 3.5 * rows + 0.5, title)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    grid = (
+        figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    )
     for axes in grid[count:]:
         axes.remove()
     for axes in grid[:count]:
@@ -81,7 +85,9 @@ def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Ax
 
 
 def run_rows(figure: Figure, runs: Sequence[RunResult], values: Sequence[str]) -> list[SubFigure]:
-    """A part of the figure for each run, below each other; its title is the run's name and `values`."""
+    """A part of the figure for each run, below each other; its title is the run's name and
+    `values`.
+    """
     parts: list[SubFigure] = figure.subfigures(len(runs), 1, squeeze=False).flatten().tolist()
     for part, run, text in zip(parts, runs, values, strict=True):
         title = f"{shortened(run.name)}: {text}"
@@ -95,7 +101,9 @@ def heading(axes: Axes, title: str) -> None:
 
 
 def headline(axes: Axes, name: str, values: str) -> None:
-    """The title of a run's panel: the run's name, and below it the values that the panel is about."""
+    """The title of a run's panel: the run's name, and below it the values that the panel is
+    about.
+    """
     heading(axes, f"{shortened(name)}\n{values}")
 
 
@@ -111,11 +119,18 @@ def as_written(legend: Legend) -> None:
 
 
 def value_bars(
-    axes: Axes, places: ArrayLike, values: Sequence[float | None], width: float, fontsize: int = 8, **look: Any
+    axes: Axes,
+    places: ArrayLike,
+    values: Sequence[float | None],
+    width: float,
+    fontsize: int = 8,
+    **look: Any,
 ) -> None:
     """Bars with their values above them, as ".123"; a dash where there is none."""
     bars = axes.bar(places, [value or 0 for value in values], width, **look)
-    axes.bar_label(bars, [number(value).lstrip("0") for value in values], fontsize=fontsize, padding=2)
+    axes.bar_label(
+        bars, [number(value).lstrip("0") for value in values], fontsize=fontsize, padding=2
+    )
 
 
 def whole_numbers(axes: Axes) -> None:

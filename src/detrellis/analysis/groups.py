@@ -1,10 +1,13 @@
-"""Group DETR, Fig. 3 and 4: where the groups' queries are, how far apart, and how alike the groups perform.
+"""Group DETR, Fig. 3 and 4: where the groups' queries are, how far apart, and how alike the groups
+perform.
 
 All on the run's last checkpoint, all groups in one pass (`all_groups` in `schemes.py`):
 
-* positions: centres of the queries' reference points, anchors or proposals; and the distance of the groups' 2-D
-  histograms, which the paper compares by eye: total variation, averaged over pairs of groups;
-* PD and MD (Eq. 6 and 7), averaged over pairs of groups; and as logged in training, where they were;
+* positions: centres of the queries' reference points, anchors or proposals; and the distance of the
+  groups' 2-D histograms, which the paper compares by eye: total variation, averaged over pairs of
+  groups;
+* PD and MD (Eq. 6 and 7), averaged over pairs of groups; and as logged in training, where they
+  were;
 * AP of each group by itself;
 * the first group's instability IS from decoder layer to decoder layer (`instability.py`).
 """
@@ -59,22 +62,26 @@ SHUFFLES = 10  # random groups that the histogram distance is compared with
 
 
 def histograms(positions: Tensor, grid: int = GRID) -> Tensor:
-    """What fraction of each group's positions is in each cell, row by row from the top: `(..., K, N, 2)` to
-    `(..., K, grid^2)`."""
+    """What fraction of each group's positions is in each cell, row by row from the top: `(..., K,
+    N, 2)` to `(..., K, grid^2)`."""
     column, row = (positions * grid).long().clamp(0, grid - 1).unbind(-1)
     cells = F.one_hot(row * grid + column, grid**2)
     return cells.double().mean(-2)
 
 
 def total_variation(histograms: Tensor) -> Tensor:
-    """Half the L1 distance of the distributions of each pair of groups: `(..., K, G)` to `(..., P)`, 0 to 1."""
+    """Half the L1 distance of the distributions of each pair of groups: `(..., K, G)` to `(...,
+    P)`, 0 to 1.
+    """
     groups = histograms.shape[-2]
     first, second = torch.triu_indices(groups, groups, 1, device=histograms.device)
     return (histograms[..., first, :] - histograms[..., second, :]).abs().sum(-1) / 2
 
 
 def dealt(positions: Tensor, shuffles: int = SHUFFLES) -> Tensor:
-    """The same positions, dealt to groups at random: `(..., K, N, 2)` to `(shuffles, ..., K, N, 2)`."""
+    """The same positions, dealt to groups at random: `(..., K, N, 2)` to `(shuffles, ..., K, N,
+    2)`.
+    """
     generator = torch.Generator().manual_seed(0)
     groups, count = positions.shape[-3:-1]
     together = positions.flatten(-3, -2)
@@ -129,7 +136,9 @@ class LoggedDistances:
 
 @dataclass(frozen=True)
 class RunGroups(RunResult):
-    """The groups of one run. What needs positions is None where the queries have none, and `md` where no box is."""
+    """The groups of one run. What needs positions is None where the queries have none, and `md`
+    where no box is.
+    """
 
     images: int
     boxes: int
@@ -138,7 +147,8 @@ class RunGroups(RunResult):
     fixed: bool  # whether the queries are at the same positions in every image
     positions: tuple[tuple[tuple[float, float], ...], ...] | None  # by group, in one image
     shares: tuple[tuple[float, ...], ...] | None  # by group: its histogram, mean over images
-    distance: float | None  # total variation of two groups' histograms in an image; mean over pairs and images
+    # Total variation of two groups' histograms in an image; mean over pairs and images
+    distance: float | None
     random: float | None  # the same for the positions dealt to groups at random
     pd: float | None
     md: float | None
@@ -160,19 +170,44 @@ class GroupsResult(Result):
     def table(self) -> Table:
         """For each run, a row for all groups and one for each, for a rich console."""
         caption = (
-            "PD: from a query to the nearest one of another group. MD: between two groups' queries for the same box. "
-            "TV: distance of the groups' histograms of positions, and in brackets that of random groups. IS: queries "
-            "of group 1 in an image that are matched anew, by decoder layer. AP of raw, not averaged, weights."
+            "PD: from a query to the nearest one of another group. MD: between two groups' "
+            "queries for the same box. TV: distance of the groups' histograms of positions, and "
+            "in brackets that of random groups. IS: queries of group 1 in an image that are "
+            "matched anew, by decoder layer. AP of raw, not averaged, weights."
         )
         columns = ("group", "AP", "AP50", "PD", "MD", "TV", "IS")
         table = run_table("Groups of queries (Group DETR)", caption, *columns, wrapped=("IS",))
         for run in self.runs:
-            spread = f"{number(run.distance)} ({number(run.random)})" if run.fixed or run.pd is not None else "-"
-            add_run(table, run.name, f"all {run.groups}", "", "", number(run.pd), number(run.md), spread, "")
+            spread = (
+                f"{number(run.distance)} ({number(run.random)})"
+                if run.fixed or run.pd is not None
+                else "-"
+            )
+            add_run(
+                table,
+                run.name,
+                f"all {run.groups}",
+                "",
+                "",
+                number(run.pd),
+                number(run.md),
+                spread,
+                "",
+            )
             for k, score in enumerate(run.scores):
                 stats = [number(score.stats[name]) for name in ("AP", "AP50")]
                 steps = " ".join(f"{x:.1f}" for x in run.instability) if k == 0 else ""
-                add_run(table, "", str(k + 1), *stats, "", "", "", steps, end_section=k == run.groups - 1)
+                add_run(
+                    table,
+                    "",
+                    str(k + 1),
+                    *stats,
+                    "",
+                    "",
+                    "",
+                    steps,
+                    end_section=k == run.groups - 1,
+                )
         return table
 
 
@@ -180,15 +215,18 @@ class GroupsResult(Result):
 def analyze(runs: ComparedRuns, *, grid: Cells = GRID) -> GroupsResult:
     """Measure where the groups' queries are, how far apart, and how each group detects by itself.
 
-    `grid` is the number of cells on each side of a histogram. Raises `UserError` for a run without groups or without
-    its `last.state.pt`.
+    `grid` is the number of cells on each side of a histogram. Raises `UserError` for a run without
+    groups or without its `last.state.pt`.
     """
     return GroupsResult(runs.measure(partial(_measure, grid), check_grouped), grid, runs.split)
 
 
 def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups:
     model, group = load_with_scheme(opened, Group)
-    evaluators = [CocoEvaluator(opened.annotations, top_k=model.detector.postprocess.top_k) for _ in range(group.k)]
+    evaluators = [
+        CocoEvaluator(opened.annotations, top_k=model.detector.postprocess.top_k)
+        for _ in range(group.k)
+    ]
     parts: list[BatchGroups] = []
     fixed = True
     for batch in batches(opened, show):
@@ -198,11 +236,15 @@ def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups
         new = not fixed or not parts  # positions that never change are looked at once
         parts.append(_batch_groups(model, outputs, batch, grid if new else None))
         for k, evaluator in enumerate(evaluators):
-            evaluator.update(batch.image_ids, model.detector.postprocess(outputs.of(k), batch.sizes))
+            evaluator.update(
+                batch.image_ids, model.detector.postprocess(outputs.of(k), batch.sizes)
+            )
 
     # From here on of all processes.
     everywhere = [part for process in all_gather(parts) for part in process]
-    scores = tuple(completed(evaluator).compute(of=kind_of_ap(opened.model)) for evaluator in evaluators)
+    scores = tuple(
+        completed(evaluator).compute(of=kind_of_ap(opened.model)) for evaluator in evaluators
+    )
     return RunGroups(
         name=name,
         run=opened.run,
@@ -224,10 +266,13 @@ def _instabilities(v: Sequence[Tensor]) -> tuple[float, ...]:
     return tuple(instability(v).tolist()) if v else ()
 
 
-def _batch_groups(model: TrainableDetector, outputs: AllGroups, batch: Batch, grid: int | None) -> BatchGroups:
+def _batch_groups(
+    model: TrainableDetector, outputs: AllGroups, batch: Batch, grid: int | None
+) -> BatchGroups:
     """`grid`: None where the positions are known."""
     targets, supervision = batch.targets, model.supervision
-    if not outputs.output.boxes.shape[-1]:  # queries that predict masks alone have no place, and are matched by masks
+    # Queries that predict masks alone have no place, and are matched by masks
+    if not outputs.output.boxes.shape[-1]:
         return BatchGroups(None, None, [])
     assignment = one_to_one(supervision, outputs.of(0), targets)
     v = matched_boxes(assignment, targets, len(outputs.output.logits), outputs.queries)
@@ -246,9 +291,13 @@ def _distances(parts: Sequence[BatchGroups]) -> dict[str, Any]:
     if not positions:
         return dict.fromkeys(("positions", "shares", "distance", "random", "pd", "md"))
     joined = GroupPositions.joined(positions)
-    md = matched_distance(torch.cat([part.matched for part in parts if part.matched is not None], dim=1)).nanmean()
+    md = matched_distance(
+        torch.cat([part.matched for part in parts if part.matched is not None], dim=1)
+    ).nanmean()
     return {
-        "positions": tuple(tuple((round(x, 5), round(y, 5)) for x, y in group) for group in joined.first.tolist()),
+        "positions": tuple(
+            tuple((round(x, 5), round(y, 5)) for x, y in group) for group in joined.first.tolist()
+        ),
         "shares": tuple(map(tuple, joined.histograms.mean(0).tolist())),
         "distance": float(joined.distance.mean()),
         "random": float(joined.random.mean()),
@@ -264,7 +313,9 @@ def _logged(opened: OpenedSplit) -> tuple[LoggedDistances, ...]:
     for record in read_records(file) if file.is_file() else []:
         if record["kind"] == "epoch" and "group/md" in record["metrics"]:
             metrics = record["metrics"]
-            epochs.append(LoggedDistances(record["epoch"], metrics.get("group/pd"), metrics["group/md"]))
+            epochs.append(
+                LoggedDistances(record["epoch"], metrics.get("group/pd"), metrics["group/md"])
+            )
     return tuple(epochs)
 
 
@@ -273,7 +324,9 @@ SIZE = (13.0, 5.8)  # inches of one run
 
 
 def draw(result: GroupsResult) -> Figure:
-    """The runs below each other: positions and four panels. Raises `UserError` where matplotlib is missing."""
+    """The runs below each other: positions and four panels. Raises `UserError` where matplotlib is
+    missing.
+    """
     width, height = SIZE
     figure = canvas(width, height * len(result.runs) + 0.5, "Groups of queries")
     sizes = [f"{run.groups} groups of {run.queries} queries" for run in result.runs]
@@ -283,7 +336,9 @@ def draw(result: GroupsResult) -> Figure:
 
 
 def _draw_run(part: Any, run: RunGroups, grid: int) -> None:
-    panels = part.subplot_mosaic([["where", "histograms", "log"], ["where", "is", "ap"]], width_ratios=[1.45, 1, 1])
+    panels = part.subplot_mosaic(
+        [["where", "histograms", "log"], ["where", "is", "ap"]], width_ratios=[1.45, 1, 1]
+    )
     for axes in panels.values():
         tidy(axes)
     palette = colours(run.groups)
@@ -308,7 +363,9 @@ def _draw_run(part: Any, run: RunGroups, grid: int) -> None:
 
 def _say(axes: Axes, text: str) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, color=FAINT, transform=axes.transAxes)
+    axes.text(
+        0.5, 0.5, text, ha="center", va="center", fontsize=9, color=FAINT, transform=axes.transAxes
+    )
 
 
 def _marker(colour: str, label: str) -> Any:
@@ -318,12 +375,18 @@ def _marker(colour: str, label: str) -> Any:
 
 
 def _positions(axes: Axes, run: RunGroups, palette: list[str]) -> None:
-    """Fig. 3: in the order of the queries, not of the groups, so that no group lies above all others."""
+    """Fig. 3: in the order of the queries, not of the groups, so that no group lies above all
+    others.
+    """
     assert run.positions is not None
     points = np.array(run.positions)  # (K, N, 2)
     x, y = points.transpose(1, 0, 2).reshape(-1, 2).T
-    axes.scatter(x, y, c=palette * run.queries, s=max(6, min(24, 6000 / len(x))), alpha=0.75, linewidths=0)
-    where = "where the queries are" if run.fixed else "where the queries are in one image (proposals)"
+    axes.scatter(
+        x, y, c=palette * run.queries, s=max(6, min(24, 6000 / len(x))), alpha=0.75, linewidths=0
+    )
+    where = (
+        "where the queries are" if run.fixed else "where the queries are in one image (proposals)"
+    )
     heading(axes, f"{where}; PD {number(run.pd)}, MD {number(run.md)}")
     axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", anchor="W")
     axes.set(xlabel="x, share of the width", ylabel="y, share of the height")
@@ -339,7 +402,15 @@ def _histograms(axes: Axes, run: RunGroups, grid: int, palette: list[str]) -> No
     for k, cells in enumerate(run.shares):
         top, left = k // columns * side, k % columns * side
         tiles[top : top + grid, left : left + grid] = 100 * np.array(cells).reshape(grid, grid)
-        axes.text(left - 0.3, top - 0.3, str(k + 1), color=palette[k], fontsize=9, fontweight="bold", va="top")
+        axes.text(
+            left - 0.3,
+            top - 0.3,
+            str(k + 1),
+            color=palette[k],
+            fontsize=9,
+            fontweight="bold",
+            va="top",
+        )
     axes.imshow(tiles, cmap="Greys", vmin=0)
     axes.set_axis_off()
     axes.set_anchor("W")
@@ -355,9 +426,14 @@ def _log(axes: Axes, run: RunGroups) -> None:
         _say(axes, "PD and MD in training: not logged.\nTrain with -o schemes.group.distances=true")
         return
     epochs = [x.epoch for x in run.log]
-    for name, values, colour in (("MD", [x.md for x in run.log], ORANGE), ("PD", [x.pd for x in run.log], BLUE)):
+    for name, values, colour in (
+        ("MD", [x.md for x in run.log], ORANGE),
+        ("PD", [x.pd for x in run.log], BLUE),
+    ):
         heights = [math.nan if v is None else v for v in values]
-        axes.plot(epochs, heights, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
+        axes.plot(
+            epochs, heights, color=colour, linewidth=1.6, marker="o", markersize=3, label=name
+        )
     heading(axes, "PD and MD in training")
     axes.set(xlabel="epoch", ylabel="distance")
     axes.set_ylim(bottom=0)
@@ -373,7 +449,9 @@ def _instability(axes: Axes, run: RunGroups) -> None:
     axes.plot(names, run.instability, color=BLUE, linewidth=1.6, marker="o", markersize=4)
     for i, value in enumerate(run.instability):
         axes.annotate(f"{value:.1f}", (i, value), (4, 4), textcoords="offset points", fontsize=8)
-    heading(axes, f"instability IS of group 1; {run.boxes / max(run.images, 1):.1f} boxes in an image")
+    heading(
+        axes, f"instability IS of group 1; {run.boxes / max(run.images, 1):.1f} boxes in an image"
+    )
     axes.set(xlabel="decoder layers", ylabel="queries matched anew")
     axes.margins(x=0.15, y=0.25)
     axes.set_ylim(bottom=0)

@@ -1,8 +1,9 @@
-"""IS, instability of the matching (DN-DETR, section 3.2): how many queries learn something else than before.
+"""IS, instability of the matching (DN-DETR, section 3.2): how many queries learn something else
+than before.
 
-`V` holds, for each query, the ground-truth box that it is matched to, or -1. Between two snapshots of the same image,
-IS is the number of entries that changed. Snapshots are the epochs of a run, as in DN-DETR and in Co-DETR's Fig. 5
-(`analyze`); they may be decoder layers as well (`groups.py`).
+`V` holds, for each query, the ground-truth box that it is matched to, or -1. Between two snapshots
+of the same image, IS is the number of entries that changed. Snapshots are the epochs of a run, as
+in DN-DETR and in Co-DETR's Fig. 5 (`analyze`); they may be decoder layers as well (`groups.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.figures import Figure, as_written, canvas, colours, shortened, tidy, whole_numbers
+from detrellis.analysis.figures import (
+    Figure,
+    as_written,
+    canvas,
+    colours,
+    shortened,
+    tidy,
+    whole_numbers,
+)
 from detrellis.analysis.outputs import batches, check_finite, one_to_one, refuse_without_boxes
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
@@ -35,7 +44,9 @@ def matched_boxes(assignment: Assignment, targets: Targets, layers: int, queries
     """V by layer `(L, B, N)`: the place of each query's target among those of its image, or -1."""
     v = torch.full((layers, len(targets.sizes), queries), -1, device=assignment.query.device)
     first = torch.tensor(targets.offsets, device=assignment.query.device)
-    v[assignment.layer, assignment.image, assignment.query] = assignment.target - first[assignment.image]
+    v[assignment.layer, assignment.image, assignment.query] = (
+        assignment.target - first[assignment.image]
+    )
     return v
 
 
@@ -45,19 +56,28 @@ def changed(v: Tensor) -> Tensor:
 
 
 def instability(images: Iterable[Tensor]) -> Tensor:
-    """IS: the mean over images of V `(T, N)`, whose N may differ: `(T - 1,)` in float64; there must be one image."""
+    """IS: the mean over images of V `(T, N)`, whose N may differ: `(T - 1,)` in float64; there must
+    be one image.
+    """
     return torch.stack([changed(v) for v in images]).double().mean(0)
 
 
 def kept_epochs(run: str | Path) -> list[Path]:
-    """The weights files of a run's epochs, in order. Raises `UserError` where there are fewer than two."""
+    """The weights files of a run's epochs, in order. Raises `UserError` where there are fewer than
+    two.
+    """
     find_weights(Path(run))
-    files = sorted((Path(run) / "epochs").glob("*.safetensors"), key=lambda p: (len(p.stem), p.stem))
+    files = sorted(
+        (Path(run) / "epochs").glob("*.safetensors"), key=lambda p: (len(p.stem), p.stem)
+    )
     if len(files) < 2:
-        what = f"weights of one epoch only ({files[0].stem})" if files else "no weights of its epochs"
+        what = (
+            f"weights of one epoch only ({files[0].stem})" if files else "no weights of its epochs"
+        )
         raise UserError(
             f"{run}: {what}",
-            "IS compares epochs. Train a run that keeps them: detrellis train ... -o schedule.keep_every=1.",
+            "IS compares epochs. Train a run that keeps them: detrellis train ... -o "
+            "schedule.keep_every=1.",
         )
     return files
 
@@ -90,11 +110,13 @@ class InstabilityResult(Result):
 
     def table(self) -> Table:
         caption = (
-            "IS: queries in an image whose matched box (or none) is not the one of the epoch before; mean over images. "
-            "A box that changes its query counts twice."
+            "IS: queries in an image whose matched box (or none) is not the one of the epoch "
+            "before; mean over images. A box that changes its query counts twice."
         )
         title = "Instability of the matching from epoch to epoch (DN-DETR, Co-DETR)"
-        table = run_table(title, caption, "epochs", "boxes in\nan image", "first\nIS", "last\nIS", "mean\nIS")
+        table = run_table(
+            title, caption, "epochs", "boxes in\nan image", "first\nIS", "last\nIS", "mean\nIS"
+        )
         for run in self.runs:
             values = [number(x) for x in (run.instability[0], run.instability[-1], run.mean)]
             add_run(table, run.name, _span(run.epochs), f"{run.boxes / run.images:.1f}", *values)
@@ -122,7 +144,10 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunInstability:
     refuse_without_boxes(opened.model, opened.run)
     boxes = int((~opened.annotations.crowd).sum())
     if not boxes:
-        raise UserError(f"{opened.files}: no box to match, only crowd regions", "Take another --split or --data.")
+        raise UserError(
+            f"{opened.files}: no box to match, only crowd regions",
+            "Take another --split or --data.",
+        )
 
     # V of two epochs at a time: there may be many epochs, and many images.
     epochs: list[int] = []
@@ -136,13 +161,17 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunInstability:
         for batch in batches(opened, show, f"epoch {card.epoch}"):
             now += _matched(opened, supervision, batch)
         if epochs:
-            changes.append([int(changed(torch.stack(pair))) for pair in zip(before, now, strict=True)])
+            changes.append(
+                [int(changed(torch.stack(pair))) for pair in zip(before, now, strict=True)]
+            )
         epochs.append(card.epoch)
         before = now
 
     everywhere = torch.cat(all_gather(torch.tensor(changes)), dim=1)
     values = tuple(everywhere.double().mean(1).tolist())
-    return RunInstability(name, opened.run, opened.files, everywhere.shape[1], boxes, tuple(epochs), values)
+    return RunInstability(
+        name, opened.run, opened.files, everywhere.shape[1], boxes, tuple(epochs), values
+    )
 
 
 @torch.no_grad()
@@ -161,7 +190,15 @@ def draw(result: InstabilityResult) -> Figure:
     tidy(axes)
     for run, colour in zip(result.runs, colours(len(result.runs)), strict=True):
         label = f"{shortened(run.name)}: mean {number(run.mean)}"
-        axes.plot(run.epochs[1:], run.instability, color=colour, linewidth=1.6, marker="o", markersize=4, label=label)
+        axes.plot(
+            run.epochs[1:],
+            run.instability,
+            color=colour,
+            linewidth=1.6,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
     axes.set(xlabel="epoch", ylabel="queries in an image that are matched anew")
     axes.set_ylim(bottom=0)
     whole_numbers(axes)

@@ -27,7 +27,9 @@ from detrellis.outputs import Outputs
 
 @dataclass(frozen=True)
 class Measurement:
-    """How something is measured and drawn: `analyze(runs, **dials)` takes `ComparedRuns`, `draw` what it returns."""
+    """How something is measured and drawn: `analyze(runs, **dials)` takes `ComparedRuns`, `draw`
+    what it returns.
+    """
 
     result: type[Result]
     analyze: Callable[..., Result]
@@ -38,7 +40,9 @@ MEASUREMENTS = (
     Measurement(misalignment.MisalignmentResult, misalignment.analyze, misalignment.draw),
     Measurement(groups.GroupsResult, groups.analyze, groups.draw),
     Measurement(one_to_many.OneToManyResult, one_to_many.analyze, one_to_many.draw),
-    Measurement(discriminability.DiscriminabilityResult, discriminability.analyze, discriminability.draw),
+    Measurement(
+        discriminability.DiscriminabilityResult, discriminability.analyze, discriminability.draw
+    ),
     Measurement(instability.InstabilityResult, instability.analyze, instability.draw),
     Measurement(branches.BranchesResult, branches.analyze, branches.draw),
     Measurement(conflicts.ConflictsResult, conflicts.analyze, conflicts.draw),
@@ -61,8 +65,9 @@ class SavedFiles(NamedTuple):
 
 
 def ready(out: Path, name: str, inputs: Iterable[Path] = ()) -> None:
-    """Raises `UserError` where the figure of measurement `name` could not be drawn, or not be written without losing
-    something, such as one of the `inputs`: to ask before minutes of measuring."""
+    """Raises `UserError` where the figure of measurement `name` could not be drawn, or not be
+    written without losing something, such as one of the `inputs`: to ask before minutes of
+    measuring."""
     need_matplotlib()
     Outputs(out).ready((f"{name}.png", f"{name}.json"), inputs)
 
@@ -76,4 +81,6 @@ def save(result: Result, out: str | Path) -> SavedFiles:
     outputs, picture = Outputs(out), io.BytesIO()
     measurement(result.name).draw(result).savefig(picture, format="png", dpi=DPI)
     figure = outputs.write(f"{result.name}.png", picture.getvalue())
-    return SavedFiles(figure, outputs.write(f"{result.name}.json", json.dumps(result.to_dict(), indent=1)))
+    return SavedFiles(
+        figure, outputs.write(f"{result.name}.json", json.dumps(result.to_dict(), indent=1))
+    )

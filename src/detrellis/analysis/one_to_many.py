@@ -1,4 +1,5 @@
-"""Group DETR, Fig. 1: AP over the number of training queries, by how queries are assigned to objects.
+"""Group DETR, Fig. 1: AP over the number of training queries, by how queries are assigned to
+objects.
 
 | assignment | a run is of this kind if its recipe has | training queries |
 | --- | --- | --- |
@@ -6,9 +7,10 @@
 | one-to-many | `loss.one_to_many` above 1: each target is matched to so many queries in every layer | the detector's |
 | one-to-one | neither | the detector's |
 
-One-to-many leaves duplicates. Such a run is evaluated as it is and with NMS (within each class), by several thresholds
-of IoU. NMS takes all (query, class) pairs and the best `top_k` are kept after it: duplicates would otherwise fill the
-places that the objects found less surely need, and NMS be blamed for what the cut has lost.
+One-to-many leaves duplicates. Such a run is evaluated as it is and with NMS (within each class), by
+several thresholds of IoU. NMS takes all (query, class) pairs and the best `top_k` are kept after
+it: duplicates would otherwise fill the places that the objects found less surely need, and NMS be
+blamed for what the cut has lost.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class RunOneToMany(RunResult):
     nms: dict[float, EvalResult]  # by threshold; empty unless one-to-many
 
     def to_dict(self) -> dict[str, Any]:
-        values = {k: getattr(self, k) for k in ("name", "run", "data", "kind", "queries", "per_target")}
+        values = {
+            k: getattr(self, k) for k in ("name", "run", "data", "kind", "queries", "per_target")
+        }
         counts = {"images": self.result.images, "boxes": self.result.ground_truth}
         nms = {f"{threshold:g}": dict(result.stats) for threshold, result in self.nms.items()}
         return values | counts | {"stats": dict(self.result.stats), "nms": nms}
@@ -83,22 +87,37 @@ class OneToManyResult(Result):
 
     def table(self) -> Table:
         title = "AP by assignment (Group DETR, Fig. 1)"
-        caption = "Queries: all that are matched in training. The right columns are AP after NMS within each class."
+        caption = (
+            "Queries: all that are matched in training. The right columns are AP after NMS "
+            "within each class."
+        )
         after = (f"NMS\n{t:g}" for t in self.nms)
-        table = run_table(title, caption, "assignment", "queries", "per\nbox", "AP", *after, left=("assignment",))
+        table = run_table(
+            title, caption, "assignment", "queries", "per\nbox", "AP", *after, left=("assignment",)
+        )
         for run in sorted(self.runs, key=lambda r: (get_args(Kind).index(r.kind), r.queries)):
-            values = [number(run.result.ap), *(number(run.nms[t].ap) if t in run.nms else "" for t in self.nms)]
+            values = [
+                number(run.result.ap),
+                *(number(run.nms[t].ap) if t in run.nms else "" for t in self.nms),
+            ]
             add_run(table, run.name, run.kind, str(run.queries), str(run.per_target), *values)
         return table
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """(queries, AP) of all runs by what the figure calls them, rising; runs without an AP are left out."""
+        """(queries, AP) of all runs by what the figure calls them, rising; runs without an AP are
+        left out.
+        """
         after_nms = f"one-to-many, NMS {self.drawn:g}"
-        results = {kind: [(r.queries, r.result) for r in self.runs if r.kind == kind] for kind in get_args(Kind)}
+        results = {
+            kind: [(r.queries, r.result) for r in self.runs if r.kind == kind]
+            for kind in get_args(Kind)
+        }
         results[after_nms] = [(r.queries, r.nms[self.drawn]) for r in self.runs if r.nms]
         curves = {}
         for name in ("group-wise", "one-to-one", after_nms, "one-to-many"):
-            points = sorted((queries, result.ap) for queries, result in results[name] if result.ap is not None)
+            points = sorted(
+                (queries, result.ap) for queries, result in results[name] if result.ap is not None
+            )
             if points:
                 curves[name] = points
         return curves
@@ -111,7 +130,10 @@ def analyze(runs: ComparedRuns, *, nms: Sequence[float] = NMS) -> OneToManyResul
     `nms` are thresholds of IoU. Raises `UserError` where a run or its data set cannot be read.
     """
     if not nms or not all(0 < t < 1 for t in nms):
-        raise UserError(f"nms {', '.join(f'{t:g}' for t in nms) or 'nothing'}", "Give IoUs between 0 and 1: 0.5,0.7.")
+        raise UserError(
+            f"nms {', '.join(f'{t:g}' for t in nms) or 'nothing'}",
+            "Give IoUs between 0 and 1: 0.5,0.7.",
+        )
     ordered = tuple(sorted(set(nms)))
     return OneToManyResult(runs.measure(partial(_measure, ordered)), ordered, runs.split)
 
@@ -136,14 +158,18 @@ def _queries(opened: OpenedSplit) -> tuple[int, int]:
     return count + further, 1 + further // count
 
 
-def _evaluate(opened: OpenedSplit, nms: Sequence[float], show: bool) -> tuple[EvalResult, dict[float, EvalResult]]:
+def _evaluate(
+    opened: OpenedSplit, nms: Sequence[float], show: bool
+) -> tuple[EvalResult, dict[float, EvalResult]]:
     """The evaluation as the detector detects, and those after NMS by each threshold."""
 
     def check(output: DecoderOutput) -> None:
         check_finite(opened, output.logits, output.boxes)
 
     model, thresholds = opened.model, (None, *nms)
-    evaluators = collect(model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check)
+    evaluators = collect(
+        model.detector, batches(opened, show), opened.annotations, model.device, thresholds, check
+    )
     plain, *after = (evaluator.compute(of=kind_of_ap(model)) for evaluator in evaluators)
     return plain, dict(zip(nms, after, strict=True))
 
@@ -154,7 +180,9 @@ AFTER_NMS = ("^", COLOURS[3])
 
 
 def draw(result: OneToManyResult) -> Figure:
-    """Fig. 1: a point a run, and a curve through the mean of runs alike. Raises `UserError` without matplotlib."""
+    """Fig. 1: a point a run, and a curve through the mean of runs alike. Raises `UserError` without
+    matplotlib.
+    """
     figure = canvas(6.4, 4.6, "AP by assignment")
     axes = figure.subplots()
     tidy(axes)
@@ -163,7 +191,14 @@ def draw(result: OneToManyResult) -> Figure:
         counts = sorted({queries for queries, _ in points})
         means = [fmean(ap for queries, ap in points if queries == count) for count in counts]
         axes.plot(counts, means, color=colour, linewidth=1.6)
-        axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=name, clip_on=False)
+        axes.plot(
+            *zip(*points, strict=True),
+            marker,
+            color=colour,
+            markersize=6,
+            label=name,
+            clip_on=False,
+        )
     axes.set(xlabel="queries in training", ylabel="AP")
     axes.margins(x=0.08)
     axes.set_ylim(bottom=0)

@@ -1,4 +1,6 @@
-"""What measurements read of a run: its batches, and what its detector says about each image of a split."""
+"""What measurements read of a run: its batches, and what its detector says about each image of a
+split.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 
 
 def batches(opened: OpenedSplit, show: bool, what: str = "analyze") -> Iterator[Batch]:
-    """This process's batches, on the model's device; `show` puts a progress bar, called `what`, on a terminal."""
+    """This process's batches, on the model's device; `show` puts a progress bar, called `what`, on
+    a terminal.
+    """
     for batch in track(opened.loader, what, len(opened.loader), show):
         yield batch.to(opened.model.device, non_blocking=True)
 
@@ -34,10 +38,11 @@ def annotation_rows(opened: OpenedSplit) -> dict[int, int]:
 
 
 class ImageOutput(NamedTuple):
-    """One image as a detector's last layer sees it, and its ground truth; on the host, boxes in float64.
+    """One image as a detector's last layer sees it, and its ground truth; on the host, boxes in
+    float64.
 
-    Boxes are pixel `xyxy` in the original image, as the evaluator compares them: the truth is the annotations' own, not
-    what resizing and clipping leave of it.
+    Boxes are pixel `xyxy` in the original image, as the evaluator compares them: the truth is the
+    annotations' own, not what resizing and clipping leave of it.
     """
 
     image_id: int
@@ -55,7 +60,10 @@ def kind_of_ap(model: Model) -> Kind:
 def refuse_without_boxes(model: Model, run: str) -> None:
     """Raises `UserError` for a detector whose queries predict masks alone."""
     if not model.recipe.detector.boxes:
-        raise UserError(f"{run}: its queries predict masks, and no boxes to measure", "Take a run of a box detector.")
+        raise UserError(
+            f"{run}: its queries predict masks, and no boxes to measure",
+            "Take a run of a box detector.",
+        )
 
 
 def image_outputs(opened: OpenedSplit, show: bool = False) -> Iterator[ImageOutput]:
@@ -68,25 +76,37 @@ def image_outputs(opened: OpenedSplit, show: bool = False) -> Iterator[ImageOutp
     for batch in batches(opened, show):
         with torch.no_grad():
             output = detector(batch.images)
-            scores, boxes = detector.postprocess.scores(output).cpu(), output.boxes[-1].cpu().double()
+            scores = detector.postprocess.scores(output).cpu()
+            boxes = output.boxes[-1].cpu().double()
         check_finite(opened, scores, boxes)
         pixels = cxcywh_to_xyxy(boxes) * batch.sizes.cpu().flip(-1).repeat(1, 2)[:, None]
-        for image_id, image_scores, image_boxes in zip(batch.image_ids, scores, pixels, strict=True):
-            yield ImageOutput(image_id, image_scores, image_boxes, *truth(opened.annotations, rows[image_id]))
+        for image_id, image_scores, image_boxes in zip(
+            batch.image_ids, scores, pixels, strict=True
+        ):
+            yield ImageOutput(
+                image_id, image_scores, image_boxes, *truth(opened.annotations, rows[image_id])
+            )
 
 
 def check_finite(opened: OpenedSplit, *values: Tensor) -> None:
     """Raises `UserError` where a value is NaN or infinite: it could not be ranked."""
     if not all(v.isfinite().all() for v in values):
-        raise UserError(f"{opened.run}: its outputs are not finite", "Its training went wrong: take other weights.")
+        raise UserError(
+            f"{opened.run}: its outputs are not finite",
+            "Its training went wrong: take other weights.",
+        )
 
 
-def one_to_one(supervision: Supervision, output: DecoderOutput, targets: Targets, copies: int = 1) -> Assignment:
-    """Hungarian matching by the recipe's cost, at each layer and in each copy; one query a target, however the run
-    was trained, so that runs can be compared."""
+def one_to_one(
+    supervision: Supervision, output: DecoderOutput, targets: Targets, copies: int = 1
+) -> Assignment:
+    """Hungarian matching by the recipe's cost, at each layer and in each copy; one query a target,
+    however the run was trained, so that runs can be compared."""
     hungarian = supervision.assign
     assert isinstance(hungarian, Hungarian)
-    (assignment,) = assign([Match(output, targets, replace(hungarian, candidates=Candidates()), copies)])
+    (assignment,) = assign(
+        [Match(output, targets, replace(hungarian, candidates=Candidates()), copies)]
+    )
     return assignment
 
 

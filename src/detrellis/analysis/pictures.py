@@ -1,5 +1,5 @@
-"""Images of a batch without their padding, to be measured in pixels and to be drawn: with their boxes, and with values
-of an encoder's tokens as maps."""
+"""Images of a batch without their padding, to be measured in pixels and to be drawn: with their
+boxes, and with values of an encoder's tokens as maps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def image_boxes(batch: Batch, image: int) -> Tensor:
 
 
 def picture(batch: Batch, image: int, normalise: Normalise) -> Picture:
-    """One of a batch's images, as the detector sees it; `normalise` is what its pixels went through."""
+    """One of a batch's images, as the detector sees it; `normalise` is what its pixels went
+    through.
+    """
     height, width = image_size(batch, image)
     colours = normalise.colours(batch.images.pixels[image, :, :height, :width])
     return Picture(colours.movedim(0, -1).numpy(), image_boxes(batch, image).cpu().numpy())
@@ -55,13 +57,17 @@ def outline(axes: Axes, picture: Picture, colour: str = "white") -> None:
 
     for x1, y1, x2, y2 in picture.boxes.tolist():
         corner = (x1 - 0.5, y1 - 0.5)  # axes count from the centre of the first pixel
-        axes.add_patch(Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=0.8))
+        axes.add_patch(
+            Rectangle(corner, x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=0.8)
+        )
 
 
 def levels(values: Tensor, memory: Memory, image: int) -> list[Tensor]:
     """One value a token of an image, `(S,)`, as a map `(h, w)` a level without its padding."""
     sizes = [height * width for height, width in memory.shapes]
-    maps = [part.view(shape) for part, shape in zip(values.split(sizes), memory.shapes, strict=True)]
+    maps = [
+        part.view(shape) for part, shape in zip(values.split(sizes), memory.shapes, strict=True)
+    ]
     if memory.padding is None:
         return maps
     cut = []
@@ -78,7 +84,7 @@ def resized(level: Tensor, size: Size) -> Tensor:
 
 
 def attention_score(weights: Sequence[Tensor], size: Size) -> Tensor:
-    """`(H, W)` with a maximum of 1 from each level's weights `(h, w)`: attention per pixel, so that a level counts as
-    much as it is attended to, however coarse it is."""
+    """`(H, W)` with a maximum of 1 from each level's weights `(h, w)`: attention per pixel, so that
+    a level counts as much as it is attended to, however coarse it is."""
     total = torch.stack([resized(level, size) * level.numel() for level in weights]).sum(0)
     return total / total.max().clamp(min=SMALLEST)

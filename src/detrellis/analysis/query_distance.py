@@ -1,8 +1,10 @@
-"""Co-DETR, Fig. 7: do the queries that come from a branch's positives lie where the detector's own do?
+"""Co-DETR, Fig. 7: do the queries that come from a branch's positives lie where the detector's own
+do?
 
-A box's distance to the detector's queries is measured from the branch's positive queries for it: the mean to the main
-query that is matched to the box, and the mean to all main queries that are matched to none. A query's place is the
-centre of the box that it begins with: of an anchor, a region or a proposal.
+A box's distance to the detector's queries is measured from the branch's positive queries for it:
+the mean to the main query that is matched to the box, and the mean to all main queries that are
+matched to none. A query's place is the centre of the box that it begins with: of an anchor, a
+region or a proposal.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ from detrellis.analysis.figures import (
 )
 from detrellis.analysis.outputs import batches, check_finite, last_layer, one_to_one
 from detrellis.analysis.pictures import Picture, outline, picture
-from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, mean_or_none, run_table
+from detrellis.analysis.runs import (
+    ComparedRuns,
+    Result,
+    RunResult,
+    add_run,
+    mean_or_none,
+    run_table,
+)
 from detrellis.analysis.schemes import (
     begin,
     branch_assignments,
@@ -61,7 +70,9 @@ class Positives(NamedTuple):
 
 
 class QueryPlaces(NamedTuple):
-    """Where the queries of one image are, as fractions of its width and height; on the host, in float64."""
+    """Where the queries of one image are, as fractions of its width and height; on the host, in
+    float64.
+    """
 
     main: Tensor  # (N, 2)
     matched: Tensor  # (n,) the main query that is matched to each box, or -1
@@ -87,18 +98,27 @@ class BoxDistances(NamedTuple):
 def distances(places: QueryPlaces, positives: Positives) -> BoxDistances:
     """The means over each box's positives."""
     main, matched = places.main, places.matched
-    apart = torch.cdist(positives.centres, main, compute_mode="donot_use_mm_for_euclid_dist")  # (P, N)
+    # (P, N)
+    apart = torch.cdist(positives.centres, main, compute_mode="donot_use_mm_for_euclid_dist")
 
-    # From each positive: to the query that is matched to its box, and to the queries that are matched to none.
+    # From each positive: to the query that is matched to its box, and to the queries that are
+    # matched to none.
     query = matched[positives.owner]
-    near = apart.gather(1, query.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(query < 0, torch.nan)
+    near = (
+        apart.gather(1, query.clamp(min=0).unsqueeze(1))
+        .squeeze(1)
+        .masked_fill(query < 0, torch.nan)
+    )
     free = torch.ones(len(main), dtype=torch.bool)
     free[matched[matched >= 0]] = False
     far = apart[:, free].mean(1)
 
     # Then by box.
     count = torch.bincount(positives.owner, minlength=len(matched))
-    sums = [apart.new_zeros(len(matched)).index_add(0, positives.owner, values) for values in (near, far)]
+    sums = [
+        apart.new_zeros(len(matched)).index_add(0, positives.owner, values)
+        for values in (near, far)
+    ]
     return BoxDistances(sums[0] / count, sums[1] / count, count)
 
 
@@ -123,7 +143,9 @@ def averaged(images: Iterable[BoxDistances]) -> MeanDistances:
     """The means over all boxes of all images."""
     matched, unmatched, count = (torch.cat(values) for values in zip(*images, strict=True))
     counted = int(matched.isfinite().sum())
-    return MeanDistances(mean_or_none(matched), mean_or_none(unmatched), counted, mean_or_none(count))
+    return MeanDistances(
+        mean_or_none(matched), mean_or_none(unmatched), counted, mean_or_none(count)
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +155,8 @@ class RunQueryDistance(RunResult):
     images: int
     boxes: int
     branches: dict[str, MeanDistances]  # and `ALL`, where there are several
-    example: PlacedImage | None  # the first image where every branch has a positive query for a box that is matched
+    # The first image where every branch has a positive query for a box that is matched
+    example: PlacedImage | None
 
 
 @dataclass(frozen=True)
@@ -147,8 +170,9 @@ class QueryDistanceResult(Result):
     def table(self) -> Table:
         """For each run, a row for each branch, for a rich console."""
         caption = (
-            "From a branch's positive queries for a box to the main query that is matched to the box, and to those "
-            "that are matched to none; in shares of the image's width and height, means over boxes."
+            "From a branch's positive queries for a box to the main query that is matched to "
+            "the box, and to those that are matched to none; in shares of the image's width and "
+            "height, means over boxes."
         )
         columns = ("branch", "boxes", "counted", "positives\na box", "to\nmatched", "to\nunmatched")
         title = "Distance of the branches' queries from the detector's own (Co-DETR, Fig. 7)"
@@ -156,7 +180,11 @@ class QueryDistanceResult(Result):
         for run in self.runs:
             for i, (branch, means) in enumerate(run.branches.items()):
                 name, boxes = (run.name, str(run.boxes)) if i == 0 else ("", "")
-                values = [number(means.positives, ".1f"), number(means.matched), number(means.unmatched)]
+                values = [
+                    number(means.positives, ".1f"),
+                    number(means.matched),
+                    number(means.unmatched),
+                ]
                 last = i == len(run.branches) - 1
                 add_run(table, name, branch, boxes, str(means.counted), *values, end_section=last)
         return table
@@ -166,8 +194,8 @@ class QueryDistanceResult(Result):
 def analyze(runs: ComparedRuns) -> QueryDistanceResult:
     """Measure how far the branches' positive queries are from the detector's own.
 
-    Raises `UserError` for a run without branches or without its `last.state.pt`, for queries without a place, and under
-    torchrun.
+    Raises `UserError` for a run without branches or without its `last.state.pt`, for queries
+    without a place, and under torchrun.
     """
     return QueryDistanceResult(runs.measure(_measure, check_collaborative), runs.split)
 
@@ -179,7 +207,10 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunQueryDistance:
     model, co = load_with_scheme(opened, Collaborative)
     for batch in batches(opened, show):
         for i, places in enumerate(query_places(opened, model, co, batch)):
-            image = {branch: distances(places, positives) for branch, positives in places.branches.items()}
+            image = {
+                branch: distances(places, positives)
+                for branch, positives in places.branches.items()
+            }
             images.append(image)
             if example is None and all(d.matched.isfinite().any() for d in image.values()):
                 example = PlacedImage(picture(batch, i, opened.model.normalise), places)
@@ -189,11 +220,18 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunQueryDistance:
 
 
 @torch.no_grad()
-def query_places(opened: OpenedSplit, model: TrainableDetector, co: Collaborative, batch: Batch) -> list[QueryPlaces]:
-    """Where the queries of each image of a batch are. Raises `UserError` where the main queries have no place."""
+def query_places(
+    opened: OpenedSplit, model: TrainableDetector, co: Collaborative, batch: Batch
+) -> list[QueryPlaces]:
+    """Where the queries of each image of a batch are. Raises `UserError` where the main queries
+    have no place.
+    """
     step = begin(model, batch)
     if step.queries.boxes is None:
-        remedy = "Measure detectors whose queries are boxes or points, such as tiny or conditional-detr-r50."
+        remedy = (
+            "Measure detectors whose queries are boxes or points, such as tiny or "
+            "conditional-detr-r50."
+        )
         raise UserError(f"{opened.run}: its queries have no place", remedy)
 
     # Main queries, and which of them is matched to each box.
@@ -207,7 +245,9 @@ def query_places(opened: OpenedSplit, model: TrainableDetector, co: Collaborativ
     positives = {branch: _positives(images, scene.sizes) for branch, images in assignments.items()}
     places = []
     for i, image_matched in enumerate(matched.cpu().split(step.targets.sizes)):
-        places.append(QueryPlaces(main[i], image_matched, {branch: p[i] for branch, p in positives.items()}))
+        places.append(
+            QueryPlaces(main[i], image_matched, {branch: p[i] for branch, p in positives.items()})
+        )
     return places
 
 
@@ -228,9 +268,15 @@ MARKERS = "x+1234|"  # of the branches' queries: they may lie on each other
 
 
 def draw(result: QueryDistanceResult) -> Figure:
-    """A row a run: Fig. 7b, on one scale, and Fig. 7a. Raises `UserError` where matplotlib is missing."""
+    """A row a run: Fig. 7b, on one scale, and Fig. 7a. Raises `UserError` where matplotlib is
+    missing.
+    """
     runs = result.runs
-    figure = canvas(sum(PANEL), HEIGHT * len(runs) + 0.5, "Distance of the branches' queries from the detector's")
+    figure = canvas(
+        sum(PANEL),
+        HEIGHT * len(runs) + 0.5,
+        "Distance of the branches' queries from the detector's",
+    )
     grid = figure.subplots(len(runs), 2, width_ratios=PANEL, squeeze=False)
     means = [mean for run in runs for mean in run.branches.values()]
     highest = max(value or 0 for mean in means for value in (mean.matched, mean.unmatched)) or 1
@@ -271,7 +317,15 @@ def _queries(axes: Axes, example: PlacedImage) -> None:
     groups = [("main, unmatched", free, UNMATCHED, ".", 18)]
     _, *others = colours(len(places.positives) + 1)
     for i, (branch, positives) in enumerate(places.positives.items()):
-        groups.append((f"{branch}, positive", positives.centres.numpy(), others[i], MARKERS[i % len(MARKERS)], 22))
+        groups.append(
+            (
+                f"{branch}, positive",
+                positives.centres.numpy(),
+                others[i],
+                MARKERS[i % len(MARKERS)],
+                22,
+            )
+        )
     groups.append(("main, matched", places.main[matched].numpy(), MATCHED, "o", 26))
     for label, points, colour, marker, area in groups:
         x, y = (points * size - 0.5).T

@@ -1,4 +1,6 @@
-"""What measurements take and return: the runs that are compared, and the values of each as records, table and JSON."""
+"""What measurements take and return: the runs that are compared, and the values of each as records,
+table and JSON.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit, open_split
 
 OneRun = TypeVar("OneRun")
-FIGURE_ONLY = ("example", "examples", "picture")  # fields that are drawn, and not written to the JSON
+# Fields that are drawn, and not written to the JSON
+FIGURE_ONLY = ("example", "examples", "picture")
 
 
 class ComparedRuns:
@@ -49,12 +52,14 @@ class ComparedRuns:
     ) -> None:
         """`places` are folders of runs, weights files, or checkpoints of others.
 
-        `names` is what figures and tables call the runs (default: as much of the end of each path as tells them apart);
-        `progress` shows a bar on a terminal. Each run is measured on `split` of its own data set, or all on that of
-        `data`, or on the annotations `val`, with images in `val_images`; `skip_bad` drops bad records instead of
-        refusing the data set. `batch_size` is in images, `workers` are the processes that load them.
+        `names` is what figures and tables call the runs (default: as much of the end of each path
+        as tells them apart); `progress` shows a bar on a terminal. Each run is measured on `split`
+        of its own data set, or all on that of `data`, or on the annotations `val`, with images in
+        `val_images`; `skip_bad` drops bad records instead of refusing the data set. `batch_size` is
+        in images, `workers` are the processes that load them.
 
-        Raises `UserError` where there is no run, or where the names are not different and one a run.
+        Raises `UserError` where there is no run, or where the names are not different and one a
+        run.
         """
         self.places = [places] if isinstance(places, str | Path) else list(places)
         if not self.places:
@@ -65,12 +70,15 @@ class ComparedRuns:
         self.options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
 
     def measure(
-        self, measure: Callable[[OpenedSplit, str, bool], OneRun], check: Callable[[str | Path], object] = Path
+        self,
+        measure: Callable[[OpenedSplit, str, bool], OneRun],
+        check: Callable[[str | Path], object] = Path,
     ) -> tuple[OneRun, ...]:
-        """What `measure(opened, name, show)` returns for each run; `show` says whether to draw progress.
+        """What `measure(opened, name, show)` returns for each run; `show` says whether to draw
+        progress.
 
-        `check` is called with the place of every run before minutes are spent on the first. Raises `UserError` where
-        a run or its images cannot be read.
+        `check` is called with the place of every run before minutes are spent on the first. Raises
+        `UserError` where a run or its images cannot be read.
         """
         for place in self.places:
             check(place)
@@ -84,13 +92,16 @@ class ComparedRuns:
 
 
 def run_names(runs: Sequence[str | Path], names: Sequence[str] | None = None) -> list[str]:
-    """What figures and tables call the runs: `names`, or as much of the end of each path as tells them apart.
+    """What figures and tables call the runs: `names`, or as much of the end of each path as tells
+    them apart.
 
     The same run twice gets a number. Raises `UserError` unless `names` are different and one a run.
     """
     if names is not None:
         if len(names) != len(runs) or len(set(names)) != len(names) or not all(names):
-            raise UserError(f"names {', '.join(names)}", f"Give one a run ({len(runs)}), all different.")
+            raise UserError(
+                f"names {', '.join(names)}", f"Give one a run ({len(runs)}), all different."
+            )
         return list(names)
     parts = [Path(os.path.abspath(run)).parts for run in runs]
     different = len(set(parts))
@@ -98,7 +109,10 @@ def run_names(runs: Sequence[str | Path], names: Sequence[str] | None = None) ->
     while len({p[-depth:] for p in parts}) < different:
         depth += 1
     ends = ["/".join(p[-depth:]) for p in parts]
-    return [f"{name}-{ends[: i + 1].count(name)}" if name in ends[:i] else name for i, name in enumerate(ends)]
+    return [
+        f"{name}-{ends[: i + 1].count(name)}" if name in ends[:i] else name
+        for i, name in enumerate(ends)
+    ]
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,9 @@ class RunResult:
     data: str  # the annotations, or the picture, that it was measured on
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: fields of a record in it beside the others, and nothing that is for the figure alone."""
+        """As JSON holds it: fields of a record in it beside the others, and nothing that is for the
+        figure alone.
+        """
         values: dict[str, Any] = {}
         for name, value in _json_fields(self).items():
             values |= value if is_dataclass(getattr(self, name)) else {name: value}
@@ -119,7 +135,9 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """Several runs, measured in the same way; the fields of subclasses are what they were measured with."""
+    """Several runs, measured in the same way; the fields of subclasses are what they were measured
+    with.
+    """
 
     name: ClassVar[str]  # of the measurement, as its files have it
     runs: tuple[RunResult, ...]
@@ -134,12 +152,16 @@ class Result(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and values, as JSON holds them."""
-        return {"measurement": self.name, "settings": self.settings(), "runs": [run.to_dict() for run in self.runs]}
+        return {
+            "measurement": self.name,
+            "settings": self.settings(),
+            "runs": [run.to_dict() for run in self.runs],
+        }
 
 
 def as_json(value: Any) -> Any:
-    """`value` as JSON would give it back: tuples as lists, keys as text, records as objects of their fields, and an
-    evaluation as its statistics."""
+    """`value` as JSON would give it back: tuples as lists, keys as text, records as objects of
+    their fields, and an evaluation as its statistics."""
     if isinstance(value, EvalResult):
         return dict(value.stats)
     if is_dataclass(value):
@@ -160,19 +182,28 @@ def mean_or_none(values: Tensor) -> float | None:
 
 
 def run_table(
-    title: str, caption: str, *columns: str, left: Collection[str] = (), wrapped: Collection[str] = ()
+    title: str,
+    caption: str,
+    *columns: str,
+    left: Collection[str] = (),
+    wrapped: Collection[str] = (),
 ) -> Table:
     """A table whose first column names the run, narrow enough for 80 letters; see `add_run`.
 
-    The other `columns` are for numbers: to the right, unless they are in `left`, and on one line, unless in `wrapped`.
+    The other `columns` are for numbers: to the right, unless they are in `left`, and on one line,
+    unless in `wrapped`.
     """
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD
+    )
     table.padding = (0, 1, 0, 0)
     table.add_column("run", overflow="fold")
     for column in columns:
         wraps = column in wrapped
         justify: JustifyMethod = "left" if column in left else "right"
-        table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold" if wraps else "ellipsis")
+        table.add_column(
+            column, justify=justify, no_wrap=not wraps, overflow="fold" if wraps else "ellipsis"
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""The command line: one verb a function, each with an example. Heavy imports wait until a verb needs them."""
+"""The command line: one verb a function, each with an example. Heavy imports wait until a verb
+needs them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train DETR-family object detectors on your own data. Start with [bold]detrellis demo[/bold].",
+    help=(
+        "Train DETR-family object detectors on your own data. Start with [bold]detrellis "
+        "demo[/bold]."
+    ),
 )
 
 
@@ -79,11 +84,16 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, run and pictures.")] = Path("demo"),
-    epochs: Annotated[int | None, typer.Option(**limits(Epochs), help="Fewer for a quick look.")] = None,
-    seed: Annotated[int, typer.Option(**limits(Seed), help="Decides the data, the weights and their order.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(**limits(Epochs), help="Fewer for a quick look.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(**limits(Seed), help="Decides the data, the weights and their order.")
+    ] = 0,
     masks: Annotated[bool, typer.Option("--masks", help="Find the objects' masks, too.")] = False,
 ) -> None:
-    """Make a data set, check it, train on it, evaluate, and draw the result: three to eight minutes on two CPU cores.
+    """Make a data set, check it, train on it, evaluate, and draw the result: three to eight minutes
+    on two CPU cores.
 
     Example: detrellis demo
     """
@@ -98,20 +108,29 @@ def check(
     *,
     files: Files,
     fast: Annotated[bool, typer.Option("--fast", help="Do not decode the images.")] = False,
-    fix: Annotated[Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a clean copy of the annotations into this folder.")
+    ] = None,
     keep_partial: Annotated[
         bool, typer.Option("--keep-partial", help="With --fix: keep images that lose an object.")
     ] = False,
-    recipe: Annotated[str | None, typer.Option(help="Recipe to train: has it queries enough for each image?")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe to train: has it queries enough for each image?")
+    ] = None,
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
     show: Annotated[
         int | None,
-        typer.Option(min=1, max=100, help="Draw so many pictures as --recipe (default: small) trains on them."),
+        typer.Option(
+            min=1,
+            max=100,
+            help="Draw so many pictures as --recipe (default: small) trains on them.",
+        ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(**limits(Threads), help="Threads that decode (default: one a core).")
+        int | None,
+        typer.Option(**limits(Threads), help="Threads that decode (default: one a core)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -124,16 +143,23 @@ def check(
     from detrellis.data.doctor.fix import fix as fix_source
 
     if keep_partial and fix is None:
-        raise UserError("--keep-partial without --fix", "Add --fix OUT: only then anything is left out.")
+        raise UserError(
+            "--keep-partial without --fix", "Add --fix OUT: only then anything is left out."
+        )
     chosen = _recipe_to_train(recipe or ("small" if show else None), scale, scheme, override)
     capacity = None if chosen is None else _capacity(chosen)
     source = files.source()
     if fix is not None:
         clean_folder(source, fix)
-    report = check_source(source, fast=fast, progress=not as_json, workers=workers, capacity=capacity)
+    report = check_source(
+        source, fast=fast, progress=not as_json, workers=workers, capacity=capacity
+    )
     fixed = None if fix is None else fix_source(source, report, fix, keep_partial)
     if as_json:
-        print_json(report.to_dict() | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes}))
+        print_json(
+            report.to_dict()
+            | ({} if fixed is None else {"fixed": str(fixed.out), "changes": fixed.changes})
+        )
     else:
         console.print(report.table())
         if fixed is not None:
@@ -150,7 +176,9 @@ def _recipe_to_train(
     if recipe is not None:
         return choose_recipe(recipe, "tiny" if scale else None, scheme or (), override or ())
     if scale or scheme or override:
-        raise UserError("--scale, --scheme and -o without --recipe", "Add --recipe NAME, the one to train.")
+        raise UserError(
+            "--scale, --scheme and -o without --recipe", "Add --recipe NAME, the one to train."
+        )
     return None
 
 
@@ -164,7 +192,10 @@ def _capacity(recipe: Recipe) -> Capacity:
 def _show_samples(recipe: Recipe, source: DataSource, count: int, exit_code: int) -> None:
     """Draw what training sees; nobody can train on a data set with errors."""
     if exit_code:
-        errors.say("Nothing is drawn before the errors are put right: --fix OUT, then check --data OUT --show.")
+        errors.say(
+            "Nothing is drawn before the errors are put right: --fix OUT, then check --data "
+            "OUT --show."
+        )
         return
     from detrellis.api import draw_samples
 
@@ -184,9 +215,12 @@ def train(
     override: Overrides = None,
     epochs: EpochsOrAuto = None,
     auto_batch: AutoBatch = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0).")
+        int | None,
+        typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0)."),
     ] = None,
     skip_bad: SkipBad = False,
     keep_partial: KeepPartial = False,
@@ -196,16 +230,21 @@ def train(
     workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe on a data set. Ctrl-C saves and stops; --resume goes on. Under torchrun it uses all processes.
+    """Train a recipe on a data set. Ctrl-C saves and stops; --resume goes on. Under torchrun it
+    uses all processes.
 
     Example: detrellis train small --data my_data --epochs auto -o optim.lr=2e-4
     """
     # A misspelt word, or data that are not there, are told before torch is imported.
     if resume is not None:
-        _only_with_resume(*(recipe, weights, boxes, scale, scheme, auto_batch, out, seed, skip_bad, keep_partial))
+        _only_with_resume(
+            *(recipe, weights, boxes, scale, scheme, auto_batch, out, seed, skip_bad, keep_partial)
+        )
     elif recipe is not None or weights is None:
         choose_recipe(recipe, scale, scheme or (), override or ())
-    data: dict[str, Any] = {"data": files.source()} if resume is None and weights is None else vars(files)
+    data: dict[str, Any] = (
+        {"data": files.source()} if resume is None and weights is None else vars(files)
+    )
     from detrellis import api
 
     shared: dict[str, Any] = {"override": override or (), "epochs": epochs, "track": track or ()}
@@ -245,8 +284,8 @@ def _only_with_resume(*given: object) -> None:
     if any(value not in (None, False, []) for value in given):
         raise UserError(
             "--resume takes recipe, schemes, seed and folder from the run",
-            "Free are --data (and --train, --val) where the data have moved, --epochs, -o optim.lr and a few others, "
-            "--device and --workers.",
+            "Free are --data (and --train, --val) where the data have moved, --epochs, -o "
+            "optim.lr and a few others, --device and --workers.",
         )
 
 
@@ -271,22 +310,32 @@ def evaluate(
     *,
     on: EvalData,
     metric: Metric = "coco",
-    results: Annotated[Path | None, typer.Option(help="Also write the detections here, in COCO's format.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Also write the detections here, in COCO's format.")
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for report.html: what goes wrong (default: the run, on its own data).")
+        Path | None,
+        typer.Option(
+            help="Folder for report.html: what goes wrong (default: the run, on its own data)."
+        ),
     ] = None,
     ways: Ways,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """AP of a run, of its boxes as COCO or Pascal VOC counts it or of its masks, on its own validation split or on
-    other data.
+    """AP of a run, of its boxes as COCO or Pascal VOC counts it or of its masks, on its own
+    validation split or on other data.
 
     Example: detrellis eval runs/tiny-20260101-120000 --split test --tta-views 256,320,flip
     """
     from detrellis import api
 
-    options: dict[str, Any] = {"metric": metric, "results": results, "report": report, "device": device}
+    options: dict[str, Any] = {
+        "metric": metric,
+        "results": results,
+        "report": report,
+        "device": device,
+    }
     result = api.evaluate(run, **options, progress=True, **ways.chosen(), **vars(on.on()))
     if as_json:
         print_json(result.to_dict())
@@ -301,14 +350,22 @@ def evaluate(
 def convert(
     source: Trained,
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
-    to: Annotated[Literal["detrellis", "hf"] | None, typer.Option(help="Format (default: the other one).")] = None,
-    classes: Annotated[Path | None, typer.Option(help="COCO JSON that names the classes of a .pth file.")] = None,
-    dilation: Annotated[bool, typer.Option("--dilation", help="The .pth file is of a DC5 model.")] = False,
+    to: Annotated[
+        Literal["detrellis", "hf"] | None, typer.Option(help="Format (default: the other one).")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="COCO JSON that names the classes of a .pth file.")
+    ] = None,
+    dilation: Annotated[
+        bool, typer.Option("--dilation", help="The .pth file is of a DC5 model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Checkpoints of transformers and of the reference repositories to ours, and ours to what transformers loads.
+    """Checkpoints of transformers and of the reference repositories to ours, and ours to what
+    transformers loads.
 
-    Example: detrellis convert hf:facebook/detr-resnet-50 detr && detrellis convert detr for_transformers
+    Example: detrellis convert hf:facebook/detr-resnet-50 detr && detrellis convert detr
+    for_transformers
     """
     from detrellis import api
 
@@ -333,29 +390,43 @@ def export(
     run: Trained,
     *,
     format_: Annotated[
-        Literal["onnx", "openvino", "torch"], typer.Option("--format", help="Of the file: .onnx, .xml or .pt2.")
+        Literal["onnx", "openvino", "torch"],
+        typer.Option("--format", help="Of the file: .onnx, .xml or .pt2."),
     ] = "onnx",
-    out: Annotated[Path | None, typer.Option(help="File to write (default: model.onnx, ... in the run).")] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Of all pictures (default: any; takes minutes).")
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (default: model.onnx, ... in the run).")
     ] = None,
-    detections: Annotated[bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HEIGHTxWIDTH", help="Of all pictures (default: any; takes minutes)."),
+    ] = None,
+    detections: Annotated[
+        bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")
+    ] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Backbone to encoder in 8 bits (openvino); not written if that costs 1 AP.")
+        bool,
+        typer.Option(
+            "--int8",
+            help="Backbone to encoder in 8 bits (openvino); not written if that costs 1 AP.",
+        ),
     ] = False,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Data set to calibrate --int8 and measure it on (default: the run's).")
+        Path | None,
+        typer.Option(help="Data set to calibrate --int8 and measure it on (default: the run's)."),
     ] = None,
     verify: Annotated[
-        Path | None, typer.Option(help="Pictures on which both have to detect the same; exit code 1 if not.")
+        Path | None,
+        typer.Option(help="Pictures on which both have to detect the same; exit code 1 if not."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The network of a run for ONNX Runtime, OpenVINO or torch. `predict` and `eval` take the .onnx and .xml files.
+    """The network of a run for ONNX Runtime, OpenVINO or torch. `predict` and `eval` take the .onnx
+    and .xml files.
 
-    Example: detrellis export RUN --verify my_data/images/val && detrellis predict RUN/model.onnx photo.jpg
-    For CPUs: detrellis export RUN --format openvino --int8 && detrellis eval RUN/model-int8.xml
+    Example: detrellis export RUN --verify my_data/images/val && detrellis predict RUN/model.onnx
+    photo.jpg For CPUs: detrellis export RUN --format openvino --int8 && detrellis eval
+    RUN/model-int8.xml
     """
     from detrellis import api
 
@@ -376,8 +447,14 @@ def export(
         print_json(done.to_dict())
     else:
         height, width = (side or "any" for side in written.size)
-        size = "of any size" if written.size == (None, None) else f"of {height}x{width} pixels (height, width)"
-        console.print(f"{written.out}: {written.bytes / 2**20:.1f} MiB, pictures {size}, any number at a time")
+        size = (
+            "of any size"
+            if written.size == (None, None)
+            else f"of {height}x{width} pixels (height, width)"
+        )
+        console.print(
+            f"{written.out}: {written.bytes / 2**20:.1f} MiB, pictures {size}, any number at a time"
+        )
         console.print(f"Outputs: {', '.join(written.outputs)}")
         if written.int8 is not None:
             console.print(written.int8.table())

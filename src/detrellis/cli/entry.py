@@ -1,4 +1,6 @@
-"""From the first moment of a command to its exit code: refusals, interruptions, closed pipes, and our own mistakes."""
+"""From the first moment of a command to its exit code: refusals, interruptions, closed pipes, and
+our own mistakes.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,15 @@ from detrellis.version import __version__
 WRONG_USE, FAILED, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room, or name another disk with --out."),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Check the permissions of this file and of the folders above it."),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM),
+        "Check the permissions of this file and of the folders above it.",
+    ),
 }
-ROOM = "Take `train --auto-batch`, a smaller -o data.size or --batch-size, fewer --workers, or end other programs."
+ROOM = (
+    "Take `train --auto-batch`, a smaller -o data.size or --batch-size, fewer --workers, or end "
+    "other programs."
+)
 
 
 class Refusal(NamedTuple):
@@ -40,9 +48,9 @@ class Refusal(NamedTuple):
 def start(app: typer.Typer) -> NoReturn:
     """Run `app` on the command line's words and leave with its exit code.
 
-    What the user can put right is a message and exit code 2, never a traceback; with `--json` it is JSON on standard
-    output as well. Ctrl-C is exit code 130 and SIGTERM 143, whatever the verb made of them. Training handles them
-    itself, says so, and leaves with that code.
+    What the user can put right is a message and exit code 2, never a traceback; with `--json` it is
+    JSON on standard output as well. Ctrl-C is exit code 130 and SIGTERM 143, whatever the verb made
+    of them. Training handles them itself, says so, and leaves with that code.
     """
     never_fail_to_print()
     with warnings.catch_warnings(), interrupting() as caught:
@@ -74,10 +82,13 @@ def _run(app: typer.Typer, caught: list[int]) -> int:
 
 
 def refusal(error: Exception) -> Refusal:
-    """What went wrong and what to do about it. For a mistake of ours, prints the traceback and says so."""
+    """What went wrong and what to do about it. For a mistake of ours, prints the traceback and says
+    so.
+    """
     if isinstance(error, UserError):
         return Refusal(error.message, error.remedy)
-    if hasattr(error, "format_message"):  # of typer, whose classes have other homes in other versions
+    # Of typer, whose classes have other homes in other versions
+    if hasattr(error, "format_message"):
         return _wrong_words(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Refusal("out of memory", ROOM, FAILED)
@@ -87,12 +98,16 @@ def refusal(error: Exception) -> Refusal:
     message = f"{type(error).__name__}: {error}"
     versions = f"Detrellis {__version__}, Python {sys.version.split()[0]}, {sys.platform}"
     return Refusal(
-        message, f"This is a mistake in Detrellis: please report it with the lines above ({versions}).", FAILED
+        message,
+        f"This is a mistake in Detrellis: please report it with the lines above ({versions}).",
+        FAILED,
     )
 
 
 def _wrong_words(error: Any) -> Refusal:
-    """A verb or an option that does not exist, or one that is missing; with the example from the verb's help."""
+    """A verb or an option that does not exist, or one that is missing; with the example from the
+    verb's help.
+    """
     context = getattr(error, "ctx", None)
     message = error.format_message().strip().rstrip(".")
     if context is None or not message:  # the latter: no words at all, and the help has been printed
@@ -100,9 +115,15 @@ def _wrong_words(error: Any) -> Refusal:
     verb = context.command_path
     if context.parent is None and message.startswith("No such option"):
         return Refusal(
-            message, "Options stand after the verb: detrellis check --data my_data. Verbs: detrellis --help."
+            message,
+            (
+                "Options stand after the verb: detrellis check --data my_data. Verbs: detrellis "
+                "--help."
+            ),
         )
-    example = next((line for line in (context.command.help or "").splitlines() if "Example:" in line), "")
+    example = next(
+        (line for line in (context.command.help or "").splitlines() if "Example:" in line), ""
+    )
     told = [example.strip().replace("Example", "For example")] if example else []
     return Refusal(message, "\n".join([*told, f"See {verb} --help."]))
 
@@ -110,7 +131,9 @@ def _wrong_words(error: Any) -> Refusal:
 def _from_system(error: OSError) -> Refusal:
     """A full disk, a folder that may not be written, too many open files."""
     where = [
-        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))
+        os.fsdecode(name)
+        for name in (error.filename, error.filename2)
+        if isinstance(name, (str, bytes, os.PathLike))
     ]
     message = ": ".join([*where, error.strerror or str(error)])
     return Refusal(message, REMEDIES.get(error.errno or 0, ""))
@@ -127,12 +150,16 @@ def _refuse(refused: Refusal) -> int:
 
 
 def _close_quietly() -> None:
-    """Nobody reads on: what is left in the buffer goes nowhere, and the interpreter need not say so."""
+    """Nobody reads on: what is left in the buffer goes nowhere, and the interpreter need not say
+    so.
+    """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _show_warning(usual: Callable[..., None], message: Warning | str, *where: Any, **more: Any) -> None:
+def _show_warning(
+    usual: Callable[..., None], message: Warning | str, *where: Any, **more: Any
+) -> None:
     if not isinstance(message, Advice):
         usual(message, *where, **more)
     elif IS_MAIN_PROCESS:

@@ -1,8 +1,8 @@
-"""What the verbs share: the options that several of them have, alone and in groups, the console, and JSON on standard
-output.
+"""What the verbs share: the options that several of them have, alone and in groups, the console,
+and JSON on standard output.
 
-A group is a dataclass of options. A verb under `grouped` takes it as one keyword argument, and has its fields as
-options in that place.
+A group is a dataclass of options. A verb under `grouped` takes it as one keyword argument, and has
+its fields as options in that place.
 """
 
 from __future__ import annotations
@@ -35,23 +35,40 @@ console = Terminal(quiet=not IS_MAIN_PROCESS)
 errors = Terminal(stderr=True)
 
 Data = Annotated[
-    Path | None, typer.Option(help="Data set: a folder in COCO, Roboflow, YOLO, VOC, labelme, VIA or CSV layout.")
+    Path | None,
+    typer.Option(
+        help="Data set: a folder in COCO, Roboflow, YOLO, VOC, labelme, VIA or CSV layout."
+    ),
 ]
 TrainFile = Annotated[
     Path | None,
-    typer.Option("--train", help="COCO or VIA JSON, CSV, or folder of VOC XML or labelme JSON, to train on."),
+    typer.Option(
+        "--train", help="COCO or VIA JSON, CSV, or folder of VOC XML or labelme JSON, to train on."
+    ),
 ]
-TrainImages = Annotated[Path | None, typer.Option(help="Folder of its images, if they are not near it.")]
+TrainImages = Annotated[
+    Path | None, typer.Option(help="Folder of its images, if they are not near it.")
+]
 ValFile = Annotated[
     Path | None,
-    typer.Option("--val", help="COCO or VIA JSON, CSV, or folder of VOC XML or labelme JSON, to evaluate on."),
+    typer.Option(
+        "--val", help="COCO or VIA JSON, CSV, or folder of VOC XML or labelme JSON, to evaluate on."
+    ),
 ]
 ValImages = Annotated[Path | None, typer.Option(help="Folder of its images.")]
 SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Drop bad images and boxes instead of refusing them (decodes all images).")
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Drop bad images and boxes instead of refusing them (decodes all images).",
+    ),
 ]
 KeepPartial = Annotated[
-    bool, typer.Option("--keep-partial", help="With it, keep images that lose an object (they teach it is not there).")
+    bool,
+    typer.Option(
+        "--keep-partial",
+        help="With it, keep images that lose an object (they teach it is not there).",
+    ),
 ]
 
 
@@ -74,7 +91,10 @@ EpochsOrAuto = Annotated[
     ),
 ]
 AutoBatch = Annotated[
-    bool, typer.Option("--auto-batch", help="Take as many images at a time as fit into memory; the step's stay.")
+    bool,
+    typer.Option(
+        "--auto-batch", help="Take as many images at a time as fit into memory; the step's stay."
+    ),
 ]
 
 
@@ -86,7 +106,9 @@ def _score_or_auto(text: str) -> float | arguments.Auto:
     with contextlib.suppress(ValueError):
         if bounds["min"] <= (score := float(text)) <= bounds["max"]:
             return score
-    raise typer.BadParameter(f"{text!r} is not auto, nor a number from {bounds['min']} to {bounds['max']}")
+    raise typer.BadParameter(
+        f"{text!r} is not auto, nor a number from {bounds['min']} to {bounds['max']}"
+    )
 
 
 ScoreOrAuto = Annotated[
@@ -94,51 +116,90 @@ ScoreOrAuto = Annotated[
     typer.Option(
         parser=_score_or_auto,
         metavar="SCORE|auto",
-        help="Lowest score to show; auto: of each class the one with the highest F1 on the run's validation split.",
+        help=(
+            "Lowest score to show; auto: of each class the one with the highest F1 on the run's "
+            "validation split."
+        ),
     ),
 ]
 Tta = Annotated[
-    bool, typer.Option("--tta", help="Look at each picture at three sizes and mirrored, and merge what is found.")
+    bool,
+    typer.Option(
+        "--tta", help="Look at each picture at three sizes and mirrored, and merge what is found."
+    ),
 ]
 TtaViews = Annotated[
     str | None,
     typer.Option(
         "--tta-views",
-        help="The same at these short sides: 640,800,flip. A last word says how to merge: soft_nms, nms or wbf.",
+        help=(
+            "The same at these short sides: 640,800,flip. A last word says how to merge: "
+            "soft_nms, nms or wbf."
+        ),
     ),
 ]
 Tiles = Annotated[
     int | None,
-    typer.Option(min=32, help="Look at tiles of so many pixels a side, for small objects in large pictures: 640."),
+    typer.Option(
+        min=32,
+        help="Look at tiles of so many pixels a side, for small objects in large pictures: 640.",
+    ),
 ]
 Overlap = Annotated[
-    float, typer.Option(min=0, max=0.9, help="With --tiles: the share of a side that tiles have in common.")
+    float,
+    typer.Option(
+        min=0, max=0.9, help="With --tiles: the share of a side that tiles have in common."
+    ),
 ]
-Full = Annotated[bool, typer.Option("--full/--tiles-only", help="With --tiles: look at the whole picture, too.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")]
-Workers = Annotated[int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")]
+Full = Annotated[
+    bool, typer.Option("--full/--tiles-only", help="With --tiles: look at the whole picture, too.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
+]
+Workers = Annotated[
+    int, typer.Option(**limits(arguments.Workers), help="Processes that load images.")
+]
 RecipeName = Annotated[
-    str | None, typer.Argument(help="Recipe name; see `detrellis recipes` (default: that of --weights).")
+    str | None,
+    typer.Argument(help="Recipe name; see `detrellis recipes` (default: that of --weights)."),
 ]
-Weights = Annotated[str | None, typer.Option(help="Start from these weights: a run, hf:org/name, a .pth, ...")]
-Boxes = Annotated[str | None, typer.Option(help="Take the reference boxes (anchors) alone from these weights.")]
+Weights = Annotated[
+    str | None, typer.Option(help="Start from these weights: a run, hf:org/name, a .pth, ...")
+]
+Boxes = Annotated[
+    str | None, typer.Option(help="Take the reference boxes (anchors) alone from these weights.")
+]
 Trained = Annotated[
-    Path, typer.Argument(help="A run, a weights file, hf:org/name, a Hugging Face folder, or a reference's .pth.")
+    Path,
+    typer.Argument(
+        help="A run, a weights file, hf:org/name, a Hugging Face folder, or a reference's .pth."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Scale = Annotated[arguments.Scale | None, typer.Option(help="The recipe at a size for CPUs and small data.")]
+Scale = Annotated[
+    arguments.Scale | None, typer.Option(help="The recipe at a size for CPUs and small data.")
+]
 Schemes = Annotated[
-    list[str] | None, typer.Option("--scheme", help="Training scheme NAME[=N]: align, group=3; several with commas.")
+    list[str] | None,
+    typer.Option("--scheme", help="Training scheme NAME[=N]: align, group=3; several with commas."),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("-o", help="Recipe field: -o optim.lr=2e-4 -o 'data.size=[256, 320]'.")
+    list[str] | None,
+    typer.Option("-o", help="Recipe field: -o optim.lr=2e-4 -o 'data.size=[256, 320]'."),
 ]
 Split = Annotated[arguments.Split, typer.Option(help="Split of the data set.")]
 Track = Annotated[
     list[str] | None,
-    typer.Option(help="Also log to trackio, wandb or mlflow (several with commas); TensorBoard has it anyhow."),
+    typer.Option(
+        help=(
+            "Also log to trackio, wandb or mlflow (several with commas); TensorBoard has it anyhow."
+        )
+    ),
 ]
-Metric = Annotated[arguments.Metric, typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")]
+Metric = Annotated[
+    arguments.Metric, typer.Option(help="AP as COCO counts it, or as Pascal VOC does at IoU 0.5.")
+]
 BatchSize = Annotated[int, typer.Option(**limits(arguments.BatchSize), help="Images at a time.")]
 
 
@@ -187,7 +248,9 @@ class Ways:
 
     nms: Annotated[
         float | None,
-        typer.Option(**limits(arguments.Iou), help="Apply NMS at this IoU: are objects found twice?"),
+        typer.Option(
+            **limits(arguments.Iou), help="Apply NMS at this IoU: are objects found twice?"
+        ),
     ] = None
     tta: Tta = False
     tta_views: TtaViews = None
@@ -205,14 +268,18 @@ class Ways:
 def skips(skip_bad: bool, keep_partial: bool) -> Skips:
     """`--skip-bad` and `--keep-partial` as the API takes them."""
     if keep_partial and not skip_bad:
-        raise UserError("--keep-partial without --skip-bad", "Add --skip-bad: only then anything is left out.")
+        raise UserError(
+            "--keep-partial without --skip-bad", "Add --skip-bad: only then anything is left out."
+        )
     return "boxes" if keep_partial else skip_bad
 
 
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with the options of its groups; see the top of the file."""
     hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    groups: dict[str, Any] = {
+        name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
+    }
     options = [o for p in inspect.signature(verb).parameters.values() for o in _options(p, hints)]
 
     @functools.wraps(verb)
@@ -228,15 +295,18 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(parameter: inspect.Parameter, hints: dict[str, Any]) -> list[inspect.Parameter]:
-    """The parameter, or those that the fields of its group make; for keywords only, so that options without a default
-    may follow others."""
+    """The parameter, or those that the fields of its group make; for keywords only, so that options
+    without a default may follow others."""
     kind = hints[parameter.name]
     only = inspect.Parameter.KEYWORD_ONLY
     if not dataclasses.is_dataclass(kind):
         return [parameter.replace(annotation=kind, kind=only)]
     annotations = get_type_hints(kind, include_extras=True)
     fields = dataclasses.fields(kind)
-    return [inspect.Parameter(f.name, only, default=f.default, annotation=annotations[f.name]) for f in fields]
+    return [
+        inspect.Parameter(f.name, only, default=f.default, annotation=annotations[f.name])
+        for f in fields
+    ]
 
 
 def progress_console(as_json: bool) -> Terminal:

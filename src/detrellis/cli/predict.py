@@ -30,10 +30,21 @@ if TYPE_CHECKING:
 
 
 Every = Annotated[
-    int, typer.Option("--every", **limits(Count), help="Of a video, one frame of so many; the others are left out.")
+    int,
+    typer.Option(
+        "--every",
+        **limits(Count),
+        help="Of a video, one frame of so many; the others are left out.",
+    ),
 ]
 Batch = Annotated[
-    int, typer.Option("--batch", "--batch-size", **limits(BatchSize), help="Pictures at a time, of those of one size.")
+    int,
+    typer.Option(
+        "--batch",
+        "--batch-size",
+        **limits(BatchSize),
+        help="Pictures at a time, of those of one size.",
+    ),
 ]
 
 
@@ -42,14 +53,23 @@ class Also:
     """What is written beside drawn pictures and predictions.json."""
 
     txt: Annotated[
-        bool, typer.Option("--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score.")
+        bool,
+        typer.Option(
+            "--txt", help="Also write YOLO text: labels/NAME.txt, with class cx cy w h score."
+        ),
     ] = False
     format: Annotated[
         LabelFormat | None,
-        typer.Option("--format", help="Also write labels to correct or to train on, with the pictures: OUT/FORMAT."),
+        typer.Option(
+            "--format",
+            help="Also write labels to correct or to train on, with the pictures: OUT/FORMAT.",
+        ),
     ] = None
     crops: Annotated[
-        bool, typer.Option("--crops", help="Also write a picture of each detection: OUT/crops/CLASS/NAME-1.jpg.")
+        bool,
+        typer.Option(
+            "--crops", help="Also write a picture of each detection: OUT/crops/CLASS/NAME-1.jpg."
+        ),
     ] = False
 
     def places(self, out: Path) -> dict[str, Path]:
@@ -80,13 +100,16 @@ class Tally:
 def predict(
     run: Trained,
     pictures: Annotated[
-        list[str], typer.Argument(help="Pictures, videos, folders of them, and patterns ('pics/*.jpg').")
+        list[str],
+        typer.Argument(help="Pictures, videos, folders of them, and patterns ('pics/*.jpg')."),
     ],
     *,
-    out: Annotated[Path, typer.Option(help="Folder for annotated pictures and videos, and predictions.json.")] = Path(
-        "predictions"
-    ),
-    recursive: Annotated[bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for annotated pictures and videos, and predictions.json.")
+    ] = Path("predictions"),
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Also pictures in the folders of folders.")
+    ] = False,
     every: Every = 1,
     threshold: ScoreOrAuto = 0.3,
     ways: Ways,
@@ -95,15 +118,18 @@ def predict(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Detect objects in pictures and videos: annotated copies, and COCO-results JSON with the data set's own ids and
-    names.
+    """Detect objects in pictures and videos: annotated copies, and COCO-results JSON with the data
+    set's own ids and names.
 
-    A picture that cannot be read is named, and does not stop the others; of a video what can be read is used. Nothing
-    is written over but what an earlier predict left. Exit code: 0 all was read, 1 some was not, 2 wrong use.
+    A picture that cannot be read is named, and does not stop the others; of a video what can be
+    read is used. Nothing is written over but what an earlier predict left. Exit code: 0 all was
+    read, 1 some was not, 2 wrong use.
 
-    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --threshold auto --out pictures --tta
+    Example: detrellis predict runs/tiny-20260101-120000 photo.jpg folder/ --threshold auto --out
+    pictures --tta
 
-    Small objects in large pictures: detrellis predict runs/tiny-20260101-120000 aerial.jpg --tiles 640 --batch 4
+    Small objects in large pictures: detrellis predict runs/tiny-20260101-120000 aerial.jpg --tiles
+    640 --batch 4
 
     A video: detrellis predict runs/tiny-20260101-120000 clip.mp4 --out annotated --batch 8
 
@@ -145,10 +171,19 @@ def _end(failures: Sequence[UnreadablePicture], found: Mapping[Path | None, Tall
     from detrellis.predictions.video import is_video
 
     remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
-    videos = any(path is not None and is_video(path) for path in [*found, *(f.path for f in failures)])
-    what = "pictures and videos could not be read to their end" if videos else "pictures could not be read"
+    videos = any(
+        path is not None and is_video(path) for path in [*found, *(f.path for f in failures)]
+    )
+    what = (
+        "pictures and videos could not be read to their end"
+        if videos
+        else "pictures could not be read"
+    )
     if IS_MAIN_PROCESS:
-        errors.say(f"{len(failures)} of {len(found.keys() | {f.path for f in failures})} {what}. {remedies}")
+        errors.say(
+            f"{len(failures)} of {len(found.keys() | {f.path for f in failures})} {what}. "
+            f"{remedies}"
+        )
     raise typer.Exit(1)
 
 
@@ -157,4 +192,7 @@ def _show(found: Mapping[Path | None, Tally], out: Path, others: Mapping[str, Pa
     for path, tally in found.items():
         table.add_row(Text("" if path is None else path.name), Text(str(tally)))
     console.print(table)
-    console.say(f"Pictures and predictions.json: {out}", *(f"; {what}: {place}" for what, place in others.items()))
+    console.say(
+        f"Pictures and predictions.json: {out}",
+        *(f"; {what}: {place}" for what, place in others.items()),
+    )

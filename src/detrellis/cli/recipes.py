@@ -40,7 +40,10 @@ def info(
     table.add_row(f"multiply-adds at {width}x{height}", f"{costs.gflops} GFLOPs")
     table.add_row("queries", str(costs.queries))
     for s in costs.schemes:
-        table.add_row(f"scheme {s.name}, training only", f"+{s.parameters:,} parameters, up to +{s.queries} queries")
+        table.add_row(
+            f"scheme {s.name}, training only",
+            f"+{s.parameters:,} parameters, up to +{s.queries} queries",
+        )
     console.print(table)
 
 
@@ -48,11 +51,19 @@ def bench(
     recipe: Annotated[str, typer.Argument(help="Recipe name.")],
     classes: Annotated[int, typer.Option(**limits(Classes), help="Number of classes.")] = 80,
     batch_sizes: Annotated[str, typer.Option(help="Images at a time, several with commas.")] = "1",
-    size: Annotated[str | None, typer.Option(help="Short side, or HEIGHTxWIDTH (default: the recipe's).")] = None,
-    threads: Annotated[int | None, typer.Option(**limits(Threads), help="CPU threads (default: torch's).")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Short side, or HEIGHTxWIDTH (default: the recipe's).")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(**limits(Threads), help="CPU threads (default: torch's).")
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With torch.compile.")] = False,
-    train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
-    runs: Annotated[int, typer.Option(**limits(Runs), help="Timed passes, of which the median counts.")] = 10,
+    train: Annotated[
+        bool, typer.Option("--train", help="Time a training step instead of inference.")
+    ] = False,
+    runs: Annotated[
+        int, typer.Option(**limits(Runs), help="Timed passes, of which the median counts.")
+    ] = 10,
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,

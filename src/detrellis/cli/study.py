@@ -1,5 +1,5 @@
-"""The verbs that train several recipes side by side: training schemes on your data, or a paper's table, which it can
-also list with the published figures."""
+"""The verbs that train several recipes side by side: training schemes on your data, or a paper's
+table, which it can also list with the published figures."""
 
 from __future__ import annotations
 
@@ -50,23 +50,40 @@ Epochs = Annotated[
 ]
 Equal = Annotated[
     Literal["epochs", "time"],
-    typer.Option(help="What all rows get: epochs, or time: slower ones get fewer epochs, after timing a few steps."),
+    typer.Option(
+        help=(
+            "What all rows get: epochs, or time: slower ones get fewer epochs, after timing a few "
+            "steps."
+        )
+    ),
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 LauncherOf = Annotated[
     Literal["local", "slurm", "ray"],
-    typer.Option("--launcher", help="Where runs run: processes here, jobs of Slurm, or tasks of a Ray cluster."),
+    typer.Option(
+        "--launcher",
+        help="Where runs run: processes here, jobs of Slurm, or tasks of a Ray cluster.",
+    ),
 ]
 LauncherOptions = Annotated[
     list[str] | None,
-    typer.Option("--launcher-option", help="KEY=VALUE for each job, in sbatch's or ray's words. May be repeated."),
+    typer.Option(
+        "--launcher-option",
+        help="KEY=VALUE for each job, in sbatch's or ray's words. May be repeated.",
+    ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(**limits(arguments.Threads), help="CPU threads of all runs together (default: all there are)."),
+    typer.Option(
+        **limits(arguments.Threads),
+        help="CPU threads of all runs together (default: all there are).",
+    ),
 ]
 Loading = Annotated[
-    int, typer.Option("--workers", **limits(arguments.Workers), help="Processes that load images, of each run.")
+    int,
+    typer.Option(
+        "--workers", **limits(arguments.Workers), help="Processes that load images, of each run."
+    ),
 ]
 
 
@@ -117,7 +134,9 @@ class Trials(TrialRuns):
         from detrellis.study.conduct import conduct, to_dict
 
         names = ("jobs", "threads", "workers", "device")
-        resources = {name: getattr(self, name) for name in names} | {"launcher": self.find_launcher()}
+        resources = {name: getattr(self, name) for name in names} | {
+            "launcher": self.find_launcher()
+        }
         resources |= {"track": self.trackers()}
         report = conduct(plan, out, **resources, console=progress_console(self.as_json))
         if self.as_json:
@@ -130,9 +149,16 @@ class Trials(TrialRuns):
 @grouped
 def compare(
     *,
-    recipe: Annotated[str, typer.Argument(help="Recipe that all rows share; see `detrellis recipes`.")] = "small",
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe that all rows share; see `detrellis recipes`.")
+    ] = "small",
     schemes: Annotated[
-        str, typer.Option(help="Rows, with commas between; the schemes of a row with +. The first is the baseline.")
+        str,
+        typer.Option(
+            help=(
+                "Rows, with commas between; the schemes of a row with +. The first is the baseline."
+            )
+        ),
     ] = "none,cdn,align,group=3,co=atss",
     files: Files,
     override: Overrides = None,
@@ -140,38 +166,56 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("compare"),
     trials: Trials,
 ) -> None:
-    """Which training schemes help on your data? Trains a recipe with each set of them, and reports gains and costs.
+    """Which training schemes help on your data? Trains a recipe with each set of them, and reports
+    gains and costs.
 
-    A row has exactly the schemes that it names; the recipe's own are left out unless named. The same command again goes
-    on with what was stopped. Exit code: 0 all runs finished, 1 some did not, 2 wrong use.
+    A row has exactly the schemes that it names; the recipe's own are left out unless named. The
+    same command again goes on with what was stopped. Exit code: 0 all runs finished, 1 some did
+    not, 2 wrong use.
 
-    Example: detrellis compare small --data my_data --schemes none,align,co=atss,align+group=3 --epochs 12
+    Example: detrellis compare small --data my_data --schemes none,align,co=atss,align+group=3
+    --epochs 12
     """
     choose_recipe(recipe, trials.scale, (), override or ())
     from detrellis.study.rows import plan_schemes
 
-    plan = plan_schemes(recipe, schemes, files.source(), override=override or (), **trials.settings(seeds))
+    plan = plan_schemes(
+        recipe, schemes, files.source(), override=override or (), **trials.settings(seeds)
+    )
     trials.conduct(plan, out)
 
 
 @grouped
 def reproduce(
     *,
-    paper: Annotated[str | None, typer.Argument(help="Name of a paper (default: list them).")] = None,
-    table: Annotated[str | None, typer.Argument(help="Of its tables and figures (default: list them).")] = None,
-    row: Annotated[list[str] | None, typer.Option(help="Only this row, by name or number. May be repeated.")] = None,
-    listing: Annotated[bool, typer.Option("--list", help="Only list rows and published figures.")] = False,
+    paper: Annotated[
+        str | None, typer.Argument(help="Name of a paper (default: list them).")
+    ] = None,
+    table: Annotated[
+        str | None, typer.Argument(help="Of its tables and figures (default: list them).")
+    ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Only this row, by name or number. May be repeated.")
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Only list rows and published figures.")
+    ] = False,
     files: Files,
     boxes: Annotated[
-        Path | None, typer.Option(help="Run whose reference boxes a row takes that has another data set's.")
+        Path | None,
+        typer.Option(help="Run whose reference boxes a row takes that has another data set's."),
     ] = None,
     seeds: Seeds = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder (default: reproduce/PAPER-TABLE).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder (default: reproduce/PAPER-TABLE).")
+    ] = None,
     trials: Trials,
 ) -> None:
-    """A paper's table: its rows with the published figures, or trained here beside them when data are given.
+    """A paper's table: its rows with the published figures, or trained here beside them when data
+    are given.
 
-    Each row is compared with its baseline in that table. Rows that need what Detrellis lacks are listed and skipped.
+    Each row is compared with its baseline in that table. Rows that need what Detrellis lacks are
+    listed and skipped.
 
     Example: detrellis reproduce align 3 --data my_data --scale tiny --epochs 12 --seeds 3
     """
@@ -182,7 +226,8 @@ def reproduce(
     rows = published.table(table)
     if boxes is not None:
         rows = rows.with_boxes(boxes)
-    from detrellis.study.rows import plan_table  # torch takes seconds, and is not needed for what stands above
+    # Torch takes seconds, and is not needed for what stands above
+    from detrellis.study.rows import plan_table
 
     plan = plan_table(published, rows, files.source(), only=row or (), **trials.settings(seeds))
     trials.conduct(plan, out or Path("reproduce", f"{paper}-{table}"))
@@ -211,13 +256,17 @@ def _show_published(paper: str | None, table: str | None, as_json: bool) -> None
         listed = _sheet("paper", "title", "tables")
         for each in known:
             listed.add_row(each.name, Text(each.title), ", ".join(t.id for t in each.tables))
-        data: Any = [{"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in known]
+        data: Any = [
+            {"name": p.name, "title": p.title, "tables": [t.id for t in p.tables]} for p in known
+        ]
     elif table is None:
         one = load_paper(paper)
         listed = _sheet("table", "title", "rows", "can be run", title=one.title)
         for each_table in one.tables:
             runnable = sum(not row.missing for row in each_table.rows)
-            listed.add_row(each_table.id, Text(each_table.title), str(len(each_table.rows)), str(runnable))
+            listed.add_row(
+                each_table.id, Text(each_table.title), str(len(each_table.rows)), str(runnable)
+            )
         data = one.model_dump(mode="json")
     else:
         rows = load_paper(paper).table(table)
@@ -230,7 +279,9 @@ def _show_published(paper: str | None, table: str | None, as_json: bool) -> None
 
 def _rows(of: PaperTable) -> Table:
     """A table of the published figures of each row, and whether it can be run."""
-    listed = _sheet("", "row", "epochs", "AP", "gain", "AP50", "recipe", "note", title=f"{of.title} ({of.data})")
+    listed = _sheet(
+        "", "row", "epochs", "AP", "gain", "AP50", "recipe", "note", title=f"{of.title} ({of.data})"
+    )
     for column in listed.columns:
         column.overflow = "fold"
         column.justify = "right" if column.header in ("epochs", "AP", "gain", "AP50") else "left"
@@ -246,9 +297,17 @@ def _rows(of: PaperTable) -> Table:
         note = f"needs {row.missing}" if row.missing else "baseline" if row.baseline else ""
         note = f"--boxes of a run of {row.boxes}" if row.boxes else note
         scores = (number(ap, ".1f"), gain, number(row.published.get("AP50"), ".1f"))
-        listed.add_row(str(place), Text(row.name), str(row.epochs or "-"), *scores, Text(recipe), Text(note))
+        listed.add_row(
+            str(place), Text(row.name), str(row.epochs or "-"), *scores, Text(recipe), Text(note)
+        )
     return listed
 
 
 def _sheet(*columns: str, title: str | None = None) -> Table:
-    return Table(*columns, title=title and Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(
+        *columns,
+        title=title and Text(title),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )

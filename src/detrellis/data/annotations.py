@@ -1,7 +1,8 @@
 """A data set's annotations in flat arrays.
 
-Loader workers are forked copies: a Python object that is merely looked at has its reference count written, and its
-memory page is copied. Flat arrays have no such counts, so N workers share one copy (see tests/data/test_loader.py).
+Loader workers are forked copies: a Python object that is merely looked at has its reference count
+written, and its memory page is copied. Flat arrays have no such counts, so N workers share one copy
+(see tests/data/test_loader.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from detrellis.data.classes import ClassMap
 
-# From image ids and `lines` to COCO's `segmentation` of each object; None where it has none. Files are read for it.
+# From image ids and `lines` to COCO's `segmentation` of each object; None where it has none. Files
+# are read for it.
 SegmentationReader = Callable[[Sequence[int], Sequence[int]], list[Any]]
 
 
@@ -24,7 +26,8 @@ class Federation(NamedTuple):
     """What a federated set (LVIS) says of its images and classes, in the data set's own ids."""
 
     absent: NDArray[np.int64]  # (P, 2) image, and a class that it certainly lacks
-    not_exhaustive: NDArray[np.int64]  # (Q, 2) image, and a class of which not all objects are marked
+    # (Q, 2) image, and a class of which not all objects are marked
+    not_exhaustive: NDArray[np.int64]
     frequency: Mapping[int, str]  # r, c or f of each class: rare, common, frequent
 
 
@@ -45,8 +48,10 @@ class Annotations:
     ids: NDArray[np.int64]  # (T,) annotation ids
     source: Path | None = None  # the file that lists them, where there is one
     lines: NDArray[np.int64] | None = None  # (T,) place in the file that lists it
-    segmentations: SegmentationReader | None = None  # what reads the objects' outlines; None: there are boxes only
-    difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise, which its own metric forgives; else None
+    # What reads the objects' outlines; None: there are boxes only
+    segmentations: SegmentationReader | None = None
+    # (T,) VOC: hard to recognise, which its own metric forgives; else None
+    difficult: NDArray[np.bool_] | None = None
     federation: Federation | None = None  # of LVIS; None: every class is looked for in every image
 
     def __len__(self) -> int:

@@ -1,7 +1,8 @@
-"""The augmentation of a whole run: strong for most of it, calm for the last epochs, and images mixed with others.
+"""The augmentation of a whole run: strong for most of it, calm for the last epochs, and images
+mixed with others.
 
-Mosaic, mixup and pasted boxes need partners. They are drawn from the same generator as everything else, so that a
-sample stays a function of (seed, epoch, image index).
+Mosaic, mixup and pasted boxes need partners. They are drawn from the same generator as everything
+else, so that a sample stays a function of (seed, epoch, image index).
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from torch import Tensor
 
 from detrellis.data.drawing import framed_object
 from detrellis.data.lsj import LargeScale, LargeScaleJitter
-from detrellis.data.operations import Picture, chance, clip, integer, place, plain_canvas, random_crop, resize, uniform
+from detrellis.data.operations import (
+    Picture,
+    chance,
+    clip,
+    integer,
+    place,
+    plain_canvas,
+    random_crop,
+    resize,
+    uniform,
+)
 from detrellis.data.strong import VISIBLE, StrongAugment
 from detrellis.data.transforms import DetrAugment, FixedAugment, Resize, Transform
 from detrellis.errors import UserError
@@ -33,7 +44,9 @@ LEGIBLE = 8  # pixels of a pasted rectangle's short side, at least
 
 @dataclass(frozen=True)
 class Strong:
-    """What is switched off for the last part of a run. Probabilities (0: off), and the ranges that are drawn from."""
+    """What is switched off for the last part of a run. Probabilities (0: off), and the ranges that
+    are drawn from.
+    """
 
     photometric: float = 0.0  # of each of SSD's changes of colour
     rotate: float = 0.0  # largest angle, in degrees
@@ -52,12 +65,16 @@ class Strong:
 
 @dataclass(frozen=True)
 class Mixing:
-    """One image through its strong augmentation, alone, as a part of a mosaic, or blended with another."""
+    """One image through its strong augmentation, alone, as a part of a mosaic, or blended with
+    another.
+    """
 
     each: StrongAugment
     strong: Strong
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, *, partner: Partner) -> Picture:
+    def __call__(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, *, partner: Partner
+    ) -> Picture:
         """The image with what is mixed into it; see `Transform`."""
         mixed = self._one((image, boxes, labels), partner)
         if self.strong.mixup and chance(self.strong.mixup):
@@ -77,7 +94,8 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What an image goes through in each epoch: one of `strong` before epoch `until`, `calm` from there on.
+    """What an image goes through in each epoch: one of `strong` before epoch `until`, `calm` from
+    there on.
 
     Each of `strong` makes another size; the data set draws one for a batch.
     """
@@ -100,7 +118,9 @@ class Augmentation:
         """How many sizes there are to draw from."""
         return len(self.strong) if epoch < self.until else 1
 
-    def at(self, epoch: int, choice: int, partner: Partner) -> Callable[[Tensor, Tensor, Tensor], Picture]:
+    def at(
+        self, epoch: int, choice: int, partner: Partner
+    ) -> Callable[[Tensor, Tensor, Tensor], Picture]:
         """The transform of an image of this epoch."""
         if epoch >= self.until:
             return self.calm
@@ -109,16 +129,27 @@ class Augmentation:
 
 
 def augmentation(usual: Transform, strong: Strong, *, epochs: int, calm: float) -> Augmentation:
-    """The augmentation of a run of so many epochs, of which the last `calm` (a fraction) go without what `strong` adds
-    to the `usual` one. Only at one `(height, width)` there is more to add than colours."""
+    """The augmentation of a run of so many epochs, of which the last `calm` (a fraction) go without
+    what `strong` adds to the `usual` one. Only at one `(height, width)` there is more to add than
+    colours."""
     if strong == Strong():
         return Augmentation(usual)
     until = math.ceil(epochs * (1 - calm) - 1e-9)  # what is left by rounding is no epoch
     if isinstance(usual, FixedAugment):
-        return Augmentation(usual, tuple(_mixing(usual, strong, size) for size in _sizes(usual.resize, strong)), until)
+        return Augmentation(
+            usual,
+            tuple(_mixing(usual, strong, size) for size in _sizes(usual.resize, strong)),
+            until,
+        )
     if strong != Strong(photometric=strong.photometric) or not isinstance(usual, DetrAugment):
-        raise UserError("strong augmentation needs one size", "Give (height, width), and the policy `fixed`.")
-    return Augmentation(usual, (replace(usual, finish=replace(usual.finish, photometric=strong.photometric)),), until)
+        raise UserError(
+            "strong augmentation needs one size", "Give (height, width), and the policy `fixed`."
+        )
+    return Augmentation(
+        usual,
+        (replace(usual, finish=replace(usual.finish, photometric=strong.photometric)),),
+        until,
+    )
 
 
 def _mixing(usual: FixedAugment, strong: Strong, size: tuple[int, int]) -> Mixing:
@@ -130,22 +161,29 @@ def _mixing(usual: FixedAugment, strong: Strong, size: tuple[int, int]) -> Mixin
 
 
 def _sizes(resize: Resize, strong: Strong) -> list[tuple[int, int]]:
-    """The sizes of multi-scale training as RT-DETR draws them: multiples of 32 pixels, the usual one more often."""
+    """The sizes of multi-scale training as RT-DETR draws them: multiples of 32 pixels, the usual
+    one more often.
+    """
     assert isinstance(resize.size, tuple)
     (height, width), (low, high) = resize.size, strong.multi_scale
     if low == high == 1:
         return [resize.size]
     widths = range(math.ceil(low * width / STEP) * STEP, math.floor(high * width) + 1, STEP)
-    others = [(max(round(height * side / width / STEP), 1) * STEP, side) for side in widths if side != width]
+    others = [
+        (max(round(height * side / width / STEP), 1) * STEP, side)
+        for side in widths
+        if side != width
+    ]
     return [*others, *[resize.size] * USUAL]
 
 
 def mosaic(pictures: Sequence[Picture], frame: Resize, zoom: tuple[float, float]) -> Picture:
-    """Four pictures around a point in the middle of an image of the frame's size (Bochkovskiy et al., 2020).
+    """Four pictures around a point in the middle of an image of the frame's size (Bochkovskiy et
+    al., 2020).
 
-    Each shows a window of itself at a magnification between those of `zoom`, relative to the picture resized alone, or
-    higher where the window would reach beyond it: no canvas shows. A box of which at most the fraction `VISIBLE` of
-    the area is in the window is dropped.
+    Each shows a window of itself at a magnification between those of `zoom`, relative to the
+    picture resized alone, or higher where the window would reach beyond it: no canvas shows. A box
+    of which at most the fraction `VISIBLE` of the area is in the window is dropped.
     """
     assert isinstance(frame.size, tuple)
     height, width = frame.size
@@ -153,8 +191,12 @@ def mosaic(pictures: Sequence[Picture], frame: Resize, zoom: tuple[float, float]
     middle, centre = round(height * uniform(*MIDDLE)), round(width * uniform(*MIDDLE))
     boxes, labels = [], []
     rows, columns = ((0, middle), (middle, height)), ((0, centre), (centre, width))
-    for picture, ((top, bottom), (left, right)) in zip(pictures, itertools.product(rows, columns), strict=True):
-        image, moved, kinds = _window_of(picture, frame, (bottom - top, right - left), uniform(*zoom))
+    for picture, ((top, bottom), (left, right)) in zip(
+        pictures, itertools.product(rows, columns), strict=True
+    ):
+        image, moved, kinds = _window_of(
+            picture, frame, (bottom - top, right - left), uniform(*zoom)
+        )
         canvas[:, top:bottom, left:right] = image
         boxes.append(moved + moved.new_tensor([left, top, left, top]))
         labels.append(kinds)
@@ -167,7 +209,8 @@ def _window_of(picture: Picture, frame: Resize, cell: tuple[int, int], zoom: flo
     alone = frame.target(*size)
     zoom = max(zoom, cell[0] / alone[0], cell[1] / alone[1])
     height, width = (
-        min(max(round(side * c / (a * zoom)), 1), side) for side, c, a in zip(size, cell, alone, strict=True)
+        min(max(round(side * c / (a * zoom)), 1), side)
+        for side, c, a in zip(size, cell, alone, strict=True)
     )
     image, boxes, labels = random_crop(*picture, height, width, VISIBLE)
     image, boxes = resize(image, boxes, cell)
@@ -175,13 +218,16 @@ def _window_of(picture: Picture, frame: Resize, cell: tuple[int, int], zoom: flo
 
 
 def blended(one: Picture, other: Picture, weight: float) -> Picture:
-    """Mixup for detection (Zhang et al., 2019): the pixels of both, `weight` of the first one, and all boxes.
+    """Mixup for detection (Zhang et al., 2019): the pixels of both, `weight` of the first one, and
+    all boxes.
 
     The smaller one lies on the mean colour.
     """
     height, width = (max(a, b) for a, b in zip(one[0].shape[1:], other[0].shape[1:], strict=True))
     first, second = (
-        image if image.shape[1:] == (height, width) else place(image, boxes, (height, width), (0, 0))[0]
+        image
+        if image.shape[1:] == (height, width)
+        else place(image, boxes, (height, width), (0, 0))[0]
         for image, boxes, _ in (one, other)
     )
     # In whole numbers, which no thread count rounds otherwise.
@@ -191,7 +237,9 @@ def blended(one: Picture, other: Picture, weight: float) -> Picture:
 
 
 def pasted(picture: Picture, other: Picture) -> Picture:
-    """A few objects of another picture, each the rectangle of its box, laid where they hide little of what is there."""
+    """A few objects of another picture, each the rectangle of its box, laid where they hide little
+    of what is there.
+    """
     image, boxes, labels = picture
     source, theirs, kinds = clip(*other)
     points, theirs, kinds = theirs[kinds < 0], theirs[kinds >= 0], kinds[kinds >= 0]
@@ -205,10 +253,14 @@ def pasted(picture: Picture, other: Picture) -> Picture:
         if room.min() < 0 or min(x2 - x1, y2 - y1) < LEGIBLE:
             continue
         corners = (torch.rand(PLACES, 2) * (room + 1)).long()
-        places = torch.cat([corners, corners + corners.new_tensor([x2 - x1, y2 - y1])], dim=1).to(boxes.dtype)
+        places = torch.cat([corners, corners + corners.new_tensor([x2 - x1, y2 - y1])], dim=1).to(
+            boxes.dtype
+        )
         # The first one that hides no object by more than what a crop may take of it.
         there = boxes[labels >= 0]
-        overlap = torch.minimum(places[:, None, 2:], there[:, 2:]) - torch.maximum(places[:, None, :2], there[:, :2])
+        overlap = torch.minimum(places[:, None, 2:], there[:, 2:]) - torch.maximum(
+            places[:, None, :2], there[:, :2]
+        )
         hidden = overlap.clamp(min=0).prod(dim=2) / (there[:, 2:] - there[:, :2]).prod(dim=1)
         free = (hidden <= VISIBLE).all(dim=1).nonzero()
         if not len(free):

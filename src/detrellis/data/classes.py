@@ -1,7 +1,7 @@
 """`ClassMap`: the one place where data-set ids, class indices 0..C-1 and names meet.
 
-It is built from the annotation file, stored in every checkpoint and result, and never typed by a user: ids with gaps,
-0-based, 1-based and unused classes are all the same to it.
+It is built from the annotation file, stored in every checkpoint and result, and never typed by a
+user: ids with gaps, 0-based, 1-based and unused classes are all the same to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class ClassMap:
             raise UserError(f"{len(self.ids)} category ids but {len(self.names)} names")
         if len(set(self.ids)) != len(self.ids):
             twice = sorted({i for i in self.ids if self.ids.count(i) > 1})
-            raise UserError(f"category id {twice[0]} is defined more than once", "Give every category its own id.")
+            raise UserError(
+                f"category id {twice[0]} is defined more than once",
+                "Give every category its own id.",
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,7 +43,9 @@ class ClassMap:
         return cls(tuple(i for i, _ in rows), tuple(n for _, n in rows))
 
     def indices(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Class indices of data-set ids, of the same shape; -1 for an id that the map does not hold."""
+        """Class indices of data-set ids, of the same shape; -1 for an id that the map does not
+        hold.
+        """
         if not len(self.ids):
             return np.full(ids.shape, -1, dtype=np.int64)
         known = np.asarray(self.ids, dtype=np.int64)

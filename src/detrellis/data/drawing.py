@@ -1,8 +1,10 @@
-"""Masks drawn after the augmentation, from the outlines of the objects: no bitmap is kept or resampled.
+"""Masks drawn after the augmentation, from the outlines of the objects: no bitmap is kept or
+resampled.
 
-Each picture goes through the transform with five points in front of its boxes (`operations.py`): three that tell the
-affine map from its pixels to those of the result, and two that tell what of it is left. A mosaic, a blend or a picture
-with others' objects is several such groups, one after the other.
+Each picture goes through the transform with five points in front of its boxes (`operations.py`):
+three that tell the affine map from its pixels to those of the result, and two that tell what of it
+is left. A mosaic, a blend or a picture with others' objects is several such groups, one after the
+other.
 
 hotcoco draws polygons; they agree with run lengths to a pixel or two at the edge.
 """
@@ -22,7 +24,8 @@ from detrellis.data.operations import CORNER, EDGE, PASTED, Picture
 from detrellis.data.patches import Patch
 from detrellis.rle import Bitmap, Size, decode
 
-Outline = list[NDArray[np.float32]] | bytes  # polygons (x1, y1, x2, ...) of its parts; or COCO's compressed run lengths
+# Polygons (x1, y1, x2, ...) of its parts; or COCO's compressed run lengths
+Outline = list[NDArray[np.float32]] | bytes
 Floats = NDArray[np.float64]
 POINTS = 5  # of a picture
 REACH = 1024.0  # pixels between the points that tell the map
@@ -78,8 +81,12 @@ def pointed(image: Tensor, boxes: Tensor, rows: Tensor) -> Picture:
     )
 
 
-def framed_object(points: Tensor, box: Tensor, row: Tensor, window: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """The boxes and labels of one object that is cut out of its picture with `window` and pasted into another one."""
+def framed_object(
+    points: Tensor, box: Tensor, row: Tensor, window: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """The boxes and labels of one object that is cut out of its picture with `window` and pasted
+    into another one.
+    """
     x1, y1, x2, y2 = window
     edges = points.new_tensor([[x1, y1, x1, y1], [x2, y2, x2, y2]])
     labels = row.new_tensor([PASTED] * 3 + [EDGE] * 2)
@@ -97,19 +104,24 @@ def parts_of(boxes: Tensor, labels: Tensor) -> list[Part]:
         affine = Affine(np.stack([right - origin, below - origin], axis=1) / REACH, origin)
         corners = affine.inverse()(np.stack(edges))
         window = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
-        parts.append(Part(affine, window, int(labels[start]) == PASTED, tuple(range(start + POINTS, end))))
+        parts.append(
+            Part(affine, window, int(labels[start]) == PASTED, tuple(range(start + POINTS, end)))
+        )
     return parts
 
 
 def above(parts: Sequence[Part], number: int) -> tuple[Part, ...]:
-    """The parts that were pasted onto this one: those that follow it up to the next whole picture."""
+    """The parts that were pasted onto this one: those that follow it up to the next whole
+    picture.
+    """
     return tuple(itertools.takewhile(lambda part: part.pasted, parts[number + 1 :]))
 
 
 def draw(shown: Object, view: Affine, size: Size) -> Patch | None:
     """The pixels of an object where it is seen, in a picture of `size`; None where it has none.
 
-    `view` maps the result's pixels to that picture's. Only the part that the object can reach is looked at.
+    `view` maps the result's pixels to that picture's. Only the part that the object can reach is
+    looked at.
     """
     left, top, right, bottom = _reach(shown, shown.part.affine.then(view), size)
     if left >= right or top >= bottom:
@@ -124,12 +136,16 @@ def draw(shown: Object, view: Affine, size: Size) -> Patch | None:
 
 
 def _reach(shown: Object, affine: Affine, size: Size) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the pixels that an object's outline and its picture's window reach."""
+    """Left, top, right and bottom of the pixels that an object's outline and its picture's window
+    reach.
+    """
     low, high = np.zeros(2), np.array(size[::-1], dtype=np.float64)
     x1, y1, x2, y2 = shown.part.window
     outlines = [np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])]
     if not isinstance(shown.outline, bytes):
-        outlines.append(np.concatenate([part.reshape(-1, 2) for part in shown.outline]).astype(np.float64))
+        outlines.append(
+            np.concatenate([part.reshape(-1, 2) for part in shown.outline]).astype(np.float64)
+        )
     for points in outlines:
         moved = affine(points)
         low = np.maximum(low, np.floor(moved.min(axis=0)) - 1)
@@ -161,7 +177,9 @@ def _resampled(bitmap: Bitmap, affine: Affine, size: Size) -> Bitmap:
     # The part of the result that the object can reach.
     columns, rows = np.flatnonzero(bitmap.any(axis=0)), np.flatnonzero(bitmap.any(axis=1))
     (left, right), (top, bottom) = (columns[0], columns[-1] + 1), (rows[0], rows[-1] + 1)
-    corners = affine(np.array([[left, top], [right, top], [left, bottom], [right, bottom]], dtype=np.float64))
+    corners = affine(
+        np.array([[left, top], [right, top], [left, bottom], [right, bottom]], dtype=np.float64)
+    )
     low = np.clip(np.floor(corners.min(axis=0)), 0, size[::-1]).astype(int)
     high = np.clip(np.ceil(corners.max(axis=0)), 0, size[::-1]).astype(int)
     # What lies there.
@@ -180,7 +198,9 @@ def _within(window: Floats, affine: Affine, size: Size) -> Bitmap:
     if affine.matrix[0, 1] or affine.matrix[1, 0]:
         return _filled([corners], size)
     inside = np.zeros(size, dtype=np.bool_)
-    low, high = (np.ceil(c - 0.5).astype(int).clip(min=0) for c in (corners.min(axis=0), corners.max(axis=0)))
+    low, high = (
+        np.ceil(c - 0.5).astype(int).clip(min=0) for c in (corners.min(axis=0), corners.max(axis=0))
+    )
     inside[low[1] : high[1], low[0] : high[0]] = True
     return inside
 
@@ -192,7 +212,9 @@ def patches(objects: Sequence[Object], size: Size) -> list[Patch | None]:
 
 
 def grids(objects: Sequence[Object], boxes: Tensor, side: int) -> Tensor:
-    """The masks of the objects, each over its box in the result: `(n, side, side)` samples, bool."""
+    """The masks of the objects, each over its box in the result: `(n, side, side)` samples,
+    bool.
+    """
     drawn = torch.zeros(len(objects), side, side, dtype=torch.bool)
     for mask, each, box in zip(drawn, objects, boxes.double().numpy(), strict=True):
         scale = side / (box[2:] - box[:2])

@@ -1,7 +1,7 @@
 """Folders and files: listing them, looking at many at once, and reading text and JSON.
 
-Many files are looked at in threads, not processes: decoding, hashing and waiting for a disk all let the other threads
-go on.
+Many files are looked at in threads, not processes: decoding, hashing and waiting for a disk all let
+the other threads go on.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from numpy.typing import NDArray
 from detrellis.data.decode import absence, read_header, upright_size
 from detrellis.errors import UserError
 
-NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})  # Pillow knows them, but decodes none
-HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # what file systems and archives leave behind
-NOTES = frozenset({"", ".csv", ".json", ".npy", ".txt", ".xml", ".yaml", ".yml"})  # suffixes beside images, no images
+# Pillow knows them, but decodes none
+NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
+# What file systems and archives leave behind
+HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})
+# Suffixes beside images, no images
+NOTES = frozenset({"", ".csv", ".json", ".npy", ".txt", ".xml", ".yaml", ".yml"})
 MAX_FOLDERS = 200  # below a folder: a home folder may be given by mistake
 AGAIN = "Export the annotations again"  # how to get another copy of a broken file
 CHUNK = 32  # items a task: a future for each of 100,000 images would cost more than it brings
@@ -40,12 +43,15 @@ def cpus() -> int:
 
 
 def map_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None, progress: str = ""
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int | None = None,
+    progress: str = "",
 ) -> list[Result]:
     """`function` of every item, in order, by `workers` threads (default: one a core).
 
-    `progress` is the title of a progress bar on stderr; without one no bar is shown. Raises `UserError` where `workers`
-    is below 1.
+    `progress` is the title of a progress bar on stderr; without one no bar is shown. Raises
+    `UserError` where `workers` is below 1.
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers = {workers}", "Give a number of threads, 1 or more.")
@@ -55,10 +61,13 @@ def map_threads(
         done = pool.map(lambda chunk: [function(item) for item in chunk], chunks)
         return list(chain.from_iterable(_with_progress(done, len(items), progress)))
     finally:
-        pool.shutdown(cancel_futures=True)  # whoever presses Ctrl-C does not wait for the other 100,000
+        # Whoever presses Ctrl-C does not wait for the other 100,000
+        pool.shutdown(cancel_futures=True)
 
 
-def _with_progress(chunks: Iterable[list[Result]], total: int, title: str) -> Iterator[list[Result]]:
+def _with_progress(
+    chunks: Iterable[list[Result]], total: int, title: str
+) -> Iterator[list[Result]]:
     """The chunks, counted by a progress bar of that title."""
     if not title:
         yield from chunks
@@ -77,7 +86,9 @@ def _with_progress(chunks: Iterable[list[Result]], total: int, title: str) -> It
 
 
 def read_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """`(I, 2)` height and width of the images as viewers show them; 0, 0 where a file is missing or no image."""
+    """`(I, 2)` height and width of the images as viewers show them; 0, 0 where a file is missing or
+    no image.
+    """
     return np.array(map_threads(_size, paths), dtype=np.int64).reshape(-1, 2)
 
 
@@ -90,7 +101,9 @@ def _size(path: Path) -> tuple[int, int]:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of what Pillow decodes; a plugin that registers itself with Pillow adds its own."""
+    """Suffixes, in lower case, of what Pillow decodes; a plugin that registers itself with Pillow
+    adds its own.
+    """
     from PIL import Image  # only now: asking it imports the plugins of all formats
 
     known = Image.registered_extensions().items()
@@ -99,7 +112,9 @@ def image_suffixes() -> frozenset[str]:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is never part of a data set: `._x.jpg`, `.DS_Store`, `__MACOSX`."""
+    """Whether a file or folder of this name is never part of a data set: `._x.jpg`, `.DS_Store`,
+    `__MACOSX`.
+    """
     return name.startswith(".") or name in HIDDEN
 
 
@@ -110,7 +125,8 @@ def is_image(path: str | Path) -> bool:
 
 
 def unread_twin(image: Path) -> str | None:
-    """A file called like `image`, which is missing, with a suffix that is not read: p0.heic for p0.jpg.
+    """A file called like `image`, which is missing, with a suffix that is not read: p0.heic for
+    p0.jpg.
 
     Files of annotations are called so too, and are none.
     """
@@ -118,12 +134,16 @@ def unread_twin(image: Path) -> str | None:
         names = sorted(os.listdir(image.parent))
     except (OSError, ValueError):
         return None
-    twins = (n for n in names if os.path.splitext(n)[0].lower() == image.stem.lower() and not hidden(n))
+    twins = (
+        n for n in names if os.path.splitext(n)[0].lower() == image.stem.lower() and not hidden(n)
+    )
     return next((n for n in twins if not is_image(n) and Path(n).suffix.lower() not in NOTES), None)
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) for `root` and all below it, hidden ones left out, links followed once."""
+    """(folder, names of its files) for `root` and all below it, hidden ones left out, links
+    followed once.
+    """
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root, followlinks=True):
         here = os.stat(parent)
@@ -136,30 +156,43 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """The files in `folder` itself with one of the suffixes, in any case, sorted; hidden ones are left out."""
+    """The files in `folder` itself with one of the suffixes, in any case, sorted; hidden ones are
+    left out.
+    """
     try:
         names = sorted(os.listdir(folder))
     except OSError:
         return []
-    fitting = (name for name in names if os.path.splitext(name)[1].lower() in suffixes and not hidden(name))
+    fitting = (
+        name for name in names if os.path.splitext(name)[1].lower() in suffixes and not hidden(name)
+    )
     return [file for name in fitting if (file := folder / name).is_file()]
 
 
 def files_below(folder: Path, suffix: str) -> list[Path]:
-    """All files below `folder` whose name ends with `suffix`, in any case, sorted, links followed."""
+    """All files below `folder` whose name ends with `suffix`, in any case, sorted, links
+    followed.
+    """
     return sorted(
-        Path(parent, name) for parent, names in walk(folder) for name in names if name.lower().endswith(suffix)
+        Path(parent, name)
+        for parent, names in walk(folder)
+        for name in names
+        if name.lower().endswith(suffix)
     )
 
 
 def stem_below(folder: Path, file: Path) -> str:
-    """The file's path from `folder` on, without its suffix and with "/" between folders: "seq1/0001"."""
+    """The file's path from `folder` on, without its suffix and with "/" between folders:
+    "seq1/0001".
+    """
     return file.relative_to(folder).with_suffix("").as_posix()
 
 
 def list_images(folder: Path) -> list[Path]:
     """All image files below `folder`, sorted, links followed."""
-    return sorted(Path(parent, name) for parent, files in walk(folder) for name in files if is_image(name))
+    return sorted(
+        Path(parent, name) for parent, files in walk(folder) for name in files if is_image(name)
+    )
 
 
 def subfolders(root: Path, depth: int) -> list[Path]:
@@ -167,21 +200,26 @@ def subfolders(root: Path, depth: int) -> list[Path]:
     folders: list[Path] = []
     level = [root]
     for _ in range(depth):
-        level = [folder for parent in level for folder in _folders(parent)][: MAX_FOLDERS - len(folders)]
+        level = [folder for parent in level for folder in _folders(parent)][
+            : MAX_FOLDERS - len(folders)
+        ]
         folders += level
     return folders
 
 
 def _folders(parent: Path) -> list[Path]:
     try:
-        with os.scandir(parent) as entries:  # which knows what is a folder without asking for each file
+        # Which knows what is a folder without asking for each file
+        with os.scandir(parent) as entries:
             return sorted(Path(e.path) for e in entries if e.is_dir() and not hidden(e.name))
     except OSError:
         return []
 
 
 def read_head(path: Path, size: int = 65536) -> str:
-    """The first `size` bytes of a text file, odd letters replaced by a mark. `UserError` where it cannot be read."""
+    """The first `size` bytes of a text file, odd letters replaced by a mark. `UserError` where it
+    cannot be read.
+    """
     return _decoded(read_bytes(path, size), errors="replace")
 
 
@@ -195,8 +233,8 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path, size: int = -1) -> bytes:
-    """A file's content, or its first `size` bytes. `UserError` where it cannot be read, or is a pipe or a device: those
-    may have no end."""
+    """A file's content, or its first `size` bytes. `UserError` where it cannot be read, or is a
+    pipe or a device: those may have no end."""
     remedy = "Check the path and its permissions."
     if why := absence(path):
         raise UserError(f"{path}: {why}", remedy)
@@ -214,8 +252,8 @@ def _decoded(data: bytes, errors: str = "strict") -> str:
 def read_json(file: Path, shape: str = "", again: str = AGAIN) -> Any:
     """The value in a JSON file, in UTF-8, UTF-16 or UTF-32.
 
-    Raises `UserError` with line and column where it is malformed; `shape` is what the remedy says of a right file, and
-    `again` how to get another copy of it.
+    Raises `UserError` with line and column where it is malformed; `shape` is what the remedy says
+    of a right file, and `again` how to get another copy of it.
     """
     text = read_text(file)
     try:
@@ -228,20 +266,32 @@ def read_json(file: Path, shape: str = "", again: str = AGAIN) -> Any:
 
 
 def read_object(file: Path, shape: str = "", again: str = AGAIN) -> dict[str, Any]:
-    """The object in a JSON file; raises `UserError` as `read_json`, and where the value is another one."""
+    """The object in a JSON file; raises `UserError` as `read_json`, and where the value is another
+    one.
+    """
     content = read_json(file, shape, again)
     if not isinstance(content, dict):
-        raise UserError(f"{file}: the top level is {kind(content)}, not an object", shape or f"{again}.")
+        raise UserError(
+            f"{file}: the top level is {kind(content)}, not an object", shape or f"{again}."
+        )
     return content
 
 
 def kind(value: Any) -> str:
     """What a JSON value is, in a word."""
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+    }
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
-def _malformed_json(file: Path, text: str, error: json.JSONDecodeError, shape: str, again: str) -> UserError:
+def _malformed_json(
+    file: Path, text: str, error: json.JSONDecodeError, shape: str, again: str
+) -> UserError:
     cut_off = f"{again}; a copy may have been cut off."
     if not text.strip():
         return UserError(f"{file}: the file is empty", cut_off)
@@ -249,18 +299,23 @@ def _malformed_json(file: Path, text: str, error: json.JSONDecodeError, shape: s
     rest = text[error.pos :].lstrip()
     if error.msg == "Extra data" and rest[:1] in ("{", "["):
         return UserError(
-            f"{file}: several JSON values, the second in {where} (JSON Lines?)", f"Export one. {shape}".rstrip()
+            f"{file}: several JSON values, the second in {where} (JSON Lines?)",
+            f"Export one. {shape}".rstrip(),
         )
     what = f"{file}: malformed JSON ({error.msg}, {where})"
     if not rest:
         return UserError(what, cut_off)
     rules = "no comments, no comma behind the last entry, and \\\\ for a backslash"
-    return UserError(what, f"Put this line right (JSON has {rules}), or {again[0].lower()}{again[1:]}.")
+    return UserError(
+        what, f"Put this line right (JSON has {rules}), or {again[0].lower()}{again[1:]}."
+    )
 
 
 @contextmanager
 def not_collecting() -> Iterator[None]:
-    """No garbage collection: it would look at millions of small objects again and again, none of them garbage."""
+    """No garbage collection: it would look at millions of small objects again and again, none of
+    them garbage.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:

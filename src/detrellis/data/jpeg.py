@@ -1,10 +1,12 @@
-"""JPEG files whose picture data are damaged: decoders go on, fill the rest with grey, and tell nobody.
+"""JPEG files whose picture data are damaged: decoders go on, fill the rest with grey, and tell
+nobody.
 
-A JPEG's picture is one bit stream (several in a progressive file, or with restart markers). Bits that were changed or
-lost shift all that follow. Where the stream then ends too soon, what is missing of the picture becomes exactly middle
-grey, which `grey` looks for at no price; `starved` then makes sure, because a picture may *be* grey. Where it ends too
-late, bytes are left over; as some cameras leave some too, that is a `doubt`. Damage after which the stream comes out
-even shows in the picture alone.
+A JPEG's picture is one bit stream (several in a progressive file, or with restart markers). Bits
+that were changed or lost shift all that follow. Where the stream then ends too soon, what is
+missing of the picture becomes exactly middle grey, which `grey` looks for at no price; `starved`
+then makes sure, because a picture may *be* grey. Where it ends too late, bytes are left over; as
+some cameras leave some too, that is a `doubt`. Damage after which the stream comes out even shows
+in the picture alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 GREY = 128  # what a block without data becomes
-MARKER = re.compile(rb"\xff+([^\x00\xff])")  # in picture data 255 is followed by 0 unless it starts a marker
+# In picture data 255 is followed by 0 unless it starts a marker
+MARKER = re.compile(rb"\xff+([^\x00\xff])")
 SCAN, END, RESTARTS = 0xDA, 0xD9, range(0xD0, 0xD8)
 MAX_PIXELS = 1024  # a byte: a block of 64 takes a bit or two at the least
 FILLER = bytes(256)  # what a stream that ended too soon would go on with: many blocks of a picture
@@ -57,7 +60,14 @@ def doubt(data: bytes) -> str:
     with Image.open(file) as image:
         image.load()
         needed = file.tell() > file.withheld
-    return "" if needed else f"{LEFT_OVER} bytes or more of its picture data are left over when the picture is complete"
+    return (
+        ""
+        if needed
+        else (
+            f"{LEFT_OVER} bytes or more of its picture data are left over when the picture is "
+            "complete"
+        )
+    )
 
 
 class _Withheld(io.BytesIO):
@@ -79,7 +89,9 @@ def _decoded(file: io.BytesIO) -> NDArray[np.uint8]:
 
 
 def _refilled(data: bytes) -> bytes:
-    """The file with `FILLER` at the end of every stream, which a decoder passes over where the stream was whole."""
+    """The file with `FILLER` at the end of every stream, which a decoder passes over where the
+    stream was whole.
+    """
     parts, place = [], 0
     for _, end in _streams(data):
         parts += [data[place:end], FILLER]
@@ -88,7 +100,9 @@ def _refilled(data: bytes) -> bytes:
 
 
 def _streams(data: bytes) -> list[tuple[int, int]]:
-    """(first byte of the scan, end) of each stream of picture data, in order; a scan with restarts has several."""
+    """(first byte of the scan, end) of each stream of picture data, in order; a scan with restarts
+    has several.
+    """
     streams: list[tuple[int, int]] = []
     place = 2
     while (marker := MARKER.search(data, place)) is not None and marker[1][0] != END:

@@ -1,7 +1,8 @@
 """From annotations to batches on the device.
 
-Everything an image goes through is a function of (seed, epoch, image index) alone: the number of workers, the rank and
-an interruption change nothing, and a checkpoint has no random state of the loader to save.
+Everything an image goes through is a function of (seed, epoch, image index) alone: the number of
+workers, the rank and an interruption change nothing, and a checkpoint has no random state of the
+loader to save.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ IN_A_ROW = 8  # pictures that cannot be read, after which it is no accident
 
 @dataclass(frozen=True)
 class Normalise:
-    """Pixels from 0 to 255 to what a detector reads: `(pixel / 255 - mean) / std`, by channel. Default: ImageNet's."""
+    """Pixels from 0 to 255 to what a detector reads: `(pixel / 255 - mean) / std`, by channel.
+    Default: ImageNet's.
+    """
 
     mean: Channels = IMAGENET_MEAN
     std: Channels = IMAGENET_STD
@@ -57,8 +60,8 @@ class Normalise:
     def into(self, image: Tensor, out: Tensor) -> None:
         """`image (3, H, W)` normalised into `out`, which may be a view: `image * scale + shift`.
 
-        Not a fused multiply-add: that rounds differently at the ends of a thread's part. Strip by strip, each of which
-        stays in the cache.
+        Not a fused multiply-add: that rounds differently at the ends of a thread's part. Strip by
+        strip, each of which stays in the cache.
         """
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         scale, shift = 1 / (255 * std), -mean / std
@@ -78,14 +81,19 @@ class Sample(NamedTuple):
     boxes: Tensor  # (n, 4) float32 pixel xyxy in `image`
     labels: Tensor  # (n,) int64 class index
     image_id: int
-    size: tuple[float, float]  # height, width of the original; of what becomes its padding too where that is image
+    # Height, width of the original; of what becomes its padding too where that is image
+    size: tuple[float, float]
     masks: Tensor | None = None  # (n, M, M) bool, each seen within its box; None where nobody asked
     patches: Sequence[Patch] | None = None  # n, of the whole image; None where nobody asked
 
     @property
     def bitmaps(self) -> Tensor | None:
         """The masks in the whole image `(n, H, W)`, bool; None where nobody asked."""
-        return None if self.patches is None else whole(self.patches, (self.image.shape[1], self.image.shape[2]))
+        return (
+            None
+            if self.patches is None
+            else whole(self.patches, (self.image.shape[1], self.image.shape[2]))
+        )
 
 
 class Batch(NamedTuple):
@@ -100,7 +108,9 @@ class Batch(NamedTuple):
         """The same batch on `device`."""
         images = self.images.to(device, non_blocking=non_blocking)
         targets = self.targets.to(device, non_blocking=non_blocking)
-        return Batch(images, targets, self.image_ids, self.sizes.to(device, non_blocking=non_blocking))
+        return Batch(
+            images, targets, self.image_ids, self.sizes.to(device, non_blocking=non_blocking)
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a copy to the GPU need not block."""
@@ -111,19 +121,23 @@ class Batch(NamedTuple):
 
 
 class WorkerError(NamedTuple):
-    """A `UserError` on its way out of a worker process: torch would wrap the exception in a worker's traceback."""
+    """A `UserError` on its way out of a worker process: torch would wrap the exception in a
+    worker's traceback.
+    """
 
     message: str
     remedy: str
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Images with their boxes, without the crowd regions. Holds flat arrays only (see `annotations.py`).
+    """Images with their boxes, without the crowd regions. Holds flat arrays only (see
+    `annotations.py`).
 
-    A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` (seen within the boxes) or
-    `bitmaps` (of the whole image) outlines are read from the annotation file, and for what pastes objects by their
-    masks; `UserError` where there are none. In the place of a picture that cannot be read stands the next one, if
-    `unreadable` names a file, which says so line by line.
+    A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` (seen within
+    the boxes) or `bitmaps` (of the whole image) outlines are read from the annotation file, and for
+    what pastes objects by their masks; `UserError` where there are none. In the place of a picture
+    that cannot be read stands the next one, if `unreadable` names a file, which says so line by
+    line.
     """
 
     def __init__(
@@ -139,25 +153,35 @@ class DetectionDataset(Dataset[Sample]):
         kept = ~annotations.crowd
         self.unreadable = unreadable
         self.root, self.seed = str(annotations.root), seed
-        self.augmentation = transform if isinstance(transform, Augmentation) else Augmentation(transform)
-        self.file_names, self.sizes, self.image_ids = annotations.file_names, annotations.sizes, annotations.image_ids
+        self.augmentation = (
+            transform if isinstance(transform, Augmentation) else Augmentation(transform)
+        )
+        self.file_names = annotations.file_names
+        self.sizes = annotations.sizes
+        self.image_ids = annotations.image_ids
         self.starts = np.concatenate([[0], np.cumsum(kept)])[annotations.starts]
         x, y, width, height = annotations.boxes[kept].T
         self.boxes = np.stack([x, y, x + width, y + height], axis=1).astype(np.float32)
         self.labels = annotations.labels[kept]
         self.large_scale, self.bitmaps = self.augmentation.large_scale, bitmaps
         entire = bitmaps or (self.large_scale is not None and self.large_scale.copy_paste > 0)
-        self.masks = MaskReader(annotations, grids=masks, bitmaps=entire) if masks or entire else None
+        self.masks = (
+            MaskReader(annotations, grids=masks, bitmaps=entire) if masks or entire else None
+        )
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, key: Key) -> Sample:
-        """The sample of `(epoch, image index)`. Raises `UserError` where the image cannot be read."""
+        """The sample of `(epoch, image index)`. Raises `UserError` where the image cannot be
+        read.
+        """
         return self._sample(key, first=key)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | WorkerError:
-        """A whole batch, as torch's loader fetches it; where there are several sizes, its first key decides."""
+        """A whole batch, as torch's loader fetches it; where there are several sizes, its first key
+        decides.
+        """
         try:
             return [self._sample(key, first=keys[0]) for key in keys]
         except UserError as error:
@@ -168,10 +192,15 @@ class DetectionDataset(Dataset[Sample]):
         choice = mixed_seed(self.seed, epoch, -1 - first[1]) % self.augmentation.choices(epoch)
         transform = self.augmentation.at(epoch, choice, self._partner)
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does not restore here.
+            # Not torch.manual_seed: that would also reseed the GPU's generator, which fork_rng does
+            # not restore here.
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
             shown = self._shown(*transform(*self._picture(index)))
-            if self.large_scale is not None and self.large_scale.copy_paste and chance(self.large_scale.copy_paste):
+            if (
+                self.large_scale is not None
+                and self.large_scale.copy_paste
+                and chance(self.large_scale.copy_paste)
+            ):
                 shown = _pasted(shown, self._shown(*transform(*self._partner())))
         height, width = self.sizes[index].tolist()
         size = transform.frame(height, width) if isinstance(transform, Resize) else (height, width)
@@ -190,8 +219,8 @@ class DetectionDataset(Dataset[Sample]):
         return Sample(image, boxes, labels, -1, (0, 0), drawn.grids, drawn.patches)
 
     def _picture(self, index: int) -> Picture:
-        """An image as it is on the disk, with its boxes and labels; where masks are drawn, with its points, and the
-        rows of its objects as labels."""
+        """An image as it is on the disk, with its boxes and labels; where masks are drawn, with its
+        points, and the rows of its objects as labels."""
         index, image = self._readable(index)
         rows = slice(self.starts[index], self.starts[index + 1])
         boxes = torch.tensor(self.boxes[rows])
@@ -222,7 +251,8 @@ class DetectionDataset(Dataset[Sample]):
         if image.shape[1:] != (height, width):
             size = f"{image.shape[2]}x{image.shape[1]}"
             raise UserError(
-                f"{path}: the file is {size} pixels (width x height), the annotations say {width}x{height}",
+                f"{path}: the file is {size} pixels (width x height), the annotations say "
+                f"{width}x{height}",
                 "Its boxes would be wrong. Run `detrellis check` to list all such files.",
             )
         return image
@@ -232,20 +262,30 @@ def _pasted(below: Sample, above: Sample) -> Sample:
     """A sample with some objects of another one on it."""
     assert below.patches is not None
     assert above.patches is not None
-    objects = Cutouts(above.image, above.boxes, above.labels, above.patches).take(drawn_objects(len(above.labels)))
-    image, boxes, labels, patches = paste(Cutouts(below.image, below.boxes, below.labels, below.patches), objects)
+    objects = Cutouts(above.image, above.boxes, above.labels, above.patches).take(
+        drawn_objects(len(above.labels))
+    )
+    image, boxes, labels, patches = paste(
+        Cutouts(below.image, below.boxes, below.labels, below.patches), objects
+    )
     grids = None if below.masks is None else sampled_grids(patches, SIDE)
     return below._replace(image=image, boxes=boxes, labels=labels, masks=grids, patches=patches)
 
 
 def mixed_seed(seed: int, epoch: int, index: int) -> int:
-    """64 well-mixed bits: torch's generator reads the low 32 only, so sums or shifts would collide."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest(), "little")
+    """64 well-mixed bits: torch's generator reads the low 32 only, so sums or shifts would
+    collide.
+    """
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest(), "little"
+    )
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a `Batch`: normalise, pad at the bottom and right to `pad_to` or to the largest image."""
+    """Samples to a `Batch`: normalise, pad at the bottom and right to `pad_to` or to the largest
+    image.
+    """
 
     pad_to: tuple[int, int] | None = None
     normalise: Normalise = Normalise()
@@ -276,9 +316,13 @@ def _normalised_boxes(samples: list[Sample]) -> Tensor:
 
 
 def stack_images(
-    images: Sequence[Tensor], pad_to: tuple[int, int] | None = None, normalise: Normalise = Normalise()
+    images: Sequence[Tensor],
+    pad_to: tuple[int, int] | None = None,
+    normalise: Normalise = Normalise(),
 ) -> ImageBatch:
-    """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`, or to the largest height and width."""
+    """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`, or to the largest
+    height and width.
+    """
     height, width = pad_to or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
     pixels = torch.empty(len(images), 3, height, width)
     padded = any(image.shape[1:] != (height, width) for image in images)
@@ -294,7 +338,9 @@ def stack_images(
 
 
 class Loader:
-    """Iterates batches in the sampler's order and raises what the workers could not read as a `UserError`."""
+    """Iterates batches in the sampler's order and raises what the workers could not read as a
+    `UserError`.
+    """
 
     def __init__(self, batches: DataLoader[Sample], sampler: BatchSampler | EvalSampler) -> None:
         self.batches, self.sampler = batches, sampler
@@ -319,8 +365,9 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """Ends the workers. Where nobody calls it they end when the loader is collected, but a loader that hangs on an
-        exception's traceback may be collected by one of its own threads, which then waits for itself."""
+        """Ends the workers. Where nobody calls it they end when the loader is collected, but a
+        loader that hangs on an exception's traceback may be collected by one of its own threads,
+        which then waits for itself."""
         iterator, self.batches._iterator = self.batches._iterator, None
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
@@ -344,16 +391,24 @@ def _died(error: RuntimeError) -> UserError:
     message = f"{error} {error.__cause__ or ''}".lower()
     fewer = "use fewer workers (--workers 0: none) or smaller batches"
     if "bus error" in message:
-        remedy = f"The shared memory ran out: {fewer}; in a container, give it more (docker: --shm-size or --ipc=host)."
+        remedy = (
+            f"The shared memory ran out: {fewer}; in a container, give it more (docker: "
+            "--shm-size or --ipc=host)."
+        )
     elif "killed by signal: killed" in message:
         remedy = f"It was killed from outside, mostly because the memory ran out: {fewer}."
     else:
-        remedy = f"An image may have ended it: `detrellis check` decodes them all. Or memory was short: {fewer}."
+        remedy = (
+            "An image may have ended it: `detrellis check` decodes them all. Or memory was "
+            f"short: {fewer}."
+        )
     return UserError(f"a loader worker died: {str(error).splitlines()[0]}", remedy)
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach every process of the group; the main one saves and ends the workers."""
+    """Ctrl-C and a batch system's SIGTERM reach every process of the group; the main one saves and
+    ends the workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -368,7 +423,8 @@ def build_loader(
 ) -> Loader:
     """Loads the sampler's batches with `workers` processes, each of them two batches ahead.
 
-    A worker computes with one thread, which torch sees to; with `workers=0` the caller's process does the work.
+    A worker computes with one thread, which torch sees to; with `workers=0` the caller's process
+    does the work.
     """
     batches = DataLoader(
         dataset,
@@ -377,7 +433,8 @@ def build_loader(
         collate_fn=Collate(dataset.augmentation.pad_to, normalise),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        # Its own generator: without one every epoch takes a number from the global one, whose state the model shares.
+        # Its own generator: without one every epoch takes a number from the global one, whose state
+        # the model shares.
         generator=torch.Generator(),
         worker_init_fn=_ignore_signals,
     )

@@ -1,7 +1,8 @@
-"""Large-scale jitter (Ghiasi et al., 2021): an image at 0.1 to 2 times the size of a square, cut to it or padded.
+"""Large-scale jitter (Ghiasi et al., 2021): an image at 0.1 to 2 times the size of a square, cut to
+it or padded.
 
-`mmdet` is Co-DETR's, `detectron2` that of ViTDet and Mask2Former. They differ in rounding, in the draws of the crop,
-and in whether flips come before or after it.
+`mmdet` is Co-DETR's, `detectron2` that of ViTDet and Mask2Former. They differ in rounding, in the
+draws of the crop, and in whether flips come before or after it.
 
 | deviation from the released codes | why |
 | --- | --- |
@@ -26,8 +27,8 @@ SMALLEST = 0.01  # pixels of a box's side, more or it is dropped
 
 @dataclass(frozen=True)
 class LargeScale:
-    """What large-scale jitter draws: its style, the range of sizes in sides of the square, and how probably objects of
-    another picture are pasted by their masks."""
+    """What large-scale jitter draws: its style, the range of sizes in sides of the square, and how
+    probably objects of another picture are pasted by their masks."""
 
     style: Style = "mmdet"
     scales: tuple[float, float] = (0.1, 2.0)
@@ -50,7 +51,10 @@ def kept_extent(resized: Extent, side: int) -> Extent:
 
 def shared_offset(resized: Extent, side: int, draw: float) -> Extent:
     """detectron2's corner of the crop: one draw from [0, 1) for both axes."""
-    top, left = (round((whole - kept) * draw) for whole, kept in zip(resized, kept_extent(resized, side), strict=True))
+    top, left = (
+        round((whole - kept) * draw)
+        for whole, kept in zip(resized, kept_extent(resized, side), strict=True)
+    )
     return top, left
 
 
@@ -58,7 +62,8 @@ def shared_offset(resized: Extent, side: int, draw: float) -> Extent:
 class LargeScaleJitter:
     """The transform: a square of `side` pixels, or what the image fills of it where `pad` is None.
 
-    `pad` is the grey level of padding that counts as a part of the image. `finish` flips and recolours.
+    `pad` is the grey level of padding that counts as a part of the image. `finish` flips and
+    recolours.
     """
 
     side: int
@@ -77,9 +82,13 @@ class LargeScaleJitter:
         if first:
             image, boxes = self.finish(image, boxes)
         scale = uniform(*self.options.scales)
-        resized = resized_extent(image.shape[1], image.shape[2], self.side, scale, self.options.style)
+        resized = resized_extent(
+            image.shape[1], image.shape[2], self.side, scale, self.options.style
+        )
         image, boxes = resize(image, boxes, resized)
-        image, boxes, labels = crop(image, boxes, labels, (*self._corner(resized), *kept_extent(resized, self.side)))
+        image, boxes, labels = crop(
+            image, boxes, labels, (*self._corner(resized), *kept_extent(resized, self.side))
+        )
         legible = ((boxes[:, 2:] - boxes[:, :2]) > SMALLEST).all(dim=1) | (labels < 0)
         boxes, labels = boxes[legible], labels[legible]
         if not first:

@@ -1,5 +1,6 @@
-"""Copy-paste by masks (Ghiasi et al., 2021), as Co-DETR has it: objects of another picture of the same size are laid
-over one, with hard edges, and what they hide is taken from the masks and boxes below.
+"""Copy-paste by masks (Ghiasi et al., 2021), as Co-DETR has it: objects of another picture of the
+same size are laid over one, with hard edges, and what they hide is taken from the masks and boxes
+below.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -33,7 +34,12 @@ class Cutouts(NamedTuple):
 
     def take(self, rows: Tensor) -> Cutouts:
         """The objects of these rows."""
-        return Cutouts(self.image, self.boxes[rows], self.labels[rows], [self.patches[row] for row in rows.tolist()])
+        return Cutouts(
+            self.image,
+            self.boxes[rows],
+            self.labels[rows],
+            [self.patches[row] for row in rows.tolist()],
+        )
 
 
 def drawn_objects(count: int) -> Tensor:
@@ -50,9 +56,17 @@ def paste(below: Cutouts, above: Cutouts) -> Cutouts:
         where = (slice(None), *patch.window)
         image[where] = torch.where(torch.from_numpy(patch.inside), above.image[where], image[where])
         covered[patch.window] |= patch.inside
-    seen = [patch._replace(inside=patch.inside & ~covered[patch.window]).trimmed() for patch in below.patches]
-    left = [(row, patch) for row, patch in enumerate(seen) if patch is not None and _stays(patch, below.boxes[row])]
-    rows, patches = torch.tensor([row for row, _ in left], dtype=torch.int64), [patch for _, patch in left]
+    seen = [
+        patch._replace(inside=patch.inside & ~covered[patch.window]).trimmed()
+        for patch in below.patches
+    ]
+    left = [
+        (row, patch)
+        for row, patch in enumerate(seen)
+        if patch is not None and _stays(patch, below.boxes[row])
+    ]
+    rows = torch.tensor([row for row, _ in left], dtype=torch.int64)
+    patches = [patch for _, patch in left]
     return Cutouts(
         image,
         torch.cat([boxes_around(patches), above.boxes]),
@@ -68,10 +82,16 @@ def _stays(patch: Patch, box: Tensor) -> bool:
 
 
 def sampled_grids(patches: Sequence[Patch], side: int) -> Tensor:
-    """`side` times `side` samples of each mask over its box: what lies under their centres `(n, side, side)`."""
-    grids, steps = torch.zeros(len(patches), side, side, dtype=torch.bool), (torch.arange(side) + 0.5) / side
+    """`side` times `side` samples of each mask over its box: what lies under their centres `(n,
+    side, side)`.
+    """
+    grids = torch.zeros(len(patches), side, side, dtype=torch.bool)
+    steps = (torch.arange(side) + 0.5) / side
     for grid, patch in zip(grids, patches, strict=True):
         left, top, right, bottom = patch.box
-        x, y = ((low + steps * (high - low)).long() - low for low, high in ((left, right), (top, bottom)))
+        x, y = (
+            (low + steps * (high - low)).long() - low
+            for low, high in ((left, right), (top, bottom))
+        )
         grid.copy_(torch.from_numpy(patch.inside)[y[:, None], x])
     return grids

@@ -1,4 +1,6 @@
-"""Masks of a picture as patches: most are much smaller than their picture, and what is not stored is not computed."""
+"""Masks of a picture as patches: most are much smaller than their picture, and what is not stored
+is not computed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Patch(NamedTuple):
         rows, columns = (np.flatnonzero(self.inside.any(axis=axis)) for axis in (1, 0))
         if not len(rows):
             return None
-        (top, bottom), (left, right) = ((int(seen[0]), int(seen[-1]) + 1) for seen in (rows, columns))
+        (top, bottom), (left, right) = (
+            (int(seen[0]), int(seen[-1]) + 1) for seen in (rows, columns)
+        )
         return Patch(self.inside[top:bottom, left:right], self.top + top, self.left + left)
 
 

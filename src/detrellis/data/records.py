@@ -1,7 +1,9 @@
-"""`RawDataset`: one split as its files have it, good or bad; and the way from there to `Annotations`.
+"""`RawDataset`: one split as its files have it, good or bad; and the way from there to
+`Annotations`.
 
-The readers (`formats/`) fill it, the doctor checks it, `drop_bad` cleans it, `to_annotations` is the way to training.
-Columns are numpy arrays, so that a check of 860,000 boxes is a few array operations.
+The readers (`formats/`) fill it, the doctor checks it, `drop_bad` cleans it, `to_annotations` is
+the way to training. Columns are numpy arrays, so that a check of 860,000 boxes is a few array
+operations.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SEE_CHECK = "Run `detrellis check` for the full list; `train --skip-bad` leaves 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """`I` images and `T` boxes in the order of the files. Only types and lengths of the columns are guaranteed."""
+    """`I` images and `T` boxes in the order of the files. Only types and lengths of the columns are
+    guaranteed.
+    """
 
     split: str  # "train", "val" or "test"
     source: Path  # the annotation file, or the folder of label files
@@ -33,19 +37,25 @@ class RawDataset:
     categories: tuple[tuple[int, str], ...]  # (id, name) as listed
     image_ids: NDArray[np.int64]  # (I,)
     file_names: tuple[str, ...]  # (I,)
-    sizes: NDArray[np.int64]  # (I, 2) height, width; 0 where neither the annotations nor the file tell
+    # (I, 2) height, width; 0 where neither the annotations nor the file tell
+    sizes: NDArray[np.int64]
     ids: NDArray[np.int64]  # (T,) annotation ids
     box_image_ids: NDArray[np.int64]  # (T,)
     box_categories: NDArray[np.int64]  # (T,) category ids
-    boxes: NDArray[np.float64]  # (T, 4) x, y, width, height in pixels; NaN where there are no four numbers
+    # (T, 4) x, y, width, height in pixels; NaN where there are no four numbers
+    boxes: NDArray[np.float64]
     areas: NDArray[np.float64]  # (T,) NaN where missing
     crowd: NDArray[np.bool_]  # (T,)
-    lines: NDArray[np.int64]  # (T,) line (YOLO) or number of the object (VOC), from 1; COCO: place in `annotations`
+    # (T,) line (YOLO) or number of the object (VOC), from 1; COCO: place in `annotations`
+    lines: NDArray[np.int64]
     label_files: tuple[str, ...] | None = None  # (I,) of YOLO and VOC; None: all stands in `source`
     findings: tuple[Finding, ...] = ()  # problems that the reader met and the columns cannot hold
-    difficult: NDArray[np.bool_] | None = None  # (T,) VOC: hard to recognise; None: the format does not tell
-    written: Mapping[int, str] = field(default_factory=dict)  # box -> what stands where its four numbers should
-    segmentations: SegmentationReader | None = None  # what reads the objects' outlines; None: there are boxes only
+    # (T,) VOC: hard to recognise; None: the format does not tell
+    difficult: NDArray[np.bool_] | None = None
+    # Box -> what stands where its four numbers should
+    written: Mapping[int, str] = field(default_factory=dict)
+    # What reads the objects' outlines; None: there are boxes only
+    segmentations: SegmentationReader | None = None
     federation: Federation | None = None  # of LVIS; None: every class is looked for in every image
 
     def __len__(self) -> int:
@@ -73,7 +83,9 @@ class RawDataset:
         return self.root / self.file_names[row]
 
     def place(self, box: int) -> tuple[str, int | None]:
-        """The file in which box `box` is written, and its line there; None where lines are not counted."""
+        """The file in which box `box` is written, and its line there; None where lines are not
+        counted.
+        """
         row = self.box_rows[box]
         if self.label_files is None or row < 0:
             return str(self.source), None
@@ -88,7 +100,9 @@ class RawDataset:
         return int(self.ids[box]) if self.label_files is None else None
 
     def take(self, images: NDArray[np.bool_], boxes: NDArray[np.bool_]) -> RawDataset:
-        """The split with only the images and boxes where the masks `images (I,)` and `boxes (T,)` are True."""
+        """The split with only the images and boxes where the masks `images (I,)` and `boxes (T,)`
+        are True.
+        """
         kept = np.flatnonzero(images).tolist()
         label_files = None if self.label_files is None else tuple(self.label_files[i] for i in kept)
         return replace(
@@ -114,7 +128,9 @@ def believed(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`(T, 4)` xywh boxes cut to their frames `(T, 2)` (height, width). A box outside gets no width or no height."""
+    """`(T, 4)` xywh boxes cut to their frames `(T, 2)` (height, width). A box outside gets no width
+    or no height.
+    """
     frame = sizes[:, ::-1]  # (T, 2) width, height
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     low_in, high_in = np.clip(low, 0, frame), np.clip(high, 0, frame)
@@ -125,10 +141,12 @@ def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.flo
 
 
 def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotations:
-    """The flat arrays that training reads: boxes grouped by image, clipped to the frame, labels from `classes`.
+    """The flat arrays that training reads: boxes grouped by image, clipped to the frame, labels
+    from `classes`.
 
-    `classes` is the training set's map (default: the one of `raw`). A record that cannot be used raises `UserError`
-    naming the first one: the doctor lists them all, and `drop_bad` leaves them out.
+    `classes` is the training set's map (default: the one of `raw`). A record that cannot be used
+    raises `UserError` naming the first one: the doctor lists them all, and `drop_bad` leaves them
+    out.
     """
     classes = raw.classes if classes is None else classes
     labels = classes.indices(raw.box_categories)
@@ -171,7 +189,10 @@ def _refuse_bad(raw: RawDataset, labels: NDArray[np.int64]) -> None:
         ("has a category that the training set does not list", labels < 0),
         ("has no four finite numbers for a box", ~np.isfinite(raw.boxes).all(axis=1)),
         ("has a box without width or height", (raw.boxes[:, 2:] <= 0).any(axis=1)),
-        ("has a box outside its image", (clip(np.nan_to_num(raw.boxes), frames)[:, 2:] <= 0).any(axis=1)),
+        (
+            "has a box outside its image",
+            (clip(np.nan_to_num(raw.boxes), frames)[:, 2:] <= 0).any(axis=1),
+        ),
     )
     for reason, bad in reasons:
         if bad.any():
@@ -182,14 +203,21 @@ def _refuse_bad(raw: RawDataset, labels: NDArray[np.int64]) -> None:
 
 
 def from_columns(
-    head: Mapping[str, Any], images: Sequence[tuple[str, int, int]], rows: Iterable[tuple[int, int, int, Any]]
+    head: Mapping[str, Any],
+    images: Sequence[tuple[str, int, int]],
+    rows: Iterable[tuple[int, int, int, Any]],
 ) -> RawDataset:
     """For sets of one label file per image: ids are given here, from 1, in the order of the files.
 
-    `images` holds (file name, height, width), `rows` (image row, line, category id, xywh in pixels), and `head` the
-    fields that these do not make.
+    `images` holds (file name, height, width), `rows` (image row, line, category id, xywh in
+    pixels), and `head` the fields that these do not make.
     """
-    image_rows, lines, categories, boxes = [list(c) for c in zip(*rows, strict=True)] or [[], [], [], []]
+    image_rows, lines, categories, boxes = [list(c) for c in zip(*rows, strict=True)] or [
+        [],
+        [],
+        [],
+        [],
+    ]
     count = len(boxes)
     return RawDataset(
         image_ids=np.arange(1, len(images) + 1, dtype=np.int64),

@@ -1,7 +1,8 @@
-"""Which images make which batch: deterministic in (seed, epoch), resumable at any batch, the same on every rank.
+"""Which images make which batch: deterministic in (seed, epoch), resumable at any batch, the same
+on every rank.
 
-A key is `(epoch, image index)`: the data set derives the image's augmentation from it, so that nothing random has a
-state that a checkpoint would have to save.
+A key is `(epoch, image index)`: the data set derives the image's augmentation from it, so that
+nothing random has a state that a checkpoint would have to save.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ Key = tuple[int, int]  # epoch, image index
 def repeat_factors(
     starts: NDArray[np.int64], labels: NDArray[np.int64], classes: int, threshold: float
 ) -> NDArray[np.float64]:
-    """How often each image should be seen in an epoch, `(I,)`, at least once on average (LVIS, Gupta et al., 2019).
+    """How often each image should be seen in an epoch, `(I,)`, at least once on average (LVIS,
+    Gupta et al., 2019).
 
-    Image `i` has the boxes of `labels[starts[i]:starts[i + 1]]`. A class in the fraction f of the images asks for
-    `sqrt(threshold / f)`, and an image follows the class that asks for most.
+    Image `i` has the boxes of `labels[starts[i]:starts[i + 1]]`. A class in the fraction f of the
+    images asks for `sqrt(threshold / f)`, and an image follows the class that asks for most.
     """
     images = len(starts) - 1
     image, label = _present(starts, labels)
@@ -34,7 +36,9 @@ def repeat_factors(
     return factors
 
 
-def images_by_class(starts: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+def images_by_class(
+    starts: NDArray[np.int64], labels: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
     """How many images have each class, `(C,)`; arguments as in `repeat_factors`."""
     counts: NDArray[np.int64] = np.bincount(_present(starts, labels)[1], minlength=classes)
     return counts
@@ -47,8 +51,8 @@ def _present(starts: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np
 
 
 def repeats(factors: NDArray[np.float64], draws: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Times that each image stands in an epoch: its factor, rounded up where its draw from [0, 1) is less than the
-    remainder."""
+    """Times that each image stands in an epoch: its factor, rounded up where its draw from [0, 1)
+    is less than the remainder."""
     whole = np.floor(factors)
     times: NDArray[np.int64] = (whole + (draws < factors - whole)).astype(np.int64)
     return times
@@ -62,11 +66,12 @@ def expected(factors: NDArray[np.float64]) -> int:
 class BatchSampler(Sampler[list[Key]]):
     """Training batches of one rank.
 
-    Every rank gets `len()` batches of `batch_size` per epoch. What does not divide evenly is filled by starting over
-    with the epoch's first images; a data set smaller than one global batch is repeated. `group_by_aspect` takes the
-    images' `(I, 2)` heights and widths and puts portrait and landscape images into separate batches (but for a few
-    mixed ones), which saves padding. `factors` `(I,)` are how often each image should be seen in an epoch; an epoch's
-    draws of them are cut or filled up to the expected number.
+    Every rank gets `len()` batches of `batch_size` per epoch. What does not divide evenly is filled
+    by starting over with the epoch's first images; a data set smaller than one global batch is
+    repeated. `group_by_aspect` takes the images' `(I, 2)` heights and widths and puts portrait and
+    landscape images into separate batches (but for a few mixed ones), which saves padding.
+    `factors` `(I,)` are how often each image should be seen in an epoch; an epoch's draws of them
+    are cut or filled up to the expected number.
 
     The position is set, never advanced: call `set_position` before iterating an epoch.
     """
@@ -83,14 +88,20 @@ class BatchSampler(Sampler[list[Key]]):
         factors: NDArray[np.float64] | None = None,
     ) -> None:
         if num_images == 0:
-            raise UserError("there are no images to train on", "Look at the data set with `detrellis check`.")
+            raise UserError(
+                "there are no images to train on", "Look at the data set with `detrellis check`."
+            )
         assert batch_size > 0
         assert 0 <= rank < world_size
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        landscape = None if group_by_aspect is None else group_by_aspect[:, 1] >= group_by_aspect[:, 0]
+        landscape = (
+            None if group_by_aspect is None else group_by_aspect[:, 1] >= group_by_aspect[:, 0]
+        )
         # Of one orientation alone there is nothing to group, and the batches are those without it.
-        self.landscape = None if landscape is None or landscape.all() or not landscape.any() else landscape
+        self.landscape = (
+            None if landscape is None or landscape.all() or not landscape.any() else landscape
+        )
         self.factors = factors
         seen = num_images if factors is None else expected(factors)
         self.batches = math.ceil(seen / (batch_size * world_size))
@@ -112,14 +123,16 @@ class BatchSampler(Sampler[list[Key]]):
 
     def _rows(self, epoch: int) -> NDArray[np.int64]:
         """(batches, batch_size) image indices of this rank."""
-        # [seed, epoch] is hashed into the state, so that neighbouring seeds and epochs are unrelated.
+        # [seed, epoch] is hashed into the state, so that neighbouring seeds and epochs are
+        # unrelated.
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         if self.factors is None:
             order = random.permutation(self.num_images)
         else:
             times = repeats(self.factors, random.random(self.num_images))
             order = random.permutation(np.repeat(np.arange(self.num_images), times))
-        order = np.resize(order, self.batches * self.world_size * self.batch_size)  # repeats from the start
+        # Repeats from the start
+        order = np.resize(order, self.batches * self.world_size * self.batch_size)
         if self.landscape is not None:
             order = self._grouped(order, random)
         return order.reshape(self.batches, self.world_size, self.batch_size)[:, self.rank]
@@ -137,9 +150,13 @@ class BatchSampler(Sampler[list[Key]]):
 
 
 class EvalSampler(Sampler[list[Key]]):
-    """Every image exactly once over all ranks, in order; ranks may differ by one image and get fewer batches."""
+    """Every image exactly once over all ranks, in order; ranks may differ by one image and get
+    fewer batches.
+    """
 
-    def __init__(self, num_images: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         assert batch_size > 0
         assert 0 <= rank < world_size
         self.indices, self.batch_size = range(rank, num_images, world_size), batch_size

@@ -1,8 +1,9 @@
-"""A small synthetic detection set, written as a real COCO folder: for the first run, the tests and the benchmarks.
+"""A small synthetic detection set, written as a real COCO folder: for the first run, the tests and
+the benchmarks.
 
-Five kinds of shapes of any colour, tilted, scaled, cut off by the border and hidden behind one another, on gradients
-and noise, among lines and blobs that are no objects. The colour says nothing about the class; outline and marking do.
-The category ids have gaps, as in real data.
+Five kinds of shapes of any colour, tilted, scaled, cut off by the border and hidden behind one
+another, on gradients and noise, among lines and blobs that are no objects. The colour says nothing
+about the class; outline and marking do. The category ids have gaps, as in real data.
 """
 
 from __future__ import annotations
@@ -25,11 +26,18 @@ CATEGORIES = {1: "disc", 3: "square", 4: "triangle", 7: "star", 9: "ring"}
 VERSION = 4  # of the pictures that follow from the same parameters
 MARK = "detrellis shapes"  # in the annotation file's `info`: how we know a folder is ours
 SUPERSAMPLING = 3  # masks are drawn this much larger and averaged: smooth edges
-HIDDEN = 0.7  # an object of which more than this fraction is behind others or outside the frame is not annotated
+# An object of which more than this fraction is behind others or outside the frame is not annotated
+HIDDEN = 0.7
 SMALLEST = 0.17  # radius of an object, relative to the shorter side of the image
 LARGEST = 0.28
 TILT = math.pi / 9  # largest angle by which a shape is turned either way
-MARKINGS = {"disc": "circles", "square": "stripes", "triangle": "dots", "star": "bars", "ring": "plain"}
+MARKINGS = {
+    "disc": "circles",
+    "square": "stripes",
+    "triangle": "dots",
+    "star": "bars",
+    "ring": "plain",
+}
 
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
 Canvas = NDArray[np.float32]  # (..., 3) colours, 0 to 255
@@ -55,18 +63,29 @@ def write_shapes(
     seed: int = 0,
     masks: bool = False,
 ) -> Path:
-    """Writes `annotations/instances_{train,val}.json` and `images/{train,val}/*.jpg` below `out`; returns `out`.
+    """Writes `annotations/instances_{train,val}.json` and `images/{train,val}/*.jpg` below `out`;
+    returns `out`.
 
-    `size` is (height, width); landscape and portrait images alternate at random. `objects` is the least and the most
-    that are drawn on an image. With `masks` each object has the run lengths of its whole shape, hidden parts included,
-    as its `segmentation`. The pictures depend on the other arguments alone; where they are already there nothing
-    happens, and where there is anything else a `UserError` says so.
+    `size` is (height, width); landscape and portrait images alternate at random. `objects` is the
+    least and the most that are drawn on an image. With `masks` each object has the run lengths of
+    its whole shape, hidden parts included, as its `segmentation`. The pictures depend on the other
+    arguments alone; where they are already there nothing happens, and where there is anything else
+    a `UserError` says so.
     """
     if min(size) < 32 or not 0 <= objects[0] <= objects[1] or min(train, val) < 1:
         message = f"shapes of size {size}, {objects} objects an image, {train} + {val} images"
-        raise UserError(message, "Sides of 32 pixels or more, objects (least, most), at least one image each.")
+        raise UserError(
+            message, "Sides of 32 pixels or more, objects (least, most), at least one image each."
+        )
     # What the pictures depend on; stored in the annotation files.
-    parameters = {"train": train, "val": val, "size": [*size], "objects": [*objects], "seed": seed, "version": VERSION}
+    parameters = {
+        "train": train,
+        "val": val,
+        "size": [*size],
+        "objects": [*objects],
+        "seed": seed,
+        "version": VERSION,
+    }
     parameters |= {"masks": True} if masks else {}
     if _already_there(out, parameters):
         return out
@@ -94,11 +113,15 @@ def _already_there(out: Path, parameters: dict[str, Any]) -> bool:
     if not isinstance(info, dict) or info.get("description") != MARK:
         raise UserError(f"{out}: there is something else in this folder already", remedy)
     if info.get("parameters") != parameters:
-        raise UserError(f"{out}: holds a shapes set made with other settings: {info.get('parameters')}", remedy)
+        raise UserError(
+            f"{out}: holds a shapes set made with other settings: {info.get('parameters')}", remedy
+        )
     return True
 
 
-def _write_split(out: Path, split: str, count: int, parameters: dict[str, Any], random: Random) -> None:
+def _write_split(
+    out: Path, split: str, count: int, parameters: dict[str, Any], random: Random
+) -> None:
     folder = out / "images" / split
     folder.mkdir(parents=True)
     (out / "annotations").mkdir(exist_ok=True)
@@ -111,7 +134,12 @@ def _write_split(out: Path, split: str, count: int, parameters: dict[str, Any], 
         Image.fromarray(pixels).save(folder / name, quality=92)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
         for category, mask in objects:
-            row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
+            row = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": category,
+                "iscrowd": 0,
+            }
             annotations.append(row | {"bbox": _coco_box(mask), "area": int(mask.sum())})
             if "masks" in parameters:
                 counts = encode(mask).decode()
@@ -136,7 +164,9 @@ def draw_image(
     canvas = _background(height, width, random)
     for _ in range(random.integers(1, 4)):
         _draw_clutter(canvas, random)
-    drawn = [_draw_object(canvas, random) for _ in range(random.integers(objects[0], objects[1] + 1))]
+    drawn = [
+        _draw_object(canvas, random) for _ in range(random.integers(objects[0], objects[1] + 1))
+    ]
     if random.random() < 0.3:
         _draw_line(canvas, random)
     # What of it can be seen, and is annotated.
@@ -163,12 +193,19 @@ def _draw_object(canvas: Canvas, random: Random) -> _Object:
     radius = math.exp(random.uniform(math.log(SMALLEST), math.log(LARGEST))) * min(height, width)
     patch = _shape_mask(CATEGORIES[category], radius, random)
     # The centre is inside the frame, so that a good part of the object is.
-    top, left = (round(random.uniform(0.08, 0.92) * side - len(patch) / 2) for side in (height, width))
+    top, left = (
+        round(random.uniform(0.08, 0.92) * side - len(patch) / 2) for side in (height, width)
+    )
     mask = np.zeros((height, width), dtype=np.float32)
     y, x = slice(max(top, 0), top + len(patch)), slice(max(left, 0), left + len(patch))
     inside = mask[y, x]
     inside[:] = patch[y.start - top :, x.start - left :][: inside.shape[0], : inside.shape[1]]
-    paint = _paint(MARKINGS[CATEGORIES[category]], inside.shape, canvas[y, x][inside >= 0.5].mean(axis=0), random)
+    paint = _paint(
+        MARKINGS[CATEGORIES[category]],
+        inside.shape,
+        canvas[y, x][inside >= 0.5].mean(axis=0),
+        random,
+    )
     canvas[y, x] += inside[..., None] * (paint - canvas[y, x])
     return _Object(category, mask >= 0.5, int((patch >= 0.5).sum()))
 
@@ -199,8 +236,8 @@ def _coverage(image: Image.Image) -> Mask:
 def _outline(name: str) -> NDArray[np.float64]:
     """Corners inside the unit circle."""
     corners = {"disc": 60, "ring": 60, "square": 4, "triangle": 3, "star": 10}[name]
-    # Half a step on, a square's sides lie along the axes, so that squeezing it gives a rectangle and no rhombus; a
-    # triangle and a star stand on their base.
+    # Half a step on, a square's sides lie along the axes, so that squeezing it gives a rectangle
+    # and no rhombus; a triangle and a star stand on their base.
     start = {"triangle": -math.pi / 2, "star": -math.pi / 2}.get(name, math.pi / corners)
     angles = start + np.arange(corners) * 2 * math.pi / corners
     points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -214,7 +251,8 @@ def _paint(marking: str, shape: tuple[int, ...], behind: Canvas, random: Random)
     colour = _colour(random)
     while np.abs(colour - behind).max() < 70:
         colour = _colour(random)
-    other = colour + random.uniform(40, 80) * (-1 if colour.mean() > 127 else 1)  # the same hue: it stays one thing
+    # The same hue: it stays one thing
+    other = colour + random.uniform(40, 80) * (-1 if colour.mean() > 127 else 1)
     marks = _marks(marking, shape[0], shape[1], random)[..., None]
     painted: Canvas = (colour + marks * (other - colour)).astype(np.float32)
     return painted
@@ -230,7 +268,9 @@ def _marks(marking: str, height: int, width: int, random: Random) -> Mask:
     along, across = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
     rows, columns = np.sin(wave * across), np.sin(wave * along)
     circles = np.sin(wave * np.hypot(x - width / 2, y - height / 2))
-    level = {"stripes": rows, "bars": columns, "dots": rows * columns - 0.2, "circles": circles}[marking]
+    level = {"stripes": rows, "bars": columns, "dots": rows * columns - 0.2, "circles": circles}[
+        marking
+    ]
     marks: Mask = (level > 0).astype(np.float32)
     return marks
 
@@ -239,13 +279,17 @@ def _background(height: int, width: int, random: Random) -> Canvas:
     """A gradient between two colours with soft noise, and stripes or a finer noise on some."""
     first, second = _colour(random), _colour(random)
     canvas = first + _ramp(height, width, random)[..., None] * 0.6 * (second - first)
-    canvas += _soft_noise(height, width, int(random.integers(3, 9)), random)[..., None] * random.uniform(0, 30)
+    canvas += _soft_noise(height, width, int(random.integers(3, 9)), random)[
+        ..., None
+    ] * random.uniform(0, 30)
     kind = random.integers(3)
     if kind == 0:
         stripes = np.sin(_ramp(height, width, random) * random.uniform(20, 80))
         canvas += stripes[..., None] * random.uniform(4, 14)
     elif kind == 1:
-        canvas += _soft_noise(height, width, int(random.integers(16, 48)), random)[..., None] * random.uniform(4, 14)
+        canvas += _soft_noise(height, width, int(random.integers(16, 48)), random)[
+            ..., None
+        ] * random.uniform(4, 14)
     return canvas.astype(np.float32)
 
 
@@ -262,7 +306,9 @@ def _draw_line(canvas: Canvas, random: Random) -> None:
     image = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     points = random.uniform(-0.1, 1.1, (random.integers(2, 5), 2)) * [image.width, image.height]
     thickness = int(random.integers(2, 3 * SUPERSAMPLING))
-    ImageDraw.Draw(image).line([(float(x), float(y)) for x, y in points], fill=255, width=thickness, joint="curve")
+    ImageDraw.Draw(image).line(
+        [(float(x), float(y)) for x, y in points], fill=255, width=thickness, joint="curve"
+    )
     canvas += _coverage(image)[..., None] * (_colour(random) - canvas)
 
 
@@ -270,9 +316,12 @@ def _draw_blob(canvas: Canvas, random: Random) -> None:
     """A textured patch that fades out: something is there, but no object of ours."""
     height, width = canvas.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    centre, radius = random.uniform(0, 1, 2) * [height, width], random.uniform(0.08, 0.25) * min(height, width)
+    centre = random.uniform(0, 1, 2) * [height, width]
+    radius = random.uniform(0.08, 0.25) * min(height, width)
     fade = np.exp(-(((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / radius**2))[..., None]
-    texture = _soft_noise(height, width, int(random.integers(12, 40)), random)[..., None] * random.uniform(20, 60)
+    texture = _soft_noise(height, width, int(random.integers(12, 40)), random)[
+        ..., None
+    ] * random.uniform(20, 60)
     canvas += fade.astype(np.float32) * (0.6 * (_colour(random) - canvas) + texture)
 
 

@@ -39,15 +39,20 @@ def select_part(items: Sequence[Item], stem: Callable[[Item], str], part: str | 
 
 
 def _hash(stem: str) -> int:
-    return int.from_bytes(hashlib.blake2b(stem.encode(errors="replace"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(stem.encode(errors="replace"), digest_size=8).digest(), "little"
+    )
 
 
 @dataclass(frozen=True)
 class SplitFiles:
     """The paths of one split, absolute."""
 
-    annotations: Path  # COCO: the JSON file; YOLO: data.yaml or classes.txt; VOC: the folder of XML files
-    images: tuple[Path, ...]  # COCO, VOC: one folder; YOLO: folders of images and text files that list images
+    # COCO: the JSON file; YOLO: data.yaml or classes.txt; VOC: the folder of XML files
+    annotations: Path
+    # COCO, VOC: one folder; YOLO: folders of images and text files that list images
+    images: tuple[Path, ...]
     listing: Path | None = None  # VOC: the file in ImageSets/Main that names the split's images
-    part: str | None = None  # where train and val are in the same files: "train" or "val"; see `select_part`
+    # Where train and val are in the same files: "train" or "val"; see `select_part`
+    part: str | None = None
     note: str | None = None  # what had to be decided to find them, which the doctor reports

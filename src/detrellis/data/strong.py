@@ -1,8 +1,10 @@
-"""Strong augmentation of one image at a fixed size: SSD's zoom-out and crop (Liu et al., 2016), and small rotations.
+"""Strong augmentation of one image at a fixed size: SSD's zoom-out and crop (Liu et al., 2016), and
+small rotations.
 
-Zoom-out and crop only choose a window of the picture, which may reach beyond its edges; it is rendered once, so that
-no large canvas is made and no pixel is resampled twice. torchvision's `RandomZoomOut` and `RandomIoUCrop` draw the same
-windows, the second one a trial at a time, which takes longer than decoding the file.
+Zoom-out and crop only choose a window of the picture, which may reach beyond its edges; it is
+rendered once, so that no large canvas is made and no pixel is resampled twice. torchvision's
+`RandomZoomOut` and `RandomIoUCrop` draw the same windows, the second one a trial at a time, which
+takes longer than decoding the file.
 """
 
 from __future__ import annotations
@@ -37,11 +39,14 @@ VISIBLE = 0.25  # a strong operation drops a box of which at most this fraction 
 SMALLEST = 1.0  # and one of which a side is shorter than this, in pixels of the final image
 TRIALS = 40  # windows that are drawn at a time
 SHORT_SIDES, CROP_SIDES = (400, 500, 600), (384, 600)  # of DETR's crop
-IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the window and a box, at least; 1: the whole picture
+# Of the window and a box, at least; 1: the whole picture
+IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 class Window(NamedTuple):
-    """A part of a picture in its pixels; where it reaches beyond the picture it shows the mean colour."""
+    """A part of a picture in its pixels; where it reaches beyond the picture it shows the mean
+    colour.
+    """
 
     top: int
     left: int
@@ -51,8 +56,8 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class StrongAugment:
-    """`fixed`, with zoom-out, crop and rotation before its flips and colours. What is zoomed out or cropped is not
-    zoomed a second time. Probabilities, ranges, and the largest angle in degrees."""
+    """`fixed`, with zoom-out, crop and rotation before its flips and colours. What is zoomed out or
+    cropped is not zoomed a second time. Probabilities, ranges, and the largest angle in degrees."""
 
     fixed: FixedAugment
     zoom_out: float = 0.0
@@ -92,7 +97,9 @@ class StrongAugment:
         return show((image, boxes, labels), window, frame.target(window.height, window.width))
 
     def finished(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
-        """A framed image rotated, flipped and recoloured; its boxes clipped to it, and those that vanish dropped."""
+        """A framed image rotated, flipped and recoloured; its boxes clipped to it, and those that
+        vanish dropped.
+        """
         if self.rotate:
             image, boxes, labels = rotated(image, boxes, labels, uniform(-self.rotate, self.rotate))
         image, boxes, labels = clip(*self.fixed.finish(image, boxes), labels)
@@ -101,17 +108,22 @@ class StrongAugment:
 
 
 def zoomed_out(window: Window, sides: tuple[float, float]) -> Window:
-    """A window whose sides are so many times as long, with the one given at a random place in it."""
+    """A window whose sides are so many times as long, with the one given at a random place in
+    it.
+    """
     ratio = uniform(*sides)
     height, width = int(window.height * ratio), int(window.width * ratio)
     return Window(
-        window.top - integer(0, height - window.height), window.left - integer(0, width - window.width), height, width
+        window.top - integer(0, height - window.height),
+        window.left - integer(0, width - window.width),
+        height,
+        width,
     )
 
 
 def cropped_as_detr(window: Window) -> Window:
-    """DETR's crop of a window: rescaled so that its short side has one of `SHORT_SIDES` pixels, each side of the crop
-    has `CROP_SIDES` of them, or as many as there are."""
+    """DETR's crop of a window: rescaled so that its short side has one of `SHORT_SIDES` pixels,
+    each side of the crop has `CROP_SIDES` of them, or as many as there are."""
     scale = min(window.height, window.width) / choice(SHORT_SIDES)
     sides = []
     for side in (window.height, window.width):
@@ -123,8 +135,9 @@ def cropped_as_detr(window: Window) -> Window:
 
 
 def cropped(window: Window, boxes: Tensor, sides: tuple[float, float]) -> Window:
-    """SSD's crop of a window: an IoU is drawn from `IOUS`, then windows, each side a fraction between `sides`, until
-    one has the centre of a box in it and at least that IoU with it. The window given where there are no boxes."""
+    """SSD's crop of a window: an IoU is drawn from `IOUS`, then windows, each side a fraction
+    between `sides`, until one has the centre of a box in it and at least that IoU with it. The
+    window given where there are no boxes."""
     size = torch.tensor([window.width, window.height])
     boxes = boxes - boxes.new_tensor([window.left, window.top, window.left, window.top])
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -146,9 +159,11 @@ def cropped(window: Window, boxes: Tensor, sides: tuple[float, float]) -> Window
     return window
 
 
-def show(picture: Picture, window: Window, frame: tuple[int, int], visible: float = VISIBLE) -> Picture:
-    """What the window shows, as an image of the size `frame`; a box of which at most the fraction `visible` of the
-    area is in it is dropped."""
+def show(
+    picture: Picture, window: Window, frame: tuple[int, int], visible: float = VISIBLE
+) -> Picture:
+    """What the window shows, as an image of the size `frame`; a box of which at most the fraction
+    `visible` of the area is in it is dropped."""
     height, width = picture[0].shape[1:]
     # The part of the window that is in the picture.
     top, left = max(window.top, 0), max(window.left, 0)
@@ -168,9 +183,10 @@ def show(picture: Picture, window: Window, frame: tuple[int, int], visible: floa
 def rotated(image: Tensor, boxes: Tensor, labels: Tensor, degrees: float) -> Picture:
     """The picture turned about its centre, its size kept.
 
-    A turned box is no box. Around its four corners a new one would be too large for all but objects that fill theirs
-    to the corners; here an object counts as the ellipse in its box (Kalra et al., 2021), and the new box encloses that
-    turned. For rectangles it is too small: a square's by 8 % at 5 degrees.
+    A turned box is no box. Around its four corners a new one would be too large for all but objects
+    that fill theirs to the corners; here an object counts as the ellipse in its box (Kalra et al.,
+    2021), and the new box encloses that turned. For rectangles it is too small: a square's by 8 %
+    at 5 degrees.
     """
     height, width = image.shape[1:]
     # Around 0, which is what lies beyond the edges: filled afterwards they would be seams.
@@ -189,7 +205,8 @@ def rotated(image: Tensor, boxes: Tensor, labels: Tensor, degrees: float) -> Pic
     turned = torch.cat([centres - half, centres + half], dim=1)
     inside = turned.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
     areas, before = ((corners[:, 2:] - corners[:, :2]).prod(dim=1) for corners in (inside, turned))
-    # Points of the picture are turned and not clipped from here on: its edges are no longer those of a box.
+    # Points of the picture are turned and not clipped from here on: its edges are no longer those
+    # of a box.
     points = labels < 0
     kept = (areas > VISIBLE * before) | points
     boxes, labels = turned.where(points.unsqueeze(1), inside), labels.where(labels != EDGE, CORNER)

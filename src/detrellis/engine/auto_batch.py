@@ -1,9 +1,10 @@
 """`--auto-batch`: as many images at a time as fit into memory.
 
-The images of an optimizer step, `optim.batch_size`, and with them the learning rate stay what the recipe or the user
-says. What is chosen is `optim.accumulate`, in how many passes they are taken, which the run's recipe then holds: who
-resumes or reproduces the run tries nothing. What has to fit is the worst step that the data set and its augmentation
-can make, which `trial` takes in a process of its own.
+The images of an optimizer step, `optim.batch_size`, and with them the learning rate stay what the
+recipe or the user says. What is chosen is `optim.accumulate`, in how many passes they are taken,
+which the run's recipe then holds: who resumes or reproduces the run tries nothing. What has to fit
+is the worst step that the data set and its augmentation can make, which `trial` takes in a process
+of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ BY_HAND = "Choose by hand: -o optim.accumulate=N, passes a step."
 
 
 class WorstStep(NamedTuple):
-    """The most that a training step can be given: height and width of its batch in pixels, and boxes of each image."""
+    """The most that a training step can be given: height and width of its batch in pixels, and
+    boxes of each image.
+    """
 
     height: int
     width: int
@@ -45,7 +48,9 @@ class WorstStep(NamedTuple):
 
 
 def worst_step(annotations: Annotations, recipe: Recipe) -> WorstStep:
-    """The largest batch that the augmentation can make of a data set, each image as full as the fullest can become."""
+    """The largest batch that the augmentation can make of a data set, each image as full as the
+    fullest can become.
+    """
     augmentation, sizes = augmentation_of(recipe), np.unique(annotations.sizes, axis=0)
     extents = np.array([_extent(each, sizes) for each in (augmentation.calm, *augmentation.strong)])
     height, width = map(int, extents.max(axis=0))
@@ -54,10 +59,15 @@ def worst_step(annotations: Annotations, recipe: Recipe) -> WorstStep:
 
 
 def _extent(transform: Transform | Mixing, sizes: NDArray[np.int64]) -> tuple[int, int]:
-    """Height and width of the largest batch of images of these sizes, `(I, 2)`: the tallest beside the widest."""
+    """Height and width of the largest batch of images of these sizes, `(I, 2)`: the tallest beside
+    the widest.
+    """
     if isinstance(transform, DetrAugment):
         # A crop may be as narrow, or as flat, as the ends of its range allow.
-        aspect = max(transform.crop_range[1] / transform.crop_range[0], (sizes.max(axis=1) / sizes.min(axis=1)).max())
+        aspect = max(
+            transform.crop_range[1] / transform.crop_range[0],
+            (sizes.max(axis=1) / sizes.min(axis=1)).max(),
+        )
         long = min(transform.max_size, round(max(transform.sides) * aspect))
         return long, long
     if isinstance(transform, LargeScaleJitter):
@@ -86,13 +96,19 @@ def _fullest(boxes: int, augmentation: Augmentation) -> int:
     return max(counts)
 
 
-def with_auto_batch(recipe: Recipe, training: Annotations, world: World, workers: int) -> tuple[Recipe, str]:
+def with_auto_batch(
+    recipe: Recipe, training: Annotations, world: World, workers: int
+) -> tuple[Recipe, str]:
     """The recipe with as few passes a step as fit into memory, and what that became, in words.
 
-    Every process has to call it; the first one tries for all. Raises `UserError` where not one image fits.
+    Every process has to call it; the first one tries for all. Raises `UserError` where not one
+    image fits.
     """
     if recipe.optim.fully_shard and world.size > 1:
-        raise UserError("--auto-batch with optim.fully_shard: what a process holds depends on the others", BY_HAND)
+        raise UserError(
+            "--auto-batch with optim.fully_shard: what a process holds depends on the others",
+            BY_HAND,
+        )
     share = batch_per_process(recipe.override(f"{ACCUMULATE}=1"), world)
     worst = worst_step(training, recipe)
     classes = len(training.classes)
@@ -100,20 +116,25 @@ def with_auto_batch(recipe: Recipe, training: Annotations, world: World, workers
     fit = reduce_max(tried, world.device)
     if fit < 1:
         raise UserError(
-            f"--auto-batch: a step with one image of {worst} does not fit into the memory of {world.device}",
+            f"--auto-batch: a step with one image of {worst} does not fit into the memory of "
+            f"{world.device}",
             "Take a smaller -o data.size or fewer --workers, or end other programs.",
         )
     each = max(count for count in range(1, min(fit, share) + 1) if share % count == 0)
-    return recipe.override(f"{ACCUMULATE}={share // each}"), _describe(recipe, worst, fit, each, share // each, world)
+    return recipe.override(f"{ACCUMULATE}={share // each}"), _describe(
+        recipe, worst, fit, each, share // each, world
+    )
 
 
-def _describe(recipe: Recipe, worst: WorstStep, fit: int, each: int, passes: int, world: World) -> str:
+def _describe(
+    recipe: Recipe, worst: WorstStep, fit: int, each: int, passes: int, world: World
+) -> str:
     processes = "" if world.size == 1 else f" in each of {world.size} processes"
     more = " or more" if fit == MAX_IMAGES else ""
     return (
         f"--auto-batch: {fit}{more} images of {worst} fit at a time. A step takes its "
-        f"{recipe.optim.batch_size} images in {passes} {'pass' if passes == 1 else 'passes'} of {each}{processes} "
-        f"({ACCUMULATE}={passes}); the learning rate stays {recipe.optim.lr:g}"
+        f"{recipe.optim.batch_size} images in {passes} {'pass' if passes == 1 else 'passes'} of "
+        f"{each}{processes} ({ACCUMULATE}={passes}); the learning rate stays {recipe.optim.lr:g}"
     )
 
 
@@ -121,11 +142,18 @@ def refuse_both(settings: str | Sequence[str]) -> None:
     """Raises `UserError` where a user sets what `--auto-batch` is there to find."""
     for text in [settings] if isinstance(settings, str) else settings:
         if text.partition("=")[0].strip() == ACCUMULATE:
-            raise UserError(f"--auto-batch and -o {text}: both say how many images are taken at a time", "Drop one.")
+            raise UserError(
+                f"--auto-batch and -o {text}: both say how many images are taken at a time",
+                "Drop one.",
+            )
 
 
-def images_that_fit(recipe: Recipe, classes: int, worst: WorstStep, world: World, workers: int) -> int:
-    """How many images fit into a step, 0 where none does: what `trial` says in a process of its own."""
+def images_that_fit(
+    recipe: Recipe, classes: int, worst: WorstStep, world: World, workers: int
+) -> int:
+    """How many images fit into a step, 0 where none does: what `trial` says in a process of its
+    own.
+    """
     request = {
         "recipe": recipe.model_dump(mode="json"),
         "classes": classes,
@@ -136,7 +164,9 @@ def images_that_fit(recipe: Recipe, classes: int, worst: WorstStep, world: World
         "here": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
     }
     trial = [sys.executable, "-m", "detrellis.engine.trial"]
-    done = subprocess.run(trial, input=json.dumps(request), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        trial, input=json.dumps(request), capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
         return int(done.stdout.split()[-1])
     if done.returncode < 0:  # the system ends what takes all memory

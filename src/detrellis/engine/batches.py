@@ -1,4 +1,6 @@
-"""The batches of a run: how many images a process takes at a time, in which order, and how much of them is padding."""
+"""The batches of a run: how many images a process takes at a time, in which order, and how much of
+them is padding.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ from detrellis.engine.state import TrainJob
 from detrellis.errors import UserError
 from detrellis.recipes.config import Recipe
 
-UNREADABLE = "unreadable.txt"  # in a run: what its loader could not read, where that does not stop it
+# In a run: what its loader could not read, where that does not stop it
+UNREADABLE = "unreadable.txt"
 
 
 def padded_fraction(batch: Batch) -> torch.Tensor:
-    """Fraction of a batch's pixels that are padding: work done for nothing, which `data.group_by_aspect` lowers."""
+    """Fraction of a batch's pixels that are padding: work done for nothing, which
+    `data.group_by_aspect` lowers.
+    """
     padding = batch.images.padding
     return batch.images.pixels.new_zeros(()) if padding is None else padding.float().mean()
 
@@ -29,15 +34,18 @@ def batch_per_process(recipe: Recipe, world: World) -> int:
     parts = world.size * recipe.optim.accumulate
     if recipe.optim.batch_size % parts:
         raise UserError(
-            f"a batch of {recipe.optim.batch_size} images cannot be shared by {world.size} processes with "
-            f"{recipe.optim.accumulate} accumulated passes",
-            f"Take a multiple of {parts}: -o optim.batch_size={max(parts, recipe.optim.batch_size // parts * parts)}.",
+            f"a batch of {recipe.optim.batch_size} images cannot be shared by {world.size} "
+            f"processes with {recipe.optim.accumulate} accumulated passes",
+            f"Take a multiple of {parts}: -o "
+            f"optim.batch_size={max(parts, recipe.optim.batch_size // parts * parts)}.",
         )
     return recipe.optim.batch_size // parts
 
 
 def unreadable_line(out: Path) -> str:
-    """How many pictures could not be read so far, and the first of them; nothing where all could."""
+    """How many pictures could not be read so far, and the first of them; nothing where all
+    could.
+    """
     file = out / UNREADABLE
     lines = list(dict.fromkeys(file.read_text().splitlines())) if file.is_file() else []
     if not lines:

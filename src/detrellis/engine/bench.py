@@ -1,4 +1,6 @@
-"""How fast a recipe runs here: latency and throughput of inference, or of a training step, with random weights."""
+"""How fast a recipe runs here: latency and throughput of inference, or of a training step, with
+random weights.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ from detrellis.training import TrainableDetector
 from detrellis.types import ImageBatch, Targets
 
 BOXES = 7  # of each image in a training step: COCO's average
-LANDSCAPE = 1333 / 800  # width to height of an image that only its short side describes, as the papers count
+# Width to height of an image that only its short side describes, as the papers count
+LANDSCAPE = 1333 / 800
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The wall-clock times of the whole pass at one batch size, and what follows from their median."""
+    """The wall-clock times of the whole pass at one batch size, and what follows from their
+    median.
+    """
 
     batch_size: int
     median_ms: float
@@ -68,7 +73,12 @@ class BenchResult:
     def about(self) -> str:
         """A line that says what was timed, and how."""
         height, width = self.image_size
-        parts = [f"{self.recipe}, {self.task}, {width}x{height} pixels, {self.device}, {self.threads} CPU threads"]
+        parts = [
+            (
+                f"{self.recipe}, {self.task}, {width}x{height} pixels, {self.device}, "
+                f"{self.threads} CPU threads"
+            )
+        ]
         parts += ["compiled"] if self.compiled else []
         parts.append(f"{self.runs} runs after {self.warmup} to warm up")
         parts += [] if self.attention is None else [f"deformable attention: {self.attention}"]
@@ -77,23 +87,38 @@ class BenchResult:
     def table(self) -> Table:
         """A table of the times for a rich console."""
         memory = any(t.peak_mib is not None for t in self.timings)
-        table = Table("batch", "median", "fastest", "images/s", *(["peak memory"] if memory else []))
+        table = Table(
+            "batch", "median", "fastest", "images/s", *(["peak memory"] if memory else [])
+        )
         for t in self.timings:
-            row = [str(t.batch_size), f"{t.median_ms:.1f} ms", f"{t.fastest_ms:.1f} ms", f"{t.images_per_second:.2f}"]
+            row = [
+                str(t.batch_size),
+                f"{t.median_ms:.1f} ms",
+                f"{t.fastest_ms:.1f} ms",
+                f"{t.images_per_second:.2f}",
+            ]
             table.add_row(*row, *([f"{t.peak_mib:.0f} MiB"] if t.peak_mib is not None else []))
         return table
 
 
 def parse_size(text: str | int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width from `"640x480"` (height first), a pair, or the short side of the papers' landscape image."""
+    """Height and width from `"640x480"` (height first), a pair, or the short side of the papers'
+    landscape image.
+    """
     if not isinstance(text, tuple):
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip().lower())
         if match is None:
-            raise UserError(f"image size {text!r}", "Write a short side, or HEIGHTxWIDTH: --size 640, --size 640x480.")
+            raise UserError(
+                f"image size {text!r}",
+                "Write a short side, or HEIGHTxWIDTH: --size 640, --size 640x480.",
+            )
         short = int(match[1])
         text = (short, int(match[2]) if match[2] else round(short * LANDSCAPE))
     if min(text) < 32:
-        raise UserError(f"image size {text[0]}x{text[1]}", "Take 32 pixels or more: that is one cell of the last map.")
+        raise UserError(
+            f"image size {text[0]}x{text[1]}",
+            "Take 32 pixels or more: that is one cell of the last map.",
+        )
     return text
 
 
@@ -105,7 +130,9 @@ def parse_batch_sizes(text: str | int | Sequence[int]) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise UserError(f"batch sizes {text!r}", "Write positive numbers with commas: --batch-sizes 1,2.")
+        raise UserError(
+            f"batch sizes {text!r}", "Write positive numbers with commas: --batch-sizes 1,2."
+        )
     return sizes
 
 
@@ -125,8 +152,9 @@ def bench_recipe(
 ) -> BenchResult:
     """As `detrellis.bench`, of a recipe that is chosen. Warming up also pays for what is compiled.
 
-    Inference is `Detector.detect` of a fused detector: images to sorted boxes. A training step is forward, losses on
-    random targets, backward, clipping and the optimizer, with the recipe's schemes. Random weights change no time.
+    Inference is `Detector.detect` of a fused detector: images to sorted boxes. A training step is
+    forward, losses on random targets, backward, clipping and the optimizer, with the recipe's
+    schemes. Random weights change no time.
     """
     target, pixels = pick_device(device), image_size(recipe) if size is None else parse_size(size)
     model = build(recipe.untrained(), classes).to(target).train(train)
@@ -149,7 +177,9 @@ def bench_recipe(
 
 
 def _compile(model: TrainableDetector, train: bool) -> None:
-    """Compile the whole detector where it runs whole, and in training its parts, between which schemes add queries."""
+    """Compile the whole detector where it runs whole, and in training its parts, between which
+    schemes add queries.
+    """
     import_compiler()
     detector = model.detector
     parts = (detector.backbone, detector.neck, detector.encoder, detector.queries, detector.decoder)
@@ -163,11 +193,15 @@ def _inference(model: TrainableDetector, images: ImageBatch) -> Callable[[], obj
     return partial(model.detector.detect, images, sizes)
 
 
-def training_step(recipe: Recipe, classes: int, device: torch.device, boxes: int = BOXES) -> Callable[[], object]:
-    """A step of the recipe on one random batch of its own size and number of images, with `boxes` of each; call it to
-    train a step with random weights."""
+def training_step(
+    recipe: Recipe, classes: int, device: torch.device, boxes: int = BOXES
+) -> Callable[[], object]:
+    """A step of the recipe on one random batch of its own size and number of images, with `boxes`
+    of each; call it to train a step with random weights."""
     images = ImageBatch(torch.randn(recipe.optim.batch_size, 3, *image_size(recipe), device=device))
-    return step_on(recipe, classes, build(recipe.untrained(), classes).to(device).train(), images, boxes)
+    return step_on(
+        recipe, classes, build(recipe.untrained(), classes).to(device).train(), images, boxes
+    )
 
 
 def step_on(
@@ -178,12 +212,16 @@ def step_on(
     count: int = BOXES,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], object]:
-    """A step of the model on these images with `count` random boxes of each; call it to train. Without an `optimizer`
-    it has one of its own."""
+    """A step of the model on these images with `count` random boxes of each; call it to train.
+    Without an `optimizer` it has one of its own."""
     batch, device = len(images.pixels), images.pixels.device
     boxes = torch.rand(batch * count, 4, device=device) * 0.3 + 0.2
     labels = torch.randint(classes, (batch * count,), device=device)
-    masks = torch.ones(len(boxes), SIDE, SIDE, dtype=torch.bool, device=device) if recipe.needs_masks else None
+    masks = (
+        torch.ones(len(boxes), SIDE, SIDE, dtype=torch.bool, device=device)
+        if recipe.needs_masks
+        else None
+    )
     bitmaps = _rectangles(boxes, *images.pixels.shape[-2:]) if recipe.needs_bitmaps else None
     targets = Targets(labels, boxes, (count,) * batch, masks, bitmaps)
     optimizer = build_optimizer(model, recipe.optim) if optimizer is None else optimizer
@@ -208,7 +246,9 @@ def _rectangles(boxes: Tensor, height: int, width: int) -> Tensor:
     return ((y >= top) & (y < bottom)).unsqueeze(2) & ((x >= left) & (x < right)).unsqueeze(1)
 
 
-def _time(run: Callable[[], object], batch: int, device: torch.device, runs: int, warmup: int) -> Timing:
+def _time(
+    run: Callable[[], object], batch: int, device: torch.device, runs: int, warmup: int
+) -> Timing:
     cuda = device.type == "cuda"
     seconds = []
     for i in range(warmup + runs):
@@ -218,11 +258,15 @@ def _time(run: Callable[[], object], batch: int, device: torch.device, runs: int
     timed = [s * 1000 for s in seconds[warmup:]]
     median = statistics.median(timed)
     peak = round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if cuda else None
-    return Timing(batch, round(median, 3), round(min(timed), 3), round(batch / median * 1000, 3), peak)
+    return Timing(
+        batch, round(median, 3), round(min(timed), 3), round(batch / median * 1000, 3), peak
+    )
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a call. A GPU works on after the call has returned: it is waited for, before and after."""
+    """Wall-clock time of a call. A GPU works on after the call has returned: it is waited for,
+    before and after.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -8,9 +8,9 @@
 | `best/epoch-NNNN-ap-0.NNNN.safetensors` | with `schedule.keep_best`: the weights of the best epochs |
 | `metrics.jsonl` | the log |
 
-Every file is written beside its place and moved there, so a crash leaves the old one whole. State and last weights are
-moved one after the other once both are whole, and the state alone decides where a run goes on. Nothing is ever
-unpickled but plain tensors and containers (`weights_only`).
+Every file is written beside its place and moved there, so a crash leaves the old one whole. State
+and last weights are moved one after the other once both are whole, and the state alone decides
+where a run goes on. Nothing is ever unpickled but plain tensors and containers (`weights_only`).
 """
 
 from __future__ import annotations
@@ -63,30 +63,45 @@ class Card:
     step: int = 0  # optimizer steps done
     stats: Mapping[str, float | None] | None = None  # evaluation of these weights
     weights: str | None = None  # where the run started from, if not from the recipe's own
-    backbone: str | None = None  # where its backbone's pretrained weights came from, if it started from any
+    # Where its backbone's pretrained weights came from, if it started from any
+    backbone: str | None = None
     boxes: str | None = None  # where its reference boxes started from, if they came alone
-    changes: Sequence[Mapping[str, Any]] = ()  # what was set when the run was resumed: epoch, step, and what
+    # What was set when the run was resumed: epoch, step, and what
+    changes: Sequence[Mapping[str, Any]] = ()
     version: str = __version__
 
     def to_metadata(self) -> dict[str, str]:
         """The card as safetensors stores it: strings only."""
         stats = None if self.stats is None else dict(self.stats)
-        card = {**vars(self), "recipe": self.recipe.model_dump(mode="json"), "classes": self.classes.to_dict()}
-        card |= {"data": dict(self.data), "stats": stats, "changes": [dict(change) for change in self.changes]}
+        card = {
+            **vars(self),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "classes": self.classes.to_dict(),
+        }
+        card |= {
+            "data": dict(self.data),
+            "stats": stats,
+            "changes": [dict(change) for change in self.changes],
+        }
         return {"format": str(FORMAT), "detrellis": json.dumps(card)}
 
     def settings(self) -> dict[str, Any]:
-        """What is trained, as JSON holds it, without a path of this machine: what trackers are told."""
+        """What is trained, as JSON holds it, without a path of this machine: what trackers are
+        told.
+        """
         recipe = self.recipe.untrained().model_dump(mode="json")
         return {"recipe": recipe, "seed": self.seed, "version": self.version}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, path: Path) -> Card:
-        """The inverse of `to_metadata`; `UserError` where the file is not one of ours, or of a newer version."""
+        """The inverse of `to_metadata`; `UserError` where the file is not one of ours, or of a
+        newer version.
+        """
         if not isinstance(metadata, Mapping) or "detrellis" not in metadata:
             raise UserError(
                 f"{path}: weights without a Detrellis card",
-                "Give a run's folder or a file from one, a Hugging Face folder, or a reference's .pth.",
+                "Give a run's folder or a file from one, a Hugging Face folder, or a "
+                "reference's .pth.",
             )
         text, version = metadata["detrellis"], ""
         try:
@@ -95,19 +110,25 @@ class Card:
             card = json.loads(text)
             version = str(card.get("version", ""))
             if not newer:
-                recipe, classes = read_recipe(card.pop("recipe"), written), ClassMap.from_dict(card.pop("classes"))
+                recipe = read_recipe(card.pop("recipe"), written)
+                classes = ClassMap.from_dict(card.pop("classes"))
                 return _types().validate_python(vars(cls(recipe, classes, **card)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             newer = _version_numbers(version) > _version_numbers(__version__)
-            if not newer and isinstance(error, UserError):  # of a version whose fields or ranges were others
+            # Of a version whose fields or ranges were others
+            if not newer and isinstance(error, UserError):
                 raise UserError(
-                    f"{path}: its recipe does not fit this Detrellis: {error.message}", error.remedy or OTHER_COPY
+                    f"{path}: its recipe does not fit this Detrellis: {error.message}",
+                    error.remedy or OTHER_COPY,
                 ) from None
             if not newer:
-                raise UserError(f"{path}: its card cannot be read ({_misread(error)})", OTHER_COPY) from None
+                raise UserError(
+                    f"{path}: its card cannot be read ({_misread(error)})", OTHER_COPY
+                ) from None
         by = f" ({version})" if version else ""
         raise UserError(
-            f"{path}: written by a newer Detrellis{by}; this is {__version__}", "Update Detrellis to read it."
+            f"{path}: written by a newer Detrellis{by}; this is {__version__}",
+            "Update Detrellis to read it.",
         )
 
 
@@ -134,15 +155,19 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     replace_files((path, _weights(weights, card)))
 
 
-def keep_best(folder: Path, weights: Mapping[str, Tensor], card: Card, ap: float, count: int) -> None:
-    """Keep the weights of the `count` best epochs in `folder`, each named by its epoch and AP; of equals the earlier.
+def keep_best(
+    folder: Path, weights: Mapping[str, Tensor], card: Card, ap: float, count: int
+) -> None:
+    """Keep the weights of the `count` best epochs in `folder`, each named by its epoch and AP; of
+    equals the earlier.
 
-    Which are kept follows from the files there, so a run that is resumed goes on with them. A file that falls behind is
-    removed once the new one is whole.
+    Which are kept follows from the files there, so a run that is resumed goes on with them. A file
+    that falls behind is removed once the new one is whole.
     """
     name = f"epoch-{card.epoch:04}-ap-{ap:.4f}.safetensors"
     before = {path.name: found for path in folder.glob("*") if (found := KEPT.fullmatch(path.name))}
-    others = {other for other, found in before.items() if int(found[1]) != card.epoch}  # evaluated again: replaced
+    # Evaluated again: replaced
+    others = {other for other, found in before.items() if int(found[1]) != card.epoch}
     kept = sorted({*others, name}, key=_worst_last)[:count]
     if name in kept:
         save_weights(folder / name, weights, card)
@@ -157,13 +182,20 @@ def _worst_last(name: str) -> tuple[float, int]:
 
 
 def save_run(
-    run: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor] | None, card: Card, *, keep: bool = False
+    run: Path,
+    state: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None,
+    card: Card,
+    *,
+    keep: bool = False,
 ) -> None:
-    """Write state and last weights of a run (None: nothing is trained yet), both whole before either takes its place.
+    """Write state and last weights of a run (None: nothing is trained yet), both whole before
+    either takes its place.
 
-    The state holds the card too, so it alone decides where a run goes on: it comes first, and weights that were not
-    moved after it are written again when the run is resumed. `keep`: the state that is there is whole, and stays as
-    the previous one. Raises `OSError` where they cannot be written.
+    The state holds the card too, so it alone decides where a run goes on: it comes first, and
+    weights that were not moved after it are written again when the run is resumed. `keep`: the
+    state that is there is whole, and stays as the previous one. Raises `OSError` where they cannot
+    be written.
     """
     if keep:
         with contextlib.suppress(OSError):  # a file system without hard links keeps none
@@ -175,7 +207,10 @@ def save_run(
         files.append((run / LAST, _weights(weights, card)))
     try:
         replace_files(*files)
-    except (RuntimeError, SafetensorError) as error:  # whatever else keeps a file from being written
+    except (
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # whatever else keeps a file from being written
         raise OSError(first_line(error)) from error
 
 
@@ -207,43 +242,67 @@ def find_weights(place: Path) -> Path:
             return place / name
     if (place / STATE).is_file():
         raise UserError(
-            f"{place}: a run that has not trained yet", f"Go on with it: {command('train', '--resume', place)}"
+            f"{place}: a run that has not trained yet",
+            f"Go on with it: {command('train', '--resume', place)}",
         )
-    what = "no run: there are no weights in this folder" if place.is_dir() else "no such folder or file"
-    raise UserError(f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one.")
+    what = (
+        "no run: there are no weights in this folder"
+        if place.is_dir()
+        else "no such folder or file"
+    )
+    raise UserError(
+        f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one."
+    )
 
 
 EXPORTED = (".onnx", ".xml", ".pt2")
 
 
 def load_weights(place: Path) -> tuple[dict[str, Tensor], Card]:
-    """Weights and card of a run's folder or of one file; a file that is broken gives one error and nothing else."""
+    """Weights and card of a run's folder or of one file; a file that is broken gives one error and
+    nothing else.
+    """
     path = find_weights(place)
     if path.suffix in EXPORTED:
-        raise UserError(f"{path}: an exported network, which runs and no more", "Give the run that it was made from.")
+        raise UserError(
+            f"{path}: an exported network, which runs and no more",
+            "Give the run that it was made from.",
+        )
     try:
         with safe_open(path, framework="pt") as file:
             card = Card.from_metadata(file.metadata(), path)
             return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        empty = "an empty file (0 bytes)" if path.stat().st_size == 0 else f"not a whole checkpoint ({error})"
+        empty = (
+            "an empty file (0 bytes)"
+            if path.stat().st_size == 0
+            else f"not a whole checkpoint ({error})"
+        )
         raise UserError(f"{path}: {empty}", _other_copy(path)) from None
 
 
 def _other_copy(path: Path) -> str:
     others = [name for name in (BEST, LAST) if name != path.name and path.with_name(name).is_file()]
-    return f"Take another copy, or the run's other file: {path.with_name(others[0])}." if others else OTHER_COPY
+    return (
+        f"Take another copy, or the run's other file: {path.with_name(others[0])}."
+        if others
+        else OTHER_COPY
+    )
 
 
 def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detector:
-    """The detector with these weights, all of them; `UserError` that names file and tensor, and nothing is loaded."""
+    """The detector with these weights, all of them; `UserError` that names file and tensor, and
+    nothing is loaded.
+    """
     check_fit(detector, weights, path)
     detector.load_state_dict(dict(weights))
     return detector
 
 
 def check_fit(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises `UserError` that names file and tensor where the weights are not the detector's, or not finite."""
+    """Raises `UserError` that names file and tensor where the weights are not the detector's, or
+    not finite.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f"{name} is missing" for name in expected if name not in given]
@@ -251,10 +310,14 @@ def check_fit(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> 
         if expected.get(name, shape) != shape:
             wrong.append(f"{name} has the shape {shape}, not {expected[name]}")
     wrong += [f"{name} is no part of it" for name in given if name not in expected]
-    wrong = wrong or [f"{name} holds numbers that are not finite" for name, t in weights.items() if not _finite(t)]
+    wrong = wrong or [
+        f"{name} holds numbers that are not finite" for name, t in weights.items() if not _finite(t)
+    ]
     if wrong:
         more = f", and {len(wrong) - 1} more such" if wrong[1:] else ""
-        raise UserError(f"{path}: no weights for the recipe in its card: {wrong[0]}{more}", _other_copy(path))
+        raise UserError(
+            f"{path}: no weights for the recipe in its card: {wrong[0]}{more}", _other_copy(path)
+        )
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -262,7 +325,9 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
-    """As `load_weights`, with the check that the weights are what the card's recipe needs. No detector is built."""
+    """As `load_weights`, with the check that the weights are what the card's recipe needs. No
+    detector is built.
+    """
     path = find_weights(place)
     weights, card = load_weights(path)
     with torch.device("meta"):
@@ -272,9 +337,11 @@ def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
 
 
 def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
-    """What `torch.save` wrote: tensors, numbers and containers, and objects of `allowed` types, on the host.
+    """What `torch.save` wrote: tensors, numbers and containers, and objects of `allowed` types, on
+    the host.
 
-    Nothing else is unpickled: it could run any code. `UserError` says in our words what is wrong with a file.
+    Nothing else is unpickled: it could run any code. `UserError` says in our words what is wrong
+    with a file.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
@@ -283,19 +350,25 @@ def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
     except Exception as error:  # bytes that are no pickle make the reader fail in any way
         if path.stat().st_size == 0:
             raise UserError(f"{path}: an empty file (0 bytes)", OTHER_COPY) from None
-        if found := re.search(r"(?:GLOBAL|class) `?([\w.]+)`? was not an allowed global", str(error)):
+        if found := re.search(
+            r"(?:GLOBAL|class) `?([\w.]+)`? was not an allowed global", str(error)
+        ):
             raise UserError(
-                f"{path}: holds Python objects besides tensors ({found[1]}). They could run code, and are not read",
+                f"{path}: holds Python objects besides tensors ({found[1]}). They could run "
+                "code, and are not read",
                 "Save its state dict alone: torch.save(model.state_dict(), FILE).",
             ) from None
-        raise UserError(f"{path}: not a whole file of torch.save: cut off, or something else", OTHER_COPY) from None
+        raise UserError(
+            f"{path}: not a whole file of torch.save: cut off, or something else", OTHER_COPY
+        ) from None
 
 
 def load_state(run: Path) -> dict[str, Any]:
-    """The state to resume `run` from, on the host; where the last one is missing or torn, the one before it.
+    """The state to resume `run` from, on the host; where the last one is missing or torn, the one
+    before it.
 
-    That is told as `Advice`, and the run ends with the same bits: it only has more to do. `UserError` where neither is
-    whole.
+    That is told as `Advice`, and the run ends with the same bits: it only has more to do.
+    `UserError` where neither is whole.
     """
     try:
         return _read_state(run, STATE)
@@ -305,7 +378,8 @@ def load_state(run: Path) -> dict[str, Any]:
         except UserError:
             raise error from None
         message = (
-            f"{error.message}. The run goes on from the state before it, {PREVIOUS}, after step {state.get('step')}."
+            f"{error.message}. The run goes on from the state before it, {PREVIOUS}, after step "
+            f"{state.get('step')}."
         )
         warnings.warn(Advice(message), stacklevel=2)
         return {**state, OLDER: True}
@@ -327,12 +401,14 @@ def _read_state(run: Path, name: str) -> dict[str, Any]:
 def _nothing_to_resume(run: Path) -> UserError:
     if run.is_file():
         return UserError(
-            f"{run}: a file, and a run is a folder", f"Give the folder: {command('train', '--resume', run.parent)}"
+            f"{run}: a file, and a run is a folder",
+            f"Give the folder: {command('train', '--resume', run.parent)}",
         )
     if not run.is_dir():
         return UserError(f"{run}: no such run", "Give the folder of a started run.")
     return UserError(
-        f"{run}: nothing to resume: {STATE} is missing", _weights_alone(run) or "Give the folder of a started run."
+        f"{run}: nothing to resume: {STATE} is missing",
+        _weights_alone(run) or "Give the folder of a started run.",
     )
 
 
@@ -340,7 +416,10 @@ def _weights_alone(run: Path) -> str:
     """The remedy for a run whose weights alone are there; empty where they are not."""
     if not any((run / name).is_file() for name in (BEST, LAST)):
         return ""
-    return f"It cannot be resumed. Its weights are there: start a new run from them with {new_run(run)}"
+    return (
+        "It cannot be resumed. Its weights are there: start a new run from them with "
+        f"{new_run(run)}"
+    )
 
 
 def new_run(weights: Path) -> str:

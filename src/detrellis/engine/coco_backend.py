@@ -1,4 +1,5 @@
-"""The evaluators that compute COCO's statistics: hotcoco, or pycocotools where it cannot be imported.
+"""The evaluators that compute COCO's statistics: hotcoco, or pycocotools where it cannot be
+imported.
 
 hotcoco (Rust) takes about 1 s where pycocotools needs minutes, with the same twelve numbers.
 """
@@ -29,7 +30,8 @@ Masks = Sequence[dict[str, Any]]  # COCO's compressed run lengths: size (height,
 class ClassLists(NamedTuple):
     """LVIS's: what was looked for in each image, and how frequent each class is."""
 
-    absent: Sequence[Sequence[int]]  # of each image, in the order of `images`, classes that it lacks
+    # Of each image, in the order of `images`, classes that it lacks
+    absent: Sequence[Sequence[int]]
     not_exhaustive: Sequence[Sequence[int]]  # classes of which not all objects are marked
     frequency: Sequence[str]  # (C,) r, c or f
 
@@ -48,8 +50,9 @@ class Truth(NamedTuple):
     lists: ClassLists | None = None  # of LVIS
 
 
-# From ground truth, detections and their masks, where there are those of the truth: the statistics (12,); precision
-# (IoU, recall, class) over all areas with 100 detections; and the evaluation itself.
+# From ground truth, detections and their masks, where there are those of the truth: the statistics
+# (12,); precision (IoU, recall, class) over all areas with 100 detections; and the evaluation
+# itself.
 Evaluator = Callable[[Truth, Float, Masks | None], tuple[Float, Float, Any]]
 
 
@@ -67,9 +70,13 @@ def backend() -> Evaluator:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError:
         remedy = "Install it with `pip install -U hotcoco` (or, slower, `pip install pycocotools`)."
-        raise UserError(f"COCO evaluation needs hotcoco, which cannot be imported: {reason}", remedy) from None
+        raise UserError(
+            f"COCO evaluation needs hotcoco, which cannot be imported: {reason}", remedy
+        ) from None
     logger.warning(
-        "hotcoco cannot be imported (%s): evaluating with pycocotools, which is about 100 times slower", reason
+        "hotcoco cannot be imported (%s): evaluating with pycocotools, which is about 100 times "
+        "slower",
+        reason,
     )
     return _pycocotools
 
@@ -86,7 +93,9 @@ def _hotcoco(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float, Flo
         gt = COCO.from_arrays(*columns, ids=ids, area=t.areas, iscrowd=t.crowd)
         evaluation = COCOeval(gt, gt.load_res(rows), "bbox")
     else:
-        gt = COCO.from_arrays(*columns, ids=ids, area=t.areas, iscrowd=t.crowd, segmentation=list(t.masks))
+        gt = COCO.from_arrays(
+            *columns, ids=ids, area=t.areas, iscrowd=t.crowd, segmentation=list(t.masks)
+        )
         evaluation = COCOeval(gt, gt.load_res(results_of(rows, masks)), "segm")
     evaluation.evaluate()
     evaluation.accumulate()
@@ -97,7 +106,12 @@ def _hotcoco(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float, Flo
 
 def results_of(rows: Float, masks: Masks) -> list[dict[str, Any]]:
     """Detections without their boxes, so that a mask's area is the detection's."""
-    columns = zip(rows[:, 0].astype(int).tolist(), rows[:, 6].astype(int).tolist(), rows[:, 5].tolist(), strict=True)
+    columns = zip(
+        rows[:, 0].astype(int).tolist(),
+        rows[:, 6].astype(int).tolist(),
+        rows[:, 5].tolist(),
+        strict=True,
+    )
     return [
         {"image_id": image, "category_id": category, "score": score, "segmentation": mask}
         for (image, category, score), mask in zip(columns, masks, strict=True)
@@ -121,7 +135,9 @@ def _pycocotools(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float,
         for columns, drawn in ((gt_columns, t.masks), (dt_columns, masks)):
             side, annotations = COCO(), _dicts(*columns)
             if drawn is not None:
-                annotations = [row | {"segmentation": m} for row, m in zip(annotations, drawn, strict=True)]
+                annotations = [
+                    row | {"segmentation": m} for row, m in zip(annotations, drawn, strict=True)
+                ]
             side.dataset = {"images": images, "categories": categories, "annotations": annotations}
             side.createIndex()
             sides.append(side)
@@ -133,14 +149,22 @@ def _pycocotools(truth: Truth, rows: Float, masks: Masks | None) -> tuple[Float,
 
 
 def _numbered(truth: Truth) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    images: list[dict[str, Any]] = [{"id": i, "width": 0, "height": 0} for i in truth.images.tolist()]
+    images: list[dict[str, Any]] = [
+        {"id": i, "width": 0, "height": 0} for i in truth.images.tolist()
+    ]
     if truth.masks is not None:  # pycocotools asks the images
         sizes = dict(zip(truth.image.tolist(), (mask["size"] for mask in truth.masks), strict=True))
-        images = [{"id": i, "height": h, "width": w} for i in truth.images.tolist() for h, w in [sizes.get(i, (0, 0))]]
+        images = [
+            {"id": i, "height": h, "width": w}
+            for i in truth.images.tolist()
+            for h, w in [sizes.get(i, (0, 0))]
+        ]
     return images, [{"id": k + 1, "name": str(k)} for k in range(truth.classes)]
 
 
-def _dicts(image: Any, category: Any, boxes: Float, areas: Float, crowd: Any, scores: Float) -> list[dict[str, Any]]:
+def _dicts(
+    image: Any, category: Any, boxes: Float, areas: Float, crowd: Any, scores: Float
+) -> list[dict[str, Any]]:
     names = ("image_id", "category_id", "bbox", "area", "iscrowd", "score")
     columns = (image.astype(int), category.astype(int), boxes, areas, crowd.astype(int), scores)
     rows = zip(*(c.tolist() for c in columns), strict=True)

@@ -1,11 +1,12 @@
 """COCO's box statistics, from detections that arrive batch by batch.
 
-Detections are kept as one flat matrix per batch (56 bytes each), never as logits or dicts, and go to the evaluator
-(`coco_backend.py`) as arrays.
+Detections are kept as one flat matrix per batch (56 bytes each), never as logits or dicts, and go
+to the evaluator (`coco_backend.py`) as arrays.
 
-Images, classes and boxes are renumbered 1..n for the evaluator, in the order of the data set's own ids: negative ids,
-ids above 2^53 and the annotation id 0 (a ground truth that pycocotools never counts as found) then make no difference.
-The order matters, because equal scores are ranked by image.
+Images, classes and boxes are renumbered 1..n for the evaluator, in the order of the data set's own
+ids: negative ids, ids above 2^53 and the annotation id 0 (a ground truth that pycocotools never
+counts as found) then make no difference. The order matters, because equal scores are ranked by
+image.
 """
 
 from __future__ import annotations
@@ -34,7 +35,20 @@ from detrellis.types import Detections
 
 Kind = Literal["box", "mask"]
 COUNTED = 100  # detections of a class in an image, at most, that count in COCO's AP
-STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+STATISTICS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
 
 
 class ResultArrays(NamedTuple):
@@ -47,7 +61,9 @@ class ResultArrays(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """An evaluation, with what it was given; images and classes are numbered from 1, detections and boxes too."""
+    """An evaluation, with what it was given; images and classes are numbered from 1, detections and
+    boxes too.
+    """
 
     truth: Truth
     rows: Float  # (N, 7) image, x, y, width, height, score, class of detection 1, 2, ...
@@ -77,7 +93,9 @@ class ClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalScores:
-    """What every metric reports: statistics in 0..1, None where one is undefined, and what they were computed from."""
+    """What every metric reports: statistics in 0..1, None where one is undefined, and what they
+    were computed from.
+    """
 
     stats: Mapping[str, float | None]  # by name
     images: int  # that were evaluated
@@ -97,30 +115,39 @@ class EvalScores:
         return data | {"stats": dict(self.stats), "per_class": list(data["per_class"])}
 
     def caption(self, boxes: str) -> str:
-        """What the statistics were computed from, as a table's caption; `boxes` says of how many boxes."""
+        """What the statistics were computed from, as a table's caption; `boxes` says of how many
+        boxes.
+        """
         part = "" if self.images == self.images_in_set else f" of {self.images_in_set:,}"
         text = f"{self.images:,}{part} images, {boxes}, {self.detections:,} detections"
-        return text + (f"; {self.dropped:,} detections were not finite and left out" if self.dropped else "")
+        return text + (
+            f"; {self.dropped:,} detections were not finite and left out" if self.dropped else ""
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult(EvalScores):
-    """The twelve COCO statistics, by the names in `STATISTICS`, and each class's AP; crowd regions do not count.
+    """The twelve COCO statistics, by the names in `STATISTICS`, and each class's AP; crowd regions
+    do not count.
 
     `ap` is over IoU 0.50:0.95. None where COCO has -1.
     """
 
     per_class: tuple[ClassResult, ...]  # in the order of class indices
-    resampled: tuple[float, ...] | None = None  # AP of each resampling of the images, see `engine/bootstrap.py`
+    # AP of each resampling of the images, see `engine/bootstrap.py`
+    resampled: tuple[float, ...] | None = None
     of: Kind = "box"  # whose IoU it is
     boxes: EvalResult | None = None  # box AP of the same detections, beside mask AP
     frequencies: Mapping[str, float | None] | None = None  # LVIS: `lvis_eval.NAMES`, and AP@1000
     beyond: int = 0  # boxes that COCO's AP counts as missed whatever is detected, see `_beyond`
-    report: str | None = field(default=None, compare=False)  # the page that says more, where one was written
+    # The page that says more, where one was written
+    report: str | None = field(default=None, compare=False)
 
     @property
     def ap_interval(self) -> float | None:
-        """Half of the 95 % interval of AP over images like these; None where they were not resampled."""
+        """Half of the 95 % interval of AP over images like these; None where they were not
+        resampled.
+        """
         return None if self.resampled is None else half_interval(self.resampled)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,10 +173,16 @@ class EvalResult(EvalScores):
         if self.boxes is not None:
             caption += f"; box AP {number(self.boxes.ap)}"
         if self.beyond:
-            caption += f"; {self.beyond:,} boxes count as missed: COCO takes {COUNTED} detections of a class and image"
+            caption += (
+                f"; {self.beyond:,} boxes count as missed: COCO takes {COUNTED} detections of a "
+                "class and image"
+            )
         whose = "COCO" if self.frequencies is None else "LVIS"
         table = Table(
-            title=f"{whose} {self.of} AP and AR", caption=caption, caption_justify="left", title_justify="left"
+            title=f"{whose} {self.of} AP and AR",
+            caption=caption,
+            caption_justify="left",
+            title_justify="left",
         )
         for name in STATISTICS[:6]:
             table.add_column(name, justify="right")
@@ -177,11 +210,14 @@ class EvalResult(EvalScores):
 class CocoEvaluator:
     """Collects detections and computes COCO's statistics over the images that it was shown.
 
-    `top_k` is how many detections of an image are kept, the best ones. COCO looks at the best `COUNTED` of a class.
-    `truth` are the masks of the annotations (`run_lengths`), for many evaluations; without them one reads the files.
+    `top_k` is how many detections of an image are kept, the best ones. COCO looks at the best
+    `COUNTED` of a class. `truth` are the masks of the annotations (`run_lengths`), for many
+    evaluations; without them one reads the files.
     """
 
-    def __init__(self, annotations: Annotations, top_k: int = 300, truth: Masks | None = None) -> None:
+    def __init__(
+        self, annotations: Annotations, top_k: int = 300, truth: Masks | None = None
+    ) -> None:
         self.annotations, self.top_k, self.truth = annotations, top_k, truth
         self._order = np.argsort(annotations.image_ids, kind="stable")
         self._seen = np.zeros(len(annotations), dtype=np.bool_)
@@ -191,12 +227,15 @@ class CocoEvaluator:
         self._dropped = np.zeros(len(annotations), dtype=np.int64)
 
     def update(self, image_ids: Sequence[int], detections: Sequence[Detections]) -> None:
-        """Adds a batch: the data set's image ids and each image's detections, in pixels of the original image.
+        """Adds a batch: the data set's image ids and each image's detections, in pixels of the
+        original image.
 
-        An image that was added before is passed over: distributed samplers repeat some to fill the last batch.
-        Raises UserError for an image or a class that the annotations do not hold.
+        An image that was added before is passed over: distributed samplers repeat some to fill the
+        last batch. Raises UserError for an image or a class that the annotations do not hold.
         """
-        assert len(image_ids) == len(detections), f"{len(image_ids)} image ids for {len(detections)} images"
+        assert len(image_ids) == len(detections), (
+            f"{len(image_ids)} image ids for {len(detections)} images"
+        )
         if not detections:
             return
         images, matrix = self._rows_of(image_ids), _to_host(detections)
@@ -207,16 +246,22 @@ class CocoEvaluator:
             if not self._seen[image]:
                 self._seen[image] = True
                 kept = self._add(int(image), part)
-                self._masks += [] if found.masks is None else [found.masks[row] for row in kept.tolist()]
+                self._masks += (
+                    [] if found.masks is None else [found.masks[row] for row in kept.tolist()]
+                )
 
     def arrays(self) -> ResultArrays:
         """Everything collected so far, to be sent to the process that computes."""
         rows = np.concatenate(self._chunks) if self._chunks else np.zeros((0, 7))
         images = np.flatnonzero(self._seen).astype(np.int64)
-        return ResultArrays(images, rows, self._dropped[images], tuple(self._masks) if self._masked else None)
+        return ResultArrays(
+            images, rows, self._dropped[images], tuple(self._masks) if self._masked else None
+        )
 
     def merge(self, *others: ResultArrays) -> None:
-        """Adds what other processes collected over the same annotations; an image that is here already stays as is."""
+        """Adds what other processes collected over the same annotations; an image that is here
+        already stays as is.
+        """
         for other in others:
             fresh = ~self._seen[other.images]
             kept = ~self._seen[other.rows[:, 0].astype(np.int64)]
@@ -229,14 +274,18 @@ class CocoEvaluator:
 
     @property
     def kind(self) -> Kind:
-        """What the detector is judged by: its masks, where it gives them and the data set has them."""
+        """What the detector is judged by: its masks, where it gives them and the data set has
+        them.
+        """
         return "mask" if self._masked and self.annotations.segmentations is not None else "box"
 
     def compute(self, *, resample: bool = False, of: Kind = "box") -> EvalResult:
-        """The statistics over the images shown so far; `resample` says how far so many images let AP be known.
+        """The statistics over the images shown so far; `resample` says how far so many images let
+        AP be known.
 
-        An image shown without detections counts (its boxes were missed); an image never shown does not. Raises
-        `UserError` where masks are asked for and the data set has not one for each object.
+        An image shown without detections counts (its boxes were missed); an image never shown does
+        not. Raises `UserError` where masks are asked for and the data set has not one for each
+        object.
         """
         a, frequencies, beyond = self.annotations, None, 0
         if a.federation is not None:
@@ -244,8 +293,12 @@ class CocoEvaluator:
             seen = a.image_ids[self._order][self._seen[self._order]]
             truth = truth._replace(lists=class_lists(a.federation, seen, a.classes.ids))
             found, precision = lvis_scores(truth, rows, drawn, LIMITS[0])
-            more = found if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
-            values = {name: found.get(name, -1.0) for name in NAMES} | {"AP@1000": more.get("AP", -1.0)}
+            more = (
+                found if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
+            )
+            values = {name: found.get(name, -1.0) for name in NAMES} | {
+                "AP@1000": more.get("AP", -1.0)
+            }
             frequencies = {name: _defined(value) for name, value in values.items()}
             stats, resample = np.array([found.get(name, -1.0) for name in STATISTICS]), False
         else:
@@ -254,11 +307,17 @@ class CocoEvaluator:
         resampled = None
         if resample and 0 < len(truth.images) <= MAX_IMAGES:
             every = list(evaluation.params.areaRng[0])
-            matches = [match for match in evaluation.evalImgs if match is not None and list(match["aRng"]) == every]
+            matches = [
+                match
+                for match in evaluation.evalImgs
+                if match is not None and list(match["aRng"]) == every
+            ]
             resampled = resampled_ap(matches, truth.images.tolist())
         return EvalResult(
             stats={name: _defined(value) for name, value in zip(STATISTICS, stats, strict=True)},
-            per_class=self._per_class(precision, truth.category[~truth.crowd] - 1, rows[:, 6].astype(np.int64) - 1),
+            per_class=self._per_class(
+                precision, truth.category[~truth.crowd] - 1, rows[:, 6].astype(np.int64) - 1
+            ),
             images=int(self._seen.sum()),
             images_in_set=len(a),
             ground_truth=int((~truth.crowd).sum()),
@@ -271,12 +330,16 @@ class CocoEvaluator:
         )
 
     def evaluated(self, of: Kind = "box") -> Evaluated:
-        """COCO's evaluation over the images shown so far, with what it was given. Raises as `compute`."""
+        """COCO's evaluation over the images shown so far, with what it was given. Raises as
+        `compute`.
+        """
         truth, rows, drawn, shown = self._given(of)
         return Evaluated(truth, rows, *backend()(truth, rows, drawn), self._order, shown)
 
     def _given(self, of: Kind) -> tuple[Truth, Float, Masks | None, Int]:
-        """Ground truth, detections and their masks as evaluators take them; and which annotations are the truth's."""
+        """Ground truth, detections and their masks as evaluators take them; and which annotations
+        are the truth's.
+        """
         a, (_, rows, _, runs) = self.annotations, self.arrays()
         drawn = masks = None
         if of == "mask":
@@ -304,7 +367,8 @@ class CocoEvaluator:
         return truth, rows, drawn, np.flatnonzero(shown)
 
     def results_json(self, path: str | Path) -> None:
-        """Writes the detections in COCO's results format, with the data set's own image and category ids.
+        """Writes the detections in COCO's results format, with the data set's own image and
+        category ids.
 
         Every digit is written, so evaluating the file gives the statistics of `compute`.
         """
@@ -346,15 +410,22 @@ class CocoEvaluator:
         rows: Int = self._order[place]
         if (wrong := known[rows] != wanted).any():
             message = f"image id {wanted[wrong][0]} is not in the annotations"
-            raise UserError(message, "Evaluate with the annotation file that the images were loaded with.")
+            raise UserError(
+                message, "Evaluate with the annotation file that the images were loaded with."
+            )
         return rows
 
     def _check_labels(self, labels: Float) -> None:
         count = len(self.annotations.classes)
         if len(labels) and not (labels.min() >= 0 and labels.max() < count):
             wrong = labels[(labels < 0) | (labels >= count)][0]
-            message = f"a detection has class index {wrong:.0f}, but the data set has {count} classes (0..{count - 1})"
-            raise UserError(message, "Evaluate on a data set with the classes that the model was trained on.")
+            message = (
+                f"a detection has class index {wrong:.0f}, but the data set has {count} classes "
+                f"(0..{count - 1})"
+            )
+            raise UserError(
+                message, "Evaluate on a data set with the classes that the model was trained on."
+            )
 
     def _add(self, image: int, part: Float) -> Int:
         """Adds the detections of an image; the rows of `part` that are kept."""
@@ -370,27 +441,36 @@ class CocoEvaluator:
         boxes, detections = (np.bincount(x, minlength=len(classes)) for x in (truth, detected))
         results = []
         for k, (name, category) in enumerate(zip(classes.names, classes.ids, strict=True)):
-            # COCO leaves every entry of a class without ground truth at -1, and no entry of any other class.
+            # COCO leaves every entry of a class without ground truth at -1, and no entry of any
+            # other class.
             ap, ap50 = (_defined(float(p.mean())) for p in (precision[:, :, k], precision[0, :, k]))
             results.append(ClassResult(name, category, ap, ap50, int(boxes[k]), int(detections[k])))
         return tuple(results)
 
 
 def _beyond(truth: Truth) -> int:
-    """The boxes beyond the `COUNTED` of each class in each image that as many detections can find."""
+    """The boxes beyond the `COUNTED` of each class in each image that as many detections can
+    find.
+    """
     pairs = (truth.image * (truth.classes + 1) + truth.category)[~truth.crowd]
     _, boxes = np.unique(pairs, return_counts=True)
     return int((boxes - COUNTED).clip(min=0).sum())
 
 
 def _to_host(detections: Sequence[Detections]) -> Float:
-    """The rows `(N, 6)` x, y, width, height, score, class index, with one copy from the device for the whole batch."""
+    """The rows `(N, 6)` x, y, width, height, score, class index, with one copy from the device for
+    the whole batch.
+    """
     boxes, scores, labels = (
-        torch.cat(parts).detach() for parts in zip(*((d.boxes, d.scores, d.labels) for d in detections), strict=True)
+        torch.cat(parts).detach()
+        for parts in zip(*((d.boxes, d.scores, d.labels) for d in detections), strict=True)
     )
-    # float32 holds every class index, and not every accelerator has float64; a double input stays what it is.
+    # float32 holds every class index, and not every accelerator has float64; a double input stays
+    # what it is.
     dtype = torch.float64 if torch.float64 in (boxes.dtype, scores.dtype) else torch.float32
-    packed = torch.cat([boxes.to(dtype), scores.to(dtype)[:, None], labels.to(dtype)[:, None]], dim=1)
+    packed = torch.cat(
+        [boxes.to(dtype), scores.to(dtype)[:, None], labels.to(dtype)[:, None]], dim=1
+    )
     matrix: Float = packed.cpu().numpy().astype(np.float64)
     matrix[:, 2:4] -= matrix[:, :2]
     return matrix

@@ -1,4 +1,6 @@
-"""How work looks on the console; training: a bar on a terminal, a line now and then elsewhere, a row every epoch."""
+"""How work looks on the console; training: a bar on a terminal, a line now and then elsewhere, a
+row every epoch.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,21 @@ def number(value: float | None, form: str = ".3f") -> str:
 def track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[Item]:
     """`items` with a progress bar on stderr, where there is a terminal to show it."""
     console = Terminal(stderr=True)
-    return rich_track(items, what, total, console=console, transient=True) if show and console.is_terminal else items
+    return (
+        rich_track(items, what, total, console=console, transient=True)
+        if show and console.is_terminal
+        else items
+    )
 
 
 class TrainingView:
-    """Shows one run; records are those of `RunLog`. `step`: steps that were done before this process began."""
+    """Shows one run; records are those of `RunLog`. `step`: steps that were done before this
+    process began.
+    """
 
-    def __init__(self, console: Console, clock: Callable[[], float], epochs: int, steps: int, step: int = 0) -> None:
+    def __init__(
+        self, console: Console, clock: Callable[[], float], epochs: int, steps: int, step: int = 0
+    ) -> None:
         self._console, self._clock, self._epochs, self._steps = console, clock, epochs, steps
         self._epoch, self._rows, self._info = 0, 0, ""
         self._columns: dict[str, int] = {}
@@ -55,7 +65,9 @@ class TrainingView:
         bar = self._progress()
         if self._task is not None:
             bar.remove_task(self._task)
-        self._task = bar.add_task(f"epoch {epoch}/{self._epochs}", total=self._steps, info=self._info)
+        self._task = bar.add_task(
+            f"epoch {epoch}/{self._epochs}", total=self._steps, info=self._info
+        )
 
     def advance(self, step: int) -> None:
         """Shows that step `step` of the run is done."""
@@ -65,7 +77,10 @@ class TrainingView:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Shows the newest step record."""
-        parts = [f"loss {_number(record['loss'])}", f"IoU {_number(matched_iou(record['metrics']), '.2f')}"]
+        parts = [
+            f"loss {_number(record['loss'])}",
+            f"IoU {_number(matched_iou(record['metrics']), '.2f')}",
+        ]
         parts.append(f"{_number(record['images_per_second'], '.1f')} img/s")
         left = self._eta.left()
         parts.append(f"eta {duration(left) if left is not None else '-'}")
@@ -77,7 +92,9 @@ class TrainingView:
         if now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             done = self._in_epoch(record["step"])
-            self.line(f"epoch {self._epoch}/{self._epochs}  step {done}/{self._steps}  {self._info}")
+            self.line(
+                f"epoch {self._epoch}/{self._epochs}  step {done}/{self._steps}  {self._info}"
+            )
 
     def end_epoch(self, record: Mapping[str, Any]) -> None:
         """Prints the epoch's row, and below it where the time went."""
@@ -85,11 +102,18 @@ class TrainingView:
         if not self._columns:  # the first epoch's columns stay
             self._columns = {name: max(len(name), len(text), 6) for name, text in cells.items()}
         if self._rows % HEADER_ROWS == 0:
-            self.line("  ".join(name.rjust(width) for name, width in self._columns.items()), style="bold")
+            self.line(
+                "  ".join(name.rjust(width) for name, width in self._columns.items()), style="bold"
+            )
         self._rows += 1
-        self.line("  ".join(cells.get(name, "-").rjust(width) for name, width in self._columns.items()))
+        self.line(
+            "  ".join(cells.get(name, "-").rjust(width) for name, width in self._columns.items())
+        )
         padded = record["metrics"].get("data/padding", 0.0)
-        self.line(time_line(record["seconds"]) + (f"  padding {padded:.0%}" if padded >= 0.005 else ""), style="dim")
+        self.line(
+            time_line(record["seconds"]) + (f"  padding {padded:.0%}" if padded >= 0.005 else ""),
+            style="dim",
+        )
 
     def track(self, items: Iterable[Item], name: str, total: int | None) -> Iterator[Item]:
         """Yields `items` under a bar of their own; without a terminal, silently."""
@@ -114,7 +138,10 @@ class TrainingView:
 
     def _progress(self) -> Progress:
         if self._bar is None:
-            name, info = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[info]"))
+            name, info = (
+                TextColumn(f"{{task.{field}}}", markup=False)
+                for field in ("description", "fields[info]")
+            )
             columns = (name, BarColumn(24), MofNCompleteColumn(), info)
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.start()
@@ -125,8 +152,9 @@ class TrainingView:
 
 
 class _Eta:
-    """Seconds left: the steps left at the mean pace so far, and for every epoch left what passes between two epochs
-    (evaluation, checkpoints). The process's first step is not typical (compiling, warming up) and not counted."""
+    """Seconds left: the steps left at the mean pace so far, and for every epoch left what passes
+    between two epochs (evaluation, checkpoints). The process's first step is not typical
+    (compiling, warming up) and not counted."""
 
     def __init__(self, clock: Callable[[], float], left: int, steps_per_epoch: int) -> None:
         self._clock, self._left, self._steps_per_epoch = clock, left, steps_per_epoch
@@ -161,13 +189,17 @@ def matched_iou(metrics: Mapping[str, float]) -> float | None:
 
 
 def main_terms(losses: Mapping[str, float]) -> dict[str, float]:
-    """Those of losses named "block/term/layer" that the last decoder layer has for the main queries, by term."""
+    """Those of losses named "block/term/layer" that the last decoder layer has for the main
+    queries, by term.
+    """
     last: dict[str, tuple[int, float]] = {}
     for name, value in losses.items():
         block, _, rest = name.partition("/")
         term, _, layer = rest.partition("/")
         if block == "main" and layer.isdecimal():
-            last[term] = max(last.get(term, (-1, 0.0)), (int(layer), value), key=lambda pair: pair[0])
+            last[term] = max(
+                last.get(term, (-1, 0.0)), (int(layer), value), key=lambda pair: pair[0]
+            )
     return {term: value for term, (_, value) in last.items()}
 
 
@@ -178,7 +210,10 @@ def epoch_cells(record: Mapping[str, Any], epochs: int) -> dict[str, str]:
     cells |= {term: _number(value) for term, value in main_terms(record["losses"]).items()}
     cells |= {"IoU": _number(matched_iou(record["metrics"]), ".3f")}
     cells |= {name: _number(stats.get(name), ".3f") for name in ("AP", "AP50")}
-    return cells | {"lr": _number(record["lr"], ".1e"), "img/s": _number(record["images_per_second"], ".1f")}
+    return cells | {
+        "lr": _number(record["lr"], ".1e"),
+        "img/s": _number(record["images_per_second"], ".1f"),
+    }
 
 
 def time_line(seconds: Mapping[str, float]) -> str:

@@ -50,12 +50,20 @@ def evaluated_split(
     if options.val is not None:
         return find_data(None, options.val, options.val_images), "train"
     if data is None and run_data is None:
-        raise UserError(f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val.")
+        raise UserError(
+            f"{run}: no run of ours, so its data are not known", "Say on what: --data or --val."
+        )
     source = DataSource.from_dict(run_data or {}) if data is None else find_data(data)
     if split not in source.splits:
         others = " or ".join(f"--split {name}" for name in source.splits)
-        where = f"{run}: the data set that it was trained on" if data is None else f"{data}: this data set"
-        raise UserError(f"{where} has no split `{split}`", f"Take {others}, or name annotations: --val FILE.")
+        where = (
+            f"{run}: the data set that it was trained on"
+            if data is None
+            else f"{data}: this data set"
+        )
+        raise UserError(
+            f"{where} has no split `{split}`", f"Take {others}, or name annotations: --val FILE."
+        )
     if data is None:
         check_data_exists(Path(run), source, (split,), ("eval", Path(run)))
     return source, split
@@ -69,7 +77,9 @@ def eval_loader(
     world: World,
     transform: Transform | None = None,
 ) -> Loader:
-    """Every image once over all processes, resized as the recipe says, or by another `transform`."""
+    """Every image once over all processes, resized as the recipe says, or by another
+    `transform`.
+    """
     transform = transform or eval_transform(config.size, **config.resizing())
     sampler = EvalSampler(len(annotations), batch_size, rank=world.rank, world_size=world.size)
     normalise, pin = Normalise.of(**config.statistics()), world.device.type == "cuda"
@@ -86,10 +96,12 @@ def collect(
     check: Callable[[DecoderOutput], None] | None = None,
     truth: Masks | None = None,
 ) -> list[CocoEvaluator]:
-    """Run the detector over the batches; in every process the evaluators hold the detections of all.
+    """Run the detector over the batches; in every process the evaluators hold the detections of
+    all.
 
-    One for each threshold of `nms`: where it is None, of what the detector detects; otherwise after NMS at that IoU.
-    `check` sees each output first. `truth` are the masks of the annotations, where they have been read.
+    One for each threshold of `nms`: where it is None, of what the detector detects; otherwise after
+    NMS at that IoU. `check` sees each output first. `truth` are the masks of the annotations, where
+    they have been read.
     """
     ways = [replace(detector.postprocess, nms=threshold) for threshold in nms]
     evaluators = [CocoEvaluator(annotations, top_k=way.top_k, truth=truth) for way in ways]
@@ -108,7 +120,9 @@ def collect(
 def gives_masks(output: DecoderOutput) -> None:
     """Raises `UserError` for what a detector without masks gives."""
     if output.mask_embeds is None:
-        raise UserError("the detector gives boxes without masks", "Evaluate its boxes: --metric coco.")
+        raise UserError(
+            "the detector gives boxes without masks", "Evaluate its boxes: --metric coco."
+        )
 
 
 def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
@@ -120,10 +134,13 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
 
 
 def duplicates_line(result: EvalResult, after_nms: EvalResult) -> str | None:
-    """Advice where AP is higher after NMS, because objects are found more than once; None where it is not."""
+    """Advice where AP is higher after NMS, because objects are found more than once; None where it
+    is not.
+    """
     if result.ap is None or after_nms.ap is None or after_nms.ap - result.ap < DOUBLED:
         return None
     return (
-        f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to {after_nms.ap:.3f}. One "
-        f"query for each object is what DETRs learn last. Train longer, or predict with --nms {NMS}."
+        f"Objects are found more than once: NMS at IoU {NMS} raises AP from {result.ap:.3f} to "
+        f"{after_nms.ap:.3f}. One query for each object is what DETRs learn last. Train longer, "
+        f"or predict with --nms {NMS}."
     )

@@ -1,7 +1,7 @@
 """The log of a run: records in `metrics.jsonl`, the same in trackers, and lines on the console.
 
-Only the main process logs; a `RunLog` on any other process does nothing. Epochs and steps count from 1, so a record's
-`step` is the number of steps done when it was written.
+Only the main process logs; a `RunLog` on any other process does nothing. Epochs and steps count
+from 1, so a record's `step` is the number of steps done when it was written.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Item = TypeVar("Item")
 class Timer:
     """Seconds spent in named parts: `with timer.part("forward"): ...`.
 
-    A part inside another one is taken off the outer one, so the parts never add up to more than the whole. On a GPU the
-    work is queued, and its time shows in the part that waits for it.
+    A part inside another one is taken off the outer one, so the parts never add up to more than the
+    whole. On a GPU the work is queued, and its time shows in the part that waits for it.
     """
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
@@ -73,7 +73,9 @@ class Timer:
         """Gives the time since the last event to the innermost open part."""
         now = self._clock()
         if self._open:
-            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+            self._seconds[self._open[-1]] = (
+                self._seconds.get(self._open[-1], 0.0) + now - self._since
+            )
         self._since = now
 
 
@@ -86,10 +88,11 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 class RunLog:
     """Records and shows one training run.
 
-    `step`: steps done in the checkpoint that the run resumes from. Later records in the folder's `metrics.jsonl` belong
-    to steps that are about to be done again, and are removed; 0 is a new run and removes all.
-    Values are collected on their device, and copied to the host once in `RECORD_EVERY` steps, when a record is written.
-    `trackers` get every record, too, and at the beginning `config`, which says what is trained.
+    `step`: steps done in the checkpoint that the run resumes from. Later records in the folder's
+    `metrics.jsonl` belong to steps that are about to be done again, and are removed; 0 is a new run
+    and removes all. Values are collected on their device, and copied to the host once in
+    `RECORD_EVERY` steps, when a record is written. `trackers` get every record, too, and at the
+    beginning `config`, which says what is trained.
     """
 
     def __init__(
@@ -154,8 +157,9 @@ class RunLog:
     ) -> None:
         """One optimizer step done: `losses` by name and their sum `total`.
 
-        `metrics`, such as the matched IoU, may be NaN where a batch has nothing to measure. `images` are those
-        of all processes in this step. Waits for the device only where it writes a record.
+        `metrics`, such as the matched IoU, may be NaN where a batch has nothing to measure.
+        `images` are those of all processes in this step. Waits for the device only where it writes
+        a record.
         """
         if not self.is_main_process:
             return
@@ -174,8 +178,9 @@ class RunLog:
         after_nms: Mapping[str, float | None] | None = None,
         resampled: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Records the epoch and prints its row: `Timer.take()`, and `EvalResult.stats` where there are any, also of the
-        same detections after NMS; `resampled` is recorded: `EvalResult.resampled` of "eval" and of "after_nms"."""
+        """Records the epoch and prints its row: `Timer.take()`, and `EvalResult.stats` where there
+        are any, also of the same detections after NMS; `resampled` is recorded:
+        `EvalResult.resampled` of "eval" and of "after_nms"."""
         if not self.is_main_process:
             return
         now = self._clock()
@@ -188,19 +193,28 @@ class RunLog:
             "seconds": {"total": now - self._epoch_start, **(seconds or {})},
             "eval": dict(stats) if stats is not None else None,
             "after_nms": dict(after_nms) if after_nms is not None else None,
-            "resampled": {name: list(values) for name, values in resampled.items()} if resampled else None,
+            "resampled": {name: list(values) for name, values in resampled.items()}
+            if resampled
+            else None,
         }
         self._write(record)
         self._view.end_epoch(record)
 
     def track(self, items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
-        """Yields `items` with a progress bar of their own, on a terminal: the evaluation, for one."""
+        """Yields `items` with a progress bar of their own, on a terminal: the evaluation, for
+        one.
+        """
         return self._view.track(items, name, total) if self.is_main_process else iter(items)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch has measured so far, as plain tensors, numbers and containers: its record is to hold all of
-        the epoch, wherever the run is resumed. Times and rates are those of each process."""
-        return {"window": self._window.state_dict(), "totals": self._totals.state_dict(), "lr": self._lr}
+        """What the epoch has measured so far, as plain tensors, numbers and containers: its record
+        is to hold all of the epoch, wherever the run is resumed. Times and rates are those of each
+        process."""
+        return {
+            "window": self._window.state_dict(),
+            "totals": self._totals.state_dict(),
+            "lr": self._lr,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """The inverse of `state_dict`; nothing for None, of runs that did not save it."""
@@ -216,7 +230,9 @@ class RunLog:
             self._trackers.picture(name, picture, self._step)
 
     def close(self) -> None:
-        """Takes the progress bar away, closes the files and ends the trackers; twice is as good as once."""
+        """Takes the progress bar away, closes the files and ends the trackers; twice is as good as
+        once.
+        """
         if not self.is_main_process:
             return
         self._view.close()
@@ -235,19 +251,31 @@ class RunLog:
         self._write(record)
         self._view.show(record)
 
-    def _head(self, kind: str, losses: dict[str, float], metrics: dict[str, float]) -> dict[str, Any]:
+    def _head(
+        self, kind: str, losses: dict[str, float], metrics: dict[str, float]
+    ) -> dict[str, Any]:
         total = losses.pop("loss", math.nan)
-        where = {"kind": kind, "epoch": self._epoch, "step": self._step, "time": round(time.time(), 3)}
+        where = {
+            "kind": kind,
+            "epoch": self._epoch,
+            "step": self._step,
+            "time": round(time.time(), 3),
+        }
         return {**where, "loss": total, "lr": self._lr, "losses": losses, "metrics": metrics}
 
     def _write(self, record: Mapping[str, Any]) -> None:
         try:
             self._file.write(record)
-        except OSError as error:  # what was not written stays in the buffer, and comes with the next record
-            self._say_once(f"metrics.jsonl cannot be written now ({error.strerror}). The run goes on.")
+        except OSError as error:
+            # What was not written stays in the buffer, and comes with the next record.
+            self._say_once(
+                f"metrics.jsonl cannot be written now ({error.strerror}). The run goes on."
+            )
         prefix = "" if record["kind"] == "step" else "epoch/"
         logged = {k: v for k, v in record.items() if k not in ("kind", "step", "time", "resampled")}
-        self._trackers.metrics({prefix + name: value for name, value in _flat(logged)}, record["step"])
+        self._trackers.metrics(
+            {prefix + name: value for name, value in _flat(logged)}, record["step"]
+        )
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -274,7 +302,8 @@ class _RecordFile:
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())  # a state that follows it never knows of records that a power cut has taken
+        # A state that follows it never knows of records that a power cut has taken
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file of records."""

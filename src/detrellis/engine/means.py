@@ -1,4 +1,6 @@
-"""Means of named values that live on a device: collecting them never waits for it, reading them does so once."""
+"""Means of named values that live on a device: collecting them never waits for it, reading them
+does so once.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Sums:
         self._losses: dict[str, tuple[float, float]] = {}
         self._metrics: dict[str, tuple[float, float]] = {}
 
-    def put(self, losses: Mapping[str, tuple[float, float]], metrics: Mapping[str, tuple[float, float]]) -> None:
+    def put(
+        self, losses: Mapping[str, tuple[float, float]], metrics: Mapping[str, tuple[float, float]]
+    ) -> None:
         """Adds (sum, count) pairs."""
         for sums, added in ((self._losses, losses), (self._metrics, metrics)):
             for name, (value, count) in added.items():
@@ -47,8 +51,8 @@ class Sums:
 class Means:
     """Collects a step's values on their device; `take` is the one place that waits for it.
 
-    A loss that is NaN must show, and makes the mean NaN; a metric that is NaN means that there was nothing to measure,
-    and is not counted.
+    A loss that is NaN must show, and makes the mean NaN; a metric that is NaN means that there was
+    nothing to measure, and is not counted.
     """
 
     def __init__(self) -> None:
@@ -65,7 +69,8 @@ class Means:
         if names != self._names:
             self._flush()
             self._names = names
-        # Filling a tensor on the device queues the number; torch.tensor(v, device=...) would wait for a copy.
+        # Filling a tensor on the device queues the number; torch.tensor(v, device=...) would wait
+        # for a copy.
         row = torch.stack([_scalar(v, device) for _, v in given])
         counted = torch.ones_like(row)
         counted[len(losses) :] = (~row[len(losses) :].isnan()).to(row.dtype)
@@ -80,7 +85,9 @@ class Means:
         return sums
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, numbers and containers. Nothing is added up for it, so later sums are the same bits."""
+        """Plain tensors, numbers and containers. Nothing is added up for it, so later sums are the
+        same bits.
+        """
         return {"sums": self._sums.state_dict(), "names": self._names, "values": self._values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -94,15 +101,20 @@ class Means:
         names, losses = self._names
         pairs: list[tuple[float, float]] = list(zip(*self._values.tolist(), strict=True))
         self._sums.put(
-            dict(zip(names, pairs[:losses], strict=False)), dict(zip(names[losses:], pairs[losses:], strict=True))
+            dict(zip(names, pairs[:losses], strict=False)),
+            dict(zip(names[losses:], pairs[losses:], strict=True)),
         )
         self._values = None
 
 
 def mean_over_passes(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each value over the passes of a step; a pass may lack some (no denoising without boxes)."""
+    """Mean of each value over the passes of a step; a pass may lack some (no denoising without
+    boxes).
+    """
     names = dict.fromkeys(name for values in passes for name in values)
-    return {name: torch.stack([v[name].detach() for v in passes if name in v]).mean() for name in names}
+    return {
+        name: torch.stack([v[name].detach() for v in passes if name in v]).mean() for name in names
+    }
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:

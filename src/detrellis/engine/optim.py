@@ -13,8 +13,11 @@ from detrellis.errors import UserError
 from detrellis.recipes.config import OptimConfig, ScheduleConfig
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
-# A stage and a block in it, or a block alone, as torchvision and timm name them: layer1.0, stages_0.blocks.1, blocks.7.
-BLOCK = re.compile(r"(?:^|[._])(?:stages?|layers?|blocks?|features)[._]?(\d+)(?:\.(?:blocks?\.)?(\d+))?")
+# A stage and a block in it, or a block alone, as torchvision and timm name them: layer1.0,
+# stages_0.blocks.1, blocks.7.
+BLOCK = re.compile(
+    r"(?:^|[._])(?:stages?|layers?|blocks?|features)[._]?(\d+)(?:\.(?:blocks?\.)?(\d+))?"
+)
 
 
 def learning_rate_scale(name: str, scaled: Mapping[str, float]) -> float:
@@ -23,21 +26,25 @@ def learning_rate_scale(name: str, scaled: Mapping[str, float]) -> float:
 
 
 def layer_factors(names: Sequence[str], rate: float) -> dict[str, float]:
-    """Factor on the learning rate of each parameter by its depth in the backbone (BEiT, Bao et al., 2022).
+    """Factor on the learning rate of each parameter by its depth in the backbone (BEiT, Bao et al.,
+    2022).
 
-    Of n blocks the last learns at `rate`, the first at `rate ** n`, and what comes before it at `rate ** (n + 1)`; what
-    follows the last block, and all that is no backbone, has factor 1. `names` are in the model's order. A block is a
-    residual block of a CNN, or a layer of a Transformer; what stands between two stages belongs to the later one's
-    first block. Raises `UserError` where the backbone's names show no blocks.
+    Of n blocks the last learns at `rate`, the first at `rate ** n`, and what comes before it at
+    `rate ** (n + 1)`; what follows the last block, and all that is no backbone, has factor 1.
+    `names` are in the model's order. A block is a residual block of a CNN, or a layer of a
+    Transformer; what stands between two stages belongs to the later one's first block. Raises
+    `UserError` where the backbone's names show no blocks.
     """
     blocks = {name: _block(name) for name in names if "backbone." in name}
     order = sorted({block for block in blocks.values() if block is not None})
     if not order:
         raise UserError(
             f"optim.layer_decay={rate:g}: detrellis does not know the blocks of this backbone",
-            "Take -o optim.layer_decay=1 and one factor for all of it: -o optim.scaled.backbone=0.1.",
+            "Take -o optim.layer_decay=1 and one factor for all of it: -o "
+            "optim.scaled.backbone=0.1.",
         )
-    factors, behind = dict.fromkeys(names, 1.0), len(order) + 1  # layers from here to the backbone's end
+    # Layers from here to the backbone's end
+    factors, behind = dict.fromkeys(names, 1.0), len(order) + 1
     for name, block in blocks.items():
         if block is not None:
             behind = len(order) - order.index(block)
@@ -54,14 +61,24 @@ def _block(name: str) -> tuple[int, int] | None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One group for each factor and weight decay; `scale` stays in the group for `set_learning_rate`."""
+    """One group for each factor and weight decay; `scale` stays in the group for
+    `set_learning_rate`.
+    """
     names = [name for name, _ in model.named_parameters()]
-    by_depth = dict.fromkeys(names, 1.0) if config.layer_decay == 1 else layer_factors(names, config.layer_decay)
-    norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    by_depth = (
+        dict.fromkeys(names, 1.0)
+        if config.layer_decay == 1
+        else layer_factors(names, config.layer_decay)
+    )
+    norms = {
+        p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
+    }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            left_out = (parameter in norms and not config.decay_norms) or any(key in name for key in config.undecayed)
+            left_out = (parameter in norms and not config.decay_norms) or any(
+                key in name for key in config.undecayed
+            )
             decay = 0.0 if left_out else config.weight_decay
             factor = learning_rate_scale(name, config.scaled) * by_depth[name]
             groups.setdefault((factor, decay), []).append(parameter)

@@ -1,5 +1,5 @@
-"""What a stopped run goes on with: its own state and data, wherever the data are now, and a few settings that may
-change.
+"""What a stopped run goes on with: its own state and data, wherever the data are now, and a few
+settings that may change.
 
 | of `train --resume RUN` | what happens |
 | --- | --- |
@@ -8,8 +8,9 @@ change.
 | `--epochs N` | another length of the whole run, also of a finished one: see below |
 | `-o optim.lr=...`, `optim.clip`, `optim.amp`, `optim.fully_shard`, `schedule.*` | set from here on; no others |
 
-With N epochs the learning rate is from here on what the recipe's schedule over N epochs has at this place, which may be
-higher than it was. Each change is noted in the run's card, with the epoch and the step.
+With N epochs the learning rate is from here on what the recipe's schedule over N epochs has at this
+place, which may be higher than it was. Each change is noted in the run's card, with the epoch and
+the step.
 """
 
 from __future__ import annotations
@@ -26,23 +27,29 @@ from torch import Tensor
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
-from detrellis.engine.checkpoint import BEST, CARD, LAST, STATE, Card, load_state, metadata_of, new_run
+from detrellis.engine.checkpoint import (
+    BEST,
+    CARD,
+    LAST,
+    STATE,
+    Card,
+    load_state,
+    metadata_of,
+    new_run,
+)
 from detrellis.engine.optim import schedule_factor
 from detrellis.engine.state import patience_left
 from detrellis.errors import UserError, brief, command
 from detrellis.recipes.config import Recipe
 
-SEEN = "images_an_epoch"  # in a state: how many images an epoch has, those that it has several times included
+# In a state: how many images an epoch has, those that it has several times included
+SEEN = "images_an_epoch"
 LOG = "log"  # in a state: what the epoch has measured so far
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
-FREE = (
-    "optim.lr",
-    "optim.clip",
-    "optim.amp",
-    "optim.fully_shard",
-    "schedule.",
-)  # what neither the network nor the state depends on
-FIXED = ("schedule.epochs", "schedule.unfreeze_after")  # the first has an option; the optimizer depends on the second
+# What neither the network nor the state depends on.
+FREE = ("optim.lr", "optim.clip", "optim.amp", "optim.fully_shard", "schedule.")
+# The first has an option; the optimizer depends on the second
+FIXED = ("schedule.epochs", "schedule.unfreeze_after")
 SHOWN = 3
 KINDS: Mapping[str, Any] = {  # of what a state holds beside the parts that torch fills
     **dict.fromkeys(("epoch", "step", "since_best"), int),
@@ -69,14 +76,23 @@ class ResumedRun:
     summary: str  # what that means, in words for the user
 
     def check(self, train: Annotations, val: Annotations | None, classes: ClassMap) -> None:
-        """Raises `UserError` that says what differs where the data are not those that the run was trained on."""
+        """Raises `UserError` that says what differs where the data are not those that the run was
+        trained on.
+        """
         if classes != self.card.classes:
-            raise UserError(f"{self.run}: {describe_class_changes(self.card.classes, classes)}", _other_data(self.run))
+            raise UserError(
+                f"{self.run}: {describe_class_changes(self.card.classes, classes)}",
+                _other_data(self.run),
+            )
         check_same_images(self.state, train, val, self.run)
 
 
-def resumed_run(run: Path, source: DataSource | None, settings: Sequence[str], epochs: int | None) -> ResumedRun:
-    """Load a run to go on with; `source` is where its data are now, None where they were. See the top of the file."""
+def resumed_run(
+    run: Path, source: DataSource | None, settings: Sequence[str], epochs: int | None
+) -> ResumedRun:
+    """Load a run to go on with; `source` is where its data are now, None where they were. See the
+    top of the file.
+    """
     state, old = load_run(run)
     card = with_settings(old, state, settings, epochs)
     if source is None:
@@ -88,7 +104,9 @@ def resumed_run(run: Path, source: DataSource | None, settings: Sequence[str], e
 
 
 def load_run(run: Path) -> tuple[dict[str, Any], Card]:
-    """State and card of a run to go on with; `UserError` where it is none, or two runs' files are mixed up."""
+    """State and card of a run to go on with; `UserError` where it is none, or two runs' files are
+    mixed up.
+    """
     state = load_state(run)
     beside = metadata_of(run / LAST)
     if CARD not in state and beside is not None:
@@ -109,36 +127,48 @@ def load_run(run: Path) -> tuple[dict[str, Any], Card]:
     for name in (LAST, BEST):
         beside = metadata_of(run / name)
         other = card if beside is None else Card.from_metadata(beside, run / name)
-        if (other.recipe.detector, other.classes, other.seed) != (card.recipe.detector, card.classes, card.seed):
+        if (other.recipe.detector, other.classes, other.seed) != (
+            card.recipe.detector,
+            card.classes,
+            card.seed,
+        ):
             raise UserError(
                 f"{run}: {STATE} and {name} belong to different runs",
-                f"Put this run's own {name} back, or move it away; or start a new run: {new_run(run / name)}",
+                f"Put this run's own {name} back, or move it away; or start a new run: "
+                f"{new_run(run / name)}",
             )
     return state, card
 
 
 def _with_card(state: dict[str, Any], card: Card) -> dict[str, Any]:
-    """A state written by Detrellis when it held no card: that of the last weights is its own if both are of one epoch;
-    it did not name the step. The names of the state's images are not known."""
+    """A state written by Detrellis when it held no card: that of the last weights is its own if
+    both are of one epoch; it did not name the step. The names of the state's images are not
+    known."""
     if card.epoch != state.get("epoch") or "step" not in state:
         return state
     return {IMAGES: {}, **state, CARD: replace(card, step=state["step"]).to_metadata()}
 
 
-def with_settings(card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None) -> Card:
-    """The card with other settings from here on, and a note of them; `UserError` for one that a state depends on."""
+def with_settings(
+    card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None
+) -> Card:
+    """The card with other settings from here on, and a note of them; `UserError` for one that a
+    state depends on.
+    """
     for text in settings:
         name = text.partition("=")[0].strip()
         if not name.startswith(FREE) or name in FIXED:
             raise UserError(
-                f"-o {text}: a run that goes on keeps its network, its losses, its data and its batches",
+                f"-o {text}: a run that goes on keeps its network, its losses, its data and its "
+                "batches",
                 f"Free are {', '.join(FREE)}* but unfreeze_after, and --epochs. "
                 "For all else start a new run from its weights: --weights.",
             )
     if epochs is not None and epochs <= state["epoch"]:
         raise UserError(
             f"--epochs {epochs}: the run has done {state['epoch']} epochs",
-            f"Give the length of the whole run, as with a new one: --epochs {state['epoch'] + max(1, epochs)}.",
+            "Give the length of the whole run, as with a new one: --epochs "
+            f"{state['epoch'] + max(1, epochs)}.",
         )
     chosen = [*settings, *([] if epochs is None else [f"schedule.epochs={epochs}"])]
     recipe: Recipe = card.recipe.override(chosen)
@@ -157,44 +187,60 @@ def with_data(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> 
 
 
 def summarise(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
-    """What going on means, in words: how much is left, and what the learning rate does if its schedule is another."""
+    """What going on means, in words: how much is left, and what the learning rate does if its
+    schedule is another.
+    """
     done, schedule = state["epoch"], card.recipe.schedule
     epochs = schedule.epochs
     if done < epochs and patience_left(schedule, state.get("since_best", 0)) == 0:
         return (
-            f"{run} stopped early, after epoch {done} of {epochs}: the last {state['since_best']} evaluations had no "
-            "higher AP. Nothing is left to do.\n"
-            f"  On to its last epoch: {command('train', '--resume', run, '-o', 'schedule.patience=0')}\n"
-            f"  A new run from its weights: {new_run(run)}"
+            f"{run} stopped early, after epoch {done} of {epochs}: the last "
+            f"{state['since_best']} evaluations had no higher AP. Nothing is left to do.\n  On "
+            "to its last epoch: "
+            f"{command('train', '--resume', run, '-o', 'schedule.patience=0')}\n  A new run from "
+            f"its weights: {new_run(run)}"
         )
     if done >= epochs:
         return (
-            f"{run} has finished its {epochs} epochs: nothing is left to do.\n"
-            f"  More of them: {command('train', '--resume', run, '--epochs', epochs + max(1, epochs // 2))}\n"
-            f"  A new run from its weights: {new_run(run)}"
+            f"{run} has finished its {epochs} epochs: nothing is left to do.\n  More of them: "
+            f"{command('train', '--resume', run, '--epochs', epochs + max(1, epochs // 2))}\n  A "
+            f"new run from its weights: {new_run(run)}"
         )
     line = f"{run} goes on after epoch {done} of {epochs}, step {state['step']}."
     if old.recipe == card.recipe or not state["step"]:
         return line
     was, now = (_learning_rate(c.recipe, state) for c in (old, card))
     return (
-        f"{line} The learning rate follows the schedule over {epochs} epochs: {now:.3g} here, where it was {was:.3g}."
+        f"{line} The learning rate follows the schedule over {epochs} epochs: {now:.3g} here, "
+        f"where it was {was:.3g}."
     )
 
 
 def _learning_rate(recipe: Recipe, state: Mapping[str, Any]) -> float:
-    """The rate at the step where the state is. States of before 0.1.0 name no images: their epochs say the steps."""
+    """The rate at the step where the state is. States of before 0.1.0 name no images: their epochs
+    say the steps.
+    """
     done, step = state["epoch"], state["step"]
     images = state[IMAGES].get("train")
-    each = step / max(done, 1) if images is None else recipe.optim.steps(state.get(SEEN, len(images)))
+    each = (
+        step / max(done, 1) if images is None else recipe.optim.steps(state.get(SEEN, len(images)))
+    )
     steps = max(1, round(each * recipe.schedule.epochs))
     return recipe.optim.lr * schedule_factor(min(step, steps), steps, recipe.schedule)
 
 
-def check_data_exists(run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]) -> None:
-    """Raises `UserError` where a run's data are not where they were; it names the command of `words`, with `--data`."""
+def check_data_exists(
+    run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]
+) -> None:
+    """Raises `UserError` where a run's data are not where they were; it names the command of
+    `words`, with `--data`.
+    """
     for split, files in source.splits.items():
-        paths = [files.annotations, *files.images, *([] if files.listing is None else [files.listing])]
+        paths = [
+            files.annotations,
+            *files.images,
+            *([] if files.listing is None else [files.listing]),
+        ]
         if split in splits and (gone := [path for path in paths if not path.exists()]):
             raise UserError(
                 f"{run}: its data set is not where it was: {gone[0]} is missing",
@@ -213,22 +259,27 @@ def describe_class_changes(was: ClassMap, now: ClassMap) -> str:
     return f"the data set's classes are not those of the run: {'; '.join(parts)}"
 
 
-def check_same_images(state: Mapping[str, Any], train: Annotations, val: Annotations | None, run: Path) -> None:
-    """Raises `UserError` that says what differs where a split does not list the images that the run was trained on."""
+def check_same_images(
+    state: Mapping[str, Any], train: Annotations, val: Annotations | None, run: Path
+) -> None:
+    """Raises `UserError` that says what differs where a split does not list the images that the run
+    was trained on.
+    """
     for split, now in (("train", train), ("val", val)) if state[IMAGES] else ():
         before = _unpacked(state[IMAGES].get(split))
         after = [] if now is None else [bytes(name) for name in now.file_names]
         if before != after:
             raise UserError(
-                f"{run}: the images of {split} are not those of the run: {_difference(before, after)}",
+                f"{run}: the images of {split} are not those of the run: "
+                f"{_difference(before, after)}",
                 _other_data(run),
             )
 
 
 def _other_data(run: Path) -> str:
     return (
-        "Name the place of the same data set: --data FOLDER. On other data start a new run from its weights: "
-        f"{new_run(run)}"
+        "Name the place of the same data set: --data FOLDER. On other data start a new run from "
+        f"its weights: {new_run(run)}"
     )
 
 
@@ -245,5 +296,7 @@ def _difference(was: list[bytes], now: list[bytes]) -> str:
     for what, names in (("missing", sorted({*was} - {*now})), ("new", sorted({*now} - {*was}))):
         if names:
             shown = ", ".join(name.decode(errors="replace") for name in names[:SHOWN])
-            parts.append(f"{what} {shown}{f' and {len(names) - SHOWN} more' if names[SHOWN:] else ''}")
+            parts.append(
+                f"{what} {shown}{f' and {len(names) - SHOWN} more' if names[SHOWN:] else ''}"
+            )
     return "; ".join(parts if parts[1:] else [*parts, "in another order"])

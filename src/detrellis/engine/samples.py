@@ -1,4 +1,6 @@
-"""What a model is shown in training: augmented pictures with the boxes that are left, as one sheet."""
+"""What a model is shown in training: augmented pictures with the boxes that are left, as one
+sheet.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,26 @@ CELL = 320  # pixels of a picture's long side
 def training_dataset(
     annotations: Annotations, recipe: Recipe, seed: int, *, unreadable: Path | None = None
 ) -> DetectionDataset:
-    """The pictures of a run, augmented as its recipe says; `unreadable` as in `DetectionDataset`."""
+    """The pictures of a run, augmented as its recipe says; `unreadable` as in
+    `DetectionDataset`.
+    """
     masks, bitmaps = recipe.needs_masks, recipe.needs_bitmaps
     return DetectionDataset(
-        annotations, augmentation_of(recipe), seed, masks=masks, bitmaps=bitmaps, unreadable=unreadable
+        annotations,
+        augmentation_of(recipe),
+        seed,
+        masks=masks,
+        bitmaps=bitmaps,
+        unreadable=unreadable,
     )
 
 
 def augmentation_of(recipe: Recipe) -> Augmentation:
     """What the recipe's pictures go through."""
     data = recipe.data
-    return augmentation(_usual(data), Strong(**data.strong()), epochs=recipe.schedule.epochs, calm=data.calm)
+    return augmentation(
+        _usual(data), Strong(**data.strong()), epochs=recipe.schedule.epochs, calm=data.calm
+    )
 
 
 def _usual(data: DataConfig) -> Transform:
@@ -54,7 +65,11 @@ def _usual(data: DataConfig) -> Transform:
 def image_factors(annotations: Annotations, recipe: Recipe) -> NDArray[np.float64] | None:
     """How often each image should be seen in an epoch, `(I,)`; None: each once."""
     threshold = recipe.data.repeat_threshold
-    return repeat_factors(*counted_labels(annotations), len(annotations.classes), threshold) if threshold else None
+    return (
+        repeat_factors(*counted_labels(annotations), len(annotations.classes), threshold)
+        if threshold
+        else None
+    )
 
 
 def class_counts(annotations: Annotations) -> NDArray[np.int64]:
@@ -65,7 +80,9 @@ def class_counts(annotations: Annotations) -> NDArray[np.int64]:
 def counted_labels(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each image's labels begin, and all of them, without crowd regions."""
     counted = ~annotations.crowd
-    return np.concatenate([[0], np.cumsum(counted)])[annotations.starts], annotations.labels[counted]
+    return np.concatenate([[0], np.cumsum(counted)])[annotations.starts], annotations.labels[
+        counted
+    ]
 
 
 def images_an_epoch(annotations: Annotations, recipe: Recipe) -> int:
@@ -75,7 +92,8 @@ def images_an_epoch(annotations: Annotations, recipe: Recipe) -> int:
 
 
 def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -> Image.Image:
-    """`count` pictures as the first epoch has them, evenly spaced over the data set, with the classes' `names`.
+    """`count` pictures as the first epoch has them, evenly spaced over the data set, with the
+    classes' `names`.
 
     Raises `UserError` where one of them cannot be read.
     """
@@ -84,7 +102,14 @@ def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -
     for index in (number * len(dataset) // count for number in range(count)):
         sample = dataset[0, index]
         picture = Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy())
-        masks = None if sample.bitmaps is None else [encode(mask) for mask in sample.bitmaps.numpy()]
-        options: dict[str, Any] = {"names": names, "masks": masks, "min_side": CELL, "legend": False}
+        masks = (
+            None if sample.bitmaps is None else [encode(mask) for mask in sample.bitmaps.numpy()]
+        )
+        options: dict[str, Any] = {
+            "names": names,
+            "masks": masks,
+            "min_side": CELL,
+            "legend": False,
+        }
         drawn.append(draw_detections(picture, sample.boxes, sample.labels, **options))
     return contact_sheet(drawn, cell=CELL)

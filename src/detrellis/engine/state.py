@@ -51,8 +51,12 @@ class TrainJob:
     trackers: Sequence[Tracker] = ()  # where the log goes besides `metrics.jsonl`
 
     def check_validation(self) -> None:
-        """`UserError` where the recipe asks for what only an evaluation tells, and there are no images for one."""
-        asked = [name for name in ("patience", "keep_best") if getattr(self.card.recipe.schedule, name)]
+        """`UserError` where the recipe asks for what only an evaluation tells, and there are no
+        images for one.
+        """
+        asked = [
+            name for name in ("patience", "keep_best") if getattr(self.card.recipe.schedule, name)
+        ]
         if asked and self.val is None:
             raise UserError(
                 f"schedule.{asked[0]} goes by AP, and the data set has no validation split",
@@ -75,7 +79,8 @@ class TrainState:
     seconds: float = 0.0
     result: EvalResult | None = field(default=None)
     transfer: TransferReport | None = None  # of the process that started the run; not saved
-    sharded: WholeDetector | None = None  # to evaluate with, where the processes have a part of all this each
+    # To evaluate with, where the processes have a part of all this each
+    sharded: WholeDetector | None = None
 
     @property
     def detector(self) -> Detector:
@@ -91,7 +96,9 @@ class TrainState:
 
     @contextlib.contextmanager
     def whole_detector(self, device: torch.device) -> Iterator[Detector]:
-        """`detector` as one that can be called; where it is sharded every process has to ask for it."""
+        """`detector` as one that can be called; where it is sharded every process has to ask for
+        it.
+        """
         if self.sharded is None:
             yield self.detector
         else:
@@ -103,8 +110,8 @@ class TrainState:
         return self.epoch >= schedule.epochs or patience_left(schedule, self.since_best) == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors, numbers and containers; where it is sharded every process has to call it, and the
-        first gets the tensors."""
+        """The state as plain tensors, numbers and containers; where it is sharded every process has
+        to call it, and the first gets the tensors."""
         tensors = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -118,14 +125,16 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], run: Path) -> None:
-        """The inverse of `state_dict`; `UserError` where it does not fit what the run's recipe builds."""
+        """The inverse of `state_dict`; `UserError` where it does not fit what the run's recipe
+        builds.
+        """
         try:
             self._fill(state)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"{run / STATE}: does not fit its run: {_misfit(error)}",
-                "Take another copy of it. Its weights may still be whole: start a new run from them with "
-                f"{new_run(run)}",
+                "Take another copy of it. Its weights may still be whole: start a new run from "
+                f"them with {new_run(run)}",
             ) from error
 
     def _fill(self, state: Mapping[str, Any]) -> None:
@@ -149,17 +158,21 @@ class TrainState:
 
 
 def patience_left(schedule: ScheduleConfig, since_best: int) -> int | None:
-    """Evaluations without a higher AP that the run may still have; None where it never ends early."""
+    """Evaluations without a higher AP that the run may still have; None where it never ends
+    early.
+    """
     return max(schedule.patience - since_best, 0) if schedule.patience else None
 
 
 def advise_on_frozen(recipe: Recipe, random: bool) -> None:
-    """Warns of a backbone that is frozen with `random` weights, or without its BatchNorm statistics."""
+    """Warns of a backbone that is frozen with `random` weights, or without its BatchNorm
+    statistics.
+    """
     if recipe.detector.backbone.frozen and random:
         warnings.warn(
             Advice(
-                "detector.backbone.frozen without pretrained weights: what is random stays random. Leave it out, or "
-                "start from trained weights (--weights)."
+                "detector.backbone.frozen without pretrained weights: what is random stays "
+                "random. Leave it out, or start from trained weights (--weights)."
             ),
             stacklevel=2,
         )
@@ -167,8 +180,9 @@ def advise_on_frozen(recipe: Recipe, random: bool) -> None:
     if zero and recipe.detector.backbone.frozen != "all":
         warnings.warn(
             Advice(
-                f"optim.scaled.{zero[0]}=0 stops the optimizer, but BatchNorm's statistics go on moving. To freeze the "
-                "backbone: -o detector.backbone.frozen=all, or a number of stages."
+                f"optim.scaled.{zero[0]}=0 stops the optimizer, but BatchNorm's statistics go on "
+                "moving. To freeze the backbone: -o detector.backbone.frozen=all, or a number "
+                "of stages."
             ),
             stacklevel=2,
         )
@@ -178,12 +192,15 @@ def _misfit(error: Exception) -> str:
     """What an exception of `load_state_dict` says, on one line."""
     if isinstance(error, KeyError):
         return f"{error.args[0]!r} is missing"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # torch's first only names the class
+    # Torch's first only names the class
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return shorten((lines[1:] or lines or [type(error).__name__])[0], 200)
 
 
 def _optimizer(model: TrainableDetector, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer of all that is trained, also of what is frozen at first: it has no moments until it moves."""
+    """The optimizer of all that is trained, also of what is frozen at first: it has no moments
+    until it moves.
+    """
     if not recipe.schedule.unfreeze_after:
         return build_optimizer(model, recipe.optim)
     backbone = model.detector.backbone
@@ -196,14 +213,17 @@ def _optimizer(model: TrainableDetector, recipe: Recipe) -> torch.optim.Optimize
 def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainState:
     """Model, optimizer and average at the start of a run.
 
-    `filled`: all weights are about to be replaced by those of a stopped run, so none have to be fetched or read.
+    `filled`: all weights are about to be replaced by those of a stopped run, so none have to be
+    fetched or read.
     """
     recipe, classes = job.card.recipe, job.card.classes
     initial = None if filled else job.initial
     fetch = not filled and initial is None
     if not filled:
         advise_on_frozen(recipe, random=initial is None and not recipe.detector.backbone.pretrained)
-    model = build(recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed, stored=filled)
+    model = build(
+        recipe if fetch else recipe.untrained(), len(classes), seed=job.card.seed, stored=filled
+    )
     report = None
     if initial is not None:
         report = transfer(model.detector, classes, initial, objectness=recipe.detector.objectness)
@@ -216,7 +236,11 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
     if sharded is None:
         model.to(world.device)
     model.train()
-    ema = EMA(model.detector, recipe.optim.ema, recipe.optim.ema_ramp) if recipe.optim.ema > 0 else None
+    ema = (
+        EMA(model.detector, recipe.optim.ema, recipe.optim.ema_ramp)
+        if recipe.optim.ema > 0
+        else None
+    )
     if sharded is not None:  # from the host, layer by layer: the whole may not fit on the device
         shard(model, None if ema is None else ema.detector, world)
     optimizer = _optimizer(model, recipe)
@@ -224,7 +248,9 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
 
 
 def origins_of(card: Card, state: TrainState) -> list[RenderableType]:
-    """What a fresh run starts from, for a console: pretrained or trained weights, and reference boxes."""
+    """What a fresh run starts from, for a console: pretrained or trained weights, and reference
+    boxes.
+    """
     lines: list[RenderableType] = []
     if card.backbone is not None:
         lines.append(Text(f"Backbone's pretrained weights: {card.backbone}"))

@@ -1,7 +1,8 @@
 """The trackers that are known by name: TensorBoard, trackio, wandb and MLflow.
 
-Each library is imported when its tracker begins, and takes its settings from its own environment variables. Without
-any, all of them keep what they are given on this machine, and nobody needs an account.
+Each library is imported when its tracker begins, and takes its settings from its own environment
+variables. Without any, all of them keep what they are given on this machine, and nobody needs an
+account.
 
 | name | without settings | with |
 | --- | --- | --- |
@@ -45,7 +46,9 @@ class TensorBoard:
     def start(self, run: TrackedRun, resume: str | None) -> None:
         """See `Tracker`; what a resumed run does again is taken out of the curves."""
         writer = _imported("torch.utils.tensorboard", self.name).SummaryWriter
-        self._writer: Any = writer(str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.step else None)
+        self._writer: Any = writer(
+            str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.step else None
+        )
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker`."""
@@ -65,13 +68,19 @@ class Wandb:
     """Weights & Biases; offline, in `wandb/` of the run, where nobody has logged in."""
 
     name = "wandb"
-    remedy = "Check the connection and `wandb login`, or set WANDB_MODE=offline and send it later: wandb sync."
+    remedy = (
+        "Check the connection and `wandb login`, or set WANDB_MODE=offline and send it later: "
+        "wandb sync."
+    )
 
     def start(self, run: TrackedRun, resume: str | None) -> str:
-        """See `Tracker`. Steps are a value of their own: those that a resumed run does again are not refused."""
+        """See `Tracker`. Steps are a value of their own: those that a resumed run does again are
+        not refused.
+        """
         self._library: Any = _imported("wandb", self.name)
         id_ = resume or uuid.uuid4().hex[:12]
-        known = os.environ.get("WANDB_MODE") or (None if _wandb_key() else "offline")  # else it asks, and waits
+        # Else it asks, and waits
+        known = os.environ.get("WANDB_MODE") or (None if _wandb_key() else "offline")
         self._run = self._library.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=id_,
@@ -103,7 +112,11 @@ class MLflow:
 
     name = "mlflow"
     remedy = "Check MLFLOW_TRACKING_URI, or leave it out: the run is then kept in mlruns/."
-    statuses: Mapping[Status, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+    statuses: Mapping[Status, str] = {
+        "finished": "FINISHED",
+        "stopped": "KILLED",
+        "failed": "FAILED",
+    }
 
     def start(self, run: TrackedRun, resume: str | None) -> str:
         """See `Tracker`."""
@@ -150,10 +163,15 @@ class Trackio:
     """trackio, which keeps runs on this machine and shows them with `trackio show`."""
 
     name = "trackio"
-    remedy = "Where TRACKIO_SPACE_ID is set, check the connection, or unset it: runs then stay on this machine."
+    remedy = (
+        "Where TRACKIO_SPACE_ID is set, check the connection, or unset it: runs then stay on "
+        "this machine."
+    )
 
     def start(self, run: TrackedRun, resume: str | None) -> str:
-        """See `Tracker`. Its runs go by name: that of the folder, with a part that no other run has."""
+        """See `Tracker`. Its runs go by name: that of the folder, with a part that no other run
+        has.
+        """
         self._library: Any = _imported("trackio", self.name)
         name = resume or f"{run.name}-{uuid.uuid4().hex[:6]}"
         with contextlib.redirect_stdout(sys.stderr):  # what it says is no part of --json
@@ -200,7 +218,9 @@ def tracker_names(words: Sequence[str]) -> tuple[str, ...]:
         if name not in KNOWN:
             raise UserError(f"--track {name}: no such tracker", nearest(name, list(KNOWN)))
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--track {name}: {name} is not installed", f"pip install 'detrellis[{name}]'")
+            raise UserError(
+                f"--track {name}: {name} is not installed", f"pip install 'detrellis[{name}]'"
+            )
     return names
 
 
@@ -223,7 +243,9 @@ def _wandb_key() -> bool:
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     places = (
-        [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path.home() / ".netrc", Path.home() / "_netrc"]
+        [Path(os.environ["NETRC"])]
+        if os.environ.get("NETRC")
+        else [Path.home() / ".netrc", Path.home() / "_netrc"]
     )
     for place in places:
         with contextlib.suppress(OSError, netrc.NetrcParseError):

@@ -1,8 +1,8 @@
 """Trackers: where the numbers and pictures of a run go besides `metrics.jsonl`.
 
-Each works in a thread of its own and gets what is logged through a queue, so one that fails, hangs or loses its server
-costs a warning and nothing else; one that is slow catches up. The ids of the runs that trackers have begun stand in
-`trackers.json`, and a resumed run goes on in the same ones.
+Each works in a thread of its own and gets what is logged through a queue, so one that fails, hangs
+or loses its server costs a warning and nothing else; one that is slow catches up. The ids of the
+runs that trackers have begun stand in `trackers.json`, and a resumed run goes on in the same ones.
 """
 
 from __future__ import annotations
@@ -44,18 +44,22 @@ class TrackedRun:
 class Tracker(Protocol):
     """What `train(track=...)` takes, besides the names of those that are known.
 
-    All calls come from one thread, one after the other. What one of them raises ends the tracking, and not the run; a
-    `UserError` is told in its own words.
+    All calls come from one thread, one after the other. What one of them raises ends the tracking,
+    and not the run; a `UserError` is told in its own words.
     """
 
     name: str
     remedy: str  # what to do where it fails
 
     def start(self, run: TrackedRun, resume: str | None) -> str | None:
-        """Begin, or go on with the run of the id `resume`; returns the id to go on with another time."""
+        """Begin, or go on with the run of the id `resume`; returns the id to go on with another
+        time.
+        """
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name, such as `losses/main/class/5`, after `step` optimizer steps; none is NaN."""
+        """Numbers by name, such as `losses/main/class/5`, after `step` optimizer steps; none is
+        NaN.
+        """
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
         """One RGB picture."""
@@ -67,11 +71,16 @@ class Tracker(Protocol):
 class Trackers:
     """All trackers of one run. No call raises, and only the beginning and the end wait for them."""
 
-    def __init__(self, trackers: Sequence[Tracker], run: TrackedRun, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, trackers: Sequence[Tracker], run: TrackedRun, say: Callable[[str], None]
+    ) -> None:
         self._file, self._writing = run.folder / IDS, threading.Lock()
         self._ids = read_ids(run.folder) if run.step else {}
         self._workers = [_Worker(tracker, say) for tracker in trackers]
-        begun = [(worker, worker.put(partial(self._begin, worker.tracker, run))) for worker in self._workers]
+        begun = [
+            (worker, worker.put(partial(self._begin, worker.tracker, run)))
+            for worker in self._workers
+        ]
         until = time.monotonic() + START_SECONDS
         for worker, done in begun:
             worker.wait(done, until, f"has not begun within {START_SECONDS:.0f} s")
@@ -88,7 +97,9 @@ class Trackers:
 
     def end(self, status: Status) -> None:
         """End all of them, and wait for what they still have to send."""
-        ended = [(worker, worker.put(partial(worker.tracker.end, status))) for worker in self._workers]
+        ended = [
+            (worker, worker.put(partial(worker.tracker.end, status))) for worker in self._workers
+        ]
         until = time.monotonic() + END_SECONDS
         for worker, done in ended:
             worker.wait(done, until, f"has not sent all it has within {END_SECONDS:.0f} s")
@@ -104,7 +115,9 @@ class Trackers:
 
 
 def read_ids(folder: Path) -> dict[str, str]:
-    """The ids of the trackers' runs by the trackers' names; none where the file is missing or damaged."""
+    """The ids of the trackers' runs by the trackers' names; none where the file is missing or
+    damaged.
+    """
     try:
         found = json.loads((folder / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -119,7 +132,9 @@ class _Worker:
         self.tracker, self._say = tracker, say
         self._error: BaseException | None = None
         self._lost = self._warned = False
-        self._calls: queue.Queue[tuple[Callable[[], object], threading.Event]] = queue.Queue(WAITING)
+        self._calls: queue.Queue[tuple[Callable[[], object], threading.Event]] = queue.Queue(
+            WAITING
+        )
         threading.Thread(target=self._work, name=f"tracker {tracker.name}", daemon=True).start()
 
     def put(self, call: Callable[[], object]) -> threading.Event:
@@ -152,7 +167,8 @@ class _Worker:
             try:
                 if self._error is None and not self._lost:
                     call()
-            except BaseException as error:  # whatever a library raises, SystemExit included, is no reason to stop
+            except BaseException as error:
+                # Whatever a library raises, SystemExit included, is no reason to stop.
                 self._error = error
             done.set()
 
@@ -170,4 +186,6 @@ class _Worker:
         if not self._warned:
             self._warned = True
             going_on = "The run goes on without it." if self._lost else "The run goes on."
-            self._say(f"warning {self.tracker.name} {why}. {going_on} {remedy or self.tracker.remedy}")
+            self._say(
+                f"warning {self.tracker.name} {why}. {going_on} {remedy or self.tracker.remedy}"
+            )

@@ -1,8 +1,9 @@
 """The training loop, read top to bottom.
 
-Nothing random has a state of its own: before each step every generator is seeded from (seed, step, process), and an
-image's augmentation from (seed, epoch, image). A resumed run therefore continues bit for bit; on a GPU as far as its
-kernels are deterministic, which the backward pass of `grid_sample` is not.
+Nothing random has a state of its own: before each step every generator is seeded from (seed, step,
+process), and an image's augmentation from (seed, epoch, image). A resumed run therefore continues
+bit for bit; on a GPU as far as its kernels are deterministic, which the backward pass of
+`grid_sample` is not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from detrellis.data.loader import Batch, Loader
 from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World, parallel, reduce_max, same_statistics
-from detrellis.engine.batches import batch_per_process, padded_fraction, train_loader, unreadable_line
+from detrellis.engine.batches import (
+    batch_per_process,
+    padded_fraction,
+    train_loader,
+    unreadable_line,
+)
 from detrellis.engine.checkpoint import (
     BEST,
     BEST_FOLDER,
@@ -66,12 +72,14 @@ def train(
     console: Console | None = None,
     report: Callable[[CocoEvaluator, Card], None] = lambda *_: None,
 ) -> TrainResult:
-    """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state` gave.
+    """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state`
+    gave.
 
-    `report` is called at the end with what the best weights detected, where this process evaluated them.
-    The state is saved before the first step, after the steps of each epoch and now and then between, so that whatever
-    ends the process leaves a run that can go on. An evaluation adds a few numbers, which the next state holds: a run
-    that is killed before it is saved evaluates again, with the same result.
+    `report` is called at the end with what the best weights detected, where this process evaluated
+    them. The state is saved before the first step, after the steps of each epoch and now and then
+    between, so that whatever ends the process leaves a run that can go on. An evaluation adds a few
+    numbers, which the next state holds: a run that is killed before it is saved evaluates again,
+    with the same result.
     """
     schedule = job.card.recipe.schedule
     epochs = schedule.epochs
@@ -111,7 +119,9 @@ def train(
     number, early = None if finished else run.stopped, finished and state.epoch < epochs
     if finished and run.best is not None and world.is_main_process:
         report(*run.best)
-    return TrainResult(job.out, *position, state.best, state.result, finished, number, early, state.transfer)
+    return TrainResult(
+        job.out, *position, state.best, state.result, finished, number, early, state.transfer
+    )
 
 
 class SaveError(UserError):
@@ -122,7 +132,13 @@ class TrainRun:
     """One run in one process: the parts that the loop above puts in order."""
 
     def __init__(
-        self, job: TrainJob, world: World, state: TrainState, loader: Loader, steps_per_epoch: int, log: RunLog
+        self,
+        job: TrainJob,
+        world: World,
+        state: TrainState,
+        loader: Loader,
+        steps_per_epoch: int,
+        log: RunLog,
     ) -> None:
         self.job, self.world, self.state, self.loader, self.log = job, world, state, loader, log
         self.recipe, self.steps_per_epoch = job.card.recipe, steps_per_epoch
@@ -131,26 +147,35 @@ class TrainRun:
         self.stopped = 0  # number of the signal that stopped it
         self.between_steps = True  # the state is one that a run may go on from
         self.saved_position: tuple[int, int] | None = None  # epochs and steps done in what is saved
-        self.evaluated_step = None if job.card.stats is None else state.step  # step of the weights in `state.result`
+        # Step of the weights in `state.result`
+        self.evaluated_step = None if job.card.stats is None else state.step
         self.saved_at = time.monotonic()
         self.best: tuple[CocoEvaluator, Card] | None = None  # what the best weights detected
         splits = {"train": job.train, "val": job.val}
         self.images = {split: packed_file_names(a) for split, a in splits.items() if a is not None}
         batch = batch_per_process(self.recipe, world)
-        self.val = None if job.val is None else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
+        self.val = (
+            None
+            if job.val is None
+            else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
+        )
         # Once for all evaluations; an object without a mask is told before the first step.
-        self.masks = run_lengths(job.val) if self.recipe.needs_bitmaps and job.val is not None else None
+        self.masks = (
+            run_lengths(job.val) if self.recipe.needs_bitmaps and job.val is not None else None
+        )
 
     def show_samples(self) -> None:
         """What is trained on, as one picture, in the run's folder and in the trackers."""
-        with contextlib.suppress(UserError):  # of a picture that cannot be read: the step that needs it says more
+        # Of a picture that cannot be read: the step that needs it says more
+        with contextlib.suppress(UserError):
             sheet = samples_sheet(self.loader.dataset, self.job.train.classes.names, SAMPLES)
             replace_files((self.job.out / SHEET, lambda path: sheet.save(path, "JPEG", quality=90)))
             self.log.picture("train_samples", sheet)
 
     def start_epoch(self) -> None:
-        """What was frozen for the first epochs alone is trained from here on; a resumed run finds its place the same
-        way. DDP has counted the parameters that get gradients, so it has to be made anew."""
+        """What was frozen for the first epochs alone is trained from here on; a resumed run finds
+        its place the same way. DDP has counted the parameters that get gradients, so it has to be
+        made anew."""
         backbone, until = self.state.model.detector.backbone, self.recipe.schedule.unfreeze_after
         if until and backbone.held and self.state.epoch >= until:
             backbone.hold(False)
@@ -206,7 +231,8 @@ class TrainRun:
             if state.ema is not None:
                 state.ema.update(state.model.detector, state.step)
         # The log, and now and then a look at whether anything is learned.
-        losses, metrics = mean_over_passes([o.losses for o in outputs]), mean_over_passes([o.metrics for o in outputs])
+        losses = mean_over_passes([o.losses for o in outputs])
+        metrics = mean_over_passes([o.metrics for o in outputs])
         images = sum(len(b.image_ids) for b in batches) * self.world.size
         due = state.step % WATCH_EVERY == 0
         warning = state.watch.update(state.step, total, float(metrics["main/iou"])) if due else None
@@ -215,33 +241,43 @@ class TrainRun:
         self.log.say(warning or "")
 
     def _forward_backward(self, batch: Batch, weight: float) -> tuple[StepOutput, float]:
-        """Forward and backward of one batch, whose loss counts with `weight`; bf16 where the GPU has it."""
+        """Forward and backward of one batch, whose loss counts with `weight`; bf16 where the GPU
+        has it.
+        """
         device, number = self.world.device, self.state.step + 1
         amp = self.recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
         with self.timer.part("forward"):
             batch = batch.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 output: StepOutput = self.model(batch.images, batch.targets)
-            output = output._replace(metrics=output.metrics | {"data/padding": padded_fraction(batch)})
+            output = output._replace(
+                metrics=output.metrics | {"data/padding": padded_fraction(batch)}
+            )
             total = torch.stack(list(output.losses.values())).sum()
             save_to = self.job.out / f"bad_batch-{self.world.rank}.pt"
             remedy = self._divergence_remedy()
-            value = check_finite(output.losses, total, number, batch.image_ids, batch, save_to, remedy)
+            value = check_finite(
+                output.losses, total, number, batch.image_ids, batch, save_to, remedy
+            )
         with self.timer.part("backward"):
             (total * weight).backward()
         return output, value
 
     def _without_gradient_sync(self, accumulating: bool) -> contextlib.AbstractContextManager[Any]:
-        """DDP exchanges gradients in the last pass of a step only, not while they are accumulated."""
+        """DDP exchanges gradients in the last pass of a step only, not while they are
+        accumulated.
+        """
         if accumulating and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
     def stop_or_save(self, caught: list[int]) -> None:
-        """Between two steps: stop where a signal came to any process, all after the same step, or the others would
-        wait for ever; save now and then, so that a long epoch is not lost."""
+        """Between two steps: stop where a signal came to any process, all after the same step, or
+        the others would wait for ever; save now and then, so that a long epoch is not lost."""
         self.stopped = self.received_signal(caught)
-        if reduce_max(int(time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS), self.world.device):
+        if reduce_max(
+            int(time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS), self.world.device
+        ):
             self.save()
 
     def received_signal(self, caught: list[int]) -> int:
@@ -249,13 +285,17 @@ class TrainRun:
         return reduce_max(caught[0] if caught else 0, self.world.device)
 
     def end_epoch(self) -> None:
-        """Evaluate, save the best weights and those of the epoch where the recipe keeps them, and log the epoch."""
+        """Evaluate, save the best weights and those of the epoch where the recipe keeps them, and
+        log the epoch.
+        """
         state, schedule, epoch = self.state, self.recipe.schedule, self.state.epoch + 1
         last, evaluates = epoch == schedule.epochs, False
-        # The evaluation; what the last one says besides is measured where it may turn out to be the last.
+        # The evaluation; what the last one says besides is measured where it may turn out to be the
+        # last.
         stats, after_nms = None, None
         if self.val is not None and (last or epoch % schedule.eval_every == 0):
-            self.save()  # an evaluation that fails, or is not waited for, costs nothing that was trained
+            # An evaluation that fails, or is not waited for, costs nothing that was trained
+            self.save()
             after_nms = self.evaluate(last or patience_left(schedule, state.since_best) == 1)
             stats, evaluates = None if state.result is None else state.result.stats, True
         if schedule.keep_every and epoch % schedule.keep_every == 0:
@@ -265,15 +305,27 @@ class TrainRun:
         state.epoch = epoch
         # The log.
         after_nms = after_nms if state.finished(schedule) else None
-        evaluated = {"eval": state.result, "after_nms": after_nms} if evaluates and state.finished(schedule) else {}
-        resampled = {name: result.resampled for name, result in evaluated.items() if result and result.resampled}
-        self.log.end_epoch(self.timer.take(), stats, None if after_nms is None else after_nms.stats, resampled)
+        evaluated = (
+            {"eval": state.result, "after_nms": after_nms}
+            if evaluates and state.finished(schedule)
+            else {}
+        )
+        resampled = {
+            name: result.resampled
+            for name, result in evaluated.items()
+            if result and result.resampled
+        }
+        self.log.end_epoch(
+            self.timer.take(), stats, None if after_nms is None else after_nms.stats, resampled
+        )
         self.log.say(unreadable_line(self.job.out))
         if after_nms is not None and state.result is not None:
             self.log.say(duplicates_line(state.result, after_nms) or "")
 
     def evaluate(self, last: bool) -> EvalResult | None:
-        """Evaluate the epoch, and save its weights if they are among the best; of the `last`, the result after NMS."""
+        """Evaluate the epoch, and save its weights if they are among the best; of the `last`, the
+        result after NMS.
+        """
         state, loader, val = self.state, self.val, self.job.val
         assert loader is not None
         assert val is not None
@@ -281,16 +333,24 @@ class TrainRun:
             with self.timer.part("eval"):
                 batches = self.log.track(loader, "evaluate", len(loader))
                 thresholds = (None, NMS) if last else (None,)
-                evaluators = collect(detector, batches, val, self.world.device, thresholds, truth=self.masks)
+                evaluators = collect(
+                    detector, batches, val, self.world.device, thresholds, truth=self.masks
+                )
                 state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
                 self.evaluated_step = state.step
             if state.result.ap is not None:
                 self._save_best(state.result.ap, evaluators[0], detector.state_dict())
         return after_nms[0] if last else None
 
-    def _save_best(self, ap: float, evaluator: CocoEvaluator, weights: Mapping[str, torch.Tensor]) -> None:
-        """Save the epoch's weights if they are the best, or among as many of the best as the recipe keeps."""
-        state, count, card = self.state, self.recipe.schedule.keep_best, self._card(self.state.epoch + 1)
+    def _save_best(
+        self, ap: float, evaluator: CocoEvaluator, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Save the epoch's weights if they are the best, or among as many of the best as the recipe
+        keeps.
+        """
+        state = self.state
+        count = self.recipe.schedule.keep_best
+        card = self._card(self.state.epoch + 1)
         if count and self.world.is_main_process:
             keep_best(self.job.out / BEST_FOLDER, weights, card, ap, count)
         state.since_best += 1
@@ -300,8 +360,9 @@ class TrainRun:
             state.best, state.since_best, self.best = ap, 0, (evaluator, card)
 
     def save_at_start(self, resume: Mapping[str, Any] | None) -> None:
-        """Save before the first step: a full disk shows now, and whatever comes, there is a state to go on from. Of a
-        resumed run what a crash or a change of settings has left different on the disk is written again."""
+        """Save before the first step: a full disk shows now, and whatever comes, there is a state
+        to go on from. Of a resumed run what a crash or a change of settings has left different on
+        the disk is written again."""
         if resume is not None:
             self.log.load_state_dict(resume.get(LOG))
             if OLDER not in resume:
@@ -318,7 +379,11 @@ class TrainRun:
         now = time.monotonic()
         self.state.seconds += now - self.saved_at
         self.saved_at = now
-        more = {IMAGES: self.images, SEEN: images_an_epoch(self.job.train, self.recipe), LOG: self.log.state_dict()}
+        more = {
+            IMAGES: self.images,
+            SEEN: images_an_epoch(self.job.train, self.recipe),
+            LOG: self.log.state_dict(),
+        }
         whole = self.state.state_dict() | more
         weights = self.state.weights() if self.state.step else None
         if self.world.is_main_process:
@@ -347,12 +412,18 @@ class TrainRun:
             raise
         except Exception as error:
             alone = self.state.sharded is None  # the others may not come to save
-            if alone and self.between_steps and self.saved_position not in (None, (self.state.epoch, self.state.step)):
+            if (
+                alone
+                and self.between_steps
+                and self.saved_position not in (None, (self.state.epoch, self.state.step))
+            ):
                 with contextlib.suppress(UserError):  # the last checkpoint has to do
                     self.save()
             remedy = self._resume_remedy()
             if isinstance(error, UserError):
-                raise UserError(error.message, f"{error.remedy}\n  {remedy}" if error.remedy else remedy) from error
+                raise UserError(
+                    error.message, f"{error.remedy}\n  {remedy}" if error.remedy else remedy
+                ) from error
             if isinstance(error, OSError):
                 place = "" if error.filename is None else f"{error.filename}: "
                 raise UserError(f"{place}{error.strerror or error}", remedy) from error
@@ -367,17 +438,28 @@ class TrainRun:
         if self.saved_position is None:
             return "Nothing has been trained yet: make room, or take another --out."
         if self.state.step == 0:
-            return f"Nothing has been trained yet. Go on with: {resume}; with other settings take another --out."
+            return (
+                f"Nothing has been trained yet. Go on with: {resume}; with other settings take "
+                "another --out."
+            )
         step = self.saved_position[1]
         all_of = "Nothing that was trained is lost: the" if step == self.state.step else "The"
         return f"{all_of} run is saved up to step {step}. Go on with: {resume}"
 
     def _divergence_remedy(self) -> str:
         """What to do about a loss that is not finite."""
-        config, step = self.recipe.optim, 0 if self.saved_position is None else self.saved_position[1]
+        config = self.recipe.optim
+        step = 0 if self.saved_position is None else self.saved_position[1]
         return divergence_remedy(self.job.out, config.lr, config.clip, step)
 
     def _card(self, epoch: int) -> Card:
-        """The card of the present weights; with their evaluation, if they are what was evaluated last."""
+        """The card of the present weights; with their evaluation, if they are what was evaluated
+        last.
+        """
         result = self.state.result if self.evaluated_step == self.state.step else None
-        return replace(self.job.card, epoch=epoch, step=self.state.step, stats=None if result is None else result.stats)
+        return replace(
+            self.job.card,
+            epoch=epoch,
+            step=self.state.step,
+            stats=None if result is None else result.stats,
+        )

@@ -1,4 +1,6 @@
-"""What became of every tensor when a detector started from other weights, for people and for programs."""
+"""What became of every tensor when a detector started from other weights, for people and for
+programs.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,26 @@ PARTS = {
     "decoder.": "decoder",
     "": "other",
 }
-ORDER = ("backbone", "neck", "encoder", "proposals", "queries", "decoder", "box heads", "class heads", "other")
+ORDER = (
+    "backbone",
+    "neck",
+    "encoder",
+    "proposals",
+    "queries",
+    "decoder",
+    "box heads",
+    "class heads",
+    "other",
+)
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # the index of a layer, or of another numbered module
 MOST_ROWS, MOST_NAMES = 12, 12  # in the table; `to_dict` has them all
 
 
 @dataclass(frozen=True)
 class TensorFate:
-    """One tensor, and how many of its numbers were loaded, stayed as initialised, or found no place."""
+    """One tensor, and how many of its numbers were loaded, stayed as initialised, or found no
+    place.
+    """
 
     name: str
     outcome: Outcome
@@ -65,7 +79,9 @@ class NotLoaded:
 
 @dataclass(frozen=True)
 class ClassRows:
-    """The classes whose rows were kept, those that start fresh, and those of the weights that found no place."""
+    """The classes whose rows were kept, those that start fresh, and those of the weights that found
+    no place.
+    """
 
     REASON: ClassVar[str] = "class rows by name"
 
@@ -76,7 +92,9 @@ class ClassRows:
 
     @classmethod
     def of(cls, classes: ClassMap, source: ClassMap, rows: Sequence[tuple[int, int]]) -> ClassRows:
-        """The classes by what became of their rows; `rows` are pairs of a class here and one in the weights."""
+        """The classes by what became of their rows; `rows` are pairs of a class here and one in the
+        weights.
+        """
         ours, theirs = {i for i, _ in rows}, {j for _, j in rows}
         names = list(enumerate(classes.names))
         return cls(
@@ -88,13 +106,23 @@ class ClassRows:
 
     def to_dict(self) -> dict[str, Any]:
         """The classes as JSON holds them."""
-        return {"same": self.same, "kept": list(self.kept), "new": list(self.new), "left": list(self.left)}
+        return {
+            "same": self.same,
+            "kept": list(self.kept),
+            "new": list(self.new),
+            "left": list(self.left),
+        }
 
     def text(self) -> str:
         """The classes in a sentence."""
         if self.same:
             return f"class rows: the same {plural(len(self.kept), 'class')}, all kept"
-        parts = [f"class rows kept by name: {_shortened(self.kept)} ({len(self.kept)} of {len(self.kept + self.new)})"]
+        parts = [
+            (
+                f"class rows kept by name: {_shortened(self.kept)} ({len(self.kept)} of "
+                f"{len(self.kept + self.new)})"
+            )
+        ]
         parts += [f"new: {_shortened(self.new)}"] if self.new else []
         parts += [f"not needed: {_shortened(self.left)}"] if self.left else []
         return "; ".join(parts)
@@ -102,7 +130,9 @@ class ClassRows:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """How a detector was filled. `fates`: in the order of its tensors, then those that only the weights have."""
+    """How a detector was filled. `fates`: in the order of its tensors, then those that only the
+    weights have.
+    """
 
     fates: tuple[TensorFate, ...]
     classes: ClassRows
@@ -120,12 +150,16 @@ class TransferReport:
         return parts
 
     def exceptions(self) -> list[NotLoaded]:
-        """What was not loaded whole, modules and layers of the same fate together; class rows are listed elsewhere."""
+        """What was not loaded whole, modules and layers of the same fate together; class rows are
+        listed elsewhere.
+        """
         groups: dict[tuple[str, Outcome, str], list[tuple[str, Sequence[TensorFate]]]] = {}
         for place, fates in _subtrees("", self.fates):
             outcome, reason = fates[0].outcome, fates[0].reason
             if outcome != "loaded" and reason != ClassRows.REASON:
-                groups.setdefault((_LAYER.sub("#", place, count=1), outcome, reason), []).append((place, fates))
+                groups.setdefault((_LAYER.sub("#", place, count=1), outcome, reason), []).append(
+                    (place, fates)
+                )
         return [_not_loaded(found) for found in groups.values()]
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,8 +174,12 @@ class TransferReport:
         }
 
     def table(self, origin: str = "") -> Group:
-        """Parts, exceptions and class rows for a console of 80 columns or more; `origin` says where from."""
-        parts: list[Table | Text] = [Text.assemble("Start from ", (origin, "bold"), "\n")] if origin else []
+        """Parts, exceptions and class rows for a console of 80 columns or more; `origin` says where
+        from.
+        """
+        parts: list[Table | Text] = (
+            [Text.assemble("Start from ", (origin, "bold"), "\n")] if origin else []
+        )
         parts += [self._parts_table(), Text()]
         exceptions = self.exceptions()
         for outcome in OUTCOMES[1:]:
@@ -152,7 +190,9 @@ class TransferReport:
     def _parts_table(self) -> Table:
         """One row per part of the network; a column only for outcomes that occurred."""
         parts = self.parts()
-        shown = [o for o in OUTCOMES if o == "loaded" or any(counts[o][0] for counts in parts.values())]
+        shown = [
+            o for o in OUTCOMES if o == "loaded" or any(counts[o][0] for counts in parts.values())
+        ]
         table = _plain_table("part")
         for outcome in shown:
             table.add_column(outcome, justify="right", no_wrap=True)
@@ -161,7 +201,9 @@ class TransferReport:
         return table
 
 
-def _subtrees(prefix: str, fates: Sequence[TensorFate]) -> Iterator[tuple[str, Sequence[TensorFate]]]:
+def _subtrees(
+    prefix: str, fates: Sequence[TensorFate]
+) -> Iterator[tuple[str, Sequence[TensorFate]]]:
     """The largest modules all of whose tensors had the same fate, down to single tensors."""
     if len({(f.outcome, f.reason) for f in fates}) == 1:
         yield prefix, fates
@@ -200,7 +242,9 @@ def _not_loaded(found: Sequence[tuple[str, Sequence[TensorFate]]]) -> NotLoaded:
     fates = [f for _, inside in found for f in inside]
     largest = max(fates, key=lambda f: f.loaded + f.fresh + f.skipped)
     reason = f"{largest.reason}: {largest.detail}" if largest.detail else largest.reason
-    return NotLoaded(_joined([place for place, _ in found]), largest.outcome, reason, *_count(fates))
+    return NotLoaded(
+        _joined([place for place, _ in found]), largest.outcome, reason, *_count(fates)
+    )
 
 
 def _exceptions_table(outcome: Outcome, exceptions: Sequence[NotLoaded]) -> Table:

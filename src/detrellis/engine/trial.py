@@ -1,8 +1,9 @@
-"""How many images fit into a training step: tried in a process of its own, which then gives all its memory back.
+"""How many images fit into a training step: tried in a process of its own, which then gives all its
+memory back.
 
-`python -m detrellis.engine.trial` reads what `auto_batch` asks from the standard input and prints the number. On a GPU
-steps are taken until one is out of memory. On a CPU, where the system would end the process, the peaks of one image and
-of two say what each further one takes.
+`python -m detrellis.engine.trial` reads what `auto_batch` asks from the standard input and prints
+the number. On a GPU steps are taken until one is out of memory. On a CPU, where the system would
+end the process, the peaks of one image and of two say what each further one takes.
 """
 
 from __future__ import annotations
@@ -33,15 +34,20 @@ MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 Step = Callable[[int], object]  # a training step on so many images
 
 
-def trial_step(recipe: Recipe, classes: int, worst: tuple[int, int, int], device: torch.device, processes: int) -> Step:
-    """A step of all that a run has in memory, with random weights: `worst` is height, width and boxes of each image."""
+def trial_step(
+    recipe: Recipe, classes: int, worst: tuple[int, int, int], device: torch.device, processes: int
+) -> Step:
+    """A step of all that a run has in memory, with random weights: `worst` is height, width and
+    boxes of each image.
+    """
     height, width, boxes = worst
     model = build(recipe.untrained(), classes).to(device).train()
     if recipe.schedule.unfreeze_after:  # the worst is to come
         model.detector.backbone.hold(False)
     optimizer = build_optimizer(model, recipe.optim)
     average = EMA(model.detector, recipe.optim.ema) if recipe.optim.ema > 0 else None
-    buckets = [torch.ones_like(p) for p in model.parameters() if p.requires_grad and processes > 1]  # DDP's
+    # DDP's
+    buckets = [torch.ones_like(p) for p in model.parameters() if p.requires_grad and processes > 1]
 
     def step(count: int) -> object:
         padding = torch.zeros(count, height, width, dtype=torch.bool, device=device)
@@ -72,7 +78,9 @@ def fitting_on_gpu(step: Step, device: torch.device) -> int:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, 0 where 1 does not: doubled while it does, then halved between."""
+    """The largest number up to `limit` that fits, 0 where 1 does not: doubled while it does, then
+    halved between.
+    """
     good, bad = 0, 1
     while bad <= limit and fits(bad):
         good, bad = bad, 2 * bad
@@ -84,9 +92,11 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fitting_on_cpu(step: Step, room: float, loaded: int, peak: Callable[[], int]) -> int:
-    """The most images whose step stays within `room` bytes, with `loaded` bytes of each image in the loader.
+    """The most images whose step stays within `room` bytes, with `loaded` bytes of each image in
+    the loader.
 
-    `peak` is the most memory that this process has had. Where one image takes all the room, two are not tried.
+    `peak` is the most memory that this process has had. Where one image takes all the room, two are
+    not tried.
     """
     for _ in range(2):  # the first one makes the optimizer's moments
         step(1)
@@ -99,7 +109,9 @@ def fitting_on_cpu(step: Step, room: float, loaded: int, peak: Callable[[], int]
 
 
 def available() -> int:
-    """Bytes that this machine, or the container, has left. `UserError` where the system does not say so."""
+    """Bytes that this machine, or the container, has left. `UserError` where the system does not
+    say so.
+    """
     try:
         left = _kib(MEMINFO, "MemAvailable")
     except (OSError, ValueError):
@@ -124,8 +136,14 @@ def main(request: dict[str, Any]) -> int:
     recipe, device = Recipe.checked(request["recipe"]), torch.device(request["device"])
     height, width, boxes = request["worst"]
     status = Path("/proc/self/status")
-    room = 0.0 if device.type == "cuda" else USED * available() / request["here"] + _kib(status, "VmRSS")
-    step = trial_step(recipe, request["classes"], (height, width, boxes), device, request["processes"])
+    room = (
+        0.0
+        if device.type == "cuda"
+        else USED * available() / request["here"] + _kib(status, "VmRSS")
+    )
+    step = trial_step(
+        recipe, request["classes"], (height, width, boxes), device, request["processes"]
+    )
     if device.type == "cuda":
         return fitting_on_gpu(step, device)
     loaded = (1 + AHEAD * request["workers"]) * 3 * height * width * 4

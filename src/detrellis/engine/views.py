@@ -1,8 +1,10 @@
-"""Test-time augmentation: each image at several sizes and mirrored, and what is detected in all of them merged.
+"""Test-time augmentation: each image at several sizes and mirrored, and what is detected in all of
+them merged.
 
-What every view gives is brought back to the original image and put together; within each class, linear soft-NMS from an
-IoU of 0.8 on (Co-DETR's) lowers the scores of what others found too, NMS drops it, or weighted boxes average it
-(Solovyev et al. 2021, here around the best box of each cluster). No scores are averaged but by the last.
+What every view gives is brought back to the original image and put together; within each class,
+linear soft-NMS from an IoU of 0.8 on (Co-DETR's) lowers the scores of what others found too, NMS
+drops it, or weighted boxes average it (Solovyev et al. 2021, here around the best box of each
+cluster). No scores are averaged but by the last.
 """
 
 from __future__ import annotations
@@ -51,20 +53,31 @@ class View:
         image, boxes, labels = self.resize(image, boxes, labels)
         return (*horizontal_flip(image, boxes), labels) if self.mirrored else (image, boxes, labels)
 
-    def found(self, postprocess: Postprocess, output: DecoderOutput, sizes: Tensor) -> list[Detections]:
-        """The best detections of each image without any suppression, on the host, in pixels of the original images of
-        `sizes (B, 2)`. Raises `UserError` for a detector that gives masks."""
+    def found(
+        self, postprocess: Postprocess, output: DecoderOutput, sizes: Tensor
+    ) -> list[Detections]:
+        """The best detections of each image without any suppression, on the host, in pixels of the
+        original images of `sizes (B, 2)`. Raises `UserError` for a detector that gives masks."""
         if output.mask_embeds is not None:
             raise UserError(
-                "test-time augmentation merges boxes, and this detector gives masks", "Leave out --tta and --tta-views."
+                "test-time augmentation merges boxes, and this detector gives masks",
+                "Leave out --tta and --tta-views.",
             )
-        images = [image._replace(queries=None) for image in postprocess.best(output, sizes, postprocess.top_k)]
-        return [self._back(image, int(width)) for image, width in zip(images, sizes[:, 1].tolist(), strict=True)]
+        images = [
+            image._replace(queries=None)
+            for image in postprocess.best(output, sizes, postprocess.top_k)
+        ]
+        return [
+            self._back(image, int(width))
+            for image, width in zip(images, sizes[:, 1].tolist(), strict=True)
+        ]
 
     def _back(self, image: Detections, width: int) -> Detections:
         boxes = image.boxes.cpu()
         if self.mirrored:
-            boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=-1)
+            boxes = torch.stack(
+                [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=-1
+            )
         return Detections(image.scores.cpu(), image.labels.cpu(), boxes)
 
 
@@ -76,7 +89,9 @@ class Views:
     merge: Merge = "soft_nms"
 
     def merged(self, found: Sequence[Detections], size: tuple[int, int], k: int) -> Detections:
-        """The `k` best detections of an image of `size` height, width, of which each view `found` some."""
+        """The `k` best detections of an image of `size` height, width, of which each view `found`
+        some.
+        """
         together = Detections(
             torch.cat([image.scores for image in found]),
             torch.cat([image.labels for image in found]),
@@ -86,11 +101,15 @@ class Views:
         threshold = THRESHOLDS[self.merge]
         if self.merge == "soft_nms":
             return soften(together, size, threshold, k)
-        return hard_nms(together, threshold, k) if self.merge == "nms" else self._weighted(together, threshold, k)
+        return (
+            hard_nms(together, threshold, k)
+            if self.merge == "nms"
+            else self._weighted(together, threshold, k)
+        )
 
     def _weighted(self, found: Detections, threshold: float, k: int) -> Detections:
-        """The best of each cluster, at the mean of the cluster's boxes, weighted by scores; its score is the mean of
-        theirs, times the part of the views that it was found in."""
+        """The best of each cluster, at the mean of the cluster's boxes, weighted by scores; its
+        score is the mean of theirs, times the part of the views that it was found in."""
         best = hard_nms(found, threshold, len(found.scores))
         overlap = pairwise_iou(best.boxes, found.boxes) * (best.labels.unsqueeze(1) == found.labels)
         place = torch.arange(len(best.scores)).unsqueeze(1)
@@ -103,14 +122,19 @@ class Views:
 
 
 def read_views(tta: bool | str, config: DataConfig, nms: float | None = None) -> Views | None:
-    """What `tta` asks for: nothing (False), three sizes, each mirrored too (True or `"auto"`), or the short sides and
-    words of a text such as `"640,800,flip,wbf"`. None where that is the plain view alone."""
+    """What `tta` asks for: nothing (False), three sizes, each mirrored too (True or `"auto"`), or
+    the short sides and words of a text such as `"640,800,flip,wbf"`. None where that is the plain
+    view alone."""
     if tta is False:
         return None
     if nms is not None:
-        raise UserError("--nms and --tta both say which of several detections is left", "Leave one of them out.")
+        raise UserError(
+            "--nms and --tta both say which of several detections is left", "Leave one of them out."
+        )
     if config.pad is not None:
-        what = f"data.pad={config.pad}: this detector reads pictures of one size, with their padding"
+        what = (
+            f"data.pad={config.pad}: this detector reads pictures of one size, with their padding"
+        )
         raise UserError(what, "Leave out --tta and --tta-views.")
     words = [] if tta is True else [word.strip().lower() for word in tta.split(",")]
     short = config.size if isinstance(config.size, int) else min(config.size)
@@ -119,13 +143,23 @@ def read_views(tta: bool | str, config: DataConfig, nms: float | None = None) ->
     else:
         sides = [int(word) for word in words if word.isdecimal()] or [short]
     for word in words:
-        if word != "flip" and word not in get_args(Merge) and (not word.isdecimal() or int(word) not in SIDES):
-            raise UserError(f"--tta-views {tta}: {word!r} is no short side, and no word that it takes", EXAMPLE)
+        if (
+            word != "flip"
+            and word not in get_args(Merge)
+            and (not word.isdecimal() or int(word) not in SIDES)
+        ):
+            raise UserError(
+                f"--tta-views {tta}: {word!r} is no short side, and no word that it takes", EXAMPLE
+            )
     merges = [merge for merge in get_args(Merge) if merge in words]
     if len(merges) > 1:
         raise UserError(f"--tta-views {tta}: {' and '.join(merges)} both merge", EXAMPLE)
     mirrors = (False, True) if "flip" in words else (False,)
-    views = tuple(View(_resize(config, side), mirrored) for side in dict.fromkeys(sides) for mirrored in mirrors)
+    views = tuple(
+        View(_resize(config, side), mirrored)
+        for side in dict.fromkeys(sides)
+        for mirrored in mirrors
+    )
     plain = views == (View(_resize(config, short)),)
     return None if plain else Views(views, *merges)
 
@@ -134,16 +168,23 @@ def _resize(config: DataConfig, side: int) -> Resize:
     """The recipe's resizing to another short side, all else in proportion."""
     size, longest = config.size, config.max_side
     scale = side / (size if isinstance(size, int) else min(size))
-    options = config.resizing() | {"max_size": None if longest is None else max(round(longest * scale), side)}
+    options = config.resizing() | {
+        "max_size": None if longest is None else max(round(longest * scale), side)
+    }
     if isinstance(size, int):
         return eval_transform(side, **options)
     return eval_transform((round(size[0] * scale), round(size[1] * scale)), **options)
 
 
 def collect_views(
-    detector: Detector, views: Views, batches: Callable[[View], Iterable[Batch]], annotations: Annotations
+    detector: Detector,
+    views: Views,
+    batches: Callable[[View], Iterable[Batch]],
+    annotations: Annotations,
 ) -> CocoEvaluator:
-    """As `engine.evaluate.collect`, of what all views of each image give; `batches` yields all images in a view."""
+    """As `engine.evaluate.collect`, of what all views of each image give; `batches` yields all
+    images in a view.
+    """
     found: dict[int, dict[View, Detections]] = {}
     sizes: dict[int, tuple[int, int]] = {}
     device = next(detector.parameters()).device
@@ -152,7 +193,9 @@ def collect_views(
             batch = batch.to(device, non_blocking=True)
             with evaluating(detector):
                 images = view.found(detector.postprocess, detector(batch.images), batch.sizes)
-            for image_id, size, image in zip(batch.image_ids, batch.sizes.tolist(), images, strict=True):
+            for image_id, size, image in zip(
+                batch.image_ids, batch.sizes.tolist(), images, strict=True
+            ):
                 found.setdefault(image_id, {})[view] = image
                 sizes[image_id] = (size[0], size[1])
     k = detector.postprocess.top_k

@@ -1,10 +1,12 @@
-"""Pascal VOC's mean AP at IoU 0.5 (Everingham et al., IJCV 2010 and 2015), from what a `CocoEvaluator` has collected.
+"""Pascal VOC's mean AP at IoU 0.5 (Everingham et al., IJCV 2010 and 2015), from what a
+`CocoEvaluator` has collected.
 
-The detections of a class are taken from the highest score down. Each belongs to the box of its image and class with
-which its IoU is highest. Below 0.5 it is a false alarm; else the first one finds the box, and all others are false
-alarms, even where another box would be free. Boxes marked `difficult` are not counted as missed, and detections that
-belong to one count neither way. AP is the area under the precision envelope (VOC 2010 on), and the mean of the envelope
-at the recalls 0, 0.1, ..., 1 (VOC 2007).
+The detections of a class are taken from the highest score down. Each belongs to the box of its
+image and class with which its IoU is highest. Below 0.5 it is a false alarm; else the first one
+finds the box, and all others are false alarms, even where another box would be free. Boxes marked
+`difficult` are not counted as missed, and detections that belong to one count neither way. AP is
+the area under the precision envelope (VOC 2010 on), and the mean of the envelope at the recalls 0,
+0.1, ..., 1 (VOC 2007).
 
 | deviation from VOC's development kit | why |
 | --- | --- |
@@ -15,9 +17,9 @@ at the recalls 0, 0.1, ..., 1 (VOC 2007).
 | a class without a box has no AP, and no part in the mean | the kit divides by 0 |
 | crowd regions (COCO) count as difficult | VOC has none |
 
-VOC's files are read as edges, `xmin - 1 .. xmax` (data/formats/voc.py), so a box has the kit's size. If detections are
-written for the kit as `x1 + 1 .. x2`, its IoU is ours. In sets of other formats, and in those counted from 0, it would
-see all boxes a pixel larger.
+VOC's files are read as edges, `xmin - 1 .. xmax` (data/formats/voc.py), so a box has the kit's
+size. If detections are written for the kit as `x1 + 1 .. x2`, its IoU is ours. In sets of other
+formats, and in those counted from 0, it would see all boxes a pixel larger.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class VocClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class VocResult(EvalScores):
-    """Mean AP at IoU 0.5 over the classes, in both of VOC's versions (`STATISTICS`), and each class's.
+    """Mean AP at IoU 0.5 over the classes, in both of VOC's versions (`STATISTICS`), and each
+    class's.
 
     `ap` is the mean of the areas.
     """
@@ -105,8 +108,11 @@ def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult
     rows = collected.rows
     rows = rows[np.lexsort((rows[:, 0], -rows[:, 5]))]
     row_image, row_label = (rows[:, i].astype(np.int64) for i in (0, 6))
-    matched = match_boxes(row_image * count + row_label, rows[:, 1:5], image * count + labels, boxes)
-    # Detections of difficult boxes count neither way; of several that found one box, only the first is a hit.
+    matched = match_boxes(
+        row_image * count + row_label, rows[:, 1:5], image * count + labels, boxes
+    )
+    # Detections of difficult boxes count neither way; of several that found one box, only the first
+    # is a hit.
     counts = ~np.append(difficult, False)[matched]  # -1, no box, is the last
     first = np.zeros(len(matched), dtype=np.bool_)
     first[np.unique(matched, return_index=True)[1]] = True
@@ -116,9 +122,14 @@ def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult
         truth, detected = labels == k, row_label == k
         total, passed = int((truth & ~difficult).sum()), int((truth & difficult).sum())
         ap, ap11 = average_precision(hits[detected & counts], total)
-        per_class.append(VocClassResult(name, category, ap, ap11, total, passed, int(detected.sum())))
+        per_class.append(
+            VocClassResult(name, category, ap, ap11, total, passed, int(detected.sum()))
+        )
     return VocResult(
-        stats={"AP": mean_of_known(c.ap for c in per_class), "AP11": mean_of_known(c.ap11 for c in per_class)},
+        stats={
+            "AP": mean_of_known(c.ap for c in per_class),
+            "AP11": mean_of_known(c.ap11 for c in per_class),
+        },
         per_class=tuple(per_class),
         images=len(collected.images),
         images_in_set=len(a),
@@ -130,10 +141,11 @@ def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult
 
 
 def match_boxes(detection_keys: Int, detections: Float, keys: Int, boxes: Float) -> Int:
-    """Row in `boxes` of the one that each detection overlaps most, `(N,)`; -1 where that is below `THRESHOLD`.
+    """Row in `boxes` of the one that each detection overlaps most, `(N,)`; -1 where that is below
+    `THRESHOLD`.
 
-    Keys stand for an image and a class: a detection is compared with the boxes of its key only, and takes the first of
-    those that it overlaps equally. Boxes are `(..., 4)` x, y, width, height.
+    Keys stand for an image and a class: a detection is compared with the boxes of its key only, and
+    takes the first of those that it overlaps equally. Boxes are `(..., 4)` x, y, width, height.
     """
     order = np.argsort(keys, kind="stable")
     first, last = (np.searchsorted(keys[order], detection_keys, side) for side in ("left", "right"))
@@ -153,7 +165,8 @@ def _corners(boxes: Float) -> torch.Tensor:
 
 
 def average_precision(hits: Bool, total: int) -> tuple[float | None, float | None]:
-    """Area and 11-point average of one class; `hits (N,)`, best first, of detections for `total` boxes.
+    """Area and 11-point average of one class; `hits (N,)`, best first, of detections for `total`
+    boxes.
 
     None where there is no box.
     """
@@ -162,6 +175,7 @@ def average_precision(hits: Bool, total: int) -> tuple[float | None, float | Non
     reached = hits.cumsum()
     precision = reached / np.arange(1, len(hits) + 1)
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    # Where each recall is first reached, in whole numbers; past the end, where the envelope is 0, if never.
+    # Where each recall is first reached, in whole numbers; past the end, where the envelope is 0,
+    # if never.
     steps = np.searchsorted(10 * reached, np.arange(11) * total)
     return float(envelope[:-1][hits].sum() / total), float(envelope[steps].mean())

@@ -1,4 +1,6 @@
-"""What is exported: a detector from pictures to its outputs, with the preprocessing that it was trained with."""
+"""What is exported: a detector from pictures to its outputs, with the preprocessing that it was
+trained with.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,26 @@ DETECTIONS = ("scores", "labels", "corners")
 
 
 class ExportGraph(nn.Module):
-    """A detector that takes pictures `(B, 3, h, w)` in RGB from 0 to 1, resized as its recipe says, of one size.
+    """A detector that takes pictures `(B, 3, h, w)` in RGB from 0 to 1, resized as its recipe says,
+    of one size.
 
-    It normalises them and, where the recipe has a `canvas` (height, width), pads them to it. It returns `logits
-    (B, N, C)` and `boxes (B, N, 4)`, `(cx, cy, w, h)` relative to the picture, and `iou_logits (B, N)` of an IoU
-    branch; with `detections` also, ranked by score, `scores`, `labels` and `corners`, `(B, K)` twice and `(B, K, 4)`,
-    the last ones `(x1, y1, x2, y2)` relative to the picture.
+    It normalises them and, where the recipe has a `canvas` (height, width), pads them to it. It
+    returns `logits (B, N, C)` and `boxes (B, N, 4)`, `(cx, cy, w, h)` relative to the picture, and
+    `iou_logits (B, N)` of an IoU branch; with `detections` also, ranked by score, `scores`,
+    `labels` and `corners`, `(B, K)` twice and `(B, K, 4)`, the last ones `(x1, y1, x2, y2)`
+    relative to the picture.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, detector: Detector, normalise: Normalise, canvas: tuple[int, int] | None, *, detections: bool = False
+        self,
+        detector: Detector,
+        normalise: Normalise,
+        canvas: tuple[int, int] | None,
+        *,
+        detections: bool = False,
     ) -> None:
         super().__init__()
         self.detector, self.canvas, self.detections = detector, canvas, detections
@@ -50,7 +59,9 @@ class ExportGraph(nn.Module):
             outputs.append(output.iou_logits[-1])
         if self.detections:
             scores, labels, query = self.detector.postprocess.ranked(output)
-            corners = cxcywh_to_xyxy(output.boxes[-1].gather(1, query.unsqueeze(-1).expand(-1, -1, 4)))
+            corners = cxcywh_to_xyxy(
+                output.boxes[-1].gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
+            )
             outputs += [scores, labels, corners.clamp(0, 1)]
         return tuple(outputs)
 

@@ -1,7 +1,7 @@
 """An exported network with its backbone, neck and encoder in 8-bit integers, and what that costs.
 
-OpenVINO's nncf chooses the ranges of the activations on training pictures. What chooses queries, and the decoder, stay
-in float: a box is refined by small differences, which eight bits round away.
+OpenVINO's nncf chooses the ranges of the activations on training pictures. What chooses queries,
+and the decoder, stay in float: a box is refined by small differences, which eight bits round away.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ from detrellis.predictions.model import Model
 
 PICTURES = 128  # at most, spread evenly over the training images
 MAX_LOSS = 0.01  # AP that eight bits may cost
-PARTS = ("detector.backbone", "detector.neck", "detector.encoder")  # in eight bits; all else stays in float
+# In eight bits; all else stays in float
+PARTS = ("detector.backbone", "detector.neck", "detector.encoder")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How good and how fast a network is: AP, and the median time of one picture in milliseconds."""
+    """How good and how fast a network is: AP, and the median time of one picture in
+    milliseconds.
+    """
 
     ap: float
     ms: float
@@ -63,8 +66,16 @@ class Quantised:
 
     def table(self) -> Table:
         """For a rich console."""
-        caption = f"Calibrated on {self.pictures} training images; times on this machine, a picture at a time"
-        table = Table(title="What eight bits cost", title_justify="left", caption=caption, caption_justify="left")
+        caption = (
+            f"Calibrated on {self.pictures} training images; times on this machine, a picture at "
+            "a time"
+        )
+        table = Table(
+            title="What eight bits cost",
+            title_justify="left",
+            caption=caption,
+            caption_justify="left",
+        )
         for name in ("", "AP", "ms"):
             table.add_column(name, justify="right" if name else "left")
         for name, measured in (("float32", self.before), ("int8", self.after)):
@@ -84,7 +95,10 @@ class Quantiser:
         self.val = _split(source, split, model)
         self.train = _split(source, "train", model) if "train" in source.splits else self.val
         if not len(self.val.boxes):
-            raise UserError("--int8: the validation split has no objects, so nobody can see what eight bits cost")
+            raise UserError(
+                "--int8: the validation split has no objects, so nobody can see what eight "
+                "bits cost"
+            )
 
     def quantise(self, network: Path, out: Path, metadata: Mapping[str, str]) -> Quantised:
         """Write the OpenVINO `network` to `out`, in eight bits, and say what that costs.
@@ -103,10 +117,11 @@ class Quantiser:
             return done
         before, after = done.before, done.after
         raise UserError(
-            f"--int8 costs {100 * (before.ap - after.ap):.1f} AP: {100 * before.ap:.1f} in float32, "
-            f"{100 * after.ap:.1f} in int8 ({before.ms:.1f} and {after.ms:.1f} ms a picture). Nothing was written",
-            f"At most {100 * MAX_LOSS:.0f} AP is accepted. Calibrate on more or other pictures with --calibrate DATA, "
-            "or take --fp16.",
+            f"--int8 costs {100 * (before.ap - after.ap):.1f} AP: {100 * before.ap:.1f} in "
+            f"float32, {100 * after.ap:.1f} in int8 ({before.ms:.1f} and {after.ms:.1f} ms a "
+            "picture). Nothing was written",
+            f"At most {100 * MAX_LOSS:.0f} AP is accepted. Calibrate on more or other pictures "
+            "with --calibrate DATA, or take --fp16.",
         )
 
     def _measured(self, network: Path) -> Measured:
@@ -127,14 +142,17 @@ class Quantiser:
 
 
 class Pictures:
-    """Images of a split as an exported network reads them, one at a time, `(1, 3, h, w)` from 0 to 1; always the same
-    ones, however often they are iterated over. Raises `UserError` at one of a size that the network does not take."""
+    """Images of a split as an exported network reads them, one at a time, `(1, 3, h, w)` from 0 to
+    1; always the same ones, however often they are iterated over. Raises `UserError` at one of a
+    size that the network does not take."""
 
     def __init__(self, annotations: Annotations, detector: ExportedDetector, card: Card) -> None:
         data, self.detector = card.recipe.data, detector
         self.dataset = DetectionDataset(annotations, eval_transform(data.size, **data.resizing()))
         count = len(self.dataset)
-        self.chosen = np.unique(np.linspace(0, count - 1, min(count, PICTURES)).round().astype(int)).tolist()
+        self.chosen = np.unique(
+            np.linspace(0, count - 1, min(count, PICTURES)).round().astype(int)
+        ).tolist()
 
     def __len__(self) -> int:
         return len(self.chosen)

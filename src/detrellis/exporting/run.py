@@ -49,20 +49,23 @@ def export(
     calibrate: str | Path | None = None,
     verify: str | Path | None = None,
 ) -> ExportResult:
-    """Write the detector of `run` (or of whatever `load` takes) for ONNX Runtime, OpenVINO or torch.
+    """Write the detector of `run` (or of whatever `load` takes) for ONNX Runtime, OpenVINO or
+    torch.
 
-    `out` is `model.onnx` (`.xml`, `.pt2`) in the run's folder unless given. Pictures go in as RGB from 0 to 1,
-    resized as the recipe says, any number at a time; all of one `size` (height, width) where it is given, else of
-    any, which takes minutes to trace, or of the one that the recipe stretches them to. `detections` adds ranked
-    scores, labels and corners to the outputs (`exporting/graph.py`). `fp16` stores and computes half precision where
-    that is safe. `int8`, for OpenVINO, computes backbone, neck and encoder in eight bits (`exporting/int8.py`). It is
-    calibrated on training images of the run, or of the data set `calibrate`, and written, as `model-int8.xml`, only
-    where AP on the validation images falls by no more than 0.01; `result.exported.int8` has both. `verify` names
-    pictures: the file is then run on them in batches of 1, 2 and 5, and on the run's validation split if that is there;
+    `out` is `model.onnx` (`.xml`, `.pt2`) in the run's folder unless given. Pictures go in as RGB
+    from 0 to 1, resized as the recipe says, any number at a time; all of one `size` (height, width)
+    where it is given, else of any, which takes minutes to trace, or of the one that the recipe
+    stretches them to. `detections` adds ranked scores, labels and corners to the outputs
+    (`exporting/graph.py`). `fp16` stores and computes half precision where that is safe. `int8`,
+    for OpenVINO, computes backbone, neck and encoder in eight bits (`exporting/int8.py`). It is
+    calibrated on training images of the run, or of the data set `calibrate`, and written, as
+    `model-int8.xml`, only where AP on the validation images falls by no more than 0.01;
+    `result.exported.int8` has both. `verify` names pictures: the file is then run on them in
+    batches of 1, 2 and 5, and on the run's validation split if that is there;
     `result.verification.passed` says whether it detects the same.
 
-    Raises `UserError` for a detector that cannot be exported, where a package is missing, and where `int8` costs too
-    much.
+    Raises `UserError` for a detector that cannot be exported, where a package is missing, and where
+    `int8` costs too much.
     """
     model = load_trained(run, "cpu")
     if isinstance(model.detector, ExportedDetector):
@@ -98,19 +101,28 @@ def export(
 
 
 def _refuse(
-    format_: ExportFormat, fp16: bool, int8: bool, calibrate: str | Path | None, verify: str | Path | None
+    format_: ExportFormat,
+    fp16: bool,
+    int8: bool,
+    calibrate: str | Path | None,
+    verify: str | Path | None,
 ) -> None:
     """Raises `UserError` for arguments that cannot be combined, and where nncf is missing."""
     if verify is not None and format_ == "torch":
         raise UserError(
-            "--verify with --format torch", "It runs what ONNX Runtime or OpenVINO executes: --format onnx."
+            "--verify with --format torch",
+            "It runs what ONNX Runtime or OpenVINO executes: --format onnx.",
         )
     if calibrate is not None and not int8:
-        raise UserError("--calibrate without --int8", "Only integers are calibrated: --format openvino --int8.")
+        raise UserError(
+            "--calibrate without --int8", "Only integers are calibrated: --format openvino --int8."
+        )
     if not int8:
         return
     if format_ != "openvino":
-        raise UserError(f"--int8 with --format {format_}", "OpenVINO computes in eight bits: --format openvino.")
+        raise UserError(
+            f"--int8 with --format {format_}", "OpenVINO computes in eight bits: --format openvino."
+        )
     if fp16 or verify is not None:
         raise UserError(
             f"--int8 with {'--fp16' if fp16 else '--verify'}",
@@ -124,5 +136,7 @@ def _ap(run: str | Path) -> float | None:
     """AP on the run's own validation split."""
     world = World(0, 1, torch.device("cpu"))
     with open_split(run, world, EvalOptions(workers=0)) as opened:
-        (evaluator,) = collect(opened.model.detector, opened.loader, opened.annotations, world.device)
+        (evaluator,) = collect(
+            opened.model.detector, opened.loader, opened.annotations, world.device
+        )
         return evaluator.compute().ap

@@ -1,4 +1,6 @@
-"""Whether an exported network detects what the detector does that it was made from: on pictures, and in AP."""
+"""Whether an exported network detects what the detector does that it was made from: on pictures,
+and in AP.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from detrellis.predictions.record import Prediction, UnreadablePicture
 
 BATCHES = (1, 2, 5)
 SCORE = 0.05  # detections from here on are compared
-# What may differ: the score, and coordinates in fractions of the picture's longer side; in float32 and in float16.
+# What may differ: the score, and coordinates in fractions of the picture's longer side; in float32
+# and in float16.
 TOLERANCE = {False: (1e-3, 1e-3), True: (0.02, 0.01)}
 AP_TOLERANCE = {False: 1e-3, True: 0.01}
 Array = NDArray[np.float64]
@@ -38,7 +41,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons; `ap` and `exported_ap`: on the run's own validation split, None where it was not evaluated."""
+    """All comparisons; `ap` and `exported_ap`: on the run's own validation split, None where it was
+    not evaluated.
+    """
 
     rows: tuple[Comparison, ...]
     ap: float | None
@@ -58,9 +63,23 @@ class Verification:
 
     def table(self) -> Table:
         """For a rich console."""
-        caption = "" if self.ap is None else f"AP {self.ap:.4f}, exported {self.exported_ap or 0:.4f}"
-        table = Table(title="Exported against the run", title_justify="left", caption=caption, caption_justify="left")
-        for name in ("batch", "pictures", "detections", "unmatched", "largest score difference", "in pixels"):
+        caption = (
+            "" if self.ap is None else f"AP {self.ap:.4f}, exported {self.exported_ap or 0:.4f}"
+        )
+        table = Table(
+            title="Exported against the run",
+            title_justify="left",
+            caption=caption,
+            caption_justify="left",
+        )
+        for name in (
+            "batch",
+            "pictures",
+            "detections",
+            "unmatched",
+            "largest score difference",
+            "in pixels",
+        ):
             table.add_column(name, justify="right")
         for r in self.rows:
             numbers = (str(n) for n in (r.batch, r.pictures, r.detections, r.unmatched))
@@ -68,16 +87,25 @@ class Verification:
         return table
 
 
-def compare_on_pictures(model: Model, exported: Model, pictures: str | Path, *, fp16: bool) -> tuple[Comparison, ...]:
-    """Detections of both in all pictures, in batches of 1, 2 and 5. Raises `UserError` where no picture is readable."""
+def compare_on_pictures(
+    model: Model, exported: Model, pictures: str | Path, *, fp16: bool
+) -> tuple[Comparison, ...]:
+    """Detections of both in all pictures, in batches of 1, 2 and 5. Raises `UserError` where no
+    picture is readable.
+    """
     ours = _detections(model, pictures, 1)
     if not ours:
         raise UserError(f"{pictures}: no picture in it can be read", "Name a folder of pictures.")
     rows = []
     for batch in BATCHES:
         theirs = _detections(exported, pictures, batch)
-        # Each side's detections against all of the other's: at the border of the score none lacks a counterpart.
-        sides = [pair for one, other in zip(ours, theirs, strict=True) for pair in ((one, other), (other, one))]
+        # Each side's detections against all of the other's: at the border of the score none lacks a
+        # counterpart.
+        sides = [
+            pair
+            for one, other in zip(ours, theirs, strict=True)
+            for pair in ((one, other), (other, one))
+        ]
         found = np.concatenate([_differences(*pair, TOLERANCE[fp16]) for pair in sides])
         matched = np.isfinite(found).all(axis=1)
         score, pixels = found[matched].max(axis=0, initial=0).tolist()
@@ -92,9 +120,12 @@ def _detections(model: Model, pictures: str | Path, batch: int) -> list[Predicti
 
 
 def _differences(mine: Prediction, others: Prediction, tolerance: Sequence[float]) -> Array:
-    """Of each of `mine` that counts, how far the nearest one of `others` is in score and pixels, `(n, 2)`; infinite
-    where none is within the tolerance."""
-    (scores, boxes, labels), (their_scores, their_boxes, their_labels) = _arrays(mine), _arrays(others)
+    """Of each of `mine` that counts, how far the nearest one of `others` is in score and pixels,
+    `(n, 2)`; infinite where none is within the tolerance."""
+    (scores, boxes, labels), (their_scores, their_boxes, their_labels) = (
+        _arrays(mine),
+        _arrays(others),
+    )
     counted = scores >= SCORE
     score = np.abs(scores[counted, None] - their_scores)
     pixels = np.abs(boxes[counted, None] - their_boxes).max(axis=-1, initial=0)
@@ -111,4 +142,8 @@ def _differences(mine: Prediction, others: Prediction, tolerance: Sequence[float
 
 def _arrays(prediction: Prediction) -> tuple[Array, Array, NDArray[np.int64]]:
     boxes = np.array(prediction.boxes, dtype=np.float64).reshape(-1, 4)
-    return np.array(prediction.scores, dtype=np.float64), boxes, np.array(prediction.labels, dtype=np.int64)
+    return (
+        np.array(prediction.scores, dtype=np.float64),
+        boxes,
+        np.array(prediction.labels, dtype=np.int64),
+    )

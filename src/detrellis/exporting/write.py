@@ -1,4 +1,6 @@
-"""A trained detector as a file for other runtimes: ONNX, OpenVINO, or torch's own exported program."""
+"""A trained detector as a file for other runtimes: ONNX, OpenVINO, or torch's own exported
+program.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,10 @@ PACKAGES: dict[ExportFormat, tuple[str, ...]] = {
     "torch": (),
 }
 ABOUT = "RGB from 0 to 1, resized as the recipe says, not normalised; of one size in a batch"
-FLOAT32 = ["TopK", "GridSample", "Range", "CumSum", "NonMaxSuppression", "Resize"]  # what half precision would break
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which modules a node is in, from the outermost on
+# What half precision would break
+FLOAT32 = ["TopK", "GridSample", "Range", "CumSum", "NonMaxSuppression", "Resize"]
+# Where the exporter says which modules a node is in, from the outermost on
+SCOPES = "pkg.torch.onnx.name_scopes"
 CUDA = "torch.utils.cpp_extension"  # says where it looked for CUDA when nncf is imported
 EXAMPLE = 2  # images that the network is traced with; other numbers go through it as well
 
@@ -53,7 +57,8 @@ class Exported:
     format: ExportFormat
     fp16: bool
     outputs: tuple[str, ...]  # names, in order
-    size: tuple[int | None, int | None]  # height, width of the pictures that go in; None where any will do
+    # Height, width of the pictures that go in; None where any will do
+    size: tuple[int | None, int | None]
     bytes: int
     int8: Quantised | None = None  # what eight bits cost
 
@@ -74,13 +79,14 @@ def write(
     int8: Quantiser | None,
     run: Path,
 ) -> Exported:
-    """Write the detector of `model` to `out`, whose card goes with it; `run` is what it comes from, and is not touched.
+    """Write the detector of `model` to `out`, whose card goes with it; `run` is what it comes from,
+    and is not touched.
 
-    `size`: height and width of all pictures that will go in; None: any, or the one that the recipe stretches to.
-    `int8` puts an OpenVINO network in eight bits.
+    `size`: height and width of all pictures that will go in; None: any, or the one that the recipe
+    stretches to. `int8` puts an OpenVINO network in eight bits.
 
-    Raises `UserError` for a detector that cannot be exported, where a package is missing, and where `int8` costs too
-    much.
+    Raises `UserError` for a detector that cannot be exported, where a package is missing, and where
+    `int8` costs too much.
     """
     _refuse(model, out, format_, fp16)
     weights = out.with_suffix(".bin")  # OpenVINO's second file
@@ -98,7 +104,9 @@ def write(
         program = _traced(graph, model.recipe, size)
         made = Path(scratch, "model").with_suffix(SUFFIXES[format_])
         if format_ == "torch":
-            torch.export.save(program, made, extra_files=metadata | {"names": " ".join(graph.names)})
+            torch.export.save(
+                program, made, extra_files=metadata | {"names": " ".join(graph.names)}
+            )
         else:
             onnx = made.with_suffix(".onnx")
             _write_onnx(program, graph.names, onnx, metadata, fp16=fp16 and format_ == "onnx")
@@ -116,19 +124,32 @@ def write(
 
 def _refuse(model: Model, out: Path, format_: ExportFormat, fp16: bool) -> None:
     if model.recipe.detector.masks is not None:
-        raise UserError(f"{model.recipe.name} gives masks, and masks are not exported yet", "Export a box detector.")
+        raise UserError(
+            f"{model.recipe.name} gives masks, and masks are not exported yet",
+            "Export a box detector.",
+        )
     if model.recipe.data.pad is not None:
-        problem = f"{model.recipe.name} reads padding as a part of the picture (data.pad), which is not exported yet"
+        problem = (
+            f"{model.recipe.name} reads padding as a part of the picture (data.pad), which is "
+            "not exported yet"
+        )
         raise UserError(problem, "Export a detector that was trained with another augmentation.")
     if out.suffix != SUFFIXES[format_]:
         right = out.with_suffix(SUFFIXES[format_])
-        raise UserError(f"--out {out}: {format_} files end in {right.suffix}", f"Take --out {right}.")
+        raise UserError(
+            f"--out {out}: {format_} files end in {right.suffix}", f"Take --out {right}."
+        )
     if fp16 and format_ == "torch":
-        raise UserError("--fp16 with --format torch", "Take onnx or openvino, or convert the program where it runs.")
+        raise UserError(
+            "--fp16 with --format torch",
+            "Take onnx or openvino, or convert the program where it runs.",
+        )
     for package in PACKAGES[format_]:
         if importlib.util.find_spec(package) is None:
             install = INSTALL_OPENVINO if format_ == "openvino" else INSTALL
-            raise UserError(f"--format {format_} needs the package {package}, which is not installed", install)
+            raise UserError(
+                f"--format {format_} needs the package {package}, which is not installed", install
+            )
 
 
 def _graph(model: Model, detections: bool) -> ExportGraph:
@@ -136,26 +157,39 @@ def _graph(model: Model, detections: bool) -> ExportGraph:
     data = model.recipe.data
     canvas = eval_transform(data.size, **data.resizing()).pad_to if data.keep_aspect else None
     detector = model.detector.fused().cpu().float()
-    return ExportGraph(detector, model.normalise, canvas, detections=detections).eval().requires_grad_(False)
+    return (
+        ExportGraph(detector, model.normalise, canvas, detections=detections)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
-def _traced(graph: ExportGraph, recipe: Recipe, size: tuple[int, int] | None) -> torch.export.ExportedProgram:
-    """The program for any number of pictures, of one `size` or of any. Raises `UserError` where that cannot be."""
+def _traced(
+    graph: ExportGraph, recipe: Recipe, size: tuple[int, int] | None
+) -> torch.export.ExportedProgram:
+    """The program for any number of pictures, of one `size` or of any. Raises `UserError` where
+    that cannot be.
+    """
     data = recipe.data
     height, width = image_size(recipe) if size is None else size
     auto = torch.export.Dim.AUTO
     free = {0: auto}
     if size is None and (data.keep_aspect or isinstance(data.size, int) or data.match_orientation):
         free |= {2: auto, 3: auto}
-        height, width = height - 2, width - 6  # less than a canvas, or the padding to it would be traced as none
+        # Less than a canvas, or the padding to it would be traced as none
+        height, width = height - 2, width - 6
     pictures = torch.rand(EXAMPLE, 3, height, width, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            program = torch.export.export(graph, (pictures,), dynamic_shapes={INPUT: free}, strict=False)
+            program = torch.export.export(
+                graph, (pictures,), dynamic_shapes={INPUT: free}, strict=False
+            )
     except Exception as error:  # whatever a part does that cannot be traced
         raise UserError(f"{recipe.name} cannot be exported: {first_line(error)}") from error
     if isinstance(_shape(program)[0], int):
-        raise UserError(f"{recipe.name} cannot be exported for other batches than of {EXAMPLE} pictures")
+        raise UserError(
+            f"{recipe.name} cannot be exported for other batches than of {EXAMPLE} pictures"
+        )
     return program
 
 
@@ -173,11 +207,18 @@ def _input_shape(program: torch.export.ExportedProgram) -> tuple[int | None, int
 
 
 def _write_onnx(
-    program: torch.export.ExportedProgram, names: Sequence[str], out: Path, metadata: Mapping[str, str], *, fp16: bool
+    program: torch.export.ExportedProgram,
+    names: Sequence[str],
+    out: Path,
+    metadata: Mapping[str, str],
+    *,
+    fp16: bool,
 ) -> None:
     import onnx
 
-    exported = torch.onnx.export(program, input_names=[INPUT], output_names=list(names), dynamo=True, verbose=False)
+    exported = torch.onnx.export(
+        program, input_names=[INPUT], output_names=list(names), dynamo=True, verbose=False
+    )
     assert exported is not None
     exported.save(out)
     model = onnx.load(out)
@@ -213,8 +254,13 @@ def _write_openvino(onnx: Path, out: Path, metadata: Mapping[str, str], fp16: bo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say to themselves, and what OpenVINO and nncf tell their makers but in CI jobs."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", CUDA)]
+    """Without what the exporters say to themselves, and what OpenVINO and nncf tell their makers
+    but in CI jobs.
+    """
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", CUDA)
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

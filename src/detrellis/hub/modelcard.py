@@ -10,18 +10,24 @@ import yaml
 from detrellis.engine.checkpoint import Card
 from detrellis.interop.files import HUB
 
-TOLD = ("Images", "Boxes", "Crowd regions", "Images without a box")  # of a report's data; not where they are
+# Of a report's data; not where they are
+TOLD = ("Images", "Boxes", "Crowd regions", "Images without a box")
 
 
-def model_card(card: Card, report: Mapping[str, Any], repository: str, licence: str | None, parameters: int) -> str:
+def model_card(
+    card: Card, report: Mapping[str, Any], repository: str, licence: str | None, parameters: int
+) -> str:
     """The text for `card`'s weights; `report` is what `report.json` holds, or empty.
 
-    It says what is known: without a report there are no intervals and no AP by class, without an evaluation no AP.
+    It says what is known: without a report there are no intervals and no AP by class, without an
+    evaluation no AP.
     """
     result = report.get("result") or {}
     stats = result.get("stats") or card.stats or {}
     of = result.get("of") or ("mask" if card.recipe.needs_bitmaps else "box")
-    front = yaml.safe_dump(_front(card, stats, of, repository, licence), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(
+        _front(card, stats, of, repository, licence), sort_keys=False, allow_unicode=True
+    )
     parts = [
         f"---\n{front}---\n",
         f"# {_text(repository.split('/')[1])}\n",
@@ -31,7 +37,9 @@ def model_card(card: Card, report: Mapping[str, Any], repository: str, licence: 
         _section("Classes", _classes(card, result)),
         _section("Data", _data(report)),
         _section("Training", _training(card)),
-        _section("Licence", f"{licence}." if licence else "No licence has been chosen for these weights."),
+        _section(
+            "Licence", f"{licence}." if licence else "No licence has been chosen for these weights."
+        ),
     ]
     return "\n".join(parts)
 
@@ -48,7 +56,8 @@ def _front(
         if (value := stats.get(name)) is not None
     ]
     if metrics:
-        task, data = {"type": "object-detection"}, {"name": "own data, validation split", "type": "custom"}
+        task = {"type": "object-detection"}
+        data = {"name": "own data, validation split", "type": "custom"}
         results = [{"task": task, "dataset": data, "metrics": metrics}]
         front["model-index"] = [{"name": repository.split("/")[1], "results": results}]
     return front
@@ -57,8 +66,8 @@ def _front(
 def _about(card: Card, parameters: int) -> str:
     count = "1 class" if len(card.classes) == 1 else f"{len(card.classes)} classes"
     return (
-        f"A detector of the recipe `{card.recipe.name}` for {count}, with {parameters / 1e6:.1f} million parameters, "
-        f"trained with Detrellis {card.version}."
+        f"A detector of the recipe `{card.recipe.name}` for {count}, with {parameters / 1e6:.1f} "
+        f"million parameters, trained with Detrellis {card.version}."
     )
 
 
@@ -70,20 +79,32 @@ def _accuracy(stats: Mapping[str, float | None], of: str, result: Mapping[str, A
     interval = result.get("ap_interval")
     text = f"On the validation split, after COCO, by the IoU of each {of}, in percent."
     if interval is not None:
-        text += f" AP is {100 * known['AP']:.1f} ± {100 * interval:.1f}: the 95 % interval over images like these."
+        text += (
+            f" AP is {100 * known['AP']:.1f} ± {100 * interval:.1f}: the 95 % interval over "
+            "images like these."
+        )
     return f"{text}\n\n{_table(('', 'value'), rows)}"
 
 
 def _classes(card: Card, result: Mapping[str, Any]) -> str:
     scores = {row["name"]: row for row in result.get("per_class") or ()}
     if not scores:
-        rows: list[Sequence[str]] = [(str(i), n) for i, n in zip(card.classes.ids, card.classes.names, strict=True)]
+        rows: list[Sequence[str]] = [
+            (str(i), n) for i, n in zip(card.classes.ids, card.classes.names, strict=True)
+        ]
         return _table(("id", "class"), rows)
     rows = []
     for id_, name in zip(card.classes.ids, card.classes.names, strict=True):
         row = scores.get(name, {})
         ap = row.get("ap")
-        rows.append((str(id_), name, "-" if ap is None else f"{100 * ap:.1f}", str(row.get("ground_truth", "-"))))
+        rows.append(
+            (
+                str(id_),
+                name,
+                "-" if ap is None else f"{100 * ap:.1f}",
+                str(row.get("ground_truth", "-")),
+            )
+        )
     return _table(("id", "class", "AP", "boxes in the validation split"), rows)
 
 
@@ -102,7 +123,10 @@ def _use(repository: str) -> str:
         f'import detrellis\n\nmodel = detrellis.load("{place}")\nfor p in model.predict("photo.jpg", threshold=0.4):\n'
         "    print(p.names, p.scores, p.boxes)  # x1, y1, x2, y2 in pixels"
     )
-    shell = f"detrellis predict {place} photo.jpg\ndetrellis train --weights {place} --data my_data  # fine-tune it"
+    shell = (
+        f"detrellis predict {place} photo.jpg\ndetrellis train --weights {place} --data my_data  "
+        "# fine-tune it"
+    )
     return f"```python\n{python}\n```\n\n```bash\n{shell}\n```"
 
 

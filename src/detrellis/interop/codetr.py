@@ -1,8 +1,8 @@
 """Co-DETR's own checkpoints of Co-DINO on EVA-02's ViT-L, in mmdetection's names.
 
-A state dict says its sizes by its shapes. What no shape tells of the ViT is that of the released models: those with 900
-queries read squares, in windows of 16 cells, and know one class list or another; those with 1500 read images of any
-shape, in windows of 24.
+A state dict says its sizes by its shapes. What no shape tells of the ViT is that of the released
+models: those with 900 queries read squares, in windows of 16 cells, and know one class list or
+another; those with 1500 read images of any shape, in windows of 24.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ LVIS_CLASSES = 1203
 
 def holds(weights: Weights) -> bool:
     """Whether the names are those of a Co-DINO on EVA-02's ViT."""
-    return f"{TRANSFORMER}.query_embed.weight" in weights and "backbone.blocks.0.mlp.ffn_ln.weight" in weights
+    return (
+        f"{TRANSFORMER}.query_embed.weight" in weights
+        and "backbone.blocks.0.mlp.ffn_ln.weight" in weights
+    )
 
 
 def recipe_of(weights: Weights) -> Recipe:
@@ -37,7 +40,9 @@ def recipe_of(weights: Weights) -> Recipe:
     if queries == SQUARE_QUERIES:
         lvis = weights[f"{CLASSES}.0.weight"].shape[0] == LVIS_CLASSES
         recipe = co_dino_vit_l_lvis() if lvis else co_dino_vit_l_objects365_lsj()
-    backbone, encoder, decoder = recipe.detector.backbone, recipe.detector.encoder, recipe.detector.decoder
+    backbone = recipe.detector.backbone
+    encoder = recipe.detector.encoder
+    decoder = recipe.detector.decoder
     assert isinstance(backbone, EvaViTConfig)
     cells, channels = weights["backbone.pos_embed"].shape[1:]
     depth = layer_count(weights, "backbone.blocks")
@@ -45,8 +50,16 @@ def recipe_of(weights: Weights) -> Recipe:
         part: weights[f"{TRANSFORMER}.{part}.layers.0.ffns.0.layers.0.0.weight"].shape[0]
         for part in ("encoder", "decoder")
     }
-    layers = {part: layer_count(weights, f"{TRANSFORMER}.{part}.layers") for part in ("encoder", "decoder")}
-    sizes = {"width": channels, "depth": depth, "heads": channels // CHANNELS, "grid": math.isqrt(cells - 1)}
+    layers = {
+        part: layer_count(weights, f"{TRANSFORMER}.{part}.layers")
+        for part in ("encoder", "decoder")
+    }
+    sizes = {
+        "width": channels,
+        "depth": depth,
+        "heads": channels // CHANNELS,
+        "grid": math.isqrt(cells - 1),
+    }
     whole = tuple(i for i in backbone.global_blocks if i < depth)
     detector = recipe.detector.replace(
         backbone=backbone.untrained().replace(**sizes, global_blocks=whole),
@@ -67,7 +80,12 @@ def names(detector: DetectorConfig) -> list[Pair]:
         Pair("neck.pyramid.@", "neck.@"),
         Pair("neck.neck.level_embed", f"{TRANSFORMER}.level_embeds"),
         *mmcv_layers(TRANSFORMER),
-        *(Pair(f"decoder.position.mlp.layers.{k}", f"{TRANSFORMER}.decoder.ref_point_head.{2 * k}") for k in range(2)),
+        *(
+            Pair(
+                f"decoder.position.mlp.layers.{k}", f"{TRANSFORMER}.decoder.ref_point_head.{2 * k}"
+            )
+            for k in range(2)
+        ),
         Pair("queries.content", f"{TRANSFORMER}.query_embed.weight"),
         Pair("queries.head.classify", f"{CLASSES}.{last}"),
         *(Pair(f"queries.head.move.layers.{k}", f"{boxes}.{last}.{2 * k}") for k in range(3)),

@@ -1,5 +1,5 @@
-"""`detrellis convert`: a checkpoint from one format to the other. Ours become a Hugging Face folder, which transformers
-loads without us."""
+"""`detrellis convert`: a checkpoint from one format to the other. Ours become a Hugging Face
+folder, which transformers loads without us."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Conversion:
 
 
 def load_any(place: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """Weights and card of a run, of a weights file, or of anybody else's checkpoint: all that its recipe needs."""
+    """Weights and card of a run, of a weights file, or of anybody else's checkpoint: all that its
+    recipe needs.
+    """
     if not is_foreign(place):
         return load_whole(Path(place))
     if (pushed := pushed_weights(place)) is not None:
@@ -79,22 +81,30 @@ def convert(
     classes: str | Path | ClassMap | None = None,
     dilation: bool = False,
 ) -> Conversion:
-    """Write `source` in the other format: a foreign checkpoint as a run's weights, ours as a Hugging Face folder.
+    """Write `source` in the other format: a foreign checkpoint as a run's weights, ours as a
+    Hugging Face folder.
 
-    `to` forces a format. `classes`: a COCO file that names the classes of a source that does not. `dilation`: a `.pth`
-    file is of a DC5 model, which its tensors do not tell.
+    `to` forces a format. `classes`: a COCO file that names the classes of a source that does not.
+    `dilation`: a `.pth` file is of a DC5 model, which its tensors do not tell.
     """
     foreign, folder = is_foreign(source), Path(out)
     target: Format = to or ("detrellis" if foreign else "hf")
     outputs = Outputs(folder, "folder")
     outputs.alone([] if str(source).startswith(HUB) else [source])
-    named = None if classes is None else classes if isinstance(classes, ClassMap) else read_classes(Path(classes))
+    named = (
+        None
+        if classes is None
+        else classes
+        if isinstance(classes, ClassMap)
+        else read_classes(Path(classes))
+    )
     if named is not None and not foreign:
         raise UserError(f"{source}: its classes are known", "Leave --classes out.")
     skipped: tuple[str, ...] = ()
     if foreign and pushed_weights(source) is None:
         found = load_foreign(source, classes=named, dilation=dilation)
-        weights, card = dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(source))
+        weights = dict(found.weights)
+        card = Card(found.recipe, found.classes, {}, weights=str(source))
         kinds = Counter(name.split(".")[0] for name in found.skipped)
         skipped = tuple(f"{kind} ({count})" for kind, count in kinds.items())
     else:
@@ -107,7 +117,9 @@ def convert(
         save_weights(folder / WEIGHTS, weights, card)
     outputs.note()
     parameters = sum(w.numel() for w in weights.values())
-    return Conversion(folder, target, card.recipe.name, parameters, len(card.classes), skipped, tuple(differences))
+    return Conversion(
+        folder, target, card.recipe.name, parameters, len(card.classes), skipped, tuple(differences)
+    )
 
 
 def read_classes(path: Path) -> ClassMap:
@@ -116,14 +128,19 @@ def read_classes(path: Path) -> ClassMap:
     try:
         return ClassMap.from_categories(content["categories"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: no COCO categories ({error})", "Give an annotation file.") from None
+        raise UserError(
+            f"{path}: no COCO categories ({error})", "Give an annotation file."
+        ) from None
 
 
-def save_huggingface(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe, classes: ClassMap) -> list[str]:
-    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; returns what differs there, in words.
+def save_huggingface(
+    folder: Path, weights: Mapping[str, Tensor], recipe: Recipe, classes: ClassMap
+) -> list[str]:
+    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; returns what differs
+    there, in words.
 
-    Their class index is ours; the data set's own ids stand in `detrellis_category_ids`. Raises `UserError` for a
-    detector that transformers does not have.
+    Their class index is ours; the data set's own ids stand in `detrellis_category_ids`. Raises
+    `UserError` for a detector that transformers does not have.
     """
     config = config_of(recipe, dict(enumerate(_distinct(classes.names))))
     config["detrellis_category_ids"] = list(classes.ids)
@@ -172,7 +189,9 @@ def processor(family: Family, recipe: Recipe) -> dict[str, Any]:
         "do_pad": True,
         "resample": 2,
     }
-    config = {name: value for name, value in (config | dict(family.pictures)).items() if value is not None}
+    config = {
+        name: value for name, value in (config | dict(family.pictures)).items() if value is not None
+    }
     if isinstance(data.size, int):
         longest = data.max_side or round(data.size * 1333 / 800)
         return config | {"size": {"shortest_edge": data.size, "longest_edge": longest}}
@@ -181,23 +200,31 @@ def processor(family: Family, recipe: Recipe) -> dict[str, Any]:
         return config | {"size": {"shortest_edge": min(data.size), "longest_edge": max(data.size)}}
     if not data.keep_aspect:
         return config | {"size": {"height": height, "width": width}}
-    return config | {"size": {"max_height": height, "max_width": width}, "pad_size": {"height": height, "width": width}}
+    return config | {
+        "size": {"max_height": height, "max_width": width},
+        "pad_size": {"height": height, "width": width},
+    }
 
 
 def _differences(family: Family, recipe: Recipe) -> list[str]:
     found = []
     queries = recipe.detector.queries
     if queries.kind in ("proposals", "mixed") and not queries.empty_compete:
-        found.append("tokens that can propose nothing compete with their score there, ours come last")
+        found.append(
+            "tokens that can propose nothing compete with their score there, ours come last"
+        )
     if queries.kind in ("proposals", "mixed") and queries.distinct is not None:
         found.append("queries start at the best proposals, whether they are distinct or not")
     if family is FAMILIES["dab-detr"] and recipe.detector.eps != 1e-5:
         found.append(
-            f"boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at {recipe.detector.eps}"
+            "boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at "
+            f"{recipe.detector.eps}"
         )
     usual = queries.count if family.detections is None else family.detections
     if recipe.detector.top_k != usual and family is not FAMILIES["detr"]:
-        found.append(f"post-processing keeps {usual} detections unless told top_k={recipe.detector.top_k}")
+        found.append(
+            f"post-processing keeps {usual} detections unless told top_k={recipe.detector.top_k}"
+        )
     if family.processor == RF_PROCESSOR and recipe.data.antialias:
         found.append("pictures are made smaller without antialiasing")
     if recipe.detector.soft_nms is not None:

@@ -1,4 +1,5 @@
-"""DETR, Conditional DETR, DAB-DETR and Deformable DETR of transformers: their configuration files and tensors.
+"""DETR, Conditional DETR, DAB-DETR and Deformable DETR of transformers: their configuration files
+and tensors.
 
 | where their code and the reference differ | ours |
 | --- | --- |
@@ -76,7 +77,8 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "dab-detr": DAB_DEFAULTS,
     "deformable_detr": DEFORMABLE_DEFAULTS,
 }
-# Settings that change what is computed and that ours do not have, with the value that ours stand for.
+# Settings that change what is computed and that ours do not have, with the value that ours stand
+# for.
 FIXED = {
     "num_channels": 3,
     "position_embedding_type": "sine",
@@ -103,9 +105,17 @@ BLOCKS: dict[tuple[str, tuple[int, ...]], str] = {  # depths of their own ResNet
 
 def recipe_of(kind: str, config: Config) -> Recipe:
     """The recipe that a `config.json` describes: its family's, with the file's sizes."""
-    aliases = {} if kind == "dab-detr" else {ours: config[name] for name, ours in ALIASES.items() if name in config}
+    aliases = (
+        {}
+        if kind == "dab-detr"
+        else {ours: config[name] for name, ours in ALIASES.items() if name in config}
+    )
     full = {**DEFAULTS, **OWN_DEFAULTS[kind], **aliases, **config}
-    recipe = deformable_detr_r50_two_stage() if kind == "deformable_detr" and full["two_stage"] else RECIPES[kind]()
+    recipe = (
+        deformable_detr_r50_two_stage()
+        if kind == "deformable_detr" and full["two_stage"]
+        else RECIPES[kind]()
+    )
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(kind, full)))
     return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector})
 
@@ -114,14 +124,19 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
     """The detector's fields that the file decides."""
     for name, value in FIXED.items():
         if config.get(name, value) != value:
-            raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
+            raise UserError(
+                f"config.json: {name}={config[name]!r} is not supported",
+                f"Detrellis has {value!r}.",
+            )
     activation = config["activation_function"]
     if activation not in ACTIVATIONS:
         known = f"Detrellis has {', '.join(ACTIVATIONS)}."
         raise UserError(f"config.json: activation_function={activation!r} is not supported", known)
     deformable = kind == "deformable_detr"
     found = {
-        "backbone": resnet_of(config, several=deformable and config["num_feature_levels"] > 1).model_dump(),
+        "backbone": resnet_of(
+            config, several=deformable and config["num_feature_levels"] > 1
+        ).model_dump(),
         "width": config["hidden_size"] if kind == "dab-detr" else config["d_model"],
         "encoder": _part(config, "encoder"),
         "decoder": _part(config, "decoder"),
@@ -133,7 +148,9 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
     }
     if kind == "dab-detr":
         if config["temperature_height"] != config["temperature_width"]:
-            raise UserError("config.json: temperature_height and temperature_width differ: not supported")
+            raise UserError(
+                "config.json: temperature_height and temperature_width differ: not supported"
+            )
         found["position_temperature"] = float(config["temperature_height"])
         found["queries"]["patterns"] = config["num_patterns"]
     return merged(found, _deformable_sizes(config)) if deformable else found
@@ -142,11 +159,15 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
 def _deformable_sizes(config: Config) -> dict[str, Any]:
     two_stage = bool(config["two_stage"])
     if two_stage and not config["with_box_refine"]:
-        raise UserError("config.json: two_stage needs with_box_refine", "transformers refuses it too.")
+        raise UserError(
+            "config.json: two_stage needs with_box_refine", "transformers refuses it too."
+        )
     return {
         "encoder": {"levels": config["num_feature_levels"], "points": config["encoder_n_points"]},
         "cross_attention": {"points": config["decoder_n_points"]},
-        "queries": {"count": config["two_stage_num_proposals"], "empty_compete": True} if two_stage else {},
+        "queries": {"count": config["two_stage_num_proposals"], "empty_compete": True}
+        if two_stage
+        else {},
         "decoder": {"refine": "detached" if config["with_box_refine"] else "none"},
     }
 
@@ -166,7 +187,9 @@ def is_native(config: Config) -> bool:
 
 def _strides(backbone: Config, usual: tuple[int, ...]) -> tuple[int, ...]:
     """Of the maps that the backbone gives; `usual` where it does not say."""
-    indices = backbone.get("out_indices") or [int(str(n)[-1]) for n in backbone.get("out_features") or []]
+    indices = backbone.get("out_indices") or [
+        int(str(n)[-1]) for n in backbone.get("out_features") or []
+    ]
     stages = [int(i) % 5 for i in indices]  # of the stem and four stages; also counted from the end
     return tuple(2 ** (stage + 1) for stage in stages if stage > 0) or usual
 
@@ -175,9 +198,16 @@ def _native_resnet(config: Config) -> str:
     """The name of transformers' own ResNet of these depths, empty where it has none."""
     kind = (config.get("layer_type", "bottleneck"), tuple(config.get("depths", (3, 4, 6, 3))))
     sizes = [64, 128, 256, 512] if kind[0] == "basic" else [256, 512, 1024, 2048]
-    usual = list(config.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes and config.get("embedding_size", 64) == 64
+    usual = (
+        list(config.get("hidden_sizes", [256, 512, 1024, 2048])) == sizes
+        and config.get("embedding_size", 64) == 64
+    )
     changed = config.get("downsample_in_first_stage") or config.get("downsample_in_bottleneck")
-    return BLOCKS.get(kind, "") if usual and not changed and config.get("hidden_act", "relu") == "relu" else ""
+    return (
+        BLOCKS.get(kind, "")
+        if usual and not changed and config.get("hidden_act", "relu") == "relu"
+        else ""
+    )
 
 
 def resnet_of(config: Config, *, several: bool) -> BackboneConfig:
@@ -190,24 +220,35 @@ def resnet_of(config: Config, *, several: bool) -> BackboneConfig:
     else:
         described = inner.get("backbone") or config.get("backbone") or "resnet50"
         kind = inner.get("model_type", "timm_backbone")
-        name, described = (str(described).split(".")[0], described) if kind == "timm_backbone" else ("", kind)
+        name, described = (
+            (str(described).split(".")[0], described) if kind == "timm_backbone" else ("", kind)
+        )
     if name not in BLOCKS.values():
         known = f"Detrellis reads {', '.join(BLOCKS.values())}, transformers' own and timm's."
         raise UserError(f"config.json: the backbone_config {described!r} is not supported", known)
     strides = _strides(inner, (8, 16, 32) if several and not native else (32,))
-    dilated = inner.get("output_stride") or (16 if config.get("dilation") and not config.get("backbone_config") else 32)
+    dilated = inner.get("output_stride") or (
+        16 if config.get("dilation") and not config.get("backbone_config") else 32
+    )
     if dilated not in (16, 32):
         raise UserError(
-            f"config.json: backbone_config.output_stride={dilated} is not supported", "It is 16 or 32 here."
+            f"config.json: backbone_config.output_stride={dilated} is not supported",
+            "It is 16 or 32 here.",
         )
     strides = strides if several else strides[-1:]
     dilation = dilated == 16 and not native  # which transformers' own does not know
-    return BackboneConfig(name=name, pretrained=False, norm="frozen", dilation=dilation, strides=strides)
+    return BackboneConfig(
+        name=name, pretrained=False, norm="frozen", dilation=dilation, strides=strides
+    )
 
 
 def kind_of(detector: DetectorConfig) -> str | None:
-    """Their model type for a detector; None where it is none of these. `UserError` where a part of it is unusual."""
-    encoder, attention, queries = detector.encoder.kind, detector.cross_attention.kind, detector.queries
+    """Their model type for a detector; None where it is none of these. `UserError` where a part of
+    it is unusual.
+    """
+    encoder = detector.encoder.kind
+    attention = detector.cross_attention.kind
+    queries = detector.queries
     kind = {
         ("dense", "dense", "learned"): "detr",
         ("dense", "conditional", "learned"): "conditional_detr",
@@ -221,10 +262,18 @@ def kind_of(detector: DetectorConfig) -> str | None:
     if kind is None or single or unusual or not _is_resnet(detector):
         return None
     expected = RECIPES[kind]().detector
-    for name in ("scores", "position_temperature", "position_offset", "decoder.final_norm", "iou_branch"):
+    for name in (
+        "scores",
+        "position_temperature",
+        "position_offset",
+        "decoder.final_norm",
+        "iou_branch",
+    ):
         ours, theirs = (attrgetter(name)(config) for config in (detector, expected))
         if ours != theirs and (kind, name) != ("dab-detr", "position_temperature"):
-            raise UserError(f"this detector cannot be saved for transformers: {name}={ours}, theirs is {theirs}")
+            raise UserError(
+                f"this detector cannot be saved for transformers: {name}={ours}, theirs is {theirs}"
+            )
     return kind
 
 
@@ -262,7 +311,11 @@ def config_of(kind: str, recipe: Recipe) -> dict[str, Any]:
         temperature = int(detector.position_temperature)
         # DN-DETR's one content for all queries is a pattern.
         patterns = detector.queries.patterns or (1 if detector.queries.content == "shared" else 0)
-        config |= {"temperature_height": temperature, "temperature_width": temperature, "num_patterns": patterns}
+        config |= {
+            "temperature_height": temperature,
+            "temperature_width": temperature,
+            "num_patterns": patterns,
+        }
         config["random_refpoints_xy"] = detector.queries.fixed_centres
     if detector.encoder.kind == "deformable" and detector.cross_attention.kind == "deformable":
         two_stage = detector.queries.kind == "proposals"
@@ -282,7 +335,9 @@ def config_of(kind: str, recipe: Recipe) -> dict[str, Any]:
 def loaded(kind: str, weights: Weights, detector: DetectorConfig, config: Config) -> Loaded:
     """See `Family`."""
     given = {modern(name, kind): value for name, value in weights.items()}
-    return Loaded(given | tied_heads(given, detector.decoder.layers), huggingface(detector, is_native(config)))
+    return Loaded(
+        given | tied_heads(given, detector.decoder.layers), huggingface(detector, is_native(config))
+    )
 
 
 def stored(kind: str, weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
@@ -290,7 +345,9 @@ def stored(kind: str, weights: Weights, recipe: Recipe, classes: int) -> dict[st
     return {on_disk(name, kind): value for name, value in weights.items()}
 
 
-def _family(kind: str, about: str, model: str, processor: str, detections: int | None = 100) -> Family:
+def _family(
+    kind: str, about: str, model: str, processor: str, detections: int | None = 100
+) -> Family:
     return Family(
         about,
         model,
@@ -313,7 +370,10 @@ FAMILIES = {
         "ConditionalDetrImageProcessor",
     ),
     "dab-detr": _family(
-        "dab-detr", "DAB-DETR (also DN-DETR)", "DabDetrForObjectDetection", "ConditionalDetrImageProcessor"
+        "dab-detr",
+        "DAB-DETR (also DN-DETR)",
+        "DabDetrForObjectDetection",
+        "ConditionalDetrImageProcessor",
     ),
     "deformable_detr": _family(
         "deformable_detr",

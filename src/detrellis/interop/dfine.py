@@ -81,10 +81,15 @@ def _sizes(config: Config) -> dict[str, Any]:
     full = DEFAULTS | dict(config)
     for name, value in FIXED.items():
         if config.get(name, value) != value:
-            raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
+            raise UserError(
+                f"config.json: {name}={config[name]!r} is not supported",
+                f"Detrellis has {value!r}.",
+            )
     levels, points = full["num_feature_levels"], full["decoder_n_points"]
     if list(full.get("encode_proj_layers", [levels - 1])) != [levels - 1]:
-        raise UserError("config.json: encode_proj_layers is not the last level alone: not supported")
+        raise UserError(
+            "config.json: encode_proj_layers is not the last level alone: not supported"
+        )
     return {
         "backbone": _backbone(full).model_dump(),
         "width": full["d_model"],
@@ -122,11 +127,16 @@ def _backbone(config: Config) -> BackboneConfig:
     name = None
     if stem and all(stages):
         rows = [list(row) for row in zip(*stages, strict=True)]
-        wanted = {"stem_type": "v2", "stem_chs": list(stem[1:]), **{f"stage{i + 1}": row for i, row in enumerate(rows)}}
+        wanted = {
+            "stem_type": "v2",
+            "stem_chs": list(stem[1:]),
+            **{f"stage{i + 1}": row for i, row in enumerate(rows)},
+        }
         name = next((name for name, sizes in hgnets().items() if sizes == wanted), None)
     if name is None or inner.get("use_learnable_affine_block", False) != _affine(name):
         raise UserError(
-            f"config.json: backbone_config of stem {stem}, channels {inner.get('stage_out_channels')} is not supported",
+            f"config.json: backbone_config of stem {stem}, channels "
+            f"{inner.get('stage_out_channels')} is not supported",
             "Detrellis reads HGNetV2-B0 to B6, as D-FINE is published with.",
         )
     frozen = config["freeze_backbone_batch_norms"]
@@ -160,10 +170,21 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
     """See `Family`. `UserError` for a network that they have not."""
     detector = recipe.detector
     encoder, decoder, attention = detector.encoder, detector.decoder, detector.cross_attention
-    name = detector.backbone.name.split(".")[0] if isinstance(detector.backbone, BackboneConfig) else "a plain ViT"
+    name = (
+        detector.backbone.name.split(".")[0]
+        if isinstance(detector.backbone, BackboneConfig)
+        else "a plain ViT"
+    )
     fine = decoder.distributions
-    if name not in hgnets() or fine is None or encoder.kind != "hybrid" or attention.kind != "deformable":
-        raise UserError(f"this detector cannot be saved for transformers: its D-FINE has a HGNetV2, not {name}")
+    if (
+        name not in hgnets()
+        or fine is None
+        or encoder.kind != "hybrid"
+        or attention.kind != "deformable"
+    ):
+        raise UserError(
+            f"this detector cannot be saved for transformers: its D-FINE has a HGNetV2, not {name}"
+        )
     levels, inner = encoder.levels, encoder.inner or detector.width
     points = attention.points if isinstance(attention.points, int) else list(attention.points)
     assert isinstance(detector.backbone, BackboneConfig)
@@ -216,20 +237,33 @@ def _hgnet_config(name: str, strides: tuple[int, ...]) -> dict[str, Any]:
 
 
 def constants(detector: DetectorConfig, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of theirs that our recipe holds as numbers, or that are none to ours, beside those called `names`."""
+    """Tensors of theirs that our recipe holds as numbers, or that are none to ours, beside those
+    called `names`.
+    """
     fine, attention = detector.decoder.distributions, detector.cross_attention
     assert fine is not None
     assert attention.kind == "deformable"
     assert isinstance(detector.backbone, BackboneConfig)
-    points = attention.points if isinstance(attention.points, tuple) else (attention.points,) * detector.encoder.levels
+    points = (
+        attention.points
+        if isinstance(attention.points, tuple)
+        else (attention.points,) * detector.encoder.levels
+    )
     shares = torch.tensor([1 / count for count in points for _ in range(count)])
     layers = range(detector.decoder.layers)
-    found = {f"model.decoder.layers.{i}.encoder_attn.num_points_scale": shares.clone() for i in layers}
-    found["model.decoder.up"], found["model.decoder.reg_scale"] = torch.tensor([fine.reach]), torch.tensor([fine.scale])
+    found = {
+        f"model.decoder.layers.{i}.encoder_attn.num_points_scale": shares.clone() for i in layers
+    }
+    found["model.decoder.up"], found["model.decoder.reg_scale"] = (
+        torch.tensor([fine.reach]),
+        torch.tensor([fine.scale]),
+    )
     # Steps that BatchNorm has seen; frozen ones do not count them.
     frozen = "model.backbone." if detector.backbone.normalisation != "batch" else "-"
     norms = (name.removesuffix("running_var") for name in names if name.endswith(".running_var"))
-    return found | {f"{n}num_batches_tracked": torch.tensor(0) for n in norms if not n.startswith(frozen)}
+    return found | {
+        f"{n}num_batches_tracked": torch.tensor(0) for n in norms if not n.startswith(frozen)
+    }
 
 
 def modern(name: str) -> str:
@@ -237,7 +271,9 @@ def modern(name: str) -> str:
     name = name.replace("model.encoder.encoder.", "model.encoder.aifi.").replace(
         ".self_attn.out_proj.", ".self_attn.o_proj."
     )
-    return re.sub(r"(layers\.\d+)\.fc([12])\.", lambda m: f"{m[1]}.mlp.layers.{int(m[2]) - 1}.", name)
+    return re.sub(
+        r"(layers\.\d+)\.fc([12])\.", lambda m: f"{m[1]}.mlp.layers.{int(m[2]) - 1}.", name
+    )
 
 
 def on_disk(name: str) -> str:
@@ -245,13 +281,19 @@ def on_disk(name: str) -> str:
     name = name.replace("model.encoder.aifi.", "model.encoder.encoder.").replace(
         ".self_attn.o_proj.", ".self_attn.out_proj."
     )
-    return re.sub(r"(layers\.\d+)\.mlp\.layers\.([01])\.", lambda m: f"{m[1]}.fc{int(m[2]) + 1}.", name)
+    return re.sub(
+        r"(layers\.\d+)\.mlp\.layers\.([01])\.", lambda m: f"{m[1]}.fc{int(m[2]) + 1}.", name
+    )
 
 
 MLP = ("mlp.layers.0", "mlp.layers.1")
 # timm's names of the parts of a HGNetV2's layers, and theirs.
 HGNET = {"conv": "convolution", "bn": "normalization", "lab": "lab"}
-LEAVES = {"conv": ("weight",), "bn": ("weight", "bias", "running_mean", "running_var"), "lab": ("scale", "bias")}
+LEAVES = {
+    "conv": ("weight",),
+    "bn": ("weight", "bias", "running_mean", "running_var"),
+    "lab": ("scale", "bias"),
+}
 
 
 def table(config: DetectorConfig) -> list[Pair]:
@@ -267,8 +309,14 @@ def table(config: DetectorConfig) -> list[Pair]:
         Pair("decoder.position.mlp.@", "model.decoder.query_pos_head.@"),
         Pair("decoder.layers.*.self_attention.projections", f"{layer}.self_attn.{QKV}"),
         Pair("decoder.layers.*.self_attention.output", f"{layer}.self_attn.o_proj"),
-        Pair("decoder.layers.*.cross_attention.sampling_offsets", f"{layer}.encoder_attn.sampling_offsets"),
-        Pair("decoder.layers.*.cross_attention.attention_weights", f"{layer}.encoder_attn.attention_weights"),
+        Pair(
+            "decoder.layers.*.cross_attention.sampling_offsets",
+            f"{layer}.encoder_attn.sampling_offsets",
+        ),
+        Pair(
+            "decoder.layers.*.cross_attention.attention_weights",
+            f"{layer}.encoder_attn.attention_weights",
+        ),
         Pair("decoder.layers.*.norm_self", f"{layer}.self_attn_layer_norm"),
         Pair("decoder.layers.*.gateway.gate", f"{layer}.gateway.gate"),
         Pair("decoder.layers.*.gateway.norm", f"{layer}.gateway.norm"),
@@ -276,11 +324,17 @@ def table(config: DetectorConfig) -> list[Pair]:
         Pair("decoder.heads.initial_box.@", "model.decoder.pre_bbox_head.@"),
         Pair("decoder.heads.classes.*", "model.decoder.class_embed.*|class_embed.*"),
         *(
-            Pair(f"decoder.heads.boxes.*.layers.{k}", f"model.decoder.bbox_embed.*.layers.{k}|bbox_embed.*.layers.{k}")
+            Pair(
+                f"decoder.heads.boxes.*.layers.{k}",
+                f"model.decoder.bbox_embed.*.layers.{k}|bbox_embed.*.layers.{k}",
+            )
             for k in range(3)
         ),
         *(
-            Pair(f"decoder.heads.qualities.*.mlp.layers.{k}", f"model.decoder.lqe_layers.*.reg_conf.layers.{k}")
+            Pair(
+                f"decoder.heads.qualities.*.mlp.layers.{k}",
+                f"model.decoder.lqe_layers.*.reg_conf.layers.{k}",
+            )
             for k in range(2)
         ),
     ]
@@ -292,13 +346,21 @@ def _hybrid(config: DetectorConfig) -> list[Pair]:
     rows = [*hybrid_levels(), *feed_forward("neck.layers.*", aifi, "final_layer_norm", MLP)]
     for i in range(len(config.backbone.strides) - 1):
         for part in (0, 1):
-            rows += normed(f"neck.downs.{i}.{part}", f"model.encoder.downsample_convs.{i}.conv{part + 1}")
+            rows += normed(
+                f"neck.downs.{i}.{part}", f"model.encoder.downsample_convs.{i}.conv{part + 1}"
+            )
         for way, blocks in (("top_down", "fpn_blocks"), ("bottom_up", "pan_blocks")):
             ours, theirs = f"neck.{way}.{i}", f"model.encoder.{blocks}.{i}"
-            rows += [*normed(f"{ours}.first", f"{theirs}.conv1"), *normed(f"{ours}.last", f"{theirs}.conv4")]
+            rows += [
+                *normed(f"{ours}.first", f"{theirs}.conv1"),
+                *normed(f"{ours}.last", f"{theirs}.conv4"),
+            ]
             for step in (0, 1):
                 our_step, their_step = f"{ours}.steps.{step}", f"{theirs}.csp_rep{step + 1}"
-                rows += [*csp(f"{our_step}.0", their_step), *normed(f"{our_step}.1", f"{theirs}.conv{step + 2}")]
+                rows += [
+                    *csp(f"{our_step}.0", their_step),
+                    *normed(f"{our_step}.1", f"{theirs}.conv{step + 2}"),
+                ]
     return rows
 
 
@@ -319,7 +381,9 @@ def _loaded(weights: Weights, detector: DetectorConfig, config: Config) -> Loade
 
 
 def _stored(weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
-    return {on_disk(n): value for n, value in {**weights, **constants(recipe.detector, weights)}.items()}
+    return {
+        on_disk(n): value for n, value in {**weights, **constants(recipe.detector, weights)}.items()
+    }
 
 
 FAMILIES = {

@@ -20,7 +20,9 @@ MARKER = "decoder.pre_bbox_head.layers.0.weight"
 
 
 def recipe_of(weights: Weights, arguments: Config) -> Recipe:
-    """D-FINE's recipe with the sizes of a state dict; heads are 8 and queries 300 in all published files."""
+    """D-FINE's recipe with the sizes of a state dict; heads are 8 and queries 300 in all published
+    files.
+    """
     recipe = dfine_l()
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(weights)))
     return recipe.model_copy(update={"name": "dfine", "detector": detector})
@@ -29,7 +31,8 @@ def recipe_of(weights: Weights, arguments: Config) -> Recipe:
 def _sizes(weights: Weights) -> dict[str, Any]:
     """The detector's fields that shapes decide."""
     layer, attention = "encoder.encoder.0.layers", "decoder.decoder.layers.0.cross_attn"
-    levels, inner = count(weights, "encoder.input_proj"), weights["encoder.input_proj.0.conv.weight"].shape[0]
+    levels = count(weights, "encoder.input_proj")
+    inner = weights["encoder.input_proj.0.conv.weight"].shape[0]
     csp = "encoder.fpn_blocks.0.cv2.0"
     return {
         "backbone": _backbone(weights, levels).model_dump(),
@@ -65,16 +68,24 @@ def _backbone(weights: Weights, levels: int) -> BackboneConfig:
         stages.append((channels, count(weights, blocks), count(weights, f"{blocks}.0.layers")))
     shapes = (2, 3, 7)  # of a stage in timm's rows: channels, blocks, layers of a block
     known = {
-        (*found["stem_chs"], *(tuple(found[f"stage{i}"][k] for k in shapes) for i in range(1, 5))): name
+        (
+            *found["stem_chs"],
+            *(tuple(found[f"stage{i}"][k] for k in shapes) for i in range(1, 5)),
+        ): name
         for name, found in hgnets().items()
     }
     name = known.get((*stem, *stages))
     if name is None:
-        raise UserError(f"the backbone has a stem of {stem} and stages of {stages}: only HGNetV2s are supported")
-    frozen = "backbone.stem.stem1.bn.num_batches_tracked" not in weights  # as in the two larger ones
+        raise UserError(
+            f"the backbone has a stem of {stem} and stages of {stages}: only HGNetV2s are supported"
+        )
+    # As in the two larger ones
+    frozen = "backbone.stem.stem1.bn.num_batches_tracked" not in weights
     strides = (8, 16, 32)[-levels:]
     if frozen:
-        return BackboneConfig(name=name, pretrained=False, norm="frozen", frozen="stem", strides=strides)
+        return BackboneConfig(
+            name=name, pretrained=False, norm="frozen", frozen="stem", strides=strides
+        )
     return BackboneConfig(name=name, pretrained=False, norm="batch", strides=strides)
 
 
@@ -88,7 +99,10 @@ def table(config: DetectorConfig) -> list[Pair]:
         Pair("decoder.layers.*.gateway.norm", f"{layer}.gateway.norm"),
         Pair("decoder.heads.initial_box.@", "decoder.pre_bbox_head.@"),
         *(
-            Pair(f"decoder.heads.qualities.*.mlp.layers.{k}", f"decoder.decoder.lqe_layers.*.reg_conf.layers.{k}")
+            Pair(
+                f"decoder.heads.qualities.*.mlp.layers.{k}",
+                f"decoder.decoder.lqe_layers.*.reg_conf.layers.{k}",
+            )
             for k in range(2)
         ),
     ]
@@ -104,7 +118,10 @@ def _fusion(ours: str, theirs: str) -> list[Pair]:
     rows = [*normed(f"{ours}.first", f"{theirs}.cv1"), *normed(f"{ours}.last", f"{theirs}.cv4")]
     for step in (0, 1):
         our_step, their_step = f"{ours}.steps.{step}", f"{theirs}.cv{step + 2}"
-        rows += [*normed(f"{our_step}.1", f"{their_step}.1"), *csp(f"{our_step}.0", f"{their_step}.0")]
+        rows += [
+            *normed(f"{our_step}.1", f"{their_step}.1"),
+            *csp(f"{our_step}.0", f"{their_step}.0"),
+        ]
     return rows
 
 

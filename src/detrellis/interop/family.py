@@ -1,5 +1,5 @@
-"""What has to be known of a model type of transformers, or of a reference repository, to read its checkpoints, and to
-write the former's."""
+"""What has to be known of a model type of transformers, or of a reference repository, to read its
+checkpoints, and to write the former's."""
 
 from __future__ import annotations
 
@@ -30,16 +30,22 @@ class Family(NamedTuple):
     model: str  # its class
     processor: str  # the class of its image processor
     recipe_of: Callable[[Config], Recipe]  # of a `config.json`
-    config_of: Callable[[Recipe], dict[str, Any]]  # what `config.json` says of the network, without its classes
-    loaded: Callable[[Weights, DetectorConfig, Config], Loaded]  # of a file's tensors, with its `config.json`
+    # What `config.json` says of the network, without its classes
+    config_of: Callable[[Recipe], dict[str, Any]]
+    # Of a file's tensors, with its `config.json`
+    loaded: Callable[[Weights, DetectorConfig, Config], Loaded]
     names: Callable[[DetectorConfig], list[Pair]]  # of the tensors that `stored` expects
-    stored: Callable[[Weights, Recipe, int], dict[str, Tensor]]  # all tensors of so many classes, as a disk has them
+    # All tensors of so many classes, as a disk has them
+    stored: Callable[[Weights, Recipe, int], dict[str, Tensor]]
     detections: int | None = 100  # that post-processing keeps unless told; None: one for each query
-    pictures: Mapping[str, Any] = {}  # settings of its image processor, instead of those of all; None: it has none
+    # Settings of its image processor, instead of those of all; None: it has none
+    pictures: Mapping[str, Any] = {}
 
 
 class Repository(NamedTuple):
-    """A reference repository whose state dicts are read, some with training arguments beside them."""
+    """A reference repository whose state dicts are read, some with training arguments beside
+    them.
+    """
 
     about: str  # its models, as people call them
     holds: Callable[[Weights], bool]  # whether the names are its own

@@ -1,4 +1,6 @@
-"""Reading weights from wherever they are. Nothing is ever unpickled but plain tensors and containers."""
+"""Reading weights from wherever they are. Nothing is ever unpickled but plain tensors and
+containers.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,21 @@ def fetch(repository: str) -> Path:
     """The folder of `org/name` from the Hugging Face Hub, or from its cache."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
     except ImportError:
-        raise UserError(f"{HUB}{repository}: huggingface_hub is missing", "pip install huggingface_hub") from None
+        raise UserError(
+            f"{HUB}{repository}: huggingface_hub is missing", "pip install huggingface_hub"
+        ) from None
     try:
         folder = Path(snapshot_download(repository, allow_patterns=PATTERNS))
         if not any(folder.glob("*.safetensors")):  # old repositories hold a pickle only
-            folder = Path(snapshot_download(repository, allow_patterns=[*PATTERNS, "pytorch_model.bin"]))
+            folder = Path(
+                snapshot_download(repository, allow_patterns=[*PATTERNS, "pytorch_model.bin"])
+            )
         return folder
     except HFValidationError as error:
         raise UserError(f"{HUB}{repository}: {error}", f"Write {HUB}organisation/name.") from None
@@ -45,14 +55,17 @@ def fetch(repository: str) -> Path:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"{HUB}{repository} cannot be fetched ({first})",
-            "Check the name and the connection, or give a local folder with config.json and model.safetensors.",
+            "Check the name and the connection, or give a local folder with config.json and "
+            "model.safetensors.",
         ) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The object in one of the JSON files of a Hugging Face folder."""
     if not path.is_file():
-        raise UserError(f"{path} is missing", "Give a folder with config.json and model.safetensors.")
+        raise UserError(
+            f"{path} is missing", "Give a folder with config.json and model.safetensors."
+        )
     return read_object(path, again=OTHER_COPY.rstrip("."))
 
 
@@ -62,14 +75,17 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if index.is_file():
         places = read_config(index).get("weight_map")
         names = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
-        if not names or any(Path(name).name != name for name in names):  # a file elsewhere is none of the checkpoint's
+        # A file elsewhere is none of the checkpoint's
+        if not names or any(Path(name).name != name for name in names):
             raise UserError(f"{index}: `weight_map` does not name files of this folder", OTHER_COPY)
         return {k: v for name in names for k, v in read_safetensors(folder / name).items()}
     if (folder / "model.safetensors").is_file():
         return read_safetensors(folder / "model.safetensors")
     if (folder / "pytorch_model.bin").is_file():
         return read_pth(folder / "pytorch_model.bin")[0]
-    raise UserError(f"{folder}: no model.safetensors", "Give a folder with config.json and model.safetensors.")
+    raise UserError(
+        f"{folder}: no model.safetensors", "Give a folder with config.json and model.safetensors."
+    )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -79,13 +95,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing, although its index names it", OTHER_COPY) from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({cut(str(error))})", OTHER_COPY) from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({cut(str(error))})", OTHER_COPY
+        ) from None
     return tensors
 
 
 class _Kind:
-    """Stands for `numpy.ndarray` in pickles, which call it by nothing but `_empty`: a size alone could take any
-    memory."""
+    """Stands for `numpy.ndarray` in pickles, which call it by nothing but `_empty`: a size alone
+    could take any memory."""
 
 
 def _empty(kind: type, shape: object, code: object) -> Any:
@@ -120,9 +138,11 @@ class _Arrays(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of detectron2's `.pkl`: a dictionary of NumPy arrays, alone or under the name `model`.
+    """The tensors of detectron2's `.pkl`: a dictionary of NumPy arrays, alone or under the name
+    `model`.
 
-    Nothing but arrays and containers is unpickled. Raises `UserError` for a file that asks for more, or is damaged.
+    Nothing but arrays and containers is unpickled. Raises `UserError` for a file that asks for
+    more, or is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -133,21 +153,27 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         found = found["model"]
     if not isinstance(found, Mapping):
         raise UserError(f"{path}: not a state dict", NAMED)
-    numeric = {str(k): v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiu"}
+    numeric = {
+        str(k): v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiu"
+    }
     if not numeric:
         raise UserError(f"{path}: holds no arrays", NAMED)
     return {name: torch.from_numpy(np.array(value)) for name, value in numeric.items()}
 
 
 def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a `.pth` file, and the training arguments beside it where the file has them.
+    """The state dict in a `.pth` file, and the training arguments beside it where the file has
+    them.
 
-    Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`, and averaged weights
-    under `ema.module` or `ema_model`, which are taken where there are any: they are what its authors evaluate.
+    Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`,
+    and averaged weights under `ema.module` or `ema_model`, which are taken where there are any:
+    they are what its authors evaluate.
     """
     found = load_plain(path, [argparse.Namespace])
     if isinstance(found, Mapping) and {CARD, "optimizer"} <= found.keys():
-        raise UserError(f"{path}: the state of a run, not its weights", f"Give the run's folder: {path.parent}.")
+        raise UserError(
+            f"{path}: the state of a run, not its weights", f"Give the run's folder: {path.parent}."
+        )
     if not isinstance(found, Mapping):
         raise UserError(f"{path}: not a state dict", NAMED)
     arguments = found.get("args")

@@ -35,7 +35,9 @@ def kind_of(config: Config) -> str:
     """The model type of a `config.json`, one of those that ours can be."""
     kind = str(config.get("model_type", "")).replace("dab_detr", "dab-detr")
     if kind not in FAMILIES:
-        raise UserError(f"model_type {kind!r} is not one that Detrellis has", f"Known: {', '.join(FAMILIES)}.")
+        raise UserError(
+            f"model_type {kind!r} is not one that Detrellis has", f"Known: {', '.join(FAMILIES)}."
+        )
     return kind
 
 
@@ -46,7 +48,8 @@ def family_of(detector: DetectorConfig) -> str:
             return kind
     raise UserError(
         "this detector cannot be saved for transformers: it has no such model",
-        f"It has {', '.join(family.about for family in FAMILIES.values())}, each with backbones of its own.",
+        f"It has {', '.join(family.about for family in FAMILIES.values())}, each with backbones "
+        "of its own.",
     )
 
 
@@ -58,17 +61,20 @@ def recipe_of(config: Config) -> Recipe:
 def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
     """Their `config.json` for a recipe whose classes are called `names`.
 
-    `UserError` for a detector with parts that their model does not have: what it says has to be read as the same one.
+    `UserError` for a detector with parts that their model does not have: what it says has to be
+    read as the same one.
     """
     kind = family_of(recipe.detector)
     described = FAMILIES[kind].config_of(recipe)
     theirs = FAMILIES[kind].recipe_of(described | {"model_type": kind})
     for name, here, there in _unlike(recipe.detector, theirs.detector):
-        raise UserError(f"this detector cannot be saved for transformers: {name}={here}, theirs is {there}")
+        raise UserError(
+            f"this detector cannot be saved for transformers: {name}={here}, theirs is {there}"
+        )
     if recipe.data.pad is not None:
         raise UserError(
-            f"data.pad={recipe.data.pad} cannot be saved for transformers: this detector reads padding as a part "
-            "of the picture, and its boxes are relative to both"
+            f"data.pad={recipe.data.pad} cannot be saved for transformers: this detector reads "
+            "padding as a part of the picture, and its boxes are relative to both"
         )
     return described | {
         "architectures": [FAMILIES[kind].model],
@@ -80,7 +86,9 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _unlike(detector: DetectorConfig, theirs: DetectorConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Fields that decide what the network computes, with two values; not those that two values may say the same of."""
+    """Fields that decide what the network computes, with two values; not those that two values may
+    say the same of.
+    """
     for part in ("encoder", "queries", "cross_attention", "decoder", "masks"):
         here, there = getattr(detector, part), getattr(theirs, part)
         if here is None or there is None:

@@ -1,9 +1,10 @@
 """Two-way tables of parameter names.
 
-A table's `Pair` holds our name and theirs. In both, `*` stands for a layer's index, `@` for any rest, and `{q,k,v}` for
-several tensors that the other side keeps in one, joined along `dim`. A pair names a module (its weight, bias and
-statistics are meant) or one tensor in full. Where theirs has a `*` that ours has not, they keep one copy a layer of
-what we share; `|` separates other copies, under other names. Copies have to be equal.
+A table's `Pair` holds our name and theirs. In both, `*` stands for a layer's index, `@` for any
+rest, and `{q,k,v}` for several tensors that the other side keeps in one, joined along `dim`. A pair
+names a module (its weight, bias and statistics are meant) or one tensor in full. Where theirs has a
+`*` that ours has not, they keep one copy a layer of what we share; `|` separates other copies,
+under other names. Copies have to be equal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ IDLE = re.compile(r"num_batches_tracked$|\.relative_position_index$|\.attn_mask$
 
 
 class Pair(NamedTuple):
-    """A name of ours and theirs: one line of a table. `dim` is the one along which several are joined."""
+    """A name of ours and theirs: one line of a table. `dim` is the one along which several are
+    joined.
+    """
 
     ours: str
     theirs: str
@@ -32,7 +35,9 @@ class Pair(NamedTuple):
 
 
 class Link(NamedTuple):
-    """The same numbers in both layouts: `ours` joined are `theirs` joined; one of the two is a single tensor."""
+    """The same numbers in both layouts: `ours` joined are `theirs` joined; one of the two is a
+    single tensor.
+    """
 
     ours: tuple[str, ...]
     theirs: tuple[tuple[str, ...], ...]  # of each joined tensor, all its copies
@@ -48,7 +53,8 @@ def expand(text: str) -> list[str]:
 
 
 def link_up(keys: Iterable[str], table: Sequence[Pair], layers: int) -> list[Link]:
-    """The links of all `keys` of our detector; `layers`: of the decoder, for copies that are one a layer.
+    """The links of all `keys` of our detector; `layers`: of the decoder, for copies that are one a
+    layer.
 
     A key that no pair knows is left out: see `missing`.
     """
@@ -73,33 +79,47 @@ def _link(pair: Pair, match: re.Match[str], layers: int) -> Link:
     leaf = f".{groups['leaf']}" if groups.get("leaf") else ""
 
     def filled(text: str) -> str:
-        return text.replace("*", groups.get("index") or "*").replace("@", groups.get("rest") or "@") + leaf
+        return (
+            text.replace("*", groups.get("index") or "*").replace("@", groups.get("rest") or "@")
+            + leaf
+        )
 
     parts: list[list[str]] = []
     for alternative in pair.theirs.split("|"):
         for i, name in enumerate(filled(n.strip()) for n in expand(alternative)):
-            names = [name.replace("*", str(layer)) for layer in range(layers)] if "*" in name else [name]
+            names = (
+                [name.replace("*", str(layer)) for layer in range(layers)]
+                if "*" in name
+                else [name]
+            )
             if len(parts) <= i:
                 parts.append([])
             parts[i] += names
-    return Link(tuple(filled(n) for n in expand(pair.ours)), tuple(tuple(p) for p in parts), pair.dim)
+    return Link(
+        tuple(filled(n) for n in expand(pair.ours)), tuple(tuple(p) for p in parts), pair.dim
+    )
 
 
 def to_ours(
     weights: Mapping[str, Tensor], links: Sequence[Link], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """Their weights in our layout. `UserError` where a tensor is missing, has another shape, or has unequal copies."""
+    """Their weights in our layout. `UserError` where a tensor is missing, has another shape, or has
+    unequal copies.
+    """
     out: dict[str, Tensor] = {}
     for link in links:
         parts = [_one(weights, names) for names in link.theirs]
         if len(link.ours) == 1:
             pieces = [torch.cat(parts, link.dim) if len(parts) > 1 else parts[0]]
         else:
-            pieces = list(parts[0].split([shapes[name][link.dim] for name in link.ours], dim=link.dim))
+            pieces = list(
+                parts[0].split([shapes[name][link.dim] for name in link.ours], dim=link.dim)
+            )
         for name, piece in zip(link.ours, pieces, strict=True):
             if piece.shape != shapes[name]:
                 raise UserError(
-                    f"{link.theirs[0][0]} has the shape {tuple(piece.shape)}, expected {tuple(shapes[name])}",
+                    f"{link.theirs[0][0]} has the shape {tuple(piece.shape)}, expected "
+                    f"{tuple(shapes[name])}",
                     "The weights do not belong to this configuration.",
                 )
             out[name] = piece.contiguous()

@@ -1,4 +1,6 @@
-"""From anybody's checkpoint to a detector of ours: weights, recipe and classes. Nothing is ever half-loaded."""
+"""From anybody's checkpoint to a detector of ours: weights, recipe and classes. Nothing is ever
+half-loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from detrellis.engine.checkpoint import OTHER_COPY, first_line
 from detrellis.errors import UserError, cut
 from detrellis.interop import huggingface, mask2former
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
-from detrellis.interop.files import HUB, fetch, read_config, read_folder, read_pickle, read_pth, read_safetensors
+from detrellis.interop.files import (
+    HUB,
+    fetch,
+    read_config,
+    read_folder,
+    read_pickle,
+    read_pth,
+    read_safetensors,
+)
 from detrellis.interop.links import Link, Pair, link_up, missing, to_ours, unused
 from detrellis.interop.lwdetr import RF_PROCESSOR
 from detrellis.interop.reference import REPEATED
@@ -24,9 +34,11 @@ from detrellis.interop.repositories import repository_of
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.network import build_detector
 
-# What reading tables, sizes and names raises where another kind of value stands than any checkpoint has.
+# What reading tables, sizes and names raises where another kind of value stands than any checkpoint
+# has.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
-STATISTICS = {"mean": "image_mean", "std": "image_std"}  # a recipe's `data`, and a processor's names
+# A recipe's `data`, and a processor's names
+STATISTICS = {"mean": "image_mean", "std": "image_std"}
 
 
 @dataclass(frozen=True)
@@ -40,26 +52,34 @@ class Converted:
 
 
 def is_foreign(place: str | Path) -> bool:
-    """Whether `place` is somebody else's checkpoint: `hf:org/name`, a folder with `config.json` or the
-    `model.safetensors` in it, a `.pth` file, or detectron2's `.pkl`."""
+    """Whether `place` is somebody else's checkpoint: `hf:org/name`, a folder with `config.json` or
+    the `model.safetensors` in it, a `.pth` file, or detectron2's `.pkl`."""
     text = str(place)
     path = Path(text)
     if text.startswith(HUB) or path.suffix in (".pth", ".pt", ".bin", ".pkl"):
         return True
     folder = path if path.is_dir() else path.parent
-    return (path.is_dir() or path.name == "model.safetensors") and (folder / "config.json").is_file()
+    return (path.is_dir() or path.name == "model.safetensors") and (
+        folder / "config.json"
+    ).is_file()
 
 
-def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation: bool = False) -> Converted:
+def load_foreign(
+    place: str | Path, *, classes: ClassMap | None = None, dilation: bool = False
+) -> Converted:
     """Read a Hugging Face folder, `hf:org/name`, or a reference repository's `.pth` or `.pkl`.
 
-    `classes` names the classes of a file that does not (default: COCO's where there are 91 or 80); `dilation` says that
-    a `.pth` file is of a DC5 model. Raises `UserError`, naming the file, for whatever does not fit.
+    `classes` names the classes of a file that does not (default: COCO's where there are 91 or 80);
+    `dilation` says that a `.pth` file is of a DC5 model. Raises `UserError`, naming the file, for
+    whatever does not fit.
     """
     text = str(place)
     path = fetch(text.removeprefix(HUB)) if text.startswith(HUB) else Path(text)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder", f"Give {HUB}org/name, a folder with config.json, or a file.")
+        raise UserError(
+            f"{path}: no such file or folder",
+            f"Give {HUB}org/name, a folder with config.json, or a file.",
+        )
     try:
         if path.is_dir() or path.name == "model.safetensors":
             return _from_huggingface(path if path.is_dir() else path.parent, classes)
@@ -71,9 +91,11 @@ def load_foreign(place: str | Path, *, classes: ClassMap | None = None, dilation
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """While a file's content is read, and nothing of ours is built: what goes wrong then is the content's fault.
+    """While a file's content is read, and nothing of ours is built: what goes wrong then is the
+    content's fault.
 
-    Any value in it may be of another kind or size; to ask each before it is used would double the readers.
+    Any value in it may be of another kind or size; to ask each before it is used would double the
+    readers.
     """
     try:
         yield
@@ -96,8 +118,12 @@ def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
 
 
 def _labels(config: Mapping[str, Any]) -> ClassMap:
-    """The file's `id2label`: their label index is our class index, and the id unless we saved the file."""
-    given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))}
+    """The file's `id2label`: their label index is our class index, and the id unless we saved the
+    file.
+    """
+    given = config.get("id2label") or {
+        i: f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))
+    }
     labels = {int(i): str(name) for i, name in given.items()}
     if sorted(labels) != list(range(len(labels))):
         raise UserError("config.json: id2label does not count from 0")
@@ -106,13 +132,17 @@ def _labels(config: Mapping[str, Any]) -> ClassMap:
 
 
 def with_processor(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with image size, mean and std of a `preprocessor_config.json`; without one, DETR's."""
+    """The recipe with image size, mean and std of a `preprocessor_config.json`; without one,
+    DETR's.
+    """
     recipe = recipe.replace(data=recipe.data.replace(exact_long=True))
     if not path.is_file():
         return recipe
     config = read_config(path)
     known: dict[str, Any] = {
-        ours: tuple(map(float, config[theirs])) for ours, theirs in STATISTICS.items() if config.get(theirs)
+        ours: tuple(map(float, config[theirs]))
+        for ours, theirs in STATISTICS.items()
+        if config.get(theirs)
     }
     if config.get("do_normalize") is False:
         known = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -123,7 +153,11 @@ def with_processor(recipe: Recipe, path: Path) -> Recipe:
     if isinstance(size, int):
         size = {"shortest_edge": size}
     if "shortest_edge" in size:
-        update = {"size": int(size["shortest_edge"]), "max_side": size.get("longest_edge"), "keep_aspect": True}
+        update = {
+            "size": int(size["shortest_edge"]),
+            "max_side": size.get("longest_edge"),
+            "keep_aspect": True,
+        }
         update |= {"augment": "detr", "zoom": None}
     elif "max_height" in size:
         update = {"size": (int(size["max_height"]), int(size["max_width"])), "keep_aspect": True}
@@ -145,14 +179,18 @@ def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Con
             recipe = repository.recipe_of(weights, {"dilation": dilation} | arguments)
             count = repository.class_count(weights, recipe.detector)
         except KeyError as error:  # a tensor whose shape tells a size
-            raise UserError(f"{error.args[0]} is missing", "The file is not complete, or of another model.") from None
+            raise UserError(
+                f"{error.args[0]} is missing", "The file is not complete, or of another model."
+            ) from None
         given, names = repository.loaded(weights, recipe.detector)
     named = _numbered(count) if classes is None else _fitting(classes, count)
     return _convert(given, names, recipe, named)
 
 
 def _fitting(classes: ClassMap, count: int) -> ClassMap:
-    """`classes` for `count` rows: one each, or the rows are the data set's own ids and some stand for nothing."""
+    """`classes` for `count` rows: one each, or the rows are the data set's own ids and some stand
+    for nothing.
+    """
     if len(classes) == count:
         return classes
     if classes.ids and classes.ids[-1] < count and classes.ids[0] >= 0:
@@ -170,7 +208,9 @@ def _numbered(count: int) -> ClassMap:
     return ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
 
 
-def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, classes: ClassMap) -> Converted:
+def _convert(
+    weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, classes: ClassMap
+) -> Converted:
     with torch.device("meta"):
         detector = build_detector(recipe.detector, len(classes))
     state = detector.state_dict()
@@ -181,10 +221,14 @@ def _convert(weights: Mapping[str, Tensor], table: list[Pair], recipe: Recipe, c
         if recipe.detector.boxes:
             converted = to_ours(weights, links, shapes)
         else:
-            converted = mask2former.turned(to_ours(mask2former.as_linear(weights), links, shapes), recipe.detector)
+            converted = mask2former.turned(
+                to_ours(mask2former.as_linear(weights), links, shapes), recipe.detector
+            )
         floats = {name: value.float() for name, value in converted.items()}
         if bad := [name for name, value in floats.items() if not value.isfinite().all()]:
-            raise UserError(f"{bad[0]} holds values that are not finite", "Take another copy of the file.")
+            raise UserError(
+                f"{bad[0]} holds values that are not finite", "Take another copy of the file."
+            )
     # Steps that BatchNorm has seen, which not every file counts.
     counters = [name for name in state if name.endswith("num_batches_tracked")]
     floats |= {name: torch.tensor(0) for name in counters}

@@ -1,4 +1,5 @@
-"""LW-DETR and RF-DETR of transformers, and of their authors' repositories: configuration files and names.
+"""LW-DETR and RF-DETR of transformers, and of their authors' repositories: configuration files and
+names.
 
 | where transformers, the authors and ours differ | ours |
 | --- | --- |
@@ -44,7 +45,13 @@ DEFAULTS: dict[str, Any] = {
     "group_detr": 13,
     "num_queries": 300,
 }
-DINOV2 = {"num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 14, "num_windows": 4, "image_size": 224}
+DINOV2 = {
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 14,
+    "num_windows": 4,
+    "image_size": 224,
+}
 CAE = {"num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16, "num_windows": 16}
 BACKBONE_DEFAULTS: dict[str, dict[str, Any]] = {
     LW: {**CAE, "hidden_size": 768, "pretrain_image_size": 224, "window_block_indices": ()},
@@ -65,7 +72,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "out_features": ("stage2", "stage5", "stage8", "stage11"),
     },
 }
-# Settings that change what is computed and that ours do not have, with the value that ours stand for.
+# Settings that change what is computed and that ours do not have, with the value that ours stand
+# for.
 FIXED: dict[str, Any] = {
     "activation_function": "silu",
     "attention_bias": True,
@@ -102,9 +110,14 @@ UNLIKE = (
 
 
 def recipe_of(kind: str, config: Config) -> Recipe:
-    """The recipe that a `config.json` of that model type describes: its family's, with the file's sizes."""
+    """The recipe that a `config.json` of that model type describes: its family's, with the file's
+    sizes.
+    """
     backbone_config = config.get("backbone_config") or BACKBONES[kind]
-    for found, fixed, where in ((config, FIXED, ""), (backbone_config, BACKBONE_FIXED, "backbone_config.")):
+    for found, fixed, where in (
+        (config, FIXED, ""),
+        (backbone_config, BACKBONE_FIXED, "backbone_config."),
+    ):
         for name, value in fixed.items():
             if found.get(name, value) != value:
                 problem = f"config.json: {where}{name}={found[name]!r} is not supported"
@@ -130,16 +143,21 @@ def recipe_of(kind: str, config: Config) -> Recipe:
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), sizes))
     assert recipe.schemes.group is not None
     schemes = recipe.schemes.replace(group=recipe.schemes.group.replace(k=full["group_detr"]))
-    return recipe.model_copy(update={"name": kind.replace("_", "-"), "detector": detector, "schemes": schemes})
+    return recipe.model_copy(
+        update={"name": kind.replace("_", "-"), "detector": detector, "schemes": schemes}
+    )
 
 
 def _backbone(kind: str, config: Config) -> dict[str, Any]:
-    depth, patch, heads = config["num_hidden_layers"], config["patch_size"], config["num_attention_heads"]
+    depth = config["num_hidden_layers"]
+    patch = config["patch_size"]
+    heads = config["num_attention_heads"]
     outputs = config.get("out_indices") or [
         int(re.sub(r"\D", "", n) or 0) for n in config.get("out_features") or [f"{depth}"]
     ]
     taps = tuple(sorted(int(i) % (depth + 1) for i in outputs))
-    size, side = config["pretrain_image_size" if kind == LW else "image_size"], config["num_windows"]
+    size = config["pretrain_image_size" if kind == LW else "image_size"]
+    side = config["num_windows"]
     if not all(isinstance(value, int) for value in (size, patch)):
         raise UserError("config.json: an image or patch that is no square is not supported")
     if kind == LW:
@@ -147,16 +165,35 @@ def _backbone(kind: str, config: Config) -> dict[str, Any]:
         windowed = tuple(sorted(i for i in config["window_block_indices"] if i < max(taps)))
     else:
         windowed = _between(taps)
-    layout = {"patch": patch, "grid": size // patch, "windows": side, "windowed": windowed, "taps": taps}
+    layout = {
+        "patch": patch,
+        "grid": size // patch,
+        "windows": side,
+        "windowed": windowed,
+        "taps": taps,
+    }
     drop = float(config.get("drop_path_rate", 0.0))
-    return {"pretrained": False, "width": config["hidden_size"], "heads": heads, "drop_path": drop, **layout}
+    return {
+        "pretrained": False,
+        "width": config["hidden_size"],
+        "heads": heads,
+        "drop_path": drop,
+        **layout,
+    }
 
 
 def _projector(kind: str, full: Config, patch: int) -> dict[str, Any]:
     if kind == RF:
         if full.get("num_feature_levels", 1) != 1:
-            raise UserError("config.json: num_feature_levels of more than 1 are not supported", "transformers has 1.")
-        return {"strides": (patch,), "blocks": full["c2f_num_blocks"], "eps": full.get("layer_norm_eps", 1e-5)}
+            raise UserError(
+                "config.json: num_feature_levels of more than 1 are not supported",
+                "transformers has 1.",
+            )
+        return {
+            "strides": (patch,),
+            "blocks": full["c2f_num_blocks"],
+            "eps": full.get("layer_norm_eps", 1e-5),
+        }
     scales = full.get("projector_scale_factors") or (1.0,)
     strides = tuple(round(patch / scale) for scale in scales)
     return {"strides": strides, "blocks": full["c2f_num_blocks"]}
@@ -199,13 +236,25 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
         "out_indices": list(backbone.taps),
     }
     if kind == LW:
-        backbone_config |= {"model_type": "lw_detr_vit", "pretrain_image_size": backbone.grid * backbone.patch}
-        backbone_config |= {"num_windows": backbone.windows**2, "window_block_indices": list(backbone.windowed)}
+        backbone_config |= {
+            "model_type": "lw_detr_vit",
+            "pretrain_image_size": backbone.grid * backbone.patch,
+        }
+        backbone_config |= {
+            "num_windows": backbone.windows**2,
+            "window_block_indices": list(backbone.windowed),
+        }
         scales = [backbone.patch / stride for stride in projector.strides]
         return config | {"backbone_config": backbone_config, "projector_scale_factors": scales}
-    backbone_config |= {"model_type": "rf_detr_dinov2", "image_size": backbone.grid * backbone.patch}
+    backbone_config |= {
+        "model_type": "rf_detr_dinov2",
+        "image_size": backbone.grid * backbone.patch,
+    }
     backbone_config |= {"num_windows": backbone.windows, "drop_path_rate": backbone.drop_path}
-    backbone_config |= {"out_features": [f"stage{i}" for i in backbone.taps], "use_mask_token": False}
+    backbone_config |= {
+        "out_features": [f"stage{i}" for i in backbone.taps],
+        "use_mask_token": False,
+    }
     return config | {"backbone_config": backbone_config, "layer_norm_eps": projector.eps}
 
 
@@ -214,13 +263,16 @@ def _refuse_unlike(detector: DetectorConfig, expected: DetectorConfig) -> None:
     for name in UNLIKE:
         ours, theirs = (attrgetter(name)(config) for config in (detector, expected))
         if ours != theirs:
-            raise UserError(f"this detector cannot be saved for transformers: {name}={ours}, theirs is {theirs}")
+            raise UserError(
+                f"this detector cannot be saved for transformers: {name}={ours}, theirs is {theirs}"
+            )
     backbone = detector.backbone
     assert isinstance(backbone, WindowViTConfig)
     derived = _between(backbone.taps)
     if backbone.style == "dinov2" and backbone.windowed != derived:
         raise UserError(
-            f"this detector cannot be saved for transformers: backbone.windowed={backbone.windowed}, theirs {derived}"
+            "this detector cannot be saved for transformers: "
+            f"backbone.windowed={backbone.windowed}, theirs {derived}"
         )
 
 
@@ -230,14 +282,20 @@ def _between(taps: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _loaded(kind: str, weights: Weights, detector: DetectorConfig, config: Config) -> Loaded:
-    given = {lwdetr_names.modern(name): value for name, value in weights.items()} if kind == LW else weights
+    given = (
+        {lwdetr_names.modern(name): value for name, value in weights.items()}
+        if kind == LW
+        else weights
+    )
     names = lwdetr_names.authors_table if lwdetr_names.is_authors(weights) else lwdetr_names.table
     return Loaded(lwdetr_names.completed(given, detector.queries.count), names(detector))
 
 
 def _stored(kind: str, weights: Weights, recipe: Recipe, classes: int) -> dict[str, Tensor]:
     kept = lwdetr_names.stored(weights)
-    return kept if kind == RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}
+    return (
+        kept if kind == RF else {lwdetr_names.on_disk(name): value for name, value in kept.items()}
+    )
 
 
 def _family(kind: str, about: str, model: str, processor: str) -> Family:

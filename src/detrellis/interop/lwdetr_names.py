@@ -1,4 +1,6 @@
-"""The names of what LW-DETR and RF-DETR hold: transformers', and those of the authors' repositories."""
+"""The names of what LW-DETR and RF-DETR hold: transformers', and those of the authors'
+repositories.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ def authors_table(detector: DetectorConfig) -> list[Pair]:
     ]
 
 
-_HEADS = [Pair("decoder.heads.classes.0", "class_embed"), Pair("decoder.heads.boxes.0.@", "bbox_embed.@")]
+_HEADS = [
+    Pair("decoder.heads.classes.0", "class_embed"),
+    Pair("decoder.heads.boxes.0.@", "bbox_embed.@"),
+]
 _BLOCK = "encoder.layer.*"
 # Of transformers' ViTs in memory, by style: our names and theirs.
 _VIT: dict[str, dict[str, str]] = {
@@ -98,7 +103,10 @@ _AUTHORS_CAE = [
     Pair("backbone.blocks.*.attn.qkv.weight", f"{_CAE}.blocks.*.attn.qkv.weight"),
     Pair("backbone.blocks.*.attn.qkv.bias", f"{_CAE}.blocks.*.attn.{{q,k,v}}_bias"),
     Pair("backbone.blocks.*.attn.proj", f"{_CAE}.blocks.*.attn.proj"),
-    *(Pair(f"backbone.blocks.*.{n}", f"{_CAE}.blocks.*.{n}") for n in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")),
+    *(
+        Pair(f"backbone.blocks.*.{n}", f"{_CAE}.blocks.*.{n}")
+        for n in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+    ),
     *(Pair(f"backbone.blocks.*.ls{k}.gamma", f"{_CAE}.blocks.*.gamma_{k}") for k in (1, 2)),
 ]
 
@@ -124,7 +132,8 @@ def _proposals(prefix: str) -> list[Pair]:
     ]
 
 
-QUERIES = re.compile(r"(^|\.)(query_feat|refpoint_embed|reference_point_embed)\.weight$")  # a row a query and group
+# A row a query and group
+QUERIES = re.compile(r"(^|\.)(query_feat|refpoint_embed|reference_point_embed)\.weight$")
 
 
 class _Projector(NamedTuple):
@@ -138,33 +147,45 @@ class _Projector(NamedTuple):
 
 
 _HUGGINGFACE_NAMES = _Projector(
-    "projector_layer.conv1", "projector_layer.conv2", "projector_layer.bottlenecks.{}.conv{}", "layer_norm", "norm"
+    "projector_layer.conv1",
+    "projector_layer.conv2",
+    "projector_layer.bottlenecks.{}.conv{}",
+    "layer_norm",
+    "norm",
 )
 _AUTHORS_NAMES = _Projector("0.cv1", "0.cv2", "0.m.{}.cv{}", "1", "bn")
 
 
 def _levels(detector: DetectorConfig, scale: str, resampler: str, names: _Projector) -> list[Pair]:
-    """The projector; `scale` has the place of a level's index, `resampler` of a level's and a map's."""
+    """The projector; `scale` has the place of a level's index, `resampler` of a level's and a
+    map's.
+    """
     backbone, projector = detector.backbone, detector.encoder
     assert isinstance(backbone, WindowViTConfig)
     assert isinstance(projector, ProjectorEncoderConfig)
     rows = list[Pair]()
 
     def convolution(ours: str, theirs: str) -> None:
-        rows.extend((Pair(f"{ours}.0", f"{theirs}.conv"), Pair(f"{ours}.1", f"{theirs}.{names.norm}")))
+        rows.extend(
+            (Pair(f"{ours}.0", f"{theirs}.conv"), Pair(f"{ours}.1", f"{theirs}.{names.norm}"))
+        )
 
     for level, stride in enumerate(projector.strides):
         ours, theirs = f"neck.levels.{level}", scale.format(level)
         for tap in range(len(backbone.taps)):
             own, other = f"{ours}.resamplers.{tap}", resampler.format(level, tap)
             convolution(f"{own}.0", f"{other}.0")
-            if stride < backbone.patch:  # a transposed convolution, behind one that narrows wide maps
+            # A transposed convolution, behind one that narrows wide maps
+            if stride < backbone.patch:
                 rows += [Pair(f"{own}.{place}", f"{other}.{place}") for place in (0, 1)]
         convolution(f"{ours}.mix.first", f"{theirs}.{names.first}")
         convolution(f"{ours}.mix.last", f"{theirs}.{names.last}")
         for block in range(projector.blocks):
             for k in (0, 1):
-                convolution(f"{ours}.mix.bottlenecks.{block}.{k}", f"{theirs}.{names.bottleneck.format(block, k + 1)}")
+                convolution(
+                    f"{ours}.mix.bottlenecks.{block}.{k}",
+                    f"{theirs}.{names.bottleneck.format(block, k + 1)}",
+                )
         rows.append(Pair(f"{ours}.norm", f"{theirs}.{names.final}"))
     return rows
 
@@ -179,8 +200,12 @@ KEY_BIAS = {"attention.q_proj.bias": "attention.k_proj.bias", "attn.q_bias": "at
 
 
 def completed(weights: Weights, count: int) -> dict[str, Tensor]:
-    """The weights of the first group, whose queries are `count`, with the biases that keys of CAE do without."""
-    found = {name: value[:count] if QUERIES.search(name) else value for name, value in weights.items()}
+    """The weights of the first group, whose queries are `count`, with the biases that keys of CAE
+    do without.
+    """
+    found = {
+        name: value[:count] if QUERIES.search(name) else value for name, value in weights.items()
+    }
     for name, value in weights.items():
         for query, key in KEY_BIAS.items():
             if name.endswith(query):
@@ -189,10 +214,18 @@ def completed(weights: Weights, count: int) -> dict[str, Tensor]:
 
 
 def stored(weights: Weights) -> dict[str, Tensor]:
-    """Without the biases of CAE's keys, which a softmax does not see, and with the counter of every BatchNorm."""
+    """Without the biases of CAE's keys, which a softmax does not see, and with the counter of every
+    BatchNorm.
+    """
     mean = "running_mean"
-    counters = {name.replace(mean, COUNTER): torch.tensor(0) for name in weights if name.endswith(mean)}
-    return {name: value for name, value in weights.items() if not name.endswith(tuple(KEY_BIAS.values()))} | counters
+    counters = {
+        name.replace(mean, COUNTER): torch.tensor(0) for name in weights if name.endswith(mean)
+    }
+    return {
+        name: value
+        for name, value in weights.items()
+        if not name.endswith(tuple(KEY_BIAS.values()))
+    } | counters
 
 
 def modern(name: str) -> str:

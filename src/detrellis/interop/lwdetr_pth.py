@@ -12,8 +12,8 @@ from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
 
 LAYERS, HEAD = "transformer.decoder.layers", "transformer.enc_output"
-# What no shape tells where a file has no arguments: as published, of LW-DETR's ViTs by their number of blocks, and of
-# RF-DETR's by the side of a patch.
+# What no shape tells where a file has no arguments: as published, of LW-DETR's ViTs by their number
+# of blocks, and of RF-DETR's by the side of a patch.
 TAPS = {6: (1, 3, 5), 10: (2, 4, 5, 9)}  # blocks, counted from 0
 WINDOWED = {6: (0, 2, 4), 10: (0, 1, 3, 6, 7, 9)}
 STAGES = {14: (2, 5, 8, 11), 16: (3, 6, 9, 12)}  # after how many blocks
@@ -22,8 +22,8 @@ PIXELS = {14: 560}  # sides of images, where they are not those of the table of 
 
 
 def recipe_of(weights: Weights, arguments: Config) -> Recipe:
-    """The recipe of a state dict: that of a `config.json` with its sizes. RF-DETR's projector has the norms that its
-    authors train with."""
+    """The recipe of a state dict: that of a `config.json` with its sizes. RF-DETR's projector has
+    the norms that its authors train with."""
     width = weights["transformer.decoder.norm.weight"].shape[0]
     heads = {"sa_nheads": width // 32, "ca_nheads": width // 16} | dict(arguments)
     groups = count(weights, HEAD)
@@ -48,13 +48,15 @@ def recipe_of(weights: Weights, arguments: Config) -> Recipe:
         return lwdetr.recipe_of(LW, config | {"backbone_config": _cae(weights, arguments)})
     backbone = _dinov2(weights, arguments)
     recipe = lwdetr.recipe_of(RF, config | {"backbone_config": backbone})
-    side = int(arguments.get("resolution", PIXELS.get(backbone["patch_size"], backbone["image_size"])))
+    side = int(
+        arguments.get("resolution", PIXELS.get(backbone["patch_size"], backbone["image_size"]))
+    )
     return recipe.model_copy(update={"data": recipe.data.replace(size=(side, side))})
 
 
 def _scales(weights: Weights) -> list[float]:
-    """How much finer each level is than the maps: what a transposed convolution makes is twice as fine, what a 3x3
-    convolution makes half."""
+    """How much finer each level is than the maps: what a transposed convolution makes is twice as
+    fine, what a 3x3 convolution makes half."""
     scales = []
     for level in range(count(weights, "backbone.0.projector.stages")):
         first = f"backbone.0.projector.stages_sampling.{level}.0.0"
@@ -66,7 +68,8 @@ def _scales(weights: Weights) -> list[float]:
 def _cae(weights: Weights, arguments: Config) -> dict[str, Any]:
     vit = "backbone.0.encoder"
     width, _, _, patch = weights[f"{vit}.patch_embed.proj.weight"].shape
-    depth, grid = count(weights, f"{vit}.blocks"), round((weights[f"{vit}.pos_embed"].shape[1] - 1) ** 0.5)
+    depth = count(weights, f"{vit}.blocks")
+    grid = round((weights[f"{vit}.pos_embed"].shape[1] - 1) ** 0.5)
     taps = arguments.get("out_feature_indexes") or TAPS.get(depth, (depth - 1,))
     windowed = arguments.get("window_block_indexes") or WINDOWED.get(depth, ())
     return {
@@ -109,4 +112,6 @@ def loaded(weights: Weights, detector: DetectorConfig) -> Loaded:
     )
 
 
-REPOSITORY = Repository("LW-DETR and RF-DETR", lwdetr_names.is_authors, recipe_of, class_count, loaded)
+REPOSITORY = Repository(
+    "LW-DETR and RF-DETR", lwdetr_names.is_authors, recipe_of, class_count, loaded
+)

@@ -1,4 +1,6 @@
-"""Mask2Former's names in transformers and in its own code, and the order of levels, which both have coarsest first."""
+"""Mask2Former's names in transformers and in its own code, and the order of levels, which both have
+coarsest first.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from torch import Tensor
 
 from detrellis.interop import swin
 from detrellis.interop.links import Pair
-from detrellis.interop.names import detectron2_resnet, feed_forward, huggingface_resnet, packed, sampling
+from detrellis.interop.names import (
+    detectron2_resnet,
+    feed_forward,
+    huggingface_resnet,
+    packed,
+    sampling,
+)
 from detrellis.recipes.backbones import RESNETS, BackboneConfig
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
@@ -44,10 +52,16 @@ def turned(weights: Mapping[str, Tensor], detector: DetectorConfig) -> dict[str,
 
 
 def constants(recipe: Recipe, classes: int) -> dict[str, Tensor]:
-    """What transformers' Mask2Former holds besides: weights of its loss, and a norm of its Swin that nobody reads."""
+    """What transformers' Mask2Former holds besides: weights of its loss, and a norm of its Swin
+    that nobody reads.
+    """
     backbone = recipe.detector.backbone
     assert isinstance(backbone, BackboneConfig)
-    found = {"criterion.empty_weight": torch.cat([torch.ones(classes), torch.tensor([recipe.loss.no_object])])}
+    found = {
+        "criterion.empty_weight": torch.cat(
+            [torch.ones(classes), torch.tensor([recipe.loss.no_object])]
+        )
+    }
     if backbone.name not in RESNETS:
         channels = 8 * swin.config_of(backbone.name)["embed_dim"]
         norm = "model.pixel_level_module.encoder.swin.layernorm"
@@ -69,8 +83,14 @@ def huggingface(detector: DetectorConfig) -> list[Pair]:
     encoder, decoder = f"{pixel}.encoder.layers.*", f"{module}.decoder.layers.*"
     levels = detector.encoder.levels
     return [
-        *(Pair(f"neck.projections.{i}.@", f"{pixel}.input_projections.{levels - 1 - i}.@") for i in range(levels)),
-        *(Pair(f"decoder.projections.{i}", f"{module}.input_projections.{levels - 1 - i}") for i in range(levels)),
+        *(
+            Pair(f"neck.projections.{i}.@", f"{pixel}.input_projections.{levels - 1 - i}.@")
+            for i in range(levels)
+        ),
+        *(
+            Pair(f"decoder.projections.{i}", f"{module}.input_projections.{levels - 1 - i}")
+            for i in range(levels)
+        ),
         Pair("neck.level_embed", f"{pixel}.level_embed"),
         *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
         Pair("encoder.layers.*.norm", f"{encoder}.self_attn_layer_norm"),
@@ -89,7 +109,10 @@ def huggingface(detector: DetectorConfig) -> list[Pair]:
         *feed_forward("decoder.layers.*", decoder, "final_layer_norm", ("fc1", "fc2")),
         Pair("decoder.final_norm", f"{module}.decoder.layernorm"),
         *(
-            Pair(f"decoder.heads.embed.layers.{k}", f"{module}.decoder.mask_predictor.mask_embedder.{k}.0")
+            Pair(
+                f"decoder.heads.embed.layers.{k}",
+                f"{module}.decoder.mask_predictor.mask_embedder.{k}.0",
+            )
             for k in range(3)
         ),
         Pair("decoder.heads.classify", "class_predictor"),
@@ -102,10 +125,19 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
     pixel, head = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
     encoder = f"{pixel}.transformer.encoder.layers.*"
     levels = detector.encoder.levels
-    layers = {part: f"{head}.transformer_{part}_layers.*" for part in ("cross_attention", "self_attention", "ffn")}
+    layers = {
+        part: f"{head}.transformer_{part}_layers.*"
+        for part in ("cross_attention", "self_attention", "ffn")
+    }
     return [
-        *(Pair(f"neck.projections.{i}.@", f"{pixel}.input_proj.{levels - 1 - i}.@") for i in range(levels)),
-        *(Pair(f"decoder.projections.{i}", f"{head}.input_proj.{levels - 1 - i}") for i in range(levels)),
+        *(
+            Pair(f"neck.projections.{i}.@", f"{pixel}.input_proj.{levels - 1 - i}.@")
+            for i in range(levels)
+        ),
+        *(
+            Pair(f"decoder.projections.{i}", f"{head}.input_proj.{levels - 1 - i}")
+            for i in range(levels)
+        ),
         Pair("neck.level_embed", f"{pixel}.transformer.level_embed"),
         *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
         Pair("encoder.layers.*.norm", f"{encoder}.norm1"),
@@ -124,7 +156,10 @@ def detectron2(detector: DetectorConfig) -> list[Pair]:
         Pair("decoder.layers.*.norm_self", f"{layers['self_attention']}.norm"),
         *feed_forward("decoder.layers.*", layers["ffn"], "norm"),
         Pair("decoder.final_norm", f"{head}.decoder_norm"),
-        *(Pair(f"decoder.heads.embed.layers.{k}", f"{head}.mask_embed.layers.{k}") for k in range(3)),
+        *(
+            Pair(f"decoder.heads.embed.layers.{k}", f"{head}.mask_embed.layers.{k}")
+            for k in range(3)
+        ),
         Pair("decoder.heads.classify", f"{head}.class_embed"),
         *backbone(detector, "backbone", of_transformers=False),
     ]

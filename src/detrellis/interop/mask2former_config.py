@@ -68,16 +68,24 @@ def recipe_of(config: Config) -> Recipe:
     """The recipe that a `config.json` describes."""
     for name, value in FIXED.items():
         if config.get(name, value) != value:
-            raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
+            raise UserError(
+                f"config.json: {name}={config[name]!r} is not supported",
+                f"Detrellis has {value!r}.",
+            )
     full = {**DEFAULTS, **config}
     backbone_config = full.get("backbone_config") or {}
     if backbone_config.get("model_type", "swin") not in ("resnet", "swin"):
         raise UserError(
-            f"config.json: backbone_config.model_type={backbone_config['model_type']!r} is not supported",
+            f"config.json: backbone_config.model_type={backbone_config['model_type']!r} is not "
+            "supported",
             "With Mask2Former Detrellis reads transformers' own resnet and swin.",
         )
     resnet = backbone_config.get("model_type") == "resnet"
-    backbone = resnet_of(full, several=True) if resnet else BackboneConfig(name=swin.checked(backbone_config))
+    backbone = (
+        resnet_of(full, several=True)
+        if resnet
+        else BackboneConfig(name=swin.checked(backbone_config))
+    )
     sizes = {
         "width": full["hidden_dim"],
         "encoder": {
@@ -96,7 +104,11 @@ def recipe_of(config: Config) -> Recipe:
         "masks": {"width": full["mask_feature_size"]},
     }
     losses = {ours: full[theirs] for ours, theirs in LOSSES.items()}
-    costs = {"cost_classes": losses["classes"], "cost_mask": losses["mask"], "cost_dice": losses["dice"]}
+    costs = {
+        "cost_classes": losses["classes"],
+        "cost_mask": losses["mask"],
+        "cost_dice": losses["dice"],
+    }
     recipe = _recipe(backbone, sizes)
     return recipe.model_copy(update={"loss": recipe.loss.replace(**losses, **costs)})
 
@@ -105,7 +117,9 @@ def _recipe(backbone: BackboneConfig, sizes: dict[str, Any]) -> Recipe:
     """Mask2Former of these sizes; its backbone's weights come with the file."""
     ready = backbone.replace(pretrained=False, norm="frozen_norm", strides=(8, 16, 32))
     detector = DetectorConfig.checked(merged(mask2former_detector(ready).model_dump(), sizes))
-    return mask2former_r50().model_copy(update={"name": KIND, "detector": detector, "data": DataConfig()})
+    return mask2former_r50().model_copy(
+        update={"name": KIND, "detector": detector, "data": DataConfig()}
+    )
 
 
 def kind_of(detector: DetectorConfig) -> str | None:
@@ -121,12 +135,15 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
     assert detector.encoder.kind == "deformable"
     backbone = detector.backbone
     assert isinstance(backbone, BackboneConfig)
-    of_backbone = _resnet(backbone.name) if backbone.name in RESNETS else swin.config_of(backbone.name)
+    of_backbone = (
+        _resnet(backbone.name) if backbone.name in RESNETS else swin.config_of(backbone.name)
+    )
     usual = detector.encoder.heads == detector.decoder.heads and detector.encoder.levels == 3
     if not usual or len(backbone.strides) != 3 or detector.dropout or detector.activation != "relu":
         raise UserError(
-            "this detector cannot be saved for transformers: its Mask2Former has equally many heads in encoder and "
-            "decoder, three levels, all of them of the backbone, ReLU, and no dropout"
+            "this detector cannot be saved for transformers: its Mask2Former has equally many "
+            "heads in encoder and decoder, three levels, all of them of the backbone, ReLU, and "
+            "no dropout"
         )
     losses = {theirs: getattr(loss, ours) for ours, theirs in LOSSES.items()}
     return losses | {
@@ -148,7 +165,12 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
 def _resnet(name: str) -> dict[str, Any]:
     kind, depths = next(blocks for blocks, known in BLOCKS.items() if known == name)
     sizes = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
-    shape = {"layer_type": kind, "depths": list(depths), "hidden_sizes": sizes, "embedding_size": 64}
+    shape = {
+        "layer_type": kind,
+        "depths": list(depths),
+        "hidden_sizes": sizes,
+        "embedding_size": 64,
+    }
     return {"model_type": "resnet", **shape, "out_features": [f"stage{i}" for i in range(1, 5)]}
 
 
@@ -167,15 +189,21 @@ def is_mask2former(weights: Weights) -> bool:
 
 
 def recipe_of_weights(weights: Weights) -> Recipe:
-    """The recipe of the weights of Mask2Former's own code, with 8 heads: no shape tells their number."""
+    """The recipe of the weights of Mask2Former's own code, with 8 heads: no shape tells their
+    number.
+    """
     if f"{_PIXEL}.adapter_1.weight" not in weights:
-        raise UserError("its pixel decoder is not the one of deformable attention", "Take a checkpoint of another.")
+        raise UserError(
+            "its pixel decoder is not the one of deformable attention",
+            "Take a checkpoint of another.",
+        )
 
     def rows(name: str) -> int:
         return weights[name].shape[0]
 
     count = partial(pattern_count, weights)
-    width, memory = rows(f"{_PREDICTOR}.decoder_norm.weight"), rows(f"{_PIXEL}.adapter_1.norm.weight")
+    width = rows(f"{_PREDICTOR}.decoder_norm.weight")
+    memory = rows(f"{_PIXEL}.adapter_1.norm.weight")
     linear = "linear1.weight"
     sizes = {
         "width": width,
@@ -212,11 +240,16 @@ def backbone_of(weights: Weights) -> BackboneConfig:
         depths = tuple(count(rf"backbone\.layers\.{i}\.blocks\.(\d+)\.") for i in swin.STAGES)
         first = weights["backbone.layers.0.blocks.0.attn.relative_position_bias_table"].shape[0]
         window = (round(first**0.5) + 1) // 2
-        return BackboneConfig(name=swin.name_of(weights["backbone.patch_embed.proj.weight"].shape[0], depths, window))
+        return BackboneConfig(
+            name=swin.name_of(weights["backbone.patch_embed.proj.weight"].shape[0], depths, window)
+        )
     depths = tuple(count(rf"backbone\.res{stage}\.(\d+)\.") for stage in (2, 3, 4, 5))
     names = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
     if depths not in names:
-        raise UserError(f"the backbone has {list(depths)} blocks a stage: ResNet-50, 101 and Swins are supported")
+        raise UserError(
+            f"the backbone has {list(depths)} blocks a stage: ResNet-50, 101 and Swins are "
+            "supported"
+        )
     return BackboneConfig(name=names[depths])
 
 

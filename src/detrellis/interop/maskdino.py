@@ -1,8 +1,8 @@
 """Mask DINO's own checkpoints: which network a state dict holds, and its names.
 
-What shapes do not tell is as in its published files: 8 heads, the double norm, and queries that begin with the boxes
-around masks. Its levels run finest first in the encoder and coarsest first in the decoder, or the other way round; the
-order of the projections tells.
+What shapes do not tell is as in its published files: 8 heads, the double norm, and queries that
+begin with the boxes around masks. Its levels run finest first in the encoder and coarsest first in
+the decoder, or the other way round; the order of the projections tells.
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ _SAMPLED = r"layers\.\d+\.{}\.(sampling_offsets|attention_weights)\."
 def recipe_of(weights: Weights) -> Recipe:
     """Mask DINO's recipe with the sizes of a state dict."""
     ready = backbone_of(weights).replace(pretrained=False, norm="frozen_norm", strides=(8, 16, 32))
-    detector = DetectorConfig.checked(merged(maskdino_detector(ready).model_dump(), sizes(weights, HEAD)))
-    return mask_dino_r50().model_copy(update={"name": "mask-dino", "detector": detector, "data": DataConfig()})
+    detector = DetectorConfig.checked(
+        merged(maskdino_detector(ready).model_dump(), sizes(weights, HEAD))
+    )
+    return mask_dino_r50().model_copy(
+        update={"name": "mask-dino", "detector": detector, "data": DataConfig()}
+    )
 
 
 def sizes(weights: Weights, prefix: str) -> dict[str, object]:
-    """The detector's fields that names and shapes decide, `prefix` being that of its names behind the backbone."""
+    """The detector's fields that names and shapes decide, `prefix` being that of its names behind
+    the backbone.
+    """
     pixel, head = f"{prefix}pixel_decoder", f"{prefix}predictor"
     learned = weights.get(f"{head}.query_feat.weight")
     queries: dict[str, object] = {"empty_compete": True}
@@ -45,7 +51,9 @@ def sizes(weights: Weights, prefix: str) -> dict[str, object]:
         "width": weights[f"{head}.decoder_norm.weight"].shape[0],
         "encoder": {
             "hidden": weights[f"{pixel}.transformer.encoder.layers.0.linear1.weight"].shape[0],
-            "layers": pattern_count(weights, rf"{re.escape(pixel)}\.transformer\.encoder\.layers\.(\d+)\."),
+            "layers": pattern_count(
+                weights, rf"{re.escape(pixel)}\.transformer\.encoder\.layers\.(\d+)\."
+            ),
             "levels": weights[f"{pixel}.transformer.level_embed"].shape[0],
         },
         "decoder": {
@@ -60,7 +68,9 @@ def sizes(weights: Weights, prefix: str) -> dict[str, object]:
 
 def _finest_first(weights: Weights, prefix: str) -> bool:
     """Whether the encoder's levels are: channels of the backbone's maps grow with their strides."""
-    first, second = (weights[f"{prefix}pixel_decoder.input_proj.{i}.0.weight"].shape[1] for i in (0, 1))
+    first, second = (
+        weights[f"{prefix}pixel_decoder.input_proj.{i}.0.weight"].shape[1] for i in (0, 1)
+    )
     return first < second
 
 
@@ -72,10 +82,16 @@ def names(detector: DetectorConfig, prefix: str, *, finest_first: bool) -> list[
     of_boxes = f"{head}._bbox_embed.@|{head}.bbox_embed.*.@|{head}.decoder.bbox_embed.*.@"
     return [
         *(
-            Pair(f"neck.projections.{i}.@", f"{pixel}.input_proj.{i if finest_first else maps - 1 - i}.@")
+            Pair(
+                f"neck.projections.{i}.@",
+                f"{pixel}.input_proj.{i if finest_first else maps - 1 - i}.@",
+            )
             for i in range(maps)
         ),
-        *(Pair(f"neck.extra.{i}.@", f"{pixel}.input_proj.{maps + i}.@") for i in range(detector.encoder.levels - maps)),
+        *(
+            Pair(f"neck.extra.{i}.@", f"{pixel}.input_proj.{maps + i}.@")
+            for i in range(detector.encoder.levels - maps)
+        ),
         Pair("neck.level_embed", f"{pixel}.transformer.level_embed"),
         *sampling("encoder.layers.*.attention", f"{encoder}.self_attn"),
         Pair("encoder.layers.*.norm", f"{encoder}.norm1"),
@@ -106,14 +122,22 @@ def names(detector: DetectorConfig, prefix: str, *, finest_first: bool) -> list[
 
 
 def turned(weights: Weights, detector: DetectorConfig, *, finest_first: bool) -> dict[str, Tensor]:
-    """The weights with what is learned for each level finest first, in encoder or decoder, whichever has it not."""
-    part, attention = ("predictor.decoder", "cross_attn") if finest_first else ("transformer.encoder", "self_attn")
+    """The weights with what is learned for each level finest first, in encoder or decoder,
+    whichever has it not.
+    """
+    part, attention = (
+        ("predictor.decoder", "cross_attn")
+        if finest_first
+        else ("transformer.encoder", "self_attn")
+    )
     sampled = re.compile(re.escape(part) + r"\." + _SAMPLED.format(attention))
     heads = detector.decoder.heads if finest_first else detector.encoder.heads
     out = dict(weights)
     for name, value in weights.items():
         if sampled.search(name):
-            out[name] = value.unflatten(0, (heads, detector.encoder.levels, -1)).flip(1).flatten(0, 2)
+            out[name] = (
+                value.unflatten(0, (heads, detector.encoder.levels, -1)).flip(1).flatten(0, 2)
+            )
         elif name.endswith("pixel_decoder.transformer.level_embed") and not finest_first:
             out[name] = value.flip(0)
     return out
@@ -122,14 +146,18 @@ def turned(weights: Weights, detector: DetectorConfig, *, finest_first: bool) ->
 def loaded(weights: Weights, detector: DetectorConfig) -> Loaded:
     """The tensors in the order of our levels, and their names."""
     first = _finest_first(weights, HEAD)
-    table = [*names(detector, HEAD, finest_first=first), *backbone(detector, "backbone", of_transformers=False)]
+    table = [
+        *names(detector, HEAD, finest_first=first),
+        *backbone(detector, "backbone", of_transformers=False),
+    ]
     return Loaded(turned(weights, detector, finest_first=first), table)
 
 
 REPOSITORY = Repository(
     "Mask DINO",
     lambda weights: (
-        f"{HEAD}predictor.enc_output.weight" in weights and f"{HEAD}pixel_decoder.adapter_1.weight" in weights
+        f"{HEAD}predictor.enc_output.weight" in weights
+        and f"{HEAD}pixel_decoder.adapter_1.weight" in weights
     ),
     lambda weights, arguments: recipe_of(weights),
     lambda weights, detector: weights[f"{HEAD}predictor.class_embed.weight"].shape[0],

@@ -1,7 +1,8 @@
-"""The reference repositories' state dicts, and detrex's of DINO: which network they hold, and its names.
+"""The reference repositories' state dicts, and detrex's of DINO: which network they hold, and its
+names.
 
-A state dict says its sizes by its shapes. What no shape tells (heads, dilation) comes from the training arguments in
-the file, else from the papers.
+A state dict says its sizes by its shapes. What no shape tells (heads, dilation) comes from the
+training arguments in the file, else from the papers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from detrellis.interop.names import (
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.conditional import conditional_detr_r50
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.dab import dab_deformable_detr_r50, dab_detr_r50, dn_deformable_detr_r50, dn_detr_r50
+from detrellis.recipes.dab import (
+    dab_deformable_detr_r50,
+    dab_detr_r50,
+    dn_deformable_detr_r50,
+    dn_detr_r50,
+)
 from detrellis.recipes.deformable import (
     deformable_detr_r50,
     deformable_detr_r50_two_stage,
@@ -41,7 +47,12 @@ from detrellis.recipes.overrides import merged
 
 Weights = Mapping[str, Tensor]
 # Learned for each query, one of them in each family.
-LEARNED = ("refpoint_embed.weight", "tgt_embed.weight", "transformer.tgt_embed.weight", "query_embed.weight")
+LEARNED = (
+    "refpoint_embed.weight",
+    "tgt_embed.weight",
+    "transformer.tgt_embed.weight",
+    "query_embed.weight",
+)
 # The decoder's second names of the heads.
 REPEATED = re.compile(r"^transformer\.decoder\.(class|bbox)_embed\.")
 SEGMENTATION = re.compile(r"^(detr\.|bbox_attention\.|mask_head\.)")
@@ -50,7 +61,10 @@ SEGMENTATION = re.compile(r"^(detr\.|bbox_attention\.|mask_head\.)")
 def recipe_of(weights: Weights, arguments: Mapping[str, Any]) -> Recipe:
     """The recipe of the network that the state dict holds, with the dict's sizes."""
     if any(SEGMENTATION.match(k) for k in weights):
-        raise UserError("a segmentation model: Detrellis has detectors only", "Give the weights of the detector.")
+        raise UserError(
+            "a segmentation model: Detrellis has detectors only",
+            "Give the weights of the detector.",
+        )
     make = _family(weights)
     assert make is not None
     recipe = make()
@@ -68,9 +82,18 @@ _DETREX = "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight"
 FAMILIES = {
     (_DETREX, "transformer.tgt_embed.weight"): dino_r50,
     (_DEFORMABLE, "transformer.tgt_embed.weight", "transformer.enc_output.weight"): dino_r50,
-    (_DEFORMABLE, "refpoint_embed.weight", "tgt_embed.weight", "label_enc.weight"): dn_deformable_detr_r50,
+    (
+        _DEFORMABLE,
+        "refpoint_embed.weight",
+        "tgt_embed.weight",
+        "label_enc.weight",
+    ): dn_deformable_detr_r50,
     (_DEFORMABLE, "refpoint_embed.weight", "tgt_embed.weight"): dab_deformable_detr_r50,
-    (_DEFORMABLE, "transformer.pos_trans.weight", "query_embed.weight"): deformable_detr_r50_two_stage_plus,
+    (
+        _DEFORMABLE,
+        "transformer.pos_trans.weight",
+        "query_embed.weight",
+    ): deformable_detr_r50_two_stage_plus,
     (_DEFORMABLE, "transformer.pos_trans.weight"): deformable_detr_r50_two_stage,
     (_DEFORMABLE,): deformable_detr_r50,
     (_CONDITIONAL, "refpoint_embed.weight", "label_enc.weight"): dn_detr_r50,
@@ -81,7 +104,9 @@ FAMILIES = {
 
 
 def _family(weights: Weights) -> Callable[[], Recipe] | None:
-    return next((make for marker, make in FAMILIES.items() if all(part in weights for part in marker)), None)
+    return next(
+        (make for marker, make in FAMILIES.items() if all(part in weights for part in marker)), None
+    )
 
 
 def is_detrex(weights: Weights) -> bool:
@@ -91,17 +116,25 @@ def is_detrex(weights: Weights) -> bool:
 
 def class_count(weights: Weights, detector: DetectorConfig) -> int:
     """Classes that the weights distinguish, without "no object"."""
-    rows = weights["class_embed.0.weight" if "class_embed.0.weight" in weights else "class_embed.weight"].shape[0]
+    rows = weights[
+        "class_embed.0.weight" if "class_embed.0.weight" in weights else "class_embed.weight"
+    ].shape[0]
     return rows - 1 if detector.scores == "softmax" else rows
 
 
-def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(
+    weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
     """The detector's fields that shapes and arguments decide."""
     detrex = is_detrex(weights)
     name = "ffns.0.layers.0.0.weight" if detrex else "linear1.weight"
-    encoder, decoder = (weights[f"transformer.{part}.layers.0.{name}"] for part in ("encoder", "decoder"))
+    encoder, decoder = (
+        weights[f"transformer.{part}.layers.0.{name}"] for part in ("encoder", "decoder")
+    )
     heads = int(arguments.get("nheads", detector.decoder.heads))
-    layers = {part: layer_count(weights, f"transformer.{part}.layers") for part in ("encoder", "decoder")}
+    layers = {
+        part: layer_count(weights, f"transformer.{part}.layers") for part in ("encoder", "decoder")
+    }
     found: dict[str, Any] = {
         "width": encoder.shape[1],
         "encoder": {"heads": heads, "hidden": encoder.shape[0], "layers": layers["encoder"]},
@@ -118,7 +151,9 @@ def _sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, A
     return found
 
 
-def _query_sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _query_sizes(
+    weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if detector.queries.kind == "proposals":
         found["count"] = int(arguments.get("num_queries", detector.queries.count))
@@ -137,9 +172,12 @@ def _query_sizes(weights: Weights, detector: DetectorConfig, arguments: Mapping[
 def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) -> dict[str, Any]:
     detrex = is_detrex(weights)
     levels = weights["transformer.level_embeds" if detrex else "transformer.level_embed"].shape[0]
-    of_encoder, of_decoder = ("attentions.0", "attentions.1") if detrex else ("self_attn", "cross_attn")
+    of_encoder, of_decoder = (
+        ("attentions.0", "attentions.1") if detrex else ("self_attn", "cross_attn")
+    )
     encoder, decoder = (
-        weights[f"transformer.{part}.layers.0.{name}.attention_weights.weight"].shape[0] // (heads * levels)
+        weights[f"transformer.{part}.layers.0.{name}.attention_weights.weight"].shape[0]
+        // (heads * levels)
         for part, name in (("encoder", of_encoder), ("decoder", of_decoder))
     )
     first, second = (weights.get(f"class_embed.{i}.weight") for i in (0, 1))
@@ -148,8 +186,13 @@ def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) ->
     if _is_dino(detector):
         heads_of["shared_heads"] = shared
     elif detector.queries.kind in ("learned", "proposals"):
-        heads_of["refine"] = "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
-    sizes: dict[str, Any] = {"encoder": {"levels": levels, "points": encoder}, "cross_attention": {"points": decoder}}
+        heads_of["refine"] = (
+            "detached" if "transformer.decoder.bbox_embed.0.layers.0.weight" in weights else "none"
+        )
+    sizes: dict[str, Any] = {
+        "encoder": {"levels": levels, "points": encoder},
+        "cross_attention": {"points": decoder},
+    }
     sizes["encoder"]["fusion"] = f"{FUSION}.0.weight" in weights
     return sizes | {"decoder": heads_of}
 
@@ -158,16 +201,28 @@ def _is_dino(detector: DetectorConfig) -> bool:
     return detector.queries.kind == "mixed" and detector.queries.position == "boxes"
 
 
-def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]) -> BackboneConfig:
+def _backbone(
+    weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]
+) -> BackboneConfig:
     """Its ResNet by its number of blocks. DC5 has the same tensors: the arguments tell."""
     if is_detrex(weights):
         maps, prefix = layer_count(weights, "neck.convs"), "backbone.res{}"
         depths = tuple(layer_count(weights, prefix.format(stage)) for stage in (2, 3, 4, 5))
     else:
-        levels = weights["transformer.level_embed"].shape[0] if "transformer.level_embed" in weights else 1
-        extra = [k for k in weights if re.fullmatch(r"input_proj\.\d+\.0\.weight", k) and weights[k].shape[-1] == 3]
+        levels = (
+            weights["transformer.level_embed"].shape[0]
+            if "transformer.level_embed" in weights
+            else 1
+        )
+        extra = [
+            k
+            for k in weights
+            if re.fullmatch(r"input_proj\.\d+\.0\.weight", k) and weights[k].shape[-1] == 3
+        ]
         maps = levels - len(extra)
-        depths = tuple(layer_count(weights, f"backbone.0.body.layer{stage}") for stage in (1, 2, 3, 4))
+        depths = tuple(
+            layer_count(weights, f"backbone.0.body.layer{stage}") for stage in (1, 2, 3, 4)
+        )
     bottleneck = any(re.search(r"layer1\.0\.conv3|res2\.0\.conv3", k) for k in weights)
     known: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
     if bottleneck:
@@ -179,11 +234,15 @@ def _backbone(weights: Weights, detector: DetectorConfig, arguments: Mapping[str
     if strides is None:
         raise UserError(f"a detector on {maps} backbone maps is not supported")
     dilation = bool(arguments.get("dilation", detector.backbone.dilation))
-    return BackboneConfig(name=name, pretrained=False, norm="frozen", dilation=dilation, strides=strides)
+    return BackboneConfig(
+        name=name, pretrained=False, norm="frozen", dilation=dilation, strides=strides
+    )
 
 
 def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
-    """DN-DETR's content of the main queries, the last row of its label embedding, under a name of its own."""
+    """DN-DETR's content of the main queries, the last row of its label embedding, under a name of
+    its own.
+    """
     if not _shares_content(detector) or "label_enc.weight" not in weights:
         return {}
     return {"unknown_label": weights["label_enc.weight"][-1:]}
@@ -194,9 +253,15 @@ def _shares_content(detector: DetectorConfig) -> bool:
 
 
 def own_queries(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
-    """The first queries, where the tensor also holds those of training: H-DETR's second branch, Group DETR's groups."""
+    """The first queries, where the tensor also holds those of training: H-DETR's second branch,
+    Group DETR's groups.
+    """
     present = {name: weights[name] for name in LEARNED if name in weights}
-    return {k: v[: detector.queries.count] for k, v in present.items() if len(v) > detector.queries.count}
+    return {
+        k: v[: detector.queries.count]
+        for k, v in present.items()
+        if len(v) > detector.queries.count
+    }
 
 
 def table(detector: DetectorConfig, detrex: bool) -> list[Pair]:
@@ -212,14 +277,21 @@ def table(detector: DetectorConfig, detrex: bool) -> list[Pair]:
         *(
             Pair(f"{part}.layers.*.feed_forward.{ours}", f"transformer.{part}.layers.*.{theirs}")
             for part in ("encoder", "decoder")
-            for ours, theirs in (("inner", "linear1"), ("outer", "linear2"), ("activation", "activation"))
+            for ours, theirs in (
+                ("inner", "linear1"),
+                ("outer", "linear2"),
+                ("activation", "activation"),
+            )
         ),
         Pair("decoder.final_norm", "transformer.decoder.norm"),
         Pair("decoder.position.scale.@", "transformer.decoder.query_scale.@"),
         Pair("decoder.position.mlp.@", "transformer.decoder.ref_point_head.@"),
         Pair("queries.{centres,sizes}", "refpoint_embed.weight", 1),
     ]
-    return [*(_deformable(detector) if detector.encoder.kind == "deformable" else _dense(detector)), *shared]
+    return [
+        *(_deformable(detector) if detector.encoder.kind == "deformable" else _dense(detector)),
+        *shared,
+    ]
 
 
 def _dense(detector: DetectorConfig) -> list[Pair]:
@@ -237,7 +309,9 @@ def _dense(detector: DetectorConfig) -> list[Pair]:
         Pair("decoder.layers.*.norm_self", f"{decoder}.norm1"),
         Pair("decoder.layers.*.norm_cross", f"{decoder}.norm2"),
         *packed("decoder.layers.*.cross_attention", f"{decoder}.multihead_attn")[:2],
-        Pair("decoder.layers.*.self_attention.content", f"{decoder}.sa_{{qcontent,kcontent,v}}_proj"),
+        Pair(
+            "decoder.layers.*.self_attention.content", f"{decoder}.sa_{{qcontent,kcontent,v}}_proj"
+        ),
         Pair("decoder.layers.*.self_attention.position", f"{decoder}.sa_{{qpos,kpos}}_proj"),
         Pair("decoder.layers.*.cross_attention.query", f"{decoder}.ca_qcontent_proj"),
         Pair("decoder.layers.*.cross_attention.query_sine", f"{decoder}.ca_qpos_sine_proj"),
@@ -249,7 +323,10 @@ def _dense(detector: DetectorConfig) -> list[Pair]:
             f"{decoder}.{'multihead_attn' if detector.cross_attention.kind == 'dense' else 'cross_attn'}.out_proj",
         ),
         Pair("decoder.heads.classes.0", "class_embed"),
-        Pair("decoder.heads.boxes.0.@", "bbox_embed.@" + ("|transformer.decoder.bbox_embed.@" if anchors else "")),
+        Pair(
+            "decoder.heads.boxes.0.@",
+            "bbox_embed.@" + ("|transformer.decoder.bbox_embed.@" if anchors else ""),
+        ),
     ]
 
 
@@ -261,7 +338,10 @@ def _deformable(detector: DetectorConfig) -> list[Pair]:
         if dino
         else (f"class_embed.{last}", f"bbox_embed.{last}.@")
     )
-    content = {"anchors": "tgt_embed.weight", "mixed": "transformer.tgt_embed.weight" if dino else "query_embed.weight"}
+    content = {
+        "anchors": "tgt_embed.weight",
+        "mixed": "transformer.tgt_embed.weight" if dino else "query_embed.weight",
+    }
     return [
         *deformable_neck(len(detector.backbone.strides), "input_proj"),
         Pair("neck.level_embed", "transformer.level_embed"),
@@ -290,7 +370,10 @@ def heads(detector: DetectorConfig) -> list[Pair]:
     layer = "0" if detector.decoder.shared_heads or detector.decoder.refine == "none" else "*"
     return [
         Pair(f"decoder.heads.classes.{layer}", "class_embed.*"),
-        *(Pair(f"decoder.heads.boxes.{layer}.layers.{k}", f"bbox_embed.*.layers.{k}") for k in range(3)),
+        *(
+            Pair(f"decoder.heads.boxes.{layer}.layers.{k}", f"bbox_embed.*.layers.{k}")
+            for k in range(3)
+        ),
     ]
 
 
@@ -324,7 +407,9 @@ def loaded(weights: Weights, detector: DetectorConfig) -> Loaded:
 
 REPOSITORY = Repository(
     "DETR, Conditional DETR, DAB-DETR, DN-DETR, Deformable DETR, DINO, and detrex's DINO",
-    lambda weights: _family(weights) is not None or any(SEGMENTATION.match(name) for name in weights),
+    lambda weights: (
+        _family(weights) is not None or any(SEGMENTATION.match(name) for name in weights)
+    ),
     recipe_of,
     class_count,
     loaded,

@@ -27,7 +27,12 @@ from detrellis.recipes.overrides import merged
 
 RECIPES = {
     "rt_detr": (rtdetr.rtdetr_r18, rtdetr.rtdetr_r34, rtdetr.rtdetr_r50, rtdetr.rtdetr_r101),
-    "rt_detr_v2": (rtdetr.rtdetrv2_r18, rtdetr.rtdetrv2_r34, rtdetr.rtdetrv2_r50, rtdetr.rtdetrv2_r101),
+    "rt_detr_v2": (
+        rtdetr.rtdetrv2_r18,
+        rtdetr.rtdetrv2_r34,
+        rtdetr.rtdetrv2_r50,
+        rtdetr.rtdetrv2_r101,
+    ),
 }
 # Their ResNet-vd's blocks and depths, in the order of the recipes, and the channels of its stages.
 DEPTHS = (
@@ -57,7 +62,8 @@ DEFAULTS: dict[str, Any] = {
     "decoder_method": "default",
     "backbone_config": {},
 }
-# Settings that change what is computed and that ours do not have, with the value that ours stand for.
+# Settings that change what is computed and that ours do not have, with the value that ours stand
+# for.
 FIXED = {
     "normalize_before": False,
     "learn_initial_query": False,
@@ -78,10 +84,16 @@ def recipe_of(kind: str, config: Config) -> Recipe:
     recipe = RECIPES[kind][_depth(full["backbone_config"])]()
     for name, value in FIXED.items():
         if config.get(name, value) != value:
-            raise UserError(f"config.json: {name}={config[name]!r} is not supported", f"Detrellis has {value!r}.")
+            raise UserError(
+                f"config.json: {name}={config[name]!r} is not supported",
+                f"Detrellis has {value!r}.",
+            )
     levels = full["num_feature_levels"]
     if levels != 3 or list(config.get("encode_proj_layers", [2])) != [2]:
-        raise UserError("config.json: it has other levels than 3 with attention in the last", "No others are read.")
+        raise UserError(
+            "config.json: it has other levels than 3 with attention in the last",
+            "No others are read.",
+        )
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(kind, full)))
     return recipe.model_copy(update={"detector": detector})
 
@@ -92,7 +104,9 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
     if kind == "rt_detr_v2":
         if config["decoder_method"] not in SAMPLING:
             known = f"Detrellis has {', '.join(SAMPLING)}."
-            raise UserError(f"config.json: decoder_method={config['decoder_method']!r} is not supported", known)
+            raise UserError(
+                f"config.json: decoder_method={config['decoder_method']!r} is not supported", known
+            )
         attention |= {
             "sampling": SAMPLING[config["decoder_method"]],
             "offset_scale": config["decoder_offset_scale"],
@@ -122,12 +136,16 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
 
 def _depth(backbone: Config) -> int:
     """Which of the four ResNet-vd it is."""
-    blocks, depths = backbone.get("layer_type", "bottleneck"), list(backbone.get("depths", [3, 4, 6, 3]))
+    blocks = backbone.get("layer_type", "bottleneck")
+    depths = list(backbone.get("depths", [3, 4, 6, 3]))
     usual = list(backbone.get("hidden_sizes", CHANNELS["bottleneck"])) == CHANNELS.get(blocks)
     usual &= (
-        backbone.get("model_type", "rt_detr_resnet") == "rt_detr_resnet" and backbone.get("embedding_size", 64) == 64
+        backbone.get("model_type", "rt_detr_resnet") == "rt_detr_resnet"
+        and backbone.get("embedding_size", 64) == 64
     )
-    usual &= not (backbone.get("downsample_in_first_stage") or backbone.get("downsample_in_bottleneck"))
+    usual &= not (
+        backbone.get("downsample_in_first_stage") or backbone.get("downsample_in_bottleneck")
+    )
     if not usual or (blocks, depths) not in DEPTHS:
         raise UserError(
             f"config.json: the backbone_config of {blocks} blocks {depths} is not supported",
@@ -143,21 +161,34 @@ def _holds(detector: DetectorConfig) -> bool:
         return False
     parts = queries.content_from == "states" and attention.position == "box" and encoder.blocks == 3
     decoder, backbone = detector.decoder, detector.backbone
-    if backbone.kind != "hierarchical" or not backbone.name.endswith("vd") or backbone.strides != (8, 16, 32):
+    if (
+        backbone.kind != "hierarchical"
+        or not backbone.name.endswith("vd")
+        or backbone.strides != (8, 16, 32)
+    ):
         return False
     parts &= not (
-        decoder.shared_heads or decoder.final_norm or decoder.refine == "none" or decoder.distinct is not None
+        decoder.shared_heads
+        or decoder.final_norm
+        or decoder.refine == "none"
+        or decoder.distinct is not None
     )
     parts &= (detector.scores, detector.iou_branch, detector.masks) == ("sigmoid", "none", None)
     return parts and isinstance(attention.points, int)
 
 
 def kind_of(detector: DetectorConfig) -> str | None:
-    """Their model type for a detector, the second where it samples in its own way; None where it is neither."""
+    """Their model type for a detector, the second where it samples in its own way; None where it is
+    neither.
+    """
     attention = detector.cross_attention
     if not _holds(detector) or attention.kind != "deformable":
         return None
-    return "rt_detr" if (attention.sampling, attention.offset_scale) == ("bilinear", 0.5) else "rt_detr_v2"
+    return (
+        "rt_detr"
+        if (attention.sampling, attention.offset_scale) == ("bilinear", 0.5)
+        else "rt_detr_v2"
+    )
 
 
 def config_of(recipe: Recipe) -> dict[str, Any]:
@@ -197,7 +228,8 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
     if kind_of(detector) == "rt_detr_v2":
         method = {ours: theirs for theirs, ours in SAMPLING.items()}[attention.sampling]
         config |= {"decoder_offset_scale": attention.offset_scale, "decoder_method": method}
-        config["tie_word_embeddings"] = False  # tying would replace the class heads of all layers by the first one
+        # Tying would replace the class heads of all layers by the first one
+        config["tie_word_embeddings"] = False
     return config
 
 
@@ -216,7 +248,9 @@ def on_disk(name: str) -> str:
 
 
 def table(detector: DetectorConfig, kind: str) -> list[Pair]:
-    """Names in memory, which `modern` makes of those on disk; the second version has a copy of its heads."""
+    """Names in memory, which `modern` makes of those on disk; the second version has a copy of its
+    heads.
+    """
     copies = "" if kind == "rt_detr" else "|{}"
     return [
         *_resnet_vd("model.backbone.model"),
@@ -226,13 +260,18 @@ def table(detector: DetectorConfig, kind: str) -> list[Pair]:
         Pair("queries.head.classify", "model.enc_score_head"),
         Pair("queries.head.move.@", "model.enc_bbox_head.@"),
         Pair("decoder.position.mlp.@", "model.decoder.query_pos_head.@"),
-        Pair("decoder.layers.*.self_attention.projections", f"model.decoder.layers.*.self_attn.{QKV}"),
+        Pair(
+            "decoder.layers.*.self_attention.projections", f"model.decoder.layers.*.self_attn.{QKV}"
+        ),
         Pair("decoder.layers.*.self_attention.output", "model.decoder.layers.*.self_attn.o_proj"),
         *sampling("decoder.layers.*.cross_attention", "model.decoder.layers.*.encoder_attn"),
         Pair("decoder.layers.*.norm_self", "model.decoder.layers.*.self_attn_layer_norm"),
         Pair("decoder.layers.*.norm_cross", "model.decoder.layers.*.encoder_attn_layer_norm"),
         *feed_forward("decoder.layers.*", "model.decoder.layers.*", "final_layer_norm", MLP),
-        Pair("decoder.heads.classes.*", "model.decoder.class_embed.*" + copies.format("class_embed.*")),
+        Pair(
+            "decoder.heads.classes.*",
+            "model.decoder.class_embed.*" + copies.format("class_embed.*"),
+        ),
         *(
             Pair(
                 f"decoder.heads.boxes.*.{layer}",
@@ -281,7 +320,10 @@ def csp(ours: str, theirs: str) -> list[Pair]:
 
 def normed(ours: str, theirs: str, parts: tuple[str, str] = ("conv", "norm")) -> list[Pair]:
     """A convolution and its norm."""
-    return [Pair(f"{ours}.convolution", f"{theirs}.{parts[0]}"), Pair(f"{ours}.norm", f"{theirs}.{parts[1]}")]
+    return [
+        Pair(f"{ours}.convolution", f"{theirs}.{parts[0]}"),
+        Pair(f"{ours}.norm", f"{theirs}.{parts[1]}"),
+    ]
 
 
 def _resnet_vd(prefix: str) -> list[Pair]:
@@ -291,12 +333,15 @@ def _resnet_vd(prefix: str) -> list[Pair]:
     rows = [Pair(f"backbone.stem.0.{3 * k}", f"{stem}.{k}.{parts[0]}") for k in range(3)]
     rows += [Pair(norm, f"{stem}.{k}.{parts[1]}") for k, norm in enumerate(norms)]
     for stage in range(4):
-        ours, theirs = f"backbone.stages.layer{stage + 1}.*", f"{prefix}.encoder.stages.{stage}.layers.*"
+        ours = f"backbone.stages.layer{stage + 1}.*"
+        theirs = f"{prefix}.encoder.stages.{stage}.layers.*"
         for k in range(3):
             rows.append(Pair(f"{ours}.conv{k + 1}", f"{theirs}.layer.{k}.{parts[0]}"))
             rows.append(Pair(f"{ours}.bn{k + 1}", f"{theirs}.layer.{k}.{parts[1]}"))
         shortcut = f"{theirs}.shortcut" + (".1" if stage else "")  # behind the pooling
-        rows += [Pair(f"{ours}.downsample.{1 + i}", f"{shortcut}.{part}") for i, part in enumerate(parts)]
+        rows += [
+            Pair(f"{ours}.downsample.{1 + i}", f"{shortcut}.{part}") for i, part in enumerate(parts)
+        ]
     return rows
 
 

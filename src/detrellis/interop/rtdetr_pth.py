@@ -1,7 +1,9 @@
-"""The authors' checkpoints of RT-DETR and RT-DETRv2: which network a state dict holds, and its names.
+"""The authors' checkpoints of RT-DETR and RT-DETRv2: which network a state dict holds, and its
+names.
 
-The first version has numbers where the second and D-FINE have names (`named`). How many decoder layers are evaluated
-(three of six, in the smaller one of two with a ResNet-50-vd) stands in no file: all that are there run.
+The first version has numbers where the second and D-FINE have names (`named`). How many decoder
+layers are evaluated (three of six, in the smaller one of two with a ResNet-50-vd) stands in no
+file: all that are there run.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ PLACES = (
 
 
 def recipe_of(weights: Weights, arguments: Config) -> Recipe:
-    """The recipe of the depth that a state dict holds, with the dict's sizes: those of a `config.json` like it."""
+    """The recipe of the depth that a state dict holds, with the dict's sizes: those of a
+    `config.json` like it.
+    """
     weights = named(weights)
     layer, csp_layer = "encoder.encoder.0.layers", "encoder.fpn_blocks.0"
     inner = weights["encoder.input_proj.0.conv.weight"].shape[0]
@@ -56,7 +60,9 @@ def recipe_of(weights: Weights, arguments: Config) -> Recipe:
         counts = points(weights[POINTS], levels)
         config["decoder_n_points"] = counts[0] if len(set(counts)) == 1 else counts
     recipe = rtdetr.recipe_of("rt_detr_v2" if POINTS in weights else "rt_detr", config)
-    encoder = recipe.detector.encoder.model_copy(update={"blocks": count(weights, f"{csp_layer}.bottlenecks")})
+    encoder = recipe.detector.encoder.model_copy(
+        update={"blocks": count(weights, f"{csp_layer}.bottlenecks")}
+    )
     return recipe.model_copy(update={"detector": recipe.detector.replace(encoder=encoder)})
 
 
@@ -68,7 +74,9 @@ def class_count(weights: Weights, detector: DetectorConfig) -> int:
 def count(weights: Weights, prefix: str) -> int:
     """How many numbers follow the prefix."""
     start = prefix + "."
-    return len({name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)})
+    return len(
+        {name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)}
+    )
 
 
 def points(shares: Tensor, levels: int) -> tuple[int, ...]:
@@ -78,7 +86,10 @@ def points(shares: Tensor, levels: int) -> tuple[int, ...]:
         counts.append(rest[0])
         rest = rest[rest[0] :]
     if len(counts) != levels:
-        raise UserError(f"its attention samples {counts} points on {levels} levels", "Take another copy of the file.")
+        raise UserError(
+            f"its attention samples {counts} points on {levels} levels",
+            "Take another copy of the file.",
+        )
     return tuple(counts)
 
 
@@ -112,7 +123,9 @@ def table(config: DetectorConfig) -> list[Pair]:
         *shared_table(config),
         Pair("decoder.layers.*.norm_cross", f"{layer}.norm2"),
         Pair("decoder.layers.*.cross_attention.value_projection", f"{layer}.cross_attn.value_proj"),
-        Pair("decoder.layers.*.cross_attention.output_projection", f"{layer}.cross_attn.output_proj"),
+        Pair(
+            "decoder.layers.*.cross_attention.output_projection", f"{layer}.cross_attn.output_proj"
+        ),
         *normed("neck.downs.*", "encoder.downsample_convs.*"),
     ]
     for i in range(len(config.backbone.strides) - 1):
@@ -122,7 +135,9 @@ def table(config: DetectorConfig) -> list[Pair]:
 
 
 def shared_table(config: DetectorConfig) -> list[Pair]:
-    """What D-FINE's code calls alike: all but the backbone, the fusions, and what follows attention."""
+    """What D-FINE's code calls alike: all but the backbone, the fusions, and what follows
+    attention.
+    """
     layer, aifi = "decoder.decoder.layers.*", "encoder.encoder.0.layers.*"
     return [
         *packed("neck.layers.*.attention", f"{aifi}.self_attn"),
@@ -141,7 +156,10 @@ def shared_table(config: DetectorConfig) -> list[Pair]:
         *sampling("decoder.layers.*.cross_attention", f"{layer}.cross_attn")[:2],
         *feed_forward("decoder.layers.*", layer, "norm3"),
         Pair("decoder.heads.classes.*", "decoder.dec_score_head.*"),
-        *(Pair(f"decoder.heads.boxes.*.layers.{k}", f"decoder.dec_bbox_head.*.layers.{k}") for k in range(3)),
+        *(
+            Pair(f"decoder.heads.boxes.*.layers.{k}", f"decoder.dec_bbox_head.*.layers.{k}")
+            for k in range(3)
+        ),
     ]
 
 
@@ -151,12 +169,16 @@ def _resnet_vd() -> list[Pair]:
     rows = [Pair(f"backbone.stem.0.{3 * k}", stem.format(k + 1) + ".conv") for k in range(3)]
     rows += [Pair(norm, stem.format(k + 1) + ".norm") for k, norm in enumerate(norms)]
     for stage in range(4):
-        ours, theirs = f"backbone.stages.layer{stage + 1}.*", f"backbone.res_layers.{stage}.blocks.*"
+        ours = f"backbone.stages.layer{stage + 1}.*"
+        theirs = f"backbone.res_layers.{stage}.blocks.*"
         for k, branch in enumerate("abc", start=1):
             rows.append(Pair(f"{ours}.conv{k}", f"{theirs}.branch2{branch}.conv"))
             rows.append(Pair(f"{ours}.bn{k}", f"{theirs}.branch2{branch}.norm"))
         shortcut = f"{theirs}.short" + (".conv" if stage else "")  # behind the pooling
-        rows += [Pair(f"{ours}.downsample.{1 + i}", f"{shortcut}.{part}") for i, part in enumerate(("conv", "norm"))]
+        rows += [
+            Pair(f"{ours}.downsample.{1 + i}", f"{shortcut}.{part}")
+            for i, part in enumerate(("conv", "norm"))
+        ]
     return rows
 
 

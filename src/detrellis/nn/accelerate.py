@@ -17,14 +17,18 @@ class _FastPackedLinear(PackedLinear):
     product = staticmethod(linear)
 
 
-FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _FastLinear, PackedLinear: _FastPackedLinear}
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _FastLinear,
+    PackedLinear: _FastPackedLinear,
+}
 
 
 def accelerate(*models: nn.Module) -> None:
-    """Let the models' linear layers take oneDNN's matrix products on a CPU (`nn/kernels/linear.py`).
+    """Let the models' linear layers take oneDNN's matrix products on a CPU
+    (`nn/kernels/linear.py`).
 
-    Each layer gets another class and keeps everything else: parameters, hooks, its name in a state dict. Layers of any
-    other class stay what they are.
+    Each layer gets another class and keeps everything else: parameters, hooks, its name in a state
+    dict. Layers of any other class stay what they are.
     """
     for module in (m for model in models for m in model.modules()):
         if fast := FAST.get(type(module)):

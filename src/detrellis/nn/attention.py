@@ -1,8 +1,8 @@
 """Dense multi-head attention: of query blocks over themselves, and of anything over the memory.
 
-Group DETR, H-DETR, denoising and Co-DETR all send extra queries through the decoder together with the main ones. Each
-block attends within itself only; equal copies inside a block are folded into the batch, so cost and memory are linear
-in their number and no mask over all queries exists.
+Group DETR, H-DETR, denoising and Co-DETR all send extra queries through the decoder together with
+the main ones. Each block attends within itself only; equal copies inside a block are folded into
+the batch, so cost and memory are linear in their number and no mask over all queries exists.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from detrellis.types import Memory, Segment, Spatial
 
-# What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper, whose backward pass gives
-# gradients that are not numbers for some lengths (pytorch issue 196678).
+# What computes attention on a GPU. Not cuDNN, torch's first choice for bf16 on Hopper, whose
+# backward pass gives gradients that are not numbers for some lengths (pytorch issue 196678).
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Rows = tuple[Tensor, Tensor, Tensor]  # a segment's q, k, v, (B, M, N, d or e)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention `(B, M, N, e)`; with a mask only to where it is True, or with it added to logits."""
+    """Scaled dot-product attention `(B, M, N, e)`; with a mask only to where it is True, or with it
+    added to logits.
+    """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     with sdpa_kernel(BACKENDS):
@@ -47,15 +49,17 @@ def _unfold(x: Tensor, copies: int) -> Tensor:
 
 
 def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tensor:
-    """`(size, size + seen)` bool, True where a query may look: its own copy, and everything seen."""
+    """`(size, size + seen)` bool, True where a query may look: its own copy, and everything
+    seen.
+    """
     copy = torch.arange(size, device=device) // (size // copies)
     same = copy[:, None] == copy[None, :]
     return torch.cat([same, same.new_ones(size, seen)], dim=1)
 
 
 def _used_mask(unused: Tensor, size: int) -> Tensor:
-    """`(B, 1, size, n)` bool, True where the first `size` of `n` queries may look, of which `unused (B, n)` are read by
-    nobody but themselves: a softmax over nothing is NaN."""
+    """`(B, 1, size, n)` bool, True where the first `size` of `n` queries may look, of which `unused
+    (B, n)` are read by nobody but themselves: a softmax over nothing is NaN."""
     itself = torch.eye(size, unused.shape[1], dtype=torch.bool, device=unused.device)
     return ~unused[:, None, None] | itself
 
@@ -68,15 +72,20 @@ def _biased(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Ten
     return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
-def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0) -> Tensor:
+def segmented_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], dropout: float = 0.0
+) -> Tensor:
     """Attention of each segment over itself, copy by copy, and over the segments that it `sees`.
 
-    `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns `(B, M, N, e)`. A
-    name in `sees` that is no segment's is passed over.
+    `q, k (B, M, N, d)`, `v (B, M, N, e)` with `M` heads, `N` the segments' sizes together. Returns
+    `(B, M, N, e)`. A name in `sees` that is no segment's is passed over.
     """
-    if len(segments) <= 1 and all(s.copies == 1 and s.unused is None and s.bias is None for s in segments):
+    if len(segments) <= 1 and all(
+        s.copies == 1 and s.unused is None and s.bias is None for s in segments
+    ):
         return _attend(q, k, v, None, dropout)
-    # The rows of each segment. Contiguous: the backward pass of one must not keep the projections of all.
+    # The rows of each segment. Contiguous: the backward pass of one must not keep the projections
+    # of all.
     sizes = [s.size for s in segments]
     split = (t.split(sizes, dim=2) for t in (q, k, v))
     rows: dict[str, Rows] = {}
@@ -96,7 +105,9 @@ def segmented_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segm
     return torch.cat(attended, dim=2)
 
 
-def _attend_seen(segment: Segment, seen: Sequence[Segment], rows: Mapping[str, Rows], dropout: float) -> Tensor:
+def _attend_seen(
+    segment: Segment, seen: Sequence[Segment], rows: Mapping[str, Rows], dropout: float
+) -> Tensor:
     """Attention of a segment's copies over themselves and over what they see.
 
     Such a segment has few queries (denoising): one rectangular mask costs its own rows only.
@@ -107,18 +118,28 @@ def _attend_seen(segment: Segment, seen: Sequence[Segment], rows: Mapping[str, R
     if segment.copies > 1:
         mask = _copy_mask(size, segment.copies, keys.shape[2] - size, q.device)
     if any(part.unused is not None for part in parts):
-        none = torch.zeros(len(q), keys.shape[2], dtype=torch.bool, device=q.device).split([p.size for p in parts], 1)
-        unused = [empty if p.unused is None else p.unused for p, empty in zip(parts, none, strict=True)]
+        none = torch.zeros(len(q), keys.shape[2], dtype=torch.bool, device=q.device).split(
+            [p.size for p in parts], 1
+        )
+        unused = [
+            empty if p.unused is None else p.unused for p, empty in zip(parts, none, strict=True)
+        ]
         used = _used_mask(torch.cat(unused, dim=1), size)
         mask = used if mask is None else mask & used
     return _attend(q, keys, values, _biased(mask, segment.bias, q.dtype), dropout)
 
 
 def memory_attention(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float = 0.0, readable: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    dropout: float = 0.0,
+    readable: Tensor | None = None,
 ) -> Tensor:
-    """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`, `v (B, M, S, e)`,
-    `padding (B, S)`, to `(B, M, N, e)`. Where each query reads tokens of its own, `readable (B, N, S)` says which."""
+    """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`, `v (B, M,
+    S, e)`, `padding (B, S)`, to `(B, M, N, e)`. Where each query reads tokens of its own, `readable
+    (B, N, S)` says which."""
     if readable is not None:
         return _attend(q, k, v, readable.unsqueeze(1), dropout)
     mask = None if padding is None else ~padding[:, None, None]
@@ -137,19 +158,25 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Linear):
-    """Several projections `(D, D)` as one matrix, one below the other, as `nn.MultiheadAttention` keeps q, k and v."""
+    """Several projections `(D, D)` as one matrix, one below the other, as `nn.MultiheadAttention`
+    keeps q, k and v.
+    """
 
     product: ClassVar[Callable[..., Tensor]] = staticmethod(F.linear)
 
     def parts(self, inputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-        """What the next `count` projections, side by side, make of each of `inputs (..., D)`: `(..., count * D)`."""
+        """What the next `count` projections, side by side, make of each of `inputs (..., D)`:
+        `(..., count * D)`.
+        """
         rows = [count * self.in_features for count in counts]
         layers = zip(inputs, self.weight.split(rows), self.bias.split(rows), strict=True)
         return [self.product(x, weight, bias) for x, weight, bias in layers]
 
 
 def _packed_projections(width: int) -> tuple[PackedLinear, nn.Linear]:
-    """Projections to queries, keys and values, in this order and initialised together, and of the output."""
+    """Projections to queries, keys and values, in this order and initialised together, and of the
+    output.
+    """
     projections, output = PackedLinear(width, 3 * width), nn.Linear(width, width)
     for layer in (projections, output):
         nn.init.xavier_uniform_(layer.weight)
@@ -160,15 +187,17 @@ def _packed_projections(width: int) -> tuple[PackedLinear, nn.Linear]:
 def project(
     projections: PackedLinear, x: Tensor, where: Spatial, memory: Memory, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `(B, M, N, d)` from `x (B, N, D)`, keys and values `(B, M, S, d)` from the memory; positions are added to
-    what becomes queries and keys."""
+    """Queries `(B, M, N, d)` from `x (B, N, D)`, keys and values `(B, M, S, d)` from the memory;
+    positions are added to what becomes queries and keys."""
     inputs = (x + where.position, memory.tokens + memory.position, memory.tokens)
     q, k, v = (split_heads(t, heads) for t in projections.parts(inputs, (1, 1, 1)))
     return q, k, v
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of query blocks, the position added to queries and keys, not to values."""
+    """Multi-head self-attention of query blocks, the position added to queries and keys, not to
+    values.
+    """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -176,7 +205,9 @@ class SelfAttention(nn.Module):
         self.projections, self.output = _packed_projections(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and norm."""
+        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and
+        norm.
+        """
         qk, v = self.projections.parts((x + position, x), (2, 1))
         q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), v))
         attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
@@ -185,7 +216,8 @@ class SelfAttention(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """Multi-head attention to every token of the memory, with positions added to queries and keys (DETR).
+    """Multi-head attention to every token of the memory, with positions added to queries and keys
+    (DETR).
 
     In the encoder the queries are the memory's own tokens.
     """

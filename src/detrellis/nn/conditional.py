@@ -1,7 +1,8 @@
 """Conditional attention (Conditional DETR, section 3): content and position stay apart.
 
-Cross-attention compares contents with contents and positions with positions, `[content | position]` head by head, so
-that a head can look for a place whatever is there. DAB-DETR uses the same layers with other positions.
+Cross-attention compares contents with contents and positions with positions, `[content | position]`
+head by head, so that a head can look for a place whatever is there. DAB-DETR uses the same layers
+with other positions.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def _output(width: int) -> nn.Linear:
 
 
 class ConditionalSelfAttention(nn.Module):
-    """Self-attention of query blocks with projections of their own for content (q, k, v) and position (q, k)."""
+    """Self-attention of query blocks with projections of their own for content (q, k, v) and
+    position (q, k).
+    """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +44,9 @@ class ConditionalSelfAttention(nn.Module):
         self.output = _output(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and norm."""
+        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and
+        norm.
+        """
         q, k, v = self.content(x).chunk(3, dim=-1)
         q_position, k_position = self.position(position).chunk(2, dim=-1)
         q, k, v = (split_heads(t, self.heads) for t in (q + q_position, k + k_position, v))
@@ -51,9 +56,11 @@ class ConditionalSelfAttention(nn.Module):
 
 
 class ConditionalCrossAttention(nn.Module):
-    """Cross-attention with queries `[content | sine]` and keys `[content | position]`, joined in each head.
+    """Cross-attention with queries `[content | sine]` and keys `[content | position]`, joined in
+    each head.
 
-    `first`: the first decoder layer has no content to speak of yet; positions are added to its contents too.
+    `first`: the first decoder layer has no content to speak of yet; positions are added to its
+    contents too.
     """
 
     def __init__(self, width: int, heads: int, *, first: bool, dropout: float = 0.0) -> None:
@@ -77,10 +84,14 @@ class ConditionalCrossAttention(nn.Module):
         q = self._joined(query, self.query_sine(where.sine))
         k = self._joined(keys, key_position)
         v = split_heads(values, self.heads)
-        attended = memory_attention(q, k, v, memory.padding, self.dropout if self.training else 0.0, where.readable)
+        attended = memory_attention(
+            q, k, v, memory.padding, self.dropout if self.training else 0.0, where.readable
+        )
         out: Tensor = self.output(merge_heads(attended))
         return out
 
     def _joined(self, content: Tensor, position: Tensor) -> Tensor:
         """Both parts `(B, N, M * d)` side by side in each head: `(B, M, N, 2 d)`."""
-        return torch.cat([split_heads(content, self.heads), split_heads(position, self.heads)], dim=-1)
+        return torch.cat(
+            [split_heads(content, self.heads), split_heads(position, self.heads)], dim=-1
+        )

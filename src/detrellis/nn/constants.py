@@ -1,7 +1,7 @@
 """Tensors that shapes alone decide: made once, and kept for the steps that follow.
 
-A step is thousands of small operations, and each costs the host as much as a large one. What they make of shapes,
-numbers, a type and a device is the same at every step of that shape.
+A step is thousands of small operations, and each costs the host as much as a large one. What they
+make of shapes, numbers, a type and a device is the same at every step of that shape.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ def traced() -> bool:
 
 
 def kept(count: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Keep what a function of hashable arguments made last of `count` of them. Nobody may write into its tensors."""
+    """Keep what a function of hashable arguments made last of `count` of them. Nobody may write
+    into its tensors.
+    """
 
     def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
         def constant(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-            with torch.inference_mode(False), torch.no_grad():  # a later step may need it for its gradients
+            # A later step may need it for its gradients
+            with torch.inference_mode(False), torch.no_grad():
                 return make(*args, **kwargs)
 
         once: Callable[..., Tensor] = functools.lru_cache(maxsize=count)(constant)

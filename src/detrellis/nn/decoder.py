@@ -1,4 +1,6 @@
-"""The transformer decoder: self-attention, cross-attention, feed-forward; boxes refined layer by layer."""
+"""The transformer decoder: self-attention, cross-attention, feed-forward; boxes refined layer by
+layer.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,24 @@ from detrellis.nn.refine import (
 )
 from detrellis.nn.relation import PositionRelation
 from detrellis.nn.spatial import AnchorPosition
-from detrellis.types import Between, DecoderOutput, Memory, Passed, Queries, Segment, SideDistributions, Spatial
+from detrellis.types import (
+    Between,
+    DecoderOutput,
+    Memory,
+    Passed,
+    Queries,
+    Segment,
+    SideDistributions,
+    Spatial,
+)
 
 
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with residual and post-norm.
 
-    `self_attention` is any module called with `(x, position, segments)`, `cross` one called with `(x, where, memory)`.
-    `gated`: what cross-attention reads comes through a gateway instead of a residual (D-FINE).
+    `self_attention` is any module called with `(x, position, segments)`, `cross` one called with
+    `(x, where, memory)`. `gated`: what cross-attention reads comes through a gateway instead of a
+    residual (D-FINE).
     """
 
     def __init__(
@@ -53,20 +65,35 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """The queries `x (B, N, D)` after this layer, and after its cross-attention, `(B, N, D)` each."""
+    def forward(
+        self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]
+    ) -> tuple[Tensor, Tensor]:
+        """The queries `x (B, N, D)` after this layer, and after its cross-attention, `(B, N, D)`
+        each.
+        """
         read = self.read(self.mix(x, where.position, segments), where, memory)
         out: Tensor = self.feed_forward(read)
         return out, read
 
     def mix(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """The queries `x (B, N, D)` after self-attention; those of segments that have none stay as they are."""
+        """The queries `x (B, N, D)` after self-attention; those of segments that have none stay as
+        they are.
+        """
         if all(segment.attends for segment in segments):
-            mixed: Tensor = self.norm_self(x + self.dropout(self.self_attention(x, position, segments)))
+            mixed: Tensor = self.norm_self(
+                x + self.dropout(self.self_attention(x, position, segments))
+            )
             return mixed
-        rows = torch.cat([torch.full((s.size,), s.attends) for s in segments]).nonzero().flatten().to(x.device)
+        rows = (
+            torch.cat([torch.full((s.size,), s.attends) for s in segments])
+            .nonzero()
+            .flatten()
+            .to(x.device)
+        )
         attending = [segment for segment in segments if segment.attends]
-        return x.index_copy(1, rows, self.mix(x[:, rows], position.expand_as(x)[:, rows], attending))
+        return x.index_copy(
+            1, rows, self.mix(x[:, rows], position.expand_as(x)[:, rows], attending)
+        )
 
     def read(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """The queries `x (B, N, D)` after cross-attention."""
@@ -80,10 +107,13 @@ class DecoderLayer(nn.Module):
 
 
 class CrossFirstLayer(DecoderLayer):
-    """As `DecoderLayer`, with cross-attention before self-attention: in Mask2Former because the first queries know
-    nothing of the image, in MS-DETR because what they have read is not yet told apart."""
+    """As `DecoderLayer`, with cross-attention before self-attention: in Mask2Former because the
+    first queries know nothing of the image, in MS-DETR because what they have read is not yet told
+    apart."""
 
-    def forward(self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]
+    ) -> tuple[Tensor, Tensor]:
         """As `DecoderLayer.forward`."""
         read = self.read(x, where, memory)
         out: Tensor = self.feed_forward(self.mix(read, where.position, segments))
@@ -93,17 +123,18 @@ class CrossFirstLayer(DecoderLayer):
 class Decoder(nn.Module):
     """The layers, and what happens to the boxes between them.
 
-    `refine`: `"none"` keeps the references; `"detached"` refines them at each layer and stops the gradient there;
-    `"look_forward_twice"` lets the loss of layer i reach the box head of layer i-1 too (DINO, section 3.4). Only
-    gradients differ between the last two. `final_norm` normalises the heads' input, never the stream. `position` says
-    where the queries look at each layer (`nn/spatial.py`). `distinct`: from the second layer on, queries whose IoU with
-    a better one exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are refined.
-    Heads that have bins refine distributions instead, whatever `refine` says.
-    `double_norm`: class and mask heads read the normalised queries normalised once more. `before`: the queries give an
-    output before the first layer too, with their references as boxes (both Mask DINO).
-    `relative`: what the box heads say is relative to the size of the boxes that it moves, instead of in logit space
-    (LW-DETR). `relation`: from the second layer on, self-attention reads how boxes lie to each other. `ranked`: queries
-    know how they rank by score.
+    `refine`: `"none"` keeps the references; `"detached"` refines them at each layer and stops the
+    gradient there; `"look_forward_twice"` lets the loss of layer i reach the box head of layer i-1
+    too (DINO, section 3.4). Only gradients differ between the last two. `final_norm` normalises the
+    heads' input, never the stream. `position` says where the queries look at each layer
+    (`nn/spatial.py`). `distinct`: from the second layer on, queries whose IoU with a better one
+    exceeds this are dropped for the layer (`nn/distinct.py`); None: off. It needs boxes that are
+    refined. Heads that have bins refine distributions instead, whatever `refine` says.
+    `double_norm`: class and mask heads read the normalised queries normalised once more. `before`:
+    the queries give an output before the first layer too, with their references as boxes (both Mask
+    DINO). `relative`: what the box heads say is relative to the size of the boxes that it moves,
+    instead of in logit space (LW-DETR). `relation`: from the second layer on, self-attention reads
+    how boxes lie to each other. `ranked`: queries know how they rank by score.
     """
 
     def __init__(
@@ -126,7 +157,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.distinct, self.relation, self.ranked = distinct, relation, ranked
-        self.scored = distinct is not None or ranked is not None  # whether a layer needs the scores of the one before
+        # Whether a layer needs the scores of the one before
+        self.scored = distinct is not None or ranked is not None
         self.heads, self.position = heads, position
         self.final_norm = nn.LayerNorm(width) if final_norm else None
         self.refine, self.eps = refine, eps
@@ -141,7 +173,9 @@ class Decoder(nn.Module):
     def forward(
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
     ) -> DecoderOutput:
-        """Outputs of every layer, or of the last one only, which costs no other layer's class head."""
+        """Outputs of every layer, or of the last one only, which costs no other layer's class
+        head.
+        """
         x = queries.content
         outputs: list[DecoderOutput] = []
         used, heads = segments, self.heads.of(segments)
@@ -150,7 +184,11 @@ class Decoder(nn.Module):
         if every_layer and self.before:
             outputs.append(self._of_queries(heads, queries))
         # What is read off boxes alone is the same at each layer where they stay.
-        alike = self.refine == "none" and isinstance(self.position, AnchorPosition) and self.position.scale is None
+        alike = (
+            self.refine == "none"
+            and isinstance(self.position, AnchorPosition)
+            and self.position.scale is None
+        )
         for i, layer in enumerate(self.layers):
             # The layer itself, at its place.
             if i == 0 or not alike:
@@ -164,15 +202,32 @@ class Decoder(nn.Module):
             states = x if self.final_norm is None or not heard else self.final_norm(x)
             refined = boxes.step(i, x, states if wanted else None, last=last)
             if heard:
-                named = states if self.final_norm is None or not self.double_norm else self.final_norm(states)
+                named = (
+                    states
+                    if self.final_norm is None or not self.double_norm
+                    else self.final_norm(states)
+                )
                 logits = self._logits(heads, i, named, refined)
                 if self.ranked is not None and ranks is not None:
                     logits = self.ranked.score(i, logits, ranks)
             if refined is not None and wanted:
-                predicted = withhold(logits, used), refined.boxes, states, heads.iou_logits(i, states)
+                predicted = (
+                    withhold(logits, used),
+                    refined.boxes,
+                    states,
+                    heads.iou_logits(i, states),
+                )
                 embeds = heads.mask_embeds(named)
-                between = Between(read, around) if every_layer and isinstance(layer, CrossFirstLayer) else None
-                outputs.append(DecoderOutput(*predicted, mask_embeds=embeds, sides=refined.sides, between=between))
+                between = (
+                    Between(read, around)
+                    if every_layer and isinstance(layer, CrossFirstLayer)
+                    else None
+                )
+                outputs.append(
+                    DecoderOutput(
+                        *predicted, mask_embeds=embeds, sides=refined.sides, between=between
+                    )
+                )
             # The queries that the next layer uses.
             if not last and self.distinct is not None:
                 assert boxes.references is not None
@@ -184,7 +239,9 @@ class Decoder(nn.Module):
             if not last and self.ranked is not None:
                 ranks = self.ranked.next(logits, segments)
                 x = self.ranked.content(i + 1, x, ranks)
-        output = stack(outputs)._replace(masks=memory.masks, passed=tuple(boxes.passed) if every_layer else ())
+        output = stack(outputs)._replace(
+            masks=memory.masks, passed=tuple(boxes.passed) if every_layer else ()
+        )
         if every_layer and isinstance(boxes, DistributionRefinement):
             return output._replace(initial=boxes.initial())
         return output
@@ -192,10 +249,12 @@ class Decoder(nn.Module):
     def again(
         self, layer: int, sets: Sequence[Passed], queries: Queries, memory: Memory
     ) -> tuple[DecoderOutput, list[Passed]]:
-        """What decoder layer `layer` makes of other `sets` of its queries, which earlier layers handed on and which do
-        not see each other: its output of all of them side by side, and what it hands on of each.
+        """What decoder layer `layer` makes of other `sets` of its queries, which earlier layers
+        handed on and which do not see each other: its output of all of them side by side, and what
+        it hands on of each.
 
-        Of a decoder whose layers hand on queries and boxes alone. `queries` are those that the decoder got.
+        Of a decoder whose layers hand on queries and boxes alone. `queries` are those that the
+        decoder got.
         """
         count = len(sets)
         x, references, boxes = (joined(parts) for parts in zip(*sets, strict=True))
@@ -208,19 +267,32 @@ class Decoder(nn.Module):
         refinement.boxes = boxes
         refined = refinement.step(layer, x, states, last=layer == len(self.layers) - 1)
         assert refined is not None
-        predicted = self.heads.logits(layer, states), refined.boxes, states, self.heads.iou_logits(layer, states)
+        predicted = (
+            self.heads.logits(layer, states),
+            refined.boxes,
+            states,
+            self.heads.iou_logits(layer, states),
+        )
         (passed,) = refinement.passed
         rows = [slice(i * x.shape[1] // count, (i + 1) * x.shape[1] // count) for i in range(count)]
-        return stack([DecoderOutput(*predicted)]), [passed.map(itemgetter((slice(None), part))) for part in rows]
+        return stack([DecoderOutput(*predicted)]), [
+            passed.map(itemgetter((slice(None), part))) for part in rows
+        ]
 
     def say(self, layers: Sequence[Tensor], references: Tensor | None) -> DecoderOutput:
-        """What the heads of every layer say of other states `(B, N, D)` of its queries, around the `references
-        (L, B, N, 2 or 4)` that it read."""
+        """What the heads of every layer say of other states `(B, N, D)` of its queries, around the
+        `references (L, B, N, 2 or 4)` that it read."""
         outputs = []
         for i, x in enumerate(layers):
             states = x if self.final_norm is None else self.final_norm(x)
-            boxes = self.move(self.heads.deltas(i, states), None if references is None else references[i])
-            outputs.append(DecoderOutput(self.heads.logits(i, states), boxes, states, self.heads.iou_logits(i, states)))
+            boxes = self.move(
+                self.heads.deltas(i, states), None if references is None else references[i]
+            )
+            outputs.append(
+                DecoderOutput(
+                    self.heads.logits(i, states), boxes, states, self.heads.iou_logits(i, states)
+                )
+            )
         return stack(outputs)
 
     def _of_queries(self, heads: Heads | SegmentHeads, queries: Queries) -> DecoderOutput:
@@ -230,8 +302,12 @@ class Decoder(nn.Module):
         predicted = heads.logits(0, states), queries.boxes, states, heads.iou_logits(0, states)
         return DecoderOutput(*predicted, mask_embeds=heads.mask_embeds(states))
 
-    def _logits(self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None) -> Tensor:
-        """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions where there are any."""
+    def _logits(
+        self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None
+    ) -> Tensor:
+        """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions
+        where there are any.
+        """
         logits = heads.logits(layer, states)
         if refined is None or refined.sides is None:
             return logits
@@ -270,7 +346,8 @@ def stack(layers: Sequence[DecoderOutput]) -> DecoderOutput:
 
 def stacked_sides(layers: Sequence[SideDistributions]) -> SideDistributions:
     """The distributions of all layers, each without the dimension `L`, as one."""
-    logits, base = torch.stack([side.logits for side in layers]), torch.stack([side.base for side in layers])
+    logits = torch.stack([side.logits for side in layers])
+    base = torch.stack([side.base for side in layers])
     return layers[0]._replace(logits=logits, base=base)
 
 

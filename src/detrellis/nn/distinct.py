@@ -1,9 +1,11 @@
-"""Distinct query selection (DDQ, Zhang et al., CVPR 2023): a box that overlaps a better one makes no good query.
+"""Distinct query selection (DDQ, Zhang et al., CVPR 2023): a box that overlaps a better one makes
+no good query.
 
-Neighbouring tokens propose the same object. One-to-one matching lets one query learn it and calls its near copies
-background, which the decoder has to tell apart afterwards. Here they come last, by NMS over all classes: among the
-proposals before the decoder, and, where it is asked to, among its queries before each layer. What is dropped there is
-not read by other queries in that layer, is of no class there, and ranks last if it is the last layer.
+Neighbouring tokens propose the same object. One-to-one matching lets one query learn it and calls
+its near copies background, which the decoder has to tell apart afterwards. Here they come last, by
+NMS over all classes: among the proposals before the decoder, and, where it is asked to, among its
+queries before each layer. What is dropped there is not read by other queries in that layer, is of
+no class there, and ranks last if it is the last layer.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -30,8 +32,9 @@ NEVER = -50.0  # a class logit that ranks a query behind all others, and as a ne
 
 
 def overlapping(boxes: Tensor, threshold: float) -> Tensor:
-    """Which of the `boxes (B, N, 4)`, best first, NMS drops in their image: their IoU with a better one that stays
-    exceeds `threshold`. `(B, N)` bool. On torch's meta device, which knows shapes alone, none."""
+    """Which of the `boxes (B, N, 4)`, best first, NMS drops in their image: their IoU with a better
+    one that stays exceeds `threshold`. `(B, N)` bool. On torch's meta device, which knows shapes
+    alone, none."""
     images, count = boxes.shape[:2]
     if boxes.is_meta:
         return boxes.new_zeros(images, count, dtype=torch.bool)
@@ -48,8 +51,9 @@ def overlapping(boxes: Tensor, threshold: float) -> Tensor:
 def _overlapping_in_rounds(boxes: Tensor, threshold: float) -> Tensor:
     """As `overlapping`, in operations whose shapes do not depend on the boxes.
 
-    Each round drops what overlaps a better one that the round before keeps. After n rounds it is right for all boxes
-    that are not at the end of a chain of more than n, each of which overlaps the next.
+    Each round drops what overlaps a better one that the round before keeps. After n rounds it is
+    right for all boxes that are not at the end of a chain of more than n, each of which overlaps
+    the next.
     """
     corners = cxcywh_to_xyxy(boxes)
     overlaps = (pairwise_iou(corners, corners) > threshold).to(boxes.dtype).triu(1)
@@ -59,17 +63,25 @@ def _overlapping_in_rounds(boxes: Tensor, threshold: float) -> Tensor:
     return kept == 0
 
 
-def keep_distinct(segments: Sequence[Segment], logits: Tensor, boxes: Tensor, threshold: float) -> list[Segment]:
-    """The segments with what `overlapping` says of each copy's queries as `unused`, by their best class.
+def keep_distinct(
+    segments: Sequence[Segment], logits: Tensor, boxes: Tensor, threshold: float
+) -> list[Segment]:
+    """The segments with what `overlapping` says of each copy's queries as `unused`, by their best
+    class.
 
-    `logits (B, N, C)` and `boxes (B, N, 4)` of all queries. Segments with several queries a target stay as they are.
+    `logits (B, N, C)` and `boxes (B, N, 4)` of all queries. Segments with several queries a target
+    stay as they are.
     """
     sizes = [segment.size for segment in segments]
     scores = logits.detach().amax(-1).split(sizes, dim=1)
     kept = []
-    for segment, score, box in zip(segments, scores, boxes.detach().split(sizes, dim=1), strict=True):
+    for segment, score, box in zip(
+        segments, scores, boxes.detach().split(sizes, dim=1), strict=True
+    ):
         if not segment.repeats:
-            score, box = (t.reshape(-1, segment.size // segment.copies, *t.shape[2:]) for t in (score, box))
+            score, box = (
+                t.reshape(-1, segment.size // segment.copies, *t.shape[2:]) for t in (score, box)
+            )
             order = score.argsort(dim=1, descending=True, stable=True)
             ranked = overlapping(box.gather(1, order.unsqueeze(-1).expand_as(box)), threshold)
             dropped = torch.zeros_like(ranked).scatter(1, order, ranked)
@@ -83,6 +95,8 @@ def withhold(logits: Tensor, segments: Sequence[Segment]) -> Tensor:
     dropped = [None if segment.repeats else segment.unused for segment in segments]
     if all(part is None for part in dropped):
         return logits
-    none = torch.zeros_like(logits[..., 0], dtype=torch.bool).split([segment.size for segment in segments], dim=1)
+    none = torch.zeros_like(logits[..., 0], dtype=torch.bool).split(
+        [segment.size for segment in segments], dim=1
+    )
     parts = [empty if part is None else part for part, empty in zip(dropped, none, strict=True)]
     return logits.masked_fill(torch.cat(parts, dim=1).unsqueeze(-1), NEVER)

@@ -1,4 +1,6 @@
-"""The transformer encoder, dense or deformable, and the grid of points that deformable attention starts from."""
+"""The transformer encoder, dense or deformable, and the grid of points that deformable attention
+starts from.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Shapes = tuple[tuple[int, int], ...]  # (height, width) of each level
 
 
 def token_centres(memory: Memory) -> Tensor:
-    """Centre `(x, y)` of every token, `(B or 1, S, 2)`, in [0, 1] of the unpadded image (padding lies beyond 1)."""
+    """Centre `(x, y)` of every token, `(B or 1, S, 2)`, in [0, 1] of the unpadded image (padding
+    lies beyond 1).
+    """
     centres = cell_centres(memory.shapes, memory.position.dtype, memory.tokens.device)
     if memory.valid_ratios is None:
         return centres
@@ -37,7 +41,9 @@ def cell_centres(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Te
 @kept(64)
 def token_levels(shapes: Shapes, device: torch.device) -> Tensor:
     """The level of every token, `(S,)`."""
-    return torch.cat([torch.full((h * w,), level, device=device) for level, (h, w) in enumerate(shapes)])
+    return torch.cat(
+        [torch.full((h * w,), level, device=device) for level, (h, w) in enumerate(shapes)]
+    )
 
 
 class EncoderLayer(nn.Module):
@@ -46,7 +52,9 @@ class EncoderLayer(nn.Module):
     `attention` is any module called with `(x, where, memory)`.
     """
 
-    def __init__(self, attention: nn.Module, feed_forward: FeedForward, width: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, attention: nn.Module, feed_forward: FeedForward, width: int, *, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
@@ -55,16 +63,22 @@ class EncoderLayer(nn.Module):
 
     def forward(self, memory: Memory, references: Tensor | None) -> Memory:
         """The memory with its tokens after this layer."""
-        return memory._replace(tokens=self.refine(memory.tokens, Spatial(memory.position, references), memory))
+        return memory._replace(
+            tokens=self.refine(memory.tokens, Spatial(memory.position, references), memory)
+        )
 
     def refine(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """Tokens `x (B, N, D)` after this layer, in which they read the `memory`."""
-        out: Tensor = self.feed_forward(self.norm(x + self.dropout(self.attention(x, where, memory))))
+        out: Tensor = self.feed_forward(
+            self.norm(x + self.dropout(self.attention(x, where, memory)))
+        )
         return out
 
 
 class MemoryFusion(nn.Module):
-    """One memory of the tokens before the encoder and after each of its layers (Stable-DINO, Liu et al., 2023)."""
+    """One memory of the tokens before the encoder and after each of its layers (Stable-DINO, Liu et
+    al., 2023).
+    """
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -82,10 +96,10 @@ class MemoryFusion(nn.Module):
 class Encoder(nn.Module):
     """A stack of layers, no final norm.
 
-    `references`: whether the attention samples around the tokens' centres. `position_scale`: an MLP of the tokens
-    whose output multiplies their positions, anew at each layer (DAB-DETR). `fusion`: what makes the memory of the
-    tokens at all depths; None: the last layer's are the memory. `checkpointing`: the backward pass computes each layer
-    again, which saves its activations.
+    `references`: whether the attention samples around the tokens' centres. `position_scale`: an MLP
+    of the tokens whose output multiplies their positions, anew at each layer (DAB-DETR). `fusion`:
+    what makes the memory of the tokens at all depths; None: the last layer's are the memory.
+    `checkpointing`: the backward pass computes each layer again, which saves its activations.
     """
 
     def __init__(

@@ -1,6 +1,8 @@
-"""EVA-02's ViT as detectors use it (Fang et al., 2023): windows, rotary positions, and a gated feed-forward block.
+"""EVA-02's ViT as detectors use it (Fang et al., 2023): windows, rotary positions, and a gated
+feed-forward block.
 
-Names of parameters are those of its released checkpoints. Maps are `(B, H, W, D)` inside, a cell for each patch.
+Names of parameters are those of its released checkpoints. Maps are `(B, H, W, D)` inside, a cell
+for each patch.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ GRID = 16  # rotary positions count as if the map, or the window, had this many 
 BLOCK_EPS = 1e-6
 
 
-def rotary_table(shape: tuple[int, int], channels: int, extent: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    shape: tuple[int, int], channels: int, extent: tuple[int, int], like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine `(H * W, channels)` of the angles by which a cell's channels turn, in pairs.
 
-    The first half of a head's `channels` turns with the row, the second with the column, `extent` cells (height, width)
-    being `GRID` units. Type and device are those of `like`, the angles float32 at least.
+    The first half of a head's `channels` turns with the row, the second with the column, `extent`
+    cells (height, width) being `GRID` units. Type and device are those of `like`, the angles
+    float32 at least.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     half = channels // 2
@@ -50,7 +55,8 @@ def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def resized(table: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A table of positions `(1, 1 + n * n, D)` for a map of another shape, `(1, 1 + H * W, D)` (bicubic).
+    """A table of positions `(1, 1 + n * n, D)` for a map of another shape, `(1, 1 + H * W, D)`
+    (bicubic).
 
     The first row, a class token's, stays as it is.
     """
@@ -68,7 +74,9 @@ class EvaAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(width, width, bias=False) for _ in range(3)
+        )
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
@@ -76,7 +84,11 @@ class EvaAttention(nn.Module):
         """`x (B, N, D)` after attention among its N cells."""
         q, k, v = (
             F.linear(x, layer.weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, bias in ((self.q_proj, self.q_bias), (self.k_proj, None), (self.v_proj, self.v_bias))
+            for layer, bias in (
+                (self.q_proj, self.q_bias),
+                (self.k_proj, None),
+                (self.v_proj, self.v_bias),
+            )
         )
         out = F.scaled_dot_product_attention(rotated(q, table), rotated(k, table), v)
         mixed: Tensor = self.proj(out.transpose(1, 2).flatten(2))
@@ -99,7 +111,9 @@ class GatedFeedForward(nn.Module):
 
 
 class EvaBlock(nn.Module):
-    """Attention and feed-forward block, each on normalised input; attention within windows where `window` is not 0."""
+    """Attention and feed-forward block, each on normalised input; attention within windows where
+    `window` is not 0.
+    """
 
     def __init__(self, width: int, heads: int, window: int, drop_path: float) -> None:
         super().__init__()
@@ -121,11 +135,14 @@ class EvaBlock(nn.Module):
         if not self.window:
             whole: Tensor = self.attn(x.flatten(1, 2), table)
             return whole.view_as(x)
-        # Windows at the right and at the bottom are filled up with zeros, which attention reads as any other cell.
+        # Windows at the right and at the bottom are filled up with zeros, which attention reads as
+        # any other cell.
         w = self.window
         x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
         rows, columns = x.shape[1] // w, x.shape[2] // w
-        windows = x.view(images, rows, w, columns, w, -1).transpose(2, 3).reshape(-1, w * w, x.shape[-1])
+        windows = (
+            x.view(images, rows, w, columns, w, -1).transpose(2, 3).reshape(-1, w * w, x.shape[-1])
+        )
         out: Tensor = self.attn(windows, table)
         out = out.view(images, rows, columns, w, w, -1).transpose(2, 3)
         return out.reshape(x.shape)[:, :height, :width]
@@ -134,11 +151,12 @@ class EvaBlock(nn.Module):
 class EvaViT(Backbone):
     """The whole network, for images with any sides, which are padded to whole patches with zeros.
 
-    `global_blocks` read the whole map, counted from 0; the others read windows of `window` cells a side. `grid` is the
-    side of the table of positions, which is resized to each map. `extent`: cells along a side that rotary positions of
-    whole maps count `GRID` units over (of checkpoints that were trained at one size); None: each map's own.
-    `checkpointing`: the backward pass computes each block again, which saves its activations. `frozen`: blocks that are
-    not trained, with the embedding.
+    `global_blocks` read the whole map, counted from 0; the others read windows of `window` cells a
+    side. `grid` is the side of the table of positions, which is resized to each map. `extent`:
+    cells along a side that rotary positions of whole maps count `GRID` units over (of checkpoints
+    that were trained at one size); None: each map's own. `checkpointing`: the backward pass
+    computes each block again, which saves its activations. `frozen`: blocks that are not trained,
+    with the embedding.
     """
 
     def __init__(
@@ -159,9 +177,12 @@ class EvaViT(Backbone):
         self.window, self.extent, self.checkpointing = window, extent, checkpointing
         self.head, self.channels = width // heads, [width]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))  # the first is of the class token
+        # The first is of the class token
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid**2, width))
         self.blocks = nn.ModuleList(
-            EvaBlock(width, heads, 0 if i in global_blocks else window, drop_path * i / max(depth - 1, 1))
+            EvaBlock(
+                width, heads, 0 if i in global_blocks else window, drop_path * i / max(depth - 1, 1)
+            )
             for i in range(depth)
         )
         self.out_norm = nn.LayerNorm(width)
@@ -169,7 +190,10 @@ class EvaViT(Backbone):
         if frozen == "all":
             self._freeze([self])
         elif frozen:
-            self._freeze([self.patch_embed, *first_stages(list(self.blocks), frozen, "eva02")], [self.pos_embed])
+            self._freeze(
+                [self.patch_embed, *first_stages(list(self.blocks), frozen, "eva02")],
+                [self.pos_embed],
+            )
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -187,7 +211,9 @@ class EvaViT(Backbone):
         return [out.permute(0, 3, 1, 2)]
 
     def embedded(self, pixels: Tensor) -> Tensor:
-        """The patches with their positions, `(B, h, w, D)`, of pixels whose sides are multiples of a patch."""
+        """The patches with their positions, `(B, h, w, D)`, of pixels whose sides are multiples of
+        a patch.
+        """
         patches: Tensor = self.patch_embed["proj"](pixels)
         x = patches.permute(0, 2, 3, 1)
         return x + resized(self.pos_embed, (x.shape[1], x.shape[2]))[:, 1:].view(1, *x.shape[1:])
@@ -212,12 +238,16 @@ class EvaViT(Backbone):
     def start_from(self, source: Source, name: str | None) -> None:
         """Load pretrained weights: of the timm model `name`, or a file in EVA-02's names or timm's.
 
-        Patches and positions are resized to this ViT's. `UserError` where something is missing or has another shape; a
-        final norm, which EVA-02's detectors lack, may be.
+        Patches and positions are resized to this ViT's. `UserError` where something is missing or
+        has another shape; a final norm, which EVA-02's detectors lack, may be.
         """
-        norm = {name: value for name, value in self.state_dict().items() if name.startswith("out_norm.")}
+        norm = {
+            name: value for name, value in self.state_dict().items() if name.startswith("out_norm.")
+        }
         weights = norm | _renamed(published(name, source), self.pos_embed)
-        remedy = "Name weights of an EVA-02 of this width and depth: -o detector.backbone.weights=FILE."
+        remedy = (
+            "Name weights of an EVA-02 of this width and depth: -o detector.backbone.weights=FILE."
+        )
         fill_by_name(self, weights, source, "this ViT", remedy)
 
 
@@ -243,12 +273,15 @@ def _renamed(weights: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tens
     if "patch_embed.proj.weight" in found:
         kernel = found["patch_embed.proj.weight"]
         if kernel.shape[-1] != PATCH:
-            found["patch_embed.proj.weight"] = F.interpolate(kernel.float(), (PATCH, PATCH), mode="bicubic")
+            found["patch_embed.proj.weight"] = F.interpolate(
+                kernel.float(), (PATCH, PATCH), mode="bicubic"
+            )
     table = found.get("pos_embed")
     if table is not None:
         if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # without a class token
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         side = math.isqrt(positions.shape[1] - 1)
-        if math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:  # others do not fit, as will be said
+        # Others do not fit, as will be said
+        if math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:
             found["pos_embed"] = resized(table.float(), (side, side))
     return found

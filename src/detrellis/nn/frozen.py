@@ -20,9 +20,11 @@ class _Affine(NamedTuple):
 
 
 class FrozenNorm(nn.Module):
-    """BatchNorm of maps whose statistics and affine stay, in buffers; the bits of torchvision's FrozenBatchNorm2d.
+    """BatchNorm of maps whose statistics and affine stay, in buffers; the bits of torchvision's
+    FrozenBatchNorm2d.
 
-    Scale and shift are computed once and not at each step, as long as nobody replaces the buffers or writes into them.
+    Scale and shift are computed once and not at each step, as long as nobody replaces the buffers
+    or writes into them.
     """
 
     weight: Tensor
@@ -34,7 +36,12 @@ class FrozenNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+        for name, value in {
+            "weight": 1.0,
+            "bias": 0.0,
+            "running_mean": 0.0,
+            "running_var": 1.0,
+        }.items():
             self.register_buffer(name, torch.full((channels,), value))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -60,7 +67,8 @@ class FrozenNorm(nn.Module):
 
     def _computed(self) -> tuple[Tensor, Tensor]:
         weight, bias, mean, variance = (
-            buffer.reshape(1, -1, 1, 1) for buffer in (self.weight, self.bias, self.running_mean, self.running_var)
+            buffer.reshape(1, -1, 1, 1)
+            for buffer in (self.weight, self.bias, self.running_mean, self.running_var)
         )
         scale = weight * (variance + self.eps).rsqrt()
         return scale, bias - mean * scale

@@ -1,7 +1,8 @@
-"""Convolutions with BatchNorm, and RepVGG's blocks: several branches in training, one convolution at inference.
+"""Convolutions with BatchNorm, and RepVGG's blocks: several branches in training, one convolution
+at inference.
 
-BatchNorm is linear once its statistics stand still, and so is the sum of parallel convolutions: `fuse` computes what
-they come to together. The outputs stay the same up to rounding.
+BatchNorm is linear once its statistics stand still, and so is the sum of parallel convolutions:
+`fuse` computes what they come to together. The outputs stay the same up to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from detrellis.nn.mlp import ACTIVATIONS, Activation
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias that keeps the size (or divides it by `stride`), BatchNorm, and an activation."""
+    """A convolution without bias that keeps the size (or divides it by `stride`), BatchNorm, and an
+    activation.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,9 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         padding = (kernel - 1) // 2
-        self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        self.convolution = nn.Conv2d(
+            inputs, outputs, kernel, stride, padding, groups=groups, bias=False
+        )
         self.norm: nn.Module = nn.BatchNorm2d(outputs)
         self.activation = nn.Identity() if activation is None else ACTIVATIONS[activation]()
 
@@ -45,7 +50,9 @@ class ConvNorm(nn.Module):
 
 
 class RepConvolution(nn.Module):
-    """RepVGG's block (Ding et al., CVPR 2021) without its identity: a 3x3 and a 1x1 convolution side by side."""
+    """RepVGG's block (Ding et al., CVPR 2021) without its identity: a 3x3 and a 1x1 convolution
+    side by side.
+    """
 
     def __init__(self, width: int, activation: Activation = "silu") -> None:
         super().__init__()
@@ -60,7 +67,9 @@ class RepConvolution(nn.Module):
         return out
 
     def merge(self) -> None:
-        """Make one 3x3 convolution of both branches, whose norms are fused; nothing happens the second time."""
+        """Make one 3x3 convolution of both branches, whose norms are fused; nothing happens the
+        second time.
+        """
         if self.point is None:
             return
         wide, point = self.wide.convolution, self.point.convolution
@@ -73,14 +82,22 @@ class RepConvolution(nn.Module):
 
 # By name, since importing timm for its two takes a second.
 # Of torch, ours, torchvision (also those that timm freezes) and timm.
-NORMS = {"BatchNorm2d", "SyncBatchNorm", "FrozenNorm", "FrozenBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d"}
+NORMS = {
+    "BatchNorm2d",
+    "SyncBatchNorm",
+    "FrozenNorm",
+    "FrozenBatchNorm2d",
+    "BatchNormAct2d",
+    "FrozenBatchNormAct2d",
+}
 
 
 def fuse(module: nn.Module, run: Callable[[], object]) -> None:
-    """Fuse all that can be in a module, whoever wrote it: each convolution with the BatchNorm that alone reads what it
-    gives, and then RepVGG's branches.
+    """Fuse all that can be in a module, whoever wrote it: each convolution with the BatchNorm that
+    alone reads what it gives, and then RepVGG's branches.
 
-    The module is in evaluation mode, and `run` runs it on any input: which norm reads which convolution is seen then.
+    The module is in evaluation mode, and `run` runs it on any input: which norm reads which
+    convolution is seen then.
     """
     flow = _Flow(module)
     with flow:
@@ -90,11 +107,18 @@ def fuse(module: nn.Module, run: Callable[[], object]) -> None:
     names = {part: name for name, part in module.named_modules()}
     for convolution, norm in flow.pairs():
         weight, bias = fuse_conv_bn_weights(
-            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
         convolution.weight, convolution.bias = weight, bias
         parent, _, place = names[norm].rpartition(".")
-        setattr(module.get_submodule(parent), place, nn.Sequential(*norm.children()))  # timm's have an activation
+        # Timm's have an activation
+        setattr(module.get_submodule(parent), place, nn.Sequential(*norm.children()))
     for part in list(module.modules()):
         if isinstance(part, RepConvolution):
             part.merge()
@@ -105,17 +129,26 @@ class _Flow(TorchFunctionMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.given: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by id of the tensor, which is kept: no other gets its id
+        # By id of the tensor, which is kept: no other gets its id
+        self.given: dict[int, tuple[nn.Conv2d, Tensor]] = {}
         self.read_by: dict[int, Any] = {}  # norms, by id of the tensor
         self.reads, self.calls = Counter[int](), Counter[nn.Module]()
-        watched = [part for part in module.modules() if isinstance(part, nn.Conv2d) or type(part).__name__ in NORMS]
+        watched = [
+            part
+            for part in module.modules()
+            if isinstance(part, nn.Conv2d) or type(part).__name__ in NORMS
+        ]
         self.hooks = [part.register_forward_hook(self._saw) for part in watched]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what a function reads of which it makes a tensor; others ask for a shape, a device and so on."""
+        """Count what a function reads of which it makes a tensor; others ask for a shape, a device
+        and so on.
+        """
         found = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
-            self.reads.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.given)
+            self.reads.update(
+                id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.given
+            )
         return found
 
     def _saw(self, part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -126,7 +159,17 @@ class _Flow(TorchFunctionMode):
             self.read_by[id(inputs[0])] = part
 
     def pairs(self) -> list[tuple[nn.Conv2d, Any]]:
-        """Each convolution that ran once, with the norm that ran once and alone reads what it gave."""
-        found = [(part, self.read_by[key]) for key, (part, _) in self.given.items() if key in self.read_by]
+        """Each convolution that ran once, with the norm that ran once and alone reads what it
+        gave.
+        """
+        found = [
+            (part, self.read_by[key])
+            for key, (part, _) in self.given.items()
+            if key in self.read_by
+        ]
         alone = {id(part) for key, (part, _) in self.given.items() if self.reads[key] == 1}
-        return [(part, norm) for part, norm in found if id(part) in alone and self.calls[part] == self.calls[norm] == 1]
+        return [
+            (part, norm)
+            for part, norm in found
+            if id(part) in alone and self.calls[part] == self.calls[norm] == 1
+        ]

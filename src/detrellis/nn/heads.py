@@ -16,7 +16,9 @@ from detrellis.types import Segment
 
 
 def class_head(width: int, classes: int) -> nn.Linear:
-    """Linear classifier whose bias starts every class at probability 0.01 (the focal loss prior)."""
+    """Linear classifier whose bias starts every class at probability 0.01 (the focal loss
+    prior).
+    """
     layer = nn.Linear(width, classes)
     nn.init.constant_(layer.bias, -math.log(0.99 / 0.01))
     return layer
@@ -33,14 +35,17 @@ def box_head(width: int, outputs: int = 4) -> MLP:
 
 
 class Heads(nn.Module):
-    """Class and box heads of the decoder layers: one of each shared by all layers, or one of each a layer.
+    """Class and box heads of the decoder layers: one of each shared by all layers, or one of each a
+    layer.
 
-    Heads of their own start as copies of each other. `size_bias` is the first box head's initial logit shift of width
-    and height: -2 makes small boxes where the references are points. `softmax`: DETR's heads, with one logit more for
-    "no object", and PyTorch's initialisation: without references a box head has to start somewhere. `iou_branch`: one
-    logit more, which learns the IoU of the box with its target (IoU-Net). `bins`: the box heads say the logits of a
-    distribution for each side; before them stands a head of the initial box, behind them a quality estimator a layer
-    (D-FINE). `masks`: one mask head, of embeddings of that width, for all layers (Mask DINO).
+    Heads of their own start as copies of each other. `size_bias` is the first box head's initial
+    logit shift of width and height: -2 makes small boxes where the references are points.
+    `softmax`: DETR's heads, with one logit more for "no object", and PyTorch's initialisation:
+    without references a box head has to start somewhere. `iou_branch`: one logit more, which learns
+    the IoU of the box with its target (IoU-Net). `bins`: the box heads say the logits of a
+    distribution for each side; before them stands a head of the initial box, behind them a quality
+    estimator a layer (D-FINE). `masks`: one mask head, of embeddings of that width, for all layers
+    (Mask DINO).
     """
 
     def __init__(
@@ -60,12 +65,15 @@ class Heads(nn.Module):
         if softmax:
             of_classes, of_boxes = nn.Linear(width, classes + 1), MLP(width, width, 4, 3)
         else:
-            of_classes, of_boxes = class_head(width, classes), box_head(width, 4 * (bins.number + 1) if bins else 4)
+            of_classes = class_head(width, classes)
+            of_boxes = box_head(width, 4 * (bins.number + 1) if bins else 4)
         of_ious = nn.Linear(width, 1) if iou_branch else None
         copies = range(1 if shared else layers)
         self.classes = nn.ModuleList(copy.deepcopy(of_classes) for _ in copies)
         self.boxes = nn.ModuleList(copy.deepcopy(of_boxes) for _ in copies)
-        self.ious = None if of_ious is None else nn.ModuleList(copy.deepcopy(of_ious) for _ in copies)
+        self.ious = (
+            None if of_ious is None else nn.ModuleList(copy.deepcopy(of_ious) for _ in copies)
+        )
         self.bins = bins
         self.embed = None if masks is None else mask_embed(width, masks)
         self.initial_box = box_head(width) if bins else None
@@ -76,7 +84,11 @@ class Heads(nn.Module):
     def of(self, segments: Sequence[Segment]) -> Heads | SegmentHeads:
         """The heads of all `segments`, some of which may have their own."""
         each = [segment.heads if isinstance(segment.heads, Heads) else self for segment in segments]
-        return self if all(heads is self for heads in each) else SegmentHeads(each, [s.size for s in segments])
+        return (
+            self
+            if all(heads is self for heads in each)
+            else SegmentHeads(each, [s.size for s in segments])
+        )
 
     def logits(self, layer: int, states: Tensor) -> Tensor:
         """Class logits `(B, N, C)` of decoder layer `layer`."""
@@ -84,8 +96,8 @@ class Heads(nn.Module):
         return out
 
     def deltas(self, layer: int, states: Tensor) -> Tensor:
-        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space; with bins `(B, N, 4 (K + 1))`, of the
-        distributions' logits."""
+        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space; with bins `(B, N, 4 (K +
+        1))`, of the distributions' logits."""
         out: Tensor = self.boxes[min(layer, len(self.boxes) - 1)](states)
         return out
 
@@ -96,14 +108,20 @@ class Heads(nn.Module):
         return out
 
     def quality(self, layer: int, distributions: Tensor) -> Tensor:
-        """What the quality of the `distributions (B, N, 4, K + 1)` adds to the class logits, `(B, N, 1)`."""
+        """What the quality of the `distributions (B, N, 4, K + 1)` adds to the class logits, `(B,
+        N, 1)`.
+        """
         assert self.qualities is not None
         out: Tensor = self.qualities[min(layer, len(self.qualities) - 1)](distributions)
         return out
 
     def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
         """Logits `(B, N)` of the IoU of each box with its target, where there is an IoU branch."""
-        return None if self.ious is None else self.ious[min(layer, len(self.ious) - 1)](states).squeeze(-1)
+        return (
+            None
+            if self.ious is None
+            else self.ious[min(layer, len(self.ious) - 1)](states).squeeze(-1)
+        )
 
     def mask_embeds(self, states: Tensor) -> Tensor | None:
         """Embeddings `(B, N, Dm)` of the masks, where the detector has any."""
@@ -130,7 +148,9 @@ class SegmentHeads:
 
     def quality(self, layer: int, distributions: Tensor) -> Tensor:
         """What quality adds, `(B, N, 1)`."""
-        return torch.cat([heads.quality(layer, part) for heads, part in self._parts(distributions)], dim=1)
+        return torch.cat(
+            [heads.quality(layer, part) for heads, part in self._parts(distributions)], dim=1
+        )
 
     def iou_logits(self, layer: int, states: Tensor) -> Tensor | None:
         """Logits `(B, N)` of the IoU, where there is an IoU branch."""
@@ -145,6 +165,8 @@ class SegmentHeads:
 
 
 def joined(parts: Sequence[Tensor | None], dim: int = 1) -> Tensor | None:
-    """What several heads say of queries side by side, along their dimension `dim`; None where they say nothing."""
+    """What several heads say of queries side by side, along their dimension `dim`; None where they
+    say nothing.
+    """
     present = [part for part in parts if part is not None]
     return torch.cat(present, dim=dim) if present else None

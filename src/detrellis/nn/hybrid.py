@@ -1,7 +1,8 @@
-"""RT-DETR's efficient hybrid encoder (Zhao et al., CVPR 2024, section 4.2), as a neck: from backbone maps to a memory.
+"""RT-DETR's efficient hybrid encoder (Zhao et al., CVPR 2024, section 4.2), as a neck: from
+backbone maps to a memory.
 
-Attention within the coarsest map only (AIFI), then fusion across levels by convolutions (CCFM): coarse to fine, and
-back. The memory has no positions, since what reads it samples around boxes.
+Attention within the coarsest map only (AIFI), then fusion across levels by convolutions (CCFM):
+coarse to fine, and back. The memory has no positions, since what reads it samples around boxes.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -27,7 +28,9 @@ from detrellis.types import Memory
 
 
 class GridSine(nn.Module):
-    """Sines and cosines of the row, then those of the column, counted in cells, not normalised (AIFI)."""
+    """Sines and cosines of the row, then those of the column, counted in cells, not normalised
+    (AIFI).
+    """
 
     def __init__(self, width: int, *, temperature: float = 10000.0) -> None:
         super().__init__()
@@ -36,12 +39,19 @@ class GridSine(nn.Module):
     def forward(self, valid: Tensor) -> Tensor:
         """`(1, H * W, D)` for a map `valid (B, H, W)`, in its dtype."""
         height, width = valid.shape[1:]
-        return _grid_sine(height, width, self.width // 4, self.temperature, valid.dtype, valid.device)
+        return _grid_sine(
+            height, width, self.width // 4, self.temperature, valid.dtype, valid.device
+        )
 
 
 @kept(8)  # few: those of a large image are megabytes
 def _grid_sine(
-    height: int, width: int, features: int, temperature: float, dtype: torch.dtype, device: torch.device
+    height: int,
+    width: int,
+    features: int,
+    temperature: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     index = torch.arange(features, device=device, dtype=dtype)
     frequencies = temperature ** (-index / features)
@@ -58,7 +68,9 @@ class CSPFusion(nn.Module):
         self.first = ConvNorm(inputs, hidden, activation="silu")
         self.blocks = nn.Sequential(*(RepConvolution(hidden) for _ in range(blocks)))
         self.bypass = ConvNorm(inputs, hidden, activation="silu")
-        self.last = ConvNorm(hidden, outputs, activation="silu") if hidden != outputs else nn.Identity()
+        self.last = (
+            ConvNorm(hidden, outputs, activation="silu") if hidden != outputs else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, inputs, H, W)` to `(B, outputs, H, W)`."""
@@ -67,15 +79,17 @@ class CSPFusion(nn.Module):
 
 
 class ELANFusion(nn.Module):
-    """Two maps of `width` side by side to one, with all that is made on the way (D-FINE's RepNCSPELAN4, of GELAN,
-    YOLOv9): a half of them goes through two CSP layers of `hidden` channels one after the other."""
+    """Two maps of `width` side by side to one, with all that is made on the way (D-FINE's
+    RepNCSPELAN4, of GELAN, YOLOv9): a half of them goes through two CSP layers of `hidden` channels
+    one after the other."""
 
     def __init__(self, width: int, hidden: int, *, blocks: int) -> None:
         super().__init__()
         self.first = ConvNorm(2 * width, 2 * width, activation="silu")
         self.steps = nn.ModuleList(
             nn.Sequential(
-                CSPFusion(inputs, hidden, hidden, blocks=blocks), ConvNorm(hidden, hidden, 3, activation="silu")
+                CSPFusion(inputs, hidden, hidden, blocks=blocks),
+                ConvNorm(hidden, hidden, 3, activation="silu"),
             )
             for inputs in (width, hidden)
         )
@@ -91,7 +105,9 @@ class ELANFusion(nn.Module):
 
 
 class FusionParts(NamedTuple):
-    """What the fusion across levels is made of: functions of the maps' width that each make one module."""
+    """What the fusion across levels is made of: functions of the maps' width that each make one
+    module.
+    """
 
     lateral: Callable[[int], nn.Module]  # of a coarse map, before it is enlarged
     down: Callable[[int], nn.Module]  # of a fine map, to half its size
@@ -110,10 +126,14 @@ def csp_parts(blocks: int, expansion: float) -> FusionParts:
 
 
 def elan_parts(blocks: int, expansion: float) -> FusionParts:
-    """D-FINE's parts: nothing but fusions has activations, and what has the memory's width already stays as it is."""
+    """D-FINE's parts: nothing but fusions has activations, and what has the memory's width already
+    stays as it is.
+    """
     return FusionParts(
         lambda width: ConvNorm(width, width),
-        lambda width: nn.Sequential(ConvNorm(width, width), ConvNorm(width, width, 3, 2, groups=width)),
+        lambda width: nn.Sequential(
+            ConvNorm(width, width), ConvNorm(width, width, 3, 2, groups=width)
+        ),
         lambda width: ELANFusion(width, round(expansion * width // 2), blocks=blocks),
         lambda inner, width: nn.Identity() if inner == width else ConvNorm(inner, width),
     )
@@ -148,11 +168,15 @@ class HybridNeck(nn.Module):
         self.to(memory_format=torch.channels_last)  # a cell's channels side by side, as tokens are
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
-        """The memory of the backbone's `maps`, finest first, and the images' `padding (B, H, W)`."""
+        """The memory of the backbone's `maps`, finest first, and the images' `padding (B, H,
+        W)`.
+        """
         return self.flatten(self.project(maps, padding), padding)
 
     def project(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> list[Tensor]:
-        """One map `(B, D, H, W)` a level. Convolutions run over the padded map, as a backbone's do."""
+        """One map `(B, D, H, W)` a level. Convolutions run over the padded map, as a backbone's
+        do.
+        """
         levels = [project(m) for project, m in zip(self.projections, maps, strict=True)]
         levels[-1] = self.attend(levels[-1], padding)
         return [out(m) for out, m in zip(self.outputs, self.fuse_levels(levels), strict=True)]
@@ -173,7 +197,9 @@ class HybridNeck(nn.Module):
         """Maps `(B, D, h, w)`, finest first, that have read each other (CCFM)."""
         *finer, top = levels
         tops = []  # coarsest first: each level as the way back reads it
-        for lateral, fusion, fine in zip(self.laterals, self.top_down, reversed(finer), strict=True):
+        for lateral, fusion, fine in zip(
+            self.laterals, self.top_down, reversed(finer), strict=True
+        ):
             tops.append(lateral(top))
             enlarged = F.interpolate(tops[-1], size=fine.shape[-2:], mode="nearest")
             top = fusion(torch.cat([enlarged, fine], dim=1))

@@ -1,8 +1,10 @@
-"""Mask2Former's decoder (Cheng et al., CVPR 2022): a query reads only where its mask of the layer before lies.
+"""Mask2Former's decoder (Cheng et al., CVPR 2022): a query reads only where its mask of the layer
+before lies.
 
-Its queries are learned, have no place, and predict a mask and a class, no box. What a query may read of a level is its
-mask at the level's size. Resizing is linear, so that the features are resized, once for each level, and no mask ever
-is: the mask of a query is a product of its embedding with them.
+Its queries are learned, have no place, and predict a mask and a class, no box. What a query may
+read of a level is its mask at the level's size. Resizing is linear, so that the features are
+resized, once for each level, and no mask ever is: the mask of a query is a product of its embedding
+with them.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -37,8 +39,9 @@ class MaskHeads(nn.Module):
 class MaskedDecoder(nn.Module):
     """The layers, each of which reads one level of the memory, coarse to fine and again.
 
-    The queries give outputs before the first layer too, so that there is one more than there are layers. A memory of
-    `memory_width` is projected to `width` where the two differ, and where `project` asks for it.
+    The queries give outputs before the first layer too, so that there is one more than there are
+    layers. A memory of `memory_width` is projected to `width` where the two differ, and where
+    `project` asks for it.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class MaskedDecoder(nn.Module):
             embeds = self.heads.embed(states)
             if every_layer or i == len(self.layers):
                 nowhere = states.new_zeros(*states.shape[:2], 0)
-                outputs.append(DecoderOutput(self.heads.classify(states), nowhere, states, mask_embeds=embeds))
+                outputs.append(
+                    DecoderOutput(self.heads.classify(states), nowhere, states, mask_embeds=embeds)
+                )
             if i == len(self.layers):
                 break
             # The next layer, within those masks.
@@ -91,10 +96,14 @@ class MaskedDecoder(nn.Module):
         return len(self.layers) + 1
 
     def levels(self, memory: Memory, masks: MaskFeatures) -> list[tuple[Memory, Tensor]]:
-        """Each level of the memory, coarsest first, and the mask features `(B, Dm, S)` at its size."""
+        """Each level of the memory, coarsest first, and the mask features `(B, Dm, S)` at its
+        size.
+        """
         sizes = [height * width for height, width in memory.shapes]
         tokens = memory.tokens.split(sizes, dim=1)
-        padding = [None] * len(sizes) if memory.padding is None else memory.padding.split(sizes, dim=1)
+        padding = (
+            [None] * len(sizes) if memory.padding is None else memory.padding.split(sizes, dim=1)
+        )
         found = []
         for i in reversed(range(len(sizes))):
             shape, hidden = memory.shapes[i], padding[i]
@@ -102,7 +111,9 @@ class MaskedDecoder(nn.Module):
             position = self.position(valid.to(torch.promote_types(tokens[i].dtype, torch.float32)))
             content = self.projections[i](tokens[i]) + self.level_embed[i]
             with torch.no_grad(), full_precision(content):
-                features = F.interpolate(masks.map, size=shape, mode="bilinear", align_corners=False).flatten(2)
+                features = F.interpolate(
+                    masks.map, size=shape, mode="bilinear", align_corners=False
+                ).flatten(2)
             found.append((Memory(content, position, (shape,), hidden), features))
         return found
 
@@ -116,9 +127,11 @@ def _projection(inputs: int, width: int) -> nn.Linear:
 
 @torch.no_grad()
 def readable(embeds: Tensor, features: Tensor, padding: Tensor | None) -> Tensor:
-    """Which cells each query may read, `(B, N, S)` bool: those of its mask, or all where its mask is empty.
+    """Which cells each query may read, `(B, N, S)` bool: those of its mask, or all where its mask
+    is empty.
 
-    `embeds (B, N, Dm)`, `features (B, Dm, S)` of the level; never `padding (B, S)`. Computed in float32 or better.
+    `embeds (B, N, Dm)`, `features (B, Dm, S)` of the level; never `padding (B, S)`. Computed in
+    float32 or better.
     """
     with full_precision(embeds):
         inside = embeds.to(features.dtype) @ features >= 0

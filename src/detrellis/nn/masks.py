@@ -1,4 +1,6 @@
-"""What masks are read from: a map of stride 4, and an embedding of each query (Mask2Former, Mask DINO)."""
+"""What masks are read from: a map of stride 4, and an embedding of each query (Mask2Former, Mask
+DINO).
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ def _convolution(inputs: int, outputs: int, side: int, *, bias: bool = False) ->
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast where the tensor is; torch's meta device knows none."""
-    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    return (
+        contextlib.nullcontext()
+        if tensor.is_meta
+        else torch.autocast(tensor.device.type, enabled=False)
+    )
 
 
 class MaskBranch(nn.Module):
-    """One step of a feature pyramid from the memory's finest level, of stride 8, to the backbone's map of stride 4, and
-    a projection of that (Mask2Former, section 3.2.1).
+    """One step of a feature pyramid from the memory's finest level, of stride 8, to the backbone's
+    map of stride 4, and a projection of that (Mask2Former, section 3.2.1).
 
     In float32 whatever autocast says: all masks of all layers are products with this one map.
     """
@@ -44,11 +50,15 @@ class MaskBranch(nn.Module):
         self.project = _convolution(width, outputs, 1, bias=True)
 
     def forward(self, fine: Tensor, memory: Memory, images: ImageBatch) -> MaskFeatures:
-        """The features of all masks, from the map `fine (B, C, h, w)` of stride 4 and the encoded memory."""
+        """The features of all masks, from the map `fine (B, C, h, w)` of stride 4 and the encoded
+        memory.
+        """
         with full_precision(fine):
             lateral = self.lateral(fine.to(self.project.weight.dtype))
             coarse = level_map(memory, 0).to(lateral.dtype)
-            up = F.interpolate(coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+            up = F.interpolate(
+                coarse, size=lateral.shape[-2:], mode="bilinear", align_corners=False
+            )
             features = self.project(self.smooth(lateral + up))
         height, width = images.pixels.shape[-2:]
         return MaskFeatures(features, (height, width), images.padding)
@@ -68,28 +78,41 @@ def mask_embed(width: int, outputs: int) -> MLP:
 
 
 @torch.no_grad()
-def boxes_around_masks(embeds: Tensor, masks: MaskFeatures, kind: MaskBox, eps: float = 1e-5) -> Tensor:
+def boxes_around_masks(
+    embeds: Tensor, masks: MaskFeatures, kind: MaskBox, eps: float = 1e-5
+) -> Tensor:
     """Boxes `(B, N, 4)` around the masks of `embeds (B, N, Dm)`, as the features' cells show them.
 
-    `"bitmask"` ends with the last cell, and is 0 of an empty mask; `"mask2box"` ends where the last cell begins, and is
-    a point in the last corner of an empty mask. Sides are at least `eps`.
+    `"bitmask"` ends with the last cell, and is 0 of an empty mask; `"mask2box"` ends where the last
+    cell begins, and is a point in the last corner of an empty mask. Sides are at least `eps`.
     """
     with full_precision(embeds):
         features = masks.map.to(torch.promote_types(masks.map.dtype, torch.float32))
         # An image at a time: the masks of all queries are large.
-        inside = [torch.einsum("nd,dhw->nhw", e.to(f), f) > 0 for e, f in zip(embeds, features, strict=True)]
+        inside = [
+            torch.einsum("nd,dhw->nhw", e.to(f), f) > 0
+            for e, f in zip(embeds, features, strict=True)
+        ]
     if masks.padding is not None:  # where there is nothing to surround
-        hidden = F.interpolate(masks.padding[:, None].to(features), size=features.shape[-2:], mode="nearest").bool()
+        hidden = F.interpolate(
+            masks.padding[:, None].to(features), size=features.shape[-2:], mode="nearest"
+        ).bool()
         inside = [mask & ~cells for mask, cells in zip(inside, hidden, strict=True)]
-    lines = [torch.stack([mask.any(dim) for mask in inside]) for dim in (1, 2)]  # (B, N, w), (B, N, h)
+    # (B, N, w), (B, N, h)
+    lines = [torch.stack([mask.any(dim) for mask in inside]) for dim in (1, 2)]
     first = torch.stack([line.int().argmax(-1) for line in lines], dim=-1)
     last = torch.stack([line.shape[-1] - line.flip(-1).int().argmax(-1) for line in lines], dim=-1)
     empty = ~lines[0].any(-1)[..., None]
     cells = features.new_tensor([line.shape[-1] for line in lines])
     if masks.padding is not None:  # to the image without it
-        parts = [(~masks.padding[:, 0]).to(cells).mean(1), (~masks.padding[:, :, 0]).to(cells).mean(1)]
+        parts = [
+            (~masks.padding[:, 0]).to(cells).mean(1),
+            (~masks.padding[:, :, 0]).to(cells).mean(1),
+        ]
         cells = cells * torch.stack(parts, dim=-1).unsqueeze(1)
-    corners = torch.cat([first, last - int(kind == "mask2box")], dim=-1) / cells.repeat(*[1] * (cells.dim() - 1), 2)
+    corners = torch.cat([first, last - int(kind == "mask2box")], dim=-1) / cells.repeat(
+        *[1] * (cells.dim() - 1), 2
+    )
     boxes = xyxy_to_cxcywh(corners.clamp(0, 1))
     nothing = boxes.new_tensor([1.0, 1.0, 0.0, 0.0] if kind == "mask2box" else [0.0] * 4)
     return inverse_sigmoid(boxes.where(~empty, nothing), eps).sigmoid()

@@ -1,4 +1,6 @@
-"""Linear layers with the transformer's initialisation, the MLP of all heads, and the feed-forward block."""
+"""Linear layers with the transformer's initialisation, the MLP of all heads, and the feed-forward
+block.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 
 
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer as DETR's transformer initialises it: Xavier-uniform weight, PyTorch's bias."""
+    """A linear layer as DETR's transformer initialises it: Xavier-uniform weight, PyTorch's
+    bias.
+    """
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     return layer
@@ -26,10 +30,13 @@ def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
 class MLP(nn.Module):
     """`depth` linear layers with ReLU between: `inputs -> hidden -> ... -> outputs`.
 
-    `xavier` initialises the weights as part of the transformer; heads outside it keep PyTorch's initialisation.
+    `xavier` initialises the weights as part of the transformer; heads outside it keep PyTorch's
+    initialisation.
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, depth: int, *, xavier: bool = False) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, depth: int, *, xavier: bool = False
+    ) -> None:
         super().__init__()
         widths = [inputs, *[hidden] * (depth - 1), outputs]
         make = xavier_linear if xavier else nn.Linear
@@ -46,10 +53,13 @@ class MLP(nn.Module):
 class FeedForward(nn.Module):
     """Post-norm feed-forward block with its residual: `LN(x + W2 act(W1 x))`.
 
-    `activation`: `"relu"` in most papers; `"prelu"` with one slope in DAB-DETR; the others in nobody's but users' own.
+    `activation`: `"relu"` in most papers; `"prelu"` with one slope in DAB-DETR; the others in
+    nobody's but users' own.
     """
 
-    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0, activation: Activation = "relu") -> None:
+    def __init__(
+        self, width: int, hidden: int, *, dropout: float = 0.0, activation: Activation = "relu"
+    ) -> None:
         super().__init__()
         self.inner = xavier_linear(width, hidden)
         self.activation = ACTIVATIONS[activation]()

@@ -1,7 +1,7 @@
 """Sine encodings of image positions, points and boxes.
 
-The image map's constants differ by model (see `SineMap`); queries always use temperature 10000, as the released codes
-of DAB, DN and DINO do although their papers name 20 for both.
+The image map's constants differ by model (see `SineMap`); queries always use temperature 10000, as
+the released codes of DAB, DN and DINO do although their papers name 20 for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from detrellis.nn.constants import kept
 
 
 def sine_features(values: Tensor, features: int, temperature: float = 10000.0) -> Tensor:
-    """Interleaved `sin(v/f_0), cos(v/f_0), sin(v/f_2), ...` with `f_i = temperature^(2 floor(i/2) / features)`.
+    """Interleaved `sin(v/f_0), cos(v/f_0), sin(v/f_2), ...` with `f_i = temperature^(2 floor(i/2) /
+    features)`.
 
     `values (...)`, already times 2 pi, to `(..., features)`.
     """
@@ -35,11 +36,15 @@ def _columns(order: str, device: torch.device) -> Tensor:
     return torch.tensor(["xywh".index(c) for c in order], device=device)
 
 
-def sine_embed(coordinates: Tensor, width: int, *, order: str = "yxwh", temperature: float = 10000.0) -> Tensor:
-    """Encode points `(..., 2)` or boxes `(..., 4)` in [0, 1] with `width` features for each coordinate.
+def sine_embed(
+    coordinates: Tensor, width: int, *, order: str = "yxwh", temperature: float = 10000.0
+) -> Tensor:
+    """Encode points `(..., 2)` or boxes `(..., 4)` in [0, 1] with `width` features for each
+    coordinate.
 
-    `order` arranges the coordinates of `(cx, cy, w, h)`: `"yxwh"` for decoder queries, `"xywh"` for the two-stage
-    proposals of Deformable DETR, which do not swap. Returns `(..., 2 * width)` or `(..., 4 * width)`.
+    `order` arranges the coordinates of `(cx, cy, w, h)`: `"yxwh"` for decoder queries, `"xywh"` for
+    the two-stage proposals of Deformable DETR, which do not swap. Returns `(..., 2 * width)` or
+    `(..., 4 * width)`.
     """
     order = order[: coordinates.shape[-1]]
     if not "xywh".startswith(order):
@@ -50,16 +55,21 @@ def sine_embed(coordinates: Tensor, width: int, *, order: str = "yxwh", temperat
 class SineMap(nn.Module):
     """The image position map: normalised row and column indices, sine-encoded, rows first.
 
-    DETR and Conditional DETR: temperature 10000, offset 0. DAB, DN and DINO: 20, 0. Deformable DETR: 10000, -0.5.
-    `blank`: 0 on padding, where the division leaves noise; SAM-DETR reads regions that reach there.
+    DETR and Conditional DETR: temperature 10000, offset 0. DAB, DN and DINO: 20, 0. Deformable
+    DETR: 10000, -0.5. `blank`: 0 on padding, where the division leaves noise; SAM-DETR reads
+    regions that reach there.
     """
 
-    def __init__(self, width: int, *, temperature: float, offset: float, blank: bool = False) -> None:
+    def __init__(
+        self, width: int, *, temperature: float, offset: float, blank: bool = False
+    ) -> None:
         super().__init__()
         self.width, self.temperature, self.offset, self.blank = width, temperature, offset, blank
 
     def forward(self, valid: Tensor) -> Tensor:
-        """`valid (B, H, W)` True on image pixels (any dtype of 0/1) to `(B, H * W, D)`, in `valid`'s float dtype."""
+        """`valid (B, H, W)` True on image pixels (any dtype of 0/1) to `(B, H * W, D)`, in
+        `valid`'s float dtype.
+        """
         embedding = _sine_map(valid, self.width, self.temperature, self.offset)
         return (embedding * valid.unsqueeze(-1) if self.blank else embedding).flatten(1, 2)
 
@@ -81,6 +91,13 @@ def _sine_map(valid: Tensor, width: int, temperature: float, offset: float) -> T
 
 @kept(8)  # few: those of a large image are megabytes
 def _unpadded_map(
-    shape: tuple[int, int], width: int, temperature: float, offset: float, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, int],
+    width: int,
+    temperature: float,
+    offset: float,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    return _sine_map(torch.ones(1, *shape, dtype=dtype, device=device), width, temperature, offset).flatten(1, 2)
+    return _sine_map(
+        torch.ones(1, *shape, dtype=dtype, device=device), width, temperature, offset
+    ).flatten(1, 2)

@@ -1,4 +1,6 @@
-"""Attention to a map under a Gaussian prior (SMCA: Gao et al., ICCV 2021), and to one level of several."""
+"""Attention to a map under a Gaussian prior (SMCA: Gao et al., ICCV 2021), and to one level of
+several.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,15 @@ from detrellis.types import Memory, Prior, Spatial
 
 
 def log_prior(prior: Prior, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The prior's summands: of rows `(B, M, N, H, 1)` and of columns `(B, M, N, 1, W)`, in float32 or better.
+    """The prior's summands: of rows `(B, M, N, H, 1)` and of columns `(B, M, N, 1, W)`, in float32
+    or better.
 
-    Kept apart: at stride 8 their sum, for each cell of each head and query, is most of what a layer would keep.
+    Kept apart: at stride 8 their sum, for each cell of each head and query, is most of what a layer
+    would keep.
     """
-    centre, scale = (t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2) for t in prior[:2])
+    centre, scale = (
+        t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2) for t in prior[:2]
+    )
     summands = []
     for axis, length in ((1, shape[0]), (0, shape[1])):
         cells = torch.arange(length, device=centre.device, dtype=centre.dtype) + prior.first
@@ -25,18 +31,26 @@ def log_prior(prior: Prior, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def map_attention(
-    q: Tensor, k: Tensor, v: Tensor, memory: Memory, prior: Prior | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: Memory,
+    prior: Prior | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the one map of a memory: `q (B, M, N, e)`, `k (B, M or 1, S, e)`, `v (B, M, S, d)`.
+    """Attention to the one map of a memory: `q (B, M, N, e)`, `k (B, M or 1, S, e)`, `v (B, M, S,
+    d)`.
 
-    Returns `(B, M, N, d)` and the weights `(B, M, N, S)`. Keys that all heads share are never expanded. Logits are
-    float32 or better.
+    Returns `(B, M, N, d)` and the weights `(B, M, N, S)`. Keys that all heads share are never
+    expanded. Logits are float32 or better.
     """
     batch, heads, queries, width = q.shape
     # Logits, with the padding left out and the prior added in place.
     scaled = q * width**-0.5
     if k.shape[1] == 1:
-        logits = (scaled.flatten(1, 2) @ k.squeeze(1).transpose(1, 2)).view(batch, heads, queries, -1)
+        logits = (scaled.flatten(1, 2) @ k.squeeze(1).transpose(1, 2)).view(
+            batch, heads, queries, -1
+        )
     else:
         logits = scaled @ k.transpose(2, 3)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -77,8 +91,8 @@ class AtLevel(nn.Module):
 
 
 class OverLevels(nn.Module):
-    """Cross-attention that reads each level by a module of its own, and weighs what they found as the query says
-    (Cascade-DETR). Their `output` projection is one for all."""
+    """Cross-attention that reads each level by a module of its own, and weighs what they found as
+    the query says (Cascade-DETR). Their `output` projection is one for all."""
 
     def __init__(self, attentions: Sequence[nn.Module], width: int) -> None:
         super().__init__()
@@ -92,19 +106,28 @@ class OverLevels(nn.Module):
         """As the attentions' `forward`, over all levels of the memory."""
         weights = self.weigh(x).softmax(-1).split(1, dim=-1)  # of each level, (B, N, 1)
         sizes = [height * width for height, width in memory.shapes]
-        readable = [None] * len(sizes) if where.readable is None else where.readable.split(sizes, dim=2)
+        readable = (
+            [None] * len(sizes) if where.readable is None else where.readable.split(sizes, dim=2)
+        )
         parts = []
         for level, attention in enumerate(self.attentions):
             at_this_level = at_level(memory, level)
-            # Contiguous: of a part of a tensor PyTorch computes products in another way if they need no gradient.
+            # Contiguous: of a part of a tensor PyTorch computes products in another way if they
+            # need no gradient.
             at_this_level = at_this_level._replace(
-                tokens=at_this_level.tokens.contiguous(), position=at_this_level.position.contiguous()
+                tokens=at_this_level.tokens.contiguous(),
+                position=at_this_level.position.contiguous(),
             )
-            parts.append(weights[level] * attention(x, where._replace(readable=readable[level]), at_this_level))
+            parts.append(
+                weights[level]
+                * attention(x, where._replace(readable=readable[level]), at_this_level)
+            )
         out: Tensor = self.output(torch.stack(parts).sum(0))
         return out
 
 
 def level_of(layer: int, layers: int, levels: int) -> int:
-    """Which level a decoder layer reads: coarse to fine, equally many layers each where that is possible."""
+    """Which level a decoder layer reads: coarse to fine, equally many layers each where that is
+    possible.
+    """
     return levels - 1 - layer * levels // layers

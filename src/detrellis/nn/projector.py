@@ -1,8 +1,9 @@
-"""LW-DETR's projector: from the maps of a plain backbone, all of one stride, to the levels of a memory.
+"""LW-DETR's projector: from the maps of a plain backbone, all of one stride, to the levels of a
+memory.
 
-For each level the maps are resampled, put side by side, and mixed by a C2f block, as YOLOv8 has it (LW-DETR, section
-3.1); a LayerNorm of the channels follows. There is no encoder behind it. RF-DETR has LayerNorms of the channels in
-place of all BatchNorms.
+For each level the maps are resampled, put side by side, and mixed by a C2f block, as YOLOv8 has it
+(LW-DETR, section 3.1); a LayerNorm of the channels follows. There is no encoder behind it. RF-DETR
+has LayerNorms of the channels in place of all BatchNorms.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ Norm = Callable[[int], nn.Module]  # of so many channels
 
 
 class C2f(nn.Module):
-    """A convolution, bottlenecks on half of its channels, one after the other, and a convolution of all of them."""
+    """A convolution, bottlenecks on half of its channels, one after the other, and a convolution of
+    all of them.
+    """
 
     def __init__(self, inputs: int, width: int, blocks: int, norm: Norm) -> None:
         super().__init__()
         half = width // 2
         self.first = conv_norm(inputs, 2 * half, norm, nn.SiLU())
         self.bottlenecks = nn.ModuleList(
-            nn.Sequential(*(conv_norm(half, half, norm, nn.SiLU(), kernel=3) for _ in range(2))) for _ in range(blocks)
+            nn.Sequential(*(conv_norm(half, half, norm, nn.SiLU(), kernel=3) for _ in range(2)))
+            for _ in range(blocks)
         )
         self.last = conv_norm((2 + blocks) * half, width, norm, nn.SiLU())
 
@@ -43,7 +47,13 @@ class C2f(nn.Module):
 
 
 def conv_norm(
-    inputs: int, outputs: int, norm: Norm, activation: nn.Module, *, kernel: int = 1, stride: int = 1
+    inputs: int,
+    outputs: int,
+    norm: Norm,
+    activation: nn.Module,
+    *,
+    kernel: int = 1,
+    stride: int = 1,
 ) -> nn.Sequential:
     """A convolution without bias, its norm, and the activation."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
@@ -51,11 +61,15 @@ def conv_norm(
 
 
 def resampler(channels: int, scale: float, norm: Norm) -> tuple[nn.Module, int]:
-    """What makes a map `scale` times as high and wide (2, 1 or 0.5), and the channels that it leaves."""
+    """What makes a map `scale` times as high and wide (2, 1 or 0.5), and the channels that it
+    leaves.
+    """
     if scale == 1:
         return nn.Sequential(), channels
     if scale == 0.5:
-        return nn.Sequential(conv_norm(channels, channels, norm, nn.ReLU(), kernel=3, stride=2)), channels
+        return nn.Sequential(
+            conv_norm(channels, channels, norm, nn.ReLU(), kernel=3, stride=2)
+        ), channels
     assert scale == 2
     narrow = [conv_norm(channels, channels // 2, norm, nn.ReLU())] if channels > WIDE else []
     inputs = channels // 2 if narrow else channels
@@ -65,7 +79,9 @@ def resampler(channels: int, scale: float, norm: Norm) -> tuple[nn.Module, int]:
 class ScaleProjector(nn.Module):
     """One level: every map resampled, and all of them mixed."""
 
-    def __init__(self, channels: Sequence[int], width: int, scale: float, blocks: int, norm: Norm) -> None:
+    def __init__(
+        self, channels: Sequence[int], width: int, scale: float, blocks: int, norm: Norm
+    ) -> None:
         super().__init__()
         made = [resampler(c, scale, norm) for c in channels]
         self.resamplers = nn.ModuleList(module for module, _ in made)
@@ -80,9 +96,11 @@ class ScaleProjector(nn.Module):
 
 
 class Projector(nn.Module):
-    """The levels of a memory, one of each of the `scales` (2, 1 or 0.5 times the maps), finest first.
+    """The levels of a memory, one of each of the `scales` (2, 1 or 0.5 times the maps), finest
+    first.
 
-    `layer_norm_eps`: LayerNorms of the channels with this epsilon instead of BatchNorms; None: BatchNorms.
+    `layer_norm_eps`: LayerNorms of the channels with this epsilon instead of BatchNorms; None:
+    BatchNorms.
     """
 
     def __init__(
@@ -98,9 +116,15 @@ class Projector(nn.Module):
         super().__init__()
 
         def norm(of: int) -> nn.Module:
-            return nn.BatchNorm2d(of) if layer_norm_eps is None else LayerNorm2d(of, eps=layer_norm_eps)
+            return (
+                nn.BatchNorm2d(of)
+                if layer_norm_eps is None
+                else LayerNorm2d(of, eps=layer_norm_eps)
+            )
 
-        self.levels = nn.ModuleList(ScaleProjector(channels, width, scale, blocks, norm) for scale in scales)
+        self.levels = nn.ModuleList(
+            ScaleProjector(channels, width, scale, blocks, norm) for scale in scales
+        )
         self.position = position
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
@@ -108,7 +132,9 @@ class Projector(nn.Module):
         return self.flatten(self.project(maps), padding)
 
     def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """One map `(B, D, H, W)` a level. The convolutions read padding, as in the reference code."""
+        """One map `(B, D, H, W)` a level. The convolutions read padding, as in the reference
+        code.
+        """
         return [level(maps) for level in self.levels]
 
     def flatten(self, levels: Sequence[Tensor], padding: Tensor | None) -> Memory:

@@ -1,4 +1,6 @@
-"""Two-stage proposals: every memory token scores the classes and proposes one box (Deformable DETR, appendix A.4)."""
+"""Two-stage proposals: every memory token scores the classes and proposes one box (Deformable DETR,
+appendix A.4).
+"""
 
 from __future__ import annotations
 
@@ -29,19 +31,24 @@ def select(values: Tensor, index: Tensor) -> Tensor:
 
 
 def anchor_logits(memory: Memory, *, reverse: bool = False) -> Tensor:
-    """Logits of one square proposal a token `(B or 1, S, 4)`, +inf where it is not usable; `reverse`: the smallest are
-    the coarsest level's."""
+    """Logits of one square proposal a token `(B or 1, S, 4)`, +inf where it is not usable;
+    `reverse`: the smallest are the coarsest level's."""
     place = (memory.shapes, memory.position.dtype, memory.tokens.device, reverse)
     if memory.padding is None and memory.valid_ratios is None:
         return unpadded_logits(*place)
     centres = token_centres(memory)
-    return _logits(torch.cat([centres, token_sides(*place).expand_as(centres)], dim=-1), memory.padding)
+    return _logits(
+        torch.cat([centres, token_sides(*place).expand_as(centres)], dim=-1), memory.padding
+    )
 
 
 @kept(16)
-def unpadded_logits(shapes: Shapes, dtype: torch.dtype, device: torch.device, reverse: bool) -> Tensor:
+def unpadded_logits(
+    shapes: Shapes, dtype: torch.dtype, device: torch.device, reverse: bool
+) -> Tensor:
     """`anchor_logits` of images without padding, `(1, S, 4)`."""
-    centres, sides = cell_centres(shapes, dtype, device), token_sides(shapes, dtype, device, reverse)
+    centres = cell_centres(shapes, dtype, device)
+    sides = token_sides(shapes, dtype, device, reverse)
     return _logits(torch.cat([centres, sides], dim=-1), None)
 
 
@@ -50,7 +57,10 @@ def token_sides(shapes: Shapes, dtype: torch.dtype, device: torch.device, revers
     """Width and height of every token's proposal, `(1, S, 2)`."""
     powers = reversed(range(len(shapes))) if reverse else range(len(shapes))
     sides = [BASE_SIZE * 2.0**p for p in powers]
-    grids = [torch.full((h * w, 2), s, dtype=dtype, device=device) for s, (h, w) in zip(sides, shapes, strict=True)]
+    grids = [
+        torch.full((h * w, 2), s, dtype=dtype, device=device)
+        for s, (h, w) in zip(sides, shapes, strict=True)
+    ]
     return torch.cat(grids)[None]
 
 
@@ -63,7 +73,9 @@ def _logits(boxes: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def cell_boxes(memory: Memory) -> Tensor:
-    """A box of two cells' sides around each token `(1, S, 4)`, counted in cells; levels lie far apart."""
+    """A box of two cells' sides around each token `(1, S, 4)`, counted in cells; levels lie far
+    apart.
+    """
     device, dtype = memory.tokens.device, memory.position.dtype
     levels = []
     for level, (height, width) in enumerate(memory.shapes):
@@ -74,8 +86,12 @@ def cell_boxes(memory: Memory) -> Tensor:
 
 
 def side_by_side(parts: Sequence[Proposals]) -> Proposals:
-    """The first of `parts` with what all of them select, one after the other: for queries of several groups."""
-    best, selected, boxes = (torch.cat(values, dim=1) for values in zip(*(p[4:7] for p in parts), strict=True))
+    """The first of `parts` with what all of them select, one after the other: for queries of
+    several groups.
+    """
+    best, selected, boxes = (
+        torch.cat(values, dim=1) for values in zip(*(p[4:7] for p in parts), strict=True)
+    )
     embeds = joined([part.mask_embeds for part in parts])
     return parts[0]._replace(best=best, selected=selected, boxes=boxes, mask_embeds=embeds)
 
@@ -83,14 +99,16 @@ def side_by_side(parts: Sequence[Proposals]) -> Proposals:
 class ProposalHead(nn.Module):
     """Scores of all tokens, the ranking of the best, and the boxes of those.
 
-    `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the highest class
-    logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked by the score of an empty memory, as
-    in the reference codes, instead of last. `distinct`: proposals whose IoU with a better one exceeds this are selected
-    last (DDQ); None: off. `by_cells`: the IoU is that of boxes of two cells around the tokens, of one level
-    (Salience-DETR). `relative`: boxes are moved relative to their size, instead of in logit space (LW-DETR).
-    `masks`: the selected also learn masks, by embeddings of that width; `masks_first`: which already the queries need.
-    `output_norm`: what the selected learn is read off states that are normalised once more, `reverse`: the smallest
-    boxes are the coarsest level's (both Mask DINO).
+    `rank_by`: the logit of class 0, which a two-stage Deformable DETR trains as objectness, or the
+    highest class logit, as DINO does. `empty_compete`: tokens that can propose nothing are ranked
+    by the score of an empty memory, as in the reference codes, instead of last. `distinct`:
+    proposals whose IoU with a better one exceeds this are selected last (DDQ); None: off.
+    `by_cells`: the IoU is that of boxes of two cells around the tokens, of one level
+    (Salience-DETR). `relative`: boxes are moved relative to their size, instead of in logit space
+    (LW-DETR). `masks`: the selected also learn masks, by embeddings of that width; `masks_first`:
+    which already the queries need. `output_norm`: what the selected learn is read off states that
+    are normalised once more, `reverse`: the smallest boxes are the coarsest level's (both Mask
+    DINO).
     """
 
     def __init__(
@@ -129,16 +147,20 @@ class ProposalHead(nn.Module):
         logits = self.classify(states)
         scores = (logits[..., 0] if self.rank_by == "first" else logits.amax(-1)).detach()
         if not self.empty_compete:
-            # An untrained head may rank an empty memory first; how much an image is padded would then decide its
-            # queries. A trained one has learned that it is no object.
+            # An untrained head may rank an empty memory first; how much an image is padded would
+            # then decide its queries. A trained one has learned that it is no object.
             scores = scores.masked_fill(empty.squeeze(-1), -math.inf)
         nothing = scores.new_empty(0)
         cells = cell_boxes(memory).expand_as(anchors) if self.by_cells else None
-        proposals = Proposals(states, anchors, logits, scores, nothing, nothing, nothing, cells=cells)
+        proposals = Proposals(
+            states, anchors, logits, scores, nothing, nothing, nothing, cells=cells
+        )
         return self._chosen(proposals, proposals.ranked(self._pool(self.proposals)), self.proposals)
 
     def states(self, memory: Memory) -> Tensor:
-        """What the heads would read `(B, S, D)` of a memory whose positions are part of its tokens."""
+        """What the heads would read `(B, S, D)` of a memory whose positions are part of its
+        tokens.
+        """
         return self._states(memory, anchor_logits(memory, reverse=self.reverse)[..., :1].isinf())
 
     def _states(self, memory: Memory, empty: Tensor) -> Tensor:
@@ -146,7 +168,8 @@ class ProposalHead(nn.Module):
         return states
 
     def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
-        """The best `copies * N` of those that are not selected, as if they were; the copies choose in turns.
+        """The best `copies * N` of those that are not selected, as if they were; the copies choose
+        in turns.
 
         N is `count`, and less where there are not so many tokens.
         """
@@ -160,14 +183,18 @@ class ProposalHead(nn.Module):
         return count if self.distinct is None else POOL * count
 
     def _chosen(self, proposals: Proposals, tokens: Tensor, count: int) -> Proposals:
-        """The first `count` of the `tokens (B, N)`, best first, as the selected; what is not distinct comes last."""
+        """The first `count` of the `tokens (B, N)`, best first, as the selected; what is not
+        distinct comes last.
+        """
         states = select(proposals.states, tokens)
         boxes = self._moved(states, select(proposals.anchors, tokens))
         if self.distinct is not None:
             around = boxes if proposals.cells is None else select(proposals.cells, tokens)
             last = overlapping(around, self.distinct) | proposals.scores.gather(1, tokens).isinf()
             order = last.long().argsort(dim=1, stable=True)[:, :count]
-            tokens, states, boxes = tokens.gather(1, order), select(states, order), select(boxes, order)
+            tokens = tokens.gather(1, order)
+            states = select(states, order)
+            boxes = select(boxes, order)
         embeds = self._mask_embeds(states) if self.masks_first else None
         return proposals._replace(best=tokens, selected=states, boxes=boxes, mask_embeds=embeds)
 
@@ -185,13 +212,18 @@ class ProposalHead(nn.Module):
         return (moved + anchors).sigmoid()
 
     def training_output(self, proposals: Proposals) -> DecoderOutput:
-        """What the loss sees, as an output of one layer: all tokens with `rank_by="first"`, else the selected ones."""
+        """What the loss sees, as an output of one layer: all tokens with `rank_by="first"`, else
+        the selected ones.
+        """
         if self.rank_by == "first":
             logits, boxes = proposals.logits, self.boxes(proposals)
             return DecoderOutput(logits[None], boxes[None], boxes[None])
         normed = not isinstance(self.output_norm, nn.Identity)
         named = self.classify(self.output_norm(proposals.selected)) if normed else None
-        logits, boxes = select(proposals.logits, proposals.best) if named is None else named, proposals.boxes
-        embeds = proposals.mask_embeds if self.masks_first else self._mask_embeds(proposals.selected)
+        logits = select(proposals.logits, proposals.best) if named is None else named
+        boxes = proposals.boxes
+        embeds = (
+            proposals.mask_embeds if self.masks_first else self._mask_embeds(proposals.selected)
+        )
         output = DecoderOutput(logits[None], boxes[None], boxes[None])
         return output if embeds is None else output._replace(mask_embeds=embeds[None])

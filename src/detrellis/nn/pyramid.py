@@ -1,4 +1,6 @@
-"""Maps of several strides from a plain ViT's one: the simple feature pyramid (Li et al., 2022), as Co-DETR has it."""
+"""Maps of several strides from a plain ViT's one: the simple feature pyramid (Li et al., 2022), as
+Co-DETR has it.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,17 @@ def _resampled(stride: int, channels: int) -> tuple[list[nn.Module], int]:
 
 
 class SimplePyramid(nn.Module):
-    """Maps of `width` channels, of the wanted `strides` from 4 to 64, from one of stride 16 with `channels`."""
+    """Maps of `width` channels, of the wanted `strides` from 4 to 64, from one of stride 16 with
+    `channels`.
+    """
 
     def __init__(self, channels: int, width: int, strides: Sequence[int]) -> None:
         super().__init__()
         for stride in strides:
             before, left = _resampled(stride, channels)
-            self.add_module(f"p{stride.bit_length() - 1}", nn.Sequential(*before, *_tail(left, width)))
+            self.add_module(
+                f"p{stride.bit_length() - 1}", nn.Sequential(*before, *_tail(left, width))
+            )
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)

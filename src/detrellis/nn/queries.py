@@ -1,4 +1,6 @@
-"""Where the decoder's queries come from: learned positions, learned boxes, or the encoder's proposals."""
+"""Where the decoder's queries come from: learned positions, learned boxes, or the encoder's
+proposals.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ ProposalContent = Literal["boxes", "learned", "memory", "states"]
 class QuerySource(nn.Module, ABC):
     """Where the decoder's queries come from, and where training schemes get more of the same kind.
 
-    A scheme keeps the parameters that `fresh` makes for further queries, and `extra` turns them into queries, sharing
-    with the detector whatever is not learned for each query. A detector never holds a scheme's parameters.
+    A scheme keeps the parameters that `fresh` makes for further queries, and `extra` turns them
+    into queries, sharing with the detector whatever is not learned for each query. A detector never
+    holds a scheme's parameters.
     """
 
     count: int  # rows that are learned, or proposals that are selected; patterns multiply the rows
@@ -51,10 +54,14 @@ class QuerySource(nn.Module, ABC):
 
     @abstractmethod
     def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
-        """The queries of a table that `fresh` made; of the selected `proposals` in a two-stage detector."""
+        """The queries of a table that `fresh` made; of the selected `proposals` in a two-stage
+        detector.
+        """
 
     def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
-        """The next-best `copies * N` proposals, for `extra`; N is `count`, or less where tokens are few."""
+        """The next-best `copies * N` proposals, for `extra`; N is `count`, or less where tokens are
+        few.
+        """
         assert self.head is not None, "only two-stage detectors have proposals"
         return self.head.further(proposals, count, copies)
 
@@ -67,11 +74,14 @@ class QuerySource(nn.Module, ABC):
 class LearnedQueries(QuerySource):
     """Queries learned as positions.
 
-    `reference` reads a point off the position: a linear layer in one-stage Deformable DETR, an MLP in Conditional DETR;
-    DETR has none, and its queries no place. The content is learned too in Deformable DETR, else it starts at 0.
+    `reference` reads a point off the position: a linear layer in one-stage Deformable DETR, an MLP
+    in Conditional DETR; DETR has none, and its queries no place. The content is learned too in
+    Deformable DETR, else it starts at 0.
     """
 
-    def __init__(self, width: int, count: int, *, learned_content: bool, reference: nn.Module | None) -> None:
+    def __init__(
+        self, width: int, count: int, *, learned_content: bool, reference: nn.Module | None
+    ) -> None:
         super().__init__(count)
         self.position = normal(count, width)
         self.content = normal(count, width) if learned_content else None
@@ -85,7 +95,9 @@ class LearnedQueries(QuerySource):
         """Parameters of `count` more queries."""
         width = self.position.shape[1]
         table = {"position": normal(count, width)}
-        return nn.ParameterDict(table if self.content is None else table | {"content": normal(count, width)})
+        return nn.ParameterDict(
+            table if self.content is None else table | {"content": normal(count, width)}
+        )
 
     def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
         """The queries of `fresh` parameters."""
@@ -94,7 +106,9 @@ class LearnedQueries(QuerySource):
     def _queries(self, position: Tensor, content: Tensor | None, memory: Memory) -> Queries:
         batch = (memory.tokens.shape[0], -1, -1)
         content = torch.zeros_like(position) if content is None else content
-        points = None if self.reference is None else self.reference(position).sigmoid().expand(batch)
+        points = (
+            None if self.reference is None else self.reference(position).sigmoid().expand(batch)
+        )
         return Queries(content.expand(batch), position.expand(batch), points)
 
 
@@ -113,11 +127,12 @@ def point_reference(width: int) -> MLP:
 class AnchorQueries(QuerySource):
     """Boxes learned as logits (DAB-DETR); the decoder derives positions from them.
 
-    `contents` is how many contents are learned: 0, they start at zero (DAB-DETR); 1 for all queries, DN-DETR's
-    "unknown label"; or one a query (DAB-Deformable-DETR). With `patterns` each anchor stands once for each of that many
-    learned contents, pattern by pattern. `indicator`: the last channel of a content is kept at 0, and tells denoising
-    queries, where it is 1, from these (DN-DETR). `fixed_centres` draws the centres uniformly and never trains them;
-    `frozen` trains neither centres nor sizes, schemes' further anchors included (SAM-DETR, Table 5).
+    `contents` is how many contents are learned: 0, they start at zero (DAB-DETR); 1 for all
+    queries, DN-DETR's "unknown label"; or one a query (DAB-Deformable-DETR). With `patterns` each
+    anchor stands once for each of that many learned contents, pattern by pattern. `indicator`: the
+    last channel of a content is kept at 0, and tells denoising queries, where it is 1, from these
+    (DN-DETR). `fixed_centres` draws the centres uniformly and never trains them; `frozen` trains
+    neither centres nor sizes, schemes' further anchors included (SAM-DETR, Table 5).
     """
 
     def __init__(
@@ -132,10 +147,15 @@ class AnchorQueries(QuerySource):
         frozen: bool = False,
     ) -> None:
         super().__init__(count)
-        self.width, self.patterns, self.fixed_centres, self.frozen = width, patterns, fixed_centres, frozen
+        self.width = width
+        self.patterns = patterns
+        self.fixed_centres = fixed_centres
+        self.frozen = frozen
         self.centres, self.sizes = self._anchors(count)
         rows = patterns or contents
-        assert rows in (0, 1, patterns, count), "one content for all queries, for each, or for each pattern"
+        assert rows in (0, 1, patterns, count), (
+            "one content for all queries, for each, or for each pattern"
+        )
         self.each = rows == count and not patterns  # each anchor has a content of its own
         self.content = nn.Parameter(torch.randn(rows, width - indicator)) if rows else None
 
@@ -144,7 +164,9 @@ class AnchorQueries(QuerySource):
         return self._queries(self.centres, self.sizes, self.content, memory), None
 
     def fresh(self, count: int) -> nn.ParameterDict:
-        """Parameters of `count` more anchors; contents that all anchors share are the detector's."""
+        """Parameters of `count` more anchors; contents that all anchors share are the
+        detector's.
+        """
         centres, sizes = self._anchors(count)
         table = {"centres": centres, "sizes": sizes}
         if self.each and self.content is not None:
@@ -153,17 +175,23 @@ class AnchorQueries(QuerySource):
 
     def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
         """The queries of `fresh` parameters, with patterns that many times more."""
-        return self._queries(table["centres"], table["sizes"], table.get("content", self.content), memory)
+        return self._queries(
+            table["centres"], table["sizes"], table.get("content", self.content), memory
+        )
 
     def _anchors(self, count: int) -> tuple[nn.Parameter, nn.Parameter]:
         """Two tensors: weight decay would move fixed centres that are part of a trained one."""
-        centres = torch.rand(count, 2).logit(eps=1e-3) if self.fixed_centres else torch.randn(count, 2)
+        centres = (
+            torch.rand(count, 2).logit(eps=1e-3) if self.fixed_centres else torch.randn(count, 2)
+        )
         return (
             nn.Parameter(centres, requires_grad=not (self.fixed_centres or self.frozen)),
             nn.Parameter(torch.randn(count, 2), requires_grad=not self.frozen),
         )
 
-    def _queries(self, centres: Tensor, sizes: Tensor, content: Tensor | None, memory: Memory) -> Queries:
+    def _queries(
+        self, centres: Tensor, sizes: Tensor, content: Tensor | None, memory: Memory
+    ) -> Queries:
         boxes = torch.cat([centres, sizes], dim=-1).sigmoid()
         copies = max(self.patterns, 1)
         content = boxes.new_zeros(1, self.width) if content is None else content
@@ -178,10 +206,11 @@ class AnchorQueries(QuerySource):
 class ProposalQueries(QuerySource):
     """Boxes from the best proposals, detached; position, content or both derived from those boxes.
 
-    Two-stage Deformable DETR derives both (`content="boxes"`). Mixed query selection learns the content instead; with
-    `"memory"` it is the token that proposed the box, detached and projected (DDQ), with `"states"` the state of the
-    proposal, detached (RT-DETR). With `derive_position` off, the decoder derives the position from the boxes at each
-    layer (DINO). With `deltas` each query learns how it moves its proposal's box, relative to its size (LW-DETR). With
+    Two-stage Deformable DETR derives both (`content="boxes"`). Mixed query selection learns the
+    content instead; with `"memory"` it is the token that proposed the box, detached and projected
+    (DDQ), with `"states"` the state of the proposal, detached (RT-DETR). With `derive_position`
+    off, the decoder derives the position from the boxes at each layer (DINO). With `deltas` each
+    query learns how it moves its proposal's box, relative to its size (LW-DETR). With
     `boxes_from_masks` the boxes are those around the proposals' masks (Mask DINO).
     """
 
@@ -204,7 +233,11 @@ class ProposalQueries(QuerySource):
         self.project = nn.Linear(width, width) if content == "memory" else None
         assert content != "boxes" or derive_position, "a content must come from somewhere"
         both = (2 * width, 2 * width)
-        self.derive = nn.Sequential(xavier_linear(*both), nn.LayerNorm(2 * width)) if derive_position else None
+        self.derive = (
+            nn.Sequential(xavier_linear(*both), nn.LayerNorm(2 * width))
+            if derive_position
+            else None
+        )
         self.width, self.content_kind = width, content
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
@@ -243,6 +276,9 @@ class ProposalQueries(QuerySource):
         if self.derive is None:
             assert content is not None
             return Queries(content, None, boxes)
-        # x, y, w, h in that order: the one place in the family where the sine embedding does not swap.
-        position, derived = self.derive(sine_embed(boxes, self.width // 2, order="xywh")).chunk(2, dim=-1)
+        # x, y, w, h in that order: the one place in the family where the sine embedding does not
+        # swap.
+        position, derived = self.derive(sine_embed(boxes, self.width // 2, order="xywh")).chunk(
+            2, dim=-1
+        )
         return Queries(derived if content is None else content, position, boxes)

@@ -1,8 +1,9 @@
-"""Rank-DETR's rank layers (Pu et al., NeurIPS 2023, section 3.2): queries know how they rank by score.
+"""Rank-DETR's rank layers (Pu et al., NeurIPS 2023, section 3.2): queries know how they rank by
+score.
 
-Before each decoder layer from the second on, a query's content takes in a learned row of its rank among all, by the
-layer before; and each layer adds to the class logits a learned row of that rank. So a query that ranks low can learn
-to stay low, and one that ranks high to stay apart.
+Before each decoder layer from the second on, a query's content takes in a learned row of its rank
+among all, by the layer before; and each layer adds to the class logits a learned row of that rank.
+So a query that ranks low can learn to stay low, and one that ranks high to stay apart.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -22,12 +23,15 @@ from detrellis.types import Segment
 
 
 def ranks_of(logits: Tensor, segments: Sequence[Segment], ranks: int) -> Tensor:
-    """The rank `(B, N)` of each query by its best class in `logits (B, N, C)`, 0 the best, in its copy of its segment.
+    """The rank `(B, N)` of each query by its best class in `logits (B, N, C)`, 0 the best, in its
+    copy of its segment.
 
     Ties keep their order; no rank is `most` or more.
     """
     scores, places = logits.detach().amax(-1), []
-    for segment, part in zip(segments, scores.split([s.size for s in segments], dim=1), strict=True):
+    for segment, part in zip(
+        segments, scores.split([s.size for s in segments], dim=1), strict=True
+    ):
         copies = part.reshape(-1, segment.size // segment.copies)
         order = copies.argsort(dim=1, descending=True, stable=True)
         places.append(order.argsort(dim=1).reshape(part.shape))
@@ -35,19 +39,31 @@ def ranks_of(logits: Tensor, segments: Sequence[Segment], ranks: int) -> Tensor:
 
 
 def places_of(segments: Sequence[Segment], ranks: int, device: torch.device) -> Tensor:
-    """The place `(1, N)` of each query in its copy, below `most`: its rank before there are scores."""
+    """The place `(1, N)` of each query in its copy, below `most`: its rank before there are
+    scores.
+    """
     sizes = [segment.size // segment.copies for segment in segments for _ in range(segment.copies)]
-    return torch.cat([torch.arange(size, device=device) for size in sizes]).clamp(max=ranks - 1).unsqueeze(0)
+    return (
+        torch.cat([torch.arange(size, device=device) for size in sizes])
+        .clamp(max=ranks - 1)
+        .unsqueeze(0)
+    )
 
 
 class RankLayers(nn.Module):
-    """Tables of rows by rank, one a layer: of contents from the second layer on, and of class logits."""
+    """Tables of rows by rank, one a layer: of contents from the second layer on, and of class
+    logits.
+    """
 
     def __init__(self, layers: int, queries: int, width: int, classes: int) -> None:
         super().__init__()
         self.queries = queries
-        self.logits = nn.ParameterList(nn.Parameter(torch.zeros(queries, classes)) for _ in range(layers))
-        self.contents = nn.ParameterList(nn.Parameter(torch.zeros(queries, width)) for _ in range(layers - 1))
+        self.logits = nn.ParameterList(
+            nn.Parameter(torch.zeros(queries, classes)) for _ in range(layers)
+        )
+        self.contents = nn.ParameterList(
+            nn.Parameter(torch.zeros(queries, width)) for _ in range(layers - 1)
+        )
         self.embed = nn.ModuleList(xavier_linear(width, width) for _ in range(layers - 1))
         self.mix = nn.ModuleList(xavier_linear(2 * width, width) for _ in range(layers - 1))
 
@@ -66,6 +82,8 @@ class RankLayers(nn.Module):
         return out
 
     def score(self, layer: int, logits: Tensor, ranks: Tensor) -> Tensor:
-        """The class logits `(B, N, C)` after decoder layer `layer`, whose queries had these ranks."""
+        """The class logits `(B, N, C)` after decoder layer `layer`, whose queries had these
+        ranks.
+        """
         out: Tensor = logits + self.logits[layer][ranks]
         return out

@@ -1,4 +1,6 @@
-"""The boxes of one pass through the decoder: what each layer reads, and what the box heads make of it."""
+"""The boxes of one pass through the decoder: what each layer reads, and what the box heads make of
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +28,26 @@ class Refined(NamedTuple):
 
 
 class IterativeRefinement:
-    """Boxes refined layer by layer (Deformable DETR, section 4.2), or references that stay where they are.
+    """Boxes refined layer by layer (Deformable DETR, section 4.2), or references that stay where
+    they are.
 
     `refine` as in `Decoder`; `move` applies what a box head says, in logit space or otherwise.
     """
 
-    def __init__(self, heads: Heads | SegmentHeads, references: Tensor | None, refine: Refine, move: Move) -> None:
+    def __init__(
+        self, heads: Heads | SegmentHeads, references: Tensor | None, refine: Refine, move: Move
+    ) -> None:
         self.heads, self.refine, self.move = heads, refine, move
-        # `boxes` is what losses reach through the outputs, `references (B, N, 2 or 4)` what a layer reads: equal,
-        # without gradient from the second layer on.
+        # `boxes` is what losses reach through the outputs, `references (B, N, 2 or 4)` what a layer
+        # reads: equal, without gradient from the second layer on.
         self.boxes = self.references = references
         self.passed: list[Passed] = []  # by the layers, whose outputs are asked for
 
     def step(self, layer: int, x: Tensor, states: Tensor | None, *, last: bool) -> Refined | None:
         """Go past decoder layer `layer`, which left the queries `x (B, N, D)`.
 
-        `states` are what the heads read of them for the output; None where nobody asks for one, and gets none.
+        `states` are what the heads read of them for the output; None where nobody asks for one, and
+        gets none.
         """
         deltas = None if states is None else self.heads.deltas(layer, states)
         output = None if deltas is None else Refined(self.move(deltas, self.boxes))
@@ -56,18 +62,22 @@ class IterativeRefinement:
 
 
 class DistributionRefinement:
-    """Fine-grained distribution refinement (D-FINE, section 4.1): layers add to the logits of distributions over how
-    far each side lies from that of a box, which is fixed once the first layer has moved its reference there.
+    """Fine-grained distribution refinement (D-FINE, section 4.1): layers add to the logits of
+    distributions over how far each side lies from that of a box, which is fixed once the first
+    layer has moved its reference there.
 
-    A layer's box head reads its queries and, without gradient, those of the layer before. References are the boxes that
-    the distributions have as their means.
+    A layer's box head reads its queries and, without gradient, those of the layer before.
+    References are the boxes that the distributions have as their means.
     """
 
-    def __init__(self, heads: Heads | SegmentHeads, references: Tensor, bins: Bins, eps: float) -> None:
+    def __init__(
+        self, heads: Heads | SegmentHeads, references: Tensor, bins: Bins, eps: float
+    ) -> None:
         self.heads, self.bins, self.eps = heads, bins, eps
         self.references, self.values = references, weighting(bins, references)
         self.initial_boxes: Tensor | None = None
-        self.first = self.before = references  # the queries after the first layer, and after the one before
+        # The queries after the first layer, and after the one before
+        self.first = self.before = references
         self.logits = references
         self.passed: list[Passed] = []  # boxes alone would not do
 
@@ -75,11 +85,16 @@ class DistributionRefinement:
         """As `IterativeRefinement.step`; there is an output whether it is asked for or not."""
         first = self.initial_boxes is None
         if self.initial_boxes is None:
-            self.first, self.initial_boxes = x, moved(self.heads.initial_deltas(x), self.references, self.eps)
+            self.first, self.initial_boxes = (
+                x,
+                moved(self.heads.initial_deltas(x), self.references, self.eps),
+            )
         deltas = self.heads.deltas(layer, x if first else x + self.before.detach())
         deltas = deltas.to(self.values.dtype).unflatten(-1, (4, self.bins.number + 1))
         self.logits, self.before = deltas if first else deltas + self.logits, x
-        sides = SideDistributions(self.logits, self.initial_boxes.detach(), self.values, self.bins.scale)
+        sides = SideDistributions(
+            self.logits, self.initial_boxes.detach(), self.values, self.bins.scale
+        )
         boxes = mean_boxes(sides)
         self.references = boxes.detach()
         return Refined(boxes, sides)
@@ -92,7 +107,8 @@ class DistributionRefinement:
 
 
 def moved(delta: Tensor, references: Tensor | None, eps: float) -> Tensor:
-    """The references `(B, N, 4 or 2)` moved by what a box head says, `delta (B, N, 4)`, in logit space: `(B, N, 4)`.
+    """The references `(B, N, 4 or 2)` moved by what a box head says, `delta (B, N, 4)`, in logit
+    space: `(B, N, 4)`.
 
     A point is the centre alone; without references the head gives the box itself.
     """

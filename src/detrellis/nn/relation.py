@@ -1,8 +1,10 @@
-"""Position relation (Relation-DETR, Hou et al., ECCV 2024, section 4.1): how boxes lie to each other, as a bias.
+"""Position relation (Relation-DETR, Hou et al., ECCV 2024, section 4.1): how boxes lie to each
+other, as a bias.
 
-From the decoder's second layer on, self-attention gets a bias for each pair of queries, read off their boxes: those of
-the query as they were before the layer before, those that it looks at as that layer moved them. So a query can find
-others on the same object whatever they contain. One embedding serves all layers.
+From the decoder's second layer on, self-attention gets a bias for each pair of queries, read off
+their boxes: those of the query as they were before the layer before, those that it looks at as that
+layer moved them. So a query can find others on the same object whatever they contain. One embedding
+serves all layers.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -38,7 +40,9 @@ def box_relation(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class PositionRelation(nn.Module):
-    """The bias of each head: a projection of sines and cosines of `box_relation`, where it is positive (Eq. 3)."""
+    """The bias of each head: a projection of sines and cosines of `box_relation`, where it is
+    positive (Eq. 3).
+    """
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -48,7 +52,9 @@ class PositionRelation(nn.Module):
         """`(B, heads, N, M)` of boxes `rows (B, N, 4)` and `columns (B, M, 4)`."""
         if not torch.is_grad_enabled():
             return self.bias(rows, columns)
-        out: Tensor = checkpoint(self.bias, rows, columns, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = checkpoint(
+            self.bias, rows, columns, use_reentrant=False, preserve_rng_state=False
+        )
         return out
 
     def bias(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -58,7 +64,8 @@ class PositionRelation(nn.Module):
         return out.movedim(-1, 1)
 
     def related(self, segments: Sequence[Segment], before: Tensor, after: Tensor) -> list[Segment]:
-        """The segments with the bias of their queries, whose boxes were `before (B, N, 4)` and are `after`.
+        """The segments with the bias of their queries, whose boxes were `before (B, N, 4)` and are
+        `after`.
 
         Those that may have several queries for a target, and see no others, stay as they are.
         """

@@ -1,9 +1,9 @@
 """ResNet-vd, RT-DETR's backbone: a ResNet-D (He et al., 2019) as PaddlePaddle has it.
 
-Three 3x3 convolutions in the stem, the stride of a bottleneck on its 3x3 convolution, and shortcuts that halve a map by
-average pooling before their 1x1 convolution. timm's `resnet50d` and `101d` are the same; its `18d` and `34d` lack the
-shortcut convolution of the first stage, which published detectors have trained. From timm's weights it starts as the
-identity, so that nothing changes.
+Three 3x3 convolutions in the stem, the stride of a bottleneck on its 3x3 convolution, and shortcuts
+that halve a map by average pooling before their 1x1 convolution. timm's `resnet50d` and `101d` are
+the same; its `18d` and `34d` lack the shortcut convolution of the first stage, which published
+detectors have trained. From timm's weights it starts as the identity, so that nothing changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from detrellis.nn.backbone import MEMORY, Backbone, Frozen, Norm, fill, first_stages, stage_maps, wanted_stages
+from detrellis.nn.backbone import (
+    MEMORY,
+    Backbone,
+    Frozen,
+    Norm,
+    fill,
+    first_stages,
+    stage_maps,
+    wanted_stages,
+)
 from detrellis.nn.frozen import FrozenNorm
 from detrellis.nn.pretrained import Source, unreachable
 
@@ -50,9 +59,10 @@ def timm_name(name: str) -> str:
 class ResNetVD(Backbone):
     """A ResNet-vd that returns the maps of the wanted strides.
 
-    `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem, as RT-DETR does with the two
-    larger ones; `norm="batch"` trains all, as it does with the others. `frozen` stages and the stem are not trained.
-    `sizes`: those of another one, which nobody has published weights of.
+    `norm="frozen"` fixes statistics and affine of every BatchNorm and freezes the stem, as RT-DETR
+    does with the two larger ones; `norm="batch"` trains all, as it does with the others. `frozen`
+    stages and the stem are not trained. `sizes`: those of another one, which nobody has published
+    weights of.
     """
 
     def __init__(
@@ -69,8 +79,16 @@ class ResNetVD(Backbone):
         sizes = sizes or SIZES[name]
         body = _Body(sizes, FrozenNorm if norm == "frozen" else nn.BatchNorm2d)
         if pretrained is not None:
-            fill(body, _weights(name, pretrained, sizes), pretrained, name, partial(_Body, sizes, nn.BatchNorm2d))
-        self.stem = nn.Sequential(body.conv1, body.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+            fill(
+                body,
+                _weights(name, pretrained, sizes),
+                pretrained,
+                name,
+                partial(_Body, sizes, nn.BatchNorm2d),
+            )
+        self.stem = nn.Sequential(
+            body.conv1, body.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        )
         self.wanted, self.stages = wanted_stages(body, name, strides)
         self.channels = [sizes.channels[list(self.stages).index(part)] for part in self.wanted]
         if norm == "frozen":
@@ -98,7 +116,10 @@ class _Body(nn.Module):
         self.bn1 = norm(sizes.stem)
         inputs = sizes.stem
         for stage, (depth, channels) in enumerate(zip(sizes.depths, sizes.channels, strict=True)):
-            blocks = [_block(inputs if i == 0 else channels, channels, stage, i, sizes, norm) for i in range(depth)]
+            blocks = [
+                _block(inputs if i == 0 else channels, channels, stage, i, sizes, norm)
+                for i in range(depth)
+            ]
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             inputs = channels
 
@@ -109,14 +130,24 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
     return layer
 
 
-def _block(inputs: int, outputs: int, stage: int, index: int, sizes: Sizes, norm: NormLayer) -> nn.Module:
-    """One residual block; the first of a stage has a shortcut, and but for the first stage halves the map."""
+def _block(
+    inputs: int, outputs: int, stage: int, index: int, sizes: Sizes, norm: NormLayer
+) -> nn.Module:
+    """One residual block; the first of a stage has a shortcut, and but for the first stage halves
+    the map.
+    """
     shortcut, stride = None, 1
     if index == 0:
         stride = 1 if stage == 0 else 2
-        pool = nn.Identity() if stride == 1 else nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+        pool = (
+            nn.Identity()
+            if stride == 1
+            else nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+        )
         shortcut = nn.Sequential(pool, _convolution(inputs, outputs, 1), norm(outputs))
-    make, planes = (Bottleneck, outputs // Bottleneck.expansion) if sizes.bottleneck else (BasicBlock, outputs)
+    make, planes = (
+        (Bottleneck, outputs // Bottleneck.expansion) if sizes.bottleneck else (BasicBlock, outputs)
+    )
     block: nn.Module = make(inputs, planes, stride, shortcut, norm_layer=norm)
     for part in block.modules():
         if isinstance(part, nn.Conv2d):
@@ -141,7 +172,9 @@ def _fetched(name: str) -> Mapping[str, Tensor]:
     import timm
 
     try:
-        weights: Mapping[str, Tensor] = timm.create_model(timm_name(name), pretrained=True).state_dict()
+        weights: Mapping[str, Tensor] = timm.create_model(
+            timm_name(name), pretrained=True
+        ).state_dict()
     except (OSError, RuntimeError) as error:
         raise unreachable(name, error) from None
     return weights

@@ -1,14 +1,14 @@
-"""An encoder that refines the tokens that matter: Salience-DETR (Hou et al., CVPR 2024), Focus-DETR (Zheng et al.,
-ICCV 2023).
+"""An encoder that refines the tokens that matter: Salience-DETR (Hou et al., CVPR 2024), Focus-DETR
+(Zheng et al., ICCV 2023).
 
-From the coarsest level to the finest a small network says how salient each token is, told what the level before said.
-The best of each level (Salience-DETR), or of all levels (Focus-DETR), are the encoder's queries, fewer from layer to
-layer; all tokens, as they were before the encoder, are what they read. Among those whose class and salience promise
-most there is dense attention first. What the last layer does not refine gets a learned background embedding
-(Salience-DETR).
+From the coarsest level to the finest a small network says how salient each token is, told what the
+level before said. The best of each level (Salience-DETR), or of all levels (Focus-DETR), are the
+encoder's queries, fewer from layer to layer; all tokens, as they were before the encoder, are what
+they read. Among those whose class and salience promise most there is dense attention first. What
+the last layer does not refine gets a learned background embedding (Salience-DETR).
 
-Salience is read off the states of the proposal head, and promise off its classes: it needs a two-stage detector. What
-the tokens learn stands in `detrellis/salience.py`.
+Salience is read off the states of the proposal head, and promise off its classes: it needs a
+two-stage detector. What the tokens learn stands in `detrellis/salience.py`.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -44,12 +44,19 @@ class Kept(NamedTuple):
 
 
 class SaliencePredictor(nn.Module):
-    """How salient each token is: half of the channels know the token, half the mean over the level."""
+    """How salient each token is: half of the channels know the token, half the mean over the
+    level.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.before = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
-        inner = (nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU())
+        inner = (
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+        )
         self.after = nn.Sequential(*inner, nn.Linear(width // 4, 1))
 
     def forward(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
@@ -69,25 +76,32 @@ class BackgroundEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.columns, self.rows = (nn.Parameter(torch.empty(CELLS, width // 2).uniform_()) for _ in range(2))
+        self.columns, self.rows = (
+            nn.Parameter(torch.empty(CELLS, width // 2).uniform_()) for _ in range(2)
+        )
 
     def forward(self, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """`(S, D)` of the tokens of maps of these heights and widths."""
         levels = []
         for height, width in shapes:
-            down, across = (torch.arange(n, device=self.rows.device).clamp(max=CELLS - 1) for n in (height, width))
+            down, across = (
+                torch.arange(n, device=self.rows.device).clamp(max=CELLS - 1)
+                for n in (height, width)
+            )
             rows, columns = self.rows[down].unsqueeze(1), self.columns[across].unsqueeze(0)
             size = (height, width, -1)
-            levels.append(torch.cat([columns.expand(*size), rows.expand(*size)], dim=-1).flatten(0, 1))
+            levels.append(
+                torch.cat([columns.expand(*size), rows.expand(*size)], dim=-1).flatten(0, 1)
+            )
         return torch.cat(levels)
 
 
 class SalienceEncoder(nn.Module):
     """A stack of layers for the salient tokens.
 
-    `promising`: dense attention for each layer. `level_ratios`: the part of each level's tokens that is refined, finest
-    first, the last one of all further levels too; or one number, the part of all tokens. `layer_ratios`: the part of
-    those in each layer, likewise.
+    `promising`: dense attention for each layer. `level_ratios`: the part of each level's tokens
+    that is refined, finest first, the last one of all further levels too; or one number, the part
+    of all tokens. `layer_ratios`: the part of those in each layer, likewise.
     """
 
     def __init__(
@@ -112,37 +126,57 @@ class SalienceEncoder(nn.Module):
         self.level_ratios, self.layer_ratios = level_ratios, list(layer_ratios)
 
     def forward(self, memory: Memory, head: ProposalHead) -> Memory:
-        """The memory with refined tokens, and how salient each is; `head` proposes boxes from it later."""
-        salience = self.score(head.states(memory._replace(tokens=memory.tokens + memory.position)), memory)
+        """The memory with refined tokens, and how salient each is; `head` proposes boxes from it
+        later.
+        """
+        salience = self.score(
+            head.states(memory._replace(tokens=memory.tokens + memory.position)), memory
+        )
         kept = self.keep(salience.detach(), memory)
         tokens = memory.tokens
-        position, centres = (t.expand(len(tokens), -1, -1) for t in (memory.position, token_centres(memory)))
+        position, centres = (
+            t.expand(len(tokens), -1, -1) for t in (memory.position, token_centres(memory))
+        )
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
             # The layer's queries, of which those beyond an image's own are computed for nothing.
             ratio = self.layer_ratios[min(i, len(self.layer_ratios) - 1)]
             index = kept.order[:, : max(int(ratio * kept.order.shape[1]), 1)]
-            used = None if kept.counts is None else _first(index, (ratio * kept.counts).floor().clamp(min=1))
-            x, where = select(tokens, index), Spatial(select(position, index), select(centres, index))
+            used = (
+                None
+                if kept.counts is None
+                else _first(index, (ratio * kept.counts).floor().clamp(min=1))
+            )
+            x = select(tokens, index)
+            where = Spatial(select(position, index), select(centres, index))
             # Dense attention among the promising ones, then what all of them read.
-            promise = head.classify(x).detach().amax(-1).sigmoid() * salience.detach().gather(1, index).sigmoid()
+            promise = (
+                head.classify(x).detach().amax(-1).sigmoid()
+                * salience.detach().gather(1, index).sigmoid()
+            )
             refined = layer.refine(self._mixed(i, x, where.position, promise, used), where, memory)
             if used is not None:
                 refined = torch.where(used.unsqueeze(-1), refined, x)
-            tokens = tokens.scatter(1, index.unsqueeze(-1).expand_as(refined), refined.to(tokens.dtype))
+            tokens = tokens.scatter(
+                1, index.unsqueeze(-1).expand_as(refined), refined.to(tokens.dtype)
+            )
         if self.background is not None:
             left = torch.ones_like(salience, dtype=torch.bool)
-            left = left.scatter(1, index, torch.zeros_like(index, dtype=torch.bool) if used is None else ~used)
+            left = left.scatter(
+                1, index, torch.zeros_like(index, dtype=torch.bool) if used is None else ~used
+            )
             if memory.padding is not None:
                 left = left & ~memory.padding
             tokens = tokens + self.background(memory.shapes).to(tokens.dtype) * left.unsqueeze(-1)
         return memory._replace(tokens=tokens, salience=salience)
 
     def score(self, states: Tensor, memory: Memory) -> Tensor:
-        """How salient each token of the `states (B, S, D)` is, as logits `(B, S)`: coarse levels first, of which finer
-        ones hear."""
+        """How salient each token of the `states (B, S, D)` is, as logits `(B, S)`: coarse levels
+        first, of which finer ones hear."""
         sizes = [height * width for height, width in memory.shapes]
-        padding = [None] * len(sizes) if memory.padding is None else memory.padding.split(sizes, dim=1)
+        padding = (
+            [None] * len(sizes) if memory.padding is None else memory.padding.split(sizes, dim=1)
+        )
         scores: list[Tensor] = []
         for level in range(len(sizes) - 1, -1, -1):
             x = states.split(sizes, dim=1)[level]
@@ -172,10 +206,17 @@ class SalienceEncoder(nn.Module):
             indices.append(best.indices + sum(sizes[:level]))
             scores.append(value)
         order = torch.cat(scores, dim=1).argsort(dim=1, descending=True, stable=True)
-        return Kept(torch.cat(indices, dim=1).gather(1, order), sum(counts[1:], counts[0]) if counts else None)
+        return Kept(
+            torch.cat(indices, dim=1).gather(1, order),
+            sum(counts[1:], counts[0]) if counts else None,
+        )
 
-    def _mixed(self, layer: int, x: Tensor, position: Tensor, promise: Tensor, used: Tensor | None) -> Tensor:
-        """The tokens `x (B, N, D)` after dense attention among those of the highest `promise (B, N)`."""
+    def _mixed(
+        self, layer: int, x: Tensor, position: Tensor, promise: Tensor, used: Tensor | None
+    ) -> Tensor:
+        """The tokens `x (B, N, D)` after dense attention among those of the highest `promise (B,
+        N)`.
+        """
         if used is not None:
             promise = promise.masked_fill(~used, -1)
         index = promise.topk(min(PROMISING, promise.shape[1]), dim=1).indices
@@ -192,19 +233,25 @@ def _first(rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def enlarged(scores: Tensor, level: int, memory: Memory) -> Tensor:
-    """The `scores (B, S')` of the level after `level` at the tokens of this one, `(B, S)`: bilinear, corners on corners
-    of what is no padding."""
+    """The `scores (B, S')` of the level after `level` at the tokens of this one, `(B, S)`:
+    bilinear, corners on corners of what is no padding."""
     (height, width), (rows, columns) = memory.shapes[level : level + 2]
     sizes = scores.new_tensor([[width, height], [columns, rows]])[None]
     last = sizes - 1
     if memory.valid_ratios is not None:
         last = ((sizes * memory.valid_ratios[:, level : level + 2]).round() - 1).to(scores.dtype)
-    # From cells of this level to cells of the coarser one, none beyond its last; then as `grid_sample` counts them.
+    # From cells of this level to cells of the coarser one, none beyond its last; then as
+    # `grid_sample` counts them.
     steps = last[:, 1] / last[:, 0].clamp(min=1)  # (B or 1, 2) x, y
     x, y = (torch.arange(n, device=scores.device, dtype=scores.dtype) for n in (width, height))
     x, y = (torch.minimum(c * steps[:, i, None], last[:, 1, i, None]) for i, c in enumerate((x, y)))
     across, down = (2 * c / max(n - 1, 1) - 1 for c, n in ((x, columns), (y, rows)))
-    grid = torch.stack([across.unsqueeze(1).expand(-1, height, -1), down.unsqueeze(2).expand(-1, -1, width)], dim=-1)
+    grid = torch.stack(
+        [across.unsqueeze(1).expand(-1, height, -1), down.unsqueeze(2).expand(-1, -1, width)],
+        dim=-1,
+    )
     maps = scores.view(len(scores), 1, rows, columns)
     grid = grid.expand(len(scores), -1, -1, -1)
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=True).flatten(1)
+    return F.grid_sample(
+        maps, grid, mode="bilinear", padding_mode="border", align_corners=True
+    ).flatten(1)

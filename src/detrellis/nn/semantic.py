@@ -1,8 +1,8 @@
 """Semantic-aligned matching (Zhang et al.: SAM-DETR, CVPR 2022, section 3; SAM-DETR++).
 
-Before cross-attention each query is sampled anew from the encoded features inside its reference box, so that queries
-and memory are compared in one space: one salient point for each head, with the feature found there as the head's
-content, and the point's sine embedding as its position.
+Before cross-attention each query is sampled anew from the encoded features inside its reference
+box, so that queries and memory are compared in one space: one salient point for each head, with the
+feature found there as the head's content, and the point's sine embedding as its position.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -45,10 +45,11 @@ class Aligned(NamedTuple):
 class SemanticAligner(nn.Module):
     """Finds salient points in a query's region and samples its contents there.
 
-    There are `keypoints` for each query, shared by neighbouring heads where there are fewer than heads. `prior`: also
-    predict how far each head looks around its point (SMCA). For ablation: `resample` pools the region instead,
-    `search="image"` looks for points anywhere, `reweight` off leaves out the gates that the old query gives,
-    `zero_init` starts with all points in the boxes' centres.
+    There are `keypoints` for each query, shared by neighbouring heads where there are fewer than
+    heads. `prior`: also predict how far each head looks around its point (SMCA). For ablation:
+    `resample` pools the region instead, `search="image"` looks for points anywhere, `reweight` off
+    leaves out the gates that the old query gives, `zero_init` starts with all points in the boxes'
+    centres.
     """
 
     def __init__(
@@ -82,17 +83,26 @@ class SemanticAligner(nn.Module):
         features = memory.tokens.transpose(1, 2).unflatten(2, (height, width))
         ratio = boxes.new_ones(1, 1, 2) if memory.valid_ratios is None else memory.valid_ratios
         regions = region_features(features, boxes, ratio)
-        # What an MLP of them predicts: points, then scales of the priors, (B, N, keypoints or twice as many, 2).
+        # What an MLP of them predicts: points, then scales of the priors, (B, N, keypoints or twice
+        # as many, 2).
         raw = None
         if self.reduce is not None and self.find is not None:
-            raw = self.find(self.reduce(regions).relu().flatten(1)).view(*x.shape[:2], -1, 2).to(boxes.dtype)
+            raw = (
+                self.find(self.reduce(regions).relu().flatten(1))
+                .view(*x.shape[:2], -1, 2)
+                .to(boxes.dtype)
+            )
         # Contents there and positions of the points, both gated by the old query.
         content, points = self._resampled(regions, features, boxes, ratio, raw)
         position = sine_embed(points.detach(), x.shape[-1] // 2)
         if self.content_gate is not None and self.position_gate is not None:
             content = content * self.content_gate(x).sigmoid().unflatten(-1, (self.heads, -1))
             position = position * self.position_gate(x).sigmoid().unflatten(-1, (self.heads, -1))
-        scale = None if raw is None or not self.prior else self._each_head(raw[:, :, self.points // 2 :])
+        scale = (
+            None
+            if raw is None or not self.prior
+            else self._each_head(raw[:, :, self.points // 2 :])
+        )
         return Aligned(content, position, points, scale)
 
     def _resampled(
@@ -108,7 +118,9 @@ class SemanticAligner(nn.Module):
         predicted = raw[:, :, : self.points // 2]
         if self.search == "image":
             points = predicted.sigmoid()
-            sampled = sample(features, 2 * points.flatten(1, 2) * ratio - 1).unflatten(1, (queries, -1))
+            sampled = sample(features, 2 * points.flatten(1, 2) * ratio - 1).unflatten(
+                1, (queries, -1)
+            )
         else:
             inside = predicted.tanh()
             points = centre + inside * size / 2
@@ -116,7 +128,9 @@ class SemanticAligner(nn.Module):
         return self._each_head(sampled), self._each_head(points)
 
     def _each_head(self, values: Tensor) -> Tensor:
-        """`(B, N, keypoints, d)` to `(B, N, M, d)`: head m has keypoint `floor(m keypoints / M)`."""
+        """`(B, N, keypoints, d)` to `(B, N, M, d)`: head m has keypoint `floor(m keypoints /
+        M)`.
+        """
         return values.repeat_interleave(self.heads // self.keypoints, dim=2)
 
 
@@ -131,8 +145,8 @@ def _find(inputs: int, outputs: int, *, zero_init: bool) -> nn.Sequential:
 
 
 def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
-    """RoIAlign of `features (B, D, H, W)` in boxes `(B, N, 4)` of the unpadded image, not clipped: `(B N, D, 7, 7)`, in
-    float32 or better.
+    """RoIAlign of `features (B, D, H, W)` in boxes `(B, N, 4)` of the unpadded image, not clipped:
+    `(B N, D, 7, 7)`, in float32 or better.
 
     `ratio (B or 1, 1, 2)`: the fraction of the map that is image. Boxes get no gradient.
     """
@@ -141,26 +155,35 @@ def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
     batch, queries = boxes.shape[:2]
     corners = (cxcywh_to_xyxy(boxes) * scale).flatten(0, 1)
     image = torch.arange(batch, device=boxes.device).repeat_interleave(queries)
-    return roi_align([features], [1], corners, image, torch.zeros_like(image), CELLS).permute(0, 3, 1, 2)
+    return roi_align([features], [1], corners, image, torch.zeros_like(image), CELLS).permute(
+        0, 3, 1, 2
+    )
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of `maps (B, D, H, W)` at `points (B, P, 2)` in [-1, 1], zero outside: `(B, P, D)`."""
+    """Bilinear samples of `maps (B, D, H, W)` at `points (B, P, 2)` in [-1, 1], zero outside: `(B,
+    P, D)`.
+    """
     samples = F.grid_sample(maps.to(points.dtype), points.unsqueeze(2), align_corners=False)
     return samples.squeeze(3).transpose(1, 2)
 
 
 class SemanticCrossAttention(nn.Module):
-    """Cross-attention of aligned queries to one map. Every head compares over the full width, with the same keys.
+    """Cross-attention of aligned queries to one map. Every head compares over the full width, with
+    the same keys.
 
     The residual stream is the old query: the new one only shapes the attention.
     """
 
-    def __init__(self, width: int, heads: int, aligner: SemanticAligner, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, aligner: SemanticAligner, *, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.heads, self.dropout, self.aligner = heads, dropout, aligner
         self.query, self.key, self.value = (xavier_linear(width, width) for _ in range(3))
-        self.query_position, self.key_position = (MLP(width, width, width, 2, xavier=True) for _ in range(2))
+        self.query_position, self.key_position = (
+            MLP(width, width, width, 2, xavier=True) for _ in range(2)
+        )
         self.output = xavier_linear(width, width)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
@@ -180,6 +203,8 @@ class SemanticCrossAttention(nn.Module):
         if aligned.scale is not None:
             height, width = memory.shapes[0]
             cells = aligned.points.new_tensor([width, height])
-            cells = cells if memory.valid_ratios is None else cells * memory.valid_ratios.unsqueeze(2)
+            cells = (
+                cells if memory.valid_ratios is None else cells * memory.valid_ratios.unsqueeze(2)
+            )
             prior = Prior(aligned.points * cells, aligned.scale, first=0.5)
         return map_attention(q, k, v, memory, prior, self.dropout if self.training else 0.0)

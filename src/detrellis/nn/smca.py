@@ -1,8 +1,9 @@
-"""Spatially modulated co-attention by itself (Gao et al., ICCV 2021): DETR whose cross-attention has a Gaussian prior.
+"""Spatially modulated co-attention by itself (Gao et al., ICCV 2021): DETR whose cross-attention
+has a Gaussian prior.
 
-Each query has a point, read off its learned position before the first layer; each layer says anew, head by head, how
-far from the point to look and how widely. With several levels each has a prior of its own, and the query decides how
-much it takes from which.
+Each query has a point, read off its learned position before the first layer; each layer says anew,
+head by head, how far from the point to look and how widely. With several levels each has a prior of
+its own, and the query decides how much it takes from which.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -23,7 +24,9 @@ from detrellis.nn.mlp import MLP
 from detrellis.nn.prior import at_level, map_attention
 from detrellis.types import Memory, Prior, Queries, Spatial
 
-UNIT = 32  # stride of the cells in which a prior is as wide as its scale says; squared distances grow with the stride
+# Stride of the cells in which a prior is as wide as its scale says; squared distances grow with the
+# stride
+UNIT = 32
 
 
 def read_point(width: int) -> nn.Sequential:
@@ -32,7 +35,8 @@ def read_point(width: int) -> nn.Sequential:
 
 
 class ModulatedPriors(nn.Module):
-    """The queries' own positions, and each layer's priors over each of the memory's levels of these `strides`.
+    """The queries' own positions, and each layer's priors over each of the memory's levels of these
+    `strides`.
 
     It takes the place of the modules of `nn/spatial.py`.
     """
@@ -47,14 +51,21 @@ class ModulatedPriors(nn.Module):
         several = len(strides) if len(strides) > 1 else 0
         self.levels = nn.ModuleList(nn.Linear(width, several) for _ in range(layers) if several)
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         assert queries.position is not None
         assert boxes is not None
         state = self.norms[layer](x + queries.position)
         shape = (len(self.strides), self.heads, 2)
-        offsets, scales = (parts[layer](state).unflatten(-1, shape).unbind(2) for parts in (self.offsets, self.scales))
+        offsets, scales = (
+            parts[layer](state).unflatten(-1, shape).unbind(2)
+            for parts in (self.offsets, self.scales)
+        )
         priors = []
-        for level, ((height, width), stride) in enumerate(zip(memory.shapes, self.strides, strict=True)):
+        for level, ((height, width), stride) in enumerate(
+            zip(memory.shapes, self.strides, strict=True)
+        ):
             cells = boxes.new_tensor([width, height])
             if memory.valid_ratios is not None:
                 cells = cells * memory.valid_ratios[:, level, None]
@@ -73,7 +84,9 @@ def _constant(width: int, outputs: int) -> nn.Linear:
 
 
 class ModulatedAttention(nn.Module):
-    """Dense cross-attention under priors: a softmax over each level, summed with the queries' level weights."""
+    """Dense cross-attention under priors: a softmax over each level, summed with the queries' level
+    weights.
+    """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -87,13 +100,19 @@ class ModulatedAttention(nn.Module):
         out: Tensor = self.output(merge_heads(sum(read[1:], read[0])))
         return out
 
-    def attend(self, x: Tensor, where: Spatial, memory: Memory) -> tuple[list[Tensor], list[Tensor]]:
-        """What each head reads from each level `(B, M, N, d)`, and its attention weights `(B, M, N, S)`, both times the
-        level's weight."""
+    def attend(
+        self, x: Tensor, where: Spatial, memory: Memory
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What each head reads from each level `(B, M, N, d)`, and its attention weights `(B, M, N,
+        S)`, both times the level's weight."""
         levels = list(self._levels(x, where, memory))
-        return [values * scale for values, _, scale in levels], [weights * scale for _, weights, scale in levels]
+        return [values * scale for values, _, scale in levels], [
+            weights * scale for _, weights, scale in levels
+        ]
 
-    def _levels(self, x: Tensor, where: Spatial, memory: Memory) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+    def _levels(
+        self, x: Tensor, where: Spatial, memory: Memory
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
         """Level by level: what each head reads, its attention weights, and the level's weight."""
         assert where.priors is not None
         q, k, v = project(self.projections, x, where, memory, self.heads)
@@ -101,19 +120,28 @@ class ModulatedAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         pairs = zip(k.split(sizes, dim=2), v.split(sizes, dim=2), where.priors, strict=True)
         for level, (keys, values, prior) in enumerate(pairs):
-            level_weight = 1.0 if where.level_weights is None else where.level_weights[:, None, :, level, None]
-            yield *map_attention(q, keys, values, at_level(memory, level), prior, dropout), level_weight
+            level_weight = (
+                1.0 if where.level_weights is None else where.level_weights[:, None, :, level, None]
+            )
+            yield (
+                *map_attention(q, keys, values, at_level(memory, level), prior, dropout),
+                level_weight,
+            )
 
 
 class IntraScaleAttention(nn.Module):
-    """Dense self-attention within each level, with the same weights for all (SMCA's multi-scale encoder)."""
+    """Dense self-attention within each level, with the same weights for all (SMCA's multi-scale
+    encoder).
+    """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention = DenseAttention(width, heads, dropout=dropout)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """What the tokens `x (B, S, D)` read from their level, `(B, S, D)`, without residual and norm."""
+        """What the tokens `x (B, S, D)` read from their level, `(B, S, D)`, without residual and
+        norm.
+        """
         sizes = [h * w for h, w in memory.shapes]
         tokens, places = x.split(sizes, dim=1), where.position.split(sizes, dim=1)
         parts = [

@@ -1,7 +1,8 @@
-"""Where the decoder's queries look: their positions at each layer, fixed or derived from the current boxes.
+"""Where the decoder's queries look: their positions at each layer, fixed or derived from the
+current boxes.
 
-Each module's `forward` takes `(layer, x, queries, boxes, memory)`: the layer's index, its input `(B, N, D)`, the
-decoder's queries, and the boxes or points that the layer reads.
+Each module's `forward` takes `(layer, x, queries, boxes, memory)`: the layer's index, its input
+`(B, N, D)`, the decoder's queries, and the boxes or points that the layer reads.
 """
 
 from __future__ import annotations
@@ -25,21 +26,25 @@ def position_scale(width: int) -> MLP:
 class FixedPosition(nn.Module):
     """The queries' own positions at every layer (DETR, Deformable DETR)."""
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         assert queries.position is not None
         return Spatial(queries.position, boxes)
 
 
 class ConditionalPosition(nn.Module):
-    """The queries' own positions, and the sine embedding of their points times T of the content from the second layer
-    on (Conditional DETR, Eq. 3)."""
+    """The queries' own positions, and the sine embedding of their points times T of the content
+    from the second layer on (Conditional DETR, Eq. 3)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self.scale = position_scale(width)
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         assert queries.position is not None
         assert boxes is not None
         sine = sine_embed(boxes[..., :2], self.width // 2)
@@ -47,13 +52,17 @@ class ConditionalPosition(nn.Module):
 
 
 class PointPosition(nn.Module):
-    """Positions from the centres of the current boxes: their sine embedding, without gradient (SAM-DETR)."""
+    """Positions from the centres of the current boxes: their sine embedding, without gradient
+    (SAM-DETR).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         assert boxes is not None
         return Spatial(sine_embed(boxes[..., :2].detach(), self.width // 2), boxes)
 
@@ -70,7 +79,9 @@ class AnchorPosition(nn.Module):
         self.mlp = MLP(2 * width, width, width, 2, xavier=True)
         self.scale = position_scale(width) if scaled else None
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         """The boxes are taken relative to the padded image, as the reference codes do."""
         assert boxes is not None
         padded = boxes
@@ -83,22 +94,27 @@ class AnchorPosition(nn.Module):
 
 
 class BoxPosition(nn.Module):
-    """Positions from the current boxes themselves: an MLP of their four numbers (RT-DETR), within `+-limit` where there
-    is one (D-FINE, whose boxes may lie anywhere)."""
+    """Positions from the current boxes themselves: an MLP of their four numbers (RT-DETR), within
+    `+-limit` where there is one (D-FINE, whose boxes may lie anywhere)."""
 
     def __init__(self, width: int, limit: float | None = None) -> None:
         super().__init__()
         self.mlp, self.limit = MLP(4, 2 * width, width, 2, xavier=True), limit
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         assert boxes is not None
         position = self.mlp(boxes)
-        return Spatial(position if self.limit is None else position.clamp(-self.limit, self.limit), boxes)
+        return Spatial(
+            position if self.limit is None else position.clamp(-self.limit, self.limit), boxes
+        )
 
 
 @torch.no_grad()
 def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
-    """Which cells of a memory's levels lie in each box, at least one of each level: `(B, N, S)` bool (Cascade-DETR).
+    """Which cells of a memory's levels lie in each box, at least one of each level: `(B, N, S)`
+    bool (Cascade-DETR).
 
     `boxes (B, N, 4)` are relative to the image without its padding.
     """
@@ -118,10 +134,12 @@ def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
 
 
 class ModulatedPosition(nn.Module):
-    """DAB-DETR: positions from the current boxes, and a spatial query whose attention is as wide and high as the box.
+    """DAB-DETR: positions from the current boxes, and a spatial query whose attention is as wide
+    and high as the box.
 
-    The sine embedding of the centre is multiplied by T of the content, and its rows and columns by the ratio of a
-    size read off the content to the box's own (DAB-DETR, Eq. 6). `within`: queries read the cells in their boxes alone.
+    The sine embedding of the centre is multiplied by T of the content, and its rows and columns by
+    the ratio of a size read off the content to the box's own (DAB-DETR, Eq. 6). `within`: queries
+    read the cells in their boxes alone.
     """
 
     def __init__(self, width: int, *, within: bool = False) -> None:
@@ -131,7 +149,9 @@ class ModulatedPosition(nn.Module):
         self.scale = position_scale(width)
         self.size = MLP(width, width, 2, 2, xavier=True)
 
-    def forward(self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory) -> Spatial:
+    def forward(
+        self, layer: int, x: Tensor, queries: Queries, boxes: Tensor | None, memory: Memory
+    ) -> Spatial:
         assert boxes is not None
         embedded = sine_embed(boxes, self.width // 2)
         sine = embedded[..., : self.width]

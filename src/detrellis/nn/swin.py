@@ -1,6 +1,8 @@
-"""Swin Transformers as detectors have them: a map that its windows do not fill is padded before they are shifted.
+"""Swin Transformers as detectors have them: a map that its windows do not fill is padded before
+they are shifted.
 
-timm's pads what it has shifted, and so sees other windows at the edges of such a map than what was trained.
+timm's pads what it has shifted, and so sees other windows at the edges of such a map than what was
+trained.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ class PaddedBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         """The attention of windows of `x (B, h, w, C)`, `(B, h, w, C)`."""
         height, width = x.shape[1:3]
-        rows, columns = (-side % window for side, window in zip((height, width), self.window_size, strict=True))
+        rows, columns = (
+            -side % window for side, window in zip((height, width), self.window_size, strict=True)
+        )
         attend: Any = super()._attn
         attended: Tensor = attend(F.pad(x, (0, 0, 0, columns, 0, rows)))
         return attended[:, :height, :width].contiguous()

@@ -20,10 +20,11 @@ PATCH = 16
 class TimmViT(Backbone):
     """A plain ViT by timm's name, without its classifier, for images with any sides.
 
-    Images are padded to whole patches with zeros; learned positions are interpolated to each map, rotary ones computed
-    for it. Patches have 16 pixels: kernels of another size are resampled (FlexiViT, Beyer et al., 2023), which keeps
-    the table of positions. `drop_path`: rate of dropped residual branches. `checkpointing`: the backward pass computes
-    each block again, which saves its activations. `frozen`: blocks that are not trained, with the embedding.
+    Images are padded to whole patches with zeros; learned positions are interpolated to each map,
+    rotary ones computed for it. Patches have 16 pixels: kernels of another size are resampled
+    (FlexiViT, Beyer et al., 2023), which keeps the table of positions. `drop_path`: rate of dropped
+    residual branches. `checkpointing`: the backward pass computes each block again, which saves its
+    activations. `frozen`: blocks that are not trained, with the embedding.
     """
 
     def __init__(
@@ -37,7 +38,11 @@ class TimmViT(Backbone):
     ) -> None:
         super().__init__()
         check_timm_name(name)
-        options: dict[str, Any] = {"patch_size": PATCH, "img_size": _image_size(name), "drop_path_rate": drop_path}
+        options: dict[str, Any] = {
+            "patch_size": PATCH,
+            "img_size": _image_size(name),
+            "drop_path_rate": drop_path,
+        }
         options |= {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
         model: Any
         if pretrained is not None and pretrained.fetched:
@@ -60,7 +65,9 @@ class TimmViT(Backbone):
         """The one map `(B, C, h, w)` of `pixels (B, 3, H, W)`, after the last norm."""
         height, width = pixels.shape[-2:]
         pixels = F.pad(pixels, (0, -width % PATCH, 0, -height % PATCH))
-        maps: list[Tensor] = self.model.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
+        maps: list[Tensor] = self.model.forward_intermediates(
+            pixels, indices=1, norm=True, intermediates_only=True
+        )
         return maps
 
 
@@ -71,20 +78,27 @@ def _image_size(name: str) -> int:
     if not isinstance(model, vision_transformer.VisionTransformer | eva.Eva):
         raise UserError(
             f"detector.backbone.name={name}: it is no plain ViT",
-            "For its feature maps: -o detector.backbone.kind=hierarchical; a plain ViT is, for example,"
-            " vit_small_patch14_dinov2.lvd142m.",
+            "For its feature maps: -o detector.backbone.kind=hierarchical; a plain ViT is, for "
+            "example, vit_small_patch14_dinov2.lvd142m.",
         )
     return PATCH * int(model.patch_embed.grid_size[0])
 
 
 def _fill(model: nn.Module, source: Source, name: str) -> None:
-    """Load the source's file, in timm's names or those of the model's authors. `UserError` for a misfit."""
+    """Load the source's file, in timm's names or those of the model's authors. `UserError` for a
+    misfit.
+    """
     convert = (eva if isinstance(model, eva.Eva) else vision_transformer).checkpoint_filter_fn
     weights, network = source.read(), f"backbone {name}"
-    remedy = "Name weights of this backbone, or the backbone of these weights: -o detector.backbone.name=NAME."
+    remedy = (
+        "Name weights of this backbone, or the backbone of these weights: -o "
+        "detector.backbone.name=NAME."
+    )
     try:
         converted = convert(weights, model)
     except (KeyError, AttributeError, RuntimeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{source.about}: its weights do not fit {network}: {what}", remedy) from error
+        raise UserError(
+            f"{source.about}: its weights do not fit {network}: {what}", remedy
+        ) from error
     fill_by_name(model, converted, source, network, remedy)

@@ -1,8 +1,9 @@
-"""A plain ViT whose blocks attend within windows, but for a few: the backbone of LW-DETR (Chen et al., 2024), as CAE v2
-trains it, and of RF-DETR (Robinson et al., 2025), a DINOv2.
+"""A plain ViT whose blocks attend within windows, but for a few: the backbone of LW-DETR (Chen et
+al., 2024), as CAE v2 trains it, and of RF-DETR (Robinson et al., 2025), a DINOv2.
 
-The grid of patches is cut into windows once, and its tokens stay ordered by windows through all blocks: a block over
-the whole image reads them as one sequence, whose order does not matter to attention (LW-DETR, section 3.3).
+The grid of patches is cut into windows once, and its tokens stay ordered by windows through all
+blocks: a block over the whole image reads them as one sequence, whose order does not matter to
+attention (LW-DETR, section 3.3).
 
 | deviation from the released codes | why |
 | --- | --- |
@@ -29,24 +30,36 @@ EPS = 1e-6  # of all norms
 
 
 class PatchEmbedding(nn.Module):
-    """Tokens of the image's patches, with learned positions that are resized to the image's grid (bicubic)."""
+    """Tokens of the image's patches, with learned positions that are resized to the image's grid
+    (bicubic).
+    """
 
-    def __init__(self, width: int, patch: int, grid: int, *, class_token: bool, antialias: bool) -> None:
+    def __init__(
+        self, width: int, patch: int, grid: int, *, class_token: bool, antialias: bool
+    ) -> None:
         super().__init__()
         self.projection = nn.Conv2d(3, width, patch, stride=patch)
         # The first row is a class token's, which pretraining has in either case.
-        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + grid**2, width), std=0.02))
+        self.positions = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, 1 + grid**2, width), std=0.02)
+        )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
         self.grid, self.antialias = grid, antialias
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Tokens `(B, h, w, C)` of `pixels (B, 3, H, W)`, whose sides are multiples of the patch."""
+        """Tokens `(B, h, w, C)` of `pixels (B, 3, H, W)`, whose sides are multiples of the
+        patch.
+        """
         tokens: Tensor = self.projection(pixels).permute(0, 2, 3, 1)
         return tokens + self._resized(tokens.shape[1], tokens.shape[2])
 
     def prefix(self, count: int) -> Tensor | None:
         """The class token with its position `(count, 1, C)`, where there is one."""
-        return None if self.class_token is None else (self.class_token + self.positions[:, :1]).expand(count, -1, -1)
+        return (
+            None
+            if self.class_token is None
+            else (self.class_token + self.positions[:, :1]).expand(count, -1, -1)
+        )
 
     def _resized(self, rows: int, columns: int) -> Tensor:
         table: Tensor = self.positions[:, 1:].unflatten(1, (self.grid, self.grid))
@@ -60,10 +73,10 @@ class PatchEmbedding(nn.Module):
 class WindowViT(Backbone):
     """The maps after some of the blocks, all of the stride of a patch.
 
-    `windows` stand along each side of the image; the blocks `windowed`, counted from 0, attend within them. `taps` says
-    after how many blocks a map is read off. `dinov2`: with a class token, one copy a window, a norm of every map, and
-    positions resized with antialiasing. `grid`: patches along a side of the position table. `frozen`: blocks that are
-    not trained, with the embedding.
+    `windows` stand along each side of the image; the blocks `windowed`, counted from 0, attend
+    within them. `taps` says after how many blocks a map is read off. `dinov2`: with a class token,
+    one copy a window, a norm of every map, and positions resized with antialiasing. `grid`: patches
+    along a side of the position table. `frozen`: blocks that are not trained, with the embedding.
     """
 
     def __init__(
@@ -89,7 +102,10 @@ class WindowViT(Backbone):
         rates = [drop_path * i / max(last, 1) for i in range(last + 1)]
         self.blocks = nn.ModuleList(block(drop_path=rate, norm_layer=norm) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=EPS) if dinov2 else None
-        self.patch, self.windows, self.windowed, self.taps = patch, windows, frozenset(windowed), frozenset(taps)
+        self.patch = patch
+        self.windows = windows
+        self.windowed = frozenset(windowed)
+        self.taps = frozenset(taps)
         self.channels = [width] * len(self.taps)
         for layer in self.blocks.modules():
             if isinstance(layer, nn.Linear):
@@ -107,20 +123,30 @@ class WindowViT(Backbone):
         x = self._split(x)
         maps = []
         for i, block in enumerate(self.blocks):
-            x = block(x) if i in self.windowed else block(x.view(len(pixels), -1, x.shape[-1])).view(x.shape)
+            x = (
+                block(x)
+                if i in self.windowed
+                else block(x.view(len(pixels), -1, x.shape[-1])).view(x.shape)
+            )
             if i + 1 in self.taps:
                 joined = self._joined(x, rows, columns)
                 maps.append(joined[:, :, : -(-height // self.patch), : -(-width // self.patch)])
         return maps
 
     def start_from(self, source: Source, name: str | None) -> None:
-        """Load pretrained weights: of the timm model `name`, or a file in timm's names or those of CAE v2.
+        """Load pretrained weights: of the timm model `name`, or a file in timm's names or those of
+        CAE v2.
 
-        Patches and positions are resized to this ViT's, and later blocks than it has left out. `UserError` where
-        something is missing or has another shape.
+        Patches and positions are resized to this ViT's, and later blocks than it has left out.
+        `UserError` where something is missing or has another shape.
         """
-        remedy = "Name weights of a ViT of this style, width and depth: -o detector.backbone.weights=FILE."
-        fill_by_name(self, _renamed(published(name, source), self.embedding), source, "this ViT", remedy)
+        remedy = (
+            "Name weights of a ViT of this style, width and depth: -o "
+            "detector.backbone.weights=FILE."
+        )
+        fill_by_name(
+            self, _renamed(published(name, source), self.embedding), source, "this ViT", remedy
+        )
 
     def _split(self, tokens: Tensor) -> Tensor:
         """`(B, h, w, C)` to windows `(B * windows^2, n, C)`, each with its class token first."""
@@ -164,7 +190,9 @@ def _renamed(weights: Mapping[str, Tensor], embedding: PatchEmbedding) -> dict[s
         found[name.replace(".q_bias", ".qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     side = embedding.projection.kernel_size
     if "embedding.projection.weight" in found:
-        found["embedding.projection.weight"] = resample_patch_embed(found["embedding.projection.weight"], list(side))
+        found["embedding.projection.weight"] = resample_patch_embed(
+            found["embedding.projection.weight"], list(side)
+        )
     if "embedding.positions" in found:
         grid = [embedding.grid, embedding.grid]
         found["embedding.positions"] = resample_abs_pos_embed(found["embedding.positions"], grid)

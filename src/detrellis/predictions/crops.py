@@ -16,7 +16,9 @@ class CropFolder:
     """`OUT/crops/CLASS/NAME-NUMBER.jpg`; number 1 is the picture's best detection."""
 
     def __init__(self, out: Path, inputs: Iterable[Path]) -> None:
-        """Raises `UserError` where the folder holds anything but what an earlier call left, or an input."""
+        """Raises `UserError` where the folder holds anything but what an earlier call left, or an
+        input.
+        """
         self.outputs = Outputs(out / CROPS)
         self.outputs.alone(inputs)
 
@@ -25,23 +27,31 @@ class CropFolder:
         self.outputs.clear()
 
     def add(self, name: str, found: Prediction, folders: Sequence[str]) -> None:
-        """Writes the detections of the picture `name`, each with all pixels that its box touches; `folders` are those
-        of the classes."""
+        """Writes the detections of the picture `name`, each with all pixels that its box touches;
+        `folders` are those of the classes."""
         if not found.boxes:
             return
         image = found.image()
-        for number, (label, (x1, y1, x2, y2)) in enumerate(zip(found.labels, found.boxes, strict=True), start=1):
+        for number, (label, (x1, y1, x2, y2)) in enumerate(
+            zip(found.labels, found.boxes, strict=True), start=1
+        ):
             left, top = min(math.floor(x1), image.width - 1), min(math.floor(y1), image.height - 1)
-            crop = image.crop((left, top, max(math.ceil(x2), left + 1), max(math.ceil(y2), top + 1)))
+            crop = image.crop(
+                (left, top, max(math.ceil(x2), left + 1), max(math.ceil(y2), top + 1))
+            )
             self.outputs.write(f"{folders[label]}/{name}-{number}.jpg", jpeg(crop))
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:
-    """What the folder of each class is called, on any file system: all different, none hidden, none a path."""
+    """What the folder of each class is called, on any file system: all different, none hidden, none
+    a path.
+    """
     names: list[str] = []
     taken: set[str] = set()
     for number, text in enumerate(classes):
-        plain = "".join("_" if c in '<>:"/\\|?*' or not c.isprintable() else c for c in text).strip(" .")
+        plain = "".join("_" if c in '<>:"/\\|?*' or not c.isprintable() else c for c in text).strip(
+            " ."
+        )
         name = plain or f"class_{number}"
         while name.casefold() in taken:
             name = f"{name}_{number}"

@@ -1,4 +1,5 @@
-"""Which pictures `predict` looks at: files, folders, patterns; arrays, images and tensors; and the frames of videos.
+"""Which pictures `predict` looks at: files, folders, patterns; arrays, images and tensors; and the
+frames of videos.
 
 | given | taken |
 | --- | --- |
@@ -39,12 +40,17 @@ Pictures = Annotated[Picture | Iterable[Picture], "checked by find_pictures"]
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/
 NOWHERE = PurePath()
-ARRAYS = "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3, H, W), or a file's name."
+ARRAYS = (
+    "Give a NumPy array (H, W, 3) of uint8 in RGB, a PIL image, a tensor (3, H, W), or a file's "
+    "name."
+)
 
 
 @dataclass(frozen=True)
 class InputPicture:
-    """One picture in which objects are to be detected: a file, or pixels; or a video, which stands for its frames."""
+    """One picture in which objects are to be detected: a file, or pixels; or a video, which stands
+    for its frames.
+    """
 
     path: Path | None
     below: PurePath  # the file's place in the folder that was given, or its name
@@ -58,7 +64,12 @@ class InputPicture:
     @property
     def is_video(self) -> bool:
         """Whether it stands for its frames, and is none itself."""
-        return self.path is not None and self.pixels is None and self.broken is None and is_video(self.path)
+        return (
+            self.path is not None
+            and self.pixels is None
+            and self.broken is None
+            and is_video(self.path)
+        )
 
     def read(self) -> Tensor:
         """Uint8 RGB `(3, H, W)`; `UserError` where the file is broken."""
@@ -74,10 +85,12 @@ class InputPicture:
 
 
 def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[InputPicture]:
-    """The pictures that `pictures` means (see the top of the file), one by one; a video as one, which `each_frame`
-    takes apart. Where PyAV is missing, folders and patterns give no videos, and a note says so.
+    """The pictures that `pictures` means (see the top of the file), one by one; a video as one,
+    which `each_frame` takes apart. Where PyAV is missing, folders and patterns give no videos, and
+    a note says so.
 
-    Raises `UserError` for what is none: no such file, an empty folder, a URL, another type, shape or range.
+    Raises `UserError` for what is none: no such file, an empty folder, a URL, another type, shape
+    or range.
     """
     if isinstance(pictures, str | Path | Image.Image | np.ndarray | Tensor):
         yield from _pictures_of(pictures, recursive)
@@ -94,7 +107,9 @@ def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[Input
 
 
 def each_frame(pictures: Iterable[InputPicture]) -> Iterator[InputPicture]:
-    """The pictures, with the frames of a video in its place; last comes one that says why it cannot be read on."""
+    """The pictures, with the frames of a video in its place; last comes one that says why it cannot
+    be read on.
+    """
     for picture in pictures:
         if picture.is_video:
             yield from _frames(picture)
@@ -112,7 +127,9 @@ def _frames(video: InputPicture) -> Iterator[InputPicture]:
 
 
 def without_repeats(pictures: Iterable[InputPicture]) -> list[InputPicture]:
-    """The pictures with each file once: it may be named itself, lie in a folder, and fit a pattern."""
+    """The pictures with each file once: it may be named itself, lie in a folder, and fit a
+    pattern.
+    """
     seen: set[str] = set()
     unique = []
     for picture in pictures:
@@ -145,19 +162,29 @@ def _named(name: str, recursive: bool) -> list[InputPicture]:
         return _in_folder(path, recursive)
     if path.exists():
         if path.suffix.lower() in VIDEOS and not has_library():
-            raise UserError(f"{name}: a video, for which PyAV is needed", f"{INSTALL}, or {frames_of(name)}")
+            raise UserError(
+                f"{name}: a video, for which PyAV is needed", f"{INSTALL}, or {frames_of(name)}"
+            )
         return [InputPicture(path, PurePath(path.name))]
     if URL.match(name):
         raise UserError(f"{name}: a URL, not a file", "Download it first, then give the file.")
     if name == "-":
-        raise UserError("-: pictures are not read from standard input", "Write it to a file, then give the file.")
+        raise UserError(
+            "-: pictures are not read from standard input",
+            "Write it to a file, then give the file.",
+        )
     if glob.has_magic(name):
         paths = _readable(Path(p) for p in glob.glob(str(path), recursive=True))
         images = [InputPicture(p, PurePath(p.name), listed=True) for p in paths]
         if not images:
-            raise UserError(f"{name}: no image fits this pattern", f"The current folder is {Path.cwd()}.")
+            raise UserError(
+                f"{name}: no image fits this pattern", f"The current folder is {Path.cwd()}."
+            )
         return images
-    raise UserError(f"{name}: no such file or folder", f"Give images or folders; the current folder is {Path.cwd()}.")
+    raise UserError(
+        f"{name}: no such file or folder",
+        f"Give images or folders; the current folder is {Path.cwd()}.",
+    )
 
 
 def _in_folder(folder: Path, recursive: bool) -> list[InputPicture]:
@@ -166,7 +193,9 @@ def _in_folder(folder: Path, recursive: bool) -> list[InputPicture]:
     if paths:
         return [InputPicture(p, p.relative_to(folder), listed=True) for p in paths]
     in_subfolders = 0 if recursive else len(_readable(below))
-    suffixes = Counter(p.suffix.lower() or "without suffix" for p in folder.iterdir() if p.is_file())
+    suffixes = Counter(
+        p.suffix.lower() or "without suffix" for p in folder.iterdir() if p.is_file()
+    )
     counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
     remedy = f"It holds: {counts or 'no file'}."
     if in_subfolders:
@@ -187,16 +216,24 @@ def _readable(files: Iterable[Path]) -> list[Path]:
 
 def frames_of(name: str) -> str:
     """The way from a video to pictures, as a remedy."""
-    command = f"mkdir frames && {shell_line(['ffmpeg', '-i', name, '-vf', 'fps=5', 'frames/%06d.jpg'])}"
+    command = (
+        f"mkdir frames && {shell_line(['ffmpeg', '-i', name, '-vf', 'fps=5', 'frames/%06d.jpg'])}"
+    )
     return f"Extract frames, and give their folder: {command}"
 
 
 def _of_array(array: NDArray[Any]) -> Tensor:
     about = f"a NumPy array of {array.dtype}, shape {array.shape}"
     if array.dtype != np.uint8:
-        raise UserError(about, "Give uint8, 0 to 255. From floats in 0 to 1: (array * 255).round().astype('uint8').")
+        raise UserError(
+            about,
+            "Give uint8, 0 to 255. From floats in 0 to 1: (array * 255).round().astype('uint8').",
+        )
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
-        raise UserError(about, "Give (height, width, 3) in RGB, (height, width) in grey, or a list of such arrays.")
+        raise UserError(
+            about,
+            "Give (height, width, 3) in RGB, (height, width) in grey, or a list of such arrays.",
+        )
     pixels = np.ascontiguousarray(array)
     if pixels.ndim == 2 or pixels.shape[2] == 4:
         pixels = np.asarray(to_rgb(Image.fromarray(pixels)))
@@ -206,12 +243,17 @@ def _of_array(array: NDArray[Any]) -> Tensor:
 def _of_tensor(tensor: Tensor) -> Tensor:
     about = f"a tensor of {str(tensor.dtype).removeprefix('torch.')}, shape {tuple(tensor.shape)}"
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or not tensor.numel():
-        raise UserError(about, "Give (3, height, width) in RGB or (1, height, width); of a batch, list(batch).")
+        raise UserError(
+            about, "Give (3, height, width) in RGB or (1, height, width); of a batch, list(batch)."
+        )
     values = tensor.detach().cpu()
     if tensor.is_floating_point():
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # also where one is not a number
-            raise UserError(f"{about}, with values from {low:g} to {high:g}", "Give values from 0 to 1, or uint8.")
+            raise UserError(
+                f"{about}, with values from {low:g} to {high:g}",
+                "Give values from 0 to 1, or uint8.",
+            )
         values = (values.float() * 255).round().to(torch.uint8)
     elif tensor.dtype != torch.uint8:
         raise UserError(about, "Give uint8, or floating point from 0 to 1.")

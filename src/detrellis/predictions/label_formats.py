@@ -1,4 +1,5 @@
-"""Detections as label files, for the tools in which people correct them: what each format's files say.
+"""Detections as label files, for the tools in which people correct them: what each format's files
+say.
 
 | format | boxes | masks | scores |
 | --- | --- | --- | --- |
@@ -48,8 +49,14 @@ class LabelledObject(NamedTuple):
     mask: Bitmap | None
 
     def outlines(self) -> list[list[float]]:
-        """The polygons around the mask, the largest first; none where there is no mask, or an empty one."""
-        rings = [] if self.mask is None else [simplified(ring, TOLERANCE) for ring in polygons(self.mask)]
+        """The polygons around the mask, the largest first; none where there is no mask, or an empty
+        one.
+        """
+        rings = (
+            []
+            if self.mask is None
+            else [simplified(ring, TOLERANCE) for ring in polygons(self.mask)]
+        )
         return sorted(rings, key=_extent, reverse=True)
 
 
@@ -97,15 +104,23 @@ def coco(pictures: Pictures, classes: ClassMap) -> Files:
     images = []
     for picture in pictures:
         height, width = picture.found.size
-        images.append({"id": picture.image_id, "file_name": picture.file, "height": height, "width": width})
-    categories = [{"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)]
+        images.append(
+            {"id": picture.image_id, "file_name": picture.file, "height": height, "width": width}
+        )
+    categories = [
+        {"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)
+    ]
     content = {"images": images, "annotations": rows, "categories": categories}
     return {"annotations/instances_default.json": json.dumps(content)}
 
 
 def yolo(pictures: Pictures, classes: ClassMap) -> Files:
-    """`data.yaml`, and `labels/NAME.txt` for each picture: a line a box, or a polygon where there is a mask."""
-    names = yaml.safe_dump({"names": dict(enumerate(classes.names))}, allow_unicode=True, sort_keys=False)
+    """`data.yaml`, and `labels/NAME.txt` for each picture: a line a box, or a polygon where there
+    is a mask.
+    """
+    names = yaml.safe_dump(
+        {"names": dict(enumerate(classes.names))}, allow_unicode=True, sort_keys=False
+    )
     head = f"# Before training: `val:` with pictures that are not in train.\ntrain: {IMAGES}\n"
     files = {"data.yaml": head + names}
     for picture in pictures:
@@ -127,13 +142,22 @@ def voc(pictures: Pictures, classes: ClassMap) -> Files:
         height, width = picture.found.size
         size = {"width": width, "height": height, "depth": 3}
         root = ET.Element("annotation")
-        _fill(root, {"folder": "JPEGImages", "filename": PurePosixPath(picture.file).name, "size": size})
+        _fill(
+            root,
+            {"folder": "JPEGImages", "filename": PurePosixPath(picture.file).name, "size": size},
+        )
         _fill(root, {"segmented": 0})
         for each in picture.objects():
             x1, y1, x2, y2 = (round(value) for value in each.box)
             left, top = min(x1, width - 1) + 1, min(y1, height - 1) + 1
             corners = {"xmin": left, "ymin": top, "xmax": max(x2, left), "ymax": max(y2, top)}
-            row = {"name": each.name, "pose": "Unspecified", "truncated": 0, "difficult": 0, "bndbox": corners}
+            row = {
+                "name": each.name,
+                "pose": "Unspecified",
+                "truncated": 0,
+                "difficult": 0,
+                "bndbox": corners,
+            }
             score = {"attribute": {"name": "score", "value": f"{each.score:.4f}"}}
             _fill(ET.SubElement(root, "object"), row | {"attributes": score})
         files[f"Annotations/{PurePosixPath(picture.file).with_suffix('.xml')}"] = _xml(root)
@@ -142,12 +166,16 @@ def voc(pictures: Pictures, classes: ClassMap) -> Files:
 
 
 def csv_boxes(pictures: Pictures, classes: ClassMap) -> Files:
-    """`train_labels.csv`: a line an object; one with the name alone for a picture in which nothing was detected."""
+    """`train_labels.csv`: a line an object; one with the name alone for a picture in which nothing
+    was detected.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["filename", "xmin", "ymin", "xmax", "ymax", "class", "score"])
     for picture in pictures:
-        rows = [[picture.file, *_rounded(o.box), o.name, round(o.score, 4)] for o in picture.objects()]
+        rows = [
+            [picture.file, *_rounded(o.box), o.name, round(o.score, 4)] for o in picture.objects()
+        ]
         writer.writerows(rows or [[picture.file, "", "", "", "", "", ""]])
     return {"train_labels.csv": text.getvalue()}
 
@@ -161,7 +189,9 @@ def labelstudio(pictures: Pictures, classes: ClassMap) -> Files:
     kind = "polygonlabels" if masks else "rectanglelabels"
     view = ET.Element("View")
     ET.SubElement(view, "Image", name="image", value="$image")
-    control = ET.SubElement(view, "PolygonLabels" if masks else "RectangleLabels", name="label", toName="image")
+    control = ET.SubElement(
+        view, "PolygonLabels" if masks else "RectangleLabels", name="label", toName="image"
+    )
     for name in classes.names:
         ET.SubElement(control, "Label", value=name)
     tasks = []
@@ -169,7 +199,9 @@ def labelstudio(pictures: Pictures, classes: ClassMap) -> Files:
         regions = [_region(each, picture.found.size, kind) for each in picture.objects()]
         prediction: dict[str, Any] = {"model_version": "detrellis", "result": regions}
         if regions:
-            prediction["score"] = round(sum(region["score"] for region in regions) / len(regions), 4)
+            prediction["score"] = round(
+                sum(region["score"] for region in regions) / len(regions), 4
+            )
         url = f"/data/local-files/?d={quote(f'{IMAGES}/{picture.file}')}"
         tasks.append({"data": {"image": url}, "predictions": [prediction]})
     return {"tasks.json": json.dumps(tasks), "config.xml": _xml(view)}
@@ -181,10 +213,15 @@ def _region(each: LabelledObject, size: tuple[int, int], kind: str) -> dict[str,
     if kind == "polygonlabels":
         x1, y1, x2, y2 = each.box
         outline = next(iter(each.outlines()), [x1, y1, x2, y1, x2, y2, x1, y2])
-        points = [[100 * x / width, 100 * y / height] for x, y in zip(outline[::2], outline[1::2], strict=True)]
+        points = [
+            [100 * x / width, 100 * y / height]
+            for x, y in zip(outline[::2], outline[1::2], strict=True)
+        ]
         value: dict[str, Any] = {"points": points, "closed": True}
     else:
-        x1, y1, x2, y2 = (100 * v / side for v, side in zip(each.box, (width, height) * 2, strict=True))
+        x1, y1, x2, y2 = (
+            100 * v / side for v, side in zip(each.box, (width, height) * 2, strict=True)
+        )
         value = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "rotation": 0}
     return {
         "type": kind,
@@ -199,7 +236,9 @@ def _region(each: LabelledObject, size: tuple[int, int], kind: str) -> dict[str,
 
 
 def cvat(pictures: Pictures, classes: ClassMap) -> Files:
-    """`annotations.xml` ("CVAT for images 1.1"), and `labels.json` for a new project's labels ("Raw")."""
+    """`annotations.xml` ("CVAT for images 1.1"), and `labels.json` for a new project's labels
+    ("Raw").
+    """
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
     for number, picture in enumerate(pictures):
@@ -210,13 +249,21 @@ def cvat(pictures: Pictures, classes: ClassMap) -> Files:
             shape = {"label": each.name, "source": "auto", "occluded": "0", "z_order": "0"}
             element = ET.SubElement(image, *_cvat_shape(each, shape))
             ET.SubElement(element, "attribute", name="score").text = f"{each.score:.4f}"
-    score = {"name": "score", "input_type": "text", "mutable": False, "default_value": "", "values": [""]}
+    score = {
+        "name": "score",
+        "input_type": "text",
+        "mutable": False,
+        "default_value": "",
+        "values": [""],
+    }
     labels = [{"name": name, "attributes": [score]} for name in classes.names]
     return {"annotations.xml": _xml(root), "labels.json": json.dumps(labels, indent=1)}
 
 
 def _cvat_shape(each: LabelledObject, shape: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """The element: a box, or a mask, whose run lengths go row by row through the box around it, outside first."""
+    """The element: a box, or a mask, whose run lengths go row by row through the box around it,
+    outside first.
+    """
     if each.mask is None or not each.mask.any():
         corners = zip(("xtl", "ytl", "xbr", "ybr"), each.box, strict=True)
         return "box", shape | {key: f"{value:.2f}" for key, value in corners}

@@ -1,7 +1,7 @@
 """The folder of `predict --format`: label files, and copies of the pictures that they are about.
 
-It is a data set by itself, which can be moved to where people label. As it is read as a whole, it holds nothing else:
-labels that were corrected in it since are never written over.
+It is a data set by itself, which can be moved to where people label. As it is read as a whole, it
+holds nothing else: labels that were corrected in it since are never written over.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class LabelFolder:
     """`OUT/FORMAT`, in which `add` puts one picture after the other, and `write` their labels."""
 
     def __init__(self, out: Path, kind: LabelFormat, inputs: Iterable[Path]) -> None:
-        """Raises `UserError` where the folder holds anything but what an earlier call left, or an input."""
+        """Raises `UserError` where the folder holds anything but what an earlier call left, or an
+        input.
+        """
         self.kind, self.outputs = kind, Outputs(out / kind)
         self.outputs.alone(inputs)
         self._pictures: list[LabelledPicture] = []
@@ -39,9 +41,12 @@ class LabelFolder:
         self.outputs.clear()
 
     def add(self, picture: InputPicture, name: str, image_id: int, found: Prediction) -> None:
-        """Copies a picture; one without a file, or without an image's suffix, becomes a PNG, a video's frame a JPEG."""
+        """Copies a picture; one without a file, or without an image's suffix, becomes a PNG, a
+        video's frame a JPEG.
+        """
         source = picture.path if picture.path is not None and is_image(picture.path) else None
-        # Not `with_suffix`: names such as "photo.jpg" tell pictures apart that differ in their suffix alone.
+        # Not `with_suffix`: names such as "photo.jpg" tell pictures apart that differ in their
+        # suffix alone.
         made = ".png" if found.frame is None else ".jpg"
         file = f"{name}{made if source is None else source.suffix}"
         self._pictures.append(LabelledPicture(file, image_id, replace(found, pixels=None)))
@@ -49,7 +54,9 @@ class LabelFolder:
         if source is not None:
             self.outputs.write_with(place, partial(shutil.copyfile, source))
         else:
-            self.outputs.write(place, _png(found.image()) if found.frame is None else jpeg(found.image()))
+            self.outputs.write(
+                place, _png(found.image()) if found.frame is None else jpeg(found.image())
+            )
 
     def write(self, classes: ClassMap) -> None:
         """Writes the label files of all pictures."""

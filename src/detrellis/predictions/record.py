@@ -1,4 +1,6 @@
-"""The detections of a picture or a video's frame, in the forms that other tools read; and what could not be read."""
+"""The detections of a picture or a video's frame, in the forms that other tools read; and what
+could not be read.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ SHOWN = 5  # broken pictures that one message lists
 
 @dataclass(frozen=True)
 class Prediction:
-    """Detections of one picture or frame, with names and the data set's own category ids; best first."""
+    """Detections of one picture or frame, with names and the data set's own category ids; best
+    first.
+    """
 
     path: Path | None  # None: the picture was given as an array, an image or a tensor
     size: tuple[int, int]  # height, width
@@ -33,10 +37,10 @@ class Prediction:
     labels: list[int]  # class index 0..C-1
     category_ids: list[int]
     boxes: list[tuple[float, float, float, float]]  # x1, y1, x2, y2 in pixels
-    pixels: Tensor | None = field(default=None, repr=False, compare=False)  # (3, H, W) uint8 of a picture without path
-    runs: tuple[bytes, ...] | None = field(
-        default=None, repr=False
-    )  # COCO's run lengths of each, where there are masks
+    # (3, H, W) uint8 of a picture without path
+    pixels: Tensor | None = field(default=None, repr=False, compare=False)
+    # COCO's run lengths of each, where there are masks
+    runs: tuple[bytes, ...] | None = field(default=None, repr=False)
     frame: int | None = None  # the number of the frame, from 0, where `path` is a video
     time: float | None = None  # its seconds there
 
@@ -48,7 +52,9 @@ class Prediction:
         """
         if self.runs is None:
             return None
-        return np.array([*map(self.mask, range(len(self.runs)))], dtype=np.bool_).reshape(-1, *self.size)
+        return np.array([*map(self.mask, range(len(self.runs)))], dtype=np.bool_).reshape(
+            -1, *self.size
+        )
 
     def mask(self, number: int) -> NDArray[np.bool_]:
         """The mask of one detection `(height, width)`."""
@@ -56,13 +62,21 @@ class Prediction:
         return decode(self.runs[number], self.size)
 
     def to_coco(self, image_id: int, *, polygons: bool = False) -> list[dict[str, Any]]:
-        """The detections as COCO results, which tools for it read, with the file's and the class's name added.
+        """The detections as COCO results, which tools for it read, with the file's and the class's
+        name added.
 
-        Masks are run lengths, or `polygons` along the pixels' edges, in which holes are filled. Of a video, `frame` and
-        `time` (seconds) are added as well.
+        Masks are run lengths, or `polygons` along the pixels' edges, in which holes are filled. Of
+        a video, `frame` and `time` (seconds) are added as well.
         """
         at = {} if self.frame is None else {"frame": self.frame, "time": self.time}
-        rows = zip(self.scores, self.names, self.category_ids, self.boxes, self._segmentations(polygons), strict=True)
+        rows = zip(
+            self.scores,
+            self.names,
+            self.category_ids,
+            self.boxes,
+            self._segmentations(polygons),
+            strict=True,
+        )
         return [
             {
                 "image_id": image_id,
@@ -82,11 +96,17 @@ class Prediction:
         if self.runs is None:
             return [{} for _ in self.scores]
         if polygons:
-            return [{"segmentation": outlines(self.mask(number))} for number in range(len(self.runs))]
-        return [{"segmentation": {"size": [*self.size], "counts": runs.decode()}} for runs in self.runs]
+            return [
+                {"segmentation": outlines(self.mask(number))} for number in range(len(self.runs))
+            ]
+        return [
+            {"segmentation": {"size": [*self.size], "counts": runs.decode()}} for runs in self.runs
+        ]
 
     def to_yolo(self) -> str:
-        """YOLO text: a line `class cx cy w h score` for each detection, relative to the picture's width and height."""
+        """YOLO text: a line `class cx cy w h score` for each detection, relative to the picture's
+        width and height.
+        """
         height, width = self.size
         rows = zip(self.labels, self.boxes, self.scores, strict=True)
         return "".join(
@@ -104,7 +124,9 @@ class Prediction:
         try:
             import supervision
         except ImportError as error:
-            raise UserError(f"supervision is missing ({error})", 'pip install "detrellis[viz]"') from None
+            raise UserError(
+                f"supervision is missing ({error})", 'pip install "detrellis[viz]"'
+            ) from None
         return supervision.Detections(
             xyxy=np.array(self.boxes, dtype=np.float32).reshape(-1, 4),
             confidence=np.array(self.scores, dtype=np.float32),
@@ -114,8 +136,8 @@ class Prediction:
         )
 
     def to_fiftyone(self) -> Any:
-        """The detections as `fiftyone.Detections`, for a field of a sample: `label`, `confidence`, `bounding_box`, and
-        the `mask` within it.
+        """The detections as `fiftyone.Detections`, for a field of a sample: `label`, `confidence`,
+        `bounding_box`, and the `mask` within it.
 
         Raises `UserError` where FiftyOne is missing.
         """
@@ -126,23 +148,34 @@ class Prediction:
         height, width = self.size
         detections = []
         for i, (x1, y1, x2, y2) in enumerate(self.boxes):
-            mask = None if self.runs is None else self.mask(i)[round(y1) : round(y2), round(x1) : round(x2)]
+            mask = (
+                None
+                if self.runs is None
+                else self.mask(i)[round(y1) : round(y2), round(x1) : round(x2)]
+            )
             box = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
             columns = {"label": self.names[i], "confidence": self.scores[i], "bounding_box": box}
-            detections.append(fiftyone.Detection(**columns, mask=mask if mask is not None and mask.size else None))
+            detections.append(
+                fiftyone.Detection(**columns, mask=mask if mask is not None and mask.size else None)
+            )
         return fiftyone.Detections(detections=detections)
 
     def image(self) -> Image.Image:
-        """The picture itself, RGB; of a file, read again: a frame, from the start of its video on."""
+        """The picture itself, RGB; of a file, read again: a frame, from the start of its video
+        on.
+        """
         pixels = self.pixels
         if pixels is None:
             assert self.path is not None
-            pixels = read_image(self.path) if self.frame is None else read_frame(self.path, self.frame)
+            pixels = (
+                read_image(self.path) if self.frame is None else read_frame(self.path, self.frame)
+            )
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     def draw(self, class_names: Sequence[str], *, same_size: bool = False) -> Image.Image:
-        """The picture with boxes, masks, names and scores drawn on it; `class_names` are those of all classes, in
-        order. Small pictures are enlarged and a legend stands below, but where it must keep the `same_size`."""
+        """The picture with boxes, masks, names and scores drawn on it; `class_names` are those of
+        all classes, in order. Small pictures are enlarged and a legend stands below, but where it
+        must keep the `same_size`."""
         image, marks = self.image(), (self.boxes, self.labels, self.scores, class_names)
         if not same_size:
             return draw_detections(image, *marks, masks=self.runs)
@@ -161,14 +194,20 @@ class UnreadablePicture:
     @classmethod
     def of(cls, path: Path, error: UserError) -> UnreadablePicture:
         """From what a reader said; where its remedy speaks of data sets, another one is taken."""
-        remedy = "Replace or re-export the file, or leave it out." if error.remedy == REMEDY else error.remedy
+        remedy = (
+            "Replace or re-export the file, or leave it out."
+            if error.remedy == REMEDY
+            else error.remedy
+        )
         return cls(path, error.message, remedy)
 
 
 class Predictions(list[Prediction]):
     """The predictions of all pictures that could be read, in order; `failures` are the others."""
 
-    def __init__(self, predictions: Iterable[Prediction] = (), failures: Iterable[UnreadablePicture] = ()) -> None:
+    def __init__(
+        self, predictions: Iterable[Prediction] = (), failures: Iterable[UnreadablePicture] = ()
+    ) -> None:
         super().__init__(predictions)
         self.failures = list(failures)
 
@@ -181,8 +220,8 @@ def collect_predictions(
     on_error: OnError,
     on_prediction: Callable[[Prediction], object] | None = None,
 ) -> Predictions:
-    """All results, the broken pictures apart: in `failures`, raised at the end, or passed to a function as they come.
-    With `on_prediction`, predictions are passed to it, and not kept.
+    """All results, the broken pictures apart: in `failures`, raised at the end, or passed to a
+    function as they come. With `on_prediction`, predictions are passed to it, and not kept.
 
     Raises `BrokenPictures` at the end where `on_error` is "raise" and a picture could not be read.
     """
@@ -204,7 +243,9 @@ def collect_predictions(
 
 
 class BrokenPictures(UserError):
-    """Some pictures could not be read; `predictions` are those of the others, and nothing of them is lost."""
+    """Some pictures could not be read; `predictions` are those of the others, and nothing of them
+    is lost.
+    """
 
     def __init__(self, predictions: Predictions) -> None:
         failures = predictions.failures

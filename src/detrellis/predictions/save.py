@@ -1,5 +1,5 @@
-"""The files of `predict --out`: drawn pictures, `predictions.json` as COCO results; YOLO text, labels and crops if
-wanted."""
+"""The files of `predict --out`: drawn pictures, `predictions.json` as COCO results; YOLO text,
+labels and crops if wanted."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ SPOOLED = 1 << 24  # bytes of results that are kept in memory
 
 
 class PredictionFolder:
-    """Where the predictions of `pictures` go: `NAME.jpg` for each, `NAME.mp4` for a video, and with `txt`
-    `labels/NAME.txt`; `labels` is the format of a folder of labels. A video's frames are called `NAME/000123`.
+    """Where the predictions of `pictures` go: `NAME.jpg` for each, `NAME.mp4` for a video, and with
+    `txt` `labels/NAME.txt`; `labels` is the format of a folder of labels. A video's frames are
+    called `NAME/000123`.
 
-    What an earlier call wrote is left out of `pictures`, unless it was named itself. Raises `UserError` where something
-    would be lost, before any work; see `outputs.py`.
+    What an earlier call wrote is left out of `pictures`, unless it was named itself. Raises
+    `UserError` where something would be lost, before any work; see `outputs.py`.
     """
 
     def __init__(
@@ -51,17 +52,27 @@ class PredictionFolder:
     ) -> None:
         self.outputs, self.txt = Outputs(out), txt
         folders = [self.outputs, *(Outputs(out / name) for name in (CROPS, *FORMATS))]
-        earlier = [p.listed and p.path is not None and any(f.made(p.path) for f in folders) for p in pictures]
+        earlier = [
+            p.listed and p.path is not None and any(f.made(p.path) for f in folders)
+            for p in pictures
+        ]
         self.pictures = [p for p, written in zip(pictures, earlier, strict=True) if not written]
         if pictures and not self.pictures:
             raise UserError(
-                f"{out}: an earlier call wrote all of these pictures", "Name others, or take another --out."
+                f"{out}: an earlier call wrote all of these pictures",
+                "Name others, or take another --out.",
             )
         self.names = output_names(self.pictures)
         entries = list(zip(self.pictures, self.names, strict=True))
-        files = [RESULTS, *(f"{name}.{'mp4' if picture.is_video else 'jpg'}" for picture, name in entries)]
+        files = [
+            RESULTS,
+            *(f"{name}.{'mp4' if picture.is_video else 'jpg'}" for picture, name in entries),
+        ]
         if txt:
-            files += [CLASSES, *(f"labels/{name}.txt" for picture, name in entries if not picture.is_video)]
+            files += [
+                CLASSES,
+                *(f"labels/{name}.txt" for picture, name in entries if not picture.is_video),
+            ]
             files += [
                 file.relative_to(out).as_posix()
                 for picture, name in entries
@@ -79,23 +90,29 @@ class PredictionFolder:
         classes: ClassMap,
         data: Mapping[str, Any] | None,
     ) -> Generator[Result]:
-        """Pass on what `detect` gives of each picture and frame, in order, and write its files as it comes.
+        """Pass on what `detect` gives of each picture and frame, in order, and write its files as
+        it comes.
 
-        `predictions.json`, labels and a video's end are written also where the end comes early. A picture that belongs
-        to the data set that the model was trained on (`data`: the `DataSource`, as `to_dict` gives it) keeps its image
-        id there; others count on from the highest one.
+        `predictions.json`, labels and a video's end are written also where the end comes early. A
+        picture that belongs to the data set that the model was trained on (`data`: the
+        `DataSource`, as `to_dict` gives it) keeps its image id there; others count on from the
+        highest one.
         """
         id_of, folders = image_ids(self.pictures, data), folder_names(classes.names)
         for part in (self.labels, self.crops):
             if part is not None:
                 part.start()
         if self.txt:
-            self.outputs.write(CLASSES, "".join(f"{' '.join(name.split())}\n" for name in classes.names))
+            self.outputs.write(
+                CLASSES, "".join(f"{' '.join(name.split())}\n" for name in classes.names)
+            )
         entries = zip(self.pictures, self.names, strict=True)
         with JsonList() as rows:
             files = _Files(self, rows, id_of, classes, folders)
             try:
-                for of_videos, group in itertools.groupby(entries, key=lambda entry: entry[0].is_video):
+                for of_videos, group in itertools.groupby(
+                    entries, key=lambda entry: entry[0].is_video
+                ):
                     saved = files.videos if of_videos else files.pictures
                     yield from saved(list(group), detect)
             finally:
@@ -134,7 +151,9 @@ class _Files:
         for video, name in entries:
             yield from self._video(video, name, detect([video]))
 
-    def _video(self, video: InputPicture, name: str, results: Iterable[Result]) -> Generator[Result]:
+    def _video(
+        self, video: InputPicture, name: str, results: Iterable[Result]
+    ) -> Generator[Result]:
         assert video.path is not None
         rate = frame_rate(video.path) / video.every
         with self.folder.outputs.growing(f"{name}.mp4") as path, VideoWriter(path, rate) as film:
@@ -185,11 +204,12 @@ class JsonList:
 
 
 def output_names(pictures: Sequence[InputPicture]) -> list[str]:
-    """What the files of each picture are called, without suffix, all different; their order does not matter.
+    """What the files of each picture are called, without suffix, all different; their order does
+    not matter.
 
-    The picture's place in the folder that was given, or its name: `sub/photo`, `photo`. Where two would be the same,
-    each gets its suffix (`photo.jpg`, `photo.png`), or folders that tell them apart (`a/photo`, `b/photo`). Pictures
-    without a file are counted: `picture-1`.
+    The picture's place in the folder that was given, or its name: `sub/photo`, `photo`. Where two
+    would be the same, each gets its suffix (`photo.jpg`, `photo.png`), or folders that tell them
+    apart (`a/photo`, `b/photo`). Pictures without a file are counted: `picture-1`.
     """
     levels = [0] * len(pictures)
     while True:
@@ -197,7 +217,8 @@ def output_names(pictures: Sequence[InputPicture]) -> list[str]:
         names = []
         for position, (picture, level) in enumerate(zip(pictures, levels, strict=True)):
             names.append(_output_name(picture, position, level))
-            positions[names[-1].casefold()].append(position)  # file systems may not tell "A" from "a"
+            # File systems may not tell "A" from "a"
+            positions[names[-1].casefold()].append(position)
         clashes = [position for group in positions.values() if len(group) > 1 for position in group]
         if not clashes:
             return names
@@ -206,7 +227,9 @@ def output_names(pictures: Sequence[InputPicture]) -> list[str]:
 
 
 def _output_name(picture: InputPicture, position: int, level: int) -> str:
-    """The shortest name, and at each further level a longer one; at last with the picture's number."""
+    """The shortest name, and at each further level a longer one; at last with the picture's
+    number.
+    """
     if picture.path is None:
         return f"picture-{position + 1}" + "-" * level
     folders = Path(os.path.abspath(picture.path)).parts[1:-1]
@@ -217,9 +240,11 @@ def _output_name(picture: InputPicture, position: int, level: int) -> str:
     return (place if with_suffix else place.with_suffix("")).as_posix()
 
 
-def image_ids(pictures: Sequence[InputPicture], data: Mapping[str, Any] | None) -> Callable[[InputPicture], int]:
-    """Gives each picture or frame, when it is asked, an image id: the data set's, where it holds the picture, else a
-    new one, higher than those."""
+def image_ids(
+    pictures: Sequence[InputPicture], data: Mapping[str, Any] | None
+) -> Callable[[InputPicture], int]:
+    """Gives each picture or frame, when it is asked, an image id: the data set's, where it holds
+    the picture, else a new one, higher than those."""
     known: dict[Path, int] = {}
     names = {picture.path.name for picture in pictures if picture.path is not None}
     highest = 0
@@ -227,7 +252,11 @@ def image_ids(pictures: Sequence[InputPicture], data: Mapping[str, Any] | None) 
         with contextlib.suppress(UserError):  # moved or deleted since: then nothing is known
             for raw in DataSource.from_dict(data).load_all().values():
                 highest = max(highest, int(raw.image_ids.max(initial=0)))
-                rows = [row for row, name in enumerate(raw.file_names) if os.path.basename(name) in names]
+                rows = [
+                    row
+                    for row, name in enumerate(raw.file_names)
+                    if os.path.basename(name) in names
+                ]
                 known |= {raw.path(row).resolve(): int(raw.image_ids[row]) for row in rows}
     new_ids = itertools.count(highest + 1)
 

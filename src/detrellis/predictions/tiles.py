@@ -1,15 +1,17 @@
-"""Tiles: a large picture in overlapping parts, so that its small objects are seen larger, as SAHI does it (Akyon et al.
-2022, arXiv:2202.06934).
+"""Tiles: a large picture in overlapping parts, so that its small objects are seen larger, as SAHI
+does it (Akyon et al. 2022, arXiv:2202.06934).
 
-Each tile goes through the detector as a picture of its own, and the whole picture as one more view, in which objects
-are whole that no tile holds. What the views give is put together by greedy NMS within each class, with two deviations
-from SAHI's:
+Each tile goes through the detector as a picture of its own, and the whole picture as one more view,
+in which objects are whole that no tile holds. What the views give is put together by greedy NMS
+within each class, with two deviations from SAHI's:
 
-* A detection drops those of other views only: within one view a DETR gives each object once, also where they overlap.
-* A box that ends at an inner border of its tile is a part of an object, most likely. It counts half when it is decided
-  which of two stays, and is dropped where most of it lies in a better one: the IoU of a part with the whole is small.
-  SAHI takes that overlap for all boxes, which loses small objects before large ones of their class. Parts are not
-  joined: an object that is larger than the overlap needs the whole picture, or larger tiles.
+* A detection drops those of other views only: within one view a DETR gives each object once, also
+  where they overlap.
+* A box that ends at an inner border of its tile is a part of an object, most likely. It counts half
+  when it is decided which of two stays, and is dropped where most of it lies in a better one: the
+  IoU of a part with the whole is small. SAHI takes that overlap for all boxes, which loses small
+  objects before large ones of their class. Parts are not joined: an object that is larger than the
+  overlap needs the whole picture, or larger tiles.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut: tiles of `size` pixels a side, which share `overlap` of it with the next one."""
+    """How pictures are cut: tiles of `size` pixels a side, which share `overlap` of it with the
+    next one.
+    """
 
     size: int
     overlap: float = 0.2
@@ -61,12 +65,19 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if not 32 <= self.size <= 65536:
-            raise UserError(f"tiles of {self.size} pixels", "Take a side from 32 to 65536, such as 640.")
+            raise UserError(
+                f"tiles of {self.size} pixels", "Take a side from 32 to 65536, such as 640."
+            )
         if not 0 <= self.overlap <= 0.9:
-            raise UserError(f"tiles that overlap by {self.overlap:g}", "Take a share from 0 to 0.9 of their side.")
+            raise UserError(
+                f"tiles that overlap by {self.overlap:g}",
+                "Take a share from 0 to 0.9 of their side.",
+            )
 
     def windows(self, height: int, width: int) -> list[Window]:
-        """The tiles of a picture, row by row, all of one size, then the whole. One that fits into a tile is one."""
+        """The tiles of a picture, row by row, all of one size, then the whole. One that fits into a
+        tile is one.
+        """
         tiles = [
             Window(left, top, min(left + self.size, width), min(top + self.size, height))
             for top in self._starts(height)
@@ -89,18 +100,30 @@ def one_way(tta: bool | str) -> None:
 
 
 def merged(
-    found: Sequence[tuple[Window, Detections]], size: tuple[int, int], threshold: float, k: int | None = None
+    found: Sequence[tuple[Window, Detections]],
+    size: tuple[int, int],
+    threshold: float,
+    k: int | None = None,
 ) -> Detections:
-    """The detections of a picture of `size` (height, width), of those in its windows; at most `k`, best first.
+    """The detections of a picture of `size` (height, width), of those in its windows; at most `k`,
+    best first.
 
-    `threshold` is the IoU from which two are of one object. Masks are carried along, and placed in the picture.
+    `threshold` is the IoU from which two are of one object. Masks are carried along, and placed in
+    the picture.
     """
     boxes = torch.cat([part.boxes + torch.tensor([*window[:2]] * 2) for window, part in found])
-    scores, labels = (torch.cat([getattr(part, name) for _, part in found]) for name in ("scores", "labels"))
+    scores, labels = (
+        torch.cat([getattr(part, name) for _, part in found]) for name in ("scores", "labels")
+    )
     views = torch.cat([torch.full((len(part.scores),), i) for i, (_, part) in enumerate(found)])
     cut = torch.cat([_cut(part.boxes, window, size) for window, part in found])
     order = (scores * torch.where(cut, HALF, 1.0)).argsort(descending=True, stable=True)[:MOST]
-    columns = (boxes[order].double().numpy(), labels[order].numpy(), views[order].numpy(), cut[order].numpy())
+    columns = (
+        boxes[order].double().numpy(),
+        labels[order].numpy(),
+        views[order].numpy(),
+        cut[order].numpy(),
+    )
     kept = order[_apart(*columns, threshold)]
     kept = kept[scores[kept].argsort(descending=True, stable=True)][:k]
     masks = None
@@ -118,27 +141,37 @@ def _placed(found: tuple[bytes, Window], size: tuple[int, int]) -> bytes:
 
 
 def _cut(boxes: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
-    """Whether each box `(n, 4)` of a window ends at a border of it that is none of the picture's."""
+    """Whether each box `(n, 4)` of a window ends at a border of it that is none of the
+    picture's.
+    """
     left, top, right, bottom = window
     height, width = size
     room = torch.tensor([right - left, bottom - top]) * CUT
     inner = torch.tensor([left > 0, top > 0, right < width, bottom < height])
-    at = torch.cat([boxes[:, :2] <= room, boxes[:, 2:] >= torch.tensor([right - left, bottom - top]) - room], dim=1)
+    at = torch.cat(
+        [boxes[:, :2] <= room, boxes[:, 2:] >= torch.tensor([right - left, bottom - top]) - room],
+        dim=1,
+    )
     return (at & inner).any(dim=1)
 
 
 def _apart(
-    boxes: Floats, labels: NDArray[np.int64], views: NDArray[np.int64], cut: NDArray[np.bool_], threshold: float
+    boxes: Floats,
+    labels: NDArray[np.int64],
+    views: NDArray[np.int64],
+    cut: NDArray[np.bool_],
+    threshold: float,
 ) -> NDArray[np.int64]:
-    """The rows that stay, of detections in the order in which they are taken; a row at a time, so that memory stays
-    small."""
+    """The rows that stay, of detections in the order in which they are taken; a row at a time, so
+    that memory stays small."""
     left = np.ones(len(boxes), dtype=np.bool_)
     areas = (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)
     for row in range(len(boxes)):
         if not left[row]:
             continue
         rest = slice(row + 1, None)
-        low, high = np.maximum(boxes[row, :2], boxes[rest, :2]), np.minimum(boxes[row, 2:], boxes[rest, 2:])
+        low = np.maximum(boxes[row, :2], boxes[rest, :2])
+        high = np.minimum(boxes[row, 2:], boxes[rest, 2:])
         both = (high - low).clip(min=0).prod(axis=1)
         same = both > threshold * (areas[row] + areas[rest] - both)
         part = cut[rest] & (both > INSIDE * areas[rest])
@@ -153,14 +186,17 @@ def collect_tiles(
     truth: Masks | None = None,
     progress: bool = False,
 ) -> CocoEvaluator:
-    """As `engine.evaluate.collect`, of all that `detect` gives of each whole image, as `predict` does: many tiles hold
-    more than a detector's `top_k`. With `truth`, the masks of the annotations, it has to give masks."""
+    """As `engine.evaluate.collect`, of all that `detect` gives of each whole image, as `predict`
+    does: many tiles hold more than a detector's `top_k`. With `truth`, the masks of the
+    annotations, it has to give masks."""
     evaluator = CocoEvaluator(annotations, top_k=MOST, truth=truth)
     rows = range(world.rank, len(annotations), world.size)
     for row in track(rows, "evaluate tiles", len(rows), progress):
         height, width = annotations.sizes[row].tolist()
         found = detect(read_image(annotations.path(row), (height, width)))
         if truth is not None and found.masks is None:
-            raise UserError("the detector gives boxes without masks", "Evaluate its boxes: --metric coco.")
+            raise UserError(
+                "the detector gives boxes without masks", "Evaluate its boxes: --metric coco."
+            )
         evaluator.update([int(annotations.image_ids[row])], [found])
     return completed(evaluator)

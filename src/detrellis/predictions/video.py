@@ -1,7 +1,9 @@
-"""Videos as pictures: their frames one by one, upright, each with its number and its time. Needs PyAV.
+"""Videos as pictures: their frames one by one, upright, each with its number and its time. Needs
+PyAV.
 
-A video is decoded from its start to its end, and only the frame that is looked at is in memory. Times are those that
-the file gives, from its first frame on, so that a rate that varies stays as it is.
+A video is decoded from its start to its end, and only the frame that is looked at is in memory.
+Times are those that the file gives, from its first frame on, so that a rate that varies stays as it
+is.
 """
 
 from __future__ import annotations
@@ -20,9 +22,25 @@ from detrellis.data.files import hidden
 from detrellis.errors import UserError
 
 INSTALL = "pip install 'detrellis[video]'"
-VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".3gp"})
+VIDEOS = frozenset(
+    {
+        ".mp4",
+        ".avi",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".m4v",
+        ".mpg",
+        ".mpeg",
+        ".wmv",
+        ".flv",
+        ".mts",
+        ".3gp",
+    }
+)
 AGAIN = "Copy, download or export the file again; what could be read of it is used."
-EARLY = (0.5, 0.2)  # seconds, or share of the duration if less, by which a video may end before its header says
+# Seconds, or share of the duration if less, by which a video may end before its header says
+EARLY = (0.5, 0.2)
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that is called like a video opens no address
 BT601, BT709, UNSPECIFIED = 5, 1, 2  # how colours are coded, by FFmpeg's numbers
 HIGH = 720  # lines from which a video that does not say so is BT.709
@@ -64,8 +82,8 @@ def frames_expected(path: Path) -> int:
 def read_frames(path: Path, every: int = 1) -> Iterator[Frame]:
     """Each `every`th frame, from the first one on.
 
-    Raises `UserError` that names the file: at once where it is no video, and after the last frame that can be read
-    where it is damaged, or ends before its header says.
+    Raises `UserError` that names the file: at once where it is no video, and after the last frame
+    that can be read where it is damaged, or ends before its header says.
     """
     import av
 
@@ -73,7 +91,11 @@ def read_frames(path: Path, every: int = 1) -> Iterator[Frame]:
         with _opened(path) as container:
             yield from _decoded(path, container, every)
     except (av.FFmpegError, OSError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else _reason(error)
+        reason = (
+            os.strerror(error.errno)
+            if isinstance(error, OSError) and error.errno
+            else _reason(error)
+        )
         raise UserError(f"{path}: a video that cannot be read ({reason})", AGAIN) from None
 
 
@@ -88,7 +110,9 @@ def read_frame(path: Path, number: int) -> Tensor:
 def _decoded(path: Path, container: Any, every: int) -> Iterator[Frame]:
     """The frames, and at the end what was wrong with the file."""
     if not container.streams.video:
-        raise UserError(f"{path}: holds no pictures, only {_kinds(container)}", "Leave it out, or give a video.")
+        raise UserError(
+            f"{path}: holds no pictures, only {_kinds(container)}", "Leave it out, or give a video."
+        )
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     rate, number, damaged, start, time, end = _rate(stream), 0, 0, None, 0.0, 0.0
@@ -108,17 +132,23 @@ def _decoded(path: Path, container: Any, every: int) -> Iterator[Frame]:
 
 
 def _whole(path: Path, frames: int, damaged: int, end: float, container: Any) -> None:
-    """Raises `UserError` where the file is not: it has ended at `end` seconds, with parts that are `damaged`."""
+    """Raises `UserError` where the file is not: it has ended at `end` seconds, with parts that are
+    `damaged`.
+    """
     duration = (container.duration or 0) / 1_000_000
     begin = max((container.start_time or 0) / 1_000_000, 0)
     if not frames:
         raise UserError(f"{path}: a video of which no frame can be read", AGAIN)
     if duration - (end - begin) > min(EARLY[0], EARLY[1] * duration):
         raise UserError(
-            f"{path}: ends after {end - begin:.1f} of {duration:.1f} seconds, {frames} frames were read", AGAIN
+            f"{path}: ends after {end - begin:.1f} of {duration:.1f} seconds, {frames} frames "
+            "were read",
+            AGAIN,
         )
     if damaged:
-        raise UserError(f"{path}: {damaged} parts of it are damaged, {frames} frames were read", AGAIN)
+        raise UserError(
+            f"{path}: {damaged} parts of it are damaged, {frames} frames were read", AGAIN
+        )
 
 
 def _frames(packet: Any) -> tuple[list[Any], bool]:
@@ -144,7 +174,11 @@ def _pixels(frame: Any) -> Tensor:
 
 def _end(packet: Any) -> float:
     """Seconds at which what the packet holds is over; 0 where it does not say."""
-    return 0.0 if packet.pts is None else float((packet.pts + (packet.duration or 0)) * packet.time_base)
+    return (
+        0.0
+        if packet.pts is None
+        else float((packet.pts + (packet.duration or 0)) * packet.time_base)
+    )
 
 
 def _head(path: Path) -> tuple[Fraction, int]:

@@ -1,4 +1,6 @@
-"""Recipes: names, and plain functions that return a `Recipe`. Importing them does not import torch."""
+"""Recipes: names, and plain functions that return a `Recipe`. Importing them does not import
+torch.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +66,8 @@ def choose_recipe(
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
 ) -> Recipe:
-    """A recipe, or that of a name, with what is wanted otherwise: see `detrellis.train`. `UserError` where there is no
-    such recipe, scheme or field."""
+    """A recipe, or that of a name, with what is wanted otherwise: see `detrellis.train`.
+    `UserError` where there is no such recipe, scheme or field."""
     if recipe is None:
         raise UserError(
             "train: which recipe?",
@@ -79,7 +81,9 @@ def choose_recipe(
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name, with `_` for `-` and capitals too; `UserError` with those of its kind otherwise."""
+    """The recipe of that name, with `_` for `-` and capitals too; `UserError` with those of its
+    kind otherwise.
+    """
     plain = name.strip().lower().replace("_", "-")
     if plain in RECIPES:
         return RECIPES[plain]()
@@ -89,5 +93,6 @@ def find_recipe(name: str) -> Recipe:
     if difflib.get_close_matches(plain, RECIPES, n=1, cutoff=0.5):
         raise unknown_name(plain, list(RECIPES), "recipe")
     raise UserError(
-        f"recipe: there is no {name!r}", "detrellis recipes lists them; tiny is one for small data and CPUs."
+        f"recipe: there is no {name!r}",
+        "detrellis recipes lists them; tiny is one for small data and CPUs.",
     )

@@ -1,4 +1,6 @@
-"""Backbones as a recipe names them; docs/detectors.md says what each is. Importing this imports no torch."""
+"""Backbones as a recipe names them; docs/detectors.md says what each is. Importing this imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,29 @@ from detrellis.fields import (
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # torchvision's
 PyramidStrides = Annotated[tuple[Literal[4, 8, 16, 32, 64], ...], Ascending, Some]
-VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")  # RT-DETR's; every other backbone is timm's
+# RT-DETR's; every other backbone is timm's
+VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")
 
 
 class BackboneConfig(Config):
-    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`, ...), or any timm
-    model with feature maps."""
+    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`,
+    ...), or any timm model with feature maps."""
 
     pyramid: ClassVar[bool] = False  # whether its one map becomes several in the neck
     kind: Literal["hierarchical"] = "hierarchical"
     name: str = "resnet50"
     pretrained: bool = True
-    weights: Key | None = None  # local file of pretrained weights; None: an installed package, or the hub
-    # auto: frozen with pretrained weights, trained without; frozen freezes a ResNet's stem and first stage too,
-    # frozen_norm the norms alone
+    # Local file of pretrained weights; None: an installed package, or the hub
+    weights: Key | None = None
+    # auto: frozen with pretrained weights, trained without; frozen freezes a ResNet's stem and
+    # first stage too, frozen_norm the norms alone
     norm: Literal["auto", "frozen", "frozen_norm", "batch"] = "auto"
     dilation: bool = False  # DC5
-    drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches, for timm models that have it
+    # Rate of dropped residual branches, for timm models that have it
+    drop_path: ZeroToBelowOne = 0.0
     strides: Strides = (8, 16, 32)
-    # stages, with the stem (or "stem" alone), that training leaves as they are, BatchNorm's statistics too; 0: what
-    # `norm` freezes
+    # stages, with the stem (or "stem" alone), that training leaves as they are, BatchNorm's
+    # statistics too; 0: what `norm` freezes
     frozen: Annotated[int, within(0, 99)] | Literal["all", "stem"] = 0
 
     @property
@@ -47,11 +52,15 @@ class BackboneConfig(Config):
 
     def untrained(self) -> BackboneConfig:
         """The same network without pretrained weights."""
-        return self.model_copy(update={"pretrained": False, "weights": None, "norm": self.normalisation})
+        return self.model_copy(
+            update={"pretrained": False, "weights": None, "norm": self.normalisation}
+        )
 
 
 class WindowViTConfig(Config):
-    """A plain ViT, whose maps have one stride, with attention within windows in some blocks (LW-DETR, RF-DETR)."""
+    """A plain ViT, whose maps have one stride, with attention within windows in some blocks
+    (LW-DETR, RF-DETR).
+    """
 
     dilation: ClassVar[bool] = False
     pyramid: ClassVar[bool] = False
@@ -59,16 +68,21 @@ class WindowViTConfig(Config):
     pretrained: bool = True
     weights: Key | None = None  # local file of pretrained weights; None: those of
     timm: Key | None = None  # timm's model of this name; None: no host has any
-    style: Literal["cae", "dinov2"] = "cae"  # LW-DETR's; dinov2: with class tokens and a norm of each map (RF-DETR)
+    # LW-DETR's; dinov2: with class tokens and a norm of each map (RF-DETR)
+    style: Literal["cae", "dinov2"] = "cae"
     width: Annotated[int, within(4, 8192)] = 192
     heads: Few = 12
     patch: Annotated[int, within(1, 256)] = 16
-    grid: Annotated[int, within(1, 1024)] = 14  # patches along a side of the table of positions, which is resized
+    # Patches along a side of the table of positions, which is resized
+    grid: Annotated[int, within(1, 1024)] = 14
     windows: Annotated[int, within(1, 32)] = 4  # along each side of the image
-    windowed: Annotated[tuple[CountOrNone, ...], Ascending] = (0, 2, 4)  # blocks within windows, counted from 0
-    taps: Annotated[tuple[Few, ...], Ascending, Some] = (2, 4, 6)  # after how many blocks a map is read off
+    # Blocks within windows, counted from 0
+    windowed: Annotated[tuple[CountOrNone, ...], Ascending] = (0, 2, 4)
+    # After how many blocks a map is read off
+    taps: Annotated[tuple[Few, ...], Ascending, Some] = (2, 4, 6)
     drop_path: ZeroToBelowOne = 0.0
-    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+    # Blocks that are not trained, with the embedding
+    frozen: Annotated[int, within(0, 99)] | Literal["all"] = 0
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -81,26 +95,35 @@ class WindowViTConfig(Config):
 
 
 class EvaViTConfig(Config):
-    """EVA-02's ViT (its large size by default): attention within windows in most blocks, rotary positions, gated
-    feed-forward blocks. Its one map of stride 16 becomes several by the simple feature pyramid, in the neck."""
+    """EVA-02's ViT (its large size by default): attention within windows in most blocks, rotary
+    positions, gated feed-forward blocks. Its one map of stride 16 becomes several by the simple
+    feature pyramid, in the neck."""
 
     dilation: ClassVar[bool] = False
     pyramid: ClassVar[bool] = True
     kind: Literal["eva02"] = "eva02"
     pretrained: bool = True
-    weights: Key | None = None  # local file of pretrained weights, EVA-02's or timm's; None: those of
-    timm: Key | None = "eva02_large_patch14_224.mim_m38m"  # timm's model of this name; None: no host has any
+    # Local file of pretrained weights, EVA-02's or timm's; None: those of
+    weights: Key | None = None
+    # Timm's model of this name; None: no host has any
+    timm: Key | None = "eva02_large_patch14_224.mim_m38m"
     width: Annotated[int, within(4, 8192)] = 1024
     depth: Few = 24
     heads: Few = 16
     window: Annotated[int, within(1, 1024)] = 16  # cells along a side
-    global_blocks: Annotated[tuple[CountOrNone, ...], Ascending] = (2, 5, 8, 11, 14, 17, 20, 23)  # counted from 0
-    grid: Annotated[int, within(1, 1024)] = 32  # cells along a side of the table of positions, which is resized
-    extent: Annotated[int, within(1, 1024)] | None = None  # cells that rotary positions span; None: those of each image
+    # Counted from 0
+    global_blocks: Annotated[tuple[CountOrNone, ...], Ascending] = (2, 5, 8, 11, 14, 17, 20, 23)
+    # Cells along a side of the table of positions, which is resized
+    grid: Annotated[int, within(1, 1024)] = 32
+    # Cells that rotary positions span; None: those of each image
+    extent: Annotated[int, within(1, 1024)] | None = None
     strides: PyramidStrides = (4, 8, 16, 32, 64)
-    drop_path: ZeroToBelowOne = 0.0  # rate of dropped residual branches in the last block; less in those before
-    checkpointing: bool = False  # compute blocks again in the backward pass, instead of keeping what they computed
-    frozen: Annotated[int, within(0, 100)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+    # Rate of dropped residual branches in the last block; less in those before
+    drop_path: ZeroToBelowOne = 0.0
+    # Compute blocks again in the backward pass, instead of keeping what they computed
+    checkpointing: bool = False
+    # Blocks that are not trained, with the embedding
+    frozen: Annotated[int, within(0, 100)] | Literal["all"] = 0
 
     def untrained(self) -> EvaViTConfig:
         """The same network without pretrained weights."""
@@ -108,8 +131,9 @@ class EvaViTConfig(Config):
 
 
 class TimmViTConfig(Config):
-    """A plain ViT of timm's (ViT, DeiT, DINOv2, DINOv3, EVA-02) with patches of 16 pixels; published ones of another
-    size are resampled. Its one map becomes several by the simple feature pyramid, in the neck."""
+    """A plain ViT of timm's (ViT, DeiT, DINOv2, DINOv3, EVA-02) with patches of 16 pixels;
+    published ones of another size are resampled. Its one map becomes several by the simple feature
+    pyramid, in the neck."""
 
     dilation: ClassVar[bool] = False
     pyramid: ClassVar[bool] = True
@@ -119,8 +143,10 @@ class TimmViTConfig(Config):
     weights: Key | None = None  # local file of pretrained weights; None: the hub
     strides: PyramidStrides = (8, 16, 32)
     drop_path: ZeroToBelowOne = 0.0
-    checkpointing: bool = False  # compute blocks again in the backward pass, instead of keeping what they computed
-    frozen: Annotated[int, within(0, 100)] | Literal["all"] = 0  # blocks that are not trained, with the embedding
+    # Compute blocks again in the backward pass, instead of keeping what they computed
+    checkpointing: bool = False
+    # Blocks that are not trained, with the embedding
+    frozen: Annotated[int, within(0, 100)] | Literal["all"] = 0
 
     def untrained(self) -> TimmViTConfig:
         """The same network without pretrained weights."""

@@ -1,4 +1,6 @@
-"""From a recipe to what is trained. The detector comes first, from the seed alone: no scheme can change its weights."""
+"""From a recipe to what is trained. The detector comes first, from the seed alone: no scheme can
+change its weights.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ from detrellis.supervision import (
 from detrellis.training import TrainableDetector
 
 
-def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -> list[TrainingScheme]:
+def build_schemes(
+    recipe: Recipe, detector: Detector, classes: int, seed: int
+) -> list[TrainingScheme]:
     """The recipe's training schemes, each initialised from a seed of its own."""
     built: list[TrainingScheme] = []
     with torch.random.fork_rng(devices=[]):
@@ -72,11 +76,16 @@ def build_schemes(recipe: Recipe, detector: Detector, classes: int, seed: int) -
     for scheme in built:
         for missing in sorted(scheme.requires - recipe.detector.capabilities):
             reason, remedy = MISSING[missing]
-            raise UserError(f"scheme {scheme.name} cannot train {recipe.name}: {reason}", f"Leave it out, or {remedy}.")
+            raise UserError(
+                f"scheme {scheme.name} cannot train {recipe.name}: {reason}",
+                f"Leave it out, or {remedy}.",
+            )
     return built
 
 
-def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detector, classes: int) -> TrainingScheme:
+def build_scheme(
+    config: SchemeConfig, network: DetectorConfig, detector: Detector, classes: int
+) -> TrainingScheme:
     """A scheme from its config, and from what it needs to know of the detector."""
     match config:
         case FederatedConfig():
@@ -92,7 +101,9 @@ def build_scheme(config: SchemeConfig, network: DetectorConfig, detector: Detect
         case CoConfig():
             positioned, layers = network.queries.position == "queries", network.decoder.layers
             strides = network.level_strides
-            return Collaborative(config, network.width, classes, strides, layers=layers, positioned=positioned)
+            return Collaborative(
+                config, network.width, classes, strides, layers=layers, positioned=positioned
+            )
         case AlignConfig():
             return Align(config)
         case StableConfig():
@@ -119,14 +130,17 @@ def build_supervision(recipe: Recipe) -> Supervision:
     terms = ("box", "giou", "iou_branch", "mask", "dice", "fgl", "ddf", "salience")
     names = {"class": "classes", **{name: name for name in terms}}
     k = config.one_to_many
-    weights = {term: getattr(config, name) / k for term, name in names.items()}  # as if copies were targets
+    # As if copies were targets
+    weights = {term: getattr(config, name) / k for term, name in names.items()}
     candidates = Candidates(k, k, k, positive_fraction=None)
     match_masks = detector.masks is not None and (config.cost_mask > 0 or config.cost_dice > 0)
     masks = MaskCost(config.cost_mask, config.cost_dice) if match_masks else None
     cross_entropy = softmax_set_loss if detector.boxes else softmax_class_loss
     rule: LossRule = partial(cross_entropy, no_object=config.no_object)
     if not softmax:
-        rule = replace(CLASSIFICATION[config.classification], iou_error=IOU_ERRORS[config.iou_error])
+        rule = replace(
+            CLASSIFICATION[config.classification], iou_error=IOU_ERRORS[config.iou_error]
+        )
     return Supervision(Hungarian(cost, candidates, masks=masks, union=config.union), rule, weights)
 
 
@@ -137,11 +151,15 @@ def build_points(recipe: Recipe) -> Points | None:
     return Points(recipe.loss.points, inside=recipe.loss.points_in == "image")
 
 
-def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) -> TrainableDetector:
-    """Detector and schemes for training; the detector's weights depend on the recipe's network part and seed only.
+def build(
+    recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False
+) -> TrainableDetector:
+    """Detector and schemes for training; the detector's weights depend on the recipe's network part
+    and seed only.
 
-    Raises `UserError` for a recipe whose parts contradict each other or name what is not there. `stored`: of a run that
-    exists, which goes on although it has a factor on learning rates that belongs to no parameter.
+    Raises `UserError` for a recipe whose parts contradict each other or name what is not there.
+    `stored`: of a run that exists, which goes on although it has a factor on learning rates that
+    belongs to no parameter.
     """
     refuse(recipe)
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +180,9 @@ def build(recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False) 
 
 
 def build_untrained(recipe: Recipe, classes: int) -> Detector:
-    """The detector alone, to be filled with trained weights; no generator of random numbers moves."""
+    """The detector alone, to be filled with trained weights; no generator of random numbers
+    moves.
+    """
     with torch.random.fork_rng(devices=[]):
         return build_detector(recipe.untrained().detector, classes)
 
@@ -171,17 +191,28 @@ def _refuse_idle_factors(scaled: Mapping[str, float], names: Sequence[str]) -> N
     """`UserError` for a factor on learning rates that belongs to no parameter."""
     for key in scaled:
         if not any(key in name for name in names):
-            parts = sorted({part for name in names for part in name.split(".")[1:-1] if not part.isdecimal()})
-            near = difflib.get_close_matches(key, parts, n=3, cutoff=0.5) or ["backbone", "encoder", "decoder"]
+            parts = sorted(
+                {part for name in names for part in name.split(".")[1:-1] if not part.isdecimal()}
+            )
+            near = difflib.get_close_matches(key, parts, n=3, cutoff=0.5) or [
+                "backbone",
+                "encoder",
+                "decoder",
+            ]
             raise UserError(
                 f"optim.scaled.{key}={scaled[key]:g}: no parameter's name contains {key!r}",
-                f"Names contain, for example: {', '.join(near)}. Without it: -o 'optim.scaled={_flow(scaled, key)}'.",
+                f"Names contain, for example: {', '.join(near)}. Without it: -o "
+                f"'optim.scaled={_flow(scaled, key)}'.",
             )
 
 
 def _flow(scaled: Mapping[str, float], left_out: str) -> str:
     """The other factors as YAML."""
-    return "{" + ", ".join(f"{key}: {factor:g}" for key, factor in scaled.items() if key != left_out) + "}"
+    return (
+        "{"
+        + ", ".join(f"{key}: {factor:g}" for key, factor in scaled.items() if key != left_out)
+        + "}"
+    )
 
 
 def _seed(seed: int, name: str) -> int:

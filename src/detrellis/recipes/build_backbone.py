@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def pretrained_source(config: AnyBackboneConfig) -> Source | None:
-    """Where the backbone's pretrained weights come from; None where it starts from scratch. `UserError` where there
-    are none to be had."""
+    """Where the backbone's pretrained weights come from; None where it starts from scratch.
+    `UserError` where there are none to be had."""
     if not config.pretrained:
         return None
     name = _published(config)
@@ -35,18 +35,23 @@ def pretrained_source(config: AnyBackboneConfig) -> Source | None:
 
 
 def _published(config: AnyBackboneConfig) -> str | None:
-    """The name that pretrained weights of a backbone are published under, by torchvision or timm; None: nowhere."""
+    """The name that pretrained weights of a backbone are published under, by torchvision or timm;
+    None: nowhere.
+    """
     if isinstance(config, WindowViTConfig | EvaViTConfig):
         return config.timm
     return timm_name(config.name) if config.name in VD_RESNETS else config.name
 
 
-def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = None) -> tuple[Recipe, str | None]:
-    """The recipe as a fresh run of it is stored, with `data.mean` and `data.std`, and where the pretrained weights of
-    its backbone come from, in words.
+def starting_from(
+    recipe: Recipe, trained: tuple[Channels, Channels] | None = None
+) -> tuple[Recipe, str | None]:
+    """The recipe as a fresh run of it is stored, with `data.mean` and `data.std`, and where the
+    pretrained weights of its backbone come from, in words.
 
-    What the recipe leaves open is the backbone's own, or the mean and std of the `trained` weights that the run starts
-    from instead. `UserError` where pretrained weights are wanted and cannot be had.
+    What the recipe leaves open is the backbone's own, or the mean and std of the `trained` weights
+    that the run starts from instead. `UserError` where pretrained weights are wanted and cannot be
+    had.
     """
     config = recipe.detector.backbone
     if trained is not None:
@@ -55,10 +60,14 @@ def starting_from(recipe: Recipe, trained: tuple[Channels, Channels] | None = No
     if source is not None:
         return recipe.with_statistics(source.mean, source.std), source.about
     name = _published(config)
-    return recipe.with_statistics(*(IMAGENET if name is None or name in RESNETS else timm_statistics(name))), None
+    return recipe.with_statistics(
+        *(IMAGENET if name is None or name in RESNETS else timm_statistics(name))
+    ), None
 
 
-def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbone | WindowViT | EvaViT | TimmViT:
+def build_backbone(
+    config: AnyBackboneConfig,
+) -> ResNet | ResNetVD | TimmBackbone | WindowViT | EvaViT | TimmViT:
     """The backbone, with pretrained weights where the recipe asks for them."""
     if isinstance(config, WindowViTConfig):
         return _window_vit(config)
@@ -69,10 +78,19 @@ def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbon
     norm: Norm = config.normalisation
     resnet = config.name in RESNETS
     if config.dilation and not resnet:
-        raise UserError(f"backbone {config.name}: dilation (DC5) exists for {', '.join(RESNETS)} only")
+        raise UserError(
+            f"backbone {config.name}: dilation (DC5) exists for {', '.join(RESNETS)} only"
+        )
     if config.drop_path and (resnet or config.name in VD_RESNETS):
-        raise UserError(f"backbone {config.name}: it has no drop path", "Leave detector.backbone.drop_path at 0.")
-    shared: dict[str, Any] = {"pretrained": pretrained_source(config), "norm": norm, "frozen": config.frozen}
+        raise UserError(
+            f"backbone {config.name}: it has no drop path",
+            "Leave detector.backbone.drop_path at 0.",
+        )
+    shared: dict[str, Any] = {
+        "pretrained": pretrained_source(config),
+        "norm": norm,
+        "frozen": config.frozen,
+    }
     try:
         if resnet:
             return ResNet(config.name, config.strides, dilation=config.dilation, **shared)
@@ -82,13 +100,19 @@ def build_backbone(config: AnyBackboneConfig) -> ResNet | ResNetVD | TimmBackbon
     except TypeError:
         if not config.drop_path:
             raise
-        raise UserError(f"backbone {config.name} has no drop path", "Leave detector.backbone.drop_path at 0.") from None
+        raise UserError(
+            f"backbone {config.name} has no drop path", "Leave detector.backbone.drop_path at 0."
+        ) from None
     except NotImplementedError:
-        raise UserError(f"backbone {config.name} cannot be dilated", "DC5 needs resnet50 or resnet101.") from None
+        raise UserError(
+            f"backbone {config.name} cannot be dilated", "DC5 needs resnet50 or resnet101."
+        ) from None
 
 
 def _eva_vit(config: EvaViTConfig) -> EvaViT:
-    model: EvaViT = EvaViT(**config.model_dump(exclude={"kind", "timm", "pretrained", "weights", "strides"}))
+    model: EvaViT = EvaViT(
+        **config.model_dump(exclude={"kind", "timm", "pretrained", "weights", "strides"})
+    )
     source = pretrained_source(config)
     if source is not None:
         model.start_from(source, config.timm)

@@ -13,8 +13,12 @@ from detrellis.schemes.config import BranchName, CoConfig
 GREY = 114  # of the padding that Co-DETR's networks see as a part of the picture
 
 
-def _collaborative(base: Recipe, name: str, about: str, branches: tuple[BranchName, ...], epochs: int) -> Recipe:
-    """The base with these branches; the learning rate falls before the last twelfth or sixth, as released."""
+def _collaborative(
+    base: Recipe, name: str, about: str, branches: tuple[BranchName, ...], epochs: int
+) -> Recipe:
+    """The base with these branches; the learning rate falls before the last twelfth or sixth, as
+    released.
+    """
     drops = (11 / 12,) if epochs == 12 else (30 / 36,)
     return base.model_copy(
         update={
@@ -29,13 +33,17 @@ def _collaborative(base: Recipe, name: str, about: str, branches: tuple[BranchNa
 def co_deformable_detr_r50() -> Recipe:
     """On Deformable DETR++, K=2, 12 epochs; free of NMS."""
     base = deformable_detr_r50_two_stage_plus()
-    return _collaborative(base, "co-deformable-detr-r50", "Co-Deformable-DETR, ResNet-50", ("rcnn", "atss"), 12)
+    return _collaborative(
+        base, "co-deformable-detr-r50", "Co-Deformable-DETR, ResNet-50", ("rcnn", "atss"), 12
+    )
 
 
 def co_deformable_detr_r50_k1() -> Recipe:
     """On Deformable DETR++, K=1: ATSS alone."""
     base = deformable_detr_r50_two_stage_plus()
-    return _collaborative(base, "co-deformable-detr-r50-k1", "Co-Deformable-DETR, ResNet-50", ("atss",), 12)
+    return _collaborative(
+        base, "co-deformable-detr-r50-k1", "Co-Deformable-DETR, ResNet-50", ("atss",), 12
+    )
 
 
 def _co_dino(name: str, about: str) -> Recipe:
@@ -73,40 +81,58 @@ def co_dino_swin_l() -> Recipe:
     return recipe.replace(detector=recipe.detector.replace(backbone=backbone))
 
 
-def large_scale(recipe: Recipe, name: str, about: str, *, side: int, epochs: int, drops: tuple[float, ...]) -> Recipe:
-    """The recipe "++": large-scale jitter and copy-paste on squares, whose padding is a part of the picture."""
+def large_scale(
+    recipe: Recipe, name: str, about: str, *, side: int, epochs: int, drops: tuple[float, ...]
+) -> Recipe:
+    """The recipe "++": large-scale jitter and copy-paste on squares, whose padding is a part of the
+    picture.
+    """
     data = DataConfig(size=(side, side), augment="lsj", copy_paste=1.0, pad=GREY)
     schedule = ScheduleConfig(epochs=epochs, drops=drops)
-    return recipe.model_copy(update={"name": name, "about": about, "data": data, "schedule": schedule})
+    return recipe.model_copy(
+        update={"name": name, "about": about, "data": data, "schedule": schedule}
+    )
 
 
 def co_dino_r50_lsj() -> Recipe:
     """With large-scale jitter at 1024 pixels and copy-paste, 12 epochs."""
     about = "Co-DINO, ResNet-50, 5 scales, large-scale jitter and copy-paste (needs masks)"
-    return large_scale(co_dino_r50(), "co-dino-r50-lsj", about, side=1024, epochs=12, drops=(11 / 12,))
+    return large_scale(
+        co_dino_r50(), "co-dino-r50-lsj", about, side=1024, epochs=12, drops=(11 / 12,)
+    )
 
 
 def co_dino_r50_lsj_36e() -> Recipe:
     """The same, 36 epochs."""
-    about = "Co-DINO, ResNet-50, 5 scales, large-scale jitter and copy-paste (needs masks), 36 epochs"
-    return large_scale(co_dino_r50(), "co-dino-r50-lsj-36e", about, side=1024, epochs=36, drops=(30 / 36,))
+    about = (
+        "Co-DINO, ResNet-50, 5 scales, large-scale jitter and copy-paste (needs masks), 36 epochs"
+    )
+    return large_scale(
+        co_dino_r50(), "co-dino-r50-lsj-36e", about, side=1024, epochs=36, drops=(30 / 36,)
+    )
 
 
 def co_dino_swin_l_lsj() -> Recipe:
     """Swin-L with large-scale jitter at 1280 pixels and copy-paste, 36 epochs."""
     about = "Co-DINO, Swin-L, 5 scales, large-scale jitter and copy-paste (needs masks)"
-    return large_scale(co_dino_swin_l(), "co-dino-swin-l-lsj", about, side=1280, epochs=36, drops=(30 / 36,))
+    return large_scale(
+        co_dino_swin_l(), "co-dino-swin-l-lsj", about, side=1280, epochs=36, drops=(30 / 36,)
+    )
 
 
 def co_conditional_detr_r50() -> Recipe:
     """On Conditional DETR, whose one level a pyramid spreads to five, 36 epochs."""
     base = conditional_detr_r50()
-    return _collaborative(base, "co-conditional-detr-r50", "Co-DETR on Conditional DETR", ("rcnn", "atss"), 36)
+    return _collaborative(
+        base, "co-conditional-detr-r50", "Co-DETR on Conditional DETR", ("rcnn", "atss"), 36
+    )
 
 
 def co_dab_detr_r50() -> Recipe:
     """On DAB-DETR, 36 epochs."""
-    return _collaborative(dab_detr_r50(), "co-dab-detr-r50", "Co-DETR on DAB-DETR", ("rcnn", "atss"), 36)
+    return _collaborative(
+        dab_detr_r50(), "co-dab-detr-r50", "Co-DETR on DAB-DETR", ("rcnn", "atss"), 36
+    )
 
 
 RECIPES: Recipes = {

@@ -11,7 +11,9 @@ def conditional_detector(*, dilation: bool = False) -> DetectorConfig:
     """DETR's network with conditional attention, points as references and sigmoid scores."""
     detector = single_scale_detector(dilation=dilation)
     return detector.replace(
-        queries=detector.queries.replace(count=300), cross_attention=ConditionalAttentionConfig(), scores="sigmoid"
+        queries=detector.queries.replace(count=300),
+        cross_attention=ConditionalAttentionConfig(),
+        scores="sigmoid",
     )
 
 

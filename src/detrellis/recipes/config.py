@@ -1,7 +1,7 @@
 """A recipe: everything that decides a run, as typed data that is stored with it.
 
-Every field can be set from the command line (`-o optim.lr=1e-4`) or from Python; an unknown name is refused with the
-nearest known one.
+Every field can be set from the command line (`-o optim.lr=1e-4`) or from Python; an unknown name is
+refused with the nearest known one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,26 @@ Angle = Annotated[float, within(0, 45)]  # in degrees
 
 
 def _size(value: Any) -> Any:
-    sides = [value] if isinstance(value, int) else list(value) if isinstance(value, list | tuple) else []
+    sides = (
+        [value]
+        if isinstance(value, int)
+        else list(value)
+        if isinstance(value, list | tuple)
+        else []
+    )
     numbers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if numbers and len(sides) == (1 if isinstance(value, int) else 2) and all(1 <= side <= 16384 for side in sides):
+    if (
+        numbers
+        and len(sides) == (1 if isinstance(value, int) else 2)
+        and all(1 <= side <= 16384 for side in sides)
+    ):
         return value if isinstance(value, int) else tuple(sides)
     raise PydanticCustomError(
-        "size", "has to be the short side, such as 640, or [height, width], such as [480, 640], each at most 16384"
+        "size",
+        (
+            "has to be the short side, such as 640, or [height, width], such as [480, 640], "
+            "each at most 16384"
+        ),
     )
 
 
@@ -61,14 +75,20 @@ def _lowest_first(zoom: tuple[float, float]) -> tuple[float, float]:
 
 
 def _sides(value: Any) -> Any:
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,5}) *- *(\d{1,5})", value.strip())):
+    if isinstance(value, str) and (
+        match := re.fullmatch(r"(\d{1,5}) *- *(\d{1,5})", value.strip())
+    ):
         low, high = map(int, match.groups())
         if 1 <= low <= high <= 16384:
             return f"{low}-{high}"
     sides = list(value) if isinstance(value, list | tuple) else []
-    if sides and all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 16384 for s in sides):
+    if sides and all(
+        isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 16384 for s in sides
+    ):
         return tuple(sides)
-    raise PydanticCustomError("sides", 'has to be a list such as [480, 512, 544], or a range such as "480-1536"')
+    raise PydanticCustomError(
+        "sides", 'has to be a list such as [480, 512, 544], or a range such as "480-1536"'
+    )
 
 
 Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
@@ -82,8 +102,8 @@ Fractions = Annotated[tuple[PositiveFraction, PositiveFraction], AfterValidator(
 class LossConfig(Config):
     """Loss weights and matching costs. `class` is a Python keyword, hence `classes`."""
 
-    # of positives in sigmoid scores: focal; quality focal, varifocal (RT-DETR detaches the factor of the negatives),
-    # position-supervised (Stable-DINO), IA-BCE, matchability-aware (DEIM)
+    # of positives in sigmoid scores: focal; quality focal, varifocal (RT-DETR detaches the factor
+    # of the negatives), position-supervised (Stable-DINO), IA-BCE, matchability-aware (DEIM)
     classification: Literal["focal", "qfl", "vfl", "vfl_detached", "psl", "ia_bce", "mal"] = "focal"
     classes: Weight = 2.0
     box: Weight = 5.0
@@ -100,10 +120,13 @@ class LossConfig(Config):
     points: Count = 12544  # that masks are compared at
     points_in: Literal["batch", "image"] = "batch"  # batch: in its padding too, which is background
     fgl: Weight = 0.15  # of distributions: fine-grained localization,
-    ddf: Weight = 1.5  # and decoupled distillation focal loss, of the last layer's to the others' (D-FINE)
+    # And decoupled distillation focal loss, of the last layer's to the others' (D-FINE)
+    ddf: Weight = 1.5
     salience: Weight = 2.0  # of tokens, where the encoder chooses among them (Salience-DETR)
-    union: bool = False  # boxes learn by the union of the matches of all layers and proposals (D-FINE's GO-LSD)
-    one_to_many: Count = 1  # queries each target is matched to in every layer, all alike: leaves duplicates
+    # Boxes learn by the union of the matches of all layers and proposals (D-FINE's GO-LSD)
+    union: bool = False
+    # Queries each target is matched to in every layer, all alike: leaves duplicates
+    one_to_many: Count = 1
     no_object: Weight = 0.1  # weight of "no object" in a softmax's cross-entropy
 
 
@@ -113,16 +136,19 @@ class OptimConfig(Config):
     lr: Annotated[float, within(0, 1, above=True)] = 2e-4
     weight_decay: Annotated[float, within(0, 10)] = 1e-4
     scaled: dict[Key, Factor] = Field(default_factory=lambda: {"backbone": 0.1})
-    layer_decay: Annotated[float, within(0, 1, above=True)] = 1.0  # of the rate by depth in the backbone; 1: off
+    # Of the rate by depth in the backbone; 1: off
+    layer_decay: Annotated[float, within(0, 1, above=True)] = 1.0
     decay_norms: bool = True  # whether weight decay covers normalisation layers
-    undecayed: tuple[Key, ...] = ()  # weight decay leaves out parameters whose name contains one of these
+    # Weight decay leaves out parameters whose name contains one of these
+    undecayed: tuple[Key, ...] = ()
     clip: Weight = 0.1  # norm of the gradient; 0: off
     batch_size: Count = 16  # images a step over all processes and accumulations
     accumulate: Count = 1  # passes a step
     ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
     ema_ramp: CountOrNone = 0  # steps in which that decay is approached (RT-DETR: 2000); 0: in 10
     amp: bool = True  # bf16 on GPUs that have it
-    fully_shard: bool = False  # shard parameters, gradients, moments and averages over the processes (FSDP2)
+    # Shard parameters, gradients, moments and averages over the processes (FSDP2)
+    fully_shard: bool = False
 
     def steps(self, images: int) -> int:
         """Optimizer steps of an epoch over so many images."""
@@ -134,9 +160,11 @@ class ScheduleConfig(Config):
 
     epochs: Count = 50
     warmup: ZeroToBelowOne = 0.0
-    warmup_steps: CountOrNone = 0  # instead of warmup: optimizer steps, whatever the length of the run
+    # Instead of warmup: optimizer steps, whatever the length of the run
+    warmup_steps: CountOrNone = 0
     shape: Literal["step", "cosine"] = "step"
-    drops: Annotated[tuple[Fraction, ...], Ascending] = (0.8,)  # step: where the rate is multiplied by 0.1
+    # Step: where the rate is multiplied by 0.1
+    drops: Annotated[tuple[Fraction, ...], Ascending] = (0.8,)
     final: ZeroToOne = 0.0  # cosine: last rate relative to the first
     eval_every: Count = 1  # epochs between two evaluations; the last epoch is always evaluated
     keep_every: CountOrNone = 0  # epochs between two weights files kept as epochs/NNNN; 0: none
@@ -144,33 +172,41 @@ class ScheduleConfig(Config):
     keep_best: Annotated[int, within(0, 100)] = (
         0  # weights files of the best epochs kept in best/; 0: best.safetensors alone
     )
-    patience: CountOrNone = 0  # evaluations without a higher AP after which the run ends; 0: it never ends early
+    # Evaluations without a higher AP after which the run ends; 0: it never ends early
+    patience: CountOrNone = 0
 
 
 class DataConfig(Config):
     """Image size and augmentation; `size`: short side, or (height, width).
 
-    The policy `augment` sets what is None below: `small` and `realtime` are `fixed` with other values of these, and
-    everywhere else strong augmentation is off.
+    The policy `augment` sets what is None below: `small` and `realtime` are `fixed` with other
+    values of these, and everywhere else strong augmentation is off.
     """
 
     size: Size = 800
-    max_side: Side | None = None  # of the long side where size is the short one; None: size * 1333 / 800
-    sides: Sides | None = None  # short sides that augment=detr draws: a list, or a range "480-1536"; None: by size
+    # Of the long side where size is the short one; None: size * 1333 / 800
+    max_side: Side | None = None
+    # Short sides that augment=detr draws: a list, or a range "480-1536"; None: by size
+    sides: Sides | None = None
     sides_max: Side | None = None  # of the long side of those; None: max_side
-    exact_long: bool = False  # round a long side that meets its limit as transformers does, when not augmenting
-    antialias: bool = True  # make pictures smaller with antialiasing; False: without, when not augmenting
+    # Round a long side that meets its limit as transformers does, when not augmenting
+    exact_long: bool = False
+    # Make pictures smaller with antialiasing; False: without, when not augmenting
+    antialias: bool = True
     augment: Literal["detr", "fixed", "small", "realtime", "lsj", "none"] = "detr"
-    lsj_style: Literal["mmdet", "detectron2"] = "mmdet"  # large-scale jitter's: Co-DETR's, or ViTDet's
+    # Large-scale jitter's: Co-DETR's, or ViTDet's
+    lsj_style: Literal["mmdet", "detectron2"] = "mmdet"
     lsj_range: Zoom = (0.1, 2.0)  # of its sizes, in sides of the square
-    pad: Grey | None = None  # grey level of padding that is a part of the picture; None: it is masked
+    # Grey level of padding that is a part of the picture; None: it is masked
+    pad: Grey | None = None
     keep_aspect: bool = True
     match_orientation: bool = False  # turn a (height, width) to the orientation of each picture
     hflip: ZeroToOne = 0.5
     vflip: ZeroToOne = 0.0
     jitter: ZeroToOne | None = None  # strength of the colour jitter; None: the policy's own
     zoom: Zoom | None = None  # lowest and highest magnification; None: the policy's own
-    # Strong augmentation: probabilities, and the ranges that are drawn from; None: the policy's own.
+    # Strong augmentation: probabilities, and the ranges that are drawn from; None: the policy's
+    # own.
     photometric: ZeroToOne | None = None  # of each of SSD's changes of colour
     rotate: Angle | None = None  # largest angle
     zoom_out: ZeroToOne | None = None
@@ -182,17 +218,21 @@ class DataConfig(Config):
     mosaic_range: Zoom = (0.5, 1.0)  # magnification of its four pictures
     mixup: ZeroToOne | None = None
     mixup_range: Fractions = (0.45, 0.55)  # weight of the first of two pictures
-    copy_paste: ZeroToOne | None = None  # of objects of another picture: rectangles; with augment=lsj, by their masks
+    # Of objects of another picture: rectangles; with augment=lsj, by their masks
+    copy_paste: ZeroToOne | None = None
     multi_scale: Zoom | None = None  # smallest and largest size of a batch, in sides of the size
     calm: ZeroToOne = 0.15  # last part of the run that goes without strong augmentation
-    # of each channel, of pixels from 0 to 1; None: the backbone's own, which a run that starts writes here
+    # of each channel, of pixels from 0 to 1; None: the backbone's own, which a run that starts
+    # writes here
     mean: Channels | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
-    # images of classes that are in less than this fraction of the images are seen several times (LVIS: 0.001); 0: off
+    # images of classes that are in less than this fraction of the images are seen several times
+    # (LVIS: 0.001); 0: off
     repeat_threshold: ZeroToOne = 0.0
     group_by_aspect: bool = False  # batches of one orientation, which saves padding
     masks: bool = False  # draw each object's mask in the whole image
-    # a picture that cannot be read stops training, or the next one is seen instead, and the run goes on
+    # a picture that cannot be read stops training, or the next one is seen instead, and the run
+    # goes on
     unreadable: Literal["stop", "replace"] = "stop"
 
     def resizing(self) -> dict[str, Any]:
@@ -212,7 +252,11 @@ class DataConfig(Config):
 
     def large_scale(self) -> dict[str, Any]:
         """The arguments of `LargeScale`."""
-        return {"style": self.lsj_style, "scales": self.lsj_range, "copy_paste": self.copy_paste or 0.0}
+        return {
+            "style": self.lsj_style,
+            "scales": self.lsj_range,
+            "copy_paste": self.copy_paste or 0.0,
+        }
 
     @property
     def pastes(self) -> bool:
@@ -228,7 +272,9 @@ class DataConfig(Config):
         values = {name: self._or_own(name) for name in STRONG}
         if self.augment == "lsj":  # which pastes to the end
             values["copy_paste"] = None
-        ranges = {f"{name}_range": getattr(self, f"{name}_range") for name in RANGED if values[name]}
+        ranges = {
+            f"{name}_range": getattr(self, f"{name}_range") for name in RANGED if values[name]
+        }
         return {name: value for name, value in values.items() if value} | ranges
 
     def _or_own(self, name: str) -> Any:
@@ -237,7 +283,17 @@ class DataConfig(Config):
         return POLICIES.get(self.augment, {}).get(name) if given is None else given
 
 
-STRONG = ("photometric", "rotate", "zoom_out", "iou_crop", "detr_crop", "mosaic", "mixup", "copy_paste", "multi_scale")
+STRONG = (
+    "photometric",
+    "rotate",
+    "zoom_out",
+    "iou_crop",
+    "detr_crop",
+    "mosaic",
+    "mixup",
+    "copy_paste",
+    "multi_scale",
+)
 RANGED = ("zoom_out", "iou_crop", "mosaic", "mixup")  # those with a field of their range
 
 # What policies set beside `fixed`'s own values; RT-DETR's (Zhao et al., 2024) as in its code.
@@ -277,19 +333,25 @@ class Recipe(Config):
         return self.data.masks or self.detector.masks is not None
 
     def untrained(self) -> Recipe:
-        """The same network without reaching for pretrained weights: to be measured, or filled with trained ones."""
+        """The same network without reaching for pretrained weights: to be measured, or filled with
+        trained ones.
+        """
         light = {"backbone": self.detector.backbone.untrained()}
         return self.model_copy(update={"detector": self.detector.model_copy(update=light)})
 
-    def with_statistics(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Recipe:
+    def with_statistics(
+        self, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Recipe:
         """The same recipe with these for `data.mean` and `data.std` where it leaves them open."""
         known = {"mean": self.data.mean or mean, "std": self.data.std or std}
         return self.model_copy(update={"data": self.data.model_copy(update=known)})
 
     def override(self, assignments: str | Sequence[str]) -> Recipe:
-        """A copy with one or several `key.sub=value` assignments applied; values are read as YAML 1.2.
+        """A copy with one or several `key.sub=value` assignments applied; values are read as YAML
+        1.2.
 
-        Raises `UserError` for an unknown key, naming the nearest one, and for a value that does not fit.
+        Raises `UserError` for an unknown key, naming the nearest one, and for a value that does not
+        fit.
         """
         data = self.model_dump()
         for text in [assignments] if isinstance(assignments, str) else assignments:
@@ -297,13 +359,17 @@ class Recipe(Config):
         return self.checked(data)
 
     def with_schemes(self, names: str | Sequence[str]) -> Recipe:
-        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those before it.
+        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those
+        before it.
 
-        One that sets what classes learn takes the place of `loss.classification`, of which nothing is left to do.
+        One that sets what classes learn takes the place of `loss.classification`, of which nothing
+        is left to do.
         """
         chosen = self.schemes.model_dump()
         for text in (
-            part.strip() for name in ([names] if isinstance(names, str) else names) for part in name.split(",")
+            part.strip()
+            for name in ([names] if isinstance(names, str) else names)
+            for part in name.split(",")
         ):
             name, separator, value = text.partition("=")
             if name == "none" and not separator:
@@ -353,13 +419,21 @@ def _form(name: str) -> str:
     """How a scheme's dial is written."""
     dial = _dial(name)
     if name == "co":
-        return f"Write --scheme co=atss+rcnn: heads joined with +, any of {', '.join(typing.get_args(BranchName))}."
-    return f"Write --scheme {name}=N; N sets schemes.{name}.{dial}." if dial else f"Write --scheme {name}."
+        return (
+            "Write --scheme co=atss+rcnn: heads joined with +, any of "
+            f"{', '.join(typing.get_args(BranchName))}."
+        )
+    return (
+        f"Write --scheme {name}=N; N sets schemes.{name}.{dial}."
+        if dial
+        else f"Write --scheme {name}."
+    )
 
 
 def _unknown_scheme(name: str, text: str) -> UserError:
     if name in typing.get_args(BranchName):
         return UserError(
-            f"--scheme {text}: {name} is a head of the scheme co", f"Join heads with +: --scheme co=atss+{name}."
+            f"--scheme {text}: {name} is a head of the scheme co",
+            f"Join heads with +: --scheme co=atss+{name}.",
         )
     return unknown_name(name, [*SCHEMES, "none"], f"--scheme {text}")

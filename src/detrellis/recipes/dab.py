@@ -6,12 +6,23 @@ from typing import Literal
 
 from detrellis.recipes.conditional import conditional_detector
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import AnchorQueriesConfig, DecoderConfig, DeformableAttentionConfig, DetectorConfig
+from detrellis.recipes.detector import (
+    AnchorQueriesConfig,
+    DecoderConfig,
+    DeformableAttentionConfig,
+    DetectorConfig,
+)
 from detrellis.recipes.encoders import DeformableEncoderConfig, DenseEncoderConfig
 from detrellis.schemes.config import DNConfig, SchemesConfig
 
 # The settings that DAB-DETR and its descendants share.
-COMMON = {"dropout": 0.0, "eps": 1e-3, "position_temperature": 20.0, "position_offset": 0.0, "top_k": 300}
+COMMON = {
+    "dropout": 0.0,
+    "eps": 1e-3,
+    "position_temperature": 20.0,
+    "position_offset": 0.0,
+    "top_k": 300,
+}
 
 
 def dab_detector(*, dilation: bool = False) -> DetectorConfig:
@@ -36,7 +47,9 @@ def dab_deformable_detector() -> DetectorConfig:
     ).replace(**COMMON)
 
 
-def with_indicator(detector: DetectorConfig, content: Literal["shared", "learned"]) -> DetectorConfig:
+def with_indicator(
+    detector: DetectorConfig, content: Literal["shared", "learned"]
+) -> DetectorConfig:
     """DN-DETR's contents: one channel tells denoising queries from the others."""
     return detector.replace(queries=detector.queries.replace(content=content, indicator=True))
 
@@ -60,23 +73,35 @@ def dab_detr_r50() -> Recipe:
 
 def dab_detr_r50_dc5() -> Recipe:
     """DAB-DETR on the dilated last stage, 50 epochs."""
-    return _recipe("dab-detr-r50-dc5", "DAB-DETR, ResNet-50 with a dilated last stage", dab_detector(dilation=True))
+    return _recipe(
+        "dab-detr-r50-dc5",
+        "DAB-DETR, ResNet-50 with a dilated last stage",
+        dab_detector(dilation=True),
+    )
 
 
 def dn_detr_r50() -> Recipe:
     """DN-DETR, 50 epochs."""
-    return _recipe("dn-detr-r50", "DN-DETR, ResNet-50", with_indicator(dab_detector(), "shared"), DNConfig())
+    return _recipe(
+        "dn-detr-r50", "DN-DETR, ResNet-50", with_indicator(dab_detector(), "shared"), DNConfig()
+    )
 
 
 def dn_detr_r50_dc5() -> Recipe:
     """DN-DETR on the dilated last stage, 50 epochs."""
     detector = with_indicator(dab_detector(dilation=True), "shared")
-    return _recipe("dn-detr-r50-dc5", "DN-DETR, ResNet-50 with a dilated last stage", detector, DNConfig())
+    return _recipe(
+        "dn-detr-r50-dc5", "DN-DETR, ResNet-50 with a dilated last stage", detector, DNConfig()
+    )
 
 
 def dab_deformable_detr_r50() -> Recipe:
     """DAB-Deformable-DETR, 50 epochs."""
-    return _recipe("dab-deformable-detr-r50", "DAB-Deformable-DETR, ResNet-50, 4 scales", dab_deformable_detector())
+    return _recipe(
+        "dab-deformable-detr-r50",
+        "DAB-Deformable-DETR, ResNet-50, 4 scales",
+        dab_deformable_detector(),
+    )
 
 
 def dn_deformable_detr_r50() -> Recipe:

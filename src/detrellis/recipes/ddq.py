@@ -20,7 +20,9 @@ def ddq_dino_r50() -> Recipe:
             "about": "DDQ-DETR: DINO with distinct queries, ResNet-50, 4 scales",
             "detector": detector,
             "schemes": base.schemes.model_copy(update={"dense": DenseConfig()}),
-            "optim": OptimConfig(lr=2e-4, weight_decay=0.05, scaled={"backbone": 0.1}, batch_size=16),
+            "optim": OptimConfig(
+                lr=2e-4, weight_decay=0.05, scaled={"backbone": 0.1}, batch_size=16
+            ),
             "schedule": ScheduleConfig(epochs=12, drops=(11 / 12,), warmup_steps=2000),
         }
     )

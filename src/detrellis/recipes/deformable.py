@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MixedQueriesConfig, ProposalQueriesConfig
+from detrellis.recipes.detector import (
+    DecoderConfig,
+    DetectorConfig,
+    MixedQueriesConfig,
+    ProposalQueriesConfig,
+)
 from detrellis.recipes.encoders import DeformableEncoderConfig
 
 SWIN_L = "swin_large_patch4_window12_384.ms_in22k"
@@ -26,34 +31,48 @@ def _recipe(name: str, about: str, detector: DetectorConfig) -> Recipe:
 
 def deformable_detr_r50() -> Recipe:
     """One-stage: 300 learned queries with fixed reference points."""
-    return _recipe("deformable-detr-r50", "Deformable DETR, one-stage, ResNet-50, 4 scales", DetectorConfig())
+    return _recipe(
+        "deformable-detr-r50", "Deformable DETR, one-stage, ResNet-50, 4 scales", DetectorConfig()
+    )
 
 
 def deformable_detr_r50_refine() -> Recipe:
     """With iterative box refinement."""
     detector = DetectorConfig(decoder=DecoderConfig(refine="detached"))
-    return _recipe("deformable-detr-r50-refine", "Deformable DETR with iterative box refinement", detector)
+    return _recipe(
+        "deformable-detr-r50-refine", "Deformable DETR with iterative box refinement", detector
+    )
 
 
 def deformable_detr_r50_two_stage() -> Recipe:
     """Two-stage with iterative box refinement: queries from the encoder's best proposals."""
-    detector = DetectorConfig(queries=ProposalQueriesConfig(), decoder=DecoderConfig(refine="detached"))
-    return _recipe("deformable-detr-r50-two-stage", "Deformable DETR, two-stage with box refinement", detector)
+    detector = DetectorConfig(
+        queries=ProposalQueriesConfig(), decoder=DecoderConfig(refine="detached")
+    )
+    return _recipe(
+        "deformable-detr-r50-two-stage", "Deformable DETR, two-stage with box refinement", detector
+    )
 
 
 def deformable_detr_r50_two_stage_plus() -> Recipe:
-    """The "++" tricks, H-DETR's base: no dropout, mixed query selection, look forward twice, FFN 2048."""
+    """The "++" tricks, H-DETR's base: no dropout, mixed query selection, look forward twice, FFN
+    2048.
+    """
     detector = DetectorConfig(
         encoder=DeformableEncoderConfig(hidden=2048),
         queries=MixedQueriesConfig(),
         decoder=DecoderConfig(hidden=2048, refine="look_forward_twice"),
         dropout=0.0,
     )
-    return _recipe("deformable-detr-r50-two-stage-plus", "Deformable DETR++, H-DETR's base", detector)
+    return _recipe(
+        "deformable-detr-r50-two-stage-plus", "Deformable DETR++, H-DETR's base", detector
+    )
 
 
 def deformable_detr_swin_l() -> Recipe:
-    """ "++" with a Swin-L pretrained on ImageNet-22K, 12 epochs: H-DETR's and Co-DETR's strong baseline."""
+    """ "++" with a Swin-L pretrained on ImageNet-22K, 12 epochs: H-DETR's and Co-DETR's strong
+    baseline.
+    """
     plus = deformable_detr_r50_two_stage_plus()
     backbone = BackboneConfig(name=SWIN_L, drop_path=0.5)
     return plus.model_copy(

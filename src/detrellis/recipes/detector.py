@@ -1,7 +1,9 @@
-"""The network parts as a recipe names them; docs/detectors.md says what each is. Importing this imports no torch.
+"""The network parts as a recipe names them; docs/detectors.md says what each is. Importing this
+imports no torch.
 
-A part that comes in several kinds is a union that `kind` tells apart. Each kind holds the fields that it reads and no
-others, so what cannot be combined cannot be written; what its readers ask of every kind is a constant of the class.
+A part that comes in several kinds is a union that `kind` tells apart. Each kind holds the fields
+that it reads and no others, so what cannot be combined cannot be written; what its readers ask of
+every kind is a constant of the class.
 """
 
 from __future__ import annotations
@@ -36,43 +38,58 @@ class DeformableAttentionConfig(Config):
     smca: ClassVar[bool] = False
     kind: Literal["deformable"] = "deformable"
     points: Points = 4  # that each head samples on each level; or a list, of each (RT-DETRv2)
-    offset_scale: Annotated[float, within(0, 10, above=True)] = 0.5  # of offsets around a box, in its sides
-    sampling: Literal["bilinear", "discrete"] = "bilinear"  # discrete: the nearest cell, offsets stay (RT-DETRv2)
-    projected: bool = True  # read a projection of the memory, and project what was read; not in D-FINE
-    position: Literal["sine", "box"] = "sine"  # an MLP of the current boxes' sines, or of the boxes (RT-DETR)
-    position_limit: Positive | None = None  # largest entry of positions from boxes (D-FINE: 10); None: any
-    position_scale: bool = False  # positions derived from boxes, times an MLP of the content (DAB-DETR)
+    # Of offsets around a box, in its sides
+    offset_scale: Annotated[float, within(0, 10, above=True)] = 0.5
+    # Discrete: the nearest cell, offsets stay (RT-DETRv2)
+    sampling: Literal["bilinear", "discrete"] = "bilinear"
+    # Read a projection of the memory, and project what was read; not in D-FINE
+    projected: bool = True
+    # An MLP of the current boxes' sines, or of the boxes (RT-DETR)
+    position: Literal["sine", "box"] = "sine"
+    # Largest entry of positions from boxes (D-FINE: 10); None: any
+    position_limit: Positive | None = None
+    # Positions derived from boxes, times an MLP of the content (DAB-DETR)
+    position_scale: bool = False
 
 
 class DenseAttentionConfig(Config):
     """All tokens of one level (DETR); of several levels each layer reads one, coarse to fine."""
 
     kind: Literal["dense"] = "dense"
-    smca: bool = False  # a Gaussian prior around points of each query, on all levels together (SMCA-DETR)
+    # A Gaussian prior around points of each query, on all levels together (SMCA-DETR)
+    smca: bool = False
 
 
 class ConditionalAttentionConfig(Config):
-    """Contents with contents and positions with positions, on one level as the dense one (Conditional DETR)."""
+    """Contents with contents and positions with positions, on one level as the dense one
+    (Conditional DETR).
+    """
 
     smca: ClassVar[bool] = False
     kind: Literal["conditional"] = "conditional"
-    within_boxes: bool = False  # each query reads the cells in its current box alone, on all levels (Cascade-DETR)
+    # Each query reads the cells in its current box alone, on all levels (Cascade-DETR)
+    within_boxes: bool = False
 
 
 class SemanticAttentionConfig(Config):
-    """Each query is sampled anew in its box, on one level as the dense one (SAM-DETR); all but `smca` are ablations."""
+    """Each query is sampled anew in its box, on one level as the dense one (SAM-DETR); all but
+    `smca` are ablations.
+    """
 
     kind: Literal["semantic"] = "semantic"
     smca: bool = False  # a Gaussian prior around the salient points
     resample: Literal["points", "avg", "max"] = "points"  # salient points, or the pooled region
-    keypoints: Few | None = None  # points of a query; fewer than heads are shared, more add heads; None: one a head
+    # Points of a query; fewer than heads are shared, more add heads; None: one a head
+    keypoints: Few | None = None
     reweight: bool = True  # gates that the old query gives
     search: Literal["box", "image"] = "box"  # where the points may lie
     zero_init: bool = False  # points start in the centres of the boxes
 
 
 class MaskedAttentionConfig(Config):
-    """The tokens of one level that lie in a query's mask of the layer before, coarse to fine (Mask2Former)."""
+    """The tokens of one level that lie in a query's mask of the layer before, coarse to fine
+    (Mask2Former).
+    """
 
     smca: ClassVar[bool] = False
     kind: Literal["masked"] = "masked"
@@ -80,10 +97,13 @@ class MaskedAttentionConfig(Config):
 
 
 class MasksConfig(Config):
-    """A map of stride 4 that masks are read from, and an embedding of each query (Mask2Former, Mask DINO)."""
+    """A map of stride 4 that masks are read from, and an embedding of each query (Mask2Former, Mask
+    DINO).
+    """
 
     width: Width = 256  # of map and embeddings
-    scores: bool = True  # the mean probability of a mask is a factor of the score; False: best for box AP
+    # The mean probability of a mask is a factor of the score; False: best for box AP
+    scores: bool = True
 
 
 class LearnedQueriesConfig(Config):
@@ -98,21 +118,26 @@ class LearnedQueriesConfig(Config):
 
 
 class AnchorQueriesConfig(Config):
-    """Boxes that are learned (DAB-DETR); their positions are derived from the current boxes at each layer."""
+    """Boxes that are learned (DAB-DETR); their positions are derived from the current boxes at each
+    layer.
+    """
 
     boxes_from_masks: ClassVar[None] = None
     position: ClassVar[Literal["boxes"]] = "boxes"
     kind: Literal["anchors"] = "anchors"
     count: QueryCount = 300
     content: Literal["zero", "shared", "learned"] = "learned"  # shared: one for all
-    patterns: Annotated[int, within(0, 100)] = 0  # contents that each anchor stands with (DAB-DETR); 0: off
+    # Contents that each anchor stands with (DAB-DETR); 0: off
+    patterns: Annotated[int, within(0, 100)] = 0
     indicator: bool = False  # keep a content channel that tells denoising queries (DN-DETR)
     fixed_centres: bool = False  # centres are drawn uniformly and not trained
     frozen_boxes: bool = False  # neither centres nor sizes are trained (SAM-DETR, Table 5)
 
 
 class ProposalQueriesConfig(Config):
-    """Boxes that the encoder proposes, which positions and contents are derived from (two-stage Deformable DETR)."""
+    """Boxes that the encoder proposes, which positions and contents are derived from (two-stage
+    Deformable DETR).
+    """
 
     boxes_from_masks: ClassVar[None] = None
     position: ClassVar[Literal["queries"]] = "queries"
@@ -120,9 +145,12 @@ class ProposalQueriesConfig(Config):
     kind: Literal["proposals"] = "proposals"
     count: QueryCount = 300
     proposal_targets: ProposalTargets = "objectness"
-    empty_compete: bool = False  # tokens that can propose nothing are ranked too, as in the reference codes
-    distinct: Overlap | None = None  # proposals that overlap a better one by more than this come last (DDQ); None: off
-    distinct_by: Literal["boxes", "cells"] = "boxes"  # cells: of boxes around the tokens' cells (Salience-DETR)
+    # Tokens that can propose nothing are ranked too, as in the reference codes
+    empty_compete: bool = False
+    # Proposals that overlap a better one by more than this come last (DDQ); None: off
+    distinct: Overlap | None = None
+    # Cells: of boxes around the tokens' cells (Salience-DETR)
+    distinct_by: Literal["boxes", "cells"] = "boxes"
 
 
 class MixedQueriesConfig(Config):
@@ -131,18 +159,21 @@ class MixedQueriesConfig(Config):
     patterns: ClassVar[int] = 0
     kind: Literal["mixed"] = "mixed"
     count: QueryCount = 300
-    # learned (DINO); of the tokens that propose the boxes: memory, projected (DDQ), or states of the head (RT-DETR)
+    # learned (DINO); of the tokens that propose the boxes: memory, projected (DDQ), or states of
+    # the head (RT-DETR)
     content_from: Literal["learned", "memory", "states"] = "learned"
-    position: Literal["queries", "boxes"] = "queries"  # of the proposals, or of the current boxes at each layer
+    # Of the proposals, or of the current boxes at each layer
+    position: Literal["queries", "boxes"] = "queries"
     proposal_targets: ProposalTargets = "objectness"
     empty_compete: bool = False
     distinct: Overlap | None = None
     distinct_by: Literal["boxes", "cells"] = "boxes"
     deltas: bool = False  # each query learns how it moves its proposal's box (LW-DETR)
-    # queries begin with the boxes around their proposals' masks (Mask DINO), up to the last cell or with it; None: with
-    # the proposals' boxes
+    # queries begin with the boxes around their proposals' masks (Mask DINO), up to the last cell or
+    # with it; None: with the proposals' boxes
     boxes_from_masks: Literal["mask2box", "bitmask"] | None = None
-    smallest_on: Literal["finest", "coarsest"] = "finest"  # the level of the smallest proposals; coarsest: Mask DINO's
+    # The level of the smallest proposals; coarsest: Mask DINO's
+    smallest_on: Literal["finest", "coarsest"] = "finest"
 
 
 CrossAttentionConfig = (
@@ -152,14 +183,19 @@ CrossAttentionConfig = (
     | SemanticAttentionConfig
     | MaskedAttentionConfig
 )
-QueriesConfig = LearnedQueriesConfig | AnchorQueriesConfig | ProposalQueriesConfig | MixedQueriesConfig
+QueriesConfig = (
+    LearnedQueriesConfig | AnchorQueriesConfig | ProposalQueriesConfig | MixedQueriesConfig
+)
 
 
 class DistributionsConfig(Config):
-    """Bins of D-FINE's distributions: how far a side may lie from that of a fixed box, fine near 0, coarse far off."""
+    """Bins of D-FINE's distributions: how far a side may lie from that of a fixed box, fine near 0,
+    coarse far off.
+    """
 
     bins: Annotated[int, within(4, 1000)] = 32  # an even number, and one more
-    # distances count in 1 / scale of the fixed box's sides, and reach 2 * reach * scale to either side
+    # distances count in 1 / scale of the fixed box's sides, and reach 2 * reach * scale to either
+    # side
     scale: Annotated[float, within(0.1, 1000)] = 4.0
     reach: Annotated[float, within(0.01, 1000)] = 0.5
 
@@ -174,14 +210,18 @@ class DecoderConfig(Config):
     refine: Literal["none", "detached", "look_forward_twice"] = "none"
     final_norm: bool = False
     shared_heads: bool = False  # one class head and one box head for all layers
-    double_norm: bool = False  # class and mask heads read the queries after final_norm twice (Mask DINO's own weights)
-    initial_output: bool = False  # the queries give an output before the first layer, too, which learns (Mask DINO)
+    # Class and mask heads read the queries after final_norm twice (Mask DINO's own weights)
+    double_norm: bool = False
+    # The queries give an output before the first layer, too, which learns (Mask DINO)
+    initial_output: bool = False
     relation: bool = False  # self-attention reads how boxes lie to each other (Relation-DETR)
     ranked: bool = False  # queries know how they rank by score (Rank-DETR)
     cross_first: bool = False  # cross-attention before self-attention (MS-DETR)
     gated: bool = False  # what cross-attention reads comes through a gate, not a residual (D-FINE)
-    distributions: DistributionsConfig | None = None  # that boxes are means of (D-FINE); None: layers move boxes
-    distinct: Overlap | None = None  # from layer to layer, queries that overlap a better one by more are dropped (DDQ)
+    # That boxes are means of (D-FINE); None: layers move boxes
+    distributions: DistributionsConfig | None = None
+    # From layer to layer, queries that overlap a better one by more are dropped (DDQ)
+    distinct: Overlap | None = None
 
 
 class DetectorConfig(Config):
@@ -191,14 +231,19 @@ class DetectorConfig(Config):
     width: Width = 256
     encoder: Annotated[EncoderConfig, Field(discriminator="kind")] = DeformableEncoderConfig()
     queries: Annotated[QueriesConfig, Field(discriminator="kind")] = LearnedQueriesConfig()
-    cross_attention: Annotated[CrossAttentionConfig, Field(discriminator="kind")] = DeformableAttentionConfig()
+    cross_attention: Annotated[CrossAttentionConfig, Field(discriminator="kind")] = (
+        DeformableAttentionConfig()
+    )
     decoder: DecoderConfig = DecoderConfig()
     masks: MasksConfig | None = None  # None: boxes alone
     activation: Literal["relu", "prelu", "gelu", "silu"] = "relu"  # of the feed-forward blocks
     dropout: ZeroToBelowOne = 0.1
-    scores: Literal["sigmoid", "softmax"] = "sigmoid"  # softmax: classes exclude each other, one means "no object"
-    iou_branch: Literal["none", "product", "root"] = "none"  # a head that learns the IoU, and how scores use it
-    # what box heads move: logits, or relative, centres by sizes and sizes by an exponential (LW-DETR, RF-DETR)
+    # Softmax: classes exclude each other, one means "no object"
+    scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    # A head that learns the IoU, and how scores use it
+    iou_branch: Literal["none", "product", "root"] = "none"
+    # what box heads move: logits, or relative, centres by sizes and sizes by an exponential
+    # (LW-DETR, RF-DETR)
     box_encoding: Literal["logits", "relative"] = "logits"
     eps: Annotated[float, within(0, 0.5, above=True, below=True)] = 1e-5  # of the inverse sigmoid
     position_temperature: Annotated[float, within(1, 1e6)] = 10000.0
@@ -214,7 +259,9 @@ class DetectorConfig(Config):
 
     @property
     def objectness(self) -> bool:
-        """Whether the proposals' class head tells objects from background, instead of the classes."""
+        """Whether the proposals' class head tells objects from background, instead of the
+        classes.
+        """
         queries = self.queries
         if isinstance(queries, ProposalQueriesConfig | MixedQueriesConfig):
             return queries.proposal_targets == "objectness"
@@ -237,7 +284,9 @@ class DetectorConfig(Config):
 
     @property
     def map_strides(self) -> tuple[int, ...]:
-        """Strides of the backbone's maps: those that the neck reads, and the finer one that masks are read from."""
+        """Strides of the backbone's maps: those that the neck reads, and the finer one that masks
+        are read from.
+        """
         strides = self.backbone.strides
         return strides if self.masks is None else (MASK_STRIDE, *strides)
 
@@ -257,6 +306,11 @@ class DetectorConfig(Config):
         holds = {"sigmoid_scores": scores, "box_queries": boxes, "proposals": self.two_stage}
         holds |= {"boxes_alone": self.masks is None, "cross_first": self.decoder.cross_first}
         decoder = self.decoder
-        more = decoder.distributions or decoder.distinct is not None or decoder.relation or decoder.ranked
+        more = (
+            decoder.distributions
+            or decoder.distinct is not None
+            or decoder.relation
+            or decoder.ranked
+        )
         holds["plain_layers"] = self.masks is None and not more
         return frozenset(name for name, held in holds.items() if held)

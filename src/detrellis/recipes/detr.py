@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import DecoderConfig, DenseAttentionConfig, DetectorConfig, LearnedQueriesConfig
+from detrellis.recipes.detector import (
+    DecoderConfig,
+    DenseAttentionConfig,
+    DetectorConfig,
+    LearnedQueriesConfig,
+)
 from detrellis.recipes.encoders import DenseEncoderConfig
 
 
 def single_scale_detector(*, dilation: bool = False) -> DetectorConfig:
-    """DETR's network with a ResNet-50: dense attention over one map of stride 32, or 16 with `dilation` (DC5)."""
+    """DETR's network with a ResNet-50: dense attention over one map of stride 32, or 16 with
+    `dilation` (DC5).
+    """
     return DetectorConfig(
         backbone=BackboneConfig(strides=(32,), dilation=dilation),
         encoder=DenseEncoderConfig(hidden=2048),
@@ -40,7 +47,11 @@ def detr_r50() -> Recipe:
 
 def detr_r50_dc5() -> Recipe:
     """DETR on the dilated last stage, 300 epochs."""
-    return _recipe("detr-r50-dc5", "DETR, ResNet-50 with a dilated last stage", single_scale_detector(dilation=True))
+    return _recipe(
+        "detr-r50-dc5",
+        "DETR, ResNet-50 with a dilated last stage",
+        single_scale_detector(dilation=True),
+    )
 
 
 RECIPES: Recipes = {

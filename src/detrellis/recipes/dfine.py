@@ -1,7 +1,7 @@
 """D-FINE (Peng et al., ICLR 2025): RT-DETR whose boxes are means of distributions, on a HGNetV2.
 
-Its last layer teaches the others (DDF), and boxes learn by the union of all layers' matches (GO-LSD); neither exists at
-inference.
+Its last layer teaches the others (DDF), and boxes learn by the union of all layers' matches
+(GO-LSD); neither exists at inference.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -63,7 +63,9 @@ NETWORKS: dict[Size, Network] = {
 
 
 def dfine_detector(size: Size) -> DetectorConfig:
-    """D-FINE's network of that size; stem and norms of the backbones of the larger two are frozen."""
+    """D-FINE's network of that size; stem and norms of the backbones of the larger two are
+    frozen.
+    """
     network, large = NETWORKS[size], size in ("l", "x")
     return DetectorConfig(
         backbone=BackboneConfig(
@@ -138,4 +140,10 @@ def dfine_x() -> Recipe:
     return _recipe("x", _optim(2.5e-4, 2.5e-6, weight_decay=1.25e-4), epochs=80, calm=8)
 
 
-RECIPES: Recipes = {"dfine-n": dfine_n, "dfine-s": dfine_s, "dfine-m": dfine_m, "dfine-l": dfine_l, "dfine-x": dfine_x}
+RECIPES: Recipes = {
+    "dfine-n": dfine_n,
+    "dfine-s": dfine_s,
+    "dfine-m": dfine_m,
+    "dfine-l": dfine_l,
+    "dfine-x": dfine_x,
+}

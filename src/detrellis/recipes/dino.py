@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from detrellis.recipes.backbones import BackboneConfig
-from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    Recipes,
+    ScheduleConfig,
+)
 from detrellis.recipes.deformable import SWIN_L
 from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MixedQueriesConfig
 from detrellis.recipes.encoders import DeformableEncoderConfig
@@ -17,7 +24,9 @@ def dino_detector(*, strides: tuple[int, ...] = (8, 16, 32), levels: int = 4) ->
         backbone=BackboneConfig(strides=strides),
         encoder=DeformableEncoderConfig(hidden=2048, levels=levels),
         queries=MixedQueriesConfig(count=900, position="boxes", proposal_targets="classes"),
-        decoder=DecoderConfig(hidden=2048, refine="look_forward_twice", final_norm=True, shared_heads=True),
+        decoder=DecoderConfig(
+            hidden=2048, refine="look_forward_twice", final_norm=True, shared_heads=True
+        ),
         dropout=0.0,
         eps=1e-3,
         position_temperature=20.0,
@@ -46,12 +55,16 @@ def dino_r50() -> Recipe:
 def dino_r50_5scale() -> Recipe:
     """DINO with 5 scales, 12 epochs."""
     detector = dino_detector(strides=(4, 8, 16, 32), levels=5)
-    return _recipe("dino-r50-5scale", "DINO, ResNet-50, 5 scales (slower, better on small objects)", detector)
+    return _recipe(
+        "dino-r50-5scale", "DINO, ResNet-50, 5 scales (slower, better on small objects)", detector
+    )
 
 
 def dino_r50_lsj() -> Recipe:
     """DINO with 4 scales and ViTDet's large-scale jitter at 1024 pixels, 12 epochs."""
-    recipe = _recipe("dino-r50-lsj", "DINO, ResNet-50, 4 scales, large-scale jitter", dino_detector())
+    recipe = _recipe(
+        "dino-r50-lsj", "DINO, ResNet-50, 4 scales, large-scale jitter", dino_detector()
+    )
     data = DataConfig(size=(1024, 1024), augment="lsj", lsj_style="detectron2", pad=128)
     return recipe.model_copy(update={"data": data})
 
@@ -71,7 +84,9 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """DINO at the cost of `tiny`, on ImageNet features: what to begin with on a few hundred pictures."""
+    """DINO at the cost of `tiny`, on ImageNet features: what to begin with on a few hundred
+    pictures.
+    """
     about = "small DINO for CPUs and small data, on ImageNet features"
     return small_sized(dino_r50()).model_copy(update={"name": "small", "about": about})
 

@@ -1,4 +1,6 @@
-"""Encoders as a recipe names them; docs/detectors.md says what each is. Importing this imports no torch."""
+"""Encoders as a recipe names them; docs/detectors.md says what each is. Importing this imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ Levels = Annotated[int, within(1, 8)]
 
 
 class DeformableEncoderConfig(Config):
-    """Deformable attention over several levels, of which the neck makes the coarser ones (Deformable DETR)."""
+    """Deformable attention over several levels, of which the neck makes the coarser ones
+    (Deformable DETR).
+    """
 
     kind: Literal["deformable"] = "deformable"
     layers: Few = 6
@@ -19,9 +23,12 @@ class DeformableEncoderConfig(Config):
     hidden: Count = 1024  # of the feed-forward blocks
     levels: Levels = 4
     points: Few = 4  # that each head samples on each level
-    fusion: bool = False  # a memory of the tokens at all depths (Stable-DINO); False: of the last layer's
-    width: Width | None = None  # of the memory, which a masked decoder projects to its own; None: detector.width
-    checkpointing: bool = False  # compute layers again in the backward pass, instead of keeping what they computed
+    # A memory of the tokens at all depths (Stable-DINO); False: of the last layer's
+    fusion: bool = False
+    # Of the memory, which a masked decoder projects to its own; None: detector.width
+    width: Width | None = None
+    # Compute layers again in the backward pass, instead of keeping what they computed
+    checkpointing: bool = False
 
 
 class SalienceEncoderConfig(Config):
@@ -34,12 +41,15 @@ class SalienceEncoderConfig(Config):
     hidden: Count = 1024
     levels: Annotated[int, within(2, 8)] = 4
     points: Few = 4
-    # the part of each level's tokens that is refined, finest first, the last of further levels too; or one number, the
-    # part of all tokens (Focus-DETR)
+    # the part of each level's tokens that is refined, finest first, the last of further levels too;
+    # or one number, the part of all tokens (Focus-DETR)
     level_ratios: Part | Annotated[tuple[Part, ...], Some] = (0.25, 0.5, 1.0, 1.0)
-    layer_ratios: Annotated[tuple[Part, ...], Some] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)  # of those, in each layer
-    targets: Literal["salience", "objects"] = "salience"  # how near to an object's centre; objects: inside one (Focus)
-    background: bool = True  # what the last layer does not refine gets a learned embedding; False: Focus-DETR
+    # Of those, in each layer
+    layer_ratios: Annotated[tuple[Part, ...], Some] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
+    # How near to an object's centre; objects: inside one (Focus)
+    targets: Literal["salience", "objects"] = "salience"
+    # What the last layer does not refine gets a learned embedding; False: Focus-DETR
+    background: bool = True
 
 
 class DenseEncoderConfig(Config):
@@ -56,7 +66,9 @@ class DenseEncoderConfig(Config):
 
 
 class IntraScaleEncoderConfig(Config):
-    """Dense attention within each of several levels, and in the middle layer over all together (SMCA-DETR)."""
+    """Dense attention within each of several levels, and in the middle layer over all together
+    (SMCA-DETR).
+    """
 
     width: ClassVar[None] = None
     kind: Literal["intra_scale"] = "intra_scale"
@@ -77,13 +89,17 @@ class HybridEncoderConfig(Config):
     hidden: Count = 1024
     levels: Levels = 3
     inner: Width | None = None  # channels of its maps; None: detector.width
-    fuse_by: Literal["csp", "elan"] = "csp"  # two levels; elan: D-FINE's, with two CSP layers in a row
+    # Two levels; elan: D-FINE's, with two CSP layers in a row
+    fuse_by: Literal["csp", "elan"] = "csp"
     blocks: Few = 3  # RepVGG's, in each CSP layer
-    expansion: Annotated[float, within(0.01, 10)] = 1.0  # their width, in widths of the maps; of elan, in halves
+    # Their width, in widths of the maps; of elan, in halves
+    expansion: Annotated[float, within(0.01, 10)] = 1.0
 
 
 class ProjectorEncoderConfig(Config):
-    """No layers: a plain backbone's maps, resampled to the levels and mixed by a C2f block each (LW-DETR)."""
+    """No layers: a plain backbone's maps, resampled to the levels and mixed by a C2f block each
+    (LW-DETR).
+    """
 
     width: ClassVar[None] = None
     layers: ClassVar[int] = 0

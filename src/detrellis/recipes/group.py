@@ -1,4 +1,6 @@
-"""Group DETR on every base of the paper's tables, 12 epochs; `-o schedule.epochs=50 -o schedule.drops=[0.8]` for 50."""
+"""Group DETR on every base of the paper's tables, 12 epochs; `-o schedule.epochs=50 -o
+schedule.drops=[0.8]` for 50.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from detrellis.schemes.config import DNConfig, GroupConfig
 
 
 def _grouped(make: Callable[[], Recipe], *, k: int) -> Recipe:
-    """A base with `k` groups; denoising, where it has some, keeps to 100 queries (DN-DETR's dynamic groups)."""
+    """A base with `k` groups; denoising, where it has some, keeps to 100 queries (DN-DETR's dynamic
+    groups).
+    """
     base = make()
     changes = {"group": GroupConfig(k=k)}
     if base.schemes.dn is not None:
@@ -33,5 +37,6 @@ _BASES = {
     "dino-r50": dino.dino_r50,
 }
 RECIPES: Recipes = {
-    f"group-{name}": partial(_grouped, base, k=3 if name == "dino-r50" else 11) for name, base in _BASES.items()
+    f"group-{name}": partial(_grouped, base, k=3 if name == "dino-r50" else 11)
+    for name, base in _BASES.items()
 }

@@ -1,5 +1,6 @@
-"""LW-DETR (Chen et al., 2024) and RF-DETR (Robinson et al., 2025): a plain ViT with windows, a projector instead of an
-encoder, and a shallow decoder, trained as Group DETR with 13 groups and IA-BCE.
+"""LW-DETR (Chen et al., 2024) and RF-DETR (Robinson et al., 2025): a plain ViT with windows, a
+projector instead of an encoder, and a shallow decoder, trained as Group DETR with 13 groups and
+IA-BCE.
 
 | deviation from the released codes | why |
 | --- | --- |
@@ -12,13 +13,26 @@ from __future__ import annotations
 from typing import Any
 
 from detrellis.recipes.backbones import WindowViTConfig
-from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import DecoderConfig, DeformableAttentionConfig, DetectorConfig, MixedQueriesConfig
+from detrellis.recipes.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    Recipes,
+    ScheduleConfig,
+)
+from detrellis.recipes.detector import (
+    DecoderConfig,
+    DeformableAttentionConfig,
+    DetectorConfig,
+    MixedQueriesConfig,
+)
 from detrellis.recipes.encoders import ProjectorEncoderConfig
 from detrellis.schemes.config import GroupConfig, SchemesConfig
 
 DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"
-DEEP: dict[str, Any] = {"windowed": (0, 1, 3, 6, 7, 9), "taps": (3, 5, 6, 10)}  # of LW-DETR's ten blocks
+# Of LW-DETR's ten blocks
+DEEP: dict[str, Any] = {"windowed": (0, 1, 3, 6, 7, 9), "taps": (3, 5, 6, 10)}
 
 
 def _detector(
@@ -34,7 +48,9 @@ def _detector(
         backbone=backbone,
         width=384 if large else 256,
         encoder=projector or ProjectorEncoderConfig(strides=(8, 32) if large else (16,)),
-        queries=MixedQueriesConfig(count=queries, position="boxes", proposal_targets="classes", deltas=True),
+        queries=MixedQueriesConfig(
+            count=queries, position="boxes", proposal_targets="classes", deltas=True
+        ),
         cross_attention=DeformableAttentionConfig(points=4 if large else 2),
         decoder=DecoderConfig(
             layers=layers,
@@ -65,17 +81,24 @@ def _recipe(
 ) -> Recipe:
     """Group DETR's 13 groups with IA-BCE, at LW-DETR's rates; sizes of batches lie between `sizes`.
 
-    The rate of each part is `component_decay` times that of the part behind it, from the proposals and heads to the
-    decoder to the ViT, whose blocks learn the slower the earlier they are; the ViT's own starts at 1.5 times.
+    The rate of each part is `component_decay` times that of the part behind it, from the proposals
+    and heads to the decoder to the ViT, whose blocks learn the slower the earlier they are; the
+    ViT's own starts at 1.5 times.
     """
-    scaled = {"backbone": 1.5 * component_decay**2, "decoder.heads": 1.0, "decoder.": component_decay}
+    scaled = {
+        "backbone": 1.5 * component_decay**2,
+        "decoder.heads": 1.0,
+        "decoder.": component_decay,
+    }
     return Recipe(
         name=name,
         about=about,
         detector=detector,
         loss=LossConfig(classification="ia_bce", classes=1.0),
         schemes=SchemesConfig(group=GroupConfig(k=13)),
-        optim=OptimConfig(lr=1e-4, scaled=scaled, layer_decay=layer_decay, batch_size=batch_size, ema=ema),
+        optim=OptimConfig(
+            lr=1e-4, scaled=scaled, layer_decay=layer_decay, batch_size=batch_size, ema=ema
+        ),
         schedule=ScheduleConfig(epochs=epochs, drops=()),
         data=DataConfig(
             size=(size, size),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 from detrellis.recipes.backbones import BackboneConfig
-from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    Recipes,
+    ScheduleConfig,
+)
 from detrellis.recipes.detector import (
     DecoderConfig,
     DetectorConfig,
@@ -68,13 +75,22 @@ def _resnet(name: str) -> BackboneConfig:
 
 def mask2former_r50() -> Recipe:
     """ResNet-50, 50 epochs."""
-    return _recipe("mask2former-r50", "Mask2Former, ResNet-50, 50 epochs", mask2former_detector(_resnet("resnet50")))
+    return _recipe(
+        "mask2former-r50",
+        "Mask2Former, ResNet-50, 50 epochs",
+        mask2former_detector(_resnet("resnet50")),
+    )
 
 
 def mask2former_r50_12e() -> Recipe:
     """The base of Group DETR's row; its paper gives no schedule, so that this one is ours."""
     detector = mask2former_detector(_resnet("resnet50"))
-    return _recipe("mask2former-r50-12e", "Mask2Former, ResNet-50, 12 epochs (schedule ours)", detector, epochs=12)
+    return _recipe(
+        "mask2former-r50-12e",
+        "Mask2Former, ResNet-50, 12 epochs (schedule ours)",
+        detector,
+        epochs=12,
+    )
 
 
 def mask2former_r101() -> Recipe:
@@ -93,12 +109,17 @@ def _swin(size: str) -> Recipe:
 
 
 def group_mask2former_r50() -> Recipe:
-    """Group DETR, Table 3. The paper gives neither the number of groups nor the schedule: both are ours."""
+    """Group DETR, Table 3. The paper gives neither the number of groups nor the schedule: both are
+    ours.
+    """
     base = mask2former_r50_12e()
     return base.model_copy(
         update={
             "name": "group-mask2former-r50",
-            "about": "Group DETR, 11 groups, on Mask2Former, ResNet-50, 12 epochs (groups and schedule ours)",
+            "about": (
+                "Group DETR, 11 groups, on Mask2Former, ResNet-50, 12 epochs (groups and "
+                "schedule ours)"
+            ),
             "schemes": SchemesConfig(group=GroupConfig(k=11)),
         }
     )

@@ -1,4 +1,5 @@
-"""Mask DINO (Li et al., CVPR 2023): boxes and masks by one DINO, whose queries begin with boxes around masks.
+"""Mask DINO (Li et al., CVPR 2023): boxes and masks by one DINO, whose queries begin with boxes
+around masks.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -13,8 +14,20 @@
 from __future__ import annotations
 
 from detrellis.recipes.backbones import BackboneConfig
-from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import DecoderConfig, DetectorConfig, MasksConfig, MixedQueriesConfig
+from detrellis.recipes.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    Recipes,
+    ScheduleConfig,
+)
+from detrellis.recipes.detector import (
+    DecoderConfig,
+    DetectorConfig,
+    MasksConfig,
+    MixedQueriesConfig,
+)
 from detrellis.recipes.encoders import DeformableEncoderConfig
 from detrellis.recipes.mask2former import DROPS
 from detrellis.schemes.config import DNConfig, SchemesConfig
@@ -26,7 +39,10 @@ def maskdino_detector(backbone: BackboneConfig) -> DetectorConfig:
         backbone=backbone,
         encoder=DeformableEncoderConfig(hidden=2048),
         queries=MixedQueriesConfig(
-            content_from="states", position="boxes", proposal_targets="classes", boxes_from_masks="bitmask"
+            content_from="states",
+            position="boxes",
+            proposal_targets="classes",
+            boxes_from_masks="bitmask",
         ),
         decoder=DecoderConfig(
             layers=9,

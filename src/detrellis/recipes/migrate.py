@@ -1,7 +1,8 @@
-"""The reader of stored recipes: cards, states, plans and trials of studies, also those that older versions wrote.
+"""The reader of stored recipes: cards, states, plans and trials of studies, also those that older
+versions wrote.
 
-What stores a recipe stores `FORMAT` beside it. A field that moves or is called otherwise gets a line in `RENAMED`; what
-takes more than a new name gets a function of its own in `migrated`.
+What stores a recipe stores `FORMAT` beside it. A field that moves or is called otherwise gets a
+line in `RENAMED`; what takes more than a new name gets a function of its own in `migrated`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from detrellis.recipes.detector import DetectorConfig
 
 FORMAT = 5  # of stored recipes
 
-# Where a field of an older format stands now, as dotted paths. A name of today must not stand on the left.
+# Where a field of an older format stands now, as dotted paths. A name of today must not stand on
+# the left.
 RENAMED: Mapping[str, str] = {
     "schemes.co.most": "schemes.co.max_queries",
     "schemes.co.heads": "schemes.co.head_weight",
@@ -30,16 +32,22 @@ RENAMED_PARAMETERS: Mapping[str, str] = {".judge.": ".quality.", ".read.": ".tow
 
 
 def read_recipe(data: Any, written: int) -> Recipe:
-    """The recipe that is stored as `data` by a version of format `written`; `UserError` where it does not fit."""
+    """The recipe that is stored as `data` by a version of format `written`; `UserError` where it
+    does not fit.
+    """
     try:
         recipe = migrated(data, written)
     except (TypeError, AttributeError):  # something else where parts of a recipe stood then
-        raise UserError(f"no recipe of format {written}", "Take another copy of the file.") from None
+        raise UserError(
+            f"no recipe of format {written}", "Take another copy of the file."
+        ) from None
     return Recipe.checked(recipe)
 
 
 def migrated(data: Any, written: int) -> Any:
-    """A stored recipe as this version writes it; what is none stays as it is, for the check that follows."""
+    """A stored recipe as this version writes it; what is none stays as it is, for the check that
+    follows.
+    """
     if written >= FORMAT or not isinstance(data, Mapping):
         return data
     recipe: dict[str, Any] = deepcopy(dict(data))
@@ -56,10 +64,16 @@ def migrated(data: Any, written: int) -> Any:
 
 
 def _name_statistics(recipe: dict[str, Any]) -> None:
-    """Before format 3, pictures were normalised with ImageNet's statistics whatever a timm backbone's own are."""
+    """Before format 3, pictures were normalised with ImageNet's statistics whatever a timm
+    backbone's own are.
+    """
     data, detector = recipe.get("data"), recipe.get("detector")
     backbone = detector.get("backbone") if isinstance(detector, dict) else None
-    if isinstance(data, dict) and isinstance(backbone, dict) and backbone.get("name", RESNETS[0]) not in RESNETS:
+    if (
+        isinstance(data, dict)
+        and isinstance(backbone, dict)
+        and backbone.get("name", RESNETS[0]) not in RESNETS
+    ):
         recipe["data"] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)} | data
 
 
@@ -96,16 +110,40 @@ def _group_detector(detector: dict[str, Any]) -> None:
         return {new: detector.pop(old) for new, old in names.items() if old in detector}
 
     scaled = take(position_scale="position_scale")
-    decoder = take(layers="decoder_layers", heads="heads", hidden="hidden", refine="refine", final_norm="final_norm")
+    decoder = take(
+        layers="decoder_layers",
+        heads="heads",
+        hidden="hidden",
+        refine="refine",
+        final_norm="final_norm",
+    )
     decoder |= take(shared_heads="shared_heads")
-    attention = take(kind="cross_attention", points="points", smca="smca") | detector.pop("aligner", {})
-    queries = take(kind="queries", count="query_count", position="query_position", content="content")
-    for name in ("patterns", "indicator", "fixed_centres", "frozen_boxes", "proposal_targets", "empty_compete"):
+    attention = take(kind="cross_attention", points="points", smca="smca") | detector.pop(
+        "aligner", {}
+    )
+    queries = take(
+        kind="queries", count="query_count", position="query_position", content="content"
+    )
+    for name in (
+        "patterns",
+        "indicator",
+        "fixed_centres",
+        "frozen_boxes",
+        "proposal_targets",
+        "empty_compete",
+    ):
         queries |= take(**{name: name})
-    of_encoder = take(kind="encoder", layers="encoder_layers", levels="levels", neck_norm="neck_norm")
+    of_encoder = take(
+        kind="encoder", layers="encoder_layers", levels="levels", neck_norm="neck_norm"
+    )
     of_encoder |= take(heads="encoder_heads", hidden="encoder_hidden", points="encoder_points")
     # What the encoder left open was as in the decoder; no norm of a single map was told was none.
-    encoder = decoder | attention | scaled | {name: value for name, value in of_encoder.items() if value is not None}
+    encoder = (
+        decoder
+        | attention
+        | scaled
+        | {name: value for name, value in of_encoder.items() if value is not None}
+    )
     if queries.get("position") == "boxes":
         attention |= scaled
     detector["decoder"] = decoder
@@ -114,14 +152,20 @@ def _group_detector(detector: dict[str, Any]) -> None:
 
 
 def _as_kind(name: str, part: dict[str, Any]) -> dict[str, Any]:
-    """What a part's kind reads of its fields; in format 1 all others had to be left at their defaults, or were idle."""
+    """What a part's kind reads of its fields; in format 1 all others had to be left at their
+    defaults, or were idle.
+    """
     kinds = configs_of(DetectorConfig.model_fields[name].annotation)
-    fields = {kind_of(config): config.model_fields for config in kinds}.get(part.get("kind", ""), part)
+    fields = {kind_of(config): config.model_fields for config in kinds}.get(
+        part.get("kind", ""), part
+    )
     return {field: value for field, value in part.items() if field in fields}
 
 
 def _move(data: dict[str, Any], old: str, new: str) -> None:
-    """Move what stands at one dotted path to another. Nothing happens where a part of the old path is not there."""
+    """Move what stands at one dotted path to another. Nothing happens where a part of the old path
+    is not there.
+    """
     *parents, name = old.split(".")
     source: Any = data
     for parent in parents:

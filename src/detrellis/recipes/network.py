@@ -64,8 +64,12 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
     return build_map_neck(config, channels)
 
 
-def build_map_neck(config: DetectorConfig, channels: Sequence[int], *, projected: bool = True) -> nn.Module:
-    """From a map of each stride to a memory. Not `projected`: several maps that have its width stay as they are."""
+def build_map_neck(
+    config: DetectorConfig, channels: Sequence[int], *, projected: bool = True
+) -> nn.Module:
+    """From a map of each stride to a memory. Not `projected`: several maps that have its width stay
+    as they are.
+    """
     if config.encoder.kind == "hybrid":
         return build_hybrid_neck(config, config.encoder, channels)
     semantic = config.cross_attention.kind == "semantic"  # its regions reach into padding
@@ -75,36 +79,54 @@ def build_map_neck(config: DetectorConfig, channels: Sequence[int], *, projected
     if encoder.kind == "projector":
         eps = encoder.eps if encoder.norm == "layer" else None
         scales = [config.backbone.strides[-1] / stride for stride in encoder.strides]
-        return Projector(channels, config.width, scales, position, blocks=encoder.blocks, layer_norm_eps=eps)
+        return Projector(
+            channels, config.width, scales, position, blocks=encoder.blocks, layer_norm_eps=eps
+        )
     if encoder.kind == "dense":
         return SingleScaleNeck(channels[-1], config.width, position, norm=encoder.neck_norm)
-    return MultiScaleNeck(channels, config.memory_width, encoder.levels, position, projected=projected)
+    return MultiScaleNeck(
+        channels, config.memory_width, encoder.levels, position, projected=projected
+    )
 
 
-def build_hybrid_neck(config: DetectorConfig, encoder: HybridEncoderConfig, channels: Sequence[int]) -> HybridNeck:
-    """RT-DETR's encoder, which is a neck: its convolutions see the zeros that pad a batch, as a backbone's do."""
+def build_hybrid_neck(
+    config: DetectorConfig, encoder: HybridEncoderConfig, channels: Sequence[int]
+) -> HybridNeck:
+    """RT-DETR's encoder, which is a neck: its convolutions see the zeros that pad a batch, as a
+    backbone's do.
+    """
     inner = encoder.inner or config.width
     layers = []
     for _ in range(encoder.layers):
         attention = DenseAttention(inner, encoder.heads, dropout=config.dropout)
         feed_forward = FeedForward(inner, encoder.hidden, dropout=config.dropout, activation="gelu")
         layers.append(EncoderLayer(attention, feed_forward, inner, dropout=config.dropout))
-    parts = (csp_parts if encoder.fuse_by == "csp" else elan_parts)(encoder.blocks, encoder.expansion)
-    return HybridNeck(channels, config.width, inner, layers, parts, temperature=config.position_temperature)
+    parts = (csp_parts if encoder.fuse_by == "csp" else elan_parts)(
+        encoder.blocks, encoder.expansion
+    )
+    return HybridNeck(
+        channels, config.width, inner, layers, parts, temperature=config.position_temperature
+    )
 
 
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
-    """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels together (SMCA)."""
+    """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels
+    together (SMCA).
+    """
     width, encoder = config.memory_width, config.encoder
     if encoder.kind in ("deformable", "salience"):
         return DeformableAttention(width, encoder.heads, encoder.levels, encoder.points)
     apart = encoder.kind == "intra_scale" and layer != encoder.layers // 2
-    return (IntraScaleAttention if apart else DenseAttention)(width, encoder.heads, dropout=config.dropout)
+    return (IntraScaleAttention if apart else DenseAttention)(
+        width, encoder.heads, dropout=config.dropout
+    )
 
 
 def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
     """Attention of the queries to the memory; what reads one level gets the layer's own."""
-    width, heads, dropout = config.width, config.decoder.cross_heads or config.decoder.heads, config.dropout
+    width = config.width
+    heads = config.decoder.cross_heads or config.decoder.heads
+    dropout = config.dropout
     chosen, levels = config.cross_attention, config.encoder.levels
     if chosen.kind == "deformable":
         discrete = chosen.sampling == "discrete"
@@ -124,13 +146,20 @@ def build_cross_attention(config: DetectorConfig, layer: int) -> nn.Module:
         attention = SemanticCrossAttention(width, heads, aligner, dropout=dropout)
     elif chosen.kind == "conditional":
         count = levels if chosen.within_boxes else 1
-        parts = [ConditionalCrossAttention(width, heads, first=layer == 0, dropout=dropout) for _ in range(count)]
+        parts = [
+            ConditionalCrossAttention(width, heads, first=layer == 0, dropout=dropout)
+            for _ in range(count)
+        ]
         if count > 1:
             return OverLevels(parts, width)
         attention = parts[0]
     else:
         attention = DenseAttention(width, heads, dropout=dropout)
-    return AtLevel(attention, level_of(layer, config.decoder.layers, levels)) if levels > 1 else attention
+    return (
+        AtLevel(attention, level_of(layer, config.decoder.layers, levels))
+        if levels > 1
+        else attention
+    )
 
 
 def build_encoder(config: DetectorConfig) -> Encoder | SalienceEncoder:
@@ -149,12 +178,18 @@ def build_encoder(config: DetectorConfig) -> Encoder | SalienceEncoder:
     ]
     if encoder.kind == "salience":
         promising = [SelfAttention(width, encoder.heads, dropout=dropout) for _ in layers]
-        options = {name: getattr(encoder, name) for name in ("level_ratios", "layer_ratios", "background")}
+        options = {
+            name: getattr(encoder, name) for name in ("level_ratios", "layer_ratios", "background")
+        }
         return SalienceEncoder(layers, promising, width, encoder.levels, dropout=dropout, **options)
     if encoder.kind == "deformable":
         fusion = MemoryFusion(width, len(layers)) if encoder.fusion else None
         return Encoder(layers, references=True, fusion=fusion, checkpointing=encoder.checkpointing)
-    return Encoder(layers, references=False, position_scale=position_scale(width) if encoder.position_scale else None)
+    return Encoder(
+        layers,
+        references=False,
+        position_scale=position_scale(width) if encoder.position_scale else None,
+    )
 
 
 def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
@@ -162,7 +197,9 @@ def build_queries(config: DetectorConfig, classes: int) -> QuerySource:
     width, queries = config.width, config.queries
     if queries.kind == "learned":
         reference = build_reference(config)
-        return LearnedQueries(width, queries.count, learned_content=queries.content == "learned", reference=reference)
+        return LearnedQueries(
+            width, queries.count, learned_content=queries.content == "learned", reference=reference
+        )
     if queries.kind == "anchors":
         return AnchorQueries(
             width,
@@ -199,7 +236,10 @@ def build_reference(config: DetectorConfig) -> nn.Module | None:
     """What reads a point off a learned query's position, where the attention looks around one."""
     if config.modulated:
         return read_point(config.width)
-    readers: dict[str, Callable[[int], nn.Module]] = {"deformable": linear_reference, "conditional": point_reference}
+    readers: dict[str, Callable[[int], nn.Module]] = {
+        "deformable": linear_reference,
+        "conditional": point_reference,
+    }
     kind = config.cross_attention.kind
     return readers[kind](config.width) if kind in readers else None
 
@@ -208,9 +248,15 @@ def build_position(config: DetectorConfig) -> nn.Module:
     """Where the decoder's queries look at each layer."""
     attention = config.cross_attention
     if config.modulated:
-        return ModulatedPriors(config.width, config.decoder.heads, config.decoder.layers, config.level_strides)
+        return ModulatedPriors(
+            config.width, config.decoder.heads, config.decoder.layers, config.level_strides
+        )
     if config.queries.position == "queries":
-        return ConditionalPosition(config.width) if attention.kind == "conditional" else FixedPosition()
+        return (
+            ConditionalPosition(config.width)
+            if attention.kind == "conditional"
+            else FixedPosition()
+        )
     if attention.kind == "conditional":
         return ModulatedPosition(config.width, within=attention.within_boxes)
     if attention.kind == "deformable" and attention.position == "box":
@@ -237,7 +283,8 @@ def build_decoder(config: DetectorConfig, classes: int) -> Decoder:
         )
         for i in range(decoder.layers)
     ]
-    # Points that are sampled around need small boxes; proposals bring their size, and dense attention needs none.
+    # Points that are sampled around need small boxes; proposals bring their size, and dense
+    # attention needs none.
     small = config.cross_attention.kind == "deformable" and not config.two_stage
     fine, count = decoder.distributions, config.queries.count * max(config.queries.patterns, 1)
     return Decoder(
@@ -288,7 +335,9 @@ def build_masked_decoder(config: DetectorConfig, classes: int) -> MaskedDecoder:
         levels=config.encoder.levels,
         width=width,
         memory_width=config.memory_width,
-        position=SineMap(width, temperature=config.position_temperature, offset=config.position_offset),
+        position=SineMap(
+            width, temperature=config.position_temperature, offset=config.position_offset
+        ),
         project=config.cross_attention.project,
     )
 
@@ -302,12 +351,20 @@ def build_detector(config: DetectorConfig, classes: int) -> Detector:
     """A detector for `classes` classes, initialised from the global random state."""
     refuse_network(config)
     wanted = config.backbone
-    backbone = build_backbone(wanted if config.masks is None else wanted.replace(strides=config.map_strides))
+    backbone = build_backbone(
+        wanted if config.masks is None else wanted.replace(strides=config.map_strides)
+    )
     channels = backbone.channels if config.masks is None else backbone.channels[1:]
     neck, encoder = build_neck(config, channels), build_encoder(config)
-    decoder = build_decoder(config, classes) if config.boxes else build_masked_decoder(config, classes)
+    decoder = (
+        build_decoder(config, classes) if config.boxes else build_masked_decoder(config, classes)
+    )
     queries = build_queries(config, classes)
-    masks = None if config.masks is None else MaskBranch(backbone.channels[0], config.memory_width, config.masks.width)
+    masks = (
+        None
+        if config.masks is None
+        else MaskBranch(backbone.channels[0], config.memory_width, config.masks.width)
+    )
     accelerate(neck, encoder, queries, decoder)
     return Detector(
         backbone,

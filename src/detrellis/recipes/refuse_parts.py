@@ -1,5 +1,5 @@
-"""Parts of real-time detectors that do not go together with others: whether each case is refused, why, and what to take
-instead. Importing this imports no torch."""
+"""Parts of real-time detectors that do not go together with others: whether each case is refused,
+why, and what to take instead. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ def hybrid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     return [
         (
             maps != encoder.levels,
-            f"encoder.levels={encoder.levels} and {maps} backbone.strides: encoder.kind=hybrid makes no further levels",
+            f"encoder.levels={encoder.levels} and {maps} backbone.strides: encoder.kind=hybrid "
+            "makes no further levels",
             f"Take -o detector.encoder.levels={maps}.",
         ),
         (
             attention.kind != "deformable",
-            f"encoder.kind=hybrid and cross_attention.kind={attention.kind}: the memory has no positions to read",
+            f"encoder.kind=hybrid and cross_attention.kind={attention.kind}: the memory has no "
+            "positions to read",
             "Take -o detector.cross_attention.kind=deformable.",
         ),
         (
             inner % step > 0,
-            f"encoder.inner={inner} is not a multiple of encoder.heads={encoder.heads}, and of 4 for its positions",
+            f"encoder.inner={inner} is not a multiple of encoder.heads={encoder.heads}, and of 4 "
+            "for its positions",
             f"For example -o detector.encoder.inner={rounded(inner, step)}.",
         ),
     ]
@@ -49,17 +52,20 @@ def sampling(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     return [
         (
             not isinstance(counts, int) and len(counts) != levels,
-            f"cross_attention.points={counts} and encoder.levels={levels} do not combine: each level needs a number",
+            f"cross_attention.points={counts} and encoder.levels={levels} do not combine: each "
+            "level needs a number",
             "Take one for all: -o detector.cross_attention.points=4.",
         ),
         (
             boxes and queries.position == "queries",
-            f"cross_attention.position=box derives positions from boxes, and queries.kind={queries.kind} has its own",
+            "cross_attention.position=box derives positions from boxes, and "
+            f"queries.kind={queries.kind} has its own",
             "Take -o detector.cross_attention.position=sine.",
         ),
         (
             boxes and attention.position_scale,
-            "cross_attention.position_scale scales positions of sines, and cross_attention.position=box has none",
+            "cross_attention.position_scale scales positions of sines, and "
+            "cross_attention.position=box has none",
             "Take -o detector.cross_attention.position_scale=false.",
         ),
     ]
@@ -73,28 +79,32 @@ def distributions(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     return [
         (
             fine.bins % 2 > 0,
-            f"decoder.distributions.bins={fine.bins} is odd: as many lie on either side of the one in the middle",
+            f"decoder.distributions.bins={fine.bins} is odd: as many lie on either side of the "
+            "one in the middle",
             f"Take -o detector.decoder.distributions.bins={fine.bins + 1}.",
         ),
         (
             decoder.refine != "detached",
-            f"decoder.distributions and decoder.refine={decoder.refine} do not combine: layers read boxes without"
-            " gradient, which add to distributions with theirs",
+            f"decoder.distributions and decoder.refine={decoder.refine} do not combine: layers "
+            "read boxes without gradient, which add to distributions with theirs",
             "Take -o detector.decoder.refine=detached.",
         ),
         (
             decoder.final_norm,
-            "decoder.distributions and decoder.final_norm do not combine: boxes are read from what goes on, as it is",
+            "decoder.distributions and decoder.final_norm do not combine: boxes are read from "
+            "what goes on, as it is",
             "Take -o detector.decoder.final_norm=false.",
         ),
         (
             decoder.cross_first,
-            "decoder.distributions and decoder.cross_first do not combine: what is read first has no distributions",
+            "decoder.distributions and decoder.cross_first do not combine: what is read first "
+            "has no distributions",
             "Take -o detector.decoder.cross_first=false.",
         ),
         (
             config.scores == "softmax",
-            "decoder.distributions and scores=softmax do not combine: their quality is added to all classes alike",
+            "decoder.distributions and scores=softmax do not combine: their quality is added to "
+            "all classes alike",
             "Take -o detector.scores=sigmoid.",
         ),
     ]
@@ -106,7 +116,8 @@ def before_the_decoder(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     return [
         (
             sizes is not None and (config.masks is None or config.objectness),
-            f"queries.boxes_from_masks={sizes} needs proposals that learn masks, and these learn none",
+            f"queries.boxes_from_masks={sizes} needs proposals that learn masks, and these learn "
+            "none",
             "Take -o 'detector.masks={}' -o detector.queries.proposal_targets=classes, or boxes_from_masks=null.",
         ),
         (
@@ -116,19 +127,23 @@ def before_the_decoder(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         ),
         (
             decoder.initial_output and (queries.kind == "learned" or not config.boxes),
-            f"decoder.initial_output is of the boxes that queries begin with, and queries.kind={queries.kind} has none",
+            "decoder.initial_output is of the boxes that queries begin with, and "
+            f"queries.kind={queries.kind} has none",
             "Take -o detector.decoder.initial_output=false.",
         ),
         (
             decoder.initial_output and decoder.distributions is not None,
-            "decoder.initial_output and decoder.distributions do not combine: the queries have no distributions yet",
+            "decoder.initial_output and decoder.distributions do not combine: the queries have "
+            "no distributions yet",
             "Take -o detector.decoder.initial_output=false.",
         ),
     ]
 
 
 def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
-    """The same for a plain backbone and its projector, and for boxes that move relative to their size."""
+    """The same for a plain backbone and its projector, and for boxes that move relative to their
+    size.
+    """
     backbone, encoder = config.backbone, config.encoder
     projector = encoder.kind == "projector"
     relative = config.box_encoding == "relative" and config.queries.kind == "learned"
@@ -140,8 +155,15 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         )
     ]
     if not isinstance(backbone, WindowViTConfig):
-        problem = f"encoder.kind=projector reads maps of one stride, and backbone.kind={backbone.kind} has several"
-        row = (projector, problem, "Take another encoder.kind, or -o detector.backbone.kind=window_vit.")
+        problem = (
+            f"encoder.kind=projector reads maps of one stride, and backbone.kind={backbone.kind} "
+            "has several"
+        )
+        row = (
+            projector,
+            problem,
+            "Take another encoder.kind, or -o detector.backbone.kind=window_vit.",
+        )
         return [*found, row, *pyramid(config)]
     sides = (backbone.patch // 2, backbone.patch, 2 * backbone.patch)
     strides = encoder.strides if encoder.kind == "projector" else ()
@@ -150,7 +172,8 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         *found,
         (
             not projector,
-            f"backbone.kind=window_vit has maps of one stride, which encoder.kind={encoder.kind} does not read",
+            f"backbone.kind=window_vit has maps of one stride, which encoder.kind={encoder.kind} "
+            "does not read",
             "Take -o detector.encoder.kind=projector, or -o detector.backbone.kind=hierarchical.",
         ),
         (
@@ -160,7 +183,8 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         ),
         (
             not set(strides) <= set(sides),
-            f"encoder.strides={list(strides)} cannot be made of maps of stride backbone.patch={backbone.patch}",
+            f"encoder.strides={list(strides)} cannot be made of maps of stride "
+            f"backbone.patch={backbone.patch}",
             f"Take some of {', '.join(str(side) for side in sides if side)}.",
         ),
         (
@@ -170,8 +194,8 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         ),
         (
             any(block >= last for block in backbone.windowed),
-            f"backbone.windowed={list(backbone.windowed)} names blocks that are not there: the last map is read off"
-            f" after {last}",
+            f"backbone.windowed={list(backbone.windowed)} names blocks that are not there: the "
+            f"last map is read off after {last}",
             f"Blocks are counted from 0: take numbers below {last}.",
         ),
     ]
@@ -183,7 +207,8 @@ def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     found = [
         (
             config.masks is not None and backbone.pyramid,
-            f"masks are read from a backbone's map of stride 4, which backbone.kind={backbone.kind} has not",
+            "masks are read from a backbone's map of stride 4, which "
+            f"backbone.kind={backbone.kind} has not",
             "Take -o detector.masks=null, or -o detector.backbone.kind=hierarchical.",
         )
     ]
@@ -194,14 +219,15 @@ def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         *found,
         (
             backbone.width % step > 0,
-            f"backbone.width={backbone.width} is not a multiple of four times backbone.heads={backbone.heads}: rotary"
-            " positions turn a head's channels in pairs, by row and column",
+            f"backbone.width={backbone.width} is not a multiple of four times "
+            f"backbone.heads={backbone.heads}: rotary positions turn a head's channels in pairs, "
+            "by row and column",
             f"For example -o detector.backbone.width={rounded(backbone.width, step)}.",
         ),
         (
             any(block >= backbone.depth for block in backbone.global_blocks),
-            f"backbone.global_blocks={list(backbone.global_blocks)} names blocks that are not there: it has"
-            f" {backbone.depth}",
+            f"backbone.global_blocks={list(backbone.global_blocks)} names blocks that are not "
+            f"there: it has {backbone.depth}",
             f"Blocks are counted from 0: take numbers below {backbone.depth}.",
         ),
         (
@@ -214,44 +240,57 @@ def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 def rivals(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """For what queries know of each other's boxes and scores, and for the cells in their boxes."""
-    decoder, queries, attention, encoder = config.decoder, config.queries, config.cross_attention, config.encoder
-    softmax, masked, salient = config.scores == "softmax", not config.boxes, encoder.kind == "salience"
+    decoder = config.decoder
+    queries = config.queries
+    attention = config.cross_attention
+    encoder = config.encoder
+    softmax = config.scores == "softmax"
+    masked = not config.boxes
+    salient = encoder.kind == "salience"
     has_boxes = config.boxes and queries.kind != "learned"
     return [
         (
-            attention.kind == "conditional" and attention.within_boxes and queries.position == "queries",
-            f"cross_attention.within_boxes reads cells in boxes, and queries.kind={queries.kind} has points",
+            attention.kind == "conditional"
+            and attention.within_boxes
+            and queries.position == "queries",
+            f"cross_attention.within_boxes reads cells in boxes, and queries.kind={queries.kind} "
+            "has points",
             "Take -o detector.queries.kind=anchors, as in dab-detr-r50.",
         ),
         (
             decoder.relation and not (decoder.refine != "none" and has_boxes),
-            f"decoder.relation compares boxes that layers refine, and with queries.kind={queries.kind} and"
-            f" decoder.refine={decoder.refine} there are none",
+            "decoder.relation compares boxes that layers refine, and with "
+            f"queries.kind={queries.kind} and decoder.refine={decoder.refine} there are none",
             "Take -o detector.decoder.relation=false, or a recipe such as tiny or dab-detr-r50.",
         ),
         (
             decoder.ranked and softmax,
-            "decoder.ranked and scores=softmax do not combine: queries are ranked by sigmoid scores",
+            "decoder.ranked and scores=softmax do not combine: queries are ranked by sigmoid "
+            "scores",
             "Take -o detector.scores=sigmoid or -o detector.decoder.ranked=false.",
         ),
         (
             decoder.ranked and decoder.distributions is not None,
-            "decoder.ranked and decoder.distributions do not combine: boxes are read from what goes on, as it is",
+            "decoder.ranked and decoder.distributions do not combine: boxes are read from what "
+            "goes on, as it is",
             "Take -o detector.decoder.ranked=false.",
         ),
         (
             masked and decoder.ranked,
-            "cross_attention.kind=masked and decoder.ranked do not combine: its classes exclude each other",
+            "cross_attention.kind=masked and decoder.ranked do not combine: its classes exclude "
+            "each other",
             "Take -o detector.decoder.ranked=false.",
         ),
         (
             salient and not config.two_stage,
-            f"encoder.kind=salience ranks tokens by what proposes boxes, which queries.kind={queries.kind} has not",
+            "encoder.kind=salience ranks tokens by what proposes boxes, which "
+            f"queries.kind={queries.kind} has not",
             "Take -o detector.queries.kind=mixed, as in salience-detr-r50.",
         ),
         (
             masked and decoder.cross_first,
-            "cross_attention.kind=masked has cross-attention first whatever decoder.cross_first says",
+            "cross_attention.kind=masked has cross-attention first whatever decoder.cross_first "
+            "says",
             "Take -o detector.decoder.cross_first=false.",
         ),
     ]

@@ -1,4 +1,6 @@
-"""Detectors that the four papers are compared with, each a base with a scheme, and some with a network part."""
+"""Detectors that the four papers are compared with, each a base with a scheme, and some with a
+network part.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,21 @@ from detrellis.recipes.deformable import deformable_detr_r50_two_stage_plus
 from detrellis.recipes.detector import ConditionalAttentionConfig
 from detrellis.recipes.dino import dino_r50
 from detrellis.recipes.encoders import SalienceEncoderConfig
-from detrellis.schemes.config import CDNConfig, DACConfig, HybridConfig, MSConfig, RankConfig, SchemesConfig, SQRConfig
+from detrellis.schemes.config import (
+    CDNConfig,
+    DACConfig,
+    HybridConfig,
+    MSConfig,
+    RankConfig,
+    SchemesConfig,
+    SQRConfig,
+)
 
 
 def _deformable(name: str, about: str, schemes: SchemesConfig, **parts: Any) -> Recipe:
-    """Deformable DETR++ with 900 queries, 12 epochs. `parts`: what changes of its queries and its decoder."""
+    """Deformable DETR++ with 900 queries, 12 epochs. `parts`: what changes of its queries and its
+    decoder.
+    """
     base = deformable_detr_r50_two_stage_plus()
     queries = base.detector.queries.replace(count=900, **parts.get("queries", {}))
     decoder = base.detector.decoder.replace(**parts.get("decoder", {}))
@@ -34,12 +46,15 @@ def _deformable(name: str, about: str, schemes: SchemesConfig, **parts: Any) -> 
 def ms_deformable_detr_r50() -> Recipe:
     """MS-DETR. Its authors report AP 50.0."""
     about = "MS-DETR: Deformable DETR++ with mixed supervision, ResNet-50"
-    return _deformable("ms-deformable-detr-r50", about, SchemesConfig(ms=MSConfig()), decoder={"cross_first": True})
+    return _deformable(
+        "ms-deformable-detr-r50", about, SchemesConfig(ms=MSConfig()), decoder={"cross_first": True}
+    )
 
 
 def dac_deformable_detr_r50() -> Recipe:
     """DAC-DETR with contrastive denoising. Its authors report AP 50.0."""
-    schemes, about = SchemesConfig(cdn=CDNConfig(), dac=DACConfig()), "DAC-DETR on Deformable DETR++, ResNet-50"
+    schemes = SchemesConfig(cdn=CDNConfig(), dac=DACConfig())
+    about = "DAC-DETR on Deformable DETR++, ResNet-50"
     return _deformable("dac-deformable-detr-r50", about, schemes, queries={"position": "boxes"})
 
 
@@ -80,12 +95,18 @@ def sqr_dab_detr_r50() -> Recipe:
     """SQR on DAB-DETR, 50 epochs. Its authors report AP 44.4."""
     base, about = dab_detr_r50(), "SQR on DAB-DETR, ResNet-50"
     return base.model_copy(
-        update={"name": "sqr-dab-detr-r50", "about": about, "schemes": SchemesConfig(sqr=SQRConfig())}
+        update={
+            "name": "sqr-dab-detr-r50",
+            "about": about,
+            "schemes": SchemesConfig(sqr=SQRConfig()),
+        }
     )
 
 
 def cascade_dino_r50() -> Recipe:
-    """Cascade-DETR on DINO, whose queries read the cells in their boxes, and learn how well those fit."""
+    """Cascade-DETR on DINO, whose queries read the cells in their boxes, and learn how well those
+    fit.
+    """
     base = dino_r50()
     attention = ConditionalAttentionConfig(within_boxes=True)
     return base.model_copy(
@@ -114,7 +135,9 @@ def salience_detr_r50() -> Recipe:
     """Salience-DETR. Its authors report AP 50.0."""
     queries = {"distinct": 0.3, "distinct_by": "cells"}
     recipe = _salient("salience-detr-r50", "Salience-DETR, ResNet-50", {}, **queries)
-    return recipe.replace(detector=recipe.detector.replace(position_temperature=10000.0, position_offset=-0.5))
+    return recipe.replace(
+        detector=recipe.detector.replace(position_temperature=10000.0, position_offset=-0.5)
+    )
 
 
 def focus_detr_r50() -> Recipe:

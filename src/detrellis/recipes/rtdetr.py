@@ -1,7 +1,9 @@
-"""RT-DETR (Zhao et al., CVPR 2024) and RT-DETRv2 (Lv et al., 2024): real-time detectors on ResNet-vd.
+"""RT-DETR (Zhao et al., CVPR 2024) and RT-DETRv2 (Lv et al., 2024): real-time detectors on
+ResNet-vd.
 
-RT-DETR is DINO with another encoder, contents from the proposals' states, positions from the boxes themselves, and
-VFL. RT-DETRv2 samples alike unless it is told otherwise (`cross_attention.points`, `sampling`), and is trained longer.
+RT-DETR is DINO with another encoder, contents from the proposals' states, positions from the boxes
+themselves, and VFL. RT-DETRv2 samples alike unless it is told otherwise (`cross_attention.points`,
+`sampling`), and is trained longer.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -15,8 +17,20 @@ from __future__ import annotations
 from typing import Any
 
 from detrellis.recipes.backbones import BackboneConfig
-from detrellis.recipes.config import DataConfig, LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
-from detrellis.recipes.detector import DecoderConfig, DeformableAttentionConfig, DetectorConfig, MixedQueriesConfig
+from detrellis.recipes.config import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    Recipes,
+    ScheduleConfig,
+)
+from detrellis.recipes.detector import (
+    DecoderConfig,
+    DeformableAttentionConfig,
+    DetectorConfig,
+    MixedQueriesConfig,
+)
 from detrellis.recipes.encoders import HybridEncoderConfig
 from detrellis.recipes.scale import small_sized
 from detrellis.schemes.config import CDNConfig, SchemesConfig
@@ -29,7 +43,8 @@ ENCODERS = {
     50: HybridEncoderConfig(),
     101: HybridEncoderConfig(inner=384, hidden=2048),
 }
-UNIT: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # pixels stay between 0 and 1
+# Pixels stay between 0 and 1
+UNIT: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 DATA = DataConfig(size=(640, 640), keep_aspect=False, augment="realtime", calm=0.0, **UNIT)
 
 
@@ -38,7 +53,9 @@ def rtdetr_detector(depth: int) -> DetectorConfig:
     return DetectorConfig(
         backbone=BackboneConfig(name=f"resnet{depth}vd", norm="frozen" if depth >= 50 else "batch"),
         encoder=ENCODERS[depth],
-        queries=MixedQueriesConfig(content_from="states", position="boxes", proposal_targets="classes"),
+        queries=MixedQueriesConfig(
+            content_from="states", position="boxes", proposal_targets="classes"
+        ),
         cross_attention=DeformableAttentionConfig(position="box"),
         decoder=DecoderConfig(layers=LAYERS[depth], refine="look_forward_twice"),
         dropout=0.0,
@@ -48,10 +65,14 @@ def rtdetr_detector(depth: int) -> DetectorConfig:
 
 def _optim(backbone: float, **changes: Any) -> OptimConfig:
     scaled = {} if backbone == 1 else {"backbone": backbone}
-    return OptimConfig(lr=1e-4, scaled=scaled, decay_norms=False, ema=0.9999, ema_ramp=2000, **changes)
+    return OptimConfig(
+        lr=1e-4, scaled=scaled, decay_norms=False, ema=0.9999, ema_ramp=2000, **changes
+    )
 
 
-def _recipe(name: str, about: str, depth: int, optim: OptimConfig, schedule: ScheduleConfig, **data: Any) -> Recipe:
+def _recipe(
+    name: str, about: str, depth: int, optim: OptimConfig, schedule: ScheduleConfig, **data: Any
+) -> Recipe:
     return Recipe(
         name=name,
         about=about,
@@ -68,14 +89,20 @@ def _rtdetr(depth: int, *, backbone: float) -> Recipe:
     """RT-DETR, 72 epochs; `backbone`: factor on its learning rate."""
     optim = _optim(backbone, undecayed=("bias",))
     schedule = ScheduleConfig(epochs=72, drops=())
-    return _recipe(f"rtdetr-r{depth}", f"RT-DETR, ResNet-{depth}-vd, 640 pixels", depth, optim, schedule)
+    return _recipe(
+        f"rtdetr-r{depth}", f"RT-DETR, ResNet-{depth}-vd, 640 pixels", depth, optim, schedule
+    )
 
 
 def _rtdetrv2(depth: int, *, backbone: float, epochs: int, calm: int, **data: Any) -> Recipe:
-    """RT-DETRv2; `backbone`: factor on its learning rate; `calm`: last epochs without strong augmentation."""
+    """RT-DETRv2; `backbone`: factor on its learning rate; `calm`: last epochs without strong
+    augmentation.
+    """
     schedule = ScheduleConfig(epochs=epochs, drops=(), warmup_steps=2000)
     about = f"RT-DETRv2, ResNet-{depth}-vd, 640 pixels"
-    return _recipe(f"rtdetrv2-r{depth}", about, depth, _optim(backbone), schedule, calm=calm / epochs, **data)
+    return _recipe(
+        f"rtdetrv2-r{depth}", about, depth, _optim(backbone), schedule, calm=calm / epochs, **data
+    )
 
 
 def rtdetr_r18() -> Recipe:

@@ -1,4 +1,5 @@
-"""SAM-DETR and SAM-DETR++, each also with SMCA, denoising, or both, 12 epochs; and SMCA-DETR by itself, 50 epochs.
+"""SAM-DETR and SAM-DETR++, each also with SMCA, denoising, or both, 12 epochs; and SMCA-DETR by
+itself, 50 epochs.
 
 `-o schedule.epochs=50 -o schedule.drops=[0.8]` is the longer schedule of SAM-DETR's table 2.
 """
@@ -38,20 +39,27 @@ def sam_plus_detector() -> DetectorConfig:
     """The same on three levels, coarse to fine, behind a deformable encoder."""
     detector = sam_detector()
     return detector.replace(
-        backbone=detector.backbone.replace(strides=(8, 16, 32)), encoder=DeformableEncoderConfig(levels=3)
+        backbone=detector.backbone.replace(strides=(8, 16, 32)),
+        encoder=DeformableEncoderConfig(levels=3),
     )
 
 
 # Name: what it is, its detector, images a step.
 _BASES: dict[str, tuple[str, Callable[[], DetectorConfig], int]] = {
     "sam-detr-r50": ("SAM-DETR, ResNet-50", sam_detector, 16),
-    "sam-detr-r50-dc5": ("SAM-DETR, ResNet-50 with a dilated last stage", partial(sam_detector, dilation=True), 8),
+    "sam-detr-r50-dc5": (
+        "SAM-DETR, ResNet-50 with a dilated last stage",
+        partial(sam_detector, dilation=True),
+        8,
+    ),
     "sam-detr-plus-r50": ("SAM-DETR++, ResNet-50, 3 scales", sam_plus_detector, 16),
 }
 
 
 def _sam(base: str, *, smca: bool, dn: bool) -> Recipe:
-    """A base, with Gaussian priors around the salient points, with denoising, or with both: the paper's best."""
+    """A base, with Gaussian priors around the salient points, with denoising, or with both: the
+    paper's best.
+    """
     about, make, batch = _BASES[base]
     detector = make().replace(cross_attention=SemanticAttentionConfig(smca=smca))
     additions = " and ".join(word for word, added in (("SMCA", smca), ("denoising", dn)) if added)
@@ -85,7 +93,9 @@ def smca_detector() -> DetectorConfig:
     """DETR's network with 300 queries, whose attention a Gaussian prior weighs."""
     detector = single_scale_detector()
     return detector.replace(
-        queries=detector.queries.replace(count=300), cross_attention=DenseAttentionConfig(smca=True), scores="sigmoid"
+        queries=detector.queries.replace(count=300),
+        cross_attention=DenseAttentionConfig(smca=True),
+        scores="sigmoid",
     )
 
 
@@ -95,7 +105,9 @@ def smca_detr_r50() -> Recipe:
 
 
 def smca_detr_ms_r50() -> Recipe:
-    """SMCA-DETR on strides 16 to 64: of five encoder layers the middle one alone reads all levels together."""
+    """SMCA-DETR on strides 16 to 64: of five encoder layers the middle one alone reads all levels
+    together.
+    """
     detector = smca_detector()
     several = detector.replace(
         backbone=detector.backbone.replace(strides=(16, 32)),

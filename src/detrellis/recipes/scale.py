@@ -1,5 +1,5 @@
-"""Any recipe at a size for CPUs and small data sets, trained from scratch: the same network parts and schemes, less of
-each."""
+"""Any recipe at a size for CPUs and small data sets, trained from scratch: the same network parts
+and schemes, less of each."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ MASK_LOSSES = {"mask": 1.0, "dice": 1.0, "points": 256}
 
 
 def tiny_sized(recipe: Recipe) -> Recipe:
-    """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192 pixels, 40 epochs; of
-    hybrid encoders, 1 layer; of plain ViTs, 6 blocks of width 192 (timm's: 12)."""
+    """A ResNet-18 without its last stage, 2 encoder and 3 decoder layers of width 128, 256x192
+    pixels, 40 epochs; of hybrid encoders, 1 layer; of plain ViTs, 6 blocks of width 192 (timm's:
+    12)."""
     detector, loss = recipe.detector, recipe.loss
     dense = detector.encoder.kind == "dense"
     masks = None if detector.masks is None else detector.masks.replace(width=128)
     queries = detector.queries.replace(count=100)
     small = _parts(detector).replace(width=128, queries=queries, top_k=100, masks=masks)
-    # From scratch the classes are what is learned last: at least Deformable DETR's weight, where the loss is focal.
+    # From scratch the classes are what is learned last: at least Deformable DETR's weight, where
+    # the loss is focal.
     focal = detector.scores == "sigmoid" and loss.classification == "focal"
     classes = max(loss.classes, 2.0) if focal else loss.classes
     return recipe.model_copy(
@@ -35,20 +37,26 @@ def tiny_sized(recipe: Recipe) -> Recipe:
             "name": f"{recipe.name}-tiny",
             "about": f"{recipe.about}; at a size for CPUs and small data, from scratch",
             "detector": small,
-            "loss": loss.model_copy(update={"classes": classes} | ({} if masks is None else MASK_LOSSES)),
-            # Dense attention learns at the papers' rate, hardly at four times of it: docs/experiments/sam-detr.md.
+            "loss": loss.model_copy(
+                update={"classes": classes} | ({} if masks is None else MASK_LOSSES)
+            ),
+            # Dense attention learns at the papers' rate, hardly at four times of it:
+            # docs/experiments/sam-detr.md.
             "optim": OptimConfig(lr=1e-4 if dense else 4e-4, scaled={}, batch_size=8, ema=0.999),
             "schedule": ScheduleConfig(epochs=40, warmup=0.03, shape="cosine", final=0.02),
-            "data": DataConfig(size=(192, 256), match_orientation=True, augment="fixed", group_by_aspect=True),
+            "data": DataConfig(
+                size=(192, 256), match_orientation=True, augment="fixed", group_by_aspect=True
+            ),
         }
     )
 
 
 def small_sized(recipe: Recipe) -> Recipe:
-    """The same of a two-stage detector on three levels, but on an EfficientNet-Lite0 with ImageNet weights, which a
-    package holds, so that nothing is downloaded; and with distinct queries.
+    """The same of a two-stage detector on three levels, but on an EfficientNet-Lite0 with ImageNet
+    weights, which a package holds, so that nothing is downloaded; and with distinct queries.
 
-    The features are trained as all else is, BatchNorm too, at the full rate: docs/experiments/small.md.
+    The features are trained as all else is, BatchNorm too, at the full rate:
+    docs/experiments/small.md.
     """
     tiny = tiny_sized(recipe)
     detector = tiny.detector.replace(
@@ -64,11 +72,20 @@ def _parts(detector: DetectorConfig) -> DetectorConfig:
     """The detector with a small backbone, encoder and decoder."""
     decoder = detector.decoder.replace(layers=3, hidden=512)
     if isinstance(detector.backbone, WindowViTConfig):
-        sizes = {"width": 192, "heads": 6, "grid": 16, "windows": 2, "windowed": (0, 2, 4), "taps": (2, 4, 6)}
+        sizes = {
+            "width": 192,
+            "heads": 6,
+            "grid": 16,
+            "windows": 2,
+            "windowed": (0, 2, 4),
+            "taps": (2, 4, 6),
+        }
         backbone = detector.backbone.untrained().replace(**sizes, drop_path=0.0)
         return detector.replace(backbone=backbone, decoder=decoder.replace(heads=8, cross_heads=16))
     return detector.replace(
-        backbone=_tiny_backbone(detector.backbone, (16,) if detector.encoder.kind == "dense" else (8, 16)),
+        backbone=_tiny_backbone(
+            detector.backbone, (16,) if detector.encoder.kind == "dense" else (8, 16)
+        ),
         encoder=_tiny_encoder(detector.encoder),
         cross_attention=_tiny_attention(detector.cross_attention),
         decoder=decoder,
@@ -79,7 +96,15 @@ def _tiny_backbone(backbone: AnyBackboneConfig, strides: tuple[int, ...]) -> Any
     """A ResNet-18 or ResNet-18-vd; of plain ViTs with a pyramid one of width 192."""
     light = {"pretrained": False, "weights": None, "strides": strides, "drop_path": 0.0}
     if isinstance(backbone, EvaViTConfig):
-        sizes = {"width": 192, "depth": 6, "heads": 6, "window": 4, "global_blocks": (2, 5), "grid": 16, "extent": None}
+        sizes = {
+            "width": 192,
+            "depth": 6,
+            "heads": 6,
+            "window": 4,
+            "global_blocks": (2, 5),
+            "grid": 16,
+            "extent": None,
+        }
         return backbone.replace(**light, **sizes, checkpointing=False, frozen=0)
     if isinstance(backbone, TimmViTConfig):
         return backbone.replace(**light, name="vit_tiny_patch16_224", checkpointing=False, frozen=0)
@@ -89,7 +114,9 @@ def _tiny_backbone(backbone: AnyBackboneConfig, strides: tuple[int, ...]) -> Any
 
 
 def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
-    """Two layers on one map, or on three levels; a hybrid one attends within the coarser of its two maps."""
+    """Two layers on one map, or on three levels; a hybrid one attends within the coarser of its two
+    maps.
+    """
     if encoder.kind == "hybrid":
         return encoder.replace(layers=1, hidden=512, levels=2, inner=None, expansion=0.5)
     others = {} if encoder.kind == "dense" else {"levels": 3}

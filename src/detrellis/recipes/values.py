@@ -1,4 +1,6 @@
-"""What stands behind `key=` on a command line: YAML 1.2, where `1e-4` is a number, `no` is text, and `010` is ten."""
+"""What stands behind `key=` on a command line: YAML 1.2, where `1e-4` is a number, `no` is text,
+and `010` is ten.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _Core.add_implicit_resolver(BOOL, re.compile(r"^(true|True|TRUE|false|False|FALS
 _Core.add_implicit_resolver(INT, re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 _Core.add_implicit_resolver(
     FLOAT,
-    re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+.0123456789"),
 )
 

@@ -15,7 +15,9 @@ STEPS = 4  # between the marks of an axis
 Line = Sequence[tuple[float, float]]
 
 
-def line_chart(lines: Mapping[str, Line], x_name: str, y_name: str, top: float | None = None) -> str:
+def line_chart(
+    lines: Mapping[str, Line], x_name: str, y_name: str, top: float | None = None
+) -> str:
     """The lines by name, from 0 on the upright axis to `top` (default: the highest value)."""
     points = [point for line in lines.values() for point in line]
     if not points:
@@ -33,16 +35,28 @@ def line_chart(lines: Mapping[str, Line], x_name: str, y_name: str, top: float |
     for step in range(STEPS + 1):
         x, y = low + wide * step / STEPS, tall * step / STEPS
         (across, base), (start, up) = place(x, 0), place(low, y)
-        parts.append(f'<path d="M{start:.1f} {up:.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity=".15"/>')
-        parts.append(f'<text x="{start - 6:.1f}" y="{up + 4:.1f}" text-anchor="end">{_mark(y)}</text>')
-        parts.append(f'<text x="{across:.1f}" y="{base + 16:.1f}" text-anchor="middle">{x:.3g}</text>')
+        parts.append(
+            f'<path d="M{start:.1f} {up:.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity=".15"/>'
+        )
+        parts.append(
+            f'<text x="{start - 6:.1f}" y="{up + 4:.1f}" text-anchor="end">{_mark(y)}</text>'
+        )
+        parts.append(
+            f'<text x="{across:.1f}" y="{base + 16:.1f}" text-anchor="middle">{x:.3g}</text>'
+        )
     for number, line in enumerate(lines.values()):
         path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in line if math.isfinite(y))
         colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>')
+        parts.append(
+            f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>'
+        )
+    parts.append(
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_name)}</text>'
+    )
     alt = f"{y_name} by {x_name}"
-    svg = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" '
+    svg = (
+        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" '
+    )
     return f'{svg}fill="currentColor">{"".join(parts)}</svg>{_legend(lines)}'
 
 

@@ -1,5 +1,5 @@
-"""From an evaluation to its errors: hotcoco says what is right, what is missed and what contradicts the data set; here
-stands what it does not compute, the threshold that maximises F1."""
+"""From an evaluation to its errors: hotcoco says what is right, what is missed and what contradicts
+the data set; here stands what it does not compute, the threshold that maximises F1."""
 
 from __future__ import annotations
 
@@ -37,14 +37,20 @@ class Diagnosed:
     done: Evaluated
     wrong: Int  # numbers of the sure detections that match nothing, the surest first
     missed: Int  # numbers of the boxes that no sure detection matches
-    confused: tuple[Mapping[str, Any], ...]  # hotcoco's label errors of the kind wrong_label, the surest first
+    # Hotcoco's label errors of the kind wrong_label, the surest first
+    confused: tuple[Mapping[str, Any], ...]
 
 
 def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
-    """What is wrong with what was collected. Raises `UserError` where hotcoco is missing, and for LVIS."""
+    """What is wrong with what was collected. Raises `UserError` where hotcoco is missing, and for
+    LVIS.
+    """
     a = evaluator.annotations
     if a.federation is not None:
-        raise UserError("LVIS does not say all objects of an image, so nobody knows which detections are false alarms")
+        raise UserError(
+            "LVIS does not say all objects of an image, so nobody knows which detections are "
+            "false alarms"
+        )
     done = evaluator.evaluated(of)
     e, scores = done.evaluation, done.rows[:, 5]
     if not hasattr(e, "image_diagnostics"):
@@ -58,9 +64,13 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
     # What is sure: from the threshold on.
     sure = 0.5 if best.threshold is None else best.threshold
     seen = e.image_diagnostics(score_thr=sure)
-    suspects = sorted(seen["label_errors"], key=lambda error: (error["type"] != "wrong_label", -error["dt_score"]))
+    suspects = sorted(
+        seen["label_errors"], key=lambda error: (error["type"] != "wrong_label", -error["dt_score"])
+    )
     named = np.flatnonzero(wrong & (scores >= sure))
-    finders = {detection for detection, _ in seen["dt_match"].items() if scores[detection - 1] >= sure}
+    finders = {
+        detection for detection, _ in seen["dt_match"].items() if scores[detection - 1] >= sure
+    }
     found = {seen["dt_match"][detection] for detection in finders}
     boxes_counted = np.flatnonzero(~done.truth.crowd) + 1
     missed = np.array([box for box in boxes_counted.tolist() if box not in found], dtype=np.int64)
@@ -70,7 +80,9 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
     for k, name in enumerate(a.classes.names):
         of_class = counted & (done.labels == k)
         point, _ = operating_point(scores[of_class], right[of_class], int((boxes == k).sum()))
-        classes.append(_class_errors(name, done, k, point, int((boxes == k).sum()), int((kept == k).sum())))
+        classes.append(
+            _class_errors(name, done, k, point, int((boxes == k).sum()), int((kept == k).sum()))
+        )
     diagnosis = Diagnosis(
         classes=tuple(classes),
         best=best,
@@ -81,21 +93,30 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
         tide_counts={name: int(count) for name, count in tide["counts"].items()},
         calibration_error=float(calibration["ece"]),
         calibration=tuple(
-            CalibrationBin(count=int(b["count"]), score=float(b["avg_confidence"]), right=float(b["avg_accuracy"]))
+            CalibrationBin(
+                count=int(b["count"]),
+                score=float(b["avg_confidence"]),
+                right=float(b["avg_accuracy"]),
+            )
             for b in calibration["bins"]
         ),
         label_errors=tuple(_label_error(error, done, a) for error in suspects[:LISTED]),
         label_errors_found=len(suspects),
     )
     ranked = named[np.argsort(-scores[named], kind="stable")] + 1
-    return Diagnosed(diagnosis, done, ranked, missed, tuple(s for s in suspects if s["type"] == "wrong_label"))
+    return Diagnosed(
+        diagnosis, done, ranked, missed, tuple(s for s in suspects if s["type"] == "wrong_label")
+    )
 
 
-def operating_point(scores: Float, right: NDArray[np.bool_], boxes: int) -> tuple[Operating, tuple[float, ...]]:
+def operating_point(
+    scores: Float, right: NDArray[np.bool_], boxes: int
+) -> tuple[Operating, tuple[float, ...]]:
     """The threshold with the highest F1, and F1 at the thresholds 0, 0.01, ..., 1.
 
-    `right` says of each detection whether it matches one of the `boxes`. The threshold is halfway between the last
-    detection that is taken and the first that is not, so that rounding moves none over it.
+    `right` says of each detection whether it matches one of the `boxes`. The threshold is halfway
+    between the last detection that is taken and the first that is not, so that rounding moves none
+    over it.
     """
     if not boxes or not len(scores):
         return Operating(), ()
@@ -123,7 +144,9 @@ def _of_status(status: Mapping[int, str], word: str, count: int) -> NDArray[np.b
     return np.array([status.get(number) == word for number in range(1, count + 1)], dtype=np.bool_)
 
 
-def _class_errors(name: str, done: Evaluated, k: int, best: Operating, boxes: int, detections: int) -> ClassErrors:
+def _class_errors(
+    name: str, done: Evaluated, k: int, best: Operating, boxes: int, detections: int
+) -> ClassErrors:
     precision = np.asarray(done.evaluation.eval["precision"])[:, :, k, :, -1]  # (IoU, recall, area)
     ap, *by_size = (_mean(precision[:, :, area]) for area in range(4))
     curve = tuple(np.round(precision[0, :, 0], 4).tolist()) if boxes else ()
@@ -152,7 +175,9 @@ def _confusions(matrix: Int, names: tuple[str | None, ...]) -> tuple[Confusion, 
     rows, columns = np.unravel_index(places, beside.shape)
     pairs = zip(rows.tolist(), columns.tolist(), strict=True)
     return tuple(
-        Confusion(given=names[i], detected=names[j], count=int(beside[i, j])) for i, j in pairs if beside[i, j]
+        Confusion(given=names[i], detected=names[j], count=int(beside[i, j]))
+        for i, j in pairs
+        if beside[i, j]
     )
 
 

@@ -26,7 +26,9 @@ Float = NDArray[np.float64]
 
 
 def galleries(found: Diagnosed, annotations: Annotations) -> dict[str, tuple[Picture, ...]]:
-    """The surest false alarms, the pictures with most missed objects, and the surest confusions of classes."""
+    """The surest false alarms, the pictures with most missed objects, and the surest confusions of
+    classes.
+    """
     done, names, marks = found.done, annotations.classes.names, _Marks(annotations, found)
     # False alarms: of each picture the surest says where it stands.
     alarms: dict[int, list[int]] = defaultdict(list)
@@ -41,18 +43,24 @@ def galleries(found: Diagnosed, annotations: Annotations) -> dict[str, tuple[Pic
     mistaken = {error["image_id"]: error for error in reversed(found.confused)}
     surest = sorted(mistaken.values(), key=lambda error: -error["dt_score"])
     return {
-        "False alarms": marks.drawn({image: marks.detections(alarms[image]) for image in list(alarms)}),
+        "False alarms": marks.drawn(
+            {image: marks.detections(alarms[image]) for image in list(alarms)}
+        ),
         "Misses": marks.drawn({image: marks.boxes(missed[image]) for image in by_misses}),
         "Confusions": marks.drawn(
             {
-                e["image_id"]: (*marks.detections([e["dt_id"]])[:3], f"given as {names[e['gt_category_id'] - 1]}")
+                e["image_id"]: (
+                    *marks.detections([e["dt_id"]])[:3],
+                    f"given as {names[e['gt_category_id'] - 1]}",
+                )
                 for e in surest
             }
         ),
     }
 
 
-_Drawing = tuple[Float, list[int], list[float] | None, str]  # boxes xywh, labels, scores, what is wrong
+# Boxes xywh, labels, scores, what is wrong
+_Drawing = tuple[Float, list[int], list[float] | None, str]
 
 
 class _Marks:
@@ -65,7 +73,12 @@ class _Marks:
         """Detections, with their scores."""
         rows = np.array([*numbers]) - 1
         labels = self.done.labels[rows].tolist()
-        return self.done.rows[rows, 1:5], labels, self.done.rows[rows, 5].tolist(), self._counted(labels)
+        return (
+            self.done.rows[rows, 1:5],
+            labels,
+            self.done.rows[rows, 5].tolist(),
+            self._counted(labels),
+        )
 
     def boxes(self, numbers: Iterable[int]) -> _Drawing:
         """Boxes of the data set."""
@@ -83,11 +96,15 @@ class _Marks:
                 pictures.append(self._picture(int(self.done.order[image - 1]), *drawing))
         return tuple(pictures)
 
-    def _picture(self, row: int, boxes: Float, labels: list[int], scores: list[float] | None, what: str) -> Picture:
+    def _picture(
+        self, row: int, boxes: Float, labels: list[int], scores: list[float] | None, what: str
+    ) -> Picture:
         path = self.annotations.path(row)
         whole = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
         scale = min(1, SIDE / max(whole.size))
-        small = whole.resize((max(1, round(whole.width * scale)), max(1, round(whole.height * scale))))
+        small = whole.resize(
+            (max(1, round(whole.width * scale)), max(1, round(whole.height * scale)))
+        )
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) * scale
         names = self.annotations.classes.names
         sheet = draw_detections(small, corners, labels, scores, names, min_side=SIDE, legend=False)
@@ -98,4 +115,6 @@ class _Marks:
     def _counted(self, labels: list[int]) -> str:
         """ "3 cat, 1 dog"."""
         counts = Counter(labels).most_common()
-        return ", ".join(f"{count} {self.annotations.classes.names[label]}" for label, count in counts)
+        return ", ".join(
+            f"{count} {self.annotations.classes.names[label]}" for label, count in counts
+        )

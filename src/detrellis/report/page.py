@@ -14,7 +14,8 @@ from detrellis.webpage import bullets, document, facts, figure, table
 
 SHOWN = 30  # rows of the longer tables
 BACKGROUND = "(background)"
-TIDE = {  # Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
+# Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020
+TIDE = {
     "Cls": "right place, wrong class",
     "Loc": "right class, box too far off (IoU 0.1 to 0.5)",
     "Both": "wrong class, and box too far off",
@@ -59,8 +60,9 @@ def _point(best: Operating) -> str:
     if best.threshold is None:
         return "No threshold: there are no boxes, or no detections."
     return (
-        f"F1 at IoU 0.5 is highest, {number(best.f1)}, from score {best.threshold:.2f} on: of what is detected "
-        f"{100 * (best.precision or 0):.0f} % is right, and {100 * (best.recall or 0):.0f} % of the objects are found."
+        f"F1 at IoU 0.5 is highest, {number(best.f1)}, from score {best.threshold:.2f} on: of "
+        f"what is detected {100 * (best.precision or 0):.0f} % is right, and "
+        f"{100 * (best.recall or 0):.0f} % of the objects are found."
     )
 
 
@@ -71,14 +73,18 @@ def _training(report: Report) -> str:
     ap = {"AP": [(float(e.number), e.ap) for e in history if e.ap is not None]}
     charts = [
         figure(line_chart(lines, "epoch", name), caption)
-        for name, lines, caption in (("AP", ap, "AP after each epoch."), ("loss", loss, "Mean loss of each epoch."))
+        for name, lines, caption in (
+            ("AP", ap, "AP after each epoch."),
+            ("loss", loss, "Mean loss of each epoch."),
+        )
         if len(lines[name]) > 1
     ]
     return f'<h2>Training</h2>\n<div class="pair">{"".join(charts)}</div>' if charts else ""
 
 
 def _classes(d: Diagnosis) -> str:
-    of_ap, of_best = ("AP", "AP50", "small", "medium", "large"), ("threshold", "F1", "precision", "recall")
+    of_ap = ("AP", "AP50", "small", "medium", "large")
+    of_best = ("threshold", "F1", "precision", "recall")
     columns = ("class", *of_ap, "boxes", "detections", *of_best)
     rows = []
     for c in d.classes:
@@ -86,7 +92,10 @@ def _classes(d: Diagnosis) -> str:
         best = (c.best.threshold, c.best.f1, c.best.precision, c.best.recall)
         counts = (str(c.boxes), str(c.detections))
         rows.append((c.name, *map(number, values), *counts, *map(number, best)))
-    title = "AP by class and size; the threshold with the highest F1 at IoU 0.5, as predict --threshold auto takes it"
+    title = (
+        "AP by class and size; the threshold with the highest F1 at IoU 0.5, as predict "
+        "--threshold auto takes it"
+    )
     return table(title, columns, rows)
 
 
@@ -95,19 +104,30 @@ def _curves(d: Diagnosis) -> str:
     largest = sorted((c for c in d.classes if c.curve), key=lambda c: -c.boxes)[: len(COLOURS)]
     lines = {c.name: [(recall / 100, p) for recall, p in enumerate(c.curve)] for c in largest}
     f1 = {"all classes": [(threshold / 100, value) for threshold, value in enumerate(d.f1_curve)]}
-    which = "" if len(largest) == len(d.classes) else f" The {len(largest)} classes with most boxes."
+    which = (
+        "" if len(largest) == len(d.classes) else f" The {len(largest)} classes with most boxes."
+    )
     charts = (
-        figure(line_chart(lines, "recall", "precision", 1), f"Precision over recall at IoU 0.5.{which}"),
-        figure(line_chart(f1, "score threshold", "F1", 1), "F1 over the score threshold, all classes together."),
+        figure(
+            line_chart(lines, "recall", "precision", 1), f"Precision over recall at IoU 0.5.{which}"
+        ),
+        figure(
+            line_chart(f1, "score threshold", "F1", 1),
+            "F1 over the score threshold, all classes together.",
+        ),
     )
     return f'<div class="pair">{"".join(charts)}</div>'
 
 
 def _tide(d: Diagnosis) -> str:
     rows = [
-        (name, TIDE[name], number(d.tide[name]), str(d.tide_counts.get(name, ""))) for name in TIDE if name in d.tide
+        (name, TIDE[name], number(d.tide[name]), str(d.tide_counts.get(name, "")))
+        for name in TIDE
+        if name in d.tide
     ]
-    return table("AP50 that would be gained without them (TIDE)", ("error", "", "AP50", "detections"), rows)
+    return table(
+        "AP50 that would be gained without them (TIDE)", ("error", "", "AP50", "detections"), rows
+    )
 
 
 def _confusions(d: Diagnosis) -> str:
@@ -116,10 +136,18 @@ def _confusions(d: Diagnosis) -> str:
     if d.matrix:
         names = [*(c.name for c in d.classes), BACKGROUND]
         rows = [(name, *map(str, row)) for name, row in zip(names, d.matrix, strict=True)]
-        title = f"Confusion matrix from score {sure} on: rows are what the data set says, columns what is detected"
+        title = (
+            f"Confusion matrix from score {sure} on: rows are what the data set says, columns "
+            "what is detected"
+        )
         parts.append(table(title, ("", *names), rows))
-    listed = [(c.given or BACKGROUND, c.detected or BACKGROUND, str(c.count)) for c in d.confusions[:SHOWN]]
-    parts.append(table("The most frequent errors", ("the data set says", "detected", "times"), listed))
+    listed = [
+        (c.given or BACKGROUND, c.detected or BACKGROUND, str(c.count))
+        for c in d.confusions[:SHOWN]
+    ]
+    parts.append(
+        table("The most frequent errors", ("the data set says", "detected", "times"), listed)
+    )
     return "\n".join(parts)
 
 
@@ -136,11 +164,20 @@ def _label_errors(d: Diagnosis) -> str:
     if not d.label_errors:
         return "<p>None found.</p>"
     rows = [
-        (e.file, "-" if e.annotation is None else str(e.annotation), e.given or "nothing", e.detected, number(e.score))
+        (
+            e.file,
+            "-" if e.annotation is None else str(e.annotation),
+            e.given or "nothing",
+            e.detected,
+            number(e.score),
+        )
         for e in d.label_errors[:SHOWN]
     ]
     columns = ("picture", "annotation", "the data set says", "detected", "score")
-    title = f"{len(rows)} of {d.label_errors_found} sure detections that contradict the data set; wrong labels first"
+    title = (
+        f"{len(rows)} of {d.label_errors_found} sure detections that contradict the data set; "
+        "wrong labels first"
+    )
     return table(title, columns, rows)
 
 
@@ -150,6 +187,11 @@ def _calibration(d: Diagnosis) -> str:
         for n, b in enumerate(d.calibration)
         if b.count
     ]
-    text = f"Scores are off by {d.calibration_error:.3f} on average: of those with 0.7, 7 in 10 should be right."
+    text = (
+        f"Scores are off by {d.calibration_error:.3f} on average: of those with 0.7, 7 in 10 "
+        "should be right."
+    )
     title = "Detections by score, and how many of them are right at IoU 0.5"
-    return bullets([escape(text)]) + table(title, ("score", "detections", "mean score", "right"), rows)
+    return bullets([escape(text)]) + table(
+        title, ("score", "detections", "mean score", "right"), rows
+    )

@@ -1,4 +1,6 @@
-"""The record of an error analysis. All else reads it: `report.json` holds it, `page.py` shows it."""
+"""The record of an error analysis. All else reads it: `report.json` holds it, `page.py` shows
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from detrellis.engine.coco_eval import EvalResult
 
 @dataclass(frozen=True, kw_only=True)
 class Operating:
-    """The score threshold with the highest F1 at IoU 0.5, and what detecting from there gives; all None without boxes
-    or detections."""
+    """The score threshold with the highest F1 at IoU 0.5, and what detecting from there gives; all
+    None without boxes or detections."""
 
     threshold: float | None = None
     f1: float | None = None
@@ -31,7 +33,8 @@ class ClassErrors:
     boxes: int
     detections: int
     best: Operating
-    curve: tuple[float, ...]  # precision at the recalls 0, 0.01, ..., 1, at IoU 0.5; empty without boxes
+    # Precision at the recalls 0, 0.01, ..., 1, at IoU 0.5; empty without boxes
+    curve: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelError:
-    """An annotation that is probably wrong, or missing: a sure detection that contradicts the data set."""
+    """An annotation that is probably wrong, or missing: a sure detection that contradicts the data
+    set.
+    """
 
     file: str
     kind: str  # hotcoco's: wrong_label, missing_annotation
@@ -58,7 +63,9 @@ class LabelError:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationBin:
-    """Detections whose score is in one tenth: their mean score, and how many of them are right at IoU 0.5."""
+    """Detections whose score is in one tenth: their mean score, and how many of them are right at
+    IoU 0.5.
+    """
 
     count: int
     score: float
@@ -72,8 +79,10 @@ class Diagnosis:
     classes: tuple[ClassErrors, ...]
     best: Operating  # of all classes together: what "sure" means below
     f1_curve: tuple[float, ...]  # of all classes together, at the thresholds 0, 0.01, ..., 1
-    matrix: tuple[tuple[int, ...], ...]  # true class, detected class, the background last; empty of too many classes
-    confusions: tuple[Confusion, ...]  # the most frequent ones, the misses and false alarms among them
+    # True class, detected class, the background last; empty of too many classes
+    matrix: tuple[tuple[int, ...], ...]
+    # The most frequent ones, the misses and false alarms among them
+    confusions: tuple[Confusion, ...]
     tide: Mapping[str, float]  # AP that would be gained without this kind of error
     tide_counts: Mapping[str, int]
     calibration_error: float  # mean difference of score and precision
@@ -117,7 +126,11 @@ class Report:
     galleries: Mapping[str, tuple[Picture, ...]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it, without the pictures and the recipe, which the weights hold."""
-        data = {name: value for name, value in vars(self).items() if name not in ("galleries", "recipe")}
+        """The record as JSON holds it, without the pictures and the recipe, which the weights
+        hold.
+        """
+        data = {
+            name: value for name, value in vars(self).items() if name not in ("galleries", "recipe")
+        }
         data |= {"result": self.result.to_dict(), "diagnosis": asdict(self.diagnosis)}
         return data | {"history": [asdict(epoch) for epoch in self.history]}

@@ -43,11 +43,18 @@ def report_names(split: str) -> tuple[str, str]:
 
 
 def write_report(
-    outputs: Outputs, evaluator: CocoEvaluator, result: EvalResult, card: Card, again: str, split: str
+    outputs: Outputs,
+    evaluator: CocoEvaluator,
+    result: EvalResult,
+    card: Card,
+    again: str,
+    split: str,
 ) -> EvalResult:
-    """Write the page and the numbers of an evaluation into a folder; the result, which names the page.
+    """Write the page and the numbers of an evaluation into a folder; the result, which names the
+    page.
 
-    Where there can be none, for LVIS and without hotcoco, that is said. Raises `UserError` where a file is in the way.
+    Where there can be none, for LVIS and without hotcoco, that is said. Raises `UserError` where a
+    file is in the way.
     """
     try:
         found = diagnose(evaluator, result.of)
@@ -126,10 +133,15 @@ def _data(a: Annotations) -> Mapping[str, str]:
     return {
         "Annotations": str(a.source or a.root),
         "Images": f"{len(a):,}, of {len(sizes)} sizes",
-        "Boxes": f"{len(areas):,}: {small:,} small, {len(areas) - small - large:,} medium, {large:,} large",
+        "Boxes": (
+            f"{len(areas):,}: {small:,} small, {len(areas) - small - large:,} medium, {large:,} "
+            "large"
+        ),
         "Crowd regions": str(int(a.crowd.sum())),
         "Images without a box": str(int((np.diff(a.starts) == 0).sum())),
-        "Classes": ", ".join(f"{name} ({n:,})" for name, n in zip(a.classes.names, per_class.tolist(), strict=True)),
+        "Classes": ", ".join(
+            f"{name} ({n:,})" for name, n in zip(a.classes.names, per_class.tolist(), strict=True)
+        ),
     }
 
 
@@ -150,14 +162,18 @@ def _costs(history: tuple[Epoch, ...]) -> Mapping[str, str]:
     if not seconds:
         return {"Training": "no log stands beside the weights"}
     total = duration(sum(seconds))
-    return {"Training": f"{len(seconds)} epochs in {total}", "An epoch": duration(sum(seconds) / len(seconds))}
+    return {
+        "Training": f"{len(seconds)} epochs in {total}",
+        "An epoch": duration(sum(seconds) / len(seconds)),
+    }
 
 
 def report_outputs(weights: Path | None, asked: str | Path | None, split: str) -> Outputs | None:
-    """Where an evaluation's report goes: into the folder that was asked for, else beside the `weights` of a run.
+    """Where an evaluation's report goes: into the folder that was asked for, else beside the
+    `weights` of a run.
 
-    Checked before any work: raises `UserError` where a file is in the way in a folder that was asked for. Beside the
-    weights it is said, and nothing is written, since nobody asked.
+    Checked before any work: raises `UserError` where a file is in the way in a folder that was
+    asked for. Beside the weights it is said, and nothing is written, since nobody asked.
     """
     if asked is None and not is_ours(weights):
         return None
@@ -180,12 +196,20 @@ def card_of(weights: Path | None, model: Model) -> Card:
 
 
 def is_ours(weights: Path | None) -> bool:
-    """Whether it is a file in a run's folder: no export, not somebody else's, and none of the epochs that were kept."""
-    return weights is not None and weights.suffix == ".safetensors" and weights.parent.name not in KEPT_IN
+    """Whether it is a file in a run's folder: no export, not somebody else's, and none of the
+    epochs that were kept.
+    """
+    return (
+        weights is not None
+        and weights.suffix == ".safetensors"
+        and weights.parent.name not in KEPT_IN
+    )
 
 
 def stored_report(weights: Path, card: Card) -> dict[str, Any]:
-    """What `report.json` beside a run's weights holds; empty where there is none, or it is of other weights."""
+    """What `report.json` beside a run's weights holds; empty where there is none, or it is of other
+    weights.
+    """
     try:
         report = read_object(weights.parent / report_names("val")[1])
     except UserError:
@@ -194,20 +218,28 @@ def stored_report(weights: Path, card: Card) -> dict[str, Any]:
 
 
 def is_missing(run: Path, validation: Annotations | None) -> bool:
-    """Whether a finished run has no report of its best weights, though its validation split allows one."""
+    """Whether a finished run has no report of its best weights, though its validation split allows
+    one.
+    """
     best = metadata_of(run / BEST)
     if best is None or validation is None or validation.federation is not None:
         return False
     return not stored_report(run / BEST, Card.from_metadata(best, run / BEST))
 
 
-def report_of_run(folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card) -> None:
-    """The report at the end of training, of its best weights; what prevents it is said, and stops nothing."""
+def report_of_run(
+    folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card
+) -> None:
+    """The report at the end of training, of its best weights; what prevents it is said, and stops
+    nothing.
+    """
     try:
         result = evaluator.compute(resample=True, of=evaluator.kind)
         outputs = Outputs(folder)
         outputs.ready(report_names("val"))
-        again = evaluation_command(folder, EvalOptions(), "masks" if result.of == "mask" else "coco")
+        again = evaluation_command(
+            folder, EvalOptions(), "masks" if result.of == "mask" else "coco"
+        )
         done = write_report(outputs, evaluator, result, card, again, "val")
         if done.report is not None:
             say(f"What goes wrong, and where: {done.report}")

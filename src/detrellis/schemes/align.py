@@ -1,8 +1,10 @@
-"""Align-DETR (Cai et al., BMVC 2024, section 3.3): many-to-one matching, ranked candidates, and the Align Loss.
+"""Align-DETR (Cai et al., BMVC 2024, section 3.3): many-to-one matching, ranked candidates, and the
+Align Loss.
 
-Each target is matched to k queries, its candidates, in every layer but the last. They are ranked by the quality of what
-they predict, and learn the less the lower their rank: in classification towards a target that falls from the quality to
-0, in regression with a weight that falls likewise. Confidence and IoU are thus taught to agree.
+Each target is matched to k queries, its candidates, in every layer but the last. They are ranked by
+the quality of what they predict, and learn the less the lower their rank: in classification towards
+a target that falls from the quality to 0, in regression with a weight that falls likewise.
+Confidence and IoU are thus taught to agree.
 
 | deviation from the paper | why |
 | --- | --- |
@@ -12,8 +14,8 @@ they predict, and learn the less the lower their rank: in classification towards
 | the target carries no gradient; class, L1 and GIoU are weighed as in the base | as the released code; unstated |
 | the encoder's proposals get k candidates, denoising queries their own target at rank 0 | as the released code |
 
-Eq. 3 is no proper loss: what minimises it lies between its target and 0.5, so a trained model's scores seldom exceed
-0.7. They rank well; thresholds have to be chosen anew.
+Eq. 3 is no proper loss: what minimises it lies between its target and 0.5, so a trained model's
+scores seldom exceed 0.7. They rank well; thresholds have to be chosen anew.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def rank_weight(ranks: Tensor, tau: float) -> Tensor:
 
 
 def align_loss(logits: Tensor, targets: Tensor, gamma: float = 2.0) -> Tensor:
-    """The Align Loss (Eq. 3): focal loss whose hard label has become a soft target in [0, 1]; elementwise."""
+    """The Align Loss (Eq. 3): focal loss whose hard label has become a soft target in [0, 1];
+    elementwise.
+    """
     return targets * focal_positive(logits, gamma) + (1 - targets) * focal_negative(logits, gamma)
 
 
@@ -61,19 +65,33 @@ class Align(TrainingScheme):
         if config.classification == "base":
             rule = replace(base.rule, target=partial(self.weigh, base.rule.target))
         else:
-            positive = bce_loss if config.classification == "ia_bce" else partial(align_loss, gamma=config.gamma)
-            rule = SetLoss(self.soft_target, positive, negative_weight=1.0, gamma=config.gamma, iou_eps=config.iou_eps)
+            positive = (
+                bce_loss
+                if config.classification == "ia_bce"
+                else partial(align_loss, gamma=config.gamma)
+            )
+            rule = SetLoss(
+                self.soft_target,
+                positive,
+                negative_weight=1.0,
+                gamma=config.gamma,
+                iou_eps=config.iou_eps,
+            )
             rule = replace(rule, iou_error=base.rule.iou_error)
         encoder = config.k if config.k_encoder is None else config.k_encoder
         candidates = Candidates(encoder=encoder, intermediate=config.k, last=config.k_last)
-        return replace(base, assign=replace(base.assign, candidates=candidates, union=False), rule=rule)
+        return replace(
+            base, assign=replace(base.assign, candidates=candidates, union=False), rule=rule
+        )
 
     @torch.no_grad()
     def soft_target(self, pairs: Pairs) -> SoftTarget:
         """The target `exp(-r / tau) q` (Eq. 4) and the weight of the box losses (Eq. 6)."""
         q = quality(pairs, self.config.alpha)
         weight = rank_weight(rank(q, pairs.positives.candidate_set).to(q), self.config.tau)
-        return SoftTarget(weight * q.clamp(min=self.config.floor), weight if self.config.rank_boxes else None)
+        return SoftTarget(
+            weight * q.clamp(min=self.config.floor), weight if self.config.rank_boxes else None
+        )
 
     def weigh(self, base: TargetRule, pairs: Pairs) -> SoftTarget:
         """The base's target, and the weight of the box losses."""

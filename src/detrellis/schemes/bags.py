@@ -1,4 +1,6 @@
-"""One-to-many supervision by as many queries as fit each target, which DAC-DETR and MS-DETR share."""
+"""One-to-many supervision by as many queries as fit each target, which DAC-DETR and MS-DETR
+share.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,12 @@ from detrellis.schemes.config import DynamicConfig
 from detrellis.supervision import SetLoss, Supervision
 
 
-def one_to_many(base: Supervision, k: int, config: DynamicConfig, generator: torch.Generator) -> Supervision:
-    """The base's losses, of pairs by the dynamic rule, its random part drawn from the `generator`."""
+def one_to_many(
+    base: Supervision, k: int, config: DynamicConfig, generator: torch.Generator
+) -> Supervision:
+    """The base's losses, of pairs by the dynamic rule, its random part drawn from the
+    `generator`.
+    """
     assert isinstance(base.rule, SetLoss)
     assign = Dynamic(
         lambda count: torch.randperm(count, generator=generator).numpy(),

@@ -1,8 +1,8 @@
 """Contrastive denoising (DINO, section 3.3).
 
-Ground-truth boxes and labels are disturbed and given to the decoder as extra queries: a positive, lightly disturbed,
-must recover its box; a negative, disturbed more, must say "no object". They need no matching, so the decoder learns to
-refine boxes from the first step on.
+Ground-truth boxes and labels are disturbed and given to the decoder as extra queries: a positive,
+lightly disturbed, must recover its box; a negative, disturbed more, must say "no object". They need
+no matching, so the decoder learns to refine boxes from the first step on.
 
 | deviation from the paper | why |
 | --- | --- |
@@ -26,7 +26,9 @@ from detrellis.types import Queries, Targets
 
 
 class Noise(NamedTuple):
-    """The random draws for `R = 2 G T` rows: group by group, all positives, then all negatives, in target order."""
+    """The random draws for `R = 2 G T` rows: group by group, all positives, then all negatives, in
+    target order.
+    """
 
     flip: Tensor  # (R,) in [0, 1): the label is replaced where this is below the flip probability
     label: Tensor  # (R,) the label to replace it with
@@ -45,9 +47,11 @@ def draw_noise(rows: int, classes: int, generator: torch.Generator) -> Noise:
 
 
 def group_count(number: int, largest: int) -> int:
-    """Groups of denoising queries for `largest` targets in the fullest image, from a budget of `number` positives.
+    """Groups of denoising queries for `largest` targets in the fullest image, from a budget of
+    `number` positives.
 
-    The budget is doubled for the negatives, and compared undivided: fewer than 50 is a number of groups itself.
+    The budget is doubled for the negatives, and compared undivided: fewer than 50 is a number of
+    groups itself.
     """
     doubled = 2 * number
     if largest == 0:
@@ -55,11 +59,13 @@ def group_count(number: int, largest: int) -> int:
     return max(1, doubled // (2 * largest) if doubled >= 100 else doubled)
 
 
-def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float) -> tuple[Tensor, Tensor]:
+def disturb(
+    targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float
+) -> tuple[Tensor, Tensor]:
     """Disturbed labels `(R,)` and boxes `(R, 4)`.
 
-    Each corner moves by up to half the box's size times `scale`, a negative's by half to the whole. Corners may cross:
-    the size then is negative, and stays so.
+    Each corner moves by up to half the box's size times `scale`, a negative's by half to the whole.
+    Corners may cross: the size then is negative, and stays so.
     """
     labels = torch.where(noise.flip < flip, noise.label, targets.labels[layout.target])
     boxes = targets.boxes[layout.target]
@@ -70,7 +76,8 @@ def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scal
 
 
 class ContrastiveDenoising(TrainingScheme):
-    """DINO's contrastive denoising queries, one block of `G` groups that see the main queries but not each other.
+    """DINO's contrastive denoising queries, one block of `G` groups that see the main queries but
+    not each other.
 
     `eps` is that of the detector's inverse sigmoid.
     """
@@ -81,7 +88,8 @@ class ContrastiveDenoising(TrainingScheme):
     def __init__(self, config: CDNConfig, width: int, classes: int, eps: float) -> None:
         super().__init__()
         self.config, self.classes, self.eps = config, classes, eps
-        # One row more than classes, as in the released code, whose last row stands for "unknown" and stays unused.
+        # One row more than classes, as in the released code, whose last row stands for "unknown"
+        # and stays unused.
         self.label_embed = nn.Embedding(classes + 1, width)
 
     @property

@@ -1,6 +1,7 @@
 """The training schemes' dials. `dial` is what N in `--scheme NAME=N` sets.
 
-They stand beside the schemes and not in their files, because recipes read them without waiting for torch.
+They stand beside the schemes and not in their files, because recipes read them without waiting for
+torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from detrellis.fields import Config, Count, Few, Positive, Some, Weight, ZeroToO
 
 Queries = Annotated[int, within(1, 10_000)]  # of a block that exists in training only
 Noise = Annotated[float, within(0, 10)]  # of boxes, in half their size
-# Which of Group DETR's groups denoising queries read besides themselves: the first, as without groups, or all.
+# Which of Group DETR's groups denoising queries read besides themselves: the first, as without
+# groups, or all.
 Sees = Literal["main", "all"]
 
 
@@ -20,11 +22,14 @@ class DNConfig(Config):
 
     dial: ClassVar[str] = "groups"
     groups: Few = 5
-    total: Queries | None = None  # as many groups as keep this many queries in the fullest image, instead of `groups`
+    # As many groups as keep this many queries in the fullest image, instead of `groups`
+    total: Queries | None = None
     label_noise: ZeroToOne = 0.2  # part of the labels that are drawn anew
     box_noise: Noise = 0.4
-    indicator: bool = True  # the last channel of contents tells these queries; False: all is the label's (Mask DINO)
-    padded_background: bool = False  # slots that an image does not fill learn "no object"; else they learn nothing
+    # The last channel of contents tells these queries; False: all is the label's (Mask DINO)
+    indicator: bool = True
+    # Slots that an image does not fill learn "no object"; else they learn nothing
+    padded_background: bool = False
     sees: Sees = "main"
 
 
@@ -43,9 +48,11 @@ class HybridConfig(Config):
 
     dial: ClassVar[str] = "k"
     k: Few = 6  # queries for each target in the extra block
-    queries: Queries | None = None  # of the extra block; None: five for each of the detector's, at most 1500
+    # Of the extra block; None: five for each of the detector's, at most 1500
+    queries: Queries | None = None
     weight: Weight = 1.0  # lambda
-    # what sums of losses are divided by: all copies of the boxes, as if each were a target, or the boxes
+    # what sums of losses are divided by: all copies of the boxes, as if each were a target, or the
+    # boxes
     divisor: Literal["copies", "boxes"] = "copies"
 
 
@@ -67,16 +74,21 @@ class CoConfig(Config):
     """Auxiliary heads with one-to-many assignment, their positives as queries (Co-DETR)."""
 
     dial: ClassVar[str] = "branches"
-    branches: Annotated[tuple[BranchName, ...], Some] = ("atss", "rcnn")  # any number and order, also twice
-    head_weight: Weight = 2.0  # lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
+    # Any number and order, also twice
+    branches: Annotated[tuple[BranchName, ...], Some] = ("atss", "rcnn")
+    # Lambda 2, of the heads' losses, which count once for each decoder layer; 0: off
+    head_weight: Weight = 2.0
     query_weight: Weight = 1.0  # lambda 1, of the decoder's losses for the heads' positives; 0: off
     convolutions: Annotated[int, within(0, 16)] = 1  # stacked in each tower
-    # of rcnn and mask: two layers and a box a class, or four convolutions, a layer and one box (on ViT-L)
+    # of rcnn and mask: two layers and a box a class, or four convolutions, a layer and one box (on
+    # ViT-L)
     regions: RegionHead = "linear"
     max_queries: Queries = 300  # of a branch, in each image
-    # what an image with fewer positives than others is filled up with; mask: queries that are not read
+    # what an image with fewer positives than others is filled up with; mask: queries that are not
+    # read
     pad: Literal["background", "mask"] = "background"
-    features: bool | None = None  # contents hold the memory at the positives; None: unless derived from boxes
+    # Contents hold the memory at the positives; None: unless derived from boxes
+    features: bool | None = None
     vector: bool = False  # tell the branches' positions by a vector each, instead of one number
     aligned: bool = False  # the queries learn what align and others make the main block's learn
     masks: bool = False  # the queries learn masks too, where the detector gives any
@@ -86,8 +98,10 @@ class FederatedConfig(Config):
     """Class losses over a sample of the classes (federated loss, for LVIS)."""
 
     dial: ClassVar[str] = "classes"
-    classes: Count = 50  # that count in a step, those of its boxes included; all of these even where they are more
-    power: Annotated[float, within(0, 10)] = 0.5  # of the number of images with a class, its weight in the draw
+    # That count in a step, those of its boxes included; all of these even where they are more
+    classes: Count = 50
+    # Of the number of images with a class, its weight in the draw
+    power: Annotated[float, within(0, 10)] = 0.5
 
 
 class AlignConfig(Config):
@@ -101,7 +115,8 @@ class AlignConfig(Config):
     tau: Positive = 1.5  # how slowly lower ranks fade
     gamma: Annotated[float, within(1, 100)] = 2.0
     floor: ZeroToOne = 0.01  # lowest quality that a target is computed from
-    classification: Literal["align", "ia_bce", "base"] = "align"  # ia_bce: as released; base: loss.classification
+    # ia_bce: as released; base: loss.classification
+    classification: Literal["align", "ia_bce", "base"] = "align"
     rank_boxes: bool = True  # lower ranks weigh less in the box losses too
     iou_eps: Annotated[float, within(0, 1e-3)] = 0.0  # 1e-6: as in the released code
 
@@ -125,7 +140,8 @@ class RankConfig(Config):
 class DynamicConfig(Config):
     """Which queries are positives of a target, as many as fit it (MS-DETR, DAC-DETR)."""
 
-    threshold: ZeroToOne = 0.4  # score from which a query is one; each target's best query always is
+    # Score from which a query is one; each target's best query always is
+    threshold: ZeroToOne = 0.4
     overlap: ZeroToOne = 0.7  # part of the IoU in a score; the rest is the probability of the class
     positive_fraction: ZeroToOne = 0.25  # of the queries, at most; a random part of more
 
@@ -160,13 +176,15 @@ class GroupConfig(Config):
     """Groups of queries (Group DETR)."""
 
     dial: ClassVar[str] = "k"
-    # Groups, the detector's queries among them, so that 1 is the base alone. None: 11, or 3 in two-stage detectors.
+    # Groups, the detector's queries among them, so that 1 is the base alone. None: 11, or 3 in
+    # two-stage detectors.
     k: Few | None = None
     reduction: Literal["mean", "sum"] = "mean"  # of the groups' losses
-    # of two-stage detectors; heads: a proposal head for each group; shared: every group gets the detector's own
-    # proposals; split: the groups take turns with those ranked after them
+    # of two-stage detectors; heads: a proposal head for each group; shared: every group gets the
+    # detector's own proposals; split: the groups take turns with those ranked after them
     proposals: Literal["heads", "shared", "split"] = "heads"
-    # where each query learns a content: the further groups' are drawn independently (the paper), or are the first's
+    # where each query learns a content: the further groups' are drawn independently (the paper), or
+    # are the first's
     contents: Literal["fresh", "copied"] = "fresh"
     distances: bool = False  # log how far apart the groups' queries are (PD and MD, Eq. 6 and 7)
 
@@ -207,8 +225,8 @@ class SchemesConfig(Config):
 
     @property
     def target_setters(self) -> dict[str, str]:
-        """The schemes that say themselves what the class logit of a positive should learn, and what makes each of them
-        leave it."""
+        """The schemes that say themselves what the class logit of a positive should learn, and what
+        makes each of them leave it."""
         setters = {}
         if self.align is not None and self.align.classification != "base":
             setters["align"] = "take -o schemes.align.classification=base"

@@ -1,8 +1,10 @@
-"""DAC-DETR (Hu et al., NeurIPS 2023): an auxiliary decoder that gathers queries around objects instead of parting them.
+"""DAC-DETR (Hu et al., NeurIPS 2023): an auxiliary decoder that gathers queries around objects
+instead of parting them.
 
-Cross-attention draws several queries to an object, self-attention keeps one and drives the others away. A second
-stream of the detector's own queries goes through the same layers without self-attention, and there each object is
-learned by all queries that fit it: cross-attention learns to gather from many more of them. Nothing else is added.
+Cross-attention draws several queries to an object, self-attention keeps one and drives the others
+away. A second stream of the detector's own queries goes through the same layers without
+self-attention, and there each object is learned by all queries that fit it: cross-attention learns
+to gather from many more of them. Nothing else is added.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -38,7 +40,11 @@ class DAC(TrainingScheme):
 
     def extend(self, step: Step) -> Extension:
         """The second stream."""
-        supervision = one_to_many(step.supervision, self.config.k, self.config.pairs, self.generator)
+        supervision = one_to_many(
+            step.supervision, self.config.k, self.config.pairs, self.generator
+        )
         normaliser = (self.config.divisor * step.mean_boxes).clamp(min=1)
-        block = QueryBlock("dac", step.queries, supervision, normaliser=normaliser, repeats=True, attends=False)
+        block = QueryBlock(
+            "dac", step.queries, supervision, normaliser=normaliser, repeats=True, attends=False
+        )
         return Extension([replace(block, weight=self.config.weight)])

@@ -1,8 +1,10 @@
-"""The dense queries of DDQ-DETR (Zhang et al., CVPR 2023): more queries than can be distinct, several for each target.
+"""The dense queries of DDQ-DETR (Zhang et al., CVPR 2023): more queries than can be distinct,
+several for each target.
 
-Beside the detector's distinct queries the best proposals of a head of their own, half as many again and however they
-overlap, go through the shared decoder in a block that sees itself only. There each target is matched to k of them,
-which learn by class and box heads of their own, so that the detector's heads are not taught duplicates.
+Beside the detector's distinct queries the best proposals of a head of their own, half as many again
+and however they overlap, go through the shared decoder in a block that sees itself only. There each
+target is matched to k of them, which learn by class and box heads of their own, so that the
+detector's heads are not taught duplicates.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -29,7 +31,9 @@ from detrellis.supervision import SetLoss, Supervision
 
 
 class Dense(TrainingScheme):
-    """A block of overlapping queries of a two-stage `detector`, with proposal, class and box heads of its own."""
+    """A block of overlapping queries of a two-stage `detector`, with proposal, class and box heads
+    of its own.
+    """
 
     name = "dense"
     requires = frozenset({"proposals", "sigmoid_scores"})
@@ -73,20 +77,29 @@ class Dense(TrainingScheme):
         return Extension([block])
 
     def supervision_of(self, main: Supervision) -> Supervision:
-        """The main block's matching with k queries for each target, and a loss of classes and GIoU by their quality."""
+        """The main block's matching with k queries for each target, and a loss of classes and GIoU
+        by their quality.
+        """
         assert isinstance(main.assign, Hungarian)
         k = self.config.k
-        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=1.0), union=False)
+        several = replace(
+            main.assign, candidates=Candidates(k, k, k, positive_fraction=1.0), union=False
+        )
         assert isinstance(main.rule, SetLoss)
         error = main.rule.iou_error
-        rule = SetLoss(task_aligned_target, quality_focal_loss, negative_weight=1.0, iou_error=error)
-        return replace(main, assign=several, rule=rule, weights={**main.weights, "class": 1.0, "box": 0.0})
+        rule = SetLoss(
+            task_aligned_target, quality_focal_loss, negative_weight=1.0, iou_error=error
+        )
+        return replace(
+            main, assign=several, rule=rule, weights={**main.weights, "class": 1.0, "box": 0.0}
+        )
 
 
 @torch.no_grad()
 def task_aligned_target(pairs: Pairs, beta: float = 6.0) -> SoftTarget:
-    """`p u^beta` of each positive, scaled so that the best of its candidate set has the set's highest IoU `u`, as class
-    target and weight of the box losses (TOOD, Feng et al., ICCV 2021, section 3.2)."""
+    """`p u^beta` of each positive, scaled so that the best of its candidate set has the set's
+    highest IoU `u`, as class target and weight of the box losses (TOOD, Feng et al., ICCV 2021,
+    section 3.2)."""
     alignment, owner = pairs.logits.sigmoid() * pairs.iou**beta, pairs.positives.candidate_set
     target = alignment / (highest(alignment, owner) + 1e-7) * highest(pairs.iou, owner)
     return SoftTarget(target, target)

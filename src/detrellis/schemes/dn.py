@@ -1,8 +1,9 @@
 """DN-DETR's denoising (Li et al., 2022, section 4).
 
-Ground-truth boxes and labels are disturbed and given to the decoder as extra queries, which must recover them. They
-need no matching, so the decoder learns to refine boxes from the first step on. The last channel of their content is 1,
-and 0 in the contents of the main queries where the detector keeps that channel free (`indicator`).
+Ground-truth boxes and labels are disturbed and given to the decoder as extra queries, which must
+recover them. They need no matching, so the decoder learns to refine boxes from the first step on.
+The last channel of their content is 1, and 0 in the contents of the main queries where the detector
+keeps that channel free (`indicator`).
 
 | deviation from the released code | why |
 | --- | --- |
@@ -41,8 +42,12 @@ def draw_noise(rows: int, classes: int, generator: torch.Generator) -> Noise:
     )
 
 
-def disturb(targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Disturbed labels `(R,)` and boxes `(R, 4)`: the centre moves by up to half a size, the size by a size."""
+def disturb(
+    targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Disturbed labels `(R,)` and boxes `(R, 4)`: the centre moves by up to half a size, the size
+    by a size.
+    """
     labels = torch.where(noise.flip < flip, noise.label, targets.labels[layout.target])
     boxes = targets.boxes[layout.target]
     reach = torch.cat([boxes[:, 2:] / 2, boxes[:, 2:]], dim=1)
@@ -70,7 +75,11 @@ class Denoising(TrainingScheme):
         largest = max(step.targets.sizes)
         if largest == 0:
             return Extension([])
-        groups = self.config.groups if self.config.total is None else max(1, self.config.total // largest)
+        groups = (
+            self.config.groups
+            if self.config.total is None
+            else max(1, self.config.total // largest)
+        )
         layout = lay_out(step.targets, groups, kinds=1)
         noise = draw_noise(len(layout.slot), self.classes, self.generator)
         noise = Noise(*(t.to(step.targets.labels.device, non_blocking=True) for t in noise))
@@ -83,7 +92,9 @@ class Denoising(TrainingScheme):
     def queries(self, targets: Targets, layout: Layout, noise: Noise) -> Queries:
         """Contents `[label, 1]`, or of the label alone, and disturbed boxes in their slots."""
         config = self.config
-        labels, boxes = disturb(targets, layout, noise, flip=config.label_noise, scale=config.box_noise)
+        labels, boxes = disturb(
+            targets, layout, noise, flip=config.label_noise, scale=config.box_noise
+        )
         contents = self.label_embed(labels)
         if config.indicator:
             contents = torch.cat([contents, torch.ones_like(contents[:, :1])], dim=1)

@@ -1,8 +1,8 @@
 """The federated loss (Zhou et al., 2021), for sets with very many classes such as LVIS.
 
-At each step the class losses of all queries count a few classes only: those that the batch has, and others drawn by how
-many images have them, until there are enough. A rare class is then not pushed down by every image that lacks it. Boxes
-and the matching are untouched.
+At each step the class losses of all queries count a few classes only: those that the batch has, and
+others drawn by how many images have them, until there are enough. A rare class is then not pushed
+down by every image that lacks it. Boxes and the matching are untouched.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -39,7 +39,9 @@ class Federated(TrainingScheme):
         self.log_weights = self.config.power * images.to(torch.float32).log()
 
     def reseed(self, seed: int) -> None:
-        """Draw anew: the highest sums of log weights and Gumbel noise are a draw without replacement."""
+        """Draw anew: the highest sums of log weights and Gumbel noise are a draw without
+        replacement.
+        """
         super().reseed(seed)
         uniform = torch.rand(len(self.log_weights), generator=self.generator).clamp(min=1e-30)
         self.scores = self.log_weights - (-uniform.log()).log()

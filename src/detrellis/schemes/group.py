@@ -1,8 +1,9 @@
 """Group DETR (Chen et al., ICCV 2023): K groups of queries in training, each matched one-to-one.
 
-Every target is learned by one query of each group: one-to-many over all queries, without the duplicates, because the
-groups do not see each other in self-attention and each is matched for itself. All but the queries is shared. The
-detector's own queries are the first group; the others are this scheme's, and gone at inference.
+Every target is learned by one query of each group: one-to-many over all queries, without the
+duplicates, because the groups do not see each other in self-attention and each is matched for
+itself. All but the queries is shared. The detector's own queries are the first group; the others
+are this scheme's, and gone at inference.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -56,7 +57,9 @@ class Group(TrainingScheme):
         return 1 / self.k if self.config.reduction == "mean" else 1.0
 
     def start_from(self, detector: Detector) -> None:
-        """The further proposal heads begin as the detector's, which has been filled with trained weights."""
+        """The further proposal heads begin as the detector's, which has been filled with trained
+        weights.
+        """
         self._copy_contents(detector.queries)
         if detector.queries.head is not None:
             for head in self.heads:
@@ -71,14 +74,18 @@ class Group(TrainingScheme):
         """The further groups, as equal copies."""
         if self.k == 1:
             return Extension([])
-        proposals, output = (None, None) if step.proposals is None else self._propose(step, step.proposals)
+        proposals, output = (
+            (None, None) if step.proposals is None else self._propose(step, step.proposals)
+        )
         further = self.k - 1
         table: Table = self.table
         found = self.extra_queries if proposals is None else proposals.best.shape[1]
         if found < self.extra_queries:
             # A memory of few tokens: each group's first rows, as the detector takes its first ones.
             rows = {name: value.unflatten(0, (further, -1)) for name, value in table.items()}
-            table = {name: value[:, : found // further].flatten(0, 1) for name, value in rows.items()}
+            table = {
+                name: value[:, : found // further].flatten(0, 1) for name, value in rows.items()
+            }
         block = QueryBlock(
             "group",
             step.detector.queries.extra(table, step.memory, proposals),
@@ -91,7 +98,8 @@ class Group(TrainingScheme):
         return Extension([block])
 
     def _propose(self, step: Step, first: Proposals) -> tuple[Proposals, DecoderOutput | None]:
-        """What all further groups select, one after the other, and what the loss sees of the heads that proposed it.
+        """What all further groups select, one after the other, and what the loss sees of the heads
+        that proposed it.
 
         `first` are the first group's proposals.
         """
@@ -101,30 +109,41 @@ class Group(TrainingScheme):
             return shared, None
         if self.config.proposals == "split":
             split = step.detector.queries.further(first, count, further)
-            return split if split.best.shape[1] else shared, None  # a memory of few tokens: they are shared
+            # A memory of few tokens: they are shared
+            return split if split.best.shape[1] else shared, None
         heads = [head for head in self.heads if isinstance(head, ProposalHead)]
         proposals = [head(step.memory) for head in heads]
         outputs = [head.training_output(p) for head, p in zip(heads, proposals, strict=True)]
-        logits, boxes = torch.cat([o.logits for o in outputs], dim=2), torch.cat([o.boxes for o in outputs], dim=2)
+        logits = torch.cat([o.logits for o in outputs], dim=2)
+        boxes = torch.cat([o.boxes for o in outputs], dim=2)
         embeds = joined([o.mask_embeds for o in outputs], dim=2)
         return side_by_side(proposals), DecoderOutput(logits, boxes, boxes, mask_embeds=embeds)
 
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
     ) -> dict[str, Tensor]:
-        """`group/pd` and `group/md` of this batch, where asked for and where the queries have places."""
+        """`group/pd` and `group/md` of this batch, where asked for and where the queries have
+        places.
+        """
         groups = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
         boxes = [b for b in groups if b is not None]
         if not self.config.distances or len(boxes) < 2:
             return {}
         centres = torch.cat(boxes, dim=1)[..., :2].detach()
         positions = centres.unflatten(1, (self.k, -1))
-        matched = matched_positions(positions, [assignments["main"], assignments["group"]], len(step.targets.labels))
-        return {"group/pd": position_distance(positions).mean(), "group/md": matched_distance(matched).nanmean()}
+        matched = matched_positions(
+            positions, [assignments["main"], assignments["group"]], len(step.targets.labels)
+        )
+        return {
+            "group/pd": position_distance(positions).mean(),
+            "group/md": matched_distance(matched).nanmean(),
+        }
 
 
 def sibling(head: ProposalHead) -> ProposalHead:
-    """A head for another group: classes and boxes start equal, the projection before them afresh."""
+    """A head for another group: classes and boxes start equal, the projection before them
+    afresh.
+    """
     other = copy.deepcopy(head)
     nn.init.xavier_uniform_(other.projection.weight)
     return other

@@ -1,8 +1,10 @@
-"""H-DETR's hybrid matching (Jia et al., CVPR 2023): more queries in a branch of their own, several for each target.
+"""H-DETR's hybrid matching (Jia et al., CVPR 2023): more queries in a branch of their own, several
+for each target.
 
-The decoder also gets a second block of queries, which does not see the first. There every target is matched to k of
-them in every layer, so that many more queries learn from each image; the first block learns, one-to-one, to do without
-duplicates. Two-stage detectors take the second block's boxes from the proposals ranked after the first's.
+The decoder also gets a second block of queries, which does not see the first. There every target is
+matched to k of them in every layer, so that many more queries learn from each image; the first
+block learns, one-to-one, to do without duplicates. Two-stage detectors take the second block's
+boxes from the proposals ranked after the first's.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -24,14 +26,17 @@ from detrellis.supervision import Supervision
 
 
 class Hybrid(TrainingScheme):
-    """One more block of queries, of the kind that the detector's `source` has; k of them learn each target."""
+    """One more block of queries, of the kind that the detector's `source` has; k of them learn each
+    target.
+    """
 
     name = "hybrid"
 
     def __init__(self, config: HybridConfig, source: QuerySource) -> None:
         super().__init__()
         self.config = config
-        self.queries = config.queries or min(5 * source.count, 1500)  # the paper has 1500 beside 300
+        # The paper has 1500 beside 300
+        self.queries = config.queries or min(5 * source.count, 1500)
         self.table = source.fresh(self.queries)
 
     @property
@@ -47,17 +52,29 @@ class Hybrid(TrainingScheme):
             if proposals.best.shape[1] == 0:
                 return Extension([])
         queries = step.detector.queries.extra(self.table, step.memory, proposals)
-        supervision, normaliser = self.supervision_of(step.supervision), self.normaliser(step.mean_boxes)
+        supervision = self.supervision_of(step.supervision)
+        normaliser = self.normaliser(step.mean_boxes)
         weight = self.config.weight
         return Extension(
-            [QueryBlock("hybrid", queries, supervision, weight=weight, normaliser=normaliser, repeats=True)]
+            [
+                QueryBlock(
+                    "hybrid",
+                    queries,
+                    supervision,
+                    weight=weight,
+                    normaliser=normaliser,
+                    repeats=True,
+                )
+            ]
         )
 
     def supervision_of(self, main: Supervision) -> Supervision:
         """The main block's with k queries for each target in every layer."""
         assert isinstance(main.assign, Hungarian)
         k = self.config.k
-        several = replace(main.assign, candidates=Candidates(k, k, k, positive_fraction=None), union=False)
+        several = replace(
+            main.assign, candidates=Candidates(k, k, k, positive_fraction=None), union=False
+        )
         return replace(main, assign=several)
 
     def normaliser(self, mean_boxes: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""MS-DETR (Zhao et al., CVPR 2024): mixed supervision, one-to-one and one-to-many, of the same queries.
+"""MS-DETR (Zhao et al., CVPR 2024): mixed supervision, one-to-one and one-to-many, of the same
+queries.
 
-In each decoder layer cross-attention comes first (`detector.decoder.cross_first`, a network part). What the queries
-have read there goes through a feed-forward block of its own to the same heads, and is supervised one-to-many; then
-self-attention tells the queries apart, and the layer's output is supervised one-to-one as ever. No query is added.
+In each decoder layer cross-attention comes first (`detector.decoder.cross_first`, a network part).
+What the queries have read there goes through a feed-forward block of its own to the same heads, and
+is supervised one-to-many; then self-attention tells the queries apart, and the layer's output is
+supervised one-to-one as ever. No query is added.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -32,7 +34,9 @@ class MS(TrainingScheme):
     name = "ms"
     requires = frozenset({"sigmoid_scores", "boxes_alone", "cross_first"})
 
-    def __init__(self, config: MSConfig, layers: int, feed_forward: Callable[[], FeedForward]) -> None:
+    def __init__(
+        self, config: MSConfig, layers: int, feed_forward: Callable[[], FeedForward]
+    ) -> None:
         super().__init__()
         self.config = config
         self.feed_forwards = nn.ModuleList(feed_forward() for _ in range(layers))
@@ -42,9 +46,17 @@ class MS(TrainingScheme):
         between, decoder = outputs["main"].between, step.detector.decoder
         assert between is not None
         assert isinstance(decoder, Decoder)
-        supervision = one_to_many(step.supervision, self.config.k, self.config.pairs, self.generator)
+        supervision = one_to_many(
+            step.supervision, self.config.k, self.config.pairs, self.generator
+        )
         weights = supervision.weights
-        supervision = replace(supervision, weights={**weights, "class": self.config.classes * weights["class"]})
+        supervision = replace(
+            supervision, weights={**weights, "class": self.config.classes * weights["class"]}
+        )
         pairs = zip(self.feed_forwards, between.states, strict=True)
         output = decoder.say([block(x) for block, x in pairs], between.references)
-        return [supervision.task("ms", output, step.targets, step.mean_boxes.clamp(min=1), weight=self.config.weight)]
+        return [
+            supervision.task(
+                "ms", output, step.targets, step.mean_boxes.clamp(min=1), weight=self.config.weight
+            )
+        ]

@@ -1,8 +1,9 @@
-"""Stable-DINO's loss and matching (Liu et al., ICCV 2023): both look at positions, so that layers match alike.
+"""Stable-DINO's loss and matching (Liu et al., ICCV 2023): both look at positions, so that layers
+match alike.
 
-Position-supervised loss: a positive aims at its squared IoU, the best of an image at 1. Position-modulated cost: in the
-matching a query's score counts the less the worse its box. Its memory fusion is a network part
-(`detector.encoder.fusion`).
+Position-supervised loss: a positive aims at its squared IoU, the best of an image at 1.
+Position-modulated cost: in the matching a query's score counts the less the worse its box. Its
+memory fusion is a network part (`detector.encoder.fusion`).
 
 | deviation from the released code | why |
 | --- | --- |
@@ -23,7 +24,9 @@ from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision
 
 
 def modulation(overlap: Tensor) -> Tensor:
-    """`(GIoU + 1) / 2` of each query and target `(..., N, T)`, scaled up so that an image's best is 1."""
+    """`(GIoU + 1) / 2` of each query and target `(..., N, T)`, scaled up so that an image's best is
+    1.
+    """
     value = ((overlap + 1) / 2).nan_to_num(0)
     return value / value.amax((-2, -1), keepdim=True).clamp(min=1e-8)
 
@@ -47,7 +50,9 @@ class Stable(TrainingScheme):
         """The base's with one or both replaced."""
         assert isinstance(base.assign, Hungarian)
         if self.config.modulated:
-            cost = replace(base.assign.cost, class_term=partial(modulated_term, beta=self.config.beta))
+            cost = replace(
+                base.assign.cost, class_term=partial(modulated_term, beta=self.config.beta)
+            )
             base = replace(base, assign=replace(base.assign, cost=cost))
         if self.config.supervised:
             weights = {**base.weights, "class": self.config.classes}

@@ -6,8 +6,9 @@
 | `GET /health` | the recipe and the classes; 503 where the detector no longer works |
 | `POST /predict?threshold=0.5` | the detections in a picture: the body itself, or the one file of a multipart form |
 
-Every error is JSON, `{"error": {"message": ..., "remedy": ...}}`: 400 for what is no picture, 408 for a body that does
-not come, 413 for too many bytes or pixels, 503 with `Retry-After` where too many requests wait.
+Every error is JSON, `{"error": {"message": ..., "remedy": ...}}`: 400 for what is no picture, 408
+for a body that does not come, 413 for too many bytes or pixels, 503 with `Retry-After` where too
+many requests wait.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from detrellis.version import __version__
 
 BODY_SECONDS = 60.0  # for a whole body to come
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src blob: "
+    "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 NO_PICTURE = "Send a picture (JPEG, PNG, ...) as the body, or as the one file of a multipart form."
 
@@ -63,26 +64,37 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with suppress(asyncio.CancelledError):  # by a second Ctrl-C, which does not wait for requests
+        # By a second Ctrl-C, which does not wait for requests
+        with suppress(asyncio.CancelledError):
             yield
         await run_in_threadpool(batcher.close)
 
-    app = FastAPI(title="Detrellis", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Detrellis", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     desk = _Desk(limits)
     shown = page(served.name, len(served.classes), min(served.thresholds))
 
     @app.get("/", response_class=HTMLResponse)
     async def show() -> HTMLResponse:
-        return HTMLResponse(shown, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
+        return HTMLResponse(
+            shown, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+        )
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        about = {"model": served.name, "classes": list(served.classes.names), "version": __version__}
+        about = {
+            "model": served.name,
+            "classes": list(served.classes.names),
+            "version": __version__,
+        }
         status = "ok" if batcher.alive else "the detector has ended"
         return JSONResponse({"status": status} | about, 200 if batcher.alive else 503)
 
     @app.post("/predict")
-    async def predict(request: Request, threshold: Annotated[float | None, Query(ge=0, le=1)] = None) -> JSONResponse:
+    async def predict(
+        request: Request, threshold: Annotated[float | None, Query(ge=0, le=1)] = None
+    ) -> JSONResponse:
         async with desk.place():
             name, body = await desk.picture_of(request)
             pixels = await run_in_threadpool(decode, body, name, limits.max_pixels)
@@ -96,7 +108,9 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
 
 
 class _Desk:
-    """Where requests are let in, as many as the limits allow, and their bodies read, as far as they allow."""
+    """Where requests are let in, as many as the limits allow, and their bodies read, as far as they
+    allow.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self._inside = limits, 0
@@ -105,7 +119,9 @@ class _Desk:
     async def place(self) -> AsyncIterator[None]:
         """A place for one request; 503 where all are taken."""
         if self._inside >= self._limits.requests:
-            raise HTTPException(503, f"{self._inside} requests are waiting: try again", {"Retry-After": "1"})
+            raise HTTPException(
+                503, f"{self._inside} requests are waiting: try again", {"Retry-After": "1"}
+            )
         self._inside += 1
         try:
             yield
@@ -113,7 +129,9 @@ class _Desk:
             self._inside -= 1
 
     async def picture_of(self, request: Request) -> tuple[str, bytes]:
-        """Name and bytes of the picture that was sent; of a body that is too large no more is read than allowed."""
+        """Name and bytes of the picture that was sent; of a body that is too large no more is read
+        than allowed.
+        """
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await self._body(request)
@@ -145,7 +163,8 @@ class _Desk:
 
 
 def decode(body: bytes, name: str, max_pixels: int) -> Tensor:
-    """The pixels of a picture, `(3, H, W)` uint8 RGB. It is decoded only where its header names few enough of them.
+    """The pixels of a picture, `(3, H, W)` uint8 RGB. It is decoded only where its header names few
+    enough of them.
 
     Raises `UserError` where it is no picture, and `HTTPException` with 413 where it is too large.
     """
@@ -158,7 +177,11 @@ def decode(body: bytes, name: str, max_pixels: int) -> Tensor:
             height, width = upright_size(read_header(path))
             if height * width > max_pixels:
                 raise HTTPException(
-                    413, f"{name}: {width}x{height} pixels, and at most {max_pixels:,}: send a smaller one"
+                    413,
+                    (
+                        f"{name}: {width}x{height} pixels, and at most {max_pixels:,}: send a "
+                        "smaller one"
+                    ),
                 )
             return read_image(path)
         except UserError as error:
@@ -166,7 +189,9 @@ def decode(body: bytes, name: str, max_pixels: int) -> Tensor:
 
 
 def answer(prediction: Prediction, name: str, thresholds: Sequence[float]) -> dict[str, Any]:
-    """Size and detections, each as `predict` writes it to `predictions.json`, from its class's threshold on."""
+    """Size and detections, each as `predict` writes it to `predictions.json`, from its class's
+    threshold on.
+    """
     height, width = prediction.size
     rows = zip(prediction.to_coco(0), prediction.labels, strict=True)
     kept = [row | {"file_name": name} for row, label in rows if row["score"] >= thresholds[label]]
@@ -193,7 +218,9 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
         first = error.errors()[0]
         status, message, remedy = 400, f"{first['loc'][-1]}: {first['msg']}", "See /openapi.json."
     else:
-        status, message, remedy = 500, "the picture could not be answered", "The server's log says more."
+        status = 500
+        message = "the picture could not be answered"
+        remedy = "The server's log says more."
     return JSONResponse({"error": {"message": message, "remedy": remedy}}, status, headers)
 
 

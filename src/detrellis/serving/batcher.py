@@ -17,8 +17,9 @@ Waiting = tuple[Tensor, "Future[Prediction]"]
 
 
 class Batcher:
-    """One thread that owns the detector. It takes a picture, waits at most `seconds` until there are `batch_size` of
-    them, and answers them together; pictures that come meanwhile are the next batch."""
+    """One thread that owns the detector. It takes a picture, waits at most `seconds` until there
+    are `batch_size` of them, and answers them together; pictures that come meanwhile are the next
+    batch."""
 
     def __init__(self, detect: Detect, batch_size: int, seconds: float) -> None:
         self._detect, self._batch_size, self._seconds = detect, batch_size, seconds
@@ -63,7 +64,9 @@ class Batcher:
         return batch, True
 
     def _answer(self, batch: list[Waiting]) -> None:
-        """Answer every picture; one that makes a batch fail is answered with the error, and the others without it."""
+        """Answer every picture; one that makes a batch fail is answered with the error, and the
+        others without it.
+        """
         try:
             found = self._detect([pixels for pixels, _ in batch])
         except Exception as error:

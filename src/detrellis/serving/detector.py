@@ -28,15 +28,22 @@ class Served:
 
 
 def open_served(
-    run: str | Path, threshold: float | Literal["auto"], nms: float | None = None, device: str | None = None
+    run: str | Path,
+    threshold: float | Literal["auto"],
+    nms: float | None = None,
+    device: str | None = None,
 ) -> Served:
     """Load a run, or whatever else `load` takes that is trained."""
     place = trained(run)
     model = load(place, device=device).fused()
     count = len(model.classes)
-    thresholds = class_thresholds(place, model.classes) if threshold == "auto" else [threshold] * count
+    thresholds = (
+        class_thresholds(place, model.classes) if threshold == "auto" else [threshold] * count
+    )
 
     def detect(pictures: Sequence[Tensor]) -> list[Prediction]:
-        return collect_predictions(model.detect(find_pictures(pictures), 0.0, nms, len(pictures)), "raise")
+        return collect_predictions(
+            model.detect(find_pictures(pictures), 0.0, nms, len(pictures)), "raise"
+        )
 
     return Served(detect, model.recipe.name, model.classes, thresholds)

@@ -30,12 +30,14 @@ def serve(
     device: str | None = None,
     started: Callable[[str], None] = print,
 ) -> None:
-    """Serve a run or an exported network over HTTP until Ctrl-C or SIGTERM; requests that are inside are answered.
+    """Serve a run or an exported network over HTTP until Ctrl-C or SIGTERM; requests that are
+    inside are answered.
 
-    `serving/app.py` says what is answered. The default `host` is this machine alone: there is no password, so put what
-    has one before it. `threshold` and `nms` are as in `predict`; a request may name a threshold of its own. At most
-    `batch_size` pictures go through the detector at a time, and a body may have `max_bytes` and a picture `max_pixels`.
-    `started` is called with the address, once it answers there; port 0 takes a free one.
+    `serving/app.py` says what is answered. The default `host` is this machine alone: there is no
+    password, so put what has one before it. `threshold` and `nms` are as in `predict`; a request
+    may name a threshold of its own. At most `batch_size` pictures go through the detector at a
+    time, and a body may have `max_bytes` and a picture `max_pixels`. `started` is called with the
+    address, once it answers there; port 0 takes a free one.
 
     Raises `UserError` where FastAPI or uvicorn is missing, or the port is taken.
     """
@@ -49,7 +51,11 @@ def serve(
     with _listening(host, port) as listener:
         app = build_app(served, Limits(max_bytes, max_pixels, batch_size=batch_size))
         config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=STOP_SECONDS
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=STOP_SECONDS,
         )
         logging.getLogger("uvicorn.error").addFilter(_no_cancellation)
         number = listener.getsockname()[1]
@@ -68,5 +74,7 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        remedy = "Take another --port (0: one that is free), or an address of this machine for --host."
+        remedy = (
+            "Take another --port (0: one that is free), or an address of this machine for --host."
+        )
         raise UserError(f"{host}, port {port}: {error.strerror or error}", remedy) from None

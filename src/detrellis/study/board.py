@@ -36,7 +36,11 @@ class Board:
         self._since: dict[int, float] = {}  # of the trials that run
         self._read: dict[int, tuple[str, str]] = {}  # progress of those that do not
         self._shown = -REFRESH_SECONDS
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True)
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -64,7 +68,10 @@ class Board:
         self._read.pop(id(outcome), None)
         if self._live is None or outcome.state == "failed":
             _, ap = progress(outcome.folder)
-            self.say(f"{self._counted(outcome)}  {outcome.trial}: {outcome.state} after {duration(took)}, AP {ap}")
+            self.say(
+                f"{self._counted(outcome)}  {outcome.trial}: {outcome.state} after "
+                f"{duration(took)}, AP {ap}"
+            )
         self._shown = -REFRESH_SECONDS
 
     def refresh(self) -> None:
@@ -92,7 +99,8 @@ class Board:
             took = "" if since is None else duration(now - since)
             epochs = outcome.trial.recipe.schedule.epochs
             cells = (str(outcome.trial.seed), outcome.state, f"{epoch}/{epochs}", ap, took)
-            table.add_row(Text(outcome.trial.row), *cells, style=STYLES[outcome.state])  # Text: it may be "[bold]"
+            # Text: it may be "[bold]"
+            table.add_row(Text(outcome.trial.row), *cells, style=STYLES[outcome.state])
         return table
 
 

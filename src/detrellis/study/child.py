@@ -1,6 +1,7 @@
 """One run of a study, in a process of its own: `python -m detrellis.study.child FOLDER`.
 
-`FOLDER/trial.json` holds the recipe whole, so that nothing is lost on a command line. A run that was stopped goes on.
+`FOLDER/trial.json` holds the recipe whole, so that nothing is lost on a command line. A run that
+was stopped goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from detrellis.study.plan import DONE, ORDER
 
 
 def main(folder: Path) -> int:
-    """Train what `FOLDER/trial.json` says, and write `FOLDER/done.json` after the last epoch; the exit code."""
+    """Train what `FOLDER/trial.json` says, and write `FOLDER/done.json` after the last epoch; the
+    exit code.
+    """
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         order = read_object(folder / ORDER, again="Start the study again: it writes this file")
@@ -53,19 +56,26 @@ def main(folder: Path) -> int:
     if result.finished:
         done = _machine(device) | {"jobs": order["jobs"]}
         if branch := order.get("branch"):
-            done["branch"] = ap_of_branch(folder, branch, device=device, workers=workers, skip_bad=order["skip_bad"])
+            done["branch"] = ap_of_branch(
+                folder, branch, device=device, workers=workers, skip_bad=order["skip_bad"]
+            )
         replace_text(folder / DONE, json.dumps(done, indent=1))
-    return 0 if result.signal is None else 128 + result.signal  # as the command line: stopped is not finished
+    # As the command line: stopped is not finished
+    return 0 if result.signal is None else 128 + result.signal
 
 
 def ap_of_branch(run: Path, branch: str, **options: Any) -> dict[str, float | None]:
-    """What a branch of scheme `co` reaches by itself, with the weights of the last epoch: AP, AP50 and AP75."""
+    """What a branch of scheme `co` reaches by itself, with the weights of the last epoch: AP, AP50
+    and AP75.
+    """
     stats = branches.analyze(ComparedRuns(run, **options)).runs[0].heads[branch].stats
     return {name: stats[name] for name in branches.SHOWN}
 
 
 def _stop_with_parent() -> None:
-    """Nobody writes to the standard input: it ends when the parent does, however that ended. Then save and stop."""
+    """Nobody writes to the standard input: it ends when the parent does, however that ended. Then
+    save and stop.
+    """
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -77,7 +87,12 @@ def _machine(device: str | None) -> dict[str, Any]:
     cuda = own.type == "cuda"
     memory = torch.cuda.max_memory_allocated(own) if cuda else _resident()
     name = torch.cuda.get_device_name(own) if cuda else own.type
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "peak_memory": memory}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "peak_memory": memory,
+    }
 
 
 def _resident() -> int | None:

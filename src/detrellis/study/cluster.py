@@ -1,5 +1,5 @@
-"""Trials as jobs of a cluster: Slurm's through submitit, or tasks of Ray. They queue, place and start again; no
-scheduling is done here. Both are optional packages."""
+"""Trials as jobs of a cluster: Slurm's through submitit, or tasks of Ray. They queue, place and
+start again; no scheduling is done here. Both are optional packages."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ from detrellis.study.plan import LOG
 
 LauncherName = Literal["local", "slurm", "ray"]
 STOPPED = 128 + signal.SIGTERM
-JOBS, JOB = "job", "job.txt"  # in a trial's folder: submitit's files; the job that trains it, while there is one
+# In a trial's folder: submitit's files; the job that trains it, while there is one
+JOBS, JOB = "job", "job.txt"
 TIMEOUTS = 1000  # times that a job is requeued at the end of its time: a trial may take many
 WAIT_SECONDS, CHECK_SECONDS = 0.3, 5.0  # between two looks at a job; the latter asks the cluster
 ONE_PROCESS = ("nodes", "ntasks_per_node", "tasks_per_node", "num_returns")
 
 
-def find_launcher(name: LauncherName, options: Sequence[str] = (), threads: int | None = None) -> Launcher:
-    """The launcher of that name. `options` are KEY=VALUE of the cluster's own words, and `threads` those that were
-    asked for; `UserError` where they are not for this launcher, or it cannot be used here."""
+def find_launcher(
+    name: LauncherName, options: Sequence[str] = (), threads: int | None = None
+) -> Launcher:
+    """The launcher of that name. `options` are KEY=VALUE of the cluster's own words, and `threads`
+    those that were asked for; `UserError` where they are not for this launcher, or it cannot be
+    used here."""
     if name == "local":
         if options:
             raise UserError(
@@ -41,7 +45,8 @@ def find_launcher(name: LauncherName, options: Sequence[str] = (), threads: int 
     if threads is not None:
         words = {"slurm": "cpus_per_task", "ray": "num_cpus"}[name]
         raise UserError(
-            f"--threads {threads} is shared out on one machine, and --launcher {name} gives each run a job of its own",
+            f"--threads {threads} is shared out on one machine, and --launcher {name} gives each "
+            "run a job of its own",
             f"Say what a job gets: --launcher-option {words}={threads}.",
         )
     given = dict(map(_option, options))
@@ -55,13 +60,17 @@ def _option(text: str) -> tuple[str, Any]:
             return name.strip(), read_value(value)
     except yaml.YAMLError:
         pass
-    raise UserError(f"--launcher-option {text}: not KEY=VALUE", "For example --launcher-option cpus_per_task=8.")
+    raise UserError(
+        f"--launcher-option {text}: not KEY=VALUE", "For example --launcher-option cpus_per_task=8."
+    )
 
 
 class Slurm:
-    """A job of Slurm for each trial. `options` are those of `submitit.SlurmExecutor`, in sbatch's words.
+    """A job of Slurm for each trial. `options` are those of `submitit.SlurmExecutor`, in sbatch's
+    words.
 
-    Raises `UserError` where submitit is missing, this is no machine of a Slurm cluster, or an option is unknown.
+    Raises `UserError` where submitit is missing, this is no machine of a Slurm cluster, or an
+    option is unknown.
     """
 
     here = False
@@ -71,20 +80,24 @@ class Slurm:
             import submitit
         except ImportError:
             raise UserError(
-                "--launcher slurm needs submitit, which is not installed", "pip install 'detrellis[slurm]'"
+                "--launcher slurm needs submitit, which is not installed",
+                "pip install 'detrellis[slurm]'",
             ) from None
         _one_process(options)
         self._options, self._executor = dict(options), executor or submitit.SlurmExecutor
         if "time" not in options and executor is None:
             raise UserError(
                 "--launcher slurm: nothing says how long a job may take",
-                "In minutes: --launcher-option time=240. A run that needs longer is requeued, and goes on.",
+                "In minutes: --launcher-option time=240. A run that needs longer is requeued, "
+                "and goes on.",
             )
         with TemporaryDirectory() as place:  # options are refused before anything is submitted
             self._prepared(Path(place))
 
     def start(self, folder: Path, threads: int | None) -> Job:
-        """Submit the trial, or find the job that an earlier call of the study has left with the cluster."""
+        """Submit the trial, or find the job that an earlier call of the study has left with the
+        cluster.
+        """
         folder = folder.absolute()
         executor = self._prepared(folder / JOBS)
         if (folder / JOB).exists():
@@ -100,12 +113,15 @@ class Slurm:
             executor = self._executor(folder, max_num_timeout=TIMEOUTS)
         except RuntimeError as error:
             raise UserError(
-                f"--launcher slurm: {error}", "Start the study on a login node, or take --launcher local."
+                f"--launcher slurm: {error}",
+                "Start the study on a login node, or take --launcher local.",
             ) from None
         try:
             executor.update_parameters(**self._options)
         except (ValueError, TypeError, AssertionError, NameError) as error:
-            raise UserError(f"--launcher-option: {error}", "Take the names of sbatch's options.") from None
+            raise UserError(
+                f"--launcher-option: {error}", "Take the names of sbatch's options."
+            ) from None
         return executor
 
 
@@ -117,7 +133,9 @@ class SlurmJob:
         self._cancelled, self._checked = False, time.monotonic()
 
     def poll(self) -> int | None:
-        """See `Job`. The result is a file; that a job has ended without one, only the cluster knows."""
+        """See `Job`. The result is a file; that a job has ended without one, only the cluster
+        knows.
+        """
         due = self._cancelled and time.monotonic() - self._checked > CHECK_SECONDS
         if due:
             self._checked = time.monotonic()
@@ -134,7 +152,9 @@ class SlurmJob:
         return _waited(self)
 
     def terminate(self) -> None:
-        """Cancel the job: Slurm sends SIGTERM, and waits before it kills (its KillWait, 30 seconds)."""
+        """Cancel the job: Slurm sends SIGTERM, and waits before it kills (its KillWait, 30
+        seconds).
+        """
         self._cancelled = True
         self._job.cancel(check=False)
 
@@ -142,10 +162,12 @@ class SlurmJob:
 
 
 class Ray:
-    """A task of Ray for each trial. `options` are those of a remote function, such as num_gpus and resources.
+    """A task of Ray for each trial. `options` are those of a remote function, such as num_gpus and
+    resources.
 
-    Takes the cluster that `RAY_ADDRESS` names or that runs on this machine, or starts one here. Tasks end with the
-    study. Raises `UserError` where ray is missing, the cluster cannot be reached, or an option is unknown.
+    Takes the cluster that `RAY_ADDRESS` names or that runs on this machine, or starts one here.
+    Tasks end with the study. Raises `UserError` where ray is missing, the cluster cannot be
+    reached, or an option is unknown.
     """
 
     here = False
@@ -165,7 +187,8 @@ class Ray:
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
             raise UserError(
-                f"--launcher ray: {error}", "Say where the cluster is (RAY_ADDRESS), or start one: ray start --head."
+                f"--launcher ray: {error}",
+                "Say where the cluster is (RAY_ADDRESS), or start one: ray start --head.",
             ) from None
         finally:
             signal.signal(signal.SIGTERM, handler)
@@ -173,7 +196,9 @@ class Ray:
         try:
             self._run = ray.remote(run_trial).options(**one_gpu | dict(options))
         except (ValueError, TypeError) as error:
-            raise UserError(f"--launcher-option: {error}", "Take the names of ray's task options.") from None
+            raise UserError(
+                f"--launcher-option: {error}", "Take the names of ray's task options."
+            ) from None
 
     def start(self, folder: Path, threads: int | None) -> Job:
         """See `Launcher`."""
@@ -225,7 +250,9 @@ def _waited(job: Job) -> int:
 
 
 def _failed(folder: Path, error: BaseException) -> int:
-    """The exit code of a job that ended without a result; what the cluster says stands at the end of its log."""
+    """The exit code of a job that ended without a result; what the cluster says stands at the end
+    of its log.
+    """
     with (folder / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{type(error).__name__}: {error}\n")
     return 1

@@ -37,13 +37,15 @@ def conduct(
     track: Sequence[str] = (),
     console: Console | None = None,
 ) -> StudyReport:
-    """Train what is missing below `out`, and write the report there: `report.html`, `.json`, figures.
+    """Train what is missing below `out`, and write the report there: `report.html`, `.json`,
+    figures.
 
-    `jobs` trials run at a time, on `threads` CPU threads together (default: `OMP_NUM_THREADS` each, or all cores), each
-    with `workers` processes that load images, and on the devices of `device`, which are separated by commas. `launcher`
-    starts them as jobs of a cluster instead (`find_launcher`), and `track` names trackers that each run logs to. Raises
-    `UserError` before anything is trained where another study is in the folder, matplotlib is missing, or equal time is
-    asked for on machines that are not timed.
+    `jobs` trials run at a time, on `threads` CPU threads together (default: `OMP_NUM_THREADS` each,
+    or all cores), each with `workers` processes that load images, and on the devices of `device`,
+    which are separated by commas. `launcher` starts them as jobs of a cluster instead
+    (`find_launcher`), and `track` names trackers that each run logs to. Raises `UserError` before
+    anything is trained where another study is in the folder, matplotlib is missing, or equal time
+    is asked for on machines that are not timed.
     """
     resources = Resources(jobs, threads, workers, device, launcher or Local(), tuple(track))
     folder, console = Path(out), console or Terminal()
@@ -65,16 +67,30 @@ def conduct(
 def to_dict(report: StudyReport) -> dict[str, Any]:
     """A report as JSON holds it; recipes stand in `plan.json`."""
     plan = {name: getattr(report.plan, name) for name in ("title", "command", "skip_bad")}
-    plan |= {"seeds": list(report.plan.seeds), "data": dict(report.plan.data), "skipped": dict(report.plan.skipped)}
-    unfinished = [{"trial": str(o.trial), "state": o.state, "log": o.log} for o in report.unfinished]
+    plan |= {
+        "seeds": list(report.plan.seeds),
+        "data": dict(report.plan.data),
+        "skipped": dict(report.plan.skipped),
+    }
+    unfinished = [
+        {"trial": str(o.trial), "state": o.state, "log": o.log} for o in report.unfinished
+    ]
     words = {"recommendation": recommend(report), "caveats": caveats(report)}
-    return {"study": plan, **words, "rows": [row.to_dict() for row in report.rows], "unfinished": unfinished}
+    return {
+        "study": plan,
+        **words,
+        "rows": [row.to_dict() for row in report.rows],
+        "unfinished": unfinished,
+    }
 
 
 def save(report: StudyReport, out: Path) -> None:
     """Write `OUT/report.json`, `OUT/report.html` and the figures."""
     drawn = figures(report)
-    texts = {"report.json": json.dumps(to_dict(report), indent=1), "report.html": page(report, drawn, out)}
+    texts = {
+        "report.json": json.dumps(to_dict(report), indent=1),
+        "report.html": page(report, drawn, out),
+    }
     files: list[tuple[Path, Write]] = []
     for name, text in texts.items():
         files.append((out / name, partial(Path.write_text, data=text, encoding="utf-8")))

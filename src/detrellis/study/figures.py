@@ -33,8 +33,13 @@ def figures(report: StudyReport) -> dict[str, tuple[Figure, str]]:
             f"AP after each epoch, and along minutes of training without evaluations{shade}.",
         )
     if report.others:
-        whiskers = "; whiskers are 95 % intervals" if any(_interval(row) for row in report.others) else ""
-        caption = f"What each row gains over {_base(report)}, and its step time in multiples of that one's{whiskers}."
+        whiskers = (
+            "; whiskers are 95 % intervals" if any(_interval(row) for row in report.others) else ""
+        )
+        caption = (
+            f"What each row gains over {_base(report)}, and its step time in multiples of that "
+            f"one's{whiskers}."
+        )
         drawn["gains"] = _gains(report), caption
     return drawn
 
@@ -58,14 +63,23 @@ def _curves(report: StudyReport) -> Figure:
     for budget in {row.budget for row in report.rows if row.budget is not None}:
         by_time.axvline(budget / 60, color=FAINT, linewidth=0.8, linestyle=":")
     handles = by_epoch.get_legend_handles_labels()
-    as_written(figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9))
+    as_written(
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    )
     return figure
 
 
 def _curve(axes: Axes, row: RowResult, unit: float, style: dict[str, Any]) -> None:
     epochs = [epoch for epoch, _ in row.curve]
     x = [epoch * unit for epoch in epochs]
-    axes.plot(x, [ap for _, ap in row.curve], label=shortened(row.name), linewidth=1.6, marker=".", **style)
+    axes.plot(
+        x,
+        [ap for _, ap in row.curve],
+        label=shortened(row.name),
+        linewidth=1.6,
+        marker=".",
+        **style,
+    )
     if len(row.runs) > 1:
         every = [_at(run, epochs) for run in row.runs]
         low, high = ([pick(values) for values in zip(*every, strict=True)] for pick in (min, max))

@@ -1,4 +1,6 @@
-"""Where the trials of a study run: in processes of this machine, or as the jobs of a cluster (`cluster.py`)."""
+"""Where the trials of a study run: in processes of this machine, or as the jobs of a cluster
+(`cluster.py`).
+"""
 
 from __future__ import annotations
 
@@ -57,9 +59,11 @@ class Local:
         return start_child(folder, CHILD, threads)
 
 
-def start_child(folder: Path, arguments: Sequence[str], threads: int | None) -> subprocess.Popen[bytes]:
-    """The process that trains a trial, in a session of its own: a Ctrl-C in the terminal reaches this process alone,
-    which then tells the child once."""
+def start_child(
+    folder: Path, arguments: Sequence[str], threads: int | None
+) -> subprocess.Popen[bytes]:
+    """The process that trains a trial, in a session of its own: a Ctrl-C in the terminal reaches
+    this process alone, which then tells the child once."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
@@ -74,10 +78,12 @@ def start_child(folder: Path, arguments: Sequence[str], threads: int | None) -> 
 
 @dataclass
 class TrialJob:
-    """What a job of a cluster runs, on whatever machine it gets: a trial in a process below its own.
+    """What a job of a cluster runs, on whatever machine it gets: a trial in a process below its
+    own.
 
-    So that the trial can save first, whatever ends the job: SIGTERM is passed on to it, a cancelled task is a
-    `KeyboardInterrupt` here, and before a preemption or the end of its time submitit calls `checkpoint`.
+    So that the trial can save first, whatever ends the job: SIGTERM is passed on to it, a cancelled
+    task is a `KeyboardInterrupt` here, and before a preemption or the end of its time submitit
+    calls `checkpoint`.
     """
 
     folder: Path
@@ -89,7 +95,8 @@ class TrialJob:
     def __call__(self) -> int:
         """Train the trial to its end; the exit code of its process."""
         with handled(self._pass_on, (signal.SIGTERM,)):
-            # Slurm may send submitit's signal to all processes of a job, and one that does not know it would end.
+            # Slurm may send submitit's signal to all processes of a job, and one that does not know
+            # it would end.
             masked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2,))
             try:
                 self._process = start_child(self.folder, self.arguments, None)

@@ -1,4 +1,6 @@
-"""Equal training time in place of equal epochs: how long an epoch of each row takes here, and how many it then gets."""
+"""Equal training time in place of equal epochs: how long an epoch of each row takes here, and how
+many it then gets.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,16 @@ from detrellis.study.run import Resources
 WARMUP, STEPS = 2, 7  # of each of the two rows that are compared; the first ones compile
 
 
-def paced(plan: StudyPlan, out: Path, resources: Resources, say: Callable[[str], None]) -> StudyPlan:
-    """The plan with as many epochs for each row as take the time of its baseline's, on this machine.
+def paced(
+    plan: StudyPlan, out: Path, resources: Resources, say: Callable[[str], None]
+) -> StudyPlan:
+    """The plan with as many epochs for each row as take the time of its baseline's, on this
+    machine.
 
-    Where the study in `out` goes on, each row keeps its pace of there; of the others some steps are timed, of the row
-    and its baseline in turn. Rows without a baseline keep their epochs. Raises `UserError` where another study is in
-    `out`, before anything is timed, and where a step does not fit into memory.
+    Where the study in `out` goes on, each row keeps its pace of there; of the others some steps are
+    timed, of the row and its baseline in turn. Rows without a baseline keep their epochs. Raises
+    `UserError` where another study is in `out`, before anything is timed, and where a step does not
+    fit into memory.
     """
     against = {row.name: plan.row(row.against) for row in plan.rows if row.against is not None}
     old = (read_plan(out) or {}).get("pace") or {}
@@ -33,10 +39,13 @@ def paced(plan: StudyPlan, out: Path, resources: Resources, say: Callable[[str],
     _lasting(plan, known).check(out)
     if missing := [name for name in against if name not in known]:
         train, _, classes, _ = prepare(DataSource.from_dict(plan.data), skip_bad=plan.skip_bad)
-        boxes, device = max(1, round(len(train.labels) / len(train))), pick_device(resources.devices()[0])
+        boxes = max(1, round(len(train.labels) / len(train)))
+        device = pick_device(resources.devices()[0])
         say(f"Timing steps of {', '.join(missing)}, to give all rows the same time")
         with threads_of(resources.threads_each()):
-            known |= {n: _ratio(plan.row(n), against[n], len(classes), boxes, device) for n in missing}
+            known |= {
+                n: _ratio(plan.row(n), against[n], len(classes), boxes, device) for n in missing
+            }
     return _lasting(plan, known)
 
 
@@ -53,8 +62,9 @@ def _lasting(plan: StudyPlan, pace: dict[str, float]) -> StudyPlan:
 
 
 def _ratio(row: StudyRow, base: StudyRow, classes: int, boxes: int, device: torch.device) -> float:
-    """The time of an image in `row`, in multiples of that in `base`: from medians of steps that alternate, so that
-    whatever else the machine does slows both. Steps are on random images of each recipe's own size and batch."""
+    """The time of an image in `row`, in multiples of that in `base`: from medians of steps that
+    alternate, so that whatever else the machine does slows both. Steps are on random images of each
+    recipe's own size and batch."""
     try:
         steps = [training_step(r.recipe, classes, device, boxes) for r in (row, base)]
         times = [[seconds_of(step, device) for step in steps] for _ in range(WARMUP + STEPS)]
@@ -63,6 +73,8 @@ def _ratio(row: StudyRow, base: StudyRow, classes: int, boxes: int, device: torc
             f"{row.name} and {base.name}: a step of each does not fit into the memory of {device}",
             "Take a smaller batch or smaller images: -o optim.batch_size=2, -o data.size=480.",
         ) from None
-    own_time, base_time = (statistics.median(column) for column in zip(*times[WARMUP:], strict=True))
+    own_time, base_time = (
+        statistics.median(column) for column in zip(*times[WARMUP:], strict=True)
+    )
     images = base.recipe.optim.batch_size / row.recipe.optim.batch_size
     return float(round(own_time / base_time * images, 3))

@@ -23,13 +23,18 @@ REPORT = "report.html"  # of a run: what it gets wrong
 
 
 def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]], out: Path) -> str:
-    """The report as a whole HTML page in the folder `out` of the runs; `drawn` is what `figures` returned."""
+    """The report as a whole HTML page in the folder `out` of the runs; `drawn` is what `figures`
+    returned.
+    """
     title = escape(report.plan.title)
     parts = [
         f"<h1>{title}</h1>",
         f'<p class="answer">{escape(recommend(report))}</p>',
         *(table(*sheet, report.plan.baselines) for sheet in report_tables(report)),
-        *(figure(svg(name, drawing, caption), caption) for name, (drawing, caption) in drawn.items()),
+        *(
+            figure(svg(name, drawing, caption), caption)
+            for name, (drawing, caption) in drawn.items()
+        ),
         f"<h2>What to keep in mind</h2>\n{bullets(map(escape, caveats(report)))}",
         f"<h2>What was run</h2>\n{_facts(report)}",
         _rows(report, out),
@@ -41,7 +46,9 @@ def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]], out: Path
 
 
 def svg(name: str, drawn: Figure, alt: str) -> str:
-    """The figure as an element whose ink has the colour of the text around it; `name` makes its ids its own."""
+    """The figure as an element whose ink has the colour of the text around it; `name` makes its ids
+    its own.
+    """
     from matplotlib import rc_context
 
     text = io.StringIO()
@@ -60,7 +67,9 @@ def svg(name: str, drawn: Figure, alt: str) -> str:
 
 def _facts(report: StudyReport) -> str:
     plan = report.plan
-    data = "; ".join(f"{split}: {files['annotations']}" for split, files in plan.data["splits"].items())
+    data = "; ".join(
+        f"{split}: {files['annotations']}" for split, files in plan.data["splits"].items()
+    )
     epochs = sorted({row.recipe.schedule.epochs for row in plan.rows})
     machines = dict.fromkeys(_machine(run.machine) for row in report.rows for run in row.runs)
     values = {
@@ -73,16 +82,22 @@ def _facts(report: StudyReport) -> str:
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    device, threads, jobs, torch = (machine.get(name) for name in ("device", "threads", "jobs", "torch"))
+    device, threads, jobs, torch = (
+        machine.get(name) for name in ("device", "threads", "jobs", "torch")
+    )
     return f"{device}, {threads} threads, {jobs} at a time, torch {torch}"
 
 
 def _rows(report: StudyReport, out: Path) -> str:
-    """A section that lists how each row's recipe differs from its baseline's, with links to what its runs get wrong."""
+    """A section that lists how each row's recipe differs from its baseline's, with links to what
+    its runs get wrong.
+    """
     parts = []
     for row in report.plan.rows:
         base = report.plan.row(row.against or row.name)
-        one, other = (r.recipe.model_dump(mode="json", exclude={"name", "about"}) for r in (base, row))
+        one, other = (
+            r.recipe.model_dump(mode="json", exclude={"name", "about"}) for r in (base, row)
+        )
         differing = [text.strip() for text in changes("", one, other)]
         note = f"<p>{escape(row.note)}</p>" if row.note else ""
         what = bullets(f"<code>{escape(text)}</code>" for text in differing) if differing else ""
@@ -111,30 +126,46 @@ def _missing(report: StudyReport) -> list[str]:
         parts.append(f"<h2>Rows that were left out</h2>\n{bullets(listed)}")
     for outcome in report.unfinished:
         if outcome.log:
-            parts.append(f"<h2>{escape(str(outcome.trial))} failed</h2>\n<pre>{escape(outcome.log)}</pre>")
+            parts.append(
+                f"<h2>{escape(str(outcome.trial))} failed</h2>\n<pre>{escape(outcome.log)}</pre>"
+            )
     return parts
 
 
 def _definitions(report: StudyReport) -> list[str]:
     base = report.plan.baseline or "its baseline"
     return [
-        "AP is COCO's box AP on the validation split, in percent, of the averaged weights where the recipe averages.",
-        f"Gain: the row's AP after the last epoch minus that of {base} with the same seed, and the mean over seeds. "
-        "With the same seed the order of the images and their augmentation are the same, and so are the first weights "
-        "of the same network.",
-        "In brackets: the 95 % t-interval of that mean over seeds. A gain is called one where the interval is above 0.",
-        f"Without duplicates: of all queries and classes of the last weights, those are dropped first whose IoU with a "
-        f"better one of the class is above {NMS}.",
-        "Step: time of a training step in the epoch in the middle, without evaluation; mean over seeds.",
-        "Memory: most that the process has had, or on a GPU most that was allocated there; the highest of the seeds.",
-        f"Epochs to the AP of {base}: the first epoch after which the mean AP is what {base} ends with.",
+        "AP is COCO's box AP on the validation split, in percent, of the averaged weights where "
+        "the recipe averages.",
+        f"Gain: the row's AP after the last epoch minus that of {base} with the same seed, and "
+        "the mean over seeds. With the same seed the order of the images and their augmentation "
+        "are the same, and so are the first weights of the same network.",
+        "In brackets: the 95 % t-interval of that mean over seeds. A gain is called one where "
+        "the interval is above 0.",
+        "Without duplicates: of all queries and classes of the last weights, those are dropped "
+        f"first whose IoU with a better one of the class is above {NMS}.",
+        "Step: time of a training step in the epoch in the middle, without evaluation; mean "
+        "over seeds.",
+        "Memory: most that the process has had, or on a GPU most that was allocated there; the "
+        "highest of the seeds.",
+        f"Epochs to the AP of {base}: the first epoch after which the mean AP is what {base} "
+        "ends with.",
         _same_time(report),
     ]
 
 
 def _same_time(report: StudyReport) -> str:
     if report.plan.pace is not None:
-        return "Epochs: of each row as many as take the time of its baseline, by the paces in plan.json."
+        return (
+            "Epochs: of each row as many as take the time of its baseline, by the paces in "
+            "plan.json."
+        )
     budgets = {row.budget for row in report.rows}
-    whose = f", {minutes(budgets.pop())} of training" if len(budgets) == 1 else ", of those with one baseline"
-    return f"AP in the same time: mean AP of the last epoch within the time of the fastest row{whose}."
+    whose = (
+        f", {minutes(budgets.pop())} of training"
+        if len(budgets) == 1
+        else ", of those with one baseline"
+    )
+    return (
+        f"AP in the same time: mean AP of the last epoch within the time of the fastest row{whose}."
+    )

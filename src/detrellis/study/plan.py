@@ -1,5 +1,5 @@
-"""What a study trains, as a file beside its runs: a second call goes on with it, and one with other settings is
-refused."""
+"""What a study trains, as a file beside its runs: a second call goes on with it, and one with other
+settings is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class StudyRow:
 
     name: str
     recipe: Recipe
-    against: str | None = None  # its baseline, the row that it is compared with; None: it is one, or has none
+    # Its baseline, the row that it is compared with; None: it is one, or has none
+    against: str | None = None
     published: float | None = None  # the paper's AP, in percent
     branch: str = ""  # of scheme co, whose AP the row is of; empty: the detector's
     note: str = ""
@@ -74,7 +75,9 @@ class TrialOutcome:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Rows, seeds and data. Raises `UserError` where there is no row, and for a name that stands twice."""
+    """Rows, seeds and data. Raises `UserError` where there is no row, and for a name that stands
+    twice.
+    """
 
     title: str
     rows: tuple[StudyRow, ...]
@@ -83,7 +86,8 @@ class StudyPlan:
     skip_bad: SkipBad = False
     command: str = ""  # that began the study
     skipped: Mapping[str, str] = field(default_factory=dict)  # rows that cannot be trained, and why
-    # For equal time: of each row's epoch, in multiples of the baseline's (see `paced`); None: equal epochs.
+    # For equal time: of each row's epoch, in multiples of the baseline's (see `paced`); None: equal
+    # epochs.
     pace: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -97,7 +101,9 @@ class StudyPlan:
 
     @property
     def baseline(self) -> str | None:
-        """The row that all others are compared with; None where there are several such rows, or none."""
+        """The row that all others are compared with; None where there are several such rows, or
+        none.
+        """
         return next(iter(self.baselines)) if len(self.baselines) == 1 else None
 
     @property
@@ -110,18 +116,30 @@ class StudyPlan:
         return next(row for row in self.rows if row.name == name)
 
     def trials(self) -> list[Trial]:
-        """All runs, the first seed of every row first: a study that is stopped early can still be compared."""
-        return [Trial(row.name, seed, row.recipe, row.branch, row.boxes) for seed in self.seeds for row in self.rows]
+        """All runs, the first seed of every row first: a study that is stopped early can still be
+        compared.
+        """
+        return [
+            Trial(row.name, seed, row.recipe, row.branch, row.boxes)
+            for seed in self.seeds
+            for row in self.rows
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
         lists = {"rows": [row.to_dict() for row in self.rows], "seeds": list(self.seeds)}
         pace = None if self.pace is None else dict(self.pace)
-        plain = {"data": dict(self.data), "skipped": dict(self.skipped), "pace": pace, "format": FORMAT}
+        plain = {
+            "data": dict(self.data),
+            "skipped": dict(self.skipped),
+            "pace": pace,
+            "format": FORMAT,
+        }
         return {**vars(self), **plain, **lists}
 
     def check(self, out: Path) -> None:
-        """See that `OUT/plan.json`, if there is one, is the same study; it may get more rows and seeds.
+        """See that `OUT/plan.json`, if there is one, is the same study; it may get more rows and
+        seeds.
 
         Raises `UserError` that names what differs otherwise.
         """
@@ -142,8 +160,14 @@ class StudyPlan:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences that keep plan `new` from going on with plan `old`, both as `to_dict` gives them."""
-    differing = [] if old["skip_bad"] == new["skip_bad"] else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
+    """The differences that keep plan `new` from going on with plan `old`, both as `to_dict` gives
+    them.
+    """
+    differing = (
+        []
+        if old["skip_bad"] == new["skip_bad"]
+        else [f"skip_bad {old['skip_bad']}, now {new['skip_bad']}"]
+    )
     before, after = ("epochs" if plan.get("pace") is None else "time" for plan in (old, new))
     differing += [] if before == after else [f"equal {before}, now equal {after}"]
     differing += changes("data", old["data"], new["data"])
@@ -194,7 +218,9 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     written = plan.get("format", 1)
     if written > FORMAT:
         raise UserError(f"{path}: written by a newer Detrellis", "Update Detrellis to read it.")
-    return plan | {"rows": [row | {"recipe": _as_now(row["recipe"], written)} for row in plan["rows"]]}
+    return plan | {
+        "rows": [row | {"recipe": _as_now(row["recipe"], written)} for row in plan["rows"]]
+    }
 
 
 def _as_now(recipe: Any, written: int) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The results of a study: those of each row, compared with its baseline seed by seed. docs/compare.md defines them."""
+"""The results of a study: those of each row, compared with its baseline seed by seed.
+docs/compare.md defines them.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ class RowResult:
 
     planned: StudyRow
     runs: tuple[TrialResult, ...]  # one for each finished seed
-    gain: Estimate | None = None  # final AP minus the baseline's of the same seed; None: no baseline, or no seed shared
+    # Final AP minus the baseline's of the same seed; None: no baseline, or no seed shared
+    gain: Estimate | None = None
     published_gain: float | None = None
     cost: float | None = None  # step time relative to the baseline's
-    epochs_to_baseline: int | None = None  # first epoch whose mean AP is what the baseline ends with; None: none
-    # Seconds of training when the fastest of this row, its baseline and its peers ends; None: all end together.
+    # First epoch whose mean AP is what the baseline ends with; None: none
+    epochs_to_baseline: int | None = None
+    # Seconds of training when the fastest of this row, its baseline and its peers ends; None: all
+    # end together.
     budget: float | None = None
-    timely: tuple[int, float] | None = None  # epoch and mean AP of the last evaluation within the budget
+    # Epoch and mean AP of the last evaluation within the budget
+    timely: tuple[int, float] | None = None
     gain_after_nms: Estimate | None = None  # as `gain`, of AP after NMS
 
     @property
@@ -56,7 +62,9 @@ class RowResult:
 
     @property
     def after_nms(self) -> tuple[Estimate, Estimate, Estimate] | None:
-        """AP, AP50 and AP75 after the last epoch where duplicates are dropped; None where no seed has them."""
+        """AP, AP50 and AP75 after the last epoch where duplicates are dropped; None where no seed
+        has them.
+        """
         known = [run.after_nms for run in self.runs if run.after_nms is not None]
         if not known:
             return None
@@ -86,21 +94,41 @@ class RowResult:
 
     @property
     def memory(self) -> int | None:
-        """The peak memory of any seed, in bytes: allocated on the GPU, or without one all that the process had."""
-        return max((run.machine["peak_memory"] for run in self.runs if run.machine.get("peak_memory")), default=None)
+        """The peak memory of any seed, in bytes: allocated on the GPU, or without one all that the
+        process had.
+        """
+        return max(
+            (run.machine["peak_memory"] for run in self.runs if run.machine.get("peak_memory")),
+            default=None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The results as JSON holds them."""
         named = ("final", "best", "ap50", "ap75", "gain", "gain_after_nms")
-        estimates = {name: None if (e := getattr(self, name)) is None else e._asdict() for name in named}
+        estimates = {
+            name: None if (e := getattr(self, name)) is None else e._asdict() for name in named
+        }
         apart = self.after_nms and dict(zip(("AP", "AP50", "AP75"), self.after_nms, strict=True))
-        plain = ("step_seconds", "epoch_seconds", "memory", "cost", "epochs_to_baseline", "budget", "published_gain")
+        plain = (
+            "step_seconds",
+            "epoch_seconds",
+            "memory",
+            "cost",
+            "epochs_to_baseline",
+            "budget",
+            "published_gain",
+        )
         return {
-            **{name: getattr(self.planned, name) for name in ("name", "against", "note", "published")},
+            **{
+                name: getattr(self.planned, name)
+                for name in ("name", "against", "note", "published")
+            },
             **estimates,
             "after_nms": apart and {name: e._asdict() for name, e in apart.items()},
             **{name: getattr(self, name) for name in plain},
-            "timely": None if self.timely is None else dict(zip(("epoch", "ap"), self.timely, strict=True)),
+            "timely": None
+            if self.timely is None
+            else dict(zip(("epoch", "ap"), self.timely, strict=True)),
             "curve": [list(point) for point in self.curve],
             "runs": [run.to_dict() for run in self.runs],
         }
@@ -137,11 +165,19 @@ def read_report(plan: StudyPlan, outcomes: Sequence[TrialOutcome]) -> StudyRepor
     return StudyReport(plan, rows, tuple(o for o in outcomes if o.state != "finished"))
 
 
-def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[TrialResult, ...]]) -> RowResult:
+def _row_result(
+    row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[TrialResult, ...]]
+) -> RowResult:
     runs, base = results[row.name], row.against or row.name
     # The budget: the training time of the fastest among the rows that share this one's baseline.
-    peers = [results[r.name] for r in plan.rows if base in (r.name, r.against) and r.name in results]
-    times = [] if plan.pace is not None else [s for of_peer in peers if (s := _seconds(of_peer)) is not None]
+    peers = [
+        results[r.name] for r in plan.rows if base in (r.name, r.against) and r.name in results
+    ]
+    times = (
+        []
+        if plan.pace is not None
+        else [s for of_peer in peers if (s := _seconds(of_peer)) is not None]
+    )
     budget = min(times, default=None)
     timely = _timely(runs, budget)
     if base not in results:
@@ -150,13 +186,17 @@ def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[Tria
     base_runs = results[base]
     gain = _gain(runs, base_runs) if row.against else None
     gain_after_nms = _gain(runs, base_runs, after_nms=True) if row.against else None
-    step, base_step = (mean_of_known(run.step_seconds for run in some) for some in (runs, base_runs))
+    step, base_step = (
+        mean_of_known(run.step_seconds for run in some) for some in (runs, base_runs)
+    )
     published, base_published = row.published, plan.row(base).published
     return RowResult(
         row,
         runs,
         gain,
-        None if published is None or base_published is None or not row.against else published - base_published,
+        None
+        if published is None or base_published is None or not row.against
+        else published - base_published,
         None if step is None or not base_step else step / base_step,
         _reached(mean_curve(runs), mean_curve(base_runs)[-1][1]),
         budget,
@@ -165,8 +205,12 @@ def _row_result(row: StudyRow, plan: StudyPlan, results: Mapping[str, tuple[Tria
     )
 
 
-def _gain(runs: Sequence[TrialResult], base_runs: Sequence[TrialResult], after_nms: bool = False) -> Estimate | None:
-    """Over the seeds that both have: the row's AP minus the baseline's; None where there is no such seed."""
+def _gain(
+    runs: Sequence[TrialResult], base_runs: Sequence[TrialResult], after_nms: bool = False
+) -> Estimate | None:
+    """Over the seeds that both have: the row's AP minus the baseline's; None where there is no such
+    seed.
+    """
     base = {run.seed: run for run in base_runs}
     differences, resampled = [], []
     for run in runs:
@@ -215,5 +259,7 @@ def _timely(runs: Sequence[TrialResult], budget: float | None) -> tuple[int, flo
     epoch_seconds = mean_of_known(run.epoch_seconds for run in runs)
     if budget is None or epoch_seconds is None:
         return None
-    within = [point for point in mean_curve(runs) if point[0] * epoch_seconds <= budget * (1 + 1e-9)]
+    within = [
+        point for point in mean_curve(runs) if point[0] * epoch_seconds <= budget * (1 + 1e-9)
+    ]
     return within[-1] if within else None

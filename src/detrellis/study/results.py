@@ -1,4 +1,6 @@
-"""The results of a trial from its log, and their mean over seeds. AP is in percent, as the papers print it."""
+"""The results of a trial from its log, and their mean over seeds. AP is in percent, as the papers
+print it.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds. `spread`: their standard deviation; `interval`: half of the 95 % t-interval of the mean.
+    """A mean over seeds. `spread`: their standard deviation; `interval`: half of the 95 %
+    t-interval of the mean.
 
-    Both are None with one seed. `with_images`: half of the interval that holds, besides, what other validation images
-    would change; None where they were not resampled.
+    Both are None with one seed. `with_images`: half of the interval that holds, besides, what other
+    validation images would change; None where they were not resampled.
     """
 
     mean: float
@@ -32,7 +35,9 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval is above or below 0, else 0; also with one seed, which cannot tell."""
+        """1 or -1 where the whole interval is above or below 0, else 0; also with one seed, which
+        cannot tell.
+        """
         if self.interval is None or abs(self.mean) <= self.interval:
             return 0
         return 1 if self.mean > 0 else -1
@@ -61,15 +66,20 @@ class TrialResult:
     ap75: float
     step_seconds: float | None  # of training, without evaluation
     epoch_seconds: float | None
-    machine: Mapping[str, Any]  # the content of `done.json`: device, threads, torch, jobs, peak_memory
-    after_nms: tuple[float, float, float] | None = None  # AP, AP50, AP75 of the last, without duplicates
-    # The last AP, and that after NMS, of each resampling of the validation images; the same draws in all trials.
+    # The content of `done.json`: device, threads, torch, jobs, peak_memory
+    machine: Mapping[str, Any]
+    # AP, AP50, AP75 of the last, without duplicates
+    after_nms: tuple[float, float, float] | None = None
+    # The last AP, and that after NMS, of each resampling of the validation images; the same draws
+    # in all trials.
     resampled: tuple[float, ...] = ()
     resampled_after_nms: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The results as JSON holds them, without the resampled APs."""
-        plain = {name: value for name, value in vars(self).items() if not name.startswith("resampled")}
+        plain = {
+            name: value for name, value in vars(self).items() if not name.startswith("resampled")
+        }
         return plain | {"machine": dict(self.machine)}
 
     @property
@@ -89,10 +99,12 @@ class TrialResult:
 
 
 def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
-    """The results of a finished trial, or None where no epoch has an AP; of a branch, that after the last epoch alone.
+    """The results of a finished trial, or None where no epoch has an AP; of a branch, that after
+    the last epoch alone.
 
-    A step's time is that of the epoch in the middle, so that neither a first epoch that compiles nor a slow neighbour
-    counts. It is taken from the rate of images, which a run that was stopped within an epoch has right too.
+    A step's time is that of the epoch in the middle, so that neither a first epoch that compiles
+    nor a slow neighbour counts. It is taken from the rate of images, which a run that was stopped
+    within an epoch has right too.
     """
     records = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "epoch"]
     evaluated = [r for r in records if r["eval"] and r["eval"]["AP"] is not None]
@@ -135,8 +147,8 @@ def _resampled(record: Mapping[str, Any], name: str) -> tuple[float, ...]:
 
 
 def timed_alike(results: Mapping[str, Sequence[TrialResult]]) -> dict[str, tuple[TrialResult, ...]]:
-    """Each row's runs, with times and memory of those only that share the setting of most runs: the rest of the
-    study may have been trained elsewhere."""
+    """Each row's runs, with times and memory of those only that share the setting of most runs: the
+    rest of the study may have been trained elsewhere."""
     settings = Counter(run.setting for runs in results.values() for run in runs)
     usual = max(settings, key=settings.__getitem__, default=None)
     timed = {}

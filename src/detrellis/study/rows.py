@@ -1,4 +1,6 @@
-"""Which rows a study has: one recipe with different training schemes, or those of a paper's table."""
+"""Which rows a study has: one recipe with different training schemes, or those of a paper's
+table.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ LISTS = ("co",)  # schemes whose own value has + in it: co=atss+rcnn
 def parse_rows(text: str) -> list[list[str]]:
     """The schemes of each row: `"none,align+group=3"` gives `[[], ["align", "group=3"]]`.
 
-    A row ends at a comma, a scheme at a + unless what follows belongs to a list: `co=atss+rcnn+align` is two schemes.
+    A row ends at a comma, a scheme at a + unless what follows belongs to a list:
+    `co=atss+rcnn+align` is two schemes.
     """
     return [_schemes(row.strip()) for row in text.split(",") if row.strip()]
 
@@ -63,9 +66,10 @@ def plan_schemes(
 ) -> StudyPlan:
     """A row for each set of schemes in `schemes` (see `parse_rows`); the first is the baseline.
 
-    `override` sets fields of all rows; a dial such as `schemes.group.reduction=sum` only where a row has the scheme.
-    With `equal="time"` rows that are slower than the baseline get fewer epochs, found when the study begins. Raises
-    `UserError` for a row that the recipe cannot be trained with, and for data without a validation split.
+    `override` sets fields of all rows; a dial such as `schemes.group.reduction=sum` only where a
+    row has the scheme. With `equal="time"` rows that are slower than the baseline get fewer epochs,
+    found when the study begins. Raises `UserError` for a row that the recipe cannot be trained
+    with, and for data without a validation split.
     """
     base = find_recipe(recipe)
     base = (tiny_sized(base) if scale is not None else base).override(override)
@@ -73,19 +77,28 @@ def plan_schemes(
         base = base.override(f"schedule.epochs={epochs}")
     if base.schedule.patience:
         raise UserError(
-            "schedule.patience: a study compares rows of given lengths, and early stopping gives each another one",
+            "schedule.patience: a study compares rows of given lengths, and early stopping "
+            "gives each another one",
             "Leave it out, or take -o schedule.patience=0.",
         )
     named = [("+".join(row) or "none", with_exactly(base, row)) for row in parse_rows(schemes)]
     if not named:
-        raise UserError(f"--schemes {schemes}: no row", "For example: --schemes none,align,group=3,align+group=3.")
+        raise UserError(
+            f"--schemes {schemes}: no row",
+            "For example: --schemes none,align,group=3,align+group=3.",
+        )
     if len(named) == 1:
         more = "none,align" if named[0][0] == "none" else f"none,{schemes}"
-        raise UserError(f"--schemes {schemes}: one row, and no other to compare it with", f"Add one: --schemes {more}.")
+        raise UserError(
+            f"--schemes {schemes}: one row, and no other to compare it with",
+            f"Add one: --schemes {more}.",
+        )
     first = named[0][0]
     rows = tuple(StudyRow(name, own, None if name == first else first) for name, own in named)
     title = f"{base.name} with training schemes"
-    plan = StudyPlan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, pace=_pace(equal))
+    plan = StudyPlan(
+        title, rows, source.to_dict(), tuple(seeds), skip_bad, command, pace=_pace(equal)
+    )
     classes = count_classes(source, skip_bad)
     for row in rows:
         check_row(row.recipe, classes)
@@ -98,17 +111,20 @@ def _pace(equal: Equal) -> dict[str, float] | None:
 
 
 def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
-    """The number of classes of a data set that can be trained and evaluated on; `UserError` for any other one, before
-    a run begins."""
+    """The number of classes of a data set that can be trained and evaluated on; `UserError` for any
+    other one, before a run begins."""
     _, validation, classes, _ = prepare(source, skip_bad=skip_bad)
     if validation is None:
-        raise UserError("the data set has no validation split, and nothing could be compared", "Name it with --val.")
+        raise UserError(
+            "the data set has no validation split, and nothing could be compared",
+            "Name it with --val.",
+        )
     return len(classes)
 
 
 def check_row(recipe: Recipe, classes: int, boxes: str = "") -> None:
-    """Raises `UserError` for a recipe that cannot be built, or cannot begin with the reference boxes of the weights
-    `boxes`. Nothing is allocated but these."""
+    """Raises `UserError` for a recipe that cannot be built, or cannot begin with the reference
+    boxes of the weights `boxes`. Nothing is allocated but these."""
     import torch  # only now: it takes seconds, and what can be refused without it has been
 
     from detrellis import api
@@ -134,12 +150,16 @@ def plan_table(
     skip_bad: SkipBad = False,
     command: str = "",
 ) -> StudyPlan:
-    """The rows of a paper's table, each with its baseline there; `only`: some of them (names or numbers).
+    """The rows of a paper's table, each with its baseline there; `only`: some of them (names or
+    numbers).
 
-    Rows that cannot be trained are left out with the reason, unless `only` names them: then it is raised.
+    Rows that cannot be trained are left out with the reason, unless `only` names them: then it is
+    raised.
     """
     named = [table.row(which) for which in only]
-    wanted = [row for which in named for row in (which, table.baseline(which)) if row is not None] or table.rows
+    wanted = [
+        row for which in named for row in (which, table.baseline(which)) if row is not None
+    ] or table.rows
     classes = count_classes(source, skip_bad)
     recipes: dict[str, Recipe] = {}
     skipped: dict[str, str] = {}
@@ -154,27 +174,43 @@ def plan_table(
                 raise
             recipes.pop(row.name, None)
             skipped[row.name] = f"needs {row.missing}" if row.missing else error.message
-    rows = tuple(_published(table, table.row(name), recipe, recipes) for name, recipe in recipes.items())
+    rows = tuple(
+        _published(table, table.row(name), recipe, recipes) for name, recipe in recipes.items()
+    )
     title = f"{paper.title}, {place(table)}: {table.title}"
-    return StudyPlan(title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal))
+    return StudyPlan(
+        title, rows, source.to_dict(), tuple(seeds), skip_bad, command, skipped, _pace(equal)
+    )
 
 
 def _needs_boxes(paper: Paper, row: PaperRow, giving: BoxesOf) -> UserError:
     """A row's reference boxes are those of another row, which is trained on that row's data."""
     data = paper.table(giving.table).data
-    again = shell_command("reproduce", paper.name, giving.table, "--row", giving.row, "--data", data.split()[0])
+    again = shell_command(
+        "reproduce", paper.name, giving.table, "--row", giving.row, "--data", data.split()[0]
+    )
     return UserError(
         f"{row.source} needs the reference boxes of {giving}, trained on {data}",
         f"Name that run's folder with --boxes. {again} trains it.",
     )
 
 
-def _published(table: PaperTable, row: PaperRow, recipe: Recipe, recipes: Collection[str]) -> StudyRow:
+def _published(
+    table: PaperTable, row: PaperRow, recipe: Recipe, recipes: Collection[str]
+) -> StudyRow:
     base = table.baseline(row)
     against = None if base is None or base.name not in recipes else base.name
-    note = ". ".join(text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text)
+    note = ". ".join(
+        text for text in (row.source, row.note, VOC if table.metric == "voc" else "") if text
+    )
     return StudyRow(
-        row.name, recipe, against, row.published.get("AP"), row.branch, note, row.boxes.run if row.boxes else ""
+        row.name,
+        recipe,
+        against,
+        row.published.get("AP"),
+        row.branch,
+        note,
+        row.boxes.run if row.boxes else "",
     )
 
 

@@ -1,5 +1,5 @@
-"""Trains a plan: each trial in a process of its own, here or on a cluster, several at a time, until all are done or
-somebody stops them."""
+"""Trains a plan: each trial in a process of its own, here or on a cluster, several at a time, until
+all are done or somebody stops them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
 
 LOOK_SECONDS = 5.0  # between two looks at how well the running trials do
 TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)  # the last before its first step
+# The last before its first step
+STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM)
 EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the trials run on, which decides how fast; it changes what is trained by no more than rounding."""
+    """What the trials run on, which decides how fast; it changes what is trained by no more than
+    rounding.
+    """
 
     jobs: int = 1  # trials at a time
-    threads: int | None = None  # CPU threads of all together; None: OMP_NUM_THREADS for each, or all there are
+    # CPU threads of all together; None: OMP_NUM_THREADS for each, or all there are
+    threads: int | None = None
     workers: int = 1  # processes that load images, of each trial
     device: str | None = None  # several with commas: trials are dealt out to them
     launcher: Launcher = field(default_factory=Local)
@@ -67,7 +71,9 @@ class TrialSource(Protocol):
     outcomes: list[TrialOutcome]  # of all trials so far, finished ones too
 
     def next(self) -> TrialOutcome | None:
-        """The trial to start now; None: there is none, at least not before another one has ended."""
+        """The trial to start now; None: there is none, at least not before another one has
+        ended.
+        """
 
     def ended(self, outcome: TrialOutcome) -> None:
         """Take note of a trial that has finished, failed, stopped or been pruned."""
@@ -114,8 +120,11 @@ def run(plan: StudyPlan, out: Path, resources: Resources, console: Console) -> l
     return trials.outcomes
 
 
-def run_trials(trials: TrialSource, conditions: Conditions, resources: Resources, console: Console) -> None:
-    """Train what the source gives. Ctrl-C and SIGTERM stop the trials, which save; a second one stops them at once.
+def run_trials(
+    trials: TrialSource, conditions: Conditions, resources: Resources, console: Console
+) -> None:
+    """Train what the source gives. Ctrl-C and SIGTERM stop the trials, which save; a second one
+    stops them at once.
 
     A trial that fails does not stop the others.
     """
@@ -132,7 +141,11 @@ def run_trials(trials: TrialSource, conditions: Conditions, resources: Resources
 
 
 def _keep_busy(
-    trials: TrialSource, running: list[_Child], conditions: Conditions, resources: Resources, board: Board
+    trials: TrialSource,
+    running: list[_Child],
+    conditions: Conditions,
+    resources: Resources,
+    board: Board,
 ) -> None:
     """Start a trial wherever a device is free, until none is given and none runs."""
     free = resources.devices()
@@ -165,11 +178,17 @@ def _prune(child: _Child, trials: TrialSource) -> None:
         child.job.terminate()
 
 
-def _start(outcome: TrialOutcome, conditions: Conditions, resources: Resources, device: str | None) -> _Child:
+def _start(
+    outcome: TrialOutcome, conditions: Conditions, resources: Resources, device: str | None
+) -> _Child:
     """Write a trial's order, and start it."""
     trial, folder, launcher = outcome.trial, outcome.folder, resources.launcher
     folder.mkdir(parents=True, exist_ok=True)
-    order = {"recipe": trial.recipe.model_dump(mode="json"), "data": dict(conditions.data), "seed": trial.seed}
+    order = {
+        "recipe": trial.recipe.model_dump(mode="json"),
+        "data": dict(conditions.data),
+        "seed": trial.seed,
+    }
     order |= {"format": FORMAT, "skip_bad": conditions.skip_bad, "device": device}
     order |= {"branch": trial.branch, "boxes": trial.boxes or None}
     order |= {"workers": resources.workers, "jobs": resources.jobs if launcher.here else 1}
@@ -194,8 +213,8 @@ def _settle(child: _Child, code: int) -> None:
 
 
 def telling(lines: list[str]) -> list[str]:
-    """The part of a failed trial's log that says why: it ends a little below the last exception, or at the end. Below
-    an exception of CUDA there are pages of the interpreter's own frames."""
+    """The part of a failed trial's log that says why: it ends a little below the last exception, or
+    at the end. Below an exception of CUDA there are pages of the interpreter's own frames."""
     named = [i for i, line in enumerate(lines) if EXCEPTION.match(line)]
     end = named[-1] + 1 + BELOW if named else len(lines)
     return lines[:end][-TAIL_LINES:]

@@ -1,4 +1,6 @@
-"""The report as text tables: one for AP, one for what it costs. Cells are shared with the HTML page."""
+"""The report as text tables: one for AP, one for what it costs. Cells are shared with the HTML
+page.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,15 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
         f"epochs to {base}'s AP": _epochs,
     }
     if report.plan.pace is None:
-        cost["AP in the same time"] = lambda row: NONE if row.timely is None else f"{row.timely[1]:.1f}"
+        cost["AP in the same time"] = lambda row: (
+            NONE if row.timely is None else f"{row.timely[1]:.1f}"
+        )
     else:
         cost = {"epochs": lambda row: str(row.planned.recipe.schedule.epochs)} | cost
-    tables = [_sheet(f"AP after the last epoch{seeds}", ap, report), _sheet("Cost of training", cost, report)]
+    tables = [
+        _sheet(f"AP after the last epoch{seeds}", ap, report),
+        _sheet("Cost of training", cost, report),
+    ]
     if any(row.after_nms is not None for row in report.rows):
         after_nms: Columns = {
             "AP": lambda row: NONE if row.after_nms is None else spread(row.after_nms[0]),
@@ -63,7 +70,9 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
             "AP75": lambda row: NONE if row.after_nms is None else f"{row.after_nms[2].mean:.1f}",
             "NMS adds": lambda row: number(row.duplicates, "+.1f"),
         }
-        tables.insert(1, _sheet(f"The same without duplicates: after NMS at IoU {NMS}", after_nms, report))
+        tables.insert(
+            1, _sheet(f"The same without duplicates: after NMS at IoU {NMS}", after_nms, report)
+        )
     return tables
 
 
@@ -122,4 +131,6 @@ def _epochs(row: RowResult) -> str:
     """The first epoch that is as good as the baseline's last; "> 12" where none of 12 is."""
     if row.cost is None and row.gain is None:
         return NONE
-    return f"> {row.curve[-1][0]}" if row.epochs_to_baseline is None else str(row.epochs_to_baseline)
+    return (
+        f"> {row.curve[-1][0]}" if row.epochs_to_baseline is None else str(row.epochs_to_baseline)
+    )

@@ -1,7 +1,8 @@
 """Searches the fields of a recipe for those that score best on the validation split, with optuna.
 
-Each trial is a run in a process of its own, as in every study. A search goes on where it was stopped, and draws what it
-would have drawn: a proposal follows from the seed, its number and the trials that have ended before it.
+Each trial is a run in a process of its own, as in every study. A search goes on where it was
+stopped, and draws what it would have drawn: a proposal follows from the seed, its number and the
+trials that have ended before it.
 """
 
 from __future__ import annotations
@@ -51,12 +52,20 @@ class Search:
         data, skip_bad = dict(self.conditions.data), self.conditions.skip_bad
         space = {dimension.field: dimension.text for dimension in self.space}
         recipe = self.recipe.model_dump(mode="json")
-        return {"recipe": recipe, "search": space, "data": data, "seed": self.seed, "skip_bad": skip_bad}
+        return {
+            "recipe": recipe,
+            "search": space,
+            "data": data,
+            "seed": self.seed,
+            "skip_bad": skip_bad,
+        }
 
 
 @dataclass
 class Candidate:
-    """One trial of a search: its values, what became of it, and the best AP so far after each evaluated epoch."""
+    """One trial of a search: its values, what became of it, and the best AP so far after each
+    evaluated epoch.
+    """
 
     number: int
     drawn: dict[str, Any]  # as optuna knows them
@@ -147,7 +156,9 @@ class Tuner:
         replace_text(self.out / RESULT, json.dumps(content, indent=1))
 
     def importances(self) -> dict[str, float]:
-        """How much of the scores' variation each field explains; empty where too few trials have ended."""
+        """How much of the scores' variation each field explains; empty where too few trials have
+        ended.
+        """
         import optuna
 
         scored = [trial for trial in self._study.trials if trial.value is not None]
@@ -155,7 +166,9 @@ class Tuner:
             return {}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         with warnings.catch_warnings(action="ignore"):
-            found: dict[str, float] = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+            found: dict[str, float] = optuna.importance.get_param_importances(
+                self._study, evaluator=evaluator
+            )
         return found
 
     def _of(self, outcome: TrialOutcome) -> Candidate:
@@ -199,7 +212,9 @@ class Tuner:
             self._study.tell(trial, candidate.ap)
         else:
             pruned = candidate.state == "pruned"
-            self._study.tell(trial, state=getattr(optuna.trial.TrialState, "PRUNED" if pruned else "FAIL"))
+            self._study.tell(
+                trial, state=getattr(optuna.trial.TrialState, "PRUNED" if pruned else "FAIL")
+            )
 
     def _restore(self) -> None:
         """Take over the trials of an earlier call; those that were stopped go on."""
@@ -223,9 +238,11 @@ class Tuner:
 
 
 def tune(search: Search, out: Path, resources: Resources, console: Console) -> Tuner:
-    """Train what is missing of the search below `out`, and write `tune.json` there after each trial.
+    """Train what is missing of the search below `out`, and write `tune.json` there after each
+    trial.
 
-    Raises `UserError` before anything is trained where optuna is missing, or another search is in the folder.
+    Raises `UserError` before anything is trained where optuna is missing, or another search is in
+    the folder.
     """
     with held(out, new=True):
         tuner = Tuner(search, out)
@@ -238,10 +255,18 @@ def tune(search: Search, out: Path, resources: Resources, console: Console) -> T
 def options(search: Search, candidate: Candidate) -> list[str]:
     """The words of a command that trains a candidate: `--scheme` and `-o`."""
     recipe = chosen(search.recipe, search.space, candidate.values)
-    words = [word for text in assignments(search.space, candidate.values, recipe) for word in ("-o", text)]
+    words = [
+        word
+        for text in assignments(search.space, candidate.values, recipe)
+        for word in ("-o", text)
+    ]
     if (schemes := candidate.values.get("schemes")) is None:
         return words
-    return ["--scheme", ",".join(["none", *schemes.split("+")] if schemes != "none" else ["none"]), *words]
+    return [
+        "--scheme",
+        ",".join(["none", *schemes.split("+")] if schemes != "none" else ["none"]),
+        *words,
+    ]
 
 
 def read_search(out: Path, search: Search) -> list[dict[str, Any]]:
@@ -259,7 +284,10 @@ def read_search(out: Path, search: Search) -> list[dict[str, Any]]:
     differing = changes("", was, now)
     if differing or not isinstance(stored.get("trials"), list):
         said = listed([text.strip() for text in differing], SHOWN, "; ") or "it is not whole"
-        raise UserError(f"{path}: another search: {said}", "Repeat its settings to go on, or take another --out.")
+        raise UserError(
+            f"{path}: another search: {said}",
+            "Repeat its settings to go on, or take another --out.",
+        )
     return list(stored["trials"])
 
 
@@ -276,11 +304,15 @@ def _study(search: Search) -> Any:
 
 
 def _sampler(seed: int) -> Any:
-    """Proposals that follow from the seed and the trials so far; those that still run count as bad ones."""
+    """Proposals that follow from the seed and the trials so far; those that still run count as bad
+    ones.
+    """
     import optuna
 
     with warnings.catch_warnings(action="ignore"):  # both are called experimental
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True, multivariate=True)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=STARTUP, constant_liar=True, multivariate=True
+        )
 
 
 def _distributions(space: tuple[Dimension, ...]) -> dict[str, Any]:

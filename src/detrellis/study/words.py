@@ -13,11 +13,16 @@ RISING = 1.0  # AP gained in the last fifth of a run that is not over yet
 
 
 def recommend(report: StudyReport) -> str:
-    """Which row to take, as far as the seeds can tell; or how many of a paper's gains were found again."""
+    """Which row to take, as far as the seeds can tell; or how many of a paper's gains were found
+    again.
+    """
     others = sorted(report.others, key=lambda row: -_gain(row).mean)
     base = report.plan.baseline
     if not others:
-        return f"Nothing to compare yet: {base or 'a row'} and another one need a finished seed in common."
+        return (
+            f"Nothing to compare yet: {base or 'a row'} and another one need a finished seed in "
+            "common."
+        )
     if any(row.published_gain is not None for row in others):
         return _found_again(others)
     if base is None:
@@ -26,11 +31,17 @@ def recommend(report: StudyReport) -> str:
         return _one_seed(base, others[0])
     above = [row for row in others if _gain(row).sign > 0]
     if above:
-        text = f"{above[0].name}: {gain_text(_gain(above[0]))}{_price(above[0], base)}.{_in_time(report, above[0])}"
+        text = (
+            f"{above[0].name}: "
+            f"{gain_text(_gain(above[0]))}{_price(above[0], base)}.{_in_time(report, above[0])}"
+        )
         text += _also("Also above", base, above[1:])
         text += _also("Not told apart from", base, [row for row in others if _gain(row).sign == 0])
     else:
-        text = f"No row is above {base} by more than the spread over the seeds; the best is {others[0].name}: "
+        text = (
+            f"No row is above {base} by more than the spread over the seeds; the best is "
+            f"{others[0].name}: "
+        )
         text += f"{gain_text(_gain(others[0]))}."
     return text + _also("Below", base, [row for row in others if _gain(row).sign < 0])
 
@@ -52,7 +63,9 @@ def _price(row: RowResult, base: str) -> str:
 
 
 def _in_time(report: StudyReport, row: RowResult) -> str:
-    """The gain when training time, not epochs, is the same, as a sentence; empty where it is not known."""
+    """The gain when training time, not epochs, is the same, as a sentence; empty where it is not
+    known.
+    """
     base = report.row(row.planned.against)
     if base is None or base.timely is None or row.timely is None:
         return ""
@@ -72,8 +85,15 @@ def _short(gain: Estimate) -> str:
 def _one_seed(base: str, best: RowResult) -> str:
     gain = _gain(best).mean
     what = f"{best.name}, {gain:+.1f} AP against {base}{_price(best, base)}"
-    first = f"the best is {what}" if round(gain, 1) > 0 else f"no row is above {base}; the nearest is {what}"
-    return f"In the one seed that ran, {first}. One seed cannot tell how much of this is chance: run more (--seeds 3)."
+    first = (
+        f"the best is {what}"
+        if round(gain, 1) > 0
+        else f"no row is above {base}; the nearest is {what}"
+    )
+    return (
+        f"In the one seed that ran, {first}. One seed cannot tell how much of this is chance: "
+        "run more (--seeds 3)."
+    )
 
 
 def _found_again(others: Sequence[RowResult]) -> str:
@@ -85,7 +105,10 @@ def _found_again(others: Sequence[RowResult]) -> str:
         return f"{text}. One seed cannot tell how much of this is chance: run more (--seeds 3)."
     clear = sum(gain.sign != 0 for gain in same)
     against = sum(gain.sign * published < 0 for gain, published in pairs)
-    return f"{text}, {clear} of them beyond the spread over the seeds; {against} have the other sign beyond it."
+    return (
+        f"{text}, {clear} of them beyond the spread over the seeds; {against} have the other "
+        "sign beyond it."
+    )
 
 
 def caveats(report: StudyReport) -> list[str]:
@@ -98,11 +121,14 @@ def _of_seeds(report: StudyReport) -> list[str]:
     if seeds == 1:
         sentences.append("One seed: no interval can be given, and any difference may be chance.")
     if seeds == 2:
-        sentences.append("Two seeds: an interval from two values is so wide that few differences can stand out.")
+        sentences.append(
+            "Two seeds: an interval from two values is so wide that few differences can stand out."
+        )
     if len(report.others) > 1 and seeds > 1:
         sentences.append(
-            f"Each interval is for its row alone. Of {len(report.others)} rows compared, the best is partly the "
-            "luckiest: repeat it with other seeds before relying on its figure."
+            f"Each interval is for its row alone. Of {len(report.others)} rows compared, the "
+            "best is partly the luckiest: repeat it with other seeds before relying on its "
+            "figure."
         )
     if report.unfinished:
         named = ", ".join(f"{o.trial} ({o.state})" for o in report.unfinished)
@@ -115,23 +141,26 @@ def _of_budget(report: StudyReport) -> list[str]:
     for base in (row for row in report.rows if row.name in report.plan.baselines):
         if base.final.mean < HARDLY:
             sentences.append(
-                f"{base.name} ends at AP {base.final.mean:.1f}: it has hardly learned anything, and differences at "
-                "this stage say little about longer runs. Give it more --epochs."
+                f"{base.name} ends at AP {base.final.mean:.1f}: it has hardly learned anything, "
+                "and differences at this stage say little about longer runs. Give it more "
+                "--epochs."
             )
         elif (rise := _late_rise(base)) is not None and rise > RISING:
             sentences.append(
-                f"{base.name} still gains {rise:.1f} AP in the last fifth of its epochs: who learns faster is ahead "
-                "here, and need not be after a longer run."
+                f"{base.name} still gains {rise:.1f} AP in the last fifth of its epochs: who "
+                "learns faster is ahead here, and need not be after a longer run."
             )
     if report.plan.pace is not None:
         sentences.append(
-            "All rows train for the same time, as far as whole epochs allow, by the step times measured before the "
-            f"study: {', '.join(f'{row.name} {row.recipe.schedule.epochs}' for row in report.plan.rows)} epochs."
+            "All rows train for the same time, as far as whole epochs allow, by the step times "
+            "measured before the study: "
+            f"{', '.join(f'{row.name} {row.recipe.schedule.epochs}' for row in report.plan.rows)} "
+            "epochs."
         )
     if any(row.timely is not None and row.timely[0] < row.curve[-1][0] for row in report.rows):
         sentences.append(
-            "AP after the same training time reads slower rows before their learning rate has come down, which costs "
-            "them some: it is a lower bound."
+            "AP after the same training time reads slower rows before their learning rate has "
+            "come down, which costs them some: it is a lower bound."
         )
     return sentences
 
@@ -142,8 +171,9 @@ def _of_duplicates(report: StudyReport) -> list[str]:
     if not named:
         return []
     return [
-        f"Objects are found more than once: NMS at IoU {NMS} adds AP ({named}). One query for each object is what "
-        "DETRs learn last. Train longer, or predict with --nms; and read gains after NMS beside those without."
+        f"Objects are found more than once: NMS at IoU {NMS} adds AP ({named}). One query for "
+        "each object is what DETRs learn last. Train longer, or predict with --nms; and read "
+        "gains after NMS beside those without."
     ]
 
 
@@ -158,20 +188,27 @@ def _of_setting(report: StudyReport) -> list[str]:
     sentences = []
     if any(row.planned.published is not None for row in report.rows):
         sentences.append(
-            "The published figures are of the paper's network, data (COCO unless it says otherwise) and schedule. "
-            "Where ours are smaller or shorter, compare signs and order of the gains, not their sizes."
+            "The published figures are of the paper's network, data (COCO unless it says "
+            "otherwise) and schedule. Where ours are smaller or shorter, compare signs and "
+            "order of the gains, not their sizes."
         )
     runs = [run for row in report.rows for run in row.runs]
     timed = [run for run in runs if run.step_seconds is not None]
     if len({run.setting for run in runs}) > 1 and timed:
         device, threads, _ = timed[0].setting
         sentences.append(
-            f"Times and memory are of the {len(timed)} runs on {device}, CPU threads {threads}; the other "
-            f"{len(runs) - len(timed)} had another machine, or other numbers of threads or of runs at a time."
+            f"Times and memory are of the {len(timed)} runs on {device}, CPU threads {threads}; "
+            f"the other {len(runs) - len(timed)} had another machine, or other numbers of "
+            "threads or of runs at a time."
         )
     if timed and (timed[0].machine.get("jobs") or 1) > 1:
-        sentences.append(f"{timed[0].machine['jobs']} runs at a time slowed each other down: read times as ratios.")
-    sentences.append('AP is after the last epoch. "Best" picks an epoch on the split it is measured on, and flatters.')
+        sentences.append(
+            f"{timed[0].machine['jobs']} runs at a time slowed each other down: read times as "
+            "ratios."
+        )
+    sentences.append(
+        'AP is after the last epoch. "Best" picks an epoch on the split it is measured on, and flatters.'
+    )
     return sentences
 
 

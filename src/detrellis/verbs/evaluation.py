@@ -48,17 +48,19 @@ def evaluate(
     device: str | None = None,
     progress: bool = False,
 ) -> EvalResult | VocResult:
-    """Box AP of a run on its own validation split, on another split, or on another data set with its classes.
+    """Box AP of a run on its own validation split, on another split, or on another data set with
+    its classes.
 
-    `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with its images in
-    `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks with that of boxes beside it
-    (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`).
-    `results` names a file for the detections in COCO's results format. `report` is a folder for `report.html`,
-    which says what goes wrong; default: the run's, on its own data without `nms` and `tta`. `nms` applies non-maximum
-    suppression at that IoU first: how much AP that gains says how many duplicates the detector leaves. `tta` looks at
-    each image at several sizes and mirrored (`engine/views.py`), and `tiles` in parts, as in `predict`.
-    Raises `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the images that lose
-    an object by that (`"boxes"`: these stay).
+    `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with
+    its images in `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks
+    with that of boxes beside it (`masks`), or Pascal VOC's at 0.5 (`engine/voc_eval.py`). `results`
+    names a file for the detections in COCO's results format. `report` is a folder for
+    `report.html`, which says what goes wrong; default: the run's, on its own data without `nms` and
+    `tta`. `nms` applies non-maximum suppression at that IoU first: how much AP that gains says how
+    many duplicates the detector leaves. `tta` looks at each image at several sizes and mirrored
+    (`engine/views.py`), and `tiles` in parts, as in `predict`. Raises `UserError` where the data
+    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by
+    that (`"boxes"`: these stay).
     """
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
@@ -66,19 +68,24 @@ def evaluate(
     weights = None if is_foreign(run) else find_weights(Path(run))
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     _refuse(metric, report is not None, tta, tiling)
-    as_in_training = data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
+    as_in_training = (
+        data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
+    )
     page = reporting.report_outputs(weights if as_in_training else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
         masked, shown = metric == "masks", progress and world.is_main_process
-        truth = run_lengths(opened.annotations) if masked else None  # says what lacks a mask before any work
+        # Says what lacks a mask before any work
+        truth = run_lengths(opened.annotations) if masked else None
         evaluator = _evaluated(opened, options, world, (nms, tta, tiling), truth, shown)
         if outputs is not None and world.is_main_process:
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
         boxes = evaluator.compute(resample=True)
-        result = replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
+        result = (
+            replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
+        )
         if page is None or not world.is_main_process:
             return result
         card = reporting.card_of(weights, opened.model)
@@ -91,9 +98,13 @@ def _refuse(metric: Metric, reports: bool, tta: bool | str, tiling: Tiling | Non
     if tiling is not None:
         one_way(tta)
     if tta and metric == "masks":
-        raise UserError("--tta merges boxes, and --metric masks compares masks", "Leave one of them out.")
+        raise UserError(
+            "--tta merges boxes, and --metric masks compares masks", "Leave one of them out."
+        )
     if reports and metric == "voc":
-        raise UserError("--report and --metric voc: a report is about COCO's metrics", "Leave one of them out.")
+        raise UserError(
+            "--report and --metric voc: a report is about COCO's metrics", "Leave one of them out."
+        )
 
 
 def _evaluated(
@@ -113,7 +124,9 @@ def _evaluated(
         return collect_tiles(detect, opened.annotations, world, truth, shown)
     views = read_views(tta, model.recipe.data, nms)
     if views is not None:
-        return collect_views(detector, views, partial(opened.seen, options, world, shown), opened.annotations)
+        return collect_views(
+            detector, views, partial(opened.seen, options, world, shown), opened.annotations
+        )
     check = None if truth is None else gives_masks
     batches = track(opened.loader, "evaluate", len(opened.loader), shown)
     return collect(detector, batches, opened.annotations, world.device, (nms,), check, truth)[0]

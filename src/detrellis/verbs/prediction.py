@@ -12,7 +12,13 @@ from detrellis.engine.console import track
 from detrellis.errors import UserError
 from detrellis.loading import load, trained
 from detrellis.predictions.inputs import InputPicture, Pictures, find_pictures, without_repeats
-from detrellis.predictions.record import OnError, Prediction, Predictions, UnreadablePicture, collect_predictions
+from detrellis.predictions.record import (
+    OnError,
+    Prediction,
+    Predictions,
+    UnreadablePicture,
+    collect_predictions,
+)
 from detrellis.predictions.save import PredictionFolder
 from detrellis.predictions.tiles import Tiling
 from detrellis.predictions.video import frames_expected
@@ -42,28 +48,34 @@ def predict(
     on_prediction: Callable[[Prediction], object] | None = None,
     progress: bool = False,
 ) -> Predictions:
-    """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also for the dials.
+    """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also
+    for the dials.
 
-    Of a video (`pip install 'detrellis[video]'`) each frame gives a prediction, or one in `every`, with its `frame` and
-    `time`. `on_prediction` is called with each prediction as it comes, which is not kept then: of long videos.
+    Of a video (`pip install 'detrellis[video]'`) each frame gives a prediction, or one in `every`,
+    with its `frame` and `time`. `on_prediction` is called with each prediction as it comes, which
+    is not kept then: of long videos.
 
-    `threshold="auto"` takes for each class the one with the highest F1 on the run's own validation split, which the end
-    of `train`, and `evaluate`, store in the run's `report.json`.
+    `threshold="auto"` takes for each class the one with the highest F1 on the run's own validation
+    split, which the end of `train`, and `evaluate`, store in the run's `report.json`.
 
-    `tiles` looks at each picture in tiles of so many pixels a side, which share `overlap` of it, and with `full` at the
-    whole as well (`predictions/tiles.py`).
+    `tiles` looks at each picture in tiles of so many pixels a side, which share `overlap` of it,
+    and with `full` at the whole as well (`predictions/tiles.py`).
 
-    With `out`, annotated pictures and videos, and `predictions.json`, go there, and with `txt` YOLO text
-    (`labels/NAME.txt`: class, cx, cy, w, h, score) and `classes.txt`. `format` writes a label set for a labelling tool
-    or for training to `out/FORMAT`, with copies of the pictures (`predictions/label_formats.py`), and `crops` a picture
-    of each detection to `out/crops/CLASS`. A file that is found in several ways is looked at once. Raises `UserError`
-    before any work where an input, or what no earlier call made, would be overwritten.
+    With `out`, annotated pictures and videos, and `predictions.json`, go there, and with `txt` YOLO
+    text (`labels/NAME.txt`: class, cx, cy, w, h, score) and `classes.txt`. `format` writes a label
+    set for a labelling tool or for training to `out/FORMAT`, with copies of the pictures
+    (`predictions/label_formats.py`), and `crops` a picture of each detection to `out/crops/CLASS`.
+    A file that is found in several ways is looked at once. Raises `UserError` before any work where
+    an input, or what no earlier call made, would be overwritten.
     """
     place = trained(run)
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     if out is None and (format or crops or txt):
         raise UserError("files are to be written, and no folder is named", "Say where: out=FOLDER.")
-    given = [replace(picture, every=every) for picture in without_repeats(find_pictures(pictures, recursive))]
+    given = [
+        replace(picture, every=every)
+        for picture in without_repeats(find_pictures(pictures, recursive))
+    ]
     folder = None if out is None else PredictionFolder(Path(out), given, txt, format, crops)
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()
@@ -72,7 +84,14 @@ def predict(
     def detect(some: Iterable[InputPicture]) -> Generator[Prediction | UnreadablePicture]:
         return model.detect(some, least, nms, batch_size, tta, tiling)
 
-    predictions = detect(given) if folder is None else folder.save(detect, model.classes, model.data)
-    with contextlib.closing(predictions):  # Ctrl-C may come anywhere; what was predicted is written then too
-        total = sum(-(-frames_expected(p.path) // every) if p.path and p.is_video else 1 for p in given)
-        return collect_predictions(track(predictions, "predict", total, progress), on_error, on_prediction)
+    predictions = (
+        detect(given) if folder is None else folder.save(detect, model.classes, model.data)
+    )
+    # Ctrl-C may come anywhere; what was predicted is written then too
+    with contextlib.closing(predictions):
+        total = sum(
+            -(-frames_expected(p.path) // every) if p.path and p.is_video else 1 for p in given
+        )
+        return collect_predictions(
+            track(predictions, "predict", total, progress), on_error, on_prediction
+        )

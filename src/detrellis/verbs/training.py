@@ -42,7 +42,16 @@ from detrellis.report import write as reporting
 from detrellis.verbs.evaluation import evaluate
 
 # What a run writes beside its weights.
-LOGS: tuple[str, ...] = ("metrics.jsonl", "tensorboard", "wandb", IDS, "epochs", "best", SHEET, "bad_batch-0.pt")
+LOGS: tuple[str, ...] = (
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    IDS,
+    "epochs",
+    "best",
+    SHEET,
+    "bad_batch-0.pt",
+)
 LOGS += reporting.report_names("val")
 WEIGHTS = ("best.safetensors", "last.safetensors", "previous.state.pt")
 
@@ -71,18 +80,21 @@ def train(
     track: Track | Sequence[Track] = (),
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`, `val`).
+    """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`,
+    `val`).
 
-    `weights` are what it starts from: a run's folder or weights file, of any classes. What fits is taken over, rows of
-    the class heads by the classes' names; the result's `transfer` tells what did. Without `recipe`, theirs is trained.
-    `boxes` names weights too, of which the reference boxes (anchors) alone are taken over. `scale="tiny"` takes the
-    recipe at a size for CPUs and small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
-    (`"optim.lr=1e-4"`), `epochs="auto"` trains for as many as the size of the data set asks for (`engine/length.py`),
-    `auto_batch` takes as many images at a time as fit into memory (`engine/auto_batch.py`). `out` is the run's folder
-    (default: `runs/` with the recipe's name and the time). `track` names trackers that get the log besides TensorBoard
-    (`"wandb"`, `engine/tracker_libraries.py`), or is one of your own, see `engine/trackers.py`. Raises `UserError`
-    where the data set has errors, unless `skip_bad` drops the bad records and the images that lose an object by that
-    (`"boxes"`: these stay).
+    `weights` are what it starts from: a run's folder or weights file, of any classes. What fits is
+    taken over, rows of the class heads by the classes' names; the result's `transfer` tells what
+    did. Without `recipe`, theirs is trained. `boxes` names weights too, of which the reference
+    boxes (anchors) alone are taken over. `scale="tiny"` takes the recipe at a size for CPUs and
+    small data, `scheme` adds training schemes (`"cdn=50"`), `override` sets recipe fields
+    (`"optim.lr=1e-4"`), `epochs="auto"` trains for as many as the size of the data set asks for
+    (`engine/length.py`), `auto_batch` takes as many images at a time as fit into memory
+    (`engine/auto_batch.py`). `out` is the run's folder (default: `runs/` with the recipe's name and
+    the time). `track` names trackers that get the log besides TensorBoard (`"wandb"`,
+    `engine/tracker_libraries.py`), or is one of your own, see `engine/trackers.py`. Raises
+    `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the
+    images that lose an object by that (`"boxes"`: these stay).
     """
     if auto_batch:
         refuse_both(override)
@@ -97,12 +109,21 @@ def train(
         _check_free(Path(out))
     with process_group(device) as world:
         training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
-        chosen = _fitted(chosen, training, world, epochs == "auto", workers if auto_batch else None, _say(console))
+        chosen = _fitted(
+            chosen,
+            training,
+            world,
+            epochs == "auto",
+            workers if auto_batch else None,
+            _say(console),
+        )
         folder = Path(out) if out is not None else new_folder(chosen.name, world)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         trackers = _trackers(track)
-        job = TrainJob(card, training, validation, folder, workers, initial, initial_boxes, trackers)
+        job = TrainJob(
+            card, training, validation, folder, workers, initial, initial_boxes, trackers
+        )
         report = partial(reporting.report_of_run, folder, _say(console))
         with held(folder, world, new=True, check=partial(_begin, folder)):
             return run_job(job, world, console=console, report=report)
@@ -126,26 +147,32 @@ def resume(
 ) -> TrainResult:
     """Continue a run that was stopped, bit for bit; recipe, data and seed are the run's own.
 
-    `data`, or `train` and `val`, say where the same data set is now, if it has moved. `epochs` is another length of the
-    whole run, also of a finished one, and `override` sets what the saved state does not depend on (`"optim.lr=1e-5"`):
-    see `engine/resume.py`. Trackers go on in the runs that they began; `track` adds others, and one of your own has to
-    be given again. Raises `UserError` where the run cannot go on, or the data are not those of the run.
+    `data`, or `train` and `val`, say where the same data set is now, if it has moved. `epochs` is
+    another length of the whole run, also of a finished one, and `override` sets what the saved
+    state does not depend on (`"optim.lr=1e-5"`): see `engine/resume.py`. Trackers go on in the runs
+    that they began; `track` adds others, and one of your own has to be given again. Raises
+    `UserError` where the run cannot go on, or the data are not those of the run.
     """
     files = (train, train_images, val, val_images)
     moved = None if data is None and not any(files) else find_data(data, *files)
     with process_group(device) as world, held(Path(run), world):
-        resumed = resumed_run(Path(run), moved, [override] if isinstance(override, str) else override, epochs)
+        resumed = resumed_run(
+            Path(run), moved, [override] if isinstance(override, str) else override, epochs
+        )
         if world.is_main_process:
             _say(console)(resumed.summary)
         card = resumed.card
-        training, validation, classes = _prepared(resumed.source, card.recipe, card.skip_bad, world, console)
+        training, validation, classes = _prepared(
+            resumed.source, card.recipe, card.skip_bad, world, console
+        )
         resumed.check(training, validation, classes)
         trackers = _trackers(track, read_ids(Path(run)))
         job = TrainJob(card, training, validation, Path(run), workers, trackers=trackers)
         report = partial(reporting.report_of_run, Path(run), _say(console))
         result = run_job(job, world, resumed.state, console, report)
         if result.finished and all_gather(reporting.is_missing(Path(run), validation))[0]:
-            # The best epoch was evaluated by a process that ended before it reported: again, in the same batches.
+            # The best epoch was evaluated by a process that ended before it reported: again, in the
+            # same batches.
             try:
                 evaluate(
                     run,
@@ -166,14 +193,20 @@ def _trackers(track: Track | Sequence[Track], known: Iterable[str] = ()) -> list
     """TensorBoard, those that a resumed run has `known`, and those that are asked for."""
     wanted = [track] if isinstance(track, str | Tracker) else list(track)
     names = tracker_names([each for each in wanted if isinstance(each, str)])
-    return [*named(["tensorboard", *known, *names]), *(each for each in wanted if not isinstance(each, str))]
+    return [
+        *named(["tensorboard", *known, *names]),
+        *(each for each in wanted if not isinstance(each, str)),
+    ]
 
 
-def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = ".") -> Path:
-    """Draw `count` pictures as the recipe would train on them, augmented, with their boxes, and masks where all have.
+def draw_samples(
+    recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = "."
+) -> Path:
+    """Draw `count` pictures as the recipe would train on them, augmented, with their boxes, and
+    masks where all have.
 
-    Returns the file, `train_samples.jpg` in the folder `out`. Raises `UserError` where the data set has errors, or
-    where another file is in the way.
+    Returns the file, `train_samples.jpg` in the folder `out`. Raises `UserError` where the data set
+    has errors, or where another file is in the way.
     """
     outputs = Outputs(out, "--show")
     outputs.ready([SHEET])
@@ -184,9 +217,16 @@ def draw_samples(recipe: Recipe, data: str | Path | DataSource, count: int, out:
 
 
 def _fitted(
-    recipe: Recipe, training: Annotations, world: World, length: bool, workers: int | None, say: Callable[[str], None]
+    recipe: Recipe,
+    training: Annotations,
+    world: World,
+    length: bool,
+    workers: int | None,
+    say: Callable[[str], None],
 ) -> Recipe:
-    """The recipe with what the data set decides: its `length`, and the passes of a step where `workers` load for it."""
+    """The recipe with what the data set decides: its `length`, and the passes of a step where
+    `workers` load for it.
+    """
     told = []
     if length:
         images = images_an_epoch(training, recipe)
@@ -201,17 +241,26 @@ def _fitted(
 
 
 def _check_free(folder: Path) -> None:
-    """Raises `UserError` where a new run would write over another run, or over a file that is no log of one."""
+    """Raises `UserError` where a new run would write over another run, or over a file that is no
+    log of one.
+    """
     if (folder / "last.state.pt").exists():
         go_on = command("train", "--resume", folder)
-        raise UserError(f"{folder}: there is a run in this folder", f"Take another --out, or go on with it: {go_on}")
+        raise UserError(
+            f"{folder}: there is a run in this folder",
+            f"Take another --out, or go on with it: {go_on}",
+        )
     if weights := [name for name in WEIGHTS if (folder / name).exists()]:
-        raise UserError(f"{folder / weights[0]}: there are weights in this folder", "Take another --out.")
+        raise UserError(
+            f"{folder / weights[0]}: there are weights in this folder", "Take another --out."
+        )
     Outputs(folder).ready(LOGS)
 
 
 def _begin(folder: Path) -> None:
-    """Take the folder for a new run; `UserError` where another one has come since it was looked at."""
+    """Take the folder for a new run; `UserError` where another one has come since it was looked
+    at.
+    """
     _check_free(folder)
     Outputs(folder).take(LOGS)
 
@@ -230,20 +279,30 @@ def _recipe_and_weights(
 
 def _origin(place: str | Path | None) -> str | None:
     """How a card names a checkpoint."""
-    return place if place is None else str(place) if is_foreign(place) else str(Path(place).absolute())
+    return (
+        place if place is None else str(place) if is_foreign(place) else str(Path(place).absolute())
+    )
 
 
 def _say(console: Console | None) -> Callable[[str], None]:
     """Prints a line as it is, to the console where there is one."""
-    return print if console is None else partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    return (
+        print
+        if console is None
+        else partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    )
 
 
 def _prepared(
     source: DataSource, recipe: Recipe, skip_bad: SkipBad, world: World, console: Console | None
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
-    """The data set after its fast check; the first process says what was found and what was left out."""
+    """The data set after its fast check; the first process says what was found and what was left
+    out.
+    """
     undecoded = ("train",) if recipe.data.unreadable == "replace" else ()  # the loader sees to that
-    training, validation, classes, report = prepare(source, skip_bad, capacity(recipe), undecoded=undecoded)
+    training, validation, classes, report = prepare(
+        source, skip_bad, capacity(recipe), undecoded=undecoded
+    )
     if world.is_main_process:
         say = print if console is None else console.print
         for split, skipped in report.skipped.items():
@@ -251,5 +310,8 @@ def _prepared(
         if warnings := report.text("warning"):
             say(warnings)
         if validation is None:
-            say("No validation split: the run is not evaluated, and its last weights are the ones to use.")
+            say(
+                "No validation split: the run is not evaluated, and its last weights are the "
+                "ones to use."
+            )
     return training, validation, classes

@@ -1,4 +1,6 @@
-"""The doctor: a data set spoiled in every way; each is found, refused, survived with `skip_bad`, and fixed."""
+"""The doctor: a data set spoiled in every way; each is found, refused, survived with `skip_bad`,
+and fixed.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,9 @@ def without(name: str) -> Spoil:
     def spoil(made: CocoSet) -> None:
         own = next(c["id"] for c in made.content["train"]["categories"] if c["name"] == name)
         content = made.content["train"]
-        content["annotations"] = [row for row in content["annotations"] if row["category_id"] != own]
+        content["annotations"] = [
+            row for row in content["annotations"] if row["category_id"] != own
+        ]
 
     return spoil
 
@@ -155,55 +159,116 @@ TRAIN_JSON = "instances_train.json"
 DARK = Image.fromarray(np.full((HEIGHT, WIDTH), 3000, dtype=np.uint16))
 
 CASES = {
-    "missing image": Case("missing-image", lambda s: s.image("train", 1).unlink(), "train_1.jpg", 20, "no such file"),
-    "other suffix": Case("missing-image", set_image(1, file_name="train_1.png"), "train_1.png", 20, "is train_1.jpg"),
+    "missing image": Case(
+        "missing-image", lambda s: s.image("train", 1).unlink(), "train_1.jpg", 20, "no such file"
+    ),
+    "other suffix": Case(
+        "missing-image", set_image(1, file_name="train_1.png"), "train_1.png", 20, "is train_1.jpg"
+    ),
     "image is folder": Case("missing-image", set_image(1, file_name="../train"), "train", 20),
-    "empty file": Case("unreadable-image", file_content(lambda data: b""), "train_1.jpg", 20, "0 bytes"),
+    "empty file": Case(
+        "unreadable-image", file_content(lambda data: b""), "train_1.jpg", 20, "0 bytes"
+    ),
     "truncated": Case(
-        "unreadable-image", file_content(lambda data: data[: len(data) // 2]), "train_1.jpg", 20, "truncated", full=True
+        "unreadable-image",
+        file_content(lambda data: data[: len(data) // 2]),
+        "train_1.jpg",
+        20,
+        "truncated",
+        full=True,
     ),
     "not an image": Case(
-        "unreadable-image", file_content(lambda data: b"<html>"), "train_1.jpg", 20, "not an image", full=True
+        "unreadable-image",
+        file_content(lambda data: b"<html>"),
+        "train_1.jpg",
+        20,
+        "not an image",
+        full=True,
     ),
     "float image": Case(
         "unreadable-image",
-        lambda s: Image.fromarray(np.ones((HEIGHT, WIDTH), dtype=np.float32)).save(s.image("train", 1), "TIFF"),
+        lambda s: Image.fromarray(np.ones((HEIGHT, WIDTH), dtype=np.float32)).save(
+            s.image("train", 1), "TIFF"
+        ),
         "train_1.jpg",
         20,
         "floating-point",
         full=True,
     ),
     "wrong size": Case("wrong-size", set_image(1, width=50), "train_1.jpg", 20, "48x32", full=True),
-    "swapped size": Case("wrong-size", set_image(0, width=HEIGHT, height=WIDTH), "train_0.jpg", 10, "32x48", full=True),
-    "image id twice": Case(
-        "duplicate-image-id", lambda s: s.add_image(4, id=20), "train_4.jpg", 20, "used 2 times", count=2
+    "swapped size": Case(
+        "wrong-size",
+        set_image(0, width=HEIGHT, height=WIDTH),
+        "train_0.jpg",
+        10,
+        "32x48",
+        full=True,
     ),
-    "image record twice": Case("duplicate-image-id", lambda s: s.add_image(1), "train_1.jpg", 20, "used 2 times"),
-    "file twice": Case("duplicate-file", listed_twice, "train_2.jpg", 777, "image 30 and image 777"),
-    "annotation id twice": Case("duplicate-annotation-id", set_box(3, id=2), TRAIN_JSON, 2, "used 2 times"),
+    "image id twice": Case(
+        "duplicate-image-id",
+        lambda s: s.add_image(4, id=20),
+        "train_4.jpg",
+        20,
+        "used 2 times",
+        count=2,
+    ),
+    "image record twice": Case(
+        "duplicate-image-id", lambda s: s.add_image(1), "train_1.jpg", 20, "used 2 times"
+    ),
+    "file twice": Case(
+        "duplicate-file", listed_twice, "train_2.jpg", 777, "image 30 and image 777"
+    ),
+    "annotation id twice": Case(
+        "duplicate-annotation-id", set_box(3, id=2), TRAIN_JSON, 2, "used 2 times"
+    ),
     "unknown image": Case("unknown-image", set_box(1, image_id=999), TRAIN_JSON, 2, "image_id 999"),
-    "unknown category": Case("unknown-category", set_box(1, category_id=4), TRAIN_JSON, 2, "category 4"),
+    "unknown category": Case(
+        "unknown-category", set_box(1, category_id=4), TRAIN_JSON, 2, "category 4"
+    ),
     "nan box": Case("bad-box", set_box(1, bbox=[1, float("nan"), 2, 3]), TRAIN_JSON, 2, "nan"),
     "infinite box": Case("bad-box", set_box(1, bbox=[1, 2, float("inf"), 3]), TRAIN_JSON, 2, "inf"),
     "null box": Case("bad-box", set_box(1, bbox=None, segmentation=[]), TRAIN_JSON, 2, "but null"),
     "short box": Case("bad-box", set_box(1, bbox=[1, 2, 3]), TRAIN_JSON, 2),
     "text box": Case("bad-box", set_box(1, bbox=[1, 2, 3, "x"]), TRAIN_JSON, 2, '[1, 2, 3, "x"]'),
-    "zero width": Case("empty-box", set_box(1, bbox=[1, 2, 0, 3]), TRAIN_JSON, 2, "[1, 2, 0, 3] in train_0.jpg"),
-    "negative height": Case("empty-box", set_box(1, bbox=[9, 9, 3, -3]), TRAIN_JSON, 2, "[9, 9, 3, -3]"),
+    "zero width": Case(
+        "empty-box", set_box(1, bbox=[1, 2, 0, 3]), TRAIN_JSON, 2, "[1, 2, 0, 3] in train_0.jpg"
+    ),
+    "negative height": Case(
+        "empty-box", set_box(1, bbox=[9, 9, 3, -3]), TRAIN_JSON, 2, "[9, 9, 3, -3]"
+    ),
     "outside": Case("outside-box", set_box(1, bbox=[48, 2, 5, 5]), TRAIN_JSON, 2, "48x32"),
     "outside on the left": Case("outside-box", set_box(1, bbox=[-9, 2, 9, 5]), TRAIN_JSON, 2),
-    "partly outside": Case("clipped-box", set_box(1, bbox=[40, 2, 20, 5]), TRAIN_JSON, 2, "12 pixels beyond"),
+    "partly outside": Case(
+        "clipped-box", set_box(1, bbox=[40, 2, 20, 5]), TRAIN_JSON, 2, "12 pixels beyond"
+    ),
     "rounding": Case("clipped-rounding", set_box(1, bbox=[40, 2, 8.4, 5]), TRAIN_JSON, None),
-    "normalised": Case("normalised-boxes", set_boxes(shares), TRAIN_JSON, 1, "5 of 5", count=5, fixable=False),
+    "normalised": Case(
+        "normalised-boxes", set_boxes(shares), TRAIN_JSON, 1, "5 of 5", count=5, fixable=False
+    ),
     "one normalised": Case(
-        "normalised-boxes", set_box(1, bbox=[0.2, 0.3, 0.4, 0.4]), TRAIN_JSON, 2, "1 of 5", fixable=False
+        "normalised-boxes",
+        set_box(1, bbox=[0.2, 0.3, 0.4, 0.4]),
+        TRAIN_JSON,
+        2,
+        "1 of 5",
+        fixable=False,
     ),
     "corners": Case("xyxy-boxes", set_boxes(corners), TRAIN_JSON, 2, "1 of 5", fixable=False),
     "no area": Case("missing-area", lambda s: s.box(1).pop("area"), TRAIN_JSON, None, "1 of 5"),
-    "copied box": Case("duplicate-box", lambda s: s.add_box(1), TRAIN_JSON, 6, "the same as annotation 2"),
-    "no boxes": Case("no-annotations", no_boxes("train"), TRAIN_JSON, None, "5 images and not one", fixable=False),
+    "copied box": Case(
+        "duplicate-box", lambda s: s.add_box(1), TRAIN_JSON, 6, "the same as annotation 2"
+    ),
+    "no boxes": Case(
+        "no-annotations", no_boxes("train"), TRAIN_JSON, None, "5 images and not one", fixable=False
+    ),
     "no boxes in val": Case(
-        "no-annotations", no_boxes("val"), "instances_val.json", None, "3 images", split="val", fixable=False
+        "no-annotations",
+        no_boxes("val"),
+        "instances_val.json",
+        None,
+        "3 images",
+        split="val",
+        fixable=False,
     ),
     "no images": Case(
         "no-images",
@@ -230,10 +295,17 @@ CASES = {
         split="val",
         count=2,
     ),
-    "class of val": Case("unknown-class", val_only_class, "instances_val.json", 5, "'fox'", split="val"),
+    "class of val": Case(
+        "unknown-class", val_only_class, "instances_val.json", 5, "'fox'", split="val"
+    ),
     "unused class": Case("class-never-seen", unused_class, TRAIN_JSON, 5, "'fox'", fixable=False),
     "class only in val": Case(
-        "class-only-in-val", without("emu"), TRAIN_JSON, 90, "'emu' (id 90; val has 1)", fixable=False
+        "class-only-in-val",
+        without("emu"),
+        TRAIN_JSON,
+        90,
+        "'emu' (id 90; val has 1)",
+        fixable=False,
     ),
     "one name twice": Case(
         "duplicate-class-name",
@@ -245,8 +317,12 @@ CASES = {
         fixable=False,
     ),
     "in val by path": Case("shared-image", same_in_val_by_path, "train_1.jpg", 20, "val_1.jpg"),
-    "in val by name": Case("shared-image", copy_image("val", "train_1.jpg"), "train_1.jpg", 20, "val/train_1.jpg"),
-    "in val by content": Case("shared-image", copy_image("val", "x.jpg"), "train_1.jpg", 20, "val/x.jpg", full=True),
+    "in val by name": Case(
+        "shared-image", copy_image("val", "train_1.jpg"), "train_1.jpg", 20, "val/train_1.jpg"
+    ),
+    "in val by content": Case(
+        "shared-image", copy_image("val", "x.jpg"), "train_1.jpg", 20, "val/x.jpg", full=True
+    ),
     "same content": Case(
         "same-content",
         lambda s: shutil.copy(s.image("train", 1), s.image("train", 2)),
@@ -256,20 +332,56 @@ CASES = {
         full=True,
         fixable=False,
     ),
-    "grey": Case("unusual-mode", saved_as(picture(9).convert("L")), "odd.png", 20, "mode L", full=True, fixable=False),
-    "alpha": Case(
-        "unusual-mode", saved_as(picture(9).convert("RGBA")), "odd.png", 20, "over white", full=True, fixable=False
+    "grey": Case(
+        "unusual-mode",
+        saved_as(picture(9).convert("L")),
+        "odd.png",
+        20,
+        "mode L",
+        full=True,
+        fixable=False,
     ),
-    "16 bits": Case("unusual-mode", saved_as(DARK), "odd.png", 20, "of 16 bits", full=True, fixable=False),
-    "dark 16 bits": Case("dark-16-bit", saved_as(DARK), "odd.png", 20, "0 to 11 of 255", full=True, fixable=False),
+    "alpha": Case(
+        "unusual-mode",
+        saved_as(picture(9).convert("RGBA")),
+        "odd.png",
+        20,
+        "over white",
+        full=True,
+        fixable=False,
+    ),
+    "16 bits": Case(
+        "unusual-mode", saved_as(DARK), "odd.png", 20, "of 16 bits", full=True, fixable=False
+    ),
+    "dark 16 bits": Case(
+        "dark-16-bit", saved_as(DARK), "odd.png", 20, "0 to 11 of 255", full=True, fixable=False
+    ),
     "exif upright": Case(
-        "exif-rotated", turned(6, (WIDTH, HEIGHT)), "odd.png", 20, "is applied", full=True, fixable=False
+        "exif-rotated",
+        turned(6, (WIDTH, HEIGHT)),
+        "odd.png",
+        20,
+        "is applied",
+        full=True,
+        fixable=False,
     ),
     "exif as stored": Case(
-        "exif-rotated", turned(6, (HEIGHT, WIDTH)), "odd.png", 20, "not applied", full=True, fixable=False
+        "exif-rotated",
+        turned(6, (HEIGHT, WIDTH)),
+        "odd.png",
+        20,
+        "not applied",
+        full=True,
+        fixable=False,
     ),
     "exif upside down": Case(
-        "exif-ambiguous", turned(3, (HEIGHT, WIDTH)), "odd.png", 20, "cannot tell", full=True, fixable=False
+        "exif-ambiguous",
+        turned(3, (HEIGHT, WIDTH)),
+        "odd.png",
+        20,
+        "cannot tell",
+        full=True,
+        fixable=False,
     ),
     "exif wrong size": Case("wrong-size", turned(6, (30, 30)), "odd.png", 20, "32x48", full=True),
 }
@@ -318,14 +430,22 @@ def test_it_is_found_and_named(tmp_path: Path, case: Case) -> None:
     report = check(source, fast=not case.full)
     found = with_code(report, case.code)
     assert found, [f.code for f in report.findings]
-    named = next(f for f in found if f.file.endswith(case.file) and f.id == case.id and case.what in f.what)
+    named = next(
+        f for f in found if f.file.endswith(case.file) and f.id == case.id and case.what in f.what
+    )
     assert sum(f.count for f in found) == case.count
     assert named.split == case.split
     assert named.remedy
     assert report.exit_code == (named.severity == "error" or bool(report.errors))
     assert case.code in printed(report)
     listed = json.loads(json.dumps(report.to_dict()))["findings"]
-    told = {"code": named.code, "file": named.file, "id": named.id, "what": named.what, "remedy": named.remedy}
+    told = {
+        "code": named.code,
+        "file": named.file,
+        "id": named.id,
+        "what": named.what,
+        "remedy": named.remedy,
+    }
     assert any(told.items() <= row.items() for row in listed)
 
 
@@ -357,7 +477,12 @@ def test_training_is_refused_in_the_same_words(tmp_path: Path, case: Case) -> No
     found = next(f for f in check(source, fast=True).findings if f.code == case.code)
     with pytest.raises(UserError) as error:
         prepare(source)
-    for words in (case.code, found.what, "" if found.id is None else f"id {found.id}", Path(found.file).name):
+    for words in (
+        case.code,
+        found.what,
+        "" if found.id is None else f"id {found.id}",
+        Path(found.file).name,
+    ):
         assert words in error.value.message
     assert "--skip-bad" in error.value.remedy
 
@@ -398,7 +523,9 @@ def test_the_fixed_copy_is_clean(tmp_path: Path, case: Case) -> None:
         return
     fixed = fix(source, report, tmp_path / "fixed")
     again = check(resolve(data=tmp_path / "fixed"))
-    assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()
+    } == before
     assert again.exit_code == 0
     if case.fixable:
         assert not with_code(again, case.code)
@@ -462,7 +589,9 @@ def test_a_picture_that_lost_an_object_goes_unless_asked_for(tmp_path: Path) -> 
 
 def test_a_crowd_region_is_no_lost_object(tmp_path: Path) -> None:
     spoil = set_box(1, bbox=[0, 0, -1, 5], iscrowd=1)
-    train, _, _, report = prepare(spoiled(Case("empty-box", spoil, TRAIN_JSON, 2), tmp_path), skip_bad=True)
+    train, _, _, report = prepare(
+        spoiled(Case("empty-box", spoil, TRAIN_JSON, 2), tmp_path), skip_bad=True
+    )
     assert train.ids.tolist() == [1, 3, 4, 5]
     assert report.skipped == {"train": {"empty-box": 1}}
 
@@ -580,7 +709,11 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     os.mkfifo(places[2])
     report = check(resolve(data=made.write()))
     said = [f.what for f in with_code(report, "missing-image")]
-    assert said == ["a broken link to gone/away.jpg", "a folder, not a file", "a pipe or a device, not a file"]
+    assert said == [
+        "a broken link to gone/away.jpg",
+        "a folder, not a file",
+        "a pipe or a device, not a file",
+    ]
 
 
 def test_an_animation_and_a_doubtful_jpeg_are_told(tmp_path: Path) -> None:
@@ -604,14 +737,24 @@ def test_an_animation_and_a_doubtful_jpeg_are_told(tmp_path: Path) -> None:
             "-o detector.queries.count=100 ",
         ),
         (Capacity(1, 1), "has 1 queries", "-o detector.queries.count=100 -o detector.top_k=100 "),
-        (Capacity(7, 9, each=4), "7 queries, and training gives 4 to each object", "queries.count=100 "),
+        (
+            Capacity(7, 9, each=4),
+            "7 queries, and training gives 4 to each object",
+            "queries.count=100 ",
+        ),
         (Capacity(9, 1), "the detector returns 1 of an image", "; -o detector.top_k=100 "),
         (Capacity(8, 2, each=4), None, ""),
     ],
 )
-def test_more_objects_than_queries(tmp_path: Path, capacity: Capacity, words: str | None, helps: str) -> None:
+def test_more_objects_than_queries(
+    tmp_path: Path, capacity: Capacity, words: str | None, helps: str
+) -> None:
     source = resolve(data=CocoSet(tmp_path).write())
-    found = [f for f in check(source, fast=True, capacity=capacity).findings if f.code == "too-many-objects"]
+    found = [
+        f
+        for f in check(source, fast=True, capacity=capacity).findings
+        if f.code == "too-many-objects"
+    ]
     assert len(found) == (2 if words else 0)  # in train and val
     if words:
         assert found[0].id == 10
@@ -637,7 +780,9 @@ def test_all_images_missing_points_at_the_folder(tmp_path: Path) -> None:
 def test_brackets_in_file_names_are_no_markup(tmp_path: Path) -> None:
     made = CocoSet(tmp_path)
     made.listed(1)["file_name"] = "a[red]b[/red].jpg"
-    made.content["train"]["categories"][0]["name"] = made.content["val"]["categories"][0]["name"] = "[/bold]"
+    made.content["train"]["categories"][0]["name"] = made.content["val"]["categories"][0][
+        "name"
+    ] = "[/bold]"
     text = printed(check(resolve(data=made.write()), fast=True), width=300)
     assert "a[red]b[/red].jpg" in text
     assert "[/bold]" in text
@@ -648,7 +793,12 @@ def test_the_summary(tmp_path: Path) -> None:
     made.box(0)["iscrowd"] = 1
     report = check(resolve(data=made.write()), fast=True)
     train = report.to_dict()["splits"][0]
-    assert (train["images"], train["boxes"], train["crowd"], train["images_without_boxes"]) == (5, 5, 1, 1)
+    assert (train["images"], train["boxes"], train["crowd"], train["images_without_boxes"]) == (
+        5,
+        5,
+        1,
+        1,
+    )
     assert train["box_sizes"] == (4, 1, 0)
     assert train["image_sizes"] == ((WIDTH, HEIGHT),) * 3
     assert {c["name"]: (c["boxes"], c["images"]) for c in train["classes"]} == {
@@ -671,7 +821,9 @@ def test_progress_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def yolo_set(root: Path, line: str) -> DataSource:
     for split in COUNTS:
         write_yolo(root / "images" / split, root / "labels" / split, split)
-    (root / "data.yaml").write_text("names: [cat, dog, emu]\ntrain: images/train\nval: images/val\n")
+    (root / "data.yaml").write_text(
+        "names: [cat, dog, emu]\ntrain: images/train\nval: images/val\n"
+    )
     file = root / "labels" / "train" / "train_0.txt"
     file.write_text(file.read_text() + line + "\n")
     return resolve(data=root)
@@ -744,7 +896,9 @@ def test_voc_objects_are_named(tmp_path: Path) -> None:
     for split, folder in (("train", "train"), ("val", "valid")):
         write_voc(tmp_path / folder, tmp_path / folder, split)
     file = tmp_path / "train" / "train_0.xml"
-    file.write_text(file.read_text().replace("<xmax>32</xmax>", "<xmax>5</xmax>").replace("ult>0<", "ult>1<"))
+    file.write_text(
+        file.read_text().replace("<xmax>32</xmax>", "<xmax>5</xmax>").replace("ult>0<", "ult>1<")
+    )
     report = check(resolve(data=tmp_path), fast=True)
     (found,) = with_code(report, "empty-box")
     assert (Path(found.file).name, found.line, found.id) == ("train_0.xml", 2, None)
@@ -771,7 +925,24 @@ def test_real_data_has_no_errors(name: str) -> None:
 def test_no_content_makes_a_traceback(tmp_path: Path) -> None:
     """Any value anywhere: read, checked and survived, or refused with a `UserError`."""
     random = np.random.default_rng(0)
-    odd = [None, "", "x", -1, 0, 2**70, 1e308, 0.5, float("nan"), True, [], [1, 2, 3, 4], {}, "\ud800", "a\0b", "../.."]
+    odd = [
+        None,
+        "",
+        "x",
+        -1,
+        0,
+        2**70,
+        1e308,
+        0.5,
+        float("nan"),
+        True,
+        [],
+        [1, 2, 3, 4],
+        {},
+        "\ud800",
+        "a\0b",
+        "../..",
+    ]
     made = CocoSet(tmp_path / "set")
     made.write()
     good = json.dumps(made.content["train"])

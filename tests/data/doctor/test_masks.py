@@ -35,13 +35,21 @@ CROSSED = [2, 4, 14, 16, 14, 4, 2, 16]
 CASES: dict[str, tuple[str, Any, str]] = {
     "null": ("missing-mask", None, "no mask, and others have one"),
     "empty list": ("missing-mask", [], "no mask"),
-    "another size": ("mask-size", runs(48, 32), r"\[48, 32\] \(height, width\) in an image of \[32, 48\]"),
+    "another size": (
+        "mask-size",
+        runs(48, 32),
+        r"\[48, 32\] \(height, width\) in an image of \[32, 48\]",
+    ),
     "no pixel": ("empty-mask", runs(32, 48, inside=False), "without a pixel"),
     "two points": ("empty-mask", [[2, 4, 14, 4]], "without a pixel"),
     "far away": ("empty-mask", [[102, 4, 114, 4, 114, 16]], "without a pixel"),
     "damaged": ("empty-mask", {"size": [32, 48], "counts": None}, "cannot be read"),
     "beyond": ("mask-outside", [[-6, 4, 14, 4, 14, 16, -6, 16]], "6 pixels beyond"),
-    "elsewhere": ("mask-box", [[20, 4, 32, 4, 32, 16, 20, 16]], r"a box \[2, 4, 12, 12\] whose mask fills \[20, 4"),
+    "elsewhere": (
+        "mask-box",
+        [[20, 4, 32, 4, 32, 16, 20, 16]],
+        r"a box \[2, 4, 12, 12\] whose mask fills \[20, 4",
+    ),
     "crossed": ("crossing-mask", [CROSSED], "crosses itself"),
 }
 
@@ -62,8 +70,12 @@ def test_it_names_the_first_of_each_kind(tmp_path: Path, name: str) -> None:
 ALRIGHT: dict[str, Callable[[CocoSet], object]] = {
     "as it is": lambda data: None,
     "a crowd without": lambda data: data.box(0).update(segmentation=None, iscrowd=1),
-    "rounded": lambda data: data.box(0).update(segmentation=[[2, 4, 14.9, 4, 14.9, 16]], bbox=[2, 4, 12, 12]),
-    "no masks at all": lambda data: [row.update(segmentation=[]) for row in data.content["train"]["annotations"]],
+    "rounded": lambda data: data.box(0).update(
+        segmentation=[[2, 4, 14.9, 4, 14.9, 16]], bbox=[2, 4, 12, 12]
+    ),
+    "no masks at all": lambda data: [
+        row.update(segmentation=[]) for row in data.content["train"]["annotations"]
+    ],
     "run lengths": lambda data: data.box(0).update(segmentation=runs(32, 48), bbox=[2, 4, 12, 12]),
 }
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from tests.data.field.pictures import OBJECTS, PICTURES
 
-Arguments = dict[str, Path]  # of `resolve`: {"data": folder}, or {"train": file, "train_images": folder, ...}
+# Of `resolve`: {"data": folder}, or {"train": file, "train_images": folder, ...}
+Arguments = dict[str, Path]
 
 
 @dataclass(frozen=True)
 class Reads:
-    """All is read, in all splits together, and every box is right; there are no errors, but `finds` among the rest."""
+    """All is read, in all splits together, and every box is right; there are no errors, but `finds`
+    among the rest.
+    """
 
     images: int = PICTURES
     boxes: int = OBJECTS
@@ -22,7 +25,9 @@ class Reads:
 
 @dataclass(frozen=True)
 class Finds:
-    """The full check has an error or warning of each of these codes; `images` and `boxes` are left by `--skip-bad`."""
+    """The full check has an error or warning of each of these codes; `images` and `boxes` are left
+    by `--skip-bad`.
+    """
 
     codes: frozenset[str]
     images: int = PICTURES
@@ -38,10 +43,13 @@ class Refused:
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of data set. `build` fills the empty folder that it is given and says how the set is named."""
+    """One kind of data set. `build` fills the empty folder that it is given and says how the set is
+    named.
+    """
 
     name: str
     build: Callable[[Path], Arguments]
     expects: Reads | Finds | Refused
-    # Why it does not yet behave so: then its tests must fail, and whoever makes it behave takes this away.
+    # Why it does not yet behave so: then its tests must fail, and whoever makes it behave takes
+    # this away.
     pending: str = ""

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
-from tests.data.field.pictures import OBJECTS, PICTURES, TRUTH, coco, name_of, picture, save, save_all, write_json
+from tests.data.field.pictures import (
+    OBJECTS,
+    PICTURES,
+    TRUTH,
+    coco,
+    name_of,
+    picture,
+    save,
+    save_all,
+    write_json,
+)
 
 
 def plain(root: Path) -> Arguments:
@@ -17,7 +27,9 @@ def plain(root: Path) -> Arguments:
 
 def backslashes(root: Path) -> Arguments:
     save_all(root / "JPEGImages")
-    write_json(root / "train.json", coco(names=[f"JPEGImages\\{name_of(n)}" for n in range(PICTURES)]))
+    write_json(
+        root / "train.json", coco(names=[f"JPEGImages\\{name_of(n)}" for n in range(PICTURES)])
+    )
     return {"data": root}
 
 
@@ -46,7 +58,8 @@ def drawn_beside(root: Path) -> Arguments:
     save_all(root / "Images")
     (root / "Annotated").mkdir()
     for number in range(PICTURES):
-        picture((), number).save(root / "Annotated" / name_of(number))  # the objects are painted over
+        # The objects are painted over
+        picture((), number).save(root / "Annotated" / name_of(number))
     write_json(root / "train.json", coco())
     return {"data": root}
 
@@ -56,7 +69,9 @@ def names_for_two_folders(root: Path) -> Arguments:
     save_all(root / "a" / "x")
     for number in range(PICTURES):
         save(PICTURES - 1 - number, root / "b" / "x" / name_of(number))
-    write_json(root / "train.json", coco(names=[f"/elsewhere/{name_of(n)}" for n in range(PICTURES)]))
+    write_json(
+        root / "train.json", coco(names=[f"/elsewhere/{name_of(n)}" for n in range(PICTURES)])
+    )
     return {"data": root}
 
 
@@ -70,7 +85,9 @@ def names_of_the_web(root: Path) -> Arguments:
 
 def any_name(root: Path) -> Arguments:
     save_all(root / "images" / "1")
-    write_json(root / "result.json", coco(names=[f"/data/upload/1/{name_of(n)}" for n in range(PICTURES)]))
+    write_json(
+        root / "result.json", coco(names=[f"/data/upload/1/{name_of(n)}" for n in range(PICTURES)])
+    )
     write_json(root / "settings.json", {"images": "1"})
     return {"data": root}
 
@@ -114,7 +131,9 @@ def backslashes_in_folders(root: Path) -> Arguments:
 
 
 def beside_captions(root: Path) -> Arguments:
-    """COCO's other kinds of files: keypoints have boxes, captions and segments of the whole picture have not."""
+    """COCO's other kinds of files: keypoints have boxes, captions and segments of the whole picture
+    have not.
+    """
     save_all(root / "images")
     kinds = {"person_keypoints": coco(), "captions": {"images": [], "annotations": []}}
     kinds["panoptic"] = coco() | {"annotations": [{"image_id": 1, "segments_info": []}]}
@@ -148,7 +167,9 @@ CASES = [
     Case("coco_odd_rows", odd_rows, Finds(ODD, PICTURES - 1, OBJECTS - len(TRUTH[0]))),
     Case("coco_dup_cat_id", category_twice, Finds(frozenset({"duplicate-category-id"}), 2, 2)),
     Case("coco_backslash_folders", backslashes_in_folders, Reads()),
-    Case("coco_beside_captions", beside_captions, Reads(finds=frozenset({"layout", "unused-files"}))),
+    Case(
+        "coco_beside_captions", beside_captions, Reads(finds=frozenset({"layout", "unused-files"}))
+    ),
     Case("coco_comment", malformed("{", "// mine\n{"), BY_HAND),
     Case("coco_raw_backslash", malformed("p0", "sub\\p0"), BY_HAND),
     Case("coco_seg_some", some_only_outlined, Reads()),

@@ -82,10 +82,18 @@ def turned_tiffs(root: Path) -> Arguments:
 ONE_LESS = (PICTURES - 1, OBJECTS - len(TRUTH[0]))
 
 CASES = [
-    Case("img_wrong_byte", png_with_a_wrong_byte, Finds(frozenset({"unreadable-image"}), *ONE_LESS)),
-    Case("img_without_middle", without_its_middle, Finds(frozenset({"unreadable-image"}), *ONE_LESS)),
+    Case(
+        "img_wrong_byte", png_with_a_wrong_byte, Finds(frozenset({"unreadable-image"}), *ONE_LESS)
+    ),
+    Case(
+        "img_without_middle", without_its_middle, Finds(frozenset({"unreadable-image"}), *ONE_LESS)
+    ),
     Case("img_broken_link", broken_link, Finds(frozenset({"missing-image"}), *ONE_LESS)),
     Case("img_pipe", a_pipe, Finds(frozenset({"missing-image"}), *ONE_LESS)),
     Case("img_turned_tiff", turned_tiffs, Reads()),
-    Case("img_cut_off", cut_off, Finds(frozenset({"unreadable-image"}), PICTURES - 1, OBJECTS - len(TRUTH[0]))),
+    Case(
+        "img_cut_off",
+        cut_off,
+        Finds(frozenset({"unreadable-image"}), PICTURES - 1, OBJECTS - len(TRUTH[0])),
+    ),
 ]

@@ -31,18 +31,26 @@ ONE_LESS = (PICTURES - 1, OBJECTS - len(TRUTH[0]))  # without the first picture
 
 
 def outline(box: Box) -> list[list[float]]:
-    return [[box.x, box.y], [box.x + box.w, box.y], [box.x + box.w, box.y + box.h], [box.x, box.y + box.h]]
+    return [
+        [box.x, box.y],
+        [box.x + box.w, box.y],
+        [box.x + box.w, box.y + box.h],
+        [box.x, box.y + box.h],
+    ]
 
 
 def shape(box: Box, kind: str) -> dict[str, Any]:
-    points = outline(box)[2::-2] if kind == "rectangle" else outline(box)  # from the lower right to the upper left
+    # From the lower right to the upper left
+    points = outline(box)[2::-2] if kind == "rectangle" else outline(box)
     return {"label": box.name, "points": points, "shape_type": kind, "group_id": None, "flags": {}}
 
 
 def labelme_file(file: Path, number: int, image: str = "") -> None:
     shapes = [shape(box, ("rectangle", "polygon")[number % 2]) for box in TRUTH[number]]
     size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
-    write_json(file, {"version": "5.4", "shapes": shapes, "imagePath": image or name_of(number), **size})
+    write_json(
+        file, {"version": "5.4", "shapes": shapes, "imagePath": image or name_of(number), **size}
+    )
 
 
 def labelme(root: Path) -> Arguments:
@@ -56,7 +64,11 @@ def labelme_splits(root: Path) -> Arguments:
     for split, numbers in SPLITS.items():
         save_all(root / split / "images", numbers)
         for number in numbers:
-            labelme_file(root / split / "json" / name_of(number, ".json"), number, f"..\\images\\{name_of(number)}")
+            labelme_file(
+                root / split / "json" / name_of(number, ".json"),
+                number,
+                f"..\\images\\{name_of(number)}",
+            )
     return {"data": root}
 
 
@@ -69,7 +81,8 @@ def labelme_skipped(root: Path) -> Arguments:
     arguments = labelme(root)
     points = [{"label": "cat", "points": [[1, 1]], "shape_type": "point"}]
     write_json(
-        root / name_of(0, ".json"), {"shapes": [shape(b, "polygon") for b in TRUTH[0]] + points, "imagePath": ""}
+        root / name_of(0, ".json"),
+        {"shapes": [shape(b, "polygon") for b in TRUTH[0]] + points, "imagePath": ""},
     )
     return arguments
 
@@ -80,9 +93,12 @@ def labelme_groups(root: Path) -> Arguments:
     for number in range(PICTURES):
         halves = []
         for group, box in enumerate(TRUTH[number]):
-            left, right = box._replace(w=box.w // 3), box._replace(x=box.x + box.w - box.w // 3, w=box.w // 3)
+            left = box._replace(w=box.w // 3)
+            right = box._replace(x=box.x + box.w - box.w // 3, w=box.w // 3)
             halves += [shape(part, "rectangle") | {"group_id": group} for part in (left, right)]
-        write_json(root / name_of(number, ".json"), {"shapes": halves, "imagePath": name_of(number)})
+        write_json(
+            root / name_of(number, ".json"), {"shapes": halves, "imagePath": name_of(number)}
+        )
     return {"data": root}
 
 
@@ -91,7 +107,11 @@ def labelme_embedded(root: Path) -> Arguments:
     for number in range(PICTURES):
         file = root / name_of(number, ".json")
         content = json.loads(file.read_text())
-        write_json(file, content | {"imageData": base64.b64encode((root / name_of(number)).read_bytes()).decode()})
+        write_json(
+            file,
+            content
+            | {"imageData": base64.b64encode((root / name_of(number)).read_bytes()).decode()},
+        )
         (root / name_of(number)).unlink()
     return {"data": root}
 
@@ -105,24 +125,37 @@ def labelme_broken(root: Path) -> Arguments:
 # VIA
 
 
-def via_content(numbers: Iterable[int], attributes: Callable[[Box], dict[str, Any]]) -> dict[str, Any]:
+def via_content(
+    numbers: Iterable[int], attributes: Callable[[Box], dict[str, Any]]
+) -> dict[str, Any]:
     def region(box: Box, number: int) -> dict[str, Any]:
         rect = {"name": "rect", "x": box.x, "y": box.y, "width": box.w, "height": box.h}
         xs, ys = zip(*outline(box), strict=True)
         polygon = {"name": "polygon", "all_points_x": xs, "all_points_y": ys}
-        return {"shape_attributes": (rect, polygon)[number % 2], "region_attributes": attributes(box)}
+        return {
+            "shape_attributes": (rect, polygon)[number % 2],
+            "region_attributes": attributes(box),
+        }
 
     return {
-        f"{name_of(n)}1234": {"filename": name_of(n), "size": 1234, "regions": [region(b, n) for b in TRUTH[n]]}
+        f"{name_of(n)}1234": {
+            "filename": name_of(n),
+            "size": 1234,
+            "regions": [region(b, n) for b in TRUTH[n]],
+        }
         for n in numbers
     }
 
 
-def via(attributes: Callable[[Box], dict[str, Any]], name: str = "via_project.json") -> Callable[[Path], Arguments]:
+def via(
+    attributes: Callable[[Box], dict[str, Any]], name: str = "via_project.json"
+) -> Callable[[Path], Arguments]:
     def build(root: Path) -> Arguments:
         save_all(root / "images")
         content = via_content(range(PICTURES), attributes)
-        write_json(root / name, {"_via_settings": {}, "_via_img_metadata": content, "_via_attributes": {}})
+        write_json(
+            root / name, {"_via_settings": {}, "_via_img_metadata": content, "_via_attributes": {}}
+        )
         return {"data": root}
 
     return build
@@ -192,7 +225,9 @@ def csv(
     def build(root: Path) -> Arguments:
         save_all(root / images)
         rows = [
-            pattern.format(n=name_of(n), s=name_of(n, ""), b=b, x2=b.x + b.w, y2=b.y + b.h, W=WIDTH, H=HEIGHT)
+            pattern.format(
+                n=name_of(n), s=name_of(n, ""), b=b, x2=b.x + b.w, y2=b.y + b.h, W=WIDTH, H=HEIGHT
+            )
             for n in range(PICTURES)
             for b in TRUTH[n]
         ]
@@ -209,7 +244,9 @@ def csv_shares(root: Path) -> Arguments:
         for n in range(PICTURES)
         for b in TRUTH[n]
     ]
-    (root / "train.csv").write_text("\n".join(["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax", *rows]))
+    (root / "train.csv").write_text(
+        "\n".join(["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax", *rows])
+    )
     return {"data": root}
 
 
@@ -251,7 +288,9 @@ TUTORIAL = "{n},{W},{H},{b.name},{b.x},{b.y},{x2},{y2}"
 RETINANET = "/home/me/images/{n},{b.x},{b.y},{x2},{y2},{b.name}"
 SIZES = "filename,width,height,class,xmin,ymin"
 CORNER = Reads(finds=frozenset({"layout"}))
-MAKE_SENSE_HEAD = "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height"
+MAKE_SENSE_HEAD = (
+    "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height"
+)
 MAKE_SENSE = "{b.name},{b.x},{b.y},{b.w},{b.h},{n},{W},{H}"
 SIMPLE = "filename,xmin,ymin,xmax,ymax,class"
 BAD = frozenset({"bad-box"})
@@ -268,26 +307,48 @@ CASES = [
     Case("via", via(lambda box: {"type": box.name}), Reads()),
     Case("via_train_json", via(lambda box: {"type": box.name}, "train.json"), Reads()),
     Case("via_boxes_ticked", via(lambda box: {"kind": {box.name: True}}), Reads()),
-    Case("via_two_attributes", via(lambda b: {"a": b.name, "b": "x"}), Refused(("a: ", "b: x", "class"))),
+    Case(
+        "via_two_attributes",
+        via(lambda b: {"a": b.name, "b": "x"}),
+        Refused(("a: ", "b: x", "class")),
+    ),
     Case("via_class_of_two", via(lambda box: {"Class": box.name, "b": "x"}), Reads()),
     Case("via_csv", via_csv, Reads(images=PICTURES + 1)),
     Case("via_csv_file", via_csv_file, Reads(images=PICTURES + 1)),
-    Case("via_csv_broken", via_csv_broken, Finds(frozenset({"unreadable-labels"}), PICTURES, ONE_LESS[1])),
+    Case(
+        "via_csv_broken",
+        via_csv_broken,
+        Finds(frozenset({"unreadable-labels"}), PICTURES, ONE_LESS[1]),
+    ),
     Case("via_splits", via_splits, Reads()),
     Case("via_files", via_files, Reads()),
     Case("via_without_regions", via_without_regions, UNKNOWN),
     Case("via_unnamed", via_unnamed, UNKNOWN),
     Case("csv", csv("{n},{b.x},{b.y},{x2},{y2},{b.name}", SIMPLE), Reads()),
-    Case("csv_sizes", csv("{n},{b.x},{b.y},{b.w},{b.h},{b.name}", "filename,x,y,width,height,class"), CORNER),
-    Case("csv_sizes_of_pictures", csv("{n},{W},{H},{b.name},{b.x},{b.y}", SIZES), Refused(("the picture's", "xmax"))),
+    Case(
+        "csv_sizes",
+        csv("{n},{b.x},{b.y},{b.w},{b.h},{b.name}", "filename,x,y,width,height,class"),
+        CORNER,
+    ),
+    Case(
+        "csv_sizes_of_pictures",
+        csv("{n},{W},{H},{b.name},{b.x},{b.y}", SIZES),
+        Refused(("the picture's", "xmax")),
+    ),
     Case("csv_sizes_of_both", csv(MAKE_SENSE, MAKE_SENSE_HEAD), Reads()),
     Case("csv_tutorial", csv(TUTORIAL, HEAD), Reads()),
     Case("csv_retinanet", csv(RETINANET), Reads()),
     Case("csv_background", csv_background, Reads(images=PICTURES + 1)),
     Case("csv_open_images", csv_shares, Reads()),
-    Case("csv_of_a_spreadsheet", csv_of_a_spreadsheet, Refused(("labels.csv: not a text file in UTF-8", "save it"))),
+    Case(
+        "csv_of_a_spreadsheet",
+        csv_of_a_spreadsheet,
+        Refused(("labels.csv: not a text file in UTF-8", "save it")),
+    ),
     Case("csv_of_nothing", csv("", HEAD), Refused(("labels.csv: lists no pictures",))),
-    Case("csv_huge", csv(TUTORIAL, HEAD, extra="p0.jpg,96,64,cat,1,2,1e308,4"), Finds(BAD, *ONE_LESS)),
+    Case(
+        "csv_huge", csv(TUTORIAL, HEAD, extra="p0.jpg,96,64,cat,1,2,1e308,4"), Finds(BAD, *ONE_LESS)
+    ),
     Case("csv_splits", csv_splits, Reads()),
     Case("csv_files", csv_files, Reads()),
     Case("csv_two", csv_two, Refused(("labels.csv", "more.csv", "--train"))),

@@ -1,7 +1,8 @@
 """Pictures whose boxes can be judged: noise with red squares ("cat") and blue squares ("dog").
 
-A box is right where at least 0.8 of it has its class's colour in the picture as viewers show it. The writers put the
-same truth into COCO's, Pascal VOC's and YOLO's form; each case then spoils what it is about.
+A box is right where at least 0.8 of it has its class's colour in the picture as viewers show it.
+The writers put the same truth into COCO's, Pascal VOC's and YOLO's form; each case then spoils what
+it is about.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Box(NamedTuple):
     h: int
 
 
-# What each picture shows. No two boxes of a picture overlap, and turned or mirrored none of them lies on itself.
+# What each picture shows. No two boxes of a picture overlap, and turned or mirrored none of them
+# lies on itself.
 TRUTH: tuple[tuple[Box, ...], ...] = (
     (Box("dog", 6, 8, 24, 20), Box("cat", 60, 34, 20, 16)),
     (Box("cat", 10, 4, 30, 18), Box("dog", 52, 30, 28, 24)),
@@ -53,7 +55,9 @@ def name_of(number: int, suffix: str = ".jpg") -> str:
     return f"p{number}{suffix}"
 
 
-def picture(boxes: Iterable[Box], seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+def picture(
+    boxes: Iterable[Box], seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> Image.Image:
     """Grey noise of `size` (width, height) with the boxes in their colours."""
     noise = np.random.default_rng(seed).integers(70, 180, (size[1], size[0], 1), dtype=np.uint8)
     pixels = noise.repeat(3, axis=2)
@@ -77,13 +81,16 @@ def save_all(folder: Path, numbers: Iterable[int] = range(PICTURES), suffix: str
         save(number, folder / name_of(number, suffix))
 
 
-def coco(numbers: Sequence[int] = range(PICTURES), names: Sequence[str] | None = None) -> dict[str, Any]:
+def coco(
+    numbers: Sequence[int] = range(PICTURES), names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """A COCO file's content: image ids 1, 2, ...; `names` are the `file_name`s."""
     names = [name_of(number) for number in numbers] if names is None else names
     owned = [(place + 1, box) for place, number in enumerate(numbers) for box in TRUTH[number]]
     return {
         "images": [
-            {"id": place + 1, "file_name": name, "width": WIDTH, "height": HEIGHT} for place, name in enumerate(names)
+            {"id": place + 1, "file_name": name, "width": WIDTH, "height": HEIGHT}
+            for place, name in enumerate(names)
         ],
         "annotations": [
             {
@@ -128,7 +135,9 @@ def write_voc(folder: Path, numbers: Iterable[int] = range(PICTURES)) -> None:
 def yolo_lines(number: int) -> str:
     """The label file of picture `number`."""
     rows = ((CLASSES.index(b.name), b.x + b.w / 2, b.y + b.h / 2, b.w, b.h) for b in TRUTH[number])
-    return "".join(f"{c} {x / WIDTH} {y / HEIGHT} {w / WIDTH} {h / HEIGHT}\n" for c, x, y, w, h in rows)
+    return "".join(
+        f"{c} {x / WIDTH} {y / HEIGHT} {w / WIDTH} {h / HEIGHT}\n" for c, x, y, w, h in rows
+    )
 
 
 def write_labels(folder: Path, numbers: Iterable[int] = range(PICTURES)) -> None:
@@ -171,7 +180,11 @@ def seen(data: RawDataset | Annotations) -> Iterator[Seen]:
         return
     for image in range(len(data)):
         for row in range(data.starts[image], data.starts[image + 1]):
-            yield Seen(data.path(image), data.classes.names[data.labels[row]], tuple(data.boxes[row].tolist()))
+            yield Seen(
+                data.path(image),
+                data.classes.names[data.labels[row]],
+                tuple(data.boxes[row].tolist()),
+            )
 
 
 def wrong(data: RawDataset | Annotations) -> list[str]:
@@ -189,7 +202,9 @@ def wrong(data: RawDataset | Annotations) -> list[str]:
 
 
 def coloured(pixels: NDArray[np.uint8], name: str, box: Sequence[float]) -> float:
-    """The share of `box` that has the colour of the class `name` (in any case, whatever spaces are around it)."""
+    """The share of `box` that has the colour of the class `name` (in any case, whatever spaces are
+    around it).
+    """
     x, y, w, h = box
     left, top, right, bottom = (round(v) for v in (x, y, x + w, y + h))
     patch = pixels[max(top, 0) : bottom, max(left, 0) : right].astype(int)

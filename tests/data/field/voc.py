@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.data.field.cases import Arguments, Case, Finds, Reads, Refused
-from tests.data.field.pictures import OBJECTS, PICTURES, TRUTH, name_of, picture, save, save_all, voc_xml, write_voc
+from tests.data.field.pictures import (
+    OBJECTS,
+    PICTURES,
+    TRUTH,
+    name_of,
+    picture,
+    save,
+    save_all,
+    voc_xml,
+    write_voc,
+)
 
 ONE_LESS = (PICTURES - 1, OBJECTS - len(TRUTH[0]))  # without the first picture
 
@@ -48,7 +58,9 @@ def subfolders(root: Path) -> Arguments:
             name = f"{number % 3:04d}"  # the same names in both
             save(number, root / "JPEGImages" / place / f"{name}.jpg")
             (root / "Annotations" / place).mkdir(parents=True, exist_ok=True)
-            (root / "Annotations" / place / f"{name}.xml").write_text(voc_xml(number, f"{name}.jpg"))
+            (root / "Annotations" / place / f"{name}.xml").write_text(
+                voc_xml(number, f"{name}.jpg")
+            )
     return {"data": root}
 
 
@@ -96,13 +108,19 @@ def drawn_beside_alike(root: Path) -> Arguments:
 
 def appledouble(root: Path) -> Arguments:
     arguments = plain(root)
-    for file in (root / "JPEGImages" / "._p1.jpg", root / "Annotations" / "._p1.xml", root / ".DS_Store"):
+    for file in (
+        root / "JPEGImages" / "._p1.jpg",
+        root / "Annotations" / "._p1.xml",
+        root / ".DS_Store",
+    ):
         file.write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     return arguments
 
 
 def paths_in_gbk(root: Path) -> Arguments:
-    """As tools on Windows write them: the path of their machine in its own encoding, which nothing declares."""
+    """As tools on Windows write them: the path of their machine in its own encoding, which nothing
+    declares.
+    """
     arguments = plain(root)
     for number in range(PICTURES):
         text = voc_xml(number).replace("<size>", "<path>C:\\数据\\猫.jpg</path><size>", 1)
@@ -163,7 +181,9 @@ def renamed(root: Path) -> Arguments:
     arguments = plain(root)
     for number in range(PICTURES):
         old = name_of((number + 1) % PICTURES)
-        (root / "Annotations" / name_of(number, ".xml")).write_text(voc_xml(number, f"C:\\pics\\{old}"))
+        (root / "Annotations" / name_of(number, ".xml")).write_text(
+            voc_xml(number, f"C:\\pics\\{old}")
+        )
     return arguments
 
 
@@ -172,7 +192,9 @@ def by_file_name(root: Path) -> Arguments:
     save_all(root / "images")
     for number in range(PICTURES):
         (root / "xml").mkdir(exist_ok=True)
-        (root / "xml" / f"anno_{number}.xml").write_text(voc_xml(number, name_of(number, ".JPG" if number else ".png")))
+        (root / "xml" / f"anno_{number}.xml").write_text(
+            voc_xml(number, name_of(number, ".JPG" if number else ".png"))
+        )
     return {"data": root}
 
 
@@ -194,8 +216,12 @@ def decimals(root: Path) -> Arguments:
 def encoded(root: Path) -> Arguments:
     save_all(root / "JPEGImages")
     for number in range(PICTURES):
-        encoding, declared = (("gb18030", "gb2312"), ("utf-16", "utf-16"), ("utf-8", "utf-16"))[number % 3]
-        xml = f'<?xml version="1.0" encoding="{declared}"?>' + voc_xml(number).replace("<size>", "<x>狗</x><size>")
+        encoding, declared = (("gb18030", "gb2312"), ("utf-16", "utf-16"), ("utf-8", "utf-16"))[
+            number % 3
+        ]
+        xml = f'<?xml version="1.0" encoding="{declared}"?>' + voc_xml(number).replace(
+            "<size>", "<x>狗</x><size>"
+        )
         (root / "Annotations").mkdir(exist_ok=True)
         (root / "Annotations" / name_of(number, ".xml")).write_bytes(xml.encode(encoding))
     return {"data": root}
@@ -208,7 +234,10 @@ def listed(old: str, train: str, val: str = "") -> Callable[[Path], Arguments]:
         arguments = plain(root)
         lists = root / "ImageSets" / "Main"
         lists.mkdir(parents=True)
-        for split, numbers, line in (("train", range(4), train), ("val", range(4, PICTURES), val or train)):
+        for split, numbers, line in (
+            ("train", range(4), train),
+            ("val", range(4, PICTURES), val or train),
+        ):
             for number in numbers:
                 stem, new = name_of(number, ""), old.format(number)
                 xml = root / "Annotations" / f"{stem}.xml"
@@ -262,7 +291,9 @@ def lists_of_classes_that_differ(root: Path) -> Arguments:
     return {"data": root}
 
 
-def dialect(old: str, new: str, numbers: Iterable[int] = range(PICTURES)) -> Callable[[Path], Arguments]:
+def dialect(
+    old: str, new: str, numbers: Iterable[int] = range(PICTURES)
+) -> Callable[[Path], Arguments]:
     """Something in the XML is written in another way."""
 
     def build(root: Path) -> Arguments:
@@ -307,37 +338,69 @@ CASES = [
     Case("voc_flat", flat, Reads()),
     Case("voc_stray_picture", stray_picture, Reads()),
     Case("voc_drawn_beside", drawn_beside, Reads()),
-    Case("voc_drawn_beside_alike", drawn_beside_alike, Refused(("Annotated", "pics", "--train-images"))),
+    Case(
+        "voc_drawn_beside_alike",
+        drawn_beside_alike,
+        Refused(("Annotated", "pics", "--train-images")),
+    ),
     Case("voc_appledouble", appledouble, Reads()),
     Case("voc_malformed", odd_first(b"<annotation><object>"), UNKNOWN),
     Case("voc_other_xml", odd_first(b"<project/>"), UNKNOWN),
     Case("voc_nameless", odd_first(NAMELESS), UNKNOWN),
     Case("voc_empty_file", odd_first(b""), UNKNOWN),
-    Case("voc_unknown_encoding", odd_first(b'<?xml version="1.0" encoding="x"?><annotation/>'), UNKNOWN),
+    Case(
+        "voc_unknown_encoding",
+        odd_first(b'<?xml version="1.0" encoding="x"?><annotation/>'),
+        UNKNOWN,
+    ),
     Case("voc_listed_but_missing", listed_but_missing, UNKNOWN),
     Case("voc_unlabelled", unlabelled, Finds(frozenset({"unlabelled-images"}), *ONE_LESS)),
     Case("voc_no_picture", no_picture, Finds(frozenset({"missing-image"}), *ONE_LESS)),
     Case("voc_same_stem", same_stem, Reads(finds=frozenset({"unlabelled-images"}))),
-    Case("voc_same_stem_stale", same_stem_stale, Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS)),
+    Case(
+        "voc_same_stem_stale",
+        same_stem_stale,
+        Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS),
+    ),
     Case("voc_undeclared_path", paths_in_gbk, Reads()),
     Case("voc_undeclared_name", names_in_gbk, UNKNOWN),
-    Case("voc_suffix_left_out", suffix_left_out, Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS)),
+    Case(
+        "voc_suffix_left_out",
+        suffix_left_out,
+        Finds(frozenset({"missing-image", "unclear-file"}), *ONE_LESS),
+    ),
     Case("voc_renamed", renamed, Reads()),
     Case("voc_by_file_name", by_file_name, Reads(finds=frozenset({"renamed-file"}))),
     Case("voc_decimals", decimals, Reads()),
     Case("voc_encoded", encoded, Reads()),
     Case("voc_list_spaces", listed("IMG (copy) {}", "IMG (copy) {}"), Reads()),
     Case("voc_list_flags", listed("my photo {}", "my photo {}  1", "my photo {} -1"), Reads()),
-    Case("voc_list_unclear", listed_by_name_alone, Finds(frozenset({"unreadable-labels"}), 2, LISTED)),
+    Case(
+        "voc_list_unclear", listed_by_name_alone, Finds(frozenset({"unreadable-labels"}), 2, LISTED)
+    ),
     Case("voc_lists_upper_case", lists_at("IMAGESETS/MAIN/{}.TXT"), Reads()),
-    Case("voc_lists_at_the_top", lists_at("{}.txt", "JPEGImages/p{0}.jpg Annotations/p{0}.xml"), Reads()),
+    Case(
+        "voc_lists_at_the_top",
+        lists_at("{}.txt", "JPEGImages/p{0}.jpg Annotations/p{0}.xml"),
+        Reads(),
+    ),
     Case("voc_lists_of_classes", lists_of_classes, Reads(finds=SPLITS)),
-    Case("voc_lists_differ", lists_of_classes_that_differ, Refused(("cat_train.txt", "train.txt, one image a line"))),
+    Case(
+        "voc_lists_differ",
+        lists_of_classes_that_differ,
+        Refused(("cat_train.txt", "train.txt, one image a line")),
+    ),
     Case("voc_namespace", dialect("<annotation>", '<annotation xmlns="http://a.b/c">'), Reads()),
     Case("voc_capitals", dialect("name>", "Name>"), Reads()),
     Case("voc_by_path", by_path, Reads()),
-    Case("voc_comma", dialect("</xmin>", ",0</xmin>", (0,)), Finds(frozenset({"bad-box"}), *ONE_LESS)),
+    Case(
+        "voc_comma", dialect("</xmin>", ",0</xmin>", (0,)), Finds(frozenset({"bad-box"}), *ONE_LESS)
+    ),
     Case("voc_letters_not_seen", dialect("<name>cat<", "<name>cat\u200b<", (0,)), Finds(SIMILAR)),
     Case("voc_list_suffix", listed("a.b {}", "a.b {}.jpg"), Reads()),
-    Case("voc_list_paths", listed("p{}", "/home/me/JPEGImages/p{}.jpg", "JPEGImages\\p{}.jpg"), Reads()),
+    Case(
+        "voc_list_paths",
+        listed("p{}", "/home/me/JPEGImages/p{}.jpg", "JPEGImages\\p{}.jpg"),
+        Reads(),
+    ),
 ]

@@ -144,13 +144,17 @@ def same_stem(root: Path) -> Arguments:
     return {"data": root}
 
 
-def listed(pattern: str, yaml: str = "names: [cat, dog]\ntrain: train.txt\nval: val.txt\n") -> Callable[..., Arguments]:
+def listed(
+    pattern: str, yaml: str = "names: [cat, dog]\ntrain: train.txt\nval: val.txt\n"
+) -> Callable[..., Arguments]:
     """`train.txt` and `val.txt` with a line a picture."""
 
     def build(root: Path) -> Arguments:
         yolo_set(root, yaml)
         for split, numbers in SPLITS.items():
-            (root / f"{split}.txt").write_text("".join(pattern.format(split, name_of(n)) + "\n" for n in numbers))
+            (root / f"{split}.txt").write_text(
+                "".join(pattern.format(split, name_of(n)) + "\n" for n in numbers)
+            )
         return {"data": root}
 
     return build
@@ -182,7 +186,11 @@ def keypoints(*flags: int) -> Callable[[Box], list[float]]:
     def form(box: Box) -> list[float]:
         row = [*shares(box)]
         for number, (x, y) in enumerate(places):
-            row += [(box.x + x * box.w) / WIDTH, (box.y + y * box.h) / HEIGHT, *flags[number : number + 1]]
+            row += [
+                (box.x + x * box.w) / WIDTH,
+                (box.y + y * box.h) / HEIGHT,
+                *flags[number : number + 1],
+            ]
         return row
 
     return form
@@ -190,12 +198,16 @@ def keypoints(*flags: int) -> Callable[[Box], list[float]]:
 
 def corners(box: Box) -> list[float]:
     points = ((0, 0), (1, 0), (1, 1), (0, 1))
-    return [v for x, y in points for v in ((box.x + x * box.w) / WIDTH, (box.y + y * box.h) / HEIGHT)]
+    return [
+        v for x, y in points for v in ((box.x + x * box.w) / WIDTH, (box.y + y * box.h) / HEIGHT)
+    ]
 
 
 def outline(box: Box) -> list[float]:
     points = ((0, 0.5), (0.25, 0), (0.75, 0), (1, 0.5), (0.75, 1), (0.25, 1))
-    return [v for x, y in points for v in ((box.x + x * box.w) / WIDTH, (box.y + y * box.h) / HEIGHT)]
+    return [
+        v for x, y in points for v in ((box.x + x * box.w) / WIDTH, (box.y + y * box.h) / HEIGHT)
+    ]
 
 
 def one_keypoint(box: Box) -> list[float]:
@@ -212,9 +224,17 @@ CASES = [
     Case("yolo_flat", flat, Reads()),
     Case("yolo_flat_labels", flat_with_labels, Reads()),
     Case("yolo_flat_splits", flat_splits, Reads()),
-    Case("yolo_classes_differ", lambda root: flat_splits(root, "dog\ncat\n"), Refused(("val/classes.txt", "differ"))),
+    Case(
+        "yolo_classes_differ",
+        lambda root: flat_splits(root, "dog\ncat\n"),
+        Refused(("val/classes.txt", "differ")),
+    ),
     Case("yolo_yaml_apart", yaml_apart, Reads()),
-    Case("yolo_yaml_twice", with_yaml(f"{YAML}names: [dog]\n"), Refused(("`names:` is there twice", "1 and 4"))),
+    Case(
+        "yolo_yaml_twice",
+        with_yaml(f"{YAML}names: [dog]\n"),
+        Refused(("`names:` is there twice", "1 and 4")),
+    ),
     Case("yolo_label_flat", labels_in("labels"), Reads()),
     Case("yolo_nameless", nameless, Refused(("labels/train/p0.txt", "classes.txt"))),
     Case("yolo", plain, Reads()),
@@ -227,8 +247,16 @@ CASES = [
     Case("yolo_nc", with_yaml(f"nc: 3\n{YAML}"), Reads(finds=frozenset({"class-count"}))),
     Case("yolo_label_TXT", label_files(lambda f: f.rename(f.with_suffix(".TXT"))), Reads()),
     Case("yolo_label_case", label_files(lambda f: f.rename(f.with_name(f.name.upper()))), Reads()),
-    Case("yolo_label_utf16", label_files(lambda f: f.write_text(f.read_text(), encoding="utf-16")), Reads()),
-    Case("yolo_label_bom", label_files(lambda f: f.write_text(f.read_text(), encoding="utf-8-sig")), Reads()),
+    Case(
+        "yolo_label_utf16",
+        label_files(lambda f: f.write_text(f.read_text(), encoding="utf-16")),
+        Reads(),
+    ),
+    Case(
+        "yolo_label_bom",
+        label_files(lambda f: f.write_text(f.read_text(), encoding="utf-8-sig")),
+        Reads(),
+    ),
     Case("yolo_label_folder", labels_in("label/{}"), Reads()),
     Case("yolo_label_beside", labels_in("images/{}"), Reads()),
     Case("yolo_label_inside", labels_in("images/{}/labels"), Reads()),
@@ -236,8 +264,16 @@ CASES = [
     Case("yolo_header", first_label(b"class x y w h\n" + GOOD), ODD_LINE),
     Case("yolo_commas", first_label(GOOD.replace(b" ", b",")), ODD_LINE),
     Case("yolo_confidence", first_label(GOOD.replace(b"\n", b" 0.9\n")), ODD_LINE),
-    Case("yolo_negative", first_label(b"-1 0.5 0.5 0.1 0.1"), Finds(frozenset({"unknown-category"}), *ONE_LESS)),
-    Case("yolo_beyond_names", first_label(b"2 0.5 0.5 0.1 0.1"), Finds(frozenset({"unknown-category"}), *ONE_LESS)),
+    Case(
+        "yolo_negative",
+        first_label(b"-1 0.5 0.5 0.1 0.1"),
+        Finds(frozenset({"unknown-category"}), *ONE_LESS),
+    ),
+    Case(
+        "yolo_beyond_names",
+        first_label(b"2 0.5 0.5 0.1 0.1"),
+        Finds(frozenset({"unknown-category"}), *ONE_LESS),
+    ),
     Case("yolo_nan", first_label(b"0 nan 0.5 0.1 0.1"), Finds(frozenset({"bad-box"}), *ONE_LESS)),
     Case("yolo_same_name", same_name, Finds(frozenset({"shared-labels"}), *ONE_LESS)),
     Case("yolo_same_stem", same_stem, Finds(frozenset({"shared-labels"}), *ONE_LESS)),

@@ -32,7 +32,9 @@ def read(tmp_path: Path, content: Any) -> RawDataset:
 def test_any_category_ids(tmp_path: Path, ids: tuple[int, ...]) -> None:
     content = coco_content("train")
     given = dict(zip((3, 17, 90), ids, strict=True))
-    content["categories"] = [{"id": given[c["id"]], "name": c["name"]} for c in content["categories"]]
+    content["categories"] = [
+        {"id": given[c["id"]], "name": c["name"]} for c in content["categories"]
+    ]
     content["categories"].append({"id": 2000, "name": "unused"})
     for row in content["annotations"]:
         row["category_id"] = given[row["category_id"]]
@@ -139,19 +141,67 @@ def edit(table: str, row: int, key: str, value: Any = ...) -> Callable[[dict[str
     ("change", "code", "words"),
     [
         (edit("images", 2, "id"), "malformed-image", ["images[2] has no `id`"]),
-        (edit("images", 2, "file_name"), "malformed-image", ["images[2] (id 30) has no `file_name`"]),
-        (edit("images", 2, "file_name", 7), "malformed-image", ["images[2] (id 30) has 7 for `file_name`"]),
-        (edit("images", 2, "file_name", ""), "malformed-image", ['images[2] (id 30) has "" for `file_name`']),
+        (
+            edit("images", 2, "file_name"),
+            "malformed-image",
+            ["images[2] (id 30) has no `file_name`"],
+        ),
+        (
+            edit("images", 2, "file_name", 7),
+            "malformed-image",
+            ["images[2] (id 30) has 7 for `file_name`"],
+        ),
+        (
+            edit("images", 2, "file_name", ""),
+            "malformed-image",
+            ['images[2] (id 30) has "" for `file_name`'],
+        ),
         (edit("images", 2, "id", [1]), "malformed-image", ["images[2] (id [1]) has [1] for `id`"]),
-        (lambda c: c["images"].insert(0, None), "malformed-image", ["images[0] is null, not an object"]),
-        (edit("annotations", 1, "image_id"), "malformed-annotation", ["annotations[1] (id 2) has no `image_id`"]),
-        (edit("annotations", 1, "category_id"), "malformed-annotation", ["annotations[1] (id 2) has no `category_id`"]),
-        (edit("annotations", 1, "category_id", 1.5), "malformed-annotation", ["has 1.5 for `category_id`"]),
-        (edit("annotations", 1, "category_id", "cat"), "malformed-annotation", ['has "cat" for `category_id`']),
-        (edit("annotations", 1, "category_id", None), "malformed-annotation", ["has null for `category_id`"]),
-        (edit("annotations", 1, "image_id", float("nan")), "malformed-annotation", ["has nan for `image_id`"]),
-        (lambda c: c["annotations"].insert(0, 5), "malformed-annotation", ["annotations[0] is a number"]),
-        (lambda c: c["categories"].append({"name": "eel"}), "malformed-category", ["categories[3] has no `id`"]),
+        (
+            lambda c: c["images"].insert(0, None),
+            "malformed-image",
+            ["images[0] is null, not an object"],
+        ),
+        (
+            edit("annotations", 1, "image_id"),
+            "malformed-annotation",
+            ["annotations[1] (id 2) has no `image_id`"],
+        ),
+        (
+            edit("annotations", 1, "category_id"),
+            "malformed-annotation",
+            ["annotations[1] (id 2) has no `category_id`"],
+        ),
+        (
+            edit("annotations", 1, "category_id", 1.5),
+            "malformed-annotation",
+            ["has 1.5 for `category_id`"],
+        ),
+        (
+            edit("annotations", 1, "category_id", "cat"),
+            "malformed-annotation",
+            ['has "cat" for `category_id`'],
+        ),
+        (
+            edit("annotations", 1, "category_id", None),
+            "malformed-annotation",
+            ["has null for `category_id`"],
+        ),
+        (
+            edit("annotations", 1, "image_id", float("nan")),
+            "malformed-annotation",
+            ["has nan for `image_id`"],
+        ),
+        (
+            lambda c: c["annotations"].insert(0, 5),
+            "malformed-annotation",
+            ["annotations[0] is a number"],
+        ),
+        (
+            lambda c: c["categories"].append({"name": "eel"}),
+            "malformed-category",
+            ["categories[3] has no `id`"],
+        ),
         (lambda c: c["categories"].append(None), "malformed-category", ["categories[3] is null"]),
     ],
 )
@@ -187,7 +237,11 @@ def test_texts_are_read_as_the_numbers_that_they_are(tmp_path: Path) -> None:
     for row in content["images"]:
         row |= {"id": str(row["id"]), "height": str(row["height"]), "width": f"{row['width']}.0"}
     for row in content["annotations"]:
-        row |= {"image_id": str(row["image_id"]), "category_id": f" {row['category_id']} ", "area": str(row["area"])}
+        row |= {
+            "image_id": str(row["image_id"]),
+            "category_id": f" {row['category_id']} ",
+            "area": str(row["area"]),
+        }
         row["bbox"] = [str(v) for v in row["bbox"]]
     for row in content["categories"]:
         row["id"] = str(row["id"])
@@ -196,7 +250,10 @@ def test_texts_are_read_as_the_numbers_that_they_are(tmp_path: Path) -> None:
         assert np.array_equal(getattr(raw, name), getattr(plain, name)), name
     assert raw.categories == plain.categories
     assert {f.code for f in raw.findings} == {"text-numbers"}
-    assert 'numbers are written as texts, the first: images[0] (id "10"): "10" for `id`' in raw.findings[0].what
+    assert (
+        'numbers are written as texts, the first: images[0] (id "10"): "10" for `id`'
+        in raw.findings[0].what
+    )
 
 
 def test_ids_that_are_no_numbers_are_numbered(tmp_path: Path) -> None:
@@ -244,7 +301,9 @@ def test_annotations_without_ids_are_numbered_after_the_others(tmp_path: Path) -
         (None, None),
     ],
 )
-def test_a_segmentation_gives_the_box_where_there_is_none(tmp_path: Path, segmentation: Any, box: Any) -> None:
+def test_a_segmentation_gives_the_box_where_there_is_none(
+    tmp_path: Path, segmentation: Any, box: Any
+) -> None:
     content = coco_content("train")
     row = content["annotations"][0]
     del row["bbox"]
@@ -325,7 +384,10 @@ def test_a_repeated_category_id_is_an_error_of_check_and_train(tmp_path: Path) -
     source = resolve(data=made.write())
     found = [f for f in check(source, fast=True).errors if f.code == "duplicate-category-id"]
     assert [f.id for f in found] == [3] * 4
-    assert found[0].what == "category id 3 is defined more than once: 'cat', 'dog'; which is annotation 1?"
+    assert (
+        found[0].what
+        == "category id 3 is defined more than once: 'cat', 'dog'; which is annotation 1?"
+    )
     with pytest.raises(UserError, match="duplicate-category-id"):
         prepare(source)
     assert prepare(source, skip_bad=True)[0].ids.tolist() == [3]  # nobody knows what the others are
@@ -349,7 +411,9 @@ def test_a_category_listed_again_is_taken_once(tmp_path: Path) -> None:
         ({"bbox": [100, 2, 5, 4]}, "annotation 2 has a box outside"),
     ],
 )
-def test_unusable_records_are_not_taken_over(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_unusable_records_are_not_taken_over(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     content = coco_content("train")
     content["annotations"][1].update(change)
     with pytest.raises(UserError, match=message):

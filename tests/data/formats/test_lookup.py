@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from detrellis.data.formats.lookup import ResolvedNames, find_place, readings, real_names, renaming_notes
+from detrellis.data.formats.lookup import (
+    ResolvedNames,
+    find_place,
+    readings,
+    real_names,
+    renaming_notes,
+)
 
 
 def touch(root: Path, *names: str) -> None:
@@ -48,14 +54,23 @@ def touch(root: Path, *names: str) -> None:
     ],
 )
 def test_a_name_finds_its_file(tmp_path: Path, written: str, real: str) -> None:
-    touch(tmp_path, "a/p.jpg", "my file.jpg", unicodedata.normalize("NFC", "über.jpg"), "100%.jpg", "a%5Fb.jpg")
+    touch(
+        tmp_path,
+        "a/p.jpg",
+        "my file.jpg",
+        unicodedata.normalize("NFC", "über.jpg"),
+        "100%.jpg",
+        "a%5Fb.jpg",
+    )
     found = real_names([written], tmp_path)
     assert found.names == (real,)
     assert found.renamed == ({} if written == real else {0: written})
     assert not found.unclear
 
 
-@pytest.mark.parametrize("written", ["q.jpg", "", "/", "a", "http://", "http://[x/p", "?d=", "\0", "a/.p.jpg"])
+@pytest.mark.parametrize(
+    "written", ["q.jpg", "", "/", "a", "http://", "http://[x/p", "?d=", "\0", "a/.p.jpg"]
+)
 def test_what_is_not_there_stays_as_written(tmp_path: Path, written: str) -> None:
     touch(tmp_path, "a/p.jpg", "b/.q.jpg", "__MACOSX/q.jpg")
     assert real_names([written], tmp_path) == ResolvedNames((written,), {}, {})
@@ -70,7 +85,10 @@ def test_two_candidates_are_listed_and_none_is_taken(tmp_path: Path) -> None:
     assert found.unclear == {0: pair, 1: pair, 2: ("P0.jpg", "p0.JPG"), 3: ("q.jpg", "q.png")}
     (note,) = renaming_notes("train", tmp_path, found)
     assert note.code == "unclear-file"
-    assert note.what == "4 images are not found for certain, the first: 'p.jpg' could be a/p.jpg or b/p.jpg"
+    assert (
+        note.what
+        == "4 images are not found for certain, the first: 'p.jpg' could be a/p.jpg or b/p.jpg"
+    )
 
 
 def test_the_longest_tail_decides(tmp_path: Path) -> None:
@@ -103,10 +121,19 @@ def test_another_split_is_another_picture(tmp_path: Path) -> None:
 
 
 def test_folders_nearby_come_after_the_root(tmp_path: Path) -> None:
-    touch(tmp_path, "images/p.jpg", "depth/p.jpg", "more/q.jpg", "a/more/r.jpg", "b/more/r.jpg", "more/s.jpg")
+    touch(
+        tmp_path,
+        "images/p.jpg",
+        "depth/p.jpg",
+        "more/q.jpg",
+        "a/more/r.jpg",
+        "b/more/r.jpg",
+        "more/s.jpg",
+    )
     names = ["x\\p.jpg", "more\\q.jpg", "more\\r.jpg", "s.jpg"]
     found = real_names(names, tmp_path / "images", nearby=[tmp_path])
-    assert found.names == ("p.jpg", "../more/q.jpg", "more\\r.jpg", "s.jpg")  # s.jpg could be any picture
+    # s.jpg could be any picture
+    assert found.names == ("p.jpg", "../more/q.jpg", "more\\r.jpg", "s.jpg")
     assert found.unclear == {2: ("../a/more/r.jpg", "../b/more/r.jpg")}
 
 
@@ -130,17 +157,33 @@ def test_places(tmp_path: Path) -> None:
     assert find_place("images\\train", [tmp_path]) == tmp_path / "Images" / "train"
     assert find_place("/content/set/Images/train", [tmp_path]) == tmp_path / "Images" / "train"
     assert find_place("../Images/train", [tmp_path]) == tmp_path / "Images" / "train"
-    assert find_place("D:\\x\\lists\\val.txt", [tmp_path / "Images", tmp_path]) == tmp_path / "lists" / "val.txt"
-    assert find_place("other/train", [tmp_path / "Images"]) is None  # one part of two is no evidence
+    assert (
+        find_place("D:\\x\\lists\\val.txt", [tmp_path / "Images", tmp_path])
+        == tmp_path / "lists" / "val.txt"
+    )
+    # One part of two is no evidence
+    assert find_place("other/train", [tmp_path / "Images"]) is None
     assert find_place("gone", [tmp_path]) is None
 
 
 def test_readings_never_hold_an_empty_part() -> None:
-    for text in ("", "//", "a//b", "http://h", "file:///", "\\\\server\\share\\x.jpg", "C:", "%2F", "?"):
+    for text in (
+        "",
+        "//",
+        "a//b",
+        "http://h",
+        "file:///",
+        "\\\\server\\share\\x.jpg",
+        "C:",
+        "%2F",
+        "?",
+    ):
         assert all(all(parts) for parts in readings(text))
 
 
-def test_exact_names_cost_one_listing_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_names_cost_one_listing_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [f"{'ab'[n % 2]}/{n}.jpg" for n in range(20)]
     touch(tmp_path, *names)
     listed: list[Path] = []

@@ -25,7 +25,9 @@ def lvis(root: Path) -> CocoSet:
             row["neg_category_ids"], row["not_exhaustive_category_ids"] = [], []
         for category, letter in zip(content["categories"], "rcf", strict=True):
             category["frequency"] = letter
-    data.content["train"]["images"][0].update(neg_category_ids=[90], not_exhaustive_category_ids=[3])
+    data.content["train"]["images"][0].update(
+        neg_category_ids=[90], not_exhaustive_category_ids=[3]
+    )
     return data
 
 
@@ -48,14 +50,19 @@ def perfect(root: Path) -> tuple[CocoEvaluator, CocoEvaluator]:
     for i, image in enumerate(annotations.image_ids.tolist()):
         rows = slice(annotations.starts[i], annotations.starts[i + 1])
         x, y, w, h = torch.from_numpy(annotations.boxes[rows]).unbind(1)
-        boxes, labels = torch.stack([x, y, x + w, y + h], dim=1), torch.from_numpy(annotations.labels[rows])
+        boxes = torch.stack([x, y, x + w, y + h], dim=1)
+        labels = torch.from_numpy(annotations.labels[rows])
         whole.update([image], [Detections(torch.ones(len(labels)), labels, boxes)])
         # The third class, which nobody looked for in the images without it.
         false = torch.tensor([[1.0, 1, 9, 9]]).double()
         extra = Detections(
-            torch.ones(len(labels) + 1), torch.cat([labels, torch.tensor([2])]), torch.cat([boxes, false])
+            torch.ones(len(labels) + 1),
+            torch.cat([labels, torch.tensor([2])]),
+            torch.cat([boxes, false]),
         )
-        more.update([image], [extra if i in (2, 3) else Detections(torch.ones(len(labels)), labels, boxes)])
+        more.update(
+            [image], [extra if i in (2, 3) else Detections(torch.ones(len(labels)), labels, boxes)]
+        )
     return whole, more
 
 
@@ -64,7 +71,9 @@ def test_a_perfect_detector_and_classes_that_nobody_looked_for(tmp_path: Path) -
         result = evaluator.compute(resample=True)
         assert result.ap == pytest.approx(1.0)
         assert result.frequencies is not None
-        assert [result.frequencies[name] for name in ("APr", "APc", "APf", "AP@1000")] == pytest.approx([1.0] * 4)
+        assert [
+            result.frequencies[name] for name in ("APr", "APc", "APf", "AP@1000")
+        ] == pytest.approx([1.0] * 4)
         assert result.from_dict(result.to_dict()) == result
         assert "LVIS" in str(result.table().title)
 
@@ -74,7 +83,8 @@ def test_what_is_behind_300_others_counts_at_1000(tmp_path: Path) -> None:
     x, y, w, h = annotations.boxes[0].tolist()
     boxes = torch.tensor([*[[0.0, 0.0, 1.0, 1.0]] * 300, [x, y, x + w, y + h]])
     evaluator = CocoEvaluator(annotations, top_k=1000)
-    others, own = 1, int(annotations.labels[0])  # 300 of one class is what LVIS looks at in any case
+    # 300 of one class is what LVIS looks at in any case
+    others, own = 1, int(annotations.labels[0])
     scores, labels = torch.linspace(1, 0.5, 301), torch.tensor([*[others] * 300, own])
     evaluator.update([int(annotations.image_ids[0])], [Detections(scores, labels, boxes)])
     result = evaluator.compute()
@@ -86,5 +96,7 @@ def test_what_is_behind_300_others_counts_at_1000(tmp_path: Path) -> None:
 def test_no_detection_at_all(tmp_path: Path) -> None:
     annotations = to_annotations(resolve(lvis(tmp_path).write()).load("train"))
     evaluator = CocoEvaluator(annotations)
-    evaluator.update([10], [Detections(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))])
+    evaluator.update(
+        [10], [Detections(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, 4))]
+    )
     assert evaluator.compute().ap is None

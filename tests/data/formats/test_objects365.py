@@ -1,4 +1,6 @@
-"""Objects365 as it is unpacked: patch folders, names that begin elsewhere, and files that are missing or broken."""
+"""Objects365 as it is unpacked: patch folders, names that begin elsewhere, and files that are
+missing or broken.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,20 @@ from detrellis.errors import UserError
 
 from ..sets import HEIGHT, WIDTH, picture
 
-CATEGORIES = [{"id": 3, "name": "Sneakers"}, {"id": 1, "name": "Person"}, {"id": 7, "name": "tissue "}]
+CATEGORIES = [
+    {"id": 3, "name": "Sneakers"},
+    {"id": 1, "name": "Person"},
+    {"id": 7, "name": "tissue "},
+]
 # Of each split: name in the file, and where the picture is; None: nowhere.
 FILES: dict[str, list[tuple[str, str | None]]] = {
     "train": [
         ("images/v1/patch8/objects365_v1_00420917.jpg", "train/patch8/objects365_v1_00420917.jpg"),
         ("images/v1/patch8/objects365_v1_00066778.jpg", "train/patch8/objects365_v1_00066778.jpg"),
-        ("images/v2/patch16/objects365_v2_00908726.jpg", "train/patch16/objects365_v2_00908726.jpg"),
+        (
+            "images/v2/patch16/objects365_v2_00908726.jpg",
+            "train/patch16/objects365_v2_00908726.jpg",
+        ),
         ("images/v2/patch17/objects365_v2_00000001.jpg", None),
     ],
     "val": [
@@ -34,9 +43,20 @@ FILES: dict[str, list[tuple[str, str | None]]] = {
 def objects365(root: Path, images: str) -> Path:
     (root / "annotations").mkdir(parents=True)
     for split, files in FILES.items():
-        rows = [{"id": i + 1, "file_name": n, "height": HEIGHT, "width": WIDTH} for i, (n, _) in enumerate(files)]
-        box = {"category_id": 1, "bbox": [4.5, 6.0, 60.0, 8.0], "area": 80.0, "iscrowd": 0, "isfake": 0}
-        boxes = [{"id": i + 1, "image_id": i + 1, "isreflected": 0, **box} for i in range(len(files))]
+        rows = [
+            {"id": i + 1, "file_name": n, "height": HEIGHT, "width": WIDTH}
+            for i, (n, _) in enumerate(files)
+        ]
+        box = {
+            "category_id": 1,
+            "bbox": [4.5, 6.0, 60.0, 8.0],
+            "area": 80.0,
+            "iscrowd": 0,
+            "isfake": 0,
+        }
+        boxes = [
+            {"id": i + 1, "image_id": i + 1, "isreflected": 0, **box} for i in range(len(files))
+        ]
         content = {"images": rows, "annotations": boxes, "categories": CATEGORIES, "licenses": []}
         (root / "annotations" / f"zhiyuan_objv2_{split}.json").write_text(json.dumps(content))
         for i, (_, place) in enumerate(files):
@@ -48,7 +68,9 @@ def objects365(root: Path, images: str) -> Path:
 
 
 @pytest.mark.parametrize("images", ["", "images"])
-def test_pictures_in_patch_folders_are_found_and_missing_ones_are_one_line(images: str, tmp_path: Path) -> None:
+def test_pictures_in_patch_folders_are_found_and_missing_ones_are_one_line(
+    images: str, tmp_path: Path
+) -> None:
     source = resolve(objects365(tmp_path / "o365", images))
     with pytest.raises(UserError, match="missing-image"):
         prepare(source)
@@ -66,7 +88,8 @@ def test_a_broken_picture_is_replaced_and_named(tmp_path: Path) -> None:
     training, *_ = prepare(source, skip_bad=True, undecoded=("train",))
     assert len(training) == 3  # nothing was decoded
     transform, log = train_transform(policy="none", size=32), tmp_path / "unreadable.txt"
-    stopping, going_on = DetectionDataset(training, transform), DetectionDataset(training, transform, unreadable=log)
+    stopping = DetectionDataset(training, transform)
+    going_on = DetectionDataset(training, transform, unreadable=log)
     with pytest.raises(UserError, match="objects365_v1_00066778"):
         stopping[0, 1]
     assert going_on[0, 1].image.equal(stopping[0, 2].image)

@@ -56,7 +56,12 @@ def test_yolo_polygons(tmp_path: Path) -> None:
 
 def labelme(root: Path, *shapes: dict[str, Any]) -> Annotations:
     write_images(root, "train")
-    content = {"shapes": shapes, "imagePath": "train_0.jpg", "imageHeight": HEIGHT, "imageWidth": WIDTH}
+    content = {
+        "shapes": shapes,
+        "imagePath": "train_0.jpg",
+        "imageHeight": HEIGHT,
+        "imageWidth": WIDTH,
+    }
     for name in ("train_0", "train_1"):
         (root / f"{name}.json").write_text(json.dumps(content | {"imagePath": f"{name}.jpg"}))
     return to_annotations(resolve(None, root).load("train"))
@@ -83,7 +88,9 @@ def png(bitmap: np.ndarray) -> str:
 
 
 def test_labelmes_masks(tmp_path: Path) -> None:
-    """Pixel for pixel with their holes, cut where they leave the picture, and together with shapes of their group."""
+    """Pixel for pixel with their holes, cut where they leave the picture, and together with shapes
+    of their group.
+    """
     ring = np.zeros((8, 12), dtype=np.bool_)
     ring[1:7, 1:11], ring[3:5, 4:7] = True, False
     mask = {"label": "a", "shape_type": "mask", "points": [[4, 3], [15, 10]], "mask": png(ring)}
@@ -97,20 +104,30 @@ def test_labelmes_masks(tmp_path: Path) -> None:
     assert annotations.boxes[:3].tolist() == [[5, 4, 10, 6], [WIDTH - 5, 0, 5, 3], [5, 4, 25, 14]]
     labelme(tmp_path / "damaged", mask | {"mask": "no picture"})
     damaged = resolve(None, tmp_path / "damaged").load("train")
-    assert "shape 1 has a `mask` that is no picture in base64" in " ".join(f.what for f in damaged.findings)
+    assert "shape 1 has a `mask` that is no picture in base64" in " ".join(
+        f.what for f in damaged.findings
+    )
 
 
 def test_via(tmp_path: Path) -> None:
     write_images(tmp_path / "images", "train")
     cx, cy, r = CIRCLE
     shapes: list[dict[str, Any]] = [
-        {"name": "polygon", "all_points_x": [x for x, _ in TRIANGLE], "all_points_y": [y for _, y in TRIANGLE]},
+        {
+            "name": "polygon",
+            "all_points_x": [x for x, _ in TRIANGLE],
+            "all_points_y": [y for _, y in TRIANGLE],
+        },
         {"name": "circle", "cx": cx, "cy": cy, "r": r},
         {"name": "ellipse", "cx": 20, "cy": 16, "rx": 12, "ry": 5, "theta": math.pi / 2},
         {"name": "rect", "x": 2, "y": 2, "width": 10, "height": 6},
     ]
-    regions = [{"shape_attributes": shape, "region_attributes": {"class": "cat"}} for shape in shapes]
-    entries = {f"train_{n}.jpg1": {"filename": f"train_{n}.jpg", "regions": regions} for n in range(5)}
+    regions = [
+        {"shape_attributes": shape, "region_attributes": {"class": "cat"}} for shape in shapes
+    ]
+    entries = {
+        f"train_{n}.jpg1": {"filename": f"train_{n}.jpg", "regions": regions} for n in range(5)
+    }
     (tmp_path / "train.json").write_text(json.dumps(entries))
     masks = bitmaps(read(tmp_path))
     expected = [24 * 16 / 2, math.pi * r * r, math.pi * 60, 60]

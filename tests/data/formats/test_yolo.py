@@ -49,7 +49,9 @@ def test_rectangles_at_an_angle_are_polygons() -> None:
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(60):
-        corner, u, v = rng.uniform(0.3, 0.7, 2), rng.uniform(-0.2, 0.2, 2), rng.uniform(-0.2, 0.2, 2)
+        corner = rng.uniform(0.3, 0.7, 2)
+        u = rng.uniform(-0.2, 0.2, 2)
+        v = rng.uniform(-0.2, 0.2, 2)
         rows.append(np.concatenate([corner, corner + u, corner + u + v, corner + v]))
     assert decide(rows) == "polygons"
 
@@ -75,7 +77,9 @@ def test_validation_means_what_training_means(tmp_path: Path) -> None:
     """A single line of validation could be anything."""
     lines_of(one_keypoint)(tmp_path)
     for file in (tmp_path / "labels" / "train").iterdir():
-        file.write_text("0 0.1 0.1 0.2 0.1 0.15 0.2 0.05 0.25\n1 0.7 0.7 0.8 0.7 0.85 0.9 0.6 0.8 0.65 0.72\n")
+        file.write_text(
+            "0 0.1 0.1 0.2 0.1 0.15 0.2 0.05 0.25\n1 0.7 0.7 0.8 0.7 0.85 0.9 0.6 0.8 0.65 0.72\n"
+        )
     source = resolve(data=tmp_path)
     assert np.array_equal(source.load("val").boxes, source.load_all()["val"].boxes)
 
@@ -96,7 +100,9 @@ def test_validation_means_what_training_means(tmp_path: Path) -> None:
         ("\n  - cat\n  - dog # comment", ["cat", "dog"]),
     ],
 )
-def test_names_are_the_text_that_stands_there(tmp_path: Path, names: str, expected: list[str]) -> None:
+def test_names_are_the_text_that_stands_there(
+    tmp_path: Path, names: str, expected: list[str]
+) -> None:
     (tmp_path / "my.names").write_text("cat\ndog\n")
     file = tmp_path / "data.yaml"
     file.write_text(f"names: {names}\ntrain: x\n")
@@ -114,6 +120,8 @@ def test_a_kpt_shape_that_is_none(tmp_path: Path) -> None:
         keypoints(tmp_path / "data.yaml")
     yolo_set(tmp_path, f"{YAML}kpt_shape: [2, 3]\n")
     (tmp_path / "labels" / "train" / "p0.txt").write_text("0 0.5 0.5 0.1 0.1 0.5 0.5 2\n")
-    found = [f for f in check(resolve(data=tmp_path), fast=True).errors if f.code == "malformed-label"]
+    found = [
+        f for f in check(resolve(data=tmp_path), fast=True).errors if f.code == "malformed-label"
+    ]
     assert len(found) == 1
     assert "8 fields" in found[0].what

@@ -1,4 +1,6 @@
-"""Every CPU path of deformable attention against the grid_sample form, and the choice between them."""
+"""Every CPU path of deformable attention against the grid_sample form, and the choice between
+them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6}
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_here() -> Iterator[None]:
-    """Nothing compiled yet, and none of the layouts counted that other tests of this process have compiled for."""
+    """Nothing compiled yet, and none of the layouts counted that other tests of this process have
+    compiled for.
+    """
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deformable_cpu, "pieces", Pieces())
@@ -60,7 +64,9 @@ def own_pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
     return deformable_cpu.pieces
 
 
-def inputs(batch: int = 2, queries: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+def inputs(
+    batch: int = 2, queries: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[Tensor]:
     """Value, locations (some outside the map) and weights."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (batch, queries, HEADS, len(SHAPES), POINTS)
@@ -70,12 +76,18 @@ def inputs(batch: int = 2, queries: int = 5, dtype: torch.dtype = torch.float64,
     return [t.to(dtype) for t in (value, locations, weights / weights.sum((-1, -2), keepdim=True))]
 
 
-def run(function: Any, tensors: list[Tensor], needs: tuple[bool, ...] = (True, True, True)) -> list[Tensor]:
+def run(
+    function: Any, tensors: list[Tensor], needs: tuple[bool, ...] = (True, True, True)
+) -> list[Tensor]:
     """The output and the gradients of those that need one."""
-    value, locations, weights = (t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True))
+    value, locations, weights = (
+        t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)
+    )
     out = function(value, SHAPES, locations, weights)
     wanted = [t for t in (value, locations, weights) if t.requires_grad]
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(out.dtype)
     return [out.detach(), *(torch.autograd.grad(out, wanted, upstream) if wanted else ())]
 
 
@@ -111,7 +123,9 @@ def test_inputs_that_are_not_contiguous(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [(-5.0, 0.5), (0.5, 7.0), (-1e6, 1e30), (0.0, 0.0), (1.0, 1.0), (0.5, 1.0), (0.0, 0.25)], ids=str
+    "place",
+    [(-5.0, 0.5), (0.5, 7.0), (-1e6, 1e30), (0.0, 0.0), (1.0, 1.0), (0.5, 1.0), (0.0, 0.25)],
+    ids=str,
 )
 def test_outside_and_on_the_border(path: str, place: tuple[float, float]) -> None:
     value, locations, weights = inputs()
@@ -119,7 +133,9 @@ def test_outside_and_on_the_border(path: str, place: tuple[float, float]) -> Non
 
 
 def test_on_the_border_of_two_cells(path: str) -> None:
-    """The derivative is that of the cell which starts there. All of these numbers are exact in binary."""
+    """The derivative is that of the cell which starts there. All of these numbers are exact in
+    binary.
+    """
     shapes = ((4, 4), (2, 8))
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(1, 32, HEADS, WIDTH, generator=generator, dtype=torch.float64)
@@ -156,7 +172,9 @@ def test_half_precision(path: str) -> None:
     """Locations and sums stay float32."""
     value, locations, weights = inputs(dtype=torch.float32)
     out, *gradients = run(ms_deform_attn, [value.bfloat16(), locations, weights.bfloat16()])
-    exact, *expected = run(ms_deform_attn_reference, [value.bfloat16().float(), locations, weights.bfloat16().float()])
+    exact, *expected = run(
+        ms_deform_attn_reference, [value.bfloat16().float(), locations, weights.bfloat16().float()]
+    )
     assert out.dtype == torch.bfloat16
     assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.bfloat16]
     torch.testing.assert_close(out.float(), exact, rtol=2**-8, atol=1e-6)
@@ -170,7 +188,8 @@ def test_under_autocast(path: str) -> None:
     torch.manual_seed(0)
     module = DeformableAttention(HEADS * WIDTH, HEADS, len(SHAPES), POINTS)
     tokens = torch.randn(2, TOKENS, HEADS * WIDTH)
-    where, memory = Spatial(torch.zeros(2, 5, HEADS * WIDTH), torch.rand(2, 5, 2)), Memory(tokens, tokens, SHAPES)
+    where = Spatial(torch.zeros(2, 5, HEADS * WIDTH), torch.rand(2, 5, 2))
+    memory = Memory(tokens, tokens, SHAPES)
     x = torch.randn(2, 5, HEADS * WIDTH)
     exact = module(x, where, memory)
     with torch.autocast("cpu", torch.bfloat16):
@@ -228,7 +247,9 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, own_pieces: Pieces) -> None:
     assert not own_pieces.use_compiled(COMPILE_FROM, gradients=True)
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, own_pieces: Pieces, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, own_pieces: Pieces, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("DETRELLIS_MSDA", "compiled")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.INFO, "detrellis"):
@@ -253,7 +274,9 @@ def test_a_compile_that_fails(
     with caplog.at_level(logging.INFO, "detrellis"):
         compare(inputs())
     assert own_pieces.failed
-    assert "cannot compile: PermissionError: [Errno 13] the cache" in caplog.records[-1].getMessage()
+    assert (
+        "cannot compile: PermissionError: [Errno 13] the cache" in caplog.records[-1].getMessage()
+    )
     assert sum("cannot compile" in r.getMessage() for r in caplog.records) == 1
 
 
@@ -280,7 +303,9 @@ def test_inside_torch_compile(path: str) -> None:
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
-def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, ...]) -> None:
+def test_registered_as_torch_wants_it(
+    monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, ...]
+) -> None:
     monkeypatch.setenv("DETRELLIS_MSDA", "eager")
     tensors = [t.requires_grad_(n) for t, n in zip(inputs(), needs, strict=True)]
     sizes = [n for shape in SHAPES for n in shape]
@@ -288,7 +313,8 @@ def test_registered_as_torch_wants_it(monkeypatch: pytest.MonkeyPatch, needs: tu
     upstream = torch.ones(2, 5, HEADS * WIDTH, dtype=torch.float64)
     detached = [t.detach() for t in tensors]
     torch.library.opcheck(
-        torch.ops.detrellis.ms_deform_attn_backward, (upstream, *detached, sizes, [needs[0], any(needs[1:])])
+        torch.ops.detrellis.ms_deform_attn_backward,
+        (upstream, *detached, sizes, [needs[0], any(needs[1:])]),
     )
 
 
@@ -303,8 +329,13 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 for _ in range(2):
     ms_deform_attn(torch.ones(1, 4, 1, 2), [(2, 2)], torch.ones(1, 3, 1, 1, 1, 2), torch.ones(1, 3, 1, 1, 1))
 """
-    variables = os.environ | {"DETRELLIS_MSDA": "compiled", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "in")}
-    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False)
+    variables = os.environ | {
+        "DETRELLIS_MSDA": "compiled",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "in"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "eager bags on the CPU (cannot compile: " in done.stdout
     assert done.stdout.count("\n") == 1
@@ -315,7 +346,8 @@ def test_a_compiled_detector() -> None:
     """Without graph breaks, and the same outputs."""
     detector = build(small("tiny"), CLASSES).eval().detector
     batch = images(((64, 96), (64, 80)))
-    expected, compiled = detector(batch), torch.compile(detector, fullgraph=True, backend="aot_eager")(batch)
+    expected = detector(batch)
+    compiled = torch.compile(detector, fullgraph=True, backend="aot_eager")(batch)
     torch.testing.assert_close(compiled.logits, expected.logits)
     torch.testing.assert_close(compiled.boxes, expected.boxes)
 

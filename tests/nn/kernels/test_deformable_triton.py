@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: their results in Triton's interpreter, and what they compile to.
 
-Triton decides at import whether it interprets, so each of the two runs this file as a program of its own.
+Triton decides at import whether it interprets, so each of the two runs this file as a program of
+its own.
 """
 
 from __future__ import annotations
@@ -18,16 +19,27 @@ import torch
 from torch import Tensor
 
 SHAPES = ((3, 4), (1, 1), (2, 5))
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}
 NEEDS = ((True, True), (True, False), (False, True))
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize(("what", "variables"), [("interpret", {"TRITON_INTERPRET": "1"}), ("compile", {})])
+@pytest.mark.parametrize(
+    ("what", "variables"), [("interpret", {"TRITON_INTERPRET": "1"}), ("compile", {})]
+)
 def test_without_a_gpu(what: str, variables: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, __file__, what], env=os.environ | variables, capture_output=True, text=True, check=False
+        [sys.executable, __file__, what],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("fine\n")
@@ -43,7 +55,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         check(dtype, width, queries, "cuda")
 
 
-def test_a_gpu_without_triton_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_without_triton_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The other path is several times slower: nobody should find that out by waiting."""
     from detrellis.nn.kernels import deformable, deformable_triton
 
@@ -63,14 +77,18 @@ def inputs(dtype: torch.dtype, width: int, queries: int, device: str = "cpu") ->
     generator = torch.Generator().manual_seed(0)
     precise = torch.promote_types(dtype, torch.float32)
     sizes = (2, queries, 2, len(SHAPES), 1)
-    value = torch.randn(2, sum(h * w for h, w in SHAPES), 2, width, generator=generator, dtype=torch.float64)
+    value = torch.randn(
+        2, sum(h * w for h, w in SHAPES), 2, width, generator=generator, dtype=torch.float64
+    )
     locations = torch.rand(*sizes, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
     locations[0, :1] = 0.5
     locations[1, :1] = 1e6
     weights = torch.rand(*sizes, generator=generator, dtype=torch.float64)
     upstream = torch.randn(2, queries, 2 * width, generator=generator, dtype=torch.float64)
     types = (dtype, dtype, precise, precise)
-    return tuple(t.to(device, d) for t, d in zip((upstream, value, locations, weights), types, strict=True))
+    return tuple(
+        t.to(device, d) for t, d in zip((upstream, value, locations, weights), types, strict=True)
+    )
 
 
 def check(dtype: torch.dtype, width: int, queries: int, device: str = "cpu") -> None:
@@ -85,22 +103,34 @@ def check(dtype: torch.dtype, width: int, queries: int, device: str = "cpu") -> 
     out = deformable_triton.forward(*tensors, SHAPES, True)
     assert out.dtype == dtype
     close(out, expected, dtype)
-    for deterministic, needs in itertools.product((False, True), NEEDS if dtype == torch.float64 else NEEDS[:1]):
+    for deterministic, needs in itertools.product(
+        (False, True), NEEDS if dtype == torch.float64 else NEEDS[:1]
+    ):
         torch.use_deterministic_algorithms(deterministic)
         found = deformable_triton.backward(upstream, *tensors, SHAPES, needs)
         torch.use_deterministic_algorithms(False)
-        for ours, theirs, needed in zip(found, gradients, (needs[0], needs[1], needs[1]), strict=True):
+        for ours, theirs, needed in zip(
+            found, gradients, (needs[0], needs[1], needs[1]), strict=True
+        ):
             assert needed or not ours.numel()
             if needed:
-                close(ours, theirs, dtype if ours is found[0] else torch.promote_types(dtype, torch.float32))
+                close(
+                    ours,
+                    theirs,
+                    dtype if ours is found[0] else torch.promote_types(dtype, torch.float32),
+                )
 
 
 def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    assert (ours.double() - theirs).abs().max() <= TOLERANCE[dtype] * max(1.0, theirs.abs().max().item())
+    assert (ours.double() - theirs).abs().max() <= TOLERANCE[dtype] * max(
+        1.0, theirs.abs().max().item()
+    )
 
 
 def interpret() -> None:
-    """Program: all types, channels that are no power of two, queries that do not fill a program; nothing at all."""
+    """Program: all types, channels that are no power of two, queries that do not fill a program;
+    nothing at all.
+    """
     from detrellis.nn.kernels import deformable_triton
 
     check(torch.float64, 3, 37)
@@ -112,7 +142,9 @@ def interpret() -> None:
 
 
 def compile_only() -> None:
-    """Program: through Triton's compiler to the assembly of a GPU that is not there, launching nothing."""
+    """Program: through Triton's compiler to the assembly of a GPU that is not there, launching
+    nothing.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -147,7 +179,13 @@ def compile_only() -> None:
         torch.use_deterministic_algorithms(True)
         deformable_triton.backward(upstream, *tensors, SHAPES, [True, True])
         torch.use_deterministic_algorithms(False)
-        assert ["red.global" in text or "atom." in text for text in assembly] == [False, True, False, False, False]
+        assert ["red.global" in text or "atom." in text for text in assembly] == [
+            False,
+            True,
+            False,
+            False,
+            False,
+        ]
         # 16-byte loads of rows; additions of 16 bytes where the hardware has them.
         wide = r"ld\.global\.v2\.b64" if dtype == torch.float64 else r"ld\.global\.v4\.b32"
         assert all(re.search(wide, text) for text in assembly[:4])

@@ -1,4 +1,6 @@
-"""Linear layers by oneDNN: the same numbers as torch's, and torch's own path wherever oneDNN has nothing to offer."""
+"""Linear layers by oneDNN: the same numbers as torch's, and torch's own path wherever oneDNN has
+nothing to offer.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_equals_torch(shape: tuple[int, ...], biased: bool, calls: list[int]) ->
     torch.testing.assert_close(actual, expected)
     gradient = torch.randn_like(expected)
     for one, other in zip(
-        torch.autograd.grad(actual, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
+        torch.autograd.grad(actual, inputs, gradient),
+        torch.autograd.grad(expected, inputs, gradient),
+        strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -65,8 +69,12 @@ def fast_linear() -> nn.Linear:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [SelfAttention, DenseAttention])
 def test_accelerated_modules(kind: type[SelfAttention | DenseAttention], calls: list[int]) -> None:
-    """All of their products are oneDNN's, in copies too, and their state dicts are those of plain ones."""
-    plain, x, memory = kind(8, 2), torch.randn(2, 5, 8), Memory(torch.randn(2, 6, 8), torch.randn(1, 6, 8), ((2, 3),))
+    """All of their products are oneDNN's, in copies too, and their state dicts are those of plain
+    ones.
+    """
+    plain = kind(8, 2)
+    x = torch.randn(2, 5, 8)
+    memory = Memory(torch.randn(2, 6, 8), torch.randn(1, 6, 8), ((2, 3),))
     fast = copy.deepcopy(plain)
     accelerate(fast)
     again = copy.deepcopy(fast)

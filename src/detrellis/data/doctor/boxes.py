@@ -1,5 +1,5 @@
-"""The doctor checks the boxes of one split, in array operations, so that Python sees only what is wrong; and whether a
-detector has queries enough for the image with most of them."""
+"""The doctor checks the boxes of one split, in array operations, so that Python sees only what is
+wrong; and whether a detector has queries enough for the image with most of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ def _named(raw: RawDataset, box: int) -> str:
 def _references(raw: RawDataset) -> Iterator[Finding]:
     listed = {i for i, _ in raw.categories}
     for box in _rows(raw.box_rows < 0):
-        yield _at(raw, "unknown-image", box, f"image_id {raw.box_image_ids[box]} is not in the list of images")
+        yield _at(
+            raw,
+            "unknown-image",
+            box,
+            f"image_id {raw.box_image_ids[box]} is not in the list of images",
+        )
     for box in _rows(~np.isin(raw.box_categories, list(listed))):
         what = f"category {raw.box_categories[box]} is not in the list of categories"
         yield _at(raw, "unknown-category", box, what)
@@ -53,11 +58,18 @@ def _references(raw: RawDataset) -> Iterator[Finding]:
         repeated_id[first] = False
         for box in _rows(repeated_id):
             box_id = int(raw.ids[box])
-            yield _at(raw, "duplicate-annotation-id", box, f"annotation id {box_id} is used {times[box_id]} times")
+            yield _at(
+                raw,
+                "duplicate-annotation-id",
+                box,
+                f"annotation id {box_id} is used {times[box_id]} times",
+            )
 
 
 def frames(raw: RawDataset) -> tuple[NDArray[np.int64], Mask]:
-    """`(T, 2)` height and width of each box's image in pixels, and `(T,)` whether they are known."""
+    """`(T, 2)` height and width of each box's image in pixels, and `(T,)` whether they are
+    known.
+    """
     if not len(raw):
         return np.zeros((len(raw.ids), 2), dtype=np.int64), np.zeros(len(raw.ids), dtype=np.bool_)
     sizes = raw.sizes[raw.box_rows]
@@ -95,15 +107,22 @@ def _geometry(raw: RawDataset) -> Iterator[Finding]:
         what = f"the box {_named(raw, box)} lies outside the image ({_size(sizes[box])})"
         yield _at(raw, "outside-box", box, what + _hint(corners[box]))
     for box in _rows(beyond > ROUNDING):
-        what = f"the box {_named(raw, box)} reaches {beyond[box]:.4g} pixels beyond the image ({_size(sizes[box])})"
+        what = (
+            f"the box {_named(raw, box)} reaches {beyond[box]:.4g} pixels beyond the image "
+            f"({_size(sizes[box])})"
+        )
         yield _at(raw, "clipped-box", box, what + _hint(corners[box]))
     if rounded := _rows((beyond > 0) & (beyond <= ROUNDING)):
         what = f"{len(rounded)} boxes reach up to {ROUNDING:g} pixel beyond their images"
-        yield finding("clipped-rounding", raw.split, raw.place(rounded[0])[0], what, count=len(rounded))
+        yield finding(
+            "clipped-rounding", raw.split, raw.place(rounded[0])[0], what, count=len(rounded)
+        )
 
 
 def _beyond(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`(T,)` pixels by which a box leaves its frame, on the side where that is farthest; 0 inside."""
+    """`(T,)` pixels by which a box leaves its frame, on the side where that is farthest; 0
+    inside.
+    """
     far = boxes[:, :2] + boxes[:, 2:] - sizes[:, ::-1]
     worst: NDArray[np.float64] = np.maximum(far, -boxes[:, :2]).max(axis=1)
     return np.maximum(worst, 0)
@@ -125,7 +144,9 @@ def _size(size: NDArray[np.int64]) -> str:
 
 
 def _conventions(raw: RawDataset) -> Iterator[Finding]:
-    """Boxes in another convention than the file's: a guess, so a warning about all of them together."""
+    """Boxes in another convention than the file's: a guess, so a warning about all of them
+    together.
+    """
     sizes, known = frames(raw)
     fine = usable(raw) & known & ~raw.crowd
     boxes, sizes = raw.boxes[fine], sizes[fine]
@@ -133,15 +154,24 @@ def _conventions(raw: RawDataset) -> Iterator[Finding]:
         return
     places = np.flatnonzero(fine)
     # A box within the first pixel of a larger image is no object.
-    relative = _all(boxes >= 0) & _all(boxes[:, :2] + boxes[:, 2:] <= 1.001) & (sizes.min(axis=1) > 8)
+    relative = (
+        _all(boxes >= 0) & _all(boxes[:, :2] + boxes[:, 2:] <= 1.001) & (sizes.min(axis=1) > 8)
+    )
     if relative.any():
-        what = f"{relative.sum()} of {len(raw.ids)} boxes lie between 0 and 1: they look like shares of the image"
+        what = (
+            f"{relative.sum()} of {len(raw.ids)} boxes lie between 0 and 1: they look like "
+            "shares of the image"
+        )
         yield _together(raw, "normalised-boxes", places[relative], what)
-    # Real (x, y, w, h) boxes end inside the frame; of corners taken for such, those right of the middle do not.
+    # Real (x, y, w, h) boxes end inside the frame; of corners taken for such, those right of the
+    # middle do not.
     leaving = _beyond(boxes, sizes) > ROUNDING
     corners = _fits_as_corners(boxes, sizes)
     if leaving.mean() >= 0.1 and corners.mean() >= 0.95:
-        what = f"{leaving.sum()} of {len(raw.ids)} boxes leave their images, but nearly all fit as (x1, y1, x2, y2)"
+        what = (
+            f"{leaving.sum()} of {len(raw.ids)} boxes leave their images, but nearly all fit as "
+            "(x1, y1, x2, y2)"
+        )
         yield _together(raw, "xyxy-boxes", places[leaving], what)
 
 
@@ -153,11 +183,15 @@ def _together(raw: RawDataset, code: str, boxes: NDArray[np.int64], what: str) -
 
 
 def repeated(raw: RawDataset) -> NDArray[np.int64]:
-    """`(T,)` for each box the index of the first one with the same image, category and numbers, or -1."""
+    """`(T,)` for each box the index of the first one with the same image, category and numbers, or
+    -1.
+    """
     columns = np.column_stack(
-        [raw.box_image_ids, raw.box_categories, raw.crowd, raw.boxes.view(np.int64)]  # bits: NaN equals itself
+        # Bits: NaN equals itself
+        [raw.box_image_ids, raw.box_categories, raw.crowd, raw.boxes.view(np.int64)]
     )
-    # A random sum sorts ten times faster than seven columns; boxes of the same sum are compared in full.
+    # A random sum sorts ten times faster than seven columns; boxes of the same sum are compared in
+    # full.
     weights = np.random.default_rng(0).integers(1, 2**62, size=columns.shape[1], dtype=np.int64)
     with np.errstate(over="ignore"):
         keys = (columns * weights).sum(axis=1)
@@ -199,7 +233,9 @@ class Capacity(NamedTuple):
 
 
 def check_queries(raw: RawDataset, capacity: Capacity) -> Iterator[Finding]:
-    """Whether a split has images of more objects than the detector has queries for, or than it returns."""
+    """Whether a split has images of more objects than the detector has queries for, or than it
+    returns.
+    """
     if not len(raw):
         return
     objects = np.bincount(raw.box_rows[(raw.box_rows >= 0) & ~raw.crowd], minlength=len(raw))
@@ -212,13 +248,18 @@ def check_queries(raw: RawDataset, capacity: Capacity) -> Iterator[Finding]:
         what = f"{largest:,} objects, but the detector has {capacity.queries:,} queries{each}"
         images = int((objects * capacity.each > capacity.queries).sum())
     elif options:
-        what = f"{largest:,} objects, but the detector returns {capacity.detections:,} of an image (`detector.top_k`)"
+        what = (
+            f"{largest:,} objects, but the detector returns {capacity.detections:,} of an image "
+            "(`detector.top_k`)"
+        )
         images = int((objects > capacity.detections).sum())
     else:
         return
     # The remedy stands here, because `train` prints no remedies.
     what = f"{what}: the others cannot be found; {' '.join(options)} would do"
-    yield finding("too-many-objects", raw.split, raw.path(row), what, id=raw.image_id(row), count=images)
+    yield finding(
+        "too-many-objects", raw.split, raw.path(row), what, id=raw.image_id(row), count=images
+    )
 
 
 def _rounded(number: int) -> int:

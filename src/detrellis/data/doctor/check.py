@@ -1,6 +1,7 @@
 """The data-set doctor: `check` looks, `prepare` looks quickly and hands over what training reads.
 
-Files in the folder that are not read are one finding, by suffix, so that nothing is left out unnoticed.
+Files in the folder that are not read are one finding, by suffix, so that nothing is left out
+unnoticed.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ def check(
 ) -> Report:
     """The report of the whole data set, or of the named splits.
 
-    A `fast` check reads the annotations and asks for every file; the full one also decodes every image, with `workers`
-    threads (default: one a core) and, with `progress`, a bar on stderr. `capacity` is that of the detector which is to
-    learn from the data set. Raises `UserError` where a file cannot be read as what it should be.
+    A `fast` check reads the annotations and asks for every file; the full one also decodes every
+    image, with `workers` threads (default: one a core) and, with `progress`, a bar on stderr.
+    `capacity` is that of the detector which is to learn from the data set. Raises `UserError` where
+    a file cannot be read as what it should be.
     """
     raws = source.load_all(splits, outlines=not fast)
     report = examine(raws, fast=fast, progress=progress, workers=workers, capacity=capacity)
-    report = report.with_findings([*unused_annotations(source, raws), *outside_folder(source, raws)])
+    report = report.with_findings(
+        [*unused_annotations(source, raws), *outside_folder(source, raws)]
+    )
     return report if splits is not None else report.with_findings(unused_files(source, raws))
 
 
@@ -67,30 +71,47 @@ def examine(
     }
     findings: list[Finding] = []
     for split, raw in raws.items():
-        findings += [*raw.findings, *_empty(raw), *check_images(raw, facts[split]), *check_boxes(raw)]
+        findings += [
+            *raw.findings,
+            *_empty(raw),
+            *check_images(raw, facts[split]),
+            *check_boxes(raw),
+        ]
     if not fast:
         findings += [f for raw in raws.values() for f in check_masks(raw)]
     findings += shared_images(raws, facts)
     findings += check_classes(raws)
     if capacity is not None:
         findings += [f for raw in raws.values() for f in check_queries(raw, capacity)]
-    return Report(tuple(_without_consequences(findings)), tuple(map(summarise, raws.values())), fast)
+    return Report(
+        tuple(_without_consequences(findings)), tuple(map(summarise, raws.values())), fast
+    )
 
 
 def _without_consequences(findings: Sequence[Finding]) -> list[Finding]:
-    """A record of which the reader said what is wrong is not named again for what follows from that."""
-    malformed = {(f.split, f.noun, f.row) for f in findings if f.code in MALFORMED and f.row is not None}
+    """A record of which the reader said what is wrong is not named again for what follows from
+    that.
+    """
+    malformed = {
+        (f.split, f.noun, f.row) for f in findings if f.code in MALFORMED and f.row is not None
+    }
     return [f for f in findings if f.code in MALFORMED or (f.split, f.noun, f.row) not in malformed]
 
 
 def _empty(raw: RawDataset) -> list[Finding]:
-    """The findings of a split without images or without boxes; a test split without boxes, as COCO's, is all right."""
+    """The findings of a split without images or without boxes; a test split without boxes, as
+    COCO's, is all right.
+    """
     if not len(raw):
         return [finding("no-images", raw.split, raw.source, "no images are listed")]
     if len(raw.ids) or raw.split == "test":
         return []
     looked = f"; looked for files like {raw.label_files[0]}" if raw.label_files else ""
-    return [finding("no-annotations", raw.split, raw.source, f"{len(raw)} images and not one box{looked}")]
+    return [
+        finding(
+            "no-annotations", raw.split, raw.source, f"{len(raw)} images and not one box{looked}"
+        )
+    ]
 
 
 def prepare(
@@ -100,15 +121,20 @@ def prepare(
     *,
     undecoded: Collection[str] = (),
 ) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
-    """Training and validation set (None where there is none), the class map of both, and the fast check's report.
+    """Training and validation set (None where there is none), the class map of both, and the fast
+    check's report.
 
-    Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an object by that
-    (`"boxes"`: these stay); `report.skipped` says how many. Without it a `UserError` says what the check says. With it
-    the check is the full one: an image that cannot be decoded is a bad record too, but in splits that are `undecoded`.
+    Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an
+    object by that (`"boxes"`: these stay); `report.skipped` says how many. Without it a `UserError`
+    says what the check says. With it the check is the full one: an image that cannot be decoded is
+    a bad record too, but in splits that are `undecoded`.
     """
     raws = source.load_all([split for split in ("train", "val") if split in source.splits])
     if "train" not in raws:
-        raise UserError(f"the data set has no split `train`, only {', '.join(source.splits)}", "Name it with --train.")
+        raise UserError(
+            f"the data set has no split `train`, only {', '.join(source.splits)}",
+            "Name it with --train.",
+        )
     report = examine(raws, fast=not skip_bad, capacity=capacity, undecoded=undecoded)
     report = report.with_findings(unused_annotations(source, raws))
     annotations, report = _annotations(raws, report, raws["train"].classes, skip_bad)
@@ -118,10 +144,14 @@ def prepare(
 def prepare_split(
     source: DataSource, split: str, classes: ClassMap, skip_bad: SkipBad = False
 ) -> tuple[Annotations, Report]:
-    """One split for a detector that is already trained, and the report: as `prepare`, with the detector's `classes`."""
+    """One split for a detector that is already trained, and the report: as `prepare`, with the
+    detector's `classes`.
+    """
     raws = source.load_all([split])
     report = examine(raws, fast=not skip_bad)
-    report = report.with_findings(disagreements(raws[split], list(zip(classes.ids, classes.names, strict=True))))
+    report = report.with_findings(
+        disagreements(raws[split], list(zip(classes.ids, classes.names, strict=True)))
+    )
     annotations, report = _annotations(raws, report, classes, skip_bad)
     return annotations[split], report
 
@@ -129,12 +159,14 @@ def prepare_split(
 def _annotations(
     raws: Mapping[str, RawDataset], report: Report, classes: ClassMap, skip_bad: SkipBad
 ) -> tuple[dict[str, Annotations], Report]:
-    """What training reads of each split, bad records left out; and the report, which counts them."""
+    """What training reads of each split, bad records left out; and the report, which counts
+    them.
+    """
     if report.errors and not skip_bad:
         raise UserError(
             f"the data set has errors\n{report.text()}",
-            "`detrellis check` lists them all, `detrellis check --fix OUT` writes a clean copy, `--skip-bad` leaves "
-            "them out.",
+            "`detrellis check` lists them all, `detrellis check --fix OUT` writes a clean copy, "
+            "`--skip-bad` leaves them out.",
         )
     annotations, skipped = {}, {}
     for split, raw in raws.items():
@@ -145,7 +177,9 @@ def _annotations(
             raise UserError(what, "Put the data set right first.")
         annotations[split] = to_annotations(aligned, classes)
         skipped[split] = counts | changed
-    return annotations, replace(report, skipped={split: counts for split, counts in skipped.items() if counts})
+    return annotations, replace(
+        report, skipped={split: counts for split, counts in skipped.items() if counts}
+    )
 
 
 def unused_files(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
@@ -154,7 +188,10 @@ def unused_files(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Fin
     if not unused:
         return []
     kinds = sorted(unused.items(), key=lambda item: (-len(item[1]), item[0]))
-    counts = [f"{len(files)} {suffix or 'without a suffix'} ({_first(files)})" for suffix, files in kinds[:SHOWN]]
+    counts = [
+        f"{len(files)} {suffix or 'without a suffix'} ({_first(files)})"
+        for suffix, files in kinds[:SHOWN]
+    ]
     more = f" and {len(kinds) - SHOWN} more suffixes" if len(kinds) > SHOWN else ""
     count = sum(len(files) for files in unused.values())
     subject = "1 file in this folder is" if count == 1 else f"{count} files in this folder are"
@@ -163,26 +200,41 @@ def unused_files(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Fin
 
 
 def outside_folder(source: DataSource, raws: Mapping[str, RawDataset]) -> Iterator[Finding]:
-    """The note `outside-folder` of each split with images elsewhere: an absolute path, `..` or a link leads there."""
+    """The note `outside-folder` of each split with images elsewhere: an absolute path, `..` or a
+    link leads there.
+    """
     if source.folder is None:
         return
     real = cache(os.path.realpath)
     inside = os.path.join(real(source.folder), "")
     for split, raw in raws.items():
         places = [os.path.join(raw.root, name) for name in raw.file_names if "\0" not in name]
-        ends = (real(p) if os.path.islink(p) else os.path.join(real(os.path.dirname(p)), "") for p in places)
-        outside = [p for p, end in zip(places, ends, strict=True) if not end.startswith(inside) and os.path.exists(p)]
+        ends = (
+            real(p) if os.path.islink(p) else os.path.join(real(os.path.dirname(p)), "")
+            for p in places
+        )
+        outside = [
+            p
+            for p, end in zip(places, ends, strict=True)
+            if not end.startswith(inside) and os.path.exists(p)
+        ]
         if outside:
-            what = f"{len(outside)} of {len(raw)} images are outside {source.folder}, the first: {real(outside[0])}"
+            what = (
+                f"{len(outside)} of {len(raw)} images are outside {source.folder}, the first: "
+                f"{real(outside[0])}"
+            )
             yield finding("outside-folder", split, raw.source, what, count=len(outside))
 
 
 def unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Finding]:
     """The warning `unused-annotations` where more annotation files are left out than read.
 
-    Only where each image has a file of its own (YOLO, Pascal VOC, ...), and all splits are in `raws`.
+    Only where each image has a file of its own (YOLO, Pascal VOC, ...), and all splits are in
+    `raws`.
     """
-    labels = [file for raw in raws.values() for file in raw.label_files or () if os.path.isfile(file)]
+    labels = [
+        file for raw in raws.values() for file in raw.label_files or () if os.path.isfile(file)
+    ]
     if not labels or set(raws) != set(source.splits):
         return []
     suffixes = {_suffix(file) for file in labels}
@@ -190,12 +242,17 @@ def unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> li
     alike = [file for suffix in sorted(suffixes) for file in unused.get(suffix, ())]
     if len(alike) <= len(set(labels)):
         return []
-    what = f"{len(alike)} of {len(alike) + len(set(labels))} annotation files are not used: {_first(alike)}"
+    what = (
+        f"{len(alike)} of {len(alike) + len(set(labels))} annotation files are not used: "
+        f"{_first(alike)}"
+    )
     return [finding("unused-annotations", "", str(source.folder), what, count=len(alike))]
 
 
 def _unused(source: DataSource, raws: Mapping[str, RawDataset]) -> dict[str, list[str]]:
-    """Files that are not read, relative to the folder, by suffix in lower case; none where no folder was given."""
+    """Files that are not read, relative to the folder, by suffix in lower case; none where no
+    folder was given.
+    """
     if source.folder is None:
         return {}
     real = cache(os.path.realpath)
@@ -222,7 +279,11 @@ def _links_to(path: str, used: Mapping[str, set[str]]) -> bool:
 def _read(splits: Mapping[str, SplitFiles], raws: Mapping[str, RawDataset]) -> Iterable[str]:
     """Every path that is read."""
     for files in splits.values():
-        yield from (str(path) for path in (files.annotations, files.listing, *files.images) if path is not None)
+        yield from (
+            str(path)
+            for path in (files.annotations, files.listing, *files.images)
+            if path is not None
+        )
     for raw in raws.values():
         root = str(raw.root)
         yield from (os.path.join(root, name) for name in raw.file_names)

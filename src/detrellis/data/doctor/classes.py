@@ -1,4 +1,6 @@
-"""The doctor checks the classes: within a split, and whether the other splits mean the same as training."""
+"""The doctor checks the classes: within a split, and whether the other splits mean the same as
+training.
+"""
 
 from __future__ import annotations
 
@@ -44,20 +46,28 @@ def _same_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _similar_names(raw: RawDataset) -> Iterator[Finding]:
-    """Names that are the same but for case and spaces: a slip in labelling, and two classes for the detector."""
+    """Names that are the same but for case and spaces: a slip in labelling, and two classes for the
+    detector.
+    """
     counts = _box_counts(raw)
     by_plain_name: dict[str, list[tuple[int, str]]] = {}
     for category, name in raw.categories:
         by_plain_name.setdefault(_plain(name), []).append((category, name))
     for similar in by_plain_name.values():
         if len({name for _, name in similar}) > 1:
-            listed = " and ".join(f"{name!r} (id {i}, {counts.get(i, 0)} boxes)" for i, name in similar)
-            what = f"classes that differ only in case, spaces or letters that are not seen: {listed}"
+            listed = " and ".join(
+                f"{name!r} (id {i}, {counts.get(i, 0)} boxes)" for i, name in similar
+            )
+            what = (
+                f"classes that differ only in case, spaces or letters that are not seen: {listed}"
+            )
             yield finding("similar-class-names", raw.split, raw.source, what, id=similar[0][0])
 
 
 def _never_seen(train: RawDataset, others: list[RawDataset]) -> Iterator[Finding]:
-    """Classes without a box in training: those that val has are one finding, which names them, the others another."""
+    """Classes without a box in training: those that val has are one finding, which names them, the
+    others another.
+    """
     in_train = _box_counts(train)
     in_val = next((_box_counts(raw) for raw in others if raw.split == "val"), {})
     only_val, never = dict[int, str](), dict[int, str]()
@@ -70,7 +80,10 @@ def _never_seen(train: RawDataset, others: list[RawDataset]) -> Iterator[Finding
         if classes:
             noun = "class has" if len(classes) == 1 else "classes have"
             more = f" and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
-            what = f"{len(classes)} {noun} no box in train: {', '.join(list(classes.values())[:NAMED])}{more}"
+            what = (
+                f"{len(classes)} {noun} no box in train: "
+                f"{', '.join(list(classes.values())[:NAMED])}{more}"
+            )
             one = next(iter(classes)) if len(classes) == 1 else None
             yield finding(code, "train", train.source, what, id=one, count=len(classes))
 
@@ -87,17 +100,23 @@ def disagreements(raw: RawDataset, train: Categories) -> Iterator[Finding]:
             what = f"class {name!r} (category {category}, {boxes} boxes) is not in train"
             yield finding("unknown-class", raw.split, raw.source, what, id=category, count=boxes)
             continue
-        in_train = f"is {train_names[category]!r} in train" if category in train_names else "is not in train"
+        in_train = (
+            f"is {train_names[category]!r} in train"
+            if category in train_names
+            else "is not in train"
+        )
         train_id = f"; there {name!r} is {train_ids[name]}" if name in train_ids else ""
         what = f"category {category} is {name!r} here and {in_train}{train_id} ({boxes} boxes)"
-        yield finding("class-mismatch", raw.split, raw.source, what, id=category, count=max(boxes, 1))
+        yield finding(
+            "class-mismatch", raw.split, raw.source, what, id=category, count=max(boxes, 1)
+        )
 
 
 def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[str, int]]:
     """`raw` with training's categories, and how many boxes changed, by code.
 
-    A category that training lists under the same id and name stays; otherwise the name decides, and the boxes of a
-    name that training does not list are left out.
+    A category that training lists under the same id and name stays; otherwise the name decides, and
+    the boxes of a name that training does not list are left out.
     """
     if dict(raw.categories) == dict(train):
         return raw, {}
@@ -113,7 +132,9 @@ def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[
     # The boxes of these, with training's ids.
     kept = np.isin(raw.box_categories, list(train_id))
     aligned = raw.take(np.ones(len(raw), dtype=np.bool_), kept)
-    categories = np.array([train_id[old] for old in aligned.box_categories.tolist()], dtype=np.int64)
+    categories = np.array(
+        [train_id[old] for old in aligned.box_categories.tolist()], dtype=np.int64
+    )
     dropped = raw.box_categories[~kept]
     mismatched = int(np.isin(dropped, list(train_names)).sum())
     counts = {
@@ -125,7 +146,9 @@ def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[
 
 
 def _plain(name: str) -> str:
-    """The same for names that look the same but for case and spaces: some letters are not seen at all."""
+    """The same for names that look the same but for case and spaces: some letters are not seen at
+    all.
+    """
     letters = unicodedata.normalize("NFKC", name)
     visible = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")
     return " ".join(visible.split()).casefold()

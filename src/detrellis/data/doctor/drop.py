@@ -1,7 +1,8 @@
-"""Leaving out in memory what the doctor found: for `train --skip-bad`, and for the clean copy that `fix` writes.
+"""Leaving out in memory what the doctor found: for `train --skip-bad`, and for the clean copy that
+`fix` writes.
 
-A picture of which an object is left out would teach that the object is not there. So the whole picture goes, unless
-`keep_partial` says otherwise.
+A picture of which an object is left out would teach that the object is not there. So the whole
+picture goes, unless `keep_partial` says otherwise.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ Mask = NDArray[np.bool_]
 def drop_bad(
     raw: RawDataset, findings: Iterable[Finding], keep_partial: bool = False
 ) -> tuple[RawDataset, dict[str, int]]:
-    """`raw` without the images and boxes that `findings` name, and how many were left out or changed, by code.
+    """`raw` without the images and boxes that `findings` name, and how many were left out or
+    changed, by code.
 
-    So are images of which a box is left out, unless `keep_partial`; copies of a box and crowd regions are no objects.
-    Repeated annotation ids are renumbered, and a file listed twice is listed once with the boxes of both. The findings
-    must be of this very data set: they name rows.
+    So are images of which a box is left out, unless `keep_partial`; copies of a box and crowd
+    regions are no objects. Repeated annotation ids are renumbered, and a file listed twice is
+    listed once with the boxes of both. The findings must be of this very data set: they name rows.
     """
     of_split = [f for f in findings if f.split == raw.split]
     counts = Counter[str]()
@@ -58,7 +60,9 @@ def drop_bad(
     # Boxes of images that are left out.
     of_dropped = boxes & (raw.box_rows >= 0) & ~_of(images, raw.box_rows)
     counts[WITH_IMAGE] += int(of_dropped.sum())
-    return raw.take(images, boxes & ~of_dropped), {code: count for code, count in counts.items() if count}
+    return raw.take(images, boxes & ~of_dropped), {
+        code: count for code, count in counts.items() if count
+    }
 
 
 def _rows(findings: Iterable[Finding], action: Action) -> NDArray[np.int64]:
@@ -69,13 +73,17 @@ def _rows(findings: Iterable[Finding], action: Action) -> NDArray[np.int64]:
 
 def _lost(raw: RawDataset, findings: Iterable[Finding]) -> Mask:
     """(I,) images of which an object is left out."""
-    about = [f for f in findings if RULES[f.code].action == "drop box" and f.code != "duplicate-box"]
+    about = [
+        f for f in findings if RULES[f.code].action == "drop box" and f.code != "duplicate-box"
+    ]
     boxes = _rows(about, "drop box")
     owners = raw.box_rows[boxes[~raw.crowd[boxes]]]
     lost = np.zeros(len(raw), dtype=np.bool_)
     lost[owners[owners >= 0]] = True
     if files := {f.file for f in about if f.row is None}:  # lines that are no box at all
-        lost |= np.array([file in files for file in raw.label_files or [""] * len(raw)], dtype=np.bool_)
+        lost |= np.array(
+            [file in files for file in raw.label_files or [""] * len(raw)], dtype=np.bool_
+        )
     return lost
 
 

@@ -1,8 +1,9 @@
 """A clean copy of the annotations on disk: `detrellis check --fix OUT`.
 
-`OUT/annotations/instances_<split>.json` in COCO's format, whatever the layout was. Images are neither copied nor
-touched: each `file_name` stays relative to its old image folder, which stands in `info.image_root`. So `--data OUT`
-finds the images where they are, other tools take the same files with that folder, and `--train-images` overrides it.
+`OUT/annotations/instances_<split>.json` in COCO's format, whatever the layout was. Images are
+neither copied nor touched: each `file_name` stays relative to its old image folder, which stands in
+`info.image_root`. So `--data OUT` finds the images where they are, other tools take the same files
+with that folder, and `--train-images` overrides it.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ class FixResult:
 def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = False) -> FixResult:
     """Writes a copy of the annotations without what `report` found, and returns what was changed.
 
-    Images with errors and boxes with errors are left out, and images that lose an object by that (`keep_partial`: these
-    stay, and teach that it is not there). Boxes that leave their frame are clipped, but not where they may be corners;
-    exact copies are removed, repeated annotation ids renumbered, missing areas computed, classes brought to training's
-    ids. An image that another split has too is left out of the one that comes first (train), unless that is more than
-    half of it. `report` must be a check of `source` as it is now; after a fast one, images that cannot be decoded are
-    in the copy.
+    Images with errors and boxes with errors are left out, and images that lose an object by that
+    (`keep_partial`: these stay, and teach that it is not there). Boxes that leave their frame are
+    clipped, but not where they may be corners; exact copies are removed, repeated annotation ids
+    renumbered, missing areas computed, classes brought to training's ids. An image that another
+    split has too is left out of the one that comes first (train), unless that is more than half of
+    it. `report` must be a check of `source` as it is now; after a fast one, images that cannot be
+    decoded are in the copy.
 
     Raises `UserError` where `out` holds anything but the copy that an earlier call made.
     """
@@ -75,8 +77,13 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
             cleaned[split], aligned = align_classes(cleaned[split], cleaned["train"].categories)
             changes[split] |= aligned
         if not len(cleaned[split].ids) and (len(raw.ids) or split != "test"):
-            raise UserError(f"{raw.source}: nothing is left of {split}\n{report.text()}", "Put this right by hand.")
-    contents = {split: json.dumps(_content(raw, _extras(source, split))) for split, raw in cleaned.items()}
+            raise UserError(
+                f"{raw.source}: nothing is left of {split}\n{report.text()}",
+                "Put this right by hand.",
+            )
+    contents = {
+        split: json.dumps(_content(raw, _extras(source, split))) for split, raw in cleaned.items()
+    }
     outputs.clear()
     for split, content in contents.items():
         outputs.write(targets[split].relative_to(out).as_posix(), content)
@@ -84,18 +91,28 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
 
 
 def clean_folder(source: DataSource, out: Path) -> Outputs:
-    """Where the clean copy goes; `UserError` where anything is there but an earlier copy: to ask before any work."""
+    """Where the clean copy goes; `UserError` where anything is there but an earlier copy: to ask
+    before any work.
+    """
     outputs = Outputs(out, "--fix")
     outputs.alone(files.annotations for files in source.splits.values())
     return outputs
 
 
-def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tuple[RawDataset, dict[str, int]]:
-    """The split without what the findings name and with what can be put right, and how many were changed, by code."""
+def _clean(
+    raw: RawDataset, findings: list[Finding], keep_partial: bool
+) -> tuple[RawDataset, dict[str, int]]:
+    """The split without what the findings name and with what can be put right, and how many were
+    changed, by code.
+    """
     raw, turned = _turned(raw, [f for f in findings if f.code == "wrong-size"])
     if turned:
         # In the right frame other boxes are outside: single boxes are checked anew.
-        findings = [f for f in findings if f.row is None or RULES[f.code].action not in ("drop box", "renumber")]
+        findings = [
+            f
+            for f in findings
+            if f.row is None or RULES[f.code].action not in ("drop box", "renumber")
+        ]
         findings = [f for f in findings if f.code != "wrong-size" or f.row not in turned]
         findings += check_boxes(raw)
     if 2 * sum(f.code == "shared-image" for f in findings) > len(raw):
@@ -113,11 +130,14 @@ def _clean(raw: RawDataset, findings: list[Finding], keep_partial: bool) -> tupl
     changed = {SWAPPED: len(turned), "clipped-box": int(cut.sum())}
     if raw.label_files is None:
         changed[AREA] = int(missing.sum())
-    return replace(raw, boxes=boxes, areas=areas), counts | {key: count for key, count in changed.items() if count}
+    return replace(raw, boxes=boxes, areas=areas), counts | {
+        key: count for key, count in changed.items() if count
+    }
 
 
 def _turned(raw: RawDataset, wrong_sizes: list[Finding]) -> tuple[RawDataset, set[int]]:
-    """The split with width and height exchanged where the boxes fit that, and the rows of these images.
+    """The split with width and height exchanged where the boxes fit that, and the rows of these
+    images.
 
     Other wrong sizes leave the boxes in doubt.
     """
@@ -136,11 +156,15 @@ def _turned(raw: RawDataset, wrong_sizes: list[Finding]) -> tuple[RawDataset, se
 
 
 def _extras(source: DataSource, split: str) -> Extras:
-    """Top level, images by id and annotations of a COCO file, for the fields that pass through unread (masks, ...)."""
+    """Top level, images by id and annotations of a COCO file, for the fields that pass through
+    unread (masks, ...).
+    """
     if source.kind != "coco":
         return {}, {}, []
     content = load_json(source.splits[split].annotations)
-    rest = {key: value for key, value in content.items() if key not in ("info", "images", "annotations")}
+    rest = {
+        key: value for key, value in content.items() if key not in ("info", "images", "annotations")
+    }
     return rest, rows_by_id(content, "images"), table_of("annotations", content["annotations"]).rows
 
 
@@ -148,9 +172,19 @@ def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:
     rest, old_images, old_boxes = extras
     images = [
         old_images.get(i, {}) | {"id": i, "file_name": name, "height": height, "width": width}
-        for i, name, (height, width) in zip(raw.image_ids.tolist(), raw.file_names, raw.sizes.tolist(), strict=True)
+        for i, name, (height, width) in zip(
+            raw.image_ids.tolist(), raw.file_names, raw.sizes.tolist(), strict=True
+        )
     ]
-    columns = (raw.lines, raw.ids, raw.box_image_ids, raw.box_categories, raw.boxes, raw.areas, raw.crowd.astype(int))
+    columns = (
+        raw.lines,
+        raw.ids,
+        raw.box_image_ids,
+        raw.box_categories,
+        raw.boxes,
+        raw.areas,
+        raw.crowd.astype(int),
+    )
     keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     annotations = [
         (old_boxes[line] if old_boxes else {}) | dict(zip(keys, row, strict=True))
@@ -163,5 +197,7 @@ def _content(raw: RawDataset, extras: Extras) -> dict[str, Any]:
         **rest,
         "images": images,
         "annotations": annotations,
-        "categories": [old_categories.get(i, {}) | {"id": i, "name": name} for i, name in raw.categories],
+        "categories": [
+            old_categories.get(i, {}) | {"id": i, "name": name} for i, name in raw.categories
+        ],
     }

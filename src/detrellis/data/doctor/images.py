@@ -1,6 +1,7 @@
 """The doctor checks the image files: whether they are there, and in the full check every pixel.
 
-The fast part asks the file system only. `ImageFacts` keep what comparing splits needs, so that nothing is read twice.
+The fast part asks the file system only. `ImageFacts` keep what comparing splits needs, so that
+nothing is read twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from typing import NamedTuple
 import numpy as np
 
 from detrellis.data import jpeg
-from detrellis.data.decode import JPEGS, UPRIGHT, Header, absence, read_header, read_pixels, turn, upright_size
+from detrellis.data.decode import (
+    JPEGS,
+    UPRIGHT,
+    Header,
+    absence,
+    read_header,
+    read_pixels,
+    turn,
+    upright_size,
+)
 from detrellis.data.files import is_image, map_threads, unread_twin
 from detrellis.data.findings import Finding, finding
 from detrellis.data.records import RawDataset
@@ -65,11 +75,14 @@ class ImageFacts:
     """What is known of the files of all `I` images of one split."""
 
     stats: list[FileStat]
-    decoded: list[Decoded | None] | None  # None after a fast check, and for files that are not there
+    # None after a fast check, and for files that are not there
+    decoded: list[Decoded | None] | None
 
 
 def gather(raw: RawDataset, *, fast: bool, progress: bool, workers: int | None) -> ImageFacts:
-    """Asks the file system about every image and, unless `fast`, decodes it with `workers` threads."""
+    """Asks the file system about every image and, unless `fast`, decodes it with `workers`
+    threads.
+    """
     stats = map_threads(_stat, [raw.path(row) for row in range(len(raw))], WAITING)
     if fast:
         return ImageFacts(stats, None)
@@ -103,7 +116,9 @@ def _decode(job: tuple[Path, tuple[int, int]]) -> Decoded:
     except OSError as error:
         return Decoded(digest, header, f"cannot be read ({error.strerror})", 255)
     brightest = int(pixels.max()) if header.mode.startswith("I") else 255
-    return Decoded(digest, header, "", brightest, jpeg.doubt(data) if header.format in JPEGS else "")
+    return Decoded(
+        digest, header, "", brightest, jpeg.doubt(data) if header.format in JPEGS else ""
+    )
 
 
 def check_images(raw: RawDataset, facts: ImageFacts) -> list[Finding]:
@@ -118,9 +133,24 @@ def check_images(raw: RawDataset, facts: ImageFacts) -> list[Finding]:
 
 
 def _at(
-    raw: RawDataset, code: str, row: int, what: str, *, other: int | None = None, remedy: str | None = None
+    raw: RawDataset,
+    code: str,
+    row: int,
+    what: str,
+    *,
+    other: int | None = None,
+    remedy: str | None = None,
 ) -> Finding:
-    return finding(code, raw.split, raw.path(row), what, id=raw.image_id(row), row=row, other=other, remedy=remedy)
+    return finding(
+        code,
+        raw.split,
+        raw.path(row),
+        what,
+        id=raw.image_id(row),
+        row=row,
+        other=other,
+        remedy=remedy,
+    )
 
 
 def _absent(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Finding]:
@@ -154,7 +184,9 @@ def _without_size(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Findin
 
 
 def _by_lower_name(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
-    """Files by name without case and suffix: a .JPG listed as .jpg is the commonest reason of all."""
+    """Files by name without case and suffix: a .JPG listed as .jpg is the commonest reason of
+    all.
+    """
     return {
         (folder, os.path.splitext(name)[0].lower()): name
         for folder in folders
@@ -169,13 +201,17 @@ def _listed_twice(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Findin
     for image_id, rows in _groups(raw.image_ids.tolist()).items():
         names = {raw.file_names[row] for row in rows}
         what = f"image id {image_id} is used {len(rows)} times, for {', '.join(sorted(names)[:3])}"
-        # Of one file the first record is as good as the last; of two files nobody knows whose boxes they are.
+        # Of one file the first record is as good as the last; of two files nobody knows whose boxes
+        # they are.
         for row in rows[1:] if len(names) == 1 else rows:
             reported.add(row)
             yield _at(raw, "duplicate-image-id", row, what)
     for first, *others in _groups([stat.key for stat in stats]).values():
         for row in (row for row in others if row not in reported):
-            what = f"the file is listed again: image {_id_or_name(raw, first)} and image {_id_or_name(raw, row)}"
+            what = (
+                f"the file is listed again: image {_id_or_name(raw, first)} and image "
+                f"{_id_or_name(raw, row)}"
+            )
             yield _at(raw, "duplicate-file", row, what, other=first)
 
 
@@ -197,7 +233,10 @@ def _without_boxes(raw: RawDataset) -> Iterator[Finding]:
     counts = np.bincount(raw.box_rows[raw.box_rows >= 0], minlength=len(raw))
     empty = np.flatnonzero(counts == 0)
     if len(empty) and len(empty) < len(raw):
-        what = f"{len(empty)} of {len(raw)} images have no boxes; the first: {raw.file_names[int(empty[0])]}"
+        what = (
+            f"{len(empty)} of {len(raw)} images have no boxes; the first: "
+            f"{raw.file_names[int(empty[0])]}"
+        )
         yield finding("images-without-boxes", raw.split, raw.source, what, count=len(empty))
 
 
@@ -209,7 +248,10 @@ def _of_image(raw: RawDataset, row: int, decoded: Decoded) -> Iterator[Finding]:
     header, listed = decoded.header, (int(raw.sizes[row, 0]), int(raw.sizes[row, 1]))
     size = upright_size(header, listed)
     if min(listed) > 0 and size != listed:
-        what = f"the file is {size[1]}x{size[0]} (width x height), the annotations say {listed[1]}x{listed[0]}"
+        what = (
+            f"the file is {size[1]}x{size[0]} (width x height), the annotations say "
+            f"{listed[1]}x{listed[0]}"
+        )
         yield _at(raw, "wrong-size", row, what)
     if header.orientation in UPRIGHT:
         yield _orientation(raw, row, header, listed)
@@ -217,21 +259,41 @@ def _of_image(raw: RawDataset, row: int, decoded: Decoded) -> Iterator[Finding]:
         how = TREATMENT.get(header.mode, "converted to RGB")
         yield _at(raw, "unusual-mode", row, f"a {header.format} of mode {header.mode}: {how}")
     if header.several:
-        yield _at(raw, "several-pictures", row, f"a {header.format} of several pictures: the first is used")
+        yield _at(
+            raw,
+            "several-pictures",
+            row,
+            f"a {header.format} of several pictures: the first is used",
+        )
     if decoded.doubt:
         yield _at(raw, "doubtful-jpeg", row, decoded.doubt)
     if decoded.brightest < DARK:
-        yield _at(raw, "dark-16-bit", row, f"its 16-bit values become 0 to {decoded.brightest} of 255: nearly black")
+        yield _at(
+            raw,
+            "dark-16-bit",
+            row,
+            f"its 16-bit values become 0 to {decoded.brightest} of 255: nearly black",
+        )
 
 
 def _orientation(raw: RawDataset, row: int, header: Header, listed: tuple[int, int]) -> Finding:
     quarter = header.orientation >= 5 and header.size[0] != header.size[1]
     if not quarter:
-        what = f"EXIF orientation {header.orientation} is applied, but the size cannot tell whether the boxes mean that"
+        what = (
+            f"EXIF orientation {header.orientation} is applied, but the size cannot tell whether "
+            "the boxes mean that"
+        )
         return _at(raw, "exif-ambiguous", row, what)
     applied = turn(header, listed) != 1
-    frame = "upright frame, so it is applied" if applied else "frame as stored, so it is not applied"
-    return _at(raw, "exif-rotated", row, f"EXIF orientation {header.orientation}: the annotations are in the {frame}")
+    frame = (
+        "upright frame, so it is applied" if applied else "frame as stored, so it is not applied"
+    )
+    return _at(
+        raw,
+        "exif-rotated",
+        row,
+        f"EXIF orientation {header.orientation}: the annotations are in the {frame}",
+    )
 
 
 def _same_content(raw: RawDataset, facts: ImageFacts) -> Iterator[Finding]:
@@ -239,7 +301,13 @@ def _same_content(raw: RawDataset, facts: ImageFacts) -> Iterator[Finding]:
     for first, *others in _groups(digests).values():
         for row in others:
             if facts.stats[row].key != facts.stats[first].key:
-                yield _at(raw, "same-content", row, f"the same bytes as {raw.file_names[first]}", other=first)
+                yield _at(
+                    raw,
+                    "same-content",
+                    row,
+                    f"the same bytes as {raw.file_names[first]}",
+                    other=first,
+                )
 
 
 def shared_images(raws: Mapping[str, RawDataset], facts: Mapping[str, ImageFacts]) -> list[Finding]:
@@ -253,12 +321,16 @@ def shared_images(raws: Mapping[str, RawDataset], facts: Mapping[str, ImageFacts
     return findings
 
 
-def _in_both(a: RawDataset, b: RawDataset, a_facts: ImageFacts, b_facts: ImageFacts) -> Iterator[Finding]:
+def _in_both(
+    a: RawDataset, b: RawDataset, a_facts: ImageFacts, b_facts: ImageFacts
+) -> Iterator[Finding]:
     a_keys, b_keys = _identities(a, a_facts), _identities(b, b_facts)
     b_rows = {key: row for row, keys in enumerate(b_keys) for key in keys}
     for row, keys in enumerate(a_keys):
         candidates = (b_rows[key] for key in keys if key in b_rows)
-        twin = next((each for each in candidates if _same_image(a, row, a_facts, b, each, b_facts)), None)
+        twin = next(
+            (each for each in candidates if _same_image(a, row, a_facts, b, each, b_facts)), None
+        )
         if twin is not None:
             yield _at(a, "shared-image", row, f"the same image is in {b.split}: {b.path(twin)}")
 
@@ -268,12 +340,16 @@ def _identities(raw: RawDataset, facts: ImageFacts) -> list[list[object]]:
     identities: list[list[object]] = []
     for row, stat in enumerate(facts.stats):
         decoded = facts.decoded[row] if facts.decoded is not None else None
-        content = decoded.digest if decoded is not None else (Path(raw.file_names[row]).name, stat.bytes)
+        content = (
+            decoded.digest if decoded is not None else (Path(raw.file_names[row]).name, stat.bytes)
+        )
         identities.append([key for key in (stat.key, content) if key] if stat.exists else [])
     return identities
 
 
-def _same_image(a: RawDataset, row: int, a_facts: ImageFacts, b: RawDataset, twin: int, b_facts: ImageFacts) -> bool:
+def _same_image(
+    a: RawDataset, row: int, a_facts: ImageFacts, b: RawDataset, twin: int, b_facts: ImageFacts
+) -> bool:
     if a_facts.decoded is not None or a_facts.stats[row].key == b_facts.stats[twin].key:
         return True
     try:

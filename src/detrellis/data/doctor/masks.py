@@ -1,4 +1,6 @@
-"""The doctor checks the outlines of one split, where it has any; for boxes alone nothing here matters."""
+"""The doctor checks the outlines of one split, where it has any; for boxes alone nothing here
+matters.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ LONGEST = 2000  # corners of a polygon whose sides are compared
 
 
 def check_masks(raw: RawDataset) -> list[Finding]:
-    """Outlines that are missing, damaged, empty, outside their image, or not in their box; and that cross themselves.
+    """Outlines that are missing, damaged, empty, outside their image, or not in their box; and that
+    cross themselves.
 
     A finding stands for all objects of one kind, and names the first.
     """
@@ -44,11 +47,16 @@ def check_masks(raw: RawDataset) -> list[Finding]:
     return list(_together(raw, kinds, len(checked)))
 
 
-def _together(raw: RawDataset, kinds: Mapping[str, Sequence[tuple[int, str]]], objects: int) -> Iterator[Finding]:
+def _together(
+    raw: RawDataset, kinds: Mapping[str, Sequence[tuple[int, str]]], objects: int
+) -> Iterator[Finding]:
     for code, found in kinds.items():
         box, what = found[0]
         file, line = raw.place(box)
-        text = f"{len(found)} of {objects} objects: {what}, the first in {raw.file_names[raw.box_rows[box]]}"
+        text = (
+            f"{len(found)} of {objects} objects: {what}, the first in "
+            f"{raw.file_names[raw.box_rows[box]]}"
+        )
         yield finding(code, raw.split, file, text, id=raw.box_id(box), line=line, count=len(found))
 
 
@@ -58,12 +66,18 @@ def _problems(value: Any, size: list[int], box: NDArray[np.float64]) -> Iterator
         yield "missing-mask", "no mask, and others have one"
         return
     if isinstance(value, dict) and value.get("size") not in (size, tuple(size)):
-        yield "mask-size", f"run lengths of the size {value.get('size')} (height, width) in an image of {size}"
+        yield (
+            "mask-size",
+            f"run lengths of the size {value.get('size')} (height, width) in an image of {size}",
+        )
         return
     runs = drawn(value, size)
     if runs is None or area(runs, (size[0], size[1])) == 0:
         damaged = not packed(value, size) and not isinstance(value, list)
-        yield "empty-mask", "a mask that cannot be read" if damaged else "a mask without a pixel in its image"
+        yield (
+            "empty-mask",
+            "a mask that cannot be read" if damaged else "a mask without a pixel in its image",
+        )
         return
     if isinstance(value, list):
         yield from _polygon_problems([np.asarray(part, dtype=np.float64) for part in value], size)
@@ -72,7 +86,9 @@ def _problems(value: Any, size: list[int], box: NDArray[np.float64]) -> Iterator
         yield "mask-box", f"a box {_numbers(box)} whose mask fills {_numbers(np.array(around))}"
 
 
-def _polygon_problems(parts: Sequence[NDArray[np.float64]], size: list[int]) -> Iterator[tuple[str, str]]:
+def _polygon_problems(
+    parts: Sequence[NDArray[np.float64]], size: list[int]
+) -> Iterator[tuple[str, str]]:
     points = np.concatenate([part.reshape(-1, 2) for part in parts])
     beyond = max(float((-points).max()), float((points - size[::-1]).max()))
     if beyond > ROUNDING:

@@ -58,8 +58,14 @@ class Report:
     def groups(self) -> list[tuple[Finding, ...]]:
         """Findings of one code in one split together, the gravest first."""
         codes = list(RULES)
-        ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
-        return [tuple(group) for _, group in groupby(ordered, key=lambda f: (f.severity, f.code, f.split))]
+        ordered = sorted(
+            self.findings,
+            key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split),
+        )
+        return [
+            tuple(group)
+            for _, group in groupby(ordered, key=lambda f: (f.severity, f.code, f.split))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it: every finding, none grouped away."""
@@ -73,9 +79,14 @@ class Report:
         }
 
     def text(self, severity: str = "error", limit: int = 6) -> str:
-        """The findings of one severity in a few lines, at most `limit` kinds of them, for an error message."""
+        """The findings of one severity in a few lines, at most `limit` kinds of them, for an error
+        message.
+        """
         groups = [group for group in self.groups() if group[0].severity == severity]
-        lines = [f"{_count(group)} {group[0].code}{_of(group[0])}: {describe(group[0])}" for group in groups[:limit]]
+        lines = [
+            f"{_count(group)} {group[0].code}{_of(group[0])}: {describe(group[0])}"
+            for group in groups[:limit]
+        ]
         if len(groups) > limit:
             lines.append(f"and {len(groups) - limit} more kinds")
         return "\n".join(f"  {line}" for line in lines)
@@ -87,7 +98,9 @@ class Report:
             parts.append(_findings_table(self.groups()))
         counts = self.counts()
         totals = ", ".join(_plural(counts[severity], severity) for severity in SEVERITIES)
-        depth = "The images were not decoded (fast check)." if self.fast else "Every image was decoded."
+        depth = (
+            "The images were not decoded (fast check)." if self.fast else "Every image was decoded."
+        )
         colour = "red" if self.errors else "green"
         parts.append(Text.assemble((totals, colour), f". {depth}"))
         return Group(*parts)
@@ -138,9 +151,18 @@ def _splits_table(summaries: Sequence[SplitSummary]) -> Table:
         total = max(s.boxes, 1)
         sizes = [f"{count / total:.0%}" for count in s.box_sizes]
         counts = [f"{n:,}" for n in (s.images, s.images_without_boxes, s.boxes)]
-        table.add_row(s.split, *counts, f"{s.boxes / max(s.images, 1):.1f}", str(s.most_boxes), f"{s.crowd:,}", *sizes)
+        table.add_row(
+            s.split,
+            *counts,
+            f"{s.boxes / max(s.images, 1):.1f}",
+            str(s.most_boxes),
+            f"{s.crowd:,}",
+            *sizes,
+        )
     frames = [" .. ".join(dict.fromkeys(f"{w}x{h}" for w, h in s.image_sizes)) for s in summaries]
-    table.caption = "Width x height: " + "; ".join(f"{s.split} {f}" for s, f in zip(summaries, frames, strict=True))
+    table.caption = "Width x height: " + "; ".join(
+        f"{s.split} {f}" for s, f in zip(summaries, frames, strict=True)
+    )
     table.caption_justify = "left"
     return table
 
@@ -170,7 +192,9 @@ def _findings_table(groups: Iterable[tuple[Finding, ...]]) -> Table:
     table.add_column("where and what", overflow="fold", ratio=1)
     for group in groups:
         first = group[0]
-        name = Text.assemble((first.code, COLOURS[first.severity]), f"\n{first.severity}{_of(first)}")
+        name = Text.assemble(
+            (first.code, COLOURS[first.severity]), f"\n{first.severity}{_of(first)}"
+        )
         table.add_row(name, f"{_count(group):,}", _examples(group))
     return table
 
@@ -210,7 +234,8 @@ class SplitSummary:
     crowd: int
     most_boxes: int  # in one image
     box_sizes: tuple[int, int, int]  # small, medium, large, as COCO has them
-    image_sizes: tuple[tuple[int, int], ...]  # smallest, median and largest (width, height), by area
+    # Smallest, median and largest (width, height), by area
+    image_sizes: tuple[tuple[int, int], ...]
     classes: tuple[ClassCount, ...]
 
 

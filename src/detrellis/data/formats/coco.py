@@ -1,7 +1,8 @@
 """COCO's annotation files: reading one.
 
-Only a file that is no COCO file (no JSON, no list of images) raises `UserError`, naming the file and the key. What is
-wrong in some of its rows is a finding: such images and boxes are named one by one, and the others are read.
+Only a file that is no COCO file (no JSON, no list of images) raises `UserError`, naming the file
+and the key. What is wrong in some of its rows is a finding: such images and boxes are named one by
+one, and the others are read.
 """
 
 from __future__ import annotations
@@ -25,23 +26,28 @@ from detrellis.data.records import RawDataset
 from detrellis.errors import UserError
 
 SHAPE = 'A COCO detection file is {"images": [...], "annotations": [...], "categories": [...]}.'
-HOLDS_FILES = re.compile(r".*annotation.*|annots?|anns?|labels?|coco|jsons?", re.IGNORECASE)  # folders of such files
+# Folders of such files
+HOLDS_FILES = re.compile(r".*annotation.*|annots?|anns?|labels?|coco|jsons?", re.IGNORECASE)
 CROWD = (1, "1", "true", "True")  # values of `iscrowd` that say so; True and 1.0 are 1
 ROOT_KEY = "image_root"  # in `info`: where `fix` writes down the folder of the images
 
 
 def read_coco(file: Path, images: Path, split: str, *, outlines: bool = False) -> RawDataset:
-    """The split in `file`, whose `file_name`s are relative to `images`, or to be found near it (see `lookup`).
+    """The split in `file`, whose `file_name`s are relative to `images`, or to be found near it (see
+    `lookup`).
 
-    With `outlines` the objects' are kept as they were parsed, for a caller who needs all of them and lets go soon;
-    otherwise the file is read again for them.
+    With `outlines` the objects' are kept as they were parsed, for a caller who needs all of them
+    and lets go soon; otherwise the file is read again for them.
     """
     with not_collecting():
         content = load_json(file)
         raw = _with_sizes(_columns(content, file, images, split))
         if not outlines:
             return raw
-        return replace(raw, segmentations=partial(_of_rows, [_segmentation(row) for row in content["annotations"]]))
+        return replace(
+            raw,
+            segmentations=partial(_of_rows, [_segmentation(row) for row in content["annotations"]]),
+        )
 
 
 def load_json(file: Path) -> dict[str, Any]:
@@ -50,14 +56,18 @@ def load_json(file: Path) -> dict[str, Any]:
 
 
 def _columns(content: Mapping[str, Any], file: Path, root: Path, split: str) -> RawDataset:
-    images, boxes, categories = (_table(content, key, file) for key in ("images", "annotations", "categories"))
+    images, boxes, categories = (
+        _table(content, key, file) for key in ("images", "annotations", "categories")
+    )
     image_ids, image_texts = coco_rows.row_ids(images, needed=True)
     category_ids, category_texts = coco_rows.row_ids(categories, needed=True)
     box_ids, _ = coco_rows.row_ids(boxes, needed=False)
     file_names = real_names(coco_rows.names(images), root, nearby=[base_of(file)])
     listed = [
         (category_id, _name(row, category_id))
-        for place, (category_id, row) in enumerate(zip(category_ids.tolist(), categories.rows, strict=True))
+        for place, (category_id, row) in enumerate(
+            zip(category_ids.tolist(), categories.rows, strict=True)
+        )
         if place not in categories.wrong
     ]
     unique, repeated, contradictions = coco_rows.keep_first(listed)
@@ -117,11 +127,21 @@ def _problems(raw: RawDataset, table: CocoTable, code: str) -> Iterator[Finding]
     """What is wrong with single rows of a table, under `code`, and what was assumed of many."""
     for place, problems in sorted(table.wrong.items()):
         row = None if code == "malformed-category" else place
-        yield finding(code, raw.split, raw.source, f"{table.at(place)} {' and '.join(problems)}", row=row)
+        yield finding(
+            code, raw.split, raw.source, f"{table.at(place)} {' and '.join(problems)}", row=row
+        )
     for code_of_all, rows, words in (
         ("text-numbers", table.numbers_as_text, "numbers are written as texts, the first: {}"),
-        ("text-ids", table.text_ids, f"ids in `{table.name}` are texts, the first: {{}}; they are numbered here"),
-        ("ids-missing", table.without_id, "annotations have no id to keep, the first: {}; they are numbered here"),
+        (
+            "text-ids",
+            table.text_ids,
+            f"ids in `{table.name}` are texts, the first: {{}}; they are numbered here",
+        ),
+        (
+            "ids-missing",
+            table.without_id,
+            "annotations have no id to keep, the first: {}; they are numbered here",
+        ),
     ):
         if rows:
             what = f"{len(rows)} {words.format(rows[0])}"
@@ -130,17 +150,25 @@ def _problems(raw: RawDataset, table: CocoTable, code: str) -> Iterator[Finding]
 
 def _outlined(raw: RawDataset, boxes: CocoTable) -> Iterator[Finding]:
     if count := len(boxes.outlined):
-        what = f"{count} of {len(raw.ids)} annotations have no `bbox`: their `segmentation` gives the box"
+        what = (
+            f"{count} of {len(raw.ids)} annotations have no `bbox`: their `segmentation` gives "
+            "the box"
+        )
         yield finding("outlined-boxes", raw.split, raw.source, what, count=count)
 
 
 def _repeated_categories(
     raw: RawDataset, repeated: list[tuple[int, str]], contradictions: Mapping[int, list[str]]
 ) -> Iterator[Finding]:
-    """An id listed twice: harmless under one name, and otherwise nobody knows what its boxes are."""
+    """An id listed twice: harmless under one name, and otherwise nobody knows what its boxes
+    are.
+    """
     if repeated:
         first, name = repeated[0]
-        what = f"{len(repeated)} categories are listed again under the same id and name, the first: {first} ({name!r})"
+        what = (
+            f"{len(repeated)} categories are listed again under the same id and name, the first: "
+            f"{first} ({name!r})"
+        )
         yield finding("repeated-category", raw.split, raw.source, what, count=len(repeated))
     for category, names in contradictions.items():
         what = f"category id {category} is defined more than once: {', '.join(map(repr, names))}"
@@ -149,12 +177,17 @@ def _repeated_categories(
             yield finding("duplicate-category-id", raw.split, raw.source, what, id=category)
         for box in boxes:
             of_box = f"{what}; which is annotation {raw.ids[box]}?"
-            yield finding("duplicate-category-id", raw.split, raw.source, of_box, id=category, row=box)
+            yield finding(
+                "duplicate-category-id", raw.split, raw.source, of_box, id=category, row=box
+            )
 
 
 def _table(content: Mapping[str, Any], key: str, file: Path) -> CocoTable:
     if key not in content:
-        raise UserError(f"{file}: no key `{key}` at the top level (found: {', '.join(content) or 'nothing'})", SHAPE)
+        raise UserError(
+            f"{file}: no key `{key}` at the top level (found: {', '.join(content) or 'nothing'})",
+            SHAPE,
+        )
     rows = content[key]
     if not isinstance(rows, list):
         raise UserError(f"{file}: `{key}` is {kind(rows)}, not a list", SHAPE)

@@ -1,4 +1,6 @@
-"""Which JSON files of a folder are COCO's, and of which split: by their names, else by what is in them."""
+"""Which JSON files of a folder are COCO's, and of which split: by their names, else by what is in
+them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def find_coco_files(data: Path) -> CocoFiles | None:
 
 
 def _conventional(data: Path, names: Sequence[str]) -> Path | None:
-    """The split's annotation file; `UserError` where there are several of one kind, such as 2014 and 2017."""
+    """The split's annotation file; `UserError` where there are several of one kind, such as 2014
+    and 2017.
+    """
     folders = (child(data, ("annotations",)) or data / "annotations", data)
     for place, prefix in itertools.product(folders, ("instances_", "")):
         # Not any train*.json: training logs and settings are called so too.
@@ -66,7 +70,10 @@ def _the_only(files: Sequence[Path], otherwise: str) -> Path:
 
 def _by_content(data: Path) -> CocoFiles | None:
     """COCO files of any name, at the top or in a folder for such."""
-    folders = [data, *(folder for folder in subfolders(data, 1) if HOLDS_FILES.fullmatch(folder.name))]
+    folders = [
+        data,
+        *(folder for folder in subfolders(data, 1) if HOLDS_FILES.fullmatch(folder.name)),
+    ]
     all_files = [file for folder in folders for file in coco_among(files_in(folder, ".json"))]
     files = [file for file in all_files if _has_boxes(file)] or all_files
     if not files:
@@ -95,7 +102,9 @@ def looks_like_coco(file: Path) -> bool:
 
 
 def _has_boxes(file: Path) -> bool:
-    """Whether it has objects with classes, which COCO's files of captions and of segments have not."""
+    """Whether it has objects with classes, which COCO's files of captions and of segments have
+    not.
+    """
     content = _searchable(file)
     has_classes = re.search(rb'"categories"\s*:', content) is not None
     return has_classes and re.search(rb'"segments_info"\s*:', content) is None

@@ -1,8 +1,10 @@
-"""The folder that a COCO file's `file_name`s are relative to: the one where the listed files really are.
+"""The folder that a COCO file's `file_name`s are relative to: the one where the listed files really
+are.
 
-The usual places around the file come first, and the first of them that has all is taken. Where only other folders have
-them, and several do, their names decide: one that says drawn, depth or mask loses, one of the same split or one that
-says pictures wins, copies of the same files are all right. Otherwise nothing is guessed.
+The usual places around the file come first, and the first of them that has all is taken. Where only
+other folders have them, and several do, their names decide: one that says drawn, depth or mask
+loses, one of the same split or one that says pictures wins, copies of the same files are all right.
+Otherwise nothing is guessed.
 """
 
 from __future__ import annotations
@@ -21,18 +23,29 @@ from detrellis.data.decode import absence
 from detrellis.data.files import subfolders, unread_twin
 from detrellis.data.formats.coco import ROOT_KEY, base_of, load_json
 from detrellis.data.formats.coco_rows import file_name_of
-from detrellis.data.formats.lookup import SPLIT_WORDS, child, fold, lookup_keys, readings, real_names
+from detrellis.data.formats.lookup import (
+    SPLIT_WORDS,
+    child,
+    fold,
+    lookup_keys,
+    readings,
+    real_names,
+)
 from detrellis.data.formats.pictures import listed
 from detrellis.errors import UserError
 
 SAMPLE = 24  # file names that decide
 MAX_SHOWN = 20  # folders that a message names
-PICTURES = re.compile(r"images?|imgs?|jpegimages|jpe?gs?|png|pictures?|pics|photos?|rgb|colou?r|frames|originals?|data")
+PICTURES = re.compile(
+    r"images?|imgs?|jpegimages|jpe?gs?|png|pictures?|pics|photos?|rgb|colou?r|frames|originals?|data"
+)
 DRAWN = re.compile(
     r"annotat\w*|drawn|depth|masks?|label\w*|seg\w*|semantic|instances?|vis|visual\w*|previews?|thumb\w*|overlays?|"
     r"debug|pred\w*|results?|outputs?|heatmaps?|edges|flow|normals|gt|box(es)?|bbox(es)?|plots?|backup"
 )
-REMEDY = "Name the folder that the `file_name`s are relative to with `--train-images` or `--val-images`."
+REMEDY = (
+    "Name the folder that the `file_name`s are relative to with `--train-images` or `--val-images`."
+)
 
 
 class ImageFolder(NamedTuple):
@@ -51,7 +64,8 @@ class FolderRank(NamedTuple):
 
 
 def find_images(file: Path, folders: Sequence[Path] = ()) -> ImageFolder:
-    """The folder of the images that `file` lists; `folders` are looked at before the usual places near it.
+    """The folder of the images that `file` lists; `folders` are looked at before the usual places
+    near it.
 
     Raises `UserError` with all that were looked at, or with those between which nothing decides.
     """
@@ -71,7 +85,9 @@ def find_images(file: Path, folders: Sequence[Path] = ()) -> ImageFolder:
             chosen = _prefer([place for place in places if counts[place] == best], names, file)
             return _higher(chosen, names, base_of(file)) if best < len(names) else chosen
     looked = f"looked for '{names[0]}' in{_some(places)}"
-    raise UserError(f"{file}: its images were not found; {looked}{_unread(places, names[0])}", REMEDY)
+    raise UserError(
+        f"{file}: its images were not found; {looked}{_unread(places, names[0])}", REMEDY
+    )
 
 
 def _unread(places: Sequence[Path], name: str) -> str:
@@ -87,18 +103,29 @@ def _count_exact(folder: Path, names: Sequence[str]) -> int:
 
 
 def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
-    """How many of the names it holds, backslashes and the like read as folders: two may have files of one name."""
-    return sum(os.path.isfile(folder.joinpath(*parts)) for name in names for parts in readings(name)[:1])
+    """How many of the names it holds, backslashes and the like read as folders: two may have files
+    of one name.
+    """
+    return sum(
+        os.path.isfile(folder.joinpath(*parts)) for name in names for parts in readings(name)[:1]
+    )
 
 
 def _count_tails(folder: Path, names: Sequence[str]) -> int:
-    """How many it holds without the first folders of their names: `images/v1/patch8/x.jpg` as `patch8/x.jpg`."""
-    tails = [[parts[start:] for parts in readings(name)[:1] for start in range(1, len(parts) - 1)] for name in names]
+    """How many it holds without the first folders of their names: `images/v1/patch8/x.jpg` as
+    `patch8/x.jpg`.
+    """
+    tails = [
+        [parts[start:] for parts in readings(name)[:1] for start in range(1, len(parts) - 1)]
+        for name in names
+    ]
     return sum(any(folder.joinpath(*tail).is_file() for tail in of_name) for of_name in tails)
 
 
 def _count_alike(folder: Path, names: Sequence[str]) -> int:
-    """How many of the names the folder holds in other letters, or behind the path of another machine."""
+    """How many of the names the folder holds in other letters, or behind the path of another
+    machine.
+    """
     try:
         entries = {key for entry in os.listdir(folder) for key in lookup_keys(entry)}
     except OSError:
@@ -129,7 +156,9 @@ def _prefer(places: list[Path], names: Sequence[str], file: Path) -> ImageFolder
     why = "it holds the same files" if len(best) == len(places) else _reason(ranks, chosen)
     others = ", ".join(_shown(place, file) for place in places if place != chosen)
     shown = _shown(chosen, file)
-    return ImageFolder(chosen, f"images of the same names are in {others} too; {shown} is read: {why}")
+    return ImageFolder(
+        chosen, f"images of the same names are in {others} too; {shown} is read: {why}"
+    )
 
 
 def _rank(place: Path, file: Path) -> FolderRank:
@@ -137,7 +166,9 @@ def _rank(place: Path, file: Path) -> FolderRank:
     split = _split_of(words)
     wanted = _split_of(re.findall("[a-z]+", f"{file.parent.name} {file.stem}".lower()))
     agrees = 0 if split is None or wanted is None else 1 if split == wanted else -1
-    return FolderRank(not any(map(DRAWN.fullmatch, words)), agrees, any(map(PICTURES.fullmatch, words)))
+    return FolderRank(
+        not any(map(DRAWN.fullmatch, words)), agrees, any(map(PICTURES.fullmatch, words))
+    )
 
 
 def _split_of(words: Sequence[str]) -> str | None:
@@ -168,27 +199,36 @@ def _shown(place: Path, file: Path) -> str:
 
 
 def _some(places: Iterable[Path]) -> str:
-    """The existing folders among the places as lines of a message, the first `MAX_SHOWN` of them."""
+    """The existing folders among the places as lines of a message, the first `MAX_SHOWN` of
+    them.
+    """
     folders = [place for place in places if place.is_dir()]
     more = f"\n    and {len(folders) - MAX_SHOWN} more folders" if len(folders) > MAX_SHOWN else ""
     return listed(folders[:MAX_SHOWN]) + more
 
 
 def sample_names(file: Path) -> tuple[list[str], list[Path]]:
-    """A few `file_name`s and the image folder that `fix` wrote down, without parsing the file (COCO's has 450 MB)."""
+    """A few `file_name`s and the image folder that `fix` wrote down, without parsing the file
+    (COCO's has 450 MB).
+    """
     if absence(file):
         return [], []  # reading it will say so
     try:
         with file.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last match is gone
+            # Closed when the last match is gone
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if b"\0" in data[:4]:
             return _parsed(file)
         names = _texts(re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', data))
         if not _named(data):
             urls = _texts(re.finditer(rb'"coco_url"\s*:\s*("(?:[^"\\]|\\.)*")', data))
             names = ("/".join(url.split("/")[-2:]) for url in urls)
-        roots = _texts(re.finditer(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % ROOT_KEY.encode(), data[:4096]))
-        return list(itertools.islice((name for name in names if name), SAMPLE)), [Path(text) for text in roots]
+        roots = _texts(
+            re.finditer(rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % ROOT_KEY.encode(), data[:4096])
+        )
+        return list(itertools.islice((name for name in names if name), SAMPLE)), [
+            Path(text) for text in roots
+        ]
     except (OSError, ValueError):
         return [], []  # empty: reading it will say so
 
@@ -204,7 +244,11 @@ def _parsed(file: Path) -> tuple[list[str], list[Path]]:
         rows = load_json(file).get("images")
     except UserError:
         return [], []  # reading it will say so
-    names = [file_name_of(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    names = (
+        [file_name_of(row) for row in rows if isinstance(row, dict)]
+        if isinstance(rows, list)
+        else []
+    )
     return [name for name in names if isinstance(name, str) and name][:SAMPLE], []
 
 

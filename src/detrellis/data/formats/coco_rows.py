@@ -1,6 +1,8 @@
-"""The rows of a COCO file as columns. What one row has wrong is written down and never stops the others.
+"""The rows of a COCO file as columns. What one row has wrong is written down and never stops the
+others.
 
-Each column has a fast way, for files in which every value is what it should be, and a slow one that looks at each.
+Each column has a fast way, for files in which every value is what it should be, and a slow one that
+looks at each.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ class CocoTable:
 
     name: str  # "images", "annotations" or "categories"
     rows: list[Row]
-    wrong: dict[int, list[str]] = field(default_factory=dict)  # place -> what is wrong, of rows that cannot be used
-    numbers_as_text: list[str] = field(default_factory=list)  # numbers that are written as texts, with their places
+    # Place -> what is wrong, of rows that cannot be used
+    wrong: dict[int, list[str]] = field(default_factory=dict)
+    # Numbers that are written as texts, with their places
+    numbers_as_text: list[str] = field(default_factory=list)
     text_ids: list[str] = field(default_factory=list)  # ids that are texts and no numbers
     without_id: list[str] = field(default_factory=list)  # rows without an id that they could keep
-    no_boxes: dict[int, str] = field(default_factory=dict)  # place -> what stands where a box should be
+    # Place -> what stands where a box should be
+    no_boxes: dict[int, str] = field(default_factory=dict)
     outlined: list[int] = field(default_factory=list)  # places whose box is their segmentation's
 
     def at(self, place: int) -> str:
@@ -65,7 +70,8 @@ def table_of(name: str, rows: Sequence[Any]) -> CocoTable:
 def row_ids(table: CocoTable, *, needed: bool) -> tuple[Integers, dict[str, int]]:
     """The `id`s of all rows, and the numbers that were given to those that are texts.
 
-    A row without one gets a number of its own, and is wrong where its id is `needed`: nothing can refer to it.
+    A row without one gets a number of its own, and is wrong where its id is `needed`: nothing can
+    refer to it.
     """
     if (fast := _fast(table.rows, "id")) is not None:
         return fast, {}
@@ -99,7 +105,9 @@ def rows_by_id(content: Mapping[str, Any], name: str) -> dict[int, Row]:
 
 
 def references(table: CocoTable, key: str, texts: Mapping[str, int]) -> Integers:
-    """The ids of rows of another table that stand under `key`, whose texts became `texts`; -1 in wrong rows."""
+    """The ids of rows of another table that stand under `key`, whose texts became `texts`; -1 in
+    wrong rows.
+    """
     if (fast := _fast(table.rows, key)) is not None:
         return fast
     ids = []
@@ -114,7 +122,9 @@ def references(table: CocoTable, key: str, texts: Mapping[str, int]) -> Integers
 
 
 def file_name_of(row: Row) -> Any:
-    """The `file_name`, or of LVIS, which has none, the last two parts of the `coco_url`: `train2017/9.jpg`."""
+    """The `file_name`, or of LVIS, which has none, the last two parts of the `coco_url`:
+    `train2017/9.jpg`.
+    """
     value, url = row.get("file_name"), row.get("coco_url")
     return "/".join(url.split("/")[-2:]) if not value and isinstance(url, str) and url else value
 
@@ -144,10 +154,16 @@ def sizes(table: CocoTable) -> Integers:
 
 
 def boxes(table: CocoTable) -> NDArray[np.float64]:
-    """`(T, 4)` the `bbox`es, those of the segmentations where there are none; NaN where there is neither."""
+    """`(T, 4)` the `bbox`es, those of the segmentations where there are none; NaN where there is
+    neither.
+    """
     try:
         values = np.array([row["bbox"] for row in table.rows])
-        if values.dtype.kind in "if" and values.shape == (len(table.rows), 4) and (np.abs(values) < HUGE).all():
+        if (
+            values.dtype.kind in "if"
+            and values.shape == (len(table.rows), 4)
+            and (np.abs(values) < HUGE).all()
+        ):
             return values.astype(np.float64)
     except (KeyError, ValueError):
         pass
@@ -201,20 +217,25 @@ def _fast(rows: list[Row], key: str) -> Integers | None:
 
 
 def _whole(table: CocoTable, place: int, key: str) -> int | None:
-    """The whole number under `key`: 3, 3.0 or "3", which is written down; None where there is none."""
+    """The whole number under `key`: 3, 3.0 or "3", which is written down; None where there is
+    none.
+    """
     value = table.rows[place].get(key)
     if isinstance(value, str) and WHOLE.fullmatch(value):
         table.numbers_as_text.append(f"{table.at(place)}: {shown(value)} for `{key}`")
         return int(float(value)) if "." in value else int(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if abs(value) < 2**63 and int(value) == value else None  # NaN is not below anything
+    # NaN is not below anything
+    return int(value) if abs(value) < 2**63 and int(value) == value else None
 
 
 def keep_first(
     rows: Iterable[tuple[int, str]],
 ) -> tuple[list[tuple[int, str]], list[tuple[int, str]], dict[int, list[str]]]:
-    """(id, name) rows, each id once; those that are there again; and the names of ids that have several."""
+    """(id, name) rows, each id once; those that are there again; and the names of ids that have
+    several.
+    """
     first: dict[int, str] = {}
     repeated: list[tuple[int, str]] = []
     contradictions: dict[int, list[str]] = {}

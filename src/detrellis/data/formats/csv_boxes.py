@@ -1,9 +1,10 @@
-"""CSV files with a line an object: `filename,xmin,ymin,xmax,ymax,class` and what is called otherwise.
+"""CSV files with a line an object: `filename,xmin,ymin,xmax,ymax,class` and what is called
+otherwise.
 
-Columns are known by their names, in any order; without a line of names they are picture, two corners, class. Corners
-are edges: `x = xmin`, `w = xmax - xmin`; in a set without a number above 1 they are relative to the picture's size.
-Where no column holds the lower right corner, width and height are the box's. A line without numbers says that its
-picture shows nothing.
+Columns are known by their names, in any order; without a line of names they are picture, two
+corners, class. Corners are edges: `x = xmin`, `w = xmax - xmin`; in a set without a number above 1
+they are relative to the picture's size. Where no column holds the lower right corner, width and
+height are the box's. A line without numbers says that its picture shows nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +26,34 @@ from detrellis.data.splits import SplitFiles, select_part
 from detrellis.errors import UserError
 
 COLUMNS = {  # what people call them, in lower case without anything but letters and digits
-    "image": ("filename", "image", "imagepath", "imagename", "imageid", "imgpath", "imgname", "img", "path", "file"),
+    "image": (
+        "filename",
+        "image",
+        "imagepath",
+        "imagename",
+        "imageid",
+        "imgpath",
+        "imgname",
+        "img",
+        "path",
+        "file",
+    ),
     "xmin": ("xmin", "x1", "left", "bboxxmin", "bboxx1", "bboxx", "x"),
     "ymin": ("ymin", "y1", "top", "bboxymin", "bboxy1", "bboxy", "y"),
     "xmax": ("xmax", "x2", "right", "bboxxmax", "bboxx2"),
     "ymax": ("ymax", "y2", "bottom", "bboxymax", "bboxy2"),
     "width": ("bboxwidth", "bboxw", "boxwidth", "width", "w"),
     "height": ("bboxheight", "bboxh", "boxheight", "height", "h"),
-    "class": ("class", "label", "labelname", "classname", "category", "categoryname", "name", "object"),
+    "class": (
+        "class",
+        "label",
+        "labelname",
+        "classname",
+        "category",
+        "categoryname",
+        "name",
+        "object",
+    ),
 }
 BARE = ("image", "xmin", "ymin", "xmax", "ymax", "class")  # the columns where no line names them
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -53,7 +74,9 @@ class CsvObject(NamedTuple):
 
 
 def is_boxes(file: Path) -> bool:
-    """Whether the first line names the columns, or is an object by itself; whatever is behind it."""
+    """Whether the first line names the columns, or is an object by itself; whatever is behind
+    it.
+    """
     try:
         lines = _lines(read_head(file).partition("\n")[0])
     except (UserError, csv.Error):
@@ -72,37 +95,53 @@ CSV = OneFileFormat((".csv",), "CSV files", is_boxes, _image_names)
 
 
 def read_csv(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
-    """The wanted splits. Training is always read: it says which name has which id, and whether numbers are relative."""
+    """The wanted splits. Training is always read: it says which name has which id, and whether
+    numbers are relative.
+    """
     rows = {}
     for split in named.with_training(splits, wanted):
         files = splits[split]
-        rows[split] = select_part(_read(files.annotations), lambda row: Path(row.image).stem, files.part)
+        rows[split] = select_part(
+            _read(files.annotations), lambda row: Path(row.image).stem, files.part
+        )
     deciding = rows.get("train") or [row for read in rows.values() for row in read]
     relative = _are_relative(deciding)
-    annotations = {split: _of_split(split, splits[split], read, relative) for split, read in rows.items()}
+    annotations = {
+        split: _of_split(split, splits[split], read, relative) for split, read in rows.items()
+    }
     return named.datasets(splits, wanted, annotations)
 
 
 def _are_relative(rows: Iterable[CsvObject]) -> bool:
-    """Whether no number is above 1: corners are then fractions of the picture's width and height."""
-    numbers = [value for row in rows if row.corners for value in row.corners if math.isfinite(value)]
+    """Whether no number is above 1: corners are then fractions of the picture's width and
+    height.
+    """
+    numbers = [
+        value for row in rows if row.corners for value in row.corners if math.isfinite(value)
+    ]
     return bool(numbers) and max(numbers) <= 1
 
 
-def _of_split(split: str, files: SplitFiles, rows: Sequence[CsvObject], relative: bool) -> named.SplitAnnotations:
+def _of_split(
+    split: str, files: SplitFiles, rows: Sequence[CsvObject], relative: bool
+) -> named.SplitAnnotations:
     by_image: dict[str, list[CsvObject]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
     folder = files.images[0]
     # Open Images' ids are names without a suffix.
-    names = [PictureName("", name) if Path(name).suffix else PictureName(name, "") for name in by_image]
+    names = [
+        PictureName("", name) if Path(name).suffix else PictureName(name, "") for name in by_image
+    ]
     pictures = pictures_of(names, folder)
     sizes = [(0, 0)] * len(by_image)
     if relative:
         sizes = read_sizes([folder / name for name in pictures.names]).tolist()
     images = [
         _image(files.annotations, name, image_rows, (height, width), relative)
-        for name, image_rows, (height, width) in zip(pictures.names, by_image.values(), sizes, strict=True)
+        for name, image_rows, (height, width) in zip(
+            pictures.names, by_image.values(), sizes, strict=True
+        )
     ]
     notes = [
         *renaming_notes(split, files.annotations, pictures),
@@ -117,9 +156,15 @@ def _image(
 ) -> named.AnnotatedImage:
     bad = next((row for row in rows if row.problem), None)
     if bad is not None:
-        return named.AnnotatedImage(file, name, size, [], f"line {bad.line}: {bad.problem}", bad.line)
+        return named.AnnotatedImage(
+            file, name, size, [], f"line {bad.line}: {bad.problem}", bad.line
+        )
     height, width = size if relative else (1, 1)
-    objects = [named.AnnotatedObject(r.name, _box(r.corners, (width, height)), r.line) for r in rows if r.corners]
+    objects = [
+        named.AnnotatedObject(r.name, _box(r.corners, (width, height)), r.line)
+        for r in rows
+        if r.corners
+    ]
     return named.AnnotatedImage(file, name, size, objects)
 
 
@@ -169,7 +214,10 @@ def _read(file: Path) -> list[CsvObject]:
         numbered = numbered[1:]
     rows = [_object(number, line, columns) for number, line in numbered]
     if "xmax" not in columns and _have_pictures_sizes(rows):
-        what = f"{file}: width and height are the same for all objects of a picture, so they seem to be the picture's"
+        what = (
+            f"{file}: width and height are the same for all objects of a picture, so they seem "
+            "to be the picture's"
+        )
         raise UserError(what, "Call the columns of the lower right corner xmax and ymax.")
     return rows
 
@@ -189,12 +237,18 @@ def _corner_note(split: str, file: Path) -> list[Finding]:
     """What `x` and `y` are taken for: some mean the centre by them."""
     names = [cell.strip().lower() for cell in _lines(read_head(file).partition("\n")[0])[0]]
     if {"x", "y"} <= set(names) and split == "train":
-        return [finding("layout", split, file, "x and y are read as the upper left corners of the boxes")]
+        return [
+            finding(
+                "layout", split, file, "x and y are read as the upper left corners of the boxes"
+            )
+        ]
     return []
 
 
 def _object(number: int, line: Sequence[str], columns: Mapping[str, int]) -> CsvObject:
-    cells = {key: line[place].strip() if place < len(line) else "" for key, place in columns.items()}
+    cells = {
+        key: line[place].strip() if place < len(line) else "" for key, place in columns.items()
+    }
     sized = "xmax" not in columns
     image, numbers = cells["image"], [cells[key] for key in (SIZED if sized else CORNERS)]
     if not any(numbers):

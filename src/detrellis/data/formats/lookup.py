@@ -1,4 +1,5 @@
-"""Real files for names as annotations wrote them: on another machine, by another tool, for another file system.
+"""Real files for names as annotations wrote them: on another machine, by another tool, for another
+file system.
 
 `real_names(names, root, nearby)` is what a reader calls once for a whole split:
 
@@ -6,15 +7,16 @@
     resolved.names                             # relative to `root`, with "/"; what was not found stays as written
     renaming_notes(split, source, resolved)    # findings that say what was found under another name
 
-A name that exists as written is taken without another look, at the cost of listing its folder. Otherwise these are
-understood, one after the other: backslashes, `./` and `..`, drive letters; URLs with their query and `%20`; Label
-Studio's `images/1/x.jpg`, `?d=folder/x.jpg`, and the eight digits that it puts before an uploaded `x.jpg`; another
-Unicode form; another case; no suffix; the absolute path of another machine, of which the longest tail that exists
-decides.
+A name that exists as written is taken without another look, at the cost of listing its folder.
+Otherwise these are understood, one after the other: backslashes, `./` and `..`, drive letters; URLs
+with their query and `%20`; Label Studio's `images/1/x.jpg`, `?d=folder/x.jpg`, and the eight digits
+that it puts before an uploaded `x.jpg`; another Unicode form; another case; no suffix; the absolute
+path of another machine, of which the longest tail that exists decides.
 
-Files below `root` are found by their name alone, those below `nearby` only where a folder of the name agrees too.
-Two candidates are no answer: nothing is guessed, and `ResolvedNames.unclear` lists them. Neither is a file that is
-listed by its own name already, nor one of another split's folder (`train/7.jpg` is not `val/7.jpg`).
+Files below `root` are found by their name alone, those below `nearby` only where a folder of the
+name agrees too. Two candidates are no answer: nothing is guessed, and `ResolvedNames.unclear` lists
+them. Neither is a file that is listed by its own name already, nor one of another split's folder
+(`train/7.jpg` is not `val/7.jpg`).
 
 `find_place(text, bases)` does the same for one folder or list, as YOLO's yaml names them.
 """
@@ -35,13 +37,16 @@ from detrellis.data.files import hidden, is_image, walk
 from detrellis.data.findings import Finding, finding
 from detrellis.data.splits import SPLITS
 
-UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # what Label Studio makes of the name of an uploaded file
+# What Label Studio makes of the name of an uploaded file
+UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")
 SPLIT_WORDS = {word: split for split, words in SPLITS.items() for word in words}
 Parts = tuple[str, ...]
 
 
 def split_named(*texts: str) -> str | None:
-    """The split that the first of the texts speaks of that speaks of one alone: `train_labels`, `coco-val-v2`."""
+    """The split that the first of the texts speaks of that speaks of one alone: `train_labels`,
+    `coco-val-v2`.
+    """
     for text in texts:
         words = re.findall("[a-z]+", text.lower())
         splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
@@ -54,9 +59,12 @@ def split_named(*texts: str) -> str | None:
 class ResolvedNames:
     """The files that a list of names means."""
 
-    names: tuple[str, ...]  # relative to the root, "/" between folders; as written where nothing was found
-    renamed: Mapping[int, str]  # place in the list -> the name as written, of those found under another one
-    unclear: Mapping[int, tuple[str, ...]]  # place -> the files that it could mean, of those not found
+    # Relative to the root, "/" between folders; as written where nothing was found
+    names: tuple[str, ...]
+    # Place in the list -> the name as written, of those found under another one
+    renamed: Mapping[int, str]
+    # Place -> the files that it could mean, of those not found
+    unclear: Mapping[int, tuple[str, ...]]
 
 
 class Candidate(NamedTuple):
@@ -76,7 +84,9 @@ class NameMatch(NamedTuple):
 
 
 def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) -> ResolvedNames:
-    """The files below `root`, else below the folders `nearby`, that the names mean; see the head of this module."""
+    """The files below `root`, else below the folders `nearby`, that the names mean; see the head of
+    this module.
+    """
     absent = _absent(names, root)
     if not absent:
         return ResolvedNames(tuple(names), {}, {})
@@ -84,10 +94,17 @@ def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) ->
     meanings = {place: readings(names[place]) for place in absent}
     index = _index(root, nearby, {fold(parts[-1]) for ways in meanings.values() for parts in ways})
     matches = {place: _match(ways, index) for place, ways in meanings.items()}
-    # Files that a name means as a whole; those of which folders were passed over must not be among them.
-    taken = {os.path.normpath(root / name) for place, name in enumerate(names) if place not in meanings}
-    taken |= {match.files[0].path for match in matches.values() if match.whole and len(match.files) == 1}
-    in_part = Counter(m.files[0].path for m in matches.values() if not m.whole and len(m.files) == 1)
+    # Files that a name means as a whole; those of which folders were passed over must not be among
+    # them.
+    taken = {
+        os.path.normpath(root / name) for place, name in enumerate(names) if place not in meanings
+    }
+    taken |= {
+        match.files[0].path for match in matches.values() if match.whole and len(match.files) == 1
+    }
+    in_part = Counter(
+        m.files[0].path for m in matches.values() if not m.whole and len(m.files) == 1
+    )
     resolved, renamed, unclear = list(names), dict[int, str](), dict[int, tuple[str, ...]]()
     for place, (files, whole) in matches.items():
         if not files:
@@ -102,25 +119,35 @@ def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) ->
 
 
 def renaming_notes(split: str, source: Path, resolved: ResolvedNames) -> tuple[Finding, ...]:
-    """The findings `renamed-file` and `unclear-file`, each with how many there are and the first."""
+    """The findings `renamed-file` and `unclear-file`, each with how many there are and the
+    first.
+    """
     notes = []
     if resolved.renamed:
         place, written = next(iter(resolved.renamed.items()))
         count = _images(len(resolved.renamed))
-        what = f"{count} listed under other names, the first: '{written}' is {resolved.names[place]}"
+        what = (
+            f"{count} listed under other names, the first: '{written}' is {resolved.names[place]}"
+        )
         notes.append(finding("renamed-file", split, source, what, count=len(resolved.renamed)))
     if resolved.unclear:
         place, files = next(iter(resolved.unclear.items()))
-        options = " or ".join(files[:4]) + (f" (or {len(files) - 4} more)" if len(files) > 4 else "")
+        options = " or ".join(files[:4]) + (
+            f" (or {len(files) - 4} more)" if len(files) > 4 else ""
+        )
         taken = "" if len(files) > 1 else ", which another name means too"
         count = _images(len(resolved.unclear))
-        what = f"{count} not found for certain, the first: '{resolved.names[place]}' could be {options}{taken}"
+        what = (
+            f"{count} not found for certain, the first: '{resolved.names[place]}' could be "
+            f"{options}{taken}"
+        )
         notes.append(finding("unclear-file", split, source, what, count=len(resolved.unclear)))
     return tuple(notes)
 
 
 def find_place(text: str, bases: Sequence[Path]) -> Path | None:
-    """The folder or file that `text` means, from one of `bases`: as written, or the longest tail that exists there.
+    """The folder or file that `text` means, from one of `bases`: as written, or the longest tail
+    that exists there.
 
     Of a path with folders at least two parts must fit, or all that it has.
     """
@@ -141,7 +168,9 @@ def readings(name: str) -> list[Parts]:
         texts += _of_url(name)
     texts += [unquote(text) for text in texts if "%" in text]
     ways = list(dict.fromkeys(parts for text in texts if (parts := _parts(text))))
-    uploads = [(*parts[:-1], match.group(1)) for parts in ways if (match := UPLOADED.fullmatch(parts[-1]))]
+    uploads = [
+        (*parts[:-1], match.group(1)) for parts in ways if (match := UPLOADED.fullmatch(parts[-1]))
+    ]
     return ways + uploads
 
 
@@ -153,7 +182,9 @@ def fold(text: str) -> str:
 
 
 def lookup_keys(name: str) -> tuple[str, ...]:
-    """What a file is found by, folded: its name, and of an image also the name without its suffix."""
+    """What a file is found by, folded: its name, and of an image also the name without its
+    suffix.
+    """
     stem = os.path.splitext(name)[0]
     return (fold(name), fold(stem)) if is_image(name) and not is_image(stem) else (fold(name),)
 
@@ -172,7 +203,11 @@ def _of_url(text: str) -> Iterator[str]:
 
 def _parts(text: str) -> Parts:
     pieces = [piece.strip() for piece in text.replace("\\", "/").split("/")]
-    return tuple(piece for piece in pieces if piece not in ("", ".", "..") and not re.fullmatch("[A-Za-z]:", piece))
+    return tuple(
+        piece
+        for piece in pieces
+        if piece not in ("", ".", "..") and not re.fullmatch("[A-Za-z]:", piece)
+    )
 
 
 def _absent(names: Sequence[str], root: Path) -> list[int]:
@@ -215,10 +250,16 @@ def _index(root: Path, nearby: Iterable[Path], wanted: set[str]) -> dict[str, li
 def _match(ways: Sequence[Parts], index: Mapping[str, Sequence[Candidate]]) -> NameMatch:
     """The files of the first way to read a name that has any; without files where none has."""
     for parts in ways:
-        files = [file for file in index.get(fold(parts[-1]), ()) if not _contradict(parts, file.parts)]
+        files = [
+            file for file in index.get(fold(parts[-1]), ()) if not _contradict(parts, file.parts)
+        ]
         tails = [_tail(parts, file.called) for file in files]
         # Beside the root a name alone says nothing: 7.jpg is another picture in another folder.
-        certain = [(file, tail) for file, tail in zip(files, tails, strict=True) if tail > 1 or not file.near]
+        certain = [
+            (file, tail)
+            for file, tail in zip(files, tails, strict=True)
+            if tail > 1 or not file.near
+        ]
         if certain:
             return _best(parts, certain)
     return NameMatch([], False)
@@ -266,7 +307,9 @@ def child(base: Path, parts: Parts) -> Path | None:
     """`base/part/part/...`, in any case and Unicode form where only one entry fits."""
     for part in parts:
         if not os.path.exists(base / part):
-            alike = [name for name in _entries(base) if fold(name) == fold(part) and not hidden(name)]
+            alike = [
+                name for name in _entries(base) if fold(name) == fold(part) and not hidden(name)
+            ]
             if len(alike) != 1:
                 return None
             part = alike[0]

@@ -1,5 +1,5 @@
-"""What LVIS (Gupta et al., 2019) adds to COCO's format: classes are looked for in some images only, and each image
-lists those that it certainly lacks and those of which not all objects are marked."""
+"""What LVIS (Gupta et al., 2019) adds to COCO's format: classes are looked for in some images only,
+and each image lists those that it certainly lacks and those of which not all objects are marked."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ def federation_of(
     if not any(ABSENT in row for row in images.rows):
         return None
     letters = [row.get("frequency") for row in categories.rows]
-    frequency = {i: str(letter) for i, letter in zip(category_ids.tolist(), letters, strict=True) if letter}
-    return Federation(_pairs(images, image_ids, ABSENT), _pairs(images, image_ids, PARTIAL), frequency)
+    frequency = {
+        i: str(letter) for i, letter in zip(category_ids.tolist(), letters, strict=True) if letter
+    }
+    return Federation(
+        _pairs(images, image_ids, ABSENT), _pairs(images, image_ids, PARTIAL), frequency
+    )
 
 
 def _pairs(images: CocoTable, image_ids: Integers, key: str) -> NDArray[np.int64]:
@@ -48,7 +52,8 @@ def federated_notes(raw: RawDataset) -> Iterator[Finding]:
         return
     counts = Counter(raw.federation.frequency.values())
     spread = ", ".join(
-        f"{counts[letter]} {name}" for letter, name in (("r", "rare"), ("c", "common"), ("f", "frequent"))
+        f"{counts[letter]} {name}"
+        for letter, name in (("r", "rare"), ("c", "common"), ("f", "frequent"))
     )
     what = f"classes are looked for in some images only (LVIS): {spread}"
     yield finding("federated-set", raw.split, raw.source, what)

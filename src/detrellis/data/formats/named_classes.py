@@ -1,8 +1,9 @@
-"""Sets that give their classes by name, a list of objects a picture: Pascal VOC, labelme, VIA and CSV.
+"""Sets that give their classes by name, a list of objects a picture: Pascal VOC, labelme, VIA and
+CSV.
 
-The readers make an `AnnotatedImage` of each picture, and `datasets` makes columns of them. Class names in alphabetical
-order get the ids 1, 2, ...; names that only other splits have follow those of training. Objects that are drawn as other
-shapes get the box `around` them.
+The readers make an `AnnotatedImage` of each picture, and `datasets` makes columns of them. Class
+names in alphabetical order get the ids 1, 2, ...; names that only other splits have follow those of
+training. Objects that are drawn as other shapes get the box `around` them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from detrellis.data.formats.pictures import PictureName, pictures_of
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import HELD_OUT, SplitFiles
 
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels; NaN where a number is missing
+# X, y, width, height in pixels; NaN where a number is missing
+Box = tuple[float, float, float, float]
 Polygons = Sequence[Sequence[float]]  # x1, y1, x2, y2, ... of each
 Outline = Polygons | Mapping[str, Any]  # run lengths, as COCO has them
 ROUND = 64  # corners of a circle's polygon
@@ -64,24 +66,33 @@ class SplitAnnotations(NamedTuple):
 
 
 def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> list[str]:
-    """The splits to read for the wanted ones: training always, for it says which name has which id."""
+    """The splits to read for the wanted ones: training always, for it says which name has which
+    id.
+    """
     return [split for split in dict.fromkeys(["train", *wanted]) if split in splits]
 
 
 def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding]:
-    """The note that train and val are fixed parts of the same files, for a `reason`; one of the two splits has it."""
+    """The note that train and val are fixed parts of the same files, for a `reason`; one of the two
+    splits has it.
+    """
     if split != "train" or files.part is None:
         return []
     what = f"{reason}: a fixed {HELD_OUT - 1} in {HELD_OUT} images train, the others validate"
     return [finding("layout", split, files.annotations, what)]
 
 
-def with_pictures(split: str, files: SplitFiles, images: Sequence[AnnotatedImage]) -> SplitAnnotations:
-    """The images of annotation files with the real picture in place of the name that each file has for it.
+def with_pictures(
+    split: str, files: SplitFiles, images: Sequence[AnnotatedImage]
+) -> SplitAnnotations:
+    """The images of annotation files with the real picture in place of the name that each file has
+    for it.
 
     A file that tells nothing, and has no picture either, is a finding.
     """
-    names = [PictureName(stem_below(files.annotations, image.file), image.image) for image in images]
+    names = [
+        PictureName(stem_below(files.annotations, image.file), image.image) for image in images
+    ]
     pictures = pictures_of(names, files.images[0])
     matched, notes = [], list(renaming_notes(split, files.annotations, pictures))
     for image, name in zip(images, pictures.names, strict=True):
@@ -100,9 +111,13 @@ def datasets(
 ) -> dict[str, RawDataset]:
     """The columns of the wanted splits; `annotations` has training's, too, where there is training.
 
-    `difficult`: whether the format marks objects as such. Missing image sizes are read from the files.
+    `difficult`: whether the format marks objects as such. Missing image sizes are read from the
+    files.
     """
-    names = {split: {o.name for image in read.images for o in image.objects} for split, read in annotations.items()}
+    names = {
+        split: {o.name for image in read.images for o in image.objects}
+        for split, read in annotations.items()
+    }
     raws = {}
     for split in wanted:
         ordered = dict.fromkeys([*sorted(names.get("train", ())), *sorted(names[split])])
@@ -112,7 +127,11 @@ def datasets(
 
 
 def _dataset(
-    split: str, files: SplitFiles, annotations: SplitAnnotations, ids: Mapping[str, int], difficult: bool
+    split: str,
+    files: SplitFiles,
+    annotations: SplitAnnotations,
+    ids: Mapping[str, int],
+    difficult: bool,
 ) -> RawDataset:
     images, root = annotations.images, files.images[0]
     sizes = _image_sizes(images, root)
@@ -130,10 +149,16 @@ def _dataset(
         "categories": tuple((number, name) for name, number in ids.items()),
         "label_files": tuple(str(image.file) for image in images),
         "findings": tuple(notes),
-        "difficult": np.array([o.difficult for o in objects], dtype=np.bool_) if difficult else None,
+        "difficult": np.array([o.difficult for o in objects], dtype=np.bool_)
+        if difficult
+        else None,
         "written": {box: o.written for box, o in enumerate(objects) if o.written},
     }
-    outlines = {(row, o.line): _segmentation(o) for row, image in enumerate(images, start=1) for o in image.objects}
+    outlines = {
+        (row, o.line): _segmentation(o)
+        for row, image in enumerate(images, start=1)
+        for o in image.objects
+    }
     if any(o.outline for o in objects):
         head["segmentations"] = partial(_segmentations, outlines)
     columns = [(image.image, *size) for image, size in zip(images, sizes, strict=True)]
@@ -171,7 +196,9 @@ def _unreadable(split: str, images: Sequence[AnnotatedImage]) -> Iterator[Findin
             yield finding("unreadable-labels", split, image.file, what, line=image.line, row=row)
 
 
-def _box_rows(images: Iterable[AnnotatedImage], ids: Mapping[str, int]) -> Iterator[tuple[int, int, int, Box]]:
+def _box_rows(
+    images: Iterable[AnnotatedImage], ids: Mapping[str, int]
+) -> Iterator[tuple[int, int, int, Box]]:
     for row, image in enumerate(images):
         for each in image.objects:
             yield row, each.line, ids[each.name], each.box
@@ -194,7 +221,10 @@ def ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> l
     polygon = []
     for turn in (2 * math.pi * corner / ROUND for corner in range(ROUND)):
         x, y = rx * math.cos(turn), ry * math.sin(turn)
-        polygon += [cx + x * math.cos(theta) - y * math.sin(theta), cy + x * math.sin(theta) + y * math.cos(theta)]
+        polygon += [
+            cx + x * math.cos(theta) - y * math.sin(theta),
+            cy + x * math.sin(theta) + y * math.cos(theta),
+        ]
     return polygon
 
 

@@ -55,12 +55,16 @@ def listed(items: Iterable[object]) -> str:
 # The folder
 
 
-def image_folder(annotations: Path, places: Sequence[Path], pictures: Sequence[PictureName]) -> Path:
-    """The folder, in one of `places` or below, in which the pictures of a sample of annotation files are.
+def image_folder(
+    annotations: Path, places: Sequence[Path], pictures: Sequence[PictureName]
+) -> Path:
+    """The folder, in one of `places` or below, in which the pictures of a sample of annotation
+    files are.
 
-    Preferred is a folder that is called like `annotations`, then one of a usual name, if it holds at least half as many
-    of them as the best folder; then the one with most pictures of written names. Raises `UserError` where no folder has
-    any, or two have as many, and where `pictures` is empty.
+    Preferred is a folder that is called like `annotations`, then one of a usual name, if it holds
+    at least half as many of them as the best folder; then the one with most pictures of written
+    names. Raises `UserError` where no folder has any, or two have as many, and where `pictures` is
+    empty.
     """
     if not pictures:
         raise UserError(f"{annotations}: lists no pictures", "Is it the right file? Is it whole?")
@@ -77,13 +81,21 @@ def image_folder(annotations: Path, places: Sequence[Path], pictures: Sequence[P
             return deepest[0]
         what = f"{annotations}: its pictures could be in{listed(deepest)}"
         raise UserError(what, "Say which with `--train-images FOLDER`.")
-    raise UserError(_not_found(annotations, places, pictures), "Name their folder with `--train-images FOLDER`.")
+    raise UserError(
+        _not_found(annotations, places, pictures), "Name their folder with `--train-images FOLDER`."
+    )
 
 
-def _usual_folder(annotations: Path, counts: Mapping[Path, PictureCounts], best: PictureCounts) -> Path | None:
+def _usual_folder(
+    annotations: Path, counts: Mapping[Path, PictureCounts], best: PictureCounts
+) -> Path | None:
     """A folder that is called like the annotations or like pictures, and holds enough of them."""
     names = [fold(annotations.name), *USUAL]
-    usual = [f for f, count in counts.items() if fold(f.name) in names and 2 * count.by_stem >= best.by_stem]
+    usual = [
+        f
+        for f, count in counts.items()
+        if fold(f.name) in names and 2 * count.by_stem >= best.by_stem
+    ]
 
     def order(folder: Path) -> tuple[bool, int, int]:
         rank = names.index(fold(folder.name))
@@ -124,13 +136,16 @@ def _not_found(annotations: Path, places: Sequence[Path], pictures: Sequence[Pic
 class OneFileFormat(NamedTuple):
     """A format whose splits are one annotation file each."""
 
-    suffixes: tuple[str, ...]  # files of a later one count only where there are none of an earlier one
+    # Files of a later one count only where there are none of an earlier one
+    suffixes: tuple[str, ...]
     called: str  # what messages call several such files
     recognises: Callable[[Path], bool]
     image_names: Callable[[Path], Sequence[str]]  # of a file
 
 
-def find_one_file(layout: OneFileFormat, data: Path, images: GivenImages) -> dict[str, SplitFiles] | None:
+def find_one_file(
+    layout: OneFileFormat, data: Path, images: GivenImages
+) -> dict[str, SplitFiles] | None:
     """The splits of a folder with files of this format; None where there are none.
 
     Raises `UserError` where the files' names, or their folders', do not tell the splits.
@@ -156,9 +171,14 @@ def find_one_file(layout: OneFileFormat, data: Path, images: GivenImages) -> dic
 
 
 def one_file_splits(
-    layout: OneFileFormat, files: Mapping[str, Path], images: GivenImages, data: Path | None = None, parts: bool = False
+    layout: OneFileFormat,
+    files: Mapping[str, Path],
+    images: GivenImages,
+    data: Path | None = None,
+    parts: bool = False,
 ) -> dict[str, SplitFiles]:
-    """The file of each split with its image folder: the given one, or the one found near the file or in `data`.
+    """The file of each split with its image folder: the given one, or the one found near the file
+    or in `data`.
 
     `parts`: the one file is train and val together.
     """
@@ -182,10 +202,12 @@ def _images_near(layout: OneFileFormat, file: Path, data: Path | None) -> Path:
 
 
 def pictures_of(pictures: Sequence[PictureName], folder: Path) -> ResolvedNames:
-    """The picture in `folder` of each annotation file, in this order: called like the file, or as the file says.
+    """The picture in `folder` of each annotation file, in this order: called like the file, or as
+    the file says.
 
-    In this order, because what stands in a file goes stale when files are renamed. Of two pictures that are called like
-    the file but for their suffix the one counts that the file names; where it names neither, none is taken.
+    In this order, because what stands in a file goes stale when files are renamed. Of two pictures
+    that are called like the file but for their suffix the one counts that the file names; where it
+    names neither, none is taken.
     """
     index = _PictureIndex([path.relative_to(folder).as_posix() for path in list_images(folder)])
     names, unclear = [""] * len(pictures), dict[int, tuple[str, ...]]()

@@ -13,10 +13,11 @@ from detrellis.rle import Bitmap, Size, encode
 
 
 def packed(value: Any, size: list[int]) -> list[bytes]:
-    """The parts of a `segmentation` in an image of `size` (height, width); none where it is damaged.
+    """The parts of a `segmentation` in an image of `size` (height, width); none where it is
+    damaged.
 
-    Polygons are float32 (x1, y1, x2, ...) in pixels; those of less than three points outline nothing and are left out.
-    Run lengths are one part, compressed.
+    Polygons are float32 (x1, y1, x2, ...) in pixels; those of less than three points outline
+    nothing and are left out. Run lengths are one part, compressed.
     """
     try:
         if isinstance(value, dict):
@@ -27,7 +28,9 @@ def packed(value: Any, size: list[int]) -> list[bytes]:
 
 
 def drawn(value: Any, size: list[int]) -> bytes | None:
-    """The run lengths of a `segmentation` in an image of `size`, as pycocotools draws it; None where it is damaged."""
+    """The run lengths of a `segmentation` in an image of `size`, as pycocotools draws it; None
+    where it is damaged.
+    """
     from hotcoco import mask
 
     try:
@@ -41,12 +44,15 @@ def drawn(value: Any, size: list[int]) -> bytes | None:
 
 
 def box_of(value: Any) -> list[float] | None:
-    """(x, y, width, height) around a `segmentation`; None where it outlines nothing or is damaged."""
+    """(x, y, width, height) around a `segmentation`; None where it outlines nothing or is
+    damaged.
+    """
     try:
         if isinstance(value, dict):
             box = _box_of_run_lengths(value)
         else:
-            flat = isinstance(value, list) and value and not isinstance(value[0], list)  # one polygon, not in a list
+            # One polygon, not in a list
+            flat = isinstance(value, list) and value and not isinstance(value[0], list)
             polygons = _polygons([value] if flat else value, np.float64)
             points = np.concatenate([polygon.reshape(-1, 2) for polygon in polygons])
             box = [*points.min(axis=0).tolist(), *np.ptp(points, axis=0).tolist()]
@@ -61,7 +67,9 @@ def run_lengths_of(bitmap: Bitmap) -> dict[str, Any]:
 
 
 def united(one: Any, other: Any, size: Size) -> Any:
-    """The `segmentation` of two parts of an object in an image of `size`: polygons where both are."""
+    """The `segmentation` of two parts of an object in an image of `size`: polygons where both
+    are.
+    """
     from hotcoco import mask
 
     if not isinstance(one, dict) and not isinstance(other, dict):

@@ -1,8 +1,9 @@
-"""VGG Image Annotator (1 and 2): one JSON file, a project or exported annotations, with the regions of each picture;
-or the same exported as CSV, a line a region.
+"""VGG Image Annotator (1 and 2): one JSON file, a project or exported annotations, with the regions
+of each picture; or the same exported as CSV, a line a region.
 
-Rectangles, polygons, circles and ellipses give the box around them; points and lines have none and are counted. The
-class is the regions' attribute; of several the one called class, label, category, name or type.
+Rectangles, polygons, circles and ellipses give the box around them; points and lines have none and
+are counted. The class is the regions' attribute; of several the one called class, label, category,
+name or type.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from detrellis.data.records import RawDataset
 from detrellis.data.splits import SplitFiles, select_part
 from detrellis.errors import UserError
 
-CLASS = ("class", "label", "category", "name", "type")  # attributes that are taken where there are several
-SHAPE, CLASSES = "region_shape_attributes", "region_attributes"  # columns of the CSV, each cell an object of JSON
+# Attributes that are taken where there are several
+CLASS = ("class", "label", "category", "name", "type")
+# Columns of the CSV, each cell an object of JSON
+SHAPE, CLASSES = "region_shape_attributes", "region_attributes"
 MARKS = ('"_via_', '"filename"', SHAPE)  # one of which stands in each such file
 ONE_CLASS = "object"  # where regions have no attribute at all
 
@@ -63,22 +66,30 @@ def read_via(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
     images = {}
     for split in named.with_training(splits, wanted):
         files = splits[split]
-        images[split] = select_part(_read(files.annotations), lambda image: Path(image.image).stem, files.part)
+        images[split] = select_part(
+            _read(files.annotations), lambda image: Path(image.image).stem, files.part
+        )
     source = next(iter(splits.values())).annotations
     attribute = _class_attribute(source, [image for read in images.values() for image in read])
-    annotations = {split: _of_split(split, splits[split], read, attribute) for split, read in images.items()}
+    annotations = {
+        split: _of_split(split, splits[split], read, attribute) for split, read in images.items()
+    }
     return named.datasets(splits, wanted, annotations)
 
 
 def _images(file: Path) -> list[ViaImage] | None:
-    """The pictures in a file; None where it is none of VIA's. Raises `UserError` where it cannot be read."""
+    """The pictures in a file; None where it is none of VIA's. Raises `UserError` where it cannot be
+    read.
+    """
     if file.suffix.lower() == ".csv":
         return _images_of_csv(file)
     content = read_json(file)
     if isinstance(content, dict):
         content = content.get("_via_img_metadata", content)
     entries = list(content.values()) if isinstance(content, dict) else []
-    fitting = all(isinstance(entry, dict) and {"filename", "regions"} <= entry.keys() for entry in entries)
+    fitting = all(
+        isinstance(entry, dict) and {"filename", "regions"} <= entry.keys() for entry in entries
+    )
     if not entries or not fitting:
         return None
     return [ViaImage(str(entry["filename"]), _regions(entry["regions"])) for entry in entries]
@@ -102,7 +113,12 @@ def _images_of_csv(file: Path) -> list[ViaImage] | None:
         for line in lines:
             of_image = regions.setdefault(line[image], [])
             if line[SHAPE] not in ("", "{}", None):
-                of_image.append({"shape_attributes": _cell(line[SHAPE]), "region_attributes": _cell(line[CLASSES])})
+                of_image.append(
+                    {
+                        "shape_attributes": _cell(line[SHAPE]),
+                        "region_attributes": _cell(line[CLASSES]),
+                    }
+                )
     except csv.Error:
         return None
     return [ViaImage(name, of_image) for name, of_image in regions.items()] or None
@@ -119,12 +135,16 @@ def _cell(text: str | None) -> Any:
 def _read(file: Path) -> list[ViaImage]:
     images = _images(file)
     if images is None:
-        raise UserError(f"{file}: not a project or annotations of VIA", "Export the annotations again.")
+        raise UserError(
+            f"{file}: not a project or annotations of VIA", "Export the annotations again."
+        )
     return images
 
 
 def _class_attribute(source: Path, images: Iterable[ViaImage]) -> str | None:
-    """The attribute that holds the class; None where there is none. Raises `UserError` where it could be several."""
+    """The attribute that holds the class; None where there is none. Raises `UserError` where it
+    could be several.
+    """
     values: dict[str, Counter[str]] = {}
     for region in (region for image in images for region in image.regions):
         for key in _attributes(region):
@@ -177,8 +197,12 @@ def _of_split(
     return named.SplitAnnotations(annotated, notes)
 
 
-def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> list[named.AnnotatedObject]:
-    """The objects of a picture; shapes without a box are counted in `skipped`. Raises `ValueError` in words."""
+def _objects(
+    image: ViaImage, attribute: str | None, skipped: Counter[str]
+) -> list[named.AnnotatedObject]:
+    """The objects of a picture; shapes without a box are counted in `skipped`. Raises `ValueError`
+    in words.
+    """
     objects = []
     for number, region in enumerate(image.regions, start=1):
         name = ONE_CLASS if attribute is None else _value(region, attribute)
@@ -198,7 +222,9 @@ def _objects(image: ViaImage, attribute: str | None, skipped: Counter[str]) -> l
 
 
 def _box(kind: str, shape: Any) -> tuple[named.Box | None, named.Polygons]:
-    """The box around a region, None where its kind has none; and its outline, where it is no box."""
+    """The box around a region, None where its kind has none; and its outline, where it is no
+    box.
+    """
     if kind == "rect":
         x, y, width, height = (float(shape[key]) for key in ("x", "y", "width", "height"))
         return (x, y, width, height), ()

@@ -1,8 +1,10 @@
-"""Pascal VOC's layout: an XML file for each image, and lists in `ImageSets/Main` that say which split it is in.
+"""Pascal VOC's layout: an XML file for each image, and lists in `ImageSets/Main` that say which
+split it is in.
 
-VOC counts pixels from 1 and both corners belong to the box: `x = xmin - 1`, `w = xmax - xmin + 1`. A set of which any
-corner is below 1 was written by a tool that counts from 0, and corners with decimals by one that means edges: there
-`x = xmin`, `w = xmax - xmin`. VOC itself has a few decimals, so that more than one object in a hundred must have them.
+VOC counts pixels from 1 and both corners belong to the box: `x = xmin - 1`, `w = xmax - xmin + 1`.
+A set of which any corner is below 1 was written by a tool that counts from 0, and corners with
+decimals by one that means edges: there `x = xmin`, `w = xmax - xmin`. VOC itself has a few
+decimals, so that more than one object in a hundred must have them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,16 @@ from detrellis.data.splits import SPLITS, SplitFiles, select_part
 from detrellis.errors import UserError
 
 # Folders that are called like XML files, in the order in which they are preferred.
-XML_FOLDERS = ("annotations", "annotation", "annots", "voc_annotations", "xml", "xmls", "labels", "label")
+XML_FOLDERS = (
+    "annotations",
+    "annotation",
+    "annots",
+    "voc_annotations",
+    "xml",
+    "xmls",
+    "labels",
+    "label",
+)
 DECIMALS = 0.01  # of VOC's own objects fewer have decimals
 
 
@@ -43,7 +54,8 @@ DECIMALS = 0.01  # of VOC's own objects fewer have decimals
 
 
 def find_voc(data: Path, images: GivenImages | None = None) -> dict[str, SplitFiles] | None:
-    """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML; None where there are none.
+    """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML; None
+    where there are none.
 
     `images` has the image folder of each split for which it is known.
     """
@@ -73,11 +85,15 @@ def _year_folder(data: Path) -> Path:
     devkit = data / "VOCdevkit" if (data / "VOCdevkit").is_dir() else data
     years = sorted(p for p in devkit.glob("VOC20*") if (p / "Annotations").is_dir())
     if len(years) > 1:
-        raise UserError(f"{data}: more than one year: {', '.join(p.name for p in years)}", "Give one of them.")
+        raise UserError(
+            f"{data}: more than one year: {', '.join(p.name for p in years)}", "Give one of them."
+        )
     return years[0] if years else data
 
 
-def voc_folders(data: Path, images: Path | None = None, around: Path | None = None) -> tuple[Path, Path] | None:
+def voc_folders(
+    data: Path, images: Path | None = None, around: Path | None = None
+) -> tuple[Path, Path] | None:
     """(folder of XML, folder of images) in `data`, or with `data` as the folder of XML itself.
 
     Images are looked for in `data`, then in `around`, then in the folders above the XML.
@@ -85,11 +101,15 @@ def voc_folders(data: Path, images: Path | None = None, around: Path | None = No
     annotations = _xml_folder(data)
     if annotations is None:
         return None
-    return annotations, images.resolve() if images is not None else _images_of(annotations, data, around)
+    return annotations, images.resolve() if images is not None else _images_of(
+        annotations, data, around
+    )
 
 
 def _xml_folder(data: Path) -> Path | None:
-    """The folder below which all XML of VOC's form lies: one of a usual name, `data`, or the only one there is."""
+    """The folder below which all XML of VOC's form lies: one of a usual name, `data`, or the only
+    one there is.
+    """
     below = subfolders(data, 1)
     usual = [folder for folder in below if fold(folder.name) in XML_FOLDERS]
     usual.sort(key=lambda folder: XML_FOLDERS.index(fold(folder.name)))
@@ -103,7 +123,9 @@ def _xml_folder(data: Path) -> Path | None:
         return None
     # "annotations/xmls", or a whole set one folder deeper.
     deeper = None if annotations == data else _xml_folder(annotations)
-    if deeper is not None and all(deeper in real.parents for real in map(_real, _xml_below(annotations))):
+    if deeper is not None and all(
+        deeper in real.parents for real in map(_real, _xml_below(annotations))
+    ):
         annotations = deeper
     return annotations.resolve()
 
@@ -123,13 +145,21 @@ def _holds_xml(files: Sequence[Path]) -> bool:
 
 def _images_of(annotations: Path, data: Path, around: Path | None = None) -> Path:
     sample = spread(_xml_below(annotations))
-    pictures = [PictureName(stem_below(annotations, file), parse_xml(file).image) for file in sample]
-    places = [place for place in (data, around, annotations, annotations.parent) if place is not None]
+    pictures = [
+        PictureName(stem_below(annotations, file), parse_xml(file).image) for file in sample
+    ]
+    places = [
+        place for place in (data, around, annotations, annotations.parent) if place is not None
+    ]
     return image_folder(annotations, [place.resolve() for place in places], pictures).resolve()
 
 
-def _by_folder(data: Path, places: Sequence[Path], given: Mapping[str, Path]) -> dict[str, SplitFiles] | None:
-    """`train/`, `valid/`, each with its XML; the images are there too, or in a folder called the same."""
+def _by_folder(
+    data: Path, places: Sequence[Path], given: Mapping[str, Path]
+) -> dict[str, SplitFiles] | None:
+    """`train/`, `valid/`, each with its XML; the images are there too, or in a folder called the
+    same.
+    """
     by_name = {fold(place.name): place for place in places if place.is_dir()}
     splits = {}
     for split, names in SPLITS.items():
@@ -142,9 +172,17 @@ def _by_folder(data: Path, places: Sequence[Path], given: Mapping[str, Path]) ->
     return splits if "train" in splits else None
 
 
-def _by_lists(places: Sequence[Path], annotations: Path, images: Path) -> dict[str, SplitFiles] | None:
-    """The splits that lists of images tell, in the usual folder for them; None where no list is for training."""
-    folders = [child(place, parts) for place in places for parts in (("imagesets", "main"), ("imagesets",), ())]
+def _by_lists(
+    places: Sequence[Path], annotations: Path, images: Path
+) -> dict[str, SplitFiles] | None:
+    """The splits that lists of images tell, in the usual folder for them; None where no list is for
+    training.
+    """
+    folders = [
+        child(place, parts)
+        for place in places
+        for parts in (("imagesets", "main"), ("imagesets",), ())
+    ]
     candidates = (_lists(folder) for folder in folders if folder is not None)
     lists = next(filter(None, candidates), {})
     # trainval trains where there is no train, and then test is what is left to validate on.
@@ -153,7 +191,9 @@ def _by_lists(places: Sequence[Path], annotations: Path, images: Path) -> dict[s
     test = lists.get("test") if val != lists.get("test") else None
     by_split = {"train": train, "val": val, "test": test}
     splits = {
-        split: SplitFiles(annotations, (images,), listing=file) for split, file in by_split.items() if file is not None
+        split: SplitFiles(annotations, (images,), listing=file)
+        for split, file in by_split.items()
+        if file is not None
     }
     return splits if "train" in splits else None
 
@@ -169,14 +209,19 @@ def _lists(folder: Path) -> dict[str, Path]:
 
 
 def _list_of_a_class(files: Sequence[Path], split: str) -> Path | None:
-    """One of `cat_train.txt`, `dog_train.txt`, which all list the split's images in VOC; None where there are none."""
+    """One of `cat_train.txt`, `dog_train.txt`, which all list the split's images in VOC; None where
+    there are none.
+    """
     lists = [file for file in files if fold(file.stem).endswith(f"_{split}")]
     contents = set()
     for file in lists:
         lines = read_text(file).splitlines()
         contents.add(frozenset(_readings(line)[-1] for line in lines if line.strip()))
     if len(contents) > 1:
-        what = f"{lists[0].parent}: lists of single classes ({lists[0].name}, ...) that do not name the same images"
+        what = (
+            f"{lists[0].parent}: lists of single classes ({lists[0].name}, ...) that do not name "
+            "the same images"
+        )
         raise UserError(what, f"Write {lists[0].with_name(split)}.txt, one image a line.")
     return next(iter(lists), None)
 
@@ -185,12 +230,21 @@ def _list_of_a_class(files: Sequence[Path], split: str) -> Path | None:
 
 
 def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
-    """The wanted splits. Training is always read: it says which name has which id, and where pixels count from."""
+    """The wanted splits. Training is always read: it says which name has which id, and where pixels
+    count from.
+    """
     files = {split: _xml_files(splits[split]) for split in named.with_training(splits, wanted)}
     parsed = {split: map_threads(parse_xml, xml) for split, xml in files.items()}
-    deciding = parsed.get("train") or [content for contents in parsed.values() for content in contents]
-    first_pixel = 0 if _corners_are_edges([o for content in deciding for o in content.objects]) else 1
-    annotations = {split: _of_split(split, splits[split], files[split], parsed[split], first_pixel) for split in files}
+    deciding = parsed.get("train") or [
+        content for contents in parsed.values() for content in contents
+    ]
+    first_pixel = (
+        0 if _corners_are_edges([o for content in deciding for o in content.objects]) else 1
+    )
+    annotations = {
+        split: _of_split(split, splits[split], files[split], parsed[split], first_pixel)
+        for split in files
+    }
     # Once for each folder of pictures: those that no XML file is about.
     looked_at = set[Path]()
     for split in wanted:
@@ -228,24 +282,40 @@ def _listed(listing: Path, everything: Sequence[Path], annotations: Path) -> lis
 
 
 def _readings(line: str) -> list[str]:
-    """What a line may name: "my photo 1", in some sets with a 1, 0 or -1 behind it, a suffix, or folders before it."""
+    """What a line may name: "my photo 1", in some sets with a 1, 0 or -1 behind it, a suffix, or
+    folders before it.
+    """
     whole = line.strip().replace("\\", "/")
     ways = []
     for text in (whole, re.sub(r"\s+(-1|0|1)$", "", whole)):
-        bare = Path(text).with_suffix("").as_posix() if is_image(text) or fold(text).endswith(".xml") else text
+        bare = (
+            Path(text).with_suffix("").as_posix()
+            if is_image(text) or fold(text).endswith(".xml")
+            else text
+        )
         ways += [text, bare, bare.rpartition("/")[2]]
     return list(dict.fromkeys(way for way in ways if way))
 
 
 def _corners_are_edges(objects: Sequence[VocObject]) -> bool:
-    """Whether corners are edges, counted from 0; else they are inclusive pixels, counted from 1 (see the top)."""
+    """Whether corners are edges, counted from 0; else they are inclusive pixels, counted from 1
+    (see the top).
+    """
     written = [o.corners for o in objects if not o.edges]
-    with_decimals = sum(any(value % 1 for value in corners if math.isfinite(value)) for corners in written)
-    return with_decimals > DECIMALS * len(written) or any(min(corners[:2]) < 1 for corners in written)
+    with_decimals = sum(
+        any(value % 1 for value in corners if math.isfinite(value)) for corners in written
+    )
+    return with_decimals > DECIMALS * len(written) or any(
+        min(corners[:2]) < 1 for corners in written
+    )
 
 
 def _of_split(
-    split: str, files: SplitFiles, xml_files: Sequence[Path], parsed: Sequence[VocFile], first_pixel: int
+    split: str,
+    files: SplitFiles,
+    xml_files: Sequence[Path],
+    parsed: Sequence[VocFile],
+    first_pixel: int,
 ) -> named.SplitAnnotations:
     """An image for each XML file whose picture is known, and findings."""
     everything = _xml_below(files.annotations) if files.listing is not None else []
@@ -256,7 +326,9 @@ def _of_split(
             for number, o in enumerate(content.objects, start=1)
         ]
         problem = content.problem
-        if problem and (same_name := [f for f in everything if fold(f.stem) == fold(file.stem) and f != file]):
+        if problem and (
+            same_name := [f for f in everything if fold(f.stem) == fold(file.stem) and f != file]
+        ):
             meant = " or ".join(stem_below(files.annotations, other) for other in same_name)
             problem = f"{problem}; its name could mean {meant}"
         images.append(named.AnnotatedImage(file, content.image, content.size, objects, problem))
@@ -276,7 +348,9 @@ def _box(each: VocObject, first_pixel: int) -> named.Box:
 
 
 def _unlabelled(split: str, folder: Path, xml_folders: set[Path], used: set[str]) -> list[Finding]:
-    """The pictures of the folder that have no XML file: what they show is unknown, so that they are left out."""
+    """The pictures of the folder that have no XML file: what they show is unknown, so that they are
+    left out.
+    """
     stems = {file: fold(file.stem) for place in xml_folders for file in _xml_below(place)}
     pictures = [p.relative_to(folder).as_posix() for p in list_images(folder)]
     used = used.intersection(pictures)  # others are names without a picture
@@ -298,5 +372,8 @@ def _unlabelled(split: str, folder: Path, xml_folders: set[Path], used: set[str]
         bare = [name for name in bare if fold(Path(name).name) not in written]
     if not bare:
         return []
-    what = f"{len(bare)} of {len(pictures)} pictures have no XML file and are left out; the first: {bare[0]}"
+    what = (
+        f"{len(bare)} of {len(pictures)} pictures have no XML file and are left out; the first: "
+        f"{bare[0]}"
+    )
     return [finding("unlabelled-images", split, folder, what, count=len(bare))]

@@ -1,6 +1,7 @@
 """One XML file of Pascal VOC, in whatever encoding and dialect tools write it.
 
-No content of a file raises: `VocFile.problem` says why what it shows is unknown, and the doctor reports that.
+No content of a file raises: `VocFile.problem` says why what it shows is unknown, and the doctor
+reports that.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _root(data: bytes) -> ElementTree.Element:
     try:
         root = ElementTree.fromstring(data)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        # Expat reads few encodings; what is given to it as text it reads whatever the file declares.
+        # Expat reads few encodings; what is given to it as text it reads whatever the file
+        # declares.
         if (text := _decoded(data)) is None:
             if isinstance(error, ElementTree.ParseError):
                 raise
@@ -100,11 +102,13 @@ def _decoded(data: bytes) -> str | None:
     except LookupError:
         return None
     if name.startswith(("utf-16", "utf-32")):
-        name = "utf-8"  # it could not be read as such: tools copy the declaration into files in UTF-8
+        # It could not be read as such: tools copy the declaration into files in UTF-8
+        name = "utf-8"
     try:
         return data.decode(WIDER.get(name, name))
     except UnicodeDecodeError:
-        # Mostly the path of the machine that wrote it, in its own encoding: that does no harm, a class name would.
+        # Mostly the path of the machine that wrote it, in its own encoding: that does no harm, a
+        # class name would.
         return data.decode("utf-8", errors="replace") if name in ("utf-8", "ascii") else None
 
 
@@ -122,7 +126,9 @@ def _objects(root: ElementTree.Element) -> list[VocObject]:
         if not name:
             raise ValueError(f"object {number} has no <name>")
         if LOST in name:
-            raise ValueError(f"the <name> of object {number} is not in UTF-8, and no other encoding is declared")
+            raise ValueError(
+                f"the <name> of object {number} is not in UTF-8, and no other encoding is declared"
+            )
         corners, edges = _corners(element)
         written = "" if all(map(math.isfinite, corners)) else _written(element)
         difficult = _text(element, "difficult").lower() in ("1", "true")
@@ -131,16 +137,25 @@ def _objects(root: ElementTree.Element) -> list[VocObject]:
 
 
 def _corners(element: ElementTree.Element) -> tuple[Corners, bool]:
-    """The corners, and whether they are edges: a turned box and a polygon give the box around them."""
+    """The corners, and whether they are edges: a turned box and a polygon give the box around
+    them.
+    """
     box = element.find("bndbox")
     if box is not None:
-        xmin, ymin, xmax, ymax = (_number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+        xmin, ymin, xmax, ymax = (
+            _number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")
+        )
         return (xmin, ymin, xmax, ymax), False
     turned, polygon = element.find("robndbox"), element.find("polygon")
     if turned is not None:
-        return _around(*(_number(turned.findtext(key)) for key in ("cx", "cy", "w", "h", "angle"))), True
+        return _around(
+            *(_number(turned.findtext(key)) for key in ("cx", "cy", "w", "h", "angle"))
+        ), True
     if polygon is not None:
-        xs, ys = ([_number(e.text) for e in polygon.iter() if re.fullmatch(rf"{axis}\d*", e.tag)] for axis in "xy")
+        xs, ys = (
+            [_number(e.text) for e in polygon.iter() if re.fullmatch(rf"{axis}\d*", e.tag)]
+            for axis in "xy"
+        )
         if len(xs) > 1 and len(ys) > 1:
             return (min(xs), min(ys), max(xs), max(ys)), True
     return (math.nan,) * 4, False

@@ -1,7 +1,7 @@
 """YOLO's layout: `data.yaml` (or `classes.txt`), images, and a text file of labels for each image.
 
-An image without a label file has no boxes. Class numbers are the category ids: 0, 1, ... What the lines of a label file
-are is in `yolo_labels.py`, how the yaml is read in `yolo_yaml.py`.
+An image without a label file has no boxes. Class numbers are the category ids: 0, 1, ... What the
+lines of a label file are is in `yolo_labels.py`, how the yaml is read in `yolo_yaml.py`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,22 @@ from detrellis.data.files import (
 from detrellis.data.findings import Finding, finding
 from detrellis.data.formats import yolo_yaml
 from detrellis.data.formats.lookup import child, fold, real_names, renaming_notes
-from detrellis.data.formats.yolo_labels import LongLines, YoloFile, long_lines, polygons_in, read_labels
+from detrellis.data.formats.yolo_labels import (
+    LongLines,
+    YoloFile,
+    long_lines,
+    polygons_in,
+    read_labels,
+)
 from detrellis.data.records import RawDataset, from_columns
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.errors import UserError
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")  # at the top, or in a split's folder
-IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that have one of labels beside them
+# At the top, or in a split's folder
+CLASS_LISTS = ("classes.txt", "obj.names", "labels/classes.txt")
+# Folders that have one of labels beside them
+IMAGES = ("images", "image", "imgs", "img", "jpegimages")
 PLACES = ("images/{}", "{}/images", "{}.txt", "{}")  # of a split's images, where no yaml says it
 LABELS = ("labels", "label", "annotations")
 SNIFFED = 8  # files of a folder that are opened to see what they are
@@ -54,7 +62,9 @@ def find_yolo(data: Path) -> dict[str, SplitFiles] | None:
     lists = [place for place in places if place.is_file()]
     if len({yolo_yaml.class_names(file) for file in lists}) > 1:
         listed = ", ".join(file.relative_to(data).as_posix() for file in lists)
-        raise UserError(f"{data}: lists of classes that differ: {listed}", "Make them the same, or leave one.")
+        raise UserError(
+            f"{data}: lists of classes that differ: {listed}", "Make them the same, or leave one."
+        )
     return _from_class_list(data, lists[0]) if lists else None
 
 
@@ -69,14 +79,19 @@ def _yaml_in(folder: Path) -> Path | None:
     texts = {file: read_text(file) for file in files_in(folder, *yolo_yaml.SUFFIXES)}
     others = [file for file, text in texts.items() if "names:" in text and "train:" in text]
     if not named and len(others) > 1:
-        raise UserError(f"{folder}: more than one YOLO yaml: {', '.join(f.name for f in others)}", "Name the one.")
+        raise UserError(
+            f"{folder}: more than one YOLO yaml: {', '.join(f.name for f in others)}",
+            "Name the one.",
+        )
     return next(iter(named + others), None)
 
 
 def _from_yaml(file: Path) -> dict[str, SplitFiles]:
     content = yolo_yaml.load_yaml(file)
     if not yolo_yaml.given(content, SPLITS["train"]):
-        raise UserError(f"{file}: no `train:` (found: {', '.join(map(str, content))})", yolo_yaml.SHAPE)
+        raise UserError(
+            f"{file}: no `train:` (found: {', '.join(map(str, content))})", yolo_yaml.SHAPE
+        )
     splits = {}
     for split, names in SPLITS.items():
         texts = yolo_yaml.given(content, names)
@@ -105,7 +120,9 @@ def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
 
 
 def _labelled(folder: Path) -> bool:
-    """Whether images lie in it that have label files beside them, as LabelImg leaves them, or in its `labels/`."""
+    """Whether images lie in it that have label files beside them, as LabelImg leaves them, or in
+    its `labels/`.
+    """
     images = files_in(folder, *image_suffixes())
     return any(file is not None for file in _label_files(images)[1])
 
@@ -148,11 +165,14 @@ class YoloSplit(NamedTuple):
 def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
     """The wanted splits: images with the boxes of their label files.
 
-    What lines of more than five fields are is decided once for all of them, training being asked too.
+    What lines of more than five fields are is decided once for all of them, training being asked
+    too.
     """
     read = {split: _read(split, splits[split]) for split in wanted}
     deciding = list(read.values())
-    long = any(label.around for split in deciding for content in split.contents for label in content.labels)
+    long = any(
+        label.around for split in deciding for content in split.contents for label in content.labels
+    )
     if long and "train" in splits and "train" not in read:
         deciding.append(_read("train", splits["train"]))
     label_files = [file for split in deciding for file in split.label_files]
@@ -165,7 +185,9 @@ def read_yolo(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[s
 
 def _read(name: str, files: SplitFiles) -> YoloSplit:
     notes: list[Finding] = []
-    listed = [image for place in files.images for image in _listed(place, files.annotations, name, notes)]
+    listed = [
+        image for place in files.images for image in _listed(place, files.annotations, name, notes)
+    ]
     images = list(dict.fromkeys(listed))
     label_folders, label_files = _label_files(images)
     contents = map_threads(read_labels, label_files)
@@ -179,14 +201,18 @@ def _listed(place: Path, source: Path, split: str, notes: list[Finding]) -> Iter
         return
     names = [line.strip() for line in read_text(place).splitlines() if line.strip()]
     roots = [place.parent, source.parent, place.parent.parent]
-    root = next((r for r in roots if any(os.path.exists(r / name) for name in names[:8])), place.parent)
+    root = next(
+        (r for r in roots if any(os.path.exists(r / name) for name in names[:8])), place.parent
+    )
     resolved = real_names(names, root, nearby=[source.parent])
     notes += renaming_notes(split, place, resolved)
     yield from (Path(os.path.normpath(root / name)) for name in resolved.names)
 
 
 def _label_files(images: Sequence[Path]) -> tuple[list[Path], list[Path | None]]:
-    """For each image the folder of its label file, and the file: the image's name, in any case, with `.txt`."""
+    """For each image the folder of its label file, and the file: the image's name, in any case,
+    with `.txt`.
+    """
     stems: dict[Path, set[str]] = defaultdict(set)
     for image in images:
         stems[image.parent].add(fold(image.stem))
@@ -216,12 +242,15 @@ def _pick(files: Sequence[Path], stem: str) -> Path | None:
 
 
 def _label_folder(images: Path, stems: set[str]) -> Path:
-    """`labels/` in place of the last `images/`, or in the folder of images, or this itself: where the files are."""
+    """`labels/` in place of the last `images/`, or in the folder of images, or this itself: where
+    the files are.
+    """
     parts = images.parts
     places = []
     last = max((i for i, part in enumerate(parts) if fold(part) in IMAGES), default=None)
     if last is not None:
-        tails = [parts[last + 1 : end] for end in range(len(parts), last, -1)]  # then all labels in one folder
+        # Then all labels in one folder
+        tails = [parts[last + 1 : end] for end in range(len(parts), last, -1)]
         label_folders = _called_labels(Path(*parts[:last]))
         places = [folder.joinpath(*tail) for tail in tails for folder in label_folders]
     places = [*(place for place in places if place.is_dir()), *_called_labels(images), images]
@@ -260,29 +289,45 @@ def _dataset(split: YoloSplit, lines: LongLines, used: set[Path]) -> RawDataset:
     }
     # Boxes are relative to the picture that was labelled, and it was labelled as viewers show it.
     sizes = read_sizes(split.images).tolist()
-    if lines.kind == "polygons" and any(label.around for content in split.contents for label in content.labels):
+    if lines.kind == "polygons" and any(
+        label.around for content in split.contents for label in content.labels
+    ):
         head["segmentations"] = partial(_segmentations, split.label_files, sizes)
-    images = [(path.relative_to(root).as_posix(), *size) for path, size in zip(split.images, sizes, strict=True)]
+    images = [
+        (path.relative_to(root).as_posix(), *size)
+        for path, size in zip(split.images, sizes, strict=True)
+    ]
     return from_columns(head, images, _box_rows(split, sizes, lines))
 
 
 def _segmentations(
-    files: Sequence[Path | None], sizes: Sequence[Sequence[int]], image_ids: Sequence[int], lines: Sequence[int]
+    files: Sequence[Path | None],
+    sizes: Sequence[Sequence[int]],
+    image_ids: Sequence[int],
+    lines: Sequence[int],
 ) -> list[Any]:
-    """A `SegmentationReader`: label files are read again. Images are numbered from 1 in the files' order."""
+    """A `SegmentationReader`: label files are read again. Images are numbered from 1 in the files'
+    order.
+    """
     images = sorted(set(image_ids))
-    read = dict(zip(images, map_threads(polygons_in, [files[image - 1] for image in images]), strict=True))
+    read = dict(
+        zip(images, map_threads(polygons_in, [files[image - 1] for image in images]), strict=True)
+    )
     values: list[Any] = []
     for image, line in zip(image_ids, lines, strict=True):
         polygon = read[image].get(line)
-        values.append(None if polygon is None else [(polygon * sizes[image - 1][::-1]).ravel().tolist()])
+        values.append(
+            None if polygon is None else [(polygon * sizes[image - 1][::-1]).ravel().tolist()]
+        )
     return values
 
 
 def _class_count(split: YoloSplit, names: Sequence[tuple[int, str]]) -> Iterator[Finding]:
     count = yolo_yaml.class_count(split.source)
     if count is not None and count != len(names):
-        yield finding("class-count", split.name, split.source, f"`nc: {count}`, but `names` has {len(names)}")
+        yield finding(
+            "class-count", split.name, split.source, f"`nc: {count}`, but `names` has {len(names)}"
+        )
 
 
 def _malformed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
@@ -299,7 +344,9 @@ def _malformed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
 
 
 def _shared_labels(split: YoloSplit) -> Iterator[Finding]:
-    """Pictures that differ in their suffix and have one label file: unless they are copies, whose it is is unknown."""
+    """Pictures that differ in their suffix and have one label file: unless they are copies, whose
+    it is is unknown.
+    """
     owners: dict[Path, list[int]] = defaultdict(list)
     for row, file in enumerate(split.label_files):
         if file is not None:
@@ -316,7 +363,11 @@ def _shared_labels(split: YoloSplit) -> Iterator[Finding]:
 def _told_apart(images: Sequence[Path]) -> list[str]:
     """Their names, with the folder where names alone are the same."""
     names = [image.name for image in images]
-    return names if len(set(names)) == len(names) else [f"{image.parent.name}/{image.name}" for image in images]
+    return (
+        names
+        if len(set(names)) == len(names)
+        else [f"{image.parent.name}/{image.name}" for image in images]
+    )
 
 
 def _content(image: Path) -> bytes:
@@ -328,13 +379,22 @@ def _content(image: Path) -> bytes:
 
 def _assumed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
     """What was assumed of long lines where the yaml does not say it."""
-    rows = [row for row, content in enumerate(split.contents) if any(label.around for label in content.labels)]
+    rows = [
+        row
+        for row, content in enumerate(split.contents)
+        if any(label.around for label in content.labels)
+    ]
     if not rows or lines.declared is not None or lines.kind == "polygons":
         return
-    fields = Counter(label.fields for row in rows for label in split.contents[row].labels if label.around)
+    fields = Counter(
+        label.fields for row in rows for label in split.contents[row].labels if label.around
+    )
     lengths = ", ".join(str(count) for count, _ in fields.most_common(4))
     if lines.kind == "keypoints":
-        what = f"lines of {lengths} fields are read as a box with keypoints behind it, which are passed over"
+        what = (
+            f"lines of {lengths} fields are read as a box with keypoints behind it, which are "
+            "passed over"
+        )
         yield finding("keypoints", split.name, split.source, what, count=fields.total())
         return
     what = f"lines of {lengths} fields could be polygons, or boxes with keypoints behind them"
@@ -351,7 +411,12 @@ def _box_rows(
         for label in content.labels:
             if lines.has_box(label):
                 x, y, w, h = lines.box(label)
-                yield row, label.line, label.category, (x * width, y * height, w * width, h * height)
+                yield (
+                    row,
+                    label.line,
+                    label.category,
+                    (x * width, y * height, w * width, h * height),
+                )
 
 
 def _in_pixels(split: YoloSplit, lines: LongLines) -> list[Finding]:
@@ -365,10 +430,17 @@ def _in_pixels(split: YoloSplit, lines: LongLines) -> list[Finding]:
 
 
 def _orphans(split: YoloSplit, used: set[Path]) -> list[Finding]:
-    """Label files that are not `used` by any split. Where text files list the images, the others belong elsewhere."""
+    """Label files that are not `used` by any split. Where text files list the images, the others
+    belong elsewhere.
+    """
     if not all(place.is_dir() for place in split.files.images):
         return []
-    folders = set(split.label_folders) - {image.parent for image in split.images}  # else README.txt would be one
+    # Else README.txt would be one
+    folders = set(split.label_folders) - {image.parent for image in split.images}
     orphans = [f for folder in sorted(folders) for f in files_in(folder, ".txt") if f not in used]
     what = "a label file without an image of this name"
-    return [finding("label-without-image", split.name, f, what) for f in orphans if f.name != "classes.txt"]
+    return [
+        finding("label-without-image", split.name, f, what)
+        for f in orphans
+        if f.name != "classes.txt"
+    ]

@@ -1,7 +1,8 @@
 """YOLO's label files: lines, and what the longer ones are.
 
-`class cx cy w h` is a box, relative to the image's width and height. A longer line is a polygon, or a box with
-keypoints behind it, and nothing in it says which: `long_lines` decides for the set as a whole, or not at all.
+`class cx cy w h` is a box, relative to the image's width and height. A longer line is a polygon, or
+a box with keypoints behind it, and nothing in it says which: `long_lines` decides for the set as a
+whole, or not at all.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class YoloLabel(NamedTuple):
     line: int
     category: int
     box: RelativeBox  # of its first four numbers
-    around: RelativeBox | None  # around all its points, of a line of more than five fields; else None
+    # Around all its points, of a line of more than five fields; else None
+    around: RelativeBox | None
     fields: int
 
 
@@ -73,7 +75,9 @@ def parse_line(line: str, number: int = 0) -> YoloLabel:
         category, *numbers = (float(field) for field in fields)
     except ValueError:
         separated = any(mark in line for mark in ",;")
-        raise ValueError("fields must have spaces between them" if separated else "not all are numbers") from None
+        raise ValueError(
+            "fields must have spaces between them" if separated else "not all are numbers"
+        ) from None
     if not math.isfinite(category) or category != int(category):
         raise ValueError("the class is no whole number")
     if len(numbers) < 4:
@@ -90,9 +94,13 @@ def parse_line(line: str, number: int = 0) -> YoloLabel:
 
 
 def polygons_in(file: Path | None) -> dict[int, NDArray[np.float64]]:
-    """The polygons `(n, 2)` of a label file, in shares of the image, by their lines; those of boxes are left out."""
+    """The polygons `(n, 2)` of a label file, in shares of the image, by their lines; those of boxes
+    are left out.
+    """
     polygons = {}
-    for number, line in enumerate(read_text(file).splitlines() if file is not None else (), start=1):
+    for number, line in enumerate(
+        read_text(file).splitlines() if file is not None else (), start=1
+    ):
         values = line.split()[1:]
         if len(values) >= 6 and len(values) % 2 == 0:
             with suppress(ValueError):  # a malformed line
@@ -123,7 +131,11 @@ class LongLines(NamedTuple):
             return ""
         if self.kind == "polygons":
             fits = label.fields % 2 == 1 and label.fields >= 7
-            return "" if fits else f"{label.fields} fields, neither a box (5) nor a polygon (odd, at least 7)"
+            return (
+                ""
+                if fits
+                else f"{label.fields} fields, neither a box (5) nor a polygon (odd, at least 7)"
+            )
         if self.kind == "unclear" or self.declared is None:
             return ""
         expected = 5 + self.declared.points * self.declared.values
@@ -132,8 +144,12 @@ class LongLines(NamedTuple):
         return f"{label.fields} fields, and a box with the keypoints of `kpt_shape` has {expected}"
 
 
-def long_lines(contents: Sequence[YoloFile], files: Sequence[Path | None], declared: Keypoints | None) -> LongLines:
-    """What the lines of more than five fields in all these files are, by the yaml or by their numbers."""
+def long_lines(
+    contents: Sequence[YoloFile], files: Sequence[Path | None], declared: Keypoints | None
+) -> LongLines:
+    """What the lines of more than five fields in all these files are, by the yaml or by their
+    numbers.
+    """
     if declared is not None:
         return LongLines("keypoints" if declared.points else "polygons", declared)
     with_long = [
@@ -158,9 +174,10 @@ def _long_lines(file: Path) -> list[NDArray[np.float64]]:
 def decide(lines: Sequence[NDArray[np.float64]]) -> LineKind:
     """What long lines are, by the numbers behind the class in each of them.
 
-    Keypoints lie in their box, are (0, 0) where they are missing, and may carry 0, 1 or 2 for "visible". Read as a
-    polygon such a line crosses itself, because its second point is a size. Polygons seldom do, and half of them fit as
-    keypoints by chance; rectangles at an angle (oriented boxes) are known by their sides.
+    Keypoints lie in their box, are (0, 0) where they are missing, and may carry 0, 1 or 2 for
+    "visible". Read as a polygon such a line crosses itself, because its second point is a size.
+    Polygons seldom do, and half of them fit as keypoints by chance; rectangles at an angle
+    (oriented boxes) are known by their sides.
     """
     flagged = all(_flagged(line) for line in lines)
     inside = sum(_fits(line, 3 if flagged else 2) for line in lines) / len(lines)
@@ -193,7 +210,9 @@ def _fits(line: NDArray[np.float64], values: int) -> bool:
     low, high = centre - size / 2, centre + size / 2
     in_image = (size > 0).all() and (low >= -SLACK).all() and (high <= 1 + SLACK).all()
     room = SLACK + 0.05 * size
-    return bool(in_image and (points[:, :2] >= low - room).all() and (points[:, :2] <= high + room).all())
+    return bool(
+        in_image and (points[:, :2] >= low - room).all() and (points[:, :2] <= high + room).all()
+    )
 
 
 def _is_parallelogram(line: NDArray[np.float64]) -> bool:

@@ -1,6 +1,7 @@
 """YOLO's `data.yaml`: names as the text that stands there, and the paths that it gives.
 
-YAML reads `no` as false, `007` as 7, `1e3` as 1000.0 and `null` as nothing. Here every scalar stays text.
+YAML reads `no` as false, `007` as 7, `1e3` as 1000.0 and `null` as nothing. Here every scalar stays
+text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from detrellis.yaml_reader import parse
 
 SUFFIXES = (".yaml", ".yml")
 NOTHING = ("", "null", "~", "none", "false", "no")  # where a path or a shape could stand
-SHAPE = "data.yaml needs `names:` (a list, or numbers to names) and `train:`, and should have `val:`."
+SHAPE = (
+    "data.yaml needs `names:` (a list, or numbers to names) and `train:`, and should have `val:`."
+)
 
 
 class Keypoints(NamedTuple):
@@ -29,22 +32,30 @@ class Keypoints(NamedTuple):
 
 
 def load_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a yaml file, all scalars as text. Raises `UserError` with the line where it is malformed."""
+    """The mapping in a yaml file, all scalars as text. Raises `UserError` with the line where it is
+    malformed.
+    """
     try:
         text = read_text(file)
         node, content = parse(text)
     except yaml.YAMLError as error:
         tab = "Write spaces where there are tabs. " if "'\\t'" in str(error) else ""
-        raise UserError(f"{file}: malformed yaml ({' '.join(str(error).split())})", f"{tab}{SHAPE}") from error
+        raise UserError(
+            f"{file}: malformed yaml ({' '.join(str(error).split())})", f"{tab}{SHAPE}"
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: {'not a yaml mapping' if text.strip() else 'the file is empty'}", SHAPE)
+        raise UserError(
+            f"{file}: {'not a yaml mapping' if text.strip() else 'the file is empty'}", SHAPE
+        )
     if twice := _repeated_key(node):
         raise UserError(f"{file}: {twice}", "Remove one of them.")
     return content
 
 
 def _repeated_key(node: yaml.Node | None) -> str:
-    """`names:` is there twice (lines 3 and 7), "" where no key is: PyYAML takes the last one without a word."""
+    """`names:` is there twice (lines 3 and 7), "" where no key is: PyYAML takes the last one
+    without a word.
+    """
     if not isinstance(node, yaml.MappingNode):
         return ""
     first: dict[str, int] = {}
@@ -62,17 +73,23 @@ def given(content: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     for name in names:
         entries = content.get(name)
         texts = entries if isinstance(entries, list) else [entries]
-        paths = [text for text in texts if isinstance(text, str) and text.strip().lower() not in NOTHING]
+        paths = [
+            text for text in texts if isinstance(text, str) and text.strip().lower() not in NOTHING
+        ]
         if paths:
             return paths
     return []
 
 
 def locate(text: str, file: Path, content: Mapping[str, Any]) -> Path | None:
-    """The folder or list that the yaml means, also when it was written for another machine or working folder."""
+    """The folder or list that the yaml means, also when it was written for another machine or
+    working folder.
+    """
     base = content.get("path")
     # A folder for settings has no data in it: there the paths are relative to the one above.
-    places = [file.parent] if subfolders(file.parent, depth=1) else [file.parent, file.parent.parent]
+    places = (
+        [file.parent] if subfolders(file.parent, depth=1) else [file.parent, file.parent.parent]
+    )
     root = find_place(base, places) if isinstance(base, str) and base.strip() else None
     place = find_place(text, [*([root] if root is not None else []), *places])
     return None if place is None else place.resolve()
@@ -91,7 +108,8 @@ def class_names(file: Path) -> tuple[tuple[int, str], ...]:
     if isinstance(names, tuple):
         return names
     if isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values()):
-        for pairs in (names.items(), [(i, name) for name, i in names.items()]):  # {0: cat}, and {cat: 0}
+        # {0: cat}, and {cat: 0}
+        for pairs in (names.items(), [(i, name) for name, i in names.items()]):
             if all(key.strip().isdecimal() for key, _ in pairs):
                 return tuple(sorted((int(key), name) for key, name in pairs))
     raise UserError(f"{file}: `names:` is {'missing' if not names else repr(names)[:80]}", SHAPE)
@@ -122,16 +140,24 @@ def class_count(file: Path) -> int | None:
 
 
 def keypoints(file: Path) -> Keypoints | None:
-    """`kpt_shape:` of a yaml file; None where there is none. An empty one says that there are no keypoints."""
+    """`kpt_shape:` of a yaml file; None where there is none. An empty one says that there are no
+    keypoints.
+    """
     content = load_yaml(file) if file.suffix.lower() in SUFFIXES else {}
     if "kpt_shape" not in content:
         return None
     shape = content["kpt_shape"]
     if not shape or (isinstance(shape, str) and shape.strip().lower() in (*NOTHING, "0")):
         return Keypoints(0, 0)
-    if isinstance(shape, list) and len(shape) == 2 and all(str(n).strip().isdecimal() for n in shape):
+    if (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(str(n).strip().isdecimal() for n in shape)
+    ):
         points, values = (int(n) for n in shape)
         if points == 0 or values in (2, 3):
             return Keypoints(points, values)
     what = f"{file}: `kpt_shape:` is {shape!r}, not the number of keypoints and 2 or 3"
-    raise UserError(what, "Write e.g. `kpt_shape: [17, 3]`, or `kpt_shape: []` where there are none.")
+    raise UserError(
+        what, "Write e.g. `kpt_shape: [17, 3]`, or `kpt_shape: []` where there are none."
+    )

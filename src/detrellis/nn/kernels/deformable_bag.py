@@ -1,13 +1,15 @@
 """Multi-scale deformable attention on a CPU, as bags of weighted table rows.
 
-The values of all images, tokens and heads are one table `(R, d)`. What one (image, query, head) reads is a *bag* of
-`4 * V * P` rows: the four corners of each sample, weighted by bilinear weight x validity x attention. The forward pass
-is then one `embedding_bag`, which gathers and sums in one go, where `grid_sample` writes every sample to memory. In
-the backward pass the bags are a sparse matrix with a known structure (all columns have the same length): the products
-of gradients and rows are `sampled_addmm`, the gradient of the values is a product with the matrix transposed.
+The values of all images, tokens and heads are one table `(R, d)`. What one (image, query, head)
+reads is a *bag* of `4 * V * P` rows: the four corners of each sample, weighted by bilinear weight x
+validity x attention. The forward pass is then one `embedding_bag`, which gathers and sums in one
+go, where `grid_sample` writes every sample to memory. In the backward pass the bags are a sparse
+matrix with a known structure (all columns have the same length): the products of gradients and rows
+are `sampled_addmm`, the gradient of the values is a product with the matrix transposed.
 
-`K` is `V * P`, all samples of a head; `N` is images x queries. Corners are ordered top left, top right, bottom left,
-bottom right; in a bag all first corners come first. Every sum has a fixed order, whatever the number of threads.
+`K` is `V * P`, all samples of a head; `N` is images x queries. Corners are ordered top left, top
+right, bottom left, bottom right; in a bag all first corners come first. Every sum has a fixed
+order, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ INT32_MAX = 2**31 - 1
 
 
 class Axis(NamedTuple):
-    """One axis of the cells around samples, each `(N, M, K)`: indices clamped to the map, which of them were inside,
-    and how far the sample is on the way from the low one to the high one, in [0, 1)."""
+    """One axis of the cells around samples, each `(N, M, K)`: indices clamped to the map, which of
+    them were inside, and how far the sample is on the way from the low one to the high one, in [0,
+    1)."""
 
     low: Tensor
     high: Tensor
@@ -41,8 +44,8 @@ class Axis(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where things lie: `levels (3, K)` holds width, height and first token of each sample's level; `rows (N, M, 1)`
-    the row of the first token of each bag's image and head."""
+    """Where things lie: `levels (3, K)` holds width, height and first token of each sample's level;
+    `rows (N, M, 1)` the row of the first token of each bag's image and head."""
 
     levels: Tensor
     rows: Tensor
@@ -56,10 +59,19 @@ def axes(locations: Tensor, levels: Tensor) -> tuple[Axis, Axis]:
         pixels = locations[..., i] * size - 0.5
         cell = pixels.floor()
         low = cell.to(levels.dtype)
-        # Clamped as integers: whatever a NaN becomes, no index leaves the table. The NaN lives on in the fraction.
+        # Clamped as integers: whatever a NaN becomes, no index leaves the table. The NaN lives on
+        # in the fraction.
         low_clamped = torch.minimum(low.clamp(min=0), size - 1)
         high_clamped = torch.minimum((low + 1).clamp(min=0), size - 1)
-        both.append(Axis(low_clamped, high_clamped, low_clamped == low, high_clamped == low + 1, pixels - cell))
+        both.append(
+            Axis(
+                low_clamped,
+                high_clamped,
+                low_clamped == low,
+                high_clamped == low + 1,
+                pixels - cell,
+            )
+        )
     return both[0], both[1]
 
 
@@ -75,18 +87,26 @@ def entries(x: Axis, y: Axis, weights: Tensor, layout: Layout) -> tuple[Tensor, 
     return rows.flatten(0, 1).flatten(1), row_weights.flatten(0, 1).flatten(1)
 
 
-def closed_form(x: Axis, y: Axis, weights: Tensor, levels: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of locations and weights from `products (N, M, 4, K)`, gradient times row at each corner."""
+def closed_form(
+    x: Axis, y: Axis, weights: Tensor, levels: Tensor, products: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of locations and weights from `products (N, M, 4, K)`, gradient times row at each
+    corner.
+    """
     top_left, top_right, bottom_left, bottom_right = products.unbind(2)
     left, right = x.linear_weights()
     top, bottom = y.linear_weights()
-    for_weights = top * (left * top_left + right * top_right) + bottom * (left * bottom_left + right * bottom_right)
+    for_weights = top * (left * top_left + right * top_right) + bottom * (
+        left * bottom_left + right * bottom_right
+    )
     # The derivative of a linear weight is -1 or +1 inside the map.
     across = top * (top_right * x.high_inside - top_left * x.low_inside)
     across = across + bottom * (bottom_right * x.high_inside - bottom_left * x.low_inside)
     down = left * (bottom_left * y.high_inside - top_left * y.low_inside)
     down = down + right * (bottom_right * y.high_inside - top_right * y.low_inside)
-    for_locations = torch.stack([across * (weights * levels[0]), down * (weights * levels[1])], dim=-1)
+    for_locations = torch.stack(
+        [across * (weights * levels[0]), down * (weights * levels[1])], dim=-1
+    )
     return for_locations, for_weights
 
 
@@ -99,10 +119,13 @@ def bags(levels: Tensor, rows: Tensor, locations: Tensor, weights: Tensor) -> tu
 def point_gradients(
     levels: Tensor, ids: Tensor, locations: Tensor, weights: Tensor, table: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of locations and weights from `gradient (N * M, d)`; the second piece that may be compiled. Only then
-    is the gather cheap: fused with the product and the sum, the gathered rows are never written."""
+    """Gradients of locations and weights from `gradient (N * M, d)`; the second piece that may be
+    compiled. Only then is the gather cheap: fused with the product and the sum, the gathered rows
+    are never written."""
     products = (table[ids] * gradient[:, None]).sum(-1)
-    return closed_form(*axes(locations, levels), weights, levels, products.view(*weights.shape[:2], 4, -1))
+    return closed_form(
+        *axes(locations, levels), weights, levels, products.view(*weights.shape[:2], 4, -1)
+    )
 
 
 def eager_point_gradients(
@@ -114,21 +137,33 @@ def eager_point_gradients(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(
-            starts, ids.view(-1), table.new_zeros(ids.numel()), (count, len(table)), check_invariants=False
+            starts,
+            ids.view(-1),
+            table.new_zeros(ids.numel()),
+            (count, len(table)),
+            check_invariants=False,
         )
     products = torch.sparse.sampled_addmm(pattern, gradient, table.t(), beta=0.0).values()
-    return closed_form(*axes(locations, levels), weights, levels, products.view(*weights.shape[:2], 4, -1))
+    return closed_form(
+        *axes(locations, levels), weights, levels, products.view(*weights.shape[:2], 4, -1)
+    )
 
 
 def scatter(gradient: Tensor, ids: Tensor, row_weights: Tensor, rows: int) -> Tensor:
-    """Gradient of the table `(rows, d)`: of each row the sum over bags of its weight times the bag's gradient.
+    """Gradient of the table `(rows, d)`: of each row the sum over bags of its weight times the
+    bag's gradient.
 
-    Column by column, in order: 19 ms for an encoder's 2.8 M entries (see benchmarks/deformable.py), where a sort and
-    a second `embedding_bag` take 90, an expanded `scatter_add` 119, and a compiled loop 17 as long as one thread runs.
+    Column by column, in order: 19 ms for an encoder's 2.8 M entries (see benchmarks/deformable.py),
+    where a sort and a second `embedding_bag` take 90, an expanded `scatter_add` 119, and a compiled
+    loop 17 as long as one thread runs.
     """
     count, length = ids.shape
-    starts = np.arange(0, count * length + 1, length, dtype=np.int32 if ids.dtype == torch.int32 else np.int64)
-    matrix = csc_array((row_weights.numpy().ravel(), ids.numpy().ravel(), starts), shape=(rows, count))
+    starts = np.arange(
+        0, count * length + 1, length, dtype=np.int32 if ids.dtype == torch.int32 else np.int64
+    )
+    matrix = csc_array(
+        (row_weights.numpy().ravel(), ids.numpy().ravel(), starts), shape=(rows, count)
+    )
     return torch.from_numpy(matrix @ gradient.numpy())
 
 

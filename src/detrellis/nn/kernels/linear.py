@@ -1,9 +1,10 @@
 """Matrix products of linear layers, by oneDNN on a CPU; `nn/accelerate.py` puts them into a model.
 
-torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the speed of oneDNN or less:
-104 against 211 GFLOP/s on the AMD EPYC of docs/performance.md (benchmarks/linear.py). Such products are most of a
-training step. torch ships oneDNN and reaches it from compiled code only, so this asks for the operation that compiled
-code asks for. It is private to torch: where it is missing or does not work, and wherever else it has nothing to offer,
+torch multiplies float32 matrices with MKL, which on CPUs that are not Intel's runs at half the
+speed of oneDNN or less: 104 against 211 GFLOP/s on the AMD EPYC of docs/performance.md
+(benchmarks/linear.py). Such products are most of a training step. torch ships oneDNN and reaches it
+from compiled code only, so this asks for the operation that compiled code asks for. It is private
+to torch: where it is missing or does not work, and wherever else it has nothing to offer,
 `F.linear` is used.
 """
 
@@ -25,7 +26,8 @@ WORTH = 2**22
 def _available() -> bool:
     """Whether oneDNN's product is there and right."""
     try:
-        # Not random: the first step of a process would then draw other numbers than it does where a run goes on.
+        # Not random: the first step of a process would then draw other numbers than it does where a
+        # run goes on.
         x, weight, bias = (torch.linspace(-1, 1, size) for size in (12, 20, 5))
         x, weight = x.view(3, 4), weight.view(5, 4)
         return torch.backends.mkldnn.is_available() and torch.allclose(
@@ -61,7 +63,9 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `F.linear`: `x (..., i)`, `weight (o, i)`, `bias (o)` to `(..., o)`. No second derivative on a CPU."""
+    """As `F.linear`: `x (..., i)`, `weight (o, i)`, `bias (o)` to `(..., o)`. No second derivative
+    on a CPU.
+    """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     single = x.dtype is weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -1,4 +1,6 @@
-"""RoIAlign (He et al., 2017) of regions of several maps: aligned, with as many samples in a cell as it has places."""
+"""RoIAlign (He et al., 2017) of regions of several maps: aligned, with as many samples in a cell as
+it has places.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ from detrellis.nn.kernels import roi_cpu
 
 
 def roi_align(
-    maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, level: Tensor, cells: int
+    maps: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    cells: int,
 ) -> Tensor:
     """`(R, cells, cells, D)`, in float32 or better, of regions `boxes (R, 4)` xyxy, not clipped.
 
-    Each is read from its `level (R,)` of the `maps (B, D, H, W)` and its `image (R,)`. Boxes get no gradient. What is
-    not a number counts as 0: the run then stops at its loss, with a message, and not here. On torch's meta device,
-    where boxes have no numbers to sort by, only the shape comes out.
+    Each is read from its `level (R,)` of the `maps (B, D, H, W)` and its `image (R,)`. Boxes get no
+    gradient. What is not a number counts as 0: the run then stops at its loss, with a message, and
+    not here. On torch's meta device, where boxes have no numbers to sort by, only the shape comes
+    out.
     """
     precise = torch.promote_types(maps[0].dtype, torch.float32)
     maps, boxes = [m.to(precise) for m in maps], boxes.detach().to(precise).nan_to_num()
@@ -29,7 +37,12 @@ def roi_align(
 
 
 def by_torchvision(
-    maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, level: Tensor, cells: int
+    maps: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    cells: int,
 ) -> Tensor:
     """As `roi_cpu.align`, level by level."""
     images = len(maps[0])
@@ -39,7 +52,9 @@ def by_torchvision(
     groups = boxes[order].split(counts)
     read = torch.cat(
         [
-            ops.roi_align(m, list(groups[k * images : (k + 1) * images]), cells, 1 / stride, aligned=True)
+            ops.roi_align(
+                m, list(groups[k * images : (k + 1) * images]), cells, 1 / stride, aligned=True
+            )
             for k, (m, stride) in enumerate(zip(maps, strides, strict=True))
         ]
     )

@@ -1,10 +1,11 @@
 """RoIAlign on a CPU, as bags of weighted table rows.
 
-The maps of all levels and images are one table, a row for each place. What one cell of one region reads is a *bag* of
-rows: RoIAlign's mean over samples of bilinear interpolation is a product of weights along y and along x. The forward
-pass is one `embedding_bag`; the backward pass is a product with the bags as a sparse matrix, transposed. For the 2048
-regions of a small training step both take a tenth of the time of torchvision's loops (0.07 against 0.78 s), whose
-gradient walks over memory in steps of a whole map.
+The maps of all levels and images are one table, a row for each place. What one cell of one region
+reads is a *bag* of rows: RoIAlign's mean over samples of bilinear interpolation is a product of
+weights along y and along x. The forward pass is one `embedding_bag`; the backward pass is a product
+with the bags as a sparse matrix, transposed. For the 2048 regions of a small training step both
+take a tenth of the time of torchvision's loops (0.07 against 0.78 s), whose gradient walks over
+memory in steps of a whole map.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from torch.autograd.function import once_differentiable
 
 
 def align(
-    maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, level: Tensor, cells: int
+    maps: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    image: Tensor,
+    level: Tensor,
+    cells: int,
 ) -> Tensor:
-    """`(R, cells, cells, D)` of regions `boxes (R, 4)`, each from its `image (R,)` and `level (R,)`."""
+    """`(R, cells, cells, D)` of regions `boxes (R, 4)`, each from its `image (R,)` and `level
+    (R,)`.
+    """
     table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
     # Height, width and first row of each region's map, and its stride.
     shapes = torch.tensor([(m.shape[2], m.shape[3]) for m in maps])
@@ -45,10 +53,12 @@ def align(
 def spans(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Places `(R, cells, K)` that each cell of a region reads along one axis, and their weights.
 
-    From `low (R,)` to `high (R,)` in places; the map has `size (R,)` of them. Each cell is the mean over samples less
-    than a place apart. A sample up to one place outside the map counts as on its border, one farther away as 0.
+    From `low (R,)` to `high (R,)` in places; the map has `size (R,)` of them. Each cell is the mean
+    over samples less than a place apart. A sample up to one place outside the map counts as on its
+    border, one farther away as 0.
     """
-    # Where the samples are, (R, cells, samples); regions with fewer than the largest have unused ones.
+    # Where the samples are, (R, cells, samples); regions with fewer than the largest have unused
+    # ones.
     low, each, size = low[:, None, None], ((high - low) / cells)[:, None, None], size[:, None, None]
     samples = each.ceil()
     max_samples = max(int(samples.amax()), 1) if len(samples) else 1
@@ -63,8 +73,8 @@ def spans(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, 
 
 
 class _Bags(torch.autograd.Function):
-    """Sums `(bags, D)` of rows of a table `(N, D)` times weights; bag `i` has the entries `starts[i]` to
-    `starts[i + 1]`."""
+    """Sums `(bags, D)` of rows of a table `(N, D)` times weights; bag `i` has the entries
+    `starts[i]` to `starts[i + 1]`."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:

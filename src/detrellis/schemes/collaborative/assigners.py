@@ -1,6 +1,7 @@
 """One-to-many assignment: which target each anchor of an image learns.
 
-An owner is the row of a target among those of the image, `BACKGROUND` ("no object") or `IGNORED` (learn nothing).
+An owner is the row of a target among those of the image, `BACKGROUND` ("no object") or `IGNORED`
+(learn nothing).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ def all_background(anchors: Tensor) -> Tensor:
 
 
 def atss(anchors: Tensor, per_level: Sequence[int], boxes: Tensor, k: int = 9) -> Tensor:
-    """ATSS (Zhang et al., 2020): on each level the `k` anchors nearest to a target are its candidates.
+    """ATSS (Zhang et al., 2020): on each level the `k` anchors nearest to a target are its
+    candidates.
 
-    Those whose IoU is at least the candidates' mean plus deviation, and whose centre is inside, are positive; an anchor
-    that several targets claim goes to the largest IoU. `anchors (A, 4)` level by level, `boxes (T, 4)`, xyxy, to
-    owners `(A,)`.
+    Those whose IoU is at least the candidates' mean plus deviation, and whose centre is inside, are
+    positive; an anchor that several targets claim goes to the largest IoU. `anchors (A, 4)` level
+    by level, `boxes (T, 4)`, xyxy, to owners `(A,)`.
     """
     if not len(boxes) or not len(anchors):
         return all_background(anchors)
@@ -53,13 +55,20 @@ def atss(anchors: Tensor, per_level: Sequence[int], boxes: Tensor, k: int = 9) -
 
 
 def max_iou(
-    anchors: Tensor, boxes: Tensor, *, positive: float, negative: float, minimum: float, low_quality: bool
+    anchors: Tensor,
+    boxes: Tensor,
+    *,
+    positive: float,
+    negative: float,
+    minimum: float,
+    low_quality: bool,
 ) -> Tensor:
-    """Faster R-CNN's rule: an IoU of `positive` or more with the best target makes a positive, one below `negative` a
-    background, the others are ignored.
+    """Faster R-CNN's rule: an IoU of `positive` or more with the best target makes a positive, one
+    below `negative` a background, the others are ignored.
 
-    `low_quality`: each target also gets all anchors of its own best IoU, if that is at least `minimum`; later targets
-    take from earlier ones. A target that meets no anchor gets none. `anchors (A, 4)`, `boxes (T, 4)`, to owners `(A,)`.
+    `low_quality`: each target also gets all anchors of its own best IoU, if that is at least
+    `minimum`; later targets take from earlier ones. A target that meets no anchor gets none.
+    `anchors (A, 4)`, `boxes (T, 4)`, to owners `(A,)`.
     """
     if not len(boxes) or not len(anchors):
         return all_background(anchors)
@@ -75,20 +84,28 @@ def max_iou(
 
 
 def fcos(
-    points: Tensor, per_level: Sequence[int], boxes: Tensor, *, strides: Sequence[int], radius: float = 1.5
+    points: Tensor,
+    per_level: Sequence[int],
+    boxes: Tensor,
+    *,
+    strides: Sequence[int],
+    radius: float = 1.5,
 ) -> Tensor:
-    """FCOS (Tian et al., 2019): a point near a target's centre and inside of it learns it, on the level of its size.
+    """FCOS (Tian et al., 2019): a point near a target's centre and inside of it learns it, on the
+    level of its size.
 
-    Near: less than `radius` strides along both axes. A level has the targets whose farthest side is at most 8 strides
-    away (the last: any), and not nearer than the finer level's 8 strides. Of several targets the smallest counts.
-    `points (P, 2)` level by level, `boxes (T, 4)` xyxy, to owners `(P,)`.
+    Near: less than `radius` strides along both axes. A level has the targets whose farthest side is
+    at most 8 strides away (the last: any), and not nearer than the finer level's 8 strides. Of
+    several targets the smallest counts. `points (P, 2)` level by level, `boxes (T, 4)` xyxy, to
+    owners `(P,)`.
     """
     if not len(boxes) or not len(points):
         return all_background(points)
     # Of each point's level: the stride, and the range of sizes. (P, 1)
     limits = [8.0 * stride for stride in strides[:-1]]
     stride, low, high = (
-        per_cell(v, per_level, points).unsqueeze(1) for v in (strides, [-1.0, *limits], [*limits, float("inf")])
+        per_cell(v, per_level, points).unsqueeze(1)
+        for v in (strides, [-1.0, *limits], [*limits, float("inf")])
     )
     # Which targets a point may learn, (P, T), and the smallest of them.
     away = sides(points.unsqueeze(1), boxes)

@@ -24,12 +24,16 @@ CODER = Deltas(0.1, 0.2)
 
 
 class ATSS(DenseBranch):
-    """Losses: focal `class`; `giou` of the decoded boxes, weighted by the centerness they should have; `centerness`."""
+    """Losses: focal `class`; `giou` of the decoded boxes, weighted by the centerness they should
+    have; `centerness`.
+    """
 
     name = "atss"
     quality = True
 
-    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(
+        self, output: DenseOutput, scene: Scene
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors = square_anchors(scene)
         owners = assign_usable(scene, anchors, assigners.atss)
@@ -41,7 +45,9 @@ class ATSS(DenseBranch):
         assert output.quality is not None
         losses = {
             "class": focal_sum(output.logits, owners, positives) / count,
-            "giou": 2 * (target * (1 - giou(boxes, positives.box))).sum() / reduce_mean(target.sum()).clamp(min=1),
+            "giou": 2
+            * (target * (1 - giou(boxes, positives.box))).sum()
+            / reduce_mean(target.sum()).clamp(min=1),
             "centerness": bce_loss(output.quality[where], target).sum() / count,
         }
         return losses, anchors, owners

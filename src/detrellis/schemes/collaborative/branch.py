@@ -1,4 +1,6 @@
-"""What an auxiliary head is to the scheme: a module with one-to-many assignment on the encoder's memory."""
+"""What an auxiliary head is to the scheme: a module with one-to-many assignment on the encoder's
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ class Branch(Protocol):
     name: ClassVar[str]
     softmax: ClassVar[bool]  # whether its classes exclude each other, and a last one is "no object"
 
-    def __call__(self, scene: Scene, draw: Draw) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
+    def __call__(
+        self, scene: Scene, draw: Draw
+    ) -> tuple[dict[str, Tensor], list[BranchAssignment]]:
         """Losses by name, weighted against each other, and what is assigned in each image."""
 
     def predict(self, scene: Scene) -> list[Predictions]:

@@ -14,7 +14,9 @@ LIMIT = abs(math.log(16 / 1000))  # of the logarithm of a change in size
 
 
 class Deltas(NamedTuple):
-    """Centre shifts in sizes of the anchor and logarithms of size ratios, divided by these deviations (R-CNN)."""
+    """Centre shifts in sizes of the anchor and logarithms of size ratios, divided by these
+    deviations (R-CNN).
+    """
 
     centre: float = 1.0
     size: float = 1.0
@@ -39,7 +41,9 @@ def centres(boxes: Tensor) -> Tensor:
 
 
 def sides(points: Tensor, boxes: Tensor) -> Tensor:
-    """Distances `(..., 4)` left, top, right, bottom from points `(..., 2)` to the sides of boxes `(..., 4)`."""
+    """Distances `(..., 4)` left, top, right, bottom from points `(..., 2)` to the sides of boxes
+    `(..., 4)`.
+    """
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
@@ -49,7 +53,9 @@ def from_sides(points: Tensor, distances: Tensor) -> Tensor:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """`sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))` of distances `(..., 4)` inside a box (FCOS, Eq. 3)."""
+    """`sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))` of distances `(..., 4)` inside a box
+    (FCOS, Eq. 3).
+    """
     pairs = torch.stack([distances[..., ::2], distances[..., 1::2]], dim=-2)
     return (pairs.amin(-1) / pairs.amax(-1)).prod(-1).sqrt()
 

@@ -1,4 +1,6 @@
-"""What all dense heads share: towers over the levels, anchors, and sums of losses over what each anchor learns."""
+"""What all dense heads share: towers over the levels, anchors, and sums of losses over what each
+anchor learns.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,11 @@ def tower(width: int, convolutions: int) -> nn.Sequential:
 
 
 class DenseHead(nn.Module):
-    """A tower for classes and one for boxes, shared by all levels; boxes times a learned number for each level.
+    """A tower for classes and one for boxes, shared by all levels; boxes times a learned number for
+    each level.
 
-    `anchors` of each cell, each with `box_outputs` numbers for its box; `quality`: one logit more for each
-    (centerness, or IoU).
+    `anchors` of each cell, each with `box_outputs` numbers for its box; `quality`: one logit more
+    for each (centerness, or IoU).
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class DenseHead(nn.Module):
 
 
 class DenseBranch(nn.Module, ABC):
-    """A dense head as a branch (see `Branch`). Subclasses say what it assigns, how it learns, and what it detects."""
+    """A dense head as a branch (see `Branch`). Subclasses say what it assigns, how it learns, and
+    what it detects.
+    """
 
     name: ClassVar[str]
     softmax: ClassVar[bool] = False
@@ -125,7 +130,9 @@ class DenseBranch(nn.Module, ABC):
         )
 
     @abstractmethod
-    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(
+        self, output: DenseOutput, scene: Scene
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Losses by name, boxes that queries come from `(A, 4)` xyxy, and owners `(B, A)`."""
 
     @abstractmethod
@@ -133,7 +140,9 @@ class DenseBranch(nn.Module, ABC):
         """The predicted boxes `(B, A, 4)` xyxy."""
 
     def scores(self, output: DenseOutput) -> Tensor:
-        """What detections are ranked by, `(B, A, C)`: the classes' scores, times the quality where there is one."""
+        """What detections are ranked by, `(B, A, C)`: the classes' scores, times the quality where
+        there is one.
+        """
         scores = output.logits.sigmoid()
         return scores if output.quality is None else scores * output.quality.sigmoid().unsqueeze(-1)
 
@@ -163,10 +172,13 @@ def by_anchor(maps: Sequence[Tensor], anchors: int) -> Tensor:
     return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
 
-def assign_usable(scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Sequence[int], Tensor], Tensor]) -> Tensor:
+def assign_usable(
+    scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Sequence[int], Tensor], Tensor]
+) -> Tensor:
     """Owners `(B, A)` by `assign(anchors, anchors of each level, targets' boxes)` in each image.
 
-    An anchor whose cell lies on padding takes no part and is ignored. `anchors (A, 4)`, or points `(A, 2)`.
+    An anchor whose cell lies on padding takes no part and is ignored. `anchors (A, 4)`, or points
+    `(A, 2)`.
     """
     # Which anchors take part, and how many on each level.
     cells = [h * w for h, w in scene.shapes]
@@ -175,7 +187,9 @@ def assign_usable(scene: Scene, anchors: Tensor, assign: Callable[[Tensor, Seque
     per_level = torch.stack([u.sum(1) for u in usable.split(cells, dim=1)], dim=1).tolist()
     usable = usable.repeat_interleave(each, dim=1)
     owners = torch.full(usable.shape, IGNORED, device=usable.device)
-    for owner, taking_part, counts, boxes in zip(owners, usable, per_level, scene.boxes, strict=True):
+    for owner, taking_part, counts, boxes in zip(
+        owners, usable, per_level, scene.boxes, strict=True
+    ):
         owner[taking_part] = assign(anchors[taking_part], [n * each for n in counts], boxes)
     return owners
 
@@ -184,30 +198,45 @@ def gather_positives(scene: Scene, owners: Tensor) -> Positives:
     """The anchors to which a target is assigned, with what they should learn; `owners (B, A)`."""
     image, anchor = (owners >= 0).nonzero(as_tuple=True)
     row = torch.tensor(scene.offsets, device=owners.device)[image] + owners[image, anchor]
-    return Positives(image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(owners))
+    return Positives(
+        image, anchor, row, torch.cat(scene.labels)[row], torch.cat(scene.boxes)[row], len(owners)
+    )
 
 
 def focal_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
-    """Focal loss (RetinaNet: 0.25, 2) of all classes, summed over the anchors that are not ignored."""
+    """Focal loss (RetinaNet: 0.25, 2) of all classes, summed over the anchors that are not
+    ignored.
+    """
     present = focal_positive(logits[positives.image, positives.anchor, positives.label]).sum()
     return 0.25 * present + 0.75 * absence_sum(logits, owners, positives)
 
 
 def absence_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
-    """Focal loss without its 0.75 of the classes that are not there, over the anchors that are not ignored."""
-    others = logits.index_put((positives.image, positives.anchor, positives.label), logits.new_tensor(ABSENT))
+    """Focal loss without its 0.75 of the classes that are not there, over the anchors that are not
+    ignored.
+    """
+    others = logits.index_put(
+        (positives.image, positives.anchor, positives.label), logits.new_tensor(ABSENT)
+    )
     return (focal_negative(others).sum(-1) * (owners != IGNORED)).sum()
 
 
 def mean_positives(positives: Positives) -> Tensor:
-    """What sums over anchors are divided by: positives, at least one an image, as a mean over processes."""
+    """What sums over anchors are divided by: positives, at least one an image, as a mean over
+    processes.
+    """
     return reduce_mean(positives.per_image().clamp(min=1).sum()).clamp(min=1)
 
 
-def branch_assignments(scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput) -> list[BranchAssignment]:
+def branch_assignments(
+    scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput
+) -> list[BranchAssignment]:
     """A dense head's assignment, with the memory's features at its cells."""
     features = torch.cat([m.flatten(2) for m in scene.maps], dim=2).transpose(1, 2)
-    return [BranchAssignment(anchors, *parts) for parts in zip(owners, features, output.logits, strict=True)]
+    return [
+        BranchAssignment(anchors, *parts)
+        for parts in zip(owners, features, output.logits, strict=True)
+    ]
 
 
 def select_dense(

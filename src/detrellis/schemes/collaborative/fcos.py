@@ -1,4 +1,6 @@
-"""FCOS as an auxiliary head: no anchors; points near a target's centre learn the distances to its sides, in strides."""
+"""FCOS as an auxiliary head: no anchors; points near a target's centre learn the distances to its
+sides, in strides.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from detrellis.schemes.collaborative.scene import Scene
 
 
 class FCOS(DenseBranch):
-    """Losses: focal `class`; `giou`, weighted by the centerness that the point has; `centerness`."""
+    """Losses: focal `class`; `giou`, weighted by the centerness that the point has;
+    `centerness`.
+    """
 
     name = "fcos"
     quality = True
@@ -36,7 +40,9 @@ class FCOS(DenseBranch):
         output = super().output(scene)
         return output._replace(regression=F.relu(output.regression))
 
-    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(
+        self, output: DenseOutput, scene: Scene
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`; boxes of eight strides around the points."""
         points, strides = self.points(scene)
         owners = assign_usable(scene, points, partial(assigners.fcos, strides=scene.strides))
@@ -48,7 +54,9 @@ class FCOS(DenseBranch):
         assert output.quality is not None
         losses = {
             "class": focal_sum(output.logits, owners, positives) / count,
-            "giou": 2 * (target * (1 - giou(boxes, positives.box))).sum() / reduce_mean(target.sum()).clamp(min=1),
+            "giou": 2
+            * (target * (1 - giou(boxes, positives.box))).sum()
+            / reduce_mean(target.sum()).clamp(min=1),
             "centerness": bce_loss(output.quality[where], target).sum() / count,
         }
         return losses, torch.cat([points - 4 * strides, points + 4 * strides], dim=-1), owners

@@ -1,4 +1,6 @@
-"""Generalized Focal Loss as an auxiliary head: ATSS' assignment, scores that aim at the IoU, distributions of sides."""
+"""Generalized Focal Loss as an auxiliary head: ATSS' assignment, scores that aim at the IoU,
+distributions of sides.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,16 @@ def distances(logits: Tensor) -> Tensor:
 
 
 class GFL(DenseBranch):
-    """Losses: quality focal `class`; `giou` and `dfl`, both weighted by the score that the anchor has."""
+    """Losses: quality focal `class`; `giou` and `dfl`, both weighted by the score that the anchor
+    has.
+    """
 
     name = "gfl"
     box_outputs = 4 * BINS
 
-    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(
+        self, output: DenseOutput, scene: Scene
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors, strides = square_anchors(scene), cell_strides(scene)
         owners = assign_usable(scene, anchors, assigners.atss)
@@ -48,14 +54,17 @@ class GFL(DenseBranch):
         bins = output.regression[where]
         boxes = from_sides(points, distances(bins) * stride)
         # Scores learn the IoU, distributions the distances.
-        present = quality_focal_loss(output.logits[(*where, positives.label)], iou(boxes.detach(), positives.box)).sum()
+        present = quality_focal_loss(
+            output.logits[(*where, positives.label)], iou(boxes.detach(), positives.box)
+        ).sum()
         target = (sides(points, positives.box) / stride).clamp(0, FARTHEST)
         dfl = distribution_focal_loss(bins.view(-1, BINS), target.flatten()).view(-1, 4).mean(-1)
         # Box losses count with the score.
         score = output.logits[where].detach().sigmoid().amax(-1)
         total = reduce_mean(score.sum()).clamp(min=1)
         losses = {
-            "class": (present + absence_sum(output.logits, owners, positives)) / mean_positives(positives),
+            "class": (present + absence_sum(output.logits, owners, positives))
+            / mean_positives(positives),
             "giou": 2 * (score * (1 - giou(boxes, positives.box))).sum() / total,
             "dfl": 0.25 * (score * dfl).sum() / total,
         }

@@ -1,4 +1,6 @@
-"""Mask R-CNN (He et al., 2017) as an auxiliary head: Faster R-CNN's, whose positive regions also learn a mask."""
+"""Mask R-CNN (He et al., 2017) as an auxiliary head: Faster R-CNN's, whose positive regions also
+learn a mask.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.classify.bias)
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Features `(P, 14, 14, D)` to logits `(P, 28, 28)` of the mask of each region's label `(P,)`."""
+        """Features `(P, 14, 14, D)` to logits `(P, 28, 28)` of the mask of each region's label
+        `(P,)`.
+        """
         x = self.upsample(self.tower(features.permute(0, 3, 1, 2))).relu()
         # Only the label's mask learns: no other class is computed.
         assert self.classify.bias is not None
@@ -72,8 +76,11 @@ class MaskRCNN(nn.Module):
         return self.boxes.predict(scene)
 
 
-def crop_masks(masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int) -> Tensor:
-    """The owners' masks within regions `(P, 4)`: `(P, cells, cells)` bool, read at the cells' centres.
+def crop_masks(
+    masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int
+) -> Tensor:
+    """The owners' masks within regions `(P, 4)`: `(P, cells, cells)` bool, read at the cells'
+    centres.
 
     `masks (n, M, M)` lie within `boxes (n, 4)`; there is nothing outside.
     """
@@ -81,7 +88,14 @@ def crop_masks(masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, 
     low, size = boxes[owner, :2], boxes[owner, 2:] - boxes[owner, :2]
     steps = ((torch.arange(cells, device=boxes.device) + 0.5) / cells).to(boxes)
     corner, extent = regions[:, :2] - low, regions[:, 2:] - regions[:, :2]
-    centres = 2 * (corner.unsqueeze(1) + steps[:, None] * extent.unsqueeze(1)) / size.unsqueeze(1) - 1
+    centres = (
+        2 * (corner.unsqueeze(1) + steps[:, None] * extent.unsqueeze(1)) / size.unsqueeze(1) - 1
+    )
     x, y = centres[..., 0], centres[..., 1]
-    grid = torch.stack([x.unsqueeze(1).expand(-1, cells, -1), y.unsqueeze(2).expand(-1, -1, cells)], dim=-1)
-    return F.grid_sample(masks[owner].unsqueeze(1).to(grid), grid, align_corners=False).squeeze(1) >= 0.5
+    grid = torch.stack(
+        [x.unsqueeze(1).expand(-1, cells, -1), y.unsqueeze(2).expand(-1, -1, cells)], dim=-1
+    )
+    return (
+        F.grid_sample(masks[owner].unsqueeze(1).to(grid), grid, align_corners=False).squeeze(1)
+        >= 0.5
+    )

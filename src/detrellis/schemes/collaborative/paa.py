@@ -1,7 +1,9 @@
-"""PAA as an auxiliary head: a target's positives are its anchors of low loss, by a mixture of two Gaussians.
+"""PAA as an auxiliary head: a target's positives are its anchors of low loss, by a mixture of two
+Gaussians.
 
-Of the anchors that overlap a target, those with the lowest losses on each level are candidates; the mixture is fitted
-to their losses, and what belongs to the lower component is positive, up to where it is densest (Kim and Lee, 2020).
+Of the anchors that overlap a target, those with the lowest losses on each level are candidates; the
+mixture is fitted to their losses, and what belongs to the lower component is positive, up to where
+it is densest (Kim and Lee, 2020).
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ PER_LEVEL = 9  # most candidates of a target on a level
 
 
 class PAA(DenseBranch):
-    """Losses: focal `class`; `giou`, weighted by the IoU that the decoded box has; `iou`, which predicts that."""
+    """Losses: focal `class`; `giou`, weighted by the IoU that the decoded box has; `iou`, which
+    predicts that.
+    """
 
     name = "paa"
     quality = True
 
-    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(
+        self, output: DenseOutput, scene: Scene
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors = square_anchors(scene)
         owners = keep_likely(output, scene, anchors, assign_usable(scene, anchors, overlapping))
@@ -53,8 +59,11 @@ class PAA(DenseBranch):
         count, total = reduce_mean(positives.per_image().sum()), reduce_mean(overlap.sum())
         assert output.quality is not None
         losses = {
-            "class": focal_sum(output.logits, owners, positives) / count.clamp(min=positives.images),
-            "giou": GIOU * (overlap * (1 - giou(boxes, positives.box))).sum() / total.clamp(min=1e-6),
+            "class": focal_sum(output.logits, owners, positives)
+            / count.clamp(min=positives.images),
+            "giou": GIOU
+            * (overlap * (1 - giou(boxes, positives.box))).sum()
+            / total.clamp(min=1e-6),
             "iou": 0.5 * bce_loss(output.quality[where], overlap).sum() / count.clamp(min=1),
         }
         return losses, anchors, owners
@@ -69,20 +78,30 @@ class PAA(DenseBranch):
 
 
 def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
-    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU: owners `(A,)`."""
-    return assigners.max_iou(anchors, boxes, positive=0.1, negative=0.1, minimum=0.0, low_quality=True)
+    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU: owners
+    `(A,)`.
+    """
+    return assigners.max_iou(
+        anchors, boxes, positive=0.1, negative=0.1, minimum=0.0, low_quality=True
+    )
 
 
 @torch.no_grad()
 def keep_likely(output: DenseOutput, scene: Scene, anchors: Tensor, owners: Tensor) -> Tensor:
-    """The owners `(B, A)` with only the likely ones of the overlapping anchors; the others become background."""
+    """The owners `(B, A)` with only the likely ones of the overlapping anchors; the others become
+    background.
+    """
     positives = gather_positives(scene, owners)
     loss = candidate_loss(output, anchors, positives)
     # Candidates: those of the lowest losses among a target's anchors on each level.
     levels = len(scene.maps)
-    level = per_cell(range(levels), [h * w for h, w in scene.shapes], positives.anchor)[positives.anchor]
+    level = per_cell(range(levels), [h * w for h, w in scene.shapes], positives.anchor)[
+        positives.anchor
+    ]
     chosen = rank(-loss, positives.target * levels + level) < PER_LEVEL
-    image, anchor, target, loss = (t[chosen] for t in (positives.image, positives.anchor, positives.target, loss))
+    image, anchor, target, loss = (
+        t[chosen] for t in (positives.image, positives.anchor, positives.target, loss)
+    )
     # A row for each target, its candidates' losses in ascending order.
     place = rank(-loss, target)
     rows = loss.new_full((sum(map(len, scene.boxes)), levels * PER_LEVEL), float("nan"))
@@ -115,17 +134,25 @@ class Mixture(NamedTuple):
     def log_density(self, x: Tensor) -> Tensor:
         """The logarithm of each component's density times its weight at `x (R, K)`: `(R, K, 2)`."""
         weight, mean, variance = (t.unsqueeze(1) for t in self)
-        return weight.log() - ((x.unsqueeze(-1) - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
+        return (
+            weight.log()
+            - ((x.unsqueeze(-1) - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
+        )
 
 
 def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
-    """Expectation maximisation on the values `x (R, K)` that are `member (R, K)`, at least one in each row.
+    """Expectation maximisation on the values `x (R, K)` that are `member (R, K)`, at least one in
+    each row.
 
-    It starts from the least and the greatest value, equal weights and variances of 1, and ends when a row's mean
-    log-likelihood changes by less than 1e-3, after 100 times at most; 1e-6 is added to variances.
+    It starts from the least and the greatest value, equal weights and variances of 1, and ends when
+    a row's mean log-likelihood changes by less than 1e-3, after 100 times at most; 1e-6 is added to
+    variances.
     """
     # Start: a component at either end.
-    ends = torch.where(member, x, float("inf")).amin(1), torch.where(member, x, float("-inf")).amax(1)
+    ends = (
+        torch.where(member, x, float("inf")).amin(1),
+        torch.where(member, x, float("-inf")).amax(1),
+    )
     mean = torch.stack(ends, dim=1)
     mixture = Mixture(torch.full_like(mean, 0.5), mean, torch.ones_like(mean))
     likelihood = mean.new_full((len(mean),), float("-inf"))
@@ -142,15 +169,20 @@ def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
         mean = (part * x.unsqueeze(-1)).sum(1) / count
         variance = (part * (x.unsqueeze(-1) - mean.unsqueeze(1)) ** 2).sum(1) / count + 1e-6
         new = Mixture(count / count.sum(1, keepdim=True), mean, variance)
-        mixture = Mixture(*(torch.where(moving.unsqueeze(1), n, o) for n, o in zip(new, mixture, strict=True)))
+        mixture = Mixture(
+            *(torch.where(moving.unsqueeze(1), n, o) for n, o in zip(new, mixture, strict=True))
+        )
         before, likelihood = likelihood, torch.where(member, density, 0.0).sum(1) / member.sum(1)
         moving &= (likelihood - before).abs() >= 1e-3
     return mixture
 
 
 def likely_positives(losses: Tensor) -> Tensor:
-    """Which of each row's `losses (R, K)`, ascending and NaN behind, are positive; none where there is only one."""
-    # Rows of two candidates and more; NaN is filled up with a row's first value, which counts nowhere.
+    """Which of each row's `losses (R, K)`, ascending and NaN behind, are positive; none where there
+    is only one.
+    """
+    # Rows of two candidates and more; NaN is filled up with a row's first value, which counts
+    # nowhere.
     member = losses.isfinite()
     member &= member.sum(1, keepdim=True) > 1
     rows = member.any(1)
@@ -159,7 +191,8 @@ def likely_positives(losses: Tensor) -> Tensor:
     # Those of the lower component, up to where it is densest.
     lower = member & (log[..., 0] >= log[..., 1])
     density = torch.where(lower, log.logsumexp(-1), float("-inf"))
-    # A component of two members is as dense at one as at the other: the first, whatever the rounding.
+    # A component of two members is as dense at one as at the other: the first, whatever the
+    # rounding.
     densest = (density >= density.amax(1, keepdim=True) - 1e-6).int().argmax(1, keepdim=True)
     likely = torch.zeros_like(losses, dtype=torch.bool)
     likely[rows] = lower & (torch.arange(x.shape[1], device=x.device) <= densest)

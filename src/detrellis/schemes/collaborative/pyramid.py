@@ -1,4 +1,6 @@
-"""From the encoder's memory to the levels that auxiliary heads read (Co-DETR, section 3.2: the multi-scale adapter)."""
+"""From the encoder's memory to the levels that auxiliary heads read (Co-DETR, section 3.2: the
+multi-scale adapter).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ FINEST, COARSEST = 8, 128  # strides of the levels made from a single one
 def level_maps(memory: Memory) -> list[Tensor]:
     """The memory's tokens as one map `(B, D, H, W)` a level."""
     parts = memory.tokens.split([h * w for h, w in memory.shapes], dim=1)
-    return [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, memory.shapes, strict=True)]
+    return [
+        p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, memory.shapes, strict=True)
+    ]
 
 
 def _step(width: int, *, coarser: bool) -> nn.Sequential:
@@ -42,14 +46,16 @@ class Coarser(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Strides 8 to 128 from the one level of a single-scale encoder: up by bilinear interpolation and a convolution,
-    down by strided convolutions."""
+    """Strides 8 to 128 from the one level of a single-scale encoder: up by bilinear interpolation
+    and a convolution, down by strided convolutions."""
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
         up, down = (FINEST * 2**i for i in range(5) if FINEST * 2**i < stride), COARSEST // stride
         self.finer = nn.ModuleList(_step(width, coarser=False) for _ in up)
-        self.coarser = nn.ModuleList(_step(width, coarser=True) for _ in range(down.bit_length() - 1))
+        self.coarser = nn.ModuleList(
+            _step(width, coarser=True) for _ in range(down.bit_length() - 1)
+        )
         self.strides = tuple(FINEST * 2**i for i in range(5))
 
     def forward(self, memory: Memory) -> tuple[Tensor, ...]:

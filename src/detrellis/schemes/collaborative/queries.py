@@ -1,7 +1,9 @@
-"""Customised positive queries (Co-DETR, section 3.3, Eq. 4): a branch's positives as queries of the decoder.
+"""Customised positive queries (Co-DETR, section 3.3, Eq. 4): a branch's positives as queries of the
+decoder.
 
-They are not matched: each learns the target that the branch assigned. All images of a batch get the same number; one
-with fewer positives is filled up with background, which learns "no object", or with queries that nobody reads.
+They are not matched: each learns the target that the branch assigned. All images of a batch get the
+same number; one with fewer positives is filled up with background, which learns "no object", or
+with queries that nobody reads.
 """
 
 from __future__ import annotations
@@ -46,18 +48,19 @@ def choose(
     max_queries: int = 300,
     fill: bool = True,
 ) -> Chosen:
-    """Queries from what a branch assigned: all positives, or `max_queries` of them, and background up to the same
-    number in each image.
+    """Queries from what a branch assigned: all positives, or `max_queries` of them, and background
+    up to the same number in each image.
 
-    `sizes (B, 2)` height and width of the images, `offsets` the first row of each among the batch's targets; without
-    `fill` no background.
+    `sizes (B, 2)` height and width of the images, `offsets` the first row of each among the batch's
+    targets; without `fill` no background.
     """
     # As many slots as the image with the most positives needs.
     positive = [(a.owner >= 0).nonzero().flatten() for a in assigned]
     slots = max(MIN_QUERIES, min(max_queries, max(len(p) for p in positive)))
     boxes, features, rows, counts, filled = [], [], [], [], []
     for image, candidates, size, first in zip(assigned, positive, sizes, offsets, strict=True):
-        # The image's positives, then background; where both do not suffice the last slots stay empty.
+        # The image's positives, then background; where both do not suffice the last slots stay
+        # empty.
         drawn = draw(candidates, slots)
         background = (image.owner == BACKGROUND).nonzero().flatten() if fill else drawn[:0]
         anchors = torch.cat([drawn, draw(background, slots - len(drawn))])
@@ -73,17 +76,30 @@ def choose(
     # Which slots hold positives, and which hold nothing.
     device = sizes.device
     place = torch.arange(slots, device=device)
-    image_index = torch.arange(len(assigned), device=device).repeat_interleave(torch.tensor(counts, device=device))
+    image_index = torch.arange(len(assigned), device=device).repeat_interleave(
+        torch.tensor(counts, device=device)
+    )
     slot = torch.cat([place[:n] for n in counts])
-    unused = place >= torch.tensor(filled, device=device).unsqueeze(1) if min(filled) < slots else None
-    return Chosen(torch.stack(boxes), torch.stack(features), image_index, slot, torch.cat(rows), unused, tuple(counts))
+    unused = (
+        place >= torch.tensor(filled, device=device).unsqueeze(1) if min(filled) < slots else None
+    )
+    return Chosen(
+        torch.stack(boxes),
+        torch.stack(features),
+        image_index,
+        slot,
+        torch.cat(rows),
+        unused,
+        tuple(counts),
+    )
 
 
 class PositiveQueries(nn.Module):
-    """Eq. 4 of one branch: `Q = Linear(PE(B)) + Linear(E)`, each normalised, B the positives' boxes and E the memory's
-    features there.
+    """Eq. 4 of one branch: `Q = Linear(PE(B)) + Linear(E)`, each normalised, B the positives' boxes
+    and E the memory's features there.
 
-    `positioned`: the first part gives position and content; otherwise the decoder derives positions from the boxes.
+    `positioned`: the first part gives position and content; otherwise the decoder derives positions
+    from the boxes.
     """
 
     def __init__(self, width: int, *, positioned: bool, features: bool) -> None:
@@ -91,11 +107,14 @@ class PositiveQueries(nn.Module):
         self.width = width
         outputs = 2 * width if positioned else width
         self.place = nn.Sequential(xavier_linear(2 * width, outputs), nn.LayerNorm(outputs))
-        self.feature = nn.Sequential(xavier_linear(width, width), nn.LayerNorm(width)) if features else None
+        self.feature = (
+            nn.Sequential(xavier_linear(width, width), nn.LayerNorm(width)) if features else None
+        )
 
     def forward(self, chosen: Chosen, mark: Tensor | None, coordinates: int | None) -> Queries:
-        """The queries `(B, N, D)`. `mark`, a number or `(D,)`, is added to positions; `coordinates`: 4 where queries
-        have boxes, 2 where they have points, None where they have no place."""
+        """The queries `(B, N, D)`. `mark`, a number or `(D,)`, is added to positions;
+        `coordinates`: 4 where queries have boxes, 2 where they have points, None where they have no
+        place."""
         boxes = inverse_sigmoid(chosen.boxes, EPS).sigmoid()
         content = self.place(sine_embed(boxes, self.width // 2, order="xywh"))
         position = None
@@ -104,7 +123,9 @@ class PositiveQueries(nn.Module):
             position = position + mark
         if self.feature is not None:
             content = content + self.feature(chosen.features)
-        return Queries(content, position, None if coordinates is None else chosen.boxes[..., :coordinates])
+        return Queries(
+            content, position, None if coordinates is None else chosen.boxes[..., :coordinates]
+        )
 
 
 def marks(branches: int, width: int) -> nn.Parameter:

@@ -20,16 +20,20 @@ from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predic
 
 CODER = Deltas(0.1, 0.2)
 CELLS = 7  # of a region, along each side
-BEFORE = 5000  # pairs of region and class that take part in the final NMS; it rarely needs more to find 100
+# Pairs of region and class that take part in the final NMS; it rarely needs more to find 100
+BEFORE = 5000
 
 
 class BoxHead(nn.Module):
-    """Two layers shared by classes, of which the last is "no object", and by a box for each other class.
+    """Two layers shared by classes, of which the last is "no object", and by a box for each other
+    class.
 
     `convolutional`: four convolutions and one layer instead, and one box for all classes.
     """
 
-    def __init__(self, width: int, classes: int, hidden: int, *, convolutional: bool = False) -> None:
+    def __init__(
+        self, width: int, classes: int, hidden: int, *, convolutional: bool = False
+    ) -> None:
         super().__init__()
         self.classes = classes
         self.tower = _tower(width) if convolutional else nn.Identity()
@@ -66,15 +70,18 @@ def _tower(width: int) -> nn.Sequential:
     convolutions = [nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(4)]
     for convolution in convolutions:
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(*(layer for c in convolutions for layer in (c, MapNorm(32, width), nn.ReLU())))
+    return nn.Sequential(
+        *(layer for c in convolutions for layer in (c, MapNorm(32, width), nn.ReLU()))
+    )
 
 
 class RCNN(nn.Module):
-    """Losses: the proposals' `rpn_class` and `rpn_box`; softmax cross-entropy `class`; `giou` of the decoded boxes.
+    """Losses: the proposals' `rpn_class` and `rpn_box`; softmax cross-entropy `class`; `giou` of
+    the decoded boxes.
 
-    `samples` regions of an image learn, up to a quarter of them positive; targets are regions too. Regions are read
-    from all levels but the last `appended`. `convolutional`: the head of Co-DETR's ViT-L on COCO (`BoxHead`), which
-    moves boxes in half the steps.
+    `samples` regions of an image learn, up to a quarter of them positive; targets are regions too.
+    Regions are read from all levels but the last `appended`. `convolutional`: the head of Co-DETR's
+    ViT-L on COCO (`BoxHead`), which moves boxes in half the steps.
     """
 
     name = "rcnn"
@@ -103,31 +110,45 @@ class RCNN(nn.Module):
         # Regions: a sample of the proposals.
         output, anchors = self.rpn(scene.maps), nine_anchors(scene)
         losses = rpn_losses(output, anchors, scene, draw)
-        proposed = proposals(output, anchors, scene, before=8 * self.samples, limit=2 * self.samples)
+        proposed = proposals(
+            output, anchors, scene, before=8 * self.samples, limit=2 * self.samples
+        )
         pairs = zip(proposed, scene.boxes, strict=True)
-        regions, owners = zip(*(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True)
+        regions, owners = zip(
+            *(sample_regions(p, b, self.samples, draw) for p, b in pairs), strict=True
+        )
         features = self.pool(scene, regions, CELLS)
         states = self.head(features)
         logits = scene.counted(self.head.logits(states))
         # Classes of all regions, boxes of the positive ones.
         positive, label, target = positive_regions(scene, owners)
-        deltas = self.head.deltas(states[positive])[torch.arange(len(positive), device=label.device), label]
-        labels = torch.full_like(logits[:, 0], self.classes, dtype=torch.int64).index_copy(0, positive, label)
+        deltas = self.head.deltas(states[positive])[
+            torch.arange(len(positive), device=label.device), label
+        ]
+        labels = torch.full_like(logits[:, 0], self.classes, dtype=torch.int64).index_copy(
+            0, positive, label
+        )
         boxes = self.coder.decode(torch.cat(regions)[positive], deltas)
         losses |= region_losses(logits, labels, boxes, target)
         # What was assigned, image by image.
         counts = [len(r) for r in regions]
-        parts = zip(regions, owners, features.mean((1, 2)).split(counts), logits.split(counts), strict=True)
+        parts = zip(
+            regions, owners, features.mean((1, 2)).split(counts), logits.split(counts), strict=True
+        )
         return losses, [BranchAssignment(*p) for p in parts]
 
     def pool(self, scene: Scene, regions: Sequence[Tensor], cells: int) -> Tensor:
         """Features `(R, cells, cells, D)` of the images' regions `(n, 4)`."""
-        return region_features(scene.maps[: self.levels], scene.strides[: self.levels], regions, cells)
+        return region_features(
+            scene.maps[: self.levels], scene.strides[: self.levels], regions, cells
+        )
 
     @torch.no_grad()
     def predict(self, scene: Scene) -> list[Predictions]:
         """See `Branch`."""
-        regions = proposals(self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, limit=1000)
+        regions = proposals(
+            self.rpn(scene.maps), nine_anchors(scene), scene, before=1000, limit=1000
+        )
         states = self.head(self.pool(scene, regions, CELLS))
         counts = [len(r) for r in regions]
         scores = self.head.logits(states).softmax(-1)[:, :-1].split(counts)
@@ -141,7 +162,9 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sample_regions(proposed: Tensor, boxes: Tensor, samples: int, draw: Draw) -> tuple[Tensor, Tensor]:
+def sample_regions(
+    proposed: Tensor, boxes: Tensor, samples: int, draw: Draw
+) -> tuple[Tensor, Tensor]:
     """What an image learns from: regions `(n, 4)`, at most `samples`, and their owners `(n,)`.
 
     Targets' `boxes (T, 4)` come before the proposals `(P, 4)`.
@@ -153,15 +176,20 @@ def sample_regions(proposed: Tensor, boxes: Tensor, samples: int, draw: Draw) ->
 
 
 def positive_regions(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of all images' regions are positive, `(P,)`, with their targets' labels `(P,)` and boxes `(P, 4)`."""
+    """Which of all images' regions are positive, `(P,)`, with their targets' labels `(P,)` and
+    boxes `(P, 4)`.
+    """
     pairs = zip(owners, scene.offsets, strict=True)
     row = torch.cat([torch.where(owner >= 0, owner + first, owner) for owner, first in pairs])
     positive = (row >= 0).nonzero().squeeze(1)
     return positive, torch.cat(scene.labels)[row[positive]], torch.cat(scene.boxes)[row[positive]]
 
 
-def region_losses(logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Of all regions' logits `(R, C + 1)` and labels `(R,)`; of the positives' boxes and targets, `(P, 4)` each.
+def region_losses(
+    logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """Of all regions' logits `(R, C + 1)` and labels `(R,)`; of the positives' boxes and targets,
+    `(P, 4)` each.
 
     Both are divided by the number of regions, positive or not.
     """
@@ -173,9 +201,17 @@ def region_losses(logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
 
 
 def select(
-    scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor, limit: int = 100, *, coder: Deltas
+    scores: Tensor,
+    deltas: Tensor,
+    regions: Tensor,
+    size: Tensor,
+    limit: int = 100,
+    *,
+    coder: Deltas,
 ) -> Predictions:
-    """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS within each class."""
+    """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS
+    within each class.
+    """
     best, region, label = top_pairs(scores, BEFORE)
     boxes = clip(coder.decode(regions[region], deltas[region, label]), size)
     kept = nms(boxes, best, label, 0.5, limit, first=3 * limit)

@@ -24,8 +24,12 @@ CODER = Deltas()
 
 
 def assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
-    """Positive from an IoU of 0.5, background below 0.4; a target's best anchors are positive at any IoU."""
-    return assigners.max_iou(anchors, boxes, positive=0.5, negative=0.4, minimum=0.0, low_quality=True)
+    """Positive from an IoU of 0.5, background below 0.4; a target's best anchors are positive at
+    any IoU.
+    """
+    return assigners.max_iou(
+        anchors, boxes, positive=0.5, negative=0.4, minimum=0.0, low_quality=True
+    )
 
 
 class RetinaNet(DenseBranch):
@@ -35,12 +39,16 @@ class RetinaNet(DenseBranch):
     each = NINE
     nms = 0.5
 
-    def supervise(self, output: DenseOutput, scene: Scene) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def supervise(
+        self, output: DenseOutput, scene: Scene
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """See `DenseBranch`."""
         anchors = nine_anchors(scene)
         owners = assign_usable(scene, anchors, assign)
         positives = gather_positives(scene, owners)
-        boxes = CODER.decode(anchors[positives.anchor], output.regression[positives.image, positives.anchor])
+        boxes = CODER.decode(
+            anchors[positives.anchor], output.regression[positives.image, positives.anchor]
+        )
         count = mean_positives(positives)
         losses = {
             "class": focal_sum(output.logits, owners, positives) / count,

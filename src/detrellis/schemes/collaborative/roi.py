@@ -1,4 +1,6 @@
-"""Features of regions of a pyramid: each from the level that fits its size, by RoIAlign (Mask R-CNN; FPN, Eq. 1)."""
+"""Features of regions of a pyramid: each from the level that fits its size, by RoIAlign (Mask
+R-CNN; FPN, Eq. 1).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from detrellis.nn.kernels.roi import roi_align
 
-FINEST = 14  # a region of twice as many of the finest level's strides, or more, is read from the next level
+# A region of twice as many of the finest level's strides, or more, is read from the next level
+FINEST = 14
 
 
 def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
@@ -18,10 +21,14 @@ def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
     return (size / (FINEST * strides[0]) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
 
 
-def region_features(maps: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], cells: int) -> Tensor:
-    """RoIAlign (aligned, as many samples in a cell as it has places): `(R, cells, cells, D)` in float32 or better.
+def region_features(
+    maps: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], cells: int
+) -> Tensor:
+    """RoIAlign (aligned, as many samples in a cell as it has places): `(R, cells, cells, D)` in
+    float32 or better.
 
-    Maps `(B, D, H, W)` of the levels; regions `(n, 4)` xyxy of each image, one image after the other in the result.
+    Maps `(B, D, H, W)` of the levels; regions `(n, 4)` xyxy of each image, one image after the
+    other in the result.
     """
     regions = torch.cat(list(boxes))
     image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])

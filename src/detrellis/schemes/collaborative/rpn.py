@@ -1,4 +1,6 @@
-"""The region proposal network of Faster R-CNN (Ren et al., 2015): which anchors hold an object of any class."""
+"""The region proposal network of Faster R-CNN (Ren et al., 2015): which anchors hold an object of
+any class.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from detrellis.postprocess import nms
 from detrellis.schemes.collaborative.anchors import NINE, usable_cells
 from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
-from detrellis.schemes.collaborative.dense import DenseOutput, assign_usable, by_anchor, conv, gather_positives
+from detrellis.schemes.collaborative.dense import (
+    DenseOutput,
+    assign_usable,
+    by_anchor,
+    conv,
+    gather_positives,
+)
 from detrellis.schemes.collaborative.scene import Draw, Scene
 
 CODER = Deltas()
@@ -20,7 +28,9 @@ SAMPLES = 256  # anchors of an image that learn, up to half of them positive
 
 
 class RPN(nn.Module):
-    """A convolution, then one class and one box for each of nine anchors a cell; shared by all levels."""
+    """A convolution, then one class and one box for each of nine anchors a cell; shared by all
+    levels.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,12 +57,15 @@ def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -
         unused[torch.cat(sample(owner, draw, SAMPLES, SAMPLES // 2))] = False
         owner[unused] = IGNORED
     positives, learns = gather_positives(scene, owners), owners != IGNORED
-    count = positives.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
+    count = (
+        positives.per_image().clamp(min=1).sum() + (owners == BACKGROUND).sum(1).clamp(min=1).sum()
+    )
     logits, target = output.logits.squeeze(-1)[learns], owners[learns] >= 0
     deltas = CODER.encode(anchors[positives.anchor], positives.box)
     return {
         "rpn_class": bce_loss(logits, target.to(logits)).sum() / count,
-        "rpn_box": l1_loss(output.regression[positives.image, positives.anchor], deltas).sum() / count,
+        "rpn_box": l1_loss(output.regression[positives.image, positives.anchor], deltas).sum()
+        / count,
     }
 
 
@@ -61,13 +74,17 @@ def _assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
 
 
 def sample(owner: Tensor, draw: Draw, count: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Indices of `limit` positives of `owner (A,)` or fewer, and of background that fills them up to `count`."""
+    """Indices of `limit` positives of `owner (A,)` or fewer, and of background that fills them up
+    to `count`.
+    """
     positive = draw((owner >= 0).nonzero().squeeze(1), limit)
     return positive, draw((owner == BACKGROUND).nonzero().squeeze(1), count - len(positive))
 
 
 @torch.no_grad()
-def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int, limit: int) -> list[Tensor]:
+def proposals(
+    output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int, limit: int
+) -> list[Tensor]:
     """The `limit` best boxes `(n, 4)` of each image, cut to it; may be fewer, or none.
 
     The `before` best of each level take part in the NMS, which is level by level.
@@ -85,8 +102,8 @@ def proposals(output: DenseOutput, anchors: Tensor, scene: Scene, *, before: int
     # Their boxes.
     deltas = output.regression.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
     boxes, scores = CODER.decode(anchors[index], deltas), ranked.gather(1, index)
-    # In each image: those that are not empty after clipping, and apart from better ones. A network that has learned
-    # nothing yet leaves most apart.
+    # In each image: those that are not empty after clipping, and apart from better ones. A network
+    # that has learned nothing yet leaves most apart.
     kept = []
     for image_boxes, score, size in zip(boxes, scores, scene.sizes, strict=True):
         clipped = clip(image_boxes, size)

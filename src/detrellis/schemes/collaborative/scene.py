@@ -1,4 +1,6 @@
-"""What branches see of a step, and what they report: in pixels of the network's input, image by image."""
+"""What branches see of a step, and what they report: in pixels of the network's input, image by
+image.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Scene(NamedTuple):
 
     maps: tuple[Tensor, ...]  # (B, D, H, W) of each level, finest first
     strides: tuple[int, ...]
-    sizes: Tensor  # (B, 2) height and width of the images without padding; floats, as precise as the boxes
+    # (B, 2) height and width of the images without padding; floats, as precise as the boxes
+    sizes: Tensor
     labels: tuple[Tensor, ...]  # of each image, (n,)
     boxes: tuple[Tensor, ...]  # of each image, (n, 4) xyxy
     masks: tuple[Tensor, ...] | None = None  # of each image, (n, M, M) within the boxes
@@ -32,8 +35,8 @@ class Scene(NamedTuple):
         return tuple((int(m.shape[-2]), int(m.shape[-1])) for m in self.maps)
 
     def counted(self, logits: Tensor) -> Tensor:
-        """`logits (..., C)` of the classes, or `(..., C + 1)` with "no object", with those of classes that do not count
-        so low that they cost nothing."""
+        """`logits (..., C)` of the classes, or `(..., C + 1)` with "no object", with those of
+        classes that do not count so low that they cost nothing."""
         if self.columns is None:
             return logits
         columns = F.pad(self.columns, (0, logits.shape[-1] - len(self.columns)), value=True)
@@ -93,4 +96,6 @@ def make_scene(
     pixels = cxcywh_to_xyxy(targets.boxes) * sizes.flip(-1).repeat(1, 2)[targets.image]
     counts = list(targets.sizes)
     masks = None if targets.masks is None else targets.masks.split(counts)
-    return Scene(maps, strides, sizes, targets.labels.split(counts), pixels.split(counts), masks, columns)
+    return Scene(
+        maps, strides, sizes, targets.labels.split(counts), pixels.split(counts), masks, columns
+    )

@@ -1,8 +1,9 @@
 """Co-DETR (Zong et al., ICCV 2023): collaborative hybrid assignments.
 
-One-to-one matching gives the encoder few positives to learn from. Auxiliary heads with one-to-many assignment read the
-encoder's memory, and send their gradient into it; and their positives become further queries of the decoder, which
-then sees many more positives, without matching. Heads and queries are gone at inference.
+One-to-one matching gives the encoder few positives to learn from. Auxiliary heads with one-to-many
+assignment read the encoder's memory, and send their gradient into it; and their positives become
+further queries of the decoder, which then sees many more positives, without matching. Heads and
+queries are gone at inference.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -40,8 +41,8 @@ from detrellis.types import Assignment
 class Collaborative(TrainingScheme):
     """Branches on the memory, in any number and order, and their positives as queries.
 
-    `strides` are those of the memory's levels, `layers` the decoder's. `positioned`: the detector's queries have
-    positions of their own.
+    `strides` are those of the memory's levels, `layers` the decoder's. `positioned`: the detector's
+    queries have positions of their own.
     """
 
     name = "co"
@@ -66,17 +67,30 @@ class Collaborative(TrainingScheme):
         self.branches = nn.ModuleList(branches)
         features = positioned if config.features is None else config.features
         self.embeds = nn.ModuleList(
-            PositiveQueries(width, positioned=positioned, features=features) for _ in names if config.query_weight
+            PositiveQueries(width, positioned=positioned, features=features)
+            for _ in names
+            if config.query_weight
         )
-        self.marks = marks(len(names), width if config.vector else 1) if positioned and config.query_weight else None
+        self.marks = (
+            marks(len(names), width if config.vector else 1)
+            if positioned and config.query_weight
+            else None
+        )
 
     @property
     def named(self) -> dict[str, Branch]:
         """The branches by what logs call them; the second of a kind is numbered 2."""
         kinds = self.config.branches
         occurrences = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
-        names = [kind if nth == 1 else f"{kind}{nth}" for kind, nth in zip(kinds, occurrences, strict=True)]
-        return {name: branch for name, branch in zip(names, self.branches, strict=True) if isinstance(branch, Branch)}
+        names = [
+            kind if nth == 1 else f"{kind}{nth}"
+            for kind, nth in zip(kinds, occurrences, strict=True)
+        ]
+        return {
+            name: branch
+            for name, branch in zip(names, self.branches, strict=True)
+            if isinstance(branch, Branch)
+        }
 
     @property
     def extra_queries(self) -> int:
@@ -84,14 +98,20 @@ class Collaborative(TrainingScheme):
         return self.config.max_queries * len(self.embeds)
 
     def supervision(self, base: Supervision) -> Supervision:
-        """The base, which is remembered: the branches' queries learn by it, whatever later schemes make of it."""
+        """The base, which is remembered: the branches' queries learn by it, whatever later schemes
+        make of it.
+        """
         self.base = base
         return base
 
     def scene(self, step: Step) -> Scene:
         """The step as branches see it."""
-        columns = None if step.supervision.columns is None else step.supervision.columns(step.targets)
-        return make_scene(self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets, columns)
+        columns = (
+            None if step.supervision.columns is None else step.supervision.columns(step.targets)
+        )
+        return make_scene(
+            self.adapter(step.memory), self.adapter.strides, step.sizes, step.targets, columns
+        )
 
     def extend(self, step: Step) -> Extension:
         """The branches' losses, and a block of queries for each."""
@@ -101,10 +121,20 @@ class Collaborative(TrainingScheme):
         for i, (name, branch) in enumerate(self.named.items()):
             terms, assigned = branch(scene, draw)
             if config.head_weight:
-                losses |= {f"co_{name}_head/{term}": config.head_weight * self.layers * v for term, v in terms.items()}
+                losses |= {
+                    f"co_{name}_head/{term}": config.head_weight * self.layers * v
+                    for term, v in terms.items()
+                }
             if config.query_weight:
                 fill = config.pad == "background"
-                chosen = choose(assigned, scene.sizes, scene.offsets, draw, max_queries=config.max_queries, fill=fill)
+                chosen = choose(
+                    assigned,
+                    scene.sizes,
+                    scene.offsets,
+                    draw,
+                    max_queries=config.max_queries,
+                    fill=fill,
+                )
                 blocks.append(self.block(i, name, chosen, step))
         return Extension(blocks, losses)
 
@@ -113,7 +143,9 @@ class Collaborative(TrainingScheme):
         mark = None if self.marks is None else self.marks[index]
         coordinates = None if step.queries.boxes is None else step.queries.boxes.shape[-1]
         supervision = step.supervision if self.config.aligned else self.base
-        assignment = known_assignment(chosen.image, chosen.slot, chosen.target, step.detector.decoder.outputs)
+        assignment = known_assignment(
+            chosen.image, chosen.slot, chosen.target, step.detector.decoder.outputs
+        )
         supervision = supervision.known(assignment, chosen.counts)
         if chosen.unused is not None:
             supervision = replace(supervision, rule=leaving_out(supervision.rule, chosen.unused))
@@ -131,8 +163,15 @@ class Collaborative(TrainingScheme):
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
     ) -> dict[str, Tensor]:
-        """Positive queries for each target of the batch, by branch; NaN where there is no target."""
+        """Positive queries for each target of the batch, by branch; NaN where there is no
+        target.
+        """
         names = [f"co_{name}" for name in self.named] if self.embeds else []
         outputs = step.detector.decoder.outputs
-        counts = {name: step.mean_boxes.new_tensor(len(assignments[name].layer) / outputs) for name in names}
-        return {f"{name}/positives": count / len(step.targets.labels) for name, count in counts.items()}
+        counts = {
+            name: step.mean_boxes.new_tensor(len(assignments[name].layer) / outputs)
+            for name in names
+        }
+        return {
+            f"{name}/positives": count / len(step.targets.labels) for name, count in counts.items()
+        }
