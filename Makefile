@@ -83,11 +83,13 @@ clean:  ## Remove the environment, caches and the demo (runs/ stays)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done once, and again when what is installed changes. uv needs half of pip's time; where it cannot install, pip does.
+# Bytecode is compiled at once, as pip does it: where PYTHONDONTWRITEBYTECODE is set, each process would compile torch anew.
 $(STAMP): pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
 	@$(if $(CPU)$(TORCH_INDEX),$(CPU_BUILD))
-	@$(BIN)/python -m uv --no-progress pip install -q --python $(BIN)/python -c constraints.txt -e '$(EVERYTHING)' \
+	@$(BIN)/python -m uv --no-progress pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt \
+		-e '$(EVERYTHING)' \
 		|| $(BIN)/python -m pip install -q -c constraints.txt -e '$(EVERYTHING)'
 	@touch $@
 
