@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from detrellis.boxes import boxes_at, side_distances
 from detrellis.detector import Detector
-from detrellis.interop.dfine import table
+from detrellis.interop.dfine_names import table
 from detrellis.interop.links import Link, to_theirs
 from detrellis.losses import bins_beside
 from detrellis.matching import Hungarian

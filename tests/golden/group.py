@@ -10,7 +10,7 @@ from torch import nn
 from detrellis.boxes import inverse_sigmoid
 from detrellis.detector import concatenate
 from detrellis.interop.links import Pair, link_up, to_ours, to_theirs
-from detrellis.interop.reference import table
+from detrellis.interop.reference_names import table
 from detrellis.nn.attention import SelfAttention
 from detrellis.nn.proposals import ProposalHead
 from detrellis.recipes.conditional import conditional_detr_r50

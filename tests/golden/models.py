@@ -12,7 +12,7 @@ from detrellis.detector import Detector, concatenate
 from detrellis.interop.huggingface import recipe_of
 from detrellis.interop.links import Link, link_up, missing, to_ours, to_theirs, unused
 from detrellis.interop.names import huggingface
-from detrellis.interop.reference import table
+from detrellis.interop.reference_names import table
 from detrellis.nn.decoder import Decoder
 from detrellis.nn.proposals import select
 from detrellis.recipes.backbones import BackboneConfig

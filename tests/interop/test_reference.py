@@ -13,7 +13,7 @@ from detrellis.data.classes import ClassMap
 from detrellis.errors import UserError
 from detrellis.interop.links import link_up, to_theirs
 from detrellis.interop.load import load_foreign
-from detrellis.interop.reference import table
+from detrellis.interop.reference_names import table
 from detrellis.recipes import Recipe
 from detrellis.recipes.network import build_detector
 

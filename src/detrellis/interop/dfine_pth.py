@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from detrellis.errors import UserError
-from detrellis.interop.dfine import LEAVES, hgnets
+from detrellis.interop.dfine import hgnets
+from detrellis.interop.dfine_names import LEAVES
 from detrellis.interop.family import Config, Loaded, Repository, Weights
 from detrellis.interop.links import Pair
 from detrellis.interop.rtdetr import csp, normed
