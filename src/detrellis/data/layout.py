@@ -23,7 +23,8 @@ from detrellis.data.formats.labelme import find_labelme, is_labelme, labelme_fil
 from detrellis.data.formats.pictures import GivenImages, find_one_file, listed, one_file_splits
 from detrellis.data.formats.via import VIA, is_via, read_via
 from detrellis.data.formats.voc import find_voc, read_voc, voc_folders
-from detrellis.data.formats.yolo import find_yolo, labels_without_names, read_yolo
+from detrellis.data.formats.yolo import read_yolo
+from detrellis.data.formats.yolo_files import find_yolo, labels_without_names
 from detrellis.data.records import RawDataset
 from detrellis.data.splits import SPLITS, SplitFiles
 from detrellis.errors import UserError, brief
