@@ -42,7 +42,7 @@ from detrellis.data.strong import (
 from detrellis.data.transforms import Resize, train_transform
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
-from detrellis.recipes.config import DataConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.refuse import refuse
 
 from .test_loader import annotate, annotations, assert_same

@@ -26,7 +26,7 @@ from detrellis.data.transforms import (
     train_transform,
 )
 from detrellis.errors import UserError
-from detrellis.recipes.config import DataConfig
+from detrellis.recipes.data import DataConfig
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "detr": lambda: train_transform("detr", 120),

@@ -22,7 +22,7 @@ from detrellis.engine.coco_backend import Masks
 from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
 from detrellis.engine.resume import check_data_exists
 from detrellis.errors import UserError
-from detrellis.recipes.config import DataConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.types import DecoderOutput
 
 NMS = 0.7  # IoU above which the weaker one of two detections of a class counts as a duplicate

@@ -18,7 +18,8 @@ from detrellis.data.loader import DetectionDataset
 from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.sampler import expected, images_by_class, repeat_factors
 from detrellis.data.transforms import Finish, Transform, detr_between, train_transform
-from detrellis.recipes.config import DataConfig, Recipe
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.data import DataConfig
 from detrellis.rle import encode
 from detrellis.visualize import contact_sheet, draw_detections
 

@@ -26,7 +26,7 @@ from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.evaluate import completed
 from detrellis.errors import UserError
 from detrellis.postprocess import Postprocess, hard_nms, soften
-from detrellis.recipes.config import DataConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.types import DecoderOutput, Detections
 
 Merge = Literal["soft_nms", "nms", "wbf"]

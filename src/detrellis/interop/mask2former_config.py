@@ -20,7 +20,8 @@ from detrellis.interop import mask2former, swin
 from detrellis.interop.detr import BLOCKS, resnet_of
 from detrellis.interop.family import Config, Family, Loaded, Weights
 from detrellis.recipes.backbones import RESNETS, BackboneConfig
-from detrellis.recipes.config import DataConfig, Recipe
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.mask2former import mask2former_detector, mask2former_r50
 from detrellis.recipes.overrides import merged

@@ -16,7 +16,8 @@ from detrellis.interop.links import Pair
 from detrellis.interop.mask2former import backbone
 from detrellis.interop.mask2former_config import backbone_of, pattern_count
 from detrellis.interop.names import feed_forward, packed, sampling
-from detrellis.recipes.config import DataConfig, Recipe
+from detrellis.recipes.config import Recipe
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.maskdino import mask_dino_r50, maskdino_detector
 from detrellis.recipes.overrides import merged

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from detrellis.recipes.backbones import BackboneConfig
 from detrellis.recipes.conditional import conditional_detr_r50
-from detrellis.recipes.config import DataConfig, LossConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.config import LossConfig, Recipe, Recipes, ScheduleConfig
 from detrellis.recipes.dab import dab_detr_r50
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.deformable import SWIN_L, deformable_detr_r50_two_stage_plus
 from detrellis.recipes.dino import dino_detector, dino_r50
 from detrellis.schemes.config import BranchName, CoConfig

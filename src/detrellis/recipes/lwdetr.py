@@ -13,14 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from detrellis.recipes.backbones import WindowViTConfig
-from detrellis.recipes.config import (
-    DataConfig,
-    LossConfig,
-    OptimConfig,
-    Recipe,
-    Recipes,
-    ScheduleConfig,
-)
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.detector import (
     DecoderConfig,
     DeformableAttentionConfig,

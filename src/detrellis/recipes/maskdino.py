@@ -14,14 +14,8 @@ around masks.
 from __future__ import annotations
 
 from detrellis.recipes.backbones import BackboneConfig
-from detrellis.recipes.config import (
-    DataConfig,
-    LossConfig,
-    OptimConfig,
-    Recipe,
-    Recipes,
-    ScheduleConfig,
-)
+from detrellis.recipes.config import LossConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.detector import (
     DecoderConfig,
     DetectorConfig,

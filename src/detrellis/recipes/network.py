@@ -52,7 +52,7 @@ from detrellis.postprocess import Postprocess
 from detrellis.recipes.build_backbone import build_backbone
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.encoders import HybridEncoderConfig
-from detrellis.recipes.refuse import refuse_network
+from detrellis.recipes.refuse_network import refuse_network
 
 
 def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:

@@ -11,7 +11,8 @@ from detrellis.recipes.backbones import (
     TimmViTConfig,
     WindowViTConfig,
 )
-from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.config import OptimConfig, Recipe, ScheduleConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.detector import CrossAttentionConfig, DetectorConfig
 from detrellis.recipes.encoders import EncoderConfig
 

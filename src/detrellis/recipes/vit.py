@@ -8,7 +8,8 @@ from typing import Any
 
 from detrellis.recipes.backbones import EvaViTConfig
 from detrellis.recipes.co import co_dino_r50, co_dino_swin_l, large_scale
-from detrellis.recipes.config import DataConfig, OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.config import OptimConfig, Recipe, Recipes, ScheduleConfig
+from detrellis.recipes.data import DataConfig
 from detrellis.recipes.lvis import federated
 from detrellis.schemes.config import CDNConfig
 
