@@ -23,7 +23,8 @@ import torch
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
-from detrellis.engine.coco_eval import STATISTICS, CocoEvaluator
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.eval_result import STATISTICS
 from detrellis.types import Detections
 
 CLASSES, MEAN_BOXES, CROWD = 80, 7.3, 0.01  # as in COCO val2017

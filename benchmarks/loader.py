@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import resolve
-from detrellis.data.loader import DetectionDataset
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.shapes import write_shapes
 from detrellis.data.transforms import eval_transform, short_side_size

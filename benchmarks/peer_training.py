@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.batch import Batch, Normalise
 from detrellis.data.layout import find_data
-from detrellis.data.loader import Batch, Normalise, build_loader
+from detrellis.data.loader import build_loader
 from detrellis.data.records import to_annotations
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World

@@ -13,7 +13,8 @@ import pytest
 import detrellis
 from detrellis.data.layout import DataSource, resolve
 from detrellis.data.shapes import write_shapes
-from detrellis.engine.checkpoint import Card, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import save_weights
 from detrellis.errors import UserError
 from detrellis.recipes.build import build
 from detrellis.verbs.training import LOGS

@@ -52,6 +52,11 @@ def cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's exception says."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def command(*words: object) -> str:
     """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the
     paths are called.

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detrellis.detector import Detector
-from detrellis.engine.checkpoint import Card, first_line
-from detrellis.errors import UserError
+from detrellis.engine.card import Card
+from detrellis.errors import UserError, first_line
 from detrellis.recipes.network import build_postprocess
 from detrellis.types import DecoderOutput, ImageBatch, Memory
 

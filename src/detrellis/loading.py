@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from detrellis.arguments import Classes, checked
 from detrellis.data.annotations import Annotations
+from detrellis.data.batch import Batch
 from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare_split
-from detrellis.data.loader import Batch, Loader
+from detrellis.data.loader import Loader
 from detrellis.distributed import World, pick_device
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.console import track

@@ -11,8 +11,9 @@ import torch
 from detrellis.analysis.runs import ComparedRuns
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import find_data
-from detrellis.engine.checkpoint import Card, load_weights, save_weights
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_weights, save_weights
+from detrellis.engine.eval_result import EvalResult
 from detrellis.recipes import Recipe, find_recipe, tiny_sized
 from detrellis.recipes.build import build
 

@@ -25,7 +25,7 @@ from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import AllGroups, all_groups, load_with_scheme
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_state
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
 from detrellis.loading import open_split

@@ -17,7 +17,7 @@ from detrellis.analysis.one_to_many import (
     kind_of,
 )
 from detrellis.api import evaluate
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.eval_result import EvalResult
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe
 

@@ -27,7 +27,9 @@ from detrellis.data.augmentation import (
     mosaic,
     pasted,
 )
-from detrellis.data.loader import Batch, DetectionDataset, build_loader
+from detrellis.data.batch import Batch
+from detrellis.data.dataset import DetectionDataset
+from detrellis.data.loader import build_loader
 from detrellis.data.operations import MEAN_COLOUR, photometric_distort
 from detrellis.data.sampler import BatchSampler
 from detrellis.data.strong import (

@@ -20,25 +20,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from detrellis.data import loader as loader_module
+from detrellis.data import dataset as dataset_module
 from detrellis.data.annotations import Annotations
+from detrellis.data.batch import Batch, Collate, Normalise, stack_images
 from detrellis.data.classes import ClassMap
-from detrellis.data.loader import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Batch,
-    Collate,
-    DetectionDataset,
-    Normalise,
-    Sample,
-    build_loader,
-    mixed_seed,
-    stack_images,
-)
+from detrellis.data.dataset import DetectionDataset, Sample, mixed_seed
+from detrellis.data.loader import build_loader
 from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.sampler import BatchSampler, EvalSampler
 from detrellis.data.transforms import Finish, train_transform
 from detrellis.errors import UserError
+from detrellis.types import IMAGENET_MEAN, IMAGENET_STD
 
 Row = tuple[tuple[float, float, float, float], int, bool]  # COCO box, label, crowd
 
@@ -338,7 +330,7 @@ def test_a_worker_that_dies_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], words: str
 ) -> None:
     dataset = DetectionDataset(annotate(tmp_path, [(40, 50)], [[]]), train_transform("none", 40))
-    monkeypatch.setattr(loader_module, "read_image", lambda *_: end())
+    monkeypatch.setattr(dataset_module, "read_image", lambda *_: end())
     with pytest.raises(UserError, match="fewer workers") as caught:
         list(build_loader(dataset, EvalSampler(1, 1), workers=1))
     assert words in (caught.value.remedy or "")
@@ -351,7 +343,7 @@ def test_our_own_mistakes_keep_their_traceback(
         raise RuntimeError("a mistake of ours")
 
     dataset = DetectionDataset(annotate(tmp_path, [(40, 50)], [[]]), train_transform("none", 40))
-    monkeypatch.setattr(loader_module, "read_image", mistaken)
+    monkeypatch.setattr(dataset_module, "read_image", mistaken)
     with pytest.raises(RuntimeError, match="in mistaken"):
         list(build_loader(dataset, EvalSampler(1, 1), workers=1))
 
@@ -360,7 +352,7 @@ def test_workers_compute_with_one_thread(
     annotations: Annotations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = DetectionDataset(annotations, train_transform("none", 64))
-    monkeypatch.setattr(loader_module, "mixed_seed", lambda *_: torch.get_num_threads())
+    monkeypatch.setattr(dataset_module, "mixed_seed", lambda *_: torch.get_num_threads())
     monkeypatch.setattr(
         type(dataset.augmentation.calm),
         "__call__",
@@ -425,7 +417,7 @@ def test_workers_share_the_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = sum(a.nbytes for a in vars(dataset).values() if isinstance(a, np.ndarray))
     assert shared > 20e6
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    monkeypatch.setattr(loader_module, "read_image", lambda *_: image)
+    monkeypatch.setattr(dataset_module, "read_image", lambda *_: image)
     batches = EvalSampler(len(dataset), 100)
     seen = list(
         DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=report_private)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from detrellis.data.augmentation import Augmentation
-from detrellis.data.loader import Batch, Collate, DetectionDataset, build_loader
+from detrellis.data.batch import Batch, Collate
+from detrellis.data.dataset import DetectionDataset
+from detrellis.data.loader import build_loader
 from detrellis.data.lsj import LargeScale, LargeScaleJitter, Style
 from detrellis.data.paste import Cutouts, drawn_objects, paste
 from detrellis.data.patches import Patch, whole

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Augmentation, Strong, augmentation
+from detrellis.data.batch import Batch, Collate
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.doctor.check import prepare
 from detrellis.data.drawing import Affine, Object, Part
 from detrellis.data.drawing import grids as drawn_grids
 from detrellis.data.layout import resolve
-from detrellis.data.loader import Batch, Collate, DetectionDataset, build_loader
+from detrellis.data.loader import build_loader
 from detrellis.data.masks import SIDE
 from detrellis.data.operations import crop
 from detrellis.data.records import to_annotations
@@ -30,7 +32,7 @@ from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Transform, train_transform
 from detrellis.distributed import World
 from detrellis.engine.batches import train_loader
-from detrellis.engine.checkpoint import Card
+from detrellis.engine.card import Card
 from detrellis.engine.state import TrainJob
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 import detrellis
+from detrellis.data.batch import Collate
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import find_data
-from detrellis.data.loader import Collate
 from detrellis.distributed import World, process_group
 from detrellis.engine import auto_batch, trial
 from detrellis.engine.auto_batch import (

@@ -9,7 +9,8 @@ import pytest
 
 from detrellis.data.annotations import Annotations
 from detrellis.engine.bootstrap import RESAMPLES, half_interval
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.eval_result import EvalResult
 
 from .test_coco_eval import detect, make, show
 

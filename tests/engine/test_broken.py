@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import detrellis
-from detrellis.engine.checkpoint import OLDER, Card, load_weights, save_run, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import OLDER, load_weights, save_run, save_weights
 from detrellis.engine.resume import IMAGES, load_run
 from detrellis.errors import Advice, UserError
 from detrellis.folders import held

@@ -21,7 +21,8 @@ from rich.console import Console
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.engine import coco_backend, coco_eval
-from detrellis.engine.coco_eval import STATISTICS, CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.eval_result import STATISTICS, EvalResult
 from detrellis.errors import UserError
 from detrellis.types import Detections
 

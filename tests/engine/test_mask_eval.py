@@ -21,7 +21,8 @@ from detrellis.data.layout import resolve
 from detrellis.data.masks import run_lengths
 from detrellis.data.records import to_annotations
 from detrellis.engine import coco_backend
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.eval_result import EvalResult
 from detrellis.errors import UserError
 from detrellis.types import Detections
 

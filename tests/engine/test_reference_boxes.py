@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import Tensor
 
 import detrellis
-from detrellis.engine.checkpoint import Card, load_weights, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_weights, save_weights
 from detrellis.engine.transfer import REFERENCE_BOXES, take_boxes
 from detrellis.errors import UserError
 from detrellis.recipes.build import build

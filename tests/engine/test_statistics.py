@@ -16,8 +16,8 @@ from rich.console import Console
 
 import detrellis
 from detrellis.analysis.pictures import picture
+from detrellis.data.batch import Normalise
 from detrellis.data.decode import read_image
-from detrellis.data.loader import Normalise
 from detrellis.distributed import World
 from detrellis.engine.checkpoint import load_weights
 from detrellis.engine.evaluate import EvalOptions

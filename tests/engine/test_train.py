@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import detrellis
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.engine import train
 from detrellis.engine.batches import padded_fraction
 from detrellis.engine.checkpoint import load_state, load_weights
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import duplicates_line
 from detrellis.engine.guard import NonFiniteLoss
 from detrellis.engine.log import read_records

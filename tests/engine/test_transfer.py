@@ -18,7 +18,8 @@ from torch import Tensor
 import detrellis
 from detrellis.data.classes import ClassMap
 from detrellis.detector import Detector
-from detrellis.engine.checkpoint import Card, load_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_weights
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.train import TrainRun
 from detrellis.engine.transfer import InitialWeights, rows_by_name, transfer

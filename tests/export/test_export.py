@@ -18,7 +18,8 @@ from PIL import Image
 
 from detrellis.api import Model
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import Card, load_weights, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_weights, save_weights
 from detrellis.errors import UserError
 from detrellis.exported import ExportedDetector, Network, load_exported
 from detrellis.exporting.run import export

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from detrellis.data.layout import find_data
-from detrellis.engine.checkpoint import Card, load_weights, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_weights, save_weights
 from detrellis.errors import UserError
 from detrellis.exported import ExportedDetector, Network, load_exported
 from detrellis.exporting import int8

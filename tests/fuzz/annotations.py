@@ -13,10 +13,10 @@ from tempfile import mkdtemp
 
 import numpy as np
 
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.doctor.check import check, prepare
 from detrellis.data.doctor.fix import fix
 from detrellis.data.layout import resolve
-from detrellis.data.loader import DetectionDataset
 from detrellis.data.masks import read_outlines
 from detrellis.data.transforms import eval_transform
 from detrellis.errors import UserError

@@ -23,7 +23,8 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import resolve
 from detrellis.distributed import World
-from detrellis.engine.checkpoint import Card, metadata_of, save_run
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import metadata_of, save_run
 from detrellis.engine.resume import IMAGES, packed_file_names, resumed_run
 from detrellis.engine.state import TrainJob, fresh_state
 from detrellis.errors import UserError

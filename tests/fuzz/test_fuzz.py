@@ -20,7 +20,8 @@ from rich.table import Table
 from detrellis.data.doctor.check import check, prepare
 from detrellis.data.files import read_bytes
 from detrellis.data.layout import DataSource, resolve
-from detrellis.engine.checkpoint import Card, load_plain
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_plain
 from detrellis.errors import UserError
 from detrellis.interop.files import read_pickle, read_pth
 from detrellis.nn.pretrained import read_tensors

@@ -14,7 +14,8 @@ import yaml
 
 import detrellis
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import Card, load_weights, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_weights, save_weights
 from detrellis.errors import UserError
 from detrellis.hub.push import push
 from detrellis.predictions.model import Model

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from detrellis.data.classes import ClassMap
 from detrellis.detector import Detector
-from detrellis.engine.checkpoint import Card, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import save_weights
 from detrellis.errors import UserError
 from detrellis.interop.convert import convert
 from detrellis.interop.links import link_up, missing, to_theirs

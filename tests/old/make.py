@@ -23,7 +23,8 @@ from torch import Tensor
 
 import detrellis
 from detrellis.data.shapes import write_shapes
-from detrellis.engine.checkpoint import Card, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import save_weights
 from detrellis.recipes import RECIPES, find_recipe
 from detrellis.recipes.build import build
 from detrellis.recipes.migrate import FORMAT

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import Card, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import save_weights
 from detrellis.predictions.model import Model
 from detrellis.recipes.build import build
 from tests.small import small

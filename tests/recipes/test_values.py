@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import Card
+from detrellis.engine.card import Card
 from detrellis.errors import UserError
 from detrellis.fields import Config, configs_of, kind_of
 from detrellis.recipes import network

@@ -18,7 +18,8 @@ from PIL import Image
 from detrellis import api
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import Card, load_whole, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_whole, save_weights
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError

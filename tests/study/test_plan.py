@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from detrellis.data.layout import resolve
-from detrellis.engine.checkpoint import Card, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import save_weights
 from detrellis.errors import UserError
 from detrellis.recipes import find_recipe, tiny_sized
 from detrellis.recipes.build import build

@@ -21,7 +21,7 @@ from torch import Tensor
 from detrellis.analysis.outputs import last_layer, one_to_one
 from detrellis.analysis.pictures import levels, resized
 from detrellis.analysis.schemes import DECODER, begin, branch_assignments, decode_main
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.schemes.base import Step
 from detrellis.schemes.collaborative.scene import BranchAssignment, Scene
 from detrellis.schemes.collaborative.scheme import Collaborative

@@ -32,9 +32,9 @@ from detrellis.analysis.outputs import refuse_without_boxes
 from detrellis.analysis.pictures import Size, attention_score, levels
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.arguments import Index, checked
+from detrellis.data.batch import stack_images
 from detrellis.data.decode import read_image
 from detrellis.data.doctor.check import prepare_split
-from detrellis.data.loader import stack_images
 from detrellis.data.transforms import eval_transform
 from detrellis.engine.console import number, track
 from detrellis.engine.evaluate import evaluated_split

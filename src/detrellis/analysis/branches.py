@@ -33,9 +33,10 @@ from detrellis.analysis.schemes import (
     load_with_scheme,
 )
 from detrellis.arguments import checked
-from detrellis.data.loader import Batch
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.data.batch import Batch
+from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.console import number
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import completed
 from detrellis.loading import OpenedSplit
 from detrellis.schemes.collaborative.scene import Predictions

@@ -35,7 +35,7 @@ from detrellis.analysis.pictures import Picture, outline, picture
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, as_json, run_table
 from detrellis.analysis.schemes import DECODER, check_alone, check_collaborative, load_with_scheme
 from detrellis.arguments import checked
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit

@@ -59,7 +59,7 @@ from detrellis.analysis.pictures import (
 )
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import Images, checked
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.distributed import all_gather
 from detrellis.engine.console import number
 from detrellis.errors import UserError

@@ -46,10 +46,11 @@ from detrellis.analysis.outputs import batches, check_finite, kind_of_ap, last_l
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.analysis.schemes import AllGroups, all_groups, check_grouped, load_with_scheme
 from detrellis.arguments import Cells, checked
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.distributed import all_gather
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.console import number
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import completed
 from detrellis.engine.log import read_records
 from detrellis.loading import OpenedSplit

@@ -29,7 +29,7 @@ from detrellis.analysis.figures import (
 from detrellis.analysis.outputs import batches, check_finite, one_to_one, refuse_without_boxes
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.distributed import all_gather
 from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.console import number

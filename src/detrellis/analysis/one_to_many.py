@@ -27,8 +27,8 @@ from detrellis.analysis.figures import BLUE, COLOURS, ORANGE, Figure, canvas, ti
 from detrellis.analysis.outputs import batches, check_finite, kind_of_ap
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
 from detrellis.arguments import checked
-from detrellis.engine.coco_eval import EvalResult
 from detrellis.engine.console import number
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import collect
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.data.annotations import Annotations
-from detrellis.data.loader import Batch
-from detrellis.engine.coco_eval import Kind
+from detrellis.data.batch import Batch
 from detrellis.engine.console import track
+from detrellis.engine.eval_result import Kind
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit
 from detrellis.matching import Candidates, Hungarian, Match, assign

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detrellis.analysis.figures import Axes
 from detrellis.boxes import cxcywh_to_xyxy
-from detrellis.data.loader import Batch, Normalise
+from detrellis.data.batch import Batch, Normalise
 from detrellis.training import image_sizes
 from detrellis.types import Memory
 

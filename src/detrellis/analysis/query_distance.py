@@ -50,7 +50,7 @@ from detrellis.analysis.schemes import (
     load_with_scheme,
 )
 from detrellis.arguments import checked
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.engine.console import number
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit

@@ -21,7 +21,7 @@ from detrellis.arguments import BatchSize, Split, Workers, checked
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource
 from detrellis.distributed import process_group
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit, open_split

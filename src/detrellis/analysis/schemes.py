@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.engine.checkpoint import load_state, load_weights
 from detrellis.errors import UserError
 from detrellis.loading import OpenedSplit

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from detrellis.data.loader import Batch, Loader, Normalise, build_loader
+from detrellis.data.batch import Batch, Normalise
+from detrellis.data.loader import Loader, build_loader
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World
 from detrellis.engine.samples import image_factors, training_dataset

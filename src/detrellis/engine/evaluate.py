@@ -11,15 +11,18 @@ import torch
 
 from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
+from detrellis.data.batch import Batch, Normalise
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
-from detrellis.data.loader import Batch, DetectionDataset, Loader, Normalise, build_loader
+from detrellis.data.loader import Loader, build_loader
 from detrellis.data.sampler import EvalSampler
 from detrellis.data.transforms import Transform, eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.distributed import World, all_gather
 from detrellis.engine.coco_backend import Masks
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.resume import check_data_exists
 from detrellis.errors import UserError
 from detrellis.recipes.data import DataConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.transfer_report import TransferReport
 
 

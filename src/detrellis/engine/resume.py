@@ -27,16 +27,8 @@ from torch import Tensor
 from detrellis.data.annotations import Annotations
 from detrellis.data.classes import ClassMap
 from detrellis.data.layout import DataSource
-from detrellis.engine.checkpoint import (
-    BEST,
-    CARD,
-    LAST,
-    STATE,
-    Card,
-    load_state,
-    metadata_of,
-    new_run,
-)
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import BEST, CARD, LAST, STATE, load_state, metadata_of, new_run
 from detrellis.engine.optim import schedule_factor
 from detrellis.engine.state import patience_left
 from detrellis.errors import UserError, brief, command

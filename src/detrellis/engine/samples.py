@@ -14,7 +14,7 @@ from PIL import Image
 
 from detrellis.data.annotations import Annotations
 from detrellis.data.augmentation import Augmentation, Strong, augmentation
-from detrellis.data.loader import DetectionDataset
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.lsj import LargeScale, LargeScaleJitter
 from detrellis.data.sampler import expected, images_by_class, repeat_factors
 from detrellis.data.transforms import Finish, Transform, detr_between, train_transform

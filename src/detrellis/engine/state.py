@@ -18,9 +18,10 @@ from torch import Tensor
 from detrellis.data.annotations import Annotations
 from detrellis.detector import Detector
 from detrellis.distributed import World
-from detrellis.engine.checkpoint import STATE, Card, new_run
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import STATE, new_run
 from detrellis.engine.ema import EMA
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.guard import FlatLossWatch
 from detrellis.engine.optim import build_optimizer
 from detrellis.engine.samples import class_counts

@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detrellis.atomic import replace_files, sweep
-from detrellis.data.loader import Batch, Loader
+from detrellis.data.batch import Batch
+from detrellis.data.loader import Loader
 from detrellis.data.masks import run_lengths
 from detrellis.data.sampler import BatchSampler
 from detrellis.distributed import World, parallel, reduce_max, same_statistics
@@ -33,19 +34,20 @@ from detrellis.engine.batches import (
     train_loader,
     unreadable_line,
 )
+from detrellis.engine.card import Card
 from detrellis.engine.checkpoint import (
     BEST,
     BEST_FOLDER,
     CARD,
     LAST,
     OLDER,
-    Card,
     keep_best,
     metadata_of,
     save_run,
     save_weights,
 )
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
 from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, divergence_remedy
 from detrellis.engine.log import RunLog, Timer

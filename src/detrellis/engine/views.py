@@ -18,7 +18,7 @@ from torch import Tensor
 
 from detrellis.boxes import pairwise_iou
 from detrellis.data.annotations import Annotations
-from detrellis.data.loader import Batch
+from detrellis.data.batch import Batch
 from detrellis.data.operations import Picture, horizontal_flip
 from detrellis.data.transforms import Resize, eval_transform
 from detrellis.detector import Detector, evaluating

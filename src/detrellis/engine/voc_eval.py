@@ -35,8 +35,9 @@ from rich.text import Text
 
 from detrellis.boxes import iou, ragged
 from detrellis.data.annotations import Annotations
-from detrellis.engine.coco_eval import EvalScores, ResultArrays
+from detrellis.engine.coco_eval import ResultArrays
 from detrellis.engine.console import number
+from detrellis.engine.eval_result import EvalScores
 from detrellis.engine.means import mean_of_known
 
 THRESHOLD = 0.5  # of the IoU

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy
-from detrellis.data.loader import Normalise
+from detrellis.data.batch import Normalise
 from detrellis.detector import Detector
 from detrellis.exported import IOU
 from detrellis.types import DecoderOutput, ImageBatch

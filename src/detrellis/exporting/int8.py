@@ -20,12 +20,12 @@ import torch
 from rich.table import Table
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.doctor.check import prepare_split
 from detrellis.data.layout import DataSource
-from detrellis.data.loader import DetectionDataset
 from detrellis.data.transforms import eval_transform
 from detrellis.distributed import World
-from detrellis.engine.checkpoint import Card
+from detrellis.engine.card import Card
 from detrellis.engine.evaluate import EvalOptions, collect, eval_loader, evaluated_split
 from detrellis.errors import UserError
 from detrellis.exported import INPUT, Array, ExportedDetector, load_exported

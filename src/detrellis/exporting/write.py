@@ -23,9 +23,9 @@ from typing import Any, Literal
 import torch
 
 from detrellis.data.transforms import eval_transform
-from detrellis.engine.checkpoint import Card, first_line
+from detrellis.engine.card import Card
 from detrellis.engine.measure import image_size
-from detrellis.errors import UserError
+from detrellis.errors import UserError, first_line
 from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO
 from detrellis.exporting.graph import ExportGraph
 from detrellis.exporting.int8 import Quantised, Quantiser

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from detrellis.engine.checkpoint import Card
+from detrellis.engine.card import Card
 from detrellis.interop.files import HUB
 
 # Of a report's data; not where they are

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from detrellis.arguments import checked
-from detrellis.engine.checkpoint import Card, find_weights, first_line, load_whole, save_weights
-from detrellis.errors import UserError
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import find_weights, load_whole, save_weights
+from detrellis.errors import UserError, first_line
 from detrellis.hub.modelcard import model_card
 from detrellis.interop.files import HUB, OURS
 from detrellis.interop.load import is_foreign

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from detrellis.arguments import checked
 from detrellis.atomic import Write, replace_files
+from detrellis.data.batch import Normalise
 from detrellis.data.classes import ClassMap
 from detrellis.data.formats.coco import load_json
-from detrellis.data.loader import Normalise
-from detrellis.engine.checkpoint import Card, load_whole, metadata_of, save_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import load_whole, metadata_of, save_weights
 from detrellis.errors import UserError
 from detrellis.interop import mask2former
 from detrellis.interop.family import Family

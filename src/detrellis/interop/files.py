@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from detrellis.data.files import read_object
-from detrellis.engine.checkpoint import CARD, OTHER_COPY, load_plain
+from detrellis.engine.card import OTHER_COPY
+from detrellis.engine.checkpoint import CARD, load_plain
 from detrellis.errors import UserError, cut
 
 # What NumPy pickles numbers with; its module has another name in each major version.

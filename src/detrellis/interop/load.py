@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import OTHER_COPY, first_line
-from detrellis.errors import UserError, cut
+from detrellis.engine.card import OTHER_COPY
+from detrellis.errors import UserError, cut, first_line
 from detrellis.interop import huggingface, mask2former
 from detrellis.interop.coco import COCO_IDS, COCO_NAMES
 from detrellis.interop.files import (

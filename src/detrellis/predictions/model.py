@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from detrellis.arguments import BatchSize, Iou, Score, checked
+from detrellis.data.batch import Normalise, stack_images
 from detrellis.data.classes import ClassMap
-from detrellis.data.loader import Normalise, stack_images
 from detrellis.data.transforms import eval_transform
 from detrellis.detector import Detector, evaluating
 from detrellis.engine.views import View, read_views

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detrellis.data.annotations import Annotations
-from detrellis.engine.coco_eval import CocoEvaluator, Evaluated, Kind
+from detrellis.engine.coco_eval import CocoEvaluator, Evaluated
+from detrellis.engine.eval_result import Kind
 from detrellis.errors import UserError
 from detrellis.report.record import (
     CalibrationBin,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from base64 import b64encode
 from html import escape
 
-from detrellis.engine.coco_eval import STATISTICS
 from detrellis.engine.console import number
+from detrellis.engine.eval_result import STATISTICS
 from detrellis.report.charts import COLOURS, line_chart
 from detrellis.report.record import Diagnosis, Operating, Picture, Report
 from detrellis.version import __version__

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from detrellis.engine.coco_eval import EvalResult
+from detrellis.engine.eval_result import EvalResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from detrellis.data.classes import ClassMap
-from detrellis.engine.checkpoint import Card, metadata_of
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import metadata_of
 from detrellis.errors import UserError, command
 from detrellis.report.write import is_ours, report_names, stored_report
 

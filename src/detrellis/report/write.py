@@ -15,9 +15,11 @@ from detrellis.arguments import Metric
 from detrellis.data.annotations import Annotations
 from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
-from detrellis.engine.checkpoint import BEST, BEST_FOLDER, Card, metadata_of
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import BEST, BEST_FOLDER, metadata_of
+from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.console import duration
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import EvalOptions
 from detrellis.engine.log import read_records
 from detrellis.errors import UserError, command

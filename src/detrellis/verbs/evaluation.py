@@ -13,8 +13,9 @@ from detrellis.data.masks import run_lengths
 from detrellis.distributed import World, process_group
 from detrellis.engine.checkpoint import find_weights
 from detrellis.engine.coco_backend import Masks
-from detrellis.engine.coco_eval import CocoEvaluator, EvalResult
+from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.console import track
+from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import EvalOptions, collect, gives_masks
 from detrellis.engine.views import collect_views, read_views
 from detrellis.engine.voc_eval import VocResult, evaluate_voc

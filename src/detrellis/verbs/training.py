@@ -11,17 +11,17 @@ from rich.console import Console
 
 from detrellis.arguments import Auto, Epochs, Scale, Seed, Workers, checked
 from detrellis.data.annotations import Annotations
+from detrellis.data.batch import Normalise
 from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare
 from detrellis.data.findings import SkipBad
 from detrellis.data.layout import DataSource, find_data
-from detrellis.data.loader import Normalise
 from detrellis.data.masks import has_outlines
 from detrellis.distributed import World, all_gather, process_group
 from detrellis.engine.auto_batch import refuse_both, with_auto_batch
 from detrellis.engine.batches import batch_per_process
 from detrellis.engine.capacity import capacity
-from detrellis.engine.checkpoint import Card
+from detrellis.engine.card import Card
 from detrellis.engine.length import auto_epochs, describe_auto
 from detrellis.engine.outcome import TrainResult
 from detrellis.engine.resume import resumed_run

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.doctor.check import prepare
 from detrellis.data.layout import resolve
-from detrellis.data.loader import DetectionDataset
 from detrellis.data.transforms import train_transform
 from detrellis.errors import UserError
 

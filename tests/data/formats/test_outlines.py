@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from detrellis.data.annotations import Annotations
+from detrellis.data.dataset import DetectionDataset
 from detrellis.data.layout import resolve
-from detrellis.data.loader import DetectionDataset
 from detrellis.data.records import to_annotations
 from detrellis.data.transforms import train_transform
 from detrellis.errors import UserError
