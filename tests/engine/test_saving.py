@@ -374,7 +374,7 @@ def test_a_long_epoch_is_saved_now_and_then(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
-    monkeypatch.setattr("detrellis.engine.train.SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr("detrellis.engine.saves.SAVE_EVERY_SECONDS", -1.0)
     monkeypatch.setattr(
         RunLog, "step", lambda *_, **__: saved.append(load_run(tmp_path / "run")[0]["step"])
     )

@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,36 +33,25 @@ from detrellis.engine.batches import (
     unreadable_line,
 )
 from detrellis.engine.card import Card
-from detrellis.engine.checkpoint import (
-    BEST,
-    BEST_FOLDER,
-    CARD,
-    LAST,
-    OLDER,
-    keep_best,
-    metadata_of,
-    save_run,
-    save_weights,
-)
+from detrellis.engine.checkpoint import BEST, BEST_FOLDER, keep_best, save_weights
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import NMS, collect, duplicates_line, eval_loader
-from detrellis.engine.guard import NonFiniteLoss, check_finite, check_weights, divergence_remedy
+from detrellis.engine.guard import check_finite
 from detrellis.engine.log import RunLog, Timer
 from detrellis.engine.means import mean_over_passes
 from detrellis.engine.optim import check_warmup, schedule_factor, set_learning_rate
 from detrellis.engine.outcome import TrainResult
-from detrellis.engine.resume import IMAGES, LOG, SEEN, packed_file_names
-from detrellis.engine.samples import SHEET, images_an_epoch, samples_sheet
+from detrellis.engine.samples import SHEET, samples_sheet
+from detrellis.engine.saves import RunSaves
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
-from detrellis.errors import UserError, command
+from detrellis.errors import UserError
 from detrellis.signals import collected
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput
 
 WATCH_EVERY = 10  # steps between two looks at the matched IoU, each of which waits for the device
 SAMPLES = 9  # pictures on the sheet of what is trained on
-SAVE_EVERY_SECONDS = 1200.0  # within an epoch; every epoch's end saves anyway
 
 
 def train(
@@ -102,8 +89,8 @@ def train(
     length: Any = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "step": state.step}
     log = RunLog(job.out, **length, rank=world.rank, console=console, **tracked)
     run = TrainRun(job, world, state, loader, steps_per_epoch, log)
-    with log, collected() as caught, contextlib.closing(loader), run.saved_on_error():
-        run.save_at_start(resume)
+    with log, collected() as caught, contextlib.closing(loader), run.saves.saved_on_error():
+        run.saves.save_at_start(resume)
         if resume is None and world.is_main_process:
             run.show_samples()
         while not state.finished(schedule) and not run.stopped:
@@ -114,8 +101,8 @@ def train(
             if not run.stopped:
                 run.end_epoch()
                 run.stopped = run.received_signal(caught)
-            if run.stopped or state.finished(schedule) or run.has_unsaved_steps():
-                run.save()
+            if run.stopped or state.finished(schedule) or run.saves.has_unsaved_steps():
+                run.saves.save()
         log.status = "finished" if state.finished(schedule) else "stopped"
     finished, position = state.finished(schedule), (state.epoch, state.step, state.seconds)
     number, early = None if finished else run.stopped, finished and state.epoch < epochs
@@ -124,10 +111,6 @@ def train(
     return TrainResult(
         job.out, *position, state.best, state.result, finished, number, early, state.transfer
     )
-
-
-class SaveError(UserError):
-    """The run could not be saved."""
 
 
 class TrainRun:
@@ -147,14 +130,8 @@ class TrainRun:
         self.model = parallel(state.model, world) if state.sharded is None else state.model
         self.timer = Timer()
         self.stopped = 0  # number of the signal that stopped it
-        self.between_steps = True  # the state is one that a run may go on from
-        self.saved_position: tuple[int, int] | None = None  # epochs and steps done in what is saved
-        # Step of the weights in `state.result`
-        self.evaluated_step = None if job.card.stats is None else state.step
-        self.saved_at = time.monotonic()
+        self.saves = RunSaves(job, world, state, log)
         self.best: tuple[CocoEvaluator, Card] | None = None  # what the best weights detected
-        splits = {"train": job.train, "val": job.val}
-        self.images = {split: packed_file_names(a) for split, a in splits.items() if a is not None}
         batch = batch_per_process(self.recipe, world)
         self.val = (
             None
@@ -205,7 +182,7 @@ class TrainRun:
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over one batch, or over several with accumulation."""
         config, schedule, state = self.recipe.optim, self.recipe.schedule, self.state
-        self.between_steps = False
+        self.saves.between_steps = False
         # The learning rate, and the seed of everything random in this step.
         steps = self.steps_per_epoch * schedule.epochs
         lr = config.lr * schedule_factor(state.step, steps, schedule)
@@ -238,7 +215,7 @@ class TrainRun:
         images = sum(len(b.image_ids) for b in batches) * self.world.size
         due = state.step % WATCH_EVERY == 0
         warning = state.watch.update(state.step, total, float(metrics["main/iou"])) if due else None
-        self.between_steps = True
+        self.saves.between_steps = True
         self.log.step(state.step, losses, metrics, total=total, lr=lr, images=images)
         self.log.say(warning or "")
 
@@ -257,7 +234,7 @@ class TrainRun:
             )
             total = torch.stack(list(output.losses.values())).sum()
             save_to = self.job.out / f"bad_batch-{self.world.rank}.pt"
-            remedy = self._divergence_remedy()
+            remedy = self.saves.divergence_remedy()
             value = check_finite(
                 output.losses, total, number, batch.image_ids, batch, save_to, remedy
             )
@@ -277,10 +254,8 @@ class TrainRun:
         """Between two steps: stop where a signal came to any process, all after the same step, or
         the others would wait for ever; save now and then, so that a long epoch is not lost."""
         self.stopped = self.received_signal(caught)
-        if reduce_max(
-            int(time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS), self.world.device
-        ):
-            self.save()
+        if reduce_max(int(self.saves.are_due()), self.world.device):
+            self.saves.save()
 
     def received_signal(self, caught: list[int]) -> int:
         """The number of a signal that came to any process, else 0."""
@@ -297,13 +272,13 @@ class TrainRun:
         stats, after_nms = None, None
         if self.val is not None and (last or epoch % schedule.eval_every == 0):
             # An evaluation that fails, or is not waited for, costs nothing that was trained
-            self.save()
+            self.saves.save()
             after_nms = self.evaluate(last or patience_left(schedule, state.since_best) == 1)
             stats, evaluates = None if state.result is None else state.result.stats, True
         if schedule.keep_every and epoch % schedule.keep_every == 0:
             weights, path = state.weights(), self.job.out / "epochs" / f"{epoch:04}.safetensors"
             if self.world.is_main_process:
-                save_weights(path, weights, self._card(epoch))
+                save_weights(path, weights, self.saves.card(epoch))
         state.epoch = epoch
         # The log.
         after_nms = after_nms if state.finished(schedule) else None
@@ -339,7 +314,7 @@ class TrainRun:
                     detector, batches, val, self.world.device, thresholds, truth=self.masks
                 )
                 state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
-                self.evaluated_step = state.step
+                self.saves.evaluated_step = state.step
             if state.result.ap is not None:
                 self._save_best(state.result.ap, evaluators[0], detector.state_dict())
         return after_nms[0] if last else None
@@ -352,7 +327,7 @@ class TrainRun:
         """
         state = self.state
         count = self.recipe.schedule.keep_best
-        card = self._card(self.state.epoch + 1)
+        card = self.saves.card(self.state.epoch + 1)
         if count and self.world.is_main_process:
             keep_best(self.job.out / BEST_FOLDER, weights, card, ap, count)
         state.since_best += 1
@@ -360,108 +335,3 @@ class TrainRun:
             if self.world.is_main_process:
                 save_weights(self.job.out / BEST, weights, card)
             state.best, state.since_best, self.best = ap, 0, (evaluator, card)
-
-    def save_at_start(self, resume: Mapping[str, Any] | None) -> None:
-        """Save before the first step: a full disk shows now, and whatever comes, there is a state
-        to go on from. Of a resumed run what a crash or a change of settings has left different on
-        the disk is written again."""
-        if resume is not None:
-            self.log.load_state_dict(resume.get(LOG))
-            if OLDER not in resume:
-                self.saved_position = (self.state.epoch, self.state.step)
-        mine = self._card(self.state.epoch).to_metadata()
-        weights = mine if self.state.step == 0 else metadata_of(self.job.out / LAST)
-        changed = resume is None or OLDER in resume or resume[CARD] != mine or weights != mine
-        # The files may be written anew before another process reads them: all save if one has to.
-        if reduce_max(int(changed), self.world.device):
-            self.save()
-
-    def save(self) -> None:
-        """The state to resume from, and the last weights once there has been a step."""
-        now = time.monotonic()
-        self.state.seconds += now - self.saved_at
-        self.saved_at = now
-        more = {
-            IMAGES: self.images,
-            SEEN: images_an_epoch(self.job.train, self.recipe),
-            LOG: self.log.state_dict(),
-        }
-        whole = self.state.state_dict() | more
-        weights = self.state.weights() if self.state.step else None
-        if self.world.is_main_process:
-            check_weights(whole["model"].values(), self.state.step, self._divergence_remedy())
-            try:
-                keep = self.saved_position is not None
-                save_run(self.job.out, whole, weights, self._card(self.state.epoch), keep=keep)
-            except OSError as error:
-                message = f"{self.job.out}: the run cannot be saved ({error.strerror or error})"
-                raise SaveError(message, self._resume_remedy()) from error
-        self.saved_position = (self.state.epoch, self.state.step)
-
-    def has_unsaved_steps(self) -> bool:
-        """Whether there were steps since the run was saved."""
-        return self.saved_position is None or self.saved_position[1] != self.state.step
-
-    @contextlib.contextmanager
-    def saved_on_error(self) -> Iterator[None]:
-        """Save what is trained before an error ends the run; the error then says how to go on."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.log.say(f"Stopped at once. {self._resume_remedy()}")
-            raise
-        except (SaveError, NonFiniteLoss):
-            raise
-        except Exception as error:
-            alone = self.state.sharded is None  # the others may not come to save
-            if (
-                alone
-                and self.between_steps
-                and self.saved_position not in (None, (self.state.epoch, self.state.step))
-            ):
-                with contextlib.suppress(UserError):  # the last checkpoint has to do
-                    self.save()
-            remedy = self._resume_remedy()
-            if isinstance(error, UserError):
-                raise UserError(
-                    error.message, f"{error.remedy}\n  {remedy}" if error.remedy else remedy
-                ) from error
-            if isinstance(error, OSError):
-                place = "" if error.filename is None else f"{error.filename}: "
-                raise UserError(f"{place}{error.strerror or error}", remedy) from error
-            error.add_note(remedy)
-            raise
-
-    def _resume_remedy(self) -> str:
-        """How to go on from what is saved, which the main process alone knows."""
-        resume = command("train", "--resume", self.job.out)
-        if not self.world.is_main_process:
-            return f"Go on with: {resume}"
-        if self.saved_position is None:
-            return "Nothing has been trained yet: make room, or take another --out."
-        if self.state.step == 0:
-            return (
-                f"Nothing has been trained yet. Go on with: {resume}; with other settings take "
-                "another --out."
-            )
-        step = self.saved_position[1]
-        all_of = "Nothing that was trained is lost: the" if step == self.state.step else "The"
-        return f"{all_of} run is saved up to step {step}. Go on with: {resume}"
-
-    def _divergence_remedy(self) -> str:
-        """What to do about a loss that is not finite."""
-        config = self.recipe.optim
-        step = 0 if self.saved_position is None else self.saved_position[1]
-        return divergence_remedy(self.job.out, config.lr, config.clip, step)
-
-    def _card(self, epoch: int) -> Card:
-        """The card of the present weights; with their evaluation, if they are what was evaluated
-        last.
-        """
-        result = self.state.result if self.evaluated_step == self.state.step else None
-        return replace(
-            self.job.card,
-            epoch=epoch,
-            step=self.state.step,
-            stats=None if result is None else result.stats,
-        )
