@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "matching": {"types", "boxes", "mask_points"},
     "losses": {"types", "boxes"},
     "pairs": {"types", "boxes", "losses"},
-    "supervision": {"types", "boxes", "matching", "losses", "pairs", "mask_points"},
+    "set_loss": {"types", "losses", "pairs"},
+    "supervision": {"types", "boxes", "matching", "set_loss", "mask_points"},
     "salience": {"types", "boxes", "nn"},
     "schemes": {
         *(
@@ -54,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
             "matching",
             "losses",
             "pairs",
+            "set_loss",
             "supervision",
         ),
         *("distributed", "fields", "errors"),
@@ -83,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
             "detector",
             "matching",
             "mask_points",
+            "set_loss",
             "supervision",
             "schemes",
         ),

@@ -16,7 +16,8 @@ from detrellis.recipes.network import build_detector
 from detrellis.recipes.refuse import refuse
 from detrellis.schemes.align import Align
 from detrellis.schemes.config import AlignConfig
-from detrellis.supervision import SetLoss, match, supervise
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import match, supervise
 from detrellis.types import Assignment, DecoderOutput, ImageBatch, Targets
 
 from .small import CLASSES, images, small, targets, with_bitmaps

@@ -23,7 +23,8 @@ from detrellis.mask_points import (
 )
 from detrellis.matching import Hungarian, Match, MatchingCost, assign, softmax_term
 from detrellis.nn.masked import readable
-from detrellis.supervision import Supervision, softmax_class_loss, supervise
+from detrellis.set_loss import softmax_class_loss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import Assignment, DecoderOutput, MaskFeatures, Targets
 
 POINTS = Points(40)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from detrellis.recipes import Recipe
 from detrellis.recipes.build import build, build_supervision
-from detrellis.supervision import CLASSIFICATION, supervise
+from detrellis.set_loss import CLASSIFICATION
+from detrellis.supervision import supervise
 from detrellis.training import TrainableDetector
 from detrellis.types import DecoderOutput, Targets
 

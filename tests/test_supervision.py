@@ -12,7 +12,8 @@ from detrellis.matching import Hungarian, Known, Match, assign
 from detrellis.pairs import giou_target, iou_target, pair_up, scaled_iou_target, sum_by_layer
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build_supervision
-from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, supervise
+from detrellis.set_loss import SetLoss, softmax_set_loss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from .test_matching import problem

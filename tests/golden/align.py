@@ -27,7 +27,8 @@ from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.hybrid import Hybrid
 from detrellis.schemes.ranks import rank
 from detrellis.schemes.stable import Stable, modulated_term, modulation
-from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, supervise
+from detrellis.set_loss import CLASSIFICATION, SetLoss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from .arrays import Arrays

@@ -29,7 +29,8 @@ from detrellis.schemes.config import CDNConfig, DNConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.dn import Denoising
 from detrellis.schemes.dn import Noise as PlainNoise
-from detrellis.supervision import SetLoss, Supervision, softmax_set_loss, supervise
+from detrellis.set_loss import SetLoss, softmax_set_loss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import DecoderOutput, Memory, Targets
 
 from .arrays import Arrays, close

@@ -13,7 +13,8 @@ from detrellis.schemes.collaborative.queries import Chosen, PositiveQueries, cho
 from detrellis.schemes.collaborative.scene import BranchAssignment
 from detrellis.schemes.config import CDNConfig
 from detrellis.schemes.denoising import lay_out, positives
-from detrellis.supervision import CLASSIFICATION, SetLoss, leaving_out
+from detrellis.set_loss import CLASSIFICATION, SetLoss
+from detrellis.supervision import leaving_out
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from .arrays import Arrays, close

@@ -22,7 +22,8 @@ from detrellis.nn.hybrid import HybridNeck
 from detrellis.pairs import decoupled_distillation, fine_grained_localization, pair_up
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.dfine import dfine_detector
-from detrellis.supervision import CLASSIFICATION, Supervision, counted, match, supervise, uniting
+from detrellis.set_loss import CLASSIFICATION
+from detrellis.supervision import Supervision, counted, match, supervise, uniting
 from detrellis.types import Assignment, DecoderOutput, ImageBatch, SideDistributions, Targets
 
 from ..small import resized

@@ -14,7 +14,8 @@ from detrellis.nn.pyramid import SimplePyramid
 from detrellis.pairs import hard_target
 from detrellis.schemes.config import FederatedConfig
 from detrellis.schemes.federated import Federated
-from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, supervise
+from detrellis.set_loss import CLASSIFICATION, SetLoss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import Assignment, Targets
 
 from .align import one_layer

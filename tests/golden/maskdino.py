@@ -24,7 +24,8 @@ from detrellis.recipes.overrides import merged
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.denoising import denoising_block, lay_out
 from detrellis.schemes.dn import Denoising, Noise
-from detrellis.supervision import SetLoss, Supervision, supervise
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import DecoderOutput, ImageBatch, Segment, Targets
 
 from ..small import resized

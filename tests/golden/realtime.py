@@ -23,7 +23,8 @@ from detrellis.recipes.rtdetr import rtdetr_detector
 from detrellis.schemes.cdn import ContrastiveDenoising, Noise
 from detrellis.schemes.config import CDNConfig
 from detrellis.schemes.denoising import lay_out, positives
-from detrellis.supervision import CLASSIFICATION, Supervision, supervise
+from detrellis.set_loss import CLASSIFICATION
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import DecoderOutput, ImageBatch, Proposals
 
 from ..small import resized

@@ -14,7 +14,7 @@ from detrellis.nn.relation import PositionRelation, box_relation
 from detrellis.nn.spatial import cells_within
 from detrellis.salience import salience_targets
 from detrellis.schemes.rank import GIOU_AWARE, HighOrderCost
-from detrellis.supervision import CLASSIFICATION, SetLoss, matchability_aware_loss
+from detrellis.set_loss import CLASSIFICATION, SetLoss, matchability_aware_loss
 from detrellis.types import Assignment, Memory, Targets
 
 from .align import one_layer, targets_of

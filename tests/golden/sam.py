@@ -20,7 +20,7 @@ from detrellis.nn.smca import ModulatedAttention, ModulatedPriors
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.network import build_decoder, build_encoder, build_neck, build_queries
 from detrellis.recipes.sam import sam_detector, sam_plus_detector, smca_detr_r50
-from detrellis.supervision import SetLoss
+from detrellis.set_loss import SetLoss
 from detrellis.types import DecoderOutput, Memory, Prior, Queries, Segment, Spatial, Targets
 
 from ..small import resized

@@ -10,7 +10,7 @@ import torch
 from detrellis.errors import UserError
 from detrellis.interop.huggingface import family_of
 from detrellis.recipes.build import build
-from detrellis.supervision import SetLoss, squared_error
+from detrellis.set_loss import SetLoss, squared_error
 
 from ..small import CLASSES, images, small, targets, with_own_backbone
 

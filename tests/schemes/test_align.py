@@ -18,7 +18,8 @@ from detrellis.schemes.align import Align, align_loss, rank_weight
 from detrellis.schemes.config import AlignConfig
 from detrellis.schemes.denoising import lay_out, positives
 from detrellis.schemes.ranks import rank
-from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision, supervise
+from detrellis.set_loss import CLASSIFICATION, SetLoss
+from detrellis.supervision import Supervision, supervise
 from detrellis.types import Assignment, DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets

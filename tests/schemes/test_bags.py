@@ -12,7 +12,8 @@ from torch import Tensor
 from detrellis.errors import UserError
 from detrellis.matching import Dynamic, Match, assign
 from detrellis.recipes.build import build
-from detrellis.supervision import SetLoss, Supervision
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import Supervision
 from detrellis.types import Assignment, DecoderOutput, Segment
 
 from ..small import CLASSES, images, small, targets

@@ -12,7 +12,8 @@ from detrellis.recipes.build import build
 from detrellis.schemes.base import Step
 from detrellis.schemes.denoising import lay_out, positives, unused
 from detrellis.schemes.dn import Denoising, disturb, draw_noise
-from detrellis.supervision import SetLoss, leaving_out
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import leaving_out
 from detrellis.types import DecoderOutput, Targets
 
 from ..small import CLASSES, images, small, targets

@@ -51,14 +51,14 @@ from detrellis.schemes.ms import MS
 from detrellis.schemes.rank import Rank
 from detrellis.schemes.sqr import SQR
 from detrellis.schemes.stable import Stable
-from detrellis.supervision import (
+from detrellis.set_loss import (
     CLASSIFICATION,
     IOU_ERRORS,
     LossRule,
-    Supervision,
     softmax_class_loss,
     softmax_set_loss,
 )
+from detrellis.supervision import Supervision
 from detrellis.training import TrainableDetector
 
 

@@ -32,7 +32,8 @@ from detrellis.pairs import Pairs, SoftTarget, TargetRule, quality
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.config import AlignConfig
 from detrellis.schemes.ranks import rank
-from detrellis.supervision import SetLoss, Supervision
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import Supervision
 
 
 def rank_weight(ranks: Tensor, tau: float) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 
 from detrellis.matching import Dynamic
 from detrellis.schemes.config import DynamicConfig
-from detrellis.supervision import SetLoss, Supervision
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import Supervision
 
 
 def one_to_many(

@@ -18,7 +18,7 @@ from detrellis.boxes import inverse_sigmoid
 from detrellis.matching import known_assignment
 from detrellis.schemes.base import QueryBlock, Step
 from detrellis.schemes.config import Sees
-from detrellis.supervision import LossRule
+from detrellis.set_loss import LossRule
 from detrellis.types import Assignment, Queries, Targets
 
 

@@ -27,7 +27,8 @@ from detrellis.pairs import Pairs, SoftTarget
 from detrellis.schemes.base import Extension, QueryBlock, Step, TrainingScheme
 from detrellis.schemes.config import DenseConfig
 from detrellis.schemes.ranks import highest
-from detrellis.supervision import SetLoss, Supervision
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import Supervision
 
 
 class Dense(TrainingScheme):

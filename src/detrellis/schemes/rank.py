@@ -22,7 +22,8 @@ from detrellis.matching import Hungarian, MatchingCost, columns
 from detrellis.pairs import giou_target
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.config import RankConfig
-from detrellis.supervision import SetLoss, Supervision
+from detrellis.set_loss import SetLoss
+from detrellis.supervision import Supervision
 
 
 @dataclass(frozen=True)

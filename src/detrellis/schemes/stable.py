@@ -20,7 +20,8 @@ from torch import Tensor
 from detrellis.matching import Hungarian, columns, focal_difference
 from detrellis.schemes.base import TrainingScheme
 from detrellis.schemes.config import StableConfig
-from detrellis.supervision import CLASSIFICATION, SetLoss, Supervision
+from detrellis.set_loss import CLASSIFICATION, SetLoss
+from detrellis.supervision import Supervision
 
 
 def modulation(overlap: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.coder import clip
 from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
-from detrellis.supervision import ABSENT
+from detrellis.set_loss import ABSENT
 
 
 class DenseOutput(NamedTuple):

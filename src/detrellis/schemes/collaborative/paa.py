@@ -31,7 +31,7 @@ from detrellis.schemes.collaborative.dense import (
 )
 from detrellis.schemes.collaborative.scene import Scene
 from detrellis.schemes.ranks import rank
-from detrellis.supervision import ABSENT
+from detrellis.set_loss import ABSENT
 
 CODER = Deltas(0.1, 0.2)
 GIOU = 1.3  # weight of the GIoU, in the loss and in the candidates' order

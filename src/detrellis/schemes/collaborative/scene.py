@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy
-from detrellis.supervision import ABSENT
+from detrellis.set_loss import ABSENT
 from detrellis.types import Targets
 
 
