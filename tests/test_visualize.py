@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from detrellis import visualize
 from detrellis.outputs import jpeg
-from detrellis.visualize import (
-    BACKGROUND,
-    BAR,
-    PALETTE,
-    Rectangle,
-    colour_of,
-    contact_sheet,
-    draw_detections,
-    ink_on,
-)
+from detrellis.visualize import detections, fonts
+from detrellis.visualize.colours import BACKGROUND, BAR, PALETTE, colour_of, ink_on
+from detrellis.visualize.detections import draw_detections
+from detrellis.visualize.sheets import contact_sheet
+from detrellis.visualize.tags import Rectangle, Tag, place_tags, style_of
 
 GREY = (128, 128, 128)
 NAMES = ["cat", "dog", "bird"]
@@ -45,9 +38,9 @@ def tags(
     labels: list[int],
     scores: list[float] | None,
     size: tuple[int, int] = (800, 600),
-) -> list[visualize._Tag]:
-    marks = visualize._marks(boxes, labels, scores, NAMES)
-    return visualize._place(marks, visualize._style(marks, size, None), size)
+) -> list[Tag]:
+    marks = detections._marks(boxes, labels, scores, NAMES)
+    return place_tags(marks, style_of(marks, size, None), size)
 
 
 def shared(a: Rectangle, b: Rectangle) -> float:
@@ -245,7 +238,7 @@ def grid(count: int, side: float) -> list[Rectangle]:
 def test_a_crowd_has_thinner_lines_and_shorter_tags() -> None:
     few, many = grid(5, 20), grid(110, 20)
     looks = [
-        visualize._style(visualize._marks(b, [0] * len(b), [0.5] * len(b), NAMES), (800, 600), None)
+        style_of(detections._marks(b, [0] * len(b), [0.5] * len(b), NAMES), (800, 600), None)
         for b in (few, many)
     ]
     assert [look.line for look in looks] == [4, 2]
@@ -278,7 +271,7 @@ def test_a_picture_that_no_jpeg_can_hold_is_made_smaller() -> None:
 
 def test_tags_and_lines_grow_with_the_picture() -> None:
     looks = [
-        visualize._style(visualize._marks([[0, 0, 9, 9]], [0], [0.5], NAMES), size, None)
+        style_of(detections._marks([[0, 0, 9, 9]], [0], [0.5], NAMES), size, None)
         for size in ((640, 480), (2560, 1920))
     ]
     assert looks[1].font.size == pytest.approx(4 * looks[0].font.size, rel=0.1)
@@ -287,10 +280,10 @@ def test_tags_and_lines_grow_with_the_picture() -> None:
 
 def test_the_legend_wraps_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    original = visualize._shortened
+    original = fonts.shortened
     monkeypatch.setattr(
-        visualize,
-        "_shortened",
+        detections,
+        "shortened",
         lambda text, *rest: (written.append(text), original(text, *rest))[1],
     )
     names = [f"class with a long name {i}" for i in range(30)]
@@ -314,15 +307,15 @@ def test_names_that_are_missing_long_broken_or_foreign() -> None:
 
 
 def test_letters_that_no_font_has_are_not_drawn_as_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visualize, "FONTS", ())
-    visualize._font_name.cache_clear()
-    assert visualize._writable("Éléphant", None) == "Elephant"
-    assert visualize._writable("血小板", None, "class 2") == "class 2"
-    assert visualize._writable("a\n b", None) == "a b"
+    monkeypatch.setattr(fonts, "FONTS", ())
+    fonts.font_name.cache_clear()
+    assert fonts.writable("Éléphant", None) == "Elephant"
+    assert fonts.writable("血小板", None, "class 2") == "class 2"
+    assert fonts.writable("a\n b", None) == "a b"
     # Not what 白血球 cell is called too
-    assert visualize._writable("赤血球 cell", None, "class 0") == "class 0 cell"
-    assert visualize._font_name(frozenset("é")) is None
-    visualize._font_name.cache_clear()
+    assert fonts.writable("赤血球 cell", None, "class 0") == "class 0 cell"
+    assert fonts.font_name(frozenset("é")) is None
+    fonts.font_name.cache_clear()
 
 
 def test_the_font_with_most_of_the_letters_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,19 +325,19 @@ def test_the_font_with_most_of_the_letters_is_taken(monkeypatch: pytest.MonkeyPa
         "b.ttf": frozenset(),
         "c.ttf": frozenset(),
     }
-    monkeypatch.setattr(visualize, "_missing", lambda name, letters: lacking[name] & letters)
-    monkeypatch.setattr(visualize, "FONTS", ("a.ttf", "b.ttf", "c.ttf"))
-    visualize._font_name.cache_clear()
-    assert visualize._font_name(frozenset("abc")) is None
-    assert visualize._font_name(frozenset("é")) == "a.ttf"
-    assert visualize._font_name(frozenset("éß")) == "b.ttf"
-    visualize._font_name.cache_clear()
+    monkeypatch.setattr(fonts, "missing", lambda name, letters: lacking[name] & letters)
+    monkeypatch.setattr(fonts, "FONTS", ("a.ttf", "b.ttf", "c.ttf"))
+    fonts.font_name.cache_clear()
+    assert fonts.font_name(frozenset("abc")) is None
+    assert fonts.font_name(frozenset("é")) == "a.ttf"
+    assert fonts.font_name(frozenset("éß")) == "b.ttf"
+    fonts.font_name.cache_clear()
 
 
 def test_a_font_that_is_not_installed_has_no_letter() -> None:
-    assert visualize._missing("no such font.ttf", frozenset("a")) == frozenset("a")
-    assert visualize._missing(None, frozenset("abc XYZ 0.9")) == frozenset()
-    assert visualize._missing(None, frozenset("a血")) == frozenset("血")
+    assert fonts.missing("no such font.ttf", frozenset("a")) == frozenset("a")
+    assert fonts.missing(None, frozenset("abc XYZ 0.9")) == frozenset()
+    assert fonts.missing(None, frozenset("a血")) == frozenset("血")
 
 
 def test_a_sheet_holds_every_picture_whole() -> None:
@@ -387,5 +380,6 @@ def test_titles_stand_above_their_pictures() -> None:
 
 
 def test_torch_is_not_needed() -> None:
-    source = Path(sys.modules["detrellis.visualize"].__file__ or "").read_text()
-    assert "import torch" not in source
+    files = list(Path(detections.__file__).parent.glob("*.py"))
+    assert len(files) > 1
+    assert not [file.name for file in files if "import torch" in file.read_text()]

@@ -23,7 +23,8 @@ from detrellis.recipes import Recipe, find_recipe
 from detrellis.recipes.build_backbone import starting_from
 from detrellis.recipes.scale import MASK_LOSSES
 from detrellis.terminal import Terminal
-from detrellis.visualize import contact_sheet, draw_detections
+from detrellis.visualize.detections import draw_detections
+from detrellis.visualize.sheets import contact_sheet
 
 SIDE = 112  # pixels: small enough for minutes on two cores
 SETTINGS = (

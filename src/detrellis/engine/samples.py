@@ -21,7 +21,8 @@ from detrellis.data.transforms import Finish, Transform, detr_between, train_tra
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.data import DataConfig
 from detrellis.rle import encode
-from detrellis.visualize import contact_sheet, draw_detections
+from detrellis.visualize.detections import draw_detections
+from detrellis.visualize.sheets import contact_sheet
 
 SHEET = "train_samples.jpg"  # in the folder of a run
 CELL = 320  # pixels of a picture's long side

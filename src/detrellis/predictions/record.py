@@ -19,7 +19,7 @@ from detrellis.errors import UserError
 from detrellis.predictions.video import read_frame
 from detrellis.rle import decode
 from detrellis.rle import polygons as outlines
-from detrellis.visualize import draw_detections
+from detrellis.visualize.detections import draw_detections
 
 SHOWN = 5  # broken pictures that one message lists
 

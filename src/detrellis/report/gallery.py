@@ -16,7 +16,7 @@ from detrellis.data.decode import read_image
 from detrellis.errors import UserError
 from detrellis.report.diagnose import Diagnosed
 from detrellis.report.record import Picture
-from detrellis.visualize import draw_detections
+from detrellis.visualize.detections import draw_detections
 
 PICTURES = 6  # of each kind
 SIDE = 400  # pixels of the longer one
