@@ -240,6 +240,25 @@ def both(folder: Path, tracker: type[Tracker]) -> str:
     return said
 
 
+def study_run(folder: Path) -> Path:
+    """The folder of a run of the study `folder`."""
+    place = folder / "align=1" / "seed-0"
+    place.mkdir(parents=True)
+    (place / tracking.ORDER).write_text("{}")
+    return place
+
+
+def test_runs_of_equal_names_are_of_their_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [TrackedRun.of(study_run(tmp_path / study), 0, {}) for study in ("cells", "cards")]
+    assert {run.name for run in runs} == {"align=1-seed-0"}
+    assert [run.study for run in runs] == ["cells", "cards"]
+    monkeypatch.chdir(runs[0].folder)
+    assert TrackedRun.of(Path("."), 0, {}).study == "cells"
+    assert TrackedRun.of(tmp_path / "cells", 0, {}).study is None
+
+
 def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = Run(tmp_path, trackers=[TensorBoard()])
@@ -296,19 +315,43 @@ def test_mlflow_keeps_one_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("_patient")
+def test_mlflow_has_an_experiment_for_each_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for study, experiment in (("cells", None), ("cards", "mine")):
+        if experiment:
+            monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
+        assert "warning " not in both(study_run(tmp_path / study), MLflow)
+    client = importlib.import_module("mlflow.tracking").MlflowClient(
+        tracking_uri=(tmp_path / "mlruns").as_uri()
+    )
+    for study, experiment in (("cells", "cells"), ("cards", "mine")):
+        id_ = client.get_experiment_by_name(experiment).experiment_id
+        (found,) = client.search_runs([id_], filter_string=f"tags.study = '{study}'")
+        assert found.info.run_name == "align=1-seed-0"
+
+
+@pytest.mark.usefixtures("_patient")
 def test_wandb_keeps_one_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # where a key would be
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert "warning " not in both(tmp_path / "run", Wandb)
-    (id_,) = read_ids(tmp_path / "run").values()
-    files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{id_}/run-{id_}.wandb"))
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    place = study_run(tmp_path / "cells-of-blood")
+    assert "warning " not in both(place, Wandb)
+    (id_,) = read_ids(place).values()
+    files = sorted((place / "wandb").glob(f"offline-run-*-{id_}/run-{id_}.wandb"))
     assert files
     written = b"".join(file.read_bytes() for file in files)
     assert b"losses/main/class/1" in written
     assert b"epoch/eval/AP" in written
+    assert b"\x0ecells-of-blood" in written  # its group: as a part of a path it has no length
 
 
 @pytest.mark.usefixtures("_patient")

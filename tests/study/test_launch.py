@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from detrellis.engine.trackers import ORDER
 from detrellis.errors import UserError
 from detrellis.study import launch, run
 from detrellis.study.cluster import LauncherName, find_launcher
 from detrellis.study.conduct import conduct
 from detrellis.study.launch import Job, TrialJob
-from detrellis.study.plan import ORDER
 from detrellis.study.run import Resources
 
 from .trials import finish, make_plan

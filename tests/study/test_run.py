@@ -20,11 +20,12 @@ import detrellis
 from detrellis.data.layout import resolve
 from detrellis.engine.log import read_records
 from detrellis.engine.outcome import TrainResult
+from detrellis.engine.trackers import ORDER
 from detrellis.errors import UserError
 from detrellis.signals import sigterm_interrupts
 from detrellis.study import child, launch, run
 from detrellis.study.conduct import conduct, to_dict
-from detrellis.study.plan import DONE, ORDER, TrialOutcome
+from detrellis.study.plan import DONE, TrialOutcome
 from detrellis.study.rows import plan_schemes
 from detrellis.study.run import Resources
 

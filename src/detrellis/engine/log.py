@@ -122,8 +122,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = _RecordFile(folder / "metrics.jsonl", step)
         self._view = TrainingView(console or Terminal(), clock, epochs, steps_per_epoch, step)
-        name = "-".join(folder.absolute().parts[-2:])  # the row and the seed, in a study
-        run = TrackedRun(folder, name, step, config or {})
+        run = TrackedRun.of(folder, step, config or {})
         self._trackers = Trackers(trackers, run, self.say)
 
     def __enter__(self) -> Self:

@@ -85,6 +85,7 @@ class Wandb:
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=id_,
             name=run.name,
+            group=os.environ.get("WANDB_RUN_GROUP") or run.study,
             resume="allow",
             mode=known,
             dir=str(run.folder),
@@ -131,12 +132,13 @@ class MLflow:
             self._client.update_run(resume, status="RUNNING")
             self._run = resume
             return resume
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", run.study or PROJECT)
         if self._client.get_experiment_by_name(experiment) is None:
             with contextlib.suppress(Exception):  # another run of a study makes it at the same time
                 self._client.create_experiment(experiment)
         id_ = self._client.get_experiment_by_name(experiment).experiment_id
-        self._run = str(self._client.create_run(id_, run_name=run.name).info.run_id)
+        tags = {"study": run.study} if run.study else {}
+        self._run = str(self._client.create_run(id_, run_name=run.name, tags=tags).info.run_id)
         self._client.log_dict(self._run, dict(run.config), "config.json")
         return self._run
 
@@ -178,6 +180,7 @@ class Trackio:
             self._run = self._library.init(
                 project=os.environ.get("TRACKIO_PROJECT", PROJECT),
                 name=name,
+                group=run.study,
                 config=dict(run.config),
                 resume="allow",
                 embed=False,

@@ -23,6 +23,7 @@ from detrellis.atomic import replace_text
 from detrellis.errors import UserError
 
 IDS = "trackers.json"  # in a run's folder: the id of each tracker's run
+ORDER = "trial.json"  # in that of a study's run, STUDY/ROW/seed-S: what the study wants of it
 START_SECONDS = 30.0  # a tracker may take to begin, while the run waits for it
 END_SECONDS = 60.0  # and to send what it still has, after the last step
 WAITING = 10_000  # calls in a queue; a tracker that leaves more of them undone hangs
@@ -38,6 +39,14 @@ class TrackedRun:
     name: str
     step: int  # optimizer steps done: 0 is a new run
     config: Mapping[str, Any]  # recipe, seed and version as JSON holds them; no paths
+    study: str | None = None  # the name of the study's folder, where the run is a part of one
+
+    @classmethod
+    def of(cls, folder: Path, step: int, config: Mapping[str, Any]) -> TrackedRun:
+        """The run in `folder`, called by its last two parts: in a study, the row and the seed."""
+        place = folder.absolute()
+        study = place.parent.parent.name if (place / ORDER).exists() else None
+        return cls(folder, "-".join(place.parts[-2:]), step, config, study)
 
 
 @runtime_checkable

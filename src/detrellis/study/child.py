@@ -23,9 +23,10 @@ from detrellis.atomic import replace_text
 from detrellis.data.files import read_object
 from detrellis.data.layout import DataSource
 from detrellis.distributed import pick_device
+from detrellis.engine.trackers import ORDER
 from detrellis.errors import UserError
 from detrellis.recipes.migrate import read_recipe
-from detrellis.study.plan import DONE, ORDER
+from detrellis.study.plan import DONE
 
 
 def main(folder: Path) -> int:

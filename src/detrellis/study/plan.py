@@ -18,8 +18,8 @@ from detrellis.outputs import Outputs
 from detrellis.recipes import Recipe
 from detrellis.recipes.migrate import FORMAT, read_recipe
 
-# In a trial's folder: what to train; what it was trained on, once that is done; what it prints.
-ORDER, DONE, LOG = "trial.json", "done.json", "console.log"
+# In a trial's folder: what it was trained on, once that is done; what it prints.
+DONE, LOG = "done.json", "console.log"
 PLAN = "plan.json"  # in the study's
 SHOWN = 4  # differences that an error names
 

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from detrellis.atomic import replace_text
 from detrellis.data.findings import SkipBad
+from detrellis.engine.trackers import ORDER
 from detrellis.recipes.migrate import FORMAT
 from detrellis.signals import sigterm_interrupts
 from detrellis.study.board import Board
 from detrellis.study.launch import POLL_SECONDS, Job, Launcher, Local
-from detrellis.study.plan import DONE, LOG, ORDER, StudyPlan, TrialOutcome
+from detrellis.study.plan import DONE, LOG, StudyPlan, TrialOutcome
 
 LOOK_SECONDS = 5.0  # between two looks at how well the running trials do
 TAIL_LINES, BELOW = 12, 2  # of a failed trial's log, and of them below the exception
