@@ -6,6 +6,7 @@ Whatever text is given is escaped here. What is called `inner` is HTML already.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
@@ -20,11 +21,17 @@ body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; color: var(-
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .answer { background: var(--box); border-left: .3rem solid var(--accent); padding: .8rem 1rem; font-size: 1.05rem; }
-.wide { overflow-x: auto; margin-bottom: 1.2rem; }
+.wide { overflow-x: auto; margin-bottom: 1.2rem; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--line), transparent) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / .8rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 caption { text-align: left; color: var(--soft); padding: 0 0 .3rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }
 th, td { padding: .35rem .7rem .35rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words { text-align: left; }
+td.words { white-space: normal; min-width: 10rem; }
 thead th { white-space: normal; vertical-align: bottom; color: var(--soft); font-weight: 600; font-size: .875rem; }
 tr.baseline { background: var(--box); }
 .figure { min-width: 34rem; }
@@ -36,6 +43,7 @@ dt { color: var(--soft); } dd { margin: 0; min-width: 0; }
 pre, code { font: .875rem/1.45 ui-monospace, monospace; }
 pre { background: var(--box); padding: .7rem .9rem; overflow-x: auto; }
 li { margin: .3rem 0; }
+details { margin: 1rem 0; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 .pair, .gallery { display: grid; gap: 0 1.2rem; }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
@@ -62,17 +70,32 @@ def document(title: str, inner: Iterable[str]) -> str:
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], marked: Collection[str] = ()
 ) -> str:
-    """A table that scrolls by itself where it is too wide; rows are `marked` by their first
-    cell.
+    """A table that scrolls by itself where it is too wide, its words to the left and its numbers
+    to the right; rows are `marked` by their first cell.
     """
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    rows = list(rows)
+    kinds = [
+        ' class="words"' if _words(row[i] for row in rows) else "" for i in range(len(columns))
+    ]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(column)}</th>'
+        for kind, column in zip(kinds, columns, strict=True)
+    )
     lines = []
     for row in rows:
         mark = ' class="baseline"' if row[0] in marked else ""
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        cells = "".join(
+            f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)
+        )
         lines.append(f"<tr{mark}>{cells}</tr>")
+    caption = f"<caption><span>{escape(title)}</span></caption>"
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>"
-    return f'<div class="wide"><table>\n<caption>{escape(title)}</caption>\n{body}\n</table></div>'
+    return f'<div class="wide"><table>\n{caption}\n{body}\n</table></div>'
+
+
+def _words(cells: Iterable[str]) -> bool:
+    """Whether a column holds words: something other than numbers, dashes, and what is empty."""
+    return any(re.match(r"[^\W\d]|\(", cell) for cell in cells)
 
 
 def figure(inner: str, caption: str) -> str:

@@ -5,7 +5,9 @@ predicting takes.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ from detrellis.errors import UserError
 from detrellis.outputs import Outputs
 from detrellis.predictions.tiles import Tiling
 from detrellis.recipes import find_recipe
+from detrellis.report.charts import marks
 from detrellis.report.diagnose import diagnose, operating_point
 from detrellis.report.thresholds import class_thresholds
 from detrellis.report.write import evaluation_command, write_report
 from detrellis.types import Detections
+from detrellis.webpage import table
 from tests.small import small
 
 CLASSES = ClassMap((1, 3, 7), ("<script>alert(1)</script>", "a & b", "bird"))
@@ -166,8 +170,35 @@ def test_the_page_stands_alone_and_escapes(
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "detrellis eval &#x27;&lt;run&gt;&#x27;" in text
     assert len(text) < 3e6
+    assert 'loading="lazy"' not in text  # printed, or looked at as a whole, they would be missing
+    assert text.count(escape(str(evaluator.annotations.root))) == 2  # Annotations, and Pictures
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["diagnosis"]["label_errors_found"] >= 8
+
+
+def test_words_stand_left_and_numbers_right() -> None:
+    rows = [("a", "one", "0.5", "-", "(none)"), ("b", "", "1,200", "0.1 [-0.2, +0.3]", "12")]
+    text = table("title", ("name", "what", "AP", "gain", "found"), rows)
+    kinds = re.findall(r'<th scope="col"( class="words")?>(\w+)', text)
+    assert [name for words, name in kinds if words] == ["name", "what", "found"]
+    assert text.count('<td class="words">') == 6
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "expected"),
+    [
+        (0, 0.4953, False, [0, 0.1, 0.2, 0.3, 0.4]),
+        (0, 25.1, False, [0, 5, 10, 15, 20, 25]),
+        (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (1, 3, True, [1, 2, 3]),
+        (1, 12, True, [2, 4, 6, 8, 10, 12]),
+        (5, 5, True, [5]),
+    ],
+)
+def test_marks_of_an_axis_are_round(
+    low: float, high: float, whole: bool, expected: list[float]
+) -> None:
+    assert marks(low, high, whole) == expected
 
 
 def test_a_report_names_the_command_that_repeats_it() -> None:

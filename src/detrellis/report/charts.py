@@ -9,8 +9,8 @@ from html import escape
 # Okabe and Ito's colours: told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40  # margins
-STEPS = 4  # between the marks of an axis
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 46  # margins
+MARKS = 8  # on an axis, at most
 
 Line = Sequence[tuple[float, float]]
 
@@ -24,6 +24,7 @@ def line_chart(
         return ""
     low, high = min(x for x, _ in points), max(x for x, _ in points)
     wide, tall = (high - low) or 1.0, top or max(y for _, y in points) or 1.0
+    whole = all(x == int(x) for x, _ in points)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -32,17 +33,16 @@ def line_chart(
         )
 
     parts = []
-    for step in range(STEPS + 1):
-        x, y = low + wide * step / STEPS, tall * step / STEPS
-        (across, base), (start, up) = place(x, 0), place(low, y)
+    for y in marks(0, tall):
+        start, up = place(low, y)
         parts.append(
             f'<path d="M{start:.1f} {up:.1f}H{WIDTH - RIGHT}" stroke="currentColor" stroke-opacity=".15"/>'
         )
+        parts.append(f'<text x="{start - 6:.1f}" y="{up + 5:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in marks(low, high, whole):
+        across, base = place(x, 0)
         parts.append(
-            f'<text x="{start - 6:.1f}" y="{up + 4:.1f}" text-anchor="end">{_mark(y)}</text>'
-        )
-        parts.append(
-            f'<text x="{across:.1f}" y="{base + 16:.1f}" text-anchor="middle">{x:.3g}</text>'
+            f'<text x="{across:.1f}" y="{base + 18:.1f}" text-anchor="middle">{x:.4g}</text>'
         )
     for number, line in enumerate(lines.values()):
         path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in line if math.isfinite(y))
@@ -55,14 +55,21 @@ def line_chart(
     )
     alt = f"{y_name} by {x_name}"
     svg = (
-        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" '
+        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="14" '
     )
     return f'{svg}fill="currentColor">{"".join(parts)}</svg>{_legend(lines)}'
 
 
-def _mark(value: float) -> str:
-    """A value as short as its place beside the axis is narrow."""
-    return f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+def marks(low: float, high: float, whole: bool = False) -> list[float]:
+    """The multiples of a round number from `low` to `high`, `MARKS` of them at most: of 1, 2 or 5
+    times a power of ten, and of 1 or more where only `whole` ones make sense.
+    """
+    room = max(high - low, 1e-9) / (MARKS - 1)
+    power = 10.0 ** math.floor(math.log10(room))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power >= room * (1 - 1e-9))
+    step = max(step, 1.0) if whole else step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]
 
 
 def _legend(lines: Mapping[str, Line]) -> str:

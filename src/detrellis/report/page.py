@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
+from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 
 from detrellis.engine.console import number
 from detrellis.engine.eval_result import STATISTICS
 from detrellis.report.charts import COLOURS, line_chart
 from detrellis.report.record import Diagnosis, Operating, Picture, Report
 from detrellis.version import __version__
-from detrellis.webpage import bullets, document, facts, figure, table
+from detrellis.webpage import document, facts, figure, table
 
 SHOWN = 30  # rows of the longer tables
 BACKGROUND = "(background)"
@@ -30,6 +33,7 @@ TIDE = {
 def page(report: Report) -> str:
     """The whole page, of which a reader needs no other file."""
     d, r = report.diagnosis, report.result
+    folder, names = _short(report)
     interval = "" if r.ap_interval is None else f" ± {r.ap_interval:.3f} (95 %, over images)"
     answer = f"AP {number(r.ap)}{interval}, AP50 {number(r.stats['AP50'])}. {_point(d.best)}"
     parts = [
@@ -43,9 +47,10 @@ def page(report: Report) -> str:
         "<h2>What goes wrong</h2>",
         _tide(d),
         _confusions(d),
-        *(_gallery(name, pictures) for name, pictures in report.galleries.items() if pictures),
+        f'<p class="soft">Pictures are in {escape(folder)}.</p>' if folder else "",
+        *(_gallery(name, found, names) for name, found in report.galleries.items() if found),
         "<h2>Labels that are probably wrong</h2>",
-        _label_errors(d),
+        _label_errors(d, names),
         "<h2>Do scores mean what they say?</h2>",
         _calibration(d),
         *(f"<h2>{escape(name)}</h2>\n{facts(values)}" for name, values in report.facts.items()),
@@ -151,21 +156,31 @@ def _confusions(d: Diagnosis) -> str:
     return "\n".join(parts)
 
 
-def _gallery(name: str, pictures: tuple[Picture, ...]) -> str:
+def _short(report: Report) -> tuple[str, Mapping[str, str]]:
+    """The folder that all shown pictures are in, and by its path the name of each in there."""
+    files = {picture.file for found in report.galleries.values() for picture in found}
+    files |= {error.file for error in report.diagnosis.label_errors}
+    if not files:
+        return "", {}
+    folder = os.path.commonpath([Path(file).parent for file in files])
+    return folder, {file: Path(file).relative_to(folder).as_posix() for file in files}
+
+
+def _gallery(name: str, pictures: tuple[Picture, ...], names: Mapping[str, str]) -> str:
     shown = "\n".join(
-        f'<figure><img src="data:image/jpeg;base64,{b64encode(p.jpeg).decode()}" alt="{escape(p.caption)}" '
-        f'loading="lazy"><figcaption>{escape(p.caption)}<br>{escape(p.file)}</figcaption></figure>'
+        f'<figure><img src="data:image/jpeg;base64,{b64encode(p.jpeg).decode()}" alt="{escape(p.caption)}"'
+        f"><figcaption>{escape(p.caption)}<br>{escape(names[p.file])}</figcaption></figure>"
         for p in pictures
     )
     return f'<h3>{escape(name)}</h3>\n<div class="gallery">{shown}</div>'
 
 
-def _label_errors(d: Diagnosis) -> str:
+def _label_errors(d: Diagnosis, names: Mapping[str, str]) -> str:
     if not d.label_errors:
         return "<p>None found.</p>"
     rows = [
         (
-            e.file,
+            names[e.file],
             "-" if e.annotation is None else str(e.annotation),
             e.given or "nothing",
             e.detected,
@@ -192,6 +207,6 @@ def _calibration(d: Diagnosis) -> str:
         "should be right."
     )
     title = "Detections by score, and how many of them are right at IoU 0.5"
-    return bullets([escape(text)]) + table(
+    return f"<p>{escape(text)}</p>" + table(
         title, ("score", "detections", "mean score", "right"), rows
     )

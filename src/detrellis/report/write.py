@@ -134,7 +134,7 @@ def _data(a: Annotations) -> Mapping[str, str]:
     per_class = np.bincount(a.labels[~a.crowd], minlength=len(a.classes))
     return {
         "Annotations": str(a.source or a.root),
-        "Images": f"{len(a):,}, of {len(sizes)} sizes",
+        "Images": f"{len(a):,}, of {'one size' if len(sizes) == 1 else f'{len(sizes):,} sizes'}",
         "Boxes": (
             f"{len(areas):,}: {small:,} small, {len(areas) - small - large:,} medium, {large:,} "
             "large"
