@@ -77,7 +77,8 @@ def signature(name: str, function: Any) -> str:
         if p.kind is p.KEYWORD_ONLY and not keywords:
             lines.append("*")
             keywords = True
-        lines.append(str(p))
+        kind = p.annotation if isinstance(p.annotation, str) else ""  # Python would quote it
+        lines.append(str(p).replace(repr(kind), kind, 1))
     result = "" if said.return_annotation is said.empty else f" -> {said.return_annotation}"
     inside = "".join(f"    {line},\n" for line in lines)
     return f"{name}(\n{inside}){result}" if lines else f"{name}(){result}"

@@ -4,7 +4,7 @@ post-processing after them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
@@ -108,13 +108,16 @@ def _sizes(images: ImageBatch) -> list[tuple[int, int]]:
     return list(zip(rows, columns, strict=True))
 
 
-def load_exported(path: Path) -> tuple[ExportedDetector, Card]:
+def load_exported(
+    path: Path, opener: Callable[[Path], Network] | None = None
+) -> tuple[ExportedDetector, Card]:
     """The network and the card of an exported file; pixels that go in are from 0 to 1, and the
     card's recipe says so.
 
-    Raises `UserError` where its runtime is not installed, or the file is not one of ours.
+    `opener` is that of the file's suffix unless given. Raises `UserError` where its runtime is not
+    installed, or the file is not one of ours.
     """
-    network = OPENERS[path.suffix](path)
+    network = (opener or OPENERS[path.suffix])(path)
     card = Card.from_metadata(network.metadata, path)
     data = card.recipe.data.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     card = replace(card, recipe=card.recipe.model_copy(update={"data": data}))
@@ -176,6 +179,36 @@ def _open_openvino(path: Path) -> Network:
     kept = [key for key in ("format", "detrellis", "precision") if model.has_rt_info(key)]
     metadata = {key: model.get_rt_info(key).astype(str) for key in kept}
     return Network(run, metadata, (height, width))
+
+
+def open_own_program(path: Path) -> Network:
+    """A `.pt2` file that this process has just written. It is no opener: `torch.export.load`
+    unpickles, so that somebody else's file could do anything.
+    """
+    metadata: dict[str, Any] = dict.fromkeys(("format", "detrellis", "precision", "names"), "")
+    program = torch.export.load(path, extra_files=metadata)
+    module, names = program.module(), metadata["names"].split()
+
+    def run(pixels: Array) -> Mapping[str, Array]:
+        with torch.no_grad():
+            outputs = module(torch.from_numpy(pixels))
+        return {name: part.numpy() for name, part in zip(names, outputs, strict=True)}
+
+    return Network(run, metadata, program_sides(program))
+
+
+def program_shape(program: torch.export.ExportedProgram) -> Sequence[Any]:
+    """Of the pictures that a program takes, `(B, 3, h, w)`: numbers, and symbols for any number."""
+    (name,) = program.graph_signature.user_inputs
+    (node,) = (node for node in program.graph.nodes if node.name == name)
+    shape: Sequence[Any] = node.meta["val"].shape
+    return shape
+
+
+def program_sides(program: torch.export.ExportedProgram) -> Sides:
+    """Height and width of the pictures that a program takes."""
+    height, width = (side if isinstance(side, int) else None for side in program_shape(program)[2:])
+    return height, width
 
 
 OPENERS: dict[str, Callable[[Path], Network]] = {

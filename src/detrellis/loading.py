@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from detrellis.arguments import Classes, checked
 from detrellis.data.annotations import Annotations
 from detrellis.data.batch import Batch
@@ -16,12 +18,12 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare_split
 from detrellis.data.loader import Loader
 from detrellis.distributed import World, pick_device
-from detrellis.engine.checkpoint import fill, find_weights, load_weights
+from detrellis.engine.checkpoint import Card, fill, find_weights, load_weights
 from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, eval_loader, evaluated_split
 from detrellis.engine.views import View
 from detrellis.errors import UserError
-from detrellis.exported import OPENERS, load_exported
+from detrellis.exported import OPENERS, ExportedDetector, load_exported
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
 from detrellis.predictions.model import Model
@@ -41,10 +43,7 @@ def load(
     """
     place, target = Path(source), pick_device(device)
     if place.suffix in OPENERS and place.is_file():
-        exported, card = load_exported(place)
-        return Model(
-            exported.to(target).eval(), card.recipe, card.classes, target, card.data or None
-        )
+        return exported_model(*load_exported(place), target)
     if place.exists() or is_foreign(source):
         file = place if is_foreign(source) else find_weights(place)
         weights, card = load_any(source) if is_foreign(source) else load_weights(file)
@@ -61,6 +60,11 @@ def load(
         count = 80 if classes is None else classes
         classes = ClassMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
     return Model(build(recipe, len(classes)).detector.to(target).eval(), recipe, classes, target)
+
+
+def exported_model(network: ExportedDetector, card: Card, device: torch.device) -> Model:
+    """An exported network that predicts, and its card, as `load` gives them."""
+    return Model(network.to(device).eval(), card.recipe, card.classes, device, card.data or None)
 
 
 def trained(run: str | Path) -> str | Path:
@@ -97,11 +101,13 @@ class OpenedSplit(NamedTuple):
 
 @contextlib.contextmanager
 def open_split(
-    run: str | Path, world: World, options: EvalOptions | None = None
+    run: str | Path, world: World, options: EvalOptions | None = None, model: Model | None = None
 ) -> Iterator[OpenedSplit]:
-    """Load a run and what it is evaluated on; the loader's workers end with the context."""
+    """Load a run (where it is not the `model` already) and what it is evaluated on; the loader's
+    workers end with the context.
+    """
     options = options or EvalOptions()
-    model = load_trained(run, str(world.device))
+    model = model or load_trained(run, str(world.device))
     source, split = evaluated_split(run, model.data, options)
     annotations, _ = prepare_split(source, split, model.classes, options.skip_bad)
     loader = eval_loader(annotations, model.recipe.data, options.batch_size, options.workers, world)

@@ -163,7 +163,7 @@ def test_the_reference_has_every_public_name() -> None:
     page = reference.api_page()
     for name in detrellis.__all__:
         assert f"## `detrellis.{name}`" in page
-    assert "detrellis.export(\n    run: " in page
+    assert "detrellis.export(\n    run: str | Path,\n" in page
     assert "`Prediction.boxes`" in page
     assert "| `Seed` | `int`, from 0 to " in page
 

@@ -14,13 +14,14 @@ from detrellis.arguments import checked
 from detrellis.distributed import World
 from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
-from detrellis.exported import INSTALL_INT8, ExportedDetector
+from detrellis.exported import INSTALL_INT8, ExportedDetector, load_exported, open_own_program
 from detrellis.exporting.int8 import Quantiser
 from detrellis.exporting.verify import Verification, compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, Exported, ExportFormat, write
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
-from detrellis.loading import load_trained, open_split, trained
+from detrellis.loading import exported_model, load_trained, open_split, trained
+from detrellis.predictions.model import Model
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ def export(
     )
     if verify is None:
         return ExportResult(done, None)
-    theirs = load_trained(done.out, "cpu")
+    opener = open_own_program if format == "torch" else None
+    theirs = exported_model(*load_exported(done.out, opener), torch.device("cpu"))
     rows = compare_on_pictures(model, theirs, verify, fp16=fp16)
     ap = None
     with contextlib.suppress(UserError):  # its validation split is not there, or it has none
-        ap = _ap(run)
-    return ExportResult(done, Verification(rows, ap, None if ap is None else _ap(done.out), fp16))
+        ap = _ap(run, model)
+    return ExportResult(
+        done, Verification(rows, ap, None if ap is None else _ap(done.out, theirs), fp16)
+    )
 
 
 def _refuse(
@@ -108,11 +112,6 @@ def _refuse(
     verify: str | Path | None,
 ) -> None:
     """Raises `UserError` for arguments that cannot be combined, and where nncf is missing."""
-    if verify is not None and format_ == "torch":
-        raise UserError(
-            "--verify with --format torch",
-            "It runs what ONNX Runtime or OpenVINO executes: --format onnx.",
-        )
     if calibrate is not None and not int8:
         raise UserError(
             "--calibrate without --int8", "Only integers are calibrated: --format openvino --int8."
@@ -132,10 +131,10 @@ def _refuse(
         raise UserError("--int8 needs the package nncf, which is not installed", INSTALL_INT8)
 
 
-def _ap(run: str | Path) -> float | None:
-    """AP on the run's own validation split."""
+def _ap(run: str | Path, model: Model) -> float | None:
+    """AP of the `model` on the run's own validation split."""
     world = World(0, 1, torch.device("cpu"))
-    with open_split(run, world, EvalOptions(workers=0)) as opened:
+    with open_split(run, world, EvalOptions(workers=0), model) as opened:
         (evaluator,) = collect(
             opened.model.detector, opened.loader, opened.annotations, world.device
         )

@@ -26,9 +26,10 @@ from detrellis.data.transforms import eval_transform
 from detrellis.engine.card import Card
 from detrellis.engine.measure import image_size
 from detrellis.errors import UserError, first_line
-from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO
+from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO, program_shape, program_sides
 from detrellis.exporting.graph import ExportGraph
 from detrellis.exporting.int8 import Quantised, Quantiser
+from detrellis.exporting.sizes import short_sizes
 from detrellis.outputs import Outputs
 from detrellis.predictions.model import Model
 from detrellis.recipes.config import Recipe
@@ -45,7 +46,8 @@ ABOUT = "RGB from 0 to 1, resized as the recipe says, not normalised; of one siz
 FLOAT32 = ["TopK", "GridSample", "Range", "CumSum", "NonMaxSuppression", "Resize"]
 # Where the exporter says which modules a node is in, from the outermost on
 SCOPES = "pkg.torch.onnx.name_scopes"
-CUDA = "torch.utils.cpp_extension"  # says where it looked for CUDA when nncf is imported
+# Say what they try: where CUDA is, when nncf is imported; each inequality of sizes that is not solved
+CUDA, SHAPES = "torch.utils.cpp_extension", "torch.fx.experimental.symbolic_shapes"
 EXAMPLE = 2  # images that the network is traced with; other numbers go through it as well
 
 
@@ -119,7 +121,7 @@ def write(
         for path in files:
             outputs.write_with(out.with_suffix(path.suffix).name, partial(shutil.copyfile, path))
         written = sum(path.stat().st_size for path in files)
-    return Exported(out, format_, fp16, graph.names, _input_shape(program), written, quantised)
+    return Exported(out, format_, fp16, graph.names, program_sides(program), written, quantised)
 
 
 def _refuse(model: Model, out: Path, format_: ExportFormat, fp16: bool) -> None:
@@ -180,30 +182,17 @@ def _traced(
         height, width = height - 2, width - 6
     pictures = torch.rand(EXAMPLE, 3, height, width, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), short_sizes():
             program = torch.export.export(
                 graph, (pictures,), dynamic_shapes={INPUT: free}, strict=False
             )
     except Exception as error:  # whatever a part does that cannot be traced
         raise UserError(f"{recipe.name} cannot be exported: {first_line(error)}") from error
-    if isinstance(_shape(program)[0], int):
+    if isinstance(program_shape(program)[0], int):
         raise UserError(
             f"{recipe.name} cannot be exported for other batches than of {EXAMPLE} pictures"
         )
     return program
-
-
-def _shape(program: torch.export.ExportedProgram) -> Sequence[Any]:
-    (name,) = program.graph_signature.user_inputs
-    (node,) = (node for node in program.graph.nodes if node.name == name)
-    shape: Sequence[Any] = node.meta["val"].shape
-    return shape
-
-
-def _input_shape(program: torch.export.ExportedProgram) -> tuple[int | None, int | None]:
-    """Height and width of the pictures that go in; None where any will do."""
-    height, width = (side if isinstance(side, int) else None for side in _shape(program)[2:])
-    return height, width
 
 
 def _write_onnx(
@@ -259,7 +248,7 @@ def _quiet() -> Iterator[None]:
     """
     loggers = [
         logging.getLogger(name)
-        for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", CUDA)
+        for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", CUDA, SHAPES)
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
+from detrellis.nn.order import exporting, stable_order
 from detrellis.types import Segment
 
 ROUNDS = 24  # of NMS in an exported graph; more than such chains of boxes are long
@@ -38,7 +39,7 @@ def overlapping(boxes: Tensor, threshold: float) -> Tensor:
     images, count = boxes.shape[:2]
     if boxes.is_meta:
         return boxes.new_zeros(images, count, dtype=torch.bool)
-    if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+    if exporting():
         return _overlapping_in_rounds(boxes, threshold)
     # Images lie side by side in one plane, for one NMS; in float64, where that rounds no box.
     corners = cxcywh_to_xyxy(boxes.detach().double()).flatten(0, 1)
@@ -82,7 +83,7 @@ def keep_distinct(
             score, box = (
                 t.reshape(-1, segment.size // segment.copies, *t.shape[2:]) for t in (score, box)
             )
-            order = score.argsort(dim=1, descending=True, stable=True)
+            order = stable_order(score, descending=True)
             ranked = overlapping(box.gather(1, order.unsqueeze(-1).expand_as(box)), threshold)
             dropped = torch.zeros_like(ranked).scatter(1, order, ranked)
             segment = segment._replace(unused=dropped.reshape(-1, segment.size))

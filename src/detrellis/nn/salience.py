@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from detrellis.nn.attention import SelfAttention
 from detrellis.nn.encoder import EncoderLayer, token_centres
+from detrellis.nn.order import stable_order
 from detrellis.nn.proposals import ProposalHead, select
 from detrellis.types import Memory, Segment, Spatial
 
@@ -205,7 +206,7 @@ class SalienceEncoder(nn.Module):
                 value = value.masked_fill(~_first(value, counts[-1]), -torch.inf)
             indices.append(best.indices + sum(sizes[:level]))
             scores.append(value)
-        order = torch.cat(scores, dim=1).argsort(dim=1, descending=True, stable=True)
+        order = stable_order(torch.cat(scores, dim=1), descending=True)
         return Kept(
             torch.cat(indices, dim=1).gather(1, order),
             sum(counts[1:], counts[0]) if counts else None,

@@ -31,6 +31,7 @@ from torch import Tensor
 from detrellis.nn.kernels import deformable_cpu
 from detrellis.nn.kernels.deformable_cpu import forced, say
 from detrellis.nn.kernels.deformable_reference import ms_deform_attn_reference
+from detrellis.nn.order import exporting
 
 Shapes = Sequence[tuple[int, int]]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -53,8 +54,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     )
     precise = torch.promote_types(precise, value.dtype)
     locations, weights = locations.to(precise), weights.to(precise)
-    exports = torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
-    if exports or not _has_kernels(value.device.type):
+    if exporting() or not _has_kernels(value.device.type):
         return ms_deform_attn_reference(value.to(precise), shapes, locations, weights).to(
             value.dtype
         )
