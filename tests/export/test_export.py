@@ -4,6 +4,7 @@ scheme.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -32,7 +33,7 @@ from detrellis.exporting.verify import compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, ExportFormat, _graph, _traced
 from detrellis.loading import load
 from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
-from detrellis.nn.order import stable_order
+from detrellis.nn.order import behind, best_first
 from detrellis.recipes.build import build
 
 from ..small import CLASSES, NETWORKS, images, small
@@ -221,19 +222,25 @@ def test_same_padding_is_timms() -> None:
     assert padding.get_same_padding is get_same_padding
 
 
-def test_an_exported_order_keeps_equal_values_in_theirs(tmp_path: Path) -> None:
-    class Orders(nn.Module):
-        def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-            return stable_order(values), stable_order(values, descending=True)
+def test_what_is_behind_is_so_in_every_runtime(tmp_path: Path) -> None:
+    class Order(nn.Module):
+        def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+            return behind(scores > 0.5), best_first(scores)
 
-    values = torch.randint(0, 3, (2, 50), generator=torch.Generator().manual_seed(0)).float()
-    file = tmp_path / "orders.onnx"
-    program = torch.export.export(Orders(), (values,), strict=False)
+    scores = torch.rand(2, 500, generator=torch.Generator().manual_seed(0))
+    places = [sorted(range(500), key=lambda place: row[place] > 0.5) for row in scores.tolist()]
+    best = scores.argsort(dim=1, descending=True).tolist()
+    program = torch.export.export(Order(), (scores,), strict=False)
+    file = tmp_path / "order.onnx"
     torch.onnx.export(program, dynamo=True, verbose=False).save(file)
     session = onnxruntime.InferenceSession(file)
-    found = session.run(None, {session.get_inputs()[0].name: values.numpy()})
-    for rows, order in zip(found, Orders()(values), strict=True):
-        assert rows.tolist() == order.tolist()
+    inputs = {session.get_inputs()[0].name: scores.numpy()}
+    runtimes = [Order()(scores), program.module()(scores), session.run(None, inputs)]
+    if importlib.util.find_spec("openvino"):
+        model = importlib.import_module("openvino").compile_model(file, "CPU")
+        runtimes.append([model(inputs)[i] for i in range(2)])
+    for found in runtimes:
+        assert [order.tolist() for order in found] == [places, best]
 
 
 def test_schemes_leave_no_trace() -> None:

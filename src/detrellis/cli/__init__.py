@@ -460,7 +460,7 @@ def export(
             console.print(written.int8.table())
         if verification is not None:
             console.print(verification.table())
-            console.print("The same." if verification.passed else "[bold]Not the same.[/bold]")
+            console.print("The same." if verification.passed else "Not the same.")
         elif written.format != "torch":
             console.say("Next: ", command("predict", written.out, "PICTURES", "--out", "pictures"))
     if verification is not None and not verification.passed:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
-from detrellis.nn.order import exporting, stable_order
+from detrellis.nn.order import best_first, exporting
 from detrellis.types import Segment
 
 ROUNDS = 24  # of NMS in an exported graph; more than such chains of boxes are long
@@ -83,7 +83,7 @@ def keep_distinct(
             score, box = (
                 t.reshape(-1, segment.size // segment.copies, *t.shape[2:]) for t in (score, box)
             )
-            order = stable_order(score, descending=True)
+            order = best_first(score)
             ranked = overlapping(box.gather(1, order.unsqueeze(-1).expand_as(box)), threshold)
             dropped = torch.zeros_like(ranked).scatter(1, order, ranked)
             segment = segment._replace(unused=dropped.reshape(-1, segment.size))

@@ -1,4 +1,4 @@
-"""The order of equal values, which an exported graph has to keep as well."""
+"""Orders that every runtime computes alike: in an exported graph there is no stable sort."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ def exporting() -> bool:
     return torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
 
 
-def stable_order(values: Tensor, *, descending: bool = False) -> Tensor:
-    """The places that sort `values (B, N)` along `N`, those of equal ones in their order, `(B, N)`.
-
-    ONNX has no stable sort: an exported graph gets the plain one, which becomes its TopK, and that
-    puts the first of equal values first.
+def best_first(scores: Tensor) -> Tensor:
+    """The places of `scores (B, N)`, the highest first, those of equal ones in their order, `(B,
+    N)`. In an exported graph equal ones come in any order.
     """
     if exporting():
-        return values.argsort(dim=1, descending=descending)
-    return values.argsort(dim=1, descending=descending, stable=True)
+        return scores.argsort(dim=1, descending=True)
+    return scores.argsort(dim=1, descending=True, stable=True)
+
+
+def behind(last: Tensor) -> Tensor:
+    """The places of `last (B, N)` bool, those that are True behind all others, and either in their
+    order, `(B, N)`.
+    """
+    count = last.shape[1]
+    places = torch.arange(count, device=last.device)
+    return (places + count * last).argsort(dim=1)  # no two are equal

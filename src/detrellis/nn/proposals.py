@@ -18,7 +18,7 @@ from detrellis.nn.encoder import Shapes, cell_centres, token_centres
 from detrellis.nn.heads import box_head, class_head, joined
 from detrellis.nn.masks import mask_embed
 from detrellis.nn.mlp import xavier_linear
-from detrellis.nn.order import stable_order
+from detrellis.nn.order import behind
 from detrellis.types import DecoderOutput, Memory, Proposals
 
 BASE_SIZE = 0.05  # side of a proposal on the finest level; it doubles with each level
@@ -192,7 +192,7 @@ class ProposalHead(nn.Module):
         if self.distinct is not None:
             around = boxes if proposals.cells is None else select(proposals.cells, tokens)
             last = overlapping(around, self.distinct) | proposals.scores.gather(1, tokens).isinf()
-            order = stable_order(last.long())[:, :count]
+            order = behind(last)[:, :count]
             tokens = tokens.gather(1, order)
             states = select(states, order)
             boxes = select(boxes, order)

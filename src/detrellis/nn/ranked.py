@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.nn.mlp import xavier_linear
-from detrellis.nn.order import stable_order
+from detrellis.nn.order import best_first
 from detrellis.types import Segment
 
 
@@ -34,7 +34,7 @@ def ranks_of(logits: Tensor, segments: Sequence[Segment], ranks: int) -> Tensor:
         segments, scores.split([s.size for s in segments], dim=1), strict=True
     ):
         copies = part.reshape(-1, segment.size // segment.copies)
-        order = stable_order(copies, descending=True)
+        order = best_first(copies)
         places.append(order.argsort(dim=1).reshape(part.shape))
     return torch.cat(places, dim=1).clamp(max=ranks - 1)
 

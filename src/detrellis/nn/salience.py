@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from detrellis.nn.attention import SelfAttention
 from detrellis.nn.encoder import EncoderLayer, token_centres
-from detrellis.nn.order import stable_order
+from detrellis.nn.order import best_first
 from detrellis.nn.proposals import ProposalHead, select
 from detrellis.types import Memory, Segment, Spatial
 
@@ -206,7 +206,7 @@ class SalienceEncoder(nn.Module):
                 value = value.masked_fill(~_first(value, counts[-1]), -torch.inf)
             indices.append(best.indices + sum(sizes[:level]))
             scores.append(value)
-        order = stable_order(torch.cat(scores, dim=1), descending=True)
+        order = best_first(torch.cat(scores, dim=1))
         return Kept(
             torch.cat(indices, dim=1).gather(1, order),
             sum(counts[1:], counts[0]) if counts else None,

@@ -21,7 +21,7 @@ STYLE = """
 #stage { position: relative; }
 #stage img, #stage svg { display: block; width: 100%; height: auto; }
 #stage svg { position: absolute; inset: 0; height: 100%; }
-#found { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .2rem 1.2rem; padding: 0;
+#found { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .2rem 1.2rem; padding: 0;
   list-style: none; overflow-wrap: anywhere; }
 #found i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; }
 [hidden] { display: none !important; }
@@ -72,6 +72,7 @@ async function look(file) {
       headers: {"Content-Type": "application/octet-stream"}});
     const told = await reply.json();
     if (number !== latest) return;
+    if (reply.status === 400) throw new Error(`${file.name}: no picture that can be read here`);
     if (!reply.ok) throw new Error([told.error.message, told.error.remedy].filter(Boolean).join(". "));
     answer = told; at("dial").hidden = false; draw();
   } catch (error) {
