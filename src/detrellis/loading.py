@@ -18,7 +18,8 @@ from detrellis.data.classes import ClassMap
 from detrellis.data.doctor.check import prepare_split
 from detrellis.data.loader import Loader
 from detrellis.distributed import World, pick_device
-from detrellis.engine.checkpoint import Card, fill, find_weights, load_weights
+from detrellis.engine.card import Card
+from detrellis.engine.checkpoint import fill, find_weights, load_weights
 from detrellis.engine.console import track
 from detrellis.engine.evaluate import EvalOptions, eval_loader, evaluated_split
 from detrellis.engine.views import View
