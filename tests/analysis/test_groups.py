@@ -17,10 +17,10 @@ from detrellis.analysis.groups import (
     RunGroups,
     analyze,
     dealt,
-    draw,
     histograms,
     total_variation,
 )
+from detrellis.analysis.groups_figure import draw
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import AllGroups, all_groups, load_with_scheme
 from detrellis.distributed import World
