@@ -25,5 +25,5 @@ def behind(last: Tensor) -> Tensor:
     order, `(B, N)`.
     """
     count = last.shape[1]
-    places = torch.arange(count, device=last.device)
-    return (places + count * last).argsort(dim=1)  # no two are equal
+    places = torch.arange(2 * count, device=last.device)
+    return torch.where(last, places[count:], places[:count]).argsort(dim=1)  # no two are equal
