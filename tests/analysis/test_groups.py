@@ -10,17 +10,8 @@ import pytest
 import torch
 
 import detrellis
-from detrellis.analysis.groups import (
-    GroupPositions,
-    GroupsResult,
-    LoggedDistances,
-    RunGroups,
-    analyze,
-    dealt,
-    histograms,
-    total_variation,
-)
-from detrellis.analysis.groups_figure import draw
+from detrellis.analysis.group_positions import GroupPositions, dealt, histograms, total_variation
+from detrellis.analysis.groups import GroupsResult, LoggedDistances, RunGroups, analyze, draw
 from detrellis.analysis.measurements import save
 from detrellis.analysis.schemes import AllGroups, all_groups, load_with_scheme
 from detrellis.distributed import World

@@ -14,23 +14,37 @@ All on the run's last checkpoint, all groups in one pass (`all_groups` in `schem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from rich.table import Table
 from torch import Tensor
 
-from detrellis.analysis.instability import instability, matched_boxes
-from detrellis.analysis.outputs import batches, check_finite, kind_of_ap, last_layer, one_to_one
+from detrellis.analysis.figures import (
+    BLUE,
+    FAINT,
+    ORANGE,
+    Axes,
+    Figure,
+    canvas,
+    colours,
+    heading,
+    run_rows,
+    tidy,
+    value_bars,
+    whole_numbers,
+)
+from detrellis.analysis.group_positions import GRID, SHUFFLES, BatchGroups, batch_groups, distances
+from detrellis.analysis.instability import instability
+from detrellis.analysis.outputs import batches, check_finite, kind_of_ap
 from detrellis.analysis.runs import ComparedRuns, Result, RunResult, add_run, run_table
-from detrellis.analysis.schemes import AllGroups, all_groups, check_grouped, load_with_scheme
+from detrellis.analysis.schemes import all_groups, check_grouped, load_with_scheme
 from detrellis.arguments import Cells, checked
-from detrellis.data.batch import Batch
 from detrellis.distributed import all_gather
 from detrellis.engine.coco_eval import CocoEvaluator
 from detrellis.engine.console import number
@@ -38,76 +52,7 @@ from detrellis.engine.eval_result import EvalResult
 from detrellis.engine.evaluate import completed
 from detrellis.engine.log import read_records
 from detrellis.loading import OpenedSplit
-from detrellis.schemes.distances import matched_distance, matched_positions, position_distance
 from detrellis.schemes.group import Group
-from detrellis.training import TrainableDetector
-
-GRID = 8  # cells of a histogram on each side
-SHUFFLES = 10  # random groups that the histogram distance is compared with
-
-
-def histograms(positions: Tensor, grid: int = GRID) -> Tensor:
-    """What fraction of each group's positions is in each cell, row by row from the top: `(..., K,
-    N, 2)` to `(..., K, grid^2)`."""
-    column, row = (positions * grid).long().clamp(0, grid - 1).unbind(-1)
-    cells = F.one_hot(row * grid + column, grid**2)
-    return cells.double().mean(-2)
-
-
-def total_variation(histograms: Tensor) -> Tensor:
-    """Half the L1 distance of the distributions of each pair of groups: `(..., K, G)` to `(...,
-    P)`, 0 to 1.
-    """
-    groups = histograms.shape[-2]
-    first, second = torch.triu_indices(groups, groups, 1, device=histograms.device)
-    return (histograms[..., first, :] - histograms[..., second, :]).abs().sum(-1) / 2
-
-
-def dealt(positions: Tensor, shuffles: int = SHUFFLES) -> Tensor:
-    """The same positions, dealt to groups at random: `(..., K, N, 2)` to `(shuffles, ..., K, N,
-    2)`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    groups, count = positions.shape[-3:-1]
-    together = positions.flatten(-3, -2)
-    deals = []
-    for _ in range(shuffles):
-        order = torch.randperm(groups * count, generator=generator).to(positions.device)
-        deals.append(together[..., order, :].unflatten(-2, (groups, count)))
-    return torch.stack(deals)
-
-
-class GroupPositions(NamedTuple):
-    """Where the queries of some images are; or of one, where they are the same in all."""
-
-    first: Tensor  # (K, N, 2) positions in the first image
-    histograms: Tensor  # (n, K, grid^2)
-    distance: Tensor  # (n,) of the histograms: mean over pairs
-    random: Tensor  # (n,) the same for random groups
-    pd: Tensor  # (n,) mean over pairs
-
-    @classmethod
-    def of(cls, positions: Tensor, grid: int) -> GroupPositions:
-        """From `(n, K, N, 2)`; on the host."""
-        cells = histograms(positions, grid)
-        distance = total_variation(cells).mean(-1)
-        random = total_variation(histograms(dealt(positions), grid)).mean((0, -1))
-        pd = position_distance(positions).mean(-1)
-        return cls(*(t.cpu() for t in (positions[0], cells, distance, random, pd)))
-
-    @classmethod
-    def joined(cls, parts: Sequence[GroupPositions]) -> GroupPositions:
-        """Those of several batches together."""
-        first, *columns = zip(*parts, strict=True)
-        return cls(first[0], *(torch.cat(column) for column in columns))
-
-
-class BatchGroups(NamedTuple):
-    """What one batch says of the groups, on the host."""
-
-    positions: GroupPositions | None  # None: no positions, or those of an earlier batch
-    matched: Tensor | None  # (K, T, 2) positions of each group's queries for each box
-    v: list[Tensor]  # of each image, (L, N): what the first group's queries are matched to
 
 
 @dataclass(frozen=True)
@@ -219,7 +164,7 @@ def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups
         check_finite(opened, outputs.output.logits[-1], outputs.output.boxes[-1])
         fixed = outputs.fixed
         new = not fixed or not parts  # positions that never change are looked at once
-        parts.append(_batch_groups(model, outputs, batch, grid if new else None))
+        parts.append(batch_groups(model, outputs, batch, grid if new else None))
         for k, evaluator in enumerate(evaluators):
             evaluator.update(
                 batch.image_ids, model.detector.postprocess(outputs.of(k), batch.sizes)
@@ -239,7 +184,7 @@ def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups
         groups=group.k,
         queries=group.count,
         fixed=fixed,
-        **_distances(everywhere),
+        **distances(everywhere),
         instability=_instabilities([v for part in everywhere for v in part.v]),
         scores=scores,
         log=_logged(opened),
@@ -249,46 +194,6 @@ def _measure(grid: int, opened: OpenedSplit, name: str, show: bool) -> RunGroups
 def _instabilities(v: Sequence[Tensor]) -> tuple[float, ...]:
     """IS at each layer but the first; none where nothing was matched."""
     return tuple(instability(v).tolist()) if v else ()
-
-
-def _batch_groups(
-    model: TrainableDetector, outputs: AllGroups, batch: Batch, grid: int | None
-) -> BatchGroups:
-    """`grid`: None where the positions are known."""
-    targets, supervision = batch.targets, model.supervision
-    # Queries that predict masks alone have no place, and are matched by masks
-    if not outputs.output.boxes.shape[-1]:
-        return BatchGroups(None, None, [])
-    assignment = one_to_one(supervision, outputs.of(0), targets)
-    v = matched_boxes(assignment, targets, len(outputs.output.logits), outputs.queries)
-    images = list(v.cpu().unbind(1))
-    if outputs.positions is None:
-        return BatchGroups(None, None, images)
-    last = one_to_one(supervision, last_layer(outputs.output), targets, outputs.groups)
-    matched = matched_positions(outputs.positions, [last], len(targets.labels)).cpu()
-    new = outputs.positions[:1] if outputs.fixed else outputs.positions
-    return BatchGroups(None if grid is None else GroupPositions.of(new, grid), matched, images)
-
-
-def _distances(parts: Sequence[BatchGroups]) -> dict[str, Any]:
-    """The fields of `RunGroups` about positions."""
-    positions = [part.positions for part in parts if part.positions is not None]
-    if not positions:
-        return dict.fromkeys(("positions", "shares", "distance", "random", "pd", "md"))
-    joined = GroupPositions.joined(positions)
-    md = matched_distance(
-        torch.cat([part.matched for part in parts if part.matched is not None], dim=1)
-    ).nanmean()
-    return {
-        "positions": tuple(
-            tuple((round(x, 5), round(y, 5)) for x, y in group) for group in joined.first.tolist()
-        ),
-        "shares": tuple(map(tuple, joined.histograms.mean(0).tolist())),
-        "distance": float(joined.distance.mean()),
-        "random": float(joined.random.mean()),
-        "pd": float(joined.pd.double().mean()),
-        "md": float(md) if md.isfinite() else None,
-    }
 
 
 def _logged(opened: OpenedSplit) -> tuple[LoggedDistances, ...]:
@@ -302,3 +207,150 @@ def _logged(opened: OpenedSplit) -> tuple[LoggedDistances, ...]:
                 LoggedDistances(record["epoch"], metrics.get("group/pd"), metrics["group/md"])
             )
     return tuple(epochs)
+
+
+# The figure
+SIZE = (13.0, 5.8)  # inches of one run
+
+
+def draw(result: GroupsResult) -> Figure:
+    """The runs below each other: positions and four panels. Raises `UserError` where matplotlib is
+    missing.
+    """
+    width, height = SIZE
+    figure = canvas(width, height * len(result.runs) + 0.5, "Groups of queries")
+    sizes = [f"{run.groups} groups of {run.queries} queries" for run in result.runs]
+    for run, part in zip(result.runs, run_rows(figure, result.runs, sizes), strict=True):
+        _draw_run(part, run, result.grid)
+    return figure
+
+
+def _draw_run(part: Any, run: RunGroups, grid: int) -> None:
+    panels = part.subplot_mosaic(
+        [["where", "histograms", "log"], ["where", "is", "ap"]], width_ratios=[1.45, 1, 1]
+    )
+    for axes in panels.values():
+        tidy(axes)
+    palette = colours(run.groups)
+    if run.positions is None or run.shares is None:
+        for name in ("where", "histograms", "log"):
+            _say(panels[name], "The queries have no place.")
+    else:
+        _positions(panels["where"], run, palette)
+        _histograms(panels["histograms"], run, grid, palette)
+        _log(panels["log"], run)
+    part.legend(
+        handles=[_marker(colour, str(k + 1)) for k, colour in enumerate(palette)],
+        title="group", ncols=run.groups, fontsize=8, title_fontsize=8, frameon=False,
+        loc="outside lower left", columnspacing=1, handletextpad=0.2,
+    )  # fmt: skip
+    _instability(panels["is"], run)
+    _scores(panels["ap"], run, palette)
+    for axes in panels.values():
+        axes.xaxis.label.set_size(9)
+        axes.yaxis.label.set_size(9)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.set_axis_off()
+    axes.text(
+        0.5, 0.5, text, ha="center", va="center", fontsize=9, color=FAINT, transform=axes.transAxes
+    )
+
+
+def _marker(colour: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker="o", markersize=5, linestyle="", label=label)
+
+
+def _positions(axes: Axes, run: RunGroups, palette: list[str]) -> None:
+    """Fig. 3: in the order of the queries, not of the groups, so that no group lies above all
+    others.
+    """
+    assert run.positions is not None
+    points = np.array(run.positions)  # (K, N, 2)
+    x, y = points.transpose(1, 0, 2).reshape(-1, 2).T
+    axes.scatter(
+        x, y, c=palette * run.queries, s=max(6, min(24, 6000 / len(x))), alpha=0.75, linewidths=0
+    )
+    where = (
+        "where the queries are" if run.fixed else "where the queries are in one image (proposals)"
+    )
+    heading(axes, f"{where}; PD {number(run.pd)}, MD {number(run.md)}")
+    axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", anchor="W")
+    axes.set(xlabel="x, share of the width", ylabel="y, share of the height")
+
+
+def _histograms(axes: Axes, run: RunGroups, grid: int, palette: list[str]) -> None:
+    """One small map a group, side by side; the gaps between them are NaN."""
+    assert run.shares is not None
+    columns = min(run.groups, math.ceil(math.sqrt(1.6 * run.groups)))  # a panel is wider than high
+    rows = math.ceil(run.groups / columns)
+    side = grid + 1
+    tiles = np.full((rows * side - 1, columns * side - 1), np.nan)
+    for k, cells in enumerate(run.shares):
+        top, left = k // columns * side, k % columns * side
+        tiles[top : top + grid, left : left + grid] = 100 * np.array(cells).reshape(grid, grid)
+        axes.text(
+            left - 0.3,
+            top - 0.3,
+            str(k + 1),
+            color=palette[k],
+            fontsize=9,
+            fontweight="bold",
+            va="top",
+        )
+    axes.imshow(tiles, cmap="Greys", vmin=0)
+    axes.set_axis_off()
+    axes.set_anchor("W")
+    heading(axes, f"histograms: distance {number(run.distance)} (random {number(run.random)})")
+    each = "" if run.fixed else "mean of all images; "
+    note = f"{each}black: {np.nanmax(tiles):.1f}% of a group's queries"
+    axes.text(0, -0.04, note, fontsize=8, color=FAINT, va="top", transform=axes.transAxes)
+
+
+def _log(axes: Axes, run: RunGroups) -> None:
+    """Fig. 4."""
+    if not run.log:
+        _say(axes, "PD and MD in training: not logged.\nTrain with -o schemes.group.distances=true")
+        return
+    epochs = [x.epoch for x in run.log]
+    for name, values, colour in (
+        ("MD", [x.md for x in run.log], ORANGE),
+        ("PD", [x.pd for x in run.log], BLUE),
+    ):
+        heights = [math.nan if v is None else v for v in values]
+        axes.plot(
+            epochs, heights, color=colour, linewidth=1.6, marker="o", markersize=3, label=name
+        )
+    heading(axes, "PD and MD in training")
+    axes.set(xlabel="epoch", ylabel="distance")
+    axes.set_ylim(bottom=0)
+    whole_numbers(axes)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _instability(axes: Axes, run: RunGroups) -> None:
+    if not run.instability:
+        _say(axes, "IS: the decoder has one layer.")
+        return
+    names = [f"{i}→{i + 1}" for i in range(1, len(run.instability) + 1)]
+    axes.plot(names, run.instability, color=BLUE, linewidth=1.6, marker="o", markersize=4)
+    for i, value in enumerate(run.instability):
+        axes.annotate(f"{value:.1f}", (i, value), (4, 4), textcoords="offset points", fontsize=8)
+    heading(
+        axes, f"instability IS of group 1; {run.boxes / max(run.images, 1):.1f} boxes in an image"
+    )
+    axes.set(xlabel="decoder layers", ylabel="queries matched anew")
+    axes.margins(x=0.15, y=0.25)
+    axes.set_ylim(bottom=0)
+
+
+def _scores(axes: Axes, run: RunGroups, palette: list[str]) -> None:
+    values = [s.ap for s in run.scores]
+    names = [str(k + 1) for k in range(run.groups)]
+    value_bars(axes, names, values, 0.7, fontsize=8 if run.groups <= 8 else 6, color=palette)
+    heading(axes, "AP of each group alone")
+    axes.set(xlabel="group", ylabel="AP")
+    axes.margins(y=0.15)

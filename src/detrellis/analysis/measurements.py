@@ -1,4 +1,4 @@
-"""The measurements of the papers, each with what measures and what draws it, in one tuple."""
+"""The measurements of the papers, each a module that measures and draws, in one tuple."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from detrellis.analysis import (
     conflicts,
     discriminability,
     groups,
-    groups_figure,
     instability,
     misalignment,
     one_to_many,
@@ -39,7 +38,7 @@ class Measurement:
 
 MEASUREMENTS = (
     Measurement(misalignment.MisalignmentResult, misalignment.analyze, misalignment.draw),
-    Measurement(groups.GroupsResult, groups.analyze, groups_figure.draw),
+    Measurement(groups.GroupsResult, groups.analyze, groups.draw),
     Measurement(one_to_many.OneToManyResult, one_to_many.analyze, one_to_many.draw),
     Measurement(
         discriminability.DiscriminabilityResult, discriminability.analyze, discriminability.draw
