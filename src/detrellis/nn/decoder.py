@@ -202,32 +202,15 @@ class Decoder(nn.Module):
             states = x if self.final_norm is None or not heard else self.final_norm(x)
             refined = boxes.step(i, x, states if wanted else None, last=last)
             if heard:
-                named = (
-                    states
-                    if self.final_norm is None or not self.double_norm
-                    else self.final_norm(states)
-                )
+                named = self._normed_twice(states)
                 logits = self._logits(heads, i, named, refined)
                 if self.ranked is not None and ranks is not None:
                     logits = self.ranked.score(i, logits, ranks)
             if refined is not None and wanted:
-                predicted = (
-                    withhold(logits, used),
-                    refined.boxes,
-                    states,
-                    heads.iou_logits(i, states),
-                )
-                embeds = heads.mask_embeds(named)
-                between = (
-                    Between(read, around)
-                    if every_layer and isinstance(layer, CrossFirstLayer)
-                    else None
-                )
-                outputs.append(
-                    DecoderOutput(
-                        *predicted, mask_embeds=embeds, sides=refined.sides, between=between
-                    )
-                )
+                said = self._said(heads, i, withhold(logits, used), refined, states, named)
+                if every_layer and isinstance(layer, CrossFirstLayer):
+                    said = said._replace(between=Between(read, around))
+                outputs.append(said)
             # The queries that the next layer uses.
             if not last and self.distinct is not None:
                 assert boxes.references is not None
@@ -301,6 +284,31 @@ class Decoder(nn.Module):
         states = queries.content if self.final_norm is None else self.final_norm(queries.content)
         predicted = heads.logits(0, states), queries.boxes, states, heads.iou_logits(0, states)
         return DecoderOutput(*predicted, mask_embeds=heads.mask_embeds(states))
+
+    def _normed_twice(self, states: Tensor) -> Tensor:
+        """What class and mask heads read of the `states (B, N, D)`, which are normalised once more
+        where `double_norm` says so.
+        """
+        if self.final_norm is None or not self.double_norm:
+            return states
+        normed: Tensor = self.final_norm(states)
+        return normed
+
+    def _said(
+        self,
+        heads: Heads | SegmentHeads,
+        layer: int,
+        logits: Tensor,
+        refined: Refined,
+        states: Tensor,
+        named: Tensor,
+    ) -> DecoderOutput:
+        """The output after a layer: class `logits (B, N, C)`, boxes, and what the other heads say
+        of the `states (B, N, D)`, masks of the `named (B, N, D)`.
+        """
+        predicted = logits, refined.boxes, states, heads.iou_logits(layer, states)
+        embeds = heads.mask_embeds(named)
+        return DecoderOutput(*predicted, mask_embeds=embeds, sides=refined.sides)
 
     def _logits(
         self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None
