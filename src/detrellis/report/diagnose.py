@@ -3,7 +3,7 @@ the data set; here stands what it does not compute, the threshold that maximises
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
     status = e.image_diagnostics()["dt_status"]
     right, wrong = (_of_status(status, word, len(scores)) for word in ("tp", "fp"))
     counted = right | wrong
-    kept, boxes = done.labels[counted], done.truth.category[~done.truth.crowd] - 1
+    boxes = done.truth.category[~done.truth.crowd] - 1
     best, f1_curve = operating_point(scores[counted], right[counted], len(boxes))
     # What is sure: from the threshold on.
     sure = 0.5 if best.threshold is None else best.threshold
@@ -77,15 +77,9 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
     missed = np.array([box for box in boxes_counted.tolist() if box not in found], dtype=np.int64)
     tide, calibration = e.tide_errors(), e.calibration()
     matrix = np.asarray(e.confusion_matrix(iou_thr=0.5, min_score=sure)["matrix"], dtype=np.int64)
-    classes = []
-    for k, name in enumerate(a.classes.names):
-        of_class = counted & (done.labels == k)
-        point, _ = operating_point(scores[of_class], right[of_class], int((boxes == k).sum()))
-        classes.append(
-            _class_errors(name, done, k, point, int((boxes == k).sum()), int((kept == k).sum()))
-        )
+    classes = _by_class(done, a.classes.names, counted, right, boxes)
     diagnosis = Diagnosis(
-        classes=tuple(classes),
+        classes=classes,
         best=best,
         f1_curve=f1_curve,
         matrix=tuple(map(tuple, matrix.tolist())) if len(classes) <= MATRIX else (),
@@ -93,14 +87,7 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
         tide={name: float(gain) for name, gain in tide["delta_ap"].items()},
         tide_counts={name: int(count) for name, count in tide["counts"].items()},
         calibration_error=float(calibration["ece"]),
-        calibration=tuple(
-            CalibrationBin(
-                count=int(b["count"]),
-                score=float(b["avg_confidence"]),
-                right=float(b["avg_accuracy"]),
-            )
-            for b in calibration["bins"]
-        ),
+        calibration=_bins(calibration["bins"]),
         label_errors=tuple(_label_error(error, done, a) for error in suspects[:LISTED]),
         label_errors_found=len(suspects),
     )
@@ -143,6 +130,36 @@ def operating_point(
 def _of_status(status: Mapping[int, str], word: str, count: int) -> NDArray[np.bool_]:
     """Which of the detections 1, 2, ..., count have this status."""
     return np.array([status.get(number) == word for number in range(1, count + 1)], dtype=np.bool_)
+
+
+def _by_class(
+    done: Evaluated,
+    names: Sequence[str],
+    counted: NDArray[np.bool_],
+    right: NDArray[np.bool_],
+    boxes: Int,
+) -> tuple[ClassErrors, ...]:
+    """The errors of each class. `counted` and `right` are of the detections, `boxes` the class
+    index of each box that counts.
+    """
+    scores, found = done.rows[:, 5], []
+    for k, name in enumerate(names):
+        of_class, in_truth = counted & (done.labels == k), int((boxes == k).sum())
+        point, _ = operating_point(scores[of_class], right[of_class], in_truth)
+        found.append(_class_errors(name, done, k, point, in_truth, int(of_class.sum())))
+    return tuple(found)
+
+
+def _bins(bins: Sequence[Mapping[str, Any]]) -> tuple[CalibrationBin, ...]:
+    """hotcoco's calibration, as the record holds it."""
+    return tuple(
+        CalibrationBin(
+            count=int(b["count"]),
+            score=float(b["avg_confidence"]),
+            right=float(b["avg_accuracy"]),
+        )
+        for b in bins
+    )
 
 
 def _class_errors(
