@@ -73,17 +73,13 @@ def export(
         raise UserError(f"{run}: it is exported already", "Give the run that it was made from.")
     card = load_any(trained(run))[1]
     _refuse(format, fp16, int8, calibrate, verify)
-    if out is None:
-        name = f"model{'-int8' if int8 else ''}{SUFFIXES[format]}"
-        if is_foreign(run):
-            raise UserError(f"{run}: no folder to write to", f"Say where: --out {name}.")
-        place = Path(run)
-        out = (place if place.is_dir() else place.parent) / name
+    name = f"model{'-int8' if int8 else ''}{SUFFIXES[format]}"
+    file = _in_folder_of(run, name) if out is None else Path(out)
     quantiser = Quantiser(run, model, calibrate) if int8 else None
     done = write(
         model,
         card,
-        Path(out),
+        file,
         format_=format,
         size=size,
         detections=detections,
@@ -102,6 +98,14 @@ def export(
     return ExportResult(
         done, Verification(rows, ap, None if ap is None else _ap(done.out, theirs), fp16)
     )
+
+
+def _in_folder_of(run: str | Path, name: str) -> Path:
+    """The file of this `name` in a run's folder; `UserError` for weights that lie in none."""
+    if is_foreign(run):
+        raise UserError(f"{run}: no folder to write to", f"Say where: --out {name}.")
+    place = Path(run)
+    return (place if place.is_dir() else place.parent) / name
 
 
 def _refuse(
