@@ -54,6 +54,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 img { max-width: 100%; height: auto; display: block; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .2rem 0; font-size: .875rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .35rem; }
+@media (max-width: 34rem) { td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; } }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 """
 
