@@ -4,6 +4,7 @@ small data set.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import signal
@@ -65,6 +66,32 @@ def call(*arguments: object, capsys: pytest.CaptureFixture[str], code: int = 0) 
 def test_help_shows_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = call(*verb.split(), "--help", capsys=capsys)
     assert f"Example: detrellis {verb}" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("columns", [70, 120])
+@pytest.mark.parametrize("verb", ["", "analyze", *VERBS])
+def test_a_line_of_help_ends_where_the_terminal_does(
+    verb: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not where the line of its source does, in the middle of a sentence."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = call(*verb.split(), "--help", capsys=capsys)
+    prose = text.partition("╭")[0].splitlines()
+    early = [
+        line
+        for line, following in itertools.pairwise(prose)
+        if line.strip()
+        and following.strip()
+        and len(line.rstrip()) + len(f" {following.split()[0]}") < columns
+    ]
+    assert len(prose) > 3
+    assert not early
+    command = typer.main.get_command(app)
+    for word in verb.split():
+        command = command.commands[word]  # type: ignore[attr-defined]
+    below = getattr(command, "commands", {}).values()
+    said = [part.help or "" for part in (*command.params, *below)]  # type: ignore[attr-defined]
+    assert not [part for part in said if "\n" in part.replace("\n\n", "")]
 
 
 def verbs(group: typer.Typer, before: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from detrellis.cli.check import check
 from detrellis.cli.entry import start
 from detrellis.cli.evaluate import evaluate
 from detrellis.cli.export import convert, export
+from detrellis.cli.paragraphs import join_lines
 from detrellis.cli.predict import predict
 from detrellis.cli.recipes import bench, info, recipes
 from detrellis.cli.serve import push, serve
@@ -58,6 +59,7 @@ for verb in (
 ):
     app.command()(verb)
 app.add_typer(analyze, name="analyze")
+join_lines(app)
 
 
 def main() -> NoReturn:

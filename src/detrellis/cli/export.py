@@ -88,8 +88,9 @@ def export(
     and .xml files.
 
     Example: detrellis export RUN --verify my_data/images/val && detrellis predict RUN/model.onnx
-    photo.jpg For CPUs: detrellis export RUN --format openvino --int8 && detrellis eval
-    RUN/model-int8.xml
+    photo.jpg
+
+    For CPUs: detrellis export RUN --format openvino --int8 && detrellis eval RUN/model-int8.xml
     """
     from detrellis import api
 
