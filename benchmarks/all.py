@@ -1,5 +1,5 @@
-"""Every benchmark that has a budget, one after the other, and a table of what was measured: `make
-bench`.
+"""Every benchmark that has a budget, one after the other, and a table of what was measured:
+`make bench`.
 
     python benchmarks/all.py [NAME ...]      # for example: python benchmarks/all.py step matching
 
@@ -52,8 +52,8 @@ def rows_of(name: str, folder: Path) -> list[Row] | None:
 
 
 def deformable_rows(text: str) -> list[Row]:
-    """The rows of `deformable.py`'s two tables that have a budget: forward and backward
-    together.
+    """The rows of `deformable.py`'s two tables that have a budget:
+    forward and backward together.
     """
     rows, workload = [], ""
     for line in text.splitlines():

@@ -1,5 +1,5 @@
-"""COCO evaluation side by side: the adapter over hotcoco, and pycocotools as its documentation uses
-it.
+"""COCO evaluation side by side:
+the adapter over hotcoco, and pycocotools as its documentation uses it.
 
     python benchmarks/coco_eval.py --images 1000
     python benchmarks/coco_eval.py --images 5000 --skip-pycocotools    # COCO val2017's size: 500,000 detections

@@ -64,8 +64,8 @@ def finish(rows: list[Row], to: Path | None) -> None:
 
 
 def clock(device: str) -> Callable[[], float]:
-    """The process's CPU seconds; on a GPU those of the wall, once the device has done what it was
-    given.
+    """The process's CPU seconds;
+    on a GPU those of the wall, once the device has done what it was given.
     """
     if device == "cpu":
         return time.process_time

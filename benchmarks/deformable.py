@@ -1,5 +1,5 @@
-"""Multi-scale deformable attention side by side: each path of ours, and the form that
-`transformers` uses.
+"""Multi-scale deformable attention side by side:
+each path of ours, and the form that `transformers` uses.
 
     OMP_NUM_THREADS=1 python benchmarks/deformable.py
 
@@ -32,8 +32,8 @@ BUDGETS = {
 
 
 def peers(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Every sample written to memory, as `transformers` and most ports do where there is no CUDA
-    kernel.
+    """Every sample written to memory,
+    as `transformers` and most ports do where there is no CUDA kernel.
     """
     batch, _, heads, width = value.shape
     queries = locations.shape[1]

@@ -1,5 +1,5 @@
-"""COCO evaluation of a validation set of COCO's size, from arrays to the twelve numbers, with a
-budget.
+"""COCO evaluation of a validation set of COCO's size,
+from arrays to the twelve numbers, with a budget.
 
     python benchmarks/evaluation.py
 

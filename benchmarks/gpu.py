@@ -1,5 +1,5 @@
-"""What only a GPU can tell, at the papers' sizes: deformable attention, and whole steps with and
-without a scheme.
+"""What only a GPU can tell, at the papers' sizes:
+deformable attention, and whole steps with and without a scheme.
 
     python benchmarks/gpu.py [--rounds N] [--short 800]
 
@@ -45,8 +45,8 @@ STEPS = {
 def attention(
     name: str, dtype: torch.dtype, size: tuple[int, int], rounds: int, device: str
 ) -> None:
-    """One layer's attention, forward, and forward with backward, on either path; results compared
-    first.
+    """One layer's attention, forward, and forward with backward, on either path;
+    results compared first.
     """
     shapes = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
     tokens = sum(h * w for h, w in shapes)
@@ -99,8 +99,8 @@ def report(
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations that are dispatched within it: what a host has to launch, whatever
-    their size.
+    """Counts the operations that are dispatched within it:
+    what a host has to launch, whatever their size.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Self-attention of groups of queries: folded into the batch, against one mask over all queries; on
-one thread.
+"""Self-attention of groups of queries:
+folded into the batch, against one mask over all queries; on one thread.
 
     python benchmarks/groups.py
 

@@ -49,8 +49,8 @@ SHOWN = {
 
 
 def classifier(name: str) -> tuple[torch.nn.Module, v2.Transform]:
-    """The whole model with the package's weights, and what turns a picture `(3, H, W)` uint8 into
-    its input.
+    """The whole model with the package's weights,
+    and what turns a picture `(3, H, W)` uint8 into its input.
     """
     source = find_source(name, None, resnet=False)
     model = timm.create_model(name)

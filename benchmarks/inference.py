@@ -1,5 +1,5 @@
-"""Inference side by side, one image of 640x640 pixels on one thread, from pixels to logits and
-boxes.
+"""Inference side by side, one image of 640x640 pixels on one thread,
+from pixels to logits and boxes.
 
     python benchmarks/inference.py
 

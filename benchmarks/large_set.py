@@ -1,5 +1,5 @@
-"""A set of 100,000 images: how long a run takes to its first step, and whether loading an epoch
-takes more memory.
+"""A set of 100,000 images: how long a run takes to its first step,
+and whether loading an epoch takes more memory.
 
     python benchmarks/large_set.py
 

@@ -1,5 +1,5 @@
-"""The loader on one thread: images a second from JPEG files to resized tensors, and the padding of
-training batches.
+"""The loader on one thread: images a second from JPEG files to resized tensors,
+and the padding of training batches.
 
     python benchmarks/loader.py                       # pictures of COCO's size, drawn for the purpose
     python benchmarks/loader.py --data my_data        # the training split of a data set of yours
@@ -49,8 +49,8 @@ def images_per_second(annotations: Annotations, count: int, rounds: int) -> floa
 
 
 def padding_share(sizes: NDArray[np.int64], batch: int, *, grouped: bool) -> float:
-    """Share of the pixels of an epoch's batches that is padding; short sides 480 to 800, as DETR's
-    augmentation has.
+    """Share of the pixels of an epoch's batches that is padding;
+    short sides 480 to 800, as DETR's augmentation has.
     """
     sampler = BatchSampler(len(sizes), batch, group_by_aspect=sizes if grouped else None)
     random = np.random.default_rng(0)
@@ -74,8 +74,8 @@ def training_split(data: Path | None, images: int, scratch: Path) -> Annotations
 
 
 def roughen(folder: Path) -> None:
-    """Add noise until the files are as large as photographs: what is in a JPEG file decides how
-    long it decodes.
+    """Add noise until the files are as large as photographs:
+    what is in a JPEG file decides how long it decodes.
     """
     random = np.random.default_rng(0)
     for path in folder.iterdir():

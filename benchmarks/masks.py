@@ -1,5 +1,5 @@
-"""Mask2Former with a ResNet-50: a training step beside `transformers`', the memory of groups, and
-inference.
+"""Mask2Former with a ResNet-50:
+a training step beside `transformers`', the memory of groups, and inference.
 
     python benchmarks/masks.py
 
@@ -133,8 +133,8 @@ def training(rounds: int) -> list[Row]:
 
 
 def growth(groups: int) -> float:
-    """MiB by which a process grows in a training step with so many groups, from before the model is
-    built.
+    """MiB by which a process grows in a training step with so many groups,
+    from before the model is built.
     """
     torch.set_num_threads(1)
     pixels, targets = batch()

@@ -20,8 +20,8 @@ LAYERS, QUERIES, CLASSES, TARGETS = 7, 900, 80, 50
 
 
 def problem(batch: int, *, trained: bool) -> Match:
-    """One step's matching; `trained`: each query lies near a target and knows its class a
-    little.
+    """One step's matching; `trained`:
+    each query lies near a target and knows its class a little.
     """
     generator = torch.Generator().manual_seed(batch)
     labels = torch.randint(CLASSES, (batch * TARGETS,), generator=generator)

@@ -82,8 +82,8 @@ class Peer(nn.Module):
             holder._backbone.load_state_dict(ours.model.state_dict())
 
     def losses(self, batch: Batch) -> Tensor:
-        """The training loss. It knows no padding, so that its boxes are relative to the padded
-        image.
+        """The training loss. It knows no padding,
+        so that its boxes are relative to the padded image.
         """
         pixels, targets = batch.images.pixels, batch.targets
         scaled = targets.boxes * valid_part(batch)[targets.image].repeat(1, 2)

@@ -1,5 +1,5 @@
-"""Deformable DETR in `transformers`, from a configuration with random weights, and the same network
-in Detrellis.
+"""Deformable DETR in `transformers`,
+from a configuration with random weights, and the same network in Detrellis.
 
 The weights go through the converter that users have: saved in transformers' format, read with
 `load_foreign`.

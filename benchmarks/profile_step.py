@@ -1,5 +1,5 @@
-"""Where the time of a training step goes: the operators with the most self CPU time, and each
-part's share.
+"""Where the time of a training step goes:
+the operators with the most self CPU time, and each part's share.
 
     python benchmarks/profile_step.py                          # the step of benchmarks/step.py
     python benchmarks/profile_step.py dino-r50 --size 320x320  # of a recipe, with its schemes

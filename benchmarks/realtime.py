@@ -1,5 +1,5 @@
-"""RT-DETR-R18 side by side with `transformers`: inference and a training step at 640x640 pixels on
-one thread.
+"""RT-DETR-R18 side by side with `transformers`:
+inference and a training step at 640x640 pixels on one thread.
 
     python benchmarks/realtime.py [--rounds N] [--side PIXELS]
 
@@ -62,8 +62,8 @@ def theirs() -> Any:
 
 
 def ours(model: Any) -> TrainableDetector:
-    """The same network with the same weights, trained as the converter's recipe says, without
-    schemes.
+    """The same network with the same weights,
+    trained as the converter's recipe says, without schemes.
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -86,8 +86,8 @@ def ours(model: Any) -> TrainableDetector:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest of a query's outputs from those of its counterpart: equal proposals may be ranked
-    either way.
+    """The largest of a query's outputs from those of its counterpart:
+    equal proposals may be ranked either way.
     """
     return float(torch.cdist(found, wanted, p=torch.inf).amin(1).max())
 

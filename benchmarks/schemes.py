@@ -1,5 +1,5 @@
-"""What a training scheme costs: whole steps with and without it, side by side in one process, on
-one thread.
+"""What a training scheme costs:
+whole steps with and without it, side by side in one process, on one thread.
 
     python benchmarks/schemes.py [--rounds N] [--recipe tiny]
 
@@ -30,8 +30,8 @@ SHARED = "schemes.group.proposals=shared"
 
 
 class Variant(NamedTuple):
-    """Schemes beside the recipe's own, and the most that a step may cost against it without them:
-    time, memory.
+    """Schemes beside the recipe's own,
+    and the most that a step may cost against it without them: time, memory.
     """
 
     scheme: str
@@ -56,8 +56,8 @@ VARIANTS = {
 
 
 class Stepper:
-    """One training step at a time, with its CPU seconds; on a GPU in bf16, with those of the
-    clock.
+    """One training step at a time, with its CPU seconds;
+    on a GPU in bf16, with those of the clock.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Semantic attention (SAM-DETR) under Gaussian priors (SMCA): what a decoder layer keeps and saves;
-on one thread.
+"""Semantic attention (SAM-DETR) under Gaussian priors (SMCA):
+what a decoder layer keeps and saves; on one thread.
 
     python benchmarks/semantic.py
 
@@ -41,8 +41,8 @@ def plain_attention(
     prior: Prior | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`map_attention`, as one writes it down: for keys `(B, 1, S, e)` that all heads share, without
-    dropout.
+    """`map_attention`, as one writes it down:
+    for keys `(B, 1, S, e)` that all heads share, without dropout.
     """
     logits = q @ k.repeat(1, q.shape[1], 1, 1).transpose(2, 3) * q.shape[-1] ** -0.5
     if prior is not None:
@@ -154,8 +154,8 @@ def compare_layers(rounds: int) -> list[Row]:
 
 
 def compare_keys(rounds: int) -> list[Row]:
-    """Attention alone at stride 8, with keys that the heads share and with keys expanded to
-    them.
+    """Attention alone at stride 8,
+    with keys that the heads share and with keys expanded to them.
     """
     memory = inputs(MAPS[8])[2]
     q = torch.randn(1, HEADS, QUERIES, WIDTH, requires_grad=True)

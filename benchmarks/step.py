@@ -1,5 +1,5 @@
-"""A training step side by side: Deformable DETR (two-stage, box refinement) of `transformers` as
-shipped, and ours.
+"""A training step side by side:
+Deformable DETR (two-stage, box refinement) of `transformers` as shipped, and ours.
 
     python benchmarks/step.py
 

@@ -1,5 +1,5 @@
-"""How threads wait for each other while other programs use the cores: training steps of a small and
-a large network.
+"""How threads wait for each other while other programs use the cores:
+training steps of a small and a large network.
 
     python benchmarks/threads.py [--networks small large] [--neighbours 0 1 2] [--rounds 5] [--steps
     2]

@@ -1,5 +1,5 @@
-"""Co-DINO on EVA-02's ViT-L: the memory of a training step on a CPU, and what checkpointing saves
-of it.
+"""Co-DINO on EVA-02's ViT-L:
+the memory of a training step on a CPU, and what checkpointing saves of it.
 
     python benchmarks/vit.py
 
@@ -53,8 +53,8 @@ def peak(_: int) -> float:
 
 
 def saved() -> dict[tuple[str, bool], float]:
-    """MiB that the forward pass keeps, of the backbone alone and of the step, by whether it is
-    checkpointed.
+    """MiB that the forward pass keeps,
+    of the backbone alone and of the step, by whether it is checkpointed.
     """
     model, (images, targets) = model_of(), batch()
     existing = storages_of(images.pixels, *model.parameters(), *model.buffers())

@@ -15,8 +15,8 @@ from detrellis.data.shapes import write_shapes
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the garbage collector need not look at all of it again
-    and again.
+    """What is imported and collected stays:
+    the garbage collector need not look at all of it again and again.
     """
     gc.freeze()
 
@@ -33,8 +33,8 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_command_line() -> Iterator[None]:
-    """Typer builds the verbs and their options at each call. A process of users has one call, this
-    one has hundreds.
+    """Typer builds the verbs and their options at each call.
+    A process of users has one call, this one has hundreds.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", cache(typer.main.get_command))

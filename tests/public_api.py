@@ -1,5 +1,5 @@
-"""The public interface as text: what stands in `tests/public_api.txt`, and may not change without
-the changelog.
+"""The public interface as text:
+what stands in `tests/public_api.txt`, and may not change without the changelog.
 
 python -m tests.public_api    # writes the file anew, once CHANGELOG.md says what changed
 """
@@ -21,8 +21,8 @@ HEADER = "# Unreleased changes when this was written: "
 
 
 def interface() -> str:
-    """Every public name with its parameters, types and defaults, a line each, members of classes
-    after them.
+    """Every public name with its parameters, types and defaults,
+    a line each, members of classes after them.
     """
     lines = [
         line
@@ -39,8 +39,8 @@ def unreleased(changelog: str) -> str:
 
 
 def written(before: str, now: str, changelog: str) -> str:
-    """The file's new text. Raises `ValueError` where the interface differs, and the changelog is as
-    it was.
+    """The file's new text. Raises `ValueError` where the interface differs,
+    and the changelog is as it was.
     """
     header, _, stored = before.partition("\n")
     if stored != now and header == HEADER + unreleased(changelog):

@@ -121,8 +121,8 @@ def resized(config: DetectorConfig, **parts: Any) -> DetectorConfig:
 
 
 def with_own_backbone(name: str, schemes: Sequence[str] = ()) -> Recipe:
-    """The small recipe with the smallest backbone that has what its own has: a dilated last stage,
-    dropped branches.
+    """The small recipe with the smallest backbone that has what its own has:
+    a dilated last stage, dropped branches.
     """
     recipe, config = small(name, schemes), find_recipe(name).detector.backbone
     changes: dict[str, object] = {"name": "resnet18", "pretrained": False}

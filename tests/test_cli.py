@@ -1,5 +1,5 @@
-"""The command line as a user meets it: help, errors, JSON, exit codes, and the whole path on a
-small data set.
+"""The command line as a user meets it:
+help, errors, JSON, exit codes, and the whole path on a small data set.
 """
 
 from __future__ import annotations
@@ -565,8 +565,8 @@ def test_commands_can_be_pasted() -> None:
 def test_training_on_a_bad_data_set_is_refused_or_survived(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One box loses its width: `train` refuses it by name, `--skip-bad` leaves it out, `check
-    --fix` writes it away.
+    """One box loses its width: `train` refuses it by name,
+    `--skip-bad` leaves it out, `check --fix` writes it away.
     """
     source = json.loads((shapes / "annotations" / "instances_train.json").read_text())
     source["annotations"][0]["bbox"][2] = 0

@@ -1,5 +1,5 @@
-"""What stands in examples/: files that parse, commands that `detrellis` takes, and a Slurm script
-that goes on after a preemption."""
+"""What stands in examples/: files that parse, commands that `detrellis` takes,
+and a Slurm script that goes on after a preemption."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def fake(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """An environment with a Slurm of two nodes, and a torchrun that trains until SIGTERM and then
-    saves.
+    """An environment with a Slurm of two nodes,
+    and a torchrun that trains until SIGTERM and then saves.
     """
     (programs := tmp_path / "bin").mkdir()
     fake(programs, "srun", 'shift; exec "$@"')

@@ -1,5 +1,5 @@
-"""On a GPU a step is the CPU's: same losses and gradients, and finite ones in bf16. Skipped without
-a GPU.
+"""On a GPU a step is the CPU's:
+same losses and gradients, and finite ones in bf16. Skipped without a GPU.
 """
 
 from __future__ import annotations

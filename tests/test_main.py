@@ -1,5 +1,5 @@
-"""The first and the last moment of the command: what is set before torch is imported, and signals
-beside the verb.
+"""The first and the last moment of the command:
+what is set before torch is imported, and signals beside the verb.
 """
 
 from __future__ import annotations

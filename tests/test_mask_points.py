@@ -145,8 +145,8 @@ def test_the_same_seed_gives_the_same_losses_and_gradients() -> None:
 
 
 def compared(weight: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Terms of two masks of each layer and image with these weights, `(LAYERS * BATCH * 2,)`, and
-    their gradients for features and embeddings."""
+    """Terms of two masks of each layer and image with these weights,
+    `(LAYERS * BATCH * 2,)`, and their gradients for features and embeddings."""
     output, targets = problem()
     assert output.masks is not None
     assert output.mask_embeds is not None

@@ -73,8 +73,8 @@ def test_a_few_at_a_time_or_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_box_detector_keeps_its_boxes() -> None:
-    """Masks change the order and, where asked, the scores; suppression is what it is without
-    masks.
+    """Masks change the order and, where asked, the scores;
+    suppression is what it is without masks.
     """
     output = output_of()
     bare = output._replace(mask_embeds=None, masks=None)
@@ -110,8 +110,8 @@ def test_suppression_reads_the_boxes_of_masks() -> None:
 
 
 def test_padding_is_cut_before_the_second_resize() -> None:
-    """What stands in the padded part of the features reaches the mask's border alone, through the
-    first resize.
+    """What stands in the padded part of the features reaches the mask's border alone,
+    through the first resize.
     """
     output = output_of()
     assert output.masks is not None

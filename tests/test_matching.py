@@ -1,5 +1,5 @@
-"""Hungarian matching: against scipy on the plain cost, for layers, copies, empty images, bad
-numbers.
+"""Hungarian matching: against scipy on the plain cost,
+for layers, copies, empty images, bad numbers.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def test_costs_computed_in_pieces_are_the_same(
 
 
 def test_union_gives_each_query_its_most_frequent_target() -> None:
-    """Over the layers of all matches; the lower target where two tie, and the same at every layer
-    of a match.
+    """Over the layers of all matches;
+    the lower target where two tie, and the same at every layer of a match.
     """
     (output, targets), (other, _) = problem(3, (3, 2, 0), 6), problem(1, (3, 2, 0), 6, seed=1)
     members = tuple(Match(o, targets, Hungarian(union=True), copies=2) for o in (output, other))

@@ -58,8 +58,8 @@ def test_every_loss_rule(rule: str, classes: int, dtype: torch.dtype) -> None:
 
 
 def losses_of(recipe: Recipe, classes: int, *, amp: bool) -> dict[str, Tensor]:
-    """The losses of a step whose class logits are all saturated, those of proposals too, after its
-    backward pass.
+    """The losses of a step whose class logits are all saturated,
+    those of proposals too, after its backward pass.
     """
     model = build(recipe, classes).train()
     saturate(model)

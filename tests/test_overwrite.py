@@ -1,5 +1,5 @@
-"""Each verb beside files that are the user's: it refuses before any work, and can be repeated on
-its own.
+"""Each verb beside files that are the user's:
+it refuses before any work, and can be repeated on its own.
 """
 
 from __future__ import annotations

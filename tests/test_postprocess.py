@@ -1,5 +1,5 @@
-"""From outputs to detections: soft and hard NMS against plain loops, their place, and callers that
-get few or none.
+"""From outputs to detections:
+soft and hard NMS against plain loops, their place, and callers that get few or none.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def detections(count: int, seed: int = 0, spread: float = 100.0) -> Detections:
 @pytest.mark.parametrize("k", [1, 5, 40, 1000])
 @pytest.mark.parametrize("spread", [2.0, 100.0])
 def test_nms_is_greedy_within_each_class(threshold: float, k: int, spread: float) -> None:
-    """Also where only few of very many boxes are kept, which takes more than the first that are
-    looked at.
+    """Also where only few of very many boxes are kept,
+    which takes more than the first that are looked at.
     """
     found = detections(300, spread=spread)
     overlap = pairwise_iou(found.boxes, found.boxes)
@@ -221,8 +221,8 @@ def test_trying_some_boxes_first_changes_nothing(most: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same random weights without it and with it; many of their boxes are duplicates of each
-    other.
+    """The same random weights without it and with it;
+    many of their boxes are duplicates of each other.
     """
     place = tmp_path_factory.mktemp("runs")
     plain, soft = (small_recipe("tiny", f"detector.soft_nms={t}") for t in ("null", 0.5))
@@ -238,8 +238,8 @@ def test_a_run_keeps_it(runs: tuple[Path, Path], shapes: Path) -> None:
 
 
 def test_hard_nms_takes_its_place(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Whose gain tells how many duplicates there were: it must see all of them, with the scores
-    they had.
+    """Whose gain tells how many duplicates there were:
+    it must see all of them, with the scores they had.
     """
     files = [tmp_path / f"{run.name}.json" for run in runs]
     for run, file in zip(runs, files, strict=True):

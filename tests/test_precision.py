@@ -1,5 +1,5 @@
-"""bf16 autocast: the step runs, what must stay float32 does, and the losses stay near those of
-float32.
+"""bf16 autocast: the step runs, what must stay float32 does,
+and the losses stay near those of float32.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The style limits of docs/architecture.md, section "House style", checked on the package's
-source.
+"""The style limits of docs/architecture.md,
+section "House style", checked on the package's source.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ FLOW = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWi
 
 
 def nesting(node: ast.AST, depth: int = 0) -> int:
-    """Deepest control flow below `node`; an `elif` chain counts once, a function inside starts
-    anew.
+    """Deepest control flow below `node`;
+    an `elif` chain counts once, a function inside starts anew.
     """
     deepest = depth
     for field, value in ast.iter_fields(node):

@@ -102,8 +102,8 @@ def test_softmax_loss_is_torch_cross_entropy() -> None:
 
 
 def test_one_to_many_counts_copies_as_targets() -> None:
-    """The repeated targets' loss over as many boxes: the loss of one-to-many without groups (Group
-    DETR, Fig. 1).
+    """The repeated targets' loss over as many boxes:
+    the loss of one-to-many without groups (Group DETR, Fig. 1).
     """
     output, targets = problem(2, (2, 1), 9)
     boxes = torch.tensor(3.0)

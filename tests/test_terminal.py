@@ -1,5 +1,5 @@
-"""What is printed: whole names on a terminal of any width, plain lines into a pipe, and nothing
-read as markup.
+"""What is printed: whole names on a terminal of any width,
+plain lines into a pipe, and nothing read as markup.
 """
 
 from __future__ import annotations

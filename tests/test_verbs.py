@@ -1,5 +1,5 @@
-"""Every verb with every recipe: what a recipe costs at full size, and all the rest at a size for a
-test.
+"""Every verb with every recipe:
+what a recipe costs at full size, and all the rest at a size for a test.
 
 Recipes that come to the same network, schemes and losses at that size share one case. What a verb
 does is tested elsewhere; here, that no recipe breaks it: it succeeds, or refuses where a recipe has
@@ -100,8 +100,8 @@ Call = Callable[..., str]
 
 @pytest.fixture
 def detrellis(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """The command line, in this process. Figures are made but not drawn, which takes longer than
-    all the rest.
+    """The command line, in this process.
+    Figures are made but not drawn, which takes longer than all the rest.
     """
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
 
@@ -128,8 +128,8 @@ def runs(data: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def trained(runs: dict[str, Path], data: Path, detrellis: Call) -> Callable[[str], Path]:
-    """Of a recipe's name, a run of two epochs of a step each, that was broken off in the second and
-    resumed.
+    """Of a recipe's name, a run of two epochs of a step each,
+    that was broken off in the second and resumed.
     """
 
     def train(name: str) -> Path:

@@ -1,3 +1,3 @@
-"""The docs site: docs/ and what is generated from the code, built by zensical. `python -m website`
-(make docs).
+"""The docs site: docs/ and what is generated from the code, built by zensical.
+`python -m website` (make docs).
 """

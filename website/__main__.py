@@ -1,5 +1,5 @@
-"""Builds the site from docs/, strictly: a link, a page, an anchor or a picture that is not there
-ends it.
+"""Builds the site from docs/, strictly:
+a link, a page, an anchor or a picture that is not there ends it.
 
 python -m website              # writes build/docs/site
 python -m website --out DIR    # elsewhere
@@ -23,8 +23,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # which zensical writes whatever it is 
 
 
 def main() -> int:
-    """Stage the pages, build them, and look at each link of what came out. The exit code: 0 where
-    all is well.
+    """Stage the pages, build them, and look at each link of what came out.
+    The exit code: 0 where all is well.
     """
     parser = argparse.ArgumentParser(description="Build the docs site.")
     parser.add_argument(

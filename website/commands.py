@@ -25,8 +25,8 @@ def blocks(page: Path) -> list[str]:
 
 
 def calls(script: str) -> list[list[str]]:
-    """The words of every command that the script calls, in its order. Raises `ValueError` where
-    bash cannot read it.
+    """The words of every command that the script calls, in its order.
+    Raises `ValueError` where bash cannot read it.
     """
     with tempfile.TemporaryDirectory() as folder:
         called = Path(folder, "called")

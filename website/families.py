@@ -1,5 +1,5 @@
-"""A page for each family of recipes: papers, parameters, multiply-adds, and published AP, from the
-recipes themselves.
+"""A page for each family of recipes:
+papers, parameters, multiply-adds, and published AP, from the recipes themselves.
 
 Sizes stand in `costs.json` with the digest of all that they follow from; `store_costs` measures
 those that are missing. AP comes from the papers' tables that the package holds, and from
@@ -60,8 +60,8 @@ def families() -> dict[str, list[Recipe]]:
 
 @cache
 def described() -> dict[str, dict[str, Any]]:
-    """Title, papers and further figures of each family. One that nobody has described has its
-    file's first line.
+    """Title, papers and further figures of each family.
+    One that nobody has described has its file's first line.
     """
     known = yaml.safe_load(DESCRIBED.read_text(encoding="utf-8"))
     plain = {module: {"title": _first_line(module), "papers": []} for module in families()}
@@ -122,8 +122,8 @@ def _set(value: Any) -> Any:
 
 
 def store_costs() -> None:
-    """Write `costs.json` where recipes have changed: what is missing is measured, what no recipe
-    has goes.
+    """Write `costs.json` where recipes have changed:
+    what is missing is measured, what no recipe has goes.
     """
     networks = {digest(recipe): recipe for recipe in map(find_recipe, reversed(RECIPES))}
     if costs().keys() == networks.keys():
@@ -136,8 +136,8 @@ def store_costs() -> None:
 
 @cache
 def costs() -> dict[str, dict[str, Any]]:
-    """Parameters, multiply-adds and picture size at inference by digest: recipes that differ in
-    training alone are one network."""
+    """Parameters, multiply-adds and picture size at inference by digest:
+    recipes that differ in training alone are one network."""
     return json.loads(COSTS.read_text()) if COSTS.exists() else {}
 
 

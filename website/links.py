@@ -1,5 +1,5 @@
-"""Looks at a built site: what its pages refer to is there, and nothing is loaded from other
-hosts.
+"""Looks at a built site: what its pages refer to is there,
+and nothing is loaded from other hosts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STYLE = re.compile(r"url\(\s*['\"]?(?P<of>[^'\")]+)|@import\s+['\"](?P<sheet>[^'
 
 
 class Page(HTMLParser):
-    """The names that a page can be entered at, and what it refers to: address, and whether a
-    browser loads it.
+    """The names that a page can be entered at, and what it refers to:
+    address, and whether a browser loads it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,8 +45,8 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """A line for each reference that leads nowhere, and for each that a browser would load from
-    another host.
+    """A line for each reference that leads nowhere,
+    and for each that a browser would load from another host.
     """
     site = site.resolve()
     page = cache(Page)

@@ -1,5 +1,5 @@
-"""The reference pages: every public name of the package with its parameters and its docstring, and
-every command.
+"""The reference pages: every public name of the package with its parameters and its docstring,
+and every command.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ What `detrellis COMMAND --help` says, in one place. Exit codes: 0 done, 1 a find
 
 
 def api_page() -> str:
-    """A section for each public name, functions first, and the ranges that their parameters' types
-    stand for.
+    """A section for each public name, functions first,
+    and the ranges that their parameters' types stand for.
     """
     names = sorted(
         detrellis.__all__, key=lambda name: (inspect.isclass(getattr(detrellis, name)), name)

@@ -1,5 +1,5 @@
-"""Lays out the pages that zensical builds: docs/ as it stands, two files from above it, and what is
-generated.
+"""Lays out the pages that zensical builds:
+docs/ as it stands, two files from above it, and what is generated.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ __all__ += [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface when it is first used: torch takes seconds, `detrellis --help` need
-    not.
+    """Import the interface when it is first used:
+    torch takes seconds, `detrellis --help` need not.
     """
     if name == "UserError":
         from detrellis.errors import UserError

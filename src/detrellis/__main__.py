@@ -1,5 +1,5 @@
-"""The command `detrellis`, and `python -m detrellis`: light enough to be interrupted while the rest
-is imported.
+"""The command `detrellis`, and `python -m detrellis`:
+light enough to be interrupted while the rest is imported.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def _leave(number: int, frame: object) -> NoReturn:
-    """Nothing has begun yet, and a module may be half imported: leave at once. Under torchrun one
-    process says so.
+    """Nothing has begun yet, and a module may be half imported:
+    leave at once. Under torchrun one process says so.
     """
     if os.environ.get("RANK", "0") == "0":
         print("Stopped.", file=sys.stderr, flush=True)

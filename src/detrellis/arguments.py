@@ -1,5 +1,5 @@
-"""What the verbs take, declared once for Python and the command line: ranges of numbers, and the
-check of a call.
+"""What the verbs take, declared once for Python and the command line:
+ranges of numbers, and the check of a call.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
 
 
 def _wrong(hint: Any, value: Any) -> str:
-    """The remedy for a `value` that its hint does not allow; empty where it does, or where that
-    cannot be told.
+    """The remedy for a `value` that its hint does not allow;
+    empty where it does, or where that cannot be told.
     """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):

@@ -1,5 +1,5 @@
-"""Writing files so that readers see the old one or the new one, never a part, whatever ends the
-process.
+"""Writing files so that readers see the old one or the new one,
+never a part, whatever ends the process.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
 def write_beside(path: Path, write: Write) -> Path:
-    """What `write` puts into a file beside `path`, whole and on the disk; its folder is made where
-    it is missing.
+    """What `write` puts into a file beside `path`, whole and on the disk;
+    its folder is made where it is missing.
 
     The file has the permissions of any new file there: some libraries write through temporary ones
     that only their owner may read. Nothing is left where `write` fails; a full disk and the like
@@ -47,8 +47,8 @@ def write_beside(path: Path, write: Write) -> Path:
 
 
 def _system_error(error: BaseException, path: Path) -> OSError | None:
-    """The system's error behind another one, which Rust's libraries tell by its number and torch
-    not at all.
+    """The system's error behind another one,
+    which Rust's libraries tell by its number and torch not at all.
     """
     number = error.errno if isinstance(error, OSError) and error.filename is None else None
     if told := re.search(r"\(os error (\d+)\)", str(error)):
@@ -68,8 +68,8 @@ def _partial(path: Path) -> Path:
 
 
 def replace_files(*files: tuple[Path, Write]) -> None:
-    """Write each file beside its place, and move them there, in this order, once all of them are
-    whole.
+    """Write each file beside its place, and move them there,
+    in this order, once all of them are whole.
     """
     partials: list[tuple[Path, Path]] = []
     try:
@@ -85,8 +85,8 @@ def replace_files(*files: tuple[Path, Write]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Put the names in a folder on the disk, where the system can: what was moved there is there
-    after a power cut.
+    """Put the names in a folder on the disk, where the system can:
+    what was moved there is there after a power cut.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -102,8 +102,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process that was killed while writing has left in `folder`; nobody else may be
-    writing there.
+    """Remove what a process that was killed while writing has left in `folder`;
+    nobody else may be writing there.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():

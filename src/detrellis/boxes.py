@@ -1,5 +1,5 @@
-"""Box geometry: formats, IoU, generalised IoU, and the inverse sigmoid with its per-model
-epsilon.
+"""Box geometry: formats, IoU, generalised IoU,
+and the inverse sigmoid with its per-model epsilon.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
 
 
 def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:
-    """How far the sides of `boxes` lie outside those of `base`: left, top, right, bottom, `(...,
-    4)` each.
+    """How far the sides of `boxes` lie outside those of `base`:
+    left, top, right, bottom, `(..., 4)` each.
 
     In `1 / scale` of the base's width or height; both are `(cx, cy, w, h)`. `boxes_at` is the
     inverse.
@@ -49,8 +49,8 @@ def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:
 
 
 def boxes_at(base: Tensor, distances: Tensor, scale: float) -> Tensor:
-    """The boxes whose sides lie at `distances (..., 4)` from those of `base (..., 4)`, as
-    `side_distances` counts them.
+    """The boxes whose sides lie at `distances (..., 4)` from those of `base (..., 4)`,
+    as `side_distances` counts them.
 
     Sides may cross: the size then is negative.
     """
@@ -61,8 +61,8 @@ def boxes_at(base: Tensor, distances: Tensor, scale: float) -> Tensor:
 
 
 def relative_boxes(deltas: Tensor, boxes: Tensor) -> Tensor:
-    """The boxes `(..., 4)` moved by `deltas (..., 4)`: centres by that many sizes, sizes by the
-    exponential.
+    """The boxes `(..., 4)` moved by `deltas (..., 4)`:
+    centres by that many sizes, sizes by the exponential.
 
     LW-DETR's box re-parameterisation (section 3.2). What comes out is not held within the image,
     and no smaller than float32, whose range an exponential needs.
@@ -84,8 +84,8 @@ def _areas(boxes: Tensor) -> Tensor:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """`numerator / denominator`, 0 with a finite gradient where two empty boxes leave nothing to
-    divide by.
+    """`numerator / denominator`,
+    0 with a finite gradient where two empty boxes leave nothing to divide by.
     """
     empty = denominator <= 0
     return (numerator / denominator.masked_fill(empty, 1)).masked_fill(empty, 0)
@@ -119,8 +119,8 @@ def iou_and_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
-    """Generalised IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`, in [-1, 1];
-    `eps` as `iou`.
+    """Generalised IoU of aligned (broadcastable) `xyxy` boxes `(..., 4)` -> `(...)`,
+    in [-1, 1]; `eps` as `iou`.
     """
     return iou_and_giou(a, b, eps)[1]
 
@@ -142,8 +142,8 @@ def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ragged(counts: Ints) -> tuple[Ints, Ints]:
-    """For rows of `counts (N,)` entries, packed one row after the other: each entry's row, and its
-    place in the row.
+    """For rows of `counts (N,)` entries, packed one row after the other:
+    each entry's row, and its place in the row.
     """
     row = np.repeat(np.arange(len(counts)), counts)
     return row, np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)

@@ -1,5 +1,5 @@
-"""`detrellis demo`: the user's whole path on the built-in data, in three to eight minutes on two
-CPU cores; with masks it takes longer."""
+"""`detrellis demo`: the user's whole path on the built-in data,
+in three to eight minutes on two CPU cores; with masks it takes longer."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ EPOCHS = 7
 def run_demo(
     out: Path, *, epochs: int | None, seed: int, console: Terminal, masks: bool = False
 ) -> TrainResult:
-    """Make data, check, train, evaluate, draw; with `masks` of each object. A demo that was stopped
-    goes on with its run, to the same picture."""
+    """Make data, check, train, evaluate, draw; with `masks` of each object.
+    A demo that was stopped goes on with its run, to the same picture."""
     outputs, settings = Outputs(out), (*SETTINGS, *MASKS) if masks else SETTINGS
     outputs.ready([PICTURE])
     data = write_shapes(
@@ -119,8 +119,8 @@ def _is_stopped(run: Path, recipe: Recipe, seed: int) -> bool:
 
 
 def _free(folder: Path) -> Path:
-    """`folder`, or the first of `folder-2`, `folder-3`, ... that does not exist: a second demo
-    keeps the first run.
+    """`folder`, or the first of `folder-2`, `folder-3`, ...
+    that does not exist: a second demo keeps the first run.
     """
     number, free = 1, folder
     while free.exists():
@@ -130,8 +130,8 @@ def _free(folder: Path) -> Path:
 
 
 def _sheet(model: api.Model, val: Annotations, pictures: int = 6) -> Image.Image:
-    """The first pictures of the validation split, truth in the upper row and predictions in the
-    lower.
+    """The first pictures of the validation split,
+    truth in the upper row and predictions in the lower.
     """
     names = val.classes.names
     masks = None if model.recipe.detector.masks is None else run_lengths(val)

@@ -31,8 +31,8 @@ SIDE = 128  # pixels: no level of a pyramid is then a single one
 
 
 class Detector(nn.Module):
-    """Backbone, neck, encoder, queries, decoder with its heads, and how their outputs become
-    detections.
+    """Backbone, neck, encoder, queries, decoder with its heads,
+    and how their outputs become detections.
 
     Training schemes never enter it: they call `encode`, `queries` and `decode` from outside with
     more queries. Its `state_dict` is therefore the same whatever the detector was trained with.

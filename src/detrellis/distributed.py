@@ -83,8 +83,8 @@ def process_group(device: str | None = None) -> Iterator[World]:
 
 
 def _timeout() -> timedelta:
-    """How long a process waits for the others: 30 minutes, in which the first one may write to a
-    slow disk.
+    """How long a process waits for the others:
+    30 minutes, in which the first one may write to a slow disk.
     """
     text = os.environ.get(TIMEOUT, "1800")
     if not text.isdecimal() or not 1 <= int(text) <= 86_400:
@@ -95,8 +95,8 @@ def _timeout() -> timedelta:
 
 
 def _of_the_others(error: RuntimeError) -> bool:
-    """Whether a collective has failed, and not what this process does by itself: gloo's errors have
-    no class.
+    """Whether a collective has failed, and not what this process does by itself:
+    gloo's errors have no class.
     """
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
@@ -116,8 +116,8 @@ def parallel(model: nn.Module, world: World) -> nn.Module:
 
 
 def _mean_by_rank(gradients: Tensor) -> Future[Tensor]:
-    """The mean of the processes' gradients, one of DDP's buckets each, summed by rank wherever an
-    element stands.
+    """The mean of the processes' gradients, one of DDP's buckets each,
+    summed by rank wherever an element stands.
 
     Gloo's ring adds up in an order that follows the place, and DDP lays its buckets out anew after
     a process's first pass: of three processes or more, those that resume a run would round its next
@@ -150,8 +150,8 @@ def same_statistics(model: nn.Module) -> None:
 
 
 def reduce_mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, each of which must call it; the tensor itself where
-    there is one.
+    """The mean of a tensor over all processes, each of which must call it;
+    the tensor itself where there is one.
     """
     if dist.is_available() and dist.is_initialized():
         value = value.clone()
@@ -161,8 +161,8 @@ def reduce_mean(value: Tensor) -> Tensor:
 
 
 def reduce_max(value: int, device: torch.device) -> int:
-    """The largest of all processes' values, each of which must call it; the value itself where
-    there is one.
+    """The largest of all processes' values, each of which must call it;
+    the value itself where there is one.
     """
     if not dist.is_initialized():
         return value

@@ -1,5 +1,5 @@
-"""What speaks to users: an error that names the place, what is wrong and the remedy; advice; and
-commands to paste.
+"""What speaks to users: an error that names the place, what is wrong and the remedy;
+advice; and commands to paste.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = LONGEST
 
 
 class UserError(ValueError):
-    """Something the user can put right. The command line prints it without a traceback and exits
-    with 2.
+    """Something the user can put right.
+    The command line prints it without a traceback and exits with 2.
 
     `message` says where and what; `remedy` says what to do about it.
     """
@@ -41,8 +41,8 @@ def listed(items: Sequence[object], limit: int, separator: str = ", ") -> str:
 
 
 def brief(value: object) -> str:
-    """The value as Python writes it, short whatever it is: somebody else's file may hold
-    anything.
+    """The value as Python writes it, short whatever it is:
+    somebody else's file may hold anything.
     """
     return cut(_BRIEF.repr(value))
 
@@ -58,8 +58,8 @@ def first_line(error: BaseException) -> str:
 
 
 def command(*words: object) -> str:
-    """`detrellis train --resume 'my runs/first'`: what can be pasted into a shell, whatever the
-    paths are called.
+    """`detrellis train --resume 'my runs/first'`:
+    what can be pasted into a shell, whatever the paths are called.
     """
     quoted = [
         f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)

@@ -1,5 +1,5 @@
-"""Exported networks in the place of detectors: the same resizing before them, the same
-post-processing after them.
+"""Exported networks in the place of detectors:
+the same resizing before them, the same post-processing after them.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class ExportedDetector(Detector):
         self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
 
     def forward(self, images: ImageBatch) -> DecoderOutput:
-        """Outputs of the last decoder layer (L = 1) for pixels from 0 to 1; images of one size go
-        in together.
+        """Outputs of the last decoder layer (L = 1) for pixels from 0 to 1;
+        images of one size go in together.
         """
         count, sizes = len(images.pixels), _sizes(images)
         outputs: dict[str, Tensor] = {}
@@ -111,8 +111,8 @@ def _sizes(images: ImageBatch) -> list[tuple[int, int]]:
 def load_exported(
     path: Path, opener: Callable[[Path], Network] | None = None
 ) -> tuple[ExportedDetector, Card]:
-    """The network and the card of an exported file; pixels that go in are from 0 to 1, and the
-    card's recipe says so.
+    """The network and the card of an exported file;
+    pixels that go in are from 0 to 1, and the card's recipe says so.
 
     `opener` is that of the file's suffix unless given. Raises `UserError` where its runtime is not
     installed, or the file is not one of ours.

@@ -111,8 +111,8 @@ class Config(BaseModel):
 
     @classmethod
     def checked(cls, data: dict[str, Any]) -> Self:
-        """From plain data; `UserError` for a value that does not fit, naming the field, the value
-        and what fits.
+        """From plain data; `UserError` for a value that does not fit,
+        naming the field, the value and what fits.
         """
         try:
             return cls.model_validate(data)
@@ -125,8 +125,8 @@ class Config(BaseModel):
 
 
 def configs_of(annotation: Any) -> tuple[type[Config], ...]:
-    """The configuration classes behind a field's annotation: none, one (that may be None), or one
-    for each kind.
+    """The configuration classes behind a field's annotation:
+    none, one (that may be None), or one for each kind.
     """
     options = (
         typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
@@ -142,8 +142,8 @@ def kind_of(config: type[Config]) -> str:
 
 
 def _place(config: type[Config], path: Sequence[str | int]) -> str:
-    """The dotted name of a place in a configuration. In pydantic's path the kind follows where
-    there are several.
+    """The dotted name of a place in a configuration.
+    In pydantic's path the kind follows where there are several.
     """
     names: list[str] = []
     kinds: tuple[type[Config], ...] = (config,)

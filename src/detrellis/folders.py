@@ -1,5 +1,5 @@
-"""The folder that a run or a study writes: a new one, and one process's alone for as long as that
-lives.
+"""The folder that a run or a study writes:
+a new one, and one process's alone for as long as that lives.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HELD = (errno.EAGAIN, errno.EACCES)  # the lock is somebody else's
 
 
 def new_folder(name: str, world: World) -> Path:
-    """`runs/NAME-TIME`, the same in all processes; with a number where another run began in the
-    same second.
+    """`runs/NAME-TIME`, the same in all processes;
+    with a number where another run began in the same second.
     """
     stem = Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder, number = stem, 1
@@ -49,8 +49,8 @@ def held(
     new: bool = False,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
-    """Keeps every other run out of the folder, on this machine and, where the file system has
-    locks, on others.
+    """Keeps every other run out of the folder,
+    on this machine and, where the file system has locks, on others.
 
     The system takes the lock back when the main process ends, whatever ended it. A `new` folder is
     made; `check` is called in the main process once nobody else can change what it looks at. Raises
@@ -74,8 +74,8 @@ def held(
 
 
 def _lock(folder: Path, new: bool) -> FileIO | None:
-    """The locked file, None where there is no such folder; what is wrong with that is told by
-    whoever reads it.
+    """The locked file, None where there is no such folder;
+    what is wrong with that is told by whoever reads it.
     """
     try:
         if new:

@@ -1,5 +1,5 @@
-"""Loading what is trained: a run, weights or somebody else's checkpoint; and the split that it is
-evaluated on.
+"""Loading what is trained: a run, weights or somebody else's checkpoint;
+and the split that it is evaluated on.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class OpenedSplit(NamedTuple):
 def open_split(
     run: str | Path, world: World, options: EvalOptions | None = None, model: Model | None = None
 ) -> Iterator[OpenedSplit]:
-    """Load a run (where it is not the `model` already) and what it is evaluated on; the loader's
-    workers end with the context.
+    """Load a run (where it is not the `model` already) and what it is evaluated on;
+    the loader's workers end with the context.
     """
     options = options or EvalOptions()
     model = model or load_trained(run, str(world.device))

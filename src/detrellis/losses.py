@@ -1,5 +1,5 @@
-"""Losses as pure functions of each element. None averages over queries: the set losses divide by
-the number of boxes.
+"""Losses as pure functions of each element.
+None averages over queries: the set losses divide by the number of boxes.
 
 Classification works on logits `x` with `p = sigmoid(x)`, in log-sigmoids: finite at any logit,
 gradients too. A `ClassLoss` takes logits and targets in [0, 1] of positives, `(M,)` each, and
@@ -53,8 +53,8 @@ def bce_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def distribution_focal_loss(logits: Tensor, distance: Tensor) -> Tensor:
-    """DFL (Generalized Focal Loss, Eq. 6): cross-entropy with the two bins beside a distance, each
-    as near as it is.
+    """DFL (Generalized Focal Loss, Eq. 6):
+    cross-entropy with the two bins beside a distance, each as near as it is.
 
     `logits (M, bins)` of the distances 0, 1, ...; `distance (M,)` in [0, bins - 1); to `(M,)`.
     """
@@ -71,8 +71,8 @@ def bins_beside(values: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fine_grained_localization_loss(logits: Tensor, distance: Tensor, bins: Tensor) -> Tensor:
-    """FGL (D-FINE, Eq. 6) without its weight: as `distribution_focal_loss`, for bins that are not
-    equally far apart.
+    """FGL (D-FINE, Eq. 6) without its weight:
+    as `distribution_focal_loss`, for bins that are not equally far apart.
 
     `logits (M, K + 1)` of distributions over the ascending `bins (K + 1,)`; `distance (M,)`; to
     `(M,)`.
@@ -81,8 +81,8 @@ def fine_grained_localization_loss(logits: Tensor, distance: Tensor, bins: Tenso
 
 
 def _both_beside(logits: Tensor, left: Tensor, nearness: Tensor) -> Tensor:
-    """Cross-entropy `(M,)` with the `left (M,)` bin and the next one, weighted by their `nearness`
-    to it.
+    """Cross-entropy `(M,)` with the `left (M,)` bin and the next one,
+    weighted by their `nearness` to it.
     """
     below, above = (F.cross_entropy(logits, bin, reduction="none") for bin in (left, left + 1))
     return (1 - nearness) * below + nearness * above

@@ -100,8 +100,8 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_bitmaps(bitmaps: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-    """As `sample`, of the rows `rows (M,)` of `bitmaps (T, H, W)` bool: `(M, P)`; `points (M or 1,
-    P, 2)`.
+    """As `sample`, of the rows `rows (M,)` of `bitmaps (T, H, W)` bool:
+    `(M, P)`; `points (M or 1, P, 2)`.
 
     Reads four pixels a point instead of turning all bitmaps into floating point.
     """
@@ -128,8 +128,8 @@ class MaskCost:
     def __call__(
         self, output: DecoderOutput, targets: Targets, sampling: Sampling, copies: int
     ) -> Tensor:
-        """`(L, B, K, N / K, T)`, T the largest number of targets of an image; 0 where an image has
-        fewer.
+        """`(L, B, K, N / K, T)`, T the largest number of targets of an image;
+        0 where an image has fewer.
         """
         masks, embeds, bitmaps = parts(output, targets)
         layers, images, queries = embeds.shape[:3]
@@ -172,8 +172,8 @@ def mask_terms(
     counts: Sequence[Sequence[int]],
     weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Terms `mask` and `dice` of the positives, each `(L,)`, summed and divided by the number of
-    masks.
+    """Terms `mask` and `dice` of the positives,
+    each `(L,)`, summed and divided by the number of masks.
 
     `counts`: positives of each layer and image. `weight (M,)`: of each positive; None: 1.
     """
@@ -214,8 +214,8 @@ def mask_terms(
 
 
 class _Place(NamedTuple):
-    """Masks of one layer and image, at most `PLACE`, which share what their points are drawn
-    for.
+    """Masks of one layer and image, at most `PLACE`,
+    which share what their points are drawn for.
     """
 
     layer: int
@@ -275,8 +275,8 @@ def _losses(
 
 
 def parts(output: DecoderOutput, targets: Targets) -> tuple[MaskFeatures, Tensor, Tensor]:
-    """Features, embeddings `(L, B, N, Dm)` and the targets' bitmaps `(T, H, W)`, in the features'
-    precision.
+    """Features, embeddings `(L, B, N, Dm)` and the targets' bitmaps `(T, H, W)`,
+    in the features' precision.
     """
     assert output.masks is not None, "the detector predicts no masks"
     assert output.mask_embeds is not None, "the detector predicts no masks"
@@ -290,8 +290,8 @@ def parts(output: DecoderOutput, targets: Targets) -> tuple[MaskFeatures, Tensor
 def mask_iou(
     output: DecoderOutput, targets: Targets, positives: Assignment, counts: Sequence[Sequence[int]]
 ) -> Tensor:
-    """IoU `(M,)` of the last layer's positives with their targets, counted at the middles of the
-    features' cells.
+    """IoU `(M,)` of the last layer's positives with their targets,
+    counted at the middles of the features' cells.
     """
     masks, embeds, bitmaps = parts(output, targets)
     layer, image, query, target, _ = (part[sum(map(sum, counts[:-1])) :] for part in positives)

@@ -29,8 +29,8 @@ class DrawnMasks(NamedTuple):
 def draw_masks(
     embeds: Tensor, features: Tensor, padded: Size, frame: Size, size: Size
 ) -> DrawnMasks:
-    """The masks of `embeds (n, Dm)` in an image of `size`, of `features (Dm, h, w)` of its batch's
-    `padded` size.
+    """The masks of `embeds (n, Dm)` in an image of `size`,
+    of `features (Dm, h, w)` of its batch's `padded` size.
 
     Logits are enlarged to the padded size, cut to the image's `frame` in it, and resized to the
     original: bilinear both times (Mask2Former). A pixel is in a mask where its logit is above 0.
@@ -68,8 +68,8 @@ def _packed(logits: Tensor) -> DrawnMasks:
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
-    """Pixel xyxy `(n, 4)` int64 just around bool masks `(n, height, width)`: the last column and
-    row are in it. 0 where a mask is empty."""
+    """Pixel xyxy `(n, 4)` int64 just around bool masks `(n, height, width)`:
+    the last column and row are in it. 0 where a mask is empty."""
     ends = []
     for line in (masks.any(dim=1), masks.any(dim=2)):  # (n, width), (n, height)
         marked = line.int()

@@ -1,5 +1,5 @@
-"""Bipartite matching: the cost on the device, one copy to the host a step, Hungarian there, one
-copy back.
+"""Bipartite matching: the cost on the device,
+one copy to the host a step, Hungarian there, one copy back.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def focal_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
 
 
 def focal_difference(p: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """As `focal_term`, of the probabilities `p` of the targets' classes; the 1e-8 is the reference
-    code's.
+    """As `focal_term`, of the probabilities `p` of the targets' classes;
+    the 1e-8 is the reference code's.
     """
     present = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
     absent = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
@@ -55,8 +55,8 @@ def softmax_term(logits: Tensor, labels: Tensor, overlap: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MatchingCost:
-    """DETR's matching cost: the weighted sum of class term, L1 distance and minus generalised
-    IoU.
+    """DETR's matching cost: the weighted sum of class term,
+    L1 distance and minus generalised IoU.
     """
 
     classes: float = 2.0
@@ -65,8 +65,8 @@ class MatchingCost:
     class_term: ClassTerm = focal_term
 
     def __call__(self, logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """`logits (..., N, C)`, `boxes (..., N, 4)`, `labels (..., T)`, `targets (..., T, 4)` to
-        `(..., N, T)`.
+        """`logits (..., N, C)`, `boxes (..., N, 4)`,
+        `labels (..., T)`, `targets (..., T, 4)` to `(..., N, T)`.
 
         Of boxes `(..., N, 0)`, which a detector of masks gives, the class term alone.
         """
@@ -79,8 +79,8 @@ class MatchingCost:
 
 
 def _planes(boxes: Tensor) -> Tensor:
-    """Equal boxes `(..., 4)`, in memory one coordinate after the other: arithmetic on coordinates
-    then strides by 1.
+    """Equal boxes `(..., 4)`, in memory one coordinate after the other:
+    arithmetic on coordinates then strides by 1.
     """
     return boxes.movedim(-1, 0).contiguous().movedim(0, -1)
 
@@ -122,22 +122,22 @@ class Hungarian:
     masks: MaskCost | None = None
 
     def for_proposals(self) -> Hungarian:
-        """This rule for the encoder's proposals, which are one layer: with the encoder's number of
-        candidates.
+        """This rule for the encoder's proposals, which are one layer:
+        with the encoder's number of candidates.
         """
         return replace(self, candidates=replace(self.candidates, last=self.candidates.encoder))
 
     def for_initial(self) -> Hungarian:
-        """This rule for the first layer's boxes before there are distributions: with that layer's
-        candidates.
+        """This rule for the first layer's boxes before there are distributions:
+        with that layer's candidates.
         """
         return replace(self, candidates=replace(self.candidates, last=self.candidates.intermediate))
 
     def solve(
         self, costs: NDArray[np.floating], layer: int, layers: int
     ) -> tuple[NDArray[np.int64], ...]:
-        """Queries and targets of the pairs `(M,)`, in query order, by `costs (N, T)` of one layer,
-        image and copy.
+        """Queries and targets of the pairs `(M,)`, in query order,
+        by `costs (N, T)` of one layer, image and copy.
         """
         queries, targets = costs.shape
         # Each target stands k times in the cost.
@@ -148,8 +148,8 @@ class Hungarian:
 
 @dataclass(frozen=True)
 class Dynamic:
-    """As many queries for each target as fit it: the one-to-many rule of MS-DETR and DAC-DETR, at
-    each layer.
+    """As many queries for each target as fit it:
+    the one-to-many rule of MS-DETR and DAC-DETR, at each layer.
 
     A query's score for a target is `(1 - overlap) p + overlap IoU`. It is a positive of the target
     that it scores highest for, if that score reaches the `threshold`, or if it is that target's
@@ -212,8 +212,8 @@ class Known:
 
 
 def known_assignment(image: Tensor, query: Tensor, target: Tensor, layers: int) -> Assignment:
-    """Queries with known targets, `(P,)` each, at every layer: each is the only candidate of its
-    set.
+    """Queries with known targets, `(P,)` each, at every layer:
+    each is the only candidate of its set.
     """
     count = len(image)
     layer = torch.arange(layers, device=image.device).repeat_interleave(
@@ -292,8 +292,8 @@ def assign(matches: Sequence[Match]) -> list[Assignment]:
 
 
 def _costs(match: Match) -> list[Tensor]:
-    """Costs `(l, b, K, N / K, T)` of some layers and images at a time, in order, in float32 or
-    better.
+    """Costs `(l, b, K, N / K, T)` of some layers and images at a time,
+    in order, in float32 or better.
 
     One empty tensor where there is nothing to solve.
     """
@@ -330,8 +330,8 @@ def _costs(match: Match) -> list[Tensor]:
 
 
 def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
-    """Labels `(B, T)` and boxes `(B, T, 4)` of each image, filled up to the largest count with its
-    last target.
+    """Labels `(B, T)` and boxes `(B, T, 4)` of each image,
+    filled up to the largest count with its last target.
 
     Not with zeros: a class term may look for the best overlap of an image. An image without targets
     gets any.
@@ -370,8 +370,8 @@ def _solve(costs: NDArray[np.floating], match: Match) -> NDArray[np.int64]:
 
 
 def _unite(solved: Sequence[NDArray[np.int64]], match: Match) -> NDArray[np.int64]:
-    """The rows of an `Assignment`, `(5, M)`, for the union of such of `solved`, the same at every
-    layer of `match`.
+    """The rows of an `Assignment`, `(5, M)`,
+    for the union of such of `solved`, the same at every layer of `match`.
     """
     # Each pair of image, query and target once, in this order, and how many say so.
     pairs, votes = np.unique(np.concatenate(solved, axis=1)[1:4], axis=1, return_counts=True)

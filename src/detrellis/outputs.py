@@ -31,8 +31,8 @@ ANY = "any"  # in place of a hash: the file grows, and is ours whatever is in it
 
 
 class Outputs:
-    """The files that a call makes below `folder`; `option` is what messages call the flag that
-    names it.
+    """The files that a call makes below `folder`;
+    `option` is what messages call the flag that names it.
     """
 
     def __init__(self, folder: str | Path, option: str = "--out") -> None:
@@ -65,8 +65,8 @@ class Outputs:
         self.ready(names, inputs)
 
     def clear(self) -> None:
-        """Removes the files of an earlier call, which `alone` has checked: they would mix with
-        those of this one.
+        """Removes the files of an earlier call, which `alone` has checked:
+        they would mix with those of this one.
         """
         for path in self._files():
             path.unlink()
@@ -115,8 +115,8 @@ class Outputs:
                 self.write_with(name, partial.replace)
 
     def note(self) -> None:
-        """Calls all that is in the folder ours, as it is now: for files that a library has written
-        there.
+        """Calls all that is in the folder ours, as it is now:
+        for files that a library has written there.
         """
         for path in self._files():
             self._note(path.relative_to(self.folder).as_posix(), digest(path))
@@ -129,8 +129,8 @@ class Outputs:
         )
 
     def _path(self, name: str) -> Path:
-        """Where the file of this name goes, which never leads out of the folder: a data set's words
-        may be in it.
+        """Where the file of this name goes, which never leads out of the folder:
+        a data set's words may be in it.
         """
         parts = PurePath(name)
         leads_out = parts.is_absolute() or ".." in parts.parts
@@ -174,8 +174,8 @@ class Outputs:
             file.write(json.dumps({"file": name, "sha256": content}) + "\n")
 
     def _may_be_made(self) -> None:
-        """`UserError` where the folder, or the nearest one above it that exists, is none or cannot
-        be written.
+        """`UserError` where the folder,
+        or the nearest one above it that exists, is none or cannot be written.
         """
         folder = self.folder.absolute()
         existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -191,8 +191,8 @@ class Outputs:
 
 
 def jpeg(image: Image) -> bytes:
-    """The picture as the content of a JPEG file; one that is too large for the format is made
-    smaller.
+    """The picture as the content of a JPEG file;
+    one that is too large for the format is made smaller.
     """
     content = io.BytesIO()
     image.thumbnail((LARGEST, LARGEST))
@@ -201,8 +201,8 @@ def jpeg(image: Image) -> bytes:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Give the file the name `path`; `FileExistsError` where something has it, which a rename would
-    replace.
+    """Give the file the name `path`;
+    `FileExistsError` where something has it, which a rename would replace.
     """
     try:
         os.link(partial, path)

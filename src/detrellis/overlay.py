@@ -18,8 +18,8 @@ AROUND = 1  # pixels of black
 def paint_masks(
     canvas: Image.Image, size: tuple[int, int], masks: Sequence[tuple[bytes, Colour]], line: int
 ) -> None:
-    """Paints the run lengths of a picture of `size` (height, width), each in its colour, on the
-    enlarged picture.
+    """Paints the run lengths of a picture of `size` (height, width),
+    each in its colour, on the enlarged picture.
 
     Large ones come first, so that small ones lie on them. `line` is the outline's width in the
     canvas's pixels.
@@ -55,8 +55,8 @@ def _paint(canvas: Image.Image, mask: Bitmap, colour: Colour, line: int) -> None
 
 
 def _shrunk(mask: Bitmap, by: int) -> Bitmap:
-    """The pixels of which no neighbour up to `by` pixels away, along both axes, is outside the
-    mask.
+    """The pixels of which no neighbour up to `by` pixels away,
+    along both axes, is outside the mask.
     """
     done = 0
     while done < by:
@@ -68,8 +68,8 @@ def _shrunk(mask: Bitmap, by: int) -> Bitmap:
 
 
 def _both_ways(mask: Bitmap, step: int) -> Bitmap:
-    """The pixels that are in the mask like those `step` rows above and below, or those of the first
-    and last row.
+    """The pixels that are in the mask like those `step` rows above and below,
+    or those of the first and last row.
     """
     shrunk = mask.copy()
     shrunk[step:] &= mask[:-step]

@@ -14,8 +14,8 @@ from detrellis.types import Assignment, DecoderOutput, SideDistributions, Target
 
 
 def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
-    """Sum `values (M,)` into `(layers,)`; a product, because a scatter is not deterministic on a
-    GPU.
+    """Sum `values (M,)` into `(layers,)`;
+    a product, because a scatter is not deterministic on a GPU.
     """
     member = layer == torch.arange(layers, device=layer.device).unsqueeze(1)
     return member.to(values.dtype) @ values
@@ -30,8 +30,8 @@ def last_rows(positives: Assignment, shape: torch.Size) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """Positives with their targets, as a loss rule sees them; gradients flow through `logits`,
-    `boxes` and `giou`.
+    """Positives with their targets, as a loss rule sees them;
+    gradients flow through `logits`, `boxes` and `giou`.
     """
 
     logits: Tensor  # (M,) of the target's class
@@ -47,8 +47,8 @@ class Pairs(NamedTuple):
 def pair_up(
     output: DecoderOutput, targets: Targets, positives: Assignment, iou_eps: float = 0.0
 ) -> Pairs:
-    """Gather what the positives predicted, and their targets; `iou_eps` is added to unions
-    (`boxes.iou`).
+    """Gather what the positives predicted, and their targets;
+    `iou_eps` is added to unions (`boxes.iou`).
     """
     where = (positives.layer, positives.image, positives.query)
     boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
@@ -100,15 +100,15 @@ def giou_target(pairs: Pairs) -> SoftTarget:
 
 
 def quality_target(pairs: Pairs, alpha: float = 0.25, floor: float = 0.01) -> SoftTarget:
-    """The quality `p^alpha IoU^(1 - alpha)`, at least `floor` (IA-BCE without ranks, as real-time
-    DETRs train with).
+    """The quality `p^alpha IoU^(1 - alpha)`,
+    at least `floor` (IA-BCE without ranks, as real-time DETRs train with).
     """
     return SoftTarget(quality(pairs, alpha).clamp(min=floor))
 
 
 def quality(pairs: Pairs, alpha: float) -> Tensor:
-    """`q = p^alpha u^(1 - alpha)` of each pair, p its score and u its IoU: `(M,)` (Align-DETR, Eq.
-    2).
+    """`q = p^alpha u^(1 - alpha)` of each pair, p its score and u its IoU:
+    `(M,)` (Align-DETR, Eq. 2).
     """
     return pairs.logits.detach().sigmoid() ** alpha * pairs.iou ** (1 - alpha)
 
@@ -127,8 +127,8 @@ def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None) ->
 def fine_grained_localization(
     pairs: Pairs, sides: SideDistributions, normaliser: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """FGL (D-FINE, Eq. 6): each side's distribution learns where the target's side lies, by the
-    IoU; `(L,)`.
+    """FGL (D-FINE, Eq. 6): each side's distribution learns where the target's side lies,
+    by the IoU; `(L,)`.
 
     `weight (M,)` is one more of each positive; None: 1.
     """

@@ -1,5 +1,5 @@
-"""From what the heads say to detections: scores, the best pairs of query and class, suppression,
-and masks.
+"""From what the heads say to detections:
+scores, the best pairs of query and class, suppression, and masks.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Postprocess:
     boxes_of_masks: bool = False
 
     def __call__(self, output: DecoderOutput, sizes: Tensor) -> list[Detections]:
-        """The detections of each image, boxes in pixels of the original images of `sizes (B, 2)`
-        height, width.
+        """The detections of each image,
+        boxes in pixels of the original images of `sizes (B, 2)` height, width.
         """
         if output.mask_embeds is None:
             return self._apart(self._candidates(output, sizes), sizes)
@@ -136,8 +136,8 @@ class Postprocess:
         return best, labels, query
 
     def scores(self, output: DecoderOutput) -> Tensor:
-        """The last layer's score of each query and class, as detections are ranked by: `(B, N, C)`
-        in [0, 1].
+        """The last layer's score of each query and class, as detections are ranked by:
+        `(B, N, C)` in [0, 1].
 
         Sigmoid, times the IoU that an IoU branch predicts, or the root of that product; or softmax
         without its last column, "no object".
@@ -152,8 +152,8 @@ class Postprocess:
 
 
 def top_pairs(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, query and class of the `k` best pairs, `(..., k)` each, of `scores (..., N, C)`; fewer
-    if there are.
+    """Score, query and class of the `k` best pairs, `(..., k)` each, of `scores (..., N, C)`;
+    fewer if there are.
     """
     best, index = scores.flatten(-2).topk(min(k, scores.shape[-2:].numel()))
     classes = scores.shape[-1]
@@ -193,8 +193,8 @@ def nms(
 
 
 def soften(detections: Detections, size: tuple[int, int], threshold: float, k: int) -> Detections:
-    """The `k` best after linear soft-NMS within each class, of boxes clipped to the image of `size`
-    height, width.
+    """The `k` best after linear soft-NMS within each class,
+    of boxes clipped to the image of `size` height, width.
 
     Fewer where scores have fallen below 0.001, which drops them (Co-DETR).
     """
@@ -207,8 +207,8 @@ def soften(detections: Detections, size: tuple[int, int], threshold: float, k: i
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Scores `(N,)` after linear soft-NMS within each class (Bodla et al. 2017); 0 where they fall
-    below `FLOOR`.
+    """Scores `(N,)` after linear soft-NMS within each class (Bodla et al. 2017);
+    0 where they fall below `FLOOR`.
 
     From the best down, each box multiplies by 1 - IoU the score of every box of its class that is
     still to come and whose IoU with it is `threshold` or more. `boxes (N, 4)` xyxy, `scores (N,)`,
@@ -251,8 +251,8 @@ def _candidates(boxes: Floats, classes: Ints, threshold: float) -> tuple[Ints, I
 
 
 def _in_turn(left: Floats, factors: Floats) -> Floats:
-    """The scores `left (K,)` when the best of those left, over and over, is taken and multiplies
-    the others.
+    """The scores `left (K,)` when the best of those left,
+    over and over, is taken and multiplies the others.
     """
     taken = np.zeros_like(left)
     for _ in range(len(left)):

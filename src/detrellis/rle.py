@@ -1,5 +1,5 @@
-"""COCO's compressed run lengths: of a mask's pixels, column by column. hotcoco packs and reads
-them.
+"""COCO's compressed run lengths:
+of a mask's pixels, column by column. hotcoco packs and reads them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def area(runs: bytes, size: Size) -> int:
 
 
 def polygons(mask: Bitmap) -> list[list[float]]:
-    """The outlines of a bitmap along its pixels' edges, COCO's polygons (x1, y1, x2, y2, ...);
-    holes are filled.
+    """The outlines of a bitmap along its pixels' edges,
+    COCO's polygons (x1, y1, x2, y2, ...); holes are filled.
 
     Parts that touch at a corner only are polygons of their own.
     """
@@ -65,8 +65,8 @@ def polygons(mask: Bitmap) -> list[list[float]]:
 
 
 def _edges(padded: Bitmap) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """The steps along the edges of the bitmap's pixels from each corner (x, y), with the pixel on
-    the right hand.
+    """The steps along the edges of the bitmap's pixels from each corner (x, y),
+    with the pixel on the right hand.
     """
     inner = padded[1:-1, 1:-1]
     sides = (

@@ -1,5 +1,5 @@
-"""What an encoder that chooses tokens learns of them (`nn/salience.py`): how salient each is, by
-the boxes it lies in.
+"""What an encoder that chooses tokens learns of them (`nn/salience.py`):
+how salient each is, by the boxes it lies in.
 
 A level answers for boxes by how far the farthest of their sides lies from a token: 64 pixels on the
 finest, twice as many on the next, any distance on the coarsest. Salience-DETR's target falls from 1
@@ -28,8 +28,8 @@ REACH = 64.0  # pixels, of the finest level
 def level_targets(
     centres: Tensor, boxes: Tensor, low: float, high: float, kind: TokenTargets = "salience"
 ) -> Tensor:
-    """What the tokens of one level at `centres (S, 2)` should say, `(S,)`, by corners `boxes (T,
-    4)`, both in pixels.
+    """What the tokens of one level at `centres (S, 2)` should say,
+    `(S,)`, by corners `boxes (T, 4)`, both in pixels.
 
     The level answers for boxes whose farthest side lies from `low` to `high` pixels away.
     """
@@ -49,8 +49,8 @@ def level_targets(
 def salience_targets(
     memory: Memory, targets: Targets, sizes: Tensor, kind: TokenTargets = "salience"
 ) -> Tensor:
-    """What all tokens `(B, S)` of a batch should say; `sizes (B, 2)` height and width of its images
-    in pixels.
+    """What all tokens `(B, S)` of a batch should say;
+    `sizes (B, 2)` height and width of its images in pixels.
     """
     pixels = sizes.flip(-1).to(targets.boxes.dtype)  # (B, 2) x, y
     centres = (token_centres(memory).to(targets.boxes.dtype) * pixels.unsqueeze(1)).unbind()
@@ -76,8 +76,8 @@ def salience_loss(
     mean: Callable[[Tensor], Tensor],
     kind: TokenTargets = "salience",
 ) -> Tensor:
-    """Focal loss of what the tokens say, over all but padding, divided by the positive ones; `mean`
-    averages their number over all processes."""
+    """Focal loss of what the tokens say, over all but padding, divided by the positive ones;
+    `mean` averages their number over all processes."""
     assert memory.salience is not None
     with torch.autocast(memory.salience.device.type, enabled=False):
         logits = memory.salience.to(targets.boxes.dtype)

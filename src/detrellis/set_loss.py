@@ -1,5 +1,5 @@
-"""DETR's set loss: what the classes and boxes of matched queries learn, and that all others are
-background.
+"""DETR's set loss: what the classes and boxes of matched queries learn,
+and that all others are background.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ IOU_ERRORS: dict[str, ClassLoss] = {"bce": bce_loss, "l2": squared_error}
 
 
 def matchability_aware_loss(gamma: float = 1.5, negative_weight: float = 1.0) -> SetLoss:
-    """MAL (DEIM, Huang et al., CVPR 2025): positives learn `IoU^gamma` at full weight, however low
-    their IoU is, where VFL weighs them by it."""
+    """MAL (DEIM, Huang et al., CVPR 2025): positives learn `IoU^gamma` at full weight,
+    however low their IoU is, where VFL weighs them by it."""
     return SetLoss(
         lambda pairs: SoftTarget(pairs.iou**gamma),
         bce_loss,
@@ -177,8 +177,8 @@ def softmax_class_loss(
     *,
     no_object: float = 0.1,
 ) -> dict[str, Tensor]:
-    """Cross-entropy over the classes and a last "no object" class of weight `no_object`: `class`,
-    `(L,)`.
+    """Cross-entropy over the classes and a last "no object" class of weight `no_object`:
+    `class`, `(L,)`.
 
     A weighted mean over the queries, which no normaliser divides.
     """
@@ -200,8 +200,8 @@ def softmax_set_loss(
     *,
     no_object: float = 0.1,
 ) -> dict[str, Tensor]:
-    """DETR's own set loss: `softmax_class_loss` and the box terms, which alone `normaliser`
-    divides.
+    """DETR's own set loss: `softmax_class_loss` and the box terms,
+    which alone `normaliser` divides.
     """
     classes = softmax_class_loss(output, targets, positives, normaliser, no_object=no_object)
     return classes | box_terms(pair_up(output, targets, positives), normaliser)

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM: who handles them, and for how long. A block within another takes over, and
-gives back.
+"""Ctrl-C and SIGTERM: who handles them, and for how long.
+A block within another takes over, and gives back.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Handler = Callable[[int, FrameType | None], object]
 def handled(
     handler: Handler, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[None]:
-    """Call `handler` for these signals; nothing outside the main thread, whose owner handles
-    signals.
+    """Call `handler` for these signals;
+    nothing outside the main thread, whose owner handles signals.
     """
     before = {}
     with contextlib.suppress(ValueError):
@@ -31,8 +31,8 @@ def handled(
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """The numbers of the signals that came, to be read at a good moment; a second Ctrl-C stops at
-    once.
+    """The numbers of the signals that came, to be read at a good moment;
+    a second Ctrl-C stops at once.
     """
     caught: list[int] = []
 
@@ -47,8 +47,8 @@ def collected() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[list[int]]:
-    """Both raise `KeyboardInterrupt`, so that files are closed and half-written ones removed; the
-    numbers of those that came."""
+    """Both raise `KeyboardInterrupt`, so that files are closed and half-written ones removed;
+    the numbers of those that came."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -61,8 +61,8 @@ def interrupting() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does. A handler of the caller stays: the command line's tells the
-    exit code.
+    """SIGTERM does what Ctrl-C does. A handler of the caller stays:
+    the command line's tells the exit code.
     """
     unhandled = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with handled(signal.default_int_handler, (signal.SIGTERM,) if unhandled else ()):

@@ -42,8 +42,8 @@ class Supervision:
     columns: Columns | None = None  # None: the losses of all classes count
 
     def known(self, assignment: Assignment, counts: tuple[int, ...] = ()) -> Supervision:
-        """This supervision with an assignment that is known beforehand, as denoising's; `counts`:
-        see `Known`.
+        """This supervision with an assignment that is known beforehand, as denoising's;
+        `counts`: see `Known`.
         """
         return replace(
             self, assign=Known(assignment, counts), weights=self.known_weights or self.weights
@@ -75,16 +75,16 @@ class Supervision:
         weight: float = 1,
         sampling: Sampling | None = None,
     ) -> Task:
-        """This supervision of a block's `output`, matched in each of its `copies`, its losses times
-        `weight`; with `sampling`, of masks too."""
+        """This supervision of a block's `output`, matched in each of its `copies`,
+        its losses times `weight`; with `sampling`, of masks too."""
         weights = {term: of_term * weight for term, of_term in self.weights.items()}
         matching = Match(output, targets, self.assign, copies, sampling)
         return Task(name, matching, self.rule, weights, normaliser, self.columns)
 
 
 def leaving_out(rule: LossRule, unused: Tensor) -> LossRule:
-    """`rule` without the queries `unused (B, N)`, of slots that hold nothing: they do not even
-    count as negatives.
+    """`rule` without the queries `unused (B, N)`, of slots that hold nothing:
+    they do not even count as negatives.
     """
 
     def masked(
@@ -139,8 +139,8 @@ def uniting(tasks: Sequence[Task]) -> list[Task]:
 def counted(
     tasks: Sequence[Task], assignments: Sequence[Assignment], mean: Callable[[Tensor], Tensor]
 ) -> list[Task]:
-    """The tasks with the pairs of each union, averaged over all processes by `mean`, to divide its
-    sums by.
+    """The tasks with the pairs of each union,
+    averaged over all processes by `mean`, to divide its sums by.
     """
     united = [i for i, task in enumerate(tasks) if isinstance(task.match.assign, United)]
     if not united:
@@ -162,8 +162,8 @@ def match(tasks: Sequence[Task]) -> list[Assignment]:
 def supervise(
     tasks: Sequence[Task], assignments: Sequence[Assignment] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weighted losses `"block/term/layer"` of all tasks, and metrics; matched first where they are
-    not.
+    """Weighted losses `"block/term/layer"` of all tasks, and metrics;
+    matched first where they are not.
 
     Losses and boxes are computed in float32 or better whatever autocast says.
     """
@@ -201,8 +201,8 @@ def supervise(
 
 @torch.no_grad()
 def matched_ious(tasks: Sequence[Task], assignments: Sequence[Assignment]) -> dict[str, Tensor]:
-    """Mean IoU of the last layer's positives with their targets, `"block/iou"`; NaN where there is
-    none.
+    """Mean IoU of the last layer's positives with their targets, `"block/iou"`;
+    NaN where there is none.
 
     All tasks at once: there are few boxes, and every operation costs the same.
     """

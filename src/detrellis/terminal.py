@@ -1,5 +1,5 @@
-"""What is printed: tables that fit the terminal with every name whole, and plain lines where there
-is no terminal.
+"""What is printed: tables that fit the terminal with every name whole,
+and plain lines where there is no terminal.
 
 Nothing that is printed is read as markup, so a path or a class may be called `[red]` or `:dog:`.
 Nothing steers the terminal either: a name may come from anybody's data set, and its control
@@ -33,8 +33,8 @@ ESCAPES = "backslashreplace"  # how characters are printed that the console's en
 
 
 class Terminal(Console):
-    """A rich console whose strings are literal. Where it is no terminal, nothing is wrapped, cut,
-    drawn or coloured.
+    """A rich console whose strings are literal.
+    Where it is no terminal, nothing is wrapped, cut, drawn or coloured.
     """
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False, **more: Any) -> None:
@@ -43,8 +43,8 @@ class Terminal(Console):
         )
 
     def print(self, *objects: Any, **how: Any) -> None:
-        """As rich prints, but for tables (see the top of the file); where it is no terminal, a line
-        stays a line.
+        """As rich prints, but for tables (see the top of the file);
+        where it is no terminal, a line stays a line.
         """
         if any(isinstance(each, (Table, Group)) for each in objects):
             for each in objects:
@@ -58,8 +58,8 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     def say(self, *parts: str | tuple[str, str], style: str = "") -> None:
-        """One line, of texts and of texts with a style; never wrapped, so that what is copied from
-        it is whole.
+        """One line, of texts and of texts with a style;
+        never wrapped, so that what is copied from it is whole.
         """
         super().print(Text.assemble(*parts, style=style), soft_wrap=True)
 
@@ -80,8 +80,8 @@ class Terminal(Console):
             self.print(thing)
 
     def _print_table(self, table: Table) -> None:
-        """The title and the caption are lines of their own: rich would break them at the table's
-        width.
+        """The title and the caption are lines of their own:
+        rich would break them at the table's width.
         """
         table = encodable(table, self.encoding)
         fitting = fitted(table, self) if self.is_terminal else None
@@ -99,15 +99,15 @@ class Terminal(Console):
 
 
 def visible(text: str) -> str:
-    """The text with `\\x1b` for characters that steer a terminal, all but tabs and ends of
-    lines.
+    """The text with `\\x1b` for characters that steer a terminal,
+    all but tabs and ends of lines.
     """
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def encodable(table: Table, encoding: str) -> Table:
-    """The table with what `encoding` cannot say, or nobody can see, as `\\u732b`, so that what is
-    measured is what is printed."""
+    """The table with what `encoding` cannot say, or nobody can see,
+    as `\\u732b`, so that what is measured is what is printed."""
     printed = copy(table)
     printed.columns = [
         replace(
@@ -121,8 +121,8 @@ def encodable(table: Table, encoding: str) -> Table:
 
 
 def _escaped(text: Text, encoding: str) -> Text:
-    """The text with characters escaped that `encoding` lacks or that steer a terminal, its styles
-    at the same ones.
+    """The text with characters escaped that `encoding` lacks or that steer a terminal,
+    its styles at the same ones.
     """
     pieces = [visible(letter).encode(encoding, ESCAPES).decode(encoding) for letter in text.plain]
     escaped = "".join(pieces)
@@ -135,8 +135,8 @@ def _escaped(text: Text, encoding: str) -> Text:
 
 
 def fitted(table: Table, console: Console) -> Table | None:
-    """The table, without title and caption, in columns that fit the console and break no word; None
-    where none do.
+    """The table, without title and caption, in columns that fit the console and break no word;
+    None where none do.
     """
     columns = _columns(table)
     widest = [_widest(line for text in cells for line in text.splitlines()) for cells in columns]
@@ -172,8 +172,8 @@ def column_widths(room: int, narrowest: list[int], widest: list[int]) -> list[in
 
 
 def plain_lines(table: Table) -> list[str]:
-    """The table as lines of text, each row a line unless a cell has several; columns are two spaces
-    apart.
+    """The table as lines of text, each row a line unless a cell has several;
+    columns are two spaces apart.
     """
     columns = _columns(table)
     widths = [_widest(line for text in cells for line in text.splitlines()) for cells in columns]
@@ -211,8 +211,8 @@ def _text(of: Any) -> Text:
 
 
 def never_fail_to_print() -> None:
-    """Show what the console's encoding cannot say as `\\u732b`, instead of failing with
-    `UnicodeEncodeError`.
+    """Show what the console's encoding cannot say as `\\u732b`,
+    instead of failing with `UnicodeEncodeError`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

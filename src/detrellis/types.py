@@ -73,8 +73,8 @@ class Targets(NamedTuple):
 
 
 class MaskFeatures(NamedTuple):
-    """What the masks of a batch are read from: the logits of an embedding `e (Dm,)` are `e . map`,
-    above 0 inside.
+    """What the masks of a batch are read from:
+    the logits of an embedding `e (Dm,)` are `e . map`, above 0 inside.
     """
 
     map: Tensor  # (B, Dm, h, w), over the whole of the padded images
@@ -107,8 +107,8 @@ class Queries(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """Where each head of each query looks (SMCA): `-[(s_x (x - c_x))^2 + (s_y (y - c_y))^2] / 8` is
-    added to logits.
+    """Where each head of each query looks (SMCA):
+    `-[(s_x (x - c_x))^2 + (s_y (y - c_y))^2] / 8` is added to logits.
 
     In cells of the map. A larger scale looks at less; 0 looks everywhere.
     """
@@ -171,8 +171,8 @@ class SideDistributions(NamedTuple):
 
 
 class Between(NamedTuple):
-    """The queries of decoder layers between their cross-attention and self-attention, where it
-    comes second.
+    """The queries of decoder layers between their cross-attention and self-attention,
+    where it comes second.
     """
 
     states: Tensor  # (L, B, N, D)
@@ -242,8 +242,8 @@ class DecoderOutput(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """What a two-stage detector's encoder proposes: of all `S` tokens, and of the `N` selected,
-    best first.
+    """What a two-stage detector's encoder proposes:
+    of all `S` tokens, and of the `N` selected, best first.
     """
 
     states: Tensor  # (B, S, D) the heads' input
@@ -261,8 +261,8 @@ class Proposals(NamedTuple):
     cells: Tensor | None = None
 
     def ranked(self, count: int) -> Tensor:
-        """The `count` tokens `(B, count)` of the highest scores; fewer where there are not so
-        many.
+        """The `count` tokens `(B, count)` of the highest scores;
+        fewer where there are not so many.
         """
         return self.scores.topk(min(count, self.scores.shape[1]), dim=1).indices
 

@@ -1,5 +1,5 @@
-"""HTML pages that need no other file, no script and no network; light or dark as the reader's
-system is.
+"""HTML pages that need no other file, no script and no network;
+light or dark as the reader's system is.
 
 Whatever text is given is escaped here. What is called `inner` is HTML already.
 """

@@ -36,8 +36,8 @@ class Texts(Unrolled, yaml.BaseLoader):
 def parse(
     text: str, loader: type[yaml.BaseLoader | yaml.SafeLoader] = Texts
 ) -> tuple[yaml.Node | None, Any]:
-    """The one document of a text: its nodes, which know their lines, and its value. Raises
-    `yaml.YAMLError` alone.
+    """The one document of a text:
+    its nodes, which know their lines, and its value. Raises `yaml.YAMLError` alone.
     """
     try:
         reader = loader(text)

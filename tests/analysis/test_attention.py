@@ -139,8 +139,8 @@ def test_each_head_reads_tokens_by_its_weights(ran: Ran) -> None:
 
 
 def central(layer: RecordedAttention) -> int:
-    """The query that reads nearest to the middle of both images, and so samples least outside
-    them.
+    """The query that reads nearest to the middle of both images,
+    and so samples least outside them.
     """
     references = layer.call[1].references
     return 3 if references is None else int((references[..., :2] - 0.5).abs().amax((0, 2)).argmin())
@@ -224,8 +224,8 @@ def test_deformable_points_are_shares_of_the_unpadded_image(size: int) -> None:
 
 
 def test_maps_have_no_padding_in_them() -> None:
-    """The same everywhere in the image: padding, which has 0, would darken the map's right and
-    lower border.
+    """The same everywhere in the image:
+    padding, which has 0, would darken the map's right and lower border.
     """
     padding = torch.zeros(1, 4, 4, dtype=torch.bool)
     padding[:, 3:], padding[:, :, 2:] = True, True

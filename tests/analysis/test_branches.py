@@ -53,8 +53,8 @@ def test_a_study_reads_the_ap_of_one_branch(run: Path) -> None:
 
 
 def test_each_head_detects_by_itself(run: Path) -> None:
-    """The decoder as `detect` does; a branch on the scene of the batch. Pictures of 64x64 are seen
-    at another size.
+    """The decoder as `detect` does; a branch on the scene of the batch.
+    Pictures of 64x64 are seen at another size.
     """
     with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, co = load_with_scheme(opened, Collaborative)

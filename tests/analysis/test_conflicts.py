@@ -1,5 +1,5 @@
-"""Activation maps on cases made by hand and against automatic gradients, and the whole analysis on
-small runs.
+"""Activation maps on cases made by hand and against automatic gradients,
+and the whole analysis on small runs.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
 def test_an_image_has_the_maps_that_it_has_alone(run: Path, cam: Cam) -> None:
-    """So one gradient of a batch's sum is each image's own; also beside an image without
-    objects.
+    """So one gradient of a batch's sum is each image's own;
+    also beside an image without objects.
     """
     with open_split(run, HERE, EvalOptions(workers=0, batch_size=2)) as opened:
         model, co = load_with_scheme(opened, Collaborative)

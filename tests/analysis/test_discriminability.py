@@ -1,5 +1,5 @@
-"""Maps and curves on cases made by hand, attention against its definition, and the whole analysis
-on small runs.
+"""Maps and curves on cases made by hand,
+attention against its definition, and the whole analysis on small runs.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def test_maps_that_know_all_or_nothing() -> None:
 
 
 def memory(padded: bool) -> Memory:
-    """Two images on two levels; of the second one, the last row and column are padding on the
-    finer.
+    """Two images on two levels; of the second one,
+    the last row and column are padding on the finer.
     """
     tokens, position = torch.randn(2, 26, 16), torch.randn(2, 26, 16)
     masks = [torch.zeros(2, 4, 5, dtype=torch.bool), torch.zeros(2, 2, 3, dtype=torch.bool)]

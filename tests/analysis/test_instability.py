@@ -1,5 +1,5 @@
-"""V and IS on cases made by hand, and against the matching of one image at a time; the epochs of a
-small run.
+"""V and IS on cases made by hand, and against the matching of one image at a time;
+the epochs of a small run.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Distances on cases made by hand, places against the scheme's own queries, and the whole analysis
-on small runs.
+"""Distances on cases made by hand, places against the scheme's own queries,
+and the whole analysis on small runs.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def at(*points: tuple[float, float]) -> torch.Tensor:
 
 
 def test_each_box_is_measured_from_its_positives() -> None:
-    """Box 0: two positives. Box 1: none. Box 2: one, but no query is matched to it. Query 2 is
-    free.
+    """Box 0: two positives. Box 1: none. Box 2:
+    one, but no query is matched to it. Query 2 is free.
     """
     places = QueryPlaces(MAIN, torch.tensor([0, 1, -1]), {})
     owner = torch.tensor([0, 2, 0])

@@ -1,5 +1,5 @@
-"""What the invariants of docs/architecture.md are tested on: every recipe at a small size, and
-stacks of schemes.
+"""What the invariants of docs/architecture.md are tested on:
+every recipe at a small size, and stacks of schemes.
 
 One recipe of each kind of backbone keeps its own, at its smallest; the others read the maps of a
 lighter one. Recipes that come to the same then (DC5 and longer training change nothing of what is
@@ -104,8 +104,8 @@ def make(name: str, stack: str = "own", seed: int = 0) -> TrainableDetector:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """As `load_state_dict` does, which takes several times as long for a model of many small
-    tensors.
+    """As `load_state_dict` does,
+    which takes several times as long for a model of many small tensors.
     """
     own = model.state_dict()
     assert own.keys() == state.keys()
@@ -115,8 +115,8 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """What is done to a model within is undone: weights, statistics, type, gradients, mode. A copy
-    of a model takes several times as long."""
+    """What is done to a model within is undone: weights, statistics, type, gradients, mode.
+    A copy of a model takes several times as long."""
     kept = {key: value.clone() for key, value in model.state_dict().items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     yield

@@ -1,5 +1,5 @@
-"""Invariant 3 of docs/architecture.md: copies do not see each other. Of blocks, test_stacks.py
-shows it.
+"""Invariant 3 of docs/architecture.md:
+copies do not see each other. Of blocks, test_stacks.py shows it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Invariant 6 of docs/architecture.md: padding is never read, and more of it changes no
-prediction.
+"""Invariant 6 of docs/architecture.md:
+padding is never read, and more of it changes no prediction.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class WithoutRatios(nn.Module):
 @every_detector
 @torch.no_grad()
 def test_padding_further_changes_no_prediction(name: str) -> None:
-    """From the projected maps on: convolutions and GroupNorm before them see padding, as in the
-    reference codes.
+    """From the projected maps on:
+    convolutions and GroupNorm before them see padding, as in the reference codes.
     """
     model = make(name).double().eval()
     decoder = model.detector.decoder

@@ -1,5 +1,5 @@
-"""Invariant 2 of docs/architecture.md: building draws from its seed alone. Of schemes,
-test_stacks.py shows it.
+"""Invariant 2 of docs/architecture.md:
+building draws from its seed alone. Of schemes, test_stacks.py shows it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Invariants 1 to 4 of docs/architecture.md on every stack of schemes. Each is built once and
-trained once.
+"""Invariants 1 to 4 of docs/architecture.md on every stack of schemes.
+Each is built once and trained once.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def trained(model: TrainableDetector) -> Trained:
 def train_on(
     model: TrainableDetector, batch: ImageBatch, truth: Targets, what: str
 ) -> dict[str, float]:
-    """A step in which all is finite and all that is trained gets a gradient; the size of each, by
-    name.
+    """A step in which all is finite and all that is trained gets a gradient;
+    the size of each, by name.
     """
     losses = train_step(model, batch, truth)
     bad = [k for k, v in losses.items() if not v.isfinite()]
@@ -146,8 +146,8 @@ def test_any_batch_is_finite_and_trains_the_same_parameters(trained: Trained) ->
 
 
 def test_every_parameter_matters(case: Stack, model: TrainableDetector) -> None:
-    """On a usual batch, after the heads have left their zero start, no parameter's gradient is zero
-    throughout.
+    """On a usual batch, after the heads have left their zero start,
+    no parameter's gradient is zero throughout.
     """
     with restored(model):
         with torch.no_grad():
@@ -161,8 +161,8 @@ def test_every_parameter_matters(case: Stack, model: TrainableDetector) -> None:
 
 
 def reads_only_zeros(detector: DetectorConfig) -> set[str]:
-    """A projection of contents alone, in the first layer of a detector whose contents start at 0,
-    cannot learn.
+    """A projection of contents alone,
+    in the first layer of a detector whose contents start at 0, cannot learn.
     """
     zero = detector.queries.kind in ("learned", "anchors") and detector.queries.content == "zero"
     zero = zero and detector.cross_attention.kind in ("conditional", "semantic")
@@ -171,8 +171,8 @@ def reads_only_zeros(detector: DetectorConfig) -> set[str]:
 
 @torch.no_grad()
 def test_no_scheme_is_in_the_detector(trained: Trained, plain: Plain) -> None:
-    """After training, too, it needs the multiply-adds of one without schemes, and says the same
-    with equal weights.
+    """After training, too, it needs the multiply-adds of one without schemes,
+    and says the same with equal weights.
     """
     assert trained.flops == plain.flops
     with restored(plain.detector):
@@ -181,8 +181,8 @@ def test_no_scheme_is_in_the_detector(trained: Trained, plain: Plain) -> None:
 
 
 class MultiplyAdds(TorchDispatchMode):
-    """Counts as torch's own counter does, which also keeps the modules apart and takes three times
-    as long.
+    """Counts as torch's own counter does,
+    which also keeps the modules apart and takes three times as long.
     """
 
     total = 0

@@ -1,5 +1,5 @@
-"""Tiny data sets on disk in every layout, all with the same images and boxes, for the reader and
-doctor tests.
+"""Tiny data sets on disk in every layout,
+all with the same images and boxes, for the reader and doctor tests.
 """
 
 from __future__ import annotations

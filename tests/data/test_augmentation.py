@@ -1,5 +1,5 @@
-"""Strong augmentation: pixels and boxes move together, whatever is drawn and mixed, and calm comes
-when it should.
+"""Strong augmentation: pixels and boxes move together,
+whatever is drawn and mixed, and calm comes when it should.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def strong(dials: Strong, epochs: int = 10, calm: float = 0.0) -> Augmentation:
     "name", ["zoom-out", "crop", "DETR's crop", "zoom-out and crop", "mosaic", "copy-paste"]
 )
 def test_boxes_follow_the_pixels(name: str) -> None:
-    """Partners are black: the red rectangle is where its box is, and where it has none little of it
-    is left.
+    """Partners are black: the red rectangle is where its box is,
+    and where it has none little of it is left.
     """
     transform, box = strong(STRONG[name]).strong[0], (40, 25, 95, 80)
     assert isinstance(transform, Mixing)
@@ -137,8 +137,8 @@ def test_rotation_drops_what_leaves_the_picture() -> None:
 
 
 def test_windows_are_those_of_torchvision() -> None:
-    """The crops that are drawn meet SSD's conditions, and what they look like on average is what
-    torchvision's do.
+    """The crops that are drawn meet SSD's conditions,
+    and what they look like on average is what torchvision's do.
     """
     boxes = torch.tensor([[30.0, 20, 130, 140], [160, 50, 230, 120]])
     whole = Window(0, 0, 200, 300)
@@ -173,8 +173,8 @@ def test_windows_are_those_of_torchvision() -> None:
 
 
 def test_crops_are_detrs() -> None:
-    """Of a picture at a short side of 400, 500 or 600 pixels, 384 to 600 of each side; a strip
-    keeps its short side.
+    """Of a picture at a short side of 400, 500 or 600 pixels, 384 to 600 of each side;
+    a strip keeps its short side.
     """
     torch.manual_seed(0)
     drawn = [cropped_as_detr(Window(0, 0, 800, 1600)) for _ in range(200)]

@@ -225,8 +225,8 @@ def spoilt(data: bytes, chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_no_broken_file_does_more_than_raise(tmp_path: Path, kind: str) -> None:
-    """Whatever is raised must be a `UserError`; the process must live; and warnings stay with their
-    author.
+    """Whatever is raised must be a `UserError`;
+    the process must live; and warnings stay with their author.
     """
     chance, path = random.Random(0), tmp_path / "a.jpg"
     data = encoded(kind, picture(0))

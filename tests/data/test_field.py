@@ -1,5 +1,5 @@
-"""Data sets as people have them: read right, or found, or refused with words that help; and one
-judgement for all.
+"""Data sets as people have them:
+read right, or found, or refused with words that help; and one judgement for all.
 
 A case lives in `tests/data/field/`, in the module of its area.
 """
@@ -79,8 +79,8 @@ def finds(source: DataSource, expects: Finds) -> None:
 
 
 def one_judgement(source: DataSource) -> None:
-    """`train` refuses if and only if `check` has errors, and with `--skip-bad` goes on with boxes
-    that are right.
+    """`train` refuses if and only if `check` has errors,
+    and with `--skip-bad` goes on with boxes that are right.
     """
     splits = [split for split in ("train", "val") if split in source.splits]
     if check(source, fast=True, splits=splits).errors:

@@ -1,5 +1,5 @@
-"""Every layout is recognised and gives the same images and boxes; what is not recognised is
-explained.
+"""Every layout is recognised and gives the same images and boxes;
+what is not recognised is explained.
 """
 
 from __future__ import annotations
@@ -537,8 +537,8 @@ def test_corners_with_decimals_are_edges_unless_they_are_rare(
 
 
 def test_a_set_can_name_its_images(tmp_path: Path) -> None:
-    """Where the pictures are not near, `--train-images` helps beside `--data`, as the message
-    says.
+    """Where the pictures are not near,
+    `--train-images` helps beside `--data`, as the message says.
     """
     write_voc(tmp_path / "a" / "b" / "c" / "set" / "xml", tmp_path / "far" / "away", "train")
     with pytest.raises(UserError, match="train_0"):

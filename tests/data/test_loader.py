@@ -55,8 +55,8 @@ def annotate(root: Path, sizes: list[tuple[int, int]], rows: list[list[Row]]) ->
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory: pytest.TempPathFactory) -> Annotations:
-    """Eleven noisy pictures of different sizes; the third has no boxes, the fifth a crowd region
-    only.
+    """Eleven noisy pictures of different sizes;
+    the third has no boxes, the fifth a crowd region only.
     """
     root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     sizes = [(int(h), int(w)) for h, w in random.integers(40, 90, (11, 2))]
@@ -268,8 +268,8 @@ def test_moving(annotations: Annotations) -> None:
 
 
 def test_pinning_keeps_the_types(annotations: Annotations, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's pinning would take the named tuples apart; what it calls instead is
-    `Batch.pin_memory`.
+    """torch's pinning would take the named tuples apart;
+    what it calls instead is `Batch.pin_memory`.
     """
     dataset = DetectionDataset(annotations, AUGMENTATIONS["detr"]())
     (batch,) = build_loader(dataset, EvalSampler(len(dataset), 99))
@@ -410,8 +410,8 @@ def report_private(samples: list[Sample]) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_workers_share_the_annotations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading every annotation in a worker copies hardly any of them; as Python objects they would
-    all be copied.
+    """Reading every annotation in a worker copies hardly any of them;
+    as Python objects they would all be copied.
     """
     dataset = crowded(4000, 250)
     shared = sum(a.nbytes for a in vars(dataset).values() if isinstance(a, np.ndarray))

@@ -247,8 +247,8 @@ FRAME = (150, 200)
 
 
 def ellipses(root: Path) -> Annotations:
-    """Four black images with white ellipses, outlined by turns with polygons and run lengths, and
-    one without.
+    """Four black images with white ellipses,
+    outlined by turns with polygons and run lengths, and one without.
     """
     data = CocoSet(root)
     y, x = np.mgrid[: FRAME[0], : FRAME[1]] + 0.5
@@ -315,8 +315,8 @@ def test_mixing_draws_the_same_numbers_with_masks(tmp_path: Path, name: str) -> 
 
 
 def test_bitmaps_of_untouched_images_are_cocos(tmp_path: Path) -> None:
-    """Each is what pycocotools makes of the outline; batches pad them, and an object without a
-    pixel is dropped.
+    """Each is what pycocotools makes of the outline;
+    batches pad them, and an object without a pixel is dropped.
     """
     data = outlined(tmp_path, [STAIRS])
     data.box(1).update(segmentation=[[20.1, 9.2, 20.2, 9.2, 20.2, 9.3]])
@@ -340,8 +340,8 @@ def test_bitmaps_of_untouched_images_are_cocos(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_they_change_nothing_else(tmp_path: Path, name: str) -> None:
-    """With and without masks the same random numbers are drawn, and image, boxes and labels are the
-    same bits.
+    """With and without masks the same random numbers are drawn,
+    and image, boxes and labels are the same bits.
     """
     annotations = loaded(CocoSet(tmp_path))
     plain, masked = (
@@ -391,8 +391,8 @@ def test_pinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_boxes_at_the_border_and_slivers(tmp_path: Path) -> None:
-    """A box beyond its image is clipped, and its mask with it; what is left after a crop may be
-    very thin.
+    """A box beyond its image is clipped, and its mask with it;
+    what is left after a crop may be very thin.
     """
     beyond = [-6, 4, 18, 4, 18, 16, -6, 16]
     (mask, _) = masks_of(outlined(tmp_path / "border", [beyond], (-6, 4, 24, 12)))

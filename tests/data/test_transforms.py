@@ -235,8 +235,8 @@ def test_flips_are_their_own_inverse(case: tuple[Tensor, tuple[int, int, int, in
 
 
 def test_zoom_range() -> None:
-    """The objects' magnification is what `zoom` says; a zoomed-out image lies on the mean
-    colour.
+    """The objects' magnification is what `zoom` says;
+    a zoomed-out image lies on the mean colour.
     """
     image, boxes = painted(100, 100, (40, 40, 60, 60)), torch.tensor([[40.0, 40, 60, 60]])
     transform = train_transform("fixed", (100, 100), zoom=(0.5, 2.0), jitter=0.0)

@@ -1,5 +1,5 @@
-"""Training in a process that ends itself with SIGKILL in the middle of what it does, at the Nth of
-its moments.
+"""Training in a process that ends itself with SIGKILL in the middle of what it does,
+at the Nth of its moments.
 
 A moment is a step before or after its update, a batch of an evaluation, and each part of writing a
 file: half of it written, whole and not yet on the disk, on the disk and not yet in its place, in
@@ -32,8 +32,8 @@ TIMES = ("time", "seconds", "images_per_second")  # of a record: what no two run
 
 
 class Moments:
-    """Counts the moments of this process, and kills it in the `at`-th; or the disk is `full`
-    there.
+    """Counts the moments of this process, and kills it in the `at`-th;
+    or the disk is `full` there.
     """
 
     def __init__(self, at: int | None, told: Path, full: bool) -> None:

@@ -1,5 +1,5 @@
-"""What a training imports when it needs it: a process that is forked from one with all this saves
-four seconds.
+"""What a training imports when it needs it:
+a process that is forked from one with all this saves four seconds.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What follows from the AP of each evaluation: which weights are kept, and when a run has gone on
-for long enough.
+"""What follows from the AP of each evaluation:
+which weights are kept, and when a run has gone on for long enough.
 """
 
 from __future__ import annotations

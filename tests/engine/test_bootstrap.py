@@ -32,8 +32,8 @@ def drawn(a: Annotations, images: list[int]) -> Annotations:
 
 @pytest.fixture(scope="module")
 def evaluated() -> tuple[Annotations, dict, EvalResult]:
-    """Twelve images, in the order of their ids, as draws are; with crowd regions, and scores
-    without ties.
+    """Twelve images, in the order of their ids, as draws are;
+    with crowd regions, and scores without ties.
     """
     rng = np.random.default_rng(3)
     a = make(rng)

@@ -1,5 +1,5 @@
-"""Files that are broken, of another kind or of another run: one clear error that names the file,
-for every verb.
+"""Files that are broken, of another kind or of another run:
+one clear error that names the file, for every verb.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ TOLERANCE = 1e-9
 def make(
     rng: np.random.Generator, images: int = 12, classes: int = 4, mean_boxes: float = 4
 ) -> Annotations:
-    """Unsorted image ids with gaps, category ids with gaps, crowds, areas that are not width *
-    height, empty images.
+    """Unsorted image ids with gaps, category ids with gaps,
+    crowds, areas that are not width * height, empty images.
     """
     counts = rng.poisson(mean_boxes, images) * (rng.random(images) > 0.2)
     total = int(counts.sum())
@@ -63,8 +63,8 @@ def make(
 def detect(
     rng: np.random.Generator, a: Annotations, index: int, extra: int = 6, ties: bool = True
 ) -> Detections:
-    """Shaken copies of the ground truth, doubles and noise; scores rounded so that many are
-    equal.
+    """Shaken copies of the ground truth, doubles and noise;
+    scores rounded so that many are equal.
     """
     own = slice(a.starts[index], a.starts[index + 1])
     xywh = np.concatenate(

@@ -69,8 +69,8 @@ def free_port() -> int:
 
 
 def in_processes(function: Callable[..., None], *arguments: object, size: int = 2) -> None:
-    """Each is forked from one that has imported all this, and nothing else: torch's import takes
-    seconds.
+    """Each is forked from one that has imported all this, and nothing else:
+    torch's import takes seconds.
     """
     multiprocessing.set_forkserver_preload([f"{__package__}.preload", __name__])
     mp.start_processes(
@@ -127,8 +127,8 @@ def test_a_process_without_boxes(name: str, tmp_path: Path) -> None:
 
 
 def passes(rank: int, size: int, port: int) -> None:
-    """In each process: passes on the same input, which is another one in each process; the last
-    without the others.
+    """In each process: passes on the same input, which is another one in each process;
+    the last without the others.
     """
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)
@@ -151,8 +151,8 @@ def passes(rank: int, size: int, port: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_first_pass_of_a_process_adds_up_as_the_later_ones(size: int) -> None:
-    """DDP lays its buckets out anew after the first: a resumed run would otherwise go on with other
-    bits.
+    """DDP lays its buckets out anew after the first:
+    a resumed run would otherwise go on with other bits.
     """
     in_processes(passes, size=size)
 

@@ -1,5 +1,5 @@
-"""A run that is killed again and again ends with the same bits as one that is not. `tests/soak`
-kills it 20 times.
+"""A run that is killed again and again ends with the same bits as one that is not.
+`tests/soak` kills it 20 times.
 """
 
 from __future__ import annotations

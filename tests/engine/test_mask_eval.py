@@ -79,8 +79,8 @@ def evaluators(root: Path, parts: int = 1) -> tuple[Annotations, list[CocoEvalua
 def test_equals_pycocotools_on_the_files(
     tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data set's own file and the results file, without the boxes that pycocotools would take
-    the areas of.
+    """The data set's own file and the results file,
+    without the boxes that pycocotools would take the areas of.
     """
     monkeypatch.setattr("detrellis.engine.coco_eval.backend", lambda: backend)
     _, (evaluator,), data = evaluators(tmp_path)

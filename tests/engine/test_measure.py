@@ -60,8 +60,8 @@ def test_schemes_cost_nothing_at_inference() -> None:
     ["tiny", "detr_r50", "sam_detr_r50_smca", "sam_detr_plus_r50_smca_dn", "smca_detr_ms_r50"],
 )
 def test_multiply_adds_are_those_of_a_real_pass(name: str) -> None:
-    """On the meta device nothing is computed: each operation has to say there what it would cost
-    and return.
+    """On the meta device nothing is computed:
+    each operation has to say there what it would cost and return.
     """
     recipe = small(name).override(["data.size=[64, 96]", "data.augment=fixed"])
     # OneDNN's products go uncounted

@@ -70,8 +70,8 @@ def test_learned_boxes_move(shapes: Path, tmp_path: Path, started: list[dict[str
 def test_random_frozen_boxes_stay_as_drawn(
     shapes: Path, tmp_path: Path, started: list[dict[str, Tensor]]
 ) -> None:
-    """Neither gradients, weight decay nor averaging move them, and learning would start with the
-    same.
+    """Neither gradients, weight decay nor averaging move them,
+    and learning would start with the same.
     """
     after = train(shapes, tmp_path / "run", FROZEN)
     for before in started:

@@ -39,8 +39,8 @@ def run(data: Path, out: Path) -> TrainResult:
 
 
 def snapshot(folder: Path, to: Path) -> None:
-    """The folder as a process that is killed now leaves it. Files that are moved into place are
-    never written again.
+    """The folder as a process that is killed now leaves it.
+    Files that are moved into place are never written again.
     """
     shutil.copytree(
         folder,
@@ -75,8 +75,8 @@ def told(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_a_run_that_is_killed_while_saving_can_go_on(
     told: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    """At each moment there is a whole state, but before the first; of the torn ones two go on to
-    the same end.
+    """At each moment there is a whole state, but before the first;
+    of the torn ones two go on to the same end.
     """
     whole, moments = told
     torn, seen = [], []
@@ -128,8 +128,8 @@ def has_row(run: Path, epoch: int) -> bool:
 
 
 def test_each_epoch_writes_its_state_once(told: tuple[Path, list[Path]]) -> None:
-    """And once before the first step and after the last result: a large state takes seconds. A card
-    has the figures of its own weights or none."""
+    """And once before the first step and after the last result:
+    a large state takes seconds. A card has the figures of its own weights or none."""
     files = {
         (m / "last.state.pt").stat().st_ino: m for m in told[1] if (m / "last.state.pt").exists()
     }
@@ -151,8 +151,8 @@ def test_each_epoch_writes_its_state_once(told: tuple[Path, list[Path]]) -> None
 def test_a_run_of_before_states_held_their_card(
     told: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    """It takes that of the last weights, if they are of its own epoch; a state is moved before
-    them.
+    """It takes that of the last weights, if they are of its own epoch;
+    a state is moved before them.
     """
     late = [m for m in told[1] if has_row(m, 1) and not has_row(m, 2)]
     assert load_run(late[-2])[0]["step"] == 2 * STEPS
@@ -248,8 +248,8 @@ def follow(text: str, code: int = 0) -> str:
 def test_an_error_of_ours_costs_nothing_either(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the log, between two steps: what the steps since the last checkpoint trained is saved
-    first.
+    """In the log, between two steps:
+    what the steps since the last checkpoint trained is saved first.
     """
     log_step = RunLog.step
 
@@ -268,8 +268,8 @@ def test_an_error_of_ours_costs_nothing_either(
 def test_a_step_that_breaks_off_is_not_saved(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights may have moved where the average has not: the run goes on from the checkpoint
-    before.
+    """Weights may have moved where the average has not:
+    the run goes on from the checkpoint before.
     """
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
@@ -390,8 +390,8 @@ def test_a_second_ctrl_c_stops_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And a second SIGTERM does not: a machine that shuts down repeats it while the run is
-    saved.
+    """And a second SIGTERM does not:
+    a machine that shuts down repeats it while the run is saved.
     """
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,5 +1,5 @@
-"""FSDP2 in two processes on the CPU (gloo): the same training, each process with half of what is
-trained.
+"""FSDP2 in two processes on the CPU (gloo):
+the same training, each process with half of what is trained.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def difference(one: dict[Any, Tensor], other: dict[Any, Tensor]) -> float:
 
 
 def test_the_same_run_with_half_of_everything_in_each_process(shapes: Path, tmp_path: Path) -> None:
-    """Accumulation, clipping, averages, schemes with parameters, a stop and a resume; then one
-    process goes on.
+    """Accumulation, clipping, averages, schemes with parameters, a stop and a resume;
+    then one process goes on.
     """
     in_processes(runs, str(shapes), str(tmp_path), free_port())
     ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"

@@ -1,5 +1,5 @@
-"""A run stores mean and std of its backbone's weights, and everything that reads pictures goes by
-them.
+"""A run stores mean and std of its backbone's weights,
+and everything that reads pictures goes by them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def test_the_source_is_said_and_stored(run: tuple[Path, Path, str]) -> None:
 
 
 def test_pictures_are_read_as_in_training(run: tuple[Path, Path, str], shapes: Path) -> None:
-    """Evaluation, figures and prediction, and a run that starts from this one and names no
-    statistics.
+    """Evaluation, figures and prediction,
+    and a run that starts from this one and names no statistics.
     """
     place = run[0]
     with open_split(place, World(0, 1, torch.device("cpu")), EvalOptions(workers=0)) as opened:

@@ -1,5 +1,5 @@
-"""Trackers: what they get, that none of them stops a run, and that a resumed run goes on in the
-same one.
+"""Trackers: what they get, that none of them stops a run,
+and that a resumed run goes on in the same one.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ def test_training_without_a_validation_split(shapes: Path, tmp_path: Path) -> No
 
 
 def test_a_frozen_backbone_is_left_as_it_was(shapes: Path, tmp_path: Path) -> None:
-    """Its weights, its statistics and its average, and the optimizer keeps nothing of it; the rest
-    learns.
+    """Its weights, its statistics and its average, and the optimizer keeps nothing of it;
+    the rest learns.
     """
     settings = [*SETTINGS, "detector.backbone.frozen=all"]
     with pytest.warns(Advice, match="what is random stays random"):
@@ -184,8 +184,8 @@ def test_a_few_images_can_be_learnt_by_heart(shapes: Path, tmp_path: Path) -> No
 
 
 def test_the_optimizer_steps_are_the_recipes_batches(shapes: Path, tmp_path: Path) -> None:
-    """Accumulating halves gives the step of the whole batch, but for the normaliser: boxes are
-    counted by pass.
+    """Accumulating halves gives the step of the whole batch, but for the normaliser:
+    boxes are counted by pass.
     """
     assert find_recipe("tiny").optim.accumulate == 1
     plain, halves = (
@@ -214,8 +214,8 @@ def test_the_share_of_padding_is_recorded() -> None:
 def test_schemes_are_told_the_classes_and_how_far_the_run_is(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a threshold of 1, too, which shows images of every class but the most frequent ones more
-    often.
+    """With a threshold of 1, too,
+    which shows images of every class but the most frequent ones more often.
     """
     images: list[list[int]] = []
     done: list[float] = []

@@ -1,5 +1,5 @@
-"""Weights of one detector in another: what is copied, what is told, and a run that starts from
-another run.
+"""Weights of one detector in another:
+what is copied, what is told, and a run that starts from another run.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def printed(report: TransferReport) -> str:
 def source(
     recipe: str = "tiny", names: Sequence[str] = OLD, *settings: str, objectness: bool = False
 ) -> InitialWeights:
-    """Weights in which no number is a fresh detector's by chance: those that start at a constant
-    are drawn too.
+    """Weights in which no number is a fresh detector's by chance:
+    those that start at a constant are drawn too.
     """
     found = weights(detector(recipe, names, *settings, seed=1))
     generator = torch.Generator().manual_seed(1)
@@ -162,8 +162,8 @@ def test_a_sigmoid_detector_leaves_no_object_behind_and_cannot_give_it() -> None
 
 
 def test_objectness_stays_in_row_0_and_goes_nowhere_else() -> None:
-    """Old class 0 is new class 2, and old class 3 is new class 0: neither may disturb, or take, row
-    0.
+    """Old class 0 is new class 2, and old class 3 is new class 0:
+    neither may disturb, or take, row 0.
     """
     recipe = "deformable-detr-r50-two-stage"
     model, start = detector(recipe, NEW), source(recipe, objectness=True)
@@ -331,8 +331,8 @@ def first(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures; "triangle" (id 4) is gone, "square" has another name, and "star" comes
-    first.
+    """The same pictures; "triangle" (id 4) is gone,
+    "square" has another name, and "star" comes first.
     """
     out = tmp_path_factory.mktemp("other") / "data"
     shutil.copytree(shapes, out)
@@ -426,8 +426,8 @@ def test_a_recipe_and_its_settings_apply_beside_the_weights(
 def test_one_group_starts_many_and_many_leave_one(
     first: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Group DETR, 1 -> K -> 1: further proposal heads begin as the trained one, and no weights file
-    holds them.
+    """Group DETR, 1 -> K -> 1: further proposal heads begin as the trained one,
+    and no weights file holds them.
     """
     heads: list[dict[str, Tensor]] = []
     train_step = TrainRun.train_step

@@ -104,8 +104,8 @@ def test_a_run_stopped_on_either_side_continues_bit_for_bit(
 
 
 def in_each(rank: int, size: int, port: int, data: str, out: str) -> None:
-    """In each process: a whole run, whose weights are compared with the other's after each
-    epoch.
+    """In each process: a whole run,
+    whose weights are compared with the other's after each epoch.
     """
     os.environ |= environment(rank, size, port)
     torch.set_num_threads(1)

@@ -1,5 +1,5 @@
-"""VOC's metric against its development kit's rules, written down box by box in whole pixels and
-exact fractions.
+"""VOC's metric against its development kit's rules,
+written down box by box in whole pixels and exact fractions.
 """
 
 from __future__ import annotations
@@ -309,8 +309,8 @@ def test_the_report_takes_names_literally_and_tells_what_was_left_out() -> None:
 
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
-    """A folder a split; the second of each first image's objects is difficult, and training has a
-    bad one before it.
+    """A folder a split; the second of each first image's objects is difficult,
+    and training has a bad one before it.
     """
     for split, folder in (("train", "train"), ("val", "valid")):
         write_voc(tmp_path / "voc" / folder, tmp_path / "voc" / folder, split)

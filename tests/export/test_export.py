@@ -1,5 +1,5 @@
-"""Every family as an ONNX file: the same outputs for any number of pictures, no trace of a training
-scheme.
+"""Every family as an ONNX file:
+the same outputs for any number of pictures, no trace of a training scheme.
 """
 
 from __future__ import annotations

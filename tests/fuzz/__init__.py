@@ -1,3 +1,3 @@
-"""Broken inputs, made by seeds: annotations, images, checkpoints, overrides. `tests/soak` tries
-many, CI a few.
+"""Broken inputs, made by seeds: annotations, images, checkpoints, overrides.
+`tests/soak` tries many, CI a few.
 """

@@ -190,8 +190,8 @@ def spoilt(seed: int, folder: Path) -> Path:
 
 
 def attempt(seed: int, folder: Path) -> None:
-    """`check`, with its report for people and programs, `train`'s reading, and the clean copy of a
-    spoilt data set.
+    """`check`, with its report for people and programs,
+    `train`'s reading, and the clean copy of a spoilt data set.
     """
     root = spoilt(seed, folder)
     try:

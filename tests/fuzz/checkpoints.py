@@ -1,5 +1,5 @@
-"""Checkpoints of every kind, spoilt: ours, states of runs, folders of transformers, `.pth` and
-`.pkl`.
+"""Checkpoints of every kind, spoilt:
+ours, states of runs, folders of transformers, `.pth` and `.pkl`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Trying seeds in a process of its own, which may die, hang or run out of memory without taking the
-tests with it.
+"""Trying seeds in a process of its own, which may die,
+hang or run out of memory without taking the tests with it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def failures(attempt: Try, seeds: Iterable[int], folder: Path) -> dict[int, str]
 
 
 def _round(attempt: Try, seeds: Sequence[int], folder: Path) -> tuple[int, dict[int, str]]:
-    """How many of the seeds one process got through, one that killed it included, and what went
-    wrong.
+    """How many of the seeds one process got through,
+    one that killed it included, and what went wrong.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)

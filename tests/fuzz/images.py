@@ -1,5 +1,5 @@
-"""Image files of every encoding, whole and spoilt; and what must hold of whatever becomes of
-them.
+"""Image files of every encoding, whole and spoilt;
+and what must hold of whatever becomes of them.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def whole(name: str) -> bytes:
 
 
 def spoilt(seed: int) -> bytes:
-    """A file of the seed's encoding with bytes changed or gone, other sizes declared, or chunks
-    added.
+    """A file of the seed's encoding with bytes changed or gone,
+    other sizes declared, or chunks added.
     """
     random = np.random.default_rng(seed)
     data = whole(list(ENCODINGS)[seed % len(ENCODINGS)])
@@ -132,8 +132,8 @@ def _header_flipped(random: Random, data: bytes) -> bytes:
 
 
 def _resized(random: Random, data: bytes) -> bytes:
-    """Another width or height wherever one seems to be declared; the checksum of a PNG's header set
-    right.
+    """Another width or height wherever one seems to be declared;
+    the checksum of a PNG's header set right.
     """
     for side in (WIDTH, HEIGHT, WIDTH - 1, HEIGHT - 1):
         claimed = pick(random, SIDES)
@@ -153,8 +153,8 @@ def _cut(random: Random, data: bytes) -> bytes:
 
 
 def _chunked(random: Random, data: bytes) -> bytes:
-    """A PNG with a text that is a bomb, or a profile that is none; others get bytes in the
-    middle.
+    """A PNG with a text that is a bomb, or a profile that is none;
+    others get bytes in the middle.
     """
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         at = int(random.integers(len(data) + 1))

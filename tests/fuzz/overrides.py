@@ -1,5 +1,5 @@
-"""`-o` with whatever a hand or a script may write, and stored recipes with anything in the place of
-anything.
+"""`-o` with whatever a hand or a script may write,
+and stored recipes with anything in the place of anything.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def _plain_numbers(data: Any) -> bool:
 
 
 def attempt(seed: int, folder: Path) -> None:
-    """A recipe with other values, or one that was stored and spoilt, is refused in a few words, or
-    can be built.
+    """A recipe with other values, or one that was stored and spoilt,
+    is refused in a few words, or can be built.
     """
     random = np.random.default_rng(seed)
     try:

@@ -1,5 +1,5 @@
-"""Some of the broken inputs that `tests/soak/test_fuzz.py` tries by the thousand; and what it
-found, once each.
+"""Some of the broken inputs that `tests/soak/test_fuzz.py` tries by the thousand;
+and what it found, once each.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def test_a_few_of_many(attempt: Try, seeds: Sequence[int], tmp_path: Path) -> No
 
 
 def test_the_harness_notices(tmp_path: Path) -> None:
-    """A traceback, a process that dies, and one that is killed from outside or runs out of
-    memory.
+    """A traceback, a process that dies,
+    and one that is killed from outside or runs out of memory.
     """
 
     def bad(seed: int, folder: Path) -> None:

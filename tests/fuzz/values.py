@@ -113,8 +113,8 @@ def pick(random: Random, options: Any) -> Any:
 
 
 def spoil_value(random: Random, value: Any) -> Any:
-    """The nest of JSON values with one place changed: another type, a doubled, missing or foreign
-    entry.
+    """The nest of JSON values with one place changed:
+    another type, a doubled, missing or foreign entry.
     """
     value = copy.deepcopy(value)
     holder, key = pick(random, _places(value))
@@ -165,8 +165,8 @@ def spoil_text(random: Random, text: str) -> str:
 
 
 def spoil_bytes(random: Random, data: bytes) -> bytes:
-    """The bytes cut off, with some changed, doubled or gone, or in another clothing: an archive,
-    another encoding.
+    """The bytes cut off, with some changed, doubled or gone, or in another clothing:
+    an archive, another encoding.
     """
     way = int(random.integers(10))
     at = int(random.integers(len(data) + 1))
@@ -218,8 +218,8 @@ def spoil_file(random: Random, path: Path) -> None:
 
 
 def _replace(random: Random, path: Path) -> None:
-    """Something else at the place of a file: a folder, a link to nowhere or itself, another name,
-    nothing, a pipe.
+    """Something else at the place of a file:
+    a folder, a link to nowhere or itself, another name, nothing, a pipe.
     """
     way = int(random.integers(8))
     others = sorted(p for p in path.parent.iterdir() if p.is_file() and p != path)

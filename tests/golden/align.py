@@ -1,5 +1,5 @@
-"""Checks of Align-DETR, of the losses and matchers that it is compared with, and of hybrid
-matching.
+"""Checks of Align-DETR, of the losses and matchers that it is compared with,
+and of hybrid matching.
 
 Prefixes of the recorded outputs: `paper_` the paper's formulas, `rec_` with the quality's floor,
 `iabce64_` the first version's loss, `off_` the released codes in float32, whose epsilons and
@@ -128,8 +128,8 @@ def check_align_denoising(a: Arrays) -> None:
 
 
 def _tolerances(a: Arrays, variant: str) -> dict[str, float]:
-    """Relative ones of losses and gradients, and of how far the released code's float32 strays in
-    this file.
+    """Relative ones of losses and gradients,
+    and of how far the released code's float32 strays in this file.
     """
     if variant != "off":
         return {"loss": 1e-9, "grad": 1e-9, "atol": 1e-12}

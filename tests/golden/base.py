@@ -1,5 +1,5 @@
-"""Checks of the parts of base detectors: attention, encodings, boxes, losses, post-processing,
-denoising.
+"""Checks of the parts of base detectors:
+attention, encodings, boxes, losses, post-processing, denoising.
 """
 
 from __future__ import annotations
@@ -246,8 +246,8 @@ def check_dn(a: Arrays) -> None:
 
 
 def check_mask(blocked: Tensor, slots: int, groups: int) -> None:
-    """The file's mask says what our segments say: a group sees itself and the main queries, which
-    see no group.
+    """The file's mask says what our segments say:
+    a group sees itself and the main queries, which see no group.
     """
     group = torch.arange(slots) // max(slots // groups, 1)
     expected = torch.zeros_like(blocked)

@@ -89,8 +89,8 @@ def levels_of(a: Arrays) -> tuple[int, ...]:
 
 
 def strides_at(points: Tensor, counts: Sequence[int]) -> tuple[int, ...]:
-    """The strides of levels with so many points, the first of which lies half a stride from the
-    corner.
+    """The strides of levels with so many points,
+    the first of which lies half a stride from the corner.
     """
     return tuple(int(2 * own[0, 0]) for own in points.split(list(counts)))
 
@@ -162,8 +162,8 @@ def near_class_levels(
 def check_head(
     a: Arrays, branch: type[ATSS | RetinaNet | FCOS | GFL | PAA], quality: str | None = None
 ) -> None:
-    """Losses and gradients. The reference's FCOS learns from padding too, ours not: here nothing is
-    padding.
+    """Losses and gradients. The reference's FCOS learns from padding too, ours not:
+    here nothing is padding.
     """
     head = branch(32, a.number("num_classes"), len(levels_of(a)))
     for case, scene in scenes(a, whole=branch is FCOS):
@@ -193,8 +193,8 @@ def check_atss(a: Arrays) -> None:
 
 
 def check_retina_l1(a: Arrays) -> None:
-    """RetinaNet with L1 on deltas, which we do not offer: its classes, and the deltas that it would
-    learn.
+    """RetinaNet with L1 on deltas, which we do not offer:
+    its classes, and the deltas that it would learn.
     """
     coder = Deltas()
     for case, scene in scenes(a):

@@ -1,5 +1,5 @@
-"""Checks of the auxiliary R-CNN of Co-DETR: its assignment, its proposals' losses, its regions and
-its own losses.
+"""Checks of the auxiliary R-CNN of Co-DETR:
+its assignment, its proposals' losses, its regions and its own losses.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def own_best(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def check_rpn(a: Arrays) -> None:
-    """Where the reference draws at random, this takes the first. In float32: overlaps are exactly
-    equal there.
+    """Where the reference draws at random, this takes the first.
+    In float32: overlaps are exactly equal there.
     """
     strides = levels_of(a)
     levels = len(strides)

@@ -1,5 +1,5 @@
-"""D-FINE: distributions, their losses, and whole models, against the authors' code and
-transformers.
+"""D-FINE: distributions, their losses, and whole models,
+against the authors' code and transformers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def close_relative(actual: Tensor, expected: Tensor, what: str) -> None:
 def check_bins(
     values: Tensor, left: Tensor, right_weight: Tensor, left_weight: Tensor, bins: Tensor
 ) -> None:
-    """The authors put what lies beyond the last bin a little before it, and give the right bin all
-    weight.
+    """The authors put what lies beyond the last bin a little before it,
+    and give the right bin all weight.
     """
     found, nearness = bins_beside(values, bins)
     assert torch.equal(found, left.long())
@@ -105,8 +105,8 @@ def pairs_of(a: Arrays, targets: Targets) -> Assignment:
 
 
 def check_model(a: Arrays) -> None:
-    """A whole tiny model from the pictures to the gradients; its loss is the authors', with the
-    union of matches.
+    """A whole tiny model from the pictures to the gradients;
+    its loss is the authors', with the union of matches.
     """
     model, links = load(a)
     maps = model.backbone(a["pixel_values"])

@@ -1,5 +1,5 @@
-"""Checks of Group DETR: groups together equal groups alone, matching and loss by group, denoising
-beside them.
+"""Checks of Group DETR: groups together equal groups alone,
+matching and loss by group, denoising beside them.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def check_distances(a: Arrays) -> None:
 
 
 def check_denoising_mask(a: Arrays) -> None:
-    """[denoising | group 0 | the other groups] through our self-attention, which takes no such
-    mask.
+    """[denoising | group 0 | the other groups] through our self-attention,
+    which takes no such mask.
     """
     cases = sorted({k.split("_")[0] for k in a.data})
     for case in cases:

@@ -56,8 +56,8 @@ def check_mmdet(a: Arrays) -> None:
 
 
 def check_copy_paste(a: Arrays) -> None:
-    """Given objects on a picture. Those that the reference keeps though nothing of them is seen are
-    not compared.
+    """Given objects on a picture.
+    Those that the reference keeps though nothing of them is seen are not compared.
     """
     for case in range(a.count(r"c\d+_chosen")):
         chosen = a[f"c{case}_chosen"]

@@ -103,8 +103,8 @@ LOSSES = {
 
 
 def check_federated(a: Arrays) -> None:
-    """In each case three losses over a given sample of classes, and how often classes are drawn in
-    many.
+    """In each case three losses over a given sample of classes,
+    and how often classes are drawn in many.
     """
     for case in range(a.count(r"c\d+_num")):
         targets = {

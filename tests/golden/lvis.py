@@ -19,8 +19,8 @@ from .arrays import Arrays
 
 
 def check_lvis_eval(a: Arrays) -> None:
-    """The file's ground truth read as a data set; boxes with 300 and 1000 detections, each class's
-    AP, and masks.
+    """The file's ground truth read as a data set;
+    boxes with 300 and 1000 detections, each class's AP, and masks.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "gt.json")

@@ -24,8 +24,8 @@ TERMS = {"class": "ce", "box": "bbox", "giou": "giou"}
 
 
 def check_model(a: Arrays) -> None:
-    """Maps, one group's output as at inference, and with all groups outputs, matches, losses and
-    gradients.
+    """Maps, one group's output as at inference,
+    and with all groups outputs, matches, losses and gradients.
     """
     model, links = load(a)
     images = ImageBatch(a["pixel_values"], ~a["pixel_mask"].bool())

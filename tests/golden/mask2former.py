@@ -1,5 +1,5 @@
-"""Checks of Mask2Former and of Group DETR on it: whole models, matching, losses at recorded points,
-gradients.
+"""Checks of Mask2Former and of Group DETR on it:
+whole models, matching, losses at recorded points, gradients.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def images_of(a: Arrays) -> ImageBatch:
 
 
 def check_model(a: Arrays) -> None:
-    """A whole model from the backbone's maps on: maps, outputs, what each query may read, loss and
-    gradients.
+    """A whole model from the backbone's maps on:
+    maps, outputs, what each query may read, loss and gradients.
     """
     model, config, links = detector_of(a)
     load(model, config, links, a.group("p/"))

@@ -1,5 +1,5 @@
-"""Checks of Mask DINO: whole models with their proposals, denoising, costs, losses at recorded
-points, gradients.
+"""Checks of Mask DINO: whole models with their proposals,
+denoising, costs, losses at recorded points, gradients.
 """
 
 from __future__ import annotations

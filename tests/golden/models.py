@@ -64,8 +64,8 @@ def dino_config(c: dict[str, int], levels: int) -> DetectorConfig:
 
 
 def dino_memory(a: Arrays, levels: int, embed: Tensor) -> Memory:
-    """The reference's inputs as a memory before the encoder; the level embedding is part of its
-    transformer.
+    """The reference's inputs as a memory before the encoder;
+    the level embedding is part of its transformer.
     """
     maps = [a[f"src{i}"] for i in range(levels)]
     masks = [a[f"mask{i}"].bool() for i in range(levels)]

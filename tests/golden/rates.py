@@ -10,8 +10,8 @@ from .arrays import Arrays
 
 
 def check_layer_decay(a: Arrays) -> None:
-    """Of a ViT. Its rule for weight decay, none for biases and 1-D parameters, is not ours, and is
-    not compared.
+    """Of a ViT. Its rule for weight decay,
+    none for biases and 1-D parameters, is not ours, and is not compared.
     """
     names = [str(name) for name in a.data["names"]]
     factors = layer_factors(names, float(a["rate"]))

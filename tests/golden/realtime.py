@@ -1,5 +1,5 @@
-"""Checks of whole real-time detectors, tiny, from the pictures to the gradients: RT-DETR and
-RT-DETRv2.
+"""Checks of whole real-time detectors, tiny, from the pictures to the gradients:
+RT-DETR and RT-DETRv2.
 """
 
 from __future__ import annotations

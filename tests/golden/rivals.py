@@ -68,8 +68,8 @@ def check_rank(a: Arrays) -> None:
 
 
 def check_class_losses(a: Arrays) -> None:
-    """VFL as real-time DETRs have it, IA-BCE, and MAL with several exponents and weights, on one
-    matching.
+    """VFL as real-time DETRs have it, IA-BCE,
+    and MAL with several exponents and weights, on one matching.
     """
     targets = a.targets()
     matches = [a[f"match{b}"] for b in range(len(targets.sizes))]

@@ -1,5 +1,5 @@
-"""Every golden vector, dispatched by folder and file name: a new file of a known kind needs no new
-code.
+"""Every golden vector, dispatched by folder and file name:
+a new file of a known kind needs no new code.
 
 The files are read from `$DETRELLIS_GOLDEN` (default: `../shared/golden` beside the repository),
 from `$DETRELLIS_GOLDEN_NEW` (`../shared/golden_new`: also of parts that are not built yet, which

@@ -1,5 +1,5 @@
-"""Co-DETR's checkpoints of Co-DINO on EVA-02's ViT-L: tensors with the names and shapes of its
-code.
+"""Co-DETR's checkpoints of Co-DINO on EVA-02's ViT-L:
+tensors with the names and shapes of its code.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def vit(s: Sizes) -> Shapes:
 
 
 def pyramid(s: Sizes) -> Shapes:
-    """Convolutions, by their place in each level's sequence: outputs, inputs, kernel; a norm
-    follows each.
+    """Convolutions, by their place in each level's sequence:
+    outputs, inputs, kernel; a norm follows each.
     """
     d, w = s.channels, s.width
     levels = {

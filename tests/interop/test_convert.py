@@ -1,5 +1,5 @@
-"""`convert`, and that a converted checkpoint predicts what transformers predicts, on real pictures
-where there are.
+"""`convert`, and that a converted checkpoint predicts what transformers predicts,
+on real pictures where there are.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PROCESSORS = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Real ones, with those whose long side meets its limit; where the set is missing, thin
-    synthetic ones.
+    """Real ones, with those whose long side meets its limit;
+    where the set is missing, thin synthetic ones.
     """
     found = sorted(COCO128.glob("*.jpg"))
     if found:
@@ -107,8 +107,8 @@ def test_predictions_equal_those_of_transformers(
 
 
 def test_to_theirs_and_back(shapes: Path, tmp_path: Path) -> None:
-    """A run of ours, as transformers reads it, and read again: the same weights, classes and
-    picture size.
+    """A run of ours, as transformers reads it, and read again:
+    the same weights, classes and picture size.
     """
     options = ["data.size=[64, 64]", "optim.batch_size=4"]
     out = tmp_path / "run"

@@ -1,5 +1,5 @@
-"""D-FINE's checkpoints: random models of transformers to ours and back, and files with its authors'
-names.
+"""D-FINE's checkpoints: random models of transformers to ours and back,
+and files with its authors' names.
 """
 
 from __future__ import annotations

@@ -203,8 +203,8 @@ TRAINING = """
 
 @pytest.mark.parametrize("name", ["Detr", "ConditionalDetr", "DabDetr", "DeformableDetr"])
 def test_every_field_of_a_configuration_is_known(name: str) -> None:
-    """A newer transformers with another field fails here: it has to be read, refused, or of
-    training alone.
+    """A newer transformers with another field fails here:
+    it has to be read, refused, or of training alone.
     """
     config = getattr(transformers, f"{name}Config")
     common = set(transformers.PreTrainedConfig().to_dict())
@@ -233,8 +233,8 @@ def test_equal_in_double_precision(kind: str, tmp_path: Path) -> None:
 
 
 def test_distinct_class_heads_stay_distinct(tmp_path: Path) -> None:
-    """With box refinement transformers ties the class heads of all layers, unless the file holds
-    each of them.
+    """With box refinement transformers ties the class heads of all layers,
+    unless the file holds each of them.
     """
     recipe = with_own_backbone("deformable_detr_r50_refine")
     compare_with_theirs(recipe, tmp_path)
@@ -294,8 +294,8 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_auxiliary_losses_do_not_change_predictions(tmp_path: Path) -> None:
-    """transformers feeds normed states to the next layer then; the reference, and every published
-    weight, does not.
+    """transformers feeds normed states to the next layer then;
+    the reference, and every published weight, does not.
     """
     theirs = make("detr", "small", "native")
     theirs.save_pretrained(tmp_path)
@@ -421,8 +421,8 @@ def test_the_hub_is_asked_for_by_name(saved: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_empty_proposals_compete_as_in_transformers(tmp_path: Path) -> None:
-    """Where the head ranks an empty memory first, theirs selects tokens that can propose nothing:
-    so has ours to.
+    """Where the head ranks an empty memory first,
+    theirs selects tokens that can propose nothing: so has ours to.
     """
     theirs = make("deformable two-stage", "small", "native")
     with torch.no_grad():
@@ -442,8 +442,8 @@ def test_empty_proposals_compete_as_in_transformers(tmp_path: Path) -> None:
 
 
 def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
-    """Without box refinement one head serves all layers; a file whose layers differ belongs to
-    another model.
+    """Without box refinement one head serves all layers;
+    a file whose layers differ belongs to another model.
     """
     theirs = make("deformable", "small", "native")
     theirs.config.save_pretrained(tmp_path)

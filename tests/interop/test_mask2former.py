@@ -1,5 +1,5 @@
-"""Mask2Former's checkpoints: of transformers in and out, and of its own code, whose pickles are not
-trusted.
+"""Mask2Former's checkpoints:
+of transformers in and out, and of its own code, whose pickles are not trusted.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Files with the names of RT-DETR's, RT-DETRv2's, LW-DETR's and RF-DETR's authors, of random
-weights.
+"""Files with the names of RT-DETR's, RT-DETRv2's,
+LW-DETR's and RF-DETR's authors, of random weights.
 """
 
 from __future__ import annotations

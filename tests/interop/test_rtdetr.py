@@ -1,5 +1,5 @@
-"""Random RT-DETRs of transformers to ours and back: equal boxes of a picture, through either's own
-preprocessing.
+"""Random RT-DETRs of transformers to ours and back:
+equal boxes of a picture, through either's own preprocessing.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def their_detections(
 
 
 def check_detections(ours: Prediction, scores: Tensor, labels: Tensor, boxes: Tensor) -> None:
-    """Equal up to 1e-4 of the picture, in whatever order: scores of random weights are nearly
-    equal.
+    """Equal up to 1e-4 of the picture, in whatever order:
+    scores of random weights are nearly equal.
     """
     # Where ours end
     inside = boxes.clamp(min=0).minimum(torch.tensor([407.0, 301.0, 407.0, 301.0]))

@@ -53,8 +53,8 @@ def test_equals_masked_attention(segments: tuple[Segment, ...]) -> None:
 
 
 def test_no_mask_over_all_queries_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folding is what makes groups linear: the masks that exist have the rows of a block that sees
-    others only.
+    """Folding is what makes groups linear:
+    the masks that exist have the rows of a block that sees others only.
     """
     shapes: list[tuple[int, ...]] = []
     attend = F.scaled_dot_product_attention

@@ -115,8 +115,8 @@ def test_branches_are_dropped_at_the_rate_asked_for(rate: float) -> None:
     ],
 )
 def test_what_is_frozen_stays(name: str, frozen: int | str, still: tuple[str, ...]) -> None:
-    """No gradients and no statistics, also after `train`; and the network that infers is the
-    same.
+    """No gradients and no statistics, also after `train`;
+    and the network that infers is the same.
     """
     torch.manual_seed(0)
     backbone = build_backbone(config(name, frozen=frozen))

@@ -29,8 +29,8 @@ def for_bags() -> None:
 
 
 def for_bench() -> None:
-    """`detrellis bench --compile`; parts are compiled at their first call, which there is none of
-    here.
+    """`detrellis bench --compile`;
+    parts are compiled at their first call, which there is none of here.
     """
     part = nn.Identity()
     detector = SimpleNamespace(backbone=part, neck=part, encoder=part, queries=part, decoder=part)

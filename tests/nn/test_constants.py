@@ -77,8 +77,8 @@ def replace(norm: FrozenNorm) -> None:
 
 @pytest.mark.parametrize("change", [write, load, replace, FrozenNorm.double])
 def test_a_frozen_norm_follows_its_buffers(change: Callable[[FrozenNorm], object]) -> None:
-    """It has the bits of torchvision's, also after its buffers have changed, and in a copy whose
-    own have.
+    """It has the bits of torchvision's,
+    also after its buffers have changed, and in a copy whose own have.
     """
     norm, maps = FrozenNorm(8), torch.randn(2, 8, 3, 5)
     for buffer in norm.buffers():

@@ -1,5 +1,5 @@
-"""Queries that are held to be distinct from layer to layer, against one image at a time, without
-any mask.
+"""Queries that are held to be distinct from layer to layer,
+against one image at a time, without any mask.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ON = (
 
 
 def model_of(name: str, *schemes: str) -> tuple[TrainableDetector, Step]:
-    """A detector in float64 whose boxes move, and overlap, from layer to layer, and a step of
-    it.
+    """A detector in float64 whose boxes move,
+    and overlap, from layer to layer, and a step of it.
     """
     model = build(small(name, ["none", *schemes]).override(list(ON)), CLASSES).double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -78,8 +78,8 @@ def row(memory: Memory, i: int) -> Memory:
 def naive(
     decoder: Decoder, queries: Queries, memory: Memory
 ) -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
-    """Logits and boxes of each layer for the queries `(1, N, ...)` of one image, and which of them
-    each layer keeps.
+    """Logits and boxes of each layer for the queries `(1, N, ...)` of one image,
+    and which of them each layer keeps.
 
     The kept ones run as if the others did not exist, and each of the others as if it were the only
     one of them.

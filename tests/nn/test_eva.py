@@ -1,5 +1,5 @@
-"""EVA-02's ViT as a backbone: sizes, windows, checkpointing, and the names of pretrained
-weights.
+"""EVA-02's ViT as a backbone:
+sizes, windows, checkpointing, and the names of pretrained weights.
 """
 
 from __future__ import annotations

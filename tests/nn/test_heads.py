@@ -1,5 +1,5 @@
-"""The IoU branch: learned where there are positives, part of the score at inference, in every base
-with sigmoids.
+"""The IoU branch: learned where there are positives,
+part of the score at inference, in every base with sigmoids.
 """
 
 from __future__ import annotations

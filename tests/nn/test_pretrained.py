@@ -1,5 +1,5 @@
-"""Pretrained weights of a backbone: where they come from, whether they fit, and what is said where
-there are none.
+"""Pretrained weights of a backbone:
+where they come from, whether they fit, and what is said where there are none.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Gaussian priors against the formula cell by cell, and attention to one map or to one level of
-several.
+"""Gaussian priors against the formula cell by cell,
+and attention to one map or to one level of several.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ def test_priors_stay_float32_under_autocast() -> None:
 
 
 def test_keys_that_heads_share_are_never_expanded() -> None:
-    """What the backward pass keeps has the queries' heads or the keys' tokens, never both at the
-    keys' width.
+    """What the backward pass keeps has the queries' heads or the keys' tokens,
+    never both at the keys' width.
     """
     q, k, v = (t.requires_grad_() for t in attention_inputs(1, width=64))
     saved: list[Tensor] = []

@@ -19,8 +19,8 @@ def rows(count: int, seed: int) -> torch.Tensor:
 
 
 def test_each_block_gets_a_bias_of_its_own_that_attention_adds() -> None:
-    """As a square bias over all queries, with nothing where two do not see each other, would
-    give.
+    """As a square bias over all queries,
+    with nothing where two do not see each other, would give.
     """
     torch.manual_seed(0)
     relation, boxes = PositionRelation(4), (rows(18, 0), rows(18, 1))

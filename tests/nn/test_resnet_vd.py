@@ -1,5 +1,5 @@
-"""ResNet-vd against timm's ResNet-D, which has the same tensors but for the first shortcut of the
-smaller two.
+"""ResNet-vd against timm's ResNet-D,
+which has the same tensors but for the first shortcut of the smaller two.
 """
 
 from __future__ import annotations

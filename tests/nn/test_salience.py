@@ -1,5 +1,5 @@
-"""The encoder that refines the salient tokens alone: what it chooses, and what it leaves as it
-is.
+"""The encoder that refines the salient tokens alone:
+what it chooses, and what it leaves as it is.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def test_what_the_last_layer_does_not_refine_gets_the_background() -> None:
 
 
 def test_neighbouring_cells_of_a_level_overlap() -> None:
-    """Of a map of 4x6 and one of 2x3 cells: (0, 1) and (1, 1) are near (0, 0); the other level's
-    first cell is not.
+    """Of a map of 4x6 and one of 2x3 cells:
+    (0, 1) and (1, 1) are near (0, 0); the other level's first cell is not.
     """
     tokens = torch.tensor([0, 1, 7, 2, 24])
     boxes = cell_boxes(memory(padded=False))[:, tokens]

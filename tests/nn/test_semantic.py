@@ -1,5 +1,5 @@
-"""Semantic alignment: where the points lie, what is sampled there, every ablation, and where its
-reading ends.
+"""Semantic alignment: where the points lie,
+what is sampled there, every ablation, and where its reading ends.
 """
 
 from __future__ import annotations
@@ -336,8 +336,8 @@ def test_a_wide_map_keeps_its_columns_under_autocast() -> None:
 
 
 def test_points_stay_float32_under_autocast() -> None:
-    """In bf16 a point would be one of 256 places. What is read there, from a map in bf16, says
-    where it was read.
+    """In bf16 a point would be one of 256 places.
+    What is read there, from a map in bf16, says where it was read.
     """
     torch.manual_seed(0)
     tokens = torch.arange(251.0).repeat(3)[None, :, None].expand(-1, -1, WIDTH)

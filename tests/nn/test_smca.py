@@ -1,5 +1,5 @@
-"""SMCA's parts: where queries look, attention under priors on several levels, and self-attention
-within each level.
+"""SMCA's parts: where queries look,
+attention under priors on several levels, and self-attention within each level.
 """
 
 from __future__ import annotations

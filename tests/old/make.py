@@ -1,5 +1,5 @@
-"""Writes what the present version leaves on disk into one archive: `python -m tests.old.make`, once
-for each release.
+"""Writes what the present version leaves on disk into one archive:
+`python -m tests.old.make`, once for each release.
 
 `tests/old/VERSION.tar.xz` then stays as it is. It holds a run that was stopped (state, weights,
 log), weights of other networks, all recipes as cards hold them, and what the weights predict.

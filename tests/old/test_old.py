@@ -53,8 +53,8 @@ def test_recipes_are_read_and_are_the_same(written: Path) -> None:
 
 
 def lost(stored: Any, now: Any, where: str = "") -> list[str]:
-    """The fields of a stored recipe that have another value now, or are gone; new ones may have
-    come.
+    """The fields of a stored recipe that have another value now, or are gone;
+    new ones may have come.
     """
     if not isinstance(stored, dict):
         return [] if stored == now else [f"{where}: {stored} was stored, and is {now}"]

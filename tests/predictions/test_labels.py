@@ -1,5 +1,5 @@
-"""`predict --format` and `--crops`: what the readers of data sets, and labelling tools, read of the
-files.
+"""`predict --format` and `--crops`:
+what the readers of data sets, and labelling tools, read of the files.
 """
 
 from __future__ import annotations

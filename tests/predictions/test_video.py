@@ -1,5 +1,5 @@
-"""Videos, made here and broken here: what is detected in them, what is written, and what is said of
-broken ones.
+"""Videos, made here and broken here:
+what is detected in them, what is written, and what is said of broken ones.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What was stored before the recipes' fields moved still loads: files of format 1, as the code of
-then wrote them.
+"""What was stored before the recipes' fields moved still loads:
+files of format 1, as the code of then wrote them.
 
 `data/format1.tar.xz` holds, written with that code at seed 3 on five classes of
 `write_shapes(train=4, val=2, size=(64, 64))`, on a frozen `test_resnet` whose large tensors are
@@ -235,8 +235,8 @@ def test_values_that_are_not_the_default_stay(recipes: dict[str, Any], name: str
 
 
 def test_names_of_format_2_are_read() -> None:
-    """`format2.json`: the `model_dump(mode="json")` of this recipe, as the code of then wrote
-    it.
+    """`format2.json`: the `model_dump(mode="json")` of this recipe,
+    as the code of then wrote it.
     """
     stored = json.loads((Path(__file__).parent / "data" / "format2.json").read_text())
     changes = [
@@ -278,8 +278,8 @@ def test_what_this_version_stores_it_reads_as_it_is() -> None:
 
 
 def test_older_runs_keep_the_statistics_that_they_were_trained_with(stored: Path) -> None:
-    """ImageNet's, whatever the backbone: `test_resnet`, which `sam` has, is given other ones by
-    timm.
+    """ImageNet's, whatever the backbone:
+    `test_resnet`, which `sam` has, is given other ones by timm.
     """
     card = load_weights(stored / "sam")[1]
     assert card.recipe.detector.backbone.name == "test_resnet"

@@ -1,5 +1,5 @@
-"""Every kind of network with every scheme and class loss: it builds, or the refusal names both
-sides and what helps.
+"""Every kind of network with every scheme and class loss:
+it builds, or the refusal names both sides and what helps.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The papers' tables: every row says what was published and where, and every run can be built and
-trained.
+"""The papers' tables: every row says what was published and where,
+and every run can be built and trained.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Every field of a recipe with every kind of nonsense: it builds, or there is one clear error that
-names the field.
+"""Every field of a recipe with every kind of nonsense:
+it builds, or there is one clear error that names the field.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ NONSENSE: tuple[Any, ...] = (
 
 
 def fields(config: type[Config], prefix: str = "", kind: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted names of all fields, and what `kind` they belong to, where they belong to one of
-    several.
+    """The dotted names of all fields, and what `kind` they belong to,
+    where they belong to one of several.
     """
     for name, field in config.model_fields.items():
         kinds = configs_of(field.annotation)

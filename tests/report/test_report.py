@@ -1,5 +1,5 @@
-"""The error analysis, of detections whose errors are known; its page; and the thresholds that
-predicting takes.
+"""The error analysis, of detections whose errors are known;
+its page; and the thresholds that predicting takes.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def annotations(folder: Path, images: int = 20) -> Annotations:
 
 
 def detected(truth: Annotations, shown: Annotations) -> CocoEvaluator:
-    """A good detector's detections of `truth`, against what `shown` says: shaky boxes, weak false
-    alarms beside.
+    """A good detector's detections of `truth`, against what `shown` says:
+    shaky boxes, weak false alarms beside.
     """
     rng = np.random.default_rng(1)
     evaluator = CocoEvaluator(shown)

@@ -118,8 +118,8 @@ def test_one_to_many_losses_are_the_base_s_with_other_pairs() -> None:
 
 
 def test_ms_learns_what_queries_read_before_they_are_told_apart() -> None:
-    """With blocks that change nothing and targets' classes once, its output is the heads' of that
-    stream.
+    """With blocks that change nothing and targets' classes once,
+    its output is the heads' of that stream.
     """
     model = build(small("ms_deformable_detr_r50"), CLASSES, seed=0).eval()
     decoder = model.detector.decoder

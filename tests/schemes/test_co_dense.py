@@ -1,5 +1,5 @@
-"""The dense auxiliary heads: what golden vectors do not say about their assignment, losses and
-detections.
+"""The dense auxiliary heads:
+what golden vectors do not say about their assignment, losses and detections.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def make_scene(
     width: int = WIDTH,
     padding: tuple[int, int] = (0, 0),
 ) -> Scene:
-    """Random maps of images padded to the largest, and by as many pixels more; the classes follow
-    each other.
+    """Random maps of images padded to the largest, and by as many pixels more;
+    the classes follow each other.
     """
     generator = torch.Generator().manual_seed(0)
     height, length = (max(size[i] for size in sizes) + padding[i] for i in (0, 1))
@@ -81,8 +81,8 @@ DRAW = random_draw(torch.Generator().manual_seed(0))
 
 
 def outputs(branch: ATSS | RetinaNet | FCOS | GFL | PAA, scene: Scene) -> list[list[Tensor]]:
-    """Random classes, boxes and quality, each `(B, n, H, W)` for every level, as a head's
-    convolutions give them.
+    """Random classes, boxes and quality,
+    each `(B, n, H, W)` for every level, as a head's convolutions give them.
     """
     head, generator = branch.head, torch.Generator().manual_seed(1)
     channels = [

@@ -1,5 +1,5 @@
-"""Faster and Mask R-CNN as auxiliary heads: what they propose, sample, read and learn, and any
-batch.
+"""Faster and Mask R-CNN as auxiliary heads:
+what they propose, sample, read and learn, and any batch.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def test_a_usual_batch_moves_every_parameter(kind: type[RCNN] | type[MaskRCNN]) 
 
 
 def test_regions() -> None:
-    """Targets are positives of themselves; positives come first, are a quarter at most, and touch
-    their owner.
+    """Targets are positives of themselves;
+    positives come first, are a quarter at most, and touch their owner.
     """
     for batch in ("usual", "crowd", "duplicates"):
         given = scene(BATCHES[batch])

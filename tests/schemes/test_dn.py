@@ -1,5 +1,5 @@
-"""DN-DETR's denoising: what is disturbed, by how much, what learns, and which detectors it can
-train.
+"""DN-DETR's denoising: what is disturbed, by how much,
+what learns, and which detectors it can train.
 """
 
 from __future__ import annotations

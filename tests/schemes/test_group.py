@@ -1,5 +1,5 @@
-"""Group DETR: isolation, the mean over groups, proposals of each group, checkpoints of one and of
-many groups.
+"""Group DETR: isolation, the mean over groups,
+proposals of each group, checkpoints of one and of many groups.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Stable-DINO's supervision: targets scaled image by image, weights, and a matching that discounts
-bad boxes.
+"""Stable-DINO's supervision:
+targets scaled image by image, weights, and a matching that discounts bad boxes.
 """
 
 from __future__ import annotations

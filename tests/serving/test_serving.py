@@ -1,5 +1,5 @@
-"""The server: what it answers, what it refuses, what goes through the detector together, and how it
-ends.
+"""The server: what it answers, what it refuses,
+what goes through the detector together, and how it ends.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ NO_FILE = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\
 
 
 def predictions(pictures: Sequence[Tensor]) -> list[Prediction]:
-    """Two objects in each picture; the height is a score, so that answers can be told apart. A red
-    corner breaks it.
+    """Two objects in each picture;
+    the height is a score, so that answers can be told apart. A red corner breaks it.
     """
     if any(int(p[0, 0, 0]) > 250 for p in pictures):
         raise RuntimeError("broken in the detector")

@@ -1,5 +1,5 @@
-"""Disks that are full, fill up, or may only be read: nothing is lost, and the message says what to
-do.
+"""Disks that are full, fill up, or may only be read:
+nothing is lost, and the message says what to do.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_run_on_a_disk_that_fills_up(
     shapes: Path, whole: Path, disk: Path, tmp_path: Path
 ) -> None:
-    """With more and more room, up to all that it takes: it stops with a message, and goes on once
-    there is more.
+    """With more and more room, up to all that it takes:
+    it stops with a message, and goes on once there is more.
     """
     needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
     stopped = 0
@@ -151,8 +151,8 @@ def command(*words: object) -> None:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_else_writes(name: str, shapes: Path, whole: Path, disk: Path, tmp_path: Path) -> None:
-    """On a full disk: a message that names a file there, no half file, and what an earlier call
-    wrote stays.
+    """On a full disk: a message that names a file there,
+    no half file, and what an earlier call wrote stays.
     """
     write, out = WRITERS[name], disk / "out"
     write(whole, shapes, out)

@@ -1,5 +1,5 @@
-"""Thousands of broken inputs: none may end in a traceback, a hang, a dead process or all memory
-taken.
+"""Thousands of broken inputs:
+none may end in a traceback, a hang, a dead process or all memory taken.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ SHORT = 2  # epochs
 
 
 def test_twenty_kills_at_random_moments(shapes: Path, tmp_path: Path) -> None:
-    """Some 20 moments lie between two states, and what is killed before it saves begins there
-    again.
+    """Some 20 moments lie between two states,
+    and what is killed before it saves begins there again.
     """
     told, whole, out = tmp_path / "told", tmp_path / "whole", tmp_path / "run"
     assert trained(None, told, shapes, whole, SETTINGS, EPOCHS) is None
@@ -35,8 +35,8 @@ def test_twenty_kills_at_random_moments(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_every_moment_of_a_short_run(shapes: Path, tmp_path: Path) -> None:
-    """Killed in each of its moments: the first step, inside checkpoints, evaluations and
-    reports.
+    """Killed in each of its moments:
+    the first step, inside checkpoints, evaluations and reports.
     """
     told, whole = tmp_path / "told", tmp_path / "whole"
     assert trained(None, told, shapes, whole, SETTINGS, SHORT) is None

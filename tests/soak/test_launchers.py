@@ -1,5 +1,5 @@
-"""Studies whose runs are jobs: submitit with its local executor, and a Ray cluster of this
-machine.
+"""Studies whose runs are jobs:
+submitit with its local executor, and a Ray cluster of this machine.
 """
 
 from __future__ import annotations

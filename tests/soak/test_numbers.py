@@ -1,5 +1,5 @@
-"""Every stack of schemes on every recipe, and every scheme with one class and 2,000: finite, in
-float32 and bf16.
+"""Every stack of schemes on every recipe, and every scheme with one class and 2,000:
+finite, in float32 and bf16.
 """
 
 from __future__ import annotations

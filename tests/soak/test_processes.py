@@ -1,5 +1,5 @@
-"""Four processes of one run (gloo): one is lost, stands still or sees no boxes, and nobody waits
-for ever.
+"""Four processes of one run (gloo):
+one is lost, stands still or sees no boxes, and nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def member(
 def start(
     data: Path, out: Path, size: int = SIZE, acting: int = -1, act: Any = None, wait: int = WAIT
 ) -> list[Any]:
-    """The processes, of which one does something else; `wait` is how many seconds they wait for
-    each other.
+    """The processes, of which one does something else;
+    `wait` is how many seconds they wait for each other.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -187,8 +187,8 @@ def test_one_of_four_sees_no_boxes_for_an_epoch(shapes: Path, tmp_path: Path) ->
 def test_unequal_shares_are_evaluated_as_in_one_process(
     shapes: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Five pictures in four processes, two in one of them: the figures are the same bits as those
-    of one process.
+    """Five pictures in four processes, two in one of them:
+    the figures are the same bits as those of one process.
     """
     context, port = multiprocessing.get_context("forkserver"), free_port()
     processes = [

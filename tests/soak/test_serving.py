@@ -1,5 +1,5 @@
-"""A server under load: 200 requests, 16 at a time, of several sizes; none is lost, and each gets
-its own answer.
+"""A server under load: 200 requests, 16 at a time, of several sizes;
+none is lost, and each gets its own answer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The tutorial, word by word: its commands in their order, in an empty folder. Some fifteen minutes
-on two cores.
+"""The tutorial, word by word: its commands in their order, in an empty folder.
+Some fifteen minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Where trials run: the seam between a study and what starts its runs, and the job that a cluster
-is given.
+"""Where trials run: the seam between a study and what starts its runs,
+and the job that a cluster is given.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Equal training time: the epochs that follow from steps' times, and what a study that goes on
-keeps.
+"""Equal training time: the epochs that follow from steps' times,
+and what a study that goes on keeps.
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
 
 
 def test_gains_hold_the_noise_of_the_images(tmp_path: Path) -> None:
-    """The draws of a row and its baseline are of the same images: what both gain by a draw
-    cancels.
+    """The draws of a row and its baseline are of the same images:
+    what both gain by a draw cancels.
     """
     plan = make_plan({"none": None, "align": None}, seeds=(0, 1), epochs=1)
     draws = {"none": ([0.10, 0.30], [0.10, 0.30]), "align": ([0.13, 0.31], [0.13, 0.33])}

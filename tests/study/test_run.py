@@ -234,8 +234,8 @@ def one_thread() -> Iterator[None]:
 def test_stopped_and_resumed_is_the_same_study(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real runs: the first row is stopped after its first steps; the AP is that of runs that nobody
-    stopped.
+    """Real runs: the first row is stopped after its first steps;
+    the AP is that of runs that nobody stopped.
     """
     settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=1", "optim.lr=1e-3"]
     plan = plan_schemes(

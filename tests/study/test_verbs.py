@@ -1,5 +1,5 @@
-"""`detrellis compare` and `detrellis reproduce` as a user meets them, with runs that are made
-up.
+"""`detrellis compare` and `detrellis reproduce` as a user meets them,
+with runs that are made up.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Every command in the pages is one: its verb, options, values, recipe, schemes, fields, targets,
-extras and files.
+"""Every command in the pages is one:
+its verb, options, values, recipe, schemes, fields, targets, extras and files.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the site is made of: generated pages follow the code, links are looked at, and messages are
-the library's.
+"""What the site is made of: generated pages follow the code,
+links are looked at, and messages are the library's.
 """
 
 from __future__ import annotations

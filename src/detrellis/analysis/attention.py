@@ -1,5 +1,5 @@
-"""SAM-DETR++, Fig. 3 and 5: where one query looks, layer by layer, and head by head in the last
-layer.
+"""SAM-DETR++, Fig. 3 and 5: where one query looks,
+layer by layer, and head by head in the last layer.
 
 Of one picture, and in each run of one query, by default the one with the highest score. A layer's
 map is the mean over heads of what its cross-attention gives each token; a token's weight is spread
@@ -47,8 +47,8 @@ LONGEST = 480  # pixels of a drawn picture's longer side
 
 
 class LayerAttention(NamedTuple):
-    """Where the query looks in one decoder layer; places are fractions of the image's width and
-    height.
+    """Where the query looks in one decoder layer;
+    places are fractions of the image's width and height.
     """
 
     # (cx, cy, w, h) or a point (x, y) that the layer reads; None: it reads none
@@ -260,8 +260,8 @@ class Part(NamedTuple):
 
 
 def draw(result: AttentionResult) -> Figure:
-    """Fig. 3 above, Fig. 5 below, a row a run in each. Raises `UserError` where matplotlib is
-    missing.
+    """Fig. 3 above, Fig. 5 below, a row a run in each.
+    Raises `UserError` where matplotlib is missing.
     """
     parts = [
         Part("Every decoder layer, mean of its heads", [_layers(run) for run in result.runs]),
@@ -338,8 +338,8 @@ def _panel(axes: Axes, picture: NDArray[np.uint8], panel: Panel, result: Places)
 
 
 def heated(picture: NDArray[np.uint8], heat: Tensor) -> NDArray[np.float64]:
-    """The picture `(H, W, 3)` in dimmed grey, the more covered by colour the more attention: `(H,
-    W, 3)` in [0, 1].
+    """The picture `(H, W, 3)` in dimmed grey, the more covered by colour the more attention:
+    `(H, W, 3)` in [0, 1].
     """
     from matplotlib import colormaps
 

@@ -25,8 +25,8 @@ Call = tuple[Any, ...]
 
 @contextlib.contextmanager
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
-    """The arguments of these modules' calls, in the order of the calls, while the context is
-    open.
+    """The arguments of these modules' calls,
+    in the order of the calls, while the context is open.
     """
     calls: list[Call] = []
     hooks = [
@@ -61,8 +61,8 @@ def decode_recorded(
 
 
 def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
-    """The attention weight of every token, summed over the `chosen (B, N)` queries (0 or 1): `(B,
-    S)`.
+    """The attention weight of every token, summed over the `chosen (B, N)` queries (0 or 1):
+    `(B, S)`.
 
     Mean over heads: the sum over tokens is the number of chosen queries, less what deformable
     attention samples outside the image. Raises `UserError` for an attention that none of the rules
@@ -78,8 +78,8 @@ def token_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor:
 
 
 def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | None:
-    """As `token_weights`, for each head: `(B, M, S)`. What reads one level gives the tokens of
-    others 0.
+    """As `token_weights`, for each head: `(B, M, S)`.
+    What reads one level gives the tokens of others 0.
     """
     if hasattr(attention, "attentions"):
         return _weights_over_levels(attention, call, chosen)
@@ -102,8 +102,8 @@ def head_weights(attention: nn.Module, call: Call, chosen: Tensor) -> Tensor | N
 
 
 def head_points(attention: nn.Module, call: Call) -> Tensor | None:
-    """Where each head of each query samples the image: `(B, N, M, P, 2)` as fractions of the
-    unpadded image.
+    """Where each head of each query samples the image:
+    `(B, N, M, P, 2)` as fractions of the unpadded image.
 
     One point for heads of aligned queries, one for each level and sample of deformable attention;
     None for attention that reads everything.
@@ -121,8 +121,8 @@ def head_points(attention: nn.Module, call: Call) -> Tensor | None:
 
 
 def _reader(attention: Any, call: Call) -> tuple[Any, Call]:
-    """The attention within one that reads one level of several, and its call with that level
-    alone.
+    """The attention within one that reads one level of several,
+    and its call with that level alone.
     """
     if not hasattr(attention, "level"):
         return attention, call
@@ -187,8 +187,8 @@ def _sampled_weights(attention: Any, call: Call, chosen: Tensor) -> Tensor:
 
 
 def _softmax_weights(attention: nn.Module, call: Call) -> Tensor | None:
-    """Of dense attention to every token, `(B, M, N, S)`; None where the module computes no such
-    attention.
+    """Of dense attention to every token, `(B, M, N, S)`;
+    None where the module computes no such attention.
     """
     with _Softmaxes() as softmaxes:
         attention(*call)
@@ -207,8 +207,8 @@ def _softmax_weights(attention: nn.Module, call: Call) -> Tensor | None:
 
 
 class _Softmaxes(TorchFunctionMode):
-    """Keeps queries `(B, M, N, d)`, keys `(B, M, S, d)` and mask of every scaled dot product
-    attention within it.
+    """Keeps queries `(B, M, N, d)`,
+    keys `(B, M, S, d)` and mask of every scaled dot product attention within it.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Co-DETR, Table 11: how well each head detects that reads the same encoder, the decoder and the
-auxiliary branches.
+"""Co-DETR, Table 11: how well each head detects that reads the same encoder,
+the decoder and the auxiliary branches.
 
 A branch's detections are its own: its scores (times centerness or IoU, where it predicts them) and
 boxes, NMS within each class (IoU 0.6; of R-CNN, RetinaNet and FCOS 0.5), the best 100.

@@ -61,8 +61,8 @@ def conflict_matrix(cams: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def head_conflict(matrix: Tensor) -> Tensor:
-    """Eq. 12: each head's mean divergence from the others and of the others from it, `(H, H)` to
-    `(H,)`; H >= 2.
+    """Eq. 12: each head's mean divergence from the others and of the others from it,
+    `(H, H)` to `(H,)`; H >= 2.
     """
     heads = len(matrix)
     assert heads > 1, "a head alone has no conflict"
@@ -79,8 +79,8 @@ class MappedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class RunConflicts(RunResult):
-    """The conflicts within one run. `H` heads: the decoder, then the branches in the recipe's
-    order.
+    """The conflicts within one run. `H` heads:
+    the decoder, then the branches in the recipe's order.
     """
 
     heads: tuple[str, ...]
@@ -98,8 +98,8 @@ class RunConflicts(RunResult):
 
     @property
     def distance(self) -> float:
-        """Fig. 6: the mean over the branches of their conflict with each other, or where there is
-        one branch with the decoder."""
+        """Fig. 6: the mean over the branches of their conflict with each other,
+        or where there is one branch with the decoder."""
         matrix = torch.tensor(self.matrix)
         return float(head_conflict(matrix[1:, 1:] if len(matrix) > 2 else matrix).mean())
 
@@ -222,8 +222,8 @@ VALUES, CELL, HEIGHT = 7.6, 2.1, 3.9
 
 
 def draw(result: ConflictsResult) -> Figure:
-    """The runs below each other, on one scale, with some maps. Raises `UserError` where matplotlib
-    is missing.
+    """The runs below each other, on one scale, with some maps.
+    Raises `UserError` where matplotlib is missing.
     """
     runs = result.runs
     columns = max(1 + len(run.heads) for run in runs)

@@ -1,5 +1,5 @@
-"""Co-DETR, Eq. 7 and 8: how well the encoder's features, or the decoder's attention, tell objects
-from background.
+"""Co-DETR, Eq. 7 and 8: how well the encoder's features,
+or the decoder's attention, tell objects from background.
 
 A map of scores D in [0, 1] over the pixels of an image, as the detector sees it (resized, without
 padding):
@@ -76,8 +76,8 @@ Of = Literal["encoder", "attention"]
 
 
 def feature_score(norms: Sequence[Tensor], size: Size) -> Tensor:
-    """Eq. 7: D `(H, W)` from each level's norms over channels `(h, w)`, none of which is
-    padding.
+    """Eq. 7: D `(H, W)` from each level's norms over channels `(h, w)`,
+    none of which is padding.
     """
     maps = [resized(level, size) for level in norms]
     return torch.stack([m / m.max().clamp(min=SMALLEST) for m in maps]).mean(0)
@@ -212,8 +212,8 @@ def _measure(
 
 
 def _scored(opened: OpenedSplit, of: Of, show: bool) -> Iterator[tuple[ScoredImage, Tensor]]:
-    """Every image of this process that has both foreground `(H, W)`, given beside it, and
-    background.
+    """Every image of this process that has both foreground `(H, W)`,
+    given beside it, and background.
     """
     rows = annotation_rows(opened)
     for batch in batches(opened, show):
@@ -263,8 +263,8 @@ EDGE = "#2EE6E6"  # of boxes: seen on all colours of the maps
 
 
 def draw(result: DiscriminabilityResult) -> Figure:
-    """The curves, and a column an image with each run's map. Raises `UserError` where matplotlib is
-    missing.
+    """The curves, and a column an image with each run's map.
+    Raises `UserError` where matplotlib is missing.
     """
     shown = max((len(run.examples) for run in result.runs), default=0)
     rows = _rows(result.runs) if shown else []

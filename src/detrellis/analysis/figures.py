@@ -85,8 +85,8 @@ def panels(count: int, title: str, *, columns: int = 3) -> tuple[Figure, list[Ax
 
 
 def run_rows(figure: Figure, runs: Sequence[RunResult], values: Sequence[str]) -> list[SubFigure]:
-    """A part of the figure for each run, below each other; its title is the run's name and
-    `values`.
+    """A part of the figure for each run, below each other;
+    its title is the run's name and `values`.
     """
     parts: list[SubFigure] = figure.subfigures(len(runs), 1, squeeze=False).flatten().tolist()
     for part, run, text in zip(parts, runs, values, strict=True):
@@ -101,8 +101,8 @@ def heading(axes: Axes, title: str) -> None:
 
 
 def headline(axes: Axes, name: str, values: str) -> None:
-    """The title of a run's panel: the run's name, and below it the values that the panel is
-    about.
+    """The title of a run's panel:
+    the run's name, and below it the values that the panel is about.
     """
     heading(axes, f"{shortened(name)}\n{values}")
 

@@ -21,16 +21,16 @@ SHUFFLES = 10  # random groups that the histogram distance is compared with
 
 
 def histograms(positions: Tensor, grid: int = GRID) -> Tensor:
-    """What fraction of each group's positions is in each cell, row by row from the top: `(..., K,
-    N, 2)` to `(..., K, grid^2)`."""
+    """What fraction of each group's positions is in each cell, row by row from the top:
+    `(..., K, N, 2)` to `(..., K, grid^2)`."""
     column, row = (positions * grid).long().clamp(0, grid - 1).unbind(-1)
     cells = F.one_hot(row * grid + column, grid**2)
     return cells.double().mean(-2)
 
 
 def total_variation(histograms: Tensor) -> Tensor:
-    """Half the L1 distance of the distributions of each pair of groups: `(..., K, G)` to `(...,
-    P)`, 0 to 1.
+    """Half the L1 distance of the distributions of each pair of groups:
+    `(..., K, G)` to `(..., P)`, 0 to 1.
     """
     groups = histograms.shape[-2]
     first, second = torch.triu_indices(groups, groups, 1, device=histograms.device)
@@ -38,8 +38,8 @@ def total_variation(histograms: Tensor) -> Tensor:
 
 
 def dealt(positions: Tensor, shuffles: int = SHUFFLES) -> Tensor:
-    """The same positions, dealt to groups at random: `(..., K, N, 2)` to `(shuffles, ..., K, N,
-    2)`.
+    """The same positions, dealt to groups at random:
+    `(..., K, N, 2)` to `(shuffles, ..., K, N, 2)`.
     """
     generator = torch.Generator().manual_seed(0)
     groups, count = positions.shape[-3:-1]

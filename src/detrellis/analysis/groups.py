@@ -1,5 +1,5 @@
-"""Group DETR, Fig. 3 and 4: where the groups' queries are, how far apart, and how alike the groups
-perform.
+"""Group DETR, Fig. 3 and 4: where the groups' queries are,
+how far apart, and how alike the groups perform.
 
 All on the run's last checkpoint, all groups in one pass (`all_groups` in `schemes.py`):
 
@@ -66,8 +66,8 @@ class LoggedDistances:
 
 @dataclass(frozen=True)
 class RunGroups(RunResult):
-    """The groups of one run. What needs positions is None where the queries have none, and `md`
-    where no box is.
+    """The groups of one run. What needs positions is None where the queries have none,
+    and `md` where no box is.
     """
 
     images: int
@@ -214,8 +214,8 @@ SIZE = (13.0, 5.8)  # inches of one run
 
 
 def draw(result: GroupsResult) -> Figure:
-    """The runs below each other: positions and four panels. Raises `UserError` where matplotlib is
-    missing.
+    """The runs below each other: positions and four panels.
+    Raises `UserError` where matplotlib is missing.
     """
     width, height = SIZE
     figure = canvas(width, height * len(result.runs) + 0.5, "Groups of queries")
@@ -265,8 +265,8 @@ def _marker(colour: str, label: str) -> Any:
 
 
 def _positions(axes: Axes, run: RunGroups, palette: list[str]) -> None:
-    """Fig. 3: in the order of the queries, not of the groups, so that no group lies above all
-    others.
+    """Fig. 3: in the order of the queries,
+    not of the groups, so that no group lies above all others.
     """
     assert run.positions is not None
     points = np.array(run.positions)  # (K, N, 2)

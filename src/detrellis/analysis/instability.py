@@ -1,5 +1,5 @@
-"""IS, instability of the matching (DN-DETR, section 3.2): how many queries learn something else
-than before.
+"""IS, instability of the matching (DN-DETR, section 3.2):
+how many queries learn something else than before.
 
 `V` holds, for each query, the ground-truth box that it is matched to, or -1. Between two snapshots
 of the same image, IS is the number of entries that changed. Snapshots are the epochs of a run, as
@@ -56,15 +56,15 @@ def changed(v: Tensor) -> Tensor:
 
 
 def instability(images: Iterable[Tensor]) -> Tensor:
-    """IS: the mean over images of V `(T, N)`, whose N may differ: `(T - 1,)` in float64; there must
-    be one image.
+    """IS: the mean over images of V `(T, N)`, whose N may differ:
+    `(T - 1,)` in float64; there must be one image.
     """
     return torch.stack([changed(v) for v in images]).double().mean(0)
 
 
 def kept_epochs(run: str | Path) -> list[Path]:
-    """The weights files of a run's epochs, in order. Raises `UserError` where there are fewer than
-    two.
+    """The weights files of a run's epochs, in order.
+    Raises `UserError` where there are fewer than two.
     """
     find_weights(Path(run))
     files = sorted(

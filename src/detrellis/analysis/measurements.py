@@ -27,8 +27,8 @@ from detrellis.outputs import Outputs
 
 @dataclass(frozen=True)
 class Measurement:
-    """How something is measured and drawn: `analyze(runs, **dials)` takes `ComparedRuns`, `draw`
-    what it returns.
+    """How something is measured and drawn:
+    `analyze(runs, **dials)` takes `ComparedRuns`, `draw` what it returns.
     """
 
     result: type[Result]

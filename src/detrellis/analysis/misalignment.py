@@ -1,5 +1,5 @@
-"""Align-DETR, Fig. 1 (left): how far the query that localises an object best is from the one that
-scores highest.
+"""Align-DETR, Fig. 1 (left):
+how far the query that localises an object best is from the one that scores highest.
 
 The paper shows a plot and no procedure. Ours, on all queries of the last decoder layer, for every
 ground-truth box `j` of class `c` that is not a crowd region:
@@ -65,8 +65,8 @@ class Pairs(NamedTuple):
 def pairs(
     scores: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, threshold: float = 0.5
 ) -> Pairs:
-    """BR and HC in one image: `scores (N, C)`, `boxes (N, 4)` and `truth (n, 4)` as `xyxy`, `labels
-    (n,)`; any n.
+    """BR and HC in one image: `scores (N, C)`,
+    `boxes (N, 4)` and `truth (n, 4)` as `xyxy`, `labels (n,)`; any n.
     """
     overlap = pairwise_iou(truth, boxes)  # (n, N)
     br_iou, br_query = overlap.max(-1)
@@ -85,8 +85,8 @@ def pairs(
 
 @dataclass(frozen=True)
 class Misalignment:
-    """Statistics of a set of boxes. A mean is None where no box counts: there is no box, or none
-    with an HC.
+    """Statistics of a set of boxes. A mean is None where no box counts:
+    there is no box, or none with an HC.
     """
 
     boxes: int
@@ -201,8 +201,8 @@ def _measure(
 
 
 def draw(result: MisalignmentResult) -> Figure:
-    """The histograms of BR and of HC, in one panel a run. Raises `UserError` where matplotlib is
-    missing.
+    """The histograms of BR and of HC, in one panel a run.
+    Raises `UserError` where matplotlib is missing.
     """
     figure, grid = panels(len(result.runs), "Best-regressed (BR) and high-confidence (HC) queries")
     for run, axes in zip(result.runs, grid, strict=True):

@@ -1,5 +1,5 @@
-"""Group DETR, Fig. 1: AP over the number of training queries, by how queries are assigned to
-objects.
+"""Group DETR, Fig. 1: AP over the number of training queries,
+by how queries are assigned to objects.
 
 | assignment | a run is of this kind if its recipe has | training queries |
 | --- | --- | --- |
@@ -104,8 +104,8 @@ class OneToManyResult(Result):
         return table
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """(queries, AP) of all runs by what the figure calls them, rising; runs without an AP are
-        left out.
+        """(queries, AP) of all runs by what the figure calls them, rising;
+        runs without an AP are left out.
         """
         after_nms = f"one-to-many, NMS {self.drawn:g}"
         results = {
@@ -180,8 +180,8 @@ AFTER_NMS = ("^", COLOURS[3])
 
 
 def draw(result: OneToManyResult) -> Figure:
-    """Fig. 1: a point a run, and a curve through the mean of runs alike. Raises `UserError` without
-    matplotlib.
+    """Fig. 1: a point a run, and a curve through the mean of runs alike.
+    Raises `UserError` without matplotlib.
     """
     figure = canvas(6.4, 4.6, "AP by assignment")
     axes = figure.subplots()

@@ -1,5 +1,5 @@
-"""What measurements read of a run: its batches, and what its detector says about each image of a
-split.
+"""What measurements read of a run:
+its batches, and what its detector says about each image of a split.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from detrellis.types import Assignment, DecoderOutput, Targets
 
 
 def batches(opened: OpenedSplit, show: bool, what: str = "analyze") -> Iterator[Batch]:
-    """This process's batches, on the model's device; `show` puts a progress bar, called `what`, on
-    a terminal.
+    """This process's batches, on the model's device;
+    `show` puts a progress bar, called `what`, on a terminal.
     """
     for batch in track(opened.loader, what, len(opened.loader), show):
         yield batch.to(opened.model.device, non_blocking=True)
@@ -38,8 +38,8 @@ def annotation_rows(opened: OpenedSplit) -> dict[int, int]:
 
 
 class ImageOutput(NamedTuple):
-    """One image as a detector's last layer sees it, and its ground truth; on the host, boxes in
-    float64.
+    """One image as a detector's last layer sees it, and its ground truth;
+    on the host, boxes in float64.
 
     Boxes are pixel `xyxy` in the original image, as the evaluator compares them: the truth is the
     annotations' own, not what resizing and clipping leave of it.

@@ -43,8 +43,8 @@ def image_boxes(batch: Batch, image: int) -> Tensor:
 
 
 def picture(batch: Batch, image: int, normalise: Normalise) -> Picture:
-    """One of a batch's images, as the detector sees it; `normalise` is what its pixels went
-    through.
+    """One of a batch's images, as the detector sees it;
+    `normalise` is what its pixels went through.
     """
     height, width = image_size(batch, image)
     colours = normalise.colours(batch.images.pixels[image, :, :height, :width])

@@ -70,8 +70,8 @@ class Positives(NamedTuple):
 
 
 class QueryPlaces(NamedTuple):
-    """Where the queries of one image are, as fractions of its width and height; on the host, in
-    float64.
+    """Where the queries of one image are, as fractions of its width and height;
+    on the host, in float64.
     """
 
     main: Tensor  # (N, 2)
@@ -223,8 +223,8 @@ def _measure(opened: OpenedSplit, name: str, show: bool) -> RunQueryDistance:
 def query_places(
     opened: OpenedSplit, model: TrainableDetector, co: Collaborative, batch: Batch
 ) -> list[QueryPlaces]:
-    """Where the queries of each image of a batch are. Raises `UserError` where the main queries
-    have no place.
+    """Where the queries of each image of a batch are.
+    Raises `UserError` where the main queries have no place.
     """
     step = begin(model, batch)
     if step.queries.boxes is None:
@@ -268,8 +268,8 @@ MARKERS = "x+1234|"  # of the branches' queries: they may lie on each other
 
 
 def draw(result: QueryDistanceResult) -> Figure:
-    """A row a run: Fig. 7b, on one scale, and Fig. 7a. Raises `UserError` where matplotlib is
-    missing.
+    """A row a run: Fig. 7b, on one scale, and Fig.
+    7a. Raises `UserError` where matplotlib is missing.
     """
     runs = result.runs
     figure = canvas(

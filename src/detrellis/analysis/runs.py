@@ -1,5 +1,5 @@
-"""What measurements take and return: the runs that are compared, and the values of each as records,
-table and JSON.
+"""What measurements take and return:
+the runs that are compared, and the values of each as records, table and JSON.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class ComparedRuns:
         measure: Callable[[OpenedSplit, str, bool], OneRun],
         check: Callable[[str | Path], object] = Path,
     ) -> tuple[OneRun, ...]:
-        """What `measure(opened, name, show)` returns for each run; `show` says whether to draw
-        progress.
+        """What `measure(opened, name, show)` returns for each run;
+        `show` says whether to draw progress.
 
         `check` is called with the place of every run before minutes are spent on the first. Raises
         `UserError` where a run or its images cannot be read.
@@ -92,8 +92,8 @@ class ComparedRuns:
 
 
 def run_names(runs: Sequence[str | Path], names: Sequence[str] | None = None) -> list[str]:
-    """What figures and tables call the runs: `names`, or as much of the end of each path as tells
-    them apart.
+    """What figures and tables call the runs:
+    `names`, or as much of the end of each path as tells them apart.
 
     The same run twice gets a number. Raises `UserError` unless `names` are different and one a run.
     """
@@ -124,8 +124,8 @@ class RunResult:
     data: str  # the annotations, or the picture, that it was measured on
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it: fields of a record in it beside the others, and nothing that is for the
-        figure alone.
+        """As JSON holds it: fields of a record in it beside the others,
+        and nothing that is for the figure alone.
         """
         values: dict[str, Any] = {}
         for name, value in _json_fields(self).items():
@@ -135,8 +135,8 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """Several runs, measured in the same way; the fields of subclasses are what they were measured
-    with.
+    """Several runs, measured in the same way;
+    the fields of subclasses are what they were measured with.
     """
 
     name: ClassVar[str]  # of the measurement, as its files have it

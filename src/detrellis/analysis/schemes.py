@@ -59,8 +59,8 @@ def load_with_scheme(opened: OpenedSplit, kind: type[Scheme]) -> tuple[Trainable
 
 
 def begin(model: TrainableDetector, batch: Batch, memory: Memory | None = None) -> Step:
-    """What schemes see of a batch before the decoder runs; `memory` is what the detector has
-    encoded, if it has.
+    """What schemes see of a batch before the decoder runs;
+    `memory` is what the detector has encoded, if it has.
     """
     memory = model.detector.encode(batch.images) if memory is None else memory
     queries, proposals = model.detector.propose(memory)
@@ -100,8 +100,8 @@ def decode_main(step: Step) -> DecoderOutput:
 def branch_assignments(
     co: Collaborative, step: Step
 ) -> tuple[Scene, dict[str, list[BranchAssignment]]]:
-    """The scene, and by branch what it assigns in each image: where training draws some at random,
-    the first ones.
+    """The scene, and by branch what it assigns in each image:
+    where training draws some at random, the first ones.
     """
     scene = co.scene(step)
     if scene.masks is None:  # no branch assigns by them: empty ones do
@@ -129,8 +129,8 @@ class AllGroups(NamedTuple):
         return self.output.boxes.shape[2] // self.groups
 
     def of(self, group: int) -> DecoderOutput:
-        """One group's part, `(L, B, N, ...)`: what the detector says with that group's queries
-        alone.
+        """One group's part, `(L, B, N, ...)`:
+        what the detector says with that group's queries alone.
         """
         queries = slice(group * self.queries, (group + 1) * self.queries)
         return self.output.map(lambda t: t[:, :, queries])
@@ -149,8 +149,8 @@ def check_grouped(run: str | Path) -> None:
 
 @torch.no_grad()
 def all_groups(model: TrainableDetector, group: Group, batch: Batch) -> AllGroups:
-    """One pass of all groups over a batch, on the model's device: as in training, without the other
-    schemes.
+    """One pass of all groups over a batch, on the model's device:
+    as in training, without the other schemes.
     """
     step = begin(model, batch)
     blocks = [QueryBlock("main", step.queries, model.supervision), *group.extend(step).blocks]

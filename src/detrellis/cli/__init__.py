@@ -1,5 +1,5 @@
-"""The command line: one verb a function, each with an example, and a file for each kind. Heavy
-imports wait until a verb needs them.
+"""The command line: one verb a function, each with an example, and a file for each kind.
+Heavy imports wait until a verb needs them.
 """
 
 from __future__ import annotations

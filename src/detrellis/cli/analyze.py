@@ -109,8 +109,8 @@ def groups(
     on: EvalData,
     shown: Shown,
 ) -> None:
-    """Where are the groups' queries, how far apart, and does each group do as well? Group DETR,
-    Fig. 3 and 4.
+    """Where are the groups' queries, how far apart,
+    and does each group do as well? Group DETR, Fig. 3 and 4.
 
     Also how unstable the matching is from decoder layer to decoder layer (DN-DETR's IS). For runs
     trained with scheme group; those trained with -o schemes.group.distances=true show the distances
@@ -133,8 +133,8 @@ def one_to_many(
     on: EvalData,
     shown: Shown,
 ) -> None:
-    """AP over the number of training queries: one-to-one, one-to-many, group-wise. Group DETR, Fig.
-    1.
+    """AP over the number of training queries:
+    one-to-one, one-to-many, group-wise. Group DETR, Fig. 1.
 
     Runs trained with -o loss.one_to_many=K leave duplicates, and are evaluated without NMS and with
     it.
@@ -166,8 +166,8 @@ def discriminability(
     on: EvalData,
     shown: Shown,
 ) -> None:
-    """Do the encoder's features, or the decoder's attention, tell objects from background? Co-DETR,
-    Fig. 2 and 3.
+    """Do the encoder's features, or the decoder's attention,
+    tell objects from background? Co-DETR, Fig. 2 and 3.
 
     The curves of IoF over IoB of all runs, the area under each, and some images with each run's
     map.
@@ -183,8 +183,8 @@ def discriminability(
 def instability(
     runs: Runs, out: Out = Path("analysis/instability"), *, on: EvalData, shown: Shown
 ) -> None:
-    """How many queries are matched to another object than in the epoch before? Co-DETR, Fig. 5,
-    after DN-DETR.
+    """How many queries are matched to another object than in the epoch before? Co-DETR, Fig.
+    5, after DN-DETR.
 
     For runs that kept the weights of their epochs: trained with -o schedule.keep_every=1.
 
@@ -225,8 +225,8 @@ def conflicts(
     on: EvalData,
     shown: Shown,
 ) -> None:
-    """Do the heads that share an encoder look at the same places? Co-DETR, Fig. 6, 8 and 9 (Eq. 9
-    to 12).
+    """Do the heads that share an encoder look at the same places? Co-DETR, Fig.
+    6, 8 and 9 (Eq. 9 to 12).
 
     For runs trained with scheme co. KL divergences between the heads' class activation maps.
 

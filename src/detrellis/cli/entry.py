@@ -1,5 +1,5 @@
-"""From the first moment of a command to its exit code: refusals, interruptions, closed pipes, and
-our own mistakes.
+"""From the first moment of a command to its exit code:
+refusals, interruptions, closed pipes, and our own mistakes.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _run(app: typer.Typer, caught: list[int]) -> int:
 
 
 def refusal(error: Exception) -> Refusal:
-    """What went wrong and what to do about it. For a mistake of ours, prints the traceback and says
-    so.
+    """What went wrong and what to do about it.
+    For a mistake of ours, prints the traceback and says so.
     """
     if isinstance(error, UserError):
         return Refusal(error.message, error.remedy)
@@ -105,8 +105,8 @@ def refusal(error: Exception) -> Refusal:
 
 
 def _wrong_words(error: Any) -> Refusal:
-    """A verb or an option that does not exist, or one that is missing; with the example from the
-    verb's help.
+    """A verb or an option that does not exist, or one that is missing;
+    with the example from the verb's help.
     """
     context = getattr(error, "ctx", None)
     message = error.format_message().strip().rstrip(".")
@@ -150,8 +150,8 @@ def _refuse(refused: Refusal) -> int:
 
 
 def _close_quietly() -> None:
-    """Nobody reads on: what is left in the buffer goes nowhere, and the interpreter need not say
-    so.
+    """Nobody reads on: what is left in the buffer goes nowhere,
+    and the interpreter need not say so.
     """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

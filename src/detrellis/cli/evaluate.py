@@ -39,8 +39,8 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """AP of a run, of its boxes as COCO or Pascal VOC counts it or of its masks, on its own
-    validation split or on other data.
+    """AP of a run, of its boxes as COCO or Pascal VOC counts it or of its masks,
+    on its own validation split or on other data.
 
     Example: detrellis eval runs/tiny-20260101-120000 --split test --tta-views 256,320,flip
     """

@@ -25,8 +25,8 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Checkpoints of transformers and of the reference repositories to ours, and ours to what
-    transformers loads.
+    """Checkpoints of transformers and of the reference repositories to ours,
+    and ours to what transformers loads.
 
     Example: detrellis convert hf:facebook/detr-resnet-50 detr && detrellis convert detr
     for_transformers
@@ -84,8 +84,8 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The network of a run for ONNX Runtime, OpenVINO or torch. `predict` and `eval` take the .onnx
-    and .xml files.
+    """The network of a run for ONNX Runtime, OpenVINO or torch.
+    `predict` and `eval` take the .onnx and .xml files.
 
     Example: detrellis export RUN --verify my_data/images/val && detrellis predict RUN/model.onnx
     photo.jpg

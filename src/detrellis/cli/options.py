@@ -1,5 +1,5 @@
-"""What the verbs share: the options that several of them have, alone and in groups, the console,
-and JSON on standard output.
+"""What the verbs share: the options that several of them have,
+alone and in groups, the console, and JSON on standard output.
 
 A group is a dataclass of options. A verb under `grouped` takes it as one keyword argument, and has
 its fields as options in that place.
@@ -295,8 +295,8 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(parameter: inspect.Parameter, hints: dict[str, Any]) -> list[inspect.Parameter]:
-    """The parameter, or those that the fields of its group make; for keywords only, so that options
-    without a default may follow others."""
+    """The parameter, or those that the fields of its group make;
+    for keywords only, so that options without a default may follow others."""
     kind = hints[parameter.name]
     only = inspect.Parameter.KEYWORD_ONLY
     if not dataclasses.is_dataclass(kind):

@@ -118,8 +118,8 @@ def predict(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Detect objects in pictures and videos: annotated copies, and COCO-results JSON with the data
-    set's own ids and names.
+    """Detect objects in pictures and videos:
+    annotated copies, and COCO-results JSON with the data set's own ids and names.
 
     A picture that cannot be read is named, and does not stop the others; of a video what can be
     read is used. Nothing is written over but what an earlier predict left. Exit code: 0 all was

@@ -40,8 +40,8 @@ def serve(
     ] = 50,
     device: Device = None,
 ) -> None:
-    """Serve a detector over HTTP: POST a picture to /predict, or drop it on the page at /. Ctrl-C
-    stops it.
+    """Serve a detector over HTTP:
+    POST a picture to /predict, or drop it on the page at /. Ctrl-C stops it.
 
     Example: detrellis serve runs/first --port 8000, then: curl --data-binary @photo.jpg
     http://127.0.0.1:8000/predict
@@ -79,8 +79,8 @@ def push(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send a run's weights to the Hugging Face Hub, with a model card, but no picture, no
-    annotation and no path.
+    """Send a run's weights to the Hugging Face Hub,
+    with a model card, but no picture, no annotation and no path.
 
     Log in first: hf auth login, or HF_TOKEN. Afterwards hf:org/name is a detector wherever one is
     taken.

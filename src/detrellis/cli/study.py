@@ -166,8 +166,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("compare"),
     trials: Trials,
 ) -> None:
-    """Which training schemes help on your data? Trains a recipe with each set of them, and reports
-    gains and costs.
+    """Which training schemes help on your data? Trains a recipe with each set of them,
+    and reports gains and costs.
 
     A row has exactly the schemes that it names; the recipe's own are left out unless named. The
     same command again goes on with what was stopped. Exit code: 0 all runs finished, 1 some did
@@ -211,8 +211,8 @@ def reproduce(
     ] = None,
     trials: Trials,
 ) -> None:
-    """A paper's table: its rows with the published figures, or trained here beside them when data
-    are given.
+    """A paper's table: its rows with the published figures,
+    or trained here beside them when data are given.
 
     Each row is compared with its baseline in that table. Rows that need what Detrellis lacks are
     listed and skipped.

@@ -47,8 +47,8 @@ def demo(
     ] = 0,
     masks: Annotated[bool, typer.Option("--masks", help="Find the objects' masks, too.")] = False,
 ) -> None:
-    """Make a data set, check it, train on it, evaluate, and draw the result: three to eight minutes
-    on two CPU cores.
+    """Make a data set, check it, train on it, evaluate, and draw the result:
+    three to eight minutes on two CPU cores.
 
     Example: detrellis demo
     """
@@ -84,8 +84,8 @@ def train(
     workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe on a data set. Ctrl-C saves and stops; --resume goes on. Under torchrun it
-    uses all processes.
+    """Train a recipe on a data set. Ctrl-C saves and stops;
+    --resume goes on. Under torchrun it uses all processes.
 
     Example: detrellis train small --data my_data --epochs auto -o optim.lr=2e-4
     """

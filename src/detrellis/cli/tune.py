@@ -60,8 +60,8 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder of the runs and of tune.json.")] = Path("tune"),
     runs: TrialRuns,
 ) -> None:
-    """Which settings are best on your data? Searches fields of a recipe with optuna, by AP on the
-    validation split.
+    """Which settings are best on your data? Searches fields of a recipe with optuna,
+    by AP on the validation split.
 
     The same command again goes on with what was stopped, also with more --trials. The best of many
     trials is flattered by the images that chose it: train it with other seeds before you believe
@@ -96,8 +96,8 @@ def tune(
 
 
 def _show(tuner: Tuner, recipe: str, runs: TrialRuns, override: list[str]) -> None:
-    """The trials, best first; what explains their scores; and the command that trains the best
-    one.
+    """The trials, best first; what explains their scores;
+    and the command that trains the best one.
     """
     from detrellis.study.tune import AS_IT_IS, best_of, options
 

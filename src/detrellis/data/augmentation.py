@@ -1,5 +1,5 @@
-"""The augmentation of a whole run: strong for most of it, calm for the last epochs, and images
-mixed with others.
+"""The augmentation of a whole run:
+strong for most of it, calm for the last epochs, and images mixed with others.
 
 Mosaic, mixup and pasted boxes need partners. They are drawn from the same generator as everything
 else, so that a sample stays a function of (seed, epoch, image index).
@@ -44,8 +44,8 @@ LEGIBLE = 8  # pixels of a pasted rectangle's short side, at least
 
 @dataclass(frozen=True)
 class Strong:
-    """What is switched off for the last part of a run. Probabilities (0: off), and the ranges that
-    are drawn from.
+    """What is switched off for the last part of a run.
+    Probabilities (0: off), and the ranges that are drawn from.
     """
 
     photometric: float = 0.0  # of each of SSD's changes of colour
@@ -65,8 +65,8 @@ class Strong:
 
 @dataclass(frozen=True)
 class Mixing:
-    """One image through its strong augmentation, alone, as a part of a mosaic, or blended with
-    another.
+    """One image through its strong augmentation, alone,
+    as a part of a mosaic, or blended with another.
     """
 
     each: StrongAugment
@@ -94,8 +94,8 @@ class Mixing:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What an image goes through in each epoch: one of `strong` before epoch `until`, `calm` from
-    there on.
+    """What an image goes through in each epoch:
+    one of `strong` before epoch `until`, `calm` from there on.
 
     Each of `strong` makes another size; the data set draws one for a batch.
     """
@@ -161,8 +161,8 @@ def _mixing(usual: FixedAugment, strong: Strong, size: tuple[int, int]) -> Mixin
 
 
 def _sizes(resize: Resize, strong: Strong) -> list[tuple[int, int]]:
-    """The sizes of multi-scale training as RT-DETR draws them: multiples of 32 pixels, the usual
-    one more often.
+    """The sizes of multi-scale training as RT-DETR draws them:
+    multiples of 32 pixels, the usual one more often.
     """
     assert isinstance(resize.size, tuple)
     (height, width), (low, high) = resize.size, strong.multi_scale
@@ -218,8 +218,8 @@ def _window_of(picture: Picture, frame: Resize, cell: tuple[int, int], zoom: flo
 
 
 def blended(one: Picture, other: Picture, weight: float) -> Picture:
-    """Mixup for detection (Zhang et al., 2019): the pixels of both, `weight` of the first one, and
-    all boxes.
+    """Mixup for detection (Zhang et al., 2019):
+    the pixels of both, `weight` of the first one, and all boxes.
 
     The smaller one lies on the mean colour.
     """
@@ -237,8 +237,8 @@ def blended(one: Picture, other: Picture, weight: float) -> Picture:
 
 
 def pasted(picture: Picture, other: Picture) -> Picture:
-    """A few objects of another picture, each the rectangle of its box, laid where they hide little
-    of what is there.
+    """A few objects of another picture, each the rectangle of its box,
+    laid where they hide little of what is there.
     """
     image, boxes, labels = picture
     source, theirs, kinds = clip(*other)

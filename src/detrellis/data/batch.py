@@ -20,8 +20,8 @@ STRIP = 32  # rows of an image that are normalised at once
 
 @dataclass(frozen=True)
 class Normalise:
-    """Pixels from 0 to 255 to what a detector reads: `(pixel / 255 - mean) / std`, by channel.
-    Default: ImageNet's.
+    """Pixels from 0 to 255 to what a detector reads:
+    `(pixel / 255 - mean) / std`, by channel. Default: ImageNet's.
     """
 
     mean: Channels = IMAGENET_MEAN
@@ -83,8 +83,8 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a `Batch`: normalise, pad at the bottom and right to `pad_to` or to the largest
-    image.
+    """Samples to a `Batch`: normalise,
+    pad at the bottom and right to `pad_to` or to the largest image.
     """
 
     pad_to: tuple[int, int] | None = None
@@ -120,8 +120,8 @@ def stack_images(
     pad_to: tuple[int, int] | None = None,
     normalise: Normalise = IMAGENET,
 ) -> ImageBatch:
-    """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`, or to the largest
-    height and width.
+    """Uint8 `(3, h, w)` images, normalised and padded with zeros to `pad_to`,
+    or to the largest height and width.
     """
     height, width = pad_to or (max(i.shape[1] for i in images), max(i.shape[2] for i in images))
     pixels = torch.empty(len(images), 3, height, width)

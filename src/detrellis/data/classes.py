@@ -43,8 +43,8 @@ class ClassMap:
         return cls(tuple(i for i, _ in rows), tuple(n for _, n in rows))
 
     def indices(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Class indices of data-set ids, of the same shape; -1 for an id that the map does not
-        hold.
+        """Class indices of data-set ids, of the same shape;
+        -1 for an id that the map does not hold.
         """
         if not len(self.ids):
             return np.full(ids.shape, -1, dtype=np.int64)

@@ -55,8 +55,8 @@ class Sample(NamedTuple):
 
 
 class WorkerError(NamedTuple):
-    """A `UserError` on its way out of a worker process: torch would wrap the exception in a
-    worker's traceback.
+    """A `UserError` on its way out of a worker process:
+    torch would wrap the exception in a worker's traceback.
     """
 
     message: str
@@ -64,8 +64,8 @@ class WorkerError(NamedTuple):
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Images with their boxes, without the crowd regions. Holds flat arrays only (see
-    `annotations.py`).
+    """Images with their boxes, without the crowd regions.
+    Holds flat arrays only (see `annotations.py`).
 
     A `transform` is applied in every epoch, an `Augmentation` as it says. With `masks` (seen within
     the boxes) or `bitmaps` (of the whole image) outlines are read from the annotation file, and for
@@ -107,14 +107,14 @@ class DetectionDataset(Dataset[Sample]):
         return len(self.image_ids)
 
     def __getitem__(self, key: Key) -> Sample:
-        """The sample of `(epoch, image index)`. Raises `UserError` where the image cannot be
-        read.
+        """The sample of `(epoch, image index)`.
+        Raises `UserError` where the image cannot be read.
         """
         return self._sample(key, first=key)
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample] | WorkerError:
-        """A whole batch, as torch's loader fetches it; where there are several sizes, its first key
-        decides.
+        """A whole batch, as torch's loader fetches it;
+        where there are several sizes, its first key decides.
         """
         try:
             return [self._sample(key, first=keys[0]) for key in keys]
@@ -207,8 +207,8 @@ def _pasted(below: Sample, above: Sample) -> Sample:
 
 
 def mixed_seed(seed: int, epoch: int, index: int) -> int:
-    """64 well-mixed bits: torch's generator reads the low 32 only, so sums or shifts would
-    collide.
+    """64 well-mixed bits: torch's generator reads the low 32 only,
+    so sums or shifts would collide.
     """
     return int.from_bytes(
         hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest(), "little"

@@ -1,5 +1,5 @@
-"""Image files to 8-bit RGB tensors: the one reader of training, evaluation, prediction and the
-doctor.
+"""Image files to 8-bit RGB tensors:
+the one reader of training, evaluation, prediction and the doctor.
 
 | in the file | what becomes of it |
 | --- | --- |
@@ -90,24 +90,24 @@ def upright_size(header: Header, size: tuple[int, int] | None = None) -> tuple[i
 
 
 def read_header(path: Path) -> Header:
-    """Size, mode and orientation without decoding. `UserError` where the file is missing or no
-    image.
+    """Size, mode and orientation without decoding.
+    `UserError` where the file is missing or no image.
     """
     with _opened(path) as image:
         return _header(image)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """As `read_pixels`, a tensor `(3, H, W)`. In memory the channels stand last, as decoders write
-    and resizing likes them."""
+    """As `read_pixels`, a tensor `(3, H, W)`.
+    In memory the channels stand last, as decoders write and resizing likes them."""
     import torch  # only now: the doctor does without
 
     return torch.from_numpy(read_pixels(path, size)).permute(2, 0, 1)
 
 
 def read_pixels(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """The image as uint8 RGB `(H, W, 3)`; `UserError` naming the file where it cannot be read to
-    its end.
+    """The image as uint8 RGB `(H, W, 3)`;
+    `UserError` naming the file where it cannot be read to its end.
 
     `size` is the (height, width) that the annotations give for the image: it decides only what is
     done about an EXIF orientation (see `turn`) and never resizes.
@@ -124,8 +124,8 @@ def read_pixels(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.u
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file as Pillow opens it. Whatever is raised inside becomes a `UserError` that names the
-    file.
+    """The file as Pillow opens it.
+    Whatever is raised inside becomes a `UserError` that names the file.
     """
     try:
         with warnings.catch_warnings():

@@ -1,5 +1,5 @@
-"""Masks drawn after the augmentation, from the outlines of the objects: no bitmap is kept or
-resampled.
+"""Masks drawn after the augmentation, from the outlines of the objects:
+no bitmap is kept or resampled.
 
 Each picture goes through the transform with five points in front of its boxes (`operations.py`):
 three that tell the affine map from its pixels to those of the result, and two that tell what of it
@@ -111,8 +111,8 @@ def parts_of(boxes: Tensor, labels: Tensor) -> list[Part]:
 
 
 def above(parts: Sequence[Part], number: int) -> tuple[Part, ...]:
-    """The parts that were pasted onto this one: those that follow it up to the next whole
-    picture.
+    """The parts that were pasted onto this one:
+    those that follow it up to the next whole picture.
     """
     return tuple(itertools.takewhile(lambda part: part.pasted, parts[number + 1 :]))
 
@@ -212,8 +212,8 @@ def patches(objects: Sequence[Object], size: Size) -> list[Patch | None]:
 
 
 def grids(objects: Sequence[Object], boxes: Tensor, side: int) -> Tensor:
-    """The masks of the objects, each over its box in the result: `(n, side, side)` samples,
-    bool.
+    """The masks of the objects, each over its box in the result:
+    `(n, side, side)` samples, bool.
     """
     drawn = torch.zeros(len(objects), side, side, dtype=torch.bool)
     for mask, each, box in zip(drawn, objects, boxes.double().numpy(), strict=True):

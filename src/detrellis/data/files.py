@@ -86,8 +86,8 @@ def _with_progress(
 
 
 def read_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """`(I, 2)` height and width of the images as viewers show them; 0, 0 where a file is missing or
-    no image.
+    """`(I, 2)` height and width of the images as viewers show them;
+    0, 0 where a file is missing or no image.
     """
     return np.array(map_threads(_size, paths), dtype=np.int64).reshape(-1, 2)
 
@@ -101,8 +101,8 @@ def _size(path: Path) -> tuple[int, int]:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of what Pillow decodes; a plugin that registers itself with Pillow
-    adds its own.
+    """Suffixes, in lower case, of what Pillow decodes;
+    a plugin that registers itself with Pillow adds its own.
     """
     from PIL import Image  # only now: asking it imports the plugins of all formats
 
@@ -112,8 +112,8 @@ def image_suffixes() -> frozenset[str]:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is never part of a data set: `._x.jpg`, `.DS_Store`,
-    `__MACOSX`.
+    """Whether a file or folder of this name is never part of a data set:
+    `._x.jpg`, `.DS_Store`, `__MACOSX`.
     """
     return name.startswith(".") or name in HIDDEN
 
@@ -125,8 +125,8 @@ def is_image(path: str | Path) -> bool:
 
 
 def unread_twin(image: Path) -> str | None:
-    """A file called like `image`, which is missing, with a suffix that is not read: p0.heic for
-    p0.jpg.
+    """A file called like `image`, which is missing, with a suffix that is not read:
+    p0.heic for p0.jpg.
 
     Files of annotations are called so too, and are none.
     """
@@ -141,8 +141,8 @@ def unread_twin(image: Path) -> str | None:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) for `root` and all below it, hidden ones left out, links
-    followed once.
+    """(folder, names of its files) for `root` and all below it,
+    hidden ones left out, links followed once.
     """
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root, followlinks=True):
@@ -156,8 +156,8 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """The files in `folder` itself with one of the suffixes, in any case, sorted; hidden ones are
-    left out.
+    """The files in `folder` itself with one of the suffixes, in any case, sorted;
+    hidden ones are left out.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -170,8 +170,8 @@ def files_in(folder: Path, *suffixes: str) -> list[Path]:
 
 
 def files_below(folder: Path, suffix: str) -> list[Path]:
-    """All files below `folder` whose name ends with `suffix`, in any case, sorted, links
-    followed.
+    """All files below `folder` whose name ends with `suffix`,
+    in any case, sorted, links followed.
     """
     return sorted(
         Path(parent, name)
@@ -182,8 +182,8 @@ def files_below(folder: Path, suffix: str) -> list[Path]:
 
 
 def stem_below(folder: Path, file: Path) -> str:
-    """The file's path from `folder` on, without its suffix and with "/" between folders:
-    "seq1/0001".
+    """The file's path from `folder` on,
+    without its suffix and with "/" between folders: "seq1/0001".
     """
     return file.relative_to(folder).with_suffix("").as_posix()
 
@@ -217,8 +217,8 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def read_head(path: Path, size: int = 65536) -> str:
-    """The first `size` bytes of a text file, odd letters replaced by a mark. `UserError` where it
-    cannot be read.
+    """The first `size` bytes of a text file, odd letters replaced by a mark.
+    `UserError` where it cannot be read.
     """
     return _decoded(read_bytes(path, size), errors="replace")
 
@@ -233,8 +233,8 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path, size: int = -1) -> bytes:
-    """A file's content, or its first `size` bytes. `UserError` where it cannot be read, or is a
-    pipe or a device: those may have no end."""
+    """A file's content, or its first `size` bytes.
+    `UserError` where it cannot be read, or is a pipe or a device: those may have no end."""
     remedy = "Check the path and its permissions."
     if why := absence(path):
         raise UserError(f"{path}: {why}", remedy)
@@ -266,8 +266,8 @@ def read_json(file: Path, shape: str = "", again: str = AGAIN) -> Any:
 
 
 def read_object(file: Path, shape: str = "", again: str = AGAIN) -> dict[str, Any]:
-    """The object in a JSON file; raises `UserError` as `read_json`, and where the value is another
-    one.
+    """The object in a JSON file;
+    raises `UserError` as `read_json`, and where the value is another one.
     """
     content = read_json(file, shape, again)
     if not isinstance(content, dict):
@@ -313,8 +313,8 @@ def _malformed_json(
 
 @contextmanager
 def not_collecting() -> Iterator[None]:
-    """No garbage collection: it would look at millions of small objects again and again, none of
-    them garbage.
+    """No garbage collection: it would look at millions of small objects again and again,
+    none of them garbage.
     """
     collecting = gc.isenabled()
     gc.disable()

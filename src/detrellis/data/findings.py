@@ -14,8 +14,8 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 class Rule(NamedTuple):
-    """How severe a finding is, what the user can do, and what `drop_bad` and `fix` do to the record
-    it names.
+    """How severe a finding is, what the user can do,
+    and what `drop_bad` and `fix` do to the record it names.
     """
 
     severity: Severity

@@ -1,5 +1,5 @@
-"""JPEG files whose picture data are damaged: decoders go on, fill the rest with grey, and tell
-nobody.
+"""JPEG files whose picture data are damaged:
+decoders go on, fill the rest with grey, and tell nobody.
 
 A JPEG's picture is one bit stream (several in a progressive file, or with restart markers). Bits
 that were changed or lost shift all that follow. Where the stream then ends too soon, what is
@@ -89,8 +89,8 @@ def _decoded(file: io.BytesIO) -> NDArray[np.uint8]:
 
 
 def _refilled(data: bytes) -> bytes:
-    """The file with `FILLER` at the end of every stream, which a decoder passes over where the
-    stream was whole.
+    """The file with `FILLER` at the end of every stream,
+    which a decoder passes over where the stream was whole.
     """
     parts, place = [], 0
     for _, end in _streams(data):
@@ -100,8 +100,8 @@ def _refilled(data: bytes) -> bytes:
 
 
 def _streams(data: bytes) -> list[tuple[int, int]]:
-    """(first byte of the scan, end) of each stream of picture data, in order; a scan with restarts
-    has several.
+    """(first byte of the scan, end) of each stream of picture data, in order;
+    a scan with restarts has several.
     """
     streams: list[tuple[int, int]] = []
     place = 2

@@ -1,5 +1,5 @@
-"""Which files a data set consists of: `resolve` recognises the layout, `DataSource` remembers it
-and reads it.
+"""Which files a data set consists of:
+`resolve` recognises the layout, `DataSource` remembers it and reads it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ READERS: Mapping[
 
 @dataclass(frozen=True)
 class DataSource:
-    """Kind and paths of a data set: small, and stored with a run so that the run can find its data
-    again.
+    """Kind and paths of a data set:
+    small, and stored with a run so that the run can find its data again.
     """
 
     kind: Kind
@@ -169,8 +169,8 @@ def resolve(
 
 
 def find_data(data: str | Path | DataSource | None, *files: str | Path | None) -> DataSource:
-    """The data set in a folder, or of named files: train, its images, val, its images. Raises as
-    `resolve`.
+    """The data set in a folder, or of named files:
+    train, its images, val, its images. Raises as `resolve`.
     """
     if isinstance(data, DataSource):
         return data
@@ -226,8 +226,8 @@ def _xml(folder: Path, split: str, given: GivenImages) -> SplitFiles:
 
 
 def _coco(files: Mapping[str, Path], given: GivenImages, why: str = "") -> DataSource:
-    """COCO files; many sets have one folder of images for both, so that of `train` is looked at for
-    the others too.
+    """COCO files; many sets have one folder of images for both,
+    so that of `train` is looked at for the others too.
     """
     nearby = [folder for folder in (given.get("train"),) if folder is not None]
     splits = {}
@@ -305,8 +305,8 @@ def _recognised(data: Path, given: GivenImages) -> DataSource | None:
 
 
 def _nested(data: Path, given: GivenImages) -> DataSource | None:
-    """The one data set in a folder of this folder, as archives are unpacked; `UserError` where
-    there are several.
+    """The one data set in a folder of this folder, as archives are unpacked;
+    `UserError` where there are several.
     """
     sources: dict[Path, DataSource] = {}
     errors: list[UserError] = []

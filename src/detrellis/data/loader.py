@@ -83,8 +83,8 @@ def _died(error: RuntimeError) -> UserError:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach every process of the group; the main one saves and
-    ends the workers.
+    """Ctrl-C and a batch system's SIGTERM reach every process of the group;
+    the main one saves and ends the workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

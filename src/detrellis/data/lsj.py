@@ -1,5 +1,5 @@
-"""Large-scale jitter (Ghiasi et al., 2021): an image at 0.1 to 2 times the size of a square, cut to
-it or padded.
+"""Large-scale jitter (Ghiasi et al., 2021):
+an image at 0.1 to 2 times the size of a square, cut to it or padded.
 
 `mmdet` is Co-DETR's, `detectron2` that of ViTDet and Mask2Former. They differ in rounding, in the
 draws of the crop, and in whether flips come before or after it.

@@ -1,5 +1,5 @@
-"""The outlines of a data set's objects, for what learns from masks, and the masks of an augmented
-picture.
+"""The outlines of a data set's objects,
+for what learns from masks, and the masks of an augmented picture.
 
 They stay outlines (COCO's `segmentation`) until then (`drawing.py`). There are two kinds of masks:
 bitmaps of the whole picture, and square grids of samples, each over the box of its object, which
@@ -53,8 +53,8 @@ class Outlines:
 
 
 def segmentations(annotations: Annotations) -> list[Any]:
-    """COCO's `segmentation` of each object, as the files have it. Raises `UserError` where the set
-    has boxes only.
+    """COCO's `segmentation` of each object, as the files have it.
+    Raises `UserError` where the set has boxes only.
     """
     a = annotations
     if a.segmentations is None or a.lines is None:
@@ -72,8 +72,8 @@ def _missing(annotations: Annotations, rows: Sequence[int]) -> UserError:
 
 
 def read_outlines(annotations: Annotations) -> Outlines:
-    """The outlines of all objects but crowd regions; the files that list them are read again for
-    this.
+    """The outlines of all objects but crowd regions;
+    the files that list them are read again for this.
 
     Raises `UserError` where one is missing or damaged.
     """
@@ -103,8 +103,8 @@ def has_outlines(annotations: Annotations) -> bool:
 
 
 def run_lengths(annotations: Annotations) -> list[dict[str, Any]]:
-    """COCO's compressed run lengths (`size`, `counts`) of each object in its image, as evaluation
-    takes them.
+    """COCO's compressed run lengths (`size`, `counts`) of each object in its image,
+    as evaluation takes them.
 
     Polygons are drawn as pycocotools draws them. A crowd region without a mask has an empty one;
     raises `UserError` where an object has none.
@@ -131,8 +131,8 @@ class MaskReader:
         self.sizes = annotations.sizes[annotations.box_rows[kept]].astype(np.int32)
 
     def __call__(self, image: Tensor, boxes: Tensor, rows: Tensor) -> Drawn:
-        """The objects that are left of a picture that was `pointed`. With bitmaps, those without a
-        pixel are not.
+        """The objects that are left of a picture that was `pointed`.
+        With bitmaps, those without a pixel are not.
         """
         objects = self._objects(boxes, rows)
         boxes, rows = boxes[rows >= 0], rows[rows >= 0]

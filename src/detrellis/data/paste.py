@@ -82,8 +82,8 @@ def _stays(patch: Patch, box: Tensor) -> bool:
 
 
 def sampled_grids(patches: Sequence[Patch], side: int) -> Tensor:
-    """`side` times `side` samples of each mask over its box: what lies under their centres `(n,
-    side, side)`.
+    """`side` times `side` samples of each mask over its box:
+    what lies under their centres `(n, side, side)`.
     """
     grids = torch.zeros(len(patches), side, side, dtype=torch.bool)
     steps = (torch.arange(side) + 0.5) / side

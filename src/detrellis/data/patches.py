@@ -1,5 +1,5 @@
-"""Masks of a picture as patches: most are much smaller than their picture, and what is not stored
-is not computed.
+"""Masks of a picture as patches:
+most are much smaller than their picture, and what is not stored is not computed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`RawDataset`: one split as its files have it, good or bad; and the way from there to
-`Annotations`.
+"""`RawDataset`: one split as its files have it, good or bad;
+and the way from there to `Annotations`.
 
 The readers (`formats/`) fill it, the doctor checks it, `drop_bad` cleans it, `to_annotations` is
 the way to training. Columns are numpy arrays, so that a check of 860,000 boxes is a few array
@@ -27,8 +27,8 @@ SEE_CHECK = "Run `detrellis check` for the full list; `train --skip-bad` leaves 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """`I` images and `T` boxes in the order of the files. Only types and lengths of the columns are
-    guaranteed.
+    """`I` images and `T` boxes in the order of the files.
+    Only types and lengths of the columns are guaranteed.
     """
 
     split: str  # "train", "val" or "test"
@@ -83,8 +83,8 @@ class RawDataset:
         return self.root / self.file_names[row]
 
     def place(self, box: int) -> tuple[str, int | None]:
-        """The file in which box `box` is written, and its line there; None where lines are not
-        counted.
+        """The file in which box `box` is written, and its line there;
+        None where lines are not counted.
         """
         row = self.box_rows[box]
         if self.label_files is None or row < 0:
@@ -128,8 +128,8 @@ def believed(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`(T, 4)` xywh boxes cut to their frames `(T, 2)` (height, width). A box outside gets no width
-    or no height.
+    """`(T, 4)` xywh boxes cut to their frames `(T, 2)` (height, width).
+    A box outside gets no width or no height.
     """
     frame = sizes[:, ::-1]  # (T, 2) width, height
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
@@ -141,8 +141,8 @@ def clip(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.flo
 
 
 def to_annotations(raw: RawDataset, classes: ClassMap | None = None) -> Annotations:
-    """The flat arrays that training reads: boxes grouped by image, clipped to the frame, labels
-    from `classes`.
+    """The flat arrays that training reads:
+    boxes grouped by image, clipped to the frame, labels from `classes`.
 
     `classes` is the training set's map (default: the one of `raw`). A record that cannot be used
     raises `UserError` naming the first one: the doctor lists them all, and `drop_bad` leaves them

@@ -1,5 +1,5 @@
-"""Which images make which batch: deterministic in (seed, epoch), resumable at any batch, the same
-on every rank.
+"""Which images make which batch:
+deterministic in (seed, epoch), resumable at any batch, the same on every rank.
 
 A key is `(epoch, image index)`: the data set derives the image's augmentation from it, so that
 nothing random has a state that a checkpoint would have to save.
@@ -22,8 +22,8 @@ Key = tuple[int, int]  # epoch, image index
 def repeat_factors(
     starts: NDArray[np.int64], labels: NDArray[np.int64], classes: int, threshold: float
 ) -> NDArray[np.float64]:
-    """How often each image should be seen in an epoch, `(I,)`, at least once on average (LVIS,
-    Gupta et al., 2019).
+    """How often each image should be seen in an epoch,
+    `(I,)`, at least once on average (LVIS, Gupta et al., 2019).
 
     Image `i` has the boxes of `labels[starts[i]:starts[i + 1]]`. A class in the fraction f of the
     images asks for `sqrt(threshold / f)`, and an image follows the class that asks for most.
@@ -51,8 +51,8 @@ def _present(starts: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np
 
 
 def repeats(factors: NDArray[np.float64], draws: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Times that each image stands in an epoch: its factor, rounded up where its draw from [0, 1)
-    is less than the remainder."""
+    """Times that each image stands in an epoch:
+    its factor, rounded up where its draw from [0, 1) is less than the remainder."""
     whole = np.floor(factors)
     times: NDArray[np.int64] = (whole + (draws < factors - whole)).astype(np.int64)
     return times
@@ -150,8 +150,8 @@ class BatchSampler(Sampler[list[Key]]):
 
 
 class EvalSampler(Sampler[list[Key]]):
-    """Every image exactly once over all ranks, in order; ranks may differ by one image and get
-    fewer batches.
+    """Every image exactly once over all ranks, in order;
+    ranks may differ by one image and get fewer batches.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""A small synthetic detection set, written as a real COCO folder: for the first run, the tests and
-the benchmarks.
+"""A small synthetic detection set, written as a real COCO folder:
+for the first run, the tests and the benchmarks.
 
 Five kinds of shapes of any colour, tilted, scaled, cut off by the border and hidden behind one
 another, on gradients and noise, among lines and blobs that are no objects. The colour says nothing

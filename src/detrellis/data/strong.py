@@ -1,5 +1,5 @@
-"""Strong augmentation of one image at a fixed size: SSD's zoom-out and crop (Liu et al., 2016), and
-small rotations.
+"""Strong augmentation of one image at a fixed size:
+SSD's zoom-out and crop (Liu et al., 2016), and small rotations.
 
 Zoom-out and crop only choose a window of the picture, which may reach beyond its edges; it is
 rendered once, so that no large canvas is made and no pixel is resampled twice. torchvision's
@@ -44,8 +44,8 @@ IOUS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 class Window(NamedTuple):
-    """A part of a picture in its pixels; where it reaches beyond the picture it shows the mean
-    colour.
+    """A part of a picture in its pixels;
+    where it reaches beyond the picture it shows the mean colour.
     """
 
     top: int
@@ -97,8 +97,8 @@ class StrongAugment:
         return show((image, boxes, labels), window, frame.target(window.height, window.width))
 
     def finished(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
-        """A framed image rotated, flipped and recoloured; its boxes clipped to it, and those that
-        vanish dropped.
+        """A framed image rotated, flipped and recoloured;
+        its boxes clipped to it, and those that vanish dropped.
         """
         if self.rotate:
             image, boxes, labels = rotated(image, boxes, labels, uniform(-self.rotate, self.rotate))
@@ -108,8 +108,8 @@ class StrongAugment:
 
 
 def zoomed_out(window: Window, sides: tuple[float, float]) -> Window:
-    """A window whose sides are so many times as long, with the one given at a random place in
-    it.
+    """A window whose sides are so many times as long,
+    with the one given at a random place in it.
     """
     ratio = uniform(*sides)
     height, width = int(window.height * ratio), int(window.width * ratio)
@@ -162,8 +162,8 @@ def cropped(window: Window, boxes: Tensor, sides: tuple[float, float]) -> Window
 def show(
     picture: Picture, window: Window, frame: tuple[int, int], visible: float = VISIBLE
 ) -> Picture:
-    """What the window shows, as an image of the size `frame`; a box of which at most the fraction
-    `visible` of the area is in it is dropped."""
+    """What the window shows, as an image of the size `frame`;
+    a box of which at most the fraction `visible` of the area is in it is dropped."""
     height, width = picture[0].shape[1:]
     # The part of the window that is in the picture.
     top, left = max(window.top, 0), max(window.left, 0)

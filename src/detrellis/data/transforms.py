@@ -46,8 +46,8 @@ class Transform(Protocol):
         """`(height, width)` of every batch; None: the largest image of the batch decides."""
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
-        """Image uint8 `(3, H, W)`, boxes `(n, 4)` pixel `xyxy`, labels `(n,)`; the same kinds come
-        out.
+        """Image uint8 `(3, H, W)`, boxes `(n, 4)` pixel `xyxy`, labels `(n,)`;
+        the same kinds come out.
         """
 
 
@@ -197,8 +197,8 @@ class Resize:
         return None if isinstance(self.size, int) or self.match_orientation else self.size
 
     def facing(self, height: int, width: int) -> Resize:
-        """This resize for all that becomes a part of an image of that size, whatever their own
-        orientation.
+        """This resize for all that becomes a part of an image of that size,
+        whatever their own orientation.
         """
         if isinstance(self.size, int) or not self.match_orientation:
             return self
@@ -232,8 +232,8 @@ class Resize:
         return image, boxes, labels
 
     def frame(self, height: int, width: int) -> tuple[float, float]:
-        """What the boxes of an image of that size are relative to, in its pixels: the image, or
-        with `pad` all that becomes the padded one."""
+        """What the boxes of an image of that size are relative to, in its pixels:
+        the image, or with `pad` all that becomes the padded one."""
         if self.pad is None:
             return height, width
         assert self.pad_to is not None
@@ -263,8 +263,8 @@ class Finish:
 
 @dataclass(frozen=True)
 class DetrAugment:
-    """DETR: one of several scales; half of the time a random crop of a rescaled image goes before
-    it.
+    """DETR: one of several scales;
+    half of the time a random crop of a rescaled image goes before it.
     """
 
     sides: tuple[int, ...]  # short sides to draw from

@@ -35,8 +35,8 @@ BY_HAND = "Choose by hand: -o optim.accumulate=N, passes a step."
 
 
 class WorstStep(NamedTuple):
-    """The most that a training step can be given: height and width of its batch in pixels, and
-    boxes of each image.
+    """The most that a training step can be given:
+    height and width of its batch in pixels, and boxes of each image.
     """
 
     height: int
@@ -48,8 +48,8 @@ class WorstStep(NamedTuple):
 
 
 def worst_step(annotations: Annotations, recipe: Recipe) -> WorstStep:
-    """The largest batch that the augmentation can make of a data set, each image as full as the
-    fullest can become.
+    """The largest batch that the augmentation can make of a data set,
+    each image as full as the fullest can become.
     """
     augmentation, sizes = augmentation_of(recipe), np.unique(annotations.sizes, axis=0)
     extents = np.array([_extent(each, sizes) for each in (augmentation.calm, *augmentation.strong)])
@@ -59,8 +59,8 @@ def worst_step(annotations: Annotations, recipe: Recipe) -> WorstStep:
 
 
 def _extent(transform: Transform | Mixing, sizes: NDArray[np.int64]) -> tuple[int, int]:
-    """Height and width of the largest batch of images of these sizes, `(I, 2)`: the tallest beside
-    the widest.
+    """Height and width of the largest batch of images of these sizes, `(I, 2)`:
+    the tallest beside the widest.
     """
     if isinstance(transform, DetrAugment):
         # A crop may be as narrow, or as flat, as the ends of its range allow.
@@ -151,8 +151,8 @@ def refuse_both(settings: str | Sequence[str]) -> None:
 def images_that_fit(
     recipe: Recipe, classes: int, worst: WorstStep, world: World, workers: int
 ) -> int:
-    """How many images fit into a step, 0 where none does: what `trial` says in a process of its
-    own.
+    """How many images fit into a step, 0 where none does:
+    what `trial` says in a process of its own.
     """
     request = {
         "recipe": recipe.model_dump(mode="json"),

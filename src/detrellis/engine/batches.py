@@ -1,5 +1,5 @@
-"""The batches of a run: how many images a process takes at a time, in which order, and how much of
-them is padding.
+"""The batches of a run: how many images a process takes at a time,
+in which order, and how much of them is padding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ UNREADABLE = "unreadable.txt"
 
 
 def padded_fraction(batch: Batch) -> torch.Tensor:
-    """Fraction of a batch's pixels that are padding: work done for nothing, which
-    `data.group_by_aspect` lowers.
+    """Fraction of a batch's pixels that are padding:
+    work done for nothing, which `data.group_by_aspect` lowers.
     """
     padding = batch.images.padding
     return batch.images.pixels.new_zeros(()) if padding is None else padding.float().mean()
@@ -44,8 +44,8 @@ def batch_per_process(recipe: Recipe, world: World) -> int:
 
 
 def unreadable_line(out: Path) -> str:
-    """How many pictures could not be read so far, and the first of them; nothing where all
-    could.
+    """How many pictures could not be read so far, and the first of them;
+    nothing where all could.
     """
     file = out / UNREADABLE
     lines = list(dict.fromkeys(file.read_text().splitlines())) if file.is_file() else []

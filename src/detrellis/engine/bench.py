@@ -1,5 +1,5 @@
-"""How fast a recipe runs here: latency and throughput of inference, or of a training step, with
-random weights.
+"""How fast a recipe runs here:
+latency and throughput of inference, or of a training step, with random weights.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LANDSCAPE = 1333 / 800
 
 @dataclass(frozen=True)
 class Timing:
-    """The wall-clock times of the whole pass at one batch size, and what follows from their
-    median.
+    """The wall-clock times of the whole pass at one batch size,
+    and what follows from their median.
     """
 
     batch_size: int
@@ -102,8 +102,8 @@ class BenchResult:
 
 
 def parse_size(text: str | int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width from `"640x480"` (height first), a pair, or the short side of the papers'
-    landscape image.
+    """Height and width from `"640x480"` (height first),
+    a pair, or the short side of the papers' landscape image.
     """
     if not isinstance(text, tuple):
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip().lower())
@@ -177,8 +177,8 @@ def bench_recipe(
 
 
 def _compile(model: TrainableDetector, train: bool) -> None:
-    """Compile the whole detector where it runs whole, and in training its parts, between which
-    schemes add queries.
+    """Compile the whole detector where it runs whole,
+    and in training its parts, between which schemes add queries.
     """
     import_compiler()
     detector = model.detector
@@ -212,8 +212,8 @@ def step_on(
     count: int = BOXES,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], object]:
-    """A step of the model on these images with `count` random boxes of each; call it to train.
-    Without an `optimizer` it has one of its own."""
+    """A step of the model on these images with `count` random boxes of each;
+    call it to train. Without an `optimizer` it has one of its own."""
     batch, device = len(images.pixels), images.pixels.device
     boxes = torch.rand(batch * count, 4, device=device) * 0.3 + 0.2
     labels = torch.randint(classes, (batch * count,), device=device)
@@ -264,8 +264,8 @@ def _time(
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of a call. A GPU works on after the call has returned: it is waited for,
-    before and after.
+    """Wall-clock time of a call. A GPU works on after the call has returned:
+    it is waited for, before and after.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

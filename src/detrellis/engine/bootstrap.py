@@ -53,8 +53,8 @@ def resampled_ap(
 
 
 def _class_ap(matches: Sequence[Mapping[str, Any]], places: Sequence[int], weights: Float) -> Float:
-    """AP of one class in each draw `(R,)`, of the `weights (R, I)` of the images; NaN where it has
-    no ground truth.
+    """AP of one class in each draw `(R,)`, of the `weights (R, I)` of the images;
+    NaN where it has no ground truth.
     """
     truth = np.array(
         [np.count_nonzero(~np.asarray(match["gtIgnore"], dtype=np.bool_)) for match in matches]
@@ -106,8 +106,8 @@ def _average_precision(true: Float, seen: Float, positives: Float) -> Float:
 
 
 def half_interval(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval that resampled `values` give, by their standard deviation; None
-    with fewer than two.
+    """Half of the 95 % interval that resampled `values` give, by their standard deviation;
+    None with fewer than two.
     """
     defined = [value for value in values if math.isfinite(value)]
     return QUANTILE * statistics.stdev(defined) if len(defined) > 1 else None

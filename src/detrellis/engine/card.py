@@ -58,16 +58,16 @@ class Card:
         return {"format": str(FORMAT), "detrellis": json.dumps(card)}
 
     def settings(self) -> dict[str, Any]:
-        """What is trained, as JSON holds it, without a path of this machine: what trackers are
-        told.
+        """What is trained, as JSON holds it, without a path of this machine:
+        what trackers are told.
         """
         recipe = self.recipe.untrained().model_dump(mode="json")
         return {"recipe": recipe, "seed": self.seed, "version": self.version}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, path: Path) -> Card:
-        """The inverse of `to_metadata`; `UserError` where the file is not one of ours, or of a
-        newer version.
+        """The inverse of `to_metadata`;
+        `UserError` where the file is not one of ours, or of a newer version.
         """
         if not isinstance(metadata, Mapping) or "detrellis" not in metadata:
             raise UserError(

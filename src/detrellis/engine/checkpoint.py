@@ -49,8 +49,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
 def keep_best(
     folder: Path, weights: Mapping[str, Tensor], card: Card, ap: float, count: int
 ) -> None:
-    """Keep the weights of the `count` best epochs in `folder`, each named by its epoch and AP; of
-    equals the earlier.
+    """Keep the weights of the `count` best epochs in `folder`, each named by its epoch and AP;
+    of equals the earlier.
 
     Which are kept follows from the files there, so a run that is resumed goes on with them. A file
     that falls behind is removed once the new one is whole.
@@ -80,8 +80,8 @@ def save_run(
     *,
     keep: bool = False,
 ) -> None:
-    """Write state and last weights of a run (None: nothing is trained yet), both whole before
-    either takes its place.
+    """Write state and last weights of a run (None: nothing is trained yet),
+    both whole before either takes its place.
 
     The state holds the card too, so it alone decides where a run goes on: it comes first, and
     weights that were not moved after it are written again when the run is resumed. `keep`: the
@@ -145,8 +145,8 @@ EXPORTED = (".onnx", ".xml", ".pt2")
 
 
 def load_weights(place: Path) -> tuple[dict[str, Tensor], Card]:
-    """Weights and card of a run's folder or of one file; a file that is broken gives one error and
-    nothing else.
+    """Weights and card of a run's folder or of one file;
+    a file that is broken gives one error and nothing else.
     """
     path = find_weights(place)
     if path.suffix in EXPORTED:
@@ -177,8 +177,8 @@ def _other_copy(path: Path) -> str:
 
 
 def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detector:
-    """The detector with these weights, all of them; `UserError` that names file and tensor, and
-    nothing is loaded.
+    """The detector with these weights, all of them;
+    `UserError` that names file and tensor, and nothing is loaded.
     """
     check_fit(detector, weights, path)
     detector.load_state_dict(dict(weights))
@@ -186,8 +186,8 @@ def fill(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> Detec
 
 
 def check_fit(detector: Detector, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises `UserError` that names file and tensor where the weights are not the detector's, or
-    not finite.
+    """Raises `UserError` that names file and tensor where the weights are not the detector's,
+    or not finite.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in detector.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -211,8 +211,8 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
-    """As `load_weights`, with the check that the weights are what the card's recipe needs. No
-    detector is built.
+    """As `load_weights`, with the check that the weights are what the card's recipe needs.
+    No detector is built.
     """
     path = find_weights(place)
     weights, card = load_weights(path)
@@ -223,8 +223,8 @@ def load_whole(place: Path) -> tuple[dict[str, Tensor], Card]:
 
 
 def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
-    """What `torch.save` wrote: tensors, numbers and containers, and objects of `allowed` types, on
-    the host.
+    """What `torch.save` wrote: tensors, numbers and containers,
+    and objects of `allowed` types, on the host.
 
     Nothing else is unpickled: it could run any code. `UserError` says in our words what is wrong
     with a file.
@@ -250,8 +250,8 @@ def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
 
 
 def load_state(run: Path) -> dict[str, Any]:
-    """The state to resume `run` from, on the host; where the last one is missing or torn, the one
-    before it.
+    """The state to resume `run` from, on the host;
+    where the last one is missing or torn, the one before it.
 
     That is told as `Advice`, and the run ends with the same bits: it only has more to do.
     `UserError` where neither is whole.

@@ -1,5 +1,5 @@
-"""The evaluators that compute COCO's statistics: hotcoco, or pycocotools where it cannot be
-imported.
+"""The evaluators that compute COCO's statistics:
+hotcoco, or pycocotools where it cannot be imported.
 
 hotcoco (Rust) takes about 1 s where pycocotools needs minutes, with the same twelve numbers.
 """

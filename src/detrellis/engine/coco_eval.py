@@ -41,8 +41,8 @@ class ResultArrays(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """An evaluation, with what it was given; images and classes are numbered from 1, detections and
-    boxes too.
+    """An evaluation, with what it was given;
+    images and classes are numbered from 1, detections and boxes too.
     """
 
     truth: Truth
@@ -79,8 +79,8 @@ class CocoEvaluator:
         self._dropped = np.zeros(len(annotations), dtype=np.int64)
 
     def update(self, image_ids: Sequence[int], detections: Sequence[Detections]) -> None:
-        """Adds a batch: the data set's image ids and each image's detections, in pixels of the
-        original image.
+        """Adds a batch: the data set's image ids and each image's detections,
+        in pixels of the original image.
 
         An image that was added before is passed over: distributed samplers repeat some to fill the
         last batch. Raises UserError for an image or a class that the annotations do not hold.
@@ -111,8 +111,8 @@ class CocoEvaluator:
         )
 
     def merge(self, *others: ResultArrays) -> None:
-        """Adds what other processes collected over the same annotations; an image that is here
-        already stays as is.
+        """Adds what other processes collected over the same annotations;
+        an image that is here already stays as is.
         """
         for other in others:
             fresh = ~self._seen[other.images]
@@ -126,14 +126,14 @@ class CocoEvaluator:
 
     @property
     def kind(self) -> Kind:
-        """What the detector is judged by: its masks, where it gives them and the data set has
-        them.
+        """What the detector is judged by:
+        its masks, where it gives them and the data set has them.
         """
         return "mask" if self._masked and self.annotations.segmentations is not None else "box"
 
     def compute(self, *, resample: bool = False, of: Kind = "box") -> EvalResult:
-        """The statistics over the images shown so far; `resample` says how far so many images let
-        AP be known.
+        """The statistics over the images shown so far;
+        `resample` says how far so many images let AP be known.
 
         An image shown without detections counts (its boxes were missed); an image never shown does
         not. Raises `UserError` where masks are asked for and the data set has not one for each
@@ -182,15 +182,15 @@ class CocoEvaluator:
         )
 
     def evaluated(self, of: Kind = "box") -> Evaluated:
-        """COCO's evaluation over the images shown so far, with what it was given. Raises as
-        `compute`.
+        """COCO's evaluation over the images shown so far, with what it was given.
+        Raises as `compute`.
         """
         truth, rows, drawn, shown = self._given(of)
         return Evaluated(truth, rows, *backend()(truth, rows, drawn), self._order, shown)
 
     def _given(self, of: Kind) -> tuple[Truth, Float, Masks | None, Int]:
-        """Ground truth, detections and their masks as evaluators take them; and which annotations
-        are the truth's.
+        """Ground truth, detections and their masks as evaluators take them;
+        and which annotations are the truth's.
         """
         a, (_, rows, _, runs) = self.annotations, self.arrays()
         drawn = masks = None
@@ -219,8 +219,8 @@ class CocoEvaluator:
         return truth, rows, drawn, np.flatnonzero(shown)
 
     def results_json(self, path: str | Path) -> None:
-        """Writes the detections in COCO's results format, with the data set's own image and
-        category ids.
+        """Writes the detections in COCO's results format,
+        with the data set's own image and category ids.
 
         Every digit is written, so evaluating the file gives the statistics of `compute`.
         """
@@ -310,8 +310,8 @@ def _beyond(truth: Truth) -> int:
 
 
 def _to_host(detections: Sequence[Detections]) -> Float:
-    """The rows `(N, 6)` x, y, width, height, score, class index, with one copy from the device for
-    the whole batch.
+    """The rows `(N, 6)` x, y, width, height, score, class index,
+    with one copy from the device for the whole batch.
     """
     boxes, scores, labels = (
         torch.cat(parts).detach()

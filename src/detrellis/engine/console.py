@@ -1,5 +1,5 @@
-"""How work looks on the console; training: a bar on a terminal, a line now and then elsewhere, a
-row every epoch.
+"""How work looks on the console; training:
+a bar on a terminal, a line now and then elsewhere, a row every epoch.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def track(items: Iterable[Item], what: str, total: int, show: bool) -> Iterable[
 
 
 class TrainingView:
-    """Shows one run; records are those of `RunLog`. `step`: steps that were done before this
-    process began.
+    """Shows one run; records are those of `RunLog`.
+    `step`: steps that were done before this process began.
     """
 
     def __init__(
@@ -217,8 +217,8 @@ def epoch_cells(record: Mapping[str, Any], epochs: int) -> dict[str, str]:
 
 
 def time_line(seconds: Mapping[str, float]) -> str:
-    """The time of an epoch and of its parts, such as `time 2:04  data 3.7s 3%  forward 43s 35%`; and what is left of it
-    where that is 1 % or more."""
+    """The time of an epoch and of its parts, such as `time 2:04  data 3.7s 3%  forward 43s 35%`;
+    and what is left of it where that is 1 % or more."""
     parts = {name: value for name, value in seconds.items() if name != "total"}
     total = seconds["total"]
     rest = total - sum(parts.values())

@@ -1,5 +1,5 @@
-"""An exponential moving average of the detector's weights, which is what is evaluated and saved
-when it is on.
+"""An exponential moving average of the detector's weights,
+which is what is evaluated and saved when it is on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, detector: nn.Module, step: int) -> None:
-        """Move towards `detector` after optimizer step `step` (from 1); buffers are averaged as
-        well.
+        """Move towards `detector` after optimizer step `step` (from 1);
+        buffers are averaged as well.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         if self.ramp:

@@ -44,8 +44,8 @@ class ClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalScores:
-    """What every metric reports: statistics in 0..1, None where one is undefined, and what they
-    were computed from.
+    """What every metric reports:
+    statistics in 0..1, None where one is undefined, and what they were computed from.
     """
 
     stats: Mapping[str, float | None]  # by name
@@ -66,8 +66,8 @@ class EvalScores:
         return data | {"stats": dict(self.stats), "per_class": list(data["per_class"])}
 
     def caption(self, boxes: str) -> str:
-        """What the statistics were computed from, as a table's caption; `boxes` says of how many
-        boxes.
+        """What the statistics were computed from, as a table's caption;
+        `boxes` says of how many boxes.
         """
         part = "" if self.images == self.images_in_set else f" of {self.images_in_set:,}"
         text = f"{self.images:,}{part} images, {boxes}, {self.detections:,} detections"
@@ -78,8 +78,8 @@ class EvalScores:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult(EvalScores):
-    """The twelve COCO statistics, by the names in `STATISTICS`, and each class's AP; crowd regions
-    do not count.
+    """The twelve COCO statistics, by the names in `STATISTICS`, and each class's AP;
+    crowd regions do not count.
 
     `ap` is over IoU 0.50:0.95. None where COCO has -1.
     """
@@ -97,8 +97,8 @@ class EvalResult(EvalScores):
 
     @property
     def ap_interval(self) -> float | None:
-        """Half of the 95 % interval of AP over images like these; None where they were not
-        resampled.
+        """Half of the 95 % interval of AP over images like these;
+        None where they were not resampled.
         """
         return None if self.resampled is None else half_interval(self.resampled)
 

@@ -80,8 +80,8 @@ def eval_loader(
     world: World,
     transform: Transform | None = None,
 ) -> Loader:
-    """Every image once over all processes, resized as the recipe says, or by another
-    `transform`.
+    """Every image once over all processes,
+    resized as the recipe says, or by another `transform`.
     """
     transform = transform or eval_transform(config.size, **config.resizing())
     sampler = EvalSampler(len(annotations), batch_size, rank=world.rank, world_size=world.size)
@@ -99,8 +99,8 @@ def collect(
     check: Callable[[DecoderOutput], None] | None = None,
     truth: Masks | None = None,
 ) -> list[CocoEvaluator]:
-    """Run the detector over the batches; in every process the evaluators hold the detections of
-    all.
+    """Run the detector over the batches;
+    in every process the evaluators hold the detections of all.
 
     One for each threshold of `nms`: where it is None, of what the detector detects; otherwise after
     NMS at that IoU. `check` sees each output first. `truth` are the masks of the annotations, where
@@ -137,8 +137,8 @@ def completed(evaluator: CocoEvaluator) -> CocoEvaluator:
 
 
 def duplicates_line(result: EvalResult, after_nms: EvalResult) -> str | None:
-    """Advice where AP is higher after NMS, because objects are found more than once; None where it
-    is not.
+    """Advice where AP is higher after NMS, because objects are found more than once;
+    None where it is not.
     """
     if result.ap is None or after_nms.ap is None or after_nms.ap - result.ap < DOUBLED:
         return None

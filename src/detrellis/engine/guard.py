@@ -1,5 +1,5 @@
-"""Two checks on a run: one stops it when the loss is not finite, the other warns when nothing is
-learned.
+"""Two checks on a run: one stops it when the loss is not finite,
+the other warns when nothing is learned.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def check_finite(
 
 
 def check_weights(tensors: Iterable[Tensor], step: int, remedy: str) -> None:
-    """Raises NonFiniteLoss where trained weights are not finite, so that they never take a good
-    checkpoint's place.
+    """Raises NonFiniteLoss where trained weights are not finite,
+    so that they never take a good checkpoint's place.
     """
     if not all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
         raise NonFiniteLoss(
@@ -86,8 +86,8 @@ FEWEST = 5  # values that a window holds at least
 
 
 class FlatLossWatch:
-    """Warns once when, after `steps` steps, neither the loss has fallen nor the matched IoU has
-    risen.
+    """Warns once when, after `steps` steps,
+    neither the loss has fallen nor the matched IoU has risen.
 
     Compares medians of the first and of the last fifth of the steps. A change counts when it is
     larger than `TOLERANCE` and stands out from the scatter within the windows. A run is checked
@@ -106,8 +106,8 @@ class FlatLossWatch:
         self._recent: list[list[float]] = []
 
     def update(self, step: int, loss: float, matched_iou: float | None = None) -> str | None:
-        """Takes the values of a step (not every step need be shown), and returns the warning, at
-        most once.
+        """Takes the values of a step (not every step need be shown),
+        and returns the warning, at most once.
 
         `matched_iou` is None or NaN where no box was matched.
         """
@@ -176,8 +176,8 @@ def _fell(first: Sequence[float], last: Sequence[float], least: float) -> bool:
 
 
 def _median_error(values: Sequence[float]) -> float:
-    """Standard error of the median of normally distributed values, with a spread that outliers do
-    not move.
+    """Standard error of the median of normally distributed values,
+    with a spread that outliers do not move.
     """
     middle = median(values)
     spread = 1.4826 * median(abs(v - middle) for v in values)
@@ -185,8 +185,8 @@ def _median_error(values: Sequence[float]) -> float:
 
 
 def _plain(value: object) -> object:
-    """A copy of the nest in plain containers and tensors on the host, the kinds that `weights_only`
-    loading accepts.
+    """A copy of the nest in plain containers and tensors on the host,
+    the kinds that `weights_only` loading accepts.
     """
     if isinstance(value, Tensor):
         # A clone: a view would be saved with all of what it looks at

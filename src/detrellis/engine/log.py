@@ -200,8 +200,8 @@ class RunLog:
         self._view.end_epoch(record)
 
     def track(self, items: Iterable[Item], name: str, total: int | None = None) -> Iterator[Item]:
-        """Yields `items` with a progress bar of their own, on a terminal: the evaluation, for
-        one.
+        """Yields `items` with a progress bar of their own, on a terminal:
+        the evaluation, for one.
         """
         return self._view.track(items, name, total) if self.is_main_process else iter(items)
 
@@ -229,8 +229,8 @@ class RunLog:
             self._trackers.picture(name, picture, self._step)
 
     def close(self) -> None:
-        """Takes the progress bar away, closes the files and ends the trackers; twice is as good as
-        once.
+        """Takes the progress bar away, closes the files and ends the trackers;
+        twice is as good as once.
         """
         if not self.is_main_process:
             return

@@ -25,8 +25,8 @@ NAMES = ("APr", "APc", "APf", "AR@300", "ARs@300", "ARm@300", "ARl@300")
 def class_lists(
     federation: Federation, image_ids: Int, category_ids: tuple[int, ...]
 ) -> ClassLists:
-    """The lists of the images `image_ids (S,)`, with classes numbered from 1 in the order of
-    `category_ids`.
+    """The lists of the images `image_ids (S,)`,
+    with classes numbered from 1 in the order of `category_ids`.
     """
     place = {category: k + 1 for k, category in enumerate(category_ids)}
     row = {image: i for i, image in enumerate(image_ids.tolist())}
@@ -45,8 +45,8 @@ def class_lists(
 def lvis_scores(
     truth: Truth, rows: Float, masks: Masks | None, limit: int
 ) -> tuple[Mapping[str, float], Float]:
-    """The statistics with the best `limit` detections of each image, and precision (IoU, recall,
-    class).
+    """The statistics with the best `limit` detections of each image,
+    and precision (IoU, recall, class).
 
     `rows (N, 7)` as `Evaluator` takes them. Raises `UserError` where hotcoco cannot be imported.
     """

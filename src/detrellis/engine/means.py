@@ -1,5 +1,5 @@
-"""Means of named values that live on a device: collecting them never waits for it, reading them
-does so once.
+"""Means of named values that live on a device:
+collecting them never waits for it, reading them does so once.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Means:
         return sums
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors, numbers and containers. Nothing is added up for it, so later sums are the
-        same bits.
+        """Plain tensors, numbers and containers.
+        Nothing is added up for it, so later sums are the same bits.
         """
         return {"sums": self._sums.state_dict(), "names": self._names, "values": self._values}
 
@@ -108,8 +108,8 @@ class Means:
 
 
 def mean_over_passes(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Mean of each value over the passes of a step; a pass may lack some (no denoising without
-    boxes).
+    """Mean of each value over the passes of a step;
+    a pass may lack some (no denoising without boxes).
     """
     names = dict.fromkeys(name for values in passes for name in values)
     return {

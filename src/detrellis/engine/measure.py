@@ -1,5 +1,5 @@
-"""What a recipe costs: parameters, multiply-adds, and what its training schemes add while
-training.
+"""What a recipe costs: parameters, multiply-adds,
+and what its training schemes add while training.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class RecipeInfo:
 
 
 def count(module: nn.Module, *, trainable: bool = False) -> int:
-    """The parameters of a module. A frozen BatchNorm's are buffers, and do not count, as in the
-    papers.
+    """The parameters of a module.
+    A frozen BatchNorm's are buffers, and do not count, as in the papers.
     """
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 

@@ -61,8 +61,8 @@ def _block(name: str) -> tuple[int, int] | None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """One group for each factor and weight decay; `scale` stays in the group for
-    `set_learning_rate`.
+    """One group for each factor and weight decay;
+    `scale` stays in the group for `set_learning_rate`.
     """
     names = [name for name, _ in model.named_parameters()]
     by_depth = (

@@ -1,5 +1,5 @@
-"""What a stopped run goes on with: its own state and data, wherever the data are now, and a few
-settings that may change.
+"""What a stopped run goes on with:
+its own state and data, wherever the data are now, and a few settings that may change.
 
 | of `train --resume RUN` | what happens |
 | --- | --- |
@@ -82,8 +82,8 @@ class ResumedRun:
 def resumed_run(
     run: Path, source: DataSource | None, settings: Sequence[str], epochs: int | None
 ) -> ResumedRun:
-    """Load a run to go on with; `source` is where its data are now, None where they were. See the
-    top of the file.
+    """Load a run to go on with; `source` is where its data are now, None where they were.
+    See the top of the file.
     """
     state, old = load_run(run)
     card = with_settings(old, state, settings, epochs)
@@ -96,8 +96,8 @@ def resumed_run(
 
 
 def load_run(run: Path) -> tuple[dict[str, Any], Card]:
-    """State and card of a run to go on with; `UserError` where it is none, or two runs' files are
-    mixed up.
+    """State and card of a run to go on with;
+    `UserError` where it is none, or two runs' files are mixed up.
     """
     state = load_state(run)
     beside = metadata_of(run / LAST)
@@ -144,8 +144,8 @@ def _with_card(state: dict[str, Any], card: Card) -> dict[str, Any]:
 def with_settings(
     card: Card, state: Mapping[str, Any], settings: Sequence[str], epochs: int | None
 ) -> Card:
-    """The card with other settings from here on, and a note of them; `UserError` for one that a
-    state depends on.
+    """The card with other settings from here on, and a note of them;
+    `UserError` for one that a state depends on.
     """
     for text in settings:
         name = text.partition("=")[0].strip()
@@ -179,8 +179,8 @@ def with_data(card: Card, state: Mapping[str, Any], data: Mapping[str, Any]) -> 
 
 
 def summarise(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str:
-    """What going on means, in words: how much is left, and what the learning rate does if its
-    schedule is another.
+    """What going on means, in words:
+    how much is left, and what the learning rate does if its schedule is another.
     """
     done, schedule = state["epoch"], card.recipe.schedule
     epochs = schedule.epochs
@@ -209,8 +209,8 @@ def summarise(old: Card, card: Card, state: Mapping[str, Any], run: Path) -> str
 
 
 def _learning_rate(recipe: Recipe, state: Mapping[str, Any]) -> float:
-    """The rate at the step where the state is. States of before 0.1.0 name no images: their epochs
-    say the steps.
+    """The rate at the step where the state is.
+    States of before 0.1.0 name no images: their epochs say the steps.
     """
     done, step = state["epoch"], state["step"]
     images = state[IMAGES].get("train")
@@ -224,8 +224,8 @@ def _learning_rate(recipe: Recipe, state: Mapping[str, Any]) -> float:
 def check_data_exists(
     run: Path, source: DataSource, splits: Sequence[str], words: Sequence[object]
 ) -> None:
-    """Raises `UserError` where a run's data are not where they were; it names the command of
-    `words`, with `--data`.
+    """Raises `UserError` where a run's data are not where they were;
+    it names the command of `words`, with `--data`.
     """
     for split, files in source.splits.items():
         paths = [

@@ -1,5 +1,5 @@
-"""What a model is shown in training: augmented pictures with the boxes that are left, as one
-sheet.
+"""What a model is shown in training:
+augmented pictures with the boxes that are left, as one sheet.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CELL = 320  # pixels of a picture's long side
 def training_dataset(
     annotations: Annotations, recipe: Recipe, seed: int, *, unreadable: Path | None = None
 ) -> DetectionDataset:
-    """The pictures of a run, augmented as its recipe says; `unreadable` as in
-    `DetectionDataset`.
+    """The pictures of a run, augmented as its recipe says;
+    `unreadable` as in `DetectionDataset`.
     """
     masks, bitmaps = recipe.needs_masks, recipe.needs_bitmaps
     return DetectionDataset(
@@ -94,8 +94,8 @@ def images_an_epoch(annotations: Annotations, recipe: Recipe) -> int:
 
 
 def samples_sheet(dataset: DetectionDataset, names: Sequence[str], count: int) -> Image.Image:
-    """`count` pictures as the first epoch has them, evenly spaced over the data set, with the
-    classes' `names`.
+    """`count` pictures as the first epoch has them,
+    evenly spaced over the data set, with the classes' `names`.
 
     Raises `UserError` where one of them cannot be read.
     """

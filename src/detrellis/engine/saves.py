@@ -136,8 +136,8 @@ class RunSaves:
         return divergence_remedy(self.job.out, config.lr, config.clip, step)
 
     def card(self, epoch: int) -> Card:
-        """The card of the present weights; with their evaluation, if they are what was evaluated
-        last.
+        """The card of the present weights;
+        with their evaluation, if they are what was evaluated last.
         """
         result = self.state.result if self.evaluated_step == self.state.step else None
         return replace(

@@ -27,8 +27,8 @@ SMALLEST = 100_000  # parameters of a layer that is gathered by itself
 
 
 def shard(model: TrainableDetector, average: Detector | None, world: World) -> None:
-    """Shard what is trained, and its average, over all processes; both are then on this process's
-    device.
+    """Shard what is trained, and its average, over all processes;
+    both are then on this process's device.
 
     The layers of backbone and encoder are gathered one at a time. All else is gathered for the
     whole step: schemes and heads reach into the decoder from outside.
@@ -45,8 +45,8 @@ def shard(model: TrainableDetector, average: Detector | None, world: World) -> N
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The elements of a network's lists and sequences that have `SMALLEST` parameters, from outside
-    in.
+    """The elements of a network's lists and sequences that have `SMALLEST` parameters,
+    from outside in.
     """
     for child in module.children():
         is_layer = isinstance(module, CONTAINERS) and not isinstance(child, CONTAINERS)

@@ -52,8 +52,8 @@ class TrainJob:
     trackers: Sequence[Tracker] = ()  # where the log goes besides `metrics.jsonl`
 
     def check_validation(self) -> None:
-        """`UserError` where the recipe asks for what only an evaluation tells, and there are no
-        images for one.
+        """`UserError` where the recipe asks for what only an evaluation tells,
+        and there are no images for one.
         """
         asked = [
             name for name in ("patience", "keep_best") if getattr(self.card.recipe.schedule, name)
@@ -97,8 +97,8 @@ class TrainState:
 
     @contextlib.contextmanager
     def whole_detector(self, device: torch.device) -> Iterator[Detector]:
-        """`detector` as one that can be called; where it is sharded every process has to ask for
-        it.
+        """`detector` as one that can be called;
+        where it is sharded every process has to ask for it.
         """
         if self.sharded is None:
             yield self.detector
@@ -111,8 +111,8 @@ class TrainState:
         return self.epoch >= schedule.epochs or patience_left(schedule, self.since_best) == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors, numbers and containers; where it is sharded every process has
-        to call it, and the first gets the tensors."""
+        """The state as plain tensors, numbers and containers;
+        where it is sharded every process has to call it, and the first gets the tensors."""
         tensors = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -126,8 +126,8 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], run: Path) -> None:
-        """The inverse of `state_dict`; `UserError` where it does not fit what the run's recipe
-        builds.
+        """The inverse of `state_dict`;
+        `UserError` where it does not fit what the run's recipe builds.
         """
         try:
             self._fill(state)
@@ -159,15 +159,15 @@ class TrainState:
 
 
 def patience_left(schedule: ScheduleConfig, since_best: int) -> int | None:
-    """Evaluations without a higher AP that the run may still have; None where it never ends
-    early.
+    """Evaluations without a higher AP that the run may still have;
+    None where it never ends early.
     """
     return max(schedule.patience - since_best, 0) if schedule.patience else None
 
 
 def advise_on_frozen(recipe: Recipe, random: bool) -> None:
-    """Warns of a backbone that is frozen with `random` weights, or without its BatchNorm
-    statistics.
+    """Warns of a backbone that is frozen with `random` weights,
+    or without its BatchNorm statistics.
     """
     if recipe.detector.backbone.frozen and random:
         warnings.warn(
@@ -199,8 +199,8 @@ def _misfit(error: Exception) -> str:
 
 
 def _optimizer(model: TrainableDetector, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer of all that is trained, also of what is frozen at first: it has no moments
-    until it moves.
+    """The optimizer of all that is trained, also of what is frozen at first:
+    it has no moments until it moves.
     """
     if not recipe.schedule.unfreeze_after:
         return build_optimizer(model, recipe.optim)
@@ -249,8 +249,8 @@ def fresh_state(job: TrainJob, world: World, *, filled: bool = False) -> TrainSt
 
 
 def origins_of(card: Card, state: TrainState) -> list[RenderableType]:
-    """What a fresh run starts from, for a console: pretrained or trained weights, and reference
-    boxes.
+    """What a fresh run starts from, for a console:
+    pretrained or trained weights, and reference boxes.
     """
     lines: list[RenderableType] = []
     if card.backbone is not None:

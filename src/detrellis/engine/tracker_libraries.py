@@ -74,8 +74,8 @@ class Wandb:
     )
 
     def start(self, run: TrackedRun, resume: str | None) -> str:
-        """See `Tracker`. Steps are a value of their own: those that a resumed run does again are
-        not refused.
+        """See `Tracker`. Steps are a value of their own:
+        those that a resumed run does again are not refused.
         """
         self._library: Any = _imported("wandb", self.name)
         id_ = resume or uuid.uuid4().hex[:12]
@@ -171,8 +171,8 @@ class Trackio:
     )
 
     def start(self, run: TrackedRun, resume: str | None) -> str:
-        """See `Tracker`. Its runs go by name: that of the folder, with a part that no other run
-        has.
+        """See `Tracker`. Its runs go by name:
+        that of the folder, with a part that no other run has.
         """
         self._library: Any = _imported("trackio", self.name)
         name = resume or f"{run.name}-{uuid.uuid4().hex[:6]}"

@@ -61,13 +61,13 @@ class Tracker(Protocol):
     remedy: str  # what to do where it fails
 
     def start(self, run: TrackedRun, resume: str | None) -> str | None:
-        """Begin, or go on with the run of the id `resume`; returns the id to go on with another
-        time.
+        """Begin, or go on with the run of the id `resume`;
+        returns the id to go on with another time.
         """
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers by name, such as `losses/main/class/5`, after `step` optimizer steps; none is
-        NaN.
+        """Numbers by name, such as `losses/main/class/5`, after `step` optimizer steps;
+        none is NaN.
         """
 
     def log_picture(self, name: str, picture: Image.Image, step: int) -> None:
@@ -124,8 +124,8 @@ class Trackers:
 
 
 def read_ids(folder: Path) -> dict[str, str]:
-    """The ids of the trackers' runs by the trackers' names; none where the file is missing or
-    damaged.
+    """The ids of the trackers' runs by the trackers' names;
+    none where the file is missing or damaged.
     """
     try:
         found = json.loads((folder / IDS).read_text(encoding="utf-8"))

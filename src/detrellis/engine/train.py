@@ -61,8 +61,8 @@ def train(
     console: Console | None = None,
     report: Callable[[CocoEvaluator, Card], None] = lambda *_: None,
 ) -> TrainResult:
-    """Train to the end of the recipe's schedule, or until a signal; `resume` is what `load_state`
-    gave.
+    """Train to the end of the recipe's schedule, or until a signal;
+    `resume` is what `load_state` gave.
 
     `report` is called at the end with what the best weights detected, where this process evaluated
     them. The state is saved before the first step, after the steps of each epoch and now and then
@@ -220,8 +220,8 @@ class TrainRun:
         self.log.say(warning or "")
 
     def _forward_backward(self, batch: Batch, weight: float) -> tuple[StepOutput, float]:
-        """Forward and backward of one batch, whose loss counts with `weight`; bf16 where the GPU
-        has it.
+        """Forward and backward of one batch, whose loss counts with `weight`;
+        bf16 where the GPU has it.
         """
         device, number = self.world.device, self.state.step + 1
         amp = self.recipe.optim.amp and device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -243,8 +243,8 @@ class TrainRun:
         return output, value
 
     def _without_gradient_sync(self, accumulating: bool) -> contextlib.AbstractContextManager[Any]:
-        """DDP exchanges gradients in the last pass of a step only, not while they are
-        accumulated.
+        """DDP exchanges gradients in the last pass of a step only,
+        not while they are accumulated.
         """
         if accumulating and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
@@ -262,8 +262,8 @@ class TrainRun:
         return reduce_max(caught[0] if caught else 0, self.world.device)
 
     def end_epoch(self) -> None:
-        """Evaluate, save the best weights and those of the epoch where the recipe keeps them, and
-        log the epoch.
+        """Evaluate, save the best weights and those of the epoch where the recipe keeps them,
+        and log the epoch.
         """
         state, schedule, epoch = self.state, self.recipe.schedule, self.state.epoch + 1
         last, evaluates = epoch == schedule.epochs, False
@@ -300,8 +300,8 @@ class TrainRun:
             self.log.say(duplicates_line(state.result, after_nms) or "")
 
     def evaluate(self, last: bool) -> EvalResult | None:
-        """Evaluate the epoch, and save its weights if they are among the best; of the `last`, the
-        result after NMS.
+        """Evaluate the epoch, and save its weights if they are among the best;
+        of the `last`, the result after NMS.
         """
         state, loader, val = self.state, self.val, self.job.val
         assert loader is not None
@@ -322,8 +322,8 @@ class TrainRun:
     def _save_best(
         self, ap: float, evaluator: CocoEvaluator, weights: Mapping[str, torch.Tensor]
     ) -> None:
-        """Save the epoch's weights if they are the best, or among as many of the best as the recipe
-        keeps.
+        """Save the epoch's weights if they are the best,
+        or among as many of the best as the recipe keeps.
         """
         state = self.state
         count = self.recipe.schedule.keep_best

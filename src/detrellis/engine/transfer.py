@@ -1,5 +1,5 @@
-"""Fine-tuning: the weights of one detector in another, made for other classes, with other queries
-or other parts.
+"""Fine-tuning: the weights of one detector in another,
+made for other classes, with other queries or other parts.
 
 What fits is copied, rows of the class heads by the classes' names; the report says what did not
 fit, and why.
@@ -56,8 +56,8 @@ class InitialWeights:
 
 @dataclass(frozen=True)
 class _TensorPlan:
-    """What one tensor takes from the weights: all, some rows, or nothing; `reason` where it is not
-    all.
+    """What one tensor takes from the weights:
+    all, some rows, or nothing; `reason` where it is not all.
     """
 
     whole: bool = False
@@ -101,8 +101,8 @@ def transfer(
 
 
 def take_boxes(detector: Detector, weights: Mapping[str, Tensor]) -> None:
-    """Copy the learned reference boxes of `weights` into `detector`, and nothing else (SAM-DETR,
-    Table 5).
+    """Copy the learned reference boxes of `weights` into `detector`,
+    and nothing else (SAM-DETR, Table 5).
 
     Raises `UserError` where either has none, or another number of them.
     """
@@ -175,8 +175,8 @@ class _ClassHeads:
     objectness: bool
 
     def plan(self, name: str, theirs: Tensor) -> _TensorPlan:
-        """The rows that a class head takes. Softmax heads have a last row for "no object", whatever
-        the classes.
+        """The rows that a class head takes.
+        Softmax heads have a last row for "no object", whatever the classes.
         """
         source_classes, rows = len(self.source.classes), self.by_name
         if len(theirs) not in (source_classes, source_classes + 1):
@@ -201,8 +201,8 @@ class _ClassHeads:
 
 
 def rows_by_name(classes: ClassMap, source: ClassMap) -> Rows:
-    """Pairs of rows of the classes that both have, equal names first; all, nameless ones too, of
-    the same lists.
+    """Pairs of rows of the classes that both have, equal names first;
+    all, nameless ones too, of the same lists.
     """
     ours, theirs = ([plain_name(name) for name in c.names] for c in (classes, source))
     if ours == theirs:
@@ -220,8 +220,8 @@ def rows_by_name(classes: ClassMap, source: ClassMap) -> Rows:
 def _refuse_another_network(
     report: TransferReport, state: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """Raises `UserError` where too little fits: training would throw away what the user thinks it
-    starts from.
+    """Raises `UserError` where too little fits:
+    training would throw away what the user thinks it starts from.
     """
     for part, needed in NEEDED.items():
         fates = [f for f in report.fates if f.part == part]
@@ -237,8 +237,8 @@ def _refuse_another_network(
 
 
 def describe(weights: Mapping[str, Tensor]) -> str:
-    """What a detector's weights tell about its sizes: `width 256, 6 encoder layers, 6 decoder
-    layers, ...`.
+    """What a detector's weights tell about its sizes:
+    `width 256, 6 encoder layers, 6 decoder layers, ...`.
     """
     width = next(
         (

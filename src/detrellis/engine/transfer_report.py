@@ -1,5 +1,5 @@
-"""What became of every tensor when a detector started from other weights, for people and for
-programs.
+"""What became of every tensor when a detector started from other weights,
+for people and for programs.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ MOST_ROWS, MOST_NAMES = 12, 12  # in the table; `to_dict` has them all
 
 @dataclass(frozen=True)
 class TensorFate:
-    """One tensor, and how many of its numbers were loaded, stayed as initialised, or found no
-    place.
+    """One tensor, and how many of its numbers were loaded,
+    stayed as initialised, or found no place.
     """
 
     name: str
@@ -79,8 +79,8 @@ class NotLoaded:
 
 @dataclass(frozen=True)
 class ClassRows:
-    """The classes whose rows were kept, those that start fresh, and those of the weights that found
-    no place.
+    """The classes whose rows were kept, those that start fresh,
+    and those of the weights that found no place.
     """
 
     REASON: ClassVar[str] = "class rows by name"
@@ -92,8 +92,8 @@ class ClassRows:
 
     @classmethod
     def of(cls, classes: ClassMap, source: ClassMap, rows: Sequence[tuple[int, int]]) -> ClassRows:
-        """The classes by what became of their rows; `rows` are pairs of a class here and one in the
-        weights.
+        """The classes by what became of their rows;
+        `rows` are pairs of a class here and one in the weights.
         """
         ours, theirs = {i for i, _ in rows}, {j for _, j in rows}
         names = list(enumerate(classes.names))
@@ -130,8 +130,8 @@ class ClassRows:
 
 @dataclass(frozen=True)
 class TransferReport:
-    """How a detector was filled. `fates`: in the order of its tensors, then those that only the
-    weights have.
+    """How a detector was filled. `fates`:
+    in the order of its tensors, then those that only the weights have.
     """
 
     fates: tuple[TensorFate, ...]
@@ -150,8 +150,8 @@ class TransferReport:
         return parts
 
     def exceptions(self) -> list[NotLoaded]:
-        """What was not loaded whole, modules and layers of the same fate together; class rows are
-        listed elsewhere.
+        """What was not loaded whole, modules and layers of the same fate together;
+        class rows are listed elsewhere.
         """
         groups: dict[tuple[str, Outcome, str], list[tuple[str, Sequence[TensorFate]]]] = {}
         for place, fates in _subtrees("", self.fates):
@@ -174,8 +174,8 @@ class TransferReport:
         }
 
     def table(self, origin: str = "") -> Group:
-        """Parts, exceptions and class rows for a console of 80 columns or more; `origin` says where
-        from.
+        """Parts, exceptions and class rows for a console of 80 columns or more;
+        `origin` says where from.
         """
         parts: list[Table | Text] = (
             [Text.assemble("Start from ", (origin, "bold"), "\n")] if origin else []

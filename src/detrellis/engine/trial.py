@@ -1,5 +1,5 @@
-"""How many images fit into a training step: tried in a process of its own, which then gives all its
-memory back.
+"""How many images fit into a training step:
+tried in a process of its own, which then gives all its memory back.
 
 `python -m detrellis.engine.trial` reads what `auto_batch` asks from the standard input and prints
 the number. On a GPU steps are taken until one is out of memory. On a CPU, where the system would
@@ -37,8 +37,8 @@ Step = Callable[[int], object]  # a training step on so many images
 def trial_step(
     recipe: Recipe, classes: int, worst: tuple[int, int, int], device: torch.device, processes: int
 ) -> Step:
-    """A step of all that a run has in memory, with random weights: `worst` is height, width and
-    boxes of each image.
+    """A step of all that a run has in memory, with random weights:
+    `worst` is height, width and boxes of each image.
     """
     height, width, boxes = worst
     model = build(recipe.untrained(), classes).to(device).train()
@@ -78,8 +78,8 @@ def fitting_on_gpu(step: Step, device: torch.device) -> int:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, 0 where 1 does not: doubled while it does, then
-    halved between.
+    """The largest number up to `limit` that fits, 0 where 1 does not:
+    doubled while it does, then halved between.
     """
     good, bad = 0, 1
     while bad <= limit and fits(bad):
@@ -92,8 +92,8 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def fitting_on_cpu(step: Step, room: float, loaded: int, peak: Callable[[], int]) -> int:
-    """The most images whose step stays within `room` bytes, with `loaded` bytes of each image in
-    the loader.
+    """The most images whose step stays within `room` bytes,
+    with `loaded` bytes of each image in the loader.
 
     `peak` is the most memory that this process has had. Where one image takes all the room, two are
     not tried.
@@ -109,8 +109,8 @@ def fitting_on_cpu(step: Step, room: float, loaded: int, peak: Callable[[], int]
 
 
 def available() -> int:
-    """Bytes that this machine, or the container, has left. `UserError` where the system does not
-    say so.
+    """Bytes that this machine, or the container, has left.
+    `UserError` where the system does not say so.
     """
     try:
         left = _kib(MEMINFO, "MemAvailable")

@@ -1,5 +1,5 @@
-"""Test-time augmentation: each image at several sizes and mirrored, and what is detected in all of
-them merged.
+"""Test-time augmentation: each image at several sizes and mirrored,
+and what is detected in all of them merged.
 
 What every view gives is brought back to the original image and put together; within each class,
 linear soft-NMS from an IoU of 0.8 on (Co-DETR's) lowers the scores of what others found too, NMS
@@ -89,8 +89,8 @@ class Views:
     merge: Merge = "soft_nms"
 
     def merged(self, found: Sequence[Detections], size: tuple[int, int], k: int) -> Detections:
-        """The `k` best detections of an image of `size` height, width, of which each view `found`
-        some.
+        """The `k` best detections of an image of `size` height,
+        width, of which each view `found` some.
         """
         together = Detections(
             torch.cat([image.scores for image in found]),
@@ -182,8 +182,8 @@ def collect_views(
     batches: Callable[[View], Iterable[Batch]],
     annotations: Annotations,
 ) -> CocoEvaluator:
-    """As `engine.evaluate.collect`, of what all views of each image give; `batches` yields all
-    images in a view.
+    """As `engine.evaluate.collect`, of what all views of each image give;
+    `batches` yields all images in a view.
     """
     found: dict[int, dict[View, Detections]] = {}
     sizes: dict[int, tuple[int, int]] = {}

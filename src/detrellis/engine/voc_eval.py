@@ -1,5 +1,5 @@
-"""Pascal VOC's mean AP at IoU 0.5 (Everingham et al., IJCV 2010 and 2015), from what a
-`CocoEvaluator` has collected.
+"""Pascal VOC's mean AP at IoU 0.5 (Everingham et al., IJCV 2010 and 2015),
+from what a `CocoEvaluator` has collected.
 
 The detections of a class are taken from the highest score down. Each belongs to the box of its
 image and class with which its IoU is highest. Below 0.5 it is a false alarm; else the first one
@@ -63,8 +63,8 @@ class VocClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class VocResult(EvalScores):
-    """Mean AP at IoU 0.5 over the classes, in both of VOC's versions (`STATISTICS`), and each
-    class's.
+    """Mean AP at IoU 0.5 over the classes,
+    in both of VOC's versions (`STATISTICS`), and each class's.
 
     `ap` is the mean of the areas.
     """
@@ -142,8 +142,8 @@ def evaluate_voc(annotations: Annotations, collected: ResultArrays) -> VocResult
 
 
 def match_boxes(detection_keys: Int, detections: Float, keys: Int, boxes: Float) -> Int:
-    """Row in `boxes` of the one that each detection overlaps most, `(N,)`; -1 where that is below
-    `THRESHOLD`.
+    """Row in `boxes` of the one that each detection overlaps most, `(N,)`;
+    -1 where that is below `THRESHOLD`.
 
     Keys stand for an image and a class: a detection is compared with the boxes of its key only, and
     takes the first of those that it overlaps equally. Boxes are `(..., 4)` x, y, width, height.
@@ -166,8 +166,8 @@ def _corners(boxes: Float) -> torch.Tensor:
 
 
 def average_precision(hits: Bool, total: int) -> tuple[float | None, float | None]:
-    """Area and 11-point average of one class; `hits (N,)`, best first, of detections for `total`
-    boxes.
+    """Area and 11-point average of one class;
+    `hits (N,)`, best first, of detections for `total` boxes.
 
     None where there is no box.
     """

@@ -1,3 +1,3 @@
-"""Trained detectors as files that other runtimes execute, and such files in the place of detectors
-here.
+"""Trained detectors as files that other runtimes execute,
+and such files in the place of detectors here.
 """

@@ -1,5 +1,5 @@
-"""What is exported: a detector from pictures to its outputs, with the preprocessing that it was
-trained with.
+"""What is exported: a detector from pictures to its outputs,
+with the preprocessing that it was trained with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ DETECTIONS = ("scores", "labels", "corners")
 
 
 class ExportGraph(nn.Module):
-    """A detector that takes pictures `(B, 3, h, w)` in RGB from 0 to 1, resized as its recipe says,
-    of one size.
+    """A detector that takes pictures `(B, 3, h, w)` in RGB from 0 to 1,
+    resized as its recipe says, of one size.
 
     It normalises them and, where the recipe has a `canvas` (height, width), pads them to it. It
     returns `logits (B, N, C)` and `boxes (B, N, 4)`, `(cx, cy, w, h)` relative to the picture, and

@@ -39,8 +39,8 @@ PARTS = ("detector.backbone", "detector.neck", "detector.encoder")
 
 @dataclass(frozen=True)
 class Measured:
-    """How good and how fast a network is: AP, and the median time of one picture in
-    milliseconds.
+    """How good and how fast a network is:
+    AP, and the median time of one picture in milliseconds.
     """
 
     ap: float

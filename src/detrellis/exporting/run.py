@@ -50,8 +50,8 @@ def export(
     calibrate: str | Path | None = None,
     verify: str | Path | None = None,
 ) -> ExportResult:
-    """Write the detector of `run` (or of whatever `load` takes) for ONNX Runtime, OpenVINO or
-    torch.
+    """Write the detector of `run` (or of whatever `load` takes) for ONNX Runtime,
+    OpenVINO or torch.
 
     `out` is `model.onnx` (`.xml`, `.pt2`) in the run's folder unless given. Pictures go in as RGB
     from 0 to 1, resized as the recipe says, any number at a time; all of one `size` (height, width)

@@ -1,5 +1,5 @@
-"""Whether an exported network detects what the detector does that it was made from: on pictures,
-and in AP.
+"""Whether an exported network detects what the detector does that it was made from:
+on pictures, and in AP.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons; `ap` and `exported_ap`: on the run's own validation split, None where it was
-    not evaluated.
+    """All comparisons; `ap` and `exported_ap`:
+    on the run's own validation split, None where it was not evaluated.
     """
 
     rows: tuple[Comparison, ...]
@@ -90,8 +90,8 @@ class Verification:
 def compare_on_pictures(
     model: Model, exported: Model, pictures: str | Path, *, fp16: bool
 ) -> tuple[Comparison, ...]:
-    """Detections of both in all pictures, in batches of 1, 2 and 5. Raises `UserError` where no
-    picture is readable.
+    """Detections of both in all pictures, in batches of 1, 2 and 5.
+    Raises `UserError` where no picture is readable.
     """
     ours = _detections(model, pictures, 1)
     if not ours:

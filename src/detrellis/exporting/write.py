@@ -1,5 +1,5 @@
-"""A trained detector as a file for other runtimes: ONNX, OpenVINO, or torch's own exported
-program.
+"""A trained detector as a file for other runtimes:
+ONNX, OpenVINO, or torch's own exported program.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def write(
     int8: Quantiser | None,
     run: Path,
 ) -> Exported:
-    """Write the detector of `model` to `out`, whose card goes with it; `run` is what it comes from,
-    and is not touched.
+    """Write the detector of `model` to `out`, whose card goes with it;
+    `run` is what it comes from, and is not touched.
 
     `size`: height and width of all pictures that will go in; None: any, or the one that the recipe
     stretches to. `int8` puts an OpenVINO network in eight bits.
@@ -169,8 +169,8 @@ def _graph(model: Model, detections: bool) -> ExportGraph:
 def _traced(
     graph: ExportGraph, recipe: Recipe, size: tuple[int, int] | None
 ) -> torch.export.ExportedProgram:
-    """The program for any number of pictures, of one `size` or of any. Raises `UserError` where
-    that cannot be.
+    """The program for any number of pictures, of one `size` or of any.
+    Raises `UserError` where that cannot be.
     """
     data = recipe.data
     height, width = image_size(recipe) if size is None else size
@@ -243,8 +243,8 @@ def _write_openvino(onnx: Path, out: Path, metadata: Mapping[str, str], fp16: bo
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say to themselves, and what OpenVINO and nncf tell their makers
-    but in CI jobs.
+    """Without what the exporters say to themselves,
+    and what OpenVINO and nncf tell their makers but in CI jobs.
     """
     loggers = [
         logging.getLogger(name)

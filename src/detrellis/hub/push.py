@@ -55,8 +55,8 @@ def push(
     licence: str | None = None,
     message: str | None = None,
 ) -> Pushed:
-    """Send the weights of a run to `org/name` on the Hugging Face Hub, with a model card made from
-    the run.
+    """Send the weights of a run to `org/name` on the Hugging Face Hub,
+    with a model card made from the run.
 
     A new repository is private unless it is to be `public`. `licence` is that of the weights, as
     the hub writes it (`"apache-2.0"`); without one the card says that none was chosen. You have to
@@ -99,8 +99,8 @@ def push(
 
 
 def without_paths(card: Card) -> Card:
-    """The card without what only this machine has: where the data are, and the files that the run
-    started from.
+    """The card without what only this machine has:
+    where the data are, and the files that the run started from.
     """
     public = {
         name: value
@@ -118,8 +118,8 @@ def without_paths(card: Card) -> Card:
 
 
 def _upload(folder: str, repository: str, private: bool, message: str) -> None:
-    """Send the files of a folder as one commit. Raises `UserError` where the library or the hub
-    refuses.
+    """Send the files of a folder as one commit.
+    Raises `UserError` where the library or the hub refuses.
     """
     try:
         from huggingface_hub import HfApi

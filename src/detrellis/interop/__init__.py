@@ -1,3 +1,3 @@
-"""Checkpoints of other libraries, in and out: Hugging Face's, and those of the reference
-repositories.
+"""Checkpoints of other libraries, in and out:
+Hugging Face's, and those of the reference repositories.
 """

@@ -1,5 +1,5 @@
-"""COCO's 80 classes with their ids, which have gaps: reference checkpoints do not name what they
-were trained on.
+"""COCO's 80 classes with their ids, which have gaps:
+reference checkpoints do not name what they were trained on.
 """
 
 from __future__ import annotations

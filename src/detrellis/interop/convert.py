@@ -1,5 +1,5 @@
-"""`detrellis convert`: a checkpoint from one format to the other. Ours become a Hugging Face
-folder, which transformers loads without us."""
+"""`detrellis convert`: a checkpoint from one format to the other.
+Ours become a Hugging Face folder, which transformers loads without us."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Conversion:
 
 
 def load_any(place: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """Weights and card of a run, of a weights file, or of anybody else's checkpoint: all that its
-    recipe needs.
+    """Weights and card of a run, of a weights file, or of anybody else's checkpoint:
+    all that its recipe needs.
     """
     if not is_foreign(place):
         return load_whole(Path(place))
@@ -82,8 +82,8 @@ def convert(
     classes: str | Path | ClassMap | None = None,
     dilation: bool = False,
 ) -> Conversion:
-    """Write `source` in the other format: a foreign checkpoint as a run's weights, ours as a
-    Hugging Face folder.
+    """Write `source` in the other format:
+    a foreign checkpoint as a run's weights, ours as a Hugging Face folder.
 
     `to` forces a format. `classes`: a COCO file that names the classes of a source that does not.
     `dilation`: a `.pth` file is of a DC5 model, which its tensors do not tell.
@@ -137,8 +137,8 @@ def read_classes(path: Path) -> ClassMap:
 def save_huggingface(
     folder: Path, weights: Mapping[str, Tensor], recipe: Recipe, classes: ClassMap
 ) -> list[str]:
-    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; returns what differs
-    there, in words.
+    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`;
+    returns what differs there, in words.
 
     Their class index is ours; the data set's own ids stand in `detrellis_category_ids`. Raises
     `UserError` for a detector that transformers does not have.

@@ -1,5 +1,5 @@
-"""DETR, Conditional DETR, DAB-DETR and Deformable DETR of transformers: their configuration files
-and tensors.
+"""DETR, Conditional DETR, DAB-DETR and Deformable DETR of transformers:
+their configuration files and tensors.
 
 | where their code and the reference differ | ours |
 | --- | --- |
@@ -243,8 +243,8 @@ def resnet_of(config: Config, *, several: bool) -> BackboneConfig:
 
 
 def kind_of(detector: DetectorConfig) -> str | None:
-    """Their model type for a detector; None where it is none of these. `UserError` where a part of
-    it is unusual.
+    """Their model type for a detector; None where it is none of these.
+    `UserError` where a part of it is unusual.
     """
     encoder = detector.encoder.kind
     attention = detector.cross_attention.kind

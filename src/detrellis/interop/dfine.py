@@ -234,8 +234,8 @@ def _hgnet_config(name: str, strides: tuple[int, ...]) -> dict[str, Any]:
 
 
 def constants(detector: DetectorConfig, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of theirs that our recipe holds as numbers, or that are none to ours, beside those
-    called `names`.
+    """Tensors of theirs that our recipe holds as numbers,
+    or that are none to ours, beside those called `names`.
     """
     fine, attention = detector.decoder.distributions, detector.cross_attention
     assert fine is not None

@@ -21,8 +21,8 @@ MARKER = "decoder.pre_bbox_head.layers.0.weight"
 
 
 def recipe_of(weights: Weights, arguments: Config) -> Recipe:
-    """D-FINE's recipe with the sizes of a state dict; heads are 8 and queries 300 in all published
-    files.
+    """D-FINE's recipe with the sizes of a state dict;
+    heads are 8 and queries 300 in all published files.
     """
     recipe = dfine_l()
     detector = DetectorConfig.checked(merged(recipe.detector.model_dump(), _sizes(weights)))

@@ -1,5 +1,5 @@
-"""What has to be known of a model type of transformers, or of a reference repository, to read its
-checkpoints, and to write the former's."""
+"""What has to be known of a model type of transformers,
+or of a reference repository, to read its checkpoints, and to write the former's."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Family(NamedTuple):
 
 
 class Repository(NamedTuple):
-    """A reference repository whose state dicts are read, some with training arguments beside
-    them.
+    """A reference repository whose state dicts are read,
+    some with training arguments beside them.
     """
 
     about: str  # its models, as people call them

@@ -1,5 +1,5 @@
-"""Reading weights from wherever they are. Nothing is ever unpickled but plain tensors and
-containers.
+"""Reading weights from wherever they are.
+Nothing is ever unpickled but plain tensors and containers.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 class _Kind:
-    """Stands for `numpy.ndarray` in pickles, which call it by nothing but `_empty`: a size alone
-    could take any memory."""
+    """Stands for `numpy.ndarray` in pickles, which call it by nothing but `_empty`:
+    a size alone could take any memory."""
 
 
 def _empty(kind: type, shape: object, code: object) -> Any:
@@ -139,8 +139,8 @@ class _Arrays(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of detectron2's `.pkl`: a dictionary of NumPy arrays, alone or under the name
-    `model`.
+    """The tensors of detectron2's `.pkl`:
+    a dictionary of NumPy arrays, alone or under the name `model`.
 
     Nothing but arrays and containers is unpickled. Raises `UserError` for a file that asks for
     more, or is damaged.
@@ -163,8 +163,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a `.pth` file, and the training arguments beside it where the file has
-    them.
+    """The state dict in a `.pth` file,
+    and the training arguments beside it where the file has them.
 
     Reference repositories keep it under `model` (or `state_dict`), with an `argparse.Namespace`,
     and averaged weights under `ema.module` or `ema_model`, which are taken where there are any:

@@ -86,8 +86,8 @@ def config_of(recipe: Recipe, names: Mapping[int, str]) -> dict[str, Any]:
 
 
 def _unlike(detector: DetectorConfig, theirs: DetectorConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Fields that decide what the network computes, with two values; not those that two values may
-    say the same of.
+    """Fields that decide what the network computes, with two values;
+    not those that two values may say the same of.
     """
     for part in ("encoder", "queries", "cross_attention", "decoder", "masks"):
         here, there = getattr(detector, part), getattr(theirs, part)

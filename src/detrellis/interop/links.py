@@ -25,8 +25,8 @@ IDLE = re.compile(r"num_batches_tracked$|\.relative_position_index$|\.attn_mask$
 
 
 class Pair(NamedTuple):
-    """A name of ours and theirs: one line of a table. `dim` is the one along which several are
-    joined.
+    """A name of ours and theirs: one line of a table.
+    `dim` is the one along which several are joined.
     """
 
     ours: str
@@ -35,8 +35,8 @@ class Pair(NamedTuple):
 
 
 class Link(NamedTuple):
-    """The same numbers in both layouts: `ours` joined are `theirs` joined; one of the two is a
-    single tensor.
+    """The same numbers in both layouts:
+    `ours` joined are `theirs` joined; one of the two is a single tensor.
     """
 
     ours: tuple[str, ...]
@@ -53,8 +53,8 @@ def expand(text: str) -> list[str]:
 
 
 def link_up(keys: Iterable[str], table: Sequence[Pair], layers: int) -> list[Link]:
-    """The links of all `keys` of our detector; `layers`: of the decoder, for copies that are one a
-    layer.
+    """The links of all `keys` of our detector; `layers`:
+    of the decoder, for copies that are one a layer.
 
     A key that no pair knows is left out: see `missing`.
     """
@@ -103,8 +103,8 @@ def _link(pair: Pair, match: re.Match[str], layers: int) -> Link:
 def to_ours(
     weights: Mapping[str, Tensor], links: Sequence[Link], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """Their weights in our layout. `UserError` where a tensor is missing, has another shape, or has
-    unequal copies.
+    """Their weights in our layout.
+    `UserError` where a tensor is missing, has another shape, or has unequal copies.
     """
     out: dict[str, Tensor] = {}
     for link in links:

@@ -1,5 +1,5 @@
-"""From anybody's checkpoint to a detector of ours: weights, recipe and classes. Nothing is ever
-half-loaded.
+"""From anybody's checkpoint to a detector of ours:
+weights, recipe and classes. Nothing is ever half-loaded.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def load_foreign(
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """While a file's content is read, and nothing of ours is built: what goes wrong then is the
-    content's fault.
+    """While a file's content is read, and nothing of ours is built:
+    what goes wrong then is the content's fault.
 
     Any value in it may be of another kind or size; to ask each before it is used would double the
     readers.
@@ -118,8 +118,8 @@ def _from_huggingface(folder: Path, classes: ClassMap | None) -> Converted:
 
 
 def _labels(config: Mapping[str, Any]) -> ClassMap:
-    """The file's `id2label`: their label index is our class index, and the id unless we saved the
-    file.
+    """The file's `id2label`: their label index is our class index,
+    and the id unless we saved the file.
     """
     given = config.get("id2label") or {
         i: f"LABEL_{i}" for i in range(int(config.get("num_labels", 2)))
@@ -132,8 +132,8 @@ def _labels(config: Mapping[str, Any]) -> ClassMap:
 
 
 def with_processor(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with image size, mean and std of a `preprocessor_config.json`; without one,
-    DETR's.
+    """The recipe with image size, mean and std of a `preprocessor_config.json`;
+    without one, DETR's.
     """
     recipe = recipe.replace(data=recipe.data.replace(exact_long=True))
     if not path.is_file():
@@ -188,8 +188,8 @@ def _from_reference(path: Path, classes: ClassMap | None, dilation: bool) -> Con
 
 
 def _fitting(classes: ClassMap, count: int) -> ClassMap:
-    """`classes` for `count` rows: one each, or the rows are the data set's own ids and some stand
-    for nothing.
+    """`classes` for `count` rows:
+    one each, or the rows are the data set's own ids and some stand for nothing.
     """
     if len(classes) == count:
         return classes

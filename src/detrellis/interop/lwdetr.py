@@ -1,5 +1,5 @@
-"""LW-DETR and RF-DETR of transformers, and of their authors' repositories: configuration files and
-names.
+"""LW-DETR and RF-DETR of transformers, and of their authors' repositories:
+configuration files and names.
 
 | where transformers, the authors and ours differ | ours |
 | --- | --- |
@@ -110,8 +110,8 @@ UNLIKE = (
 
 
 def recipe_of(kind: str, config: Config) -> Recipe:
-    """The recipe that a `config.json` of that model type describes: its family's, with the file's
-    sizes.
+    """The recipe that a `config.json` of that model type describes:
+    its family's, with the file's sizes.
     """
     backbone_config = config.get("backbone_config") or BACKBONES[kind]
     for found, fixed, where in (

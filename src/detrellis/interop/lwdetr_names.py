@@ -1,5 +1,5 @@
-"""The names of what LW-DETR and RF-DETR hold: transformers', and those of the authors'
-repositories.
+"""The names of what LW-DETR and RF-DETR hold:
+transformers', and those of the authors' repositories.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ _AUTHORS_NAMES = _Projector("0.cv1", "0.cv2", "0.m.{}.cv{}", "1", "bn")
 
 
 def _levels(detector: DetectorConfig, scale: str, resampler: str, names: _Projector) -> list[Pair]:
-    """The projector; `scale` has the place of a level's index, `resampler` of a level's and a
-    map's.
+    """The projector; `scale` has the place of a level's index,
+    `resampler` of a level's and a map's.
     """
     backbone, projector = detector.backbone, detector.encoder
     assert isinstance(backbone, WindowViTConfig)
@@ -200,8 +200,8 @@ KEY_BIAS = {"attention.q_proj.bias": "attention.k_proj.bias", "attn.q_bias": "at
 
 
 def completed(weights: Weights, count: int) -> dict[str, Tensor]:
-    """The weights of the first group, whose queries are `count`, with the biases that keys of CAE
-    do without.
+    """The weights of the first group, whose queries are `count`,
+    with the biases that keys of CAE do without.
     """
     found = {
         name: value[:count] if QUERIES.search(name) else value for name, value in weights.items()
@@ -214,8 +214,8 @@ def completed(weights: Weights, count: int) -> dict[str, Tensor]:
 
 
 def stored(weights: Weights) -> dict[str, Tensor]:
-    """Without the biases of CAE's keys, which a softmax does not see, and with the counter of every
-    BatchNorm.
+    """Without the biases of CAE's keys, which a softmax does not see,
+    and with the counter of every BatchNorm.
     """
     mean = "running_mean"
     counters = {

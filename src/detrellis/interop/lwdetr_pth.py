@@ -22,8 +22,8 @@ PIXELS = {14: 560}  # sides of images, where they are not those of the table of 
 
 
 def recipe_of(weights: Weights, arguments: Config) -> Recipe:
-    """The recipe of a state dict: that of a `config.json` with its sizes. RF-DETR's projector has
-    the norms that its authors train with."""
+    """The recipe of a state dict: that of a `config.json` with its sizes.
+    RF-DETR's projector has the norms that its authors train with."""
     width = weights["transformer.decoder.norm.weight"].shape[0]
     heads = {"sa_nheads": width // 32, "ca_nheads": width // 16} | dict(arguments)
     groups = count(weights, HEAD)
@@ -55,8 +55,8 @@ def recipe_of(weights: Weights, arguments: Config) -> Recipe:
 
 
 def _scales(weights: Weights) -> list[float]:
-    """How much finer each level is than the maps: what a transposed convolution makes is twice as
-    fine, what a 3x3 convolution makes half."""
+    """How much finer each level is than the maps:
+    what a transposed convolution makes is twice as fine, what a 3x3 convolution makes half."""
     scales = []
     for level in range(count(weights, "backbone.0.projector.stages")):
         first = f"backbone.0.projector.stages_sampling.{level}.0.0"

@@ -1,5 +1,5 @@
-"""Mask2Former's names in transformers and in its own code, and the order of levels, which both have
-coarsest first.
+"""Mask2Former's names in transformers and in its own code,
+and the order of levels, which both have coarsest first.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def turned(weights: Mapping[str, Tensor], detector: DetectorConfig) -> dict[str,
 
 
 def constants(recipe: Recipe, classes: int) -> dict[str, Tensor]:
-    """What transformers' Mask2Former holds besides: weights of its loss, and a norm of its Swin
-    that nobody reads.
+    """What transformers' Mask2Former holds besides:
+    weights of its loss, and a norm of its Swin that nobody reads.
     """
     backbone = recipe.detector.backbone
     assert isinstance(backbone, BackboneConfig)

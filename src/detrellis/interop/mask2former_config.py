@@ -190,8 +190,8 @@ def is_mask2former(weights: Weights) -> bool:
 
 
 def recipe_of_weights(weights: Weights) -> Recipe:
-    """The recipe of the weights of Mask2Former's own code, with 8 heads: no shape tells their
-    number.
+    """The recipe of the weights of Mask2Former's own code, with 8 heads:
+    no shape tells their number.
     """
     if f"{_PIXEL}.adapter_1.weight" not in weights:
         raise UserError(

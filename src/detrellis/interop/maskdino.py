@@ -38,8 +38,8 @@ def recipe_of(weights: Weights) -> Recipe:
 
 
 def sizes(weights: Weights, prefix: str) -> dict[str, object]:
-    """The detector's fields that names and shapes decide, `prefix` being that of its names behind
-    the backbone.
+    """The detector's fields that names and shapes decide,
+    `prefix` being that of its names behind the backbone.
     """
     pixel, head = f"{prefix}pixel_decoder", f"{prefix}predictor"
     learned = weights.get(f"{head}.query_feat.weight")
@@ -123,8 +123,8 @@ def names(detector: DetectorConfig, prefix: str, *, finest_first: bool) -> list[
 
 
 def turned(weights: Weights, detector: DetectorConfig, *, finest_first: bool) -> dict[str, Tensor]:
-    """The weights with what is learned for each level finest first, in encoder or decoder,
-    whichever has it not.
+    """The weights with what is learned for each level finest first,
+    in encoder or decoder, whichever has it not.
     """
     part, attention = (
         ("predictor.decoder", "cross_attn")

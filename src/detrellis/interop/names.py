@@ -15,8 +15,8 @@ QKV = "{q,k,v}_proj"
 
 
 def huggingface(config: DetectorConfig, native: bool = False) -> list[Pair]:
-    """Names in memory, which `modern` makes of those on disk; `native`: the backbone is their own
-    ResNet.
+    """Names in memory, which `modern` makes of those on disk;
+    `native`: the backbone is their own ResNet.
     """
     if config.cross_attention.kind == "deformable":
         pairs = _hf_deformable(config)
@@ -247,8 +247,8 @@ def packed(ours: str, theirs: str) -> list[Pair]:
 def feed_forward(
     ours: str, theirs: str, norm: str, layers: tuple[str, str] = ("linear1", "linear2")
 ) -> list[Pair]:
-    """The feed-forward part of a layer: its two linear `layers`, which the reference codes call
-    alike, and its norm.
+    """The feed-forward part of a layer:
+    its two linear `layers`, which the reference codes call alike, and its norm.
     """
     names = {"inner": layers[0], "outer": layers[1], "norm": norm}
     return [Pair(f"{ours}.feed_forward.{part}", f"{theirs}.{name}") for part, name in names.items()]
@@ -262,8 +262,8 @@ def layer_count(weights: Iterable[str], prefix: str) -> int:
 
 
 def mmcv_layers(theirs: str) -> list[Pair]:
-    """Encoder and decoder as mmcv builds them, below the module that detrex and mmdetection call
-    the transformer.
+    """Encoder and decoder as mmcv builds them,
+    below the module that detrex and mmdetection call the transformer.
     """
     encoder, decoder = f"{theirs}.encoder.layers.*", f"{theirs}.decoder.layers.*"
     return [
@@ -296,8 +296,8 @@ def deformable_neck(maps: int, theirs: str) -> list[Pair]:
 
 
 def tied_heads(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The class heads that a file leaves out because they are tied to the first one; ours are one a
-    layer.
+    """The class heads that a file leaves out because they are tied to the first one;
+    ours are one a layer.
     """
     first = {kind: weights.get(f"class_embed.0.{kind}") for kind in ("weight", "bias")}
     names = [

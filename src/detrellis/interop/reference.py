@@ -1,5 +1,5 @@
-"""The reference repositories' state dicts, and detrex's of DINO: which network they hold. Its names
-stand in `reference_names.py`.
+"""The reference repositories' state dicts, and detrex's of DINO:
+which network they hold. Its names stand in `reference_names.py`.
 
 A state dict says its sizes by its shapes. What no shape tells (heads, dilation) comes from the
 training arguments in the file, else from the papers.
@@ -227,8 +227,8 @@ def _backbone(
 
 
 def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
-    """DN-DETR's content of the main queries, the last row of its label embedding, under a name of
-    its own.
+    """DN-DETR's content of the main queries,
+    the last row of its label embedding, under a name of its own.
     """
     if not shares_content(detector) or "label_enc.weight" not in weights:
         return {}
@@ -236,8 +236,8 @@ def unknown_label(weights: Weights, detector: DetectorConfig) -> dict[str, Tenso
 
 
 def own_queries(weights: Weights, detector: DetectorConfig) -> dict[str, Tensor]:
-    """The first queries, where the tensor also holds those of training: H-DETR's second branch,
-    Group DETR's groups.
+    """The first queries, where the tensor also holds those of training:
+    H-DETR's second branch, Group DETR's groups.
     """
     present = {name: weights[name] for name in LEARNED if name in weights}
     return {

@@ -1,5 +1,5 @@
-"""The names of what the reference repositories' state dicts hold, and detrex's of DINO, with what of
-a detector decides them.
+"""The names of what the reference repositories' state dicts hold,
+and detrex's of DINO, with what of a detector decides them.
 """
 
 from __future__ import annotations

@@ -178,8 +178,8 @@ def _holds(detector: DetectorConfig) -> bool:
 
 
 def kind_of(detector: DetectorConfig) -> str | None:
-    """Their model type for a detector, the second where it samples in its own way; None where it is
-    neither.
+    """Their model type for a detector, the second where it samples in its own way;
+    None where it is neither.
     """
     attention = detector.cross_attention
     if not _holds(detector) or attention.kind != "deformable":
@@ -248,8 +248,8 @@ def on_disk(name: str) -> str:
 
 
 def table(detector: DetectorConfig, kind: str) -> list[Pair]:
-    """Names in memory, which `modern` makes of those on disk; the second version has a copy of its
-    heads.
+    """Names in memory, which `modern` makes of those on disk;
+    the second version has a copy of its heads.
     """
     copies = "" if kind == "rt_detr" else "|{}"
     return [

@@ -1,5 +1,5 @@
-"""The authors' checkpoints of RT-DETR and RT-DETRv2: which network a state dict holds, and its
-names.
+"""The authors' checkpoints of RT-DETR and RT-DETRv2:
+which network a state dict holds, and its names.
 
 The first version has numbers where the second and D-FINE have names (`named`). How many decoder
 layers are evaluated (three of six, in the smaller one of two with a ResNet-50-vd) stands in no
@@ -36,8 +36,8 @@ PLACES = (
 
 
 def recipe_of(weights: Weights, arguments: Config) -> Recipe:
-    """The recipe of the depth that a state dict holds, with the dict's sizes: those of a
-    `config.json` like it.
+    """The recipe of the depth that a state dict holds, with the dict's sizes:
+    those of a `config.json` like it.
     """
     weights = named(weights)
     layer, csp_layer = "encoder.encoder.0.layers", "encoder.fpn_blocks.0"
@@ -135,8 +135,8 @@ def table(config: DetectorConfig) -> list[Pair]:
 
 
 def shared_table(config: DetectorConfig) -> list[Pair]:
-    """What D-FINE's code calls alike: all but the backbone, the fusions, and what follows
-    attention.
+    """What D-FINE's code calls alike:
+    all but the backbone, the fusions, and what follows attention.
     """
     layer, aifi = "decoder.decoder.layers.*", "encoder.encoder.0.layers.*"
     return [

@@ -1,5 +1,5 @@
-"""Swin Transformers: how transformers and detectron2 call what timm's hold, and which of timm's has
-which sizes.
+"""Swin Transformers: how transformers and detectron2 call what timm's hold,
+and which of timm's has which sizes.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ Rows = tuple[Tensor, Tensor, Tensor]  # a segment's q, k, v, (B, M, N, d or e)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention `(B, M, N, e)`; with a mask only to where it is True, or with it
-    added to logits.
+    """Scaled dot-product attention `(B, M, N, e)`;
+    with a mask only to where it is True, or with it added to logits.
     """
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -49,8 +49,8 @@ def _unfold(x: Tensor, copies: int) -> Tensor:
 
 
 def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tensor:
-    """`(size, size + seen)` bool, True where a query may look: its own copy, and everything
-    seen.
+    """`(size, size + seen)` bool, True where a query may look:
+    its own copy, and everything seen.
     """
     copy = torch.arange(size, device=device) // (size // copies)
     same = copy[:, None] == copy[None, :]
@@ -158,15 +158,15 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Linear):
-    """Several projections `(D, D)` as one matrix, one below the other, as `nn.MultiheadAttention`
-    keeps q, k and v.
+    """Several projections `(D, D)` as one matrix,
+    one below the other, as `nn.MultiheadAttention` keeps q, k and v.
     """
 
     product: ClassVar[Callable[..., Tensor]] = staticmethod(F.linear)
 
     def parts(self, inputs: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-        """What the next `count` projections, side by side, make of each of `inputs (..., D)`:
-        `(..., count * D)`.
+        """What the next `count` projections, side by side,
+        make of each of `inputs (..., D)`: `(..., count * D)`.
         """
         rows = [count * self.in_features for count in counts]
         layers = zip(inputs, self.weight.split(rows), self.bias.split(rows), strict=True)
@@ -174,8 +174,8 @@ class PackedLinear(nn.Linear):
 
 
 def _packed_projections(width: int) -> tuple[PackedLinear, nn.Linear]:
-    """Projections to queries, keys and values, in this order and initialised together, and of the
-    output.
+    """Projections to queries, keys and values,
+    in this order and initialised together, and of the output.
     """
     projections, output = PackedLinear(width, 3 * width), nn.Linear(width, width)
     for layer in (projections, output):
@@ -195,8 +195,8 @@ def project(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of query blocks, the position added to queries and keys, not to
-    values.
+    """Multi-head self-attention of query blocks,
+    the position added to queries and keys, not to values.
     """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
@@ -205,8 +205,8 @@ class SelfAttention(nn.Module):
         self.projections, self.output = _packed_projections(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and
-        norm.
+        """What `x (B, N, D)` at its `position (B, N, D)` reads,
+        `(B, N, D)`, without residual and norm.
         """
         qk, v = self.projections.parts((x + position, x), (2, 1))
         q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), v))
@@ -216,8 +216,8 @@ class SelfAttention(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """Multi-head attention to every token of the memory, with positions added to queries and keys
-    (DETR).
+    """Multi-head attention to every token of the memory,
+    with positions added to queries and keys (DETR).
 
     In the encoder the queries are the memory's own tokens.
     """

@@ -1,5 +1,5 @@
-"""Backbones: torchvision ResNets as the papers use them, and any timm model with
-`features_only`.
+"""Backbones: torchvision ResNets as the papers use them,
+and any timm model with `features_only`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ BLOCKS = {4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
 
 
 class Backbone(nn.Module):
-    """What backbones share: parts that training leaves as they are, for the whole run or until
-    `hold(False)`.
+    """What backbones share: parts that training leaves as they are,
+    for the whole run or until `hold(False)`.
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,8 @@ class Backbone(nn.Module):
         self._resting: tuple[nn.Parameter, ...] = ()
 
     def _freeze(self, parts: Sequence[nn.Module], alone: Sequence[nn.Parameter] = ()) -> None:
-        """Freeze these parts, and parameters of no part; what `norm` has frozen before is not let
-        go with them.
+        """Freeze these parts, and parameters of no part;
+        what `norm` has frozen before is not let go with them.
         """
         self._frozen = tuple(parts)
         within = [p for part in parts for p in part.parameters()]
@@ -63,8 +63,8 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all parts but those that are held still, which stay in evaluation
-        mode.
+        """Set the mode of all parts but those that are held still,
+        which stay in evaluation mode.
         """
         super().train(mode)
         for part in (
@@ -123,8 +123,8 @@ class ResNet(Backbone):
 def wanted_stages(
     body: nn.Module, name: str, strides: Sequence[int]
 ) -> tuple[list[str], nn.ModuleDict]:
-    """The stages of a ResNet whose maps have the `strides`, and all up to the last of them, by
-    name. `UserError` where there is no such map."""
+    """The stages of a ResNet whose maps have the `strides`,
+    and all up to the last of them, by name. `UserError` where there is no such map."""
     wanted = [BLOCKS[s] for s in known_strides(name, strides, list(BLOCKS))]
     names = list(BLOCKS.values())
     kept = names[: 1 + max(map(names.index, wanted))]
@@ -150,8 +150,8 @@ def fill(
     name: str,
     whole: Callable[[], nn.Module],
 ) -> None:
-    """Load the `weights` that `source` gave; `whole` makes the network that `model` is a part of.
-    `UserError` for a misfit."""
+    """Load the `weights` that `source` gave;
+    `whole` makes the network that `model` is a part of. `UserError` for a misfit."""
 
     def state() -> dict[str, Tensor]:
         with torch.device("meta"):  # names and shapes are all that is needed of it
@@ -192,8 +192,8 @@ def _downloaded(name: str) -> dict[str, Tensor]:
 def fetched(
     name: str, source: Source, create: Callable[..., Any] | None = None, **options: Any
 ) -> Any:
-    """A timm model with the weights that timm fetches, or has fetched: its maps alone, or what
-    `create` makes.
+    """A timm model with the weights that timm fetches, or has fetched:
+    its maps alone, or what `create` makes.
     """
     before = {} if source.file is None else {"pretrained_cfg_overlay": {"file": str(source.file)}}
     try:
@@ -203,8 +203,8 @@ def fetched(
 
 
 def published(name: str | None, source: Source) -> dict[str, Tensor]:
-    """The weights of a whole network, without its classifier: of the source's file, or of timm's
-    model `name`.
+    """The weights of a whole network, without its classifier:
+    of the source's file, or of timm's model `name`.
     """
     import timm
 
@@ -323,8 +323,8 @@ class TimmBackbone(Backbone):
 def _until(
     model: nn.Module, ends: Sequence[str], count: int | Literal["stem"], name: str
 ) -> list[nn.Module]:
-    """The parts of a timm model up to the end of its stem, or of stage `count`; `ends` names each
-    stage's last part.
+    """The parts of a timm model up to the end of its stem, or of stage `count`;
+    `ends` names each stage's last part.
     """
     in_order = isinstance(model, nn.ModuleDict)  # its parts have names without dots
     parts = dict(model.named_children()) if in_order else _in_sequence(model)
@@ -346,8 +346,8 @@ def _until(
 
 
 def _in_sequence(model: nn.Module) -> dict[str, nn.Module]:
-    """A stem and then `blocks`, one after the other, as EfficientNets and MobileNets are built;
-    nothing of others.
+    """A stem and then `blocks`, one after the other,
+    as EfficientNets and MobileNets are built; nothing of others.
     """
     parts = dict(model.named_children())
     if not isinstance(parts.get("blocks"), nn.Sequential):

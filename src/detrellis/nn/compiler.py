@@ -10,8 +10,8 @@ EXTENSIONS = "torch.utils.cpp_extension"
 
 
 def import_compiler() -> None:
-    """Import what is imported for a CPU's code, without its line that there is CUDA and no GPU:
-    nobody asked for one.
+    """Import what is imported for a CPU's code,
+    without its line that there is CUDA and no GPU: nobody asked for one.
 
     The line is logged by that import, where CUDA's tools are installed; call this before
     `torch.compile`. What else the module logs, then or later, is not touched.

@@ -44,8 +44,8 @@ class ConditionalSelfAttention(nn.Module):
         self.output = _output(width)
 
     def forward(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """What `x (B, N, D)` at its `position (B, N, D)` reads, `(B, N, D)`, without residual and
-        norm.
+        """What `x (B, N, D)` at its `position (B, N, D)` reads,
+        `(B, N, D)`, without residual and norm.
         """
         q, k, v = self.content(x).chunk(3, dim=-1)
         q_position, k_position = self.position(position).chunk(2, dim=-1)
@@ -56,8 +56,8 @@ class ConditionalSelfAttention(nn.Module):
 
 
 class ConditionalCrossAttention(nn.Module):
-    """Cross-attention with queries `[content | sine]` and keys `[content | position]`, joined in
-    each head.
+    """Cross-attention with queries `[content | sine]` and keys `[content | position]`,
+    joined in each head.
 
     `first`: the first decoder layer has no content to speak of yet; positions are added to its
     contents too.

@@ -22,8 +22,8 @@ def traced() -> bool:
 
 
 def kept(count: int) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Keep what a function of hashable arguments made last of `count` of them. Nobody may write
-    into its tensors.
+    """Keep what a function of hashable arguments made last of `count` of them.
+    Nobody may write into its tensors.
     """
 
     def decorate(make: Callable[P, Tensor]) -> Callable[P, Tensor]:

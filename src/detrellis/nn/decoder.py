@@ -1,5 +1,5 @@
-"""The transformer decoder: self-attention, cross-attention, feed-forward; boxes refined layer by
-layer.
+"""The transformer decoder: self-attention, cross-attention, feed-forward;
+boxes refined layer by layer.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, where: Spatial, memory: Memory, segments: Sequence[Segment]
     ) -> tuple[Tensor, Tensor]:
-        """The queries `x (B, N, D)` after this layer, and after its cross-attention, `(B, N, D)`
-        each.
+        """The queries `x (B, N, D)` after this layer,
+        and after its cross-attention, `(B, N, D)` each.
         """
         read = self.read(self.mix(x, where.position, segments), where, memory)
         out: Tensor = self.feed_forward(read)
         return out, read
 
     def mix(self, x: Tensor, position: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """The queries `x (B, N, D)` after self-attention; those of segments that have none stay as
-        they are.
+        """The queries `x (B, N, D)` after self-attention;
+        those of segments that have none stay as they are.
         """
         if all(segment.attends for segment in segments):
             mixed: Tensor = self.norm_self(
@@ -173,8 +173,8 @@ class Decoder(nn.Module):
     def forward(
         self, queries: Queries, memory: Memory, segments: Sequence[Segment], *, every_layer: bool
     ) -> DecoderOutput:
-        """Outputs of every layer, or of the last one only, which costs no other layer's class
-        head.
+        """Outputs of every layer, or of the last one only,
+        which costs no other layer's class head.
         """
         x = queries.content
         outputs: list[DecoderOutput] = []
@@ -263,8 +263,8 @@ class Decoder(nn.Module):
         ]
 
     def say(self, layers: Sequence[Tensor], references: Tensor | None) -> DecoderOutput:
-        """What the heads of every layer say of other states `(B, N, D)` of its queries, around the
-        `references (L, B, N, 2 or 4)` that it read."""
+        """What the heads of every layer say of other states `(B, N, D)` of its queries,
+        around the `references (L, B, N, 2 or 4)` that it read."""
         outputs = []
         for i, x in enumerate(layers):
             states = x if self.final_norm is None else self.final_norm(x)
@@ -286,8 +286,8 @@ class Decoder(nn.Module):
         return DecoderOutput(*predicted, mask_embeds=heads.mask_embeds(states))
 
     def _normed_twice(self, states: Tensor) -> Tensor:
-        """What class and mask heads read of the `states (B, N, D)`, which are normalised once more
-        where `double_norm` says so.
+        """What class and mask heads read of the `states (B, N, D)`,
+        which are normalised once more where `double_norm` says so.
         """
         if self.final_norm is None or not self.double_norm:
             return states
@@ -313,8 +313,8 @@ class Decoder(nn.Module):
     def _logits(
         self, heads: Heads | SegmentHeads, layer: int, states: Tensor, refined: Refined | None
     ) -> Tensor:
-        """Class logits `(B, N, C)` after a layer, with the quality of the boxes' distributions
-        where there are any.
+        """Class logits `(B, N, C)` after a layer,
+        with the quality of the boxes' distributions where there are any.
         """
         logits = heads.logits(layer, states)
         if refined is None or refined.sides is None:

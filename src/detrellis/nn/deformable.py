@@ -1,5 +1,5 @@
-"""Deformable attention as a module (Deformable DETR, Eq. 2 and 3); its core is
-`kernels.deformable.ms_deform_attn`.
+"""Deformable attention as a module (Deformable DETR, Eq. 2 and 3);
+its core is `kernels.deformable.ms_deform_attn`.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class DeformableAttention(nn.Module):
         return out
 
     def locations(self, offsets: Tensor, references: Tensor, memory: Memory) -> Tensor:
-        """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`, in [0, 1] of each sampled
-        level.
+        """Sampling locations `(B, N, M, V, P, 2)` of the `offsets`,
+        in [0, 1] of each sampled level.
 
         Offsets count pixels of the level around a point, or `offset_scale / points` of the size
         around a box.

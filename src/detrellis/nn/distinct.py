@@ -1,5 +1,5 @@
-"""Distinct query selection (DDQ, Zhang et al., CVPR 2023): a box that overlaps a better one makes
-no good query.
+"""Distinct query selection (DDQ, Zhang et al., CVPR 2023):
+a box that overlaps a better one makes no good query.
 
 Neighbouring tokens propose the same object. One-to-one matching lets one query learn it and calls
 its near copies background, which the decoder has to tell apart afterwards. Here they come last, by
@@ -67,8 +67,8 @@ def _overlapping_in_rounds(boxes: Tensor, threshold: float) -> Tensor:
 def keep_distinct(
     segments: Sequence[Segment], logits: Tensor, boxes: Tensor, threshold: float
 ) -> list[Segment]:
-    """The segments with what `overlapping` says of each copy's queries as `unused`, by their best
-    class.
+    """The segments with what `overlapping` says of each copy's queries as `unused`,
+    by their best class.
 
     `logits (B, N, C)` and `boxes (B, N, 4)` of all queries. Segments with several queries a target
     stay as they are.

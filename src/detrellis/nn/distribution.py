@@ -1,5 +1,5 @@
-"""Boxes as distributions, refined layer by layer (D-FINE, Peng et al., ICLR 2025): FDR, LQE, and
-the gateway.
+"""Boxes as distributions, refined layer by layer (D-FINE, Peng et al., ICLR 2025):
+FDR, LQE, and the gateway.
 
 | deviation from the released code | why |
 | --- | --- |
@@ -27,8 +27,8 @@ class Bins(NamedTuple):
 
 
 def weighting(bins: Bins, like: Tensor) -> Tensor:
-    """The distance `W(n)` that each of the bins `0..K` stands for: fine around 0, coarse far off
-    (Eq. 4).
+    """The distance `W(n)` that each of the bins `0..K` stands for:
+    fine around 0, coarse far off (Eq. 4).
 
     `(K + 1,)`, ascending, of the device of `like` and at least in float32.
     """
@@ -47,8 +47,8 @@ def mean_boxes(sides: SideDistributions) -> Tensor:
 
 
 class QualityEstimator(nn.Module):
-    """Location quality (LQE): how sharp the four distributions of a box are, as a number for its
-    class logits.
+    """Location quality (LQE): how sharp the four distributions of a box are,
+    as a number for its class logits.
 
     It starts at 0.
     """
@@ -71,8 +71,8 @@ class QualityEstimator(nn.Module):
 
 
 class Gateway(nn.Module):
-    """Target gating: a gate a channel for what a query knew and for what it has read, instead of
-    their sum.
+    """Target gating: a gate a channel for what a query knew and for what it has read,
+    instead of their sum.
 
     Both gates start half open.
     """

@@ -1,5 +1,5 @@
-"""The transformer encoder, dense or deformable, and the grid of points that deformable attention
-starts from.
+"""The transformer encoder, dense or deformable,
+and the grid of points that deformable attention starts from.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Shapes = tuple[tuple[int, int], ...]  # (height, width) of each level
 
 
 def token_centres(memory: Memory) -> Tensor:
-    """Centre `(x, y)` of every token, `(B or 1, S, 2)`, in [0, 1] of the unpadded image (padding
-    lies beyond 1).
+    """Centre `(x, y)` of every token, `(B or 1, S, 2)`,
+    in [0, 1] of the unpadded image (padding lies beyond 1).
     """
     centres = cell_centres(memory.shapes, memory.position.dtype, memory.tokens.device)
     if memory.valid_ratios is None:

@@ -1,5 +1,5 @@
-"""EVA-02's ViT as detectors use it (Fang et al., 2023): windows, rotary positions, and a gated
-feed-forward block.
+"""EVA-02's ViT as detectors use it (Fang et al., 2023):
+windows, rotary positions, and a gated feed-forward block.
 
 Names of parameters are those of its released checkpoints. Maps are `(B, H, W, D)` inside, a cell
 for each patch.
@@ -55,8 +55,8 @@ def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def resized(table: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A table of positions `(1, 1 + n * n, D)` for a map of another shape, `(1, 1 + H * W, D)`
-    (bicubic).
+    """A table of positions `(1, 1 + n * n, D)` for a map of another shape,
+    `(1, 1 + H * W, D)` (bicubic).
 
     The first row, a class token's, stays as it is.
     """
@@ -111,8 +111,8 @@ class GatedFeedForward(nn.Module):
 
 
 class EvaBlock(nn.Module):
-    """Attention and feed-forward block, each on normalised input; attention within windows where
-    `window` is not 0.
+    """Attention and feed-forward block, each on normalised input;
+    attention within windows where `window` is not 0.
     """
 
     def __init__(self, width: int, heads: int, window: int, drop_path: float) -> None:
@@ -211,8 +211,8 @@ class EvaViT(Backbone):
         return [out.permute(0, 3, 1, 2)]
 
     def embedded(self, pixels: Tensor) -> Tensor:
-        """The patches with their positions, `(B, h, w, D)`, of pixels whose sides are multiples of
-        a patch.
+        """The patches with their positions, `(B, h, w, D)`,
+        of pixels whose sides are multiples of a patch.
         """
         patches: Tensor = self.patch_embed["proj"](pixels)
         x = patches.permute(0, 2, 3, 1)

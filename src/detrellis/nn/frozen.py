@@ -20,8 +20,8 @@ class _Affine(NamedTuple):
 
 
 class FrozenNorm(nn.Module):
-    """BatchNorm of maps whose statistics and affine stay, in buffers; the bits of torchvision's
-    FrozenBatchNorm2d.
+    """BatchNorm of maps whose statistics and affine stay, in buffers;
+    the bits of torchvision's FrozenBatchNorm2d.
 
     Scale and shift are computed once and not at each step, as long as nobody replaces the buffers
     or writes into them.

@@ -1,5 +1,5 @@
-"""Convolutions with BatchNorm, and RepVGG's blocks: several branches in training, one convolution
-at inference.
+"""Convolutions with BatchNorm, and RepVGG's blocks:
+several branches in training, one convolution at inference.
 
 BatchNorm is linear once its statistics stand still, and so is the sum of parallel convolutions:
 `fuse` computes what they come to together. The outputs stay the same up to rounding.
@@ -21,8 +21,8 @@ from detrellis.nn.mlp import ACTIVATIONS, Activation
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias that keeps the size (or divides it by `stride`), BatchNorm, and an
-    activation.
+    """A convolution without bias that keeps the size (or divides it by `stride`),
+    BatchNorm, and an activation.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class ConvNorm(nn.Module):
 
 
 class RepConvolution(nn.Module):
-    """RepVGG's block (Ding et al., CVPR 2021) without its identity: a 3x3 and a 1x1 convolution
-    side by side.
+    """RepVGG's block (Ding et al., CVPR 2021) without its identity:
+    a 3x3 and a 1x1 convolution side by side.
     """
 
     def __init__(self, width: int, activation: Activation = "silu") -> None:
@@ -67,8 +67,8 @@ class RepConvolution(nn.Module):
         return out
 
     def merge(self) -> None:
-        """Make one 3x3 convolution of both branches, whose norms are fused; nothing happens the
-        second time.
+        """Make one 3x3 convolution of both branches, whose norms are fused;
+        nothing happens the second time.
         """
         if self.point is None:
             return
@@ -141,8 +141,8 @@ class _Flow(TorchFunctionMode):
         self.hooks = [part.register_forward_hook(self._saw) for part in watched]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what a function reads of which it makes a tensor; others ask for a shape, a device
-        and so on.
+        """Count what a function reads of which it makes a tensor;
+        others ask for a shape, a device and so on.
         """
         found = func(*args, **(kwargs or {}))
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
@@ -159,8 +159,8 @@ class _Flow(TorchFunctionMode):
             self.read_by[id(inputs[0])] = part
 
     def pairs(self) -> list[tuple[nn.Conv2d, Any]]:
-        """Each convolution that ran once, with the norm that ran once and alone reads what it
-        gave.
+        """Each convolution that ran once,
+        with the norm that ran once and alone reads what it gave.
         """
         found = [
             (part, self.read_by[key])

@@ -35,8 +35,8 @@ def box_head(width: int, outputs: int = 4) -> MLP:
 
 
 class Heads(nn.Module):
-    """Class and box heads of the decoder layers: one of each shared by all layers, or one of each a
-    layer.
+    """Class and box heads of the decoder layers:
+    one of each shared by all layers, or one of each a layer.
 
     Heads of their own start as copies of each other. `size_bias` is the first box head's initial
     logit shift of width and height: -2 makes small boxes where the references are points.
@@ -96,8 +96,8 @@ class Heads(nn.Module):
         return out
 
     def deltas(self, layer: int, states: Tensor) -> Tensor:
-        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space; with bins `(B, N, 4 (K +
-        1))`, of the distributions' logits."""
+        """Box deltas `(B, N, 4)` of decoder layer `layer`, in logit space;
+        with bins `(B, N, 4 (K + 1))`, of the distributions' logits."""
         out: Tensor = self.boxes[min(layer, len(self.boxes) - 1)](states)
         return out
 
@@ -108,8 +108,8 @@ class Heads(nn.Module):
         return out
 
     def quality(self, layer: int, distributions: Tensor) -> Tensor:
-        """What the quality of the `distributions (B, N, 4, K + 1)` adds to the class logits, `(B,
-        N, 1)`.
+        """What the quality of the `distributions (B, N, 4, K + 1)` adds to the class logits,
+        `(B, N, 1)`.
         """
         assert self.qualities is not None
         out: Tensor = self.qualities[min(layer, len(self.qualities) - 1)](distributions)
@@ -165,8 +165,8 @@ class SegmentHeads:
 
 
 def joined(parts: Sequence[Tensor | None], dim: int = 1) -> Tensor | None:
-    """What several heads say of queries side by side, along their dimension `dim`; None where they
-    say nothing.
+    """What several heads say of queries side by side, along their dimension `dim`;
+    None where they say nothing.
     """
     present = [part for part in parts if part is not None]
     return torch.cat(present, dim=dim) if present else None

@@ -1,5 +1,5 @@
-"""RT-DETR's efficient hybrid encoder (Zhao et al., CVPR 2024, section 4.2), as a neck: from
-backbone maps to a memory.
+"""RT-DETR's efficient hybrid encoder (Zhao et al., CVPR 2024, section 4.2), as a neck:
+from backbone maps to a memory.
 
 Attention within the coarsest map only (AIFI), then fusion across levels by convolutions (CCFM):
 coarse to fine, and back. The memory has no positions, since what reads it samples around boxes.
@@ -28,8 +28,8 @@ from detrellis.types import Memory
 
 
 class GridSine(nn.Module):
-    """Sines and cosines of the row, then those of the column, counted in cells, not normalised
-    (AIFI).
+    """Sines and cosines of the row, then those of the column,
+    counted in cells, not normalised (AIFI).
     """
 
     def __init__(self, width: int, *, temperature: float = 10000.0) -> None:
@@ -105,8 +105,8 @@ class ELANFusion(nn.Module):
 
 
 class FusionParts(NamedTuple):
-    """What the fusion across levels is made of: functions of the maps' width that each make one
-    module.
+    """What the fusion across levels is made of:
+    functions of the maps' width that each make one module.
     """
 
     lateral: Callable[[int], nn.Module]  # of a coarse map, before it is enlarged
@@ -126,8 +126,8 @@ def csp_parts(blocks: int, expansion: float) -> FusionParts:
 
 
 def elan_parts(blocks: int, expansion: float) -> FusionParts:
-    """D-FINE's parts: nothing but fusions has activations, and what has the memory's width already
-    stays as it is.
+    """D-FINE's parts: nothing but fusions has activations,
+    and what has the memory's width already stays as it is.
     """
     return FusionParts(
         lambda width: ConvNorm(width, width),
@@ -168,14 +168,14 @@ class HybridNeck(nn.Module):
         self.to(memory_format=torch.channels_last)  # a cell's channels side by side, as tokens are
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
-        """The memory of the backbone's `maps`, finest first, and the images' `padding (B, H,
-        W)`.
+        """The memory of the backbone's `maps`,
+        finest first, and the images' `padding (B, H, W)`.
         """
         return self.flatten(self.project(maps, padding), padding)
 
     def project(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> list[Tensor]:
-        """One map `(B, D, H, W)` a level. Convolutions run over the padded map, as a backbone's
-        do.
+        """One map `(B, D, H, W)` a level.
+        Convolutions run over the padded map, as a backbone's do.
         """
         levels = [project(m) for project, m in zip(self.projections, maps, strict=True)]
         levels[-1] = self.attend(levels[-1], padding)

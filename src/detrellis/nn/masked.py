@@ -1,5 +1,5 @@
-"""Mask2Former's decoder (Cheng et al., CVPR 2022): a query reads only where its mask of the layer
-before lies.
+"""Mask2Former's decoder (Cheng et al., CVPR 2022):
+a query reads only where its mask of the layer before lies.
 
 Its queries are learned, have no place, and predict a mask and a class, no box. What a query may
 read of a level is its mask at the level's size. Resizing is linear, so that the features are
@@ -96,8 +96,8 @@ class MaskedDecoder(nn.Module):
         return len(self.layers) + 1
 
     def levels(self, memory: Memory, masks: MaskFeatures) -> list[tuple[Memory, Tensor]]:
-        """Each level of the memory, coarsest first, and the mask features `(B, Dm, S)` at its
-        size.
+        """Each level of the memory, coarsest first,
+        and the mask features `(B, Dm, S)` at its size.
         """
         sizes = [height * width for height, width in memory.shapes]
         tokens = memory.tokens.split(sizes, dim=1)
@@ -127,8 +127,8 @@ def _projection(inputs: int, width: int) -> nn.Linear:
 
 @torch.no_grad()
 def readable(embeds: Tensor, features: Tensor, padding: Tensor | None) -> Tensor:
-    """Which cells each query may read, `(B, N, S)` bool: those of its mask, or all where its mask
-    is empty.
+    """Which cells each query may read, `(B, N, S)` bool:
+    those of its mask, or all where its mask is empty.
 
     `embeds (B, N, Dm)`, `features (B, Dm, S)` of the level; never `padding (B, S)`. Computed in
     float32 or better.

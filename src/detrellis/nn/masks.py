@@ -1,5 +1,5 @@
-"""What masks are read from: a map of stride 4, and an embedding of each query (Mask2Former, Mask
-DINO).
+"""What masks are read from: a map of stride 4,
+and an embedding of each query (Mask2Former, Mask DINO).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class MaskBranch(nn.Module):
         self.project = _convolution(width, outputs, 1, bias=True)
 
     def forward(self, fine: Tensor, memory: Memory, images: ImageBatch) -> MaskFeatures:
-        """The features of all masks, from the map `fine (B, C, h, w)` of stride 4 and the encoded
-        memory.
+        """The features of all masks,
+        from the map `fine (B, C, h, w)` of stride 4 and the encoded memory.
         """
         with full_precision(fine):
             lateral = self.lateral(fine.to(self.project.weight.dtype))

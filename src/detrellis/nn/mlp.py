@@ -1,5 +1,5 @@
-"""Linear layers with the transformer's initialisation, the MLP of all heads, and the feed-forward
-block.
+"""Linear layers with the transformer's initialisation,
+the MLP of all heads, and the feed-forward block.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 
 
 def xavier_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer as DETR's transformer initialises it: Xavier-uniform weight, PyTorch's
-    bias.
+    """A linear layer as DETR's transformer initialises it:
+    Xavier-uniform weight, PyTorch's bias.
     """
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)

@@ -14,8 +14,8 @@ from detrellis.types import Memory
 
 
 class MapNorm(nn.GroupNorm):
-    """GroupNorm of maps `(B, D, H, W)`; `UserError` where each group is a single number, which
-    leaves nothing of it.
+    """GroupNorm of maps `(B, D, H, W)`;
+    `UserError` where each group is a single number, which leaves nothing of it.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -66,14 +66,14 @@ class MultiScaleNeck(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(levels, width).normal_())
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None) -> Memory:
-        """The memory of the backbone's `maps`, finest first, and the images' `padding (B, H,
-        W)`.
+        """The memory of the backbone's `maps`,
+        finest first, and the images' `padding (B, H, W)`.
         """
         return self.flatten(self.project(maps), padding)
 
     def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """One map `(B, D, H, W)` a level. GroupNorm runs over the padded map, as in the reference
-        code.
+        """One map `(B, D, H, W)` a level.
+        GroupNorm runs over the padded map, as in the reference code.
         """
         levels = [p(m) for p, m in zip(self.projections, maps, strict=True)]
         last = maps[-1]
@@ -146,8 +146,8 @@ def _resize_mask(padding: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _valid_ratios(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Valid fraction of the width and height of each level, read off its first row and column: `(B,
-    V, 2)`.
+    """Valid fraction of the width and height of each level, read off its first row and column:
+    `(B, V, 2)`.
     """
     ratios = [
         torch.stack([(~m[:, 0]).to(dtype).mean(1), (~m[:, :, 0]).to(dtype).mean(1)], dim=-1)

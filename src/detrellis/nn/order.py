@@ -21,8 +21,8 @@ def best_first(scores: Tensor) -> Tensor:
 
 
 def behind(last: Tensor) -> Tensor:
-    """The places of `last (B, N)` bool, those that are True behind all others, and either in their
-    order, `(B, N)`.
+    """The places of `last (B, N)` bool,
+    those that are True behind all others, and either in their order, `(B, N)`.
     """
     count = last.shape[1]
     places = torch.arange(2 * count, device=last.device)

@@ -39,8 +39,8 @@ def _columns(order: str, device: torch.device) -> Tensor:
 def sine_embed(
     coordinates: Tensor, width: int, *, order: str = "yxwh", temperature: float = 10000.0
 ) -> Tensor:
-    """Encode points `(..., 2)` or boxes `(..., 4)` in [0, 1] with `width` features for each
-    coordinate.
+    """Encode points `(..., 2)` or boxes `(..., 4)` in [0,
+    1] with `width` features for each coordinate.
 
     `order` arranges the coordinates of `(cx, cy, w, h)`: `"yxwh"` for decoder queries, `"xywh"` for
     the two-stage proposals of Deformable DETR, which do not swap. Returns `(..., 2 * width)` or
@@ -67,8 +67,8 @@ class SineMap(nn.Module):
         self.width, self.temperature, self.offset, self.blank = width, temperature, offset, blank
 
     def forward(self, valid: Tensor) -> Tensor:
-        """`valid (B, H, W)` True on image pixels (any dtype of 0/1) to `(B, H * W, D)`, in
-        `valid`'s float dtype.
+        """`valid (B, H, W)` True on image pixels (any dtype of 0/1) to `(B, H * W, D)`,
+        in `valid`'s float dtype.
         """
         embedding = _sine_map(valid, self.width, self.temperature, self.offset)
         return (embedding * valid.unsqueeze(-1) if self.blank else embedding).flatten(1, 2)

@@ -87,8 +87,8 @@ class Source:
 
 
 def find_source(name: str | None, file: str | None, *, resnet: bool) -> Source:
-    """The first source that has weights of the backbone `name`; `file` is the local one, if the
-    recipe names one.
+    """The first source that has weights of the backbone `name`;
+    `file` is the local one, if the recipe names one.
 
     None: the backbone is one that no host has weights of.
 
@@ -224,8 +224,8 @@ def _unreachable(url: str) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth or .pt file by name, in its order; nothing else is ever
-    unpickled.
+    """The tensors of a .safetensors, .pth or .pt file by name, in its order;
+    nothing else is ever unpickled.
     """
     try:
         data: Any = load_file(file) if file.suffix == ".safetensors" else _load(file)
@@ -264,8 +264,8 @@ def fitted(
     wanted: Mapping[str, Tensor],
     whole: Callable[[], Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """`weights` under the names of `wanted`, a backbone's state; `ValueError` says what does not
-    fit.
+    """`weights` under the names of `wanted`, a backbone's state;
+    `ValueError` says what does not fit.
 
     What the backbone has no use for is left out, such as a classifier. `whole` gives the state of
     the whole network that the backbone is a part of, which `weights` are compared with by order
@@ -279,8 +279,8 @@ def fitted(
 
 
 def matched(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `given` tensors of the names in `wanted`; `ValueError` says which is missing or has
-    another shape.
+    """The `given` tensors of the names in `wanted`;
+    `ValueError` says which is missing or has another shape.
     """
     chosen: dict[str, Tensor] = {}
     for name, like in wanted.items():
@@ -294,8 +294,8 @@ def matched(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
 
 
 def in_order(weights: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` under the names of `whole`, one after the other; `ValueError` where they are of
-    another network.
+    """`weights` under the names of `whole`, one after the other;
+    `ValueError` where they are of another network.
 
     Of the last two tensors, weight and bias of the classifier, either side may lack both.
     """
@@ -314,7 +314,7 @@ def in_order(weights: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict
 
 
 def _plain(name: str) -> str:
-    """A name as the whole network and its feature maps have it in common: `stages.0.conv`,
-    `model.stages_0.conv`.
+    """A name as the whole network and its feature maps have it in common:
+    `stages.0.conv`, `model.stages_0.conv`.
     """
     return name.replace(".", "_").removeprefix("model_")

@@ -1,5 +1,5 @@
-"""Attention to a map under a Gaussian prior (SMCA: Gao et al., ICCV 2021), and to one level of
-several.
+"""Attention to a map under a Gaussian prior (SMCA: Gao et al., ICCV 2021),
+and to one level of several.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from detrellis.types import Memory, Prior, Spatial
 
 
 def log_prior(prior: Prior, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The prior's summands: of rows `(B, M, N, H, 1)` and of columns `(B, M, N, 1, W)`, in float32
-    or better.
+    """The prior's summands: of rows `(B, M, N, H, 1)` and of columns `(B, M, N, 1, W)`,
+    in float32 or better.
 
     Kept apart: at stride 8 their sum, for each cell of each head and query, is most of what a layer
     would keep.
@@ -38,8 +38,8 @@ def map_attention(
     prior: Prior | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the one map of a memory: `q (B, M, N, e)`, `k (B, M or 1, S, e)`, `v (B, M, S,
-    d)`.
+    """Attention to the one map of a memory:
+    `q (B, M, N, e)`, `k (B, M or 1, S, e)`, `v (B, M, S, d)`.
 
     Returns `(B, M, N, d)` and the weights `(B, M, N, S)`. Keys that all heads share are never
     expanded. Logits are float32 or better.
@@ -127,7 +127,7 @@ class OverLevels(nn.Module):
 
 
 def level_of(layer: int, layers: int, levels: int) -> int:
-    """Which level a decoder layer reads: coarse to fine, equally many layers each where that is
-    possible.
+    """Which level a decoder layer reads:
+    coarse to fine, equally many layers each where that is possible.
     """
     return levels - 1 - layer * levels // layers

@@ -1,5 +1,5 @@
-"""LW-DETR's projector: from the maps of a plain backbone, all of one stride, to the levels of a
-memory.
+"""LW-DETR's projector: from the maps of a plain backbone,
+all of one stride, to the levels of a memory.
 
 For each level the maps are resampled, put side by side, and mixed by a C2f block, as YOLOv8 has it
 (LW-DETR, section 3.1); a LayerNorm of the channels follows. There is no encoder behind it. RF-DETR
@@ -23,8 +23,8 @@ Norm = Callable[[int], nn.Module]  # of so many channels
 
 
 class C2f(nn.Module):
-    """A convolution, bottlenecks on half of its channels, one after the other, and a convolution of
-    all of them.
+    """A convolution, bottlenecks on half of its channels,
+    one after the other, and a convolution of all of them.
     """
 
     def __init__(self, inputs: int, width: int, blocks: int, norm: Norm) -> None:
@@ -61,8 +61,8 @@ def conv_norm(
 
 
 def resampler(channels: int, scale: float, norm: Norm) -> tuple[nn.Module, int]:
-    """What makes a map `scale` times as high and wide (2, 1 or 0.5), and the channels that it
-    leaves.
+    """What makes a map `scale` times as high and wide (2, 1 or 0.5),
+    and the channels that it leaves.
     """
     if scale == 1:
         return nn.Sequential(), channels
@@ -96,8 +96,8 @@ class ScaleProjector(nn.Module):
 
 
 class Projector(nn.Module):
-    """The levels of a memory, one of each of the `scales` (2, 1 or 0.5 times the maps), finest
-    first.
+    """The levels of a memory, one of each of the `scales` (2, 1 or 0.5 times the maps),
+    finest first.
 
     `layer_norm_eps`: LayerNorms of the channels with this epsilon instead of BatchNorms; None:
     BatchNorms.
@@ -132,8 +132,8 @@ class Projector(nn.Module):
         return self.flatten(self.project(maps), padding)
 
     def project(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """One map `(B, D, H, W)` a level. The convolutions read padding, as in the reference
-        code.
+        """One map `(B, D, H, W)` a level.
+        The convolutions read padding, as in the reference code.
         """
         return [level(maps) for level in self.levels]
 

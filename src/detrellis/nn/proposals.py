@@ -74,8 +74,8 @@ def _logits(boxes: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def cell_boxes(memory: Memory) -> Tensor:
-    """A box of two cells' sides around each token `(1, S, 4)`, counted in cells; levels lie far
-    apart.
+    """A box of two cells' sides around each token `(1, S, 4)`, counted in cells;
+    levels lie far apart.
     """
     device, dtype = memory.tokens.device, memory.position.dtype
     levels = []
@@ -87,8 +87,8 @@ def cell_boxes(memory: Memory) -> Tensor:
 
 
 def side_by_side(parts: Sequence[Proposals]) -> Proposals:
-    """The first of `parts` with what all of them select, one after the other: for queries of
-    several groups.
+    """The first of `parts` with what all of them select, one after the other:
+    for queries of several groups.
     """
     best, selected, boxes = (
         torch.cat(values, dim=1) for values in zip(*(p[4:7] for p in parts), strict=True)
@@ -169,8 +169,8 @@ class ProposalHead(nn.Module):
         return states
 
     def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
-        """The best `copies * N` of those that are not selected, as if they were; the copies choose
-        in turns.
+        """The best `copies * N` of those that are not selected, as if they were;
+        the copies choose in turns.
 
         N is `count`, and less where there are not so many tokens.
         """
@@ -184,8 +184,8 @@ class ProposalHead(nn.Module):
         return count if self.distinct is None else POOL * count
 
     def _chosen(self, proposals: Proposals, tokens: Tensor, count: int) -> Proposals:
-        """The first `count` of the `tokens (B, N)`, best first, as the selected; what is not
-        distinct comes last.
+        """The first `count` of the `tokens (B, N)`, best first, as the selected;
+        what is not distinct comes last.
         """
         states = select(proposals.states, tokens)
         boxes = self._moved(states, select(proposals.anchors, tokens))
@@ -213,8 +213,8 @@ class ProposalHead(nn.Module):
         return (moved + anchors).sigmoid()
 
     def training_output(self, proposals: Proposals) -> DecoderOutput:
-        """What the loss sees, as an output of one layer: all tokens with `rank_by="first"`, else
-        the selected ones.
+        """What the loss sees, as an output of one layer:
+        all tokens with `rank_by="first"`, else the selected ones.
         """
         if self.rank_by == "first":
             logits, boxes = proposals.logits, self.boxes(proposals)

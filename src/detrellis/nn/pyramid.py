@@ -1,5 +1,5 @@
-"""Maps of several strides from a plain ViT's one: the simple feature pyramid (Li et al., 2022), as
-Co-DETR has it.
+"""Maps of several strides from a plain ViT's one:
+the simple feature pyramid (Li et al., 2022), as Co-DETR has it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _resampled(stride: int, channels: int) -> tuple[list[nn.Module], int]:
 
 
 class SimplePyramid(nn.Module):
-    """Maps of `width` channels, of the wanted `strides` from 4 to 64, from one of stride 16 with
-    `channels`.
+    """Maps of `width` channels, of the wanted `strides` from 4 to 64,
+    from one of stride 16 with `channels`.
     """
 
     def __init__(self, channels: int, width: int, strides: Sequence[int]) -> None:

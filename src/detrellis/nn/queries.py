@@ -1,5 +1,5 @@
-"""Where the decoder's queries come from: learned positions, learned boxes, or the encoder's
-proposals.
+"""Where the decoder's queries come from:
+learned positions, learned boxes, or the encoder's proposals.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class QuerySource(nn.Module, ABC):
 
     @abstractmethod
     def extra(self, table: Table, memory: Memory, proposals: Proposals | None) -> Queries:
-        """The queries of a table that `fresh` made; of the selected `proposals` in a two-stage
-        detector.
+        """The queries of a table that `fresh` made;
+        of the selected `proposals` in a two-stage detector.
         """
 
     def further(self, proposals: Proposals, count: int, copies: int = 1) -> Proposals:
-        """The next-best `copies * N` proposals, for `extra`; N is `count`, or less where tokens are
-        few.
+        """The next-best `copies * N` proposals, for `extra`;
+        N is `count`, or less where tokens are few.
         """
         assert self.head is not None, "only two-stage detectors have proposals"
         return self.head.further(proposals, count, copies)
@@ -164,8 +164,8 @@ class AnchorQueries(QuerySource):
         return self._queries(self.centres, self.sizes, self.content, memory), None
 
     def fresh(self, count: int) -> nn.ParameterDict:
-        """Parameters of `count` more anchors; contents that all anchors share are the
-        detector's.
+        """Parameters of `count` more anchors;
+        contents that all anchors share are the detector's.
         """
         centres, sizes = self._anchors(count)
         table = {"centres": centres, "sizes": sizes}

@@ -1,5 +1,5 @@
-"""Rank-DETR's rank layers (Pu et al., NeurIPS 2023, section 3.2): queries know how they rank by
-score.
+"""Rank-DETR's rank layers (Pu et al., NeurIPS 2023, section 3.2):
+queries know how they rank by score.
 
 Before each decoder layer from the second on, a query's content takes in a learned row of its rank
 among all, by the layer before; and each layer adds to the class logits a learned row of that rank.
@@ -24,8 +24,8 @@ from detrellis.types import Segment
 
 
 def ranks_of(logits: Tensor, segments: Sequence[Segment], ranks: int) -> Tensor:
-    """The rank `(B, N)` of each query by its best class in `logits (B, N, C)`, 0 the best, in its
-    copy of its segment.
+    """The rank `(B, N)` of each query by its best class in `logits (B, N, C)`,
+    0 the best, in its copy of its segment.
 
     Ties keep their order; no rank is `most` or more.
     """
@@ -40,8 +40,8 @@ def ranks_of(logits: Tensor, segments: Sequence[Segment], ranks: int) -> Tensor:
 
 
 def places_of(segments: Sequence[Segment], ranks: int, device: torch.device) -> Tensor:
-    """The place `(1, N)` of each query in its copy, below `most`: its rank before there are
-    scores.
+    """The place `(1, N)` of each query in its copy, below `most`:
+    its rank before there are scores.
     """
     sizes = [segment.size // segment.copies for segment in segments for _ in range(segment.copies)]
     return (
@@ -52,8 +52,8 @@ def places_of(segments: Sequence[Segment], ranks: int, device: torch.device) -> 
 
 
 class RankLayers(nn.Module):
-    """Tables of rows by rank, one a layer: of contents from the second layer on, and of class
-    logits.
+    """Tables of rows by rank, one a layer:
+    of contents from the second layer on, and of class logits.
     """
 
     def __init__(self, layers: int, queries: int, width: int, classes: int) -> None:
@@ -83,8 +83,8 @@ class RankLayers(nn.Module):
         return out
 
     def score(self, layer: int, logits: Tensor, ranks: Tensor) -> Tensor:
-        """The class logits `(B, N, C)` after decoder layer `layer`, whose queries had these
-        ranks.
+        """The class logits `(B, N, C)` after decoder layer `layer`,
+        whose queries had these ranks.
         """
         out: Tensor = logits + self.logits[layer][ranks]
         return out

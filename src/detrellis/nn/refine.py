@@ -1,5 +1,5 @@
-"""The boxes of one pass through the decoder: what each layer reads, and what the box heads make of
-it.
+"""The boxes of one pass through the decoder:
+what each layer reads, and what the box heads make of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Refined(NamedTuple):
 
 
 class IterativeRefinement:
-    """Boxes refined layer by layer (Deformable DETR, section 4.2), or references that stay where
-    they are.
+    """Boxes refined layer by layer (Deformable DETR, section 4.2),
+    or references that stay where they are.
 
     `refine` as in `Decoder`; `move` applies what a box head says, in logit space or otherwise.
     """
@@ -107,8 +107,8 @@ class DistributionRefinement:
 
 
 def moved(delta: Tensor, references: Tensor | None, eps: float) -> Tensor:
-    """The references `(B, N, 4 or 2)` moved by what a box head says, `delta (B, N, 4)`, in logit
-    space: `(B, N, 4)`.
+    """The references `(B, N, 4 or 2)` moved by what a box head says,
+    `delta (B, N, 4)`, in logit space: `(B, N, 4)`.
 
     A point is the centre alone; without references the head gives the box itself.
     """

@@ -1,5 +1,5 @@
-"""Position relation (Relation-DETR, Hou et al., ECCV 2024, section 4.1): how boxes lie to each
-other, as a bias.
+"""Position relation (Relation-DETR, Hou et al., ECCV 2024, section 4.1):
+how boxes lie to each other, as a bias.
 
 From the decoder's second layer on, self-attention gets a bias for each pair of queries, read off
 their boxes: those of the query as they were before the layer before, those that it looks at as that
@@ -40,8 +40,8 @@ def box_relation(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class PositionRelation(nn.Module):
-    """The bias of each head: a projection of sines and cosines of `box_relation`, where it is
-    positive (Eq. 3).
+    """The bias of each head: a projection of sines and cosines of `box_relation`,
+    where it is positive (Eq. 3).
     """
 
     def __init__(self, heads: int) -> None:
@@ -64,8 +64,8 @@ class PositionRelation(nn.Module):
         return out.movedim(-1, 1)
 
     def related(self, segments: Sequence[Segment], before: Tensor, after: Tensor) -> list[Segment]:
-        """The segments with the bias of their queries, whose boxes were `before (B, N, 4)` and are
-        `after`.
+        """The segments with the bias of their queries,
+        whose boxes were `before (B, N, 4)` and are `after`.
 
         Those that may have several queries for a target, and see no others, stay as they are.
         """

@@ -133,8 +133,8 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
 def _block(
     inputs: int, outputs: int, stage: int, index: int, sizes: Sizes, norm: NormLayer
 ) -> nn.Module:
-    """One residual block; the first of a stage has a shortcut, and but for the first stage halves
-    the map.
+    """One residual block; the first of a stage has a shortcut,
+    and but for the first stage halves the map.
     """
     shortcut, stride = None, 1
     if index == 0:

@@ -1,5 +1,5 @@
-"""An encoder that refines the tokens that matter: Salience-DETR (Hou et al., CVPR 2024), Focus-DETR
-(Zheng et al., ICCV 2023).
+"""An encoder that refines the tokens that matter:
+Salience-DETR (Hou et al., CVPR 2024), Focus-DETR (Zheng et al., ICCV 2023).
 
 From the coarsest level to the finest a small network says how salient each token is, told what the
 level before said. The best of each level (Salience-DETR), or of all levels (Focus-DETR), are the
@@ -45,8 +45,8 @@ class Kept(NamedTuple):
 
 
 class SaliencePredictor(nn.Module):
-    """How salient each token is: half of the channels know the token, half the mean over the
-    level.
+    """How salient each token is:
+    half of the channels know the token, half the mean over the level.
     """
 
     def __init__(self, width: int) -> None:
@@ -127,8 +127,8 @@ class SalienceEncoder(nn.Module):
         self.level_ratios, self.layer_ratios = level_ratios, list(layer_ratios)
 
     def forward(self, memory: Memory, head: ProposalHead) -> Memory:
-        """The memory with refined tokens, and how salient each is; `head` proposes boxes from it
-        later.
+        """The memory with refined tokens, and how salient each is;
+        `head` proposes boxes from it later.
         """
         salience = self.score(
             head.states(memory._replace(tokens=memory.tokens + memory.position)), memory
@@ -172,8 +172,8 @@ class SalienceEncoder(nn.Module):
         return memory._replace(tokens=tokens, salience=salience)
 
     def score(self, states: Tensor, memory: Memory) -> Tensor:
-        """How salient each token of the `states (B, S, D)` is, as logits `(B, S)`: coarse levels
-        first, of which finer ones hear."""
+        """How salient each token of the `states (B, S, D)` is, as logits `(B, S)`:
+        coarse levels first, of which finer ones hear."""
         sizes = [height * width for height, width in memory.shapes]
         padding = (
             [None] * len(sizes) if memory.padding is None else memory.padding.split(sizes, dim=1)

@@ -128,8 +128,8 @@ class SemanticAligner(nn.Module):
         return self._each_head(sampled), self._each_head(points)
 
     def _each_head(self, values: Tensor) -> Tensor:
-        """`(B, N, keypoints, d)` to `(B, N, M, d)`: head m has keypoint `floor(m keypoints /
-        M)`.
+        """`(B, N, keypoints, d)` to `(B, N, M, d)`:
+        head m has keypoint `floor(m keypoints / M)`.
         """
         return values.repeat_interleave(self.heads // self.keypoints, dim=2)
 
@@ -145,8 +145,8 @@ def _find(inputs: int, outputs: int, *, zero_init: bool) -> nn.Sequential:
 
 
 def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
-    """RoIAlign of `features (B, D, H, W)` in boxes `(B, N, 4)` of the unpadded image, not clipped:
-    `(B N, D, 7, 7)`, in float32 or better.
+    """RoIAlign of `features (B, D, H, W)` in boxes `(B, N, 4)` of the unpadded image,
+    not clipped: `(B N, D, 7, 7)`, in float32 or better.
 
     `ratio (B or 1, 1, 2)`: the fraction of the map that is image. Boxes get no gradient.
     """
@@ -161,16 +161,16 @@ def region_features(features: Tensor, boxes: Tensor, ratio: Tensor) -> Tensor:
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of `maps (B, D, H, W)` at `points (B, P, 2)` in [-1, 1], zero outside: `(B,
-    P, D)`.
+    """Bilinear samples of `maps (B, D, H, W)` at `points (B, P, 2)` in [-1, 1], zero outside:
+    `(B, P, D)`.
     """
     samples = F.grid_sample(maps.to(points.dtype), points.unsqueeze(2), align_corners=False)
     return samples.squeeze(3).transpose(1, 2)
 
 
 class SemanticCrossAttention(nn.Module):
-    """Cross-attention of aligned queries to one map. Every head compares over the full width, with
-    the same keys.
+    """Cross-attention of aligned queries to one map.
+    Every head compares over the full width, with the same keys.
 
     The residual stream is the old query: the new one only shapes the attention.
     """

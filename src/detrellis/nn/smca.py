@@ -1,5 +1,5 @@
-"""Spatially modulated co-attention by itself (Gao et al., ICCV 2021): DETR whose cross-attention
-has a Gaussian prior.
+"""Spatially modulated co-attention by itself (Gao et al., ICCV 2021):
+DETR whose cross-attention has a Gaussian prior.
 
 Each query has a point, read off its learned position before the first layer; each layer says anew,
 head by head, how far from the point to look and how widely. With several levels each has a prior of
@@ -35,8 +35,8 @@ def read_point(width: int) -> nn.Sequential:
 
 
 class ModulatedPriors(nn.Module):
-    """The queries' own positions, and each layer's priors over each of the memory's levels of these
-    `strides`.
+    """The queries' own positions,
+    and each layer's priors over each of the memory's levels of these `strides`.
 
     It takes the place of the modules of `nn/spatial.py`.
     """
@@ -84,8 +84,8 @@ def _constant(width: int, outputs: int) -> nn.Linear:
 
 
 class ModulatedAttention(nn.Module):
-    """Dense cross-attention under priors: a softmax over each level, summed with the queries' level
-    weights.
+    """Dense cross-attention under priors:
+    a softmax over each level, summed with the queries' level weights.
     """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
@@ -103,8 +103,8 @@ class ModulatedAttention(nn.Module):
     def attend(
         self, x: Tensor, where: Spatial, memory: Memory
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What each head reads from each level `(B, M, N, d)`, and its attention weights `(B, M, N,
-        S)`, both times the level's weight."""
+        """What each head reads from each level `(B, M, N, d)`,
+        and its attention weights `(B, M, N, S)`, both times the level's weight."""
         levels = list(self._levels(x, where, memory))
         return [values * scale for values, _, scale in levels], [
             weights * scale for _, weights, scale in levels
@@ -130,8 +130,8 @@ class ModulatedAttention(nn.Module):
 
 
 class IntraScaleAttention(nn.Module):
-    """Dense self-attention within each level, with the same weights for all (SMCA's multi-scale
-    encoder).
+    """Dense self-attention within each level,
+    with the same weights for all (SMCA's multi-scale encoder).
     """
 
     def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
@@ -139,8 +139,8 @@ class IntraScaleAttention(nn.Module):
         self.attention = DenseAttention(width, heads, dropout=dropout)
 
     def forward(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
-        """What the tokens `x (B, S, D)` read from their level, `(B, S, D)`, without residual and
-        norm.
+        """What the tokens `x (B, S, D)` read from their level,
+        `(B, S, D)`, without residual and norm.
         """
         sizes = [h * w for h, w in memory.shapes]
         tokens, places = x.split(sizes, dim=1), where.position.split(sizes, dim=1)

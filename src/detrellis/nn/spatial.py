@@ -1,5 +1,5 @@
-"""Where the decoder's queries look: their positions at each layer, fixed or derived from the
-current boxes.
+"""Where the decoder's queries look:
+their positions at each layer, fixed or derived from the current boxes.
 
 Each module's `forward` takes `(layer, x, queries, boxes, memory)`: the layer's index, its input
 `(B, N, D)`, the decoder's queries, and the boxes or points that the layer reads.
@@ -52,8 +52,8 @@ class ConditionalPosition(nn.Module):
 
 
 class PointPosition(nn.Module):
-    """Positions from the centres of the current boxes: their sine embedding, without gradient
-    (SAM-DETR).
+    """Positions from the centres of the current boxes:
+    their sine embedding, without gradient (SAM-DETR).
     """
 
     def __init__(self, width: int) -> None:
@@ -113,8 +113,8 @@ class BoxPosition(nn.Module):
 
 @torch.no_grad()
 def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
-    """Which cells of a memory's levels lie in each box, at least one of each level: `(B, N, S)`
-    bool (Cascade-DETR).
+    """Which cells of a memory's levels lie in each box, at least one of each level:
+    `(B, N, S)` bool (Cascade-DETR).
 
     `boxes (B, N, 4)` are relative to the image without its padding.
     """
@@ -134,8 +134,8 @@ def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
 
 
 class ModulatedPosition(nn.Module):
-    """DAB-DETR: positions from the current boxes, and a spatial query whose attention is as wide
-    and high as the box.
+    """DAB-DETR: positions from the current boxes,
+    and a spatial query whose attention is as wide and high as the box.
 
     The sine embedding of the centre is multiplied by T of the content, and its rows and columns by
     the ratio of a size read off the content to the box's own (DAB-DETR, Eq. 6). `within`: queries

@@ -1,5 +1,5 @@
-"""Swin Transformers as detectors have them: a map that its windows do not fill is padded before
-they are shifted.
+"""Swin Transformers as detectors have them:
+a map that its windows do not fill is padded before they are shifted.
 
 timm's pads what it has shifted, and so sees other windows at the edges of such a map than what was
 trained.

@@ -85,8 +85,8 @@ def _image_size(name: str) -> int:
 
 
 def _fill(model: nn.Module, source: Source, name: str) -> None:
-    """Load the source's file, in timm's names or those of the model's authors. `UserError` for a
-    misfit.
+    """Load the source's file, in timm's names or those of the model's authors.
+    `UserError` for a misfit.
     """
     convert = (eva if isinstance(model, eva.Eva) else vision_transformer).checkpoint_filter_fn
     weights, network = source.read(), f"backbone {name}"

@@ -30,8 +30,8 @@ EPS = 1e-6  # of all norms
 
 
 class PatchEmbedding(nn.Module):
-    """Tokens of the image's patches, with learned positions that are resized to the image's grid
-    (bicubic).
+    """Tokens of the image's patches,
+    with learned positions that are resized to the image's grid (bicubic).
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class PatchEmbedding(nn.Module):
         self.grid, self.antialias = grid, antialias
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Tokens `(B, h, w, C)` of `pixels (B, 3, H, W)`, whose sides are multiples of the
-        patch.
+        """Tokens `(B, h, w, C)` of `pixels (B, 3, H, W)`,
+        whose sides are multiples of the patch.
         """
         tokens: Tensor = self.projection(pixels).permute(0, 2, 3, 1)
         return tokens + self._resized(tokens.shape[1], tokens.shape[2])
@@ -134,8 +134,8 @@ class WindowViT(Backbone):
         return maps
 
     def start_from(self, source: Source, name: str | None) -> None:
-        """Load pretrained weights: of the timm model `name`, or a file in timm's names or those of
-        CAE v2.
+        """Load pretrained weights: of the timm model `name`,
+        or a file in timm's names or those of CAE v2.
 
         Patches and positions are resized to this ViT's, and later blocks than it has left out.
         `UserError` where something is missing or has another shape.

@@ -16,8 +16,8 @@ class CropFolder:
     """`OUT/crops/CLASS/NAME-NUMBER.jpg`; number 1 is the picture's best detection."""
 
     def __init__(self, out: Path, inputs: Iterable[Path]) -> None:
-        """Raises `UserError` where the folder holds anything but what an earlier call left, or an
-        input.
+        """Raises `UserError` where the folder holds anything but what an earlier call left,
+        or an input.
         """
         self.outputs = Outputs(out / CROPS)
         self.outputs.alone(inputs)
@@ -27,8 +27,8 @@ class CropFolder:
         self.outputs.clear()
 
     def add(self, name: str, found: Prediction, folders: Sequence[str]) -> None:
-        """Writes the detections of the picture `name`, each with all pixels that its box touches;
-        `folders` are those of the classes."""
+        """Writes the detections of the picture `name`,
+        each with all pixels that its box touches; `folders` are those of the classes."""
         if not found.boxes:
             return
         image = found.image()
@@ -43,8 +43,8 @@ class CropFolder:
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:
-    """What the folder of each class is called, on any file system: all different, none hidden, none
-    a path.
+    """What the folder of each class is called, on any file system:
+    all different, none hidden, none a path.
     """
     names: list[str] = []
     taken: set[str] = set()

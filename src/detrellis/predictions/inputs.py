@@ -1,5 +1,5 @@
-"""Which pictures `predict` looks at: files, folders, patterns; arrays, images and tensors; and the
-frames of videos.
+"""Which pictures `predict` looks at: files, folders, patterns;
+arrays, images and tensors; and the frames of videos.
 
 | given | taken |
 | --- | --- |
@@ -48,8 +48,8 @@ ARRAYS = (
 
 @dataclass(frozen=True)
 class InputPicture:
-    """One picture in which objects are to be detected: a file, or pixels; or a video, which stands
-    for its frames.
+    """One picture in which objects are to be detected:
+    a file, or pixels; or a video, which stands for its frames.
     """
 
     path: Path | None
@@ -107,8 +107,8 @@ def find_pictures(pictures: Pictures, recursive: bool = False) -> Iterator[Input
 
 
 def each_frame(pictures: Iterable[InputPicture]) -> Iterator[InputPicture]:
-    """The pictures, with the frames of a video in its place; last comes one that says why it cannot
-    be read on.
+    """The pictures, with the frames of a video in its place;
+    last comes one that says why it cannot be read on.
     """
     for picture in pictures:
         if picture.is_video:
@@ -127,8 +127,8 @@ def _frames(video: InputPicture) -> Iterator[InputPicture]:
 
 
 def without_repeats(pictures: Iterable[InputPicture]) -> list[InputPicture]:
-    """The pictures with each file once: it may be named itself, lie in a folder, and fit a
-    pattern.
+    """The pictures with each file once:
+    it may be named itself, lie in a folder, and fit a pattern.
     """
     seen: set[str] = set()
     unique = []

@@ -1,5 +1,5 @@
-"""Detections as label files, for the tools in which people correct them: what each format's files
-say.
+"""Detections as label files, for the tools in which people correct them:
+what each format's files say.
 
 | format | boxes | masks | scores |
 | --- | --- | --- | --- |
@@ -49,8 +49,8 @@ class LabelledObject(NamedTuple):
     mask: Bitmap | None
 
     def outlines(self) -> list[list[float]]:
-        """The polygons around the mask, the largest first; none where there is no mask, or an empty
-        one.
+        """The polygons around the mask, the largest first;
+        none where there is no mask, or an empty one.
         """
         rings = (
             []
@@ -115,8 +115,8 @@ def coco(pictures: Pictures, classes: ClassMap) -> Files:
 
 
 def yolo(pictures: Pictures, classes: ClassMap) -> Files:
-    """`data.yaml`, and `labels/NAME.txt` for each picture: a line a box, or a polygon where there
-    is a mask.
+    """`data.yaml`, and `labels/NAME.txt` for each picture:
+    a line a box, or a polygon where there is a mask.
     """
     names = yaml.safe_dump(
         {"names": dict(enumerate(classes.names))}, allow_unicode=True, sort_keys=False
@@ -166,8 +166,8 @@ def voc(pictures: Pictures, classes: ClassMap) -> Files:
 
 
 def csv_boxes(pictures: Pictures, classes: ClassMap) -> Files:
-    """`train_labels.csv`: a line an object; one with the name alone for a picture in which nothing
-    was detected.
+    """`train_labels.csv`: a line an object;
+    one with the name alone for a picture in which nothing was detected.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -236,8 +236,8 @@ def _region(each: LabelledObject, size: tuple[int, int], kind: str) -> dict[str,
 
 
 def cvat(pictures: Pictures, classes: ClassMap) -> Files:
-    """`annotations.xml` ("CVAT for images 1.1"), and `labels.json` for a new project's labels
-    ("Raw").
+    """`annotations.xml` ("CVAT for images 1.1"),
+    and `labels.json` for a new project's labels ("Raw").
     """
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
@@ -261,8 +261,8 @@ def cvat(pictures: Pictures, classes: ClassMap) -> Files:
 
 
 def _cvat_shape(each: LabelledObject, shape: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """The element: a box, or a mask, whose run lengths go row by row through the box around it,
-    outside first.
+    """The element: a box, or a mask,
+    whose run lengths go row by row through the box around it, outside first.
     """
     if each.mask is None or not each.mask.any():
         corners = zip(("xtl", "ytl", "xbr", "ybr"), each.box, strict=True)

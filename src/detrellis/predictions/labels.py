@@ -28,8 +28,8 @@ class LabelFolder:
     """`OUT/FORMAT`, in which `add` puts one picture after the other, and `write` their labels."""
 
     def __init__(self, out: Path, kind: LabelFormat, inputs: Iterable[Path]) -> None:
-        """Raises `UserError` where the folder holds anything but what an earlier call left, or an
-        input.
+        """Raises `UserError` where the folder holds anything but what an earlier call left,
+        or an input.
         """
         self.kind, self.outputs = kind, Outputs(out / kind)
         self.outputs.alone(inputs)
@@ -41,8 +41,8 @@ class LabelFolder:
         self.outputs.clear()
 
     def add(self, picture: InputPicture, name: str, image_id: int, found: Prediction) -> None:
-        """Copies a picture; one without a file, or without an image's suffix, becomes a PNG, a
-        video's frame a JPEG.
+        """Copies a picture; one without a file,
+        or without an image's suffix, becomes a PNG, a video's frame a JPEG.
         """
         source = picture.path if picture.path is not None and is_image(picture.path) else None
         # Not `with_suffix`: names such as "photo.jpg" tell pictures apart that differ in their

@@ -52,8 +52,8 @@ class Model:
         return Normalise.of(**self.recipe.data.statistics())
 
     def fused(self) -> Model:
-        """The same for inference alone, sooner: see `Detector.fused`. `detrellis.predict` and the
-        command take it.
+        """The same for inference alone, sooner: see `Detector.fused`.
+        `detrellis.predict` and the command take it.
         """
         return replace(self, detector=self.detector.fused())
 
@@ -114,8 +114,8 @@ class Model:
         tta: bool | str = False,
         tiling: Tiling | None = None,
     ) -> Generator[Prediction | UnreadablePicture]:
-        """The detections in each picture, and each frame of a video, from a score on, or from one
-        by class index; or why it cannot be read."""
+        """The detections in each picture, and each frame of a video,
+        from a score on, or from one by class index; or why it cannot be read."""
         pictures = each_frame(pictures)
         if tiling is not None:
             one_way(tta)
@@ -180,8 +180,8 @@ class Model:
         threshold: float | Sequence[float] = 0.0,
         k: int | None = None,
     ) -> Detections:
-        """What is detected in the tiles of an image `(3, H, W)` uint8 from a score on, put
-        together, on the host.
+        """What is detected in the tiles of an image `(3, H, W)` uint8 from a score on,
+        put together, on the host.
 
         `nms` is the IoU within each tile, and between tiles instead of 0.5. Only `batch_size` tiles
         are resized at a time.
@@ -317,8 +317,8 @@ def _reaching(detections: Detections, threshold: float | Sequence[float]) -> Ten
 
 
 def _batches_of_one_size(shapes: Mapping[int, torch.Size], batch_size: int) -> Iterator[list[int]]:
-    """Positions of images of the same size, `batch_size` at most at a time: padding would change
-    the detections.
+    """Positions of images of the same size, `batch_size` at most at a time:
+    padding would change the detections.
     """
     by_shape: dict[torch.Size, list[int]] = {}
     for position, shape in shapes.items():

@@ -1,5 +1,5 @@
-"""The detections of a picture or a video's frame, in the forms that other tools read; and what
-could not be read.
+"""The detections of a picture or a video's frame, in the forms that other tools read;
+and what could not be read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SHOWN = 5  # broken pictures that one message lists
 
 @dataclass(frozen=True)
 class Prediction:
-    """Detections of one picture or frame, with names and the data set's own category ids; best
-    first.
+    """Detections of one picture or frame, with names and the data set's own category ids;
+    best first.
     """
 
     path: Path | None  # None: the picture was given as an array, an image or a tensor
@@ -62,8 +62,8 @@ class Prediction:
         return decode(self.runs[number], self.size)
 
     def to_coco(self, image_id: int, *, polygons: bool = False) -> list[dict[str, Any]]:
-        """The detections as COCO results, which tools for it read, with the file's and the class's
-        name added.
+        """The detections as COCO results, which tools for it read,
+        with the file's and the class's name added.
 
         Masks are run lengths, or `polygons` along the pixels' edges, in which holes are filled. Of
         a video, `frame` and `time` (seconds) are added as well.
@@ -104,8 +104,8 @@ class Prediction:
         ]
 
     def to_yolo(self) -> str:
-        """YOLO text: a line `class cx cy w h score` for each detection, relative to the picture's
-        width and height.
+        """YOLO text: a line `class cx cy w h score` for each detection,
+        relative to the picture's width and height.
         """
         height, width = self.size
         rows = zip(self.labels, self.boxes, self.scores, strict=True)
@@ -116,8 +116,8 @@ class Prediction:
         )
 
     def to_supervision(self) -> Any:
-        """The detections as `supervision.Detections`: `xyxy`, `confidence`, `class_id`, `mask`, and
-        `data["class_name"]`.
+        """The detections as `supervision.Detections`:
+        `xyxy`, `confidence`, `class_id`, `mask`, and `data["class_name"]`.
 
         Raises `UserError` where supervision is missing.
         """
@@ -136,8 +136,8 @@ class Prediction:
         )
 
     def to_fiftyone(self) -> Any:
-        """The detections as `fiftyone.Detections`, for a field of a sample: `label`, `confidence`,
-        `bounding_box`, and the `mask` within it.
+        """The detections as `fiftyone.Detections`, for a field of a sample:
+        `label`, `confidence`, `bounding_box`, and the `mask` within it.
 
         Raises `UserError` where FiftyOne is missing.
         """
@@ -161,8 +161,8 @@ class Prediction:
         return fiftyone.Detections(detections=detections)
 
     def image(self) -> Image.Image:
-        """The picture itself, RGB; of a file, read again: a frame, from the start of its video
-        on.
+        """The picture itself, RGB; of a file, read again:
+        a frame, from the start of its video on.
         """
         pixels = self.pixels
         if pixels is None:
@@ -243,8 +243,8 @@ def collect_predictions(
 
 
 class BrokenPictures(UserError):
-    """Some pictures could not be read; `predictions` are those of the others, and nothing of them
-    is lost.
+    """Some pictures could not be read;
+    `predictions` are those of the others, and nothing of them is lost.
     """
 
     def __init__(self, predictions: Predictions) -> None:

@@ -1,5 +1,5 @@
-"""The files of `predict --out`: drawn pictures, `predictions.json` as COCO results; YOLO text,
-labels and crops if wanted."""
+"""The files of `predict --out`: drawn pictures, `predictions.json` as COCO results;
+YOLO text, labels and crops if wanted."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class PredictionFolder:
         classes: ClassMap,
         data: Mapping[str, Any] | None,
     ) -> Generator[Result]:
-        """Pass on what `detect` gives of each picture and frame, in order, and write its files as
-        it comes.
+        """Pass on what `detect` gives of each picture and frame,
+        in order, and write its files as it comes.
 
         `predictions.json`, labels and a video's end are written also where the end comes early. A
         picture that belongs to the data set that the model was trained on (`data`: the
@@ -204,8 +204,8 @@ class JsonList:
 
 
 def output_names(pictures: Sequence[InputPicture]) -> list[str]:
-    """What the files of each picture are called, without suffix, all different; their order does
-    not matter.
+    """What the files of each picture are called, without suffix, all different;
+    their order does not matter.
 
     The picture's place in the folder that was given, or its name: `sub/photo`, `photo`. Where two
     would be the same, each gets its suffix (`photo.jpg`, `photo.png`), or folders that tell them
@@ -227,8 +227,8 @@ def output_names(pictures: Sequence[InputPicture]) -> list[str]:
 
 
 def _output_name(picture: InputPicture, position: int, level: int) -> str:
-    """The shortest name, and at each further level a longer one; at last with the picture's
-    number.
+    """The shortest name, and at each further level a longer one;
+    at last with the picture's number.
     """
     if picture.path is None:
         return f"picture-{position + 1}" + "-" * level

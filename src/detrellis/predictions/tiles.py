@@ -55,8 +55,8 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are cut: tiles of `size` pixels a side, which share `overlap` of it with the
-    next one.
+    """How pictures are cut: tiles of `size` pixels a side,
+    which share `overlap` of it with the next one.
     """
 
     size: int
@@ -75,8 +75,8 @@ class Tiling:
             )
 
     def windows(self, height: int, width: int) -> list[Window]:
-        """The tiles of a picture, row by row, all of one size, then the whole. One that fits into a
-        tile is one.
+        """The tiles of a picture, row by row, all of one size, then the whole.
+        One that fits into a tile is one.
         """
         tiles = [
             Window(left, top, min(left + self.size, width), min(top + self.size, height))
@@ -105,8 +105,8 @@ def merged(
     threshold: float,
     k: int | None = None,
 ) -> Detections:
-    """The detections of a picture of `size` (height, width), of those in its windows; at most `k`,
-    best first.
+    """The detections of a picture of `size` (height, width), of those in its windows;
+    at most `k`, best first.
 
     `threshold` is the IoU from which two are of one object. Masks are carried along, and placed in
     the picture.
@@ -162,8 +162,8 @@ def _apart(
     cut: NDArray[np.bool_],
     threshold: float,
 ) -> NDArray[np.int64]:
-    """The rows that stay, of detections in the order in which they are taken; a row at a time, so
-    that memory stays small."""
+    """The rows that stay, of detections in the order in which they are taken;
+    a row at a time, so that memory stays small."""
     left = np.ones(len(boxes), dtype=np.bool_)
     areas = (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)
     for row in range(len(boxes)):

@@ -1,5 +1,5 @@
-"""Videos as pictures: their frames one by one, upright, each with its number and its time. Needs
-PyAV.
+"""Videos as pictures: their frames one by one, upright, each with its number and its time.
+Needs PyAV.
 
 A video is decoded from its start to its end, and only the frame that is looked at is in memory.
 Times are those that the file gives, from its first frame on, so that a rate that varies stays as it
@@ -132,8 +132,8 @@ def _decoded(path: Path, container: Any, every: int) -> Iterator[Frame]:
 
 
 def _whole(path: Path, frames: int, damaged: int, end: float, container: Any) -> None:
-    """Raises `UserError` where the file is not: it has ended at `end` seconds, with parts that are
-    `damaged`.
+    """Raises `UserError` where the file is not:
+    it has ended at `end` seconds, with parts that are `damaged`.
     """
     duration = (container.duration or 0) / 1_000_000
     begin = max((container.start_time or 0) / 1_000_000, 0)

@@ -1,5 +1,5 @@
-"""Pictures with their times, one by one, as a video: MP4, in H.264 where PyAV has an encoder for
-it, else in MPEG-4.
+"""Pictures with their times, one by one, as a video:
+MP4, in H.264 where PyAV has an encoder for it, else in MPEG-4.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class VideoWriter:
     """A video that can be played whenever the writer has been closed, whatever came before."""
 
     def __init__(self, path: Path, rate: Fraction) -> None:
-        """`rate`: frames a second, on average; each frame's time is told with it. The file is made
-        with the first.
+        """`rate`: frames a second, on average;
+        each frame's time is told with it. The file is made with the first.
         """
         self.path, self.rate = path, rate
         self._container: Any = None

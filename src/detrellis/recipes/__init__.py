@@ -1,5 +1,5 @@
-"""Recipes: names, and plain functions that return a `Recipe`. Importing them does not import
-torch.
+"""Recipes: names, and plain functions that return a `Recipe`.
+Importing them does not import torch.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def choose_recipe(
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name, with `_` for `-` and capitals too; `UserError` with those of its
-    kind otherwise.
+    """The recipe of that name, with `_` for `-` and capitals too;
+    `UserError` with those of its kind otherwise.
     """
     plain = name.strip().lower().replace("_", "-")
     if plain in RECIPES:

@@ -1,5 +1,5 @@
-"""Align-DETR on DINO, DAB-DETR and H-DETR, and what it is compared with: H-DETR itself and
-Stable-DINO's loss.
+"""Align-DETR on DINO, DAB-DETR and H-DETR, and what it is compared with:
+H-DETR itself and Stable-DINO's loss.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def align_dino_r50_24e() -> Recipe:
 
 
 def align_dino_r50_ia_bce() -> Recipe:
-    """The setting whose code and weights were released: 2 candidates and the first version's
-    loss.
+    """The setting whose code and weights were released:
+    2 candidates and the first version's loss.
     """
     about = "Align-DETR's released setting: IA-BCE, k = 2"
     return _aligned_dino("align-dino-r50-ia-bce", about, AlignConfig(k=2, classification="ia_bce"))
@@ -100,8 +100,8 @@ def h_deformable_detr_r50() -> Recipe:
 
 
 def align_h_deformable_detr_r50() -> Recipe:
-    """H-DETR with the Align Loss in both branches, 12 epochs; only the second matches several
-    queries to a target.
+    """H-DETR with the Align Loss in both branches, 12 epochs;
+    only the second matches several queries to a target.
     """
     about = "Align-DETR on H-DETR, ResNet-50"
     return _with(

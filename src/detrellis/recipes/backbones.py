@@ -1,5 +1,5 @@
-"""Backbones as a recipe names them; docs/detectors.md says what each is. Importing this imports no
-torch.
+"""Backbones as a recipe names them;
+docs/detectors.md says what each is. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ VD_RESNETS = ("resnet18vd", "resnet34vd", "resnet50vd", "resnet101vd")
 
 
 class BackboneConfig(Config):
-    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`), one of RT-DETR's (`resnet18vd`,
-    ...), or any timm model with feature maps."""
+    """`name`: a torchvision ResNet (`resnet18`, `34`, `50`, `101`),
+    one of RT-DETR's (`resnet18vd`, ...), or any timm model with feature maps."""
 
     pyramid: ClassVar[bool] = False  # whether its one map becomes several in the neck
     kind: Literal["hierarchical"] = "hierarchical"
@@ -58,8 +58,8 @@ class BackboneConfig(Config):
 
 
 class WindowViTConfig(Config):
-    """A plain ViT, whose maps have one stride, with attention within windows in some blocks
-    (LW-DETR, RF-DETR).
+    """A plain ViT, whose maps have one stride,
+    with attention within windows in some blocks (LW-DETR, RF-DETR).
     """
 
     dilation: ClassVar[bool] = False

@@ -1,5 +1,5 @@
-"""From a recipe to what is trained. The detector comes first, from the seed alone: no scheme can
-change its weights.
+"""From a recipe to what is trained.
+The detector comes first, from the seed alone: no scheme can change its weights.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def build_points(recipe: Recipe) -> Points | None:
 def build(
     recipe: Recipe, classes: int, *, seed: int = 0, stored: bool = False
 ) -> TrainableDetector:
-    """Detector and schemes for training; the detector's weights depend on the recipe's network part
-    and seed only.
+    """Detector and schemes for training;
+    the detector's weights depend on the recipe's network part and seed only.
 
     Raises `UserError` for a recipe whose parts contradict each other or name what is not there.
     `stored`: of a run that exists, which goes on although it has a factor on learning rates that
@@ -180,8 +180,8 @@ def build(
 
 
 def build_untrained(recipe: Recipe, classes: int) -> Detector:
-    """The detector alone, to be filled with trained weights; no generator of random numbers
-    moves.
+    """The detector alone, to be filled with trained weights;
+    no generator of random numbers moves.
     """
     with torch.random.fork_rng(devices=[]):
         return build_detector(recipe.untrained().detector, classes)

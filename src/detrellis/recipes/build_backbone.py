@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def pretrained_source(config: AnyBackboneConfig) -> Source | None:
-    """Where the backbone's pretrained weights come from; None where it starts from scratch.
-    `UserError` where there are none to be had."""
+    """Where the backbone's pretrained weights come from;
+    None where it starts from scratch. `UserError` where there are none to be had."""
     if not config.pretrained:
         return None
     name = _published(config)
@@ -35,8 +35,8 @@ def pretrained_source(config: AnyBackboneConfig) -> Source | None:
 
 
 def _published(config: AnyBackboneConfig) -> str | None:
-    """The name that pretrained weights of a backbone are published under, by torchvision or timm;
-    None: nowhere.
+    """The name that pretrained weights of a backbone are published under,
+    by torchvision or timm; None: nowhere.
     """
     if isinstance(config, WindowViTConfig | EvaViTConfig):
         return config.timm

@@ -17,8 +17,8 @@ GREY = 114  # of the padding that Co-DETR's networks see as a part of the pictur
 def _collaborative(
     base: Recipe, name: str, about: str, branches: tuple[BranchName, ...], epochs: int
 ) -> Recipe:
-    """The base with these branches; the learning rate falls before the last twelfth or sixth, as
-    released.
+    """The base with these branches;
+    the learning rate falls before the last twelfth or sixth, as released.
     """
     drops = (11 / 12,) if epochs == 12 else (30 / 36,)
     return base.model_copy(
@@ -85,8 +85,8 @@ def co_dino_swin_l() -> Recipe:
 def large_scale(
     recipe: Recipe, name: str, about: str, *, side: int, epochs: int, drops: tuple[float, ...]
 ) -> Recipe:
-    """The recipe "++": large-scale jitter and copy-paste on squares, whose padding is a part of the
-    picture.
+    """The recipe "++": large-scale jitter and copy-paste on squares,
+    whose padding is a part of the picture.
     """
     data = DataConfig(size=(side, side), augment="lsj", copy_paste=1.0, pad=GREY)
     schedule = ScheduleConfig(epochs=epochs, drops=drops)

@@ -137,8 +137,8 @@ class Recipe(Config):
         return self.data.masks or self.detector.masks is not None
 
     def untrained(self) -> Recipe:
-        """The same network without reaching for pretrained weights: to be measured, or filled with
-        trained ones.
+        """The same network without reaching for pretrained weights:
+        to be measured, or filled with trained ones.
         """
         light = {"backbone": self.detector.backbone.untrained()}
         return self.model_copy(update={"detector": self.detector.model_copy(update=light)})
@@ -151,8 +151,8 @@ class Recipe(Config):
         return self.model_copy(update={"data": self.data.model_copy(update=known)})
 
     def override(self, assignments: str | Sequence[str]) -> Recipe:
-        """A copy with one or several `key.sub=value` assignments applied; values are read as YAML
-        1.2.
+        """A copy with one or several `key.sub=value` assignments applied;
+        values are read as YAML 1.2.
 
         Raises `UserError` for an unknown key, naming the nearest one, and for a value that does not
         fit.
@@ -163,8 +163,8 @@ class Recipe(Config):
         return self.checked(data)
 
     def with_schemes(self, names: str | Sequence[str]) -> Recipe:
-        """A copy with more training schemes: `"cdn=50"`, or several; `"none"` takes away those
-        before it.
+        """A copy with more training schemes:
+        `"cdn=50"`, or several; `"none"` takes away those before it.
 
         One that sets what classes learn takes the place of `loss.classification`, of which nothing
         is left to do.

@@ -55,8 +55,8 @@ def deformable_detr_r50_two_stage() -> Recipe:
 
 
 def deformable_detr_r50_two_stage_plus() -> Recipe:
-    """The "++" tricks, H-DETR's base: no dropout, mixed query selection, look forward twice, FFN
-    2048.
+    """The "++" tricks, H-DETR's base:
+    no dropout, mixed query selection, look forward twice, FFN 2048.
     """
     detector = DetectorConfig(
         encoder=DeformableEncoderConfig(hidden=2048),
@@ -70,8 +70,8 @@ def deformable_detr_r50_two_stage_plus() -> Recipe:
 
 
 def deformable_detr_swin_l() -> Recipe:
-    """ "++" with a Swin-L pretrained on ImageNet-22K, 12 epochs: H-DETR's and Co-DETR's strong
-    baseline.
+    """ "++" with a Swin-L pretrained on ImageNet-22K, 12 epochs:
+    H-DETR's and Co-DETR's strong baseline.
     """
     plus = deformable_detr_r50_two_stage_plus()
     backbone = BackboneConfig(name=SWIN_L, drop_path=0.5)

@@ -1,5 +1,5 @@
-"""The network parts as a recipe names them; docs/detectors.md says what each is. Importing this
-imports no torch.
+"""The network parts as a recipe names them;
+docs/detectors.md says what each is. Importing this imports no torch.
 
 A part that comes in several kinds is a union that `kind` tells apart. Each kind holds the fields
 that it reads and no others, so what cannot be combined cannot be written; what its readers ask of
@@ -61,8 +61,8 @@ class DenseAttentionConfig(Config):
 
 
 class ConditionalAttentionConfig(Config):
-    """Contents with contents and positions with positions, on one level as the dense one
-    (Conditional DETR).
+    """Contents with contents and positions with positions,
+    on one level as the dense one (Conditional DETR).
     """
 
     smca: ClassVar[bool] = False
@@ -72,8 +72,8 @@ class ConditionalAttentionConfig(Config):
 
 
 class SemanticAttentionConfig(Config):
-    """Each query is sampled anew in its box, on one level as the dense one (SAM-DETR); all but
-    `smca` are ablations.
+    """Each query is sampled anew in its box, on one level as the dense one (SAM-DETR);
+    all but `smca` are ablations.
     """
 
     kind: Literal["semantic"] = "semantic"
@@ -87,8 +87,8 @@ class SemanticAttentionConfig(Config):
 
 
 class MaskedAttentionConfig(Config):
-    """The tokens of one level that lie in a query's mask of the layer before, coarse to fine
-    (Mask2Former).
+    """The tokens of one level that lie in a query's mask of the layer before,
+    coarse to fine (Mask2Former).
     """
 
     smca: ClassVar[bool] = False
@@ -97,8 +97,8 @@ class MaskedAttentionConfig(Config):
 
 
 class MasksConfig(Config):
-    """A map of stride 4 that masks are read from, and an embedding of each query (Mask2Former, Mask
-    DINO).
+    """A map of stride 4 that masks are read from,
+    and an embedding of each query (Mask2Former, Mask DINO).
     """
 
     width: Width = 256  # of map and embeddings
@@ -118,8 +118,8 @@ class LearnedQueriesConfig(Config):
 
 
 class AnchorQueriesConfig(Config):
-    """Boxes that are learned (DAB-DETR); their positions are derived from the current boxes at each
-    layer.
+    """Boxes that are learned (DAB-DETR);
+    their positions are derived from the current boxes at each layer.
     """
 
     boxes_from_masks: ClassVar[None] = None
@@ -135,8 +135,8 @@ class AnchorQueriesConfig(Config):
 
 
 class ProposalQueriesConfig(Config):
-    """Boxes that the encoder proposes, which positions and contents are derived from (two-stage
-    Deformable DETR).
+    """Boxes that the encoder proposes,
+    which positions and contents are derived from (two-stage Deformable DETR).
     """
 
     boxes_from_masks: ClassVar[None] = None
@@ -189,8 +189,8 @@ QueriesConfig = (
 
 
 class DistributionsConfig(Config):
-    """Bins of D-FINE's distributions: how far a side may lie from that of a fixed box, fine near 0,
-    coarse far off.
+    """Bins of D-FINE's distributions:
+    how far a side may lie from that of a fixed box, fine near 0, coarse far off.
     """
 
     bins: Annotated[int, within(4, 1000)] = 32  # an even number, and one more
@@ -259,8 +259,8 @@ class DetectorConfig(Config):
 
     @property
     def objectness(self) -> bool:
-        """Whether the proposals' class head tells objects from background, instead of the
-        classes.
+        """Whether the proposals' class head tells objects from background,
+        instead of the classes.
         """
         queries = self.queries
         if isinstance(queries, ProposalQueriesConfig | MixedQueriesConfig):
@@ -284,8 +284,8 @@ class DetectorConfig(Config):
 
     @property
     def map_strides(self) -> tuple[int, ...]:
-        """Strides of the backbone's maps: those that the neck reads, and the finer one that masks
-        are read from.
+        """Strides of the backbone's maps:
+        those that the neck reads, and the finer one that masks are read from.
         """
         strides = self.backbone.strides
         return strides if self.masks is None else (MASK_STRIDE, *strides)

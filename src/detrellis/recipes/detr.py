@@ -14,8 +14,8 @@ from detrellis.recipes.encoders import DenseEncoderConfig
 
 
 def single_scale_detector(*, dilation: bool = False) -> DetectorConfig:
-    """DETR's network with a ResNet-50: dense attention over one map of stride 32, or 16 with
-    `dilation` (DC5).
+    """DETR's network with a ResNet-50:
+    dense attention over one map of stride 32, or 16 with `dilation` (DC5).
     """
     return DetectorConfig(
         backbone=BackboneConfig(strides=(32,), dilation=dilation),

@@ -63,8 +63,8 @@ NETWORKS: dict[Size, Network] = {
 
 
 def dfine_detector(size: Size) -> DetectorConfig:
-    """D-FINE's network of that size; stem and norms of the backbones of the larger two are
-    frozen.
+    """D-FINE's network of that size;
+    stem and norms of the backbones of the larger two are frozen.
     """
     network, large = NETWORKS[size], size in ("l", "x")
     return DetectorConfig(

@@ -78,8 +78,8 @@ def tiny() -> Recipe:
 
 
 def small() -> Recipe:
-    """DINO at the cost of `tiny`, on ImageNet features: what to begin with on a few hundred
-    pictures.
+    """DINO at the cost of `tiny`, on ImageNet features:
+    what to begin with on a few hundred pictures.
     """
     about = "small DINO for CPUs and small data, on ImageNet features"
     return small_sized(dino_r50()).model_copy(update={"name": "small", "about": about})

@@ -1,5 +1,5 @@
-"""Encoders as a recipe names them; docs/detectors.md says what each is. Importing this imports no
-torch.
+"""Encoders as a recipe names them;
+docs/detectors.md says what each is. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ Levels = Annotated[int, within(1, 8)]
 
 
 class DeformableEncoderConfig(Config):
-    """Deformable attention over several levels, of which the neck makes the coarser ones
-    (Deformable DETR).
+    """Deformable attention over several levels,
+    of which the neck makes the coarser ones (Deformable DETR).
     """
 
     kind: Literal["deformable"] = "deformable"
@@ -66,8 +66,8 @@ class DenseEncoderConfig(Config):
 
 
 class IntraScaleEncoderConfig(Config):
-    """Dense attention within each of several levels, and in the middle layer over all together
-    (SMCA-DETR).
+    """Dense attention within each of several levels,
+    and in the middle layer over all together (SMCA-DETR).
     """
 
     width: ClassVar[None] = None
@@ -97,8 +97,8 @@ class HybridEncoderConfig(Config):
 
 
 class ProjectorEncoderConfig(Config):
-    """No layers: a plain backbone's maps, resampled to the levels and mixed by a C2f block each
-    (LW-DETR).
+    """No layers: a plain backbone's maps,
+    resampled to the levels and mixed by a C2f block each (LW-DETR).
     """
 
     width: ClassVar[None] = None

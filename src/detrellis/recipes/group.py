@@ -1,5 +1,5 @@
-"""Group DETR on every base of the paper's tables, 12 epochs; `-o schedule.epochs=50 -o
-schedule.drops=[0.8]` for 50.
+"""Group DETR on every base of the paper's tables, 12 epochs;
+`-o schedule.epochs=50 -o schedule.drops=[0.8]` for 50.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from detrellis.schemes.config import DNConfig, GroupConfig
 
 
 def _grouped(make: Callable[[], Recipe], *, k: int) -> Recipe:
-    """A base with `k` groups; denoising, where it has some, keeps to 100 queries (DN-DETR's dynamic
-    groups).
+    """A base with `k` groups; denoising, where it has some,
+    keeps to 100 queries (DN-DETR's dynamic groups).
     """
     base = make()
     changes = {"group": GroupConfig(k=k)}

@@ -32,8 +32,8 @@ def co_dino_swin_l_lvis() -> Recipe:
 
 
 def co_dino_swin_l_lvis_finetune() -> Recipe:
-    """Swin-L that was trained on Objects365 (`--weights`), at 1536 pixels, 16 epochs, 1000
-    detections.
+    """Swin-L that was trained on Objects365 (`--weights`),
+    at 1536 pixels, 16 epochs, 1000 detections.
     """
     about = (
         "Co-DINO for LVIS from Objects365 weights, Swin-L, large-scale jitter and copy-paste "

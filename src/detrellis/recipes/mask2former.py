@@ -103,8 +103,8 @@ def _swin(size: str) -> Recipe:
 
 
 def group_mask2former_r50() -> Recipe:
-    """Group DETR, Table 3. The paper gives neither the number of groups nor the schedule: both are
-    ours.
+    """Group DETR, Table 3. The paper gives neither the number of groups nor the schedule:
+    both are ours.
     """
     base = mask2former_r50_12e()
     return base.model_copy(

@@ -1,5 +1,5 @@
-"""Mask DINO (Li et al., CVPR 2023): boxes and masks by one DINO, whose queries begin with boxes
-around masks.
+"""Mask DINO (Li et al., CVPR 2023):
+boxes and masks by one DINO, whose queries begin with boxes around masks.
 
 | deviation from the released code | why |
 | --- | --- |

@@ -1,5 +1,5 @@
-"""The reader of stored recipes: cards, states, plans and trials of studies, also those that older
-versions wrote.
+"""The reader of stored recipes:
+cards, states, plans and trials of studies, also those that older versions wrote.
 
 What stores a recipe stores `FORMAT` beside it. A field that moves or is called otherwise gets a
 line in `RENAMED`; what takes more than a new name gets a function of its own in `migrated`.
@@ -32,8 +32,8 @@ RENAMED_PARAMETERS: Mapping[str, str] = {".judge.": ".quality.", ".read.": ".tow
 
 
 def read_recipe(data: Any, written: int) -> Recipe:
-    """The recipe that is stored as `data` by a version of format `written`; `UserError` where it
-    does not fit.
+    """The recipe that is stored as `data` by a version of format `written`;
+    `UserError` where it does not fit.
     """
     try:
         recipe = migrated(data, written)
@@ -45,8 +45,8 @@ def read_recipe(data: Any, written: int) -> Recipe:
 
 
 def migrated(data: Any, written: int) -> Any:
-    """A stored recipe as this version writes it; what is none stays as it is, for the check that
-    follows.
+    """A stored recipe as this version writes it;
+    what is none stays as it is, for the check that follows.
     """
     if written >= FORMAT or not isinstance(data, Mapping):
         return data
@@ -152,8 +152,8 @@ def _group_detector(detector: dict[str, Any]) -> None:
 
 
 def _as_kind(name: str, part: dict[str, Any]) -> dict[str, Any]:
-    """What a part's kind reads of its fields; in format 1 all others had to be left at their
-    defaults, or were idle.
+    """What a part's kind reads of its fields;
+    in format 1 all others had to be left at their defaults, or were idle.
     """
     kinds = configs_of(DetectorConfig.model_fields[name].annotation)
     fields = {kind_of(config): config.model_fields for config in kinds}.get(
@@ -163,8 +163,8 @@ def _as_kind(name: str, part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _move(data: dict[str, Any], old: str, new: str) -> None:
-    """Move what stands at one dotted path to another. Nothing happens where a part of the old path
-    is not there.
+    """Move what stands at one dotted path to another.
+    Nothing happens where a part of the old path is not there.
     """
     *parents, name = old.split(".")
     source: Any = data

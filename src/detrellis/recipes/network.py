@@ -67,8 +67,8 @@ def build_neck(config: DetectorConfig, channels: Sequence[int]) -> nn.Module:
 def build_map_neck(
     config: DetectorConfig, channels: Sequence[int], *, projected: bool = True
 ) -> nn.Module:
-    """From a map of each stride to a memory. Not `projected`: several maps that have its width stay
-    as they are.
+    """From a map of each stride to a memory. Not `projected`:
+    several maps that have its width stay as they are.
     """
     if config.encoder.kind == "hybrid":
         return build_hybrid_neck(config, config.encoder, channels)
@@ -92,8 +92,8 @@ def build_map_neck(
 def build_hybrid_neck(
     config: DetectorConfig, encoder: HybridEncoderConfig, channels: Sequence[int]
 ) -> HybridNeck:
-    """RT-DETR's encoder, which is a neck: its convolutions see the zeros that pad a batch, as a
-    backbone's do.
+    """RT-DETR's encoder, which is a neck:
+    its convolutions see the zeros that pad a batch, as a backbone's do.
     """
     inner = encoder.inner or config.width
     layers = []
@@ -110,8 +110,8 @@ def build_hybrid_neck(
 
 
 def build_encoder_attention(config: DetectorConfig, layer: int) -> nn.Module:
-    """Self-attention of the tokens. With `intra_scale` the middle layer alone reads all levels
-    together (SMCA).
+    """Self-attention of the tokens.
+    With `intra_scale` the middle layer alone reads all levels together (SMCA).
     """
     width, encoder = config.memory_width, config.encoder
     if encoder.kind in ("deformable", "salience"):

@@ -1,5 +1,5 @@
-"""`-o detector.queries.kind=anchors`: one value of a recipe set by its dotted name, each name
-checked on the way.
+"""`-o detector.queries.kind=anchors`:
+one value of a recipe set by its dotted name, each name checked on the way.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def _switched(
 def _having(
     data: Mapping[str, Any], kinds: Sequence[type[Config]], part: str, name: str, text: str
 ) -> type[Config]:
-    """The class of the data's kind; `UserError` that names the kinds that have the field, where
-    this one has not.
+    """The class of the data's kind;
+    `UserError` that names the kinds that have the field, where this one has not.
     """
     current = next((config for config in kinds if kind_of(config) == data.get("kind")), kinds[0])
     if name in current.model_fields:
@@ -114,8 +114,8 @@ def _having(
 
 
 def _unknown(name: str, config: type[Config], text: str) -> UserError:
-    """The error for a name that does not exist here, with the parts that have it, or the nearest
-    one here.
+    """The error for a name that does not exist here,
+    with the parts that have it, or the nearest one here.
     """
     parts = {part: configs_of(field.annotation) for part, field in config.model_fields.items()}
     having = [

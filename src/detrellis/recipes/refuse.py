@@ -47,8 +47,8 @@ MISSING = {
 
 
 def refuse(recipe: Recipe) -> None:
-    """`UserError` for a recipe whose parts contradict each other; advice where they do the same
-    work twice.
+    """`UserError` for a recipe whose parts contradict each other;
+    advice where they do the same work twice.
     """
     refuse_network(recipe.detector)
     _refuse_two_targets(recipe)
@@ -133,8 +133,8 @@ def _refuse_schemes(recipe: Recipe) -> None:
 
 
 def _refuse_pictures(recipe: Recipe) -> None:
-    """Refuse image sizes that leave the last map of the backbone without a cell, or no size at
-    all.
+    """Refuse image sizes that leave the last map of the backbone without a cell,
+    or no size at all.
     """
     data = recipe.data
     stride = recipe.detector.level_strides[len(recipe.detector.backbone.strides) - 1]

@@ -1,5 +1,5 @@
-"""Combinations of network parts that do not exist, each refused with what to use instead. Importing
-this imports no torch.
+"""Combinations of network parts that do not exist, each refused with what to use instead.
+Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GROUPS = 32  # of channels in every GroupNorm
 
 
 def refuse_network(config: DetectorConfig) -> None:
-    """Raise `UserError` for the first combination of network parts that does not exist, with what
-    to use instead.
+    """Raise `UserError` for the first combination of network parts that does not exist,
+    with what to use instead.
     """
     checks = (
         _sizes,
@@ -229,8 +229,8 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 
 def _normed(config: DetectorConfig) -> bool:
-    """Whether the neck has GroupNorm: of one map only where it is asked to, of a pyramid's in
-    coarser levels only.
+    """Whether the neck has GroupNorm:
+    of one map only where it is asked to, of a pyramid's in coarser levels only.
     """
     encoder = config.encoder
     if config.backbone.pyramid and encoder.levels == len(config.backbone.strides) > 1:

@@ -141,8 +141,8 @@ def before_the_decoder(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 
 
 def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
-    """The same for a plain backbone and its projector, and for boxes that move relative to their
-    size.
+    """The same for a plain backbone and its projector,
+    and for boxes that move relative to their size.
     """
     backbone, encoder = config.backbone, config.encoder
     projector = encoder.kind == "projector"

@@ -1,5 +1,5 @@
-"""Detectors that the four papers are compared with, each a base with a scheme, and some with a
-network part.
+"""Detectors that the four papers are compared with,
+each a base with a scheme, and some with a network part.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from detrellis.schemes.config import (
 
 
 def _deformable(name: str, about: str, schemes: SchemesConfig, **parts: Any) -> Recipe:
-    """Deformable DETR++ with 900 queries, 12 epochs. `parts`: what changes of its queries and its
-    decoder.
+    """Deformable DETR++ with 900 queries, 12 epochs.
+    `parts`: what changes of its queries and its decoder.
     """
     base = deformable_detr_r50_two_stage_plus()
     queries = base.detector.queries.replace(count=900, **parts.get("queries", {}))
@@ -104,8 +104,8 @@ def sqr_dab_detr_r50() -> Recipe:
 
 
 def cascade_dino_r50() -> Recipe:
-    """Cascade-DETR on DINO, whose queries read the cells in their boxes, and learn how well those
-    fit.
+    """Cascade-DETR on DINO, whose queries read the cells in their boxes,
+    and learn how well those fit.
     """
     base = dino_r50()
     attention = ConditionalAttentionConfig(within_boxes=True)

@@ -1,5 +1,5 @@
-"""RT-DETR (Zhao et al., CVPR 2024) and RT-DETRv2 (Lv et al., 2024): real-time detectors on
-ResNet-vd.
+"""RT-DETR (Zhao et al., CVPR 2024) and RT-DETRv2 (Lv et al., 2024):
+real-time detectors on ResNet-vd.
 
 RT-DETR is DINO with another encoder, contents from the proposals' states, positions from the boxes
 themselves, and VFL. RT-DETRv2 samples alike unless it is told otherwise (`cross_attention.points`,
@@ -89,8 +89,8 @@ def _rtdetr(depth: int, *, backbone: float) -> Recipe:
 
 
 def _rtdetrv2(depth: int, *, backbone: float, epochs: int, calm: int, **data: Any) -> Recipe:
-    """RT-DETRv2; `backbone`: factor on its learning rate; `calm`: last epochs without strong
-    augmentation.
+    """RT-DETRv2; `backbone`: factor on its learning rate;
+    `calm`: last epochs without strong augmentation.
     """
     schedule = ScheduleConfig(epochs=epochs, drops=(), warmup_steps=2000)
     about = f"RT-DETRv2, ResNet-{depth}-vd, 640 pixels"

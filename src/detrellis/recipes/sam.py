@@ -1,5 +1,5 @@
-"""SAM-DETR and SAM-DETR++, each also with SMCA, denoising, or both, 12 epochs; and SMCA-DETR by
-itself, 50 epochs.
+"""SAM-DETR and SAM-DETR++, each also with SMCA, denoising, or both, 12 epochs;
+and SMCA-DETR by itself, 50 epochs.
 
 `-o schedule.epochs=50 -o schedule.drops=[0.8]` is the longer schedule of SAM-DETR's table 2.
 """
@@ -57,8 +57,8 @@ _BASES: dict[str, tuple[str, Callable[[], DetectorConfig], int]] = {
 
 
 def _sam(base: str, *, smca: bool, dn: bool) -> Recipe:
-    """A base, with Gaussian priors around the salient points, with denoising, or with both: the
-    paper's best.
+    """A base, with Gaussian priors around the salient points, with denoising, or with both:
+    the paper's best.
     """
     about, make, batch = _BASES[base]
     detector = make().replace(cross_attention=SemanticAttentionConfig(smca=smca))
@@ -105,8 +105,8 @@ def smca_detr_r50() -> Recipe:
 
 
 def smca_detr_ms_r50() -> Recipe:
-    """SMCA-DETR on strides 16 to 64: of five encoder layers the middle one alone reads all levels
-    together.
+    """SMCA-DETR on strides 16 to 64:
+    of five encoder layers the middle one alone reads all levels together.
     """
     detector = smca_detector()
     several = detector.replace(

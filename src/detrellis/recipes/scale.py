@@ -1,5 +1,5 @@
-"""Any recipe at a size for CPUs and small data sets, trained from scratch: the same network parts
-and schemes, less of each."""
+"""Any recipe at a size for CPUs and small data sets, trained from scratch:
+the same network parts and schemes, less of each."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def _tiny_backbone(backbone: AnyBackboneConfig, strides: tuple[int, ...]) -> Any
 
 
 def _tiny_encoder(encoder: EncoderConfig) -> EncoderConfig:
-    """Two layers on one map, or on three levels; a hybrid one attends within the coarser of its two
-    maps.
+    """Two layers on one map, or on three levels;
+    a hybrid one attends within the coarser of its two maps.
     """
     if encoder.kind == "hybrid":
         return encoder.replace(layers=1, hidden=512, levels=2, inner=None, expansion=0.5)

@@ -1,5 +1,5 @@
-"""The papers' experiments as data: what was published for each row of their tables, and the recipe
-that repeats it.
+"""The papers' experiments as data:
+what was published for each row of their tables, and the recipe that repeats it.
 
 `papers/NAME.yaml` holds a paper's tables, and those of its figures whose points are runs. Numbers
 are the papers', AP in percent; a row's note says what is inferred, and where paper and released
@@ -68,8 +68,8 @@ class PaperRow(Config):
     note: str = ""
 
     def build(self, epochs: int | None = None, scale: Literal["tiny"] | None = None) -> Recipe:
-        """The recipe of this run, for `epochs` instead of the published ones, which hold at the
-        tiny scale too.
+        """The recipe of this run, for `epochs` instead of the published ones,
+        which hold at the tiny scale too.
 
         The scale comes first, so that it undoes nothing that the row is about. Raises `UserError`
         for a row that is missing something.
@@ -96,8 +96,8 @@ class PaperRow(Config):
 
 
 class PaperTable(Config):
-    """A table, or a figure. `id`: as the paper numbers it, "3" or "fig1"; other words for what is
-    in none.
+    """A table, or a figure. `id`: as the paper numbers it, "3" or "fig1";
+    other words for what is in none.
     """
 
     id: str
@@ -108,8 +108,8 @@ class PaperTable(Config):
     rows: tuple[PaperRow, ...]
 
     def row(self, which: str | int) -> PaperRow:
-        """The row of that name or number, from 1; `UserError` with the nearest name, or the numbers
-        there are.
+        """The row of that name or number, from 1;
+        `UserError` with the nearest name, or the numbers there are.
         """
         if isinstance(which, int) or which.isdecimal():
             if not 1 <= int(which) <= len(self.rows):

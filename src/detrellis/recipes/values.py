@@ -1,5 +1,5 @@
-"""What stands behind `key=` on a command line: YAML 1.2, where `1e-4` is a number, `no` is text,
-and `010` is ten.
+"""What stands behind `key=` on a command line:
+YAML 1.2, where `1e-4` is a number, `no` is text, and `010` is ten.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Co-DETR's large systems (Tables 5 and 6): Co-DINO on EVA-02's ViT-L or a Swin-L, from Objects365
-to COCO and LVIS.
+"""Co-DETR's large systems (Tables 5 and 6):
+Co-DINO on EVA-02's ViT-L or a Swin-L, from Objects365 to COCO and LVIS.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ BY_LAYER = OptimConfig(
 def _co_dino(
     name: str, about: str, backbone: EvaViTConfig, *, queries: int, noise: int, optim: OptimConfig
 ) -> Recipe:
-    """Co-DINO with 5 scales on this ViT, with so many queries, and so many of denoising; 1000
-    detections.
+    """Co-DINO with 5 scales on this ViT, with so many queries, and so many of denoising;
+    1000 detections.
     """
     base = co_dino_r50()
     detector = base.detector.replace(
@@ -104,8 +104,8 @@ def co_dino_vit_l_objects365() -> Recipe:
 
 
 def co_dino_vit_l_objects365_lsj() -> Recipe:
-    """Objects365 with large-scale jitter at 1280 pixels, which the recipe for LVIS starts from, 26
-    epochs.
+    """Objects365 with large-scale jitter at 1280 pixels,
+    which the recipe for LVIS starts from, 26 epochs.
     """
     about = (
         "Co-DINO for Objects365, EVA-02's ViT-L, large-scale jitter: what co-dino-vit-l-lvis "

@@ -43,8 +43,8 @@ class Diagnosed:
 
 
 def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
-    """What is wrong with what was collected. Raises `UserError` where hotcoco is missing, and for
-    LVIS.
+    """What is wrong with what was collected.
+    Raises `UserError` where hotcoco is missing, and for LVIS.
     """
     a = evaluator.annotations
     if a.federation is not None:
@@ -139,8 +139,8 @@ def _by_class(
     right: NDArray[np.bool_],
     boxes: Int,
 ) -> tuple[ClassErrors, ...]:
-    """The errors of each class. `counted` and `right` are of the detections, `boxes` the class
-    index of each box that counts.
+    """The errors of each class. `counted` and `right` are of the detections,
+    `boxes` the class index of each box that counts.
     """
     scores, found = done.rows[:, 5], []
     for k, name in enumerate(names):

@@ -26,8 +26,8 @@ Float = NDArray[np.float64]
 
 
 def galleries(found: Diagnosed, annotations: Annotations) -> dict[str, tuple[Picture, ...]]:
-    """The surest false alarms, the pictures with most missed objects, and the surest confusions of
-    classes.
+    """The surest false alarms, the pictures with most missed objects,
+    and the surest confusions of classes.
     """
     done, names, marks = found.done, annotations.classes.names, _Marks(annotations, found)
     # False alarms: of each picture the surest says where it stands.

@@ -1,5 +1,5 @@
-"""The record of an error analysis. All else reads it: `report.json` holds it, `page.py` shows
-it.
+"""The record of an error analysis. All else reads it:
+`report.json` holds it, `page.py` shows it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from detrellis.engine.eval_result import EvalResult
 
 @dataclass(frozen=True, kw_only=True)
 class Operating:
-    """The score threshold with the highest F1 at IoU 0.5, and what detecting from there gives; all
-    None without boxes or detections."""
+    """The score threshold with the highest F1 at IoU 0.5, and what detecting from there gives;
+    all None without boxes or detections."""
 
     threshold: float | None = None
     f1: float | None = None
@@ -48,8 +48,8 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelError:
-    """An annotation that is probably wrong, or missing: a sure detection that contradicts the data
-    set.
+    """An annotation that is probably wrong, or missing:
+    a sure detection that contradicts the data set.
     """
 
     file: str
@@ -63,8 +63,8 @@ class LabelError:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationBin:
-    """Detections whose score is in one tenth: their mean score, and how many of them are right at
-    IoU 0.5.
+    """Detections whose score is in one tenth:
+    their mean score, and how many of them are right at IoU 0.5.
     """
 
     count: int
@@ -126,8 +126,8 @@ class Report:
     galleries: Mapping[str, tuple[Picture, ...]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it, without the pictures and the recipe, which the weights
-        hold.
+        """The record as JSON holds it,
+        without the pictures and the recipe, which the weights hold.
         """
         data = {
             name: value for name, value in vars(self).items() if name not in ("galleries", "recipe")

@@ -1,5 +1,5 @@
-"""The thresholds of `predict --threshold auto`: those of the report that stands beside the
-weights.
+"""The thresholds of `predict --threshold auto`:
+those of the report that stands beside the weights.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from detrellis.report.write import is_ours, report_names, stored_report
 
 
 def class_thresholds(weights: str | Path, classes: ClassMap) -> tuple[float, ...]:
-    """The score from which on a class is detected, by class index: where F1 is highest on the
-    validation split.
+    """The score from which on a class is detected, by class index:
+    where F1 is highest on the validation split.
 
     A class that the split does not hold takes that of all classes together. Raises `UserError`
     where there is no report of these weights.

@@ -52,8 +52,8 @@ def write_report(
     again: str,
     split: str,
 ) -> EvalResult:
-    """Write the page and the numbers of an evaluation into a folder; the result, which names the
-    page.
+    """Write the page and the numbers of an evaluation into a folder;
+    the result, which names the page.
 
     Where there can be none, for LVIS and without hotcoco, that is said. Raises `UserError` where a
     file is in the way.
@@ -171,8 +171,8 @@ def _costs(history: tuple[Epoch, ...]) -> Mapping[str, str]:
 
 
 def report_outputs(weights: Path | None, asked: str | Path | None, split: str) -> Outputs | None:
-    """Where an evaluation's report goes: into the folder that was asked for, else beside the
-    `weights` of a run.
+    """Where an evaluation's report goes:
+    into the folder that was asked for, else beside the `weights` of a run.
 
     Checked before any work: raises `UserError` where a file is in the way in a folder that was
     asked for. Beside the weights it is said, and nothing is written, since nobody asked.
@@ -198,8 +198,8 @@ def card_of(weights: Path | None, model: Model) -> Card:
 
 
 def is_ours(weights: Path | None) -> bool:
-    """Whether it is a file in a run's folder: no export, not somebody else's, and none of the
-    epochs that were kept.
+    """Whether it is a file in a run's folder:
+    no export, not somebody else's, and none of the epochs that were kept.
     """
     return (
         weights is not None
@@ -209,8 +209,8 @@ def is_ours(weights: Path | None) -> bool:
 
 
 def stored_report(weights: Path, card: Card) -> dict[str, Any]:
-    """What `report.json` beside a run's weights holds; empty where there is none, or it is of other
-    weights.
+    """What `report.json` beside a run's weights holds;
+    empty where there is none, or it is of other weights.
     """
     try:
         report = read_object(weights.parent / report_names("val")[1])
@@ -220,8 +220,8 @@ def stored_report(weights: Path, card: Card) -> dict[str, Any]:
 
 
 def is_missing(run: Path, validation: Annotations | None) -> bool:
-    """Whether a finished run has no report of its best weights, though its validation split allows
-    one.
+    """Whether a finished run has no report of its best weights,
+    though its validation split allows one.
     """
     best = metadata_of(run / BEST)
     if best is None or validation is None or validation.federation is not None:
@@ -232,8 +232,8 @@ def is_missing(run: Path, validation: Annotations | None) -> bool:
 def report_of_run(
     folder: Path, say: Callable[[str], None], evaluator: CocoEvaluator, card: Card
 ) -> None:
-    """The report at the end of training, of its best weights; what prevents it is said, and stops
-    nothing.
+    """The report at the end of training, of its best weights;
+    what prevents it is said, and stops nothing.
     """
     try:
         result = evaluator.compute(resample=True, of=evaluator.kind)

@@ -1,5 +1,5 @@
-"""Align-DETR (Cai et al., BMVC 2024, section 3.3): many-to-one matching, ranked candidates, and the
-Align Loss.
+"""Align-DETR (Cai et al., BMVC 2024, section 3.3):
+many-to-one matching, ranked candidates, and the Align Loss.
 
 Each target is matched to k queries, its candidates, in every layer but the last. They are ranked by
 the quality of what they predict, and learn the less the lower their rank: in classification towards
@@ -42,8 +42,8 @@ def rank_weight(ranks: Tensor, tau: float) -> Tensor:
 
 
 def align_loss(logits: Tensor, targets: Tensor, gamma: float = 2.0) -> Tensor:
-    """The Align Loss (Eq. 3): focal loss whose hard label has become a soft target in [0, 1];
-    elementwise.
+    """The Align Loss (Eq. 3): focal loss whose hard label has become a soft target in [0,
+    1]; elementwise.
     """
     return targets * focal_positive(logits, gamma) + (1 - targets) * focal_negative(logits, gamma)
 

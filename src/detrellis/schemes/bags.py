@@ -1,5 +1,5 @@
-"""One-to-many supervision by as many queries as fit each target, which DAC-DETR and MS-DETR
-share.
+"""One-to-many supervision by as many queries as fit each target,
+which DAC-DETR and MS-DETR share.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from detrellis.supervision import Supervision
 def one_to_many(
     base: Supervision, k: int, config: DynamicConfig, generator: torch.Generator
 ) -> Supervision:
-    """The base's losses, of pairs by the dynamic rule, its random part drawn from the
-    `generator`.
+    """The base's losses, of pairs by the dynamic rule,
+    its random part drawn from the `generator`.
     """
     assert isinstance(base.rule, SetLoss)
     assign = Dynamic(

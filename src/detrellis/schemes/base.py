@@ -1,5 +1,5 @@
-"""What a training scheme is: extra query blocks, another supervision, extra losses; nothing of it
-at inference.
+"""What a training scheme is:
+extra query blocks, another supervision, extra losses; nothing of it at inference.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Step:
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Extra queries sent through the shared decoder in the same pass, with their own
-    supervision.
+    """Extra queries sent through the shared decoder in the same pass,
+    with their own supervision.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Extension(NamedTuple):
 
 
 class TrainingScheme(nn.Module):
-    """What exists in training only. It owns its parameters and its random generator, and leaves the
-    detector alone.
+    """What exists in training only.
+    It owns its parameters and its random generator, and leaves the detector alone.
 
     A scheme has a `name`, and overrides what it needs of the rest: `requires`; the two seams,
     `supervision` and `extend`; and `after`, `extra_queries`, `main_weight`, `start_from` and
@@ -93,28 +93,28 @@ class TrainingScheme(nn.Module):
 
     @property
     def main_weight(self) -> float:
-        """What the main block's loss is multiplied by, where the scheme's blocks stand beside it as
-        its equals.
+        """What the main block's loss is multiplied by,
+        where the scheme's blocks stand beside it as its equals.
         """
         return 1.0
 
     def start_from(self, detector: Detector) -> None:
-        """Called once a detector has been filled with trained weights, for a scheme that begins as
-        a copy of parts.
+        """Called once a detector has been filled with trained weights,
+        for a scheme that begins as a copy of parts.
         """
 
     def count_classes(self, images: Tensor) -> None:
         """Told once, before training, how many training images have each class, `(C,)`."""
 
     def reseed(self, seed: int) -> None:
-        """Start the scheme's draws anew; called at each step, so that a resumed run draws the
-        same.
+        """Start the scheme's draws anew;
+        called at each step, so that a resumed run draws the same.
         """
         self.generator.manual_seed(seed)
 
     def progress(self, done: float) -> None:
-        """Told at each step which part of the run is done, from 0 to below 1, before it is asked
-        for anything else.
+        """Told at each step which part of the run is done,
+        from 0 to below 1, before it is asked for anything else.
         """
 
     def supervision(self, base: Supervision) -> Supervision:
@@ -132,7 +132,7 @@ class TrainingScheme(nn.Module):
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
     ) -> dict[str, Tensor]:
-        """Metrics to log by name, without gradient; `blocks` are all of the step, `assignments`
-        theirs by name.
+        """Metrics to log by name, without gradient;
+        `blocks` are all of the step, `assignments` theirs by name.
         """
         return {}

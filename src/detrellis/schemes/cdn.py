@@ -26,8 +26,8 @@ from detrellis.types import Queries, Targets
 
 
 class Noise(NamedTuple):
-    """The random draws for `R = 2 G T` rows: group by group, all positives, then all negatives, in
-    target order.
+    """The random draws for `R = 2 G T` rows:
+    group by group, all positives, then all negatives, in target order.
     """
 
     flip: Tensor  # (R,) in [0, 1): the label is replaced where this is below the flip probability
@@ -47,8 +47,8 @@ def draw_noise(rows: int, classes: int, generator: torch.Generator) -> Noise:
 
 
 def group_count(number: int, largest: int) -> int:
-    """Groups of denoising queries for `largest` targets in the fullest image, from a budget of
-    `number` positives.
+    """Groups of denoising queries for `largest` targets in the fullest image,
+    from a budget of `number` positives.
 
     The budget is doubled for the negatives, and compared undivided: fewer than 50 is a number of
     groups itself.
@@ -76,8 +76,8 @@ def disturb(
 
 
 class ContrastiveDenoising(TrainingScheme):
-    """DINO's contrastive denoising queries, one block of `G` groups that see the main queries but
-    not each other.
+    """DINO's contrastive denoising queries,
+    one block of `G` groups that see the main queries but not each other.
 
     `eps` is that of the detector's inverse sigmoid.
     """

@@ -225,8 +225,8 @@ class SchemesConfig(Config):
 
     @property
     def target_setters(self) -> dict[str, str]:
-        """The schemes that say themselves what the class logit of a positive should learn, and what
-        makes each of them leave it."""
+        """The schemes that say themselves what the class logit of a positive should learn,
+        and what makes each of them leave it."""
         setters = {}
         if self.align is not None and self.align.classification != "base":
             setters["align"] = "take -o schemes.align.classification=base"

@@ -1,5 +1,5 @@
-"""DAC-DETR (Hu et al., NeurIPS 2023): an auxiliary decoder that gathers queries around objects
-instead of parting them.
+"""DAC-DETR (Hu et al., NeurIPS 2023):
+an auxiliary decoder that gathers queries around objects instead of parting them.
 
 Cross-attention draws several queries to an object, self-attention keeps one and drives the others
 away. A second stream of the detector's own queries goes through the same layers without

@@ -1,5 +1,5 @@
-"""What the denoising papers share: rows of disturbed targets, their slots in a block, and the block
-itself.
+"""What the denoising papers share:
+rows of disturbed targets, their slots in a block, and the block itself.
 
 Each target stands once in each group (with contrastive denoising twice: a positive and a negative).
 All images of a batch have the same slots; one that an image does not fill has content 0 and the box
@@ -37,8 +37,8 @@ class Layout(NamedTuple):
 
 
 def lay_out(targets: Targets, groups: int, kinds: int) -> Layout:
-    """Slots of the `R = groups * kinds * T` rows, on the targets' device, without asking the device
-    for anything.
+    """Slots of the `R = groups * kinds * T` rows,
+    on the targets' device, without asking the device for anything.
     """
     device = targets.labels.device
     total = len(targets.labels)
@@ -92,8 +92,8 @@ def denoising_block(
     sees: Sees,
     rule: LossRule | None = None,
 ) -> QueryBlock:
-    """The queries as a block whose groups see the main queries but not each other; `rule`: the main
-    one by default.
+    """The queries as a block whose groups see the main queries but not each other;
+    `rule`: the main one by default.
     """
     counts = tuple(layout.groups * size for size in step.targets.sizes)
     supervision = step.supervision.known(positives(layout, step.detector.decoder.outputs), counts)

@@ -1,5 +1,5 @@
-"""The dense queries of DDQ-DETR (Zhang et al., CVPR 2023): more queries than can be distinct,
-several for each target.
+"""The dense queries of DDQ-DETR (Zhang et al., CVPR 2023):
+more queries than can be distinct, several for each target.
 
 Beside the detector's distinct queries the best proposals of a head of their own, half as many again
 and however they overlap, go through the shared decoder in a block that sees itself only. There each
@@ -32,8 +32,8 @@ from detrellis.supervision import Supervision
 
 
 class Dense(TrainingScheme):
-    """A block of overlapping queries of a two-stage `detector`, with proposal, class and box heads
-    of its own.
+    """A block of overlapping queries of a two-stage `detector`,
+    with proposal, class and box heads of its own.
     """
 
     name = "dense"
@@ -78,8 +78,8 @@ class Dense(TrainingScheme):
         return Extension([block])
 
     def supervision_of(self, main: Supervision) -> Supervision:
-        """The main block's matching with k queries for each target, and a loss of classes and GIoU
-        by their quality.
+        """The main block's matching with k queries for each target,
+        and a loss of classes and GIoU by their quality.
         """
         assert isinstance(main.assign, Hungarian)
         k = self.config.k

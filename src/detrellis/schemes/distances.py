@@ -1,5 +1,5 @@
-"""How far apart groups of queries are (Group DETR, section 5): positions anywhere (PD), and those
-of one target (MD).
+"""How far apart groups of queries are (Group DETR, section 5):
+positions anywhere (PD), and those of one target (MD).
 
 Positions are centres in [0, 1]: reference points, anchors, or proposals.
 """

@@ -45,8 +45,8 @@ def draw_noise(rows: int, classes: int, generator: torch.Generator) -> Noise:
 def disturb(
     targets: Targets, layout: Layout, noise: Noise, *, flip: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Disturbed labels `(R,)` and boxes `(R, 4)`: the centre moves by up to half a size, the size
-    by a size.
+    """Disturbed labels `(R,)` and boxes `(R, 4)`:
+    the centre moves by up to half a size, the size by a size.
     """
     labels = torch.where(noise.flip < flip, noise.label, targets.labels[layout.target])
     boxes = targets.boxes[layout.target]

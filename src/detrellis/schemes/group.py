@@ -57,8 +57,8 @@ class Group(TrainingScheme):
         return 1 / self.k if self.config.reduction == "mean" else 1.0
 
     def start_from(self, detector: Detector) -> None:
-        """The further proposal heads begin as the detector's, which has been filled with trained
-        weights.
+        """The further proposal heads begin as the detector's,
+        which has been filled with trained weights.
         """
         self._copy_contents(detector.queries)
         if detector.queries.head is not None:
@@ -98,8 +98,8 @@ class Group(TrainingScheme):
         return Extension([block])
 
     def _propose(self, step: Step, first: Proposals) -> tuple[Proposals, DecoderOutput | None]:
-        """What all further groups select, one after the other, and what the loss sees of the heads
-        that proposed it.
+        """What all further groups select, one after the other,
+        and what the loss sees of the heads that proposed it.
 
         `first` are the first group's proposals.
         """
@@ -122,8 +122,8 @@ class Group(TrainingScheme):
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
     ) -> dict[str, Tensor]:
-        """`group/pd` and `group/md` of this batch, where asked for and where the queries have
-        places.
+        """`group/pd` and `group/md` of this batch,
+        where asked for and where the queries have places.
         """
         groups = [b.queries.boxes for b in blocks if b.name in ("main", "group")]
         boxes = [b for b in groups if b is not None]
@@ -141,8 +141,8 @@ class Group(TrainingScheme):
 
 
 def sibling(head: ProposalHead) -> ProposalHead:
-    """A head for another group: classes and boxes start equal, the projection before them
-    afresh.
+    """A head for another group: classes and boxes start equal,
+    the projection before them afresh.
     """
     other = copy.deepcopy(head)
     nn.init.xavier_uniform_(other.projection.weight)

@@ -1,5 +1,5 @@
-"""H-DETR's hybrid matching (Jia et al., CVPR 2023): more queries in a branch of their own, several
-for each target.
+"""H-DETR's hybrid matching (Jia et al., CVPR 2023):
+more queries in a branch of their own, several for each target.
 
 The decoder also gets a second block of queries, which does not see the first. There every target is
 matched to k of them in every layer, so that many more queries learn from each image; the first
@@ -26,8 +26,8 @@ from detrellis.supervision import Supervision
 
 
 class Hybrid(TrainingScheme):
-    """One more block of queries, of the kind that the detector's `source` has; k of them learn each
-    target.
+    """One more block of queries, of the kind that the detector's `source` has;
+    k of them learn each target.
     """
 
     name = "hybrid"

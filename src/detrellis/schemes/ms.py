@@ -1,5 +1,5 @@
-"""MS-DETR (Zhao et al., CVPR 2024): mixed supervision, one-to-one and one-to-many, of the same
-queries.
+"""MS-DETR (Zhao et al., CVPR 2024):
+mixed supervision, one-to-one and one-to-many, of the same queries.
 
 In each decoder layer cross-attention comes first (`detector.decoder.cross_first`, a network part).
 What the queries have read there goes through a feed-forward block of its own to the same heads, and

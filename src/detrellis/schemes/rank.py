@@ -1,5 +1,5 @@
-"""Rank-DETR's loss and matching (Pu et al., NeurIPS 2023): scores that rank detections by how well
-their boxes fit.
+"""Rank-DETR's loss and matching (Pu et al., NeurIPS 2023):
+scores that rank detections by how well their boxes fit.
 
 GIoU-aware loss: a positive's class learns its GIoU, brought to 0..1. High-order matching: late in
 the run a query's cost is minus its score times a high power of its IoU, so that a match is one that
@@ -42,8 +42,8 @@ GIOU_AWARE = SetLoss(giou_target, lambda x, t: 0.25 * quality_focal_loss(x, t))
 
 
 class Rank(TrainingScheme):
-    """Rank-DETR's loss, which the encoder's proposals go without, and from a part of the run on its
-    matching.
+    """Rank-DETR's loss, which the encoder's proposals go without,
+    and from a part of the run on its matching.
     """
 
     name = "rank"

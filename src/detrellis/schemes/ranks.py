@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def rank(score: Tensor, group: Tensor) -> Tensor:
-    """Rank of each `score (M,)` among those of the same `group (M,)`, 0 = highest: `(M,)`; ties
-    keep their order.
+    """Rank of each `score (M,)` among those of the same `group (M,)`, 0 = highest:
+    `(M,)`; ties keep their order.
     """
     order, first = _by_group(score, group)
     position = torch.arange(len(order), device=order.device)
@@ -22,8 +22,8 @@ def highest(score: Tensor, group: Tensor) -> Tensor:
 
 
 def _by_group(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """What sorts by group, and by falling score within each, and where in that order each one's
-    group begins.
+    """What sorts by group, and by falling score within each,
+    and where in that order each one's group begins.
     """
     order = score.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]

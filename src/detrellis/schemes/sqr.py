@@ -1,5 +1,5 @@
-"""SQR: selective query recollection (Chen et al., CVPR 2023): later layers learn from what earlier
-ones handed on, too.
+"""SQR: selective query recollection (Chen et al., CVPR 2023):
+later layers learn from what earlier ones handed on, too.
 
 A decoder's later layers are to correct what the earlier ones got wrong, yet they are trained on one
 pass, in which a query that was right may have been made worse. Here layer l also gets the sets of

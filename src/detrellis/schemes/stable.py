@@ -1,5 +1,5 @@
-"""Stable-DINO's loss and matching (Liu et al., ICCV 2023): both look at positions, so that layers
-match alike.
+"""Stable-DINO's loss and matching (Liu et al., ICCV 2023):
+both look at positions, so that layers match alike.
 
 Position-supervised loss: a positive aims at its squared IoU, the best of an image at 1.
 Position-modulated cost: in the matching a query's score counts the less the worse its box. Its
@@ -25,8 +25,8 @@ from detrellis.supervision import Supervision
 
 
 def modulation(overlap: Tensor) -> Tensor:
-    """`(GIoU + 1) / 2` of each query and target `(..., N, T)`, scaled up so that an image's best is
-    1.
+    """`(GIoU + 1) / 2` of each query and target `(..., N, T)`,
+    scaled up so that an image's best is 1.
     """
     value = ((overlap + 1) / 2).nan_to_num(0)
     return value / value.amax((-2, -1), keepdim=True).clamp(min=1e-8)

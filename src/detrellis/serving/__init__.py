@@ -1,3 +1,3 @@
-"""A detector behind HTTP: `app` says what is answered, `batcher` what goes through the detector
-together.
+"""A detector behind HTTP: `app` says what is answered,
+`batcher` what goes through the detector together.
 """

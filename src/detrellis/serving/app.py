@@ -108,8 +108,8 @@ def build_app(served: Served, limits: Limits) -> FastAPI:
 
 
 class _Desk:
-    """Where requests are let in, as many as the limits allow, and their bodies read, as far as they
-    allow.
+    """Where requests are let in, as many as the limits allow,
+    and their bodies read, as far as they allow.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -129,8 +129,8 @@ class _Desk:
             self._inside -= 1
 
     async def picture_of(self, request: Request) -> tuple[str, bytes]:
-        """Name and bytes of the picture that was sent; of a body that is too large no more is read
-        than allowed.
+        """Name and bytes of the picture that was sent;
+        of a body that is too large no more is read than allowed.
         """
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -163,8 +163,8 @@ class _Desk:
 
 
 def decode(body: bytes, name: str, max_pixels: int) -> Tensor:
-    """The pixels of a picture, `(3, H, W)` uint8 RGB. It is decoded only where its header names few
-    enough of them.
+    """The pixels of a picture, `(3, H, W)` uint8 RGB.
+    It is decoded only where its header names few enough of them.
 
     Raises `UserError` where it is no picture, and `HTTPException` with 413 where it is too large.
     """
@@ -189,8 +189,8 @@ def decode(body: bytes, name: str, max_pixels: int) -> Tensor:
 
 
 def answer(prediction: Prediction, name: str, thresholds: Sequence[float]) -> dict[str, Any]:
-    """Size and detections, each as `predict` writes it to `predictions.json`, from its class's
-    threshold on.
+    """Size and detections, each as `predict` writes it to `predictions.json`,
+    from its class's threshold on.
     """
     height, width = prediction.size
     rows = zip(prediction.to_coco(0), prediction.labels, strict=True)

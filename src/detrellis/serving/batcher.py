@@ -64,8 +64,8 @@ class Batcher:
         return batch, True
 
     def _answer(self, batch: list[Waiting]) -> None:
-        """Answer every picture; one that makes a batch fail is answered with the error, and the
-        others without it.
+        """Answer every picture; one that makes a batch fail is answered with the error,
+        and the others without it.
         """
         try:
             found = self._detect([pixels for pixels, _ in batch])

@@ -1,5 +1,5 @@
-"""The page of the server: drop a picture, see what is detected. It needs no other file, and no
-other server.
+"""The page of the server: drop a picture, see what is detected.
+It needs no other file, and no other server.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def serve(
     device: str | None = None,
     started: Callable[[str], None] = print,
 ) -> None:
-    """Serve a run or an exported network over HTTP until Ctrl-C or SIGTERM; requests that are
-    inside are answered.
+    """Serve a run or an exported network over HTTP until Ctrl-C or SIGTERM;
+    requests that are inside are answered.
 
     `serving/app.py` says what is answered. The default `host` is this machine alone: there is no
     password, so put what has one before it. `threshold` and `nms` are as in `predict`; a request

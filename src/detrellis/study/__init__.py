@@ -1,3 +1,3 @@
-"""Rows of recipes trained under the same conditions, with several seeds, and a report on them. See
-docs/compare.md.
+"""Rows of recipes trained under the same conditions, with several seeds, and a report on them.
+See docs/compare.md.
 """

@@ -30,8 +30,8 @@ from detrellis.study.plan import DONE
 
 
 def main(folder: Path) -> int:
-    """Train what `FOLDER/trial.json` says, and write `FOLDER/done.json` after the last epoch; the
-    exit code.
+    """Train what `FOLDER/trial.json` says, and write `FOLDER/done.json` after the last epoch;
+    the exit code.
     """
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
@@ -66,16 +66,16 @@ def main(folder: Path) -> int:
 
 
 def ap_of_branch(run: Path, branch: str, **options: Any) -> dict[str, float | None]:
-    """What a branch of scheme `co` reaches by itself, with the weights of the last epoch: AP, AP50
-    and AP75.
+    """What a branch of scheme `co` reaches by itself, with the weights of the last epoch:
+    AP, AP50 and AP75.
     """
     stats = branches.analyze(ComparedRuns(run, **options)).runs[0].heads[branch].stats
     return {name: stats[name] for name in branches.SHOWN}
 
 
 def _stop_with_parent() -> None:
-    """Nobody writes to the standard input: it ends when the parent does, however that ended. Then
-    save and stop.
+    """Nobody writes to the standard input:
+    it ends when the parent does, however that ended. Then save and stop.
     """
     while os.read(0, 1):
         pass

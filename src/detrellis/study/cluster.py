@@ -66,8 +66,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 class Slurm:
-    """A job of Slurm for each trial. `options` are those of `submitit.SlurmExecutor`, in sbatch's
-    words.
+    """A job of Slurm for each trial.
+    `options` are those of `submitit.SlurmExecutor`, in sbatch's words.
 
     Raises `UserError` where submitit is missing, this is no machine of a Slurm cluster, or an
     option is unknown.
@@ -133,8 +133,8 @@ class SlurmJob:
         self._cancelled, self._checked = False, time.monotonic()
 
     def poll(self) -> int | None:
-        """See `Job`. The result is a file; that a job has ended without one, only the cluster
-        knows.
+        """See `Job`. The result is a file;
+        that a job has ended without one, only the cluster knows.
         """
         due = self._cancelled and time.monotonic() - self._checked > CHECK_SECONDS
         if due:
@@ -152,8 +152,8 @@ class SlurmJob:
         return _waited(self)
 
     def terminate(self) -> None:
-        """Cancel the job: Slurm sends SIGTERM, and waits before it kills (its KillWait, 30
-        seconds).
+        """Cancel the job: Slurm sends SIGTERM,
+        and waits before it kills (its KillWait, 30 seconds).
         """
         self._cancelled = True
         self._job.cancel(check=False)
@@ -162,8 +162,8 @@ class SlurmJob:
 
 
 class Ray:
-    """A task of Ray for each trial. `options` are those of a remote function, such as num_gpus and
-    resources.
+    """A task of Ray for each trial.
+    `options` are those of a remote function, such as num_gpus and resources.
 
     Takes the cluster that `RAY_ADDRESS` names or that runs on this machine, or starts one here.
     Tasks end with the study. Raises `UserError` where ray is missing, the cluster cannot be
@@ -250,8 +250,8 @@ def _waited(job: Job) -> int:
 
 
 def _failed(folder: Path, error: BaseException) -> int:
-    """The exit code of a job that ended without a result; what the cluster says stands at the end
-    of its log.
+    """The exit code of a job that ended without a result;
+    what the cluster says stands at the end of its log.
     """
     with (folder / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{type(error).__name__}: {error}\n")

@@ -37,8 +37,8 @@ def conduct(
     track: Sequence[str] = (),
     console: Console | None = None,
 ) -> StudyReport:
-    """Train what is missing below `out`, and write the report there: `report.html`, `.json`,
-    figures.
+    """Train what is missing below `out`, and write the report there:
+    `report.html`, `.json`, figures.
 
     `jobs` trials run at a time, on `threads` CPU threads together (default: `OMP_NUM_THREADS` each,
     or all cores), each with `workers` processes that load images, and on the devices of `device`,

@@ -1,5 +1,5 @@
-"""Where the trials of a study run: in processes of this machine, or as the jobs of a cluster
-(`cluster.py`).
+"""Where the trials of a study run:
+in processes of this machine, or as the jobs of a cluster (`cluster.py`).
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def start_child(
 
 @dataclass
 class TrialJob:
-    """What a job of a cluster runs, on whatever machine it gets: a trial in a process below its
-    own.
+    """What a job of a cluster runs, on whatever machine it gets:
+    a trial in a process below its own.
 
     So that the trial can save first, whatever ends the job: SIGTERM is passed on to it, a cancelled
     task is a `KeyboardInterrupt` here, and before a preemption or the end of its time submitit

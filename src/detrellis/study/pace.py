@@ -1,5 +1,5 @@
-"""Equal training time in place of equal epochs: how long an epoch of each row takes here, and how
-many it then gets.
+"""Equal training time in place of equal epochs:
+how long an epoch of each row takes here, and how many it then gets.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ WARMUP, STEPS = 2, 7  # of each of the two rows that are compared; the first one
 def paced(
     plan: StudyPlan, out: Path, resources: Resources, say: Callable[[str], None]
 ) -> StudyPlan:
-    """The plan with as many epochs for each row as take the time of its baseline's, on this
-    machine.
+    """The plan with as many epochs for each row as take the time of its baseline's,
+    on this machine.
 
     Where the study in `out` goes on, each row keeps its pace of there; of the others some steps are
     timed, of the row and its baseline in turn. Rows without a baseline keep their epochs. Raises

@@ -23,8 +23,8 @@ REPORT = "report.html"  # of a run: what it gets wrong
 
 
 def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]], out: Path) -> str:
-    """The report as a whole HTML page in the folder `out` of the runs; `drawn` is what `figures`
-    returned.
+    """The report as a whole HTML page in the folder `out` of the runs;
+    `drawn` is what `figures` returned.
     """
     title = escape(report.plan.title)
     parts = [
@@ -46,8 +46,8 @@ def page(report: StudyReport, drawn: Mapping[str, tuple[Figure, str]], out: Path
 
 
 def svg(name: str, drawn: Figure, alt: str) -> str:
-    """The figure as an element whose ink has the colour of the text around it; `name` makes its ids
-    its own.
+    """The figure as an element whose ink has the colour of the text around it;
+    `name` makes its ids its own.
     """
     from matplotlib import rc_context
 
@@ -89,8 +89,8 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def _rows(report: StudyReport, out: Path) -> str:
-    """A section that lists how each row's recipe differs from its baseline's, with links to what
-    its runs get wrong.
+    """A section that lists how each row's recipe differs from its baseline's,
+    with links to what its runs get wrong.
     """
     parts = []
     for row in report.plan.rows:

@@ -1,5 +1,5 @@
-"""What a study trains, as a file beside its runs: a second call goes on with it, and one with other
-settings is refused."""
+"""What a study trains, as a file beside its runs:
+a second call goes on with it, and one with other settings is refused."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class TrialOutcome:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Rows, seeds and data. Raises `UserError` where there is no row, and for a name that stands
-    twice.
+    """Rows, seeds and data. Raises `UserError` where there is no row,
+    and for a name that stands twice.
     """
 
     title: str
@@ -101,8 +101,8 @@ class StudyPlan:
 
     @property
     def baseline(self) -> str | None:
-        """The row that all others are compared with; None where there are several such rows, or
-        none.
+        """The row that all others are compared with;
+        None where there are several such rows, or none.
         """
         return next(iter(self.baselines)) if len(self.baselines) == 1 else None
 
@@ -116,8 +116,8 @@ class StudyPlan:
         return next(row for row in self.rows if row.name == name)
 
     def trials(self) -> list[Trial]:
-        """All runs, the first seed of every row first: a study that is stopped early can still be
-        compared.
+        """All runs, the first seed of every row first:
+        a study that is stopped early can still be compared.
         """
         return [
             Trial(row.name, seed, row.recipe, row.branch, row.boxes)
@@ -138,8 +138,8 @@ class StudyPlan:
         return {**vars(self), **plain, **lists}
 
     def check(self, out: Path) -> None:
-        """See that `OUT/plan.json`, if there is one, is the same study; it may get more rows and
-        seeds.
+        """See that `OUT/plan.json`, if there is one, is the same study;
+        it may get more rows and seeds.
 
         Raises `UserError` that names what differs otherwise.
         """
@@ -160,8 +160,8 @@ class StudyPlan:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences that keep plan `new` from going on with plan `old`, both as `to_dict` gives
-    them.
+    """The differences that keep plan `new` from going on with plan `old`,
+    both as `to_dict` gives them.
     """
     differing = (
         []

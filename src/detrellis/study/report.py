@@ -1,5 +1,5 @@
-"""The results of a study: those of each row, compared with its baseline seed by seed.
-docs/compare.md defines them.
+"""The results of a study: those of each row,
+compared with its baseline seed by seed. docs/compare.md defines them.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class RowResult:
 
     @property
     def after_nms(self) -> tuple[Estimate, Estimate, Estimate] | None:
-        """AP, AP50 and AP75 after the last epoch where duplicates are dropped; None where no seed
-        has them.
+        """AP, AP50 and AP75 after the last epoch where duplicates are dropped;
+        None where no seed has them.
         """
         known = [run.after_nms for run in self.runs if run.after_nms is not None]
         if not known:
@@ -94,8 +94,8 @@ class RowResult:
 
     @property
     def memory(self) -> int | None:
-        """The peak memory of any seed, in bytes: allocated on the GPU, or without one all that the
-        process had.
+        """The peak memory of any seed, in bytes:
+        allocated on the GPU, or without one all that the process had.
         """
         return max(
             (run.machine["peak_memory"] for run in self.runs if run.machine.get("peak_memory")),
@@ -208,8 +208,8 @@ def _row_result(
 def _gain(
     runs: Sequence[TrialResult], base_runs: Sequence[TrialResult], after_nms: bool = False
 ) -> Estimate | None:
-    """Over the seeds that both have: the row's AP minus the baseline's; None where there is no such
-    seed.
+    """Over the seeds that both have:
+    the row's AP minus the baseline's; None where there is no such seed.
     """
     base = {run.seed: run for run in base_runs}
     differences, resampled = [], []

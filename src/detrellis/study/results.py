@@ -1,5 +1,5 @@
-"""The results of a trial from its log, and their mean over seeds. AP is in percent, as the papers
-print it.
+"""The results of a trial from its log, and their mean over seeds.
+AP is in percent, as the papers print it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds. `spread`: their standard deviation; `interval`: half of the 95 %
-    t-interval of the mean.
+    """A mean over seeds. `spread`: their standard deviation;
+    `interval`: half of the 95 % t-interval of the mean.
 
     Both are None with one seed. `with_images`: half of the interval that holds, besides, what other
     validation images would change; None where they were not resampled.
@@ -35,8 +35,8 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval is above or below 0, else 0; also with one seed, which
-        cannot tell.
+        """1 or -1 where the whole interval is above or below 0, else 0;
+        also with one seed, which cannot tell.
         """
         if self.interval is None or abs(self.mean) <= self.interval:
             return 0
@@ -99,8 +99,8 @@ class TrialResult:
 
 
 def read_trial(folder: Path, seed: int, batch_size: int) -> TrialResult | None:
-    """The results of a finished trial, or None where no epoch has an AP; of a branch, that after
-    the last epoch alone.
+    """The results of a finished trial, or None where no epoch has an AP;
+    of a branch, that after the last epoch alone.
 
     A step's time is that of the epoch in the middle, so that neither a first epoch that compiles
     nor a slow neighbour counts. It is taken from the rate of images, which a run that was stopped

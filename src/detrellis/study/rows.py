@@ -1,5 +1,5 @@
-"""Which rows a study has: one recipe with different training schemes, or those of a paper's
-table.
+"""Which rows a study has: one recipe with different training schemes,
+or those of a paper's table.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _pace(equal: Equal) -> dict[str, float] | None:
 
 
 def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
-    """The number of classes of a data set that can be trained and evaluated on; `UserError` for any
-    other one, before a run begins."""
+    """The number of classes of a data set that can be trained and evaluated on;
+    `UserError` for any other one, before a run begins."""
     _, validation, classes, _ = prepare(source, skip_bad=skip_bad)
     if validation is None:
         raise UserError(
@@ -150,8 +150,8 @@ def plan_table(
     skip_bad: SkipBad = False,
     command: str = "",
 ) -> StudyPlan:
-    """The rows of a paper's table, each with its baseline there; `only`: some of them (names or
-    numbers).
+    """The rows of a paper's table, each with its baseline there;
+    `only`: some of them (names or numbers).
 
     Rows that cannot be trained are left out with the reason, unless `only` names them: then it is
     raised.

@@ -1,5 +1,5 @@
-"""Trains a plan: each trial in a process of its own, here or on a cluster, several at a time, until
-all are done or somebody stops them."""
+"""Trains a plan: each trial in a process of its own, here or on a cluster,
+several at a time, until all are done or somebody stops them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b")
 
 @dataclass(frozen=True)
 class Resources:
-    """What the trials run on, which decides how fast; it changes what is trained by no more than
-    rounding.
+    """What the trials run on, which decides how fast;
+    it changes what is trained by no more than rounding.
     """
 
     jobs: int = 1  # trials at a time
@@ -72,8 +72,8 @@ class TrialSource(Protocol):
     outcomes: list[TrialOutcome]  # of all trials so far, finished ones too
 
     def next(self) -> TrialOutcome | None:
-        """The trial to start now; None: there is none, at least not before another one has
-        ended.
+        """The trial to start now; None:
+        there is none, at least not before another one has ended.
         """
 
     def ended(self, outcome: TrialOutcome) -> None:
@@ -124,8 +124,8 @@ def run(plan: StudyPlan, out: Path, resources: Resources, console: Console) -> l
 def run_trials(
     trials: TrialSource, conditions: Conditions, resources: Resources, console: Console
 ) -> None:
-    """Train what the source gives. Ctrl-C and SIGTERM stop the trials, which save; a second one
-    stops them at once.
+    """Train what the source gives.
+    Ctrl-C and SIGTERM stop the trials, which save; a second one stops them at once.
 
     A trial that fails does not stop the others.
     """

@@ -1,5 +1,5 @@
-"""What a search may choose from: ranges and choices for fields of a recipe, and for its training
-schemes.
+"""What a search may choose from:
+ranges and choices for fields of a recipe, and for its training schemes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DIGITS = 4  # of a number that is drawn from a range
 
 @dataclass(frozen=True)
 class Dimension:
-    """One field, and its range, `low` to `high`, or its choices as they are written on a command
-    line.
+    """One field, and its range, `low` to `high`,
+    or its choices as they are written on a command line.
     """
 
     field: str
@@ -76,8 +76,8 @@ def parse_dimension(text: str) -> Dimension:
 
 
 def parse_space(texts: Sequence[str], recipe: Recipe) -> tuple[Dimension, ...]:
-    """All dimensions of a search. Raises `UserError` for a field that stands twice, and for values
-    that the recipe refuses."""
+    """All dimensions of a search.
+    Raises `UserError` for a field that stands twice, and for values that the recipe refuses."""
     space = tuple(parse_dimension(text) for text in texts)
     if not space:
         raise UserError("--search: nothing to search", FORMS)
@@ -101,8 +101,8 @@ def chosen(recipe: Recipe, space: Sequence[Dimension], values: Mapping[str, Any]
 
 
 def assignments(space: Sequence[Dimension], values: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """What `-o` takes to set the values. The dial of a scheme counts only where the trial has that
-    scheme.
+    """What `-o` takes to set the values.
+    The dial of a scheme counts only where the trial has that scheme.
     """
     dimensions = {dimension.field for dimension in space}
     texts = []

@@ -1,5 +1,5 @@
-"""The report as text tables: one for AP, one for what it costs. Cells are shared with the HTML
-page.
+"""The report as text tables: one for AP, one for what it costs.
+Cells are shared with the HTML page.
 """
 
 from __future__ import annotations

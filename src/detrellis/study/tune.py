@@ -63,8 +63,8 @@ class Search:
 
 @dataclass
 class Candidate:
-    """One trial of a search: its values, what became of it, and the best AP so far after each
-    evaluated epoch.
+    """One trial of a search: its values, what became of it,
+    and the best AP so far after each evaluated epoch.
     """
 
     number: int
@@ -156,8 +156,8 @@ class Tuner:
         replace_text(self.out / RESULT, json.dumps(content, indent=1))
 
     def importances(self) -> dict[str, float]:
-        """How much of the scores' variation each field explains; empty where too few trials have
-        ended.
+        """How much of the scores' variation each field explains;
+        empty where too few trials have ended.
         """
         import optuna
 
@@ -238,8 +238,8 @@ class Tuner:
 
 
 def tune(search: Search, out: Path, resources: Resources, console: Console) -> Tuner:
-    """Train what is missing of the search below `out`, and write `tune.json` there after each
-    trial.
+    """Train what is missing of the search below `out`,
+    and write `tune.json` there after each trial.
 
     Raises `UserError` before anything is trained where optuna is missing, or another search is in
     the folder.
@@ -304,8 +304,8 @@ def _study(search: Search) -> Any:
 
 
 def _sampler(seed: int) -> Any:
-    """Proposals that follow from the seed and the trials so far; those that still run count as bad
-    ones.
+    """Proposals that follow from the seed and the trials so far;
+    those that still run count as bad ones.
     """
     import optuna
 

@@ -13,8 +13,8 @@ RISING = 1.0  # AP gained in the last fifth of a run that is not over yet
 
 
 def recommend(report: StudyReport) -> str:
-    """Which row to take, as far as the seeds can tell; or how many of a paper's gains were found
-    again.
+    """Which row to take, as far as the seeds can tell;
+    or how many of a paper's gains were found again.
     """
     others = sorted(report.others, key=lambda row: -_gain(row).mean)
     base = report.plan.baseline
@@ -63,8 +63,8 @@ def _price(row: RowResult, base: str) -> str:
 
 
 def _in_time(report: StudyReport, row: RowResult) -> str:
-    """The gain when training time, not epochs, is the same, as a sentence; empty where it is not
-    known.
+    """The gain when training time, not epochs, is the same, as a sentence;
+    empty where it is not known.
     """
     base = report.row(row.planned.against)
     if base is None or base.timely is None or row.timely is None:

@@ -49,8 +49,8 @@ def evaluate(
     device: str | None = None,
     progress: bool = False,
 ) -> EvalResult | VocResult:
-    """Box AP of a run on its own validation split, on another split, or on another data set with
-    its classes.
+    """Box AP of a run on its own validation split,
+    on another split, or on another data set with its classes.
 
     `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with
     its images in `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks

@@ -19,8 +19,8 @@ def info(
     scheme: str | Sequence[str] = (),
     override: str | Sequence[str] = (),
 ) -> RecipeInfo:
-    """Parameters, multiply-adds and training schemes of a recipe; `scale`, `scheme` and `override`
-    as in `train`.
+    """Parameters, multiply-adds and training schemes of a recipe;
+    `scale`, `scheme` and `override` as in `train`.
     """
     return measure(choose_recipe(recipe, scale, scheme, override), classes)
 
@@ -42,8 +42,8 @@ def bench(
     warmup: Warmup = 2,
     device: str | None = None,
 ) -> BenchResult:
-    """Latency and throughput of a recipe with random weights: inference, or with `train` a training
-    step.
+    """Latency and throughput of a recipe with random weights:
+    inference, or with `train` a training step.
 
     Times `runs` passes at each of `batch_sizes` (`"1,2,4"`, a number or numbers) after `warmup`
     untimed ones. `size` is the height and width of the images, `"640x480"` or a pair, or the short

@@ -48,8 +48,8 @@ def predict(
     on_prediction: Callable[[Prediction], object] | None = None,
     progress: bool = False,
 ) -> Predictions:
-    """Detections of a run in pictures: files, folders, patterns, arrays; see `Model.predict`, also
-    for the dials.
+    """Detections of a run in pictures: files, folders, patterns, arrays;
+    see `Model.predict`, also for the dials.
 
     Of a video (`pip install 'detrellis[video]'`) each frame gives a prediction, or one in `every`,
     with its `frame` and `time`. `on_prediction` is called with each prediction as it comes, which

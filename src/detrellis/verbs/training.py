@@ -80,8 +80,8 @@ def train(
     track: Track | Sequence[Track] = (),
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a recipe on a data set: a folder in a known layout (`data`), or COCO files (`train`,
-    `val`).
+    """Train a recipe on a data set:
+    a folder in a known layout (`data`), or COCO files (`train`, `val`).
 
     `weights` are what it starts from: a run's folder or weights file, of any classes. What fits is
     taken over, rows of the class heads by the classes' names; the result's `transfer` tells what
@@ -202,8 +202,8 @@ def _trackers(track: Track | Sequence[Track], known: Iterable[str] = ()) -> list
 def draw_samples(
     recipe: Recipe, data: str | Path | DataSource, count: int, out: str | Path = "."
 ) -> Path:
-    """Draw `count` pictures as the recipe would train on them, augmented, with their boxes, and
-    masks where all have.
+    """Draw `count` pictures as the recipe would train on them,
+    augmented, with their boxes, and masks where all have.
 
     Returns the file, `train_samples.jpg` in the folder `out`. Raises `UserError` where the data set
     has errors, or where another file is in the way.
@@ -224,8 +224,8 @@ def _fitted(
     workers: int | None,
     say: Callable[[str], None],
 ) -> Recipe:
-    """The recipe with what the data set decides: its `length`, and the passes of a step where
-    `workers` load for it.
+    """The recipe with what the data set decides:
+    its `length`, and the passes of a step where `workers` load for it.
     """
     told = []
     if length:
@@ -241,8 +241,8 @@ def _fitted(
 
 
 def _check_free(folder: Path) -> None:
-    """Raises `UserError` where a new run would write over another run, or over a file that is no
-    log of one.
+    """Raises `UserError` where a new run would write over another run,
+    or over a file that is no log of one.
     """
     if (folder / "last.state.pt").exists():
         go_on = command("train", "--resume", folder)
@@ -258,8 +258,8 @@ def _check_free(folder: Path) -> None:
 
 
 def _begin(folder: Path) -> None:
-    """Take the folder for a new run; `UserError` where another one has come since it was looked
-    at.
+    """Take the folder for a new run;
+    `UserError` where another one has come since it was looked at.
     """
     _check_free(folder)
     Outputs(folder).take(LOGS)
@@ -296,8 +296,8 @@ def _say(console: Console | None) -> Callable[[str], None]:
 def _prepared(
     source: DataSource, recipe: Recipe, skip_bad: SkipBad, world: World, console: Console | None
 ) -> tuple[Annotations, Annotations | None, ClassMap]:
-    """The data set after its fast check; the first process says what was found and what was left
-    out.
+    """The data set after its fast check;
+    the first process says what was found and what was left out.
     """
     undecoded = ("train",) if recipe.data.unreadable == "replace" else ()  # the loader sees to that
     training, validation, classes, report = prepare(

@@ -1,5 +1,5 @@
-"""Pictures of boxes and masks: detections or ground truth on an image, with a legend of the
-classes.
+"""Pictures of boxes and masks:
+detections or ground truth on an image, with a legend of the classes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def draw_detections(
     min_side: int = 640,
     legend: bool = True,
 ) -> Image.Image:
-    """A copy of `image` with its boxes, a tag on each (class and score) and a legend of the classes
-    below.
+    """A copy of `image` with its boxes,
+    a tag on each (class and score) and a legend of the classes below.
 
     With `masks`, the run lengths (COCO's, compressed) of each object in the image, these are drawn
     and boxes are thin.

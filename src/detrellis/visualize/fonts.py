@@ -37,8 +37,8 @@ def font_name(letters: frozenset[str]) -> str | None:
 
 @functools.cache
 def missing(name: str | None, letters: frozenset[str]) -> frozenset[str]:
-    """Letters that the font lacks: it draws them as it draws one that no font has. All, if it is
-    not installed.
+    """Letters that the font lacks:
+    it draws them as it draws one that no font has. All, if it is not installed.
     """
     try:
         font = font_of(name, 24)

@@ -18,8 +18,8 @@ def contact_sheet(
     *,
     cell: int = 640,
 ) -> Image.Image:
-    """The images in a grid, each fitted into `cell` by `cell` pixels, with a bar above it if there
-    are titles.
+    """The images in a grid, each fitted into `cell` by `cell` pixels,
+    with a bar above it if there are titles.
     """
     if not images:
         return Image.new("RGB", (cell, cell), BACKGROUND)

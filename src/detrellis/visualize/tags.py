@@ -46,8 +46,8 @@ class Tag(NamedTuple):
 
 
 def style_of(marks: Sequence[Mark], size: tuple[int, int], font: str | None) -> Style:
-    """How a picture is drawn: sizes follow the picture's, and the more of it the tags would cover,
-    the smaller.
+    """How a picture is drawn: sizes follow the picture's,
+    and the more of it the tags would cover, the smaller.
     """
     area = size[0] * size[1]
     unit = math.sqrt(area) / 560
@@ -88,8 +88,8 @@ def place_tags(marks: Sequence[Mark], style: Style, size: tuple[int, int]) -> li
 
 
 def _texts(mark: Mark, style: Style) -> list[str]:
-    """What the tag may say, the best first; in a crowd a name stands only where it is short beside
-    its box.
+    """What the tag may say, the best first;
+    in a crowd a name stands only where it is short beside its box.
     """
     full, brief = _text(mark, False), _text(mark, True)
     roomy = _tag_size(full, style.font)[0] <= 0.6 * (mark.box[2] - mark.box[0])
@@ -99,8 +99,8 @@ def _texts(mark: Mark, style: Style) -> list[str]:
 def _best_place(
     mark: Mark, text: str, style: Style, size: tuple[int, int], boxes: Floats, tags: Floats
 ) -> tuple[Tag, float]:
-    """The tag where it covers least of `boxes (N, 4)` and `tags (M, 4)`, and the fraction of it
-    that lies on tags.
+    """The tag where it covers least of `boxes (N, 4)` and `tags (M, 4)`,
+    and the fraction of it that lies on tags.
     """
     width, height = _tag_size(text, style.font)
     x1, y1, x2, y2 = mark.box

@@ -1,5 +1,5 @@
-"""The doctor: a data set spoiled in every way; each is found, refused, survived with `skip_bad`,
-and fixed.
+"""The doctor: a data set spoiled in every way;
+each is found, refused, survived with `skip_bad`, and fixed.
 """
 
 from __future__ import annotations

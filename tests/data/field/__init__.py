@@ -1,3 +1,3 @@
-"""What real data sets get wrong, one case a kind: each is built small, and says how it must be read
-or refused.
+"""What real data sets get wrong, one case a kind:
+each is built small, and says how it must be read or refused.
 """

@@ -14,8 +14,8 @@ Arguments = dict[str, Path]
 
 @dataclass(frozen=True)
 class Reads:
-    """All is read, in all splits together, and every box is right; there are no errors, but `finds`
-    among the rest.
+    """All is read, in all splits together, and every box is right;
+    there are no errors, but `finds` among the rest.
     """
 
     images: int = PICTURES
@@ -25,8 +25,8 @@ class Reads:
 
 @dataclass(frozen=True)
 class Finds:
-    """The full check has an error or warning of each of these codes; `images` and `boxes` are left
-    by `--skip-bad`.
+    """The full check has an error or warning of each of these codes;
+    `images` and `boxes` are left by `--skip-bad`.
     """
 
     codes: frozenset[str]

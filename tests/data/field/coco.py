@@ -131,8 +131,8 @@ def backslashes_in_folders(root: Path) -> Arguments:
 
 
 def beside_captions(root: Path) -> Arguments:
-    """COCO's other kinds of files: keypoints have boxes, captions and segments of the whole picture
-    have not.
+    """COCO's other kinds of files:
+    keypoints have boxes, captions and segments of the whole picture have not.
     """
     save_all(root / "images")
     kinds = {"person_keypoints": coco(), "captions": {"images": [], "annotations": []}}

@@ -118,8 +118,8 @@ def appledouble(root: Path) -> Arguments:
 
 
 def paths_in_gbk(root: Path) -> Arguments:
-    """As tools on Windows write them: the path of their machine in its own encoding, which nothing
-    declares.
+    """As tools on Windows write them:
+    the path of their machine in its own encoding, which nothing declares.
     """
     arguments = plain(root)
     for number in range(PICTURES):

@@ -1,5 +1,5 @@
-"""Objects365 as it is unpacked: patch folders, names that begin elsewhere, and files that are
-missing or broken.
+"""Objects365 as it is unpacked:
+patch folders, names that begin elsewhere, and files that are missing or broken.
 """
 
 from __future__ import annotations

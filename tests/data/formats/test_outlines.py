@@ -88,8 +88,8 @@ def png(bitmap: np.ndarray) -> str:
 
 
 def test_labelmes_masks(tmp_path: Path) -> None:
-    """Pixel for pixel with their holes, cut where they leave the picture, and together with shapes
-    of their group.
+    """Pixel for pixel with their holes, cut where they leave the picture,
+    and together with shapes of their group.
     """
     ring = np.zeros((8, 12), dtype=np.bool_)
     ring[1:7, 1:11], ring[3:5, 4:7] = True, False

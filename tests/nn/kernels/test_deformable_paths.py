@@ -1,5 +1,5 @@
-"""Every CPU path of deformable attention against the grid_sample form, and the choice between
-them.
+"""Every CPU path of deformable attention against the grid_sample form,
+and the choice between them.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def test_outside_and_on_the_border(path: str, place: tuple[float, float]) -> Non
 
 
 def test_on_the_border_of_two_cells(path: str) -> None:
-    """The derivative is that of the cell which starts there. All of these numbers are exact in
-    binary.
+    """The derivative is that of the cell which starts there.
+    All of these numbers are exact in binary.
     """
     shapes = ((4, 4), (2, 8))
     generator = torch.Generator().manual_seed(0)

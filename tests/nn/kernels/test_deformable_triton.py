@@ -128,8 +128,8 @@ def close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 
 
 def interpret() -> None:
-    """Program: all types, channels that are no power of two, queries that do not fill a program;
-    nothing at all.
+    """Program: all types, channels that are no power of two,
+    queries that do not fill a program; nothing at all.
     """
     from detrellis.nn.kernels import deformable_triton
 
@@ -142,8 +142,8 @@ def interpret() -> None:
 
 
 def compile_only() -> None:
-    """Program: through Triton's compiler to the assembly of a GPU that is not there, launching
-    nothing.
+    """Program: through Triton's compiler to the assembly of a GPU that is not there,
+    launching nothing.
     """
     import triton
     from triton.backends.compiler import GPUTarget

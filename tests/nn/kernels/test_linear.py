@@ -1,5 +1,5 @@
-"""Linear layers by oneDNN: the same numbers as torch's, and torch's own path wherever oneDNN has
-nothing to offer.
+"""Linear layers by oneDNN: the same numbers as torch's,
+and torch's own path wherever oneDNN has nothing to offer.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def fast_linear() -> nn.Linear:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [SelfAttention, DenseAttention])
 def test_accelerated_modules(kind: type[SelfAttention | DenseAttention], calls: list[int]) -> None:
-    """All of their products are oneDNN's, in copies too, and their state dicts are those of plain
-    ones.
+    """All of their products are oneDNN's, in copies too,
+    and their state dicts are those of plain ones.
     """
     plain = kind(8, 2)
     x = torch.randn(2, 5, 8)

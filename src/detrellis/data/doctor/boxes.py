@@ -67,8 +67,8 @@ def _references(raw: RawDataset) -> Iterator[Finding]:
 
 
 def frames(raw: RawDataset) -> tuple[NDArray[np.int64], Mask]:
-    """`(T, 2)` height and width of each box's image in pixels, and `(T,)` whether they are
-    known.
+    """`(T, 2)` height and width of each box's image in pixels,
+    and `(T,)` whether they are known.
     """
     if not len(raw):
         return np.zeros((len(raw.ids), 2), dtype=np.int64), np.zeros(len(raw.ids), dtype=np.bool_)
@@ -120,8 +120,8 @@ def _geometry(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _beyond(boxes: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """`(T,)` pixels by which a box leaves its frame, on the side where that is farthest; 0
-    inside.
+    """`(T,)` pixels by which a box leaves its frame, on the side where that is farthest;
+    0 inside.
     """
     far = boxes[:, :2] + boxes[:, 2:] - sizes[:, ::-1]
     worst: NDArray[np.float64] = np.maximum(far, -boxes[:, :2]).max(axis=1)
@@ -144,8 +144,8 @@ def _size(size: NDArray[np.int64]) -> str:
 
 
 def _conventions(raw: RawDataset) -> Iterator[Finding]:
-    """Boxes in another convention than the file's: a guess, so a warning about all of them
-    together.
+    """Boxes in another convention than the file's:
+    a guess, so a warning about all of them together.
     """
     sizes, known = frames(raw)
     fine = usable(raw) & known & ~raw.crowd
@@ -183,8 +183,8 @@ def _together(raw: RawDataset, code: str, boxes: NDArray[np.int64], what: str) -
 
 
 def repeated(raw: RawDataset) -> NDArray[np.int64]:
-    """`(T,)` for each box the index of the first one with the same image, category and numbers, or
-    -1.
+    """`(T,)` for each box the index of the first one with the same image,
+    category and numbers, or -1.
     """
     columns = np.column_stack(
         # Bits: NaN equals itself
@@ -233,8 +233,8 @@ class Capacity(NamedTuple):
 
 
 def check_queries(raw: RawDataset, capacity: Capacity) -> Iterator[Finding]:
-    """Whether a split has images of more objects than the detector has queries for, or than it
-    returns.
+    """Whether a split has images of more objects than the detector has queries for,
+    or than it returns.
     """
     if not len(raw):
         return

@@ -99,8 +99,8 @@ def _without_consequences(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _empty(raw: RawDataset) -> list[Finding]:
-    """The findings of a split without images or without boxes; a test split without boxes, as
-    COCO's, is all right.
+    """The findings of a split without images or without boxes;
+    a test split without boxes, as COCO's, is all right.
     """
     if not len(raw):
         return [finding("no-images", raw.split, raw.source, "no images are listed")]
@@ -121,8 +121,8 @@ def prepare(
     *,
     undecoded: Collection[str] = (),
 ) -> tuple[Annotations, Annotations | None, ClassMap, Report]:
-    """Training and validation set (None where there is none), the class map of both, and the fast
-    check's report.
+    """Training and validation set (None where there is none),
+    the class map of both, and the fast check's report.
 
     Where the check finds errors, `skip_bad` leaves those records out, and the images that lose an
     object by that (`"boxes"`: these stay); `report.skipped` says how many. Without it a `UserError`
@@ -144,8 +144,8 @@ def prepare(
 def prepare_split(
     source: DataSource, split: str, classes: ClassMap, skip_bad: SkipBad = False
 ) -> tuple[Annotations, Report]:
-    """One split for a detector that is already trained, and the report: as `prepare`, with the
-    detector's `classes`.
+    """One split for a detector that is already trained, and the report:
+    as `prepare`, with the detector's `classes`.
     """
     raws = source.load_all([split])
     report = examine(raws, fast=not skip_bad)
@@ -159,8 +159,8 @@ def prepare_split(
 def _annotations(
     raws: Mapping[str, RawDataset], report: Report, classes: ClassMap, skip_bad: SkipBad
 ) -> tuple[dict[str, Annotations], Report]:
-    """What training reads of each split, bad records left out; and the report, which counts
-    them.
+    """What training reads of each split, bad records left out;
+    and the report, which counts them.
     """
     if report.errors and not skip_bad:
         raise UserError(
@@ -200,8 +200,8 @@ def unused_files(source: DataSource, raws: Mapping[str, RawDataset]) -> list[Fin
 
 
 def outside_folder(source: DataSource, raws: Mapping[str, RawDataset]) -> Iterator[Finding]:
-    """The note `outside-folder` of each split with images elsewhere: an absolute path, `..` or a
-    link leads there.
+    """The note `outside-folder` of each split with images elsewhere:
+    an absolute path, `..` or a link leads there.
     """
     if source.folder is None:
         return
@@ -250,8 +250,8 @@ def unused_annotations(source: DataSource, raws: Mapping[str, RawDataset]) -> li
 
 
 def _unused(source: DataSource, raws: Mapping[str, RawDataset]) -> dict[str, list[str]]:
-    """Files that are not read, relative to the folder, by suffix in lower case; none where no
-    folder was given.
+    """Files that are not read, relative to the folder, by suffix in lower case;
+    none where no folder was given.
     """
     if source.folder is None:
         return {}

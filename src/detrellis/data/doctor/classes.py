@@ -1,5 +1,5 @@
-"""The doctor checks the classes: within a split, and whether the other splits mean the same as
-training.
+"""The doctor checks the classes:
+within a split, and whether the other splits mean the same as training.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _same_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _similar_names(raw: RawDataset) -> Iterator[Finding]:
-    """Names that are the same but for case and spaces: a slip in labelling, and two classes for the
-    detector.
+    """Names that are the same but for case and spaces:
+    a slip in labelling, and two classes for the detector.
     """
     counts = _box_counts(raw)
     by_plain_name: dict[str, list[tuple[int, str]]] = {}
@@ -65,8 +65,8 @@ def _similar_names(raw: RawDataset) -> Iterator[Finding]:
 
 
 def _never_seen(train: RawDataset, others: list[RawDataset]) -> Iterator[Finding]:
-    """Classes without a box in training: those that val has are one finding, which names them, the
-    others another.
+    """Classes without a box in training:
+    those that val has are one finding, which names them, the others another.
     """
     in_train = _box_counts(train)
     in_val = next((_box_counts(raw) for raw in others if raw.split == "val"), {})
@@ -146,8 +146,8 @@ def align_classes(raw: RawDataset, train: Categories) -> tuple[RawDataset, dict[
 
 
 def _plain(name: str) -> str:
-    """The same for names that look the same but for case and spaces: some letters are not seen at
-    all.
+    """The same for names that look the same but for case and spaces:
+    some letters are not seen at all.
     """
     letters = unicodedata.normalize("NFKC", name)
     visible = "".join(letter for letter in letters if unicodedata.category(letter) != "Cf")

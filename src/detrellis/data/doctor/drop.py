@@ -1,5 +1,5 @@
-"""Leaving out in memory what the doctor found: for `train --skip-bad`, and for the clean copy that
-`fix` writes.
+"""Leaving out in memory what the doctor found:
+for `train --skip-bad`, and for the clean copy that `fix` writes.
 
 A picture of which an object is left out would teach that the object is not there. So the whole
 picture goes, unless `keep_partial` says otherwise.
@@ -28,8 +28,8 @@ Mask = NDArray[np.bool_]
 def drop_bad(
     raw: RawDataset, findings: Iterable[Finding], keep_partial: bool = False
 ) -> tuple[RawDataset, dict[str, int]]:
-    """`raw` without the images and boxes that `findings` name, and how many were left out or
-    changed, by code.
+    """`raw` without the images and boxes that `findings` name,
+    and how many were left out or changed, by code.
 
     So are images of which a box is left out, unless `keep_partial`; copies of a box and crowd
     regions are no objects. Repeated annotation ids are renumbered, and a file listed twice is

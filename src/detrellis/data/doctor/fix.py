@@ -91,8 +91,8 @@ def fix(source: DataSource, report: Report, out: Path, keep_partial: bool = Fals
 
 
 def clean_folder(source: DataSource, out: Path) -> Outputs:
-    """Where the clean copy goes; `UserError` where anything is there but an earlier copy: to ask
-    before any work.
+    """Where the clean copy goes;
+    `UserError` where anything is there but an earlier copy: to ask before any work.
     """
     outputs = Outputs(out, "--fix")
     outputs.alone(files.annotations for files in source.splits.values())
@@ -102,8 +102,8 @@ def clean_folder(source: DataSource, out: Path) -> Outputs:
 def _clean(
     raw: RawDataset, findings: list[Finding], keep_partial: bool
 ) -> tuple[RawDataset, dict[str, int]]:
-    """The split without what the findings name and with what can be put right, and how many were
-    changed, by code.
+    """The split without what the findings name and with what can be put right,
+    and how many were changed, by code.
     """
     raw, turned = _turned(raw, [f for f in findings if f.code == "wrong-size"])
     if turned:
@@ -136,8 +136,8 @@ def _clean(
 
 
 def _turned(raw: RawDataset, wrong_sizes: list[Finding]) -> tuple[RawDataset, set[int]]:
-    """The split with width and height exchanged where the boxes fit that, and the rows of these
-    images.
+    """The split with width and height exchanged where the boxes fit that,
+    and the rows of these images.
 
     Other wrong sizes leave the boxes in doubt.
     """
@@ -156,8 +156,8 @@ def _turned(raw: RawDataset, wrong_sizes: list[Finding]) -> tuple[RawDataset, se
 
 
 def _extras(source: DataSource, split: str) -> Extras:
-    """Top level, images by id and annotations of a COCO file, for the fields that pass through
-    unread (masks, ...).
+    """Top level, images by id and annotations of a COCO file,
+    for the fields that pass through unread (masks, ...).
     """
     if source.kind != "coco":
         return {}, {}, []

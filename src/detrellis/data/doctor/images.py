@@ -80,8 +80,8 @@ class ImageFacts:
 
 
 def gather(raw: RawDataset, *, fast: bool, progress: bool, workers: int | None) -> ImageFacts:
-    """Asks the file system about every image and, unless `fast`, decodes it with `workers`
-    threads.
+    """Asks the file system about every image and,
+    unless `fast`, decodes it with `workers` threads.
     """
     stats = map_threads(_stat, [raw.path(row) for row in range(len(raw))], WAITING)
     if fast:
@@ -184,8 +184,8 @@ def _without_size(raw: RawDataset, stats: Sequence[FileStat]) -> Iterator[Findin
 
 
 def _by_lower_name(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
-    """Files by name without case and suffix: a .JPG listed as .jpg is the commonest reason of
-    all.
+    """Files by name without case and suffix:
+    a .JPG listed as .jpg is the commonest reason of all.
     """
     return {
         (folder, os.path.splitext(name)[0].lower()): name

@@ -1,5 +1,5 @@
-"""The doctor checks the outlines of one split, where it has any; for boxes alone nothing here
-matters.
+"""The doctor checks the outlines of one split, where it has any;
+for boxes alone nothing here matters.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LONGEST = 2000  # corners of a polygon whose sides are compared
 
 
 def check_masks(raw: RawDataset) -> list[Finding]:
-    """Outlines that are missing, damaged, empty, outside their image, or not in their box; and that
-    cross themselves.
+    """Outlines that are missing, damaged, empty, outside their image, or not in their box;
+    and that cross themselves.
 
     A finding stands for all objects of one kind, and names the first.
     """

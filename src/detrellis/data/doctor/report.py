@@ -79,8 +79,8 @@ class Report:
         }
 
     def text(self, severity: str = "error", limit: int = 6) -> str:
-        """The findings of one severity in a few lines, at most `limit` kinds of them, for an error
-        message.
+        """The findings of one severity in a few lines,
+        at most `limit` kinds of them, for an error message.
         """
         groups = [group for group in self.groups() if group[0].severity == severity]
         lines = [

@@ -33,8 +33,8 @@ ROOT_KEY = "image_root"  # in `info`: where `fix` writes down the folder of the 
 
 
 def read_coco(file: Path, images: Path, split: str, *, outlines: bool = False) -> RawDataset:
-    """The split in `file`, whose `file_name`s are relative to `images`, or to be found near it (see
-    `lookup`).
+    """The split in `file`, whose `file_name`s are relative to `images`,
+    or to be found near it (see `lookup`).
 
     With `outlines` the objects' are kept as they were parsed, for a caller who needs all of them
     and lets go soon; otherwise the file is read again for them.
@@ -160,8 +160,8 @@ def _outlined(raw: RawDataset, boxes: CocoTable) -> Iterator[Finding]:
 def _repeated_categories(
     raw: RawDataset, repeated: list[tuple[int, str]], contradictions: Mapping[int, list[str]]
 ) -> Iterator[Finding]:
-    """An id listed twice: harmless under one name, and otherwise nobody knows what its boxes
-    are.
+    """An id listed twice: harmless under one name,
+    and otherwise nobody knows what its boxes are.
     """
     if repeated:
         first, name = repeated[0]

@@ -1,5 +1,5 @@
-"""Which JSON files of a folder are COCO's, and of which split: by their names, else by what is in
-them.
+"""Which JSON files of a folder are COCO's, and of which split:
+by their names, else by what is in them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def find_coco_files(data: Path) -> CocoFiles | None:
 
 
 def _conventional(data: Path, names: Sequence[str]) -> Path | None:
-    """The split's annotation file; `UserError` where there are several of one kind, such as 2014
-    and 2017.
+    """The split's annotation file;
+    `UserError` where there are several of one kind, such as 2014 and 2017.
     """
     folders = (child(data, ("annotations",)) or data / "annotations", data)
     for place, prefix in itertools.product(folders, ("instances_", "")):
@@ -102,8 +102,8 @@ def looks_like_coco(file: Path) -> bool:
 
 
 def _has_boxes(file: Path) -> bool:
-    """Whether it has objects with classes, which COCO's files of captions and of segments have
-    not.
+    """Whether it has objects with classes,
+    which COCO's files of captions and of segments have not.
     """
     content = _searchable(file)
     has_classes = re.search(rb'"categories"\s*:', content) is not None

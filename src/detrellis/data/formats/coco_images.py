@@ -1,5 +1,5 @@
-"""The folder that a COCO file's `file_name`s are relative to: the one where the listed files really
-are.
+"""The folder that a COCO file's `file_name`s are relative to:
+the one where the listed files really are.
 
 The usual places around the file come first, and the first of them that has all is taken. Where only
 other folders have them, and several do, their names decide: one that says drawn, depth or mask
@@ -64,8 +64,8 @@ class FolderRank(NamedTuple):
 
 
 def find_images(file: Path, folders: Sequence[Path] = ()) -> ImageFolder:
-    """The folder of the images that `file` lists; `folders` are looked at before the usual places
-    near it.
+    """The folder of the images that `file` lists;
+    `folders` are looked at before the usual places near it.
 
     Raises `UserError` with all that were looked at, or with those between which nothing decides.
     """
@@ -103,8 +103,8 @@ def _count_exact(folder: Path, names: Sequence[str]) -> int:
 
 
 def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
-    """How many of the names it holds, backslashes and the like read as folders: two may have files
-    of one name.
+    """How many of the names it holds, backslashes and the like read as folders:
+    two may have files of one name.
     """
     return sum(
         os.path.isfile(folder.joinpath(*parts)) for name in names for parts in readings(name)[:1]
@@ -112,8 +112,8 @@ def _count_without_backslashes(folder: Path, names: Sequence[str]) -> int:
 
 
 def _count_tails(folder: Path, names: Sequence[str]) -> int:
-    """How many it holds without the first folders of their names: `images/v1/patch8/x.jpg` as
-    `patch8/x.jpg`.
+    """How many it holds without the first folders of their names:
+    `images/v1/patch8/x.jpg` as `patch8/x.jpg`.
     """
     tails = [
         [parts[start:] for parts in readings(name)[:1] for start in range(1, len(parts) - 1)]
@@ -123,8 +123,8 @@ def _count_tails(folder: Path, names: Sequence[str]) -> int:
 
 
 def _count_alike(folder: Path, names: Sequence[str]) -> int:
-    """How many of the names the folder holds in other letters, or behind the path of another
-    machine.
+    """How many of the names the folder holds in other letters,
+    or behind the path of another machine.
     """
     try:
         entries = {key for entry in os.listdir(folder) for key in lookup_keys(entry)}
@@ -199,8 +199,8 @@ def _shown(place: Path, file: Path) -> str:
 
 
 def _some(places: Iterable[Path]) -> str:
-    """The existing folders among the places as lines of a message, the first `MAX_SHOWN` of
-    them.
+    """The existing folders among the places as lines of a message,
+    the first `MAX_SHOWN` of them.
     """
     folders = [place for place in places if place.is_dir()]
     more = f"\n    and {len(folders) - MAX_SHOWN} more folders" if len(folders) > MAX_SHOWN else ""
@@ -208,8 +208,8 @@ def _some(places: Iterable[Path]) -> str:
 
 
 def sample_names(file: Path) -> tuple[list[str], list[Path]]:
-    """A few `file_name`s and the image folder that `fix` wrote down, without parsing the file
-    (COCO's has 450 MB).
+    """A few `file_name`s and the image folder that `fix` wrote down,
+    without parsing the file (COCO's has 450 MB).
     """
     if absence(file):
         return [], []  # reading it will say so

@@ -1,5 +1,5 @@
-"""The rows of a COCO file as columns. What one row has wrong is written down and never stops the
-others.
+"""The rows of a COCO file as columns.
+What one row has wrong is written down and never stops the others.
 
 Each column has a fast way, for files in which every value is what it should be, and a slow one that
 looks at each.
@@ -105,8 +105,8 @@ def rows_by_id(content: Mapping[str, Any], name: str) -> dict[int, Row]:
 
 
 def references(table: CocoTable, key: str, texts: Mapping[str, int]) -> Integers:
-    """The ids of rows of another table that stand under `key`, whose texts became `texts`; -1 in
-    wrong rows.
+    """The ids of rows of another table that stand under `key`, whose texts became `texts`;
+    -1 in wrong rows.
     """
     if (fast := _fast(table.rows, key)) is not None:
         return fast
@@ -122,8 +122,8 @@ def references(table: CocoTable, key: str, texts: Mapping[str, int]) -> Integers
 
 
 def file_name_of(row: Row) -> Any:
-    """The `file_name`, or of LVIS, which has none, the last two parts of the `coco_url`:
-    `train2017/9.jpg`.
+    """The `file_name`, or of LVIS, which has none,
+    the last two parts of the `coco_url`: `train2017/9.jpg`.
     """
     value, url = row.get("file_name"), row.get("coco_url")
     return "/".join(url.split("/")[-2:]) if not value and isinstance(url, str) and url else value
@@ -154,8 +154,8 @@ def sizes(table: CocoTable) -> Integers:
 
 
 def boxes(table: CocoTable) -> NDArray[np.float64]:
-    """`(T, 4)` the `bbox`es, those of the segmentations where there are none; NaN where there is
-    neither.
+    """`(T, 4)` the `bbox`es, those of the segmentations where there are none;
+    NaN where there is neither.
     """
     try:
         values = np.array([row["bbox"] for row in table.rows])
@@ -217,8 +217,8 @@ def _fast(rows: list[Row], key: str) -> Integers | None:
 
 
 def _whole(table: CocoTable, place: int, key: str) -> int | None:
-    """The whole number under `key`: 3, 3.0 or "3", which is written down; None where there is
-    none.
+    """The whole number under `key`:
+    3, 3.0 or "3", which is written down; None where there is none.
     """
     value = table.rows[place].get(key)
     if isinstance(value, str) and WHOLE.fullmatch(value):
@@ -233,8 +233,8 @@ def _whole(table: CocoTable, place: int, key: str) -> int | None:
 def keep_first(
     rows: Iterable[tuple[int, str]],
 ) -> tuple[list[tuple[int, str]], list[tuple[int, str]], dict[int, list[str]]]:
-    """(id, name) rows, each id once; those that are there again; and the names of ids that have
-    several.
+    """(id, name) rows, each id once; those that are there again;
+    and the names of ids that have several.
     """
     first: dict[int, str] = {}
     repeated: list[tuple[int, str]] = []

@@ -1,5 +1,5 @@
-"""CSV files with a line an object: `filename,xmin,ymin,xmax,ymax,class` and what is called
-otherwise.
+"""CSV files with a line an object:
+`filename,xmin,ymin,xmax,ymax,class` and what is called otherwise.
 
 Columns are known by their names, in any order; without a line of names they are picture, two
 corners, class. Corners are edges: `x = xmin`, `w = xmax - xmin`; in a set without a number above 1
@@ -74,8 +74,8 @@ class CsvObject(NamedTuple):
 
 
 def is_boxes(file: Path) -> bool:
-    """Whether the first line names the columns, or is an object by itself; whatever is behind
-    it.
+    """Whether the first line names the columns, or is an object by itself;
+    whatever is behind it.
     """
     try:
         lines = _lines(read_head(file).partition("\n")[0])
@@ -95,8 +95,8 @@ CSV = OneFileFormat((".csv",), "CSV files", is_boxes, _image_names)
 
 
 def read_csv(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
-    """The wanted splits. Training is always read: it says which name has which id, and whether
-    numbers are relative.
+    """The wanted splits. Training is always read:
+    it says which name has which id, and whether numbers are relative.
     """
     rows = {}
     for split in named.with_training(splits, wanted):
@@ -113,8 +113,8 @@ def read_csv(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
 
 
 def _are_relative(rows: Iterable[CsvObject]) -> bool:
-    """Whether no number is above 1: corners are then fractions of the picture's width and
-    height.
+    """Whether no number is above 1:
+    corners are then fractions of the picture's width and height.
     """
     numbers = [
         value for row in rows if row.corners for value in row.corners if math.isfinite(value)

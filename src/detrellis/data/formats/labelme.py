@@ -137,8 +137,8 @@ def _of_split(split: str, files: SplitFiles) -> named.SplitAnnotations:
 def _unlabelled(
     split: str, files: SplitFiles, parsed: Sequence[LabelmeFile], everything: Sequence[Path]
 ) -> list[Finding]:
-    """Pictures of the folder that have no JSON file: what they show is unknown, so that they are
-    left out.
+    """Pictures of the folder that have no JSON file:
+    what they show is unknown, so that they are left out.
     """
     stems = {fold(file.stem) for file in everything} | {
         fold(Path(content.picture.image).stem) for content in parsed
@@ -192,8 +192,8 @@ def _objects(shapes: Sequence[Any], size: Size) -> tuple[list[named.AnnotatedObj
 
 
 def _box(shape: Any, number: int, size: Size) -> tuple[named.Box | None, str, named.Outline]:
-    """The box around a shape, None where its kind has none; the kind; and its outline, where it is
-    no box. Raises `ValueError` in words."""
+    """The box around a shape, None where its kind has none; the kind;
+    and its outline, where it is no box. Raises `ValueError` in words."""
     if not isinstance(shape, dict) or not str(shape.get("label") or "").strip():
         raise ValueError(f"shape {number} has no label")
     kind = str(shape.get("shape_type") or "polygon")
@@ -223,8 +223,8 @@ def _box(shape: Any, number: int, size: Size) -> tuple[named.Box | None, str, na
 def _of_mask(
     data: Any, box: named.Box, number: int, size: Size
 ) -> tuple[named.Box, str, named.Outline]:
-    """As `_box`, of a shape with the picture `data` of its mask, a PNG in base64, at the upper left
-    corner of `box`.
+    """As `_box`, of a shape with the picture `data` of its mask,
+    a PNG in base64, at the upper left corner of `box`.
     """
     try:
         part = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) > 0

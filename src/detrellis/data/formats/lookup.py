@@ -1,5 +1,5 @@
-"""Real files for names as annotations wrote them: on another machine, by another tool, for another
-file system.
+"""Real files for names as annotations wrote them:
+on another machine, by another tool, for another file system.
 
 `real_names(names, root, nearby)` is what a reader calls once for a whole split:
 
@@ -44,8 +44,8 @@ Parts = tuple[str, ...]
 
 
 def split_named(*texts: str) -> str | None:
-    """The split that the first of the texts speaks of that speaks of one alone: `train_labels`,
-    `coco-val-v2`.
+    """The split that the first of the texts speaks of that speaks of one alone:
+    `train_labels`, `coco-val-v2`.
     """
     for text in texts:
         words = re.findall("[a-z]+", text.lower())
@@ -84,8 +84,8 @@ class NameMatch(NamedTuple):
 
 
 def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) -> ResolvedNames:
-    """The files below `root`, else below the folders `nearby`, that the names mean; see the head of
-    this module.
+    """The files below `root`, else below the folders `nearby`, that the names mean;
+    see the head of this module.
     """
     absent = _absent(names, root)
     if not absent:
@@ -119,8 +119,8 @@ def real_names(names: Sequence[str], root: Path, nearby: Sequence[Path] = ()) ->
 
 
 def renaming_notes(split: str, source: Path, resolved: ResolvedNames) -> tuple[Finding, ...]:
-    """The findings `renamed-file` and `unclear-file`, each with how many there are and the
-    first.
+    """The findings `renamed-file` and `unclear-file`,
+    each with how many there are and the first.
     """
     notes = []
     if resolved.renamed:
@@ -146,8 +146,8 @@ def renaming_notes(split: str, source: Path, resolved: ResolvedNames) -> tuple[F
 
 
 def find_place(text: str, bases: Sequence[Path]) -> Path | None:
-    """The folder or file that `text` means, from one of `bases`: as written, or the longest tail
-    that exists there.
+    """The folder or file that `text` means, from one of `bases`:
+    as written, or the longest tail that exists there.
 
     Of a path with folders at least two parts must fit, or all that it has.
     """
@@ -182,8 +182,8 @@ def fold(text: str) -> str:
 
 
 def lookup_keys(name: str) -> tuple[str, ...]:
-    """What a file is found by, folded: its name, and of an image also the name without its
-    suffix.
+    """What a file is found by, folded:
+    its name, and of an image also the name without its suffix.
     """
     stem = os.path.splitext(name)[0]
     return (fold(name), fold(stem)) if is_image(name) and not is_image(stem) else (fold(name),)

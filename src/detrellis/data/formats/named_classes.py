@@ -1,5 +1,5 @@
-"""Sets that give their classes by name, a list of objects a picture: Pascal VOC, labelme, VIA and
-CSV.
+"""Sets that give their classes by name, a list of objects a picture:
+Pascal VOC, labelme, VIA and CSV.
 
 The readers make an `AnnotatedImage` of each picture, and `datasets` makes columns of them. Class
 names in alphabetical order get the ids 1, 2, ...; names that only other splits have follow those of
@@ -66,15 +66,15 @@ class SplitAnnotations(NamedTuple):
 
 
 def with_training(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> list[str]:
-    """The splits to read for the wanted ones: training always, for it says which name has which
-    id.
+    """The splits to read for the wanted ones:
+    training always, for it says which name has which id.
     """
     return [split for split in dict.fromkeys(["train", *wanted]) if split in splits]
 
 
 def fixed_parts_note(split: str, files: SplitFiles, reason: str) -> list[Finding]:
-    """The note that train and val are fixed parts of the same files, for a `reason`; one of the two
-    splits has it.
+    """The note that train and val are fixed parts of the same files, for a `reason`;
+    one of the two splits has it.
     """
     if split != "train" or files.part is None:
         return []

@@ -58,8 +58,8 @@ def listed(items: Iterable[object]) -> str:
 def image_folder(
     annotations: Path, places: Sequence[Path], pictures: Sequence[PictureName]
 ) -> Path:
-    """The folder, in one of `places` or below, in which the pictures of a sample of annotation
-    files are.
+    """The folder, in one of `places` or below,
+    in which the pictures of a sample of annotation files are.
 
     Preferred is a folder that is called like `annotations`, then one of a usual name, if it holds
     at least half as many of them as the best folder; then the one with most pictures of written
@@ -177,8 +177,8 @@ def one_file_splits(
     data: Path | None = None,
     parts: bool = False,
 ) -> dict[str, SplitFiles]:
-    """The file of each split with its image folder: the given one, or the one found near the file
-    or in `data`.
+    """The file of each split with its image folder:
+    the given one, or the one found near the file or in `data`.
 
     `parts`: the one file is train and val together.
     """
@@ -202,8 +202,8 @@ def _images_near(layout: OneFileFormat, file: Path, data: Path | None) -> Path:
 
 
 def pictures_of(pictures: Sequence[PictureName], folder: Path) -> ResolvedNames:
-    """The picture in `folder` of each annotation file, in this order: called like the file, or as
-    the file says.
+    """The picture in `folder` of each annotation file, in this order:
+    called like the file, or as the file says.
 
     In this order, because what stands in a file goes stale when files are renamed. Of two pictures
     that are called like the file but for their suffix the one counts that the file names; where it

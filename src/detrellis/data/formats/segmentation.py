@@ -13,8 +13,8 @@ from detrellis.rle import Bitmap, Size, encode
 
 
 def packed(value: Any, size: list[int]) -> list[bytes]:
-    """The parts of a `segmentation` in an image of `size` (height, width); none where it is
-    damaged.
+    """The parts of a `segmentation` in an image of `size` (height, width);
+    none where it is damaged.
 
     Polygons are float32 (x1, y1, x2, ...) in pixels; those of less than three points outline
     nothing and are left out. Run lengths are one part, compressed.
@@ -28,8 +28,8 @@ def packed(value: Any, size: list[int]) -> list[bytes]:
 
 
 def drawn(value: Any, size: list[int]) -> bytes | None:
-    """The run lengths of a `segmentation` in an image of `size`, as pycocotools draws it; None
-    where it is damaged.
+    """The run lengths of a `segmentation` in an image of `size`, as pycocotools draws it;
+    None where it is damaged.
     """
     from hotcoco import mask
 
@@ -44,8 +44,8 @@ def drawn(value: Any, size: list[int]) -> bytes | None:
 
 
 def box_of(value: Any) -> list[float] | None:
-    """(x, y, width, height) around a `segmentation`; None where it outlines nothing or is
-    damaged.
+    """(x, y, width, height) around a `segmentation`;
+    None where it outlines nothing or is damaged.
     """
     try:
         if isinstance(value, dict):
@@ -67,8 +67,8 @@ def run_lengths_of(bitmap: Bitmap) -> dict[str, Any]:
 
 
 def united(one: Any, other: Any, size: Size) -> Any:
-    """The `segmentation` of two parts of an object in an image of `size`: polygons where both
-    are.
+    """The `segmentation` of two parts of an object in an image of `size`:
+    polygons where both are.
     """
     from hotcoco import mask
 

@@ -78,8 +78,8 @@ def read_via(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[st
 
 
 def _images(file: Path) -> list[ViaImage] | None:
-    """The pictures in a file; None where it is none of VIA's. Raises `UserError` where it cannot be
-    read.
+    """The pictures in a file; None where it is none of VIA's.
+    Raises `UserError` where it cannot be read.
     """
     if file.suffix.lower() == ".csv":
         return _images_of_csv(file)
@@ -142,8 +142,8 @@ def _read(file: Path) -> list[ViaImage]:
 
 
 def _class_attribute(source: Path, images: Iterable[ViaImage]) -> str | None:
-    """The attribute that holds the class; None where there is none. Raises `UserError` where it
-    could be several.
+    """The attribute that holds the class; None where there is none.
+    Raises `UserError` where it could be several.
     """
     values: dict[str, Counter[str]] = {}
     for region in (region for image in images for region in image.regions):
@@ -200,8 +200,8 @@ def _of_split(
 def _objects(
     image: ViaImage, attribute: str | None, skipped: Counter[str]
 ) -> list[named.AnnotatedObject]:
-    """The objects of a picture; shapes without a box are counted in `skipped`. Raises `ValueError`
-    in words.
+    """The objects of a picture; shapes without a box are counted in `skipped`.
+    Raises `ValueError` in words.
     """
     objects = []
     for number, region in enumerate(image.regions, start=1):
@@ -222,8 +222,8 @@ def _objects(
 
 
 def _box(kind: str, shape: Any) -> tuple[named.Box | None, named.Polygons]:
-    """The box around a region, None where its kind has none; and its outline, where it is no
-    box.
+    """The box around a region, None where its kind has none;
+    and its outline, where it is no box.
     """
     if kind == "rect":
         x, y, width, height = (float(shape[key]) for key in ("x", "y", "width", "height"))

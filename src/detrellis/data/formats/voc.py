@@ -1,5 +1,5 @@
-"""Pascal VOC's layout: an XML file for each image, and lists in `ImageSets/Main` that say which
-split it is in.
+"""Pascal VOC's layout: an XML file for each image,
+and lists in `ImageSets/Main` that say which split it is in.
 
 VOC counts pixels from 1 and both corners belong to the box: `x = xmin - 1`, `w = xmax - xmin + 1`.
 A set of which any corner is below 1 was written by a tool that counts from 0, and corners with
@@ -54,8 +54,8 @@ DECIMALS = 0.01  # of VOC's own objects fewer have decimals
 
 
 def find_voc(data: Path, images: GivenImages | None = None) -> dict[str, SplitFiles] | None:
-    """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML; None
-    where there are none.
+    """The splits of a VOC folder, of VOCdevkit with one year in it, or of folders of XML;
+    None where there are none.
 
     `images` has the image folder of each split for which it is known.
     """
@@ -107,8 +107,8 @@ def voc_folders(
 
 
 def _xml_folder(data: Path) -> Path | None:
-    """The folder below which all XML of VOC's form lies: one of a usual name, `data`, or the only
-    one there is.
+    """The folder below which all XML of VOC's form lies:
+    one of a usual name, `data`, or the only one there is.
     """
     below = subfolders(data, 1)
     usual = [folder for folder in below if fold(folder.name) in XML_FOLDERS]
@@ -157,8 +157,8 @@ def _images_of(annotations: Path, data: Path, around: Path | None = None) -> Pat
 def _by_folder(
     data: Path, places: Sequence[Path], given: Mapping[str, Path]
 ) -> dict[str, SplitFiles] | None:
-    """`train/`, `valid/`, each with its XML; the images are there too, or in a folder called the
-    same.
+    """`train/`, `valid/`, each with its XML;
+    the images are there too, or in a folder called the same.
     """
     by_name = {fold(place.name): place for place in places if place.is_dir()}
     splits = {}
@@ -175,8 +175,8 @@ def _by_folder(
 def _by_lists(
     places: Sequence[Path], annotations: Path, images: Path
 ) -> dict[str, SplitFiles] | None:
-    """The splits that lists of images tell, in the usual folder for them; None where no list is for
-    training.
+    """The splits that lists of images tell, in the usual folder for them;
+    None where no list is for training.
     """
     folders = [
         child(place, parts)
@@ -209,8 +209,8 @@ def _lists(folder: Path) -> dict[str, Path]:
 
 
 def _list_of_a_class(files: Sequence[Path], split: str) -> Path | None:
-    """One of `cat_train.txt`, `dog_train.txt`, which all list the split's images in VOC; None where
-    there are none.
+    """One of `cat_train.txt`, `dog_train.txt`, which all list the split's images in VOC;
+    None where there are none.
     """
     lists = [file for file in files if fold(file.stem).endswith(f"_{split}")]
     contents = set()
@@ -230,8 +230,8 @@ def _list_of_a_class(files: Sequence[Path], split: str) -> Path | None:
 
 
 def read_voc(splits: Mapping[str, SplitFiles], wanted: Sequence[str]) -> dict[str, RawDataset]:
-    """The wanted splits. Training is always read: it says which name has which id, and where pixels
-    count from.
+    """The wanted splits. Training is always read:
+    it says which name has which id, and where pixels count from.
     """
     files = {split: _xml_files(splits[split]) for split in named.with_training(splits, wanted)}
     parsed = {split: map_threads(parse_xml, xml) for split, xml in files.items()}
@@ -282,8 +282,8 @@ def _listed(listing: Path, everything: Sequence[Path], annotations: Path) -> lis
 
 
 def _readings(line: str) -> list[str]:
-    """What a line may name: "my photo 1", in some sets with a 1, 0 or -1 behind it, a suffix, or
-    folders before it.
+    """What a line may name: "my photo 1", in some sets with a 1,
+    0 or -1 behind it, a suffix, or folders before it.
     """
     whole = line.strip().replace("\\", "/")
     ways = []
@@ -298,8 +298,8 @@ def _readings(line: str) -> list[str]:
 
 
 def _corners_are_edges(objects: Sequence[VocObject]) -> bool:
-    """Whether corners are edges, counted from 0; else they are inclusive pixels, counted from 1
-    (see the top).
+    """Whether corners are edges, counted from 0;
+    else they are inclusive pixels, counted from 1 (see the top).
     """
     written = [o.corners for o in objects if not o.edges]
     with_decimals = sum(
@@ -348,8 +348,8 @@ def _box(each: VocObject, first_pixel: int) -> named.Box:
 
 
 def _unlabelled(split: str, folder: Path, xml_folders: set[Path], used: set[str]) -> list[Finding]:
-    """The pictures of the folder that have no XML file: what they show is unknown, so that they are
-    left out.
+    """The pictures of the folder that have no XML file:
+    what they show is unknown, so that they are left out.
     """
     stems = {file: fold(file.stem) for place in xml_folders for file in _xml_below(place)}
     pictures = [p.relative_to(folder).as_posix() for p in list_images(folder)]

@@ -137,8 +137,8 @@ def _objects(root: ElementTree.Element) -> list[VocObject]:
 
 
 def _corners(element: ElementTree.Element) -> tuple[Corners, bool]:
-    """The corners, and whether they are edges: a turned box and a polygon give the box around
-    them.
+    """The corners, and whether they are edges:
+    a turned box and a polygon give the box around them.
     """
     box = element.find("bndbox")
     if box is not None:

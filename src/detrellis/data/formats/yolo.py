@@ -152,8 +152,8 @@ def _segmentations(
     image_ids: Sequence[int],
     lines: Sequence[int],
 ) -> list[Any]:
-    """A `SegmentationReader`: label files are read again. Images are numbered from 1 in the files'
-    order.
+    """A `SegmentationReader`: label files are read again.
+    Images are numbered from 1 in the files' order.
     """
     images = sorted(set(image_ids))
     read = dict(
@@ -190,8 +190,8 @@ def _malformed(split: YoloSplit, lines: LongLines) -> Iterator[Finding]:
 
 
 def _shared_labels(split: YoloSplit) -> Iterator[Finding]:
-    """Pictures that differ in their suffix and have one label file: unless they are copies, whose
-    it is is unknown.
+    """Pictures that differ in their suffix and have one label file:
+    unless they are copies, whose it is is unknown.
     """
     owners: dict[Path, list[int]] = defaultdict(list)
     for row, file in enumerate(split.label_files):
@@ -276,8 +276,8 @@ def _in_pixels(split: YoloSplit, lines: LongLines) -> list[Finding]:
 
 
 def _orphans(split: YoloSplit, used: set[Path]) -> list[Finding]:
-    """Label files that are not `used` by any split. Where text files list the images, the others
-    belong elsewhere.
+    """Label files that are not `used` by any split.
+    Where text files list the images, the others belong elsewhere.
     """
     if not all(place.is_dir() for place in split.files.images):
         return []

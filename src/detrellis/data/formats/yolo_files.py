@@ -1,5 +1,5 @@
-"""Which files of a folder are YOLO's: the yaml or the list of classes, the images of each split, and
-the label file of each image.
+"""Which files of a folder are YOLO's:
+the yaml or the list of classes, the images of each split, and the label file of each image.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _from_class_list(data: Path, file: Path) -> dict[str, SplitFiles] | None:
 
 
 def _labelled(folder: Path) -> bool:
-    """Whether images lie in it that have label files beside them, as LabelImg leaves them, or in
-    its `labels/`.
+    """Whether images lie in it that have label files beside them,
+    as LabelImg leaves them, or in its `labels/`.
     """
     images = files_in(folder, *image_suffixes())
     return any(file is not None for file in label_files_of(images)[1])
@@ -110,8 +110,8 @@ def labels_without_names(data: Path) -> Path | None:
 
 
 def label_files_of(images: Sequence[Path]) -> tuple[list[Path], list[Path | None]]:
-    """For each image the folder of its label file, and the file: the image's name, in any case,
-    with `.txt`.
+    """For each image the folder of its label file, and the file:
+    the image's name, in any case, with `.txt`.
     """
     stems: dict[Path, set[str]] = defaultdict(set)
     for image in images:
@@ -142,8 +142,8 @@ def _pick(files: Sequence[Path], stem: str) -> Path | None:
 
 
 def _label_folder(images: Path, stems: set[str]) -> Path:
-    """`labels/` in place of the last `images/`, or in the folder of images, or this itself: where
-    the files are.
+    """`labels/` in place of the last `images/`, or in the folder of images, or this itself:
+    where the files are.
     """
     parts = images.parts
     places = []

@@ -94,8 +94,8 @@ def parse_line(line: str, number: int = 0) -> YoloLabel:
 
 
 def polygons_in(file: Path | None) -> dict[int, NDArray[np.float64]]:
-    """The polygons `(n, 2)` of a label file, in shares of the image, by their lines; those of boxes
-    are left out.
+    """The polygons `(n, 2)` of a label file, in shares of the image, by their lines;
+    those of boxes are left out.
     """
     polygons = {}
     for number, line in enumerate(
@@ -147,8 +147,8 @@ class LongLines(NamedTuple):
 def long_lines(
     contents: Sequence[YoloFile], files: Sequence[Path | None], declared: Keypoints | None
 ) -> LongLines:
-    """What the lines of more than five fields in all these files are, by the yaml or by their
-    numbers.
+    """What the lines of more than five fields in all these files are,
+    by the yaml or by their numbers.
     """
     if declared is not None:
         return LongLines("keypoints" if declared.points else "polygons", declared)

@@ -32,8 +32,8 @@ class Keypoints(NamedTuple):
 
 
 def load_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a yaml file, all scalars as text. Raises `UserError` with the line where it is
-    malformed.
+    """The mapping in a yaml file, all scalars as text.
+    Raises `UserError` with the line where it is malformed.
     """
     try:
         text = read_text(file)
@@ -53,8 +53,8 @@ def load_yaml(file: Path) -> dict[str, Any]:
 
 
 def _repeated_key(node: yaml.Node | None) -> str:
-    """`names:` is there twice (lines 3 and 7), "" where no key is: PyYAML takes the last one
-    without a word.
+    """`names:` is there twice (lines 3 and 7), "" where no key is:
+    PyYAML takes the last one without a word.
     """
     if not isinstance(node, yaml.MappingNode):
         return ""
@@ -82,8 +82,8 @@ def given(content: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def locate(text: str, file: Path, content: Mapping[str, Any]) -> Path | None:
-    """The folder or list that the yaml means, also when it was written for another machine or
-    working folder.
+    """The folder or list that the yaml means,
+    also when it was written for another machine or working folder.
     """
     base = content.get("path")
     # A folder for settings has no data in it: there the paths are relative to the one above.
@@ -140,8 +140,8 @@ def class_count(file: Path) -> int | None:
 
 
 def keypoints(file: Path) -> Keypoints | None:
-    """`kpt_shape:` of a yaml file; None where there is none. An empty one says that there are no
-    keypoints.
+    """`kpt_shape:` of a yaml file; None where there is none.
+    An empty one says that there are no keypoints.
     """
     content = load_yaml(file) if file.suffix.lower() in SUFFIXES else {}
     if "kpt_shape" not in content:

@@ -1,3 +1,3 @@
-"""Functions with several paths: deformable attention, RoIAlign and matrix products, by device and
-input.
+"""Functions with several paths:
+deformable attention, RoIAlign and matrix products, by device and input.
 """

@@ -69,8 +69,8 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
 
 
 def _has_kernels(device: str) -> bool:
-    """Whether tensors on such a device go to the operation below; the reference takes the
-    others.
+    """Whether tensors on such a device go to the operation below;
+    the reference takes the others.
     """
     usable = device == "cpu" or (device == "cuda" and HAS_TRITON)
     if forced() != "reference" and usable:

@@ -90,8 +90,8 @@ def entries(x: Axis, y: Axis, weights: Tensor, layout: Layout) -> tuple[Tensor, 
 def closed_form(
     x: Axis, y: Axis, weights: Tensor, levels: Tensor, products: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of locations and weights from `products (N, M, 4, K)`, gradient times row at each
-    corner.
+    """Gradients of locations and weights from `products (N, M, 4, K)`,
+    gradient times row at each corner.
     """
     top_left, top_right, bottom_left, bottom_right = products.unbind(2)
     left, right = x.linear_weights()
@@ -150,8 +150,8 @@ def eager_point_gradients(
 
 
 def scatter(gradient: Tensor, ids: Tensor, row_weights: Tensor, rows: int) -> Tensor:
-    """Gradient of the table `(rows, d)`: of each row the sum over bags of its weight times the
-    bag's gradient.
+    """Gradient of the table `(rows, d)`:
+    of each row the sum over bags of its weight times the bag's gradient.
 
     Column by column, in order: 19 ms for an encoder's 2.8 M entries (see benchmarks/deformable.py),
     where a sort and a second `embedding_bag` take 90, an expanded `scatter_add` 119, and a compiled

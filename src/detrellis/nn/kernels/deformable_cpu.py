@@ -1,5 +1,5 @@
-"""The CPU path of multi-scale deformable attention: which pieces of `deformable_bag` are compiled,
-and when.
+"""The CPU path of multi-scale deformable attention:
+which pieces of `deformable_bag` are compiled, and when.
 
 Compiling makes forward and backward together 1.4 to 1.8 times as fast as the eager pieces. It costs
 4 s in every process, half of it the import of `torch._dynamo`, and 17 s the first time on a
@@ -52,15 +52,15 @@ def say(message: str, level: int = logging.INFO) -> None:
 
 
 def path_taken() -> str | None:
-    """The path that deformable attention took to last in this process, in words; None where it took
-    none yet.
+    """The path that deformable attention took to last in this process, in words;
+    None where it took none yet.
     """
     return _paths[-1] if _paths else None
 
 
 class Pieces:
-    """The two pieces, compiled at the first use that pays for it; after any failure, eager for
-    good.
+    """The two pieces, compiled at the first use that pays for it;
+    after any failure, eager for good.
     """
 
     def __init__(self) -> None:
@@ -158,8 +158,8 @@ def backward(
     shapes: Shapes,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights; the value's only if `needs[0]`, the others if
-    `needs[1]`, else empty.
+    """Gradients of value, locations and weights;
+    the value's only if `needs[0]`, the others if `needs[1]`, else empty.
 
     Rows and their weights are computed anew: kept, they would take three times the memory of
     locations and weights.

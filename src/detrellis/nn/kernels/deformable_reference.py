@@ -14,8 +14,8 @@ Shapes = Sequence[tuple[int, int]]
 def ms_deform_attn_reference(
     value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """As `ms_deform_attn`, level by level, so that at most one level's samples exist at a time.
-    Types must agree.
+    """As `ms_deform_attn`, level by level,
+    so that at most one level's samples exist at a time. Types must agree.
     """
     batch, _, heads, width = value.shape
     queries = locations.shape[1]

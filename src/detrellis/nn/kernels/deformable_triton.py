@@ -40,8 +40,8 @@ KEEP, ADD, NOTE = 0, 1, 2  # what the backward kernel does with the gradients of
 
 @triton.jit
 def _cell(location, size):
-    """One axis of the cells around samples: low index, linear weights of both neighbours, which are
-    inside.
+    """One axis of the cells around samples:
+    low index, linear weights of both neighbours, which are inside.
     """
     pixels = location * size - 0.5
     floor = tl.floor(pixels)
@@ -60,8 +60,8 @@ def _cell(location, size):
 
 @triton.jit
 def _sample(locations, weights, levels, bag, k, known, SAMPLES: tl.constexpr):
-    """Sample `k` of every query: first token and width of its level, its cell in x and in y, its
-    weight and place.
+    """Sample `k` of every query:
+    first token and width of its level, its cell in x and in y, its weight and place.
     """
     width = tl.load(levels + k)
     height = tl.load(levels + SAMPLES + k)
@@ -126,8 +126,8 @@ def _corner(
     SIZES: tl.constexpr,
     SPREAD: tl.constexpr,
 ):
-    """Gradient times row at one corner. The row's own gradient is added in memory, or noted for a
-    sort.
+    """Gradient times row at one corner.
+    The row's own gradient is added in memory, or noted for a sort.
     """
     value, for_value, ids, row_weights = places
     product = tl.sum(_row(value + row * SIZES[2], token, inside, SIZES) * gradient, axis=1)
@@ -257,8 +257,8 @@ def backward(
     shapes: Shapes,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value (if `needs[0]`), locations and weights (if `needs[1]`); empty where there
-    is no need.
+    """Gradients of value (if `needs[0]`), locations and weights (if `needs[1]`);
+    empty where there is no need.
     """
     batch, queries, heads = weights.shape[:3]
     sorts = needs[0] and torch.are_deterministic_algorithms_enabled()

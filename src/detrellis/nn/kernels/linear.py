@@ -63,8 +63,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `F.linear`: `x (..., i)`, `weight (o, i)`, `bias (o)` to `(..., o)`. No second derivative
-    on a CPU.
+    """As `F.linear`: `x (..., i)`, `weight (o, i)`, `bias (o)` to `(..., o)`.
+    No second derivative on a CPU.
     """
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.device.type != "cpu":
         return F.linear(x, weight, bias)

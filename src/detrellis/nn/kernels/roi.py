@@ -1,5 +1,5 @@
-"""RoIAlign (He et al., 2017) of regions of several maps: aligned, with as many samples in a cell as
-it has places.
+"""RoIAlign (He et al., 2017) of regions of several maps:
+aligned, with as many samples in a cell as it has places.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def align(
     level: Tensor,
     cells: int,
 ) -> Tensor:
-    """`(R, cells, cells, D)` of regions `boxes (R, 4)`, each from its `image (R,)` and `level
-    (R,)`.
+    """`(R, cells, cells, D)` of regions `boxes (R, 4)`,
+    each from its `image (R,)` and `level (R,)`.
     """
     table = torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps])
     # Height, width and first row of each region's map, and its stride.
@@ -73,8 +73,8 @@ def spans(low: Tensor, high: Tensor, size: Tensor, cells: int) -> tuple[Tensor, 
 
 
 class _Bags(torch.autograd.Function):
-    """Sums `(bags, D)` of rows of a table `(N, D)` times weights; bag `i` has the entries
-    `starts[i]` to `starts[i + 1]`."""
+    """Sums `(bags, D)` of rows of a table `(N, D)` times weights;
+    bag `i` has the entries `starts[i]` to `starts[i + 1]`."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:

@@ -1,3 +1,3 @@
-"""Co-DETR: auxiliary heads on the encoder's memory, and their positives as queries; see
-`scheme`.
+"""Co-DETR: auxiliary heads on the encoder's memory, and their positives as queries;
+see `scheme`.
 """

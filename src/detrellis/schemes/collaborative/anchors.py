@@ -1,5 +1,5 @@
-"""Boxes and points on a grid of cells, in pixels of the network's input: what dense heads assign
-targets to.
+"""Boxes and points on a grid of cells, in pixels of the network's input:
+what dense heads assign targets to.
 
 All are in the order level, row, column, anchor of the cell.
 """
@@ -25,8 +25,8 @@ Shapes = Sequence[tuple[int, int]]  # (height, width) of each level, in cells
 def grid_points(
     shapes: Shapes, strides: Sequence[int], like: Tensor, *, offset: float = 0.0
 ) -> Tensor:
-    """`(x, y)` of every cell, `(S, 2)`: its upper left corner, or its centre with an `offset` of
-    0.5.
+    """`(x, y)` of every cell, `(S, 2)`:
+    its upper left corner, or its centre with an `offset` of 0.5.
     """
     return _points(tuple(shapes), tuple(strides), offset, like.dtype, like.device)
 
@@ -55,8 +55,8 @@ def grid_anchors(
     ratios: Sequence[float] = (1.0,),
     scales: Sequence[float] = (8.0,),
 ) -> Tensor:
-    """Anchors `(S * ratios * scales, 4)` xyxy around the cells' corners; a ratio is height over
-    width, a scale the side in strides."""
+    """Anchors `(S * ratios * scales, 4)` xyxy around the cells' corners;
+    a ratio is height over width, a scale the side in strides."""
     sides = tuple((scale / math.sqrt(r), scale * math.sqrt(r)) for r in ratios for scale in scales)
     return _anchors(tuple(shapes), tuple(strides), sides, like.dtype, like.device)
 
@@ -79,16 +79,16 @@ def _anchors(
 
 
 def usable_cells(shapes: Shapes, strides: Sequence[int], sizes: Tensor) -> Tensor:
-    """Whether a cell lies on the image and not on its padding: `sizes (B, 2)` height and width to
-    `(B, S)`.
+    """Whether a cell lies on the image and not on its padding:
+    `sizes (B, 2)` height and width to `(B, S)`.
     """
     corners = grid_points(shapes, strides, sizes)
     return (corners < sizes.flip(-1).unsqueeze(1)).all(-1)
 
 
 def per_cell(values: Sequence[float], counts: Sequence[int], like: Tensor) -> Tensor:
-    """A number for each level, repeated for each of its `counts` cells, level by level: `(sum of
-    counts,)`.
+    """A number for each level, repeated for each of its `counts` cells, level by level:
+    `(sum of counts,)`.
     """
     return _per_cell(tuple(values), tuple(counts), like.dtype, like.device)
 

@@ -25,8 +25,8 @@ def all_background(anchors: Tensor) -> Tensor:
 
 
 def atss(anchors: Tensor, per_level: Sequence[int], boxes: Tensor, k: int = 9) -> Tensor:
-    """ATSS (Zhang et al., 2020): on each level the `k` anchors nearest to a target are its
-    candidates.
+    """ATSS (Zhang et al., 2020):
+    on each level the `k` anchors nearest to a target are its candidates.
 
     Those whose IoU is at least the candidates' mean plus deviation, and whose centre is inside, are
     positive; an anchor that several targets claim goes to the largest IoU. `anchors (A, 4)` level
@@ -91,8 +91,8 @@ def fcos(
     strides: Sequence[int],
     radius: float = 1.5,
 ) -> Tensor:
-    """FCOS (Tian et al., 2019): a point near a target's centre and inside of it learns it, on the
-    level of its size.
+    """FCOS (Tian et al., 2019): a point near a target's centre and inside of it learns it,
+    on the level of its size.
 
     Near: less than `radius` strides along both axes. A level has the targets whose farthest side is
     at most 8 strides away (the last: any), and not nearer than the finer level's 8 strides. Of

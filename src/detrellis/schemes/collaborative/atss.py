@@ -24,8 +24,8 @@ CODER = Deltas(0.1, 0.2)
 
 
 class ATSS(DenseBranch):
-    """Losses: focal `class`; `giou` of the decoded boxes, weighted by the centerness they should
-    have; `centerness`.
+    """Losses: focal `class`; `giou` of the decoded boxes,
+    weighted by the centerness they should have; `centerness`.
     """
 
     name = "atss"

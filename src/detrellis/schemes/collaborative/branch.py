@@ -1,5 +1,5 @@
-"""What an auxiliary head is to the scheme: a module with one-to-many assignment on the encoder's
-memory.
+"""What an auxiliary head is to the scheme:
+a module with one-to-many assignment on the encoder's memory.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def build_branches(
     convolutions: int,
     regions: RegionHead,
 ) -> tuple[Coarser | Pyramid, list[nn.Module]]:
-    """The adapter that gives the branches their levels, and the branches; `strides` are those of
-    the memory's levels.
+    """The adapter that gives the branches their levels, and the branches;
+    `strides` are those of the memory's levels.
 
     A width of 256 has the paper's 512 regions and 1024 hidden units, one of 128 a quarter of both.
     """

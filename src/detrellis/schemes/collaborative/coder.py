@@ -14,8 +14,8 @@ LIMIT = abs(math.log(16 / 1000))  # of the logarithm of a change in size
 
 
 class Deltas(NamedTuple):
-    """Centre shifts in sizes of the anchor and logarithms of size ratios, divided by these
-    deviations (R-CNN).
+    """Centre shifts in sizes of the anchor and logarithms of size ratios,
+    divided by these deviations (R-CNN).
     """
 
     centre: float = 1.0
@@ -41,8 +41,8 @@ def centres(boxes: Tensor) -> Tensor:
 
 
 def sides(points: Tensor, boxes: Tensor) -> Tensor:
-    """Distances `(..., 4)` left, top, right, bottom from points `(..., 2)` to the sides of boxes
-    `(..., 4)`.
+    """Distances `(..., 4)` left, top, right,
+    bottom from points `(..., 2)` to the sides of boxes `(..., 4)`.
     """
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 

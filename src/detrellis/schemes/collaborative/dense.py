@@ -1,5 +1,5 @@
-"""What all dense heads share: towers over the levels, anchors, and sums of losses over what each
-anchor learns.
+"""What all dense heads share:
+towers over the levels, anchors, and sums of losses over what each anchor learns.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def tower(width: int, convolutions: int) -> nn.Sequential:
 
 
 class DenseHead(nn.Module):
-    """A tower for classes and one for boxes, shared by all levels; boxes times a learned number for
-    each level.
+    """A tower for classes and one for boxes, shared by all levels;
+    boxes times a learned number for each level.
 
     `anchors` of each cell, each with `box_outputs` numbers for its box; `quality`: one logit more
     for each (centerness, or IoU).
@@ -106,8 +106,8 @@ class DenseHead(nn.Module):
 
 
 class DenseBranch(nn.Module, ABC):
-    """A dense head as a branch (see `Branch`). Subclasses say what it assigns, how it learns, and
-    what it detects.
+    """A dense head as a branch (see `Branch`).
+    Subclasses say what it assigns, how it learns, and what it detects.
     """
 
     name: ClassVar[str]
@@ -140,8 +140,8 @@ class DenseBranch(nn.Module, ABC):
         """The predicted boxes `(B, A, 4)` xyxy."""
 
     def scores(self, output: DenseOutput) -> Tensor:
-        """What detections are ranked by, `(B, A, C)`: the classes' scores, times the quality where
-        there is one.
+        """What detections are ranked by, `(B, A, C)`:
+        the classes' scores, times the quality where there is one.
         """
         scores = output.logits.sigmoid()
         return scores if output.quality is None else scores * output.quality.sigmoid().unsqueeze(-1)
@@ -204,16 +204,16 @@ def gather_positives(scene: Scene, owners: Tensor) -> Positives:
 
 
 def focal_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
-    """Focal loss (RetinaNet: 0.25, 2) of all classes, summed over the anchors that are not
-    ignored.
+    """Focal loss (RetinaNet: 0.25, 2) of all classes,
+    summed over the anchors that are not ignored.
     """
     present = focal_positive(logits[positives.image, positives.anchor, positives.label]).sum()
     return 0.25 * present + 0.75 * absence_sum(logits, owners, positives)
 
 
 def absence_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
-    """Focal loss without its 0.75 of the classes that are not there, over the anchors that are not
-    ignored.
+    """Focal loss without its 0.75 of the classes that are not there,
+    over the anchors that are not ignored.
     """
     others = logits.index_put(
         (positives.image, positives.anchor, positives.label), logits.new_tensor(ABSENT)
@@ -222,8 +222,8 @@ def absence_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
 
 
 def mean_positives(positives: Positives) -> Tensor:
-    """What sums over anchors are divided by: positives, at least one an image, as a mean over
-    processes.
+    """What sums over anchors are divided by:
+    positives, at least one an image, as a mean over processes.
     """
     return reduce_mean(positives.per_image().clamp(min=1).sum()).clamp(min=1)
 

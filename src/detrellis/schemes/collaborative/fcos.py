@@ -1,5 +1,5 @@
-"""FCOS as an auxiliary head: no anchors; points near a target's centre learn the distances to its
-sides, in strides.
+"""FCOS as an auxiliary head: no anchors;
+points near a target's centre learn the distances to its sides, in strides.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from detrellis.schemes.collaborative.scene import Scene
 
 
 class FCOS(DenseBranch):
-    """Losses: focal `class`; `giou`, weighted by the centerness that the point has;
-    `centerness`.
+    """Losses: focal `class`; `giou`,
+    weighted by the centerness that the point has; `centerness`.
     """
 
     name = "fcos"

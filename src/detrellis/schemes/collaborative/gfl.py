@@ -1,5 +1,5 @@
-"""Generalized Focal Loss as an auxiliary head: ATSS' assignment, scores that aim at the IoU,
-distributions of sides.
+"""Generalized Focal Loss as an auxiliary head:
+ATSS' assignment, scores that aim at the IoU, distributions of sides.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def distances(logits: Tensor) -> Tensor:
 
 
 class GFL(DenseBranch):
-    """Losses: quality focal `class`; `giou` and `dfl`, both weighted by the score that the anchor
-    has.
+    """Losses: quality focal `class`;
+    `giou` and `dfl`, both weighted by the score that the anchor has.
     """
 
     name = "gfl"

@@ -1,5 +1,5 @@
-"""Mask R-CNN (He et al., 2017) as an auxiliary head: Faster R-CNN's, whose positive regions also
-learn a mask.
+"""Mask R-CNN (He et al., 2017) as an auxiliary head:
+Faster R-CNN's, whose positive regions also learn a mask.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class MaskRCNN(nn.Module):
 def crop_masks(
     masks: Tensor, boxes: Tensor, regions: Tensor, owner: Tensor, *, cells: int
 ) -> Tensor:
-    """The owners' masks within regions `(P, 4)`: `(P, cells, cells)` bool, read at the cells'
-    centres.
+    """The owners' masks within regions `(P, 4)`:
+    `(P, cells, cells)` bool, read at the cells' centres.
 
     `masks (n, M, M)` lie within `boxes (n, 4)`; there is nothing outside.
     """

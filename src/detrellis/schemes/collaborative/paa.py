@@ -1,5 +1,5 @@
-"""PAA as an auxiliary head: a target's positives are its anchors of low loss, by a mixture of two
-Gaussians.
+"""PAA as an auxiliary head: a target's positives are its anchors of low loss,
+by a mixture of two Gaussians.
 
 Of the anchors that overlap a target, those with the lowest losses on each level are candidates; the
 mixture is fitted to their losses, and what belongs to the lower component is positive, up to where
@@ -39,8 +39,8 @@ PER_LEVEL = 9  # most candidates of a target on a level
 
 
 class PAA(DenseBranch):
-    """Losses: focal `class`; `giou`, weighted by the IoU that the decoded box has; `iou`, which
-    predicts that.
+    """Losses: focal `class`; `giou`, weighted by the IoU that the decoded box has;
+    `iou`, which predicts that.
     """
 
     name = "paa"
@@ -78,8 +78,8 @@ class PAA(DenseBranch):
 
 
 def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
-    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU: owners
-    `(A,)`.
+    """All anchors with an IoU of 0.1 or more, and a target's best ones at any IoU:
+    owners `(A,)`.
     """
     return assigners.max_iou(
         anchors, boxes, positive=0.1, negative=0.1, minimum=0.0, low_quality=True
@@ -88,8 +88,8 @@ def overlapping(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Ten
 
 @torch.no_grad()
 def keep_likely(output: DenseOutput, scene: Scene, anchors: Tensor, owners: Tensor) -> Tensor:
-    """The owners `(B, A)` with only the likely ones of the overlapping anchors; the others become
-    background.
+    """The owners `(B, A)` with only the likely ones of the overlapping anchors;
+    the others become background.
     """
     positives = gather_positives(scene, owners)
     loss = candidate_loss(output, anchors, positives)
@@ -141,8 +141,8 @@ class Mixture(NamedTuple):
 
 
 def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
-    """Expectation maximisation on the values `x (R, K)` that are `member (R, K)`, at least one in
-    each row.
+    """Expectation maximisation on the values `x (R, K)` that are `member (R, K)`,
+    at least one in each row.
 
     It starts from the least and the greatest value, equal weights and variances of 1, and ends when
     a row's mean log-likelihood changes by less than 1e-3, after 100 times at most; 1e-6 is added to
@@ -178,8 +178,8 @@ def fit_mixture(x: Tensor, member: Tensor) -> Mixture:
 
 
 def likely_positives(losses: Tensor) -> Tensor:
-    """Which of each row's `losses (R, K)`, ascending and NaN behind, are positive; none where there
-    is only one.
+    """Which of each row's `losses (R, K)`, ascending and NaN behind, are positive;
+    none where there is only one.
     """
     # Rows of two candidates and more; NaN is filled up with a row's first value, which counts
     # nowhere.

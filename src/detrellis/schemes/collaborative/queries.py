@@ -1,5 +1,5 @@
-"""Customised positive queries (Co-DETR, section 3.3, Eq. 4): a branch's positives as queries of the
-decoder.
+"""Customised positive queries (Co-DETR, section 3.3, Eq. 4):
+a branch's positives as queries of the decoder.
 
 They are not matched: each learns the target that the branch assigned. All images of a batch get the
 same number; one with fewer positives is filled up with background, which learns "no object", or
@@ -48,8 +48,8 @@ def choose(
     max_queries: int = 300,
     fill: bool = True,
 ) -> Chosen:
-    """Queries from what a branch assigned: all positives, or `max_queries` of them, and background
-    up to the same number in each image.
+    """Queries from what a branch assigned:
+    all positives, or `max_queries` of them, and background up to the same number in each image.
 
     `sizes (B, 2)` height and width of the images, `offsets` the first row of each among the batch's
     targets; without `fill` no background.
@@ -95,8 +95,8 @@ def choose(
 
 
 class PositiveQueries(nn.Module):
-    """Eq. 4 of one branch: `Q = Linear(PE(B)) + Linear(E)`, each normalised, B the positives' boxes
-    and E the memory's features there.
+    """Eq. 4 of one branch: `Q = Linear(PE(B)) + Linear(E)`,
+    each normalised, B the positives' boxes and E the memory's features there.
 
     `positioned`: the first part gives position and content; otherwise the decoder derives positions
     from the boxes.

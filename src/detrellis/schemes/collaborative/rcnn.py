@@ -25,8 +25,8 @@ BEFORE = 5000
 
 
 class BoxHead(nn.Module):
-    """Two layers shared by classes, of which the last is "no object", and by a box for each other
-    class.
+    """Two layers shared by classes, of which the last is "no object",
+    and by a box for each other class.
 
     `convolutional`: four convolutions and one layer instead, and one box for all classes.
     """
@@ -76,8 +76,8 @@ def _tower(width: int) -> nn.Sequential:
 
 
 class RCNN(nn.Module):
-    """Losses: the proposals' `rpn_class` and `rpn_box`; softmax cross-entropy `class`; `giou` of
-    the decoded boxes.
+    """Losses: the proposals' `rpn_class` and `rpn_box`;
+    softmax cross-entropy `class`; `giou` of the decoded boxes.
 
     `samples` regions of an image learn, up to a quarter of them positive; targets are regions too.
     Regions are read from all levels but the last `appended`. `convolutional`: the head of Co-DETR's
@@ -176,8 +176,8 @@ def sample_regions(
 
 
 def positive_regions(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of all images' regions are positive, `(P,)`, with their targets' labels `(P,)` and
-    boxes `(P, 4)`.
+    """Which of all images' regions are positive, `(P,)`,
+    with their targets' labels `(P,)` and boxes `(P, 4)`.
     """
     pairs = zip(owners, scene.offsets, strict=True)
     row = torch.cat([torch.where(owner >= 0, owner + first, owner) for owner, first in pairs])
@@ -188,8 +188,8 @@ def positive_regions(scene: Scene, owners: Sequence[Tensor]) -> tuple[Tensor, Te
 def region_losses(
     logits: Tensor, labels: Tensor, boxes: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    """Of all regions' logits `(R, C + 1)` and labels `(R,)`; of the positives' boxes and targets,
-    `(P, 4)` each.
+    """Of all regions' logits `(R, C + 1)` and labels `(R,)`;
+    of the positives' boxes and targets, `(P, 4)` each.
 
     Both are divided by the number of regions, positive or not.
     """
@@ -209,8 +209,8 @@ def select(
     *,
     coder: Deltas,
 ) -> Predictions:
-    """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`: NMS
-    within each class.
+    """An image's detections from scores `(R, C)` and deltas `(R, C, 4)` of regions `(R, 4)`:
+    NMS within each class.
     """
     best, region, label = top_pairs(scores, BEFORE)
     boxes = clip(coder.decode(regions[region], deltas[region, label]), size)

@@ -24,8 +24,8 @@ CODER = Deltas()
 
 
 def assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
-    """Positive from an IoU of 0.5, background below 0.4; a target's best anchors are positive at
-    any IoU.
+    """Positive from an IoU of 0.5, background below 0.4;
+    a target's best anchors are positive at any IoU.
     """
     return assigners.max_iou(
         anchors, boxes, positive=0.5, negative=0.4, minimum=0.0, low_quality=True

@@ -1,5 +1,5 @@
-"""Features of regions of a pyramid: each from the level that fits its size, by RoIAlign (Mask
-R-CNN; FPN, Eq. 1).
+"""Features of regions of a pyramid:
+each from the level that fits its size, by RoIAlign (Mask R-CNN; FPN, Eq. 1).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def region_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
 def region_features(
     maps: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor], cells: int
 ) -> Tensor:
-    """RoIAlign (aligned, as many samples in a cell as it has places): `(R, cells, cells, D)` in
-    float32 or better.
+    """RoIAlign (aligned, as many samples in a cell as it has places):
+    `(R, cells, cells, D)` in float32 or better.
 
     Maps `(B, D, H, W)` of the levels; regions `(n, 4)` xyxy of each image, one image after the
     other in the result.

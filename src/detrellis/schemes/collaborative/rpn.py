@@ -1,5 +1,5 @@
-"""The region proposal network of Faster R-CNN (Ren et al., 2015): which anchors hold an object of
-any class.
+"""The region proposal network of Faster R-CNN (Ren et al., 2015):
+which anchors hold an object of any class.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SAMPLES = 256  # anchors of an image that learn, up to half of them positive
 
 
 class RPN(nn.Module):
-    """A convolution, then one class and one box for each of nine anchors a cell; shared by all
-    levels.
+    """A convolution, then one class and one box for each of nine anchors a cell;
+    shared by all levels.
     """
 
     def __init__(self, width: int) -> None:
@@ -74,8 +74,8 @@ def _assign(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
 
 
 def sample(owner: Tensor, draw: Draw, count: int, limit: int) -> tuple[Tensor, Tensor]:
-    """Indices of `limit` positives of `owner (A,)` or fewer, and of background that fills them up
-    to `count`.
+    """Indices of `limit` positives of `owner (A,)` or fewer,
+    and of background that fills them up to `count`.
     """
     positive = draw((owner >= 0).nonzero().squeeze(1), limit)
     return positive, draw((owner == BACKGROUND).nonzero().squeeze(1), count - len(positive))

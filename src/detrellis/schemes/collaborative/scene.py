@@ -1,5 +1,5 @@
-"""What branches see of a step, and what they report: in pixels of the network's input, image by
-image.
+"""What branches see of a step, and what they report:
+in pixels of the network's input, image by image.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class Collaborative(TrainingScheme):
         return self.config.max_queries * len(self.embeds)
 
     def supervision(self, base: Supervision) -> Supervision:
-        """The base, which is remembered: the branches' queries learn by it, whatever later schemes
-        make of it.
+        """The base, which is remembered:
+        the branches' queries learn by it, whatever later schemes make of it.
         """
         self.base = base
         return base
@@ -163,8 +163,8 @@ class Collaborative(TrainingScheme):
     def metrics(
         self, step: Step, blocks: Sequence[QueryBlock], assignments: Mapping[str, Assignment]
     ) -> dict[str, Tensor]:
-        """Positive queries for each target of the batch, by branch; NaN where there is no
-        target.
+        """Positive queries for each target of the batch, by branch;
+        NaN where there is no target.
         """
         names = [f"co_{name}" for name in self.named] if self.embeds else []
         outputs = step.detector.decoder.outputs
