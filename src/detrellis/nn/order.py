@@ -12,8 +12,9 @@ def exporting() -> bool:
 
 
 def best_first(scores: Tensor) -> Tensor:
-    """The places of `scores (B, N)`, the highest first, those of equal ones in their order, `(B,
-    N)`. In an exported graph equal ones come in any order.
+    """The places `(B, N)` of `scores (B, N)`, the highest first, those of equal ones in their order.
+
+    In an exported graph equal ones come in any order.
     """
     if exporting():
         return scores.argsort(dim=1, descending=True)
