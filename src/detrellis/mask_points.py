@@ -244,8 +244,8 @@ def _losses(
     places: Sequence[_Place],
 ) -> Tensor:
     """Cross-entropy and dice loss of each mask, `(m, 2)`: of the embeddings `(m, Dm)` of some
-    places, which learn the targets `rows (m,)`, in the `features (Dm, h, w)` and with the `scales
-    (2,)` of their images."""
+    places, which learn the targets `rows (m,)`, in the `features (Dm, h, w)` and with the
+    `scales (2,)` of their images."""
     assert targets.bitmaps is not None
     points = sampling.points
 

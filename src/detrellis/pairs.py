@@ -146,8 +146,8 @@ def decoupled_distillation(pairs: Pairs, sides: SideDistributions, logits: Tenso
     """DDF (D-FINE, Eq. 7): the distributions of all layers but the last learn from those of the
     last; `(L - 1,)`.
 
-    Positives weigh by their IoU, other queries by the last layer's best score of the class `logits
-    (L, B, N, C)`; the two means are averaged by the square roots of how many there are.
+    Positives weigh by their IoU, other queries by the last layer's best score of the class
+    `logits (L, B, N, C)`; the two means are averaged by the square roots of how many there are.
     """
     layer, image, query = pairs.positives.layer, pairs.positives.image, pairs.positives.query
     losses = distillation_loss(sides.logits[:-1], sides.logits[-1:]).mean(-1)  # (L - 1, B, N)

@@ -1,9 +1,9 @@
 """The typed records that flow through a detector.
 
 Sizes: `B` images, `N` queries, `L` decoder layers, `C` classes, `D` width, `S` memory tokens, `V`
-feature levels, `T` targets in the batch. Boxes inside the network are always normalised `(cx, cy,
-w, h)`, relative to the image without its padding; pixel `xyxy` exists only where data enters and
-detections leave. Padding masks are True on padding.
+feature levels, `T` targets in the batch. Boxes inside the network are always normalised
+`(cx, cy, w, h)`, relative to the image without its padding; pixel `xyxy` exists only where data
+enters and detections leave. Padding masks are True on padding.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def _copy_mask(size: int, copies: int, seen: int, device: torch.device) -> Tenso
 
 
 def _used_mask(unused: Tensor, size: int) -> Tensor:
-    """`(B, 1, size, n)` bool, True where the first `size` of `n` queries may look, of which `unused
-    (B, n)` are read by nobody but themselves: a softmax over nothing is NaN."""
+    """`(B, 1, size, n)` bool, True where the first `size` of `n` queries may look, of which
+    `unused (B, n)` are read by nobody but themselves: a softmax over nothing is NaN."""
     itself = torch.eye(size, unused.shape[1], dtype=torch.bool, device=unused.device)
     return ~unused[:, None, None] | itself
 
@@ -137,9 +137,9 @@ def memory_attention(
     dropout: float = 0.0,
     readable: Tensor | None = None,
 ) -> Tensor:
-    """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`, `v (B, M,
-    S, e)`, `padding (B, S)`, to `(B, M, N, e)`. Where each query reads tokens of its own, `readable
-    (B, N, S)` says which."""
+    """Attention to all tokens that are not padding: `q (B, M, N, d)`, `k (B, M, S, d)`,
+    `v (B, M, S, e)`, `padding (B, S)`, to `(B, M, N, e)`. Where each query reads tokens of its own,
+    `readable (B, N, S)` says which."""
     if readable is not None:
         return _attend(q, k, v, readable.unsqueeze(1), dropout)
     mask = None if padding is None else ~padding[:, None, None]

@@ -83,8 +83,8 @@ class DeformableAttention(nn.Module):
         return self.attend(x + where.position, references, memory)
 
     def attend(self, query: Tensor, references: Tensor, memory: Memory) -> Tensor:
-        """As `forward`, with `query (B, N, D)` including its position and `references (B, N, V or
-        1, 2 or 4)` relative to the padded map of each level."""
+        """As `forward`, with `query (B, N, D)` including its position and
+        `references (B, N, V or 1, 2 or 4)` relative to the padded map of each level."""
         split = (self.heads, self.levels, self.points)
         value = self.value_projection(memory.tokens)
         if memory.padding is not None:

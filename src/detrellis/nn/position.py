@@ -15,8 +15,8 @@ from detrellis.nn.constants import kept
 
 
 def sine_features(values: Tensor, features: int, temperature: float = 10000.0) -> Tensor:
-    """Interleaved `sin(v/f_0), cos(v/f_0), sin(v/f_2), ...` with `f_i = temperature^(2 floor(i/2) /
-    features)`.
+    """Interleaved `sin(v/f_0), cos(v/f_0), sin(v/f_2), ...` with
+    `f_i = temperature^(2 floor(i/2) / features)`.
 
     `values (...)`, already times 2 pi, to `(..., features)`.
     """

@@ -215,8 +215,8 @@ class SalienceEncoder(nn.Module):
     def _mixed(
         self, layer: int, x: Tensor, position: Tensor, promise: Tensor, used: Tensor | None
     ) -> Tensor:
-        """The tokens `x (B, N, D)` after dense attention among those of the highest `promise (B,
-        N)`.
+        """The tokens `x (B, N, D)` after dense attention among those of the highest
+        `promise (B, N)`.
         """
         if used is not None:
             promise = promise.masked_fill(~used, -1)

@@ -42,10 +42,10 @@ HAS_TRITON = find_spec("triton") is not None
 def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of bilinear samples, zero outside the map.
 
-    `value (B, S, M, d)`, `locations (B, N, M, V, P, 2)` as (x, y) in [0, 1] of each level, `weights
-    (B, N, M, V, P)`. Returns `(B, N, M * d)` in the value's type. Locations and weights are used in
-    float32 or better, and so are sums. On torch's meta device only the shape comes out: samples and
-    their sums are no multiply-adds that anybody counts.
+    `value (B, S, M, d)`, `locations (B, N, M, V, P, 2)` as (x, y) in [0, 1] of each level,
+    `weights (B, N, M, V, P)`. Returns `(B, N, M * d)` in the value's type. Locations and weights
+    are used in float32 or better, and so are sums. On torch's meta device only the shape comes
+    out: samples and their sums are no multiply-adds that anybody counts.
     """
     if value.is_meta:
         return value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
