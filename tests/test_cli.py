@@ -20,6 +20,7 @@ import typer
 from PIL import Image
 
 import detrellis
+from detrellis import api
 from detrellis.cli import app, main
 from detrellis.cli.entry import start
 from detrellis.errors import UserError, command
@@ -28,6 +29,7 @@ from detrellis.types import Detections
 from .small import SMALL
 
 OPTIONS = [a for s in [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"] for a in ("-o", s)]
+ONE_EPOCH = ("--epochs", 1, "--workers", 0, *OPTIONS)
 README = Path(__file__).parents[1] / "README.md"
 VERBS = [
     "demo",
@@ -183,20 +185,7 @@ def test_the_whole_path(
 ) -> None:
     run = tmp_path / "run"
     assert "0 errors" in call("check", "--data", shapes, capsys=capsys)
-    text = call(
-        "train",
-        "tiny",
-        "--data",
-        shapes,
-        "--out",
-        run,
-        "--epochs",
-        1,
-        "--workers",
-        0,
-        *OPTIONS,
-        capsys=capsys,
-    )
+    text = call("train", "tiny", "--data", shapes, "--out", run, *ONE_EPOCH, capsys=capsys)
     assert (
         f"detrellis predict {run}" in " ".join(text.split()).replace(" /", "/") or "Next:" in text
     )
@@ -295,28 +284,40 @@ def test_training_goes_on_from_another_runs_weights(
     found = json.loads(call("train", "--weights", file, *rest, *settings, capsys=capsys))
     assert [e["place"] for e in found["transfer"]["exceptions"]] == ["queries.content"]
     assert found["transfer"]["classes"]["same"] is True
-    text = call("train", "--weights", file, *rest, "--scale", "tiny", capsys=capsys, code=2)
+    rest = (*rest, "--scale", "tiny", "--out", tmp_path / "fourth")
+    text = call("train", "--weights", file, *rest, capsys=capsys, code=2)
     assert "another network" in " ".join(text.split())
+
+
+def test_what_train_is_told_arrives(
+    shapes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, object] = {}
+
+    def kept(*_: object, **options: object) -> None:
+        given.update(options)
+        raise UserError("so far")
+
+    monkeypatch.setattr(api, "train", kept)
+    monkeypatch.setattr(api, "resume", kept)
+    words = ("--epochs", 3, "-o", "optim.lr=1e-3", "--device", "cpu", "--workers", 5)
+    shared = {"epochs": 3, "override": ["optim.lr=1e-3"], "device": "cpu", "workers": 5}
+    call("train", "--resume", tmp_path, *words, "--train", tmp_path, capsys=capsys, code=2)
+    assert given.items() >= (shared | {"data": None, "train": tmp_path}).items()
+    words = (*words, "--data", shapes, "--seed", 7, "--scheme", "align", "--auto-batch")
+    call("train", "tiny", *words, "--out", tmp_path, "--skip-bad", capsys=capsys, code=2)
+    more = {"seed": 7, "scheme": ["align"], "auto_batch": True, "out": tmp_path, "skip_bad": True}
+    assert given.items() >= (shared | more).items()
 
 
 def test_two_runs_are_analyzed_side_by_side(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "figures"
-    call(
-        "train",
-        "tiny",
-        "--data",
-        shapes,
-        "--out",
-        run,
-        "--epochs",
-        1,
-        "--workers",
-        0,
-        *OPTIONS,
-        capsys=capsys,
-    )
+    call("train", "tiny", "--data", shapes, "--out", run, *ONE_EPOCH, capsys=capsys)
     rest = ("--out", out, "--workers", 0, "--split", "train", "--batch-size", 2)
     runs = (run / "best.safetensors", run / "last.safetensors")
     text = call(
@@ -352,19 +353,8 @@ def test_groups_are_analyzed(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "figures"
     rest = ("--workers", 0, "--out", out)
-    train = (
-        "train",
-        "tiny",
-        "--data",
-        shapes,
-        "--scheme",
-        "group=2",
-        "--epochs",
-        1,
-        "--workers",
-        0,
-    )
-    call(*train, "--out", run, *OPTIONS, capsys=capsys)
+    train = ("train", "tiny", "--data", shapes, "--scheme", "group=2", *ONE_EPOCH)
+    call(*train, "--out", run, capsys=capsys)
     text = call("analyze", "groups", run, *rest, "--names", "two", capsys=capsys)
     assert [word for word in ("two", "all 2", f"{out}/groups.png") if word not in text] == []
     found = json.loads(call("analyze", "groups", run, *rest, "--grid", 3, "--json", capsys=capsys))
@@ -573,7 +563,7 @@ def test_training_on_a_bad_data_set_is_refused_or_survived(
     bad, images = tmp_path / "bad.json", shapes / "images" / "train"
     bad.write_text(json.dumps(source))
     data = ("--train", bad, "--train-images", images)
-    train = ("train", "tiny", *data, "--epochs", 1, "--workers", 0, *OPTIONS)
+    train = ("train", "tiny", *data, *ONE_EPOCH)
     assert f"id {source['annotations'][0]['id']}" in call(*train, capsys=capsys, code=2).replace(
         "annotation ", "id "
     )

@@ -77,8 +77,10 @@ def signature(name: str, function: Any) -> str:
         if p.kind is p.KEYWORD_ONLY and not keywords:
             lines.append("*")
             keywords = True
-        kind = p.annotation if isinstance(p.annotation, str) else ""  # Python would quote it
-        lines.append(str(p).replace(repr(kind), kind, 1))
+        line = str(p)
+        if isinstance(p.annotation, str):  # Python quotes it
+            line = line.replace(repr(p.annotation), p.annotation, 1)
+        lines.append(line)
     result = "" if said.return_annotation is said.empty else f" -> {said.return_annotation}"
     inside = "".join(f"    {line},\n" for line in lines)
     return f"{name}(\n{inside}){result}" if lines else f"{name}(){result}"

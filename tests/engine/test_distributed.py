@@ -238,8 +238,7 @@ def stopped(rank: int, size: int, port: int, data: str, out: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             stop_at(patch, 2)
-        settings = [*SMALL, "data.size=[64, 64]", "optim.batch_size=4"]
-        settings += ["detector.backbone.frozen=1"]
+        settings = [*SETTINGS, "detector.backbone.frozen=1"]
         result = detrellis.train(
             "tiny",
             data=data,

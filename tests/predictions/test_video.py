@@ -22,6 +22,7 @@ from detrellis.predictions.model import Model
 from detrellis.predictions.record import Prediction
 from detrellis.predictions.save import JsonList
 from detrellis.predictions.video import Frame, read_frames
+from detrellis.verbs.prediction import expected
 
 from .conftest import picture, save
 from .test_predict import alike, call, interrupt
@@ -161,6 +162,12 @@ def test_few_frames_are_in_memory(
     stream = model.detect(find_pictures(film(tmp_path / "a.mp4", 60)), 0.0, None, batch_size=2)
     for number, _ in zip(range(20), stream, strict=False):
         assert read <= number + 1 + 8  # WINDOW batches of two
+
+
+def test_how_many_predictions_there_will_be(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    film(tmp_path / "b.mp4", 5)
+    assert [expected(find_pictures(tmp_path), every) for every in (1, 2, 9)] == [6, 4, 2]
 
 
 def test_a_folder_of_pictures_and_videos(run: Path, tmp_path: Path) -> None:

@@ -261,3 +261,17 @@ def test_predict_takes_the_stored_thresholds(shapes: Path, tmp_path: Path) -> No
     save_weights(result.run / "other.safetensors", weights, replace(card, epoch=7))
     with pytest.raises(UserError, match="epoch 7"):
         class_thresholds(result.run / "other.safetensors", card.classes)
+
+
+def test_the_runs_report_is_of_its_own_data_as_it_is(shapes: Path, tmp_path: Path) -> None:
+    recipe = small("tiny", ["none"]).override(["data.size=64", "data.augment=none"])
+    run = api.train(
+        recipe, data=shapes, epochs=1, out=tmp_path / "run", workers=0, device="cpu"
+    ).run
+    page, before = run / "report.html", (run / "report.html").read_bytes()
+    for other in ({"data": shapes}, {"nms": 0.5}, {"tta": True}, {"metric": "voc"}):
+        api.evaluate(run, **other, workers=0, device="cpu")
+        assert page.read_bytes() == before, other
+    page.unlink()
+    api.evaluate(run, workers=0, device="cpu")
+    assert page.exists()

@@ -200,18 +200,8 @@ def test_the_command_line_searches(
     monkeypatch.setattr("detrellis.study.rows.count_classes", lambda source, skip_bad: 3)
     data = write_shapes(tmp_path / "data", train=4, val=2, size=(32, 32))
     out = tmp_path / "out"
-    words = [
-        "tune",
-        "tiny",
-        "--data",
-        data,
-        "--search",
-        "optim.lr=1e-4..1e-3:log",
-        "--trials",
-        3,
-        "--out",
-        out,
-    ]
+    words = ["tune", "tiny", "--data", data, "--out", out, "--trials", 3]
+    words += ["--search", "optim.lr=1e-4..1e-3:log"]
     shown = call(*words, capsys=capsys)
     assert "Next: detrellis train tiny" in shown or "Nothing that was tried" in shown
     records = json.loads(call(*words, "--json", capsys=capsys))

@@ -13,6 +13,7 @@ import pytest
 from detrellis.cli import main
 from detrellis.study import launch, pace, run
 
+ROWS = ("--schemes", "none,align")
 # In place of a training: AP 10 for one without schemes, 12 with; a recipe of 7 epochs fails.
 STUB = """
 import json, pathlib, sys
@@ -57,19 +58,7 @@ def test_compare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    arguments = (
-        "compare",
-        "--data",
-        shapes,
-        "--schemes",
-        "none,align",
-        "--epochs",
-        2,
-        "--jobs",
-        2,
-        "--out",
-        out,
-    )
+    arguments = ("compare", "--data", shapes, *ROWS, "--epochs", 2, "--jobs", 2, "--out", out)
     text = call(*arguments, "--seeds", 1, capsys=capsys, monkeypatch=monkeypatch)
     for wanted in (
         "10.0",
@@ -105,35 +94,14 @@ def test_compare_at_equal_time(
         pace, "training_step", lambda recipe, *_: 1.0 if recipe.schemes.align is None else 2.0
     )
     monkeypatch.setattr(pace, "seconds_of", lambda step, device: step)
-    arguments = (
-        "compare",
-        "--data",
-        shapes,
-        "--schemes",
-        "none,align",
-        "--epochs",
-        4,
-        "--seeds",
-        1,
-        "--device",
-        "cpu",
-    )
-    text = call(
-        *arguments,
-        "--equal",
-        "time",
-        "--out",
-        tmp_path / "out",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+    arguments = ("compare", "--data", shapes, *ROWS, "--epochs", 4, "--seeds", 1, "--device", "cpu")
+    arguments += ("--out", tmp_path / "out")
+    text = call(*arguments, "--equal", "time", capsys=capsys, monkeypatch=monkeypatch)
     assert "Timing steps of align, to give" in text
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["pace"] == {"align": 2.0}
     assert [row["recipe"]["schedule"]["epochs"] for row in plan["rows"]] == [4, 2]
-    text = call(
-        *arguments, "--out", tmp_path / "out", capsys=capsys, monkeypatch=monkeypatch, code=2
-    )
+    text = call(*arguments, capsys=capsys, monkeypatch=monkeypatch, code=2)
     assert "equal time, now equal epochs" in text
 
 
@@ -143,17 +111,7 @@ def test_failed_runs_are_told_with_their_log(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = (
-        "compare",
-        "--data",
-        shapes,
-        "--schemes",
-        "none,align",
-        "--epochs",
-        7,
-        "--seeds",
-        1,
-    )
+    arguments = ("compare", "--data", shapes, *ROWS, "--epochs", 7, "--seeds", 1)
     text = call(
         *arguments, "--out", tmp_path / "out", capsys=capsys, monkeypatch=monkeypatch, code=1
     )

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from detrellis.data.layout import DataSource
 
 
+Show = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=100, help="Draw so many pictures as --recipe (default: small) trains on them."
+    ),
+]
+
+
 @grouped
 def check(
     *,
@@ -44,14 +52,7 @@ def check(
     scale: Scale = None,
     scheme: Schemes = None,
     override: Overrides = None,
-    show: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=100,
-            help="Draw so many pictures as --recipe (default: small) trains on them.",
-        ),
-    ] = None,
+    show: Show = None,
     workers: Annotated[
         int | None,
         typer.Option(**limits(Threads), help="Threads that decode (default: one a core)."),

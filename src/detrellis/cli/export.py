@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from detrellis.cli.options import AsJson, Trained, console, print_json
 from detrellis.errors import command
+
+Format = Annotated[
+    Literal["onnx", "openvino", "torch"],
+    typer.Option("--format", help="Of the file: .onnx, .xml or .pt2."),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="HEIGHTxWIDTH", help="Of all pictures (default: any; takes minutes)."),
+]
+Detections = Annotated[
+    bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")
+]
+Int8 = Annotated[
+    bool,
+    typer.Option(
+        "--int8", help="Backbone to encoder in 8 bits (openvino); not written if that costs 1 AP."
+    ),
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(help="Data set to calibrate --int8 and measure it on (default: the run's)."),
+]
+Verify = Annotated[
+    Path | None,
+    typer.Option(help="Pictures on which both have to detect the same; exit code 1 if not."),
+]
 
 
 def convert(
@@ -52,36 +78,16 @@ def convert(
 def export(
     run: Trained,
     *,
-    format_: Annotated[
-        Literal["onnx", "openvino", "torch"],
-        typer.Option("--format", help="Of the file: .onnx, .xml or .pt2."),
-    ] = "onnx",
+    format_: Format = "onnx",
     out: Annotated[
         Path | None, typer.Option(help="File to write (default: model.onnx, ... in the run).")
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="HEIGHTxWIDTH", help="Of all pictures (default: any; takes minutes)."),
-    ] = None,
-    detections: Annotated[
-        bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")
-    ] = False,
+    size: Size = None,
+    detections: Detections = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
-    int8: Annotated[
-        bool,
-        typer.Option(
-            "--int8",
-            help="Backbone to encoder in 8 bits (openvino); not written if that costs 1 AP.",
-        ),
-    ] = False,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(help="Data set to calibrate --int8 and measure it on (default: the run's)."),
-    ] = None,
-    verify: Annotated[
-        Path | None,
-        typer.Option(help="Pictures on which both have to detect the same; exit code 1 if not."),
-    ] = None,
+    int8: Int8 = False,
+    calibrate: Calibrate = None,
+    verify: Verify = None,
     as_json: AsJson = False,
 ) -> None:
     """The network of a run for ONNX Runtime, OpenVINO or torch.
@@ -106,26 +112,28 @@ def export(
         calibrate=calibrate,
         verify=verify,
     )
-    written, verification = done.exported, done.verification
     if as_json:
         print_json(done.to_dict())
     else:
-        height, width = (side or "any" for side in written.size)
-        size = (
-            "of any size"
-            if written.size == (None, None)
-            else f"of {height}x{width} pixels (height, width)"
-        )
-        console.print(
-            f"{written.out}: {written.bytes / 2**20:.1f} MiB, pictures {size}, any number at a time"
-        )
-        console.print(f"Outputs: {', '.join(written.outputs)}")
-        if written.int8 is not None:
-            console.print(written.int8.table())
-        if verification is not None:
-            console.print(verification.table())
-            console.print("The same." if verification.passed else "Not the same.")
-        elif written.format != "torch":
-            console.say("Next: ", command("predict", written.out, "PICTURES", "--out", "pictures"))
-    if verification is not None and not verification.passed:
+        _print_export(done)
+    if done.verification is not None and not done.verification.passed:
         raise typer.Exit(1)
+
+
+def _print_export(done: Any) -> None:
+    written, verification = done.exported, done.verification
+    size = "of any size"
+    if written.size != (None, None):
+        height, width = (side or "any" for side in written.size)
+        size = f"of {height}x{width} pixels (height, width)"
+    console.print(
+        f"{written.out}: {written.bytes / 2**20:.1f} MiB, pictures {size}, any number at a time"
+    )
+    console.print(f"Outputs: {', '.join(written.outputs)}")
+    if written.int8 is not None:
+        console.print(written.int8.table())
+    if verification is not None:
+        console.print(verification.table())
+        console.print("The same." if verification.passed else "Not the same.")
+    elif written.format != "torch":
+        console.say("Next: ", command("predict", written.out, "PICTURES", "--out", "pictures"))

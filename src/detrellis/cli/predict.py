@@ -96,13 +96,16 @@ class Tally:
         return counts if self.frames is None else f"{counts} ({self.frames} frames)"
 
 
+Pictures = Annotated[
+    list[str],
+    typer.Argument(help="Pictures, videos, folders of them, and patterns ('pics/*.jpg')."),
+]
+
+
 @grouped
 def predict(
     run: Trained,
-    pictures: Annotated[
-        list[str],
-        typer.Argument(help="Pictures, videos, folders of them, and patterns ('pics/*.jpg')."),
-    ],
+    pictures: Pictures,
     *,
     out: Annotated[
         Path, typer.Option(help="Folder for annotated pictures and videos, and predictions.json.")

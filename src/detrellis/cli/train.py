@@ -57,6 +57,13 @@ def demo(
     _leave(run_demo(out, epochs=epochs, seed=seed, console=console, masks=masks))
 
 
+NewRun = Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")]
+SeedOfRun = Annotated[
+    int | None,
+    typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0)."),
+]
+
+
 @grouped
 def train(
     *,
@@ -69,13 +76,8 @@ def train(
     override: Overrides = None,
     epochs: EpochsOrAuto = None,
     auto_batch: AutoBatch = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run (default: runs/RECIPE-TIME).")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(**limits(Seed), help="Decides weights, order and augmentation (default: 0)."),
-    ] = None,
+    out: NewRun = None,
+    seed: SeedOfRun = None,
     skip_bad: SkipBad = False,
     keep_partial: KeepPartial = False,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, bit for bit.")] = None,
@@ -96,15 +98,14 @@ def train(
         )
     elif recipe is not None or weights is None:
         choose_recipe(recipe, scale, scheme or (), override or ())
-    data: dict[str, Any] = (
-        {"data": files.source()} if resume is None and weights is None else vars(files)
-    )
+    checked = resume is None and weights is None
+    shared: dict[str, Any] = {"data": files.source()} if checked else dict(vars(files))
     from detrellis import api
 
-    shared: dict[str, Any] = {"override": override or (), "epochs": epochs, "track": track or ()}
-    shared["console"] = progress_console(as_json)
+    shared |= {"override": override or (), "epochs": epochs, "track": track or ()}
+    shared |= {"device": device, "workers": workers, "console": progress_console(as_json)}
     if resume is not None:
-        result = api.resume(resume, device=device, workers=workers, **data, **shared)
+        result = api.resume(resume, **shared)
     else:
         result = api.train(
             recipe,
@@ -116,9 +117,6 @@ def train(
             out=out,
             seed=seed or 0,
             skip_bad=skips(skip_bad, keep_partial),
-            device=device,
-            workers=workers,
-            **data,
             **shared,
         )
     if as_json:

@@ -49,8 +49,7 @@ def evaluate(
     device: str | None = None,
     progress: bool = False,
 ) -> EvalResult | VocResult:
-    """Box AP of a run on its own validation split,
-    on another split, or on another data set with its classes.
+    """Box AP of a run on its own validation split, on another, or on other data with its classes.
 
     `data` is another data set, a folder in a known layout; `val` is a COCO file instead of it, with
     its images in `val_images`. `metric`: COCO's AP over the IoUs 0.5 to 0.95, the same of masks
@@ -58,10 +57,9 @@ def evaluate(
     names a file for the detections in COCO's results format. `report` is a folder for
     `report.html`, which says what goes wrong; default: the run's, on its own data without `nms` and
     `tta`. `nms` applies non-maximum suppression at that IoU first: how much AP that gains says how
-    many duplicates the detector leaves. `tta` looks at each image at several sizes and mirrored
-    (`engine/views.py`), and `tiles` in parts, as in `predict`. Raises `UserError` where the data
-    set has errors, unless `skip_bad` drops the bad records and the images that lose an object by
-    that (`"boxes"`: these stay).
+    many duplicates the detector leaves. `tta` and `tiles` look at each image as in `predict`
+    (`engine/views.py`). Raises `UserError` where the data set has errors, unless `skip_bad` drops
+    the bad records and the images that lose an object by that (`"boxes"`: these stay).
     """
     outputs = None if results is None else Outputs(Path(results).parent, "--results")
     if outputs is not None:
@@ -69,9 +67,8 @@ def evaluate(
     weights = None if is_foreign(run) else find_weights(Path(run))
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     _refuse(metric, report is not None, tta, tiling)
-    as_in_training = (
-        data is None and val is None and nms is None and not (tta or tiles) and metric != "voc"
-    )
+    plain = nms is None and not (tta or tiles) and metric != "voc"
+    as_in_training = plain and data is None and val is None
     page = reporting.report_outputs(weights if as_in_training else None, report, split)
     options = EvalOptions(data, val, val_images, split, batch_size, skip_bad, workers)
     with process_group(device) as world, open_split(run, world, options) as opened:
@@ -83,10 +80,9 @@ def evaluate(
             outputs.write_with(Path(results or "").name, evaluator.results_json)
         if metric == "voc":
             return evaluate_voc(opened.annotations, evaluator.arrays())
-        boxes = evaluator.compute(resample=True)
-        result = (
-            replace(evaluator.compute(resample=True, of="mask"), boxes=boxes) if masked else boxes
-        )
+        result = evaluator.compute(resample=True)
+        if masked:
+            result = replace(evaluator.compute(resample=True, of="mask"), boxes=result)
         if page is None or not world.is_main_process:
             return result
         card = reporting.card_of(weights, opened.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +48,7 @@ def predict(
     on_prediction: Callable[[Prediction], object] | None = None,
     progress: bool = False,
 ) -> Predictions:
-    """Detections of a run in pictures: files, folders, patterns, arrays;
-    see `Model.predict`, also for the dials.
+    """Detections of a run in pictures: files, folders, patterns, arrays, as `Model.predict` gives.
 
     Of a video (`pip install 'detrellis[video]'`) each frame gives a prediction, or one in `every`,
     with its `frame` and `time`. `on_prediction` is called with each prediction as it comes, which
@@ -72,10 +71,8 @@ def predict(
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     if out is None and (format or crops or txt):
         raise UserError("files are to be written, and no folder is named", "Say where: out=FOLDER.")
-    given = [
-        replace(picture, every=every)
-        for picture in without_repeats(find_pictures(pictures, recursive))
-    ]
+    found = without_repeats(find_pictures(pictures, recursive))
+    given = [replace(picture, every=every) for picture in found]
     folder = None if out is None else PredictionFolder(Path(out), given, txt, format, crops)
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()
@@ -84,14 +81,13 @@ def predict(
     def detect(some: Iterable[InputPicture]) -> Generator[Prediction | UnreadablePicture]:
         return model.detect(some, least, nms, batch_size, tta, tiling)
 
-    predictions = (
-        detect(given) if folder is None else folder.save(detect, model.classes, model.data)
-    )
+    work = detect(given) if folder is None else folder.save(detect, model.classes, model.data)
     # Ctrl-C may come anywhere; what was predicted is written then too
-    with contextlib.closing(predictions):
-        total = sum(
-            -(-frames_expected(p.path) // every) if p.path and p.is_video else 1 for p in given
-        )
-        return collect_predictions(
-            track(predictions, "predict", total, progress), on_error, on_prediction
-        )
+    with contextlib.closing(work):
+        shown = track(work, "predict", expected(given, every), progress)
+        return collect_predictions(shown, on_error, on_prediction)
+
+
+def expected(given: Sequence[InputPicture], every: int) -> int:
+    """How many predictions there will be: one a picture, and one in `every` frames of a video."""
+    return sum(-(-frames_expected(p.path) // every) if p.path and p.is_video else 1 for p in given)

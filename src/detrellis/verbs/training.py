@@ -80,8 +80,7 @@ def train(
     track: Track | Sequence[Track] = (),
     console: Console | None = None,
 ) -> TrainResult:
-    """Train a recipe on a data set:
-    a folder in a known layout (`data`), or COCO files (`train`, `val`).
+    """Train a recipe on a data set: a folder (`data`), or COCO files (`train`, `val`).
 
     `weights` are what it starts from: a run's folder or weights file, of any classes. What fits is
     taken over, rows of the class heads by the classes' names; the result's `transfer` tells what
@@ -91,15 +90,14 @@ def train(
     (`"optim.lr=1e-4"`), `epochs="auto"` trains for as many as the size of the data set asks for
     (`engine/length.py`), `auto_batch` takes as many images at a time as fit into memory
     (`engine/auto_batch.py`). `out` is the run's folder (default: `runs/` with the recipe's name and
-    the time). `track` names trackers that get the log besides TensorBoard (`"wandb"`,
-    `engine/tracker_libraries.py`), or is one of your own, see `engine/trackers.py`. Raises
-    `UserError` where the data set has errors, unless `skip_bad` drops the bad records and the
-    images that lose an object by that (`"boxes"`: these stay).
+    the time). `track` names trackers that get the log besides TensorBoard (`"wandb"`), or is one of
+    your own (`engine/trackers.py`). Raises `UserError` where the data set has errors, unless
+    `skip_bad` drops bad records and the images that lose an object by that (`"boxes"`: these stay).
     """
     if auto_batch:
         refuse_both(override)
     default, initial = _recipe_and_weights(recipe, weights)
-    initial_boxes = None if boxes is None else load_any(boxes)[0]
+    anchors = None if boxes is None else load_any(boxes)[0]
     chosen = choose_recipe(default, scale, scheme, override)
     if isinstance(epochs, int):
         chosen = chosen.override(f"schedule.epochs={epochs}")
@@ -107,24 +105,16 @@ def train(
     source = find_data(data, train, train_images, val, val_images)
     if out is not None:
         _check_free(Path(out))
+    say, tried = _say(console), workers if auto_batch else None
     with process_group(device) as world:
         training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
-        chosen = _fitted(
-            chosen,
-            training,
-            world,
-            epochs == "auto",
-            workers if auto_batch else None,
-            _say(console),
-        )
+        chosen = _fitted(chosen, training, world, epochs == "auto", tried, say)
         folder = Path(out) if out is not None else new_folder(chosen.name, world)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         trackers = _trackers(track)
-        job = TrainJob(
-            card, training, validation, folder, workers, initial, initial_boxes, trackers
-        )
-        report = partial(reporting.report_of_run, folder, _say(console))
+        job = TrainJob(card, training, validation, folder, workers, initial, anchors, trackers)
+        report = partial(reporting.report_of_run, folder, say)
         with held(folder, world, new=True, check=partial(_begin, folder)):
             return run_job(job, world, console=console, report=report)
 
