@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,51 @@ def test_places_without_locks_are_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(folders.fcntl, "flock", none)
     with pytest.warns(Advice, match="no locks here .No locks available."), held(tmp_path):
         pass
+
+
+def unfinished(folder: Path, error: BaseException, write: Callable[[Path], None]) -> None:
+    """A run that writes so much, and raises."""
+    with held(folder, new=True):
+        write(folder)
+        raise error
+
+
+@pytest.mark.parametrize("error", [UserError("no", "Go."), KeyboardInterrupt(), OSError("full")])
+def test_nothing_is_left_of_what_never_began(error: BaseException, tmp_path: Path) -> None:
+    run, own = tmp_path / "runs" / "deep" / "run", tmp_path / "own"
+    own.mkdir()
+    for folder, rest in ((run, tmp_path / "runs"), (own, own / LOCK)):
+        with pytest.raises(type(error)):
+            unfinished(folder, error, lambda folder: Outputs(folder).take(["metrics.jsonl"]))
+        assert not rest.exists()
+    assert list(own.iterdir()) == []  # somebody else made it, so it stays
+
+
+def test_what_has_begun_stays(tmp_path: Path) -> None:
+    error = UserError("no", "Go.")
+    with pytest.raises(UserError):
+        unfinished(tmp_path / "run", error, lambda folder: (folder / "metrics.jsonl").touch())
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK, "metrics.jsonl"}
+
+
+def test_who_is_refused_takes_no_lock_away(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(UserError, match="writes here"):
+        held(tmp_path, new=True).__enter__()
+    assert (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_goes_while_it_is_taken_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, asked = folders.fcntl.flock, []
+
+    def late(file: object, how: int) -> None:
+        asked.append(how)
+        if len(asked) == 1:  # by another process, whose run did not begin
+            (tmp_path / LOCK).unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(folders.fcntl, "flock", late)
+    with held(tmp_path):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()}")
+    assert len(asked) == 2

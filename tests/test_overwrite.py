@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +118,28 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
     assert list(map(str, folders)) == [
         f"runs/tiny-20260101-120000{end}" for end in ("", "-2", "-3")
     ]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        ({"track": "nothing"}, "no such tracker"),
+        ({"override": ["schedule.warmup_steps=10000"]}, "warmup"),
+    ],
+)
+@pytest.mark.parametrize("out", [None, "new/run"])
+def test_nothing_is_left_of_a_training_that_is_refused(
+    refusal: dict[str, Any],
+    words: str,
+    out: str | None,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        detrellis.train("tiny", data=data, out=out, workers=0, **refusal)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_figures(run: Path, tmp_path: Path) -> None:

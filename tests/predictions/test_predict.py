@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import detrellis
 from detrellis.cli import app
+from detrellis.cli.predict import names_below
 from detrellis.errors import UserError
 from detrellis.predictions.model import Model
 from detrellis.predictions.record import BrokenPictures, Prediction
@@ -228,3 +229,13 @@ def test_supervision_reads_what_was_found(model: Model, monkeypatch: pytest.Monk
         UserError, match=r'supervision is missing.*\n.*pip install "detrellis\[viz\]"'
     ):
         found.to_supervision()
+
+
+def test_the_table_tells_pictures_of_equal_names_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = [Path("pics/one.jpg"), Path("pics/sub/one.jpg"), tmp_path / "pics" / "two.jpg"]
+    assert names_below(pictures) == ["one.jpg", "sub/one.jpg", "two.jpg"]
+    assert names_below([Path("pics/sub/one.jpg"), None]) == ["one.jpg", ""]
+    assert names_below([None]) == [""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,10 +193,22 @@ def _end(failures: Sequence[UnreadablePicture], found: Mapping[Path | None, Tall
 
 def _show(found: Mapping[Path | None, Tally], out: Path, others: Mapping[str, Path]) -> None:
     table = Table("picture", "detections")
-    for path, tally in found.items():
-        table.add_row(Text("" if path is None else path.name), Text(str(tally)))
+    for name, tally in zip(names_below(list(found)), found.values(), strict=True):
+        table.add_row(Text(name), Text(str(tally)))
     console.print(table)
     console.say(
         f"Pictures and predictions.json: {out}",
         *(f"; {what}: {place}" for what, place in others.items()),
     )
+
+
+def names_below(paths: Sequence[Path | None]) -> list[str]:
+    """The place of each file below the folder that all are in, so that no two are called the same;
+    "" where there is no file.
+    """
+    places = [None if path is None else path.absolute() for path in paths]
+    try:
+        top = os.path.commonpath([place.parent for place in places if place is not None])
+    except ValueError:  # no file, or files of several drives
+        return ["" if path is None else str(path) for path in paths]
+    return ["" if place is None else place.relative_to(top).as_posix() for place in places]

@@ -85,10 +85,13 @@ def train(
         (console or Terminal()).print(*origins, sep="\n")
     loader, steps_per_epoch = train_loader(job, world)
     check_warmup(steps_per_epoch * epochs, schedule)
+    # Once for all evaluations; an object without a mask is told before anything is written.
+    bitmaps = job.val if job.card.recipe.needs_bitmaps else None
+    masks = None if bitmaps is None else run_lengths(bitmaps)
     tracked: Any = {"trackers": job.trackers, "config": job.card.settings()}
     length: Any = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "step": state.step}
     log = RunLog(job.out, **length, rank=world.rank, console=console, **tracked)
-    run = TrainRun(job, world, state, loader, steps_per_epoch, log)
+    run = TrainRun(job, world, state, loader, steps_per_epoch, log, masks)
     with log, collected() as caught, contextlib.closing(loader), run.saves.saved_on_error():
         run.saves.save_at_start(resume)
         if resume is None and world.is_main_process:
@@ -124,6 +127,7 @@ class TrainRun:
         loader: Loader,
         steps_per_epoch: int,
         log: RunLog,
+        masks: list[dict[str, Any]] | None,
     ) -> None:
         self.job, self.world, self.state, self.loader, self.log = job, world, state, loader, log
         self.recipe, self.steps_per_epoch = job.card.recipe, steps_per_epoch
@@ -138,10 +142,7 @@ class TrainRun:
             if job.val is None
             else eval_loader(job.val, self.recipe.data, batch, job.workers, world)
         )
-        # Once for all evaluations; an object without a mask is told before the first step.
-        self.masks = (
-            run_lengths(job.val) if self.recipe.needs_bitmaps and job.val is not None else None
-        )
+        self.masks = masks  # of the validation images
 
     def show_samples(self) -> None:
         """What is trained on, as one picture, in the run's folder and in the trackers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,13 +110,13 @@ def train(
     with process_group(device) as world:
         training, validation, classes = _prepared(source, chosen, skip_bad, world, console)
         chosen = _fitted(chosen, training, world, epochs == "auto", tried, say)
-        folder = Path(out) if out is not None else new_folder(chosen.name, world)
         card = Card(chosen, classes, source.to_dict(), int(seed), skip_bad)
         card = replace(card, backbone=backbone, weights=_origin(weights), boxes=_origin(boxes))
         trackers = _trackers(track)
-        job = TrainJob(card, training, validation, folder, workers, initial, anchors, trackers)
-        report = partial(reporting.report_of_run, folder, say)
-        with held(folder, world, new=True, check=partial(_begin, folder)):
+        place = new_folder(chosen.name, world) if out is None else nullcontext(Path(out))
+        with place as folder, held(folder, world, new=True, check=partial(_begin, folder)):
+            job = TrainJob(card, training, validation, folder, workers, initial, anchors, trackers)
+            report = partial(reporting.report_of_run, folder, say)
             return run_job(job, world, console=console, report=report)
 
 
