@@ -23,6 +23,9 @@ QUICK := $(addprefix tests/test_cli.py::test_,help_shows_an_example a_wrong_word
 	wrong_use_is_a_message_and_exit_code_2 a_signal_is_a_line_and_its_exit_code the_whole_path \
 	two_runs_are_analyzed_side_by_side) tests/data/test_decode.py
 
+# The environments here are our own: their bytecode is kept, or each process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test soak quick oldest dist wheel docs bench check lint types arrows style clean
 
@@ -83,12 +86,11 @@ clean:  ## Remove the environment, caches and the demo (runs/ stays)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done once, and again when what is installed changes. uv needs half of pip's time; where it cannot install, pip does.
-# Bytecode is compiled at once, as pip does it: where PYTHONDONTWRITEBYTECODE is set, each process would compile torch anew.
 $(STAMP): pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo "Installing into $(VENV). PyTorch is large: this takes a few minutes the first time."
 	@$(if $(CPU)$(TORCH_INDEX),$(CPU_BUILD))
-	@$(BIN)/python -m uv --no-progress pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt \
+	@$(BIN)/python -m uv --no-progress pip install -q --python $(BIN)/python -c constraints.txt \
 		-e '$(EVERYTHING)' \
 		|| $(BIN)/python -m pip install -q -c constraints.txt -e '$(EVERYTHING)'
 	@touch $@

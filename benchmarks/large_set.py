@@ -1,18 +1,20 @@
 """A set of 100,000 images: how long a run takes to its first step,
 and whether loading an epoch takes more memory.
 
-    python benchmarks/large_set.py
+    python benchmarks/large_set.py [--masks]
 
 The images are copies of a few small pictures, so that only their number counts (not links: `check`
 calls one file that is listed twice an error). The run is a process of its own, timed from its first
 line, imports included, to where its first step would begin. Then an epoch goes through the loader
-as in training; each worker's memory is what it shares with nobody (Linux alone tells).
+as in training; each worker's memory is what it shares with nobody (Linux alone tells). With
+`--masks` each object has a polygon of twelve corners, and the detector learns masks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,10 @@ from detrellis.recipes import find_recipe
 # Pictures that there really are, their pixels, boxes of each: COCO's average
 FILES, SIDE, BOXES = 32, 64, 7
 BATCH, WORKERS, LOOKS = 50, 2, 10
+CORNERS = [
+    (10 + 10 * math.cos(a * math.pi / 6), 12 + 12 * math.sin(a * math.pi / 6)) for a in range(12)
+]
+WITH_MASKS = "detector.masks={}"
 START = f"""
 import time
 began = time.perf_counter()
@@ -46,13 +52,15 @@ def first(run, batches):
     os._exit(0)
 
 TrainRun.train_step = first
-detrellis.train("tiny", data=sys.argv[1], out=sys.argv[2], workers={WORKERS}, device="cpu")
+detrellis.train(
+    "tiny", data=sys.argv[1], out=sys.argv[2], override=sys.argv[3:], workers={WORKERS}, device="cpu"
+)
 """
 
 
-def copied_set(folder: Path, images: int) -> Path:
+def copied_set(folder: Path, images: int, masks: bool) -> Path:
     """A data set in COCO's layout with so many images."""
-    data = write_shapes(folder / "set", train=FILES, val=5, size=(SIDE, SIDE))
+    data = write_shapes(folder / "set", train=FILES, val=5, size=(SIDE, SIDE), masks=masks)
     folder = data / "images" / "train"
     real = [path.read_bytes() for path in sorted(folder.iterdir())]
     for index in range(images):
@@ -64,14 +72,17 @@ def copied_set(folder: Path, images: int) -> Path:
     coco["images"] = [
         {"id": i, "file_name": name, "height": SIDE, "width": SIDE} for i, name in enumerate(names)
     ]
-    coco["annotations"] = [_box(i, kinds) for i in range(images * BOXES)]
+    coco["annotations"] = [_object(i, kinds, masks) for i in range(images * BOXES)]
     file.write_text(json.dumps(coco))
     return data
 
 
-def _box(index: int, kinds: list[int]) -> dict[str, Any]:
+def _object(index: int, kinds: list[int], mask: bool) -> dict[str, Any]:
     box = [4 + 3 * (index % 7), 5 + 2 * (index % 11), 20, 24]
     image, kind = index // BOXES, kinds[index % len(kinds)]
+    outline = [
+        round(start + step, 2) for x, y in CORNERS for start, step in zip(box, (x, y), strict=False)
+    ]
     return {
         "id": index,
         "image_id": image,
@@ -79,13 +90,17 @@ def _box(index: int, kinds: list[int]) -> dict[str, Any]:
         "bbox": box,
         "area": 480,
         "iscrowd": 0,
+        **({"segmentation": [outline]} if mask else {}),
     }
 
 
-def seconds_to_the_first_step(data: Path, out: Path) -> tuple[float, float]:
+def seconds_to_the_first_step(data: Path, out: Path, override: list[str]) -> tuple[float, float]:
     """Of the wall, and of the main process's CPU."""
     done = subprocess.run(
-        [sys.executable, "-c", START, data, out], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", START, data, out, *override],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     wall, cpu = json.loads(done.stdout.splitlines()[-1])
     return wall, cpu
@@ -97,12 +112,11 @@ def own_megabytes(process: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
 
 
-def memory_over_an_epoch(data: Path, images: int) -> list[float]:
+def memory_over_an_epoch(data: Path, images: int, override: list[str]) -> list[float]:
     """The workers' own memory together, in MB, at `LOOKS` places of the epoch."""
     training = prepare(resolve(data, None, None, None, None))[0]
-    dataset = training_dataset(
-        training, find_recipe("tiny").override(f"data.size=[{SIDE}, {SIDE}]"), seed=0
-    )
+    recipe = find_recipe("tiny").override([f"data.size=[{SIDE}, {SIDE}]", *override])
+    dataset = training_dataset(training, recipe, seed=0)
     loader = build_loader(dataset, BatchSampler(images, BATCH), workers=WORKERS)
     found, every = [], len(loader) // LOOKS
     for number, _ in enumerate(loader, start=1):
@@ -116,14 +130,15 @@ def memory_over_an_epoch(data: Path, images: int) -> list[float]:
 def run(args: argparse.Namespace) -> list[Row]:
     """Measures and prints."""
     with tempfile.TemporaryDirectory() as scratch:
-        data = copied_set(Path(scratch), args.images)
-        wall, cpu = seconds_to_the_first_step(data, Path(scratch, "run"))
+        override = [WITH_MASKS] if args.masks else []
+        data = copied_set(Path(scratch), args.images, args.masks)
+        wall, cpu = seconds_to_the_first_step(data, Path(scratch, "run"), override)
         print(
             f"{args.images:,} images, {args.images * BOXES:,} boxes: first step after {wall:.1f} "
             f"s, {cpu:.1f} s of CPU"
         )
         start = time.perf_counter()
-        memory = memory_over_an_epoch(data, args.images)
+        memory = memory_over_an_epoch(data, args.images, override)
     print(
         (
             f"an epoch through {WORKERS} workers: {time.perf_counter() - start:.0f} s; their own "
@@ -143,6 +158,7 @@ def main() -> None:
     """See the top of the file."""
     parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--masks", action="store_true", help="objects have masks")
     args = parser.parse_args()
     torch.set_num_threads(1)
     finish(run(args), args.json)

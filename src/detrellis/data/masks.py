@@ -29,8 +29,8 @@ SIDE = 112  # samples along each side of a box: four times the 28 that mask head
 REMEDY = (
     "`detrellis check` lists all such. Supply annotations in which each object has an outline "
     "(in COCO a `segmentation`: polygons, or run lengths of the image's size), or train without "
-    "masks: -o data.masks=false, with augment=lsj -o data.copy_paste=0, and of scheme co the "
-    "branch `rcnn` instead of `mask`."
+    "masks: -o detector.masks=null -o data.masks=false, with augment=lsj -o data.copy_paste=0, and "
+    "of scheme co the branch `rcnn` instead of `mask`."
 )
 
 
