@@ -53,11 +53,11 @@ dist: $(STAMP)  ## Build the wheel and the source archive into dist/
 	rm -rf dist
 	$(BIN)/python -m uv build --quiet --out-dir dist
 
-wheel: dist  ## Install the wheel alone into a fresh environment, and let its demo run for two minutes at most
+wheel: dist  ## Install the wheel alone into a fresh environment, and let its demo run for a minute at most
 	rm -rf $(WHEEL)
 	$(call environment,$(WHEEL))
 	$(WHEEL)/bin/python -m uv --no-progress pip install -q --python $(WHEEL)/bin/python -c constraints.txt dist/*.whl
-	cd $(WHEEL) && { OMP_NUM_THREADS=1 timeout --preserve-status --signal=INT 120 bin/detrellis demo --epochs 1; \
+	cd $(WHEEL) && { OMP_NUM_THREADS=1 timeout --preserve-status --signal=INT 60 bin/detrellis demo --epochs 1; \
 		code=$$?; [ $$code -eq 0 ] || [ $$code -eq 130 ]; }
 
 docs: $(STAMP)  ## Build the docs site into build/docs/site, strictly: broken links end it
