@@ -97,23 +97,31 @@ class Postprocess:
         )
         padded = output.masks.size
         return [
-            self._masked(found, e, m, (padded, frame, (h, w)))
-            for found, e, m, frame, (h, w) in rows
+            self._masked(detections, e, m, (padded, frame, (h, w)))
+            for detections, e, m, frame, (h, w) in rows
         ]
 
     def _masked(
-        self, found: Detections, embeds: Tensor, features: Tensor, sizes: tuple[Size, Size, Size]
+        self,
+        detections: Detections,
+        embeds: Tensor,
+        features: Tensor,
+        sizes: tuple[Size, Size, Size],
     ) -> Detections:
-        assert found.queries is not None
-        chosen, place = found.queries.unique(return_inverse=True)
+        assert detections.queries is not None
+        chosen, place = detections.queries.unique(return_inverse=True)
         drawn = draw_masks(embeds[chosen], features, *sizes)
         quality, runs = drawn.scores[place], tuple(drawn.runs[i] for i in place.tolist())
-        scores = found.scores * quality.to(found.scores) if self.mask_scores else found.scores
-        boxes = drawn.boxes[place].to(found.boxes) if self.boxes_of_masks else found.boxes
+        scores = (
+            detections.scores * quality.to(detections.scores)
+            if self.mask_scores
+            else detections.scores
+        )
+        boxes = drawn.boxes[place].to(detections.boxes) if self.boxes_of_masks else detections.boxes
         order = scores.argsort(descending=True, stable=True)
         if self.boxes_of_masks:
             order = order[quality[order] > 0]
-        return found._replace(scores=scores, boxes=boxes, masks=runs).take(order)
+        return detections._replace(scores=scores, boxes=boxes, masks=runs).take(order)
 
     def best(self, output: DecoderOutput, sizes: Tensor, k: int) -> list[Detections]:
         """The `k` best of each image by the last layer's scores, without any suppression."""

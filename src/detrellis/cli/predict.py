@@ -141,7 +141,7 @@ def predict(
     """
     from detrellis import api
 
-    found: defaultdict[Path | None, Tally] = defaultdict(Tally)
+    tallies: defaultdict[Path | None, Tally] = defaultdict(Tally)
     failures = api.predict(
         run,
         pictures,
@@ -154,15 +154,15 @@ def predict(
         **vars(also),
         device=device,
         on_error=_report,
-        on_prediction=lambda prediction: found[prediction.path].add(prediction),
+        on_prediction=lambda prediction: tallies[prediction.path].add(prediction),
         progress=True,
     ).failures
     if as_json:
         print((out / "predictions.json").read_text(encoding="utf-8"))
     else:
-        _show(found, out, also.places(out))
+        _show(tallies, out, also.places(out))
     if failures:
-        _end(failures, found)
+        _end(failures, tallies)
 
 
 def _report(failure: UnreadablePicture) -> None:
@@ -170,13 +170,13 @@ def _report(failure: UnreadablePicture) -> None:
         errors.say(("error", "bold red"), f" {failure.why}")
 
 
-def _end(failures: Sequence[UnreadablePicture], found: Mapping[Path | None, Tally]) -> NoReturn:
+def _end(failures: Sequence[UnreadablePicture], tallies: Mapping[Path | None, Tally]) -> NoReturn:
     """Says how much could not be read, and leaves."""
     from detrellis.predictions.video import is_video
 
     remedies = " ".join(dict.fromkeys(failure.remedy for failure in failures))
     videos = any(
-        path is not None and is_video(path) for path in [*found, *(f.path for f in failures)]
+        path is not None and is_video(path) for path in [*tallies, *(f.path for f in failures)]
     )
     what = (
         "pictures and videos could not be read to their end"
@@ -185,15 +185,15 @@ def _end(failures: Sequence[UnreadablePicture], found: Mapping[Path | None, Tall
     )
     if IS_MAIN_PROCESS:
         errors.say(
-            f"{len(failures)} of {len(found.keys() | {f.path for f in failures})} {what}. "
+            f"{len(failures)} of {len(tallies.keys() | {f.path for f in failures})} {what}. "
             f"{remedies}"
         )
     raise typer.Exit(1)
 
 
-def _show(found: Mapping[Path | None, Tally], out: Path, others: Mapping[str, Path]) -> None:
+def _show(tallies: Mapping[Path | None, Tally], out: Path, others: Mapping[str, Path]) -> None:
     table = Table("picture", "detections")
-    for name, tally in zip(names_below(list(found)), found.values(), strict=True):
+    for name, tally in zip(names_below(list(tallies)), tallies.values(), strict=True):
         table.add_row(Text(name), Text(str(tally)))
     console.print(table)
     console.say(

@@ -56,9 +56,9 @@ def keep_best(
     that falls behind is removed once the new one is whole.
     """
     name = f"epoch-{card.epoch:04}-ap-{ap:.4f}.safetensors"
-    before = {path.name: found for path in folder.glob("*") if (found := KEPT.fullmatch(path.name))}
+    before = {path.name: match for path in folder.glob("*") if (match := KEPT.fullmatch(path.name))}
     # Evaluated again: replaced
-    others = {other for other, found in before.items() if int(found[1]) != card.epoch}
+    others = {other for other, match in before.items() if int(match[1]) != card.epoch}
     kept = sorted({*others, name}, key=_worst_last)[:count]
     if name in kept:
         save_weights(folder / name, weights, card)
@@ -67,9 +67,9 @@ def keep_best(
 
 
 def _worst_last(name: str) -> tuple[float, int]:
-    found = KEPT.fullmatch(name)
-    assert found is not None
-    return -float(found[2]), int(found[1])
+    match = KEPT.fullmatch(name)
+    assert match is not None
+    return -float(match[2]), int(match[1])
 
 
 def save_run(
@@ -236,11 +236,11 @@ def load_plain(path: Path, allowed: Sequence[type] = ()) -> Any:
     except Exception as error:  # bytes that are no pickle make the reader fail in any way
         if path.stat().st_size == 0:
             raise UserError(f"{path}: an empty file (0 bytes)", OTHER_COPY) from None
-        if found := re.search(
+        if match := re.search(
             r"(?:GLOBAL|class) `?([\w.]+)`? was not an allowed global", str(error)
         ):
             raise UserError(
-                f"{path}: holds Python objects besides tensors ({found[1]}). They could run "
+                f"{path}: holds Python objects besides tensors ({match[1]}). They could run "
                 "code, and are not read",
                 "Save its state dict alone: torch.save(model.state_dict(), FILE).",
             ) from None

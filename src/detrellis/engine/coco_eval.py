@@ -94,12 +94,12 @@ class CocoEvaluator:
         self._check_labels(matrix[:, 5])
         self._masked |= detections[0].masks is not None
         splits = np.cumsum([len(d.scores) for d in detections])[:-1]
-        for image, part, found in zip(images, np.split(matrix, splits), detections, strict=True):
+        for image, part, detected in zip(images, np.split(matrix, splits), detections, strict=True):
             if not self._seen[image]:
                 self._seen[image] = True
                 kept = self._add(int(image), part)
                 self._masks += (
-                    [] if found.masks is None else [found.masks[row] for row in kept.tolist()]
+                    [] if detected.masks is None else [detected.masks[row] for row in kept.tolist()]
                 )
 
     def arrays(self) -> ResultArrays:
@@ -144,15 +144,15 @@ class CocoEvaluator:
             truth, rows, drawn, _ = self._given(of)
             seen = a.image_ids[self._order][self._seen[self._order]]
             truth = truth._replace(lists=class_lists(a.federation, seen, a.classes.ids))
-            found, precision = lvis_scores(truth, rows, drawn, LIMITS[0])
+            lvis, precision = lvis_scores(truth, rows, drawn, LIMITS[0])
             more = (
-                found if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
+                lvis if self.top_k <= LIMITS[0] else lvis_scores(truth, rows, drawn, LIMITS[1])[0]
             )
-            values = {name: found.get(name, -1.0) for name in NAMES} | {
+            values = {name: lvis.get(name, -1.0) for name in NAMES} | {
                 "AP@1000": more.get("AP", -1.0)
             }
             frequencies = {name: _defined(value) for name, value in values.items()}
-            stats, resample = np.array([found.get(name, -1.0) for name in STATISTICS]), False
+            stats, resample = np.array([lvis.get(name, -1.0) for name in STATISTICS]), False
         else:
             truth, rows, stats, precision, evaluation, *_ = self.evaluated(of)
             beyond = _beyond(truth)

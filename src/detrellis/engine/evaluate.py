@@ -115,8 +115,8 @@ def collect(
             if check is not None:
                 check(output)
             detections = [way(output, batch.sizes) for way in ways]
-        for evaluator, found in zip(evaluators, detections, strict=True):
-            evaluator.update(batch.image_ids, found)
+        for evaluator, detected in zip(evaluators, detections, strict=True):
+            evaluator.update(batch.image_ids, detected)
     return [completed(evaluator) for evaluator in evaluators]
 
 

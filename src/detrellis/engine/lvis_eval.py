@@ -81,8 +81,8 @@ def lvis_scores(
     gt = COCO.from_arrays(
         images, categories, t.image, t.category, t.boxes, ids=ids, area=t.areas, **outlines
     )
-    found = LVISResults(gt, rows if masks is None else results_of(rows, masks), max_dets=limit)
-    evaluation = LVISEval(gt, found, "bbox" if masks is None else "segm")
+    detected = LVISResults(gt, rows if masks is None else results_of(rows, masks), max_dets=limit)
+    evaluation = LVISEval(gt, detected, "bbox" if masks is None else "segm")
     evaluation.evaluate()
     evaluation.accumulate()
     assert evaluation.eval is not None

@@ -56,8 +56,8 @@ def layer_factors(names: Sequence[str], rate: float) -> dict[str, float]:
 
 def _block(name: str) -> tuple[int, int] | None:
     """The stage of a backbone's parameter and the block in it; None outside of blocks."""
-    found = BLOCK.search(name.partition("backbone.")[2])
-    return None if found is None else (int(found[1]), int(found[2] or 0))
+    match = BLOCK.search(name.partition("backbone.")[2])
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

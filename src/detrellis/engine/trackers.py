@@ -128,10 +128,10 @@ def read_ids(folder: Path) -> dict[str, str]:
     none where the file is missing or damaged.
     """
     try:
-        found = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        ids = json.loads((folder / IDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {str(name): str(id_) for name, id_ in found.items()} if isinstance(found, dict) else {}
+    return {str(name): str(id_) for name, id_ in ids.items()} if isinstance(ids, dict) else {}
 
 
 class _Worker:

@@ -250,7 +250,7 @@ def describe(weights: Mapping[str, Tensor]) -> str:
     )
     sizes = [] if width is None else [f"width {width}"]
     for part in ("encoder", "decoder"):
-        layers = {found[1] for n in weights if (found := re.match(rf"{part}\.layers\.(\d+)\.", n))}
+        layers = {match[1] for n in weights if (match := re.match(rf"{part}\.layers\.(\d+)\.", n))}
         sizes.append(plural(len(layers), f"{part} layer"))
     backbone = sum(t.numel() for n, t in weights.items() if n.startswith("backbone."))
     return ", ".join([*sizes, f"a backbone of {amount(backbone)} parameters"])

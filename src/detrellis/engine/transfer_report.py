@@ -160,7 +160,7 @@ class TransferReport:
                 groups.setdefault((_LAYER.sub("#", place, count=1), outcome, reason), []).append(
                     (place, fates)
                 )
-        return [_not_loaded(found) for found in groups.values()]
+        return [_not_loaded(group) for group in groups.values()]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON holds it."""
@@ -183,8 +183,8 @@ class TransferReport:
         parts += [self._parts_table(), Text()]
         exceptions = self.exceptions()
         for outcome in OUTCOMES[1:]:
-            if found := [e for e in exceptions if e.outcome == outcome]:
-                parts += [_exceptions_table(outcome, found), Text()]
+            if alike := [e for e in exceptions if e.outcome == outcome]:
+                parts += [_exceptions_table(outcome, alike), Text()]
         return Group(*parts, Text(self.classes.text()))
 
     def _parts_table(self) -> Table:
@@ -237,13 +237,13 @@ def _count(fates: Sequence[TensorFate]) -> tuple[int, int]:
     return len(fates), sum(f.loaded or f.fresh or f.skipped for f in fates)
 
 
-def _not_loaded(found: Sequence[tuple[str, Sequence[TensorFate]]]) -> NotLoaded:
+def _not_loaded(group: Sequence[tuple[str, Sequence[TensorFate]]]) -> NotLoaded:
     """Modules of the same fate that differ in the layer only; the largest tensor stands for all."""
-    fates = [f for _, inside in found for f in inside]
+    fates = [f for _, inside in group for f in inside]
     largest = max(fates, key=lambda f: f.loaded + f.fresh + f.skipped)
     reason = f"{largest.reason}: {largest.detail}" if largest.detail else largest.reason
     return NotLoaded(
-        _joined([place for place, _ in found]), largest.outcome, reason, *_count(fates)
+        _joined([place for place, _ in group]), largest.outcome, reason, *_count(fates)
     )
 
 

@@ -125,10 +125,10 @@ def available() -> int:
 
 def _kib(file: Path, name: str) -> int:
     """Bytes of a line of /proc, which counts in KiB."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
+    if match is None:
         raise ValueError(name)
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024
 
 
 def main(request: dict[str, Any]) -> int:

@@ -53,7 +53,7 @@ class View:
         image, boxes, labels = self.resize(image, boxes, labels)
         return (*horizontal_flip(image, boxes), labels) if self.mirrored else (image, boxes, labels)
 
-    def found(
+    def detections(
         self, postprocess: Postprocess, output: DecoderOutput, sizes: Tensor
     ) -> list[Detections]:
         """The best detections of each image without any suppression, on the host, in pixels of the
@@ -88,14 +88,14 @@ class Views:
     views: tuple[View, ...]
     merge: Merge = "soft_nms"
 
-    def merged(self, found: Sequence[Detections], size: tuple[int, int], k: int) -> Detections:
+    def merged(self, views: Sequence[Detections], size: tuple[int, int], k: int) -> Detections:
         """The `k` best detections of an image of `size` height,
-        width, of which each view `found` some.
+        width, of which each view has `detections`.
         """
         together = Detections(
-            torch.cat([image.scores for image in found]),
-            torch.cat([image.labels for image in found]),
-            torch.cat([image.boxes for image in found]),
+            torch.cat([image.scores for image in views]),
+            torch.cat([image.labels for image in views]),
+            torch.cat([image.boxes for image in views]),
         )
         together = together.take(together.scores.argsort(descending=True, stable=True))
         threshold = THRESHOLDS[self.merge]
@@ -107,17 +107,19 @@ class Views:
             else self._weighted(together, threshold, k)
         )
 
-    def _weighted(self, found: Detections, threshold: float, k: int) -> Detections:
+    def _weighted(self, detections: Detections, threshold: float, k: int) -> Detections:
         """The best of each cluster, at the mean of the cluster's boxes, weighted by scores; its
         score is the mean of theirs, times the part of the views that it was found in."""
-        best = hard_nms(found, threshold, len(found.scores))
-        overlap = pairwise_iou(best.boxes, found.boxes) * (best.labels.unsqueeze(1) == found.labels)
+        best = hard_nms(detections, threshold, len(detections.scores))
+        overlap = pairwise_iou(best.boxes, detections.boxes) * (
+            best.labels.unsqueeze(1) == detections.labels
+        )
         place = torch.arange(len(best.scores)).unsqueeze(1)
-        member = (overlap.argmax(0) == place) * found.scores if len(best.scores) else overlap
+        member = (overlap.argmax(0) == place) * detections.scores if len(best.scores) else overlap
         counts = (member > 0).sum(1)
         total = member.sum(1).clamp(min=1e-12)
         scores = total / counts.clamp(min=1) * (counts / len(self.views)).clamp(max=1)
-        merged = best._replace(scores=scores, boxes=member @ found.boxes / total.unsqueeze(1))
+        merged = best._replace(scores=scores, boxes=member @ detections.boxes / total.unsqueeze(1))
         return merged.take(scores.argsort(descending=True, stable=True)[:k])
 
 
@@ -185,21 +187,21 @@ def collect_views(
     """As `engine.evaluate.collect`, of what all views of each image give;
     `batches` yields all images in a view.
     """
-    found: dict[int, dict[View, Detections]] = {}
+    by_image: dict[int, dict[View, Detections]] = {}
     sizes: dict[int, tuple[int, int]] = {}
     device = next(detector.parameters()).device
     for view in views.views:
         for batch in batches(view):
             batch = batch.to(device, non_blocking=True)
             with evaluating(detector):
-                images = view.found(detector.postprocess, detector(batch.images), batch.sizes)
+                images = view.detections(detector.postprocess, detector(batch.images), batch.sizes)
             for image_id, size, image in zip(
                 batch.image_ids, batch.sizes.tolist(), images, strict=True
             ):
-                found.setdefault(image_id, {})[view] = image
+                by_image.setdefault(image_id, {})[view] = image
                 sizes[image_id] = (size[0], size[1])
     k = detector.postprocess.top_k
     evaluator = CocoEvaluator(annotations, top_k=k)
-    for image_id, of_views in found.items():
+    for image_id, of_views in by_image.items():
         evaluator.update([image_id], [views.merged(list(of_views.values()), sizes[image_id], k)])
     return completed(evaluator)

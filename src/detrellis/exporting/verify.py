@@ -106,17 +106,21 @@ def compare_on_pictures(
             for one, other in zip(ours, theirs, strict=True)
             for pair in ((one, other), (other, one))
         ]
-        found = np.concatenate([_differences(*pair, TOLERANCE[fp16]) for pair in sides])
-        matched = np.isfinite(found).all(axis=1)
-        score, pixels = found[matched].max(axis=0, initial=0).tolist()
-        rows.append(Comparison(batch, len(ours), len(found), int((~matched).sum()), score, pixels))
+        differences = np.concatenate([_differences(*pair, TOLERANCE[fp16]) for pair in sides])
+        matched = np.isfinite(differences).all(axis=1)
+        score, pixels = differences[matched].max(axis=0, initial=0).tolist()
+        rows.append(
+            Comparison(batch, len(ours), len(differences), int((~matched).sum()), score, pixels)
+        )
     return tuple(rows)
 
 
 def _detections(model: Model, pictures: str | Path, batch: int) -> list[Prediction]:
     stills = (picture for picture in find_pictures(pictures) if not picture.is_video)
-    found = model.detect(stills, 0.0, None, batch)
-    return [prediction for prediction in found if not isinstance(prediction, UnreadablePicture)]
+    predictions = model.detect(stills, 0.0, None, batch)
+    return [
+        prediction for prediction in predictions if not isinstance(prediction, UnreadablePicture)
+    ]
 
 
 def _differences(mine: Prediction, others: Prediction, tolerance: Sequence[float]) -> Array:

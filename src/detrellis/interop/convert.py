@@ -61,8 +61,10 @@ def load_any(place: str | Path) -> tuple[dict[str, Tensor], Card]:
         return load_whole(Path(place))
     if (pushed := pushed_weights(place)) is not None:
         return load_whole(pushed)
-    found = load_foreign(place)
-    return dict(found.weights), Card(found.recipe, found.classes, {}, weights=str(place))
+    checkpoint = load_foreign(place)
+    return dict(checkpoint.weights), Card(
+        checkpoint.recipe, checkpoint.classes, {}, weights=str(place)
+    )
 
 
 def pushed_weights(place: str | Path) -> Path | None:
@@ -103,10 +105,10 @@ def convert(
         raise UserError(f"{source}: its classes are known", "Leave --classes out.")
     skipped: tuple[str, ...] = ()
     if foreign and pushed_weights(source) is None:
-        found = load_foreign(source, classes=named, dilation=dilation)
-        weights = dict(found.weights)
-        card = Card(found.recipe, found.classes, {}, weights=str(source))
-        kinds = Counter(name.split(".")[0] for name in found.skipped)
+        checkpoint = load_foreign(source, classes=named, dilation=dilation)
+        weights = dict(checkpoint.weights)
+        card = Card(checkpoint.recipe, checkpoint.classes, {}, weights=str(source))
+        kinds = Counter(name.split(".")[0] for name in checkpoint.skipped)
         skipped = tuple(f"{kind} ({count})" for kind, count in kinds.items())
     else:
         weights, card = load_any(source)
@@ -208,26 +210,26 @@ def processor(family: Family, recipe: Recipe) -> dict[str, Any]:
 
 
 def _differences(family: Family, recipe: Recipe) -> list[str]:
-    found = []
+    differences = []
     queries = recipe.detector.queries
     if queries.kind in ("proposals", "mixed") and not queries.empty_compete:
-        found.append(
+        differences.append(
             "tokens that can propose nothing compete with their score there, ours come last"
         )
     if queries.kind in ("proposals", "mixed") and queries.distinct is not None:
-        found.append("queries start at the best proposals, whether they are distinct or not")
+        differences.append("queries start at the best proposals, whether they are distinct or not")
     if family is FAMILIES["dab-detr"] and recipe.detector.eps != 1e-5:
-        found.append(
+        differences.append(
             "boxes at the image's very edge: their inverse sigmoid clamps at 1e-5, ours at "
             f"{recipe.detector.eps}"
         )
     usual = queries.count if family.detections is None else family.detections
     if recipe.detector.top_k != usual and family is not FAMILIES["detr"]:
-        found.append(
+        differences.append(
             f"post-processing keeps {usual} detections unless told top_k={recipe.detector.top_k}"
         )
     if family.processor == RF_PROCESSOR and recipe.data.antialias:
-        found.append("pictures are made smaller without antialiasing")
+        differences.append("pictures are made smaller without antialiasing")
     if recipe.detector.soft_nms is not None:
-        found.append("post-processing has no soft-NMS")
-    return found
+        differences.append("post-processing has no soft-NMS")
+    return differences

@@ -133,7 +133,7 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
         known = f"Detrellis has {', '.join(ACTIVATIONS)}."
         raise UserError(f"config.json: activation_function={activation!r} is not supported", known)
     deformable = kind == "deformable_detr"
-    found = {
+    sizes = {
         "backbone": resnet_of(
             config, several=deformable and config["num_feature_levels"] > 1
         ).model_dump(),
@@ -151,9 +151,9 @@ def _sizes(kind: str, config: Config) -> dict[str, Any]:
             raise UserError(
                 "config.json: temperature_height and temperature_width differ: not supported"
             )
-        found["position_temperature"] = float(config["temperature_height"])
-        found["queries"]["patterns"] = config["num_patterns"]
-    return merged(found, _deformable_sizes(config)) if deformable else found
+        sizes["position_temperature"] = float(config["temperature_height"])
+        sizes["queries"]["patterns"] = config["num_patterns"]
+    return merged(sizes, _deformable_sizes(config)) if deformable else sizes
 
 
 def _deformable_sizes(config: Config) -> dict[str, Any]:

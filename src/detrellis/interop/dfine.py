@@ -220,14 +220,14 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
 
 def _hgnet_config(name: str, strides: tuple[int, ...]) -> dict[str, Any]:
     """Their `backbone_config` for one of timm's HGNetV2s."""
-    found = hgnets()[name]
-    stages = zip(*(found[f"stage{i}"] for i in range(1, 5)), strict=True)
+    channels = hgnets()[name]
+    stages = zip(*(channels[f"stage{i}"] for i in range(1, 5)), strict=True)
     return {
         "model_type": "hgnet_v2",
-        "stem_channels": [3, *found["stem_chs"]],
-        "embedding_size": found["stem_chs"][-1],
+        "stem_channels": [3, *channels["stem_chs"]],
+        "embedding_size": channels["stem_chs"][-1],
         **{f"stage_{name}": list(values) for name, values in zip(STAGE, stages, strict=True)},
-        "hidden_sizes": [found[f"stage{i}"][2] for i in range(1, 5)],
+        "hidden_sizes": [channels[f"stage{i}"][2] for i in range(1, 5)],
         "use_learnable_affine_block": _affine(name),
         "out_indices": [stride.bit_length() - 2 for stride in strides],
     }
@@ -248,17 +248,17 @@ def constants(detector: DetectorConfig, names: Iterable[str]) -> dict[str, Tenso
     )
     shares = torch.tensor([1 / count for count in points for _ in range(count)])
     layers = range(detector.decoder.layers)
-    found = {
+    tensors = {
         f"model.decoder.layers.{i}.encoder_attn.num_points_scale": shares.clone() for i in layers
     }
-    found["model.decoder.up"], found["model.decoder.reg_scale"] = (
+    tensors["model.decoder.up"], tensors["model.decoder.reg_scale"] = (
         torch.tensor([fine.reach]),
         torch.tensor([fine.scale]),
     )
     # Steps that BatchNorm has seen; frozen ones do not count them.
     frozen = "model.backbone." if detector.backbone.normalisation != "batch" else "-"
     norms = (name.removesuffix("running_var") for name in names if name.endswith(".running_var"))
-    return found | {
+    return tensors | {
         f"{n}num_batches_tracked": torch.tensor(0) for n in norms if not n.startswith(frozen)
     }
 

@@ -70,10 +70,10 @@ def _backbone(weights: Weights, levels: int) -> BackboneConfig:
     shapes = (2, 3, 7)  # of a stage in timm's rows: channels, blocks, layers of a block
     known = {
         (
-            *found["stem_chs"],
-            *(tuple(found[f"stage{i}"][k] for k in shapes) for i in range(1, 5)),
+            *row["stem_chs"],
+            *(tuple(row[f"stage{i}"][k] for k in shapes) for i in range(1, 5)),
         ): name
-        for name, found in hgnets().items()
+        for name, row in hgnets().items()
     }
     name = known.get((*stem, *stages))
     if name is None:

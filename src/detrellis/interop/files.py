@@ -147,15 +147,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as file:
-            found = _Arrays(file, encoding="latin1").load()
+            content = _Arrays(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
         raise UserError(f"{path}: not a pickle of arrays ({cut(str(error))})", OTHER_COPY) from None
-    if isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
-        found = found["model"]
-    if not isinstance(found, Mapping):
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping):
         raise UserError(f"{path}: not a state dict", NAMED)
     numeric = {
-        str(k): v for k, v in found.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiu"
+        str(k): v for k, v in content.items() if isinstance(v, np.ndarray) and v.dtype.kind in "fiu"
     }
     if not numeric:
         raise UserError(f"{path}: holds no arrays", NAMED)
@@ -170,22 +170,24 @@ def read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     and averaged weights under `ema.module` or `ema_model`, which are taken where there are any:
     they are what its authors evaluate.
     """
-    found = load_plain(path, [argparse.Namespace])
-    if isinstance(found, Mapping) and {CARD, "optimizer"} <= found.keys():
+    content = load_plain(path, [argparse.Namespace])
+    if isinstance(content, Mapping) and {CARD, "optimizer"} <= content.keys():
         raise UserError(
             f"{path}: the state of a run, not its weights", f"Give the run's folder: {path.parent}."
         )
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise UserError(f"{path}: not a state dict", NAMED)
-    arguments = found.get("args")
-    average = found.get("ema")
+    arguments = content.get("args")
+    average = content.get("ema")
     if isinstance(average, Mapping) and isinstance(average.get("module"), Mapping):
-        found = {"model": average["module"]}
+        content = {"model": average["module"]}
     for name in ("ema_model", "model", "state_dict", "model_state_dict"):
-        if isinstance(found.get(name), Mapping):
-            found = found[name]
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
             break
-    weights = {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
+    weights = {
+        str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)
+    }
     if not weights:
         raise UserError(f"{path}: holds no tensors", NAMED)
     return weights, dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}

@@ -46,10 +46,12 @@ class Link(NamedTuple):
 
 def expand(text: str) -> list[str]:
     """`a.{q,k}.b` to `a.q.b`, `a.k.b`."""
-    found = re.search(r"\{(.*?)\}", text)
-    if found is None:
+    braces = re.search(r"\{(.*?)\}", text)
+    if braces is None:
         return [text]
-    return [text[: found.start()] + choice + text[found.end() :] for choice in found[1].split(",")]
+    return [
+        text[: braces.start()] + choice + text[braces.end() :] for choice in braces[1].split(",")
+    ]
 
 
 def link_up(keys: Iterable[str], table: Sequence[Pair], layers: int) -> list[Link]:

@@ -114,13 +114,13 @@ def recipe_of(kind: str, config: Config) -> Recipe:
     its family's, with the file's sizes.
     """
     backbone_config = config.get("backbone_config") or BACKBONES[kind]
-    for found, fixed, where in (
+    for given, fixed, where in (
         (config, FIXED, ""),
         (backbone_config, BACKBONE_FIXED, "backbone_config."),
     ):
         for name, value in fixed.items():
-            if found.get(name, value) != value:
-                problem = f"config.json: {where}{name}={found[name]!r} is not supported"
+            if given.get(name, value) != value:
+                problem = f"config.json: {where}{name}={given[name]!r} is not supported"
                 raise UserError(problem, f"Detrellis has {value!r}.")
     full = {**DEFAULTS, **config}
     recipe = RECIPES[kind]()

@@ -203,14 +203,14 @@ def completed(weights: Weights, count: int) -> dict[str, Tensor]:
     """The weights of the first group, whose queries are `count`,
     with the biases that keys of CAE do without.
     """
-    found = {
+    tensors = {
         name: value[:count] if QUERIES.search(name) else value for name, value in weights.items()
     }
     for name, value in weights.items():
         for query, key in KEY_BIAS.items():
             if name.endswith(query):
-                found.setdefault(name.replace(query, key), torch.zeros_like(value))
-    return found
+                tensors.setdefault(name.replace(query, key), torch.zeros_like(value))
+    return tensors
 
 
 def stored(weights: Weights) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def constants(recipe: Recipe, classes: int) -> dict[str, Tensor]:
     """
     backbone = recipe.detector.backbone
     assert isinstance(backbone, BackboneConfig)
-    found = {
+    tensors = {
         "criterion.empty_weight": torch.cat(
             [torch.ones(classes), torch.tensor([recipe.loss.no_object])]
         )
@@ -65,8 +65,8 @@ def constants(recipe: Recipe, classes: int) -> dict[str, Tensor]:
     if backbone.name not in RESNETS:
         channels = 8 * swin.config_of(backbone.name)["embed_dim"]
         norm = "model.pixel_level_module.encoder.swin.layernorm"
-        found |= {f"{norm}.weight": torch.ones(channels), f"{norm}.bias": torch.zeros(channels)}
-    return found
+        tensors |= {f"{norm}.weight": torch.ones(channels), f"{norm}.bias": torch.zeros(channels)}
+    return tensors
 
 
 def backbone(detector: DetectorConfig, prefix: str, *, of_transformers: bool) -> list[Pair]:

@@ -231,7 +231,7 @@ def class_count(weights: Weights) -> int:
 
 def pattern_count(weights: Weights, pattern: str) -> int:
     """How many different first groups of the pattern the names begin with."""
-    return len({found[1] for name in weights if (found := re.match(pattern, name))})
+    return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 
 def backbone_of(weights: Weights) -> BackboneConfig:

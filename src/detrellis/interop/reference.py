@@ -126,7 +126,7 @@ def _sizes(
     layers = {
         part: layer_count(weights, f"transformer.{part}.layers") for part in ("encoder", "decoder")
     }
-    found: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "width": encoder.shape[1],
         "encoder": {"heads": heads, "hidden": encoder.shape[0], "layers": layers["encoder"]},
         "decoder": {"heads": heads, "hidden": decoder.shape[0], "layers": layers["decoder"]},
@@ -134,30 +134,30 @@ def _sizes(
         "backbone": _backbone(weights, detector, arguments).model_dump(),
     }
     if detector.encoder.kind == "deformable":
-        found = merged(found, _deformable_sizes(weights, detector, heads))
+        sizes = merged(sizes, _deformable_sizes(weights, detector, heads))
     if detrex:
-        found |= {"position_temperature": 10000.0, "position_offset": -0.5}
+        sizes |= {"position_temperature": 10000.0, "position_offset": -0.5}
     if detector.scores == "softmax":
-        found["top_k"] = found["queries"]["count"]
-    return found
+        sizes["top_k"] = sizes["queries"]["count"]
+    return sizes
 
 
 def _query_sizes(
     weights: Weights, detector: DetectorConfig, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     if detector.queries.kind == "proposals":
-        found["count"] = int(arguments.get("num_queries", detector.queries.count))
+        sizes["count"] = int(arguments.get("num_queries", detector.queries.count))
     else:
         rows = weights[next((k for k in LEARNED if k in weights), LEARNED[-1])].shape[0]
         rows = min(rows, int(arguments.get("num_queries_one2one", rows)))  # H-DETR
-        found["count"] = rows // max(int(arguments.get("group_detr", 1)), 1)
+        sizes["count"] = rows // max(int(arguments.get("group_detr", 1)), 1)
     if "transformer.enc_output.weight" in weights:
-        found["empty_compete"] = True
+        sizes["empty_compete"] = True
     anchors = detector.queries.kind == "anchors" and not detector.queries.indicator
     if anchors and "transformer.patterns.weight" in weights:
-        found["patterns"] = weights["transformer.patterns.weight"].shape[0]
-    return found
+        sizes["patterns"] = weights["transformer.patterns.weight"].shape[0]
+    return sizes
 
 
 def _deformable_sizes(weights: Weights, detector: DetectorConfig, heads: int) -> dict[str, Any]:

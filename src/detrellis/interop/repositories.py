@@ -36,8 +36,8 @@ REPOSITORIES = (
 
 def repository_of(weights: Weights) -> Repository:
     """Whose checkpoint it is. `UserError` where nobody's that Detrellis knows."""
-    found = next((repository for repository in REPOSITORIES if repository.holds(weights)), None)
-    if found is None:
-        known = ", ".join(repository.about for repository in REPOSITORIES)
-        raise UserError("these names belong to no model that Detrellis knows", f"It reads {known}.")
-    return found
+    for repository in REPOSITORIES:
+        if repository.holds(weights):
+            return repository
+    known = ", ".join(repository.about for repository in REPOSITORIES)
+    raise UserError("these names belong to no model that Detrellis knows", f"It reads {known}.")

@@ -107,12 +107,12 @@ def _backbone(weights: Weights) -> dict[str, Any]:
 
 def named(weights: Weights) -> dict[str, Tensor]:
     """The weights of either version as the second one calls them."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         for pattern, place in PLACES:
             name = pattern.sub(place, name)
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def table(config: DetectorConfig) -> list[Pair]:

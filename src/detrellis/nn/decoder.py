@@ -97,10 +97,10 @@ class DecoderLayer(nn.Module):
 
     def read(self, x: Tensor, where: Spatial, memory: Memory) -> Tensor:
         """The queries `x (B, N, D)` after cross-attention."""
-        found = self.dropout(self.cross_attention(x, where, memory))
-        out: Tensor = x + found
+        attended = self.dropout(self.cross_attention(x, where, memory))
+        out: Tensor = x + attended
         if self.gateway is not None:
-            out = self.gateway(x, found)
+            out = self.gateway(x, attended)
         elif self.norm_cross is not None:
             out = self.norm_cross(out)
         return out

@@ -265,23 +265,23 @@ NAMES = {
 
 def _renamed(weights: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
     """The weights in our names, with patches of our size, and as many `positions` as here."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         for pattern, ours in NAMES.items():
             name = re.sub(pattern, ours, name)
-        found[name] = value
-    if "patch_embed.proj.weight" in found:
-        kernel = found["patch_embed.proj.weight"]
+        renamed[name] = value
+    if "patch_embed.proj.weight" in renamed:
+        kernel = renamed["patch_embed.proj.weight"]
         if kernel.shape[-1] != PATCH:
-            found["patch_embed.proj.weight"] = F.interpolate(
+            renamed["patch_embed.proj.weight"] = F.interpolate(
                 kernel.float(), (PATCH, PATCH), mode="bicubic"
             )
-    table = found.get("pos_embed")
+    table = renamed.get("pos_embed")
     if table is not None:
         if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # without a class token
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         side = math.isqrt(positions.shape[1] - 1)
         # Others do not fit, as will be said
         if math.isqrt(table.shape[1] - 1) ** 2 == table.shape[1] - 1:
-            found["pos_embed"] = resized(table.float(), (side, side))
-    return found
+            renamed["pos_embed"] = resized(table.float(), (side, side))
+    return renamed

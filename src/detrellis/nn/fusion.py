@@ -144,12 +144,12 @@ class _Flow(TorchFunctionMode):
         """Count what a function reads of which it makes a tensor;
         others ask for a shape, a device and so on.
         """
-        found = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             self.reads.update(
                 id(leaf) for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.given
             )
-        return found
+        return result
 
     def _saw(self, part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.calls[part] += 1
@@ -162,7 +162,7 @@ class _Flow(TorchFunctionMode):
         """Each convolution that ran once,
         with the norm that ran once and alone reads what it gave.
         """
-        found = [
+        candidates = [
             (part, self.read_by[key])
             for key, (part, _) in self.given.items()
             if key in self.read_by
@@ -170,6 +170,6 @@ class _Flow(TorchFunctionMode):
         alone = {id(part) for key, (part, _) in self.given.items() if self.reads[key] == 1}
         return [
             (part, norm)
-            for part, norm in found
+            for part, norm in candidates
             if id(part) in alone and self.calls[part] == self.calls[norm] == 1
         ]

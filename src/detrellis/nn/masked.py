@@ -104,7 +104,7 @@ class MaskedDecoder(nn.Module):
         padding = (
             [None] * len(sizes) if memory.padding is None else memory.padding.split(sizes, dim=1)
         )
-        found = []
+        levels = []
         for i in reversed(range(len(sizes))):
             shape, hidden = memory.shapes[i], padding[i]
             valid = tokens[i].new_ones(1, *shape) if hidden is None else ~hidden.unflatten(1, shape)
@@ -114,8 +114,8 @@ class MaskedDecoder(nn.Module):
                 features = F.interpolate(
                     masks.map, size=shape, mode="bilinear", align_corners=False
                 ).flatten(2)
-            found.append((Memory(content, position, (shape,), hidden), features))
-        return found
+            levels.append((Memory(content, position, (shape,), hidden), features))
+        return levels
 
 
 def _projection(inputs: int, width: int) -> nn.Linear:

@@ -111,9 +111,9 @@ def find_source(name: str | None, file: str | None, *, resnet: bool) -> Source:
         )
     # A name with a tag, as resnet50.a1_in1k, means other weights
     package = None if resnet else PACKAGES.get(name)
-    if package is not None and (found := _installed(package)) is not None:
+    if package is not None and (installed := _installed(package)) is not None:
         version = importlib.metadata.version(package.project)
-        return Source(f"package {package.project} {version}", *package.statistics, found)
+        return Source(f"package {package.project} {version}", *package.statistics, installed)
     cached, url = _torchvision_host(name) if resnet else _timm_host(name)
     if cached is None and (reason := _unreachable(url)):
         raise unreachable(name, reason)

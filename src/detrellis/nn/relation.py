@@ -72,16 +72,16 @@ class PositionRelation(nn.Module):
         sizes = [segment.size for segment in segments]
         old = [part.detach() for part in before.split(sizes, dim=1)]
         new = dict(zip((s.name for s in segments), after.detach().split(sizes, dim=1), strict=True))
-        found = []
+        related = []
         for segment, rows in zip(segments, old, strict=True):
             seen = [new[name] for name in segment.sees if name in new]
             if seen:
                 bias = self(rows, torch.cat([new[segment.name], *seen], dim=1))
             elif segment.repeats:
-                found.append(segment)
+                related.append(segment)
                 continue
             else:
                 each = (-1, segment.size // segment.copies, 4)
                 bias = self(rows.reshape(each), new[segment.name].reshape(each))
-            found.append(segment._replace(bias=bias))
-        return found
+            related.append(segment._replace(bias=bias))
+        return related

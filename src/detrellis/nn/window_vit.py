@@ -179,21 +179,23 @@ def _renamed(weights: Mapping[str, Tensor], embedding: PatchEmbedding) -> dict[s
     from timm.layers.patch_embed import resample_patch_embed
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         for pattern, ours in NAMES.items():
             name = re.sub(pattern, ours, name)
-        found[name] = value
+        renamed[name] = value
     # CAE v2's keys have no bias, which a softmax does not see.
-    for name in [name for name in found if name.endswith(".q_bias")]:
-        q, v = found[name], found[name.replace(".q_bias", ".v_bias")]
-        found[name.replace(".q_bias", ".qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+    for name in [name for name in renamed if name.endswith(".q_bias")]:
+        q, v = renamed[name], renamed[name.replace(".q_bias", ".v_bias")]
+        renamed[name.replace(".q_bias", ".qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     side = embedding.projection.kernel_size
-    if "embedding.projection.weight" in found:
-        found["embedding.projection.weight"] = resample_patch_embed(
-            found["embedding.projection.weight"], list(side)
+    if "embedding.projection.weight" in renamed:
+        renamed["embedding.projection.weight"] = resample_patch_embed(
+            renamed["embedding.projection.weight"], list(side)
         )
-    if "embedding.positions" in found:
+    if "embedding.positions" in renamed:
         grid = [embedding.grid, embedding.grid]
-        found["embedding.positions"] = resample_abs_pos_embed(found["embedding.positions"], grid)
-    return found
+        renamed["embedding.positions"] = resample_abs_pos_embed(
+            renamed["embedding.positions"], grid
+        )
+    return renamed

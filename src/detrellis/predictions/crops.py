@@ -26,14 +26,14 @@ class CropFolder:
         """Removes what an earlier call left."""
         self.outputs.clear()
 
-    def add(self, name: str, found: Prediction, folders: Sequence[str]) -> None:
+    def add(self, name: str, prediction: Prediction, folders: Sequence[str]) -> None:
         """Writes the detections of the picture `name`,
         each with all pixels that its box touches; `folders` are those of the classes."""
-        if not found.boxes:
+        if not prediction.boxes:
             return
-        image = found.image()
+        image = prediction.image()
         for number, (label, (x1, y1, x2, y2)) in enumerate(
-            zip(found.labels, found.boxes, strict=True), start=1
+            zip(prediction.labels, prediction.boxes, strict=True), start=1
         ):
             left, top = min(math.floor(x1), image.width - 1), min(math.floor(y1), image.height - 1)
             crop = image.crop(

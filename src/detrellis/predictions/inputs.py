@@ -205,13 +205,13 @@ def _in_folder(folder: Path, recursive: bool) -> list[InputPicture]:
 
 def _readable(files: Iterable[Path]) -> list[Path]:
     """The images and videos among the files, sorted."""
-    found = sorted(p for p in files if (is_image(p) or is_video(p)) and p.is_file())
-    videos = [p for p in found if is_video(p)]
+    readable = sorted(p for p in files if (is_image(p) or is_video(p)) and p.is_file())
+    videos = [p for p in readable if is_video(p)]
     if not videos or has_library():
-        return found
+        return readable
     more = f" and {len(videos) - 1} more videos are" if len(videos) > 1 else ", a video, is"
     warnings.warn(Advice(f"{videos[0]}{more} left out: {INSTALL}"), stacklevel=2)
-    return [p for p in found if not is_video(p)]
+    return [p for p in readable if not is_video(p)]
 
 
 def frames_of(name: str) -> str:

@@ -66,15 +66,20 @@ class LabelledPicture:
 
     file: str  # below the folder of pictures, "/" between folders
     image_id: int
-    found: Prediction
+    prediction: Prediction
 
     def objects(self) -> Iterator[LabelledObject]:
         """The detections, best first."""
-        found = self.found
-        for i, (x1, y1, x2, y2) in enumerate(found.boxes):
+        prediction = self.prediction
+        for i, (x1, y1, x2, y2) in enumerate(prediction.boxes):
             if min(x2 - x1, y2 - y1) >= LEAST:
-                mask = None if found.runs is None else found.mask(i)
-                columns = (found.labels[i], found.category_ids[i], found.names[i], found.scores[i])
+                mask = None if prediction.runs is None else prediction.mask(i)
+                columns = (
+                    prediction.labels[i],
+                    prediction.category_ids[i],
+                    prediction.names[i],
+                    prediction.scores[i],
+                )
                 yield LabelledObject(*columns, (x1, y1, x2, y2), mask)
 
 
@@ -103,7 +108,7 @@ def coco(pictures: Pictures, classes: ClassMap) -> Files:
             )
     images = []
     for picture in pictures:
-        height, width = picture.found.size
+        height, width = picture.prediction.size
         images.append(
             {"id": picture.image_id, "file_name": picture.file, "height": height, "width": width}
         )
@@ -124,7 +129,7 @@ def yolo(pictures: Pictures, classes: ClassMap) -> Files:
     head = f"# Before training: `val:` with pictures that are not in train.\ntrain: {IMAGES}\n"
     files = {"data.yaml": head + names}
     for picture in pictures:
-        height, width = picture.found.size
+        height, width = picture.prediction.size
         lines = []
         for each in picture.objects():
             x1, y1, x2, y2 = each.box
@@ -139,7 +144,7 @@ def voc(pictures: Pictures, classes: ClassMap) -> Files:
     """`Annotations/NAME.xml` for each picture, and `ImageSets/Main/train.txt`, which lists all."""
     files = {}
     for picture in pictures:
-        height, width = picture.found.size
+        height, width = picture.prediction.size
         size = {"width": width, "height": height, "depth": 3}
         root = ET.Element("annotation")
         _fill(
@@ -185,7 +190,7 @@ def labelstudio(pictures: Pictures, classes: ClassMap) -> Files:
 
     Pictures are named as Label Studio serves local files, below the folder that these files are in.
     """
-    masks = any(picture.found.runs is not None for picture in pictures)
+    masks = any(picture.prediction.runs is not None for picture in pictures)
     kind = "polygonlabels" if masks else "rectanglelabels"
     view = ET.Element("View")
     ET.SubElement(view, "Image", name="image", value="$image")
@@ -196,7 +201,7 @@ def labelstudio(pictures: Pictures, classes: ClassMap) -> Files:
         ET.SubElement(control, "Label", value=name)
     tasks = []
     for picture in pictures:
-        regions = [_region(each, picture.found.size, kind) for each in picture.objects()]
+        regions = [_region(each, picture.prediction.size, kind) for each in picture.objects()]
         prediction: dict[str, Any] = {"model_version": "detrellis", "result": regions}
         if regions:
             prediction["score"] = round(
@@ -242,7 +247,7 @@ def cvat(pictures: Pictures, classes: ClassMap) -> Files:
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
     for number, picture in enumerate(pictures):
-        height, width = picture.found.size
+        height, width = picture.prediction.size
         size = {"width": str(width), "height": str(height)}
         image = ET.SubElement(root, "image", {"id": str(number), "name": picture.file} | size)
         for each in picture.objects():

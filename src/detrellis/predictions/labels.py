@@ -40,22 +40,23 @@ class LabelFolder:
         """Removes what an earlier call left."""
         self.outputs.clear()
 
-    def add(self, picture: InputPicture, name: str, image_id: int, found: Prediction) -> None:
+    def add(self, picture: InputPicture, name: str, image_id: int, prediction: Prediction) -> None:
         """Copies a picture; one without a file,
         or without an image's suffix, becomes a PNG, a video's frame a JPEG.
         """
         source = picture.path if picture.path is not None and is_image(picture.path) else None
         # Not `with_suffix`: names such as "photo.jpg" tell pictures apart that differ in their
         # suffix alone.
-        made = ".png" if found.frame is None else ".jpg"
+        made = ".png" if prediction.frame is None else ".jpg"
         file = f"{name}{made if source is None else source.suffix}"
-        self._pictures.append(LabelledPicture(file, image_id, replace(found, pixels=None)))
+        self._pictures.append(LabelledPicture(file, image_id, replace(prediction, pixels=None)))
         place = f"{self._folder}/{file}"
         if source is not None:
             self.outputs.write_with(place, partial(shutil.copyfile, source))
         else:
             self.outputs.write(
-                place, _png(found.image()) if found.frame is None else jpeg(found.image())
+                place,
+                _png(prediction.image()) if prediction.frame is None else jpeg(prediction.image()),
             )
 
     def write(self, classes: ClassMap) -> None:

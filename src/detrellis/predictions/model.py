@@ -134,15 +134,15 @@ class Model:
             readable = {
                 row: image for row, image in enumerate(read) if isinstance(image, _ResizedImage)
             }
-            found = []
+            of_views = []
             for i, way in enumerate(ways):
-                finish = plain if views is None else partial(way.found, postprocess)
-                found.append(self._in_view(readable, i, way.pad_to, finish, batch_size))
+                finish = plain if views is None else partial(way.detections, postprocess)
+                of_views.append(self._in_view(readable, i, way.pad_to, finish, batch_size))
             for row, (picture, image) in enumerate(zip(window, read, strict=True)):
                 if isinstance(image, UnreadablePicture):
                     yield image
                     continue
-                parts = [of_view[row] for of_view in found]
+                parts = [of_view[row] for of_view in of_views]
                 merged = (
                     parts[0]
                     if views is None
@@ -166,9 +166,9 @@ class Model:
                 assert picture.path is not None
                 yield UnreadablePicture.of(picture.path, error)
                 continue
-            found = self.in_tiles(image, tiling, nms, batch_size, threshold)
+            detections = self.in_tiles(image, tiling, nms, batch_size, threshold)
             yield self._prediction(
-                picture, (int(image.shape[1]), int(image.shape[2])), found, threshold
+                picture, (int(image.shape[1]), int(image.shape[2])), detections, threshold
             )
 
     def in_tiles(
@@ -192,7 +192,7 @@ class Model:
         height, width = int(image.shape[1]), int(image.shape[2])
         windows = dict(enumerate(tiling.windows(height, width)))
         sizes = {i: torch.Size((w.bottom - w.top, w.right - w.left)) for i, w in windows.items()}
-        found: list[tuple[Window, Detections]] = []
+        of_tiles: list[tuple[Window, Detections]] = []
         for rows in _batches_of_one_size(sizes, batch_size):
             parts = [
                 image[:, w.top : w.bottom, w.left : w.right] for w in map(windows.__getitem__, rows)
@@ -210,8 +210,10 @@ class Model:
                     some.boxes.cpu().float(),
                     some.masks,
                 )
-                found.append((windows[row], host.take(_reaching(host, threshold).nonzero()[:, 0])))
-        return merged(found, (height, width), IOU if nms is None else nms, k)
+                of_tiles.append(
+                    (windows[row], host.take(_reaching(host, threshold).nonzero()[:, 0]))
+                )
+        return merged(of_tiles, (height, width), IOU if nms is None else nms, k)
 
     def _in_view(
         self,
@@ -223,17 +225,17 @@ class Model:
     ) -> dict[int, Detections]:
         """What `finish` makes of each image in the view of that number."""
         images = {row: image.views[view] for row, image in read.items()}
-        found: dict[int, Detections] = {}
+        by_row: dict[int, Detections] = {}
         for rows in _batches_of_one_size(
             {row: image.shape for row, image in images.items()}, batch_size
         ):
             frames = [read[row].frame for row in rows]
-            found |= zip(
+            by_row |= zip(
                 rows,
                 self._forward([images[row] for row in rows], frames, pad_to, finish),
                 strict=True,
             )
-        return found
+        return by_row
 
     def _forward(
         self,

@@ -164,16 +164,18 @@ class _Files:
                     self._note(video, f"{name}/{result.frame:06d}", self.id_of(video), result)
                 yield result
 
-    def _note(self, picture: InputPicture, name: str, image_id: int, found: Prediction) -> None:
+    def _note(
+        self, picture: InputPicture, name: str, image_id: int, prediction: Prediction
+    ) -> None:
         """What is the same for pictures and frames."""
-        for row in found.to_coco(image_id):
+        for row in prediction.to_coco(image_id):
             self.rows.add(row)
         if self.folder.txt:
-            self.folder.outputs.write(f"labels/{name}.txt", found.to_yolo())
+            self.folder.outputs.write(f"labels/{name}.txt", prediction.to_yolo())
         if self.folder.crops is not None:
-            self.folder.crops.add(name, found, self.class_folders)
+            self.folder.crops.add(name, prediction, self.class_folders)
         if self.folder.labels is not None:
-            self.folder.labels.add(picture, name, image_id, found)
+            self.folder.labels.add(picture, name, image_id, prediction)
 
 
 class JsonList:

@@ -100,7 +100,7 @@ def one_way(tta: bool | str) -> None:
 
 
 def merged(
-    found: Sequence[tuple[Window, Detections]],
+    of_tiles: Sequence[tuple[Window, Detections]],
     size: tuple[int, int],
     threshold: float,
     k: int | None = None,
@@ -111,12 +111,12 @@ def merged(
     `threshold` is the IoU from which two are of one object. Masks are carried along, and placed in
     the picture.
     """
-    boxes = torch.cat([part.boxes + torch.tensor([*window[:2]] * 2) for window, part in found])
+    boxes = torch.cat([part.boxes + torch.tensor([*window[:2]] * 2) for window, part in of_tiles])
     scores, labels = (
-        torch.cat([getattr(part, name) for _, part in found]) for name in ("scores", "labels")
+        torch.cat([getattr(part, name) for _, part in of_tiles]) for name in ("scores", "labels")
     )
-    views = torch.cat([torch.full((len(part.scores),), i) for i, (_, part) in enumerate(found)])
-    cut = torch.cat([_cut(part.boxes, window, size) for window, part in found])
+    views = torch.cat([torch.full((len(part.scores),), i) for i, (_, part) in enumerate(of_tiles)])
+    cut = torch.cat([_cut(part.boxes, window, size) for window, part in of_tiles])
     order = (scores * torch.where(cut, HALF, 1.0)).argsort(descending=True, stable=True)[:MOST]
     columns = (
         boxes[order].double().numpy(),
@@ -127,15 +127,15 @@ def merged(
     kept = order[_apart(*columns, threshold)]
     kept = kept[scores[kept].argsort(descending=True, stable=True)][:k]
     masks = None
-    if found[0][1].masks is not None:
-        runs = [(run, window) for window, part in found for run in part.masks or ()]
+    if of_tiles[0][1].masks is not None:
+        runs = [(run, window) for window, part in of_tiles for run in part.masks or ()]
         masks = tuple(_placed(runs[i], size) for i in kept.tolist())
     return Detections(scores[kept], labels[kept], boxes[kept], masks)
 
 
-def _placed(found: tuple[bytes, Window], size: tuple[int, int]) -> bytes:
+def _placed(drawn: tuple[bytes, Window], size: tuple[int, int]) -> bytes:
     """A window's mask as one of the whole picture."""
-    run, window = found
+    run, window = drawn
     left, top, right, bottom = window
     return placed(run, (bottom - top, right - left), (top, left), size)
 
@@ -193,10 +193,10 @@ def collect_tiles(
     rows = range(world.rank, len(annotations), world.size)
     for row in track(rows, "evaluate tiles", len(rows), progress):
         height, width = annotations.sizes[row].tolist()
-        found = detect(read_image(annotations.path(row), (height, width)))
-        if truth is not None and found.masks is None:
+        detections = detect(read_image(annotations.path(row), (height, width)))
+        if truth is not None and detections.masks is None:
             raise UserError(
                 "the detector gives boxes without masks", "Evaluate its boxes: --metric coco."
             )
-        evaluator.update([int(annotations.image_ids[row])], [found])
+        evaluator.update([int(annotations.image_ids[row])], [detections])
     return completed(evaluator)

@@ -209,7 +209,7 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     parts = {"width": (width, decoder if apart else decoder | encoder)}
     if apart:
         parts["encoder.width"] = (config.memory_width, encoder)
-    found = [
+    problems = [
         (
             value % n > 0,
             f"{name}={value} is not a multiple of {need}",
@@ -225,7 +225,7 @@ def _sizes(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         "heads that divide"
     )
     remedy = f"For example -o detector.cross_attention.keypoints={heads}."
-    return [*found, (not shared, f"{problem} width={width}", remedy)]
+    return [*problems, (not shared, f"{problem} width={width}", remedy)]
 
 
 def _normed(config: DetectorConfig) -> bool:

@@ -147,7 +147,7 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     backbone, encoder = config.backbone, config.encoder
     projector = encoder.kind == "projector"
     relative = config.box_encoding == "relative" and config.queries.kind == "learned"
-    found = [
+    problems = [
         (
             relative,
             "box_encoding=relative moves boxes, and queries.kind=learned has none",
@@ -164,12 +164,12 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
             problem,
             "Take another encoder.kind, or -o detector.backbone.kind=window_vit.",
         )
-        return [*found, row, *pyramid(config)]
+        return [*problems, row, *pyramid(config)]
     sides = (backbone.patch // 2, backbone.patch, 2 * backbone.patch)
     strides = encoder.strides if encoder.kind == "projector" else ()
     last = max(backbone.taps)
     return [
-        *found,
+        *problems,
         (
             not projector,
             f"backbone.kind=window_vit has maps of one stride, which encoder.kind={encoder.kind} "
@@ -204,7 +204,7 @@ def plain(config: DetectorConfig) -> list[tuple[bool, str, str]]:
 def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
     """For a plain backbone whose one map a pyramid makes several of."""
     backbone = config.backbone
-    found = [
+    problems = [
         (
             config.masks is not None and backbone.pyramid,
             "masks are read from a backbone's map of stride 4, which "
@@ -213,10 +213,10 @@ def pyramid(config: DetectorConfig) -> list[tuple[bool, str, str]]:
         )
     ]
     if not isinstance(backbone, EvaViTConfig):
-        return found
+        return problems
     step = 4 * backbone.heads
     return [
-        *found,
+        *problems,
         (
             backbone.width % step > 0,
             f"backbone.width={backbone.width} is not a multiple of four times "

@@ -72,9 +72,11 @@ def diagnose(evaluator: CocoEvaluator, of: Kind = "box") -> Diagnosed:
     finders = {
         detection for detection, _ in seen["dt_match"].items() if scores[detection - 1] >= sure
     }
-    found = {seen["dt_match"][detection] for detection in finders}
+    detected = {seen["dt_match"][detection] for detection in finders}
     boxes_counted = np.flatnonzero(~done.truth.crowd) + 1
-    missed = np.array([box for box in boxes_counted.tolist() if box not in found], dtype=np.int64)
+    missed = np.array(
+        [box for box in boxes_counted.tolist() if box not in detected], dtype=np.int64
+    )
     tide, calibration = e.tide_errors(), e.calibration()
     matrix = np.asarray(e.confusion_matrix(iou_thr=0.5, min_score=sure)["matrix"], dtype=np.int64)
     classes = _by_class(done, a.classes.names, counted, right, boxes)
@@ -110,9 +112,9 @@ def operating_point(
         return Operating(), ()
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    found = np.cumsum(right[order])
+    true_positives = np.cumsum(right[order])
     taken = np.arange(1, len(ranked) + 1)
-    f1 = 2 * found / (taken + boxes)
+    f1 = 2 * true_positives / (taken + boxes)
     last = np.append(ranked[1:] < ranked[:-1], True)  # equal scores are taken together
     at = int(np.argmax(np.where(last, f1, -1)))
     below = ranked[at + 1] if at + 1 < len(ranked) else 0.0
@@ -121,8 +123,8 @@ def operating_point(
     point = Operating(
         threshold=float((ranked[at] + below) / 2),
         f1=float(f1[at]),
-        precision=float(found[at] / taken[at]),
-        recall=float(found[at] / boxes),
+        precision=float(true_positives[at] / taken[at]),
+        recall=float(true_positives[at] / boxes),
     )
     return point, tuple(np.round(curve, 4).tolist())
 
@@ -142,12 +144,12 @@ def _by_class(
     """The errors of each class. `counted` and `right` are of the detections,
     `boxes` the class index of each box that counts.
     """
-    scores, found = done.rows[:, 5], []
+    scores, errors = done.rows[:, 5], []
     for k, name in enumerate(names):
         of_class, in_truth = counted & (done.labels == k), int((boxes == k).sum())
         point, _ = operating_point(scores[of_class], right[of_class], in_truth)
-        found.append(_class_errors(name, done, k, point, in_truth, int(of_class.sum())))
-    return tuple(found)
+        errors.append(_class_errors(name, done, k, point, in_truth, int(of_class.sum())))
+    return tuple(errors)
 
 
 def _bins(bins: Sequence[Mapping[str, Any]]) -> tuple[CalibrationBin, ...]:

@@ -25,22 +25,22 @@ QUALITY = 70  # of the JPEG
 Float = NDArray[np.float64]
 
 
-def galleries(found: Diagnosed, annotations: Annotations) -> dict[str, tuple[Picture, ...]]:
+def galleries(diagnosed: Diagnosed, annotations: Annotations) -> dict[str, tuple[Picture, ...]]:
     """The surest false alarms, the pictures with most missed objects,
     and the surest confusions of classes.
     """
-    done, names, marks = found.done, annotations.classes.names, _Marks(annotations, found)
+    done, names, marks = diagnosed.done, annotations.classes.names, _Marks(annotations, diagnosed)
     # False alarms: of each picture the surest says where it stands.
     alarms: dict[int, list[int]] = defaultdict(list)
-    for number in found.wrong.tolist():
+    for number in diagnosed.wrong.tolist():
         alarms[int(done.rows[number - 1, 0])].append(number)
     # Misses: the most in one picture first.
     missed: dict[int, list[int]] = defaultdict(list)
-    for number in found.missed.tolist():
+    for number in diagnosed.missed.tolist():
         missed[int(done.truth.image[number - 1])].append(number)
     by_misses = sorted(missed, key=lambda image: -len(missed[image]))
     # Confusions: a picture for each.
-    mistaken = {error["image_id"]: error for error in reversed(found.confused)}
+    mistaken = {error["image_id"]: error for error in reversed(diagnosed.confused)}
     surest = sorted(mistaken.values(), key=lambda error: -error["dt_score"])
     return {
         "False alarms": marks.drawn(
@@ -66,8 +66,8 @@ _Drawing = tuple[Float, list[int], list[float] | None, str]
 class _Marks:
     """What is drawn on the pictures of an evaluation."""
 
-    def __init__(self, annotations: Annotations, found: Diagnosed) -> None:
-        self.annotations, self.done = annotations, found.done
+    def __init__(self, annotations: Annotations, diagnosed: Diagnosed) -> None:
+        self.annotations, self.done = annotations, diagnosed.done
 
     def detections(self, numbers: Iterable[int]) -> _Drawing:
         """Detections, with their scores."""

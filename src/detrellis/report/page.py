@@ -48,7 +48,11 @@ def page(report: Report) -> str:
         _tide(d),
         _confusions(d),
         f'<p class="soft">Pictures are in {escape(folder)}.</p>' if folder else "",
-        *(_gallery(name, found, names) for name, found in report.galleries.items() if found),
+        *(
+            _gallery(name, pictures, names)
+            for name, pictures in report.galleries.items()
+            if pictures
+        ),
         "<h2>Labels that are probably wrong</h2>",
         _label_errors(d, names),
         "<h2>Do scores mean what they say?</h2>",
@@ -158,7 +162,7 @@ def _confusions(d: Diagnosis) -> str:
 
 def _short(report: Report) -> tuple[str, Mapping[str, str]]:
     """The folder that all shown pictures are in, and by its path the name of each in there."""
-    files = {picture.file for found in report.galleries.values() for picture in found}
+    files = {picture.file for pictures in report.galleries.values() for picture in pictures}
     files |= {error.file for error in report.diagnosis.label_errors}
     if not files:
         return "", {}

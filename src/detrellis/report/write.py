@@ -59,7 +59,7 @@ def write_report(
     file is in the way.
     """
     try:
-        found = diagnose(evaluator, result.of)
+        diagnosed = diagnose(evaluator, result.of)
     except UserError as error:
         logger.warning("no report is written: %s", error)
         return result
@@ -68,7 +68,7 @@ def write_report(
         title=f"{card.recipe.name} on {split}: {outputs.folder.name}",
         command=again,
         result=result,
-        diagnosis=found.diagnosis,
+        diagnosis=diagnosed.diagnosis,
         epoch=card.epoch,
         step=card.step,
         facts={
@@ -78,7 +78,7 @@ def write_report(
         },
         recipe=card.recipe.model_dump_json(indent=1),
         history=history,
-        galleries=galleries(found, evaluator.annotations),
+        galleries=galleries(diagnosed, evaluator.annotations),
     )
     html, numbers = report_names(split)
     outputs.write(numbers, json.dumps(shown.to_dict(), indent=1))

@@ -79,12 +79,12 @@ class Group(TrainingScheme):
         )
         further = self.k - 1
         table: Table = self.table
-        found = self.extra_queries if proposals is None else proposals.best.shape[1]
-        if found < self.extra_queries:
+        proposed = self.extra_queries if proposals is None else proposals.best.shape[1]
+        if proposed < self.extra_queries:
             # A memory of few tokens: each group's first rows, as the detector takes its first ones.
             rows = {name: value.unflatten(0, (further, -1)) for name, value in table.items()}
             table = {
-                name: value[:, : found // further].flatten(0, 1) for name, value in rows.items()
+                name: value[:, : proposed // further].flatten(0, 1) for name, value in rows.items()
             }
         block = QueryBlock(
             "group",

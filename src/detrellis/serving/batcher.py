@@ -68,12 +68,12 @@ class Batcher:
         and the others without it.
         """
         try:
-            found = self._detect([pixels for pixels, _ in batch])
+            predictions = self._detect([pixels for pixels, _ in batch])
         except Exception as error:
             for item in batch if len(batch) > 1 else ():
                 self._answer([item])
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
             return
-        for (_, future), prediction in zip(batch, found, strict=True):
+        for (_, future), prediction in zip(batch, predictions, strict=True):
             future.set_result(prediction)

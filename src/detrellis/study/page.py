@@ -111,12 +111,12 @@ def _rows(report: StudyReport, out: Path) -> str:
 
 def _links(report: StudyReport, row: str, out: Path) -> str:
     """Links to the reports of a row's runs, as far as they have one."""
-    found = []
+    links = []
     for trial in report.plan.trials():
         path = trial.folder(Path()) / REPORT
         if trial.row == row and (out / path).is_file():
-            found.append(f'<a href="{escape(quote(path.as_posix()))}">seed {trial.seed}</a>')
-    return f"<p>What is wrong with it: {', '.join(found)}.</p>" if found else ""
+            links.append(f'<a href="{escape(quote(path.as_posix()))}">seed {trial.seed}</a>')
+    return f"<p>What is wrong with it: {', '.join(links)}.</p>" if links else ""
 
 
 def _missing(report: StudyReport) -> list[str]:

@@ -79,7 +79,7 @@ def report_tables(report: StudyReport) -> list[ReportTable]:
 def _gains(name: str, report: StudyReport, of: Callable[[RowResult], Estimate | None]) -> Columns:
     """The column of a gain, and that of its interval with other images where the rows know it."""
     columns: Columns = {name: lambda row: gain(of(row))}
-    if any((found := of(row)) is not None and found.with_images is not None for row in report.rows):
+    if any((line := of(row)) is not None and line.with_images is not None for row in report.rows):
         columns["other images, too"] = lambda row: with_images(of(row))
     return columns
 

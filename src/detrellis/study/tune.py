@@ -166,10 +166,10 @@ class Tuner:
             return {}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         with warnings.catch_warnings(action="ignore"):
-            found: dict[str, float] = optuna.importance.get_param_importances(
+            importances: dict[str, float] = optuna.importance.get_param_importances(
                 self._study, evaluator=evaluator
             )
-        return found
+        return importances
 
     def _of(self, outcome: TrialOutcome) -> Candidate:
         return next(candidate for candidate in self.candidates if candidate.outcome is outcome)

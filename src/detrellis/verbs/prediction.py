@@ -71,8 +71,8 @@ def predict(
     tiling = None if tiles is None else Tiling(tiles, overlap, full)
     if out is None and (format or crops or txt):
         raise UserError("files are to be written, and no folder is named", "Say where: out=FOLDER.")
-    found = without_repeats(find_pictures(pictures, recursive))
-    given = [replace(picture, every=every) for picture in found]
+    inputs = without_repeats(find_pictures(pictures, recursive))
+    given = [replace(picture, every=every) for picture in inputs]
     folder = None if out is None else PredictionFolder(Path(out), given, txt, format, crops)
     given = given if folder is None else folder.pictures
     model = load(place, device=device).fused()

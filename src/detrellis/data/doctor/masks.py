@@ -50,14 +50,16 @@ def check_masks(raw: RawDataset) -> list[Finding]:
 def _together(
     raw: RawDataset, kinds: Mapping[str, Sequence[tuple[int, str]]], objects: int
 ) -> Iterator[Finding]:
-    for code, found in kinds.items():
-        box, what = found[0]
+    for code, objects_of_kind in kinds.items():
+        box, what = objects_of_kind[0]
         file, line = raw.place(box)
         text = (
-            f"{len(found)} of {objects} objects: {what}, the first in "
+            f"{len(objects_of_kind)} of {objects} objects: {what}, the first in "
             f"{raw.file_names[raw.box_rows[box]]}"
         )
-        yield finding(code, raw.split, file, text, id=raw.box_id(box), line=line, count=len(found))
+        yield finding(
+            code, raw.split, file, text, id=raw.box_id(box), line=line, count=len(objects_of_kind)
+        )
 
 
 def _problems(value: Any, size: list[int], box: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
