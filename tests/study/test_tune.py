@@ -203,7 +203,16 @@ def test_the_command_line_searches(
     words = ["tune", "tiny", "--data", data, "--out", out, "--trials", 3]
     words += ["--search", "optim.lr=1e-4..1e-3:log"]
     shown = call(*words, capsys=capsys)
+    assert "3/3  trial-002, seed 0: started" in shown
+    assert "1/3  as it is, seed 0: started" in shown, "of how many, not of how many so far"
     assert "Next: detrellis train tiny" in shown or "Nothing that was tried" in shown
+    assert "have not ended" not in shown
     records = json.loads(call(*words, "--json", capsys=capsys))
     assert [record["state"] for record in records] == ["finished"] * 3
     assert "another search" in call(*words, "--seed", 5, capsys=capsys, code=2)
+    monkeypatch.setattr(launch, "CHILD", ("-I", "-S", "-c", STUB.replace("0.1", "0.01")))
+    elsewhere = [tmp_path / "poor" if word == out else word for word in words]
+    assert "No trial has learned more than AP 1.0" in call(*elsewhere, capsys=capsys)
+    monkeypatch.setattr(launch, "CHILD", ("-I", "-S", "-c", "import sys; sys.exit(143)"))
+    stopped = call(*words, "--trials", 5, capsys=capsys, code=1)
+    assert "Trials that have not ended: 2. The same command goes on." in stopped

@@ -91,8 +91,7 @@ def tune(
         print_json([candidate.to_dict() for candidate in tuner.candidates])
     else:
         _show(tuner, recipe, runs, override or [])
-    unfinished = any(c.state not in ("finished", "pruned", "refused") for c in tuner.candidates)
-    raise typer.Exit(1 if unfinished or len(tuner.candidates) < trials else 0)
+    raise typer.Exit(1 if tuner.unfinished() else 0)
 
 
 def _show(tuner: Tuner, recipe: str, runs: TrialRuns, override: list[str]) -> None:
@@ -100,6 +99,7 @@ def _show(tuner: Tuner, recipe: str, runs: TrialRuns, override: list[str]) -> No
     and the command that trains the best one.
     """
     from detrellis.study.tune import AS_IT_IS, best_of, options
+    from detrellis.study.words import HARDLY
 
     console.print(_table(tuner))
     for candidate in tuner.candidates:
@@ -110,8 +110,16 @@ def _show(tuner: Tuner, recipe: str, runs: TrialRuns, override: list[str]) -> No
             "Share of the scores' variation: "
             + ", ".join(f"{name} {part:.0%}" for name, part in importances.items())
         )
+    if left := tuner.unfinished():
+        console.print(f"Trials that have not ended: {left}. The same command goes on.")
     best, base = best_of(tuner), tuner.candidates[0]
     if best is None or base.ap is None or best.ap is None:
+        return
+    if best.ap < HARDLY:
+        console.print(
+            f"No trial has learned more than AP {best.ap:.1f}, so that chance decides. Give them "
+            "more --epochs."
+        )
         return
     if best is base:
         console.print(

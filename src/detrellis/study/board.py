@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -31,8 +31,11 @@ STYLES = {
 class Board:
     """Shows the trials of a study, and how far each one is."""
 
-    def __init__(self, outcomes: Sequence[TrialOutcome], console: Console) -> None:
-        self._outcomes, self._console = outcomes, console
+    def __init__(
+        self, outcomes: Sequence[TrialOutcome], total: Callable[[], int], console: Console
+    ) -> None:
+        """`outcomes` may grow, up to as many as `total` says."""
+        self._outcomes, self._total, self._console = outcomes, total, console
         self._since: dict[int, float] = {}  # of the trials that run
         self._read: dict[int, tuple[str, str]] = {}  # progress of those that do not
         self._shown = -REFRESH_SECONDS
@@ -89,7 +92,7 @@ class Board:
         return self._read[id(outcome)]
 
     def _counted(self, outcome: TrialOutcome) -> str:
-        return f"{self._outcomes.index(outcome) + 1}/{len(self._outcomes)}"
+        return f"{self._outcomes.index(outcome) + 1}/{self._total()}"
 
     def _table(self, now: float) -> Table:
         table = Table("row", "seed", "state", "epoch", "AP", "time", box=SIMPLE_HEAD)

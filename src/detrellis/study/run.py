@@ -71,6 +71,9 @@ class TrialSource(Protocol):
 
     outcomes: list[TrialOutcome]  # of all trials so far, finished ones too
 
+    def total(self) -> int:
+        """How many outcomes there are to be in the end."""
+
     def next(self) -> TrialOutcome | None:
         """The trial to start now; None:
         there is none, at least not before another one has ended.
@@ -92,6 +95,10 @@ class PlannedTrials:
             if (outcome.folder / DONE).exists():
                 outcome.state = "finished"
         self._waiting = deque(outcome for outcome in self.outcomes if outcome.state == "waiting")
+
+    def total(self) -> int:
+        """See `TrialSource`."""
+        return len(self.outcomes)
 
     def next(self) -> TrialOutcome | None:
         """See `TrialSource`."""
@@ -130,7 +137,7 @@ def run_trials(
     A trial that fails does not stop the others.
     """
     running: list[_Child] = []
-    with sigterm_interrupts(), Board(trials.outcomes, console) as board:
+    with sigterm_interrupts(), Board(trials.outcomes, trials.total, console) as board:
         try:
             _keep_busy(trials, running, conditions, resources, board)
         except KeyboardInterrupt:

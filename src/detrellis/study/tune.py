@@ -117,6 +117,16 @@ class Tuner:
         self._study = _study(search)
         self._restore()
 
+    def total(self) -> int:
+        """Outcomes of the whole search; a trial that the recipe refuses has none."""
+        most = max(self.search.trials, len(self.candidates))
+        return most - sum(candidate.outcome is None for candidate in self.candidates)
+
+    def unfinished(self) -> int:
+        """Trials that have not come to their end, or have not begun."""
+        ended = sum(c.state in ("finished", "pruned", "refused") for c in self.candidates)
+        return max(self.search.trials, len(self.candidates)) - ended
+
     def next(self) -> TrialOutcome | None:
         """A trial that was stopped, or a new one while there are to be more."""
         for candidate in self.candidates:
