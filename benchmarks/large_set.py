@@ -37,7 +37,9 @@ from detrellis.recipes import find_recipe
 FILES, SIDE, BOXES = 32, 64, 7
 BATCH, WORKERS, LOOKS = 50, 2, 10
 CORNERS = [
-    (10 + 10 * math.cos(a * math.pi / 6), 12 + 12 * math.sin(a * math.pi / 6)) for a in range(12)
+    # Around the middle of a box of 20 by 24 pixels
+    (10 + 10 * math.cos(a * math.pi / 6), 12 + 12 * math.sin(a * math.pi / 6))
+    for a in range(12)
 ]
 WITH_MASKS = "detector.masks={}"
 START = f"""
@@ -80,9 +82,8 @@ def copied_set(folder: Path, images: int, masks: bool) -> Path:
 def _object(index: int, kinds: list[int], mask: bool) -> dict[str, Any]:
     box = [4 + 3 * (index % 7), 5 + 2 * (index % 11), 20, 24]
     image, kind = index // BOXES, kinds[index % len(kinds)]
-    outline = [
-        round(start + step, 2) for x, y in CORNERS for start, step in zip(box, (x, y), strict=False)
-    ]
+    left, top, *_ = box
+    outline = [round(side, 2) for x, y in CORNERS for side in (left + x, top + y)]
     return {
         "id": index,
         "image_id": image,

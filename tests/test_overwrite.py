@@ -142,6 +142,23 @@ def test_nothing_is_left_of_a_training_that_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_left_of_a_training_whose_validation_lacks_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it learns from has them."""
+    data = write_shapes(tmp_path / "data", train=2, val=2, size=(64, 64), masks=True)
+    file = data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    file.write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"instances_val\.json: .*mask") as error:
+        detrellis.train("tiny", data=data, override="detector.masks={}", workers=0)
+    assert "detector.masks=null" in error.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_figures(run: Path, tmp_path: Path) -> None:
     from detrellis.analysis.measurements import ready, save
     from detrellis.analysis.misalignment import analyze

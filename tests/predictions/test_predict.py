@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import detrellis
 from detrellis.cli import app
 from detrellis.cli.predict import names_below
+from detrellis.data.files import below_common_folder
 from detrellis.errors import UserError
 from detrellis.predictions.model import Model
 from detrellis.predictions.record import BrokenPictures, Prediction
@@ -239,3 +240,9 @@ def test_the_table_tells_pictures_of_equal_names_apart(
     assert names_below(pictures) == ["one.jpg", "sub/one.jpg", "two.jpg"]
     assert names_below([Path("pics/sub/one.jpg"), None]) == ["one.jpg", ""]
     assert names_below([None]) == [""]
+
+
+def test_files_without_a_common_folder_are_named_whole() -> None:
+    files = [Path("pics/one.jpg"), Path("/elsewhere/two.jpg")]
+    assert below_common_folder(files) == ("", {file: str(file) for file in files})
+    assert below_common_folder([]) == ("", {})

@@ -305,6 +305,7 @@ def test_any_recipe_can_be_made_tiny() -> None:
         assert recipe.optim.lr == (1e-4 if recipe.detector.encoder.kind == "dense" else 4e-4)
         weights = (recipe.loss.mask, recipe.loss.dice, recipe.loss.points)
         assert recipe.detector.masks is None or weights == (1.0, 1.0, 256), recipe.name
+        assert recipe.detector.queries.boxes_from_masks is None, recipe.name
 
 
 def test_a_scheme_of_names_takes_several() -> None:

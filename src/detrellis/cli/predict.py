@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -206,9 +205,8 @@ def names_below(paths: Sequence[Path | None]) -> list[str]:
     """The place of each file below the folder that all are in, so that no two are called the same;
     "" where there is no file.
     """
+    from detrellis.data.files import below_common_folder
+
     places = [None if path is None else path.absolute() for path in paths]
-    try:
-        top = os.path.commonpath([place.parent for place in places if place is not None])
-    except ValueError:  # no file, or files of several drives
-        return ["" if path is None else str(path) for path in paths]
-    return ["" if place is None else place.relative_to(top).as_posix() for place in places]
+    _, names = below_common_folder([place for place in places if place is not None])
+    return ["" if place is None else names[place] for place in places]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -186,6 +186,17 @@ def stem_below(folder: Path, file: Path) -> str:
     without its suffix and with "/" between folders: "seq1/0001".
     """
     return file.relative_to(folder).with_suffix("").as_posix()
+
+
+def below_common_folder(files: Collection[Path]) -> tuple[str, dict[Path, str]]:
+    """The folder that all files are in, and the place of each below it;
+    "" and the paths as they are where there is none, as on several drives.
+    """
+    try:
+        folder = os.path.commonpath([file.parent for file in files])
+    except ValueError:
+        return "", {file: str(file) for file in files}
+    return folder, {file: file.relative_to(folder).as_posix() for file in files}
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from detrellis.data.files import below_common_folder
 from detrellis.engine.console import number
 from detrellis.engine.eval_result import STATISTICS
 from detrellis.report.charts import COLOURS, line_chart
@@ -164,10 +164,8 @@ def _short(report: Report) -> tuple[str, Mapping[str, str]]:
     """The folder that all shown pictures are in, and by its path the name of each in there."""
     files = {picture.file for pictures in report.galleries.values() for picture in pictures}
     files |= {error.file for error in report.diagnosis.label_errors}
-    if not files:
-        return "", {}
-    folder = os.path.commonpath([Path(file).parent for file in files])
-    return folder, {file: Path(file).relative_to(folder).as_posix() for file in files}
+    folder, names = below_common_folder([Path(file) for file in files])
+    return folder, {file: names[Path(file)] for file in files}
 
 
 def _gallery(name: str, pictures: tuple[Picture, ...], names: Mapping[str, str]) -> str:
