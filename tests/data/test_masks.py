@@ -21,7 +21,7 @@ from detrellis.data.augmentation import Augmentation, Strong, augmentation
 from detrellis.data.batch import Batch, Collate
 from detrellis.data.dataset import DetectionDataset
 from detrellis.data.doctor.check import prepare
-from detrellis.data.drawing import Affine, Object, Part
+from detrellis.data.drawing import Affine, Object, Part, patches
 from detrellis.data.drawing import grids as drawn_grids
 from detrellis.data.layout import resolve
 from detrellis.data.loader import build_loader
@@ -302,6 +302,42 @@ def test_bitmaps_follow_the_pixels(tmp_path: Path, name: str) -> None:
             assert differing(mask[rows[:, None], columns], grid) < 0.06
             seen += 1
     assert seen > 2
+
+
+MAPS = {
+    "enlarged": [[1.7, 0.0], [0.0, 2.3]],
+    "mirrored": [[-0.6, 0.0], [0.0, 0.9]],
+    "turned": [[0.8, -0.7], [0.5, 1.1]],
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_run_lengths_go_where_the_map_takes_them(name: str) -> None:
+    """A pixel is what lies under its centre, if that is in the window, and else nothing;
+    also where picture and window end inside the result.
+    """
+    random = np.random.default_rng(3)
+    blobs = random.random((20, 26)) < 0.4
+    window = np.array([3.2, 1.4, 22.7, 15.1])
+    matrix = np.array(MAPS[name])
+    affine = Affine(matrix, np.array([20.3, 11.6]) - matrix @ [13.0, 10.0])
+    outline = coco_mask.encode(np.asfortranarray(blobs))["counts"]
+    shown = Object(outline, blobs.shape, Part(affine, window, False, ()), ())
+    size = (24, 40)
+    (patch,) = patches([shown], size)
+    assert patch is not None
+    seen = np.zeros(size, dtype=bool)
+    seen[patch.window] = patch.inside
+    back = affine.inverse()
+    unlike = 0
+    for y, x in np.ndindex(size):
+        place = back(np.array([x + 0.5, y + 0.5]))
+        column, row = np.floor(place).astype(int)
+        inside = (place >= window[:2]).all() and (place < window[2:]).all()
+        unlike += seen[y, x] != bool(inside and blobs[row, column])
+    # Where a map turns, hotcoco draws the window: a pixel or two at its edge are others
+    assert unlike <= (20 if name == "turned" else 0)
+    assert seen.sum() > 50
 
 
 @pytest.mark.parametrize("name", MIXES)

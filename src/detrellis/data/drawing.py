@@ -42,6 +42,11 @@ class Affine(NamedTuple):
         moved: Floats = points @ self.matrix.T + self.offset
         return moved
 
+    @property
+    def straight(self) -> bool:
+        """Whether rows stay rows and columns stay columns."""
+        return not (self.matrix[0, 1] or self.matrix[1, 0])
+
     def then(self, other: Affine) -> Affine:
         """This one followed by the other."""
         return Affine(other.matrix @ self.matrix, other(self.offset))
@@ -129,7 +134,7 @@ def draw(shown: Object, view: Affine, size: Size) -> Patch | None:
     view = view.then(Affine(np.eye(2), np.array([-left, -top], dtype=np.float64)))
     affine, size = shown.part.affine.then(view), (bottom - top, right - left)
     seen: Bitmap = _outlined(shown.outline, affine, size, shown.size)
-    seen &= _within(shown.part.window, affine, size)
+    _cut(seen, shown.part.window, affine)
     for part in shown.above:
         seen[_within(part.window, part.affine.then(view), size)] = False
     return Patch(seen, top, left).trimmed()
@@ -183,26 +188,44 @@ def _resampled(bitmap: Bitmap, affine: Affine, size: Size) -> Bitmap:
     low = np.clip(np.floor(corners.min(axis=0)), 0, size[::-1]).astype(int)
     high = np.clip(np.ceil(corners.max(axis=0)), 0, size[::-1]).astype(int)
     # What lies there.
-    y, x = np.mgrid[low[1] : high[1], low[0] : high[0]]
-    places = np.floor(affine.inverse()(np.stack([x, y], axis=-1) + 0.5)).astype(int)
-    known = ((places >= 0) & (places < bitmap.shape[::-1])).all(axis=-1)
-    places = places.clip(0, np.array(bitmap.shape[::-1]) - 1)
-    inside[low[1] : high[1], low[0] : high[0]] = bitmap[places[..., 1], places[..., 0]] & known
+    x, y = (np.arange(start, end) + 0.5 for start, end in zip(low, high, strict=True))
+    back = affine.inverse()
+    if affine.straight:  # all pixels of a column come from one column, and so do those of a row
+        column, row = (
+            np.floor(places * back.matrix[axis, axis] + back.offset[axis]).astype(int)
+            for axis, places in enumerate((x, y))
+        )
+        row = row[:, None]
+    else:
+        column, row = (
+            np.floor(back(np.stack(np.meshgrid(x, y), axis=-1))).astype(int).T.swapaxes(1, 2)
+        )
+    height, width = bitmap.shape
+    known = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    seen = bitmap[row.clip(0, height - 1), column.clip(0, width - 1)]
+    inside[low[1] : high[1], low[0] : high[0]] = seen & known
     return inside
 
 
 def _within(window: Floats, affine: Affine, size: Size) -> Bitmap:
     """Pixels whose centre is in a window."""
+    inside = np.ones(size, dtype=np.bool_)
+    _cut(inside, window, affine)
+    return inside
+
+
+def _cut(mask: Bitmap, window: Floats, affine: Affine) -> None:
+    """Empties a mask where a pixel's centre is not in a window."""
     x1, y1, x2, y2 = window
     corners = affine(np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]))
-    if affine.matrix[0, 1] or affine.matrix[1, 0]:
-        return _filled([corners], size)
-    inside = np.zeros(size, dtype=np.bool_)
-    low, high = (
+    if not affine.straight:
+        mask &= _filled([corners], mask.shape)
+        return
+    (left, top), (right, bottom) = (
         np.ceil(c - 0.5).astype(int).clip(min=0) for c in (corners.min(axis=0), corners.max(axis=0))
     )
-    inside[low[1] : high[1], low[0] : high[0]] = True
-    return inside
+    for outside in (mask[:top], mask[bottom:], mask[:, :left], mask[:, right:]):
+        outside[:] = False
 
 
 def patches(objects: Sequence[Object], size: Size) -> list[Patch | None]:

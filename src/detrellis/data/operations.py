@@ -138,8 +138,10 @@ def place(
 
 def padded(image: Tensor, frame: tuple[int, int], grey: int) -> Tensor:
     """The image in the upper left corner of a canvas of one grey level, of the size `frame`."""
-    canvas = image.new_full((3, *frame), grey)
-    canvas[:, : image.shape[1], : image.shape[2]] = image
+    height, width = image.shape[1:]
+    canvas = image.new_empty((*frame, 3)).permute(2, 0, 1)  # channels last, as images are
+    canvas[:, :height, :width] = image
+    canvas[:, :height, width:], canvas[:, height:] = grey, grey
     return canvas
 
 
