@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from detrellis.data import shapes
-from detrellis.data.shapes import CATEGORIES, draw_image, write_shapes
+from detrellis.data.shapes import CATEGORIES, Kinds, draw_image, write_shapes
 from detrellis.errors import UserError
 
 SMALL = {"train": 12, "val": 5}
@@ -126,6 +126,23 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_allclose(drawn, [x, y, x + w, y + h], atol=2)
         assert area == pytest.approx(changed.sum(), rel=0.2)
     assert seen == set(CATEGORIES)
+
+
+def test_classes_with_colours_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each class has its shape, its colour and its part of the objects."""
+    monkeypatch.setattr(shapes, "MARKINGS", dict.fromkeys(shapes.MARKINGS, "plain"))
+    monkeypatch.setattr(shapes, "_draw_line", lambda *_: None)
+    colours = {7: (230, 20, 20), 9: (20, 20, 230)}
+    kinds = Kinds({7: "disc", 8: "disc", 9: "disc"}, (0.8, 0.0, 0.2), colours)
+    random, drawn = np.random.default_rng(0), []
+    for _ in range(150):
+        pixels, found = draw_image(64, 64, (1, 1), random, kinds)
+        for category, mask in found:
+            drawn.append(category)
+            assert np.abs(np.median(pixels[mask], axis=0) - colours[category]).max() < 12
+    assert len(drawn) > 100
+    assert drawn.count(8) == 0
+    assert drawn.count(7) / len(drawn) == pytest.approx(0.8, abs=0.1)
 
 
 def test_hidden_objects_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

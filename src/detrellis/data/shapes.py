@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ MARKINGS = {
 Mask = NDArray[np.float32]  # (height, width), coverage in [0, 1] or a texture
 Canvas = NDArray[np.float32]  # (..., 3) colours, 0 to 255
 Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The classes that are drawn; as it stands, the five shapes in any colour, all as often."""
+
+    shapes: Mapping[int, str] = field(default_factory=lambda: CATEGORIES)  # by category id
+    shares: Sequence[float] | None = None  # of the objects, in the order of `shapes`
+    # Colours (red, green, blue) of category ids; the other classes have any
+    colours: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,11 @@ def _write_split(
 
 
 def draw_image(
-    height: int, width: int, objects: tuple[int, int], random: Random
+    height: int,
+    width: int,
+    objects: tuple[int, int],
+    random: Random,
+    kinds: Kinds = Kinds(),
 ) -> tuple[NDArray[np.uint8], list[tuple[int, Bitmap]]]:
     """The pixels `(height, width, 3)` and, for each object that can be seen, (category id, mask).
 
@@ -165,7 +180,8 @@ def draw_image(
     for _ in range(random.integers(1, 4)):
         _draw_clutter(canvas, random)
     drawn = [
-        _draw_object(canvas, random) for _ in range(random.integers(objects[0], objects[1] + 1))
+        _draw_object(canvas, kinds, random)
+        for _ in range(random.integers(objects[0], objects[1] + 1))
     ]
     if random.random() < 0.3:
         _draw_line(canvas, random)
@@ -187,11 +203,12 @@ def _coco_box(mask: Bitmap) -> list[int]:
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
 
 
-def _draw_object(canvas: Canvas, random: Random) -> _Object:
+def _draw_object(canvas: Canvas, kinds: Kinds, random: Random) -> _Object:
     height, width = canvas.shape[:2]
-    category = int(random.choice(list(CATEGORIES)))
+    category = int(random.choice(list(kinds.shapes), p=kinds.shares))
+    name = kinds.shapes[category]
     radius = math.exp(random.uniform(math.log(SMALLEST), math.log(LARGEST))) * min(height, width)
-    patch = _shape_mask(CATEGORIES[category], radius, random)
+    patch = _shape_mask(name, radius, random)
     # The centre is inside the frame, so that a good part of the object is.
     top, left = (
         round(random.uniform(0.08, 0.92) * side - len(patch) / 2) for side in (height, width)
@@ -200,12 +217,12 @@ def _draw_object(canvas: Canvas, random: Random) -> _Object:
     y, x = slice(max(top, 0), top + len(patch)), slice(max(left, 0), left + len(patch))
     inside = mask[y, x]
     inside[:] = patch[y.start - top :, x.start - left :][: inside.shape[0], : inside.shape[1]]
-    paint = _paint(
-        MARKINGS[CATEGORIES[category]],
-        inside.shape,
-        canvas[y, x][inside >= 0.5].mean(axis=0),
-        random,
+    colour = (
+        np.array(kinds.colours[category], dtype=np.float32)
+        if category in kinds.colours
+        else _colour_on(canvas[y, x][inside >= 0.5].mean(axis=0), random)
     )
+    paint = _paint(MARKINGS[name], inside.shape, colour, random)
     canvas[y, x] += inside[..., None] * (paint - canvas[y, x])
     return _Object(category, mask >= 0.5, int((patch >= 0.5).sum()))
 
@@ -246,11 +263,16 @@ def _outline(name: str) -> NDArray[np.float64]:
     return points
 
 
-def _paint(marking: str, shape: tuple[int, ...], behind: Canvas, random: Random) -> Canvas:
-    """A filling that stands out from the mean colour `behind` it."""
+def _colour_on(behind: Canvas, random: Random) -> Canvas:
+    """A colour that stands out from the mean colour `behind` it."""
     colour = _colour(random)
     while np.abs(colour - behind).max() < 70:
         colour = _colour(random)
+    return colour
+
+
+def _paint(marking: str, shape: tuple[int, ...], colour: Canvas, random: Random) -> Canvas:
+    """A filling of that colour, and of one near it where the marking is."""
     # The same hue: it stays one thing
     other = colour + random.uniform(40, 80) * (-1 if colour.mean() > 127 else 1)
     marks = _marks(marking, shape[0], shape[1], random)[..., None]
