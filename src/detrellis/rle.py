@@ -34,6 +34,14 @@ def area(runs: bytes, size: Size) -> int:
     return int(coco.area({"size": [*size], "counts": runs}))
 
 
+def bounds(runs: bytes, size: Size) -> tuple[float, float, float, float]:
+    """Left, top, width and height of a box with all pixels inside; of no pixel, all zero."""
+    from hotcoco import mask as coco
+
+    x, y, width, height = coco.toBbox({"size": [*size], "counts": runs})
+    return x, y, width, height
+
+
 def polygons(mask: Bitmap) -> list[list[float]]:
     """The outlines of a bitmap along its pixels' edges,
     COCO's polygons (x1, y1, x2, y2, ...); holes are filled.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from detrellis.data.operations import CORNER, EDGE, PASTED, Picture
 from detrellis.data.patches import Patch
-from detrellis.rle import Bitmap, Size, decode
+from detrellis.rle import Bitmap, Size, bounds, decode
 
 # Polygons (x1, y1, x2, ...) of its parts; or COCO's compressed run lengths
 Outline = list[NDArray[np.float32]] | bytes
@@ -147,7 +147,11 @@ def _reach(shown: Object, affine: Affine, size: Size) -> tuple[int, int, int, in
     low, high = np.zeros(2), np.array(size[::-1], dtype=np.float64)
     x1, y1, x2, y2 = shown.part.window
     outlines = [np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])]
-    if not isinstance(shown.outline, bytes):
+    if isinstance(shown.outline, bytes):
+        x, y, width, height = bounds(shown.outline, shown.size)
+        right, bottom = x + width, y + height
+        outlines.append(np.array([[x, y], [right, y], [right, bottom], [x, bottom]]))
+    else:
         outlines.append(
             np.concatenate([part.reshape(-1, 2) for part in shown.outline]).astype(np.float64)
         )
@@ -176,34 +180,22 @@ def _filled(polygons: Sequence[Floats], size: Size) -> Bitmap:
 
 def _resampled(bitmap: Bitmap, affine: Affine, size: Size) -> Bitmap:
     """A bitmap where `affine` takes it: each pixel is what lies under its centre."""
-    inside = np.zeros(size, dtype=np.bool_)
-    if not bitmap.any():
-        return inside
-    # The part of the result that the object can reach.
-    columns, rows = np.flatnonzero(bitmap.any(axis=0)), np.flatnonzero(bitmap.any(axis=1))
-    (left, right), (top, bottom) = (columns[0], columns[-1] + 1), (rows[0], rows[-1] + 1)
-    corners = affine(
-        np.array([[left, top], [right, top], [left, bottom], [right, bottom]], dtype=np.float64)
-    )
-    low = np.clip(np.floor(corners.min(axis=0)), 0, size[::-1]).astype(int)
-    high = np.clip(np.ceil(corners.max(axis=0)), 0, size[::-1]).astype(int)
-    # What lies there.
-    x, y = (np.arange(start, end) + 0.5 for start, end in zip(low, high, strict=True))
+    x, y = (np.arange(side) + 0.5 for side in reversed(size))
     back = affine.inverse()
+    height, width = bitmap.shape
     if affine.straight:  # all pixels of a column come from one column, and so do those of a row
         column, row = (
             np.floor(places * back.matrix[axis, axis] + back.offset[axis]).astype(int)
             for axis, places in enumerate((x, y))
         )
+        seen = bitmap[:, column.clip(0, width - 1)][row.clip(0, height - 1)]
         row = row[:, None]
     else:
-        column, row = (
-            np.floor(back(np.stack(np.meshgrid(x, y), axis=-1))).astype(int).T.swapaxes(1, 2)
-        )
-    height, width = bitmap.shape
+        places = np.floor(back(np.stack(np.meshgrid(x, y), axis=-1))).astype(int)
+        column, row = places[..., 0], places[..., 1]
+        seen = bitmap[row.clip(0, height - 1), column.clip(0, width - 1)]
     known = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    seen = bitmap[row.clip(0, height - 1), column.clip(0, width - 1)]
-    inside[low[1] : high[1], low[0] : high[0]] = seen & known
+    inside: Bitmap = seen & known
     return inside
 
 
