@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import torch
 
-from .models import every_recipe, make
+from detrellis.recipes.build import build_untrained
+
+from ..small import CLASSES
+from .models import every_detector, every_recipe, make, recipe_of
 
 
 @every_recipe
@@ -21,3 +24,15 @@ def test_building_draws_from_its_seed_and_leaves_the_global_generator_alone(name
         not torch.equal(a, b)
         for a, b in zip(model.parameters(), another_seed.parameters(), strict=True)
     )
+
+
+@every_detector
+def test_a_network_that_is_filled_is_the_one_that_was_built(name: str) -> None:
+    """No weights are drawn for it; what is no weight, and is in no file, has to be there."""
+    built, filled = make(name).detector, build_untrained(recipe_of(name, "own"), CLASSES)
+    filled.load_state_dict(built.state_dict())
+    for one, other in (
+        (built.parameters(), filled.parameters()),
+        (built.buffers(), filled.buffers()),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

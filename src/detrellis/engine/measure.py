@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from detrellis.nn.undrawn import Undrawn
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
 from detrellis.types import ImageBatch
@@ -62,15 +63,15 @@ def image_size(recipe: Recipe) -> tuple[int, int]:
 
 def measure(recipe: Recipe, classes: int) -> RecipeInfo:
     """Build the recipe without memory for weights, on torch's meta device, and count."""
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = build(recipe.untrained(), classes)
-        detector = model.detector.eval()
-        trainable = count(detector, trainable=True)
-        detector.requires_grad_(False)  # the counter would follow gradients
-        height, width = image_size(recipe)
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            detector(ImageBatch(torch.empty(1, 3, height, width)))
+    detector = model.detector.eval()
+    trainable = count(detector, trainable=True)
+    detector.requires_grad_(False)  # the counter would follow gradients
+    height, width = image_size(recipe)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        detector(ImageBatch(torch.empty(1, 3, height, width, device="meta")))
     costs = [SchemeCost(s.name, count(s), s.extra_queries) for s in model.training_schemes]
     return RecipeInfo(
         recipe.name,

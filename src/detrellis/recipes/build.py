@@ -17,6 +17,7 @@ from detrellis.errors import UserError
 from detrellis.mask_points import MaskCost, Points
 from detrellis.matching import Candidates, Hungarian, MatchingCost, focal_term, softmax_term
 from detrellis.nn.accelerate import accelerate
+from detrellis.nn.undrawn import Undrawn
 from detrellis.recipes.config import Recipe
 from detrellis.recipes.detector import DetectorConfig
 from detrellis.recipes.network import build_detector, build_feed_forward
@@ -180,10 +181,10 @@ def build(
 
 
 def build_untrained(recipe: Recipe, classes: int) -> Detector:
-    """The detector alone, to be filled with trained weights;
-    no generator of random numbers moves.
+    """The detector alone, to be filled with trained weights:
+    its own are whatever memory holds, and no generator of random numbers moves.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Undrawn():
         return build_detector(recipe.untrained().detector, classes)
 
 
