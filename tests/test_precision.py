@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from detrellis.nn.backbone import ResNet
 from detrellis.recipes.build import build
 
 from .contract.models import every_recipe, recipe_of
@@ -41,3 +42,24 @@ def test_boxes_stay_float32() -> None:
     model = build(small("tiny"), CLASSES).eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert model.detector(images()).boxes.dtype == torch.float32
+
+
+def test_a_frozen_backbone_keeps_bf16_for_the_backward_pass() -> None:
+    """Its maps in float32 beside those in bf16 would take more memory than without autocast."""
+    torch.manual_seed(0)
+    backbone = ResNet("resnet18", (8, 16, 32), pretrained=None, norm="frozen").train()
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        maps = backbone(torch.rand(1, 3, 64, 64))
+    assert {m.dtype for m in maps} == {torch.bfloat16}
+    assert {t.dtype for t in kept if t.dim() == 4 and t.shape[0] == 1 and t.shape[2] > 1} == {
+        torch.bfloat16
+    }

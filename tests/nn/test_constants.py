@@ -6,14 +6,16 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
 
 from detrellis.nn import constants
 from detrellis.nn.constants import kept
 from detrellis.nn.encoder import token_centres
-from detrellis.nn.frozen import FrozenNorm
+from detrellis.nn.frozen import FrozenNorm, freeze_timm
 from detrellis.nn.position import SineMap
 from detrellis.types import Memory
 
@@ -89,13 +91,45 @@ def test_a_frozen_norm_follows_its_buffers(change: Callable[[FrozenNorm], object
     change(copied)
     change(norm)
     assert not torch.equal(norm(maps), before)
+    maps = maps.to(norm.weight.dtype)
     for changed in (norm, copied):
         assert torch.equal(changed(maps), FrozenBatchNorm2d.forward(changed, maps))
 
 
 def test_scale_and_shift_are_computed_once() -> None:
     norm = FrozenNorm(8)
-    assert norm.affine()[0] is norm.affine()[0]
+    assert norm.scale_and_shift(torch.float32)[0] is norm.scale_and_shift(torch.float32)[0]
+
+
+def test_frozen_maps_keep_their_dtype() -> None:
+    """Under autocast nothing is held in float32 beside bf16; scale and shift are rounded once."""
+    norm, maps = FrozenNorm(8), torch.randn(2, 8, 3, 5)
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    rough = norm(maps.bfloat16())
+    assert rough.dtype is torch.bfloat16
+    torch.testing.assert_close(rough.float(), norm(maps), rtol=0.02, atol=0.02)
+    assert norm(maps).dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "mobilenetv2_100"])
+def test_timms_frozen_norms_are_ours(name: str) -> None:
+    """With and without an activation of their own: the same bits and names, and bf16 stays."""
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, pretrained=False, features_only=True).eval()
+    for part in theirs.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(part.bias, -0.1, 0.1)
+            assert part.running_var is not None
+            part.running_var.uniform_(0.5, 2)
+    ours = freeze_timm(copy.deepcopy(theirs))
+    theirs = freeze_batch_norm_2d(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    pixels = torch.rand(1, 3, 64, 64)
+    for a, b in zip(ours(pixels), theirs(pixels), strict=True):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {m.dtype for m in ours(pixels)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("blank", [False, True])

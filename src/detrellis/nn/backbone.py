@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from detrellis.errors import UserError
-from detrellis.nn.frozen import FrozenNorm
+from detrellis.nn.frozen import FrozenNorm, freeze_timm
 from detrellis.nn.pretrained import (
     Source,
     check_timm_name,
@@ -262,7 +262,6 @@ class TimmBackbone(Backbone):
     ) -> None:
         super().__init__()
         import timm  # only here: its import takes a second that no torchvision backbone needs
-        from timm.layers.norm_act import freeze_batch_norm_2d
 
         check_timm_name(name)
         info: Any = _create(name, pretrained=False).feature_info
@@ -287,7 +286,7 @@ class TimmBackbone(Backbone):
                 part.drop_prob = 0.0
         self.channels_last = str(getattr(model, "output_fmt", "NCHW")) in ("NHWC", "Format.NHWC")
         self.channels: list[int] = list(model.feature_info.channels())
-        self.model = model if norm == "batch" else freeze_batch_norm_2d(model)
+        self.model = model if norm == "batch" else freeze_timm(model)
         swin = self.channels_last and name.startswith("swin")
         if swin:
             from detrellis.nn.swin import pad_before_shifting

@@ -86,6 +86,7 @@ NORMS = {
     "BatchNorm2d",
     "SyncBatchNorm",
     "FrozenNorm",
+    "FrozenNormAct",
     "FrozenBatchNorm2d",
     "BatchNormAct2d",
     "FrozenBatchNormAct2d",
