@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import detrellis
@@ -108,7 +109,9 @@ def test_options_have_the_same_ranges() -> None:
         (lambda: detrellis.predict("run", "photo.jpg", threshold=math.nan), "threshold=nan"),
         (lambda: detrellis.predict("run", "photo.jpg", batch_size=0), "batch_size=0"),
         (lambda: detrellis.load("tiny", classes=0), "classes=0"),
-        (lambda: detrellis.load("tiny", device="gpu"), "device 'gpu' cannot be used"),
+        (lambda: detrellis.load("tiny", device="gpu"), "device 'gpu' is none of cpu"),
+        (lambda: detrellis.load("tiny", device="hpu"), "device 'hpu' is none of cpu"),
+        (lambda: detrellis.load("tiny", device="meta"), "device 'meta' is none of cpu"),
         (lambda: detrellis.load("tiny", device="cuda:99"), "device 'cuda:99' cannot be used"),
         (lambda: detrellis.info("tiny", classes=-1), "classes=-1"),
         (lambda: detrellis.bench("tiny", runs=0), "runs=0"),
@@ -123,6 +126,13 @@ def test_every_verb_is_checked(call: Callable[[], object], message: str) -> None
     with pytest.raises(UserError) as raised:
         call()
     assert message in str(raised.value)
+
+
+def test_a_device_that_torch_does_not_have_is_told_in_a_line() -> None:
+    with pytest.raises(UserError) as raised:
+        detrellis.load("tiny", device="xpu" if torch.backends.mps.is_available() else "mps")
+    assert "cannot be used" in str(raised.value)
+    assert len(str(raised.value)) < 200
 
 
 @pytest.mark.parametrize(

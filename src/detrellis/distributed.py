@@ -19,6 +19,10 @@ from detrellis.errors import UserError
 
 T = TypeVar("T")
 
+# What torch can train on. Tests have run on the first two; its other "devices", such as meta, hold
+# no numbers or belong to packages of their own.
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 TIMEOUT = "DETRELLIS_TIMEOUT"  # in the environment: seconds that a process waits for the others
 
 
@@ -39,16 +43,18 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     """The device asked for, else a GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in DEVICES:
+        remedy = "Did you mean cuda?" if name.startswith("gpu") else "Try --device cpu."
+        raise UserError(f"device {name!r} is none of {', '.join(DEVICES)}", remedy)
     if name == "cuda":  # of several, this process's own
         name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        remedy = "Did you mean cuda?" if name.startswith("gpu") else "Try --device cpu."
-        raise UserError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", remedy
-        ) from None
+        # Its first sentence; torch goes on with all its backends
+        why = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"device {name!r} cannot be used: {why}", "Try --device cpu.") from None
     return device
 
 
