@@ -389,7 +389,7 @@ def test_groups_are_analyzed(
         (["predict", "no_run", "photo.jpg"], "no_run: no such"),
         (["info", "dino"], "Did you mean dino-r50"),
         (["check"], "--data"),
-        (["predict", str(README), str(README)], "README.md: not a whole checkpoint"),
+        (["predict", str(README), str(README)], "README.md: not a checkpoint"),
         (["predict", str(README), "photo.jpg"], "photo.jpg: no such file"),
         (["check", "--data", "no_such_folder"], "no_such_folder"),
         (["analyze", "misalignment", "no_such_run"], "no_such_run"),

@@ -136,11 +136,10 @@ def find_weights(place: Path) -> Path:
         if place.is_dir()
         else "no such folder or file"
     )
-    raise UserError(
-        f"{place}: {what}", "Give the folder of a run, or a .safetensors file from one."
-    )
+    raise UserError(f"{place}: {what}", GIVE_A_RUN)
 
 
+GIVE_A_RUN = "Give the folder of a run, or a .safetensors file from one."
 EXPORTED = (".onnx", ".xml", ".pt2")
 
 
@@ -159,6 +158,8 @@ def load_weights(place: Path) -> tuple[dict[str, Tensor], Card]:
             card = Card.from_metadata(file.metadata(), path)
             return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
+        if path.suffix != ".safetensors":  # a picture in the place of the run, for example
+            raise UserError(f"{path}: not a checkpoint ({error})", GIVE_A_RUN) from None
         empty = (
             "an empty file (0 bytes)"
             if path.stat().st_size == 0
