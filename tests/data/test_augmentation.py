@@ -439,6 +439,7 @@ def test_policies() -> None:
     ("settings", "words"),
     [
         (["data.augment=small", "data.size=640"], "needs one size"),
+        (["data.size=64"], "fixed needs one size"),
         (["data.augment=none", "data.photometric=0.5"], "goes without data.photometric"),
         (["data.augment=detr", "data.size=640", "data.mosaic=0.5"], "goes without data.mosaic"),
         (["data.rotate=90"], "data.rotate=90 has to be at least 0 and at most 45"),

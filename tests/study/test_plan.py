@@ -85,6 +85,20 @@ def test_rows_that_cannot_be_trained_are_refused_first(
         plan_schemes("tiny", schemes, resolve(shapes), seeds=(0,))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.size=64", "data.augment=fixed needs one size for all images"),
+        ("data.augment=detr", r"`detr` with the fixed size \(192, 256\)"),
+    ],
+)
+def test_pictures_that_cannot_be_augmented_are_refused_first(
+    shapes: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_schemes("tiny", "none,align", resolve(shapes), seeds=(0,), override=[override])
+
+
 def test_data_without_validation_is_refused(shapes: Path) -> None:
     source = resolve(
         None, shapes / "annotations" / "instances_train.json", shapes / "images" / "train"

@@ -73,14 +73,14 @@ def tune(
     chosen = choose_recipe(recipe, runs.scale, (), override or ())
     if runs.epochs is not None:
         chosen = chosen.override(f"schedule.epochs={runs.epochs}")
-    from detrellis.study.rows import count_classes
+    from detrellis.study.rows import check_row, count_classes
     from detrellis.study.run import Conditions, Resources
     from detrellis.study.space import parse_space
     from detrellis.study.tune import Search, tune
 
     space = parse_space(search or (), chosen)
     source, skip_bad = files.source(), skips(runs.skip_bad, runs.keep_partial)
-    count_classes(source, skip_bad)
+    check_row(chosen, count_classes(source, skip_bad))
     conditions = Conditions(source.to_dict(), skip_bad)
     wanted = Search(chosen, space, conditions, trials, seed, prune, command(*sys.argv[1:]))
     resources = Resources(

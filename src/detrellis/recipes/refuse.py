@@ -11,7 +11,7 @@ import warnings
 
 from detrellis.errors import Advice, UserError
 from detrellis.recipes.config import Recipe
-from detrellis.recipes.data import POLICIES, STRONG
+from detrellis.recipes.data import STRONG
 from detrellis.recipes.refuse_network import GROUPS, refuse_network
 from detrellis.recipes.refuse_parts import rounded
 
@@ -200,7 +200,7 @@ def _augmentation(recipe: Recipe) -> list[tuple[bool, str, str]]:
     fits = not isinstance(data.size, int) and data.keep_aspect and not data.match_orientation
     return [
         (
-            (data.augment in POLICIES or data.augment == "lsj") and isinstance(data.size, int),
+            data.augment not in ("detr", "none") and isinstance(data.size, int),
             f"{policy} needs one size for all images, and data.size={data.size} is a short side",
             f"Take -o 'data.size={pair}'.",
         ),

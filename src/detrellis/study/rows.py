@@ -123,16 +123,19 @@ def count_classes(source: DataSource, skip_bad: SkipBad) -> int:
 
 
 def check_row(recipe: Recipe, classes: int, boxes: str = "") -> None:
-    """Raises `UserError` for a recipe that cannot be built, or cannot begin with the reference
-    boxes of the weights `boxes`. Nothing is allocated but these."""
+    """Raises `UserError` for a recipe that cannot be built, whose pictures cannot be augmented so,
+    or that cannot begin with the reference boxes of the weights `boxes`. Nothing is allocated but
+    these."""
     import torch  # only now: it takes seconds, and what can be refused without it has been
 
     from detrellis import api
+    from detrellis.engine.samples import augmentation_of
     from detrellis.engine.transfer import take_boxes
     from detrellis.recipes.build import build
 
     with torch.device("meta"):
         model = build(recipe.untrained(), classes)
+    augmentation_of(recipe)
     if boxes:
         take_boxes(model.detector, api.load(boxes, device="cpu").detector.state_dict())
 
