@@ -149,6 +149,7 @@ ALLOWED: dict[str, set[str]] = {
         *(
             "types",
             "boxes",
+            "nn",
             "detector",
             "data",
             "recipes",

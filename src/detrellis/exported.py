@@ -159,6 +159,7 @@ def _open_openvino(path: Path) -> Network:
             f"{path}: openvino is not installed, which runs it", INSTALL_OPENVINO
         ) from None
     core = openvino.Core()
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
     try:
         model = core.read_model(path)
         compiled = core.compile_model(model, "AUTO")

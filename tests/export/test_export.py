@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,16 @@ from detrellis.data.classes import ClassMap
 from detrellis.engine.card import Card
 from detrellis.engine.checkpoint import load_weights, save_weights
 from detrellis.errors import UserError
-from detrellis.exported import ExportedDetector, Network, load_exported
+from detrellis.exported import ExportedDetector, Network, load_exported, program_sides
 from detrellis.exporting.run import export
 from detrellis.exporting.sizes import same_padding, short_sizes
 from detrellis.exporting.verify import compare_on_pictures
-from detrellis.exporting.write import SUFFIXES, ExportFormat, _graph, _traced
+from detrellis.exporting.write import SUFFIXES, ExportFormat, _graph, _quiet, _traced
 from detrellis.loading import load
 from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
+from detrellis.nn.kernels.grid import by_gathers, gathers, grid_sample
 from detrellis.nn.order import behind, best_first
+from detrellis.recipes import Recipe
 from detrellis.recipes.build import build
 
 from ..small import CLASSES, NETWORKS, images, small
@@ -42,24 +43,31 @@ from ..test_cli import call
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 # Masks are not exported; DN's detectors are DAB's.
-ALL = [
-    name
-    for name in NETWORKS
-    if name not in ("mask2former_r50", "dn_detr_r50", "dn_deformable_detr_r50")
+FAMILIES = [
+    "small",
+    *(
+        name
+        for name in NETWORKS
+        if name not in ("mask2former_r50", "dn_detr_r50", "dn_deformable_detr_r50")
+    ),
+    *("cascade_dino_r50", "focus_detr_r50", "relation_dino_r50", "salience_detr_r50"),
+    *("co_dino_vit_l", "lwdetr_tiny", "ms_deformable_detr_r50", "rfdetr_nano"),
 ]
-# Each takes half a minute: DETRELLIS_EXPORT=all for all of them.
-FAMILIES = [*ALL, "small"] if os.environ.get("DETRELLIS_EXPORT") == "all" else ["small"]
 SIZE = (96, 64)
 CLASS_MAP = ClassMap(tuple(range(CLASSES)), tuple(f"class {i}" for i in range(CLASSES)))
+
+
+def of_one_size(name: str, schemes: tuple[str, ...] = ("none",)) -> Recipe:
+    """A small recipe that reads pictures of `SIZE`."""
+    fixed = ["data.augment=fixed", "data.sides=null", "data.sides_max=null"]
+    return small(name, schemes).override([f"data.size={list(SIZE)}", *fixed])
 
 
 def saved(
     name: str, folder: Path, changes: tuple[str, ...] = (), schemes: tuple[str, ...] = ()
 ) -> Path:
     """Random weights of a small recipe, as a run leaves them."""
-    recipe = small(name, schemes).override(["data.size=[96, 64]", *changes])
-    if recipe.data.augment == "detr":
-        recipe = recipe.override("data.augment=none")
+    recipe = of_one_size(name, schemes).override(changes)
     detector = build(recipe, CLASSES, seed=1).detector
     with torch.no_grad():  # apart from their start, where many outputs tie
         for parameter in detector.parameters():
@@ -95,15 +103,54 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_detects_the_same(name: str, pictures: Path, tmp_path: Path) -> None:
-    run = saved(name, tmp_path / "run")
-    done = export(run, size=SIZE, verify=pictures)
+def test_every_family_can_be_traced(name: str) -> None:
+    """What it then detects takes half a minute each: `tests/soak/test_export.py`."""
+    recipe = of_one_size(name)
+    model = Model(build(recipe, CLASSES).detector, recipe, CLASS_MAP, torch.device("cpu"))
+    with _quiet():
+        program = _traced(_graph(model, False), recipe, SIZE)
+    assert program_sides(program) == SIZE
+
+
+def test_a_small_detector_detects_the_same(pictures: Path, tmp_path: Path) -> None:
+    detects_the_same(saved("small", tmp_path / "run"), pictures)
+
+
+def detects_the_same(run: Path, pictures: Path, **options: Any) -> None:
+    done = export(run, size=SIZE, verify=pictures, **options)
     assert done.verification is not None
     assert [row.batch for row in done.verification.rows] == [1, 2, 5]
     assert all(row.detections > 0 and row.unmatched == 0 for row in done.verification.rows), (
         done.verification
     )
     assert done.verification.passed
+
+
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_gathers_are_samples(border: bool, align_corners: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 5, 7, 4, generator=generator)
+    grid = 3 * torch.rand(3, 40, 6, 2, generator=generator) - 1.5  # some of it outside
+    how = {"border": border, "align_corners": align_corners}
+    torch.testing.assert_close(by_gathers(maps, grid, **how), grid_sample(maps, grid, **how))
+
+
+def test_a_file_for_tensorrt_has_no_grid_samples(pictures: Path, tmp_path: Path) -> None:
+    run = saved("deformable_detr_r50", tmp_path / "run")
+    detects_the_same(run, pictures, tensorrt=True)
+    assert "GridSample" not in {node.op_type for node in onnx.load(run / "model.onnx").graph.node}
+    export(run, size=SIZE)
+    assert "GridSample" in {node.op_type for node in onnx.load(run / "model.onnx").graph.node}
+
+
+@pytest.mark.parametrize("name", ["sam_detr_plus_r50_smca_dn", "salience_detr_r50"])
+def test_no_part_samples_for_tensorrt(name: str) -> None:
+    recipe = of_one_size(name)
+    model = Model(build(recipe, CLASSES).detector, recipe, CLASS_MAP, torch.device("cpu"))
+    with _quiet(), gathers():
+        program = _traced(_graph(model, False), recipe, SIZE)
+    assert not [node for node in program.graph.nodes if "grid_sampl" in str(node.target)]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +200,28 @@ def test_the_file_says_what_it_is(exported: Path) -> None:
     assert json.loads(properties["detrellis"])["recipe"]["data"]["mean"] == [0.485, 0.456, 0.406]
     model = load(exported / "model.onnx")
     assert model.classes == load(exported).classes
+
+
+def test_openvino_has_the_threads_of_torch(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino, made, threads = pytest.importorskip("openvino"), [], torch.get_num_threads()
+    export(exported, tmp_path / "model.xml", format="openvino", size=SIZE)
+    compile_model = openvino.Core.compile_model
+
+    def kept(*given: Any) -> Any:
+        made.append(compile_model(*given))
+        return made[-1]
+
+    monkeypatch.setattr(openvino.Core, "compile_model", kept)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            load_exported(tmp_path / "model.xml")
+            about = made[-1].get_property("DEVICE_PROPERTIES")["CPU"]
+            assert about["INFERENCE_NUM_THREADS"] == count
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_verifier_sees_another_network(exported: Path, pictures: Path) -> None:
@@ -249,7 +318,7 @@ def test_what_is_behind_is_so_in_every_runtime(tmp_path: Path) -> None:
 def test_schemes_leave_no_trace() -> None:
     counts = []
     for schemes in ((), ("group=2",)):
-        recipe = small("detr_r50", schemes).override(["data.size=[96, 64]", "data.augment=none"])
+        recipe = of_one_size("detr_r50", schemes)
         model = Model(build(recipe, CLASSES).detector, recipe, CLASS_MAP, torch.device("cpu"))
         program = _traced(_graph(model, False), recipe, SIZE)
         counts.append(Counter(str(node.target) for node in program.graph.nodes))
@@ -261,6 +330,8 @@ def test_schemes_leave_no_trace() -> None:
     [
         ({"out": "model.pt"}, "end in .onnx"),
         ({"format": "torch", "fp16": True}, "--fp16 with --format torch"),
+        ({"format": "openvino", "tensorrt": True}, "--tensorrt with --format openvino"),
+        ({"verify": "no_such_folder"}, "no_such_folder: no such file or folder"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], words: str, exported: Path) -> None:

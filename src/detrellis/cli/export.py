@@ -21,6 +21,12 @@ Size = Annotated[
 Detections = Annotated[
     bool, typer.Option("--detections", help="Ranked scores, labels and corners, too.")
 ]
+TensorRt = Annotated[
+    bool,
+    typer.Option(
+        "--tensorrt", help="ONNX without GridSample, which TensorRT 10.14 to 11.1 computes wrongly."
+    ),
+]
 Int8 = Annotated[
     bool,
     typer.Option(
@@ -85,6 +91,7 @@ def export(
     size: Size = None,
     detections: Detections = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
+    tensorrt: TensorRt = False,
     int8: Int8 = False,
     calibrate: Calibrate = None,
     verify: Verify = None,
@@ -108,6 +115,7 @@ def export(
         size=fixed,
         detections=detections,
         fp16=fp16,
+        tensorrt=tensorrt,
         int8=int8,
         calibrate=calibrate,
         verify=verify,

@@ -16,7 +16,7 @@ from detrellis.engine.evaluate import EvalOptions, collect
 from detrellis.errors import UserError
 from detrellis.exported import INSTALL_INT8, ExportedDetector, load_exported, open_own_program
 from detrellis.exporting.int8 import Quantiser
-from detrellis.exporting.verify import Verification, compare_on_pictures
+from detrellis.exporting.verify import Verification, check_pictures, compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, Exported, ExportFormat, write
 from detrellis.interop.convert import load_any
 from detrellis.interop.load import is_foreign
@@ -46,6 +46,7 @@ def export(
     size: tuple[int, int] | None = None,
     detections: bool = False,
     fp16: bool = False,
+    tensorrt: bool = False,
     int8: bool = False,
     calibrate: str | Path | None = None,
     verify: str | Path | None = None,
@@ -57,7 +58,8 @@ def export(
     from 0 to 1, resized as the recipe says, any number at a time; all of one `size` (height, width)
     where it is given, else of any, which takes minutes to trace, or of the one that the recipe
     stretches them to. `detections` adds ranked scores, labels and corners to the outputs
-    (`exporting/graph.py`). `fp16` stores and computes half precision where that is safe. `int8`,
+    (`exporting/graph.py`). `fp16` stores and computes half precision where that is safe. `tensorrt`
+    writes gathers where ONNX has GridSample, which TensorRT 10.14 to 11.1 computes wrongly. `int8`,
     for OpenVINO, computes backbone, neck and encoder in eight bits (`exporting/int8.py`). It is
     calibrated on training images of the run, or of the data set `calibrate`, and written, as
     `model-int8.xml`, only where AP on the validation images falls by no more than 0.01;
@@ -72,7 +74,7 @@ def export(
     if isinstance(model.detector, ExportedDetector):
         raise UserError(f"{run}: it is exported already", "Give the run that it was made from.")
     card = load_any(trained(run))[1]
-    _refuse(format, fp16, int8, calibrate, verify)
+    _refuse(format, fp16, tensorrt, int8, calibrate, verify)
     name = f"model{'-int8' if int8 else ''}{SUFFIXES[format]}"
     file = _in_folder_of(run, name) if out is None else Path(out)
     quantiser = Quantiser(run, model, calibrate) if int8 else None
@@ -84,20 +86,23 @@ def export(
         size=size,
         detections=detections,
         fp16=fp16,
+        tensorrt=tensorrt,
         int8=quantiser,
         run=Path(trained(run)),
     )
-    if verify is None:
-        return ExportResult(done, None)
-    opener = open_own_program if format == "torch" else None
+    return ExportResult(done, None if verify is None else _verified(run, model, done, verify))
+
+
+def _verified(run: str | Path, model: Model, done: Exported, pictures: str | Path) -> Verification:
+    """What the file and the run's `model` detect, side by side."""
+    opener = open_own_program if done.format == "torch" else None
     theirs = exported_model(*load_exported(done.out, opener), torch.device("cpu"))
-    rows = compare_on_pictures(model, theirs, verify, fp16=fp16)
+    rows = compare_on_pictures(model, theirs, pictures, fp16=done.fp16)
     ap = None
     with contextlib.suppress(UserError):  # its validation split is not there, or it has none
         ap = _ap(run, model)
-    return ExportResult(
-        done, Verification(rows, ap, None if ap is None else _ap(done.out, theirs), fp16)
-    )
+    their_ap = None if ap is None else _ap(done.out, theirs)
+    return Verification(rows, ap, their_ap, done.fp16)
 
 
 def _in_folder_of(run: str | Path, name: str) -> Path:
@@ -111,15 +116,24 @@ def _in_folder_of(run: str | Path, name: str) -> Path:
 def _refuse(
     format_: ExportFormat,
     fp16: bool,
+    tensorrt: bool,
     int8: bool,
     calibrate: str | Path | None,
     verify: str | Path | None,
 ) -> None:
-    """Raises `UserError` for arguments that cannot be combined, and where nncf is missing."""
+    """Raises `UserError` for arguments that cannot be combined, where there are no pictures to
+    verify on, and where nncf is missing.
+    """
     if calibrate is not None and not int8:
         raise UserError(
             "--calibrate without --int8", "Only integers are calibrated: --format openvino --int8."
         )
+    if tensorrt and format_ != "onnx":
+        raise UserError(
+            f"--tensorrt with --format {format_}", "TensorRT reads ONNX: --format onnx."
+        )
+    if verify is not None and not int8:
+        check_pictures(verify)
     if not int8:
         return
     if format_ != "openvino":

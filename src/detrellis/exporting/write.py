@@ -30,6 +30,7 @@ from detrellis.exported import INPUT, INSTALL, INSTALL_OPENVINO, program_shape, 
 from detrellis.exporting.graph import ExportGraph
 from detrellis.exporting.int8 import Quantised, Quantiser
 from detrellis.exporting.sizes import short_sizes
+from detrellis.nn.kernels.grid import gathers
 from detrellis.outputs import Outputs
 from detrellis.predictions.model import Model
 from detrellis.recipes.config import Recipe
@@ -78,6 +79,7 @@ def write(
     size: tuple[int, int] | None,
     detections: bool,
     fp16: bool,
+    tensorrt: bool,
     int8: Quantiser | None,
     run: Path,
 ) -> Exported:
@@ -85,7 +87,7 @@ def write(
     `run` is what it comes from, and is not touched.
 
     `size`: height and width of all pictures that will go in; None: any, or the one that the recipe
-    stretches to. `int8` puts an OpenVINO network in eight bits.
+    stretches to. `tensorrt` gathers where others sample. `int8` puts an OpenVINO network in eight bits.
 
     Raises `UserError` for a detector that cannot be exported, where a package is missing, and where
     `int8` costs too much.
@@ -102,8 +104,10 @@ def write(
         "precision": precision,
     }
     quantised = None
+    sampling = gathers() if tensorrt else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as scratch, _quiet():
-        program = _traced(graph, model.recipe, size)
+        with sampling:
+            program = _traced(graph, model.recipe, size)
         made = Path(scratch, "model").with_suffix(SUFFIXES[format_])
         if format_ == "torch":
             torch.export.save(

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.nn.attention import SelfAttention
 from detrellis.nn.encoder import EncoderLayer, token_centres
+from detrellis.nn.kernels.grid import grid_sample
 from detrellis.nn.order import best_first
 from detrellis.nn.proposals import ProposalHead, select
 from detrellis.types import Memory, Segment, Spatial
@@ -253,6 +253,4 @@ def enlarged(scores: Tensor, level: int, memory: Memory) -> Tensor:
     )
     maps = scores.view(len(scores), 1, rows, columns)
     grid = grid.expand(len(scores), -1, -1, -1)
-    return F.grid_sample(
-        maps, grid, mode="bilinear", padding_mode="border", align_corners=True
-    ).flatten(1)
+    return grid_sample(maps, grid, border=True, align_corners=True).flatten(1)

@@ -16,11 +16,11 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.boxes import cxcywh_to_xyxy
 from detrellis.nn.attention import merge_heads, split_heads
+from detrellis.nn.kernels.grid import grid_sample
 from detrellis.nn.kernels.roi import roi_align
 from detrellis.nn.mlp import MLP, xavier_linear
 from detrellis.nn.position import sine_embed
@@ -164,7 +164,7 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of `maps (B, D, H, W)` at `points (B, P, 2)` in [-1, 1], zero outside:
     `(B, P, D)`.
     """
-    samples = F.grid_sample(maps.to(points.dtype), points.unsqueeze(2), align_corners=False)
+    samples = grid_sample(maps.to(points.dtype), points.unsqueeze(2))
     return samples.squeeze(3).transpose(1, 2)
 
 

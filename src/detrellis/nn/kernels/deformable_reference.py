@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from detrellis.nn.kernels.grid import grid_sample
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -26,8 +27,6 @@ def ms_deform_attn_reference(
     out = value.new_zeros(())
     for level, tokens in enumerate(value.split([h * w for h, w in shapes], dim=1)):
         image = tokens.permute(0, 2, 3, 1).reshape(batch * heads, width, *shapes[level])
-        samples = F.grid_sample(
-            image, grids[:, :, level], mode="bilinear", padding_mode="zeros", align_corners=False
-        )
+        samples = grid_sample(image, grids[:, :, level])
         out = out + (samples * of_heads[..., level, :]).sum(-1)
     return out.view(batch, heads * width, queries).transpose(1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision import ops
 
 from detrellis.nn.kernels import roi_cpu
+from detrellis.nn.order import exporting
 
 
 def roi_align(
@@ -32,7 +33,7 @@ def roi_align(
     maps, boxes = [m.to(precise) for m in maps], boxes.detach().to(precise).nan_to_num()
     if boxes.is_meta:
         return maps[0].new_empty(len(boxes), cells, cells, maps[0].shape[1])
-    read = roi_cpu.align if boxes.device.type == "cpu" else by_torchvision
+    read = roi_cpu.align if boxes.device.type == "cpu" and not exporting() else by_torchvision
     return read(maps, strides, boxes, image, level, cells)
 
 
@@ -44,7 +45,13 @@ def by_torchvision(
     level: Tensor,
     cells: int,
 ) -> Tensor:
-    """As `roi_cpu.align`, level by level."""
+    """As `roi_cpu.align`, level by level; of one map nothing depends on data, as an exported graph
+    needs it.
+    """
+    if len(maps) == 1:
+        regions = torch.cat([image.to(boxes).unsqueeze(1), boxes], dim=1)
+        read: Tensor = ops.roi_align(maps[0], regions, cells, 1 / strides[0], aligned=True)
+        return read.permute(0, 2, 3, 1)
     images = len(maps[0])
     group = level * images + image
     order = group.argsort(stable=True)
