@@ -67,9 +67,9 @@ class Moments:
         self._before(evaluate.CocoEvaluator, "update", "in an evaluation")
         self._before(
             log._RecordFile,
-            "write",
+            "_append",
             "half of a record",
-            lambda _, file, record: _torn(file, record),
+            lambda _, file, lines: file._file.write(lines[: len(lines) // 2]),
         )
 
     def _before(
@@ -96,12 +96,6 @@ class Moments:
 
 def _cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
-
-
-def _torn(file: Any, record: Any) -> None:
-    text = json.dumps(log._strict(record))
-    file._file.write(text[: len(text) // 2])
-    file._file.flush()
 
 
 def go_on(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -179,6 +180,35 @@ def test_an_epoch_whose_evaluation_is_done_again_is_there_once(tmp_path: Path) -
     again.epoch(2, stats={"AP": 0.3})
     epochs = [r for r in records(tmp_path) if r["kind"] == "epoch"]
     assert [(r["epoch"], r["eval"]["AP"]) for r in epochs] == [(1, 0.2), (2, 0.3)]
+
+
+@pytest.mark.parametrize("back", ["in the run", "at its end"])
+def test_what_found_no_room_is_written_once_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str
+) -> None:
+    """And no half line stays, which the next record would follow."""
+    first = Run(tmp_path)
+    first.epoch(1)
+    first.log.close()
+    again = Run(tmp_path, step=10)
+
+    def full(file: Any, lines: bytes) -> None:
+        file._file.write(lines[: len(lines) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(log._RecordFile, "_append", full)
+        again.log.start_epoch(1)
+        again.log.end_epoch(stats={"AP": 0.2})  # in the place of the first one
+        again.epoch(2)
+        assert all(r["epoch"] == 1 for r in records(tmp_path))
+    if back == "in the run":
+        again.epoch(3)
+    again.log.close()
+    found = [(r["kind"], r["step"]) for r in records(tmp_path)]
+    steps = [1, 5, 10, 15, 20, 25, 30] if back == "in the run" else [1, 5, 10, 15, 20]
+    assert [step for kind, step in found if kind == "step"] == steps
+    assert [step for kind, step in found if kind == "epoch"] == [s for s in steps if s % 10 == 0]
 
 
 def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ class RunLog:
         try:
             self._file.write(record)
         except OSError as error:
-            # What was not written stays in the buffer, and comes with the next record.
+            # What was not written comes with the next record.
             self._say_once(
                 f"metrics.jsonl cannot be written now ({error.strerror}). The run goes on."
             )
@@ -288,25 +288,47 @@ class _RecordFile:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         self._kept: set[tuple[str, int]] = set()
+        self._waiting: dict[tuple[str, int], str] = {}  # lines that there was no room for
         if path.exists():
             self._keep(lambda record: int(record["step"]) <= step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends the record at once, whole, as strict JSON."""
-        key = _key(record)
-        if key in self._kept:  # an epoch whose evaluation is done again after the resume
-            self._file.close()
-            self._keep(lambda old: _key(old) != key)
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
-        self._file.flush()
-        # A state that follows it never knows of records that a power cut has taken
-        os.fsync(self._file.fileno())
+        """Appends the record at once, whole, as strict JSON;
+        before it those that could not be written when it was their turn.
+        """
+        self._waiting[_key(record)] = json.dumps(_strict(record), allow_nan=False) + "\n"
+        self._write_waiting()
 
     def close(self) -> None:
         """Closes the file of records."""
-        self._file.close()
+        try:
+            if self._waiting:
+                self._write_waiting()
+        finally:
+            self._file.close()
+
+    def _write_waiting(self) -> None:
+        again = self._kept & self._waiting.keys()
+        if again:  # an epoch whose evaluation is done again after the resume
+            self._keep(lambda old: _key(old) not in again)
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._append("".join(self._waiting.values()).encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)  # or what comes next would follow half a line
+            raise
+        self._waiting.clear()
+
+    def _append(self, lines: bytes) -> None:
+        rest = memoryview(lines)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        # A state that follows it never knows of records that a power cut has taken
+        os.fsync(self._file.fileno())
 
     def _keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         records = [r for r in read_records(self._path) if wanted(r)]
