@@ -1,53 +1,139 @@
-"""Pages in a headless Chromium, where one is installed: how far each is wider than the window."""
+"""A headless Chromium, where one is installed, driven by its own protocol over a pipe."""
 
 from __future__ import annotations
 
+import base64
 import functools
-import html
 import http.server
 import json
-import re
+import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PHONE, DESK = 390, 1280  # pixels
-# Each page in a frame of the width, so that also media queries see it; scripts have their time.
-LOOK = """<!doctype html><body><pre id="told"></pre><script>
-const told = {};
-async function look() {
-  for (const page of PAGES) {
-    const frame = document.createElement("iframe");
-    frame.style = "width: WIDTHpx; height: 900px; border: 0";
-    frame.src = page;
-    document.body.append(frame);
-    await new Promise((done) => { frame.onload = done; });
-    await new Promise((done) => { setTimeout(done, 200); });
-    const inside = frame.contentDocument.documentElement;
-    told[page] = { wide: inside.scrollWidth - WIDTH, high: inside.scrollHeight,
-                   title: frame.contentDocument.title };
-    frame.remove();
-  }
-  document.getElementById("told").textContent = JSON.stringify(told);
-  document.title = "looked";
-}
-look();
-</script>"""
+WIDTHS = (390, 1280)  # pixels of a phone, and of a desk
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
+SECONDS = 30  # for anything that is waited for
 
 
-def chromium() -> str:
-    """The browser; the test is skipped where there is none."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    return found
+class Browser:
+    """One page. Tests that ask for it are skipped where there is no Chromium."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start it, with what it writes in `folder`."""
+        found = next(filter(None, map(shutil.which, NAMES)), None)
+        if found is None:
+            pytest.skip("no Chromium is installed")
+        theirs, ours = os.pipe(), os.pipe()
+        # It reads commands from file 3 and answers on file 4.
+        start = f'exec "$0" "$@" 3<&{theirs[0]} 4>&{ours[1]}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", start, found, *FLAGS, f"--user-data-dir={folder}"],
+            pass_fds=(theirs[0], ours[1]),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs[0])
+        os.close(ours[1])
+        self.commands, self.answers = os.fdopen(theirs[1], "wb"), os.fdopen(ours[0], "rb")
+        self.read, self.number, self.session, self.width = b"", 0, "", 0
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
+        for domain in ("Page", "Runtime", "Network", "DOM"):
+            self.call(f"{domain}.enable")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.commands.close()
+        self.process.terminate()
+        self.process.wait(30)
+        self.answers.close()
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """What the protocol's method answers."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        self.commands.write(json.dumps(message).encode() + b"\0")
+        self.commands.flush()
+        while (told := self._next()).get("id") != self.number:
+            self.events.append(told)
+        assert "error" not in told, told
+        answer: dict[str, Any] = told["result"]
+        return answer
+
+    def open(self, address: str, width: int) -> None:
+        """Show a page in a window of this width, and wait until it has loaded."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.width = width
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._next())
+
+    def ask(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page."""
+        told = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def wait(self, expression: str) -> None:
+        """Until the expression is true."""
+        until = time.monotonic() + SECONDS
+        while not self.ask(f"Boolean({expression})"):
+            assert time.monotonic() < until, expression
+            time.sleep(0.05)
+
+    def give(self, selector: str, file: Path) -> None:
+        """Choose a file in an input, as a user does."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
+
+    def too_wide(self) -> int:
+        """By how many pixels the page is wider than the window."""
+        wide: int = self.ask("document.documentElement.scrollWidth")
+        return wide - self.width
+
+    def loaded(self) -> list[str]:
+        """The addresses that the page has asked for since it was opened."""
+        asked = (e for e in self.events if e.get("method") == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in asked]
+
+    def picture(self, path: Path) -> None:
+        """Save what the whole page looks like."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self.read:
+            part = os.read(self.answers.fileno(), 1 << 20)
+            assert part, "Chromium has ended"
+            self.read += part
+        message, _, self.read = self.read.partition(b"\0")
+        told: dict[str, Any] = json.loads(message)
+        return told
 
 
 @contextmanager
@@ -58,34 +144,8 @@ def served(folder: Path) -> Iterator[str]:
         def log_message(self, *said: Any) -> None:
             """Nothing."""
 
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
-    ) as server:
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-def look(folder: Path, pages: Sequence[str], width: int, scratch: Path) -> dict[str, Any]:
-    """Of each page below `folder`: by how many pixels it is wider than a window of this `width`,
-    its height there, and its title, once its scripts have run."""
-    looking = folder / "look-at-the-pages.html"
-    text = LOOK.replace("PAGES", json.dumps(list(pages))).replace("WIDTH", str(width))
-    looking.write_text(text, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={scratch}"]
-    budget = f"--virtual-time-budget={5000 + 1000 * len(pages)}"
-    try:
-        with served(folder) as address:
-            ended = subprocess.run(
-                [chromium(), *flags, budget, "--dump-dom", f"{address}/{looking.name}"],
-                capture_output=True,
-                text=True,
-                timeout=600,
-                check=True,
-            )
-    finally:
-        looking.unlink()
-    told = re.search(r'<pre id="told">(.+?)</pre>', ended.stdout, re.DOTALL)
-    assert told is not None, ended.stderr[-2000:]
-    found: dict[str, Any] = json.loads(html.unescape(told[1]))
-    return found

@@ -11,6 +11,7 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from detrellis.report.thresholds import class_thresholds
 from detrellis.report.write import evaluation_command, write_report
 from detrellis.types import Detections
 from detrellis.webpage import table
+from tests.browser import WIDTHS, Browser
 from tests.small import small
 
 CLASSES = ClassMap((1, 3, 7), ("<script>alert(1)</script>", "a & b", "bird"))
@@ -174,6 +176,23 @@ def test_the_page_stands_alone_and_escapes(
     assert text.count(escape(str(evaluator.annotations.root))) == 2  # Annotations, and Pictures
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["diagnosis"]["label_errors_found"] >= 8
+
+
+def test_a_browser_shows_it_without_a_network_on_a_phone_too(
+    planted: tuple[CocoEvaluator, set[int]], tmp_path: Path
+) -> None:
+    evaluator, _ = planted
+    outputs, card = Outputs(tmp_path / "run"), Card(find_recipe("tiny"), CLASSES, {}, epoch=3)
+    write_report(outputs, evaluator, evaluator.compute(), card, "detrellis eval run", "val")
+    with Browser(tmp_path / "browser") as browser:
+        for width in WIDTHS:
+            browser.open((tmp_path / "run" / "report.html").as_uri(), width)
+            assert browser.too_wide() <= 0
+            assert browser.ask("document.images.length") > 3
+            assert browser.ask("[...document.images].every(image => image.naturalWidth > 0)")
+            assert {urlsplit(address).scheme for address in browser.loaded()} == {"file", "data"}
+            named = {event.get("method") for event in browser.events}
+            assert "Page.javascriptDialogOpening" not in named, "a class's name is a script"
 
 
 def test_words_stand_left_and_numbers_right() -> None:

@@ -28,6 +28,7 @@ from detrellis.serving.batcher import Batcher
 from detrellis.serving.detector import Served, open_served
 from detrellis.serving.run import _listening, serve
 from detrellis.signals import interrupting
+from tests.browser import WIDTHS, Browser
 from tests.predictions.conftest import picture
 
 pytest.importorskip("fastapi")
@@ -149,6 +150,25 @@ def test_health_and_the_page(server: Server) -> None:
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in page
     assert "innerHTML" not in page
+
+
+def test_a_browser_draws_what_is_detected_on_a_phone_too(server: Server, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 60), "green").save(tmp_path / "photo.png")
+    (tmp_path / "text.png").write_text("no picture")
+    said = "document.getElementById('said').textContent"
+    with Browser(tmp_path / "browser") as browser:
+        for width in WIDTHS:
+            browser.open(f"http://127.0.0.1:{server.port}/", width)
+            browser.give("#file", tmp_path / "photo.png")
+            browser.wait(f"{said} === '2 objects'")
+            assert browser.ask("document.querySelectorAll('#boxes rect').length") == 2
+            assert "<b>dog</b> 0.06" in browser.ask("document.getElementById('found').textContent")
+            dial = "const dial = document.getElementById('threshold'); dial.value = 0.5;"
+            browser.ask(f"{{ {dial} dial.oninput(); }}")
+            assert browser.ask(said) == "1 object"
+            assert browser.too_wide() <= 0
+            browser.give("#file", tmp_path / "text.png")
+            browser.wait(f"{said} === 'text.png: no picture that can be read here'")
 
 
 @pytest.mark.parametrize(
