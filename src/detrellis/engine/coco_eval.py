@@ -23,7 +23,7 @@ import torch
 from detrellis.atomic import replace_files
 from detrellis.data.annotations import Annotations
 from detrellis.data.masks import run_lengths
-from detrellis.engine.bootstrap import MAX_IMAGES, resampled_ap
+from detrellis.engine.bootstrap import MAX_IMAGES, half_interval, resampled_ap
 from detrellis.engine.coco_backend import Float, Int, Masks, Truth, backend
 from detrellis.engine.eval_result import COUNTED, STATISTICS, ClassResult, EvalResult, Kind
 from detrellis.engine.lvis_eval import LIMITS, NAMES, class_lists, lvis_scores
@@ -175,6 +175,7 @@ class CocoEvaluator:
             ground_truth=int((~truth.crowd).sum()),
             detections=len(rows),
             dropped=int(self._dropped.sum()),
+            ap_interval=None if resampled is None else half_interval(resampled),
             resampled=resampled,
             of=of,
             frequencies=frequencies,

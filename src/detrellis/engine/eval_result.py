@@ -9,7 +9,6 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from detrellis.engine.bootstrap import half_interval
 from detrellis.engine.console import number
 
 Kind = Literal["box", "mask"]
@@ -85,7 +84,9 @@ class EvalResult(EvalScores):
     """
 
     per_class: tuple[ClassResult, ...]  # in the order of class indices
-    # AP of each resampling of the images, see `engine/bootstrap.py`
+    # Half of the 95 % interval of AP over images like these; None where they were not resampled
+    ap_interval: float | None = None
+    # AP of each resampling of the images, see `engine/bootstrap.py`; JSON has the interval alone
     resampled: tuple[float, ...] | None = None
     of: Kind = "box"  # whose IoU it is
     boxes: EvalResult | None = None  # box AP of the same detections, beside mask AP
@@ -95,27 +96,21 @@ class EvalResult(EvalScores):
     # The page that says more, where one was written
     report: str | None = field(default=None, compare=False)
 
-    @property
-    def ap_interval(self) -> float | None:
-        """Half of the 95 % interval of AP over images like these;
-        None where they were not resampled.
-        """
-        return None if self.resampled is None else half_interval(self.resampled)
-
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON holds it: with the interval instead of what it was computed from."""
+        """The result as JSON holds it: with the interval, without what it was computed from."""
         data = super().to_dict()
         del data["resampled"]
-        boxes = None if self.boxes is None else self.boxes.to_dict()
-        return data | {"ap_interval": self.ap_interval, "boxes": boxes}
+        return data | {"boxes": None if self.boxes is None else self.boxes.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
         """The inverse of `to_dict`."""
-        fields = {name: value for name, value in data.items() if name != "ap_interval"}
         boxes = data.get("boxes")
-        fields |= {"boxes": None if boxes is None else cls.from_dict(boxes)}
-        return cls(**fields | {"per_class": tuple(ClassResult(**c) for c in data["per_class"])})
+        parts = {
+            "per_class": tuple(ClassResult(**c) for c in data["per_class"]),
+            "boxes": None if boxes is None else cls.from_dict(boxes),
+        }
+        return cls(**{**data, **parts})
 
     def table(self) -> Table:
         """A table of the twelve statistics for a rich console."""
