@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from detrellis.data.masks import SIDE
 from detrellis.recipes.build import build
 from detrellis.schemes.config import FederatedConfig
 from detrellis.schemes.federated import Federated
@@ -51,6 +52,7 @@ def test_steps_draw_anew_and_again() -> None:
         ("hybrid=2",),
         ("group=2",),
         ("co=atss+rcnn",),
+        ("co=mask",),
         ("co=paa+gfl", "align"),
         ("dense", "stable"),
     ],
@@ -58,7 +60,8 @@ def test_steps_draw_anew_and_again() -> None:
 def test_classes_that_do_not_count_get_no_gradient(schemes: tuple[str, ...]) -> None:
     model = build(small("tiny", [*schemes, "federated=1"]), CLASSES, seed=0)
     truth = targets((1, 2))
-    truth = truth._replace(labels=torch.ones_like(truth.labels))
+    masks = torch.ones(3, SIDE, SIDE, dtype=torch.bool)  # for Mask R-CNN's head
+    truth = truth._replace(labels=torch.ones_like(truth.labels), masks=masks)
     model.reseed(0)
     sum(model(images(), truth).losses.values(), torch.zeros(())).backward()
     heads = {
@@ -68,7 +71,7 @@ def test_classes_that_do_not_count_get_no_gradient(schemes: tuple[str, ...]) -> 
     }
     assert any("decoder.heads.classes" in name for name in heads)
     assert any(len(gradient) == CLASSES + 1 for gradient in heads.values()) == (
-        "co=atss+rcnn" in schemes
+        not {"co=atss+rcnn", "co=mask"}.isdisjoint(schemes)
     )
     for name, gradient in heads.items():
         assert gradient[1] != 0, name
