@@ -209,7 +209,7 @@ def _spoil_safetensors(random: Random, path: Path) -> None:
             random,
             (
                 torch.zeros(0),
-                tensors[name][:0],
+                tensors[name].flatten()[:0],
                 tensors[name].half(),
                 torch.full((2,), float("nan")),
             ),

@@ -4,6 +4,7 @@ its page; and the thresholds that predicting takes.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import replace
@@ -32,7 +33,7 @@ from detrellis.recipes import find_recipe
 from detrellis.report.charts import marks
 from detrellis.report.diagnose import diagnose, operating_point
 from detrellis.report.thresholds import class_thresholds
-from detrellis.report.write import evaluation_command, write_report
+from detrellis.report.write import evaluation_command, not_written, write_report
 from detrellis.types import Detections
 from detrellis.webpage import table
 from tests.browser import WIDTHS, Browser
@@ -294,3 +295,13 @@ def test_the_runs_report_is_of_its_own_data_as_it_is(shapes: Path, tmp_path: Pat
     page.unlink()
     api.evaluate(run, workers=0, device="cpu")
     assert page.exists()
+
+
+def test_a_report_that_finds_no_room_says_what_writes_it_later() -> None:
+    """Of a run that is trained: nothing stops for it."""
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/first/report.json")
+    assert not_written(full, Path("runs/first")) == (
+        "No report is written: No space left on device: runs/first/report.json\n"
+        "  Later: detrellis train --resume runs/first"
+    )
+    assert not_written(ValueError("no"), Path("run")) == ("No report is written: ValueError: no")

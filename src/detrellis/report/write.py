@@ -247,4 +247,15 @@ def report_of_run(
             say(f"What goes wrong, and where: {done.report}")
     except Exception as error:  # whatever it is: the run is trained and saved
         logger.debug("no report", exc_info=True)
-        say(f"No report is written: {type(error).__name__}: {error}")
+        say(not_written(error, folder))
+
+
+def not_written(error: Exception, folder: Path) -> str:
+    """Why the run in `folder` has no report;
+    and what writes it, where the disk was in the way.
+    """
+    if isinstance(error, OSError):
+        why = f"{error.strerror or error}: {error.filename or folder}"
+        return f"No report is written: {why}\n  Later: {command('train', '--resume', folder)}"
+    why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return f"No report is written: {why}"

@@ -176,7 +176,7 @@ def resume(
                     device=device,
                 )
             except (UserError, OSError) as error:
-                _say(console)(f"No report is written: {error}")
+                _say(console)(reporting.not_written(error, Path(run)))
         return result
 
 
