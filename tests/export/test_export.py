@@ -28,7 +28,7 @@ from detrellis.errors import UserError
 from detrellis.exported import ExportedDetector, Network, load_exported, program_sides
 from detrellis.exporting.run import export
 from detrellis.exporting.sizes import same_padding, short_sizes
-from detrellis.exporting.verify import compare_on_pictures
+from detrellis.exporting.verify import check_pictures, compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, ExportFormat, _graph, _quiet, _traced
 from detrellis.loading import load
 from detrellis.nn.distinct import _overlapping_in_rounds, overlapping
@@ -222,6 +222,14 @@ def test_openvino_has_the_threads_of_torch(
             assert about["INFERENCE_NUM_THREADS"] == count
     finally:
         torch.set_num_threads(threads)
+
+
+def test_pictures_to_verify_on_may_lie_in_folders(tmp_path: Path) -> None:
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    with pytest.raises(UserError, match="no images in this folder"):
+        check_pictures(tmp_path / "images")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "val" / "1.png")
+    check_pictures(tmp_path / "images")
 
 
 def test_a_verifier_sees_another_network(exported: Path, pictures: Path) -> None:

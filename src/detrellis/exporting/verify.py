@@ -89,7 +89,7 @@ class Verification:
 
 def check_pictures(pictures: str | Path) -> None:
     """Raises `UserError` where `compare_on_pictures` would find none, before minutes of tracing."""
-    if all(picture.is_video for picture in find_pictures(pictures)):
+    if all(picture.is_video for picture in find_pictures(pictures, recursive=True)):
         raise UserError(f"{pictures}: no picture in it", "Name a folder of pictures.")
 
 
@@ -122,7 +122,9 @@ def compare_on_pictures(
 
 
 def _detections(model: Model, pictures: str | Path, batch: int) -> list[Prediction]:
-    stills = (picture for picture in find_pictures(pictures) if not picture.is_video)
+    stills = (
+        picture for picture in find_pictures(pictures, recursive=True) if not picture.is_video
+    )
     predictions = model.detect(stills, 0.0, None, batch)
     return [
         prediction for prediction in predictions if not isinstance(prediction, UnreadablePicture)
