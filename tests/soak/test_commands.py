@@ -62,7 +62,8 @@ def shrunk(name: str) -> Recipe:
     recipe = shrink(recipes.REAL(name))  # type: ignore[attr-defined]
     size = "64" if isinstance(recipe.data.size, int) else "[64, 64]"
     sizes = [f"data.size={size}", "data.max_side=null", "data.sides=null", "data.sides_max=null"]
-    return recipe.override([*sizes, "data.multi_scale=null", "optim.batch_size=4"])
+    short = ["data.multi_scale=null", "optim.batch_size=4", "schedule.warmup_steps=0"]
+    return recipe.override([*sizes, *short])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,7 @@ def elsewhere(words: list[str]) -> bool:
     return words[0] != "detrellis" or any(part in text for part in ELSEWHERE)
 
 
+@pytest.mark.filterwarnings("ignore::detrellis.errors.Advice")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page(
     page: Path, brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
