@@ -202,8 +202,13 @@ def program_shape(program: torch.export.ExportedProgram) -> Sequence[Any]:
     """Of the pictures that a program takes, `(B, 3, h, w)`: numbers, and symbols for any number."""
     (name,) = program.graph_signature.user_inputs
     (node,) = (node for node in program.graph.nodes if node.name == name)
-    shape: Sequence[Any] = node.meta["val"].shape
-    return shape
+    return [_settled(side) for side in node.meta["val"].shape]
+
+
+def _settled(side: int | torch.SymInt) -> int | torch.SymInt:
+    """The number that tracing has settled a symbol on, where it has."""
+    number = side if isinstance(side, int) else side.node.maybe_as_int()
+    return side if number is None else int(number)
 
 
 def program_sides(program: torch.export.ExportedProgram) -> Sides:

@@ -118,7 +118,7 @@ def _attend_seen(
     if segment.copies > 1:
         mask = _copy_mask(size, segment.copies, keys.shape[2] - size, q.device)
     if any(part.unused is not None for part in parts):
-        none = torch.zeros(len(q), keys.shape[2], dtype=torch.bool, device=q.device).split(
+        none = torch.zeros(q.shape[0], keys.shape[2], dtype=torch.bool, device=q.device).split(
             [p.size for p in parts], 1
         )
         unused = [

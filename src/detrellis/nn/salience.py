@@ -136,7 +136,7 @@ class SalienceEncoder(nn.Module):
         kept = self.keep(salience.detach(), memory)
         tokens = memory.tokens
         position, centres = (
-            t.expand(len(tokens), -1, -1) for t in (memory.position, token_centres(memory))
+            t.expand(tokens.shape[0], -1, -1) for t in (memory.position, token_centres(memory))
         )
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, EncoderLayer)
@@ -251,6 +251,6 @@ def enlarged(scores: Tensor, level: int, memory: Memory) -> Tensor:
         [across.unsqueeze(1).expand(-1, height, -1), down.unsqueeze(2).expand(-1, -1, width)],
         dim=-1,
     )
-    maps = scores.view(len(scores), 1, rows, columns)
-    grid = grid.expand(len(scores), -1, -1, -1)
+    maps = scores.view(scores.shape[0], 1, rows, columns)
+    grid = grid.expand(scores.shape[0], -1, -1, -1)
     return grid_sample(maps, grid, border=True, align_corners=True).flatten(1)

@@ -121,7 +121,7 @@ def cells_within(boxes: Tensor, memory: Memory) -> Tensor:
     corners = cxcywh_to_xyxy(boxes)
     levels = []
     for level, (height, width) in enumerate(memory.shapes):
-        size = corners.new_tensor([width, height]).expand(len(corners), 1, 2)
+        size = corners.new_tensor([width, height]).expand(corners.shape[0], 1, 2)
         if memory.valid_ratios is not None:
             size = (size * memory.valid_ratios[:, level : level + 1]).round()
         low = (corners[..., :2] * size).floor().clamp(min=0).minimum(size - 1)

@@ -126,7 +126,7 @@ class WindowViT(Backbone):
             x = (
                 block(x)
                 if i in self.windowed
-                else block(x.view(len(pixels), -1, x.shape[-1])).view(x.shape)
+                else block(x.view(pixels.shape[0], -1, x.shape[-1])).view(x.shape)
             )
             if i + 1 in self.taps:
                 joined = self._joined(x, rows, columns)
@@ -153,7 +153,7 @@ class WindowViT(Backbone):
         count = self.windows
         x = tokens.unflatten(2, (count, -1)).unflatten(1, (count, -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-        prefix = self.embedding.prefix(len(x))
+        prefix = self.embedding.prefix(x.shape[0])
         return x if prefix is None else torch.cat([prefix, x], dim=1)
 
     def _joined(self, x: Tensor, rows: int, columns: int) -> Tensor:
