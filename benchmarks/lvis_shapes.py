@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from detrellis.data.shapes import CATEGORIES, Kinds, draw_image
+from detrellis.data.shapes import CATEGORIES, Kinds, coco_box, draw_image
 from detrellis.rle import Bitmap
 
 COLOURS = {
@@ -97,11 +97,8 @@ def write_split(
             }
         )
         for category, mask in marked:
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            x, y = int(columns[0]), int(rows[0])
-            box = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
             row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category}
-            annotations.append(row | {"bbox": box, "area": int(mask.sum())})
+            annotations.append(row | {"bbox": coco_box(mask), "area": int(mask.sum())})
     return {"images": images, "annotations": annotations}
 
 

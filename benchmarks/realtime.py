@@ -7,12 +7,15 @@ Both have the same random weights, which go through the converter that users hav
 is timed, boxes and losses have to be equal. Inference is from pixels to logits and boxes, ours of
 the fused detector, as `predict` runs it. A step is forward, losses on the same targets, and
 backward, without denoising, whose noise the two draw differently; BatchNorm's statistics of the
-backbone stand still in transformers and in ours.
+backbone stand still in transformers and in ours. At the end it says what of a step the two have to
+compute alike.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from common import Row, arguments, describe, finish, interleaved
 from peers import transformers
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from detrellis.interop.load import load_foreign
 from detrellis.recipes.build import build
@@ -28,6 +32,15 @@ from detrellis.types import ImageBatch, Targets
 
 CLASSES, BOXES = 80, 7
 BUDGETS = {"inference": 1.3, "training step": 1.5}
+ALIKE = {  # ends of the names of operators
+    "convolutions": (
+        "::mkldnn_convolution",
+        "::convolution_backward",
+        "::_slow_conv2d_forward",
+        "::_slow_conv2d_backward",
+    ),
+    "matrix products": ("::_linear_pointwise", "::mm", "::addmm", "::bmm"),
+}
 
 
 def theirs() -> Any:
@@ -145,7 +158,26 @@ def training(peer: Any, same: TrainableDetector, pixels: Tensor, rounds: int) ->
     same.detector.load_state_dict(state)
     print(f"loss {found:.6f}, of transformers {wanted:.6f}")
     assert abs(found - wanted) < 1e-3 * wanted
-    return timed("training step", {"transformers": their_step, "ours": our_step}, rounds)
+    variants = {"transformers": their_step, "ours": our_step}
+    row = timed("training step", variants, rounds)
+    for name, step in variants.items():
+        print(f"{name:16} {shares(step)}")
+    return row
+
+
+def shares(step: Callable[[], object]) -> str:
+    """Of one step, by the profiler: what both sides have to compute alike."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        step()
+    total, parts = 0.0, Counter[str]()
+    for operator in seen.key_averages():
+        seconds = operator.self_cpu_time_total / 1e6
+        total += seconds
+        parts.update(
+            {kind: seconds for kind, names in ALIKE.items() if operator.key.endswith(names)}
+        )
+    said = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in parts.items())
+    return f"{total:.2f} s in operators: {said}"
 
 
 def timed(what: str, variants: dict[str, Any], rounds: int) -> Row:

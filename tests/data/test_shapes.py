@@ -118,7 +118,7 @@ def test_boxes_are_tight_around_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -
         if not found:
             continue
         ((category, mask),) = found
-        (x, y, w, h), area = shapes._coco_box(mask), int(mask.sum())
+        (x, y, w, h), area = shapes.coco_box(mask), int(mask.sum())
         seen.add(category)
         assert np.abs(mask.astype(float) - changed).mean() < 0.02
         rows, columns = np.flatnonzero(changed.sum(1) > 1), np.flatnonzero(changed.sum(0) > 1)
@@ -159,7 +159,7 @@ def test_hidden_objects_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         queue = iter(objects)
         monkeypatch.setattr(shapes, "_draw_object", lambda *_, queue=queue: next(queue))
         _, found = draw_image(40, 50, (len(objects), len(objects)), np.random.default_rng(0))
-        assert [(c, shapes._coco_box(mask), int(mask.sum())) for c, mask in found] == expected
+        assert [(c, shapes.coco_box(mask), int(mask.sum())) for c, mask in found] == expected
 
 
 def test_masks_on_request(folder: Path, tmp_path: Path) -> None:

@@ -182,22 +182,30 @@ def test_an_epoch_whose_evaluation_is_done_again_is_there_once(tmp_path: Path) -
     assert [(r["epoch"], r["eval"]["AP"]) for r in epochs] == [(1, 0.2), (2, 0.3)]
 
 
+def no_room(file: Any, lines: bytes) -> None:
+    """Half of them is written."""
+    file._file.write(lines[: len(lines) // 2])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_file(path: Path, text: str) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "full", [(log._RecordFile, "_append", no_room), (log, "replace_text", no_file)]
+)
 @pytest.mark.parametrize("back", ["in the run", "at its end"])
 def test_what_found_no_room_is_written_once_there_is_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str, full: tuple[Any, str, Any]
 ) -> None:
     """And no half line stays, which the next record would follow."""
     first = Run(tmp_path)
     first.epoch(1)
     first.log.close()
     again = Run(tmp_path, step=10)
-
-    def full(file: Any, lines: bytes) -> None:
-        file._file.write(lines[: len(lines) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as disk:
-        disk.setattr(log._RecordFile, "_append", full)
+        disk.setattr(*full)
         again.log.start_epoch(1)
         again.log.end_epoch(stats={"AP": 0.2})  # in the place of the first one
         again.epoch(2)
@@ -209,6 +217,19 @@ def test_what_found_no_room_is_written_once_there_is_some(
     steps = [1, 5, 10, 15, 20, 25, 30] if back == "in the run" else [1, 5, 10, 15, 20]
     assert [step for kind, step in found if kind == "step"] == steps
     assert [step for kind, step in found if kind == "epoch"] == [s for s in steps if s % 10 == 0]
+    (epoch,) = (r for r in records(tmp_path) if r["kind"] == "epoch" and r["step"] == 10)
+    assert epoch["eval"] == {"AP": 0.2}
+
+
+def test_a_run_ends_well_where_there_is_never_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    monkeypatch.setattr(log._RecordFile, "_append", no_room)
+    run.epoch(1)
+    run.log.close()
+    run.log.close()
+    assert records(tmp_path) == []
 
 
 def test_a_new_run_starts_a_new_file(tmp_path: Path) -> None:

@@ -25,7 +25,13 @@ from detrellis.data.classes import ClassMap
 from detrellis.engine.card import Card
 from detrellis.engine.checkpoint import load_weights, save_weights
 from detrellis.errors import UserError
-from detrellis.exported import ExportedDetector, Network, load_exported, program_sides
+from detrellis.exported import (
+    ExportedDetector,
+    Network,
+    load_exported,
+    program_shape,
+    program_sides,
+)
 from detrellis.exporting.run import export
 from detrellis.exporting.sizes import same_padding, short_sizes
 from detrellis.exporting.verify import check_pictures, compare_on_pictures
@@ -110,6 +116,24 @@ def test_every_family_can_be_traced(name: str) -> None:
     with _quiet():
         program = _traced(_graph(model, False), recipe, SIZE)
     assert program_sides(program) == SIZE
+
+
+def test_a_batch_that_tracing_has_settled_is_a_number() -> None:
+    """As `len` of a tensor settles it; a free one is a symbol."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self, settled: bool) -> None:
+            super().__init__()
+            self.settled = settled
+
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            batch = len(pictures) if self.settled else pictures.shape[0]
+            return pictures.view(batch, -1)
+
+    pictures, free = torch.rand(2, 3, 4, 4), {"pictures": {0: torch.export.Dim.AUTO}}
+    for settled in (True, False):
+        program = torch.export.export(Flat(settled), (pictures,), dynamic_shapes=free, strict=False)
+        assert isinstance(program_shape(program)[0], int) == settled
 
 
 def test_a_small_detector_detects_the_same(pictures: Path, tmp_path: Path) -> None:

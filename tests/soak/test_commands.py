@@ -19,7 +19,7 @@ from website.commands import blocks, calls
 from detrellis import recipes
 from detrellis.cli import main
 from detrellis.data.shapes import write_shapes
-from detrellis.recipes import Recipe
+from detrellis.recipes import Recipe, find_recipe
 from detrellis.study import rows
 from tests.small import shrink
 
@@ -43,9 +43,7 @@ ELSEWHERE = {
     "reproduce align": "tests/study/test_verbs.py",
     "runs/objects365": "tests/recipes/test_large.py",
     "objects365 --skip-bad": "tests/data/formats/test_objects365.py",
-    "--metric masks": "tests/engine/test_mask_eval.py",
-    "detector.masks": "tests/test_masks.py",
-    "mask": "tests/test_verbs.py",
+    "mask": "tests/test_masks.py, tests/engine/test_mask_eval.py",
     "--tta-views": "tests/engine/test_views.py",  # short sides of 640 and more
 }
 DATA = ("my_data", "my_other_data", "coco", "lvis")
@@ -59,7 +57,7 @@ SHORTER = {
 
 def shrunk(name: str) -> Recipe:
     """The recipe of that name, small enough to be trained in seconds."""
-    recipe = shrink(recipes.REAL(name))  # type: ignore[attr-defined]
+    recipe = shrink(find_recipe(name))
     size = "64" if isinstance(recipe.data.size, int) else "[64, 64]"
     sizes = [f"data.size={size}", "data.max_side=null", "data.sides=null", "data.sides_max=null"]
     short = ["data.multi_scale=null", "optim.batch_size=4", "schedule.warmup_steps=0"]
@@ -103,7 +101,6 @@ def test_the_commands_of_a_page(
 ) -> None:
     here = shutil.copytree(brought, tmp_path / "here")
     monkeypatch.chdir(here)
-    monkeypatch.setattr(recipes, "REAL", recipes.find_recipe, raising=False)
     for module in (recipes, rows):
         monkeypatch.setattr(module, "find_recipe", shrunk)
     monkeypatch.setenv("WANDB_MODE", "offline")

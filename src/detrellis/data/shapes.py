@@ -151,7 +151,7 @@ def _write_split(
                 "category_id": category,
                 "iscrowd": 0,
             }
-            annotations.append(row | {"bbox": _coco_box(mask), "area": int(mask.sum())})
+            annotations.append(row | {"bbox": coco_box(mask), "area": int(mask.sum())})
             if "masks" in parameters:
                 counts = encode(mask).decode()
                 annotations[-1]["segmentation"] = {"size": [height, width], "counts": counts}
@@ -197,7 +197,8 @@ def draw_image(
     return noisy.round().clip(0, 255).astype(np.uint8), annotated[::-1]
 
 
-def _coco_box(mask: Bitmap) -> list[int]:
+def coco_box(mask: Bitmap) -> list[int]:
+    """Left, top, width and height of what a mask `(H, W)` shows, which is not nothing."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     x, y = int(columns[0]), int(rows[0])
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]

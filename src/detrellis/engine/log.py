@@ -302,6 +302,8 @@ class _RecordFile:
 
     def close(self) -> None:
         """Closes the file of records."""
+        if self._file.closed:
+            return
         try:
             if self._waiting:
                 self._write_waiting()
@@ -312,8 +314,8 @@ class _RecordFile:
         again = self._kept & self._waiting.keys()
         if again:  # an epoch whose evaluation is done again after the resume
             self._keep(lambda old: _key(old) not in again)
-            self._file.close()
-            self._file = self._path.open("ab", buffering=0)
+            old_file, self._file = self._file, self._path.open("ab", buffering=0)
+            old_file.close()
         end = self._file.seek(0, os.SEEK_END)
         try:
             self._append("".join(self._waiting.values()).encode())
@@ -332,8 +334,8 @@ class _RecordFile:
 
     def _keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         records = [r for r in read_records(self._path) if wanted(r)]
-        self._kept = {_key(r) for r in records}
         replace_text(self._path, "".join(json.dumps(r) + "\n" for r in records))
+        self._kept = {_key(r) for r in records}
 
 
 def _key(record: Mapping[str, Any]) -> tuple[str, int]:

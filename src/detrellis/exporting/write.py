@@ -87,7 +87,8 @@ def write(
     `run` is what it comes from, and is not touched.
 
     `size`: height and width of all pictures that will go in; None: any, or the one that the recipe
-    stretches to. `tensorrt` gathers where others sample. `int8` puts an OpenVINO network in eight bits.
+    stretches to. `tensorrt` gathers where others sample. `int8` puts an OpenVINO network in eight
+    bits.
 
     Raises `UserError` for a detector that cannot be exported, where a package is missing, and where
     `int8` costs too much.

@@ -80,16 +80,14 @@ class RepConvolution(nn.Module):
         self.point = None
 
 
-# By name, since importing timm for its two takes a second.
-# Of torch, ours, torchvision (also those that timm freezes) and timm.
+# Of torch, ours (also in the place of those that timm freezes) and timm, whose import takes a
+# second: by name.
 NORMS = {
     "BatchNorm2d",
     "SyncBatchNorm",
     "FrozenNorm",
     "FrozenNormAct",
-    "FrozenBatchNorm2d",
     "BatchNormAct2d",
-    "FrozenBatchNormAct2d",
 }
 
 

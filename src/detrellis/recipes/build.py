@@ -182,7 +182,7 @@ def build(
 
 def build_untrained(recipe: Recipe, classes: int) -> Detector:
     """The detector alone, to be filled with trained weights:
-    its own are whatever memory holds, and no generator of random numbers moves.
+    its own are no start for training, and no generator of random numbers moves.
     """
     with torch.random.fork_rng(devices=[]), Undrawn():
         return build_detector(recipe.untrained().detector, classes)
