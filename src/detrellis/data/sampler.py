@@ -150,21 +150,41 @@ class BatchSampler(Sampler[list[Key]]):
 
 
 class EvalSampler(Sampler[list[Key]]):
-    """Every image exactly once over all ranks, in order;
-    ranks may differ by one image and get fewer batches.
+    """Every image exactly once, in batches that the ranks take in turn.
+
+    `shapes` `(I, 2)` are the heights and widths that the detector sees: a batch holds images of one
+    shape, so nothing is padded, and what is detected does not depend on the size of the batches.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        shapes: NDArray[np.int64] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         assert batch_size > 0
         assert 0 <= rank < world_size
-        self.indices, self.batch_size = range(rank, num_images, world_size), batch_size
+        images = np.arange(num_images)
+        groups = [images] if shapes is None else _of_one_shape(shapes)
+        batches = [
+            group[start : start + batch_size]
+            for group in groups
+            for start in range(0, len(group), batch_size)
+        ]
+        self.batches = batches[rank::world_size]
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return math.ceil(len(self.indices) / self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+        return ([(0, index) for index in batch.tolist()] for batch in self.batches)
+
+
+def _of_one_shape(shapes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The images of each shape, in their order."""
+    _, group, counts = np.unique(shapes, axis=0, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(group.reshape(-1), kind="stable"), np.cumsum(counts)[:-1])

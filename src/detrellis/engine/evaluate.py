@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from detrellis.arguments import BatchSize, Split, Workers
 from detrellis.data.annotations import Annotations
@@ -30,6 +32,13 @@ from detrellis.types import DecoderOutput
 
 NMS = 0.7  # IoU above which the weaker one of two detections of a class counts as a duplicate
 DOUBLED = 0.01  # AP that NMS adds where objects are found more than once
+
+
+class EvalTransform(Transform, Protocol):
+    """A transform that makes the same of every image of a size."""
+
+    def target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image of that size gets."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +87,31 @@ def eval_loader(
     batch_size: int,
     workers: int,
     world: World,
-    transform: Transform | None = None,
+    transform: EvalTransform | None = None,
 ) -> Loader:
     """Every image once over all processes,
     resized as the recipe says, or by another `transform`.
     """
     transform = transform or eval_transform(config.size, **config.resizing())
-    sampler = EvalSampler(len(annotations), batch_size, rank=world.rank, world_size=world.size)
+    sampler = EvalSampler(
+        len(annotations),
+        batch_size,
+        shapes=_shapes(annotations, transform),
+        rank=world.rank,
+        world_size=world.size,
+    )
     normalise, pin = Normalise.of(**config.statistics()), world.device.type == "cuda"
     dataset = DetectionDataset(annotations, transform)
     return build_loader(dataset, sampler, normalise=normalise, workers=workers, pin_memory=pin)
+
+
+def _shapes(annotations: Annotations, transform: EvalTransform) -> NDArray[np.int64] | None:
+    """Height and width of each image after the transform, `(I, 2)`; None where all are padded to
+    one size."""
+    if transform.pad_to is not None or not len(annotations):
+        return None
+    sizes, index = np.unique(annotations.sizes, axis=0, return_inverse=True)
+    return np.array([transform.target(*size) for size in sizes.tolist()])[index.reshape(-1)]
 
 
 def collect(

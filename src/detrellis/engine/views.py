@@ -48,6 +48,10 @@ class View:
         """See `Resize`."""
         return self.resize.pad_to
 
+    def target(self, height: int, width: int) -> tuple[int, int]:
+        """See `Resize`."""
+        return self.resize.target(height, width)
+
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Picture:
         """The image resized, and then mirrored; see `Transform`."""
         image, boxes, labels = self.resize(image, boxes, labels)
