@@ -148,6 +148,8 @@ def detects_the_same(run: Path, pictures: Path, **options: Any) -> None:
         done.verification
     )
     assert done.verification.passed
+    assert done.verification.ap is None
+    assert "its data are not known" in str(done.verification.table().caption)
 
 
 @pytest.mark.parametrize("border", [False, True])
@@ -250,10 +252,26 @@ def test_openvino_has_the_threads_of_torch(
 
 def test_pictures_to_verify_on_may_lie_in_folders(tmp_path: Path) -> None:
     (tmp_path / "images" / "val").mkdir(parents=True)
+    data = of_one_size("detr_r50").data
     with pytest.raises(UserError, match="no images in this folder"):
-        check_pictures(tmp_path / "images")
+        check_pictures(tmp_path / "images", data)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "val" / "1.png")
-    check_pictures(tmp_path / "images")
+    check_pictures(tmp_path / "images", data)
+
+
+def test_pictures_of_another_size_are_refused_before_the_tracing(tmp_path: Path) -> None:
+    run = saved("detr_r50", tmp_path / "run", ("data.match_orientation=true",))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "broken.png").write_bytes(b"")
+    Image.new("RGB", (60, 90)).save(pictures / "fits.png")
+    data = load(run).recipe.data
+    check_pictures(pictures, data, SIZE)
+    Image.new("RGB", (60, 60)).save(pictures / "square.png")
+    check_pictures(pictures, data)
+    with pytest.raises(UserError, match=r"--size 96x64 does not take .*square.png, which becomes"):
+        export(run, size=SIZE, verify=pictures)
+    assert not list(run.glob("model.*"))
 
 
 def test_a_verifier_sees_another_network(exported: Path, pictures: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +74,8 @@ def export(
         raise UserError(f"{run}: it is exported already", "Give the run that it was made from.")
     card = load_any(trained(run))[1]
     _refuse(format, fp16, tensorrt, int8, calibrate, verify)
+    if verify is not None:
+        check_pictures(verify, model.recipe.data, size)
     name = f"model{'-int8' if int8 else ''}{SUFFIXES[format]}"
     file = _in_folder_of(run, name) if out is None else Path(out)
     quantiser = Quantiser(run, model, calibrate) if int8 else None
@@ -98,11 +99,11 @@ def _verified(run: str | Path, model: Model, done: Exported, pictures: str | Pat
     opener = open_own_program if done.format == "torch" else None
     theirs = exported_model(*load_exported(done.out, opener), torch.device("cpu"))
     rows = compare_on_pictures(model, theirs, pictures, fp16=done.fp16)
-    ap = None
-    with contextlib.suppress(UserError):  # its validation split is not there, or it has none
-        ap = _ap(run, model)
-    their_ap = None if ap is None else _ap(done.out, theirs)
-    return Verification(rows, ap, their_ap, done.fp16)
+    try:
+        ap, their_ap, why_not = _ap(run, model), _ap(done.out, theirs), None
+    except UserError as error:  # no validation split, or one with pictures of other sizes
+        ap, their_ap, why_not = None, None, error.message
+    return Verification(rows, ap, their_ap, done.fp16, why_not)
 
 
 def _in_folder_of(run: str | Path, name: str) -> Path:
@@ -121,9 +122,7 @@ def _refuse(
     calibrate: str | Path | None,
     verify: str | Path | None,
 ) -> None:
-    """Raises `UserError` for arguments that cannot be combined, where there are no pictures to
-    verify on, and where nncf is missing.
-    """
+    """Raises `UserError` for arguments that cannot be combined, and where nncf is missing."""
     if calibrate is not None and not int8:
         raise UserError(
             "--calibrate without --int8", "Only integers are calibrated: --format openvino --int8."
@@ -132,8 +131,6 @@ def _refuse(
         raise UserError(
             f"--tensorrt with --format {format_}", "TensorRT reads ONNX: --format onnx."
         )
-    if verify is not None and not int8:
-        check_pictures(verify)
     if not int8:
         return
     if format_ != "openvino":

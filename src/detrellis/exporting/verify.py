@@ -4,6 +4,7 @@ on pictures, and in AP.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from detrellis.data.transforms import eval_transform
 from detrellis.errors import UserError
 from detrellis.predictions.inputs import find_pictures
 from detrellis.predictions.model import Model
 from detrellis.predictions.record import Prediction, UnreadablePicture
+from detrellis.recipes.data import DataConfig
 
 BATCHES = (1, 2, 5)
 SCORE = 0.05  # detections from here on are compared
@@ -42,13 +45,14 @@ class Comparison:
 @dataclass(frozen=True)
 class Verification:
     """All comparisons; `ap` and `exported_ap`:
-    on the run's own validation split, None where it was not evaluated.
+    on the run's own validation split, None where it was not evaluated, and `why_not`.
     """
 
     rows: tuple[Comparison, ...]
     ap: float | None
     exported_ap: float | None
     fp16: bool
+    why_not: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -64,7 +68,9 @@ class Verification:
     def table(self) -> Table:
         """For a rich console."""
         caption = (
-            "" if self.ap is None else f"AP {self.ap:.4f}, exported {self.exported_ap or 0:.4f}"
+            f"AP is not compared: {self.why_not}"
+            if self.ap is None
+            else f"AP {self.ap:.4f}, exported {self.exported_ap or 0:.4f}"
         )
         table = Table(
             title="Exported against the run",
@@ -87,10 +93,32 @@ class Verification:
         return table
 
 
-def check_pictures(pictures: str | Path) -> None:
-    """Raises `UserError` where `compare_on_pictures` would find none, before minutes of tracing."""
-    if all(picture.is_video for picture in find_pictures(pictures, recursive=True)):
+def check_pictures(
+    pictures: str | Path, data: DataConfig, size: tuple[int, int] | None = None
+) -> None:
+    """Raises `UserError` where `compare_on_pictures` would find none, or one that the recipe's
+    `data` do not resize to the one `size` (height, width) of the file; before minutes of tracing.
+    """
+    stills = [each for each in find_pictures(pictures, recursive=True) if not each.is_video]
+    if not stills:
         raise UserError(f"{pictures}: no picture in it", "Name a folder of pictures.")
+    resize = eval_transform(data.size, **data.resizing())
+    if size is None or (data.keep_aspect and resize.pad_to is not None):  # all become one size
+        return
+    for still in stills:
+        with contextlib.suppress(UserError):  # what cannot be read is left out later
+            seen = resize.target(*still.size())
+            if seen != size:
+                break
+    else:
+        return
+    (height, width), (given, other) = seen, size
+    raise UserError(
+        f"--size {given}x{other} does not take {still.path}, which becomes {height}x{width} pixels "
+        "(height x width)",
+        f"Export without --size, for pictures of any size, with --size {height}x{width}, or verify "
+        "on other pictures.",
+    )
 
 
 def compare_on_pictures(

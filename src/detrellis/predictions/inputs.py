@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from detrellis.data.decode import read_header, read_image, to_rgb
+from detrellis.data.decode import read_header, read_image, to_rgb, upright_size
 from detrellis.data.files import is_image, walk
 from detrellis.errors import Advice, UserError, shell_line
 from detrellis.predictions.video import INSTALL, VIDEOS, has_library, is_video, read_frames
@@ -70,6 +70,13 @@ class InputPicture:
             and self.broken is None
             and is_video(self.path)
         )
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of what `read` returns; `UserError` where the file is broken."""
+        if self.pixels is not None:
+            return self.pixels.shape[1], self.pixels.shape[2]
+        assert self.path is not None
+        return upright_size(read_header(self.path))
 
     def read(self) -> Tensor:
         """Uint8 RGB `(3, H, W)`; `UserError` where the file is broken."""
