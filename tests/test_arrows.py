@@ -41,9 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "mask_points": {"types"},
     "matching": {"types", "boxes", "mask_points"},
     "losses": {"types", "boxes"},
-    "pairs": {"types", "boxes", "losses"},
-    "set_loss": {"types", "losses", "pairs"},
-    "supervision": {"types", "boxes", "matching", "set_loss", "mask_points"},
+    "pairs": {"types", "boxes", "nn", "losses"},
+    "set_loss": {"types", "nn", "losses", "pairs"},
+    "supervision": {"types", "matching", "pairs", "set_loss", "mask_points"},
     "salience": {"types", "boxes", "nn"},
     "schemes": {
         *(

@@ -31,8 +31,7 @@ def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     `eps` belongs to the model, not to numerics: DETR, Conditional and Deformable DETR use 1e-5,
     DAB, DN and DINO 1e-3. It decides how far saturated anchors can be moved.
     """
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
 
 
 def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:

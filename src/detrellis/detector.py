@@ -82,11 +82,12 @@ class Detector(nn.Module):
         together = self.decoder(
             concatenate(list(blocks.values())), memory, tuple(blocks), every_layer=True
         )
+        if len(blocks) == 1:
+            return {segment.name: together for segment in blocks}
         outputs: dict[str, DecoderOutput] = {}
         first = 0
         for segment in blocks:
-            rows = slice(first, first + segment.size)
-            outputs[segment.name] = together.map(lambda t, rows=rows: t[:, :, rows])
+            outputs[segment.name] = together.rows(first, segment.size)
             first += segment.size
         return outputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detrellis.boxes import cxcywh_to_xyxy, iou_and_giou, side_distances
 from detrellis.losses import distillation_loss, fine_grained_localization_loss, l1_loss
+from detrellis.nn.constants import kept
 from detrellis.types import Assignment, DecoderOutput, SideDistributions, Targets
 
 
@@ -17,8 +18,18 @@ def sum_by_layer(values: Tensor, layer: Tensor, layers: int) -> Tensor:
     """Sum `values (M,)` into `(layers,)`;
     a product, because a scatter is not deterministic on a GPU.
     """
-    member = layer == torch.arange(layers, device=layer.device).unsqueeze(1)
-    return member.to(values.dtype) @ values
+    return members(layer, layers, values.dtype) @ values
+
+
+def members(layer: Tensor, layers: int, dtype: torch.dtype) -> Tensor:
+    """1 where a row of `layer (M,)` is of a layer, `(layers, M)`."""
+    return (layer == layer_numbers(layers, layer.device)).to(dtype)
+
+
+@kept(64)
+def layer_numbers(layers: int, device: torch.device) -> Tensor:
+    """The layers' numbers, `(layers, 1)`."""
+    return torch.arange(layers, device=device).unsqueeze(1)
 
 
 def last_rows(positives: Assignment, shape: torch.Size) -> Tensor:
@@ -42,6 +53,20 @@ class Pairs(NamedTuple):
     positives: Assignment
     layers: int
     images: int
+    labels: Tensor  # (M,) of the targets
+    member: Tensor  # (L, M) 1 where a positive is of a layer
+
+    def by_layer(self, values: Tensor) -> Tensor:
+        """As `sum_by_layer`: `values (M,)` to `(L,)`."""
+        return self.member.to(values.dtype) @ values
+
+
+class Solved(NamedTuple):
+    """A matching problem with its solution."""
+
+    output: DecoderOutput
+    targets: Targets
+    positives: Assignment
 
 
 def pair_up(
@@ -50,16 +75,32 @@ def pair_up(
     """Gather what the positives predicted, and their targets;
     `iou_eps` is added to unions (`boxes.iou`).
     """
-    where = (positives.layer, positives.image, positives.query)
-    boxes, target_boxes = output.boxes[where], targets.boxes[positives.target]
-    overlap, generalised = iou_and_giou(
-        cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes), iou_eps
-    )
-    logits = output.logits[(*where, targets.labels[positives.target])]
-    layers, images = output.logits.shape[:2]
-    return Pairs(
-        logits, boxes, target_boxes, overlap.detach(), generalised, positives, layers, images
-    )
+    (pairs,) = pair_up_all([Solved(output, targets, positives)], iou_eps)
+    return pairs
+
+
+def pair_up_all(problems: Sequence[Solved], iou_eps: float = 0.0) -> list[Pairs]:
+    """As `pair_up`, of several problems, whose boxes are compared in one pass:
+    there are few, and every operation costs the same.
+    """
+    boxes = [o.boxes[p.layer, p.image, p.query] for o, _, p in problems]
+    target_boxes = [targets.boxes[p.target] for _, targets, p in problems]
+    predicted, wanted = (cxcywh_to_xyxy(_joined(parts)) for parts in (boxes, target_boxes))
+    counts = [len(part) for part in boxes]
+    overlaps, generalised = (t.split(counts) for t in iou_and_giou(predicted, wanted, iou_eps))
+    pairs = []
+    for i, (output, targets, rows) in enumerate(problems):
+        layers, images = output.logits.shape[:2]
+        labels = targets.labels[rows.target]
+        logits = output.logits[rows.layer, rows.image, rows.query, labels]
+        compared = boxes[i], target_boxes[i], overlaps[i].detach(), generalised[i]
+        member = members(rows.layer, layers, logits.dtype)
+        pairs.append(Pairs(logits, *compared, rows, layers, images, labels, member))
+    return pairs
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class SoftTarget(NamedTuple):
@@ -118,10 +159,7 @@ def box_terms(pairs: Pairs, normaliser: Tensor, weight: Tensor | None = None) ->
     terms = {"box": l1_loss(pairs.boxes, pairs.target_boxes), "giou": 1 - pairs.giou}
     if weight is not None:
         terms = {name: weight * t for name, t in terms.items()}
-    return {
-        name: sum_by_layer(t, pairs.positives.layer, pairs.layers) / normaliser
-        for name, t in terms.items()
-    }
+    return {name: pairs.by_layer(t) / normaliser for name, t in terms.items()}
 
 
 def fine_grained_localization(
@@ -139,7 +177,7 @@ def fine_grained_localization(
         sides.logits[where].flatten(0, 1), distances.flatten(), bins
     )
     losses = losses.unflatten(0, (-1, 4)).sum(-1) * pairs.iou * (1 if weight is None else weight)
-    return sum_by_layer(losses, pairs.positives.layer, pairs.layers) / normaliser
+    return pairs.by_layer(losses) / normaliser
 
 
 def decoupled_distillation(pairs: Pairs, sides: SideDistributions, logits: Tensor) -> Tensor:

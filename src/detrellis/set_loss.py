@@ -19,6 +19,7 @@ from detrellis.losses import (
     quality_focal_loss,
     varifocal_loss,
 )
+from detrellis.nn.constants import kept
 from detrellis.pairs import (
     Pairs,
     SoftTarget,
@@ -32,7 +33,6 @@ from detrellis.pairs import (
     pair_up,
     quality_target,
     scaled_iou_target,
-    sum_by_layer,
 )
 from detrellis.types import Assignment, DecoderOutput, Targets
 
@@ -66,9 +66,14 @@ class SetLoss:
     ) -> dict[str, Tensor]:
         """`class`, `box` and `giou`, each `(L,)`, and `iou_branch` where the detector has one; of
         distributions also `fgl` `(L,)`, and `ddf` of all layers but the last."""
-        pairs = pair_up(output, targets, positives, self.iou_eps)
+        return self.of_pairs(output, pair_up(output, targets, positives, self.iou_eps), normaliser)
+
+    def of_pairs(
+        self, output: DecoderOutput, pairs: Pairs, normaliser: Tensor
+    ) -> dict[str, Tensor]:
+        """All terms, of positives that are paired with their targets already."""
         learned = self.target(pairs)
-        terms = self._classes(output, targets, pairs, learned.target, normaliser)
+        terms = self._classes(output, pairs, learned.target, normaliser)
         return terms | self._boxes(output, pairs, learned.box_weight, normaliser)
 
     def of_classes(
@@ -76,7 +81,7 @@ class SetLoss:
     ) -> dict[str, Tensor]:
         """The terms `class` and `iou_branch` alone."""
         pairs = pair_up(output, targets, positives, self.iou_eps)
-        return self._classes(output, targets, pairs, self.target(pairs).target, normaliser)
+        return self._classes(output, pairs, self.target(pairs).target, normaliser)
 
     def of_boxes(
         self, output: DecoderOutput, targets: Targets, positives: Assignment, normaliser: Tensor
@@ -92,38 +97,26 @@ class SetLoss:
         return self.target(pair_up(output, targets, positives, self.iou_eps)).box_weight
 
     def _classes(
-        self,
-        output: DecoderOutput,
-        targets: Targets,
-        pairs: Pairs,
-        target: Tensor,
-        normaliser: Tensor,
+        self, output: DecoderOutput, pairs: Pairs, target: Tensor, normaliser: Tensor
     ) -> dict[str, Tensor]:
-        positives, counts = pairs.positives, torch.ones_like(target)
+        positives, labels = pairs.positives, pairs.labels
+        learned = self.positive(pairs.logits, target)
         if self.once:
             last = last_rows(positives, output.logits.shape)
-            positives = positives._replace(target=positives.target[last])
-            counts = (last == torch.arange(len(last), device=last.device)).to(target)
+            labels = labels[last]
+            learned = (last == torch.arange(len(last), device=last.device)).to(target) * learned
         # All entries as negatives, but for the positives'.
-        where = (
-            positives.layer,
-            positives.image,
-            positives.query,
-            targets.labels[positives.target],
+        where = (positives.layer, positives.image, positives.query)
+        others = output.logits.index_put(
+            (*where, labels), absent(output.logits.dtype, output.logits.device)
         )
-        others = output.logits.index_put(where, output.logits.new_tensor(ABSENT))
         negative = self.negative_weight * focal_negative(
             others, self.gamma, detached=self.detached
         ).sum((1, 2, 3))
-        # The positives.
-        positive = sum_by_layer(
-            counts * self.positive(pairs.logits, target), positives.layer, pairs.layers
-        )
-        terms = {"class": (negative + positive) / normaliser}
+        terms = {"class": (negative + pairs.by_layer(learned)) / normaliser}
         if output.iou_logits is not None:
-            predicted = output.iou_logits[positives.layer, positives.image, positives.query]
-            errors = self.iou_error(predicted, pairs.iou)
-            terms["iou_branch"] = sum_by_layer(errors, positives.layer, pairs.layers) / normaliser
+            errors = self.iou_error(output.iou_logits[where], pairs.iou)
+            terms["iou_branch"] = pairs.by_layer(errors) / normaliser
         return terms
 
     def _boxes(
@@ -134,6 +127,12 @@ class SetLoss:
             terms["fgl"] = fine_grained_localization(pairs, output.sides, normaliser, weight)
             terms["ddf"] = decoupled_distillation(pairs, output.sides, output.logits)
         return terms
+
+
+@kept(16)
+def absent(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`ABSENT` as a logit, `()`."""
+    return torch.tensor(ABSENT, dtype=dtype, device=device)
 
 
 def squared_error(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from detrellis.boxes import cxcywh_to_xyxy, iou
 from detrellis.mask_points import Sampling, mask_iou, mask_terms
 from detrellis.matching import Assign, Hungarian, Known, Match, United, assign
+from detrellis.pairs import Pairs, Solved, pair_up, pair_up_all
 from detrellis.set_loss import ABSENT, LossRule, SetLoss
 from detrellis.types import Assignment, DecoderOutput, Targets
 
@@ -170,58 +170,73 @@ def supervise(
     assignments = match(tasks) if assignments is None else assignments
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
-    for task, positives in zip(tasks, assignments, strict=True):
-        output, targets = task.match.output, task.match.targets
-        with torch.autocast(output.boxes.device.type, enabled=False):
-            output = output._replace(passed=()).map(partial(Tensor.to, dtype=targets.boxes.dtype))
-            if task.columns is not None:
-                output = output._replace(
-                    logits=output.logits.masked_fill(~task.columns(targets), ABSENT)
-                )
-            terms = task.rule(output, targets, positives, task.normaliser)
-            if task.match.sampling is not None:
-                weight = (
-                    task.rule.pair_weight(output, targets, positives)
-                    if isinstance(task.rule, SetLoss)
-                    else None
-                )
-                arguments = (task.normaliser, task.match.sampling, task.match.counts)
-                terms |= mask_terms(output, targets, positives, *arguments, weight)
-        for name, values in terms.items():
+    with torch.autocast(tasks[0].match.output.boxes.device.type, enabled=False):
+        problems = [
+            Solved(_counting(task), task.match.targets, rows)
+            for task, rows in zip(tasks, assignments, strict=True)
+        ]
+        paired = _paired([task.rule for task in tasks], problems)
+        terms = list(map(_terms, tasks, problems, paired))
+    for task, problem, of_task in zip(tasks, problems, terms, strict=True):
+        for name, values in of_task.items():
             weighted = values * task.weights[name]
             losses |= {
                 f"{task.name}/{name}/{layer}": v for layer, v in enumerate(weighted.unbind())
             }
-        if not output.boxes.shape[-1]:  # a detector of masks
-            metrics[f"{task.name}/iou"] = mask_iou(
-                output, targets, positives, task.match.counts
-            ).mean()
-    return losses, metrics | matched_ious(tasks, assignments)
+        if not problem.output.boxes.shape[-1]:  # a detector of masks
+            metrics[f"{task.name}/iou"] = mask_iou(*problem, task.match.counts).mean()
+    return losses, metrics | _matched_ious(tasks, problems, paired)
+
+
+def _terms(task: Task, problem: Solved, pairs: Pairs | None) -> dict[str, Tensor]:
+    """What the rule of a task makes of its problem, `(L,)` each, before the terms' weights."""
+    ours = task.rule if isinstance(task.rule, SetLoss) else None
+    if ours is not None and pairs is not None:
+        terms = ours.of_pairs(problem.output, pairs, task.normaliser)
+    else:
+        terms = task.rule(*problem, task.normaliser)
+    if task.match.sampling is not None:
+        weight = None if ours is None else ours.pair_weight(*problem)
+        arguments = (task.normaliser, task.match.sampling, task.match.counts)
+        terms |= mask_terms(*problem, *arguments, weight)
+    return terms
+
+
+def _counting(task: Task) -> DecoderOutput:
+    """A task's output in the targets' precision, with the classes that count alone."""
+    targets = task.match.targets
+    output = task.match.output.map(partial(Tensor.to, dtype=targets.boxes.dtype))
+    if task.columns is None:
+        return output
+    return output._replace(logits=output.logits.masked_fill(~task.columns(targets), ABSENT))
+
+
+def _paired(rules: Sequence[LossRule], problems: Sequence[Solved]) -> list[Pairs | None]:
+    """The pairs of each problem whose rule is a `SetLoss`; of all that compare boxes alike in one
+    pass."""
+    epsilons = [rule.iou_eps if isinstance(rule, SetLoss) else None for rule in rules]
+    paired: list[Pairs | None] = [None] * len(problems)
+    for eps in {e for e in epsilons if e is not None}:
+        chosen = [i for i, e in enumerate(epsilons) if e == eps]
+        for i, pairs in zip(chosen, pair_up_all([problems[i] for i in chosen], eps), strict=True):
+            paired[i] = pairs
+    return paired
 
 
 @torch.no_grad()
-def matched_ious(tasks: Sequence[Task], assignments: Sequence[Assignment]) -> dict[str, Tensor]:
+def _matched_ious(
+    tasks: Sequence[Task], problems: Sequence[Solved], paired: Sequence[Pairs | None]
+) -> dict[str, Tensor]:
     """Mean IoU of the last layer's positives with their targets, `"block/iou"`;
     NaN where there is none.
-
-    All tasks at once: there are few boxes, and every operation costs the same.
     """
-    boxed = [
-        (task, rows)
-        for task, rows in zip(tasks, assignments, strict=True)
-        if task.match.output.boxes.shape[-1]
-    ]
-    if not boxed:
-        return {}
-    predicted = torch.cat(
-        [task.match.output.boxes[rows.layer, rows.image, rows.query] for task, rows in boxed]
-    )
-    truth = torch.cat([task.match.targets.boxes[rows.target] for task, rows in boxed])
-    overlaps = iou(cxcywh_to_xyxy(predicted.to(truth.dtype)), cxcywh_to_xyxy(truth))
     means = {}
-    for (task, rows), overlap in zip(
-        boxed, overlaps.split([len(rows.layer) for _, rows in boxed]), strict=True
-    ):
-        last = rows.layer == len(task.match.output.boxes) - 1
-        means[f"{task.name}/iou"] = (overlap * last).sum() / last.sum()
+    for task, problem, pairs in zip(tasks, problems, paired, strict=True):
+        output, _, positives = problem
+        if not output.boxes.shape[-1]:
+            continue
+        if pairs is None or not isinstance(task.rule, SetLoss) or task.rule.iou_eps:
+            pairs = pair_up(*problem)
+        last = positives.layer == len(output.boxes) - 1
+        means[f"{task.name}/iou"] = (pairs.iou * last).sum() / last.sum()
     return means

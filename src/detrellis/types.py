@@ -225,7 +225,9 @@ class DecoderOutput(NamedTuple):
     passed: tuple[Passed, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DecoderOutput:
-        """Every tensor of the queries after `change`, which gets `L` first."""
+        """Every tensor of the queries after `change`, which gets `L` first;
+        without what layers passed on.
+        """
         iou_logits, embeds = (
             None if t is None else change(t) for t in (self.iou_logits, self.mask_embeds)
         )
@@ -233,12 +235,22 @@ class DecoderOutput(NamedTuple):
         sides = None if self.sides is None else self.sides.map(change)
         initial = None if self.initial is None else self.initial.map(change)
         between = None if self.between is None else self.between.map(change)
-        passed = tuple(
-            layer.map(lambda t: change(t.unsqueeze(0)).squeeze(0)) for layer in self.passed
+        return self._replace(
+            logits=logits,
+            boxes=boxes,
+            states=states,
+            iou_logits=iou_logits,
+            mask_embeds=embeds,
+            sides=sides,
+            initial=initial,
+            between=between,
+            passed=(),
         )
-        return DecoderOutput(
-            logits, boxes, states, iou_logits, embeds, self.masks, sides, initial, between, passed
-        )
+
+    def rows(self, first: int, count: int) -> DecoderOutput:
+        """The output of `count` queries from the `first` on."""
+        passed = tuple(p.map(lambda t: t.narrow(1, first, count)) for p in self.passed)
+        return self.map(lambda t: t.narrow(2, first, count))._replace(passed=passed)
 
 
 class Proposals(NamedTuple):

@@ -36,6 +36,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 
 def _fold(x: Tensor, copies: int) -> Tensor:
     """`(B, M, K*n, d)` to `(B*K, M, n, d)`: each copy becomes a batch entry of its own."""
+    if copies == 1:
+        return x
     batch, heads, length, width = x.shape
     x = x.view(batch, heads, copies, length // copies, width).transpose(1, 2)
     return x.reshape(batch * copies, heads, length // copies, width)
@@ -43,6 +45,8 @@ def _fold(x: Tensor, copies: int) -> Tensor:
 
 def _unfold(x: Tensor, copies: int) -> Tensor:
     """The inverse of `_fold`."""
+    if copies == 1:
+        return x
     batch, heads, length, width = x.shape
     x = x.view(batch // copies, copies, heads, length, width).transpose(1, 2)
     return x.reshape(batch // copies, heads, copies * length, width)

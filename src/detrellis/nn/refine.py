@@ -53,7 +53,10 @@ class IterativeRefinement:
         output = None if deltas is None else Refined(self.move(deltas, self.boxes))
         if not last and self.refine != "none":
             delta = deltas if deltas is not None and states is x else self.heads.deltas(layer, x)
-            boxes = self.move(delta, self.references)
+            if output is not None and delta is deltas and self.boxes is self.references:
+                boxes = output.boxes
+            else:
+                boxes = self.move(delta, self.references)
             self.references = boxes.detach()
             self.boxes = boxes if self.refine == "look_forward_twice" else self.references
         if states is not None:

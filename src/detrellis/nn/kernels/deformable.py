@@ -49,10 +49,8 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     """
     if value.is_meta:
         return value.new_empty(len(value), locations.shape[1], value.shape[2] * value.shape[3])
-    precise = torch.promote_types(
-        torch.promote_types(locations.dtype, weights.dtype), torch.float32
-    )
-    precise = torch.promote_types(precise, value.dtype)
+    dtypes = (locations.dtype, weights.dtype, value.dtype)
+    precise = torch.float64 if torch.float64 in dtypes else torch.float32
     locations, weights = locations.to(precise), weights.to(precise)
     if exporting() or not _has_kernels(value.device.type):
         return ms_deform_attn_reference(value.to(precise), shapes, locations, weights).to(

@@ -53,13 +53,20 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            _product(rows, weight.t()).view(x.shape) if for_x else None,
-            _product(rows.t(), inputs.t()) if for_weight else None,
-            rows.sum(0) if for_bias else None,
+            _product(gradient, weight.t()) if for_x else None,
+            _product(_columns(gradient), _columns(x)) if for_weight else None,
+            gradient.sum(tuple(range(gradient.dim() - 1))) if for_bias else None,
         )
+
+
+def _columns(x: Tensor) -> Tensor:
+    """The rows of `x (..., i)` side by side, `(i, rows)`, in one operation where it can be."""
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return x.as_strided((width, x.numel() // width), (1, width))
+    return x.reshape(-1, width).t()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

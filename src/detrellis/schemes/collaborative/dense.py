@@ -21,7 +21,7 @@ from detrellis.schemes.collaborative.anchors import usable_cells
 from detrellis.schemes.collaborative.assigners import IGNORED
 from detrellis.schemes.collaborative.coder import clip
 from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
-from detrellis.set_loss import ABSENT
+from detrellis.set_loss import absent
 
 
 class DenseOutput(NamedTuple):
@@ -216,7 +216,7 @@ def absence_sum(logits: Tensor, owners: Tensor, positives: Positives) -> Tensor:
     over the anchors that are not ignored.
     """
     others = logits.index_put(
-        (positives.image, positives.anchor, positives.label), logits.new_tensor(ABSENT)
+        (positives.image, positives.anchor, positives.label), absent(logits.dtype, logits.device)
     )
     return (focal_negative(others).sum(-1) * (owners != IGNORED)).sum()
 
