@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from detrellis.boxes import cxcywh_to_xyxy, pairwise_iou
@@ -73,6 +74,39 @@ def test_the_metric_is_the_iou_of_the_last_layers_positives() -> None:
         ).diag()
         assert len(overlaps) == 6
         torch.testing.assert_close(metrics[f"{name}/iou"], overlaps.mean())
+
+
+class Comparisons(TorchDispatchMode):
+    """Counts the intersections of boxes that are computed within it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.maximum.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_boxes_of_all_tasks_are_compared_in_one_pass() -> None:
+    """Of those whose rules compare them alike; the losses are those of each task alone."""
+    eps = Supervision(rule=SetLoss(iou_eps=0.1))
+    tasks = [
+        supervision.task(name, *problem(layers, (4, 0, 2), 9, seed=layers), torch.tensor(6.0))
+        for name, layers, supervision in (
+            ("main", 3, Supervision()),
+            ("proposals", 1, Supervision()),
+            ("eps", 2, eps),
+        )
+    ]
+    found = assign([task.match for task in tasks])
+    with Comparisons() as two:
+        losses, _ = supervise(tasks[:2], found[:2])
+    with Comparisons() as one:
+        alone, _ = supervise(tasks[:1], found[:1])
+    assert two.count == one.count == 2  # of the intersections and of the boxes around both
+    losses, _ = supervise(tasks, found)
+    for task, rows in zip(tasks, found, strict=True):
+        alone, _ = supervise([task], [rows])
+        assert all(torch.equal(losses[name], value) for name, value in alone.items())
 
 
 def test_what_positives_should_learn_has_no_gradient() -> None:

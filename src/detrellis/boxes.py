@@ -4,6 +4,8 @@ and the inverse sigmoid with its per-model epsilon.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -90,9 +92,9 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return (numerator / denominator.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
-def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas of intersection and union of broadcastable `xyxy` boxes."""
-    (low, high), (other_low, other_high) = a.split(2, dim=-1), b.split(2, dim=-1)
+def _overlap(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of broadcastable boxes, each as two corners `(..., 2)`."""
+    (low, high), (other_low, other_high) = a, b
     inter = _product((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
     return inter, _product(high - low) + _product(other_high - other_low) - inter
 
@@ -103,14 +105,14 @@ def iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     `eps` is added to the union. Some reference codes take 1e-6, which in normalised coordinates
     costs a box of 8 pixels in a large image 0.016; it is for comparing with them.
     """
-    inter, union = _overlap(a, b)
+    inter, union = _overlap(a.split(2, dim=-1), b.split(2, dim=-1))
     return _ratio(inter, union + eps)
 
 
 def iou_and_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """As `iou` and `giou`, for little more than one of them."""
-    inter, union = _overlap(a, b)
-    (low, high), (other_low, other_high) = a.split(2, dim=-1), b.split(2, dim=-1)
+    (low, high), (other_low, other_high) = corners = a.split(2, dim=-1), b.split(2, dim=-1)
+    inter, union = _overlap(*corners)
     # The smallest box around both
     hull = _product(torch.maximum(high, other_high) - torch.minimum(low, other_low))
     overlap = _ratio(inter, union + eps)

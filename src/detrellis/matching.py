@@ -336,11 +336,12 @@ def _pad(targets: Targets) -> tuple[Tensor, Tensor]:
     Not with zeros: a class term may look for the best overlap of an image. An image without targets
     gets any.
     """
-    sizes, offsets = torch.tensor(targets.sizes), torch.tensor(targets.offsets)
-    place = torch.arange(max(targets.sizes)).minimum((sizes - 1).clamp(min=0).unsqueeze(1))
-    rows = (
-        (offsets.unsqueeze(1) + place).clamp(max=len(targets.labels) - 1).to(targets.labels.device)
+    sizes, offsets = (
+        np.array(n, dtype=np.int64)[:, None] for n in (targets.sizes, targets.offsets)
     )
+    place = np.minimum(np.arange(sizes.max()), np.maximum(sizes - 1, 0))
+    of_host = torch.from_numpy(np.minimum(offsets + place, len(targets.labels) - 1))
+    rows = of_host.to(targets.labels.device, non_blocking=True)
     return targets.labels[rows], targets.boxes[rows]
 
 

@@ -213,7 +213,8 @@ class SelfAttention(nn.Module):
         `(B, N, D)`, without residual and norm.
         """
         qk, v = self.projections.parts((x + position, x), (2, 1))
-        q, k, v = (split_heads(t, self.heads) for t in (*qk.chunk(2, dim=-1), v))
+        q, k = qk.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        v = split_heads(v, self.heads)
         attended = segmented_attention(q, k, v, segments, self.dropout if self.training else 0.0)
         out: Tensor = self.output(merge_heads(attended))
         return out

@@ -118,12 +118,12 @@ class DeformableAttention(nn.Module):
         if references.shape[-1] == 2:
             shapes = tuple(memory.shapes[level] for level in self.order)
             return references + offsets / _sizes(shapes, references.dtype, offsets.device)
-        counts: int | Tensor = self.points
-        if not self.even:
-            counts = torch.tensor(self.counts, dtype=offsets.dtype, device=offsets.device)[
-                self.order, None, None
-            ]
-        return references[..., :2] + offsets / counts * references[..., 2:] * self.offset_scale
+        centre, size = references.split(2, dim=-1)
+        if self.even:
+            return torch.addcmul(centre, offsets, size, value=self.offset_scale / self.points)
+        counts = torch.tensor(self.counts, dtype=offsets.dtype, device=offsets.device)
+        relative = offsets / counts[self.order, None, None]
+        return torch.addcmul(centre, relative, size, value=self.offset_scale)
 
     def _sampled(
         self, value: Tensor, shapes: Sequence[tuple[int, int]]

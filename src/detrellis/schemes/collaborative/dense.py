@@ -92,10 +92,10 @@ class DenseHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
         """Maps `(B, D, H, W)` of the levels to numbers for all anchors."""
         logits, boxes, quality = [], [], []
-        for level, x in enumerate(maps):
+        for x, scale in zip(maps, self.scale.unbind(), strict=True):
             box_features = self.box_tower(x)
             logits.append(self.classify(self.class_tower(x)))
-            boxes.append(self.regress(box_features) * self.scale[level])
+            boxes.append(self.regress(box_features) * scale)
             if self.quality is not None:
                 quality.append(self.quality(box_features))
         return DenseOutput(
@@ -167,8 +167,8 @@ class DenseBranch(nn.Module, ABC):
 
 def by_anchor(maps: Sequence[Tensor], anchors: int) -> Tensor:
     """Outputs `(B, anchors * n, H, W)` of the levels as `(B, A, n)`, in the anchors' order."""
-    rows = [m.flatten(2).transpose(1, 2).unflatten(2, (anchors, -1)).flatten(1, 2) for m in maps]
-    joined = torch.cat(rows, dim=1)
+    cells = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+    joined: Tensor = cells.unflatten(2, (anchors, -1)).flatten(1, 2)
     return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
 
