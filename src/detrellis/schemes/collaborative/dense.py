@@ -167,9 +167,17 @@ class DenseBranch(nn.Module, ABC):
 
 def by_anchor(maps: Sequence[Tensor], anchors: int) -> Tensor:
     """Outputs `(B, anchors * n, H, W)` of the levels as `(B, A, n)`, in the anchors' order."""
-    cells = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
-    joined: Tensor = cells.unflatten(2, (anchors, -1)).flatten(1, 2)
-    return joined.to(torch.promote_types(joined.dtype, torch.float32))
+    return precise(by_cell(maps).unflatten(2, (anchors, -1)).flatten(1, 2))
+
+
+def by_cell(maps: Sequence[Tensor]) -> Tensor:
+    """Maps `(B, D, H, W)` of the levels as `(B, S, D)`, in the cells' order."""
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def assign_usable(
@@ -232,7 +240,7 @@ def branch_assignments(
     scene: Scene, anchors: Tensor, owners: Tensor, output: DenseOutput
 ) -> list[BranchAssignment]:
     """A dense head's assignment, with the memory's features at its cells."""
-    features = torch.cat([m.flatten(2) for m in scene.maps], dim=2).transpose(1, 2)
+    features = by_cell(scene.maps)
     return [
         BranchAssignment(anchors, *parts)
         for parts in zip(owners, features, output.logits, strict=True)

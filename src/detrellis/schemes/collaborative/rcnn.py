@@ -14,6 +14,7 @@ from detrellis.postprocess import nms, top_pairs
 from detrellis.schemes.collaborative.anchors import nine_anchors
 from detrellis.schemes.collaborative.assigners import max_iou
 from detrellis.schemes.collaborative.coder import Deltas, clip
+from detrellis.schemes.collaborative.dense import precise
 from detrellis.schemes.collaborative.roi import region_features
 from detrellis.schemes.collaborative.rpn import RPN, proposals, rpn_losses, sample
 from detrellis.schemes.collaborative.scene import BranchAssignment, Draw, Predictions, Scene
@@ -155,11 +156,6 @@ class RCNN(nn.Module):
         deltas = self.head.deltas(states).split(counts)
         parts = zip(scores, deltas, regions, scene.sizes, strict=True)
         return [select(*of_image, coder=self.coder) for of_image in parts]
-
-
-def precise(x: Tensor) -> Tensor:
-    """In float32 or better."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample_regions(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from detrellis.losses import bce_loss, l1_loss
+from detrellis.nn.kernels.linear import linear
 from detrellis.postprocess import nms
 from detrellis.schemes.collaborative.anchors import NINE, usable_cells
 from detrellis.schemes.collaborative.assigners import BACKGROUND, IGNORED, max_iou
@@ -17,9 +18,10 @@ from detrellis.schemes.collaborative.coder import Deltas, clip
 from detrellis.schemes.collaborative.dense import (
     DenseOutput,
     assign_usable,
-    by_anchor,
+    by_cell,
     conv,
     gather_positives,
+    precise,
 )
 from detrellis.schemes.collaborative.scene import Draw, Scene
 
@@ -43,9 +45,13 @@ class RPN(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> DenseOutput:
         """Maps `(B, D, H, W)` of the levels to one logit and the deltas of all anchors."""
-        features = [self.tower(m).relu_() for m in maps]
-        logits, deltas = ([layer(f) for f in features] for layer in (self.classify, self.regress))
-        return DenseOutput(by_anchor(logits, NINE), by_anchor(deltas, NINE), None)
+        # A 1x1 convolution is a linear layer of each cell: one of all levels' cells.
+        cells = by_cell([self.tower(m) for m in maps]).relu_()
+        logits, deltas = (
+            precise(linear(cells, layer.weight.flatten(1), layer.bias).unflatten(2, (NINE, -1)))
+            for layer in (self.classify, self.regress)
+        )
+        return DenseOutput(logits.flatten(1, 2), deltas.flatten(1, 2), None)
 
 
 def rpn_losses(output: DenseOutput, anchors: Tensor, scene: Scene, draw: Draw) -> dict[str, Tensor]:
