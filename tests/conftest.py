@@ -16,9 +16,11 @@ from detrellis.data.shapes import write_shapes
 
 def pytest_collection_finish() -> None:
     """What is imported and collected stays:
-    the garbage collector need not look at all of it again and again.
+    the garbage collector need not look at all of it again and again, nor so often at what the
+    tests make.
     """
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:

@@ -48,7 +48,9 @@ NAMES = list(RECIPES)
 
 
 def overrides(recipe: Recipe) -> list[str]:
-    """What makes a recipe small, besides `--scale tiny`; of groups, two."""
+    """What makes a recipe small, besides `--scale tiny`; of groups, two, and of noised queries so
+    few that no kernel is compiled for them.
+    """
     changes = SMALLEST
     if recipe.detector.encoder.kind == "projector":  # a plain ViT, and no encoder
         elsewhere = [
@@ -62,7 +64,9 @@ def overrides(recipe: Recipe) -> list[str]:
             *SMALL_EVA,
             *(text for text in SMALLEST if not text.startswith("detector.backbone.")),
         ]
-    return [*changes, "schemes.group.k=2"] if recipe.schemes.group is not None else changes
+    schemes = recipe.schemes
+    groups = [] if schemes.group is None else ["schemes.group.k=2"]
+    return [*changes, *groups, *([] if schemes.cdn is None else ["schemes.cdn.number=20"])]
 
 
 def as_trained(name: str) -> Recipe:

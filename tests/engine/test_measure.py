@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from detrellis.engine.measure import measure
+from detrellis.engine.multiply_adds import MultiplyAdds
 from detrellis.recipes import find_recipe
 from detrellis.recipes.build import build
 
@@ -71,3 +72,28 @@ def test_multiply_adds_are_those_of_a_real_pass(name: str) -> None:
             images(((64, 96),))._replace(pixels=torch.zeros(1, 3, 64, 96, dtype=torch.float64))
         )
     assert measure(recipe, CLASSES).gflops == round(counter.get_total_flops() / 2 / 1e9, 2)
+
+
+def test_elementwise_results_on_the_meta_device_are_laid_out_as_torch_lays_them_out() -> None:
+    """At the first call, and at the next one of the same shapes, which torch is not asked about."""
+    tensors = [
+        torch.empty(2, 3, device="meta"),
+        torch.empty(3, 2, device="meta").t(),
+        torch.empty(2, 1, dtype=torch.float64, device="meta"),
+        torch.empty(2, 3, dtype=torch.int64, device="meta"),
+    ]
+
+    def results() -> list[object]:
+        pairs = [(a, b) for a in tensors for b in tensors]
+        made = [
+            result
+            for a, b in pairs
+            for result in (a + b, a > b, a * 2, a * 2.5, torch.where(a > b, a, b), a.clone())
+        ]
+        made += [a.clone().mul_(2) for a in tensors]
+        return [(t.shape, t.stride(), t.dtype, t.device) for t in made]
+
+    expected = results()
+    with MultiplyAdds():
+        assert results() == expected
+        assert results() == expected

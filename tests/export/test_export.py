@@ -8,6 +8,8 @@ import importlib.util
 import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from detrellis.exported import (
     program_shape,
     program_sides,
 )
-from detrellis.exporting.run import export
+from detrellis.exporting import write
+from detrellis.exporting.run import ExportResult, export
 from detrellis.exporting.sizes import same_padding, short_sizes
 from detrellis.exporting.verify import check_pictures, compare_on_pictures
 from detrellis.exporting.write import SUFFIXES, ExportFormat, _graph, _quiet, _traced
@@ -137,7 +140,14 @@ def test_a_batch_that_tracing_has_settled_is_a_number() -> None:
 
 
 def test_a_small_detector_detects_the_same(pictures: Path, tmp_path: Path) -> None:
-    detects_the_same(saved("small", tmp_path / "run"), pictures)
+    run = saved("small", tmp_path / "run")
+    detects_the_same(run, pictures)
+    assert "GridSample" in operations(run)
+
+
+def operations(run: Path) -> set[str]:
+    """Of the ONNX file of a run."""
+    return {node.op_type for node in onnx.load(run / "model.onnx").graph.node}
 
 
 def detects_the_same(run: Path, pictures: Path, **options: Any) -> None:
@@ -165,9 +175,7 @@ def test_gathers_are_samples(border: bool, align_corners: bool) -> None:
 def test_a_file_for_tensorrt_has_no_grid_samples(pictures: Path, tmp_path: Path) -> None:
     run = saved("deformable_detr_r50", tmp_path / "run")
     detects_the_same(run, pictures, tensorrt=True)
-    assert "GridSample" not in {node.op_type for node in onnx.load(run / "model.onnx").graph.node}
-    export(run, size=SIZE)
-    assert "GridSample" in {node.op_type for node in onnx.load(run / "model.onnx").graph.node}
+    assert "GridSample" not in operations(run)  # as it is for other runtimes, see above
 
 
 @pytest.mark.parametrize("name", ["sam_detr_plus_r50_smca_dn", "salience_detr_r50"])
@@ -179,24 +187,50 @@ def test_no_part_samples_for_tensorrt(name: str) -> None:
     assert not [node for node in program.graph.nodes if "grid_sampl" in str(node.target)]
 
 
+@pytest.fixture(scope="module")
+def written(
+    exported: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[ExportFormat, bool], ExportResult]:
+    """The run's network in a format, verified; each is made once, and all of one program."""
+    folder = tmp_path_factory.mktemp("formats")
+
+    @cache
+    def make(format_: ExportFormat, fp16: bool) -> ExportResult:
+        out = folder / f"{'half' if fp16 else 'full'}{SUFFIXES[format_]}"
+        how: dict[str, Any] = {"format": format_, "size": SIZE, "fp16": fp16, "verify": pictures}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(write, "_traced", traced)
+            return export(exported, out, **how)
+
+    programs: list[torch.export.ExportedProgram] = []
+
+    def traced(*given: Any) -> torch.export.ExportedProgram:
+        programs[:] = programs or [_traced(*given)]
+        return programs[0]
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("format_", "fp16"), [("onnx", True), ("torch", False), ("openvino", False), ("openvino", True)]
 )
 def test_other_formats_detect_the_same(
-    format_: ExportFormat, fp16: bool, exported: Path, pictures: Path, tmp_path: Path
+    format_: ExportFormat,
+    fp16: bool,
+    exported: Path,
+    written: Callable[[ExportFormat, bool], ExportResult],
 ) -> None:
     if format_ == "openvino":
         pytest.importorskip("openvino")
-    out = tmp_path / f"model{SUFFIXES[format_]}"
-    done = export(exported, out, format=format_, size=SIZE, fp16=fp16, verify=pictures)
+    done = written(format_, fp16)
     assert done.verification is not None
     assert all(row.detections > 0 for row in done.verification.rows)
     assert done.verification.passed
     if format_ == "torch":
         with pytest.raises(UserError, match="runs and no more"):  # to read it is to unpickle it
-            load(out)
+            load(done.exported.out)
     else:
-        assert load(out).classes == load(exported).classes
+        assert load(done.exported.out).classes == load(exported).classes
 
 
 def test_ranked_detections_are_those_of_the_run(exported: Path, pictures: Path) -> None:
@@ -229,10 +263,10 @@ def test_the_file_says_what_it_is(exported: Path) -> None:
 
 
 def test_openvino_has_the_threads_of_torch(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: Callable[[ExportFormat, bool], ExportResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     openvino, made, threads = pytest.importorskip("openvino"), [], torch.get_num_threads()
-    export(exported, tmp_path / "model.xml", format="openvino", size=SIZE)
+    out = written("openvino", False).exported.out
     compile_model = openvino.Core.compile_model
 
     def kept(*given: Any) -> Any:
@@ -243,7 +277,7 @@ def test_openvino_has_the_threads_of_torch(
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            load_exported(tmp_path / "model.xml")
+            load_exported(out)
             about = made[-1].get_property("DEVICE_PROPERTIES")["CPU"]
             assert about["INFERENCE_NUM_THREADS"] == count
     finally:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from detrellis.engine.multiply_adds import MultiplyAdds
 from detrellis.nn.undrawn import Undrawn
 from detrellis.recipes.build import build
 from detrellis.recipes.config import Recipe
@@ -69,8 +69,7 @@ def measure(recipe: Recipe, classes: int) -> RecipeInfo:
     trainable = count(detector, trainable=True)
     detector.requires_grad_(False)  # the counter would follow gradients
     height, width = image_size(recipe)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with MultiplyAdds() as counter, torch.no_grad():
         detector(ImageBatch(torch.empty(1, 3, height, width, device="meta")))
     costs = [SchemeCost(s.name, count(s), s.extra_queries) for s in model.training_schemes]
     return RecipeInfo(
@@ -80,7 +79,7 @@ def measure(recipe: Recipe, classes: int) -> RecipeInfo:
         count(detector),
         count(detector.backbone),
         trainable,
-        round(counter.get_total_flops() / 2 / 1e9, 2),
+        round(counter.total / 2 / 1e9, 2),
         (height, width),
         recipe.detector.queries.count,
         tuple(costs),

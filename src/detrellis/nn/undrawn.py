@@ -17,7 +17,8 @@ class Undrawn(TorchFunctionMode):
 
     For networks that are counted, or filled with trained weights: drawing takes most of the time of
     building a large one. A tensor is not left as it is, since truncated distributions are drawn
-    again until no number is rejected; these two never are.
+    again until no number is rejected; these two never are. On torch's meta device there is nothing
+    to fill, and it is.
     """
 
     def __torch_function__(
@@ -31,9 +32,13 @@ class Undrawn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.erfinv_:  # of uniform numbers, to make them normal; it takes longest
             return args[0]
+        if func in FILLING and args[0].is_meta:
+            return args[0]
         if func not in FIRST:
             return func(*args, **kwargs)
         tensor, *numbers = [*args] if args else [kwargs["tensor"]]
+        if tensor.is_meta:
+            return tensor
         name = FIRST[func]
         first = 0.0 if name is None else numbers[0] if numbers else kwargs.get(name, 0.0)
         with torch.no_grad():
@@ -50,3 +55,5 @@ FIRST: dict[Callable[..., Any], str | None] = {
     init.uniform_: "a",
     init.kaiming_uniform_: None,
 }
+# What the functions of `torch.nn.init` and timm's go on with, in place.
+FILLING = {Tensor.add_, Tensor.clamp_, Tensor.fill_, Tensor.mul_, Tensor.zero_}
