@@ -23,7 +23,7 @@ class MultiplyAdds(TorchDispatchMode):
     total = 0
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._layouts: dict[Hashable, Layout] = {}
 
     def __torch_dispatch__(
