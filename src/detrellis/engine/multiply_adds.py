@@ -61,6 +61,7 @@ Layout = tuple[Sequence[int], Sequence[int], torch.dtype]
 
 
 def is_meta(argument: object) -> bool:
+    """Whether it is a tensor on the meta device."""
     return isinstance(argument, Tensor) and argument.is_meta
 
 
