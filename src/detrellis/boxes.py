@@ -33,7 +33,8 @@ def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     `eps` belongs to the model, not to numerics: DETR, Conditional and Deformable DETR use 1e-5,
     DAB, DN and DINO 1e-3. It decides how far saturated anchors can be moved.
     """
-    return torch.log(x.clamp(eps, 1) / (1 - x).clamp(eps, 1))
+    # 1.0, not 1, which the ONNX exporter makes a tensor that `clamp` does not take beside a number
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def side_distances(base: Tensor, boxes: Tensor, scale: float) -> Tensor:
