@@ -47,7 +47,7 @@ class WithoutProposals(nn.Module):
 
     def __init__(self, queries: nn.Module) -> None:
         super().__init__()
-        self.queries = queries
+        self.queries, self.head = queries, queries.head
 
     def forward(self, memory: Memory) -> tuple[Queries, None]:
         """As the wrapped module's, without the proposals."""
