@@ -22,7 +22,7 @@ class _Affine(NamedTuple):
 
 class FrozenNorm(nn.Module):
     """BatchNorm of maps whose statistics and affine stay, in buffers;
-    torchvision's FrozenBatchNorm2d in one pass over the map, and rounded once instead of twice.
+    the bits of torchvision's FrozenBatchNorm2d.
 
     Maps keep their dtype: under autocast those of a convolution stay in bf16, or every one of them
     would be held in float32, too. Scale and shift are computed once and not at each step, as long
@@ -54,7 +54,7 @@ class FrozenNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, D, H, W)` to the same."""
         scale, shift = self.scale_and_shift(x.dtype)
-        return torch.addcmul(shift, x, scale)
+        return (x * scale).add_(shift)
 
     def scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift of the channels, `(1, D, 1, 1)` each, for maps of this dtype."""
