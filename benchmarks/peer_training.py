@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detrellis.data.annotations import Annotations
@@ -54,6 +55,7 @@ SIZES: dict[str, Any] = {  # of `small`, where the two have something in common
     "decoder_attention_heads": 8,
     "num_queries": 100,
 }
+COARSEST_STRIDE = 32
 POSTPROCESS = Postprocess(top_k=100)
 
 
@@ -85,8 +87,9 @@ class Peer(nn.Module):
         """The training loss. It knows no padding,
         so that its boxes are relative to the padded image.
         """
-        pixels, targets = batch.images.pixels, batch.targets
-        scaled = targets.boxes * valid_part(batch)[targets.image].repeat(1, 2)
+        pixels, valid = padded(batch)
+        targets = batch.targets
+        scaled = targets.boxes * valid[targets.image].repeat(1, 2)
         split = zip(targets.labels.split(targets.sizes), scaled.split(targets.sizes), strict=True)
         labels = [{"class_labels": classes, "boxes": boxes} for classes, boxes in split]
         loss: Tensor = self.network(pixel_values=pixels, labels=labels).loss
@@ -94,18 +97,25 @@ class Peer(nn.Module):
 
     def detections(self, batch: Batch) -> Any:
         """The best detections of each image, as COCO counts them."""
-        output = self.network(pixel_values=batch.images.pixels)
-        boxes = output.pred_boxes / valid_part(batch)[:, None].repeat(1, 1, 2)
+        pixels, valid = padded(batch)
+        output = self.network(pixel_values=pixels)
+        boxes = output.pred_boxes / valid[:, None].repeat(1, 1, 2)
         states = boxes.new_zeros(1, *boxes.shape[:2], 0)  # nobody reads them
         return POSTPROCESS(DecoderOutput(output.logits[None], boxes[None], states), batch.sizes)
 
 
-def valid_part(batch: Batch) -> Tensor:
-    """(B, 2) fraction of the padded width and height that each image fills."""
-    padding = batch.images.padding
+def padded(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The images, padded to multiples of the coarsest map's stride, which this encoder needs, and
+    (B, 2) fraction of the padded width and height that each fills.
+    """
+    pixels, padding = batch.images.pixels, batch.images.padding
+    height, width = pixels.shape[-2:]
+    pixels = F.pad(pixels, (0, -width % COARSEST_STRIDE, 0, -height % COARSEST_STRIDE))
     if padding is None:
-        return torch.ones(len(batch.images.pixels), 2)
-    return torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], 1)
+        filled = torch.tensor([[width, height]]).expand(len(pixels), 2)
+    else:
+        filled = torch.stack([(~padding[:, 0]).sum(1), (~padding[:, :, 0]).sum(1)], 1)
+    return pixels, filled / torch.tensor([pixels.shape[-1], pixels.shape[-2]])
 
 
 def train(

@@ -77,3 +77,15 @@ def test_a_warmup_is_a_fraction_or_steps() -> None:
     assert (
         refused(small("tiny").override(["schedule.warmup_steps=100", "schedule.warmup=0"])) is None
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("tiny", "optim.fully_shard=true"), ("sam_detr_r50", "optim.compile=true")],
+)
+def test_what_cannot_be_compiled_is_named(name: str, other: str) -> None:
+    compiled = small(name).override([other, "optim.compile=true"])
+    said = refused(compiled)
+    assert said is not None
+    assert "optim.compile and" in said
+    assert refused(compiled.override("optim.compile=false")) is None

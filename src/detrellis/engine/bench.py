@@ -24,7 +24,7 @@ from detrellis.distributed import pick_device
 from detrellis.engine.measure import image_size
 from detrellis.engine.optim import build_optimizer
 from detrellis.errors import UserError
-from detrellis.nn.compiler import import_compiler
+from detrellis.nn.compiler import compile_layers, import_compiler
 from detrellis.nn.deformable import DeformableAttention
 from detrellis.nn.kernels.deformable_cpu import path_taken
 from detrellis.recipes.build import build
@@ -161,7 +161,7 @@ def bench_recipe(
     if not train:
         model.detector = model.detector.fused()
     if compiled:
-        _compile(model, train)
+        _compile(model, target, train)
     make = partial(step_on, recipe, classes) if train else _inference
     with threads_of(threads):
         used, timings = torch.get_num_threads(), []
@@ -176,15 +176,13 @@ def bench_recipe(
     return BenchResult(*about, tuple(timings))
 
 
-def _compile(model: TrainableDetector, train: bool) -> None:
-    """Compile the whole detector where it runs whole,
-    and in training its parts, between which schemes add queries.
-    """
-    import_compiler()
-    detector = model.detector
-    parts = (detector.backbone, detector.neck, detector.encoder, detector.queries, detector.decoder)
-    for part in parts if train else (detector,):
-        part.compile()
+def _compile(model: TrainableDetector, device: torch.device, train: bool) -> None:
+    """Compile the whole detector where it runs whole, and in training what `optim.compile` does."""
+    if train:
+        compile_layers(model, device)
+    else:
+        import_compiler()
+        model.detector.compile()
 
 
 def _inference(model: TrainableDetector, images: ImageBatch) -> Callable[[], object]:

@@ -6,7 +6,7 @@ its own state and data, wherever the data are now, and a few settings that may c
 | nothing else | it goes on bit for bit |
 | `--data`, or `--train` and `--val` | the data are there now; classes and lists of images have to be the same |
 | `--epochs N` | another length of the whole run, also of a finished one: see below |
-| `-o optim.lr=...`, `optim.clip`, `optim.amp`, `optim.fully_shard`, `schedule.*` | set from here on; no others |
+| `-o` with a key of `FREE` | set from here on; no others |
 
 With N epochs the learning rate is from here on what the recipe's schedule over N epochs has at this
 place, which may be higher than it was. Each change is noted in the run's card, with the epoch and
@@ -38,8 +38,15 @@ from detrellis.recipes.config import Recipe
 SEEN = "images_an_epoch"
 LOG = "log"  # in a state: what the epoch has measured so far
 IMAGES = "images"  # in a state: the file names of each split's images, (I, W) bytes
-# What neither the network nor the state depends on.
-FREE = ("optim.lr", "optim.clip", "optim.amp", "optim.fully_shard", "schedule.")
+# What neither the network nor the state depends on; with a point at its end, all that is below.
+FREE = (
+    "optim.lr",
+    "optim.clip",
+    "optim.amp",
+    "optim.compile",
+    "optim.fully_shard",
+    "schedule.",
+)
 # The first has an option; the optimizer depends on the second
 FIXED = ("schedule.epochs", "schedule.unfreeze_after")
 SHOWN = 3

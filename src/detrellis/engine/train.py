@@ -46,6 +46,7 @@ from detrellis.engine.samples import SHEET, samples_sheet
 from detrellis.engine.saves import RunSaves
 from detrellis.engine.state import TrainJob, TrainState, fresh_state, origins_of, patience_left
 from detrellis.errors import UserError
+from detrellis.nn.compiler import compile_layers, eager
 from detrellis.signals import collected
 from detrellis.terminal import Terminal
 from detrellis.training import StepOutput
@@ -131,6 +132,8 @@ class TrainRun:
     ) -> None:
         self.job, self.world, self.state, self.loader, self.log = job, world, state, loader, log
         self.recipe, self.steps_per_epoch = job.card.recipe, steps_per_epoch
+        if self.recipe.optim.compile:
+            compile_layers(state.model, world.device)
         self.model = parallel(state.model, world) if state.sharded is None else state.model
         self.timer = Timer()
         self.stopped = 0  # number of the signal that stopped it
@@ -311,9 +314,10 @@ class TrainRun:
             with self.timer.part("eval"):
                 batches = self.log.track(loader, "evaluate", len(loader))
                 thresholds = (None, NMS) if last else (None,)
-                evaluators = collect(
-                    detector, batches, val, self.world.device, thresholds, truth=self.masks
-                )
+                with eager() if self.recipe.optim.compile else contextlib.nullcontext():
+                    evaluators = collect(
+                        detector, batches, val, self.world.device, thresholds, truth=self.masks
+                    )
                 state.result, *after_nms = (e.compute(resample=last, of=e.kind) for e in evaluators)
                 self.saves.evaluated_step = state.step
             if state.result.ap is not None:

@@ -85,6 +85,7 @@ class OptimConfig(Config):
     ema: ZeroToBelowOne = 0.0  # decay of the averaged weights; 0: off
     ema_ramp: CountOrNone = 0  # steps in which that decay is approached (RT-DETR: 2000); 0: in 10
     amp: bool = True  # bf16 on GPUs that have it
+    compile: bool = False  # the layers of encoder and decoder, with torch.compile
     # Shard parameters, gradients, moments and averages over the processes (FSDP2)
     fully_shard: bool = False
 

@@ -55,6 +55,7 @@ def refuse(recipe: Recipe) -> None:
     _refuse_union(recipe)
     _refuse_schemes(recipe)
     _refuse_pictures(recipe)
+    _refuse_optimizer(recipe)
     _refuse_schedule(recipe)
     _refuse_augmentation(recipe)
 
@@ -150,6 +151,22 @@ def _refuse_pictures(recipe: Recipe) -> None:
         raise UserError(
             f"data.max_side={data.max_side} is less than {given}, the short side",
             f"Take -o data.max_side={max(sides)} or more, or null.",
+        )
+
+
+def _refuse_optimizer(recipe: Recipe) -> None:
+    """Refuse what a step cannot have together."""
+    if recipe.optim.compile and recipe.optim.fully_shard:
+        raise UserError(
+            "optim.compile and optim.fully_shard do not combine: a compiled layer does not gather "
+            "its parameters",
+            "Take -o optim.compile=false, or -o optim.fully_shard=false.",
+        )
+    if recipe.optim.compile and recipe.detector.cross_attention.kind == "semantic":
+        raise UserError(
+            f"optim.compile and {recipe.name} do not combine: how many samples its RoIAlign takes "
+            "is known only from the boxes",
+            "Take -o optim.compile=false.",
         )
 
 
